@@ -1,0 +1,208 @@
+"""A run folder: where each stage keeps its result, its metrics.json, and how a stage's YAML becomes its config.
+
+Stages talk through folders only, so each can be rerun alone; metrics.json is what the report, the model card and a
+rerun read. The layout is `tokenizer/ base/ mid/ sft/ rl/ eval/ report.md plots/` below the run folder.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import yaml
+from trl import TrlParser
+
+from .errors import InputError
+
+STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
+PACKAGES = ("torch", "transformers", "accelerate", "trl", "datasets", "tokenizers", "peft", "lm_eval", "deepspeed")
+
+
+class Run:
+    """A run folder on disk; `path` need not exist yet."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def folder(self, stage: str) -> Path:
+        if stage not in STAGES:
+            raise InputError(f"unknown stage {stage!r}; {nearest(stage, STAGES)}")
+        return self.path / stage
+
+    def metrics(self, stage: str) -> dict | None:
+        return load_json(self.folder(stage) / "metrics.json")
+
+    def finished(self, stage: str) -> bool:
+        return bool((self.metrics(stage) or {}).get("finished"))
+
+    def latest_model(self, before: str = "eval") -> Path | None:
+        """The folder of the last finished stage with weights that comes before stage `before`, or None."""
+        stages = [stage for stage in ("base", "mid", "sft", "rl") if STAGES.index(stage) < STAGES.index(before)]
+        return next((self.folder(stage) for stage in reversed(stages) if self.finished(stage)), None)
+
+
+def nearest(name: str, names) -> str:
+    """'did you mean X?' when a name is close to one of `names`, else the list of them."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(map(str, names))
+
+
+def load_json(path: str | Path) -> dict | None:
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); delete it to run that stage again") from None
+
+
+def save_json(path: str | Path, value) -> None:
+    """Write beside the target and rename, so that a reader never sees half a file."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+        os.replace(aside, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another --run-dir") from None
+
+
+def hardware() -> dict:
+    """What this process computes on: device name and count, cores, memory in bytes."""
+    cuda = torch.cuda.is_available()
+    mps = torch.backends.mps.is_available()
+    return {
+        "device": torch.cuda.get_device_name(0) if cuda else "Apple MPS" if mps else platform.processor() or "CPU",
+        "device_type": "cuda" if cuda else "mps" if mps else "cpu",
+        "device_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def source() -> dict:
+    """The commit this code stands at, and whether files differ from it; both None outside a git checkout."""
+
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, check=False, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit = git("rev-parse", "--short=10", "HEAD")
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
+    except OSError:  # no git on this machine
+        return {"commit": None, "dirty": None}
+
+
+def versions() -> dict:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def begin(config) -> dict:
+    """The facts of a stage that are known when it starts; `config` is the stage's dataclass."""
+    values = dataclasses.asdict(config)
+    facts = {"config": values, "seed": values.get("seed"), "versions": versions(), "hardware": hardware()}
+    return {**source(), **facts, "started": time.time()}
+
+
+def finish(folder: Path, record: dict, **numbers) -> dict:
+    """Write folder/metrics.json with `finished`; call it last, on the main process, when the folder is complete."""
+    elapsed = time.time() - record["started"]
+    metrics = {**record, "wall_time_s": elapsed + record.get("earlier_wall_time_s", 0), **numbers, "finished": True}
+    save_json(Path(folder) / "metrics.json", metrics)
+    return metrics
+
+
+class _Parser(TrlParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+def parse_config(cls, path: str | Path, overrides: dict[str, str] | None = None):
+    """Read a stage's flat YAML into its dataclass `cls`; `overrides` (key -> text, as typed) win over the file."""
+    overrides = overrides or {}
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must be a mapping of keys to values")
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in [*values, *overrides]:
+        if key not in known:
+            raise InputError(f"unknown key {key!r} for {Path(path).name}; {nearest(key, known)}")
+    flags = []
+    for key, text in overrides.items():
+        if text[:1] in "[{":  # a list or mapping typed on the command line; argparse has no syntax for it
+            values[key] = yaml.safe_load(text)
+        else:
+            flags += [f"--{key}={text}"]
+    parser = _Parser(cls, allow_abbrev=False)
+    parser.set_defaults_with_config(**values)
+    return parser.parse_args_into_dataclasses(flags)[0]
+
+
+def fail(error: InputError):
+    """Show an input error as one line, on the main process only, and leave with exit code 2."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def guarded(main: Callable) -> None:
+    """Run `main`; an InputError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        fail(error)
+
+
+def script(cls, run_stage: Callable, **extra: str) -> None:
+    """The main function of scripts/*: `--config YAML --run-dir DIR [--key value ...]`, then run_stage(config, run, ...).
+
+    `extra` declares further optional arguments (name -> help); they reach run_stage as keywords, None if not given.
+    """
+
+    def main():
+        parser = _Parser(description=sys.modules["__main__"].__doc__, allow_abbrev=False)
+        parser.add_argument("--config", required=True, help="YAML of this stage, for example recipes/d12/base.yaml")
+        parser.add_argument("--run-dir", required=True, help="run folder, for example runs/d12")
+        for name, text in extra.items():
+            parser.add_argument(f"--{name.replace('_', '-')}", help=text)
+        arguments, rest = parser.parse_known_args()
+        options = {name: getattr(arguments, name) for name in extra}
+        config = parse_config(cls, arguments.config, pairs(rest))
+        run_stage(config, Run(arguments.run_dir), **options)
+
+    guarded(main)
+
+
+def pairs(words: list[str]) -> dict[str, str]:
+    """['--depth', '4', '--seed=1'] -> {'depth': '4', 'seed': '1'}."""
+    found, words = {}, list(words)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not (equals or words):
+            raise InputError(f"expected --key value, got {word!r}")
+        found[key.replace("-", "_")] = value if equals else words.pop(0)
+    return found
