@@ -1,0 +1,50 @@
+# make help lists the targets; demo and test do the whole set-up themselves.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+RUN    ?= runs/cpu-demo
+export HF_HUB_OFFLINE ?= 1
+export GRADIO_ANALYTICS_ENABLED ?= False
+
+.PHONY: help setup demo chat space test test-slow quality bench bench-gpu clean
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make .venv and install the pinned stack
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed ($$($(PYTHON) --version) found); try make PYTHON=python3.12" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: setup ## train a chat model from nothing on this CPU, print its report card (minutes)
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml recipes/speedrun.py --recipe cpu-demo --run-dir $(RUN)
+
+chat: setup ## chat in the terminal with the model of $(RUN)
+	$(BIN)/python scripts/chat_cli.py --run-dir $(RUN)
+
+space: setup ## the Gradio Space on http://127.0.0.1:7860 with the model of $(RUN)
+	MODEL_ID=$$(ls -d $(RUN)/rl $(RUN)/sft 2>/dev/null | head -1) $(BIN)/python spaces/chat/app.py
+
+test: setup ## quick offline tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n 2
+
+test-slow: setup ## all that runs without a GPU: end-to-end, several processes, browser
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu"
+
+quality: setup ## lint and format check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup ## tokens/s of the loader, the optimizer and a training step on this machine
+	$(BIN)/python scripts/bench.py
+
+bench-gpu: setup ## training and decoding on a GPU; PEER=path of a karpathy/nanochat checkout runs it beside ours
+	$(BIN)/python scripts/bench_gpu.py $(if $(PEER),--peer $(PEER))
+
+clean: ## delete runs/ and caches, keep .venv
+	rm -rf runs .pytest_cache .ruff_cache

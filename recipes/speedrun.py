@@ -1,0 +1,147 @@
+"""The whole pipeline, from text to a chat model with its report card.
+
+    accelerate launch recipes/speedrun.py --recipe cpu-demo
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml recipes/speedrun.py --recipe d24 \
+        [--run-dir runs/d24] [--stages tokenizer,base,mid,sft,rl,eval,report] [base.depth=18 sft.num_epochs=2 ...]
+
+A recipe is a folder with one YAML per stage. Stages talk through the run folder: a finished stage is skipped, a killed
+one goes on where it stopped, and a recipe that changed since a stage finished is reported instead of mixed in.
+"""
+
+import argparse
+import os
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
+
+from nanochat_hf.data.tokenizer import TokenizerConfig, train_tokenizer
+from nanochat_hf.errors import InputError
+from nanochat_hf.eval.harness import EvalConfig, evaluate
+from nanochat_hf.eval.report import make_report
+from nanochat_hf.run import STAGES, Run, guarded, nearest, parse_config
+from nanochat_hf.train.grpo import RLConfig, train_rl
+from nanochat_hf.train.pretrain import PretrainConfig, pretrain
+from nanochat_hf.train.sft import ChatConfig, train_chat
+
+RECIPES = Path(__file__).parent
+CONFIGS = {"tokenizer": TokenizerConfig, "base": PretrainConfig, "mid": ChatConfig, "sft": ChatConfig, "rl": RLConfig}
+CONFIGS["eval"] = EvalConfig
+
+
+def find_recipe(name: str) -> Path:
+    for folder in (Path(name), RECIPES / name):
+        if (folder / "base.yaml").is_file():
+            return folder
+    known = sorted(path.parent.name for path in RECIPES.glob("*/base.yaml"))
+    raise InputError(f"no recipe {name!r} (a folder with base.yaml); {nearest(name, known)}")
+
+
+def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) -> tuple[list[str], dict]:
+    """The stages to run, in order, and each stage's config; every key is checked before anything runs."""
+    present = [stage for stage in CONFIGS if (recipe / f"{stage}.yaml").is_file()]
+    typed = {stage: {} for stage in present}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        stage, dot, key = key.partition(".")
+        if not (equals and dot):
+            raise InputError(f"expected STAGE.KEY=VALUE, got {word!r}")
+        if stage not in typed:
+            raise InputError(f"recipe {recipe.name} has no stage {stage!r}; {nearest(stage, present)}")
+        typed[stage][key] = value
+    for stage in stages or []:
+        if stage not in [*present, "report"]:
+            raise InputError(f"recipe {recipe.name} has no stage {stage!r}; {nearest(stage, [*present, 'report'])}")
+    configs = {stage: parse_config(CONFIGS[stage], recipe / f"{stage}.yaml", typed[stage]) for stage in present}
+    # RL is the one stage that a recipe may carry without running it: it costs much and gains little on small budgets.
+    chosen = stages or [*(stage for stage in present if not getattr(configs[stage], "opt_in", False)), "report"]
+    return [stage for stage in STAGES if stage in chosen], configs
+
+
+def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
+    """Refuse to mix what is on disk with another recipe, or a finished stage with a source that is not finished."""
+    redone = None
+    for stage in stages:
+        metrics = run.metrics(stage) if stage in configs else None
+        if not (metrics and metrics.get("finished")):
+            redone = redone or stage
+            continue
+        if redone and stage != "eval":
+            raise InputError(f"{run.folder(stage)} is finished but was made before {redone!r}, which runs again; delete it")
+        now = vars(configs[stage])
+        changed = {key: (old, now.get(key)) for key, old in metrics["config"].items() if now.get(key) != old}
+        if changed:
+            words = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in list(changed.items())[:3])
+            raise InputError(
+                f"the recipe changed since {run.folder(stage)} finished ({words}); use another --run-dir or delete that folder"
+            )
+
+
+def run_stage(stage: str, config, run: Run) -> None:
+    output = run.folder(stage)
+    if stage == "tokenizer":
+        if PartialState().is_main_process:
+            train_tokenizer(config, output)
+    elif stage == "base":
+        pretrain(config, tokenizer=str(run.folder("tokenizer")), output=output)
+    elif stage in ("mid", "sft"):
+        train_chat(config, model=source_of(stage, run), output=output)
+    elif stage == "rl":
+        train_rl(config, model=source_of(stage, run), output=output)
+    elif stage == "eval":
+        models = {name: str(run.folder(name)) for name in ("base", "mid", "sft", "rl") if run.finished(name)}
+        evaluate(config, models, output)
+
+
+def source_of(stage: str, run: Run) -> str:
+    folder = run.latest_model(before=stage)
+    if folder is None:
+        raise InputError(f"stage {stage!r} starts from a finished earlier stage and {run.path} has none; run base first")
+    return str(folder)
+
+
+def check_writable(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {path} ({error.strerror}); choose another --run-dir") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: (_ for _ in ()).throw(InputError(message))
+    parser.add_argument("--recipe", required=True, help="a name under recipes/ or the path of a recipe folder")
+    parser.add_argument("--run-dir", help="where results go (default: runs/<recipe>)")
+    parser.add_argument("--stages", help="comma-separated; default: all of the recipe, without an opt-in rl")
+    parser.add_argument("--hourly-rate", type=float, help="price of this machine in dollars an hour, for the report")
+    parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
+    arguments = parser.parse_intermixed_args()
+
+    recipe = find_recipe(arguments.recipe)
+    stages, configs = read_recipe(recipe, arguments.stages and arguments.stages.split(","), arguments.overrides)
+    run = Run(arguments.run_dir or Path("runs") / recipe.name)
+    # Ranks wait for the main one while it trains the tokenizer or downloads: longer than the default ten minutes.
+    state = PartialState(timeout=timedelta(hours=2))
+    check_writable(run.path)
+    check_run_folder(run, stages, configs)
+    for stage in stages:
+        if stage == "report":
+            continue
+        if run.finished(stage):
+            state.print(f"[{stage}] finished earlier: {run.folder(stage)}")
+            continue
+        state.print(f"[{stage}] {run.folder(stage)}")
+        run_stage(stage, configs[stage], run)
+        AcceleratorState._reset_state()  # the next stage chooses its own precision and accumulation
+        GradientState._reset_state()
+        state.wait_for_everyone()
+    if "report" in stages and state.is_main_process:
+        print(make_report(run.path, hourly_rate=arguments.hourly_rate).read_text())
+
+
+if __name__ == "__main__":
+    guarded(main)
