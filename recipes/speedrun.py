@@ -68,7 +68,9 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
             redone = redone or stage
             continue
         if redone and stage != "eval":
-            raise InputError(f"{run.folder(stage)} is finished but was made before {redone!r}, which runs again; delete it")
+            raise InputError(
+                f"{run.folder(stage)} is finished but was made before {redone!r}, which runs again; delete it"
+            )
         now = vars(configs[stage])
         changed = {key: (old, now.get(key)) for key, old in metrics["config"].items() if now.get(key) != old}
         if changed:
@@ -97,7 +99,9 @@ def run_stage(stage: str, config, run: Run) -> None:
 def source_of(stage: str, run: Run) -> str:
     folder = run.latest_model(before=stage)
     if folder is None:
-        raise InputError(f"stage {stage!r} starts from a finished earlier stage and {run.path} has none; run base first")
+        raise InputError(
+            f"stage {stage!r} starts from a finished earlier stage and {run.path} has none; run base first"
+        )
     return str(folder)
 
 

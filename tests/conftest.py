@@ -1,0 +1,58 @@
+"""What the tests share: no network, one thread, a small tokenizer and a two-layer model made in the process."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+import nanochat_hf  # noqa: F401  (registers the model)
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE of 512 tokens, trained on the demo's own text."""
+    from nanochat_hf.data import primer
+    from nanochat_hf.data.tokenizer import train_bpe
+
+    texts = [text for _, text in zip(range(2000), primer.documents("train", seed=0))]
+    return train_bpe(iter(texts), vocab_size=512)
+
+
+@pytest.fixture
+def tiny_config(tokenizer):
+    """Second generation, two layers of width 64, windows of 32 in a context of 128."""
+    from nanochat_hf.model.configuration_nanochat import NanoChatConfig
+
+    return NanoChatConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        num_tokens=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
+
+    torch.manual_seed(0)
+    return NanoChatForCausalLM(tiny_config).eval()

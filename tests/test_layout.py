@@ -1,0 +1,114 @@
+"""The shape of the project: who imports whom, one test file a module, thin scripts, a README tree that is true."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(path for path in (ROOT / "nanochat_hf").rglob("*.py") if path.name != "__init__.py")
+MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may import besides itself and errors
+    "model": set(),
+    "run": set(),
+    "tools": set(),
+    "errors": set(),
+    "data": set(),
+    "eval": {"data", "run", "tools"},
+    "train": {"model", "data", "eval.bpb", "run", "tools"},
+    "serve": {"data", "run", "tools", "eval.report"},
+}
+BUDGET = 500  # lines; DESIGN's budgets are smaller, this is where a file must be split
+
+
+def project_imports(path: Path) -> set[str]:
+    """The project's modules that a file imports, as dotted names below nanochat_hf."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            # `from ..data import primer` names a module, `from ..run import Run` a thing inside one
+            found |= {
+                f"{module}.{n.name}" for n in node.names if (ROOT / module.replace(".", "/") / f"{n.name}.py").exists()
+            }
+            found.add(module)
+    return {name.removeprefix("nanochat_hf.") for name in found if name.startswith("nanochat_hf.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT / "nanochat_hf")))
+def test_package_imports_go_one_way(path):
+    home = path.relative_to(ROOT / "nanochat_hf").with_suffix("").parts[0]
+    for name in project_imports(path):
+        top = name.split(".")[0]
+        allowed = top in (home, "errors") or any(name == ok or name.startswith(ok + ".") for ok in MAY_IMPORT[home])
+        allowed = allowed or any(
+            ok.startswith(name + ".") for ok in MAY_IMPORT[home]
+        )  # the package of an allowed module
+        assert allowed, f"{path.name} may not import {name}"
+
+
+def test_the_model_folder_stands_alone():
+    for path in (ROOT / "nanochat_hf" / "model").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1, f"{path.name} reaches outside its folder"
+
+
+@pytest.mark.parametrize("first,second", [("pretrain", "sft"), ("pretrain", "grpo"), ("sft", "grpo")])
+def test_training_stages_never_import_each_other(first, second):
+    for one, other in ((first, second), (second, first)):
+        assert f"train.{other}" not in project_imports(ROOT / "nanochat_hf" / "train" / f"{one}.py")
+
+
+def test_the_space_needs_no_package():
+    for path in (ROOT / "spaces").rglob("*.py"):
+        assert not project_imports(path), f"{path} must work from the Hub artifact alone"
+
+
+def test_task_helpers_import_only_answers_and_tools():
+    for path in (ROOT / "evals").rglob("*.py"):
+        assert project_imports(path) <= {"data", "data.answers", "tools"}, path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_every_module_has_its_tests_a_docstring_and_a_bounded_length(path):
+    assert (ROOT / "tests" / f"test_{path.stem}.py").exists()
+    assert ast.get_docstring(ast.parse(path.read_text())), "say what the file is for"
+    assert len(path.read_text().splitlines()) <= BUDGET, "split or cut"
+    assert path.stem not in ("utils", "common", "misc", "helpers")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_are_thin(path):
+    tree = ast.parse(path.read_text())
+    assert "python scripts/" in ast.get_docstring(tree), "the docstring shows the command"
+    assert len(path.read_text().splitlines()) <= 60 or path.stem.startswith("bench")
+    imports = {name.split(".")[0] for name in re.findall(r"^from (\S+) import", path.read_text(), re.M)}
+    assert "tests" not in imports
+
+
+def test_the_readme_tree_names_real_files():
+    text = (ROOT / "README.md").read_text()
+    tree = re.search(r"```text\n(nanochat_hf/.*?)```", text, re.S).group(1)
+    named, folders = set(), []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        for word in line.split("#")[0].split():
+            path = "/".join([*folders, word.rstrip("/")])
+            assert (ROOT / path).exists(), f"README names {path}, which does not exist"
+            named.add(path)
+            if word.endswith("/"):
+                folders.append(word.rstrip("/"))
+    missing = {str(path.relative_to(ROOT)) for path in MODULES} - named
+    assert not missing, f"README's tree misses {sorted(missing)}"
+
+
+def test_links_in_the_readme_point_at_files():
+    for page in ("README.md", "recipes/README.md", "evals/README.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"

@@ -1,0 +1,102 @@
+"""Run folders, metrics.json and the way from a YAML to a config."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.run import Run, begin, finish, load_json, pairs, parse_config, save_json
+
+
+@dataclass
+class Config:
+    depth: int = 4
+    rate: float = 0.1
+    fast: bool = False
+    name: str | None = None
+    parts: list[dict] = field(default_factory=list)
+    seed: int = 3
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "stage.yaml"
+    path.write_text("depth: 12\nrate: 2e-5\nparts:\n- {dataset: a, rows: 3}\n")
+    return path
+
+
+def test_yaml_sets_defaults_and_the_command_line_wins(recipe):
+    config = parse_config(Config, recipe, {"depth": "7", "fast": "true"})
+    assert config == Config(depth=7, rate=2e-5, fast=True, parts=[{"dataset": "a", "rows": 3}])
+
+
+def test_lists_can_be_typed_on_the_command_line(recipe):
+    assert parse_config(Config, recipe, {"parts": "[{dataset: b}]"}).parts == [{"dataset": "b"}]
+
+
+@pytest.mark.parametrize(
+    "overrides,words",
+    [({"dept": "1"}, "did you mean 'depth'"), ({"qqq": "1"}, "known: depth"), ({"depth": "many"}, "invalid int")],
+)
+def test_wrong_keys_and_values_are_one_clear_line(recipe, overrides, words):
+    with pytest.raises(InputError, match=words) as caught:
+        parse_config(Config, recipe, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_yaml_that_is_no_mapping_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("- 1\n")
+    with pytest.raises(InputError, match="mapping"):
+        parse_config(Config, tmp_path / "a.yaml")
+    with pytest.raises(InputError, match="cannot read"):
+        parse_config(Config, tmp_path / "none.yaml")
+
+
+def test_a_stage_counts_as_finished_only_after_finish(tmp_path):
+    run = Run(tmp_path)
+    assert not run.finished("base")
+    record = begin(Config())
+    save_json(run.folder("base") / "metrics.json", record)
+    assert not run.finished("base")
+    finish(run.folder("base"), record, val_bpb=1.5)
+    metrics = run.metrics("base")
+    assert run.finished("base") and metrics["val_bpb"] == 1.5 and metrics["seed"] == 3
+    assert metrics["config"]["depth"] == 4 and metrics["versions"]["torch"] and metrics["wall_time_s"] >= 0
+    assert run.latest_model() == run.folder("base") and run.latest_model(before="base") is None
+
+
+def test_json_is_written_aside_and_half_files_are_named(tmp_path):
+    save_json(tmp_path / "a.json", {"x": 1})
+    assert load_json(tmp_path / "a.json") == {"x": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    (tmp_path / "b.json").write_text('{"x": ')
+    with pytest.raises(InputError, match=r"b\.json is not valid JSON"):
+        load_json(tmp_path / "b.json")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write"):
+        save_json(tmp_path / "file" / "c.json", {})
+
+
+def test_flags_become_pairs():
+    assert pairs(["--depth", "4", "--a-b=1"]) == {"depth": "4", "a_b": "1"}
+    for words in (["depth", "4"], ["--depth"]):
+        with pytest.raises(InputError, match="--key value"):
+            pairs(words)
+
+
+@pytest.mark.slow
+def test_a_script_shows_one_line_and_exit_code_two(tmp_path):
+    root = Path(__file__).parent.parent
+    command = [
+        sys.executable,
+        "scripts/base_train.py",
+        "--config",
+        "recipes/cpu-demo/base.yaml",
+        "--run-dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run([*command, "--dpth", "3"], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown key 'dpth'")
