@@ -1,0 +1,218 @@
+"""Tools that the chat model may call: a calculator, and a sandbox that runs whole Python programs for HumanEval.
+
+`calculate` evaluates what the model writes between <|python_start|> and <|python_end|>: arithmetic on numbers and
+`'word'.count('l')`, nothing else. It walks the syntax tree and knows each allowed node by name; there is no `eval`, no
+name lookup and no attribute access, so there is nothing to escape to. (simpleeval was weighed: it starts from names,
+functions and attributes and forbids the dangerous ones; starting from nothing is shorter than configuring that.)
+`run_sandboxed` runs a program of the model in a process of its own with limits on time, memory, files and processes and,
+where the kernel allows it, without network. It guards against accidents and clumsy attacks, not against an expert:
+whoever runs code from strangers should put the whole evaluation into a container.
+
+    calculate("12*(3+4)")            -> "84"
+    calculate("'castle'.count('t')") -> "1"
+    run_sandboxed("print(1 + 1)")    -> SandboxResult(passed=True, output="2\\n", ...)
+"""
+
+import ast
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+MAX_CHARS = 200  # of an expression; nesting and work are bounded by it
+MAX_VALUE = 10**100  # of any number on the way; ints above it are slow to print and useless in a chat
+MAX_OUTPUT = 64 * 1024  # bytes of a sandboxed program's output that are kept
+
+_OPERATIONS = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Div: lambda a, b: a // b if isinstance(a, int) and isinstance(b, int) and b and a % b == 0 else a / b,
+    ast.FloorDiv: lambda a, b: a // b,
+    ast.Mod: lambda a, b: a % b,
+}
+
+
+def calculate(expression: str) -> str:
+    """Value of an arithmetic expression or of `'text'.count('part')`, as text.
+
+    Takes + - * / // % and parentheses on decimal numbers (commas between thousands are dropped, as upstream did), and the
+    one string method `count`. Whole results print without a decimal point, others with at most 10 digits.
+
+    Raises:
+        ValueError: one line that says what is wrong (too long, not allowed, division by zero, too large).
+    """
+    if not isinstance(expression, str):
+        raise ValueError("the expression must be text")
+    text = expression.strip()
+    if len(text) > MAX_CHARS:
+        raise ValueError(f"expression longer than {MAX_CHARS} characters")
+    if "'" not in text and '"' not in text:
+        text = text.replace(",", "")
+    if not text.isprintable():
+        raise ValueError("not an expression: control characters")
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # the last two: deep nesting
+        raise ValueError("not an expression") from error
+    try:
+        value = _count(tree.body) if isinstance(tree.body, ast.Call) else _number(tree.body)
+    except ZeroDivisionError as error:
+        raise ValueError("division by zero") from error
+    if isinstance(value, float):
+        value = float(f"{value:.10g}")  # hides binary noise such as 0.1 + 0.2 = 0.30000000000000004
+        return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
+    return str(value)
+
+
+def python(expression: str) -> str:
+    """Calculates an arithmetic expression, or how often a letter stands in a word.
+
+    Args:
+        expression: arithmetic such as 12*(3+4), or 'castle'.count('t').
+
+    Returns:
+        The result as text.
+    """
+    return calculate(expression)
+
+
+def _number(node: ast.expr) -> int | float:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):  # type(): True is an int, too
+        value = node.value
+    elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        value = _OPERATIONS[type(node.op)](_number(node.left), _number(node.right))
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
+        value = _number(node.operand) if isinstance(node.op, ast.UAdd) else -_number(node.operand)
+    elif isinstance(node, ast.Call):
+        value = _count(node)
+    else:
+        raise ValueError("only numbers, + - * / // % ( ) and 'text'.count('part') are allowed")
+    if not -MAX_VALUE <= value <= MAX_VALUE:  # also catches nan, and infinities such as 1e999
+        raise ValueError("number too large")
+    return value
+
+
+def _count(node: ast.Call) -> int:
+    method, arguments = node.func, node.args
+    if (
+        isinstance(method, ast.Attribute)
+        and method.attr == "count"
+        and len(arguments) == 1
+        and not node.keywords
+        and all(isinstance(n, ast.Constant) and type(n.value) is str for n in (method.value, arguments[0]))
+    ):
+        return method.value.value.count(arguments[0].value)
+    raise ValueError("the only call allowed is 'text'.count('part')")
+
+
+@dataclass(frozen=True)
+class SandboxResult:
+    """What a sandboxed program did: `passed` is True only if it ran to its last line without an exception."""
+
+    passed: bool
+    output: str  # stdout and stderr together, at most MAX_OUTPUT bytes of it
+    timed_out: bool
+
+
+# Runs in the child before the program. Each namespace is asked for on its own, since kernels differ in what they allow; a
+# process-id namespace makes the kernel end every descendant with the first process, whatever session it hid in.
+_GUARD = r"""
+import ctypes, os, resource, signal, sys, traceback
+marker, report, memory, seconds, code = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.stdin.read()
+try:
+    libc = ctypes.CDLL(None)
+    NEWUSER, NEWNET, NEWPID, NEWIPC = 0x10000000, 0x40000000, 0x20000000, 0x08000000
+    for flags in (NEWUSER | NEWNET | NEWPID | NEWIPC, NEWNET | NEWPID | NEWIPC, NEWUSER | NEWNET, NEWNET):
+        if libc.unshare(flags) == 0:
+            break
+except (OSError, AttributeError):
+    libc = None
+child = os.fork()
+if child:
+    os.close(report)
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
+if libc and hasattr(libc, "prctl"):
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with the process that waits, even in a session of its own
+for name, limit in (("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 20), ("NPROC", 64), ("NOFILE", 64), ("CORE", 0)):
+    try:
+        kind = getattr(resource, "RLIMIT_" + name)
+        hard = resource.getrlimit(kind)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (limit, limit))
+    except (OSError, ValueError, AttributeError):
+        pass
+sys.argv, sys.stdin = [""], open(os.devnull)
+def run(code):
+    exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+try:
+    run(code)
+    sys.stdout.flush()
+    os.write(report, marker.encode())
+except BaseException:
+    traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(1)
+"""
+
+
+def run_sandboxed(code: str, timeout: float = 5.0, memory_bytes: int = 512 * 1024 * 1024) -> SandboxResult:
+    """Runs a Python program in a fresh process and says whether it ran to its end.
+
+    The process gets an empty environment, an empty temporary folder (deleted afterwards), no standard input, no network and
+    no sight of other processes where the kernel allows that, and limits: `timeout` seconds of wall and processor time,
+    `memory_bytes` of address space, files of 1 MiB, 64 processes. A program that exits before its last line has not passed,
+    whatever its exit code: otherwise `sys.exit(0)` above the tests would pass every test.
+
+    Args:
+        code: the program's text.
+        timeout: seconds of wall time before the process group is killed.
+        memory_bytes: limit of the address space of each process.
+    """
+    marker = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as output:
+        read_end, write_end = os.pipe()
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                "-c",
+                _GUARD,
+                marker,
+                str(write_end),
+                str(memory_bytes),
+                str(int(timeout) + 1),
+            ],
+            cwd=folder,
+            env={},
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            pass_fds=(write_end,),
+            start_new_session=True,
+        )
+        os.close(write_end)
+        timed_out = False
+        try:
+            process.communicate(code.encode("utf-8", "replace"), timeout=timeout)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # also what the program left running in its group
+            except ProcessLookupError:
+                pass
+            process.wait()
+        os.set_blocking(read_end, False)  # a descendant that escaped may still hold the other end
+        try:
+            passed = os.read(read_end, 64) == marker.encode()
+        except BlockingIOError:
+            passed = False
+        os.close(read_end)
+        output.seek(0)
+        text = output.read(MAX_OUTPUT).decode("utf-8", "replace")
+    return SandboxResult(passed=passed and not timed_out, output=text, timed_out=timed_out)
