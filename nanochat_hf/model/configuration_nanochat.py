@@ -1,0 +1,172 @@
+"""Configuration of the nanochat family: both generations of karpathy/nanochat in one class.
+
+What: `NanoChatConfig` holds the shape of the network and one switch for every feature of the second generation
+(2026). With all switches off (`NanoChatConfig.first_generation()`) it describes the model of October 2025, the
+architecture that transformers ships as `nanochat`.
+Why a model type of our own: transformers owns `nanochat`, which knows the first generation only.
+How: `NanoChatConfig(num_hidden_layers=12, hidden_size=768)`; it is uploaded to the Hub with every checkpoint, so
+this file imports nothing of the project.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+SMEAR_GATE_CHANNELS = 24  # the gate of the smear reads this many leading channels of the normed embedding
+VALUE_GATE_CHANNELS = 12  # the gate of a value embedding reads this many leading channels of the layer's input
+ROPE_RANGE = 10  # positions up to this multiple of `max_position_embeddings`, as upstream's rotary tables
+
+
+@strict
+class NanoChatConfig(PreTrainedConfig):
+    """Shape and features of a nanochat model; upstream's names (karpathy/nanochat `GPTConfig`) in brackets.
+
+    Args:
+        vocab_size: rows of the embedding and of the head, padded to a multiple of 64 for speed.
+        num_tokens: size of the tokenizer [vocab_size]; logits are cropped to it. None: no padding rows.
+        hidden_size: width of the residual stream [n_embd].
+        intermediate_size: width of the MLP; None means 4 x hidden_size, the only value upstream knows.
+        num_hidden_layers: number of blocks [n_layer].
+        num_attention_heads: number of query heads [n_head].
+        num_key_value_heads: number of key/value heads [n_kv_head]; None means num_attention_heads.
+        head_dim: channels of a head; None means hidden_size / num_attention_heads.
+        max_position_embeddings: training sequence length in tokens [sequence_len]; the windows derive from it.
+            Positions up to 10 x this length are accepted, as upstream.
+        rms_norm_eps: epsilon of every RMSNorm. Upstream passes none to torch, which then takes that of float32.
+        rope_parameters: as everywhere in transformers; theta is 100,000 (first generation: 10,000).
+        final_logit_softcapping: logits are c * tanh(logits / c); None turns it off.
+        qk_scale: factor on q and on k after their norm (1.2; first generation: 1).
+        window_pattern: letters tiled over the layers: L sees everything, S sees `sliding_window` keys; the last layer
+            is always L.
+        sliding_window: keys that an S layer sees, its own token included: ceil(max_position_embeddings / 4 / 128) *
+            128 + 1 by default (the left neighbours that upstream names, and the token itself).
+        layer_types: derived from the above: `sliding_attention`, `full_attention`, and `hybrid` for the last layer
+            when the smear is on (in transformers' caches `hybrid` keeps keys, values and the one embedding that the
+            smear needs of the previous token). Cannot be chosen freely.
+        value_embeds: alternating layers (the last included) add a gated embedding of the token to their values.
+        smear: each token's embedding takes a gated share of its predecessor's.
+        residual_lambdas: block i reads r_i * x + z_i * x0, x0 the embedding.
+        backout: the stream after the middle block is subtracted, scaled, before the final norm.
+
+    Raises:
+        ValueError: a field is wrong; the message names it and says what to write.
+
+    Sources: https://github.com/karpathy/nanochat (nanochat/gpt.py, 2025-10 and 2026-07).
+    """
+
+    model_type = "nanochat_hf"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta: ClassVar[float] = 100_000.0
+
+    vocab_size: int = 32768
+    num_tokens: int | None = None
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = torch.finfo(torch.float32).eps
+    rope_parameters: dict | None = None
+    final_logit_softcapping: float | int | None = 15.0
+    qk_scale: float | int = 1.2
+    window_pattern: str = "SSSL"
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    value_embeds: bool = True
+    smear: bool = True
+    residual_lambdas: bool = True
+    backout: bool = True
+    attention_dropout: float | int = 0.0
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.check_shape()
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}: RoPE rotates pairs of channels, choose an even number")
+        derived = self.layer_types_of_pattern()
+        if self.layer_types is not None and list(self.layer_types) != derived:
+            raise ValueError(
+                f"layer_types {list(self.layer_types)} do not follow from window_pattern {self.window_pattern!r} and "
+                f"smear={self.smear} over {self.num_hidden_layers} layers: leave layer_types out, they are derived"
+            )
+        self.layer_types = derived
+        if "sliding_attention" not in derived:
+            self.sliding_window = None
+        elif self.sliding_window is None:
+            self.sliding_window = math.ceil(self.max_position_embeddings / 4 / 128) * 128 + 1
+        super().__post_init__(**kwargs)
+
+    def check_shape(self) -> None:
+        """Raises ValueError with one clear line for a field that cannot be meant."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(
+                f"window_pattern {self.window_pattern!r}: write a word of the letters S (window) and L (all)"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window is {self.sliding_window}: a layer must see at least its own token")
+        if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
+            raise ValueError(f"num_tokens {self.num_tokens} must lie between 1 and vocab_size {self.vocab_size}")
+        if self.smear and self.hidden_size < SMEAR_GATE_CHANNELS:
+            raise ValueError(
+                f"the smear needs hidden_size >= {SMEAR_GATE_CHANNELS}: set smear=False or widen the model"
+            )
+        if self.value_embeds and self.hidden_size < VALUE_GATE_CHANNELS:
+            raise ValueError(f"value embeddings need hidden_size >= {VALUE_GATE_CHANNELS}: set value_embeds=False")
+
+    def layer_types_of_pattern(self) -> list[str]:
+        """-> one layer type per block, in the vocabulary of transformers' caches."""
+        pattern, last = self.window_pattern, self.num_hidden_layers - 1
+        types = ["sliding_attention" if pattern[i % len(pattern)] == "S" else "full_attention" for i in range(last)]
+        return [*types, "hybrid" if self.smear else "full_attention"]
+
+    @property
+    def value_embed_layers(self) -> list[int]:
+        """Indices of the layers that have a value embedding: every other one, counted back from the last."""
+        last = self.num_hidden_layers - 1
+        return [i for i in range(self.num_hidden_layers) if i % 2 == last % 2] if self.value_embeds else []
+
+    @property
+    def generation(self) -> int:
+        """1 if no feature of the second generation adds a parameter, else 2 (decides how weights are initialised)."""
+        return 2 if self.value_embeds or self.smear or self.residual_lambdas or self.backout else 1
+
+    @classmethod
+    def first_generation(cls, **fields) -> "NanoChatConfig":
+        """-> the model of October 2025; `fields` override."""
+        off = dict.fromkeys(("value_embeds", "smear", "residual_lambdas", "backout"), False)
+        rope = {"rope_type": "default", "rope_theta": 10_000.0}
+        return cls(**{**off, "qk_scale": 1.0, "window_pattern": "L", "rope_parameters": rope, **fields})
+
+
+__all__ = ["NanoChatConfig"]

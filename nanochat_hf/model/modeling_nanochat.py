@@ -1,0 +1,482 @@
+"""The nanochat language model for transformers: both generations of karpathy/nanochat in one class.
+
+A decoder like Llama, read `NanoChatModel.forward` first. What differs from Llama, and where it comes from:
+- RMSNorm has no weights, and one more stands right after the embedding (nanochat; modded-nanogpt).
+- RoPE turns by -theta in half-split layout, and q and k are normed after it: "QK norm" (arXiv:2010.04245).
+- relu(x)^2 in a two-matrix MLP of 4x (Primer, arXiv:2109.08668); no biases; the head is not tied to the embedding.
+- Logits are softcapped in float32: 15 tanh(logits / 15) (Gemma 2, arXiv:2408.00118).
+The second generation adds (each a switch of the config; all off is the first generation, numerically transformers' own
+`nanochat`, with the same parameter names):
+- `qk_scale`: q and k times 1.2 after their norm, folded into the softmax scale here.
+- `window_pattern`: most layers see a window of keys, every fourth and the last see all (Mistral, arXiv:2310.06825).
+- `residual_lambdas`: block i reads r_i x + z_i x0, x0 the embedding (modded-nanogpt).
+- `value_embeds`: every other layer adds a gated embedding of the token to its values (value residual,
+  arXiv:2410.17897; modded-nanogpt).
+- `smear`: the embedding of a token takes a gated share of its predecessor's, except at the start of a sequence. The
+  one embedding that this needs across calls lives in transformers' own cache, as the convolution state of the last
+  layer (type `hybrid`); so beam search, static caches and rollback work.
+- `backout`: the stream after the middle block is subtracted before the final norm.
+
+Precision: no autocast is needed. Matrices keep their stored dtype (float32 masters while training) and are cast to
+the dtype of their input; the dtype of the embeddings decides in which dtype the network runs.
+Attention: any `attn_implementation` of transformers (eager, sdpa, flex_attention, flash_attention_2/3/4), or a function
+registered with `AttentionInterface`, which gets `sliding_window=` and no mask. A dict of prepared masks
+(`NanoChatModel.create_masks_for_generate`) may be passed as `attention_mask`, so that a loop builds them once.
+
+This file and the configuration are uploaded with every checkpoint: they import only torch and transformers.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_nanochat import ROPE_RANGE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, NanoChatConfig
+
+
+class Linear(nn.Linear):
+    """A linear map without bias that runs in the dtype of its input; `init_fn` fills a fresh weight."""
+
+    def __init__(self, in_features: int, out_features: int, init_fn: partial | None = None):
+        super().__init__(in_features, out_features, bias=False)
+        self.init_fn = init_fn or partial(init.zeros_)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """An embedding that knows how a fresh table is filled."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, init_fn: partial):
+        super().__init__(num_embeddings, embedding_dim)
+        self.init_fn = init_fn
+
+
+def matrix_init(config: NanoChatConfig, out_features: int, gain: float = 1.0) -> partial:
+    """-> the initialiser of a matrix that reads the residual stream: uniform (generation 2) or normal (generation 1)."""
+    std = config.hidden_size**-0.5
+    if config.generation == 1:
+        return partial(init.normal_, std=std * min(1.0, (out_features / config.hidden_size) ** 0.5))
+    return partial(init.uniform_, a=-(3**0.5) * gain * std, b=3**0.5 * gain * std)
+
+
+def gate_init() -> partial:
+    """-> the initialiser of a gate: small and positive, so that it starts slightly above one half."""
+    return partial(init.uniform_, a=0.0, b=0.02)
+
+
+def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=eps)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (B, H, T, D), cos and sin (B or 1, 1, T, D/2) -> x with the pairs (i, i + D/2) turned by -angle."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+
+
+class NanoChatRotaryEmbedding(nn.Module):
+    """Angles of RoPE. The attribute names are those that transformers needs to rebuild the buffers on loading."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: NanoChatConfig):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        fn = (
+            self.compute_default_rope_parameters
+            if self.rope_type == "default"
+            else ROPE_INIT_FUNCTIONS[self.rope_type]
+        )
+        inv_freq, self.attention_scaling = fn(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: NanoChatConfig, device=None, **_) -> tuple[torch.Tensor, float]:
+        """-> (D/2,) frequencies theta^(-2i/D), and the factor on cos and sin."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids (B or 1, T) -> cos, sin (B or 1, 1, T, D/2) in the dtype of x."""
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Reference attention: q (B, H, T, D), k and v (B, H_kv, S, D), additive mask -> (B, T, H, D) and weights."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class NanoChatAttention(nn.Module):
+    """Attention with QK norm after RoPE, a window in some layers, gated value embeddings in some."""
+
+    def __init__(self, config: NanoChatConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.qk_scale**2 * self.head_dim**-0.5
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        width, q_size = config.hidden_size, config.num_attention_heads * self.head_dim
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = Linear(width, q_size, matrix_init(config, q_size))
+        self.k_proj = Linear(width, kv_size, matrix_init(config, kv_size))
+        self.v_proj = Linear(width, kv_size, matrix_init(config, kv_size))
+        self.o_proj = Linear(q_size, width)  # zero: a fresh block passes its input on
+        if layer_idx in config.value_embed_layers:
+            self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.num_key_value_heads, gate_init())
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, value_embed=None, past_key_values=None,
+                **kwargs):  # fmt: skip
+        """hidden_states (B, T, C), value_embed (B, T, H_kv * D) or None -> (B, T, C) and attention weights or None."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+        v = self.v_proj(hidden_states).view(heads)
+        if value_embed is not None:
+            gate = 3 * torch.sigmoid(self.ve_gate(hidden_states[..., :VALUE_GATE_CHANNELS]))  # (B, T, H_kv)
+            v = v + gate.unsqueeze(-1) * value_embed.view(heads)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        q = rms_norm(rotate(q, *position_embeddings), self.config.rms_norm_eps)
+        k = rms_norm(rotate(k, *position_embeddings), self.config.rms_norm_eps)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, weights = attention(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class NanoChatMLP(nn.Module):
+    """relu(x W1)^2 W2."""
+
+    def __init__(self, config: NanoChatConfig):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.fc1 = Linear(width, inner, matrix_init(config, inner, gain=0.4))
+        self.fc2 = Linear(inner, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.relu(self.fc1(x)).square())
+
+
+class NanoChatDecoderLayer(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: NanoChatConfig, layer_idx: int):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.self_attn = NanoChatAttention(config, layer_idx)
+        self.mlp = NanoChatMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(rms_norm(hidden_states, self.eps), *args, **kwargs)[0]
+        return hidden_states + self.mlp(rms_norm(hidden_states, self.eps))
+
+
+class NanoChatPreTrainedModel(PreTrainedModel):
+    """What loading, saving and generating need to know about the two models below."""
+
+    config: NanoChatConfig
+    config_class = NanoChatConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanoChatDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": NanoChatDecoderLayer, "attentions": NanoChatAttention}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The functions of transformers.initialization leave weights alone that came from a checkpoint.
+        if hasattr(module, "init_fn"):
+            module.init_fn(module.weight)
+        elif isinstance(module, NanoChatModel):
+            depth = torch.linspace(0, 1, self.config.num_hidden_layers)
+            if self.config.residual_lambdas:
+                init.copy_(module.resid_lambdas, 1.15 - 0.10 * depth)
+                init.copy_(module.x0_lambdas, 0.20 - 0.15 * depth)
+            if self.config.smear:
+                init.zeros_(module.smear_lambda)
+            if self.config.backout:
+                init.constant_(module.backout_lambda, 0.2)
+        else:
+            super()._init_weights(module)
+
+
+class NanoChatModel(NanoChatPreTrainedModel):
+    """The network without its head: token ids (B, T) -> hidden states (B, T, C) after the final norm."""
+
+    def __init__(self, config: NanoChatConfig):
+        super().__init__(config)
+        width, layers = config.hidden_size, config.num_hidden_layers
+        std = 0.8 if config.generation == 2 else 1.0
+        self.embed_tokens = Embedding(config.vocab_size, width, partial(init.normal_, std=std))
+        self.layers = nn.ModuleList(NanoChatDecoderLayer(config, i) for i in range(layers))
+        self.rotary_emb = NanoChatRotaryEmbedding(config)
+        if config.value_embeds:
+            kv_size = config.num_key_value_heads * config.head_dim
+            self.value_embeds = nn.ModuleDict(
+                {
+                    str(i): Embedding(config.vocab_size, kv_size, matrix_init(config, width))
+                    for i in config.value_embed_layers
+                }
+            )
+        if config.residual_lambdas:
+            self.resid_lambdas = nn.Parameter(torch.ones(layers))
+            self.x0_lambdas = nn.Parameter(torch.zeros(layers))
+        if config.smear:
+            self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1, gate_init())
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.zeros(1))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **_):
+        """-> the masks of one forward pass: {"full_attention", "sliding_attention", "padding"}.
+
+        `generate` calls this outside of the compiled step when the cache is static; a training loop may call it once
+        and pass the result as `attention_mask`. The first two are what the attention function takes (None where it
+        needs none); "padding" is the 2D mask of the queries and the token before them, which the smear needs, or None.
+
+        Args:
+            inputs_embeds: tensor (B, T, any); only shape, dtype and device are read.
+            attention_mask: None, (B, S) with 1 for tokens and 0 for padding, or (B, 1, T, S) used as it is.
+        """
+        # The layers are named because transformers would take the first full one, which a static hybrid is not to it.
+        kwargs = {
+            "config": config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        length, masks = inputs_embeds.shape[1], {}
+        # Plain training: SDPA's own causal mode, which transformers would not use while torch compiles.
+        causal = config._attn_implementation == "sdpa" and all(
+            x is None for x in (attention_mask, past_key_values, position_ids)
+        )
+        if causal:
+            masks["full_attention"] = None
+        else:
+            masks["full_attention"] = create_causal_mask(**kwargs, layer_idx=config.num_hidden_layers - 1)
+        if "sliding_attention" in config.layer_types:
+            if causal and length <= config.sliding_window:
+                masks["sliding_attention"] = None
+            else:
+                sliding = config.layer_types.index("sliding_attention")
+                masks["sliding_attention"] = create_sliding_window_causal_mask(**kwargs, layer_idx=sliding)
+        is_2d = attention_mask is not None and attention_mask.ndim == 2
+        masks["padding"] = attention_mask[:, -(length + 1) :] if is_2d else None
+        return masks
+
+    def smear(self, x, position_ids, padding, cache):
+        """Adds to each embedding x_t (B, T, C) a gated share of x_{t-1}, within a sequence only."""
+        length = x.shape[1]
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        if cache is not None:
+            layer = self.config.num_hidden_layers - 1
+            if layer >= len(cache.layers) or not hasattr(cache.layers[layer], "update_conv_state"):
+                raise ValueError(
+                    "this cache has no place for the smear's state: create it as DynamicCache(config=model.config) or "
+                    "StaticCache(config=model.config, max_cache_len=...)"
+                )
+            continues = cache.has_previous_state(layer)
+            states = cache.update_conv_state(x.transpose(1, 2), layer, conv_kernel_size=1).transpose(1, 2)
+            if continues:
+                previous = states[:, -length - 1 : -1]
+        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS])) * self.smear_lambda.to(
+            x.dtype
+        )  # (B, T, 1)
+        if position_ids is not None:  # packed rows, and left padding in generate: position 0 starts a sequence
+            gate = gate * (position_ids != 0).unsqueeze(-1)
+        if padding is not None:  # left padding without position_ids: the token before is no token
+            before = F.pad(padding, (length + 1 - padding.shape[1], 0))[:, :-1]
+            gate = gate * (before != 0).unsqueeze(-1)
+        return x + gate * previous
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Runs the network.
+
+        Args:
+            input_ids: (B, T) token ids. Needed even beside `inputs_embeds` when the model has value embeddings.
+            attention_mask: (B, S) with 0 for padding, a prepared 4D mask, or the dict of `create_masks_for_generate`.
+            position_ids: (B, T). Restarting at 0 inside a row separates packed sequences.
+            past_key_values: cache made with `config=model.config`.
+            inputs_embeds: (B, T, C) in place of the embedding of `input_ids`.
+            use_cache: keep keys and values; the default is the config's while evaluating and False while training.
+
+        Returns:
+            `last_hidden_state` (B, T, C) and `past_key_values`.
+
+        Raises:
+            ValueError: no input, ids missing for value embeddings, a cache without the smear's state, or positions past
+                10 x max_position_embeddings.
+        """
+        config = self.config
+        if input_ids is None and (inputs_embeds is None or config.value_embeds):
+            raise ValueError(
+                "pass input_ids: "
+                + ("the value embeddings need them beside inputs_embeds" if inputs_embeds is not None else "no input")
+            )
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:
+            use_cache = False  # recomputing a block would append its keys twice
+
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        limit = ROPE_RANGE * config.max_position_embeddings
+        if x.shape[1] + (past if isinstance(past, int) else 0) > limit:
+            raise ValueError(
+                f"the sequence passes position {limit}, {ROPE_RANGE} x max_position_embeddings: shorten it"
+            )
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+        else:
+            masks = self.create_masks_for_generate(config, x, attention_mask, past_key_values, position_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        positions = position_ids
+        if positions is None:
+            positions = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
+        position_embeddings = self.rotary_emb(x, positions)
+
+        x = rms_norm(x, config.rms_norm_eps)
+        if config.smear:
+            x = self.smear(x, position_ids, masks.get("padding"), past_key_values)
+        x0 = middle = x
+        if config.residual_lambdas:
+            residual, initial = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
+        for i, layer in enumerate(self.layers):
+            if config.residual_lambdas:
+                x = residual[i] * x + initial[i] * x0
+            has_value_embed = config.value_embeds and str(i) in self.value_embeds
+            x = layer(
+                x,
+                position_embeddings,
+                attention_mask=masks[
+                    "sliding_attention" if config.layer_types[i] == "sliding_attention" else "full_attention"
+                ],
+                value_embed=self.value_embeds[str(i)](input_ids).to(x.dtype) if has_value_embed else None,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            if i == len(self.layers) // 2:
+                middle = x
+        if config.backout:
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        x = rms_norm(x, config.rms_norm_eps)
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values if use_cache else None)
+
+
+class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
+    """The language model: `NanoChatModel` and a head with softcapped float32 logits."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # only if the config asks for tying
+
+    def __init__(self, config: NanoChatConfig):
+        super().__init__(config)
+        self.model = NanoChatModel(config)
+        init_fn = partial(init.normal_, std=0.001) if config.generation == 2 else None
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, init_fn)
+        self.post_init()
+
+    create_masks_for_generate = staticmethod(NanoChatModel.create_masks_for_generate)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, num_tokens or vocab_size) in float32, and the loss if `labels` are given.
+
+        Args as in `NanoChatModel.forward`, and:
+            labels: (B, T) token ids, -100 for no loss; position t is scored against label t + 1.
+            logits_to_keep: compute only the last so many positions (0: all), or those of an index tensor.
+            kwargs: `num_items_in_batch` (loss = sum / that number), `shift_labels`, and what the attention takes.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])[..., : self.config.num_tokens].float()
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["NanoChatForCausalLM", "NanoChatModel", "NanoChatPreTrainedModel"]
