@@ -9,12 +9,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .model import NanoChatConfig, NanoChatForCausalLM, NanoChatModel
 
-
 __version__ = "0.1.0"
 __all__ = ["NanoChatConfig", "NanoChatForCausalLM", "NanoChatModel", "__version__"]
 
 AutoConfig.register(NanoChatConfig.model_type, NanoChatConfig)
-# exist_ok: the check goes by class name, and transformers' own nanochat has a class of the same name (and keeps working).
+# exist_ok: the check goes by class name; the class of the same name in transformers (its `nanochat`) keeps working.
 AutoModel.register(NanoChatConfig, NanoChatModel, exist_ok=True)
 AutoModelForCausalLM.register(NanoChatConfig, NanoChatForCausalLM, exist_ok=True)
 NanoChatConfig.register_for_auto_class()

@@ -3,5 +3,4 @@
 from .configuration_nanochat import NanoChatConfig
 from .modeling_nanochat import NanoChatForCausalLM, NanoChatModel, NanoChatPreTrainedModel
 
-
 __all__ = ["NanoChatConfig", "NanoChatForCausalLM", "NanoChatModel", "NanoChatPreTrainedModel"]

@@ -15,7 +15,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-
 SMEAR_GATE_CHANNELS = 24  # the gate of the smear reads this many leading channels of the normed embedding
 VALUE_GATE_CHANNELS = 12  # the gate of a value embedding reads this many leading channels of the layer's input
 ROPE_RANGE = 10  # positions up to this multiple of `max_position_embeddings`, as upstream's rotary tables

@@ -19,8 +19,8 @@ The second generation adds (each a switch of the config; all off is the first ge
 
 Precision: no autocast is needed. Matrices keep their stored dtype (float32 masters while training) and are cast to
 the dtype of their input; the dtype of the embeddings decides in which dtype the network runs.
-Attention: any `attn_implementation` of transformers (eager, sdpa, flex_attention, flash_attention_2/3/4), or a function
-registered with `AttentionInterface`, which gets `sliding_window=` and no mask. A dict of prepared masks
+Attention: any `attn_implementation` of transformers (eager, sdpa, flex_attention, flash_attention_2/3/4), or a
+function registered with `AttentionInterface`, which gets `sliding_window=` and no mask. A dict of prepared masks
 (`NanoChatModel.create_masks_for_generate`) may be passed as `attention_mask`, so that a loop builds them once.
 
 This file and the configuration are uploaded with every checkpoint: they import only torch and transformers.
@@ -65,7 +65,7 @@ class Embedding(nn.Embedding):
 
 
 def matrix_init(config: NanoChatConfig, out_features: int, gain: float = 1.0) -> partial:
-    """-> the initialiser of a matrix that reads the residual stream: uniform (generation 2) or normal (generation 1)."""
+    """-> the initialiser of a matrix that reads the stream: uniform in generation 2, normal in generation 1."""
     std = config.hidden_size**-0.5
     if config.generation == 1:
         return partial(init.normal_, std=std * min(1.0, (out_features / config.hidden_size) ** 0.5))
@@ -359,8 +359,8 @@ class NanoChatModel(NanoChatPreTrainedModel):
             `last_hidden_state` (B, T, C) and `past_key_values`.
 
         Raises:
-            ValueError: no input, ids missing for value embeddings, a cache without the smear's state, or positions past
-                10 x max_position_embeddings.
+            ValueError: no input, ids missing for value embeddings, a cache without the smear's state, or positions
+                past 10 x max_position_embeddings.
         """
         config = self.config
         if input_ids is None and (inputs_embeds is None or config.value_embeds):
