@@ -1,0 +1,1 @@
+"""Text to tensors (tokenizer, corpus, packing, loader) and messages (primer, conversations, answers)."""

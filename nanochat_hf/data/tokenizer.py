@@ -1,0 +1,235 @@
+"""Byte-level BPE tokenizers: train one from any dataset, with the chat template and special tokens that chat needs.
+
+The split pattern is GPT-4's with shorter groups of digits, and the nine special tokens stand after the merges, both
+as in karpathy/nanochat. What is saved is an ordinary `PreTrainedTokenizerFast` folder for `AutoTokenizer`.
+
+    python scripts/tok_train.py --config recipes/d12/tokenizer.yaml --run-dir runs/d12
+
+Text never turns into a special token by spelling it: documents go through `encode_documents`, messages through the
+chat template, and both treat `<|bos|>` in somebody's text as seven ordinary characters.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ..errors import InputError
+
+SPECIAL_TOKENS = (
+    "<|bos|>",  # begins every document and every conversation
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # inside an assistant turn: an expression for the tool ...
+    "<|python_end|>",
+    "<|output_start|>",  # ... and what the tool answered
+    "<|output_end|>",
+)
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)  # every byte is a token, so that any text can be encoded
+
+# GPT-4's pattern (openai/tiktoken, cl100k_base); GROUP is how many digits may share a token. Upstream measured 2 as
+# best at 32K tokens; 1 lets a small model learn arithmetic.
+SPLIT_PATTERN = "|".join(
+    [
+        r"'(?i:[sdmt]|ll|ve|re)",  # the tail of an English contraction
+        r"[^\r\n\p{L}\p{N}]?+\p{L}+",  # a word, with the one space or sign before it
+        r"\p{N}{1,GROUP}",
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*",  # signs, with the line ends after them
+        r"\s*[\r\n]",
+        r"\s+(?!\S)",  # blanks, but the last one before a word belongs to the word
+        r"\s+",
+    ]
+)
+
+# How transformers and TRL read a reply back into a message. A result block starts the reply anew: otherwise the call
+# before it would be found a second time, and made a second time.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": ["<|assistant_start|>", "<|output_end|>"],
+    "fields": {
+        "tool_calls": {
+            "open": "<|python_start|>",
+            "close": "<|python_end|>",
+            "repeats": True,
+            "content": "text",
+            "transform": {
+                "type": "function",
+                "function": {"name": "python", "arguments": {"expression": "{content}"}},
+            },
+        },
+        "content": {"close": "<|assistant_end|>", "content": "text"},
+    },
+}
+
+
+def new_backend(digit_group: int = 2, normalization: str | None = None) -> Tokenizer:
+    """An untrained byte-level BPE tokenizer; `normalization` is None (text is kept byte for byte) or "nfc"."""
+    if digit_group not in (1, 2, 3):
+        raise InputError(f"digit_group must be 1, 2 or 3, not {digit_group}")
+    if normalization not in (None, "", "nfc"):
+        raise InputError(f"normalization must be 'nfc' or empty, not {normalization!r}")
+    backend = Tokenizer(models.BPE())
+    if normalization:
+        backend.normalizer = normalizers.NFC()
+    pattern = Regex(SPLIT_PATTERN.replace("GROUP", str(digit_group)))
+    split = pre_tokenizers.Split(pattern, behavior="isolated")
+    bytes_as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_as_letters])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, digit_group: int = 2, normalization: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer of `vocab_size` tokens, the nine special ones included and last.
+
+    Fewer tokens come out, with a warning, when the text has no more pairs to merge. Raises InputError when
+    `vocab_size` cannot hold the 256 bytes and the special tokens, or when there is no text.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise InputError(
+            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and 9 special tokens), not {vocab_size}"
+        )
+    texts = iter(texts)
+    first = next(texts, None)
+    if first is None:
+        raise InputError("there is no text to train a tokenizer on: the dataset is empty")
+    backend = new_backend(digit_group, normalization)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[],  # the trainer would put them first
+        min_frequency=0,
+        show_progress=False,
+    )
+    backend.train_from_iterator(_chain(first, texts), trainer)
+    tokenizer = wrap(backend)
+    if len(tokenizer) < vocab_size:
+        warnings.warn(f"the text has only {len(tokenizer)} tokens to offer, not {vocab_size}", stacklevel=2)
+    return tokenizer
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """Add the special tokens, the chat template and the response template to a trained backend."""
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    bos = backend.token_to_id("<|bos|>")
+    # Plain `tokenizer(text)` begins with bos, as every training row does; the chat template writes its own.
+    backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|bos|>",
+        eos_token="<|assistant_end|>",
+        pad_token="<|bos|>",  # not eos: collators that ignore padding in the loss would then never teach to stop
+        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|bos|>", "<|assistant_end|>")],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        response_template=RESPONSE_TEMPLATE,
+    )
+    tokenizer.chat_template = (Path(__file__).parent / "chat_template.jinja").read_text()
+    return tokenizer
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or a Hub id. Raises InputError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError) as error:
+        raise InputError(f"no tokenizer in {name}: {str(error).splitlines()[0]}") from None
+
+
+_twins: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A twin of the tokenizer's backend that reads special tokens in text as ordinary text; kept per tokenizer."""
+    if tokenizer not in _twins:
+        twin = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        twin.no_padding()
+        twin.no_truncation()
+        twin.encode_special_tokens = True  # the library's name for "encode them like any other text"
+        _twins[tokenizer] = twin
+    return _twins[tokenizer]
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerFast) -> type:
+    """The smallest numpy integer that holds every id."""
+    return np.uint16 if len(tokenizer) <= 65536 else np.uint32
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
+    """Each text as an array of ids, bos first, and no other special token whatever the text spells.
+
+    The texts are spread over all cores unless TOKENIZERS_PARALLELISM=false.
+    """
+    bos, dtype = tokenizer.bos_token_id, token_dtype(tokenizer)
+    documents = []
+    for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False):
+        ids = encoding.ids
+        document = np.empty(len(ids) + 1, dtype)
+        document[0], document[1:] = bos, ids
+        documents.append(document)
+    return documents
+
+
+def strip_special_tokens(text: str) -> str:
+    """`text` with every special token spelled in it broken up, the way the chat template does it to messages."""
+    for token in SPECIAL_TOKENS:
+        text = text.replace(token, f"<| {token[2:-2]} |>")
+    return text
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """How many bytes of text each id stands for, in id order; special tokens 0. For bits per byte.
+
+    Exact for byte-level tokenizers, ours and GPT-2's kind: each letter of a token's name stands for one byte.
+    """
+    specials = set(tokenizer.all_special_ids)
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [0 if index in specials or name is None else len(name) for index, name in enumerate(names)]
+
+
+@dataclass
+class TokenizerConfig:
+    """Keys of tokenizer.yaml."""
+
+    dataset: str = "primer"
+    """Text to train on: a Hub id, a folder of parquet files, a .jsonl file or `primer`."""
+    vocab_size: int = 32768
+    """Number of tokens, the nine special ones included."""
+    max_chars: int = 2_000_000_000
+    """Stop after this many characters of text."""
+    doc_cap: int = 10_000
+    """Characters that one document may give, so that a few very long ones do not decide the merges."""
+    digit_group: int = 2
+    """Most digits in one token: 2, or 1 where arithmetic is to be learned."""
+    normalization: str = ""
+    """`nfc` to compose Unicode before encoding (Hangul, accents); empty keeps every byte as it is."""
+    seed: int = 0
+    skip_bad_files: bool = False
+    """Go on without files that cannot be read, instead of stopping."""
+
+
+def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> float:
+    """Mean bytes of UTF-8 per token over texts, bos not counted."""
+    num_bytes = num_tokens = 0
+    texts = iter(texts)
+    while batch := list(islice(texts, 256)):
+        num_bytes += sum(len(text.encode()) for text in batch)
+        num_tokens += sum(len(document) - 1 for document in encode_documents(tokenizer, batch))
+    if not num_tokens:
+        raise InputError("there is no text to measure the tokenizer on")
+    return num_bytes / num_tokens
