@@ -1,0 +1,114 @@
+"""The training step's way through the network: the same parameters and the same numbers as model/, fewer bytes moved.
+
+`Trunk(model)(input_ids)` equals `model.model(input_ids).last_hidden_state` for whole, unpadded rows without a cache,
+which is what pretraining feeds; the tests hold the two together for both generations. Differences:
+
+- q, k and v come out of one matrix product (their float32 masters are concatenated while they are cast to bf16);
+- the fused operations of `kernels.py`;
+- each block is compiled by itself and the program is reused by all blocks alike (regional compilation), so that the
+  first step of 24 layers waits for three programs and not for one of 24 times the size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model.modeling_nanochat import NanoChatForCausalLM
+from .kernels import attention, head_loss, needs_mask, relu2_mlp, window_mask
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=eps)
+
+
+def rope_norm(x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """x (B, T, H, D) turned by -angle, cos and sin (T, 1, D/2), then normed over D."""
+    first, second = x.chunk(2, dim=-1)
+    return rms_norm(torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1), eps)
+
+
+def embed(ids: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, eps: float) -> Tensor:
+    """ids (B, T) -> normed embedding (B, T, C), smeared if there is a gate (1, G)."""
+    x = rms_norm(F.embedding(ids, table), eps)
+    if gate is not None:
+        share = strength.to(x.dtype) * torch.sigmoid(F.linear(x[:, 1:, : gate.shape[1]], gate.to(x.dtype)))
+        x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
+    return x
+
+
+def block(x, x0, lambdas, ids, value_table, gate, wq, wk, wv, wo, w1, w2, cos, sin, mask, window, head_dim, scale, eps):
+    """One decoder layer on x (B, T, C); `lambdas` None or two scalars, `value_table` (V, K * D) and `gate` or None."""
+    if lambdas is not None:
+        x = lambdas[0] * x + lambdas[1] * x0
+    h = rms_norm(x, eps)
+    products = F.linear(h, torch.cat((wq, wk, wv)).to(h.dtype))
+    q, k, v = (
+        part.unflatten(-1, (-1, head_dim)) for part in products.split((len(wq), len(wk), len(wv)), dim=-1)
+    )  # (B, T, heads, D)
+    if value_table is not None:
+        opening = 3 * torch.sigmoid(F.linear(h[..., : gate.shape[1]], gate.to(h.dtype)))
+        v = v + opening.unsqueeze(-1) * F.embedding(ids, value_table).to(h.dtype).view_as(v)
+    q, k = rope_norm(q, cos, sin, eps), rope_norm(k, cos, sin, eps)
+    y = attention(q, k, v, scale, window, mask)
+    x = x + F.linear(y.flatten(-2), wo.to(h.dtype))
+    return x + relu2_mlp(rms_norm(x, eps), w1.to(x.dtype), w2.to(x.dtype))
+
+
+def finish(x: Tensor, middle: Tensor, strength: Tensor | None, eps: float) -> Tensor:
+    if strength is not None:
+        x = x - strength.to(x.dtype) * middle
+    return rms_norm(x, eps)
+
+
+class Trunk(nn.Module):
+    """NanoChatModel's forward over the parameters of `model`, and with targets the head's loss as well."""
+
+    def __init__(self, model: NanoChatForCausalLM, compile: bool = False):
+        super().__init__()
+        self.model = model
+        wrap = torch.compile(dynamic=False, fullgraph=True) if compile else lambda function: function
+        self.embed, self.block, self.finish = wrap(embed), wrap(block), wrap(finish)
+        self.angles: dict = {}  # (length, device) -> cos, sin, masks by window
+
+    def prepare(self, length: int, x: Tensor) -> tuple[Tensor, Tensor, dict]:
+        """cos, sin (T, 1, D/2) and the block masks that attention needs, made once per length."""
+        key = (length, x.device, x.dtype)
+        if key not in self.angles:
+            config = self.model.config
+            cos, sin = self.model.model.rotary_emb(x, torch.arange(length, device=x.device)[None])
+            masks = {}
+            window = config.sliding_window
+            if window is not None and window < length and needs_mask(x):
+                masks[window] = window_mask(window, length, x.device)
+            self.angles[key] = cos[0, 0, :, None].contiguous(), sin[0, 0, :, None].contiguous(), masks
+        return self.angles[key]
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """ids (B, T) -> hidden states (B, T, C); with targets (B, T; -100 ignored) their loss in nats instead."""
+        model, config = self.model.model, self.model.config
+        eps = config.rms_norm_eps
+        smear = (model.smear_gate.weight, model.smear_lambda) if config.smear else (None, None)
+        x = x0 = middle = self.embed(ids, model.embed_tokens.weight, *smear, eps)
+        cos, sin, masks = self.prepare(ids.shape[1], x)
+        lambdas = [None] * len(model.layers)
+        if config.residual_lambdas:
+            lambdas = list(zip(model.resid_lambdas.unbind(), model.x0_lambdas.unbind()))
+        for i, layer in enumerate(model.layers):
+            attn, mlp = layer.self_attn, layer.mlp
+            table = gate = None
+            if config.value_embeds and str(i) in model.value_embeds:
+                table, gate = model.value_embeds[str(i)].weight, attn.ve_gate.weight
+            window = attn.sliding_window if (attn.sliding_window or ids.shape[1]) < ids.shape[1] else None
+            x = self.block(
+                x, x0, lambdas[i], ids, table, gate, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight,
+                attn.o_proj.weight, mlp.fc1.weight, mlp.fc2.weight, cos, sin, masks.get(window), window,
+                config.head_dim, attn.scaling, eps,
+            )  # fmt: skip
+            if i == len(model.layers) // 2:
+                middle = x
+        hidden = self.finish(x, middle, model.backout_lambda if config.backout else None, eps)
+        if targets is None:
+            return hidden
+        cap, size = config.final_logit_softcapping, config.num_tokens or config.vocab_size
+        loss = head_loss(hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), cap, size, reduction)
+        return loss if reduction == "mean" else loss.view_as(targets)
