@@ -1,0 +1,1 @@
+"""Weights to numbers: bits per byte, benchmarks, the report."""

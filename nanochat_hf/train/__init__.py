@@ -1,0 +1,1 @@
+"""Tensors to weights: scaling, schedule, optimizer, pretraining, fine-tuning, RL."""
