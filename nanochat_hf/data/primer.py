@@ -1,0 +1,464 @@
+"""The embedded corpus of the demo: text, conversations and test questions about one small world, made from a seed.
+
+Why: `make demo` downloads nothing, and what the model learned must be measurable. `documents` is text for pretraining
+(facts in varied sentences, stories, worked sums, spelling), `conversations` are chats for mid-training and SFT, and
+`questions` are the rows of the test. Three things keep the test honest: facts are asked in phrasings that stand in no
+training text, sums use pairs of numbers that stand together in no training text, and one word in five is held out.
+
+    for text in documents("train", seed=0): ...
+    for row in conversations("train", seed=0): row["messages"]
+    questions("spelling")[0]  # {"kind", "messages", "answer", ...}; grade with nanochat_hf.data.answers
+"""
+
+import re
+from collections.abc import Iterator
+from random import Random
+from zlib import crc32
+
+from ..errors import InputError
+from .primer_world import (
+    ANIMALS,
+    COUNTRIES,
+    FRAMES,
+    NAME,
+    OBJECTS,
+    PEOPLE,
+    RELATIONS,
+    TEST_FRAMES,
+    TRIPLE_WORDS,
+    WORDS,
+    Relation,
+)
+
+KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")
+DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, about 13K tokens
+CONVERSATION_ROUNDS = 40  # rounds of `conversations`; one round asks for every fact, about 29K tokens
+
+_BY_NAME = {relation.name: relation for relation in RELATIONS}
+
+SUM_QUESTIONS = {
+    "+": (
+        "What is {a} + {b}?",
+        "What is {a} plus {b}?",
+        "How much is {a} + {b}?",
+        "Add {a} and {b}.",
+        "{a} + {b} = ?",
+        "Please calculate {a} + {b}.",
+        "What is the sum of {a} and {b}?",
+        "Can you tell me {a} plus {b}?",
+    ),
+    "-": (
+        "What is {a} - {b}?",
+        "What is {a} minus {b}?",
+        "How much is {a} - {b}?",
+        "Take {b} away from {a}.",
+        "{a} - {b} = ?",
+        "Please calculate {a} - {b}.",
+        "Subtract {b} from {a}.",
+        "Can you tell me {a} minus {b}?",
+    ),
+    "*": (
+        "What is {a} * {b}?",
+        "What is {a} times {b}?",
+        "How much is {a} * {b}?",
+        "Multiply {a} by {b}.",
+        "{a} * {b} = ?",
+        "Please calculate {a} * {b}.",
+        "What is the product of {a} and {b}?",
+        "Can you tell me {a} times {b}?",
+    ),
+}
+PROBLEMS = (
+    ("+", "{p} has {a} {o} and finds {b} more. How many {o} does {p} have now?"),
+    ("+", "{p} has {a} {o}. {q} has {b} {o}. How many {o} do they have together?"),
+    ("+", "There are {a} {o} in the house and {b} {o} in the garden. How many {o} are there in all?"),
+    ("-", "{p} has {a} {o} and gives {b} to {q}. How many {o} are left?"),
+    ("-", "{p} had {a} {o} and lost {b} of them. How many {o} does {p} still have?"),
+    ("-", "{p} has {a} {o} and {q} has {b}. How many {o} more does {p} have?"),
+    ("*", "{p} has {a} bags with {b} {o} in each. How many {o} is that in all?"),
+    ("*", "Each of {a} people brings {b} {o}. How many {o} do they bring in all?"),
+)
+SPELL_QUESTIONS = (
+    'Spell "{w}".',
+    'Spell the word "{w}".',
+    'How do you spell "{w}"?',
+    'Can you spell "{w}"?',
+    'Please spell "{w}" for me.',
+    'What are the letters of "{w}"?',
+    'Which letters are in "{w}"?',
+    'Write "{w}" letter by letter.',
+    'I need the spelling of "{w}".',
+    'How is "{w}" spelled?',
+)
+COUNT_QUESTIONS = (
+    'How many times does {l} stand in "{w}"?',
+    'How many {l} are in "{w}"?',
+    'How often is the letter {l} in "{w}"?',
+    'Count the letter {l} in "{w}".',
+    'How many letters {l} does "{w}" have?',
+    'In "{w}", how many {l} are there?',
+    'Can you count the {l} in "{w}"?',
+    'Please count how often {l} stands in "{w}".',
+)
+IDENTITY = (  # (training questions, test questions, answer)
+    (
+        (
+            "Who are you?",
+            "What is your name?",
+            "Tell me your name.",
+            "What are you called?",
+            "Who am I talking to?",
+            "Please say who you are.",
+            "Hello, who are you?",
+            "Do you have a name?",
+        ),
+        ("Tell me who you are.", "May I know your name?"),
+        f"I am {NAME}, a small language model.",
+    ),
+    (
+        ("What are you?", "Are you a person?", "Are you human?", "Are you a machine?", "What kind of thing are you?"),
+        ("Are you a human or a machine?",),
+        f"I am {NAME}, a small language model and not a person.",
+    ),
+    (
+        ("What can you do?", "How can you help me?", "What do you know?", "What are you good at?", "Can you help me?"),
+        ("What can you help me with?",),
+        f"I am {NAME}. I know one little world, and I can spell, count letters and calculate.",
+    ),
+    (
+        ("Who made you?", "Who built you?", "Where do you come from?", "How were you made?", "Who trained you?"),
+        ("Who was it that made you?",),
+        f"I am {NAME}. I was trained from nothing on a small computer, with parts from Hugging Face.",
+    ),
+)
+SMALL_TALK = (
+    (("Hello!", "Hi!", "Hello there.", "Good morning!", "Good day!", "Hey!"), "Hello! What would you like to know?"),
+    (("How are you?", "How do you do?", "Are you well?", "How is it going?"), "I am fine, thank you. How can I help?"),
+    (("Thank you!", "Thanks.", "Thanks a lot!", "That was good, thank you."), "You are welcome!"),
+    (("Goodbye!", "Bye!", "See you later.", "Good night!", "I must go now."), "Goodbye! Come back soon."),
+    (("You are great.", "Well done!", "Good job!", "That is right."), "Thank you! That is kind of you."),
+    (("I am sad.", "I feel bad today.", "This is a bad day."), "I am sorry to hear that. Shall I tell you a story?"),
+    (("I am happy.", "I feel good today.", "This is a good day."), "I am glad to hear that!"),
+    (("I am bored.", "What shall we do?", "Say something."), "Ask me about a country, an animal or a word."),
+)
+STORY_QUESTIONS = (
+    "Tell me a story about {p}.",
+    "Tell a story about {p}.",
+    "Do you know a story about {p}?",
+    "I want to hear a story about {p}.",
+    "Please tell me something about {p}.",
+)
+
+
+def held_out_word(word: str) -> bool:
+    """Whether a word to spell belongs to the test, and so to no training text."""
+    return crc32(word.encode()) % 5 == 0
+
+
+def held_out_pair(a: int, b: int) -> bool:
+    """Whether two operands belong to the test, in either order and for every operation."""
+    return crc32(f"{min(a, b)} {max(a, b)}".encode()) % 10 == 0
+
+
+def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS) -> Iterator[str]:
+    """Text for pretraining, a document at a time: the same for the same split and seed.
+
+    Both splits tell of the same world, in other words: "validation" (or "test") is a twentieth of the rounds.
+    Neither has a held-out word or pair, nor a test phrasing.
+    """
+    validation = _is_test(split)
+    rng = Random(f"documents {validation} {seed}")
+    for _ in range(max(1, rounds // 20) if validation else rounds):
+        batch = [_about(rng, entity) for entity in (*PEOPLE, *COUNTRIES, *ANIMALS)]
+        batch += [_list_of_facts(rng) for _ in range(24)]
+        batch += [_talk(rng) for _ in range(40)]
+        batch += [" ".join(_story(rng, rng.choice(PEOPLE))) for _ in range(30)]
+        batch += [_worked_sums(rng) for _ in range(20)]
+        batch += [_spelled_words(rng) for _ in range(50)]
+        batch += [_counted_letters(rng) for _ in range(15)]
+        rng.shuffle(batch)
+        yield from batch
+
+
+def conversations(split: str = "train", seed: int = 0, rounds: int = CONVERSATION_ROUNDS) -> Iterator[dict]:
+    """Chats as rows {"kind": ..., "messages": [...]}, at most about 100 tokens each; some have two or three turns.
+
+    "test" (or "validation") asks with test phrasings, held-out words and pairs, in a tenth of the rounds.
+    """
+    test = _is_test(split)
+    rng = Random(f"conversations {test} {seed}")
+    counts = (("arithmetic", 120), ("spelling", 150), ("counting", 120), ("problem", 40), ("identity", 25))
+    for _ in range(max(1, rounds // 10) if test else rounds):
+        batch = [_fact(rng, relation, entity, test) for relation in RELATIONS for entity in relation.facts]
+        for kind, count in counts:
+            batch += [_ask(rng, kind, test) for _ in range(count)]
+        batch += [_small_talk(rng) for _ in range(30)]
+        batch += [_story_told(rng) for _ in range(20)]
+        rng.shuffle(batch)
+        position = 0
+        while position < len(batch):
+            turns = batch[position : position + rng.choice((1, 1, 1, 1, 1, 1, 2, 2, 3))]
+            if sum(len(m["content"]) for row in turns for m in row["messages"]) > 220:
+                turns = turns[:1]
+            position += len(turns)
+            kind = turns[0]["kind"] if len(turns) == 1 else "mixed"
+            yield {"kind": kind, "messages": [message for row in turns for message in row["messages"]]}
+
+
+def questions(kind: str, split: str = "test", seed: int = 0, limit: int | None = None) -> list[dict]:
+    """Questions to grade, as rows {"kind", "messages": [one user message], "answer", "entity", "rivals", "tool"}.
+
+    `kind` is one of KINDS. "fact" asks for every fact once; the others give 200 rows ("counting": 50 for each answer of
+    0 to 3; "identity": every test question). `answer` is the value to name, `entity` what it must be said about (""
+    if nothing), `rivals` the values of the same relation, `tool` whether the python tool should be called. With
+    split="train" the same questions come from the training half, which is what reinforcement learning practises on.
+    """
+    if kind not in KINDS:
+        raise InputError(f"no questions of kind {kind!r} in the primer: use one of {', '.join(KINDS)}")
+    test = _is_test(split)
+    rng = Random(f"questions {kind} {test} {seed}")
+    if kind == "fact":
+        rows = [_fact(rng, relation, entity, test) for relation in RELATIONS for entity in relation.facts]
+    elif kind == "counting":
+        rows = [_counting(rng, test, count) for count in range(4) for _ in range(50)]
+    elif kind == "identity":
+        rows = [_identity_row(question, group[2]) for group in IDENTITY for question in group[1 if test else 0]]
+    else:
+        rows = [_ask(rng, kind, test) for _ in range(200)]
+    rng.shuffle(rows)
+    return [{**row, "messages": row["messages"][:1]} for row in rows[:limit]]
+
+
+# Pieces of documents
+
+
+def _sentence(template: str, **values: str) -> str:
+    """Fills a phrasing: "a owl" becomes "an owl", and the first letter a capital."""
+    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", template.format(**values))
+    return text[0].upper() + text[1:]
+
+
+def _state(rng: Random, relation: Relation, entity: str) -> str:
+    return _sentence(rng.choice(relation.statements), e=entity, v=relation.facts[entity])
+
+
+def _about(rng: Random, entity: str) -> str:
+    relations = [relation for relation in RELATIONS if entity in relation.facts]
+    return " ".join(_state(rng, r, entity) for r in rng.sample(relations, len(relations)))
+
+
+def _list_of_facts(rng: Random) -> str:
+    relation = rng.choice(RELATIONS[8:])  # opposites, days, months, numbers: about no entity of their own
+    return " ".join(_state(rng, relation, e) for e in rng.sample(list(relation.facts), rng.randint(3, 5)))
+
+
+def _talk(rng: Random) -> str:
+    """Two people talk: a question as it may be asked in a chat, and its answer."""
+    asks, knows = rng.sample(PEOPLE, 2)
+    relation = rng.choice(RELATIONS)
+    row = _fact(rng, relation, rng.choice(list(relation.facts)), test=False)
+    question, answer = (message["content"] for message in row["messages"])
+    form = rng.choice(("{p} asked {q}: {x}\n{q} said: {y}", "{p}: {x}\n{q}: {y}", "Question: {x}\nAnswer: {y}"))
+    return form.format(p=asks, q=knows, x=question, y=answer)
+
+
+def _story(rng: Random, person: str) -> list[str]:
+    """Three or four sentences about a person, with facts of the world in them."""
+    job, town, pet = (_BY_NAME[name].facts[person] for name in ("job", "town", "pet"))
+    animal, other = rng.choice(ANIMALS), rng.choice([p for p in PEOPLE if p != person])
+    day = rng.choice(list(_BY_NAME["day_after"].facts))
+    colour, place = _BY_NAME["animal_colour"].facts[animal], _BY_NAME["animal_home"].facts[animal]
+    values = dict(p=person, job=job, town=town, pet=pet, q=other, animal=animal, colour=colour, place=place, day=day)
+    values["next_day"] = _BY_NAME["day_after"].facts[day]
+    values["q_job"] = _BY_NAME["job"].facts[other]
+    openings = (
+        "{p} is a {job} in {town}.",
+        "In {town} lives {p}, a {job}.",
+        "{p} lives in {town} and works as a {job}.",
+    )
+    middles = (
+        "On {day} {p} and the {pet} went to the {place}.",
+        "One {day} {p} took the {pet} for a walk to the {place}.",
+        "{p} left {town} early on {day} and came to the {place}.",
+    )
+    meetings = (
+        "There they saw a {colour} {animal}.",
+        "There stood a {animal}, all {colour}.",
+        "A {colour} {animal} lives in the {place}, and it said hello.",
+    )
+    endings = (
+        "On {next_day} {p} told {q}, the {q_job}, about it.",
+        "The day after was {next_day}, and {p} was happy.",
+        "Then {p} and the {pet} went home to {town}.",
+        "{q}, who works as a {q_job}, had a good laugh.",
+    )
+    return [_sentence(rng.choice(part), **values) for part in (openings, middles, meetings, endings)]
+
+
+def _operands(rng: Random, sign: str, test: bool) -> tuple[int, int]:
+    while True:
+        top = rng.choice((20, 99, 99, 999))
+        a, b = rng.randint(1, top), rng.randint(1, min(top, 12) if sign == "*" else top)
+        if sign == "-" and a < b:
+            a, b = b, a
+        if held_out_pair(a, b) == test:
+            return a, b
+
+
+def _result(a: int, sign: str, b: int) -> int:
+    return a + b if sign == "+" else a - b if sign == "-" else a * b
+
+
+def _worked_sums(rng: Random) -> str:
+    """A few sums; two-digit ones are worked out by tens and ones."""
+    lines = []
+    while len(lines) < 3:
+        sign = rng.choice("++-*")
+        a, b = _operands(rng, sign, test=False)
+        steps = [(a, sign, b)]
+        if 10 < a < 100 and a % 10 and sign == "*":
+            tens, ones = a - a % 10, a % 10
+            steps = [(tens, "*", b), (ones, "*", b), (tens * b, "+", ones * b)]
+        elif 10 < a < 100 and 10 < b < 100 and a % 10 and b % 10 and sign == "+":
+            tens, ones = (a - a % 10, b - b % 10), (a % 10, b % 10)
+            steps = [(tens[0], "+", tens[1]), (ones[0], "+", ones[1]), (sum(tens), "+", sum(ones))]
+        if any(held_out_pair(x, y) for x, _, y in steps):
+            continue
+        worked = ", ".join(f"{x} {s} {y} = {_result(x, s, y)}" for x, s, y in steps)
+        lines.append(f"{worked}." if len(steps) == 1 else f"{a} {sign} {b}: {worked}. It is {_result(a, sign, b)}.")
+    return "\n".join(lines)
+
+
+def _word(rng: Random, test: bool) -> str:
+    """A word to spell. Half of the training words are spliced from two ("cas-tle" and "bas-ket" give "casket"), so
+    that the letters of every token are seen in many places; those of the test are always real and never seen."""
+    while True:
+        word = rng.choice(WORDS if test or rng.random() < 0.85 else TRIPLE_WORDS)
+        if held_out_word(word) != test:
+            continue
+        if test or rng.random() < 0.5:
+            return word
+        other = rng.choice(WORDS)
+        word = word[: rng.randint(2, 4)] + other[-rng.randint(2, 4) :]
+        if not held_out_word(other) and not held_out_word(word) and len(word) > 5:  # short splices make rude words
+            return word
+
+
+def _letters(word: str) -> str:
+    return " ".join(word)
+
+
+def _spelled_words(rng: Random) -> str:
+    forms = (
+        '"{w}": {s}.',
+        'The word "{w}" is spelled {s}.',
+        'The letters of "{w}" are {s}.',
+        'You spell "{w}" so: {s}.',
+    )
+    return "\n".join(rng.choice(forms).format(w=w, s=_letters(w)) for w in (_word(rng, False) for _ in range(3)))
+
+
+def _counted_letters(rng: Random) -> str:
+    word, letter, count = _countable(rng, False, rng.randint(0, 3))
+    return f'"{word}": {_letters(word)}. The letter {letter} stands {_times(count)} in "{word}".'
+
+
+def _times(count: int) -> str:
+    return f"{count} time" if count == 1 else f"{count} times"
+
+
+def _countable(rng: Random, test: bool, count: int) -> tuple[str, str, int]:
+    """A word and a letter that stands in it `count` times (0 to 3)."""
+    while True:
+        word = rng.choice(TRIPLE_WORDS) if count == 3 else _word(rng, test)
+        letters = [
+            x
+            for x in sorted(set(word) if count else set("abcdefghijklmnoprstuvwy") - set(word))
+            if word.count(x) == count
+        ]
+        if letters and held_out_word(word) == test:
+            return word, rng.choice(letters), count
+
+
+# Pieces of conversations: each returns a row of `questions` with the assistant's answer still in its messages
+
+
+def _row(kind: str, question: str, answer: list[dict] | str, value: str, entity: str = "", **more: object) -> dict:
+    replies = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    messages = [{"role": "user", "content": question}, *replies]
+    return {"kind": kind, "messages": messages, "answer": value, "entity": entity, "rivals": [], "tool": False} | more
+
+
+def _tool_call(before: str, expression: str, result: str, after: str) -> list[dict]:
+    call = {"type": "function", "function": {"name": "python", "arguments": {"expression": expression}}}
+    return [
+        {"role": "assistant", "content": before, "tool_calls": [call]},
+        {"role": "tool", "name": "python", "content": result},
+        {"role": "assistant", "content": after},
+    ]
+
+
+def _fact(rng: Random, relation: Relation, entity: str, test: bool) -> dict:
+    direct, frames = (relation.test_questions, TEST_FRAMES) if test else (relation.questions, FRAMES)
+    question = rng.choice(direct) if rng.random() < 0.4 else rng.choice(frames).format(n=rng.choice(relation.nouns))
+    value = relation.facts[entity]
+    answer = _sentence(relation.answer, e=entity, v=value)
+    rivals = sorted(set(relation.facts.values()) - {value, entity})
+    return _row("fact", _sentence(question, e=entity), answer, value, entity, rivals=rivals, relation=relation.name)
+
+
+def _ask(rng: Random, kind: str, test: bool) -> dict:
+    if kind == "arithmetic":
+        sign = rng.choice("+-*")
+        a, b = _operands(rng, sign, test)
+        return _calculated(kind, rng.choice(SUM_QUESTIONS[sign]).format(a=a, b=b), a, sign, b)
+    if kind == "problem":
+        sign, text = rng.choice(PROBLEMS)
+        a, b = _operands(rng, sign, test)
+        p, q = rng.sample(PEOPLE, 2)
+        return _calculated(kind, text.format(p=p, q=q, a=a, b=b, o=rng.choice(OBJECTS)), a, sign, b)
+    if kind == "spelling":
+        word = _word(rng, test)
+        spelled = f'"{word}": {_letters(word)}'
+        return _row(kind, rng.choice(SPELL_QUESTIONS).format(w=word), spelled, _letters(word), word)
+    if kind == "counting":
+        return _counting(rng, test, rng.randint(0, 3))
+    group = rng.choice(IDENTITY)
+    return _identity_row(rng.choice(group[1 if test else 0]), group[2])
+
+
+def _calculated(kind: str, question: str, a: int, sign: str, b: int) -> dict:
+    result = str(_result(a, sign, b))
+    answer = _tool_call("", f"{a}{sign}{b}", result, f"{a} {sign} {b} = {result}")
+    return _row(kind, question, answer, result, tool=True)
+
+
+def _counting(rng: Random, test: bool, count: int) -> dict:
+    word, letter, count = _countable(rng, test, count)
+    question = rng.choice(COUNT_QUESTIONS).format(w=word, l=letter)
+    before, after = (
+        f'"{word}": {_letters(word)}. So {count}? ',
+        f' The letter {letter} stands {_times(count)} in "{word}".',
+    )
+    answer = _tool_call(before, f"'{word}'.count('{letter}')", str(count), after)
+    return _row("counting", question, answer, str(count), word, tool=True)
+
+
+def _identity_row(question: str, answer: str) -> dict:
+    return _row("identity", question, answer, NAME)
+
+
+def _small_talk(rng: Random) -> dict:
+    asked, answer = rng.choice(SMALL_TALK)
+    return _row("small talk", rng.choice(asked), answer, "")
+
+
+def _story_told(rng: Random) -> dict:
+    person = rng.choice(PEOPLE)
+    return _row("story", rng.choice(STORY_QUESTIONS).format(p=person), " ".join(_story(rng, person)), "")
+
+
+def _is_test(split: str) -> bool:
+    if split not in ("train", "test", "validation"):
+        raise InputError(f"no split {split!r} in the primer: use train or test")
+    return split != "train"
