@@ -268,9 +268,9 @@ def _story(rng: Random, person: str) -> list[str]:
     animal, other = rng.choice(ANIMALS), rng.choice([p for p in PEOPLE if p != person])
     day = rng.choice(list(_BY_NAME["day_after"].facts))
     colour, place = _BY_NAME["animal_colour"].facts[animal], _BY_NAME["animal_home"].facts[animal]
-    values = dict(p=person, job=job, town=town, pet=pet, q=other, animal=animal, colour=colour, place=place, day=day)
-    values["next_day"] = _BY_NAME["day_after"].facts[day]
-    values["q_job"] = _BY_NAME["job"].facts[other]
+    values = {"p": person, "job": job, "town": town, "pet": pet, "q": other, "q_job": _BY_NAME["job"].facts[other]}
+    values |= {"animal": animal, "colour": colour, "place": place}
+    values |= {"day": day, "next_day": _BY_NAME["day_after"].facts[day]}
     openings = (
         "{p} is a {job} in {town}.",
         "In {town} lives {p}, a {job}.",
