@@ -1,4 +1,4 @@
-"""The one dial: depth -> shape of the model, horizon, batch size, rates, decay. Pure; nothing else computes from depth.
+"""The one dial: depth -> shape of the model, horizon, batch, rates, decay. Pure; nothing else computes from depth.
 
 Why: a recipe names a depth and everything else follows, so that d4 and d32 are trained alike; what a recipe does set
 wins. How: `plan(depth=12, vocab_size=32768)` -> `Plan`; the pretraining loop and the tests read its fields.

@@ -1,0 +1,352 @@
+"""Muon and AdamW in one torch optimizer, sharded over the processes of a job.
+
+Why: matrices learn much faster when their update is orthogonalised (Muon), embeddings, head and scalars do not; one
+optimizer object is what Accelerate, Trainer and checkpoints expect. How:
+
+    optimizer = MuonAdamW(param_groups(model, plan.groups))
+
+Muon's update of a matrix is Nesterov momentum -> row equilibration (MuonEq, arXiv:2603.28254) -> Polar Express, five
+steps (arXiv:2505.16932) -> norm snapped to that of a semi-orthogonal matrix (Muon+, arXiv:2602.21545) -> NorMuon's
+variance reduction (arXiv:2510.05491) -> cautious weight decay (arXiv:2510.12402), rate x max(1, rows/columns)^0.5. The
+choice and its order are karpathy/nanochat's. All state is float32; the orthogonalisation runs on stacks of equal
+shapes, in bf16 where the device has it.
+
+Several processes, found out at every step (nothing is kept outside `param_groups` and `state`):
+- DDP, each process has all parameters and reduced gradients: a matrix, or a large AdamW tensor, has one owner, which
+  alone holds its momentum and computes; orthogonal factors are gathered (and new embeddings broadcast) while the next
+  stack is computed; then everyone applies them. So the states differ by rank: each rank saves its own.
+- FSDP2, parameters are DTensors sharded by rows: one all-to-all brings each owner its whole matrices, one takes the
+  rows of their orthogonal factors back. AdamW works on the local rows.
+- DeepSpeed ZeRO hands its optimizers flat partitions, in which no matrix is left: refused.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from ..errors import InputError
+
+POLAR_EXPRESS = (  # arXiv:2505.16932 for five steps, safety factor 2e-2, cushion 2
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+LARGE = 1 << 16  # elements from which an AdamW tensor has one owner instead of a copy of its state everywhere
+FLAT = (
+    "MuonAdamW needs whole matrices, but {} is flat: DeepSpeed ZeRO partitions parameters; train with "
+    "configs/accelerate/multi_gpu.yaml or fsdp2.yaml, or choose DeepSpeed's own optimizer in its config"
+)
+
+
+# ------------------------------------------------------------------------------------------------- groups by role
+
+
+def role_of(name: str) -> str:
+    """A parameter's role by its name; of the model as it is, or inside peft, DDP or torch.compile."""
+    if "lora_" in name:
+        return "lora"
+    for part, role in (
+        ("embed_tokens", "embedding"),
+        ("value_embeds", "value_embeds"),
+        ("lm_head", "head"),
+        ("resid_lambdas", "resid"),
+        ("x0_lambdas", "x0"),
+        ("smear_", "smear"),
+        ("backout_", "smear"),
+        ("layers.", "matrix"),
+    ):
+        if part in name:
+            return role
+    raise InputError(f"no optimizer role for parameter {name!r}: add one to train/optim.py")
+
+
+def param_groups(model: nn.Module, options: Mapping[str, Mapping]) -> list[dict]:
+    """One group per role over all trainable parameters, each parameter in exactly one.
+
+    Args:
+        options: {role: {"kind": "muon" or "adamw", "lr", "weight_decay", and "momentum", "beta2" or "betas", "eps"}},
+            as `scaling.optimizer_groups` makes them.
+
+    Raises:
+        InputError: a parameter whose role is unknown or has no options, or a Muon parameter that is not a matrix.
+    """
+    groups: dict[str, list] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            role = role_of(name)
+            if role not in options:
+                raise InputError(f"no optimizer options for role {role!r}, which {name!r} has")
+            groups[role].append(parameter)
+    return [{"role": role, "params": params, **options[role]} for role, params in groups.items()]
+
+
+# ------------------------------------------------------------------------------------------------------- the maths
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """(K, m, n) -> (K, m, n), each matrix near the closest semi-orthogonal one; a zero matrix stays zero.
+
+    Rows are first scaled to their mean norm. The result's norm misses sqrt(min(m, n)) a little: see `update_scale`.
+    """
+    rows = x.float().square().sum(-1, keepdim=True)
+    mean = rows.mean(-2, keepdim=True)
+    x = x * (mean.sqrt() / rows.sqrt().clamp_min(1e-6)).to(x.dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
+    tall = x.shape[-2] > x.shape[-1]
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A^2
+        x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
+    return x
+
+
+def mean_squares(x: Tensor) -> Tensor:
+    """(K, m, n) -> float32 means over the shorter side's index: (K, m, 1) if m >= n, else (K, 1, n)."""
+    return x.float().square().mean(-1 if x.shape[-2] >= x.shape[-1] else -2, keepdim=True)
+
+
+def update_scale(squares: Tensor, second: Tensor, beta2: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Muon+ and NorMuon: the factor on an orthogonal factor, from its `mean_squares`; `second` is updated in place.
+
+    Rows (or columns) whose updates have been large for long are damped; the norm of the whole stays sqrt(min(m, n)).
+    """
+    m, n = shape
+    target = min(m, n) ** 0.5
+    norm = (squares.sum((-2, -1), keepdim=True) * min(m, n)).sqrt().clamp_min(1e-6)
+    squares = squares * (target / norm).square()
+    second.lerp_(squares, 1 - beta2)
+    step = second.clamp_min(1e-10).rsqrt()
+    damped = ((squares * step.square()).sum((-2, -1), keepdim=True) * min(m, n)).sqrt().clamp_min(1e-10)
+    return step * (target / norm) * (target / damped)
+
+
+def apply_update(p: Tensor, x: Tensor, scale: Tensor, lr: Tensor, weight_decay: Tensor) -> None:
+    """p -= lr (u + weight_decay p [u p >= 0]) with u = scale x, in place: decay only where the update agrees."""
+    u = x.float() * scale
+    p.sub_(lr * (u + weight_decay * p * (u * p >= 0)))
+
+
+def adamw(p, grad, first, second, step, lr, beta1, beta2, eps, weight_decay) -> None:
+    """Decoupled AdamW in float32 on a parameter of any dtype, in place (arXiv:1711.05101)."""
+    grad, p32 = grad.float(), p.float() * (1 - lr * weight_decay)
+    first.lerp_(grad, 1 - beta1)
+    second.lerp_(grad.square(), 1 - beta2)
+    denominator = (second / (1 - beta2**step)).sqrt() + eps
+    p.copy_(p32 - lr / (1 - beta1**step) * first / denominator)
+
+
+_compiled: dict = {}
+
+
+def fused(function, x: Tensor):
+    """The function, compiled if x is large and on CUDA. Scalars come as 0-d CPU tensors: no new program per value."""
+    if not x.is_cuda or x.numel() < LARGE:
+        return function
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function, dynamic=False)
+    return _compiled[function]
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def orthogonal_dtype(device: torch.device) -> torch.dtype:
+    low = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if low else torch.float32
+
+
+# --------------------------------------------------------------------------------------------------- the optimizer
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """See the module's docstring. Every option stands in its group, as `param_groups` makes them.
+
+    State of a Muon parameter: `momentum_buffer` (m, n), on its owner only, and `second_momentum` (m, 1) or (1, n); of
+    an AdamW parameter: `step`, `exp_avg`, `exp_avg_sq`. All of it is float32 whatever the parameter's dtype.
+    """
+
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, defaults={})
+        for group in self.param_groups:
+            if group["kind"] == "muon":
+                check_matrices(group["params"])
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from the gradients, which must be reduced already; parameters without one are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pending = []  # functions that wait for a transfer and finish its work
+        for turn, (group, p) in enumerate(self._adamw_parameters()):
+            pending.append(self._adamw(group, p, turn))
+        for group, params in self._stacks():
+            pending.append((self._muon_sharded if isinstance(params[0], DTensor) else self._muon)(group, params))
+        for finish in pending:
+            finish()
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but the state keeps its float32: torch would cast it to the dtype of a bf16 parameter."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, p in zip(indices, params):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and self.state[p][key].dtype != value.dtype:
+                    self.state[p][key] = value.to(self.state[p][key].device, copy=True)
+
+    def _adamw_parameters(self) -> Iterator[tuple[dict, nn.Parameter]]:
+        """(group, parameter) of all with a gradient, the large ones first so that their owners alternate."""
+        found = [(g, p) for g in self.param_groups if g["kind"] == "adamw" for p in g["params"] if p.grad is not None]
+        yield from sorted(found, key=lambda pair: -pair[1].numel())
+
+    def _stacks(self) -> Iterator[tuple[dict, list]]:
+        """(group, parameters of one shape), the costliest first: its transfer hides behind the others' work."""
+        stacks = defaultdict(list)
+        for index, group in enumerate(self.param_groups):
+            if group["kind"] == "muon":
+                check_matrices(group["params"])  # again: DeepSpeed puts its partitions in after construction
+                for p in group["params"]:
+                    if p.grad is not None:
+                        stacks[index, p.shape].append(p)
+        for (index, _), params in sorted(stacks.items(), key=lambda item: -item[1][0].numel() * len(item[1])):
+            yield self.param_groups[index], params
+
+    def _adamw(self, group: dict, p: nn.Parameter, turn: int):
+        local = p.to_local() if isinstance(p, DTensor) else p.detach()
+        rank, world = (0, 1) if isinstance(p, DTensor) else ranks()
+        owner = turn % world if p.numel() >= LARGE else rank
+        if owner == rank:
+            state = self.state[p]
+            if not state:
+                state["step"] = scalar(0)
+                state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            state["step"] += 1
+            grad, first, second = (
+                t.to_local() if isinstance(t, DTensor) else t for t in (p.grad, state["exp_avg"], state["exp_avg_sq"])
+            )
+            numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+            fused(adamw, local)(local, grad, first, second, state["step"], *map(scalar, numbers))
+        if world == 1 or p.numel() < LARGE:
+            return lambda: None
+        return dist.broadcast(local, owner, async_op=True).wait
+
+    def _directions(self, group: dict, params: list) -> list[Tensor]:
+        """Nesterov momentum of each (local) gradient: m <- mu m + (1 - mu) g, then mu m + (1 - mu) g."""
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
+        grads, momenta = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+        if params and isinstance(params[0], DTensor):
+            grads, momenta = [t.to_local() for t in grads], [t.to_local() for t in momenta]
+        grads = [grad.float() for grad in grads]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        return torch._foreach_lerp(grads, momenta, group["momentum"]) if params else []
+
+    def _second(self, params: list, shape: torch.Size) -> Tensor:
+        """The stack (K, m, 1) or (K, 1, n) of the parameters' second momenta, whole on every rank."""
+        size = (shape[0], 1) if shape[0] >= shape[1] else (1, shape[1])
+        for p in params:
+            if "second_momentum" not in self.state[p]:
+                self.state[p]["second_momentum"] = torch.zeros(size, dtype=torch.float32, device=p.device)
+        return torch.stack([self.state[p]["second_momentum"] for p in params])
+
+    def _finish(self, group: dict, params: list, x: Tensor, squares: Tensor, rows: slice = slice(None)) -> None:
+        """Turn orthogonal factors x (K, m or the local rows, n) into the step that everyone takes."""
+        shape = params[0].shape
+        second = self._second(params, shape)
+        scale = fused(update_scale, x)(squares, second, scalar(group["beta2"]), tuple(shape))
+        torch._foreach_copy_([self.state[p]["second_momentum"] for p in params], list(second.unbind()))
+        if shape[0] >= shape[1]:
+            scale = scale[:, rows]
+        local = [p.to_local() if isinstance(p, DTensor) else p.detach() for p in params]
+        if local[0].numel() == 0:  # fewer rows than ranks
+            return
+        stack = torch.stack(local)
+        lr = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+        fused(apply_update, x)(stack, x, scale, scalar(lr), scalar(group["weight_decay"]))
+        torch._foreach_copy_(local, list(stack.unbind()))
+
+    def _muon(self, group: dict, params: list):
+        """One process, or DDP: orthogonalise the matrices that this rank owns, gather all."""
+        rank, world = ranks()
+        share = -(-len(params) // world)
+        mine = params[rank * share : (rank + 1) * share]
+        (m, n), device = params[0].shape, params[0].device
+        x = torch.zeros(share, m, n, dtype=orthogonal_dtype(device), device=device)
+        torch._foreach_copy_(list(x[: len(mine)].unbind()), self._directions(group, mine))
+        x = fused(orthogonalise, x)(x)
+        if world == 1:
+            self._finish(group, params, x, mean_squares(x))
+            return lambda: None
+        whole = x.new_empty(world * share, m, n)
+        transfer = dist.all_gather_into_tensor(whole, x, async_op=True)
+
+        def finish():
+            transfer.wait()
+            self._finish(group, params, whole[: len(params)], mean_squares(whole[: len(params)]))
+
+        return finish
+
+    def _muon_sharded(self, group: dict, params: list):
+        """FSDP2: rows travel to the owners of their matrices and back (all-to-all of equal, padded blocks)."""
+        process_group, rank, world = shard_group(params[0])
+        share = -(-len(params) // world)
+        (m, n), device = params[0].shape, params[0].device
+        block = -(-m // world)  # rows of a shard as torch.chunk cuts them; the last ones may have fewer, or none
+        rows = slice(min(rank * block, m), min((rank + 1) * block, m))
+        x = torch.zeros(world, share, block, n, dtype=orthogonal_dtype(device), device=device)
+        flat = x.view(world * share, block, n)
+        directions = self._directions(group, params)
+        torch._foreach_copy_([part[: rows.stop - rows.start] for part in flat[: len(params)].unbind()], directions)
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x, group=process_group)
+        whole = received.transpose(0, 1).reshape(share, world * block, n)[:, :m]
+        whole = fused(orthogonalise, whole)(whole.contiguous())
+        squares = mean_squares(whole)
+        back = torch.zeros(share, world * block, n, dtype=x.dtype, device=device)
+        back[:, :m] = whole
+        back = back.view(share, world, block, n).transpose(0, 1).contiguous()
+        every = squares.new_empty(world * share, *squares.shape[1:])
+        transfers = (
+            dist.all_to_all_single(x, back, group=process_group, async_op=True),
+            dist.all_gather_into_tensor(every, squares, group=process_group, async_op=True),
+        )
+
+        def finish():
+            for transfer in transfers:
+                transfer.wait()
+            self._finish(group, params, flat[: len(params), : rows.stop - rows.start], every[: len(params)], rows)
+
+        return finish
+
+
+def check_matrices(params: list) -> None:
+    for p in params:
+        if p.ndim != 2:
+            raise InputError(FLAT.format(f"a parameter of shape {tuple(p.shape)}"))
+
+
+def ranks() -> tuple[int, int]:
+    """-> (rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def shard_group(p: DTensor):
+    """-> the process group over which p's rows are sharded, this process's place in it, its size."""
+    for axis, placement in enumerate(p.placements):
+        if isinstance(placement, Shard):
+            if placement.dim != 0:
+                raise InputError("MuonAdamW takes parameters sharded by rows; use configs/accelerate/fsdp2.yaml")
+            return p.device_mesh.get_group(axis), p.device_mesh.get_local_rank(axis), p.device_mesh.size(axis)
+    raise InputError("MuonAdamW found a DTensor that is not sharded; use configs/accelerate/fsdp2.yaml")
