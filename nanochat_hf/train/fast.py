@@ -14,17 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.modeling_nanochat import NanoChatForCausalLM
-from .kernels import attention, head_loss, needs_mask, relu2_mlp, window_mask
+from .kernels import attention, head_loss, needs_mask, relu2_mlp, split_qkv, window_mask
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
-
-
-def rope_norm(x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """x (B, T, H, D) turned by -angle, cos and sin (T, 1, D/2), then normed over D."""
-    first, second = x.chunk(2, dim=-1)
-    return rms_norm(torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1), eps)
 
 
 def embed(ids: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, eps: float) -> Tensor:
@@ -36,27 +30,30 @@ def embed(ids: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | No
     return x
 
 
-def block(x, x0, lambdas, ids, value_table, gate, wq, wk, wv, wo, w1, w2, cos, sin, mask, window, head_dim, scale, eps):
-    """One decoder layer on x (B, T, C); `lambdas` None or two scalars, `value_table` (V, K * D) and `gate` or None."""
+def block(x, y, x0, lambdas, ids, table, gate, wq, wk, wv, wo, w1, w2, cos, sin, mask, window, scale, eps):
+    """One decoder layer: the stream is x + y, (B, T, C) each, and so is what comes back (y None: nothing pending).
+
+    Leaving the last addition to the next layer lets it be fused with that layer's mix and norm. `lambdas` are None or
+    two scalars; `table` (V, K * D) and `gate` (K, G) belong to the value embedding, None in a layer without.
+    """
+    if y is not None:
+        x = x + y
     if lambdas is not None:
         x = lambdas[0] * x + lambdas[1] * x0
     h = rms_norm(x, eps)
-    products = F.linear(h, torch.cat((wq, wk, wv)).to(h.dtype))
-    q, k, v = (
-        part.unflatten(-1, (-1, head_dim)) for part in products.split((len(wq), len(wk), len(wv)), dim=-1)
-    )  # (B, T, heads, D)
-    if value_table is not None:
-        opening = 3 * torch.sigmoid(F.linear(h[..., : gate.shape[1]], gate.to(h.dtype)))
-        v = v + opening.unsqueeze(-1) * F.embedding(ids, value_table).to(h.dtype).view_as(v)
-    q, k = rope_norm(q, cos, sin, eps), rope_norm(k, cos, sin, eps)
-    y = attention(q, k, v, scale, window, mask)
-    x = x + F.linear(y.flatten(-2), wo.to(h.dtype))
-    return x + relu2_mlp(rms_norm(x, eps), w1.to(x.dtype), w2.to(x.dtype))
+    gates = None if gate is None else F.linear(h[..., : gate.shape[1]], gate.to(h.dtype))
+    qkv = F.linear(h, torch.cat((wq, wk, wv)).to(h.dtype))
+    q, k, v = split_qkv(
+        qkv, cos, sin, len(wk) // (2 * cos.shape[-1]), eps, ids if table is not None else None, table, gates
+    )
+    x = x + F.linear(attention(q, k, v, scale, window, mask).flatten(-2), wo.to(h.dtype))
+    return x, relu2_mlp(rms_norm(x, eps), w1.to(x.dtype), w2.to(x.dtype))
 
 
-def finish(x: Tensor, middle: Tensor, strength: Tensor | None, eps: float) -> Tensor:
+def finish(x: Tensor, y: Tensor, middle: Tensor | None, strength: Tensor | None, eps: float) -> Tensor:
+    x = x + y
     if strength is not None:
-        x = x - strength.to(x.dtype) * middle
+        x = x - strength.to(x.dtype) * (middle[0] + middle[1])
     return rms_norm(x, eps)
 
 
@@ -88,7 +85,8 @@ class Trunk(nn.Module):
         model, config = self.model.model, self.model.config
         eps = config.rms_norm_eps
         smear = (model.smear_gate.weight, model.smear_lambda) if config.smear else (None, None)
-        x = x0 = middle = self.embed(ids, model.embed_tokens.weight, *smear, eps)
+        x = x0 = self.embed(ids, model.embed_tokens.weight, *smear, eps)
+        y = middle = None
         cos, sin, masks = self.prepare(ids.shape[1], x)
         lambdas = [None] * len(model.layers)
         if config.residual_lambdas:
@@ -99,14 +97,14 @@ class Trunk(nn.Module):
             if config.value_embeds and str(i) in model.value_embeds:
                 table, gate = model.value_embeds[str(i)].weight, attn.ve_gate.weight
             window = attn.sliding_window if (attn.sliding_window or ids.shape[1]) < ids.shape[1] else None
-            x = self.block(
-                x, x0, lambdas[i], ids, table, gate, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight,
+            x, y = self.block(
+                x, y, x0, lambdas[i], ids, table, gate, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight,
                 attn.o_proj.weight, mlp.fc1.weight, mlp.fc2.weight, cos, sin, masks.get(window), window,
-                config.head_dim, attn.scaling, eps,
+                attn.scaling, eps,
             )  # fmt: skip
             if i == len(model.layers) // 2:
-                middle = x
-        hidden = self.finish(x, middle, model.backout_lambda if config.backout else None, eps)
+                middle = x, y
+        hidden = self.finish(x, y, middle, model.backout_lambda if config.backout else None, eps)
         if targets is None:
             return hidden
         cap, size = config.final_logit_softcapping, config.num_tokens or config.vocab_size

@@ -1,14 +1,15 @@
-"""Fused operations of the training step: linear head + softcap + cross-entropy, relu-squared MLP, windowed attention.
+"""Fused operations of the training step: head and loss, relu-squared MLP, attention and what comes before it.
 
-Each has a plain PyTorch twin that runs where the fast one cannot (no CUDA device, package not installed), and the tests
-hold the two together. What is fused and why:
+Each has a plain PyTorch twin that runs where the fast one cannot (no CUDA device, package not installed), and the
+tests hold the two together. What is fused and why:
 
-- head and loss: at 32K tokens a step the fp32 logits of a 32K vocabulary are 4 GB, read and written several times. Here
-  they exist in bf16, a chunk at a time, and one Triton kernel turns them into their own gradient in place. The softcap
-  bounds the logits, so the softmax needs no running maximum (the idea of gradients made in the forward pass is Liger
-  Kernel's, arXiv:2410.10989).
+- head, softcap and cross-entropy: at 32K tokens a step the float32 logits of a 32K vocabulary are 4 GB, read and
+  written several times. Here they exist in bf16, a chunk at a time, and one Triton kernel turns them into their own
+  gradient in place. The softcap bounds the logits, so the softmax needs no running maximum. (Gradients made in the
+  forward pass are Liger Kernel's idea, arXiv:2410.10989.)
 - MLP: relu(x)^2 runs in the epilogue of the first matrix product and its gradient in that of the second one's, by the
   CuTe kernels of Dao-AILab/quack; only the value before the activation is kept for the backward pass.
+- RoPE, QK norm and the gated value embedding are one pass over the joint product of q, k and v, one more backward.
 - attention: FlashAttention-4 (Dao-AILab/flash-attention, package flash-attn-4) knows sliding windows, so a short layer
   costs what its window costs; without it FlexAttention (arXiv:2412.05496) does the same with a block mask.
 """
@@ -42,7 +43,9 @@ MAX_FUSED_VOCAB = 1 << 16  # one row of logits lives in the registers of one pro
 if triton is not None:
 
     @triton.jit
-    def _softcap_nll(logits, targets, losses, inverse_count, num_tokens, stride, cap, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    def _softcap_nll(
+        logits, targets, losses, inverse_count, num_tokens, stride, cap, GRAD: tl.constexpr, BLOCK: tl.constexpr
+    ):
         """One row: loss of its target and, in place, the gradient of the mean loss with respect to the raw logits."""
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
@@ -98,7 +101,9 @@ class _FusedHeadLoss(torch.autograd.Function):
         return hidden_grad * grad.to(hidden_grad.dtype), weight_grad.mul_(grad), None, None, None, None
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, num_tokens: int, reduction="mean") -> Tensor:
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, num_tokens: int, reduction="mean"
+) -> Tensor:
     """Cross-entropy of softcap * tanh(hidden @ weight.T / softcap), in nats.
 
     Args:
@@ -156,6 +161,184 @@ def relu2_mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     if gemm_act is not None and x.is_cuda and x.dtype == torch.bfloat16:
         return _Relu2MLP.apply(x.reshape(-1, x.shape[-1]), w1, w2).view_as(x)
     return F.linear(F.relu(F.linear(x, w1)).square(), w2)
+
+
+# ------------------------------------------------------------------------------------------------ attention's input
+
+if triton is not None:
+
+    @triton.jit
+    def _turn_and_norm(base, out, first_head, heads, c, s, eps, D: tl.constexpr, PADDED: tl.constexpr):
+        """Rotate by -angle and norm `heads` heads of one token, read at base and written to out."""
+        head = tl.arange(0, PADDED)[:, None]
+        half = tl.arange(0, D // 2)[None, :]
+        inside = (head < heads) & (half < D // 2)
+        x1 = tl.load(base + (first_head + head) * D + half, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(base + (first_head + head) * D + D // 2 + half, mask=inside, other=0.0).to(tl.float32)
+        y1, y2 = x1 * c + x2 * s, x2 * c - x1 * s
+        scale = tl.rsqrt((tl.sum(y1 * y1, 1) + tl.sum(y2 * y2, 1)) / D + eps)[:, None]
+        tl.store(out + head * D + half, (y1 * scale).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + head * D + D // 2 + half, (y2 * scale).to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _turn_and_norm_grad(base, grad, out, first_head, heads, c, s, eps, D: tl.constexpr, PADDED: tl.constexpr):
+        """Gradient of the above: reads the inputs again at base, the outputs' gradient at grad, writes beside base."""
+        head = tl.arange(0, PADDED)[:, None]
+        half = tl.arange(0, D // 2)[None, :]
+        inside = (head < heads) & (half < D // 2)
+        where = (first_head + head) * D + half
+        x1 = tl.load(base + where, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(base + where + D // 2, mask=inside, other=0.0).to(tl.float32)
+        g1 = tl.load(grad + head * D + half, mask=inside, other=0.0).to(tl.float32)
+        g2 = tl.load(grad + head * D + D // 2 + half, mask=inside, other=0.0).to(tl.float32)
+        y1, y2 = x1 * c + x2 * s, x2 * c - x1 * s
+        scale = tl.rsqrt((tl.sum(y1 * y1, 1) + tl.sum(y2 * y2, 1)) / D + eps)[:, None]
+        y1, y2 = y1 * scale, y2 * scale
+        along = ((tl.sum(g1 * y1, 1) + tl.sum(g2 * y2, 1)) / D)[:, None]
+        d1, d2 = scale * (g1 - y1 * along), scale * (g2 - y2 * along)
+        tl.store(out + where, (d1 * c - d2 * s).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + where + D // 2, (d1 * s + d2 * c).to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _qkv_forward(
+        qkv, q, k, v, cos, sin, ids, table, gates, length, heads, kv_heads, eps,
+        D: tl.constexpr, PADDED: tl.constexpr, KV_PADDED: tl.constexpr, GATED: tl.constexpr,
+    ):  # fmt: skip
+        token = tl.program_id(0).to(tl.int64)
+        angle = (token % length) * (D // 2) + tl.arange(0, D // 2)[None, :]
+        c, s = tl.load(cos + angle).to(tl.float32), tl.load(sin + angle).to(tl.float32)
+        base = qkv + token * (heads + 2 * kv_heads) * D
+        _turn_and_norm(base, q + token * heads * D, 0, heads, c, s, eps, D, PADDED)
+        _turn_and_norm(base, k + token * kv_heads * D, heads, kv_heads, c, s, eps, D, KV_PADDED)
+        head = tl.arange(0, KV_PADDED)[:, None]
+        channel = tl.arange(0, D)[None, :]
+        inside = (head < kv_heads) & (channel < D)
+        value = tl.load(base + (heads + kv_heads + head) * D + channel, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            gate = tl.load(gates + token * kv_heads + head, mask=head < kv_heads, other=0.0).to(tl.float32)
+            entry = tl.load(ids + token) * kv_heads * D
+            extra = tl.load(table + entry + head * D + channel, mask=inside, other=0.0).to(tl.float32)
+            value += 3.0 / (1.0 + tl.exp(-gate)) * extra
+        tl.store(v + token * kv_heads * D + head * D + channel, value.to(v.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _qkv_backward(
+        qkv, dq, dk, dv, dqkv, cos, sin, ids, table, gates, dgates, dextra, length, heads, kv_heads, eps,
+        D: tl.constexpr, PADDED: tl.constexpr, KV_PADDED: tl.constexpr, GATED: tl.constexpr,
+    ):  # fmt: skip
+        token = tl.program_id(0).to(tl.int64)
+        angle = (token % length) * (D // 2) + tl.arange(0, D // 2)[None, :]
+        c, s = tl.load(cos + angle).to(tl.float32), tl.load(sin + angle).to(tl.float32)
+        base, out = qkv + token * (heads + 2 * kv_heads) * D, dqkv + token * (heads + 2 * kv_heads) * D
+        _turn_and_norm_grad(base, dq + token * heads * D, out, 0, heads, c, s, eps, D, PADDED)
+        _turn_and_norm_grad(base, dk + token * kv_heads * D, out, heads, kv_heads, c, s, eps, D, KV_PADDED)
+        head = tl.arange(0, KV_PADDED)[:, None]
+        channel = tl.arange(0, D)[None, :]
+        inside = (head < kv_heads) & (channel < D)
+        grad = tl.load(dv + token * kv_heads * D + head * D + channel, mask=inside, other=0.0)
+        tl.store(out + (heads + kv_heads + head) * D + channel, grad, mask=inside)
+        if GATED:
+            grad = grad.to(tl.float32)
+            gate = tl.load(gates + token * kv_heads + head, mask=head < kv_heads, other=0.0).to(tl.float32)
+            entry = tl.load(ids + token) * kv_heads * D
+            extra = tl.load(table + entry + head * D + channel, mask=inside, other=0.0).to(tl.float32)
+            opening = 1.0 / (1.0 + tl.exp(-gate))  # (KV_PADDED, 1)
+            dgate = tl.sum(grad * extra, 1)[:, None] * 3.0 * opening * (1.0 - opening)
+            tl.store(dgates + token * kv_heads + head, dgate.to(dgates.dtype.element_ty), mask=head < kv_heads)
+            where = token * kv_heads * D + head * D + channel
+            tl.store(dextra + where, (3.0 * opening * grad).to(dextra.dtype.element_ty), mask=inside)
+
+    def _qkv_sizes(qkv, cos, kv_heads):
+        dim = 2 * cos.shape[-1]
+        heads = qkv.shape[-1] // dim - 2 * kv_heads
+        padded = dict(D=dim, PADDED=triton.next_power_of_2(heads), KV_PADDED=triton.next_power_of_2(kv_heads))
+        return heads, dim, padded
+
+    @torch.library.custom_op("nanochat_hf::qkv", mutates_args=())
+    def _qkv(
+        qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float, ids: Tensor | None, table: Tensor | None,
+        gates: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        batch, length, _ = qkv.shape
+        heads, dim, padded = _qkv_sizes(qkv, cos, kv_heads)
+        q = qkv.new_empty(batch, length, heads, dim)
+        k, v = qkv.new_empty(batch, length, kv_heads, dim), qkv.new_empty(batch, length, kv_heads, dim)
+        _qkv_forward[(batch * length,)](
+            qkv, q, k, v, cos, sin, ids, table, gates, length, heads, kv_heads, eps,
+            GATED=gates is not None, num_warps=4, **padded,
+        )  # fmt: skip
+        return q, k, v
+
+    @_qkv.register_fake
+    def _(qkv, cos, sin, kv_heads, eps, ids, table, gates):
+        heads, dim, _ = _qkv_sizes(qkv, cos, kv_heads)
+        shape = qkv.shape[:2]
+        return qkv.new_empty(*shape, heads, dim), *(qkv.new_empty(*shape, kv_heads, dim) for _ in range(2))
+
+    @torch.library.custom_op("nanochat_hf::qkv_grad", mutates_args=())
+    def _qkv_grad(
+        dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, eps: float, ids: Tensor | None,
+        table: Tensor | None, gates: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        batch, length, kv_heads, _ = dk.shape
+        heads, dim, padded = _qkv_sizes(qkv, cos, kv_heads)
+        dqkv = torch.empty_like(qkv)
+        gated = gates is not None
+        dgates = torch.empty_like(gates) if gated else qkv.new_empty(0)
+        dextra = qkv.new_empty(batch, length, kv_heads * dim) if gated else qkv.new_empty(0)
+        _qkv_backward[(batch * length,)](
+            qkv, dq.contiguous(), dk.contiguous(), dv.contiguous(), dqkv, cos, sin, ids, table, gates, dgates, dextra,
+            length, heads, kv_heads, eps, GATED=gated, num_warps=4, **padded,
+        )  # fmt: skip
+        return dqkv, dgates, dextra
+
+    @_qkv_grad.register_fake
+    def _(dq, dk, dv, qkv, cos, sin, eps, ids, table, gates):
+        none = qkv.new_empty(0)
+        extra = none if gates is None else qkv.new_empty(*dk.shape[:2], dk.shape[2] * dk.shape[3])
+        return torch.empty_like(qkv), none if gates is None else torch.empty_like(gates), extra
+
+    def _qkv_setup(ctx, inputs, output):
+        qkv, cos, sin, _, ctx.eps, ids, table, gates = inputs
+        ctx.save_for_backward(qkv, cos, sin, ids, table, gates)
+
+    def _qkv_backward_rule(ctx, dq, dk, dv):
+        qkv, cos, sin, ids, table, gates = ctx.saved_tensors
+        dqkv, dgates, dextra = _qkv_grad(dq, dk, dv, qkv, cos, sin, ctx.eps, ids, table, gates)
+        if gates is None:
+            return dqkv, *[None] * 7
+        dtable = torch.ops.aten.embedding_dense_backward(dextra, ids, len(table), -1, False).to(table.dtype)
+        return dqkv, None, None, None, None, None, dtable, dgates
+
+    _qkv.register_autograd(_qkv_backward_rule, setup_context=_qkv_setup)
+
+
+def split_qkv(qkv, cos, sin, kv_heads, eps, ids=None, table=None, gates=None) -> tuple[Tensor, Tensor, Tensor]:
+    """The three products in one tensor -> what attention takes: q and k turned and normed, v with its embedding.
+
+    Args:
+        qkv: (B, T, (H + 2K) * D), the q heads first, then k, then v.
+        cos, sin: (T, 1, D / 2); the turn is by -angle in half-split layout, and the norm comes after it.
+        ids, table, gates: (B, T) token ids, (V, K * D) value embeddings, (B, T, K) gates before their sigmoid:
+            v += 3 sigmoid(gate) * table[id]; None in a layer without.
+
+    Returns: q (B, T, H, D), k and v (B, T, K, D).
+    """
+    if triton is not None and qkv.is_cuda:
+        return _qkv(qkv, cos, sin, kv_heads, eps, ids, table, gates)
+    dim = 2 * cos.shape[-1]
+    parts = qkv.unflatten(-1, (-1, dim)).split((qkv.shape[-1] // dim - 2 * kv_heads, kv_heads, kv_heads), dim=-2)
+    q, k = (_turned_and_normed(part, cos, sin, eps) for part in parts[:2])
+    v = parts[2]
+    if gates is not None:
+        v = v + 3 * torch.sigmoid(gates).unsqueeze(-1) * F.embedding(ids, table).to(v.dtype).view_as(v)
+    return q, k, v
+
+
+def _turned_and_normed(x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    return F.rms_norm(turned, turned.shape[-1:], eps=eps)
 
 
 # -------------------------------------------------------------------------------------------------------- attention
