@@ -43,6 +43,8 @@ FLAT = (
     "configs/accelerate/multi_gpu.yaml or fsdp2.yaml, or choose DeepSpeed's own optimizer in its config"
 )
 
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
 
 # ------------------------------------------------------------------------------------------------- groups by role
 
@@ -243,15 +245,17 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _directions(self, group: dict, params: list) -> list[Tensor]:
         """Nesterov momentum of each (local) gradient: m <- mu m + (1 - mu) g, then mu m + (1 - mu) g."""
+        if not params:  # more ranks than matrices
+            return []
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
         grads, momenta = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
-        if params and isinstance(params[0], DTensor):
+        if isinstance(params[0], DTensor):
             grads, momenta = [t.to_local() for t in grads], [t.to_local() for t in momenta]
         grads = [grad.float() for grad in grads]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        return torch._foreach_lerp(grads, momenta, group["momentum"]) if params else []
+        return torch._foreach_lerp(grads, momenta, group["momentum"])
 
     def _second(self, params: list, shape: torch.Size) -> Tensor:
         """The stack (K, m, 1) or (K, 1, n) of the parameters' second momenta, whole on every rank."""
@@ -266,7 +270,7 @@ class MuonAdamW(torch.optim.Optimizer):
         shape = params[0].shape
         second = self._second(params, shape)
         scale = fused(update_scale, x)(squares, second, scalar(group["beta2"]), tuple(shape))
-        torch._foreach_copy_([self.state[p]["second_momentum"] for p in params], list(second.unbind()))
+        copy([self.state[p]["second_momentum"] for p in params], second.unbind())
         if shape[0] >= shape[1]:
             scale = scale[:, rows]
         local = [p.to_local() if isinstance(p, DTensor) else p.detach() for p in params]
@@ -275,7 +279,7 @@ class MuonAdamW(torch.optim.Optimizer):
         stack = torch.stack(local)
         lr = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
         fused(apply_update, x)(stack, x, scale, scalar(lr), scalar(group["weight_decay"]))
-        torch._foreach_copy_(local, list(stack.unbind()))
+        copy(local, stack.unbind())
 
     def _muon(self, group: dict, params: list):
         """One process, or DDP: orthogonalise the matrices that this rank owns, gather all."""
@@ -284,13 +288,13 @@ class MuonAdamW(torch.optim.Optimizer):
         mine = params[rank * share : (rank + 1) * share]
         (m, n), device = params[0].shape, params[0].device
         x = torch.zeros(share, m, n, dtype=orthogonal_dtype(device), device=device)
-        torch._foreach_copy_(list(x[: len(mine)].unbind()), self._directions(group, mine))
+        copy(x[: len(mine)].unbind(), self._directions(group, mine))
         x = fused(orthogonalise, x)(x)
         if world == 1:
             self._finish(group, params, x, mean_squares(x))
             return lambda: None
         whole = x.new_empty(world * share, m, n)
-        transfer = dist.all_gather_into_tensor(whole, x, async_op=True)
+        transfer = all_gather(whole, x, async_op=True)
 
         def finish():
             transfer.wait()
@@ -308,7 +312,7 @@ class MuonAdamW(torch.optim.Optimizer):
         x = torch.zeros(world, share, block, n, dtype=orthogonal_dtype(device), device=device)
         flat = x.view(world * share, block, n)
         directions = self._directions(group, params)
-        torch._foreach_copy_([part[: rows.stop - rows.start] for part in flat[: len(params)].unbind()], directions)
+        copy([part[: rows.stop - rows.start] for part in flat[: len(params)].unbind()], directions)
         received = torch.empty_like(x)
         dist.all_to_all_single(received, x, group=process_group)
         whole = received.transpose(0, 1).reshape(share, world * block, n)[:, :m]
@@ -320,7 +324,7 @@ class MuonAdamW(torch.optim.Optimizer):
         every = squares.new_empty(world * share, *squares.shape[1:])
         transfers = (
             dist.all_to_all_single(x, back, group=process_group, async_op=True),
-            dist.all_gather_into_tensor(every, squares, group=process_group, async_op=True),
+            all_gather(every, squares, group=process_group, async_op=True),
         )
 
         def finish():
@@ -335,6 +339,12 @@ def check_matrices(params: list) -> None:
     for p in params:
         if p.ndim != 2:
             raise InputError(FLAT.format(f"a parameter of shape {tuple(p.shape)}"))
+
+
+def copy(targets, sources) -> None:
+    """Copy tensors pairwise, in one launch, converting dtypes; empty lists and empty tensors are fine."""
+    if len(targets) and targets[0].numel():
+        torch._foreach_copy_(list(targets), list(sources))
 
 
 def ranks() -> tuple[int, int]:

@@ -1,0 +1,255 @@
+"""Muon + AdamW against slow twins, roles of parameters, state round trips, and equality over processes."""
+
+import copy
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.train.optim import POLAR_EXPRESS, MuonAdamW, mean_squares, orthogonalise, param_groups, update_scale
+from nanochat_hf.train.scaling import plan
+
+MUON = {"kind": "muon", "lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "beta2": 0.9}
+ADAMW = {"kind": "adamw", "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
+
+
+def reference_muon(p, grads, lr, weight_decay, momentum, beta2):
+    """One matrix, step by step in float64, straight from the papers."""
+    p, m, v = p.double().clone(), torch.zeros_like(p, dtype=torch.float64), 0.0
+    for g in grads:
+        m = momentum * m + (1 - momentum) * g.double()
+        u = momentum * m + (1 - momentum) * g.double()
+        u = u * (u.norm() / u.shape[0] ** 0.5 / u.norm(dim=1, keepdim=True))  # row equilibration
+        u = u / (1.01 * u.norm() + 1e-6)
+        for a, b, c in POLAR_EXPRESS:
+            u = a * u + b * (u @ u.T @ u) + c * (u @ u.T @ u @ u.T @ u)
+        u = u * min(u.shape) ** 0.5 / u.norm()  # Muon+
+        squares = (u**2).mean(1 if u.shape[0] >= u.shape[1] else 0, keepdim=True)  # NorMuon
+        v = beta2 * v + (1 - beta2) * squares
+        damped = u / v**0.5
+        u = damped * u.norm() / damped.norm()
+        rate = lr * max(1, p.shape[0] / p.shape[1]) ** 0.5
+        p = p - rate * u - rate * weight_decay * p * (u * p >= 0)
+    return p
+
+
+def gradients(shape, steps, seed=1):
+    torch.manual_seed(seed)
+    return [torch.randn(shape) * (1 + 10 * torch.rand(shape[0], 1)) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (32, 8), (8, 32), (5, 12)])
+def test_muon_equals_its_reference(shape):
+    params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
+    optimizer = MuonAdamW([{"params": params, **MUON}])
+    grads = [gradients(shape, 4, seed) for seed in range(3)]
+    expected = [
+        reference_muon(p.detach(), g, **{k: v for k, v in MUON.items() if k != "kind"}) for p, g in zip(params, grads)
+    ]
+    for step in range(4):
+        for p, g in zip(params, grads):
+            p.grad = g[step].clone()
+        optimizer.step()
+    for p, e in zip(params, expected):
+        torch.testing.assert_close(p.detach().double(), e, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_polar_express_comes_near_the_polar_factor(shape):
+    u, s, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    x = (
+        u @ torch.diag(torch.linspace(0.1, 1, len(s))) @ vh
+    )  # no singular value so small that five steps cannot lift it
+    x = x / x.norm(dim=1, keepdim=True)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    found = orthogonalise(x[None])[0]
+    assert (torch.linalg.svdvals(found) - 1).abs().max() < 0.2
+    assert torch.nn.functional.cosine_similarity(found.flatten(), (u @ vh).flatten(), dim=0) > 0.99
+
+
+def test_a_zero_gradient_moves_nothing_but_the_decay():
+    p = torch.nn.Parameter(torch.ones(4, 8))
+    optimizer = MuonAdamW([{"params": [p], **MUON}])
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((4, 8), 1 - 0.02 * 0.1))
+
+
+def test_the_norm_of_an_update_is_that_of_a_semi_orthogonal_matrix():
+    x = orthogonalise(torch.randn(3, 20, 12))
+    scale = update_scale(mean_squares(x), torch.rand(3, 20, 1), torch.tensor(0.9), (20, 12))
+    torch.testing.assert_close((x * scale).norm(dim=(1, 2)), torch.full((3,), 12**0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_equals_torch(dtype):
+    p = torch.nn.Parameter(torch.randn(7, 5).to(dtype))
+    twin = torch.nn.Parameter(p.detach().float().clone())
+    ours, theirs = MuonAdamW([{"params": [p], **ADAMW}]), torch.optim.AdamW([twin], 0.01, (0.8, 0.95), 1e-10, 0.1)
+    for g in gradients((7, 5), 5):
+        p.grad = g.to(dtype)
+        twin.grad = p.grad.float()
+        ours.step()
+        theirs.step()
+        if dtype == torch.bfloat16:  # the parameter is rounded at every step, its state is not
+            twin.data = p.detach().float()
+    assert all(value.dtype == torch.float32 for value in ours.state[p].values())
+    torch.testing.assert_close(ours.state[p]["exp_avg_sq"], theirs.state[twin]["exp_avg_sq"])
+    torch.testing.assert_close(p.detach().float(), twin.detach(), atol=1e-6, rtol=1e-5)
+
+
+def toy_groups():
+    torch.manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(s)) for s in [(8, 8)] * 3 + [(16, 8)] * 2 + [(8, 16), (3, 12)]]
+    rest = [torch.nn.Parameter(torch.randn(s)) for s in [(300, 256), (257, 300), (4,), (1,)]]
+    rest[0].data = rest[0].data.bfloat16()
+    return [{"params": matrices, **MUON}, {"params": rest, **ADAMW}]
+
+
+def toy_run(optimizer, steps, start=0):
+    """Feed gradients that depend on the step and the place only."""
+    for step in range(start, start + steps):
+        for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            generator = torch.Generator().manual_seed(1000 * step + place)
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def values(optimizer):
+    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_a_reloaded_state_goes_on_bit_for_bit(tmp_path):
+    straight, stopped = MuonAdamW(toy_groups()), MuonAdamW(toy_groups())
+    toy_run(straight, 6)
+    toy_run(stopped, 3)
+    torch.save((stopped.state_dict(), values(stopped)), tmp_path / "state.pt")
+    state, weights = torch.load(tmp_path / "state.pt")
+    resumed = MuonAdamW(toy_groups())
+    with torch.no_grad():
+        for p, value in zip((p for group in resumed.param_groups for p in group["params"]), weights):
+            p.copy_(value)
+    resumed.load_state_dict(state)
+    toy_run(resumed, 3, start=3)
+    for a, b in zip(values(straight), values(resumed)):
+        assert torch.equal(a, b)
+
+
+def test_gradients_are_left_as_they_were():
+    optimizer = MuonAdamW(toy_groups())
+    toy_run(optimizer, 1)
+    before = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+    optimizer.step()
+    after = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+OPTIONS = {**plan(2, 512, max_seq_len=128, total_batch_size=128).groups, "lora": ADAMW}
+
+
+def test_every_parameter_is_in_one_group_by_role(tiny_model):
+    groups = {group["role"]: group for group in param_groups(tiny_model, OPTIONS)}
+    named = {id(p): name for name, p in tiny_model.named_parameters()}
+    found = [named[id(p)] for group in groups.values() for p in group["params"]]
+    assert sorted(found) == sorted(named.values())
+    assert all(".layers." in named[id(p)] and p.ndim == 2 for p in groups["matrix"]["params"])
+    assert [group["kind"] for role, group in groups.items() if role != "matrix"] == ["adamw"] * 6
+    assert {named[id(p)] for p in groups["smear"]["params"]} == {
+        "model.smear_gate.weight", "model.smear_lambda", "model.backout_lambda"
+    }  # fmt: skip
+
+
+def test_lora_matrices_have_their_own_role_and_frozen_ones_none(tiny_model):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model, LoraConfig(r=4, target_modules=["q_proj", "fc1"], modules_to_save=["lm_head"]))
+    groups = {group["role"]: group["params"] for group in param_groups(model, OPTIONS)}
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert set(groups) == {"lora", "head"} and len(groups["lora"]) == 8
+    assert {id(p) for params in groups.values() for p in params} == trainable
+
+
+def test_unknown_roles_and_flat_partitions_are_refused():
+    with pytest.raises(InputError, match="no optimizer role for parameter 'weight'"):
+        param_groups(torch.nn.Linear(2, 2, bias=False), OPTIONS)
+    with pytest.raises(InputError, match=r"DeepSpeed ZeRO.*multi_gpu.yaml"):
+        MuonAdamW([{"params": [torch.nn.Parameter(torch.zeros(64))], **MUON}])
+    optimizer = MuonAdamW(toy_groups())
+    optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.zeros(64))]  # as ZeRO does behind our back
+    with pytest.raises(InputError, match="flat"):
+        optimizer.step()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(rank, world, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+
+
+def ddp_worker(rank, world, port, expected):
+    start(rank, world, port)
+    optimizer = MuonAdamW(toy_groups())
+    toy_run(optimizer, 4)
+    for a, b in zip(values(optimizer), expected):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    owned = sum("momentum_buffer" in optimizer.state[p] for p in optimizer.param_groups[0]["params"])
+    total = torch.tensor(owned)
+    dist.all_reduce(total)
+    assert total == len(optimizer.param_groups[0]["params"]) and owned < total
+    dist.destroy_process_group()
+
+
+def fsdp_worker(rank, world, port, expected):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    start(rank, world, port)
+    mesh = init_device_mesh("cpu", (world,))
+    optimizer = MuonAdamW(toy_groups())
+    for group in optimizer.param_groups:  # as FSDP2 does: in place, after construction
+        group["params"][:] = [torch.nn.Parameter(distribute_tensor(p.data, mesh, [Shard(0)])) for p in group["params"]]
+    for step in range(4):
+        for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            generator = torch.Generator().manual_seed(1000 * step + place)
+            p.grad = distribute_tensor(torch.randn(p.shape, generator=generator).to(p.dtype), mesh, [Shard(0)])
+        optimizer.step()
+    for group, p in ((g, p) for g in optimizer.param_groups for p in g["params"]):
+        reference = expected.pop(0)
+        torch.testing.assert_close(p.full_tensor().detach(), reference, atol=1e-6, rtol=1e-5)
+        if group["kind"] == "muon":
+            assert optimizer.state[p]["momentum_buffer"].placements == (Shard(0),)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worker,world", [(ddp_worker, 2), (ddp_worker, 4), (fsdp_worker, 3)])
+def test_several_processes_equal_one(worker, world):
+    alone = MuonAdamW(toy_groups())
+    toy_run(alone, 4)
+    mp.spawn(worker, (world, free_port(), copy.deepcopy(values(alone))), nprocs=world)
+
+
+@pytest.mark.gpu
+def test_the_compiled_bf16_path_stays_near_the_plain_one():
+    grads = gradients((512, 256), 3)
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(512, 256).to(device)) for _ in range(4)]
+        optimizer = MuonAdamW([{"params": params, **MUON}])
+        for g in grads:
+            for p in params:
+                p.grad = g.to(device)
+            optimizer.step()
+        results.append(torch.stack([p.detach().cpu() for p in params]))
+    assert (results[0] - results[1]).norm() / (results[0].std() * results[0].numel() ** 0.5) < 2e-3
