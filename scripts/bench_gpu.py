@@ -1,0 +1,158 @@
+"""Training speed on one GPU, ours beside karpathy/nanochat: tok/s, MFU, memory, time to the first step.
+
+    python scripts/bench_gpu.py [--configs d24x16,d12x32] [--peer PATH_OF_A_NANOCHAT_CHECKOUT] [--steps 6]
+
+A configuration is depth x device batch, of 2,048-token rows of random ids; a step is four micro-batches and the
+optimizer. Each contender runs in a process of its own. The peer's FlashAttention-3 comes from the Hub; where it
+cannot be had, FlexAttention with the same windows takes its place ("flex"), or its SDPA fallback without ("sdpa").
+MFU is counted as upstream counts it: 6 FLOPs per matrix parameter plus attention by window, over the bf16 peak.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import torch
+
+PEAK = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}  # dense bf16
+LENGTH, ACCUMULATION = 2048, 4
+
+
+def ours(depth: int, pattern: str, fp8: bool):
+    """-> (function of ids and targets to the loss, optimizer, FLOPs per token) of this project's training step."""
+    from nanochat_hf.model.configuration_nanochat import NanoChatConfig
+    from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
+    from nanochat_hf.train.fast import Trunk
+    from nanochat_hf.train.optim import MuonAdamW, param_groups
+    from nanochat_hf.train.scaling import plan
+
+    made = plan(depth, 32768, window_pattern=pattern)
+    with torch.device("cuda"):
+        model = NanoChatForCausalLM(NanoChatConfig(**made.model_fields()))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.to(torch.bfloat16)
+    optimizer = MuonAdamW(param_groups(model, made.groups))
+    return Trunk(model, compile=True, fp8=fp8) if fp8 else Trunk(model, compile=True), optimizer, made.flops_per_token
+
+
+def peer(depth: int, pattern: str, attention: str):
+    """The same of karpathy/nanochat, whose checkout is on sys.path."""
+    from nanochat import flash_attention
+    from nanochat.gpt import GPT, GPTConfig
+
+    width = depth * 64
+    shape = {"n_layer": depth, "n_embd": width, "n_head": width // 128, "n_kv_head": width // 128}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**shape, window_pattern=pattern))
+    model.to_empty(device="cuda")
+    model.init_weights()
+    if attention == "flex" and not flash_attention.USE_FA3:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def masked(window):
+            def visible(b, h, q, k):
+                return (q >= k) & (q - k <= window)
+
+            return create_block_mask(visible, None, None, LENGTH, LENGTH, device="cuda")
+
+        masks = {window: masked(window) for window, _ in set(model.window_sizes)}
+
+        def attend(q, k, v, causal=False, window_size=(-1, -1)):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return flex_attention(q, k, v, block_mask=masks[window_size[0]]).transpose(1, 2)
+
+        flash_attention.flash_attn.flash_attn_func = attend
+    optimizer = model.setup_optimizer()
+    return torch.compile(model, dynamic=False), optimizer, model.estimate_flops()
+
+
+def measure(make, batch: int, steps: int) -> dict:
+    launched = time.time()
+    function, optimizer, flops = make()
+    ids = torch.randint(0, 32768, (ACCUMULATION, batch, LENGTH + 1), device="cuda")
+
+    def step():
+        for part in ids:
+            (function(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / ACCUMULATION).backward()
+        micro = torch.cuda.Event(enable_timing=True)
+        micro.record()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return micro
+
+    step()
+    torch.cuda.synchronize()
+    first = time.time() - launched
+    for _ in range(2):
+        step()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(steps):
+        micro = step()
+    end.record()
+    torch.cuda.synchronize()
+    speed = ACCUMULATION * batch * LENGTH * steps / (start.elapsed_time(end) / 1e3)
+    name = torch.cuda.get_device_name()
+    peak = next((value for key, value in PEAK.items() if key in name), float("nan"))
+    return {
+        "tok_s": speed, "mfu": speed * flops / peak, "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "first_step_s": first, "optimizer_ms": micro.elapsed_time(end), "device": name,
+    }  # fmt: skip
+
+
+def contender(name: str, config: str, steps: int) -> dict:
+    depth, batch = map(int, config[1:].split("x"))
+    kind, _, option = name.partition(":")
+    pattern = "L" if option in ("sdpa", "L") else "SSSL"
+    make = (
+        (lambda: ours(depth, pattern, option == "fp8")) if kind == "ours" else (lambda: peer(depth, pattern, option))
+    )
+    return measure(make, batch, steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", default="d24x16,d12x32")
+    parser.add_argument("--contenders", default="ours,ours:L", help="ours, ours:L, ours:fp8, peer:flex, peer:sdpa")
+    parser.add_argument("--peer", help="path of a karpathy/nanochat checkout; adds peer:flex and peer:sdpa")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        sys.path.insert(0, arguments.peer or ".")
+        print(json.dumps(contender(*arguments.one, arguments.steps)))
+        return
+    if not torch.cuda.is_available():
+        sys.exit("error: bench_gpu needs a CUDA device; make bench measures a CPU")
+    names = arguments.contenders.split(",") + (["peer:flex", "peer:sdpa"] if arguments.peer else [])
+    rows = []
+    for config in arguments.configs.split(","):
+        for name in dict.fromkeys(names):
+            command = [sys.executable, __file__, "--one", name, config, "--steps", str(arguments.steps)]
+            command += ["--peer", arguments.peer] if arguments.peer else []
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"{config} {name} failed:\n{done.stderr[-2000:]}", flush=True)
+                continue
+            rows.append((config, name, json.loads(done.stdout.splitlines()[-1])))
+            print(rows[-1], flush=True)
+    print(f"\n{'config':8} {'contender':10} {'tok/s':>9} {'MFU':>6} {'GiB':>6} {'optimizer':>10} {'first step':>10}")
+    for config, name, row in rows:
+        print(
+            f"{config:8} {name:10} {row['tok_s']:9,.0f} {row['mfu']:6.1%} {row['peak_gib']:6.1f} "
+            f"{row['optimizer_ms']:7.1f} ms {row['first_step_s']:8.1f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()
