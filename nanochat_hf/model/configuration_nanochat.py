@@ -18,6 +18,13 @@ from transformers.configuration_utils import PreTrainedConfig
 SMEAR_GATE_CHANNELS = 24  # the gate of the smear reads this many leading channels of the normed embedding
 VALUE_GATE_CHANNELS = 12  # the gate of a value embedding reads this many leading channels of the layer's input
 ROPE_RANGE = 10  # positions up to this multiple of `max_position_embeddings`, as upstream's rotary tables
+# Saving a model writes the entry of its own class only. Without the other one transformers would go by the name of the
+# config class, and build its own `nanochat` for AutoModel.
+AUTO_MAP = {
+    "AutoConfig": "configuration_nanochat.NanoChatConfig",
+    "AutoModel": "modeling_nanochat.NanoChatModel",
+    "AutoModelForCausalLM": "modeling_nanochat.NanoChatForCausalLM",
+}
 
 
 @strict
@@ -106,6 +113,7 @@ class NanoChatConfig(PreTrainedConfig):
             self.sliding_window = None
         elif self.sliding_window is None:
             self.sliding_window = math.ceil(self.max_position_embeddings / 4 / 128) * 128 + 1
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
     def check_shape(self) -> None:

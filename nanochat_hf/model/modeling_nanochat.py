@@ -240,6 +240,17 @@ class NanoChatPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def resize_token_embeddings(
+        self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True
+    ) -> nn.Embedding:
+        """As in transformers; the value embeddings, which are read by token too, and `num_tokens` follow."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for table in self.base_model.value_embeds.values() if self.config.value_embeds else ():
+            self._get_resized_embeddings(table, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.config.num_tokens is not None and new_num_tokens is not None:
+            self.config.num_tokens = new_num_tokens
+        return embeddings
+
 
 class NanoChatModel(NanoChatPreTrainedModel):
     """The network without its head: token ids (B, T) -> hidden states (B, T, C) after the final norm."""
@@ -305,8 +316,10 @@ class NanoChatModel(NanoChatPreTrainedModel):
             else:
                 sliding = config.layer_types.index("sliding_attention")
                 masks["sliding_attention"] = create_sliding_window_causal_mask(**kwargs, layer_idx=sliding)
-        is_2d = attention_mask is not None and attention_mask.ndim == 2
-        masks["padding"] = attention_mask[:, -(length + 1) :] if is_2d else None
+        masks["padding"] = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            # A fresh copy: a view's stride grows with the sequence, and the compiled step would be compiled again.
+            masks["padding"] = attention_mask[:, -(length + 1) :].clone(memory_format=torch.contiguous_format)
         return masks
 
     def smear(self, x, position_ids, padding, cache):
