@@ -1,0 +1,59 @@
+"""Bits per byte of text: the loss of a language model, made independent of its tokenizer.
+
+The summed loss in nats of all target tokens that stand for text, over ln 2 and over the bytes that they stand for.
+Special tokens have no bytes and count on neither side (karpathy/nanochat's definition). How:
+
+    evaluate_bpb(losses_of(model), batches, torch.tensor(token_byte_lengths(tokenizer)))
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # targets that carry no loss
+
+
+def bits_per_byte(nats: float, num_bytes: float) -> float:
+    """-> nats / (ln 2 x bytes); infinity for no bytes."""
+    return nats / (math.log(2) * num_bytes) if num_bytes else math.inf
+
+
+@torch.no_grad()
+def evaluate_bpb(
+    token_losses: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    byte_lengths: Tensor,
+) -> float:
+    """Bits per byte over all batches of all processes of the job; every process gets the same figure.
+
+    Args:
+        token_losses: (inputs (B, T), targets (B, T)) -> losses (B, T) in nats.
+        batches: pairs of inputs and targets, each (B, T) int64; targets of -100 are ignored.
+        byte_lengths: (V,) bytes that each token id stands for, 0 for special tokens.
+    """
+    sums = []  # one (2,) per batch, left on the device so that no batch waits for the one before
+    for inputs, targets in batches:
+        losses = token_losses(inputs, targets).float()
+        lengths = torch.where(targets == IGNORED, 0, byte_lengths.to(targets.device)[targets.clamp_min(0)])
+        sums.append(torch.stack(((losses * (lengths > 0)).sum(), lengths.sum().float())))
+    device = sums[0].device if sums else byte_lengths.device
+    total = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(2, dtype=torch.float64)
+    if dist.is_available() and dist.is_initialized():
+        total = total.to(device)
+        dist.all_reduce(total)
+    return bits_per_byte(*total.tolist())
+
+
+def losses_of(model) -> Callable[[Tensor, Tensor], Tensor]:
+    """`token_losses` of any causal language model of transformers: next-token losses from its logits."""
+
+    def token_losses(inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = model(inputs, use_cache=False).logits.float()
+        flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        return flat.view_as(targets)
+
+    return token_losses

@@ -1,0 +1,47 @@
+"""Bits per byte against computation by hand."""
+
+import math
+
+import pytest
+import torch
+
+from nanochat_hf.data.tokenizer import token_byte_lengths
+from nanochat_hf.eval.bpb import bits_per_byte, evaluate_bpb, losses_of
+
+LENGTHS = torch.tensor([0, 1, 3, 2])  # id 0 is special
+
+
+def fixed(losses):
+    return lambda inputs, targets: torch.tensor(losses)
+
+
+def test_loss_is_divided_by_bytes_and_special_tokens_count_nowhere():
+    targets = torch.tensor([[1, 2], [0, 3]])
+    found = evaluate_bpb(fixed([[1.0, 2.0], [50.0, 3.0]]), [(targets, targets)], LENGTHS)
+    assert found == pytest.approx(6.0 / (math.log(2) * 6))
+
+
+def test_ignored_targets_count_nowhere():
+    targets = torch.tensor([[1, -100], [-100, 3]])
+    found = evaluate_bpb(fixed([[1.0, 0.0], [0.0, 3.0]]), [(targets, targets)], LENGTHS)
+    assert found == pytest.approx(4.0 / (math.log(2) * 3))
+
+
+def test_batches_are_weighted_by_their_bytes_and_not_averaged():
+    batches = [(torch.tensor([[2, 2]]),) * 2, (torch.tensor([[1]]),) * 2]
+    found = evaluate_bpb(lambda inputs, targets: torch.ones_like(targets).float(), batches, LENGTHS)
+    assert found == pytest.approx(3 / (math.log(2) * 7))
+
+
+def test_no_bytes_is_infinite_and_not_a_crash():
+    assert evaluate_bpb(fixed([[1.0]]), [(torch.tensor([[0]]),) * 2], LENGTHS) == math.inf
+    assert bits_per_byte(1.0, 0) == math.inf
+
+
+def test_a_uniform_model_costs_the_entropy_of_its_vocabulary(tiny_model, tokenizer):
+    torch.nn.init.zeros_(tiny_model.lm_head.weight)
+    ids = torch.tensor([tokenizer("The cat sat on the mat.").input_ids])
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    found = evaluate_bpb(losses_of(tiny_model), [(inputs, targets)], torch.tensor(token_byte_lengths(tokenizer)))
+    num_bytes = len(tokenizer.decode(targets[0]).encode())
+    assert found == pytest.approx(targets.numel() * math.log2(len(tokenizer)) / num_bytes, rel=1e-5)
