@@ -4,9 +4,9 @@
 `'word'.count('l')`, nothing else. It walks the syntax tree and knows each allowed node by name; there is no `eval`, no
 name lookup and no attribute access, so there is nothing to escape to. (simpleeval was weighed: it starts from names,
 functions and attributes and forbids the dangerous ones; starting from nothing is shorter than configuring that.)
-`run_sandboxed` runs a program of the model in a process of its own with limits on time, memory, files and processes and,
-where the kernel allows it, without network. It guards against accidents and clumsy attacks, not against an expert:
-whoever runs code from strangers should put the whole evaluation into a container.
+`run_sandboxed` runs a program of the model in a process of its own with limits on time, memory, files and processes
+and, where the kernel allows it, without network. It guards against accidents and clumsy attacks, not against an
+expert: whoever runs code from strangers should put the whole evaluation into a container.
 
     calculate("12*(3+4)")            -> "84"
     calculate("'castle'.count('t')") -> "1"
@@ -14,6 +14,7 @@ whoever runs code from strangers should put the whole evaluation into a containe
 """
 
 import ast
+import contextlib
 import os
 import secrets
 import signal
@@ -39,8 +40,8 @@ _OPERATIONS = {
 def calculate(expression: str) -> str:
     """Value of an arithmetic expression or of `'text'.count('part')`, as text.
 
-    Takes + - * / // % and parentheses on decimal numbers (commas between thousands are dropped, as upstream did), and the
-    one string method `count`. Whole results print without a decimal point, others with at most 10 digits.
+    Takes + - * / // % and parentheses on decimal numbers (commas between thousands are dropped, as upstream did), and
+    the one string method `count`. Whole results print without a decimal point, others with at most 10 digits.
 
     Raises:
         ValueError: one line that says what is wrong (too long, not allowed, division by zero, too large).
@@ -118,11 +119,13 @@ class SandboxResult:
     timed_out: bool
 
 
-# Runs in the child before the program. Each namespace is asked for on its own, since kernels differ in what they allow; a
-# process-id namespace makes the kernel end every descendant with the first process, whatever session it hid in.
+# Runs in the child before the program. Kernels differ in what they allow, so less and less is asked for. In a
+# process-id namespace everything ends with its first process, whatever session a descendant hid in; that one only
+# waits, since signals that the first process sends to itself (SIGKILL, too) are ignored.
 _GUARD = r"""
 import ctypes, os, resource, signal, sys, traceback
-marker, report, memory, seconds, code = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.stdin.read()
+marker, report, memory, seconds = sys.argv[1], *map(int, sys.argv[2:])
+code = sys.stdin.read()
 try:
     libc = ctypes.CDLL(None)
     NEWUSER, NEWNET, NEWPID, NEWIPC = 0x10000000, 0x40000000, 0x20000000, 0x08000000
@@ -131,12 +134,13 @@ try:
             break
 except (OSError, AttributeError):
     libc = None
-child = os.fork()
-if child:
-    os.close(report)
-    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
-if libc and hasattr(libc, "prctl"):
-    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with the process that waits, even in a session of its own
+for _ in range(2):
+    child = os.fork()
+    if child:
+        os.close(report)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
+    if hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with the process that waits for it
 for name, limit in (("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 20), ("NPROC", 64), ("NOFILE", 64), ("CORE", 0)):
     try:
         kind = getattr(resource, "RLIMIT_" + name)
@@ -162,10 +166,11 @@ except BaseException:
 def run_sandboxed(code: str, timeout: float = 5.0, memory_bytes: int = 512 * 1024 * 1024) -> SandboxResult:
     """Runs a Python program in a fresh process and says whether it ran to its end.
 
-    The process gets an empty environment, an empty temporary folder (deleted afterwards), no standard input, no network and
-    no sight of other processes where the kernel allows that, and limits: `timeout` seconds of wall and processor time,
-    `memory_bytes` of address space, files of 1 MiB, 64 processes. A program that exits before its last line has not passed,
-    whatever its exit code: otherwise `sys.exit(0)` above the tests would pass every test.
+    The process gets an empty environment, an empty temporary folder (deleted afterwards), the standard library only, no
+    standard input, no network and no power over other processes where the kernel allows that, and limits: `timeout`
+    seconds of wall and processor time, `memory_bytes` of address space, files of 1 MiB, 64 processes. A program that
+    exits before its last line has not passed, whatever its exit code: otherwise `sys.exit(0)` above the tests would
+    pass every test.
 
     Args:
         code: the program's text.
@@ -175,18 +180,9 @@ def run_sandboxed(code: str, timeout: float = 5.0, memory_bytes: int = 512 * 102
     marker = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as output:
         read_end, write_end = os.pipe()
+        limits = (str(write_end), str(memory_bytes), str(int(timeout) + 1))
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                "-c",
-                _GUARD,
-                marker,
-                str(write_end),
-                str(memory_bytes),
-                str(int(timeout) + 1),
-            ],
+            [sys.executable, "-I", "-S", "-c", _GUARD, marker, *limits],
             cwd=folder,
             env={},
             stdin=subprocess.PIPE,
@@ -202,10 +198,8 @@ def run_sandboxed(code: str, timeout: float = 5.0, memory_bytes: int = 512 * 102
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # also what the program left running in its group
-            except ProcessLookupError:
-                pass
             process.wait()
         os.set_blocking(read_end, False)  # a descendant that escaped may still hold the other end
         try:

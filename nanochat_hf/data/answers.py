@@ -1,7 +1,7 @@
 """Find the answer in what a model said, and grade it: one set of pure functions for evaluation and for RL rewards.
 
-Why one place: a reward that differs from the benchmark teaches something else than what is measured. All take the text of
-the assistant's turn as it was decoded with special tokens, so that tool calls can be told from words.
+Why one place: a reward that differs from the benchmark teaches something else than what is measured. All take the
+text of the assistant's turn as it was decoded with special tokens, so that tool calls can be told from words.
 
     hash_answer("She earns 10 dollars.\\n#### 10")                  -> "10"
     is_correct({"kind": "spelling", "answer": "o w l", ...}, text)  -> True or False
@@ -59,9 +59,9 @@ def says(text: str, phrase: str) -> bool:
 def is_correct(row: dict, text: str) -> bool:
     """Whether the reply answers a row of `primer.questions`.
 
-    Numbers must be the last number said; a spelling must have exactly the word's letters; a fact must name the value and
-    the entity and none of the relation's other values, so that neither a list of guesses nor a fact about somebody else
-    counts. Whether the tool was called is `used_tool`'s business.
+    A sum's result must be the last number said; a spelling must have exactly the word's letters; a fact must name the
+    value and the entity and none of the relation's other values, so that neither a list of guesses nor a fact about
+    somebody else counts. Whether the tool was called is `used_tool`'s business.
     """
     kind, words = row["kind"], final_words(text)
     if kind in ("arithmetic", "problem", "counting"):

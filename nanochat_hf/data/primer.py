@@ -208,8 +208,8 @@ def conversations(split: str = "train", seed: int = 0, rounds: int = CONVERSATIO
 def questions(kind: str, split: str = "test", seed: int = 0, limit: int | None = None) -> list[dict]:
     """Questions to grade, as rows {"kind", "messages": [one user message], "answer", "entity", "rivals", "tool"}.
 
-    `kind` is one of KINDS. "fact" asks for every fact once; the others give 200 rows ("counting": 50 for each answer of
-    0 to 3; "identity": every test question). `answer` is the value to name, `entity` what it must be said about (""
+    `kind` is one of KINDS. "fact" asks for every fact once; the others give 200 rows ("counting": 50 for each answer
+    of 0 to 3; "identity": every test question). `answer` is the value to name, `entity` what it must be said about (""
     if nothing), `rivals` the values of the same relation, `tool` whether the python tool should be called. With
     split="train" the same questions come from the training half, which is what reinforcement learning practises on.
     """
