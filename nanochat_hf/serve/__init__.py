@@ -1,0 +1,1 @@
+"""WEIGHTS -> PEOPLE: fast generation, terminal chat, HTTP server, and the Hub."""
