@@ -387,12 +387,11 @@ class NanoChatModel(NanoChatPreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache = False  # recomputing a block would append its keys twice
 
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # Asked of the last layer, which is never a window: an int, or a tensor if the cache is static.
+        past = 0 if past_key_values is None else past_key_values.get_seq_length(config.num_hidden_layers - 1)
         limit = ROPE_RANGE * config.max_position_embeddings
         if x.shape[1] + (past if isinstance(past, int) else 0) > limit:
-            raise ValueError(
-                f"the sequence passes position {limit}, {ROPE_RANGE} x max_position_embeddings: shorten it"
-            )
+            raise ValueError(f"input passes position {limit} ({ROPE_RANGE} x max_position_embeddings): shorten it")
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
