@@ -42,7 +42,7 @@ def ours(depth: int, pattern: str, fp8: bool):
         if isinstance(module, torch.nn.Embedding):
             module.to(torch.bfloat16)
     optimizer = MuonAdamW(param_groups(model, made.groups))
-    return Trunk(model, compile=True, fp8=fp8) if fp8 else Trunk(model, compile=True), optimizer, made.flops_per_token
+    return Trunk(model, compile=True, fp8=fp8), optimizer, made.flops_per_token
 
 
 def peer(depth: int, pattern: str, attention: str):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.modeling_nanochat import NanoChatForCausalLM
-from .kernels import attention, head_loss, needs_mask, relu2_mlp, split_qkv, window_mask
+from .kernels import attention, head_loss, linear, needs_mask, relu2_mlp, split_qkv, window_mask
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -30,7 +30,7 @@ def embed(ids: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | No
     return x
 
 
-def block(x, y, x0, lambdas, ids, table, gate, wq, wk, wv, wo, w1, w2, cos, sin, mask, window, scale, eps):
+def block(x, y, x0, lambdas, ids, table, gate, wq, wk, wv, wo, w1, w2, cos, sin, mask, window, scale, eps, fp8):
     """One decoder layer: the stream is x + y, (B, T, C) each, and so is what comes back (y None: nothing pending).
 
     Leaving the last addition to the next layer lets it be fused with that layer's mix and norm. `lambdas` are None or
@@ -42,12 +42,12 @@ def block(x, y, x0, lambdas, ids, table, gate, wq, wk, wv, wo, w1, w2, cos, sin,
         x = lambdas[0] * x + lambdas[1] * x0
     h = rms_norm(x, eps)
     gates = None if gate is None else F.linear(h[..., : gate.shape[1]], gate.to(h.dtype))
-    qkv = F.linear(h, torch.cat((wq, wk, wv)).to(h.dtype))
+    qkv = linear(h, torch.cat((wq, wk, wv)).to(h.dtype), fp8)
     q, k, v = split_qkv(
         qkv, cos, sin, len(wk) // (2 * cos.shape[-1]), eps, ids if table is not None else None, table, gates
     )
-    x = x + F.linear(attention(q, k, v, scale, window, mask).flatten(-2), wo.to(h.dtype))
-    return x, relu2_mlp(rms_norm(x, eps), w1.to(x.dtype), w2.to(x.dtype))
+    x = x + linear(attention(q, k, v, scale, window, mask).flatten(-2), wo.to(h.dtype), fp8)
+    return x, relu2_mlp(rms_norm(x, eps), w1.to(x.dtype), w2.to(x.dtype), fp8)
 
 
 def finish(x: Tensor, y: Tensor, middle: Tensor | None, strength: Tensor | None, eps: float) -> Tensor:
@@ -58,10 +58,14 @@ def finish(x: Tensor, y: Tensor, middle: Tensor | None, strength: Tensor | None,
 
 
 class Trunk(nn.Module):
-    """NanoChatModel's forward over the parameters of `model`, and with targets the head's loss as well."""
+    """NanoChatModel's forward over the parameters of `model`, and with targets the head's loss as well.
 
-    def __init__(self, model: NanoChatForCausalLM, compile: bool = False):
+    compile: each part by torch.compile. fp8: the blocks' matrix products in 8-bit floats; the head's stays in bf16.
+    """
+
+    def __init__(self, model: NanoChatForCausalLM, compile: bool = False, fp8: bool = False):
         super().__init__()
+        self.fp8 = fp8
         self.model = model
         wrap = torch.compile(dynamic=False, fullgraph=True) if compile else lambda function: function
         self.embed, self.block, self.finish = wrap(embed), wrap(block), wrap(finish)
@@ -100,7 +104,7 @@ class Trunk(nn.Module):
             x, y = self.block(
                 x, y, x0, lambdas[i], ids, table, gate, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight,
                 attn.o_proj.weight, mlp.fc1.weight, mlp.fc2.weight, cos, sin, masks.get(window), window,
-                attn.scaling, eps,
+                attn.scaling, eps, self.fp8,
             )  # fmt: skip
             if i == len(model.layers) // 2:
                 middle = x, y

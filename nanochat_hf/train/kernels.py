@@ -118,6 +118,45 @@ def head_loss(
     return F.cross_entropy(softcap * torch.tanh(logits / softcap), targets, ignore_index=-100, reduction=reduction)
 
 
+# -------------------------------------------------------------------------------------------------- 8-bit products
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x -> (x / scale in an 8-bit float `dtype`, float32 scale): the largest magnitude becomes the type's largest."""
+    largest = torch.finfo(dtype).max
+    scale = x.abs().amax().float().clamp(min=1e-12) / largest
+    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
+
+
+class _Float8Linear(torch.autograd.Function):
+    """y = x w^T with one scale a tensor: e4m3 forward, e5m2 gradients (arXiv:2209.05433; torchao's tensorwise recipe).
+
+    Hopper's 8-bit products want both operands contiguous along the summed dimension, hence the transposed copies.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w):
+        (x8, xs), (w8, ws) = quantise(x, torch.float8_e4m3fn), quantise(w, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, xs, w8, ws)
+        return torch._scaled_mm(x8, w8.t(), scale_a=xs, scale_b=ws, out_dtype=x.dtype, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx, g):
+        x8, xs, w8, ws = ctx.saved_tensors
+        g8, gs = quantise(g, torch.float8_e5m2)
+        dx = torch._scaled_mm(g8, w8.t().contiguous().t(), scale_a=gs, scale_b=ws, out_dtype=g.dtype)
+        turned = g8.t().contiguous()
+        dw = torch._scaled_mm(turned, x8.t().contiguous().t(), scale_a=gs, scale_b=xs, out_dtype=g.dtype)
+        return dx, dw
+
+
+def linear(x: Tensor, w: Tensor, fp8: bool = False) -> Tensor:
+    """x (..., C) times w (O, C) transposed -> (..., O); in 8-bit floats if asked (CUDA capability 8.9 and newer)."""
+    if not fp8:
+        return F.linear(x, w)
+    return _Float8Linear.apply(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], len(w))
+
+
 # -------------------------------------------------------------------------------------------------------------- MLP
 
 if gemm_act is not None:
@@ -156,11 +195,11 @@ if gemm_act is not None:
             return dh @ w1, dh.t() @ x, dy.t() @ a
 
 
-def relu2_mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+def relu2_mlp(x: Tensor, w1: Tensor, w2: Tensor, fp8: bool = False) -> Tensor:
     """relu(x w1^T)^2 w2^T for x (B, T, C), w1 (H, C), w2 (C, H), all of one dtype."""
-    if gemm_act is not None and x.is_cuda and x.dtype == torch.bfloat16:
+    if not fp8 and gemm_act is not None and x.is_cuda and x.dtype == torch.bfloat16:
         return _Relu2MLP.apply(x.reshape(-1, x.shape[-1]), w1, w2).view_as(x)
-    return F.linear(F.relu(F.linear(x, w1)).square(), w2)
+    return linear(F.relu(linear(x, w1, fp8)).square(), w2, fp8)
 
 
 # ------------------------------------------------------------------------------------------------ attention's input
