@@ -265,9 +265,12 @@ class Parquet(File):
             footer = pq.read_metadata(self.path)
         except (pa.ArrowException, OSError) as error:
             return self.bad(f"truncated or no parquet: {error}")
-        columns = footer.schema.to_arrow_schema().names
-        if COLUMN not in columns:
-            raise InputError(f"{self.path} has no column {COLUMN!r}; it has {', '.join(columns)}")
+        schema = footer.schema.to_arrow_schema()
+        if COLUMN not in schema.names:
+            raise InputError(f"{self.path} has no column {COLUMN!r}; it has {', '.join(schema.names)}")
+        kind = schema.field(COLUMN).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise InputError(f"{self.path}: column {COLUMN!r} is {kind}, not text")
         return footer
 
     def units(self, readers: int) -> list[tuple[int, int, int]]:
