@@ -1,347 +1,125 @@
-"""What the task YAMLs beside this file call: CORE exactly as karpathy/nanochat defines it, the chat tasks, their graders.
+"""What the chat tasks' YAMLs beside this file call through `!function utils.NAME`: rows, prompts and graders.
 
-lm-eval finds these functions through `!function utils.NAME`; nothing here needs a runner of our own:
+    lm_eval run --model hf --model_args pretrained=DIR,trust_remote_code=True --tasks nanochat_arc_easy,nanochat_mmlu \
+        --include_path evals --apply_chat_template
 
-    lm_eval run --model hf --model_args pretrained=DIR,dtype=float32,trust_remote_code=True --tasks nanochat_core \
-        --include_path evals --metadata core_bundle=DIR --limit 100
-
-CORE (DCLM, arXiv 2406.11794) differs from lm-eval's own multiple choice in three ways, so it has a task class of its own.
-The few-shot examples depend on the row number. The scored tokens are found in token space, as what the choices do not
-share. And the mean, not the sum, of their losses decides. The class therefore tokenises by itself and hands token ids to
-the model's `_loglikelihood_tokens`, the method under `loglikelihood` of every lm-eval backend that holds a tokenizer.
+Multiple choice is exact with the plain command line. Generated answers (GSM8K, HumanEval, SpellingBee, the demo) are
+too, as long as the model calls no tool: lm-eval's own runner answers no calls, `scripts/run_evals.py` does.
 """
 
-import csv
-import hashlib
 import json
-import os
-import random
 import re
-import shutil
-import tempfile
-import urllib.request
-import zipfile
-from functools import lru_cache, partial
-from math import comb, nan
 from pathlib import Path
 
 import datasets
-import numpy as np
-import yaml
-from filelock import FileLock
-from lm_eval.api.instance import Instance
-from lm_eval.api.metrics import mean
-from lm_eval.api.task import Task
-from lm_eval.config.task import TaskConfig
-from lm_eval.filters import build_filter_ensemble
-from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
-BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanochat_hf"
-CHUNK = (
-    512  # documents tokenised together: bounds the memory of the full run, where prompts make hundreds of megabytes
-)
-
-# ---- CORE -----------------------------------------------------------------------------------------------------------
+from nanochat_hf.data import answers
+from nanochat_hf.tools import run_sandboxed
 
 
-def core_bundle(folder: str | None = None) -> Path:
-    """The bundle's folder: the one named, else $NANOCHAT_CORE_BUNDLE, else the cache, filled once from the network."""
-    folder = folder or os.environ.get("NANOCHAT_CORE_BUNDLE")
-    if folder:
-        if not (Path(folder) / "core.yaml").is_file():
-            raise ValueError(f"{folder} is no CORE bundle (it has no core.yaml); name the unpacked eval_bundle folder")
-        return Path(folder)
-    target = CACHE / "eval_bundle"
-    if not target.exists():
-        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-            raise ValueError(f"no CORE bundle in {target} and HF_HUB_OFFLINE is set; name one with core_bundle=DIR")
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with FileLock(CACHE / "eval_bundle.lock"):
-            if not target.exists():
-                _download_bundle(target)
-    return target
+def rows(
+    file: str,
+    hub: str | None = None,
+    name: str | None = None,
+    split: str = "test",
+    chat_data: str | list[str | None] | None = None,
+    **_,
+) -> dict[str, datasets.Dataset]:
+    """A task's rows: `<chat_data>/<file>` where that exists, else the Hub's, in upstream's order (shuffled, seed 42).
+
+    chat_data, a folder or several, comes with `--metadata chat_data=DIR`; tasks without a place on the Hub need it.
+    """
+    folders = [chat_data] if isinstance(chat_data, str) else chat_data or []
+    for path in (Path(folder) / file for folder in folders if folder):
+        if path.is_file():
+            with path.open(encoding="utf-8") as lines:
+                return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines if line.strip()])}
+    if not hub:
+        raise ValueError(f"no file {file}: pass --metadata chat_data=DIR with the folder that holds it")
+    try:
+        return {"test": datasets.load_dataset(hub, name, split=split).shuffle(seed=42)}
+    except (OSError, ValueError) as error:  # no network, or offline mode
+        raise ValueError(f"no file {file} in chat_data and no {hub} from the Hub: {error}") from None
 
 
-def _download_bundle(target: Path, url: str = BUNDLE_URL) -> None:
-    """Fetch and unpack the official zip beside `target`, check it, then rename: a killed download leaves nothing."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        packed, md5, sha256 = Path(scratch) / "bundle.zip", hashlib.md5(), hashlib.sha256()
-        try:
-            with urllib.request.urlopen(url, timeout=60) as answer, packed.open("wb") as file:
-                size = int(answer.headers.get("Content-Length") or 0)
-                etag = (answer.headers.get("ETag") or "").strip('"')
-                with tqdm(total=size or None, unit="B", unit_scale=True, desc="CORE bundle") as bar:
-                    while block := answer.read(1 << 20):
-                        file.write(block)
-                        md5.update(block)
-                        sha256.update(block)
-                        bar.update(len(block))
-        except OSError as error:
-            raise ValueError(f"cannot download {url} ({error}); name a local bundle with core_bundle=DIR") from None
-        # The publisher names no checksum; the storage's ETag is the MD5 of a file stored in one part.
-        wrong = size and packed.stat().st_size != size
-        wrong = wrong or (re.fullmatch("[0-9a-f]{32}", etag) and etag != md5.hexdigest())
-        if wrong or not zipfile.is_zipfile(packed):
-            raise ValueError(f"{url} arrived damaged (size or checksum differs); try again")
-        with zipfile.ZipFile(packed) as archive:
-            archive.extractall(scratch)  # raises on a wrong CRC
-        unpacked = next(path.parent for path in Path(scratch).rglob("core.yaml"))
-        (unpacked / "SHA256").write_text(sha256.hexdigest() + "\n")
-        shutil.move(unpacked, target)
+def question(doc: dict) -> str:
+    """The user's first message, from `messages` or `question`."""
+    return doc["messages"][0]["content"] if doc.get("messages") else doc["question"]
 
 
-class TokenRequest(Instance):
-    """A request that already is token ids; it reads like the (strings, context, continuation) triple backends expect.
+def choice_docs(found: datasets.Dataset) -> datasets.Dataset:
+    """ARC's and MMLU's rows, from the Hub or local files -> {prompt, letters, gold}.
 
-    Ids are kept as arrays, and all choices of a question share one array of context: a full CORE run holds hundreds of
-    millions of tokens, too many for lists of Python integers.
+    The prompt is upstream's protocol to the letter: each choice stands before its letter, which helps small models to
+    bind the two, and the letter follows "=" without a space, so that it is the token that the answer consists of.
     """
 
-    def __init__(self, context: np.ndarray, continuation: np.ndarray, **kwargs):
-        super().__init__(request_type="_loglikelihood_tokens", **kwargs)
-        self.context, self.continuation = context, continuation
+    def convert(doc: dict) -> dict:
+        choices = doc["choices"]
+        texts, letters = (choices["text"], choices["label"]) if isinstance(choices, dict) else (choices, "ABCDEFGHIJ")
+        letters = list(letters)[: len(texts)]
+        gold = letters.index(doc["answerKey"]) if "answerKey" in doc else doc["answer"]
+        lines = "".join(f"- {text}={letter}\n" for text, letter in zip(texts, letters))
+        request = "Respond only with the letter of the correct answer."
+        prompt = f"Multiple Choice question: {doc['question']}\n{lines}\n{request}"
+        return {"prompt": prompt, "letters": letters, "gold": gold}
 
-    def __len__(self) -> int:
-        return 3
-
-    def __getitem__(self, index: int):
-        return (None, self.context, self.continuation)[index].tolist() if index % 3 else None
-
-    def __iter__(self):
-        return (self[index] for index in range(3))
-
-
-class CoreTask(Task):
-    """One of the 22 tasks; the YAML gives file, number of shots, kind, delimiter and random baseline.
-
-    `tokenizer` and `max_tokens` (hard limit of the model's positions, None if it has none) may be set by a runner that
-    has the model at hand; otherwise they are read from `pretrained` or `tokenizer` of --model_args.
-    """
-
-    OUTPUT_TYPE = "_loglikelihood_tokens"
-
-    def __init__(self, config: dict):
-        self.metadata = dict(config.get("metadata") or {})
-        keys = ("task", "task_alias", "tag", "dataset_path", "num_fewshot")
-        fields = {key: config[key] for key in keys if key in config}
-        self._config = TaskConfig(**fields, output_type="loglikelihood", metadata=self.metadata)
-        self.VERSION = self.metadata.get("version")
-        self.kind, self.delimiter = self.metadata["kind"], self.metadata["delimiter"]
-        self._filters = [build_filter_ensemble("none", [["take_first", None]])]
-        self._docs = self._instances = self.fewshot_rnd = None
-        self._scored: dict[int, list[int]] = {}  # row -> number of scored tokens of each choice
-        self.num_long = 0  # prompts longer than max_tokens, cropped on the left
-
-    @property
-    def file(self) -> Path:
-        return core_bundle(self.metadata.get("core_bundle")) / "eval_data" / self.config.dataset_path
-
-    @property
-    def tokenizer(self):
-        if "_tokenizer" not in vars(self):
-            self._tokenizer = _load_tokenizer(*_source(self.metadata))
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, value):
-        self._tokenizer = value
-
-    @property
-    def max_tokens(self) -> int | None:
-        if "_max_tokens" not in vars(self):
-            name, trust = _source(self.metadata)
-            self._max_tokens = position_limit(AutoConfig.from_pretrained(name, trust_remote_code=trust))
-        return self._max_tokens
-
-    @max_tokens.setter
-    def max_tokens(self, value: int | None):
-        self._max_tokens = value
-
-    def has_training_docs(self) -> bool:
-        return False
-
-    def has_validation_docs(self) -> bool:
-        return False
-
-    def has_test_docs(self) -> bool:
-        return True
-
-    def test_docs(self) -> list[dict]:
-        """All rows in the definition's order, each with its number in that order as `_row`."""
-        if self._docs is None:
-            if not self.file.is_file():
-                raise ValueError(
-                    f"{self.task_name}: the bundle has no {self.config.dataset_path}; leave this task out"
-                )
-            with self.file.open(encoding="utf-8") as lines:  # not splitlines(): JSON may hold other line separators
-                rows = [json.loads(line) for line in lines]
-            random.Random(1337).shuffle(rows)
-            self._docs = [{**row, "_row": number} for number, row in enumerate(rows)]
-        return self._docs
-
-    def doc_to_text(self, doc: dict) -> str:
-        return doc.get("query") or doc.get("context") or " / ".join(doc["context_options"])
-
-    def doc_to_target(self, doc: dict) -> str:
-        return doc["continuation"] if "continuation" in doc else doc["choices"][doc["gold"]]
-
-    def prompts(self, doc: dict, shots: list[dict]) -> list[str]:
-        """The texts to compare: one a choice, or for a language task the text without and with its answer."""
-        if self.kind == "multiple_choice":
-            before = "".join(f"{s['query']}{self.delimiter}{s['choices'][s['gold']]}\n\n" for s in shots)
-            return [f"{before}{doc['query']}{self.delimiter}{choice}" for choice in doc["choices"]]
-        if self.kind == "schema":
-            before = "".join(
-                f"{s['context_options'][s['gold']]}{self.delimiter}{s['continuation']}\n\n" for s in shots
-            )
-            return [f"{before}{context}{self.delimiter}{doc['continuation']}" for context in doc["context_options"]]
-        before = "".join(f"{s['context'].strip()}{self.delimiter}{s['continuation']}\n\n" for s in shots)
-        question = f"{before}{doc['context'].strip()}{self.delimiter}"
-        # A space before the answer belongs to the answer's first token, so the question must end without one.
-        return [question.strip(), question + doc["continuation"]]
-
-    def shots(self, row: int, pool: int) -> list[dict]:
-        """The few-shot examples of a row, drawn from the other rows below `pool` with the row's own seed."""
-        if not self.config.num_fewshot:
-            return []
-        # Drawing from pool - 1 places and stepping over `row` equals drawing from the list without it, in O(shots).
-        picks = random.Random(1234 + row).sample(range(pool - 1), self.config.num_fewshot)
-        return [self.test_docs()[pick + (pick >= row)] for pick in picks]
-
-    def spans(self, prompts: list[np.ndarray]) -> list[tuple[np.ndarray, int]]:
-        """(tokens, start): the scored tokens of each prompt are tokens[start:]; empty when the prompts do not differ."""
-        if self.kind == "language_modeling":
-            without, whole = prompts
-            return [(whole, _shared([without, whole]))]
-        if self.kind == "schema":
-            suffix = _shared([tokens[::-1] for tokens in prompts])
-            # A suffix that is a whole prompt leaves nothing to predict its first token from: scored as no tokens.
-            return [(tokens, len(tokens) - suffix or len(tokens)) for tokens in prompts]
-        prefix = _shared(prompts)
-        return [(tokens, prefix) for tokens in prompts]
-
-    def build_all_requests(self, *, limit=None, samples=None, rank=0, world_size=1, **unused) -> None:
-        """Make the requests of this rank's rows; `limit` cuts the rows before few-shot examples are drawn from them.
-
-        Below shots + 1 rows the definition has no answer (upstream stops with an error): examples then come from the
-        first shots + 1 rows.
-        """
-        rows = len(self.test_docs())
-        pool = min(rows, max(int(limit), self.config.num_fewshot + 1)) if limit and not samples else rows
-        chosen = list(self.doc_iterator(rank=rank, limit=limit, samples=samples, world_size=world_size))
-        self._instances, self.num_long = [], 0
-        for begin in range(0, len(chosen), CHUNK):
-            group = chosen[begin : begin + CHUNK]
-            texts = [self.prompts(doc, self.shots(doc["_row"], pool)) for _, doc in group]
-            ids = iter(encode(self.tokenizer, [text for prompts in texts for text in prompts]))
-            for (doc_id, doc), prompts in zip(group, texts):
-                self._instances += self._requests(doc_id, doc, prompts, [next(ids) for _ in prompts])
-
-    def _requests(self, doc_id: int, doc: dict, texts: list[str], ids: list[np.ndarray]) -> list[TokenRequest]:
-        requests, self._scored[doc["_row"]] = [], []
-        shared = None
-        for number, (tokens, start) in enumerate(self.spans(ids)):
-            if self.max_tokens and len(tokens) > self.max_tokens:
-                self.num_long += 1
-                start = max(start - (len(tokens) - self.max_tokens), 1)
-                tokens = tokens[-self.max_tokens :]
-            self._scored[doc["_row"]].append(len(tokens) - start)
-            start = min(start, len(tokens) - 1)  # backends refuse an empty request; its answer is not looked at
-            if shared is None or not np.array_equal(shared, tokens[:start]):
-                shared = tokens[:start]
-            request = TokenRequest(
-                context=shared,
-                continuation=tokens[start:],
-                doc=doc,
-                arguments=(texts[-1 if self.kind == "language_modeling" else number], ""),
-                idx=number,
-                metadata=(self.task_name, doc_id, 1),
-            )
-            requests.append(request)
-        return requests
-
-    def construct_requests(self, doc, ctx, **kwargs):
-        raise NotImplementedError("build_all_requests makes the requests of all rows at once")
-
-    def process_results(self, doc: dict, results: list[tuple[float, bool]]) -> dict[str, float]:
-        """results: (sum of log-probabilities, all tokens were the argmax) of each request."""
-        if self.kind == "language_modeling":
-            correct = bool(results[0][1])
-        else:
-            scored = self._scored[doc["_row"]]
-            losses = [-total / count if count else nan for (total, _), count in zip(results, scored)]
-            # The first of equals wins. A choice without tokens of its own has no loss: it wins in first place only,
-            # as in upstream, where min() over a list that begins with nan keeps that nan.
-            correct = losses.index(min(losses)) == doc["gold"]
-        return {"acc": float(correct), "centered": float(correct)}
-
-    def aggregation(self) -> dict:
-        return {"acc": mean, "centered": partial(centered, baseline=self.metadata["baseline"] / 100)}
-
-    def higher_is_better(self) -> dict[str, bool]:
-        return {"acc": True, "centered": True}
+    return found.map(convert, remove_columns=found.column_names, load_from_cache_file=False)
 
 
-def core_settings(bundle: Path) -> dict[str, dict]:
-    """label -> file, shots, kind, delimiter and baseline (percent) as the bundle itself states them."""
-    with (bundle / "eval_meta_data.csv").open(encoding="utf-8", newline="") as table:
-        baselines = {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(table)}
-    return {
-        task["label"]: {
-            "file": task["dataset_uri"],
-            "shots": task["num_fewshot"][0],
-            "kind": task["icl_task_type"],
-            "delimiter": task.get("continuation_delimiter", " "),
-            "baseline": float(baselines[task["label"]]),
-        }
-        for task in yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-    }
+def choice_results(doc: dict, results: list[tuple[float, bool]]) -> dict[str, float]:
+    """The letter with the highest logit among the valid ones is the answer; no text is generated."""
+    scores = [total for total, _ in results]
+    right = float(scores.index(max(scores)) == doc["gold"])
+    return {"acc": right, "centered": right}
 
 
-def centered(items: list[float], baseline: float) -> float:
-    """Accuracy rescaled so that guessing (`baseline`, a share) gives 0 and perfection 1."""
-    return (mean(items) - baseline) / (1 - baseline)
+def centered25(items: list[float]) -> float:
+    """Accuracy rescaled so that guessing among four gives 0 and perfection 1."""
+    return (sum(items) / len(items) - 0.25) / 0.75
 
 
-def encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """Token ids with bos first, int32; text that spells a special token stays text."""
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    else:  # twice as fast as the call above: no offsets
-        before, backend.encode_special_tokens = backend.encode_special_tokens, True
-        backend.no_padding()
-        backend.no_truncation()
-        rows = [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        backend.encode_special_tokens = before
-    return [np.array([bos, *row], dtype=np.int32) for row in rows]
+def _graded(answers: str | list[str], grade) -> dict[str, float]:
+    """acc = mean over the answers sampled for a question (pass@1); with several also whether any is right (pass@n)."""
+    answers = [answers] if isinstance(answers, str) else answers
+    right = [bool(grade(answer)) for answer in answers]
+    acc = sum(right) / len(right)
+    more = {f"pass@{len(right)}": float(any(right))} if len(right) > 1 else {}
+    return {"acc": acc, "centered": acc, **more}
 
 
-def position_limit(config) -> int | None:
-    """Longest input of a model with learned positions. Rotary models have none, and upstream does not crop for them."""
-    config = config.get_text_config()
-    if getattr(config, "rope_parameters", None):
-        return None
-    return getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
+def hash_results(doc: dict, results: list) -> dict[str, float]:
+    """GSM8K and SpellingBee: the number after the first "####" must equal the reference's, as text."""
+    expected = answers.hash_answer(doc["answer"]) or doc["answer"]
+    return _graded(results[0], lambda text: answers.hash_answer(text) == expected)
 
 
-def _shared(rows: list[np.ndarray]) -> int:
-    """Number of leading tokens that all rows have in common."""
-    length = min(map(len, rows))
-    same = np.logical_and.reduce([row[:length] == rows[0][:length] for row in rows])
-    return length if same.all() else int(same.argmin())
+def humaneval_results(doc: dict, results: list) -> dict[str, float]:
+    """Runs the answer's first code block (or all of it) with the prompt's imports and the tests, in a sandbox."""
+    return _graded(results[0], lambda text: run_sandboxed(humaneval_program(doc, text)).passed)
 
 
-def _source(metadata: dict) -> tuple[str, bool]:
-    name = metadata.get("tokenizer") or metadata.get("pretrained")
-    if not isinstance(name, str):
-        raise ValueError("CORE needs the tokenizer's name: pass pretrained=DIR (or tokenizer=DIR) in --model_args")
-    return name, bool(metadata.get("trust_remote_code"))
+def humaneval_program(doc: dict, text: str) -> str:
+    code = answers.final_words(text)
+    block = re.search(r"```(?:python)?[^\S\n]*\n(.*?)\n```", code, re.DOTALL)
+    imports = []
+    for line in doc["prompt"].splitlines():
+        if line.strip().startswith(("import ", "from ")):
+            imports.append(line.strip())
+        elif line.strip() and not line.strip().startswith("#"):
+            break
+    return "\n\n".join(
+        ["\n".join(imports), (block.group(1) if block else code).strip(), doc["test"], f"check({doc['entry_point']})"]
+    )
 
 
-@lru_cache(maxsize=4)
-def _load_tokenizer(name: str, trust: bool):
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+def primer_results(doc: dict, results: list) -> dict[str, float]:
+    """The demo's questions: graded as RL rewards them, and the share of answers that called the tool."""
+    graded = _graded(results[0], lambda text: answers.is_correct(doc, text))
+    first = results[0] if isinstance(results[0], str) else results[0][0]
+    return {**graded, "tool_use": float(answers.used_tool(first))}
+
+
+def held_out_text(found: datasets.Dataset) -> datasets.Dataset:
+    """Documents for bits per byte: bos is added by the backend, nothing else."""
+    return found.filter(lambda doc: bool(doc["text"].strip()), load_from_cache_file=False)

@@ -22,7 +22,7 @@ LOGIT_COST = 8  # a position with logits costs the memory of about so many posit
 
 @dataclass
 class _Row:
-    """One input of the model: `context` then `suffix` (its first token is the context's last); several may ask for it."""
+    """One input of the model: `context`, then `suffix`, whose first token is the context's last."""
 
     context: np.ndarray
     suffix: np.ndarray
@@ -47,8 +47,7 @@ def score(
     """Sum of log-probabilities of each continuation, and whether each of its tokens was the argmax.
 
     Args:
-        model: a causal LM in eval mode; any of transformers' that takes right-padded input, with shared contexts also a
-            cache and left padding.
+        model: a causal LM of transformers in eval mode.
         requests: (context, continuation) token ids, both at least one token long.
         batch_tokens: positions computed together; bounds the memory.
         progress: called with the number of requests done after each batch.

@@ -1,0 +1,136 @@
+"""Batched generation for any causal LM of transformers, with the python tool running inside the answer.
+
+The plain way, for evaluation on any machine and any model; `serve.generate.Engine` has the same `generate` and is much
+faster for nanochat models on a GPU, so `evaluate` takes either. A call stands between <|python_start|> and
+<|python_end|>; its result is put into the row as <|output_start|> ... <|output_end|>, and the model goes on.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache
+
+from ..data.tokenizer import plain_backend
+from ..tools import calculate
+
+MARKS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+REPACK = 0.75  # drop finished rows from the batch when fewer than this share still run: copying the cache costs, too
+
+
+@dataclass
+class _Row:
+    number: int  # of the answer
+    tokens: list[int] = field(default_factory=list)
+    forced: deque[int] = field(default_factory=deque)
+    call: list[int] | None = None  # the tokens since <|python_start|>
+    done: bool = False
+
+
+class Generator:
+    """Answers many prompts at once.
+
+    Args:
+        model: a causal LM in eval mode.
+        tokenizer: its tokenizer; without the four marks of tool calls it generates plainly.
+        rows: prompts generated together.
+        tool: expression -> result; what it raises as ValueError is shown to the model as an error.
+    """
+
+    def __init__(self, model, tokenizer, rows: int = 128, tool: Callable[[str], str] | None = calculate):
+        self.model, self.tokenizer, self.rows, self.tool = model, tokenizer, rows, tool
+        known = tokenizer.get_vocab()
+        self.marks = [known.get(name) for name in MARKS]
+        if None in self.marks:
+            self.tool = None
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        stops = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id]
+        self.stops = {token for token in stops if token is not None and token != self.marks[1]}
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        num_samples: int = 1,
+        seed: int = 0,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+    ) -> list[list[list[int]]]:
+        """`num_samples` answers to each prompt of token ids, as lists of new ids, a stop token included.
+
+        max_new_tokens counts tool results, too. temperature 0 is greedy; top_k 0 keeps all tokens.
+        """
+        jobs = sorted(range(len(prompts) * num_samples), key=lambda job: -len(prompts[job // num_samples]))
+        answers: list[list[int]] = [[] for _ in jobs]
+        sampler = torch.Generator(self.model.device).manual_seed(seed)
+        for begin in range(0, len(jobs), self.rows):
+            rows = [_Row(job) for job in jobs[begin : begin + self.rows]]
+            for row in self._run(
+                rows, [prompts[row.number // num_samples] for row in rows], sampler, max_new_tokens, temperature, top_k
+            ):
+                answers[row.number] = row.tokens
+        return [answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
+
+    @torch.inference_mode()
+    def _run(self, rows: list[_Row], prompts: list[list[int]], sampler, max_new_tokens, temperature, top_k):
+        device, width = self.model.device, max(map(len, prompts))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, prompt in enumerate(prompts):  # padding on the left: every row's next token is in the same column
+            ids[i, width - len(prompt) :] = torch.tensor(prompt)
+            mask[i, width - len(prompt) :] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache, finished = DynamicCache(config=self.model.config), []
+        while True:
+            inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+            logits = self.model(ids, logits_to_keep=1, **inputs).logits[:, -1].float()  # (rows, V)
+            for row, token in zip(rows, _pick(logits, sampler, temperature, top_k)):
+                if not row.done:
+                    self._push(row, token, max_new_tokens)
+            running = [i for i, row in enumerate(rows) if not row.done]
+            if not running:
+                return finished + rows
+            if len(running) < REPACK * len(rows):
+                finished += [row for row in rows if row.done]
+                rows, kept = [rows[i] for i in running], torch.tensor(running, device=device)
+                cache.reorder_cache(kept)
+                mask, positions = mask[kept], positions[kept]
+            ids = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+
+    def _push(self, row: _Row, sampled: int, max_new_tokens: int) -> None:
+        """Add the next token to a row: a waiting one of a tool result, else the sampled one."""
+        own = not row.forced
+        token = sampled if own else row.forced.popleft()
+        row.tokens.append(token)
+        if own and self.tool:
+            if token == self.marks[0]:
+                row.call = []
+            elif token == self.marks[1]:
+                if row.call is not None:
+                    row.forced.extend(self._answer(row.call))
+                row.call = None
+            elif row.call is not None:
+                row.call.append(token)
+        row.done = (own and token in self.stops) or len(row.tokens) >= max_new_tokens
+
+    def _answer(self, call: list[int]) -> list[int]:
+        try:
+            result = self.tool(self.tokenizer.decode(call))
+        except ValueError as error:
+            result = str({"error": str(error)})  # as TRL's tool loop writes it, so as it was in training
+        ids = plain_backend(self.tokenizer).encode(result, add_special_tokens=False).ids
+        return [self.marks[2], *ids, self.marks[3]]
+
+
+def _pick(logits: torch.Tensor, sampler: torch.Generator, temperature: float, top_k: int) -> list[int]:
+    """The next token of each row of logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    if top_k:
+        lowest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=sampler)[:, 0].tolist()
