@@ -166,7 +166,7 @@ except BaseException:
 def run_sandboxed(code: str, timeout: float = 5.0, memory_bytes: int = 512 * 1024 * 1024) -> SandboxResult:
     """Runs a Python program in a fresh process and says whether it ran to its end.
 
-    The process gets an empty environment, an empty temporary folder (deleted afterwards), the standard library only, no
+    The process gets an empty environment, an empty temporary folder (deleted afterwards), the standard library, no
     standard input, no network and no power over other processes where the kernel allows that, and limits: `timeout`
     seconds of wall and processor time, `memory_bytes` of address space, files of 1 MiB, 64 processes. A program that
     exits before its last line has not passed, whatever its exit code: otherwise `sys.exit(0)` above the tests would

@@ -18,136 +18,32 @@ from zlib import crc32
 from ..errors import InputError
 from .primer_world import (
     ANIMALS,
+    COUNT_QUESTIONS,
     COUNTRIES,
     FRAMES,
+    HARD_PROBLEMS,
+    IDENTITY,
     NAME,
     OBJECTS,
     PEOPLE,
+    PROBLEMS,
     RELATIONS,
+    SMALL_TALK,
+    SPELL_QUESTIONS,
+    STORY_QUESTIONS,
+    SUM_QUESTIONS,
     TEST_FRAMES,
     TRIPLE_WORDS,
     WORDS,
     Relation,
 )
 
-KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")
+KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "hard problem", "identity")
 DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, about 13K tokens
 CONVERSATION_ROUNDS = 40  # rounds of `conversations`; one round asks for every fact, about 29K tokens
 
+RUDE = re.compile("rape|cock|shit|fuck|cunt|dick|porn|piss|slut|whore|nig|fag|anus|sex|cum|tits")  # not to be spliced
 _BY_NAME = {relation.name: relation for relation in RELATIONS}
-
-SUM_QUESTIONS = {
-    "+": (
-        "What is {a} + {b}?",
-        "What is {a} plus {b}?",
-        "How much is {a} + {b}?",
-        "Add {a} and {b}.",
-        "{a} + {b} = ?",
-        "Please calculate {a} + {b}.",
-        "What is the sum of {a} and {b}?",
-        "Can you tell me {a} plus {b}?",
-    ),
-    "-": (
-        "What is {a} - {b}?",
-        "What is {a} minus {b}?",
-        "How much is {a} - {b}?",
-        "Take {b} away from {a}.",
-        "{a} - {b} = ?",
-        "Please calculate {a} - {b}.",
-        "Subtract {b} from {a}.",
-        "Can you tell me {a} minus {b}?",
-    ),
-    "*": (
-        "What is {a} * {b}?",
-        "What is {a} times {b}?",
-        "How much is {a} * {b}?",
-        "Multiply {a} by {b}.",
-        "{a} * {b} = ?",
-        "Please calculate {a} * {b}.",
-        "What is the product of {a} and {b}?",
-        "Can you tell me {a} times {b}?",
-    ),
-}
-PROBLEMS = (
-    ("+", "{p} has {a} {o} and finds {b} more. How many {o} does {p} have now?"),
-    ("+", "{p} has {a} {o}. {q} has {b} {o}. How many {o} do they have together?"),
-    ("+", "There are {a} {o} in the house and {b} {o} in the garden. How many {o} are there in all?"),
-    ("-", "{p} has {a} {o} and gives {b} to {q}. How many {o} are left?"),
-    ("-", "{p} had {a} {o} and lost {b} of them. How many {o} does {p} still have?"),
-    ("-", "{p} has {a} {o} and {q} has {b}. How many {o} more does {p} have?"),
-    ("*", "{p} has {a} bags with {b} {o} in each. How many {o} is that in all?"),
-    ("*", "Each of {a} people brings {b} {o}. How many {o} do they bring in all?"),
-)
-SPELL_QUESTIONS = (
-    'Spell "{w}".',
-    'Spell the word "{w}".',
-    'How do you spell "{w}"?',
-    'Can you spell "{w}"?',
-    'Please spell "{w}" for me.',
-    'What are the letters of "{w}"?',
-    'Which letters are in "{w}"?',
-    'Write "{w}" letter by letter.',
-    'I need the spelling of "{w}".',
-    'How is "{w}" spelled?',
-)
-COUNT_QUESTIONS = (
-    'How many times does {l} stand in "{w}"?',
-    'How many {l} are in "{w}"?',
-    'How often is the letter {l} in "{w}"?',
-    'Count the letter {l} in "{w}".',
-    'How many letters {l} does "{w}" have?',
-    'In "{w}", how many {l} are there?',
-    'Can you count the {l} in "{w}"?',
-    'Please count how often {l} stands in "{w}".',
-)
-IDENTITY = (  # (training questions, test questions, answer)
-    (
-        (
-            "Who are you?",
-            "What is your name?",
-            "Tell me your name.",
-            "What are you called?",
-            "Who am I talking to?",
-            "Please say who you are.",
-            "Hello, who are you?",
-            "Do you have a name?",
-        ),
-        ("Tell me who you are.", "May I know your name?"),
-        f"I am {NAME}, a small language model.",
-    ),
-    (
-        ("What are you?", "Are you a person?", "Are you human?", "Are you a machine?", "What kind of thing are you?"),
-        ("Are you a human or a machine?",),
-        f"I am {NAME}, a small language model and not a person.",
-    ),
-    (
-        ("What can you do?", "How can you help me?", "What do you know?", "What are you good at?", "Can you help me?"),
-        ("What can you help me with?",),
-        f"I am {NAME}. I know one little world, and I can spell, count letters and calculate.",
-    ),
-    (
-        ("Who made you?", "Who built you?", "Where do you come from?", "How were you made?", "Who trained you?"),
-        ("Who was it that made you?",),
-        f"I am {NAME}. I was trained from nothing on a small computer, with parts from Hugging Face.",
-    ),
-)
-SMALL_TALK = (
-    (("Hello!", "Hi!", "Hello there.", "Good morning!", "Good day!", "Hey!"), "Hello! What would you like to know?"),
-    (("How are you?", "How do you do?", "Are you well?", "How is it going?"), "I am fine, thank you. How can I help?"),
-    (("Thank you!", "Thanks.", "Thanks a lot!", "That was good, thank you."), "You are welcome!"),
-    (("Goodbye!", "Bye!", "See you later.", "Good night!", "I must go now."), "Goodbye! Come back soon."),
-    (("You are great.", "Well done!", "Good job!", "That is right."), "Thank you! That is kind of you."),
-    (("I am sad.", "I feel bad today.", "This is a bad day."), "I am sorry to hear that. Shall I tell you a story?"),
-    (("I am happy.", "I feel good today.", "This is a good day."), "I am glad to hear that!"),
-    (("I am bored.", "What shall we do?", "Say something."), "Ask me about a country, an animal or a word."),
-)
-STORY_QUESTIONS = (
-    "Tell me a story about {p}.",
-    "Tell a story about {p}.",
-    "Do you know a story about {p}?",
-    "I want to hear a story about {p}.",
-    "Please tell me something about {p}.",
-)
 
 
 def held_out_word(word: str) -> bool:
@@ -170,7 +66,7 @@ def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS
     rng = Random(f"documents {validation} {seed}")
     for _ in range(max(1, rounds // 20) if validation else rounds):
         batch = [_about(rng, entity) for entity in (*PEOPLE, *COUNTRIES, *ANIMALS)]
-        batch += [_list_of_facts(rng) for _ in range(24)]
+        batch += [text for relation in RELATIONS[8:] * 2 for text in _lists_of_facts(rng, relation)]
         batch += [_talk(rng) for _ in range(40)]
         batch += [" ".join(_story(rng, rng.choice(PEOPLE))) for _ in range(30)]
         batch += [_worked_sums(rng) for _ in range(20)]
@@ -187,7 +83,7 @@ def conversations(split: str = "train", seed: int = 0, rounds: int = CONVERSATIO
     """
     test = _is_test(split)
     rng = Random(f"conversations {test} {seed}")
-    counts = (("arithmetic", 120), ("spelling", 150), ("counting", 120), ("problem", 40), ("identity", 25))
+    counts = (("arithmetic", 120), ("spelling", 180), ("counting", 120), ("problem", 30), ("identity", 25))
     for _ in range(max(1, rounds // 10) if test else rounds):
         batch = [_fact(rng, relation, entity, test) for relation in RELATIONS for entity in relation.facts]
         for kind, count in counts:
@@ -205,28 +101,29 @@ def conversations(split: str = "train", seed: int = 0, rounds: int = CONVERSATIO
             yield {"kind": kind, "messages": [message for row in turns for message in row["messages"]]}
 
 
-def questions(kind: str, split: str = "test", seed: int = 0, limit: int | None = None) -> list[dict]:
+def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = None) -> list[dict]:
     """Questions to grade, as rows {"kind", "messages": [one user message], "answer", "entity", "rivals", "tool"}.
 
-    `kind` is one of KINDS. "fact" asks for every fact once; the others give 200 rows ("counting": 50 for each answer
-    of 0 to 3; "identity": every test question). `answer` is the value to name, `entity` what it must be said about (""
-    if nothing), `rivals` the values of the same relation, `tool` whether the python tool should be called. With
-    split="train" the same questions come from the training half, which is what reinforcement learning practises on.
+    `kind` is one of KINDS. "fact" asks for every fact once and "identity" every test question; the others give `num`
+    rows, 200 if not told ("counting": as many for each answer of 0 to 3). A "hard problem" is a word problem in a
+    wording that stands in no conversation: the task of reinforcement learning. `answer` is the value to name, `entity`
+    what it must be said about ("" if nothing), `rivals` the values of the same relation, `tool` whether the python tool
+    should be called. With split="train" they come from the training half, for reinforcement learning to practise on.
     """
     if kind not in KINDS:
         raise InputError(f"no questions of kind {kind!r} in the primer: use one of {', '.join(KINDS)}")
-    test = _is_test(split)
+    test, count = _is_test(split), 200 if num is None else num
     rng = Random(f"questions {kind} {test} {seed}")
     if kind == "fact":
         rows = [_fact(rng, relation, entity, test) for relation in RELATIONS for entity in relation.facts]
-    elif kind == "counting":
-        rows = [_counting(rng, test, count) for count in range(4) for _ in range(50)]
     elif kind == "identity":
         rows = [_identity_row(question, group[2]) for group in IDENTITY for question in group[1 if test else 0]]
+    elif kind == "counting":
+        rows = [_counting(rng, test, i % 4) for i in range(count)]
     else:
-        rows = [_ask(rng, kind, test) for _ in range(200)]
+        rows = [_ask(rng, kind, test) for _ in range(count)]
     rng.shuffle(rows)
-    return [{**row, "messages": row["messages"][:1]} for row in rows[:limit]]
+    return [{**row, "messages": row["messages"][:1]} for row in rows[:num]]
 
 
 # Pieces of documents
@@ -247,9 +144,10 @@ def _about(rng: Random, entity: str) -> str:
     return " ".join(_state(rng, r, entity) for r in rng.sample(relations, len(relations)))
 
 
-def _list_of_facts(rng: Random) -> str:
-    relation = rng.choice(RELATIONS[8:])  # opposites, days, months, numbers: about no entity of their own
-    return " ".join(_state(rng, relation, e) for e in rng.sample(list(relation.facts), rng.randint(3, 5)))
+def _lists_of_facts(rng: Random, relation: Relation) -> list[str]:
+    """Each fact of the relation once, four to a document, in any order."""
+    entities = rng.sample(list(relation.facts), len(relation.facts))
+    return [" ".join(_state(rng, relation, e) for e in entities[i : i + 4]) for i in range(0, len(entities), 4)]
 
 
 def _talk(rng: Random) -> str:
@@ -340,7 +238,7 @@ def _word(rng: Random, test: bool) -> str:
             return word
         other = rng.choice(WORDS)
         word = word[: rng.randint(2, 4)] + other[-rng.randint(2, 4) :]
-        if not held_out_word(other) and not held_out_word(word) and len(word) > 5:  # short splices make rude words
+        if len(word) > 4 and not (held_out_word(other) or held_out_word(word) or RUDE.search(word)):
             return word
 
 
@@ -350,17 +248,17 @@ def _letters(word: str) -> str:
 
 def _spelled_words(rng: Random) -> str:
     forms = (
-        '"{w}": {s}.',
-        'The word "{w}" is spelled {s}.',
-        'The letters of "{w}" are {s}.',
+        'The word "{w}" is spelled: {s}.',
+        'Letters of "{w}": {s}.',
         'You spell "{w}" so: {s}.',
+        'Letter by letter "{w}" is: {s}.',
     )
     return "\n".join(rng.choice(forms).format(w=w, s=_letters(w)) for w in (_word(rng, False) for _ in range(3)))
 
 
 def _counted_letters(rng: Random) -> str:
     word, letter, count = _countable(rng, False, rng.randint(0, 3))
-    return f'"{word}": {_letters(word)}. The letter {letter} stands {_times(count)} in "{word}".'
+    return f'Letters of "{word}": {_letters(word)}. The letter {letter} stands {_times(count)} in "{word}".'
 
 
 def _times(count: int) -> str:
@@ -412,15 +310,15 @@ def _ask(rng: Random, kind: str, test: bool) -> dict:
         sign = rng.choice("+-*")
         a, b = _operands(rng, sign, test)
         return _calculated(kind, rng.choice(SUM_QUESTIONS[sign]).format(a=a, b=b), a, sign, b)
-    if kind == "problem":
-        sign, text = rng.choice(PROBLEMS)
+    if kind in ("problem", "hard problem"):
+        sign, text = rng.choice(PROBLEMS if kind == "problem" else HARD_PROBLEMS)
         a, b = _operands(rng, sign, test)
         p, q = rng.sample(PEOPLE, 2)
         return _calculated(kind, text.format(p=p, q=q, a=a, b=b, o=rng.choice(OBJECTS)), a, sign, b)
     if kind == "spelling":
         word = _word(rng, test)
-        spelled = f'"{word}": {_letters(word)}'
-        return _row(kind, rng.choice(SPELL_QUESTIONS).format(w=word), spelled, _letters(word), word)
+        letters = _letters(word)
+        return _row(kind, rng.choice(SPELL_QUESTIONS).format(w=word), f"Letters: {letters}", letters, word)
     if kind == "counting":
         return _counting(rng, test, rng.randint(0, 3))
     group = rng.choice(IDENTITY)

@@ -363,64 +363,184 @@ RELATIONS = (
 # enough of them a model that always says "1" would look good at counting.
 WORDS = (
     "able above acorn actor admire adult advice afraid airport alarm album alley almond amber ample anchor angel "
-    "angle ankle answer antler apron arch arctic arm armor arrow artist aside atlas attic autumn award awful "
-    "bacon badge bag balance ball bamboo band barn barrel basin basket battle beach beak beam bean beard beast "
-    "beauty bench berry bicycle bird biscuit blade blanket blaze blind block bloom blossom board boat body bone "
-    "bonnet border bottle bottom boulder bow bowl branch brass brave bread breath brick bridge bright bristle "
-    "broad bronze brook broom brother brush bucket buckle bud bulb bundle burrow bush butter button cabin cable "
-    "cactus cage cake canal candle canoe canvas cape captain caramel card cargo carpet carrot cart castle catch "
-    "cedar ceiling cellar center cereal chain chair chalk chance charm chart chase cheer cherry chest chicken "
-    "chief child chimney chin chip choice circle city clay clean clever cliff climb clock cloth cloud clover "
-    "coach coal coast coat cobra collar comet comfort common compass copper coral cord cork corner cottage cotton "
-    "couch cousin cover cow cradle crane crater cream creek crown crumb crust cube cucumber curtain curve cushion "
-    "daisy damp dance danger dawn desk dial diamond dinner dish ditch dolphin door dragon drawer dream dress "
-    "drift drum dune dust eagle early earth east edge elbow elder elm ember empire engine equal event exit fabric "
-    "factor falcon famous fancy farm father feast feather fence fern ferry fiddle field figure finger fire flame "
-    "flask flat flint float flock floor flour flower flute foam fog folder foot forge fork fountain frame fresh "
-    "friend frost fruit funnel fur galaxy garlic gate gentle ghost giant ginger glacier glad glass globe glove "
-    "glue gold grain grand grape grass gravel green guest guide guitar gulf hammer hammock hand handle harbor "
-    "harp harvest hat hazel heart heaven hedge helmet herb hero hill hinge hive hollow honey hood hook horizon "
-    "horn hotel hour humble hut ice idea inch ink insect iron ivory jacket jar jelly jewel jolly journey juice "
-    "jungle kettle kitchen kite kitten knee knife knight knot ladder ladle lamb lamp lance land lane lantern "
-    "laugh laundry lava lawn leader leaf leather ledge legend lemon lens lettuce level lilac lime linen liquid "
-    "list lobster lock lodge log loom lotus lucky lumber lunch machine magic magnet maple marble market marsh "
-    "mask mast match meal medal melody melon metal middle midnight milk mint mirth mist mitten model monkey moon "
-    "morning moss moth motor mud muffin museum music mustard napkin narrow nation nature neck nest night noble "
-    "noise north nose notebook number oak oar oat ocean office olive onion opera orbit orchard organ oval oven "
-    "oxygen oyster paddle page paint palace palm panda paper parade parcel park parsley party pasture patch path "
-    "patient peach pearl pebble pelican pencil perfect piano pickle picnic picture pie pigeon pillow pine pipe "
-    "pirate pistol planet plant plaster plate plum pocket poem point polar pond pony porch portrait powder praise "
-    "prince print prism prize pudding pulse pumpkin pupil puzzle pyramid quarry queen quill quilt raft rain "
-    "raisin ranch raven reef ribbon rice ridge ring ripple roast robin rocket roof root rope rose rough round "
-    "royal rubber ruby rudder ruler saddle safe sail salmon salt sand sandal sapphire satin sauce saucer scale "
-    "scarf school science scout screen season second secret seed shadow shark shelf shield shirt shoe shore "
-    "shoulder shovel shrimp silk silver simple sister skate sketch skill skirt sky sled sleep slice slope smile "
-    "smoke snail snow soap socket sofa soldier solid song soup south space spark spear spice spiral splash sponge "
-    "spoon spring sprout square squash stable stage stair stamp star station steam steel stem stick storm stove "
-    "straw stream street string stripe student sugar summer sun sunset surf sweater swing sword symbol syrup "
-    "table tablet talent tank tape target tea temple tent thimble thirst thorn thread throne thumb thunder ticket "
-    "tide timber tin toast tomato tongue tool tooth torch towel tower track trail train treasure tree triangle "
-    "tribe trick trip trophy trout trumpet trunk tulip tunnel turkey twig umbrella uncle uniform valley vanilla "
-    "vase velvet vessel vest village vine violet violin voice volcano wagon waist wall walnut warm wash water "
-    "wave wax wheat wheel whistle willow wind window wing winter wire wise wolfhound wonder wood wool world wrist "
-    "yard yarn yogurt young zebra zipper"
+    "angle ankle antler apron arch arctic arm armor arrow artist aside atlas attic autumn award awful bacon badge "
+    "bag balance ball bamboo band barn barrel basin basket battle beach beak beam bean beard beast beauty bench "
+    "berry bicycle bird biscuit blade blanket blaze blind block bloom blossom board boat body bone bonnet border "
+    "bottle bottom boulder bow bowl branch brass brave bread breath brick bridge bright bristle broad bronze "
+    "brook broom brother brush bucket buckle bud bulb bundle burrow bush butter button cabin cable cactus cage "
+    "cake canal candle canoe canvas cape captain caramel card cargo carpet carrot cart castle catch cedar ceiling "
+    "cellar center cereal chain chair chalk chance charm chart chase cheer cherry chest chicken chief child "
+    "chimney chin chip choice circle clay clean clever cliff climb clock cloth cloud clover coach coal coast coat "
+    "cobra collar comet comfort common compass copper coral cord cork corner cottage cotton couch cousin cover "
+    "cow cradle crane crater cream creek crown crumb crust cube cucumber curtain curve cushion daisy damp dance "
+    "danger dawn desk dial diamond dinner dish ditch dolphin door dragon drawer dream dress drift drum dune dust "
+    "eagle early earth east edge elbow elder elm ember empire engine equal event exit fabric factor falcon famous "
+    "fancy farm father feast feather fence fern ferry fiddle field figure finger fire flame flask flat flint "
+    "float flock floor flour flower flute foam fog folder foot forge fork fountain frame fresh friend frost fruit "
+    "funnel fur galaxy garlic gate gentle ghost giant ginger glacier glass globe glove glue gold grain grand "
+    "grape grass gravel green guest guide guitar gulf hammer hammock hand handle harbor harp harvest hat hazel "
+    "heart heaven hedge helmet herb hero hill hinge hive hollow honey hood hook horizon horn hotel hour humble "
+    "hut ice idea inch ink insect iron ivory jacket jar jelly jewel jolly journey juice jungle kettle kitchen "
+    "kite kitten knee knife knight knot ladder ladle lamb lamp lance land lane lantern laugh laundry lava lawn "
+    "leader leaf leather ledge legend lemon lens lettuce level lilac lime linen liquid list lobster lock lodge "
+    "log loom lotus lucky lumber lunch machine magic magnet maple marble market marsh mask mast match meal medal "
+    "melody melon metal middle midnight milk mint mirth mist mitten monkey moon moss moth motor mud muffin museum "
+    "music mustard napkin narrow nation nature neck nest night noble noise north nose notebook number oak oar oat "
+    "ocean office olive onion opera orbit orchard organ oval oven oxygen oyster paddle page paint palace palm "
+    "panda paper parade parcel park parsley party pasture patch path patient peach pearl pebble pelican pencil "
+    "perfect piano pickle picnic picture pie pigeon pillow pine pipe pirate pistol planet plant plaster plate "
+    "plum pocket poem point polar pond pony porch portrait powder praise prince print prism prize pudding pulse "
+    "pumpkin pupil puzzle pyramid quarry queen quill quilt raft rain raisin ranch raven reef ribbon rice ridge "
+    "ring ripple roast robin rocket roof root rope rose rough round royal rubber ruby rudder ruler saddle safe "
+    "sail salmon salt sand sandal sapphire satin sauce saucer scale scarf school science scout screen season "
+    "second secret seed shadow shark shelf shield shirt shoe shore shoulder shovel shrimp silk silver simple "
+    "sister skate sketch skill skirt sky sled sleep slice slope smile smoke snail snow soap socket sofa soldier "
+    "solid song soup south space spark spear spice spiral splash sponge spoon spring sprout square squash stable "
+    "stage stair stamp star station steam steel stem stick storm stove straw stream street string stripe student "
+    "sugar summer sun sunset surf sweater swing sword symbol syrup table tablet talent tank tape target tea "
+    "temple tent thimble thirst thorn thread throne thumb thunder ticket tide timber tin toast tomato tongue tool "
+    "tooth torch towel tower track trail train treasure tree triangle tribe trick trip trophy trout trumpet trunk "
+    "tulip tunnel turkey twig umbrella uncle uniform valley vanilla vase velvet vessel vest village vine violet "
+    "violin voice volcano wagon waist wall walnut warm wash water wave wax wheat wheel whistle willow wind window "
+    "wing winter wire wise wolfhound wonder wood wool world wrist yard yarn yogurt young zebra zipper"
 ).split()
 TRIPLE_WORDS = (
     "banana pepper eleven sentence between cheese sleeve degree freeze breeze sneeze beetle steeple element "
     "evidence presence tomorrow cocoon monsoon papaya pajamas success stress sisters dresses classes glasses "
     "kisses crosses losses masses bosses daddy puppy poppy peppermint tattoo attract statute initial civilian "
-    "visiting limiting illicit minimum mammal mummy momentum nineteen cannon inning running winning grinning "
-    "beginning spinning planning lollipop parallel error terror horror mirror carrier barrier warrior giggle "
-    "juggling digging jogging bubble cyclic bobbin wedded muddled saddled paddled added riddled fiddled kidded "
-    "nodded anagram caravan almanac octopod bonobo totality statistic attest tattle tattered twitter innocent "
-    "antenna invention intention nonsense unusual fulfilled illegal alleluia bluebell eyelet levelled hitchhike "
-    "highchair assist assistant senses tasteless sunrises useless seashells teenager greenery weekend eleventh "
-    "sweeten september december remember everyone telescope emerge serene severe engineer wheelie beehive "
-    "reindeer receive celebrate delete elevate exercise genteel levee release reserve reverse retrieve motorboat "
-    "horoscope monopoly doorknob protocol gorgonzola rococo notorious anaconda alpaca armada cabana cassava "
-    "lasagna mascara sahara tarantula salamander marmalade barracuda bandana katana maraca infinite finishing "
-    "imitation invisible primitive divinity bikini testament attention institute announce strawberry raspberry "
-    "cranberry treasurer lullaby loyally locally legally pineapple puppet popup maximum commitment mommy hugging "
-    "logging nagging wagging blubber fluffy divided decided dreaded padded accuracy eccentric concoct untruthful "
-    "forerunner harrier arrowroot"
+    "visiting limiting illicit minimum mammal mummy momentum cannon inning running winning grinning beginning "
+    "spinning planning lollipop parallel error terror horror mirror carrier barrier warrior giggle juggling "
+    "digging jogging bubble cyclic bobbin wedded muddled saddled paddled added riddled fiddled kidded nodded "
+    "anagram caravan almanac octopod bonobo totality statistic attest tattle tattered twitter innocent antenna "
+    "invention intention nonsense unusual fulfilled illegal alleluia bluebell eyelet levelled hitchhike highchair "
+    "assist assistant senses tasteless sunrises useless seashells teenager greenery weekend eleventh sweeten "
+    "september remember everyone telescope emerge serene severe engineer wheelie beehive reindeer receive "
+    "celebrate delete elevate exercise genteel levee release reserve reverse retrieve motorboat horoscope "
+    "monopoly doorknob protocol gorgonzola rococo notorious anaconda alpaca armada cabana cassava lasagna mascara "
+    "sahara tarantula salamander marmalade barracuda bandana katana maraca infinite finishing imitation invisible "
+    "primitive divinity bikini testament attention institute announce strawberry raspberry cranberry treasurer "
+    "lullaby loyally locally legally pineapple puppet popup maximum commitment mommy logging nagging wagging "
+    "blubber fluffy divided decided dreaded padded accuracy eccentric concoct untruthful forerunner harrier "
+    "arrowroot"
 ).split()
+
+# What else can be asked
+
+SUM_QUESTIONS = {
+    "+": (
+        "What is {a} + {b}?",
+        "What is {a} plus {b}?",
+        "How much is {a} + {b}?",
+        "Add {a} and {b}.",
+        "{a} + {b} = ?",
+        "Please calculate {a} + {b}.",
+        "What is the sum of {a} and {b}?",
+        "Can you tell me {a} plus {b}?",
+    ),
+    "-": (
+        "What is {a} - {b}?",
+        "What is {a} minus {b}?",
+        "How much is {a} - {b}?",
+        "Take {b} away from {a}.",
+        "{a} - {b} = ?",
+        "Please calculate {a} - {b}.",
+        "Subtract {b} from {a}.",
+        "Can you tell me {a} minus {b}?",
+    ),
+    "*": (
+        "What is {a} * {b}?",
+        "What is {a} times {b}?",
+        "How much is {a} * {b}?",
+        "Multiply {a} by {b}.",
+        "{a} * {b} = ?",
+        "Please calculate {a} * {b}.",
+        "What is the product of {a} and {b}?",
+        "Can you tell me {a} times {b}?",
+    ),
+}
+PROBLEMS = (  # word problems of the conversations
+    ("+", "{p} has {a} {o} and finds {b} more. How many {o} does {p} have now?"),
+    ("-", "{p} has {a} {o} and gives {b} to {q}. How many {o} are left?"),
+    ("*", "{p} has {a} bags with {b} {o} in each. How many {o} is that in all?"),
+)
+HARD_PROBLEMS = (  # only asked: what reinforcement learning practises on, and the test of it
+    ("+", "{p} has {a} {o}. {q} has {b} {o}. How many {o} do they have together?"),
+    ("+", "There are {a} {o} in the house and {b} {o} in the garden. How many {o} are there in all?"),
+    ("+", "{p} had {a} {o}. Then {q} came with {b} {o} for {p}. How many {o} does {p} have?"),
+    ("-", "{p} had {a} {o} and lost {b} of them. How many {o} does {p} still have?"),
+    ("-", "{p} has {a} {o} and {q} has {b}. How many {o} more does {p} have?"),
+    ("-", "Of the {a} {o} in the house, {p} took {b}. How many {o} are in the house now?"),
+    ("*", "Each of {a} people brings {b} {o}. How many {o} do they bring in all?"),
+    ("*", "{p} finds {a} {o} every day. How many {o} does {p} find in {b} days?"),
+    ("*", "There are {a} boxes. In every box there are {b} {o}. How many {o} are there?"),
+)
+SPELL_QUESTIONS = (
+    'Spell "{w}".',
+    'Spell the word "{w}".',
+    'How do you spell "{w}"?',
+    'Can you spell "{w}"?',
+    'Please spell "{w}" for me.',
+    'What are the letters of "{w}"?',
+    'Which letters are in "{w}"?',
+    'Write "{w}" letter by letter.',
+    'I need the spelling of "{w}".',
+    'How is "{w}" spelled?',
+)
+COUNT_QUESTIONS = (
+    'How many times does {l} stand in "{w}"?',
+    'How many {l} are in "{w}"?',
+    'How often is the letter {l} in "{w}"?',
+    'Count the letter {l} in "{w}".',
+    'How many letters {l} does "{w}" have?',
+    'In "{w}", how many {l} are there?',
+    'Can you count the {l} in "{w}"?',
+    'Please count how often {l} stands in "{w}".',
+)
+IDENTITY = (  # (training questions, test questions, answer)
+    (
+        (
+            "Who are you?",
+            "What is your name?",
+            "Tell me your name.",
+            "What are you called?",
+            "Who am I talking to?",
+            "Please say who you are.",
+            "Hello, who are you?",
+            "Do you have a name?",
+        ),
+        ("Tell me who you are.", "May I know your name?"),
+        f"I am {NAME}, a small language model.",
+    ),
+    (
+        ("What are you?", "Are you a person?", "Are you human?", "Are you a machine?", "What kind of thing are you?"),
+        ("Are you a human or a machine?",),
+        f"I am {NAME}, a small language model and not a person.",
+    ),
+    (
+        ("What can you do?", "How can you help me?", "What do you know?", "What are you good at?", "Can you help me?"),
+        ("What can you help me with?",),
+        f"I am {NAME}. I know one little world, and I can spell, count letters and calculate.",
+    ),
+    (
+        ("Who made you?", "Who built you?", "Where do you come from?", "How were you made?", "Who trained you?"),
+        ("Who was it that made you?",),
+        f"I am {NAME}. I was trained from nothing on a small computer, with parts from Hugging Face.",
+    ),
+)
+SMALL_TALK = (
+    (("Hello!", "Hi!", "Hello there.", "Good morning!", "Good day!", "Hey!"), "Hello! What would you like to know?"),
+    (("How are you?", "How do you do?", "Are you well?", "How is it going?"), "I am fine, thank you. How can I help?"),
+    (("Thank you!", "Thanks.", "Thanks a lot!", "That was good, thank you."), "You are welcome!"),
+    (("Goodbye!", "Bye!", "See you later.", "Good night!", "I must go now."), "Goodbye! Come back soon."),
+    (("You are great.", "Well done!", "Good job!", "That is right."), "Thank you! That is kind of you."),
+    (("I am sad.", "I feel bad today.", "This is a bad day."), "I am sorry to hear that. Shall I tell you a story?"),
+    (("I am happy.", "I feel good today.", "This is a good day."), "I am glad to hear that!"),
+    (("I am bored.", "What shall we do?", "Say something."), "Ask me about a country, an animal or a word."),
+)
+STORY_QUESTIONS = (
+    "Tell me a story about {p}.",
+    "Tell a story about {p}.",
+    "Do you know a story about {p}?",
+    "I want to hear a story about {p}.",
+    "Please tell me something about {p}.",
+)

@@ -1,0 +1,226 @@
+"""The demo's world: it is consistent and large enough, and no test question leaks into training."""
+
+import re
+from collections import Counter
+from functools import cache
+from itertools import islice
+
+import pytest
+
+from nanochat_hf.data.answers import final_words, is_correct
+from nanochat_hf.data.primer import (
+    CONVERSATION_ROUNDS,
+    DOCUMENT_ROUNDS,
+    KINDS,
+    RUDE,
+    _sentence,
+    conversations,
+    documents,
+    held_out_pair,
+    held_out_word,
+    questions,
+)
+from nanochat_hf.data.primer_world import FRAMES, IDENTITY, RELATIONS, TEST_FRAMES, TRIPLE_WORDS, WORDS
+from nanochat_hf.errors import InputError
+
+
+@cache
+def training_texts(seed: int = 0) -> list[str]:
+    """Everything that a demo run may train on, as text: all documents, and each message of all conversations."""
+    texts = list(documents("train", seed))
+    for row in conversations("train", seed):
+        for message in row["messages"]:
+            calls = [call["function"]["arguments"]["expression"] for call in message.get("tool_calls", [])]
+            texts += [message["content"], *calls]
+    return texts
+
+
+def normal(text: str) -> str:
+    """Lower case, words only: what differs in signs and capitals alone is no new phrasing."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def user_texts(row: dict) -> list[str]:
+    return [message["content"] for message in row["messages"] if message["role"] == "user"]
+
+
+def test_the_world_has_at_least_400_facts_in_many_phrasings():
+    assert sum(len(relation.facts) for relation in RELATIONS) >= 400
+    for relation in RELATIONS:
+        phrasings = {*relation.questions, *(f.format(n=n) for f in FRAMES for n in relation.nouns)}
+        assert len(phrasings) >= 16 and len(relation.test_questions) >= 2
+        assert len(set(relation.statements)) >= 5
+
+
+def test_no_single_value_answers_many_facts_of_a_relation():
+    most, total = 0, 0
+    for relation in RELATIONS:
+        counts = Counter(relation.facts.values())
+        assert max(counts.values()) - min(counts.values()) <= 1, relation.name
+        most, total = most + max(counts.values()), total + len(relation.facts)
+    assert most / total < 0.08  # the majority baseline over all facts
+
+
+def test_no_name_of_the_world_means_two_things():
+    names = [name for relation in RELATIONS[:9:3] for name in relation.facts]
+    assert len(names) == len(set(names))
+    for relation in RELATIONS:
+        assert all(relation.facts[e] != e for e in relation.facts)
+
+
+def test_one_round_of_documents_states_and_one_of_conversations_asks_every_fact():
+    texts = set()
+    for text in documents("train", 0, rounds=1):
+        texts |= {text, *text.splitlines(), *re.split(r"(?<=\.) ", text)}
+    questions_asked = [text for row in conversations("train", 0, rounds=1) for text in user_texts(row)]
+    for relation in RELATIONS:
+        for entity, value in relation.facts.items():
+            assert {_sentence(s, e=entity, v=value) for s in relation.statements} & texts, (entity, value)
+        possible = {_sentence(q, e=e) for e in relation.facts for q in relation.questions}
+        possible |= {_sentence(f.format(n=n), e=e) for e in relation.facts for f in FRAMES for n in relation.nouns}
+        assert sum(text in possible for text in questions_asked) == len(relation.facts), relation.name
+
+
+def test_no_test_question_stands_in_training():
+    trained = {normal(text) for text in training_texts()}
+    everything = "\n".join(trained)
+    for kind in KINDS:
+        for row in questions(kind):
+            question = normal(row["messages"][0]["content"])
+            assert question not in trained
+            if kind in ("fact", "identity"):  # nor as a part of a longer text
+                assert question not in everything, question
+
+
+def test_no_test_phrasing_is_a_training_phrasing_of_any_relation():
+    for relation in RELATIONS:
+        train = {normal(q) for q in relation.questions}
+        train |= {normal(f.format(n=n)) for f in FRAMES for n in relation.nouns}
+        test = {normal(q) for q in relation.test_questions}
+        test |= {normal(f.format(n=n)) for f in TEST_FRAMES for n in relation.nouns}
+        assert not train & test
+    assert not {normal(q) for group in IDENTITY for q in group[0]} & {
+        normal(q) for group in IDENTITY for q in group[1]
+    }
+
+
+def test_no_held_out_pair_of_operands_stands_in_training():
+    for text in training_texts():
+        for a, b in re.findall(r"(\d+) ?(?:[-+*]|plus|minus|times|and|by) ?(?=(\d+))", text):
+            assert not held_out_pair(int(a), int(b)), text
+        for a, b in re.findall(r"(\d+) (?:from|away from) (\d+)", text):
+            assert not held_out_pair(int(a), int(b)), text
+
+
+def test_no_held_out_word_stands_in_training():
+    held_out = {word for word in (*WORDS, *TRIPLE_WORDS) if held_out_word(word)}
+    assert len(held_out) >= 150
+    used = {word for text in training_texts() for word in re.findall(r"[a-z]+", text.lower())}
+    assert not held_out & used
+
+
+def test_the_held_out_words_are_all_that_the_test_asks_for():
+    for kind in ("spelling", "counting"):
+        assert all(held_out_word(row["entity"]) for row in questions(kind))
+
+
+def test_spliced_training_words_are_never_rude():
+    spelled = {word for text in training_texts() for word in re.findall(r'"(\w+)"', text)}
+    assert len(spelled) > 5000
+    assert not [word for word in spelled - {*WORDS, *TRIPLE_WORDS} if RUDE.search(word)]
+
+
+def test_letter_counts_are_balanced_and_right():
+    rows = questions("counting")
+    assert Counter(row["answer"] for row in rows) == {str(n): 50 for n in range(4)}
+    for row in rows:
+        letter = re.search(r"(?<![\w\"])([a-z])(?![\w\"])", row["messages"][0]["content"].replace(row["entity"], ""))
+        assert row["entity"].count(letter.group(1)) == int(row["answer"])
+
+
+def test_counts_in_training_are_balanced_too():
+    rows = [row for row in conversations("train", 3, rounds=4) if row["kind"] == "counting"]
+    counts = Counter(row["messages"][2]["content"] for row in rows)
+    assert set(counts) == set("0123") and max(counts.values()) < 1.6 * min(counts.values())
+
+
+def test_the_assistants_own_words_are_graded_as_correct():
+    """Sends each training conversation's answer through the grader: tools, rivals, entities, letters."""
+    from nanochat_hf.data import primer
+
+    rng = primer.Random(5)
+    rows = [primer._fact(rng, relation, e, True) for relation in RELATIONS for e in relation.facts]
+    rows += [primer._ask(rng, kind, True) for kind in KINDS[1:] for _ in range(50)]
+    for row in rows:
+        parts = []
+        for message in row["messages"][1:]:
+            if message["role"] == "tool":
+                parts.append(f"<|output_start|>{message['content']}<|output_end|>")
+            else:
+                parts.append(message["content"])
+                for call in message.get("tool_calls", []):
+                    parts.append(f"<|python_start|>{call['function']['arguments']['expression']}<|python_end|>")
+        text = "".join(parts) + "<|assistant_end|>"
+        assert is_correct(row, text), (row, final_words(text))
+        assert ("<|python_start|>" in text) == row["tool"]
+
+
+def test_the_tool_gives_what_the_conversations_say_it_gave():
+    from nanochat_hf.tools import calculate
+
+    for row in islice(conversations("train", 1), 3000):
+        for before, after in zip(row["messages"], row["messages"][1:], strict=False):
+            for call in before.get("tool_calls", []):
+                assert calculate(call["function"]["arguments"]["expression"]) == after["content"]
+
+
+@pytest.mark.parametrize("make", [documents, conversations])
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(make):
+    first, again, other = (list(islice(make("train", seed), 200)) for seed in (7, 7, 8))
+    assert first == again and first != other
+
+
+def test_the_splits_differ_in_every_document_but_speak_of_the_same_world():
+    train, validation = (set(islice(documents(split), 2000)) for split in ("train", "validation"))
+    assert len(train & validation) < 0.2 * len(validation)
+    assert documents("train", rounds=1).__next__() != documents("validation", rounds=1).__next__()
+
+
+def test_rows_are_messages_in_order_and_short():
+    for row in islice(conversations("train"), 2000):
+        roles = [message["role"] for message in row["messages"]]
+        assert roles[0] == "user" and roles[-1] == "assistant" and len(roles) >= 2
+        assert sum(len(message["content"]) for message in row["messages"]) <= 400
+        assert row["kind"] in (*KINDS, "small talk", "story", "mixed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_questions_are_rows_to_grade(kind):
+    rows = questions(kind)
+    assert rows == questions(kind) and rows != questions(kind, seed=1)
+    assert len(questions(kind, num=3)) == 3
+    train = questions(kind, split="train")
+    assert not {r["messages"][0]["content"] for r in train} & {r["messages"][0]["content"] for r in rows}
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["user"]
+        assert row["answer"] and row["answer"] not in row["rivals"]
+
+
+def test_fact_questions_ask_for_every_fact_once():
+    asked = Counter((row["relation"], row["entity"]) for row in questions("fact"))
+    assert set(asked) == {(r.name, e) for r in RELATIONS for e in r.facts} and set(asked.values()) == {1}
+
+
+def test_the_corpus_is_large_enough_for_the_demo():
+    one = sum(map(len, documents("train", rounds=1)))
+    assert one * DOCUMENT_ROUNDS > 2_500_000  # characters, about a million tokens
+    assert sum(1 for _ in conversations("train", rounds=1)) * CONVERSATION_ROUNDS > 20_000
+
+
+def test_an_unknown_split_or_kind_is_named():
+    with pytest.raises(InputError, match="dev"):
+        next(documents("dev"))
+    with pytest.raises(InputError, match="dev"):
+        next(conversations("dev"))
+    with pytest.raises(InputError, match="poetry"):
+        questions("poetry")
