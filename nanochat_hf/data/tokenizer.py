@@ -33,6 +33,7 @@ SPECIAL_TOKENS = (
     "<|output_start|>",  # ... and what the tool answered
     "<|output_end|>",
 )
+VALIDATION_CHARS = 4_000_000  # how much of the validation split bytes per token are measured on
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)  # every byte is a token, so that any text can be encoded
 
 # GPT-4's pattern (openai/tiktoken, cl100k_base); GROUP is how many digits may share a token. Upstream measured 2 as
@@ -233,3 +234,36 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) ->
     if not num_tokens:
         raise InputError("there is no text to measure the tokenizer on")
     return num_bytes / num_tokens
+
+
+def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
+    """Train on the training split of `config.dataset` and write a `from_pretrained` folder and metrics.json."""
+    from ..run import begin, finish
+    from .corpus import DocumentStream
+
+    output, record = Path(output), begin(config)
+    counted = [0]
+
+    def texts(split: str, limit: int) -> Iterator[str]:
+        counted[0] = 0
+        for text in DocumentStream(config.dataset, split, seed=config.seed, skip_bad_files=config.skip_bad_files):
+            text = text[: min(config.doc_cap, limit - counted[0])]
+            counted[0] += len(text)
+            yield text
+            if counted[0] >= limit:
+                return
+
+    tokenizer = train_bpe(
+        texts("train", config.max_chars), config.vocab_size, config.digit_group, config.normalization
+    )
+    train_chars = counted[0]
+    compression = bytes_per_token(tokenizer, texts("validation", VALIDATION_CHARS))
+    save(tokenizer, output)
+    finish(output, record, vocab_size=len(tokenizer), bytes_per_token=compression, train_chars=train_chars)
+
+
+def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; choose another --run-dir") from None

@@ -1,0 +1,19 @@
+"""Train a tokenizer, the first stage of a recipe.
+
+    python scripts/tok_train.py --config recipes/d12/tokenizer.yaml --run-dir runs/d12 [--vocab_size 65536]
+
+It is written to RUN_DIR/tokenizer and loads with `AutoTokenizer.from_pretrained`.
+"""
+
+from nanochat_hf.data.tokenizer import TokenizerConfig, train_tokenizer
+from nanochat_hf.run import Run, script
+
+
+def main(config: TokenizerConfig, run: Run) -> None:
+    train_tokenizer(config, run.folder("tokenizer"))
+    metrics = run.metrics("tokenizer")
+    print(f"{run.folder('tokenizer')}: {metrics['vocab_size']} tokens, {metrics['bytes_per_token']:.2f} bytes a token")
+
+
+if __name__ == "__main__":
+    script(TokenizerConfig, main)
