@@ -64,7 +64,7 @@ def is_correct(row: dict, text: str) -> bool:
     somebody else counts. Whether the tool was called is `used_tool`'s business.
     """
     kind, words = row["kind"], final_words(text)
-    if kind in ("arithmetic", "problem", "hard problem", "counting"):
+    if kind in ("arithmetic", "problem", "counting"):
         return last_number(words) == row["answer"]
     if kind == "spelling":
         return spelled_word(text) == row["answer"].replace(" ", "")

@@ -38,7 +38,7 @@ from .primer_world import (
     Relation,
 )
 
-KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "hard problem", "identity")
+KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")
 DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, about 13K tokens
 CONVERSATION_ROUNDS = 40  # rounds of `conversations`; one round asks for every fact, about 29K tokens
 
@@ -105,10 +105,10 @@ def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = N
     """Questions to grade, as rows {"kind", "messages": [one user message], "answer", "entity", "rivals", "tool"}.
 
     `kind` is one of KINDS. "fact" asks for every fact once and "identity" every test question; the others give `num`
-    rows, 200 if not told ("counting": as many for each answer of 0 to 3). A "hard problem" is a word problem in a
-    wording that stands in no conversation: the task of reinforcement learning. `answer` is the value to name, `entity`
-    what it must be said about ("" if nothing), `rivals` the values of the same relation, `tool` whether the python tool
-    should be called. With split="train" they come from the training half, for reinforcement learning to practise on.
+    rows, 200 if not told ("counting": as many for each answer of 0 to 3). "problem" gives word problems in wordings that
+    stand in no conversation: the task of reinforcement learning. `answer` is the value to name, `entity` what it must
+    be said about ("" if nothing), `rivals` the values of the same relation, `tool` whether the python tool should be
+    called. With split="train" they come from the training half, for reinforcement learning to practise on.
     """
     if kind not in KINDS:
         raise InputError(f"no questions of kind {kind!r} in the primer: use one of {', '.join(KINDS)}")
@@ -121,7 +121,7 @@ def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = N
     elif kind == "counting":
         rows = [_counting(rng, test, i % 4) for i in range(count)]
     else:
-        rows = [_ask(rng, kind, test) for _ in range(count)]
+        rows = [_ask(rng, kind, test, HARD_PROBLEMS) for _ in range(count)]
     rng.shuffle(rows)
     return [{**row, "messages": row["messages"][:1]} for row in rows[:num]]
 
@@ -305,13 +305,13 @@ def _fact(rng: Random, relation: Relation, entity: str, test: bool) -> dict:
     return _row("fact", _sentence(question, e=entity), answer, value, entity, rivals=rivals, relation=relation.name)
 
 
-def _ask(rng: Random, kind: str, test: bool) -> dict:
+def _ask(rng: Random, kind: str, test: bool, problems: tuple = PROBLEMS) -> dict:
     if kind == "arithmetic":
         sign = rng.choice("+-*")
         a, b = _operands(rng, sign, test)
         return _calculated(kind, rng.choice(SUM_QUESTIONS[sign]).format(a=a, b=b), a, sign, b)
-    if kind in ("problem", "hard problem"):
-        sign, text = rng.choice(PROBLEMS if kind == "problem" else HARD_PROBLEMS)
+    if kind == "problem":
+        sign, text = rng.choice(problems)
         a, b = _operands(rng, sign, test)
         p, q = rng.sample(PEOPLE, 2)
         return _calculated(kind, text.format(p=p, q=q, a=a, b=b, o=rng.choice(OBJECTS)), a, sign, b)
