@@ -1,0 +1,90 @@
+"""The training step's fast way through the network equals the model's own."""
+
+import pytest
+import torch
+
+from nanochat_hf.model.configuration_nanochat import NanoChatConfig
+from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
+from nanochat_hf.train.fast import Trunk
+
+SHAPE = {
+    "vocab_size": 320,
+    "num_tokens": 300,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+def random_model(generation: int) -> NanoChatForCausalLM:
+    torch.manual_seed(generation)
+    make = NanoChatConfig.first_generation if generation == 1 else lambda **f: NanoChatConfig(sliding_window=33, **f)
+    model = NanoChatForCausalLM(make(**SHAPE))
+    with torch.no_grad():
+        for parameter in model.parameters():  # fresh projections are zero and would hide everything behind them
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_trunk_has_the_models_hidden_states_loss_and_gradients(generation):
+    model = random_model(generation)
+    ids, targets = torch.randint(0, 300, (2, 2, 200))
+    targets[0, :7] = -100
+    trunk = Trunk(model)
+    assert torch.allclose(trunk(ids), model.model(ids, use_cache=False).last_hidden_state, atol=1e-6)
+    loss = trunk(ids, targets)
+    loss.backward()
+    fast = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    reference = model(ids, labels=targets, shift_labels=targets, use_cache=False).loss
+    reference.backward()
+    assert torch.allclose(loss, reference, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(fast[name], parameter.grad, atol=1e-6), name
+
+
+def test_losses_of_single_tokens_average_to_the_mean():
+    trunk = Trunk(random_model(2))
+    ids, targets = torch.randint(0, 300, (2, 2, 50))
+    targets[1, 40:] = -100
+    losses = trunk(ids, targets, reduction="none")
+    assert losses.shape == (2, 50) and (losses[1, 40:] == 0).all()
+    assert torch.allclose(losses.sum() / 90, trunk(ids, targets), atol=1e-6)
+
+
+def test_eight_bit_products_stay_near_the_exact_loss_and_train():
+    model = random_model(2)
+    ids, targets = torch.randint(0, 300, (2, 2, 64))
+    exact, coarse = Trunk(model)(ids, targets), Trunk(model, fp8=True)(ids, targets)
+    assert abs(exact - coarse) / exact < 0.02 and exact != coarse
+    coarse.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("generation", [1, 2])
+def test_compiled_trunk_on_a_gpu_is_near_the_model_in_float32(generation):
+    torch.manual_seed(0)
+    shape = SHAPE | {"hidden_size": 512, "max_position_embeddings": 1024}
+    make = NanoChatConfig.first_generation if generation == 1 else NanoChatConfig
+    model = NanoChatForCausalLM(make(**shape)).cuda()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    ids, targets = torch.randint(0, 300, (2, 2, 1024), device="cuda")
+    reference = model(ids, labels=targets, shift_labels=targets, use_cache=False).loss
+    reference.backward()
+    exact = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.to(torch.bfloat16)
+    loss = Trunk(model, compile=True)(ids, targets)
+    loss.backward()
+    assert abs(loss - reference) / reference < 2e-3
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad.float() - exact[name]).norm() / exact[name].norm()
+        assert error < 0.05, (name, error)

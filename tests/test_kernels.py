@@ -1,0 +1,127 @@
+"""Fused operations against plain PyTorch: the twins on any machine, the kernels where there is a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat_hf.train import kernels
+
+LOW = {"device": "cuda", "dtype": torch.bfloat16}
+
+
+def relative(a, b) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def slow_attention(q, k, v, scale, window):
+    """Attention by the definition, in float32: (B, T, H, D) and (B, T, K, D) -> (B, T, H, D)."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.float().repeat_interleave(groups, dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q.float(), k) * scale
+    distance = torch.arange(q.shape[1], device=q.device)
+    distance = distance[:, None] - distance
+    hidden = (distance < 0) | (distance >= (window or q.shape[1]))
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_sees_the_window_and_groups_heads(window):
+    q, k, v = torch.randn(2, 16, 4, 8), torch.randn(2, 16, 2, 8), torch.randn(2, 16, 2, 8)
+    out = kernels.attention(q, k, v, 0.3, window)
+    assert torch.allclose(out, slow_attention(q, k, v, 0.3, window), atol=1e-6)
+
+
+def test_head_loss_is_softcapped_cross_entropy_without_the_padding_rows():
+    hidden, weight, targets = torch.randn(6, 8), torch.randn(10, 8), torch.tensor([1, 2, -100, 4, 5, 6])
+    logits = 15 * torch.tanh(hidden @ weight[:7].T / 15)
+    expected = sum(logits[i].logsumexp(0) - logits[i, t] for i, t in enumerate(targets.tolist()) if t >= 0) / 5
+    assert torch.allclose(kernels.head_loss(hidden, weight, targets, 15.0, 7), expected)
+
+
+def test_relu2_mlp_is_the_square_of_relu():
+    x, w1, w2 = torch.randn(2, 3, 4), torch.randn(8, 4), torch.randn(4, 8)
+    assert torch.allclose(kernels.relu2_mlp(x, w1, w2), (x @ w1.T).clamp(min=0) ** 2 @ w2.T, atol=1e-5)
+
+
+def test_split_qkv_turns_then_norms_and_adds_the_gated_embedding():
+    heads, kv_heads, dim, length = 3, 1, 4, 5
+    qkv, table = torch.randn(2, length, (heads + 2 * kv_heads) * dim), torch.randn(7, kv_heads * dim)
+    ids, gates = torch.randint(0, 7, (2, length)), torch.randn(2, length, kv_heads)
+    angle = torch.randn(length, 1, dim // 2)
+    q, _, v = kernels.split_qkv(qkv, angle.cos(), angle.sin(), kv_heads, 1e-6, ids, table, gates)
+    raw = qkv[1, 2, 4:8]  # second head of one token, turned by hand
+    pairs = torch.complex(raw[:2], raw[2:]) * torch.exp(-1j * angle[2, 0])
+    turned = torch.cat((pairs.real, pairs.imag))
+    assert torch.allclose(q[1, 2, 1], turned / (turned.square().mean() + 1e-6).sqrt(), atol=1e-6)
+    extra = 3 * torch.sigmoid(gates[1, 2, 0]) * table[ids[1, 2]]
+    assert torch.allclose(v[1, 2, 0], qkv[1, 2, 16:20] + extra, atol=1e-6)
+
+
+def test_eight_bit_linear_is_near_the_exact_one_and_so_are_its_gradients():
+    x = torch.randn(64, 128, dtype=torch.bfloat16, requires_grad=True)
+    w = (0.1 * torch.randn(256, 128)).bfloat16().requires_grad_()
+    coarse, exact = kernels.linear(x, w, fp8=True), kernels.linear(x, w)
+    assert relative(coarse, exact) < 0.05
+    grad = torch.randn_like(exact)
+    for a, b in zip(torch.autograd.grad(coarse, (x, w), grad), torch.autograd.grad(exact, (x, w), grad)):
+        assert relative(a, b) < 0.08
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 129])
+def test_fast_attention_and_its_gradients_equal_the_definition(window):
+    shape = (2, 512, 4, 128)
+    tensors = [torch.randn(shape, **LOW, requires_grad=True) for _ in range(3)]
+    mask = kernels.window_mask(window, 512, "cuda")
+    grad = torch.randn(shape, **LOW)
+    out = torch.compile(kernels.attention)(*tensors, 0.1, window, mask)
+    exact = slow_attention(*tensors, 0.1, window)
+    assert relative(out, exact) < 1e-2
+    for a, b in zip(torch.autograd.grad(out, tensors, grad), torch.autograd.grad(exact, tensors, grad.float())):
+        assert relative(a, b) < 1e-2
+
+
+@pytest.mark.gpu
+def test_fused_head_loss_and_its_gradients_equal_the_twin(monkeypatch):
+    hidden = torch.randn(300, 128, **LOW, requires_grad=True)
+    weight = (0.1 * torch.randn(1024, 128, device="cuda")).requires_grad_()
+    targets = torch.randint(0, 1000, (300,), device="cuda")
+    targets[::7] = -100
+    monkeypatch.setattr(kernels, "MAX_LOGITS_BYTES", 2 * 1024 * 128)  # three chunks, the last one short
+    fused = kernels.head_loss(hidden, weight, targets, 15.0, 1000)
+    exact = F.cross_entropy(15 * torch.tanh(hidden.float() @ weight[:1000].T / 15), targets, ignore_index=-100)
+    assert abs(fused - exact) < 1e-3
+    for a, b in zip(torch.autograd.grad(fused, (hidden, weight)), torch.autograd.grad(exact, (hidden, weight))):
+        assert relative(a, b) < 1e-2
+    assert not torch.autograd.grad(kernels.head_loss(hidden, weight, targets, 15.0, 1000), weight)[0][1000:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+def test_fused_qkv_and_its_gradients_equal_the_twin(gated, monkeypatch):
+    qkv = torch.randn(2, 64, 8 * 128, **LOW, requires_grad=True)
+    angle = torch.randn(64, 1, 64, device="cuda")
+    table = torch.randn(50, 2 * 128, **LOW, requires_grad=True)
+    gates = torch.randn(2, 64, 2, **LOW, requires_grad=True)
+    extra = (torch.randint(0, 50, (2, 64), device="cuda"), table, gates) if gated else ()
+    leaves = (qkv, table, gates) if gated else (qkv,)
+    fused = kernels.split_qkv(qkv, angle.cos(), angle.sin(), 2, 1e-6, *extra)
+    monkeypatch.setattr(kernels, "triton", None)
+    exact = kernels.split_qkv(qkv.float(), angle.cos(), angle.sin(), 2, 1e-6, *extra)
+    grads = [torch.randn_like(x) for x in fused]
+    wanted = torch.autograd.grad(exact, leaves, [g.float() for g in grads])
+    for a, b in zip((*fused, *torch.autograd.grad(fused, leaves, grads)), (*exact, *wanted)):
+        assert relative(a, b) < 1e-2
+
+
+@pytest.mark.gpu
+def test_fused_mlp_and_its_gradients_equal_the_twin():
+    x = torch.randn(2, 64, 256, **LOW, requires_grad=True)
+    w1 = (0.06 * torch.randn(1024, 256, **LOW)).requires_grad_()
+    w2 = (0.03 * torch.randn(256, 1024, **LOW)).requires_grad_()
+    fused = kernels.relu2_mlp(x, w1, w2)
+    exact = F.linear(F.relu(F.linear(x.float(), w1.float())).square(), w2.float())
+    grad = torch.randn_like(fused)
+    wanted = torch.autograd.grad(exact, (x, w1, w2), grad.float())
+    for a, b in zip((fused, *torch.autograd.grad(fused, (x, w1, w2), grad)), (exact, *wanted)):
+        assert relative(a, b) < 1e-2
