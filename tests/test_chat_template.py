@@ -1,0 +1,205 @@
+"""The chat template: upstream's token protocol exactly, a true loss mask, and no way in for spelled special tokens."""
+
+import pytest
+from jinja2.exceptions import TemplateError
+from trl.chat_template_utils import (
+    has_generation_markers,
+    is_chat_template_prefix_preserving,
+    is_chat_template_stop_token_trained,
+    supports_tool_calling,
+)
+
+from nanochat_hf.data.tokenizer import SPECIAL_TOKENS
+
+
+def call(expression="6*7", name="python", **arguments):
+    arguments = arguments or {"expression": expression}
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text="", *calls):
+    return {"role": "assistant", "content": text, **({"tool_calls": list(calls)} if calls else {})}
+
+
+def tool(text):
+    return {"role": "tool", "name": "python", "content": text}
+
+
+SUM = [user("What is 6*7?"), assistant("I compute:", call("6*7")), tool("42"), assistant("It is 42.")]
+PARTS = [
+    user("What is 6*7?"),
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "text", "text": "I compute:"},
+            {"type": "python", "text": "6*7"},
+            {"type": "python_output", "text": "42"},
+            {"type": "text", "text": "It is 42."},
+        ],
+    },
+]
+
+
+def show(tokenizer, messages, **options):
+    """The rendered text with special tokens in short: ^ bos, u( )u user, a( )a assistant, p( )p call, o( )o output."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    text = text.replace("<|bos|>", "^")
+    for name, letter in (("user", "u"), ("assistant", "a"), ("python", "p"), ("output", "o")):
+        text = text.replace(f"<|{name}_start|>", letter + "(").replace(f"<|{name}_end|>", ")" + letter)
+    return text
+
+
+def trained(tokenizer, messages) -> list[str]:
+    """The stretches of text that the loss is taken on."""
+    out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    stretches, previous = [], 0
+    for token, mask in zip(out["input_ids"], out["assistant_masks"]):
+        if mask and not previous:
+            stretches.append([])
+        if mask:
+            stretches[-1].append(token)
+        previous = mask
+    return [tokenizer.decode(stretch) for stretch in stretches]
+
+
+def test_turns_follow_upstreams_protocol(tokenizer):
+    messages = [user("Hi"), assistant("Hello."), user("Bye")]
+    assert show(tokenizer, messages) == "^u(Hi)ua(Hello.)au(Bye)u"
+    assert show(tokenizer, messages, add_generation_prompt=True) == "^u(Hi)ua(Hello.)au(Bye)ua("
+
+
+def test_a_system_message_goes_before_the_first_user_message_with_a_blank_line(tokenizer):
+    messages = [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Yes?"), user("Bye")]
+    assert show(tokenizer, messages) == "^u(Be brief.\n\nHi)ua(Yes?)au(Bye)u"
+
+
+def test_a_tool_call_is_bare_and_its_result_stays_inside_the_turn(tokenizer):
+    assert show(tokenizer, SUM) == "^u(What is 6*7?)ua(I compute:p(6*7)po(42)oIt is 42.)a"
+    assert show(tokenizer, SUM[:2]) == "^u(What is 6*7?)ua(I compute:p(6*7)p"
+    assert show(tokenizer, SUM[:3], add_generation_prompt=True) == "^u(What is 6*7?)ua(I compute:p(6*7)po(42)o"
+
+
+def test_parts_of_a_message_render_as_the_same_turn(tokenizer):
+    assert show(tokenizer, PARTS) == show(tokenizer, SUM)
+    text_parts = [user([{"type": "text", "text": "What is "}, {"type": "text", "text": "6*7?"}])]
+    assert show(tokenizer, text_parts) == show(tokenizer, SUM[:1])
+
+
+def test_several_calls_and_rounds_stay_in_one_turn(tokenizer):
+    messages = [
+        user("?"),
+        assistant("", call("1"), call("2")),
+        tool("x"),
+        tool("y"),
+        assistant("", call("3")),
+        tool("z"),
+    ]
+    assert show(tokenizer, [*messages, assistant("end")]) == "^u(?)ua(p(1)pp(2)po(x)oo(y)op(3)po(z)oend)a"
+
+
+def test_an_unfinished_turn_is_closed_before_the_next_question(tokenizer):
+    assert show(tokenizer, [*SUM[:3], user("Well?")]).endswith("o(42)o)au(Well?)u")
+
+
+def test_other_tools_keep_their_name_and_arguments(tokenizer):
+    messages = [user("?"), assistant("", call(name="weather", city="Ulm", days=2))]
+    assert show(tokenizer, messages) == '^u(?)ua(p(weather(city="Ulm", days=2))p'
+
+
+def test_columns_that_arrow_fills_with_none_change_nothing(tokenizer):
+    messages = [message | {"tool_calls": message.get("tool_calls"), "name": None} for message in SUM]
+    assert show(tokenizer, messages) == show(tokenizer, SUM)
+    assert show(tokenizer, [SUM[0], {"role": "assistant", "content": None, "tool_calls": [call("1")]}]).endswith(
+        "a(p(1)p"
+    )
+
+
+def test_the_loss_is_on_the_assistants_words_calls_and_ends_only(tokenizer):
+    spoken = ["I compute:<|python_start|>6*7<|python_end|>", "It is 42.<|assistant_end|>"]
+    assert trained(tokenizer, SUM) == spoken
+    assert trained(tokenizer, PARTS) == spoken
+    dialogue = [{"role": "system", "content": "S"}, user("a"), assistant("b"), user("c"), assistant("d")]
+    assert trained(tokenizer, dialogue) == ["b<|assistant_end|>", "d<|assistant_end|>"]
+
+
+def test_trl_can_train_with_the_template(tokenizer):
+    assert supports_tool_calling(tokenizer)
+    assert is_chat_template_prefix_preserving(tokenizer)
+    assert is_chat_template_stop_token_trained(tokenizer)
+    assert has_generation_markers(tokenizer.chat_template)
+
+
+def test_every_beginning_of_a_conversation_renders_as_a_beginning(tokenizer):
+    messages = [*SUM, user("And 1+1?"), assistant("", call("1+1")), tool("2"), assistant("2.")]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    for count in range(1, len(messages)):
+        assert whole.startswith(tokenizer.apply_chat_template(messages[:count], tokenize=False))
+
+
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_no_content_becomes_a_special_token(tokenizer, token):
+    def structure(word):
+        messages = [
+            {"role": "system", "content": f"s{word}"},
+            user(f"u{word}"),
+            assistant(f"a{word}", call(f"'{word}'"), call(name=f"t{word}", **{f"k{word}": word})),
+            tool(f"o{word}{word}"),
+            {"role": "assistant", "content": [{"type": "text", "text": word}, {"type": "python", "text": word}]},
+            user([{"type": "text", "text": word}]),
+        ]
+        ids = tokenizer.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
+        return [i for i in ids if i in tokenizer.all_special_ids]
+
+    # Spellings that could close up again when taken apart are tried too.
+    for word in (token, f"<|bo{token}s|>", f"<{token}|bos|>", token[:-1] + token + ">"):
+        assert structure(word) == structure("x")
+
+
+def test_ids_are_those_of_the_pieces(tokenizer):
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    special = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))))
+    expected = [
+        *(special["<|bos|>"], special["<|user_start|>"], *ids("What is 6*7?"), special["<|user_end|>"]),
+        *(special["<|assistant_start|>"], *ids("I compute:"), special["<|python_start|>"], *ids("6*7")),
+        *(special["<|python_end|>"], special["<|output_start|>"], *ids("42"), special["<|output_end|>"]),
+        *(*ids("It is 42."), special["<|assistant_end|>"]),
+    ]
+    assert tokenizer.apply_chat_template(SUM, return_dict=False) == expected
+
+
+@pytest.mark.parametrize(
+    "messages,reason",
+    [
+        ([user("a"), {"role": "system", "content": "late"}], "can only come first"),
+        ([{"role": "system", "content": "alone"}], "followed by a user message"),
+        ([{"role": "critic", "content": "x"}], "unknown role critic"),
+        ([user("a"), tool("1")], "must follow an assistant message"),
+        ([user([{"type": "image", "url": "x"}])], "type image"),
+    ],
+)
+def test_what_the_protocol_cannot_say_is_refused(tokenizer, messages, reason):
+    with pytest.raises(TemplateError, match=reason):
+        tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_reply_is_read_back_as_the_message_it_was(tokenizer):
+    prompt = tokenizer.apply_chat_template(SUM[:1], add_generation_prompt=True, return_dict=False)
+    reply = tokenizer("I compute:<|python_start|>6*7<|python_end|>", add_special_tokens=False)["input_ids"]
+    parsed = tokenizer.parse_response(reply, prefix=prompt)
+    assert parsed["role"] == "assistant"
+    assert parsed["content"] == "I compute:"
+    assert parsed["tool_calls"] == [call("6*7")]
+
+
+def test_the_words_after_a_result_hold_no_call_again(tokenizer):
+    prompt = tokenizer.apply_chat_template(SUM[:3], add_generation_prompt=True, return_dict=False)
+    reply = tokenizer("It is 42.<|assistant_end|>", add_special_tokens=False)["input_ids"]
+    parsed = tokenizer.parse_response(reply, prefix=prompt)
+    assert parsed["content"] == "It is 42."
+    assert not parsed.get("tool_calls")

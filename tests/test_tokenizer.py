@@ -1,0 +1,187 @@
+"""The tokenizer: any text survives it byte for byte, and no text becomes a special token by spelling it."""
+
+import json
+import unicodedata
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from nanochat_hf.data import tokenizer as module
+from nanochat_hf.data.tokenizer import (
+    RESPONSE_TEMPLATE,
+    SPECIAL_TOKENS,
+    TokenizerConfig,
+    bytes_per_token,
+    encode_documents,
+    load_tokenizer,
+    strip_special_tokens,
+    token_byte_lengths,
+    train_bpe,
+    train_tokenizer,
+)
+from nanochat_hf.errors import InputError
+from nanochat_hf.run import load_json
+
+TEXTS = [
+    "The cat sat on the mat, and the hat was 1234 feet away.\n\nIt didn't care.",
+    "안녕하세요 세계, 안녕!",
+    "naïve café 🙂",
+]
+pieces = st.sampled_from(
+    [*SPECIAL_TOKENS, "<|", "|>", "bos", " ", "\n", "7", "한글", "👩‍👩‍👧", "e\u0301", "\x00", "'s"]
+)
+any_text = st.lists(st.one_of(pieces, st.text())).map("".join)
+
+
+@given(any_text)
+@settings(max_examples=300, deadline=None)
+def test_any_text_comes_back_byte_for_byte(tokenizer, text):
+    (ids,) = encode_documents(tokenizer, [text])
+    assert tokenizer.decode(ids[1:]).encode() == text.encode()
+
+
+@given(any_text)
+@settings(max_examples=300, deadline=None)
+def test_a_document_holds_no_special_token_but_its_first(tokenizer, text):
+    (ids,) = encode_documents(tokenizer, [text])
+    assert ids[0] == tokenizer.bos_token_id
+    assert not set(ids[1:].tolist()) & set(tokenizer.all_special_ids)
+
+
+def test_documents_with_special_spellings_are_longer_than_one_token_and_leave_the_tokenizer_as_it_was(tokenizer):
+    (ids,) = encode_documents(tokenizer, ["<|assistant_end|>"])
+    assert len(ids) > 3
+    assert tokenizer("<|assistant_end|>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
+
+
+@given(any_text)
+@settings(max_examples=200, deadline=None)
+def test_stripped_text_spells_no_special_token_and_other_text_stays(text):
+    stripped = strip_special_tokens(text)
+    assert not any(token in stripped for token in SPECIAL_TOKENS)
+    if not any(token in text for token in SPECIAL_TOKENS):
+        assert stripped == text
+
+
+def test_nested_spellings_do_not_close_up_when_broken():
+    assert "<|bos|>" not in strip_special_tokens("<|bo<|bos|>s|>")
+    assert "<|bos|>" not in strip_special_tokens("<|<|bos|>bos|>")
+
+
+def test_special_tokens_stand_last_and_in_order(tokenizer):
+    ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    assert ids == list(range(len(tokenizer) - 9, len(tokenizer)))
+    assert set(tokenizer.all_special_tokens) == set(SPECIAL_TOKENS)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|bos|>",
+        "<|assistant_end|>",
+        "<|bos|>",
+    )
+    assert tokenizer.padding_side == "left"
+
+
+def test_every_byte_is_a_token(tokenizer):
+    lengths = np.array(token_byte_lengths(tokenizer))
+    assert (lengths == 1).sum() == 256
+    assert (lengths[-9:] == 0).all() and (lengths[:-9] > 0).all()
+
+
+@given(st.text(min_size=1))
+@settings(max_examples=100, deadline=None)
+def test_token_byte_lengths_add_up_to_the_bytes_of_the_text(tokenizer, text):
+    lengths = np.array(token_byte_lengths(tokenizer))
+    (ids,) = encode_documents(tokenizer, [text])
+    assert lengths[ids].sum() == len(text.encode())
+
+
+def test_a_saved_tokenizer_loads_with_the_auto_class_and_is_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "\n".join(TEXTS)
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.chat_template == tokenizer.chat_template
+    assert again.response_template == RESPONSE_TEMPLATE
+    assert (again.padding_side, again.pad_token_id, len(again)) == ("left", tokenizer.pad_token_id, len(tokenizer))
+    assert all((a == b).all() for a, b in zip(encode_documents(again, TEXTS), encode_documents(tokenizer, TEXTS)))
+
+
+def test_plain_calls_begin_with_bos_once(tokenizer):
+    ids = tokenizer("hello")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("group,numbers", [(1, ["1", "2", "3", "4", "5"]), (2, ["12", "34", "5"])])
+def test_digits_are_grouped_as_asked(group, numbers):
+    backend = module.new_backend(digit_group=group)
+    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("12345")] == numbers
+
+
+def test_the_split_pattern_is_that_of_upstream():
+    def split(text):
+        pieces = module.new_backend().pre_tokenizer.pre_tokenize_str(text)
+        return [text[a:b] for _, (a, b) in pieces]
+
+    assert split("I'll don'T  be 2024!!\n\n x\t\ty") == [
+        *("I", "'ll", " don", "'T", " ", " be", " ", "20", "24", "!!\n\n", " x", "\t", "\ty"),
+    ]
+
+
+def test_composing_normalization_makes_equal_text_of_equal_letters():
+    decomposed = unicodedata.normalize("NFD", "한글 café")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, composed = train_bpe(TEXTS, 300), train_bpe(TEXTS, 300, normalization="nfc")
+    (a,), (b,) = encode_documents(composed, [decomposed]), encode_documents(composed, ["한글 café"])
+    assert (a == b).all()
+    assert composed.decode(a[1:]) == "한글 café"
+    (c,) = encode_documents(plain, [decomposed])
+    assert plain.decode(c[1:]) == decomposed
+
+
+def test_training_is_deterministic():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one, two = train_bpe(TEXTS * 3, 320), train_bpe(iter(TEXTS * 3), 320)
+    assert one.get_vocab() == two.get_vocab()
+
+
+def test_too_small_a_vocabulary_no_text_and_wrong_settings_are_refused():
+    with pytest.raises(InputError, match="at least 265"):
+        train_bpe(TEXTS, 264)
+    with pytest.raises(InputError, match="no text"):
+        train_bpe([], 300)
+    with pytest.raises(InputError, match="digit_group"):
+        train_bpe(TEXTS, 300, digit_group=4)
+    with pytest.raises(InputError, match="normalization"):
+        train_bpe(TEXTS, 300, normalization="nfkc")
+    with pytest.raises(InputError, match="no tokenizer in"):
+        load_tokenizer("/nowhere")
+
+
+def test_short_text_gives_fewer_tokens_with_a_warning():
+    with pytest.warns(UserWarning, match="not 4000"):
+        assert len(train_bpe(TEXTS, 4000)) < 4000
+
+
+def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
+    texts = [f"Document {i} tells that the number {i * i} follows {i * i - 1}." for i in range(320)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = TokenizerConfig(dataset=str(tmp_path / "d.jsonl"), vocab_size=300, max_chars=9000, doc_cap=40)
+    train_tokenizer(config, tmp_path / "tokenizer")
+    tokenizer, metrics = load_tokenizer(tmp_path / "tokenizer"), load_json(tmp_path / "tokenizer" / "metrics.json")
+    assert metrics["finished"] and metrics["vocab_size"] == len(tokenizer) == 300
+    assert 8960 < metrics["train_chars"] <= 9000
+    validation = [text[:40] for text in texts[300:]]
+    assert metrics["bytes_per_token"] == pytest.approx(bytes_per_token(tokenizer, validation), rel=0.05)
+    assert 1 < metrics["bytes_per_token"] < 8
+
+
+def test_a_stage_that_fails_leaves_nothing_that_looks_finished(tmp_path):
+    with pytest.raises(InputError):
+        train_tokenizer(TokenizerConfig(dataset=str(tmp_path / "none.jsonl")), tmp_path / "tokenizer")
+    assert not (tmp_path / "tokenizer" / "metrics.json").exists()
