@@ -6,7 +6,7 @@ import torch
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.train.scaling import RECIPES, plan
+from nanochat_hf.train.scaling import RECIPES, plan, rows_that_fit
 
 # depth: width, heads, parameters, FLOPs a token, tokens a step, steps; vocabulary 32,768, 2,048 tokens a row
 SECOND = {
@@ -92,3 +92,13 @@ def test_impossible_values_are_refused_in_one_line(words, message):
     with pytest.raises(InputError, match=message) as error:
         plan(**{"depth": 4, "vocab_size": 1024, **words})
     assert "\n" not in str(error.value)
+
+
+def test_the_micro_batch_fits_the_memory_and_divides_the_batch():
+    d12, d24 = plan(12, 32768, total_batch_size=131_072), plan(24, 32768)
+    assert rows_that_fit(d12, 80e9) == 64 and rows_that_fit(d24, 80e9) == 16
+    assert rows_that_fit(d12, 80e9, world_size=4) == 16  # 64 rows in a batch of 4 processes
+    assert rows_that_fit(d24, 24e9) == 1  # too little by the estimate: try the least
+    assert rows_that_fit(plan(4, 1024, max_seq_len=128, total_batch_size=128 * 12), 8e9) == 4
+    with pytest.raises(InputError, match="not a multiple of 3 processes"):
+        rows_that_fit(d12, 80e9, world_size=3)

@@ -227,7 +227,9 @@ class MuonAdamW(torch.optim.Optimizer):
         local = p.to_local() if isinstance(p, DTensor) else p.detach()
         rank, world = (0, 1) if isinstance(p, DTensor) else ranks()
         owner = turn % world if p.numel() >= LARGE else rank
-        if owner == rank:
+        if owner != rank:
+            self.state.pop(p, None)  # a checkpoint of another number of processes brought it along
+        else:
             state = self.state[p]
             if not state:
                 state["step"] = scalar(0)
@@ -286,6 +288,8 @@ class MuonAdamW(torch.optim.Optimizer):
         rank, world = ranks()
         share = -(-len(params) // world)
         mine = params[rank * share : (rank + 1) * share]
+        for p in params[: rank * share] + params[(rank + 1) * share :]:
+            self.state[p].pop("momentum_buffer", None)  # as above
         (m, n), device = params[0].shape, params[0].device
         x = torch.zeros(share, m, n, dtype=orthogonal_dtype(device), device=device)
         copy(x[: len(mine)].unbind(), self._directions(group, mine))

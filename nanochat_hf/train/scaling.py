@@ -25,6 +25,23 @@ REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens a step, measured to be best at d12 (upstream)
 REFERENCE_WIDTH = 768
 SMEAR_CHANNELS, VALUE_CHANNELS = 24, 12  # inputs of the smear's and of the value embeddings' gates
+PEAK_FLOPS = {  # dense bf16 per second, by a part of the device's name; longer names first
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "B300": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+    "RTX 5090": 210e12,
+    "MI300X": 1307e12,
+}
 
 
 @dataclass(frozen=True)
@@ -260,3 +277,31 @@ def plan(
         max_grad_norm=recipe.max_grad_norm,
         groups=MappingProxyType(groups),
     )
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOPs per second of a device, the denominator of MFU; None for a device that the table lacks."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def rows_that_fit(plan: Plan, free_bytes: float, world_size: int = 1, bytes_per_value: int = 2, most: int = 64) -> int:
+    """Largest power of two of rows that one device should take at once: fits its memory and divides the batch.
+
+    An estimate on the careful side: 16 bytes a parameter (weight, gradient, optimizer state), 20 values a layer and
+    channel for what the backward pass needs, 3 GB for the head's chunk and workspaces.
+
+    Raises:
+        InputError: the batch cannot be split over so many processes.
+    """
+    rows, rest = divmod(plan.total_batch_size, plan.max_seq_len * world_size)
+    if rest or not rows:
+        raise InputError(
+            f"total_batch_size {plan.total_batch_size} is not a multiple of {world_size} processes x "
+            f"{plan.max_seq_len} tokens"
+        )
+    row = plan.max_seq_len * plan.hidden_size * plan.depth * 20 * bytes_per_value
+    room = (free_bytes - 16 * plan.num_parameters - 3e9) / row
+    fits = 1
+    while fits < most and 2 * fits <= room and rows % (2 * fits) == 0:
+        fits *= 2
+    return fits

@@ -1,0 +1,115 @@
+"""The network as the pretraining loop wants it: made on its device, in its precision, as a module that gives a loss.
+
+Precision: float32 masters everywhere but the embeddings, which are bf16 on devices that compute in it; their dtype is
+the network's (no autocast). Elsewhere all is float32.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from ..errors import InputError
+from ..model.configuration_nanochat import NanoChatConfig
+from ..model.modeling_nanochat import NanoChatForCausalLM
+from .fast import Trunk
+from .kernels import head_loss
+from .scaling import Plan
+
+
+class ModelLoss(nn.Module):
+    """The model's own forward with the head's loss, with the signature of `fast.Trunk`.
+
+    For FSDP2, whose hooks sit on the layers' forward, and for an attention that the user chose.
+    """
+
+    def __init__(self, model: NanoChatForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        config = self.model.config
+        hidden = self.model.model(ids, use_cache=False).last_hidden_state
+        cap, size = config.final_logit_softcapping, config.num_tokens or config.vocab_size
+        loss = head_loss(hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), cap, size, reduction)
+        return loss if reduction == "mean" else loss.view_as(targets)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on CUDA devices that compute in it, else float32."""
+    low = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if low else torch.float32
+
+
+def shape_of(source: str) -> dict:
+    """What `scaling.plan` must be told to plan for the model in folder `source`."""
+    try:
+        config = NanoChatConfig.from_pretrained(source)
+    except OSError as error:
+        raise InputError(f"no model in {source}: {str(error).splitlines()[0]}") from None
+    return {
+        "depth": config.num_hidden_layers,
+        "generation": config.generation,
+        "head_dim": config.head_dim,
+        "aspect_ratio": config.hidden_size / config.num_hidden_layers,
+        "window_pattern": config.window_pattern,
+    }
+
+
+def new_model(made: Plan, source: str | None, tokenizer, device: torch.device, sharded: bool) -> NanoChatForCausalLM:
+    """A fresh network, or that of folder `source`, on the device and in its precision.
+
+    Args:
+        sharded: FSDP2 will shard it, which wants tensors of one dtype: the embeddings then stay float32 and only what
+            comes out of them is bf16.
+    """
+    if source:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
+    else:
+        make = NanoChatConfig if made.generation == 2 else NanoChatConfig.first_generation
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        with device:
+            model = NanoChatForCausalLM(make(**made.model_fields(), **ids))
+    if model.config.vocab_size != made.vocab_size:
+        raise InputError(
+            f"{source} has {model.config.vocab_size} rows of embeddings and the tokenizer needs {made.vocab_size}: "
+            "give the tokenizer that the model was trained with"
+        )
+    # A document ends where the next one would begin.
+    model.generation_config.update(eos_token_id=[tokenizer.eos_token_id, tokenizer.bos_token_id])
+    dtype = compute_dtype(device)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and dtype != torch.float32:
+            if sharded:
+                module.register_forward_hook(lambda module, inputs, x: x.to(dtype))
+            else:
+                module.to(dtype)
+    return model
+
+
+def with_loss(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bool, sharded: bool) -> nn.Module:
+    """-> module (ids (B, T), targets (B, T), reduction) -> loss in nats; see `PretrainConfig` for the options."""
+    cuda = next(model.parameters()).is_cuda
+    if fp8 and not cuda:
+        raise InputError("fp8 needs a CUDA device of the H100's generation or newer; leave it out")
+    if attention == "auto" and not sharded:
+        torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one, so DDP overlaps without its help
+        return Trunk(model, compile=compile and cuda, **({"fp8": True} if fp8 else {}))
+    if fp8:
+        raise InputError("fp8 works with attn_implementation auto, on one GPU or under DDP")
+    if attention != "auto":
+        model.set_attn_implementation(attention)
+    if compile and cuda:
+        for layer in model.model.layers:  # their forward and not the layers: FSDP2's hooks stay outside
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    return ModelLoss(model)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """() float32 norm of all gradients together, over all shards."""
+    norm = torch.nn.utils.get_total_norm(gradients(model))
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()

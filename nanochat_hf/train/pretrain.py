@@ -1,0 +1,434 @@
+"""Pretraining: packed text -> a base model, its curve and its figures. One function, one config, one loop.
+
+    pretrain(PretrainConfig(depth=12, dataset="books/"), tokenizer="runs/d12/tokenizer", output=Path("runs/d12/base"))
+
+What depends on the size comes from `scaling.plan`, what depends on the step from its schedule. Accelerate launches the
+processes, places and wraps the model (DDP, FSDP2) and writes to trackers; the loop is ours, because it is what this
+project is about. It differs from karpathy/nanochat's base_train in this: it resumes exactly (weights, optimizer, data
+position, random state; also with another number of processes), finds the device batch by itself, evaluates on rows
+kept in memory, stops at a loss that is not finite before that reaches the weights, and saves before it obeys SIGTERM.
+"""
+
+import importlib.util
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..data.corpus import DocumentStream
+from ..data.loader import PackedLoader
+from ..data.tokenizer import load_tokenizer, token_byte_lengths, token_dtype
+from ..errors import InputError
+from ..eval.bpb import evaluate_bpb
+from ..run import begin, finish
+from . import checkpoint
+from .device import check_cost, choose_rows, listening, undisturbed_by_gc
+from .network import compute_dtype, gradient_norm, gradients, new_model, shape_of, with_loss
+from .optim import MuonAdamW, param_groups
+from .scaling import peak_flops, plan
+
+SHAPE_KEYS = ("generation", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "total_batch_size")
+PLAN_KEYS = (
+    *SHAPE_KEYS, "num_iterations", "target_flops", "target_param_data_ratio", "embedding_lr", "unembedding_lr",
+    "matrix_lr", "scalar_lr", "weight_decay", "warmup_steps", "warmdown_ratio", "final_lr_frac",
+)  # fmt: skip
+TRACKERS = ("none", "trackio", "wandb", "tensorboard")
+HISTORY = 1000  # a curve has at most about so many points, besides evaluations
+PLANNED = (
+    "generation", "depth", "num_parameters", "num_matmul_parameters", "flops_per_token", "total_tokens", "total_flops",
+    "num_iterations", "total_batch_size",
+)  # fmt: skip
+SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 4, 8, 32
+
+
+@dataclass
+class PretrainConfig:
+    """Keys of base.yaml. An empty value means the recipe of the model's generation (scaling.RECIPES)."""
+
+    depth: int = 12
+    """Number of layers: the one dial, from which all that is not given follows."""
+    generation: int = 2
+    """Architecture and recipe: 2 (2026) or 1 (October 2025)."""
+    aspect_ratio: int = 64
+    """Width of the model per layer."""
+    head_dim: int = 128
+    """Channels of an attention head; the width is rounded up to whole heads."""
+    max_seq_len: int = 2048
+    """Tokens in a row."""
+    window_pattern: str | None = None
+    """Attention windows tiled over the layers: S a quarter of the row, L all of it."""
+    num_iterations: int = -1
+    """Optimizer steps; -1: from target_flops or the ratio."""
+    target_flops: float = -1
+    """Training FLOPs; -1: from the ratio."""
+    target_param_data_ratio: float | None = None
+    """Tokens per parameter (generation 2: of matrices and head)."""
+    device_batch_size: int = -1
+    """Rows that a device takes at once; -1: as its memory allows."""
+    total_batch_size: int = -1
+    """Tokens of an optimizer step, over all devices; -1: from the depth."""
+    embedding_lr: float | None = None
+    """AdamW rate of the embedding at width 768 and the reference batch; as the next three, scaled from there."""
+    unembedding_lr: float | None = None
+    """AdamW rate of the head."""
+    matrix_lr: float | None = None
+    """Muon rate of the matrices."""
+    scalar_lr: float | None = None
+    """AdamW rate of the per-layer scalars."""
+    weight_decay: float | None = None
+    """Cautious weight decay of the matrices at the reference depth and batch."""
+    warmup_steps: int | None = None
+    """Steps in which the rates rise."""
+    warmdown_ratio: float | None = None
+    """Share of the steps, at the end, in which the rates fall."""
+    final_lr_frac: float | None = None
+    """Rates at the very end, as a share of the full ones."""
+    eval_every: int = 250
+    """Steps between measurements of validation bits per byte; -1: only at the end, 0: never."""
+    eval_tokens: int = 80 * 524288
+    """Tokens of validation text in a measurement."""
+    core_metric_every: int = -1
+    """Steps between measurements of CORE; -1: never."""
+    core_metric_max_per_task: int = 500
+    """Examples of each CORE task in such a measurement."""
+    sample_every: int = 2000
+    """Steps between text samples; -1: only at the end."""
+    save_every: int = 1000
+    """Steps between checkpoints; -1: only when the run is interrupted."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay on disk while the run goes on."""
+    push_every: int = -1
+    """Steps between uploads to the Hub, when the caller gives a way to upload; -1: never."""
+    fp8: bool = False
+    """Matrix products in 8 bits, on devices that have them (H100 and newer)."""
+    dataset: str = "primer"
+    """Text to train on: a Hub id, a folder of parquet files, a .jsonl file or `primer`."""
+    skip_bad_files: bool = False
+    """Go on without files that cannot be read, instead of stopping."""
+    seed: int = 0
+    """Seed of the weights and of the data's order after the first epoch."""
+    compile: bool = True
+    """Compile the network with torch.compile (CUDA only)."""
+    attn_implementation: str = "auto"
+    """auto: this project's fused step; else the model's own forward with that attention of transformers."""
+    report_to: str = "none"
+    """Where Accelerate reports to: none, trackio, wandb, tensorboard."""
+
+
+def pretrain(
+    config: PretrainConfig,
+    tokenizer: str,
+    output: Path,
+    model: str | None = None,
+    core: Callable[[PreTrainedModel, int], float] | None = None,
+    push: Callable[[Path, int], None] | None = None,
+) -> dict:
+    """Train a base model into `output`, a folder for `from_pretrained` with metrics.json; or go on where it stopped.
+
+    Args:
+        tokenizer: folder or Hub id of the tokenizer.
+        model: folder of weights to begin with; its shape then wins over the config's.
+        core: (model, examples per task) -> CORE, called on every process every `core_metric_every` steps.
+        push: (folder, step), called on the main process every `push_every` steps with a complete model folder.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        InputError: a config, dataset or device with which this cannot work.
+        FloatingPointError: loss or gradient is not finite; a checkpoint from before that step is on disk.
+        SystemExit: SIGTERM or SIGINT came; a checkpoint is on disk, the exit code is 128 + the signal's number.
+    """
+    return Pretraining(config, tokenizer, Path(output), model, core, push).run()
+
+
+class Pretraining:
+    """One run of `pretrain`: what its parts share."""
+
+    def __init__(self, config: PretrainConfig, tokenizer: str, output: Path, model: str | None, core, push):
+        self.config, self.output, self.core, self.push = config, output, core, push
+        self.accelerator = start_accelerator(config, output)
+        self.device, self.world = self.accelerator.device, self.accelerator.num_processes
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        self.record = begin(config)
+        set_seed(config.seed)
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.byte_lengths = torch.tensor(token_byte_lengths(self.tokenizer), device=self.device)
+        shape = shape_of(model) if model else {}
+        options = {name: getattr(config, name) for name in PLAN_KEYS} | shape
+        self.plan = plan(vocab_size=len(self.tokenizer), **options)
+        check_cost(self.plan, self.device)
+        self.model = new_model(self.plan, model, self.tokenizer, self.device, self.sharded)
+        self.step, self.history, self.samples = 0, [], []
+        self.seconds, self.timed = 0.0, 0  # spent in steps, and in how many: the first one on a GPU compiles
+        self.signal = 0  # number of the signal that asked to stop
+        self.validation_rows: list = []
+
+        self.loss_model, self.optimizer = self.accelerator.prepare(
+            with_loss(self.model, config.attn_implementation, config.compile, config.fp8, self.sharded),
+            MuonAdamW(param_groups(self.model, self.plan.groups)),
+        )
+        saved = checkpoint.latest(output / "state")
+        self.rows = self.choose_rows(saved)
+        self.accumulation = self.plan.total_batch_size // (self.rows * self.plan.max_seq_len * self.world)
+        self.accelerator.gradient_accumulation_steps = self.accumulation
+        self.loader = self.new_loader("train")
+        if saved is not None:
+            self.restore(saved)
+
+    def choose_rows(self, saved: Path | None) -> int:
+        """Rows of a micro-batch: when resuming those of before, so that sums keep their order; else a new choice."""
+        wanted, fits = self.config.device_batch_size, None
+        if saved is not None:
+            before = checkpoint.read_progress(saved)
+            wanted = before["rows"] if before["world_size"] == self.world else wanted
+        elif self.device.type == "cuda" and not self.sharded:
+            fits = self.fits  # not under FSDP2, where a process that runs out of memory leaves the others waiting
+        return choose_rows(self.plan, wanted, self.device, self.world, compute_dtype(self.device), fits, self.print)
+
+    def fits(self, rows: int) -> bool:
+        """Whether a micro-step of so many rows fits on every device; compiles it on the way."""
+        ids = torch.arange(rows * self.plan.max_seq_len, device=self.device).view(rows, -1) % self.plan.num_tokens
+        failed = torch.zeros((), device=self.device)
+        try:
+            with self.accelerator.no_sync(self.loss_model):
+                self.loss_model(ids, ids).backward()
+        except torch.OutOfMemoryError:
+            failed += 1
+        self.loss_model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        return not self.accelerator.reduce(failed).item()
+
+    def new_loader(self, split: str) -> PackedLoader:
+        config = self.config
+        stream = DocumentStream(
+            config.dataset, split, self.accelerator.process_index, self.world, config.seed, config.skip_bad_files
+        )
+        return PackedLoader(stream, self.tokenizer, self.rows, self.plan.max_seq_len)
+
+    def run(self) -> dict:
+        total, main = self.plan.num_iterations, self.accelerator.is_main_process
+        if self.config.report_to != "none":
+            self.accelerator.init_trackers("nanochat_hf", asdict(self.config))
+        interval = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs few lines
+        smooth, first = None, self.step
+        self.bar = tqdm(total=total, initial=self.step, disable=not main, unit="step", mininterval=interval)
+        with self.bar, listening(self.stop), undisturbed_by_gc():
+            self.loss_model.train()
+            while self.step < total:
+                began = time.perf_counter()
+                figures, stop = self.train_step()
+                elapsed = time.perf_counter() - began
+                if self.step > first or self.device.type == "cpu":
+                    self.seconds, self.timed = self.seconds + elapsed, self.timed + 1
+                self.step += 1
+                speed = self.plan.total_batch_size / elapsed
+                smooth = figures["train_loss"] if smooth is None else 0.9 * smooth + 0.1 * figures["train_loss"]
+                figures |= {"tokens_per_second": speed, "mfu": self.mfu(speed)}
+                self.bar.set_postfix_str(status(smooth, speed, figures["mfu"]), refresh=False)
+                self.bar.update()
+                self.measure(figures)
+                if self.due(self.config.save_every) and self.step < total:
+                    self.save()
+                if self.due(self.config.push_every) and self.push:
+                    checkpoint.save_model(self.output, self.model, self.tokenizer)
+                    if main:
+                        self.push(self.output, self.step)
+                if stop and self.step < total:
+                    self.print(f"stopped by a signal after step {self.step}; {self.save()} is where a rerun goes on")
+                    raise SystemExit(128 + (self.signal or signal.SIGTERM))
+        return self.finish()
+
+    def train_step(self) -> tuple[dict, bool]:
+        """Forward, backward, update -> (figures of the step, whether some process was asked to stop)."""
+        factors = self.plan.schedule.at(self.step)
+        for group in self.optimizer.param_groups:
+            options = self.plan.groups[group["role"]]
+            group["lr"] = options["lr"] * factors.lr
+            if group["kind"] == "muon":
+                group["weight_decay"] = options["weight_decay"] * factors.weight_decay
+                group["momentum"] = factors.momentum
+        loss = torch.zeros((), device=self.device)
+        for _ in range(self.accumulation):
+            ids, targets = self.on_device(next(self.loader))
+            with self.accelerator.accumulate(self.loss_model):  # reduces gradients with the last of them only
+                part = self.loss_model(ids, targets)
+                self.accelerator.backward(part)
+            loss += part.detach() / self.accumulation
+        norm = gradient_norm(self.model)
+        sums = torch.stack((loss, torch.tensor(float(bool(self.signal)), device=self.device)))
+        loss, stop, norm = torch.cat((self.accelerator.reduce(sums, "mean"), norm[None])).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            rows, path = self.plan.total_batch_size // self.plan.max_seq_len, self.save()
+            raise FloatingPointError(
+                f"step {self.step}: loss {loss}, gradient norm {norm}, at rows {self.step * rows} to "
+                f"{(self.step + 1) * rows} of the data; {path} holds the weights from before it. A rerun goes on with "
+                "the rows after these; if it happens again, lower the rates"
+            )
+        if self.plan.max_grad_norm and norm > self.plan.max_grad_norm:
+            torch._foreach_mul_(gradients(self.model), self.plan.max_grad_norm / norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        names = ("train_loss", "grad_norm", "lr_multiplier", "momentum")
+        return dict(zip(names, (loss, norm, factors.lr, factors.momentum))), stop > 0
+
+    def on_device(self, batch: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(B, T + 1) -> inputs and targets (B, T), int64 on the device."""
+        rows = torch.from_numpy(batch.astype(np.int32, copy=False))
+        if self.device.type == "cuda":
+            rows = rows.pin_memory()
+        rows = rows.to(self.device, non_blocking=True).long()
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def due(self, every: int, at_end: bool = False) -> bool:
+        return (every > 0 and self.step % every == 0) or (at_end and self.step == self.plan.num_iterations)
+
+    def measure(self, figures: dict) -> None:
+        """Whatever is due after this step, and a point of the curve when there is something to tell."""
+        config, found = self.config, {}
+        self.loss_model.eval()
+        if self.due(config.eval_every, at_end=config.eval_every != 0):
+            found["val_bpb"] = self.validation_bpb()
+        if self.core and config.core_metric_every > 0 and self.due(config.core_metric_every, at_end=True):
+            found["core"] = self.core(self.model, config.core_metric_max_per_task)
+        if self.due(config.sample_every, at_end=True):
+            self.samples = self.sample()
+        self.loss_model.train()
+        for name, value in found.items():
+            self.print(f"step {self.step}: {name} {value:.4f}")
+        if found or self.step == 1 or self.due(max(1, self.plan.num_iterations // HISTORY), at_end=True):
+            tokens = self.step * self.plan.total_batch_size
+            point = {"step": self.step, "tokens": tokens, "time": self.seconds, **figures, **found}
+            self.history.append(point)
+            self.accelerator.log({key: value for key, value in point.items() if value is not None}, step=self.step)
+
+    def validation_bpb(self) -> float:
+        """Over the same rows every time, whatever the number of processes; they are packed once and kept."""
+        if not self.validation_rows:
+            loader = self.new_loader("validation")
+            share = self.config.eval_tokens // (self.rows * self.plan.max_seq_len * self.world)
+            kept = token_dtype(self.tokenizer)
+            self.validation_rows = [next(loader).astype(kept) for _ in range(max(1, share))]
+            loader.close()
+        batches = (self.on_device(rows) for rows in self.validation_rows)
+        return evaluate_bpb(partial(self.loss_model, reduction="none"), batches, self.byte_lengths)
+
+    @torch.no_grad()
+    def sample(self) -> list[dict]:
+        """Greedy continuations of the beginnings of validation rows, the same every time."""
+        if not self.validation_rows:
+            rows = next(self.new_loader("validation"))
+        else:
+            rows = self.validation_rows[0]
+        prompts = self.on_device(rows[:SAMPLES, : PROMPT_TOKENS + 1])[0]
+        texts = self.model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+            min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS,  # every process takes part equally often (FSDP2)
+        )  # fmt: skip
+        pairs = [(self.tokenizer.decode(p[1:]), self.tokenizer.decode(t[len(p) :])) for p, t in zip(prompts, texts)]
+        for prompt, text in pairs:
+            self.print(f"step {self.step}: {prompt} ->{text!r}")
+        return [{"step": self.step, "prompt": prompt, "text": text} for prompt, text in pairs]
+
+    def mfu(self, tokens_per_second: float | None) -> float | None:
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        return (
+            tokens_per_second * self.plan.flops_per_token / (peak * self.world) if peak and tokens_per_second else None
+        )
+
+    def stop(self, number: int) -> None:
+        self.signal = number
+
+    def print(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def save(self) -> Path:
+        progress = {
+            "config": asdict(self.config), "rows": self.rows, "wall_time_s": self.wall_time(), "timed": self.timed,
+            "seconds": self.seconds, "history": self.history, "samples": self.samples,
+        }  # fmt: skip
+        return checkpoint.save(
+            self.output / "state", self.step, self.model, self.optimizer.optimizer, self.loader.state_dict(), progress,
+            self.config.keep_checkpoints,
+        )  # fmt: skip
+
+    def restore(self, path: Path) -> None:
+        before = checkpoint.read_progress(path)["config"]
+        changed = {key: (old, getattr(self.config, key, None)) for key, old in before.items()}
+        changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+        words = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+        if set(changed) & {*SHAPE_KEYS, "dataset", "seed"}:
+            raise InputError(f"{path} is of another config ({words}); use another --run-dir, or delete {path.parent}")
+        progress, positions = checkpoint.load(path, self.model, self.optimizer.optimizer)
+        self.loader.load_state_dict(positions)
+        self.step, self.seconds, self.timed = progress["step"], progress["seconds"], progress["timed"]
+        self.history, self.samples = progress["history"], progress["samples"]
+        self.record["earlier_wall_time_s"] = progress["wall_time_s"]
+        self.print(f"going on after step {self.step} of {path}" + (f", with {words}" if changed else ""))
+
+    def wall_time(self) -> float:
+        return time.time() - self.record["started"] + self.record.get("earlier_wall_time_s", 0)
+
+    def finish(self) -> dict:
+        """Write the model folder and metrics.json, drop the checkpoints."""
+        self.loader.close()
+        checkpoint.save_model(self.output, self.model, self.tokenizer)
+        made = self.plan
+        last = {key: value for point in self.history for key, value in point.items()}
+        speed = self.timed * made.total_batch_size / self.seconds if self.timed else None
+        numbers = {name: getattr(made, name) for name in PLANNED} | {
+            "device_batch_size": self.rows,
+            "gradient_accumulation": self.accumulation,
+            "epochs": self.loader.epoch,
+            "training_time_s": self.seconds,
+            "tokens_per_second": speed,
+            "mfu": self.mfu(speed),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
+            "val_bpb": last.get("val_bpb"),
+            "core": last.get("core"),
+            "samples": self.samples,
+            "history": self.history,
+        }
+        if self.accelerator.is_main_process:
+            self.record = finish(self.output, self.record, **numbers)
+            shutil.rmtree(self.output / "state", ignore_errors=True)
+        self.accelerator.end_training()
+        self.accelerator.wait_for_everyone()
+        return {**self.record, **numbers}
+
+
+def start_accelerator(config: PretrainConfig, output: Path) -> Accelerator:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise InputError(
+            "pretraining needs whole matrices and DeepSpeed ZeRO flattens them: launch this stage with "
+            "configs/accelerate/multi_gpu.yaml or fsdp2.yaml (ZeRO works for sft)"
+        )
+    if config.report_to not in TRACKERS:
+        raise InputError(f"report_to is {config.report_to!r}: choose one of {', '.join(TRACKERS)}")
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise InputError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}")
+    return Accelerator(
+        mixed_precision="no",  # the dtype of the embeddings decides, see network.py
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=output,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def status(loss: float, speed: float, mfu: float | None) -> str:
+    return f"loss {loss:.3f}, {speed:,.0f} tok/s" + (f", MFU {mfu:.1%}" if mfu else "")
