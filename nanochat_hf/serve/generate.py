@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from transformers import AutoModelForCausalLM
 
-from ..data.tokenizer import plain_backend
+from ..data.tokenizer import load_tokenizer, plain_backend
 from ..errors import InputError
 from ..tools import calculate
 from .decode import MAX_FORCED, Decoder, Row
@@ -154,6 +155,21 @@ class Engine:
         self.pool: concurrent.futures.ThreadPoolExecutor | None = None
         self.decoder: Decoder | None = None
         self.resize(rows)
+
+    @classmethod
+    def from_pretrained(cls, name: str, device: str | None = None, **options) -> "Engine":
+        """The engine of a model folder or Hub id, on the GPU if there is one (bfloat16), else on the CPU (float32)."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise InputError(f"no model in {name}: {' '.join(str(error).split())[:300]}") from None
+        try:
+            model = model.to(device).eval()
+        except torch.OutOfMemoryError:
+            raise InputError(f"{name} does not fit into the memory of {device}: use device cpu") from None
+        return cls(model, load_tokenizer(name), **options)
 
     def resize(self, rows: int) -> None:
         """Make room for `rows` rows; only while nothing is being generated."""

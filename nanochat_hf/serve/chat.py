@@ -1,0 +1,397 @@
+"""Chat in the terminal, with a model on this machine or with any TGI or OpenAI-compatible server, on the same screen.
+
+    python scripts/chat_cli.py --run-dir runs/cpu-demo                  # the newest finished stage of a run
+    python scripts/chat_cli.py --model you/nanochat-d24 -p "Why is the sky blue?"
+    python scripts/chat_cli.py --endpoint http://127.0.0.1:8000
+
+Answers stream as Markdown: finished paragraphs are printed for good, only the one being written is redrawn, so the
+scrollback stays clean however long the answer. Ctrl-C stops an answer; at the prompt, Ctrl-D or /quit leaves.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.padding import Padding
+from rich.text import Text
+from transformers.utils.logging import disable_progress_bar
+
+from ..errors import InputError
+from ..run import Run, nearest, save_json
+from .generate import Engine, Piece, Request
+
+HELP = """/help           this list
+/reset          forget the conversation (the system message stays)
+/system [TEXT]  show or set the system message; starts a new conversation
+/temp [X]       show or set the temperature, 0 is greedy
+/save FILE      write the conversation as JSON
+/quit           leave (so does Ctrl-D); Ctrl-C stops an answer"""
+
+
+@dataclass
+class Options:
+    """How answers are sampled."""
+
+    temperature: float = 0.6
+    top_k: int = 50
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    seed: int | None = None  # None: different every time
+
+
+class LocalModel:
+    """Answers from an `Engine` in this process."""
+
+    def __init__(self, engine: Engine, name: str):
+        self.engine, self.name, self.count = engine, name, 0
+
+    def answer(self, messages: list[dict], options: Options) -> Iterator[Piece]:
+        """Stream an answer. Ctrl-C ends it cleanly: the pieces so far stand, then KeyboardInterrupt is raised."""
+        room = min(options.max_new_tokens, self.engine.length // 2)
+        prompt = self.engine.encode(self.engine.fit(messages, room))
+        seed = time.time_ns() % 2**31 if options.seed is None else options.seed
+        sampling = (options.temperature, options.top_k, options.top_p, seed)
+        request = Request(prompt, options.max_new_tokens, *sampling)
+        with interruptible(request):
+            yield from self.engine.pieces(request)
+        self.count = len(request.tokens)
+        if request.cancelled:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def interruptible(request: Request):
+    """While it holds, Ctrl-C asks the request to end instead of breaking into the engine; a second one breaks in."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        if request.cancelled:
+            raise KeyboardInterrupt
+        request.cancelled = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class RemoteModel:
+    """Answers from a server that speaks OpenAI's chat protocol (TGI, vLLM, `transformers serve`, our own)."""
+
+    def __init__(self, url: str, model: str | None = None, timeout: float = 60.0, retries: int = 2):
+        from huggingface_hub import InferenceClient
+
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"--endpoint must be a URL such as http://127.0.0.1:8000, not {url!r}")
+        self.client = InferenceClient(base_url=url, timeout=timeout)
+        self.name, self.model, self.retries, self.count = url, model, retries, 0
+
+    def answer(self, messages: list[dict], options: Options) -> Iterator[Piece]:
+        """Stream an answer; a server that is busy or not there yet is tried again before the first word."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        # HTTPError of httpx or, in newer hub clients, of httpx2: the hub's own error derives from the one it uses
+        network_error = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+        plain = [{"role": m["role"], "content": m["content"]} for m in spoken(messages)]
+        arguments = {"max_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
+        if options.top_p < 1:
+            arguments["top_p"] = options.top_p
+        self.count = 0
+        for attempt in range(self.retries + 1):
+            try:
+                stream = self.client.chat_completion(plain, model=self.model, stream=True, **arguments)
+                for chunk in stream:
+                    for choice in chunk.choices or []:
+                        tool = choice.delta.get("tool") or {}  # our server's extra field: a call and its result
+                        for kind, text in (("text", choice.delta.content), *tool.items()):
+                            if text:
+                                self.count += 1
+                                yield Piece(text, kind)
+                return
+            except (network_error, OSError) as error:
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                hopeless = status is not None and status not in (429, 500, 502, 503, 504)
+                if self.count or hopeless or attempt == self.retries:
+                    raise InputError(f"{self.name} does not answer: {explain(error)}") from None
+                time.sleep(0.5 * 2**attempt)
+
+
+def explain(error: Exception) -> str:
+    """One line of an HTTP error: the server's own words if it gave any."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        try:
+            body = response.json()
+            body = body.get("error", body) if isinstance(body, dict) else body
+            message = body.get("message", body) if isinstance(body, dict) else body
+            return f"{response.status_code}, {message}"
+        except Exception:  # no body, or not JSON, or already closed
+            return f"status {response.status_code}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def spoken(messages: list[dict]) -> list[dict]:
+    """The conversation without calls and results, for servers that keep tools to themselves."""
+    kept: list[dict] = []
+    for message in messages:
+        if message["role"] == "tool":
+            continue
+        if kept and kept[-1]["role"] == message["role"] == "assistant":
+            kept[-1] = {"role": "assistant", "content": kept[-1]["content"] + message["content"]}
+        else:
+            kept.append({"role": message["role"], "content": message["content"] or ""})
+    return kept
+
+
+def messages_of(pieces: list[Piece]) -> list[dict]:
+    """The messages of one answer; a call is an assistant message with `tool_calls`, its result one of role tool."""
+    messages, text = [], ""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and joined[-1].kind == piece.kind:
+            joined[-1] = Piece(joined[-1] + piece, piece.kind)
+        else:
+            joined.append(piece)
+    for piece in joined:
+        if piece.kind == "call":
+            function = {"name": "python", "arguments": {"expression": str(piece)}}
+            messages.append(
+                {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": function}]}
+            )
+            text = ""
+        elif piece.kind == "result":
+            messages.append({"role": "tool", "name": "python", "content": str(piece)})
+        else:
+            text += piece
+    return [*messages, {"role": "assistant", "content": text}]
+
+
+def finished_part(text: str) -> int:
+    """How many characters of a growing Markdown text stand for good: up to the last blank line outside code."""
+    end, position, fenced = 0, 0, False
+    for line in text.splitlines(keepends=True):
+        position += len(line)
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        if not line.strip() and line.endswith("\n") and not fenced:
+            end = position
+    return end
+
+
+class Screen:
+    """Shows one answer while it comes."""
+
+    def __init__(self, console: Console):
+        self.console, self.pieces = console, []
+        self.text = self.call = ""
+        self.live: Live | None = None
+
+    def show(self, piece: Piece) -> None:
+        if piece.kind == "text":
+            self.end_call()
+            self.text += piece
+            if not self.console.is_terminal:
+                self.console.out(piece, end="", highlight=False)
+                return
+            done = finished_part(self.text)
+            if done:
+                self.draw(self.text[done:], above=self.text[:done])
+                self.text = self.text[done:]
+            else:
+                self.draw(self.text)
+        else:
+            self.end_text()
+            if piece.kind == "result" and " → " not in self.call:
+                self.call += " → "
+            self.call += piece.replace("\n", " ")
+            self.draw_call()
+
+    def draw(self, text: str, above: str = "") -> None:
+        if self.live is None:
+            self.live = Live(
+                console=self.console,
+                transient=True,
+                refresh_per_second=15,
+                vertical_overflow="crop",
+                auto_refresh=False,
+            )
+            self.live.start()
+        if above:
+            self.live.console.print(markdown(above))
+        self.live.update(markdown(text), refresh=True)
+
+    def draw_call(self) -> None:
+        if self.console.is_terminal:
+            if self.live is None:
+                self.live = Live(console=self.console, transient=True, auto_refresh=False)
+                self.live.start()
+            self.live.update(self.call_line(), refresh=True)
+
+    def call_line(self) -> Text:
+        return Text.assemble(("  ⚙ python ", "dim"), (self.call, "cyan"))
+
+    def stop_live(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def end_text(self) -> None:
+        self.stop_live()
+        if self.text and self.console.is_terminal:
+            self.console.print(markdown(self.text))
+        elif self.text and not self.text.endswith("\n"):
+            self.console.out("")
+        self.text = ""
+
+    def end_call(self) -> None:
+        if self.call:
+            self.stop_live()
+            self.console.print(self.call_line(), soft_wrap=True)
+            self.call = ""
+
+    def close(self) -> None:
+        self.end_call()
+        self.end_text()
+
+
+def markdown(text: str) -> Padding:
+    return Padding(Markdown(text, code_theme="ansi_dark"), (0, 0, 0, 2))
+
+
+class Chat:
+    """A conversation at the terminal: `run` reads lines until the end, `say` answers one."""
+
+    def __init__(
+        self, model: LocalModel | RemoteModel, options: Options, system: str = "", console: Console | None = None
+    ):
+        self.model, self.options, self.system = model, options, system
+        self.console = console or Console(highlight=False)
+        self.messages: list[dict] = []
+
+    def say(self, text: str) -> None:
+        """Ask, show the answer, remember both; what was shown before Ctrl-C is remembered too."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        asked = [*self.messages, {"role": "user", "content": text}]
+        screen, pieces, stopped, start = Screen(self.console), [], False, time.monotonic()
+        try:
+            for piece in self.model.answer(system + asked, self.options):
+                pieces.append(piece)
+                screen.show(piece)
+        except KeyboardInterrupt:
+            stopped = True
+        finally:
+            screen.close()
+        if pieces:
+            self.messages = asked + messages_of(pieces)
+        if self.console.is_terminal:
+            seconds = time.monotonic() - start
+            rate = f"{self.model.count} tokens, {self.model.count / max(seconds, 1e-6):.0f} a second"
+            self.console.print(Text(("  stopped · " if stopped else "  ") + rate, "dim"))
+        elif stopped:
+            raise KeyboardInterrupt
+
+    def command(self, line: str) -> bool:
+        """Do what a line that begins with / says; False means leave."""
+        word, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        if word == "/quit":
+            return False
+        if word == "/help":
+            self.note(HELP)
+        elif word == "/reset":
+            self.messages = []
+            self.note("forgotten")
+        elif word == "/system":
+            if rest:
+                self.system, self.messages = rest, []
+            self.note(f"system: {self.system or '(none)'}")
+        elif word == "/temp":
+            self.set_temperature(rest)
+        elif word == "/save":
+            self.save(rest)
+        else:
+            known = ("/help", "/reset", "/system", "/temp", "/save", "/quit")
+            self.note(f"unknown command {word}; {nearest(word, known)}")
+        return True
+
+    def set_temperature(self, text: str) -> None:
+        try:
+            value = float(text) if text else self.options.temperature
+            if not 0 <= value <= 5:
+                raise ValueError
+            self.options.temperature = value
+            self.note(f"temperature {value:g}")
+        except ValueError:
+            self.note(f"the temperature must be a number from 0 to 5, not {text!r}")
+
+    def save(self, name: str) -> None:
+        if not name:
+            self.note("say where: /save FILE")
+            return
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        try:
+            save_json(Path(name).expanduser(), {"model": self.model.name, "messages": system + self.messages})
+            self.note(f"{len(self.messages)} messages written to {name}")
+        except InputError as error:
+            self.note(f"error: {error}")
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(text, "dim"))
+
+    def run(self) -> None:
+        """Read lines until /quit or the end of the input."""
+        with suppress(ImportError):
+            import readline  # noqa: F401  (line editing and history for input())
+        if self.console.is_terminal:
+            self.console.print(
+                Text.assemble(("nanochat ", "bold"), (f"{self.model.name} · /help for commands", "dim"))
+            )
+        prompt = "\001\033[1;36m\002you ›\001\033[0m\002 " if self.console.is_terminal and sys.stdin.isatty() else ""
+        while True:
+            try:
+                line = input(prompt)
+            except KeyboardInterrupt:
+                self.console.print(Text("\n(/quit or Ctrl-D leaves)", "dim"))
+                continue
+            except EOFError:
+                if self.console.is_terminal:
+                    self.console.print()
+                return
+            if not line.strip():
+                continue
+            if line.lstrip().startswith("/"):
+                if not self.command(line):
+                    return
+                continue
+            try:
+                self.say(line)
+            except InputError as error:
+                self.note(f"error: {error}")
+
+
+def open_model(model: str | None, run_dir: str | None, endpoint: str | None, device: str | None = None):
+    """The model that the command line names: one of the three, a run's newest finished stage for `run_dir`."""
+    if sum(x is not None for x in (model, run_dir, endpoint)) != 1 and not (endpoint and model):
+        raise InputError("name what to talk to: --run-dir DIR, --model FOLDER_OR_HUB_ID or --endpoint URL")
+    if endpoint:
+        return RemoteModel(endpoint, model)
+    if run_dir is not None:
+        folder = Run(run_dir).latest_model()
+        if folder is None:
+            raise InputError(
+                f"{run_dir} has no finished stage to talk to; train one first, for example with make demo"
+            )
+        model = str(folder)
+    disable_progress_bar()
+    return LocalModel(Engine.from_pretrained(model, device), model)

@@ -1,0 +1,243 @@
+"""The terminal chat: what stands on the screen, what is remembered, commands, Ctrl-C, and servers that fail."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from talker import talker, talker_folder  # noqa: F401
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.serve.chat import (
+    Chat,
+    LocalModel,
+    Options,
+    RemoteModel,
+    finished_part,
+    messages_of,
+    open_model,
+    spoken,
+)
+from nanochat_hf.serve.generate import Engine, Piece
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def chat(talker):  # noqa: F811
+    """A chat on a plain terminal of 80 columns that writes into `chat.console.file`."""
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    return Chat(LocalModel(Engine(*talker), "test"), Options(temperature=0.0, max_new_tokens=120), console=console)
+
+
+def shown(chat):
+    return chat.console.file.getvalue()
+
+
+def test_an_answer_is_shown_with_its_call_and_remembered_as_messages(chat):
+    chat.say("What is 12 * 34?")
+    assert "⚙ python 12*34 → 408" in shown(chat) and "It is 408." in shown(chat)
+    user, call, result, text = chat.messages
+    assert user == {"role": "user", "content": "What is 12 * 34?"}
+    assert call["tool_calls"][0]["function"] == {"name": "python", "arguments": {"expression": "12*34"}}
+    assert (result["role"], result["content"], text["content"]) == ("tool", "408", "It is 408.")
+
+
+def test_the_remembered_conversation_renders_to_the_tokens_that_were_generated(chat):
+    chat.say("What is 5 + 6?")
+    engine = chat.model.engine
+    text = engine.tokenizer.decode(engine.encode([*chat.messages, {"role": "user", "content": "and?"}]))
+    begin = "<|python_start|>5+6<|python_end|><|output_start|>11<|output_end|>It is 11.<|assistant_end|>"
+    assert f"<|assistant_start|>{begin}<|user_start|>and?" in text
+
+
+def test_markdown_is_drawn_on_a_terminal_and_streamed_raw_elsewhere(chat):
+    chat.say("Hello")
+    assert "a **small** model" in shown(chat)
+    chat.console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor")
+    chat.messages = []
+    chat.say("Hello")
+    final = shown(chat).rsplit("\x1b[2K", 1)[-1]
+    assert "\x1b[1msmall\x1b[0m" in final and "**" not in final and "tokens," in final
+
+
+def test_long_answers_are_printed_paragraph_by_paragraph():
+    class Slow:
+        name, count = "slow", 0
+
+        def answer(self, messages, options):
+            for i in range(60):
+                yield Piece(f"Paragraph {i}.\n\n")
+
+    console = Console(file=io.StringIO(), width=40, height=10, force_terminal=True)
+    Chat(Slow(), Options(), console=console).say("talk")
+    assert all(shown_once in console.file.getvalue() for shown_once in ("Paragraph 0.", "Paragraph 59."))
+    assert console.file.getvalue().count("Paragraph 30.") <= 2  # once while it was written, once for good
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
+    real, count = chat.model.engine.advance, []
+
+    def advance():
+        count.append(1)
+        if len(count) == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real()
+
+    chat.model.engine.advance = advance
+    chat.console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    chat.say("Hello")
+    assert "stopped" in shown(chat) and len(count) < 20
+    assert chat.messages[1]["content"].startswith("안녕") and len(chat.messages[1]["content"]) < 15
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    chat.model.engine.advance = real
+    chat.messages = []
+    chat.say("What is 5 + 6?")
+    assert chat.messages[-1]["content"] == "It is 11."
+
+
+@pytest.mark.parametrize(
+    "line,reply",
+    [
+        ("/help", "/save FILE"),
+        ("/tmep 0.5", "did you mean '/temp'"),
+        ("/temp hot", "from 0 to 5, not 'hot'"),
+        ("/temp 0.25", "temperature 0.25"),
+        ("/system", "(none)"),
+        ("/save", "say where"),
+        ("/save /dev/null/x", "error: cannot write"),
+    ],
+)
+def test_commands_answer_in_one_line(chat, line, reply):
+    assert chat.command(line) and reply in shown(chat)
+
+
+def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path):
+    assert not chat.command("/quit")
+    chat.say("What is 5 + 6?")
+    chat.command(f"/save {tmp_path}/talk.json")
+    assert json.loads((tmp_path / "talk.json").read_text())["messages"] == chat.messages
+    chat.command("/reset")
+    assert chat.messages == []
+    chat.say("Hello")
+    chat.command("/system Be kind.")
+    assert chat.messages == [] and chat.system == "Be kind."
+    chat.say("Hello")  # the system message goes along without being remembered as a turn
+    assert chat.messages[0] == {"role": "user", "content": "Hello"}
+
+
+def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns(chat):
+    for _ in range(8):
+        chat.say("Hello")
+    assert len(chat.messages) == 16 and "error" not in shown(chat)
+
+
+@pytest.mark.parametrize(
+    "text,end",
+    [
+        ("one", 0),
+        ("one\n\ntwo", 5),
+        ("one\n", 0),
+        ("```\ncode\n\nmore", 0),
+        ("```\ncode\n\n```\n\nrest", 15),
+        ("one\n\n", 5),
+    ],
+)
+def test_finished_part_ends_at_a_blank_line_outside_code(text, end):
+    assert finished_part(text) == end
+
+
+def test_messages_without_calls_are_what_other_servers_get():
+    pieces = [Piece("Let me see. "), Piece("1+1", "call"), Piece("2", "result"), Piece("Two.")]
+    messages = [{"role": "user", "content": "?"}, *messages_of(pieces)]
+    assert spoken(messages) == [messages[0], {"role": "assistant", "content": "Let me see. Two."}]
+
+
+def test_open_model_says_what_is_missing(tmp_path):
+    with pytest.raises(InputError, match="no finished stage"):
+        open_model(None, str(tmp_path), None)
+    with pytest.raises(InputError, match="name what to talk to"):
+        open_model(None, None, None)
+    with pytest.raises(InputError, match="no model in"):
+        open_model(str(tmp_path), None, None)
+    with pytest.raises(InputError, match="must be a URL"):
+        open_model(None, None, "localhost:8000")
+
+
+class Unhappy(threading.Thread):
+    """A server that says 503 `times` times and then streams one word."""
+
+    def __init__(self, times):
+        super().__init__(daemon=True)
+        from http.server import BaseHTTPRequestHandler, HTTPServer
+
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers["Content-Length"]))
+                outer.seen += 1
+                busy = outer.seen <= times
+                body = b'{"error": "the queue is full"}'
+                if not busy:
+                    chunk = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "fine"}}]}
+                    body = b"data: " + json.dumps(chunk).encode() + b"\n\ndata: [DONE]\n\n"
+                self.send_response(503 if busy else 200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        self.seen, self.server = 0, HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.start()
+
+    def run(self):
+        self.server.serve_forever()
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """Let huggingface_hub's client talk to loopback although the tests run in offline mode."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    from huggingface_hub import close_session
+
+    close_session()
+
+
+def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line(online):
+    server = Unhappy(times=1)
+    pieces = RemoteModel(server.url).answer([{"role": "user", "content": "?"}], Options())
+    assert "".join(pieces) == "fine" and server.seen == 2
+    server = Unhappy(times=9)
+    with pytest.raises(InputError, match=r"does not answer: 503, the queue is full"):
+        list(RemoteModel(server.url, retries=1).answer([{"role": "user", "content": "?"}], Options()))
+    server.server.shutdown()
+    server.server.server_close()
+    with pytest.raises(InputError, match="does not answer"):
+        list(RemoteModel(server.url, retries=0).answer([{"role": "user", "content": "?"}], Options()))
+
+
+@pytest.mark.slow
+def test_the_script_answers_one_prompt_and_reads_a_pipe(talker_folder):  # noqa: F811
+    script = [sys.executable, "scripts/chat_cli.py", "--run-dir", str(talker_folder.parent), "--temperature", "0"]
+    once = subprocess.run([*script, "-p", "What is 5 + 6?"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert once.stdout == "  ⚙ python 5+6 → 11\nIt is 11.\n"
+    piped = subprocess.run(
+        script, cwd=ROOT, input="What is 12 * 34?\n/reset\nHello\n", capture_output=True, text=True, check=True
+    )
+    assert "It is 408." in piped.stdout and "forgotten" in piped.stdout and "🙂" in piped.stdout
+    missing = subprocess.run(
+        [*script[:2], "--run-dir", "nowhere"], check=False, cwd=ROOT, capture_output=True, text=True
+    )
+    assert missing.returncode == 2 and missing.stderr.strip().splitlines()[-1].startswith("error: nowhere has no")
