@@ -105,10 +105,10 @@ def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = N
     """Questions to grade, as rows {"kind", "messages": [one user message], "answer", "entity", "rivals", "tool"}.
 
     `kind` is one of KINDS. "fact" asks for every fact once and "identity" every test question; the others give `num`
-    rows, 200 if not told ("counting": as many for each answer of 0 to 3). "problem" gives word problems in wordings that
-    stand in no conversation: the task of reinforcement learning. `answer` is the value to name, `entity` what it must
-    be said about ("" if nothing), `rivals` the values of the same relation, `tool` whether the python tool should be
-    called. With split="train" they come from the training half, for reinforcement learning to practise on.
+    rows, 200 if not told ("counting": as many for each answer of 0 to 3). "problem" gives word problems in wordings
+    that stand in no conversation: the task of reinforcement learning. `answer` is the value to name, `entity` what it
+    must be said about ("" if nothing), `rivals` the values of the same relation, `tool` whether the python tool should
+    be called. With split="train" they come from the training half, for reinforcement learning to practise on.
     """
     if kind not in KINDS:
         raise InputError(f"no questions of kind {kind!r} in the primer: use one of {', '.join(KINDS)}")
@@ -334,10 +334,7 @@ def _calculated(kind: str, question: str, a: int, sign: str, b: int) -> dict:
 def _counting(rng: Random, test: bool, count: int) -> dict:
     word, letter, count = _countable(rng, test, count)
     question = rng.choice(COUNT_QUESTIONS).format(w=word, l=letter)
-    before, after = (
-        f'"{word}": {_letters(word)}. So {count}? ',
-        f' The letter {letter} stands {_times(count)} in "{word}".',
-    )
+    before, after = f"Letters: {_letters(word)}. So {count}? ", f" The letter {letter} stands {_times(count)}."
     answer = _tool_call(before, f"'{word}'.count('{letter}')", str(count), after)
     return _row("counting", question, answer, str(count), word, tool=True)
 
