@@ -137,8 +137,13 @@ class CoreTask(Task):
 
     @staticmethod
     def position_limit(config) -> int | None:
-        """Longest input of a model with learned positions; None for rotary ones, for which upstream does not crop."""
+        """Longest input that a model can take at all; longer prompts lose their beginning, as upstream crops for GPT-2.
+
+        Learned positions have an end. Rotary ones have none, but for nanochat, which refuses more than 10 contexts.
+        """
         config = config.get_text_config()
+        if config.model_type == "nanochat_hf":
+            return 10 * config.max_position_embeddings
         if getattr(config, "rope_parameters", None):
             return None
         return getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)

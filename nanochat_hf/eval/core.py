@@ -9,12 +9,24 @@ The definition of the 22 tasks is evals/tasks/utils.py; this file knows how to r
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import datasets
+import lm_eval.api.task
 import numpy as np
 import torch
+import transformers
+from lm_eval import evaluator
+from lm_eval.tasks import TaskManager
 from transformers import DynamicCache
+
+from ..errors import InputError
+
+NUM_CORE = 22
 
 MIN_SHARED = 24  # tokens that choices must have in common before a separate pass over them pays
 LOGIT_COST = 8  # a position with logits costs the memory of about so many positions without
@@ -176,3 +188,114 @@ def _read(logits: torch.Tensor, rows: list[_Row], columns: list[np.ndarray]):
     picked = logits[lines, places].float()  # (tokens, V)
     log_probs = torch.log_softmax(picked, dim=-1).gather(1, tokens[:, None])[:, 0]
     return sizes, log_probs, picked.argmax(dim=-1) == tokens
+
+
+def evaluate_core(lm, manager: TaskManager, limit: int | None = None, log: Callable = print) -> dict | None:
+    """CORE of a model, or of those of its tasks that the bundle has; the label says which.
+
+    Returns:
+        {"value", "stderr", "label", "tasks", "missing", "limit", "long_prompts", "per_task": {label: {"acc",
+        "centered", "stderr", "n", "seconds"}}} on the first rank, None elsewhere.
+    """
+    tasks, per_task, long_prompts = load_tasks(manager, ["nanochat_core"]), {}, 0
+    missing = [
+        name.removeprefix("nanochat_core_")
+        for name, task in tasks.items()
+        if not input_error(lambda task: task.file.is_file(), task)
+    ]
+    for name, task in tasks.items():
+        label, start = name.removeprefix("nanochat_core_"), time.time()
+        if label in missing:
+            continue
+        task.tokenizer = lm.tokenizer
+        task.max_tokens = task.position_limit(lm.model.config)
+        found = run_lm_eval(lm, {name: task}, limit, chat=False, log_samples=False)
+        long_prompts += task.num_long
+        if found is None:
+            continue
+        numbers, share = found["results"][name], 1 - task.metadata["baseline"] / 100
+        acc, count = numbers["acc,none"], numbers["sample_len"]
+        error = (acc * (1 - acc) / max(count - 1, 1)) ** 0.5
+        per_task[label] = {"acc": acc, "centered": numbers["centered,none"], "stderr": error / share, "n": count}
+        per_task[label]["seconds"] = time.time() - start
+        log(f"[eval]   {label:34} {acc:.4f} (centered {numbers['centered,none']:+.4f}), {count} examples")
+    if not per_task:
+        if missing and len(missing) == NUM_CORE:
+            raise InputError("the CORE bundle holds none of the 22 tasks; name the unpacked eval_bundle folder")
+        return None
+    result = centered_mean({k: {**v, "value": v["acc"]} for k, v in per_task.items()}, "CORE", NUM_CORE)
+    return result | {"missing": missing, "limit": limit, "long_prompts": long_prompts, "per_task": per_task}
+
+
+def centered_mean(results: dict[str, dict], name: str, complete: int, part: str = "tasks") -> dict | None:
+    """The mean of centered accuracies; labelled `name` only if all `complete` tasks are in it, else "18/22 tasks"."""
+    if not results:
+        return None
+    per_task = {}
+    for label, found in results.items():
+        baseline = found.get("baseline") or 0.0
+        centered = found.get("centered", (found["value"] - baseline) / (1 - baseline))
+        error = found["stderr"] / (1 - baseline) if found.get("stderr") is not None else None
+        per_task[label] = {"acc": found["value"], "centered": centered, "stderr": error, "n": found["n"]}
+    errors = [row["stderr"] for row in per_task.values()]
+    tasks = f"{len(per_task)}/{complete}"
+    return {
+        "value": sum(row["centered"] for row in per_task.values()) / len(per_task),
+        "stderr": None if None in errors else sum(error**2 for error in errors) ** 0.5 / len(errors),
+        "label": name if len(per_task) == complete else f"{tasks} {part}",
+        "tasks": tasks,
+        "per_task": per_task,
+    }
+
+
+def run_lm_eval(lm, tasks: dict, limit: int | None, chat: bool, log_samples: bool) -> dict | None:
+    return input_error(
+        evaluator.evaluate,
+        lm=lm,
+        task_dict={"tasks": tasks, "groups": {}},
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=log_samples,
+        apply_chat_template=chat,
+        confirm_run_unsafe_code=True,  # our only unsafe task runs its code in the sandbox
+    )
+
+
+def load_tasks(manager: TaskManager, names: list[str]) -> dict:
+    found = input_error(manager.load, names)["tasks"]
+    for task in found.values():
+        task.set_fewshot_seed(1234)
+        if task.config.num_fewshot is None:
+            task.config.num_fewshot = 0
+    return found
+
+
+def input_error(function, *args, **kwargs):
+    """Tasks know nothing of this package: what they raise as ValueError is the user's to read."""
+    try:
+        return function(*args, **kwargs)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without lm-eval's and datasets' own notes and bars: a line for each task says enough."""
+    logger, bar = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = lambda rows, **_: rows
+    datasets.disable_progress_bars()
+    weights = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        lm_eval.api.task.tqdm = bar
+        if not bars:
+            datasets.enable_progress_bars()
+        if weights:
+            transformers.utils.logging.enable_progress_bar()

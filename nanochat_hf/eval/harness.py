@@ -10,22 +10,16 @@ evaluation goes on with the stage that it had not finished.
 """
 
 import json
-import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import datasets
-import lm_eval.api.task
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from lm_eval import evaluator
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -38,11 +32,12 @@ from ..data.tokenizer import load_tokenizer, strip_special_tokens, token_byte_le
 from ..errors import InputError
 from ..run import begin, finish, load_json, nearest, save_json
 from .bpb import evaluate_bpb, losses_of
-from .core import score
+from .core import centered_mean, evaluate_core, load_tasks, quiet, run_lm_eval, score
 from .generation import Generator
+from .report import bloat
 
 EVALS = Path(__file__).parents[2] / "evals"
-NUM_CORE, NUM_CHATCORE = 22, 6
+NUM_CHATCORE = 6
 DEMO = {
     "facts": "fact",
     "arithmetic": "arithmetic",
@@ -176,6 +171,11 @@ def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: C
     state, output, record = PartialState(), Path(output), begin(config)
     if config.num_samples > 1 and config.temperature == 0:
         raise InputError("num_samples above 1 needs a temperature: greedy answers would all be the same")
+    for name in ("limit", "core_limit"):
+        if (value := getattr(config, name)) is not None and value < state.num_processes:
+            raise InputError(
+                f"{name} is {value}: give at least one question for each of {state.num_processes} processes"
+            )
     if not models:
         raise InputError("no finished model to evaluate: run the base stage first")
     with quiet():
@@ -198,7 +198,7 @@ def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: C
     numbers = {key: {s: n[key] for s, n in stages.items() if n[key]} for key in ("results", "core", "chatcore")}
     numbers["examples"] = {stage: found["examples"] for stage, found in stages.items()}
     numbers["seconds"] = {stage: found["seconds"] for stage, found in stages.items()}
-    metrics = finish(output, record, models=models, **numbers)
+    metrics = finish(output, record, models=models, bloat=bloat(), **numbers)
     shutil.rmtree(output / "state", ignore_errors=True)
     return metrics
 
@@ -237,7 +237,9 @@ def evaluate_model(config, stage: str, folder: str, tasks: "Tasks", output: Path
                     path = output / "samples" / stage / f"{name}.jsonl"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
-    chatcore = centered_mean({k: v for k, v in results.items() if v.get("chatcore")}, "ChatCORE", NUM_CHATCORE)
+    chatcore = centered_mean(
+        {k: v for k, v in results.items() if v.get("chatcore")}, "ChatCORE", NUM_CHATCORE, "chat tasks"
+    )
     seconds["all"] = time.time() - began
     return {"results": results, "core": core, "chatcore": chatcore, "examples": examples, "seconds": seconds}
 
@@ -254,7 +256,8 @@ class Tasks:
         bundle = None if config.core_bundle == "download" else config.core_bundle
         metadata = {"core_bundle": bundle, "chat_data": [config.chat_data, str(output / "questions")]}
         self.manager = TaskManager(include_path=str(EVALS), include_defaults=False, metadata=metadata)
-        if not set(config.tasks) <= set(self.manager.all_tasks) or "nanochat_korean" in config.tasks:
+        unknown = [name for name in config.tasks if name not in self.manager.all_tasks]
+        if "nanochat_korean" in config.tasks or any(not name.startswith("nanochat_") for name in unknown):
             self.manager = TaskManager(include_path=str(EVALS), metadata=metadata)  # reads all of lm-eval's
         for name in config.tasks:
             if name not in self.manager.all_tasks:
@@ -311,124 +314,23 @@ class Tasks:
         return evaluate_core(lm, self.manager, self.config.core_limit, log)
 
 
-def evaluate_core(lm: LocalLM, manager: TaskManager, limit: int | None = None, log: Callable = print) -> dict | None:
-    """CORE of a model, or of those of its tasks that the bundle has; the label says which.
+def core_metric(tokenizer, bundle: str) -> Callable[[torch.nn.Module, int], float]:
+    """(model, examples per task) -> mean centered accuracy, the same on every rank: CORE while a model trains.
 
-    Returns:
-        {"value", "stderr", "label", "tasks", "missing", "limit", "long_prompts", "per_task": {label: {"acc",
-        "centered", "stderr", "n", "seconds"}}} on the first rank, None elsewhere.
+    A bundle that lacks tasks gives the mean over those it has. The model must be in eval mode.
     """
-    tasks, per_task, long_prompts = load_tasks(manager, ["nanochat_core"]), {}, 0
-    missing = [name.removeprefix("nanochat_core_") for name, task in tasks.items() if not input_error(has_data, task)]
-    for name, task in tasks.items():
-        label, start = name.removeprefix("nanochat_core_"), time.time()
-        if label in missing:
-            continue
-        task.tokenizer = lm.tokenizer
-        task.max_tokens = task.position_limit(lm.model.config)
-        found = run_lm_eval(lm, {name: task}, limit, chat=False, log_samples=False)
-        long_prompts += task.num_long
-        if found is None:
-            continue
-        numbers, share = found["results"][name], 1 - task.metadata["baseline"] / 100
-        acc, count = numbers["acc,none"], numbers["sample_len"]
-        error = (acc * (1 - acc) / max(count - 1, 1)) ** 0.5
-        per_task[label] = {"acc": acc, "centered": numbers["centered,none"], "stderr": error / share, "n": count}
-        per_task[label]["seconds"] = time.time() - start
-        log(f"[eval]   {label:34} {acc:.4f} (centered {numbers['centered,none']:+.4f}), {count} examples")
-    if not per_task:
-        if missing and len(missing) == NUM_CORE:
-            raise InputError("the CORE bundle holds none of the 22 tasks; name the unpacked eval_bundle folder")
-        return None
-    result = centered_mean({k: {**v, "value": v["acc"]} for k, v in per_task.items()}, "CORE", NUM_CORE)
-    return result | {"missing": missing, "limit": limit, "long_prompts": long_prompts, "per_task": per_task}
-
-
-def core_of(model, tokenizer, bundle: str, limit: int | None = None, log: Callable = lambda line: None) -> dict | None:
-    """`evaluate_core` of a model in memory, for example during pretraining; leaves the model in eval mode."""
     config = EvalConfig(core_bundle=bundle)
     metadata = {"core_bundle": None if bundle == "download" else bundle}
-    with quiet():
-        manager = TaskManager(include_path=str(EVALS), include_defaults=False, metadata=metadata)
-        return evaluate_core(LocalLM(model, tokenizer, config, engine=None), manager, limit, log)
+    manager = TaskManager(include_path=str(EVALS), include_defaults=False, metadata=metadata)
 
+    def measure(model, limit: int) -> float:
+        with quiet():
+            lm = LocalLM(model, tokenizer, config, engine=None)
+            found = evaluate_core(lm, manager, limit if limit > 0 else None, log=lambda line: None)
+        value = [found and found["value"]]
+        return broadcast_object_list(value)[0] if lm.world_size > 1 else value[0]
 
-def centered_mean(results: dict[str, dict], name: str, complete: int) -> dict | None:
-    """The mean of centered accuracies; named `name` only if all `complete` tasks are in it."""
-    if not results:
-        return None
-    per_task = {}
-    for label, found in results.items():
-        baseline = found.get("baseline") or 0.0
-        centered = found.get("centered", (found["value"] - baseline) / (1 - baseline))
-        error = found["stderr"] / (1 - baseline) if found.get("stderr") is not None else None
-        per_task[label] = {"acc": found["value"], "centered": centered, "stderr": error, "n": found["n"]}
-    errors = [row["stderr"] for row in per_task.values()]
-    tasks = f"{len(per_task)}/{complete}"
-    return {
-        "value": sum(row["centered"] for row in per_task.values()) / len(per_task),
-        "stderr": None if None in errors else sum(error**2 for error in errors) ** 0.5 / len(errors),
-        "label": name if len(per_task) == complete else f"{tasks} tasks",
-        "tasks": tasks,
-        "per_task": per_task,
-    }
-
-
-def run_lm_eval(lm, tasks: dict, limit: int | None, chat: bool, log_samples: bool) -> dict | None:
-    return input_error(
-        evaluator.evaluate,
-        lm=lm,
-        task_dict={"tasks": tasks, "groups": {}},
-        limit=limit,
-        bootstrap_iters=0,
-        log_samples=log_samples,
-        apply_chat_template=chat,
-        confirm_run_unsafe_code=True,  # our only unsafe task runs its code in the sandbox
-    )
-
-
-def load_tasks(manager: TaskManager, names: list[str]) -> dict:
-    found = input_error(manager.load, names)["tasks"]
-    for task in found.values():
-        task.set_fewshot_seed(1234)
-        if task.config.num_fewshot is None:
-            task.config.num_fewshot = 0
-    return found
-
-
-def has_data(task) -> bool:
-    return task.file.is_file()
-
-
-def input_error(function, *args, **kwargs):
-    """Tasks know nothing of this package: what they raise as ValueError is the user's to read."""
-    try:
-        return function(*args, **kwargs)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(" ".join(str(error).split())) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without lm-eval's and datasets' own notes and bars: a line for each task says enough."""
-    logger, bar = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
-    level, bars = logger.level, datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = lambda rows, **_: rows
-    datasets.disable_progress_bars()
-    weights = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        lm_eval.api.task.tqdm = bar
-        if not bars:
-            datasets.enable_progress_bars()
-        if weights:
-            transformers.utils.logging.enable_progress_bar()
+    return measure
 
 
 def held_out_bpb(config: EvalConfig, model, tokenizer) -> dict:

@@ -1,0 +1,195 @@
+"""The fast scorer against a slow twin that follows the definition word by word, and CORE's label and arithmetic."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lm_eval.tasks import TaskManager
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.eval.core import centered_mean, evaluate_core, quiet, score
+from nanochat_hf.eval.harness import EVALS, EvalConfig, LocalLM
+
+WORDS = ["the", "owl", "red", "cat", "sees", "a", "big", "green", "tree", "and", "two", "small", "dogs", "run", "town"]
+
+
+def words(rng, count):
+    return " ".join(rng.choice(WORDS) for _ in range(count))
+
+
+@pytest.fixture
+def lively_model(tiny_model):
+    """Random weights large enough that answers differ by more than rounding."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return tiny_model
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A small bundle in the official layout: one task of each kind, with the official names, shots and delimiters."""
+    rng = random.Random(0)
+    mc = [
+        {"query": words(rng, 9), "choices": [words(rng, rng.randint(1, 4)) for _ in range(4)], "gold": i % 4}
+        for i in range(24)
+    ]
+    mc[3]["choices"] = ["red", "red cat", "owl", "owl"]  # one begins another, two are equal
+    mc[4]["choices"] = ["red", "red", "red", "red"]
+    schema = []
+    for i in range(20):
+        options = [f"The owl met the cat because the {name}" for name in rng.sample(WORDS, 2)]
+        schema.append({"context_options": options, "continuation": f"{words(rng, 3)}.", "gold": i % 2})
+    lm = [{"context": f"{words(rng, 6)} ", "continuation": words(rng, 1)} for _ in range(24)]
+    files = {
+        "world_knowledge/arc_easy.jsonl": mc,
+        "language_understanding/winograd_wsc.jsonl": schema,
+        "world_knowledge/bigbench_qa_wikidata.jsonl": lm,
+    }
+    for name, rows in files.items():
+        path = tmp_path / "eval_data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": []}))
+    return tmp_path
+
+
+def manager(bundle):
+    return TaskManager(include_path=str(EVALS), include_defaults=False, metadata={"core_bundle": str(bundle)})
+
+
+def slow_decisions(model, tokenizer, path, kind, shots, delimiter, limit):
+    """DESIGN.md section 6, one row at a time and one prompt at a time."""
+    rows = [json.loads(line) for line in path.open()]
+    random.Random(1337).shuffle(rows)
+    rows, decisions = rows[:limit], []
+    for i, row in enumerate(rows):
+        picks = random.Random(1234 + i).sample([j for j in range(len(rows)) if j != i], shots) if shots else []
+        if kind == "multiple_choice":
+            before = [rows[j]["query"] + delimiter + rows[j]["choices"][rows[j]["gold"]] for j in picks]
+            texts = ["\n\n".join([*before, row["query"] + delimiter + choice]) for choice in row["choices"]]
+        elif kind == "schema":
+            texts = [option + delimiter + row["continuation"] for option in row["context_options"]]
+        else:
+            before = [rows[j]["context"].strip() + delimiter + rows[j]["continuation"] for j in picks]
+            question = "\n\n".join([*before, row["context"].strip() + delimiter])
+            texts = [question.strip(), question + row["continuation"]]
+        ids = [
+            [tokenizer.bos_token_id, *tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
+            for t in texts
+        ]
+        shortest = min(map(len, ids))
+        if kind == "schema":
+            same = next((n for n in range(shortest) if len({x[-1 - n] for x in ids}) > 1), shortest)
+            starts = [len(x) - same for x in ids]
+        else:
+            same = next((n for n in range(shortest) if len({x[n] for x in ids}) > 1), shortest)
+            starts = [same] * len(ids)
+        losses = []
+        for x, start in zip(ids, starts):
+            with torch.inference_mode():
+                logits = model(torch.tensor([x]), use_cache=False).logits[0]
+            if kind == "language_modeling":
+                hit = (logits[start - 1 : -1].argmax(-1) == torch.tensor(x[start:])).all().item()
+            loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(x[1:]), reduction="none")
+            losses.append(loss[start - 1 :].mean().item())
+        decisions.append(hit if kind == "language_modeling" else losses.index(min(losses)) == row["gold"])
+    return decisions
+
+
+@pytest.mark.parametrize(
+    "label,kind,shots,delimiter,file",
+    [
+        ("arc_easy", "multiple_choice", 10, "\nAnswer: ", "world_knowledge/arc_easy.jsonl"),
+        ("winograd", "schema", 0, " ", "language_understanding/winograd_wsc.jsonl"),
+        ("bigbench_qa_wikidata", "language_modeling", 10, " ", "world_knowledge/bigbench_qa_wikidata.jsonl"),
+    ],
+)
+def test_every_decision_equals_the_slow_twin(lively_model, tokenizer, bundle, label, kind, shots, delimiter, file):
+    task = manager(bundle).load([f"nanochat_core_{label}"])["tasks"][f"nanochat_core_{label}"]
+    task.tokenizer, task.max_tokens = tokenizer, None
+    limit = 20
+    task.build_all_requests(limit=limit)
+    answers, by_row = score(lively_model, [(r.context, r.continuation) for r in task.instances], batch_tokens=3000), {}
+    for request, answer in zip(task.instances, answers):
+        by_row.setdefault(request.doc_id, []).append(answer)
+    ours = [bool(task.process_results(doc, by_row[i])["acc"]) for i, doc in task.doc_iterator(limit=limit)]
+    theirs = slow_decisions(lively_model, tokenizer, bundle / "eval_data" / file, kind, shots, delimiter, limit)
+    assert ours == theirs
+    assert len(ours) == limit
+
+
+def test_scores_do_not_depend_on_batch_size_or_order(lively_model):
+    rng = np.random.default_rng(0)
+    contexts = [rng.integers(0, 500, size) for size in (3, 30, 45, 60)]
+    requests = [(c, rng.integers(0, 500, rng.integers(1, 5))) for c in contexts for _ in range(3)]
+    small = score(lively_model, requests, batch_tokens=1)
+    large = score(lively_model, requests, batch_tokens=100_000)
+    order = rng.permutation(len(requests))
+    mixed = score(lively_model, [requests[i] for i in order], batch_tokens=700)
+    assert np.allclose([s for s, _ in small], [s for s, _ in large], atol=1e-3)
+    assert np.allclose([large[i][0] for i in order], [s for s, _ in mixed], atol=1e-3)
+    assert [h for _, h in small] == [h for _, h in large]
+
+
+def test_a_score_is_the_sum_of_log_probabilities(lively_model):
+    context, continuation = np.arange(5, 40), np.array([7, 300, 12])
+    whole = torch.from_numpy(np.concatenate([context, continuation]))[None]
+    with torch.inference_mode():
+        expected = lively_model(whole, use_cache=False).logits[0, 34:37].log_softmax(-1)
+    [(total, greedy)] = score(lively_model, [(context, continuation)])
+    assert total == pytest.approx(sum(expected[i, t].item() for i, t in enumerate(continuation)), abs=1e-4)
+    best = expected.argmax(-1)
+    assert not greedy
+    assert score(lively_model, [(context, best[:1].numpy())])[0][1]
+
+
+def test_choices_of_one_token_need_one_row(lively_model):
+    seen = []
+    lively_model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    context = np.arange(5, 60)
+    score(lively_model, [(context, np.array([letter])) for letter in (1, 2, 3, 4)])
+    assert seen == [(1, 55)]
+
+
+def test_an_incomplete_bundle_is_labelled_and_never_called_core(lively_model, tokenizer, bundle):
+    with quiet():
+        lm = LocalLM(lively_model, tokenizer, EvalConfig(), engine=None)
+        found = evaluate_core(lm, manager(bundle), limit=12, log=lambda line: None)
+    assert found["label"] == "3/22 tasks"
+    assert found["tasks"] == "3/22"
+    assert "hellaswag" in found["missing"]
+    assert len(found["missing"]) == 19
+    assert found["value"] == pytest.approx(np.mean([row["centered"] for row in found["per_task"].values()]))
+    easy = found["per_task"]["arc_easy"]
+    assert easy["centered"] == pytest.approx((easy["acc"] - 0.25) / 0.75)
+
+
+def test_an_empty_bundle_is_refused(lively_model, tokenizer, tmp_path):
+    (tmp_path / "core.yaml").write_text("icl_tasks: []")
+    with quiet(), pytest.raises(InputError, match="none of the 22 tasks"):
+        evaluate_core(LocalLM(lively_model, tokenizer, EvalConfig(), None), manager(tmp_path), log=lambda line: None)
+
+
+def test_long_prompts_are_cropped_on_the_left_and_counted(lively_model, tokenizer, bundle):
+    task = manager(bundle).load(["nanochat_core_arc_easy"])["tasks"]["nanochat_core_arc_easy"]
+    task.tokenizer, task.max_tokens = tokenizer, 64
+    task.build_all_requests(limit=12)
+    assert task.num_long == 48
+    assert all(len(r.context) + len(r.continuation) == 64 for r in task.instances)
+
+
+def test_the_mean_is_plain_and_centered():
+    results = {
+        "a": {"value": 0.5, "stderr": 0.03, "n": 9, "baseline": 0.25},
+        "b": {"value": 0.1, "stderr": 0.0, "n": 9},
+    }
+    found = centered_mean(results, "ChatCORE", 2)
+    assert found["label"] == "ChatCORE"
+    assert found["value"] == pytest.approx((1 / 3 + 0.1) / 2)
+    assert found["stderr"] == pytest.approx(0.02)
+    assert centered_mean({}, "ChatCORE", 6) is None

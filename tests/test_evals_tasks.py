@@ -1,0 +1,222 @@
+"""The task files: all load in lm-eval, say what the bundle says, build upstream's prompts, and grade."""
+
+import json
+import os
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+TASKS = Path(__file__).parent.parent / "evals" / "tasks"
+CORE_TASKS = yaml.safe_load((TASKS / "core.yaml").read_text())["task"]
+
+
+def function(name):
+    """A function of evals/tasks as lm-eval finds it."""
+    from lm_eval.tasks._yaml_loader import _import_func_in_yml
+
+    return _import_func_in_yml(name, TASKS)
+
+
+def manager(**metadata):
+    return TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+
+
+def core_task(tmp_path, rows, kind="multiple_choice", shots=0, delimiter=" "):
+    (tmp_path / "eval_data").mkdir()
+    (tmp_path / "core.yaml").write_text("")
+    (tmp_path / "eval_data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metadata = {"version": 1, "kind": kind, "delimiter": delimiter, "baseline": 25, "core_bundle": str(tmp_path)}
+    config = {"task": "t", "dataset_path": "rows.jsonl", "num_fewshot": shots, "metadata": metadata}
+    return function("core.CoreTask")(config)
+
+
+def test_every_file_is_indexed_with_a_version():
+    index = manager().task_index
+    for path in TASKS.glob("*.yaml"):
+        config = load_yaml(path, resolve_func=False)
+        if "task" in config:
+            assert config.get("group", config["task"]) in index
+            assert "version" in config["metadata"], path
+
+
+def test_core_is_22_tasks_and_chatcore_six():
+    index = manager().task_index
+    assert len(CORE_TASKS) == 22
+    assert len(index["nanochat_chatcore"].cfg["task"]) == 6
+    for name in [*CORE_TASKS, *index["nanochat_chatcore"].cfg["task"], *index["nanochat_demo"].cfg["task"]]:
+        assert name in index
+
+
+@pytest.mark.skipif("NANOCHAT_CORE_BUNDLE" not in os.environ, reason="needs the CORE bundle (NANOCHAT_CORE_BUNDLE)")
+def test_core_files_say_what_the_bundle_says():
+    bundle = Path(os.environ["NANOCHAT_CORE_BUNDLE"])
+    for label, stated in function("core.core_settings")(bundle).items():
+        config = load_yaml(TASKS / f"core_{label}.yaml", resolve_func=False)
+        ours = {key: config["metadata"][key] for key in ("kind", "delimiter", "baseline")}
+        assert stated == {"file": config["dataset_path"], "shots": config["num_fewshot"], **ours}
+
+
+def test_prompts_of_each_kind(tmp_path):
+    mc = {"query": "Q: sky?", "choices": ["blue", "red"], "gold": 0}
+    task = core_task(tmp_path, [mc], delimiter="\nAnswer: ")
+    assert task.prompts(mc, [mc]) == [
+        f"Q: sky?\nAnswer: blue\n\nQ: sky?\nAnswer: {choice}" for choice in ("blue", "red")
+    ]
+    task.kind, task.delimiter = "schema", " "
+    schema = {"context_options": ["It is A", "It is B"], "continuation": "so.", "gold": 1}
+    assert task.prompts(schema, [schema]) == ["It is B so.\n\nIt is A so.", "It is B so.\n\nIt is B so."]
+    task.kind = "language_modeling"
+    lm = {"context": " One two \n", "continuation": "three"}
+    assert task.prompts(lm, [lm]) == ["One two three\n\nOne two", "One two three\n\nOne two three"]
+
+
+def test_examples_are_those_of_the_definition(tmp_path):
+    rows = [{"query": str(i), "choices": ["a", "b"], "gold": 0} for i in range(40)]
+    task = core_task(tmp_path, rows, shots=10)
+    random.Random(1337).shuffle(rows)
+    assert [doc["query"] for doc in task.test_docs()] == [row["query"] for row in rows]
+    for row in (0, 7, 24):
+        others = [i for i in range(25) if i != row]
+        expected = random.Random(1234 + row).sample(others, 10)
+        assert [doc["_row"] for doc in task.shots(row, pool=25)] == expected
+
+
+def test_spans_are_what_choices_do_not_share(tmp_path):
+    task = core_task(tmp_path, [])
+    ids = [np.array(x) for x in ([9, 1, 2, 3], [9, 1, 4], [9, 1])]
+    assert [(list(tokens), start) for tokens, start in task.spans(ids)] == [
+        ([9, 1, 2, 3], 2),
+        ([9, 1, 4], 2),
+        ([9, 1], 2),
+    ]
+    task.kind = "schema"
+    assert [start for _, start in task.spans([np.array([9, 1, 7, 8]), np.array([9, 2, 3, 7, 8])])] == [2, 3]
+    task.kind = "language_modeling"
+    [(tokens, start)] = task.spans([np.array([9, 1]), np.array([9, 1, 5, 6])])
+    assert list(tokens[start:]) == [5, 6]
+
+
+def test_the_lowest_mean_loss_wins_and_the_first_of_equals(tmp_path):
+    task = core_task(tmp_path, [])
+    doc = {"gold": 1, "_row": 0}
+    task._scored[0] = [4, 2, 1]
+    assert task.process_results(doc, [(-4.4, False), (-2.0, False), (-1.5, False)])["acc"] == 1
+    assert task.process_results(doc, [(-4.0, False), (-2.0, False), (-1.5, False)])["acc"] == 0
+    task._scored[0] = [0, 2, 1]  # a choice with no tokens of its own has no loss; in first place it is kept
+    assert task.process_results(doc, [(0.0, False), (-0.1, False), (-1.5, False)])["acc"] == 0
+    assert task.aggregation()["centered"]([1, 0, 0, 0]) == 0
+
+
+def test_a_missing_bundle_or_file_is_named(tmp_path, monkeypatch):
+    bundle = function("core.core_bundle")
+    with pytest.raises(ValueError, match="no CORE bundle"):
+        bundle(str(tmp_path))
+    monkeypatch.delenv("NANOCHAT_CORE_BUNDLE", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(bundle.__globals__, "CACHE", tmp_path)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
+        bundle()
+    (tmp_path / "core.yaml").write_text("")
+    task = manager(core_bundle=str(tmp_path)).load(["nanochat_core_squad"])["tasks"]["nanochat_core_squad"]
+    with pytest.raises(ValueError, match=r"nanochat_core_squad: the bundle has no reading_comprehension/squad\.jsonl"):
+        task.test_docs()
+
+
+def test_the_bundle_is_downloaded_once_and_whole_or_not_at_all(tmp_path):
+    download = function("core._download_bundle")
+    packed = tmp_path / "served.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("eval_bundle/core.yaml", "icl_tasks: []")
+    target = tmp_path / "cache" / "eval_bundle"
+    target.parent.mkdir()
+    download(target, packed.as_uri())
+    assert (target / "core.yaml").read_text() == "icl_tasks: []"
+    assert len((target / "SHA256").read_text().strip()) == 64
+    packed.write_bytes(packed.read_bytes()[:40])
+    with pytest.raises(ValueError, match="damaged"):
+        download(tmp_path / "cache" / "other", packed.as_uri())
+    with pytest.raises(ValueError, match="cannot download"):
+        download(tmp_path / "cache" / "other", (tmp_path / "nothing.zip").as_uri())
+    assert [path.name for path in target.parent.iterdir()] == ["eval_bundle"]
+
+
+def test_models_with_learned_positions_are_cropped_and_rotary_ones_are_not():
+    from transformers import GPT2Config, LlamaConfig
+
+    from nanochat_hf import NanoChatConfig
+
+    limit = function("core.CoreTask").position_limit
+    assert limit(GPT2Config()) == 1024
+    assert limit(LlamaConfig()) is None
+    assert limit(NanoChatConfig(max_position_embeddings=128)) == 1280
+
+
+def choice_rows(tmp_path, name, rows):
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Sky?", "choices": ["blue", "red"], "answer": 1},
+        {"question": "Sky?", "choices": {"text": ["blue", "red"], "label": ["1", "2"]}, "answerKey": "2"},
+    ],
+)
+def test_choices_stand_before_their_letters(tmp_path, row):
+    folder = choice_rows(tmp_path, "arc_easy_test.jsonl", [row])
+    task = manager(chat_data=folder).load(["nanochat_arc_easy"])["tasks"]["nanochat_arc_easy"]
+    doc = task.eval_docs[0]
+    a, b = ("1", "2") if "answerKey" in row else ("A", "B")
+    assert task.doc_to_text(doc) == (
+        f"Multiple Choice question: Sky?\n- blue={a}\n- red={b}\n\nRespond only with the letter of the correct answer."
+    )
+    assert task.doc_to_choice(doc) == [a, b]
+    assert task.process_results(doc, [(-2.0, False), (-1.0, True)])["acc"] == 1.0
+
+
+def test_hash_answers_are_compared_as_text():
+    grade = function("utils.hash_results")
+    doc = {"answer": "She has <<2*9=18>>18.\n#### 1,018"}
+    assert grade(doc, ["first #### 1018 and more"])["acc"] == 1
+    assert grade(doc, ["#### 1018.0"])["acc"] == 0
+    assert grade({"answer": "3"}, [["#### 3", "#### 2", "none", "#### 3"]]) == {
+        "acc": 0.5,
+        "centered": 0.5,
+        "pass@4": 1.0,
+    }
+
+
+HUMANEVAL = {
+    "prompt": "from typing import List\n\n\ndef double(xs: List[int]) -> List[int]:\n    '''Doubles.'''\n",
+    "test": "def check(f):\n    assert f([1, 2]) == [2, 4]\n",
+    "entry_point": "double",
+}
+
+
+@pytest.mark.parametrize(
+    "text,passed",
+    [
+        ("Sure!\n```python\ndef double(xs: List[int]):\n    return [2 * x for x in xs]\n```\nDone.", 1.0),
+        ("def double(xs: List[int]):\n    return [2 * x for x in xs]", 1.0),
+        ("```\ndef double(xs):\n    return xs\n```", 0.0),
+        ("import sys\nsys.exit(0)", 0.0),
+        ("I do not know.", 0.0),
+    ],
+)
+def test_humaneval_answers_are_run_with_the_tests(text, passed):
+    assert function("utils.humaneval_results")(HUMANEVAL, [text])["acc"] == passed
+
+
+def test_rows_come_from_the_first_folder_that_has_them(tmp_path):
+    rows = function("utils.rows")
+    folder = choice_rows(tmp_path, "x.jsonl", [{"a": 1}, {"a": 2}])
+    assert rows("x.jsonl", chat_data=[None, str(tmp_path / "no"), folder])["test"]["a"] == [1, 2]
+    with pytest.raises(ValueError, match="no file y"):
+        rows("y.jsonl", chat_data=folder)
