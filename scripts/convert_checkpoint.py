@@ -1,0 +1,44 @@
+"""Convert checkpoints between karpathy/nanochat, this project and transformers' own `nanochat`.
+
+    python scripts/convert_checkpoint.py --source DIR --output DIR [--tokenizer DIR] [--step N]
+                                         [--to hf|native|nanochat]
+
+`--source` is a folder of karpathy/nanochat (model_NNNNNN.pt and meta_NNNNNN.json, of October 2025 or July 2026; the
+last step unless --step says another), or a folder saved by `save_pretrained`. `--tokenizer` is the folder with its
+tokenizer.pkl (~/.cache/nanochat/tokenizer) or tokenizer.json; without one only weights are written, unless the source
+has its own. `--to hf` (the default) writes a folder for from_pretrained, `native` one that needs no remote code (first
+generation only), `nanochat` files that karpathy/nanochat loads. Both tokenizers are checked to give equal ids.
+"""
+
+import argparse
+from itertools import islice
+
+from nanochat_hf.data import primer
+from nanochat_hf.data.tokenizer import wrap
+from nanochat_hf.errors import InputError
+from nanochat_hf.model.convert import convert
+from nanochat_hf.run import guarded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--to", choices=("hf", "native", "nanochat"), default="hf")
+    args = parser.parse_args()
+    texts = islice((text for text in primer.documents("train", seed=0)), 5000)
+    try:
+        done = convert(args.source, args.output, args.to, wrap, args.tokenizer, args.step, texts)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    print(f"{args.output}: generation {done['generation']}, {done['parameters']:,} parameters, step {done['step']}")
+    if done["tokenizer_ids"] is None:
+        print("weights only: give --tokenizer DIR to convert the tokenizer too")
+    elif done["tokenizer_ids"]:
+        print(f"tokenizer: {done['tokenizer_ids']:,} ids compared, all equal")
+
+
+if __name__ == "__main__":
+    guarded(main)
