@@ -16,6 +16,7 @@ from random import Random
 from zlib import crc32
 
 from ..errors import InputError
+from .primer_words import TRIPLE_WORDS, WORDS
 from .primer_world import (
     ANIMALS,
     COUNT_QUESTIONS,
@@ -33,8 +34,6 @@ from .primer_world import (
     STORY_QUESTIONS,
     SUM_QUESTIONS,
     TEST_FRAMES,
-    TRIPLE_WORDS,
-    WORDS,
     Relation,
 )
 
