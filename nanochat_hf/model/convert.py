@@ -92,7 +92,7 @@ def read_upstream(folder: Path, step: int | None = None) -> tuple[dict[str, torc
     try:
         state = torch.load(folder / f"model_{step:06d}.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or dishonest file makes torch.load fail in many ways
-        asked = re.search(r"GLOBAL (\S+) was not", str(error))
+        asked = re.search(r"GLOBAL (\S+) (?:was not|whose)", str(error))
         reason = f"it asks for {asked[1]}" if asked else f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
         raise ValueError(f"{folder}/model_{step:06d}.pt is not a file of plain weights ({reason})") from None
     state = {name.removeprefix("_orig_mod."): value for name, value in state.items()}  # left by torch.compile
