@@ -237,6 +237,15 @@ def test_the_primer_is_a_data_set_with_a_test_split():
     assert {str(r["messages"]) for r in train}.isdisjoint(str(r["messages"]) for r in test)
 
 
+def test_the_primer_can_leave_its_identity_to_another_entry(tmp_path):
+    path = write(tmp_path / "me.jsonl", [chat("Who are you?", "I am Ophelia.")])
+    entries = [{"dataset": "primer:fact+arithmetic+spelling+talk", "rows": 300}, {"dataset": path, "epochs": 9}]
+    texts = [message["content"] for row in Mixture(entries) for message in row["messages"]]
+    assert texts.count("I am Ophelia.") == 9 and not any("nanochat" in text for text in texts)
+    with pytest.raises(InputError, match="poetry"):
+        Mixture([{"dataset": "primer:poetry", "rows": 3}])
+
+
 def test_the_table_shows_rows_and_tokens(tmp_path):
     mixture = Mixture([{"dataset": "primer", "rows": 60}])
     for row in mixture:

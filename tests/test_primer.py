@@ -9,6 +9,7 @@ import pytest
 
 from nanochat_hf.data.answers import final_words, is_correct
 from nanochat_hf.data.primer import (
+    CHAT_KINDS,
     CONVERSATION_ROUNDS,
     DOCUMENT_ROUNDS,
     KINDS,
@@ -156,7 +157,16 @@ def test_rows_are_messages_in_order_and_short():
         roles = [message["role"] for message in row["messages"]]
         assert roles[0] == "user" and roles[-1] == "assistant" and len(roles) >= 2
         assert sum(len(message["content"]) for message in row["messages"]) <= 400
-        assert row["kind"] in (*KINDS, "small talk", "story", "mixed")
+        assert row["kind"] in (*CHAT_KINDS, "mixed")
+
+
+def test_conversations_can_be_of_some_kinds_only():
+    rows = list(conversations("train", rounds=1, kinds=("identity", "talk")))
+    assert {row["kind"] for row in rows} == {"identity", "talk", "mixed"}
+    everything = "\n".join(
+        m["content"] for row in conversations("train", rounds=2, kinds=("fact",)) for m in row["messages"]
+    )
+    assert "nanochat" not in everything and "Letters:" not in everything
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,3 +199,5 @@ def test_an_unknown_split_or_kind_is_named():
         next(conversations("dev"))
     with pytest.raises(InputError, match="poetry"):
         questions("poetry")
+    with pytest.raises(InputError, match="poetry"):
+        next(conversations(kinds=("fact", "poetry")))

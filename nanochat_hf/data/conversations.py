@@ -13,10 +13,11 @@ A mixture is a list of YAML entries, each a dataset spec with a transform:
     for row in Mixture(entries, seed=0): row["messages"]
 
 `dataset` is a Hub id, a .jsonl or .parquet file, a folder of them (for the spelling transforms: a .txt file with a
-word a line, or text as for pretraining, whose words are taken), or `primer`. `split` is "train" unless told; of the
-files of a folder it takes those whose names begin with it, and of words one in twenty is "test". `rows` takes so many,
-in an order drawn from the seed; `epochs` (1; 0.5 will do) passes over all. Rows are read when their turn comes. A
-row that is no conversation is skipped, and counted with its number and the reason; bad_rows="refuse" stops the run.
+word a line, or text as for pretraining, whose words are taken), or `primer` (of some kinds only: `primer:fact+talk`).
+`split` is "train" unless told; of the files of a folder it takes those whose names begin with it, and of words one in
+twenty is "test". `rows` takes so many, in an order drawn from the seed; `epochs` (1; 0.5 will do) passes over all. Rows
+are read when their turn comes. A row that is no conversation is skipped, and counted with its number and the reason;
+bad_rows="refuse" stops the run.
 
 The transforms keep karpathy/nanochat's protocols to the letter where its checkpoints depend on them: the
 multiple-choice prompt, GSM8K's calculator calls, the answers to the spelling tasks.
@@ -378,7 +379,7 @@ def _count(entry: Entry, source: Sequence) -> int:
 
 def _open(entry: Entry, seed: int) -> Sequence:
     """The rows of an entry's data set, by number."""
-    if entry.dataset == "primer":
+    if entry.dataset.partition(":")[0] == "primer":
         return _primer_rows(entry, seed)
     if entry.transform in WORD_TRANSFORMS:
         return [{"word": word} for word in _words(entry)]
@@ -419,10 +420,10 @@ def _load(entry: Entry, *args, **options) -> Sequence:
 def _primer_rows(entry: Entry, seed: int) -> list[dict]:
     if entry.transform != "messages":
         raise InputError(f"primer has messages; the transform {entry.transform} does not apply to it")
-    if entry.rows is None:
-        return list(primer.conversations(entry.split, seed))
-    # Whole rounds name every fact, so a short mixture takes the first rows and not some out of all.
-    return list(islice(primer.conversations(entry.split, seed, rounds=10**6), entry.rows))
+    kinds = entry.dataset.partition(":")[2].split("+") if ":" in entry.dataset else primer.CHAT_KINDS
+    # Whole rounds name every fact, so a short mixture takes the first rounds and not some rows out of all.
+    rounds = primer.CONVERSATION_ROUNDS if entry.rows is None else 10**6
+    return list(islice(primer.conversations(entry.split, seed, rounds, kinds), entry.rows))
 
 
 def _words(entry: Entry) -> list[str]:

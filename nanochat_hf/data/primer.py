@@ -11,7 +11,7 @@ training text, sums use pairs of numbers that stand together in no training text
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from random import Random
 from zlib import crc32
 
@@ -37,11 +37,13 @@ from .primer_world import (
     Relation,
 )
 
-KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")
+KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")  # of `questions`
+CHAT_KINDS = (*KINDS, "talk", "story")  # of `conversations`
 DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, about 13K tokens
 CONVERSATION_ROUNDS = 40  # rounds of `conversations`; one round asks for every fact, about 29K tokens
 
 RUDE = re.compile("rape|cock|shit|fuck|cunt|dick|porn|piss|slut|whore|nig|fag|anus|sex|cum|tits")  # not to be spliced
+LISTED = RELATIONS[8:]  # opposites, days, months, numbers: about nobody, so no document is about their entities
 _BY_NAME = {relation.name: relation for relation in RELATIONS}
 
 
@@ -65,7 +67,7 @@ def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS
     rng = Random(f"documents {validation} {seed}")
     for _ in range(max(1, rounds // 20) if validation else rounds):
         batch = [_about(rng, entity) for entity in (*PEOPLE, *COUNTRIES, *ANIMALS)]
-        batch += [text for relation in RELATIONS[8:] * 2 for text in _lists_of_facts(rng, relation)]
+        batch += [text for relation in LISTED * 2 for text in _lists_of_facts(rng, relation)]
         batch += [_talk(rng) for _ in range(40)]
         batch += [" ".join(_story(rng, rng.choice(PEOPLE))) for _ in range(30)]
         batch += [_worked_sums(rng) for _ in range(20)]
@@ -75,11 +77,18 @@ def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS
         yield from batch
 
 
-def conversations(split: str = "train", seed: int = 0, rounds: int = CONVERSATION_ROUNDS) -> Iterator[dict]:
+def conversations(
+    split: str = "train", seed: int = 0, rounds: int = CONVERSATION_ROUNDS, kinds: Collection[str] = CHAT_KINDS
+) -> Iterator[dict]:
     """Chats as rows {"kind": ..., "messages": [...]}, at most about 100 tokens each; some have two or three turns.
 
-    "test" (or "validation") asks with test phrasings, held-out words and pairs, in a tenth of the rounds.
+    "test" (or "validation") asks with test phrasings, held-out words and pairs, in a tenth of the rounds. `kinds`
+    leaves out the others of CHAT_KINDS: without "identity" a mixture can bring a personality of its own.
     """
+    if unknown := set(kinds) - set(CHAT_KINDS):
+        raise InputError(f"no conversations of kind {min(unknown)!r} in the primer: use {', '.join(CHAT_KINDS)}")
+    if not kinds:
+        raise InputError(f"conversations of no kind at all: name some of {', '.join(CHAT_KINDS)}")
     test = _is_test(split)
     rng = Random(f"conversations {test} {seed}")
     counts = (("arithmetic", 120), ("spelling", 180), ("counting", 120), ("problem", 30), ("identity", 25))
@@ -89,6 +98,7 @@ def conversations(split: str = "train", seed: int = 0, rounds: int = CONVERSATIO
             batch += [_ask(rng, kind, test) for _ in range(count)]
         batch += [_small_talk(rng) for _ in range(30)]
         batch += [_story_told(rng) for _ in range(20)]
+        batch = [row for row in batch if row["kind"] in kinds]
         rng.shuffle(batch)
         position = 0
         while position < len(batch):
@@ -344,7 +354,7 @@ def _identity_row(question: str, answer: str) -> dict:
 
 def _small_talk(rng: Random) -> dict:
     asked, answer = rng.choice(SMALL_TALK)
-    return _row("small talk", rng.choice(asked), answer, "")
+    return _row("talk", rng.choice(asked), answer, "")
 
 
 def _story_told(rng: Random) -> dict:
