@@ -17,10 +17,11 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..errors import InputError
+from .bpe import byte_alphabet, count_words, learn_merges
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # begins every document and every conversation
@@ -71,6 +72,10 @@ RESPONSE_TEMPLATE = {
 }
 
 
+def split_pattern(digit_group: int) -> str:
+    return SPLIT_PATTERN.replace("GROUP", str(digit_group))
+
+
 def new_backend(digit_group: int = 2, normalization: str | None = None) -> Tokenizer:
     """An untrained byte-level BPE tokenizer; `normalization` is None (text is kept byte for byte) or "nfc"."""
     if digit_group not in (1, 2, 3):
@@ -80,8 +85,7 @@ def new_backend(digit_group: int = 2, normalization: str | None = None) -> Token
     backend = Tokenizer(models.BPE())
     if normalization:
         backend.normalizer = normalizers.NFC()
-    pattern = Regex(SPLIT_PATTERN.replace("GROUP", str(digit_group)))
-    split = pre_tokenizers.Split(pattern, behavior="isolated")
+    split = pre_tokenizers.Split(Regex(split_pattern(digit_group)), behavior="isolated")
     bytes_as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_as_letters])
     backend.decoder = decoders.ByteLevel()
@@ -100,28 +104,23 @@ def train_bpe(
         raise InputError(
             f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and 9 special tokens), not {vocab_size}"
         )
-    texts = iter(texts)
-    first = next(texts, None)
-    if first is None:
-        raise InputError("there is no text to train a tokenizer on: the dataset is empty")
     backend = new_backend(digit_group, normalization)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[],  # the trainer would put them first
-        min_frequency=0,
-        show_progress=False,
-    )
-    backend.train_from_iterator(_chain(first, texts), trainer)
+    if normalization:
+        texts = map(backend.normalizer.normalize_str, texts)
+    words = count_words(texts, split_pattern(digit_group))
+    if not words:
+        raise InputError("there is no text to train a tokenizer on: the dataset is empty")
+    letters = byte_alphabet()
+    merges = [
+        tuple("".join(letters[byte] for byte in part) for part in pair)
+        for pair in learn_merges(words, vocab_size - MIN_VOCAB_SIZE)
+    ]
+    names = dict.fromkeys([*sorted(letters), *(left + right for left, right in merges)])
+    backend.model = models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=merges)
     tokenizer = wrap(backend)
     if len(tokenizer) < vocab_size:
         warnings.warn(f"the text has only {len(tokenizer)} tokens to offer, not {vocab_size}", stacklevel=2)
     return tokenizer
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
