@@ -137,7 +137,7 @@ class CoreTask(Task):
 
     @staticmethod
     def position_limit(config) -> int | None:
-        """Longest input that a model can take at all; longer prompts lose their beginning, as upstream crops for GPT-2.
+        """Longest input that a model can take; longer prompts lose their beginning, as upstream crops for GPT-2.
 
         Learned positions have an end. Rotary ones have none, but for nanochat, which refuses more than 10 contexts.
         """

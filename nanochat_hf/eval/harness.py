@@ -26,6 +26,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
 from ..data import primer
+from ..data.conversations import Mixture
 from ..data.corpus import DocumentStream
 from ..data.loader import PackedLoader
 from ..data.tokenizer import load_tokenizer, strip_special_tokens, token_byte_lengths
@@ -38,13 +39,8 @@ from .report import bloat
 
 EVALS = Path(__file__).parents[2] / "evals"
 NUM_CHATCORE = 6
-DEMO = {
-    "facts": "fact",
-    "arithmetic": "arithmetic",
-    "spelling": "spelling",
-    "counting": "counting",
-    "problems": "problem",
-}
+DEMO_KINDS = ("fact", "arithmetic", "spelling", "counting", "problem")
+SPELLING_BEES = 256  # questions, as upstream
 
 
 @dataclass
@@ -59,6 +55,8 @@ class EvalConfig:
     """Questions per chat task; None for all."""
     chat_data: str | None = None
     """Folder with local files of the chat tasks (gsm8k_test.jsonl, ...); what it lacks comes from the Hub."""
+    words: str | None = None
+    """Words for SpellingBee: a .txt file with a word a line, or a dataset of text; None for those of `dataset`."""
     core_bundle: str | None = None
     """CORE's data: a folder, `download` for the official bundle (kept in the cache), None for no CORE."""
     core_stages: list[str] = field(default_factory=lambda: ["base"])
@@ -272,15 +270,22 @@ class Tasks:
 
     def write_questions(self, output: Path) -> None:
         """The rows of tasks that are generated, as files that the plain lm_eval command line can read again."""
-        if PartialState().is_main_process:
-            for kind in DEMO.values():
-                self.write(output, f"primer_{kind}.jsonl", primer.questions(kind))
-        PartialState().wait_for_everyone()
 
-    def write(self, output: Path, name: str, rows: list[dict]) -> None:
-        path = output / "questions" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        def write(name: str, rows: list[dict]) -> None:
+            path = output / "questions" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+        if PartialState().is_main_process:
+            for kind in DEMO_KINDS:
+                write(f"primer_{kind}.jsonl", primer.questions(kind))
+            source = self.config.words or self.config.dataset
+            if source and {"nanochat_spellingbee", "nanochat_chatcore"} & set(self.config.tasks):
+                bee = {"dataset": source, "split": "test", "transform": "spelling_bee", "rows": SPELLING_BEES}
+                found = [row["messages"] for row in Mixture([bee], seed=self.config.seed)]
+                rows = [{"messages": turns[:1], "answer": turns[-1]["content"]} for turns in found]
+                write("spellingbee_test.jsonl", rows)
+        PartialState().wait_for_everyone()
 
     def run(self, name: str, lm: LocalLM) -> tuple[dict, list[dict]]:
         """One task -> ({short name: result}, samples); both empty on ranks other than the first."""

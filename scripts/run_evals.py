@@ -1,0 +1,29 @@
+"""Evaluate the finished stages of a run, or any causal LM of the Hub, with lm-eval.
+
+    python scripts/run_evals.py --config recipes/cpu-demo/eval.yaml --run-dir runs/cpu-demo
+    accelerate launch scripts/run_evals.py --config recipes/d24/eval.yaml --run-dir runs/d24 --stages sft,rl
+    python scripts/run_evals.py --config recipes/d12/eval.yaml --run-dir runs/gpt2 --model openai-community/gpt2
+
+`--key value` overrides a key of the YAML, for example `--core_bundle ~/eval_bundle --core_limit 100`.
+"""
+
+from nanochat_hf.eval.generation import Generator
+from nanochat_hf.eval.harness import EvalConfig, evaluate
+from nanochat_hf.run import Run, script
+from nanochat_hf.serve.generate import Engine
+
+
+def engine(model, tokenizer):
+    """The fast engine for nanochat models on a GPU, transformers' forward for all others."""
+    fast = model.device.type == "cuda" and model.config.model_type in ("nanochat", "nanochat_hf")
+    return Engine(model, tokenizer) if fast else Generator(model, tokenizer)
+
+
+def run_stage(config: EvalConfig, run: Run, stages: str | None = None, model: str | None = None) -> None:
+    names = stages.split(",") if stages else ("base", "mid", "sft", "rl")
+    found = {"base": model} if model else {name: str(run.folder(name)) for name in names if run.finished(name)}
+    evaluate(config, found, run.folder("eval"), engine)
+
+
+if __name__ == "__main__":
+    script(EvalConfig, run_stage, stages="comma-separated stages; default: all", model="a folder or Hub id instead")
