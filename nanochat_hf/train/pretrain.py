@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -368,18 +369,20 @@ class Pretraining:
         )  # fmt: skip
 
     def restore(self, path: Path) -> None:
-        before = checkpoint.read_progress(path)["config"]
-        changed = {key: (old, getattr(self.config, key, None)) for key, old in before.items()}
-        changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
-        words = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
-        if set(changed) & {*SHAPE_KEYS, "dataset", "seed"}:
-            raise InputError(f"{path} is of another config ({words}); use another --run-dir, or delete {path.parent}")
+        before, now = checkpoint.read_progress(path)["config"], asdict(self.config)
+        changed = {key: f"{key}: {old!r} -> {now[key]!r}" for key, old in before.items() if now[key] != old}
+        if binding := [changed[key] for key in (*SHAPE_KEYS, "dataset", "seed") if key in changed]:
+            raise InputError(
+                f"{path} is of another config ({', '.join(binding)}); use another --run-dir, or delete {path.parent}"
+            )
         progress, positions = checkpoint.load(path, self.model, self.optimizer.optimizer)
         self.loader.load_state_dict(positions)
         self.step, self.seconds, self.timed = progress["step"], progress["seconds"], progress["timed"]
         self.history, self.samples = progress["history"], progress["samples"]
         self.record["earlier_wall_time_s"] = progress["wall_time_s"]
-        self.print(f"going on after step {self.step} of {path}" + (f", with {words}" if changed else ""))
+        self.print(
+            f"going on after step {self.step} of {path}" + (f", with {', '.join(changed.values())}" if changed else "")
+        )
 
     def wall_time(self) -> float:
         return time.time() - self.record["started"] + self.record.get("earlier_wall_time_s", 0)
@@ -407,7 +410,9 @@ class Pretraining:
         if self.accelerator.is_main_process:
             self.record = finish(self.output, self.record, **numbers)
             shutil.rmtree(self.output / "state", ignore_errors=True)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not end_training(), which ends the processes' group as well
+            tracker.finish()
+        self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
         return {**self.record, **numbers}
 
@@ -422,6 +427,7 @@ def start_accelerator(config: PretrainConfig, output: Path) -> Accelerator:
         raise InputError(f"report_to is {config.report_to!r}: choose one of {', '.join(TRACKERS)}")
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise InputError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}")
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is new in 2.13
     return Accelerator(
         mixed_precision="no",  # the dtype of the embeddings decides, see network.py
         log_with=None if config.report_to == "none" else config.report_to,

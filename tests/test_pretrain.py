@@ -1,0 +1,275 @@
+"""The pretraining loop: a pinned trajectory, exact resume, accumulation, several processes, stops, bad input.
+
+The pinned losses are renewed with `REGENERATE_GOLDEN=1 pytest tests/test_pretrain.py -k pinned`.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from test_optim import free_port
+
+from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
+from nanochat_hf.errors import InputError
+from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
+from nanochat_hf.train import pretrain as module
+from nanochat_hf.train.pretrain import PretrainConfig, pretrain
+
+GOLDEN = Path(__file__).parent / "golden" / "pretrain_d2.json"
+TINY = PretrainConfig(
+    depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, num_iterations=20, total_batch_size=512,
+    device_batch_size=8, matrix_lr=0.6, embedding_lr=2.0, unembedding_lr=0.1, warmup_steps=2, eval_every=10,
+    eval_tokens=1024, sample_every=-1, save_every=-1,
+)  # fmt: skip
+KEYS = (
+    "depth generation aspect_ratio head_dim max_seq_len window_pattern num_iterations target_flops "
+    "target_param_data_ratio device_batch_size total_batch_size embedding_lr unembedding_lr matrix_lr scalar_lr "
+    "weight_decay warmup_steps warmdown_ratio final_lr_frac eval_every eval_tokens core_metric_every "
+    "core_metric_max_per_task sample_every save_every keep_checkpoints push_every fp8 dataset skip_bad_files seed "
+    "compile attn_implementation report_to"
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with text.jsonl and tokenizer/, made by rule: nothing that others change moves the pinned losses."""
+    folder = tmp_path_factory.mktemp("world")
+    rng = random.Random(0)
+    who, does, what = (
+        ["the cat", "a dog", "one bird"],
+        ["sees", "likes", "follows"],
+        ["the moon", "a fish", "red grass"],
+    )
+
+    def document(_):
+        lines = (f"{rng.choice(who)} {rng.choice(does)} {rng.choice(what)}." for _ in range(rng.randint(2, 20)))
+        return " ".join(lines).capitalize()
+
+    texts = [document(i) for i in range(1500)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train_bpe(iter(texts), vocab_size=300).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def run(world, output, **changes):
+    hooks = {name: changes.pop(name) for name in ("core", "push", "model") if name in changes}
+    config = dataclasses.replace(TINY, dataset=str(world / "text.jsonl"), **changes)
+    return pretrain(config, str(world / "tokenizer"), output, **hooks)
+
+
+def losses(metrics):
+    return [point["train_loss"] for point in metrics["history"]]
+
+
+@pytest.fixture(scope="module")
+def straight(world, tmp_path_factory):
+    """The uninterrupted run that others are compared with: (folder, metrics)."""
+    output = tmp_path_factory.mktemp("straight")
+    return output, run(world, output)
+
+
+def weights(folder):
+    return NanoChatForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def equal_weights(one, other):
+    return all(torch.equal(value, weights(other)[name]) for name, value in weights(one).items())
+
+
+def test_twenty_steps_follow_the_pinned_losses(straight):
+    found = losses(straight[1])
+    if os.environ.get("REGENERATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps([round(loss, 5) for loss in found]) + "\n")
+    assert found == pytest.approx(json.loads(GOLDEN.read_text()), abs=2e-3)
+
+
+def test_the_result_is_a_model_folder_with_its_figures(straight, world):
+    folder, returned = straight
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["finished"] and metrics["history"] == returned["history"] and not (folder / "state").exists()
+    assert metrics["total_tokens"] == 20 * 512 and metrics["gradient_accumulation"] == 1
+    assert metrics["val_bpb"] < metrics["history"][9]["val_bpb"] and metrics["core"] is None
+    assert metrics["tokens_per_second"] > 0 and metrics["mfu"] is None
+    model, tokenizer = NanoChatForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+    assert sum(p.numel() for p in model.parameters()) == metrics["num_parameters"]
+    sample = metrics["samples"][0]
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(sample["prompt"], add_special_tokens=False).input_ids]])
+    text = tokenizer.decode(
+        model.generate(ids, max_new_tokens=32, min_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
+    )
+    assert text == sample["text"]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_bit_for_bit(straight, world, tmp_path):
+    def kill(folder, step):
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(world, tmp_path, save_every=5, push_every=15, push=kill)
+    assert not (tmp_path / "metrics.json").exists()
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["step_000010", "step_000015"]
+    resumed = run(world, tmp_path, save_every=5)
+    assert losses(resumed) == losses(straight[1]) and resumed["samples"] == straight[1]["samples"]
+    assert equal_weights(straight[0], tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(straight, world, tmp_path, number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        run(world, tmp_path, push_every=3, push=lambda folder, step: os.kill(os.getpid(), number))
+    assert stopped.value.code == 128 + number and signal.getsignal(number) is before
+    assert (tmp_path / "state" / "step_000004").is_dir()
+    assert losses(run(world, tmp_path)) == losses(straight[1])
+
+
+def test_accumulated_micro_batches_equal_one_batch(straight, world, tmp_path):
+    split = run(world, tmp_path, device_batch_size=1)
+    assert split["gradient_accumulation"] == 8
+    assert losses(split) == pytest.approx(losses(straight[1]), abs=1e-4)
+    assert split["val_bpb"] == pytest.approx(straight[1]["val_bpb"], abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_and_can_go_on(world, tmp_path, monkeypatch):
+    norms, real = iter([False, False, False, True] + [False] * 20), module.gradient_norm
+    monkeypatch.setattr(module, "gradient_norm", lambda model: real(model) * (float("nan") if next(norms) else 1))
+    with pytest.raises(FloatingPointError, match=r"step 3: loss .*rows 24 to 32"):
+        run(world, tmp_path)
+    saved = torch.load(tmp_path / "state" / "step_000003" / "model.pt")
+    assert all(value.isfinite().all() for value in saved.values())
+    assert run(world, tmp_path)["history"][-1]["step"] == 20
+
+
+def test_hooks_are_called_when_due(world, tmp_path):
+    calls = []
+    metrics = run(
+        world, tmp_path, num_iterations=5, core_metric_every=2, core_metric_max_per_task=7, push_every=4,
+        core=lambda model, limit: calls.append(limit) or 0.25,
+        push=lambda folder, step: calls.append((step, NanoChatForCausalLM.from_pretrained(folder).config.vocab_size)),
+    )  # fmt: skip
+    assert calls == [7, 7, (4, 320), 7] and metrics["core"] == 0.25
+    assert [point["step"] for point in metrics["history"] if "core" in point] == [2, 4, 5]
+
+
+def test_training_can_begin_with_given_weights(straight, world, tmp_path):
+    metrics = run(world, tmp_path, num_iterations=2, depth=7, model=str(straight[0]))
+    assert metrics["depth"] == 2 and losses(metrics)[0] < losses(straight[1])[-1] + 0.5
+
+
+def test_the_first_generation_trains_too(world, tmp_path):
+    metrics = run(
+        world, tmp_path, generation=1, num_iterations=12, matrix_lr=None, embedding_lr=None, unembedding_lr=None
+    )
+    assert losses(metrics)[-1] < losses(metrics)[0] - 1 and metrics["num_parameters"] == 2 * 300 * 64 + 24 * 64**2
+    assert NanoChatForCausalLM.from_pretrained(tmp_path).config.generation == 1
+
+
+def test_the_models_own_forward_gives_the_same_losses(straight, world, tmp_path):
+    metrics = run(world, tmp_path, num_iterations=4, warmdown_ratio=0.0, attn_implementation="eager")
+    assert losses(metrics)[:3] == pytest.approx(losses(straight[1])[:3], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"device_batch_size": 3}, "not a multiple of 3 rows"),
+        ({"dataset": "nowhere/text.jsonl"}, "no dataset"),
+        ({"report_to": "paper"}, "choose one of none, trackio"),
+        ({"fp8": True}, "fp8 needs a CUDA device"),
+        ({"depth": 24, "aspect_ratio": 64, "num_iterations": -1, "total_batch_size": -1}, "no GPU found"),
+        ({"model": "nowhere"}, "no model in nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_line(world, tmp_path, changes, message):
+    if "dataset" in changes:
+        with pytest.raises(InputError, match=message):
+            pretrain(dataclasses.replace(TINY, **changes), str(world / "tokenizer"), tmp_path)
+        return
+    with pytest.raises(InputError, match=message) as error:
+        run(world, tmp_path, **changes)
+    assert "\n" not in str(error.value) and not (tmp_path / "metrics.json").exists()
+
+
+def test_zero_is_refused_by_name_of_what_to_use(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match=r"multi_gpu.yaml or fsdp2.yaml"):
+        run(world, tmp_path)
+
+
+def test_another_model_is_not_continued(world, tmp_path):
+    def kill(folder, step):
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(world, tmp_path, save_every=1, push_every=1, push=kill)
+    with pytest.raises(InputError, match=r"is of another config \(depth: 2 -> 3\)"):
+        run(world, tmp_path, depth=3)
+
+
+def test_the_keys_are_those_of_the_design_and_each_says_what_it_means():
+    names = [field.name for field in dataclasses.fields(PretrainConfig)]
+    assert " ".join(names) == KEYS
+    source = Path(module.__file__).read_text()
+    for name in names:
+        assert f"\n    {name}: " in source and '\n    """' in source.split(f"\n    {name}: ")[1][:90]
+
+
+def process(rank, count, port, world, output, changes, sharded):
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count), ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    if sharded:
+        module.start_accelerator = sharding_accelerator
+    stop_at = changes.pop("stop_at", None)
+    if stop_at:
+        changes |= {"push_every": stop_at, "push": lambda folder, step: os.kill(os.getpid(), signal.SIGTERM)}
+    try:
+        run(world, output, **changes)
+    except SystemExit as stopped:
+        assert stop_at and stopped.code == 128 + signal.SIGTERM
+    torch.distributed.destroy_process_group()
+
+
+def sharding_accelerator(config, output):
+    """FSDP2 on CPU, which accelerate does not offer: its GPU path, switched on by hand."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
+        transformer_cls_names_to_wrap=["NanoChatDecoderLayer"], cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    return accelerator
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_equal_one_also_after_a_stop(straight, world, tmp_path, sharded):
+    """Stopped by a signal that only the main process gets, after step 8; resumed by two, and (DDP) by one."""
+    shared = {"device_batch_size": 2, "stop_at": 7}
+    mp.spawn(process, (2, free_port(), world, tmp_path, shared, sharded), nprocs=2)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_000008"]
+    copy = tmp_path.with_name(tmp_path.name + "-alone")
+    if not sharded:
+        copy.mkdir()
+        os.system(f"cp -r {tmp_path}/state {copy}/")
+        alone = run(world, copy, device_batch_size=4)
+        assert losses(alone) == pytest.approx(losses(straight[1]), abs=1e-4)
+    mp.spawn(process, (2, free_port(), world, tmp_path, {"device_batch_size": 2}, sharded), nprocs=2)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["gradient_accumulation"] == 2 and losses(metrics) == pytest.approx(losses(straight[1]), abs=1e-4)
+    assert metrics["val_bpb"] == pytest.approx(straight[1]["val_bpb"], abs=1e-4)
