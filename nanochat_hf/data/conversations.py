@@ -15,9 +15,9 @@ A mixture is a list of YAML entries, each a dataset spec with a transform:
 `dataset` is a Hub id, a .jsonl or .parquet file, a folder of them (for the spelling transforms: a .txt file with a
 word a line, or text as for pretraining, whose words are taken), or `primer` (of some kinds only: `primer:fact+talk`).
 `split` is "train" unless told; of the files of a folder it takes those whose names begin with it, and of words one in
-twenty is "test". `rows` takes so many, in an order drawn from the seed; `epochs` (1; 0.5 will do) passes over all. Rows
-are read when their turn comes. A row that is no conversation is skipped, and counted with its number and the reason;
-bad_rows="refuse" stops the run.
+twenty is "test". `rows` takes so many, in an order drawn from the seed; `epochs` (1; 0.5 will do) passes over all.
+Rows are read when their turn comes. A row that is no conversation is skipped, and counted with its number and the
+reason; bad_rows="refuse" stops the run.
 
 The transforms keep karpathy/nanochat's protocols to the letter where its checkpoints depend on them: the
 multiple-choice prompt, GSM8K's calculator calls, the answers to the spelling tasks.
