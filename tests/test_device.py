@@ -1,0 +1,82 @@
+"""What a process asks of its machine: rows that fit, refusal of GPU runs on a CPU, signals."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.train.device import check_cost, choose_rows, free_memory, listening, undisturbed_by_gc
+from nanochat_hf.train.scaling import plan
+
+CPU = torch.device("cpu")
+D12 = plan(12, 32768, total_batch_size=131_072, num_iterations=500)
+
+
+def choose(wanted, fits=None, world=1):
+    said = []
+    return choose_rows(D12, wanted, CPU, world, torch.float32, fits, said.append), said
+
+
+def test_given_rows_are_taken_and_nothing_is_said():
+    assert choose(16) == (16, [])
+
+
+def test_rows_are_halved_until_they_fit():
+    tried = []
+    rows, said = choose(32, fits=lambda rows: tried.append(rows) or rows <= 8)
+    assert (rows, tried, len(said)) == (8, [32, 16, 8], 2) and "out of memory, trying 8 rows" in said[-1]
+
+
+def test_one_row_that_does_not_fit_is_an_error():
+    with pytest.raises(InputError, match="1 rows of 2048 tokens do not fit"):
+        choose(2, fits=lambda rows: False)
+
+
+def test_the_choice_follows_the_free_memory(monkeypatch):
+    monkeypatch.setattr("nanochat_hf.train.device.free_memory", lambda device: 40e9)
+    rows, said = choose(-1)
+    assert rows == 16 and "chosen by the free memory" in said[0]  # float32; bf16 would take 32
+    assert choose(-1, world=8)[0] == 8
+
+
+@pytest.mark.parametrize("wanted,world", [(3, 1), (64, 2), (0, 1)])
+def test_rows_that_do_not_divide_the_batch_are_refused(wanted, world):
+    with pytest.raises(InputError, match="is not a multiple of"):
+        choose(wanted, world=world)
+
+
+def test_free_memory_is_some_of_what_there_is():
+    assert 0 < free_memory(CPU) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_a_run_for_gpus_is_refused_on_a_cpu_and_only_there():
+    with pytest.raises(InputError, match=r"no GPU found.*days.*cpu-demo"):
+        check_cost(plan(24, 32768), CPU)
+    check_cost(plan(24, 32768), torch.device("cuda"))
+    check_cost(plan(4, 1024, aspect_ratio=32, head_dim=32, max_seq_len=128, total_batch_size=2048), CPU)
+
+
+def test_a_signal_is_noted_and_the_handlers_come_back():
+    heard, before = [], signal.getsignal(signal.SIGTERM)
+    with listening(heard.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [signal.SIGTERM] * 2 and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_interrupt_stops_at_once():
+    heard = []
+    with pytest.raises(KeyboardInterrupt), listening(heard.append):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert heard == [signal.SIGINT]
+
+
+def test_the_collector_works_again_afterwards():
+    import gc
+
+    with undisturbed_by_gc():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == 0

@@ -1,0 +1,71 @@
+"""The network for the loop: its two ways to a loss agree, its precision, what it refuses."""
+
+import pytest
+import torch
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.train.fast import Trunk
+from nanochat_hf.train.network import ModelLoss, gradient_norm, new_model, shape_of, with_loss
+from nanochat_hf.train.scaling import plan
+
+CPU = torch.device("cpu")
+
+
+def made(tokenizer, generation=2, **fields):
+    options = {"aspect_ratio": 32, "head_dim": 32, "max_seq_len": 64, "total_batch_size": 64, "num_iterations": 1}
+    return plan(2, len(tokenizer), generation, **{**options, **fields})
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_both_ways_give_one_loss_and_one_gradient(tokenizer, generation):
+    torch.manual_seed(0)
+    model = new_model(made(tokenizer, generation), None, tokenizer, CPU, sharded=False)
+    torch.nn.init.normal_(model.lm_head.weight)
+    ids = torch.randint(0, len(tokenizer), (2, 65))
+    results = []
+    for module in (with_loss(model, "auto", True, False, False), with_loss(model, "auto", True, False, True)):
+        model.zero_grad()
+        loss = module(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append(torch.stack((loss.detach(), gradient_norm(model))))
+        per_token = module(ids[:, :-1], ids[:, 1:], reduction="none")
+        assert per_token.shape == (2, 64) and per_token.mean().item() == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    logits = model(ids[:, :-1]).logits
+    assert results[0][0].item() == pytest.approx(
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item(), rel=1e-4
+    )
+
+
+def test_the_gradient_norm_is_that_of_all_gradients_together(tiny_model):
+    tiny_model(input_ids=torch.arange(16)[None], labels=torch.arange(16)[None]).loss.backward()
+    whole = torch.cat([p.grad.flatten() for p in tiny_model.parameters() if p.grad is not None])
+    assert gradient_norm(tiny_model).item() == pytest.approx(whole.norm().item(), rel=1e-5)
+
+
+def test_the_way_to_the_loss_follows_the_options(tiny_model):
+    assert isinstance(with_loss(tiny_model, "auto", True, False, False), Trunk)
+    assert isinstance(with_loss(tiny_model, "auto", True, False, True), ModelLoss)
+    assert isinstance(with_loss(tiny_model, "eager", True, False, False), ModelLoss)
+    assert tiny_model.config._attn_implementation == "eager"
+
+
+def test_given_weights_bring_their_shape(tiny_model, tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path))
+    assert shape == {"depth": 2, "generation": 2, "head_dim": 32, "aspect_ratio": 32, "window_pattern": "SSSL"}
+    fields = {key: value for key, value in shape.items() if key not in ("depth", "generation")}
+    model = new_model(made(tokenizer, **fields), str(tmp_path), tokenizer, CPU, False)
+    assert torch.equal(model.lm_head.weight, tiny_model.lm_head.weight)
+
+
+def test_another_tokenizer_is_refused(tiny_model, tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    smaller = plan(2, 300, aspect_ratio=32, head_dim=32, max_seq_len=64, total_batch_size=64, num_iterations=1)
+    with pytest.raises(InputError, match="512 rows of embeddings and the tokenizer needs 320"):
+        new_model(smaller, str(tmp_path), tokenizer, CPU, False)
+
+
+def test_fp8_is_refused_where_it_cannot_work(tiny_model):
+    with pytest.raises(InputError, match="fp8 needs a CUDA device"):
+        with_loss(tiny_model, "auto", True, True, False)
