@@ -1,0 +1,244 @@
+"""The model card: every measured result as metadata that the Hub understands, and the facts of the run as text.
+
+`card(run, ...)` renders it from the metrics.json files alone, with the pieces of the report; `check_metadata` applies
+the rules by which the Hub rejects a card. `hub.push` uses both, and the tests run the code that the card shows.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import InputError
+from ..eval.report import MODEL_STAGES, TITLES, collect, duration, grid, show
+from ..run import Run, load_json, nearest
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# From the Hub's list (https://huggingface.co/docs/hub/repositories-licenses): those that fit a model
+LICENSES = (
+    "mit",
+    "apache-2.0",
+    "bsd-2-clause",
+    "bsd-3-clause",
+    "cc0-1.0",
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-4.0",
+)
+LICENSES += ("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0", "openrail")
+LICENSES += ("unlicense", "other", "unknown")
+
+
+@dataclass
+class Facts:
+    """What the run cannot know: the licence, the languages (ISO codes), the Hub id of the model it continues."""
+
+    license: str = "mit"
+    language: tuple[str, ...] = ("en",)
+    base_model: str | None = None
+
+
+def card(run: Run, stage: str, repo: str, given: Facts) -> ModelCard:
+    """The model card: metadata with every measured result of the stage, and the facts of the run as text."""
+    facts = collect(run, (load_json(run.path / "report.json") or {}).get("hourly_rate"))
+    name = repo.split("/")[-1]
+    data = ModelCardData(
+        license=given.license,
+        language=list(given.language),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["nanochat", "nanochat-hf", stage],
+        datasets=[d for d in datasets(facts, stage) if HUB_ID.fullmatch(d) and not Path(d).exists()] or None,
+        base_model=given.base_model,
+        model_name=name,
+        eval_results=results(facts, stage) or None,
+    )
+    text = CARD.format(
+        name=name,
+        repo=repo,
+        title=TITLES[stage],
+        results=result_table(facts, stage),
+        training=training(facts, stage),
+        datasets=", ".join(f"`{d}`" for d in datasets(facts, stage)) or "not recorded",
+        use=BASE_USE if stage == "base" else CHAT_USE,
+        how=(BASE_CODE if stage == "base" else CHAT_CODE).replace("REPO", repo),
+        license=given.license,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def chain(facts: dict, stage: str) -> list[str]:
+    """The stages that made this model, in order, this one last."""
+    return [s for s in MODEL_STAGES[: MODEL_STAGES.index(stage) + 1] if s in facts["stages"]]
+
+
+def datasets(facts: dict, stage: str) -> list[str]:
+    """Names of what the model was trained on, as the recipes write them."""
+    found = []
+    for name in chain(facts, stage):
+        metrics = facts["stages"][name]
+        found += [(metrics.get("config") or {}).get("dataset")]
+        found += [part.get("dataset") for part in metrics.get("mixture") or []]
+    names = [re.split(r"[:@\s]", d)[0] for d in found if isinstance(d, str)]
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def results(facts: dict, stage: str) -> list[EvalResult]:
+    """Every result of this stage as the Hub's model-index wants it."""
+    rows = [(metric, cells[stage]) for metric, cells in facts["table"].items() if stage in cells]
+    for kind in ("core", "chatcore"):
+        tasks = (facts["evaluation"].get(kind) or {}).get(stage, {}).get("per_task") or {}
+        rows += [(f"{label} ({kind})", {"value": r["acc"]}) for label, r in tasks.items() if "acc" in r]
+    found = []
+    for metric, cell in rows:
+        kind = "bits_per_byte" if "bpb" in metric else "centered_accuracy" if "CORE" in metric else "accuracy"
+        slug = re.sub(r"[^a-z0-9]+", "-", metric.lower()).strip("-")
+        found.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text Generation",
+                dataset_type=slug,
+                dataset_name=metric,
+                metric_type=kind,
+                metric_name=kind.replace("_", " "),
+                metric_value=round(float(cell["value"]), 6),
+            )
+        )
+    return found
+
+
+def result_table(facts: dict, stage: str) -> str:
+    """The stages up to this one side by side."""
+    stages = chain(facts, stage)
+    rows = [
+        [metric, *(f"{cells[s]['value']:.4f}" if s in cells else "-" for s in stages)]
+        for metric, cells in facts["table"].items()
+        if any(s in cells for s in stages)
+    ]
+    return grid(["Metric", *(s.upper() for s in stages)], rows) or "No evaluation was run."
+
+
+def training(facts: dict, stage: str) -> str:
+    """What was trained on what, for how long and at what price, a row a stage."""
+    base = facts["stages"].get("base", {})
+    keys = (("depth", "Depth"), ("num_parameters", "Parameters"), ("total_flops", "FLOPs of pretraining"))
+    rows = [[label, show(key, base[key])] for key, label in keys if base.get(key) is not None]
+    for name in chain(facts, stage):
+        metrics = facts["stages"][name]
+        tokens = metrics.get("total_tokens") or metrics.get("tokens")
+        what = f"{tokens:,.0f} tokens, " if tokens else ""
+        rows.append([TITLES[name], what + duration(metrics.get("wall_time_s"))])
+    made = facts["stages"][stage]
+    hardware, versions = made.get("hardware") or {}, made.get("versions") or {}
+    rows.append(["Hardware", f"{hardware.get('num_processes', 1)} x {hardware.get('device', '-')}"])
+    rows.append(["Software", ", ".join(f"{n} {v}" for n, v in versions.items() if v) or "-"])
+    rows.append(["Code", ", ".join(facts["commits"])])
+    if facts["cost"] is not None:
+        rows.append(["Cost of the whole run", f"${facts['cost']:.2f} at ${facts['hourly_rate']:.2f} an hour"])
+    return grid(["", ""], rows)
+
+
+CARD = """# {name}
+
+A small language model, trained from nothing by nanochat_hf; stage: {title}. Architecture and recipe follow Andrej
+Karpathy's [nanochat](https://github.com/karpathy/nanochat), the pipeline is made of Hugging Face libraries.
+
+## How to use
+
+{how}
+
+## Results
+
+{results}
+
+Measured by the run's own evaluation; `report.md` in this repository holds sizes, errors and baselines.
+
+## Training
+
+{training}
+
+Data: {datasets}.
+
+## Intended use and limits
+
+{use}
+
+Licence of the weights: {license}. The licences of the data are their owners'.
+"""
+
+BASE_USE = """This is a base model: it continues text and does not follow instructions. It is meant for research and
+teaching, and as a starting point for fine-tuning. It has had no safety training; what it writes can be wrong or
+offensive."""
+
+CHAT_USE = """A model of this size is for learning how such models are made, and for fun. It makes up facts, its
+arithmetic is only as good as its use of the calculator, and it has had no safety training beyond its data. Do not use
+it where an error matters."""
+
+BASE_CODE = """```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="REPO", trust_remote_code=True)
+print(generate("The capital of France is", max_new_tokens=32)[0]["generated_text"])
+```"""
+
+CHAT_CODE = """```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", model="REPO", trust_remote_code=True)
+messages = [{"role": "user", "content": "Hello"}]
+print(chat(messages, max_new_tokens=256)[0]["generated_text"][-1]["content"])
+```
+
+The model may call a calculator by writing an expression between `<|python_start|>` and `<|python_end|>`. To answer:
+
+```python
+import runpy
+
+from huggingface_hub import hf_hub_download
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+python = runpy.run_path(hf_hub_download("REPO", "tools.py"))["python"]
+tokenizer = AutoTokenizer.from_pretrained("REPO", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("REPO", trust_remote_code=True, dtype="auto")
+stops = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
+
+messages = [{"role": "user", "content": "What is 12 * 34?"}]
+text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+for _ in range(5):  # at most five calls
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=256, eos_token_id=stops)[0])
+    if not text.endswith("<|python_end|>"):
+        break
+    expression = text.rsplit("<|python_start|>", 1)[-1].removesuffix("<|python_end|>")
+    try:
+        result = python(expression)
+    except ValueError as error:
+        result = {"error": str(error)}
+    text += f"<|output_start|>{result}<|output_end|>"
+print(text.rsplit("<|assistant_start|>", 1)[-1].removesuffix("<|assistant_end|>"))
+```"""
+
+
+def check_metadata(data: ModelCardData) -> None:
+    """The rules by which the Hub rejects a card, checked here so that nothing is sent in vain.
+
+    Raises InputError naming the field: licence, language codes, repo ids, and finite numbers in the model-index.
+    """
+    if data.license not in LICENSES:
+        raise InputError(f"licence {data.license!r} is not one that the Hub knows; {nearest(data.license, LICENSES)}")
+    for code in data.language or []:
+        if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual", code):
+            raise InputError(f"language {code!r} is no ISO 639 code such as en or ko")
+    bases = data.base_model if isinstance(data.base_model, list) else [data.base_model]
+    for name in [*(data.datasets or []), *(base for base in bases if base)]:
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise InputError(f"{name!r} in the card is no repo name: {error}") from None
+    for result in data.eval_results or []:
+        if not math.isfinite(result.metric_value):
+            raise InputError(f"the result of {result.dataset_name} is {result.metric_value}: run the evaluation again")

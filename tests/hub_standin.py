@@ -1,0 +1,268 @@
+"""A small Hub on loopback: the routes that huggingface_hub's client uses, over real HTTP, with repos in memory.
+
+    with Hub(token="hf_...") as hub:
+        hub.url                                   # HF_ENDPOINT
+        hub.fail("POST", "/commit/", status=500)  # the next matching request fails; status None cuts the connection
+
+Knows repositories of the three kinds, private ones, branches, regular and LFS files, downloads with ranges, Space
+variables and card validation. It keeps what it was sent, so that tests can look at it.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+
+@dataclass
+class Repo:
+    private: bool = False
+    branches: dict[str, str] = field(default_factory=lambda: {"main": "0" * 40})
+    commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"0" * 40: {}})
+    messages: list[str] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def files(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        commit = self.branches.get(revision, revision)
+        return (commit, self.commits[commit]) if commit in self.commits else None
+
+
+def is_lfs(path: str) -> bool:
+    return path.endswith((".safetensors", ".png"))
+
+
+def git_id(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class Hub:
+    """`repos` maps (kind, id) to Repo, kind being models, datasets or spaces."""
+
+    def __init__(self, token: str = "hf_" + "a" * 34, user: str = "you"):
+        self.token, self.user = token, user
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.blobs: dict[str, bytes] = {}  # sha256 -> content of LFS files
+        self.requests: list[str] = []
+        self.faults: list[tuple[str, str, int | None]] = []
+        self.app = FastAPI()
+        self.app.middleware("http")(self.guard)
+        self.routes()
+
+    def __enter__(self):
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="critical"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(10)
+
+    def fail(self, method: str, pattern: str, status: int | None, times: int = 1) -> None:
+        """Let the next `times` requests whose path matches fail with `status`, or None: cut the connection."""
+        self.faults += [(method, pattern, status)] * times
+
+    async def guard(self, request: Request, call_next):
+        self.requests.append(f"{request.method} {request.url.path}")
+        for fault in self.faults:
+            method, pattern, status = fault
+            if method == request.method and re.search(pattern, request.url.path):
+                self.faults.remove(fault)
+                if status is None:
+                    return Response(b"{", headers={"Content-Length": "1000"})  # uvicorn closes: the client sees a cut
+                return JSONResponse({"error": f"asked to fail with {status}"}, status)
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if given and given != self.token:
+            return JSONResponse({"error": "Invalid username or password."}, 401)
+        request.state.known = bool(given)
+        open_to_all = request.url.path == "/api/validate-yaml" or "/blobs/" in request.url.path
+        if request.method in ("POST", "PUT") and not given and not open_to_all:
+            return JSONResponse({"error": "log in"}, 401)
+        return await call_next(request)
+
+    def find(self, kind: str, name: str, request: Request) -> Repo | Response:
+        repo = self.repos.get((kind, name))
+        if repo is None or (repo.private and not request.state.known):
+            return JSONResponse({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        return repo
+
+    def routes(self) -> None:
+        app = self.app
+
+        @app.get("/api/whoami-v2")
+        async def whoami(request: Request):
+            if not request.state.known:
+                return JSONResponse({"error": "log in"}, 401)
+            return {"type": "user", "name": self.user, "orgs": []}
+
+        @app.post("/api/validate-yaml")
+        async def validate(request: Request):
+            content = (await request.json())["content"]
+            if not content.startswith("---\n"):
+                return Response("no metadata", 400)
+            return {"errors": [], "warnings": []}
+
+        @app.post("/api/repos/create")
+        async def create(request: Request):
+            body = await request.json()
+            kind = (body.get("type") or "model") + "s"
+            name = f"{body.get('organization') or self.user}/{body['name']}"
+            url = f"{self.url}/{'' if kind == 'models' else kind + '/'}{name}"
+            if not name.startswith(self.user + "/"):
+                return JSONResponse({"error": "You don't have the rights"}, 403)
+            if (kind, name) in self.repos:
+                return JSONResponse({"error": "You already created this repo", "url": url}, 409)
+            private = body.get("private") or body.get("visibility") == "private"
+            self.repos[kind, name] = Repo(private=bool(private))
+            return {"url": url, "name": name}
+
+        @app.post("/api/{kind}/{owner}/{name}/branch/{branch:path}")
+        async def branch(kind: str, owner: str, name: str, branch: str, request: Request):
+            repo = self.find(kind, f"{owner}/{name}", request)
+            if isinstance(repo, Response):
+                return repo
+            if branch in repo.branches:
+                return JSONResponse({"error": "Reference already exists"}, 409)
+            repo.branches[branch] = repo.branches["main"]
+            return {}
+
+        @app.post("/api/spaces/{owner}/{name}/variables")
+        async def variables(owner: str, name: str, request: Request):
+            body = await request.json()
+            repo = self.find("spaces", f"{owner}/{name}", request)
+            repo.variables[body["key"]] = body["value"]
+            return {k: {"value": v, "updatedAt": "2026-01-01T00:00:00.000Z"} for k, v in repo.variables.items()}
+
+        @app.post("/api/{kind}/{owner}/{name}/preupload/{revision:path}")
+        async def preupload(kind: str, owner: str, name: str, revision: str, request: Request):
+            repo = self.find(kind, f"{owner}/{name}", request)
+            if isinstance(repo, Response):
+                return repo
+            there = repo.files(revision)
+            if there is None:
+                return JSONResponse({"error": "no such branch"}, 404, {"X-Error-Code": "RevisionNotFound"})
+            answer = []
+            for file in (await request.json())["files"]:
+                path, data = file["path"], there[1].get(file["path"])
+                mode = "lfs" if is_lfs(path) else "regular"
+                oid = None if data is None else hashlib.sha256(data).hexdigest() if mode == "lfs" else git_id(data)
+                answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            return {"files": answer}
+
+        @app.post("/{path:path}/info/lfs/objects/batch")
+        async def batch(path: str, request: Request):
+            objects = []
+            for item in (await request.json())["objects"]:
+                entry = {"oid": item["oid"], "size": item["size"]}
+                if item["oid"] not in self.blobs:
+                    entry["actions"] = {"upload": {"href": f"{self.url}/blobs/{item['oid']}", "header": {}}}
+                objects.append(entry)
+            return JSONResponse({"transfer": "basic", "objects": objects})
+
+        @app.put("/blobs/{oid}")
+        async def put_blob(oid: str, request: Request):
+            data = await request.body()
+            if hashlib.sha256(data).hexdigest() != oid:
+                return JSONResponse({"error": "checksum"}, 400)
+            self.blobs[oid] = data
+            return {}
+
+        @app.post("/api/{kind}/{owner}/{name}/commit/{revision:path}")
+        async def commit(kind: str, owner: str, name: str, revision: str, request: Request):
+            repo = self.find(kind, f"{owner}/{name}", request)
+            if isinstance(repo, Response):
+                return repo
+            files = dict(repo.files(revision)[1])
+            for line in (await request.body()).splitlines():
+                entry = json.loads(line)
+                value = entry["value"]
+                if entry["key"] == "header":
+                    repo.messages.append(value["summary"])
+                elif entry["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "lfsFile":
+                    files[value["path"]] = self.blobs[value["oid"]]
+                elif entry["key"] == "deletedFile":
+                    files.pop(value["path"], None)
+            oid = hashlib.sha1(json.dumps([len(repo.commits), sorted(files)]).encode()).hexdigest()
+            repo.commits[oid], repo.branches[revision] = files, oid
+            return {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{owner}/{name}/commit/{oid}"}
+
+        @app.get("/api/{kind}/{owner}/{name}/tree/{revision}")
+        async def tree(kind: str, owner: str, name: str, revision: str, request: Request):
+            repo = self.find(kind, f"{owner}/{name}", request)
+            if isinstance(repo, Response):
+                return repo
+            there = repo.files(revision)
+            if there is None:
+                return JSONResponse({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
+            entries = []
+            for path, data in there[1].items():
+                entry = {"type": "file", "path": path, "size": len(data), "oid": git_id(data)}
+                if is_lfs(path):
+                    entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+                entries.append(entry)
+            return entries
+
+        @app.get("/api/{kind}/{owner}/{name}")
+        @app.get("/api/{kind}/{owner}/{name}/revision/{revision:path}")
+        async def info(kind: str, owner: str, name: str, request: Request, revision: str = "main"):
+            repo = self.find(kind, f"{owner}/{name}", request)
+            if isinstance(repo, Response):
+                return repo
+            there = repo.files(revision)
+            if there is None:
+                return JSONResponse({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
+            siblings = [{"rfilename": path} for path in there[1]]
+            return {
+                "id": f"{owner}/{name}",
+                "sha": there[0],
+                "private": repo.private,
+                "siblings": siblings,
+                "tags": [],
+            }
+
+        async def resolve(kind: str, name: str, revision: str, path: str, request: Request):
+            repo = self.find(kind, name, request)
+            if isinstance(repo, Response):
+                return repo
+            there = repo.files(revision)
+            if there is None:
+                return JSONResponse({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
+            commit, files = there
+            if path not in files:
+                headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
+                return JSONResponse({"error": "Entry not found"}, 404, headers)
+            data = files[path]
+            tag = hashlib.sha256(data).hexdigest() if is_lfs(path) else git_id(data)
+            headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+            if is_lfs(path):
+                headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{tag}"'}
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", "")):
+                first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+                return Response(data[first : last + 1], 206, headers)
+            if request.method == "HEAD":
+                return Response(headers={**headers, "Content-Length": str(len(data))})
+            return Response(data, 200, headers)
+
+        @app.api_route("/{kind}/{owner}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
+        async def other(kind: str, owner: str, name: str, revision: str, path: str, request: Request):
+            return await resolve(kind, f"{owner}/{name}", revision, path, request)
+
+        @app.api_route("/{owner}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
+        async def model(owner: str, name: str, revision: str, path: str, request: Request):
+            return await resolve("models", f"{owner}/{name}", revision, path, request)

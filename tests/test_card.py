@@ -1,0 +1,94 @@
+"""The model card says what was measured, in the shape that the Hub reads, and nothing that was not."""
+
+import pytest
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.run import Run, save_json
+from nanochat_hf.serve.card import Facts, card, chain, check_metadata, datasets
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished base and SFT stage with CORE and ChatCORE, made of files alone."""
+    stage = {"finished": True, "commit": "abc", "versions": {"torch": "2.13"}, "hardware": {"device": "H100"}}
+    base = {
+        **stage,
+        "started": 1.0,
+        "wall_time_s": 6000.0,
+        "total_tokens": 5e9,
+        "depth": 24,
+        "num_parameters": 1_400_000,
+    }
+    save_json(
+        tmp_path / "base" / "metrics.json", {**base, "val_bpb": 0.72, "config": {"dataset": "karpathy/climbmix"}}
+    )
+    mixture = [
+        {"dataset": "openai/gsm8k:main", "rows": 1, "tokens": 2},
+        {"dataset": "./mine.jsonl", "rows": 1, "tokens": 2},
+    ]
+    save_json(tmp_path / "sft" / "metrics.json", {**stage, "started": 2.0, "wall_time_s": 60.0, "mixture": mixture})
+    tasks = {"piqa": {"acc": 0.7, "centered": 0.4, "n": 100}, "copa": {"acc": 0.6, "centered": 0.2, "n": 50}}
+    core = {
+        "value": 0.3,
+        "stderr": 0.01,
+        "label": "CORE (2/22 tasks)",
+        "tasks": "2/22",
+        "per_task": tasks,
+        "limit": None,
+    }
+    chat = {"value": 0.1, "stderr": None, "label": "ChatCORE (1/6 tasks)", "tasks": "1/6", "limit": None}
+    gsm = {"GSM8K": {"value": 0.05, "stderr": 0.002, "n": 1319, "baseline": 0.0, "higher_is_better": True}}
+    evaluation = {**stage, "started": 3.0, "wall_time_s": 9.0, "results": {"sft": gsm}}
+    save_json(tmp_path / "eval" / "metrics.json", {**evaluation, "core": {"base": core}, "chatcore": {"sft": chat}})
+    return Run(tmp_path)
+
+
+def test_every_result_of_the_stage_stands_in_the_model_index(run):
+    data = card(run, "base", "you/b", Facts()).data
+    _, results = model_index_to_eval_results(data.to_dict()["model-index"])
+    found = {(r.dataset_name, r.metric_type): r.metric_value for r in results}
+    assert found == {
+        ("val bpb", "bits_per_byte"): 0.72,
+        ("CORE (2/22 tasks)", "centered_accuracy"): 0.3,
+        ("piqa (core)", "accuracy"): 0.7,
+        ("copa (core)", "accuracy"): 0.6,
+    }
+    chat = card(run, "sft", "you/c", Facts()).data
+    assert {r.dataset_name: r.metric_value for r in chat.eval_results} == {"ChatCORE (1/6 tasks)": 0.1, "GSM8K": 0.05}
+
+
+def test_the_text_shows_the_chain_of_stages_and_no_number_that_was_not_measured(run):
+    text = str(card(run, "sft", "you/c", Facts()))
+    assert "| BASE   | SFT" in text and "1 h 40 min" in text and "5,000,000,000 tokens" in text and "1 x H100" in text
+    assert "Cost" not in text and "| GSM8K" in text and "tools.py" in text
+    assert "does not follow instructions" in str(card(run, "base", "you/b", Facts()))
+
+
+def test_only_hub_ids_become_dataset_metadata(run):
+    from nanochat_hf.eval.report import collect
+
+    facts = collect(run)
+    assert chain(facts, "sft") == ["base", "sft"] and chain(facts, "base") == ["base"]
+    assert datasets(facts, "sft") == ["karpathy/climbmix", "openai/gsm8k", "./mine.jsonl"]
+    assert card(run, "sft", "you/c", Facts()).data.datasets == ["karpathy/climbmix", "openai/gsm8k"]
+
+
+def test_the_cost_appears_when_the_report_knows_the_rate(run):
+    save_json(run.path / "report.json", {"hourly_rate": 24.0})
+    assert "$40.46 at $24.00 an hour" in str(card(run, "sft", "you/c", Facts()))
+
+
+@pytest.mark.parametrize(
+    "fields,words",
+    [
+        ({"license": "apache"}, "did you mean 'apache-2.0'"),
+        ({"license": "mit", "language": ["english!"]}, "'english!' is no ISO 639"),
+        ({"license": "mit", "datasets": ["a--b/c"]}, "'a--b/c' in the card is no repo name"),
+        ({"license": "mit", "base_model": ["x/y/z"]}, "'x/y/z' in the card is no repo name"),
+    ],
+)
+def test_metadata_that_the_hub_would_reject_is_named(fields, words):
+    with pytest.raises(InputError, match=words):
+        check_metadata(ModelCardData(**fields))

@@ -1,0 +1,260 @@
+"""The Hub round trip against a stand-in over real HTTP with the real client: push, load back, and all that fails."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_standin import Hub
+from huggingface_hub import HfApi, close_session, constants
+from talker import talker, talker_folder  # noqa: F401
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.run import load_json, save_json
+from nanochat_hf.serve import hub as serve_hub
+from nanochat_hf.serve.hub import Push, push
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "hf_" + "Secret" * 6
+
+
+@pytest.fixture
+def run(talker_folder, tmp_path):  # noqa: F811
+    """A run folder with a finished SFT stage, an unfinished RL stage and an evaluation."""
+    folder = tmp_path / "run"
+    (folder / "sft").mkdir(parents=True)
+    for path in talker_folder.iterdir():
+        os.link(path, folder / "sft" / path.name)
+    metrics = {
+        "finished": True,
+        "commit": "abc123",
+        "started": 1.0,
+        "wall_time_s": 120.0,
+        "tokens": 5000,
+        "hardware": {"device": "test machine", "num_processes": 1},
+        "versions": {"torch": "2"},
+        "mixture": [
+            {"dataset": "openai/gsm8k:main", "rows": 3, "tokens": 40},
+            {"dataset": "primer", "rows": 1, "tokens": 9},
+        ],
+    }
+    (folder / "sft" / "metrics.json").unlink()
+    save_json(folder / "sft" / "metrics.json", metrics)
+    (folder / "rl").mkdir()
+    results = {"sft": {"facts": {"value": 0.91, "stderr": 0.01, "n": 400, "baseline": 0.1, "higher_is_better": True}}}
+    evaluation = {"finished": True, "started": 2.0, "wall_time_s": 5.0, "results": results}
+    save_json(folder / "eval" / "metrics.json", evaluation)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stand-in, with this process's client and its children pointed at it and logged in."""
+    with Hub(token=TOKEN) as server:
+        environment = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(serve_hub.time, "sleep", lambda seconds: None)
+        close_session()
+        yield server
+    close_session()
+
+
+@pytest.fixture
+def no_check(monkeypatch):
+    """Leave out the load-back in another process, which one slow test does for real."""
+    monkeypatch.setattr(serve_hub, "check_loaded_back", lambda *_: 0.0)
+
+
+def pushed(hub, name="you/small", kind="models", branch="main"):
+    return hub.repos[kind, name].files(branch)[1]
+
+
+def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check):
+    push(run, Push("you/small"))
+    files = pushed(hub)
+    wanted = [
+        "model.safetensors",
+        "config.json",
+        "modeling_nanochat.py",
+        "configuration_nanochat.py",
+        "tokenizer.json",
+    ]
+    assert {*wanted, "chat_template.jinja", "README.md", "report.md", "metrics.json", "tools.py"} <= set(files)
+    assert files["model.safetensors"] == (run / "sft" / "model.safetensors").read_bytes()
+    assert hub.repos["models", "you/small"].messages == ["Upload sft of run"] and not any("state" in f for f in files)
+
+
+def test_the_cards_metadata_holds_every_result_and_parses(hub, run, no_check):
+    push(run, Push("you/small", language=("en", "ko"), base_model="you/base"))
+    _, head, text = pushed(hub)["README.md"].decode().split("---\n", 2)
+    data = yaml.safe_load(head)
+    assert (
+        data["datasets"] == ["openai/gsm8k"] and data["language"] == ["en", "ko"] and data["base_model"] == "you/base"
+    )
+    assert (data["license"], data["pipeline_tag"], data["library_name"]) == ("mit", "text-generation", "transformers")
+    (result,) = data["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "facts" and result["metrics"][0]["value"] == 0.91
+    assert "0.9100" in text and "5,000 tokens, 2 min 00 s" in text and "test machine" in text
+
+
+def test_pushing_the_same_again_sends_nothing_new(hub, run, no_check):
+    push(run, Push("you/small"))
+    commits = len(hub.repos["models", "you/small"].commits)
+    push(run, Push("you/small"))
+    assert len(hub.repos["models", "you/small"].commits) == commits
+
+
+def test_other_contents_are_refused_but_a_branch_and_force_work(hub, run, no_check):
+    api = HfApi(token=TOKEN)
+    api.create_repo("you/small")
+    api.upload_file(path_or_fileobj=b"other", path_in_repo="config.json", repo_id="you/small")
+    with pytest.raises(InputError, match=r"another config.json already: .*--revision NAME.*--force"):
+        push(run, Push("you/small"))
+    push(run, Push("you/small", revision="step-000100"))
+    assert "model.safetensors" in pushed(hub, branch="step-000100") and set(pushed(hub)) == {"config.json"}
+    api.upload_file(path_or_fileobj=b"left over", path_in_repo="old.txt", repo_id="you/small")
+    push(run, Push("you/small", force=True))
+    assert "model.safetensors" in pushed(hub) and "old.txt" not in pushed(hub)
+
+
+def test_a_dry_run_sends_nothing(hub, run):
+    folder = Path(push(run, Push("you/small", dry_run=True)))
+    assert hub.requests == [] and (folder / "README.md").exists() and (folder / "model.safetensors").exists()
+
+
+def test_a_cut_upload_is_resumed_without_sending_the_weights_again(hub, run, no_check):
+    hub.fail("POST", "/commit/", 500)
+    push(run, Push("you/small"))
+    puts = [line for line in hub.requests if line.startswith("PUT")]
+    assert len(puts) == len(set(puts)) == len(hub.blobs) and "model.safetensors" in pushed(hub)
+
+
+def test_a_hub_that_stays_down_is_one_line_and_the_next_push_goes_on(hub, run, no_check):
+    hub.fail("POST", "/commit/", None, times=50)
+    with pytest.raises(InputError, match="run the same command again"):
+        push(run, Push("you/small"))
+    assert pushed(hub) == {}  # a commit or nothing
+    hub.faults.clear()
+    before = len(hub.requests)
+    push(run, Push("you/small"))
+    assert not any(line.startswith("PUT") for line in hub.requests[before:]) and "config.json" in pushed(hub)
+
+
+@pytest.mark.parametrize(
+    "method,where,status,words",
+    [
+        ("POST", "repos/create", 401, "hf auth login"),
+        ("POST", "repos/create", 403, "may not write to you/small"),
+        ("POST", "preupload", 404, "not there"),
+        ("POST", "commit", 429, "slow down"),
+    ],
+)
+def test_each_refusal_of_the_hub_becomes_one_line_of_advice(hub, run, no_check, method, where, status, words):
+    hub.fail(method, where, status, times=10)
+    with pytest.raises(InputError, match=words) as caught:
+        push(run, Push("you/small"))
+    assert TOKEN not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_another_owner_is_refused(hub, run):
+    with pytest.raises(InputError, match="may not write to somebody/small"):
+        push(run, Push("somebody/small"))
+
+
+def test_a_wrong_token_and_no_token_are_told_apart(hub, run, monkeypatch):
+    monkeypatch.setattr(serve_hub, "get_token", lambda: "hf_wrong")
+    with pytest.raises(InputError, match="does not accept the token"):
+        push(run, Push("you/small"))
+    monkeypatch.setattr(serve_hub, "get_token", lambda: None)
+    with pytest.raises(InputError, match="no Hub token"):
+        push(run, Push("you/small"))
+
+
+@pytest.mark.parametrize(
+    "wanted,words",
+    [
+        (Push("you/small", stage="rl"), "'rl' of .* is not finished; finished: sft"),
+        (Push("you/small", stage="stf"), "did you mean 'sft'"),
+        (Push("small"), "you/small"),
+        (Push("you/sm all"), "no repo name"),
+        (Push("you/small", license="mitt"), "did you mean 'mit'"),
+        (Push("you/small", language=("English",)), "no ISO 639 code"),
+        (Push("you/small", base_model="a//b"), "no repo name"),
+    ],
+)
+def test_wrong_wishes_are_refused_before_anything_is_sent(hub, run, wanted, words):
+    with pytest.raises(InputError, match=words):
+        push(run, wanted)
+    assert hub.requests == []
+
+
+def test_a_result_that_is_no_number_is_refused(hub, run):
+    evaluation = load_json(run / "eval" / "metrics.json")
+    evaluation["results"]["sft"]["facts"]["value"] = float("nan")
+    save_json(run / "eval" / "metrics.json", evaluation)
+    with pytest.raises(InputError, match="run the evaluation again"):
+        push(run, Push("you/small"))
+
+
+def test_a_file_with_a_token_is_not_sent_and_no_token_is_ever_written(hub, run, no_check, capsys):
+    push(run, Push("you/small"))
+    shown = capsys.readouterr()
+    assert TOKEN not in shown.out + shown.err
+    assert not [path for path in run.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    metrics = load_json(run / "sft" / "metrics.json")
+    save_json(run / "sft" / "metrics.json", {**metrics, "config": {"report_to": "hf_" + "x" * 34}})
+    hub.requests.clear()
+    with pytest.raises(InputError, match="contains a Hub token"):
+        push(run, Push("you/small"))
+    assert hub.requests == []
+
+
+def test_a_space_is_made_that_points_at_the_model(hub, run, no_check):
+    push(run, Push("you/small", space=True))
+    repo = hub.repos["spaces", "you/small-chat"]
+    assert repo.variables == {"MODEL_ID": "you/small"}
+    files = pushed(hub, "you/small-chat", "spaces")
+    assert set(files) == {"app.py", "README.md", "requirements.txt"}
+    assert yaml.safe_load(files["README.md"].decode().split("---\n")[1])["models"] == ["you/small"]
+
+
+@pytest.mark.slow
+def test_push_load_back_and_the_cards_own_code_in_clean_processes(hub, run, tmp_path):
+    script = [sys.executable, "scripts/push_to_hub.py", "--run-dir", str(run), "--repo", "you/small", "--private"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "largest difference of a logit 0.0e+00" in done.stdout and TOKEN not in done.stdout + done.stderr
+    assert hub.repos["models", "you/small"].private
+    blocks = re.findall(r"```python\n(.*?)```", pushed(hub)["README.md"].decode(), re.S)
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    said = [
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+        for code in blocks
+    ]
+    assert "a **small** model" in said[0].stdout
+    assert said[1].stdout.strip().endswith("<|output_start|>408<|output_end|>It is 408.")
+    unfinished = subprocess.run([*script, "--stage", "rl"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert unfinished.returncode == 2 and "not finished" in unfinished.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_broken_upload_is_noticed(hub, run, monkeypatch):
+    push_folder = serve_hub.prepare
+
+    def spoil(*args):
+        folder = push_folder(*args)
+        text = (folder / "config.json").read_text().replace('"qk_scale": 1.2', '"qk_scale": 1.5')
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(text)
+        return folder
+
+    monkeypatch.setattr(serve_hub, "prepare", spoil)
+    with pytest.raises(InputError, match="logits differ"):
+        push(run, Push("you/small"))
