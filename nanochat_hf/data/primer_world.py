@@ -396,15 +396,15 @@ PROBLEMS = (  # word problems of the conversations
     ("+", "{p} has {a} {o} and finds {b} more. How many {o} does {p} have now?"),
     ("-", "{p} has {a} {o} and gives {b} to {q}. How many {o} are left?"),
     ("*", "{p} has {a} bags with {b} {o} in each. How many {o} is that in all?"),
+    ("+", "{p} has {a} {o}. {q} has {b} {o}. How many {o} do they have together?"),
+    ("-", "{p} had {a} {o} and lost {b} of them. How many {o} does {p} still have?"),
+    ("*", "Each of {a} people brings {b} {o}. How many {o} do they bring in all?"),
 )
 HARD_PROBLEMS = (  # only asked: what reinforcement learning practises on, and the test of it
-    ("+", "{p} has {a} {o}. {q} has {b} {o}. How many {o} do they have together?"),
     ("+", "There are {a} {o} in the house and {b} {o} in the garden. How many {o} are there in all?"),
     ("+", "{p} had {a} {o}. Then {q} came with {b} {o} for {p}. How many {o} does {p} have?"),
-    ("-", "{p} had {a} {o} and lost {b} of them. How many {o} does {p} still have?"),
     ("-", "{p} has {a} {o} and {q} has {b}. How many {o} more does {p} have?"),
     ("-", "Of the {a} {o} in the house, {p} took {b}. How many {o} are in the house now?"),
-    ("*", "Each of {a} people brings {b} {o}. How many {o} do they bring in all?"),
     ("*", "{p} finds {a} {o} every day. How many {o} does {p} find in {b} days?"),
     ("*", "There are {a} boxes. In every box there are {b} {o}. How many {o} are there?"),
 )
