@@ -1,0 +1,229 @@
+"""Reinforcement learning on questions whose answers can be checked, with the calculator at hand, on TRL's GRPOTrainer.
+
+    python scripts/chat_rl.py --config recipes/cpu-demo/rl.yaml --run-dir runs/cpu-demo
+
+What is left of GRPO (arXiv:2402.03300), as in karpathy/nanochat, is close to REINFORCE: on-policy (one update per
+batch, so the ratio is 1 and clipping never acts), no KL term and no reference model, advantage = reward - mean of the
+question's samples without division by their spread (arXiv:2503.20783), and a loss summed over the sampled tokens of
+the batch and divided by their number (DAPO, arXiv:2503.14476). Tool results are masked. Unlike upstream all tokens of
+the batch weigh alike, not only those of one question.
+
+Generation is most of the cost. It is transformers' `generate` with TRL's tool loop, unless `train_rl` is given an
+`engine` (eval.generation.Generator, serve.generate.Engine), which runs the tool inside the answer.
+"""
+
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer
+
+from ..data import primer
+from ..data.answers import hash_answer
+from ..data.conversations import Mixture
+from ..data.tokenizer import load_tokenizer
+from ..errors import InputError
+from ..run import begin, finish
+from ..tools import python
+from .rewards import COLUMNS, correctness, pass_at_k
+from .trainer import StageConfig, StageTrainer, drop_state, fit, load_model, lora, save_stage, trainer_arguments
+
+MAX_TOOL_CALLS = 4  # of one answer
+EVAL_ROWS = 128  # answers that a device generates together while measuring
+PRIMER_QUESTIONS = 4000  # of each kind, to practise on
+
+
+@dataclass
+class RLConfig(StageConfig):
+    """Keys of rl.yaml, besides those of StageConfig."""
+
+    dataset: str = "openai/gsm8k"
+    """Questions: `primer:KIND` (or KIND+KIND), or GSM8K's format as a Hub id, a folder or `path/of_{split}.jsonl`."""
+    subset: str | None = "main"
+    """Of a Hub data set."""
+    examples_per_step: int = 16
+    """Questions a step, over all devices."""
+    num_samples: int = 16
+    """Answers sampled for each question."""
+    max_new_tokens: int = 256
+    """Of an answer, tool results included."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """Sample among so many tokens only; 0: among all, which is what the gradient assumes."""
+    eval_examples: int = 400
+    """Questions of the test split that are asked before and after."""
+    eval_samples: int = 4
+    """Answers to each of them, for pass@k."""
+    warmdown_ratio: float = 1.0
+    init_lr_frac: float = 0.05
+    opt_in: bool = False
+    """Run this stage only when --stages names it."""
+
+
+class RLTrainer(StageTrainer, GRPOTrainer):
+    """GRPOTrainer that times its generation, keeps samples, and measures pass@k."""
+
+    def __init__(self, *args, samples: Path, processing_class: PreTrainedTokenizerBase, **kwargs):
+        self.samples, self.outcomes, self.generation_seconds = samples, defaultdict(list), 0.0
+        reward = correctness(processing_class, self.record)
+        super().__init__(*args, reward_funcs=reward, processing_class=processing_class, **kwargs)
+
+    def _generate(self, prompts: list):
+        start = time.perf_counter()
+        result = super()._generate(prompts)
+        if self.model.training:
+            self.generation_seconds += time.perf_counter() - start
+            self.step_tokens += sum(map(len, result[1])) * self.accelerator.num_processes
+        return result
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Leaves out rows without advantage (all of a question's answers equally good): their gradient is zero."""
+        kept = inputs["advantages"] != 0
+        kept[0] = True  # every rank takes part in the backward pass
+        inputs = {key: value[kept] if value.ndim else value for key, value in inputs.items()}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def record(self, rows: list[dict], texts: list[str], rewards: list[float]) -> None:
+        """Sees every graded batch of this process: while measuring it notes who was right, else two samples."""
+        if not self.model.training:
+            for row, reward in zip(rows, rewards):
+                self.outcomes[row["prompt"][-1]["content"]].append(bool(reward))
+        elif self.is_world_process_zero():
+            with self.samples.open("a") as file:
+                for row, text, reward in list(zip(rows, texts, rewards))[:2]:
+                    sample = {"step": self.state.global_step, "prompt": row["prompt"], "text": text, "reward": reward}
+                    file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+    def measure(self) -> dict:
+        """pass@k on the test questions, k = 1, 2, 4 ... eval_samples; pass@1 is the accuracy. All ranks call it."""
+        self.outcomes.clear()
+        self.evaluate()
+        merged, samples = defaultdict(list), self.stage.eval_samples
+        for question, right in gather_object(list(self.outcomes.items())):
+            merged[question] += right
+        right = [right[:samples] for right in merged.values()]  # ranks may repeat questions to fill their last batch
+        powers = [2**i for i in range(samples.bit_length())]
+        return {**{f"pass@{k}": pass_at_k(right, k) for k in powers}, "questions": len(right)}
+
+
+def questions(config: RLConfig, split: str) -> list[dict]:
+    """Rows {"prompt", "kind", "answer", "entity", "rivals"} of one split of the data set, shuffled by the seed."""
+    name, _, kinds = config.dataset.partition(":")
+    if name == "primer":
+        num = config.eval_examples if split == "test" else PRIMER_QUESTIONS
+        rows = [row for kind in kinds.split("+") for row in primer.questions(kind, split, config.seed, num)]
+    else:
+        entry = {"dataset": config.dataset.replace("{split}", split), "subset": config.subset, "split": split}
+        rows = [
+            {"kind": "gsm8k", "messages": row["messages"][:1], "answer": hash_answer(row["messages"][-1]["content"])}
+            for row in Mixture([{**entry, "transform": "gsm8k"}], config.seed)
+        ]
+    random.Random(config.seed).shuffle(rows)
+    nothing = dict.fromkeys(COLUMNS, "") | {"rivals": []}
+    return [{"prompt": row["messages"], **{name: row.get(name, nothing[name]) for name in COLUMNS}} for row in rows]
+
+
+def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
+    """TRL's arguments of the stage. Raises InputError when a step's answers cannot be shared out evenly."""
+    answers, together = (
+        config.examples_per_step * config.num_samples,
+        config.device_batch_size * PartialState().num_processes,
+    )
+    if answers % together:
+        raise InputError(
+            f"examples_per_step x num_samples = {answers} answers a step cannot be cut into batches of "
+            f"device_batch_size x devices = {together}; change one of them"
+        )
+    return GRPOConfig(
+        **trainer_arguments(config, output),
+        gradient_accumulation_steps=answers // together,
+        num_generations=config.num_samples,
+        max_completion_length=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        max_tool_calling_iterations=MAX_TOOL_CALLS,
+        num_generations_eval=config.eval_samples,
+        per_device_eval_batch_size=max(1, EVAL_ROWS // config.eval_samples) * config.eval_samples,
+        beta=0.0,
+        loss_type="dapo",
+        scale_rewards="none",
+        log_completions=False,
+    )
+
+
+def rollout(engine: Callable, config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Callable:
+    """TRL's `rollout_func` over an engine of this project, whose answers hold the tool's results already."""
+    opens, closes = tokenizer.convert_tokens_to_ids(["<|output_start|>", "<|output_end|>"])
+
+    def own(ids: list[int]) -> list[int]:
+        """1 where the model chose the token, 0 in a tool's result."""
+        inside, mask = False, []
+        for token in ids:
+            inside = inside or token == opens
+            mask.append(int(not inside))
+            inside = inside and token != closes
+        return mask
+
+    def generate(prompts: list, trainer: RLTrainer) -> dict:
+        model, training = trainer.accelerator.unwrap_model(trainer.model), trainer.model.training
+        ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
+        answers = engine(model.eval(), tokenizer).generate(
+            ids,
+            seed=trainer.args.seed + trainer.state.global_step,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+        )
+        model.train(training)
+        answers = [samples[0] for samples in answers]
+        return {"prompt_ids": ids, "completion_ids": answers, "logprobs": None, "env_mask": [own(a) for a in answers]}
+
+    return generate
+
+
+def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None = None) -> None:
+    """Practise on questions, from the model in folder `model`; the result and its metrics.json go to `output`.
+
+    `engine(model, tokenizer)` must have the `generate` of eval.generation.Generator. Raises InputError for a data set
+    without checkable answers, and for batch sizes that do not divide.
+    """
+    record, output = begin(config), Path(output)
+    tokenizer = load_tokenizer(model)
+    network = load_model(model, config, tokenizer)
+    output.mkdir(parents=True, exist_ok=True)
+    trainer = RLTrainer(
+        model=network,
+        args=grpo_arguments(config, output),
+        train_dataset=Dataset.from_list(questions(config, "train")),
+        eval_dataset=Dataset.from_list(questions(config, "test")[: config.eval_examples]),
+        processing_class=tokenizer,
+        peft_config=lora(config),
+        stage=config,
+        samples=output / "samples.jsonl",
+        **({"rollout_func": rollout(engine, config, tokenizer)} if engine else {"tools": [python]}),
+    )
+    before = trainer.measure()
+    rows = fit(trainer, output)
+    after = trainer.measure()
+    save_stage(trainer, tokenizer, output)
+    if trainer.is_world_process_zero():
+        seconds = max(trainer.step_seconds, 1e-9)
+        finish(
+            output,
+            {**record, "earlier_wall_time_s": trainer.earlier},
+            task=config.dataset,
+            history=rows,
+            before=before,
+            after=after,
+            generation_share=trainer.generation_seconds / seconds,
+            tokens_per_second=trainer.step_tokens / seconds,
+        )
+        drop_state(output)

@@ -1,0 +1,214 @@
+"""Mid-training and SFT: teach a base model to chat, on TRL's SFTTrainer. One function, two YAML files.
+
+    python scripts/chat_sft.py --config recipes/cpu-demo/sft.yaml --run-dir runs/cpu-demo
+
+The first process renders the mixture with the tokenizer's chat template and packs it into rows in `state/`, where all
+processes, and a resume, read them. SFT trains on what the assistant says, mid-training on every token, neither on a
+tool's result. Against karpathy/nanochat: positions start anew in each conversation of a row, so that none sees
+another, and a conversation that is longer than a row is skipped and counted.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, load_from_disk
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig, SFTTrainer, pack_dataset
+
+from ..data.conversations import Mixture
+from ..data.tokenizer import load_tokenizer
+from ..errors import InputError
+from ..run import begin, finish, load_json, save_json
+from .trainer import StageConfig, StageTrainer, drop_state, fit, load_model, lora, save_stage, trainer_arguments
+
+MANY = 20_000  # conversations from which tokenizing is shared out over the cores
+
+
+@dataclass
+class ChatConfig(StageConfig):
+    """Keys of mid.yaml and sft.yaml, besides those of StageConfig."""
+
+    mixture: list[dict] = field(default_factory=lambda: [{"dataset": "primer"}])
+    """What to train on: entries as data/conversations.py reads them."""
+    validation: list[dict] = field(default_factory=list)
+    """What the validation loss is measured on, likewise; empty: nothing."""
+    bad_rows: str = "skip"
+    """What to do with rows that cannot be used: `skip` and count them, or `refuse`."""
+    assistant_only: bool = True
+    """Train on what the assistant says only; mid-training says false."""
+    max_seq_len: int = -1
+    """Tokens of a row; -1: as the model was pretrained."""
+    packing: bool = True
+    """Put as many whole conversations into a row as fit; otherwise one conversation is one row."""
+    total_batch_size: int = -1
+    """Tokens of a step (without packing: conversations), over all devices; -1: one batch of each device."""
+    load_optimizer: bool = True
+    """Begin with the momenta in the source's optimizer.pt, if there is one."""
+    chatcore_every: int = -1
+    """Steps between measurements of ChatCORE, when the caller gives a way to measure it; -1: never."""
+
+
+class ChatTrainer(StageTrainer, SFTTrainer):
+    """SFTTrainer that counts the tokens it went through."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.step_tokens += inputs["input_ids"].numel() * self.accelerator.num_processes
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class Rows:
+    """Collator: packed rows -> input_ids, labels, position_ids, each (B, length or that of the longest row).
+
+    TRL's own would make one row of the batch, and without a variable-length kernel its attention mask costs B times
+    as much. Positions that restart tell the model where a conversation begins; padding, all position 0, sees itself.
+    """
+
+    def __init__(self, pad: int, length: int | None):
+        self.pad, self.length = pad, length
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        width = self.length or max(len(row["input_ids"]) for row in rows)
+        batch = {
+            "input_ids": torch.full((len(rows), width), self.pad),
+            "labels": torch.full((len(rows), width), -100),
+            "position_ids": torch.zeros((len(rows), width), dtype=torch.long),
+        }
+        for i, row in enumerate(rows):
+            positions = torch.cat([torch.arange(n) for n in row.get("seq_lengths") or [len(row["input_ids"])]])
+            values = (torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"]), positions)
+            for tensor, value in zip(batch.values(), values, strict=True):
+                tensor[i, : len(value)] = value
+        return batch
+
+
+class ChatCore(TrainerCallback):
+    """Measures the model every so many steps and writes the numbers to the log."""
+
+    def __init__(self, measure: Callable, tokenizer: PreTrainedTokenizerBase, every: int):
+        self.measure, self.tokenizer, self.every, self.trainer = measure, tokenizer, every, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.every > 0 and state.global_step % self.every == 0:
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            self.trainer.log({"chatcore": self.measure(model.eval(), self.tokenizer)})
+            model.train()
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]], assistant_only: bool) -> dict[str, list]:
+    """Conversations -> {"input_ids", "labels"}, a list each; labels are -100 where nothing is to be learned."""
+    rendered = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
+    opens, closes = tokenizer.convert_tokens_to_ids(["<|output_start|>", "<|output_end|>"])
+    labels = []
+    for ids, learned in zip(rendered["input_ids"], rendered["assistant_masks"]):
+        if not assistant_only:
+            learned, inside = [], False
+            for token in ids:
+                inside = inside or token == opens
+                learned.append(not inside)
+                inside = inside and token != closes
+        # What follows from nothing, or from another conversation of the row, cannot be learned.
+        labels.append([-100, *(token if yes else -100 for token, yes in zip(ids[1:], learned[1:]))])
+    return {"input_ids": rendered["input_ids"], "labels": labels}
+
+
+def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, folder: Path) -> tuple[Dataset, dict]:
+    """The rows to train on and {"rows", "tokens", "mixture", "skipped_rows"}, made by the first process or found.
+
+    Raises InputError when nothing of the mixture can be used.
+    """
+    if PartialState().is_main_process and not (folder / "made.json").exists():
+        mixture = Mixture(entries, config.seed, config.bad_rows)
+        chats = [(row["entry"], row["row"], json.dumps(row["messages"])) for row in tqdm(mixture, desc="reading")]
+        rows = Dataset.from_dict(dict(zip(("entry", "row", "chat"), zip(*chats)))).map(
+            lambda batch: encode(tokenizer, [json.loads(chat) for chat in batch["chat"]], config.assistant_only),
+            batched=True,
+            num_proc=min(os.cpu_count(), 32) if len(chats) > MANY else None,
+            remove_columns="chat",
+            desc="tokenizing",
+        )
+        kept = []
+        for index, (number, row, ids) in enumerate(zip(rows["entry"], rows["row"], rows["input_ids"])):
+            entry = mixture.entries[number]
+            if len(ids) > length:
+                entry.num_rows -= 1
+                mixture.skip(number, row, f"{len(ids)} tokens, and a row holds {length}")
+            else:
+                entry.num_tokens += len(ids)
+                kept.append(index)
+        if not kept:
+            raise InputError(f"no conversation of the mixture fits into max_seq_len = {length} tokens")
+        rows = rows.select(kept).select_columns(["input_ids", "labels"])
+        if config.packing:
+            rows = pack_dataset(rows, length)
+        shutil.rmtree(folder, ignore_errors=True)
+        rows.save_to_disk(folder)
+        total = {key: sum(entry[key] for entry in mixture.summary()) for key in ("rows", "tokens")}
+        print(mixture.table())
+        made = {**total, "mixture": mixture.summary(), "skipped_rows": mixture.skipped}
+        save_json(folder / "made.json", made)
+    PartialState().wait_for_everyone()
+    return load_from_disk(str(folder)), load_json(folder / "made.json")
+
+
+def accumulation(config: ChatConfig, length: int) -> int:
+    """Batches of a step. Raises InputError when they are not whole."""
+    together = config.device_batch_size * PartialState().num_processes * (length if config.packing else 1)
+    steps, rest = divmod(config.total_batch_size, together) if config.total_batch_size > 0 else (1, 0)
+    if rest or not steps:
+        raise InputError(
+            f"total_batch_size is {config.total_batch_size}: it must be a multiple of {together}, one batch of "
+            f"device_batch_size = {config.device_batch_size} on every device"
+        )
+    return steps
+
+
+def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable | None = None) -> None:
+    """Train the model in folder `model` on conversations; the result and its metrics.json go to `output`.
+
+    A killed run goes on from its last checkpoint when called again. `chatcore(model, tokenizer)` -> number is called
+    on every process. Raises InputError for a mixture, model or batch size with which this cannot work.
+    """
+    record, output = begin(config), Path(output)
+    tokenizer = load_tokenizer(model)
+    network = load_model(model, config, tokenizer)
+    length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
+    steps = accumulation(config, length)
+    rows, made = prepare(config, config.mixture, tokenizer, length, output / "state" / "rows")
+    held_out = None
+    if config.validation:
+        held_out, _ = prepare(config, config.validation, tokenizer, length, output / "state" / "validation")
+    core = ChatCore(chatcore, tokenizer, config.chatcore_every) if chatcore else None
+    trainer = ChatTrainer(
+        model=network,
+        args=SFTConfig(
+            **trainer_arguments(config, output),
+            gradient_accumulation_steps=steps,
+            per_device_eval_batch_size=config.device_batch_size,
+            max_length=None,  # rows are made already
+        ),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=Rows(tokenizer.pad_token_id, length if config.packing else None),
+        callbacks=[core] if core else None,
+        peft_config=lora(config),
+        stage=config,
+        momenta=Path(model) / "optimizer.pt" if config.load_optimizer else None,
+    )
+    if core:
+        core.trainer = trainer
+    history = fit(trainer, output)
+    val_loss = trainer.evaluate()["eval_loss"] if held_out else None
+    speed = trainer.step_tokens / max(trainer.step_seconds, 1e-9)
+    save_stage(trainer, tokenizer, output)
+    if trainer.is_world_process_zero():
+        record["earlier_wall_time_s"] = trainer.earlier
+        finish(output, record, **made, history=history, val_loss=val_loss, tokens_per_second=speed)
+        drop_state(output)

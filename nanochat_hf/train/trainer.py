@@ -1,0 +1,307 @@
+"""What mid-training, SFT and RL share: a transformers Trainer with this project's optimizer, schedule, resume and bar.
+
+`StageTrainer` stands before one of TRL's trainers (`class ChatTrainer(StageTrainer, SFTTrainer)`) and changes four
+things: Muon + AdamW by role, their rates and Muon's momentum by `schedule.Schedule`, checkpoints that a killed stage
+finds again (with each rank's own optimizer state), and one progress bar in place of printed dicts. `fit` trains,
+resumes and returns the log; `save_stage` writes the folder that the next stage loads.
+"""
+
+import math
+import shutil
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
+
+from ..errors import InputError
+from ..run import load_json, save_json
+from .checkpoint import save_model
+from .network import compute_dtype
+from .optim import MuonAdamW, param_groups
+from .scaling import RECIPES, optimizer_groups
+from .schedule import Schedule
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]  # "all-linear" would wrap the tiny gates too
+COMPLETE = "complete"  # name of the mark in a checkpoint that was written to its end
+HISTORY = {  # what a row of metrics.json's history keeps, by the names that the libraries give
+    "loss": "train_loss",
+    "eval_loss": "val_loss",
+    "grad_norm": "grad_norm",
+    "time": "time",
+    "tokens_per_second": "tokens_per_second",
+    "mean_token_accuracy": "token_accuracy",
+    "chatcore": "chatcore",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "eval_reward": "val_reward",
+    "entropy": "entropy",
+    "completions/mean_length": "completion_length",
+    "completions/clipped_ratio": "cut_off",
+    "tools/call_frequency": "tool_calls",
+    "tools/failure_frequency": "tool_failures",
+}
+
+
+@dataclass
+class StageConfig:
+    """Keys that mid.yaml, sft.yaml and rl.yaml have in common."""
+
+    num_iterations: int = -1
+    """Optimizer steps; -1: as many as `num_epochs` passes over the data take."""
+    num_epochs: float = 1
+    device_batch_size: int = 16
+    """Rows that a device takes at once."""
+    embedding_lr: float | None = None
+    """This and the next three: rates at width 768, as in base.yaml; empty: those of the model's generation."""
+    unembedding_lr: float | None = None
+    matrix_lr: float | None = None
+    scalar_lr: float | None = None
+    init_lr_frac: float = 1.0
+    """Factor on all of these rates."""
+    warmup_ratio: float = 0.0
+    """Share of the steps in which the rates rise."""
+    warmdown_ratio: float = 0.5
+    """Share of the steps, at the end, in which the rates fall linearly."""
+    final_lr_frac: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    """Gradients are clipped at this norm; 0: not at all."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters, merged into the weights at the end; 0: train all weights."""
+    lora_alpha: int = 32
+    lora_lr: float = 1e-3
+    """AdamW rate of the adapters."""
+    eval_every: int = -1
+    """Steps between evaluations; -1: only at the ends."""
+    save_every: int = -1
+    """Steps between checkpoints for a resume; -1: none."""
+    compile: bool = False
+    """Compile the network with torch.compile (CUDA)."""
+    attn_implementation: str | None = None
+    seed: int = 0
+    report_to: str = "none"
+    """Where TRL reports to: none, trackio, wandb, tensorboard."""
+
+
+def load_model(source: str, config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model of folder (or Hub id) `source`: float32 weights, computing in bf16 where the device has it.
+
+    Its generation config ends a turn at assistant_end and pauses it at python_end, where a tool has to answer.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation=config.attn_implementation
+        )
+    except OSError as error:
+        raise InputError(f"no model in {source}: {str(error).splitlines()[0]}") from None
+    ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
+    model.generation_config.update(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
+    dtype = compute_dtype(PartialState().device)
+    if dtype != torch.float32:
+        # What comes out of the embeddings decides in which dtype the network runs; the weights all stay float32.
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
+    if config.compile and torch.cuda.is_available():
+        model.base_model.compile(dynamic=False)
+    return model
+
+
+def lora(config: StageConfig) -> LoraConfig | None:
+    if config.lora_rank <= 0:
+        return None
+    return LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+    )
+
+
+def trainer_arguments(config: StageConfig, output: Path) -> dict:
+    """Arguments that TRL's configs share. transformers chooses the device; nothing is downloaded or pushed."""
+    # gradient_checkpointing has a new name since 5.20, which older versions do not know
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    return {
+        "output_dir": str(output / "state"),
+        "max_steps": config.num_iterations,
+        "num_train_epochs": config.num_epochs,
+        "per_device_train_batch_size": config.device_batch_size,
+        "max_grad_norm": config.max_grad_norm,
+        "eval_strategy": "steps" if config.eval_every > 0 else "no",
+        "eval_steps": config.eval_every if config.eval_every > 0 else None,
+        "save_strategy": "steps" if config.save_every > 0 else "no",
+        "save_steps": max(config.save_every, 1),
+        "save_total_limit": 1,
+        "logging_steps": 0.005,  # of the run: two hundred points on a curve
+        "logging_first_step": True,
+        "use_cpu": not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        "bf16": False,  # no autocast: see load_model
+        "remove_unused_columns": False,
+        "gradient_checkpointing": False,
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,  # the bar is ours
+        "report_to": config.report_to,
+        "seed": config.seed,
+    }
+
+
+class StageTrainer:
+    """Mixin before a TRL trainer.
+
+    Takes the stage's config as the keyword `stage`, and as `momenta` the file of an optimizer's state to begin with.
+    """
+
+    def __init__(self, *args, stage: StageConfig, momenta: Path | None = None, **kwargs):
+        self.stage, self.momenta = stage, momenta
+        self.began, self.earlier = time.time(), 0.0  # `earlier`: seconds of the killed processes before this one
+        self.step_tokens, self.step_seconds = 0, 0.0  # since this process started, evaluations left out
+        self.own_state: Path | None = None  # this rank's optimizer state, on a resume
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(StageCallback(self))
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            network = self.model if model is None else model
+            self.optimizer = MuonAdamW(param_groups(network, self.rates()))
+            if self.momenta and self.momenta.exists() and self.stage.lora_rank <= 0:
+                options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+                self.optimizer.load_state_dict(torch.load(self.momenta, map_location="cpu", weights_only=True))
+                for group, fresh in zip(self.optimizer.param_groups, options, strict=True):
+                    group.update(fresh)  # the rates of the end of another run came with its momenta
+        return self.optimizer
+
+    def rates(self) -> dict[str, dict]:
+        """Options of each role's group: the generation's own rates, or those that the recipe names, x init_lr_frac."""
+        names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")
+        named = {name: value for name in names if (value := getattr(self.stage, name)) is not None}
+        shape = self.model.config
+        groups = optimizer_groups(replace(RECIPES[shape.generation], **named), shape.generation, shape.hidden_size)
+        groups = {role: {**group, "lr": group["lr"] * self.stage.init_lr_frac} for role, group in groups.items()}
+        return {**groups, "lora": {**groups["head"], "lr": self.stage.lora_lr, "betas": (0.9, 0.99)}}
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            stage, recipe = self.stage, RECIPES[self.model.config.generation]
+            self.schedule = schedule = Schedule(
+                num_training_steps,
+                warmup_steps=math.ceil(stage.warmup_ratio * num_training_steps),
+                warmdown_ratio=stage.warmdown_ratio,
+                final_lr_frac=stage.final_lr_frac,
+                momentum=recipe.momentum,
+                momentum_steps=recipe.momentum_steps,
+            )
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule.lr)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs["time"] = self.earlier + time.time() - self.began
+        if self.step_seconds:
+            logs["tokens_per_second"] = self.step_tokens / self.step_seconds
+        super().log(logs, start_time)
+
+
+class StageCallback(TrainerCallback):
+    """The bar, Muon's momentum, and a checkpoint that is complete: every rank's optimizer state, then a mark."""
+
+    def __init__(self, trainer: StageTrainer):
+        self.trainer, self.bar = trainer, None
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        if self.trainer.own_state:
+            optimizer.load_state_dict(torch.load(self.trainer.own_state, map_location="cpu", weights_only=True))
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            desc=Path(args.output_dir).parent.name,
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.step_began = time.time()
+        for group in optimizer.param_groups:
+            if group["kind"] == "muon":
+                group["momentum"] = self.trainer.schedule.muon_momentum(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.step_seconds += time.time() - self.step_began
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {"loss": "loss", "reward": "reward", "eval_loss": "val", "tokens_per_second": "tok/s"}
+        if self.bar is not None:
+            self.bar.set_postfix({shown[key]: f"{value:,.4g}" for key, value in logs.items() if key in shown})
+
+    def on_save(self, args, state, control, optimizer=None, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if sharded(args):
+            torch.save(optimizer.state_dict(), folder / f"optimizer-{args.process_index}.pt")
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            (folder / COMPLETE).touch()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def sharded(args) -> bool:
+    """Whether each process holds optimizer state of its own: under DDP transformers saves only the first one's."""
+    return args.world_size > 1 and not (args.deepspeed or args.fsdp)
+
+
+def fit(trainer: StageTrainer, output: Path) -> list[dict]:
+    """Train, from the last complete checkpoint in output/state if there is one; returns the rows of `history`.
+
+    Raises InputError when that checkpoint belongs to another recipe.
+    """
+    state, settings = output / "state", asdict(trainer.stage)
+    found = [int(mark.parent.name.split("-")[-1]) for mark in state.glob(f"checkpoint-*/{COMPLETE}")]
+    checkpoint = state / f"checkpoint-{max(found)}" if found else None
+    if checkpoint and load_json(state / "config.json") != settings:
+        raise InputError(f"{state} was written by another recipe; delete it to start this stage anew")
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        save_json(state / "config.json", settings)
+    if checkpoint:
+        trainer.earlier = load_json(checkpoint / "trainer_state.json")["log_history"][-1]["time"]
+        if sharded(trainer.args):
+            trainer.own_state = checkpoint / f"optimizer-{trainer.args.process_index}.pt"
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return history(trainer)
+
+
+def history(trainer: StageTrainer) -> list[dict]:
+    """The log as rows {step, lr_multiplier, ...}, one a step that was logged."""
+    rows: dict[int, dict] = {}
+    for entry in trainer.state.log_history:
+        if "train_runtime" not in entry:  # the library's summary, not a step
+            step = entry["step"]
+            row = rows.setdefault(step, {"step": step, "lr_multiplier": trainer.schedule.lr(max(step - 1, 0))})
+            row.update({name: entry[key] for key, name in HISTORY.items() if key in entry})
+    return list(rows.values())
+
+
+def save_stage(trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Write model (adapters merged in) and tokenizer to `output`, loadable with from_pretrained. All ranks call it."""
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_deepspeed_enabled:
+        return trainer.save_model(str(output))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    save_model(output, model.merge_and_unload() if trainer.stage.lora_rank > 0 else model, tokenizer)
+
+
+def drop_state(output: Path) -> None:
+    """Remove what a resume would need, once the stage is finished."""
+    shutil.rmtree(output / "state", ignore_errors=True)
