@@ -224,7 +224,8 @@ class Pretraining:
     def run(self) -> dict:
         total, main = self.plan.num_iterations, self.accelerator.is_main_process
         if self.config.report_to != "none":
-            self.accelerator.init_trackers("nanochat_hf", asdict(self.config))
+            known = {key: value for key, value in asdict(self.config).items() if value is not None}
+            self.accelerator.init_trackers("nanochat_hf", known)
         interval = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs few lines
         smooth, first = None, self.step
         self.bar = tqdm(total=total, initial=self.step, disable=not main, unit="step", mininterval=interval)
@@ -427,6 +428,7 @@ def start_accelerator(config: PretrainConfig, output: Path) -> Accelerator:
         raise InputError(f"report_to is {config.report_to!r}: choose one of {', '.join(TRACKERS)}")
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise InputError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less is lost between blocks of memory
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is new in 2.13
     return Accelerator(
         mixed_precision="no",  # the dtype of the embeddings decides, see network.py
