@@ -148,6 +148,26 @@ def test_a_score_is_the_sum_of_log_probabilities(lively_model):
     assert score(lively_model, [(context, best[:1].numpy())])[0][1]
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
+def test_other_models_of_transformers_score_the_same_with_shared_prefixes(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "intermediate_size": 64} if kind != "gpt2" else {}
+    sizes |= {"sliding_window": 16} if kind == "mistral" else {}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, max_position_embeddings=128, **sizes)).eval()
+    rng = np.random.default_rng(0)
+    contexts = [rng.integers(0, 300, size) for size in (30, 41, 60)]
+    requests = [(c, rng.integers(0, 300, rng.integers(1, 6))) for c in contexts for _ in range(3)]
+    for (total, _), (context, continuation) in zip(score(model, requests), requests):
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(np.concatenate([context, continuation]))[None]).logits[0]
+        expected = logits.log_softmax(-1)[len(context) - 1 : -1]
+        expected = expected.gather(1, torch.from_numpy(continuation)[:, None]).sum()
+        assert total == pytest.approx(expected.item(), abs=1e-3)
+
+
 def test_choices_of_one_token_need_one_row(lively_model):
     seen = []
     lively_model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
@@ -193,3 +213,32 @@ def test_the_mean_is_plain_and_centered():
     assert found["value"] == pytest.approx((1 / 3 + 0.1) / 2)
     assert found["stderr"] == pytest.approx(0.02)
     assert centered_mean({}, "ChatCORE", 6) is None
+
+
+@pytest.mark.slow
+def test_the_plain_runner_of_lm_eval_gives_the_same_numbers(lively_model, tokenizer, bundle, tmp_path):
+    from lm_eval import simple_evaluate
+
+    lively_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with quiet():
+        lm = LocalLM(lively_model, tokenizer, EvalConfig(), engine=None)
+        ours = evaluate_core(lm, manager(bundle), limit=15, log=lambda line: None)["per_task"]
+    names = [f"nanochat_core_{label}" for label in ours]
+    plain = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(tmp_path / "model"), "dtype": "float32", "max_length": 1280},
+        tasks=names,
+        task_manager=TaskManager(
+            include_path=str(EVALS),
+            include_defaults=False,
+            metadata={"core_bundle": str(bundle), "pretrained": str(tmp_path / "model")},
+        ),
+        device="cpu",
+        batch_size=3,
+        limit=15,
+        bootstrap_iters=0,
+    )["results"]
+    for label, row in ours.items():
+        assert plain[f"nanochat_core_{label}"]["acc,none"] == row["acc"]
+        assert plain[f"nanochat_core_{label}"]["centered,none"] == row["centered"]

@@ -1,6 +1,9 @@
 """Evaluating a run: what lands in metrics.json, resuming, and each wrong input as one clear line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, LocalLM, core_metric, evaluate, load
 
 ASKED = 6
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -149,3 +153,36 @@ def test_a_missing_model_is_named(run):
         evaluate(config(), {"sft": str(run / "nothing-here")}, run / "eval")
     with pytest.raises(InputError, match="no finished model"):
         evaluate(config(), {}, run / "eval")
+
+
+@pytest.mark.slow
+def test_the_numbers_do_not_depend_on_the_number_of_processes(run, tmp_path):
+    folder = tmp_path / "bundle" / "eval_data" / "commonsense_reasoning"
+    folder.mkdir(parents=True)
+    rows = [{"query": f"It rains {i} so", "choices": ["we run", "we all sing"], "gold": i % 2} for i in range(9)]
+    (folder / "copa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "bundle" / "core.yaml").write_text("icl_tasks: []")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom pathlib import Path\nimport nanochat_hf\n"
+        "from nanochat_hf.eval.harness import EvalConfig, evaluate\n"
+        "config = EvalConfig(limit=7, bpb_tokens=4096, batch_tokens=1024, max_new_tokens=8, core_limit=9,\n"
+        "                    core_bundle=sys.argv[2], tasks=['nanochat_demo_counting', 'nanochat_demo_facts'])\n"
+        "evaluate(config, {stage: f'{sys.argv[1]}/{stage}' for stage in ('base', 'sft')}, Path(sys.argv[3]))\n"
+    )
+    found = []
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += [str(program), str(run), str(tmp_path / "bundle"), str(tmp_path / f"eval{processes}")]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, check=True, env=environment, timeout=170, capture_output=True)
+        found.append(json.loads((tmp_path / f"eval{processes}" / "metrics.json").read_text()))
+    one, two = found
+    assert two["hardware"]["num_processes"] == 2
+    for stage, tasks in one["results"].items():
+        for name, result in tasks.items():
+            other = two["results"][stage][name]
+            assert other["n"] == result["n"]
+            assert other["value"] == pytest.approx(result["value"], rel=0.05 if name == "val_bpb" else 1e-9)
+    assert one["core"]["base"]["value"] == two["core"]["base"]["value"]
+    assert len((tmp_path / "eval2/samples/sft/nanochat_demo_facts.jsonl").read_text().splitlines()) == 7

@@ -22,6 +22,7 @@ import torch
 import transformers
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from ..errors import InputError
@@ -29,6 +30,8 @@ from ..errors import InputError
 NUM_CORE = 22
 
 MIN_SHARED = 24  # tokens that choices must have in common before a separate pass over them pays
+# Without cuDNN's attention, which builds a plan for every new shape: seconds where the batch takes milliseconds.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LOGIT_COST = 8  # a position with logits costs the memory of about so many positions without
 
 
@@ -84,14 +87,15 @@ def score(
     single = [row for row in rows.values() if id(row) not in taken]
 
     found: list[tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]] = []
-    for batch in _batches([[row] for row in single], batch_tokens):
-        found.append(_run_single(model, [row for [row] in batch]))
-        if progress:
-            progress(len(found[-1][0]))
-    for batch in _batches(shared, batch_tokens):
-        found.append(_run_shared(model, batch))
-        if progress:
-            progress(len(found[-1][0]))
+    with sdpa_kernel(BACKENDS):
+        for batch in _batches([[row] for row in single], batch_tokens):
+            found.append(_run_single(model, [row for [row] in batch]))
+            if progress:
+                progress(len(found[-1][0]))
+        for batch in _batches(shared, batch_tokens):
+            found.append(_run_shared(model, batch))
+            if progress:
+                progress(len(found[-1][0]))
 
     answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
     for sizes, log_probs, hits in found:
@@ -122,7 +126,7 @@ def _batches(groups: list[list[_Row]], budget: int):
 
 def _run_single(model, rows: list[_Row]):
     """Whole rows, padded on the right, where causal attention cannot see it: no mask, the fastest kernels."""
-    ids = np.zeros((len(rows), max(row.length for row in rows)), np.int64)
+    ids = np.zeros((len(rows), _width(model, max(row.length for row in rows))), np.int64)
     for line, row in zip(ids, rows):
         line[: row.length] = np.concatenate([row.context, row.suffix[1:]])
     columns = [len(row.context) - 1 + np.arange(row.scored) for row in rows]
@@ -136,7 +140,7 @@ def _run_shared(model, groups: list[list[_Row]]):
     rows = [row for group in groups for row in group]
     lengths = np.array([len(group[0].context) - 1 for group in groups])
     # On the left, so that the distance to the suffix, which windows measure, is the same with and without padding.
-    ids = np.zeros((len(groups), lengths.max()), np.int64)
+    ids = np.zeros((len(groups), _width(model, lengths.max())), np.int64)
     mask = np.zeros_like(ids)
     for line, filled, group, length in zip(ids, mask, groups, lengths):
         line[-length:], filled[-length:] = group[0].context[:-1], 1
@@ -155,6 +159,12 @@ def _run_shared(model, groups: list[list[_Row]]):
     inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
     logits = _forward(model, ids, np.arange(ids.shape[1]), **inputs)
     return _read(logits, rows, [np.arange(row.scored) for row in rows])
+
+
+def _width(model, length: int) -> int:
+    """`length`, on a GPU rounded up where the positions allow it: few shapes, so that memory is reused."""
+    rounded, limit = -(-length // 64) * 64, getattr(model.config, "max_position_embeddings", None) or length
+    return int(rounded if model.device.type == "cuda" and (rounded <= limit or length > limit) else length)
 
 
 def _forward(model, ids: np.ndarray, kept: np.ndarray, **arrays) -> torch.Tensor:

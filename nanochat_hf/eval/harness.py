@@ -298,7 +298,7 @@ class Tasks:
         if found is None:
             return {}, []
         numbers, metadata = found["results"][name], task.config.metadata or {}
-        samples = [readable(sample) for sample in found["samples"][name]]
+        samples = [readable(sample) for sample in sorted(found["samples"][name], key=lambda sample: sample["doc_id"])]
         metric = next(m for m in ("acc", "acc_norm", "exact_match", *task.aggregation()) if f"{m},none" in numbers)
         result = {
             "value": numbers[f"{metric},none"],
@@ -379,8 +379,8 @@ def readable(sample: dict) -> dict:
         }
     question = doc["messages"][0]["content"] if doc.get("messages") else doc.get("question") or doc.get("prompt")
     question = question if isinstance(question, str) else str(sample["arguments"][0][0])
-    correct = sample.get("acc")
-    return {"question": question, "expected": sample["target"], "answer": answers, "correct": correct}
+    expected = doc["letters"][sample["target"]] if "letters" in doc else sample["target"]
+    return {"question": question, "expected": expected, "answer": answers, "correct": sample.get("acc")}
 
 
 def majority(samples: list[dict]) -> float:
