@@ -69,6 +69,8 @@ def test_every_demo_task_is_graded_and_recorded(run):
     assert set(found["results"]["base"]) == {"val_bpb"}
     assert 3 < found["results"]["base"]["val_bpb"]["value"] < 9  # untrained: 9 bits a token of 1 to 3 bytes
     assert found["bloat"]["files"] > 20
+    assert set(found["bytes_per_token"]) == {"english", "code", "korean", "math"}
+    assert found["bytes_per_token"]["english"]["ours"] > found["bytes_per_token"]["korean"]["ours"] >= 1
     samples = [json.loads(line) for line in (run / "eval/samples/sft/nanochat_demo_facts.jsonl").open()]
     assert len(samples) == ASKED
     assert set(samples[0]) == {"question", "expected", "answer", "correct"}

@@ -59,6 +59,7 @@ def run(tmp_path):
             "rl": {"counting": result(0.85)},
         },
         core={"base": core},
+        bytes_per_token={"korean": {"ours": 1.5, "GPT-2": None}},
         bloat={"characters": 1000, "lines": 20, "files": 2, "tokens": 250, "dependencies": 16},
         examples={"rl": [{"question": "2+2?", "expected": "4", "answer": "4", "correct": 1.0}]},
     )
@@ -96,6 +97,7 @@ def test_stage_sections_show_their_numbers_and_plots(run):
     text = make_report(run).read_text()
     assert re.search(r"Parameters\s+\| 1,234,567", text)
     assert re.search(r"arithmetic\s+\| 0.5000\s+\| 0.7500", text)
+    assert re.search(r"korean\s+\| 1.5000\s+\| -", text)
     assert re.search(r"right \| 2\+2\?", text)
     assert "is \\*big\\* | and \\<b\\>old" in text
     for name in ("base", "rl", "core"):

@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import primer
 from ..data.conversations import Mixture
@@ -196,6 +196,7 @@ def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: C
     numbers = {key: {s: n[key] for s, n in stages.items() if n[key]} for key in ("results", "core", "chatcore")}
     numbers["examples"] = {stage: found["examples"] for stage, found in stages.items()}
     numbers["seconds"] = {stage: found["seconds"] for stage, found in stages.items()}
+    numbers["bytes_per_token"] = compression(load_tokenizer(next(iter(models.values()))))
     metrics = finish(output, record, models=models, bloat=bloat(), **numbers)
     shutil.rmtree(output / "state", ignore_errors=True)
     return metrics
@@ -355,6 +356,24 @@ def held_out_bpb(config: EvalConfig, model, tokenizer) -> dict:
     loader.close()
     tokens = steps * batch * length * state.num_processes
     return {"value": value, "stderr": None, "n": tokens, "baseline": None, "higher_is_better": False}
+
+
+def compression(tokenizer) -> dict[str, dict[str, float | None]]:
+    """Bytes per token on short English, code, Korean and mathematics (evals/texts), beside GPT-2's and GPT-4's
+    tokenizers where this machine has them; None where not."""
+    columns: dict[str, Callable] = {"ours": tokenizer}
+    for name, place in (("GPT-2", "openai-community/gpt2"), ("GPT-4", "Xenova/gpt-4")):
+        try:
+            columns[name] = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        except (OSError, ValueError):
+            columns[name] = None
+    table = {}
+    for path in sorted((EVALS / "texts").glob("*.txt")):
+        text = path.read_text(encoding="utf-8")
+        size = len(text.encode())
+        counts = {name: t and len(t(text, add_special_tokens=False)["input_ids"]) for name, t in columns.items()}
+        table[path.stem] = {name: size / count if count else None for name, count in counts.items()}
+    return table
 
 
 def load(folder: str, dtype: str, device: torch.device):

@@ -100,7 +100,9 @@ def collect(run: Run, hourly_rate: float | None = None) -> dict:
         "cost": hourly_rate * total / 3600 if hourly_rate is not None else None,
         "bloat": evaluation.get("bloat"),
         "stages": {name: metrics for name, metrics in stages.items() if name != "eval"},
-        "evaluation": {key: evaluation.get(key) or {} for key in ("results", "core", "chatcore", "examples")},
+        "evaluation": {
+            key: evaluation.get(key) or {} for key in ("results", "core", "chatcore", "examples", "bytes_per_token")
+        },
         "table": table(stages, evaluation),
     }
 
@@ -159,6 +161,9 @@ def markdown(facts: dict, pictures: dict[str, str] | None = None) -> str:
         parts.append(
             grid(["", ""], [[SHOWN[key], show(key, metrics[key])] for key in SHOWN if metrics.get(key) is not None])
         )
+        if stage == "tokenizer" and (texts := facts["evaluation"]["bytes_per_token"]):
+            rows = [[name, *(show("", value) for value in row.values())] for name, row in texts.items()]
+            parts.append(grid(["Bytes per token", *next(iter(texts.values()))], rows))
         parts += extras(stage, metrics)
         if stage in pictures:
             parts.append(f"![{TITLES[stage]}]({pictures[stage]})")
@@ -199,12 +204,6 @@ def extras(stage: str, metrics: dict) -> list[str]:
         parts.append(grid(["Dataset", "Rows", "Tokens"], rows))
     if skipped := metrics.get("skipped_rows"):
         parts.append(f"{len(skipped)} rows were skipped, the first because: {skipped[0].get('reason')}")
-    if isinstance(metrics.get("bytes_per_token_of"), dict):
-        rows = [
-            [name, *(show("", value) for value in row.values())] for name, row in metrics["bytes_per_token_of"].items()
-        ]
-        columns = next(iter(metrics["bytes_per_token_of"].values()))
-        parts.append(grid(["Bytes per token", *columns], rows))
     if metrics.get("before") or metrics.get("after"):
         before, after = metrics.get("before") or {}, metrics.get("after") or {}
         names = list(dict.fromkeys([*before, *after]))
