@@ -159,6 +159,10 @@ def test_messages_without_calls_are_what_other_servers_get():
     assert spoken(messages) == [messages[0], {"role": "assistant", "content": "Let me see. Two."}]
 
 
+def test_a_result_without_a_call_is_only_text():
+    assert messages_of([Piece("So "), Piece("7", "result"), Piece("!")]) == [{"role": "assistant", "content": "So 7!"}]
+
+
 def test_open_model_says_what_is_missing(tmp_path):
     with pytest.raises(InputError, match="no finished stage"):
         open_model(None, str(tmp_path), None)

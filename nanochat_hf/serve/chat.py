@@ -170,9 +170,9 @@ def messages_of(pieces: list[Piece]) -> list[dict]:
                 {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": function}]}
             )
             text = ""
-        elif piece.kind == "result":
+        elif piece.kind == "result" and messages and messages[-1].get("tool_calls") and not text:
             messages.append({"role": "tool", "name": "python", "content": str(piece)})
-        else:
+        else:  # also a result that the model made up without a call
             text += piece
     return [*messages, {"role": "assistant", "content": text}]
 

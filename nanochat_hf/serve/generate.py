@@ -60,8 +60,9 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     tools: bool = True
+    stop_at_call: bool = False  # end with finish "call" when the model calls, for callers who run the tool themselves
     tokens: list[int] = field(default_factory=list)  # the stop token, if one came, is the last
-    finish: str | None = None  # "stop", "length" or "cancelled"
+    finish: str | None = None  # "stop", "length", "call" or "cancelled"
     cancelled: bool = False  # set it (from any thread) to end the request early
 
 
@@ -185,6 +186,13 @@ class Engine:
         if self.decoder.device.type == "cuda":
             self.host = [torch.empty(MAX_CHUNK, rows, dtype=torch.int32, pin_memory=True) for _ in range(4)]
 
+    def warm_up(self) -> None:
+        """Compile and record every size of step that `rows` rows can need, so that no request waits for it."""
+        sizes = {min(1 << i, self.decoder.rows) for i in range(self.decoder.rows.bit_length() + 1)}
+        for size in sorted(sizes) if self.decoder.fast else ():
+            self.decoder.capture(size)
+        list(self.generate([[0, 0]], max_new_tokens=1))
+
     def refresh(self) -> None:
         """Take over the model's weights after they changed (training between two rounds of generation)."""
         self.decoder.refresh()
@@ -195,14 +203,21 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.waiting) or any(self.owners)
 
-    def submit(self, request: Request) -> Request:
-        """Queue a request. Raises InputError if its prompt is empty or does not fit."""
-        if not request.prompt:
+    def check(self, prompt: list[int]) -> None:
+        """Raises InputError if a prompt is empty, does not fit, or has ids that the model does not know."""
+        if not prompt:
             raise InputError("the prompt is empty: give at least one token (bos)")
-        if len(request.prompt) >= self.length:
+        if len(prompt) >= self.length:
+            raise InputError(f"the prompt has {len(prompt)} tokens, the model's context is {self.length}: shorten it")
+        rows = self.model.config.vocab_size
+        if min(prompt) < 0 or max(prompt) >= rows:
             raise InputError(
-                f"the prompt has {len(request.prompt)} tokens, the model's context is {self.length}: shorten it"
+                f"the prompt has token ids outside of 0..{rows - 1}: encode it with the model's tokenizer"
             )
+
+    def submit(self, request: Request) -> Request:
+        """Queue a request. Raises InputError as `check` does."""
+        self.check(request.prompt)
         self.waiting.append(request)
         return request
 
@@ -294,7 +309,10 @@ class Engine:
             elif len(request.tokens) >= self.budget(request):
                 self.close(row, "length")
             elif self.tool and new[-1] == self.marks[1]:
-                self.call(request)
+                if request.stop_at_call:
+                    self.close(row, "call")
+                else:
+                    self.call(request)
         return events
 
     def close(self, row: int, reason: str) -> None:

@@ -1,0 +1,194 @@
+"""Threads that own an engine, and the answers that an event loop reads from them.
+
+A `Worker` runs one `Engine`, on a device of its own; requests that come while others run join them at the next step.
+Its queue is bounded: `start_request` raises `Busy` rather than let a request wait for ever. `Answer` is one request
+seen from the event loop: pieces of text as they come, cut at stop strings and at a time limit. `server` builds its
+routes on them.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+
+import torch
+
+from .generate import Engine, Piece, Request, TextDecoder
+
+
+class Broken(RuntimeError):
+    """The thread that ran the model has ended with an error."""
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Worker(threading.Thread):
+    """Owns one engine; hands out the tokens of each request to the event loop that asked for them."""
+
+    def __init__(self, make_engine: Callable[[], Engine], device: str | None = None, max_waiting: int = 64):
+        super().__init__(daemon=True, name=f"worker-{device or 'cpu'}")
+        self.make_engine, self.device, self.max_waiting = make_engine, device, max_waiting
+        self.engine: Engine | None = None
+        self.error: Exception | None = None
+        self.sinks: dict[Request, Callable[[list[int] | None], None]] = {}
+        self.inbox: list[Request] = []
+        self.wake, self.ready, self.stopping = threading.Condition(), threading.Event(), False
+
+    def run(self) -> None:
+        try:
+            if self.device and self.device.startswith("cuda"):
+                torch.cuda.set_device(self.device)  # kernels and graphs go to the thread's current device
+            self.engine = self.make_engine()
+            self.ready.set()
+            while self.turn():
+                pass
+        except Exception as error:  # out of memory, a broken driver: say so to everybody who waits, and in /health
+            self.error = error
+        finally:
+            self.ready.set()
+            with self.wake:
+                for sink in self.sinks.values():
+                    sink(None)
+                self.sinks.clear()
+
+    def turn(self) -> bool:
+        """One round of the engine; sleeps while there is nothing to do. False ends the thread."""
+        with self.wake:
+            while not (self.stopping or self.inbox or self.engine.busy):
+                self.wake.wait()
+            if self.stopping:
+                return False
+            arrived, self.inbox = self.inbox, []
+        for request in arrived:
+            self.engine.submit(request)
+        for request, tokens in self.engine.advance():
+            if tokens:
+                self.sinks[request](tokens)
+        for request in [request for request in self.sinks if request.finish]:
+            self.sinks.pop(request)(None)
+        return True
+
+    @property
+    def load(self) -> int:
+        return len(self.sinks)
+
+    def start_request(self, request: Request, sink: Callable[[list[int] | None], None]) -> None:
+        """`sink` gets lists of tokens, then None. Raises Busy when the queue is full, Broken when the model is."""
+        with self.wake:
+            if self.error is not None or not self.is_alive():
+                raise Broken(f"the model is not running: {self.error}")
+            if self.load >= self.engine.decoder.rows + self.max_waiting:
+                raise Busy
+            self.sinks[request] = sink
+            self.inbox.append(request)
+            self.wake.notify()
+
+    def close(self) -> None:
+        with self.wake:
+            self.stopping = True
+            self.wake.notify()
+        self.join(10)
+
+
+class Answer:
+    """One request under way: its tokens as pieces of text, cut at stop strings and at the time limit."""
+
+    def __init__(self, workers: list[Worker], request: Request, stops: list[str] = (), max_seconds: float = 120.0):
+        """Give the request to the worker with the least to do; raises Busy or Broken."""
+        self.request, self.stops, self.max_seconds = request, [stop for stop in stops if stop], max_seconds
+        self.decoder = TextDecoder(workers[0].engine.tokenizer)
+        self.queue: asyncio.Queue = asyncio.Queue()
+        self.held, self.stopped, self.late = "", False, False
+        loop = asyncio.get_running_loop()
+
+        def sink(tokens: list[int] | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime: nobody listens any more
+                loop.call_soon_threadsafe(self.queue.put_nowait, tokens)
+
+        self.worker = min(workers, key=lambda worker: worker.load)
+        self.worker.start_request(request, sink)
+
+    async def batches(self) -> AsyncIterator[tuple[list[int], list[Piece]]]:
+        """(tokens, pieces of text that they complete) as they come; ends the request when left early."""
+        deadline = time.monotonic() + self.max_seconds
+        try:
+            while True:
+                try:
+                    tokens = await asyncio.wait_for(self.queue.get(), max(0.0, deadline - time.monotonic()))
+                except TimeoutError:
+                    self.late = True
+                    break
+                if tokens is None:
+                    break
+                pieces = self.cut(self.decoder.push(tokens))
+                yield tokens, pieces
+                if self.stopped:
+                    return
+            if self.worker.error is not None and not self.request.finish:
+                raise Broken(f"the model stopped: {self.worker.error}")
+            rest = self.cut(self.decoder.push([], last=True))
+            if self.held and not self.stopped:
+                rest.append(Piece(self.held))
+            yield [], rest
+        finally:
+            if not self.request.finish:
+                self.request.cancelled = True
+
+    def cut(self, pieces: list[Piece]) -> list[Piece]:
+        """Hold back text that may be the beginning of a stop string; drop what follows one."""
+        if not self.stops:
+            return pieces
+        given = []
+        for piece in pieces:
+            if piece.kind != "text":
+                given.append(piece)
+                continue
+            text = self.held + piece
+            found = min((at for at in (text.find(stop) for stop in self.stops) if at >= 0), default=None)
+            if found is not None:
+                self.stopped, self.held = True, ""
+                return [*given, Piece(text[:found])]
+            keep = max((n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+            self.held = text[len(text) - keep :]
+            given.append(Piece(text[: len(text) - keep]))
+        return [piece for piece in given if piece]
+
+    async def whole(self, gone: Callable) -> list[Piece]:
+        """All pieces; gives up when `await gone()` says that nobody waits any more."""
+        pieces = []
+        async for _, some in self.batches():
+            pieces += some
+            if await gone():
+                self.request.cancelled = True
+        return pieces
+
+    @property
+    def reason(self) -> str:
+        """OpenAI's name for why it ended."""
+        if self.stopped or self.request.finish == "stop":
+            return "stop"
+        return "tool_calls" if self.request.finish == "call" else "length"
+
+    @property
+    def usage(self) -> dict:
+        prompt, new = len(self.request.prompt), len(self.request.tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def open_workers(name: str, rows: int, max_waiting: int, device: str | None = None) -> list[Worker]:
+    """Started workers with the model `name`, one on each GPU, or one on `device`."""
+    devices = [device] if device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+
+    def engine_on(place: str) -> Engine:
+        engine = Engine.from_pretrained(name, place, rows=rows)
+        engine.encode([{"role": "user", "content": ""}])  # a base model without a template fails here, not later
+        engine.warm_up()
+        return engine
+
+    workers = [Worker(lambda place=place: engine_on(place), place, max_waiting) for place in devices]
+    for worker in workers:
+        worker.start()
+    return workers

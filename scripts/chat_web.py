@@ -1,0 +1,40 @@
+"""Serve a trained model over HTTP: a chat page for browsers, OpenAI's and TGI's routes for programs.
+
+python scripts/chat_web.py --run-dir runs/cpu-demo [--host 127.0.0.1] [--port 8000]
+python scripts/chat_web.py --model you/nanochat-d24
+"""
+
+import argparse
+
+import uvicorn
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.run import Run, guarded
+from nanochat_hf.serve.server import Server
+from nanochat_hf.serve.worker import open_workers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", help="run folder: its newest finished stage")
+    parser.add_argument("--model", help="checkpoint folder or Hub id")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the network in")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--rows", type=int, default=16, help="answers generated at the same time on each GPU")
+    parser.add_argument("--max-waiting", type=int, default=64, help="requests that may wait; more are refused")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--max-seconds", type=float, default=120.0, help="time limit of one answer")
+    parser.add_argument("--temperature", type=float, default=0.6, help="for requests that do not say")
+    parser.add_argument("--top-k", type=int, default=50)
+    parser.add_argument("--device", help="one device; by default a replica on each GPU, else the CPU")
+    args = parser.parse_args()
+    name = args.model or (args.run_dir and Run(args.run_dir).latest_model())
+    if not name:
+        raise InputError("name the model: --run-dir DIR with a finished stage, or --model FOLDER_OR_HUB_ID")
+    workers = open_workers(str(name), args.rows, args.max_waiting, args.device)
+    server = Server(workers, str(name), args.temperature, args.top_k, args.max_new_tokens, args.max_seconds)
+    uvicorn.run(server.app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5)
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,299 @@
+"""The server with the clients that people use: huggingface_hub's InferenceClient, the openai package, plain HTTP."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from huggingface_hub import InferenceClient, close_session, constants
+from huggingface_hub.errors import HfHubHTTPError
+from talker import QUESTIONS, talker, talker_folder  # noqa: F401
+
+from nanochat_hf.serve.chat import Options, RemoteModel, messages_of
+from nanochat_hf.serve.generate import Engine
+from nanochat_hf.serve.server import Server
+from nanochat_hf.serve.worker import Worker
+
+ROOT = Path(__file__).parent.parent
+HELLO = QUESTIONS["Hello"][0][1]
+
+
+@pytest.fixture(scope="module")
+def server(talker):  # noqa: F811
+    """The server with the talker in greedy mode on loopback; `server.url`."""
+    worker = Worker(lambda: Engine(*talker, rows=4), max_waiting=4)
+    worker.start()
+    made = Server([worker], "tests/talker", temperature=0.0, max_new_tokens=150)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    made.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    runner = uvicorn.Server(uvicorn.Config(made.app, log_level="critical"))
+    thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not runner.started:
+        time.sleep(0.01)
+    yield made
+    runner.should_exit = True
+    thread.join(10)
+    assert not worker.is_alive()  # a clean shutdown ends the model's thread
+
+
+@pytest.fixture
+def hf(server, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()
+    yield InferenceClient(base_url=server.url, timeout=30)
+    close_session()
+
+
+@pytest.fixture(scope="module")
+def ai(server):
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+# ---- huggingface_hub -----------------------------------------------------------------------------------------------
+
+
+def test_inference_client_chats(hf):
+    answer = hf.chat_completion(user("Hello"), max_tokens=120)
+    assert answer.choices[0].message.content == HELLO and answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens > 20 and answer.model == "tests/talker"
+
+
+def test_inference_client_streams_a_chat_with_its_tool(hf):
+    chunks = list(hf.chat_completion(user("What is 12 * 34?"), stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "It is 408."
+    tools = [chunk.choices[0].delta["tool"] for chunk in chunks if "tool" in chunk.choices[0].delta]
+    assert (
+        "".join(t.get("call", "") for t in tools) == "12*34" and "".join(t.get("result", "") for t in tools) == "408"
+    )
+    assert chunks[-1].choices[0].finish_reason == "stop" and len(chunks) > 5
+
+
+def test_inference_client_generates_text_plain_detailed_and_streamed(hf, server):
+    prompt = server.tokenizer.apply_chat_template(user("Hello"), add_generation_prompt=True, tokenize=False)
+    assert hf.text_generation(prompt, max_new_tokens=120) == HELLO
+    detailed = hf.text_generation(prompt, max_new_tokens=120, details=True)
+    assert detailed.generated_text == HELLO and detailed.details.finish_reason == "eos_token"
+    assert "".join(token.text for token in detailed.details.tokens) == HELLO
+    assert detailed.details.tokens[-1].special and detailed.details.generated_tokens == len(detailed.details.tokens)
+    assert "".join(hf.text_generation(prompt, max_new_tokens=120, stream=True)) == HELLO
+    events = list(hf.text_generation(prompt, max_new_tokens=9, stream=True, details=True))
+    assert [event.index for event in events] == list(range(1, 10)) and events[-1].details.finish_reason == "length"
+    assert events[-1].generated_text == "".join(event.token.text for event in events)
+
+
+def test_text_generation_stops_at_words_and_can_return_the_prompt(hf, server):
+    prompt = server.tokenizer.apply_chat_template(user("Hello"), add_generation_prompt=True, tokenize=False)
+    found = hf.text_generation(prompt, max_new_tokens=120, stop=["small"], details=True)
+    assert found.generated_text.endswith("**") and found.details.finish_reason == "stop_sequence"
+    assert hf.text_generation(prompt, max_new_tokens=3, return_full_text=True).startswith(prompt)
+
+
+def test_the_terminal_chat_talks_to_it_with_tools_shown(hf, server):
+    pieces = list(RemoteModel(server.url).answer(user("What is 5 + 6?"), Options(temperature=0.0, max_new_tokens=100)))
+    call, result, text = messages_of(pieces)
+    assert call["tool_calls"][0]["function"]["arguments"] == {"expression": "5+6"}
+    assert (result["content"], text["content"]) == ("11", "It is 11.")
+
+
+# ---- openai --------------------------------------------------------------------------------------------------------
+
+
+def test_openai_chats_and_sees_the_steps_of_the_tool(ai):
+    answer = ai.chat.completions.create(model="any", messages=user("What is 12 * 34?"))
+    message = answer.choices[0].message
+    assert message.content == "It is 408." and message.model_extra["tool_steps"] == [
+        {"call": "12*34", "result": "408"}
+    ]
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_openai_streams_with_usage(ai):
+    chunks = list(
+        ai.chat.completions.create(
+            model="any", messages=user("Hello"), stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == HELLO
+    assert chunks[-1].usage.completion_tokens > 20 and chunks[-2].choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_openai_clients_may_run_the_tool_themselves(ai, streamed):
+    parameters = {"type": "object", "properties": {"expression": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "python", "parameters": parameters}}]
+    messages = user("What is 5 + 6?")
+    reply = ai.chat.completions.create(model="any", messages=messages, tools=tools, stream=streamed)
+    if streamed:
+        chunks = list(reply)
+        reason, (call,) = chunks[-1].choices[0].finish_reason, chunks[-2].choices[0].delta.tool_calls
+    else:
+        reason, (call,) = reply.choices[0].finish_reason, reply.choices[0].message.tool_calls
+    assert reason == "tool_calls" and json.loads(call.function.arguments) == {"expression": "5+6"}
+    function = {"name": "python", "arguments": call.function.arguments}
+    messages += [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": call.id, "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": call.id, "content": "11"},
+    ]
+    final = ai.chat.completions.create(model="any", messages=messages, tools=tools)
+    assert final.choices[0].message.content == "It is 11."
+
+
+def test_openai_completes_text_and_lists_the_model(ai, server):
+    prompt = server.tokenizer.apply_chat_template(user("Hello"), add_generation_prompt=True, tokenize=False)
+    assert ai.completions.create(model="any", prompt=prompt, max_tokens=120).choices[0].text == HELLO
+    chunks = list(ai.completions.create(model="any", prompt=prompt, max_tokens=120, stream=True))
+    assert (
+        "".join(chunk.choices[0].text for chunk in chunks) == HELLO and chunks[-1].choices[0].finish_reason == "stop"
+    )
+    assert [model.id for model in ai.models.list()] == ["tests/talker"]
+
+
+def test_openai_gets_several_samples_of_one_prompt_and_the_same_with_the_same_seed(ai):
+    def ask():
+        answer = ai.chat.completions.create(
+            model="any", messages=user("Hello"), n=3, temperature=2.0, seed=5, max_tokens=12, extra_body={"top_k": 0}
+        )
+        return [choice.message.content for choice in answer.choices]
+
+    first = ask()
+    assert len(set(first)) == 3 and ask() == first
+
+
+def test_openai_errors_arrive_as_its_own_exceptions(ai):
+    with pytest.raises(openai.BadRequestError, match="no chat"):
+        ai.chat.completions.create(model="any", messages=[{"role": "robot", "content": "?"}])
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        ai.chat.completions.create(model="any", messages=user("?"), temperature=99)
+    with pytest.raises(openai.BadRequestError, match="knows one tool"):
+        tools = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
+        ai.chat.completions.create(model="any", messages=user("?"), tools=tools)
+    with pytest.raises(openai.BadRequestError, match="context is 256"):
+        ai.completions.create(model="any", prompt="word " * 300)
+    with pytest.raises(openai.BadRequestError, match=r"outside of 0\.\."):
+        ai.completions.create(model="any", prompt=[1, 99999])
+
+
+# ---- plain HTTP ----------------------------------------------------------------------------------------------------
+
+
+def test_tgi_routes_answer_as_documented(server):
+    body = {"inputs": "Hello", "parameters": {"max_new_tokens": 5}}
+    assert set(httpx.post(server.url + "/generate", json=body).json()) == {"generated_text"}
+    assert isinstance(httpx.post(server.url + "/", json=body).json(), list)
+    lines = httpx.post(server.url + "/generate_stream", json=body).text.strip().split("\n\n")
+    assert len(lines) == 5 and json.loads(lines[-1].removeprefix("data: "))["details"]["generated_tokens"] == 5
+    info = httpx.get(server.url + "/info").json()
+    assert (info["model_id"], info["max_total_tokens"], info["num_replicas"]) == ("tests/talker", 256, 1)
+    assert httpx.get(server.url + "/health").status_code == 200
+    wrong = httpx.post(server.url + "/generate", json={"inputs": "Hello", "parameters": {"max_new_tokens": 0}})
+    assert wrong.status_code == 422 and wrong.json()["error_type"] == "validation" and "max_new_tokens" in wrong.text
+
+
+def test_browsers_get_a_page_that_needs_nothing_from_elsewhere(server):
+    page = httpx.get(server.url + "/")
+    assert page.headers["content-type"].startswith("text/html") and "/v1/chat/completions" in page.text
+    assert not re.findall(r"(?:src|href)=", page.text) and "innerHTML" not in page.text
+
+
+def test_special_tokens_in_a_message_stay_text(ai, server):
+    text = "x<|assistant_end|><|user_start|>"
+    answer = ai.chat.completions.create(model="any", messages=user(text), max_tokens=2)
+    ids = server.engine.encode(user(text))
+    assert answer.usage.prompt_tokens == len(ids)
+    assert sum(token in server.tokenizer.all_special_ids for token in ids) == 4  # bos, user start and end, assistant
+
+
+def test_a_conversation_that_grew_too_long_loses_its_oldest_turns(server):
+    messages = [{"role": role, "content": "word " * 20} for _ in range(8) for role in ("user", "assistant")]
+    body = {"messages": [*messages, *user("Hello")], "max_tokens": 60}
+    answer = httpx.post(server.url + "/v1/chat/completions", json=body).json()
+    assert answer["dropped_messages"] > 0 and answer["choices"][0]["message"]["content"].startswith("안녕")
+
+
+def test_too_large_and_broken_bodies_are_refused(server):
+    big = httpx.post(server.url + "/v1/chat/completions", content=b"x" * (1 << 21))
+    assert big.status_code == 413 and "1048576 bytes" in big.text
+    broken = httpx.post(
+        server.url + "/v1/chat/completions", content=b"{", headers={"Content-Type": "application/json"}
+    )
+    assert broken.status_code == 400 and broken.json()["error"]["type"] == "validation"
+    empty = httpx.post(server.url + "/v1/chat/completions", json={"messages": []})
+    assert empty.status_code == 400 and "messages" in empty.json()["error"]["message"]
+
+
+def test_a_full_queue_says_so_and_the_others_are_answered(server, hf):
+    worker, real = server.workers[0], server.engine.advance
+    gate = threading.Event()
+    worker.engine.advance = lambda: (gate.wait(20), real())[1]
+    statuses = []
+
+    def ask():
+        body = {"messages": user("Hello"), "max_tokens": 4}
+        statuses.append(httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]  # 4 rows and 4 that may wait
+    for thread in threads:
+        thread.start()
+    while worker.load < 8:
+        time.sleep(0.01)
+    with pytest.raises(HfHubHTTPError, match="overloaded"):
+        hf.chat_completion(user("Hello"))
+    gate.set()
+    for thread in threads:
+        thread.join()
+    worker.engine.advance = real
+    assert statuses == [200] * 8
+
+
+def test_a_client_that_hangs_up_frees_its_row(server):
+    body = {"messages": user("Hello"), "stream": True, "temperature": 3.0, "top_k": 0}
+    with httpx.stream("POST", server.url + "/v1/chat/completions", json=body) as reply:
+        next(reply.iter_text())
+    end = time.monotonic() + 10
+    while server.workers[0].load and time.monotonic() < end:
+        time.sleep(0.02)
+    assert server.workers[0].load == 0
+
+
+@pytest.mark.slow
+def test_the_script_serves_a_run_answers_curl_and_stops_at_a_signal(talker_folder):  # noqa: F811
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["--run-dir", str(talker_folder.parent), "--port", str(port), "--temperature", "0"]
+    process = subprocess.Popen([sys.executable, "scripts/chat_web.py", *words], cwd=ROOT)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        body = json.dumps({"messages": user("What is 5 + 6?"), "stream": True})
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        command = ["curl", "-sN", url, "-H", "Content-Type: application/json", "-d", body]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert said.rstrip().endswith("data: [DONE]") and '"tool": {"result"' in said
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) in (0, -signal.SIGINT, 130)

@@ -1,0 +1,135 @@
+"""Worker threads: many requests at once, a bounded queue, stop strings, time limits, and a model that breaks."""
+
+import asyncio
+import threading
+
+import pytest
+from talker import QUESTIONS, talker  # noqa: F401
+
+from nanochat_hf.serve.generate import Engine, Request
+from nanochat_hf.serve.worker import Answer, Broken, Busy, Worker
+
+
+@pytest.fixture
+def worker(talker):  # noqa: F811
+    made = Worker(lambda: Engine(*talker, rows=2), max_waiting=3)
+    made.start()
+    made.ready.wait()
+    yield made
+    made.close()
+    assert not made.is_alive()
+
+
+def prompt(worker, text="Hello"):
+    return worker.engine.encode([{"role": "user", "content": text}])
+
+
+async def never():
+    return False
+
+
+def ask(worker, text="Hello", stops=(), max_seconds=60.0, **options):
+    """(text, why it ended) of one answer."""
+
+    async def run():
+        answer = Answer(
+            [worker], Request(prompt(worker, text), **{"max_new_tokens": 120, **options}), stops, max_seconds
+        )
+        pieces = await answer.whole(never)
+        return "".join(piece for piece in pieces if piece.kind == "text"), answer.reason
+
+    return asyncio.run(run())
+
+
+def test_answers_at_the_same_time_do_not_mix(worker):
+    async def run():
+        answers = [Answer([worker], Request(prompt(worker, text), 120)) for text in QUESTIONS]
+        return await asyncio.gather(*(answer.whole(never) for answer in answers))
+
+    found = ["".join(piece for piece in pieces if piece.kind == "text") for pieces in asyncio.run(run())]
+    assert found == [parts[-1][1] for parts in QUESTIONS.values()] and worker.load == 0
+
+
+def test_a_full_queue_refuses_at_once_and_recovers(worker):
+    async def run():
+        answers = [Answer([worker], Request(prompt(worker), 120)) for _ in range(5)]  # 2 rows and 3 that wait
+        with pytest.raises(Busy):
+            Answer([worker], Request(prompt(worker)))
+        await asyncio.gather(*(answer.whole(never) for answer in answers))
+
+    asyncio.run(run())
+    assert ask(worker)[1] == "stop"
+
+
+@pytest.mark.parametrize("stop,text", [("**", "안녕하세요! I am a "), ("quite a", "talk for "), ("zzz", "at all.")])
+def test_stop_strings_cut_the_text_also_across_tokens(worker, stop, text):
+    found, reason = ask(worker, stops=[stop])
+    assert found.endswith(text) and stop not in found and reason == "stop"
+
+
+def test_text_held_back_for_a_stop_string_is_given_out_at_the_end(worker):
+    assert ask(worker, stops=["all.X"])[0].endswith("at all.")
+
+
+def test_a_time_limit_cuts_the_answer_and_frees_the_row(worker):
+    slow, real = threading.Event(), worker.engine.advance
+    worker.engine.advance = lambda: (slow.wait(0.05), real())[1]
+    text, reason = ask(worker, max_seconds=0.3)
+    assert reason == "length" and len(text) < 20
+    worker.engine.advance = real
+    assert ask(worker, "What is 5 + 6?") == ("It is 11.", "stop")
+
+
+def test_a_client_that_left_frees_the_row(worker):
+    async def gone():
+        return True
+
+    async def run():
+        answer = Answer([worker], Request(prompt(worker), 200))
+        await answer.whole(gone)
+        return answer.request
+
+    assert asyncio.run(run()).finish in ("cancelled", "stop")
+
+
+def test_a_broken_model_fails_the_answer_under_way_and_refuses_the_next(talker):  # noqa: F811
+    worker = Worker(lambda: Engine(*talker))
+    worker.start()
+    worker.ready.wait()
+
+    def explode():
+        raise MemoryError("no memory left")
+
+    worker.engine.advance = explode
+    with pytest.raises(Broken, match="no memory left"):
+        ask(worker)
+    with pytest.raises(Broken, match="not running: no memory left"):
+        ask(worker)
+    worker.join(5)
+
+
+def test_a_model_that_cannot_be_loaded_is_told_to_whoever_waits():
+    def fail():
+        raise ValueError("no such model")
+
+    worker = Worker(fail)
+    worker.start()
+    assert worker.ready.wait(5) and "no such model" in str(worker.error)
+
+
+def test_the_worker_with_less_to_do_gets_the_request(talker):  # noqa: F811
+    workers = [Worker(lambda: Engine(*talker, rows=1)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+        worker.ready.wait()
+
+    async def run():
+        answers = [Answer(workers, Request(prompt(workers[0]), 60)) for _ in range(4)]
+        used = [answer.worker for answer in answers]
+        await asyncio.gather(*(answer.whole(never) for answer in answers))
+        return used
+
+    used = asyncio.run(run())
+    assert used.count(workers[0]) == used.count(workers[1]) == 2
+    for worker in workers:
+        worker.close()
