@@ -159,9 +159,10 @@ def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
     )
 
 
-def rollout(engine: Callable, config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Callable:
+def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Callable:
     """TRL's `rollout_func` over an engine of this project, whose answers hold the tool's results already."""
     opens, closes = tokenizer.convert_tokens_to_ids(["<|output_start|>", "<|output_end|>"])
+    engines = []
 
     def own(ids: list[int]) -> list[int]:
         """1 where the model chose the token, 0 in a tool's result."""
@@ -174,10 +175,15 @@ def rollout(engine: Callable, config: RLConfig, tokenizer: PreTrainedTokenizerBa
 
     def generate(prompts: list, trainer: RLTrainer) -> dict:
         model, training = trainer.accelerator.unwrap_model(trainer.model), trainer.model.training
+        model.eval()
+        if not engines:
+            engines.append(make_engine(model, tokenizer))
+        elif hasattr(engines[0], "refresh"):  # it keeps a copy of the weights
+            engines[0].refresh()
         ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
-        answers = engine(model.eval(), tokenizer).generate(
+        answers = engines[0].generate(
             ids,
-            seed=trainer.args.seed + trainer.state.global_step,
+            seed=trainer.args.seed + trainer.state.global_step * trainer.args.world_size + trainer.args.process_index,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
@@ -192,8 +198,9 @@ def rollout(engine: Callable, config: RLConfig, tokenizer: PreTrainedTokenizerBa
 def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None = None) -> None:
     """Practise on questions, from the model in folder `model`; the result and its metrics.json go to `output`.
 
-    `engine(model, tokenizer)` must have the `generate` of eval.generation.Generator. Raises InputError for a data set
-    without checkable answers, and for batch sizes that do not divide.
+    `engine`, if given, is called with model and tokenizer and makes what has the `generate` of
+    eval.generation.Generator. Raises InputError for a data set without checkable answers, and for batch sizes that do
+    not divide.
     """
     record, output = begin(config), Path(output)
     tokenizer = load_tokenizer(model)
