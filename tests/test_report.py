@@ -75,6 +75,7 @@ def test_the_last_table_has_every_stage_and_a_dash_for_what_was_not_measured(run
     assert rows["counting"] == ["-", "-", "0.8000", "0.8500"]
     assert rows["2/22 tasks, 50 examples each"] == ["0.0100", "-", "-", "-"]
     assert "CORE" not in rows
+    assert "### BASE: 2/22 tasks" in text
     assert "Total wall time: 1 h 00 min" in last
 
 
@@ -99,7 +100,7 @@ def test_stage_sections_show_their_numbers_and_plots(run):
     assert re.search(r"arithmetic\s+\| 0.5000\s+\| 0.7500", text)
     assert re.search(r"korean\s+\| 1.5000\s+\| -", text)
     assert re.search(r"right \| 2\+2\?", text)
-    assert "is \\*big\\* | and \\<b\\>old" in text
+    assert "is \\*big\\* | and \\<b>old" in text
     for name in ("base", "rl", "core"):
         assert (run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"(plots/{name}.png)" in text
@@ -160,3 +161,5 @@ def test_small_helpers():
     assert [duration(s) for s in (None, 59.6, 3725)] == ["-", "1 min 00 s", "1 h 02 min"]
     assert grid(["a", "b"], []) == ""
     assert one_line("x" * 400).endswith("…")
+    said = "<|python_start|>2*3<|python_end|><|output_start|>6<|output_end|>So 6."
+    assert one_line(said) == "\\[calls 2*3, gets 6] So 6.".replace("*", "\\*")

@@ -226,10 +226,14 @@ def evaluation_section(facts: dict, pictures: dict[str, str]) -> list[str]:
             )
         parts.append(grid([stage.upper(), "Value", "Guessing", "n", "Tool called", "pass@k"], rows))
     for stage, core in cores.items():
-        missing = f" Missing: {', '.join(core['missing'])}." if core.get("missing") else ""
-        long = f" {core['long_prompts']} prompts were cropped." if core.get("long_prompts") else ""
         error = f" ± {core['stderr']:.4f}" if core.get("stderr") is not None else ""
-        parts.append(f"### CORE of {stage}: {core['value']:.4f}{error} ({core['tasks']} tasks).{missing}{long}")
+        notes = [f"Mean of centered accuracies: {core['value']:.4f}{error}."]
+        notes += (
+            [f"The bundle lacks {', '.join(core['missing'])}, so this is not CORE."] if core.get("missing") else []
+        )
+        notes += [f"{core['long_prompts']} prompts were cropped."] if core.get("long_prompts") else []
+        notes += [f"GPT-2 XL (1.6B) has {GPT2_XL['CORE']:.4f}."] if core["label"] == "CORE" else []
+        parts += [f"### {stage.upper()}: {core['label']}", " ".join(notes)]
         rows = [[n, f"{r['acc']:.4f}", f"{r['centered']:.4f}", f"{r['n']:,}"] for n, r in core["per_task"].items()]
         parts.append(grid(["Task", "Accuracy", "Centered", "n"], rows))
     if "core" in pictures:
@@ -305,10 +309,12 @@ def duration(seconds: float | None) -> str:
 
 
 def one_line(text) -> str:
-    """Text as a single line of Markdown that means nothing but itself, at most 300 characters."""
-    words = " ".join(str(text).split())
+    """Text as a single line of Markdown that means nothing but itself, at most 300 characters; tool calls in words."""
+    call = r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?"
+    words = re.sub(call, lambda m: f"[calls {m[1]}" + (f", gets {m[2]}] " if m[2] else "] "), str(text), flags=re.S)
+    words = " ".join(words.split())
     words = words if len(words) <= 300 else words[:299] + "…"
-    return re.sub(r"([\\`*_<>\[\]#])", r"\\\1", words)
+    return re.sub(r"([\\`*<\[])", r"\\\1", words)
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
