@@ -177,7 +177,7 @@ def guarded(main: Callable) -> None:
 
 
 def script(cls, run_stage: Callable, **extra: str) -> None:
-    """The main function of scripts/*: `--config YAML --run-dir DIR [--key value ...]`, then run_stage(config, run, ...).
+    """The main function of scripts/*: `--config YAML --run-dir DIR [--key value ...]`, then run_stage(config, run).
 
     `extra` declares further optional arguments (name -> help); they reach run_stage as keywords, None if not given.
     """

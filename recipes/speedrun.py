@@ -16,11 +16,14 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 
-from nanochat_hf.data.tokenizer import TokenizerConfig, train_tokenizer
+from nanochat_hf.data import primer
+from nanochat_hf.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.harness import EvalConfig, evaluate
+from nanochat_hf.eval.generation import Generator
+from nanochat_hf.eval.harness import EvalConfig, core_metric, evaluate
 from nanochat_hf.eval.report import make_report
 from nanochat_hf.run import STAGES, Run, guarded, nearest, parse_config
+from nanochat_hf.serve.generate import Engine
 from nanochat_hf.train.grpo import RLConfig, train_rl
 from nanochat_hf.train.pretrain import PretrainConfig, pretrain
 from nanochat_hf.train.sft import ChatConfig, train_chat
@@ -76,24 +79,34 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
         if changed:
             words = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in list(changed.items())[:3])
             raise InputError(
-                f"the recipe changed since {run.folder(stage)} finished ({words}); use another --run-dir or delete that folder"
+                f"the recipe changed since {run.folder(stage)} finished ({words}); "
+                "use another --run-dir or delete that folder"
             )
 
 
-def run_stage(stage: str, config, run: Run) -> None:
-    output = run.folder(stage)
+def run_stage(stage: str, configs: dict, run: Run) -> None:
+    config, output = configs[stage], run.folder(stage)
     if stage == "tokenizer":
         if PartialState().is_main_process:
             train_tokenizer(config, output)
     elif stage == "base":
-        pretrain(config, tokenizer=str(run.folder("tokenizer")), output=output)
+        tokenizer, bundle = str(run.folder("tokenizer")), configs["eval"].core_bundle if "eval" in configs else None
+        core = None
+        if bundle and config.core_metric_every > 0:
+            core = core_metric(load_tokenizer(tokenizer), bundle)
+        pretrain(config, tokenizer=tokenizer, output=output, core=core)
     elif stage in ("mid", "sft"):
         train_chat(config, model=source_of(stage, run), output=output)
     elif stage == "rl":
-        train_rl(config, model=source_of(stage, run), output=output)
+        train_rl(config, model=source_of(stage, run), output=output, engine=engine)
     elif stage == "eval":
         models = {name: str(run.folder(name)) for name in ("base", "mid", "sft", "rl") if run.finished(name)}
-        evaluate(config, models, output)
+        evaluate(config, models, output, engine=engine)
+
+
+def engine(model, tokenizer):
+    """What generates in evaluation and RL: CUDA graphs on a GPU, plain transformers elsewhere."""
+    return Engine(model, tokenizer) if model.device.type == "cuda" else Generator(model, tokenizer)
 
 
 def source_of(stage: str, run: Run) -> str:
@@ -103,6 +116,25 @@ def source_of(stage: str, run: Run) -> str:
             f"stage {stage!r} starts from a finished earlier stage and {run.path} has none; run base first"
         )
     return str(folder)
+
+
+def talk(run: Run, configs: dict) -> None:
+    """Ask the newest chat model three questions, of which the demo's were never in training."""
+    folder = run.latest_model()
+    if folder is None or folder.name == "base":
+        return
+    if configs["base"].dataset == "primer":
+        rows = [primer.questions(kind, num=1)[0] for kind in ("fact", "arithmetic", "counting")]
+        texts = [row["messages"][0]["content"] for row in rows]
+    else:
+        texts = ["Who are you?", "Why is the sky blue?", "What is 317 times 24?"]
+    model = Engine.from_pretrained(str(folder))
+    print(f"\nThree questions to {folder}; more with: python scripts/chat_cli.py --run-dir {run.path}")
+    for text in texts:
+        print(f"\n> {text}")
+        for piece in model.stream([{"role": "user", "content": text}], max_new_tokens=256, temperature=0.0):
+            print(piece, end="", flush=True)
+        print()
 
 
 def check_writable(path: Path) -> None:
@@ -139,12 +171,14 @@ def main() -> None:
             state.print(f"[{stage}] finished earlier: {run.folder(stage)}")
             continue
         state.print(f"[{stage}] {run.folder(stage)}")
-        run_stage(stage, configs[stage], run)
+        run_stage(stage, configs, run)
         AcceleratorState._reset_state()  # the next stage chooses its own precision and accumulation
         GradientState._reset_state()
         state.wait_for_everyone()
     if "report" in stages and state.is_main_process:
-        print(make_report(run.path, hourly_rate=arguments.hourly_rate).read_text())
+        report = make_report(run.path, hourly_rate=arguments.hourly_rate)
+        print(f"\n{report.read_text()}\nThe report with its plots: {report}")
+        talk(run, configs)
 
 
 if __name__ == "__main__":
