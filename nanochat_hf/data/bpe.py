@@ -8,9 +8,9 @@ that the pattern never joins across, equal chunks are counted in C++, and only d
 """
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -31,26 +31,41 @@ def byte_alphabet() -> list[str]:
 # A chunk begins at a blank that a visible character follows. No match of the pattern goes on over such a blank, none
 # looks behind, and what precedes it is matched the same when the text ends there. So chunks can be split one by one.
 CHUNK = regex.compile(r" (?=\S)")
-ODD_BLANK = r" (?:[\s\v\x{85}\x{1c}-\x{1f}\p{Z}]|$)"  # (RE2) a blank that begins no chunk
+HELD = "\x01"  # stands for a blank that begins no chunk, while text is cut at the others
+ODD_BLANK = (
+    r" (?:[\s\v\x{85}\x{1c}-\x{1f}\p{Z}]|$)"  # (RE2) other blanks that begin no chunk: before a tab, at the end
+)
 
 
 def count_words(texts: Iterable[str], pattern: str, num_threads: int = 4) -> Counter:
     """How often each word, as `pattern` splits text, occurs in the texts. The pattern must have `CHUNK`'s property."""
+    tables: list[pa.Table] = []
     with ThreadPoolExecutor(num_threads) as threads:
-        waiting, tables = [], []
+        running: deque[Future] = deque()
         for batch in batches_of(texts):
-            waiting.append(threads.submit(count_chunks, batch))
-            if len(waiting) > num_threads:  # bounds what is in memory
-                tables.append(waiting.pop(0).result())
-        tables += [future.result() for future in waiting]
+            running.append(threads.submit(count_chunks, batch))
+            if len(running) > num_threads:  # bounds what is in memory, as does summing up now and then
+                tables.append(running.popleft().result())
+            if len(tables) == 16:
+                tables = [summed(tables)]
+        tables += [future.result() for future in running]
     words: Counter = Counter()
     if tables:
-        chunks = pa.concat_tables(tables).group_by("chunk").aggregate([("count", "sum")])
         split = regex.compile(pattern).findall
-        for chunk, count in zip(chunks["chunk"].to_pylist(), chunks["count_sum"].to_pylist()):
-            for word in split(chunk):
+        chunks = summed(tables)
+        for chunk, count in zip(chunks["chunk"].to_pylist(), chunks["count"].to_pylist()):
+            # Most chunks are a word of letters with its blank, which needs no pattern.
+            for word in [chunk] if chunk[:1] == " " and chunk[1:].isalpha() else split(chunk):
                 words[word] += count
     return words
+
+
+def summed(tables: list[pa.Table]) -> pa.Table:
+    """One row a chunk, with its total where that is not 0."""
+    table = pa.concat_tables(tables).combine_chunks()
+    chunks = table["chunk"].combine_chunks().dictionary_encode()  # several times as fast as group_by
+    totals = np.bincount(chunks.indices, table["count"]).astype(np.int64)  # sums of floats: exact below 2^53
+    return pa.table({"chunk": chunks.dictionary, "count": totals}).filter(pa.array(totals != 0))
 
 
 def batches_of(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -68,22 +83,25 @@ def batches_of(texts: Iterable[str]) -> Iterator[list[str]]:
 def count_chunks(texts: list[str]) -> pa.Table:
     """Columns chunk and count (a chunk may stand in several rows)."""
     array = pa.array(texts, pa.large_string())
-    odd = pc.match_substring_regex(array, ODD_BLANK)
-    # The usual text, where every blank begins a chunk: its chunks are counted without their blank ...
+    odd = pc.match_substring(array, HELD)
+    # Of several blanks only the last can begin a chunk: hold the others. Three replacements do it for any number.
+    for several, held in (("  ", HELD + " "), (" " + HELD, HELD * 2), ("  ", HELD + " ")):
+        array = pc.replace_substring(array, several, held)
+    odd = pc.or_(odd, pc.match_substring_regex(array, ODD_BLANK))
+    # Now the chunks of the usual text, which has no other blanks, are counted without their own ...
     pieces = pc.value_counts(pc.split_pattern(array.filter(pc.invert(odd)), " ").flatten())
     empty, blank = pa.scalar("", pa.large_string()), pa.scalar(" ", pa.large_string())
-    joined = pc.binary_join_element_wise(empty, pieces.field(0), blank)
+    joined = pc.replace_substring(pc.binary_join_element_wise(empty, pieces.field(0), blank), HELD, " ")
     usual = pa.table({"chunk": joined, "count": pieces.field(1)})
-    # ... except that a text's first chunk has none. Other texts are cut one by one.
+    # ... except that a text's first chunk has none. Odd text is cut one by one.
     rest: Counter = Counter()
     for text, is_odd in zip(texts, odd.to_pylist()):
+        first, *others = CHUNK.split(text, maxsplit=0 if is_odd else 1)
+        rest[first] += 1
         if is_odd:
-            first, *others = CHUNK.split(text)
             rest.update(" " + other for other in others)
         else:
-            first = text.partition(" ")[0]
             rest[" " + first] -= 1
-        rest[first] += 1
     others = pa.table({"chunk": pa.array(rest, pa.large_string()), "count": pa.array(rest.values(), pa.int64())})
     return pa.concat_tables([usual, others])
 
@@ -100,7 +118,7 @@ def learn_merges(words: dict[str, int], num_merges: int) -> list[tuple[bytes, by
     id_of_token = {token: number for number, token in enumerate(token_of_id)}
     id_of_byte = np.argsort(order).astype(np.int32)
 
-    encoded = [word.encode() for word, count in words.items() if count > 0]
+    encoded = [word.encode() for word in words]
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
     gaps = np.concatenate([[0], np.cumsum(lengths + 1)])  # a gap before every word and one at the end
     symbol = np.full(gaps[-1] + 1, EDGE, np.int32)
@@ -108,7 +126,7 @@ def learn_merges(words: dict[str, int], num_merges: int) -> list[tuple[bytes, by
     inside[gaps] = False
     symbol[inside] = id_of_byte[np.frombuffer(b"".join(encoded), np.uint8)]
     weight = np.zeros(len(symbol), np.int64)
-    weight[inside] = np.repeat(np.fromiter((c for c in words.values() if c > 0), np.int64, len(encoded)), lengths)
+    weight[inside] = np.repeat(np.fromiter(words.values(), np.int64, len(encoded)), lengths)
     following = np.arange(1, len(symbol) + 1, dtype=np.int32)
     previous = np.arange(-1, len(symbol) - 1, dtype=np.int32)
     flag = np.zeros(len(symbol), bool)
