@@ -55,7 +55,7 @@ def random_weights_and_rope_tables_without_the_axis_of_heads(monkeypatch):
     def init_randomly(self, module):
         init_weights(self, module)
         for parameter in module.parameters(recurse=False):
-            init.normal_(parameter, std=0.5 if parameter.ndim == 1 else 0.2)
+            init.normal_(parameter, std=0.5 if parameter.ndim == 1 else 0.05)
 
     monkeypatch.setattr(NanoChatPreTrainedModel, "_init_weights", init_randomly)
     if os.environ.get("PYTEST_CURRENT_TEST", "").find("rope_scaling_frequencies") >= 0:
@@ -67,6 +67,11 @@ class SecondTester(CausalLMModelTester):
     config_class = NanoChatConfig
     base_model_class = NanoChatModel
     causal_lm_class = NanoChatForCausalLM
+
+    def prepare_config_and_inputs_for_common(self):
+        config, inputs = super().prepare_config_and_inputs_for_common()
+        inputs["attention_mask"] = inputs["attention_mask"].flip(1)  # padded to the left, as generation needs it
+        return config, inputs
 
 
 class FirstTester(SecondTester):
