@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat_hf.data import corpus
@@ -47,7 +47,7 @@ def test_the_last_file_is_validation_and_training_keeps_the_order_of_the_files(f
     epochs=st.integers(1, 3),
     kind=st.sampled_from(["parquet", "jsonl"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_readers_share_every_document_exactly_once_an_epoch(tmp_path_factory, counts, group, world_size, epochs, kind):
     path = tmp_path_factory.mktemp("data")
     wanted = [f"{n}.{i}" for n, count in enumerate(counts) for i in range(count)]

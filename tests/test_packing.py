@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat_hf.data.packing import BestFitPacker
@@ -55,14 +55,14 @@ lengths = st.lists(st.integers(1, 40), min_size=1, max_size=80)
 
 
 @given(lengths, st.integers(2, 33), st.integers(1, 12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_packing_equals_a_plain_search_through_the_list(sizes, row_length, buffer_size):
     documents = [document(i + 1, n) for i, n in enumerate(sizes)]
     assert packed_rows(documents, row_length, buffer_size) == slow_rows(documents, row_length, buffer_size)
 
 
 @given(lengths, st.integers(2, 33))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_rows_are_full_begin_with_bos_and_hold_each_document_once(sizes, row_length):
     rows = packed_rows([document(i + 1, n) for i, n in enumerate(sizes)], row_length, 10)
     seen = []
@@ -88,7 +88,7 @@ def test_only_the_last_document_of_a_row_is_cropped_and_the_loss_is_counted():
 
 
 @given(lengths, lengths)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_packer_rebuilt_from_its_waiting_documents_packs_the_same_rows(first, second):
     packer = BestFitPacker()
     packer.add(document(i + 1, n) for i, n in enumerate(first))

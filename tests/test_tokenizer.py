@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -38,14 +38,14 @@ any_text = st.lists(st.one_of(pieces, st.text())).map("".join)
 
 
 @given(any_text)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_text_comes_back_byte_for_byte(tokenizer, text):
     (ids,) = encode_documents(tokenizer, [text])
     assert tokenizer.decode(ids[1:]).encode() == text.encode()
 
 
 @given(any_text)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_document_holds_no_special_token_but_its_first(tokenizer, text):
     (ids,) = encode_documents(tokenizer, [text])
     assert ids[0] == tokenizer.bos_token_id
@@ -59,7 +59,7 @@ def test_documents_with_special_spellings_are_longer_than_one_token_and_leave_th
 
 
 @given(any_text)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_stripped_text_spells_no_special_token_and_other_text_stays(text):
     stripped = strip_special_tokens(text)
     assert not any(token in stripped for token in SPECIAL_TOKENS)
@@ -91,7 +91,7 @@ def test_every_byte_is_a_token(tokenizer):
 
 
 @given(st.text(min_size=1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_token_byte_lengths_add_up_to_the_bytes_of_the_text(tokenizer, text):
     lengths = np.array(token_byte_lengths(tokenizer))
     (ids,) = encode_documents(tokenizer, [text])
