@@ -222,7 +222,14 @@ def evaluation_section(facts: dict, pictures: dict[str, str]) -> list[str]:
         for name, r in tasks.items():
             value = f"{r['value']:.4f}" + (f" ± {r['stderr']:.4f}" if r.get("stderr") is not None else "")
             rows.append(
-                [name, value, show("", r.get("baseline")), f"{r['n']:,}", percent(r.get("tool_use")), best_of(r)]
+                [
+                    name.replace("_", " "),
+                    value,
+                    show("", r.get("baseline")),
+                    f"{r['n']:,}",
+                    percent(r.get("tool_use")),
+                    best_of(r),
+                ]
             )
         parts.append(grid([stage.upper(), "Value", "Guessing", "n", "Tool called", "pass@k"], rows))
     for stage, core in cores.items():
