@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..errors import InputError
@@ -241,22 +242,23 @@ def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     from .corpus import DocumentStream
 
     output, record = Path(output), begin(config)
-    counted = [0]
+    reading = tqdm(total=config.max_chars, desc="tokenizer: reading", unit="char", unit_scale=True, disable=None)
 
     def texts(split: str, limit: int) -> Iterator[str]:
-        counted[0] = 0
+        reading.reset(limit)
         for text in DocumentStream(config.dataset, split, seed=config.seed, skip_bad_files=config.skip_bad_files):
-            text = text[: min(config.doc_cap, limit - counted[0])]
-            counted[0] += len(text)
+            text = text[: min(config.doc_cap, limit - reading.n)]
+            reading.n += len(text)
+            reading.update(0)
             yield text
-            if counted[0] >= limit:
+            if reading.n >= limit:
                 return
 
-    tokenizer = train_bpe(
-        texts("train", config.max_chars), config.vocab_size, config.digit_group, config.normalization
-    )
-    train_chars = counted[0]
+    train = texts("train", config.max_chars)
+    tokenizer = train_bpe(train, config.vocab_size, config.digit_group, config.normalization)
+    train_chars = reading.n
     compression = bytes_per_token(tokenizer, texts("validation", VALIDATION_CHARS))
+    reading.close()
     save(tokenizer, output)
     finish(output, record, vocab_size=len(tokenizer), bytes_per_token=compression, train_chars=train_chars)
 
