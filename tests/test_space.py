@@ -1,0 +1,350 @@
+"""The Gradio Space: its functions, its API, and the page in a real browser (headless Chromium through playwright).
+
+The browser tests are skipped where playwright or Chromium is absent; SCREENSHOTS=folder keeps their pictures.
+"""
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from talker import QUESTIONS, talker, talker_folder  # noqa: F401
+
+APP = Path(__file__).parent.parent / "spaces" / "chat" / "app.py"
+HELLO = QUESTIONS["Hello"][0][1]
+
+
+@pytest.fixture(scope="module")
+def app(talker_folder):  # noqa: F811
+    """The app as a module, with the talker as its model."""
+    before = os.environ.get("MODEL_ID")
+    os.environ["MODEL_ID"] = str(talker_folder)
+    spec = importlib.util.spec_from_file_location("space_app", APP)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    os.environ.pop("MODEL_ID")
+    if before is not None:
+        os.environ["MODEL_ID"] = before
+
+
+def last(app, text, history=(), **options):
+    *_, final = app.respond(text, list(history), options.get("system", ""), 0.0, 0, options.get("max_tokens", 120))
+    return final
+
+
+# ---- functions -------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_grows_and_its_tool_step_stands_apart(app):
+    seen = list(app.respond("What is 12 * 34?", [], "", 0.0, 0, 120))
+    title = seen[-1][0]["metadata"]["title"]
+    assert (title, seen[-1][0]["content"], seen[-1][1]["content"]) == ("🧮 12*34", "```\n408\n```", "It is 408.")
+    assert len(seen) > 8 and seen[0][0]["metadata"]["status"] == "pending"
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_spaces_answers_are_those_of_the_fast_engine(app, talker, question):  # noqa: F811
+    from nanochat_hf.serve.generate import Engine
+
+    pieces = Engine(*talker).stream([{"role": "user", "content": question}])
+    text = "".join(piece for piece in pieces if piece.kind == "text")
+    assert "".join(m["content"] for m in last(app, question) if not m.get("metadata")) == text
+
+
+def test_half_characters_are_not_shown(app):
+    assert all(
+        "\ufffd" not in message["content"] for seen in app.respond("Hello", [], "", 0.0, 0, 120) for message in seen
+    )
+
+
+def test_history_with_steps_becomes_calls_and_results_again(app):
+    history = [
+        {"role": "user", "content": [{"type": "text", "text": "What is 5 + 6?"}], "metadata": None},
+        {"role": "assistant", "content": [{"type": "text", "text": "```\n11\n```"}], "metadata": {"title": "🧮 5+6"}},
+        {"role": "assistant", "content": "It is 11.", "metadata": {"title": None}},
+        {"role": "assistant", "content": "too long", "metadata": {"title": "⚠️"}},
+    ]
+    messages = app.messages_of(history, "And &lt;b&gt;?", "Be kind.", with_tools=True)
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "tool", "assistant", "user"]
+    text = app.tokenizer.apply_chat_template(messages, tokenize=False)
+    turn = "<|python_start|>5+6<|python_end|><|output_start|>11<|output_end|>It is 11.<|assistant_end|>"
+    assert turn in text and text.startswith("<|bos|><|user_start|>Be kind.\n\nWhat is 5 + 6?")
+    assert [m["role"] for m in app.messages_of(history, "x", "", with_tools=False)] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    "text,shown",
+    [
+        ("<b>x</b>", "&lt;b>x&lt;/b>"),
+        ("a & b < c", "a &amp; b &lt; c"),
+        ("`<i>` and <i>", "`<i>` and &lt;i>"),
+        ("```\n<script>\n```", "```\n<script>\n```"),
+        ("&lt;", "&amp;lt;"),
+    ],
+)
+def test_tags_outside_code_are_escaped_and_come_back_the_same(app, text, shown):
+    assert app.escape(text) == shown and app.unescape(shown) == text
+
+
+def test_long_conversations_are_shortened_and_a_message_that_is_too_long_is_told(app):
+    history = [{"role": role, "content": "word " * 20} for _ in range(8) for role in ("user", "assistant")]
+    assert last(app, "Hello", history, max_tokens=8)[0]["content"].startswith("안녕")
+    (told,) = last(app, "word " * 300)
+    assert told["metadata"]["title"] == "⚠️" and "the model reads at most 256" in told["content"]
+
+
+def test_the_calculators_errors_reach_the_model(app):
+    step, text = last(app, "What is 1 / 0?")
+    assert "division by zero" in step["content"] and text["content"] == "No."
+
+
+def test_the_check_beside_the_box_refuses_empty_and_very_long_messages(app):
+    assert app.check("Hello")["is_valid"] and not app.check("  ")["is_valid"]
+    assert "20,000 characters" in app.check("x" * 20_000)["message"]
+
+
+def test_sampling_respects_top_k_and_temperature(app):
+    import torch
+
+    logits = torch.tensor([0.0, 3.0, 2.9, -1.0])
+    torch.manual_seed(0)
+    assert app.pick(logits, 0.0, 0) == 1
+    assert {app.pick(logits, 1.0, 2) for _ in range(50)} == {1, 2}
+    assert {app.pick(logits, 5.0, 0) for _ in range(200)} == {0, 1, 2, 3}
+
+
+def test_front_matter_and_requirements_are_what_spaces_expects():
+    import gradio
+
+    meta = yaml.safe_load((APP.parent / "README.md").read_text().split("---\n")[1])
+    assert meta["sdk"] == "gradio" and meta["app_file"] == "app.py" and meta["models"] == ["you/nanochat-d24"]
+    assert meta["sdk_version"].split(".")[0] == gradio.__version__.split(".")[0]
+    assert "transformers" in (APP.parent / "requirements.txt").read_text()
+
+
+# ---- the running app -------------------------------------------------------------------------------------------
+
+SLOW_APP = """
+import importlib.util, sys, time
+spec = importlib.util.spec_from_file_location("space_app", sys.argv[1])
+app = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(app)
+pick = app.pick
+app.pick = lambda logits, temperature, top_k: (time.sleep(0.06), pick(logits, 0.0, 0))[1]  # time to press a button
+app.demo.launch(i18n=app.i18n, show_error=True, footer_links=[], server_port=int(sys.argv[2]))
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(words, environment):
+    """(process, url) of a Gradio app once it answers."""
+    port = free_port()
+    process = subprocess.Popen([sys.executable, *words, str(port)], env={**os.environ, **environment})
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(url, timeout=2)
+            return process, url
+        except OSError:
+            if process.poll() is not None:
+                pytest.fail("the app ended before it answered")
+            time.sleep(0.2)
+    raise TimeoutError(url)
+
+
+@pytest.fixture(scope="module")
+def space(talker_folder):  # noqa: F811
+    process, url = start(["-c", SLOW_APP, str(APP)], {"MODEL_ID": str(talker_folder), "MAX_QUEUE": "3"})
+    yield url
+    process.terminate()
+    process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("the browser tests need Chromium (Debian: apt-get install chromium)")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """One visitor."""
+
+    def __init__(self, browser, url, **options):
+        self.page = browser.new_context(**options).new_page()
+        self.page.goto(url, wait_until="domcontentloaded")
+        self.page.wait_for_selector("textarea", timeout=60_000)
+        self.page.wait_for_timeout(500)
+
+    def send(self, text):
+        box = self.page.locator("textarea").first
+        box.fill(text)
+        box.press("Enter")
+
+    def texts(self, who="bot"):
+        return [element.inner_text() for element in self.page.query_selector_all(f'[data-testid="{who}"]')]
+
+    def press(self, label):
+        self.page.locator(f'button[aria-label*="{label}" i]').last.click()
+
+    def until(self, condition, seconds=30):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, (self.texts("user"), self.texts())
+            self.page.wait_for_timeout(50)
+
+    def picture(self, name):
+        folder = Path(os.environ.get("SCREENSHOTS", "/tmp"))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=folder / f"space-{name}.png")
+
+
+@pytest.mark.slow
+def test_a_question_streams_its_answer_and_the_tool_step_opens(space, browser):
+    tab = Tab(browser, space)
+    tab.send("Hello")
+    lengths = set()
+    tab.until(lambda: (lengths.add(len("".join(tab.texts()))), "nothing at all." in "".join(tab.texts()))[1])
+    assert len(lengths) > 5 and "🙂" in "".join(tab.texts())  # it came bit by bit
+    tab.send("What is 12 * 34?")
+    tab.until(lambda: "It is 408." in tab.texts())
+    tab.page.get_by_text("🧮 12*34").click()
+    tab.until(lambda: tab.page.get_by_text("408", exact=True).count() > 0)
+    tab.picture("tool")
+
+
+@pytest.mark.slow
+def test_stop_keeps_what_was_said_and_retry_undo_and_edit_work(space, browser):
+    tab = Tab(browser, space)
+    tab.send("Hello")
+    tab.until(lambda: len("".join(tab.texts())) > 8)
+    tab.page.locator("button.stop-button").click()
+    tab.page.wait_for_timeout(1500)
+    stopped = "".join(tab.texts())
+    tab.page.wait_for_timeout(1000)
+    assert "".join(tab.texts()) == stopped and len(stopped) < 60
+    tab.press("Retry")
+    tab.until(lambda: "nothing at all." in "".join(tab.texts()))
+    tab.page.wait_for_timeout(1500)
+    tab.press("Edit")
+    tab.page.locator('[data-testid="user"] textarea, textarea.edit-textarea, .message textarea').first.fill(
+        "What is 5 + 6?"
+    )
+    tab.press("Submit")
+    tab.until(lambda: "It is 11." in tab.texts() and tab.texts("user") == ["What is 5 + 6?"])
+    tab.page.wait_for_timeout(1500)
+    tab.press("Undo")
+    tab.until(lambda: tab.texts() == [] and tab.page.locator("textarea").first.input_value() == "What is 5 + 6?")
+
+
+@pytest.mark.slow
+def test_tags_are_shown_as_text_and_scripts_do_not_run(space, browser):
+    tab = Tab(browser, space)
+    tab.send("<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>")
+    tab.until(lambda: tab.texts("user") != [])
+    tab.page.wait_for_timeout(1000)
+    assert tab.texts("user") == ["<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>"]
+    assert tab.page.evaluate("window.hacked") is None
+
+
+@pytest.mark.slow
+def test_twenty_thousand_characters_are_refused_beside_the_box_and_the_chat_goes_on(space, browser):
+    tab = Tab(browser, space)
+    tab.send("x" * 20_000)
+    tab.until(lambda: "The message has 20,000 characters; at most 8,000 are read." in tab.page.inner_text("body"))
+    assert tab.texts("user") == []
+    tab.send("What is 5 + 6?")
+    tab.until(lambda: "It is 11." in tab.texts())
+
+
+@pytest.mark.slow
+def test_two_tabs_at_once_get_each_their_own_answer(space, browser):
+    one, two = Tab(browser, space), Tab(browser, space)
+    one.send("Hello")
+    two.send("What is 5 + 6?")
+    two.until(lambda: "It is 11." in two.texts())
+    one.until(lambda: "nothing at all." in "".join(one.texts()))
+    assert "11" not in "".join(one.texts()) and "안녕" not in "".join(two.texts())
+
+
+@pytest.mark.slow
+def test_a_phone_in_korean_at_night(space, browser):
+    screen = {"width": 390, "height": 844}
+    tab = Tab(browser, space, locale="ko-KR", viewport=screen, color_scheme="dark", is_mobile=True, has_touch=True)
+    tab.page.get_by_text("설정").click()
+    tab.until(lambda: "시스템 메시지" in tab.page.inner_text("body"))
+    tab.picture("phone-settings")
+    tab.send("What is 12 * 34?")
+    tab.until(lambda: "It is 408." in tab.texts())
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out sideways
+    tab.picture("phone")
+
+
+@pytest.mark.slow
+def test_the_api_streams_and_a_full_queue_says_so(space):
+    from gradio_client import Client
+
+    client = Client(space, verbose=False)
+    arguments = ("", 0.0, 0, 120)
+    job = client.submit("What is 12 * 34?", *arguments, api_name="/chat")
+    assert job.result()[-1]["content"] == "It is 408." and len(job.outputs()) > 5
+    jobs = [client.submit("Hello", *arguments, api_name="/chat") for _ in range(8)]  # one runs, three may wait
+    failures = []
+    for job in jobs:
+        try:
+            job.result()
+        except Exception as error:
+            failures.append(str(error))
+    assert 1 <= len(failures) < 8 and all("queue is full" in text.lower() for text in failures), failures
+
+
+@pytest.mark.slow
+def test_it_talks_to_an_endpoint_and_says_when_it_is_gone(talker_folder):  # noqa: F811
+    from gradio_client import Client
+
+    script = Path(__file__).parent.parent / "scripts" / "chat_web.py"
+    words = [str(script), "--run-dir", str(talker_folder.parent), "--temperature", "0", "--port"]
+    server, endpoint = start(words, {})
+    code = SLOW_APP.replace("time.sleep(0.06), ", "")
+    process, url = start(["-c", code, str(APP)], {"ENDPOINT_URL": endpoint, "HF_HUB_OFFLINE": "0"})
+    try:
+        client = Client(url, verbose=False)
+        step, text = client.predict("What is 12 * 34?", "", 0.0, 0, 120, api_name="/chat")
+        assert "408" in step["content"] and text["content"] == "It is 408."
+        server.terminate()
+        server.wait(20)
+        (told,) = client.predict("Hello", "", 0.0, 0, 120, api_name="/chat")
+        assert "does not answer" in told["content"]
+    finally:
+        server.kill()
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,words", [("/nowhere/at/all", "no model in"), ("", "set MODEL_ID")])
+def test_without_a_model_the_app_ends_with_one_line(name, words, tmp_path):
+    shutil.copy(APP, tmp_path)
+    (tmp_path / "README.md").write_text("---\ntitle: x\n---\n")
+    command = [sys.executable, str(tmp_path / "app.py")]
+    done = subprocess.run(command, env={**os.environ, "MODEL_ID": name}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ") and words in done.stderr
