@@ -35,11 +35,11 @@ if triton is not None:
         tl.store(out + which * numel + where, (g + mu * (m - g)).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _apply(params, x, scale, numel, columns, rate, decay, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    def _apply(weights, x, scale, numel, columns, rate, decay, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
         which = tl.program_id(1).to(tl.int64)
         where = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = where < numel
-        param = tl.multiple_of(tl.load(params + which).to(tl.pointer_type(tl.float32)), 16) + where
+        param = tl.multiple_of(tl.load(weights + which).to(tl.pointer_type(tl.float32)), 16) + where
         p = tl.load(param, mask=inside)
         if PER_ROW:
             factor = tl.load(scale + which * (numel // columns) + where // columns, mask=inside)
