@@ -206,6 +206,12 @@ def test_zero_is_refused_by_name_of_what_to_use(world, tmp_path, monkeypatch):
         run(world, tmp_path)
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes were launched and Accelerate sees no GPU"):
+        run(world, tmp_path)
+
+
 def test_another_model_is_not_continued(world, tmp_path):
     def kill(folder, step):
         raise Killed

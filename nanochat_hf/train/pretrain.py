@@ -430,12 +430,18 @@ def start_accelerator(config: PretrainConfig, output: Path) -> Accelerator:
         raise InputError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less is lost between blocks of memory
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is new in 2.13
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no",  # the dtype of the embeddings decides, see network.py
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=output,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+    if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        raise InputError(  # else each of them would train alone, into one folder
+            f"{launched} processes were launched and Accelerate sees no GPU for them; on CPUs launch with "
+            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched}"
+        )
+    return accelerator
 
 
 def status(loss: float, speed: float, mfu: float | None) -> str:
