@@ -39,7 +39,7 @@ def fast_merges(documents: list[str], num_merges: int) -> list[tuple[bytes, byte
 
 
 @given(st.lists(texts, max_size=5))
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_cutting_at_blanks_counts_the_words_that_the_pattern_finds_in_whole_texts(documents):
     whole = Counter(word for text in documents for word in regex.findall(PATTERN, text))
     assert count_words(documents, PATTERN, num_threads=1) == whole
@@ -53,7 +53,7 @@ def test_words_are_those_that_the_saved_tokenizer_will_see(text):
 
 
 @given(st.lists(st.text("ab ", max_size=30), min_size=1, max_size=6), st.integers(1, 40))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_runs_and_ties_merge_as_in_the_library(documents, num_merges):
     assert fast_merges(documents, num_merges) == library_merges(documents, num_merges)
 

@@ -38,14 +38,14 @@ any_text = st.lists(st.one_of(pieces, st.text())).map("".join)
 
 
 @given(any_text)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_text_comes_back_byte_for_byte(tokenizer, text):
     (ids,) = encode_documents(tokenizer, [text])
     assert tokenizer.decode(ids[1:]).encode() == text.encode()
 
 
 @given(any_text)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_document_holds_no_special_token_but_its_first(tokenizer, text):
     (ids,) = encode_documents(tokenizer, [text])
     assert ids[0] == tokenizer.bos_token_id
