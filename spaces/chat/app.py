@@ -55,9 +55,9 @@ i18n = gr.I18n(
 )
 
 try:  # ZeroGPU lends a GPU for the length of a decorated call
-    import spaces
+    from spaces import GPU
 
-    gpu = spaces.GPU(duration=int(MAX_SECONDS))
+    gpu = GPU(duration=int(MAX_SECONDS))
 except ImportError:
 
     def gpu(function):
