@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong, not the program": its text is shown as a single line, exit code 2."""
+"""The one exception that means "the input is wrong, not the program"; it is shown as one line, exit code 2."""
 
 
 class InputError(ValueError):

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..data import primer
 from ..data.conversations import Mixture
 from ..data.corpus import DocumentStream
-from ..data.loader import PackedLoader
+from ..data.loader import VALIDATION, PackedLoader
 from ..data.tokenizer import load_tokenizer, strip_special_tokens, token_byte_lengths
 from ..errors import InputError
 from ..run import begin, finish, load_json, nearest, save_json
@@ -344,7 +344,7 @@ def held_out_bpb(config: EvalConfig, model, tokenizer) -> dict:
     state, length = PartialState(), model.config.max_position_embeddings
     batch = max(1, config.batch_tokens // 4 // length)  # all positions have logits here, which take the memory
     stream = DocumentStream(config.dataset, "validation", state.process_index, state.num_processes, seed=0)
-    loader = PackedLoader(stream, tokenizer, batch, length)
+    loader = PackedLoader(stream, tokenizer, batch, length, **VALIDATION)
     steps = max(1, config.bpb_tokens // (batch * length * state.num_processes))
 
     def batches():

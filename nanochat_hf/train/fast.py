@@ -60,7 +60,8 @@ def finish(x: Tensor, y: Tensor, middle: Tensor | None, strength: Tensor | None,
 class Trunk(nn.Module):
     """NanoChatModel's forward over the parameters of `model`, and with targets the head's loss as well.
 
-    compile: each part by torch.compile. fp8: the blocks' matrix products in 8-bit floats; the head's stays in bf16.
+    compile: each part by torch.compile. fp8: the blocks' matrix products in 8-bit floats, while training only; the
+    head's stays in bf16.
     """
 
     def __init__(self, model: NanoChatForCausalLM, compile: bool = False, fp8: bool = False):
@@ -104,7 +105,7 @@ class Trunk(nn.Module):
             x, y = self.block(
                 x, y, x0, lambdas[i], ids, table, gate, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight,
                 attn.o_proj.weight, mlp.fc1.weight, mlp.fc2.weight, cos, sin, masks.get(window), window,
-                attn.scaling, eps, self.fp8,
+                attn.scaling, eps, self.fp8 and torch.is_grad_enabled(),
             )  # fmt: skip
             if i == len(model.layers) // 2:
                 middle = x, y

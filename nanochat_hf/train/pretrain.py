@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.corpus import DocumentStream
-from ..data.loader import PackedLoader
+from ..data.loader import VALIDATION, PackedLoader
 from ..data.tokenizer import load_tokenizer, token_byte_lengths, token_dtype
 from ..errors import InputError
 from ..eval.bpb import evaluate_bpb
@@ -219,7 +219,8 @@ class Pretraining:
         stream = DocumentStream(
             config.dataset, split, self.accelerator.process_index, self.world, config.seed, config.skip_bad_files
         )
-        return PackedLoader(stream, self.tokenizer, self.rows, self.plan.max_seq_len)
+        packing = VALIDATION if split == "validation" else {}
+        return PackedLoader(stream, self.tokenizer, self.rows, self.plan.max_seq_len, **packing)
 
     def run(self) -> dict:
         total, main = self.plan.num_iterations, self.accelerator.is_main_process
