@@ -265,10 +265,10 @@ def test_a_left_padded_batch_generates_what_each_row_generates_alone(generation)
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_beams_and_assistants_see_the_same_model_with_and_without_cache(generation):
-    model, prompt = make_model(generation), make_ids(2, 7)
+    model, prompt = make_model(generation, num_tokens=None), make_ids(2, 7)
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8, "do_sample": False}
     assert model.generate(prompt, **beams).tolist() == model.generate(prompt, use_cache=False, **beams).tolist()
-    assistant = randomize(NanoChatForCausalLM(make_config(generation)), seed=9)
+    assistant = randomize(NanoChatForCausalLM(make_config(generation, num_tokens=None)), seed=9)
     assisted = greedy(model, prompt[:1], 12, assistant_model=assistant)
     assert assisted.tolist() == uncached_greedy(model, prompt[:1], 12).tolist()
 

@@ -33,7 +33,9 @@ class NanoChatConfig(PreTrainedConfig):
 
     Args:
         vocab_size: rows of the embedding and of the head, padded to a multiple of 64 for speed.
-        num_tokens: size of the tokenizer [vocab_size]; logits are cropped to it. None: no padding rows.
+        num_tokens: size of the tokenizer [vocab_size]; logits are cropped to it. None: no padding rows. Where the two
+            differ, transformers' `compute_transition_scores`, and before 5.23 beam search, want `vocab_size` logits
+            and fail.
         hidden_size: width of the residual stream [n_embd].
         intermediate_size: width of the MLP; None means 4 x hidden_size, the only value upstream knows.
         num_hidden_layers: number of blocks [n_layer].
