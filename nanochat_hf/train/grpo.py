@@ -13,6 +13,7 @@ Generation is most of the cost. It is transformers' `generate` with TRL's tool l
 """
 
 import json
+import os
 import random
 import time
 from collections import defaultdict
@@ -20,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,17 @@ from ..errors import InputError
 from ..run import begin, finish
 from ..tools import python
 from .rewards import COLUMNS, correctness, pass_at_k
-from .trainer import StageConfig, StageTrainer, drop_state, fit, load_model, lora, save_stage, trainer_arguments
+from .trainer import (
+    StageConfig,
+    StageTrainer,
+    drop_state,
+    fit,
+    load_model,
+    lora,
+    processes,
+    save_stage,
+    trainer_arguments,
+)
 
 MAX_TOOL_CALLS = 4  # of one answer
 EVAL_ROWS = 128  # answers that a device generates together while measuring
@@ -135,7 +145,7 @@ def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
     """TRL's arguments of the stage. Raises InputError when a step's answers cannot be shared out evenly."""
     answers, together = (
         config.examples_per_step * config.num_samples,
-        config.device_batch_size * PartialState().num_processes,
+        config.device_batch_size * processes().num_processes,
     )
     if answers % together:
         raise InputError(
@@ -206,6 +216,7 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
     tokenizer = load_tokenizer(model)
     network = load_model(model, config, tokenizer)
     output.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func may change, as every release reminds
     trainer = RLTrainer(
         model=network,
         args=grpo_arguments(config, output),

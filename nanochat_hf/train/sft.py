@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, load_from_disk
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -26,7 +25,17 @@ from ..data.conversations import Mixture
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..run import begin, finish, load_json, save_json
-from .trainer import StageConfig, StageTrainer, drop_state, fit, load_model, lora, save_stage, trainer_arguments
+from .trainer import (
+    StageConfig,
+    StageTrainer,
+    drop_state,
+    fit,
+    load_model,
+    lora,
+    processes,
+    save_stage,
+    trainer_arguments,
+)
 
 MANY = 20_000  # conversations from which tokenizing is shared out over the cores
 
@@ -123,7 +132,7 @@ def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, fol
 
     Raises InputError when nothing of the mixture can be used.
     """
-    if PartialState().is_main_process and not (folder / "made.json").exists():
+    if processes().is_main_process and not (folder / "made.json").exists():
         mixture = Mixture(entries, config.seed, config.bad_rows)
         chats = [(row["entry"], row["row"], json.dumps(row["messages"])) for row in tqdm(mixture, desc="reading")]
         rows = Dataset.from_dict(dict(zip(("entry", "row", "chat"), zip(*chats)))).map(
@@ -153,13 +162,13 @@ def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, fol
         print(mixture.table())
         made = {**total, "mixture": mixture.summary(), "skipped_rows": mixture.skipped}
         save_json(folder / "made.json", made)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     return load_from_disk(str(folder)), load_json(folder / "made.json")
 
 
 def accumulation(config: ChatConfig, length: int) -> int:
     """Batches of a step. Raises InputError when they are not whole."""
-    together = config.device_batch_size * PartialState().num_processes * (length if config.packing else 1)
+    together = config.device_batch_size * processes().num_processes * (length if config.packing else 1)
     steps, rest = divmod(config.total_batch_size, together) if config.total_batch_size > 0 else (1, 0)
     if rest or not steps:
         raise InputError(

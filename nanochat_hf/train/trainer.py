@@ -96,6 +96,15 @@ class StageConfig:
     """Where TRL reports to: none, trackio, wandb, tensorboard."""
 
 
+def on_cpu() -> bool:
+    return not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def processes() -> PartialState:
+    """The job's processes. Without `cpu` Accelerate would take several on CPUs for strangers."""
+    return PartialState(cpu=on_cpu())
+
+
 def load_model(source: str, config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model of folder (or Hub id) `source`: float32 weights, computing in bf16 where the device has it.
 
@@ -105,11 +114,11 @@ def load_model(source: str, config: StageConfig, tokenizer: PreTrainedTokenizerB
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, attn_implementation=config.attn_implementation
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"no model in {source}: {str(error).splitlines()[0]}") from None
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     model.generation_config.update(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
-    dtype = compute_dtype(PartialState().device)
+    dtype = compute_dtype(processes().device)
     if dtype != torch.float32:
         # What comes out of the embeddings decides in which dtype the network runs; the weights all stay float32.
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
@@ -143,7 +152,7 @@ def trainer_arguments(config: StageConfig, output: Path) -> dict:
         "save_total_limit": 1,
         "logging_steps": 0.005,  # of the run: two hundred points on a curve
         "logging_first_step": True,
-        "use_cpu": not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        "use_cpu": on_cpu(),
         "bf16": False,  # no autocast: see load_model
         "remove_unused_columns": False,
         "gradient_checkpointing": False,
@@ -246,7 +255,7 @@ class StageCallback(TrainerCallback):
 
     def on_save(self, args, state, control, optimizer=None, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if sharded(args):
+        if sharded(self.trainer):
             torch.save(optimizer.state_dict(), folder / f"optimizer-{args.process_index}.pt")
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
@@ -256,9 +265,9 @@ class StageCallback(TrainerCallback):
         self.bar.close()
 
 
-def sharded(args) -> bool:
-    """Whether each process holds optimizer state of its own: under DDP transformers saves only the first one's."""
-    return args.world_size > 1 and not (args.deepspeed or args.fsdp)
+def sharded(trainer: StageTrainer) -> bool:
+    """Whether each process holds optimizer state of its own (DDP): transformers saves only the first one's."""
+    return trainer.args.world_size > 1 and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
 
 
 def fit(trainer: StageTrainer, output: Path) -> list[dict]:
@@ -276,7 +285,7 @@ def fit(trainer: StageTrainer, output: Path) -> list[dict]:
         save_json(state / "config.json", settings)
     if checkpoint:
         trainer.earlier = load_json(checkpoint / "trainer_state.json")["log_history"][-1]["time"]
-        if sharded(trainer.args):
+        if sharded(trainer):
             trainer.own_state = checkpoint / f"optimizer-{trainer.args.process_index}.pt"
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return history(trainer)

@@ -1,0 +1,190 @@
+"""Conversations become rows, rows teach what the assistant says, and a killed stage goes on where it stopped."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.run import load_json
+from nanochat_hf.train import sft
+from nanochat_hf.train.sft import ChatConfig, Rows, accumulation, encode, prepare, train_chat
+
+CALL = [{"type": "function", "function": {"name": "python", "arguments": {"expression": "2+3"}}}]
+CHAT = [
+    {"role": "user", "content": "What is 2 + 3?"},
+    {"role": "assistant", "content": "", "tool_calls": CALL},
+    {"role": "tool", "name": "python", "content": "5"},
+    {"role": "assistant", "content": "2 + 3 = 5"},
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Stages of one process choose their own precision: the pipeline resets this between them, too."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def base(tiny_model, tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def config(**keys) -> ChatConfig:
+    keys = {"mixture": [{"dataset": "primer", "rows": 60}], "device_batch_size": 4, "num_iterations": 4, **keys}
+    return ChatConfig(**keys)
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def learned(tokenizer, encoded) -> str:
+    return tokenizer.decode([label for label in encoded["labels"][0] if label != -100])
+
+
+def test_sft_learns_what_the_assistant_says_and_not_what_the_tool_answers(tokenizer):
+    encoded = encode(tokenizer, [CHAT], assistant_only=True)
+    expected = "<|python_start|>2+3<|python_end|>2 + 3 = 5<|assistant_end|>"
+    assert learned(tokenizer, encoded) == expected
+    assert tokenizer.decode(encoded["input_ids"][0]).count("<|output_start|>5<|output_end|>") == 1
+
+
+def test_mid_training_learns_every_token_but_the_first_and_the_tools(tokenizer):
+    encoded = encode(tokenizer, [CHAT], assistant_only=False)
+    text = tokenizer.decode(encoded["input_ids"][0])
+    expected = text.replace("<|output_start|>5<|output_end|>", "").removeprefix("<|bos|>")
+    assert learned(tokenizer, encoded) == expected and "What is 2 + 3?" in expected
+
+
+def test_labels_stand_under_their_own_tokens(tokenizer):
+    for only in (True, False):
+        encoded = encode(tokenizer, [CHAT, CHAT[:1] + CHAT[3:]], assistant_only=only)
+        for ids, labels in zip(encoded["input_ids"], encoded["labels"], strict=True):
+            assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True)) and labels[0] == -100
+
+
+def test_positions_start_anew_in_each_conversation_and_padding_stands_alone():
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "seq_lengths": [3, 2]},
+        {"input_ids": [6, 7], "labels": [-100, 7]},
+    ]
+    batch = Rows(pad=9, length=6)(rows)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 0, 0, 0]]
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 9], [6, 7, 9, 9, 9, 9]]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5, -100], [-100, 7, -100, -100, -100, -100]]
+    assert Rows(pad=9, length=None)(rows)["input_ids"].shape == (2, 5)
+
+
+def test_a_packed_conversation_sees_nothing_of_its_neighbours(tiny_model, tokenizer):
+    tiny_model.lm_head.weight.data.normal_()  # fresh heads and projections are zero and would hide a difference
+    for layer in tiny_model.model.layers:
+        layer.self_attn.o_proj.weight.data.normal_(std=0.2)
+    tiny_model.model.smear_lambda.data.fill_(1.0)
+    ids, other = encode(tokenizer, [CHAT, CHAT[:1] + CHAT[3:]], True)["input_ids"]
+    row = {"input_ids": other + ids, "labels": other + ids, "seq_lengths": [len(other), len(ids)]}
+    batch = Rows(tokenizer.pad_token_id, len(ids) + len(other) + 5)([row])
+    packed = tiny_model(batch["input_ids"], position_ids=batch["position_ids"]).logits
+    alone = tiny_model(torch.tensor([ids])).logits
+    torch.testing.assert_close(packed[:, len(other) : len(other) + len(ids)], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_conversations_that_do_not_fit_are_counted_with_row_and_reason(tokenizer, tmp_path):
+    chats = [
+        {"messages": CHAT},
+        {"messages": [CHAT[0], {"role": "assistant", "content": "word " * 90}]},
+        {"messages": []},
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    entries = [{"dataset": str(tmp_path / "chats.jsonl")}]
+    rows, made = prepare(config(), entries, tokenizer, 64, tmp_path / "rows")
+    assert len(rows) == 1 and made["rows"] == 1 and made["tokens"] == len(rows[0]["input_ids"])
+    reasons = {row["row"]: row["reason"] for row in made["skipped_rows"]}
+    assert reasons.keys() == {1, 2} and "a row holds 64" in reasons[1] and "no messages" in reasons[2]
+    with pytest.raises(InputError, match="cannot be used"):
+        prepare(config(bad_rows="refuse"), entries, tokenizer, 64, tmp_path / "refused")
+    with pytest.raises(InputError, match="no conversation of the mixture fits"):
+        prepare(config(), entries, tokenizer, 8, tmp_path / "short")
+
+
+def test_rows_are_made_once_and_found_again(tokenizer, tmp_path, monkeypatch):
+    entries = [{"dataset": "primer", "rows": 20}]
+    rows, made = prepare(config(), entries, tokenizer, 128, tmp_path / "rows")
+    monkeypatch.setattr(sft, "Mixture", None)
+    again, found = prepare(config(), entries, tokenizer, 128, tmp_path / "rows")
+    assert again.to_list() == rows.to_list() and found == made
+
+
+def test_a_step_must_be_whole_batches():
+    assert accumulation(config(total_batch_size=1024), 128) == 2
+    assert accumulation(config(total_batch_size=8, packing=False), 128) == 2
+    assert accumulation(config(), 128) == 1
+    for size in (1000, 256):
+        with pytest.raises(InputError, match="must be a multiple of 512"):
+            accumulation(config(total_batch_size=size), 128)
+
+
+def test_the_result_is_a_model_folder_with_its_figures(base, tmp_path):
+    out = tmp_path / "sft"
+    made = config(num_iterations=12, validation=[{"dataset": "primer", "split": "test", "rows": 20}], eval_every=6)
+    train_chat(made, base, out)
+    metrics = load_json(out / "metrics.json")
+    assert metrics["finished"] and metrics["rows"] + len(metrics["skipped_rows"]) == 60
+    assert metrics["mixture"][0]["tokens"] == metrics["tokens"] > 1000 and metrics["tokens_per_second"] > 0
+    losses = [row["train_loss"] for row in metrics["history"]]
+    assert len(losses) == 12 and losses[-1] < losses[0] - 1
+    assert metrics["history"][5]["val_loss"] > metrics["val_loss"] > 0
+    assert metrics["history"][0]["lr_multiplier"] == 1.0 and metrics["history"][-1]["lr_multiplier"] < 0.2
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
+    assert model.generation_config.eos_token_id == ends and model.dtype == torch.float32
+    assert not (out / "state").exists() and tokenizer.chat_template and tokenizer.response_template
+
+
+def test_mid_training_then_sft_in_one_process(base, tmp_path):
+    train_chat(config(assistant_only=False, warmdown_ratio=0.2), base, tmp_path / "mid")
+    train_chat(config(packing=False), str(tmp_path / "mid"), tmp_path / "sft")
+    first, last = (
+        load_json(tmp_path / stage / "metrics.json")["history"][i] for stage, i in (("mid", -1), ("sft", 0))
+    )
+    assert last["train_loss"] < 6 and first["step"] == 4
+
+
+def test_one_batch_of_eight_trains_like_eight_batches_of_one(base, tmp_path):
+    train_chat(config(device_batch_size=8, num_iterations=3), base, tmp_path / "whole")
+    train_chat(config(device_batch_size=1, total_batch_size=8 * 128, num_iterations=3), base, tmp_path / "parts")
+    whole, parts = (load_json(tmp_path / name / "metrics.json")["history"] for name in ("whole", "parts"))
+    assert whole[0]["grad_norm"] == pytest.approx(parts[0]["grad_norm"], rel=1e-4)
+    losses = [[row["train_loss"] for row in history] for history in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # Adam makes much of a rounding error in a tiny gradient
+
+
+def test_lora_trains_adapters_only_and_leaves_a_plain_model(base, tmp_path):
+    train_chat(config(lora_rank=4), base, tmp_path / "sft")
+    before, after = weights(base), weights(tmp_path / "sft")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    kinds = {name.split(".")[-2] for name in changed}
+    assert before.keys() == after.keys() and kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}
+
+
+def test_chatcore_is_measured_on_the_way_when_the_caller_can(base, tmp_path):
+    modes = []
+
+    def measure(model, tokenizer):
+        modes.append(model.training)
+        return 0.25
+
+    train_chat(config(chatcore_every=2), base, tmp_path / "sft", chatcore=measure)
+    history = load_json(tmp_path / "sft" / "metrics.json")["history"]
+    assert [row.get("chatcore") for row in history] == [None, 0.25, None, 0.25] and modes == [False, False]
+
+
+def test_a_folder_without_a_model_is_named(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "empty")
+    with pytest.raises(InputError, match="no model in"):
+        train_chat(config(), str(tmp_path / "empty"), tmp_path / "sft")

@@ -1,0 +1,172 @@
+"""What the chat stages share: rates by role, exact resume after a kill, warm starts, several processes."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers import AutoModelForCausalLM
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.run import load_json
+from nanochat_hf.train.optim import MuonAdamW, param_groups
+from nanochat_hf.train.scaling import RECIPES, optimizer_groups
+from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
+from nanochat_hf.train.trainer import StageTrainer
+
+CONFIG = ChatConfig(mixture=[{"dataset": "primer", "rows": 60}], device_batch_size=4, num_iterations=6, save_every=2)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def base(tiny_model, tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def kill_after(monkeypatch, steps: int) -> None:
+    """The process dies in the middle of the step after so many."""
+    real, done = ChatTrainer.training_step, []
+
+    def step(self, *args, **kwargs):
+        if len(done) == steps:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(ChatTrainer, "training_step", step)
+
+
+def rates(model, **keys) -> dict[str, dict]:
+    trainer = StageTrainer.__new__(StageTrainer)
+    trainer.model, trainer.stage = model, ChatConfig(**keys)
+    return trainer.rates()
+
+
+def test_rates_are_those_of_the_generation_times_the_fraction(tiny_model):
+    expected = optimizer_groups(replace(RECIPES[2], weight_decay=0.0), 2, 64)
+    found = rates(tiny_model, init_lr_frac=0.5)
+    for role, group in expected.items():
+        assert found[role] == {**group, "lr": group["lr"] * 0.5}
+
+
+def test_a_rate_of_the_recipe_wins(tiny_model):
+    found, usual = rates(tiny_model, matrix_lr=0.5, embedding_lr=0.6, weight_decay=0.1), rates(tiny_model)
+    assert found["matrix"]["lr"] == 0.5 and found["matrix"]["weight_decay"] == 0.1
+    assert found["embedding"]["lr"] == pytest.approx(2 * usual["embedding"]["lr"])
+    assert found["head"] == usual["head"]
+
+
+def test_a_killed_stage_resumes_and_ends_with_the_same_weights(base, tmp_path, monkeypatch):
+    train_chat(CONFIG, str(base), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_chat(CONFIG, str(base), tmp_path / "killed")
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    torch.manual_seed(123)
+    train_chat(CONFIG, str(base), tmp_path / "killed")
+    whole, killed = (load_json(tmp_path / name / "metrics.json")["history"] for name in ("whole", "killed"))
+    assert [(r["step"], r["train_loss"]) for r in whole] == [(r["step"], r["train_loss"]) for r in killed]
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_not_used(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train_chat(replace(CONFIG, save_every=2), str(base), tmp_path / "sft")
+    checkpoint = tmp_path / "sft" / "state" / "checkpoint-4"
+    assert (checkpoint / "complete").exists()
+    (checkpoint / "complete").unlink()
+    train_chat(CONFIG, str(base), tmp_path / "sft")  # begins anew
+    assert [row["step"] for row in load_json(tmp_path / "sft" / "metrics.json")["history"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_chat(CONFIG, str(base), tmp_path / "sft")
+    with pytest.raises(InputError, match="written by another recipe"):
+        train_chat(replace(CONFIG, matrix_lr=0.001), str(base), tmp_path / "sft")
+
+
+def test_momenta_of_the_source_are_taken_over_and_its_rates_are_not(base, tiny_model, tmp_path, monkeypatch):
+    optimizer = MuonAdamW(param_groups(tiny_model, rates(tiny_model, init_lr_frac=0.001)))
+    for parameter in tiny_model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), base / "optimizer.pt")
+    found = {}
+
+    def look(self, *args, **kwargs):
+        inner = self.optimizer.optimizer
+        found["lr"] = [group["initial_lr"] for group in inner.param_groups]
+        found["states"] = [len(inner.state[p]) for group in inner.param_groups for p in group["params"]]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ChatTrainer, "training_step", look)
+    for load in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            train_chat(replace(CONFIG, load_optimizer=load), str(base), tmp_path / f"sft-{load}")
+        assert all(found["states"]) is load and any(found["states"]) is load
+        assert found["lr"] == [group["lr"] for group in param_groups(tiny_model, rates(tiny_model))]
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from nanochat_hf.train.sft import ChatConfig, train_chat
+import nanochat_hf.train.sft as sft, torch
+torch.set_num_threads(1)
+base, out, batch, die = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+mixture = [{"dataset": "primer", "rows": 60}]
+config = ChatConfig(mixture=mixture, device_batch_size=batch, num_iterations=4, save_every=2)
+real, done = sft.ChatTrainer.training_step, []
+def step(self, *args, **kwargs):
+    if len(done) == die:
+        sys.exit(3)
+    done.append(1)
+    return real(self, *args, **kwargs)
+sft.ChatTrainer.training_step = step
+train_chat(config, base, out)
+"""
+
+
+def launch(base, out, processes: int, batch: int, die: int = -1) -> int:
+    """Run PROGRAM in so many processes; -> exit code."""
+    (out.parent / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(out.parent / "program.py"), str(base), str(out), str(batch), str(die)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "1"}
+    environment["ACCELERATE_USE_CPU"] = "true"  # as accelerate launch says it
+    done = subprocess.run(command, env=environment, capture_output=True, check=False, text=True, timeout=150)
+    print(done.stdout[-2000:], done.stderr[-4000:])
+    return done.returncode
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_and_resume_with_their_own_momenta(base, tmp_path):
+    assert launch(base, tmp_path / "one", 1, 8) == 0
+    assert launch(base, tmp_path / "two", 2, 4) == 0
+    assert launch(base, tmp_path / "killed", 2, 4, die=3) != 0
+    checkpoint = tmp_path / "killed" / "state" / "checkpoint-2"
+    assert (checkpoint / "complete").exists() and (checkpoint / "optimizer-1.pt").exists()
+    assert launch(base, tmp_path / "killed", 2, 4) == 0
+    one, two, killed = (
+        [row["train_loss"] for row in load_json(tmp_path / name / "metrics.json")["history"]]
+        for name in ("one", "two", "killed")
+    )
+    assert two[:2] == pytest.approx(one[:2], rel=1e-4) and two == pytest.approx(one, rel=0.05)
+    assert killed == pytest.approx(two, rel=1e-5)
