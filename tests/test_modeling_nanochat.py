@@ -449,16 +449,46 @@ assert AutoModel.from_pretrained("model", trust_remote_code=True)(ids).last_hidd
 assert not any(name.split(".")[0] == "nanochat_hf" for name in sys.modules)
 print("equal")
 """
+    assert run_without_the_package(code, tmp_path) == "equal"
+
+
+def run_without_the_package(code: str, folder) -> str:
+    """The last line that `code` prints in a fresh process, in `folder`, which cannot import nanochat_hf."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-I", "-c", f"import sys, os; os.chdir({str(tmp_path)!r})\n" + code],
+        [sys.executable, "-I", "-c", f"import os; os.chdir({str(folder)!r})\n{code}"],
         check=False,
         capture_output=True,
         text=True,
         env=environment,
     )
-    assert run.stdout.strip().endswith("equal"), run.stderr[-3000:]
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_pipeline_and_lm_eval_work_on_a_saved_folder(tiny_model, tokenizer, tmp_path):
+    randomize(tiny_model).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    context, continuation = tokenizer(" A cat is")["input_ids"][1:], tokenizer(" grey.")["input_ids"][1:]
+    row = torch.tensor([context + continuation])
+    logprobs = tiny_model(row).logits[0, len(context) - 1 : -1].log_softmax(-1)
+    expected = logprobs.gather(1, row[0, len(context) :, None]).sum().item()
+    code = f"""
+from transformers import pipeline
+chat = pipeline("text-generation", model="model", trust_remote_code=True, device="cpu")
+answer = chat([{{"role": "user", "content": "Hello!"}}], max_new_tokens=4)[0]["generated_text"][-1]
+assert answer["role"] == "assistant" and isinstance(answer["content"], str), answer
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+lm = HFLM(pretrained="model", trust_remote_code=True, device="cpu", dtype="float32", batch_size=1, add_bos_token=False)
+request = Instance("loglikelihood", {{}}, (" A cat is", " grey."), 0)
+[(value, greedy)] = lm.loglikelihood([request], disable_tqdm=True)
+assert abs(value - {expected}) < 1e-3, (value, {expected})
+print("equal")
+"""
+    assert run_without_the_package(code, tmp_path) == "equal"
 
 
 def test_resizing_the_vocabulary_resizes_the_value_embeddings_too():
