@@ -324,6 +324,39 @@ def test_the_model_can_be_exported():
     close(exported.module()(ids, use_cache=False).logits, model(ids).logits)
 
 
+# ---- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"])
+def test_gpu_attention_implementations_honour_the_windows(generation, implementation):
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    reference = make_model(generation, "eager", **shape).cuda().bfloat16()
+    model = make_model(generation, **shape).cuda().bfloat16()
+    try:
+        model.set_attn_implementation(implementation)
+    except (ImportError, ValueError, OSError) as error:
+        pytest.skip(f"{implementation} is not installed: {error}")
+    ids = make_ids(2, 60).cuda()
+    masks = torch.ones_like(ids)
+    masks[0, :9] = 0
+    exact = randomize(make_model(generation, **shape)).cuda()
+    for mask in (None, masks):
+        real = slice(None) if mask is None else mask.bool()
+        truth, wanted, got = (m(ids, attention_mask=mask).logits[real] for m in (exact, reference, model))
+        assert (got - truth).abs().mean() < 1.5 * (wanted - truth).abs().mean()  # as near as eager in bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("cache", ["static", "offloaded", "offloaded_static"])
+def test_gpu_generation_with_every_cache_equals_the_uncached(generation, cache):
+    model, prompt = make_model(generation).cuda(), make_ids(2, 17).cuda()
+    expected = torch.cat([uncached_greedy(model, row[None], 12) for row in prompt])
+    assert greedy(model, prompt, 12, cache_implementation=cache).tolist() == expected.tolist()
+
+
 # ---- training -----------------------------------------------------------------------------------------------------
 
 

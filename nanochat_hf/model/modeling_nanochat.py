@@ -333,7 +333,9 @@ class NanoChatModel(NanoChatPreTrainedModel):
                     "this cache has no place for the smear's state: create it as DynamicCache(config=model.config) or "
                     "StaticCache(config=model.config, max_cache_len=...)"
                 )
-            continues = cache.has_previous_state(layer)
+            continues, kept = cache.has_previous_state(layer), cache.layers[layer].conv_states
+            if continues and kept[0].device != x.device:  # an offloaded cache brings back keys and values only
+                kept[0] = kept[0].to(x.device)
             states = cache.update_conv_state(x.transpose(1, 2), layer, conv_kernel_size=1).transpose(1, 2)
             if continues:
                 previous = states[:, -length - 1 : -1]
