@@ -6,7 +6,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import Run, save_json
-from nanochat_hf.serve.card import Facts, card, chain, check_metadata, datasets
+from nanochat_hf.serve.card import Facts, card, chain, check_metadata, datasets, family
 
 
 @pytest.fixture
@@ -78,6 +78,15 @@ def test_only_hub_ids_become_dataset_metadata(run):
 def test_the_cost_appears_when_the_report_knows_the_rate(run):
     save_json(run.path / "report.json", {"hourly_rate": 24.0})
     assert "$40.46 at $24.00 an hour" in str(card(run, "sft", "you/c", Facts()))
+
+
+def test_a_collections_text_has_a_row_for_each_model_and_dashes_for_what_is_missing(run, tmp_path):
+    save_json(tmp_path / "other" / "sft" / "metrics.json", {"finished": True, "started": 1.0, "wall_time_s": 60.0})
+    first, second = family({"you/a": run, "you/b": Run(tmp_path / "other")}).splitlines()[2:]
+    cells = [cell.strip() for cell in first.split("|")[1:-1]]
+    assert cells[0] == "[you/a](https://huggingface.co/you/a)" and cells[1:4] == ["24", "1,400,000", "5,000,000,000"]
+    assert cells[4:7] == ["0.7200", "0.3000", "0.1000"] and cells[7] == "1 h 41 min"
+    assert [cell.strip() for cell in second.split("|")[2:8]] == ["-"] * 6
 
 
 @pytest.mark.parametrize(

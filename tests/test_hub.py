@@ -15,7 +15,7 @@ from talker import talker, talker_folder  # noqa: F401
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json, save_json
 from nanochat_hf.serve import hub as serve_hub
-from nanochat_hf.serve.hub import Push, push
+from nanochat_hf.serve.hub import Push, checkpoint_pusher, push
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "Secret" * 6
@@ -225,6 +225,21 @@ def test_a_space_is_made_that_points_at_the_model(hub, run, no_check):
     assert yaml.safe_load(files["README.md"].decode().split("---\n")[1])["models"] == ["you/small"]
 
 
+def test_checkpoints_become_branches_and_a_failing_hub_does_not_stop_training(hub, run):
+    said = []
+    upload = checkpoint_pusher("you/base", say=said.append)
+    upload(run / "sft", 500)
+    files = pushed(hub, "you/base", branch="step-000500")
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(files) and "metrics.json" not in files
+    assert hub.repos["models", "you/base"].private and pushed(hub, "you/base") == {}
+    hub.fail("POST", "/commit/", 503, times=50)
+    upload(run / "sft", 1000)
+    hub.faults.clear()
+    assert said[-1].startswith("warning: step 1000 was not pushed") and "run the same command again" in said[-1]
+    upload(run / "sft", 1500)
+    assert "model.safetensors" in pushed(hub, "you/base", branch="step-001500")
+
+
 @pytest.mark.slow
 def test_push_load_back_and_the_cards_own_code_in_clean_processes(hub, run, tmp_path):
     script = [sys.executable, "scripts/push_to_hub.py", "--run-dir", str(run), "--repo", "you/small", "--private"]
@@ -240,6 +255,15 @@ def test_push_load_back_and_the_cards_own_code_in_clean_processes(hub, run, tmp_
     ]
     assert "a **small** model" in said[0].stdout
     assert said[1].stdout.strip().endswith("<|output_start|>408<|output_end|>It is 408.")
+    download = [
+        str(Path(sys.executable).with_name("hf")),
+        "download",
+        "you/small",
+        "--local-dir",
+        str(tmp_path / "got"),
+    ]
+    subprocess.run(download, env=env, check=True, capture_output=True)
+    assert (tmp_path / "got" / "model.safetensors").read_bytes() == (run / "sft" / "model.safetensors").read_bytes()
     unfinished = subprocess.run([*script, "--stage", "rl"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert unfinished.returncode == 2 and "not finished" in unfinished.stderr.splitlines()[-1]
 

@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from browser import browser  # noqa: F401
 from huggingface_hub import InferenceClient, close_session, constants
 from huggingface_hub.errors import HfHubHTTPError
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
@@ -297,3 +298,70 @@ def test_the_script_serves_a_run_answers_curl_and_stops_at_a_signal(talker_folde
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) in (0, -signal.SIGINT, 130)
+
+
+@pytest.mark.slow
+def test_the_page_streams_shows_steps_and_text_as_text_and_stops(server, browser):  # noqa: F811
+    page = browser.new_page()
+    page.goto(server.url)
+    page.fill("textarea", "What is 12 * 34?")
+    page.press("textarea", "Enter")
+    page.wait_for_function("document.querySelector('.bot')?.textContent.includes('It is 408.')")
+    page.click(".bot summary")
+    assert page.inner_text(".bot summary") == "12*34" and "408" in page.inner_text(".bot details")
+    page.click("#new")
+    assert page.query_selector_all(".bot, .user") == []
+    engine, real = server.workers[0].engine, server.engine.advance
+    engine.advance = lambda: (time.sleep(0.05), real())[1]
+    page.fill("textarea", "<b>Hello</b><script>window.hacked = 1</script>")
+    page.click("#send")
+    page.wait_for_function("document.querySelector('.bot')?.textContent.length > 5")
+    page.click("#send")  # now it says Stop
+    page.wait_for_function("document.querySelector('#send').textContent == 'Send'")
+    said = page.inner_text(".bot")
+    page.wait_for_timeout(500)
+    engine.advance = real
+    assert page.inner_text(".bot") == said and page.evaluate("window.hacked") is None
+    assert page.inner_text(".user") == "<b>Hello</b><script>window.hacked = 1</script>"
+    page.close()
+
+
+@pytest.mark.slow
+def test_transformers_serve_runs_a_first_generation_model_exported_as_native(tokenizer, tmp_path):
+    import torch
+
+    from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
+    from nanochat_hf.model.convert import to_native
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ours = NanoChatForCausalLM(NanoChatConfig.first_generation(**shape, max_position_embeddings=128)).eval()
+    for parameter in ours.parameters():
+        parameter.data.normal_(0, 0.2)
+    native = to_native(ours)
+    native.generation_config.eos_token_id = tokenizer.eos_token_id
+    native.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--device", "cpu", "--port", str(port)]
+    process = subprocess.Popen([*command, "--dtype", "float32"])
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        chunks = client.chat.completions.create(
+            model=str(tmp_path), messages=user("Hello"), max_tokens=12, temperature=0, stream=True
+        )
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        engine = Engine(ours, tokenizer)
+        (answer,) = engine.generate([engine.encode(user("Hello"))], max_new_tokens=12)[0]
+        assert text and text == tokenizer.decode(answer, skip_special_tokens=True)
+    finally:
+        process.terminate()
+        process.wait(20)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from browser import browser  # noqa: F401
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
 APP = Path(__file__).parent.parent / "spaces" / "chat" / "app.py"
@@ -173,24 +174,11 @@ def space(talker_folder):  # noqa: F811
     process.wait(20)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("the browser tests need Chromium (Debian: apt-get install chromium)")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=flags)
-        yield browser
-        browser.close()
-
-
 class Tab:
     """One visitor."""
 
-    def __init__(self, browser, url, **options):
-        self.page = browser.new_context(**options).new_page()
+    def __init__(self, chromium, url, **options):
+        self.page = chromium.new_context(**options).new_page()
         self.page.goto(url, wait_until="domcontentloaded")
         self.page.wait_for_selector("textarea", timeout=60_000)
         self.page.wait_for_timeout(500)
@@ -219,7 +207,7 @@ class Tab:
 
 
 @pytest.mark.slow
-def test_a_question_streams_its_answer_and_the_tool_step_opens(space, browser):
+def test_a_question_streams_its_answer_and_the_tool_step_opens(space, browser):  # noqa: F811
     tab = Tab(browser, space)
     tab.send("Hello")
     lengths = set()
@@ -234,7 +222,7 @@ def test_a_question_streams_its_answer_and_the_tool_step_opens(space, browser):
 
 
 @pytest.mark.slow
-def test_stop_keeps_what_was_said_and_retry_undo_and_edit_work(space, browser):
+def test_stop_keeps_what_was_said_and_retry_undo_and_edit_work(space, browser):  # noqa: F811
     tab = Tab(browser, space)
     tab.send("Hello")
     tab.until(lambda: len("".join(tab.texts())) > 8)
@@ -258,7 +246,7 @@ def test_stop_keeps_what_was_said_and_retry_undo_and_edit_work(space, browser):
 
 
 @pytest.mark.slow
-def test_tags_are_shown_as_text_and_scripts_do_not_run(space, browser):
+def test_tags_are_shown_as_text_and_scripts_do_not_run(space, browser):  # noqa: F811
     tab = Tab(browser, space)
     tab.send("<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>")
     tab.until(lambda: tab.texts("user") != [])
@@ -268,7 +256,7 @@ def test_tags_are_shown_as_text_and_scripts_do_not_run(space, browser):
 
 
 @pytest.mark.slow
-def test_twenty_thousand_characters_are_refused_beside_the_box_and_the_chat_goes_on(space, browser):
+def test_twenty_thousand_characters_are_refused_beside_the_box_and_the_chat_goes_on(space, browser):  # noqa: F811
     tab = Tab(browser, space)
     tab.send("x" * 20_000)
     tab.until(lambda: "The message has 20,000 characters; at most 8,000 are read." in tab.page.inner_text("body"))
@@ -278,7 +266,7 @@ def test_twenty_thousand_characters_are_refused_beside_the_box_and_the_chat_goes
 
 
 @pytest.mark.slow
-def test_two_tabs_at_once_get_each_their_own_answer(space, browser):
+def test_two_tabs_at_once_get_each_their_own_answer(space, browser):  # noqa: F811
     one, two = Tab(browser, space), Tab(browser, space)
     one.send("Hello")
     two.send("What is 5 + 6?")
@@ -288,7 +276,7 @@ def test_two_tabs_at_once_get_each_their_own_answer(space, browser):
 
 
 @pytest.mark.slow
-def test_a_phone_in_korean_at_night(space, browser):
+def test_a_phone_in_korean_at_night(space, browser):  # noqa: F811
     screen = {"width": 390, "height": 844}
     tab = Tab(browser, space, locale="ko-KR", viewport=screen, color_scheme="dark", is_mobile=True, has_touch=True)
     tab.page.get_by_text("설정").click()

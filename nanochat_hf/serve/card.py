@@ -142,6 +142,23 @@ def training(facts: dict, stage: str) -> str:
     return grid(["", ""], rows)
 
 
+def family(runs: dict[str, Run]) -> str:
+    """The text of a Hub collection: one row a model, from the runs' own metrics; repo id -> run."""
+    rows = []
+    for repo, run in runs.items():
+        facts = collect(run, (load_json(run.path / "report.json") or {}).get("hourly_rate"))
+        base = facts["stages"].get("base", {})
+        found = {metric.split(" (")[0]: cells for metric, cells in facts["table"].items()}
+        scores = [
+            next(iter(found.get(name, {}).values()), {}).get("value") for name in ("val bpb", "CORE", "ChatCORE")
+        ]
+        cost = "-" if facts["cost"] is None else f"${facts['cost']:.0f}"
+        sizes = [show("", base.get(key)) for key in ("depth", "num_parameters", "total_tokens")]
+        link = f"[{repo}](https://huggingface.co/{repo})"
+        rows.append([link, *sizes, *(show("", score) for score in scores), duration(facts["total_seconds"]), cost])
+    return grid(["Model", "Depth", "Parameters", "Tokens", "val bpb", "CORE", "ChatCORE", "Time", "Cost"], rows)
+
+
 CARD = """# {name}
 
 A small language model, trained from nothing by nanochat_hf; stage: {title}. Architecture and recipe follow Andrej

@@ -277,8 +277,8 @@ class Engine:
         occupied = max(row for row, owner in enumerate(self.owners) if owner is not None) + 1
         rows = min(1 << (occupied - 1).bit_length(), decoder.rows)  # few different sizes: each is a graph of its own
         first = decoder.steps
+        bound = max(len(r.prompt) + len(r.tokens) for r in self.owners if r is not None)  # exact without a GPU
         for _ in range(steps):
-            bound = max(len(r.prompt) + len(r.tokens) for r in self.owners if r is not None)
             decoder.step(rows, min(bound, self.length))
         log, event = decoder.tokens_since(first), None
         if self.host is not None:

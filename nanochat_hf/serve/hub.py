@@ -291,6 +291,34 @@ def check_loaded_back(repo: str, revision: str, local: Path, token: str | None) 
     return difference
 
 
+def checkpoint_pusher(
+    repo: str, private: bool = True, say: Callable[[str], None] = print
+) -> Callable[[Path, int], None]:
+    """What `pretrain(..., push=)` takes: uploads a model folder to branch `step-NNNNNN`, as Pythia and SmolLM do.
+
+    A Hub that fails must not end a training run: what goes wrong is said, and the next checkpoint is tried again.
+    Raises InputError at once if there is no token or the repo cannot be made.
+    """
+    if (token := get_token()) is None:
+        raise InputError("there is no Hub token: log in with `hf auth login`, or set HF_TOKEN")
+    api = HfApi(token=token)
+    with readable(repo):
+        api.create_repo(repo, private=private, exist_ok=True)
+
+    def upload(folder: Path, step: int) -> None:
+        branch, files = f"step-{step:06d}", [*WEIGHTS, *TOKENIZER, *CODE]
+        try:
+            with readable(repo):
+                api.create_branch(repo, branch=branch, exist_ok=True)
+                where = {"repo_id": repo, "revision": branch, "folder_path": folder, "allow_patterns": files}
+                patiently(lambda: api.upload_folder(**where, commit_message=f"Step {step}"), say)
+            say(f"step {step} is on {repo} as branch {branch}")
+        except InputError as error:
+            say(f"warning: step {step} was not pushed: {error}")
+
+    return upload
+
+
 def push_space(api: HfApi, wanted: Push, say: Callable[[str], None]) -> str:
     """Create the Gradio Space `<repo>-chat` that talks to the model; returns its URL."""
     source, name = PACKAGE.parent / "spaces" / "chat", f"{wanted.repo}-chat"
