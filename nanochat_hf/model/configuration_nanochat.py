@@ -18,6 +18,16 @@ from transformers.configuration_utils import PreTrainedConfig
 SMEAR_GATE_CHANNELS = 24  # the gate of the smear reads this many leading channels of the normed embedding
 VALUE_GATE_CHANNELS = 12  # the gate of a value embedding reads this many leading channels of the layer's input
 ROPE_RANGE = 10  # positions up to this multiple of `max_position_embeddings`, as upstream's rotary tables
+UPSTREAM_FIELDS = {  # karpathy/nanochat's `GPTConfig`: ours
+    "sequence_len": "max_position_embeddings",
+    "vocab_size": "num_tokens",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "window_pattern": "window_pattern",
+}
+
 # Saving a model writes the entry of its own class only. Without the other one transformers would go by the name of the
 # config class, and build its own `nanochat` for AutoModel.
 AUTO_MAP = {
@@ -98,6 +108,8 @@ class NanoChatConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        if foreign := [f"{name} (write {ours})" for name, ours in UPSTREAM_FIELDS.items() if name in kwargs]:
+            raise ValueError(f"these are upstream's names: {', '.join(foreign)}")
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.check_shape()

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers import NanoChatConfig as NativeConfig
 from transformers import NanoChatForCausalLM as NativeModel
 
+from .configuration_nanochat import UPSTREAM_FIELDS as FIELDS
 from .configuration_nanochat import NanoChatConfig
 from .convert_tokenizer import (
     backend_from_ranks,
@@ -46,15 +47,6 @@ FEATURES = {
     "smear": "smear",
     "residual_lambdas": "resid_lambdas",
     "backout": "backout",
-}
-FIELDS = {  # upstream's `model_config`: ours
-    "sequence_len": "max_position_embeddings",
-    "vocab_size": "num_tokens",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "n_embd": "hidden_size",
-    "window_pattern": "window_pattern",
 }
 NATIVE_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

@@ -264,12 +264,10 @@ class NanoChatModel(NanoChatPreTrainedModel):
         self.rotary_emb = NanoChatRotaryEmbedding(config)
         if config.value_embeds:
             kv_size = config.num_key_value_heads * config.head_dim
-            self.value_embeds = nn.ModuleDict(
-                {
-                    str(i): Embedding(config.vocab_size, kv_size, matrix_init(config, width))
-                    for i in config.value_embed_layers
-                }
-            )
+            tables = [
+                Embedding(config.vocab_size, kv_size, matrix_init(config, width)) for _ in config.value_embed_layers
+            ]
+            self.value_embeds = nn.ModuleDict({str(i): table for i, table in zip(config.value_embed_layers, tables)})
         if config.residual_lambdas:
             self.resid_lambdas = nn.Parameter(torch.ones(layers))
             self.x0_lambdas = nn.Parameter(torch.zeros(layers))
@@ -303,9 +301,8 @@ class NanoChatModel(NanoChatPreTrainedModel):
         }
         length, masks = inputs_embeds.shape[1], {}
         # Plain training: SDPA's own causal mode, which transformers would not use while torch compiles.
-        causal = config._attn_implementation == "sdpa" and all(
-            x is None for x in (attention_mask, past_key_values, position_ids)
-        )
+        plain = attention_mask is None and past_key_values is None and position_ids is None
+        causal = plain and config._attn_implementation == "sdpa"
         if causal:
             masks["full_attention"] = None
         else:
@@ -339,9 +336,8 @@ class NanoChatModel(NanoChatPreTrainedModel):
             states = cache.update_conv_state(x.transpose(1, 2), layer, conv_kernel_size=1).transpose(1, 2)
             if continues:
                 previous = states[:, -length - 1 : -1]
-        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS])) * self.smear_lambda.to(
-            x.dtype
-        )  # (B, T, 1)
+        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
+        gate = self.smear_lambda.to(x.dtype) * gate
         if position_ids is not None:  # packed rows, and left padding in generate: position 0 starts a sequence
             gate = gate * (position_ids != 0).unsqueeze(-1)
         if padding is not None:  # left padding without position_ids: the token before is no token
