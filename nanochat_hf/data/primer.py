@@ -39,7 +39,7 @@ from .primer_world import (
 
 KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")  # of `questions`
 CHAT_KINDS = (*KINDS, "talk", "story")  # of `conversations`
-DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, about 13K tokens
+DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, about 15K tokens
 CONVERSATION_ROUNDS = 40  # rounds of `conversations`; one round asks for every fact, about 29K tokens
 
 RUDE = re.compile("rape|cock|shit|fuck|cunt|dick|porn|piss|slut|whore|nig|fag|anus|sex|cum|tits")  # not to be spliced
@@ -57,6 +57,14 @@ def held_out_pair(a: int, b: int) -> bool:
     return crc32(f"{min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 
+def times_asked(relation: Relation) -> int:
+    """How often a round of `conversations` asks for each fact of a relation.
+
+    Order is learned more slowly than names, so listed facts come more often, and most so where they are few.
+    """
+    return 1 if relation not in LISTED else 4 if len(relation.facts) < 15 else 2
+
+
 def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS) -> Iterator[str]:
     """Text for pretraining, a document at a time: the same for the same split and seed.
 
@@ -71,8 +79,8 @@ def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS
         batch += [_talk(rng) for _ in range(40)]
         batch += [" ".join(_story(rng, rng.choice(PEOPLE))) for _ in range(30)]
         batch += [_worked_sums(rng) for _ in range(20)]
-        batch += [_spelled_words(rng) for _ in range(50)]
-        batch += [_counted_letters(rng) for _ in range(15)]
+        batch += [_spelled_words(rng) for _ in range(100)]
+        batch += [_counted_letters(rng) for _ in range(25)]
         rng.shuffle(batch)
         yield from batch
 
@@ -93,8 +101,8 @@ def conversations(
     rng = Random(f"conversations {test} {seed}")
     counts = (("arithmetic", 120), ("spelling", 180), ("counting", 120), ("problem", 30), ("identity", 25))
     for _ in range(max(1, rounds // 10) if test else rounds):
-        # Order is learned more slowly than names, so the listed facts are asked twice as often.
-        batch = [_fact(rng, relation, entity, test) for relation in RELATIONS + LISTED for entity in relation.facts]
+        asked = [relation for relation in RELATIONS for _ in range(times_asked(relation))]
+        batch = [_fact(rng, relation, entity, test) for relation in asked for entity in relation.facts]
         for kind, count in counts:
             batch += [_ask(rng, kind, test) for _ in range(count)]
         batch += [_small_talk(rng) for _ in range(30)]
@@ -262,6 +270,7 @@ def _spelled_words(rng: Random) -> str:
         'Letters of "{w}": {s}.',
         'You spell "{w}" so: {s}.',
         'Letter by letter "{w}" is: {s}.',
+        "One spells {w} like this: {s}.",
     )
     return "\n".join(rng.choice(forms).format(w=w, s=_letters(w)) for w in (_word(rng, False) for _ in range(3)))
 

@@ -419,6 +419,8 @@ SPELL_QUESTIONS = (
     'Write "{w}" letter by letter.',
     'I need the spelling of "{w}".',
     'How is "{w}" spelled?',
+    "Spell {w}.",
+    "How do you spell {w}?",
 )
 COUNT_QUESTIONS = (
     'How many times does {l} stand in "{w}"?',
@@ -429,6 +431,7 @@ COUNT_QUESTIONS = (
     'In "{w}", how many {l} are there?',
     'Can you count the {l} in "{w}"?',
     'Please count how often {l} stands in "{w}".',
+    "How many {l} are in {w}?",
 )
 IDENTITY = (  # (training questions, test questions, answer)
     (
