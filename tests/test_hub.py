@@ -163,6 +163,13 @@ def test_each_refusal_of_the_hub_becomes_one_line_of_advice(hub, run, no_check, 
     assert TOKEN not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_card_that_the_hub_rejects_is_not_uploaded(hub, run):
+    hub.fail("POST", "validate-yaml", 400)
+    with pytest.raises(InputError, match=r"rejects the card: .*asked to fail"):
+        push(run, Push("you/small"))
+    assert pushed(hub) == {}
+
+
 def test_another_owner_is_refused(hub, run):
     with pytest.raises(InputError, match="may not write to somebody/small"):
         push(run, Push("somebody/small"))

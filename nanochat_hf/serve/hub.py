@@ -23,9 +23,9 @@ from hashlib import sha1, sha256
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 from transformers import AutoModelForCausalLM
 
 from ..data.tokenizer import load_tokenizer
@@ -91,7 +91,7 @@ def push(run_path: str | Path, wanted: Push, say: Callable[[str], None] = print)
             api.create_branch(wanted.repo, branch=wanted.revision, exist_ok=True)
         elif not wanted.force:
             refuse_others(api, wanted.repo, folder)
-        validate_on_hub(folder)
+        validate_on_hub(api, folder)
         message = f"Upload {wanted.stage} of {run.path.resolve().name}"
         commit = patiently(
             lambda: api.upload_folder(
@@ -240,11 +240,13 @@ def same(entry, path: Path) -> bool:
     return sha1(b"blob %d\0" % len(data) + data).hexdigest() == entry.blob_id  # git's name of the content
 
 
-def validate_on_hub(folder: Path) -> None:
-    try:
-        ModelCard.load(folder / "README.md").validate()
-    except ValueError as error:
-        raise InputError(f"the Hub rejects the card: {error}") from None
+def validate_on_hub(api: HfApi, folder: Path) -> None:
+    """Ask the Hub itself about the card. (ModelCard.validate does not respect HF_ENDPOINT in every version.)"""
+    body = {"repoType": "model", "content": (folder / "README.md").read_text(encoding="utf-8")}
+    response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers={"Accept": "text/plain"})
+    if response.status_code == 400:
+        raise InputError(f"the Hub rejects the card: {' '.join(response.text.split())[:300]}")
+    hf_raise_for_status(response)
 
 
 LOAD = """
