@@ -31,6 +31,7 @@ from nanochat_hf.train.sft import ChatConfig, train_chat
 RECIPES = Path(__file__).parent
 CONFIGS = {"tokenizer": TokenizerConfig, "base": PretrainConfig, "mid": ChatConfig, "sft": ChatConfig, "rl": RLConfig}
 CONFIGS["eval"] = EvalConfig
+SHOWN = {"call": "[{}", "result": " = {}] "}  # a tool call inside an answer
 
 
 def find_recipe(name: str) -> Path:
@@ -133,7 +134,7 @@ def talk(run: Run, configs: dict) -> None:
     for text in texts:
         print(f"\n> {text}")
         for piece in model.stream([{"role": "user", "content": text}], max_new_tokens=256, temperature=0.0):
-            print(piece, end="", flush=True)
+            print(SHOWN.get(piece.kind, "{}").format(piece), end="", flush=True)
         print()
 
 
