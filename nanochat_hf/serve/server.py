@@ -11,6 +11,11 @@ Calls of the calculator run here, inside the answer; streamed chunks show them i
 {"call": text} or {"result": text}, and whole answers in `message.tool_steps`. A client that passes the function
 `python` in `tools` gets `tool_calls` instead and runs them itself. Turns that do not fit into the context are dropped,
 oldest first; `dropped_messages` says how many. Token log-probabilities are not computed: TGI's `logprob` is null.
+
+Other servers: `transformers serve` runs a first-generation model exported as transformers' own `nanochat` (the tests
+do it); it cannot load our class. vLLM's Transformers backend takes decoders with full or sliding attention, so that
+export fits and the second generation, whose smear keeps a state beside the keys, does not. TGI falls back to
+transformers for models that it does not know. The last two are read in their documentation, not run.
 """
 
 import asyncio
