@@ -1,0 +1,63 @@
+"""Speed of this machine without a GPU benchmark: the loader, the optimizer and the training step of the demo's model.
+
+    python scripts/bench.py [--dataset primer] [--seconds 10]
+
+Tokens a second of tokenizing and packing (one background thread; rows of 2,048), of a whole training step of recipe
+cpu-demo, and milliseconds of the optimizer in it. Figures for a GPU: scripts/bench_gpu.py.
+"""
+
+import argparse
+import time
+
+import torch
+
+from nanochat_hf.data.corpus import DocumentStream
+from nanochat_hf.data.loader import PackedLoader
+from nanochat_hf.data.tokenizer import train_bpe
+from nanochat_hf.model.configuration_nanochat import NanoChatConfig
+from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
+from nanochat_hf.train.fast import Trunk
+from nanochat_hf.train.optim import MuonAdamW, param_groups
+from nanochat_hf.train.scaling import plan
+
+
+def repeat(function, seconds: float) -> float:
+    """Runs of `function` per second, after one to warm up."""
+    function()
+    start, runs = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        function()
+        runs += 1
+    return runs / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="primer")
+    parser.add_argument("--seconds", type=float, default=10)
+    arguments = parser.parse_args()
+
+    stream = DocumentStream(arguments.dataset, "train")
+    texts = (text for text, _ in zip(stream, range(20000)))
+    tokenizer = train_bpe(texts, vocab_size=1024)
+    loader = PackedLoader(DocumentStream(arguments.dataset, "train"), tokenizer, 8, 2048)
+    print(f"loader     {repeat(lambda: next(loader), arguments.seconds) * 8 * 2048:12,.0f} tok/s")
+    loader.close()
+
+    made = plan(4, 1024, aspect_ratio=32, head_dim=32, max_seq_len=128, total_batch_size=2048, num_iterations=1)
+    model = NanoChatForCausalLM(NanoChatConfig(**made.model_fields()))
+    trunk, optimizer = Trunk(model), MuonAdamW(param_groups(model, made.groups))
+    ids = torch.randint(0, 1024, (16, 129))
+
+    def step():
+        trunk(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    print(f"train step {repeat(step, arguments.seconds) * 2048:12,.0f} tok/s on {torch.get_num_threads()} threads")
+    trunk(ids[:, :-1], ids[:, 1:]).backward()
+    print(f"optimizer  {1e3 / repeat(optimizer.step, arguments.seconds):12.1f} ms a step")
+
+
+if __name__ == "__main__":
+    main()
