@@ -24,6 +24,7 @@ from nanochat_hf.eval.harness import EvalConfig, core_metric, evaluate
 from nanochat_hf.eval.report import make_report
 from nanochat_hf.run import STAGES, Run, guarded, nearest, parse_config
 from nanochat_hf.serve.generate import Engine
+from nanochat_hf.serve.hub import checkpoint_pusher
 from nanochat_hf.train.grpo import RLConfig, train_rl
 from nanochat_hf.train.pretrain import PretrainConfig, pretrain
 from nanochat_hf.train.sft import ChatConfig, train_chat
@@ -85,7 +86,7 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
             )
 
 
-def run_stage(stage: str, configs: dict, run: Run) -> None:
+def run_stage(stage: str, configs: dict, run: Run, repo: str | None) -> None:
     config, output = configs[stage], run.folder(stage)
     if stage == "tokenizer":
         if PartialState().is_main_process:
@@ -95,7 +96,10 @@ def run_stage(stage: str, configs: dict, run: Run) -> None:
         core = None
         if bundle and config.core_metric_every > 0:
             core = core_metric(load_tokenizer(tokenizer), bundle)
-        pretrain(config, tokenizer=tokenizer, output=output, core=core)
+        push = None
+        if repo:  # every process takes part in writing the folder, one uploads it
+            push = checkpoint_pusher(repo) if PartialState().is_main_process else lambda folder, step: None
+        pretrain(config, tokenizer=tokenizer, output=output, core=core, push=push)
     elif stage in ("mid", "sft"):
         train_chat(config, model=source_of(stage, run), output=output)
     elif stage == "rl":
@@ -155,6 +159,7 @@ def main() -> None:
     parser.add_argument("--run-dir", help="where results go (default: runs/<recipe>)")
     parser.add_argument("--stages", help="comma-separated; default: all of the recipe, without an opt-in rl")
     parser.add_argument("--hourly-rate", type=float, help="price of this machine in dollars an hour, for the report")
+    parser.add_argument("--repo", help="Hub repository for checkpoints, as branches, every base.push_every steps")
     parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
     arguments = parser.parse_intermixed_args()
 
@@ -162,6 +167,8 @@ def main() -> None:
     stages, configs = read_recipe(recipe, arguments.stages and arguments.stages.split(","), arguments.overrides)
     run = Run(arguments.run_dir or Path("runs") / recipe.name)
     # Ranks wait for the main one while it trains the tokenizer or downloads: longer than the default ten minutes.
+    if (configs["base"].push_every > 0) != bool(arguments.repo):
+        raise InputError("base.push_every and --repo go together: give both, or neither")
     state = PartialState(timeout=timedelta(hours=2))
     check_writable(run.path)
     check_run_folder(run, stages, configs)
@@ -172,7 +179,7 @@ def main() -> None:
             state.print(f"[{stage}] finished earlier: {run.folder(stage)}")
             continue
         state.print(f"[{stage}] {run.folder(stage)}")
-        run_stage(stage, configs, run)
+        run_stage(stage, configs, run, arguments.repo)
         AcceleratorState._reset_state()  # the next stage chooses its own precision and accumulation
         GradientState._reset_state()
         state.wait_for_everyone()

@@ -82,6 +82,7 @@ def test_long_answers_are_printed_paragraph_by_paragraph():
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     real, count = chat.model.engine.advance, []
 
     def advance():
@@ -92,10 +93,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
 
     chat.model.engine.advance = advance
     chat.console = Console(file=io.StringIO(), width=80, force_terminal=True)
-    chat.say("Hello")
+    try:
+        chat.say("Hello")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "stopped" in shown(chat) and len(count) < 20
     assert chat.messages[1]["content"].startswith("안녕") and len(chat.messages[1]["content"]) < 15
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     chat.model.engine.advance = real
     chat.messages = []
     chat.say("What is 5 + 6?")

@@ -282,7 +282,12 @@ def fit(trainer: StageTrainer, output: Path) -> list[dict]:
         raise InputError(f"{state} was written by another recipe; delete it to start this stage anew")
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
+        # A checkpoint that was not written to its end would count as the newest, and be kept in a new one's place.
+        for folder in state.glob("checkpoint-*"):
+            if not (folder / COMPLETE).exists():
+                shutil.rmtree(folder)
         save_json(state / "config.json", settings)
+    trainer.accelerator.wait_for_everyone()
     if checkpoint:
         trainer.earlier = load_json(checkpoint / "trainer_state.json")["log_history"][-1]["time"]
         if sharded(trainer):
