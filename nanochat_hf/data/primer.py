@@ -19,11 +19,14 @@ from ..errors import InputError
 from .primer_words import TRIPLE_WORDS, WORDS
 from .primer_world import (
     ANIMALS,
+    CITIES,
     COUNT_QUESTIONS,
     COUNTRIES,
+    DAYS,
     FRAMES,
     HARD_PROBLEMS,
     IDENTITY,
+    MONTHS,
     NAME,
     OBJECTS,
     PEOPLE,
@@ -43,6 +46,7 @@ DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, abou
 CONVERSATION_ROUNDS = 40  # rounds of `conversations`; one round asks for every fact, about 29K tokens
 
 RUDE = re.compile("rape|cock|shit|fuck|cunt|dick|porn|piss|slut|whore|nig|fag|anus|sex|cum|tits")  # not to be spliced
+NAMES = [name.lower() for name in (*COUNTRIES, *CITIES, *PEOPLE, *DAYS, *MONTHS)]
 LISTED = RELATIONS[8:]  # opposites, days, months, numbers: about nobody, so no document is about their entities
 _BY_NAME = {relation.name: relation for relation in RELATIONS}
 
@@ -246,18 +250,26 @@ def _worked_sums(rng: Random) -> str:
 
 
 def _word(rng: Random, test: bool) -> str:
-    """A word to spell. Half of the training words are spliced from two ("cas-tle" and "bas-ket" give "casket"), so
-    that the letters of every token are seen in many places; those of the test are always real and never seen."""
+    """A word to spell: those of the test are real and never seen; most of the training's are made of pieces of words
+    and names, since a token can only be spelled in a new word by a model that has met it in many."""
     while True:
-        word = rng.choice(WORDS if test or rng.random() < 0.85 else TRIPLE_WORDS)
-        if held_out_word(word) != test:
-            continue
-        if test or rng.random() < 0.5:
+        if test or rng.random() < 0.4:
+            word = rng.choice(WORDS if test or rng.random() < 0.85 else TRIPLE_WORDS)
+        else:
+            word = "".join(_piece(rng) for _ in range(rng.choice((1, 2, 2, 3))))
+            if len(word) < 3 or RUDE.search(word):
+                continue
+        if held_out_word(word) == test:
             return word
-        other = rng.choice(WORDS)
-        word = word[: rng.randint(2, 4)] + other[-rng.randint(2, 4) :]
-        if len(word) > 4 and not (held_out_word(other) or held_out_word(word) or RUDE.search(word)):
-            return word
+
+
+def _piece(rng: Random) -> str:
+    """Two to five letters in a row of a training word or of a name."""
+    while True:
+        word = rng.choice(NAMES if rng.random() < 0.5 else WORDS)
+        start = rng.randrange(len(word) - 1)
+        if not held_out_word(word):
+            return word[start : start + rng.randint(2, 5)]
 
 
 def _letters(word: str) -> str:
