@@ -24,6 +24,7 @@ from nanochat_hf.data.primer import (
 )
 from nanochat_hf.data.primer_words import TRIPLE_WORDS, WORDS
 from nanochat_hf.data.primer_world import FRAMES, RELATIONS
+from nanochat_hf.data.tokenizer import train_bpe
 from nanochat_hf.errors import InputError
 
 
@@ -153,11 +154,17 @@ def test_the_splits_differ_in_every_document_but_speak_of_the_same_world():
     assert documents("train", rounds=1).__next__() != documents("validation", rounds=1).__next__()
 
 
-def test_rows_are_messages_in_order_and_short():
+def test_conversations_fit_in_the_context_of_the_demo_model():
+    tokenizer = train_bpe(documents("train", rounds=4), 1024, digit_group=1)
+    for split in ("train", "test"):
+        for row in islice(conversations(split), 1000):
+            assert len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) <= 128
+
+
+def test_rows_are_messages_in_order():
     for row in islice(conversations("train"), 2000):
         roles = [message["role"] for message in row["messages"]]
         assert roles[0] == "user" and roles[-1] == "assistant" and len(roles) >= 2
-        assert sum(len(message["content"]) for message in row["messages"]) <= 400
         assert row["kind"] in (*CHAT_KINDS, "mixed")
 
 

@@ -42,8 +42,8 @@ from .primer_world import (
 
 KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")  # of `questions`
 CHAT_KINDS = (*KINDS, "talk", "story")  # of `conversations`
-DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, about 15K tokens
-CONVERSATION_ROUNDS = 40  # rounds of `conversations`; one round asks for every fact, about 29K tokens
+DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, about 14K tokens
+CONVERSATION_ROUNDS = 40  # rounds of `conversations`; one round asks for every fact, about 35K tokens
 
 RUDE = re.compile("rape|cock|shit|fuck|cunt|dick|porn|piss|slut|whore|nig|fag|anus|sex|cum|tits")  # not to be spliced
 NAMES = [name.lower() for name in (*COUNTRIES, *CITIES, *PEOPLE, *DAYS, *MONTHS)]
@@ -92,7 +92,7 @@ def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS
 def conversations(
     split: str = "train", seed: int = 0, rounds: int = CONVERSATION_ROUNDS, kinds: Collection[str] = CHAT_KINDS
 ) -> Iterator[dict]:
-    """Chats as rows {"kind": ..., "messages": [...]}, at most about 100 tokens each; some have two or three turns.
+    """Chats as rows {"kind": ..., "messages": [...]}, fewer than 128 tokens each; some have two or three turns.
 
     "test" (or "validation") asks with test phrasings, held-out words and pairs, in a tenth of the rounds. `kinds`
     leaves out the others of CHAT_KINDS: without "identity" a mixture can bring a personality of its own.
@@ -116,7 +116,8 @@ def conversations(
         position = 0
         while position < len(batch):
             turns = batch[position : position + rng.choice((1, 1, 1, 1, 1, 1, 2, 2, 3))]
-            if sum(len(m["content"]) for row in turns for m in row["messages"]) > 220:
+            said = [message for row in turns for message in row["messages"]]
+            if sum(len(m["content"]) + 40 * ("tool_calls" in m) for m in said) > 200:  # keeps all below 128 tokens
                 turns = turns[:1]
             position += len(turns)
             kind = turns[0]["kind"] if len(turns) == 1 else "mixed"
