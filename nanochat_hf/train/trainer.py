@@ -82,8 +82,8 @@ class StageConfig:
     lora_rank: int = 0
     """Rank of LoRA adapters, merged into the weights at the end; 0: train all weights."""
     lora_alpha: int = 32
-    lora_lr: float = 1e-3
-    """AdamW rate of the adapters."""
+    adamw_lr: float = 1e-3
+    """AdamW rate of the adapters, and of the matrices under DeepSpeed, where Muon cannot work."""
     eval_every: int = -1
     """Steps between evaluations; -1: only at the ends."""
     save_every: int = -1
@@ -181,8 +181,14 @@ class StageTrainer:
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            network = self.model if model is None else model
-            self.optimizer = MuonAdamW(param_groups(network, self.rates()))
+            network, rates = self.model if model is None else model, self.rates()
+            if self.is_deepspeed_enabled:  # ZeRO hands out flat pieces, in which no matrix is left
+                groups = param_groups(network, {**rates, "matrix": rates["lora"]})
+                self.optimizer = torch.optim.AdamW(
+                    [{k: group[k] for k in ("params", "lr", "betas", "eps", "weight_decay")} for group in groups]
+                )
+                return self.optimizer
+            self.optimizer = MuonAdamW(param_groups(network, rates))
             if self.momenta and self.momenta.exists() and self.stage.lora_rank <= 0:
                 options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
                 self.optimizer.load_state_dict(torch.load(self.momenta, map_location="cpu", weights_only=True))
@@ -197,7 +203,7 @@ class StageTrainer:
         shape = self.model.config
         groups = optimizer_groups(replace(RECIPES[shape.generation], **named), shape.generation, shape.hidden_size)
         groups = {role: {**group, "lr": group["lr"] * self.stage.init_lr_frac} for role, group in groups.items()}
-        return {**groups, "lora": {**groups["head"], "lr": self.stage.lora_lr, "betas": (0.9, 0.99)}}
+        return {**groups, "lora": {**groups["head"], "lr": self.stage.adamw_lr, "betas": (0.9, 0.99)}}
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
@@ -241,7 +247,7 @@ class StageCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         self.step_began = time.time()
         for group in optimizer.param_groups:
-            if group["kind"] == "muon":
+            if group.get("kind") == "muon":
                 group["momentum"] = self.trainer.schedule.muon_momentum(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
