@@ -2,13 +2,15 @@
 
 python scripts/make_report.py --run-dir runs/d12 --hourly-rate 24
 python scripts/make_report.py --compare runs/a runs/b
+python scripts/make_report.py --run-dir runs/d12 --row
 """
 
 import argparse
+from pathlib import Path
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.report import compare, make_report
-from nanochat_hf.run import guarded
+from nanochat_hf.eval.report import collect, compare, make_report, results_row
+from nanochat_hf.run import Run, guarded
 
 
 def main() -> None:
@@ -16,10 +18,19 @@ def main() -> None:
     parser.add_argument("--run-dir", help="run folder, for example runs/d12")
     parser.add_argument("--hourly-rate", type=float, help="price of the machine in dollars an hour")
     parser.add_argument("--compare", nargs=2, metavar="RUN", help="two run folders")
+    parser.add_argument("--row", action="store_true", help="only print the run's row of evals/RESULTS.md")
     arguments = parser.parse_args()
     if bool(arguments.run_dir) == bool(arguments.compare):
         raise InputError("name one run with --run-dir, or two with --compare")
-    print(compare(*arguments.compare) if arguments.compare else make_report(arguments.run_dir, arguments.hourly_rate))
+    if arguments.row and arguments.compare:
+        raise InputError("--row is about one run: name it with --run-dir")
+    if arguments.compare:
+        print(compare(*arguments.compare))
+    elif arguments.row:
+        report = Path(arguments.run_dir) / "report.md"
+        print(results_row(collect(Run(arguments.run_dir)), f"[report]({report})" if report.is_file() else "-"))
+    else:
+        print(make_report(arguments.run_dir, arguments.hourly_rate))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,27 @@
 import base64
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.report import bloat, compare, duration, grid, make_report, markdown, one_line, validate
+from nanochat_hf.eval.report import (
+    bloat,
+    collect,
+    compare,
+    duration,
+    grid,
+    make_report,
+    markdown,
+    one_line,
+    results_row,
+    short,
+    validate,
+)
+from nanochat_hf.run import Run
 
 COMMON = {
     "finished": True,
@@ -136,6 +152,41 @@ def test_two_runs_are_compared_with_the_error_of_the_difference(run, tmp_path):
     text = compare(run, other)
     assert re.search(r"facts\s+\| SFT\s+\| 0.9300\s+\| 0.9500\s+\| \+0.0200 ± 0.0141", text)
     assert re.search(r"counting\s+\| RL\s+\| 0.8500\s+\| -\s+\| -", text)
+
+
+def cells(row):
+    return [cell.strip() for cell in row.strip().strip("|").split(" | ")]
+
+
+def test_the_row_of_the_results_has_a_dash_for_what_was_not_measured(run):
+    row = results_row(collect(Run(run)))
+    commit = "abcdef1234 (with local changes)"
+    assert cells(row) == [run.name, commit, "2 x Toaster", "1 h 00 min", "-", "1.1000", "-", "-", "-"]
+    assert row.count("|") == 10 and "\n" not in row  # two of 22 tasks are no CORE
+
+
+def test_the_row_tells_tokens_core_and_the_last_stages_chatcore(run):
+    path = run / "eval" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    core = {"value": 0.2612, "label": "CORE", "per_task": {}}
+    chat = {stage: {"value": v, "label": "ChatCORE", "limit": 50} for stage, v in (("sft", 0.1), ("rl", 0.2))}
+    hardware = {"device": "x86_64", "device_type": "cpu", "cpu_cores": 2}
+    path.write_text(json.dumps({**metrics, "core": {"base": core}, "chatcore": chat}))
+    base = json.loads((run / "base" / "metrics.json").read_text())
+    base |= {"total_tokens": 1_433_600, "hardware": hardware, "started": 9.0}
+    (run / "base" / "metrics.json").write_text(json.dumps(base))
+    found = cells(results_row(collect(Run(run)), report="[json](results/a.json)"))
+    assert found[2] == "2 CPU cores"
+    assert found[4:] == ["1.4M", "1.1000", "0.2612", "0.2000 (50 examples each)", "[json](results/a.json)"]
+    assert [short(n) for n in (None, 12, 65_536_000, 4_200_000_000)] == ["-", "12", "65.5M", "4.2B"]
+
+
+@pytest.mark.slow
+def test_the_script_prints_the_row_and_writes_nothing(run):
+    script = Path(__file__).parents[1] / "scripts" / "make_report.py"
+    words = [sys.executable, str(script), "--run-dir", str(run), "--row"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout == results_row(collect(Run(run))) + "\n" and not (run / "report.md").exists()
 
 
 def test_a_run_without_finished_stages_is_refused(tmp_path):

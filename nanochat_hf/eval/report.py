@@ -2,6 +2,7 @@
 
     python scripts/make_report.py --run-dir runs/d12 [--hourly-rate 24]
     python scripts/make_report.py --compare runs/a runs/b
+    python scripts/make_report.py --run-dir runs/d12 --row
 
 Nothing is measured here and nothing is guessed: a number that no stage wrote is "-". `collect` gathers the facts,
 `markdown` and `plots` show them; the model card uses the same pieces.
@@ -261,6 +262,47 @@ def summary(facts: dict) -> str:
     times = ", ".join(f"{stage} {duration(value)}" for stage, value in facts["seconds"].items() if value is not None)
     total = f"Total wall time: {duration(facts['total_seconds'])} ({times})"
     return grid(["Metric", *(stage.upper() for stage in MODEL_STAGES)], rows) + f"\n\n{total}"
+
+
+def results_row(facts: dict, report: str = "-") -> str:
+    """The run's row of evals/RESULTS.md: recipe, commit, machine, wall time, tokens, val bpb, CORE, ChatCORE, report.
+
+    CORE and ChatCORE stand there when all of their tasks were measured, of the last stage that has them; a limit on
+    the examples of a task is named. The same facts always give the same row.
+
+    Args:
+        facts: what `collect` returns.
+        report: what to write in the last column, for example a link.
+    """
+    hardware = facts["hardware"] or {}
+    cores, count = hardware.get("cpu_cores"), hardware.get("num_processes", 1)
+    machine = f"{count} x {hardware['device']}" if hardware.get("device") else "-"
+    if hardware.get("device_type") == "cpu" and cores:
+        machine = f"{cores} CPU cores"
+    tokens = facts["stages"].get("base", {}).get("total_tokens")
+
+    def last(metric: str) -> str:
+        for name, cells in facts["table"].items():
+            label, _, limit = name.partition(", ")
+            if label == metric:
+                value = cells[[stage for stage in MODEL_STAGES if stage in cells][-1]]["value"]
+                return f"{value:.4f}" + (f" ({limit})" if limit else "")
+        return "-"
+
+    bpb = facts["table"].get("val bpb", {}).get("base")
+    cells = [facts["run"], ", ".join(facts["commits"]), machine, duration(facts["total_seconds"])]
+    cells += [short(tokens), f"{bpb['value']:.4f}" if bpb else "-", last("CORE"), last("ChatCORE"), report]
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def short(count: int | None) -> str:
+    """1433600 -> 1.4M."""
+    if count is None:
+        return "-"
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= size:
+            return f"{count / size:.1f}{letter}"
+    return str(count)
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
