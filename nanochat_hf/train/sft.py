@@ -72,7 +72,7 @@ class ChatTrainer(StageTrainer, SFTTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss, which never holds all logits, on a GPU; elsewhere the model's own, which makes them once only."""
+        """TRL's loss, which never holds all logits, on a GPU; elsewhere the model's own, made once only."""
         owner = SFTTrainer if inputs["input_ids"].is_cuda else Trainer
         return owner.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
