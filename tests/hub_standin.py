@@ -3,6 +3,7 @@
     with Hub(token="hf_...") as hub:
         hub.url                                   # HF_ENDPOINT
         hub.fail("POST", "/commit/", status=500)  # the next matching request fails; status None cuts the connection
+    hub.ranges                                # Range headers of downloads, as they came
 
 Knows repositories of the three kinds, private ones, branches, regular and LFS files, downloads with ranges, Space
 variables and card validation. It keeps what it was sent, so that tests can look at it.
@@ -51,6 +52,7 @@ class Hub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}  # sha256 -> content of LFS files
         self.requests: list[str] = []
+        self.ranges: list[str] = []
         self.faults: list[tuple[str, str, int | None]] = []
         self.app = FastAPI()
         self.app.middleware("http")(self.guard)
@@ -72,15 +74,22 @@ class Hub:
         self.thread.join(10)
 
     def fail(self, method: str, pattern: str, status: int | None, times: int = 1) -> None:
-        """Let the next `times` requests whose path matches fail with `status`, or None: cut the connection."""
+        """Let the next `times` requests whose path matches fail with `status`, or None: cut the connection.
+
+        What is cut has no effect, but a GET gives half of its answer first.
+        """
         self.faults += [(method, pattern, status)] * times
 
     async def guard(self, request: Request, call_next):
         self.requests.append(f"{request.method} {request.url.path}")
+        cut = False
         for fault in self.faults:
             method, pattern, status = fault
             if method == request.method and re.search(pattern, request.url.path):
                 self.faults.remove(fault)
+                if status is None and method == "GET":
+                    cut = True
+                    break
                 if status is None:
                     return Response(b"{", headers={"Content-Length": "1000"})  # uvicorn closes: the client sees a cut
                 return JSONResponse({"error": f"asked to fail with {status}"}, status)
@@ -91,7 +100,11 @@ class Hub:
         open_to_all = request.url.path == "/api/validate-yaml" or "/blobs/" in request.url.path
         if request.method in ("POST", "PUT") and not given and not open_to_all:
             return JSONResponse({"error": "log in"}, 401)
-        return await call_next(request)
+        response = await call_next(request)
+        if cut:
+            body = b"".join([part async for part in response.body_iterator])
+            return Response(body[: len(body) // 2], response.status_code, dict(response.headers))
+        return response
 
     def find(self, kind: str, name: str, request: Request) -> Repo | Response:
         repo = self.repos.get((kind, name))
@@ -252,7 +265,10 @@ class Hub:
             if is_lfs(path):
                 headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{tag}"'}
             if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", "")):
+                self.ranges.append(wanted[0])
                 first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
+                if first >= len(data):
+                    return Response(status_code=416, headers={"Content-Range": f"bytes */{len(data)}"})
                 headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
                 return Response(data[first : last + 1], 206, headers)
             if request.method == "HEAD":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hub_standin import Hub
-from huggingface_hub import HfApi, close_session, constants
+from huggingface_hub import HfApi, close_session, constants, hf_hub_download
 from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.errors import InputError
@@ -58,6 +58,8 @@ def hub(monkeypatch):
         for key, value in environment.items():
             monkeypatch.setenv(key, value)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        downloads = constants.HUGGINGFACE_CO_URL_TEMPLATE.split("/", 3)[3]
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.url}/{downloads}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(serve_hub.time, "sleep", lambda seconds: None)
@@ -145,6 +147,17 @@ def test_a_hub_that_stays_down_is_one_line_and_the_next_push_goes_on(hub, run, n
     before = len(hub.requests)
     push(run, Push("you/small"))
     assert not any(line.startswith("PUT") for line in hub.requests[before:]) and "config.json" in pushed(hub)
+
+
+def test_a_cut_download_goes_on_with_a_range_and_gives_the_whole_file(hub, run, no_check, tmp_path, monkeypatch):
+    push(run, Push("you/small"))
+    whole = pushed(hub)["model.safetensors"]
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)  # less than a chunk is not kept
+    hub.fail("GET", r"/resolve/.*/model\.safetensors", None, times=2)
+    got = hf_hub_download("you/small", "model.safetensors", cache_dir=tmp_path / "cache")
+    assert Path(got).read_bytes() == whole and not hub.faults
+    starts = [int(re.fullmatch(r"bytes=(\d+)-", text)[1]) for text in hub.ranges]
+    assert len(starts) == 2 and 0 < starts[0] <= len(whole) // 2 < starts[1] < len(whole)
 
 
 @pytest.mark.parametrize(

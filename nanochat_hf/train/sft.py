@@ -202,7 +202,7 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     trainer = ChatTrainer(
         model=network,
         args=SFTConfig(
-            **trainer_arguments(config, output),
+            **trainer_arguments(config, output) | ({} if held_out else {"eval_strategy": "no"}),
             gradient_accumulation_steps=steps,
             per_device_eval_batch_size=config.device_batch_size,
             max_length=None,  # rows are made already
