@@ -1,0 +1,26 @@
+"""Preference training (DPO) of the newest chat model of RUN_DIR, into RUN_DIR/dpo; run again to resume. Optional.
+
+accelerate launch scripts/chat_dpo.py --config recipes/d12/dpo.yaml --run-dir runs/d12 [--lora_rank 16 ...]
+python scripts/chat_dpo.py --config recipes/d12/dpo.yaml --run-dir runs/d12 --dataset pairs.jsonl
+"""
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.run import Run, script
+from nanochat_hf.train.preference import PreferenceConfig, train_preference
+
+
+def train(config: PreferenceConfig, run: Run, model: str | None = None) -> None:
+    source = model or run.latest_model()
+    if source is None:
+        raise InputError(f"{run.path} has no finished model to begin with: run scripts/chat_sft.py, or give --model")
+    if (run.path / "dpo" / "metrics.json").exists():
+        raise InputError(f"{run.path / 'dpo'} is finished already; delete it or choose another --run-dir")
+    train_preference(config, str(source), run.path / "dpo")
+
+
+if __name__ == "__main__":
+    script(
+        PreferenceConfig,
+        train,
+        model="folder or Hub id of the model to begin with (default: the newest of the run folder)",
+    )

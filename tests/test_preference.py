@@ -1,0 +1,71 @@
+"""DPO: pairs from a file, the better answer becomes likelier, and the reference stays where it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from transformers import AutoModelForCausalLM
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.run import load_json, parse_config
+from nanochat_hf.train.preference import PreferenceConfig, pairs, train_preference
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def source(tiny_model, tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    return str(tmp_path / "sft")
+
+
+@pytest.fixture
+def config(tmp_path) -> PreferenceConfig:
+    """Forty pairs: `yes` is better than `no`, whatever is asked."""
+
+    def said(word: str) -> list[dict]:
+        return [{"role": "assistant", "content": word}]
+
+    rows = [{"role": "user", "content": f"Is it {number}?"} for number in range(40)]
+    rows = [{"prompt": [row], "chosen": said("yes"), "rejected": said("no")} for row in rows]
+    rows.append({"prompt": rows[0]["prompt"], "chosen": said("word " * 200), "rejected": said("no")})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"examples_per_step": 8, "device_batch_size": 8, "test_rows": 8, "num_iterations": 6, "init_lr_frac": 0.1}
+    return PreferenceConfig(dataset=str(tmp_path / "pairs.jsonl"), **keys)
+
+
+def test_pairs_that_are_too_long_are_left_out_and_some_are_held_out(config, tokenizer):
+    train, test = pairs(config, tokenizer, 64)
+    assert (len(train), len(test)) == (32, 8)
+    questions = [{row["prompt"][0]["content"] for row in part} for part in (train, test)]
+    assert not questions[0] & questions[1]
+
+
+@pytest.mark.parametrize("row,message", [({"text": "x"}, "needs columns chosen"), (None, "cannot read")])
+def test_a_file_without_pairs_is_named(config, tokenizer, tmp_path, row, message):
+    config.dataset = str(tmp_path / "other.jsonl")
+    if row:
+        (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=message):
+        pairs(config, tokenizer, 64)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_better_answer_becomes_likelier(source, config, tmp_path, rank):
+    config.lora_rank, config.adamw_lr, config.init_lr_frac = rank, 0.02, 1.0 if rank else 0.1
+    train_preference(config, source, tmp_path / "dpo")
+    metrics = load_json(tmp_path / "dpo" / "metrics.json")
+    assert metrics["before"]["margin"] == 0 and metrics["before"]["loss"] == pytest.approx(0.693, abs=1e-3)
+    assert metrics["after"]["accuracy"] == 1.0 and metrics["after"]["margin"] > 0.01
+    assert len(metrics["history"]) == 6 and AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
+
+
+def test_the_recipe_is_read_by_the_parser_of_real_runs():
+    config = parse_config(PreferenceConfig, Path(__file__).parent.parent / "recipes" / "d12" / "dpo.yaml")
+    assert config.examples_per_step == 32 and config.beta == 0.1
