@@ -69,3 +69,14 @@ def test_another_tokenizer_is_refused(tiny_model, tokenizer, tmp_path):
 def test_fp8_is_refused_where_it_cannot_work(tiny_model):
     with pytest.raises(InputError, match="fp8 needs a CUDA device"):
         with_loss(tiny_model, "auto", True, True, False)
+
+
+def test_another_kind_of_model_and_missing_weights_are_refused_in_one_line(tiny_model, tokenizer, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2}')
+    with pytest.raises(InputError, match=r"a model of type 'gpt2'.*convert_checkpoint"):
+        shape_of(str(tmp_path))
+    tiny_model.config.save_pretrained(tmp_path)
+    assert shape_of(str(tmp_path))["depth"] == 2
+    with pytest.raises(InputError, match="no weights in") as caught:
+        new_model(made(tokenizer), str(tmp_path), tokenizer, CPU, sharded=False)
+    assert "\n" not in str(caught.value)

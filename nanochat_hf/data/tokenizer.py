@@ -149,7 +149,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     try:
         return AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError) as error:
-        raise InputError(f"no tokenizer in {name}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if "backend tokenizer" in reason:  # followed by a list of all the ways to have one
+            reason = "it has no tokenizer.json"
+        raise InputError(f"no tokenizer in {name}: {reason}") from None
 
 
 _twins: WeakKeyDictionary = WeakKeyDictionary()

@@ -42,8 +42,15 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def shape_of(source: str) -> dict:
-    """What `scaling.plan` must be told to plan for the model in folder `source`."""
+    """What `scaling.plan` must be told to plan for the model in folder (or Hub id) `source`."""
     try:
+        kind = NanoChatConfig.get_config_dict(source)[0].get("model_type")
+        if kind != NanoChatConfig.model_type:
+            found = "no model" if kind is None else f"a model of type {kind!r}"
+            raise InputError(
+                f"{source} holds {found} and pretraining goes on from {NanoChatConfig.model_type!r} only; "
+                "scripts/convert_checkpoint.py makes one of a nanochat model"
+            )
         config = NanoChatConfig.from_pretrained(source)
     except OSError as error:
         raise InputError(f"no model in {source}: {str(error).splitlines()[0]}") from None
@@ -57,14 +64,17 @@ def shape_of(source: str) -> dict:
 
 
 def new_model(made: Plan, source: str | None, tokenizer, device: torch.device, sharded: bool) -> NanoChatForCausalLM:
-    """A fresh network, or that of folder `source`, on the device and in its precision.
+    """A fresh network, or that of folder (or Hub id) `source`, on the device and in its precision.
 
     Args:
         sharded: FSDP2 will shard it, which wants tensors of one dtype: the embeddings then stay float32 and only what
             comes out of them is bf16.
     """
     if source:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
+        except OSError as error:
+            raise InputError(f"no weights in {source}: {str(error).splitlines()[0]}") from None
     else:
         make = NanoChatConfig if made.generation == 2 else NanoChatConfig.first_generation
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -142,7 +142,7 @@ def pretrain(
 
     Args:
         tokenizer: folder or Hub id of the tokenizer.
-        model: folder of weights to begin with; its shape then wins over the config's.
+        model: folder or Hub id of weights to begin with; its shape then wins over the config's.
         core: (model, examples per task) -> CORE, called on every process every `core_metric_every` steps.
         push: (folder, step), called on the main process every `push_every` steps with a complete model folder.
 
