@@ -32,7 +32,7 @@ from nanochat_hf.train.sft import ChatConfig, train_chat
 RECIPES = Path(__file__).parent
 CONFIGS = {"tokenizer": TokenizerConfig, "base": PretrainConfig, "mid": ChatConfig, "sft": ChatConfig, "rl": RLConfig}
 CONFIGS["eval"] = EvalConfig
-SHOWN = {"call": "[{}", "result": " = {}] "}  # a tool call inside an answer
+TURNS = {"call": "[", "result": " = ", "text": "] "}  # what stands before a tool call, its result, the text after it
 
 
 def find_recipe(name: str) -> Path:
@@ -137,8 +137,10 @@ def talk(run: Run, configs: dict) -> None:
     print(f"\nThree questions to {folder}; more with: python scripts/chat_cli.py --run-dir {run.path}")
     for text in texts:
         print(f"\n> {text}")
+        kind = "text"
         for piece in model.stream([{"role": "user", "content": text}], max_new_tokens=256, temperature=0.0):
-            print(SHOWN.get(piece.kind, "{}").format(piece), end="", flush=True)
+            print("" if piece.kind == kind else TURNS[piece.kind], piece, sep="", end="", flush=True)
+            kind = piece.kind
         print()
 
 
