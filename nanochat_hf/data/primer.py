@@ -216,10 +216,10 @@ def _story(rng: Random, person: str) -> list[str]:
     return [_sentence(rng.choice(part), **values) for part in (openings, middles, meetings, endings)]
 
 
-def _operands(rng: Random, sign: str, test: bool, least: int = 1) -> tuple[int, int]:
+def _operands(rng: Random, sign: str, test: bool) -> tuple[int, int]:
     while True:
         top = rng.choice((20, 99, 99, 999))
-        a, b = rng.randint(least, top), rng.randint(least, min(top, 12) if sign == "*" else top)
+        a, b = rng.randint(1, top), rng.randint(1, min(top, 12) if sign == "*" else top)
         if sign == "-" and a < b:
             a, b = b, a
         if held_out_pair(a, b) == test:
@@ -344,7 +344,7 @@ def _ask(rng: Random, kind: str, test: bool, problems: tuple = PROBLEMS) -> dict
         return _calculated(kind, rng.choice(SUM_QUESTIONS[sign]).format(a=a, b=b), a, sign, b)
     if kind == "problem":
         sign, text = rng.choice(problems)
-        a, b = _operands(rng, sign, test, least=2)  # nobody has "1 apples"
+        a, b = _operands(rng, sign, test)
         p, q = rng.sample(PEOPLE, 2)
         return _calculated(kind, text.format(p=p, q=q, a=a, b=b, o=rng.choice(OBJECTS)), a, sign, b)
     if kind == "spelling":
