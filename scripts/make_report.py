@@ -3,6 +3,7 @@
 python scripts/make_report.py --run-dir runs/d12 --hourly-rate 24
 python scripts/make_report.py --compare runs/a runs/b
 python scripts/make_report.py --run-dir runs/d12 --row
+python scripts/make_report.py --collection you/nanochat-d12=runs/d12 you/nanochat-d24=runs/d24
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.report import collect, compare, make_report, results_row
 from nanochat_hf.run import Run, guarded
+from nanochat_hf.serve.card import family
 
 
 def main() -> None:
@@ -19,7 +21,14 @@ def main() -> None:
     parser.add_argument("--hourly-rate", type=float, help="price of the machine in dollars an hour")
     parser.add_argument("--compare", nargs=2, metavar="RUN", help="two run folders")
     parser.add_argument("--row", action="store_true", help="only print the run's row of evals/RESULTS.md")
+    parser.add_argument("--collection", nargs="+", metavar="REPO=RUN", help="print a Hub collection's text instead")
     arguments = parser.parse_args()
+    if arguments.collection:
+        named = [word.partition("=") for word in arguments.collection]
+        if not all(folder for _, _, folder in named):
+            raise InputError("--collection wants REPO=RUN, for example you/nanochat-d12=runs/d12")
+        print(family({repo: Run(folder) for repo, _, folder in named}))
+        return
     if bool(arguments.run_dir) == bool(arguments.compare):
         raise InputError("name one run with --run-dir, or two with --compare")
     if arguments.row and arguments.compare:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hub_standin import Hub
 from huggingface_hub import HfApi, close_session, constants, hf_hub_download
+from huggingface_hub.errors import RepositoryNotFoundError
 from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.errors import InputError
@@ -34,6 +35,7 @@ def run(talker_folder, tmp_path):  # noqa: F811
         "started": 1.0,
         "wall_time_s": 120.0,
         "tokens": 5000,
+        "history": [{"step": step, "train_loss": 3.0 / step, "time": float(step)} for step in range(1, 5)],
         "hardware": {"device": "test machine", "num_processes": 1},
         "versions": {"torch": "2"},
         "mixture": [
@@ -87,8 +89,17 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check)
         "modeling_nanochat.py",
         "configuration_nanochat.py",
         "tokenizer.json",
+        "plots/sft.png",
     ]
-    assert {*wanted, "chat_template.jinja", "README.md", "report.md", "metrics.json", "tools.py"} <= set(files)
+    assert {
+        *wanted,
+        "chat_template.jinja",
+        "README.md",
+        "report.md",
+        "metrics.json",
+        "tools.py",
+        "plots/sft.png",
+    } <= set(files)
     assert files["model.safetensors"] == (run / "sft" / "model.safetensors").read_bytes()
     assert hub.repos["models", "you/small"].messages == ["Upload sft of run"] and not any("state" in f for f in files)
 
@@ -181,6 +192,15 @@ def test_a_card_that_the_hub_rejects_is_not_uploaded(hub, run):
     with pytest.raises(InputError, match=r"rejects the card: .*asked to fail"):
         push(run, Push("you/small"))
     assert pushed(hub) == {}
+
+
+def test_a_private_repo_is_there_with_a_token_only(hub, run, no_check, tmp_path):
+    push(run, Push("you/small", private=True))
+    assert HfApi(token=TOKEN).model_info("you/small").private
+    with pytest.raises(RepositoryNotFoundError):
+        HfApi(token=False).model_info("you/small")
+    with pytest.raises(RepositoryNotFoundError):
+        hf_hub_download("you/small", "config.json", token=False, cache_dir=tmp_path / "cache")
 
 
 def test_another_owner_is_refused(hub, run):
