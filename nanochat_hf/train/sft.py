@@ -160,7 +160,7 @@ def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, fol
             raise InputError(f"no conversation of the mixture fits into max_seq_len = {length} tokens")
         rows = rows.select(kept).select_columns(["input_ids", "labels"])
         if config.packing:
-            rows = pack_dataset(rows, length, map_kwargs={"desc": "packing"})
+            rows = pack_dataset(rows, length)
         shutil.rmtree(folder, ignore_errors=True)
         rows.save_to_disk(folder)
         total = {key: sum(entry[key] for entry in mixture.summary()) for key in ("rows", "tokens")}
