@@ -16,14 +16,8 @@ import time
 
 import torch
 
-PEAK = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "B200": 2250e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-}  # dense bf16
+from nanochat_hf.train.scaling import peak_flops
+
 LENGTH, ACCUMULATION = 2048, 4
 
 
@@ -103,7 +97,7 @@ def measure(make, batch: int, steps: int) -> dict:
     torch.cuda.synchronize()
     speed = ACCUMULATION * batch * LENGTH * steps / (start.elapsed_time(end) / 1e3)
     name = torch.cuda.get_device_name()
-    peak = next((value for key, value in PEAK.items() if key in name), float("nan"))
+    peak = peak_flops(name) or float("nan")
     return {
         "tok_s": speed, "mfu": speed * flops / peak, "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "first_step_s": first, "optimizer_ms": micro.elapsed_time(end), "device": name,
