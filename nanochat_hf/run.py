@@ -153,7 +153,10 @@ def parse_config(cls, path: str | Path, overrides: dict[str, str] | None = None)
     flags = []
     for key, text in overrides.items():
         if text[:1] in "[{":  # a list or mapping typed on the command line; argparse has no syntax for it
-            values[key] = yaml.safe_load(text)
+            try:
+                values[key] = yaml.safe_load(text)
+            except yaml.YAMLError:
+                raise InputError(f"{key} is no valid YAML list or mapping: {text}") from None
         else:
             flags += [f"--{key}={text}"]
     parser = _Parser(cls, allow_abbrev=False)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat_hf.data import corpus
-from nanochat_hf.data.corpus import DocumentStream
+from nanochat_hf.data.corpus import DocumentStream, open_documents
 from nanochat_hf.errors import InputError
 
 
@@ -249,7 +249,7 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
 os.environ |= {"HF_HOME": sys.argv[2], "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
 threading.Thread(target=server.serve_forever, daemon=True).start()
-from nanochat_hf.data.corpus import DocumentStream
+from nanochat_hf.data.corpus import DocumentStream, open_documents
 from nanochat_hf.errors import InputError
 stream = DocumentStream("me/books")
 it = iter(stream)
@@ -285,3 +285,133 @@ def test_a_hub_dataset_is_listed_once_and_fetched_file_by_file_through_failures(
     assert fetched == [f"shard_0000{i}.parquet" for i in range(4)]
     assert revision == "0123456789abcdef0123456789abcdef01234567"
     assert "no such dataset" in missing
+
+
+def mixture_of(tmp_path, sizes=(40, 90), lengths=(30, 7), weights=(1, 3), split="train", **options):
+    """Two datasets, `sizes` documents of `lengths` letters each; the first letter says which."""
+    for letter, count, length in zip("ab", sizes, lengths):
+        if not (tmp_path / letter).exists():
+            (tmp_path / letter).mkdir()
+            texts = [f"{letter}{i:03d}".ljust(length, ".") for i in range(count)]
+            write_parquet(tmp_path / letter / "0.parquet", texts, group=8)
+            write_parquet(tmp_path / letter / "1.parquet", [f"{letter} validation"])
+    entries = [{"dataset": str(tmp_path / letter), "weight": weight} for letter, weight in zip("ab", weights)]
+    return open_documents(entries, split, **options)
+
+
+def endless(stream):
+    while True:
+        yield from stream
+
+
+def test_a_mixture_keeps_the_weights_in_bytes_to_within_a_document(tmp_path):
+    read = {"a": 0, "b": 0}
+    for text in islice(endless(mixture_of(tmp_path, weights=(0.25, 0.75))), 500):
+        read[text[0]] += len(text)
+        assert abs(0.75 * read["a"] - 0.25 * read["b"]) <= 30
+    assert sum(read.values()) > 3000
+
+
+def test_hangul_counts_its_bytes_in_a_mixture(tmp_path):
+    for name, letter in (("ko", "가"), ("en", "a")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [letter * 10] * 1600)
+    stream = open_documents([{"dataset": str(tmp_path / f"{name}.jsonl")} for name in ("ko", "en")])
+    texts = list(islice(stream, 400))
+    assert texts.count("가" * 10) == 100 and texts.count("a" * 10) == 300
+
+
+def test_iterating_over_a_mixture_ends_with_the_dataset_that_ends_first(tmp_path):
+    stream = mixture_of(tmp_path, sizes=(10, 400), lengths=(10, 10), weights=(1, 1))
+    texts = list(stream)
+    assert stream.epoch == 1 and len(texts) == len(set(texts)) and {t[0] for t in texts} == {"a", "b"}
+    assert len([t for t in texts if t[0] == "a"]) == 10 and abs(len(texts) - 20) <= 1
+    more = list(stream)  # the small one again, the large one goes on
+    assert stream.epoch == 2 and not {t for t in more if t[0] == "b"} & set(texts)
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    weights=st.tuples(st.sampled_from([0.1, 1, 2.5]), st.sampled_from([0.1, 1, 2.5])),
+    world_size=st.integers(1, 5),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_readers_of_a_mixture_share_each_datasets_documents_exactly_once_an_epoch(
+    tmp_path_factory, sizes, weights, world_size
+):
+    path = tmp_path_factory.mktemp("data")
+    epochs = {"a": [], "b": []}
+    for rank in range(world_size):
+        for number, letter in enumerate("ab"):
+            stream = mixture_of(path, sizes, weights=weights, rank=rank, world_size=world_size)
+            part, documents = stream.streams[number], endless(stream)
+            while part.epoch == 0:  # until its second epoch begins; what came before is this reader's share
+                text = next(documents)
+                if text[0] == letter and part.epoch == 0:
+                    epochs[letter].append(text)
+    for letter, count in zip("ab", sizes):
+        assert len(epochs[letter]) == len(set(epochs[letter])) == count
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_resuming_a_mixture_anywhere_gives_the_documents_that_would_have_come(tmp_path, world_size):
+    for rank in range(world_size):
+        options = {"sizes": (9, 30), "rank": rank, "world_size": world_size, "seed": 5}
+        whole = list(islice(endless(mixture_of(tmp_path, **options)), 140))
+        for taken in range(0, 130, 1 if rank == 0 else 7):
+            first = mixture_of(tmp_path, **options)
+            list(islice(endless(first), taken))
+            second = mixture_of(tmp_path, **options)
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+            assert second.epoch == first.epoch
+            assert list(islice(endless(second), 5)) == whole[taken : taken + 5]
+
+
+def test_a_mixtures_validation_split_is_that_of_its_datasets(tmp_path):
+    assert set(mixture_of(tmp_path, split="validation")) == {"a validation", "b validation"}
+
+
+@pytest.mark.parametrize(
+    "entries,words",
+    [
+        ([], "the mixture is empty"),
+        (["primer"], "must be {dataset: ..., weight: ...}, not 'primer'"),
+        ([{"weight": 1}], "must be {dataset"),
+        ([{"dataset": "primer", "wieght": 1}], "unknown key 'wieght' in the mixture's entry for primer"),
+        ([{"dataset": "primer", "weight": 0}], "weight of primer must be a number above 0, not 0"),
+        ([{"dataset": "primer", "weight": -1}], "above 0"),
+        ([{"dataset": "primer", "weight": True}], "above 0"),
+        ([{"dataset": "primer", "weight": float("nan")}], "above 0"),
+        ([{"dataset": "primer", "weight": float("inf")}], "above 0"),
+        ([{"dataset": "primer", "weight": "half"}], "above 0, not 'half'"),
+        ([{"dataset": "nowhere/x.jsonl"}], "no dataset nowhere/x.jsonl"),
+    ],
+)
+def test_a_wrong_mixture_is_named_in_one_line(entries, words):
+    with pytest.raises(InputError) as caught:
+        open_documents(entries)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mixtures_position_is_refused_by_other_weights(tmp_path):
+    state = mixture_of(tmp_path, weights=(1, 3)).state_dict()
+    with pytest.raises(InputError, match="another mixture"):
+        mixture_of(tmp_path, weights=(1, 2)).load_state_dict(state)
+    with pytest.raises(InputError, match="another mixture"):
+        mixture_of(tmp_path).load_state_dict(DocumentStream(tmp_path / "a").state_dict())
+    with pytest.raises(InputError, match="keep the seed"):
+        DocumentStream(tmp_path / "a").load_state_dict(state)
+
+
+def test_a_mixture_is_read_from_yaml_and_from_the_command_line(tmp_path):
+    from nanochat_hf.data.tokenizer import TokenizerConfig
+    from nanochat_hf.run import parse_config
+    from nanochat_hf.train.pretrain import PretrainConfig
+
+    path, wanted = tmp_path / "base.yaml", [{"dataset": "a/b", "weight": 0.3}, {"dataset": "primer"}]
+    path.write_text("dataset:\n  - {dataset: a/b, weight: 0.3}\n  - {dataset: primer}\n")
+    for config in (PretrainConfig, TokenizerConfig):
+        assert parse_config(config, path).dataset == wanted
+        assert parse_config(config, path, {"dataset": "primer"}).dataset == "primer"
+        assert parse_config(config, path, {"dataset": "[{dataset: x}]"}).dataset == [{"dataset": "x"}]
+    with pytest.raises(InputError, match="dataset is no valid YAML list or mapping"):
+        parse_config(PretrainConfig, path, {"dataset": "[{dataset: x"})

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat_hf.data.corpus import DocumentStream
+from nanochat_hf.data.corpus import DocumentStream, open_documents
 from nanochat_hf.data.loader import PackedLoader
 from nanochat_hf.errors import InputError
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 def loader(folder, tokenizer, rank=0, world_size=1, batch_size=2, **settings):
     settings = {"seq_len": 32, "buffer_size": 16, "lanes": 4, **settings}
-    stream = DocumentStream(folder, rank=rank, world_size=world_size)
+    stream = open_documents(folder, rank=rank, world_size=world_size)  # a list of datasets is a mixture
     return PackedLoader(stream, tokenizer, batch_size, **settings)
 
 
@@ -192,3 +192,17 @@ def test_a_forgotten_loader_ends_its_thread(folder, tokenizer):
     del one
     mine.join(timeout=5)
     assert not mine.is_alive()
+
+
+def test_rows_of_a_mixture_are_the_same_for_other_numbers_of_processes_and_after_resuming(folder, tokenizer):
+    mixed = [{"dataset": str(folder), "weight": 3}, {"dataset": "primer", "weight": 1}]
+    alone = loader(mixed, tokenizer, batch_size=4)
+    whole = np.concatenate([next(alone) for _ in range(20)])
+    pair = [loader(mixed, tokenizer, rank=rank, world_size=2, batch_size=2) for rank in range(2)]
+    for step in range(10):
+        batches = [next(one) for one in pair]
+        for rank in range(2):
+            assert (batches[rank] == whole[step * 4 + rank : step * 4 + 4 : 2]).all()
+    again = loader(mixed, tokenizer, batch_size=4)
+    again.load_state_dict(saved_and_loaded([one.state_dict() for one in pair]))
+    assert all((next(again) == whole[step * 4 : step * 4 + 4]).all() for step in range(10, 20))

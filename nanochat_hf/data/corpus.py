@@ -5,6 +5,8 @@ A dataset spec is one of
     path/to/folder                                 such files on this disk
     path/to/file.jsonl                             one of them (.parquet too)
     primer                                         the demo's embedded corpus
+or, for `open_documents`, a mixture: a list of {dataset: one of these, weight: 0.5}. A weight is a share of the bytes
+of UTF-8, which is nearer to a share of the tokens than documents or characters are (a Hangul syllable has 3 bytes).
 The last file is the validation split, as in karpathy/nanochat; of a single file it is the last sixteenth.
 
 The order of documents is fixed before anything is read. A file is a run of units (parquet row groups, or slices of
@@ -15,6 +17,7 @@ documents by the seed. There is no shuffle buffer whose content a resume would l
 """
 
 import json
+import math
 import random
 import re
 import time
@@ -36,6 +39,31 @@ JSONL_UNIT = 1 << 20  # bytes
 DOWNLOAD_ATTEMPTS = 6  # with 1, 2, 4, 8 and 16 seconds between them
 SUFFIXES = (".parquet", ".jsonl")
 HUB_ID = r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?(/.+)?"
+
+
+def open_documents(
+    dataset: str | list[dict],
+    split: str = "train",
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    skip_bad_files: bool = False,
+) -> "DocumentStream | MixedStream":
+    """The stream of a dataset spec or of a mixture of them. Raises InputError as `DocumentStream` does."""
+    if not isinstance(dataset, list):
+        return DocumentStream(dataset, split, rank, world_size, seed, skip_bad_files)
+    if not dataset:
+        raise InputError("the mixture is empty: give at least one {dataset: ..., weight: ...}")
+    for entry in dataset:
+        if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
+            raise InputError(f"an entry of the mixture must be {{dataset: ..., weight: ...}}, not {entry!r}")
+        if unknown := set(entry) - {"dataset", "weight"}:
+            raise InputError(f"unknown key {min(unknown)!r} in the mixture's entry for {entry['dataset']}")
+        weight = entry.get("weight", 1)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise InputError(f"the weight of {entry['dataset']} must be a number above 0, not {weight!r}")
+    streams = [DocumentStream(e["dataset"], split, rank, world_size, seed, skip_bad_files) for e in dataset]
+    return MixedStream(streams, [entry.get("weight", 1) for entry in dataset])
 
 
 class DocumentStream:
@@ -115,10 +143,59 @@ class DocumentStream:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on after the last document of `state`. Raises InputError when it was saved for other data."""
-        if state["reader"] != [self.rank, self.world_size, self.seed]:
-            raise InputError(f"the saved position is of [reader, readers, seed] {state['reader']}; keep the seed")
+        if state.get("reader") != [self.rank, self.world_size, self.seed]:
+            raise InputError(f"the saved position is of [reader, readers, seed] {state.get('reader')}; keep the seed")
         self.source.require(state["source"])
         self.epoch, self._file, self._start, self._unit, self._row = state["position"]
+
+
+class MixedStream:
+    """The documents of several streams in turn, so that the bytes read from each stay in proportion to its weight.
+
+    The next document always comes from the stream that is farthest behind its share, so the order depends on nothing
+    but the documents and the weights, and no share is ever off by more than a document. Each stream goes through its
+    own epochs, in each of which every document comes exactly once. Iterating ends, and `epoch` counts, when the stream
+    that repeats most has been read through once more: until the first end no document has come twice.
+    """
+
+    def __init__(self, streams: list[DocumentStream], weights: list[float]):
+        self.streams, self.weights = streams, weights
+        self.rank, self.world_size, self.seed = streams[0].rank, streams[0].world_size, streams[0].seed
+        self.epoch, self._given = 0, [0] * len(streams)  # bytes
+
+    def reader(self, rank: int, world_size: int) -> "MixedStream":
+        """Another reader's mixture from the beginning, over the same opened files."""
+        return MixedStream([stream.reader(rank, world_size) for stream in self.streams], self.weights)
+
+    def __iter__(self) -> Iterator[str]:
+        iterators = [iter(stream) for stream in self.streams]
+        while True:
+            shares = [given / weight for given, weight in zip(self._given, self.weights)]
+            number = shares.index(min(shares))
+            text = next(iterators[number], None)
+            if text is not None:
+                self._given[number] += len(text.encode())
+                yield text
+            elif self.streams[number].epoch > self.epoch:
+                self.epoch = self.streams[number].epoch
+                return
+            else:
+                iterators[number] = iter(self.streams[number])
+
+    def state_dict(self) -> dict:
+        return {
+            "position": [self.epoch, list(self._given)],
+            "weights": list(self.weights),
+            "streams": [stream.state_dict() for stream in self.streams],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on after the last document of `state`. Raises InputError when it was saved for other data or weights."""
+        if state.get("weights") != self.weights:
+            raise InputError("the saved position is of another mixture; keep its datasets and weights")
+        for stream, saved in zip(self.streams, state["streams"]):
+            stream.load_state_dict(saved)
+        self.epoch, self._given = state["position"][0], list(state["position"][1])
 
 
 class Source:

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import InputError
-from .corpus import DocumentStream
+from .corpus import DocumentStream, MixedStream
 from .packing import BestFitPacker
 from .tokenizer import encode_documents
 
@@ -29,7 +29,7 @@ from .tokenizer import encode_documents
 class Lane:
     """One share of the documents on its way into rows: endless over epochs, `buffer_size` documents to choose from."""
 
-    def __init__(self, stream: DocumentStream, tokenizer, buffer_size: int, longest: int | None):
+    def __init__(self, stream: DocumentStream | MixedStream, tokenizer, buffer_size: int, longest: int | None):
         self.stream, self.tokenizer, self.buffer_size, self.longest = stream, tokenizer, buffer_size, longest
         self.chunk = min(max(buffer_size // 4, 8), 128)
         self.packer = BestFitPacker()
@@ -68,7 +68,7 @@ class PackedLoader:
 
     def __init__(
         self,
-        stream: DocumentStream,
+        stream: DocumentStream | MixedStream,
         tokenizer: PreTrainedTokenizerFast,
         batch_size: int,
         seq_len: int,

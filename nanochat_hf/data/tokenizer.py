@@ -211,7 +211,8 @@ class TokenizerConfig:
     """Keys of tokenizer.yaml."""
 
     dataset: str = "primer"
-    """Text to train on: a Hub id, a folder of parquet files, a .jsonl file or `primer`."""
+    """Text to train on: a Hub id, a folder of parquet files, a .jsonl file or `primer`; or a list of them, mixed by
+    weight: [{dataset: ..., weight: 0.5}, ...] (data/corpus.py)."""
     vocab_size: int = 32768
     """Number of tokens, the nine special ones included."""
     max_chars: int = 2_000_000_000
@@ -242,14 +243,14 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) ->
 def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     """Train on the training split of `config.dataset` and write a `from_pretrained` folder and metrics.json."""
     from ..run import begin, finish
-    from .corpus import DocumentStream
+    from .corpus import open_documents
 
     output, record = Path(output), begin(config)
     reading = tqdm(total=config.max_chars, desc="tokenizer: reading", unit="char", unit_scale=True, disable=None)
 
     def texts(split: str, limit: int) -> Iterator[str]:
         reading.reset(limit)
-        for text in DocumentStream(config.dataset, split, seed=config.seed, skip_bad_files=config.skip_bad_files):
+        for text in open_documents(config.dataset, split, seed=config.seed, skip_bad_files=config.skip_bad_files):
             text = text[: min(config.doc_cap, limit - reading.n)]
             reading.n += len(text)
             reading.update(0)

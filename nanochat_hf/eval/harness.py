@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import primer
 from ..data.conversations import Mixture
-from ..data.corpus import DocumentStream
+from ..data.corpus import open_documents
 from ..data.loader import VALIDATION, PackedLoader
 from ..data.tokenizer import load_tokenizer, strip_special_tokens, token_byte_lengths
 from ..errors import InputError
@@ -343,7 +343,7 @@ def held_out_bpb(config: EvalConfig, model, tokenizer) -> dict:
     """Bits per byte of `bpb_tokens` tokens of the validation split, in rows of the model's training length."""
     state, length = PartialState(), model.config.max_position_embeddings
     batch = max(1, config.batch_tokens // 4 // length)  # all positions have logits here, which take the memory
-    stream = DocumentStream(config.dataset, "validation", state.process_index, state.num_processes, seed=0)
+    stream = open_documents(config.dataset, "validation", state.process_index, state.num_processes, seed=0)
     loader = PackedLoader(stream, tokenizer, batch, length, **VALIDATION)
     steps = max(1, config.bpb_tokens // (batch * length * state.num_processes))
 

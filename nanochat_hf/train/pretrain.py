@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.corpus import DocumentStream
+from ..data.corpus import open_documents
 from ..data.loader import VALIDATION, PackedLoader
 from ..data.tokenizer import load_tokenizer, token_byte_lengths, token_dtype
 from ..errors import InputError
@@ -117,7 +117,8 @@ class PretrainConfig:
     fp8: bool = False
     """Matrix products in 8 bits, on devices that have them (H100 and newer)."""
     dataset: str = "primer"
-    """Text to train on: a Hub id, a folder of parquet files, a .jsonl file or `primer`."""
+    """Text to train on: a Hub id, a folder of parquet files, a .jsonl file or `primer`; or a list of them, mixed by
+    weight: [{dataset: ..., weight: 0.5}, ...] (data/corpus.py)."""
     skip_bad_files: bool = False
     """Go on without files that cannot be read, instead of stopping."""
     seed: int = 0
@@ -216,7 +217,7 @@ class Pretraining:
 
     def new_loader(self, split: str) -> PackedLoader:
         config = self.config
-        stream = DocumentStream(
+        stream = open_documents(
             config.dataset, split, self.accelerator.process_index, self.world, config.seed, config.skip_bad_files
         )
         packing = VALIDATION if split == "validation" else {}
