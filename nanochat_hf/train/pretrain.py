@@ -438,6 +438,10 @@ def start_accelerator(config: PretrainConfig, output: Path) -> Accelerator:
         project_dir=output,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.device.type == "cpu":
+        # Accelerate makes DDP of FSDP on CPUs, silently; with this a laptop runs what the GPUs will.
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
         raise InputError(  # else each of them would train alone, into one folder
             f"{launched} processes were launched and Accelerate sees no GPU for them; on CPUs launch with "
