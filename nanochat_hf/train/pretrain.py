@@ -450,7 +450,8 @@ def start_accelerator(config: PretrainConfig, output: Path) -> Accelerator:
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
         raise InputError(  # else each of them would train alone, into one folder
             f"{launched} processes were launched and Accelerate sees no GPU for them; on CPUs launch with "
-            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched}"
+            f"ACCELERATE_USE_CPU=true accelerate launch --config_file configs/accelerate/multi_gpu.yaml "
+            f"--num_processes {launched}"
         )
     return accelerator
 
