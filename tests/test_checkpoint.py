@@ -52,22 +52,72 @@ def test_only_the_last_ones_stay_and_the_newest_is_found(training, tmp_path):
 
 def test_a_kill_while_writing_leaves_the_checkpoint_before(training, tmp_path, monkeypatch):
     save(tmp_path, 1, training)
-    calls = []
-
-    def fail(value, path):
-        calls.append(path)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        real(value, path)
-
     real = torch.save
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, 2, training)
-    assert checkpoint.latest(tmp_path).name == "step_000001"
-    monkeypatch.undo()
+    for written in (1, 2):  # of three files
+        left = iter(range(written))
+
+        def fail(value, file, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            real(value, file)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(torch, "save", fail)
+            save(tmp_path, 2, training)
+        assert checkpoint.latest(tmp_path).name == "step_000001"
     save(tmp_path, 2, training)  # over what was left
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
+
+
+def test_a_kill_while_an_old_one_is_deleted_leaves_no_half_one(training, tmp_path, monkeypatch):
+    save(tmp_path, 1, training)
+
+    def fail(path, **options):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.shutil, "rmtree", fail)
+        save(tmp_path, 2, training, keep=1)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000002"]
+
+
+def test_a_second_one_at_the_same_step_is_newer_and_the_first_stays_until_it_is_complete(training, tmp_path):
+    for rows in (1, 2):
+        path = checkpoint.save(tmp_path, 7, *training, {"rows": rows}, {}, keep=2)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000007", "step_000007.1"]
+    assert checkpoint.latest(tmp_path) == path and torch.load(path / "rank_00000.pt")["position"] == {"rows": 2}
+    checkpoint.save(tmp_path, 7, *training, {"rows": 3}, {}, keep=2)
+    checkpoint.save(tmp_path, 7, *training, {"rows": 4}, {}, keep=2)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000007.2", "step_000007.3"]
+    save(tmp_path, 8, training)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000007.3", "step_000008"]
+
+
+def test_momenta_go_on_in_another_stage_by_name_and_in_float32(training, tiny_config, tmp_path):
+    model, optimizer = training
+    checkpoint.save_momenta(tmp_path / "optimizer.pt", model, optimizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["optimizer.pt"]
+    saved = torch.load(tmp_path / "optimizer.pt")
+    assert saved["lm_head.weight"]["exp_avg"].dtype == torch.float32  # small here; large ones are halved
+    fresh = NanoChatForCausalLM(tiny_config)
+    fresh.model.embed_tokens.to(torch.bfloat16)
+    other = MuonAdamW(param_groups(fresh, OPTIONS))
+    rates = [group["lr"] for group in other.param_groups]
+    del saved["model.resid_lambdas"]
+    large = saved["model.layers.0.mlp.fc1.weight"]
+    large["momentum_buffer"] = large["momentum_buffer"].bfloat16()
+    torch.save(saved, tmp_path / "optimizer.pt")
+    checkpoint.load_momenta(tmp_path / "optimizer.pt", fresh, other)
+    theirs = dict(model.named_parameters())
+    for name, p in fresh.named_parameters():
+        assert bool(other.state[p]) is (name != "model.resid_lambdas")
+        for key, value in other.state[p].items():
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value, optimizer.state[theirs[name]][key], rtol=2**-8, atol=0)
+    fresh(input_ids=torch.arange(16)[None], labels=torch.arange(16)[None]).loss.backward()
+    other.step()
+    assert [group["lr"] for group in other.param_groups] == rates
 
 
 def test_states_of_several_ranks_become_one():

@@ -3,7 +3,10 @@
 `folder/step_000100/` holds the weights once and one file per rank (its optimizer state, data position and random
 state); under FSDP2 weights and optimizer state are written as shards by torch.distributed.checkpoint instead. All is
 written into a hidden folder first, which is renamed when every rank is done, so a kill at any moment leaves the
-checkpoint before it.
+checkpoint before it. A second one at the same step (a stop after a bad loss, with the data one step on) gets a number
+of its own, `step_000100.1`, for a complete checkpoint is never touched before the next one is complete.
+
+`save_momenta` and `load_momenta` carry the optimizer's state from one stage to the next, as one small file.
 
 Why not `Accelerator.save_state`: under DDP it keeps the main process's optimizer state only, but each rank of
 MuonAdamW owns a part; and it has no place for a data position per rank.
@@ -24,10 +27,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import InputError
-from .optim import ranks
+from .optim import LARGE, ranks
 
 
 def barrier() -> None:
@@ -39,10 +42,22 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints below `folder`, the newest last."""
+    return sorted(folder.glob("step_*"), key=lambda path: [int(n) for n in path.name.removeprefix("step_").split(".")])
+
+
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint below `folder`, or None."""
-    found = sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-    return found[-1] if found else None
+    return (complete(folder) or [None])[-1]
+
+
+def write(value, path: Path) -> None:
+    """torch.save, and on the disk before this returns: a rename may outlive a crash of the machine, so must it."""
+    with open(path, "wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_progress(path: Path) -> dict:
@@ -91,6 +106,8 @@ def save(
     """
     rank, world = ranks()
     aside, final = folder / f".step_{step:06d}", folder / f"step_{step:06d}"
+    if before := [path for path in complete(folder) if path.name.partition(".")[0] == final.name]:
+        final = final.with_name(f"{final.name}.{int(before[-1].name.partition('.')[2] or 0) + 1}")
     if rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
         try:
@@ -105,17 +122,18 @@ def save(
     else:
         own["optimizer"] = optimizer.state_dict()
         if rank == 0:
-            torch.save(model.state_dict(), aside / "model.pt")
-    torch.save(own, aside / f"rank_{rank:05d}.pt")
+            write(model.state_dict(), aside / "model.pt")
+    write(own, aside / f"rank_{rank:05d}.pt")
     if rank == 0:
-        torch.save({**progress, "step": step, "world_size": world}, aside / "progress.pt")
+        write({**progress, "step": step, "world_size": world}, aside / "progress.pt")
     barrier()
     if rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
-        complete = sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-        for old in complete[: -max(keep, 1)]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old in complete(folder)[: -max(keep, 1)]:
+            hidden = old.with_name(f".{old.name}")  # a kill while it is deleted must not leave half of one
+            shutil.rmtree(hidden, ignore_errors=True)
+            os.replace(old, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
     barrier()
     return final
 
@@ -152,6 +170,43 @@ def merged(states: list[dict]) -> dict:
         for index, values in state["state"].items():
             whole[index] = {**whole.get(index, {}), **values}
     return {"state": whole, "param_groups": states[0]["param_groups"]}
+
+
+def save_momenta(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write the optimizer's state as one file, {parameter's name: {key: tensor}}; every process calls this.
+
+    Large tensors in bf16: half the room (3 bytes a parameter of a d24), and a momentum needs no more digits.
+    """
+    rank, world = ranks()
+    own: dict = {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value  # a transfer: all take part
+            if rank == 0 or not isinstance(p, DTensor):
+                own.setdefault(name, {})[key] = whole.to("cpu", torch.bfloat16 if whole.numel() >= LARGE else None)
+    parts = [path.with_name(f".{path.name}.{number}") for number in range(world)]
+    write(own, parts[rank])
+    barrier()
+    if rank == 0:
+        for part in parts[1:]:
+            for name, state in torch.load(part).items():
+                own[name] = {**own.get(name, {}), **state}
+        write(own, parts[0])
+        os.replace(parts[0], path)
+        for part in parts[1:]:
+            part.unlink()
+    barrier()
+
+
+def load_momenta(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Begin with the state in `path`, in float32; parameters that it lacks begin without, rates stay as they are."""
+    saved = torch.load(path, map_location="cpu", mmap=True)
+    for name, p in model.named_parameters():
+        for key, value in saved.get(name, {}).items():
+            value = value.to(p.device if value.ndim else "cpu", torch.float32, copy=True)
+            if isinstance(p, DTensor) and value.shape == p.shape:
+                value = distribute_tensor(value, p.device_mesh, p.placements)
+            optimizer.state[p][key] = value
 
 
 def random_state() -> dict:
