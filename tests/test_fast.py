@@ -5,7 +5,7 @@ import torch
 
 from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.train.fast import Trunk
+from nanochat_hf.train.fast import Trunk, fuse
 
 SHAPE = {
     "vocab_size": 320,
@@ -66,6 +66,53 @@ def test_eight_bit_products_stay_near_the_exact_loss_and_train():
         )  # measured in full precision
     coarse.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in part]) for part in ((90, 1, 109), (200,))])
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_fused_model_trains_on_packed_documents_like_the_model_itself(generation):
+    model = random_model(generation)
+    ids, labels = torch.randint(0, 300, (2, 2, 200))
+    labels[:, ::3] = labels[POSITIONS == 0] = -100
+    inputs = {"input_ids": ids, "labels": labels, "position_ids": POSITIONS}
+    count = torch.tensor(500)  # of the step, more than are in this micro-batch
+    exact = model(**inputs, use_cache=False, num_items_in_batch=count).loss
+    exact.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    fuse(model, torch.float32, documents=6)
+    loss = model(**inputs, num_items_in_batch=count).loss
+    loss.backward()
+    assert torch.allclose(loss, exact, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(gradients[name], parameter.grad, atol=1e-6), name
+    assert model(input_ids=ids).logits.shape == (2, 200, 300)  # as before, where no loss is wanted
+
+
+@pytest.mark.gpu
+def test_fused_model_on_a_gpu_is_near_the_model_in_float32():
+    torch.manual_seed(0)
+    model = NanoChatForCausalLM(NanoChatConfig(**SHAPE | {"hidden_size": 512, "max_position_embeddings": 1024})).cuda()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    ids, labels = torch.randint(0, 300, (2, 2, 1024), device="cuda")
+    places = [torch.cat([torch.arange(n) for n in part]) for part in ((500, 7, 517), (1, 1023))]
+    inputs = {"input_ids": ids, "labels": labels, "position_ids": torch.stack(places).cuda()}
+    labels[inputs["position_ids"] == 0] = -100
+    exact = model(**inputs, use_cache=False).loss
+    exact.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    fuse(model, torch.bfloat16, documents=20, compile=True)
+    loss = model(**inputs).loss
+    loss.backward()
+    assert abs(loss - exact) / exact < 2e-3
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
+        assert error < (0.15 if parameter.numel() < 100 else 0.05), (name, error)
 
 
 @pytest.mark.gpu

@@ -69,13 +69,13 @@ def test_labels_stand_under_their_own_tokens(tokenizer):
             assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True)) and labels[0] == -100
 
 
-def test_positions_start_anew_in_each_conversation_and_padding_stands_alone():
+def test_positions_start_anew_in_each_conversation_and_in_the_padding():
     rows = [
         {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "seq_lengths": [3, 2]},
         {"input_ids": [6, 7], "labels": [-100, 7]},
     ]
     batch = Rows(pad=9, length=6)(rows)
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 9], [6, 7, 9, 9, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5, -100], [-100, 7, -100, -100, -100, -100]]
     assert Rows(pad=9, length=None)(rows)["input_ids"].shape == (2, 5)

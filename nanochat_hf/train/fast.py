@@ -1,7 +1,8 @@
 """The training step's way through the network: the same parameters and the same numbers as model/, fewer bytes moved.
 
 `Trunk(model)(input_ids)` equals `model.model(input_ids).last_hidden_state` for whole, unpadded rows without a cache,
-which is what pretraining feeds; the tests hold the two together for both generations. Differences:
+which is what pretraining feeds, and for rows of several documents with their `positions`, which SFT feeds (`fuse`);
+the tests hold the two together for both generations. Differences:
 
 - q, k and v come out of one matrix product (their float32 masters are concatenated while they are cast to bf16);
 - the fused operations of `kernels.py`;
@@ -12,25 +13,38 @@ which is what pretraining feeds; the tests hold the two together for both genera
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.modeling_nanochat import NanoChatForCausalLM
-from .kernels import attention, head_loss, linear, needs_mask, relu2_mlp, split_qkv, window_mask
+from .kernels import attention, attention_mask, head_loss, linear, relu2_mlp, split_qkv
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
-def embed(ids: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, eps: float) -> Tensor:
-    """ids (B, T) -> normed embedding (B, T, C), smeared if there is a gate (1, G)."""
-    x = rms_norm(F.embedding(ids, table), eps)
+def embed(
+    ids: Tensor,
+    table: Tensor,
+    gate: Tensor | None,
+    strength: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    positions: Tensor | None,
+) -> Tensor:
+    """ids (B, T) -> normed embedding (B, T, C), smeared if there is a gate (1, G), though not into position 0."""
+    x = rms_norm(F.embedding(ids, table).to(dtype), eps)
     if gate is not None:
         share = strength.to(x.dtype) * torch.sigmoid(F.linear(x[:, 1:, : gate.shape[1]], gate.to(x.dtype)))
+        if positions is not None:
+            share = share * (positions[:, 1:, None] > 0)
         x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
     return x
 
 
-def block(x, y, x0, lambdas, ids, table, gate, wq, wk, wv, wo, w1, w2, cos, sin, mask, window, scale, eps, fp8):
+def block(
+    x, y, x0, lambdas, ids, positions, table, gate, wq, wk, wv, wo, w1, w2, cos, sin, mask, window, scale, eps, fp8
+):
     """One decoder layer: the stream is x + y, (B, T, C) each, and so is what comes back (y None: nothing pending).
 
     Leaving the last addition to the next layer lets it be fused with that layer's mix and norm. `lambdas` are None or
@@ -43,9 +57,8 @@ def block(x, y, x0, lambdas, ids, table, gate, wq, wk, wv, wo, w1, w2, cos, sin,
     h = rms_norm(x, eps)
     gates = None if gate is None else F.linear(h[..., : gate.shape[1]], gate.to(h.dtype))
     qkv = linear(h, torch.cat((wq, wk, wv)).to(h.dtype), fp8)
-    q, k, v = split_qkv(
-        qkv, cos, sin, len(wk) // (2 * cos.shape[-1]), eps, ids if table is not None else None, table, gates
-    )
+    kv_heads = len(wk) // (2 * cos.shape[-1])
+    q, k, v = split_qkv(qkv, cos, sin, kv_heads, eps, None if table is None else ids, table, gates, positions)
     x = x + linear(attention(q, k, v, scale, window, mask).flatten(-2), wo.to(h.dtype), fp8)
     return x, relu2_mlp(rms_norm(x, eps), w1.to(x.dtype), w2.to(x.dtype), fp8)
 
@@ -61,38 +74,59 @@ class Trunk(nn.Module):
     """NanoChatModel's forward over the parameters of `model`, and with targets the head's loss as well.
 
     compile: each part by torch.compile. fp8: the blocks' matrix products in 8-bit floats, while training only; the
-    head's stays in bf16.
+    head's stays in bf16. dtype: what the network computes in; None: the dtype of the embeddings.
     """
 
-    def __init__(self, model: NanoChatForCausalLM, compile: bool = False, fp8: bool = False):
+    def __init__(
+        self,
+        model: NanoChatForCausalLM,
+        compile: bool = False,
+        fp8: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.fp8 = fp8
         self.model = model
+        self.dtype = dtype or model.model.embed_tokens.weight.dtype
+        if compile:
+            torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: DDP overlaps without its help
+            torch._dynamo.config.recompile_limit = 64  # four kinds of blocks, each for training, evaluating and SFT
         wrap = torch.compile(dynamic=False, fullgraph=True) if compile else lambda function: function
         self.embed, self.block, self.finish = wrap(embed), wrap(block), wrap(finish)
-        self.angles: dict = {}  # (length, device) -> cos, sin, masks by window
+        self.plain: dict = {}  # (length, device, dtype) -> what `prepare` made for rows of one document
 
-    def prepare(self, length: int, x: Tensor) -> tuple[Tensor, Tensor, dict]:
-        """cos, sin (T, 1, D/2) and the block masks that attention needs, made once per length."""
+    def prepare(self, x: Tensor, positions: Tensor | None, documents: int) -> tuple[Tensor, Tensor, dict]:
+        """x (B, T, C) -> cos, sin (T, 1, D/2) and the attention masks by window."""
+        length, config = x.shape[1], self.model.config
         key = (length, x.device, x.dtype)
-        if key not in self.angles:
-            config = self.model.config
+        if key not in self.plain:
             cos, sin = self.model.model.rotary_emb(x, torch.arange(length, device=x.device)[None])
-            masks = {}
-            window = config.sliding_window
-            if window is not None and window < length and needs_mask(x):
-                masks[window] = window_mask(window, length, x.device)
-            self.angles[key] = cos[0, 0, :, None].contiguous(), sin[0, 0, :, None].contiguous(), masks
-        return self.angles[key]
+            windows = {None, config.sliding_window}
+            masks = {window: attention_mask(x, window) for window in windows}
+            self.plain[key] = cos[0, 0, :, None].contiguous(), sin[0, 0, :, None].contiguous(), masks
+        cos, sin, masks = self.plain[key]
+        if positions is not None:
+            masks = {window: attention_mask(x, window, positions, documents) for window in masks}
+        return cos, sin, masks
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """ids (B, T) -> hidden states (B, T, C); with targets (B, T; -100 ignored) their loss in nats instead."""
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+        positions: Tensor | None = None,
+        documents: int = 0,
+    ) -> Tensor:
+        """ids (B, T) -> hidden states (B, T, C); with targets (B, T; -100 ignored) their loss in nats instead.
+
+        positions, documents: as in `kernels.attention_mask`, for rows of several documents, which see only themselves.
+        """
         model, config = self.model.model, self.model.config
         eps = config.rms_norm_eps
         smear = (model.smear_gate.weight, model.smear_lambda) if config.smear else (None, None)
-        x = x0 = self.embed(ids, model.embed_tokens.weight, *smear, eps)
+        x = x0 = self.embed(ids, model.embed_tokens.weight, *smear, eps, self.dtype, positions)
         y = middle = None
-        cos, sin, masks = self.prepare(ids.shape[1], x)
+        cos, sin, masks = self.prepare(x, positions, documents)
         lambdas = [None] * len(model.layers)
         if config.residual_lambdas:
             lambdas = list(zip(model.resid_lambdas.unbind(), model.x0_lambdas.unbind()))
@@ -103,9 +137,9 @@ class Trunk(nn.Module):
                 table, gate = model.value_embeds[str(i)].weight, attn.ve_gate.weight
             window = attn.sliding_window if (attn.sliding_window or ids.shape[1]) < ids.shape[1] else None
             x, y = self.block(
-                x, y, x0, lambdas[i], ids, table, gate, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight,
-                attn.o_proj.weight, mlp.fc1.weight, mlp.fc2.weight, cos, sin, masks.get(window), window,
-                attn.scaling, eps, self.fp8 and torch.is_grad_enabled(),
+                x, y, x0, lambdas[i], ids, positions, table, gate, attn.q_proj.weight, attn.k_proj.weight,
+                attn.v_proj.weight, attn.o_proj.weight, mlp.fc1.weight, mlp.fc2.weight, cos, sin, masks[window],
+                window, attn.scaling, eps, self.fp8 and torch.is_grad_enabled(),
             )  # fmt: skip
             if i == len(model.layers) // 2:
                 middle = x, y
@@ -115,3 +149,24 @@ class Trunk(nn.Module):
         cap, size = config.final_logit_softcapping, config.num_tokens or config.vocab_size
         loss = head_loss(hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), cap, size, reduction)
         return loss if reduction == "mean" else loss.view_as(targets)
+
+
+def fuse(model: NanoChatForCausalLM, dtype: torch.dtype, documents: int, compile: bool = False) -> None:
+    """Send `model(input_ids, labels=, position_ids=)` this way, so that it returns a loss and no logits.
+
+    For a trainer that packs documents into rows: `labels` (B, T) are those of the inputs (-100 ignored),
+    `position_ids` (B, T) begin at 0 in each of at most `documents` documents of a batch, padding counted as such.
+    Without labels (generation, evaluation) the model stays as it is.
+    """
+    trunk, original = Trunk(model, compile=compile, dtype=dtype), model.forward
+
+    def forward(input_ids=None, labels=None, position_ids=None, num_items_in_batch=None, **others):
+        if labels is None:
+            return original(input_ids=input_ids, position_ids=position_ids, **others)
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        loss = trunk(input_ids, targets, positions=position_ids, documents=documents)
+        if num_items_in_batch is not None:  # of all micro-batches of the step
+            loss = loss * ((targets >= 0).sum() / num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss)
+
+    model.forward = forward

@@ -103,7 +103,6 @@ def with_loss(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bo
     if fp8 and not cuda:
         raise InputError("fp8 needs a CUDA device of the H100's generation or newer; leave it out")
     if attention == "auto" and not sharded:
-        torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one, so DDP overlaps without its help
         return Trunk(model, compile=compile and cuda, fp8=fp8)
     if fp8:
         raise InputError("fp8 works with attn_implementation auto, on one GPU or under DDP")

@@ -25,6 +25,8 @@ from ..data.conversations import Mixture
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..run import begin, finish, load_json, save_json
+from .fast import fuse
+from .network import compute_dtype
 from .trainer import (
     StageConfig,
     StageTrainer,
@@ -62,18 +64,30 @@ class ChatConfig(StageConfig):
     """Begin with the momenta in the source's optimizer.pt, if there is one."""
     chatcore_every: int = -1
     """Steps between measurements of ChatCORE, when the caller gives a way to measure it; -1: never."""
+    compile: bool = False
+    """Compile the network with torch.compile (CUDA)."""
 
 
 class ChatTrainer(StageTrainer, SFTTrainer):
-    """SFTTrainer that counts the tokens it went through, and is quicker on a CPU."""
+    """SFTTrainer that counts the tokens it went through, and trains the way that pretraining does (`fast.fuse`)."""
+
+    def fuse(self, documents: int) -> None:
+        """Take the fused training step, for batches of at most `documents` conversations, where nothing forbids it."""
+        stage = self.stage
+        self.fused = not (
+            stage.lora_rank > 0 or stage.attn_implementation or self.is_deepspeed_enabled or self.is_fsdp_enabled
+        )
+        if self.fused:
+            device = self.accelerator.device
+            fuse(self.model, compute_dtype(device), documents, stage.compile and device.type == "cuda")
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.step_tokens += inputs["input_ids"].numel() * self.accelerator.num_processes
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss, which never holds all logits, on a GPU; elsewhere the model's own, made once only."""
-        owner = SFTTrainer if inputs["input_ids"].is_cuda else Trainer
+        """The fused step's own loss; without it TRL's, which never holds all logits but waits for the GPU."""
+        owner = Trainer if self.fused or not inputs["input_ids"].is_cuda else SFTTrainer
         return owner.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -81,7 +95,7 @@ class Rows:
     """Collator: packed rows -> input_ids, labels, position_ids, each (B, length or that of the longest row).
 
     TRL's own would make one row of the batch, and without a variable-length kernel its attention mask costs B times
-    as much. Positions that restart tell the model where a conversation begins; padding, all position 0, sees itself.
+    as much. Positions that restart tell the model where a conversation begins; padding counts as one of its own.
     """
 
     def __init__(self, pad: int, length: int | None):
@@ -95,10 +109,11 @@ class Rows:
             "position_ids": torch.zeros((len(rows), width), dtype=torch.long),
         }
         for i, row in enumerate(rows):
-            positions = torch.cat([torch.arange(n) for n in row.get("seq_lengths") or [len(row["input_ids"])]])
-            values = (torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"]), positions)
-            for tensor, value in zip(batch.values(), values, strict=True):
-                tensor[i, : len(value)] = value
+            size = len(row["input_ids"])
+            parts = [*row.get("seq_lengths", [size]), width - size]
+            batch["input_ids"][i, :size] = torch.tensor(row["input_ids"])
+            batch["labels"][i, :size] = torch.tensor(row["labels"])
+            batch["position_ids"][i] = torch.cat([torch.arange(n) for n in parts])
         return batch
 
 
@@ -168,7 +183,7 @@ def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, fol
         made = {**total, "mixture": mixture.summary(), "skipped_rows": mixture.skipped}
         save_json(folder / "made.json", made)
     processes().wait_for_everyone()
-    return load_from_disk(str(folder)), load_json(folder / "made.json")
+    return load_from_disk(str(folder)).with_format("numpy"), load_json(folder / "made.json")
 
 
 def accumulation(config: ChatConfig, length: int) -> int:
@@ -218,6 +233,8 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     )
     if core:
         core.trainer = trainer
+    most = max(len(n) for part in (rows, held_out) if part for n in part["seq_lengths"]) if config.packing else 1
+    trainer.fuse(config.device_batch_size * (most + 1))  # and one for a row's padding
     history = fit(trainer, output)
     val_loss = trainer.evaluate()["eval_loss"] if held_out else None
     speed = trainer.step_tokens / max(trainer.step_seconds, 1e-9)

@@ -28,7 +28,7 @@ from transformers import (
 
 from ..errors import InputError
 from ..run import load_json, save_json
-from .checkpoint import save_model
+from .checkpoint import load_momenta, save_model
 from .network import compute_dtype
 from .optim import MuonAdamW, param_groups
 from .scaling import RECIPES, optimizer_groups
@@ -88,8 +88,6 @@ class StageConfig:
     """Steps between evaluations; -1: only at the ends."""
     save_every: int = -1
     """Steps between checkpoints for a resume; -1: none."""
-    compile: bool = False
-    """Compile the network with torch.compile (CUDA)."""
     attn_implementation: str | None = None
     seed: int = 0
     report_to: str = "none"
@@ -122,8 +120,6 @@ def load_model(source: str, config: StageConfig, tokenizer: PreTrainedTokenizerB
     if dtype != torch.float32:
         # What comes out of the embeddings decides in which dtype the network runs; the weights all stay float32.
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
-    if config.compile and torch.cuda.is_available():
-        model.base_model.compile(dynamic=False)
     return model
 
 
@@ -158,6 +154,8 @@ def trainer_arguments(config: StageConfig, output: Path) -> dict:
         "gradient_checkpointing": False,
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_num_workers": 2 if torch.cuda.is_available() else 0,
+        "logging_nan_inf_filter": False,  # it waits for the device in every micro-batch
         "disable_tqdm": True,  # the bar is ours
         "report_to": config.report_to,
         "seed": config.seed,
@@ -189,11 +187,6 @@ class StageTrainer:
                 )
                 return self.optimizer
             self.optimizer = MuonAdamW(param_groups(network, rates))
-            if self.momenta and self.momenta.exists() and self.stage.lora_rank <= 0:
-                options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-                self.optimizer.load_state_dict(torch.load(self.momenta, map_location="cpu", weights_only=True))
-                for group, fresh in zip(self.optimizer.param_groups, options, strict=True):
-                    group.update(fresh)  # the rates of the end of another run came with its momenta
         return self.optimizer
 
     def rates(self) -> dict[str, dict]:
@@ -236,6 +229,10 @@ class StageCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         if self.trainer.own_state:
             optimizer.load_state_dict(torch.load(self.trainer.own_state, map_location="cpu", weights_only=True))
+        elif state.global_step == 0 and self.trainer.momenta and self.trainer.momenta.exists():
+            inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper is around it
+            if isinstance(inner, MuonAdamW) and self.trainer.stage.lora_rank <= 0:
+                load_momenta(self.trainer.momenta, self.trainer.accelerator.unwrap_model(self.trainer.model), inner)
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
