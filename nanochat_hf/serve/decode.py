@@ -374,7 +374,7 @@ class Decoder:
             SMEAR=smear is not None, LAMBDAS=resid is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
         layers, heads, kv_heads, dim = self.config.num_hidden_layers, self.heads, self.kv_heads, self.head_dim
-        middle = x
+        middle, tile = x, 16 if rows <= 16 else 32 if rows <= 32 else 64
         for i in range(layers):
             slots = self.k[i].shape[2]
             qkv, q = h @ w[f"qkv{i}"].t(), empty(rows, heads * dim)
@@ -396,9 +396,11 @@ class Decoder:
             if splits > 1:
                 k.join_kernel[(rows * heads,)](part, sums, bests, y, DIM=dim, SPLITS=splits, num_warps=4)
             x.addmm_(y, w[f"o{i}"].t())
-            k.mix_kernel[(rows,)](x, x, none, none, x, h, size, self.eps, MODE=0, BLOCK=block, num_warps=warps)
-            inner = h @ w[f"fc1{i}"].t()
-            k.relu2_kernel[(-(-inner.numel() // 2048),)](inner, inner.numel(), BLOCK=2048, num_warps=4)
+            inner = empty(rows, len(w[f"fc1{i}"]))
+            k.up_kernel[(-(-inner.shape[1] // 32), -(-rows // tile))](
+                x, w[f"fc1{i}"], inner, rows, size, inner.shape[1], self.eps,
+                ROWS=tile, COLUMNS=32, CHANNELS=128 if self.dtype.itemsize == 2 else 32, num_warps=4, num_stages=4,
+            )  # fmt: skip
             x.addmm_(inner, w[f"fc2{i}"].t())
             if i == layers // 2:
                 middle = x if resid is not None else x.clone()  # the mix below writes to a new tensor, else x goes on

@@ -175,11 +175,30 @@ if triton is not None:
         tl.store(out + which * DIM + dim, acc.to(out.dtype.element_ty))
 
     @triton.jit
-    def relu2_kernel(x, size, BLOCK: tl.constexpr):
-        """In place x = max(x, 0)^2."""
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.maximum(tl.load(x + at, mask=at < size, other=0.0), 0.0)
-        tl.store(x + at, value * value, mask=at < size)
+    def up_kernel(
+        x, weight, out, rows, size, inner, eps,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    ):  # fmt: skip
+        """out = relu(norm(x) weight^T)^2, a tile of rows x columns a program; x (rows, size), weight (inner, size).
+
+        A norm without weights is one factor a row, so it can be found on the way and applied to the product.
+        """
+        row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+        squares = tl.zeros([ROWS], dtype=tl.float32)
+        acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        for start in range(0, size, CHANNELS):
+            channel = start + tl.arange(0, CHANNELS)
+            inside = channel < size
+            left = tl.load(x + row[:, None] * size + channel, mask=(row < rows)[:, None] & inside, other=0.0)
+            right = tl.load(
+                weight + column[None, :] * size + channel[:, None], mask=(column < inner) & inside[:, None], other=0.0
+            )
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+            squares += tl.sum(left.to(tl.float32) * left.to(tl.float32), axis=1)
+        value = tl.maximum(acc * tl.rsqrt(squares / size + eps)[:, None], 0.0)
+        target = out + row[:, None] * inner + column
+        tl.store(target, (value * value).to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < inner))
 
     @triton.jit
     def sample_kernel(
