@@ -5,8 +5,8 @@ tests hold the two together. What is fused and why:
 
 - head, softcap and cross-entropy: at 32K tokens a step the float32 logits of a 32K vocabulary are 4 GB, read and
   written several times. Here they exist in bf16, a chunk at a time, and one Triton kernel turns them into their own
-  gradient in place. The softcap bounds the logits, so the softmax needs no running maximum. (Gradients made in the
-  forward pass are Liger Kernel's idea, arXiv:2410.10989.)
+  gradient in place, in a single pass: the softcap bounds the logits, so the softmax needs no running maximum, and its
+  denominator is left to the products. (Gradients made in the forward pass are Liger Kernel's idea, arXiv:2410.10989.)
 - MLP: relu(x)^2 runs in the epilogue of the first matrix product and its gradient in that of the second one's, by the
   CuTe kernels of Dao-AILab/quack; only the value before the activation is kept for the backward pass.
 - RoPE, QK norm and the gated value embedding are one pass over the joint product of q, k and v, one more backward.
@@ -41,7 +41,6 @@ except ImportError:
     _flash_attn_fwd = _flash_attn_bwd = None
 
 MAX_LOGITS_BYTES = 1 << 30  # of one chunk of bf16 logits; larger chunks gain nothing once the products fill the device
-MAX_FUSED_VOCAB = 1 << 16  # one row of logits lives in the registers of one program
 
 
 # ---------------------------------------------------------------------------------------------------- head and loss
@@ -50,26 +49,46 @@ if triton is not None:
 
     @triton.jit
     def _softcap_nll(
-        logits, targets, losses, inverse_count, num_tokens, stride, cap, GRAD: tl.constexpr, BLOCK: tl.constexpr
+        logits,
+        targets,
+        losses,
+        scales,
+        inverse_count,
+        num_tokens,
+        stride,
+        cap,
+        GRAD: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
-        """One row: loss of its target and, in place, the gradient of the mean loss with respect to the raw logits."""
+        """One row: loss of its target and, in place, the gradient of the mean loss with respect to the raw logits.
+
+        The gradient lacks the row's factor 1 / (its sum of exponentials * number of targets), which goes to `scales`:
+        so one pass over the row is enough, and the products that follow take the factor in.
+        """
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
-        columns = tl.arange(0, BLOCK)
-        inside = columns < num_tokens
-        raw = tl.load(logits + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-        squashed = 1.0 - 2.0 / (tl.exp(raw * (2.0 / cap)) + 1.0)  # tanh(raw / cap); the exponential may be inf
-        capped = squashed * cap
-        exponential = tl.where(inside, tl.exp(capped), 0.0)  # |capped| <= cap = 15: no overflow without a maximum
-        total = tl.sum(exponential, 0)
-        at_target = tl.sum(tl.where(columns == target, capped, 0.0), 0)
         valid = target >= 0
-        tl.store(losses + row, tl.where(valid, tl.log(total) - at_target, 0.0))
+        base = logits + row * stride
+        wanted = tl.load(base + tl.maximum(target, 0)).to(tl.float32)
+        wanted = 1.0 - 2.0 / (tl.exp(wanted * (2.0 / cap)) + 1.0)
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, stride, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < num_tokens
+            raw = tl.load(base + columns, mask=inside, other=0.0).to(tl.float32)
+            squashed = 1.0 - 2.0 / (tl.exp(raw * (2.0 / cap)) + 1.0)  # tanh(raw / cap); the exponential may be inf
+            exponential = tl.where(inside, tl.exp(squashed * cap), 0.0)  # at most e^15: no overflow without a maximum
+            total += exponential
+            if GRAD:
+                slope = tl.where(valid, exponential * (1.0 - squashed * squashed), 0.0)
+                tl.store(base + columns, slope.to(logits.dtype.element_ty), mask=columns < stride)
+        mass = tl.sum(total, 0)
+        tl.store(losses + row, tl.where(valid, tl.log(mass) - wanted * cap, 0.0))
         if GRAD:
-            gradient = exponential / total - tl.where(columns == target, 1.0, 0.0)
-            gradient *= (1.0 - squashed * squashed) * tl.load(inverse_count)
-            gradient = tl.where(inside & valid, gradient, 0.0)  # padding rows of the vocabulary get none
-            tl.store(logits + row * stride + columns, gradient.to(logits.dtype.element_ty), mask=columns < stride)
+            tl.debug_barrier()  # the target's own gradient comes after what the loop wrote there
+            slope = (tl.exp(wanted * cap) - mass) * (1.0 - wanted * wanted)
+            tl.store(base + target, slope.to(logits.dtype.element_ty), mask=valid)
+            tl.store(scales + row, tl.load(inverse_count) / mass)
 
 
 class _FusedHeadLoss(torch.autograd.Function):
@@ -79,32 +98,34 @@ class _FusedHeadLoss(torch.autograd.Function):
         training = reduction == "mean" and (hidden.requires_grad or weight.requires_grad)
         inverse_count = (targets >= 0).sum().clamp(min=1).float().reciprocal()
         losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+        scales = torch.empty_like(losses)[:, None]
         hidden_grad = torch.empty_like(hidden) if training else None
         weight_grad = None
         rows = max(1, MAX_LOGITS_BYTES // (2 * len(low)))
-        block = triton.next_power_of_2(len(low))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = hidden[part] @ low.t()  # (rows, V)
             _softcap_nll[(len(logits),)](
-                logits, targets[part], losses[part], inverse_count, num_tokens, logits.stride(0), float(softcap),
-                GRAD=training, BLOCK=block, num_warps=min(32, max(4, block // 1024)),
+                logits, targets[part], losses[part], scales[part], inverse_count, num_tokens, logits.stride(0),
+                float(softcap), GRAD=training, BLOCK=min(4096, triton.next_power_of_2(len(low))), num_warps=8,
             )  # fmt: skip
             if training:
                 torch.mm(logits, low, out=hidden_grad[part])
+                scaled = hidden[part] * scales[part].to(hidden.dtype)
                 if weight_grad is None:
-                    weight_grad = torch.mm(logits.t(), hidden[part], out_dtype=torch.float32)
+                    weight_grad = torch.mm(logits.t(), scaled, out_dtype=torch.float32)
                 else:
-                    weight_grad = torch.addmm(weight_grad, logits.t(), hidden[part], out_dtype=torch.float32)
-        ctx.save_for_backward(hidden_grad, weight_grad)
+                    weight_grad = torch.addmm(weight_grad, logits.t(), scaled, out_dtype=torch.float32)
+        ctx.save_for_backward(hidden_grad, weight_grad, scales)
         return losses.sum() * inverse_count if reduction == "mean" else losses
 
     @staticmethod
     def backward(ctx, grad):
-        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_grad, weight_grad, scales = ctx.saved_tensors
         if hidden_grad is None:
             raise RuntimeError("the per-token losses have no gradient; use reduction='mean'")
-        return hidden_grad * grad.to(hidden_grad.dtype), weight_grad.mul_(grad), None, None, None, None
+        hidden_grad.mul_((scales * grad).to(hidden_grad.dtype))
+        return hidden_grad, weight_grad.mul_(grad), None, None, None, None
 
 
 def head_loss(
@@ -118,7 +139,7 @@ def head_loss(
         targets: (N,) int64, -100 is ignored.
         reduction: "mean" over the targets that count, or "none": (N,) fp32, without gradient on the fused path.
     """
-    if triton is not None and hidden.is_cuda and hidden.dtype == torch.bfloat16 and len(weight) <= MAX_FUSED_VOCAB:
+    if triton is not None and hidden.is_cuda and hidden.dtype == torch.bfloat16:
         return _FusedHeadLoss.apply(hidden, weight, targets, softcap, num_tokens, reduction)
     logits = F.linear(hidden, weight.to(hidden.dtype))[..., :num_tokens].float()
     return F.cross_entropy(softcap * torch.tanh(logits / softcap), targets, ignore_index=-100, reduction=reduction)
