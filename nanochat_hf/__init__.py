@@ -2,8 +2,10 @@
 
 Importing the package registers the model with the Auto classes, so that `AutoModelForCausalLM.from_pretrained` and
 `AutoConfig` know `model_type` "nanochat_hf" here, and makes `save_pretrained` write the code that others need to load
-the folder with `trust_remote_code=True`.
+the folder with `trust_remote_code=True`. It also tells peft which matrices LoRA adapts unless told otherwise.
 """
+
+from contextlib import suppress
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -19,3 +21,9 @@ AutoModelForCausalLM.register(NanoChatConfig, NanoChatForCausalLM, exist_ok=True
 NanoChatConfig.register_for_auto_class()
 NanoChatModel.register_for_auto_class("AutoModel")
 NanoChatForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+with suppress(ImportError):  # peft is not needed to run a model
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+
+    # Every matrix of attention and MLP; peft's "all-linear" would wrap the tiny gates too. `nanochat`: an export.
+    for model_type in (NanoChatConfig.model_type, "nanochat"):
+        LORA_TARGETS.setdefault(model_type, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"])

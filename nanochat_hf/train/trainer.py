@@ -34,7 +34,6 @@ from .optim import MuonAdamW, param_groups
 from .scaling import RECIPES, optimizer_groups
 from .schedule import Schedule
 
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]  # "all-linear" would wrap the tiny gates too
 COMPLETE = "complete"  # name of the mark in a checkpoint that was written to its end
 HISTORY = {  # what a row of metrics.json's history keeps, by the names that the libraries give
     "loss": "train_loss",
@@ -126,9 +125,8 @@ def load_model(source: str, config: StageConfig, tokenizer: PreTrainedTokenizerB
 def lora(config: StageConfig) -> LoraConfig | None:
     if config.lora_rank <= 0:
         return None
-    return LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
-    )
+    # The default targets, all matrices of attention and MLP, are registered in nanochat_hf/__init__.py.
+    return LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, task_type="CAUSAL_LM")
 
 
 def trainer_arguments(config: StageConfig, output: Path) -> dict:
