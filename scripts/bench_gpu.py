@@ -117,8 +117,8 @@ def contender(name: str, config: str, steps: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", default="d24x16,d12x32")
-    parser.add_argument("--contenders", default="ours,ours:L", help="ours, ours:L, ours:fp8, peer:flex, peer:sdpa")
-    parser.add_argument("--peer", help="path of a karpathy/nanochat checkout; adds peer:flex and peer:sdpa")
+    parser.add_argument("--contenders", help="ours, ours:L, ours:fp8, peer:flex, peer:sdpa; left out, all there are")
+    parser.add_argument("--peer", help="path of a karpathy/nanochat checkout")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -128,7 +128,8 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("error: bench_gpu needs a CUDA device; make bench measures a CPU")
-    names = arguments.contenders.split(",") + (["peer:flex", "peer:sdpa"] if arguments.peer else [])
+    every = "ours,ours:L,ours:fp8" + (",peer:flex,peer:sdpa" if arguments.peer else "")
+    names = (arguments.contenders or every).split(",")
     rows = []
     for config in arguments.configs.split(","):
         for name in dict.fromkeys(names):
