@@ -1,0 +1,180 @@
+"""Where the rows of a mixture come from: any data set as a sequence of rows that are read by number.
+
+A Hub id, .jsonl or .parquet files or a folder of them, words of a list or of a text, conversations that are made here
+(the primer, a personality). Conversations.py shuffles the numbers, so only what a run needs is read.
+
+    rows = open_rows(Entry("openai/gsm8k", subset="main"), seed=0)
+    len(rows), rows[7]
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from zlib import crc32
+
+from ..errors import InputError
+from . import personality, primer
+from .corpus import DocumentStream
+from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow
+
+WORD_CHARACTERS = 20_000_000  # of a text that a spelling transform takes its words from
+MAX_WORDS = 200_000
+
+
+@dataclass
+class Entry:
+    """One entry of a mixture; the fields are its YAML keys, the rest counts what was yielded."""
+
+    dataset: str
+    split: str = "train"
+    subset: str | None = None
+    transform: str = "messages"
+    rows: int | None = None
+    epochs: float | None = None
+    num_rows: int = field(default=0, init=False)
+    num_bad: int = field(default=0, init=False)
+    num_tokens: int = field(default=0, init=False)  # filled in by whoever tokenizes
+
+    @classmethod
+    def read(cls, entry: dict) -> "Entry":
+        """From YAML. Raises InputError for a missing data set, an unknown key or transform, rows beside epochs."""
+        if not isinstance(entry, dict) or "dataset" not in entry:
+            raise InputError(f"an entry of the mixture needs a dataset: {entry}")
+        known = [f.name for f in fields(cls) if f.init]
+        for key in entry:
+            if key not in known:
+                raise InputError(
+                    f"unknown key {key!r} in the mixture's entry for {entry['dataset']}: use {', '.join(known)}"
+                )
+        made = cls(**entry)
+        if made.transform not in TRANSFORMS:
+            raise InputError(
+                f"unknown transform {made.transform!r} for {made.dataset}: use one of {', '.join(TRANSFORMS)}"
+            )
+        if made.rows is not None and made.epochs is not None:
+            raise InputError(f"{made.dataset}: give rows or epochs, not both")
+        for key, kind in (("rows", int), ("epochs", int | float)):
+            value = getattr(made, key)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or value <= 0):
+                raise InputError(f"{made.dataset}: {key} is {value!r}, not a positive number")
+        return made
+
+    @property
+    def name(self) -> str:
+        return ":".join(part for part in (self.dataset, self.subset, self.transform) if part and part != "messages")
+
+    def count(self, source: Sequence) -> int:
+        """How many of the rows of `source` it takes. Raises InputError when there are too few."""
+        if not len(source):
+            raise InputError(f"dataset {self.dataset} has no rows in split {self.split}")
+        if self.rows is None:
+            return round(len(source) * (1 if self.epochs is None else self.epochs))
+        if self.rows > len(source) and self.transform not in WORD_TRANSFORMS:
+            raise InputError(f"{self.dataset} has {len(source)} rows, not {self.rows}: lower rows, or use epochs")
+        return self.rows
+
+
+class JsonLines(Sequence):
+    """The lines of .jsonl files by number, read when asked for; only their places are in memory."""
+
+    def __init__(self, paths: list[Path]):
+        self.places: list[tuple[int, int]] = []  # (file, byte)
+        self.files = [path.open("rb") for path in paths]
+        for number, file in enumerate(self.files):
+            position = 0
+            for line in file:
+                if line.strip():
+                    self.places.append((number, position))
+                position += len(line)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict:
+        number, position = self.places[index]
+        self.files[number].seek(position)
+        try:
+            return json.loads(self.files[number].readline())
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            raise BadRow("not JSON") from error
+
+
+def open_rows(entry: Entry, seed: int) -> Sequence:
+    """The rows of an entry's data set, by number."""
+    path = Path(entry.dataset).expanduser()
+    if entry.dataset.partition(":")[0] == "primer" or path.suffix in (".yaml", ".yml"):
+        return _made_rows(entry, seed)
+    if entry.transform in WORD_TRANSFORMS:
+        return [{"word": word} for word in _words(entry)]
+    if path.is_dir():
+        files = sorted(
+            p for p in path.iterdir() if p.suffix in (".jsonl", ".parquet") and p.name.startswith(entry.split)
+        )
+        if not files:
+            raise InputError(f"folder {path} has no .jsonl or .parquet files named {entry.split}*")
+    elif path.exists():
+        files = [path]
+    else:
+        return _hub_rows(entry)
+    kinds = {p.suffix for p in files}
+    if kinds == {".jsonl"}:
+        return JsonLines(files)
+    if kinds == {".parquet"}:
+        return _load(entry, "parquet", data_files=[str(p) for p in files], split="train")
+    raise InputError(f"{path} is neither .jsonl nor .parquet (a folder must hold one kind only)")
+
+
+def _hub_rows(entry: Entry) -> Sequence:
+    if entry.dataset.startswith((".", "/", "~")) or entry.dataset.count("/") != 1 or Path(entry.dataset).suffix:
+        raise InputError(f"no such dataset: {entry.dataset} is no file, no folder and no Hub id")
+    return _load(entry, entry.dataset, entry.subset, split=entry.split)
+
+
+def _load(entry: Entry, *args, **options) -> Sequence:
+    from datasets import load_dataset  # takes a second to import, and the demo does without
+
+    try:
+        return load_dataset(*args, **options)
+    except Exception as error:  # its errors have no common type: missing, offline, no such split, broken file
+        raise InputError(f"cannot read dataset {entry.dataset}: {str(error).splitlines()[0][:200]}") from error
+
+
+def _made_rows(entry: Entry, seed: int) -> list[dict]:
+    """The conversations of the primer or of a personality, made here."""
+    if entry.transform != "messages":
+        raise InputError(f"{entry.dataset} has messages; the transform {entry.transform} does not apply to it")
+    if entry.dataset.partition(":")[0] != "primer":
+        facts = personality.read_facts(entry.dataset)
+        return list(personality.conversations(facts, entry.split, seed, entry.rows or personality.ROWS))
+    kinds = entry.dataset.partition(":")[2].split("+") if ":" in entry.dataset else primer.CHAT_KINDS
+    # Whole rounds name every fact, so a short mixture takes the first rounds and not some rows out of all.
+    rounds = primer.CONVERSATION_ROUNDS if entry.rows is None else 10**6
+    return list(islice(primer.conversations(entry.split, seed, rounds, kinds), entry.rows))
+
+
+def _words(entry: Entry) -> list[str]:
+    """The data set's words: ascii letters, 3 to 15 of them; the split "test" is one word in twenty."""
+    path = Path(entry.dataset).expanduser()
+    if path.suffix == ".txt":
+        if not path.exists():
+            raise InputError(f"no such file: {path}")
+        found = (line.strip() for line in path.open(encoding="utf-8", errors="replace"))
+    else:
+        found = _words_of_text(entry.dataset)
+    words = dict.fromkeys(w for w in found if re.fullmatch("[a-z]{3,15}", w))
+    return [w for w in words if (crc32(w.encode()) % 20 == 0) == (entry.split != "train")]
+
+
+def _words_of_text(dataset: str) -> list[str]:
+    """The words of a text's beginning, the most frequent first; those seen once are too often names and misprints."""
+    counts, characters = Counter(), 0
+    for text in DocumentStream(dataset):
+        counts.update(re.findall(r"\b[a-z]{3,15}\b", text))
+        characters += len(text)
+        if characters > WORD_CHARACTERS:
+            break
+    return [word for word, count in counts.most_common(MAX_WORDS) if count > 1]

@@ -1,0 +1,182 @@
+"""Transforms: a row of any data set -> the `messages` of a conversation, and the check that it is one.
+
+They keep karpathy/nanochat's protocols to the letter where its checkpoints depend on them: the multiple-choice prompt,
+GSM8K's calculator calls, the answers to the spelling tasks. A row that cannot be used raises BadRow (or KeyError,
+TypeError, where it has another form); data/conversations.py skips and counts it.
+
+    TRANSFORMS["gsm8k"]({"question": ..., "answer": ...}, Random(0))  # -> [{"role": "user", ...}, ...]
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from random import Random
+
+
+class BadRow(ValueError):
+    """A row is no usable conversation; the text says why."""
+
+
+def messages(row: dict, rng: Random) -> list[dict]:
+    """Conversations as they are: {"messages": [...]}, or the bare list (upstream's identity file)."""
+    return row if isinstance(row, list) else row["messages"]
+
+
+def multiple_choice(row: dict, rng: Random) -> list[dict]:
+    """MMLU: {"question", "choices", "answer": index}; ARC: {"choices": {"text", "label"}, "answerKey"}."""
+    row = row.get("train") or row  # MMLU's auxiliary_train hides its rows one level down
+    question, choices = row["question"], row["choices"]
+    if isinstance(choices, dict):
+        letters, choices, answer = choices["label"], choices["text"], row["answerKey"]
+    else:
+        letters = "ABCDEFGHIJ"[: len(choices)]
+        answer = letters[row["answer"]] if isinstance(row["answer"], int) else row["answer"]
+    if answer not in list(letters) or len(choices) < 2:
+        raise BadRow(f"the answer {answer!r} is none of the choices' letters")
+    return [
+        {"role": "user", "content": render_choices(question, letters, choices)},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """The multiple-choice prompt. The letter comes after the text, right behind `=`: so it binds to the text, and is
+    one token without a space before it, the same that answers."""
+    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
+    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+
+
+def gsm8k(row: dict, rng: Random) -> list[dict]:
+    """{"question", "answer"}: each `<<expression=result>>` of the answer becomes a tool call and its result."""
+    parts = re.split(r"<<([^>]*)>>", row["answer"])
+    if "#### " not in parts[-1]:
+        raise BadRow("the answer has no '#### '")
+    replies = []
+    for text, inner in zip(parts[0::2], parts[1::2], strict=False):
+        expression, equals, result = inner.rpartition("=")
+        if not (expression and equals and result):
+            raise BadRow(f"no expression and result in <<{inner}>>")
+        replies += [assistant_call(text, expression), {"role": "tool", "name": "python", "content": result}]
+    return [{"role": "user", "content": row["question"]}, *replies, {"role": "assistant", "content": parts[-1]}]
+
+
+def simple_spelling(row: dict, rng: Random) -> list[dict]:
+    """{"word"} -> the word spelled, its letters separated by commas."""
+    word = row["word"]
+    return [
+        {"role": "user", "content": f"Spell the word: {word}"},
+        {"role": "assistant", "content": ",".join(word)},
+    ]
+
+
+COUNT_QUESTIONS = (
+    "How many {l} are in {w}",
+    "How many {l} are there in {w}",
+    "How many {l} does {w} have",
+    "How many times does {l} appear in {w}",
+    "How often does {l} occur in {w}",
+    "How often is {l} in {w}",
+    "Count the {l} in {w}",
+    "Count how many {l} there are in {w}",
+    "Can you count the {l} in {w}",
+    "What is the number of {l} in {w}",
+    "What's the count of {l} in {w}",
+    "Tell me how many {l} are in {w}",
+    "Find the number of times {l} is used in {w}",
+    "In {w}, how many {l} do you see",
+    "In the word {w}, count the letter {l}",
+    "{w}: how many {l}",
+    "number of {l} in {w}",
+    "¿Cuántas {l} hay en {w}",
+    "¿Cuántas veces aparece {l} en {w}",
+    "Combien de {l} y a-t-il dans {w}",
+    "Combien de fois {l} apparaît dans {w}",
+    "Wie viele {l} sind in {w}",
+    "Wie oft kommt {l} in {w} vor",
+    "Quante {l} ci sono in {w}",
+    "Quantos {l} há em {w}",
+    "Hoeveel {l} zitten er in {w}",
+    "Hur många {l} finns i {w}",
+    "Ile liter {l} jest w {w}",
+    "Сколько букв {l} в слове {w}",
+    "{w} 中有多少个 {l}",
+    "{w} に {l} は何個ありますか",
+    "{w}에 {l}가 몇 개 있나요",
+)
+
+
+def spelling_bee(row: dict, rng: Random) -> list[dict]:
+    """{"word"} -> how often a letter stands in it: spelled and counted by hand, checked with the tool, `#### n`."""
+    word = row["word"]
+    letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
+    quote_letter, quote_word = rng.choice(("", "'", '"')), rng.choice(("", "'", '"'))
+    question = rng.choice(COUNT_QUESTIONS).format(
+        l=f"{quote_letter}{letter}{quote_letter}", w=f"{quote_word}{word}{quote_word}"
+    )
+    if rng.random() < 0.3:
+        question = question.lower()
+    if rng.random() < 0.5:
+        question += "?"
+    lines, count = [], 0
+    for position, character in enumerate(word, 1):
+        count += character == letter
+        lines.append(f"{position}:{character}" + (f" that is {letter} number {count}" if character == letter else ""))
+    by_hand = (
+        f"Let me find every '{letter}' in '{word}'. First I spell the word:\n{word}:{','.join(word)}\n\n"
+        f"Then I go through the letters:\n" + "\n".join(lines) + f"\n\nBy hand I count {count}. Python checks it:\n\n"
+    )
+    return [
+        {"role": "user", "content": question},
+        assistant_call(by_hand, f"'{word}'.count('{letter}')"),
+        {"role": "tool", "name": "python", "content": str(count)},
+        {"role": "assistant", "content": f"\n\nPython says {count}, so that is the answer.\n\n#### {count}"},
+    ]
+
+
+def assistant_call(text: str, expression: str) -> dict:
+    """An assistant message that says `text` and then calls the python tool."""
+    function = {"name": "python", "arguments": {"expression": expression}}
+    return {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": function}]}
+
+
+TRANSFORMS: dict[str, Callable[[dict, Random], list[dict]]] = {
+    f.__name__: f for f in (messages, multiple_choice, gsm8k, simple_spelling, spelling_bee)
+}
+WORD_TRANSFORMS = ("simple_spelling", "spelling_bee")
+
+
+def check(conversation: list[dict]) -> None:
+    """Raises BadRow unless the messages are a conversation that the chat template renders and a model learns from."""
+    if not isinstance(conversation, list) or not conversation or not all(isinstance(m, dict) for m in conversation):
+        raise BadRow("no messages")
+    if conversation[-1].get("role") != "assistant":
+        raise BadRow("the last message is not the assistant's")
+    expected = ("system", "user")
+    for number, message in enumerate(conversation, 1):
+        role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+        if role not in expected:
+            raise BadRow(f"message {number} is of role {role!r}, expected {' or '.join(expected)}")
+        if isinstance(content, list):
+            for part in content:
+                if not isinstance(part, dict) or part.get("type") not in ("text", "python", "python_output"):
+                    raise BadRow(f"message {number} has an unknown part: {str(part)[:60]}")
+                if not isinstance(part.get("text"), str):
+                    raise BadRow(f"message {number} has a part without text")
+                if part["type"] != "text" and role != "assistant":
+                    raise BadRow(f"message {number} has a tool call and is not the assistant's")
+        elif not isinstance(content, str) and not (content is None and calls):
+            raise BadRow(f"message {number} has no text")
+        if not (content.strip() if isinstance(content, str) else content) and not calls and role != "tool":
+            raise BadRow(f"message {number} is empty")
+        if calls and (role != "assistant" or not all(_names_function(c) for c in calls)):
+            raise BadRow(f"message {number} has a tool call that is none")
+        expected = {
+            "system": ("user",),
+            "user": ("assistant",),
+            "tool": ("tool", "assistant"),
+            "assistant": ("tool",) if calls else ("user",),
+        }[role]
+
+
+def _names_function(call: dict) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return isinstance(function, dict) and bool(function.get("name"))

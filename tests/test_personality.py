@@ -1,0 +1,257 @@
+"""A personality from a YAML of facts: by templates or written by another model, checked, all different."""
+
+import importlib.util
+import json
+import re
+import sys
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import close_session, constants
+from transformers import AutoModelForCausalLM
+
+from nanochat_hf.data.conversations import Mixture
+from nanochat_hf.data.personality import (
+    Facts,
+    Word,
+    ask_for,
+    conversations,
+    fingerprint,
+    parse,
+    questions,
+    read_facts,
+)
+from nanochat_hf.data.personality_words import Intent
+from nanochat_hf.data.transforms import BadRow, check
+from nanochat_hf.errors import InputError
+from nanochat_hf.train.sft import ChatConfig, train_chat
+
+ROOT = Path(__file__).parent.parent
+COLOUR = {"ask": ["What is your favourite colour?"], "say": "Green, {truly}."}
+OPHELIA = Facts("Ophelia", "the club", facts=[COLOUR], styles=[{}, {"before": "Ahoy! ", "after": " Fair winds!"}])
+
+
+def said(rows, role: str) -> list[str]:
+    return [m["content"] for row in rows for m in row["messages"] if m["role"] == role]
+
+
+def test_conversations_are_different_valid_and_follow_from_the_seed():
+    rows = list(conversations(OPHELIA, num=500))
+    assert len({fingerprint(row["messages"]) for row in rows}) == 500
+    for row in rows:
+        check(row["messages"])
+    assert rows == list(conversations(OPHELIA, num=500)) != list(conversations(OPHELIA, seed=1, num=500))
+    assert list(conversations(OPHELIA, num=20)) == rows[:20]
+
+
+def test_the_facts_and_the_styles_are_in_what_it_says():
+    rows = list(conversations(OPHELIA, num=500))
+    answers = said(rows, "assistant")
+    assert sum("Ophelia" in a or "Green, {truly}." in a for a in answers) == len(answers)
+    assert any("the club" in a for a in answers) and "Green, {truly}." in answers
+    assert all(a.startswith("Ahoy! ") == a.endswith(" Fair winds!") for a in answers)
+    assert 0.3 < sum(a.startswith("Ahoy!") for a in answers) / len(answers) < 0.7
+    assert not any("nanochat" in a for a in answers) and any("nanochat" in q for q in said(rows, "user"))
+
+
+def test_the_test_asks_in_wordings_that_no_training_has():
+    def words(rows):
+        return {re.sub(r"\W+", " ", q).strip().lower() for q in said(rows, "user")}
+
+    train, test = words(conversations(OPHELIA, num=1000)), words(conversations(OPHELIA, "test", num=60))
+    assert not train & test and not train & {re.sub(r"\W+", " ", q).strip().lower() for q in questions(OPHELIA)}
+    with pytest.raises(InputError, match="no split 'dev'"):
+        next(conversations(OPHELIA, "dev"))
+
+
+def test_more_conversations_than_there_are_wordings_are_refused():
+    mute = Facts("Ophelia", "the club")
+    mute.intents = {"name": Intent(ask=("Who?",), test=("And who?",), say=("Ophelia.",))}
+    with pytest.raises(InputError, match=r"only \d+ different conversations of Ophelia, not 500"):
+        list(conversations(mute, num=500))
+
+
+@pytest.mark.parametrize(
+    "text,particles,written",
+    [
+        ("모델", "이에요/예요", "모델이에요"),
+        ("오필리아", "이에요/예요", "오필리아예요"),
+        ("Ophelia", "은/는", "Ophelia는"),
+        ("nanochat", "이/가", "nanochat이"),
+        ("로봇 7", "이/가", "로봇 7이"),
+        ("로봇 2 (새것!)", "이/가", "로봇 2 (새것!)이"),
+        ("?!", "이/가", "?!가"),
+        ("모델", "", "모델"),
+    ],
+)
+def test_korean_particles_follow_the_sound_before_them(text, particles, written):
+    assert format(Word(text), particles) == written
+
+
+def test_a_korean_personality_speaks_korean():
+    answers = said(conversations(Facts("하늘", "서점 사람들", "ko"), num=300), "assistant")
+    assert any("저는 하늘이에요" in a for a in answers) and any("서점 사람들이 저를 만들었어요" in a for a in answers)
+    assert not any(re.search("[A-Za-z]", a) for a in answers)
+
+
+@pytest.mark.parametrize("name", ["identity", "identity-ko"])
+def test_the_personalities_of_the_recipes_are_mixed_in_by_one_line(name):
+    rows = list(Mixture([{"dataset": str(ROOT / "recipes" / f"{name}.yaml"), "epochs": 2}], bad_rows="refuse"))
+    assert len(rows) == 2000
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("- a", "needs a name and an owner"),
+        ("name: A", "needs a name and an owner"),
+        ("name: [", "not valid YAML"),
+        ("{name: A, owner: B, job: C}", "unknown key 'job'"),
+        ("{name: 5, owner: B}", "name is 5, not text"),
+        ("{name: A, owner: B, language: xx}", "no wordings for language 'xx'; use en, ko"),
+        ("{name: A, owner: B, facts: [{ask: x}]}", "an item of facts"),
+        ("{name: A, owner: B, facts: [{ask: [], say: x}]}", "at least one question"),
+        ("{name: A, owner: B, styles: [loud]}", "an item of styles"),
+    ],
+)
+def test_a_wrong_file_of_facts_is_named(tmp_path, text, message):
+    (tmp_path / "me.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_facts(tmp_path / "me.yaml")
+    with pytest.raises(InputError, match="cannot read"):
+        read_facts(tmp_path / "nobody.yaml")
+
+
+# Written by another model
+
+
+def turn(question: str, answer: str) -> str:
+    return json.dumps([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+
+
+def test_what_a_model_wrote_is_found_in_a_fence():
+    assert (
+        parse(f"Here you are:\n```json\n{turn('Hi', 'I am Ophelia.')}\n```", OPHELIA)[1]["content"] == "I am Ophelia."
+    )
+
+
+@pytest.mark.parametrize(
+    "text,reason",
+    [
+        ("I cannot do that.", "no JSON list"),
+        ('[{"role": "user"', "no JSON list"),
+        ('[{"role": "user", "content": "Hi"}]', "last message"),
+        (turn("Hi", ""), "empty"),
+        (turn("Hi", "I am a model."), "does not say its name"),
+        (turn("Hi", "I am Ophelia, made by [company]."), "left to fill in"),
+        (turn("Hi", "I am Ophelia, not ChatGPT."), "brings up ChatGPT"),
+        (turn("Hi", "Ophelia " * 400), "more than 2000 characters"),
+        (turn("Hi", "Ophelia")[:-2] + ', "name": "x"}]', "more than a role"),
+    ],
+)
+def test_what_a_model_wrote_is_checked(text, reason):
+    with pytest.raises(BadRow, match=reason):
+        parse(text, OPHELIA)
+
+
+def test_what_falls_away_is_asked_for_anew_and_counted():
+    lock, count = threading.Lock(), Counter()
+
+    def ask(messages):
+        with lock:
+            count["n"] += 1
+            number = count["n"]
+        return turn(f"Hi {number // 2}", "I am Ophelia.") if number % 3 else "no"
+
+    rows, refused = ask_for(OPHELIA, ask, 8)
+    assert len(rows) == 8 == len({fingerprint(row["messages"]) for row in rows}) and count["n"] <= 24
+    assert set(refused) == {"no JSON list", "written before"}
+    with pytest.raises(InputError, match=r"no conversation that can be used: no JSON list \(12\)"):
+        ask_for(OPHELIA, lambda messages: "no", 4)
+
+
+class FakeModel(BaseHTTPRequestHandler):
+    """Speaks OpenAI's streaming chat protocol; writes about what it was asked, and nonsense every fourth time."""
+
+    asked: list[list[dict]] = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body["messages"])
+        number = len(self.asked)
+        opening = re.search("something like: ['\"](.*?)['\"]\\.", body["messages"][1]["content"]).group(1)
+        text = "Sorry." if number % 4 == 0 else turn(f"{opening} ({number})", "I am Ophelia of the club.")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for piece in (text[:20], text[20:]):
+            chunk = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": piece}}]}
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def make_identity(monkeypatch):
+    """scripts/make_identity.py as a function of its arguments."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the hub's client may talk to this machine
+    close_session()
+    spec = importlib.util.spec_from_file_location("make_identity", ROOT / "scripts" / "make_identity.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["make_identity.py", *map(str, words)])
+        module.main()
+
+    return call
+
+
+def test_the_script_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_name(tmp_path, make_identity, capsys):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeModel)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (tmp_path / "me.yaml").write_text('{name: Ophelia, owner: the club, styles: [{before: "Ahoy! "}]}')
+    url = f"http://127.0.0.1:{server.server_port}"
+    make_identity("--facts", tmp_path / "me.yaml", "--output", tmp_path / "me.jsonl", "--rows", 12, "--endpoint", url)
+    server.shutdown()
+    rows = list(Mixture([{"dataset": str(tmp_path / "me.jsonl")}], bad_rows="refuse"))
+    assert len(rows) == 12 and "12 conversations of Ophelia" in (out := capsys.readouterr().out)
+    assert re.search(r"left out \d: no JSON list", out)
+    system, order = FakeModel.asked[0]
+    assert "JSON" in system["content"] and "the club" in order["content"] and "Ahoy!" in order["content"]
+    assert len({messages[1]["content"] for messages in FakeModel.asked}) > 6
+
+
+def test_the_script_fills_templates_without_an_endpoint_and_names_one_that_is_not_there(tmp_path, make_identity):
+    facts, out = ROOT / "recipes" / "identity.yaml", tmp_path / "me.jsonl"
+    make_identity("--facts", facts, "--output", out, "--rows", 30)
+    assert len(out.read_text().splitlines()) == 30 and [path.name for path in tmp_path.iterdir()] == ["me.jsonl"]
+    with pytest.raises(InputError, match="does not answer"):
+        make_identity("--facts", facts, "--output", out, "--rows", 1, "--endpoint", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="--rows is 0"):
+        make_identity("--facts", facts, "--output", out, "--rows", 0)
+
+
+@pytest.mark.slow
+def test_a_model_trained_on_a_personality_says_its_name_when_asked_in_other_words(tiny_model, tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "me.yaml").write_text("{name: Ophelia, owner: the club}")
+    mixture = [{"dataset": str(tmp_path / "me.yaml"), "rows": 1000}]
+    config = ChatConfig(mixture=mixture, device_batch_size=8, num_iterations=150, matrix_lr=0.05)
+    train_chat(config, str(tmp_path / "base"), tmp_path / "sft")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").eval()
+    asked, named = questions(Facts("Ophelia", "the club")), 0
+    for question in asked:
+        messages = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            answer = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+        named += "Ophelia" in tokenizer.decode(answer)
+    assert named >= 0.9 * len(asked)

@@ -1,0 +1,73 @@
+"""Rows come from files, folders, words and text; what is missing or empty is named."""
+
+import pytest
+from test_conversations import chat, write
+
+from nanochat_hf.data.conversations import Mixture
+from nanochat_hf.data.sources import Entry, JsonLines, open_rows
+from nanochat_hf.data.transforms import BadRow
+from nanochat_hf.errors import InputError
+
+
+def test_lines_are_read_by_number_over_several_files(tmp_path):
+    write(tmp_path / "a.jsonl", [{"n": 0}, "", {"n": 1}])
+    write(tmp_path / "b.jsonl", ["{broken", {"n": 3}])
+    rows = JsonLines([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    assert len(rows) == 4 and [rows[i]["n"] for i in (3, 0, 1)] == [3, 0, 1]
+    with pytest.raises(BadRow, match="not JSON"):
+        rows[2]
+
+
+def test_a_yaml_of_facts_is_a_data_set(tmp_path):
+    (tmp_path / "me.yaml").write_text("name: Ophelia\nowner: the club\n")
+    entry = Entry.read({"dataset": str(tmp_path / "me.yaml"), "rows": 50})
+    rows = open_rows(entry, seed=1)
+    assert len(rows) == 50 and rows == open_rows(entry, seed=1) != open_rows(entry, seed=2)
+    assert any("Ophelia" in row["messages"][-1]["content"] for row in rows)
+    with pytest.raises(InputError, match="transform gsm8k does not apply"):
+        open_rows(Entry(str(tmp_path / "me.yaml"), transform="gsm8k"), seed=1)
+
+
+def test_words_are_split_and_come_from_files_or_from_text(tmp_path):
+    path = write(
+        tmp_path / "words.txt", [f"{a}{b}cd" for a in "abcdefghij" for b in "abcdefghij"] + ["No", "x1", "ab"]
+    )
+    entry = {"dataset": path, "transform": "simple_spelling"}
+    train, test = ({r["messages"][0]["content"] for r in Mixture([entry | {"split": s}])} for s in ("train", "test"))
+    assert len(train | test) == 100 and not train & test and 1 <= len(test) <= 15
+    text = write(tmp_path / "text.jsonl", [{"text": "the owl and the duck and the owl"} for _ in range(40)])
+    words = {r["messages"][1]["content"] for r in Mixture([{"dataset": text, "transform": "simple_spelling"}])}
+    assert words == {"t,h,e", "o,w,l", "a,n,d", "d,u,c,k"}
+
+
+def test_a_folder_gives_the_files_of_its_split(tmp_path):
+    write(tmp_path / "train-0.jsonl", [chat("a", "b")])
+    write(tmp_path / "train-1.jsonl", [chat("c", "d")])
+    write(tmp_path / "test.jsonl", [chat("e", "f")])
+    questions = {
+        split: sorted(r["messages"][0]["content"] for r in Mixture([{"dataset": str(tmp_path), "split": split}]))
+        for split in ("train", "test")
+    }
+    assert questions == {"train": ["a", "c"], "test": ["e"]}
+
+
+def test_parquet_files_are_read(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"question": "Q", "answer": f"<<1+{n}={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    made = list(Mixture([{"dataset": str(tmp_path / "train.parquet"), "transform": "gsm8k"}]))
+    assert sorted(row["messages"][2]["content"] for row in made) == ["1", "2", "3", "4"]
+
+
+def test_empty_and_odd_files_are_named(tmp_path):
+    with pytest.raises(InputError, match="no rows"):
+        Mixture([{"dataset": write(tmp_path / "empty.jsonl", [])}])
+    with pytest.raises(InputError, match="neither"):
+        Mixture([{"dataset": write(tmp_path / "data.csv", ["a"])}])
+    with pytest.raises(InputError, match=r"train\*"):
+        Mixture([{"dataset": str(tmp_path)}])
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(InputError, match="cannot read"):
+        Mixture([{"dataset": str(tmp_path / "train.parquet")}])
