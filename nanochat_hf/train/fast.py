@@ -10,9 +10,12 @@ the tests hold the two together for both generations. Differences:
   first step of 24 layers waits for three programs and not for one of 24 times the size.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.modeling_nanochat import NanoChatForCausalLM
@@ -109,6 +112,26 @@ class Trunk(nn.Module):
             masks = {window: attention_mask(x, window, positions, documents) for window in masks}
         return cos, sin, masks
 
+    def layer(self, layer: nn.Module, *inputs) -> tuple[Tensor, Tensor]:
+        """The block over a layer's weights. Under FSDP2 by the layer's own call, whose hooks gather these weights."""
+        if not isinstance(layer, FSDPModule):
+            return self.step(layer, *inputs)
+        layer.forward = partial(self.step, layer)
+        try:
+            return layer(*inputs)
+        finally:
+            del layer.forward
+
+    def step(self, layer, x, y, x0, lambdas, ids, positions, table, cos, sin, masks) -> tuple[Tensor, Tensor]:
+        attn, mlp, length = layer.self_attn, layer.mlp, ids.shape[1]
+        window = attn.sliding_window if (attn.sliding_window or length) < length else None
+        return self.block(
+            x, y, x0, lambdas, ids, positions, table, None if table is None else attn.ve_gate.weight,
+            attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight, attn.o_proj.weight, mlp.fc1.weight,
+            mlp.fc2.weight, cos, sin, masks[window], window, attn.scaling, self.model.config.rms_norm_eps,
+            self.fp8 and torch.is_grad_enabled(),
+        )  # fmt: skip
+
     def forward(
         self,
         ids: Tensor,
@@ -131,16 +154,8 @@ class Trunk(nn.Module):
         if config.residual_lambdas:
             lambdas = list(zip(model.resid_lambdas.unbind(), model.x0_lambdas.unbind()))
         for i, layer in enumerate(model.layers):
-            attn, mlp = layer.self_attn, layer.mlp
-            table = gate = None
-            if config.value_embeds and str(i) in model.value_embeds:
-                table, gate = model.value_embeds[str(i)].weight, attn.ve_gate.weight
-            window = attn.sliding_window if (attn.sliding_window or ids.shape[1]) < ids.shape[1] else None
-            x, y = self.block(
-                x, y, x0, lambdas[i], ids, positions, table, gate, attn.q_proj.weight, attn.k_proj.weight,
-                attn.v_proj.weight, attn.o_proj.weight, mlp.fc1.weight, mlp.fc2.weight, cos, sin, masks[window],
-                window, attn.scaling, eps, self.fp8 and torch.is_grad_enabled(),
-            )  # fmt: skip
+            table = model.value_embeds[str(i)].weight if config.value_embeds and str(i) in model.value_embeds else None
+            x, y = self.layer(layer, x, y, x0, lambdas[i], ids, positions, table, cos, sin, masks)
             if i == len(model.layers) // 2:
                 middle = x, y
         hidden = self.finish(x, y, middle, model.backout_lambda if config.backout else None, eps)
