@@ -4,22 +4,31 @@ The pinned losses are renewed with `REGENERATE_GOLDEN=1 pytest tests/test_pretra
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import random
+import re
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from accelerate import tracking
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from test_optim import free_port
 
 from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
+from nanochat_hf.train import device, network
 from nanochat_hf.train import pretrain as module
-from nanochat_hf.train.pretrain import PretrainConfig, pretrain
+from nanochat_hf.train.fast import Trunk
+from nanochat_hf.train.pretrain import PretrainConfig, Pretraining, pretrain
+from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
 
 GOLDEN = Path(__file__).parent / "golden" / "pretrain_d2.json"
 TINY = PretrainConfig(
@@ -31,8 +40,8 @@ KEYS = (
     "depth generation aspect_ratio head_dim max_seq_len window_pattern num_iterations target_flops "
     "target_param_data_ratio device_batch_size total_batch_size embedding_lr unembedding_lr matrix_lr scalar_lr "
     "weight_decay warmup_steps warmdown_ratio final_lr_frac eval_every eval_tokens core_metric_every "
-    "core_metric_max_per_task sample_every save_every keep_checkpoints push_every fp8 dataset skip_bad_files seed "
-    "compile attn_implementation report_to"
+    "core_metric_max_per_task sample_every save_every keep_checkpoints save_optimizer push_every fp8 dataset "
+    "skip_bad_files seed compile attn_implementation max_spike log_every report_to"
 )
 
 
@@ -150,6 +159,145 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_and_can_go_on(world,
     assert run(world, tmp_path)["history"][-1]["step"] == 20
 
 
+def test_a_spike_stops_before_the_weights_and_a_rerun_skips_its_rows(world, tmp_path, monkeypatch):
+    def garbage_at(call):
+        calls = itertools.count()
+
+        def to_device(batch, device):
+            ids, targets = real(batch, device)
+            return ids, torch.randint_like(targets, 300) if next(calls) == call else targets
+
+        monkeypatch.setattr(module, "to_device", to_device)
+
+    real = module.to_device
+    for call, place in (
+        (35, "rows 280 to 288"),
+        (0, "rows 280 to 288"),
+    ):  # the second knows from the first what is usual
+        garbage_at(call)
+        with pytest.raises(FloatingPointError, match=rf"step 35: loss .* after a median of .*{place}.*max_spike=0"):
+            run(world, tmp_path, num_iterations=40)
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["step_000035", "step_000035.1"]
+    saved = [torch.load(path / "model.pt") for path in (tmp_path / "state").iterdir()]
+    assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
+    garbage_at(0)
+    assert run(world, tmp_path, num_iterations=40, max_spike=0)["history"][-1]["step"] == 40
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(straight, world, tmp_path, monkeypatch, capsys):
+    real = Trunk.forward
+
+    def small_device(self, ids, *args, **kwargs):
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(Trunk, "forward", small_device)
+    metrics = run(world, tmp_path, device_batch_size=-1, num_iterations=20)
+    assert (metrics["device_batch_size"], metrics["gradient_accumulation"]) == (2, 4)
+    said = capsys.readouterr().out
+    assert "8 rows of 64 tokens, chosen by the free memory" in said and "out of memory, trying 2 rows" in said
+    assert losses(metrics) == pytest.approx(losses(straight[1]), abs=1e-4)
+
+
+def test_other_errors_of_the_first_step_are_shown(world, tmp_path, monkeypatch):
+    def broken(self, *args, **kwargs):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(Trunk, "forward", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        run(world, tmp_path)
+
+
+def test_float16_is_trained_with_a_scaled_loss(world, tmp_path, monkeypatch):
+    for place in (module, network):
+        monkeypatch.setattr(place, "compute_dtype", lambda device, half=False: torch.float16)
+    monkeypatch.setattr(module, "LOSS_SCALE", 2.0**28)  # too large: must come down by itself
+    scales, real = [], Pretraining.train_step
+    monkeypatch.setattr(Pretraining, "train_step", lambda self: scales.append(self.loss_scale) or real(self))
+    metrics = run(world, tmp_path, num_iterations=8, eval_every=4)
+    assert losses(metrics)[-1] < losses(metrics)[0] - 1.5 and metrics["val_bpb"] < metrics["history"][3]["val_bpb"]
+    assert scales[0] == 2**28 and 1 < scales[-1] < 2**28
+    assert weights(tmp_path)["model.embed_tokens.weight"].dtype == torch.float32
+
+
+class Recorder(GeneralTracker):
+    """A tracker as Accelerate wants it, that keeps what it is told."""
+
+    name, requires_logging_directory = "tensorboard", True
+    told: dict = {}
+
+    def __init__(self, run_name, logging_dir=None, **kwargs):
+        super().__init__()
+
+    tracker = None
+
+    def store_init_configuration(self, values):
+        self.told["config"] = values
+
+    def log(self, values, step, **kwargs):
+        assert step not in self.told
+        self.told[step] = values
+
+    def finish(self):
+        self.told["finished"] = True
+
+
+def test_trackers_get_every_figure_and_the_terminal_a_line_a_step(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Recorder)
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD])
+    monkeypatch.setattr(Pretraining, "mfu", lambda self, speed: speed / 1e9)  # a CPU has none
+    metrics = run(
+        world, tmp_path, num_iterations=4, report_to="tensorboard", log_every=1, eval_every=2, sample_every=2,
+        core_metric_every=4, core=lambda model, limit: 0.25,
+    )  # fmt: skip
+    told = Recorder.told
+    assert told["config"]["depth"] == 2 and told["finished"]
+    every = {
+        "step",
+        "tokens",
+        "time",
+        "train_loss",
+        "grad_norm",
+        "lr",
+        "lr_multiplier",
+        "momentum",
+        "tokens_per_second",
+    }
+    assert set(told[1]) == set(told[3]) == every  # and MFU on devices whose peak is known
+    assert set(told[2]) == every | {"val_bpb", "samples"} and set(told[4]) == set(told[2]) | {"core"}
+    assert told[4]["samples"].count("->") == 4 and "samples" not in metrics["history"][-1]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "grad norm" in line]
+    assert len(lines) == 4 and re.match(r"step 3/4: loss \d.*, [\d,]+ tok/s, lr 0.0.*, momentum 0\.85", lines[2])
+
+
+def test_sft_begins_with_the_momenta_of_pretraining(world, tmp_path, monkeypatch):
+    run(world, tmp_path / "base", num_iterations=3, save_optimizer=True)
+    saved = torch.load(tmp_path / "base" / "optimizer.pt")
+    named = dict(NanoChatForCausalLM.from_pretrained(tmp_path / "base").named_parameters())
+    assert set(saved) == set(named) and not list(tmp_path.glob("base/.*"))
+    found = {}
+
+    def look(self, model, *args, **kwargs):
+        names = {p: name for name, p in self.accelerator.unwrap_model(model).named_parameters()}
+        found.update({names[p]: state for p, state in self.optimizer.optimizer.state.items()})
+        raise Killed
+
+    monkeypatch.setattr(ChatTrainer, "training_step", look)
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    config = ChatConfig(mixture=[{"dataset": "primer", "rows": 20}], max_seq_len=128, device_batch_size=2)
+    with pytest.raises(Killed):
+        train_chat(config, str(tmp_path / "base"), tmp_path / "sft")
+    assert set(found) == set(saved)
+    momentum = found["model.layers.1.mlp.fc1.weight"]["momentum_buffer"]
+    assert momentum.abs().sum() > 0
+    for name, state in found.items():
+        for key, value in state.items():
+            assert torch.equal(value, saved[name][key].float())
+
+
 def test_hooks_are_called_when_due(world, tmp_path):
     calls = []
     metrics = run(
@@ -248,7 +396,7 @@ def process(rank, count, port, world, output, changes, sharded):
     torch.distributed.destroy_process_group()
 
 
-def sharding_accelerator(config, output):
+def sharding_accelerator(report_to, output):
     """FSDP2 on CPU, which accelerate does not offer: its GPU path, switched on by hand."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin

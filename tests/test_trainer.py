@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
+from nanochat_hf.train.checkpoint import save_momenta
 from nanochat_hf.train.optim import MuonAdamW, param_groups
 from nanochat_hf.train.scaling import RECIPES, optimizer_groups
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
@@ -107,7 +108,7 @@ def test_momenta_of_the_source_are_taken_over_and_its_rates_are_not(base, tiny_m
     for parameter in tiny_model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    torch.save(optimizer.state_dict(), base / "optimizer.pt")
+    save_momenta(base / "optimizer.pt", tiny_model, optimizer)
     found = {}
 
     def look(self, *args, **kwargs):

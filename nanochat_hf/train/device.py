@@ -1,22 +1,85 @@
-"""What a training process asks of its machine: memory and patience; and how it hears that it should stop.
+"""What a training process asks of its machine: processes, memory and patience; and how it hears that it should stop.
 
 Used by `pretrain.py`; nothing here knows about data or steps.
 """
 
 import gc
+import importlib.util
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..errors import InputError
+from .network import compute_dtype
 from .scaling import Plan, rows_that_fit
 
 CPU_FLOPS = 5e10  # per second and core, a fair guess
+TRACKERS = ("none", "trackio", "wandb", "tensorboard")
+
+
+def start_accelerator(report_to: str, output: Path) -> Accelerator:
+    """Accelerate for a pretraining run into `output`; compiled programs are kept beside it, for a warm start.
+
+    Raises:
+        InputError: a launch or a tracker that does not work.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise InputError(
+            "pretraining needs whole matrices and DeepSpeed ZeRO flattens them: launch this stage with "
+            "configs/accelerate/multi_gpu.yaml or fsdp2.yaml (ZeRO works for sft)"
+        )
+    if report_to not in TRACKERS:
+        raise InputError(f"report_to is {report_to!r}: choose one of {', '.join(TRACKERS)}")
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise InputError(f"report_to: {report_to} is not installed; pip install {report_to}")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less is lost between blocks of memory
+    if torch.cuda.is_available():
+        compiled = output.resolve().parent / ".compiled"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is new in 2.13
+    accelerator = Accelerator(
+        mixed_precision="no",  # the dtype of the embeddings decides, see network.py
+        log_with=None if report_to == "none" else report_to,
+        project_dir=output,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if accelerator.device.type == "cpu":  # where Accelerate would, without a word, train with DDP
+            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            accelerator.state.distributed_type = DistributedType.FSDP
+        if (dtype := compute_dtype(accelerator.device)) != torch.float32:
+            # gather half the bytes, but still add gradients in float32
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        raise InputError(  # else each of them would train alone, into one folder
+            f"{launched} processes were launched and Accelerate sees no GPU for them; on CPUs launch with "
+            "ACCELERATE_USE_CPU=true accelerate launch --config_file configs/accelerate/multi_gpu.yaml "
+            f"--num_processes {launched}"
+        )
+    return accelerator
+
+
+def to_device(batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, T + 1) of any integers -> inputs and targets (B, T), int64 on the device."""
+    rows = torch.from_numpy(batch.astype(np.int32, copy=False))
+    if device.type == "cuda":
+        rows = rows.pin_memory()
+    rows = rows.to(device, non_blocking=True).long()
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def free_memory(device: torch.device) -> float:

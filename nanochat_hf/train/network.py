@@ -1,7 +1,7 @@
 """The network as the pretraining loop wants it: made on its device, in its precision, as a module that gives a loss.
 
 Precision: float32 masters everywhere but the embeddings, which are bf16 on devices that compute in it; their dtype is
-the network's (no autocast). Elsewhere all is float32.
+the network's (no autocast). GPUs without bf16 compute in float16 from float32 embeddings, the rest in float32.
 """
 
 import torch
@@ -20,7 +20,7 @@ from .scaling import Plan
 class ModelLoss(nn.Module):
     """The model's own forward with the head's loss, with the signature of `fast.Trunk`.
 
-    For FSDP2, whose hooks sit on the layers' forward, and for an attention that the user chose.
+    For an attention that the user chose.
     """
 
     def __init__(self, model: NanoChatForCausalLM):
@@ -35,10 +35,11 @@ class ModelLoss(nn.Module):
         return loss if reduction == "mean" else loss.view_as(targets)
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on CUDA devices that compute in it, else float32."""
-    low = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if low else torch.float32
+def compute_dtype(device: torch.device, half: bool = False) -> torch.dtype:
+    """bf16 on CUDA devices that compute in it, else float32; with `half` float16 on those older ones (V100, T4) that
+    are fast in it, for who scales the loss."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return torch.bfloat16 if major >= 8 else torch.float16 if half and major == 7 else torch.float32
 
 
 def shape_of(source: str) -> dict:
@@ -87,27 +88,27 @@ def new_model(made: Plan, source: str | None, tokenizer, device: torch.device, s
         )
     # A document ends where the next one would begin.
     model.generation_config.update(eos_token_id=[tokenizer.eos_token_id, tokenizer.bos_token_id])
-    dtype = compute_dtype(device)
+    dtype = compute_dtype(device, half=True)
     for module in model.modules():
         if isinstance(module, nn.Embedding) and dtype != torch.float32:
-            if sharded:
+            if sharded or dtype == torch.float16:
                 module.register_forward_hook(lambda module, inputs, x: x.to(dtype))
             else:
                 module.to(dtype)
     return model
 
 
-def with_loss(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bool, sharded: bool) -> nn.Module:
+def with_loss(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bool) -> nn.Module:
     """-> module (ids (B, T), targets (B, T), reduction) -> loss in nats; see `PretrainConfig` for the options."""
-    cuda = next(model.parameters()).is_cuda
+    device = next(model.parameters()).device
+    cuda = device.type == "cuda"
     if fp8 and not cuda:
         raise InputError("fp8 needs a CUDA device of the H100's generation or newer; leave it out")
-    if attention == "auto" and not sharded:
-        return Trunk(model, compile=compile and cuda, fp8=fp8)
+    if attention == "auto":
+        return Trunk(model, compile=compile and cuda, fp8=fp8, dtype=compute_dtype(device, half=True))
     if fp8:
-        raise InputError("fp8 works with attn_implementation auto, on one GPU or under DDP")
-    if attention != "auto":
-        model.set_attn_implementation(attention)
+        raise InputError("fp8 works with attn_implementation auto only")
+    model.set_attn_implementation(attention)
     if compile and cuda:
         for layer in model.model.layers:  # their forward and not the layers: FSDP2's hooks stay outside
             layer.forward = torch.compile(layer.forward, dynamic=False)

@@ -6,43 +6,33 @@ What depends on the size comes from `scaling.plan`, what depends on the step fro
 processes, places and wraps the model (DDP, FSDP2) and writes to trackers; the loop is ours, because it is what this
 project is about. It differs from karpathy/nanochat's base_train in this: it resumes exactly (weights, optimizer, data
 position, random state; also with another number of processes), finds the device batch by itself, evaluates on rows
-kept in memory, stops at a loss that is not finite before that reaches the weights, and saves before it obeys SIGTERM.
+kept in memory, stops at a loss that leaps or is not finite before that reaches the weights, and saves before it obeys
+SIGTERM.
 """
 
-import importlib.util
 import math
-import os
 import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-    set_seed,
-)
-from torch import Tensor
+from accelerate.utils import DistributedType, set_seed
+from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.corpus import open_documents
 from ..data.loader import VALIDATION, PackedLoader
-from ..data.tokenizer import load_tokenizer, token_byte_lengths, token_dtype
+from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
-from ..eval.bpb import evaluate_bpb
 from ..run import begin, finish
 from . import checkpoint
-from .device import check_cost, choose_rows, listening, undisturbed_by_gc
+from .device import check_cost, choose_rows, listening, start_accelerator, to_device, undisturbed_by_gc
+from .monitor import Evaluator, SpikeAlarm, line, status
 from .network import compute_dtype, gradient_norm, gradients, new_model, shape_of, with_loss
 from .optim import MuonAdamW, param_groups
 from .scaling import peak_flops, plan
@@ -52,13 +42,12 @@ PLAN_KEYS = (
     *SHAPE_KEYS, "num_iterations", "target_flops", "target_param_data_ratio", "embedding_lr", "unembedding_lr",
     "matrix_lr", "scalar_lr", "weight_decay", "warmup_steps", "warmdown_ratio", "final_lr_frac",
 )  # fmt: skip
-TRACKERS = ("none", "trackio", "wandb", "tensorboard")
 HISTORY = 1000  # a curve has at most about so many points, besides evaluations
 PLANNED = (
     "generation", "depth", "num_parameters", "num_matmul_parameters", "flops_per_token", "total_tokens", "total_flops",
     "num_iterations", "total_batch_size",
 )  # fmt: skip
-SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 4, 8, 32
+LOSS_SCALE = 2.0**16  # of float16, whose gradients would vanish without one
 
 
 @dataclass
@@ -117,6 +106,8 @@ class PretrainConfig:
     """Steps between checkpoints; -1: only when the run is interrupted."""
     keep_checkpoints: int = 2
     """Checkpoints that stay on disk while the run goes on."""
+    save_optimizer: bool = False
+    """Keep the optimizer's state in optimizer.pt, for the SFT that begins with these momenta (a d24: 4 GB)."""
     push_every: int = -1
     """Steps between uploads to the Hub, when the caller gives a way to upload; -1: never."""
     fp8: bool = False
@@ -132,6 +123,10 @@ class PretrainConfig:
     """Compile the network with torch.compile (CUDA only)."""
     attn_implementation: str = "auto"
     """auto: this project's fused step; else the model's own forward with that attention of transformers."""
+    max_spike: float = 2.0
+    """Nats above the median of the last steps at which a loss stops the run (monitor.SpikeAlarm); 0: never."""
+    log_every: int = -1
+    """Steps between lines with a step's figures, 1 for each; -1: the bar only."""
     report_to: str = "none"
     """Where Accelerate reports to: none, trackio, wandb, tensorboard."""
 
@@ -157,7 +152,8 @@ def pretrain(
 
     Raises:
         InputError: a config, dataset or device with which this cannot work.
-        FloatingPointError: loss or gradient is not finite; a checkpoint from before that step is on disk.
+        FloatingPointError: loss or gradient is not finite, or the loss leaps; a checkpoint from before that step is on
+            disk.
         SystemExit: SIGTERM or SIGINT came; a checkpoint is on disk, the exit code is 128 + the signal's number.
     """
     return Pretraining(config, tokenizer, Path(output), model, core, push).run()
@@ -168,13 +164,12 @@ class Pretraining:
 
     def __init__(self, config: PretrainConfig, tokenizer: str, output: Path, model: str | None, core, push):
         self.config, self.output, self.core, self.push = config, output, core, push
-        self.accelerator = start_accelerator(config, output)
+        self.accelerator = start_accelerator(config.report_to, output)
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.record = begin(config)
         set_seed(config.seed)
         self.tokenizer = load_tokenizer(tokenizer)
-        self.byte_lengths = torch.tensor(token_byte_lengths(self.tokenizer), device=self.device)
         shape = shape_of(model) if model else {}
         options = {name: getattr(config, name) for name in PLAN_KEYS} | shape
         self.plan = plan(vocab_size=len(self.tokenizer), **options)
@@ -183,41 +178,57 @@ class Pretraining:
         self.step, self.history, self.samples = 0, [], []
         self.seconds, self.timed = 0.0, 0  # spent in steps, and in how many: the first one on a GPU compiles
         self.signal = 0  # number of the signal that asked to stop
-        self.validation_rows: list = []
+        self.alarm = SpikeAlarm(config.max_spike)
+        self.dtype = compute_dtype(self.device, half=True)
+        self.loss_scale = LOSS_SCALE if self.dtype == torch.float16 else 1.0
 
+        network = with_loss(self.model, config.attn_implementation, config.compile, config.fp8)
         self.loss_model, self.optimizer = self.accelerator.prepare(
-            with_loss(self.model, config.attn_implementation, config.compile, config.fp8, self.sharded),
-            MuonAdamW(param_groups(self.model, self.plan.groups)),
+            network, MuonAdamW(param_groups(self.model, self.plan.groups))
         )
         saved = checkpoint.latest(output / "state")
         self.rows = self.choose_rows(saved)
         self.accumulation = self.plan.total_batch_size // (self.rows * self.plan.max_seq_len * self.world)
         self.accelerator.gradient_accumulation_steps = self.accumulation
         self.loader = self.new_loader("train")
+        self.evaluator = Evaluator(
+            self.accelerator.unwrap_model(self.loss_model), self.model, self.tokenizer,
+            lambda: self.new_loader("validation"),
+            config.eval_tokens // (self.rows * self.plan.max_seq_len * self.world),
+            alike=not (config.fp8 or self.sharded),
+        )  # fmt: skip
         if saved is not None:
             self.restore(saved)
 
     def choose_rows(self, saved: Path | None) -> int:
         """Rows of a micro-batch: when resuming those of before, so that sums keep their order; else a new choice."""
-        wanted, fits = self.config.device_batch_size, None
+        wanted = self.config.device_batch_size
+        fits = None if self.sharded else self.fits  # FSDP2's processes would wait for one that ran out of memory
         if saved is not None:
             before = checkpoint.read_progress(saved)
-            wanted = before["rows"] if before["world_size"] == self.world else wanted
-        elif self.device.type == "cuda" and not self.sharded:
-            fits = self.fits  # not under FSDP2, where a process that runs out of memory leaves the others waiting
-        return choose_rows(self.plan, wanted, self.device, self.world, compute_dtype(self.device), fits, self.print)
+            if before["world_size"] == self.world:
+                wanted, fits = before["rows"], None
+        return choose_rows(self.plan, wanted, self.device, self.world, self.dtype, fits, self.print)
 
     def fits(self, rows: int) -> bool:
-        """Whether a micro-step of so many rows fits on every device; compiles it on the way."""
+        """Whether a step of so many rows fits on every device, beside gradients and optimizer state; compiles it."""
         ids = torch.arange(rows * self.plan.max_seq_len, device=self.device).view(rows, -1) % self.plan.num_tokens
-        failed = torch.zeros((), device=self.device)
+        groups, failed = self.optimizer.param_groups, torch.zeros((), device=self.device)
+        state = sum(p.numel() * (4 if group["kind"] == "muon" else 8) for group in groups for p in group["params"])
         try:
+            held = torch.empty(state // self.world, dtype=torch.uint8, device=self.device)
             with self.accelerator.no_sync(self.loss_model):
-                self.loss_model(ids, ids).backward()
-        except torch.OutOfMemoryError:
+                for _ in range(2):  # the second time beside the gradients of the first
+                    self.loss_model(ids, ids).backward()
+            del held
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
             failed += 1
         self.loss_model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)  # the run's own peak is what is reported
         return not self.accelerator.reduce(failed).item()
 
     def new_loader(self, split: str) -> PackedLoader:
@@ -273,35 +284,40 @@ class Pretraining:
                 group["momentum"] = factors.momentum
         loss = torch.zeros((), device=self.device)
         for _ in range(self.accumulation):
-            ids, targets = self.on_device(next(self.loader))
+            ids, targets = to_device(next(self.loader), self.device)
             with self.accelerator.accumulate(self.loss_model):  # reduces gradients with the last of them only
                 part = self.loss_model(ids, targets)
-                self.accelerator.backward(part)
+                self.accelerator.backward(part if self.loss_scale == 1 else part * self.loss_scale)
             loss += part.detach() / self.accumulation
-        norm = gradient_norm(self.model)
+        norm = gradient_norm(self.model) / self.loss_scale
         sums = torch.stack((loss, torch.tensor(float(bool(self.signal)), device=self.device)))
         loss, stop, norm = torch.cat((self.accelerator.reduce(sums, "mean"), norm[None])).tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            rows, path = self.plan.total_batch_size // self.plan.max_seq_len, self.save()
-            raise FloatingPointError(
-                f"step {self.step}: loss {loss}, gradient norm {norm}, at rows {self.step * rows} to "
-                f"{(self.step + 1) * rows} of the data; {path} holds the weights from before it. A rerun goes on with "
-                "the rows after these; if it happens again, lower the rates"
-            )
-        if self.plan.max_grad_norm and norm > self.plan.max_grad_norm:
-            torch._foreach_mul_(gradients(self.model), self.plan.max_grad_norm / norm)
+        if self.loss_scale > 1 and math.isfinite(loss) and not math.isfinite(norm):
+            self.loss_scale /= 2  # too large for these gradients: make the step with the rows that follow
+            self.optimizer.zero_grad(set_to_none=True)
+            return self.train_step()
+        if not (math.isfinite(loss) and math.isfinite(norm)) or self.alarm.rings(loss):
+            raise FloatingPointError(self.trouble(loss, norm))
+        factor = min(1.0, (self.plan.max_grad_norm or math.inf) / max(norm, 1e-12)) / self.loss_scale
+        if factor != 1:
+            torch._foreach_mul_(gradients(self.model), factor)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        names = ("train_loss", "grad_norm", "lr_multiplier", "momentum")
-        return dict(zip(names, (loss, norm, factors.lr, factors.momentum))), stop > 0
+        if self.dtype == torch.float16 and self.step % 1000 == 999:
+            self.loss_scale = min(2 * self.loss_scale, LOSS_SCALE)
+        lr = self.plan.groups["matrix"]["lr"] * factors.lr
+        figures = {"train_loss": loss, "grad_norm": norm, "lr_multiplier": factors.lr, "lr": lr}
+        return {**figures, "momentum": factors.momentum}, stop > 0
 
-    def on_device(self, batch: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(B, T + 1) -> inputs and targets (B, T), int64 on the device."""
-        rows = torch.from_numpy(batch.astype(np.int32, copy=False))
-        if self.device.type == "cuda":
-            rows = rows.pin_memory()
-        rows = rows.to(self.device, non_blocking=True).long()
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    def trouble(self, loss: float, norm: float) -> str:
+        """Save, and say what happened where in the data and what can be done."""
+        rows, usual = self.plan.total_batch_size // self.plan.max_seq_len, self.alarm.recent
+        before = f" after a median of {sorted(usual)[len(usual) // 2]:.4g}" if usual else ""
+        return (
+            f"step {self.step}: loss {loss:.4g}{before}, gradient norm {norm:.4g}, at rows {self.step * rows} to "
+            f"{(self.step + 1) * rows} of the data; {self.save()} holds the weights from before it. A rerun goes on "
+            "with the rows after these; if it happens again, lower the rates, or set max_spike=0 if nothing is wrong"
+        )
 
     def due(self, every: int, at_end: bool = False) -> bool:
         return (every > 0 and self.step % every == 0) or (at_end and self.step == self.plan.num_iterations)
@@ -309,49 +325,29 @@ class Pretraining:
     def measure(self, figures: dict) -> None:
         """Whatever is due after this step, and a point of the curve when there is something to tell."""
         config, found = self.config, {}
+        told = {"step": self.step, "tokens": self.step * self.plan.total_batch_size, "time": self.seconds, **figures}
+        if self.due(config.log_every):
+            self.print(line(self.plan.num_iterations, told))
         self.loss_model.eval()
         if self.due(config.eval_every, at_end=config.eval_every != 0):
-            found["val_bpb"] = self.validation_bpb()
+            found["val_bpb"] = self.evaluator.bpb()
         if self.core and config.core_metric_every > 0 and self.due(config.core_metric_every, at_end=True):
             found["core"] = self.core(self.model, config.core_metric_max_per_task)
         if self.due(config.sample_every, at_end=True):
-            self.samples = self.sample()
+            self.samples = self.evaluator.samples(self.step)
+            texts = [f"{sample['prompt']} ->{sample['text']!r}" for sample in self.samples]
+            found["samples"] = "\n".join(texts)
+            for text in texts:
+                self.print(f"step {self.step}: {text}")
         self.loss_model.train()
+        on_curve = self.step == 1 or self.due(max(1, self.plan.num_iterations // HISTORY), at_end=True)
+        if found or on_curve or self.due(config.log_every):
+            self.accelerator.log({k: v for k, v in (told | found).items() if v is not None}, step=self.step)
+        found.pop("samples", None)
         for name, value in found.items():
             self.print(f"step {self.step}: {name} {value:.4f}")
-        if found or self.step == 1 or self.due(max(1, self.plan.num_iterations // HISTORY), at_end=True):
-            tokens = self.step * self.plan.total_batch_size
-            point = {"step": self.step, "tokens": tokens, "time": self.seconds, **figures, **found}
-            self.history.append(point)
-            self.accelerator.log({key: value for key, value in point.items() if value is not None}, step=self.step)
-
-    def validation_bpb(self) -> float:
-        """Over the same rows every time, whatever the number of processes; they are packed once and kept."""
-        if not self.validation_rows:
-            loader = self.new_loader("validation")
-            share = self.config.eval_tokens // (self.rows * self.plan.max_seq_len * self.world)
-            kept = token_dtype(self.tokenizer)
-            self.validation_rows = [next(loader).astype(kept) for _ in range(max(1, share))]
-            loader.close()
-        batches = (self.on_device(rows) for rows in self.validation_rows)
-        return evaluate_bpb(partial(self.loss_model, reduction="none"), batches, self.byte_lengths)
-
-    @torch.no_grad()
-    def sample(self) -> list[dict]:
-        """Greedy continuations of the beginnings of validation rows, the same every time."""
-        if not self.validation_rows:
-            rows = next(self.new_loader("validation"))
-        else:
-            rows = self.validation_rows[0]
-        prompts = self.on_device(rows[:SAMPLES, : PROMPT_TOKENS + 1])[0]
-        texts = self.model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
-            min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS,  # every process takes part equally often (FSDP2)
-        )  # fmt: skip
-        pairs = [(self.tokenizer.decode(p[1:]), self.tokenizer.decode(t[len(p) :])) for p, t in zip(prompts, texts)]
-        for prompt, text in pairs:
-            self.print(f"step {self.step}: {prompt} ->{text!r}")
-        return [{"step": self.step, "prompt": prompt, "text": text} for prompt, text in pairs]
+        if found or on_curve:
+            self.history.append(told | found)
 
     def mfu(self, tokens_per_second: float | None) -> float | None:
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
@@ -370,6 +366,7 @@ class Pretraining:
         progress = {
             "config": asdict(self.config), "rows": self.rows, "wall_time_s": self.wall_time(), "timed": self.timed,
             "seconds": self.seconds, "history": self.history, "samples": self.samples,
+            "recent": list(self.alarm.recent), "loss_scale": self.loss_scale,
         }  # fmt: skip
         return checkpoint.save(
             self.output / "state", self.step, self.model, self.optimizer.optimizer, self.loader.state_dict(), progress,
@@ -387,6 +384,8 @@ class Pretraining:
         self.loader.load_state_dict(positions)
         self.step, self.seconds, self.timed = progress["step"], progress["seconds"], progress["timed"]
         self.history, self.samples = progress["history"], progress["samples"]
+        self.alarm.recent.extend(progress["recent"])
+        self.loss_scale = progress["loss_scale"]
         self.record["earlier_wall_time_s"] = progress["wall_time_s"]
         self.print(
             f"going on after step {self.step} of {path}" + (f", with {', '.join(changed.values())}" if changed else "")
@@ -399,6 +398,8 @@ class Pretraining:
         """Write the model folder and metrics.json, drop the checkpoints."""
         self.loader.close()
         checkpoint.save_model(self.output, self.model, self.tokenizer)
+        if self.config.save_optimizer:
+            checkpoint.save_momenta(self.output / "optimizer.pt", self.model, self.optimizer.optimizer)
         made = self.plan
         last = {key: value for point in self.history for key, value in point.items()}
         speed = self.timed * made.total_batch_size / self.seconds if self.timed else None
@@ -423,38 +424,3 @@ class Pretraining:
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
         return {**self.record, **numbers}
-
-
-def start_accelerator(config: PretrainConfig, output: Path) -> Accelerator:
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise InputError(
-            "pretraining needs whole matrices and DeepSpeed ZeRO flattens them: launch this stage with "
-            "configs/accelerate/multi_gpu.yaml or fsdp2.yaml (ZeRO works for sft)"
-        )
-    if config.report_to not in TRACKERS:
-        raise InputError(f"report_to is {config.report_to!r}: choose one of {', '.join(TRACKERS)}")
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise InputError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less is lost between blocks of memory
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is new in 2.13
-    accelerator = Accelerator(
-        mixed_precision="no",  # the dtype of the embeddings decides, see network.py
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=output,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.device.type == "cpu":
-        # Accelerate makes DDP of FSDP on CPUs, silently; with this a laptop runs what the GPUs will.
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        accelerator.state.distributed_type = DistributedType.FSDP
-    if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
-        raise InputError(  # else each of them would train alone, into one folder
-            f"{launched} processes were launched and Accelerate sees no GPU for them; on CPUs launch with "
-            f"ACCELERATE_USE_CPU=true accelerate launch --config_file configs/accelerate/multi_gpu.yaml "
-            f"--num_processes {launched}"
-        )
-    return accelerator
-
-
-def status(loss: float, speed: float, mfu: float | None) -> str:
-    return f"loss {loss:.3f}, {speed:,.0f} tok/s" + (f", MFU {mfu:.1%}" if mfu else "")
