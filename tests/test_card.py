@@ -62,7 +62,7 @@ def test_every_result_of_the_stage_stands_in_the_model_index(run):
 def test_the_text_shows_the_chain_of_stages_and_no_number_that_was_not_measured(run):
     text = str(card(run, "sft", "you/c", Facts()))
     assert "| BASE   | SFT" in text and "1 h 40 min" in text and "5,000,000,000 tokens" in text and "1 x H100" in text
-    assert "Cost" not in text and "| GSM8K" in text and "tools.py" in text
+    assert "Cost" not in text and "| GSM8K" in text and "tool_steps" in text
     assert "does not follow instructions" in str(card(run, "base", "you/b", Facts()))
 
 

@@ -53,22 +53,27 @@ SPLIT_PATTERN = "|".join(
 )
 
 # How transformers and TRL read a reply back into a message. A result block starts the reply anew: otherwise the call
-# before it would be found a second time, and made a second time.
+# before it would be found a second time, and made a second time. Calls that the reply itself answers are `tool_steps`.
 RESPONSE_TEMPLATE = {
-    "defaults": {"role": "assistant"},
+    "defaults": {"role": "assistant", "content": ""},
     "start_anchor": ["<|assistant_start|>", "<|output_end|>"],
     "fields": {
+        "tool_steps": {
+            "open_pattern": r"<\|python_start\|>(?P<call>[^<]*)<\|python_end\|><\|output_start\|>",
+            "close": "<|output_end|>",
+            "repeats": True,
+            "transform": {"call": "{call}", "result": "{content}"},
+        },
         "tool_calls": {
             "open": "<|python_start|>",
             "close": "<|python_end|>",
             "repeats": True,
-            "content": "text",
             "transform": {
                 "type": "function",
                 "function": {"name": "python", "arguments": {"expression": "{content}"}},
             },
         },
-        "content": {"close": "<|assistant_end|>", "content": "text"},
+        "content": {"close": "<|assistant_end|>", "repeats": True, "join": "", "content_args": {"strip": False}},
     },
 }
 

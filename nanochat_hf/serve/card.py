@@ -81,7 +81,8 @@ def datasets(facts: dict, stage: str) -> list[str]:
     found = []
     for name in chain(facts, stage):
         metrics = facts["stages"][name]
-        found += [(metrics.get("config") or {}).get("dataset")]
+        named = (metrics.get("config") or {}).get("dataset")
+        found += [part.get("dataset") for part in named] if isinstance(named, list) else [named]
         found += [part.get("dataset") for part in metrics.get("mixture") or []]
     names = [re.split(r"[:@\s]", d)[0] for d in found if isinstance(d, str)]
     return list(dict.fromkeys(name for name in names if name))
@@ -90,7 +91,7 @@ def datasets(facts: dict, stage: str) -> list[str]:
 def results(facts: dict, stage: str) -> list[EvalResult]:
     """Every result of this stage as the Hub's model-index wants it."""
     rows = [(metric, cells[stage]) for metric, cells in facts["table"].items() if stage in cells]
-    for kind in ("core", "chatcore"):
+    for kind in ("core", "chatcore", "kocore"):
         tasks = (facts["evaluation"].get(kind) or {}).get(stage, {}).get("per_task") or {}
         rows += [(f"{label} ({kind})", {"value": r["acc"]}) for label, r in tasks.items() if "acc" in r]
     found = []
@@ -206,37 +207,26 @@ CHAT_CODE = """```python
 from transformers import pipeline
 
 chat = pipeline("text-generation", model="REPO", trust_remote_code=True)
-messages = [{"role": "user", "content": "Hello"}]
-print(chat(messages, max_new_tokens=256)[0]["generated_text"][-1]["content"])
+messages = [{"role": "user", "content": "What is 12 * 34?"}]
+print(chat(messages, max_new_tokens=256)[0]["generated_text"][-1])
 ```
 
-The model may call a calculator by writing an expression between `<|python_start|>` and `<|python_end|>`. To answer:
+The model may call a calculator; `custom_generate/` in this repository answers it inside `generate`, and the message
+that comes back lists the `tool_steps`. To answer the calls yourself:
 
 ```python
-import runpy
+from transformers import pipeline
 
-from huggingface_hub import hf_hub_download
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-python = runpy.run_path(hf_hub_download("REPO", "tools.py"))["python"]
-tokenizer = AutoTokenizer.from_pretrained("REPO", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("REPO", trust_remote_code=True, dtype="auto")
-stops = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
-
+chat = pipeline("text-generation", model="REPO", trust_remote_code=True)
 messages = [{"role": "user", "content": "What is 12 * 34?"}]
-text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-for _ in range(5):  # at most five calls
-    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=256, eos_token_id=stops)[0])
-    if not text.endswith("<|python_end|>"):
+for _ in range(5):  # at most four calls
+    messages = chat(messages, max_new_tokens=256, run_tools=False)[0]["generated_text"]
+    if "tool_calls" not in messages[-1]:
         break
-    expression = text.rsplit("<|python_start|>", 1)[-1].removesuffix("<|python_end|>")
-    try:
-        result = python(expression)
-    except ValueError as error:
-        result = {"error": str(error)}
-    text += f"<|output_start|>{result}<|output_end|>"
-print(text.rsplit("<|assistant_start|>", 1)[-1].removesuffix("<|assistant_end|>"))
+    expression = messages[-1]["tool_calls"][0]["function"]["arguments"]["expression"]
+    left, right = expression.split("*")  # put your tool here
+    messages.append({"role": "tool", "content": str(int(left) * int(right))})
+print(messages[-1]["content"])
 ```"""
 
 

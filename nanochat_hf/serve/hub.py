@@ -2,8 +2,8 @@
 
     python scripts/push_to_hub.py --run-dir runs/d24 --repo you/nanochat-d24 [--stage sft] [--space] [--dry-run]
 
-What goes up: weights, configuration and the two model files, tokenizer with its chat template, `tools.py` (what the
-model may call), metrics.json, the report with its plots, and a card whose metadata holds every result of the
+What goes up: weights, configuration and the two model files, tokenizer with its chat template, the tool
+loop (`custom_generate/`), metrics.json, the report with its plots, and a card whose metadata holds every result of the
 evaluation. The push ends by loading the uploaded commit in a process that does not know this package and comparing
 logits. Uploads are one commit: a push that was cut off leaves no half model, and the next one sends only files that
 are missing. Tokens come from where huggingface_hub looks for them; a file that contains one is not uploaded.
@@ -28,6 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 from transformers import AutoModelForCausalLM
 
+from .. import tool_loop
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.report import MODEL_STAGES, make_report
@@ -137,7 +138,8 @@ def prepare(run: Run, wanted: Push) -> Path:
     for path in sorted((run.path / "plots").glob("*.png")):
         (folder / "plots").mkdir(exist_ok=True)
         link(path, folder / "plots" / path.name)
-    shutil.copy(PACKAGE / "tools.py", folder / "tools.py")
+    if stage != "base":
+        tool_loop.ship(folder)
     made = card(run, wanted.stage, wanted.repo, Facts(wanted.license, wanted.language, wanted.base_model))
     check_metadata(made.data)
     (folder / "README.md").write_text(str(made), encoding="utf-8")

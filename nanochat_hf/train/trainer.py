@@ -26,6 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from .. import tool_loop
 from ..errors import InputError
 from ..run import load_json, save_json
 from .checkpoint import load_momenta, save_model
@@ -311,6 +312,8 @@ def history(trainer: StageTrainer) -> list[dict]:
 def save_stage(trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     """Write model (adapters merged in) and tokenizer to `output`, loadable with from_pretrained. All ranks call it."""
     trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        tool_loop.ship(output)
     if trainer.is_deepspeed_enabled:
         return trainer.save_model(str(output))
     model = trainer.accelerator.unwrap_model(trainer.model)

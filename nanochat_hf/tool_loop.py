@@ -1,0 +1,88 @@
+"""The calculator inside `model.generate`: transformers' `custom_generate`, shipped beside the weights of chat stages.
+
+`ship(folder)` puts this file and `tools.py` into folder/custom_generate/. Who loads the folder, or the repository made
+of it, with `trust_remote_code=True` then has a `generate`, and so a `pipeline`, an lm-eval and a Space, in which the
+model's calls are answered:
+
+    chat = pipeline("text-generation", model="you/nanochat-d24", trust_remote_code=True)
+    chat([{"role": "user", "content": "What is 12 * 34?"}], max_new_tokens=64)
+    model.generate(**inputs, run_tools=False)                                       # without
+    model.generate(**inputs, custom_generate=FOLDER_OR_HUB_ID, trust_remote_code=True)  # on a model loaded otherwise
+
+A logits processor does it: after <|python_end|> it allows nothing but the tokens of the result. So batches, beams,
+sampling, streamers and every cache work as they do without. (`serve.generate` does the same many times faster; this is
+for where only transformers is.)
+"""
+
+import functools
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+
+from .tools import python
+
+MARKS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+LONGEST = 512  # tokens that a call or a result may have
+
+
+class Results(LogitsProcessor):
+    """Forces the result of each call, token by token, right after it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+        self.start, self.end, self.before, self.after = tokenizer.convert_tokens_to_ids(list(MARKS))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        recent = input_ids[:, -LONGEST:]
+        for row in (recent == self.end).any(1).nonzero()[:, 0].tolist():
+            token = self.next(recent[row].tolist())
+            if token is not None:
+                scores = scores.clone()
+                scores[row] = -torch.inf
+                scores[row, token] = 0.0
+        return scores
+
+    def next(self, ids: list[int]) -> int | None:
+        """The token that must follow `ids`, or None where the model is free."""
+        end = len(ids) - 1 - ids[::-1].index(self.end)
+        begin = next((i for i in range(end - 1, -1, -1) if ids[i] in (self.start, self.end)), None)
+        if begin is None or ids[begin] == self.end:  # an end without a start is no call
+            return None
+        result, told = self.result(tuple(ids[begin + 1 : end])), ids[end + 1 :]
+        return result[len(told)] if len(told) < len(result) and told == result[: len(told)] else None
+
+    @functools.lru_cache(1024)  # noqa: B019  (lives as long as one call of generate)
+    def result(self, call: tuple[int, ...]) -> list[int]:
+        try:
+            text = python(self.tokenizer.decode(call))
+        except ValueError as error:
+            text = str({"error": str(error)})
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return [self.before, *ids[: LONGEST // 2], self.after]
+
+
+@functools.lru_cache(8)
+def tokenizer_of(name: str, revision: str | None) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+
+
+def generate(inputs=None, generation_config=None, logits_processor=None, *, model, run_tools: bool = True, **kwargs):
+    """`model.generate` that answers the model's calls. With `run_tools=False` an answer ends where a call does."""
+    revision = getattr(model.config, "_commit_hash", None)
+    results = Results(kwargs.get("tokenizer") or tokenizer_of(model.name_or_path, revision))
+    stops = kwargs.get("eos_token_id", (generation_config or model.generation_config).eos_token_id)
+    stops = {*(stops if isinstance(stops, list) else [stops])} - {None, results.end}
+    kwargs["eos_token_id"] = sorted(stops if run_tools else stops | {results.end}) or None
+    if run_tools:
+        logits_processor = LogitsProcessorList([*(logits_processor or []), results])
+    return type(model).generate(model, inputs, generation_config, logits_processor, **kwargs)
+
+
+def ship(folder: str | Path) -> None:
+    """Write the code that a chat model's folder needs to answer its own calls."""
+    target = Path(folder) / "custom_generate"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(__file__, target / "generate.py")
+    shutil.copyfile(Path(__file__).with_name("tools.py"), target / "tools.py")
