@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -38,8 +38,12 @@ from .generation import Generator
 from .report import bloat
 
 EVALS = Path(__file__).parents[2] / "evals"
-NUM_CHATCORE = 6
+MEANS = {  # of centered accuracies: key in metrics.json -> group of tasks, name of the mean, name of a part of it
+    "chatcore": ("nanochat_chatcore", "ChatCORE", "chat tasks"),
+    "kocore": ("nanochat_ko", "KoCORE", "Korean tasks"),
+}
 DEMO_KINDS = ("fact", "arithmetic", "spelling", "counting", "problem")
+SPELLING = {"nanochat_spellingbee", "nanochat_chatcore"}
 SPELLING_BEES = 256  # questions, as upstream
 
 
@@ -51,6 +55,8 @@ class EvalConfig:
     """Tasks or groups for the chat stages: ours (evals/tasks) or any of lm-eval's."""
     chat_stages: list[str] = field(default_factory=lambda: ["mid", "sft", "rl"])
     """Stages that answer `tasks`; those that a run does not have are left out."""
+    text_stages: list[str] | None = None
+    """Stages that answer those of `tasks` that are plain text and no chat, as the Korean ones; None: chat_stages."""
     limit: int | None = None
     """Questions per chat task; None for all."""
     chat_data: str | None = None
@@ -64,7 +70,7 @@ class EvalConfig:
     core_limit: int | None = None
     """Examples per CORE task, upstream's max_per_task; None for all."""
     dataset: str | None = "primer"
-    """Text for bits per byte, its validation split; None for none."""
+    """Text for bits per byte, its validation split; None for none. Of a mixture also those of each part."""
     bpb_tokens: int = 65536
     """Tokens of it."""
     bpb_stages: list[str] = field(default_factory=lambda: ["base", "mid", "sft", "rl"])
@@ -193,7 +199,7 @@ def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: C
         state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    numbers = {key: {s: n[key] for s, n in stages.items() if n[key]} for key in ("results", "core", "chatcore")}
+    numbers = {key: {s: n[key] for s, n in stages.items() if n[key]} for key in ("results", "core", *MEANS)}
     numbers["examples"] = {stage: found["examples"] for stage, found in stages.items()}
     numbers["seconds"] = {stage: found["seconds"] for stage, found in stages.items()}
     numbers["bytes_per_token"] = compression(load_tokenizer(next(iter(models.values()))))
@@ -209,8 +215,12 @@ def evaluate_model(config, stage: str, folder: str, tasks: "Tasks", output: Path
     generator = engine(model, tokenizer) if engine else Generator(model, tokenizer, config.batch_size)
     lm = LocalLM(model, tokenizer, config, generator)
     if config.dataset and stage in config.bpb_stages:
-        results["val_bpb"] = held_out_bpb(config, model, tokenizer)
-        state.print(f"[eval] {stage}: val bpb {results['val_bpb']['value']:.4f}")
+        parts = {"val_bpb": config.dataset}
+        if isinstance(config.dataset, list):
+            parts |= {f"bpb {Path(part['dataset']).name}": part["dataset"] for part in config.dataset}
+        for name, dataset in parts.items():
+            results[name] = held_out_bpb(replace(config, dataset=dataset), model, tokenizer)
+            state.print(f"[eval] {stage}: {name.replace('_', ' ')} {results[name]['value']:.4f}")
         seconds["val_bpb"] = time.time() - began
     if config.core_bundle and stage in config.core_stages:
         start = time.time()
@@ -218,29 +228,27 @@ def evaluate_model(config, stage: str, folder: str, tasks: "Tasks", output: Path
         seconds["core"] = time.time() - start
         if core:
             state.print(f"[eval] {stage}: {core['label']} {core['value']:.4f} in {seconds['core']:.1f} s")
-    if stage in config.chat_stages:
-        if tasks.chat and not tokenizer.chat_template:
-            raise InputError(
-                f"{folder} has no chat template, so it cannot answer {tasks.chat[0]}: evaluate a chat model"
-            )
-        for name in tasks.names:
-            start = time.time()
-            found, samples = tasks.run(name, lm)
-            seconds[name] = time.time() - start
-            for key, value in found.items():
-                results[key] = value
-                state.print(f"[eval] {stage}: {key} {shown(value)} in {seconds[name]:.1f} s")
-            if state.is_main_process and samples:
-                examples += samples[:2]
-                if config.log_samples:
-                    path = output / "samples" / stage / f"{name}.jsonl"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
-    chatcore = centered_mean(
-        {k: v for k, v in results.items() if v.get("chatcore")}, "ChatCORE", NUM_CHATCORE, "chat tasks"
-    )
+    for name in tasks.of(stage):
+        if name in tasks.chat and not tokenizer.chat_template:
+            raise InputError(f"{folder} has no chat template, so it cannot answer {name}: evaluate a chat model")
+        start = time.time()
+        found, samples = tasks.run(name, lm)
+        seconds[name] = time.time() - start
+        for key, value in found.items():
+            results[key] = value
+            state.print(f"[eval] {stage}: {key} {shown(value)} in {seconds[name]:.1f} s")
+        if state.is_main_process and samples:
+            examples += samples[:2]
+            if config.log_samples:
+                path = output / "samples" / stage / f"{name}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
+    means = {
+        kind: centered_mean({k: v for k, v in results.items() if v.get(kind)}, label, len(tasks.members(kind)), part)
+        for kind, (_, label, part) in MEANS.items()
+    }
     seconds["all"] = time.time() - began
-    return {"results": results, "core": core, "chatcore": chatcore, "examples": examples, "seconds": seconds}
+    return {"results": results, "core": core, **means, "examples": examples, "seconds": seconds}
 
 
 class Tasks:
@@ -252,22 +260,48 @@ class Tasks:
             raise InputError(f"no {EVALS}: evaluation runs from a checkout of the repository")
         if config.chat_data and not Path(config.chat_data).is_dir():
             raise InputError(f"chat_data: no folder {config.chat_data}")
+        if isinstance(config.dataset, list) and not config.words and SPELLING & set(config.tasks):
+            raise InputError(
+                "dataset is a mixture, and SpellingBee takes its words from one dataset: name it in words"
+            )
         bundle = None if config.core_bundle == "download" else config.core_bundle
         metadata = {"core_bundle": bundle, "chat_data": [config.chat_data, str(output / "questions")]}
         self.manager = TaskManager(include_path=str(EVALS), include_defaults=False, metadata=metadata)
-        unknown = [name for name in config.tasks if name not in self.manager.all_tasks]
-        if "nanochat_korean" in config.tasks or any(not name.startswith("nanochat_") for name in unknown):
+        if any(not name.startswith("nanochat_") for name in config.tasks):
             self.manager = TaskManager(include_path=str(EVALS), metadata=metadata)  # reads all of lm-eval's
         for name in config.tasks:
             if name not in self.manager.all_tasks:
                 raise InputError(f"unknown task {name!r}; {nearest(name, self.manager.all_tasks)}")
         self.loaded: dict = {}
-        wanted = config.tasks if set(models) & set(config.chat_stages) else []
-        if wanted:
+        if set(models) & {*config.chat_stages, *(config.text_stages or [])}:
             self.write_questions(output)
-            self.loaded = load_tasks(self.manager, wanted)
-        self.names = list(self.loaded)
+            self.load()
         self.chat = [name for name, task in self.loaded.items() if (task.config.metadata or {}).get("chat")]
+
+    def load(self) -> None:
+        """Load the tasks; of the Korean group those whose rows can be had here."""
+        for name in self.config.tasks:
+            korean, failed = name == MEANS["kocore"][0], []
+            for part in self.members("kocore") if korean else [name]:
+                try:
+                    self.loaded |= load_tasks(self.manager, [part])
+                except InputError as error:
+                    failed.append(f"{part.removeprefix(name + '_')} ({error})")
+                    if not korean:
+                        raise
+            if korean and not self.loaded:
+                raise InputError(f"no task of {name} has its rows here: {failed[0]}; name them with chat_data")
+            if failed:
+                PartialState().print(f"[eval] {name} goes without {', '.join(failed)}")
+
+    def members(self, kind: str) -> list[str]:
+        return self.manager.task_index[MEANS[kind][0]].cfg["task"]
+
+    def of(self, stage: str) -> list[str]:
+        """The tasks that this stage answers."""
+        chat, text = self.config.chat_stages, self.config.text_stages
+        text = chat if text is None else text
+        return [name for name in self.loaded if stage in (chat if name in self.chat else text)]
 
     def write_questions(self, output: Path) -> None:
         """The rows of tasks that are generated, as files that the plain lm_eval command line can read again."""
@@ -281,7 +315,7 @@ class Tasks:
             for kind in DEMO_KINDS:
                 write(f"primer_{kind}.jsonl", primer.questions(kind))
             source = self.config.words or self.config.dataset
-            if source and {"nanochat_spellingbee", "nanochat_chatcore"} & set(self.config.tasks):
+            if source and SPELLING & set(self.config.tasks):
                 bee = {"dataset": source, "split": "test", "transform": "spelling_bee", "rows": SPELLING_BEES}
                 found = [row["messages"] for row in Mixture([bee], seed=self.config.seed)]
                 rows = [{"messages": turns[:1], "answer": turns[-1]["content"]} for turns in found]
@@ -312,8 +346,7 @@ class Tasks:
         result |= {key: value for key, value in extra.items() if "stderr" not in key}
         if lm.num_cropped:
             result["cropped"] = lm.num_cropped
-        if name in self.manager.task_index["nanochat_chatcore"].cfg["task"]:
-            result["chatcore"] = True
+        result |= {kind: True for kind in MEANS if name in self.members(kind)}
         return {task.config.task_alias or name: result}, samples
 
     def core(self, lm: LocalLM, log: Callable = print) -> dict | None:

@@ -102,7 +102,8 @@ def collect(run: Run, hourly_rate: float | None = None) -> dict:
         "bloat": evaluation.get("bloat"),
         "stages": {name: metrics for name, metrics in stages.items() if name != "eval"},
         "evaluation": {
-            key: evaluation.get(key) or {} for key in ("results", "core", "chatcore", "examples", "bytes_per_token")
+            key: evaluation.get(key) or {}
+            for key in ("results", "core", "chatcore", "kocore", "examples", "bytes_per_token")
         },
         "table": table(stages, evaluation),
     }
@@ -127,7 +128,7 @@ def table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
     for stage in MODEL_STAGES:
         if "val_bpb" in results.get(stage, {}):
             put("val bpb", stage, results[stage].pop("val_bpb"))
-    for kind, others in (("core", results), ("chatcore", {})):
+    for kind, others in (("core", results), ("chatcore", {}), ("kocore", {})):
         for stage, result in (evaluation.get(kind) or {}).items():
             limit = f", {result['limit']} examples each" if result.get("limit") else ""
             put(result["label"] + limit, stage, {**result, "higher_is_better": True})

@@ -1,0 +1,102 @@
+"""Rows of the Korean tasks (group nanochat_ko), from local files or the Hub, asked in the words of lm-eval's own.
+
+    lm_eval run --model hf --model_args pretrained=DIR,trust_remote_code=True --include_path evals \
+        --tasks nanochat_ko_copa,nanochat_ko_hellaswag,nanochat_ko_boolq --metadata chat_data=FOLDER_WITH_KOBEST
+
+KoBEST (arXiv:2204.04541): `COPA/test.tsv`, `HellaSwag/test.tsv`, `BoolQ/test.tsv` as its repository has them, else
+skt/kobest_v1. KMMLU (arXiv:2402.11548) and HAE-RAE (arXiv:2309.02706) come from the Hub, all subjects as one task.
+What each choice is scored with is the sum of its log-probabilities, as in lm-eval's `acc`.
+"""
+
+import csv
+import re
+from pathlib import Path
+
+import datasets
+import lm_eval.tasks
+from lm_eval.tasks.kobest.utils import copa_doc_to_choice, copa_doc_to_text
+
+COLUMNS = {  # of the files -> of the Hub
+    "COPA": {"sentence": "premise", "1": "alternative_1", "2": "alternative_2", "Answer": "label"},
+    "HellaSwag": {f"choice{i}": f"ending_{i}" for i in range(1, 5)},
+    "BoolQ": {"Text": "paragraph", "Question": "question", "Answer": "label"},
+}
+
+
+def label_of(task: str, text: str) -> int:
+    """The files count COPA's choices from 1 and write BoolQ's answers as true and false, in any case."""
+    return int(text) - 1 if task == "COPA" else int(text.lower() == "true") if task == "BoolQ" else int(text)
+
+
+def kobest(task: str, chat_data: str | list[str | None] | None = None, **_) -> dict[str, datasets.Dataset]:
+    """`<chat_data>/<task>/test.tsv` (or below `kobest/` there) where that exists, else the Hub's test split."""
+    folders = [chat_data] if isinstance(chat_data, str) else chat_data or []
+    for folder in filter(None, folders):
+        for path in (Path(folder) / task / "test.tsv", Path(folder) / "kobest" / task / "test.tsv"):
+            if not path.is_file():
+                continue
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                found = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+            rows = [{COLUMNS[task].get(key, key): text for key, text in row.items()} for row in found]
+            rows = [{**row, "label": label_of(task, row["label"])} for row in rows]
+            return {"test": datasets.Dataset.from_list(rows)}
+    return {"test": from_hub("skt/kobest_v1", [task.lower()])}
+
+
+def from_hub(repo: str, names: list[str]) -> datasets.Dataset:
+    try:
+        return datasets.concatenate_datasets([datasets.load_dataset(repo, name, split="test") for name in names])
+    except Exception as error:  # no network, offline mode, gone: the library's errors have no common type
+        raise ValueError(f"no {repo} from the Hub: {' '.join(str(error).split())[:200]}") from None
+
+
+def subjects(task: str, repo: str, **_) -> dict[str, datasets.Dataset]:
+    """All subjects that lm-eval's own task of this name asks about, one after another."""
+    files = sorted((Path(lm_eval.tasks.__file__).parent / task).glob("*.yaml"))
+    names = [re.search(r"^dataset_name: (.+)$", path.read_text(), re.M) for path in files]
+    return {"test": from_hub(repo, [name[1] for name in names if name])}
+
+
+def asked(found: datasets.Dataset, ask) -> datasets.Dataset:
+    return found.map(
+        lambda doc: dict(zip(("prompt", "choices", "gold"), ask(doc))),
+        remove_columns=found.column_names,
+        load_from_cache_file=False,
+    )
+
+
+def copa(found: datasets.Dataset) -> datasets.Dataset:
+    return asked(found, lambda doc: (copa_doc_to_text(doc), copa_doc_to_choice(doc), doc["label"]))
+
+
+def hellaswag(found: datasets.Dataset) -> datasets.Dataset:
+    choices = [f"ending_{i}" for i in range(1, 5)]
+    return asked(found, lambda doc: (f"문장: {doc['context']}", [doc[c] for c in choices], int(doc["label"])))
+
+
+def boolq(found: datasets.Dataset) -> datasets.Dataset:
+    words = ["아니오", "예"]
+    return asked(found, lambda doc: (f"{doc['paragraph']} 질문: {doc['question']} 답변: ", words, doc["label"]))
+
+
+def kmmlu(found: datasets.Dataset) -> datasets.Dataset:
+    def ask(doc):
+        lines = "\n".join(f"{letter}. {doc[letter]}" for letter in "ABCD")
+        return f"{doc['question'].strip()}\n{lines}\n정답：", list("ABCD"), doc["answer"] - 1
+
+    return asked(found, ask)
+
+
+def haerae(found: datasets.Dataset) -> datasets.Dataset:
+    letters = [f"({letter})" for letter in "ABCDE"]
+    return asked(found, lambda doc: (doc["query"], letters, letters.index(doc["answer"])))
+
+
+def centered50(items: list[float]) -> float:
+    """Accuracy rescaled so that guessing between two gives 0 and perfection 1."""
+    return (sum(items) / len(items) - 0.5) / 0.5
+
+
+def centered20(items: list[float]) -> float:
+    """The same among five."""
+    return (sum(items) / len(items) - 0.2) / 0.8

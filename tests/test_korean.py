@@ -1,0 +1,150 @@
+"""The Korean edition: its tasks ask what lm-eval's own ask, and its mean stands in the report's table."""
+
+import json
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+import yaml
+from lm_eval.tasks import TaskManager
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.eval.harness import EvalConfig, evaluate
+from nanochat_hf.eval.report import collect, make_report
+from nanochat_hf.run import Run
+
+ROOT = Path(__file__).parent.parent
+KOBEST = {  # made-up rows in the form of KoBEST's files
+    "COPA": [
+        "ID\tsentence\tquestion\t1\t2\tAnswer",
+        "1\t비가 왔다.\t결과\t우산을 썼다.\t선글라스를 썼다.\t1",
+        "2\t배가 불렀다.\t원인\t굶었다.\t밥을 먹었다.\t2",
+    ],
+    "HellaSwag": ["context\tchoice1\tchoice2\tchoice3\tchoice4\tlabel", '그는 "안녕"이라고 했다.\t가\t나\t다\t라\t3'],
+    "BoolQ": ["ID\tText\tQuestion\tAnswer", "1\t물은 H2O이다.\t물은 산소인가?\tFALSE", "2\t해는 뜬다.\t뜨나?\tTrue"],
+}
+COLUMNS = {  # the same rows as the Hub's dataset has them
+    "copa": ("premise", "question", "alternative_1", "alternative_2", "label"),
+    "hellaswag": ("context", "ending_1", "ending_2", "ending_3", "ending_4", "label"),
+    "boolq": ("paragraph", "question", "label"),
+    "kmmlu": ("question", "A", "B", "C", "D", "answer"),
+    "haerae": ("query", "answer"),
+}
+VALUES = {
+    "copa": [
+        ("비가 왔다.", "결과", "우산을 썼다.", "선글라스를 썼다.", 0),
+        ("배가 불렀다.", "원인", "굶었다.", "밥을 먹었다.", 1),
+    ],
+    "hellaswag": [('그는 "안녕"이라고 했다.', "가", "나", "다", "라", 3)],
+    "boolq": [("물은 H2O이다.", "물은 산소인가?", 0), ("해는 뜬다.", "뜨나?", 1)],
+    "kmmlu": [(" 물은? ", "하나", "둘", "셋", "넷", 3)],
+    "haerae": [("다음 중?", "(E)")],
+}
+HUB = {name: [dict(zip(COLUMNS[name], row)) for row in rows] for name, rows in VALUES.items()}
+
+
+@pytest.fixture
+def kobest(tmp_path):
+    for task, lines in KOBEST.items():
+        (tmp_path / "kobest" / task).mkdir(parents=True)
+        (tmp_path / "kobest" / task / "test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path / "kobest"
+
+
+def load(monkeypatch, names, rows=None, **metadata):
+    """Tasks by name; `rows` is what the Hub would send."""
+    import datasets
+
+    if rows is not None:
+        split = datasets.Dataset.from_list(rows)
+        splits = datasets.DatasetDict(train=split, validation=split, test=split, dev=split)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *a, split=None, **k: splits[split] if split else splits)
+    theirs = Path(lm_eval.tasks.__file__).parent
+    folders = [ROOT / "evals", theirs / "kobest", theirs / "kmmlu" / "default", theirs / "haerae"]
+    manager = TaskManager(include_path=[str(path) for path in folders], include_defaults=False, metadata=metadata)
+    return manager.load(names)["tasks"]
+
+
+def requests(task):
+    """(context, continuation) of every choice of every row, and the right choices."""
+    found = []
+    for number, doc in enumerate(task.test_docs()):
+        made = task.construct_requests(doc, task.doc_to_text(doc), metadata=(task.config.task, number, 1))
+        target = task.doc_to_target(doc)
+        target = task.doc_to_choice(doc).index(target) if isinstance(target, str) else int(target)
+        found.append(([request.args for request in made], target))
+    return found
+
+
+@pytest.mark.parametrize(
+    "ours,theirs",
+    [
+        ("copa", "kobest_copa"),
+        ("hellaswag", "kobest_hellaswag"),
+        ("boolq", "kobest_boolq"),
+        ("kmmlu", "kmmlu_accounting"),
+        ("haerae", "haerae_history"),
+    ],
+)
+def test_korean_tasks_ask_in_the_words_of_lm_evals_own(monkeypatch, ours, theirs):
+    tasks = load(monkeypatch, [f"nanochat_ko_{ours}", theirs], HUB[ours])
+    mine, reference = requests(tasks[f"nanochat_ko_{ours}"]), requests(tasks[theirs])
+    # ours holds all subjects one after another, here every one with the same rows
+    assert mine and len(mine) % len(reference) == 0
+    assert mine == reference * (len(mine) // len(reference))
+
+
+@pytest.mark.parametrize("name,task", [("copa", "COPA"), ("hellaswag", "HellaSwag"), ("boolq", "BoolQ")])
+def test_kobests_files_give_the_same_questions_as_the_hub(monkeypatch, kobest, name, task):
+    for folder in (kobest, kobest.parent):
+        local = load(None, [f"nanochat_ko_{name}"], chat_data=str(folder))
+        files = requests(local[f"nanochat_ko_{name}"])
+        with monkeypatch.context() as patch:
+            hub = load(patch, [f"nanochat_ko_{name}"], HUB[name])
+            assert files == requests(hub[f"nanochat_ko_{name}"])
+        assert len(files) == len(KOBEST[task]) - 1
+
+
+def test_baselines_are_one_over_the_number_of_choices():
+    choices = {"copa": 2, "hellaswag": 4, "boolq": 2, "kmmlu": 4, "haerae": 5}
+    for name, count in choices.items():
+        text = (ROOT / "evals" / "tasks" / f"ko_{name}.yaml").read_text()
+        assert f"baseline: {1 / count:.2f}".rstrip("0") in text
+        assert f"centered{100 // count}" in text
+    group = yaml.safe_load((ROOT / "evals" / "tasks" / "ko.yaml").read_text())
+    assert group["task"] == [f"nanochat_ko_{name}" for name in choices]
+
+
+def test_the_korean_mean_stands_in_the_table_with_what_could_be_had(kobest, tiny_model, tokenizer, tmp_path, capsys):
+    run = Run(tmp_path / "run")
+    tiny_model.save_pretrained(run.folder("base"))
+    tokenizer.save_pretrained(run.folder("base"))
+    text = tmp_path / "ko.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{i}번째 문서입니다. " * 9}) + "\n" for i in range(64)))
+    mixed = [{"dataset": str(text), "weight": 1}, {"dataset": "primer", "weight": 1}]
+    config = EvalConfig(
+        tasks=["nanochat_ko"], text_stages=["base"], chat_data=str(kobest), dataset=mixed, bpb_tokens=512
+    )
+    found = evaluate(config, {"base": str(run.folder("base"))}, run.folder("eval"))
+    results = found["results"]["base"]
+    assert {"KoBEST COPA", "KoBEST HellaSwag", "KoBEST BoolQ"} <= set(results)
+    assert {"val_bpb", "bpb ko.jsonl", "bpb primer"} <= set(results)
+    assert results["KoBEST COPA"]["n"] == 2 and results["KoBEST HellaSwag"]["baseline"] == 0.25
+    mean = found["kocore"]["base"]
+    guessing = {"COPA": 0.5, "HellaSwag": 0.25, "BoolQ": 0.5}
+    centered = [(results[f"KoBEST {name}"]["value"] - b) / (1 - b) for name, b in guessing.items()]
+    assert mean["value"] == pytest.approx(sum(centered) / 3)
+    assert mean["label"] == "3/5 Korean tasks"
+    assert "nanochat_ko goes without kmmlu (no HAERAE-HUB/KMMLU from the Hub" in capsys.readouterr().out
+    table = collect(run)["table"]
+    assert table["3/5 Korean tasks"]["base"]["value"] == mean["value"] and "KoBEST BoolQ" in table
+    report = make_report(run.path).read_text()
+    assert "| 3/5 Korean tasks |" in report and "bpb ko.jsonl" in report
+
+
+def test_without_any_rows_the_korean_group_is_refused(tiny_model, tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = EvalConfig(tasks=["nanochat_ko"], chat_stages=["base"], dataset=None)
+    with pytest.raises(InputError, match=r"no task of nanochat_ko has its rows here.*skt/kobest_v1.*chat_data"):
+        evaluate(config, {"base": str(tmp_path / "base")}, tmp_path / "eval")
