@@ -173,15 +173,15 @@ def test_lora_trains_adapters_only_and_leaves_a_plain_model(base, tmp_path):
 
 
 def test_chatcore_is_measured_on_the_way_when_the_caller_can(base, tmp_path):
-    modes = []
+    asked = []
 
-    def measure(model, tokenizer):
-        modes.append(model.training)
+    def measure(model, limit):
+        asked.append((model.training, limit))
         return 0.25
 
-    train_chat(config(chatcore_every=2), base, tmp_path / "sft", chatcore=measure)
+    train_chat(config(chatcore_every=2, chatcore_max_per_task=5), base, tmp_path / "sft", chatcore=measure)
     history = load_json(tmp_path / "sft" / "metrics.json")["history"]
-    assert [row.get("chatcore") for row in history] == [None, 0.25, None, 0.25] and modes == [False, False]
+    assert [row.get("chatcore") for row in history] == [None, 0.25, None, 0.25] and asked == [(False, 5)] * 2
 
 
 def test_a_folder_without_a_model_is_named(tokenizer, tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_from_disk
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from ..data.conversations import Mixture
@@ -63,7 +63,9 @@ class ChatConfig(StageConfig):
     load_optimizer: bool = True
     """Begin with the momenta in the source's optimizer.pt, if there is one."""
     chatcore_every: int = -1
-    """Steps between measurements of ChatCORE, when the caller gives a way to measure it; -1: never."""
+    """Steps between measurements of ChatCORE on the tasks of eval.yaml; -1: never."""
+    chatcore_max_per_task: int = 32
+    """Questions of each task that such a measurement asks; -1: all."""
     compile: bool = False
     """Compile the network with torch.compile (CUDA)."""
 
@@ -118,19 +120,20 @@ class Rows:
 
 
 class ChatCore(TrainerCallback):
-    """Measures the model every so many steps and writes the numbers to the log."""
+    """Measures the model every so many steps and writes the number to the log."""
 
-    def __init__(self, measure: Callable, tokenizer: PreTrainedTokenizerBase, every: int):
-        self.measure, self.tokenizer, self.every, self.trainer = measure, tokenizer, every, None
+    def __init__(self, trainer: ChatTrainer, measure: Callable[[PreTrainedModel, int], float]):
+        self.trainer, self.measure = trainer, measure
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.every > 0 and state.global_step % self.every == 0:
+        if state.global_step % self.trainer.stage.chatcore_every == 0:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            self.trainer.log({"chatcore": self.measure(model.eval(), self.tokenizer)})
+            value = self.measure(model.eval(), self.trainer.stage.chatcore_max_per_task)
             model.train()
+            self.trainer.log({"chatcore": value})
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]], assistant_only: bool) -> dict[str, list]:
+def encode(tokenizer, chats: list[list[dict]], assistant_only: bool) -> dict[str, list]:
     """Conversations -> {"input_ids", "labels"}, a list each; labels are -100 where nothing is to be learned."""
     rendered = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
     opens, closes = tokenizer.convert_tokens_to_ids(["<|output_start|>", "<|output_end|>"])
@@ -201,8 +204,9 @@ def accumulation(config: ChatConfig, length: int) -> int:
 def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable | None = None) -> None:
     """Train the model in folder `model` on conversations; the result and its metrics.json go to `output`.
 
-    A killed run goes on from its last checkpoint when called again. `chatcore(model, tokenizer)` -> number is called
-    on every process. Raises InputError for a mixture, model or batch size with which this cannot work.
+    A killed run goes on from its last checkpoint when called again. `chatcore(model, questions per task)` -> number is
+    called on every process, every `chatcore_every` steps (eval.chatcore makes one). Raises InputError for a mixture,
+    model or batch size with which this cannot work.
     """
     record, output = begin(config), Path(output)
     tokenizer = load_tokenizer(model)
@@ -213,7 +217,6 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     held_out = None
     if config.validation:
         held_out, _ = prepare(config, config.validation, tokenizer, length, output / "state" / "validation")
-    core = ChatCore(chatcore, tokenizer, config.chatcore_every) if chatcore else None
     trainer = ChatTrainer(
         model=network,
         args=SFTConfig(
@@ -226,13 +229,12 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
         eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=Rows(tokenizer.pad_token_id, length if config.packing else None),
-        callbacks=[core] if core else None,
         peft_config=lora(config),
         stage=config,
         momenta=Path(model) / "optimizer.pt" if config.load_optimizer else None,
     )
-    if core:
-        core.trainer = trainer
+    if chatcore and config.chatcore_every > 0:
+        trainer.add_callback(ChatCore(trainer, chatcore))
     most = max(len(n) for part in (rows, held_out) if part for n in part["seq_lengths"]) if config.packing else 1
     trainer.fuse(config.device_batch_size * (most + 1))  # and one for a row's padding
     history = fit(trainer, output)
