@@ -10,7 +10,8 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.core import centered_mean, evaluate_core, quiet, score
+from nanochat_hf.eval.core import centered_mean, evaluate_core, quiet
+from nanochat_hf.eval.score import score
 from nanochat_hf.eval.harness import EVALS, EvalConfig, LocalLM
 
 WORDS = ["the", "owl", "red", "cat", "sees", "a", "big", "green", "tree", "and", "two", "small", "dogs", "run", "town"]

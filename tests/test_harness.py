@@ -10,7 +10,8 @@ import pytest
 
 from nanochat_hf.data import primer
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.harness import EvalConfig, LocalLM, core_metric, evaluate, load
+from nanochat_hf.eval.harness import EvalConfig, LocalLM, core_metric, evaluate
+from nanochat_hf.eval.lm import load
 
 ASKED = 6
 ROOT = Path(__file__).parent.parent

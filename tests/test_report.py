@@ -11,7 +11,7 @@ import pytest
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.report import (
-    bloat,
+
     collect,
     compare,
     duration,

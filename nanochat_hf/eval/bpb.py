@@ -4,17 +4,26 @@ The summed loss in nats of all target tokens that stand for text, over ln 2 and 
 Special tokens have no bytes and count on neither side (karpathy/nanochat's definition). How:
 
     evaluate_bpb(losses_of(model), batches, torch.tensor(token_byte_lengths(tokenizer)))
+    held_out_bpb(model, tokenizer, "primer", 65536)["value"]
 """
 
 import math
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor
 
+from ..data.corpus import open_documents
+from ..data.loader import VALIDATION, PackedLoader
+from ..data.tokenizer import token_byte_lengths
+from .score import positions_that_fit
+
 IGNORED = -100  # targets that carry no loss
+LONGEST = 4096  # tokens in a row of held-out text: models of the Hub take more, in no reasonable time
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
@@ -57,3 +66,37 @@ def losses_of(model) -> Callable[[Tensor, Tensor], Tensor]:
         return flat.view_as(targets)
 
     return token_losses
+
+
+def held_out_bpb(model, tokenizer, dataset, num_tokens: int, batch_tokens: int | None = None) -> dict:
+    """Bits per byte of a dataset's validation split, in packed rows of the model's context.
+
+    Which rows depends on `num_tokens` alone, neither on the batch size nor on how many processes (1, 2, 4 or 8) share
+    them.
+
+    Args:
+        dataset: what `open_documents` takes.
+        num_tokens: tokens to read, rounded to whole rows, at least one for each process.
+        batch_tokens: positions computed together; None for what fits.
+
+    Returns:
+        A result as in metrics.json, "n" in tokens.
+    """
+    state, length = PartialState(), min(model.config.max_position_embeddings, LONGEST)
+    rank, world = state.process_index, state.num_processes
+    rows = max(num_tokens // length, world)
+    mine = (rows - rank + world - 1) // world
+    # All positions have logits here, which take the memory.
+    size = min(max(1, (batch_tokens or positions_that_fit(model)) // 4 // length), mine)
+    stream = open_documents(dataset, "validation", rank, world, seed=0)
+    loader = PackedLoader(stream, tokenizer, 1, length, **VALIDATION)
+
+    def batches():
+        for begin in range(0, mine, size):
+            found = [next(loader) for _ in range(min(size, mine - begin))]
+            batch = torch.from_numpy(np.concatenate(found)).long().to(model.device)
+            yield batch[:, :-1], batch[:, 1:]
+
+    value = evaluate_bpb(losses_of(model), batches(), torch.tensor(token_byte_lengths(tokenizer)))
+    loader.close()
+    return {"value": value, "stderr": None, "n": rows * length, "baseline": None, "higher_is_better": False}

@@ -12,39 +12,24 @@ evaluation goes on with the stage that it had not finished.
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from lm_eval.filters import build_filter_ensemble
-from lm_eval.models.huggingface import HFLM
+from accelerate.utils import broadcast_object_list
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..data import primer
-from ..data.conversations import Mixture
-from ..data.corpus import open_documents
-from ..data.loader import VALIDATION, PackedLoader
-from ..data.tokenizer import load_tokenizer, strip_special_tokens, token_byte_lengths
+from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
-from ..run import begin, finish, load_json, nearest, save_json
-from .bpb import evaluate_bpb, losses_of
-from .core import centered_mean, evaluate_core, load_tasks, quiet, run_lm_eval, score
+from ..run import begin, finish, load_json, save_json
+from .bpb import held_out_bpb
+from .core import centered_mean, evaluate_core, quiet
 from .generation import Generator
-from .report import bloat
-
-EVALS = Path(__file__).parents[2] / "evals"
-MEANS = {  # of centered accuracies: key in metrics.json -> group of tasks, name of the mean, name of a part of it
-    "chatcore": ("nanochat_chatcore", "ChatCORE", "chat tasks"),
-    "kocore": ("nanochat_ko", "KoCORE", "Korean tasks"),
-}
-DEMO_KINDS = ("fact", "arithmetic", "spelling", "counting", "problem")
-SPELLING = {"nanochat_spellingbee", "nanochat_chatcore"}
-SPELLING_BEES = 256  # questions, as upstream
+from .lm import LocalLM, load
+from .sizes import bloat, compression
+from .tasks import EVALS, MEANS, Tasks
 
 
 @dataclass
@@ -77,8 +62,8 @@ class EvalConfig:
     """Stages that bits per byte are computed for."""
     batch_size: int = 128
     """Answers generated together."""
-    batch_tokens: int = 32768
-    """Positions scored together (CORE, multiple choice)."""
+    batch_tokens: int | None = None
+    """Positions scored together (CORE, multiple choice, bits per byte); None for what fits into memory."""
     max_new_tokens: int | None = None
     """Longest answer; None for what each task says."""
     num_samples: int = 1
@@ -90,71 +75,6 @@ class EvalConfig:
     log_samples: bool = True
     """Keep every question with its answer in eval/samples."""
     seed: int = 0
-
-
-class LocalLM(HFLM):
-    """lm-eval's model with our scoring and generation, each rank of the process group taking a share of the rows.
-
-    Args:
-        model: causal LM of transformers.
-        tokenizer: its tokenizer.
-        engine: has `generate(prompts, num_samples, max_new_tokens=, temperature=, top_k=, seed=)`.
-    """
-
-    def __init__(self, model, tokenizer, config: EvalConfig, engine):
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=config.batch_size)
-        state = PartialState()
-        self._rank, self._world_size = state.process_index, state.num_processes
-        self.options, self.engine, self.num_cropped = config, engine, 0
-
-    def all_gather(self, tensor):
-        return torch.tensor(gather_object([tensor.item()])) if self.world_size > 1 else tensor
-
-    def gather_object(self, obj, dst=0):
-        return gather_object([obj]) if self.world_size > 1 else [obj]
-
-    def barrier(self):
-        PartialState().wait_for_everyone()
-
-    def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        plain = [{**message, "content": strip_special_tokens(message["content"])} for message in chat_history]
-        return super().apply_chat_template(plain, add_generation_prompt)
-
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-        pairs = []
-        for request in requests:
-            if hasattr(request, "context"):  # CORE's, which knows its own limit
-                pairs.append((request.context, request.continuation))
-                continue
-            _, context, continuation = request
-            keep = max(self.max_length + 1 - len(continuation), 1)
-            self.num_cropped += len(context) > keep
-            pairs.append((context[-keep:], continuation))
-        return score(self.model, pairs, self.options.batch_tokens)
-
-    def generate_until(self, requests, disable_tqdm=False):
-        answers: list[str] = [""] * len(requests)
-        by_length: dict[int, list[int]] = {}
-        for number, request in enumerate(requests):
-            room = self.options.max_new_tokens or request.args[1].get("max_gen_toks", 256)
-            by_length.setdefault(room, []).append(number)
-        for room, numbers in by_length.items():
-            keep = max(self.max_length - room, self.max_length // 2)
-            prompts = [self.tok_encode(requests[number].args[0]) for number in numbers]
-            self.num_cropped += sum(len(prompt) > keep for prompt in prompts)
-            found = self.engine.generate(
-                [prompt[-keep:] for prompt in prompts],
-                max_new_tokens=min(room, self.max_length - keep),
-                temperature=self.options.temperature,
-                top_k=self.options.top_k,
-                seed=self.options.seed + 7919 * self.rank,
-            )
-            for number, [ids] in zip(numbers, found):
-                text = self.tokenizer.decode(ids, skip_special_tokens=False)
-                for end in [*requests[number].args[1].get("until", []), self.tokenizer.eos_token]:
-                    text = text.split(end)[0]
-                answers[number] = text
-        return answers
 
 
 def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: Callable | None = None) -> dict | None:
@@ -208,7 +128,7 @@ def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: C
     return metrics
 
 
-def evaluate_model(config, stage: str, folder: str, tasks: "Tasks", output: Path, engine, state) -> dict:
+def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, engine, state) -> dict:
     """All numbers of one stage; the same on every rank except for what only the main process gathers."""
     began, seconds, results, examples, core = time.time(), {}, {}, [], None
     model, tokenizer = load(folder, config.dtype, state.device)
@@ -219,7 +139,7 @@ def evaluate_model(config, stage: str, folder: str, tasks: "Tasks", output: Path
         if isinstance(config.dataset, list):
             parts |= {f"bpb {Path(part['dataset']).name}": part["dataset"] for part in config.dataset}
         for name, dataset in parts.items():
-            results[name] = held_out_bpb(replace(config, dataset=dataset), model, tokenizer)
+            results[name] = held_out_bpb(model, tokenizer, dataset, config.bpb_tokens, config.batch_tokens)
             state.print(f"[eval] {stage}: {name.replace('_', ' ')} {results[name]['value']:.4f}")
         seconds["val_bpb"] = time.time() - began
     if config.core_bundle and stage in config.core_stages:
@@ -251,108 +171,6 @@ def evaluate_model(config, stage: str, folder: str, tasks: "Tasks", output: Path
     return {"results": results, "core": core, **means, "examples": examples, "seconds": seconds}
 
 
-class Tasks:
-    """The lm-eval tasks that a config names, ready to run; finds out about wrong names before any model is loaded."""
-
-    def __init__(self, config: EvalConfig, models: dict[str, str], output: Path):
-        self.config, self.models = config, models
-        if not (EVALS / "tasks").is_dir():
-            raise InputError(f"no {EVALS}: evaluation runs from a checkout of the repository")
-        if config.chat_data and not Path(config.chat_data).is_dir():
-            raise InputError(f"chat_data: no folder {config.chat_data}")
-        if isinstance(config.dataset, list) and not config.words and SPELLING & set(config.tasks):
-            raise InputError(
-                "dataset is a mixture, and SpellingBee takes its words from one dataset: name it in words"
-            )
-        bundle = None if config.core_bundle == "download" else config.core_bundle
-        metadata = {"core_bundle": bundle, "chat_data": [config.chat_data, str(output / "questions")]}
-        self.manager = TaskManager(include_path=str(EVALS), include_defaults=False, metadata=metadata)
-        if any(not name.startswith("nanochat_") for name in config.tasks):
-            self.manager = TaskManager(include_path=str(EVALS), metadata=metadata)  # reads all of lm-eval's
-        for name in config.tasks:
-            if name not in self.manager.all_tasks:
-                raise InputError(f"unknown task {name!r}; {nearest(name, self.manager.all_tasks)}")
-        self.loaded: dict = {}
-        if set(models) & {*config.chat_stages, *(config.text_stages or [])}:
-            self.write_questions(output)
-            self.load()
-        self.chat = [name for name, task in self.loaded.items() if (task.config.metadata or {}).get("chat")]
-
-    def load(self) -> None:
-        """Load the tasks; of the Korean group those whose rows can be had here."""
-        for name in self.config.tasks:
-            korean, failed = name == MEANS["kocore"][0], []
-            for part in self.members("kocore") if korean else [name]:
-                try:
-                    self.loaded |= load_tasks(self.manager, [part])
-                except InputError as error:
-                    failed.append(f"{part.removeprefix(name + '_')} ({error})")
-                    if not korean:
-                        raise
-            if korean and not self.loaded:
-                raise InputError(f"no task of {name} has its rows here: {failed[0]}; name them with chat_data")
-            if failed:
-                PartialState().print(f"[eval] {name} goes without {', '.join(failed)}")
-
-    def members(self, kind: str) -> list[str]:
-        return self.manager.task_index[MEANS[kind][0]].cfg["task"]
-
-    def of(self, stage: str) -> list[str]:
-        """The tasks that this stage answers."""
-        chat, text = self.config.chat_stages, self.config.text_stages
-        text = chat if text is None else text
-        return [name for name in self.loaded if stage in (chat if name in self.chat else text)]
-
-    def write_questions(self, output: Path) -> None:
-        """The rows of tasks that are generated, as files that the plain lm_eval command line can read again."""
-
-        def write(name: str, rows: list[dict]) -> None:
-            path = output / "questions" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-        if PartialState().is_main_process:
-            for kind in DEMO_KINDS:
-                write(f"primer_{kind}.jsonl", primer.questions(kind))
-            source = self.config.words or self.config.dataset
-            if source and SPELLING & set(self.config.tasks):
-                bee = {"dataset": source, "split": "test", "transform": "spelling_bee", "rows": SPELLING_BEES}
-                found = [row["messages"] for row in Mixture([bee], seed=self.config.seed)]
-                rows = [{"messages": turns[:1], "answer": turns[-1]["content"]} for turns in found]
-                write("spellingbee_test.jsonl", rows)
-        PartialState().wait_for_everyone()
-
-    def run(self, name: str, lm: LocalLM) -> tuple[dict, list[dict]]:
-        """One task -> ({short name: result}, samples); both empty on ranks other than the first."""
-        task, chat, lm.num_cropped = self.loaded[name], name in self.chat, 0
-        if self.config.num_samples > 1 and task.OUTPUT_TYPE == "generate_until":
-            count = self.config.num_samples
-            task.config.repeats = count
-            task._filters = [build_filter_ensemble("none", [["take_first_k", {"k": count}]])]
-        found = run_lm_eval(lm, {name: task}, self.config.limit, chat=chat, log_samples=True)
-        if found is None:
-            return {}, []
-        numbers, metadata = found["results"][name], task.config.metadata or {}
-        samples = [readable(sample) for sample in sorted(found["samples"][name], key=lambda sample: sample["doc_id"])]
-        metric = next(m for m in ("acc", "acc_norm", "exact_match", *task.aggregation()) if f"{m},none" in numbers)
-        result = {
-            "value": numbers[f"{metric},none"],
-            "stderr": standard_error([sample.get(metric) for sample in found["samples"][name]]),
-            "n": len(samples),
-            "baseline": majority(samples) if metadata.get("baseline") == "majority" else metadata.get("baseline"),
-            "higher_is_better": task.higher_is_better().get(metric, True),
-        }
-        extra = {k.removesuffix(",none"): v for k, v in numbers.items() if k.startswith(("tool_use", "pass@"))}
-        result |= {key: value for key, value in extra.items() if "stderr" not in key}
-        if lm.num_cropped:
-            result["cropped"] = lm.num_cropped
-        result |= {kind: True for kind in MEANS if name in self.members(kind)}
-        return {task.config.task_alias or name: result}, samples
-
-    def core(self, lm: LocalLM, log: Callable = print) -> dict | None:
-        return evaluate_core(lm, self.manager, self.config.core_limit, log)
-
-
 def core_metric(tokenizer, bundle: str) -> Callable[[torch.nn.Module, int], float]:
     """(model, examples per task) -> mean centered accuracy, the same on every rank: CORE while a model trains.
 
@@ -364,87 +182,12 @@ def core_metric(tokenizer, bundle: str) -> Callable[[torch.nn.Module, int], floa
 
     def measure(model, limit: int) -> float:
         with quiet():
-            lm = LocalLM(model, tokenizer, config, engine=None)
+            lm = LocalLM(model, tokenizer, config)
             found = evaluate_core(lm, manager, limit if limit > 0 else None, log=lambda line: None)
         value = [found and found["value"]]
         return broadcast_object_list(value)[0] if lm.world_size > 1 else value[0]
 
     return measure
-
-
-def held_out_bpb(config: EvalConfig, model, tokenizer) -> dict:
-    """Bits per byte of `bpb_tokens` tokens of the validation split, in rows of the model's training length."""
-    state, length = PartialState(), model.config.max_position_embeddings
-    batch = max(1, config.batch_tokens // 4 // length)  # all positions have logits here, which take the memory
-    stream = open_documents(config.dataset, "validation", state.process_index, state.num_processes, seed=0)
-    loader = PackedLoader(stream, tokenizer, batch, length, **VALIDATION)
-    steps = max(1, config.bpb_tokens // (batch * length * state.num_processes))
-
-    def batches():
-        for _ in range(steps):
-            rows = torch.from_numpy(next(loader)).long().to(model.device)
-            yield rows[:, :-1], rows[:, 1:]
-
-    value = evaluate_bpb(losses_of(model), batches(), torch.tensor(token_byte_lengths(tokenizer)))
-    loader.close()
-    tokens = steps * batch * length * state.num_processes
-    return {"value": value, "stderr": None, "n": tokens, "baseline": None, "higher_is_better": False}
-
-
-def compression(tokenizer) -> dict[str, dict[str, float | None]]:
-    """Bytes per token on short English, code, Korean and mathematics (evals/texts), beside GPT-2's and GPT-4's
-    tokenizers where this machine has them; None where not."""
-    columns: dict[str, Callable] = {"ours": tokenizer}
-    for name, place in (("GPT-2", "openai-community/gpt2"), ("GPT-4", "Xenova/gpt-4")):
-        try:
-            columns[name] = AutoTokenizer.from_pretrained(place, local_files_only=True)
-        except (OSError, ValueError):
-            columns[name] = None
-    table = {}
-    for path in sorted((EVALS / "texts").glob("*.txt")):
-        text = path.read_text(encoding="utf-8")
-        size = len(text.encode())
-        counts = {name: t and len(t(text, add_special_tokens=False)["input_ids"]) for name, t in columns.items()}
-        table[path.stem] = {name: size / count if count else None for name, count in counts.items()}
-    return table
-
-
-def load(folder: str, dtype: str, device: torch.device):
-    """Model in eval mode on `device`, and its tokenizer."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"dtype must be auto, float32 or bfloat16, not {dtype!r}")
-    kind = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda") else torch.float32
-    tokenizer = load_tokenizer(folder)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model in {folder}: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval(), tokenizer
-
-
-def readable(sample: dict) -> dict:
-    """What a person wants to see of an lm-eval sample."""
-    doc, answers = sample["doc"], sample["filtered_resps"][0]
-    if not isinstance(answers, str | list):  # multiple choice: (log-probability, greedy) of each letter
-        answers = {
-            request[1]: round(found[0], 3) for request, found in zip(sample["arguments"], sample["filtered_resps"])
-        }
-    question = doc["messages"][0]["content"] if doc.get("messages") else doc.get("question") or doc.get("prompt")
-    question = question if isinstance(question, str) else str(sample["arguments"][0][0])
-    expected = doc["letters"][sample["target"]] if "letters" in doc else sample["target"]
-    return {"question": question, "expected": expected, "answer": answers, "correct": sample.get("acc")}
-
-
-def majority(samples: list[dict]) -> float:
-    """What always giving the most frequent answer would get."""
-    return Counter(str(sample["expected"]) for sample in samples).most_common(1)[0][1] / len(samples)
-
-
-def standard_error(values: list) -> float | None:
-    if len(values) < 2 or not all(isinstance(value, int | float) for value in values):
-        return None
-    mean = sum(values) / len(values)
-    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)) ** 0.5
 
 
 def shown(result: dict) -> str:

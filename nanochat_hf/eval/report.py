@@ -9,9 +9,7 @@ Nothing is measured here and nothing is guessed: a number that no stage wrote is
 """
 
 import base64
-import os
 import re
-import tomllib
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -22,7 +20,6 @@ from ..run import Run, save_json
 
 MODEL_STAGES = ("base", "mid", "sft", "rl")
 TITLES = {"tokenizer": "Tokenizer", "base": "Base model", "mid": "Mid-training", "sft": "SFT", "rl": "RL"}
-SOURCES = ("py", "md", "yaml", "toml", "jinja", "html")
 # CORE by karpathy/nanochat's `dev/estimate_gpt3_core.ipynb` and LEADERBOARD.md: GPT-2 XL (1.6B), centered.
 GPT2_XL = {
     "CORE": 0.256525,
@@ -465,25 +462,3 @@ def compare(first: str | Path, second: str | Path) -> str:
     rows[-1][-1] = f"{(two['total_seconds'] - one['total_seconds']) / 60:+.1f} min"
     names = [one["run"], two["run"]] if one["run"] != two["run"] else [str(first), str(second)]
     return grid(["Metric", "Stage", *names, "Difference"], rows) + "\n"
-
-
-def bloat(root: Path | None = None) -> dict[str, int] | None:
-    """Size of the project's own sources: what a newcomer has to read. None outside of a checkout."""
-    root = root or Path(__file__).parents[2]
-    if not (root / "pyproject.toml").is_file():
-        return None
-    texts = []
-    for folder, below, names in os.walk(root):
-        below[:] = [
-            name for name in below if not name.startswith(".") and name not in ("runs", "build", "__pycache__")
-        ]
-        texts += [Path(folder, n).read_text("utf-8", "replace") for n in names if n.rsplit(".", 1)[-1] in SOURCES]
-    characters = sum(map(len, texts))
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    return {
-        "characters": characters,
-        "lines": sum(text.count("\n") for text in texts),
-        "files": len(texts),
-        "tokens": characters // 4,
-        "dependencies": len(project["dependencies"]),
-    }
