@@ -1,13 +1,19 @@
 """The Korean edition: its tasks ask what lm-eval's own ask, and its mean stands in the report's table."""
 
+import importlib.util
 import json
+import unicodedata
 from pathlib import Path
+from random import Random
 
 import lm_eval.tasks
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
 
+from nanochat_hf.data.corpus import open_documents
+from nanochat_hf.data.personality import conversations, read_facts
+from nanochat_hf.data.transforms import TRANSFORMS, check
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, evaluate
 from nanochat_hf.eval.report import collect, make_report
@@ -148,3 +154,48 @@ def test_without_any_rows_the_korean_group_is_refused(tiny_model, tokenizer, tmp
     config = EvalConfig(tasks=["nanochat_ko"], chat_stages=["base"], dataset=None)
     with pytest.raises(InputError, match=r"no task of nanochat_ko has its rows here.*skt/kobest_v1.*chat_data"):
         evaluate(config, {"base": str(tmp_path / "base")}, tmp_path / "eval")
+
+
+def test_the_recipes_mix_languages_and_compose_hangul():
+    speedrun = ROOT / "recipes" / "speedrun.py"
+    spec = importlib.util.spec_from_file_location("speedrun", speedrun)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("d20-ko", "cpu-demo-ko"):
+        stages, configs = module.read_recipe(ROOT / "recipes" / name, None, [])
+        assert stages == ["tokenizer", "base", "sft", "eval", "report"]
+        assert configs["tokenizer"].normalization == "nfc"
+        assert configs["tokenizer"].dataset == configs["base"].dataset == configs["eval"].dataset
+        for entry in configs["sft"].mixture:
+            assert entry.get("transform", "messages") in TRANSFORMS
+    korean, english = module.read_recipe(ROOT / "recipes" / "d20-ko", None, [])[1]["base"].dataset
+    assert "fineweb-2/data/kor_Hang" in korean["dataset"] and korean["weight"] == english["weight"] == 0.5
+    changed = ["base.dataset=[{dataset: a/ko, weight: 0.8}, {dataset: b/en, weight: 0.2}]"]
+    _, configs = module.read_recipe(ROOT / "recipes" / "d20-ko", None, changed)
+    assert [entry["weight"] for entry in configs["base"].dataset] == [0.8, 0.2]
+
+
+def test_the_korean_demo_without_text_says_what_to_give(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"no dataset \./korean: give a folder"):
+        open_documents("./korean")
+
+
+def test_korean_dialogues_come_in_two_more_forms():
+    rng = Random(0)
+    turns = [{"from": "human", "value": "안녕?"}, {"from": "gpt", "value": "안녕하세요."}]
+    wanted = [{"role": "user", "content": "안녕?"}, {"role": "assistant", "content": "안녕하세요."}]
+    assert TRANSFORMS["sharegpt"]({"conversations": turns}, rng) == wanted
+    row = {"id": "1", "instruction": "번역하세요.", "input": "hello", "output": "안녕"}
+    found = TRANSFORMS["instruction"](row, rng)
+    assert found[0]["content"] == "번역하세요.\n\nhello" and found[1]["content"] == "안녕"
+    assert TRANSFORMS["instruction"]({**row, "input": ""}, rng)[0]["content"] == "번역하세요."
+    for messages in (wanted, found):
+        check(messages)
+
+
+def test_the_korean_personality_speaks_with_the_right_particles():
+    rows = [row["messages"] for row in conversations(read_facts(ROOT / "recipes" / "identity-ko.yaml"), num=200)]
+    said = " ".join(m["content"] for row in rows for m in row if m["role"] == "assistant")
+    assert "나노챗이에요" in said and "나노챗예요" not in said and "{" not in said
+    assert all(unicodedata.is_normalized("NFC", m["content"]) for row in rows for m in row)

@@ -21,6 +21,18 @@ def messages(row: dict, rng: Random) -> list[dict]:
     return row if isinstance(row, list) else row["messages"]
 
 
+def sharegpt(row: dict, rng: Random) -> list[dict]:
+    """{"conversations": [{"from": "human" or "gpt", "value"}]}."""
+    names = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+    return [{"role": names.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]
+
+
+def instruction(row: dict, rng: Random) -> list[dict]:
+    """Alpaca's form: {"instruction", "output"}, and "input" that the instruction is about."""
+    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+
+
 def multiple_choice(row: dict, rng: Random) -> list[dict]:
     """MMLU: {"question", "choices", "answer": index}; ARC: {"choices": {"text", "label"}, "answerKey"}."""
     row = row.get("train") or row  # MMLU's auxiliary_train hides its rows one level down
@@ -139,7 +151,7 @@ def assistant_call(text: str, expression: str) -> dict:
 
 
 TRANSFORMS: dict[str, Callable[[dict, Random], list[dict]]] = {
-    f.__name__: f for f in (messages, multiple_choice, gsm8k, simple_spelling, spelling_bee)
+    f.__name__: f for f in (messages, sharegpt, instruction, multiple_choice, gsm8k, simple_spelling, spelling_bee)
 }
 WORD_TRANSFORMS = ("simple_spelling", "spelling_bee")
 
