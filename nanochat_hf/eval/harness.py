@@ -128,6 +128,11 @@ def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: C
     return metrics
 
 
+def part_name(dataset: str) -> str:
+    """What to call a part of a mixture: org/name/data/kor_Hang/train -> kor_Hang."""
+    return next((part for part in reversed(Path(dataset).parts) if part not in ("train", "data")), dataset)
+
+
 def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, engine, state) -> dict:
     """All numbers of one stage; the same on every rank except for what only the main process gathers."""
     began, seconds, results, examples, core = time.time(), {}, {}, [], None
@@ -137,7 +142,7 @@ def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, 
     if config.dataset and stage in config.bpb_stages:
         parts = {"val_bpb": config.dataset}
         if isinstance(config.dataset, list):
-            parts |= {f"bpb {Path(part['dataset']).name}": part["dataset"] for part in config.dataset}
+            parts |= {f"bpb {part_name(part['dataset'])}": part["dataset"] for part in config.dataset}
         for name, dataset in parts.items():
             results[name] = held_out_bpb(model, tokenizer, dataset, config.bpb_tokens, config.batch_tokens)
             state.print(f"[eval] {stage}: {name.replace('_', ' ')} {results[name]['value']:.4f}")
