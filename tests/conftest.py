@@ -56,3 +56,20 @@ def tiny_model(tiny_config):
 
     torch.manual_seed(0)
     return NanoChatForCausalLM(tiny_config).eval()
+
+
+@pytest.fixture
+def tiny_folder(tiny_model, tokenizer, tmp_path):
+    """The tiny model with its tokenizer in a folder, as a finished stage leaves it."""
+    tiny_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Stages of one process choose their own precision: the pipeline resets this between them, too."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()

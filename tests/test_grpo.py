@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
@@ -12,37 +11,27 @@ from trl import GRPOTrainer
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.generation import Generator
 from nanochat_hf.run import load_json
+from nanochat_hf.serve.generate import Engine
 from nanochat_hf.tools import python
 from nanochat_hf.train.grpo import RLConfig, RLTrainer, grpo_arguments, questions, rollout, train_rl
 from nanochat_hf.train.sft import ChatConfig, train_chat
 from nanochat_hf.train.trainer import load_model
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 KEYS = {"dataset": "primer:problem", "examples_per_step": 2, "num_samples": 4, "device_batch_size": 8}
 KEYS |= {"max_new_tokens": 12, "eval_examples": 6, "eval_samples": 2, "num_iterations": 2}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def source(tiny_model, tokenizer, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "sft")
-    tokenizer.save_pretrained(tmp_path / "sft")
-    return str(tmp_path / "sft")
 
 
 def config(**keys) -> RLConfig:
     return RLConfig(**{**KEYS, **keys})
 
 
-def new_trainer(source, tokenizer, tmp_path, made=None) -> RLTrainer:
+def new_trainer(tiny_folder, tokenizer, tmp_path, made=None) -> RLTrainer:
     made = made or config()
-    model = load_model(source, made, tokenizer)
+    model = load_model(tiny_folder, made, tokenizer)
     model.lm_head.weight.data.normal_(std=0.05)  # a fresh head is all but zero: every token would be alike
-    rows = Dataset.from_list(questions(made, "test"))
+    rows = Dataset.from_list(questions(made, "test", tokenizer, 100)[0])
     return RLTrainer(
         model=model, args=grpo_arguments(made, tmp_path / "rl"), train_dataset=rows, eval_dataset=rows,
         processing_class=tokenizer, tools=[python], stage=made, samples=tmp_path / "samples.jsonl",
@@ -66,29 +55,41 @@ def graded_batch(trainer) -> dict:
     }
 
 
-def test_primer_questions_come_with_what_a_grader_needs():
+def test_primer_questions_come_with_what_a_grader_needs(tokenizer):
     made = config(dataset="primer:problem+spelling", eval_examples=30)
-    rows, test = questions(made, "train"), questions(made, "test")
-    assert {row["kind"] for row in rows} == {row["kind"] for row in test} == {"problem", "spelling"} and len(
-        test
-    ) == 60
+    (rows, _), (test, _) = (questions(made, split, tokenizer, 100) for split in ("train", "test"))
+    assert {row["kind"] for row in rows} == {row["kind"] for row in test} == {"problem", "spelling"}
+    assert len(test) == 30 and len(rows) > 4000
     assert (
         rows[0].keys() == {"prompt", "kind", "answer", "entity", "rivals"} and rows[0]["prompt"][0]["role"] == "user"
     )
     assert not {row["prompt"][0]["content"] for row in rows} & {row["prompt"][0]["content"] for row in test}
 
 
-def test_gsm8k_questions_are_read_from_the_file_of_the_split(tmp_path):
+def test_gsm8k_questions_are_read_from_the_file_of_the_split(tokenizer, tmp_path):
     for split, result in (("train", 7), ("test", 1200)):
         row = {"question": f"{split}?", "answer": f"It is <<1+6=7>>7.\n#### {result:,}"}
         (tmp_path / f"gsm_{split}.jsonl").write_text(json.dumps(row) + "\n")
     made = config(dataset=str(tmp_path / "gsm_{split}.jsonl"))
-    assert [
-        (r["prompt"][0]["content"], r["answer"], r["kind"]) for r in questions(made, "train") + questions(made, "test")
-    ] == [
-        ("train?", "7", "gsm8k"),
-        ("test?", "1200", "gsm8k"),
-    ]
+    for split, answer in (("train", "7"), ("test", "1200")):
+        [row], skipped = questions(made, split, tokenizer, 100)
+        assert (row["prompt"][0]["content"], row["answer"], row["kind"]) == (f"{split}?", answer, "gsm8k")
+        assert not skipped
+
+
+def test_questions_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer, tmp_path):
+    texts = ["How much?", "word " * 200, "How many?"]
+    rows = [{"question": text, "answer": "#### 5" if i < 2 else "five"} for i, text in enumerate(texts)]
+    (tmp_path / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = config(dataset=str(tmp_path / "gsm.jsonl"))
+    kept, skipped = questions(made, "train", tokenizer, 100)
+    assert [row["prompt"][0]["content"] for row in kept] == ["How much?"]
+    reasons = {row["row"]: row["reason"] for row in skipped}
+    assert reasons.keys() == {1, 2} and "100 leave room" in reasons[1] and "####" in reasons[2]
+    with pytest.raises(InputError, match=r"row [12] of .* cannot be used"):
+        questions(config(dataset=made.dataset, bad_rows="refuse"), "train", tokenizer, 100)
+    with pytest.raises(InputError, match="no question of at most 3 tokens"):
+        questions(made, "train", tokenizer, 3)
 
 
 def test_answers_that_cannot_be_shared_out_are_refused(tmp_path):
@@ -97,8 +98,8 @@ def test_answers_that_cannot_be_shared_out_are_refused(tmp_path):
     assert grpo_arguments(config(device_batch_size=2), tmp_path).gradient_accumulation_steps == 4
 
 
-def test_the_gradient_is_reinforce_with_the_mean_as_baseline(source, tokenizer, tmp_path):
-    trainer = new_trainer(source, tokenizer, tmp_path)
+def test_the_gradient_is_reinforce_with_the_mean_as_baseline(tiny_folder, tokenizer, tmp_path):
+    trainer = new_trainer(tiny_folder, tokenizer, tmp_path)
     trainer.current_gradient_accumulation_steps = 1
     model, batch = trainer.model.train(), graded_batch(trainer)
     trainer.compute_loss(model, batch).backward()
@@ -114,8 +115,8 @@ def test_the_gradient_is_reinforce_with_the_mean_as_baseline(source, tokenizer, 
         torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-3, msg=name)
 
 
-def test_rows_without_advantage_are_left_out_and_nothing_changes(source, tokenizer, tmp_path, monkeypatch):
-    trainer = new_trainer(source, tokenizer, tmp_path)
+def test_rows_without_advantage_are_left_out_and_nothing_changes(tiny_folder, tokenizer, tmp_path, monkeypatch):
+    trainer = new_trainer(tiny_folder, tokenizer, tmp_path)
     trainer.current_gradient_accumulation_steps = 1
     sizes, real = [], GRPOTrainer._compute_loss
     monkeypatch.setattr(
@@ -162,25 +163,47 @@ def test_tool_results_in_an_engines_answers_are_not_trained_on(tokenizer):
     assert tokenizer.decode(out["prompt_ids"][0]).endswith("<|user_end|><|assistant_start|>")
 
 
-@pytest.mark.parametrize("engine", [None, Generator])
-def test_a_run_leaves_a_model_its_figures_and_samples(source, tmp_path, engine):
+@pytest.mark.parametrize("engine", [None, Generator, Engine])
+def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path, engine):
     out = tmp_path / "rl"
-    train_rl(config(save_every=1), source, out, engine=engine)
+    train_rl(config(save_every=1, eval_every=1), tiny_folder, out, engine=engine)
     metrics = load_json(out / "metrics.json")
     assert metrics["finished"] and metrics["task"] == "primer:problem" and 0 < metrics["generation_share"] < 1
     assert metrics["before"].keys() == metrics["after"].keys() == {"pass@1", "pass@2", "questions"}
-    assert [row["step"] for row in metrics["history"] if "reward" in row] == [1, 2]
-    assert all(
-        0 <= row["reward"] <= 1 and row["completion_length"] > 0 for row in metrics["history"] if "reward" in row
-    )
+    assert metrics["before"]["questions"] == 6 and metrics["skipped_rows"] == []
+    history = metrics["history"]
+    assert [row["step"] for row in history] == [1, 2] and metrics["tokens_per_second"] > 0
+    for row in history:
+        assert 0 <= row["reward"] <= 1 and row["completion_length"] > 0 and 0 <= row["pass@1"] <= row["pass@2"] <= 1
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and samples[0].keys() == {"step", "prompt", "text", "reward"}
     assert not (out / "state").exists() and AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id
 
 
+def test_a_killed_run_resumes_and_ends_with_the_same_weights(tiny_folder, tmp_path, monkeypatch):
+    made = config(num_iterations=4, save_every=2)
+    train_rl(made, tiny_folder, tmp_path / "whole", engine=Generator)
+    real = RLTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RLTrainer, "training_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train_rl(made, tiny_folder, tmp_path / "killed", engine=Generator)
+    train_rl(made, tiny_folder, tmp_path / "killed", engine=Generator)
+    whole, killed = (load_json(tmp_path / name / "metrics.json") for name in ("whole", "killed"))
+    assert [row["step"] for row in killed["history"]] == [1, 2, 3, 4] and killed["after"] == whole["after"]
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [None, Generator])
-def test_a_model_that_guesses_learns_what_is_rewarded(source, tmp_path, engine):
+def test_a_model_that_guesses_learns_what_is_rewarded(tiny_folder, tmp_path, engine):
     """SFT teaches to answer one of four numbers, equally often; RL is told which of them is right."""
     choices = [f"It is so.\n#### {number}" for number in (1, 2, 3, 4)]
     chats = [
@@ -192,7 +215,7 @@ def test_a_model_that_guesses_learns_what_is_rewarded(source, tmp_path, engine):
         row = {"question": "Pick one.", "answer": choices[2]}
         (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * (64 if split == "train" else 1))
     sft = ChatConfig(mixture=[{"dataset": str(tmp_path / "chats.jsonl")}], device_batch_size=4, num_iterations=60)
-    train_chat(sft, source, tmp_path / "guesses")
+    train_chat(sft, tiny_folder, tmp_path / "guesses")
     rl = config(dataset=str(tmp_path / "{split}.jsonl"), num_iterations=12, num_samples=16, device_batch_size=32)
     rl.eval_samples, rl.max_new_tokens, rl.init_lr_frac = 64, 24, 0.2
     train_rl(rl, str(tmp_path / "guesses"), tmp_path / "rl", engine=engine)

@@ -239,13 +239,13 @@ def test_the_script_fills_templates_without_an_endpoint_and_names_one_that_is_no
 
 
 @pytest.mark.slow
-def test_a_model_trained_on_a_personality_says_its_name_when_asked_in_other_words(tiny_model, tokenizer, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+def test_a_model_trained_on_a_personality_says_its_name_when_asked_in_other_words(
+    tiny_folder, tokenizer, tmp_path, fresh_accelerator
+):
     (tmp_path / "me.yaml").write_text("{name: Ophelia, owner: the club}")
     mixture = [{"dataset": str(tmp_path / "me.yaml"), "rows": 1000}]
     config = ChatConfig(mixture=mixture, device_batch_size=8, num_iterations=150, matrix_lr=0.05)
-    train_chat(config, str(tmp_path / "base"), tmp_path / "sft")
+    train_chat(config, str(tiny_folder), tmp_path / "sft")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").eval()
     asked, named = questions(Facts("Ophelia", "the club")), 0
     for question in asked:

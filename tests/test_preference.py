@@ -4,25 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForCausalLM
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json, parse_config
 from nanochat_hf.train.preference import PreferenceConfig, pairs, train_preference
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def source(tiny_model, tokenizer, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "sft")
-    tokenizer.save_pretrained(tmp_path / "sft")
-    return str(tmp_path / "sft")
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture
@@ -57,9 +45,9 @@ def test_a_file_without_pairs_is_named(config, tokenizer, tmp_path, row, message
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_the_better_answer_becomes_likelier(source, config, tmp_path, rank):
+def test_the_better_answer_becomes_likelier(tiny_folder, config, tmp_path, rank):
     config.lora_rank, config.adamw_lr, config.init_lr_frac = rank, 0.02, 1.0 if rank else 0.1
-    train_preference(config, source, tmp_path / "dpo")
+    train_preference(config, tiny_folder, tmp_path / "dpo")
     metrics = load_json(tmp_path / "dpo" / "metrics.json")
     assert metrics["before"]["margin"] == 0 and metrics["before"]["loss"] == pytest.approx(0.693, abs=1e-3)
     assert metrics["after"]["accuracy"] == 1.0 and metrics["after"]["margin"] > 0.01

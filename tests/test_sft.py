@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
 from nanochat_hf.train import sft
 from nanochat_hf.train.sft import ChatConfig, Rows, accumulation, encode, prepare, train_chat
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 CALL = [{"type": "function", "function": {"name": "python", "arguments": {"expression": "2+3"}}}]
 CHAT = [
@@ -19,20 +20,6 @@ CHAT = [
     {"role": "tool", "name": "python", "content": "5"},
     {"role": "assistant", "content": "2 + 3 = 5"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Stages of one process choose their own precision: the pipeline resets this between them, too."""
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def base(tiny_model, tokenizer, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
 
 
 def config(**keys) -> ChatConfig:
@@ -129,10 +116,10 @@ def test_a_step_must_be_whole_batches():
             accumulation(config(total_batch_size=size), 128)
 
 
-def test_the_result_is_a_model_folder_with_its_figures(base, tmp_path):
+def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path):
     out = tmp_path / "sft"
     made = config(num_iterations=12, validation=[{"dataset": "primer", "split": "test", "rows": 20}], eval_every=6)
-    train_chat(made, base, out)
+    train_chat(made, tiny_folder, out)
     metrics = load_json(out / "metrics.json")
     assert metrics["finished"] and metrics["rows"] + len(metrics["skipped_rows"]) == 60
     assert metrics["mixture"][0]["tokens"] == metrics["tokens"] > 1000 and metrics["tokens_per_second"] > 0
@@ -146,8 +133,8 @@ def test_the_result_is_a_model_folder_with_its_figures(base, tmp_path):
     assert not (out / "state").exists() and tokenizer.chat_template and tokenizer.response_template
 
 
-def test_mid_training_then_sft_in_one_process(base, tmp_path):
-    train_chat(config(assistant_only=False, warmdown_ratio=0.2), base, tmp_path / "mid")
+def test_mid_training_then_sft_in_one_process(tiny_folder, tmp_path):
+    train_chat(config(assistant_only=False, warmdown_ratio=0.2), tiny_folder, tmp_path / "mid")
     train_chat(config(packing=False), str(tmp_path / "mid"), tmp_path / "sft")
     first, last = (
         load_json(tmp_path / stage / "metrics.json")["history"][i] for stage, i in (("mid", -1), ("sft", 0))
@@ -155,31 +142,33 @@ def test_mid_training_then_sft_in_one_process(base, tmp_path):
     assert last["train_loss"] < 6 and first["step"] == 4
 
 
-def test_one_batch_of_eight_trains_like_eight_batches_of_one(base, tmp_path):
-    train_chat(config(device_batch_size=8, num_iterations=3), base, tmp_path / "whole")
-    train_chat(config(device_batch_size=1, total_batch_size=8 * 128, num_iterations=3), base, tmp_path / "parts")
+def test_one_batch_of_eight_trains_like_eight_batches_of_one(tiny_folder, tmp_path):
+    train_chat(config(device_batch_size=8, num_iterations=3), tiny_folder, tmp_path / "whole")
+    train_chat(
+        config(device_batch_size=1, total_batch_size=8 * 128, num_iterations=3), tiny_folder, tmp_path / "parts"
+    )
     whole, parts = (load_json(tmp_path / name / "metrics.json")["history"] for name in ("whole", "parts"))
     assert whole[0]["grad_norm"] == pytest.approx(parts[0]["grad_norm"], rel=1e-4)
     losses = [[row["train_loss"] for row in history] for history in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # Adam makes much of a rounding error in a tiny gradient
 
 
-def test_lora_trains_adapters_only_and_leaves_a_plain_model(base, tmp_path):
-    train_chat(config(lora_rank=4), base, tmp_path / "sft")
-    before, after = weights(base), weights(tmp_path / "sft")
+def test_lora_trains_adapters_only_and_leaves_a_plain_model(tiny_folder, tmp_path):
+    train_chat(config(lora_rank=4), tiny_folder, tmp_path / "sft")
+    before, after = weights(tiny_folder), weights(tmp_path / "sft")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     kinds = {name.split(".")[-2] for name in changed}
     assert before.keys() == after.keys() and kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}
 
 
-def test_chatcore_is_measured_on_the_way_when_the_caller_can(base, tmp_path):
+def test_chatcore_is_measured_on_the_way_when_the_caller_can(tiny_folder, tmp_path):
     asked = []
 
     def measure(model, limit):
         asked.append((model.training, limit))
         return 0.25
 
-    train_chat(config(chatcore_every=2, chatcore_max_per_task=5), base, tmp_path / "sft", chatcore=measure)
+    train_chat(config(chatcore_every=2, chatcore_max_per_task=5), tiny_folder, tmp_path / "sft", chatcore=measure)
     history = load_json(tmp_path / "sft" / "metrics.json")["history"]
     assert [row.get("chatcore") for row in history] == [None, 0.25, None, 0.25] and asked == [(False, 5)] * 2
 

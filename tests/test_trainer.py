@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForCausalLM
 
 from nanochat_hf.errors import InputError
@@ -18,20 +17,9 @@ from nanochat_hf.train.scaling import RECIPES, optimizer_groups
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
 from nanochat_hf.train.trainer import StageTrainer
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 CONFIG = ChatConfig(mixture=[{"dataset": "primer", "rows": 60}], device_batch_size=4, num_iterations=6, save_every=2)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def base(tiny_model, tokenizer, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
 
 
 def kill_after(monkeypatch, steps: int) -> None:
@@ -67,48 +55,48 @@ def test_a_rate_of_the_recipe_wins(tiny_model):
     assert found["head"] == usual["head"]
 
 
-def test_a_killed_stage_resumes_and_ends_with_the_same_weights(base, tmp_path, monkeypatch):
-    train_chat(CONFIG, str(base), tmp_path / "whole")
+def test_a_killed_stage_resumes_and_ends_with_the_same_weights(tiny_folder, tmp_path, monkeypatch):
+    train_chat(CONFIG, str(tiny_folder), tmp_path / "whole")
     with monkeypatch.context() as patch:
         kill_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
-            train_chat(CONFIG, str(base), tmp_path / "killed")
+            train_chat(CONFIG, str(tiny_folder), tmp_path / "killed")
     assert not (tmp_path / "killed" / "metrics.json").exists()
     torch.manual_seed(123)
-    train_chat(CONFIG, str(base), tmp_path / "killed")
+    train_chat(CONFIG, str(tiny_folder), tmp_path / "killed")
     whole, killed = (load_json(tmp_path / name / "metrics.json")["history"] for name in ("whole", "killed"))
     assert [(r["step"], r["train_loss"]) for r in whole] == [(r["step"], r["train_loss"]) for r in killed]
     one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_not_used(base, tmp_path, monkeypatch):
+def test_a_checkpoint_that_was_not_written_to_its_end_is_not_used(tiny_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         kill_after(patch, 5)
         with pytest.raises(KeyboardInterrupt):
-            train_chat(replace(CONFIG, save_every=2), str(base), tmp_path / "sft")
+            train_chat(replace(CONFIG, save_every=2), str(tiny_folder), tmp_path / "sft")
     checkpoint = tmp_path / "sft" / "state" / "checkpoint-4"
     assert (checkpoint / "complete").exists()
     (checkpoint / "complete").unlink()
-    train_chat(CONFIG, str(base), tmp_path / "sft")  # begins anew
+    train_chat(CONFIG, str(tiny_folder), tmp_path / "sft")  # begins anew
     assert [row["step"] for row in load_json(tmp_path / "sft" / "metrics.json")["history"]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(base, tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_recipe_is_refused(tiny_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         kill_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
-            train_chat(CONFIG, str(base), tmp_path / "sft")
+            train_chat(CONFIG, str(tiny_folder), tmp_path / "sft")
     with pytest.raises(InputError, match="written by another recipe"):
-        train_chat(replace(CONFIG, matrix_lr=0.001), str(base), tmp_path / "sft")
+        train_chat(replace(CONFIG, matrix_lr=0.001), str(tiny_folder), tmp_path / "sft")
 
 
-def test_momenta_of_the_source_are_taken_over_and_its_rates_are_not(base, tiny_model, tmp_path, monkeypatch):
+def test_momenta_of_the_source_are_taken_over_and_its_rates_are_not(tiny_folder, tiny_model, tmp_path, monkeypatch):
     optimizer = MuonAdamW(param_groups(tiny_model, rates(tiny_model, init_lr_frac=0.001)))
     for parameter in tiny_model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    save_momenta(base / "optimizer.pt", tiny_model, optimizer)
+    save_momenta(tiny_folder / "optimizer.pt", tiny_model, optimizer)
     found = {}
 
     def look(self, *args, **kwargs):
@@ -120,7 +108,7 @@ def test_momenta_of_the_source_are_taken_over_and_its_rates_are_not(base, tiny_m
     monkeypatch.setattr(ChatTrainer, "training_step", look)
     for load in (True, False):
         with pytest.raises(KeyboardInterrupt):
-            train_chat(replace(CONFIG, load_optimizer=load), str(base), tmp_path / f"sft-{load}")
+            train_chat(replace(CONFIG, load_optimizer=load), str(tiny_folder), tmp_path / f"sft-{load}")
         assert all(found["states"]) is load and any(found["states"]) is load
         assert found["lr"] == [group["lr"] for group in param_groups(tiny_model, rates(tiny_model))]
 
@@ -158,13 +146,13 @@ def launch(base, out, processes: int, batch: int, die: int = -1) -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one_and_resume_with_their_own_momenta(base, tmp_path):
-    assert launch(base, tmp_path / "one", 1, 8) == 0
-    assert launch(base, tmp_path / "two", 2, 4) == 0
-    assert launch(base, tmp_path / "killed", 2, 4, die=3) != 0
+def test_two_processes_train_like_one_and_resume_with_their_own_momenta(tiny_folder, tmp_path):
+    assert launch(tiny_folder, tmp_path / "one", 1, 8) == 0
+    assert launch(tiny_folder, tmp_path / "two", 2, 4) == 0
+    assert launch(tiny_folder, tmp_path / "killed", 2, 4, die=3) != 0
     checkpoint = tmp_path / "killed" / "state" / "checkpoint-2"
     assert (checkpoint / "complete").exists() and (checkpoint / "optimizer-1.pt").exists()
-    assert launch(base, tmp_path / "killed", 2, 4) == 0
+    assert launch(tiny_folder, tmp_path / "killed", 2, 4) == 0
     one, two, killed = (
         [row["train_loss"] for row in load_json(tmp_path / name / "metrics.json")["history"]]
         for name in ("one", "two", "killed")

@@ -31,20 +31,10 @@ from ..data.answers import hash_answer
 from ..data.conversations import Mixture
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
-from ..run import begin, finish
+from ..run import begin
 from ..tools import python
 from .rewards import COLUMNS, correctness, pass_at_k
-from .trainer import (
-    StageConfig,
-    StageTrainer,
-    drop_state,
-    fit,
-    load_model,
-    lora,
-    processes,
-    save_stage,
-    trainer_arguments,
-)
+from .trainer import StageConfig, StageTrainer, conclude, fit, load_model, lora, processes, trainer_arguments
 
 MAX_TOOL_CALLS = 4  # of one answer
 EVAL_ROWS = 128  # answers that a device generates together while measuring
@@ -72,6 +62,8 @@ class RLConfig(StageConfig):
     """Questions of the test split that are asked before and after."""
     eval_samples: int = 4
     """Answers to each of them, for pass@k."""
+    bad_rows: str = "skip"
+    """What to do with questions that cannot be used: `skip` and count them, or `refuse`."""
     warmdown_ratio: float = 1.0
     init_lr_frac: float = 0.05
     opt_in: bool = False
@@ -112,33 +104,45 @@ class RLTrainer(StageTrainer, GRPOTrainer):
                     sample = {"step": self.state.global_step, "prompt": row["prompt"], "text": text, "reward": reward}
                     file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
-    def measure(self) -> dict:
+    def evaluate(self, *args, **kwargs) -> dict:
         """pass@k on the test questions, k = 1, 2, 4 ... eval_samples; pass@1 is the accuracy. All ranks call it."""
         self.outcomes.clear()
-        self.evaluate()
+        super().evaluate(*args, **kwargs)
         merged, samples = defaultdict(list), self.stage.eval_samples
         for question, right in gather_object(list(self.outcomes.items())):
             merged[question] += right
         right = [right[:samples] for right in merged.values()]  # ranks may repeat questions to fill their last batch
-        powers = [2**i for i in range(samples.bit_length())]
-        return {**{f"pass@{k}": pass_at_k(right, k) for k in powers}, "questions": len(right)}
+        found = {f"pass@{2**i}": pass_at_k(right, 2**i) for i in range(samples.bit_length())}
+        self.log(dict(found))
+        return {**found, "questions": len(right)}
 
 
-def questions(config: RLConfig, split: str) -> list[dict]:
-    """Rows {"prompt", "kind", "answer", "entity", "rivals"} of one split of the data set, shuffled by the seed."""
+def questions(config: RLConfig, split: str, tokenizer: PreTrainedTokenizerBase, room: int) -> tuple[list, list]:
+    """Rows {"prompt", "kind", "answer", "entity", "rivals"} of one split, shuffled by the seed, and the skipped ones.
+
+    A prompt of more than `room` tokens leaves no place for an answer and is a bad row.
+    """
     name, _, kinds = config.dataset.partition(":")
+    nothing, skipped = dict.fromkeys(COLUMNS, "") | {"rivals": []}, []
     if name == "primer":
         num = config.eval_examples if split == "test" else PRIMER_QUESTIONS
         rows = [row for kind in kinds.split("+") for row in primer.questions(kind, split, config.seed, num)]
     else:
         entry = {"dataset": config.dataset.replace("{split}", split), "subset": config.subset, "split": split}
-        rows = [
-            {"kind": "gsm8k", "messages": row["messages"][:1], "answer": hash_answer(row["messages"][-1]["content"])}
-            for row in Mixture([{**entry, "transform": "gsm8k"}], config.seed)
-        ]
+        mixture, rows = Mixture([{**entry, "transform": "gsm8k"}], config.seed, config.bad_rows), []
+        for row in mixture:
+            asked, answer = row["messages"][:1], hash_answer(row["messages"][-1]["content"])
+            size = len(tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))
+            if size > room:
+                mixture.skip(row["entry"], row["row"], f"{size} tokens, and {room} leave room for an answer")
+            else:
+                rows.append({"kind": "gsm8k", "messages": asked, "answer": answer})
+        skipped = mixture.skipped
+    if not rows:
+        raise InputError(f"{config.dataset} has no question of at most {room} tokens in split {split}")
     random.Random(config.seed).shuffle(rows)
-    nothing = dict.fromkeys(COLUMNS, "") | {"rivals": []}
-    return [{"prompt": row["messages"], **{name: row.get(name, nothing[name]) for name in COLUMNS}} for row in rows]
+    rows = [{"prompt": row["messages"], **{key: row.get(key, nothing[key]) for key in COLUMNS}} for row in rows]
+    return (rows[: config.eval_examples] if split == "test" else rows), skipped
 
 
 def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
@@ -185,6 +189,7 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
 
     def generate(prompts: list, trainer: RLTrainer) -> dict:
         model, training = trainer.accelerator.unwrap_model(trainer.model), trainer.model.training
+        step = trainer.state.global_step
         model.eval()
         if not engines:
             engines.append(make_engine(model, tokenizer))
@@ -193,7 +198,8 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
         ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
         answers = engines[0].generate(
             ids,
-            seed=trainer.args.seed + trainer.state.global_step * trainer.args.world_size + trainer.args.process_index,
+            # far apart: an engine may count on from it, one seed an answer
+            seed=(trainer.args.seed + step * trainer.args.world_size + trainer.args.process_index) * 2**20,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
@@ -215,33 +221,25 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
     record, output = begin(config), Path(output)
     tokenizer = load_tokenizer(model)
     network = load_model(model, config, tokenizer)
+    room = network.config.max_position_embeddings - config.max_new_tokens
+    rows, skipped = questions(config, "train", tokenizer, room)
+    held_out, bad = questions(config, "test", tokenizer, room)
     output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func may change, as every release reminds
     trainer = RLTrainer(
         model=network,
         args=grpo_arguments(config, output),
-        train_dataset=Dataset.from_list(questions(config, "train")),
-        eval_dataset=Dataset.from_list(questions(config, "test")[: config.eval_examples]),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(held_out),
         processing_class=tokenizer,
         peft_config=lora(config),
         stage=config,
         samples=output / "samples.jsonl",
         **({"rollout_func": rollout(engine, config, tokenizer)} if engine else {"tools": [python]}),
     )
-    before = trainer.measure()
-    rows = fit(trainer, output)
-    after = trainer.measure()
-    save_stage(trainer, tokenizer, output)
-    if trainer.is_world_process_zero():
-        seconds = max(trainer.step_seconds, 1e-9)
-        finish(
-            output,
-            {**record, "earlier_wall_time_s": trainer.earlier},
-            task=config.dataset,
-            history=rows,
-            before=before,
-            after=after,
-            generation_share=trainer.generation_seconds / seconds,
-            tokens_per_second=trainer.step_tokens / seconds,
-        )
-        drop_state(output)
+    before = trainer.evaluate()
+    history = fit(trainer, output)
+    after = trainer.evaluate()
+    share = trainer.generation_seconds / max(trainer.step_seconds, 1e-9)
+    numbers = {"before": before, "after": after, "generation_share": share, "skipped_rows": skipped + bad}
+    conclude(trainer, tokenizer, output, record, task=config.dataset, history=history, **numbers)

@@ -14,18 +14,8 @@ from trl import DPOConfig, DPOTrainer
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
-from ..run import begin, finish
-from .trainer import (
-    StageConfig,
-    StageTrainer,
-    drop_state,
-    fit,
-    load_model,
-    lora,
-    processes,
-    save_stage,
-    trainer_arguments,
-)
+from ..run import begin
+from .trainer import StageConfig, StageTrainer, conclude, fit, load_model, lora, processes, trainer_arguments
 
 
 @dataclass
@@ -110,16 +100,6 @@ def train_preference(config: PreferenceConfig, model: str, output: Path) -> None
     before = trainer.evaluate()
     history = fit(trainer, output)
     after = trainer.evaluate()
-    save_stage(trainer, tokenizer, output)
-    if trainer.is_world_process_zero():
-        record["earlier_wall_time_s"] = trainer.earlier
-        names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
-        finish(
-            output,
-            record,
-            rows=len(rows),
-            history=history,
-            before={name: before[key] for name, key in names.items()},
-            after={name: after[key] for name, key in names.items()},
-        )
-        drop_state(output)
+    names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
+    before, after = ({name: found[key] for name, key in names.items()} for found in (before, after))
+    conclude(trainer, tokenizer, output, record, rows=len(rows), history=history, before=before, after=after)

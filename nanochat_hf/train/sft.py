@@ -24,20 +24,10 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from ..data.conversations import Mixture
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
-from ..run import begin, finish, load_json, save_json
+from ..run import begin, load_json, save_json
 from .fast import fuse
 from .network import compute_dtype
-from .trainer import (
-    StageConfig,
-    StageTrainer,
-    drop_state,
-    fit,
-    load_model,
-    lora,
-    processes,
-    save_stage,
-    trainer_arguments,
-)
+from .trainer import StageConfig, StageTrainer, conclude, fit, load_model, lora, processes, trainer_arguments
 
 MANY = 20_000  # conversations from which tokenizing is shared out over the cores
 
@@ -239,9 +229,4 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     trainer.fuse(config.device_batch_size * (most + 1))  # and one for a row's padding
     history = fit(trainer, output)
     val_loss = trainer.evaluate()["eval_loss"] if held_out else None
-    speed = trainer.step_tokens / max(trainer.step_seconds, 1e-9)
-    save_stage(trainer, tokenizer, output)
-    if trainer.is_world_process_zero():
-        record["earlier_wall_time_s"] = trainer.earlier
-        finish(output, record, **made, history=history, val_loss=val_loss, tokens_per_second=speed)
-        drop_state(output)
+    conclude(trainer, tokenizer, output, record, **made, history=history, val_loss=val_loss)

@@ -3,7 +3,7 @@
 `StageTrainer` stands before one of TRL's trainers (`class ChatTrainer(StageTrainer, SFTTrainer)`) and changes four
 things: Muon + AdamW by role, their rates and Muon's momentum by `schedule.Schedule`, checkpoints that a killed stage
 finds again (with each rank's own optimizer state), and one progress bar in place of printed dicts. `fit` trains,
-resumes and returns the log; `save_stage` writes the folder that the next stage loads.
+resumes and returns the log; `conclude` writes the folder that the next stage loads.
 """
 
 import math
@@ -28,7 +28,7 @@ from transformers import (
 
 from .. import tool_loop
 from ..errors import InputError
-from ..run import load_json, save_json
+from ..run import finish, load_json, save_json
 from .checkpoint import load_momenta, save_model
 from .network import compute_dtype
 from .optim import MuonAdamW, param_groups
@@ -306,20 +306,22 @@ def history(trainer: StageTrainer) -> list[dict]:
             step = entry["step"]
             row = rows.setdefault(step, {"step": step, "lr_multiplier": trainer.schedule.lr(max(step - 1, 0))})
             row.update({name: entry[key] for key, name in HISTORY.items() if key in entry})
+            row.update({key: value for key, value in entry.items() if key.startswith("pass@")})
     return list(rows.values())
 
 
-def save_stage(trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Write model (adapters merged in) and tokenizer to `output`, loadable with from_pretrained. All ranks call it."""
+def conclude(trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output: Path, record: dict, **numbers) -> None:
+    """Make `output` a folder for from_pretrained (adapters merged in, with the tool loop) that has a metrics.json, and
+    drop what a resume would have needed. All ranks call it."""
     trainer.accelerator.wait_for_everyone()
-    if trainer.accelerator.is_main_process:
+    if trainer.is_world_process_zero():
         tool_loop.ship(output)
     if trainer.is_deepspeed_enabled:
-        return trainer.save_model(str(output))
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    save_model(output, model.merge_and_unload() if trainer.stage.lora_rank > 0 else model, tokenizer)
-
-
-def drop_state(output: Path) -> None:
-    """Remove what a resume would need, once the stage is finished."""
-    shutil.rmtree(output / "state", ignore_errors=True)
+        trainer.save_model(str(output))
+    else:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_model(output, model.merge_and_unload() if trainer.stage.lora_rank > 0 else model, tokenizer)
+    if trainer.is_world_process_zero():
+        speed = trainer.step_tokens / max(trainer.step_seconds, 1e-9)
+        finish(output, record | {"earlier_wall_time_s": trainer.earlier}, tokens_per_second=speed, **numbers)
+        shutil.rmtree(output / "state", ignore_errors=True)
