@@ -23,7 +23,7 @@ def test_both_ways_give_one_loss_and_one_gradient(tokenizer, generation):
     torch.nn.init.normal_(model.lm_head.weight)
     ids = torch.randint(0, len(tokenizer), (2, 65))
     results = []
-    for module in (with_loss(model, "auto", True, False, False), with_loss(model, "auto", True, False, True)):
+    for module in (with_loss(model, "auto", True, False), with_loss(model, "sdpa", True, False)):
         model.zero_grad()
         loss = module(ids[:, :-1], ids[:, 1:])
         loss.backward()
@@ -44,9 +44,8 @@ def test_the_gradient_norm_is_that_of_all_gradients_together(tiny_model):
 
 
 def test_the_way_to_the_loss_follows_the_options(tiny_model):
-    assert isinstance(with_loss(tiny_model, "auto", True, False, False), Trunk)
-    assert isinstance(with_loss(tiny_model, "auto", True, False, True), ModelLoss)
-    assert isinstance(with_loss(tiny_model, "eager", True, False, False), ModelLoss)
+    assert isinstance(with_loss(tiny_model, "auto", True, False), Trunk)
+    assert isinstance(with_loss(tiny_model, "eager", True, False), ModelLoss)
     assert tiny_model.config._attn_implementation == "eager"
 
 
@@ -68,7 +67,7 @@ def test_another_tokenizer_is_refused(tiny_model, tokenizer, tmp_path):
 
 def test_fp8_is_refused_where_it_cannot_work(tiny_model):
     with pytest.raises(InputError, match="fp8 needs a CUDA device"):
-        with_loss(tiny_model, "auto", True, True, False)
+        with_loss(tiny_model, "auto", True, True)
 
 
 def test_another_kind_of_model_and_missing_weights_are_refused_in_one_line(tiny_model, tokenizer, tmp_path):
