@@ -17,7 +17,7 @@ from nanochat_hf.data.transforms import TRANSFORMS, check
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, evaluate
 from nanochat_hf.eval.report import collect, make_report
-from nanochat_hf.run import Run
+from nanochat_hf.run import Run, parse_config
 
 ROOT = Path(__file__).parent.parent
 KOBEST = {  # made-up rows in the form of KoBEST's files
@@ -199,3 +199,42 @@ def test_the_korean_personality_speaks_with_the_right_particles():
     said = " ".join(m["content"] for row in rows for m in row if m["role"] == "assistant")
     assert "나노챗이에요" in said and "나노챗예요" not in said and "{" not in said
     assert all(unicodedata.is_normalized("NFC", m["content"]) for row in rows for m in row)
+
+
+RUSTAVELI = """რომელმან შექმნა სამყარო ძალითა მით ძლიერითა
+ზეგარდმო არსნი სულითა ყვნა ზეცით მონაბერითა
+ჩვენ, კაცთა, მოგვცა ქვეყანა, გვაქვს უთვალავი ფერითა
+მისგან არს ყოვლი ხელმწიფე სახითა მის მიერითა""".splitlines()  # of about 1200, in the public domain
+
+
+def test_a_recipe_of_another_script_trains_and_is_measured(tmp_path):
+    from nanochat_hf.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+    from nanochat_hf.train.pretrain import PretrainConfig, pretrain
+
+    words = [word for line in RUSTAVELI for word in line.split()]
+    rng = Random(0)
+    texts = [{"text": " ".join(rng.choices(words, k=60))} for _ in range(400)]
+    (tmp_path / "ka.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    mixed = f"dataset: [{{dataset: {tmp_path}/ka.jsonl, weight: 0.7}}, {{dataset: primer, weight: 0.3}}]\n"
+    recipe = {
+        "tokenizer": mixed + "normalization: nfc\nvocab_size: 600\nmax_chars: 200000\n",
+        "base": mixed + "depth: 2\naspect_ratio: 32\nhead_dim: 32\nmax_seq_len: 64\nnum_iterations: 30\n"
+        "total_batch_size: 512\ndevice_batch_size: 8\nmatrix_lr: 0.6\nwarmup_steps: 2\neval_every: 0\n",
+        "eval": mixed + "tasks: []\nbpb_tokens: 2048\n",
+    }
+    for stage, text in recipe.items():
+        (tmp_path / f"{stage}.yaml").write_text(text)
+    run = Run(tmp_path / "run")
+    tokenizer = run.folder("tokenizer")
+    train_tokenizer(parse_config(TokenizerConfig, tmp_path / "tokenizer.yaml"), tokenizer)
+    bytes_per_token = run.metrics("tokenizer")["bytes_per_token"]
+    assert bytes_per_token > 3  # a Georgian letter has 3 bytes: whole words are tokens
+    ids = load_tokenizer(tokenizer)(RUSTAVELI[0])["input_ids"]
+    assert load_tokenizer(tokenizer).decode(ids, skip_special_tokens=True) == RUSTAVELI[0]
+    pretrain(parse_config(PretrainConfig, tmp_path / "base.yaml"), str(tokenizer), run.folder("base"))
+    config = parse_config(EvalConfig, tmp_path / "eval.yaml")
+    found = evaluate(config, {"base": str(run.folder("base"))}, run.folder("eval"))["results"]["base"]
+    assert set(found) == {"val_bpb", "bpb ka.jsonl", "bpb primer"}
+    untrained = 9.2 / bytes_per_token  # log2(600) bits a token
+    assert 0 < found["bpb ka.jsonl"]["value"] < 0.7 * untrained
+    assert "bpb ka.jsonl" in make_report(run.path).read_text()
