@@ -4,56 +4,74 @@
     python scripts/make_report.py --compare runs/a runs/b
     python scripts/make_report.py --run-dir runs/d12 --row
 
-Nothing is measured here and nothing is guessed: a number that no stage wrote is "-". `collect` gathers the facts,
-`markdown` and `plots` show them; the model card uses the same pieces.
+Nothing is measured here and nothing is guessed: a number that no stage wrote is "-". `collect` gathers the facts (what
+report.json holds, of the shape `Report`); sections.py writes them, plots.py draws them; the model card uses the same.
 """
 
-import base64
-import re
 from pathlib import Path
+from typing import Literal
 
-from markdown_it import MarkdownIt
-from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import InputError
 from ..run import Run, save_json
+from .plots import page, plots
+from .sections import MODEL_STAGES, TITLES, duration, grid, markdown, short, show
 
-MODEL_STAGES = ("base", "mid", "sft", "rl")
-TITLES = {"tokenizer": "Tokenizer", "base": "Base model", "mid": "Mid-training", "sft": "SFT", "rl": "RL"}
-# CORE by karpathy/nanochat's `dev/estimate_gpt3_core.ipynb` and LEADERBOARD.md: GPT-2 XL (1.6B), centered.
-GPT2_XL = {
-    "CORE": 0.256525,
-    "hellaswag_zeroshot": 0.3360,
-    "lambada_openai": 0.5230,
-    "hellaswag": 0.3493,
-    "piqa": 0.4500,
-    "arc_easy": 0.4600,
-    "arc_challenge": 0.0653,
-}
-SHOWN = {  # of a stage's metrics.json: key -> what a reader calls it
-    "vocab_size": "Vocabulary",
-    "bytes_per_token": "Bytes per token",
-    "train_chars": "Characters trained on",
-    "depth": "Depth",
-    "num_parameters": "Parameters",
-    "num_matmul_parameters": "Parameters in matrix products",
-    "flops_per_token": "FLOPs per token",
-    "num_iterations": "Steps",
-    "total_batch_size": "Tokens per step",
-    "total_tokens": "Tokens",
-    "total_flops": "FLOPs",
-    "rows": "Rows",
-    "tokens": "Tokens",
-    "tokens_per_second": "Tokens per second",
-    "mfu": "Model FLOPs utilization",
-    "peak_memory_bytes": "Peak device memory",
-    "val_bpb": "Validation bits per byte",
-    "val_loss": "Validation loss",
-    "core": "CORE while training",
-    "generation_share": "Share of time spent generating",
-    "task": "Task",
-    "wall_time_s": "Wall time",
-}
+Stage = Literal["base", "mid", "sft", "rl"]
+
+
+class Result(BaseModel):
+    """A number of one model; tasks may add more, such as `tool_use` and `pass@8`."""
+
+    model_config = ConfigDict(extra="allow")
+    value: float
+    stderr: float | None = None
+    n: int | None = None
+    higher_is_better: bool = True
+
+
+class Score(BaseModel):
+    """One task of a mean."""
+
+    acc: float
+    centered: float
+    stderr: float | None
+    n: int
+
+
+class Mean(Result):
+    """CORE, ChatCORE or KoCORE; `label` says how much of it ("18/22 tasks")."""
+
+    label: str
+    per_task: dict[str, Score]
+
+
+class Evaluation(BaseModel):
+    results: dict[Stage, dict[str, Result]]
+    core: dict[Stage, Mean]
+    chatcore: dict[Stage, Mean]
+    kocore: dict[Stage, Mean]
+    examples: dict[Stage, list[dict]]
+    bytes_per_token: dict[str, dict[str, float | None]]
+
+
+class Report(BaseModel):
+    """The shape of report.json, version 1; `stages` holds the metrics.json files as they are."""
+
+    version: Literal[1] = Field(alias="schema")
+    run: str
+    commits: list[str]
+    hardware: dict | None
+    versions: dict[str, str | None] | None
+    seconds: dict[str, float | None]
+    total_seconds: float
+    hourly_rate: float | None
+    cost: float | None
+    bloat: dict[str, int] | None
+    stages: dict[str, dict]
+    evaluation: Evaluation
+    table: dict[str, dict[Stage, Result]]
 
 
 def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
@@ -136,130 +154,8 @@ def table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
 
 
 def validate(facts: dict) -> None:
-    """Raise ValueError where report.json would not have the shape that its readers rely on."""
-    kinds = {"schema": int, "run": str, "commits": list, "seconds": dict, "total_seconds": int | float, "stages": dict}
-    kinds |= {"evaluation": dict, "table": dict}
-    for key, kind in kinds.items():
-        if not isinstance(facts.get(key), kind):
-            raise ValueError(f"report.json: {key} must be {kind}, not {facts.get(key)!r}")
-    for metric, row in facts["table"].items():
-        for stage, cell in row.items():
-            if stage not in MODEL_STAGES or not isinstance(cell.get("value"), int | float):
-                raise ValueError(f"report.json: table[{metric!r}][{stage!r}] has no value: {cell!r}")
-
-
-# ---- text -----------------------------------------------------------------------------------------------------------
-
-
-def markdown(facts: dict, pictures: dict[str, str] | None = None) -> str:
-    """The report as Markdown; pictures: section -> path of its plot, relative to the report."""
-    pictures = pictures or {}
-    parts = [f"# Report card: {facts['run']}", header(facts)]
-    for stage, metrics in facts["stages"].items():
-        parts.append(f"## {TITLES[stage]}")
-        parts.append(
-            grid(["", ""], [[SHOWN[key], show(key, metrics[key])] for key in SHOWN if metrics.get(key) is not None])
-        )
-        if stage == "tokenizer" and (texts := facts["evaluation"]["bytes_per_token"]):
-            rows = [[name, *(show("", value) for value in row.values())] for name, row in texts.items()]
-            parts.append(grid(["Bytes per token", *next(iter(texts.values()))], rows))
-        parts += extras(stage, metrics)
-        if stage in pictures:
-            parts.append(f"![{TITLES[stage]}]({pictures[stage]})")
-    parts += evaluation_section(facts, pictures)
-    parts += ["## Summary", summary(facts)]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def header(facts: dict) -> str:
-    hardware, versions = facts["hardware"] or {}, facts["versions"] or {}
-    machine = f"{hardware.get('num_processes', 1)} x {hardware.get('device', '-')}"
-    if memory := hardware.get("device_memory_bytes"):
-        machine += f" ({gib(memory)})"
-    cores, ram = hardware.get("cpu_cores"), hardware.get("memory_bytes")
-    rows = [
-        ["Machine", machine],
-        [
-            "Host",
-            f"{cores or '-'} CPU cores, {gib(ram) if ram else '-'} memory, {hardware.get('system', '-')}",
-        ],
-        ["Software", ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "-"],
-        ["Commit", ", ".join(facts["commits"])],
-        ["Wall time", duration(facts["total_seconds"])],
-        ["Cost", f"${facts['cost']:.2f} at ${facts['hourly_rate']:.2f} an hour" if facts["cost"] is not None else "-"],
-    ]
-    bloat = facts["bloat"] or {}
-    names = {"characters": "Characters", "lines": "Lines", "files": "Files", "tokens": "Tokens (characters / 4)"}
-    names |= {"dependencies": "Direct dependencies"}
-    sizes = [[label, f"{bloat[key]:,}" if bloat.get(key) is not None else "-"] for key, label in names.items()]
-    return "\n\n".join([grid(["", ""], rows), "### Bloat", grid(["", ""], sizes)])
-
-
-def extras(stage: str, metrics: dict) -> list[str]:
-    """What only some stages have: mixtures, skipped rows, samples, before and after."""
-    parts = []
-    if metrics.get("mixture"):
-        rows = [[m["dataset"], f"{m['rows']:,}", f"{m['tokens']:,}"] for m in metrics["mixture"]]
-        parts.append(grid(["Dataset", "Rows", "Tokens"], rows))
-    if skipped := metrics.get("skipped_rows"):
-        parts.append(f"{len(skipped)} rows were skipped, the first because: {skipped[0].get('reason')}")
-    if metrics.get("before") or metrics.get("after"):
-        before, after = metrics.get("before") or {}, metrics.get("after") or {}
-        names = list(dict.fromkeys([*before, *after]))
-        rows = [[name, show("", before.get(name)), show("", after.get(name))] for name in names]
-        parts.append(grid(["On the test split", "before", "after"], rows))
-    for sample in (metrics.get("samples") or [])[:8]:
-        parts.append(f"> **{one_line(sample['prompt'])}** {one_line(sample['text'])}")
-    return parts
-
-
-def evaluation_section(facts: dict, pictures: dict[str, str]) -> list[str]:
-    results, cores = facts["evaluation"]["results"], facts["evaluation"]["core"]
-    parts = ["## Evaluation"] if results or cores else []
-    for stage, tasks in results.items():
-        rows = []
-        for name, r in tasks.items():
-            value = f"{r['value']:.4f}" + (f" ± {r['stderr']:.4f}" if r.get("stderr") is not None else "")
-            rows.append(
-                [
-                    name.replace("_", " "),
-                    value,
-                    show("", r.get("baseline")),
-                    f"{r['n']:,}",
-                    percent(r.get("tool_use")),
-                    best_of(r),
-                ]
-            )
-        parts.append(grid([stage.upper(), "Value", "Guessing", "n", "Tool called", "pass@k"], rows))
-    for stage, core in cores.items():
-        error = f" ± {core['stderr']:.4f}" if core.get("stderr") is not None else ""
-        notes = [f"Mean of centered accuracies: {core['value']:.4f}{error}."]
-        notes += (
-            [f"The bundle lacks {', '.join(core['missing'])}, so this is not CORE."] if core.get("missing") else []
-        )
-        notes += [f"{core['long_prompts']} prompts were cropped."] if core.get("long_prompts") else []
-        notes += [f"GPT-2 XL (1.6B) has {GPT2_XL['CORE']:.4f}."] if core["label"] == "CORE" else []
-        parts += [f"### {stage.upper()}: {core['label']}", " ".join(notes)]
-        rows = [[n, f"{r['acc']:.4f}", f"{r['centered']:.4f}", f"{r['n']:,}"] for n, r in core["per_task"].items()]
-        parts.append(grid(["Task", "Accuracy", "Centered", "n"], rows))
-    if "core" in pictures:
-        parts.append(f"![CORE by task]({pictures['core']})")
-    for stage, examples in list(facts["evaluation"]["examples"].items())[-1:]:
-        rows = [[mark(e), e["question"], e["expected"], e["answer"]] for e in examples]
-        parts.append(f"### What {stage} answers" if rows else "")
-        parts.append(grid(["", "Question", "Expected", "Answer"], [[one_line(cell) for cell in row] for row in rows]))
-    return parts
-
-
-def summary(facts: dict) -> str:
-    """The last table, Metric | BASE | MID | SFT | RL, and the total wall time."""
-    rows = [
-        [name, *(f"{cells[stage]['value']:.4f}" if stage in cells else "-" for stage in MODEL_STAGES)]
-        for name, cells in facts["table"].items()
-    ]
-    times = ", ".join(f"{stage} {duration(value)}" for stage, value in facts["seconds"].items() if value is not None)
-    total = f"Total wall time: {duration(facts['total_seconds'])} ({times})"
-    return grid(["Metric", *(stage.upper() for stage in MODEL_STAGES)], rows) + f"\n\n{total}"
+    """Raise ValueError where report.json would not have the shape that its readers rely on: `Report`."""
+    Report.model_validate(facts, strict=True)
 
 
 def results_row(facts: dict, report: str = "-") -> str:
@@ -293,155 +189,6 @@ def results_row(facts: dict, report: str = "-") -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def short(count: int | None) -> str:
-    """1433600 -> 1.4M."""
-    if count is None:
-        return "-"
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= size:
-            return f"{count / size:.1f}{letter}"
-    return str(count)
-
-
-def grid(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, aligned so that it can be read in a terminal, too; "" without rows."""
-    if not rows:
-        return ""
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in [head, *rows]]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-def show(key: str, value) -> str:
-    if value is None:
-        return "-"
-    if key == "wall_time_s":
-        return duration(value)
-    if key == "peak_memory_bytes":
-        return gib(value)
-    if key in ("mfu", "generation_share"):
-        return percent(value)
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, dict | list):
-        return one_line(str(value))
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}" if abs(value) < 1e12 else f"{value:.3g}"
-    return f"{value:.4f}"
-
-
-def gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def best_of(result: dict) -> str:
-    found = [(name, value) for name, value in result.items() if name.startswith("pass@")]
-    return ", ".join(f"{name} {value:.4f}" for name, value in found) or "-"
-
-
-def mark(example: dict) -> str:
-    return "-" if example.get("correct") is None else "right" if example["correct"] >= 1 else "wrong"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, hours = round(seconds) // 60, round(seconds) // 3600
-    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {round(seconds) % 60:02d} s"
-
-
-def one_line(text) -> str:
-    """Text as a single line of Markdown that means nothing but itself, at most 300 characters; tool calls in words."""
-    call = r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?"
-    words = re.sub(call, lambda m: f"[calls {m[1]}" + (f", gets {m[2]}] " if m[2] else "] "), str(text), flags=re.S)
-    words = " ".join(words.split())
-    words = words if len(words) <= 300 else words[:299] + "…"
-    return re.sub(r"([\\`*<\[])", r"\\\1", words)
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-
-def plots(facts: dict, folder: Path) -> dict[str, str]:
-    """Draw what there is to draw; section -> path below the run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = {}
-    for stage, metrics in facts["stages"].items():
-        history = metrics.get("history") or []
-        wanted = {"base": ("train_loss", "val_bpb"), "rl": ("reward", "completion_length")}.get(
-            stage, ("train_loss", "val_loss")
-        )
-        curves = {name: points(history, name) for name in wanted}
-        if any(len(x) > 1 for x, _ in curves.values()):
-            drawn[stage] = draw_curves(curves, folder / f"{stage}.png", TITLES[stage])
-    cores = {stage: core["per_task"] for stage, core in facts["evaluation"]["core"].items()}
-    if cores:
-        drawn["core"] = draw_core(cores, folder / "core.png")
-    return drawn
-
-
-def points(history: list[dict], name: str) -> tuple[list, list]:
-    """The steps at which a number was written, and the number."""
-    kept = [(row["step"], row[name]) for row in history if row.get(name) is not None]
-    return [x for x, _ in kept], [y for _, y in kept]
-
-
-def draw_curves(curves: dict[str, tuple[list, list]], path: Path, title: str) -> str:
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    shown = {name: curve for name, curve in curves.items() if curve[0]}
-    for axes, (name, (x, y)) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items()):
-        axes.plot(x, y, linewidth=1.2, marker="o" if len(x) < 30 else None, markersize=3)
-        axes.set(xlabel="step", title=f"{title}: {name.replace('_', ' ')}")
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    return f"{path.parent.name}/{path.name}"
-
-
-def draw_core(cores: dict[str, dict], path: Path) -> str:
-    """Centered accuracy by task beside GPT-2 XL's published ones."""
-    labels = list(dict.fromkeys(label for tasks in cores.values() for label in tasks))
-    bars = {stage: {label: tasks[label]["centered"] for label in tasks} for stage, tasks in cores.items()}
-    bars["GPT-2 XL (published)"] = {label: GPT2_XL[label] for label in labels if label in GPT2_XL}
-    figure = Figure(figsize=(9, 0.32 * len(labels) + 1), layout="constrained")
-    axes, height = figure.subplots(), 0.8 / len(bars)
-    for number, (name, values) in enumerate(bars.items()):
-        places = [i + number * height for i, label in enumerate(labels) if label in values]
-        axes.barh(places, [values[label] for label in labels if label in values], height=height, label=name)
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(labels))], labels)
-    axes.invert_yaxis()
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(title="CORE by task, centered on guessing")
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    return f"{path.parent.name}/{path.name}"
-
-
-def page(text: str, folder: Path) -> str:
-    """Markdown -> one HTML file with its pictures inside."""
-
-    def inline(match: re.Match) -> str:
-        data = base64.b64encode((folder / match.group(1)).read_bytes()).decode()
-        return f'src="data:image/png;base64,{data}"'
-
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    body = re.sub(r'src="(plots/[\w.-]+\.png)"', inline, body)
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:left}"
-        "img{max-width:100%}blockquote{color:#444;border-left:3px solid #ccc;margin:0;padding-left:1rem}"
-    )
-    title = re.sub(r"<[^>]+>", "", body.split("</h1>")[0])
-    return f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{style}</style>\n{body}'
-
-
-# ---- two runs, and the size of the code -----------------------------------------------------------------------------
-
-
 def compare(first: str | Path, second: str | Path) -> str:
     """Two runs side by side as Markdown: values, difference, and the standard error of the difference."""
     one, two = collect(Run(first)), collect(Run(second))
@@ -451,7 +198,7 @@ def compare(first: str | Path, second: str | Path) -> str:
             a, b = one["table"].get(name, {}).get(stage), two["table"].get(name, {}).get(stage)
             if not a and not b:
                 continue
-            cells, difference = ["-" if cell is None else f"{cell['value']:.4f}" for cell in (a, b)], "-"
+            cells, difference = [show("", (cell or {}).get("value")) for cell in (a, b)], "-"
             if a and b:
                 difference = f"{b['value'] - a['value']:+.4f}"
                 errors = [cell.get("stderr") for cell in (a, b)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
+OTHERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
 SOURCES = ("py", "md", "yaml", "toml", "jinja", "html")
 
 
@@ -38,10 +39,10 @@ def bloat(root: Path | None = None) -> dict[str, int] | None:
 
 
 def compression(tokenizer) -> dict[str, dict[str, float | None]]:
-    """Bytes per token on short English, code, Korean and mathematics (evals/texts), beside GPT-2's and GPT-4's
-    tokenizers where this machine has them; None where not."""
+    """Bytes per token on a page of a book, code, Korean and mathematics (evals/texts), beside GPT-2's and GPT-4's
+    tokenizers where the Hub's cache on this machine has them; None where not."""
     columns: dict[str, Callable] = {"ours": tokenizer}
-    for name, place in (("GPT-2", "openai-community/gpt2"), ("GPT-4", "Xenova/gpt-4")):
+    for name, place in OTHERS.items():
         try:
             columns[name] = AutoTokenizer.from_pretrained(place, local_files_only=True)
         except (OSError, ValueError):
