@@ -10,6 +10,7 @@ one goes on where it stopped, and a recipe that changed since a stage finished i
 
 import argparse
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from nanochat_hf.data import primer
 from nanochat_hf.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from nanochat_hf.errors import InputError
+from nanochat_hf.eval.chatcore import chatcore_metric
 from nanochat_hf.eval.generation import Generator
 from nanochat_hf.eval.harness import EvalConfig, core_metric, evaluate
 from nanochat_hf.eval.report import make_report
@@ -101,7 +103,8 @@ def run_stage(stage: str, configs: dict, run: Run, repo: str | None) -> None:
             push = checkpoint_pusher(repo) if PartialState().is_main_process else lambda folder, step: None
         pretrain(config, tokenizer=tokenizer, output=output, core=core, push=push)
     elif stage in ("mid", "sft"):
-        train_chat(config, model=source_of(stage, run), output=output)
+        source = source_of(stage, run)
+        train_chat(config, source, output, chatcore(config, configs.get("eval"), source, output / "state"))
     elif stage == "rl":
         train_rl(config, model=source_of(stage, run), output=output, engine=engine)
     elif stage == "eval":
@@ -112,6 +115,17 @@ def run_stage(stage: str, configs: dict, run: Run, repo: str | None) -> None:
 def engine(model, tokenizer):
     """What generates in evaluation and RL: CUDA graphs on a GPU, plain transformers elsewhere."""
     return Engine(model, tokenizer) if model.device.type == "cuda" else Generator(model, tokenizer)
+
+
+def chatcore(config: ChatConfig, tasks: EvalConfig | None, source: str, folder: Path) -> Callable | None:
+    """What measures ChatCORE while a stage trains. Without the tasks' data the stage does without."""
+    if config.chatcore_every <= 0 or not tasks:
+        return None
+    try:
+        return chatcore_metric(tasks, load_tokenizer(source), folder, engine)
+    except InputError as error:
+        PartialState().print(f"no ChatCORE on the way: {error}")
+        return None
 
 
 def source_of(stage: str, run: Run) -> str:
