@@ -21,16 +21,17 @@ from ..eval.bpb import evaluate_bpb
 from .device import to_device
 
 SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 4, 8, 32
-WINDOW, FIRST = 128, 32  # steps that a spike is measured against: at most, at least
+WINDOW, FIRST = 64, 32  # steps that a spike is measured against: at most, at least
 DEVIATIONS = 10
 
 
 class SpikeAlarm:
     """Knows a loss that is far above those of the steps before it.
 
-    Far: by more than `nats` (0: no alarm) and by more than ten standard deviations from the median of the last 128
-    steps, where 1.4826 x the median distance from the median stands for the deviation. Noise of a healthy run, also
-    that of tiny batches, stays below both; a run that diverges passes both within steps, at 8 nats a new one's loss.
+    Far: above the median of the last 64 steps by more than `nats` (0: no alarm) and by more than ten standard
+    deviations of the noise, for which 1.4826 x the median of the differences between neighbours / 2^0.5 stands: the
+    fall of the loss at the beginning is not noise. A healthy run stays below both, also with tiny batches; one that
+    diverges passes them within a step or some, on its way back to the loss of a fresh model.
     """
 
     def __init__(self, nats: float):
@@ -39,9 +40,8 @@ class SpikeAlarm:
     def rings(self, loss: float) -> bool:
         """Whether `loss` is a spike; if not, it counts among those before the next one."""
         if self.nats > 0 and len(self.recent) >= FIRST:
-            median = float(np.median(self.recent))
-            deviation = 1.4826 * float(np.median(np.abs(np.array(self.recent) - median)))
-            if loss - median > max(self.nats, DEVIATIONS * deviation):
+            noise = 1.4826 * float(np.median(np.abs(np.diff(self.recent)))) / 2**0.5
+            if loss - float(np.median(self.recent)) > max(self.nats, DEVIATIONS * noise):
                 return True
         self.recent.append(loss)
         return False
