@@ -1,5 +1,6 @@
 """The task files: all load in lm-eval, say what the bundle says, build upstream's prompts, and grade."""
 
+import csv
 import json
 import os
 import random
@@ -56,10 +57,15 @@ def test_core_is_22_tasks_and_chatcore_six():
 @pytest.mark.skipif("NANOCHAT_CORE_BUNDLE" not in os.environ, reason="needs the CORE bundle (NANOCHAT_CORE_BUNDLE)")
 def test_core_files_say_what_the_bundle_says():
     bundle = Path(os.environ["NANOCHAT_CORE_BUNDLE"])
-    for label, stated in function("core.core_settings")(bundle).items():
-        config = load_yaml(TASKS / f"core_{label}.yaml", resolve_func=False)
-        ours = {key: config["metadata"][key] for key in ("kind", "delimiter", "baseline")}
-        assert stated == {"file": config["dataset_path"], "shots": config["num_fewshot"], **ours}
+    with (bundle / "eval_meta_data.csv").open(encoding="utf-8", newline="") as table:
+        baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(table)}
+    for stated in yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]:
+        config = load_yaml(TASKS / f"core_{stated['label']}.yaml", resolve_func=False)
+        assert config["dataset_path"] == stated["dataset_uri"]
+        assert config["num_fewshot"] == stated["num_fewshot"][0]
+        assert config["metadata"]["kind"] == stated["icl_task_type"]
+        assert config["metadata"]["delimiter"] == stated.get("continuation_delimiter", " ")
+        assert config["metadata"]["baseline"] == baselines[stated["label"]]
 
 
 def test_prompts_of_each_kind(tmp_path):

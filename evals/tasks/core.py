@@ -11,9 +11,9 @@ share. And the mean, not the sum, of their losses decides. So the class tokenise
 model's `_loglikelihood_tokens`, the method under `loglikelihood` of every lm-eval backend that holds a tokenizer.
 """
 
-import csv
 import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -21,26 +21,25 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from math import nan
 from pathlib import Path
 
 import numpy as np
-import yaml
 from filelock import FileLock
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
 from lm_eval.config.task import TaskConfig
 from lm_eval.filters import build_filter_ensemble
+from lm_eval.models.utils import resolve_max_length
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanochat_hf"
-CHUNK = (
-    512  # documents tokenised together: bounds the memory of the full run, where prompts make hundreds of megabytes
-)
+CHUNK = 512  # documents tokenised together: the full run's prompts make hundreds of megabytes
 
 
 def core_bundle(folder: str | None = None) -> Path:
@@ -89,6 +88,26 @@ def _download_bundle(target: Path, url: str = BUNDLE_URL) -> None:
         shutil.move(unpacked, target)
 
 
+class Rows(Sequence):
+    """A task's rows in the definition's order, each with its number as `_row`; parsed when first looked at.
+
+    Most files hold thousands of rows of which `--limit` leaves a hundred, and the order depends on their number alone.
+    """
+
+    def __init__(self, file: Path):
+        with file.open(encoding="utf-8") as lines:  # not splitlines(): JSON may hold other line separators
+            self.rows: list[str | dict] = list(lines)
+        random.Random(1337).shuffle(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict:
+        if isinstance(self.rows[number], str):
+            self.rows[number] = {**json.loads(self.rows[number]), "_row": number}
+        return self.rows[number]
+
+
 class TokenRequest(Instance):
     """A request that already is token ids; it reads like the (strings, context, continuation) triple backends expect.
 
@@ -130,6 +149,7 @@ class CoreTask(Task):
         self._docs = self._instances = self.fewshot_rnd = None
         self._scored: dict[int, list[int]] = {}  # row -> number of scored tokens of each choice
         self.num_long = 0  # prompts longer than max_tokens, cropped on the left
+        self._plain = True  # no runner has set the tokenizer: this is the plain command line
 
     @property
     def file(self) -> Path:
@@ -156,7 +176,7 @@ class CoreTask(Task):
 
     @tokenizer.setter
     def tokenizer(self, value):
-        self._tokenizer = value
+        self._tokenizer, self._plain = value, False
 
     @property
     def max_tokens(self) -> int | None:
@@ -178,17 +198,13 @@ class CoreTask(Task):
     def has_test_docs(self) -> bool:
         return True
 
-    def test_docs(self) -> list[dict]:
-        """All rows in the definition's order, each with its number in that order as `_row`."""
+    def test_docs(self) -> Rows:
         if self._docs is None:
             if not self.file.is_file():
                 raise ValueError(
                     f"{self.task_name}: the bundle has no {self.config.dataset_path}; leave this task out"
                 )
-            with self.file.open(encoding="utf-8") as lines:  # not splitlines(): JSON may hold other line separators
-                rows = [json.loads(line) for line in lines]
-            random.Random(1337).shuffle(rows)
-            self._docs = [{**row, "_row": number} for number, row in enumerate(rows)]
+            self._docs = Rows(self.file)
         return self._docs
 
     def doc_to_text(self, doc: dict) -> str:
@@ -248,6 +264,20 @@ class CoreTask(Task):
             ids = iter(encode(self.tokenizer, [text for prompts in texts for text in prompts]))
             for (doc_id, doc), prompts in zip(group, texts):
                 self._instances += self._requests(doc_id, doc, prompts, [next(ids) for _ in prompts])
+        if self._plain:
+            self._warn_of_cropping()
+
+    def _warn_of_cropping(self) -> None:
+        """The plain command line's backend crops at its max_length, which the definition does not ask for."""
+        name, trust = _source(self.metadata)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        limit = int(self.metadata.get("max_length") or resolve_max_length(config, self.tokenizer))
+        lengths = [len(request.context) + len(request.continuation) - 1 for request in self._instances]
+        if long := sum(length > limit for length in lengths):
+            logging.getLogger(__name__).warning(
+                f"{self.task_name}: {long} of {len(lengths)} prompts are longer than the backend's max_length of "
+                f"{limit}, which crops them; for CORE as defined add max_length={max(lengths)} to --model_args"
+            )
 
     def _requests(self, doc_id: int, doc: dict, texts: list[str], ids: list[np.ndarray]) -> list[TokenRequest]:
         requests, self._scored[doc["_row"]] = [], []
@@ -292,22 +322,6 @@ class CoreTask(Task):
 
     def higher_is_better(self) -> dict[str, bool]:
         return {"acc": True, "centered": True}
-
-
-def core_settings(bundle: Path) -> dict[str, dict]:
-    """label -> file, shots, kind, delimiter and baseline (percent) as the bundle itself states them."""
-    with (bundle / "eval_meta_data.csv").open(encoding="utf-8", newline="") as table:
-        baselines = {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(table)}
-    return {
-        task["label"]: {
-            "file": task["dataset_uri"],
-            "shots": task["num_fewshot"][0],
-            "kind": task["icl_task_type"],
-            "delimiter": task.get("continuation_delimiter", " "),
-            "baseline": float(baselines[task["label"]]),
-        }
-        for task in yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-    }
 
 
 def centered(items: list[float], baseline: float) -> float:
