@@ -8,7 +8,7 @@ python scripts/chat_cli.py --endpoint http://127.0.0.1:8000
 import argparse
 
 from nanochat_hf.run import guarded
-from nanochat_hf.serve.chat import Chat, Options, open_model
+from nanochat_hf.serve.chat import Chat, Options, open_model, system_language
 
 
 def main() -> None:
@@ -24,10 +24,11 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=Options.max_new_tokens)
     parser.add_argument("--seed", type=int, help="the same answers every time")
     parser.add_argument("--device", help="cuda, cpu, ...; the GPU if there is one")
+    parser.add_argument("--language", choices=("en", "ko"), default=system_language(), help="of the interface")
     args = parser.parse_args()
     model = open_model(args.model, args.run_dir, args.endpoint, args.device)
     options = Options(args.temperature, args.top_k, args.top_p, args.max_new_tokens, args.seed)
-    chat = Chat(model, options, args.system)
+    chat = Chat(model, options, args.system, language=args.language)
     if args.prompt is not None:
         chat.say(args.prompt)
     else:

@@ -1,7 +1,9 @@
 """The Korean edition: its tasks ask what lm-eval's own ask, and its mean stands in the report's table."""
 
 import importlib.util
+import io
 import json
+import re
 import unicodedata
 from pathlib import Path
 from random import Random
@@ -10,6 +12,9 @@ import lm_eval.tasks
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
+from rich.cells import cell_len
+from rich.console import Console
+from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
 from nanochat_hf.data.corpus import open_documents
 from nanochat_hf.data.personality import conversations, read_facts
@@ -18,6 +23,8 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, evaluate
 from nanochat_hf.eval.report import collect, make_report
 from nanochat_hf.run import Run, parse_config
+from nanochat_hf.serve.chat import KOREAN, Chat, LocalModel, Options, system_language
+from nanochat_hf.serve.generate import Engine
 
 ROOT = Path(__file__).parent.parent
 KOBEST = {  # made-up rows in the form of KoBEST's files
@@ -238,3 +245,53 @@ def test_a_recipe_of_another_script_trains_and_is_measured(tmp_path):
     untrained = 9.2 / bytes_per_token  # log2(600) bits a token
     assert 0 < found["bpb ka.jsonl"]["value"] < 0.7 * untrained
     assert "bpb ka.jsonl" in make_report(run.path).read_text()
+
+
+def test_the_terminal_speaks_korean_and_wraps_hangul_by_its_width(talker, monkeypatch, tmp_path):  # noqa: F811
+    model = LocalModel(Engine(*talker), "시험")
+    for forced in (False, True):
+        console = Console(file=io.StringIO(), width=30, highlight=False, force_terminal=forced, legacy_windows=False)
+        chat = Chat(model, Options(temperature=0.0, max_new_tokens=120), console=console, language="ko")
+        chat.say("Hello")
+        for line in (
+            "/help",
+            "/reset",
+            "/system 짧게 대답하세요",
+            "/system",
+            "/temp 0.5",
+            "/save",
+            f"/save {tmp_path}/ㄱ",
+        ):
+            assert chat.command(line)
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+        assert "안녕하세요!" in shown and "🙂" in shown and "\ufffd" not in shown
+        assert "이 목록" in shown and "잊었습니다" in shown and "온도 0.5" in shown and "messages" not in shown
+        if forced:
+            assert "토큰" in shown
+            assert all(cell_len(line) <= 30 for line in re.split(r"[\r\n]+", shown))
+    assert "{" not in "".join(KOREAN.values()).replace("{}", "")
+    for name, language in (("ko_KR.UTF-8", "ko"), ("en_US.UTF-8", "en"), ("C", "en")):
+        monkeypatch.setenv("LC_ALL", name)
+        assert system_language() == language
+
+
+def test_no_piece_ends_inside_a_character(talker, talker_folder, monkeypatch):  # noqa: F811
+    class Screen(io.StringIO):
+        def write(self, text):
+            assert "\ufffd" not in text
+            written.append(text)
+            return super().write(text)
+
+    written = []
+    console = Console(file=Screen(), width=80, highlight=False)
+    Chat(LocalModel(Engine(*talker), "test"), Options(temperature=0.0, max_new_tokens=120), console=console).say(
+        "Hello"
+    )
+    assert "".join(written).strip() == QUESTIONS["Hello"][0][1] and len(written) > 20
+    monkeypatch.setenv("MODEL_ID", str(talker_folder))
+    spec = importlib.util.spec_from_file_location("space_app_ko", ROOT / "spaces" / "chat" / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    seen = [answer[-1]["content"] for answer in app.respond("Hello", [], "", 0.0, 0, 120) if answer]
+    assert seen[-1] == QUESTIONS["Hello"][0][1] and len(set(seen)) > 20
+    assert all(seen[-1].startswith(text) for text in seen)  # every state is whole characters of the answer

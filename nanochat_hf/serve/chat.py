@@ -5,9 +5,11 @@
     python scripts/chat_cli.py --endpoint http://127.0.0.1:8000
 
 Answers stream as Markdown: finished paragraphs are printed for good, only the one being written is redrawn, so the
-scrollback stays clean however long the answer. Ctrl-C stops an answer; at the prompt, Ctrl-D or /quit leaves.
+scrollback stays clean however long the answer. Ctrl-C stops an answer; at the prompt, Ctrl-D or /quit leaves. The
+interface speaks English or Korean, by `--language` or the locale.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -34,6 +36,31 @@ HELP = """/help           this list
 /temp [X]       show or set the temperature, 0 is greedy
 /save FILE      write the conversation as JSON
 /quit           leave (so does Ctrl-D); Ctrl-C stops an answer"""
+KOREAN = {
+    HELP: """/help           이 목록
+/reset          대화를 잊습니다 (시스템 메시지는 남습니다)
+/system [글]    시스템 메시지를 보거나 정합니다. 정하면 새 대화가 시작됩니다
+/temp [X]       온도를 보거나 정합니다. 0이면 항상 가장 가능성 높은 토큰
+/save 파일      대화를 JSON으로 저장합니다
+/quit           끝냅니다 (Ctrl-D도 같습니다). Ctrl-C는 대답을 멈춥니다""",
+    "you": "나",
+    "/help for commands": "/help: 명령 목록",
+    "forgotten": "잊었습니다",
+    "system: {}": "시스템: {}",
+    "(none)": "(없음)",
+    "temperature {}": "온도 {}",
+    "say where: /save FILE": "파일 이름을 함께 써 주세요: /save 파일",
+    "{} messages written to {}": "메시지 {}개를 {}에 저장했습니다",
+    "(/quit or Ctrl-D leaves)": "(/quit 또는 Ctrl-D로 끝냅니다)",
+    "{} tokens, {} a second": "토큰 {}개, 초당 {}개",
+    "stopped · ": "멈춤 · ",
+}
+
+
+def system_language() -> str:
+    """ "ko" where the terminal's locale is Korean, else "en"."""
+    names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    return "ko" if next(filter(None, names), "").startswith("ko") else "en"
 
 
 @dataclass
@@ -273,11 +300,20 @@ class Chat:
     """A conversation at the terminal: `run` reads lines until the end, `say` answers one."""
 
     def __init__(
-        self, model: LocalModel | RemoteModel, options: Options, system: str = "", console: Console | None = None
+        self,
+        model: LocalModel | RemoteModel,
+        options: Options,
+        system: str = "",
+        console: Console | None = None,
+        language: str = "en",
     ):
-        self.model, self.options, self.system = model, options, system
+        self.model, self.options, self.system, self.language = model, options, system, language
         self.console = console or Console(highlight=False)
         self.messages: list[dict] = []
+
+    def words(self, english: str, *values) -> str:
+        """A text of the interface in its language; errors stay English."""
+        return (KOREAN[english] if self.language == "ko" else english).format(*values)
 
     def say(self, text: str) -> None:
         """Ask, show the answer, remember both; what was shown before Ctrl-C is remembered too."""
@@ -296,8 +332,10 @@ class Chat:
             self.messages = asked + messages_of(pieces)
         if self.console.is_terminal:
             seconds = time.monotonic() - start
-            rate = f"{self.model.count} tokens, {self.model.count / max(seconds, 1e-6):.0f} a second"
-            self.console.print(Text(("  stopped · " if stopped else "  ") + rate, "dim"))
+            rate = f"{self.model.count / max(seconds, 1e-6):.0f}"
+            mark = self.words("stopped · ") if stopped else ""
+            rate = self.words("{} tokens, {} a second", self.model.count, rate)
+            self.console.print(Text(f"  {mark}{rate}", "dim"))
         elif stopped:
             raise KeyboardInterrupt
 
@@ -308,14 +346,14 @@ class Chat:
         if word == "/quit":
             return False
         if word == "/help":
-            self.note(HELP)
+            self.note(self.words(HELP))
         elif word == "/reset":
             self.messages = []
-            self.note("forgotten")
+            self.note(self.words("forgotten"))
         elif word == "/system":
             if rest:
                 self.system, self.messages = rest, []
-            self.note(f"system: {self.system or '(none)'}")
+            self.note(self.words("system: {}", self.system or self.words("(none)")))
         elif word == "/temp":
             self.set_temperature(rest)
         elif word == "/save":
@@ -331,18 +369,18 @@ class Chat:
             if not 0 <= value <= 5:
                 raise ValueError
             self.options.temperature = value
-            self.note(f"temperature {value:g}")
+            self.note(self.words("temperature {}", f"{value:g}"))
         except ValueError:
             self.note(f"the temperature must be a number from 0 to 5, not {text!r}")
 
     def save(self, name: str) -> None:
         if not name:
-            self.note("say where: /save FILE")
+            self.note(self.words("say where: /save FILE"))
             return
         system = [{"role": "system", "content": self.system}] if self.system else []
         try:
             save_json(Path(name).expanduser(), {"model": self.model.name, "messages": system + self.messages})
-            self.note(f"{len(self.messages)} messages written to {name}")
+            self.note(self.words("{} messages written to {}", len(self.messages), name))
         except InputError as error:
             self.note(f"error: {error}")
 
@@ -354,15 +392,18 @@ class Chat:
         with suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for input())
         if self.console.is_terminal:
-            self.console.print(
-                Text.assemble(("nanochat ", "bold"), (f"{self.model.name} · /help for commands", "dim"))
-            )
-        prompt = "\001\033[1;36m\002you ›\001\033[0m\002 " if self.console.is_terminal and sys.stdin.isatty() else ""
+            title = f"{self.model.name} · {self.words('/help for commands')}"
+            self.console.print(Text.assemble(("nanochat ", "bold"), (title, "dim")))
+        prompt = (
+            f"\001\033[1;36m\002{self.words('you')} ›\001\033[0m\002 "
+            if self.console.is_terminal and sys.stdin.isatty()
+            else ""
+        )
         while True:
             try:
                 line = input(prompt)
             except KeyboardInterrupt:
-                self.console.print(Text("\n(/quit or Ctrl-D leaves)", "dim"))
+                self.console.print(Text("\n" + self.words("(/quit or Ctrl-D leaves)"), "dim"))
                 continue
             except EOFError:
                 if self.console.is_terminal:
