@@ -272,6 +272,11 @@ class NanoChatModel(NanoChatPreTrainedModel):
             self.resid_lambdas = nn.Parameter(torch.ones(layers))
             self.x0_lambdas = nn.Parameter(torch.zeros(layers))
         if config.smear:
+            if config._attn_implementation in ("vllm", "tgi", "sglang"):  # they would compute something else, silently
+                raise ValueError(
+                    f"{config._attn_implementation} keeps keys and values only, and the smear needs the token before: "
+                    "serve this checkpoint with scripts/chat_web.py; the first generation works there"
+                )
             self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1, gate_init())
             self.smear_lambda = nn.Parameter(torch.zeros(1))
         if config.backout:

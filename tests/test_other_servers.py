@@ -1,0 +1,107 @@
+"""Other people's servers: `transformers serve` for real, and the way in which vLLM and TGI call a model.
+
+vLLM and TGI need a GPU; their sources (vLLM's models/transformers/base.py, TGI's transformers_flash_causal_lm.py) say
+how they run a model that is not their own, and a stand-in for their attention runs ours that way.
+"""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, NanoChatModel
+from nanochat_hf.model.convert import to_native
+from nanochat_hf.serve.generate import Engine
+
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def first_generation(vocab_size):
+    """A model of October 2025 with random weights everywhere."""
+    torch.manual_seed(0)
+    model = NanoChatForCausalLM(NanoChatConfig.first_generation(vocab_size=vocab_size, **TINY)).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    return model
+
+
+class Paged:
+    """How vLLM and TGI run a transformers model: no cache object, one flat row, keys and values kept by the engine."""
+
+    def __init__(self):
+        self.keys, self.values = {}, {}
+
+    def attention(self, module, query, key, value, mask, scaling, attention_instances=None, **_):
+        i = module.layer_idx
+        self.keys[i] = key = torch.cat([self.keys.get(i, key[:, :, :0]), key], dim=2)
+        self.values[i] = value = torch.cat([self.values.get(i, value[:, :, :0]), value], dim=2)
+        assert mask is None and attention_instances is not None
+        causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        y = F.scaled_dot_product_attention(query, key, value, causal, scale=scaling, enable_gqa=True)
+        return y.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_the_first_generation_runs_under_engines_that_keep_the_keys_themselves(native, monkeypatch):
+    ours = first_generation(128)
+    model, engine, ids = to_native(ours) if native else ours, Paged(), torch.randint(0, 128, (1, 12))
+    with torch.no_grad():
+        expected = model(ids).logits
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "vllm", engine.attention)
+        model.config._attn_implementation = "vllm"
+        parts = []
+        for part, at in ((ids[:, :9], range(9)), (ids[:, 9:10], [9]), (ids[:, 10:], [10, 11])):
+            positions = torch.tensor([list(at)])
+            out = model(part, position_ids=positions, use_cache=False, attention_instances={})
+            parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_second_generation_refuses_such_engines(monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "vllm", Paged().attention)
+    config = NanoChatConfig(vocab_size=128, **TINY)
+    config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match="the smear needs the token before"):
+        NanoChatModel(config)
+
+
+@pytest.mark.slow
+def test_transformers_serve_runs_a_first_generation_model_exported_as_native(tokenizer, tmp_path):
+    ours = first_generation(len(tokenizer))
+    native = to_native(ours)
+    native.generation_config.eos_token_id = tokenizer.eos_token_id
+    native.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--device", "cpu", "--port", str(port)]
+    process = subprocess.Popen([*command, "--dtype", "float32"])
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        chunks = client.chat.completions.create(
+            model=str(tmp_path), messages=HELLO, max_tokens=12, temperature=0, stream=True
+        )
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        engine = Engine(ours, tokenizer)
+        (answer,) = engine.generate([engine.encode(HELLO)], max_new_tokens=12)[0]
+        assert text and text == tokenizer.decode(answer, skip_special_tokens=True)
+    finally:
+        process.terminate()
+        process.wait(20)
