@@ -133,9 +133,17 @@ def test_compiled_trunk_on_a_gpu_is_near_the_model_in_float32(generation):
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.to(torch.bfloat16)
-    loss = Trunk(model, compile=True)(ids, targets)
-    loss.backward()
-    assert abs(loss - reference) / reference < 2e-3
-    for name, parameter in model.named_parameters():
-        error = (parameter.grad.float() - exact[name]).norm() / exact[name].norm()
-        assert error < (0.15 if parameter.numel() < 100 else 0.05), (name, error)  # sums over all tokens, in bf16
+    trunk = Trunk(model, compile=True)
+    for turn in (1, 2):  # the second time, gradients are added to the first ones
+        loss = trunk(ids, targets)
+        loss.backward()
+        assert abs(loss - reference) / reference < 2e-3
+        for name, parameter in model.named_parameters():
+            error = (parameter.grad.float() / turn - exact[name]).norm() / exact[name].norm()
+            assert error < (0.15 if parameter.numel() < 100 else 0.05), (name, error)  # sums over all tokens, in bf16
+    with torch.no_grad():
+        model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight))  # or the zero below would say nothing
+        for layer in model.model.layers:
+            layer.mlp.fc2.weight.zero_()
+    changed = trunk(ids, targets)
+    assert torch.allclose(changed, Trunk(model)(ids, targets), rtol=1e-3)  # no copy of the weights is out of date

@@ -4,8 +4,8 @@
 which is what pretraining feeds, and for rows of several documents with their `positions`, which SFT feeds (`fuse`);
 the tests hold the two together for both generations. Differences:
 
-- q, k and v come out of one matrix product (their float32 masters are concatenated while they are cast to bf16);
-- the fused operations of `kernels.py`;
+- q, k and v come out of one matrix product;
+- the fused operations of `kernels.py`, and the bf16 copies and embedding rows of `leaves.py`;
 - each block is compiled by itself and the program is reused by all blocks alike (regional compilation), so that the
   first step of 24 layers waits for three programs and not for one of 24 times the size.
 """
@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from .kernels import attention, attention_mask, head_loss, linear, relu2_mlp, split_qkv
+from .leaves import Copies, Places
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -27,16 +28,10 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def embed(
-    ids: Tensor,
-    table: Tensor,
-    gate: Tensor | None,
-    strength: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    positions: Tensor | None,
+    x: Tensor, gate: Tensor | None, strength: Tensor | None, eps: float, dtype: torch.dtype, positions: Tensor | None
 ) -> Tensor:
-    """ids (B, T) -> normed embedding (B, T, C), smeared if there is a gate (1, G), though not into position 0."""
-    x = rms_norm(F.embedding(ids, table).to(dtype), eps)
+    """Embedding (B, T, C) -> the normed one, smeared if there is a gate (1, G), though not into position 0."""
+    x = rms_norm(x.to(dtype), eps)
     if gate is not None:
         share = strength.to(x.dtype) * torch.sigmoid(F.linear(x[:, 1:, : gate.shape[1]], gate.to(x.dtype)))
         if positions is not None:
@@ -46,12 +41,14 @@ def embed(
 
 
 def block(
-    x, y, x0, lambdas, ids, positions, table, gate, wq, wk, wv, wo, w1, w2, cos, sin, mask, window, scale, eps, fp8
-):
+    x, y, x0, lambdas, ids, positions, table, rows, gate, wqkv, wo, w1, w2, cos, sin, mask, kv_heads, window, scale,
+    eps, fp8,
+):  # fmt: skip
     """One decoder layer: the stream is x + y, (B, T, C) each, and so is what comes back (y None: nothing pending).
 
     Leaving the last addition to the next layer lets it be fused with that layer's mix and norm. `lambdas` are None or
-    two scalars; `table` (V, K * D) and `gate` (K, G) belong to the value embedding, None in a layer without.
+    two scalars; `table` (V, K * D), `rows` (see `kernels.split_qkv`) and `gate` (K, G) belong to the value embedding,
+    None in a layer without. The matrices are of the dtype of x.
     """
     if y is not None:
         x = x + y
@@ -59,11 +56,10 @@ def block(
         x = lambdas[0] * x + lambdas[1] * x0
     h = rms_norm(x, eps)
     gates = None if gate is None else F.linear(h[..., : gate.shape[1]], gate.to(h.dtype))
-    qkv = linear(h, torch.cat((wq, wk, wv)).to(h.dtype), fp8)
-    kv_heads = len(wk) // (2 * cos.shape[-1])
-    q, k, v = split_qkv(qkv, cos, sin, kv_heads, eps, None if table is None else ids, table, gates, positions)
-    x = x + linear(attention(q, k, v, scale, window, mask).flatten(-2), wo.to(h.dtype), fp8)
-    return x, relu2_mlp(rms_norm(x, eps), w1.to(x.dtype), w2.to(x.dtype), fp8)
+    qkv = linear(h, wqkv, fp8)
+    q, k, v = split_qkv(qkv, cos, sin, kv_heads, eps, None if table is None else ids, table, gates, rows, positions)
+    x = x + linear(attention(q, k, v, scale, window, mask).flatten(-2), wo, fp8)
+    return x, relu2_mlp(rms_norm(x, eps), w1, w2, fp8)
 
 
 def finish(x: Tensor, y: Tensor, middle: Tensor | None, strength: Tensor | None, eps: float) -> Tensor:
@@ -96,6 +92,7 @@ class Trunk(nn.Module):
             torch._dynamo.config.recompile_limit = 64  # four kinds of blocks, each for training, evaluating and SFT
         wrap = torch.compile(dynamic=False, fullgraph=True) if compile else lambda function: function
         self.embed, self.block, self.finish = wrap(embed), wrap(block), wrap(finish)
+        self.copies = Copies()
         self.plain: dict = {}  # (length, device, dtype) -> what `prepare` made for rows of one document
 
     def prepare(self, x: Tensor, positions: Tensor | None, documents: int) -> tuple[Tensor, Tensor, dict]:
@@ -122,13 +119,18 @@ class Trunk(nn.Module):
         finally:
             del layer.forward
 
-    def step(self, layer, x, y, x0, lambdas, ids, positions, table, cos, sin, masks) -> tuple[Tensor, Tensor]:
-        attn, mlp, length = layer.self_attn, layer.mlp, ids.shape[1]
-        window = attn.sliding_window if (attn.sliding_window or length) < length else None
+    def step(self, layer, i, x, y, x0, lambdas, ids, positions, table, rows, cos, sin, masks) -> tuple[Tensor, Tensor]:
+        attn, mlp, config = layer.self_attn, layer.mlp, self.model.config
+        gate = None if table is None else attn.ve_gate.weight
+        window = attn.sliding_window if (attn.sliding_window or ids.shape[1]) < ids.shape[1] else None
+        matrices = (
+            (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight), (attn.o_proj.weight,),
+            (mlp.fc1.weight,), (mlp.fc2.weight,),
+        )  # fmt: skip
+        low = [self.copies.low((i, kind), x.dtype, *weights) for kind, weights in enumerate(matrices)]
         return self.block(
-            x, y, x0, lambdas, ids, positions, table, None if table is None else attn.ve_gate.weight,
-            attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight, attn.o_proj.weight, mlp.fc1.weight,
-            mlp.fc2.weight, cos, sin, masks[window], window, attn.scaling, self.model.config.rms_norm_eps,
+            x, y, x0, lambdas, ids, positions, table, rows, gate, *low, cos, sin, masks[window],
+            config.num_key_value_heads, window, attn.scaling, config.rms_norm_eps,
             self.fp8 and torch.is_grad_enabled(),
         )  # fmt: skip
 
@@ -147,15 +149,20 @@ class Trunk(nn.Module):
         model, config = self.model.model, self.model.config
         eps = config.rms_norm_eps
         smear = (model.smear_gate.weight, model.smear_lambda) if config.smear else (None, None)
-        x = x0 = self.embed(ids, model.embed_tokens.weight, *smear, eps, self.dtype, positions)
+        places = Places(ids, len(model.embed_tokens.weight))
+        x = x0 = self.embed(places.rows(model.embed_tokens.weight), *smear, eps, self.dtype, positions)
         y = middle = None
         cos, sin, masks = self.prepare(x, positions, documents)
         lambdas = [None] * len(model.layers)
         if config.residual_lambdas:
             lambdas = list(zip(model.resid_lambdas.unbind(), model.x0_lambdas.unbind()))
         for i, layer in enumerate(model.layers):
-            table = model.value_embeds[str(i)].weight if config.value_embeds and str(i) in model.value_embeds else None
-            x, y = self.layer(layer, x, y, x0, lambdas[i], ids, positions, table, cos, sin, masks)
+            table = rows = None
+            if config.value_embeds and str(i) in model.value_embeds:
+                table = model.value_embeds[str(i)].weight
+                rows = places.rows(table, real=False)
+                table = table if rows is None else table.detach()
+            x, y = self.layer(layer, i, x, y, x0, lambdas[i], ids, positions, table, rows, cos, sin, masks)
             if i == len(model.layers) // 2:
                 middle = x, y
         hidden = self.finish(x, y, middle, model.backout_lambda if config.backout else None, eps)

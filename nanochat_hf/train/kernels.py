@@ -325,7 +325,7 @@ if triton is not None:
     @torch.library.custom_op("nanochat_hf::qkv", mutates_args=())
     def _qkv(
         qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float, ids: Tensor | None, table: Tensor | None,
-        gates: Tensor | None, positions: Tensor | None,
+        gates: Tensor | None, rows: Tensor | None, positions: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         batch, length, _ = qkv.shape
         heads, dim, padded = _qkv_sizes(qkv, cos, kv_heads)
@@ -338,7 +338,7 @@ if triton is not None:
         return q, k, v
 
     @_qkv.register_fake
-    def _(qkv, cos, sin, kv_heads, eps, ids, table, gates, positions):
+    def _(qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions):
         heads, dim, _ = _qkv_sizes(qkv, cos, kv_heads)
         shape = qkv.shape[:2]
         return qkv.new_empty(*shape, heads, dim), *(qkv.new_empty(*shape, kv_heads, dim) for _ in range(2))
@@ -367,22 +367,20 @@ if triton is not None:
         return torch.empty_like(qkv), none if gates is None else torch.empty_like(gates), extra
 
     def _qkv_setup(ctx, inputs, output):
-        qkv, cos, sin, _, ctx.eps, ids, table, gates, positions = inputs
+        qkv, cos, sin, _, ctx.eps, ids, table, gates, _, positions = inputs
         ctx.save_for_backward(qkv, cos, sin, ids, table, gates, positions)
 
     def _qkv_backward_rule(ctx, dq, dk, dv):
         qkv, cos, sin, ids, table, gates, positions = ctx.saved_tensors
         dqkv, dgates, dextra = _qkv_grad(dq, dk, dv, qkv, cos, sin, ctx.eps, ids, table, gates, positions)
-        if gates is None:
-            return dqkv, *[None] * 8
-        dtable = torch.ops.aten.embedding_dense_backward(dextra, ids, len(table), -1, False).to(table.dtype)
-        return dqkv, None, None, None, None, None, dtable, dgates, None
+        gated = gates is not None
+        return dqkv, *[None] * 6, dgates if gated else None, dextra if gated else None, None
 
     _qkv.register_autograd(_qkv_backward_rule, setup_context=_qkv_setup)
 
 
 def split_qkv(
-    qkv, cos, sin, kv_heads, eps, ids=None, table=None, gates=None, positions=None
+    qkv, cos, sin, kv_heads, eps, ids=None, table=None, gates=None, rows=None, positions=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three products in one tensor -> what attention takes: q and k turned and normed, v with its embedding.
 
@@ -391,12 +389,14 @@ def split_qkv(
         cos, sin: (T, 1, D / 2); the turn is by -angle in half-split layout, and the norm comes after it.
         ids, table, gates: (B, T) token ids, (V, K * D) value embeddings, (B, T, K) gates before their sigmoid:
             v += 3 sigmoid(gate) * table[id]; None in a layer without.
+        rows: (B, T, K * D) whose gradient is that of the rows table[id], their values are not read: on CUDA the table
+            itself gets none (`leaves.Places.rows`).
         positions: (B, T) places of the tokens, below T, in rows of several documents; None: 0 to T - 1.
 
     Returns: q (B, T, H, D), k and v (B, T, K, D).
     """
     if triton is not None and qkv.is_cuda:
-        return _qkv(qkv, cos, sin, kv_heads, eps, ids, table, gates, positions)
+        return _qkv(qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions)
     dim = 2 * cos.shape[-1]
     if positions is not None:
         cos, sin = cos[positions], sin[positions]

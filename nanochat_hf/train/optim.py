@@ -289,14 +289,15 @@ class MuonAdamW(torch.optim.Optimizer):
         self._directions(group, mine, x)
         x = orthogonalise(x)
         if world == 1:
-            self._finish(group, params, x, mean_squares(x))
+            self._finish(group, params, x, fused(mean_squares, x)(x))
             return lambda: None
         whole = x.new_empty(world * share, m, n)
         transfer = all_gather(whole, x, async_op=True)
 
         def finish():
             transfer.wait()
-            self._finish(group, params, whole[: len(params)], mean_squares(whole[: len(params)]))
+            mine = whole[: len(params)]
+            self._finish(group, params, mine, fused(mean_squares, mine)(mine))
 
         return finish
 

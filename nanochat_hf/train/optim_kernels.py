@@ -86,6 +86,7 @@ def apply_updates(params: list[Tensor], x: Tensor, scale: Tensor, rate: float, d
         grid = (triton.cdiv(numel, BLOCK), len(params))
         per_row = scale.shape[1] == params[0].shape[0]
         _apply[grid](addresses(params), x, scale, numel, columns, rate, decay, PER_ROW=per_row, BLOCK=BLOCK)
+        torch.autograd.graph.increment_version(params)  # copies of them are out of date now (`leaves.Copies`)
         return
     for p, part, factor in zip(params, x, scale):
         u = part.float() * factor

@@ -1,0 +1,119 @@
+"""What stands between the float32 parameters and the compiled blocks: their bf16 copies and rows of embedding tables.
+
+Two things that autograd does once a micro-batch need doing once a step, or in one pass instead of four:
+
+- `Copies.low`: the bf16 copy of a weight is made once and kept until the weight changes; its bf16 gradient is added to
+  `.grad` at once, where autograd would first make a float32 gradient and then add that.
+- `Places.rows`: the gradient of an embedding is added to those rows of `.grad` that occur, one program a token, in a
+  fixed order (so a rerun gives the same bits), where PyTorch fills a table of zeros by atomic additions, casts it and
+  adds it. The tokens are sorted once a micro-batch for all tables.
+
+A gradient that was added in place is not handed to autograd. Hooks that wait for the parameter (DDP) still run, and
+find it in `.grad`. Elsewhere than on CUDA, and for parameters that are not leaves, all is as in plain PyTorch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import triton
+
+if triton is not None:
+    import triton.language as tl
+
+    @triton.jit
+    def _add_rows(total, grad, order, starts, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """total[token] += the sum of the rows of grad whose token it is, for one token and BLOCK columns a program."""
+        token = tl.program_id(0)
+        begin, end = tl.load(starts + token), tl.load(starts + token + 1)
+        if begin < end:
+            column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+            inside = column < columns
+            found = tl.zeros([BLOCK], dtype=tl.float32)
+            for at in range(begin, end, ROWS):
+                place = at + tl.arange(0, ROWS)
+                known = place < end
+                row = tl.load(order + place, mask=known, other=0).to(tl.int64)
+                part = tl.load(grad + row[:, None] * columns + column, mask=known[:, None] & inside, other=0.0)
+                found += tl.sum(part.to(tl.float32), axis=0)
+            target = total + token.to(tl.int64) * columns + column
+            found += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+            tl.store(target, found.to(total.dtype.element_ty), mask=inside)
+
+
+class _Low(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, copy, *weights):
+        ctx.weights = weights
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *map(added, ctx.weights, grad.split([len(weight) for weight in ctx.weights]))
+
+
+def added(weight: Tensor, grad: Tensor) -> Tensor | None:
+    """Add to `weight.grad` in place and give None, or what autograd shall make the gradient if there is none yet."""
+    if weight.grad is None:
+        return grad.to(weight.dtype)
+    weight.grad.add_(grad)
+    return None
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table, ids, order, starts, real):
+        ctx.table, ctx.places = table, (order, starts)
+        return F.embedding(ids, table) if real else table.new_empty(()).expand(*ids.shape, table.shape[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        table, grad = ctx.table, grad.contiguous()
+        total = torch.zeros_like(table) if table.grad is None else table.grad
+        columns = table.shape[1]
+        _add_rows[(len(table), triton.cdiv(columns, 256))](
+            total, grad, *ctx.places, columns, ROWS=32, BLOCK=256, num_warps=4
+        )
+        return total if table.grad is None else None, None, None, None, None
+
+
+class Places:
+    """Where each token stands in a batch of ids (B, T): made once, used by every embedding table."""
+
+    def __init__(self, ids: Tensor, rows: int):
+        """rows: of the tables."""
+        self.ids = ids
+        self.fast = triton is not None and ids.is_cuda and torch.is_grad_enabled()
+        if self.fast:
+            tokens, self.order = ids.flatten().sort(stable=True)
+            self.starts = torch.searchsorted(tokens, torch.arange(rows + 1, device=ids.device))
+
+    def rows(self, table: Tensor, real: bool = True) -> Tensor | None:
+        """table (V, C) -> its rows (B, T, C).
+
+        Not `real`: only what carries their gradient, without values or memory, for a kernel that reads the table by
+        itself; None where none is needed, because the table's gradient comes by plain autograd.
+        """
+        if self.fast and table.requires_grad:
+            return _Rows.apply(table, self.ids, self.order, self.starts, real)
+        return F.embedding(self.ids, table) if real else None
+
+
+class Copies:
+    """The copies of weights in another dtype, kept until the weights change."""
+
+    def __init__(self):
+        self.kept: dict = {}
+
+    def low(self, name, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        """Weights (N_i, C) -> one (sum N_i, C) of `dtype`; `name` tells one set of weights from another."""
+        if not weights[0].is_cuda or weights[0].dtype == dtype:
+            return (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype)
+        versions = [weight._version for weight in weights]
+        if name not in self.kept or self.kept[name][0] != versions:
+            copy = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype, device=weights[0].device)
+            with torch.no_grad():
+                for part, weight in zip(copy.split([len(weight) for weight in weights]), weights):
+                    part.copy_(weight)
+            self.kept[name] = versions, copy
+        return _Low.apply(self.kept[name][1], *weights)
