@@ -142,7 +142,9 @@ def head_loss(
     if triton is not None and hidden.is_cuda and hidden.dtype == torch.bfloat16:
         return _FusedHeadLoss.apply(hidden, weight, targets, softcap, num_tokens, reduction)
     logits = F.linear(hidden, weight.to(hidden.dtype))[..., :num_tokens].float()
-    return F.cross_entropy(softcap * torch.tanh(logits / softcap), targets, ignore_index=-100, reduction=reduction)
+    logits, reduce = softcap * torch.tanh(logits / softcap), "sum" if reduction == "mean" else reduction
+    loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduce)
+    return loss / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss
 
 
 # -------------------------------------------------------------------------------------------------- 8-bit products
