@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -18,15 +19,26 @@ import yaml
 from browser import browser  # noqa: F401
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
+from nanochat_hf.tool_loop import ship
+
 APP = Path(__file__).parent.parent / "spaces" / "chat" / "app.py"
 HELLO = QUESTIONS["Hello"][0][1]
 
 
 @pytest.fixture(scope="module")
-def app(talker_folder):  # noqa: F811
+def chat_folder(talker_folder, tmp_path_factory):  # noqa: F811
+    """The talker as a chat stage leaves it, with the code that answers its calls."""
+    folder = tmp_path_factory.mktemp("space") / "sft"
+    shutil.copytree(talker_folder, folder)
+    ship(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def app(chat_folder):
     """The app as a module, with the talker as its model."""
     before = os.environ.get("MODEL_ID")
-    os.environ["MODEL_ID"] = str(talker_folder)
+    os.environ["MODEL_ID"] = str(chat_folder)
     spec = importlib.util.spec_from_file_location("space_app", APP)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -115,14 +127,65 @@ def test_the_check_beside_the_box_refuses_empty_and_very_long_messages(app):
     assert "20,000 characters" in app.check("x" * 20_000)["message"]
 
 
-def test_sampling_respects_top_k_and_temperature(app):
+@pytest.mark.parametrize(
+    "text,parts",
+    [
+        ("Hi", ["Hi"]),
+        ("So <|python_start|>1+", ["So ", "1+ ..."]),
+        ("<|python_start|>1+1<|python_end|>", ["1+1 ..."]),
+        ("<|python_start|>1+1<|python_end|><|output_start|>2", ["1+1 2"]),
+        ("<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>Two.<|assistant_end|>", ["1+1 2", "Two."]),
+        (
+            "a<|python_start|>1<|python_end|><|output_start|>1<|output_end|>b<|python_start|>2",
+            ["a", "1 1", "b", "2 ..."],
+        ),
+    ],
+)
+def test_an_answer_so_far_is_cut_into_text_and_steps(app, text, parts):
+    def brief(message):
+        if "metadata" not in message:
+            return message["content"]
+        result = "..." if message["metadata"]["status"] == "pending" else message["content"].strip("`\n")
+        return f"{message['metadata']['title'].removeprefix(app.STEP)} {result}"
+
+    assert [brief(message) for message in app.shown(text)] == parts
+
+
+def test_eight_bit_weights_change_little(app):
+    import copy
+
     import torch
 
-    logits = torch.tensor([0.0, 3.0, 2.9, -1.0])
-    torch.manual_seed(0)
-    assert app.pick(logits, 0.0, 0) == 1
-    assert {app.pick(logits, 1.0, 2) for _ in range(50)} == {1, 2}
-    assert {app.pick(logits, 5.0, 0) for _ in range(200)} == {0, 1, 2, 3}
+    model, ids = copy.deepcopy(app.model), torch.randint(0, 200, (1, 20))
+    app.shrink(model)
+    kept = [m for m in model.modules() if isinstance(m, app.Int8)]
+    assert len(kept) == 2 * 6 + 1 and kept[0].weight.dtype == torch.int8
+    with torch.no_grad():
+        before, after = app.model(ids).logits, model(ids).logits.float()
+    assert (before - after).norm() / before.norm() < 0.03
+
+
+def test_a_generation_that_breaks_is_told_and_one_that_is_left_ends(app, monkeypatch):
+    def explode(*args, **kwargs):
+        raise RuntimeError("out of luck")
+
+    real = app.model.generate
+    monkeypatch.setattr(app.model, "generate", explode)
+    (told,) = last(app, "Hello")
+    assert told["metadata"]["title"] == "⚠️" and told["content"] == "out of luck"
+    ended = threading.Event()
+
+    def watched(*args, **kwargs):
+        try:
+            real(*args, **kwargs)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(app.model, "generate", watched)
+    answer = app.respond("Hello", [], "", 5.0, 0, 200)
+    next(answer)
+    answer.close()
+    assert ended.wait(10)
 
 
 def test_front_matter_and_requirements_are_what_spaces_expects():
@@ -141,8 +204,9 @@ import importlib.util, sys, time
 spec = importlib.util.spec_from_file_location("space_app", sys.argv[1])
 app = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(app)
-pick = app.pick
-app.pick = lambda logits, temperature, top_k: (time.sleep(0.06), pick(logits, 0.0, 0))[1]  # time to press a button
+put, answer = app.Tokens.put, app.local_answer
+app.Tokens.put = lambda self, ids: (time.sleep(0.06), put(self, ids))  # time to press a button
+app.local_answer = lambda messages, temperature, *rest: answer(messages, 0.0, *rest)
 app.demo.launch(i18n=app.i18n, show_error=True, footer_links=[], server_port=int(sys.argv[2]))
 """
 
@@ -170,8 +234,8 @@ def start(words, environment):
 
 
 @pytest.fixture(scope="module")
-def space(talker_folder):  # noqa: F811
-    process, url = start(["-c", SLOW_APP, str(APP)], {"MODEL_ID": str(talker_folder), "MAX_QUEUE": "3"})
+def space(chat_folder):
+    process, url = start(["-c", SLOW_APP, str(APP)], {"MODEL_ID": str(chat_folder), "MAX_QUEUE": "3"})
     yield url
     process.terminate()
     process.wait(20)
@@ -316,8 +380,7 @@ def test_it_talks_to_an_endpoint_and_says_when_it_is_gone(talker_folder):  # noq
     script = Path(__file__).parent.parent / "scripts" / "chat_web.py"
     words = [str(script), "--run-dir", str(talker_folder.parent), "--temperature", "0", "--port"]
     server, endpoint = start(words, {})
-    code = SLOW_APP.replace("time.sleep(0.06), ", "")
-    process, url = start(["-c", code, str(APP)], {"ENDPOINT_URL": endpoint, "HF_HUB_OFFLINE": "0"})
+    process, url = start(["-c", SLOW_APP, str(APP)], {"ENDPOINT_URL": endpoint, "HF_HUB_OFFLINE": "0"})
     try:
         client = Client(url, verbose=False)
         step, text = client.predict("What is 12 * 34?", "", 0.0, 0, 120, api_name="/chat")

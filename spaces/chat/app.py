@@ -4,21 +4,23 @@
     ENDPOINT_URL=http://127.0.0.1:8000 python app.py   # a TGI or OpenAI-compatible server does the work instead
 
 On Spaces, MODEL_ID is a variable of the Space; without it the first of `models:` in README.md is taken. The model runs
-on the GPU if there is one (ZeroGPU too), else in bfloat16 on the CPU if it is large. What it asks of its calculator is
-answered by the `tools.py` that lies beside the weights, and shown as a step that can be opened.
+on the GPU if there is one (ZeroGPU too); on a CPU a large one gets 8-bit weights. Its calls are answered inside
+`generate` by the code beside the weights (`custom_generate/`), and shown as steps that can be opened. The page speaks
+the browser's language, English or Korean; LANGUAGE=ko or en fixes it.
 """
 
-import functools
 import os
+import queue
 import re
-import runpy
 import sys
+import threading
 import time
 from pathlib import Path
 
 import gradio as gr
 import torch
-from huggingface_hub import InferenceClient, hf_hub_download
+from huggingface_hub import InferenceClient
+from torch import nn
 
 HERE = Path(__file__).parent
 ENDPOINT_URL = os.environ.get("ENDPOINT_URL")
@@ -29,30 +31,37 @@ MAX_CHARS = int(os.environ.get("MAX_CHARS", "8000"))  # of one message
 MAX_NEW_TOKENS = int(os.environ.get("MAX_NEW_TOKENS", "1024"))  # of one answer, the slider's end
 MAX_SECONDS = float(os.environ.get("MAX_SECONDS", "120"))  # of one answer
 MAX_QUEUE = int(os.environ.get("MAX_QUEUE", "16"))  # people who may wait; the next is told that the queue is full
-MAX_CALLS = 8  # of the tool in one answer
-LARGE = 300_000_000  # parameters above which a CPU runs in bfloat16: half the memory to read a token
+LARGE = 300_000_000  # parameters above which a CPU keeps 8 bits of a weight
 STEP = "🧮 "  # begins the title of a tool step
 
-i18n = gr.I18n(
-    en={
+LANGUAGE = os.environ.get("LANGUAGE")  # "en" or "ko"; by default the browser's
+TEXTS = {
+    "en": {
         "system": "System message",
         "temperature": "Temperature (0: always the likeliest token)",
         "top_k": "Top-k (0: all tokens)",
         "max_tokens": "Most new tokens",
         "settings": "Settings",
         "examples": "Examples",
+        "message": "Write a message",
         "hello": "A small language model, trained from nothing. It makes things up.",
     },
-    ko={
+    "ko": {
         "system": "시스템 메시지",
         "temperature": "온도 (0: 항상 가장 가능성 높은 토큰)",
         "top_k": "Top-k (0: 모든 토큰)",
         "max_tokens": "새 토큰 최대 개수",
         "settings": "설정",
         "examples": "예시",
+        "message": "메시지를 입력하세요",
         "hello": "처음부터 학습한 작은 언어 모델입니다. 사실이 아닌 말을 지어낼 수 있습니다.",
     },
-)
+}
+EXAMPLES = {
+    "en": ["Hello", "What is 12 * 34?", "How many letters r are in strawberry?", "Why is the sky blue?"],
+    "ko": ["안녕하세요", "12 * 34는 얼마인가요?", "딸기는 무슨 색인가요?", "하늘은 왜 파란가요?"],
+}
+i18n = gr.I18n(**{browser: TEXTS[LANGUAGE or browser] for browser in TEXTS})
 
 try:  # ZeroGPU lends a GPU for the length of a decorated call
     from spaces import GPU
@@ -62,6 +71,32 @@ except ImportError:
 
     def gpu(function):
         return function
+
+
+class Int8(nn.Module):
+    """A linear map with 8-bit weights and one scale a row, which PyTorch's CPU kernel multiplies as they are."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale[:, 0].bfloat16())
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        if len(rows) < 16:
+            return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
+        return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale  # a prompt: the plain product is faster
+
+
+def shrink(model: nn.Module) -> None:
+    """Bfloat16, with 8-bit matrices; the embeddings stay, for a token reads one row of them. Small maps stay, too."""
+    model.to(torch.bfloat16)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and min(child.weight.shape) >= 64:
+                setattr(module, name, Int8(child))
 
 
 def load():
@@ -79,20 +114,9 @@ def load():
         sys.exit(f"error: {MODEL_ID} has no chat template: take a model that was trained to chat (stage sft or rl)")
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
-    else:
-        model = model.to(torch.bfloat16 if model.num_parameters() > LARGE else torch.float32)
+    elif model.num_parameters() > LARGE:
+        shrink(model)
     return model.eval(), tokenizer
-
-
-@functools.cache
-def tool():
-    """The model's calculator, from the file beside its weights (or, in a checkout, from the package); None without."""
-    places = [Path(MODEL_ID) / "tools.py", HERE / "tools.py", HERE.parents[1] / "nanochat_hf" / "tools.py"]
-    path = next((place for place in places if place.is_file()), None)
-    try:
-        return runpy.run_path(str(path or hf_hub_download(MODEL_ID, "tools.py")))["python"]
-    except (OSError, ValueError):
-        return None
 
 
 model, tokenizer = (None, None) if ENDPOINT_URL else load()
@@ -119,7 +143,7 @@ def unescape(text: str) -> str:
 
 def show_tags(chatbot: gr.Chatbot) -> gr.Chatbot:
     """Make a Chatbot show HTML tags instead of obeying or dropping them (a subclass makes Gradio write .pyi files)."""
-    to_browser, from_browser = chatbot._postprocess_content, chatbot._preprocess_content
+    to_browser = chatbot._postprocess_content
 
     def escaped(message):
         content = to_browser(message)
@@ -127,11 +151,7 @@ def show_tags(chatbot: gr.Chatbot) -> gr.Chatbot:
             content.text = escape(unescape(content.text))  # what came back from the browser is escaped already
         return content
 
-    def unescaped(message):
-        content = from_browser(message)
-        return {**content, "text": unescape(content["text"])} if content.get("type") == "text" else content
-
-    chatbot._postprocess_content, chatbot._preprocess_content = escaped, unescaped
+    chatbot._postprocess_content = escaped
     return chatbot
 
 
@@ -161,6 +181,23 @@ def step(expression: str, result: str | None) -> dict:
     return {"role": "assistant", "content": f"```\n{result or ''}\n```", "metadata": metadata}
 
 
+CALL, SAID, RESULT, END = "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"
+STEPS = re.compile(
+    r"<\|python_start\|>(.*?)(?:<\|python_end\|>(?:<\|output_start\|>(.*?)(?:<\|output_end\|>|\Z))?|\Z)", re.S
+)
+
+
+def shown(text: str) -> list[dict]:
+    """An answer so far, with the marks of its calls, as Gradio's messages: text and tool steps in turn."""
+    parts, found = STEPS.split(text), []
+    for i in range(0, len(parts), 3):
+        if i:
+            found.append(step(*parts[i - 2 : i]))
+        if said := re.sub(r"<\|\w+\|>|\ufffd+\Z", "", parts[i]):  # other marks, and a character still to be finished
+            found.append({"role": "assistant", "content": said})
+    return found
+
+
 # ---- generation ----------------------------------------------------------------------------------------------------
 
 
@@ -178,111 +215,82 @@ def fit(messages: list[dict], room: int) -> list[int]:
     return ids
 
 
-def pick(logits: torch.Tensor, temperature: float, top_k: int) -> int:
-    if temperature <= 0:
-        return int(logits.argmax())
-    if 0 < top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1))
+class Tokens:
+    """A streamer for `generate` that another thread reads; when that one has left, it ends generate."""
+
+    def __init__(self):
+        self.queue, self.prompt, self.left = queue.Queue(), True, False
+
+    def put(self, ids: torch.Tensor):
+        if self.left:
+            raise InterruptedError
+        if not self.prompt:
+            self.queue.put(ids.item())
+        self.prompt = False
+
+    def end(self):
+        pass
 
 
 @gpu
-@torch.inference_mode()
 def local_answer(messages: list[dict], temperature: float, top_k: int, max_tokens: int):
-    """Yields the answer so far, a list of Gradio messages: text and tool steps in turn."""
-    length = model.config.max_position_embeddings
+    """Yields the answer so far, as marked text; raises what goes wrong."""
+    length, streamer, problems = model.config.max_position_embeddings, Tokens(), []
+    ids = fit(messages, min(max_tokens, length // 4))
+    options = {"do_sample": temperature > 0, "max_new_tokens": min(max_tokens, length - len(ids))}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_k": top_k}
+
+    def work():
+        try:
+            inputs = torch.tensor([ids], device=model.device)
+            mask = torch.ones_like(inputs)
+            model.generate(inputs, attention_mask=mask, streamer=streamer, max_time=MAX_SECONDS, **options)
+        except Exception as error:  # out of memory, for example: the other thread says so
+            problems.append(error)
+        finally:
+            streamer.queue.put(None)
+
+    threading.Thread(target=work, daemon=True).start()
+    made: list[int] = []
     try:
-        ids = fit(messages, min(max_tokens, length // 4))
-    except ValueError as error:
-        yield [warning(str(error))]
-        return
-    names = (
-        "<|python_start|>",
-        "<|python_end|>",
-        "<|output_start|>",
-        "<|output_end|>",
-        "<|assistant_end|>",
-        "<|bos|>",
-    )
-    start, end, result_start, result_end, *stops = tokenizer.convert_tokens_to_ids(list(names))
-    shown, text, call, calls = [], [], None, 0
-    feed, cache, used, deadline = ids, None, len(ids), time.monotonic() + MAX_SECONDS
-    budget = min(max_tokens, length - used)
-    while budget > 0 and time.monotonic() < deadline:
-        inputs = torch.tensor([feed], device=model.device)
-        out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token, cache = pick(out.logits[0, -1].float(), temperature, top_k), out.past_key_values
-        feed, budget = [token], budget - 1
-        if token in stops:
-            break
-        if token == start:
-            shown, text, call = shown + written(text), [], []
-            yield [*shown, step("", None)]
-        elif token == end and call is not None and tool() and calls < MAX_CALLS:
-            expression = tokenizer.decode(call)
-            try:
-                result = tool()(expression)
-            except ValueError as error:
-                result = str({"error": str(error)})
-            shown, call, calls = [*shown, step(expression, result)], None, calls + 1
-            told = tokenizer.encode(str(result), add_special_tokens=False, split_special_tokens=True)
-            feed = [token, result_start, *told, result_end]
-            budget -= len(feed) - 1
-            yield shown
-        elif call is not None:
-            call.append(token)
-            yield [*shown, step(tokenizer.decode(call), None)]
-        else:
-            text.append(token)
-            if (now := written(text)) and not now[0]["content"].endswith("\ufffd"):  # half a character: wait
-                yield shown + now
-    yield shown + written(text)
-
-
-def written(tokens: list[int]) -> list[dict]:
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return [{"role": "assistant", "content": text}] if text else []
+        while (token := streamer.queue.get()) is not None:
+            made.append(token)
+            yield tokenizer.decode(made)
+    finally:
+        streamer.left = True
+    if problems:
+        raise problems[0]
 
 
 def remote_answer(messages: list[dict], temperature: float, max_tokens: int):
     """The same from a server; tried again twice before the first word."""
     client = InferenceClient(base_url=ENDPOINT_URL, timeout=30)
-    shown, text, expression, deadline = [], "", "", time.monotonic() + MAX_SECONDS
+    text, deadline = "", time.monotonic() + MAX_SECONDS
     for attempt in range(3):
         try:
             for chunk in client.chat_completion(messages, max_tokens=max_tokens, temperature=temperature, stream=True):
                 for choice in chunk.choices or []:
-                    part = choice.delta.get("tool") or {}
-                    if "call" in part:
-                        expression += part["call"]
-                        yield shown + say(text) + [step(expression, None)]
-                    if "result" in part:
-                        if expression:
-                            shown, text = [*shown, *say(text), step(expression, "")], ""
-                            expression = ""
-                        shown[-1] = step(
-                            shown[-1]["metadata"]["title"].removeprefix(STEP), inside(shown[-1]) + part["result"]
-                        )
-                        yield shown
-                    if choice.delta.content:
-                        text += choice.delta.content
-                        yield shown + say(text)
+                    text += marked(text, choice.delta)
+                    yield text
                 if time.monotonic() > deadline:
                     break
             return
         except Exception as error:  # connection refused, time-out, 429, 5xx: the client's classes differ by version
-            if shown or text or attempt == 2:
-                yield [*shown, *say(text), warning(f"The model's server does not answer: {str(error)[:200]}")]
-                return
+            if text or attempt == 2:
+                raise ConnectionError(f"The model's server does not answer: {str(error)[:200]}") from None
             time.sleep(1 + attempt)
 
 
-def say(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}] if text else []
-
-
-def inside(message: dict) -> str:
-    return message["content"].strip("`\n")
+def marked(before: str, delta) -> str:
+    """What a chunk adds to the marked text: words, or a bit of a call or of a result (our server's extra field)."""
+    tool = delta.get("tool") or {}
+    calling, telling = (before.rfind(a) > before.rfind(b) for a, b in ((CALL, SAID), (RESULT, END)))
+    if "call" in tool:
+        return ("" if calling else CALL) + tool["call"]
+    if "result" in tool:
+        return ("" if telling else SAID + RESULT) + tool["result"]
+    return (END if telling and delta.content else "") + (delta.content or "")
 
 
 def warning(text: str) -> dict:
@@ -293,9 +301,18 @@ def respond(message: str, history: list[dict], system: str, temperature: float, 
     messages = messages_of(history, message, system or "", with_tools=not ENDPOINT_URL)
     max_tokens = min(int(max_tokens), MAX_NEW_TOKENS)
     if ENDPOINT_URL:
-        yield from remote_answer(messages, temperature, max_tokens)
+        answer = remote_answer(messages, temperature, max_tokens)
     else:
-        yield from local_answer(messages, temperature, int(top_k), max_tokens)
+        answer = local_answer(messages, temperature, int(top_k), max_tokens)
+    now: list[dict] = []
+    try:
+        for text in answer:
+            now = shown(text)
+            yield now
+    except torch.OutOfMemoryError:
+        yield [*now, warning("The GPU's memory is full: shorten the conversation, or lower the number of new tokens.")]
+    except (ValueError, RuntimeError, ConnectionError) as error:
+        yield [*now, warning(str(error)[:300])]
 
 
 def check(message: str):
@@ -309,7 +326,7 @@ def check(message: str):
 def build() -> gr.Blocks:
     name = ENDPOINT_URL or MODEL_ID
     is_hub_id = not ENDPOINT_URL and not Path(MODEL_ID).exists()
-    link = f"[{name}](https://huggingface.co/{name})" if is_hub_id else f"`{name}`"
+    link = f"[{name}](https://huggingface.co/{name})" if is_hub_id else f"`{'/'.join(name.split('/')[-2:])}`"
     inputs = [
         gr.Textbox(label=i18n("system"), lines=2, max_length=2000),
         gr.Slider(0, 2, value=0.6, step=0.05, label=i18n("temperature")),
@@ -319,18 +336,13 @@ def build() -> gr.Blocks:
     return gr.ChatInterface(
         respond,
         title="nanochat",
-        description=link,
+        description=f"<center>{link}</center>",
         chatbot=show_tags(gr.Chatbot(placeholder=i18n("hello"), show_label=False, buttons=["copy"], height="60vh")),
+        textbox=gr.Textbox(placeholder=i18n("message"), max_lines=6, submit_btn=True, stop_btn=True, autofocus=True),
         additional_inputs=inputs,
         additional_inputs_accordion=gr.Accordion(i18n("settings"), open=False),
-        examples=[
-            ["Hello"],
-            ["What is 12 * 34?"],
-            ["How many letters r are in strawberry?"],
-            ["Why is the sky blue?"],
-        ],
+        examples=[[text] for text in EXAMPLES[LANGUAGE or "en"]],
         examples_label=i18n("examples"),
-        example_labels=["Hello", "12 × 34", "strawberry", "the sky"],
         cache_examples=False,
         editable=True,
         flagging_mode="never",
