@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
@@ -81,6 +81,20 @@ class ChatTrainer(StageTrainer, SFTTrainer):
         """The fused step's own loss; without it TRL's, which never holds all logits but waits for the GPU."""
         owner = Trainer if self.fused or not inputs["input_ids"].is_cuda else SFTTrainer
         return owner.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """The mean over all tokens that count: transformers' mean over batches would depend on how they are cut."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        self.model.eval()
+        for inputs in map(self._prepare_inputs, self.get_eval_dataloader()):
+            with torch.no_grad():
+                loss = self.compute_loss(self.model, inputs)
+            number = (inputs["labels"][:, 1:] != -100).sum()
+            sums += torch.stack((torch.where(number > 0, loss * number, 0), number))
+        self.model.train()
+        loss, number = self.accelerator.reduce(sums, "sum").tolist()
+        self.log({"eval_loss": loss / max(number, 1)})
+        return {"eval_loss": loss / max(number, 1)}
 
 
 class Rows:
@@ -179,6 +193,16 @@ def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, fol
     return load_from_disk(str(folder)).with_format("numpy"), load_json(folder / "made.json")
 
 
+def filled(rows: Dataset, multiple: int, pad: int) -> Dataset:
+    """The rows, and empty ones up to a multiple: nothing is learned from these, and every process has as many.
+
+    Accelerate would repeat real ones instead, as many as there are processes to fill.
+    """
+    empty = {"input_ids": [pad], "labels": [-100], "seq_lengths": [1]}
+    empty = {name: [empty[name]] * (-len(rows) % multiple) for name in rows.column_names}
+    return concatenate_datasets([rows, Dataset.from_dict(empty, features=rows.features)]).with_format("numpy")
+
+
 def accumulation(config: ChatConfig, length: int) -> int:
     """Batches of a step. Raises InputError when they are not whole."""
     together = config.device_batch_size * processes().num_processes * (length if config.packing else 1)
@@ -207,6 +231,9 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     held_out = None
     if config.validation:
         held_out, _ = prepare(config, config.validation, tokenizer, length, output / "state" / "validation")
+    together = config.device_batch_size * processes().num_processes
+    rows = filled(rows, together * steps, tokenizer.pad_token_id)
+    held_out = filled(held_out, together, tokenizer.pad_token_id) if held_out else None
     trainer = ChatTrainer(
         model=network,
         args=SFTConfig(
