@@ -135,8 +135,8 @@ def prepare(options) -> tuple[str, str]:
     folder = options.work / ("tiny" if options.cpu else "text")
     if not options.tokenizer and not (folder / "tokenizer").exists():
         rng, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
-        words = ["".join(rng.choices(letters, k=rng.randint(3, 9))) for _ in range(400 if options.cpu else 40_000)]
-        texts = [" ".join(rng.choices(words, k=rng.randint(50, 1500))) for _ in range(200 if options.cpu else 8_000)]
+        words = ["".join(rng.choices(letters, k=rng.randint(3, 9))) for _ in range(400 if options.cpu else 30_000)]
+        texts = [" ".join(rng.choices(words, k=rng.randint(50, 1500))) for _ in range(200 if options.cpu else 2_000)]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         train_bpe(iter(texts), 512 if options.cpu else 32768).save_pretrained(folder / "tokenizer")
