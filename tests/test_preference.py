@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json, parse_config
-from nanochat_hf.train.preference import PreferenceConfig, pairs, train_preference
+from nanochat_hf.train.preference import PreferenceConfig, pair, pairs, train_preference
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -28,20 +28,43 @@ def config(tmp_path) -> PreferenceConfig:
     return PreferenceConfig(dataset=str(tmp_path / "pairs.jsonl"), **keys)
 
 
-def test_pairs_that_are_too_long_are_left_out_and_some_are_held_out(config, tokenizer):
-    train, test = pairs(config, tokenizer, 64)
+def test_pairs_that_cannot_be_used_are_named_and_some_are_held_out(config, tokenizer):
+    train, test, skipped = pairs(config, tokenizer, 64)
     assert (len(train), len(test)) == (32, 8)
     questions = [{row["prompt"][0]["content"] for row in part} for part in (train, test)]
     assert not questions[0] & questions[1]
+    assert [row["row"] for row in skipped] == [40] and "a row holds 64" in skipped[0]["reason"]
+    config.bad_rows = "refuse"
+    with pytest.raises(InputError, match=r"row 40 of .* cannot be used: \d+ tokens"):
+        pairs(config, tokenizer, 64)
 
 
-@pytest.mark.parametrize("row,message", [({"text": "x"}, "needs columns chosen"), (None, "cannot read")])
-def test_a_file_without_pairs_is_named(config, tokenizer, tmp_path, row, message):
+USER, REPLY = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize(
+    "row,reason",
+    [
+        ({"text": "x"}, "needs chosen and rejected"),
+        ({"chosen": "yes", "rejected": "no"}, "needs chosen and rejected|no messages"),
+        ({"prompt": [USER], "chosen": [], "rejected": []}, "last message"),
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}, "same"),
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY, USER, REPLY]}, "goes on"),
+        (None, "no such dataset"),
+    ],
+)
+def test_a_file_without_pairs_is_named(config, tokenizer, tmp_path, row, reason):
     config.dataset = str(tmp_path / "other.jsonl")
     if row:
         (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=reason):
         pairs(config, tokenizer, 64)
+
+
+def test_conversations_may_begin_with_their_prompt(tokenizer):
+    other = {**REPLY, "content": "no"}
+    found = pair({"prompt": "Is it?", "chosen": [USER, REPLY], "rejected": [USER, other]}, tokenizer, 64)
+    assert found == {"prompt": [USER], "chosen": [REPLY], "rejected": [other]}
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -9,10 +9,14 @@ it began is the reward, and a logistic loss separates the two answers. karpathy/
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+from tqdm.auto import tqdm
 from trl import DPOConfig, DPOTrainer
 
+from ..data.conversations import REASONS_KEPT
+from ..data.sources import Entry, open_rows
 from ..data.tokenizer import load_tokenizer
+from ..data.transforms import BadRow, check
 from ..errors import InputError
 from ..run import begin
 from .trainer import StageConfig, StageTrainer, conclude, fit, load_model, lora, processes, trainer_arguments
@@ -28,10 +32,12 @@ class PreferenceConfig(StageConfig):
     """Of a Hub data set."""
     test_rows: int = 200
     """Rows kept for validation."""
+    bad_rows: str = "skip"
+    """What to do with rows that cannot be used: `skip` and count them, or `refuse`."""
     examples_per_step: int = 32
     """Pairs a step, over all devices."""
     max_seq_len: int = -1
-    """Pairs with a longer conversation are left out; -1: as the model was pretrained."""
+    """Tokens; pairs with a longer conversation cannot be used. -1: as the model was pretrained."""
     beta: float = 0.1
     """How dear it is to move away from the model that it began with."""
     init_lr_frac: float = 0.02
@@ -46,29 +52,37 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-def pairs(config: PreferenceConfig, tokenizer, length: int) -> tuple[Dataset, Dataset]:
-    """-> (training rows, validation rows). Raises InputError when the data set holds no such pairs."""
-    local = Path(config.dataset).suffix == ".jsonl"
-    try:
-        rows = load_dataset("json", data_files=config.dataset, split="train") if local else None
-        rows = load_dataset(config.dataset, split=config.split) if rows is None else rows
-    except Exception as error:  # the library's errors for missing, broken and unreachable data have no common type
-        raise InputError(f"cannot read {config.dataset}: {str(error).splitlines()[0][:200]}") from error
-    columns = [name for name in ("prompt", "chosen", "rejected") if name in rows.column_names]
-    if "chosen" not in columns or "rejected" not in columns or isinstance(rows[0]["chosen"], str):
-        raise InputError(f"{config.dataset} needs columns chosen and rejected that hold messages")
-    if isinstance(rows[0].get("prompt"), str):  # the conversations begin with it
-        columns.remove("prompt")
+def pairs(config: PreferenceConfig, tokenizer, length: int) -> tuple[Dataset, Dataset, list[dict]]:
+    """-> (training rows, validation rows, skipped ones). Raises InputError when too few of the rows are such pairs."""
+    source, good, skipped = open_rows(Entry(config.dataset, config.split), config.seed), [], []
+    for number in tqdm(range(len(source)), desc="reading", disable=not processes().is_main_process):
+        try:
+            good.append(pair(source[number], tokenizer, length))
+        except (BadRow, KeyError, TypeError, AttributeError) as error:
+            reason = str(error) if isinstance(error, BadRow) else "needs chosen and rejected that hold messages"
+            if config.bad_rows == "refuse":
+                raise InputError(f"row {number} of {config.dataset} cannot be used: {reason}") from None
+            skipped.append({"dataset": config.dataset, "row": number, "reason": reason})
+    if len(good) <= config.test_rows:
+        why = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
+        raise InputError(f"{config.dataset} has {len(good)} pairs that can be used, too few for test_rows{why}")
+    rows = Dataset.from_list(good).shuffle(config.seed)
+    return rows.select(range(config.test_rows, len(rows))), rows.select(range(config.test_rows)), skipped
 
-    def fits(row: dict) -> bool:
-        prompt = row["prompt"] if "prompt" in columns else []
-        whole = [prompt + row["chosen"], prompt + row["rejected"]]
-        return whole[0] != whole[1] and all(len(tokenizer.apply_chat_template(x).input_ids) <= length for x in whole)
 
-    rows = rows.select_columns(columns).filter(fits).shuffle(config.seed)
-    if len(rows) <= config.test_rows:
-        raise InputError(f"{config.dataset} has {len(rows)} pairs of at most {length} tokens: lower test_rows")
-    return rows.select(range(config.test_rows, len(rows))), rows.select(range(config.test_rows))
+def pair(row: dict, tokenizer, length: int) -> dict[str, list[dict]]:
+    """A row as {"prompt", "chosen", "rejected"}, lists of messages. Raises BadRow if it is no pair that fits."""
+    prompt, chosen, rejected = row.get("prompt") or [], row["chosen"], row["rejected"]
+    prompt = [] if isinstance(prompt, str) else prompt  # where it is text the conversations begin with it
+    for messages in (prompt + chosen, prompt + rejected):
+        check(messages)
+        size = len(tokenizer.apply_chat_template(messages, return_dict=False))
+        if size > length:
+            raise BadRow(f"{size} tokens, and a row holds {length}")
+    same = next((i for i, both in enumerate(zip(chosen, rejected)) if both[0] != both[1]), None)
+    if same is None:
+        raise BadRow("the answers are the same, or one goes on where the other ends")
+    return {"prompt": prompt + chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
 
 
 def train_preference(config: PreferenceConfig, model: str, output: Path) -> None:
@@ -80,7 +94,7 @@ def train_preference(config: PreferenceConfig, model: str, output: Path) -> None
     together = config.device_batch_size * processes().num_processes
     if config.examples_per_step % together:
         raise InputError(f"examples_per_step must be a multiple of device_batch_size x devices = {together}")
-    rows, held_out = pairs(config, tokenizer, length)
+    rows, held_out, skipped = pairs(config, tokenizer, length)
     trainer = PreferenceTrainer(
         model=network,
         ref_model=None if config.lora_rank > 0 else load_model(model, config, tokenizer),
@@ -102,4 +116,5 @@ def train_preference(config: PreferenceConfig, model: str, output: Path) -> None
     after = trainer.evaluate()
     names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
     before, after = ({name: found[key] for name, key in names.items()} for found in (before, after))
-    conclude(trainer, tokenizer, output, record, rows=len(rows), history=history, before=before, after=after)
+    numbers = {"before": before, "after": after, "skipped_rows": skipped[:REASONS_KEPT], "bad": len(skipped)}
+    conclude(trainer, tokenizer, output, record, rows=len(rows), history=history, **numbers)
