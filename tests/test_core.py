@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from lm_eval.tasks import TaskManager
+from transformers import GPT2Config
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import centered_mean, evaluate_core, quiet
@@ -112,7 +113,7 @@ def slow_decisions(model, tokenizer, path, kind, shots, delimiter, limit):
 )
 def test_every_decision_equals_the_slow_twin(lively_model, tokenizer, bundle, label, kind, shots, delimiter, file):
     task = manager(bundle).load([f"nanochat_core_{label}"])["tasks"][f"nanochat_core_{label}"]
-    task.tokenizer, task.max_tokens = tokenizer, None
+    task.use(tokenizer, lively_model.config)
     limit = 20
     task.build_all_requests(limit=limit)
     answers, by_row = score(lively_model, [(r.context, r.continuation) for r in task.instances], batch_tokens=3000), {}
@@ -145,7 +146,7 @@ def test_an_empty_bundle_is_refused(lively_model, tokenizer, tmp_path):
 
 def test_long_prompts_are_cropped_on_the_left_and_counted(lively_model, tokenizer, bundle):
     task = manager(bundle).load(["nanochat_core_arc_easy"])["tasks"]["nanochat_core_arc_easy"]
-    task.tokenizer, task.max_tokens = tokenizer, 64
+    task.use(tokenizer, GPT2Config(n_positions=64))
     task.build_all_requests(limit=12)
     assert task.num_long == 48
     assert all(len(r.context) + len(r.continuation) == 64 for r in task.instances)

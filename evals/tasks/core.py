@@ -1,4 +1,4 @@
-"""CORE as karpathy/nanochat defines it, as lm-eval tasks: the class behind `core_*.yaml`.
+"""CORE as karpathy/nanochat defines it, and bits per byte: the lm-eval classes behind `core_*.yaml` and `bpb.yaml`.
 
 Nothing here needs a runner of our own; the plain command line does it, for any causal LM of the Hub:
 
@@ -23,7 +23,7 @@ import urllib.request
 import zipfile
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from math import nan
+from math import log, nan
 from pathlib import Path
 
 import numpy as np
@@ -129,11 +129,10 @@ class TokenRequest(Instance):
         return (self[index] for index in range(3))
 
 
-class CoreTask(Task):
-    """One of the 22 tasks; the YAML gives file, number of shots, kind, delimiter and random baseline.
+class TokenTask(Task):
+    """A task that hands token ids to the model instead of text; a YAML names it as `class`.
 
-    `tokenizer` and `max_tokens` (hard limit of the model's positions, None if it has none) may be set by a runner that
-    has the model at hand; otherwise they are read from `pretrained` or `tokenizer` of --model_args.
+    Whose tokens: those of `pretrained` or `tokenizer` in --model_args, unless a runner calls `use`.
     """
 
     OUTPUT_TYPE = "_loglikelihood_tokens"
@@ -144,16 +143,10 @@ class CoreTask(Task):
         fields = {key: config[key] for key in keys if key in config}
         self._config = TaskConfig(**fields, output_type="loglikelihood", metadata=self.metadata)
         self.VERSION = self.metadata.get("version")
-        self.kind, self.delimiter = self.metadata["kind"], self.metadata["delimiter"]
         self._filters = [build_filter_ensemble("none", [["take_first", None]])]
-        self._docs = self._instances = self.fewshot_rnd = None
-        self._scored: dict[int, list[int]] = {}  # row -> number of scored tokens of each choice
-        self.num_long = 0  # prompts longer than max_tokens, cropped on the left
+        self._docs = self._instances = self._tokenizer = self._model_config = self.fewshot_rnd = None
+        self.num_long = 0  # prompts longer than the model's positions, cropped on the left
         self._plain = True  # no runner has set the tokenizer: this is the plain command line
-
-    @property
-    def file(self) -> Path:
-        return core_bundle(self.metadata.get("core_bundle")) / "eval_data" / self.config.dataset_path
 
     @staticmethod
     def position_limit(config) -> int | None:
@@ -168,26 +161,21 @@ class CoreTask(Task):
             return None
         return getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
 
+    def use(self, tokenizer, model_config) -> None:
+        """A runner that has the model at hand names its tokenizer and config here."""
+        self._tokenizer, self._model_config, self._plain = tokenizer, model_config, False
+
     @property
     def tokenizer(self):
-        if "_tokenizer" not in vars(self):
-            self._tokenizer = _load_tokenizer(*_source(self.metadata))
+        if self._tokenizer is None:
+            self._tokenizer = _load(AutoTokenizer, *_source(self.metadata))
         return self._tokenizer
 
-    @tokenizer.setter
-    def tokenizer(self, value):
-        self._tokenizer, self._plain = value, False
-
     @property
-    def max_tokens(self) -> int | None:
-        if "_max_tokens" not in vars(self):
-            name, trust = _source(self.metadata)
-            self._max_tokens = self.position_limit(AutoConfig.from_pretrained(name, trust_remote_code=trust))
-        return self._max_tokens
-
-    @max_tokens.setter
-    def max_tokens(self, value: int | None):
-        self._max_tokens = value
+    def model_config(self):
+        if self._model_config is None:
+            self._model_config = _load(AutoConfig, *_source(self.metadata))
+        return self._model_config
 
     def has_training_docs(self) -> bool:
         return False
@@ -197,6 +185,22 @@ class CoreTask(Task):
 
     def has_test_docs(self) -> bool:
         return True
+
+    def construct_requests(self, doc, ctx, **kwargs):
+        raise NotImplementedError("build_all_requests makes the requests of all rows at once")
+
+
+class CoreTask(TokenTask):
+    """One of the 22 tasks; the YAML gives file, number of shots, kind, delimiter and random baseline."""
+
+    def __init__(self, config: dict):
+        super().__init__(config)
+        self.kind, self.delimiter = self.metadata["kind"], self.metadata["delimiter"]
+        self._scored: dict[int, list[int]] = {}  # row -> number of scored tokens of each choice
+
+    @property
+    def file(self) -> Path:
+        return core_bundle(self.metadata.get("core_bundle")) / "eval_data" / self.config.dataset_path
 
     def test_docs(self) -> Rows:
         if self._docs is None:
@@ -257,21 +261,19 @@ class CoreTask(Task):
         rows = len(self.test_docs())
         pool = min(rows, max(int(limit), self.config.num_fewshot + 1)) if limit and not samples else rows
         chosen = list(self.doc_iterator(rank=rank, limit=limit, samples=samples, world_size=world_size))
-        self._instances, self.num_long = [], 0
+        self._instances, self.num_long, limit_of_model = [], 0, self.position_limit(self.model_config)
         for begin in range(0, len(chosen), CHUNK):
             group = chosen[begin : begin + CHUNK]
             texts = [self.prompts(doc, self.shots(doc["_row"], pool)) for _, doc in group]
             ids = iter(encode(self.tokenizer, [text for prompts in texts for text in prompts]))
             for (doc_id, doc), prompts in zip(group, texts):
-                self._instances += self._requests(doc_id, doc, prompts, [next(ids) for _ in prompts])
+                self._instances += self._requests(doc_id, doc, prompts, [next(ids) for _ in prompts], limit_of_model)
         if self._plain:
             self._warn_of_cropping()
 
     def _warn_of_cropping(self) -> None:
         """The plain command line's backend crops at its max_length, which the definition does not ask for."""
-        name, trust = _source(self.metadata)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
-        limit = int(self.metadata.get("max_length") or resolve_max_length(config, self.tokenizer))
+        limit = int(self.metadata.get("max_length") or resolve_max_length(self.model_config, self.tokenizer))
         lengths = [len(request.context) + len(request.continuation) - 1 for request in self._instances]
         if long := sum(length > limit for length in lengths):
             logging.getLogger(__name__).warning(
@@ -279,14 +281,16 @@ class CoreTask(Task):
                 f"{limit}, which crops them; for CORE as defined add max_length={max(lengths)} to --model_args"
             )
 
-    def _requests(self, doc_id: int, doc: dict, texts: list[str], ids: list[np.ndarray]) -> list[TokenRequest]:
+    def _requests(
+        self, doc_id: int, doc: dict, texts: list[str], ids: list[np.ndarray], longest
+    ) -> list[TokenRequest]:
         requests, self._scored[doc["_row"]] = [], []
         shared = None
         for number, (tokens, start) in enumerate(self.spans(ids)):
-            if self.max_tokens and len(tokens) > self.max_tokens:
+            if longest and len(tokens) > longest:
                 self.num_long += 1
-                start = max(start - (len(tokens) - self.max_tokens), 1)
-                tokens = tokens[-self.max_tokens :]
+                start = max(start - (len(tokens) - longest), 1)
+                tokens = tokens[-longest:]
             self._scored[doc["_row"]].append(len(tokens) - start)
             start = min(start, len(tokens) - 1)  # backends refuse an empty request; its answer is not looked at
             if shared is None or not np.array_equal(shared, tokens[:start]):
@@ -301,9 +305,6 @@ class CoreTask(Task):
             )
             requests.append(request)
         return requests
-
-    def construct_requests(self, doc, ctx, **kwargs):
-        raise NotImplementedError("build_all_requests makes the requests of all rows at once")
 
     def process_results(self, doc: dict, results: list[tuple[float, bool]]) -> dict[str, float]:
         """results: (sum of log-probabilities, all tokens were the argmax) of each request."""
@@ -322,6 +323,59 @@ class CoreTask(Task):
 
     def higher_is_better(self) -> dict[str, bool]:
         return {"acc": True, "centered": True}
+
+
+class TextTask(TokenTask):
+    """Bits per byte of documents, each by itself: held_out.jsonl in `chat_data`, a `text` a line.
+
+    Bos, then the text; what is longer than metadata.length tokens, or than the model's context, goes on after the last
+    token of the part before. (lm-eval's `loglikelihood_rolling` charges tokenizers that add bos for a second one.)
+    """
+
+    def test_docs(self) -> list[dict]:
+        if self._docs is None:
+            folders = self.metadata.get("chat_data") or []
+            folders = [folders] if isinstance(folders, str) else [folder for folder in folders if folder]
+            files = [Path(folder) / self.config.dataset_path for folder in folders]
+            file = next((file for file in files if file.is_file()), None)
+            if not file:
+                raise ValueError(f"no file {self.config.dataset_path}: pass --metadata chat_data=DIR with its folder")
+            with file.open(encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in lines if line.strip()]
+            self._docs = [row for row in rows if row["text"].strip()]
+        return self._docs
+
+    def doc_to_text(self, doc: dict) -> str:
+        return ""
+
+    def doc_to_target(self, doc: dict) -> str:
+        return doc["text"]
+
+    def build_all_requests(self, *, limit=None, samples=None, rank=0, world_size=1, **unused) -> None:
+        size = min(self.metadata["length"], resolve_max_length(self.model_config, self.tokenizer))
+        self._instances = []
+        for doc_id, doc in self.doc_iterator(rank=rank, limit=limit, samples=samples, world_size=world_size):
+            [ids] = encode(self.tokenizer, [doc["text"]])
+            for number, begin in enumerate(range(0, len(ids) - 1, size)):
+                span = ids[begin : begin + size + 1]
+                fields = {"doc": doc, "arguments": ("", doc["text"]), "idx": number}
+                self._instances.append(
+                    TokenRequest(span[:1], span[1:], **fields, metadata=(self.task_name, doc_id, 1))
+                )
+
+    def process_results(self, doc: dict, results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
+        return {"bits_per_byte": (sum(total for total, _ in results), len(doc["text"].encode()))}
+
+    def aggregation(self) -> dict:
+        return {"bits_per_byte": bits_per_byte}
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return {"bits_per_byte": False}
+
+
+def bits_per_byte(items: list[tuple[float, int]]) -> float:
+    """(log-probability in nats, bytes) of each document -> bits per byte of all."""
+    return -sum(total for total, _ in items) / (log(2) * sum(size for _, size in items))
 
 
 def centered(items: list[float], baseline: float) -> float:
@@ -359,5 +413,5 @@ def _source(metadata: dict) -> tuple[str, bool]:
 
 
 @lru_cache(maxsize=4)
-def _load_tokenizer(name: str, trust: bool):
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+def _load(kind, name: str, trust: bool):
+    return kind.from_pretrained(name, trust_remote_code=trust)

@@ -118,8 +118,3 @@ def primer_results(doc: dict, results: list) -> dict[str, float]:
     graded = _graded(results[0], lambda text: answers.is_correct(doc, text))
     first = results[0] if isinstance(results[0], str) else results[0][0]
     return {**graded, "tool_use": float(answers.used_tool(first))}
-
-
-def held_out_text(found: datasets.Dataset) -> datasets.Dataset:
-    """Documents for bits per byte: bos is added by the backend, nothing else."""
-    return found.filter(lambda doc: bool(doc["text"].strip()), load_from_cache_file=False)

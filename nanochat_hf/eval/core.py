@@ -43,8 +43,6 @@ def evaluate_core(lm, manager: TaskManager, limit: int | None = None, log: Calla
     found = {name: task for name, task in tasks.items() if input_error(lambda task: task.file.is_file(), task)}
     if not found:
         raise InputError("the CORE bundle holds none of the 22 tasks; name the unpacked eval_bundle folder")
-    for task in found.values():
-        task.tokenizer, task.max_tokens = lm.tokenizer, task.position_limit(lm.model.config)
     # With a limit all tasks share batches, few and full ones; without, their prompts would fill the memory.
     for job in [found] if limit else [{name: task} for name, task in found.items()]:
         answers = run_lm_eval(lm, job, limit, chat=False, log_samples=False)
@@ -86,6 +84,9 @@ def centered_mean(results: dict[str, dict], name: str, complete: int, part: str 
 
 
 def run_lm_eval(lm, tasks: dict, limit: int | None, chat: bool, log_samples: bool) -> dict | None:
+    for task in tasks.values():
+        if hasattr(task, "use"):  # those of evals/tasks/core.py, which tokenise by themselves
+            task.use(lm.tokenizer, lm.model.config)
     return input_error(
         evaluator.evaluate,
         lm=lm,
