@@ -10,7 +10,9 @@ import os
 import random
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from test_optim import free_port
 from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.train import device, network
+from nanochat_hf.train import checkpoint, device, network
 from nanochat_hf.train import pretrain as module
 from nanochat_hf.train.fast import Trunk
 from nanochat_hf.train.pretrain import PretrainConfig, Pretraining, pretrain
@@ -130,6 +132,63 @@ def test_a_killed_run_goes_on_bit_for_bit(straight, world, tmp_path):
     resumed = run(world, tmp_path, save_every=5)
     assert losses(resumed) == losses(straight[1]) and resumed["samples"] == straight[1]["samples"]
     assert equal_weights(straight[0], tmp_path)
+
+
+def dies_by_sigkill(world, output, moment: Callable, **changes) -> bool:
+    """Run in a process of its own that kills itself, uncatchably, where `moment(kill)` says; whether it did."""
+
+    def main():
+        moment(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        run(world, output, **changes)
+
+    child = mp.get_context("fork").Process(target=main)
+    child.start()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
+
+
+def in_a_write(number, bytes_written):
+    """The moment when that many bytes of the file `number` of the run's checkpoints are on the disk."""
+
+    def moment(kill):
+        real, numbers = checkpoint.write, itertools.count(1)
+
+        def write(value, path):
+            real(value, path)
+            if next(numbers) == number:
+                os.truncate(path, min(bytes_written, path.stat().st_size))
+                kill()
+
+        checkpoint.write = write
+
+    return moment
+
+
+def in_a_step(number):
+    def moment(kill):
+        real, numbers = module.gradient_norm, itertools.count(1)
+        module.gradient_norm = lambda model: kill() if next(numbers) == number else real(model)
+
+    return moment
+
+
+def before_the_rename(kill):
+    checkpoint.os = SimpleNamespace(replace=lambda *paths: kill(), fsync=os.fsync)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_gives_the_losses_of_one_that_was_not(straight, world, tmp_path):
+    """SIGKILL in a step, before there is a checkpoint, in each file of one, whole or half, and before its rename."""
+    moments = [
+        in_a_step(2), in_a_write(1, 0), in_a_write(2, 1000), before_the_rename, in_a_write(3, 10**9),
+        in_a_write(5, 99), in_a_step(9), in_a_write(4, 50), before_the_rename, in_a_step(6),
+    ]  # fmt: skip
+    assert all(dies_by_sigkill(world, tmp_path, moment, save_every=3) for moment in moments)
+    assert 0 < checkpoint.read_progress(checkpoint.latest(tmp_path / "state"))["step"] < 20
+    metrics = run(world, tmp_path, save_every=3)
+    assert losses(metrics) == losses(straight[1]) and metrics["samples"] == straight[1]["samples"]
+    assert equal_weights(straight[0], tmp_path) and not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -49,6 +49,18 @@ def test_overrides_reach_their_stage_and_win():
     assert configs["eval"].tasks == ["nanochat_gsm8k"]
 
 
+def test_another_depth_of_a_recipe_is_planned_from_its_other_keys():
+    _, configs = speedrun.read_recipe(ROOT / "recipes" / "d24", None, ["base.depth=18"])
+    made = plan(vocab_size=32768, **{key: getattr(configs["base"], key) for key in PLAN_KEYS})
+    assert (made.depth, made.hidden_size, made.total_batch_size, made.num_iterations) == (18, 1152, 2**20, 2475)
+
+
+@pytest.mark.parametrize("name", ["d12", "d24"])
+def test_sft_that_follows_pretraining_directly_begins_with_its_momenta(name):
+    _, configs = speedrun.read_recipe(ROOT / "recipes" / name, None, [])
+    assert configs["base"].save_optimizer and configs["sft"].load_optimizer
+
+
 @pytest.mark.parametrize(
     "stages,overrides,words",
     [
