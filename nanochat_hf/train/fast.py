@@ -127,7 +127,9 @@ class Trunk(nn.Module):
             (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight), (attn.o_proj.weight,),
             (mlp.fc1.weight,), (mlp.fc2.weight,),
         )  # fmt: skip
-        low = [self.copies.low((i, kind), x.dtype, *weights) for kind, weights in enumerate(matrices)]
+        # FSDP2 fills the gathered weights behind autograd's back: their copies cannot be told to be out of date.
+        copies = Copies() if isinstance(layer, FSDPModule) else self.copies
+        low = [copies.low((i, kind), x.dtype, *weights) for kind, weights in enumerate(matrices)]
         return self.block(
             x, y, x0, lambdas, ids, positions, table, rows, gate, *low, cos, sin, masks[window],
             config.num_key_value_heads, window, attn.scaling, config.rms_norm_eps,
