@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,14 @@ def test_everything_else_is_refused_with_one_line(expression):
     with pytest.raises(ValueError) as caught:
         calculate(expression)
     assert "\n" not in str(caught.value) and str(caught.value)
+
+
+@pytest.mark.parametrize("expression", [r"'\d'.count('d')", "1or 2", "'a'.count('b')if 1else 2", "0x1for x", "1()"])
+def test_nonsense_is_refused_without_a_warning_of_the_parser(expression):
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(ValueError):
+        warnings.simplefilter("always")
+        calculate(expression)
+    assert not caught
 
 
 @pytest.mark.parametrize("expression", [None, 5, b"1+1", ["1"], {"expression": "1"}])
