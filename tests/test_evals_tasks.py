@@ -1,14 +1,22 @@
 """The task files: all load in lm-eval, say what the bundle says, build upstream's prompts, and grade."""
 
 import csv
+import hashlib
+import io
 import json
 import os
 import random
+import socket
+import tempfile
+import threading
+import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -226,3 +234,280 @@ def test_rows_come_from_the_first_folder_that_has_them(tmp_path):
     assert rows("x.jsonl", chat_data=[None, str(tmp_path / "no"), folder])["test"]["a"] == [1, 2]
     with pytest.raises(ValueError, match="no file y"):
         rows("y.jsonl", chat_data=folder)
+
+
+# ---- the bundle -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bundle_server(tmp_path):
+    """A stand-in for the bundle's storage: .packed is the zip's bytes, .answer changes what is sent of it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("eval_bundle/core.yaml", "icl_tasks: []")
+        archive.writestr("eval_bundle/eval_data/commonsense_reasoning/copa.jsonl", random.randbytes(3 << 20).hex())
+    packed = buffer.getvalue()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.requests += 1
+            headers, body = server.answer(packed)
+            self.send_response(200)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.packed = 0, packed
+    server.answer = lambda body: ({"Content-Length": len(body), "ETag": f'"{hashlib.md5(body).hexdigest()}"'}, body)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}/eval_bundle.zip"
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def core_bundle(bundle_server, tmp_path, monkeypatch):
+    """The function of that name, with an empty cache and the stand-in as the place to download from."""
+    found = function("core.core_bundle")
+    monkeypatch.delenv("NANOCHAT_CORE_BUNDLE", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setitem(found.__globals__, "CACHE", tmp_path / "cache")
+    monkeypatch.setitem(found.__globals__, "BUNDLE_URL", bundle_server.url)
+    return found
+
+
+def test_the_bundle_is_fetched_once_with_progress_and_its_checksum_kept(core_bundle, bundle_server, tmp_path, capsys):
+    folder = core_bundle()
+    assert folder == tmp_path / "cache" / "eval_bundle" and core_bundle() == folder
+    assert bundle_server.requests == 1
+    assert (folder / "core.yaml").is_file()
+    assert len((folder / "eval_data/commonsense_reasoning/copa.jsonl").read_text()) == 6 << 20
+    assert (folder / "SHA256").read_text().strip() == hashlib.sha256(bundle_server.packed).hexdigest()
+    shown = capsys.readouterr().err
+    assert "CORE bundle: 100%" in shown and "B/s" in shown
+
+
+@pytest.mark.parametrize("harm", ["cut", "checksum", "no zip", "refused"])
+def test_a_damaged_download_is_one_clear_line_and_leaves_nothing(core_bundle, bundle_server, tmp_path, harm):
+    whole = bundle_server.answer
+    bundle_server.answer = {
+        "cut": lambda body: (whole(body)[0], body[: len(body) // 2]),
+        "checksum": lambda body: (whole(body[:-1] + b"x")[0], body),
+        "no zip": lambda body: whole(b"<html>try later</html>"),
+        "refused": whole,
+    }[harm]
+    if harm == "refused":
+        bundle_server.shutdown()
+        bundle_server.server_close()
+    with pytest.raises(
+        ValueError, match="cannot download" if harm == "refused" else "damaged|cannot download"
+    ) as error:
+        core_bundle()
+    assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["eval_bundle.lock"]
+
+
+# Rows as the official bundle has them.
+HELLASWAG = {
+    "query": "Roof shingle removal: A man is sitting on a roof. he",
+    "choices": [
+        "is using wrap to wrap a pair of skis.",
+        "is ripping level tiles off.",
+        "is holding a cube.",
+        "starts.",
+    ],
+    "gold": 3,
+}
+SQUAD = {
+    "context": "Context: The Normans were the people who in the 10th and 11th centuries gave their name to Normandy.\n"
+    "Question: In what centuries?\nAnswer: ",
+    "continuation": "10th and 11th",
+    "answer": "10th and 11th",
+    "aliases": ["10th and 11th"],
+}
+COQA = {
+    "context": "Story: Once upon a time, in a barn near a farm house, there lived a little white kitten.\n\n"
+    "Preceding questions:\nQuestion: Where did she live?\nAnswer: in a barn\n\nFinal question:\n"
+    "Question: What color was the kitten?\nAnswer:",
+    "continuation": "white",
+}
+
+
+@pytest.mark.parametrize(
+    "label,row,shots,expected",
+    [
+        ("hellaswag_zeroshot", HELLASWAG, 0, [f"{HELLASWAG['query']} {choice}" for choice in HELLASWAG["choices"]]),
+        (
+            "hellaswag",
+            HELLASWAG,
+            1,
+            [f"{HELLASWAG['query']} starts.\n\n{HELLASWAG['query']} {choice}" for choice in HELLASWAG["choices"]],
+        ),
+        ("coqa", COQA, 0, [COQA["context"], f"{COQA['context']} white"]),
+        (
+            "squad",
+            SQUAD,
+            1,
+            [f"{SQUAD['context']}10th and 11th\n\n{SQUAD['context'][:-1]}{end}" for end in ("", " 10th and 11th")],
+        ),
+    ],
+)
+def test_the_prompts_of_the_four_large_tasks(tmp_path, label, row, shots, expected):
+    task = manager(core_bundle=str(tmp_path)).load([f"nanochat_core_{label}"])["tasks"][f"nanochat_core_{label}"]
+    assert task.prompts(row, [row] * shots) == expected
+    assert task.config.num_fewshot == {"hellaswag": 10, "squad": 10}.get(label, 0)
+
+
+@pytest.mark.parametrize("label,row", [("hellaswag", HELLASWAG), ("squad", SQUAD), ("coqa", COQA)])
+def test_the_scored_tokens_of_the_four_large_tasks_are_the_answers(tmp_path, tokenizer, tiny_model, label, row):
+    task = manager(core_bundle=str(tmp_path)).load([f"nanochat_core_{label}"])["tasks"][f"nanochat_core_{label}"]
+    (tmp_path / "core.yaml").write_text("")
+    file = tmp_path / "eval_data" / task.config.dataset_path
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(json.dumps(row) + "\n" for _ in range(12)))
+    task.use(tokenizer, tiny_model.config)
+    task.build_all_requests(limit=1)
+    said = [tokenizer.decode(request.continuation).strip() for request in task.instances]
+    if label == "hellaswag":
+        assert [text in choice for text, choice in zip(said, row["choices"])] == [True] * 4
+    else:
+        assert said == [row["continuation"]]
+
+
+# ---- bits per byte --------------------------------------------------------------------------------------------------
+
+
+def test_bits_per_byte_are_the_same_by_hand_by_our_runner_and_by_the_plain_one(tmp_path, tiny_model, tokenizer):
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from nanochat_hf.eval.core import load_tasks, run_lm_eval
+    from nanochat_hf.eval.harness import EvalConfig, LocalLM
+
+    texts = [
+        "The owl lives in the old tree.",
+        "안녕하세요",
+        "word " * 300,
+        " \n",
+    ]  # the third is longer than the context
+    folder = choice_rows(tmp_path, "held_out.jsonl", [{"text": text} for text in texts])
+    nats = size = 0.0
+    for text in texts[:3]:
+        ids = torch.tensor(
+            [
+                tokenizer.bos_token_id,
+                *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+            ]
+        )
+        for begin in range(0, len(ids) - 1, 128):
+            part = ids[begin : begin + 129][None]
+            with torch.inference_mode():
+                scores = tiny_model(part[:, :-1], use_cache=False).logits.log_softmax(-1)
+            nats -= scores.gather(2, part[:, 1:, None]).sum().item()
+        size += len(text.encode())
+    expected = pytest.approx(nats / np.log(2) / size, rel=1e-4)
+    tiny_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = manager(chat_data=folder, pretrained=str(tmp_path / "model"))
+    lm = LocalLM(tiny_model, tokenizer, EvalConfig())
+    ours = run_lm_eval(lm, load_tasks(found, ["nanochat_bpb"]), None, chat=False, log_samples=True)
+    assert ours["results"]["nanochat_bpb"]["bits_per_byte,none"] == expected
+    plain = HFLM(pretrained=tiny_model, tokenizer=tokenizer, backend="causal")
+    theirs = simple_evaluate(model=plain, tasks=["nanochat_bpb"], task_manager=found, bootstrap_iters=0)
+    assert theirs["results"]["nanochat_bpb"]["bits_per_byte,none"] == expected
+    with pytest.raises(ValueError, match=r"no file held_out\.jsonl"):
+        _ = manager().load(["nanochat_bpb"])["tasks"]["nanochat_bpb"].test_docs()
+
+
+def test_the_plain_command_line_says_where_it_would_crop(tmp_path, tiny_model, tokenizer, caplog):
+    tiny_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"query": "the owl " * 200, "choices": ["a", "b"], "gold": 0}] * 3
+    task = core_task(tmp_path, rows)
+    task.metadata["pretrained"] = str(tmp_path / "model")
+    task.build_all_requests(limit=3)
+    longest = max(len(r.context) + len(r.continuation) - 1 for r in task.instances)
+    assert "6 of 6 prompts are longer than the backend's max_length of 128" in caplog.text
+    assert f"add max_length={longest} to --model_args" in caplog.text
+    caplog.clear()
+    task.metadata["max_length"] = longest
+    task.build_all_requests(limit=3)
+    assert not caplog.text
+
+
+# ---- chat -----------------------------------------------------------------------------------------------------------
+
+
+def test_multiple_choice_is_the_same_by_our_runner_and_by_the_plain_one(tmp_path, tiny_model, tokenizer):
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from nanochat_hf.eval.core import load_tasks, run_lm_eval
+    from nanochat_hf.eval.harness import EvalConfig, LocalLM
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    words = ["red", "green", "blue", "old", "new"]
+    rows = [
+        {"question": f"Is {i} {words[i % 5]}?", "choices": [words[(i + j) % 5] for j in range(4)], "answer": i % 4}
+        for i in range(12)
+    ]
+    found = manager(chat_data=choice_rows(tmp_path, "arc_easy_test.jsonl", rows))
+    ours = run_lm_eval(
+        LocalLM(tiny_model, tokenizer, EvalConfig()), load_tasks(found, ["nanochat_arc_easy"]), None, True, True
+    )
+    plain = HFLM(pretrained=tiny_model, tokenizer=tokenizer, backend="causal", batch_size=5)
+    theirs = simple_evaluate(
+        model=plain, tasks=["nanochat_arc_easy"], task_manager=found, apply_chat_template=True, bootstrap_iters=0
+    )
+    scores = []
+    for result in (ours, theirs):
+        samples = sorted(result["samples"]["nanochat_arc_easy"], key=lambda sample: sample["doc_id"])
+        scores.append([[float(answer[0]) for answer in sample["filtered_resps"]] for sample in samples])
+    assert np.allclose(*scores, atol=1e-4)
+    for metric in ("acc,none", "centered,none"):
+        assert ours["results"]["nanochat_arc_easy"][metric] == theirs["results"]["nanochat_arc_easy"][metric]
+
+
+HOSTILE = {
+    "runs for ever": "while True: pass",
+    "sleeps": "import time\ntime.sleep(60)",
+    "takes memory": "x = bytearray(2 << 30)",
+    "fills the disk": "open('big', 'wb').write(b'x' * (2 << 20))",
+    "forks without end": "import os, time\nfor _ in range(200):\n    if os.fork() == 0:\n        time.sleep(30)",
+    "leaves early": "import os\nos._exit(0)",
+    "fakes the tests' success": "import sys\nprint('passed')\nsys.exit(0)",
+    "reads the environment": "import os\nassert os.environ['HOME']",
+    "opens many files": "files = [open('/dev/null') for _ in range(500)]",
+    "kills its parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos._exit(0)",
+    "kills its group": "import os, signal\nos.killpg(0, signal.SIGKILL)",
+    "prints without end": "while True: print('x' * 1000)",
+    "reads standard input": "assert input()",
+    "opens a connection": "import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=2)",
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_answer_to_humaneval_fails_and_harms_nothing(what, tmp_path):
+    listener = socket.create_server(("127.0.0.1", 0))
+    code = HOSTILE[what].replace("{port}", str(listener.getsockname()[1]))
+    before = {path.name for path in Path(tempfile.gettempdir()).iterdir() if path.name.startswith("tmp")}
+    start = time.time()
+    # Above a right answer: it would pass if the attack had no effect on the result.
+    text = f"```python\n{code}\ndef double(xs):\n    return [2 * x for x in xs]\n```"
+    passed = function("utils.humaneval_results")(HUMANEVAL, [text])["acc"]
+    if what == "opens a connection" and passed:
+        pytest.skip("this kernel gives no namespace of its own to the process")
+    if what == "forks without end" and passed and os.getuid() == 0:
+        pytest.skip("kernels do not limit how many processes root has")
+    assert passed == 0.0
+    assert time.time() - start < 30
+    after = {path.name for path in Path(tempfile.gettempdir()).iterdir() if path.name.startswith("tmp")}
+    assert "big" not in os.listdir() and len(after - before) < 3  # other tests use that folder, too

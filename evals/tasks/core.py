@@ -56,11 +56,11 @@ def core_bundle(folder: str | None = None) -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         with FileLock(CACHE / "eval_bundle.lock"):
             if not target.exists():
-                _download_bundle(target)
+                _download_bundle(target, BUNDLE_URL)
     return target
 
 
-def _download_bundle(target: Path, url: str = BUNDLE_URL) -> None:
+def _download_bundle(target: Path, url: str) -> None:
     """Fetch and unpack the official zip beside `target`, check it, then rename: a killed download leaves nothing."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         packed, md5, sha256 = Path(scratch) / "bundle.zip", hashlib.md5(), hashlib.sha256()
