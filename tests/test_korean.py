@@ -289,9 +289,17 @@ def test_no_piece_ends_inside_a_character(talker, talker_folder, monkeypatch):  
     )
     assert "".join(written).strip() == QUESTIONS["Hello"][0][1] and len(written) > 20
     monkeypatch.setenv("MODEL_ID", str(talker_folder))
+    monkeypatch.setenv("SPACE_LANGUAGE", "ko")
     spec = importlib.util.spec_from_file_location("space_app_ko", ROOT / "spaces" / "chat" / "app.py")
     app = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(app)
     seen = [answer[-1]["content"] for answer in app.respond("Hello", [], "", 0.0, 0, 120) if answer]
     assert seen[-1] == QUESTIONS["Hello"][0][1] and len(set(seen)) > 20
     assert all(seen[-1].startswith(text) for text in seen)  # every state is whole characters of the answer
+    # A Space of one language shows it to every browser, and asks its examples in it.
+    assert app.demo.examples == [[text] for text in app.EXAMPLES["ko"]]
+    assert app.TEXTS["ko"].keys() == app.TEXTS["en"].keys()
+    assert {texts["settings"] for texts in app.i18n.translations.values()} == {"설정"}
+    monkeypatch.setenv("SPACE_LANGUAGE", "kr")
+    with pytest.raises(SystemExit, match=r"SPACE_LANGUAGE is 'kr'; use en or ko"):
+        spec.loader.exec_module(app)

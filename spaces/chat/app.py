@@ -6,7 +6,7 @@
 On Spaces, MODEL_ID is a variable of the Space; without it the first of `models:` in README.md is taken. The model runs
 on the GPU if there is one (ZeroGPU too); on a CPU a large one gets 8-bit weights. Its calls are answered inside
 `generate` by the code beside the weights (`custom_generate/`), and shown as steps that can be opened. The page speaks
-the browser's language, English or Korean; LANGUAGE=ko or en fixes it.
+the browser's language, English or Korean; SPACE_LANGUAGE=ko or en fixes it.
 """
 
 import os
@@ -34,7 +34,7 @@ MAX_QUEUE = int(os.environ.get("MAX_QUEUE", "16"))  # people who may wait; the n
 LARGE = 300_000_000  # parameters above which a CPU keeps 8 bits of a weight
 STEP = "🧮 "  # begins the title of a tool step
 
-LANGUAGE = os.environ.get("LANGUAGE")  # "en" or "ko"; by default the browser's
+LANGUAGE = os.environ.get("SPACE_LANGUAGE")  # "en" or "ko"; by default the browser's (LANGUAGE itself is gettext's)
 TEXTS = {
     "en": {
         "system": "System message",
@@ -61,6 +61,8 @@ EXAMPLES = {
     "en": ["Hello", "What is 12 * 34?", "How many letters r are in strawberry?", "Why is the sky blue?"],
     "ko": ["안녕하세요", "12 * 34는 얼마인가요?", "딸기는 무슨 색인가요?", "하늘은 왜 파란가요?"],
 }
+if LANGUAGE and LANGUAGE not in TEXTS:
+    sys.exit(f"error: SPACE_LANGUAGE is {LANGUAGE!r}; use {' or '.join(TEXTS)}")
 i18n = gr.I18n(**{browser: TEXTS[LANGUAGE or browser] for browser in TEXTS})
 
 try:  # ZeroGPU lends a GPU for the length of a decorated call
