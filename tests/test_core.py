@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import GPT2Config
 
 from nanochat_hf.errors import InputError
@@ -136,6 +137,45 @@ def test_an_incomplete_bundle_is_labelled_and_never_called_core(lively_model, to
     assert found["value"] == pytest.approx(np.mean([row["centered"] for row in found["per_task"].values()]))
     easy = found["per_task"]["arc_easy"]
     assert easy["centered"] == pytest.approx((easy["acc"] - 0.25) / 0.75)
+
+
+def test_all_22_tasks_are_called_core_and_18_are_not(lively_model, tokenizer, tmp_path):
+    rng = random.Random(0)
+    (tmp_path / "core.yaml").write_text("icl_tasks: []")
+    for name in yaml.safe_load((EVALS / "tasks" / "core.yaml").read_text())["task"]:
+        task = load_yaml(EVALS / "tasks" / f"{name.removeprefix('nanochat_')}.yaml", resolve_func=False)
+        rows = [
+            {
+                "multiple_choice": {"query": words(rng, 4), "choices": [words(rng, 2), words(rng, 3)], "gold": i % 2},
+                "schema": {"context_options": ["the owl", "a cat"], "continuation": words(rng, 3), "gold": i % 2},
+                "language_modeling": {"context": words(rng, 4), "continuation": words(rng, 1)},
+            }[task["metadata"]["kind"]]
+            for i in range(12)
+        ]
+        path = tmp_path / "eval_data" / task["dataset_path"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lm = LocalLM(lively_model, tokenizer, EvalConfig())
+    lines = []
+    with quiet():
+        found = evaluate_core(lm, manager(tmp_path), limit=11, log=lines.append)
+    assert (found["label"], found["tasks"], found["missing"]) == ("CORE", "22/22", [])
+    assert len(found["per_task"]) == len(lines) == 22
+    assert 0 < found["model_seconds"] <= found["seconds"]
+    for file in ("language_understanding/hellaswag", "reading_comprehension/squad", "reading_comprehension/coqa"):
+        (tmp_path / "eval_data" / f"{file}.jsonl").unlink()
+    with quiet():
+        less = evaluate_core(lm, manager(tmp_path), limit=11, log=lambda line: None)
+    assert (less["label"], less["tasks"]) == ("18/22 tasks", "18/22")
+    assert less["missing"] == ["hellaswag_zeroshot", "hellaswag", "squad", "coqa"]
+    assert all(found["per_task"][name]["acc"] == row["acc"] for name, row in less["per_task"].items())
+
+
+def test_a_run_of_all_examples_gives_what_a_limit_of_as_many_gives(lively_model, tokenizer, bundle):
+    lm = LocalLM(lively_model, tokenizer, EvalConfig())
+    with quiet():
+        limited, whole = (evaluate_core(lm, manager(bundle), n, log=lambda line: None) for n in (24, None))
+    assert limited["per_task"] == whole["per_task"]
 
 
 def test_an_empty_bundle_is_refused(lively_model, tokenizer, tmp_path):

@@ -152,7 +152,7 @@ def test_a_missing_model_is_named(run):
 
 
 @pytest.mark.slow
-def test_the_numbers_do_not_depend_on_the_number_of_processes(run, tmp_path):
+def test_the_numbers_do_not_depend_on_the_number_of_processes_or_batch_sizes(run, tmp_path):
     folder = tmp_path / "bundle" / "eval_data" / "commonsense_reasoning"
     folder.mkdir(parents=True)
     rows = [{"query": f"It rains {i} so", "choices": ["we run", "we all sing"], "gold": i % 2} for i in range(9)]
@@ -162,14 +162,16 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(run, tmp_path):
     program.write_text(
         "import sys\nfrom pathlib import Path\nimport nanochat_hf\n"
         "from nanochat_hf.eval.harness import EvalConfig, evaluate\n"
-        "config = EvalConfig(limit=7, bpb_tokens=4096, batch_tokens=1024, max_new_tokens=8, core_limit=9,\n"
-        "                    core_bundle=sys.argv[2], tasks=['nanochat_demo_counting', 'nanochat_demo_facts'])\n"
+        "config = EvalConfig(limit=7, bpb_tokens=4096, batch_tokens=int(sys.argv[4]), batch_size=int(sys.argv[5]),\n"
+        "                    max_new_tokens=8, core_limit=9, core_bundle=sys.argv[2],\n"
+        "                    tasks=['nanochat_demo_counting', 'nanochat_demo_facts'])\n"
         "evaluate(config, {stage: f'{sys.argv[1]}/{stage}' for stage in ('base', 'sft')}, Path(sys.argv[3]))\n"
     )
     found = []
     for processes in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += [str(program), str(run), str(tmp_path / "bundle"), str(tmp_path / f"eval{processes}")]
+        command += [str(4096 // processes**3), str(8 // processes**2)]  # other batches, too
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         subprocess.run(command, check=True, env=environment, timeout=170, capture_output=True)
         found.append(json.loads((tmp_path / f"eval{processes}" / "metrics.json").read_text()))
@@ -179,6 +181,7 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(run, tmp_path):
         for name, result in tasks.items():
             other = two["results"][stage][name]
             assert other["n"] == result["n"]
-            assert other["value"] == pytest.approx(result["value"], rel=0.05 if name == "val_bpb" else 1e-9)
-    assert one["core"]["base"]["value"] == two["core"]["base"]["value"]
+            assert other["value"] == pytest.approx(result["value"], rel=1e-5 if name == "val_bpb" else 1e-9)
+    for key in ("value", "per_task", "long_prompts"):
+        assert one["core"]["base"][key] == two["core"]["base"][key]
     assert len((tmp_path / "eval2/samples/sft/nanochat_demo_facts.jsonl").read_text().splitlines()) == 7
