@@ -1,10 +1,13 @@
 """RL practises on checkable questions, its gradient is REINFORCE's with a baseline, and it learns."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
@@ -15,7 +18,7 @@ from nanochat_hf.serve.generate import Engine
 from nanochat_hf.tools import python
 from nanochat_hf.train.grpo import RLConfig, RLTrainer, grpo_arguments, questions, rollout, train_rl
 from nanochat_hf.train.sft import ChatConfig, train_chat
-from nanochat_hf.train.trainer import load_model
+from nanochat_hf.train.trainer import load_model, lora
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -36,6 +39,13 @@ def new_trainer(tiny_folder, tokenizer, tmp_path, made=None) -> RLTrainer:
         model=model, args=grpo_arguments(made, tmp_path / "rl"), train_dataset=rows, eval_dataset=rows,
         processing_class=tokenizer, tools=[python], stage=made, samples=tmp_path / "samples.jsonl",
     )  # fmt: skip
+
+
+def stub(model):
+    """What a rollout reads of its trainer."""
+    state, args = SimpleNamespace(global_step=3), SimpleNamespace(seed=0, world_size=1, process_index=0)
+    accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    return SimpleNamespace(model=model.train(), accelerator=accelerator, args=args, state=state)
 
 
 def graded_batch(trainer) -> dict:
@@ -136,31 +146,48 @@ def test_tool_results_in_an_engines_answers_are_not_trained_on(tokenizer):
     said = "<|python_start|>2+3<|python_end|>", "<|output_start|>5<|output_end|>", "2 + 3 = 5<|assistant_end|>"
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in said]
 
-    class Engine:
+    class Known:
         refreshed = 0
 
         def __init__(self, model, tokenizer):
             assert not model.training
 
         def refresh(self):
-            Engine.refreshed += 1
+            Known.refreshed += 1
 
         def generate(self, prompts, **options):
             assert options["max_new_tokens"] == 12 and options["temperature"] == 1.0
             return [[[*ids[0], *ids[1], *ids[2]]] for _ in prompts]
 
-    class Stub:  # what a rollout reads of its trainer
-        model = torch.nn.Linear(1, 1)
-        accelerator = type("A", (), {"unwrap_model": staticmethod(lambda model: model)})
-        args = type("B", (), {"seed": 0, "world_size": 1, "process_index": 0})
-        state = type("C", (), {"global_step": 3})
-
-    generate, prompt = rollout(Engine, config(), tokenizer), [{"role": "user", "content": "What is 2 + 3?"}]
+    generate, prompt = rollout(Known, config(), tokenizer), [{"role": "user", "content": "What is 2 + 3?"}]
+    trainer = stub(torch.nn.Linear(1, 1))
     for times in (0, 1):
-        out = generate([prompt, prompt], Stub())
-        assert Engine.refreshed == times and Stub.model.training
+        out = generate([prompt, prompt], trainer)
+        assert Known.refreshed == times and trainer.model.training
     assert out["env_mask"][0] == [1] * len(ids[0]) + [0] * len(ids[1]) + [1] * len(ids[2])
     assert tokenizer.decode(out["prompt_ids"][0]).endswith("<|user_end|><|assistant_start|>")
+
+
+@pytest.mark.parametrize("engine", [Generator, Engine])
+def test_answers_come_from_the_adapters_too(tiny_model, tokenizer, engine):
+    for layer in tiny_model.model.layers:
+        layer.self_attn.o_proj.weight.data.normal_(std=0.2)  # a fresh one is zero and hides what attention does
+    tiny_model.lm_head.weight.data.normal_()
+    prompts = [[{"role": "user", "content": f"What is {number} + 3?"}] for number in (2, 41)]
+    plain = rollout(engine, config(temperature=0.0), tokenizer)(prompts, stub(tiny_model))
+    model = get_peft_model(tiny_model, lora(config(lora_rank=4)))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    merged = copy.deepcopy(model).merge_and_unload()
+    expected = rollout(Generator, config(temperature=0.0), tokenizer)(prompts, stub(merged))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    generate = rollout(engine, config(temperature=0.0), tokenizer)
+    for _ in range(2):
+        found = generate(prompts, stub(model))
+        assert found["completion_ids"] == expected["completion_ids"] != plain["completion_ids"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, weights[name], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("engine", [None, Generator, Engine])

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
@@ -189,8 +190,11 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
 
     def generate(prompts: list, trainer: RLTrainer) -> dict:
         model, training = trainer.accelerator.unwrap_model(trainer.model), trainer.model.training
-        step = trainer.state.global_step
+        step, adapters = trainer.state.global_step, model if isinstance(model, PeftModel) else None
         model.eval()
+        if adapters:  # an engine that keeps a copy of the weights reads them from the plain model
+            adapters.merge_adapter()
+            model = adapters.get_base_model()
         if not engines:
             engines.append(make_engine(model, tokenizer))
         elif hasattr(engines[0], "refresh"):  # it keeps a copy of the weights
@@ -204,7 +208,9 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
             temperature=config.temperature,
             top_k=config.top_k,
         )
-        model.train(training)
+        if adapters:
+            adapters.unmerge_adapter()
+        (adapters or model).train(training)
         answers = [samples[0] for samples in answers]
         return {"prompt_ids": ids, "completion_ids": answers, "logprobs": None, "env_mask": [own(a) for a in answers]}
 
