@@ -28,11 +28,11 @@ def main() -> None:
     parser.add_argument("--step", type=int)
     parser.add_argument("--to", choices=("hf", "native", "nanochat"), default="hf")
     args = parser.parse_args()
-    texts = islice((text for text in primer.documents("train", seed=0)), 5000)
+    texts = islice(primer.documents("train", seed=0), 5000)
     try:
         done = convert(args.source, args.output, args.to, wrap, args.tokenizer, args.step, texts)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    except (ValueError, OSError) as error:  # OSError: of transformers, for a broken folder
+        raise InputError(str(error).splitlines()[0]) from None
     print(f"{args.output}: generation {done['generation']}, {done['parameters']:,} parameters, step {done['step']}")
     if done["tokenizer_ids"] is None:
         print("weights only: give --tokenizer DIR to convert the tokenizer too")

@@ -1,5 +1,7 @@
 """NanoChatConfig: derived fields, both generations, and one clear line for each wrong field."""
 
+import json
+
 import pytest
 from transformers import AutoConfig
 
@@ -68,3 +70,14 @@ def test_a_wrong_field_is_named(fields, message):
 def test_a_field_of_the_wrong_type_is_named():
     with pytest.raises(Exception, match="window_pattern"):
         NanoChatConfig(window_pattern=3)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "window_pattern", "rope_parameters", "smear"])
+def test_a_config_file_that_lacks_a_field_is_refused(name, tmp_path):
+    NanoChatConfig().save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    value = fields.pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"the config lacks {name}: write what the model was made with"):
+        AutoConfig.from_pretrained(tmp_path)
+    assert getattr(AutoConfig.from_pretrained(tmp_path, **{name: value}), name) == value

@@ -94,12 +94,31 @@ def test_a_pickle_that_wants_more_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"(posix|nt).system"):
         read_tiktoken(path)
     assert not (tmp_path / "ran").exists()
-    path.write_bytes(b"not a pickle")
-    with pytest.raises(ValueError, match="no pickled tiktoken encoding"):
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a pickle",
+        b"\x80\x03ctiktoken.core\nEncoding\n)R}b.",  # no fields
+        pickle.dumps({"mergeable_ranks": {}}),
+        b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xff.",  # a frame longer than the file
+    ],
+)
+def test_what_is_no_tiktoken_encoding_is_refused(content, tmp_path):
+    path = tmp_path / "tokenizer.pkl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is no pickled tiktoken encoding"):
         read_tiktoken(path)
-    path.write_bytes(pickle.dumps({"mergeable_ranks": {}}))
-    with pytest.raises(ValueError, match="no pickled tiktoken encoding"):
-        read_tiktoken(path)
+
+
+def test_fields_of_other_types_are_refused(tmp_path):
+    path = tmp_path / "tokenizer.pkl"
+    for ranks, pattern in (({"a": 0}, PATTERN), ({b"a": "0"}, PATTERN), ({b"a": 0}, b"x"), ([b"a"], PATTERN)):
+        write_tiktoken(path, ranks, pattern, {"<|bos|>": 1})
+        with pytest.raises(ValueError, match="no pickled tiktoken encoding"):
+            read_tiktoken(path)
 
 
 def test_a_tokenizer_that_upstream_cannot_express_is_refused(tokenizer):

@@ -27,6 +27,8 @@ UPSTREAM_FIELDS = {  # karpathy/nanochat's `GPTConfig`: ours
     "n_embd": "hidden_size",
     "window_pattern": "window_pattern",
 }
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+SWITCHES = ("value_embeds", "smear", "residual_lambdas", "backout")  # what the second generation adds
 
 # Saving a model writes the entry of its own class only. Without the other one transformers would go by the name of the
 # config class, and build its own `nanochat` for AutoModel.
@@ -132,13 +134,7 @@ class NanoChatConfig(PreTrainedConfig):
 
     def check_shape(self) -> None:
         """Raises ValueError with one clear line for a field that cannot be meant."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-        ):
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
@@ -180,12 +176,20 @@ class NanoChatConfig(PreTrainedConfig):
     @property
     def generation(self) -> int:
         """1 if no feature of the second generation adds a parameter, else 2 (decides how weights are initialised)."""
-        return 2 if self.value_embeds or self.smear or self.residual_lambdas or self.backout else 1
+        return 2 if any(getattr(self, name) for name in SWITCHES) else 1
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Reads config.json. Defaults would make another model of what a file lacks: ValueError names that."""
+        needed = (*SIZES, *SWITCHES, "qk_scale", "window_pattern", "rope_parameters")
+        if missing := [name for name in needed if name not in config_dict and name not in kwargs]:
+            raise ValueError(f"the config lacks {', '.join(missing)}: write what the model was made with")
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def first_generation(cls, **fields) -> "NanoChatConfig":
         """-> the model of October 2025; `fields` override."""
-        off = dict.fromkeys(("value_embeds", "smear", "residual_lambdas", "backout"), False)
+        off = dict.fromkeys(SWITCHES, False)
         rope = {"rope_type": "default", "rope_theta": 10_000.0}
         return cls(**{**off, "qk_scale": 1.0, "window_pattern": "L", "rope_parameters": rope, **fields})
 

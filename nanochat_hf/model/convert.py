@@ -20,15 +20,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers import NanoChatConfig as NativeConfig
 from transformers import NanoChatForCausalLM as NativeModel
 
+from .configuration_nanochat import SWITCHES, NanoChatConfig
 from .configuration_nanochat import UPSTREAM_FIELDS as FIELDS
-from .configuration_nanochat import NanoChatConfig
-from .convert_tokenizer import (
-    backend_from_ranks,
-    check_tokenizer,
-    ranks_from_backend,
-    read_tiktoken,
-    write_tiktoken,
-)
+from .convert_tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, read_tiktoken, write_tiktoken
 from .modeling_nanochat import NanoChatForCausalLM
 
 NAMES = (  # a piece of a parameter's name: upstream's, ours
@@ -42,12 +36,7 @@ NAMES = (  # a piece of a parameter's name: upstream's, ours
     (".mlp.c_fc.", ".mlp.fc1."),
     (".mlp.c_proj.", ".mlp.fc2."),
 )
-FEATURES = {
-    "value_embeds": "value_embeds",
-    "smear": "smear",
-    "residual_lambdas": "resid_lambdas",
-    "backout": "backout",
-}
+FEATURES = {name: name for name in SWITCHES} | {"residual_lambdas": "resid_lambdas"}  # switch: prefix of its names
 NATIVE_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "rms_norm_eps", "rope_parameters", "final_logit_softcapping", "attention_dropout",
@@ -88,7 +77,10 @@ def read_upstream(folder: Path, step: int | None = None) -> tuple[dict[str, torc
         reason = f"it asks for {asked[1]}" if asked else f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
         raise ValueError(f"{folder}/model_{step:06d}.pt is not a file of plain weights ({reason})") from None
     state = {name.removeprefix("_orig_mod."): value for name, value in state.items()}  # left by torch.compile
-    return state, json.loads(meta_path.read_text()), step
+    try:
+        return state, json.loads(meta_path.read_text()), step
+    except ValueError as error:
+        raise ValueError(f"{meta_path} is no JSON: {error}") from None
 
 
 def config_from_upstream(fields: dict, state: dict[str, torch.Tensor]) -> NanoChatConfig:
@@ -99,9 +91,7 @@ def config_from_upstream(fields: dict, state: dict[str, torch.Tensor]) -> NanoCh
     missing = [name for name in FIELDS if name not in fields and name != "window_pattern"]
     unknown = [name for name in fields if name not in FIELDS]
     if missing or unknown:
-        raise ValueError(
-            f"model_config of the meta file: missing {missing}, unknown {unknown}; it has {sorted(fields)}"
-        )
+        raise ValueError(f"model_config of the meta file: missing {missing}, unknown {unknown}, has {sorted(fields)}")
     has = [ours for ours, theirs in FEATURES.items() if any(name.startswith(theirs) for name in state)]
     ours = {FIELDS[name]: value for name, value in fields.items()}
     ours["vocab_size"] = state["transformer.wte.weight"].shape[0]
@@ -175,9 +165,8 @@ def to_native(model: NanoChatForCausalLM) -> NativeModel:
     Raises ValueError naming the fields that `nanochat` does not know.
     """
     config = model.config
-    like = NanoChatConfig.first_generation(
-        **{name: getattr(config, name) for name in (*NATIVE_FIELDS, "vocab_size", "num_tokens", "head_dim")}
-    )
+    same = (*NATIVE_FIELDS, "vocab_size", "num_tokens", "head_dim")
+    like = NanoChatConfig.first_generation(**{name: getattr(config, name) for name in same})
     if found := differences(config, like):
         raise ValueError(f"transformers' nanochat (the first generation) cannot express {', '.join(found)}")
     fields = {name: getattr(config, name) for name in NATIVE_FIELDS}
@@ -185,12 +174,11 @@ def to_native(model: NanoChatForCausalLM) -> NativeModel:
         fields["head_dim"] = config.head_dim
     rows = config.num_tokens or config.vocab_size
     native = NativeModel(NativeConfig(vocab_size=rows, **fields))
-    cut = {
-        n: v[:rows] if n in ("model.embed_tokens.weight", "lm_head.weight") else v
-        for n, v in model.state_dict().items()
-    }
     native.generation_config = model.generation_config
-    return load_strictly(native, cut)
+    state = model.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = state[name][:rows]
+    return load_strictly(native, state)
 
 
 def from_native(native: NativeModel) -> NanoChatForCausalLM:
@@ -198,9 +186,8 @@ def from_native(native: NativeModel) -> NanoChatForCausalLM:
     if getattr(native.config, "attention_bias", False) or native.config.hidden_act != "relu2":
         raise ValueError("only nanochat models without attention_bias and with hidden_act relu2 can be converted")
     fields = {name: getattr(native.config, name) for name in (*NATIVE_FIELDS, "vocab_size")}
-    model = NanoChatForCausalLM(
-        NanoChatConfig.first_generation(**fields, head_dim=getattr(native.config, "head_dim", None))
-    )
+    fields["head_dim"] = getattr(native.config, "head_dim", None)
+    model = NanoChatForCausalLM(NanoChatConfig.first_generation(**fields))
     model.generation_config = native.generation_config
     return load_strictly(model, native.state_dict())
 
@@ -234,6 +221,21 @@ def load_model(source: Path, step: int | None) -> tuple[NanoChatForCausalLM, int
     return NanoChatForCausalLM.from_pretrained(source, dtype=torch.float32), step or 0
 
 
+def write_upstream(folder: Path, model: NanoChatForCausalLM, tokenizer, step: int, texts: Iterable[str]) -> int | None:
+    """Writes what upstream loads; -> number of ids on which both tokenizers were compared, None without one."""
+    state, fields = to_upstream(model)
+    torch.save(state, folder / f"model_{step:06d}.pt")
+    (folder / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "model_config": fields}, indent=2))
+    if tokenizer is None:
+        return None
+    ranks, pattern, special = ranks_from_backend(tokenizer.backend_tokenizer)
+    write_tiktoken(folder / "tokenizer.pkl", ranks, pattern, special)
+    lengths = torch.zeros(len(tokenizer), dtype=torch.int32)  # for upstream's bits per byte; special tokens 0
+    lengths[list(ranks.values())] = torch.tensor([*map(len, ranks)], dtype=torch.int32)
+    torch.save(lengths, folder / "token_bytes.pt")
+    return check_tokenizer(tokenizer.backend_tokenizer, ranks, pattern, special, texts)
+
+
 def convert(
     source: str | Path,
     output: str | Path,
@@ -262,12 +264,11 @@ def convert(
     Raises:
         ValueError: one line on what is wrong.
     """
-    source, output = Path(source), Path(output)
+    source, output, compared, tok = Path(source), Path(output), None, None
     if output.exists():
         raise ValueError(f"{output} exists: remove it or choose another output")
     model, step = load_model(source, step)
-    compared, tok = None, None
-    if tokenizer is None and ((source / "tokenizer.json").exists() or (source / "tokenizer.pkl").exists()):
+    if tokenizer is None and any((source / f"tokenizer.{kind}").exists() for kind in ("json", "pkl")):
         tokenizer = source
     if tokenizer is not None:
         tok, compared = load_tokenizer(Path(tokenizer), wrap, texts)
@@ -285,16 +286,7 @@ def convert(
     part.mkdir(parents=True)
     try:
         if to == "nanochat":
-            state, fields = to_upstream(model)
-            torch.save(state, part / f"model_{step:06d}.pt")
-            (part / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "model_config": fields}, indent=2))
-            if tok is not None:
-                ranks, pattern, special = ranks_from_backend(tok.backend_tokenizer)
-                compared = check_tokenizer(tok.backend_tokenizer, ranks, pattern, special, texts)
-                write_tiktoken(part / "tokenizer.pkl", ranks, pattern, special)
-                lengths = torch.zeros(len(tok), dtype=torch.int32)  # for upstream's bits per byte; special tokens 0
-                lengths[list(ranks.values())] = torch.tensor([*map(len, ranks)], dtype=torch.int32)
-                torch.save(lengths, part / "token_bytes.pt")
+            compared = write_upstream(part, model, tok, step, texts)
         else:
             (to_native(model) if to == "native" else model).save_pretrained(part)
             if tok is not None:

@@ -39,8 +39,12 @@ def read_tiktoken(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
     """tokenizer.pkl -> (rank of each token's bytes, split pattern, ids of the special tokens)."""
     try:
         fields = OneClassUnpickler(io.BytesIO(path.read_bytes())).load().fields
-        return fields["mergeable_ranks"], fields["pat_str"], fields["special_tokens"]
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError, ValueError) as error:
+        ranks, pattern, special = fields["mergeable_ranks"], fields["pat_str"], fields["special_tokens"]
+        kinds = [{*map(type, values)} for values in (ranks, special, (pattern,), (*ranks.values(), *special.values()))]
+        if kinds != [{bytes}, {str}, {str}, {int}]:
+            raise ValueError("ranks, pattern or special tokens are of other types")
+        return ranks, pattern, special
+    except Exception as error:  # a damaged or dishonest pickle fails in many ways
         raise ValueError(f"{path} is no pickled tiktoken encoding: {error}") from None
 
 

@@ -39,10 +39,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanochat import ROPE_RANGE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, NanoChatConfig
+
+GATE_INIT = partial(init.uniform_, a=0.0, b=0.02)  # small and positive: a gate starts slightly above one half
 
 
 class Linear(nn.Linear):
@@ -72,11 +75,6 @@ def matrix_init(config: NanoChatConfig, out_features: int, gain: float = 1.0) ->
     return partial(init.uniform_, a=-(3**0.5) * gain * std, b=3**0.5 * gain * std)
 
 
-def gate_init() -> partial:
-    """-> the initialiser of a gate: small and positive, so that it starts slightly above one half."""
-    return partial(init.uniform_, a=0.0, b=0.02)
-
-
 def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
@@ -97,12 +95,8 @@ class NanoChatRotaryEmbedding(nn.Module):
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        fn = (
-            self.compute_default_rope_parameters
-            if self.rope_type == "default"
-            else ROPE_INIT_FUNCTIONS[self.rope_type]
-        )
-        inv_freq, self.attention_scaling = fn(config)
+        rope_inits = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters}
+        inv_freq, self.attention_scaling = rope_inits[self.rope_type](config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -118,18 +112,6 @@ class NanoChatRotaryEmbedding(nn.Module):
         """position_ids (B or 1, T) -> cos, sin (B or 1, 1, T, D/2) in the dtype of x."""
         angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Reference attention: q (B, H, T, D), k and v (B, H_kv, S, D), additive mask -> (B, T, H, D) and weights."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class NanoChatAttention(nn.Module):
@@ -150,7 +132,7 @@ class NanoChatAttention(nn.Module):
         self.v_proj = Linear(width, kv_size, matrix_init(config, kv_size))
         self.o_proj = Linear(q_size, width)  # zero: a fresh block passes its input on
         if layer_idx in config.value_embed_layers:
-            self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.num_key_value_heads, gate_init())
+            self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.num_key_value_heads, GATE_INIT)
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, value_embed=None, past_key_values=None,
                 **kwargs):  # fmt: skip
@@ -167,17 +149,9 @@ class NanoChatAttention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        out, weights = attention(
-            self,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        options = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
+        out, weights = attention(self, q, k, v, attention_mask, **options, **kwargs)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
@@ -263,11 +237,8 @@ class NanoChatModel(NanoChatPreTrainedModel):
         self.layers = nn.ModuleList(NanoChatDecoderLayer(config, i) for i in range(layers))
         self.rotary_emb = NanoChatRotaryEmbedding(config)
         if config.value_embeds:
-            kv_size = config.num_key_value_heads * config.head_dim
-            tables = [
-                Embedding(config.vocab_size, kv_size, matrix_init(config, width)) for _ in config.value_embed_layers
-            ]
-            self.value_embeds = nn.ModuleDict({str(i): table for i, table in zip(config.value_embed_layers, tables)})
+            shape = (config.vocab_size, config.num_key_value_heads * config.head_dim, matrix_init(config, width))
+            self.value_embeds = nn.ModuleDict({str(i): Embedding(*shape) for i in config.value_embed_layers})
         if config.residual_lambdas:
             self.resid_lambdas = nn.Parameter(torch.ones(layers))
             self.x0_lambdas = nn.Parameter(torch.zeros(layers))
@@ -277,7 +248,7 @@ class NanoChatModel(NanoChatPreTrainedModel):
                     f"{config._attn_implementation} keeps keys and values only, and the smear needs the token before: "
                     "serve this checkpoint with scripts/chat_web.py; the first generation works there"
                 )
-            self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1, gate_init())
+            self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1, GATE_INIT)
             self.smear_lambda = nn.Parameter(torch.zeros(1))
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.zeros(1))
@@ -297,32 +268,47 @@ class NanoChatModel(NanoChatPreTrainedModel):
             attention_mask: None, (B, S) with 1 for tokens and 0 for padding, or (B, 1, T, S) used as it is.
         """
         # The layers are named because transformers would take the first full one, which a static hybrid is not to it.
-        kwargs = {
-            "config": config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-        }
-        length, masks = inputs_embeds.shape[1], {}
+        inputs = (config, inputs_embeds, attention_mask)
+        kwargs = {"past_key_values": past_key_values, "position_ids": position_ids}
+        length = inputs_embeds.shape[1]
         # Plain training: SDPA's own causal mode, which transformers would not use while torch compiles.
         plain = attention_mask is None and past_key_values is None and position_ids is None
         causal = plain and config._attn_implementation == "sdpa"
-        if causal:
-            masks["full_attention"] = None
-        else:
-            masks["full_attention"] = create_causal_mask(**kwargs, layer_idx=config.num_hidden_layers - 1)
-        if "sliding_attention" in config.layer_types:
-            if causal and length <= config.sliding_window:
-                masks["sliding_attention"] = None
-            else:
-                sliding = config.layer_types.index("sliding_attention")
-                masks["sliding_attention"] = create_sliding_window_causal_mask(**kwargs, layer_idx=sliding)
-        masks["padding"] = None
+        masks = dict.fromkeys(("full_attention", "sliding_attention", "padding"))
+        if not causal:
+            masks["full_attention"] = create_causal_mask(*inputs, **kwargs, layer_idx=config.num_hidden_layers - 1)
+        if config.sliding_window and not (causal and length <= config.sliding_window):
+            sliding = config.layer_types.index("sliding_attention")
+            masks["sliding_attention"] = create_sliding_window_causal_mask(*inputs, **kwargs, layer_idx=sliding)
         if attention_mask is not None and attention_mask.ndim == 2:
             # A fresh copy: a view's stride grows with the sequence, and the compiled step would be compiled again.
             masks["padding"] = attention_mask[:, -(length + 1) :].clone(memory_format=torch.contiguous_format)
         return masks
+
+    def past_length(self, cache: Cache | None, length: int) -> int | torch.Tensor:
+        """-> tokens in the cache, before `length` new ones: an int, or a tensor if the cache is static.
+
+        Raises ValueError for a cache that was made for another kind of model, and past the range of the positions.
+        """
+        kinds, smear, past, most = self.config.layer_types, self.config.smear, 0, length
+        if cache is not None:
+            layers = getattr(cache, "layers", None)
+            fits = layers is not None and len(layers) in (len(kinds), -1 if smear else 0)  # 0: made without a config
+            fits = fits and (not smear or hasattr(layers[-1], "update_conv_state"))
+            if not fits or any(layer.is_sliding and kind != "sliding_attention" for layer, kind in zip(layers, kinds)):
+                raise ValueError(
+                    "this cache is not one of this model: create it as DynamicCache(config=model.config) or "
+                    "StaticCache(config=model.config, max_cache_len=...)"
+                )
+            past = cache.get_seq_length(len(kinds) - 1)  # of the last layer, which is never a window
+            static = getattr(layers[-1], "max_cache_len", 0) if layers else 0
+            most = max(static, past + length if isinstance(past, int) else 0)
+        limit = ROPE_RANGE * self.config.max_position_embeddings
+        if most > limit:
+            raise ValueError(
+                f"{most} positions are too many, this model counts to {limit} ({ROPE_RANGE} x max_position_embeddings)"
+            )
+        return past
 
     def smear(self, x, position_ids, padding, cache):
         """Adds to each embedding x_t (B, T, C) a gated share of x_{t-1}, within a sequence only."""
@@ -330,11 +316,6 @@ class NanoChatModel(NanoChatPreTrainedModel):
         previous = F.pad(x[:, :-1], (0, 0, 1, 0))
         if cache is not None:
             layer = self.config.num_hidden_layers - 1
-            if layer >= len(cache.layers) or not hasattr(cache.layers[layer], "update_conv_state"):
-                raise ValueError(
-                    "this cache has no place for the smear's state: create it as DynamicCache(config=model.config) or "
-                    "StaticCache(config=model.config, max_cache_len=...)"
-                )
             continues, kept = cache.has_previous_state(layer), cache.layers[layer].conv_states
             if continues and kept[0].device != x.device:  # an offloaded cache brings back keys and values only
                 kept[0] = kept[0].to(x.device)
@@ -375,8 +356,8 @@ class NanoChatModel(NanoChatPreTrainedModel):
             `last_hidden_state` (B, T, C) and `past_key_values`.
 
         Raises:
-            ValueError: no input, ids missing for value embeddings, a cache without the smear's state, or positions
-                past 10 x max_position_embeddings.
+            ValueError: no input, ids missing for value embeddings, a cache of another kind, or positions past
+                10 x max_position_embeddings.
         """
         config = self.config
         if input_ids is None and (inputs_embeds is None or config.value_embeds):
@@ -390,21 +371,15 @@ class NanoChatModel(NanoChatPreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache = False  # recomputing a block would append its keys twice
 
-        # Asked of the last layer, which is never a window: an int, or a tensor if the cache is static.
-        past = 0 if past_key_values is None else past_key_values.get_seq_length(config.num_hidden_layers - 1)
-        limit = ROPE_RANGE * config.max_position_embeddings
-        if x.shape[1] + (past if isinstance(past, int) else 0) > limit:
-            raise ValueError(f"input passes position {limit} ({ROPE_RANGE} x max_position_embeddings): shorten it")
+        past = self.past_length(past_key_values, x.shape[1])
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
             masks = self.create_masks_for_generate(config, x, attention_mask, past_key_values, position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        positions = position_ids
-        if positions is None:
-            positions = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
-        position_embeddings = self.rotary_emb(x, positions)
+        counted = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
+        position_embeddings = self.rotary_emb(x, counted if position_ids is None else position_ids)
 
         x = rms_norm(x, config.rms_norm_eps)
         if config.smear:
@@ -416,17 +391,10 @@ class NanoChatModel(NanoChatPreTrainedModel):
             if config.residual_lambdas:
                 x = residual[i] * x + initial[i] * x0
             has_value_embed = config.value_embeds and str(i) in self.value_embeds
-            x = layer(
-                x,
-                position_embeddings,
-                attention_mask=masks[
-                    "sliding_attention" if config.layer_types[i] == "sliding_attention" else "full_attention"
-                ],
-                value_embed=self.value_embeds[str(i)](input_ids).to(x.dtype) if has_value_embed else None,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                **kwargs,
-            )
+            value_embed = self.value_embeds[str(i)](input_ids).to(x.dtype) if has_value_embed else None
+            mask = masks["sliding_attention" if config.layer_types[i] == "sliding_attention" else "full_attention"]
+            cache = {"past_key_values": past_key_values, "position_ids": position_ids}
+            x = layer(x, position_embeddings, attention_mask=mask, value_embed=value_embed, **cache, **kwargs)
             if i == len(self.layers) // 2:
                 middle = x
         if config.backout:
@@ -469,15 +437,8 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
             logits_to_keep: compute only the last so many positions (0: all), or those of an index tensor.
             kwargs: `num_items_in_batch` (loss = sum / that number), `shift_labels`, and what the attention takes.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        outputs = self.model(*inputs, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])[..., : self.config.num_tokens].float()
         if (cap := self.config.final_logit_softcapping) is not None:
@@ -485,13 +446,8 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        rest = {name: getattr(outputs, name) for name in ("past_key_values", "hidden_states", "attentions")}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
 
 __all__ = ["NanoChatForCausalLM", "NanoChatModel", "NanoChatPreTrainedModel"]
