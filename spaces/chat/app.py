@@ -61,6 +61,7 @@ EXAMPLES = {
     "en": ["Hello", "What is 12 * 34?", "How many letters r are in strawberry?", "Why is the sky blue?"],
     "ko": ["안녕하세요", "12 * 34는 얼마인가요?", "딸기는 무슨 색인가요?", "하늘은 왜 파란가요?"],
 }
+CSS = ".message { word-break: keep-all; overflow-wrap: anywhere; }"  # Korean lines break between words
 if LANGUAGE and LANGUAGE not in TEXTS:
     sys.exit(f"error: SPACE_LANGUAGE is {LANGUAGE!r}; use {' or '.join(TEXTS)}")
 i18n = gr.I18n(**{browser: TEXTS[LANGUAGE or browser] for browser in TEXTS})
@@ -358,4 +359,4 @@ demo = build()
 demo.queue(max_size=MAX_QUEUE)
 
 if __name__ == "__main__":
-    demo.launch(i18n=i18n, show_error=True, footer_links=[])
+    demo.launch(i18n=i18n, css=CSS, show_error=True, footer_links=[])
