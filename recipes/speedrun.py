@@ -11,14 +11,13 @@ one goes on where it stopped, and a recipe that changed since a stage finished i
 import argparse
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 
 from nanochat_hf.data import primer
 from nanochat_hf.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from nanochat_hf.distributed import main_first, meet, processes
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.chatcore import chatcore_metric
 from nanochat_hf.eval.generation import Generator
@@ -91,8 +90,9 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
 def run_stage(stage: str, configs: dict, run: Run, repo: str | None) -> None:
     config, output = configs[stage], run.folder(stage)
     if stage == "tokenizer":
-        if PartialState().is_main_process:
-            train_tokenizer(config, output)
+        with main_first("the tokenizer") as main:
+            if main:
+                train_tokenizer(config, output)
     elif stage == "base":
         tokenizer, bundle = str(run.folder("tokenizer")), configs["eval"].core_bundle if "eval" in configs else None
         core = None
@@ -100,7 +100,7 @@ def run_stage(stage: str, configs: dict, run: Run, repo: str | None) -> None:
             core = core_metric(load_tokenizer(tokenizer), bundle)
         push = None
         if repo:  # every process takes part in writing the folder, one uploads it
-            push = checkpoint_pusher(repo) if PartialState().is_main_process else lambda folder, step: None
+            push = checkpoint_pusher(repo) if processes().is_main_process else lambda folder, step: None
         pretrain(config, tokenizer=tokenizer, output=output, core=core, push=push)
     elif stage in ("mid", "sft"):
         source = source_of(stage, run)
@@ -124,7 +124,7 @@ def chatcore(config: ChatConfig, tasks: EvalConfig | None, source: str, folder: 
     try:
         return chatcore_metric(tasks, load_tokenizer(source), folder, engine)
     except InputError as error:
-        PartialState().print(f"no ChatCORE on the way: {error}")
+        processes().print(f"no ChatCORE on the way: {error}")
         return None
 
 
@@ -182,10 +182,9 @@ def main() -> None:
     recipe = find_recipe(arguments.recipe)
     stages, configs = read_recipe(recipe, arguments.stages and arguments.stages.split(","), arguments.overrides)
     run = Run(arguments.run_dir or Path("runs") / recipe.name)
-    # Ranks wait for the main one while it trains the tokenizer or downloads: longer than the default ten minutes.
     if (configs["base"].push_every > 0) != bool(arguments.repo):
         raise InputError("base.push_every and --repo go together: give both, or neither")
-    state = PartialState(timeout=timedelta(hours=2))
+    state = processes()
     check_writable(run.path)
     check_run_folder(run, stages, configs)
     for stage in stages:
@@ -198,7 +197,7 @@ def main() -> None:
         run_stage(stage, configs, run, arguments.repo)
         AcceleratorState._reset_state()  # the next stage chooses its own precision and accumulation
         GradientState._reset_state()
-        state.wait_for_everyone()
+        meet(f"the end of stage {stage}")
     if "report" in stages and state.is_main_process:
         report = make_report(run.path, hourly_rate=arguments.hourly_rate)
         print(f"\n{report.read_text()}\nThe report with its plots: {report}")

@@ -121,7 +121,7 @@ import nanochat_hf.train.sft as sft, torch
 torch.set_num_threads(1)
 base, out, batch, die = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 mixture = [{"dataset": "primer", "rows": 60}]
-config = ChatConfig(mixture=mixture, device_batch_size=batch, num_iterations=4, save_every=2)
+config = ChatConfig(mixture=mixture, device_batch_size=batch, num_iterations=8, save_every=2)
 real, done = sft.ChatTrainer.training_step, []
 def step(self, *args, **kwargs):
     if len(done) == die:
@@ -157,5 +157,5 @@ def test_two_processes_train_like_one_and_resume_with_their_own_momenta(tiny_fol
         [row["train_loss"] for row in load_json(tmp_path / name / "metrics.json")["history"]]
         for name in ("one", "two", "killed")
     )
-    assert two[:2] == pytest.approx(one[:2], rel=1e-4) and two == pytest.approx(one, rel=0.05)
+    assert len(one) == 8 and two == pytest.approx(one, rel=1e-5)  # through three epochs, which end in half a step
     assert killed == pytest.approx(two, rel=1e-5)

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import PartialState
 from torch import Tensor
 
 from ..data.corpus import open_documents
 from ..data.loader import VALIDATION, PackedLoader
 from ..data.tokenizer import token_byte_lengths
+from ..distributed import processes
 from .score import positions_that_fit
 
 IGNORED = -100  # targets that carry no loss
@@ -82,7 +82,7 @@ def held_out_bpb(model, tokenizer, dataset, num_tokens: int, batch_tokens: int |
     Returns:
         A result as in metrics.json, "n" in tokens.
     """
-    state, length = PartialState(), min(model.config.max_position_embeddings, LONGEST)
+    state, length = processes(), min(model.config.max_position_embeddings, LONGEST)
     rank, world = state.process_index, state.num_processes
     rows = max(num_tokens // length, world)
     mine = (rows - rank + world - 1) // world

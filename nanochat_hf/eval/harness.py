@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from lm_eval.tasks import TaskManager
 
 from ..data.tokenizer import load_tokenizer
+from ..distributed import processes
 from ..errors import InputError
 from ..run import begin, finish, load_json, save_json
 from .bpb import held_out_bpb
@@ -92,7 +92,7 @@ def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: C
     Raises:
         InputError: unknown task, no chat template, no bundle, no such model.
     """
-    state, output, record = PartialState(), Path(output), begin(config)
+    state, output, record = processes(), Path(output), begin(config)
     if config.num_samples > 1 and config.temperature == 0:
         raise InputError("num_samples above 1 needs a temperature: greedy answers would all be the same")
     for name in ("limit", "core_limit"):

@@ -10,12 +10,12 @@ in text that cannot spell a special token.
 import time
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from ..data.tokenizer import load_tokenizer, strip_special_tokens
+from ..distributed import meet, processes
 from ..errors import InputError
 from .score import score
 
@@ -33,7 +33,7 @@ class LocalLM(HFLM):
 
     def __init__(self, model, tokenizer, config, engine=None):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=config.batch_size)
-        state = PartialState()
+        state = processes()
         self._rank, self._world_size = state.process_index, state.num_processes
         self.options, self.engine, self.num_cropped, self.model_seconds = config, engine, 0, 0.0
 
@@ -44,7 +44,7 @@ class LocalLM(HFLM):
         return gather_object([obj]) if self.world_size > 1 else [obj]
 
     def barrier(self):
-        PartialState().wait_for_everyone()
+        meet("a task")
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         plain = [{**message, "content": strip_special_tokens(message["content"])} for message in chat_history]

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate import PartialState
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks import TaskManager
 
 from ..data import primer
 from ..data.conversations import Mixture
+from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import nearest
 from .core import evaluate_core, load_tasks, run_lm_eval
@@ -71,7 +71,7 @@ class Tasks:
             if korean and not self.loaded:
                 raise InputError(f"no task of {name} has its rows here: {failed[0]}; name them with chat_data")
             if failed:
-                PartialState().print(f"[eval] {name} goes without {', '.join(failed)}")
+                processes().print(f"[eval] {name} goes without {', '.join(failed)}")
 
     def members(self, kind: str) -> list[str]:
         return self.manager.task_index[MEANS[kind][0]].cfg["task"]
@@ -90,7 +90,9 @@ class Tasks:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-        if PartialState().is_main_process:
+        with main_first("making the questions") as main:
+            if not main:
+                return
             for kind in DEMO_KINDS:
                 write(f"primer_{kind}.jsonl", primer.questions(kind))
             source = self.config.words or self.config.dataset
@@ -99,7 +101,6 @@ class Tasks:
                 found = [row["messages"] for row in Mixture([bee], seed=self.config.seed)]
                 rows = [{"messages": turns[:1], "answer": turns[-1]["content"]} for turns in found]
                 write("spellingbee_test.jsonl", rows)
-        PartialState().wait_for_everyone()
 
     def run(self, name: str, lm: LocalLM) -> tuple[dict, list[dict]]:
         """One task -> ({short name: result}, samples); both empty on ranks other than the first."""

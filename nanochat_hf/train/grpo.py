@@ -31,11 +31,12 @@ from ..data import primer
 from ..data.answers import hash_answer
 from ..data.conversations import Mixture
 from ..data.tokenizer import load_tokenizer
+from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin
 from ..tools import python
 from .rewards import COLUMNS, correctness, pass_at_k
-from .trainer import StageConfig, StageTrainer, conclude, fit, load_model, lora, processes, trainer_arguments
+from .trainer import StageConfig, StageTrainer, conclude, fit, load_model, lora, trainer_arguments
 
 MAX_TOOL_CALLS = 4  # of one answer
 EVAL_ROWS = 128  # answers that a device generates together while measuring
@@ -225,8 +226,10 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
     not divide.
     """
     record, output = begin(config), Path(output)
-    tokenizer = load_tokenizer(model)
-    network = load_model(model, config, tokenizer)
+    processes()
+    with main_first(f"loading {model}"):
+        tokenizer = load_tokenizer(model)
+        network = load_model(model, config, tokenizer)
     room = network.config.max_position_embeddings - config.max_new_tokens
     rows, skipped = questions(config, "train", tokenizer, room)
     held_out, bad = questions(config, "test", tokenizer, room)

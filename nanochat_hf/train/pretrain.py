@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel
 from ..data.corpus import open_documents
 from ..data.loader import VALIDATION, PackedLoader
 from ..data.tokenizer import load_tokenizer
+from ..distributed import main_first, meet
 from ..errors import InputError
 from ..run import begin, finish
 from . import checkpoint
@@ -169,12 +171,14 @@ class Pretraining:
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.record = begin(config)
         set_seed(config.seed)
-        self.tokenizer = load_tokenizer(tokenizer)
-        shape = shape_of(model) if model else {}
+        with main_first("loading the tokenizer"):
+            self.tokenizer = load_tokenizer(tokenizer)
+            shape = shape_of(model) if model else {}
         options = {name: getattr(config, name) for name in PLAN_KEYS} | shape
         self.plan = plan(vocab_size=len(self.tokenizer), **options)
         check_cost(self.plan, self.device)
-        self.model = new_model(self.plan, model, self.tokenizer, self.device, self.sharded)
+        with main_first("loading the model") if model else nullcontext():
+            self.model = new_model(self.plan, model, self.tokenizer, self.device, self.sharded)
         self.step, self.history, self.samples = 0, [], []
         self.seconds, self.timed = 0.0, 0  # spent in steps, and in how many: the first one on a GPU compiles
         self.signal = 0  # number of the signal that asked to stop
@@ -422,5 +426,5 @@ class Pretraining:
         for tracker in self.accelerator.trackers:  # not end_training(), which ends the processes' group as well
             tracker.finish()
         self.accelerator.free_memory()
-        self.accelerator.wait_for_everyone()
+        meet("the end of pretraining")
         return {**self.record, **numbers}

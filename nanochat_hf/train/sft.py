@@ -23,11 +23,12 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from ..data.conversations import Mixture
 from ..data.tokenizer import load_tokenizer
+from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin, load_json, save_json
 from .fast import fuse
 from .network import compute_dtype
-from .trainer import StageConfig, StageTrainer, conclude, fit, load_model, lora, processes, trainer_arguments
+from .trainer import StageConfig, StageTrainer, conclude, fit, load_model, lora, trainer_arguments
 
 MANY = 20_000  # conversations from which tokenizing is shared out over the cores
 
@@ -159,37 +160,37 @@ def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, fol
 
     Raises InputError when nothing of the mixture can be used.
     """
-    if processes().is_main_process and not (folder / "made.json").exists():
-        mixture = Mixture(entries, config.seed, config.bad_rows)
-        chats = [(row["entry"], row["row"], json.dumps(row["messages"])) for row in tqdm(mixture, desc="reading")]
-        rows = Dataset.from_dict(dict(zip(("entry", "row", "chat"), zip(*chats)))).map(
-            lambda batch: encode(tokenizer, [json.loads(chat) for chat in batch["chat"]], config.assistant_only),
-            batched=True,
-            num_proc=min(os.cpu_count(), 32) if len(chats) > MANY else None,
-            remove_columns="chat",
-            desc="tokenizing",
-        )
-        kept = []
-        for index, (number, row, ids) in enumerate(zip(rows["entry"], rows["row"], rows["input_ids"])):
-            entry = mixture.entries[number]
-            if len(ids) > length:
-                entry.num_rows -= 1
-                mixture.skip(number, row, f"{len(ids)} tokens, and a row holds {length}")
-            else:
-                entry.num_tokens += len(ids)
-                kept.append(index)
-        if not kept:
-            raise InputError(f"no conversation of the mixture fits into max_seq_len = {length} tokens")
-        rows = rows.select(kept).select_columns(["input_ids", "labels"])
-        if config.packing:
-            rows = pack_dataset(rows, length)
-        shutil.rmtree(folder, ignore_errors=True)
-        rows.save_to_disk(folder)
-        total = {key: sum(entry[key] for entry in mixture.summary()) for key in ("rows", "tokens")}
-        print(mixture.table())
-        made = {**total, "mixture": mixture.summary(), "skipped_rows": mixture.skipped}
-        save_json(folder / "made.json", made)
-    processes().wait_for_everyone()
+    with main_first(f"making {folder}") as main:
+        if main and not (folder / "made.json").exists():
+            mixture = Mixture(entries, config.seed, config.bad_rows)
+            chats = [(row["entry"], row["row"], json.dumps(row["messages"])) for row in tqdm(mixture, desc="reading")]
+            rows = Dataset.from_dict(dict(zip(("entry", "row", "chat"), zip(*chats)))).map(
+                lambda batch: encode(tokenizer, [json.loads(chat) for chat in batch["chat"]], config.assistant_only),
+                batched=True,
+                num_proc=min(os.cpu_count(), 32) if len(chats) > MANY else None,
+                remove_columns="chat",
+                desc="tokenizing",
+            )
+            kept = []
+            for index, (number, row, ids) in enumerate(zip(rows["entry"], rows["row"], rows["input_ids"])):
+                entry = mixture.entries[number]
+                if len(ids) > length:
+                    entry.num_rows -= 1
+                    mixture.skip(number, row, f"{len(ids)} tokens, and a row holds {length}")
+                else:
+                    entry.num_tokens += len(ids)
+                    kept.append(index)
+            if not kept:
+                raise InputError(f"no conversation of the mixture fits into max_seq_len = {length} tokens")
+            rows = rows.select(kept).select_columns(["input_ids", "labels"])
+            if config.packing:
+                rows = pack_dataset(rows, length)
+            shutil.rmtree(folder, ignore_errors=True)
+            rows.save_to_disk(folder)
+            total = {key: sum(entry[key] for entry in mixture.summary()) for key in ("rows", "tokens")}
+            print(mixture.table())
+            made = {**total, "mixture": mixture.summary(), "skipped_rows": mixture.skipped}
+            save_json(folder / "made.json", made)
     return load_from_disk(str(folder)).with_format("numpy"), load_json(folder / "made.json")
 
 
@@ -223,8 +224,10 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     model or batch size with which this cannot work.
     """
     record, output = begin(config), Path(output)
-    tokenizer = load_tokenizer(model)
-    network = load_model(model, config, tokenizer)
+    processes()
+    with main_first(f"loading {model}"):
+        tokenizer = load_tokenizer(model)
+        network = load_model(model, config, tokenizer)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
     steps = accumulation(config, length)
     rows, made = prepare(config, config.mixture, tokenizer, length, output / "state" / "rows")

@@ -1,0 +1,96 @@
+"""Processes of one job that wait for each other: always with a time-out, and saying who waits for whom and for what.
+
+    meet("checkpoint of step 100")                   # a barrier
+    with main_first("the tokenizer"):                # the main process does it, then all others, from its cache
+        tokenizer = load_tokenizer(name)
+
+Why not torch's barriers: when one process is stuck they let the others wait for the job's communication time-out,
+which has to be long, and then say something about a collective operation. Here the processes write down in the job's
+key-value store where they have got to; so nothing runs on a device, and whoever gives up can name the missing ones.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch.distributed import distributed_c10d
+
+from .errors import InputError
+
+PATIENCE = timedelta(minutes=30)
+LONG = timedelta(hours=6)  # for work of one process that may take so long: a tokenizer, a dataset's download
+_met: Counter = Counter()  # how often each place was passed; the same on every process
+
+
+class WaitedTooLong(RuntimeError):
+    """Some process of the job did not come, see the message."""
+
+
+def processes() -> PartialState:
+    """The job's processes, joined if they are not yet. Without `cpu` Accelerate takes those on CPUs for strangers."""
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return PartialState(cpu=on_cpu, timeout=PATIENCE)
+
+
+def place() -> tuple[int, int]:
+    """-> (rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def meet(where: str, patience: timedelta = PATIENCE) -> None:
+    """Wait until every process of the job is here. Raises WaitedTooLong with the ranks that are missing."""
+    rank, world = place()
+    if world > 1:
+        arrive(where, rank)
+        wait_for(range(world), where, patience)
+        _met[where] += 1
+
+
+@contextmanager
+def main_first(where: str, patience: timedelta = LONG) -> Iterator[bool]:
+    """Let the main process through first, the others when it is done; gives whether this is the main process.
+
+    Raises WaitedTooLong when it takes longer than `patience`; and InputError, which only the main process would show,
+    when it fails.
+    """
+    rank, world = place()
+    if rank > 0:
+        wait_for([0], where, patience)
+    try:
+        yield rank == 0
+    except BaseException:
+        if rank == 0 and world > 1:
+            arrive(where, 0, "failed")
+        raise
+    if rank == 0 and world > 1:
+        arrive(where, 0)
+    _met[where] += 1
+
+
+def key(where: str, rank: int) -> str:
+    return f"nanochat_hf/{where}/{_met[where]}/{rank}"
+
+
+def arrive(where: str, rank: int, how: str = "here") -> None:
+    distributed_c10d._get_default_store().set(key(where, rank), how)
+
+
+def wait_for(others, where: str, patience: timedelta) -> None:
+    store, keys = distributed_c10d._get_default_store(), {rank: key(where, rank) for rank in others}
+    try:
+        store.wait(list(keys.values()), patience)
+    except RuntimeError as error:  # DistStoreError: time is up, or the process that holds the store is gone
+        try:
+            missing = [rank for rank, name in keys.items() if not store.check([name])]
+        except RuntimeError:
+            raise WaitedTooLong(f"rank {place()[0]} lost its job at {where!r}: the main process is gone") from error
+        raise WaitedTooLong(
+            f"rank {place()[0]} waited {patience} at {where!r} for rank {', '.join(map(str, missing))}; "
+            "look at the output of these"
+        ) from None
+    if any(store.get(name) == b"failed" for name in keys.values()):
+        raise InputError(f"the main process failed at {where!r}; see there")

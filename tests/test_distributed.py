@@ -1,0 +1,223 @@
+"""Several processes on this machine, over gloo: the number changes speed and not the result.
+
+Everything is launched as a user would launch it, with the files of configs/accelerate; ACCELERATE_USE_CPU=true puts it
+on the CPU. The machines that run this are small: each launch does several jobs.
+"""
+
+import json
+import shutil
+import subprocess
+import time
+
+import pytest
+import torch
+from test_optim import free_port
+from workers import ROOT, command, environment, launch
+
+from nanochat_hf.data import primer
+from nanochat_hf.data.tokenizer import train_bpe
+from nanochat_hf.distributed import main_first, meet
+from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
+from nanochat_hf.run import load_json
+
+SHAPE = {"depth": 3, "aspect_ratio": 24, "head_dim": 24, "max_seq_len": 64, "dataset": "primer"}  # 3 matrices a kind
+QUICK = {"eval_every": -1, "eval_tokens": 1024, "sample_every": -1, "save_every": -1}
+# Rates that rise all through the run: the full ones make so small a batch chaotic, and rounding grows a hundredfold.
+RUN = {**SHAPE, **QUICK, "num_iterations": 20, "total_batch_size": 512, "device_batch_size": 2, "warmup_steps": 80}
+STOPPED, ODD = 8, 509
+
+
+def losses(folder) -> list[float]:
+    return [point["train_loss"] for point in load_json(folder / "metrics.json")["history"]]
+
+
+def weights(folder) -> dict:
+    return NanoChatForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with tokenizer/, whose number of tokens no number of processes divides."""
+    folder = tmp_path_factory.mktemp("distributed")
+    texts = [text for _, text in zip(range(500), primer.documents("train", seed=0))]
+    train_bpe(iter(texts), vocab_size=ODD).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def job(place, name: str, **keys) -> dict:
+    return {"do": "pretrain", "output": place / name, "tokenizer": place / "tokenizer", **RUN, **keys}
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """The runs of one process, four micro-batches a step, that all others must equal."""
+    jobs = [job(place, "alone", generation=2), job(place, "alone-1", generation=1)]
+    assert launch(1, "", jobs).returncode == 0
+    assert load_json(place / "alone" / "metrics.json")["gradient_accumulation"] == 4
+    assert weights(place / "alone-1")["lm_head.weight"].shape == (ODD, 72)
+    return place
+
+
+def same(place, name: str, other: str, accumulation: int) -> None:
+    metrics, expected = load_json(place / name / "metrics.json"), load_json(place / other / "metrics.json")
+    assert metrics["gradient_accumulation"] == accumulation
+    assert losses(place / name) == pytest.approx(losses(place / other), abs=1e-5)
+    assert metrics["val_bpb"] == pytest.approx(expected["val_bpb"], abs=1e-5)
+    one, two = weights(place / other), weights(place / name)
+    assert set(one) == set(two)
+    # AdamW's first steps turn rounding into whole steps where a gradient is all but zero: norms and not elements.
+    for key in one:
+        assert (one[key] - two[key]).norm() <= 1e-3 * one[key].norm() + 1e-6, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2"])
+def test_two_and_four_processes_equal_one_and_each_other_after_a_stop(alone, config):
+    """20 steps of both generations; the second stopped after step 8, and resumed by 2, by 4 and (DDP) by 1 process."""
+    place, stopped = alone, alone / f"{config}-stopped"
+    jobs = [
+        job(place, f"{config}-2", generation=2),
+        job(place, f"{config}-2-1", generation=1),
+        job(place, stopped.name, generation=2, stop_at=STOPPED - 1),
+    ]
+    assert launch(2, config, jobs).returncode == 0
+    same(place, f"{config}-2", "alone", 2)
+    same(place, f"{config}-2-1", "alone-1", 2)
+    saved = stopped / "state" / f"step_{STOPPED:06d}"
+    assert [path.name for path in stopped.glob("state/*")] == [saved.name]
+    files = {path.name for path in saved.iterdir()}
+    weights_at = "model.pt" if config == "multi_gpu" else "shards"
+    assert files == {weights_at, "progress.pt", "rank_00000.pt", "rank_00001.pt"}
+    for name in ("again-2", "again-4", "again-1"):
+        shutil.copytree(stopped, place / f"{config}-{name}")
+    jobs = [
+        job(place, f"{config}-4", generation=2),
+        job(place, f"{config}-4-1", generation=1),
+        job(place, f"{config}-again-4", generation=2),
+    ]
+    assert launch(4, config, jobs).returncode == 0
+    same(place, f"{config}-4", "alone", 1)
+    same(place, f"{config}-4-1", "alone-1", 1)
+    same(place, f"{config}-again-4", "alone", 1)
+    assert launch(2, config, [job(place, f"{config}-again-2", generation=2)]).returncode == 0
+    assert losses(place / f"{config}-again-2") == losses(place / f"{config}-2")
+    if config == "multi_gpu":
+        assert launch(1, "", [job(place, f"{config}-again-1", generation=2)]).returncode == 0
+        same(place, f"{config}-again-1", "alone", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2"])
+def test_gradients_are_reduced_once_a_step_however_many_micro_batches(place, config):
+    """Communications in a step of 1 and of 4 micro-batches, counted by the profiler; and what the optimizer's hide."""
+    keys = {**SHAPE, **QUICK, "num_iterations": 4, "device_batch_size": 2}
+    counting = {"do": "count", "output": place / f"{config}-count", "tokenizer": place / "tokenizer", **keys}
+    assert launch(2, config, [{**counting, "accumulations": [1, 4]}]).returncode == 0
+    found = load_json(place / f"{config}-count" / "count.json")
+    one, four = found["counted"]["1"], found["counted"]["4"]
+    if config == "multi_gpu":
+        assert one == four and one["gloo:all_reduce"] > 0
+        # Every stack is on its way before the first one that came back is applied.
+        order = found["order"]
+        assert order.index("apply") > max(i for i, what in enumerate(order) if what == "send")
+        assert [what for what in order if what != "apply"] == ["compute", "send"] * order.count("send")
+    else:
+        reduced = [name for name in one if "reduce" in name]
+        assert reduced and all(one[name] == four[name] for name in reduced)
+        gathered = [name for name in one if "gather" in name]
+        assert all(one[name] <= four[name] for name in gathered)  # weights come anew for each micro-batch
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_job_and_a_rerun_goes_on(alone):
+    run = job(alone, "killed", generation=2, save_every=4)
+    start = time.time()
+    done = launch(2, "multi_gpu", [{**run, "die": [1, 10]}])
+    assert done.returncode != 0 and time.time() - start < 200
+    assert "SIGKILL" in done.stderr and "rank      : 1" in done.stderr
+    assert max(path.name for path in (alone / "killed" / "state").glob("step_*")) == "step_000008"
+    assert not (alone / "killed" / "metrics.json").exists()
+    done = launch(2, "multi_gpu", [run])
+    assert done.returncode == 0 and "going on after step 8" in done.stdout + done.stderr
+    same(alone, "killed", "alone", 2)
+
+
+@pytest.mark.slow
+def test_two_machines_equal_one_process(alone):
+    """configs/accelerate/multi_node.yaml by two launchers with machine ranks of their own, here on one machine."""
+    port, jobs = free_port(), json.dumps([job(alone, "machines", generation=2)], default=str)
+    more = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    launched = []
+    for rank in ("1", "0"):
+        words = [*command(2, "multi_node", *more, "--machine_rank", rank), str(ROOT / "tests" / "workers.py"), jobs]
+        launched.append(
+            subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    texts = [process.communicate(timeout=400)[0] for process in launched]
+    assert [process.returncode for process in launched] == [0, 0], "\n".join(texts)[-6000:]
+    same(alone, "machines", "alone", 2)
+
+
+@pytest.mark.slow
+def test_who_waits_says_for_whom_and_gives_up(tmp_path):
+    job = {"do": "wait", "output": tmp_path, "missing": 2, "seconds": 2}
+    assert launch(3, "multi_gpu", [job], timeout=120).returncode == 0
+    said = [load_json(tmp_path / f"{rank}.json") for rank in range(3)]
+    first, *others = (entry[0].split() for entry in said)
+    assert first[0] == "True" and all(name == "False" and float(at) > float(first[1]) + 0.4 for name, at in others)
+    assert said[0][1] == "of the main process"
+    assert said[1][1] == "the main process failed at 'a failure'; see there"
+    assert said[1][2] == "rank 1 waited 0:00:02 at 'the end' for rank 2; look at the output of these"
+    assert said[0][2].startswith("rank 0 waited") and len(said[2]) == 2
+
+
+def test_one_process_waits_for_nobody():
+    with main_first("anything") as main:
+        assert main
+    meet("anything")
+
+
+@pytest.mark.slow
+def test_pretraining_refuses_zero_in_one_line(tmp_path):
+    """By the launch file itself; DeepSpeed's own messages aside, there is no traceback."""
+    words = [*command(2, "zero2")[:-2], "--num_processes", "1", "--main_process_port", str(free_port())]
+    words += [str(ROOT / "scripts" / "base_train.py"), "--config", str(ROOT / "recipes" / "cpu-demo" / "base.yaml")]
+    done = subprocess.run(
+        [*words, "--run-dir", str(tmp_path), "--tokenizer", str(tmp_path)],
+        env=environment(DS_ACCELERATOR="cpu"), capture_output=True, check=False, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "multi_gpu.yaml or fsdp2.yaml" in errors[0]
+
+
+ASKED = {"limit": 6, "bpb_tokens": 512, "max_new_tokens": 8, "batch_size": 8, "tasks": ["nanochat_demo"]}
+
+
+@pytest.fixture
+def chat(tmp_path, tiny_model, tokenizer):
+    """A folder with an untrained chat model, sft/, whose head is not all but zero."""
+    torch.nn.init.normal_(tiny_model.lm_head.weight, std=0.05)
+    tiny_model.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_other_stages_on_two_processes(chat):
+    """Evaluation gives the numbers of one process; RL trains, and measures every question once."""
+    asked = {"do": "evaluate", "models": {"sft": chat / "sft"}, **ASKED}
+    rl = {"dataset": "primer:problem", "examples_per_step": 4, "num_samples": 4, "device_batch_size": 8}
+    rl |= {"max_new_tokens": 8, "eval_examples": 5, "eval_samples": 2, "num_iterations": 2}
+    assert launch(1, "", [{**asked, "output": chat / "one"}]).returncode == 0
+    two = [{**asked, "output": chat / "two"}, {"do": "rl", "model": chat / "sft", "output": chat / "rl", **rl}]
+    assert launch(2, "multi_gpu", two).returncode == 0
+    one, two = (load_json(chat / name / "metrics.json")["results"]["sft"] for name in ("one", "two"))
+    assert set(one) == set(two) and len(one) == 6
+    for name in one:
+        assert two[name]["n"] == one[name]["n"]
+        assert two[name]["value"] == pytest.approx(one[name]["value"], abs=1e-6), name
+    metrics = load_json(chat / "rl" / "metrics.json")
+    assert metrics["before"]["questions"] == metrics["after"]["questions"] == 5
+    assert [row["step"] for row in metrics["history"]] == [1, 2]
+    assert NanoChatForCausalLM.from_pretrained(chat / "rl").config.num_hidden_layers == 2

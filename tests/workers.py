@@ -1,0 +1,186 @@
+"""What the tests with several processes run in each of them: `accelerate launch ... tests/workers.py JOBS`.
+
+JOBS is a JSON list of jobs, done one after the other in the same processes; each is {"do": name of a function below,
+and its arguments}. `launch` starts them.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(processes: int, config: str, *more: str) -> list[str]:
+    """accelerate launch with one of this project's config files; "python" for one process."""
+    if processes == 1:
+        return [sys.executable]
+    path = ROOT / "configs" / "accelerate" / f"{config}.yaml"
+    words = ["launch", "--config_file", str(path), "--num_processes", str(processes), "--main_process_port", "0"]
+    return [str(Path(sys.executable).parent / "accelerate"), *words, *more]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {
+        **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT), **more,
+    }  # fmt: skip
+
+
+def launch(processes: int, config: str, jobs: list[dict], timeout: float = 400, **more: str):
+    """Run the jobs to their end; -> the finished process, with `stdout` and `stderr`."""
+    words = [*command(processes, config), __file__, json.dumps(jobs, default=str)]
+    done = subprocess.run(words, env=environment(**more), capture_output=True, check=False, text=True, timeout=timeout)
+    print(done.stdout[-3000:], done.stderr[-6000:])
+    return done
+
+
+# --------------------------------------------------------------------------------------------------- in each process
+
+
+def pretrain(output: str, tokenizer: str, stop_at: int | None = None, die: list | None = None, **keys) -> None:
+    """stop_at: the main process alone hears SIGTERM in that step. die: [rank, step], that rank is killed after it."""
+    from nanochat_hf.train import pretrain as module
+
+    rank = int(os.environ.get("RANK", "0"))
+    if die and rank == die[0]:
+        real, done = module.Pretraining.train_step, []
+
+        def step(self):
+            done.append(1)
+            if len(done) > die[1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self)
+
+        module.Pretraining.train_step = step
+    hooks = {}
+    if stop_at:
+        keys["push_every"] = stop_at
+        hooks["push"] = lambda folder, step: os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        module.pretrain(module.PretrainConfig(**keys), tokenizer, Path(output), **hooks)
+    except SystemExit as stopped:
+        assert stop_at and stopped.code == 128 + signal.SIGTERM
+    fresh()
+
+
+def count(output: str, tokenizer: str, accumulations: list[int], **keys) -> None:
+    """The names and numbers of communications in the second step, by micro-batches of a step."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from nanochat_hf.train import optim
+    from nanochat_hf.train import pretrain as module
+
+    order, counted = [], {}
+    names = {"orthogonalise": "compute", "all_gather": "send"}
+    for name, word in names.items():
+        real = getattr(optim, name)
+        setattr(optim, name, lambda *a, real=real, word=word, **k: (order.append(word), real(*a, **k))[1])
+    real_finish = optim.MuonAdamW._finish
+    optim.MuonAdamW._finish = lambda *a, **k: (order.append("apply"), real_finish(*a, **k))[1]
+    for accumulation in accumulations:
+        run = module.Pretraining(
+            module.PretrainConfig(**keys, total_batch_size=2 * 2 * 64 * accumulation), tokenizer, Path(output), None,
+            None, None,
+        )  # fmt: skip
+        assert run.accumulation == accumulation
+        run.train_step()
+        order.clear()
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            run.train_step()
+        events = [event.name for event in recorded.events() if event.name.startswith("gloo:")]
+        counted[accumulation] = {name: events.count(name) for name in sorted(set(events))}
+        run.loader.close()
+        fresh()
+    if torch.distributed.get_rank() == 0:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        (Path(output) / "count.json").write_text(json.dumps({"counted": counted, "order": order}))
+
+
+def sft(output: str, model: str, die_at: int | None = None, **keys) -> None:
+    from nanochat_hf.train import sft as module
+
+    if die_at is not None:
+        real, done = module.ChatTrainer.training_step, []
+
+        def step(self, *args, **kwargs):
+            if len(done) == die_at:
+                sys.exit(3)
+            done.append(1)
+            return real(self, *args, **kwargs)
+
+        module.ChatTrainer.training_step = step
+    module.train_chat(module.ChatConfig(**keys), model, Path(output))
+    fresh()
+
+
+def rl(output: str, model: str, **keys) -> None:
+    from nanochat_hf.train.grpo import RLConfig, train_rl
+
+    train_rl(RLConfig(**keys), model, Path(output))
+    fresh()
+
+
+def evaluate(output: str, models: dict, **keys) -> None:
+    from nanochat_hf.eval.harness import EvalConfig, evaluate
+
+    evaluate(EvalConfig(**keys), models, Path(output))
+    fresh()
+
+
+def wait(output: str, missing: int, seconds: float) -> None:
+    """All but one rank meet; each writes down what happened to it."""
+    from datetime import timedelta
+
+    from accelerate import PartialState
+
+    from nanochat_hf.distributed import WaitedTooLong, main_first, meet
+
+    rank, said = PartialState(cpu=True).process_index, []
+    meet("the start")
+    meet("the start")
+    with main_first("the order") as main:
+        said.append(f"{main} {time.time()}")
+        time.sleep(0.5)
+    try:
+        with main_first("a failure") as main:
+            if main:
+                raise ValueError("of the main process")
+    except ValueError as error:  # InputError is one
+        said.append(str(error))
+    try:
+        if rank != missing:
+            meet("the end", timedelta(seconds=seconds))
+    except WaitedTooLong as error:
+        said.append(str(error))
+    Path(output, f"{rank}.json").write_text(json.dumps(said))
+    time.sleep(seconds + 1 if rank == 0 else 0)  # it holds the store
+
+
+def fresh() -> None:
+    """The next job chooses its own accumulation."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+def main() -> None:
+    import torch
+
+    import nanochat_hf  # noqa: F401  (registers the model)
+
+    torch.set_num_threads(1)
+    for job in json.loads(sys.argv[1]):
+        globals()[job.pop("do")](**job)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
