@@ -12,14 +12,17 @@ Calls of the calculator run here, inside the answer; streamed chunks show them i
 `python` in `tools` gets `tool_calls` instead and runs them itself. Turns that do not fit into the context are dropped,
 oldest first; `dropped_messages` says how many. Token log-probabilities are not computed: TGI's `logprob` is null.
 
-Other servers: `transformers serve` runs a first-generation model exported as transformers' own `nanochat` (the tests
-do it); it cannot load our class. vLLM's Transformers backend takes decoders with full or sliding attention, so that
-export fits and the second generation, whose smear keeps a state beside the keys, does not. TGI falls back to
-transformers for models that it does not know. The last two are read in their documentation, not run.
+Other people's servers (tests/test_other_servers.py): `transformers serve` runs a first-generation model exported as
+transformers' own `nanochat`. vLLM's Transformers backend runs that export, and by its source our class, too: it wants
+attention through ALL_ATTENTION_FUNCTIONS and takes the softcap from the config; the second generation, whose smear
+needs the token before, refuses to start there. TGI is in maintenance mode and pins transformers 4.51, which knows
+neither class. All three stop at a call and leave it to the client.
 """
 
 import asyncio
 import contextlib
+import dataclasses
+import itertools
 import json
 import time
 import uuid
@@ -50,24 +53,23 @@ class Sampling(BaseModel):
     stop: str | list[str] | None = None
 
 
-class ChatBody(Sampling):
-    messages: list[dict] = Field(min_length=1)
+class OpenAIBody(Sampling):
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
     stream: bool = False
     stream_options: dict | None = None
     n: int = Field(1, ge=1, le=16)
+
+
+class ChatBody(OpenAIBody):
+    messages: list[dict] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[dict] | None = None
     tool_choice: str | dict | None = None
 
 
-class CompletionBody(Sampling):
+class CompletionBody(OpenAIBody):
     prompt: str | list[int] | list[str]
-    model: str | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    stream: bool = False
-    n: int = Field(1, ge=1, le=16)
 
 
 class TGIParameters(Sampling):
@@ -197,62 +199,31 @@ class Server:
         model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "nanochat_hf"}
         return {"object": "list", "data": [model]}
 
-    async def chat(self, body: ChatBody, http: HTTPRequest):
-        prompt, dropped = self.chat_prompt(body)
-        by_client = bool(body.tools) and body.tool_choice != "none"
-        if by_client and not any((tool.get("function") or {}).get("name") == "python" for tool in body.tools):
-            raise InputError("this model knows one tool: a function named python with one argument, expression")
-        limit = body.max_completion_tokens or body.max_tokens
-        options = {"stop_at_call": by_client, "tools": body.tool_choice != "none"}
-        extra = {"dropped_messages": dropped} if dropped else {}
-        answers = self.answers(prompt, body, limit, **options)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name, **extra}
-        if body.stream:
-            if body.n > 1:
-                raise InputError("streaming gives one answer: leave n out")
-            return stream(self.chat_chunks(answers[0], {**head, "object": "chat.completion.chunk"}, body), http)
-        pieces = await asyncio.gather(*(answer.whole(http.is_disconnected) for answer in answers))
-        choices = [
-            {"index": i, "message": message_of(some, answer.reason), "finish_reason": answer.reason, "logprobs": None}
-            for i, (answer, some) in enumerate(zip(answers, pieces))
-        ]
-        return {**head, "object": "chat.completion", "choices": choices, "usage": total(answers)}
-
-    def answers(self, prompt: list[int], body, limit: int | None, **options) -> list[Answer]:
+    def answers(self, prompt: list[int], body: OpenAIBody, limit: int | None, **options) -> list[Answer]:
         """Start `body.n` answers to one prompt, all or none."""
+        if body.stream and body.n > 1:
+            raise InputError("streaming gives one answer: leave n out")
         first = self.request(prompt, body, limit, **options)
-        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         started: list[Answer] = []
         try:
             for i in range(body.n):
-                request = self.request(prompt, body, limit, **options)
-                request.seed = first.seed + i
-                started.append(Answer(self.workers, request, stops, self.max_seconds))
+                request = dataclasses.replace(first, seed=first.seed + i, tokens=[])
+                started.append(Answer(self.workers, request, listed(body.stop), self.max_seconds))
         except (Busy, Broken):
             for answer in started:
                 answer.request.cancelled = True
             raise
         return started
 
-    async def chat_chunks(self, answer: Answer, head: dict, body: ChatBody) -> AsyncIterator[dict]:
-        def chunk(delta: dict, reason: str | None = None) -> dict:
-            return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}]}
-
-        yield chunk({"role": "assistant", "content": ""})
-        calls = ""
-        async for _, pieces in answer.batches():
-            for piece in pieces:
-                if piece.kind == "text":
-                    yield chunk({"content": str(piece)})
-                elif answer.request.stop_at_call:
-                    calls += piece
-                else:
-                    yield chunk({"content": "", "tool": {piece.kind: str(piece)}})
-        if answer.reason == "tool_calls":
-            yield chunk({"tool_calls": [{"index": 0, **tool_call(calls)}]})
-        yield chunk({}, answer.reason)
-        if (body.stream_options or {}).get("include_usage"):
-            yield {**head, "choices": [], "usage": answer.usage}
+    async def chat(self, body: ChatBody, http: HTTPRequest):
+        prompt, dropped = self.chat_prompt(body)
+        by_client = bool(body.tools) and body.tool_choice != "none"
+        if by_client and not any((tool.get("function") or {}).get("name") == "python" for tool in body.tools):
+            raise InputError("this model knows one tool: a function named python with one argument, expression")
+        limit = body.max_completion_tokens or body.max_tokens
+        answers = self.answers(prompt, body, limit, stop_at_call=by_client, tools=body.tool_choice != "none")
+        head = {"object": "chat.completion", **({"dropped_messages": dropped} if dropped else {})}
+        return await self.reply(http, body, answers, head, chat_deltas, {"delta": {}}, message_of)
 
     async def completions(self, body: CompletionBody, http: HTTPRequest):
         prompt = body.prompt
@@ -263,25 +234,34 @@ class Server:
         if not prompt:
             raise InputError("the prompt is empty")
         answers = self.answers(self.text_prompt(prompt), body, body.max_tokens)
-        head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
-        head["model"] = self.name
-        if body.stream:
-            if body.n > 1:
-                raise InputError("streaming gives one answer: leave n out")
-            return stream(self.completion_chunks(answers[0], head), http)
-        pieces = await asyncio.gather(*(answer.whole(http.is_disconnected) for answer in answers))
-        choices = [
-            {"index": i, "text": "".join(some), "finish_reason": answer.reason, "logprobs": None}
-            for i, (answer, some) in enumerate(zip(answers, pieces))
-        ]
-        return {**head, "choices": choices, "usage": total(answers)}
+        head = {"object": "text_completion"}
+        return await self.reply(
+            http, body, answers, head, text_deltas, {"text": ""}, lambda p, _: {"text": text_of(p)}
+        )
 
-    async def completion_chunks(self, answer: Answer, head: dict) -> AsyncIterator[dict]:
-        async for _, pieces in answer.batches():
-            if pieces:
-                text = "".join(pieces)
-                yield {**head, "choices": [{"index": 0, "text": text, "finish_reason": None, "logprobs": None}]}
-        yield {**head, "choices": [{"index": 0, "text": "", "finish_reason": answer.reason, "logprobs": None}]}
+    async def reply(self, http: HTTPRequest, body: OpenAIBody, answers, head: dict, deltas, last: dict, whole):
+        """What OpenAI's routes have in common: `deltas` and `last` make chunks of an answer, `whole` its choice."""
+        chat = "chat" in head["object"]
+        head |= {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
+        head |= {"model": self.name}
+
+        def choice(i: int, content: dict, reason: str | None) -> dict:
+            return {"index": i, **content, "finish_reason": reason, "logprobs": None}
+
+        if not body.stream:
+            pieces = await asyncio.gather(*(answer.whole(http.is_disconnected) for answer in answers))
+            choices = [choice(i, whole(p, a.reason), a.reason) for i, (a, p) in enumerate(zip(answers, pieces))]
+            return {**head, "choices": choices, "usage": usage(answers)}
+
+        async def chunks():
+            async for content in deltas(answers[0]):
+                yield {**head, "choices": [choice(0, content, None)]}
+            yield {**head, "choices": [choice(0, last, answers[0].reason)]}
+            if (body.stream_options or {}).get("include_usage"):
+                yield {**head, "choices": [], "usage": usage(answers)}
+
+        head["object"] += ".chunk" if chat else ""
+        return stream(chunks(), http)
 
     def start_tgi(self, body: TGIBody) -> Answer:
         parameters = body.parameters
@@ -292,9 +272,9 @@ class Server:
             parameters.temperature = 1.0 if parameters.do_sample else 0.0
         if parameters.top_k is None:
             parameters.top_k = 0
-        stops = [parameters.stop] if isinstance(parameters.stop, str) else parameters.stop or []
         request = self.request(prompt, parameters, parameters.max_new_tokens or 20)  # 20 as in TGI
-        return Answer(self.workers, request, [*stops, *(parameters.stop_sequences or [])], self.max_seconds)
+        stops = [*listed(parameters.stop), *(parameters.stop_sequences or [])]
+        return Answer(self.workers, request, stops, self.max_seconds)
 
     async def compatible(self, body: TGIBody, http: HTTPRequest):
         """TGI's root: one route for both, as the Inference API has it; a plain answer is a list there."""
@@ -304,8 +284,7 @@ class Server:
 
     async def generate(self, body: TGIBody, http: HTTPRequest) -> dict:
         answer = self.start_tgi(body)
-        pieces = await answer.whole(http.is_disconnected)
-        text = "".join(pieces)
+        text = text_of(await answer.whole(http.is_disconnected))
         reply = {"generated_text": body.inputs + text if body.parameters.return_full_text else text}
         if body.parameters.details:
             decoder = TextDecoder(self.tokenizer)
@@ -320,7 +299,7 @@ class Server:
         """One event a token; the last one carries the whole text and why it ended."""
         decoder, text, index, last = TextDecoder(self.tokenizer), "", 0, None
         async for tokens, pieces in answer.batches():
-            text += "".join(pieces)
+            text += text_of(pieces)
             for token in tokens:
                 if last is not None:
                     yield last
@@ -336,7 +315,7 @@ class Server:
 
     def tgi_token(self, token: int, decoder: TextDecoder) -> dict:
         special = token in decoder.specials
-        return {"id": token, "text": "".join(decoder.push([token])), "logprob": None, "special": special}
+        return {"id": token, "text": text_of(decoder.push([token])), "logprob": None, "special": special}
 
     def tgi_end(self, answer: Answer) -> dict:
         reason = "stop_sequence" if answer.stopped else "eos_token" if answer.reason == "stop" else "length"
@@ -364,25 +343,53 @@ def tool_call(expression: str) -> dict:
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
+def listed(stop: str | list[str] | None) -> list[str]:
+    return [stop] if isinstance(stop, str) else stop or []
+
+
+def text_of(pieces: list[Piece]) -> str:
+    """What the model says, without its calls and their results."""
+    return "".join(piece for piece in pieces if piece.kind == "text")
+
+
+async def text_deltas(answer: Answer) -> AsyncIterator[dict]:
+    async for _, pieces in answer.batches():
+        if text := text_of(pieces):
+            yield {"text": text}
+
+
+async def chat_deltas(answer: Answer) -> AsyncIterator[dict]:
+    yield {"delta": {"role": "assistant", "content": ""}}
+    calls = ""
+    async for _, pieces in answer.batches():
+        for piece in pieces:
+            if piece.kind == "text":
+                yield {"delta": {"content": str(piece)}}
+            elif answer.request.stop_at_call:
+                calls += piece
+            else:
+                yield {"delta": {"content": "", "tool": {piece.kind: str(piece)}}}
+    if answer.reason == "tool_calls":
+        yield {"delta": {"tool_calls": [{"index": 0, **tool_call(calls)}]}}
+
+
 def message_of(pieces: list[Piece], reason: str) -> dict:
     """The assistant message of an answer: its text, and the calls that were made or are left to the client."""
-    text = "".join(piece for piece in pieces if piece.kind == "text")
+    message = {"role": "assistant", "content": text_of(pieces)}
     if reason == "tool_calls":
-        calls = [tool_call("".join(piece for piece in pieces if piece.kind == "call"))]
-        return {"role": "assistant", "content": text or None, "tool_calls": calls}
+        message["tool_calls"] = [tool_call("".join(piece for piece in pieces if piece.kind == "call"))]
+        return {"message": {**message, "content": message["content"] or None}}
     steps: list[dict] = []
-    before = "text"
-    for piece in pieces:
-        if (piece.kind == "call" and before != "call") or (piece.kind == "result" and not steps):
+    for kind, group in itertools.groupby(pieces, lambda piece: piece.kind):
+        if kind == "call" or (kind == "result" and not steps):
             steps.append({"call": "", "result": ""})
-        if piece.kind != "text":
-            steps[-1][piece.kind] += piece
-        before = piece.kind
-    return {"role": "assistant", "content": text, **({"tool_steps": steps} if steps else {})}
+        if kind != "text":
+            steps[-1][kind] += "".join(group)
+    return {"message": {**message, **({"tool_steps": steps} if steps else {})}}
 
 
-def total(answers: list[Answer]) -> dict:
-    """Usage of answers to one prompt, which is counted once."""
+def usage(answers: list[Answer]) -> dict:
+    """Tokens of answers to one prompt, which is counted once."""
     new = sum(len(answer.request.tokens) for answer in answers)
     prompt = len(answers[0].request.prompt)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

@@ -172,11 +172,6 @@ class Answer:
             return "stop"
         return "tool_calls" if self.request.finish == "call" else "length"
 
-    @property
-    def usage(self) -> dict:
-        prompt, new = len(self.request.prompt), len(self.request.tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-
 
 def open_workers(name: str, rows: int, max_waiting: int, device: str | None = None) -> list[Worker]:
     """Started workers with the model `name`, one on each GPU, or one on `device`."""
