@@ -5,9 +5,12 @@ on the CPU. The machines that run this are small: each launch does several jobs.
 """
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,8 +148,8 @@ def test_a_killed_rank_ends_the_job_and_a_rerun_goes_on(alone):
 @pytest.mark.slow
 def test_two_machines_equal_one_process(alone):
     """configs/accelerate/multi_node.yaml by two launchers with machine ranks of their own, here on one machine."""
-    port, jobs = free_port(), json.dumps([job(alone, "machines", generation=2)], default=str)
-    more = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    port, jobs = str(free_port()), json.dumps([job(alone, "machines", generation=2)], default=str)
+    more = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
     launched = []
     for rank in ("1", "0"):
         words = [*command(2, "multi_node", *more, "--machine_rank", rank), str(ROOT / "tests" / "workers.py"), jobs]
@@ -156,6 +159,41 @@ def test_two_machines_equal_one_process(alone):
     texts = [process.communicate(timeout=400)[0] for process in launched]
     assert [process.returncode for process in launched] == [0, 0], "\n".join(texts)[-6000:]
     same(alone, "machines", "alone", 2)
+
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@"
+first=$?; wait $!; exit $((first + $?))
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_runs_the_pipeline_on_two_machines(tmp_path):
+    """With stand-ins for Slurm's own two commands, which start two machines of one process each here."""
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\necho 127.0.0.2\n")
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    slurm = {
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_JOB_NODELIST": "a,b",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+    base = {"num_iterations": 3, "depth": 2, "eval_tokens": 4096, "device_batch_size": 8, "save_every": -1}
+    words = [f"base.{key}={value}" for key, value in base.items()]
+    done = subprocess.run(
+        [str(ROOT / "recipes" / "slurm.sh"), "--recipe", "cpu-demo", "--run-dir", str(tmp_path / "run"),
+         "--stages", "tokenizer,base", *words],
+        env=environment(PATH=path, MASTER_PORT=str(free_port()), **slurm),
+        capture_output=True, check=False, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    metrics = load_json(tmp_path / "run" / "base" / "metrics.json")
+    assert metrics["finished"] and metrics["hardware"]["num_processes"] == 2
+    assert done.stdout.count("[tokenizer]") == 1  # one of the processes speaks
 
 
 @pytest.mark.slow
