@@ -9,6 +9,7 @@ scrollback stays clean however long the answer. Ctrl-C stops an answer; at the p
 interface speaks English or Korean, by `--language` or the locale.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -55,6 +56,8 @@ KOREAN = {
     "{} tokens, {} a second": "토큰 {}개, 초당 {}개",
     "stopped · ": "멈춤 · ",
 }
+
+ARROW = " → "  # between a call and its result
 
 
 def system_language() -> str:
@@ -184,23 +187,16 @@ def spoken(messages: list[dict]) -> list[dict]:
 def messages_of(pieces: list[Piece]) -> list[dict]:
     """The messages of one answer; a call is an assistant message with `tool_calls`, its result one of role tool."""
     messages, text = [], ""
-    joined: list[Piece] = []
-    for piece in pieces:
-        if joined and joined[-1].kind == piece.kind:
-            joined[-1] = Piece(joined[-1] + piece, piece.kind)
-        else:
-            joined.append(piece)
-    for piece in joined:
-        if piece.kind == "call":
-            function = {"name": "python", "arguments": {"expression": str(piece)}}
-            messages.append(
-                {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": function}]}
-            )
+    for kind, group in itertools.groupby(pieces, lambda piece: piece.kind):
+        said = "".join(group)
+        if kind == "call":
+            calls = [{"type": "function", "function": {"name": "python", "arguments": {"expression": said}}}]
+            messages.append({"role": "assistant", "content": text, "tool_calls": calls})
             text = ""
-        elif piece.kind == "result" and messages and messages[-1].get("tool_calls") and not text:
-            messages.append({"role": "tool", "name": "python", "content": str(piece)})
+        elif kind == "result" and messages and messages[-1].get("tool_calls") and not text:
+            messages.append({"role": "tool", "name": "python", "content": said})
         else:  # also a result that the model made up without a call
-            text += piece
+            text += said
     return [*messages, {"role": "assistant", "content": text}]
 
 
@@ -217,83 +213,47 @@ def finished_part(text: str) -> int:
 
 
 class Screen:
-    """Shows one answer while it comes."""
+    """Shows one answer while it comes: paragraphs and calls in turn, each redrawn until it ends, then printed."""
 
     def __init__(self, console: Console):
-        self.console, self.pieces = console, []
-        self.text = self.call = ""
+        self.console, self.kind, self.text = console, "text", ""
         self.live: Live | None = None
 
     def show(self, piece: Piece) -> None:
-        if piece.kind == "text":
-            self.end_call()
-            self.text += piece
-            if not self.console.is_terminal:
+        kind = "text" if piece.kind == "text" else "call"
+        if kind != self.kind:
+            self.close()
+            self.kind = kind
+        if piece.kind == "result" and ARROW not in self.text:
+            self.text += ARROW
+        self.text += piece if kind == "text" else piece.replace("\n", " ")
+        if not self.console.is_terminal:
+            if kind == "text":
                 self.console.out(piece, end="", highlight=False)
-                return
-            done = finished_part(self.text)
-            if done:
-                self.draw(self.text[done:], above=self.text[:done])
-                self.text = self.text[done:]
-            else:
-                self.draw(self.text)
-        else:
-            self.end_text()
-            if piece.kind == "result" and " → " not in self.call:
-                self.call += " → "
-            self.call += piece.replace("\n", " ")
-            self.draw_call()
-
-    def draw(self, text: str, above: str = "") -> None:
+            return
         if self.live is None:
-            self.live = Live(
-                console=self.console,
-                transient=True,
-                refresh_per_second=15,
-                vertical_overflow="crop",
-                auto_refresh=False,
-            )
+            self.live = Live(console=self.console, transient=True, auto_refresh=False, vertical_overflow="crop")
             self.live.start()
-        if above:
-            self.live.console.print(markdown(above))
-        self.live.update(markdown(text), refresh=True)
+        if kind == "text" and (done := finished_part(self.text)):
+            self.console.print(self.drawn(self.text[:done]))
+            self.text = self.text[done:]
+        self.live.update(self.drawn(self.text), refresh=True)
 
-    def draw_call(self) -> None:
-        if self.console.is_terminal:
-            if self.live is None:
-                self.live = Live(console=self.console, transient=True, auto_refresh=False)
-                self.live.start()
-            self.live.update(self.call_line(), refresh=True)
+    def drawn(self, text: str):
+        if self.kind == "call":
+            return Text.assemble(("  ⚙ python ", "dim"), (text, "cyan"))
+        return Padding(Markdown(text, code_theme="ansi_dark"), (0, 0, 0, 2))
 
-    def call_line(self) -> Text:
-        return Text.assemble(("  ⚙ python ", "dim"), (self.call, "cyan"))
-
-    def stop_live(self) -> None:
+    def close(self) -> None:
+        """Print what is being written for good."""
         if self.live is not None:
             self.live.stop()
             self.live = None
-
-    def end_text(self) -> None:
-        self.stop_live()
-        if self.text and self.console.is_terminal:
-            self.console.print(markdown(self.text))
+        if self.text and (self.console.is_terminal or self.kind == "call"):
+            self.console.print(self.drawn(self.text), soft_wrap=self.kind == "call")
         elif self.text and not self.text.endswith("\n"):
             self.console.out("")
         self.text = ""
-
-    def end_call(self) -> None:
-        if self.call:
-            self.stop_live()
-            self.console.print(self.call_line(), soft_wrap=True)
-            self.call = ""
-
-    def close(self) -> None:
-        self.end_call()
-        self.end_text()
-
-
-def markdown(text: str) -> Padding:
-    return Padding(Markdown(text, code_theme="ansi_dark"), (0, 0, 0, 2))
 
 
 class Chat:
