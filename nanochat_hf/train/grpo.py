@@ -64,8 +64,6 @@ class RLConfig(StageConfig):
     """Questions of the test split that are asked before and after."""
     eval_samples: int = 4
     """Answers to each of them, for pass@k."""
-    bad_rows: str = "skip"
-    """What to do with questions that cannot be used: `skip` and count them, or `refuse`."""
     warmdown_ratio: float = 1.0
     init_lr_frac: float = 0.05
     opt_in: bool = False

@@ -32,8 +32,6 @@ class PreferenceConfig(StageConfig):
     """Of a Hub data set."""
     test_rows: int = 200
     """Rows kept for validation."""
-    bad_rows: str = "skip"
-    """What to do with rows that cannot be used: `skip` and count them, or `refuse`."""
     examples_per_step: int = 32
     """Pairs a step, over all devices."""
     max_seq_len: int = -1

@@ -41,8 +41,6 @@ class ChatConfig(StageConfig):
     """What to train on: entries as data/conversations.py reads them."""
     validation: list[dict] = field(default_factory=list)
     """What the validation loss is measured on, likewise; empty: nothing."""
-    bad_rows: str = "skip"
-    """What to do with rows that cannot be used: `skip` and count them, or `refuse`."""
     assistant_only: bool = True
     """Train on what the assistant says only; mid-training says false."""
     max_seq_len: int = -1

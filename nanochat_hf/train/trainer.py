@@ -57,13 +57,15 @@ HISTORY = {  # what a row of metrics.json's history keeps, by the names that the
 
 @dataclass
 class StageConfig:
-    """Keys that mid.yaml, sft.yaml and rl.yaml have in common."""
+    """Keys that mid.yaml, sft.yaml, rl.yaml and dpo.yaml have in common."""
 
     num_iterations: int = -1
     """Optimizer steps; -1: as many as `num_epochs` passes over the data take."""
     num_epochs: float = 1
     device_batch_size: int = 16
     """Rows that a device takes at once."""
+    bad_rows: str = "skip"
+    """What to do with rows of the data that cannot be used: `skip` and count them, or `refuse`."""
     embedding_lr: float | None = None
     """This and the next three: rates at width 768, as in base.yaml; empty: those of the model's generation."""
     unembedding_lr: float | None = None
