@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -234,6 +235,13 @@ def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line(online):
     server.server.server_close()
     with pytest.raises(InputError, match="does not answer"):
         list(RemoteModel(server.url, retries=0).answer([{"role": "user", "content": "?"}], Options()))
+
+
+def test_a_server_that_says_nothing_runs_into_the_time_limit(online):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        model = RemoteModel(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3, retries=0)
+        with pytest.raises(InputError, match=r"does not answer: .*timed? ?out"):
+            list(model.answer([{"role": "user", "content": "?"}], Options()))
 
 
 @pytest.mark.slow

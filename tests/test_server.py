@@ -14,12 +14,14 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 import uvicorn
-from browser import browser  # noqa: F401
+from browser import browser, picture  # noqa: F401
 from huggingface_hub import InferenceClient, close_session, constants
 from huggingface_hub.errors import HfHubHTTPError
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
+from nanochat_hf.errors import InputError
 from nanochat_hf.serve.chat import Options, RemoteModel, messages_of
 from nanochat_hf.serve.generate import Engine
 from nanochat_hf.serve.server import Server
@@ -277,6 +279,16 @@ def test_a_client_that_hangs_up_frees_its_row(server):
     assert server.workers[0].load == 0
 
 
+def test_a_gpu_that_is_too_small_gets_advice():
+    def load():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    worker = Worker(load, "cpu")
+    worker.start()
+    with pytest.raises(InputError, match="memory of cpu is full: lower --rows"):
+        Server([worker], "x")
+
+
 @pytest.mark.slow
 def test_the_script_serves_a_run_answers_curl_and_stops_at_a_signal(talker_folder):  # noqa: F811
     with socket.socket() as probe:
@@ -310,6 +322,7 @@ def test_the_page_streams_shows_steps_and_text_as_text_and_stops(server, browser
     page.wait_for_function("document.querySelector('.bot')?.textContent.includes('It is 408.')")
     page.click(".bot summary")
     assert page.inner_text(".bot summary") == "12*34" and "408" in page.inner_text(".bot details")
+    picture(page, "page")
     page.click("#new")
     assert page.query_selector_all(".bot, .user") == []
     engine, real = server.workers[0].engine, server.engine.advance

@@ -1,6 +1,6 @@
 """The Gradio Space: its functions, its API, and the page in a real browser (headless Chromium through playwright).
 
-The browser tests are skipped where playwright or Chromium is absent; SCREENSHOTS=folder keeps their pictures.
+The browser tests are skipped where playwright or Chromium is absent; their pictures go to runs/screenshots.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from browser import browser  # noqa: F401
+from browser import browser, picture  # noqa: F401
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
 from nanochat_hf.tool_loop import ship
@@ -267,11 +267,6 @@ class Tab:
             assert time.monotonic() < end, (self.texts("user"), self.texts())
             self.page.wait_for_timeout(50)
 
-    def picture(self, name):
-        folder = Path(os.environ.get("SCREENSHOTS", "/tmp"))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=folder / f"space-{name}.png")
-
 
 @pytest.mark.slow
 def test_a_question_streams_its_answer_and_the_tool_step_opens(space, browser):  # noqa: F811
@@ -285,7 +280,7 @@ def test_a_question_streams_its_answer_and_the_tool_step_opens(space, browser): 
     tab.page.get_by_text("🧮 12*34").click()
     tab.until(lambda: tab.page.get_by_text("408", exact=True).count() > 0)
     tab.page.wait_for_timeout(1000)  # it unfolds
-    tab.picture("tool")
+    picture(tab.page, "space-tool")
 
 
 @pytest.mark.slow
@@ -298,6 +293,7 @@ def test_stop_keeps_what_was_said_and_retry_undo_and_edit_work(space, browser): 
     stopped = "".join(tab.texts())
     tab.page.wait_for_timeout(1000)
     assert "".join(tab.texts()) == stopped and "at all" not in stopped
+    picture(tab.page, "space-stopped")
     tab.press("Retry")
     tab.until(lambda: "nothing at all." in "".join(tab.texts()))
     tab.page.wait_for_timeout(1500)
@@ -318,6 +314,7 @@ def test_tags_are_shown_as_text_and_scripts_do_not_run(space, browser):  # noqa:
     tab.send("<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>")
     tab.until(lambda: tab.texts("user") != [])
     tab.page.wait_for_timeout(1000)
+    picture(tab.page, "space-tags")
     assert tab.texts("user") == ["<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>"]
     assert tab.page.evaluate("window.hacked") is None
 
@@ -328,6 +325,7 @@ def test_twenty_thousand_characters_are_refused_beside_the_box_and_the_chat_goes
     tab.send("x" * 20_000)
     tab.until(lambda: "The message has 20,000 characters; at most 8,000 are read." in tab.page.inner_text("body"))
     assert tab.texts("user") == []
+    picture(tab.page, "space-too-long")
     tab.send("What is 5 + 6?")
     tab.until(lambda: "It is 11." in tab.texts())
 
@@ -346,13 +344,14 @@ def test_two_tabs_at_once_get_each_their_own_answer(space, browser):  # noqa: F8
 def test_a_phone_in_korean_at_night(space, browser):  # noqa: F811
     screen = {"width": 390, "height": 844}
     tab = Tab(browser, space, locale="ko-KR", viewport=screen, color_scheme="dark", is_mobile=True, has_touch=True)
+    tab.until(lambda: "메시지를 입력하세요" in (tab.page.locator("textarea").first.get_attribute("placeholder") or ""))
     tab.page.get_by_text("설정").click()
     tab.until(lambda: "시스템 메시지" in tab.page.inner_text("body"))
-    tab.picture("phone-settings")
+    picture(tab.page, "space-phone-settings")
     tab.send("What is 12 * 34?")
     tab.until(lambda: "It is 408." in tab.texts())
     assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out sideways
-    tab.picture("phone")
+    picture(tab.page, "space-phone")
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import torch
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
@@ -110,6 +111,8 @@ class Server:
         self.max_seconds, self.started = max_seconds, int(time.time())
         for worker in workers:
             worker.ready.wait()
+            if isinstance(worker.error, torch.OutOfMemoryError):
+                raise InputError(f"the memory of {worker.device} is full: lower --rows, or free it") from worker.error
             if worker.error is not None:
                 raise worker.error
         self.engine = workers[0].engine

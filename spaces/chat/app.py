@@ -44,7 +44,7 @@ TEXTS = {
         "settings": "Settings",
         "examples": "Examples",
         "message": "Write a message",
-        "hello": "A small language model, trained from nothing. It makes things up.",
+        "hello": "<center>A small language model, trained from nothing.<br>It makes things up.</center>",
     },
     "ko": {
         "system": "시스템 메시지",
@@ -54,7 +54,7 @@ TEXTS = {
         "settings": "설정",
         "examples": "예시",
         "message": "메시지를 입력하세요",
-        "hello": "처음부터 학습한 작은 언어 모델입니다. 사실이 아닌 말을 지어낼 수 있습니다.",
+        "hello": "<center>처음부터 학습한 작은 언어 모델입니다.<br>사실이 아닌 말을 지어낼 수 있습니다.</center>",
     },
 }
 EXAMPLES = {
@@ -329,7 +329,7 @@ def check(message: str):
 def build() -> gr.Blocks:
     name = ENDPOINT_URL or MODEL_ID
     is_hub_id = not ENDPOINT_URL and not Path(MODEL_ID).exists()
-    link = f"[{name}](https://huggingface.co/{name})" if is_hub_id else f"`{'/'.join(name.split('/')[-2:])}`"
+    link = f'<a href="https://huggingface.co/{name}">{name}</a>' if is_hub_id else "/".join(name.split("/")[-2:])
     inputs = [
         gr.Textbox(label=i18n("system"), lines=2, max_length=2000),
         gr.Slider(0, 2, value=0.6, step=0.05, label=i18n("temperature")),
@@ -340,7 +340,7 @@ def build() -> gr.Blocks:
         respond,
         title="nanochat",
         description=f"<center>{link}</center>",
-        chatbot=show_tags(gr.Chatbot(placeholder=i18n("hello"), show_label=False, buttons=["copy"], height="60vh")),
+        chatbot=show_tags(gr.Chatbot(placeholder=i18n("hello"), show_label=False, buttons=["copy"], height="64vh")),
         textbox=gr.Textbox(placeholder=i18n("message"), max_lines=6, submit_btn=True, stop_btn=True, autofocus=True),
         additional_inputs=inputs,
         additional_inputs_accordion=gr.Accordion(i18n("settings"), open=False),
