@@ -238,7 +238,16 @@ def test_a_recipe_of_another_script_trains_and_is_measured(tmp_path):
     assert bytes_per_token > 3  # a Georgian letter has 3 bytes: whole words are tokens
     ids = load_tokenizer(tokenizer)(RUSTAVELI[0])["input_ids"]
     assert load_tokenizer(tokenizer).decode(ids, skip_special_tokens=True) == RUSTAVELI[0]
-    pretrain(parse_config(PretrainConfig, tmp_path / "base.yaml"), str(tokenizer), run.folder("base"))
+    base = parse_config(PretrainConfig, tmp_path / "base.yaml", {"save_every": "8", "push_every": "20"})
+
+    def killed(folder, step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(base, str(tokenizer), run.folder("base"), push=killed)
+    resumed = pretrain(base, str(tokenizer), run.folder("base"), push=lambda folder, step: None)
+    straight = pretrain(base, str(tokenizer), tmp_path / "straight", push=lambda folder, step: None)
+    assert [row["train_loss"] for row in resumed["history"]] == [row["train_loss"] for row in straight["history"]]
     config = parse_config(EvalConfig, tmp_path / "eval.yaml")
     found = evaluate(config, {"base": str(run.folder("base"))}, run.folder("eval"))["results"]["base"]
     assert set(found) == {"val_bpb", "bpb ka.jsonl", "bpb primer"}
