@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from nanochat_hf.data.tokenizer import token_byte_lengths
-from nanochat_hf.eval.bpb import bits_per_byte, evaluate_bpb, losses_of
+from nanochat_hf.eval.bpb import bits_per_byte, evaluate_bpb, held_out_bpb, losses_of
 
 LENGTHS = torch.tensor([0, 1, 3, 2])  # id 0 is special
 
@@ -45,3 +47,18 @@ def test_a_uniform_model_costs_the_entropy_of_its_vocabulary(tiny_model, tokeniz
     found = evaluate_bpb(losses_of(tiny_model), [(inputs, targets)], torch.tensor(token_byte_lengths(tokenizer)))
     num_bytes = len(tokenizer.decode(targets[0]).encode())
     assert found == pytest.approx(targets.numel() * math.log2(len(tokenizer)) / num_bytes, rel=1e-5)
+
+
+def test_held_out_text_does_not_depend_on_the_batch_size(tiny_model, tokenizer):
+    one, many = (held_out_bpb(tiny_model, tokenizer, "primer", 2048, batch_tokens=n) for n in (1, 1 << 16))
+    assert one["n"] == many["n"] == 2048
+    assert one["value"] == pytest.approx(many["value"], rel=1e-6)
+    assert 3 < one["value"] < 9  # untrained: 9 bits a token of 1 to 3 bytes
+
+
+def test_nothing_is_guessed_for_a_tokenizer_without_bytes(tiny_model):
+    plain = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    plain.normalizer = normalizers.Replace(" ", "▁")
+    plain.train_from_iterator(["the owl sees the cat"] * 9, trainers.BpeTrainer(special_tokens=["<unk>"]))
+    found = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<unk>")
+    assert held_out_bpb(tiny_model, found, "primer", 2048) is None

@@ -23,6 +23,7 @@ from ..distributed import processes
 from .score import positions_that_fit
 
 IGNORED = -100  # targets that carry no loss
+PROBE = "Owls weigh 3.5 kg — 올빼미 🦉\n"
 LONGEST = 4096  # tokens in a row of held-out text: models of the Hub take more, in no reasonable time
 
 
@@ -68,7 +69,7 @@ def losses_of(model) -> Callable[[Tensor, Tensor], Tensor]:
     return token_losses
 
 
-def held_out_bpb(model, tokenizer, dataset, num_tokens: int, batch_tokens: int | None = None) -> dict:
+def held_out_bpb(model, tokenizer, dataset, num_tokens: int, batch_tokens: int | None = None) -> dict | None:
     """Bits per byte of a dataset's validation split, in packed rows of the model's context.
 
     Which rows depends on `num_tokens` alone, neither on the batch size nor on how many processes (1, 2, 4 or 8) share
@@ -80,8 +81,12 @@ def held_out_bpb(model, tokenizer, dataset, num_tokens: int, batch_tokens: int |
         batch_tokens: positions computed together; None for what fits.
 
     Returns:
-        A result as in metrics.json, "n" in tokens.
+        A result as in metrics.json, "n" in tokens; None for a tokenizer that is not byte-level, where it is not known
+        how many bytes a token stands for.
     """
+    lengths = token_byte_lengths(tokenizer)
+    if sum(lengths[i] for i in tokenizer(PROBE, add_special_tokens=False)["input_ids"]) != len(PROBE.encode()):
+        return None
     state, length = processes(), min(model.config.max_position_embeddings, LONGEST)
     rank, world = state.process_index, state.num_processes
     rows = max(num_tokens // length, world)
@@ -97,6 +102,6 @@ def held_out_bpb(model, tokenizer, dataset, num_tokens: int, batch_tokens: int |
             batch = torch.from_numpy(np.concatenate(found)).long().to(model.device)
             yield batch[:, :-1], batch[:, 1:]
 
-    value = evaluate_bpb(losses_of(model), batches(), torch.tensor(token_byte_lengths(tokenizer)))
+    value = evaluate_bpb(losses_of(model), batches(), torch.tensor(lengths))
     loader.close()
     return {"value": value, "stderr": None, "n": rows * length, "baseline": None, "higher_is_better": False}

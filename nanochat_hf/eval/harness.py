@@ -144,15 +144,19 @@ def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, 
         if isinstance(config.dataset, list):
             parts |= {f"bpb {part_name(part['dataset'])}": part["dataset"] for part in config.dataset}
         for name, dataset in parts.items():
-            results[name] = held_out_bpb(model, tokenizer, dataset, config.bpb_tokens, config.batch_tokens)
-            state.print(f"[eval] {stage}: {name.replace('_', ' ')} {results[name]['value']:.4f}")
+            found = held_out_bpb(model, tokenizer, dataset, config.bpb_tokens, config.batch_tokens)
+            if found:
+                results[name] = found
+            words = f"{found['value']:.4f}" if found else "not known: its tokenizer is not byte-level"
+            state.print(f"[eval] {stage}: {name.replace('_', ' ')} {words}")
         seconds["val_bpb"] = time.time() - began
     if config.core_bundle and stage in config.core_stages:
         start = time.time()
         core = tasks.core(lm, state.print)
         seconds["core"] = time.time() - start
         if core:
-            state.print(f"[eval] {stage}: {core['label']} {core['value']:.4f} in {seconds['core']:.1f} s")
+            share = f"{core['model_seconds'] / core['seconds']:.0%} of it in the model"
+            state.print(f"[eval] {stage}: {core['label']} {core['value']:.4f} in {seconds['core']:.1f} s, {share}")
     for name in tasks.of(stage):
         if name in tasks.chat and not tokenizer.chat_template:
             raise InputError(f"{folder} has no chat template, so it cannot answer {name}: evaluate a chat model")

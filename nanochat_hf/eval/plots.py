@@ -25,6 +25,7 @@ th{border-bottom:2px solid #b9c4ce;white-space:nowrap}thead:not(:has(th:not(:emp
 tbody tr:hover{background:#f4f7fa}
 img{max-width:100%;display:block;margin:1.2rem 0}
 blockquote{color:#44525f;border-left:3px solid #c9d3dc;margin:.5rem 0;padding:.05rem 0 .05rem .9rem}
+blockquote p{margin:.25rem 0}
 """
 
 
@@ -51,7 +52,7 @@ def points(history: list[dict], name: str) -> tuple[list, list]:
 
 def draw_curves(curves: dict[str, tuple[list, list]], path: Path, title: str) -> str:
     shown = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
-    figure = Figure(figsize=(4.6 * max(len(shown), 2), 3.1), layout="constrained")
+    figure = Figure(figsize=(9.2 + 2 * (len(shown) > 2), 3.1), layout="constrained")
     for axes, (name, (x, y)), color in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), COLORS):
         axes.plot(x, y, color=color, linewidth=1.5, marker="o" if len(x) < 30 else None, markersize=3.5)
         axes.set_title(f"{title}: {NAMES.get(name, name)}", fontsize=11, loc="left")
