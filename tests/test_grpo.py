@@ -103,7 +103,7 @@ def test_questions_that_cannot_be_used_are_named_and_skipped_or_refused(tokenize
 
 
 def test_answers_that_cannot_be_shared_out_are_refused(tmp_path):
-    with pytest.raises(InputError, match="8 answers a step cannot be cut into batches"):
+    with pytest.raises(InputError, match="examples_per_step x num_samples = 8 must be a multiple of 3"):
         grpo_arguments(config(device_batch_size=3), tmp_path)
     assert grpo_arguments(config(device_batch_size=2), tmp_path).gradient_accumulation_steps == 4
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
 from nanochat_hf.train import sft
-from nanochat_hf.train.sft import ChatConfig, Rows, accumulation, encode, prepare, train_chat
+from nanochat_hf.train.sft import ChatConfig, Rows, encode, prepare, train_chat
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -105,15 +105,6 @@ def test_rows_are_made_once_and_found_again(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "Mixture", None)
     again, found = prepare(config(), entries, tokenizer, 128, tmp_path / "rows")
     assert again.to_list() == rows.to_list() and found == made
-
-
-def test_a_step_must_be_whole_batches():
-    assert accumulation(config(total_batch_size=1024), 128) == 2
-    assert accumulation(config(total_batch_size=8, packing=False), 128) == 2
-    assert accumulation(config(), 128) == 1
-    for size in (1000, 256):
-        with pytest.raises(InputError, match="must be a multiple of 512"):
-            accumulation(config(total_batch_size=size), 128)
 
 
 def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path):

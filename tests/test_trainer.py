@@ -15,7 +15,7 @@ from nanochat_hf.train.checkpoint import save_momenta
 from nanochat_hf.train.optim import MuonAdamW, param_groups
 from nanochat_hf.train.scaling import RECIPES, optimizer_groups
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
-from nanochat_hf.train.trainer import StageTrainer
+from nanochat_hf.train.trainer import StageTrainer, accumulation
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -53,6 +53,13 @@ def test_a_rate_of_the_recipe_wins(tiny_model):
     assert found["matrix"]["lr"] == 0.5 and found["matrix"]["weight_decay"] == 0.1
     assert found["embedding"]["lr"] == pytest.approx(2 * usual["embedding"]["lr"])
     assert found["head"] == usual["head"]
+
+
+def test_a_step_must_be_whole_batches():
+    assert accumulation(CONFIG, "total_batch_size", 1024, 128) == 2 and accumulation(CONFIG, "pairs", 8) == 2
+    for total in (1000, 256, 0):
+        with pytest.raises(InputError, match=f"tokens = {total} must be a multiple of 512, one batch of"):
+            accumulation(CONFIG, "tokens", total, 128)
 
 
 def test_a_killed_stage_resumes_and_ends_with_the_same_weights(tiny_folder, tmp_path, monkeypatch):

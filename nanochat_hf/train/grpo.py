@@ -36,7 +36,7 @@ from ..errors import InputError
 from ..run import begin
 from ..tools import python
 from .rewards import COLUMNS, correctness, pass_at_k
-from .trainer import StageConfig, StageTrainer, conclude, fit, load_model, lora, trainer_arguments
+from .trainer import StageConfig, StageTrainer, accumulation, conclude, fit, load_model, lora, trainer_arguments
 
 MAX_TOOL_CALLS = 4  # of one answer
 EVAL_ROWS = 128  # answers that a device generates together while measuring
@@ -147,18 +147,10 @@ def questions(config: RLConfig, split: str, tokenizer: PreTrainedTokenizerBase, 
 
 def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
     """TRL's arguments of the stage. Raises InputError when a step's answers cannot be shared out evenly."""
-    answers, together = (
-        config.examples_per_step * config.num_samples,
-        config.device_batch_size * processes().num_processes,
-    )
-    if answers % together:
-        raise InputError(
-            f"examples_per_step x num_samples = {answers} answers a step cannot be cut into batches of "
-            f"device_batch_size x devices = {together}; change one of them"
-        )
+    answers = config.examples_per_step * config.num_samples
     return GRPOConfig(
         **trainer_arguments(config, output),
-        gradient_accumulation_steps=answers // together,
+        gradient_accumulation_steps=accumulation(config, "examples_per_step x num_samples", answers),
         num_generations=config.num_samples,
         max_completion_length=config.max_new_tokens,
         temperature=config.temperature,

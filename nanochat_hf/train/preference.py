@@ -19,7 +19,17 @@ from ..data.tokenizer import load_tokenizer
 from ..data.transforms import BadRow, check
 from ..errors import InputError
 from ..run import begin
-from .trainer import StageConfig, StageTrainer, conclude, fit, load_model, lora, processes, trainer_arguments
+from .trainer import (
+    StageConfig,
+    StageTrainer,
+    accumulation,
+    conclude,
+    fit,
+    load_model,
+    lora,
+    processes,
+    trainer_arguments,
+)
 
 
 @dataclass
@@ -89,16 +99,14 @@ def train_preference(config: PreferenceConfig, model: str, output: Path) -> None
     tokenizer = load_tokenizer(model)
     network = load_model(model, config, tokenizer)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
-    together = config.device_batch_size * processes().num_processes
-    if config.examples_per_step % together:
-        raise InputError(f"examples_per_step must be a multiple of device_batch_size x devices = {together}")
+    steps = accumulation(config, "examples_per_step", config.examples_per_step)
     rows, held_out, skipped = pairs(config, tokenizer, length)
     trainer = PreferenceTrainer(
         model=network,
         ref_model=None if config.lora_rank > 0 else load_model(model, config, tokenizer),
         args=DPOConfig(
             **trainer_arguments(config, output),
-            gradient_accumulation_steps=config.examples_per_step // together,
+            gradient_accumulation_steps=steps,
             per_device_eval_batch_size=config.device_batch_size,
             max_length=length,
             beta=config.beta,

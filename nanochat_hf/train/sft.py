@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..run import begin, load_json, save_json
 from .fast import fuse
 from .network import compute_dtype
-from .trainer import StageConfig, StageTrainer, conclude, fit, load_model, lora, trainer_arguments
+from .trainer import StageConfig, StageTrainer, accumulation, conclude, fit, load_model, lora, trainer_arguments
 
 MANY = 20_000  # conversations from which tokenizing is shared out over the cores
 
@@ -202,18 +202,6 @@ def filled(rows: Dataset, multiple: int, pad: int) -> Dataset:
     return concatenate_datasets([rows, Dataset.from_dict(empty, features=rows.features)]).with_format("numpy")
 
 
-def accumulation(config: ChatConfig, length: int) -> int:
-    """Batches of a step. Raises InputError when they are not whole."""
-    together = config.device_batch_size * processes().num_processes * (length if config.packing else 1)
-    steps, rest = divmod(config.total_batch_size, together) if config.total_batch_size > 0 else (1, 0)
-    if rest or not steps:
-        raise InputError(
-            f"total_batch_size is {config.total_batch_size}: it must be a multiple of {together}, one batch of "
-            f"device_batch_size = {config.device_batch_size} on every device"
-        )
-    return steps
-
-
 def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable | None = None) -> None:
     """Train the model in folder `model` on conversations; the result and its metrics.json go to `output`.
 
@@ -227,7 +215,9 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
         tokenizer = load_tokenizer(model)
         network = load_model(model, config, tokenizer)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
-    steps = accumulation(config, length)
+    steps, unit = 1, length if config.packing else 1
+    if config.total_batch_size > 0:
+        steps = accumulation(config, "total_batch_size", config.total_batch_size, unit)
     rows, made = prepare(config, config.mixture, tokenizer, length, output / "state" / "rows")
     held_out = None
     if config.validation:

@@ -132,6 +132,20 @@ def lora(config: StageConfig) -> LoraConfig | None:
     return LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, task_type="CAUSAL_LM")
 
 
+def accumulation(config: StageConfig, name: str, total: int, unit: int = 1) -> int:
+    """Batches of a step, which takes `total` over all devices, where a row counts as `unit`.
+
+    Raises InputError, which calls the total `name`, when they are not whole.
+    """
+    together = config.device_batch_size * processes().num_processes * unit
+    if total <= 0 or total % together:
+        raise InputError(
+            f"{name} = {total} must be a multiple of {together}, one batch of "
+            f"device_batch_size = {config.device_batch_size} on every device"
+        )
+    return total // together
+
+
 def trainer_arguments(config: StageConfig, output: Path) -> dict:
     """Arguments that TRL's configs share. transformers chooses the device; nothing is downloaded or pushed."""
     # gradient_checkpointing has a new name since 5.20, which older versions do not know
