@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from transformers import GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import centered_mean, evaluate_core, quiet
@@ -204,25 +205,39 @@ def test_the_mean_is_plain_and_centered():
     assert centered_mean({}, "ChatCORE", 6) is None
 
 
-@pytest.mark.slow
-def test_the_plain_runner_of_lm_eval_gives_the_same_numbers(lively_model, tokenizer, bundle, tmp_path):
-    from lm_eval import simple_evaluate
+def small(kind, tokenizer, lively_model):
+    """A model of an architecture of the Hub, GPT-2 with positions for a part of a ten-shot prompt only."""
+    if kind == "nanochat_hf":
+        return lively_model
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.5}
+    sizes |= (
+        {"n_positions": 96, "bos_token_id": 0, "eos_token_id": 0}
+        if kind == "gpt2"
+        else {"num_key_value_heads": 1, "intermediate_size": 64}
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes)).eval()
 
-    lively_model.save_pretrained(tmp_path / "model")
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nanochat_hf", "gpt2", "llama"])
+def test_the_plain_runner_of_lm_eval_gives_the_same_numbers(lively_model, tokenizer, bundle, tmp_path, kind):
+    model = small(kind, tokenizer, lively_model)
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     with quiet():
-        lm = LocalLM(lively_model, tokenizer, EvalConfig(), engine=None)
-        ours = evaluate_core(lm, manager(bundle), limit=15, log=lambda line: None)["per_task"]
-    names = [f"nanochat_core_{label}" for label in ours]
+        lm = LocalLM(model, tokenizer, EvalConfig())
+        found = evaluate_core(lm, manager(bundle), limit=15, log=lambda line: None)
+    ours = found["per_task"]
+    assert bool(found["long_prompts"]) == (kind == "gpt2")
+    metadata = {"core_bundle": str(bundle), "pretrained": str(tmp_path / "model")}
     plain = simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(tmp_path / "model"), "dtype": "float32", "max_length": 1280},
-        tasks=names,
-        task_manager=TaskManager(
-            include_path=str(EVALS),
-            include_defaults=False,
-            metadata={"core_bundle": str(bundle), "pretrained": str(tmp_path / "model")},
-        ),
+        # nanochat's prompts may be longer than its training length, which is what the backend crops at by itself
+        model_args={"pretrained": metadata["pretrained"], "dtype": "float32"}
+        | ({"max_length": 1280} if kind == "nanochat_hf" else {}),
+        tasks=[f"nanochat_core_{label}" for label in ours],
+        task_manager=TaskManager(include_path=str(EVALS), include_defaults=False, metadata=metadata),
         device="cpu",
         batch_size=3,
         limit=15,

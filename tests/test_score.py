@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanochat_hf.eval.score import positions_that_fit, score
 
@@ -44,8 +45,6 @@ def test_a_score_is_the_sum_of_log_probabilities(lively_model):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
 def test_other_models_of_transformers_score_the_same_with_shared_prefixes(kind):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "intermediate_size": 64} if kind != "gpt2" else {}
     sizes |= {"sliding_window": 16} if kind == "mistral" else {}
@@ -79,3 +78,15 @@ def test_a_batch_is_bounded_with_and_without_a_gpu(lively_model, monkeypatch):
     for free, expected in ((1 << 20, 16_384), (1 << 40, 131_072)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         assert positions_that_fit(OnGPU()) == expected
+
+
+def test_padding_needs_no_position_that_the_model_does_not_have():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_positions=64, **sizes)).eval()
+    rng = np.random.default_rng(0)
+    full, short = rng.integers(0, 300, 62), rng.integers(0, 300, 30)
+    requests = [(full, rng.integers(0, 300, 2)) for _ in range(2)]
+    requests += [(short, rng.integers(0, 300, 20)) for _ in range(2)]
+    together, alone = score(model, requests, 10_000), [score(model, [request])[0] for request in requests]
+    assert [total for total, _ in together] == pytest.approx([total for total, _ in alone], abs=1e-3)

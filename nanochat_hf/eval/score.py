@@ -154,7 +154,9 @@ def _run_shared(model, groups: list[list[_Row]]):
     for line, row in zip(ids, rows):
         line[: len(row.suffix)] = row.suffix
     mask = np.concatenate([mask[owner], np.ones_like(ids)], axis=1)
-    positions = lengths[owner][:, None] + np.arange(ids.shape[1])
+    # Padding stays at its row's last position: learned positions may have no later one.
+    places = [np.minimum(np.arange(ids.shape[1]), len(row.suffix) - 1) for row in rows]
+    positions = lengths[owner][:, None] + np.stack(places)
     inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
     logits = _forward(model, ids, np.arange(ids.shape[1]), **inputs)
     return _read(logits, rows, [np.arange(row.scored) for row in rows])
