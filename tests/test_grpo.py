@@ -201,7 +201,8 @@ def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path, eng
     history = metrics["history"]
     assert [row["step"] for row in history] == [1, 2] and metrics["tokens_per_second"] > 0
     for row in history:
-        assert 0 <= row["reward"] <= 1 and row["completion_length"] > 0 and 0 <= row["pass@1"] <= row["pass@2"] <= 1
+        assert 0 <= row["reward"] <= 1 and 0 <= row["tool_use"] <= 1 and row["completion_length"] > 0
+        assert 0 <= row["pass@1"] <= row["pass@2"] <= 1
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and samples[0].keys() == {"step", "prompt", "text", "reward"}
     assert not (out / "state").exists() and AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id

@@ -27,15 +27,22 @@ def test_grades_follow_the_kind_of_the_row(kind, answer, text, right):
 
 
 def test_a_reward_is_one_or_zero_per_completion_and_everything_graded_is_recorded(tokenizer):
-    texts = ["1 + 2 = 3<|assistant_end|>", "1 + 2 = 4<|assistant_end|>"]
+    texts = [f"{CALL}1 + 2 = 3<|assistant_end|>", "1 + 2 = 4<|assistant_end|>"]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    seen = []
+    seen, logged = [], {}
     reward = correctness(tokenizer, lambda *batch: seen.append(batch))
-    columns = {"kind": ["arithmetic"] * 2, "answer": ["3"] * 2, "entity": [""] * 2, "rivals": [[]] * 2}
+    columns = {
+        "log_metric": logged.__setitem__,
+        "kind": ["arithmetic"] * 2,
+        "answer": ["3"] * 2,
+        "entity": [""] * 2,
+        "rivals": [[]] * 2,
+    }
     prompts = [[{"role": "user", "content": "1 + 2?"}]] * 2
     assert reward(prompts=prompts, completions=None, completion_ids=ids, trainer_state=None, **columns) == [1.0, 0.0]
     rows, graded, rewards = seen[0]
     assert graded == texts and rewards == [1.0, 0.0] and rows[1]["answer"] == "3" and rows[0]["prompt"] == prompts[0]
+    assert logged == {"tool_use": 0.5}
 
 
 @pytest.mark.parametrize("right", [[True], [False, True, False], [True, True, False, False], [False] * 4])

@@ -12,7 +12,7 @@ from math import comb
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.answers import hash_answer, is_correct
+from ..data.answers import hash_answer, is_correct, used_tool
 
 COLUMNS = ("kind", "answer", "entity", "rivals")  # of a row, besides its prompt: what a grader needs
 
@@ -28,14 +28,17 @@ def grade(row: dict, text: str) -> bool:
 def correctness(tokenizer: PreTrainedTokenizerBase, record: Callable | None = None) -> Callable:
     """-> TRL reward function: 1.0 for a right completion, 0.0 for a wrong one.
 
-    `record(rows, texts, rewards)`, if given, sees each batch that was graded: for samples and for pass@k.
+    `record(rows, texts, rewards)`, if given, sees each batch that was graded: for samples and for pass@k. The share of
+    completions with a tool call goes to TRL's log as `tool_use`.
     """
 
     def correct(prompts, completion_ids, **columns) -> list[float]:
+        log = columns.get("log_metric", lambda name, value: None)
         columns = {"prompt": prompts} | {name: columns[name] for name in COLUMNS}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         texts = tokenizer.batch_decode(completion_ids)
         rewards = [float(grade(row, text)) for row, text in zip(rows, texts, strict=True)]
+        log("tool_use", sum(map(used_tool, texts)) / len(texts))
         if record:
             record(rows, texts, rewards)
         return rewards

@@ -50,7 +50,7 @@ HISTORY = {  # what a row of metrics.json's history keeps, by the names that the
     "entropy": "entropy",
     "completions/mean_length": "completion_length",
     "completions/clipped_ratio": "cut_off",
-    "tools/call_frequency": "tool_calls",
+    "tool_use": "tool_use",
     "tools/failure_frequency": "tool_failures",
 }
 
