@@ -9,6 +9,7 @@ too, as long as the model calls no tool: lm-eval's own runner answers no calls, 
 
 import json
 import re
+from math import comb
 from pathlib import Path
 
 import datasets
@@ -80,12 +81,15 @@ def centered25(items: list[float]) -> float:
 
 
 def _graded(answers: str | list[str], grade) -> dict[str, float]:
-    """acc = mean over the answers sampled for a question (pass@1); with several also whether any is right (pass@n)."""
+    """acc = share of right answers among those sampled for a question (pass@1); with n of them also pass@2, 4, .. n.
+
+    pass@k is the chance that k of the n, drawn at random, hold a right one (Chen et al., arXiv 2107.03374).
+    """
     answers = [answers] if isinstance(answers, str) else answers
-    right = [bool(grade(answer)) for answer in answers]
-    acc = sum(right) / len(right)
-    more = {f"pass@{len(right)}": float(any(right))} if len(right) > 1 else {}
-    return {"acc": acc, "centered": acc, **more}
+    n, right = len(answers), sum(bool(grade(answer)) for answer in answers)
+    sizes = [k for k in (2, 4, 8, 16, 32, 64) if k < n] + [n] * (n > 1)
+    more = {f"pass@{k}": 1 - comb(n - right, k) / comb(n, k) for k in sizes}
+    return {"acc": right / n, "centered": right / n, **more}
 
 
 def hash_results(doc: dict, results: list) -> dict[str, float]:
