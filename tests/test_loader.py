@@ -85,6 +85,14 @@ def test_processes_share_the_rows_that_one_process_would_make(folder, tokenizer,
     assert (together == alone).all()
 
 
+def test_the_number_of_threads_changes_nothing(folder, tokenizer, monkeypatch):
+    batches = []
+    for number in (1, 8):
+        monkeypatch.setattr("nanochat_hf.data.loader.threads", lambda number=number: number)
+        batches.append(list(islice(loader(folder, tokenizer, batch_size=6), 12)))
+    assert all((a == b).all() for a, b in zip(*batches))
+
+
 @pytest.mark.parametrize("taken", [0, 1, 7, 40])
 def test_a_resumed_loader_gives_the_batches_that_would_have_come(folder, tokenizer, taken):
     whole = list(islice(loader(folder, tokenizer), taken + 10))

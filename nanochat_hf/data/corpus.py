@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -378,17 +378,19 @@ class GroupCache:
 
     def __init__(self):
         self._groups: dict[tuple[Path, int], pa.ChunkedArray] = {}
+        self._lock = Lock()  # the loader reads in several threads
 
     def get(self, path: Path, group: int) -> pa.ChunkedArray:
         key = (path, group)
-        if key in self._groups:
-            self._groups[key] = self._groups.pop(key)  # newest last
+        with self._lock:
+            if key in self._groups:
+                self._groups[key] = self._groups.pop(key)  # newest last
+                return self._groups[key]
+            with pq.ParquetFile(path) as file:
+                self._groups[key] = file.read_row_group(group, columns=[COLUMN]).column(0)
+            while len(self._groups) > 1 and sum(column.nbytes for column in self._groups.values()) > self.LIMIT:
+                del self._groups[next(iter(self._groups))]
             return self._groups[key]
-        with pq.ParquetFile(path) as file:
-            self._groups[key] = file.read_row_group(group, columns=[COLUMN]).column(0)
-        while len(self._groups) > 1 and sum(column.nbytes for column in self._groups.values()) > self.LIMIT:
-            del self._groups[next(iter(self._groups))]
-        return self._groups[key]
 
 
 class Jsonl(File):
