@@ -341,7 +341,9 @@ def build() -> gr.Blocks:
         title="nanochat",
         description=f"<center>{link}</center>",
         chatbot=show_tags(gr.Chatbot(placeholder=i18n("hello"), show_label=False, buttons=["copy"], height="64vh")),
-        textbox=gr.Textbox(placeholder=i18n("message"), max_lines=6, submit_btn=True, stop_btn=True, autofocus=True),
+        textbox=gr.Textbox(
+            label=i18n("message"), placeholder=i18n("message"), submit_btn=True, stop_btn=True, autofocus=True
+        ),
         additional_inputs=inputs,
         additional_inputs_accordion=gr.Accordion(i18n("settings"), open=False),
         examples=[[text] for text in EXAMPLES[LANGUAGE or "en"]],
