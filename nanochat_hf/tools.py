@@ -125,9 +125,11 @@ class SandboxResult:
 
 # Runs in the child before the program. Kernels differ in what they allow, so less and less is asked for. In a
 # process-id namespace everything ends with its first process, whatever session a descendant hid in; that one only
-# waits, since signals that the first process sends to itself (SIGKILL, too) are ignored.
+# waits, since signals that the first process sends to itself (SIGKILL, too) are ignored, and counts its descendants,
+# since kernels do not limit how many root has.
 _GUARD = r"""
-import ctypes, os, resource, signal, sys, traceback
+import ctypes, os, resource, signal, sys, time, traceback
+LIMIT = 64
 marker, report, memory, seconds = sys.argv[1], *map(int, sys.argv[2:])
 code = sys.stdin.read()
 try:
@@ -138,14 +140,29 @@ try:
             break
 except (OSError, AttributeError):
     libc = None
+def crowd(process):
+    found = []
+    try:
+        for thread in os.listdir(f"/proc/{process}/task"):
+            found += open(f"/proc/{process}/task/{thread}/children").read().split()
+    except OSError:
+        pass
+    return len(found) + sum(map(crowd, found))
 for _ in range(2):
     child = os.fork()
     if child:
         os.close(report)
-        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
+        done = 0
+        while not done:
+            time.sleep(0.005)
+            done, status = os.waitpid(child, os.WNOHANG)
+            if crowd(os.readlink("/proc/self") if os.path.exists("/proc/self") else 0) > LIMIT:
+                os._exit(1)
+        os._exit(os.waitstatus_to_exitcode(status) & 255)
     if hasattr(libc, "prctl"):
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with the process that waits for it
-for name, limit in (("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 20), ("NPROC", 64), ("NOFILE", 64), ("CORE", 0)):
+limits = {"AS": memory, "CPU": seconds, "FSIZE": 1 << 20, "NPROC": LIMIT, "NOFILE": 64, "CORE": 0}
+for name, limit in limits.items():
     try:
         kind = getattr(resource, "RLIMIT_" + name)
         hard = resource.getrlimit(kind)[1]
@@ -213,4 +230,5 @@ def run_sandboxed(code: str, timeout: float = 5.0, memory_bytes: int = 512 * 102
         os.close(read_end)
         output.seek(0)
         text = output.read(MAX_OUTPUT).decode("utf-8", "replace")
-    return SandboxResult(passed=passed and not timed_out, output=text, timed_out=timed_out)
+    passed = passed and not timed_out and process.returncode == 0
+    return SandboxResult(passed=passed, output=text, timed_out=timed_out)

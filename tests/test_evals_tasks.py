@@ -506,8 +506,6 @@ def test_a_hostile_answer_to_humaneval_fails_and_harms_nothing(what, tmp_path):
     passed = function("utils.humaneval_results")(HUMANEVAL, [text])["acc"]
     if what == "opens a connection" and passed:
         pytest.skip("this kernel gives no namespace of its own to the process")
-    if what == "forks without end" and passed and os.getuid() == 0:
-        pytest.skip("kernels do not limit how many processes root has")
     assert passed == 0.0
     assert time.time() - start < 30
     after = {path.name for path in Path(tempfile.gettempdir()).iterdir() if path.name.startswith("tmp")}
