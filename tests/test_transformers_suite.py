@@ -1,14 +1,17 @@
 """transformers' own tests of causal language models and of generation, run on our classes of both generations.
 
 They are in the library's repository and not in the installed package (a source distribution has the top-level part,
-the generation mixin is in the repository only), so this needs a folder that holds its `tests/`:
+the generation mixin is in the repository only), so this needs a checkout of about the installed version:
 
     TRANSFORMERS_TESTS=/path/to/transformers pytest -o addopts= tests/test_transformers_suite.py -m slow -n 2
 
-(`addopts=` because the library has markers of its own.)
+(`addopts=` because the library has markers of its own; RUN_SLOW=1 adds the tests that it calls slow, export among them.)
 
 Fresh weights leave half of this model zero, and a test that compares two ways to the same output would see nothing.
-So all weights are random here. What cannot apply is skipped by name, with the reason.
+So all weights are random here. What cannot apply is skipped by name, with the reason. The suite itself skips what a
+model does not have: pipelines of images and sound, heads for classification, experts, plans for tensor and expert
+parallelism, parts with configs of their own, weights to convert or to keep in float32, partial and axial RoPE; and
+what a machine does not have: accelerators, flash attention, other libraries.
 """
 
 import importlib.util

@@ -16,6 +16,9 @@ The second generation adds (each a switch of the config; all off is the first ge
   one embedding that this needs across calls lives in transformers' own cache, as the convolution state of the last
   layer (type `hybrid`); so beam search, static caches and rollback work.
 - `backout`: the stream after the middle block is subtracted before the final norm.
+Which generation a checkpoint is: `config.generation`, told by the last four switches (in upstream's files: by the
+parameters that they add). Upstream's name of a field stands in brackets in `NanoChatConfig`, of a parameter in
+`convert.NAMES`.
 
 Precision: no autocast is needed. Matrices keep their stored dtype (float32 masters while training) and are cast to
 the dtype of their input; the dtype of the embeddings decides in which dtype the network runs.
