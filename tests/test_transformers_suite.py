@@ -5,7 +5,7 @@ the generation mixin is in the repository only), so this needs a checkout of abo
 
     TRANSFORMERS_TESTS=/path/to/transformers pytest -o addopts= tests/test_transformers_suite.py -m slow -n 2
 
-(`addopts=` because the library has markers of its own; RUN_SLOW=1 adds the tests that it calls slow, export among them.)
+(`addopts=` because the library has markers of its own; RUN_SLOW=1 adds what it calls slow, export for one.)
 
 Fresh weights leave half of this model zero, and a test that compares two ways to the same output would see nothing.
 So all weights are random here. What cannot apply is skipped by name, with the reason. The suite itself skips what a
