@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: setup ## train a chat model from nothing on this CPU, print its report card (minutes)
-	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml recipes/speedrun.py --recipe cpu-demo --run-dir $(RUN)
+	$(BIN)/accelerate launch -q --config_file configs/accelerate/cpu.yaml recipes/speedrun.py --recipe cpu-demo --run-dir $(RUN)
 
 chat: setup ## chat in the terminal with the model of $(RUN)
 	$(BIN)/python scripts/chat_cli.py --run-dir $(RUN)
