@@ -36,6 +36,8 @@ def test_bad_rows_are_skipped_and_counted_with_number_and_reason(tmp_path):
         4: "no messages",
     }
     assert mixture.summary()[0]["bad"] == 4 and mixture.summary()[0]["rows"] == 2
+    twice = Mixture([{"dataset": str(tmp_path / "chat.jsonl"), "epochs": 2}])
+    assert len(list(twice)) == 4 and len(twice.skipped) == 4 and twice.summary()[0]["bad"] == 8
 
 
 def test_bad_rows_can_be_refused(tmp_path):

@@ -34,7 +34,7 @@ class Mixture:
     """Iterating gives rows {"messages", "entry", "row"}: the entry's number and the row's, for messages about it.
 
     The order and the content follow from the entries and the seed alone. After (or while) iterating, `skipped` lists
-    the bad rows as {"dataset", "row", "reason"} and `summary()` what each entry gave.
+    the bad rows as {"dataset", "row", "reason"}, numbered from 0, and `summary()` what each entry gave.
 
     Args:
         entries: dicts with the keys of `Entry`; `dataset` is required.
@@ -101,8 +101,9 @@ class Mixture:
         if self.bad_rows == "refuse":
             raise InputError(f"row {row} of {entry.dataset} cannot be used: {reason}; mend it or set bad_rows: skip")
         entry.num_bad += 1
-        if len(self.skipped) < REASONS_KEPT:
-            self.skipped.append({"dataset": entry.name, "row": row, "reason": reason})
+        named = {"dataset": entry.name, "row": row, "reason": reason}
+        if len(self.skipped) < REASONS_KEPT and named not in self.skipped:  # every epoch comes by
+            self.skipped.append(named)
 
     def summary(self) -> list[dict]:
         """What the entries gave so far: [{"dataset", "rows", "tokens", "bad"}]."""
