@@ -9,6 +9,7 @@ which has to be long, and then say something about a collective operation. Here 
 key-value store where they have got to; so nothing runs on a device, and whoever gives up can name the missing ones.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,17 +81,16 @@ def arrive(where: str, rank: int, how: str = "here") -> None:
 
 
 def wait_for(others, where: str, patience: timedelta) -> None:
+    """Ask the store again and again: its own wait writes warnings from C++ when the time is up."""
     store, keys = distributed_c10d._get_default_store(), {rank: key(where, rank) for rank in others}
-    try:
-        store.wait(list(keys.values()), patience)
-    except RuntimeError as error:  # DistStoreError: time is up, or the process that holds the store is gone
-        try:
-            missing = [rank for rank, name in keys.items() if not store.check([name])]
-        except RuntimeError:
-            raise WaitedTooLong(f"rank {place()[0]} lost its job at {where!r}: the main process is gone") from error
-        raise WaitedTooLong(
-            f"rank {place()[0]} waited {patience} at {where!r} for rank {', '.join(map(str, missing))}; "
-            "look at the output of these"
-        ) from None
+    end, pause = time.monotonic() + patience.total_seconds(), 0.002
+    while missing := [rank for rank, name in keys.items() if not store.check([name])]:
+        if time.monotonic() > end:
+            raise WaitedTooLong(
+                f"rank {place()[0]} waited {patience} at {where!r} for rank {', '.join(map(str, missing))}; "
+                "look at the output of these"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 0.25)
     if any(store.get(name) == b"failed" for name in keys.values()):
         raise InputError(f"the main process failed at {where!r}; see there")

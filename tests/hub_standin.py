@@ -9,6 +9,7 @@ Knows repositories of the three kinds, private ones, branches, regular and LFS f
 variables and card validation. It keeps what it was sent, so that tests can look at it.
 """
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -74,9 +75,9 @@ class Hub:
         self.thread.join(10)
 
     def fail(self, method: str, pattern: str, status: int | None, times: int = 1) -> None:
-        """Let the next `times` requests whose path matches fail with `status`, or None: cut the connection.
+        """Let the next `times` requests whose path matches fail with `status`, or None: cut the connection; 0: stall.
 
-        What is cut has no effect, but a GET gives half of its answer first.
+        What is cut has no effect, but a GET gives half of its answer first. What stalls is answered after 6 seconds.
         """
         self.faults += [(method, pattern, status)] * times
 
@@ -87,6 +88,9 @@ class Hub:
             method, pattern, status = fault
             if method == request.method and re.search(pattern, request.url.path):
                 self.faults.remove(fault)
+                if status == 0:
+                    await asyncio.sleep(6)
+                    break
                 if status is None and method == "GET":
                     cut = True
                     break

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_standin import Hub, Repo
 from test_optim import free_port
 from workers import ROOT, command, environment, launch
 
@@ -199,7 +200,7 @@ def test_the_slurm_script_runs_the_pipeline_on_two_machines(tmp_path):
 @pytest.mark.slow
 def test_who_waits_says_for_whom_and_gives_up(tmp_path):
     job = {"do": "wait", "output": tmp_path, "missing": 2, "seconds": 2}
-    assert launch(3, "multi_gpu", [job], timeout=120).returncode == 0
+    assert launch(3, "multi_gpu", [job]).returncode == 0
     said = [load_json(tmp_path / f"{rank}.json") for rank in range(3)]
     first, *others = (entry[0].split() for entry in said)
     assert first[0] == "True" and all(name == "False" and float(at) > float(first[1]) + 0.4 for name, at in others)
@@ -279,3 +280,30 @@ def test_zero_trains_sft_like_one_process_and_leaves_a_folder_that_loads(chat, c
     assert two == pytest.approx(one, abs=1e-5) and two[-1] < two[0]
     before, after = weights(chat / "sft"), weights(chat / "two")
     assert set(before) == set(after) and not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+
+
+@pytest.mark.slow
+def test_two_processes_stream_from_the_hub_through_a_stalled_and_a_failing_download(place, tmp_path):
+    """Each file is fetched once for both; the run is that on the same files from a folder."""
+    texts = [text for _, text in zip(range(900), primer.documents("train", seed=1))]
+    files, folder = {}, tmp_path / "texts"
+    folder.mkdir()
+    for number in range(3):
+        rows = [json.dumps({"text": text}) for text in texts[300 * number : 300 * (number + 1)]]
+        files[f"{number}.jsonl"] = "\n".join(rows).encode()
+        (folder / f"{number}.jsonl").write_bytes(files[f"{number}.jsonl"])
+    keys = {"num_iterations": 4, "generation": 2, "eval_every": 4}
+    with Hub() as hub:
+        hub.repos["datasets", "you/texts"] = Repo(commits={"0" * 40: files})
+        hub.fail("GET", "resolve/.*/0.jsonl", 0)
+        hub.fail("GET", "resolve/.*/1.jsonl", 503)
+        online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        online |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2"}
+        jobs = [job(place, "hub", dataset="you/texts", **keys)]
+        done = launch(2, "multi_gpu", jobs, **online)
+        assert done.returncode == 0
+        fetched = [path.rsplit("/", 1)[1] for path in hub.requests if path.startswith("GET") and "resolve" in path]
+    assert sorted(fetched) == ["0.jsonl", "0.jsonl", "1.jsonl", "1.jsonl", "2.jsonl"]
+    jobs = [job(place, "folder", dataset=str(folder), **keys)]
+    assert launch(1, "", jobs).returncode == 0
+    assert losses(place / "hub") == pytest.approx(losses(place / "folder"), abs=1e-5)
