@@ -67,8 +67,8 @@ def logits_of(model, kind: str) -> torch.Tensor:
         mask[0, :9] = 0
         return model(ids, attention_mask=mask).logits[mask.bool()]
     if kind == "packed":
-        positions = torch.cat([torch.arange(25), torch.arange(35)]).to(model.device).expand(2, -1)
-        return model(ids, position_ids=positions, use_cache=False).logits
+        positions = torch.cat([torch.arange(25), torch.arange(35)]).to(model.device)[None]
+        return model(ids[:1], position_ids=positions, use_cache=False).logits  # flash attention packs single rows only
     if kind == "cached":
         cache = make_cache("dynamic", model.config)
         return torch.cat([model(part, past_key_values=cache).logits for part in ids.split([40, 1, 19], dim=1)], dim=1)
