@@ -33,7 +33,9 @@ space: setup ## the Gradio Space on http://127.0.0.1:7860 with the model of $(RU
 test: setup ## quick offline tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n 2
 
-test-slow: setup ## all that runs without a GPU: end-to-end, several processes, browser
+test-slow: setup ## all that runs without a GPU: end-to-end, several processes, browser (if Chromium is there)
+	@! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || \
+		$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/pip install --quiet playwright || true
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu"
 
 quality: setup ## lint and format check
