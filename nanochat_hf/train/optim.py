@@ -22,6 +22,7 @@ Several processes, found out at every step (nothing is kept outside `param_group
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -189,8 +190,13 @@ class MuonAdamW(torch.optim.Optimizer):
         pending = []  # functions that wait for a transfer and finish its work
         for turn, (group, p) in enumerate(self._adamw_parameters()):
             pending.append(self._adamw(group, p, turn))
+        begun = []
         for group, params in self._stacks():
-            pending.append((self._muon_sharded if isinstance(params[0], DTensor) else self._muon)(group, params))
+            if isinstance(params[0], DTensor):
+                begun.append(self._muon_sharded(group, params))
+            else:
+                pending.append(self._muon(group, params))
+        pending += [compute() for compute in begun]  # all rows are on their way before the first ones are needed
         for finish in pending:
             finish()
         return loss
@@ -302,7 +308,10 @@ class MuonAdamW(torch.optim.Optimizer):
         return finish
 
     def _muon_sharded(self, group: dict, params: list):
-        """FSDP2: rows travel to the owners of their matrices and back (all-to-all of equal, padded blocks)."""
+        """FSDP2: rows travel to the owners of their matrices and back (all-to-all of equal, padded blocks).
+
+        Returns what to call next, when the other stacks' rows are on their way, too; which returns what to call last.
+        """
         process_group, rank, world = shard_group(params[0])
         share = -(-len(params) // world)
         (m, n), device = params[0].shape, params[0].device
@@ -312,25 +321,29 @@ class MuonAdamW(torch.optim.Optimizer):
         flat = x.view(world * share, block, n)
         self._directions(group, params, flat[: len(params), : rows.stop - rows.start])
         received = torch.empty_like(x)
-        dist.all_to_all_single(received, x, group=process_group)
-        whole = received.transpose(0, 1).reshape(share, world * block, n)[:, :m]
-        whole = orthogonalise(whole.contiguous())
-        squares = mean_squares(whole)
-        back = torch.zeros(share, world * block, n, dtype=x.dtype, device=device)
-        back[:, :m] = whole
-        back = back.view(share, world, block, n).transpose(0, 1).contiguous()
-        every = squares.new_empty(world * share, *squares.shape[1:])
-        transfers = (
-            dist.all_to_all_single(x, back, group=process_group, async_op=True),
-            all_gather(every, squares, group=process_group, async_op=True),
-        )
+        sent = dist.all_to_all_single(received, x, group=process_group, async_op=True)
 
-        def finish():
+        def compute():
+            sent.wait()
+            whole = received.transpose(0, 1).reshape(share, world * block, n)[:, :m]
+            whole = orthogonalise(whole.contiguous())
+            squares = mean_squares(whole)
+            back = torch.zeros(share, world * block, n, dtype=x.dtype, device=device)
+            back[:, :m] = whole
+            back = back.view(share, world, block, n).transpose(0, 1).contiguous()
+            every = squares.new_empty(world * share, *squares.shape[1:])
+            transfers = (
+                dist.all_to_all_single(x, back, group=process_group, async_op=True),
+                all_gather(every, squares, group=process_group, async_op=True),
+            )
+            return partial(finish, transfers, every)
+
+        def finish(transfers: tuple, every: Tensor):
             for transfer in transfers:
                 transfer.wait()
             self._finish(group, params, flat[: len(params), : rows.stop - rows.start], every[: len(params)], rows)
 
-        return finish
+        return compute
 
 
 def check_matrices(params: list) -> None:
