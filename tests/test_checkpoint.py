@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_optim import OPTIONS
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
@@ -147,3 +150,23 @@ def test_a_model_folder_is_complete_float32_and_nothing_is_left_beside_it(traini
     loaded = NanoChatForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.float())
+
+
+def test_momenta_reach_sharded_parameters_as_shards(training, tiny_config, tmp_path):
+    model, optimizer = training
+    checkpoint.save_momenta(tmp_path / "optimizer.pt", model, optimizer)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fresh = NanoChatForCausalLM(tiny_config)
+        fully_shard(fresh, mesh=init_device_mesh("cpu", (1,)))
+        other = MuonAdamW(param_groups(fresh, OPTIONS))
+        checkpoint.load_momenta(tmp_path / "optimizer.pt", fresh, other)
+        for name, p in fresh.named_parameters():
+            assert set(other.state[p]) == set(optimizer.state[dict(model.named_parameters())[name]])
+            kept = [value for value in other.state[p].values() if value.shape == p.shape and value.ndim]
+            assert all(isinstance(value, DTensor) for value in kept)
+        checkpoint.save_momenta(tmp_path / "again.pt", fresh, other)
+    finally:
+        torch.distributed.destroy_process_group()
+    first, again = torch.load(tmp_path / "optimizer.pt"), torch.load(tmp_path / "again.pt")
+    assert all(torch.equal(value, again[name][key]) for name in first for key, value in first[name].items())

@@ -82,7 +82,7 @@ def losses(metrics):
 def straight(world, tmp_path_factory):
     """The uninterrupted run that others are compared with: (folder, metrics)."""
     output = tmp_path_factory.mktemp("straight")
-    return output, run(world, output)
+    return output, run(world, output, save_optimizer=True)
 
 
 def weights(folder):
@@ -476,7 +476,14 @@ def test_two_processes_equal_one_also_after_a_stop(straight, world, tmp_path, sh
         os.system(f"cp -r {tmp_path}/state {copy}/")
         alone = run(world, copy, device_batch_size=4)
         assert losses(alone) == pytest.approx(losses(straight[1]), abs=1e-4)
-    mp.spawn(process, (2, free_port(), world, tmp_path, {"device_batch_size": 2}, sharded), nprocs=2)
+    rest = {"device_batch_size": 2, "save_optimizer": True}
+    mp.spawn(process, (2, free_port(), world, tmp_path, rest, sharded), nprocs=2)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["gradient_accumulation"] == 2 and losses(metrics) == pytest.approx(losses(straight[1]), abs=1e-4)
     assert metrics["val_bpb"] == pytest.approx(straight[1]["val_bpb"], abs=1e-4)
+    mine, theirs = (torch.load(folder / "optimizer.pt") for folder in (tmp_path, straight[0]))
+    assert {n: set(state) for n, state in mine.items()} == {n: set(state) for n, state in theirs.items()}
+    for name, state in theirs.items():
+        for key, value in state.items():
+            near = 0.05 * value.abs().max().item()  # sums in another order
+            torch.testing.assert_close(mine[name][key], value, rtol=0.1, atol=near, msg=f"{name} {key}")
