@@ -19,13 +19,13 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha1, sha256
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers import AutoModelForCausalLM
 
 from .. import tool_loop
@@ -232,14 +232,10 @@ def refuse_others(api: HfApi, repo: str, folder: Path) -> None:
 def same(entry, path: Path) -> bool:
     if entry.size != path.stat().st_size:
         return False
-    if entry.lfs is not None:
-        digest = sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest() == entry.lfs.sha256
-    data = path.read_bytes()
-    return sha1(b"blob %d\0" % len(data) + data).hexdigest() == entry.blob_id  # git's name of the content
+    if entry.lfs is None:
+        return git_hash(path.read_bytes()) == entry.blob_id
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex() == entry.lfs.sha256
 
 
 def validate_on_hub(api: HfApi, folder: Path) -> None:
