@@ -205,6 +205,7 @@ def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path, eng
         assert 0 <= row["pass@1"] <= row["pass@2"] <= 1
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and samples[0].keys() == {"step", "prompt", "text", "reward"}
+    assert [sample["text"] for sample in metrics["samples"]] == [sample["text"] for sample in samples]
     assert not (out / "state").exists() and AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id
 
 

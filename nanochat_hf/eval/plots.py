@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from .sections import GPT2_XL, TITLES
 
-CURVES = {"base": ("train_loss", "val_bpb", "core"), "rl": ("reward", "completion_length")}
+CURVES = {"base": ("train_loss", "val_bpb", "core"), "rl": ("reward", "pass@1", "completion_length")}
 NAMES = {"train_loss": "training loss", "val_loss": "validation loss", "val_bpb": "validation bits per byte"}
-NAMES |= {"core": "centered mean (CORE)", "completion_length": "tokens in an answer"}
+NAMES |= {"core": "centered mean (CORE)", "chatcore": "centered mean (ChatCORE)"}
+NAMES |= {"pass@1": "accuracy on test questions", "completion_length": "tokens in an answer"}
 COLORS = ("#2f6f9f", "#d9822b", "#4c9a5f", "#9a5fb0", "#888888")
 STYLE = """
 body{font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1d2733;background:#fff;max-width:62rem;
@@ -35,7 +36,7 @@ def plots(facts: dict, folder: Path) -> dict[str, str]:
     drawn = {}
     for stage, metrics in facts["stages"].items():
         history = metrics.get("history") or []
-        curves = {name: points(history, name) for name in CURVES.get(stage, ("train_loss", "val_loss"))}
+        curves = {name: points(history, name) for name in CURVES.get(stage, ("train_loss", "val_loss", "chatcore"))}
         if any(len(x) > 1 for x, _ in curves.values()):
             drawn[stage] = draw_curves(curves, folder / f"{stage}.png", TITLES[stage])
     cores = {stage: core["per_task"] for stage, core in facts["evaluation"]["core"].items()}

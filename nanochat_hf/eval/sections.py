@@ -100,7 +100,8 @@ def extras(metrics: dict) -> list[str]:
         rows = [[part["dataset"], f"{part['rows']:,}", f"{part['tokens']:,}"] for part in mixture]
         parts.append(grid(["Dataset", "Rows", "Tokens"], rows))
     if skipped := metrics.get("skipped_rows"):
-        parts.append(f"{len(skipped)} rows were skipped, the first because: {skipped[0].get('reason')}")
+        first = f"row {skipped[0].get('row')} of {skipped[0].get('dataset')}: {skipped[0].get('reason')}"
+        parts.append(f"{len(skipped)} rows were skipped, the first of them {first}")
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
     rows = [[name, show("", before.get(name)), show("", after.get(name))] for name in {**before, **after}]
     parts.append(grid(["On the test split", "before", "after"], rows))

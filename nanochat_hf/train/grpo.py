@@ -241,4 +241,7 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
     after = trainer.evaluate()
     share = trainer.generation_seconds / max(trainer.step_seconds, 1e-9)
     numbers = {"before": before, "after": after, "generation_share": share, "skipped_rows": skipped + bad}
+    if trainer.samples.exists():  # the main process writes them
+        last = [json.loads(line) for line in trainer.samples.read_text().splitlines()[-4:]]
+        numbers["samples"] = [{"prompt": row["prompt"][-1]["content"], "text": row["text"]} for row in last]
     conclude(trainer, tokenizer, output, record, task=config.dataset, history=history, **numbers)
