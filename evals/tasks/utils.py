@@ -120,5 +120,6 @@ def humaneval_program(doc: dict, text: str) -> str:
 def primer_results(doc: dict, results: list) -> dict[str, float]:
     """The demo's questions: graded as RL rewards them, and the share of answers that called the tool."""
     graded = _graded(results[0], lambda text: answers.is_correct(doc, text))
+    del graded["centered"]  # no part of a mean of centered accuracies
     first = results[0] if isinstance(results[0], str) else results[0][0]
     return {**graded, "tool_use": float(answers.used_tool(first))}
