@@ -22,34 +22,24 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def _sum_rows(grad, order, begin, end, columns, column, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        """Float32 sum of the rows order[begin:end] of grad in some columns, ROWS of them at a time."""
-        found = tl.zeros([BLOCK], dtype=tl.float32)
-        for at in range(begin, end, ROWS):
-            place = at + tl.arange(0, ROWS)
-            known = place < end
-            row = tl.load(order + place, mask=known, other=0).to(tl.int64)
-            inside = known[:, None] & (column < columns)[None, :]
-            part = tl.load(grad + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
-            found += tl.sum(part.to(tl.float32), axis=0)
-        return found
+    def _add_rows(total, grad, order, starts, tokens, columns, least, most, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """total[token] += the sum of the rows of grad whose token it is: one token, BLOCK columns a program.
 
-    @triton.jit
-    def _add_rows(total, grad, order, starts, columns, BLOCK: tl.constexpr):
-        """total[token] += the sum of the rows of grad whose token it is, for one token and BLOCK columns a program.
-
-        Most tokens of a batch occur once or twice and a few a thousand times, hence the two sizes of a bite.
+        Only tokens that occur `least` to `most` times. tokens: that of each program; None: the program's own number.
         """
-        token = tl.program_id(0)
+        token = tl.program_id(0) if tokens is None else tl.load(tokens + tl.program_id(0))
         begin, end = tl.load(starts + token), tl.load(starts + token + 1)
-        if begin < end:
+        if (end - begin >= least) & (end - begin <= most):
             column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-            if end - begin > 8:
-                found = _sum_rows(grad, order, begin, end, columns, column, 16, BLOCK)
-            else:
-                found = _sum_rows(grad, order, begin, end, columns, column, 2, BLOCK)
             target = total + token.to(tl.int64) * columns + column
-            found += tl.load(target, mask=column < columns, other=0.0).to(tl.float32)
+            found = tl.load(target, mask=column < columns, other=0.0).to(tl.float32)
+            for at in range(begin, end, ROWS):
+                place = at + tl.arange(0, ROWS)
+                known = place < end
+                row = tl.load(order + place, mask=known, other=0)
+                inside = known[:, None] & (column < columns)[None, :]
+                part = tl.load(grad + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
+                found += tl.sum(part.to(tl.float32), axis=0)
             tl.store(target, found.to(total.dtype.element_ty), mask=column < columns)
 
     @triton.jit
@@ -85,29 +75,49 @@ def added(weight: Tensor, grad: Tensor) -> Tensor | None:
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, ids, order, starts, real):
-        ctx.table, ctx.places = table, (order, starts)
+    def forward(ctx, table, places, real):
+        ctx.table, ctx.places = table, places
+        ids = places.ids
         return F.embedding(ids, table) if real else table.new_empty(()).expand(*ids.shape, table.shape[1])
 
     @staticmethod
     def backward(ctx, grad):
         table, grad = ctx.table, grad.contiguous()
         total = torch.zeros_like(table) if table.grad is None else table.grad
-        columns = table.shape[1]
-        _add_rows[(len(table), triton.cdiv(columns, 512))](total, grad, *ctx.places, columns, BLOCK=512, num_warps=4)
-        return total if table.grad is None else None, None, None, None, None
+        ctx.places.add(total, grad)
+        return total if table.grad is None else None, None, None
 
 
 class Places:
     """Where each token stands in a batch of ids (B, T): made once, used by every embedding table."""
+
+    RARE = 4  # most tokens of a batch occur once or twice, and a few a thousand times: two kernels for the two
 
     def __init__(self, ids: Tensor, rows: int):
         """rows: of the tables."""
         self.ids = ids
         self.fast = triton is not None and ids.is_cuda and torch.is_grad_enabled()
         if self.fast:
-            tokens, self.order = ids.flatten().sort(stable=True)
-            self.starts = torch.searchsorted(tokens, torch.arange(rows + 1, device=ids.device))
+            self.sort(rows)
+
+    def sort(self, rows: int) -> None:
+        tokens, self.order = self.ids.flatten().sort(stable=True)
+        self.starts = torch.searchsorted(tokens, torch.arange(rows + 1, device=tokens.device))
+        most = min(rows, len(tokens) // (self.RARE + 1))  # so many tokens at most are not rare
+        self.frequent = self.starts.diff().topk(most).indices if most else self.order[:0]
+
+    def add(self, total: Tensor, grad: Tensor) -> None:
+        """total (V, C) += the rows of grad (B, T, C), each to its token's row, in place."""
+        columns = total.shape[1]
+        block = min(1024, triton.next_power_of_2(columns))
+        _add_rows[(len(total), triton.cdiv(columns, block))](
+            total, grad, self.order, self.starts, None, columns, 1, self.RARE, ROWS=1, BLOCK=block, num_warps=4
+        )
+        if len(self.frequent):
+            _add_rows[(len(self.frequent), triton.cdiv(columns, 128))](
+                total, grad, self.order, self.starts, self.frequent, columns, self.RARE + 1, len(self.order),
+                ROWS=64, BLOCK=128, num_warps=8,
+            )  # fmt: skip
 
     def rows(self, table: Tensor, real: bool = True) -> Tensor | None:
         """table (V, C) -> its rows (B, T, C).
@@ -116,7 +126,7 @@ class Places:
         itself; None where none is needed, because the table's gradient comes by plain autograd.
         """
         if self.fast and table.requires_grad:
-            return _Rows.apply(table, self.ids, self.order, self.starts, real)
+            return _Rows.apply(table, self, real)
         return F.embedding(self.ids, table) if real else None
 
 
