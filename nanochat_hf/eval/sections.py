@@ -101,7 +101,8 @@ def extras(metrics: dict) -> list[str]:
         parts.append(grid(["Dataset", "Rows", "Tokens"], rows))
     if skipped := metrics.get("skipped_rows"):
         first = f"row {skipped[0].get('row')} of {skipped[0].get('dataset')}: {skipped[0].get('reason')}"
-        parts.append(f"{len(skipped)} rows were skipped, the first of them {first}")
+        count = sum(part.get("bad", 0) for part in mixture or []) or len(skipped)  # not all of them are kept by name
+        parts.append(f"{count:,} rows were skipped, the first of them {first}")
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
     rows = [[name, show("", before.get(name)), show("", after.get(name))] for name in {**before, **after}]
     parts.append(grid(["On the test split", "before", "after"], rows))
