@@ -18,12 +18,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
 from torch.distributed import distributed_c10d
 
 from .errors import InputError
 
 PATIENCE = timedelta(minutes=30)
 LONG = timedelta(hours=6)  # for work of one process that may take so long: a tokenizer, a dataset's download
+_kind: dict = {}  # of parallelism, as it was before the first Accelerator
 _met: Counter = Counter()  # how often each place was passed; the same on every process
 
 
@@ -34,7 +36,17 @@ class WaitedTooLong(RuntimeError):
 def processes() -> PartialState:
     """The job's processes, joined if they are not yet. Without `cpu` Accelerate takes those on CPUs for strangers."""
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    return PartialState(cpu=on_cpu, timeout=PATIENCE)
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    _kind.setdefault("launched", state.distributed_type)
+    return state
+
+
+def next_stage() -> None:
+    """Let the next Accelerator of these processes choose precision, accumulation and DDP or FSDP2 for itself."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    if "launched" in _kind:
+        PartialState().distributed_type = _kind["launched"]  # an FSDP job would be taken for one without its options
 
 
 def place() -> tuple[int, int]:

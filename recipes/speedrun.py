@@ -13,11 +13,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate.state import AcceleratorState, GradientState
-
 from nanochat_hf.data import primer
 from nanochat_hf.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
-from nanochat_hf.distributed import main_first, meet, processes
+from nanochat_hf.distributed import main_first, meet, next_stage, processes
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.chatcore import chatcore_metric
 from nanochat_hf.eval.generation import Generator
@@ -195,8 +193,7 @@ def main() -> None:
             continue
         state.print(f"[{stage}] {run.folder(stage)}")
         run_stage(stage, configs, run, arguments.repo)
-        AcceleratorState._reset_state()  # the next stage chooses its own precision and accumulation
-        GradientState._reset_state()
+        next_stage()
         meet(f"the end of stage {stage}")
     if "report" in stages and state.is_main_process:
         report = make_report(run.path, hourly_rate=arguments.hourly_rate)

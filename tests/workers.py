@@ -163,19 +163,18 @@ def wait(output: str, missing: int, seconds: float) -> None:
 
 
 def fresh() -> None:
-    """The next job chooses its own accumulation."""
-    from accelerate.state import AcceleratorState, GradientState
+    from nanochat_hf.distributed import next_stage
 
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
+    next_stage()
 
 
 def main() -> None:
     import torch
 
-    import nanochat_hf  # noqa: F401  (registers the model)
+    from nanochat_hf.distributed import processes
 
     torch.set_num_threads(1)
+    processes()
     for job in json.loads(sys.argv[1]):
         globals()[job.pop("do")](**job)
     if torch.distributed.is_initialized():

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -59,7 +59,7 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         if accelerator.device.type == "cpu":  # where Accelerate would, without a word, train with DDP
             accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-            accelerator.state.distributed_type = DistributedType.FSDP
+            PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         if (dtype := compute_dtype(accelerator.device)) != torch.float32:
             # gather half the bytes, but still add gradients in float32
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
