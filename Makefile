@@ -47,6 +47,7 @@ bench: setup ## tokens/s of the loader, the optimizer and a training step on thi
 
 bench-gpu: setup ## training and decoding on a GPU; PEER=path of a karpathy/nanochat checkout runs it beside ours
 	$(BIN)/python scripts/bench_gpu.py $(if $(PEER),--peer $(PEER))
+	$(BIN)/python -m nanochat_hf.serve.generate --bench
 
 clean: ## delete runs/ and caches, keep .venv
 	rm -rf runs .pytest_cache .ruff_cache
