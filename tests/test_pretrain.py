@@ -485,5 +485,5 @@ def test_two_processes_equal_one_also_after_a_stop(straight, world, tmp_path, sh
     assert {n: set(state) for n, state in mine.items()} == {n: set(state) for n, state in theirs.items()}
     for name, state in theirs.items():
         for key, value in state.items():
-            near = 0.05 * value.abs().max().item()  # sums in another order
-            torch.testing.assert_close(mine[name][key], value, rtol=0.1, atol=near, msg=f"{name} {key}")
+            near = 0.03 * value.abs().max().item() + 1e-8  # sums in another order
+            torch.testing.assert_close(mine[name][key], value, rtol=0, atol=near, msg=f"{name} {key}")
