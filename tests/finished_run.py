@@ -44,6 +44,7 @@ def finished_run(tmp_path):
     rl = [{"step": s, "reward": s / 10} for s in range(5)]
     write("rl", history=rl, before={"arithmetic": 0.5}, after={"arithmetic": 0.75}, wall_time_s=40)
     core = {"value": 0.01, "stderr": 0.02, "label": "2/22 tasks", "tasks": "2/22", "missing": ["squad"], "limit": 50}
+    core |= {"seconds": 4.0, "model_seconds": 3.0, "long_prompts": 7}
     core["per_task"] = {"piqa": {"acc": 0.6, "centered": 0.2, "stderr": 0.1, "n": 50}}
     write(
         "eval",

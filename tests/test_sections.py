@@ -32,6 +32,13 @@ def test_stage_sections_show_their_numbers_and_plots(run):
     assert "is \\*big\\* | and \\<b>old" in text
 
 
+def test_what_is_less_than_core_says_why_and_how_long_it_took(run):
+    text = make_report(run).read_text()
+    assert "The bundle lacks squad, so this is not CORE. At most 50 examples a task. 7 prompts were cropped." in text
+    assert "It took 4.0 s, 75% of them in the model." in text
+    assert re.search(r"piqa\s+\| 0.6000\s+\| 0.2000 ± 0.1000\s+\| 50\s+\| 0.4500", text)
+
+
 def test_small_helpers():
     assert [duration(s) for s in (None, 59.6, 3725)] == ["-", "1 min 00 s", "1 h 02 min"]
     assert grid(["a", "b"], []) == ""

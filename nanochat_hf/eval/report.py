@@ -85,9 +85,8 @@ def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
     """
     path = Path(run_path)
     facts = collect(Run(path), hourly_rate)
-    pictures = plots(facts, path / "plots")
-    text = markdown(facts, pictures)
     validate(facts)
+    text = markdown(facts, plots(facts, path / "plots"))
     save_json(path / "report.json", facts)
     (path / "report.html").write_text(page(text, path), encoding="utf-8")
     (path / "report.md").write_text(text, encoding="utf-8")

@@ -127,6 +127,9 @@ def evaluation(facts: dict, pictures: dict[str, str]) -> list[str]:
             notes.append(f"At most {core['limit']} examples a task.")
         if core.get("long_prompts"):
             notes.append(f"{core['long_prompts']} prompts were cropped.")
+        if core.get("seconds"):
+            share = core["model_seconds"] / core["seconds"]
+            notes.append(f"It took {core['seconds']:.1f} s, {share:.0%} of them in the model.")
         if core["label"] == "CORE":
             notes.append(f"GPT-2 XL (1.6B) has {GPT2_XL['CORE']:.4f}.")
         rows = [
