@@ -81,7 +81,7 @@ def test_a_zero_gradient_moves_nothing_but_the_decay():
 
 def test_the_norm_of_an_update_is_that_of_a_semi_orthogonal_matrix():
     x = orthogonalise(torch.randn(3, 20, 12))
-    scale = update_scale(mean_squares(x), torch.rand(3, 20, 1), torch.tensor(0.9), (20, 12))
+    scale = update_scale(mean_squares(x), torch.rand(3, 20, 1), torch.tensor(0.9), torch.tensor(1.0), (20, 12))
     torch.testing.assert_close((x * scale).norm(dim=(1, 2)), torch.full((3,), 12**0.5))
 
 
@@ -137,6 +137,35 @@ def test_a_reloaded_state_goes_on_bit_for_bit(tmp_path):
     toy_run(resumed, 3, start=3)
     for a, b in zip(values(straight), values(resumed)):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_closed_gate_leaves_weights_and_state_alone_whatever_the_gradients_hold(device):
+    def run(broken: bool):
+        optimizer = MuonAdamW(
+            [
+                {**group, "params": [torch.nn.Parameter(p.detach().to(device)) for p in group["params"]]}
+                for group in toy_groups()
+            ]
+        )
+        for step in range(4):
+            for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                generator = torch.Generator().manual_seed(1000 * step + place)
+                p.grad = torch.randn(p.shape, generator=generator).to(p)
+                if broken and step == 2:
+                    p.grad.flatten()[0] = float("nan")
+            optimizer.gate = torch.tensor(float(step != 2), device=device)
+            if broken or step != 2:
+                optimizer.step()
+                if step == 2:
+                    optimizer.refused()
+        return optimizer
+
+    whole, broken = run(False), run(True)
+    for a, b in zip(values(whole), values(broken)):
+        assert torch.equal(a, b)
+    for one, other in zip(whole.state.values(), broken.state.values()):
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_gradients_are_left_as_they_were():

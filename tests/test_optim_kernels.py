@@ -13,7 +13,7 @@ def test_nesterov_moves_each_momentum_and_writes_the_direction_beyond_it(device)
     grads, momenta = ([torch.randn(96, 100, device=device) for _ in range(3)] for _ in range(2))
     before = [m.clone() for m in momenta]
     out = torch.zeros(4, 96, 100, device=device)  # one more than there are: a rank with fewer matrices
-    nesterov(grads, momenta, 0.9, out)
+    nesterov(grads, momenta, 0.9, out, torch.ones((), device=device))
     for grad, momentum, old, direction in zip(grads, momenta, before, out):
         assert torch.allclose(momentum, 0.9 * old + 0.1 * grad, atol=1e-6)
         assert torch.allclose(direction, 0.9 * momentum + 0.1 * grad, atol=1e-6)
@@ -27,7 +27,7 @@ def test_updates_decay_only_where_they_agree_with_the_weight(device, shape):
     before = torch.stack(params)
     x = torch.randn(3, *shape, device=device).bfloat16()
     scale = torch.rand(3, *((shape[0], 1) if shape[0] > shape[1] else (1, shape[1])), device=device)
-    apply_updates(params, x, scale, 0.1, 0.5)
+    apply_updates(params, x, scale, 0.1, 0.5, torch.ones((), device=device))
     u = x.float() * scale
     expected = before - 0.1 * u - torch.where(u * before >= 0, 0.05 * before, 0.0)
     assert torch.allclose(torch.stack(params), expected, atol=1e-5)

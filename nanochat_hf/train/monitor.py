@@ -37,12 +37,17 @@ class SpikeAlarm:
     def __init__(self, nats: float):
         self.nats, self.recent = nats, deque(maxlen=WINDOW)
 
+    def limit(self) -> float:
+        """The loss above which the next one is a spike; infinity while there are too few to tell."""
+        if self.nats <= 0 or len(self.recent) < FIRST:
+            return float("inf")
+        noise = 1.4826 * float(np.median(np.abs(np.diff(self.recent)))) / 2**0.5
+        return float(np.median(self.recent)) + max(self.nats, DEVIATIONS * noise)
+
     def rings(self, loss: float) -> bool:
         """Whether `loss` is a spike; if not, it counts among those before the next one."""
-        if self.nats > 0 and len(self.recent) >= FIRST:
-            noise = 1.4826 * float(np.median(np.abs(np.diff(self.recent)))) / 2**0.5
-            if loss - float(np.median(self.recent)) > max(self.nats, DEVIATIONS * noise):
-                return True
+        if loss > self.limit():
+            return True
         self.recent.append(loss)
         return False
 

@@ -119,7 +119,7 @@ def mean_squares(x: Tensor) -> Tensor:
     return x.float().square().mean(-1 if x.shape[-2] >= x.shape[-1] else -2, keepdim=True)
 
 
-def update_scale(squares: Tensor, second: Tensor, beta2: Tensor, shape: tuple[int, int]) -> Tensor:
+def update_scale(squares: Tensor, second: Tensor, beta2: Tensor, gate: Tensor, shape: tuple[int, int]) -> Tensor:
     """Muon+ and NorMuon: the factor on an orthogonal factor, from its `mean_squares`; `second` is updated in place.
 
     Rows (or columns) whose updates have been large for long are damped; the norm of the whole stays sqrt(min(m, n)).
@@ -128,17 +128,18 @@ def update_scale(squares: Tensor, second: Tensor, beta2: Tensor, shape: tuple[in
     target = min(m, n) ** 0.5
     norm = (squares.sum((-2, -1), keepdim=True) * min(m, n)).sqrt().clamp_min(1e-6)
     squares = squares * (target / norm).square()
-    second.lerp_(squares, 1 - beta2)
+    second.add_((1 - beta2) * gate * (squares - second))
     step = second.clamp_min(1e-10).rsqrt()
     damped = ((squares * step.square()).sum((-2, -1), keepdim=True) * min(m, n)).sqrt().clamp_min(1e-10)
     return step * (target / norm) * (target / damped)
 
 
-def adamw(p, grad, first, second, step, lr, beta1, beta2, eps, weight_decay) -> None:
-    """Decoupled AdamW in float32 on a parameter of any dtype, in place (arXiv:1711.05101)."""
-    grad, p32 = grad.float(), p.float() * (1 - lr * weight_decay)
+def adamw(p, grad, first, second, step, gate, lr, beta1, beta2, eps, weight_decay) -> None:
+    """Decoupled AdamW in float32 on a parameter of any dtype, in place (arXiv:1711.05101); gate 0 changes nothing."""
+    lr = lr * gate
+    grad, p32 = torch.where(gate > 0, grad.float(), first), p.float() * (1 - lr * weight_decay)
     first.lerp_(grad, 1 - beta1)
-    second.lerp_(grad.square(), 1 - beta2)
+    second.add_((1 - beta2) * gate * (grad.square() - second))
     denominator = (second / (1 - beta2**step)).sqrt() + eps
     p.copy_(p32 - lr / (1 - beta1**step) * first / denominator)
 
@@ -172,10 +173,15 @@ class MuonAdamW(torch.optim.Optimizer):
 
     State of a Muon parameter: `momentum_buffer` (m, n), on its owner only, and `second_momentum` (m, 1) or (1, n); of
     an AdamW parameter: `step`, `exp_avg`, `exp_avg_sq`. All of it is float32 whatever the parameter's dtype.
+
+    `gate`, if given, is a () float32 tensor on the parameters' device that each step reads there: 1 steps, 0 leaves
+    weights and moments as they are, whatever the gradients hold. So a loop can refuse a step without waiting for the
+    device to tell it.
     """
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, defaults={})
+        self.gate: Tensor | None = None
         for group in self.param_groups:
             if group["kind"] == "muon":
                 check_matrices(group["params"])
@@ -201,6 +207,12 @@ class MuonAdamW(torch.optim.Optimizer):
             finish()
         return loss
 
+    def refused(self) -> None:
+        """Take back the count of the last step, which `gate` turned out to refuse."""
+        for state in self.state.values():
+            if "step" in state:
+                state["step"] -= 1
+
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, but the state keeps its float32: torch would cast it to the dtype of a bf16 parameter."""
         super().load_state_dict(state_dict)
@@ -210,6 +222,9 @@ class MuonAdamW(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and self.state[p][key].dtype != value.dtype:
                     self.state[p][key] = value.to(self.state[p][key].device, copy=True)
+
+    def _gate(self, x: Tensor) -> Tensor:
+        return torch.ones((), device=x.device) if self.gate is None else self.gate
 
     def _adamw_parameters(self) -> Iterator[tuple[dict, nn.Parameter]]:
         """(group, parameter) of all with a gradient, the large ones first so that their owners alternate."""
@@ -245,7 +260,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 t.to_local() if isinstance(t, DTensor) else t for t in (p.grad, state["exp_avg"], state["exp_avg_sq"])
             )
             numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-            fused(adamw, local)(local, grad, first, second, state["step"], *map(scalar, numbers))
+            fused(adamw, local)(local, grad, first, second, state["step"], self._gate(local), *map(scalar, numbers))
         if world == 1 or p.numel() < LARGE:
             return lambda: None
         return dist.broadcast(local, owner, async_op=True).wait
@@ -259,7 +274,7 @@ class MuonAdamW(torch.optim.Optimizer):
             grads, momenta = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
             if isinstance(params[0], DTensor):
                 grads, momenta = [t.to_local() for t in grads], [t.to_local() for t in momenta]
-            nesterov(grads, momenta, group["momentum"], out)
+            nesterov(grads, momenta, group["momentum"], out, self._gate(out))
 
     def _second(self, params: list, shape: torch.Size) -> Tensor:
         """The stack (K, m, 1) or (K, 1, n) of the parameters' second momenta, whole on every rank."""
@@ -273,7 +288,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """Turn orthogonal factors x (K, m or the local rows, n) into the step that everyone takes."""
         shape = params[0].shape
         second = self._second(params, shape)
-        scale = fused(update_scale, x)(squares, second, scalar(group["beta2"]), tuple(shape))
+        scale = fused(update_scale, x)(squares, second, scalar(group["beta2"]), self._gate(x), tuple(shape))
         copy([self.state[p]["second_momentum"] for p in params], second.unbind())
         if shape[0] >= shape[1]:
             scale = scale[:, rows]
@@ -281,7 +296,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if local[0].numel() == 0:  # fewer rows than ranks
             return
         rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-        apply_updates(local, x, scale.contiguous(), rate, group["weight_decay"])
+        apply_updates(local, x, scale.contiguous(), rate, group["weight_decay"], self._gate(x))
 
     def _muon(self, group: dict, params: list):
         """One process, or DDP: orthogonalise the matrices that this rank owns, gather all."""

@@ -23,19 +23,20 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def _nesterov(grads, momenta, out, numel, mu, BLOCK: tl.constexpr):
+    def _nesterov(grads, momenta, gate, out, numel, mu, BLOCK: tl.constexpr):
         which = tl.program_id(1).to(tl.int64)
         where = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = where < numel
         grad = tl.multiple_of(tl.load(grads + which).to(tl.pointer_type(tl.float32)), 16) + where
         momentum = tl.multiple_of(tl.load(momenta + which).to(tl.pointer_type(tl.float32)), 16) + where
         g, m = tl.load(grad, mask=inside), tl.load(momentum, mask=inside)
+        g = tl.where(tl.load(gate) > 0, g, m)
         m += (1.0 - mu) * (g - m)
         tl.store(momentum, m, mask=inside)
         tl.store(out + which * numel + where, (g + mu * (m - g)).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _apply(weights, x, scale, numel, columns, rate, decay, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    def _apply(weights, x, scale, gate, numel, columns, rate, decay, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
         which = tl.program_id(1).to(tl.int64)
         where = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = where < numel
@@ -46,7 +47,7 @@ if triton is not None:
         else:
             factor = tl.load(scale + which * columns + where % columns, mask=inside)
         u = tl.load(x + which * numel + where, mask=inside).to(tl.float32) * factor
-        p -= rate * (u + tl.where(u * p >= 0, decay * p, 0.0))
+        p -= tl.load(gate) * rate * (u + tl.where(u * p >= 0, decay * p, 0.0))
         tl.store(param, p, mask=inside)
 
 
@@ -63,34 +64,38 @@ def addresses(tensors: list[Tensor]) -> Tensor:
     return torch.tensor([t.data_ptr() for t in tensors]).pin_memory().to(tensors[0].device, non_blocking=True)
 
 
-def nesterov(grads: list[Tensor], momenta: list[Tensor], mu: float, out: Tensor) -> None:
-    """m <- mu m + (1 - mu) g in place, out[i] <- mu m + (1 - mu) g; lists of (m, n), out (at least as many, m, n)."""
+def nesterov(grads: list[Tensor], momenta: list[Tensor], mu: float, out: Tensor, gate: Tensor) -> None:
+    """m <- mu m + (1 - mu) g in place, out[i] <- mu m + (1 - mu) g; lists of (m, n), out (at least as many, m, n).
+
+    gate: () on their device; 0 leaves m as it is, whatever g holds, and gives m.
+    """
     if many([*grads, *momenta]) and out.is_contiguous():
         numel = grads[0].numel()
         grid = (triton.cdiv(numel, BLOCK), len(grads))
-        _nesterov[grid](addresses(grads), addresses(momenta), out, numel, mu, BLOCK=BLOCK)
+        _nesterov[grid](addresses(grads), addresses(momenta), gate, out, numel, mu, BLOCK=BLOCK)
         return
-    grads = [grad.float() for grad in grads]
+    grads = [torch.where(gate > 0, grad.float(), momentum) for grad, momentum in zip(grads, momenta)]
     torch._foreach_lerp_(momenta, grads, 1 - mu)
     torch._foreach_copy_(list(out[: len(grads)].unbind()), torch._foreach_lerp(grads, momenta, mu))
 
 
-def apply_updates(params: list[Tensor], x: Tensor, scale: Tensor, rate: float, decay: float) -> None:
+def apply_updates(params: list[Tensor], x: Tensor, scale: Tensor, rate: float, decay: float, gate: Tensor) -> None:
     """p -= rate (u + decay p [u p >= 0]), u = scale x, in place: decay only where the update agrees (cautious).
 
     Args:
         params: K float32 matrices (m, n). x: (K, m, n). scale: (K, m, 1) or (K, 1, n).
+        gate: () on their device, a factor on the rate: 0 leaves p as it is.
     """
     if many(params) and x.is_contiguous() and scale.is_contiguous():
         numel, columns = params[0].numel(), params[0].shape[1]
         grid = (triton.cdiv(numel, BLOCK), len(params))
         per_row = scale.shape[1] == params[0].shape[0]
-        _apply[grid](addresses(params), x, scale, numel, columns, rate, decay, PER_ROW=per_row, BLOCK=BLOCK)
+        _apply[grid](addresses(params), x, scale, gate, numel, columns, rate, decay, PER_ROW=per_row, BLOCK=BLOCK)
         torch.autograd.graph.increment_version(params)  # copies of them are out of date now (`leaves.Copies`)
         return
     for p, part, factor in zip(params, x, scale):
         u = part.float() * factor
-        p.sub_(rate * (u + decay * p * (u * p >= 0)))
+        p.sub_(gate * rate * (u + decay * p * (u * p >= 0)))
 
 
 def symmetric(x: Tensor) -> bool:

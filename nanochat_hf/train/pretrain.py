@@ -294,19 +294,24 @@ class Pretraining:
                 self.accelerator.backward(part if self.loss_scale == 1 else part * self.loss_scale)
             loss += part.detach() / self.accumulation
         norm = gradient_norm(self.model) / self.loss_scale
-        sums = torch.stack((loss, torch.tensor(float(bool(self.signal)), device=self.device)))
-        loss, stop, norm = torch.cat((self.accelerator.reduce(sums, "mean"), norm[None])).tolist()
-        if self.loss_scale > 1 and math.isfinite(loss) and not math.isfinite(norm):
-            self.loss_scale /= 2  # too large for these gradients: make the step with the rows that follow
-            self.optimizer.zero_grad(set_to_none=True)
-            return self.train_step()
-        if not (math.isfinite(loss) and math.isfinite(norm)) or self.alarm.rings(loss):
-            raise FloatingPointError(self.trouble(loss, norm))
-        factor = min(1.0, (self.plan.max_grad_norm or math.inf) / max(norm, 1e-12)) / self.loss_scale
-        if factor != 1:
-            torch._foreach_mul_(gradients(self.model), factor)
+        asked = torch.tensor(float(bool(self.signal)), device=self.device)
+        loss, asked = self.accelerator.reduce(torch.stack((loss, asked)), "mean").unbind()
+        # The device decides whether to take the step, and the host hears of it when the step is already on its way.
+        good = loss.isfinite() & norm.isfinite() & (loss <= self.alarm.limit())
+        self.optimizer.optimizer.gate = good.float()
+        if self.plan.max_grad_norm or self.loss_scale > 1:
+            factor = (self.plan.max_grad_norm / norm.clamp(min=1e-12)).clamp(max=1) if self.plan.max_grad_norm else 1
+            torch._foreach_mul_(gradients(self.model), factor / self.loss_scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        loss, norm, stop = torch.stack((loss, norm, asked)).tolist()
+        if self.loss_scale > 1 and math.isfinite(loss) and not math.isfinite(norm):
+            self.loss_scale /= 2  # too large for these gradients: make the step with the rows that follow
+            self.optimizer.optimizer.refused()
+            return self.train_step()
+        if not (math.isfinite(loss) and math.isfinite(norm)) or self.alarm.rings(loss):
+            self.optimizer.optimizer.refused()
+            raise FloatingPointError(self.trouble(loss, norm))
         if self.dtype == torch.float16 and self.step % 1000 == 999:
             self.loss_scale = min(2 * self.loss_scale, LOSS_SCALE)
         lr = self.plan.groups["matrix"]["lr"] * factors.lr
