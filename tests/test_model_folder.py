@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from hub_standin import Hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import GENERATIONS, close, greedy, make_ids, make_model, randomize
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -28,7 +29,7 @@ def test_save_and_load_keep_every_logit(generation, tmp_path):
     assert (half(ids).logits - model(ids).logits).abs().mean() < 0.1
 
 
-def run_without_the_package(code: str, folder) -> str:
+def run_without_the_package(code: str, folder, **variables: str) -> str:
     """The last line that `code` prints in a fresh process, in `folder`, for which nanochat_hf is not installed."""
     # -S leaves out the .pth files, through which an editable install is found
     start = f"""
@@ -39,6 +40,7 @@ assert importlib.util.find_spec("nanochat_hf") is None
 """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    environment |= variables
     command = [sys.executable, "-I", "-S", "-c", start + code]
     run = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -65,6 +67,28 @@ assert AutoModel.from_pretrained("model", trust_remote_code=True)(ids).last_hidd
 print("equal")
 """
     assert run_without_the_package(code, tmp_path) == "equal"
+
+
+@pytest.mark.slow
+def test_push_to_hub_makes_a_repository_that_needs_no_package(tmp_path):
+    model, ids = make_model(), make_ids(1, 20)
+    model.save_pretrained(tmp_path / "model")
+    torch.save((ids, model(ids).logits), tmp_path / "expected.pt")
+    with Hub() as hub:
+        variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        push = "import nanochat_hf; nanochat_hf.NanoChatForCausalLM.from_pretrained('model').push_to_hub('you/small')"
+        subprocess.run([sys.executable, "-c", push], check=True, cwd=tmp_path, env=os.environ | variables)
+        pushed = hub.repos["models", "you/small"].files("main")[1]
+        assert {"config.json", "configuration_nanochat.py", "modeling_nanochat.py", "model.safetensors"} <= set(pushed)
+        assert json.loads(pushed["config.json"])["auto_map"]["AutoModelForCausalLM"].startswith("modeling_nanochat.")
+        code = """
+import torch
+from transformers import AutoModelForCausalLM
+ids, logits = torch.load("expected.pt")
+assert torch.equal(AutoModelForCausalLM.from_pretrained("you/small", trust_remote_code=True)(ids).logits, logits)
+print("equal")
+"""
+        assert run_without_the_package(code, tmp_path, **variables) == "equal"
 
 
 @pytest.mark.slow
