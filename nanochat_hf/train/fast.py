@@ -5,7 +5,7 @@ which is what pretraining feeds, and for rows of several documents with their `p
 the tests hold the two together for both generations. Differences:
 
 - q, k and v come out of one matrix product;
-- the fused operations of `kernels.py`, and the bf16 copies and embedding rows of `leaves.py`;
+- the fused operations of `kernels.py` and `attention.py`, and the bf16 copies and embedding rows of `leaves.py`;
 - each block is compiled by itself and the program is reused by all blocks alike (regional compilation), so that the
   first step of 24 layers waits for three programs and not for one of 24 times the size.
 """
@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.modeling_nanochat import NanoChatForCausalLM
-from .kernels import attention, attention_mask, head_loss, linear, relu2_mlp, split_qkv
+from .attention import attention, attention_mask, split_qkv
+from .kernels import head_loss, linear, relu2_mlp
 from .leaves import Copies, Places
 
 
@@ -47,7 +48,7 @@ def block(
     """One decoder layer: the stream is x + y, (B, T, C) each, and so is what comes back (y None: nothing pending).
 
     Leaving the last addition to the next layer lets it be fused with that layer's mix and norm. `lambdas` are None or
-    two scalars; `table` (V, K * D), `rows` (see `kernels.split_qkv`) and `gate` (K, G) belong to the value embedding,
+    two scalars; `table` (V, K * D), `rows` (as in `attention.split_qkv`) and `gate` (K, G) are the value embedding's,
     None in a layer without. The matrices are of the dtype of x.
     """
     if y is not None:
@@ -146,7 +147,7 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """ids (B, T) -> hidden states (B, T, C); with targets (B, T; -100 ignored) their loss in nats instead.
 
-        positions, documents: as in `kernels.attention_mask`, for rows of several documents, which see only themselves.
+        positions, documents: as in `attention_mask`, for rows of several documents, which see only themselves.
         """
         model, config = self.model.model, self.model.config
         eps = config.rms_norm_eps

@@ -1,0 +1,317 @@
+"""Attention of the training step and what comes before it, each beside a plain PyTorch twin (see `kernels.py`).
+
+- RoPE, QK norm and the gated value embedding are one pass over the joint product of q, k and v, one more backward.
+- attention: FlashAttention-4 (Dao-AILab/flash-attention, package flash-attn-4) knows sliding windows and documents, so
+  a short layer costs what its window costs; without it FlexAttention (arXiv:2412.05496) does the same with a block
+  mask.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import triton
+
+try:
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+except ImportError:
+    _flash_attn_fwd = _flash_attn_bwd = None
+
+if triton is not None:
+    import triton.language as tl
+
+    @triton.jit
+    def _turn_and_norm(base, out, first_head, heads, c, s, eps, D: tl.constexpr, PADDED: tl.constexpr):
+        """Rotate by -angle and norm `heads` heads of one token, read at base and written to out."""
+        head = tl.arange(0, PADDED)[:, None]
+        half = tl.arange(0, D // 2)[None, :]
+        inside = (head < heads) & (half < D // 2)
+        x1 = tl.load(base + (first_head + head) * D + half, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(base + (first_head + head) * D + D // 2 + half, mask=inside, other=0.0).to(tl.float32)
+        y1, y2 = x1 * c + x2 * s, x2 * c - x1 * s
+        scale = tl.rsqrt((tl.sum(y1 * y1, 1) + tl.sum(y2 * y2, 1)) / D + eps)[:, None]
+        tl.store(out + head * D + half, (y1 * scale).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + head * D + D // 2 + half, (y2 * scale).to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _turn_and_norm_grad(base, grad, out, first_head, heads, c, s, eps, D: tl.constexpr, PADDED: tl.constexpr):
+        """Gradient of the above: reads the inputs again at base, the outputs' gradient at grad, writes beside base."""
+        head = tl.arange(0, PADDED)[:, None]
+        half = tl.arange(0, D // 2)[None, :]
+        inside = (head < heads) & (half < D // 2)
+        where = (first_head + head) * D + half
+        x1 = tl.load(base + where, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(base + where + D // 2, mask=inside, other=0.0).to(tl.float32)
+        g1 = tl.load(grad + head * D + half, mask=inside, other=0.0).to(tl.float32)
+        g2 = tl.load(grad + head * D + D // 2 + half, mask=inside, other=0.0).to(tl.float32)
+        y1, y2 = x1 * c + x2 * s, x2 * c - x1 * s
+        scale = tl.rsqrt((tl.sum(y1 * y1, 1) + tl.sum(y2 * y2, 1)) / D + eps)[:, None]
+        y1, y2 = y1 * scale, y2 * scale
+        along = ((tl.sum(g1 * y1, 1) + tl.sum(g2 * y2, 1)) / D)[:, None]
+        d1, d2 = scale * (g1 - y1 * along), scale * (g2 - y2 * along)
+        tl.store(out + where, (d1 * c - d2 * s).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + where + D // 2, (d1 * s + d2 * c).to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _qkv_forward(
+        qkv, q, k, v, cos, sin, ids, table, gates, positions, length, heads, kv_heads, eps,
+        D: tl.constexpr, PADDED: tl.constexpr, KV_PADDED: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    ):  # fmt: skip
+        token = tl.program_id(0).to(tl.int64)
+        position = tl.load(positions + token) if PACKED else token % length
+        angle = position * (D // 2) + tl.arange(0, D // 2)[None, :]
+        c, s = tl.load(cos + angle).to(tl.float32), tl.load(sin + angle).to(tl.float32)
+        base = qkv + token * (heads + 2 * kv_heads) * D
+        _turn_and_norm(base, q + token * heads * D, 0, heads, c, s, eps, D, PADDED)
+        _turn_and_norm(base, k + token * kv_heads * D, heads, kv_heads, c, s, eps, D, KV_PADDED)
+        head = tl.arange(0, KV_PADDED)[:, None]
+        channel = tl.arange(0, D)[None, :]
+        inside = (head < kv_heads) & (channel < D)
+        value = tl.load(base + (heads + kv_heads + head) * D + channel, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            gate = tl.load(gates + token * kv_heads + head, mask=head < kv_heads, other=0.0).to(tl.float32)
+            entry = tl.load(ids + token) * kv_heads * D
+            extra = tl.load(table + entry + head * D + channel, mask=inside, other=0.0).to(tl.float32)
+            value += 3.0 / (1.0 + tl.exp(-gate)) * extra
+        tl.store(v + token * kv_heads * D + head * D + channel, value.to(v.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _qkv_backward(
+        qkv, dq, dk, dv, dqkv, cos, sin, ids, table, gates, dgates, dextra, positions, length, heads, kv_heads, eps,
+        D: tl.constexpr, PADDED: tl.constexpr, KV_PADDED: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    ):  # fmt: skip
+        token = tl.program_id(0).to(tl.int64)
+        position = tl.load(positions + token) if PACKED else token % length
+        angle = position * (D // 2) + tl.arange(0, D // 2)[None, :]
+        c, s = tl.load(cos + angle).to(tl.float32), tl.load(sin + angle).to(tl.float32)
+        base, out = qkv + token * (heads + 2 * kv_heads) * D, dqkv + token * (heads + 2 * kv_heads) * D
+        _turn_and_norm_grad(base, dq + token * heads * D, out, 0, heads, c, s, eps, D, PADDED)
+        _turn_and_norm_grad(base, dk + token * kv_heads * D, out, heads, kv_heads, c, s, eps, D, KV_PADDED)
+        head = tl.arange(0, KV_PADDED)[:, None]
+        channel = tl.arange(0, D)[None, :]
+        inside = (head < kv_heads) & (channel < D)
+        grad = tl.load(dv + token * kv_heads * D + head * D + channel, mask=inside, other=0.0)
+        tl.store(out + (heads + kv_heads + head) * D + channel, grad, mask=inside)
+        if GATED:
+            grad = grad.to(tl.float32)
+            gate = tl.load(gates + token * kv_heads + head, mask=head < kv_heads, other=0.0).to(tl.float32)
+            entry = tl.load(ids + token) * kv_heads * D
+            extra = tl.load(table + entry + head * D + channel, mask=inside, other=0.0).to(tl.float32)
+            opening = 1.0 / (1.0 + tl.exp(-gate))  # (KV_PADDED, 1)
+            dgate = tl.sum(grad * extra, 1)[:, None] * 3.0 * opening * (1.0 - opening)
+            tl.store(dgates + token * kv_heads + head, dgate.to(dgates.dtype.element_ty), mask=head < kv_heads)
+            where = token * kv_heads * D + head * D + channel
+            tl.store(dextra + where, (3.0 * opening * grad).to(dextra.dtype.element_ty), mask=inside)
+
+    def _qkv_sizes(qkv, cos, kv_heads):
+        dim = 2 * cos.shape[-1]
+        heads = qkv.shape[-1] // dim - 2 * kv_heads
+        padded = dict(D=dim, PADDED=triton.next_power_of_2(heads), KV_PADDED=triton.next_power_of_2(kv_heads))
+        return heads, dim, padded
+
+    @torch.library.custom_op("nanochat_hf::qkv", mutates_args=())
+    def _qkv(
+        qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float, ids: Tensor | None, table: Tensor | None,
+        gates: Tensor | None, rows: Tensor | None, positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        batch, length, _ = qkv.shape
+        heads, dim, padded = _qkv_sizes(qkv, cos, kv_heads)
+        q = qkv.new_empty(batch, length, heads, dim)
+        k, v = qkv.new_empty(batch, length, kv_heads, dim), qkv.new_empty(batch, length, kv_heads, dim)
+        _qkv_forward[(batch * length,)](
+            qkv, q, k, v, cos, sin, ids, table, gates, positions, length, heads, kv_heads, eps,
+            GATED=gates is not None, PACKED=positions is not None, num_warps=4, **padded,
+        )  # fmt: skip
+        return q, k, v
+
+    @_qkv.register_fake
+    def _(qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions):
+        heads, dim, _ = _qkv_sizes(qkv, cos, kv_heads)
+        shape = qkv.shape[:2]
+        return qkv.new_empty(*shape, heads, dim), *(qkv.new_empty(*shape, kv_heads, dim) for _ in range(2))
+
+    @torch.library.custom_op("nanochat_hf::qkv_grad", mutates_args=())
+    def _qkv_grad(
+        dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, eps: float, ids: Tensor | None,
+        table: Tensor | None, gates: Tensor | None, positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        batch, length, kv_heads, _ = dk.shape
+        heads, dim, padded = _qkv_sizes(qkv, cos, kv_heads)
+        dqkv = torch.empty_like(qkv)
+        gated = gates is not None
+        dgates = torch.empty_like(gates) if gated else qkv.new_empty(0)
+        dextra = qkv.new_empty(batch, length, kv_heads * dim) if gated else qkv.new_empty(0)
+        _qkv_backward[(batch * length,)](
+            qkv, dq.contiguous(), dk.contiguous(), dv.contiguous(), dqkv, cos, sin, ids, table, gates, dgates, dextra,
+            positions, length, heads, kv_heads, eps, GATED=gated, PACKED=positions is not None, num_warps=4, **padded,
+        )  # fmt: skip
+        return dqkv, dgates, dextra
+
+    @_qkv_grad.register_fake
+    def _(dq, dk, dv, qkv, cos, sin, eps, ids, table, gates, positions):
+        none = qkv.new_empty(0)
+        extra = none if gates is None else qkv.new_empty(*dk.shape[:2], dk.shape[2] * dk.shape[3])
+        return torch.empty_like(qkv), none if gates is None else torch.empty_like(gates), extra
+
+    def _qkv_setup(ctx, inputs, output):
+        qkv, cos, sin, _, ctx.eps, ids, table, gates, _, positions = inputs
+        ctx.save_for_backward(qkv, cos, sin, ids, table, gates, positions)
+
+    def _qkv_backward_rule(ctx, dq, dk, dv):
+        qkv, cos, sin, ids, table, gates, positions = ctx.saved_tensors
+        dqkv, dgates, dextra = _qkv_grad(dq, dk, dv, qkv, cos, sin, ctx.eps, ids, table, gates, positions)
+        gated = gates is not None
+        return dqkv, *[None] * 6, dgates if gated else None, dextra if gated else None, None
+
+    _qkv.register_autograd(_qkv_backward_rule, setup_context=_qkv_setup)
+
+
+def split_qkv(
+    qkv, cos, sin, kv_heads, eps, ids=None, table=None, gates=None, rows=None, positions=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three products in one tensor -> what attention takes: q and k turned and normed, v with its embedding.
+
+    Args:
+        qkv: (B, T, (H + 2K) * D), the q heads first, then k, then v.
+        cos, sin: (T, 1, D / 2); the turn is by -angle in half-split layout, and the norm comes after it.
+        ids, table, gates: (B, T) token ids, (V, K * D) value embeddings, (B, T, K) gates before their sigmoid:
+            v += 3 sigmoid(gate) * table[id]; None in a layer without.
+        rows: (B, T, K * D) whose gradient is that of the rows table[id], their values are not read: on CUDA the table
+            itself gets none (`leaves.Places.rows`).
+        positions: (B, T) places of the tokens, below T, in rows of several documents; None: 0 to T - 1.
+
+    Returns: q (B, T, H, D), k and v (B, T, K, D).
+    """
+    if triton is not None and qkv.is_cuda:
+        return _qkv(qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions)
+    dim = 2 * cos.shape[-1]
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    parts = qkv.unflatten(-1, (-1, dim)).split((qkv.shape[-1] // dim - 2 * kv_heads, kv_heads, kv_heads), dim=-2)
+    q, k = (_turned_and_normed(part, cos, sin, eps) for part in parts[:2])
+    v = parts[2]
+    if gates is not None:
+        v = v + 3 * torch.sigmoid(gates).unsqueeze(-1) * F.embedding(ids, table).to(v.dtype).view_as(v)
+    return q, k, v
+
+
+def _turned_and_normed(x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    return F.rms_norm(turned, turned.shape[-1:], eps=eps)
+
+
+if _flash_attn_fwd is not None:
+
+    def _extent(left: int) -> dict:
+        return dict(causal=True) if left < 0 else dict(window_size_left=left, window_size_right=0)
+
+    def _documents(starts: Tensor | None, q: Tensor) -> dict:
+        if starts is None:
+            return {}
+        return dict(cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=q.shape[1], max_seqlen_k=q.shape[1])
+
+    @torch.library.custom_op("nanochat_hf::flash_attention", mutates_args=(), device_types="cuda")
+    def _flash(
+        q: Tensor, k: Tensor, v: Tensor, left: int, scale: float, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, H, D) -> output (B, T, H, D), log-sum-exp; left < 0 is full causal attention.
+
+        starts: (N + 1,) int32, where documents begin in the rows laid end to end, the end of the last one included.
+        """
+        parts = (q, k, v) if starts is None else (x.flatten(0, 1) for x in (q, k, v))
+        out, lse, *_ = _flash_attn_fwd(
+            *parts, softmax_scale=scale, return_lse=True, **_extent(left), **_documents(starts, q)
+        )
+        return out.view(q.shape), lse
+
+    @_flash.register_fake
+    def _(q, k, v, left, scale, starts):
+        batch, length, heads, _ = q.shape
+        shape = (batch, heads, length) if starts is None else (heads, batch * length)
+        return torch.empty_like(q), q.new_empty(shape, dtype=torch.float32)
+
+    @torch.library.custom_op("nanochat_hf::flash_attention_grad", mutates_args=(), device_types="cuda")
+    def _flash_grad(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, left: int, scale: float,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        parts = (q, k, v, out, grad.contiguous())
+        if starts is not None:
+            parts = (x.flatten(0, 1) for x in parts)
+        dq, dk, dv, *_ = _flash_attn_bwd(*parts, lse, scale, **_extent(left), **_documents(starts, q))
+        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+
+    @_flash_grad.register_fake
+    def _(grad, q, k, v, out, lse, left, scale, starts):
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def _flash_setup(ctx, inputs, output):
+        q, k, v, ctx.left, ctx.scale, starts = inputs
+        ctx.save_for_backward(q, k, v, *output, starts)
+
+    def _flash_backward(ctx, grad, _):
+        *saved, starts = ctx.saved_tensors
+        return *_flash_grad(grad, *saved, ctx.left, ctx.scale, starts), None, None, None
+
+    _flash.register_autograd(_flash_backward, setup_context=_flash_setup)
+
+
+def uses_flash(x: Tensor) -> bool:
+    """Whether `attention` runs FlashAttention-4 on a device and in a dtype like those of x."""
+    return _flash_attn_fwd is not None and x.is_cuda and x.dtype == torch.bfloat16
+
+
+def attention_mask(x: Tensor, window: int | None, positions: Tensor | None = None, documents: int = 0):
+    """What `attention` must be told besides the window: None if nothing, or what its implementation here takes.
+
+    Args:
+        x: (B, T, C) in the dtype and on the device of the network.
+        positions: (B, T) places within documents, 0 where one begins; None for rows of one document each.
+        documents: at least as many as documents begin in `positions`; fixes the shape of what FlashAttention takes.
+    """
+    batch, length = x.shape[:2]
+    if uses_flash(x):
+        if positions is None:
+            return None
+        place = torch.arange(batch * length, device=x.device, dtype=torch.int32)
+        begins = torch.where(positions.flatten() == 0, place, batch * length)
+        return F.pad(begins.sort().values, (0, 1), value=batch * length)[: documents + 1].contiguous()
+    if positions is None and (window is None or window >= length):
+        return None
+    if not x.is_cuda:
+        distance = torch.arange(length, device=x.device)
+        distance = distance[:, None] - distance
+        seen = (distance >= 0) & (distance < (window or length))
+        return seen if positions is None else (seen & (distance <= positions[..., None]))[:, None]
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(row, head, query, key):
+        seen = query >= key
+        if window is not None:
+            seen = seen & (query - key < window)
+        return seen if positions is None else seen & (query - key <= positions[row, query])
+
+    return create_block_mask(visible, None if positions is None else batch, None, length, length, device=x.device)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, mask=None) -> Tensor:
+    """Causal attention of q (B, T, H, D) to k, v (B, T, K, D), softmax of `scale` times the products.
+
+    window: number of keys that a query sees, the own one included, or None for all. mask: the `attention_mask` of it.
+    Returns (B, T, H, D).
+    """
+    if uses_flash(q):
+        return _flash(q, k, v, -1 if window is None else window - 1, scale, mask)[0]
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if mask is None or not q.is_cuda:
+        causal = mask is None
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    else:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
