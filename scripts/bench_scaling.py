@@ -30,7 +30,7 @@ from nanochat_hf.train.pretrain import PretrainConfig, Pretraining
 from nanochat_hf.train.scaling import peak_flops, plan
 
 ROOT = Path(__file__).parent.parent
-TINY = {"depth": 2, "aspect_ratio": 32, "head_dim": 32, "max_seq_len": 64, "generation": 2}  # of --cpu
+TINY = {"aspect_ratio": 32, "head_dim": 32, "max_seq_len": 64, "generation": 2}  # of --cpu
 MARK = "figures: "  # before the line of JSON that a run prints at its end
 COLUMNS = ("run", "GPUs", "tok/s", "per GPU", "scaling", "MFU", "GiB", "first step", "recipe", "cost")
 
@@ -146,7 +146,7 @@ def prepare(options) -> tuple[str, str]:
 def config_of(options, depth: int, gpus: int, precision: str, rows: int, accumulation: int | None, dataset: str):
     """The recipe's own config, at this size."""
     config = parse_config(PretrainConfig, ROOT / "recipes" / options.recipe / "base.yaml")
-    config = replace(config, **(TINY if options.cpu else {"depth": depth}))
+    config = replace(config, depth=depth, **(TINY if options.cpu else {}))
     together = rows * config.max_seq_len * gpus
     accumulation = accumulation or max(1, options.tokens // together)
     return replace(
@@ -172,7 +172,8 @@ def speeds(options, counts: list[int]) -> None:
         for gpus in counts:
             contenders = options.configs.split(",") if gpus > 1 else ["one GPU"]
             for kind in contenders + (["peer"] if options.peer and precision == "bf16" else []):
-                config = config_of(options, recipe.depth, gpus, precision, options.rows, options.accumulation, dataset)
+                depth = 2 if options.cpu else recipe.depth
+                config = config_of(options, depth, gpus, precision, options.rows, options.accumulation, dataset)
                 settings = {"kind": kind, "config": vars(config), "tokenizer": tokenizer, "peer": options.peer}
                 settings |= {"output": str(options.work / "run"), "depth": recipe.depth, "rows": options.rows}
                 settings |= {"warmup": options.warmup, "steps": options.steps, "attention": options.attention}
