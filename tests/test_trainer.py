@@ -128,7 +128,7 @@ import nanochat_hf.train.sft as sft, torch
 torch.set_num_threads(1)
 base, out, batch, die = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 mixture = [{"dataset": "primer", "rows": 60}]
-config = ChatConfig(mixture=mixture, device_batch_size=batch, num_iterations=8, save_every=2)
+config = ChatConfig(mixture=mixture, device_batch_size=batch, num_iterations=8, save_every=2, init_lr_frac=0.02)
 real, done = sft.ChatTrainer.training_step, []
 def step(self, *args, **kwargs):
     if len(done) == die:
