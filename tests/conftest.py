@@ -59,6 +59,16 @@ def tiny_model(tiny_config):
 
 
 @pytest.fixture
+def lively_model(tiny_model):
+    """Random weights large enough that answers differ by more than rounding."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return tiny_model
+
+
+@pytest.fixture
 def tiny_folder(tiny_model, tokenizer, tmp_path):
     """The tiny model with its tokenizer in a folder, as a finished stage leaves it."""
     tiny_model.save_pretrained(tmp_path / "model")

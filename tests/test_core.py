@@ -25,16 +25,6 @@ def words(rng, count):
 
 
 @pytest.fixture
-def lively_model(tiny_model):
-    """Random weights large enough that answers differ by more than rounding."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in tiny_model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return tiny_model
-
-
-@pytest.fixture
 def bundle(tmp_path):
     """A small bundle in the official layout: one task of each kind, with the official names, shots and delimiters."""
     rng = random.Random(0)

@@ -8,15 +8,6 @@ import torch
 from nanochat_hf.eval.generation import Generator
 
 
-@pytest.fixture
-def lively_model(tiny_model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in tiny_model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return tiny_model
-
-
 class Script:
     """A model that says one given text after any prompt, whatever tokens a tool puts in between."""
 

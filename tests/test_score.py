@@ -8,16 +8,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nanochat_hf.eval.score import positions_that_fit, score
 
 
-@pytest.fixture
-def lively_model(tiny_model):
-    """Random weights large enough that answers differ by more than rounding."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in tiny_model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return tiny_model
-
-
 def test_scores_do_not_depend_on_batch_size_or_order(lively_model):
     rng = np.random.default_rng(0)
     contexts = [rng.integers(0, 500, size) for size in (3, 30, 45, 60)]
