@@ -123,3 +123,9 @@ def gradient_norm(model: nn.Module) -> Tensor:
     """() float32 norm of all gradients together, over all shards."""
     norm = torch.nn.utils.get_total_norm(gradients(model))
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
+
+
+def scale_gradients(model: nn.Module, factor: Tensor | float) -> None:
+    """Multiply all gradients in place; `factor` may be a () tensor on their device."""
+    found = gradients(model)
+    torch._foreach_mul_([grad.to_local() if isinstance(grad, DTensor) else grad for grad in found], factor)

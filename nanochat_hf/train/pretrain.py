@@ -35,7 +35,7 @@ from ..run import begin, finish
 from . import checkpoint
 from .device import check_cost, choose_rows, listening, start_accelerator, to_device, undisturbed_by_gc
 from .monitor import Evaluator, SpikeAlarm, line, status
-from .network import compute_dtype, gradient_norm, gradients, new_model, shape_of, with_loss
+from .network import compute_dtype, gradient_norm, new_model, scale_gradients, shape_of, with_loss
 from .optim import MuonAdamW, param_groups
 from .scaling import peak_flops, plan
 
@@ -301,7 +301,7 @@ class Pretraining:
         self.optimizer.optimizer.gate = good.float()
         if self.plan.max_grad_norm or self.loss_scale > 1:
             factor = (self.plan.max_grad_norm / norm.clamp(min=1e-12)).clamp(max=1) if self.plan.max_grad_norm else 1
-            torch._foreach_mul_(gradients(self.model), factor / self.loss_scale)
+            scale_gradients(self.model, factor / self.loss_scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loss, norm, stop = torch.stack((loss, norm, asked)).tolist()
