@@ -41,21 +41,25 @@ def test_gradients_added_in_place_are_those_of_autograd():
         assert torch.equal(ours, theirs)
 
 
+def reduced(in_place: bool, steps: int, parts) -> list[torch.Tensor]:
+    """Gradients of the last step; DDP is gone before its processes part."""
+    module = DistributedDataParallel(Net(in_place), gradient_as_bucket_view=True)
+    for _ in range(steps):
+        module.zero_grad(set_to_none=True)
+        found = gradients(module, parts)
+    return found
+
+
 def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     parts = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(rank)).bfloat16()
-    for turns in range(2):  # the second step finds DDP's own buckets in place
-        found = []
-        for in_place in (True, False):
-            module = DistributedDataParallel(Net(in_place), gradient_as_bucket_view=True)
-            for _ in range(turns + 1):
-                module.zero_grad(set_to_none=True)
-                found.append(gradients(module, parts))
-        for ours, theirs in zip(found[turns], found[-1]):
+    for steps in (1, 2):  # the second step finds DDP's own buckets in place
+        for ours, theirs in zip(reduced(True, steps, parts), reduced(False, steps, parts)):
             assert torch.equal(ours, theirs)
             both = [torch.empty_like(ours) for _ in range(2)]
             dist.all_gather(both, ours)
             assert torch.equal(*both)  # reduced: the same on both
+    dist.barrier()
     dist.destroy_process_group()
 
 
