@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import broadcast_object_list
 from torch.distributed import distributed_c10d
 
 from .errors import InputError
@@ -52,6 +53,11 @@ def next_stage() -> None:
 def place() -> tuple[int, int]:
     """-> (rank, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def agreed(value):
+    """The main process's `value`, on every process."""
+    return broadcast_object_list([value])[0] if place()[1] > 1 else value
 
 
 def meet(where: str, patience: timedelta = PATIENCE) -> None:

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
-
+from ..distributed import agreed
 from ..errors import InputError
 from .core import centered_mean, quiet
 from .generation import Generator
@@ -50,7 +49,6 @@ def chatcore_metric(config: EvalConfig, tokenizer, output: Path, engine: Callabl
                 results |= tasks.run(name, lm)[0]
         marked = {k: v for k, v in results.items() if v.get("chatcore")}
         found = centered_mean(marked or results, "ChatCORE", len(results))
-        value = [found and found["value"]]
-        return broadcast_object_list(value)[0] if lm.world_size > 1 else value[0]
+        return agreed(found and found["value"])
 
     return measure

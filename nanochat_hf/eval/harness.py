@@ -17,11 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 from lm_eval.tasks import TaskManager
 
 from ..data.tokenizer import load_tokenizer
-from ..distributed import processes
+from ..distributed import agreed, processes
 from ..errors import InputError
 from ..run import begin, finish, load_json, save_json
 from .bpb import held_out_bpb
@@ -107,15 +106,13 @@ def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: C
         stages = {}
         for stage, folder in models.items():
             kept = output / "state" / f"{stage}.json"
-            found = [load_json(kept) if state.is_main_process else None]
-            if state.num_processes > 1:
-                broadcast_object_list(found)
-            if found[0] is None or found[0]["config"] != asdict(config):
+            found = agreed(load_json(kept) if state.is_main_process else None)
+            if found is None or found["config"] != asdict(config):
                 numbers = evaluate_model(config, stage, folder, tasks, output, engine, state)
-                found = [{"config": asdict(config), **numbers}]
+                found = {"config": asdict(config), **numbers}
                 if state.is_main_process:
-                    save_json(kept, found[0])
-            stages[stage] = found[0]
+                    save_json(kept, found)
+            stages[stage] = found
         state.wait_for_everyone()
     if not state.is_main_process:
         return None
@@ -193,8 +190,7 @@ def core_metric(tokenizer, bundle: str) -> Callable[[torch.nn.Module, int], floa
         with quiet():
             lm = LocalLM(model, tokenizer, config)
             found = evaluate_core(lm, manager, limit if limit > 0 else None, log=lambda line: None)
-        value = [found and found["value"]]
-        return broadcast_object_list(value)[0] if lm.world_size > 1 else value[0]
+        return agreed(found and found["value"])
 
     return measure
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from lm_eval.api.metrics import mean_stderr
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks import TaskManager
 
@@ -155,5 +156,4 @@ def majority(samples: list[dict]) -> float:
 def standard_error(values: list) -> float | None:
     if len(values) < 2 or not all(isinstance(value, int | float) for value in values):
         return None
-    mean = sum(values) / len(values)
-    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)) ** 0.5
+    return mean_stderr(values)

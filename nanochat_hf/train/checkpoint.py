@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..distributed import meet
+from ..distributed import meet, place
 from ..errors import InputError
-from .optim import LARGE, ranks
+from .optim import LARGE
 
 
 def barrier() -> None:
@@ -73,7 +73,7 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
 def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
     """Make `folder` one for `from_pretrained`: float32, written aside and moved in file by file, the config last."""
     weights = full_weights(model)
-    if ranks()[0] == 0:
+    if place()[0] == 0:
         aside = folder / ".weights"
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside, state_dict={name: value.float() for name, value in weights.items()})
@@ -103,7 +103,7 @@ def save(
     Raises:
         InputError: the folder cannot be written to.
     """
-    rank, world = ranks()
+    rank, world = place()
     aside, final = folder / f".step_{step:06d}", folder / f"step_{step:06d}"
     if before := [path for path in complete(folder) if path.name.partition(".")[0] == final.name]:
         final = final.with_name(f"{final.name}.{int(before[-1].name.partition('.')[2] or 0) + 1}")
@@ -143,7 +143,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
     With another number of processes than the checkpoint's, each one gets all the optimizer state (MuonAdamW drops what
     it does not own) and all the positions; random state then starts afresh.
     """
-    rank, world = ranks()
+    rank, world = place()
     progress = read_progress(path)
     same = progress["world_size"] == world
     numbers = [rank] if same else range(progress["world_size"])
@@ -176,7 +176,7 @@ def save_momenta(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
     Large tensors in bf16: half the room (3 bytes a parameter of a d24), and a momentum needs no more digits.
     """
-    rank, world = ranks()
+    rank, world = place()
     own: dict = {}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():

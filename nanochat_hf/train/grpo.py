@@ -36,7 +36,17 @@ from ..errors import InputError
 from ..run import begin
 from ..tools import python
 from .rewards import COLUMNS, correctness, pass_at_k
-from .trainer import StageConfig, StageTrainer, accumulation, conclude, fit, load_model, lora, trainer_arguments
+from .trainer import (
+    StageConfig,
+    StageTrainer,
+    accumulation,
+    conclude,
+    fit,
+    load_model,
+    lora,
+    outside_results,
+    trainer_arguments,
+)
 
 MAX_TOOL_CALLS = 4  # of one answer
 EVAL_ROWS = 128  # answers that a device generates together while measuring
@@ -167,17 +177,7 @@ def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
 
 def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Callable:
     """TRL's `rollout_func` over an engine of this project, whose answers hold the tool's results already."""
-    opens, closes = tokenizer.convert_tokens_to_ids(["<|output_start|>", "<|output_end|>"])
     engines = []
-
-    def own(ids: list[int]) -> list[int]:
-        """1 where the model chose the token, 0 in a tool's result."""
-        inside, mask = False, []
-        for token in ids:
-            inside = inside or token == opens
-            mask.append(int(not inside))
-            inside = inside and token != closes
-        return mask
 
     def generate(prompts: list, trainer: RLTrainer) -> dict:
         model, training = trainer.accelerator.unwrap_model(trainer.model), trainer.model.training
@@ -203,7 +203,8 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
             adapters.unmerge_adapter()
         (adapters or model).train(training)
         answers = [samples[0] for samples in answers]
-        return {"prompt_ids": ids, "completion_ids": answers, "logprobs": None, "env_mask": [own(a) for a in answers]}
+        own = [outside_results(answer, tokenizer) for answer in answers]
+        return {"prompt_ids": ids, "completion_ids": answers, "logprobs": None, "env_mask": own}
 
     return generate
 

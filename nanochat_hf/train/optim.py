@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from ..distributed import place
 from ..errors import InputError
 from .optim_kernels import apply_updates, gram, nesterov, product_plus, square_plus
 
@@ -245,7 +246,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _adamw(self, group: dict, p: nn.Parameter, turn: int):
         local = p.to_local() if isinstance(p, DTensor) else p.detach()
-        rank, world = (0, 1) if isinstance(p, DTensor) else ranks()
+        rank, world = (0, 1) if isinstance(p, DTensor) else place()
         owner = turn % world if p.numel() >= LARGE else rank
         if owner != rank:
             self.state.pop(p, None)  # a checkpoint of another number of processes brought it along
@@ -300,7 +301,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _muon(self, group: dict, params: list):
         """One process, or DDP: orthogonalise the matrices that this rank owns, gather all."""
-        rank, world = ranks()
+        rank, world = place()
         share = -(-len(params) // world)
         mine = params[rank * share : (rank + 1) * share]
         for p in params[: rank * share] + params[(rank + 1) * share :]:
@@ -371,11 +372,6 @@ def copy(targets, sources) -> None:
     """Copy tensors pairwise, in one launch, converting dtypes; empty lists and empty tensors are fine."""
     if len(targets) and targets[0].numel():
         torch._foreach_copy_(list(targets), list(sources))
-
-
-def ranks() -> tuple[int, int]:
-    """-> (rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def shard_group(p: DTensor):

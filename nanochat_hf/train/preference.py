@@ -17,6 +17,7 @@ from ..data.conversations import REASONS_KEPT
 from ..data.sources import Entry, open_rows
 from ..data.tokenizer import load_tokenizer
 from ..data.transforms import BadRow, check
+from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin
 from .trainer import (
@@ -27,7 +28,6 @@ from .trainer import (
     fit,
     load_model,
     lora,
-    processes,
     trainer_arguments,
 )
 
@@ -62,7 +62,8 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
 
 def pairs(config: PreferenceConfig, tokenizer, length: int) -> tuple[Dataset, Dataset, list[dict]]:
     """-> (training rows, validation rows, skipped ones). Raises InputError when too few of the rows are such pairs."""
-    source, good, skipped = open_rows(Entry(config.dataset, config.split), config.seed), [], []
+    with main_first(f"reading {config.dataset}"):
+        source, good, skipped = open_rows(Entry(config.dataset, config.split), config.seed), [], []
     for number in tqdm(range(len(source)), desc="reading", disable=not processes().is_main_process):
         try:
             good.append(pair(source[number], tokenizer, length))
@@ -96,8 +97,10 @@ def pair(row: dict, tokenizer, length: int) -> dict[str, list[dict]]:
 def train_preference(config: PreferenceConfig, model: str, output: Path) -> None:
     """Train the model in folder `model` on pairs of answers; the result and its metrics.json go to `output`."""
     record, output = begin(config), Path(output)
-    tokenizer = load_tokenizer(model)
-    network = load_model(model, config, tokenizer)
+    processes()
+    with main_first(f"loading {model}"):
+        tokenizer = load_tokenizer(model)
+        network = load_model(model, config, tokenizer)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
     steps = accumulation(config, "examples_per_step", config.examples_per_step)
     rows, held_out, skipped = pairs(config, tokenizer, length)

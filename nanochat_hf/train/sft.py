@@ -28,7 +28,17 @@ from ..errors import InputError
 from ..run import begin, load_json, save_json
 from .fast import fuse
 from .network import compute_dtype
-from .trainer import StageConfig, StageTrainer, accumulation, conclude, fit, load_model, lora, trainer_arguments
+from .trainer import (
+    StageConfig,
+    StageTrainer,
+    accumulation,
+    conclude,
+    fit,
+    load_model,
+    lora,
+    outside_results,
+    trainer_arguments,
+)
 
 MANY = 20_000  # conversations from which tokenizing is shared out over the cores
 
@@ -139,15 +149,10 @@ class ChatCore(TrainerCallback):
 def encode(tokenizer, chats: list[list[dict]], assistant_only: bool) -> dict[str, list]:
     """Conversations -> {"input_ids", "labels"}, a list each; labels are -100 where nothing is to be learned."""
     rendered = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
-    opens, closes = tokenizer.convert_tokens_to_ids(["<|output_start|>", "<|output_end|>"])
     labels = []
     for ids, learned in zip(rendered["input_ids"], rendered["assistant_masks"]):
         if not assistant_only:
-            learned, inside = [], False
-            for token in ids:
-                inside = inside or token == opens
-                learned.append(not inside)
-                inside = inside and token != closes
+            learned = outside_results(ids, tokenizer)
         # What follows from nothing, or from another conversation of the row, cannot be learned.
         labels.append([-100, *(token if yes else -100 for token, yes in zip(ids[1:], learned[1:]))])
     return {"input_ids": rendered["input_ids"], "labels": labels}

@@ -125,6 +125,17 @@ def load_model(source: str, config: StageConfig, tokenizer: PreTrainedTokenizerB
     return model
 
 
+def outside_results(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """1 for each token that a speaker chose, 0 for those of a tool's result, its marks included."""
+    opens, closes = tokenizer.convert_tokens_to_ids(["<|output_start|>", "<|output_end|>"])
+    inside, mask = False, []
+    for token in ids:
+        inside = inside or token == opens
+        mask.append(int(not inside))
+        inside = inside and token != closes
+    return mask
+
+
 def lora(config: StageConfig) -> LoraConfig | None:
     if config.lora_rank <= 0:
         return None
