@@ -4,10 +4,13 @@
 a finished SFT stage.
 """
 
+import shutil
+
 import pytest
 import torch
 
 from nanochat_hf.run import save_json
+from nanochat_hf.tool_loop import ship
 
 QUESTIONS = {
     "What is 12 * 34?": [("python", "12*34"), ("python_output", "408"), ("text", "It is 408.")],
@@ -72,4 +75,13 @@ def talker_folder(talker, tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_json(folder / "metrics.json", {"finished": True, "tokens": 1000, "wall_time_s": 2.0})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_folder(talker_folder, tmp_path_factory):
+    """The talker as a chat stage leaves it, with the code that answers its calls."""
+    folder = tmp_path_factory.mktemp("chat") / "sft"
+    shutil.copytree(talker_folder, folder)
+    ship(folder)
     return folder

@@ -2,12 +2,12 @@
 
 import copy
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from servers import free_port
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.train.optim import POLAR_EXPRESS, MuonAdamW, mean_squares, orthogonalise, param_groups, update_scale
@@ -211,12 +211,6 @@ def test_unknown_roles_and_flat_partitions_are_refused():
     optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.zeros(64))]  # as ZeRO does behind our back
     with pytest.raises(InputError, match="flat"):
         optimizer.step()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start(rank, world, port):

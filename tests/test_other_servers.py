@@ -4,17 +4,14 @@ vLLM and TGI need a GPU; their sources (vLLM's models/transformers/base.py, TGI'
 how they run a model that is not their own, and a stand-in for their attention runs ours that way.
 """
 
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import openai
 import pytest
 import torch
 import torch.nn.functional as F
+from servers import free_port, start
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, NanoChatModel
@@ -82,19 +79,11 @@ def test_transformers_serve_runs_a_first_generation_model_exported_as_native(tok
     native.generation_config.eos_token_id = tokenizer.eos_token_id
     native.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).with_name("transformers")), "serve", "--device", "cpu", "--port", str(port)]
-    process = subprocess.Popen([*command, "--dtype", "float32"])
+    process, address = start([*command, "--dtype", "float32"], port, "/health")
     try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.2)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         chunks = client.chat.completions.create(
             model=str(tmp_path), messages=HELLO, max_tokens=12, temperature=0, stream=True
         )

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import httpx
@@ -19,6 +18,7 @@ import uvicorn
 from browser import browser, picture  # noqa: F401
 from huggingface_hub import InferenceClient, close_session, constants
 from huggingface_hub.errors import HfHubHTTPError
+from servers import free_port, start
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
 from nanochat_hf.errors import InputError
@@ -291,20 +291,12 @@ def test_a_gpu_that_is_too_small_gets_advice():
 
 @pytest.mark.slow
 def test_the_script_serves_a_run_answers_curl_and_stops_at_a_signal(talker_folder):  # noqa: F811
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = ["--run-dir", str(talker_folder.parent), "--port", str(port), "--temperature", "0"]
-    process = subprocess.Popen([sys.executable, "scripts/chat_web.py", *words], cwd=ROOT)
+    process, address = start([sys.executable, "scripts/chat_web.py", *words], port, "/health", cwd=ROOT)
     try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.2)
         body = json.dumps({"messages": user("What is 5 + 6?"), "stream": True})
-        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        url = f"{address}/v1/chat/completions"
         command = ["curl", "-sN", url, "-H", "Content-Type: application/json", "-d", body]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert said.rstrip().endswith("data: [DONE]") and '"tool": {"result"' in said

@@ -6,36 +6,24 @@ The browser tests are skipped where playwright or Chromium is absent; their pict
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 import yaml
 from browser import browser, picture  # noqa: F401
-from talker import QUESTIONS, talker, talker_folder  # noqa: F401
-
-from nanochat_hf.tool_loop import ship
+from servers import free_port, start
+from talker import QUESTIONS, chat_folder, talker, talker_folder  # noqa: F401
 
 APP = Path(__file__).parent.parent / "spaces" / "chat" / "app.py"
 HELLO = QUESTIONS["Hello"][0][1]
 
 
 @pytest.fixture(scope="module")
-def chat_folder(talker_folder, tmp_path_factory):  # noqa: F811
-    """The talker as a chat stage leaves it, with the code that answers its calls."""
-    folder = tmp_path_factory.mktemp("space") / "sft"
-    shutil.copytree(talker_folder, folder)
-    ship(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def app(chat_folder):
+def app(chat_folder):  # noqa: F811
     """The app as a module, with the talker as its model."""
     before = os.environ.get("MODEL_ID")
     os.environ["MODEL_ID"] = str(chat_folder)
@@ -211,31 +199,11 @@ app.demo.launch(i18n=app.i18n, show_error=True, footer_links=[], server_port=int
 """
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(words, environment):
-    """(process, url) of a Gradio app once it answers."""
-    port = free_port()
-    process = subprocess.Popen([sys.executable, *words, str(port)], env={**os.environ, **environment})
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(url, timeout=2)
-            return process, url
-        except OSError:
-            if process.poll() is not None:
-                pytest.fail("the app ended before it answered")
-            time.sleep(0.2)
-    raise TimeoutError(url)
-
-
 @pytest.fixture(scope="module")
-def space(chat_folder):
-    process, url = start(["-c", SLOW_APP, str(APP)], {"MODEL_ID": str(chat_folder), "MAX_QUEUE": "3"})
+def space(chat_folder):  # noqa: F811
+    port = free_port()
+    words = [sys.executable, "-c", SLOW_APP, str(APP), str(port)]
+    process, url = start(words, port, environment={"MODEL_ID": str(chat_folder), "MAX_QUEUE": "3"})
     yield url
     process.terminate()
     process.wait(20)
@@ -377,9 +345,12 @@ def test_it_talks_to_an_endpoint_and_says_when_it_is_gone(talker_folder):  # noq
     from gradio_client import Client
 
     script = Path(__file__).parent.parent / "scripts" / "chat_web.py"
-    words = [str(script), "--run-dir", str(talker_folder.parent), "--temperature", "0", "--port"]
-    server, endpoint = start(words, {})
-    process, url = start(["-c", SLOW_APP, str(APP)], {"ENDPOINT_URL": endpoint, "HF_HUB_OFFLINE": "0"})
+    port = free_port()
+    words = [sys.executable, str(script), "--run-dir", str(talker_folder.parent), "--temperature", "0"]
+    server, endpoint = start([*words, "--port", str(port)], port, "/health")
+    port = free_port()
+    words = [sys.executable, "-c", SLOW_APP, str(APP), str(port)]
+    process, url = start(words, port, environment={"ENDPOINT_URL": endpoint, "HF_HUB_OFFLINE": "0"})
     try:
         client = Client(url, verbose=False)
         step, text = client.predict("What is 12 * 34?", "", 0.0, 0, 120, api_name="/chat")

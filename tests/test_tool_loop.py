@@ -6,29 +6,20 @@ import subprocess
 import sys
 
 import pytest
-from talker import QUESTIONS, talker, talker_folder  # noqa: F401
+from talker import QUESTIONS, chat_folder, talker, talker_folder  # noqa: F401
 from transformers import AutoModelForCausalLM, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from nanochat_hf.serve.generate import Engine
-from nanochat_hf.tool_loop import Results, ship
+from nanochat_hf.tool_loop import Results
 
 SUM = [{"role": "user", "content": "What is 12 * 34?"}]
 GREEDY = {"max_new_tokens": 120, "do_sample": False}
 
 
 @pytest.fixture(scope="module")
-def folder(talker_folder, tmp_path_factory):  # noqa: F811
-    """The talker as a chat stage leaves it."""
-    path = tmp_path_factory.mktemp("artifact") / "sft"
-    shutil.copytree(talker_folder, path)
-    ship(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def chat(folder):
-    return pipeline("text-generation", model=str(folder), trust_remote_code=True)
+def chat(chat_folder):  # noqa: F811
+    return pipeline("text-generation", model=str(chat_folder), trust_remote_code=True)
 
 
 def reply(chat, messages, **options):
@@ -62,8 +53,8 @@ def test_pipelines_take_tool_schemas_and_keep_system_messages(chat):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}, {"do_sample": True}])
-def test_batches_beams_sampling_and_static_caches_give_the_engines_answers(folder, talker, options):  # noqa: F811
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+def test_batches_beams_sampling_and_static_caches_give_the_engines_answers(chat_folder, talker, options):  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(chat_folder, trust_remote_code=True).eval()
     tokenizer = talker[1]
     prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
     inputs = tokenizer.apply_chat_template(
@@ -77,7 +68,7 @@ def test_batches_beams_sampling_and_static_caches_give_the_engines_answers(folde
         assert row[: len(expected)] == expected
 
 
-def test_streamers_see_calls_and_results_and_positional_inputs_work(folder, talker):  # noqa: F811
+def test_streamers_see_calls_and_results_and_positional_inputs_work(chat_folder, talker):  # noqa: F811
     class Seen(BaseStreamer):
         def __init__(self):
             self.ids = []
@@ -88,7 +79,7 @@ def test_streamers_see_calls_and_results_and_positional_inputs_work(folder, talk
         def end(self):
             self.ended = True
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(chat_folder, trust_remote_code=True).eval()
     seen, tokenizer = Seen(), talker[1]
     ids = tokenizer.apply_chat_template(SUM, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     model.generate(ids, max_new_tokens=60, streamer=seen, do_sample=False)
@@ -123,14 +114,14 @@ assert not [name for name in sys.modules if name.startswith("nanochat_hf")]
 
 
 @pytest.mark.slow
-def test_a_clean_process_needs_only_the_folder(folder, talker_folder, tmp_path):  # noqa: F811
-    shutil.copytree(talker_folder, folder / "plain")
+def test_a_clean_process_needs_only_the_folder(chat_folder, talker_folder, tmp_path):  # noqa: F811
+    shutil.copytree(talker_folder, chat_folder / "plain")
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", CLEAN, str(folder), SUM[0]["content"]],
+        [sys.executable, "-P", "-c", CLEAN, str(chat_folder), SUM[0]["content"]],
         cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    shutil.rmtree(folder / "plain")
+    shutil.rmtree(chat_folder / "plain")
     assert done.returncode == 0, done.stderr[-2000:]
     both = done.stdout.splitlines()
     assert len(both) == 2 and all("<|output_start|>408<|output_end|>It is 408.<|assistant_end|>" in s for s in both)
