@@ -5,7 +5,8 @@ which is what pretraining feeds, and for rows of several documents with their `p
 the tests hold the two together for both generations. Differences:
 
 - q, k and v come out of one matrix product;
-- the fused operations of `kernels.py` and `attention.py`, and the bf16 copies and embedding rows of `leaves.py`;
+- the fused operations of `kernels.py`, `attention.py` and `stream.py`, and the bf16 copies and embedding rows of
+  `leaves.py`;
 - each block is compiled by itself and the program is reused by all blocks alike (regional compilation), so that the
   first step of 24 layers waits for three programs and not for one of 24 times the size.
 """
@@ -22,6 +23,7 @@ from ..model.modeling_nanochat import NanoChatForCausalLM
 from .attention import attention, attention_mask, split_qkv
 from .kernels import head_loss, linear, relu2_mlp
 from .leaves import Copies, Places
+from .stream import Embedded, mix
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -42,20 +44,14 @@ def embed(
 
 
 def block(
-    x, y, x0, lambdas, ids, positions, table, rows, gate, wqkv, wo, w1, w2, cos, sin, mask, kv_heads, window, scale,
-    eps, fp8,
+    x, h, ids, positions, table, rows, gate, wqkv, wo, w1, w2, cos, sin, mask, kv_heads, window, scale, eps, fp8,
 ):  # fmt: skip
-    """One decoder layer: the stream is x + y, (B, T, C) each, and so is what comes back (y None: nothing pending).
+    """One decoder layer over the stream x and its norm h, (B, T, C) each -> the two parts of the stream after it.
 
-    Leaving the last addition to the next layer lets it be fused with that layer's mix and norm. `lambdas` are None or
-    two scalars; `table` (V, K * D), `rows` (as in `attention.split_qkv`) and `gate` (K, G) are the value embedding's,
-    None in a layer without. The matrices are of the dtype of x.
+    Leaving the last addition to the next layer lets it be fused with that layer's mix and norm (`stream.mix`). `table`
+    (V, K * D), `rows` (as in `attention.split_qkv`) and `gate` (K, G) are the value embedding's, None in a layer
+    without. The matrices are of the dtype of x.
     """
-    if y is not None:
-        x = x + y
-    if lambdas is not None:
-        x = lambdas[0] * x + lambdas[1] * x0
-    h = rms_norm(x, eps)
     gates = None if gate is None else F.linear(h[..., : gate.shape[1]], gate.to(h.dtype))
     qkv = linear(h, wqkv, fp8)
     q, k, v = split_qkv(qkv, cos, sin, kv_heads, eps, None if table is None else ids, table, gates, rows, positions)
@@ -120,7 +116,9 @@ class Trunk(nn.Module):
         finally:
             del layer.forward
 
-    def step(self, layer, i, x, y, x0, lambdas, ids, positions, table, rows, cos, sin, masks) -> tuple[Tensor, Tensor]:
+    def step(
+        self, layer, i, x, y, embedded, lambdas, ids, positions, table, rows, cos, sin, masks
+    ) -> tuple[Tensor, Tensor]:
         attn, mlp, config = layer.self_attn, layer.mlp, self.model.config
         gate = None if table is None else attn.ve_gate.weight
         window = attn.sliding_window if (attn.sliding_window or ids.shape[1]) < ids.shape[1] else None
@@ -131,8 +129,9 @@ class Trunk(nn.Module):
         # FSDP2 fills the gathered weights behind autograd's back: their copies cannot be told to be out of date.
         copies = Copies() if isinstance(layer, FSDPModule) else self.copies
         low = [copies.low((i, kind), x.dtype, *weights) for kind, weights in enumerate(matrices)]
+        x, h = mix(x, y, embedded, lambdas, config.rms_norm_eps)
         return self.block(
-            x, y, x0, lambdas, ids, positions, table, rows, gate, *low, cos, sin, masks[window],
+            x, h, ids, positions, table, rows, gate, *low, cos, sin, masks[window],
             config.num_key_value_heads, window, attn.scaling, config.rms_norm_eps,
             self.fp8 and torch.is_grad_enabled(),
         )  # fmt: skip
@@ -153,8 +152,8 @@ class Trunk(nn.Module):
         eps = config.rms_norm_eps
         smear = (model.smear_gate.weight, model.smear_lambda) if config.smear else (None, None)
         places = Places(ids, len(model.embed_tokens.weight))
-        x = x0 = self.embed(places.rows(model.embed_tokens.weight), *smear, eps, self.dtype, positions)
-        y = middle = None
+        x = self.embed(places.rows(model.embed_tokens.weight), *smear, eps, self.dtype, positions)
+        embedded, y, middle = Embedded(x), None, None
         cos, sin, masks = self.prepare(x, positions, documents)
         lambdas = [None] * len(model.layers)
         if config.residual_lambdas:
@@ -165,7 +164,7 @@ class Trunk(nn.Module):
                 table = model.value_embeds[str(i)].weight
                 rows = places.rows(table, real=False)
                 table = table if rows is None else table.detach()
-            x, y = self.layer(layer, i, x, y, x0, lambdas[i], ids, positions, table, rows, cos, sin, masks)
+            x, y = self.layer(layer, i, x, y, embedded, lambdas[i], ids, positions, table, rows, cos, sin, masks)
             if i == len(model.layers) // 2:
                 middle = x, y
         hidden = self.finish(x, y, middle, model.backout_lambda if config.backout else None, eps)
