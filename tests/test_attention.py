@@ -45,31 +45,42 @@ def test_split_qkv_turns_then_norms_and_adds_the_gated_embedding():
     assert torch.allclose(v[1, 2, 0], qkv[1, 2, 16:20] + extra, atol=1e-6)
 
 
+def joint_inputs(length: int, gated: bool):
+    """qkv, angles, leaves that get gradients, value embedding as the kernels take it, and as the definition does."""
+    qkv = torch.randn(2, length, 8 * 128, **LOW, requires_grad=True)
+    angle = torch.randn(length, 1, 64, device="cuda")
+    if not gated:
+        return qkv, angle, (qkv,), (), ()
+    table = torch.randn(50, 2 * 128, **LOW, requires_grad=True)
+    gates = torch.randn(2, length, 2, **LOW, requires_grad=True)
+    ids = torch.randint(0, 50, (2, length), device="cuda")
+    fast = (ids, table.detach(), gates, Places(ids, 50).rows(table, real=False))
+    return qkv, angle, (qkv, table, gates), fast, (ids, table, gates)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("window", [None, 129])
-def test_fast_attention_and_its_gradients_equal_the_definition(window):
-    shape = (2, 512, 4, 128)
-    tensors = [torch.randn(shape, **LOW, requires_grad=True) for _ in range(3)]
-    mask = attention.attention_mask(tensors[0].flatten(-2), window)
-    grad = torch.randn(shape, **LOW)
-    out = torch.compile(attention.attention)(*tensors, 0.1, window, mask)
-    exact = slow_attention(*tensors, 0.1, window)
-    assert relative(out, exact) < 1e-2
-    for a, b in zip(torch.autograd.grad(out, tensors, grad), torch.autograd.grad(exact, tensors, grad.float())):
+def test_attention_over_the_joint_product_and_its_gradients_equal_the_definition(window, gated, monkeypatch):
+    qkv, angle, leaves, fast, extra = joint_inputs(512, gated)
+    mask = attention.attention_mask(qkv, window)
+    out = torch.compile(attention.attend)(
+        qkv, angle.cos(), angle.sin(), 2, 1e-6, *fast, scale=0.1, window=window, mask=mask
+    )
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, leaves, grad)
+    monkeypatch.setattr(attention, "triton", None)
+    parts = attention.split_qkv(qkv.float(), angle.cos(), angle.sin(), 2, 1e-6, *extra)
+    exact = slow_attention(*parts, 0.1, window)
+    wanted = torch.autograd.grad(exact, leaves, grad.float())
+    for a, b in zip((out, *found), (exact, *wanted)):
         assert relative(a, b) < 1e-2
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gated", [False, True])
 def test_fused_qkv_and_its_gradients_equal_the_twin(gated, monkeypatch):
-    qkv = torch.randn(2, 64, 8 * 128, **LOW, requires_grad=True)
-    angle = torch.randn(64, 1, 64, device="cuda")
-    table = torch.randn(50, 2 * 128, **LOW, requires_grad=True)
-    gates = torch.randn(2, 64, 2, **LOW, requires_grad=True)
-    ids = torch.randint(0, 50, (2, 64), device="cuda")
-    extra = (ids, table, gates) if gated else ()
-    leaves = (qkv, table, gates) if gated else (qkv,)
-    fast = (ids, table.detach(), gates, Places(ids, 50).rows(table, real=False)) if gated else ()
+    qkv, angle, leaves, fast, extra = joint_inputs(64, gated)
     fused = attention.split_qkv(qkv, angle.cos(), angle.sin(), 2, 1e-6, *fast)
     grads = [torch.randn_like(x) for x in fused]
     found = torch.autograd.grad(fused, leaves, grads)

@@ -3,7 +3,7 @@
 - RoPE, QK norm and the gated value embedding are one pass over the joint product of q, k and v, one more backward.
 - attention: FlashAttention-4 (Dao-AILab/flash-attention, package flash-attn-4) knows sliding windows and documents, so
   a short layer costs what its window costs; without it FlexAttention (arXiv:2412.05496) does the same with a block
-  mask.
+  mask. FlashAttention reads v, where nothing is added to it, in the joint product, and writes its gradient there.
 """
 
 import torch
@@ -64,16 +64,17 @@ if triton is not None:
         base = qkv + token * (heads + 2 * kv_heads) * D
         _turn_and_norm(base, q + token * heads * D, 0, heads, c, s, eps, D, PADDED)
         _turn_and_norm(base, k + token * kv_heads * D, heads, kv_heads, c, s, eps, D, KV_PADDED)
-        head = tl.arange(0, KV_PADDED)[:, None]
-        channel = tl.arange(0, D)[None, :]
-        inside = (head < kv_heads) & (channel < D)
-        value = tl.load(base + (heads + kv_heads + head) * D + channel, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            gate = tl.load(gates + token * kv_heads + head, mask=head < kv_heads, other=0.0).to(tl.float32)
-            entry = tl.load(ids + token) * kv_heads * D
-            extra = tl.load(table + entry + head * D + channel, mask=inside, other=0.0).to(tl.float32)
-            value += 3.0 / (1.0 + tl.exp(-gate)) * extra
-        tl.store(v + token * kv_heads * D + head * D + channel, value.to(v.dtype.element_ty), mask=inside)
+        if v is not None:
+            head = tl.arange(0, KV_PADDED)[:, None]
+            channel = tl.arange(0, D)[None, :]
+            inside = (head < kv_heads) & (channel < D)
+            value = tl.load(base + (heads + kv_heads + head) * D + channel, mask=inside, other=0.0).to(tl.float32)
+            if GATED:
+                gate = tl.load(gates + token * kv_heads + head, mask=head < kv_heads, other=0.0).to(tl.float32)
+                entry = tl.load(ids + token) * kv_heads * D
+                extra = tl.load(table + entry + head * D + channel, mask=inside, other=0.0).to(tl.float32)
+                value += 3.0 / (1.0 + tl.exp(-gate)) * extra
+            tl.store(v + token * kv_heads * D + head * D + channel, value.to(v.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _qkv_backward(
@@ -87,21 +88,22 @@ if triton is not None:
         base, out = qkv + token * (heads + 2 * kv_heads) * D, dqkv + token * (heads + 2 * kv_heads) * D
         _turn_and_norm_grad(base, dq + token * heads * D, out, 0, heads, c, s, eps, D, PADDED)
         _turn_and_norm_grad(base, dk + token * kv_heads * D, out, heads, kv_heads, c, s, eps, D, KV_PADDED)
-        head = tl.arange(0, KV_PADDED)[:, None]
-        channel = tl.arange(0, D)[None, :]
-        inside = (head < kv_heads) & (channel < D)
-        grad = tl.load(dv + token * kv_heads * D + head * D + channel, mask=inside, other=0.0)
-        tl.store(out + (heads + kv_heads + head) * D + channel, grad, mask=inside)
-        if GATED:
-            grad = grad.to(tl.float32)
-            gate = tl.load(gates + token * kv_heads + head, mask=head < kv_heads, other=0.0).to(tl.float32)
-            entry = tl.load(ids + token) * kv_heads * D
-            extra = tl.load(table + entry + head * D + channel, mask=inside, other=0.0).to(tl.float32)
-            opening = 1.0 / (1.0 + tl.exp(-gate))  # (KV_PADDED, 1)
-            dgate = tl.sum(grad * extra, 1)[:, None] * 3.0 * opening * (1.0 - opening)
-            tl.store(dgates + token * kv_heads + head, dgate.to(dgates.dtype.element_ty), mask=head < kv_heads)
-            where = token * kv_heads * D + head * D + channel
-            tl.store(dextra + where, (3.0 * opening * grad).to(dextra.dtype.element_ty), mask=inside)
+        if dv is not None:
+            head = tl.arange(0, KV_PADDED)[:, None]
+            channel = tl.arange(0, D)[None, :]
+            inside = (head < kv_heads) & (channel < D)
+            grad = tl.load(dv + token * kv_heads * D + head * D + channel, mask=inside, other=0.0)
+            tl.store(out + (heads + kv_heads + head) * D + channel, grad, mask=inside)
+            if GATED:
+                grad = grad.to(tl.float32)
+                gate = tl.load(gates + token * kv_heads + head, mask=head < kv_heads, other=0.0).to(tl.float32)
+                entry = tl.load(ids + token) * kv_heads * D
+                extra = tl.load(table + entry + head * D + channel, mask=inside, other=0.0).to(tl.float32)
+                opening = 1.0 / (1.0 + tl.exp(-gate))  # (KV_PADDED, 1)
+                dgate = tl.sum(grad * extra, 1)[:, None] * 3.0 * opening * (1.0 - opening)
+                tl.store(dgates + token * kv_heads + head, dgate.to(dgates.dtype.element_ty), mask=head < kv_heads)
+                where = token * kv_heads * D + head * D + channel
+                tl.store(dextra + where, (3.0 * opening * grad).to(dextra.dtype.element_ty), mask=inside)
 
     def _qkv_sizes(qkv, cos, kv_heads):
         dim = 2 * cos.shape[-1]
@@ -109,20 +111,41 @@ if triton is not None:
         padded = dict(D=dim, PADDED=triton.next_power_of_2(heads), KV_PADDED=triton.next_power_of_2(kv_heads))
         return heads, dim, padded
 
-    @torch.library.custom_op("nanochat_hf::qkv", mutates_args=())
-    def _qkv(
-        qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float, ids: Tensor | None, table: Tensor | None,
-        gates: Tensor | None, rows: Tensor | None, positions: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def _split(qkv, cos, sin, kv_heads, eps, ids, table, gates, positions, with_v: bool):
         batch, length, _ = qkv.shape
         heads, dim, padded = _qkv_sizes(qkv, cos, kv_heads)
-        q = qkv.new_empty(batch, length, heads, dim)
-        k, v = qkv.new_empty(batch, length, kv_heads, dim), qkv.new_empty(batch, length, kv_heads, dim)
+        q, k = qkv.new_empty(batch, length, heads, dim), qkv.new_empty(batch, length, kv_heads, dim)
+        v = torch.empty_like(k) if with_v else None
         _qkv_forward[(batch * length,)](
             qkv, q, k, v, cos, sin, ids, table, gates, positions, length, heads, kv_heads, eps,
             GATED=gates is not None, PACKED=positions is not None, num_warps=4, **padded,
         )  # fmt: skip
         return q, k, v
+
+    def _split_grad(dq, dk, dv, dqkv, qkv, cos, sin, eps, ids, table, gates, positions):
+        """Completes dqkv, where dv None says that its part of v is there already -> dgates, dextra."""
+        batch, length, kv_heads, _ = dk.shape
+        heads, dim, padded = _qkv_sizes(qkv, cos, kv_heads)
+        gated = gates is not None
+        dgates = torch.empty_like(gates) if gated else qkv.new_empty(0)
+        dextra = qkv.new_empty(batch, length, kv_heads * dim) if gated else qkv.new_empty(0)
+        _qkv_backward[(batch * length,)](
+            qkv, dq, dk, dv, dqkv, cos, sin, ids, table, gates, dgates, dextra, positions, length, heads, kv_heads,
+            eps, GATED=gated, PACKED=positions is not None, num_warps=4, **padded,
+        )  # fmt: skip
+        return dgates, dextra
+
+    def _fake_grads(qkv, gates, kv_heads, dim):
+        none = qkv.new_empty(0)
+        extra = none if gates is None else qkv.new_empty(*qkv.shape[:2], kv_heads * dim)
+        return torch.empty_like(qkv), none if gates is None else torch.empty_like(gates), extra
+
+    @torch.library.custom_op("nanochat_hf::qkv", mutates_args=())
+    def _qkv(
+        qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float, ids: Tensor | None, table: Tensor | None,
+        gates: Tensor | None, rows: Tensor | None, positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return _split(qkv, cos, sin, kv_heads, eps, ids, table, gates, positions, with_v=True)
 
     @_qkv.register_fake
     def _(qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions):
@@ -135,23 +158,12 @@ if triton is not None:
         dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, eps: float, ids: Tensor | None,
         table: Tensor | None, gates: Tensor | None, positions: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        batch, length, kv_heads, _ = dk.shape
-        heads, dim, padded = _qkv_sizes(qkv, cos, kv_heads)
-        dqkv = torch.empty_like(qkv)
-        gated = gates is not None
-        dgates = torch.empty_like(gates) if gated else qkv.new_empty(0)
-        dextra = qkv.new_empty(batch, length, kv_heads * dim) if gated else qkv.new_empty(0)
-        _qkv_backward[(batch * length,)](
-            qkv, dq.contiguous(), dk.contiguous(), dv.contiguous(), dqkv, cos, sin, ids, table, gates, dgates, dextra,
-            positions, length, heads, kv_heads, eps, GATED=gated, PACKED=positions is not None, num_warps=4, **padded,
-        )  # fmt: skip
-        return dqkv, dgates, dextra
+        dqkv, grads = torch.empty_like(qkv), (x.contiguous() for x in (dq, dk, dv))
+        return dqkv, *_split_grad(*grads, dqkv, qkv, cos, sin, eps, ids, table, gates, positions)
 
     @_qkv_grad.register_fake
     def _(dq, dk, dv, qkv, cos, sin, eps, ids, table, gates, positions):
-        none = qkv.new_empty(0)
-        extra = none if gates is None else qkv.new_empty(*dk.shape[:2], dk.shape[2] * dk.shape[3])
-        return torch.empty_like(qkv), none if gates is None else torch.empty_like(gates), extra
+        return _fake_grads(qkv, gates, *dk.shape[2:])
 
     def _qkv_setup(ctx, inputs, output):
         qkv, cos, sin, _, ctx.eps, ids, table, gates, _, positions = inputs
@@ -211,59 +223,84 @@ if _flash_attn_fwd is not None:
             return {}
         return dict(cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=q.shape[1], max_seqlen_k=q.shape[1])
 
-    @torch.library.custom_op("nanochat_hf::flash_attention", mutates_args=(), device_types="cuda")
-    def _flash(
-        q: Tensor, k: Tensor, v: Tensor, left: int, scale: float, starts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(B, T, H, D) -> output (B, T, H, D), log-sum-exp; left < 0 is full causal attention.
+    def _values(qkv: Tensor, k: Tensor) -> Tensor:
+        """The part of v in qkv (or in its gradient), (B, T, K, D), in place."""
+        return qkv[..., -k.shape[2] * k.shape[3] :].unflatten(-1, k.shape[2:])
 
-        starts: (N + 1,) int32, where documents begin in the rows laid end to end, the end of the last one included.
+    @torch.library.custom_op("nanochat_hf::attend", mutates_args=(), device_types="cuda")
+    def _attend(
+        qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float, ids: Tensor | None, table: Tensor | None,
+        gates: Tensor | None, rows: Tensor | None, positions: Tensor | None, left: int, scale: float,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """-> output (B, T, H, D), log-sum-exp, q, k and v, which is empty where it is as in qkv and read there.
+
+        left < 0 is full causal attention. starts: (N + 1,) int32, where documents begin in the rows laid end to end,
+        the end of the last one included.
         """
-        parts = (q, k, v) if starts is None else (x.flatten(0, 1) for x in (q, k, v))
+        q, k, v = _split(qkv, cos, sin, kv_heads, eps, ids, table, gates, positions, with_v=gates is not None)
+        parts = (q, k, _values(qkv, k) if v is None else v)
+        parts = parts if starts is None else (x.flatten(0, 1) for x in parts)
         out, lse, *_ = _flash_attn_fwd(
             *parts, softmax_scale=scale, return_lse=True, **_extent(left), **_documents(starts, q)
         )
-        return out.view(q.shape), lse
+        return out.view(q.shape), lse, q, k, qkv.new_empty(0) if v is None else v
 
-    @_flash.register_fake
-    def _(q, k, v, left, scale, starts):
-        batch, length, heads, _ = q.shape
+    @_attend.register_fake
+    def _(qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions, left, scale, starts):
+        heads, dim, _ = _qkv_sizes(qkv, cos, kv_heads)
+        batch, length, _ = qkv.shape
+        q, k = qkv.new_empty(batch, length, heads, dim), qkv.new_empty(batch, length, kv_heads, dim)
         shape = (batch, heads, length) if starts is None else (heads, batch * length)
-        return torch.empty_like(q), q.new_empty(shape, dtype=torch.float32)
+        v = qkv.new_empty(0) if gates is None else torch.empty_like(k)
+        return torch.empty_like(q), qkv.new_empty(shape, dtype=torch.float32), q, k, v
 
-    @torch.library.custom_op("nanochat_hf::flash_attention_grad", mutates_args=(), device_types="cuda")
-    def _flash_grad(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, left: int, scale: float,
-        starts: Tensor | None,
+    @torch.library.custom_op("nanochat_hf::attend_grad", mutates_args=(), device_types="cuda")
+    def _attend_grad(
+        grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, qkv: Tensor, cos: Tensor,
+        sin: Tensor, eps: float, ids: Tensor | None, table: Tensor | None, gates: Tensor | None,
+        positions: Tensor | None, left: int, scale: float, starts: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        parts = (q, k, v, out, grad.contiguous())
+        dqkv = torch.empty_like(qkv)
+        gated = gates is not None
+        dv = torch.empty_like(v) if gated else _values(dqkv, k)
+        parts = (q, k, v if gated else _values(qkv, k), out, grad.contiguous())
+        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        into = {"dq": dq, "dk": dk, "dv": dv}
         if starts is not None:
             parts = (x.flatten(0, 1) for x in parts)
-        dq, dk, dv, *_ = _flash_attn_bwd(*parts, lse, scale, **_extent(left), **_documents(starts, q))
-        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+            into = {name: x.flatten(0, 1) for name, x in into.items()}  # views of the same memory
+        _flash_attn_bwd(*parts, lse, scale, **_extent(left), **_documents(starts, q), **into)
+        return dqkv, *_split_grad(
+            dq, dk, dv if gated else None, dqkv, qkv, cos, sin, eps, ids, table, gates, positions
+        )
 
-    @_flash_grad.register_fake
-    def _(grad, q, k, v, out, lse, left, scale, starts):
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    @_attend_grad.register_fake
+    def _(grad, out, lse, q, k, v, qkv, cos, sin, eps, ids, table, gates, positions, left, scale, starts):
+        return _fake_grads(qkv, gates, *k.shape[2:])
 
-    def _flash_setup(ctx, inputs, output):
-        q, k, v, ctx.left, ctx.scale, starts = inputs
-        ctx.save_for_backward(q, k, v, *output, starts)
+    def _attend_setup(ctx, inputs, output):
+        qkv, cos, sin, _, ctx.eps, ids, table, gates, _, positions, ctx.left, ctx.scale, starts = inputs
+        ctx.save_for_backward(*output, qkv, cos, sin, ids, table, gates, positions, starts)
 
-    def _flash_backward(ctx, grad, _):
-        *saved, starts = ctx.saved_tensors
-        return *_flash_grad(grad, *saved, ctx.left, ctx.scale, starts), None, None, None
+    def _attend_backward(ctx, grad, *_):
+        out, lse, q, k, v, qkv, cos, sin, ids, table, gates, positions, starts = ctx.saved_tensors
+        dqkv, dgates, dextra = _attend_grad(
+            grad, out, lse, q, k, v, qkv, cos, sin, ctx.eps, ids, table, gates, positions, ctx.left, ctx.scale, starts
+        )
+        gated = gates is not None
+        return dqkv, *[None] * 6, dgates if gated else None, dextra if gated else None, *[None] * 4
 
-    _flash.register_autograd(_flash_backward, setup_context=_flash_setup)
+    _attend.register_autograd(_attend_backward, setup_context=_attend_setup)
 
 
 def uses_flash(x: Tensor) -> bool:
-    """Whether `attention` runs FlashAttention-4 on a device and in a dtype like those of x."""
+    """Whether `attend` runs FlashAttention-4 on a device and in a dtype like those of x."""
     return _flash_attn_fwd is not None and x.is_cuda and x.dtype == torch.bfloat16
 
 
 def attention_mask(x: Tensor, window: int | None, positions: Tensor | None = None, documents: int = 0):
-    """What `attention` must be told besides the window: None if nothing, or what its implementation here takes.
+    """What `attend` must be told besides the window: None if nothing, or what its implementation here takes.
 
     Args:
         x: (B, T, C) in the dtype and on the device of the network.
@@ -295,14 +332,24 @@ def attention_mask(x: Tensor, window: int | None, positions: Tensor | None = Non
     return create_block_mask(visible, None if positions is None else batch, None, length, length, device=x.device)
 
 
+def attend(
+    qkv, cos, sin, kv_heads, eps, ids=None, table=None, gates=None, rows=None, positions=None, *, scale: float,
+    window: int | None, mask=None,
+) -> Tensor:  # fmt: skip
+    """`split_qkv`, whose arguments come first, and `attention` over what it gives: (B, T, H, D)."""
+    if uses_flash(qkv):
+        left = -1 if window is None else window - 1
+        return _attend(qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions, left, scale, mask)[0]
+    q, k, v = split_qkv(qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions)
+    return attention(q, k, v, scale, window, mask)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, mask=None) -> Tensor:
-    """Causal attention of q (B, T, H, D) to k, v (B, T, K, D), softmax of `scale` times the products.
+    """Causal attention of q (B, T, H, D) to k, v (B, T, K, D), softmax of `scale` times the products; in PyTorch.
 
     window: number of keys that a query sees, the own one included, or None for all. mask: the `attention_mask` of it.
     Returns (B, T, H, D).
     """
-    if uses_flash(q):
-        return _flash(q, k, v, -1 if window is None else window - 1, scale, mask)[0]
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if mask is None or not q.is_cuda:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.modeling_nanochat import NanoChatForCausalLM
-from .attention import attention, attention_mask, split_qkv
+from .attention import attend, attention_mask
 from .kernels import head_loss, linear, relu2_mlp
 from .leaves import Copies, Places
 from .stream import Embedded, mix
@@ -54,8 +54,11 @@ def block(
     """
     gates = None if gate is None else F.linear(h[..., : gate.shape[1]], gate.to(h.dtype))
     qkv = linear(h, wqkv, fp8)
-    q, k, v = split_qkv(qkv, cos, sin, kv_heads, eps, None if table is None else ids, table, gates, rows, positions)
-    x = x + linear(attention(q, k, v, scale, window, mask).flatten(-2), wo, fp8)
+    seen = attend(
+        qkv, cos, sin, kv_heads, eps, None if table is None else ids, table, gates, rows, positions,
+        scale=scale, window=window, mask=mask,
+    )  # fmt: skip
+    x = x + linear(seen.flatten(-2), wo, fp8)
     return x, relu2_mlp(rms_norm(x, eps), w1, w2, fp8)
 
 
