@@ -14,6 +14,8 @@ from tiny import (
     uncached_greedy,
 )
 
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
 from nanochat_hf.model import NanoChatForCausalLM
 
 
@@ -91,6 +93,69 @@ def test_a_returned_cache_continues_into_a_second_turn(generation):
     second = torch.cat([turn.sequences, make_ids(1, 6, seed=5)], dim=1)
     continued = greedy(model, second, 9, past_key_values=turn.past_key_values)
     assert continued.tolist() == uncached_greedy(model, second, 9).tolist()
+
+
+@pytest.fixture
+def synchronize(monkeypatch):
+    """Lets caches offload without a GPU, and as late as one may: yields what waits for all copies.
+
+    A float tensor is on the device, the int32 view of one is away: no mix of the two gives a right result. A copy to
+    the CPU, which the main stream makes, arrives when somebody waits for that stream. Before, there are zeros.
+    """
+    pending, streams = [], []
+
+    def synchronize(*_):
+        while pending:
+            target, source = pending.pop()
+            target.copy_(source)
+
+    class Stream:
+        __enter__ = lambda self: streams.append(self)  # noqa: E731
+        __exit__ = lambda self, *_: streams.pop()  # noqa: E731
+
+        def wait_stream(self, other):
+            if other is main:
+                synchronize()
+
+    def go(x):
+        if x is None or x.dtype == torch.int32:
+            return x
+        pending.append((torch.zeros_like(x, dtype=torch.int32), x.view(torch.int32)))
+        return pending[-1][0]
+
+    def come(x):
+        if x is None or x.dtype == torch.float32:
+            return x
+        if not streams:  # the main stream does one thing after the other
+            synchronize()
+        return x.view(torch.float32).clone()
+
+    main = Stream()
+    for name, move in {"offload": go, "prefetch": come}.items():
+
+        def move_keys(layer, move=move):
+            layer.keys, layer.values = move(layer.keys), move(layer.values)
+
+        def move_states(layer, move=move):
+            layer.conv_states = {i: move(x) for i, x in layer.conv_states.items()}
+
+        monkeypatch.setattr(CacheLayerMixin, name, move_keys)
+        monkeypatch.setattr(LinearAttentionCacheLayerMixin, name, move_states)
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: main)
+    return synchronize
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_what_a_cache_offloads_is_back_when_it_is_needed(synchronize, generation, cache):
+    model, prompt = make_model(generation, window_pattern="SL"), make_ids(2, 17)
+    model.generation_config.disable_compile = True
+    model.register_forward_hook(synchronize)  # the next token is chosen on the CPU
+    assert greedy(model, prompt, 12, cache_implementation=cache).tolist() == uncached_greedy(model, prompt, 12).tolist()
+    beams = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(prompt, use_cache=False, **beams)
+    assert model.generate(prompt, cache_implementation=cache, **beams).tolist() == expected.tolist()
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ class RLTrainer(StageTrainer, GRPOTrainer):
     """GRPOTrainer that times its generation, keeps samples, and measures pass@k."""
 
     def __init__(self, *args, samples: Path, processing_class: PreTrainedTokenizerBase, **kwargs):
-        self.samples, self.outcomes, self.generation_seconds = samples, defaultdict(list), 0.0
+        self.samples, self.outcomes = samples, defaultdict(list)
         reward = correctness(processing_class, self.record)
         super().__init__(*args, reward_funcs=reward, processing_class=processing_class, **kwargs)
 

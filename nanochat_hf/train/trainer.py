@@ -198,6 +198,7 @@ class StageTrainer:
         self.stage, self.momenta = stage, momenta
         self.began, self.earlier = time.time(), 0.0  # `earlier`: seconds of the killed processes before this one
         self.step_tokens, self.step_seconds = 0, 0.0  # since this process started, evaluations left out
+        self.generation_seconds = 0.0  # of these, in RL
         self.own_state: Path | None = None  # this rank's optimizer state, on a resume
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
@@ -274,7 +275,10 @@ class StageCallback(TrainerCallback):
                 group["momentum"] = self.trainer.schedule.muon_momentum(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.step_seconds += time.time() - self.step_began
+        trainer = self.trainer
+        trainer.step_seconds += time.time() - self.step_began
+        if self.bar.n == self.bar.initial and torch.cuda.is_available():  # compiled, or chose its kernels
+            trainer.step_tokens, trainer.step_seconds, trainer.generation_seconds = 0, 0.0, 0.0
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -349,6 +353,6 @@ def conclude(trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output: 
         model = trainer.accelerator.unwrap_model(trainer.model)
         save_model(output, model.merge_and_unload() if trainer.stage.lora_rank > 0 else model, tokenizer)
     if trainer.is_world_process_zero():
-        speed = trainer.step_tokens / max(trainer.step_seconds, 1e-9)
+        speed = trainer.step_tokens / trainer.step_seconds if trainer.step_seconds else None
         finish(output, record | {"earlier_wall_time_s": trainer.earlier}, tokens_per_second=speed, **numbers)
         shutil.rmtree(output / "state", ignore_errors=True)
