@@ -5,10 +5,10 @@ which is what pretraining feeds, and for rows of several documents with their `p
 the tests hold the two together for both generations. Differences:
 
 - q, k and v come out of one matrix product;
-- the fused operations of `kernels.py`, `attention.py` and `stream.py`, and the bf16 copies and embedding rows of
-  `leaves.py`;
-- each block is compiled by itself and the program is reused by all blocks alike (regional compilation), so that the
-  first step of 24 layers waits for three programs and not for one of 24 times the size.
+- the fused operations of `kernels.py`, `products.py`, `attention.py` and `stream.py`, the bf16 copies and embedding
+  rows of `leaves.py`; with FlashAttention-4 and quack installed nothing in a block is left to compile;
+- without them, and in 8 bits, each block is compiled by itself and the program is reused by all blocks alike (regional
+  compilation), so that the first step of 24 layers waits for three programs and not for one of 24 times the size.
 """
 
 from functools import partial
@@ -20,9 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.modeling_nanochat import NanoChatForCausalLM
-from .attention import attend, attention_mask
-from .kernels import head_loss, linear, relu2_mlp
+from .attention import attend, attention_mask, uses_flash
+from .kernels import head_loss
 from .leaves import Copies, Places
+from .products import Weight, gemm_act, linear, linear_and_gates, relu2_mlp
 from .stream import Embedded, mix
 
 
@@ -50,16 +51,15 @@ def block(
 
     Leaving the last addition to the next layer lets it be fused with that layer's mix and norm (`stream.mix`). `table`
     (V, K * D), `rows` (as in `attention.split_qkv`) and `gate` (K, G) are the value embedding's, None in a layer
-    without. The matrices are of the dtype of x.
+    without. The matrices are tensors of the dtype of x, or `products.Weight`.
     """
-    gates = None if gate is None else F.linear(h[..., : gate.shape[1]], gate.to(h.dtype))
-    qkv = linear(h, wqkv, fp8)
+    qkv, gates = linear_and_gates(h, wqkv, gate, fp8)
     seen = attend(
         qkv, cos, sin, kv_heads, eps, None if table is None else ids, table, gates, rows, positions,
         scale=scale, window=window, mask=mask,
     )  # fmt: skip
-    x = x + linear(seen.flatten(-2), wo, fp8)
-    return x, relu2_mlp(rms_norm(x, eps), w1, w2, fp8)
+    x, h = mix(x, linear(seen.flatten(-2), wo, fp8), None, None, eps)
+    return x, relu2_mlp(h, w1, w2, fp8)
 
 
 def finish(x: Tensor, y: Tensor, middle: Tensor | None, strength: Tensor | None, eps: float) -> Tensor:
@@ -131,12 +131,17 @@ class Trunk(nn.Module):
         )  # fmt: skip
         # FSDP2 fills the gathered weights behind autograd's back: their copies cannot be told to be out of date.
         copies = Copies() if isinstance(layer, FSDPModule) else self.copies
-        low = [copies.low((i, kind), x.dtype, *weights) for kind, weights in enumerate(matrices)]
+        fp8 = self.fp8 and torch.is_grad_enabled()
+        if uses_flash(x) and gemm_act is not None and not fp8:  # nothing is left to fuse
+            run = block
+            low = [Weight(copies.copy((i, kind), x.dtype, *parts), parts) for kind, parts in enumerate(matrices)]
+        else:
+            run = self.block
+            low = [copies.low((i, kind), x.dtype, *parts) for kind, parts in enumerate(matrices)]
         x, h = mix(x, y, embedded, lambdas, config.rms_norm_eps)
-        return self.block(
-            x, h, ids, positions, table, rows, gate, *low, cos, sin, masks[window],
-            config.num_key_value_heads, window, attn.scaling, config.rms_norm_eps,
-            self.fp8 and torch.is_grad_enabled(),
+        return run(
+            x, h, ids, positions, table, rows, gate, *low, cos, sin, masks[window], config.num_key_value_heads,
+            window, attn.scaling, config.rms_norm_eps, fp8,
         )  # fmt: skip
 
     def forward(

@@ -1,17 +1,10 @@
-"""Fused operations of the training step: head and loss, relu-squared MLP, attention and what comes before it.
+"""The head and its loss in one operation, beside a plain PyTorch twin that runs where Triton or CUDA is missing.
 
-Each has a plain PyTorch twin that runs where the fast one cannot (no CUDA device, package not installed), and the
-tests hold the two together. What is fused and why:
-
-- head, softcap and cross-entropy: at 32K tokens a step the float32 logits of a 32K vocabulary are 4 GB, read and
-  written several times. Here they exist in bf16, a chunk at a time, and one Triton kernel turns them into their own
-  gradient in place, in a single pass: the softcap bounds the logits, so the softmax needs no running maximum, and its
-  denominator is left to the products. (Gradients made in the forward pass are Liger Kernel's idea, arXiv:2410.10989.)
-- MLP: relu(x)^2 runs in the epilogue of the first matrix product and its gradient in that of the second one's, by the
-  CuTe kernels of Dao-AILab/quack; only the value before the activation is kept for the backward pass.
+At 32K tokens a step the float32 logits of a 32K vocabulary are 4 GB, read and written several times. Here they exist
+in bf16, a chunk at a time, and one Triton kernel turns them into their own gradient in place, in a single pass: the
+softcap bounds the logits, so the softmax needs no running maximum, and its denominator is left to the products.
+(Gradients made in the forward pass are Liger Kernel's idea, arXiv:2410.10989.)
 """
-
-import logging
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +16,8 @@ try:
 except ImportError:  # CPU and Apple builds of torch come without Triton
     triton = None
 
-try:
-    # quack 0.6 names a compiled kernel by all that its functions refer to and refuses cutlass-dsl 4.7's logger, which
-    # is no part of the mathematics; its protocol for such objects is this method.
-    if not hasattr(logging.Logger, "__quack_semantic_key__"):
-        logging.Logger.__quack_semantic_key__ = lambda self: ("logger", self.name)
-    from quack.gemm_interface import gemm_act, gemm_dact
-except ImportError:
-    gemm_act = gemm_dact = None
-
 MAX_LOGITS_BYTES = 1 << 30  # of one chunk of bf16 logits; larger chunks gain nothing once the products fill the device
 
-
-# ---------------------------------------------------------------------------------------------------- head and loss
 
 if triton is not None:
 
@@ -137,87 +119,3 @@ def head_loss(
     logits, reduce = softcap * torch.tanh(logits / softcap), "sum" if reduction == "mean" else reduction
     loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduce)
     return loss / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss
-
-
-# -------------------------------------------------------------------------------------------------- 8-bit products
-
-
-def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x -> (x / scale in an 8-bit float `dtype`, float32 scale): the largest magnitude becomes the type's largest."""
-    largest = torch.finfo(dtype).max
-    scale = x.abs().amax().float().clamp(min=1e-12) / largest
-    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
-
-
-class _Float8Linear(torch.autograd.Function):
-    """y = x w^T with one scale a tensor: e4m3 forward, e5m2 gradients (arXiv:2209.05433; torchao's tensorwise recipe).
-
-    Hopper's 8-bit products want both operands contiguous along the summed dimension, hence the transposed copies.
-    """
-
-    @staticmethod
-    def forward(ctx, x, w):
-        (x8, xs), (w8, ws) = quantise(x, torch.float8_e4m3fn), quantise(w, torch.float8_e4m3fn)
-        ctx.save_for_backward(x8, xs, w8, ws)
-        return torch._scaled_mm(x8, w8.t(), scale_a=xs, scale_b=ws, out_dtype=x.dtype, use_fast_accum=True)
-
-    @staticmethod
-    def backward(ctx, g):
-        x8, xs, w8, ws = ctx.saved_tensors
-        g8, gs = quantise(g, torch.float8_e5m2)
-        dx = torch._scaled_mm(g8, w8.t().contiguous().t(), scale_a=gs, scale_b=ws, out_dtype=g.dtype)
-        turned = g8.t().contiguous()
-        dw = torch._scaled_mm(turned, x8.t().contiguous().t(), scale_a=gs, scale_b=xs, out_dtype=g.dtype)
-        return dx, dw
-
-
-def linear(x: Tensor, w: Tensor, fp8: bool = False) -> Tensor:
-    """x (..., C) times w (O, C) transposed -> (..., O); in 8-bit floats if asked (CUDA capability 8.9 and newer)."""
-    if not fp8:
-        return F.linear(x, w)
-    return _Float8Linear.apply(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], len(w))
-
-
-# -------------------------------------------------------------------------------------------------------------- MLP
-
-if gemm_act is not None:
-
-    @torch.library.custom_op("nanochat_hf::relu2_up", mutates_args=(), device_types="cuda")
-    def _relu2_up(x: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, C), w1 (H, C) -> (x w1^T, relu of it squared), both (N, H)."""
-        return gemm_act(x, w1.t(), activation="relu_sq", tuned=False)
-
-    @_relu2_up.register_fake
-    def _(x, w1):
-        return x.new_empty(len(x), len(w1)), x.new_empty(len(x), len(w1))
-
-    @torch.library.custom_op("nanochat_hf::relu2_down_grad", mutates_args=(), device_types="cuda")
-    def _relu2_down_grad(dy: Tensor, w2: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """dy (N, C), w2 (C, H), h (N, H) -> (gradient of h, relu(h)^2 made again), both (N, H)."""
-        dh, a = gemm_dact(dy, w2, h, activation="relu_sq", tuned=False)
-        return dh, a
-
-    @_relu2_down_grad.register_fake
-    def _(dy, w2, h):
-        return torch.empty_like(h), torch.empty_like(h)
-
-    class _Relu2MLP(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, w1, w2):
-            h, a = _relu2_up(x, w1)
-            ctx.save_for_backward(x, w1, w2, h)
-            return a @ w2.t()
-
-        @staticmethod
-        def backward(ctx, dy):
-            x, w1, w2, h = ctx.saved_tensors
-            dy = dy.contiguous()
-            dh, a = _relu2_down_grad(dy, w2, h)
-            return dh @ w1, dh.t() @ x, dy.t() @ a
-
-
-def relu2_mlp(x: Tensor, w1: Tensor, w2: Tensor, fp8: bool = False) -> Tensor:
-    """relu(x w1^T)^2 w2^T for x (B, T, C), w1 (H, C), w2 (C, H), all of one dtype."""
-    if not fp8 and gemm_act is not None and x.is_cuda and x.dtype == torch.bfloat16:
-        return _Relu2MLP.apply(x.reshape(-1, x.shape[-1]), w1, w2).view_as(x)
-    return linear(F.relu(linear(x, w1, fp8)).square(), w2, fp8)

@@ -137,9 +137,15 @@ class Copies:
         self.kept: dict = {}
 
     def low(self, name, dtype: torch.dtype, *weights: Tensor) -> Tensor:
-        """Weights (N_i, C) -> one (sum N_i, C) of `dtype`; `name` tells one set of weights from another."""
+        """Weights (N_i, C) -> one (sum N_i, C) of `dtype`, whose gradient goes to them."""
         if not weights[0].is_cuda or weights[0].dtype == dtype:
             return (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype)
+        return _Low.apply(self.copy(name, dtype, *weights), *weights)
+
+    def copy(self, name, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        """The same without a gradient; `name` tells one set of weights from another."""
+        if weights[0].dtype == dtype:
+            return weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
         versions = [weight._version for weight in weights]
         if name not in self.kept or self.kept[name][0] != versions:
             copy = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype, device=weights[0].device)
@@ -147,4 +153,4 @@ class Copies:
                 for part, weight in zip(copy.split([len(weight) for weight in weights]), weights):
                     part.copy_(weight)
             self.kept[name] = versions, copy
-        return _Low.apply(self.kept[name][1], *weights)
+        return self.kept[name][1]

@@ -84,8 +84,9 @@ class _Mix(torch.autograd.Function):
     def backward(ctx, dmixed, dnormed):
         mixed, x0, scale, share = ctx.saved_tensors
         embedded, rows, columns = ctx.embedded, mixed.shape[:-1].numel(), mixed.shape[-1]
-        dx, total, parts, fresh = torch.empty_like(mixed), None, None, embedded.grad is None
+        dx, total, parts, fresh = torch.empty_like(mixed), None, None, True
         if scale is not None:
+            fresh = embedded.grad is None
             total = torch.empty_like(mixed) if fresh else embedded.grad
             parts = torch.empty(rows, 2, dtype=torch.float32, device=mixed.device)
         block = triton.next_power_of_2(columns)
@@ -93,10 +94,12 @@ class _Mix(torch.autograd.Function):
             dmixed.contiguous(), dnormed.contiguous(), mixed, x0, scale, share, dx, total, parts, columns, ctx.eps,
             FRESH=fresh, BLOCK=block, num_warps=warps(block),
         )  # fmt: skip
+        dy = None if ctx.first else dx
+        if scale is None:
+            return dx, dy, *[None] * 5
         # Whatever is mixed first is differentiated last, so the first layer hands over the sum.
         embedded.grad = None if ctx.first else total
-        dscale, dshare = (None, None) if parts is None else parts.sum(0).unbind()
-        return dx, None if ctx.first else dx, total if ctx.first else None, dscale, dshare, None, None
+        return dx, dy, total if ctx.first else None, *parts.sum(0).unbind(), None, None
 
 
 def warps(block: int) -> int:
@@ -104,7 +107,7 @@ def warps(block: int) -> int:
 
 
 def mix(
-    x: Tensor, y: Tensor | None, embedded: Embedded, lambdas: tuple[Tensor, Tensor] | None, eps: float
+    x: Tensor, y: Tensor | None, embedded: Embedded | None, lambdas: tuple[Tensor, Tensor] | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """-> the stream s = a (x + y) + b x0, and its RMS norm, both (B, T, C).
 
@@ -113,8 +116,9 @@ def mix(
         embedded: the embedding x0, one object for all layers of a forward pass, each of which mixes once.
         lambdas: the scalars a and b; None: s = x + y.
     """
-    if triton is not None and x.is_cuda:
-        return _Mix.apply(x, y, embedded.value, *(lambdas or (None, None)), eps, embedded)
+    if triton is not None and x.is_cuda and not torch.compiler.is_compiling():  # the compiler fuses by itself
+        x0 = None if lambdas is None else embedded.value
+        return _Mix.apply(x, y, x0, *(lambdas or (None, None)), eps, embedded)
     if y is not None:
         x = x + y
     if lambdas is not None:

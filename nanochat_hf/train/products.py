@@ -1,0 +1,172 @@
+"""The matrix products of a block: their gradients go straight into `.grad`, in 8 bits if asked, relu squared within.
+
+- A weight comes as `Weight`, its bf16 copy and the float32 parameters whose rows that holds: the gradient's product
+  adds to their `.grad` in its own epilogue, where autograd would write a bf16 gradient, cast it and add it. Under
+  torch.compile, which cannot see that, a weight is a tensor and its gradient autograd's.
+- MLP: relu(x)^2 runs in the epilogue of the first matrix product and its gradient in that of the second one's, by the
+  CuTe kernels of Dao-AILab/quack; only the value before the activation is kept for the backward pass.
+
+Everything has a plain twin that runs on any device.
+"""
+
+import logging
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .leaves import added
+
+try:
+    # quack 0.6 names a compiled kernel by all that its functions refer to and refuses cutlass-dsl 4.7's logger, which
+    # is no part of the mathematics; its protocol for such objects is this method.
+    if not hasattr(logging.Logger, "__quack_semantic_key__"):
+        logging.Logger.__quack_semantic_key__ = lambda self: ("logger", self.name)
+    from quack.gemm_interface import gemm_act, gemm_dact
+except ImportError:
+    gemm_act = gemm_dact = None
+
+
+class Weight(NamedTuple):
+    """A matrix in the dtype of the products, (sum of N_i, C), and the parameters (N_i, C) it was copied from."""
+
+    low: Tensor
+    parts: tuple[Tensor, ...]
+
+
+def gradients(weight: Weight, dy: Tensor, x: Tensor) -> list[Tensor | None]:
+    """dy (N, O), x (N, C) -> the gradient of each part of a weight (O, C); None where it is in its `.grad` already."""
+    found, rows = [], [len(part) for part in weight.parts]
+    for part, grad in zip(weight.parts, dy.split(rows, dim=1)):
+        if not part.requires_grad:
+            found.append(None)
+        elif not (x.is_cuda and part.dtype == torch.float32):
+            found.append(added(part, grad.t() @ x))
+        elif part.grad is None:
+            found.append(torch.mm(grad.t(), x, out_dtype=torch.float32))
+        else:
+            torch.addmm(part.grad, grad.t(), x, out_dtype=torch.float32, out=part.grad)
+            found.append(None)
+    return found
+
+
+class _Linear(torch.autograd.Function):
+    """y = x w^T, and the gates of the value embedding, which a small matrix makes of x's first channels, with it."""
+
+    @staticmethod
+    def forward(ctx, x, gate, low, *parts):
+        ctx.weight = Weight(low, parts)
+        ctx.save_for_backward(x, gate)
+        return x @ low.t(), None if gate is None else x[:, : gate.shape[1]] @ gate.t()
+
+    @staticmethod
+    def backward(ctx, dy, dgates):
+        x, gate = ctx.saved_tensors
+        dx, dgate = dy @ ctx.weight.low, None
+        if gate is not None:
+            channels = slice(gate.shape[1])
+            dx[:, channels].addmm_(dgates, gate)
+            dgate = dgates.t() @ x[:, channels]
+        return dx, dgate, None, *gradients(ctx.weight, dy, x)
+
+
+# -------------------------------------------------------------------------------------------------- 8-bit products
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x -> (x / scale in an 8-bit float `dtype`, float32 scale): the largest magnitude becomes the type's largest."""
+    largest = torch.finfo(dtype).max
+    scale = x.abs().amax().float().clamp(min=1e-12) / largest
+    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
+
+
+class _Float8Linear(torch.autograd.Function):
+    """y = x w^T with one scale a tensor: e4m3 forward, e5m2 gradients (arXiv:2209.05433; torchao's tensorwise recipe).
+
+    Hopper's 8-bit products want both operands contiguous along the summed dimension, hence the transposed copies.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w):
+        (x8, xs), (w8, ws) = quantise(x, torch.float8_e4m3fn), quantise(w, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, xs, w8, ws)
+        return torch._scaled_mm(x8, w8.t(), scale_a=xs, scale_b=ws, out_dtype=x.dtype, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx, g):
+        x8, xs, w8, ws = ctx.saved_tensors
+        g8, gs = quantise(g, torch.float8_e5m2)
+        dx = torch._scaled_mm(g8, w8.t().contiguous().t(), scale_a=gs, scale_b=ws, out_dtype=g.dtype)
+        turned = g8.t().contiguous()
+        dw = torch._scaled_mm(turned, x8.t().contiguous().t(), scale_a=gs, scale_b=xs, out_dtype=g.dtype)
+        return dx, dw
+
+
+def linear(x: Tensor, w: Weight | Tensor, fp8: bool = False) -> Tensor:
+    """x (..., C) times w (O, C) transposed -> (..., O); a tensor in 8-bit floats if asked (CUDA capability 8.9)."""
+    return linear_and_gates(x, w, None, fp8)[0]
+
+
+def linear_and_gates(
+    x: Tensor, w: Weight | Tensor, gate: Tensor | None, fp8: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """`linear`, and x's first G channels times gate (K, G) transposed -> (..., K), if there is a gate."""
+    if isinstance(w, Weight):
+        y, gates = _Linear.apply(x.flatten(0, -2), None if gate is None else gate.to(x.dtype), w.low, *w.parts)
+        return y.unflatten(0, x.shape[:-1]), None if gate is None else gates.unflatten(0, x.shape[:-1])
+    gates = None if gate is None else F.linear(x[..., : gate.shape[1]], gate.to(x.dtype))
+    if not fp8:
+        return F.linear(x, w), gates
+    return _Float8Linear.apply(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], len(w)), gates
+
+
+# -------------------------------------------------------------------------------------------------------------- MLP
+
+if gemm_act is not None:
+
+    @torch.library.custom_op("nanochat_hf::relu2_up", mutates_args=(), device_types="cuda")
+    def _relu2_up(x: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, C), w1 (H, C) -> (x w1^T, relu of it squared), both (N, H)."""
+        return gemm_act(x, w1.t(), activation="relu_sq", tuned=False)
+
+    @_relu2_up.register_fake
+    def _(x, w1):
+        return x.new_empty(len(x), len(w1)), x.new_empty(len(x), len(w1))
+
+    @torch.library.custom_op("nanochat_hf::relu2_down_grad", mutates_args=(), device_types="cuda")
+    def _relu2_down_grad(dy: Tensor, w2: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """dy (N, C), w2 (C, H), h (N, H) -> (gradient of h, relu(h)^2 made again), both (N, H)."""
+        dh, a = gemm_dact(dy, w2, h, activation="relu_sq", tuned=False)
+        return dh, a
+
+    @_relu2_down_grad.register_fake
+    def _(dy, w2, h):
+        return torch.empty_like(h), torch.empty_like(h)
+
+    class _Relu2MLP(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, low1, low2, *parts):
+            h, a = _relu2_up(x, low1)
+            ctx.parts = parts
+            ctx.save_for_backward(x, low1, low2, h)
+            return a @ low2.t()
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, low1, low2, h = ctx.saved_tensors
+            dy = dy.contiguous()
+            dh, a = _relu2_down_grad(dy, low2, h)
+            if not ctx.parts:
+                return dh @ low1, dh.t() @ x, dy.t() @ a
+            first, second = (Weight(low, (part,)) for low, part in zip((low1, low2), ctx.parts))
+            return dh @ low1, None, None, *gradients(first, dh, x), *gradients(second, dy, a)
+
+
+def relu2_mlp(x: Tensor, w1: Weight | Tensor, w2: Weight | Tensor, fp8: bool = False) -> Tensor:
+    """relu(x w1^T)^2 w2^T for x (B, T, C), w1 (H, C), w2 (C, H), all of one dtype."""
+    if not fp8 and gemm_act is not None and x.is_cuda and x.dtype == torch.bfloat16:
+        whole = isinstance(w1, Weight)
+        matrices = (w1.low, w2.low, *w1.parts, *w2.parts) if whole else (w1, w2)
+        return _Relu2MLP.apply(x.reshape(-1, x.shape[-1]), *matrices).view_as(x)
+    return linear(F.relu(linear(x, w1, fp8)).square(), w2, fp8)

@@ -1,0 +1,96 @@
+"""Matrix products whose gradients go into `.grad`, in 8 bits and with relu squared, against plain PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat_hf.train import products
+
+LOW = {"device": "cuda", "dtype": torch.bfloat16}
+
+
+def relative(a, b) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def test_relu2_mlp_is_the_square_of_relu():
+    x, w1, w2 = torch.randn(2, 3, 4), torch.randn(8, 4), torch.randn(4, 8)
+    assert torch.allclose(products.relu2_mlp(x, w1, w2), (x @ w1.T).clamp(min=0) ** 2 @ w2.T, atol=1e-5)
+
+
+def test_eight_bit_linear_is_near_the_exact_one_and_so_are_its_gradients():
+    x = torch.randn(64, 128, dtype=torch.bfloat16, requires_grad=True)
+    w = (0.1 * torch.randn(256, 128)).bfloat16().requires_grad_()
+    coarse, exact = products.linear(x, w, fp8=True), products.linear(x, w)
+    assert relative(coarse, exact) < 0.05
+    grad = torch.randn_like(exact)
+    for a, b in zip(torch.autograd.grad(coarse, (x, w), grad), torch.autograd.grad(exact, (x, w), grad)):
+        assert relative(a, b) < 0.08
+
+
+def joint_and_apart(device: str):
+    """A joint product with gates and an MLP, through `Weight` and by plain products, on copies of the same leaves."""
+    torch.manual_seed(0)
+    sizes = {"a": (96, 64), "b": (32, 64), "gate": (4, 16), "w1": (256, 128), "w2": (64, 256)}
+    leaves = {name: (0.1 * torch.randn(size)).to(device) for name, size in sizes.items()}
+    x = torch.randn(2, 40, 64).to(device)
+    both = []
+    for fused in (True, False):
+        params = {name: value.clone().requires_grad_() for name, value in leaves.items()}
+        inputs = x.clone().requires_grad_()
+
+        def weight(*names, params=params, fused=fused):
+            parts = tuple(params[name] for name in names)
+            if not fused:
+                return torch.cat(parts).bfloat16()
+            return products.Weight(torch.cat(parts).detach().bfloat16(), parts)
+
+        def run(inputs=inputs, params=params, weight=weight):
+            y, gates = products.linear_and_gates(inputs.bfloat16(), weight("a", "b"), params["gate"])
+            y = products.relu2_mlp(y, weight("w1"), weight("w2"))
+            return y.float().square().sum() + gates.float().square().sum()
+
+        both.append((run, inputs, params))
+    return both
+
+
+def check_gradients_in_place(device: str, tolerance: float):
+    (ours, x, params), (theirs, x2, params2) = joint_and_apart(device)
+    for _ in range(2):  # the second time added to the first
+        loss, wanted = ours(), theirs()
+        assert abs(loss - wanted) < tolerance * wanted
+        loss.backward()
+        wanted.backward()
+        for name in params:
+            assert params[name].grad.dtype == torch.float32
+            assert relative(params[name].grad, params2[name].grad) < tolerance, name
+        assert relative(x.grad, x2.grad) < tolerance
+
+
+def test_gradients_go_into_the_parameters_as_autograd_would_put_them():
+    check_gradients_in_place("cpu", 1e-2)
+
+
+def test_a_frozen_part_of_a_weight_gets_no_gradient():
+    a, b = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8)
+    weight = products.Weight(torch.cat((a, b)).detach(), (a, b))
+    products.linear(torch.randn(2, 7, 8), weight).sum().backward()
+    assert a.grad is not None and b.grad is None
+
+
+@pytest.mark.gpu
+def test_products_add_to_the_gradients_by_themselves_on_a_gpu():
+    check_gradients_in_place("cuda", 2e-2)
+
+
+@pytest.mark.gpu
+def test_fused_mlp_and_its_gradients_equal_the_twin():
+    x = torch.randn(2, 64, 256, **LOW, requires_grad=True)
+    w1 = (0.06 * torch.randn(1024, 256, **LOW)).requires_grad_()
+    w2 = (0.03 * torch.randn(256, 1024, **LOW)).requires_grad_()
+    fused = products.relu2_mlp(x, w1, w2)
+    exact = F.linear(F.relu(F.linear(x.float(), w1.float())).square(), w2.float())
+    grad = torch.randn_like(fused)
+    wanted = torch.autograd.grad(exact, (x, w1, w2), grad.float())
+    for a, b in zip((fused, *torch.autograd.grad(fused, (x, w1, w2), grad)), (exact, *wanted)):
+        assert relative(a, b) < 1e-2
