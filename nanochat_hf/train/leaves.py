@@ -109,10 +109,11 @@ class Places:
     def add(self, total: Tensor, grad: Tensor) -> None:
         """total (V, C) += the rows of grad (B, T, C), each to its token's row, in place."""
         columns = total.shape[1]
-        block = min(1024, triton.next_power_of_2(columns))
+        block = min(2048, triton.next_power_of_2(columns))
         _add_rows[(len(total), triton.cdiv(columns, block))](
-            total, grad, self.order, self.starts, None, columns, 1, self.RARE, ROWS=1, BLOCK=block, num_warps=4
-        )
+            total, grad, self.order, self.starts, None, columns, 1, self.RARE,
+            ROWS=1, BLOCK=block, num_warps=max(1, block // 256),
+        )  # fmt: skip
         if len(self.frequent):
             _add_rows[(len(self.frequent), triton.cdiv(columns, 128))](
                 total, grad, self.order, self.starts, self.frequent, columns, self.RARE + 1, len(self.order),
