@@ -13,7 +13,6 @@ from tiny import (
     randomize,
     uncached_greedy,
 )
-
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from nanochat_hf.model import NanoChatForCausalLM
@@ -110,8 +109,11 @@ def synchronize(monkeypatch):
             target.copy_(source)
 
     class Stream:
-        __enter__ = lambda self: streams.append(self)  # noqa: E731
-        __exit__ = lambda self, *_: streams.pop()  # noqa: E731
+        def __enter__(self):
+            streams.append(self)
+
+        def __exit__(self, *_):
+            streams.pop()
 
         def wait_stream(self, other):
             if other is main:
@@ -149,10 +151,11 @@ def synchronize(monkeypatch):
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 def test_what_a_cache_offloads_is_back_when_it_is_needed(synchronize, generation, cache):
-    model, prompt = make_model(generation, window_pattern="SL"), make_ids(2, 17)
+    model, prompt = make_model(generation, window_pattern="SL", num_tokens=None), make_ids(2, 17)
     model.generation_config.disable_compile = True
     model.register_forward_hook(synchronize)  # the next token is chosen on the CPU
-    assert greedy(model, prompt, 12, cache_implementation=cache).tolist() == uncached_greedy(model, prompt, 12).tolist()
+    generated = greedy(model, prompt, 12, cache_implementation=cache)
+    assert generated.tolist() == uncached_greedy(model, prompt, 12).tolist()
     beams = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
     expected = model.generate(prompt, use_cache=False, **beams)
     assert model.generate(prompt, cache_implementation=cache, **beams).tolist() == expected.tolist()

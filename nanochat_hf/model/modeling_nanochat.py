@@ -38,12 +38,13 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import eager_attention_forward
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanochat import ROPE_RANGE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, NanoChatConfig
@@ -319,9 +320,7 @@ class NanoChatModel(NanoChatPreTrainedModel):
         previous = F.pad(x[:, :-1], (0, 0, 1, 0))
         if cache is not None:
             layer = self.config.num_hidden_layers - 1
-            continues, kept = cache.has_previous_state(layer), cache.layers[layer].conv_states
-            if continues and kept[0].device != x.device:  # an offloaded cache brings back keys and values only
-                kept[0] = kept[0].to(x.device)
+            continues = cache.has_previous_state(layer)
             states = cache.update_conv_state(x.transpose(1, 2), layer, conv_kernel_size=1).transpose(1, 2)
             if continues:
                 previous = states[:, -length - 1 : -1]
@@ -379,6 +378,12 @@ class NanoChatModel(NanoChatPreTrainedModel):
             masks = attention_mask
         else:
             masks = self.create_masks_for_generate(config, x, attention_mask, past_key_values, position_ids)
+        packed = position_ids is not None and past_key_values is None and len(x) == 1
+        if packed and is_flash_attention_requested(config, version=4):
+            # transformers finds packed sequences by itself, but gives a tensor where version 4 insists on an int
+            (starts, _), (length, _) = prepare_fa_kwargs_from_position_ids(position_ids)
+            lengths = {"max_length_q": int(length), "max_length_k": int(length)}
+            kwargs = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, **lengths, **kwargs}
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         counted = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
@@ -390,7 +395,10 @@ class NanoChatModel(NanoChatPreTrainedModel):
         x0 = middle = x
         if config.residual_lambdas:
             residual, initial = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
+        offloading = past_key_values is not None and past_key_values.offloading
         for i, layer in enumerate(self.layers):
+            if offloading:  # before 5.20, transformers fetches keys that may not have arrived: silently wrong ones
+                past_key_values.prefetch_stream.wait_stream(torch.cuda.default_stream(x.device))
             if config.residual_lambdas:
                 x = residual[i] * x + initial[i] * x0
             has_value_embed = config.value_embeds and str(i) in self.value_embeds
@@ -400,6 +408,10 @@ class NanoChatModel(NanoChatPreTrainedModel):
             x = layer(x, position_embeddings, attention_mask=mask, value_embed=value_embed, **cache, **kwargs)
             if i == len(self.layers) // 2:
                 middle = x
+        if offloading and config.smear:
+            # The smear reads the state of the last layer before transformers fetches any layer, beam search reorders it
+            # as if it had not left, and beside a static one transformers expects no keys and never fetches them.
+            past_key_values.layers[-1].prefetch()
         if config.backout:
             x = x - self.backout_lambda.to(x.dtype) * middle
         x = rms_norm(x, config.rms_norm_eps)
