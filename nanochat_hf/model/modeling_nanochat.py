@@ -409,8 +409,8 @@ class NanoChatModel(NanoChatPreTrainedModel):
             if i == len(self.layers) // 2:
                 middle = x
         if offloading and config.smear:
-            # The smear reads the state of the last layer before transformers fetches any layer, beam search reorders it
-            # as if it had not left, and beside a static one transformers expects no keys and never fetches them.
+            # The smear reads the last layer's state before transformers fetches any layer, beam search reorders it as
+            # if it had not left, and beside a static one transformers expects no keys and never fetches them.
             past_key_values.layers[-1].prefetch()
         if config.backout:
             x = x - self.backout_lambda.to(x.dtype) * middle
