@@ -18,7 +18,8 @@ import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
-from torch import Tensor
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..errors import InputError
@@ -75,11 +76,31 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
 
 def to_device(batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, T + 1) of any integers -> inputs and targets (B, T), int64 on the device."""
-    rows = torch.from_numpy(batch.astype(np.int32, copy=False))
     if device.type == "cuda":
-        rows = rows.pin_memory()
+        # Pinned: from other memory the host may have to wait for all that is queued before the copy. torch keeps
+        # pinned blocks and hands one out again when the copies from it are done. NumPy fills it, on this thread:
+        # torch would share so many numbers out to threads that have to wait for a core among the loader's.
+        rows = torch.empty(batch.shape, dtype=torch.int32, pin_memory=True)
+        rows.numpy()[...] = batch
+    else:
+        rows = torch.from_numpy(batch.astype(np.int32, copy=False))
     rows = rows.to(device, non_blocking=True).long()
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def fetch(figures: Tensor) -> Callable[[], list[float]]:
+    """Have the tensor copied to the host -> what waits for the copy, though not for what is queued after it."""
+    if figures.device.type != "cuda":
+        return figures.tolist
+    copied = figures.to("cpu", non_blocking=True)  # into pinned memory
+    done = torch.cuda.Event(blocking=True)  # sleeps, where others would keep a core from the loader
+    done.record()
+
+    def read() -> list[float]:
+        done.synchronize()
+        return copied.tolist()
+
+    return read
 
 
 def free_memory(device: torch.device) -> float:
@@ -159,3 +180,29 @@ def choose_rows(
         rows //= 2
         say(f"device_batch_size: out of memory, trying {rows} rows")
     return rows
+
+
+def fits(made: Plan, network: nn.Module, groups: list[dict], accelerator: Accelerator, rows: int) -> bool:
+    """Whether a step of so many rows fits on every device, beside gradients and optimizer state; compiles it.
+
+    Args:
+        network: (ids, targets) -> loss; groups: the optimizer's, over its parameters.
+    """
+    device, failed = accelerator.device, torch.zeros((), device=accelerator.device)
+    ids = torch.arange(rows * made.max_seq_len, device=device).view(rows, -1) % made.num_tokens
+    state = sum(p.numel() * (4 if group["kind"] == "muon" else 8) for group in groups for p in group["params"])
+    try:
+        held = torch.empty(state // accelerator.num_processes, dtype=torch.uint8, device=device)
+        with accelerator.no_sync(network):
+            for _ in range(2):  # the second time beside the gradients of the first
+                network(ids, ids).backward()
+        del held
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        failed += 1
+    network.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # the run's own peak is what is reported
+    return not accelerator.reduce(failed).item()

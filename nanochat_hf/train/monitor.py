@@ -38,15 +38,22 @@ class SpikeAlarm:
         self.nats, self.recent = nats, deque(maxlen=WINDOW)
 
     def limit(self) -> float:
-        """The loss above which the next one is a spike; infinity while there are too few to tell."""
+        """The loss above which the next one is a spike; infinity while there are too few to tell.
+
+        A number that float32 holds, so that a device which compares with it agrees.
+        """
         if self.nats <= 0 or len(self.recent) < FIRST:
             return float("inf")
         noise = 1.4826 * float(np.median(np.abs(np.diff(self.recent)))) / 2**0.5
-        return float(np.median(self.recent)) + max(self.nats, DEVIATIONS * noise)
+        return float(np.float32(np.median(self.recent) + max(self.nats, DEVIATIONS * noise)))
 
-    def rings(self, loss: float) -> bool:
-        """Whether `loss` is a spike; if not, it counts among those before the next one."""
-        if loss > self.limit():
+    def rings(self, loss: float, limit: float | None = None) -> bool:
+        """Whether `loss` is a spike; if not, it counts among those before the next one.
+
+        Args:
+            limit: the one to judge by, where the step began before all losses before it were known; None: today's.
+        """
+        if loss > (self.limit() if limit is None else limit):
             return True
         self.recent.append(loss)
         return False

@@ -7,7 +7,8 @@ processes, places and wraps the model (DDP, FSDP2) and writes to trackers; the l
 project is about. It differs from karpathy/nanochat's base_train in this: it resumes exactly (weights, optimizer, data
 position, random state; also with another number of processes), finds the device batch by itself, evaluates on rows
 kept in memory, stops at a loss that leaps or is not finite before that reaches the weights, and saves before it obeys
-SIGTERM.
+SIGTERM. On CUDA a step is queued before the figures of the one before it are read, so that the GPU is never without
+work; whether to take a step is decided there.
 """
 
 import math
@@ -18,11 +19,13 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import DistributedType, set_seed
-from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -33,11 +36,12 @@ from ..distributed import main_first, meet
 from ..errors import InputError
 from ..run import begin, finish
 from . import checkpoint
-from .device import check_cost, choose_rows, listening, start_accelerator, to_device, undisturbed_by_gc
+from .device import check_cost, choose_rows, fetch, fits, listening, start_accelerator, to_device, undisturbed_by_gc
 from .monitor import Evaluator, SpikeAlarm, line, status
 from .network import compute_dtype, gradient_norm, new_model, scale_gradients, shape_of, with_loss
 from .optim import MuonAdamW, param_groups
 from .scaling import peak_flops, plan
+from .schedule import Factors
 
 SHAPE_KEYS = ("generation", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "total_batch_size")
 PLAN_KEYS = (
@@ -128,7 +132,7 @@ class PretrainConfig:
     max_spike: float = 2.0
     """Nats above the median of the last steps at which a loss stops the run (monitor.SpikeAlarm); 0: never."""
     log_every: int = -1
-    """Steps between lines with a step's figures, 1 for each; -1: the bar only."""
+    """Steps between lines with a step's figures, 1 for each; -1: the bar only. A GPU idles a little at each."""
     report_to: str = "none"
     """Where Accelerate reports to: none, trackio, wandb, tensorboard."""
 
@@ -155,10 +159,19 @@ def pretrain(
     Raises:
         InputError: a config, dataset or device with which this cannot work.
         FloatingPointError: loss or gradient is not finite, or the loss leaps; a checkpoint from before that step is on
-            disk.
+            disk, whose place in the data is after its rows, and after those of a step already on its way.
         SystemExit: SIGTERM or SIGINT came; a checkpoint is on disk, the exit code is 128 + the signal's number.
     """
     return Pretraining(config, tokenizer, Path(output), model, core, push).run()
+
+
+class Step(NamedTuple):
+    """An optimizer step that is queued on the device."""
+
+    factors: Factors
+    limit: float  # the loss above which the device refuses it
+    taken: Tensor  # () bool, on the device: whether it was, and all before it
+    read: Callable[[], list[float]]  # loss, gradient norm, share of processes that were asked to stop
 
 
 class Pretraining:
@@ -185,6 +198,9 @@ class Pretraining:
         self.alarm = SpikeAlarm(config.max_spike)
         self.dtype = compute_dtype(self.device, half=True)
         self.loss_scale = LOSS_SCALE if self.dtype == torch.float16 else 1.0
+        self.ahead = self.device.type == "cuda" and self.loss_scale == 1  # a scaled step may have to be made again
+        self.queued: Step | None = None  # the next step, when it is already on its way
+        self.asked = False  # whether some process was asked to stop, as far as all of them know
 
         network = with_loss(self.model, config.attn_implementation, config.compile, config.fp8)
         self.loss_model, self.optimizer = self.accelerator.prepare(
@@ -207,33 +223,14 @@ class Pretraining:
     def choose_rows(self, saved: Path | None) -> int:
         """Rows of a micro-batch: when resuming those of before, so that sums keep their order; else a new choice."""
         wanted = self.config.device_batch_size
-        fits = None if self.sharded else self.fits  # FSDP2's processes would wait for one that ran out of memory
+        trial = partial(fits, self.plan, self.loss_model, self.optimizer.param_groups, self.accelerator)
+        if self.sharded:
+            trial = None  # FSDP2's processes would wait for one that ran out of memory
         if saved is not None:
             before = checkpoint.read_progress(saved)
             if before["world_size"] == self.world:
-                wanted, fits = before["rows"], None
-        return choose_rows(self.plan, wanted, self.device, self.world, self.dtype, fits, self.print)
-
-    def fits(self, rows: int) -> bool:
-        """Whether a step of so many rows fits on every device, beside gradients and optimizer state; compiles it."""
-        ids = torch.arange(rows * self.plan.max_seq_len, device=self.device).view(rows, -1) % self.plan.num_tokens
-        groups, failed = self.optimizer.param_groups, torch.zeros((), device=self.device)
-        state = sum(p.numel() * (4 if group["kind"] == "muon" else 8) for group in groups for p in group["params"])
-        try:
-            held = torch.empty(state // self.world, dtype=torch.uint8, device=self.device)
-            with self.accelerator.no_sync(self.loss_model):
-                for _ in range(2):  # the second time beside the gradients of the first
-                    self.loss_model(ids, ids).backward()
-            del held
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            failed += 1
-        self.loss_model.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)  # the run's own peak is what is reported
-        return not self.accelerator.reduce(failed).item()
+                wanted, trial = before["rows"], None
+        return choose_rows(self.plan, wanted, self.device, self.world, self.dtype, trial, self.print)
 
     def new_loader(self, split: str) -> PackedLoader:
         config = self.config
@@ -253,10 +250,12 @@ class Pretraining:
         self.bar = tqdm(total=total, initial=self.step, disable=not main, unit="step", mininterval=interval)
         with self.bar, listening(self.stop), undisturbed_by_gc():
             self.loss_model.train()
+            began = time.perf_counter()
             while self.step < total:
-                began = time.perf_counter()
+                if not self.queued:  # else it has been the device's turn since the step before was done
+                    began = time.perf_counter()
                 figures, stop = self.train_step()
-                elapsed = time.perf_counter() - began
+                elapsed, began = time.perf_counter() - began, time.perf_counter()
                 if self.step > first or self.device.type == "cpu":
                     self.seconds, self.timed = self.seconds + elapsed, self.timed + 1
                 self.step += 1
@@ -272,14 +271,22 @@ class Pretraining:
                     checkpoint.save_model(self.output, self.model, self.tokenizer)
                     if main:
                         self.push(self.output, self.step)
-                if stop and self.step < total:
+                if stop and not self.queued and self.step < total:
                     self.print(f"stopped by a signal after step {self.step}; {self.save()} is where a rerun goes on")
                     raise SystemExit(128 + (self.signal or signal.SIGTERM))
         return self.finish()
 
     def train_step(self) -> tuple[dict, bool]:
-        """Forward, backward, update -> (figures of the step, whether some process was asked to stop)."""
-        factors = self.plan.schedule.at(self.step)
+        """One step, and the next one queued -> (figures of the step, whether some process was asked to stop)."""
+        step = self.queued or self.launch(self.step)
+        # By what all processes know, for each must queue the same: not by a signal that only this one heard.
+        look_ahead = self.ahead and not self.asked and not self.pauses(self.step + 1)
+        self.queued = self.launch(self.step + 1, step) if look_ahead else None
+        return self.settle(step), self.asked
+
+    def launch(self, number: int, before: Step | None = None) -> Step:
+        """Queue forward, backward and update; if `before`, which is not settled yet, is refused, this one is, too."""
+        factors = self.plan.schedule.at(number)
         for group in self.optimizer.param_groups:
             options = self.plan.groups[group["role"]]
             group["lr"] = options["lr"] * factors.lr
@@ -294,39 +301,55 @@ class Pretraining:
                 self.accelerator.backward(part if self.loss_scale == 1 else part * self.loss_scale)
             loss += part.detach() / self.accumulation
         norm = gradient_norm(self.model) / self.loss_scale
-        asked = torch.tensor(float(bool(self.signal)), device=self.device)
+        asked = torch.full_like(loss, float(bool(self.signal)))  # torch.tensor would wait for all that is queued
         loss, asked = self.accelerator.reduce(torch.stack((loss, asked)), "mean").unbind()
         # The device decides whether to take the step, and the host hears of it when the step is already on its way.
-        good = loss.isfinite() & norm.isfinite() & (loss <= self.alarm.limit())
-        self.optimizer.optimizer.gate = good.float()
+        limit = self.alarm.limit()
+        taken = loss.isfinite() & norm.isfinite() & (loss <= limit)
+        if before is not None:
+            taken &= before.taken
+        self.optimizer.optimizer.gate = taken.float()
         if self.plan.max_grad_norm or self.loss_scale > 1:
             factor = (self.plan.max_grad_norm / norm.clamp(min=1e-12)).clamp(max=1) if self.plan.max_grad_norm else 1
             scale_gradients(self.model, factor / self.loss_scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, norm, stop = torch.stack((loss, norm, asked)).tolist()
+        return Step(factors, limit, taken, fetch(torch.stack((loss, norm, asked))))
+
+    def settle(self, step: Step) -> dict:
+        """Wait for this step of the run -> its figures; one that was refused is made again or ends the run."""
+        loss, norm, asked = step.read()
+        self.asked = asked > 0
         if self.loss_scale > 1 and math.isfinite(loss) and not math.isfinite(norm):
             self.loss_scale /= 2  # too large for these gradients: make the step with the rows that follow
             self.optimizer.optimizer.refused()
-            return self.train_step()
-        if not (math.isfinite(loss) and math.isfinite(norm)) or self.alarm.rings(loss):
-            self.optimizer.optimizer.refused()
+            return self.settle(self.launch(self.step))
+        if not (math.isfinite(loss) and math.isfinite(norm)) or self.alarm.rings(loss, step.limit):
+            for _ in range(2 if self.queued else 1):
+                self.optimizer.optimizer.refused()
             raise FloatingPointError(self.trouble(loss, norm))
         if self.dtype == torch.float16 and self.step % 1000 == 999:
             self.loss_scale = min(2 * self.loss_scale, LOSS_SCALE)
-        lr = self.plan.groups["matrix"]["lr"] * factors.lr
-        figures = {"train_loss": loss, "grad_norm": norm, "lr_multiplier": factors.lr, "lr": lr}
-        return {**figures, "momentum": factors.momentum}, stop > 0
+        factor, momentum, lr = step.factors.lr, step.factors.momentum, self.plan.groups["matrix"]["lr"]
+        told = {"lr_multiplier": factor, "lr": lr * factor, "momentum": momentum}
+        return {"train_loss": loss, "grad_norm": norm, **told}
 
     def trouble(self, loss: float, norm: float) -> str:
         """Save, and say what happened where in the data and what can be done."""
         rows, usual = self.plan.total_batch_size // self.plan.max_seq_len, self.alarm.recent
         before = f" after a median of {sorted(usual)[len(usual) // 2]:.4g}" if usual else ""
+        also = " and those of the next step, which was on its way" if self.queued else ""
         return (
             f"step {self.step}: loss {loss:.4g}{before}, gradient norm {norm:.4g}, at rows {self.step * rows} to "
-            f"{(self.step + 1) * rows} of the data; {self.save()} holds the weights from before it. A rerun goes on "
-            "with the rows after these; if it happens again, lower the rates, or set max_spike=0 if nothing is wrong"
+            f"{(self.step + 1) * rows} of the data; {self.save()} holds the weights before it. A rerun goes on with "
+            f"the rows after these{also}; if it happens again, lower the rates, or set max_spike=0 if nothing is wrong"
         )
+
+    def pauses(self, step: int) -> bool:
+        """Whether something is due after so many steps that no other should be on its way at, or they are all."""
+        keys = ("eval_every", "core_metric_every", "sample_every", "save_every", "push_every", "log_every")
+        every = [getattr(self.config, key) for key in keys]
+        return step == self.plan.num_iterations or any(n > 0 and step % n == 0 for n in every)
 
     def due(self, every: int, at_end: bool = False) -> bool:
         return (every > 0 and self.step % every == 0) or (at_end and self.step == self.plan.num_iterations)
