@@ -132,7 +132,7 @@ def test_a_refused_step_leaves_all_as_it_was_also_when_the_next_is_queued(
     monkeypatch.setattr(module, "gradient_norm", gradient_norm)
     monkeypatch.setattr(SpikeAlarm, "limit", lambda self: next(limits))
     with pytest.raises(FloatingPointError, match=r"step 6: .* at rows 48 to 56 ") as stopped:
-        run(world, tmp_path, log_every=-1 if queued else 7)
+        run(world, tmp_path, sample_every=-1 if queued else 7)
     assert ahead[-1] == ("settle", 6) and (ahead[-2] == ("launch", 7)) == queued
     assert ("those of the next step" in str(stopped.value)) == queued
     found, rows = state_of(tmp_path / "state" / "step_000006")

@@ -347,7 +347,7 @@ class Pretraining:
 
     def pauses(self, step: int) -> bool:
         """Whether something is due after so many steps that no other should be on its way at, or they are all."""
-        keys = ("eval_every", "core_metric_every", "sample_every", "save_every", "push_every", "log_every")
+        keys = ("eval_every", "core_metric_every", "sample_every", "save_every", "push_every")
         every = [getattr(self.config, key) for key in keys]
         return step == self.plan.num_iterations or any(n > 0 and step % n == 0 for n in every)
 
