@@ -4,7 +4,7 @@ import io
 import threading
 import time
 from collections import Counter
-from itertools import islice
+from itertools import cycle, islice
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +59,7 @@ def test_no_document_comes_twice_before_all_came_once(folder, tokenizer, monkeyp
         return [np.full(len(text) // 4 + 1, int(text[1:4]), np.uint16) for text in texts]
 
     monkeypatch.setattr("nanochat_hf.data.loader.encode_documents", numbered)
-    one = loader(folder, tokenizer, lanes=lanes, batch_size=1, crop_long=False)
+    one = loader(folder, tokenizer, lanes=lanes, batch_size=1, keep_tails=False)
     counts = Counter()
     positions = [0]
     while min(positions) == 0:  # until every lane has read its documents
@@ -93,12 +93,13 @@ def test_the_number_of_threads_changes_nothing(folder, tokenizer, monkeypatch):
     assert all((a == b).all() for a, b in zip(*batches))
 
 
+@pytest.mark.parametrize("keep_tails", [True, False])
 @pytest.mark.parametrize("taken", [0, 1, 7, 40])
-def test_a_resumed_loader_gives_the_batches_that_would_have_come(folder, tokenizer, taken):
-    whole = list(islice(loader(folder, tokenizer), taken + 10))
-    first = loader(folder, tokenizer)
+def test_a_resumed_loader_gives_the_batches_that_would_have_come(folder, tokenizer, taken, keep_tails):
+    whole = list(islice(loader(folder, tokenizer, keep_tails=keep_tails), taken + 10))
+    first = loader(folder, tokenizer, keep_tails=keep_tails)
     list(islice(first, taken))
-    second = loader(folder, tokenizer)
+    second = loader(folder, tokenizer, keep_tails=keep_tails)
     second.load_state_dict(saved_and_loaded(first.state_dict()))
     for batch, expected in zip(islice(second, 10), whole[taken:]):
         assert (batch == expected).all()
@@ -143,15 +144,61 @@ def test_a_closed_loader_goes_on_where_it_was(folder, tokenizer):
     assert all((a == b).all() for a, b in zip(islice(one, 3), whole[3:]))
 
 
-def test_a_long_document_fills_a_row_or_waits_to_be_a_rows_end(tmp_path, tokenizer):
+def test_a_long_document_fills_rows_or_waits_to_be_a_rows_end(tmp_path, tokenizer):
     pq.write_table(pa.table({"text": ["zq " * 100, "so so so so"] * 40}), tmp_path / "0.parquet")
     pq.write_table(pa.table({"text": ["v"]}), tmp_path / "1.parquet")
     mark = tokenizer("zq")["input_ids"][1]
     rows = np.concatenate(list(islice(loader(tmp_path, tokenizer, lanes=1, buffer_size=8), 10)))
     assert (rows[:, 1] == mark).any()
-    rows = next(loader(tmp_path, tokenizer, lanes=1, buffer_size=8, crop_long=False))
+    rows = next(loader(tmp_path, tokenizer, lanes=1, buffer_size=8, keep_tails=False))
     assert not (rows[:, 1] == mark).any()
     assert (rows == mark).any()
+
+
+@pytest.mark.parametrize("seq_len", [8, 32])
+def test_every_token_comes_once_in_an_epoch_of_interruptions_by_other_numbers_of_processes(
+    folder, tokenizer, monkeypatch, seq_len
+):
+    bos, length = 65535, {i: 2 + (i * 37) % 59 for i in range(NUM_DOCUMENTS)}
+
+    def numbered(tokenizer, texts):  # a token tells its document and its place in it
+        numbers = [int(text[1:4]) for text in texts]
+        return [np.array([bos, *range(n * 100, n * 100 + length[n])], np.uint16) for n in numbers]
+
+    monkeypatch.setattr("nanochat_hf.data.loader.encode_documents", numbered)
+    found, epoch, states, sizes = Counter(), 0, None, cycle([1, 4, 2])
+    while epoch == 0:  # until every lane has read its documents
+        world_size = next(sizes)
+        ranks = [
+            loader(folder, tokenizer, rank, world_size, batch_size=3, seq_len=seq_len) for rank in range(world_size)
+        ]
+        for rank in ranks:
+            if states:
+                rank.load_state_dict(states)
+            found.update(np.concatenate([next(rank), next(rank)]).ravel().tolist())
+        states = [saved_and_loaded(rank.state_dict()) for rank in ranks]
+        lanes = [lane for state in states for lane in state["lanes"].values()]
+        epoch = min(lane["stream"]["position"][0] for lane in lanes)
+    found.update(token for lane in lanes for token in lane["tokens"].tolist())
+    del found[bos]
+    assert set(found) == {n * 100 + place for n in length for place in range(length[n])}
+    # Where a lane is ahead in the second epoch, documents came again, but as whole as the first time.
+    assert set(found.values()) <= {1, 2}
+    again = {token // 100 for token, count in found.items() if count == 2}
+    assert sum(found.values()) == sum(length.values()) + sum(length[n] for n in again)
+    assert len(again) < NUM_DOCUMENTS / 2
+
+
+def test_few_documents_wait_where_they_are_long(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("nanochat_hf.data.loader.CHUNK_CHARS", 1000)
+    pq.write_table(pa.table({"text": ["zq " * 3000] * 40}), tmp_path / "0.parquet")
+    pq.write_table(pa.table({"text": ["v"]}), tmp_path / "1.parquet")
+    one = loader(tmp_path, tokenizer, lanes=1, buffer_size=8)
+    read, longest = len(tokenizer("zq " * 3000)["input_ids"]), 0
+    for _ in range(400):
+        next(one)
+        longest = max(longest, len(one.state_dict()["lanes"][0]["tokens"]))
+    assert read // 2 < longest < read * 1.04 + 8 * 33  # a bos each row
 
 
 def test_lanes_are_rounded_up_to_the_processes_and_refuse_a_number_that_cannot_share_them(folder, tokenizer):

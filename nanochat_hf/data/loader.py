@@ -10,13 +10,13 @@ So 1 process with 4 micro-batches sees in each step the rows that 4 processes wi
 any number of processes that divides the lanes.
 """
 
+import math
 import os
 import queue
 import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 import numpy as np
 import torch
@@ -27,14 +27,20 @@ from .corpus import DocumentStream, MixedStream
 from .packing import BestFitPacker
 from .tokenizer import encode_documents
 
+CHUNK_CHARS = 1 << 20  # enough to tokenize at once; bounds what waits where documents are as long as books
+
 
 class Lane:
-    """One share of the documents on its way into rows: endless over epochs, `buffer_size` documents to choose from."""
+    """One share of the documents on its way into rows: endless over epochs, `buffer_size` documents to choose from.
 
-    def __init__(self, stream: DocumentStream | MixedStream, tokenizer, buffer_size: int, longest: int | None):
-        self.stream, self.tokenizer, self.buffer_size, self.longest = stream, tokenizer, buffer_size, longest
+    Where tails are kept, never more waits than `buffer_size` rows, the text of CHUNK_CHARS, and one document.
+    """
+
+    def __init__(self, stream: DocumentStream | MixedStream, tokenizer, buffer_size: int, packer: BestFitPacker):
+        self.stream, self.tokenizer, self.buffer_size, self.packer = stream, tokenizer, buffer_size, packer
         self.chunk = min(max(buffer_size // 4, 8), 128)
-        self.packer = BestFitPacker()
+        # Upstream's rule is there to compare validation with, so what it chooses from counts documents only.
+        self.chunk_chars = CHUNK_CHARS if packer.keep_tails else math.inf
         self.documents = self._documents()
 
     def _documents(self) -> Iterator[str]:
@@ -43,8 +49,11 @@ class Lane:
 
     def refill(self) -> None:
         while len(self.packer) < self.buffer_size:
-            documents = encode_documents(self.tokenizer, list(islice(self.documents, self.chunk)))
-            self.packer.add(document[: self.longest] for document in documents)
+            texts, chars = [], 0
+            while len(texts) < self.chunk and chars < self.chunk_chars:
+                texts.append(next(self.documents))
+                chars += len(texts[-1])
+            self.packer.add(encode_documents(self.tokenizer, texts))
 
     def fill(self, rows: list[np.ndarray]) -> None:
         for row in rows:
@@ -60,16 +69,16 @@ class Lane:
 
 
 # Of validation rows: packed by upstream's rule, so that bits per byte compare; the same for 1, 2, 4 and 8 processes.
-VALIDATION = {"lanes": 8, "crop_long": False}
+VALIDATION = {"lanes": 8, "keep_tails": False}
 
 
 class PackedLoader:
     """Endless batches (B, T + 1) of token ids, int32, every row beginning with bos and without padding.
 
-    `buffer_size` is the number of documents that packing chooses from, over all lanes together. With `crop_long` a
-    document longer than a row is cropped to a row when it comes, so that it fills one; without, it waits until it is
-    the shortest and becomes the end of some row, as in upstream's loader, where long documents pile up and 1.5 to 2
-    times as many tokens are cut off. `lanes` is rounded up to a multiple of the stream's world size.
+    `buffer_size` is the number of documents that packing chooses from, over all lanes together. With `keep_tails`
+    every token of every document comes: what a row has no room for waits, after a bos of its own. Without, it is lost,
+    as in upstream's loader: of books 18 % in rows of 2,048 tokens, 74 % in rows of 256. `lanes` is rounded up to a
+    multiple of the stream's world size.
     """
 
     def __init__(
@@ -80,12 +89,12 @@ class PackedLoader:
         seq_len: int,
         buffer_size: int = 1000,
         lanes: int = 64,
-        crop_long: bool = True,
+        keep_tails: bool = True,
         prefetch: int = 8,
     ):
         self.stream, self.tokenizer = stream, tokenizer
         self.batch_size, self.seq_len, self.prefetch = batch_size, seq_len, prefetch
-        self.buffer_size, self.crop_long = buffer_size, crop_long
+        self.buffer_size, self.keep_tails = buffer_size, keep_tails
         world_size = stream.world_size
         self.num_lanes = -(-max(lanes, 1) // world_size) * world_size
         self._start = None  # the state to begin from
@@ -120,11 +129,11 @@ class PackedLoader:
     def _batches_from(self, state: dict | None) -> Iterator:
         rank, world_size = self.stream.rank, self.stream.world_size
         numbers = range(rank, self.num_lanes, world_size)
-        longest = self.seq_len + 1 if self.crop_long else None
         lanes = {}
         for number in numbers:
             stream = self.stream.reader(number, self.num_lanes)
-            lanes[number] = Lane(stream, self.tokenizer, -(-self.buffer_size // self.num_lanes), longest)
+            packer = BestFitPacker(self.seq_len + 1, self.keep_tails)
+            lanes[number] = Lane(stream, self.tokenizer, -(-self.buffer_size // self.num_lanes), packer)
             if state:
                 lanes[number].restore(state["lanes"][number])
         done = state["rows"] if state else 0
