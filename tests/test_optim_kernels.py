@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat_hf.train.optim_kernels import apply_updates, gram, nesterov, product_plus, square_plus
+from nanochat_hf.train.optim_kernels import apply_updates, gram, nesterov, product_plus, symmetric_plus
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -33,15 +33,20 @@ def test_updates_decay_only_where_they_agree_with_the_weight(device, shape):
     assert torch.allclose(torch.stack(params), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+CUDA_HALVES = [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize("device,dtype", [("cpu", torch.float32), *CUDA_HALVES])
 @pytest.mark.parametrize("shape", [(2, 256, 512), (2, 512, 256), (3, 6, 12)])
-def test_products_of_polar_express_equal_plain_ones(device, shape):
-    x = torch.randn(shape, device=device) / shape[-1] ** 0.5
-    x = x.bfloat16() if device == "cuda" else x
+def test_products_of_polar_express_equal_plain_ones(device, dtype, shape):
+    x = (torch.randn(shape, device=device) / shape[-1] ** 0.5).to(dtype)
     tolerance = {"rtol": 0.02, "atol": 0.02} if device == "cuda" else {"atol": 1e-5}
     a = gram(x)
     exact = x.float() @ x.float().mT
     assert torch.allclose(a.float(), exact, **tolerance)
     assert torch.allclose(gram(x.mT).float(), x.float().mT @ x.float(), **tolerance)
-    assert torch.allclose(square_plus(a, 0.3, 0.7).float(), 0.3 * exact @ exact + 0.7 * exact, **tolerance)
+    square = symmetric_plus(a, a, 0.7, 0.3)
+    assert torch.allclose(square.float(), 0.3 * exact @ exact + 0.7 * exact, **tolerance)
+    cube = symmetric_plus(a, square, 1.5)
+    assert torch.allclose(cube.float(), exact @ square.float() + 1.5 * square.float(), **tolerance)
     assert torch.allclose(product_plus(a, x, x, 1.5).float(), exact @ x.float() + 1.5 * x.float(), **tolerance)

@@ -99,7 +99,7 @@ def apply_updates(params: list[Tensor], x: Tensor, scale: Tensor, rate: float, d
 
 
 def symmetric(x: Tensor) -> bool:
-    large = x.is_cuda and x.dtype == torch.bfloat16 and min(x.shape[-2:]) >= SMALLEST
+    large = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and min(x.shape[-2:]) >= SMALLEST
     return large and gemm_symmetric is not None and all(size % 16 == 0 for size in x.shape[-2:])
 
 
@@ -108,9 +108,11 @@ def gram(x: Tensor) -> Tensor:
     return gemm_symmetric(x, x.mT) if symmetric(x) else x @ x.mT
 
 
-def square_plus(a: Tensor, c: float, b: float) -> Tensor:
-    """Symmetric a (K, m, m) -> c a^2 + b a."""
-    return gemm_symmetric(a, a, C=a, alpha=c, beta=b) if symmetric(a) else torch.baddbmm(a, a, a, beta=b, alpha=c)
+def symmetric_plus(a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+    """Symmetric a, b (K, m, m) that commute -> alpha a b + beta b, which is symmetric, too."""
+    if symmetric(b):
+        return gemm_symmetric(a, b, C=b, alpha=alpha, beta=beta)
+    return torch.baddbmm(b, a, b, beta=beta, alpha=alpha)
 
 
 def product_plus(a: Tensor, b: Tensor, old: Tensor, factor: float) -> Tensor:
