@@ -168,5 +168,5 @@ def relu2_mlp(x: Tensor, w1: Weight | Tensor, w2: Weight | Tensor, fp8: bool = F
     if not fp8 and gemm_act is not None and x.is_cuda and x.dtype == torch.bfloat16:
         whole = isinstance(w1, Weight)
         matrices = (w1.low, w2.low, *w1.parts, *w2.parts) if whole else (w1, w2)
-        return _Relu2MLP.apply(x.reshape(-1, x.shape[-1]), *matrices).view_as(x)
+        return _Relu2MLP.apply(x.flatten(0, -2), *matrices).unflatten(0, x.shape[:-1])
     return linear(F.relu(linear(x, w1, fp8)).square(), w2, fp8)
