@@ -227,7 +227,6 @@ if _flash_attn_fwd is not None:
         """The part of v in qkv (or in its gradient), (B, T, K, D), in place."""
         return qkv[..., -k.shape[2] * k.shape[3] :].unflatten(-1, k.shape[2:])
 
-    @torch.library.custom_op("nanochat_hf::attend", mutates_args=(), device_types="cuda")
     def _attend(
         qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float, ids: Tensor | None, table: Tensor | None,
         gates: Tensor | None, rows: Tensor | None, positions: Tensor | None, left: int, scale: float,
@@ -246,7 +245,9 @@ if _flash_attn_fwd is not None:
         )
         return out.view(q.shape), lse, q, k, qkv.new_empty(0) if v is None else v
 
-    @_attend.register_fake
+    _attend_op = torch.library.custom_op("nanochat_hf::attend", _attend, mutates_args=(), device_types="cuda")
+
+    @_attend_op.register_fake
     def _(qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions, left, scale, starts):
         heads, dim, _ = _qkv_sizes(qkv, cos, kv_heads)
         batch, length, _ = qkv.shape
@@ -255,7 +256,6 @@ if _flash_attn_fwd is not None:
         v = qkv.new_empty(0) if gates is None else torch.empty_like(k)
         return torch.empty_like(q), qkv.new_empty(shape, dtype=torch.float32), q, k, v
 
-    @torch.library.custom_op("nanochat_hf::attend_grad", mutates_args=(), device_types="cuda")
     def _attend_grad(
         grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, qkv: Tensor, cos: Tensor,
         sin: Tensor, eps: float, ids: Tensor | None, table: Tensor | None, gates: Tensor | None,
@@ -275,7 +275,11 @@ if _flash_attn_fwd is not None:
             dq, dk, dv if gated else None, dqkv, qkv, cos, sin, eps, ids, table, gates, positions
         )
 
-    @_attend_grad.register_fake
+    _attend_grad_op = torch.library.custom_op(
+        "nanochat_hf::attend_grad", _attend_grad, mutates_args=(), device_types="cuda"
+    )
+
+    @_attend_grad_op.register_fake
     def _(grad, out, lse, q, k, v, qkv, cos, sin, eps, ids, table, gates, positions, left, scale, starts):
         return _fake_grads(qkv, gates, *k.shape[2:])
 
@@ -283,15 +287,28 @@ if _flash_attn_fwd is not None:
         qkv, cos, sin, _, ctx.eps, ids, table, gates, _, positions, ctx.left, ctx.scale, starts = inputs
         ctx.save_for_backward(*output, qkv, cos, sin, ids, table, gates, positions, starts)
 
-    def _attend_backward(ctx, grad, *_):
+    def _attend_backward(ctx, grad, run=_attend_grad_op):
         out, lse, q, k, v, qkv, cos, sin, ids, table, gates, positions, starts = ctx.saved_tensors
-        dqkv, dgates, dextra = _attend_grad(
+        dqkv, dgates, dextra = run(
             grad, out, lse, q, k, v, qkv, cos, sin, ctx.eps, ids, table, gates, positions, ctx.left, ctx.scale, starts
         )
         gated = gates is not None
         return dqkv, *[None] * 6, dgates if gated else None, dextra if gated else None, *[None] * 4
 
-    _attend.register_autograd(_attend_backward, setup_context=_attend_setup)
+    _attend_op.register_autograd(lambda ctx, grad, *_: _attend_backward(ctx, grad), setup_context=_attend_setup)
+
+    class _Attend(torch.autograd.Function):
+        """The same without the compiler, which alone leaves out the zeros that stand for the others' gradients."""
+
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = _attend(*inputs)
+            _attend_setup(ctx, inputs, output)
+            return output[0]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return _attend_backward(ctx, grad, run=_attend_grad)
 
 
 def uses_flash(x: Tensor) -> bool:
@@ -339,7 +356,8 @@ def attend(
     """`split_qkv`, whose arguments come first, and `attention` over what it gives: (B, T, H, D)."""
     if uses_flash(qkv):
         left = -1 if window is None else window - 1
-        return _attend(qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions, left, scale, mask)[0]
+        inputs = (qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions, left, scale, mask)
+        return _attend_op(*inputs)[0] if torch.compiler.is_compiling() else _Attend.apply(*inputs)
     q, k, v = split_qkv(qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions)
     return attention(q, k, v, scale, window, mask)
 

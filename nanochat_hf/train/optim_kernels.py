@@ -16,7 +16,7 @@ try:
 except ImportError:
     gemm_add = gemm_symmetric = None
 
-SMALLEST = 256  # rows and columns from which quack's products are worth a launch
+SMALLEST = 1024  # rows and columns from which quack's products save more than the host takes to launch them
 BLOCK = 4096  # elements of a program
 
 if triton is not None:

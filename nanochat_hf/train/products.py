@@ -125,29 +125,31 @@ def linear_and_gates(
 
 if gemm_act is not None:
 
-    @torch.library.custom_op("nanochat_hf::relu2_up", mutates_args=(), device_types="cuda")
-    def _relu2_up(x: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
+    def _up(x: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, C), w1 (H, C) -> (x w1^T, relu of it squared), both (N, H)."""
         return gemm_act(x, w1.t(), activation="relu_sq", tuned=False)
 
-    @_relu2_up.register_fake
-    def _(x, w1):
-        return x.new_empty(len(x), len(w1)), x.new_empty(len(x), len(w1))
-
-    @torch.library.custom_op("nanochat_hf::relu2_down_grad", mutates_args=(), device_types="cuda")
-    def _relu2_down_grad(dy: Tensor, w2: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _down_grad(dy: Tensor, w2: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """dy (N, C), w2 (C, H), h (N, H) -> (gradient of h, relu(h)^2 made again), both (N, H)."""
         dh, a = gemm_dact(dy, w2, h, activation="relu_sq", tuned=False)
         return dh, a
 
-    @_relu2_down_grad.register_fake
+    cuda = {"mutates_args": (), "device_types": "cuda"}
+    _up_op = torch.library.custom_op("nanochat_hf::relu2_up", _up, **cuda)
+    _down_grad_op = torch.library.custom_op("nanochat_hf::relu2_down_grad", _down_grad, **cuda)
+
+    @_up_op.register_fake
+    def _(x, w1):
+        return x.new_empty(len(x), len(w1)), x.new_empty(len(x), len(w1))
+
+    @_down_grad_op.register_fake
     def _(dy, w2, h):
         return torch.empty_like(h), torch.empty_like(h)
 
     class _Relu2MLP(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, low1, low2, *parts):
-            h, a = _relu2_up(x, low1)
+            h, a = (_up if parts else _up_op)(x, low1)  # without parts the compiler is at work
             ctx.parts = parts
             ctx.save_for_backward(x, low1, low2, h)
             return a @ low2.t()
@@ -156,7 +158,7 @@ if gemm_act is not None:
         def backward(ctx, dy):
             x, low1, low2, h = ctx.saved_tensors
             dy = dy.contiguous()
-            dh, a = _relu2_down_grad(dy, low2, h)
+            dh, a = (_down_grad if ctx.parts else _down_grad_op)(dy, low2, h)
             if not ctx.parts:
                 return dh @ low1, dh.t() @ x, dy.t() @ a
             first, second = (Weight(low, (part,)) for low, part in zip((low1, low2), ctx.parts))
