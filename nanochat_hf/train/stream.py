@@ -34,32 +34,41 @@ if triton is not None:
 
     @triton.jit
     def _mix_grad(
-        dmixed, dnormed, mixed, x0, scale, share, dx, total, parts, columns, eps,
-        FRESH: tl.constexpr, BLOCK: tl.constexpr,
+        dmixed, dnormed, mixed, x0, scale, share, dx, total, parts, rows, columns, eps,
+        FRESH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One row: dx, share times the gradient added to total (or written there), parts of the two scalars' own."""
-        row = tl.program_id(0).to(tl.int64)
+        """ROWS rows: dx, share times the gradient added to total (or written there), parts of the two scalars' own."""
         column = tl.arange(0, BLOCK)
-        at, inside = row * columns + column, column < columns
-        value = tl.load(mixed + at, mask=inside, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
-        unit = value * inverse
-        grad = tl.load(dnormed + at, mask=inside, other=0.0).to(tl.float32)
-        grad = inverse * (grad - unit * (tl.sum(grad * unit, 0) / columns))
-        grad += tl.load(dmixed + at, mask=inside, other=0.0).to(tl.float32)
-        if scale is None:
-            tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=inside)
-        else:
+        along_before, along_first = 0.0, 0.0
+        if scale is not None:
             a, b = tl.load(scale).to(tl.float32), tl.load(share).to(tl.float32)
-            tl.store(dx + at, (a * grad).to(dx.dtype.element_ty), mask=inside)
-            first = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
-            before = tl.where(a == 0.0, 0.0, (value - b * first) / a)  # x + y
-            tl.store(parts + 2 * row, tl.sum(grad * before, 0))
-            tl.store(parts + 2 * row + 1, tl.sum(grad * first, 0))
-            grad *= b
-            if not FRESH:
-                grad += tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(total + at, grad.to(total.dtype.element_ty), mask=inside)
+        for turn in range(ROWS):
+            row = tl.program_id(0).to(tl.int64) * ROWS + turn
+            at, inside = row * columns + column, (column < columns) & (row < rows)
+            value = tl.load(mixed + at, mask=inside, other=0.0).to(tl.float32)
+            grad = tl.load(dnormed + at, mask=inside, other=0.0).to(tl.float32)
+            onward = tl.load(dmixed + at, mask=inside, other=0.0).to(tl.float32)
+            inverse = tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
+            unit = value * inverse
+            grad = onward + inverse * (grad - unit * (tl.sum(grad * unit, 0) / columns))
+            if scale is None:
+                tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=inside)
+            else:
+                tl.store(dx + at, (a * grad).to(dx.dtype.element_ty), mask=inside)
+                first = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
+                before = tl.where(a == 0.0, 0.0, (value - b * first) / a)  # x + y
+                along_before += tl.sum(grad * before, 0)
+                along_first += tl.sum(grad * first, 0)
+                grad *= b
+                if not FRESH:
+                    grad += tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
+                tl.store(total + at, grad.to(total.dtype.element_ty), mask=inside)
+        if scale is not None:
+            tl.store(parts + 2 * tl.program_id(0), along_before)
+            tl.store(parts + 2 * tl.program_id(0) + 1, along_first)
+
+
+ROWS = 4  # of a program in the backward pass
 
 
 class Embedded:
@@ -88,11 +97,11 @@ class _Mix(torch.autograd.Function):
         if scale is not None:
             fresh = embedded.grad is None
             total = torch.empty_like(mixed) if fresh else embedded.grad
-            parts = torch.empty(rows, 2, dtype=torch.float32, device=mixed.device)
+            parts = torch.empty(triton.cdiv(rows, ROWS), 2, dtype=torch.float32, device=mixed.device)
         block = triton.next_power_of_2(columns)
-        _mix_grad[(rows,)](
-            dmixed.contiguous(), dnormed.contiguous(), mixed, x0, scale, share, dx, total, parts, columns, ctx.eps,
-            FRESH=fresh, BLOCK=block, num_warps=warps(block),
+        _mix_grad[(triton.cdiv(rows, ROWS),)](
+            dmixed.contiguous(), dnormed.contiguous(), mixed, x0, scale, share, dx, total, parts, rows, columns,
+            ctx.eps, FRESH=fresh, ROWS=ROWS, BLOCK=block, num_warps=warps(block),
         )  # fmt: skip
         dy = None if ctx.first else dx
         if scale is None:
