@@ -1,30 +1,36 @@
 """Copies and embedding rows whose gradients are added in place: the same gradients, and DDP still reduces them."""
 
+import itertools
 import os
 import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from nanochat_hf.train import leaves
+from nanochat_hf.train import leaves, products
 
 
 class Net(torch.nn.Module):
     """Two matrices through one copy, as q, k and v go."""
 
-    def __init__(self, in_place: bool):
+    def __init__(self, in_place: str | None):
         super().__init__()
         torch.manual_seed(0)
         self.a, self.b = (torch.nn.Parameter(torch.randn(n, 8)) for n in (3, 5))
         self.in_place = in_place
 
     def forward(self, x):
-        joint = torch.cat((self.a.detach(), self.b.detach())).bfloat16()
-        weight = leaves._Low.apply(joint, self.a, self.b) if self.in_place else torch.cat((self.a, self.b)).bfloat16()
-        return F.linear(x, weight).float().square().sum()
+        parts = (self.a, self.b)
+        joint = torch.cat(parts)
+        if self.in_place == "copy":
+            joint = leaves._Low.apply(joint.detach().bfloat16(), *parts)
+        elif self.in_place == "product":
+            joint = products.Weight(joint.detach().bfloat16(), parts)
+        else:
+            joint = joint.bfloat16()
+        return products.linear(x, joint).float().square().sum()
 
 
 def gradients(module, parts) -> list[torch.Tensor]:
@@ -35,13 +41,17 @@ def gradients(module, parts) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in module.parameters()]
 
 
-def test_gradients_added_in_place_are_those_of_autograd():
+IN_PLACE = ["copy", "product"]  # under the compiler, and without
+
+
+@pytest.mark.parametrize("in_place", IN_PLACE)
+def test_gradients_added_in_place_are_those_of_autograd(in_place):
     parts = torch.randn(3, 4, 8).bfloat16()
-    for ours, theirs in zip(gradients(Net(True), parts), gradients(Net(False), parts)):
+    for ours, theirs in zip(gradients(Net(in_place), parts), gradients(Net(None), parts)):
         assert torch.equal(ours, theirs)
 
 
-def reduced(in_place: bool, steps: int, parts) -> list[torch.Tensor]:
+def reduced(in_place: str | None, steps: int, parts) -> list[torch.Tensor]:
     """Gradients of the last step; DDP is gone before its processes part."""
     module = DistributedDataParallel(Net(in_place), gradient_as_bucket_view=True)
     for _ in range(steps):
@@ -53,8 +63,8 @@ def reduced(in_place: bool, steps: int, parts) -> list[torch.Tensor]:
 def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     parts = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(rank)).bfloat16()
-    for steps in (1, 2):  # the second step finds DDP's own buckets in place
-        for ours, theirs in zip(reduced(True, steps, parts), reduced(False, steps, parts)):
+    for in_place, steps in itertools.product(IN_PLACE, (1, 2)):  # the second step finds DDP's own buckets in place
+        for ours, theirs in zip(reduced(in_place, steps, parts), reduced(None, steps, parts)):
             assert torch.equal(ours, theirs)
             both = [torch.empty_like(ours) for _ in range(2)]
             dist.all_gather(both, ours)

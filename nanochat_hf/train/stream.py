@@ -68,7 +68,7 @@ if triton is not None:
             tl.store(parts + 2 * tl.program_id(0) + 1, along_first)
 
 
-ROWS = 4  # of a program in the backward pass
+ROWS = 2  # of a program in the backward pass
 
 
 class Embedded:
@@ -112,7 +112,7 @@ class _Mix(torch.autograd.Function):
 
 
 def warps(block: int) -> int:
-    return min(8, max(1, block // 256))
+    return max(1, block // 512)
 
 
 def mix(
