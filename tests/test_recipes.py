@@ -115,7 +115,9 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path):
 def test_accelerate_reads_every_launch_file(path):
     config = load_config_from_file(str(path))
     assert config.num_processes >= 1 and str(config.compute_environment).endswith("LOCAL_MACHINE")
-    assert set(yaml.safe_load(path.read_text())) >= {"distributed_type", "mixed_precision", "num_processes"}
+    keys = yaml.safe_load(path.read_text())
+    assert set(keys) >= {"distributed_type", "mixed_precision", "num_processes"}
+    assert keys.get("gpu_ids", "all") == "all"  # any other value would overrule CUDA_VISIBLE_DEVICES without a word
 
 
 def test_the_example_numbers_of_the_readme_are_the_plans():
