@@ -256,7 +256,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(straight, world
     assert (metrics["device_batch_size"], metrics["gradient_accumulation"]) == (2, 4)
     said = capsys.readouterr().out
     assert "8 rows of 64 tokens, chosen by the free memory" in said and "out of memory, trying 2 rows" in said
-    assert losses(metrics) == pytest.approx(losses(straight[1]), abs=1e-4)
+    assert losses(metrics) == pytest.approx(losses(straight[1]), abs=1e-3)
 
 
 def test_other_errors_of_the_first_step_are_shown(world, tmp_path, monkeypatch):

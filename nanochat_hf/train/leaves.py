@@ -1,9 +1,10 @@
-"""What stands between the float32 parameters and the compiled blocks: their bf16 copies and rows of embedding tables.
+"""What stands between the float32 parameters and the blocks: their bf16 copies and rows of embedding tables.
 
 Two things that autograd does once a micro-batch need doing once a step, or in one pass instead of four:
 
-- `Copies.low`: the bf16 copy of a weight is made once and kept until the weight changes; its bf16 gradient is added to
-  `.grad` at once, where autograd would first make a float32 gradient and then add that.
+- `Copies`: the bf16 copy of a weight is made once and kept until the weight changes. Under the compiler (`low`) its
+  bf16 gradient is added to `.grad` at once, where autograd would first make a float32 gradient and then add that;
+  elsewhere (`copy`) the products see to it (`products.Weight`).
 - `Places.rows`: the gradient of an embedding is added to those rows of `.grad` that occur, one program a token, in a
   fixed order (so a rerun gives the same bits), where PyTorch fills a table of zeros by atomic additions, casts it and
   adds it. The tokens are sorted once a micro-batch for all tables.

@@ -253,13 +253,15 @@ class Pretraining:
             began = time.perf_counter()
             while self.step < total:
                 if not self.queued:  # else it has been the device's turn since the step before was done
-                    began = time.perf_counter()
+                    began, steps, seconds = time.perf_counter(), 0, 0.0
                 figures, stop = self.train_step()
                 elapsed, began = time.perf_counter() - began, time.perf_counter()
                 if self.step > first or self.device.type == "cpu":
                     self.seconds, self.timed = self.seconds + elapsed, self.timed + 1
+                    steps, seconds = steps + 1, seconds + elapsed
                 self.step += 1
-                speed = self.plan.total_batch_size / elapsed
+                # On average since the last pause: of two steps on their way, one may be charged the other's launch.
+                speed = self.plan.total_batch_size * max(steps, 1) / (seconds or elapsed)
                 smooth = figures["train_loss"] if smooth is None else 0.9 * smooth + 0.1 * figures["train_loss"]
                 figures |= {"tokens_per_second": speed, "mfu": self.mfu(speed)}
                 self.bar.set_postfix_str(status(smooth, speed, figures["mfu"]), refresh=False)
