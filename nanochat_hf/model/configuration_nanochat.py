@@ -61,7 +61,7 @@ class NanoChatConfig(PreTrainedConfig):
         final_logit_softcapping: logits are c * tanh(logits / c); None turns it off.
         qk_scale: factor on q and on k after their norm (1.2; first generation: 1).
         window_pattern: letters tiled over the layers: L sees everything, S sees `sliding_window` keys; the last layer
-            is always L.
+            is always L. (Upstream's L sees `sequence_len` tokens back: the same for up to sequence_len + 1 tokens.)
         sliding_window: keys that an S layer sees, its own token included: ceil(max_position_embeddings / 4 / 128) *
             128 + 1 by default (the left neighbours that upstream names, and the token itself).
         layer_types: derived from the above: `sliding_attention`, `full_attention`, and `hybrid` for the last layer
