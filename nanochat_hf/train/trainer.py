@@ -260,6 +260,7 @@ class StageCallback(TrainerCallback):
             inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper is around it
             if isinstance(inner, MuonAdamW) and self.trainer.stage.lora_rank <= 0:
                 load_momenta(self.trainer.momenta, self.trainer.accelerator.unwrap_model(self.trainer.model), inner)
+        self.begun_at = state.global_step
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -277,7 +278,7 @@ class StageCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
         trainer.step_seconds += time.time() - self.step_began
-        if self.bar.n == self.bar.initial and torch.cuda.is_available():  # compiled, or chose its kernels
+        if state.global_step == self.begun_at + 1 and torch.cuda.is_available():  # compiled, or chose its kernels
             trainer.step_tokens, trainer.step_seconds, trainer.generation_seconds = 0, 0.0, 0.0
         self.bar.update(state.global_step - self.bar.n)
 
