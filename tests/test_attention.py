@@ -2,15 +2,10 @@
 
 import pytest
 import torch
+from tiny import LOW, relative
 
 from nanochat_hf.train import attention
 from nanochat_hf.train.leaves import Places
-
-LOW = {"device": "cuda", "dtype": torch.bfloat16}
-
-
-def relative(a, b) -> float:
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 def slow_attention(q, k, v, scale, window):

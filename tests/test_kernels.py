@@ -3,14 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import LOW, relative
 
 from nanochat_hf.train import kernels
-
-LOW = {"device": "cuda", "dtype": torch.bfloat16}
-
-
-def relative(a, b) -> float:
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 def test_head_loss_is_softcapped_cross_entropy_without_the_padding_rows():

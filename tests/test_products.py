@@ -3,14 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import LOW, relative
 
 from nanochat_hf.train import products
-
-LOW = {"device": "cuda", "dtype": torch.bfloat16}
-
-
-def relative(a, b) -> float:
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 def test_relu2_mlp_is_the_square_of_relu():

@@ -22,6 +22,12 @@ TINY = {
 }
 GENERATIONS = [1, 2]
 KINDS = ["plain", "padded", "packed", "cached"]
+LOW = {"device": "cuda", "dtype": torch.bfloat16}  # of the inputs that fused kernels take
+
+
+def relative(a, b) -> float:
+    """Distance of a from b, in lengths of b."""
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 def make_config(generation: int = 2, **fields) -> NanoChatConfig:

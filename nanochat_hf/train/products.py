@@ -134,9 +134,10 @@ if gemm_act is not None:
         dh, a = gemm_dact(dy, w2, h, activation="relu_sq", tuned=False)
         return dh, a
 
-    cuda = {"mutates_args": (), "device_types": "cuda"}
-    _up_op = torch.library.custom_op("nanochat_hf::relu2_up", _up, **cuda)
-    _down_grad_op = torch.library.custom_op("nanochat_hf::relu2_down_grad", _down_grad, **cuda)
+    _up_op = torch.library.custom_op("nanochat_hf::relu2_up", _up, mutates_args=(), device_types="cuda")
+    _down_grad_op = torch.library.custom_op(
+        "nanochat_hf::relu2_down_grad", _down_grad, mutates_args=(), device_types="cuda"
+    )
 
     @_up_op.register_fake
     def _(x, w1):
