@@ -132,7 +132,7 @@ class PretrainConfig:
     max_spike: float = 2.0
     """Nats above the median of the last steps at which a loss stops the run (monitor.SpikeAlarm); 0: never."""
     log_every: int = -1
-    """Steps between lines with a step's figures, 1 for each; -1: the bar only. A GPU idles a little at each."""
+    """Steps between lines with a step's figures, 1 for each; -1: the bar only."""
     report_to: str = "none"
     """Where Accelerate reports to: none, trackio, wandb, tensorboard."""
 
