@@ -13,16 +13,6 @@ def test_relu2_mlp_is_the_square_of_relu():
     assert torch.allclose(products.relu2_mlp(x, w1, w2), (x @ w1.T).clamp(min=0) ** 2 @ w2.T, atol=1e-5)
 
 
-def test_eight_bit_linear_is_near_the_exact_one_and_so_are_its_gradients():
-    x = torch.randn(64, 128, dtype=torch.bfloat16, requires_grad=True)
-    w = (0.1 * torch.randn(256, 128)).bfloat16().requires_grad_()
-    coarse, exact = products.linear(x, w, fp8=True), products.linear(x, w)
-    assert relative(coarse, exact) < 0.05
-    grad = torch.randn_like(exact)
-    for a, b in zip(torch.autograd.grad(coarse, (x, w), grad), torch.autograd.grad(exact, (x, w), grad)):
-        assert relative(a, b) < 0.08
-
-
 def joint_and_apart(device: str):
     """A joint product with gates and an MLP, through `Weight` and by plain products, on copies of the same leaves."""
     torch.manual_seed(0)

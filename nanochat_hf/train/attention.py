@@ -9,6 +9,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from .kernels import triton
 
@@ -338,7 +339,6 @@ def attention_mask(x: Tensor, window: int | None, positions: Tensor | None = Non
         distance = distance[:, None] - distance
         seen = (distance >= 0) & (distance < (window or length))
         return seen if positions is None else (seen & (distance <= positions[..., None]))[:, None]
-    from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(row, head, query, key):
         seen = query >= key
@@ -376,7 +376,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None,
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
     else:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+        run = flex_attention if torch.compiler.is_compiling() else torch.compile(flex_attention, dynamic=False)
+        out = run(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)

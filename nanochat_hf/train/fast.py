@@ -5,10 +5,11 @@ which is what pretraining feeds, and for rows of several documents with their `p
 the tests hold the two together for both generations. Differences:
 
 - q, k and v come out of one matrix product;
-- the fused operations of `kernels.py`, `products.py`, `attention.py` and `stream.py`, the bf16 copies and embedding
-  rows of `leaves.py`; with FlashAttention-4 and quack installed nothing in a block is left to compile;
-- without them, and in 8 bits, each block is compiled by itself and the program is reused by all blocks alike (regional
-  compilation), so that the first step of 24 layers waits for three programs and not for one of 24 times the size.
+- the fused operations of `kernels.py`, `products.py`, `float8.py`, `attention.py` and `stream.py`, the bf16 copies and
+  embedding rows of `leaves.py`; with FlashAttention-4 and quack installed, or in 8 bits, nothing in a block is left to
+  compile;
+- without them each block is compiled by itself and the program is reused by all blocks alike (regional compilation),
+  so that the first step of 24 layers waits for three programs and not for one of 24 times the size.
 """
 
 from functools import partial
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from .attention import attend, attention_mask, uses_flash
+from .float8 import weight8
 from .kernels import head_loss
 from .leaves import Copies, Places
 from .products import Weight, gemm_act, linear, linear_and_gates, relu2_mlp
@@ -45,21 +47,22 @@ def embed(
 
 
 def block(
-    x, h, ids, positions, table, rows, gate, wqkv, wo, w1, w2, cos, sin, mask, kv_heads, window, scale, eps, fp8,
+    x, h, ids, positions, table, rows, gate, wqkv, wo, w1, w2, cos, sin, mask, kv_heads, window, scale, eps,
 ):  # fmt: skip
     """One decoder layer over the stream x and its norm h, (B, T, C) each -> the two parts of the stream after it.
 
     Leaving the last addition to the next layer lets it be fused with that layer's mix and norm (`stream.mix`). `table`
     (V, K * D), `rows` (as in `attention.split_qkv`) and `gate` (K, G) are the value embedding's, None in a layer
-    without. The matrices are tensors of the dtype of x, or `products.Weight`.
+    without. The matrices are tensors of the dtype of x, `products.Weight` or `float8.Weight8`.
     """
-    qkv, gates = linear_and_gates(h, wqkv, gate, fp8)
+    bound = h.shape[-1] ** 0.5  # of what has been normed
+    qkv, gates = linear_and_gates(h, wqkv, gate, bound)
     seen = attend(
         qkv, cos, sin, kv_heads, eps, None if table is None else ids, table, gates, rows, positions,
         scale=scale, window=window, mask=mask,
     )  # fmt: skip
-    x, h = mix(x, linear(seen.flatten(-2), wo, fp8), None, None, eps)
-    return x, relu2_mlp(h, w1, w2, fp8)
+    x, h = mix(x, linear(seen.flatten(-2), wo), None, None, eps)
+    return x, relu2_mlp(h, w1, w2, bound)
 
 
 def finish(x: Tensor, y: Tensor, middle: Tensor | None, strength: Tensor | None, eps: float) -> Tensor:
@@ -131,9 +134,10 @@ class Trunk(nn.Module):
         )  # fmt: skip
         # FSDP2 fills the gathered weights behind autograd's back: their copies cannot be told to be out of date.
         copies = Copies() if isinstance(layer, FSDPModule) else self.copies
-        fp8 = self.fp8 and torch.is_grad_enabled()
-        if uses_flash(x) and gemm_act is not None and not fp8:  # nothing is left to fuse
-            run = block
+        run = block  # nothing is left to fuse
+        if self.fp8 and torch.is_grad_enabled():
+            low = [copies.made((i, kind, "fp8"), weight8, *parts) for kind, parts in enumerate(matrices)]
+        elif uses_flash(x) and gemm_act is not None:
             low = [Weight(copies.copy((i, kind), x.dtype, *parts), parts) for kind, parts in enumerate(matrices)]
         else:
             run = self.block
@@ -141,7 +145,7 @@ class Trunk(nn.Module):
         x, h = mix(x, y, embedded, lambdas, config.rms_norm_eps)
         return run(
             x, h, ids, positions, table, rows, gate, *low, cos, sin, masks[window], config.num_key_value_heads,
-            window, attn.scaling, config.rms_norm_eps, fp8,
+            window, attn.scaling, config.rms_norm_eps,
         )  # fmt: skip
 
     def forward(

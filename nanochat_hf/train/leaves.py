@@ -13,6 +13,9 @@ A gradient that was added in place is not handed to autograd. Hooks that wait fo
 find it in `.grad`. Elsewhere than on CUDA, and for parameters that are not leaves, all is as in plain PyTorch.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -133,7 +136,7 @@ class Places:
 
 
 class Copies:
-    """The copies of weights in another dtype, kept until the weights change."""
+    """What is made of weights, above all their copies in another dtype, kept until the weights change."""
 
     def __init__(self):
         self.kept: dict = {}
@@ -148,11 +151,19 @@ class Copies:
         """The same without a gradient; `name` tells one set of weights from another."""
         if weights[0].dtype == dtype:
             return weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
+        return self.made(name, partial(joined, dtype), *weights)
+
+    def made(self, name, make: Callable, *weights: Tensor):
+        """make(*weights) of now or before, if no weight has changed since."""
         versions = [weight._version for weight in weights]
         if name not in self.kept or self.kept[name][0] != versions:
-            copy = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype, device=weights[0].device)
             with torch.no_grad():
-                for part, weight in zip(copy.split([len(weight) for weight in weights]), weights):
-                    part.copy_(weight)
-            self.kept[name] = versions, copy
+                self.kept[name] = versions, make(*weights)
         return self.kept[name][1]
+
+
+def joined(dtype: torch.dtype, *weights: Tensor) -> Tensor:
+    copy = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype, device=weights[0].device)
+    for part, weight in zip(copy.split([len(weight) for weight in weights]), weights):
+        part.copy_(weight)
+    return copy

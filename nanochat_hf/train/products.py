@@ -1,10 +1,11 @@
-"""The matrix products of a block: their gradients go straight into `.grad`, in 8 bits if asked, relu squared within.
+"""The matrix products of a block: their gradients go straight into `.grad`, relu squared is part of them.
 
 - A weight comes as `Weight`, its bf16 copy and the float32 parameters whose rows that holds: the gradient's product
   adds to their `.grad` in its own epilogue, where autograd would write a bf16 gradient, cast it and add it. Under
   torch.compile, which cannot see that, a weight is a tensor and its gradient autograd's.
 - MLP: relu(x)^2 runs in the epilogue of the first matrix product and its gradient in that of the second one's, by the
   CuTe kernels of Dao-AILab/quack; only the value before the activation is kept for the backward pass.
+- Either in 8 bits, if the weight comes as `float8.Weight8`.
 
 Everything has a plain twin that runs on any device.
 """
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .float8 import Linear8, Relu2MLP8, Weight8
 from .leaves import added
 
 try:
@@ -71,54 +73,26 @@ class _Linear(torch.autograd.Function):
         return dx, dgate, None, *gradients(ctx.weight, dy, x)
 
 
-# -------------------------------------------------------------------------------------------------- 8-bit products
-
-
-def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x -> (x / scale in an 8-bit float `dtype`, float32 scale): the largest magnitude becomes the type's largest."""
-    largest = torch.finfo(dtype).max
-    scale = x.abs().amax().float().clamp(min=1e-12) / largest
-    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
-
-
-class _Float8Linear(torch.autograd.Function):
-    """y = x w^T with one scale a tensor: e4m3 forward, e5m2 gradients (arXiv:2209.05433; torchao's tensorwise recipe).
-
-    Hopper's 8-bit products want both operands contiguous along the summed dimension, hence the transposed copies.
-    """
-
-    @staticmethod
-    def forward(ctx, x, w):
-        (x8, xs), (w8, ws) = quantise(x, torch.float8_e4m3fn), quantise(w, torch.float8_e4m3fn)
-        ctx.save_for_backward(x8, xs, w8, ws)
-        return torch._scaled_mm(x8, w8.t(), scale_a=xs, scale_b=ws, out_dtype=x.dtype, use_fast_accum=True)
-
-    @staticmethod
-    def backward(ctx, g):
-        x8, xs, w8, ws = ctx.saved_tensors
-        g8, gs = quantise(g, torch.float8_e5m2)
-        dx = torch._scaled_mm(g8, w8.t().contiguous().t(), scale_a=gs, scale_b=ws, out_dtype=g.dtype)
-        turned = g8.t().contiguous()
-        dw = torch._scaled_mm(turned, x8.t().contiguous().t(), scale_a=gs, scale_b=xs, out_dtype=g.dtype)
-        return dx, dw
-
-
-def linear(x: Tensor, w: Weight | Tensor, fp8: bool = False) -> Tensor:
-    """x (..., C) times w (O, C) transposed -> (..., O); a tensor in 8-bit floats if asked (CUDA capability 8.9)."""
-    return linear_and_gates(x, w, None, fp8)[0]
+def linear(x: Tensor, w: Weight | Weight8 | Tensor) -> Tensor:
+    """x (..., C) times w (O, C) transposed -> (..., O)."""
+    return linear_and_gates(x, w, None)[0]
 
 
 def linear_and_gates(
-    x: Tensor, w: Weight | Tensor, gate: Tensor | None, fp8: bool = False
+    x: Tensor, w: Weight | Weight8 | Tensor, gate: Tensor | None, bound: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear`, and x's first G channels times gate (K, G) transposed -> (..., K), if there is a gate."""
-    if isinstance(w, Weight):
-        y, gates = _Linear.apply(x.flatten(0, -2), None if gate is None else gate.to(x.dtype), w.low, *w.parts)
-        return y.unflatten(0, x.shape[:-1]), None if gate is None else gates.unflatten(0, x.shape[:-1])
-    gates = None if gate is None else F.linear(x[..., : gate.shape[1]], gate.to(x.dtype))
-    if not fp8:
-        return F.linear(x, w), gates
-    return _Float8Linear.apply(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], len(w)), gates
+    """`linear`, and x's first G channels times gate (K, G) transposed -> (..., K), if there is a gate.
+
+    bound: what no magnitude in x exceeds, if that is known; saves 8-bit products a pass over x.
+    """
+    gate = None if gate is None else gate.to(x.dtype)
+    if isinstance(w, Tensor):
+        return F.linear(x, w), None if gate is None else F.linear(x[..., : gate.shape[1]], gate)
+    if isinstance(w, Weight8):
+        y, gates = Linear8.apply(x.flatten(0, -2), gate, bound, w, *w.parts)
+    else:
+        y, gates = _Linear.apply(x.flatten(0, -2), gate, w.low, *w.parts)
+    return y.unflatten(0, x.shape[:-1]), None if gate is None else gates.unflatten(0, x.shape[:-1])
 
 
 # -------------------------------------------------------------------------------------------------------------- MLP
@@ -166,10 +140,14 @@ if gemm_act is not None:
             return dh @ low1, None, None, *gradients(first, dh, x), *gradients(second, dy, a)
 
 
-def relu2_mlp(x: Tensor, w1: Weight | Tensor, w2: Weight | Tensor, fp8: bool = False) -> Tensor:
-    """relu(x w1^T)^2 w2^T for x (B, T, C), w1 (H, C), w2 (C, H), all of one dtype."""
-    if not fp8 and gemm_act is not None and x.is_cuda and x.dtype == torch.bfloat16:
+def relu2_mlp(
+    x: Tensor, w1: Weight | Weight8 | Tensor, w2: Weight | Weight8 | Tensor, bound: float | None = None
+) -> Tensor:
+    """relu(x w1^T)^2 w2^T for x (B, T, C), w1 (H, C), w2 (C, H), all of one dtype; bound as above."""
+    if isinstance(w1, Weight8):
+        return Relu2MLP8.apply(x.flatten(0, -2), bound, w1, w2, *w1.parts, *w2.parts).unflatten(0, x.shape[:-1])
+    if gemm_act is not None and x.is_cuda and x.dtype == torch.bfloat16:
         whole = isinstance(w1, Weight)
         matrices = (w1.low, w2.low, *w1.parts, *w2.parts) if whole else (w1, w2)
         return _Relu2MLP.apply(x.flatten(0, -2), *matrices).unflatten(0, x.shape[:-1])
-    return linear(F.relu(linear(x, w1, fp8)).square(), w2, fp8)
+    return linear(F.relu(linear(x, w1)).square(), w2)

@@ -1,0 +1,213 @@
+"""The blocks' matrix products in 8-bit floats, on Hopper GPUs and newer: `base.fp8=true`.
+
+One scale a tensor; values and weights are e4m3, gradients e5m2 (arXiv:2209.05433, the tensorwise recipe of torchao).
+The products want both operands contiguous along the summed dimension, so what a gradient needs again is needed
+transposed, too. Measured naively that costs as much as the products save; so
+
+- one pass reads a tensor and writes it in 8 bits both ways, relu squared and its gradient included;
+- a weight is turned into 8 bits once a step, not once a micro-batch (`leaves.Copies`);
+- a scale needs an upper bound of the magnitudes and no more. Where the largest one is not at hand, a bound that is
+  costs a few of the exponents that floating point has to spare: the norm's output is at most sqrt(C), and a product's
+  at most the length of the longest row times that of the longest column (Cauchy and Schwarz).
+
+Each kernel has a plain twin that runs on any device.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels import triton
+from .leaves import added
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+PLAIN, SQUARED, SQUARED_GRAD = range(3)  # what is done to a tensor on its way: nothing, relu squared, its gradient
+
+if triton is not None:
+    import triton.language as tl
+
+    @triton.jit
+    def _fill(
+        x, grad, bound, grad_bound, known, straight, turned, scale, squares, squares_scale, rows, columns, tall,
+        KIND: tl.constexpr, LARGEST: tl.constexpr, SQUARES_LARGEST: tl.constexpr, ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """A tile of x (rows, columns): in 8 bits to straight and transposed to turned, whose rows lie `tall` apart.
+
+        KIND 1: relu(x)^2 instead; KIND 2: grad's product with the derivative of that instead, and relu(x)^2 itself
+        transposed to squares. The scale is bound / LARGEST; bound None: known is the bound.
+        """
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        inside = (row < rows) & (column < columns)
+        at, across = row.to(tl.int64) * columns + column, column.to(tl.int64) * tall + row
+        first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+        limit = known
+        if bound is not None:
+            limit = tl.load(bound).to(tl.float32)
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if KIND > 0:
+            value, limit = tl.maximum(value, 0.0), tl.maximum(limit, 0.0)
+        if KIND == 2:
+            peak = tl.maximum(limit * limit, 1e-24)
+            if first:
+                tl.store(squares_scale, peak / SQUARES_LARGEST)
+            square = tl.minimum(value * value * (SQUARES_LARGEST / peak), SQUARES_LARGEST)
+            tl.store(squares + across, square.to(squares.dtype.element_ty), mask=inside)
+            value *= 2.0 * tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+            limit *= 2.0 * tl.load(grad_bound).to(tl.float32)
+        if KIND == 1:
+            value, limit = value * value, limit * limit
+        limit = tl.maximum(limit, 1e-24)
+        if first:
+            tl.store(scale, limit / LARGEST)
+        value = tl.minimum(tl.maximum(value * (LARGEST / limit), -LARGEST), LARGEST)
+        if straight is not None:
+            tl.store(straight + at, value.to(straight.dtype.element_ty), mask=inside)
+        if turned is not None:
+            tl.store(turned + across, value.to(turned.dtype.element_ty), mask=inside)
+
+
+class Eight(NamedTuple):
+    """A matrix in 8 bits, as it is (N, C) and transposed (C, N), and its () float32 scale; None: not asked for."""
+
+    straight: Tensor | None
+    turned: Tensor | None
+    scale: Tensor
+
+
+def largest(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, float("inf"))
+
+
+def fill(to: Eight, x: Tensor, bound: Tensor | float, kind: int = PLAIN, grad=None, grad_bound=None, squares=None):
+    """Write x (N, C), whose magnitudes are at most `bound` ((), or a number), in 8 bits into what `to` has.
+
+    SQUARED: relu(x)^2 in its place, x itself is at most `bound`. SQUARED_GRAD: grad (N, C), of magnitudes up to
+    `grad_bound`, times the derivative of that; and relu(x)^2 goes transposed to the `Eight` called squares.
+    """
+    dtype = (to.turned if to.straight is None else to.straight).dtype
+    top, known = torch.finfo(dtype).max, not isinstance(bound, Tensor)
+    if triton is not None and x.is_cuda:
+        (rows, columns), x = x.shape, x.contiguous()
+        tall = rows if to.turned is None else to.turned.stride(0)
+        _fill[(triton.cdiv(rows, 64), triton.cdiv(columns, 128))](
+            x, grad, None if known else bound, grad_bound, float(bound) if known else 0.0, to.straight, to.turned,
+            to.scale, squares and squares.turned, squares and squares.scale, rows, columns, tall,
+            KIND=kind, LARGEST=top, SQUARES_LARGEST=torch.finfo(E4M3).max, ROWS=64, COLUMNS=128, num_warps=8,
+        )  # fmt: skip
+        return
+    value, limit = x.float(), torch.as_tensor(bound, dtype=torch.float32)
+    if kind != PLAIN:
+        value, limit = value.relu(), limit.relu()
+    if kind == SQUARED_GRAD:
+        fill(squares, value, limit, SQUARED)
+        value, limit = 2 * value * grad.float(), 2 * limit * grad_bound.float()
+    if kind == SQUARED:
+        value, limit = value.square(), limit.square()
+    to.scale.copy_(limit.clamp_min(1e-24) / top)
+    value = (value / to.scale).clamp(-top, top).to(dtype)
+    if to.straight is not None:
+        to.straight.copy_(value)
+    if to.turned is not None:
+        to.turned.copy_(value.t())
+
+
+def empty(shape: tuple, device, dtype: torch.dtype, straight: bool = True, turned: bool = True) -> Eight:
+    """What a matrix of this shape goes into."""
+    return Eight(
+        torch.empty(shape, dtype=dtype, device=device) if straight else None,
+        torch.empty(shape[::-1], dtype=dtype, device=device) if turned else None,
+        torch.empty((), device=device),
+    )
+
+
+def quantise(x: Tensor, dtype: torch.dtype, bound: Tensor | float | None = None) -> Eight:
+    """x (N, C) in 8 bits both ways; bound None: its largest magnitude, which is measured first."""
+    to = empty(x.shape, x.device, dtype)
+    fill(to, x, largest(x) if bound is None else bound)
+    return to
+
+
+class Weight8(NamedTuple):
+    """A matrix (sum of N_i, C) in e4m3, the parameters it was made of, and the length of its longest column."""
+
+    eight: Eight
+    longest: Tensor
+    parts: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def weight8(*parts: Tensor) -> Weight8:
+    sizes, columns = [len(part) for part in parts], parts[0].shape[1]
+    eight = empty((sum(sizes), columns), parts[0].device, E4M3)
+    bound = torch.stack([largest(part) for part in parts]).amax()
+    for part, straight, turned in zip(parts, eight.straight.split(sizes), eight.turned.split(sizes, dim=1)):
+        fill(Eight(straight, turned, eight.scale), part, bound)
+    squares = sum(part.float().square().sum(0) for part in parts)
+    return Weight8(eight, squares.amax().sqrt(), parts)
+
+
+def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """a (M, K), b (N, K) in 8 bits -> a b^T (M, N). fast: sums in the tensor cores' own, coarser accumulator."""
+    return torch._scaled_mm(a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, use_fast_accum=fast)
+
+
+def weight_gradients(weight: Weight8, dy: Eight, x: Eight, dtype: torch.dtype) -> list[Tensor | None]:
+    """As `products.gradients`, from what is transposed of dy (N, O) and x (N, C)."""
+    dw = product(dy.turned, x.turned, (dy.scale, x.scale), dtype).split([len(part) for part in weight.parts])
+    return [added(part, grad) if part.requires_grad else None for part, grad in zip(weight.parts, dw)]
+
+
+class Linear8(torch.autograd.Function):
+    """`products._Linear` in 8 bits; the few channels of the gates stay in bf16. bound: as in `quantise`."""
+
+    @staticmethod
+    def forward(ctx, x, gate, bound, weight, *parts):
+        x8, eight = quantise(x, E4M3, bound), weight.eight
+        head = None if gate is None else x[:, : gate.shape[1]].contiguous()
+        ctx.weight, ctx.dtype = weight, x.dtype
+        ctx.save_for_backward(x8.turned, x8.scale, head, gate)
+        y = product(x8.straight, eight.straight, (x8.scale, eight.scale), x.dtype, fast=True)
+        return y, None if gate is None else head @ gate.t()
+
+    @staticmethod
+    def backward(ctx, dy, dgates):
+        turned, scale, head, gate = ctx.saved_tensors
+        weight, dgate, dy8 = ctx.weight, None, quantise(dy, E5M2)
+        dx = product(dy8.straight, weight.eight.turned, (dy8.scale, weight.eight.scale), ctx.dtype)
+        if gate is not None:
+            dx[:, : gate.shape[1]].addmm_(dgates, gate)
+            dgate = dgates.t() @ head
+        return dx, dgate, None, None, *weight_gradients(weight, dy8, Eight(None, turned, scale), ctx.dtype)
+
+
+class Relu2MLP8(torch.autograd.Function):
+    """relu(x w1^T)^2 w2^T in 8 bits; of what lies between, only the value before the activation is kept, in bf16."""
+
+    @staticmethod
+    def forward(ctx, x, bound, first, second, *parts):
+        x8 = quantise(x, E4M3, bound)
+        h = product(x8.straight, first.eight.straight, (x8.scale, first.eight.scale), x.dtype, fast=True)
+        peak = h.amax()
+        a8 = empty(h.shape, h.device, E4M3, turned=False)
+        fill(a8, h, peak, SQUARED)
+        ctx.weights, ctx.dtype = (first, second), x.dtype
+        ctx.save_for_backward(x8.turned, x8.scale, h, peak)
+        return product(a8.straight, second.eight.straight, (a8.scale, second.eight.scale), x.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx, dy):
+        turned, scale, h, peak = ctx.saved_tensors
+        first, second = ctx.weights
+        longest = torch.linalg.vector_norm(dy, dim=1, dtype=torch.float32).amax()  # of rows: bounds dy and da
+        dy8 = quantise(dy, E5M2, longest)
+        da = product(dy8.straight, second.eight.turned, (dy8.scale, second.eight.scale), ctx.dtype)
+        dh8, a8 = empty(h.shape, h.device, E5M2), empty(h.shape, h.device, E4M3, straight=False)
+        fill(dh8, h, peak, SQUARED_GRAD, da, longest * second.longest, a8)
+        dx = product(dh8.straight, first.eight.turned, (dh8.scale, first.eight.scale), ctx.dtype)
+        return (
+            dx, None, None, None, *weight_gradients(first, dh8, Eight(None, turned, scale), ctx.dtype),
+            *weight_gradients(second, dy8, a8, ctx.dtype),
+        )  # fmt: skip

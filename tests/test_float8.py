@@ -1,0 +1,108 @@
+"""Products in 8 bits, relu squared between them, and their gradients, against exact ones."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import relative
+
+from nanochat_hf.train import products
+from nanochat_hf.train.float8 import E4M3, E5M2, SQUARED, SQUARED_GRAD, Eight, empty, fill, quantise, weight8
+
+
+def back(eight: Eight, turned: bool = False) -> torch.Tensor:
+    return (eight.turned.t() if turned else eight.straight).float() * eight.scale
+
+
+@pytest.mark.parametrize("dtype, error", [(E4M3, 0.04), (E5M2, 0.08)])
+def test_eight_bits_hold_a_tensor_both_ways_to_the_digits_that_they_have(dtype, error):
+    x = torch.randn(48, 80).bfloat16()
+    eight = quantise(x, dtype)
+    assert eight.straight.dtype == eight.turned.dtype == dtype
+    assert torch.equal(back(eight), back(eight, turned=True))
+    assert relative(back(eight), x) < error
+    assert back(eight).abs().max() <= 1.001 * x.abs().max()
+
+
+def test_a_bound_beyond_the_largest_magnitude_costs_next_to_nothing():
+    x = torch.randn(64, 64)
+    assert relative(back(quantise(x, E4M3, 8.0)), x) < 0.04
+    assert relative(back(quantise(1e-6 * x, E5M2, torch.tensor(1e-3))), 1e-6 * x) < 0.08
+
+
+def test_zeros_stay_zeros():
+    assert (back(quantise(torch.zeros(16, 16), E4M3)) == 0).all()
+
+
+def test_relu_squared_and_its_gradient_are_made_on_the_way():
+    h, grad = torch.randn(32, 48), torch.randn(32, 48)
+    a = empty(h.shape, h.device, E4M3, turned=False)
+    fill(a, h, h.amax(), SQUARED)
+    assert a.turned is None and relative(back(a), h.relu().square()) < 0.05
+    dh, squares = empty(h.shape, h.device, E5M2), empty(h.shape, h.device, E4M3, straight=False)
+    fill(dh, h, h.amax(), SQUARED_GRAD, grad, grad.abs().amax(), squares)
+    assert relative(back(dh), 2 * h.relu() * grad) < 0.09 and torch.equal(back(dh), back(dh, turned=True))
+    assert torch.equal(back(squares, turned=True), back(a))
+
+
+def test_a_weight_of_several_parts_has_one_scale_and_its_longest_column():
+    a, b = torch.randn(48, 32), 3 * torch.randn(16, 32)
+    whole = torch.cat((a, b))
+    weight = weight8(a, b)
+    assert relative(back(weight.eight), whole) < 0.04 and torch.equal(back(weight.eight), back(weight.eight, True))
+    assert torch.allclose(weight.longest, whole.norm(dim=0).amax())
+
+
+def through(device: str, dtype: torch.dtype, eight: bool) -> tuple[list, dict]:
+    """Outputs and gradients, twice added up, of a product with gates and an MLP on parameters made from one seed."""
+    torch.manual_seed(0)
+    sizes = {"a": (96, 64), "b": (32, 64), "gate": (4, 16), "w1": (256, 128), "w2": (64, 256)}
+    p = {name: (0.1 * torch.randn(size)).to(device).requires_grad_() for name, size in sizes.items()}
+    p["x"] = F.rms_norm(torch.randn(2, 64, 64), (64,)).to(device).requires_grad_()
+    dy, dgates = torch.randn(2, 64, 64).to(device, dtype), torch.randn(2, 64, 4).to(device, dtype)
+    for _ in range(2):
+        make = weight8 if eight else lambda *parts: torch.cat(parts).to(dtype)
+        y, gates = products.linear_and_gates(p["x"].to(dtype), make(p["a"], p["b"]), p["gate"], bound=8.0)
+        y = products.relu2_mlp(y, make(p["w1"]), make(p["w2"]))
+        torch.autograd.backward((y, gates), (dy, dgates))
+    return [y, gates], {name: value.grad for name, value in p.items()}
+
+
+def check_products(device: str, dtype: torch.dtype):
+    (found, gradients), (wanted, exact) = (through(device, dtype, eight) for eight in (True, False))
+    assert all(relative(a, b) < 0.1 for a, b in zip(found, wanted))
+    for name in exact:
+        assert gradients[name].dtype == torch.float32
+        assert relative(gradients[name], exact[name]) < 0.15, name
+
+
+def test_products_and_their_gradients_are_near_the_exact_ones():
+    check_products("cpu", torch.float32)
+
+
+def test_a_frozen_part_of_a_weight_gets_no_gradient():
+    a, b = torch.randn(16, 32, requires_grad=True), torch.randn(16, 32)
+    products.linear(torch.randn(2, 16, 32), weight8(a, b)).sum().backward()
+    assert a.grad is not None and b.grad is None
+
+
+@pytest.mark.gpu
+def test_products_and_their_gradients_are_near_the_exact_ones_on_a_gpu():
+    check_products("cuda", torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_the_kernel_writes_what_its_twin_writes():
+    torch.manual_seed(0)
+    h, grad = (torch.randn(200, 144).bfloat16() for _ in range(2))
+    made = []
+    for device in ("cpu", "cuda"):
+        x, g = h.to(device), grad.to(device)
+        plain, square, turned = quantise(x, E4M3), *(empty(x.shape, device, dtype) for dtype in (E4M3, E5M2))
+        fill(square, x, x.amax(), SQUARED)
+        squares = empty(x.shape, device, E4M3, straight=False)
+        fill(turned, x, x.amax(), SQUARED_GRAD, g, g.abs().amax(), squares)
+        made.append(
+            [back(plain), back(plain, True), back(square), back(turned), back(turned, True), back(squares, True)]
+        )
+    for ours, twin in zip(*made):
+        assert relative(twin.cpu(), ours) < 0.01  # a value between two may be rounded to either
