@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny import relative
 
 from nanochat_hf.train import products
-from nanochat_hf.train.float8 import E4M3, E5M2, SQUARED, SQUARED_GRAD, Eight, empty, fill, quantise, weight8
+from nanochat_hf.train.float8 import E4M3, E5M2, SQUARED, SQUARED_GRAD, Eight, empty, fill, measure, quantise, weight8
 
 
 def back(eight: Eight, turned: bool = False) -> torch.Tensor:
@@ -26,7 +26,13 @@ def test_eight_bits_hold_a_tensor_both_ways_to_the_digits_that_they_have(dtype, 
 def test_a_bound_beyond_the_largest_magnitude_costs_next_to_nothing():
     x = torch.randn(64, 64)
     assert relative(back(quantise(x, E4M3, 8.0)), x) < 0.04
-    assert relative(back(quantise(1e-6 * x, E5M2, torch.tensor(1e-3))), 1e-6 * x) < 0.08
+    assert relative(back(quantise(1e-6 * x, E5M2, torch.tensor([1e-3]))), 1e-6 * x) < 0.08
+
+
+def test_what_is_measured_bounds_magnitudes_and_the_lengths_of_rows():
+    x = torch.randn(40, 24)
+    largest, longest = measure(x)
+    assert torch.allclose(largest.max(), x.abs().max()) and torch.allclose(longest.max(), x.norm(dim=1).max())
 
 
 def test_zeros_stay_zeros():
@@ -36,10 +42,10 @@ def test_zeros_stay_zeros():
 def test_relu_squared_and_its_gradient_are_made_on_the_way():
     h, grad = torch.randn(32, 48), torch.randn(32, 48)
     a = empty(h.shape, h.device, E4M3, turned=False)
-    fill(a, h, h.amax(), SQUARED)
+    fill(a, h, measure(h)[0], SQUARED)
     assert a.turned is None and relative(back(a), h.relu().square()) < 0.05
     dh, squares = empty(h.shape, h.device, E5M2), empty(h.shape, h.device, E4M3, straight=False)
-    fill(dh, h, h.amax(), SQUARED_GRAD, grad, grad.abs().amax(), squares)
+    fill(dh, h, measure(h)[0], SQUARED_GRAD, grad, measure(grad)[0], squares)
     assert relative(back(dh), 2 * h.relu() * grad) < 0.09 and torch.equal(back(dh), back(dh, turned=True))
     assert torch.equal(back(squares, turned=True), back(a))
 
@@ -86,6 +92,15 @@ def test_a_frozen_part_of_a_weight_gets_no_gradient():
 
 
 @pytest.mark.gpu
+def test_a_weight_is_made_on_a_gpu_as_elsewhere():
+    parts = torch.randn(48, 32), 3 * torch.randn(16, 32)
+    ours, twin = (weight8(*(part.to(device) for part in parts)) for device in ("cuda", "cpu"))
+    for found, wanted in zip((back(ours.eight), back(ours.eight, True)), (back(twin.eight), back(twin.eight, True))):
+        assert relative(found.cpu(), wanted) < 0.01
+    assert torch.allclose(ours.longest.cpu(), twin.longest)
+
+
+@pytest.mark.gpu
 def test_products_and_their_gradients_are_near_the_exact_ones_on_a_gpu():
     check_products("cuda", torch.bfloat16)
 
@@ -98,9 +113,9 @@ def test_the_kernel_writes_what_its_twin_writes():
     for device in ("cpu", "cuda"):
         x, g = h.to(device), grad.to(device)
         plain, square, turned = quantise(x, E4M3), *(empty(x.shape, device, dtype) for dtype in (E4M3, E5M2))
-        fill(square, x, x.amax(), SQUARED)
+        fill(square, x, measure(x)[0], SQUARED)
         squares = empty(x.shape, device, E4M3, straight=False)
-        fill(turned, x, x.amax(), SQUARED_GRAD, g, g.abs().amax(), squares)
+        fill(turned, x, measure(x)[0], SQUARED_GRAD, g, measure(g)[0], squares)
         made.append(
             [back(plain), back(plain, True), back(square), back(turned), back(turned, True), back(squares, True)]
         )

@@ -28,15 +28,29 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
+    def _measure(x, found, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """ROWS rows of x (rows, columns): the largest magnitude, the length of the longest; to found (2, programs)."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        peaks, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, columns, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)[None, :]
+            inside = (row < rows) & (column < columns)
+            value = tl.load(x + row.to(tl.int64) * columns + column, mask=inside, other=0.0).to(tl.float32)
+            peaks = tl.maximum(peaks, tl.abs(value))
+            squares += value * value
+        tl.store(found + tl.program_id(0), tl.max(peaks))
+        tl.store(found + tl.num_programs(0) + tl.program_id(0), tl.sqrt(tl.max(tl.sum(squares, 1), 0)))
+
+    @triton.jit
     def _fill(
-        x, grad, bound, grad_bound, known, straight, turned, scale, squares, squares_scale, rows, columns, tall,
-        KIND: tl.constexpr, LARGEST: tl.constexpr, SQUARES_LARGEST: tl.constexpr, ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
+        x, grad, bounds, grad_bounds, number, known, straight, turned, scale, squares, squares_scale, rows, columns,
+        tall, KIND: tl.constexpr, LARGEST: tl.constexpr, SQUARES_LARGEST: tl.constexpr, ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr, NUMBER: tl.constexpr,
     ):  # fmt: skip
         """A tile of x (rows, columns): in 8 bits to straight and transposed to turned, whose rows lie `tall` apart.
 
         KIND 1: relu(x)^2 instead; KIND 2: grad's product with the derivative of that instead, and relu(x)^2 itself
-        transposed to squares. The scale is bound / LARGEST; bound None: known is the bound.
+        transposed to squares. The scale is the largest of bounds (number) / LARGEST; None: known is the bound.
         """
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -44,11 +58,12 @@ if triton is not None:
         at, across = row.to(tl.int64) * columns + column, column.to(tl.int64) * tall + row
         first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
         limit = known
-        if bound is not None:
-            limit = tl.load(bound).to(tl.float32)
+        which = tl.arange(0, NUMBER)
+        if bounds is not None:
+            limit = tl.max(tl.load(bounds + which, mask=which < number, other=0.0), 0)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if KIND > 0:
-            value, limit = tl.maximum(value, 0.0), tl.maximum(limit, 0.0)
+            value = tl.maximum(value, 0.0)
         if KIND == 2:
             peak = tl.maximum(limit * limit, 1e-24)
             if first:
@@ -56,7 +71,7 @@ if triton is not None:
             square = tl.minimum(value * value * (SQUARES_LARGEST / peak), SQUARES_LARGEST)
             tl.store(squares + across, square.to(squares.dtype.element_ty), mask=inside)
             value *= 2.0 * tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-            limit *= 2.0 * tl.load(grad_bound).to(tl.float32)
+            limit *= 2.0 * tl.max(tl.load(grad_bounds + which, mask=which < number, other=0.0), 0)
         if KIND == 1:
             value, limit = value * value, limit * limit
         limit = tl.maximum(limit, 1e-24)
@@ -77,33 +92,39 @@ class Eight(NamedTuple):
     scale: Tensor
 
 
-def largest(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, float("inf"))
+def measure(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, C) -> float32 numbers whose largest bounds the magnitudes, and others that bound the rows' lengths."""
+    if triton is None or not x.is_cuda:
+        return x.abs().amax().float()[None], torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()[None]
+    found = torch.empty(2, triton.cdiv(len(x), 16), device=x.device)
+    _measure[(found.shape[1],)](x.contiguous(), found, *x.shape, ROWS=16, COLUMNS=256)
+    return found.unbind()
 
 
-def fill(to: Eight, x: Tensor, bound: Tensor | float, kind: int = PLAIN, grad=None, grad_bound=None, squares=None):
-    """Write x (N, C), whose magnitudes are at most `bound` ((), or a number), in 8 bits into what `to` has.
+def fill(to: Eight, x: Tensor, bounds: Tensor | float, kind: int = PLAIN, grad=None, grad_bounds=None, squares=None):
+    """Write x (N, C), whose magnitudes are at most the largest of `bounds` (n,), in 8 bits into what `to` has.
 
-    SQUARED: relu(x)^2 in its place, x itself is at most `bound`. SQUARED_GRAD: grad (N, C), of magnitudes up to
-    `grad_bound`, times the derivative of that; and relu(x)^2 goes transposed to the `Eight` called squares.
+    SQUARED: relu(x)^2 in its place; SQUARED_GRAD: grad (N, C), of magnitudes up to the largest of `grad_bounds` (n,),
+    times the derivative of that, and relu(x)^2 goes transposed to the `Eight` called squares.
     """
     dtype = (to.turned if to.straight is None else to.straight).dtype
-    top, known = torch.finfo(dtype).max, not isinstance(bound, Tensor)
+    top, known = torch.finfo(dtype).max, not isinstance(bounds, Tensor)
     if triton is not None and x.is_cuda:
-        (rows, columns), x = x.shape, x.contiguous()
+        (rows, columns), number = x.shape, 1 if known else len(bounds)
         tall = rows if to.turned is None else to.turned.stride(0)
         _fill[(triton.cdiv(rows, 64), triton.cdiv(columns, 128))](
-            x, grad, None if known else bound, grad_bound, float(bound) if known else 0.0, to.straight, to.turned,
-            to.scale, squares and squares.turned, squares and squares.scale, rows, columns, tall,
-            KIND=kind, LARGEST=top, SQUARES_LARGEST=torch.finfo(E4M3).max, ROWS=64, COLUMNS=128, num_warps=8,
+            x.contiguous(), grad, None if known else bounds, grad_bounds, number, float(bounds) if known else 0.0,
+            to.straight, to.turned, to.scale, squares and squares.turned, squares and squares.scale, rows, columns,
+            tall, KIND=kind, LARGEST=top, SQUARES_LARGEST=torch.finfo(E4M3).max, ROWS=64, COLUMNS=128,
+            NUMBER=triton.next_power_of_2(number), num_warps=8,
         )  # fmt: skip
         return
-    value, limit = x.float(), torch.as_tensor(bound, dtype=torch.float32)
+    value, limit = x.float(), torch.as_tensor(bounds, dtype=torch.float32).amax()
     if kind != PLAIN:
-        value, limit = value.relu(), limit.relu()
+        value = value.relu()
     if kind == SQUARED_GRAD:
         fill(squares, value, limit, SQUARED)
-        value, limit = 2 * value * grad.float(), 2 * limit * grad_bound.float()
+        value, limit = 2 * value * grad.float(), 2 * limit * grad_bounds.amax()
     if kind == SQUARED:
         value, limit = value.square(), limit.square()
     to.scale.copy_(limit.clamp_min(1e-24) / top)
@@ -123,10 +144,10 @@ def empty(shape: tuple, device, dtype: torch.dtype, straight: bool = True, turne
     )
 
 
-def quantise(x: Tensor, dtype: torch.dtype, bound: Tensor | float | None = None) -> Eight:
-    """x (N, C) in 8 bits both ways; bound None: its largest magnitude, which is measured first."""
+def quantise(x: Tensor, dtype: torch.dtype, bounds: Tensor | float | None = None) -> Eight:
+    """x (N, C) in 8 bits both ways; bounds None: its largest magnitude, which is measured first."""
     to = empty(x.shape, x.device, dtype)
-    fill(to, x, largest(x) if bound is None else bound)
+    fill(to, x, measure(x)[0] if bounds is None else bounds)
     return to
 
 
@@ -142,9 +163,9 @@ class Weight8(NamedTuple):
 def weight8(*parts: Tensor) -> Weight8:
     sizes, columns = [len(part) for part in parts], parts[0].shape[1]
     eight = empty((sum(sizes), columns), parts[0].device, E4M3)
-    bound = torch.stack([largest(part) for part in parts]).amax()
+    bounds = torch.cat([measure(part)[0] for part in parts])
     for part, straight, turned in zip(parts, eight.straight.split(sizes), eight.turned.split(sizes, dim=1)):
-        fill(Eight(straight, turned, eight.scale), part, bound)
+        fill(Eight(straight, turned, eight.scale), part, bounds)
     squares = sum(part.float().square().sum(0) for part in parts)
     return Weight8(eight, squares.amax().sqrt(), parts)
 
@@ -190,22 +211,22 @@ class Relu2MLP8(torch.autograd.Function):
     def forward(ctx, x, bound, first, second, *parts):
         x8 = quantise(x, E4M3, bound)
         h = product(x8.straight, first.eight.straight, (x8.scale, first.eight.scale), x.dtype, fast=True)
-        peak = h.amax()
+        peaks = measure(h)[0]
         a8 = empty(h.shape, h.device, E4M3, turned=False)
-        fill(a8, h, peak, SQUARED)
+        fill(a8, h, peaks, SQUARED)
         ctx.weights, ctx.dtype = (first, second), x.dtype
-        ctx.save_for_backward(x8.turned, x8.scale, h, peak)
+        ctx.save_for_backward(x8.turned, x8.scale, h, peaks)
         return product(a8.straight, second.eight.straight, (a8.scale, second.eight.scale), x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, dy):
-        turned, scale, h, peak = ctx.saved_tensors
+        turned, scale, h, peaks = ctx.saved_tensors
         first, second = ctx.weights
-        longest = torch.linalg.vector_norm(dy, dim=1, dtype=torch.float32).amax()  # of rows: bounds dy and da
-        dy8 = quantise(dy, E5M2, longest)
+        largest, longest = measure(dy)
+        dy8 = quantise(dy, E5M2, largest)
         da = product(dy8.straight, second.eight.turned, (dy8.scale, second.eight.scale), ctx.dtype)
         dh8, a8 = empty(h.shape, h.device, E5M2), empty(h.shape, h.device, E4M3, straight=False)
-        fill(dh8, h, peak, SQUARED_GRAD, da, longest * second.longest, a8)
+        fill(dh8, h, peaks, SQUARED_GRAD, da, longest * second.longest, a8)
         dx = product(dh8.straight, first.eight.turned, (dh8.scale, first.eight.scale), ctx.dtype)
         return (
             dx, None, None, None, *weight_gradients(first, dh8, Eight(None, turned, scale), ctx.dtype),
