@@ -31,7 +31,7 @@ def test_a_bound_beyond_the_largest_magnitude_costs_next_to_nothing():
 
 def test_what_is_measured_bounds_magnitudes_and_the_lengths_of_rows():
     x = torch.randn(40, 24)
-    largest, longest = measure(x)
+    largest, longest = measure(x, lengths=True)
     assert torch.allclose(largest.max(), x.abs().max()) and torch.allclose(longest.max(), x.norm(dim=1).max())
 
 
@@ -55,7 +55,7 @@ def test_a_weight_of_several_parts_has_one_scale_and_its_longest_column():
     whole = torch.cat((a, b))
     weight = weight8(a, b)
     assert relative(back(weight.eight), whole) < 0.04 and torch.equal(back(weight.eight), back(weight.eight, True))
-    assert torch.allclose(weight.longest, whole.norm(dim=0).amax())
+    assert torch.allclose(weight.longest, whole.norm(dim=0).amax(), rtol=1e-3)
 
 
 def through(device: str, dtype: torch.dtype, eight: bool) -> tuple[list, dict]:

@@ -28,18 +28,21 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def _measure(x, found, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """ROWS rows of x (rows, columns): the largest magnitude, the length of the longest; to found (2, programs)."""
+    def _measure(x, found, rows, columns, LENGTHS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """ROWS rows of x (rows, columns): to found the largest magnitude, and the length of the longest."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-        peaks, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+        peaks = tl.zeros([ROWS, COLUMNS], tl.float32)
+        squares = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, columns, COLUMNS):
             column = start + tl.arange(0, COLUMNS)[None, :]
             inside = (row < rows) & (column < columns)
             value = tl.load(x + row.to(tl.int64) * columns + column, mask=inside, other=0.0).to(tl.float32)
             peaks = tl.maximum(peaks, tl.abs(value))
-            squares += value * value
+            if LENGTHS:
+                squares += value * value
         tl.store(found + tl.program_id(0), tl.max(peaks))
-        tl.store(found + tl.num_programs(0) + tl.program_id(0), tl.sqrt(tl.max(tl.sum(squares, 1), 0)))
+        if LENGTHS:
+            tl.store(found + tl.num_programs(0) + tl.program_id(0), tl.sqrt(tl.max(tl.sum(squares, 1), 0)))
 
     @triton.jit
     def _fill(
@@ -92,12 +95,13 @@ class Eight(NamedTuple):
     scale: Tensor
 
 
-def measure(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, C) -> float32 numbers whose largest bounds the magnitudes, and others that bound the rows' lengths."""
+def measure(x: Tensor, lengths: bool = False) -> tuple[Tensor, ...]:
+    """x (N, C) -> float32 numbers the largest of which bounds the magnitudes, and if asked others, the rows' lengths."""
     if triton is None or not x.is_cuda:
-        return x.abs().amax().float()[None], torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()[None]
-    found = torch.empty(2, triton.cdiv(len(x), 16), device=x.device)
-    _measure[(found.shape[1],)](x.contiguous(), found, *x.shape, ROWS=16, COLUMNS=256)
+        lengths = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()[None],) if lengths else ()
+        return x.abs().amax().float()[None], *lengths
+    found = torch.empty(1 + lengths, triton.cdiv(len(x), 16), device=x.device)
+    _measure[(found.shape[1],)](x.contiguous(), found, *x.shape, LENGTHS=lengths, ROWS=16, COLUMNS=256)
     return found.unbind()
 
 
@@ -163,10 +167,11 @@ class Weight8(NamedTuple):
 def weight8(*parts: Tensor) -> Weight8:
     sizes, columns = [len(part) for part in parts], parts[0].shape[1]
     eight = empty((sum(sizes), columns), parts[0].device, E4M3)
-    bounds = torch.cat([measure(part)[0] for part in parts])
-    for part, straight, turned in zip(parts, eight.straight.split(sizes), eight.turned.split(sizes, dim=1)):
+    parts16 = [part.bfloat16() for part in parts]  # Triton 3.6 transposes a float32 tile wrongly once it is in 8 bits
+    bounds = torch.cat([measure(part)[0] for part in parts16])
+    for part, straight, turned in zip(parts16, eight.straight.split(sizes), eight.turned.split(sizes, dim=1)):
         fill(Eight(straight, turned, eight.scale), part, bounds)
-    squares = sum(part.float().square().sum(0) for part in parts)
+    squares = sum(part.float().square().sum(0) for part in parts16)
     return Weight8(eight, squares.amax().sqrt(), parts)
 
 
@@ -222,7 +227,7 @@ class Relu2MLP8(torch.autograd.Function):
     def backward(ctx, dy):
         turned, scale, h, peaks = ctx.saved_tensors
         first, second = ctx.weights
-        largest, longest = measure(dy)
+        largest, longest = measure(dy, lengths=True)
         dy8 = quantise(dy, E5M2, largest)
         da = product(dy8.straight, second.eight.turned, (dy8.scale, second.eight.scale), ctx.dtype)
         dh8, a8 = empty(h.shape, h.device, E5M2), empty(h.shape, h.device, E4M3, straight=False)
