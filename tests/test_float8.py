@@ -9,6 +9,11 @@ from nanochat_hf.train import products
 from nanochat_hf.train.float8 import E4M3, E5M2, SQUARED, SQUARED_GRAD, Eight, empty, fill, measure, quantise, weight8
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def back(eight: Eight, turned: bool = False) -> torch.Tensor:
     return (eight.turned.t() if turned else eight.straight).float() * eight.scale
 
@@ -20,7 +25,7 @@ def test_eight_bits_hold_a_tensor_both_ways_to_the_digits_that_they_have(dtype, 
     assert eight.straight.dtype == eight.turned.dtype == dtype
     assert torch.equal(back(eight), back(eight, turned=True))
     assert relative(back(eight), x) < error
-    assert back(eight).abs().max() <= 1.001 * x.abs().max()
+    assert back(eight).abs().max() <= 1.001 * x.abs().max().float()
 
 
 def test_a_bound_beyond_the_largest_magnitude_costs_next_to_nothing():
@@ -55,7 +60,7 @@ def test_a_weight_of_several_parts_has_one_scale_and_its_longest_column():
     whole = torch.cat((a, b))
     weight = weight8(a, b)
     assert relative(back(weight.eight), whole) < 0.04 and torch.equal(back(weight.eight), back(weight.eight, True))
-    assert torch.allclose(weight.longest, whole.norm(dim=0).amax(), rtol=1e-3)
+    assert torch.allclose(weight.longest, whole.norm(dim=0).amax(), rtol=5e-3)
 
 
 def through(device: str, dtype: torch.dtype, eight: bool) -> tuple[list, dict]:

@@ -96,7 +96,7 @@ class Eight(NamedTuple):
 
 
 def measure(x: Tensor, lengths: bool = False) -> tuple[Tensor, ...]:
-    """x (N, C) -> float32 numbers the largest of which bounds the magnitudes, and if asked others, the rows' lengths."""
+    """x (N, C) -> float32 numbers whose largest bounds the magnitudes, and if asked others for the rows' lengths."""
     if triton is None or not x.is_cuda:
         lengths = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()[None],) if lengths else ()
         return x.abs().amax().float()[None], *lengths
