@@ -23,6 +23,8 @@ from .leaves import added
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 PLAIN, SQUARED, SQUARED_GRAD = range(3)  # what is done to a tensor on its way: nothing, relu squared, its gradient
+MEASURE = dict(ROWS=16, COLUMNS=256, num_warps=4)  # tiles of the kernels
+FILL = dict(ROWS=64, COLUMNS=128, num_warps=8)
 
 if triton is not None:
     import triton.language as tl
@@ -100,8 +102,8 @@ def measure(x: Tensor, lengths: bool = False) -> tuple[Tensor, ...]:
     if triton is None or not x.is_cuda:
         lengths = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()[None],) if lengths else ()
         return x.abs().amax().float()[None], *lengths
-    found = torch.empty(1 + lengths, triton.cdiv(len(x), 16), device=x.device)
-    _measure[(found.shape[1],)](x.contiguous(), found, *x.shape, LENGTHS=lengths, ROWS=16, COLUMNS=256)
+    found = torch.empty(1 + lengths, triton.cdiv(len(x), MEASURE["ROWS"]), device=x.device)
+    _measure[(found.shape[1],)](x.contiguous(), found, *x.shape, LENGTHS=lengths, **MEASURE)
     return found.unbind()
 
 
@@ -116,11 +118,11 @@ def fill(to: Eight, x: Tensor, bounds: Tensor | float, kind: int = PLAIN, grad=N
     if triton is not None and x.is_cuda:
         (rows, columns), number = x.shape, 1 if known else len(bounds)
         tall = rows if to.turned is None else to.turned.stride(0)
-        _fill[(triton.cdiv(rows, 64), triton.cdiv(columns, 128))](
+        _fill[(triton.cdiv(rows, FILL["ROWS"]), triton.cdiv(columns, FILL["COLUMNS"]))](
             x.contiguous(), grad, None if known else bounds, grad_bounds, number, float(bounds) if known else 0.0,
             to.straight, to.turned, to.scale, squares and squares.turned, squares and squares.scale, rows, columns,
-            tall, KIND=kind, LARGEST=top, SQUARES_LARGEST=torch.finfo(E4M3).max, ROWS=64, COLUMNS=128,
-            NUMBER=triton.next_power_of_2(number), num_warps=8,
+            tall, KIND=kind, LARGEST=top, SQUARES_LARGEST=torch.finfo(E4M3).max,
+            NUMBER=triton.next_power_of_2(number), **FILL,
         )  # fmt: skip
         return
     value, limit = x.float(), torch.as_tensor(bounds, dtype=torch.float32).amax()
@@ -181,9 +183,11 @@ def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dt
 
 
 def weight_gradients(weight: Weight8, dy: Eight, x: Eight, dtype: torch.dtype) -> list[Tensor | None]:
-    """As `products.gradients`, from what is transposed of dy (N, O) and x (N, C)."""
-    dw = product(dy.turned, x.turned, (dy.scale, x.scale), dtype).split([len(part) for part in weight.parts])
-    return [added(part, grad) if part.requires_grad else None for part, grad in zip(weight.parts, dw)]
+    """As `products.gradients`, from what is transposed of dy (N, O) and x (N, C); dtype: of what is added up."""
+    fresh = len(weight.parts) == 1 and weight.parts[0].grad is None
+    dw = product(dy.turned, x.turned, (dy.scale, x.scale), torch.float32 if fresh else dtype)
+    parts = zip(weight.parts, dw.split([len(part) for part in weight.parts]))
+    return [added(part, grad) if part.requires_grad else None for part, grad in parts]
 
 
 class Linear8(torch.autograd.Function):
