@@ -4,14 +4,20 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
 from nanochat_hf.serve import decode_kernels
 from nanochat_hf.serve.decode import STATE, Decoder, Row
+from nanochat_hf.serve.generate import Engine, Request
+from nanochat_hf.serve.worker import open_workers
 
 
 def compare(device: str, steps: int) -> None:
@@ -58,8 +64,6 @@ def test_kernels_agree_with_pytorch_on_the_gpu():
 
 @pytest.mark.gpu
 def test_a_replayed_graph_gives_the_tokens_of_single_launches():
-    from nanochat_hf.serve.generate import Engine
-
     torch.manual_seed(0)
     model = NanoChatForCausalLM(NanoChatConfig(vocab_size=512, hidden_size=256, num_hidden_layers=4, head_dim=128))
     for parameter in model.parameters():
@@ -67,6 +71,7 @@ def test_a_replayed_graph_gives_the_tokens_of_single_launches():
     model = model.to("cuda").eval()
     prompts = [[1, 2, 3], [4], list(range(5, 300))]
     engine = Engine(model, None, rows=4, length=700, dtype=torch.float32)
+    engine.warm_up()
     fast = [engine.generate(prompts, num_samples=2, max_new_tokens=100, temperature=0.9, top_k=20) for _ in range(2)]
     assert fast[0] == fast[1] and len(engine.decoder.graphs) > 0
     decoder = engine.decoder
@@ -78,6 +83,55 @@ def test_a_replayed_graph_gives_the_tokens_of_single_launches():
 
     decoder.step = launch
     assert engine.generate(prompts, num_samples=2, max_new_tokens=100, temperature=0.9, top_k=20) == fast[0]
+
+
+def test_warming_up_may_record_steps_outside_of_inference_mode(talker, monkeypatch):  # noqa: F811
+    engine, seen = Engine(*talker, rows=4), []
+
+    @contextmanager
+    def graph(recorded, pool, stream, capture_error_mode):
+        seen.append((stream, capture_error_mode))
+        yield
+
+    device = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None), "CUDAGraph": SimpleNamespace}
+    fakes |= {"current_stream": lambda place: device, "stream": lambda stream: nullcontext(), "graph": graph}
+    fakes |= {"graph_pool_handle": lambda: 1}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    decoder = engine.decoder
+    monkeypatch.setattr(decoder, "fast_step", lambda rows: decoder.pos[:rows].add_(1))  # as the kernels: in place
+    monkeypatch.setattr(decoder, "step", torch.inference_mode()(decoder.plain_step))
+    decoder.fast = True
+    engine.warm_up()
+    assert sorted(decoder.graphs) == [1, 2, 4]
+    assert len({id(stream) for stream, _ in seen}) == 3 and {mode for _, mode in seen} == {"thread_local"}
+    assert (decoder.pos[1:] == 0).all()  # the trial steps left no trace
+
+
+def answer(worker, text: str) -> list[int]:
+    """What a started worker says to a question, greedily; the worker is closed."""
+    worker.ready.wait(120)
+    assert worker.error is None
+    given, done = [], threading.Event()
+
+    def sink(tokens: list[int] | None) -> None:
+        done.set() if tokens is None else given.extend(tokens)
+
+    worker.start_request(Request(worker.engine.encode([{"role": "user", "content": text}]), 20), sink)
+    assert done.wait(30)
+    worker.close()
+    return given
+
+
+@pytest.mark.gpu
+def test_a_replica_on_each_gpu_answers_as_one_on_the_cpu(talker_folder):  # noqa: F811
+    question = next(iter(QUESTIONS))
+    (twin,) = open_workers(str(talker_folder), rows=4, max_waiting=4, device="cpu")
+    workers = open_workers(str(talker_folder), rows=4, max_waiting=4)
+    assert [worker.device for worker in workers] == [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    wanted = answer(twin, question)
+    assert len(wanted) > 3 and all(answer(worker, question) == wanted for worker in workers)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ it holds `length` keys. Keys are stored rotated, so their order does not matter.
 """
 
 import re
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from . import decode_kernels as kernels
 MAX_FORCED = 512  # tokens that can wait to be put into a row (a tool's answer)
 MAX_STOPS = 8
 PREFILL_TOKENS = 32768  # tokens of prompt in one forward pass
+CAPTURING = threading.Lock()
 STATE = ("token", "prev", "pos", "last", "active", "forced_at", "forced_size", "top_k")
 
 
@@ -428,8 +430,14 @@ class Decoder:
         wanted = min(4 * self.processors // (rows * self.heads), slots // 64, 32)
         return 1 << max(wanted, 1).bit_length() - 1
 
+    @torch.inference_mode()
     def capture(self, rows: int) -> None:
-        """Record one step of `rows` rows as a CUDA graph. The trial steps before it leave no trace in the state."""
+        """Record one step of `rows` rows as a CUDA graph. The trial steps before it leave no trace in the state.
+
+        Replicas on other GPUs work in other threads at the same time, and a process may capture one graph at a time:
+        hence the lock, a stream of this device's own (PyTorch's default one for captures belongs to the device that
+        came first), and errors only for what this thread does meanwhile.
+        """
         saved = {name: getattr(self, name).clone() for name in (*STATE, "counter", "log")}
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -440,7 +448,7 @@ class Decoder:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with CAPTURING, torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
             self.fast_step(rows)
         for name, value in saved.items():
             getattr(self, name).copy_(value)
