@@ -47,8 +47,10 @@ class Timed(Pretraining):
 
     def finish(self) -> dict:
         self.loader.close()
-        warm, (end, loss) = self.history[int(os.environ["BENCH_WARMUP"]) - 1][0], self.history[-1]
-        steps = len(self.history) - int(os.environ["BENCH_WARMUP"])
+        # A step is told of when the next one is on its way, which takes a good part of that one's time; the last step
+        # has none behind it and would come out too early, so it is not timed.
+        warm, (end, _) = self.history[int(os.environ["BENCH_WARMUP"]) - 1][0], self.history[-2]
+        steps, loss = len(self.history) - 1 - int(os.environ["BENCH_WARMUP"]), self.history[-1][1]
         speed = steps * self.plan.total_batch_size / (end - warm)
         cuda = self.device.type == "cuda"
         peaks = torch.tensor([torch.cuda.max_memory_allocated() if cuda else 0.0], device=self.device)
@@ -151,7 +153,7 @@ def config_of(options, depth: int, gpus: int, precision: str, rows: int, accumul
     accumulation = accumulation or max(1, options.tokens // together)
     return replace(
         config, dataset=dataset, device_batch_size=rows, total_batch_size=together * accumulation,
-        num_iterations=options.warmup + options.steps, fp8=precision == "fp8", eval_every=0, core_metric_every=-1,
+        num_iterations=options.warmup + options.steps + 1, fp8=precision == "fp8", eval_every=0, core_metric_every=-1,
         save_every=-1, max_spike=0.0, report_to="none",
     )  # fmt: skip
 
