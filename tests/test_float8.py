@@ -2,10 +2,17 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from test_fast import random_model
 from tiny import relative
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from nanochat_hf.train import products
+from nanochat_hf.train.fast import Trunk
 from nanochat_hf.train.float8 import E4M3, E5M2, SQUARED, SQUARED_GRAD, Eight, empty, fill, measure, quantise, weight8
 
 
@@ -94,6 +101,44 @@ def test_a_frozen_part_of_a_weight_gets_no_gradient():
     a, b = torch.randn(16, 32, requires_grad=True), torch.randn(16, 32)
     products.linear(torch.randn(2, 16, 32), weight8(a, b)).sum().backward()
     assert a.grad is not None and b.grad is None
+
+
+def micro_batches(rank: int) -> torch.Tensor:
+    return torch.randint(0, 300, (2, 2, 2, 64), generator=torch.Generator().manual_seed(rank))  # inputs and targets
+
+
+def gradients(trunk, rank: int, sync=lambda on: None) -> dict:
+    """Added up over two micro-batches of a rank; `sync` is told whether the next one is the last."""
+    for last, (ids, targets) in enumerate(micro_batches(rank)):
+        sync(bool(last))
+        trunk(ids, targets).backward()
+    found = {name.removeprefix("module."): p.grad for name, p in trunk.named_parameters()}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    alone = [gradients(Trunk(random_model(2), fp8=True), each) for each in range(2)]
+    wanted = {name: (grad + alone[1][name]) / 2 for name, grad in alone[0].items()}
+    ddp = DistributedDataParallel(Trunk(random_model(2), fp8=True))
+    sharded = Trunk(random_model(2), fp8=True)
+    for layer in sharded.model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    for trunk, sync in (
+        (ddp, lambda on: setattr(ddp, "require_backward_grad_sync", on)), (sharded, sharded.set_requires_gradient_sync)
+    ):  # fmt: skip
+        found = gradients(trunk, rank, sync)
+        assert found.keys() == wanted.keys()
+        for name, grad in wanted.items():
+            assert relative(found[name], grad) < 1e-5, name
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_several_processes_average_the_gradients_of_8_bit_products(tmp_path):
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
 
 
 @pytest.mark.gpu
