@@ -77,12 +77,13 @@ def measure(make, batch: int, steps: int) -> dict:
 
     def step():
         for part in ids:
-            (function(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / ACCUMULATION).backward()
+            loss = function(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / ACCUMULATION
+            loss.backward()
         micro = torch.cuda.Event(enable_timing=True)
         micro.record()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return micro
+        return micro, loss.detach()
 
     step()
     torch.cuda.synchronize()
@@ -92,9 +93,11 @@ def measure(make, batch: int, steps: int) -> dict:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(steps):
-        micro = step()
+        micro, loss = step()
     end.record()
     torch.cuda.synchronize()
+    if not loss.isfinite():  # what is not finite also takes less power, so it would look fast
+        sys.exit("error: the loss is not finite")
     speed = ACCUMULATION * batch * LENGTH * steps / (start.elapsed_time(end) / 1e3)
     name = torch.cuda.get_device_name()
     peak = peak_flops(name) or float("nan")
