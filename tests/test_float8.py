@@ -51,6 +51,25 @@ def test_zeros_stay_zeros():
     assert (back(quantise(torch.zeros(16, 16), E4M3)) == 0).all()
 
 
+def lost(device: str) -> list[bool]:
+    """Whether a NaN in x is gone from what is made of it."""
+    x, to = torch.randn(16, 16, device=device), [empty((16, 16), device, E5M2) for _ in range(3)]
+    x[3, 4] = torch.nan
+    squares = empty((16, 16), device, E4M3, straight=False)
+    for kind, eight in enumerate(to):
+        fill(eight, x, 4.0, kind, torch.ones_like(x), torch.ones(1, device=device), squares)
+    return [not part[3, 4].isnan() for part in (*map(back, to), back(to[0], True), back(squares, True))]
+
+
+def test_a_nan_is_not_lost_so_that_the_loop_can_see_it():
+    assert not any(lost("cpu"))
+
+
+@pytest.mark.gpu
+def test_a_nan_is_not_lost_by_the_kernel():
+    assert not any(lost("cuda"))
+
+
 def test_relu_squared_and_its_gradient_are_made_on_the_way():
     h, grad = torch.randn(32, 48), torch.randn(32, 48)
     a = empty(h.shape, h.device, E4M3, turned=False)

@@ -68,12 +68,12 @@ if triton is not None:
             limit = tl.max(tl.load(bounds + which, mask=which < number, other=0.0), 0)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if KIND > 0:
-            value = tl.maximum(value, 0.0)
+            value = tl.maximum(value, 0.0, tl.PropagateNan.ALL)
         if KIND == 2:
             peak = tl.maximum(limit * limit, 1e-24)
             if first:
                 tl.store(squares_scale, peak / SQUARES_LARGEST)
-            square = tl.minimum(value * value * (SQUARES_LARGEST / peak), SQUARES_LARGEST)
+            square = tl.minimum(value * value * (SQUARES_LARGEST / peak), SQUARES_LARGEST, tl.PropagateNan.ALL)
             tl.store(squares + across, square.to(squares.dtype.element_ty), mask=inside)
             value *= 2.0 * tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
             limit *= 2.0 * tl.max(tl.load(grad_bounds + which, mask=which < number, other=0.0), 0)
@@ -82,7 +82,7 @@ if triton is not None:
         limit = tl.maximum(limit, 1e-24)
         if first:
             tl.store(scale, limit / LARGEST)
-        value = tl.minimum(tl.maximum(value * (LARGEST / limit), -LARGEST), LARGEST)
+        value = tl.clamp(value * (LARGEST / limit), -LARGEST, LARGEST, tl.PropagateNan.ALL)  # no NaN is lost here
         if straight is not None:
             tl.store(straight + at, value.to(straight.dtype.element_ty), mask=inside)
         if turned is not None:
