@@ -1,15 +1,11 @@
-"""Muon and AdamW in one torch optimizer, sharded over the processes of a job.
+"""Muon and AdamW in one torch optimizer, sharded over the processes of a job, and its parameter groups by role.
 
 Why: matrices learn much faster when their update is orthogonalised (Muon), embeddings, head and scalars do not; one
 optimizer object is what Accelerate, Trainer and checkpoints expect. How:
 
     optimizer = MuonAdamW(param_groups(model, plan.groups))
 
-Muon's update of a matrix is Nesterov momentum -> row equilibration (MuonEq, arXiv:2603.28254) -> Polar Express, five
-steps (arXiv:2505.16932) -> norm snapped to that of a semi-orthogonal matrix (Muon+, arXiv:2602.21545) -> NorMuon's
-variance reduction (arXiv:2510.05491) -> cautious weight decay (arXiv:2510.12402), rate x max(1, rows/columns)^0.5. The
-choice and its order are karpathy/nanochat's. All state is float32; the orthogonalisation runs on stacks of equal
-shapes, in half precision where the device has bf16.
+`muon` has what is computed, and the papers it is from; this file has who computes it, and when.
 
 Several processes, found out at every step (nothing is kept outside `param_groups` and `state`):
 - DDP, each process has all parameters and reduced gradients: a matrix, or a large AdamW tensor, has one owner, which
@@ -22,7 +18,6 @@ Several processes, found out at every step (nothing is kept outside `param_group
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -31,26 +26,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..distributed import place
 from ..errors import InputError
-from .optim_kernels import apply_updates, gram, nesterov, product_plus, symmetric_plus
+from .muon import adamw, fused, mean_squares, orthogonal_dtype, orthogonalise, scalar, update_scale
+from .optim_kernels import apply_updates, nesterov
 
-POLAR_EXPRESS = (  # arXiv:2505.16932 for five steps, safety factor 2e-2, cushion 2
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-OBLONG = 2  # longer over shorter side from which Polar Express works on x x^T: saves a quarter of the FLOPs, 42 % at 4
 LARGE = 1 << 16  # elements from which an AdamW tensor has one owner instead of a copy of its state everywhere
-FLAT = (
-    "MuonAdamW needs whole matrices, but {} is flat: DeepSpeed ZeRO partitions parameters; train with "
-    "configs/accelerate/multi_gpu.yaml or fsdp2.yaml, or choose DeepSpeed's own optimizer in its config"
-)
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-
-
-# ------------------------------------------------------------------------------------------------- groups by role
 
 
 def role_of(name: str) -> str:
@@ -80,7 +61,7 @@ def param_groups(model: nn.Module, options: Mapping[str, Mapping]) -> list[dict]
             as `scaling.optimizer_groups` makes them.
 
     Raises:
-        InputError: a parameter whose role is unknown or has no options, or a Muon parameter that is not a matrix.
+        InputError: a parameter whose role is unknown or has no options.
     """
     groups: dict[str, list] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -90,114 +71,6 @@ def param_groups(model: nn.Module, options: Mapping[str, Mapping]) -> list[dict]
                 raise InputError(f"no optimizer options for role {role!r}, which {name!r} has")
             groups[role].append(parameter)
     return [{"role": role, "params": params, **options[role]} for role, params in groups.items()]
-
-
-# ------------------------------------------------------------------------------------------------------- the maths
-
-
-def orthogonalise(x: Tensor) -> Tensor:
-    """(K, m, n) -> (K, m, n), each matrix near the closest semi-orthogonal one; a zero matrix stays zero.
-
-    Rows are first scaled to their mean norm. The result's norm misses sqrt(min(m, n)) a little: see `update_scale`.
-
-    Oblong matrices take the Gram form (Dao-AILab's Gram Newton-Schulz): the steps multiply x by a polynomial in x x^T,
-    so that most products are of small matrices. Rounding makes some eigenvalues of x x^T negative, which further steps
-    blow up: hence x and x x^T afresh after the second step, and bfloat16 comes back as float16, whose three more bits
-    (nothing here is large) leave the result nearer the exact one than five steps on bfloat16's x do.
-    """
-    m, n = x.shape[-2:]
-    tall, oblong = m > n, max(m, n) >= OBLONG * min(m, n)
-    x = fused(equilibrate, x)(x, torch.float16 if oblong and x.dtype == torch.bfloat16 else x.dtype)
-    if oblong:
-        for steps in (POLAR_EXPRESS[:2], POLAR_EXPRESS[2:]):
-            q = polynomial(gram(x.mT if tall else x), steps)
-            x = x @ q if tall else q @ x
-        return x
-    for a, b, c in POLAR_EXPRESS:
-        g = gram(x.mT if tall else x)
-        z = symmetric_plus(g, g, b, c)
-        x = product_plus(x, z, x, a) if tall else product_plus(z, x, x, a)
-    return x
-
-
-def polynomial(g: Tensor, steps: tuple[tuple, ...]) -> Tensor:
-    """g = x x^T (K, m, m) -> the matrix that multiplies x as the steps would.
-
-    A step multiplies x by z + a I. The products add a in float32: rounded into z's diagonal it would cost digits.
-    Whatever is multiplied here is a polynomial in g, so it is symmetric and commutes.
-    """
-    for step, (a, b, c) in enumerate(steps):
-        z = symmetric_plus(g, g, b, c)
-        if step == 0:
-            q = z.clone()
-            q.diagonal(dim1=-2, dim2=-1).add_(a)
-        else:
-            q = symmetric_plus(z, q, a)
-        if step < len(steps) - 1:
-            g = symmetric_plus(z, symmetric_plus(z, g, a), a)
-    return q
-
-
-def equilibrate(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale rows to their mean norm and the whole to a spectral norm below 1, where Polar Express converges."""
-    rows = x.float().square().sum(-1, keepdim=True)
-    factor = rows.mean(-2, keepdim=True).sqrt() / rows.sqrt().clamp_min(1e-6)
-    norm = (rows * factor.square()).sum(-2, keepdim=True).sqrt()
-    return (x * (factor / (norm * 1.01 + 1e-6))).to(dtype)
-
-
-def mean_squares(x: Tensor) -> Tensor:
-    """(K, m, n) -> float32 means over the shorter side's index: (K, m, 1) if m >= n, else (K, 1, n)."""
-    return x.float().square().mean(-1 if x.shape[-2] >= x.shape[-1] else -2, keepdim=True)
-
-
-def update_scale(squares: Tensor, second: Tensor, beta2: Tensor, gate: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Muon+ and NorMuon: the factor on an orthogonal factor, from its `mean_squares`; `second` is updated in place.
-
-    Rows (or columns) whose updates have been large for long are damped; the norm of the whole stays sqrt(min(m, n)).
-    """
-    m, n = shape
-    target = min(m, n) ** 0.5
-    norm = (squares.sum((-2, -1), keepdim=True) * min(m, n)).sqrt().clamp_min(1e-6)
-    squares = squares * (target / norm).square()
-    second.add_((1 - beta2) * gate * (squares - second))
-    step = second.clamp_min(1e-10).rsqrt()
-    damped = ((squares * step.square()).sum((-2, -1), keepdim=True) * min(m, n)).sqrt().clamp_min(1e-10)
-    return step * (target / norm) * (target / damped)
-
-
-def adamw(p, grad, first, second, step, gate, lr, beta1, beta2, eps, weight_decay) -> None:
-    """Decoupled AdamW in float32 on a parameter of any dtype, in place (arXiv:1711.05101); gate 0 changes nothing."""
-    lr = lr * gate
-    grad, p32 = torch.where(gate > 0, grad.float(), first), p.float() * (1 - lr * weight_decay)
-    first.lerp_(grad, 1 - beta1)
-    second.add_((1 - beta2) * gate * (grad.square() - second))
-    denominator = (second / (1 - beta2**step)).sqrt() + eps
-    p.copy_(p32 - lr / (1 - beta1**step) * first / denominator)
-
-
-_compiled: dict = {}
-
-
-def fused(function, x: Tensor):
-    """The function, compiled if x is large and on CUDA. Scalars come as 0-d CPU tensors: no new program per value."""
-    if not x.is_cuda or x.numel() < LARGE:
-        return function
-    if function not in _compiled:
-        _compiled[function] = torch.compile(function, dynamic=False)
-    return _compiled[function]
-
-
-def scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32)
-
-
-def orthogonal_dtype(device: torch.device) -> torch.dtype:
-    low = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if low else torch.float32
-
-
-# --------------------------------------------------------------------------------------------------- the optimizer
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -225,9 +98,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pending = []  # functions that wait for a transfer and finish its work
-        for turn, (group, p) in enumerate(self._adamw_parameters()):
-            pending.append(self._adamw(group, p, turn))
+        # functions that wait for a transfer and finish its work
+        pending = [self._adamw(group, p, turn) for turn, (group, p) in enumerate(self._adamw_parameters())]
         begun = []
         for group, params in self._stacks():
             if isinstance(params[0], DTensor):
@@ -321,7 +193,7 @@ class MuonAdamW(torch.optim.Optimizer):
         shape = params[0].shape
         second = self._second(params, shape)
         scale = fused(update_scale, x)(squares, second, scalar(group["beta2"]), self._gate(x), tuple(shape))
-        copy([self.state[p]["second_momentum"] for p in params], second.unbind())
+        torch._foreach_copy_([self.state[p]["second_momentum"] for p in params], list(second.unbind()))
         if shape[0] >= shape[1]:
             scale = scale[:, rows]
         local = [p.to_local() if isinstance(p, DTensor) else p.detach() for p in params]
@@ -349,8 +221,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
         def finish():
             transfer.wait()
-            mine = whole[: len(params)]
-            self._finish(group, params, mine, fused(mean_squares, mine)(mine))
+            x = whole[: len(params)]
+            self._finish(group, params, x, fused(mean_squares, x)(x))
 
         return finish
 
@@ -365,8 +237,8 @@ class MuonAdamW(torch.optim.Optimizer):
         block = -(-m // world)  # rows of a shard as torch.chunk cuts them; the last ones may have fewer, or none
         rows = slice(min(rank * block, m), min((rank + 1) * block, m))
         x = torch.zeros(world, share, block, n, dtype=orthogonal_dtype(device), device=device)
-        flat = x.view(world * share, block, n)
-        self._directions(group, params, flat[: len(params), : rows.stop - rows.start])
+        mine = x.view(world * share, block, n)[: len(params), : rows.stop - rows.start]
+        self._directions(group, params, mine)
         received = torch.empty_like(x)
         sent = dist.all_to_all_single(received, x, group=process_group, async_op=True)
 
@@ -383,12 +255,13 @@ class MuonAdamW(torch.optim.Optimizer):
                 dist.all_to_all_single(x, back, group=process_group, async_op=True),
                 all_gather(every, squares, group=process_group, async_op=True),
             )
-            return partial(finish, transfers, every)
 
-        def finish(transfers: tuple, every: Tensor):
-            for transfer in transfers:
-                transfer.wait()
-            self._finish(group, params, flat[: len(params), : rows.stop - rows.start], every[: len(params)], rows)
+            def finish():
+                for transfer in transfers:
+                    transfer.wait()
+                self._finish(group, params, mine, every[: len(params)], rows)
+
+            return finish
 
         return compute
 
@@ -396,13 +269,11 @@ class MuonAdamW(torch.optim.Optimizer):
 def check_matrices(params: list) -> None:
     for p in params:
         if p.ndim != 2:
-            raise InputError(FLAT.format(f"a parameter of shape {tuple(p.shape)}"))
-
-
-def copy(targets, sources) -> None:
-    """Copy tensors pairwise, in one launch, converting dtypes; empty lists and empty tensors are fine."""
-    if len(targets) and targets[0].numel():
-        torch._foreach_copy_(list(targets), list(sources))
+            raise InputError(
+                f"MuonAdamW needs whole matrices, but a parameter of shape {tuple(p.shape)} is flat: DeepSpeed ZeRO "
+                "partitions parameters; train with configs/accelerate/multi_gpu.yaml or fsdp2.yaml, or choose "
+                "DeepSpeed's own optimizer in its config"
+            )
 
 
 def shard_group(p: DTensor):
