@@ -102,7 +102,7 @@ def with_loss(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bo
     """-> module (ids (B, T), targets (B, T), reduction) -> loss in nats; see `PretrainConfig` for the options."""
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
-    if fp8 and not cuda:
+    if fp8 and not (cuda and torch.cuda.get_device_capability(device) >= (8, 9)):
         raise InputError("fp8 needs a CUDA device of the H100's generation or newer; leave it out")
     if attention == "auto":
         return Trunk(model, compile=compile and cuda, fp8=fp8, dtype=compute_dtype(device, half=True))
