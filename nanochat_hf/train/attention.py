@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from .kernels import triton
+from .kernels import compiled, triton
 
 try:
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
@@ -376,6 +376,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None,
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
     else:
-        run = flex_attention if torch.compiler.is_compiling() else torch.compile(flex_attention, dynamic=False)
+        run = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         out = run(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)

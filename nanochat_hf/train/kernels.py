@@ -6,6 +6,8 @@ softcap bounds the logits, so the softmax needs no running maximum, and its deno
 (Gradients made in the forward pass are Liger Kernel's idea, arXiv:2410.10989.)
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,12 @@ except ImportError:  # CPU and Apple builds of torch come without Triton
     triton = None
 
 MAX_LOGITS_BYTES = 1 << 30  # of one chunk of bf16 logits; larger chunks gain nothing once the products fill the device
+
+
+@cache
+def compiled(function):
+    """The function by torch.compile, one and the same for all who call it."""
+    return torch.compile(function, dynamic=False)
 
 
 if triton is not None:

@@ -13,11 +13,10 @@ The choice and its order are karpathy/nanochat's. All state is float32; step 2 r
 where the device has bf16.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from .kernels import compiled
 from .optim_kernels import gram, product_plus, symmetric_plus
 
 POLAR_EXPRESS = (  # for five steps: safety factor 2e-2, cushion 2
@@ -115,11 +114,6 @@ def adamw(p, grad, first, second, step, gate, lr, beta1, beta2, eps, weight_deca
 def fused(function, x: Tensor):
     """The function, compiled if x is large and on CUDA. Scalars come as 0-d CPU tensors: no new program per value."""
     return compiled(function) if x.is_cuda and x.numel() >= COMPILED else function
-
-
-@cache
-def compiled(function):
-    return torch.compile(function, dynamic=False)
 
 
 def scalar(value: float) -> Tensor:
