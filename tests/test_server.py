@@ -245,6 +245,29 @@ def test_too_large_and_broken_bodies_are_refused(server):
     assert empty.status_code == 400 and "messages" in empty.json()["error"]["message"]
 
 
+def test_no_number_that_a_client_sends_breaks_the_model(server):
+    for name, value in (("top_k", 10**12), ("seed", -(10**30)), ("seed", 10**30), ("max_tokens", 10**12)):
+        body = {"messages": user("Hello"), "max_tokens": 3, "temperature": 1.0, name: value}
+        reply = httpx.post(server.url + "/v1/chat/completions", json=body)
+        assert (reply.status_code, "top_k" in reply.text) == ((400, True) if name == "top_k" else (200, False))
+    assert httpx.get(server.url + "/health").status_code == 200
+
+
+def test_fields_may_be_null_and_calls_may_be_mappings_as_some_clients_send_them(server):
+    call = {"id": "1", "type": "function", "function": {"name": "python", "arguments": {"expression": "5+6"}}}
+    messages = [
+        *user([{"type": "text", "text": "What is 5 + 6?"}]),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "11"},
+    ]
+    nothing = dict.fromkeys(("stop", "stream_options", "tools", "tool_choice", "seed", "top_p", "top_k", "max_tokens"))
+    reply = httpx.post(server.url + "/v1/chat/completions", json={"messages": messages, **nothing}).json()
+    assert reply["choices"][0]["message"]["content"] == "It is 11."
+    nothing = dict.fromkeys(("temperature", "top_k", "top_p", "seed", "stop", "max_new_tokens", "truncate"))
+    reply = httpx.post(server.url + "/generate", json={"inputs": "Hello", "parameters": nothing})
+    assert reply.status_code == 200 and reply.json()["generated_text"]
+
+
 def test_a_full_queue_says_so_and_the_others_are_answered(server, hf):
     worker, real = server.workers[0], server.engine.advance
     gate = threading.Event()
@@ -274,6 +297,19 @@ def test_a_client_that_hangs_up_frees_its_row(server):
     with httpx.stream("POST", server.url + "/v1/chat/completions", json=body) as reply:
         next(reply.iter_text())
     end = time.monotonic() + 10
+    while server.workers[0].load and time.monotonic() < end:
+        time.sleep(0.02)
+    assert server.workers[0].load == 0
+
+
+def test_a_client_that_hangs_up_without_streaming_frees_its_rows_too(server, monkeypatch):
+    real = server.engine.advance
+    monkeypatch.setattr(server.engine, "advance", lambda: (time.sleep(0.03), real())[1])
+    body = {"messages": user("Hello"), "temperature": 3.0, "top_k": 0, "seed": 1, "n": 3}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + "/v1/chat/completions", json=body, timeout=0.3)
+    assert server.workers[0].load > 0
+    end = time.monotonic() + 2  # the answers would take four seconds
     while server.workers[0].load and time.monotonic() < end:
         time.sleep(0.02)
     assert server.workers[0].load == 0

@@ -2,11 +2,15 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
-from talker import QUESTIONS, talker  # noqa: F401
+import torch
+from talker import QUESTIONS, talker, talker_folder  # noqa: F401
+from transformers import AutoModelForCausalLM
 
-from nanochat_hf.serve.generate import Engine, Request
+from nanochat_hf.errors import InputError
+from nanochat_hf.serve.generate import Engine, Piece, Request
 from nanochat_hf.serve.worker import Answer, Broken, Busy, Worker
 
 
@@ -133,3 +137,102 @@ def test_the_worker_with_less_to_do_gets_the_request(talker):  # noqa: F811
     assert used.count(workers[0]) == used.count(workers[1]) == 2
     for worker in workers:
         worker.close()
+
+
+def test_replicas_load_one_after_another_since_loading_changes_torch_for_all_threads(talker_folder, talker):  # noqa: F811
+    def load():
+        return Engine(AutoModelForCausalLM.from_pretrained(talker_folder, dtype=torch.bfloat16), talker[1])
+
+    workers = [Worker(load) for _ in range(6)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            assert worker.ready.wait(60) and worker.error is None
+        assert torch.get_default_dtype() == torch.float32
+        for worker in workers:
+            assert {parameter.dtype for parameter in worker.engine.model.parameters()} == {torch.bfloat16}
+    finally:
+        torch.set_default_dtype(torch.float32)
+        for worker in workers:
+            worker.close()
+
+
+def test_a_gpu_needs_no_number(monkeypatch, talker):  # noqa: F811
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("cuda", "cuda:3"):
+        worker = Worker(lambda: Engine(*talker), device)
+        worker.start()
+        assert worker.ready.wait(5) and worker.error is None
+        worker.close()
+    assert chosen == [0, 3]
+
+
+def test_a_broken_replica_is_passed_over_while_another_runs(worker):
+    def fail():
+        raise MemoryError("no memory left")
+
+    broken = Worker(fail)
+    broken.start()
+    broken.join(5)
+
+    async def run():
+        answers = [Answer([broken, worker], Request(prompt(worker), 120)) for _ in range(3)]
+        await asyncio.gather(*(answer.whole(never) for answer in answers))
+        return [(answer.worker, answer.reason) for answer in answers]
+
+    assert asyncio.run(run()) == [(worker, "stop")] * 3
+
+
+def test_requests_may_come_while_ended_ones_are_taken_out(worker):
+    class Slow(Request):
+        """Looking at `finish` takes as long as a busy machine may take between two threads."""
+
+        @property
+        def finish(self):
+            time.sleep(0.002)
+            return self.how
+
+        @finish.setter
+        def finish(self, how):
+            self.how = how
+
+    async def run():
+        first = Answer([worker], Slow(prompt(worker), 120))
+        later = []
+        for _ in range(4):
+            await asyncio.sleep(0.005)
+            later.append(Answer([worker], Slow(prompt(worker), 5)))
+        await asyncio.gather(*(answer.whole(never) for answer in (first, *later)))
+
+    asyncio.run(run())
+    assert worker.error is None and worker.load == 0
+
+
+def test_a_prompt_that_cannot_be_run_is_refused_and_the_worker_goes_on(worker):
+    async def run():
+        with pytest.raises(InputError, match="the prompt is empty"):
+            Answer([worker], Request([]))
+
+    asyncio.run(run())
+    assert ask(worker, "What is 5 + 6?") == ("It is 11.", "stop")
+
+
+def test_text_held_back_for_a_stop_string_comes_before_the_call_that_follows_it(worker):
+    async def run():
+        answer = Answer([worker], Request(prompt(worker), 1), ["bc"])
+        return answer.cut([Piece("a b"), Piece("1+1", "call"), Piece("c")], last=False)
+
+    assert [(piece, piece.kind) for piece in asyncio.run(run())] == [
+        ("a ", "text"),
+        ("b", "text"),
+        ("1+1", "call"),
+        ("c", "text"),
+    ]
+
+
+def test_a_very_long_stop_string_does_not_hold_up_the_loop(worker):
+    start = time.monotonic()
+    assert ask(worker, stops=["a" * 1_000_000])[0].endswith("at all.")
+    assert time.monotonic() - start < 5

@@ -1,9 +1,8 @@
 """Threads that own an engine, and the answers that an event loop reads from them.
 
 A `Worker` runs one `Engine`, on a device of its own; requests that come while others run join them at the next step.
-Its queue is bounded: `start_request` raises `Busy` rather than let a request wait for ever. `Answer` is one request
-seen from the event loop: pieces of text as they come, cut at stop strings and at a time limit. `server` builds its
-routes on them.
+Its queue is bounded. `Answer` is one request seen from the event loop: pieces of text as they come, cut at stop
+strings and at a time limit. `server` builds its routes on them.
 """
 
 import asyncio
@@ -15,6 +14,10 @@ from collections.abc import AsyncIterator, Callable
 import torch
 
 from .generate import Engine, Piece, Request, TextDecoder
+
+# One engine is made at a time: transformers sets torch's default dtype, which all threads share, while it loads, and
+# the second engine finds the kernels that the first one compiled.
+LOADING = threading.Lock()
 
 
 class Broken(RuntimeError):
@@ -31,7 +34,7 @@ class Worker(threading.Thread):
     def __init__(self, make_engine: Callable[[], Engine], device: str | None = None, max_waiting: int = 64):
         super().__init__(daemon=True, name=f"worker-{device or 'cpu'}")
         self.make_engine, self.device, self.max_waiting = make_engine, device, max_waiting
-        self.engine: Engine | None = None
+        self.engine: Engine | None = None  # None until `ready` is set
         self.error: Exception | None = None
         self.sinks: dict[Request, Callable[[list[int] | None], None]] = {}
         self.inbox: list[Request] = []
@@ -40,11 +43,12 @@ class Worker(threading.Thread):
     def run(self) -> None:
         try:
             if self.device and self.device.startswith("cuda"):
-                torch.cuda.set_device(self.device)  # kernels and graphs go to the thread's current device
-            self.engine = self.make_engine()
+                torch.cuda.set_device(torch.device(self.device).index or 0)  # where the thread's kernels go
+            with LOADING:
+                self.engine = self.make_engine()
             self.ready.set()
-            while self.turn():
-                pass
+            while not self.stopping:
+                self.turn()
         except Exception as error:  # out of memory, a broken driver: say so to everybody who waits, and in /health
             self.error = error
         finally:
@@ -54,34 +58,36 @@ class Worker(threading.Thread):
                     sink(None)
                 self.sinks.clear()
 
-    def turn(self) -> bool:
-        """One round of the engine; sleeps while there is nothing to do. False ends the thread."""
+    def turn(self) -> None:
+        """One round of the engine; sleeps while there is nothing to do."""
         with self.wake:
-            while not (self.stopping or self.inbox or self.engine.busy):
-                self.wake.wait()
-            if self.stopping:
-                return False
+            self.wake.wait_for(lambda: self.stopping or self.inbox or self.engine.busy)
             arrived, self.inbox = self.inbox, []
         for request in arrived:
             self.engine.submit(request)
         for request, tokens in self.engine.advance():
             if tokens:
                 self.sinks[request](tokens)
-        for request in [request for request in self.sinks if request.finish]:
-            self.sinks.pop(request)(None)
-        return True
+        with self.wake:  # start_request adds to the sinks from another thread
+            for request in [request for request in self.sinks if request.finish]:
+                self.sinks.pop(request)(None)
 
     @property
     def load(self) -> int:
         return len(self.sinks)
 
+    @property
+    def broken(self) -> bool:
+        return self.error is not None or self.stopping or not self.is_alive()
+
     def start_request(self, request: Request, sink: Callable[[list[int] | None], None]) -> None:
-        """`sink` gets lists of tokens, then None. Raises Busy when the queue is full, Broken when the model is."""
+        """`sink` gets lists of tokens, then None. Raises InputError if the prompt cannot be run, Busy, Broken."""
         with self.wake:
-            if self.error is not None or not self.is_alive():
+            if self.broken:
                 raise Broken(f"the model is not running: {self.error}")
+            self.engine.check(request.prompt)
             if self.load >= self.engine.decoder.rows + self.max_waiting:
-                raise Busy
+                raise Busy("the model is overloaded: try again in a few seconds")
             self.sinks[request] = sink
             self.inbox.append(request)
             self.wake.notify()
@@ -94,76 +100,75 @@ class Worker(threading.Thread):
 
 
 class Answer:
-    """One request under way: its tokens as pieces of text, cut at stop strings and at the time limit."""
+    """One request under way: its tokens as pieces of text, cut at stop strings and at the time limit.
+
+    `pieces` is what has come so far.
+    """
 
     def __init__(self, workers: list[Worker], request: Request, stops: list[str] = (), max_seconds: float = 120.0):
-        """Give the request to the worker with the least to do; raises Busy or Broken."""
+        """Give the request to the running worker with the least to do; raises as `start_request` does."""
         self.request, self.stops, self.max_seconds = request, [stop for stop in stops if stop], max_seconds
-        self.decoder = TextDecoder(workers[0].engine.tokenizer)
         self.queue: asyncio.Queue = asyncio.Queue()
-        self.held, self.stopped, self.late = "", False, False
+        self.pieces: list[Piece] = []
+        self.held, self.stopped = "", False
         loop = asyncio.get_running_loop()
 
         def sink(tokens: list[int] | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime: nobody listens any more
                 loop.call_soon_threadsafe(self.queue.put_nowait, tokens)
 
-        self.worker = min(workers, key=lambda worker: worker.load)
+        self.worker = min(workers, key=lambda worker: (worker.broken, worker.load))
         self.worker.start_request(request, sink)
+        self.decoder = TextDecoder(self.worker.engine.tokenizer)
 
     async def batches(self) -> AsyncIterator[tuple[list[int], list[Piece]]]:
         """(tokens, pieces of text that they complete) as they come; ends the request when left early."""
         deadline = time.monotonic() + self.max_seconds
+        last = False
         try:
-            while True:
+            while not (last or self.stopped):
                 try:
                     tokens = await asyncio.wait_for(self.queue.get(), max(0.0, deadline - time.monotonic()))
                 except TimeoutError:
-                    self.late = True
-                    break
-                if tokens is None:
-                    break
-                pieces = self.cut(self.decoder.push(tokens))
-                yield tokens, pieces
-                if self.stopped:
-                    return
-            if self.worker.error is not None and not self.request.finish:
-                raise Broken(f"the model stopped: {self.worker.error}")
-            rest = self.cut(self.decoder.push([], last=True))
-            if self.held and not self.stopped:
-                rest.append(Piece(self.held))
-            yield [], rest
+                    tokens = None
+                last = tokens is None
+                if last and self.worker.error is not None and not self.request.finish:
+                    raise Broken(f"the model stopped: {self.worker.error}")
+                pieces = self.cut(self.decoder.push(tokens or [], last), last)
+                self.pieces += pieces
+                yield tokens or [], pieces
         finally:
             if not self.request.finish:
                 self.request.cancelled = True
 
-    def cut(self, pieces: list[Piece]) -> list[Piece]:
-        """Hold back text that may be the beginning of a stop string; drop what follows one."""
-        if not self.stops:
-            return pieces
+    def cut(self, pieces: list[Piece], last: bool) -> list[Piece]:
+        """Drop what follows a stop string; hold back text that may be the beginning of one, if more can come."""
         given = []
         for piece in pieces:
             if piece.kind != "text":
-                given.append(piece)
+                given += [Piece(self.held), piece]
+                self.held = ""
                 continue
             text = self.held + piece
-            found = min((at for at in (text.find(stop) for stop in self.stops) if at >= 0), default=None)
-            if found is not None:
+            found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+            if found:
                 self.stopped, self.held = True, ""
-                return [*given, Piece(text[:found])]
-            keep = max((n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
-            self.held = text[len(text) - keep :]
-            given.append(Piece(text[: len(text) - keep]))
+                given.append(Piece(text[: min(found)]))
+                break
+            starts = (stop[:n] for stop in self.stops for n in range(min(len(stop), len(text) + 1)))
+            end = len(text) - max((len(start) for start in starts if text.endswith(start)), default=0)
+            given.append(Piece(text[:end]))
+            self.held = text[end:]
+        if last:
+            given.append(Piece(self.held))
         return [piece for piece in given if piece]
 
     async def whole(self, gone: Callable) -> list[Piece]:
         """All pieces; gives up when `await gone()` says that nobody waits any more."""
-        pieces = []
-        async for _, some in self.batches():
-            pieces += some
+        async for _ in self.batches():
             if await gone():
                 self.request.cancelled = True
-        return pieces
+        return self.pieces
 
     @property
     def reason(self) -> str:
