@@ -8,7 +8,7 @@ python scripts/chat_cli.py --endpoint http://127.0.0.1:8000
 import argparse
 
 from nanochat_hf.run import guarded
-from nanochat_hf.serve.chat import Chat, Options, open_model, system_language
+from nanochat_hf.serve.chat import Chat, Options, open_model, system_language, temperature
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--endpoint", help="URL of a server to talk to instead")
     parser.add_argument("-p", "--prompt", help="answer this and leave")
     parser.add_argument("--system", default="", help="system message")
-    parser.add_argument("--temperature", type=float, default=Options.temperature, help="0 is greedy")
+    parser.add_argument("--temperature", type=temperature, default=Options.temperature, help="0 to 5, 0 is greedy")
     parser.add_argument("--top-k", type=int, default=Options.top_k, help="0 keeps every token")
     parser.add_argument("--top-p", type=float, default=Options.top_p)
     parser.add_argument("--max-new-tokens", type=int, default=Options.max_new_tokens)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.markdown import Markdown
 from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.errors import InputError
@@ -20,7 +22,8 @@ from nanochat_hf.serve.chat import (
     LocalModel,
     Options,
     RemoteModel,
-    finished_part,
+    Screen,
+    last_block,
     messages_of,
     open_model,
     spoken,
@@ -68,16 +71,83 @@ def test_markdown_is_drawn_on_a_terminal_and_streamed_raw_elsewhere(chat):
     assert "\x1b[1msmall\x1b[0m" in final and "**" not in final and "tokens," in final
 
 
+class Told:
+    """A model that says these pieces."""
+
+    name, count = "told", 0
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def answer(self, messages, options):
+        yield from self.pieces
+
+
+def words(text):
+    return [Piece(word) for word in re.findall(r"\s+|\S+", text)]
+
+
+def on_a_terminal(output, height):
+    """The lines that a terminal of `height` rows has in its window and its scrollback after `output`."""
+    lines, row, column = [""], 0, 0
+    for code, text in re.findall(r"(\x1b\[[0-9;?]*[A-Za-z]|\n|\r)|([^\x1b\n\r]+)", output):
+        if code == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row == len(lines))
+        elif code == "\r":
+            column = 0
+        elif code.endswith("A"):
+            row = max(row - int(code[2:-1] or 1), len(lines) - height, 0)  # the cursor never leaves the window
+        elif code == "\x1b[2K":
+            lines[row] = ""
+        else:
+            lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + len(text) :]
+            column += len(text)
+    return [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "One\ntwo.\n\nThree four.\n\n- a\n- b\n\n```python\nx = 1\n\ny = 2\n```\n\nEnd.",
+        "1. one\n\n2. two\n\n   more of it\n\n3. three\n\n**Bold** end",
+        "# Title\n\nWords:\n- a\n- b\n\n> said\n\n~~~\n```\n\n~~~\n",
+        "Rows:\n\n```\n" + "".join(f"row {i}\n" for i in range(30)) + "```\nEnd.\n",  # taller than the window
+    ],
+)
+def test_an_answer_that_grew_looks_like_one_drawn_at_once(text):
+    console = Console(file=io.StringIO(), width=40, height=12, force_terminal=True)
+    Chat(Told(words(text)), Options(), console=console).say("talk")
+    at_once = Console(file=io.StringIO(), width=38)
+    at_once.print(Markdown(text))
+    found = [line[2:] for line in on_a_terminal(console.file.getvalue(), 12)]
+    wanted = [line.rstrip() for line in at_once.file.getvalue().splitlines()]
+    assert found[: len(wanted)] == wanted and "tokens" in found[len(wanted)] and not any(found[len(wanted) + 1 :])
+
+
+def test_the_newest_lines_of_a_block_taller_than_the_window_are_in_view():
+    console = Console(file=io.StringIO(), width=40, height=12, force_terminal=True)
+    screen = Screen(console)
+    for piece in words("```\n" + "".join(f"row {i}\n" for i in range(30))):
+        screen.show(piece)
+    assert "   row 29" in on_a_terminal(console.file.getvalue(), 12)
+    screen.close()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_two_calls_in_a_row_stand_on_two_lines(terminal):
+    pieces = [Piece("1+1", "call"), Piece("2", "result"), Piece("2+2", "call"), Piece("4", "result"), Piece("Four.")]
+    console = Console(file=io.StringIO(), width=40, force_terminal=terminal)
+    chat = Chat(Told(pieces), Options(), console=console)
+    chat.say("count")
+    found = [line.strip() for line in on_a_terminal(console.file.getvalue(), 25)]
+    assert found[:3] == ["⚙ python 1+1 → 2", "⚙ python 2+2 → 4", "Four."]
+    assert [message["role"] for message in chat.messages] == ["user", *["assistant", "tool"] * 2, "assistant"]
+
+
 def test_long_answers_are_printed_paragraph_by_paragraph():
-    class Slow:
-        name, count = "slow", 0
-
-        def answer(self, messages, options):
-            for i in range(60):
-                yield Piece(f"Paragraph {i}.\n\n")
-
     console = Console(file=io.StringIO(), width=40, height=10, force_terminal=True)
-    Chat(Slow(), Options(), console=console).say("talk")
+    Chat(Told([Piece(f"Paragraph {i}.\n\n") for i in range(60)]), Options(), console=console).say("talk")
     assert all(shown_once in console.file.getvalue() for shown_once in ("Paragraph 0.", "Paragraph 59."))
     assert console.file.getvalue().count("Paragraph 30.") <= 2  # once while it was written, once for good
 
@@ -137,6 +207,12 @@ def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path):
     assert chat.messages[0] == {"role": "user", "content": "Hello"}
 
 
+def test_saving_in_the_home_of_nobody_keeps_the_conversation(chat, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert chat.command("/save ~no-such-user/talk.json") and "written" in shown(chat)
+    assert (tmp_path / "~no-such-user" / "talk.json").exists()
+
+
 def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns(chat):
     for _ in range(8):
         chat.say("Hello")
@@ -147,15 +223,16 @@ def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns(chat):
     "text,end",
     [
         ("one", 0),
-        ("one\n\ntwo", 5),
+        ("one\n\ntwo\n", 5),
         ("one\n", 0),
-        ("```\ncode\n\nmore", 0),
-        ("```\ncode\n\n```\n\nrest", 15),
-        ("one\n\n", 5),
+        ("```\ncode\n\nmore\n", 0),
+        ("```\ncode\n\n```\n\nrest\nof it", 15),
+        ("one\n\n**", 0),  # may become a list item or bold text
+        ("one\n\n- a\n\n  b\n", 5),
     ],
 )
-def test_finished_part_ends_at_a_blank_line_outside_code(text, end):
-    assert finished_part(text) == end
+def test_the_last_block_is_what_may_still_change(text, end):
+    assert last_block(text) == text[end:]
 
 
 def test_messages_without_calls_are_what_other_servers_get():
@@ -177,6 +254,10 @@ def test_open_model_says_what_is_missing(tmp_path):
         open_model(str(tmp_path), None, None)
     with pytest.raises(InputError, match="must be a URL"):
         open_model(None, None, "localhost:8000")
+    with pytest.raises(InputError, match="must be a URL"):
+        open_model(None, None, "")
+    with pytest.raises(InputError, match="name what to talk to"):
+        open_model(None, str(tmp_path), "http://127.0.0.1:8000")
 
 
 class Unhappy(threading.Thread):

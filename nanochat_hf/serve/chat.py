@@ -4,7 +4,7 @@
     python scripts/chat_cli.py --model you/nanochat-d24 -p "Why is the sky blue?"
     python scripts/chat_cli.py --endpoint http://127.0.0.1:8000
 
-Answers stream as Markdown: finished paragraphs are printed for good, only the one being written is redrawn, so the
+Answers stream as Markdown: finished blocks are printed for good, only the one being written is redrawn, so the
 scrollback stays clean however long the answer. Ctrl-C stops an answer; at the prompt, Ctrl-D or /quit leaves. The
 interface speaks English or Korean, by `--language` or the locale.
 """
@@ -13,17 +13,18 @@ import itertools
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass, field
 
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HTTPError  # httpx's or httpx2's, whichever this version of the hub's client uses
 from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.padding import Padding
+from rich.segment import SegmentLines
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
@@ -57,13 +58,11 @@ KOREAN = {
     "stopped · ": "멈춤 · ",
 }
 
-ARROW = " → "  # between a call and its result
-
 
 def system_language() -> str:
     """ "ko" where the terminal's locale is Korean, else "en"."""
-    names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
-    return "ko" if next(filter(None, names), "").startswith("ko") else "en"
+    name = os.environ.get("LC_ALL") or os.environ.get("LC_MESSAGES") or os.environ.get("LANG", "")
+    return "ko" if name.startswith("ko") else "en"
 
 
 @dataclass
@@ -77,6 +76,14 @@ class Options:
     seed: int | None = None  # None: different every time
 
 
+def temperature(text: str) -> float:
+    """A number from 0 to 5; anything else raises InputError."""
+    with suppress(ValueError):
+        if 0 <= float(text) <= 5:
+            return float(text)
+    raise InputError(f"the temperature must be a number from 0 to 5, not {text!r}")
+
+
 class LocalModel:
     """Answers from an `Engine` in this process."""
 
@@ -84,44 +91,31 @@ class LocalModel:
         self.engine, self.name, self.count = engine, name, 0
 
     def answer(self, messages: list[dict], options: Options) -> Iterator[Piece]:
-        """Stream an answer. Ctrl-C ends it cleanly: the pieces so far stand, then KeyboardInterrupt is raised."""
+        """Stream an answer. Ctrl-C asks the engine to end, then raises KeyboardInterrupt; a second one breaks in."""
         room = min(options.max_new_tokens, self.engine.length // 2)
         prompt = self.engine.encode(self.engine.fit(messages, room))
         seed = time.time_ns() % 2**31 if options.seed is None else options.seed
-        sampling = (options.temperature, options.top_k, options.top_p, seed)
-        request = Request(prompt, options.max_new_tokens, *sampling)
-        with interruptible(request):
+        request = Request(prompt, **vars(options) | {"seed": seed})
+
+        def stop(number, frame):
+            if request.cancelled:
+                raise KeyboardInterrupt
+            request.cancelled = True
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
             yield from self.engine.pieces(request)
+        finally:
+            signal.signal(signal.SIGINT, before)
         self.count = len(request.tokens)
         if request.cancelled:
             raise KeyboardInterrupt
-
-
-@contextmanager
-def interruptible(request: Request):
-    """While it holds, Ctrl-C asks the request to end instead of breaking into the engine; a second one breaks in."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        if request.cancelled:
-            raise KeyboardInterrupt
-        request.cancelled = True
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class RemoteModel:
     """Answers from a server that speaks OpenAI's chat protocol (TGI, vLLM, `transformers serve`, our own)."""
 
     def __init__(self, url: str, model: str | None = None, timeout: float = 60.0, retries: int = 2):
-        from huggingface_hub import InferenceClient
-
         if not url.startswith(("http://", "https://")):
             raise InputError(f"--endpoint must be a URL such as http://127.0.0.1:8000, not {url!r}")
         self.client = InferenceClient(base_url=url, timeout=timeout)
@@ -129,19 +123,13 @@ class RemoteModel:
 
     def answer(self, messages: list[dict], options: Options) -> Iterator[Piece]:
         """Stream an answer; a server that is busy or not there yet is tried again before the first word."""
-        from huggingface_hub.errors import HfHubHTTPError
-
-        # HTTPError of httpx or, in newer hub clients, of httpx2: the hub's own error derives from the one it uses
-        network_error = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-        plain = [{"role": m["role"], "content": m["content"]} for m in spoken(messages)]
-        arguments = {"max_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
-        if options.top_p < 1:
-            arguments["top_p"] = options.top_p
+        top_p = options.top_p if options.top_p < 1 else None  # TGI refuses 1
+        sampling = {"temperature": options.temperature, "top_p": top_p, "seed": options.seed}
+        sampling |= {"model": self.model, "max_tokens": options.max_new_tokens}
         self.count = 0
         for attempt in range(self.retries + 1):
             try:
-                stream = self.client.chat_completion(plain, model=self.model, stream=True, **arguments)
-                for chunk in stream:
+                for chunk in self.client.chat_completion(spoken(messages), stream=True, **sampling):
                     for choice in chunk.choices or []:
                         tool = choice.delta.get("tool") or {}  # our server's extra field: a call and its result
                         for kind, text in (("text", choice.delta.content), *tool.items()):
@@ -149,39 +137,26 @@ class RemoteModel:
                                 self.count += 1
                                 yield Piece(text, kind)
                 return
-            except (network_error, OSError) as error:
+            except (HTTPError, OSError) as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
-                hopeless = status is not None and status not in (429, 500, 502, 503, 504)
+                hopeless = status not in (None, 429, 500, 502, 503, 504)
                 if self.count or hopeless or attempt == self.retries:
                     raise InputError(f"{self.name} does not answer: {explain(error)}") from None
                 time.sleep(0.5 * 2**attempt)
 
 
 def explain(error: Exception) -> str:
-    """One line of an HTTP error: the server's own words if it gave any."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        try:
-            body = response.json()
-            body = body.get("error", body) if isinstance(body, dict) else body
-            message = body.get("message", body) if isinstance(body, dict) else body
-            return f"{response.status_code}, {message}"
-        except Exception:  # no body, or not JSON, or already closed
-            return f"status {response.status_code}"
+    """One line of a failed request: the server's own words if it sent any, else the client's."""
+    with suppress(AttributeError, LookupError, TypeError, ValueError):  # no response, no JSON, other JSON
+        said = error.response.json()["error"]
+        return f"{error.response.status_code}, {said['message'] if isinstance(said, dict) else said}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def spoken(messages: list[dict]) -> list[dict]:
     """The conversation without calls and results, for servers that keep tools to themselves."""
-    kept: list[dict] = []
-    for message in messages:
-        if message["role"] == "tool":
-            continue
-        if kept and kept[-1]["role"] == message["role"] == "assistant":
-            kept[-1] = {"role": "assistant", "content": kept[-1]["content"] + message["content"]}
-        else:
-            kept.append({"role": message["role"], "content": message["content"] or ""})
-    return kept
+    turns = itertools.groupby((m for m in messages if m["role"] != "tool"), lambda m: m["role"])
+    return [{"role": role, "content": "".join(m["content"] for m in turn)} for role, turn in turns]
 
 
 def messages_of(pieces: list[Piece]) -> list[dict]:
@@ -200,88 +175,91 @@ def messages_of(pieces: list[Piece]) -> list[dict]:
     return [*messages, {"role": "assistant", "content": text}]
 
 
-def finished_part(text: str) -> int:
-    """How many characters of a growing Markdown text stand for good: up to the last blank line outside code."""
-    end, position, fenced = 0, 0, False
-    for line in text.splitlines(keepends=True):
-        position += len(line)
-        if line.lstrip().startswith("```"):
-            fenced = not fenced
-        if not line.strip() and line.endswith("\n") and not fenced:
-            end = position
-    return end
+def last_block(text: str) -> str:
+    """The end of a growing Markdown text that more words can still change: its last paragraph, list or code."""
+    blocks = Markdown(text[: text.rfind("\n") + 1]).parsed  # of whole lines: "**" may become a list item or bold text
+    starts = [token.map[0] for token in blocks if token.map and token.level == 0]
+    return "\n".join(text.split("\n")[starts[-1] :]) if starts else text
 
 
 class Screen:
-    """Shows one answer while it comes: paragraphs and calls in turn, each redrawn until it ends, then printed."""
+    """Shows one answer while it comes: each block of text and each call is redrawn until it ends, then printed.
+
+    Off a terminal nothing is redrawn, and text comes out as the model writes it.
+    """
 
     def __init__(self, console: Console):
-        self.console, self.kind, self.text = console, "text", ""
-        self.live: Live | None = None
+        self.console, self.kind, self.text, self.gap = console, "text", "", ""
+        self.live = Live(console=console, transient=True, auto_refresh=False)
+        self.live.start()
 
     def show(self, piece: Piece) -> None:
-        kind = "text" if piece.kind == "text" else "call"
-        if kind != self.kind:
-            self.close()
-            self.kind = kind
-        if piece.kind == "result" and ARROW not in self.text:
-            self.text += ARROW
-        self.text += piece if kind == "text" else piece.replace("\n", " ")
-        if not self.console.is_terminal:
-            if kind == "text":
-                self.console.out(piece, end="", highlight=False)
-            return
-        if self.live is None:
-            self.live = Live(console=self.console, transient=True, auto_refresh=False, vertical_overflow="crop")
-            self.live.start()
-        if kind == "text" and (done := finished_part(self.text)):
-            self.console.print(self.drawn(self.text[:done]))
-            self.text = self.text[done:]
-        self.live.update(self.drawn(self.text), refresh=True)
+        if piece.kind != self.kind:
+            if (self.kind, piece.kind) != ("call", "result"):
+                self.settle()
+            self.kind = piece.kind
+            self.text += " → " if piece.kind == "result" else ""
+        self.text += piece if piece.kind == "text" else piece.replace("\n", " ")
+        if self.console.is_terminal:
+            if piece.kind == "text" and "\n" in piece:
+                self.settle(last_block(self.text))
+            lines = self.console.render_lines(self.drawn(self.text))[-self.console.height :]
+            self.live.update(SegmentLines(lines, new_lines=True), refresh=True)
+        elif piece.kind == "text":
+            self.console.out(piece, end="", highlight=False)
 
     def drawn(self, text: str):
-        if self.kind == "call":
-            return Text.assemble(("  ⚙ python ", "dim"), (text, "cyan"))
-        return Padding(Markdown(text, code_theme="ansi_dark"), (0, 0, 0, 2))
+        if self.kind == "text":
+            return Padding(Markdown(self.gap + text, code_theme="ansi_dark"), (0, 0, 0, 2))
+        return Text.assemble(("  ⚙ python ", "dim"), (text, "cyan"))
+
+    def settle(self, rest: str = "") -> None:
+        """Print what is being written for good, but for its end `rest`."""
+        done, self.text = self.text.removesuffix(rest), rest
+        if not done:
+            return
+        if self.console.is_terminal or self.kind != "text":
+            self.live.update("", refresh=True)
+            self.console.print(self.drawn(done), soft_wrap=self.kind != "text")
+        elif not done.endswith("\n"):
+            self.console.out("")
+        self.gap = "<!-- -->\n\n" if rest else ""  # an empty block: rich puts space between it and the next
 
     def close(self) -> None:
-        """Print what is being written for good."""
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
-        if self.text and (self.console.is_terminal or self.kind == "call"):
-            self.console.print(self.drawn(self.text), soft_wrap=self.kind == "call")
-        elif self.text and not self.text.endswith("\n"):
-            self.console.out("")
-        self.text = ""
+        self.live.update("")
+        self.live.stop()
+        self.settle()
 
 
+@dataclass
 class Chat:
     """A conversation at the terminal: `run` reads lines until the end, `say` answers one."""
 
-    def __init__(
-        self,
-        model: LocalModel | RemoteModel,
-        options: Options,
-        system: str = "",
-        console: Console | None = None,
-        language: str = "en",
-    ):
-        self.model, self.options, self.system, self.language = model, options, system, language
-        self.console = console or Console(highlight=False)
-        self.messages: list[dict] = []
+    model: LocalModel | RemoteModel
+    options: Options
+    system: str = ""
+    console: Console = field(default_factory=lambda: Console(highlight=False))
+    language: str = "en"
+    messages: list[dict] = field(default_factory=list)
+
+    @property
+    def opening(self) -> list[dict]:
+        """The system message, if there is one."""
+        return [{"role": "system", "content": self.system}] if self.system else []
 
     def words(self, english: str, *values) -> str:
         """A text of the interface in its language; errors stay English."""
-        return (KOREAN[english] if self.language == "ko" else english).format(*values)
+        return (KOREAN.get(english, english) if self.language == "ko" else english).format(*values)
+
+    def note(self, english: str, *values) -> None:
+        self.console.print(Text(self.words(english, *values), "dim"))
 
     def say(self, text: str) -> None:
-        """Ask, show the answer, remember both; what was shown before Ctrl-C is remembered too."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        """Ask, show the answer, remember both, also what came before Ctrl-C; off a terminal that ends the program."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        screen, pieces, stopped, start = Screen(self.console), [], False, time.monotonic()
+        screen, pieces, stopped, start = Screen(self.console), [], False, time.perf_counter()
         try:
-            for piece in self.model.answer(system + asked, self.options):
+            for piece in self.model.answer(self.opening + asked, self.options):
                 pieces.append(piece)
                 screen.show(piece)
         except KeyboardInterrupt:
@@ -291,108 +269,80 @@ class Chat:
         if pieces:
             self.messages = asked + messages_of(pieces)
         if self.console.is_terminal:
-            seconds = time.monotonic() - start
-            rate = f"{self.model.count / max(seconds, 1e-6):.0f}"
+            rate = self.model.count / (time.perf_counter() - start)
             mark = self.words("stopped · ") if stopped else ""
-            rate = self.words("{} tokens, {} a second", self.model.count, rate)
-            self.console.print(Text(f"  {mark}{rate}", "dim"))
+            self.note("  {}{}", mark, self.words("{} tokens, {} a second", self.model.count, f"{rate:.0f}"))
         elif stopped:
             raise KeyboardInterrupt
 
     def command(self, line: str) -> bool:
         """Do what a line that begins with / says; False means leave."""
-        word, _, rest = line.strip().partition(" ")
+        word, _, rest = line.partition(" ")
         rest = rest.strip()
-        if word == "/quit":
-            return False
-        if word == "/help":
-            self.note(self.words(HELP))
-        elif word == "/reset":
-            self.messages = []
-            self.note(self.words("forgotten"))
-        elif word == "/system":
-            if rest:
-                self.system, self.messages = rest, []
-            self.note(self.words("system: {}", self.system or self.words("(none)")))
-        elif word == "/temp":
-            self.set_temperature(rest)
-        elif word == "/save":
-            self.save(rest)
-        else:
-            known = ("/help", "/reset", "/system", "/temp", "/save", "/quit")
-            self.note(f"unknown command {word}; {nearest(word, known)}")
-        return True
-
-    def set_temperature(self, text: str) -> None:
         try:
-            value = float(text) if text else self.options.temperature
-            if not 0 <= value <= 5:
-                raise ValueError
-            self.options.temperature = value
-            self.note(self.words("temperature {}", f"{value:g}"))
-        except ValueError:
-            self.note(f"the temperature must be a number from 0 to 5, not {text!r}")
-
-    def save(self, name: str) -> None:
-        if not name:
-            self.note(self.words("say where: /save FILE"))
-            return
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        try:
-            save_json(Path(name).expanduser(), {"model": self.model.name, "messages": system + self.messages})
-            self.note(self.words("{} messages written to {}", len(self.messages), name))
+            if word == "/help":
+                self.note(HELP)
+            elif word == "/reset":
+                self.messages = []
+                self.note("forgotten")
+            elif word == "/system":
+                if rest:
+                    self.system, self.messages = rest, []
+                self.note("system: {}", self.system or self.words("(none)"))
+            elif word == "/temp":
+                if rest:
+                    self.options.temperature = temperature(rest)
+                self.note("temperature {}", f"{self.options.temperature:g}")
+            elif word == "/save" and not rest:
+                self.note("say where: /save FILE")
+            elif word == "/save":
+                talk = {"model": self.model.name, "messages": self.opening + self.messages}
+                save_json(os.path.expanduser(rest), talk)
+                self.note("{} messages written to {}", len(self.messages), rest)
+            elif word != "/quit":
+                known = [line.split()[0] for line in HELP.splitlines()]
+                raise InputError(f"no command {word}; {nearest(word, known)}")
         except InputError as error:
-            self.note(f"error: {error}")
-
-    def note(self, text: str) -> None:
-        self.console.print(Text(text, "dim"))
+            self.note("error: {}", error)
+        return word != "/quit"
 
     def run(self) -> None:
         """Read lines until /quit or the end of the input."""
         with suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for input())
-        if self.console.is_terminal:
+        terminal = self.console.is_terminal
+        if terminal:
             title = f"{self.model.name} · {self.words('/help for commands')}"
             self.console.print(Text.assemble(("nanochat ", "bold"), (title, "dim")))
-        prompt = (
-            f"\001\033[1;36m\002{self.words('you')} ›\001\033[0m\002 "
-            if self.console.is_terminal and sys.stdin.isatty()
-            else ""
-        )
-        while True:
+        prompt = f"\001\033[1;36m\002{self.words('you')} ›\001\033[0m\002 " if terminal and sys.stdin.isatty() else ""
+        going = True
+        while going:
             try:
-                line = input(prompt)
-            except KeyboardInterrupt:
-                self.console.print(Text("\n" + self.words("(/quit or Ctrl-D leaves)"), "dim"))
-                continue
-            except EOFError:
-                if self.console.is_terminal:
-                    self.console.print()
-                return
-            if not line.strip():
-                continue
-            if line.lstrip().startswith("/"):
-                if not self.command(line):
-                    return
-                continue
-            try:
-                self.say(line)
+                line = input(prompt).strip()
+                if line.startswith("/"):
+                    going = self.command(line)
+                elif line:
+                    self.say(line)
             except InputError as error:
-                self.note(f"error: {error}")
+                self.note("error: {}", error)
+            except EOFError:
+                self.console.print(end="\n" if terminal else "")
+                going = False
+            except KeyboardInterrupt:
+                if not terminal:
+                    raise
+                self.note("\n{}", self.words("(/quit or Ctrl-D leaves)"))
 
 
 def open_model(model: str | None, run_dir: str | None, endpoint: str | None, device: str | None = None):
     """The model that the command line names: one of the three, a run's newest finished stage for `run_dir`."""
-    if sum(x is not None for x in (model, run_dir, endpoint)) != 1 and not (endpoint and model):
-        raise InputError("name what to talk to: --run-dir DIR, --model FOLDER_OR_HUB_ID or --endpoint URL")
-    if endpoint:
+    if endpoint is not None and run_dir is None:
         return RemoteModel(endpoint, model)
+    if endpoint is not None or (model is None) == (run_dir is None):
+        raise InputError("name what to talk to: --run-dir DIR, --model FOLDER_OR_HUB_ID or --endpoint URL")
     if run_dir is not None:
-        folder = Run(run_dir).latest_model()
-        if folder is None:
-            raise InputError(
-                f"{run_dir} has no finished stage to talk to; train one first, for example with make demo"
-            )
+        if (folder := Run(run_dir).latest_model()) is None:
+            raise InputError(f"{run_dir} has no finished stage to talk to; train one first, for example by make demo")
         model = str(folder)
     disable_progress_bar()
     return LocalModel(Engine.from_pretrained(model, device), model)
