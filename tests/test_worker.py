@@ -182,6 +182,7 @@ def test_a_broken_replica_is_passed_over_while_another_runs(worker):
         await asyncio.gather(*(answer.whole(never) for answer in answers))
         return [(answer.worker, answer.reason) for answer in answers]
 
+    assert broken.broken and not worker.broken
     assert asyncio.run(run()) == [(worker, "stop")] * 3
 
 

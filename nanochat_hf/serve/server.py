@@ -156,6 +156,7 @@ class Server:
             worker.close()
 
     async def health(self) -> dict:
+        """503 as soon as one replica has broken, so that somebody restarts the process; the others still answer."""
         for worker in self.workers:
             if worker.broken:
                 raise Broken(str(worker.error))

@@ -100,16 +100,13 @@ class Worker(threading.Thread):
 
 
 class Answer:
-    """One request under way: its tokens as pieces of text, cut at stop strings and at the time limit.
-
-    `pieces` is what has come so far.
-    """
+    """One request under way: its tokens as pieces of text, cut at stop strings and at the time limit."""
 
     def __init__(self, workers: list[Worker], request: Request, stops: list[str] = (), max_seconds: float = 120.0):
         """Give the request to the running worker with the least to do; raises as `start_request` does."""
         self.request, self.stops, self.max_seconds = request, [stop for stop in stops if stop], max_seconds
         self.queue: asyncio.Queue = asyncio.Queue()
-        self.pieces: list[Piece] = []
+        self.pieces: list[Piece] = []  # what has come so far
         self.held, self.stopped = "", False
         loop = asyncio.get_running_loop()
 
