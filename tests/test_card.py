@@ -6,7 +6,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import Run, save_json
-from nanochat_hf.serve.card import Facts, card, chain, check_metadata, datasets, family
+from nanochat_hf.serve.card import Push, card, chain, check_metadata, datasets, family
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def run(tmp_path):
 
 
 def test_every_result_of_the_stage_stands_in_the_model_index(run):
-    data = card(run, "base", "you/b", Facts()).data
+    data = card(run, Push("you/b", "base")).data
     _, results = model_index_to_eval_results(data.to_dict()["model-index"])
     found = {(r.dataset_name, r.metric_type): r.metric_value for r in results}
     assert found == {
@@ -55,15 +55,15 @@ def test_every_result_of_the_stage_stands_in_the_model_index(run):
         ("piqa (core)", "accuracy"): 0.7,
         ("copa (core)", "accuracy"): 0.6,
     }
-    chat = card(run, "sft", "you/c", Facts()).data
+    chat = card(run, Push("you/c", "sft")).data
     assert {r.dataset_name: r.metric_value for r in chat.eval_results} == {"ChatCORE (1/6 tasks)": 0.1, "GSM8K": 0.05}
 
 
 def test_the_text_shows_the_chain_of_stages_and_no_number_that_was_not_measured(run):
-    text = str(card(run, "sft", "you/c", Facts()))
+    text = str(card(run, Push("you/c", "sft")))
     assert "| BASE   | SFT" in text and "1 h 40 min" in text and "5,000,000,000 tokens" in text and "1 x H100" in text
     assert "Cost" not in text and "| GSM8K" in text and "tool_steps" in text
-    assert "does not follow instructions" in str(card(run, "base", "you/b", Facts()))
+    assert "does not follow instructions" in str(card(run, Push("you/b", "base")))
 
 
 def test_only_hub_ids_become_dataset_metadata(run):
@@ -72,12 +72,12 @@ def test_only_hub_ids_become_dataset_metadata(run):
     facts = collect(run)
     assert chain(facts, "sft") == ["base", "sft"] and chain(facts, "base") == ["base"]
     assert datasets(facts, "sft") == ["karpathy/climbmix", "openai/gsm8k", "./mine.jsonl"]
-    assert card(run, "sft", "you/c", Facts()).data.datasets == ["karpathy/climbmix", "openai/gsm8k"]
+    assert card(run, Push("you/c", "sft")).data.datasets == ["karpathy/climbmix", "openai/gsm8k"]
 
 
 def test_the_cost_appears_when_the_report_knows_the_rate(run):
     save_json(run.path / "report.json", {"hourly_rate": 24.0})
-    assert "$40.46 at $24.00 an hour" in str(card(run, "sft", "you/c", Facts()))
+    assert "$40.46 at $24.00 an hour" in str(card(run, Push("you/c", "sft")))
 
 
 def test_a_collections_text_has_a_row_for_each_model_and_dashes_for_what_is_missing(run, tmp_path):

@@ -265,6 +265,13 @@ def test_a_space_is_made_that_points_at_the_model(hub, run, no_check):
     assert yaml.safe_load(files["README.md"].decode().split("---\n")[1])["models"] == ["you/small"]
 
 
+def test_a_space_without_its_files_is_refused_before_anything_is_sent(hub, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve_hub, "SPACE", tmp_path / "nowhere")
+    with pytest.raises(InputError, match="from a checkout of the project"):
+        push(run, Push("you/small", space=True))
+    assert hub.requests == []
+
+
 def test_checkpoints_become_branches_and_a_failing_hub_does_not_stop_training(hub, run):
     said = []
     upload = checkpoint_pusher("you/base", say=said.append)
@@ -278,6 +285,17 @@ def test_checkpoints_become_branches_and_a_failing_hub_does_not_stop_training(hu
     assert said[-1].startswith("warning: step 1000 was not pushed") and "run the same command again" in said[-1]
     upload(run / "sft", 1500)
     assert "model.safetensors" in pushed(hub, "you/base", branch="step-001500")
+
+
+def test_a_failure_of_hf_xet_does_not_stop_training_either(hub, run, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("xet token refused")  # what hf_xet.XetAuthenticationError is
+
+    said = []
+    upload = checkpoint_pusher("you/base", say=said.append)
+    monkeypatch.setattr(HfApi, "upload_folder", refuse)
+    upload(run / "sft", 500)
+    assert said[-1].startswith("warning: step 500 was not pushed") and "xet token refused" in said[-1]
 
 
 @pytest.mark.slow

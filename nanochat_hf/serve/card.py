@@ -1,7 +1,7 @@
 """The model card: every measured result as metadata that the Hub understands, and the facts of the run as text.
 
-`card(run, ...)` renders it from the metrics.json files alone, with the pieces of the report; `check_metadata` applies
-the rules by which the Hub rejects a card. `hub.push` uses both, and the tests run the code that the card shows.
+`card(run, wanted)` renders it from the metrics.json files alone, with the pieces of the report; `check_metadata`
+applies the rules by which the Hub rejects a card. `hub.push` uses both, and the tests run the code that it shows.
 """
 
 import math
@@ -19,56 +19,58 @@ from ..run import Run, load_json, nearest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # From the Hub's list (https://huggingface.co/docs/hub/repositories-licenses): those that fit a model
-LICENSES = (
-    "mit",
-    "apache-2.0",
-    "bsd-2-clause",
-    "bsd-3-clause",
-    "cc0-1.0",
-    "cc-by-4.0",
-    "cc-by-sa-4.0",
-    "cc-by-nc-4.0",
-)
-LICENSES += ("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0", "openrail")
-LICENSES += ("unlicense", "other", "unknown")
+LICENSES = ("mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0")
+LICENSES += ("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0")
+LICENSES += ("openrail", "unlicense", "other", "unknown")
 
 
 @dataclass
-class Facts:
-    """What the run cannot know: the licence, the languages (ISO codes), the Hub id of the model it continues."""
+class Push:
+    """What to push where (see hub.py), and what no run knows about its model; the fields are the command line's."""
 
+    repo: str
+    stage: str = "sft"
+    private: bool = False
+    space: bool = False
+    dry_run: bool = False
+    revision: str | None = None
+    force: bool = False
     license: str = "mit"
-    language: tuple[str, ...] = ("en",)
-    base_model: str | None = None
+    language: tuple[str, ...] = ("en",)  # ISO codes
+    base_model: str | None = None  # Hub id of the model that this one continues
 
 
-def card(run: Run, stage: str, repo: str, given: Facts) -> ModelCard:
-    """The model card: metadata with every measured result of the stage, and the facts of the run as text."""
-    facts = collect(run, (load_json(run.path / "report.json") or {}).get("hourly_rate"))
-    name = repo.split("/")[-1]
+def card(run: Run, wanted: Push) -> ModelCard:
+    """The card of `wanted.stage`: metadata with its measured results, and the facts of the run as text."""
+    facts, stage, name = collected(run), wanted.stage, wanted.repo.split("/")[-1]
+    sources = datasets(facts, stage)
     data = ModelCardData(
-        license=given.license,
-        language=list(given.language),
+        license=wanted.license,
+        language=list(wanted.language),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["nanochat", "nanochat-hf", stage],
-        datasets=[d for d in datasets(facts, stage) if HUB_ID.fullmatch(d) and not Path(d).exists()] or None,
-        base_model=given.base_model,
+        datasets=[d for d in sources if HUB_ID.fullmatch(d) and not Path(d).exists()] or None,
+        base_model=wanted.base_model,
         model_name=name,
         eval_results=results(facts, stage) or None,
     )
-    text = CARD.format(
+    return ModelCard.from_template(
+        data,
+        template_str=CARD,
         name=name,
-        repo=repo,
+        repo=wanted.repo,
+        stage=stage,
         title=TITLES[stage],
         results=result_table(facts, stage),
         training=training(facts, stage),
-        datasets=", ".join(f"`{d}`" for d in datasets(facts, stage)) or "not recorded",
-        use=BASE_USE if stage == "base" else CHAT_USE,
-        how=(BASE_CODE if stage == "base" else CHAT_CODE).replace("REPO", repo),
-        license=given.license,
+        sources=", ".join(f"`{d}`" for d in sources) or "not recorded",
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def collected(run: Run) -> dict:
+    """The facts of the run's report, at the hourly rate that the last report was made with."""
+    return collect(run, (load_json(run.path / "report.json") or {}).get("hourly_rate"))
 
 
 def chain(facts: dict, stage: str) -> list[str]:
@@ -82,33 +84,24 @@ def datasets(facts: dict, stage: str) -> list[str]:
     for name in chain(facts, stage):
         metrics = facts["stages"][name]
         named = (metrics.get("config") or {}).get("dataset")
-        found += [part.get("dataset") for part in named] if isinstance(named, list) else [named]
-        found += [part.get("dataset") for part in metrics.get("mixture") or []]
+        parts = named if isinstance(named, list) else [{"dataset": named}]
+        found += [part.get("dataset") for part in [*parts, *(metrics.get("mixture") or [])]]
     names = [re.split(r"[:@\s]", d)[0] for d in found if isinstance(d, str)]
     return list(dict.fromkeys(name for name in names if name))
 
 
 def results(facts: dict, stage: str) -> list[EvalResult]:
     """Every result of this stage as the Hub's model-index wants it."""
-    rows = [(metric, cells[stage]) for metric, cells in facts["table"].items() if stage in cells]
-    for kind in ("core", "chatcore", "kocore"):
-        tasks = (facts["evaluation"].get(kind) or {}).get(stage, {}).get("per_task") or {}
-        rows += [(f"{label} ({kind})", {"value": r["acc"]}) for label, r in tasks.items() if "acc" in r]
+    values = {metric: cells[stage]["value"] for metric, cells in facts["table"].items() if stage in cells}
+    for mean in ("core", "chatcore", "kocore"):
+        tasks = facts["evaluation"][mean].get(stage, {}).get("per_task", {})
+        values |= {f"{label} ({mean})": task["acc"] for label, task in tasks.items()}
     found = []
-    for metric, cell in rows:
+    for metric, value in values.items():
         kind = "bits_per_byte" if "bpb" in metric else "centered_accuracy" if "CORE" in metric else "accuracy"
         slug = re.sub(r"[^a-z0-9]+", "-", metric.lower()).strip("-")
-        found.append(
-            EvalResult(
-                task_type="text-generation",
-                task_name="Text Generation",
-                dataset_type=slug,
-                dataset_name=metric,
-                metric_type=kind,
-                metric_name=kind.replace("_", " "),
-                metric_value=round(float(cell["value"]), 6),
-            )
-        )
+        names = {"task_name": "Text Generation", "metric_name": kind.replace("_", " ")}
+        found.append(EvalResult("text-generation", slug, metric, kind, round(float(value), 6), **names))
     return found
 
 
@@ -133,8 +126,7 @@ def training(facts: dict, stage: str) -> str:
         tokens = metrics.get("total_tokens") or metrics.get("tokens")
         what = f"{tokens:,.0f} tokens, " if tokens else ""
         rows.append([TITLES[name], what + duration(metrics.get("wall_time_s"))])
-    made = facts["stages"][stage]
-    hardware, versions = made.get("hardware") or {}, made.get("versions") or {}
+    hardware, versions = (facts["stages"][stage].get(key) or {} for key in ("hardware", "versions"))
     rows.append(["Hardware", f"{hardware.get('num_processes', 1)} x {hardware.get('device', '-')}"])
     rows.append(["Software", ", ".join(f"{n} {v}" for n, v in versions.items() if v) or "-"])
     rows.append(["Code", ", ".join(facts["commits"])])
@@ -147,66 +139,41 @@ def family(runs: dict[str, Run]) -> str:
     """The text of a Hub collection: one row a model, from the runs' own metrics; repo id -> run."""
     rows = []
     for repo, run in runs.items():
-        facts = collect(run, (load_json(run.path / "report.json") or {}).get("hourly_rate"))
+        facts = collected(run)
         base = facts["stages"].get("base", {})
         found = {metric.split(" (")[0]: cells for metric, cells in facts["table"].items()}
-        scores = [
-            next(iter(found.get(name, {}).values()), {}).get("value") for name in ("val bpb", "CORE", "ChatCORE")
-        ]
+        first = [next(iter(found.get(name, {}).values()), {}) for name in ("val bpb", "CORE", "ChatCORE")]
+        scores = [show("", cell.get("value")) for cell in first]
         cost = "-" if facts["cost"] is None else f"${facts['cost']:.0f}"
         sizes = [show("", base.get(key)) for key in ("depth", "num_parameters", "total_tokens")]
         link = f"[{repo}](https://huggingface.co/{repo})"
-        rows.append([link, *sizes, *(show("", score) for score in scores), duration(facts["total_seconds"]), cost])
+        rows.append([link, *sizes, *scores, duration(facts["total_seconds"]), cost])
     return grid(["Model", "Depth", "Parameters", "Tokens", "val bpb", "CORE", "ChatCORE", "Time", "Cost"], rows)
 
 
-CARD = """# {name}
+CARD = """---
+{{ card_data }}
+---
 
-A small language model, trained from nothing by nanochat_hf; stage: {title}. Architecture and recipe follow Andrej
+# {{ name }}
+
+A small language model, trained from nothing by nanochat_hf; stage: {{ title }}. Architecture and recipe follow Andrej
 Karpathy's [nanochat](https://github.com/karpathy/nanochat), the pipeline is made of Hugging Face libraries.
 
 ## How to use
 
-{how}
-
-## Results
-
-{results}
-
-Measured by the run's own evaluation; `report.md` in this repository holds sizes, errors and baselines.
-
-## Training
-
-{training}
-
-Data: {datasets}.
-
-## Intended use and limits
-
-{use}
-
-Licence of the weights: {license}. The licences of the data are their owners'.
-"""
-
-BASE_USE = """This is a base model: it continues text and does not follow instructions. It is meant for research and
-teaching, and as a starting point for fine-tuning. It has had no safety training; what it writes can be wrong or
-offensive."""
-
-CHAT_USE = """A model of this size is for learning how such models are made, and for fun. It makes up facts, its
-arithmetic is only as good as its use of the calculator, and it has had no safety training beyond its data. Do not use
-it where an error matters."""
-
-BASE_CODE = """```python
+{% if stage == "base" -%}
+```python
 from transformers import pipeline
 
-generate = pipeline("text-generation", model="REPO", trust_remote_code=True)
+generate = pipeline("text-generation", model="{{ repo }}", trust_remote_code=True)
 print(generate("The capital of France is", max_new_tokens=32)[0]["generated_text"])
-```"""
-
-CHAT_CODE = """```python
+```
+{%- else -%}
+```python
 from transformers import pipeline
 
-chat = pipeline("text-generation", model="REPO", trust_remote_code=True)
+chat = pipeline("text-generation", model="{{ repo }}", trust_remote_code=True)
 messages = [{"role": "user", "content": "What is 12 * 34?"}]
 print(chat(messages, max_new_tokens=256)[0]["generated_text"][-1])
 ```
@@ -217,7 +184,7 @@ that comes back lists the `tool_steps`. To answer the calls yourself:
 ```python
 from transformers import pipeline
 
-chat = pipeline("text-generation", model="REPO", trust_remote_code=True)
+chat = pipeline("text-generation", model="{{ repo }}", trust_remote_code=True)
 messages = [{"role": "user", "content": "What is 12 * 34?"}]
 for _ in range(5):  # at most four calls
     messages = chat(messages, max_new_tokens=256, run_tools=False)[0]["generated_text"]
@@ -227,7 +194,35 @@ for _ in range(5):  # at most four calls
     left, right = expression.split("*")  # put your tool here
     messages.append({"role": "tool", "content": str(int(left) * int(right))})
 print(messages[-1]["content"])
-```"""
+```
+{%- endif %}
+
+## Results
+
+{{ results }}
+
+Measured by the run's own evaluation; `report.md` in this repository holds sizes, errors and baselines.
+
+## Training
+
+{{ training }}
+
+Data: {{ sources }}.
+
+## Intended use and limits
+
+{% if stage == "base" -%}
+This is a base model: it continues text and does not follow instructions. It is meant for research and
+teaching, and as a starting point for fine-tuning. It has had no safety training; what it writes can be wrong or
+offensive.
+{%- else -%}
+A model of this size is for learning how such models are made, and for fun. It makes up facts, its
+arithmetic is only as good as its use of the calculator, and it has had no safety training beyond its data. Do not use
+it where an error matters.
+{%- endif %}
+
+Licence of the weights: {{ license }}. The licences of the data are their owners'.
+"""
 
 
 def check_metadata(data: ModelCardData) -> None:
@@ -241,11 +236,16 @@ def check_metadata(data: ModelCardData) -> None:
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual", code):
             raise InputError(f"language {code!r} is no ISO 639 code such as en or ko")
     bases = data.base_model if isinstance(data.base_model, list) else [data.base_model]
-    for name in [*(data.datasets or []), *(base for base in bases if base)]:
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise InputError(f"{name!r} in the card is no repo name: {error}") from None
+    for name in [*(data.datasets or []), *filter(None, bases)]:
+        check_repo_id(name, " in the card")
     for result in data.eval_results or []:
         if not math.isfinite(result.metric_value):
             raise InputError(f"the result of {result.dataset_name} is {result.metric_value}: run the evaluation again")
+
+
+def check_repo_id(name: str, where: str = "") -> None:
+    """Raise InputError if `name` cannot be a repository of the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"{name!r}{where} is no repo name: {error}") from None
