@@ -73,7 +73,7 @@ def save_json(path: str | Path, value) -> None:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
         os.replace(aside, path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another --run-dir") from None
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
 
 
 def hardware() -> dict:
@@ -172,11 +172,13 @@ def fail(error: InputError):
 
 
 def guarded(main: Callable) -> None:
-    """Run `main`; an InputError becomes one line on stderr and exit code 2."""
+    """Run `main`; an InputError becomes one line on stderr and exit code 2, Ctrl-C 130 without a traceback."""
     try:
         main()
     except InputError as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def script(cls, run_stage: Callable, **extra: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.run import Run, begin, finish, load_json, pairs, parse_config, save_json
+from nanochat_hf.run import Run, begin, finish, guarded, load_json, pairs, parse_config, save_json
 
 
 @dataclass
@@ -100,3 +100,13 @@ def test_a_script_shows_one_line_and_exit_code_two(tmp_path):
     done = subprocess.run([*command, "--dpth", "3"], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: unknown key 'dpth'")
+
+
+@pytest.mark.parametrize("error, code", [(InputError("no"), 2), (KeyboardInterrupt(), 130)])
+def test_bad_input_and_ctrl_c_end_a_script_without_a_traceback(error, code):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        guarded(main)
+    assert caught.value.code == code
