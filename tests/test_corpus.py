@@ -13,7 +13,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat_hf.data import corpus
 from nanochat_hf.data.corpus import DocumentStream, open_documents
 from nanochat_hf.errors import InputError
 
@@ -91,32 +90,6 @@ def test_later_epochs_shuffle_by_the_seed_and_only_by_it(folder):
     assert second_epoch(1) != list(DocumentStream(folder))
 
 
-def test_one_file_gives_its_last_sixteenth_to_validation(tmp_path):
-    texts = [f"{i:04d}" for i in range(160)]
-    write_parquet(tmp_path / "all.parquet", texts, 50)
-    write_jsonl(tmp_path / "all.jsonl", texts)
-    for path in (tmp_path / "all.parquet", tmp_path / "all.jsonl"):
-        train, validation = list(DocumentStream(path)), list(DocumentStream(path, "validation"))
-        assert train + validation == texts
-        assert len(validation) == 10
-
-
-def test_a_folder_is_searched_below_and_other_files_are_ignored(tmp_path):
-    (tmp_path / "data").mkdir()
-    write_parquet(tmp_path / "data" / "a.parquet", ["a"])
-    write_parquet(tmp_path / "data" / "b.parquet", ["b"])
-    (tmp_path / "README.md").write_text("about")
-    write_jsonl(tmp_path / "zzz.jsonl", ["not the validation split"])
-    assert list(DocumentStream(tmp_path, "validation")) == ["b"]
-
-
-def test_empty_documents_are_passed_over(tmp_path):
-    table = pa.table({"text": pa.array(["a", None, "", "b"], pa.string())})
-    pq.write_table(table, tmp_path / "0.parquet")
-    write_parquet(tmp_path / "1.parquet", ["c"])
-    assert list(DocumentStream(tmp_path)) == ["a", "b"]
-
-
 def test_the_primer_is_a_dataset_with_two_splits():
     train = set(islice(DocumentStream("primer"), 500))
     validation = set(islice(DocumentStream("primer", "validation"), 500))
@@ -135,58 +108,6 @@ def test_a_truncated_file_is_named_and_skipped_only_when_told(folder, cut):
     assert list(stream) == [f"{n}.{i}" for n, count in ((0, 10), (2, 1)) for i in range(count)]
 
 
-def test_a_damaged_row_group_is_named_and_skipped_only_when_told(tmp_path):
-    texts = [f"{i} " + "word " * 50 for i in range(8)]
-    write_parquet(tmp_path / "0.parquet", texts)
-    write_parquet(tmp_path / "1.parquet", ["v"])
-    path = tmp_path / "0.parquet"
-    start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
-    content = bytearray(path.read_bytes())
-    content[start : start + 20] = b"\xff" * 20
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"0.parquet cannot be read \(row group 0"):
-        list(DocumentStream(tmp_path))
-    with pytest.warns(UserWarning, match="row group 0"):
-        assert list(DocumentStream(tmp_path, skip_bad_files=True)) == texts[4:]
-
-
-def test_bad_lines_are_named_and_skipped_only_when_told(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_text('{"text": "a"}\n{"text": "b"\n' + '{"text": "c"}\n' * 40)
-    with pytest.raises(InputError, match="byte 14 is not JSON"):
-        list(DocumentStream(path))
-    with pytest.warns(UserWarning, match="byte 14"):
-        assert set(DocumentStream(path, skip_bad_files=True)) == {"a", "c"}
-
-
-def test_data_without_text_is_refused(tmp_path):
-    write_parquet(tmp_path / "0.parquet", ["a"], column="content")
-    with pytest.raises(InputError, match="no column 'text'; it has content"):
-        DocumentStream(tmp_path / "0.parquet")
-    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "1.parquet")
-    with pytest.raises(InputError, match="int64, not text"):
-        DocumentStream(tmp_path / "1.parquet")
-    (tmp_path / "m.jsonl").write_text('{"messages": []}\n' * 3)
-    with pytest.raises(InputError, match="no text under 'text'"):
-        list(DocumentStream(tmp_path / "m.jsonl"))
-
-
-def test_missing_and_empty_datasets_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no dataset"):
-        DocumentStream(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="no dataset"):
-        DocumentStream("data/missing.jsonl")
-    with pytest.raises(InputError, match=r"no \.parquet or \.jsonl"):
-        DocumentStream(tmp_path)
-    write_parquet(tmp_path / "0.parquet", [])
-    write_parquet(tmp_path / "1.parquet", ["a"])
-    with pytest.raises(InputError, match=r"train split of dataset .* has no documents"):
-        list(DocumentStream(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="HF_HUB_OFFLINE"):
-        DocumentStream("someone/something")
-
-
 def test_a_position_is_refused_by_other_data_or_another_seed(folder):
     stream = DocumentStream(folder, seed=1)
     next(iter(stream))
@@ -196,28 +117,6 @@ def test_a_position_is_refused_by_other_data_or_another_seed(folder):
     write_parquet(folder / "shard_00004.parquet", ["new"])
     with pytest.raises(InputError, match="changed since this run began"):
         DocumentStream(folder, seed=1).load_state_dict(state)
-
-
-def test_failures_of_the_network_are_tried_again_and_then_named(monkeypatch):
-    pauses, calls = [], []
-    monkeypatch.setattr(corpus.time, "sleep", pauses.append)
-
-    def fails_twice():
-        calls.append(1)
-        if len(calls) < 3:
-            raise TimeoutError("read timed out")
-        return "done"
-
-    with pytest.warns(UserWarning, match="file x: attempt [12] failed with TimeoutError: read timed out"):
-        assert corpus.with_retry(fails_twice, "file x") == "done"
-    assert pauses == [1, 2]
-
-    def always_fails():
-        raise ConnectionResetError("gone")
-
-    with pytest.warns(UserWarning), pytest.raises(InputError, match=r"file x: failed 6 times.*gone"):
-        corpus.with_retry(always_fails, "file x")
-    assert pauses == [1, 2, 1, 2, 4, 8, 16]
 
 
 HUB = """

@@ -71,3 +71,16 @@ def test_empty_and_odd_files_are_named(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(InputError, match="cannot read"):
         Mixture([{"dataset": str(tmp_path / "train.parquet")}])
+
+
+def test_an_id_of_the_hub_may_have_a_dot(monkeypatch):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda **arguments: asked.append(arguments) or [{"n": 1}])
+    assert open_rows(Entry("teknium/OpenHermes-2.5", transform="sharegpt"), seed=0) == [{"n": 1}]
+    assert asked == [{"path": "teknium/OpenHermes-2.5", "name": None, "split": "train"}]
+
+
+@pytest.mark.parametrize("dataset", ["nowhere/chats.jsonl", "./org/name", "name", "org/name/folder", "data/x.csv"])
+def test_what_is_no_file_and_no_id_is_named(dataset):
+    with pytest.raises(InputError, match=f"no such dataset: {dataset} is no file, no folder and no Hub id"):
+        open_rows(Entry(dataset), seed=0)

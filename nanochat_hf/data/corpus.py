@@ -16,29 +16,13 @@ keeps the files' own order, so a run downloads no more files than it reads; late
 documents by the seed. There is no shuffle buffer whose content a resume would lose.
 """
 
-import json
+import copy
 import math
 import random
-import re
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from functools import cached_property
-from itertools import pairwise
-from pathlib import Path
-from threading import Lock, Thread
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from collections.abc import Iterator
 
 from ..errors import InputError
-
-COLUMN = "text"
-SINGLE_FILE_VALIDATION = 16  # a dataset of one file gives its last 1/16 to validation
-JSONL_UNIT = 1 << 20  # bytes
-DOWNLOAD_ATTEMPTS = 6  # with 1, 2, 4, 8 and 16 seconds between them
-SUFFIXES = (".parquet", ".jsonl")
-HUB_ID = r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?(/.+)?"
+from .corpus_files import DatasetSplit
 
 
 def open_documents(
@@ -57,8 +41,8 @@ def open_documents(
     for entry in dataset:
         if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
             raise InputError(f"an entry of the mixture must be {{dataset: ..., weight: ...}}, not {entry!r}")
-        if unknown := set(entry) - {"dataset", "weight"}:
-            raise InputError(f"unknown key {min(unknown)!r} in the mixture's entry for {entry['dataset']}")
+        if unknown := [key for key in entry if key not in ("dataset", "weight")]:
+            raise InputError(f"unknown key {unknown[0]!r} in the mixture's entry for {entry['dataset']}")
         weight = entry.get("weight", 1)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise InputError(f"the weight of {entry['dataset']} must be a number above 0, not {weight!r}")
@@ -74,24 +58,14 @@ class DocumentStream:
     skipped with a warning.
     """
 
-    def __init__(
-        self,
-        dataset: str,
-        split: str = "train",
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        skip_bad_files: bool = False,
-    ):
-        if split not in ("train", "validation"):
-            raise InputError(f"split must be 'train' or 'validation', not {split!r}")
+    def __init__(self, dataset: str, split="train", rank=0, world_size=1, seed=0, skip_bad_files=False):
+        self.source, self.seed = DatasetSplit(str(dataset), split, skip_bad_files), seed
+        self._begin(rank, world_size)
+
+    def _begin(self, rank: int, world_size: int) -> None:
         if not 0 <= rank < world_size:
             raise InputError(f"rank {rank} does not exist among {world_size} readers")
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.source = Source(str(dataset), split, skip_bad_files)
-        self._rewind()
-
-    def _rewind(self) -> None:
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self._file = 0  # files finished in this epoch
         self._start = 0  # units of all finished files, since the very beginning
@@ -100,16 +74,16 @@ class DocumentStream:
 
     def reader(self, rank: int, world_size: int) -> "DocumentStream":
         """Another reader's stream from the beginning, over the same opened files."""
-        other = object.__new__(DocumentStream)
-        other.rank, other.world_size, other.seed, other.source = rank, world_size, self.seed, self.source
-        other._rewind()
+        other = copy.copy(self)
+        other._begin(rank, world_size)
         return other
 
     def __iter__(self) -> Iterator[str]:
-        files = self._order(len(self.source.files), "files")
+        files = [self.source.files[number] for number in self._order(len(self.source.files), "files")]
         while self._file < len(files):
-            file = self.source.files[files[self._file]]
-            self.source.prefetch(files[self._file + 1 : self._file + 2])
+            file = files[self._file]
+            for following in files[self._file + 1 : self._file + 2]:
+                following.prefetch()
             units = file.units(self.world_size)
             unit_order = self._order(len(units), f"units {self._file}")
             while self._unit < len(units):
@@ -123,7 +97,7 @@ class DocumentStream:
                 self._unit, self._row = self._unit + 1, 0
             self._file, self._unit, self._start = self._file + 1, 0, self._start + len(units)
         if self._start == 0:
-            raise InputError(f"{self.source} has no documents")
+            raise InputError(f"the {self.source.split} split of dataset {self.source.dataset} has no documents")
         self.epoch, self._file = self.epoch + 1, 0
 
     def _order(self, count: int, what: str) -> range | list[int]:
@@ -134,11 +108,10 @@ class DocumentStream:
         return order
 
     def state_dict(self) -> dict:
-        position = [self.epoch, self._file, self._start, self._unit, self._row]
         return {
-            "position": position,
+            "position": [self.epoch, self._file, self._start, self._unit, self._row],
             "reader": [self.rank, self.world_size, self.seed],
-            "source": self.source.identity(),
+            "source": self.source.identity,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -160,7 +133,7 @@ class MixedStream:
 
     def __init__(self, streams: list[DocumentStream], weights: list[float]):
         self.streams, self.weights = streams, weights
-        self.rank, self.world_size, self.seed = streams[0].rank, streams[0].world_size, streams[0].seed
+        self.rank, self.world_size = streams[0].rank, streams[0].world_size
         self.epoch, self._given = 0, [0] * len(streams)  # bytes
 
     def reader(self, rank: int, world_size: int) -> "MixedStream":
@@ -196,244 +169,3 @@ class MixedStream:
         for stream, saved in zip(self.streams, state["streams"]):
             stream.load_state_dict(saved)
         self.epoch, self._given = state["position"][0], list(state["position"][1])
-
-
-class Source:
-    """The files of one split of a dataset, in order; shared by the readers of a process."""
-
-    def __init__(self, dataset: str, split: str, skip_bad_files: bool):
-        self.dataset, self.split, self.skip_bad_files = dataset, split, skip_bad_files
-        self._open(None)
-
-    def __str__(self) -> str:
-        return f"the {self.split} split of dataset {self.dataset}"
-
-    def _open(self, revision: str | None) -> None:
-        self.revision, self.total, self._requested = None, [1, None], set()
-        path = Path(self.dataset).expanduser()
-        if self.dataset == "primer":
-            from . import primer
-
-            self.files = [Memory(list(primer.documents("train" if self.split == "train" else "test", seed=0)))]
-            return
-        if path.exists():
-            paths = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
-            found = [(str(p), lambda p=p: p) for p in paths]
-        elif re.fullmatch(HUB_ID, self.dataset) and path.suffix not in SUFFIXES:
-            found = self._hub_files(revision)
-        else:
-            raise InputError(f"no dataset {self.dataset}: give a folder, a .jsonl file, a Hub id or 'primer'")
-        # One kind decides, so that a stray file of the other does not become the validation split.
-        suffix = next((s for s in SUFFIXES if any(name.endswith(s) for name, _ in found)), None)
-        if suffix is None:
-            raise InputError(f"dataset {self.dataset} has no .parquet or .jsonl files")
-        found = [(name, locate) for name, locate in found if name.endswith(suffix)]
-        kind, part = (Parquet if suffix == ".parquet" else Jsonl), (self.split if len(found) == 1 else None)
-        files = [kind(name, locate, part, self.skip_bad_files) for name, locate in found]
-        cache = GroupCache()
-        for file in files:
-            file.cache = cache
-        self.files = files if len(files) == 1 else files[:-1] if self.split == "train" else files[-1:]
-        self.total = [len(files), sum(file.path.stat().st_size for file in files) if self.revision is None else None]
-        if self.revision is None:
-            for file in self.files:  # on this disk: tell now, and not in an hour, which file is broken
-                file.units(1)
-
-    def _hub_files(self, revision: str | None) -> list[tuple[str, Callable[[], Path]]]:
-        from huggingface_hub import HfApi, hf_hub_download
-
-        owner, name, *folder = self.dataset.split("/")
-        name, _, asked = name.partition("@")
-        repo, prefix = f"{owner}/{name}", "".join(f"{part}/" for part in folder)
-
-        def download(file: str) -> Path:
-            # The cache's lock lets the processes of one machine take turns, so each file is fetched once.
-            fetch = lambda: hf_hub_download(repo, file, repo_type="dataset", revision=info.sha)  # noqa: E731
-            return Path(with_retry(fetch, f"file {file} of dataset {repo}"))
-
-        list_files = lambda: HfApi().dataset_info(repo, revision=revision or asked or None, timeout=30)  # noqa: E731
-        info = with_retry(list_files, f"dataset {self.dataset} (not a folder here)")
-        self.revision = info.sha  # whatever is pushed later, this run reads this state of the repository
-        names = sorted(file.rfilename for file in info.siblings if file.rfilename.startswith(prefix))
-        return [(name, lambda name=name: download(name)) for name in names if name.endswith(SUFFIXES)]
-
-    def prefetch(self, indices: range | list[int]) -> None:
-        """Begin to download the files that come next; a failure shows when the file is read."""
-        for index in indices:
-            if self.revision and index not in self._requested:
-                self._requested.add(index)
-                Thread(target=self.files[index].prefetch, daemon=True).start()
-
-    def identity(self) -> dict:
-        return {"revision": self.revision, "files and bytes": self.total, "split": self.split}
-
-    def require(self, identity: dict) -> None:
-        """Make sure that positions saved with `identity` mean the same documents here."""
-        if identity["revision"] and identity["revision"] != self.revision:
-            self._open(identity["revision"])  # the Hub keeps the state that the run began with
-        if identity != self.identity():
-            raise InputError(
-                f"{self} changed since this run began (files and bytes {identity['files and bytes']}, now "
-                f"{self.total}); bring back the old files, or begin again in another --run-dir"
-            )
-
-
-def with_retry(action: Callable, what: str):
-    """Call `action`; what may pass (network, server) is tried again with growing pauses, the rest is an InputError."""
-    from huggingface_hub import errors
-
-    for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
-        try:
-            return action()
-        except errors.OfflineModeIsEnabled:
-            raise InputError(f"{what}: the Hub cannot be asked, because HF_HUB_OFFLINE is set") from None
-        except errors.GatedRepoError:
-            raise InputError(f"{what}: accept its terms on the Hub, then `hf auth login`") from None
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-            raise InputError(f"{what}: the Hub has no such dataset or revision, or it is private") from None
-        except Exception as error:  # httpx, xet and the file system each have their own
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if attempt == DOWNLOAD_ATTEMPTS:
-                raise InputError(f"{what}: failed {attempt} times, last with {reason}; run again to go on") from error
-            warnings.warn(
-                f"{what}: attempt {attempt} failed with {reason}; again in {2 ** (attempt - 1)} s", stacklevel=2
-            )
-            time.sleep(2 ** (attempt - 1))
-
-
-class File:
-    """A file of documents. `units(n)` lists its parts, enough for n readers; `read(unit)` gives a part's documents.
-
-    `part` is None, or the split to keep of a dataset that has only this file.
-    """
-
-    def __init__(self, name: str, locate: Callable[[], Path], part: str | None, skip_bad: bool):
-        self.name, self._locate, self.part, self.skip_bad = name, locate, part, skip_bad
-
-    @cached_property
-    def path(self) -> Path:
-        return self._locate()
-
-    def prefetch(self) -> None:
-        try:
-            self.path  # noqa: B018
-        except InputError as error:
-            warnings.warn(str(error), stacklevel=2)
-
-    def bounds(self, total: int) -> tuple[int, int]:
-        """The rows or bytes [first, end) of `total` that belong to this split."""
-        edge = total - -(-total // SINGLE_FILE_VALIDATION)
-        return {None: (0, total), "train": (0, edge), "validation": (edge, total)}[self.part]
-
-    def bad(self, reason: str) -> None:
-        text = f"{self.path} cannot be read ({' '.join(reason.split())[:150]})"
-        if not self.skip_bad:
-            raise InputError(f"{text}; get it again, or set skip_bad_files to go on without it")
-        warnings.warn(f"{text}; skipped", stacklevel=3)
-
-
-class Parquet(File):
-    cache: "GroupCache"
-
-    @cached_property
-    def footer(self) -> pq.FileMetaData | None:
-        """None for a file that is to be skipped."""
-        try:
-            footer = pq.read_metadata(self.path)
-        except (pa.ArrowException, OSError) as error:
-            return self.bad(f"truncated or no parquet: {error}")
-        schema = footer.schema.to_arrow_schema()
-        if COLUMN not in schema.names:
-            raise InputError(f"{self.path} has no column {COLUMN!r}; it has {', '.join(schema.names)}")
-        kind = schema.field(COLUMN).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise InputError(f"{self.path}: column {COLUMN!r} is {kind}, not text")
-        return footer
-
-    def units(self, readers: int) -> list[tuple[int, int, int]]:
-        """(row group, first row, end row); row groups are sliced where they are fewer than the readers."""
-        if self.footer is None:
-            return []
-        first, end = self.bounds(self.footer.num_rows)
-        slices, found, offset = -(-readers // max(self.footer.num_row_groups, 1)), [], 0
-        for group in range(self.footer.num_row_groups):
-            rows = self.footer.row_group(group).num_rows
-            found += [(group, a, b) for a, b in cut(max(first - offset, 0), min(end - offset, rows), slices)]
-            offset += rows
-        return found
-
-    def read(self, unit: tuple[int, int, int]) -> list[str | None]:
-        group, first, end = unit
-        try:
-            return self.cache.get(self.path, group).slice(first, end - first).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            self.bad(f"row group {group}: {error}")
-            return []
-
-
-class GroupCache:
-    """The row groups decoded last, for the readers of a process that take slices of the same one."""
-
-    LIMIT = 1 << 28  # bytes; the newest group stays whatever its size
-
-    def __init__(self):
-        self._groups: dict[tuple[Path, int], pa.ChunkedArray] = {}
-        self._lock = Lock()  # the loader reads in several threads
-
-    def get(self, path: Path, group: int) -> pa.ChunkedArray:
-        key = (path, group)
-        with self._lock:
-            if key in self._groups:
-                self._groups[key] = self._groups.pop(key)  # newest last
-                return self._groups[key]
-            with pq.ParquetFile(path) as file:
-                self._groups[key] = file.read_row_group(group, columns=[COLUMN]).column(0)
-            while len(self._groups) > 1 and sum(column.nbytes for column in self._groups.values()) > self.LIMIT:
-                del self._groups[next(iter(self._groups))]
-            return self._groups[key]
-
-
-class Jsonl(File):
-    def units(self, readers: int) -> list[tuple[int, int]]:
-        """(first byte, end byte), for the lines that begin there."""
-        first, end = self.bounds(self.path.stat().st_size)
-        return cut(first, end, max(readers, -(-(end - first) // JSONL_UNIT)))
-
-    def read(self, unit: tuple[int, int]) -> list[str]:
-        first, end = unit
-        found = []
-        with open(self.path, "rb") as file:
-            if first:
-                file.seek(first - 1)
-                file.readline()  # the rest of a line that began in the unit before
-            while (at := file.tell()) < end and (line := file.readline()):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    self.bad(f"the line at byte {at} is not JSON: {error}")
-                    continue
-                if not isinstance(row, dict) or not isinstance(row.get(COLUMN), str):
-                    raise InputError(f"{self.path}: the line at byte {at} has no text under {COLUMN!r}")
-                found.append(row[COLUMN])
-        return found
-
-
-class Memory:
-    """Documents that are here already."""
-
-    def __init__(self, documents: list[str]):
-        self.documents = documents
-
-    def units(self, readers: int) -> list[tuple[int, int]]:
-        return cut(0, len(self.documents), readers)
-
-    def read(self, unit: tuple[int, int]) -> list[str]:
-        return self.documents[slice(*unit)]
-
-
-def cut(first: int, end: int, pieces: int) -> list[tuple[int, int]]:
-    """[first, end) in `pieces` nearly equal ranges, without empty ones."""
-    edges = [first + (end - first) * i // pieces for i in range(pieces + 1)]
-    return [(a, b) for a, b in pairwise(edges) if a < b]

@@ -19,6 +19,7 @@ from zlib import crc32
 from ..errors import InputError
 from . import personality, primer
 from .corpus import DocumentStream
+from .corpus_files import SUFFIXES, is_hub_id
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow
 
 WORD_CHARACTERS = 20_000_000  # of a text that a spelling transform takes its words from
@@ -42,25 +43,20 @@ class Entry:
     @classmethod
     def read(cls, entry: dict) -> "Entry":
         """From YAML. Raises InputError for a missing data set, an unknown key or transform, rows beside epochs."""
-        if not isinstance(entry, dict) or "dataset" not in entry:
+        if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
             raise InputError(f"an entry of the mixture needs a dataset: {entry}")
-        known = [f.name for f in fields(cls) if f.init]
-        for key in entry:
-            if key not in known:
-                raise InputError(
-                    f"unknown key {key!r} in the mixture's entry for {entry['dataset']}: use {', '.join(known)}"
-                )
+        name, known = entry["dataset"], [f.name for f in fields(cls) if f.init]
+        if unknown := [key for key in entry if key not in known]:
+            raise InputError(f"unknown key {unknown[0]!r} in the mixture's entry for {name}: use {', '.join(known)}")
         made = cls(**entry)
         if made.transform not in TRANSFORMS:
-            raise InputError(
-                f"unknown transform {made.transform!r} for {made.dataset}: use one of {', '.join(TRANSFORMS)}"
-            )
+            raise InputError(f"unknown transform {made.transform!r} for {name}: use one of {', '.join(TRANSFORMS)}")
         if made.rows is not None and made.epochs is not None:
-            raise InputError(f"{made.dataset}: give rows or epochs, not both")
+            raise InputError(f"{name}: give rows or epochs, not both")
         for key, kind in (("rows", int), ("epochs", int | float)):
             value = getattr(made, key)
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or value <= 0):
-                raise InputError(f"{made.dataset}: {key} is {value!r}, not a positive number")
+                raise InputError(f"{name}: {key} is {value!r}, not a positive number")
         return made
 
     @property
@@ -104,41 +100,32 @@ class JsonLines(Sequence):
 
 
 def open_rows(entry: Entry, seed: int) -> Sequence:
-    """The rows of an entry's data set, by number."""
+    """The rows of an entry's data set, by number. Raises InputError when it is missing or cannot be read."""
     path = Path(entry.dataset).expanduser()
     if entry.dataset.partition(":")[0] == "primer" or path.suffix in (".yaml", ".yml"):
         return _made_rows(entry, seed)
     if entry.transform in WORD_TRANSFORMS:
-        return [{"word": word} for word in _words(entry)]
-    if path.is_dir():
-        files = sorted(
-            p for p in path.iterdir() if p.suffix in (".jsonl", ".parquet") and p.name.startswith(entry.split)
-        )
-        if not files:
-            raise InputError(f"folder {path} has no .jsonl or .parquet files named {entry.split}*")
-    elif path.exists():
+        return [{"word": word} for word in _words(entry, path)]
+    if path.exists():
         files = [path]
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.name.startswith(entry.split))
+            if not files:
+                raise InputError(f"folder {path} has no .jsonl or .parquet files named {entry.split}*")
+        kinds = {p.suffix for p in files}
+        if kinds == {".jsonl"}:
+            return JsonLines(files)
+        if kinds != {".parquet"}:
+            raise InputError(f"{path} is neither .jsonl nor .parquet (a folder must hold one kind only)")
+        arguments = {"path": "parquet", "data_files": [str(p) for p in files], "split": "train"}
+    elif is_hub_id(entry.dataset) and entry.dataset.count("/") == 1:
+        arguments = {"path": entry.dataset, "name": entry.subset, "split": entry.split}
     else:
-        return _hub_rows(entry)
-    kinds = {p.suffix for p in files}
-    if kinds == {".jsonl"}:
-        return JsonLines(files)
-    if kinds == {".parquet"}:
-        return _load(entry, "parquet", data_files=[str(p) for p in files], split="train")
-    raise InputError(f"{path} is neither .jsonl nor .parquet (a folder must hold one kind only)")
-
-
-def _hub_rows(entry: Entry) -> Sequence:
-    if entry.dataset.startswith((".", "/", "~")) or entry.dataset.count("/") != 1 or Path(entry.dataset).suffix:
         raise InputError(f"no such dataset: {entry.dataset} is no file, no folder and no Hub id")
-    return _load(entry, entry.dataset, entry.subset, split=entry.split)
-
-
-def _load(entry: Entry, *args, **options) -> Sequence:
     from datasets import load_dataset  # takes a second to import, and the demo does without
 
     try:
-        return load_dataset(*args, **options)
+        return load_dataset(**arguments)
     except Exception as error:  # its errors have no common type: missing, offline, no such split, broken file
         raise InputError(f"cannot read dataset {entry.dataset}: {str(error).splitlines()[0][:200]}") from error
 
@@ -147,34 +134,33 @@ def _made_rows(entry: Entry, seed: int) -> list[dict]:
     """The conversations of the primer or of a personality, made here."""
     if entry.transform != "messages":
         raise InputError(f"{entry.dataset} has messages; the transform {entry.transform} does not apply to it")
-    if entry.dataset.partition(":")[0] != "primer":
+    name, _, kinds = entry.dataset.partition(":")
+    if name != "primer":
         facts = personality.read_facts(entry.dataset)
         return list(personality.conversations(facts, entry.split, seed, entry.rows or personality.ROWS))
-    kinds = entry.dataset.partition(":")[2].split("+") if ":" in entry.dataset else primer.CHAT_KINDS
     # Whole rounds name every fact, so a short mixture takes the first rounds and not some rows out of all.
     rounds = primer.CONVERSATION_ROUNDS if entry.rows is None else 10**6
+    kinds = kinds.split("+") if kinds else primer.CHAT_KINDS
     return list(islice(primer.conversations(entry.split, seed, rounds, kinds), entry.rows))
 
 
-def _words(entry: Entry) -> list[str]:
-    """The data set's words: ascii letters, 3 to 15 of them; the split "test" is one word in twenty."""
-    path = Path(entry.dataset).expanduser()
+def _words(entry: Entry, path: Path) -> list[str]:
+    """The data set's words: ascii letters, 3 to 15 of them; the split "test" is one word in twenty.
+
+    They are the lines of a .txt; of other text, the words of its beginning, the most frequent first.
+    """
     if path.suffix == ".txt":
         if not path.exists():
             raise InputError(f"no such file: {path}")
         found = (line.strip() for line in path.open(encoding="utf-8", errors="replace"))
     else:
-        found = _words_of_text(entry.dataset)
+        counts, characters = Counter(), 0
+        for text in DocumentStream(entry.dataset):
+            counts.update(re.findall(r"\b[a-z]{3,15}\b", text))
+            characters += len(text)
+            if characters > WORD_CHARACTERS:
+                break
+        # Those seen once are too often names and misprints.
+        found = (word for word, count in counts.most_common(MAX_WORDS) if count > 1)
     words = dict.fromkeys(w for w in found if re.fullmatch("[a-z]{3,15}", w))
     return [w for w in words if (crc32(w.encode()) % 20 == 0) == (entry.split != "train")]
-
-
-def _words_of_text(dataset: str) -> list[str]:
-    """The words of a text's beginning, the most frequent first; those seen once are too often names and misprints."""
-    counts, characters = Counter(), 0
-    for text in DocumentStream(dataset):
-        counts.update(re.findall(r"\b[a-z]{3,15}\b", text))
-        characters += len(text)
-        if characters > WORD_CHARACTERS:
-            break
-    return [word for word, count in counts.most_common(MAX_WORDS) if count > 1]

@@ -1,0 +1,258 @@
+"""The files of a pretraining dataset, on this disk or on the Hub, in parts that are read each by itself.
+
+What a dataset may be is said in corpus.py, which deals the parts out to the readers.
+"""
+
+import json
+import re
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from threading import Lock, Thread
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import HfApi, errors, hf_hub_download
+
+from ..errors import InputError
+from . import primer
+
+COLUMN = "text"
+SUFFIXES = (".parquet", ".jsonl")
+SINGLE_FILE_VALIDATION = 16  # a dataset of one file gives its last 1/16 to validation
+JSONL_UNIT = 1 << 20  # bytes
+CACHE_LIMIT = 1 << 28  # bytes of decoded row groups; the newest stays whatever its size
+PAUSES = (1, 2, 4, 8, 16)  # seconds between attempts to download
+
+
+class DatasetSplit:
+    """One split of a dataset: its `files` in order, shared by the readers of a process.
+
+    `identity` is what positions in it depend on. Raises InputError for a dataset that is missing or has no such files,
+    and for a broken file on this disk.
+    """
+
+    def __init__(self, dataset: str, split: str, skip_bad_files: bool):
+        if split not in ("train", "validation"):
+            raise InputError(f"split must be 'train' or 'validation', not {split!r}")
+        self.dataset, self.split, self.skip_bad_files = dataset, split, skip_bad_files
+        self._groups: dict[tuple[Path, int], pa.ChunkedArray] = {}  # those used last, the newest at the end
+        self._lock = Lock()  # the loader reads in several threads
+        self._open(None)
+
+    def _open(self, revision: str | None) -> None:
+        names, self.locate, self.revision = find_files(self.dataset, revision)
+        # One kind decides, so that a stray file of the other does not become the validation split.
+        files = [Parquet(self, name) for name in names if name.endswith(".parquet")]
+        files = files or [Jsonl(self, name) for name in names if name.endswith(".jsonl")]
+        if self.dataset == "primer":
+            files = [Memory(list(primer.documents("train" if self.split == "train" else "test", seed=0)))]
+        elif not files:
+            raise InputError(f"dataset {self.dataset} has no .parquet or .jsonl files")
+        self.single = len(files) == 1
+        self.files = files if self.single else files[:-1] if self.split == "train" else files[-1:]
+        size = None  # the Hub's revision says more
+        if names and self.revision is None:
+            size = sum(file.path.stat().st_size for file in files)
+            for file in self.files:  # on this disk: tell now, and not in an hour, which file is broken
+                file.units(1)
+        self.identity = {"revision": self.revision, "files and bytes": [len(files), size], "split": self.split}
+
+    def require(self, identity: dict) -> None:
+        """Make sure that positions saved with `identity` mean the same documents here. Raises InputError if not."""
+        if identity["revision"] and identity["revision"] != self.revision:
+            self._open(identity["revision"])  # the Hub keeps the state that the run began with
+        if identity != self.identity:
+            raise InputError(
+                f"dataset {self.dataset} changed since this run began ({identity}, now {self.identity}); "
+                "bring back the old files, or begin again in another --run-dir"
+            )
+
+    def row_group(self, path: Path, group: int) -> pa.ChunkedArray:
+        """The texts of a parquet file's row group, decoded once for the readers that take slices of it."""
+        with self._lock:
+            column = self._groups.pop((path, group), None)
+            if column is None:
+                with pq.ParquetFile(path) as file:
+                    column = file.read_row_group(group, columns=[COLUMN]).column(0)
+            self._groups[path, group] = column
+            while len(self._groups) > 1 and sum(column.nbytes for column in self._groups.values()) > CACHE_LIMIT:
+                del self._groups[next(iter(self._groups))]
+            return column
+
+
+def is_hub_id(dataset: str) -> bool:
+    """Whether it has the form org/name[@revision][/folder], and is no name of a file."""
+    form = r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?(/.+)?"
+    return bool(re.fullmatch(form, dataset)) and not dataset.endswith((".parquet", ".jsonl", ".json", ".csv", ".txt"))
+
+
+def find_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[[str], Path], str | None]:
+    """-> (names in order, what gives a name's path, commit of the Hub or None); no names for the primer."""
+    path = Path(dataset).expanduser()
+    if dataset == "primer":
+        return [], Path, None
+    if path.exists():
+        paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+        return [str(p) for p in paths if not p.is_dir()], Path, None
+    if not is_hub_id(dataset):
+        raise InputError(f"no dataset {dataset}: give a folder, a .jsonl file, a Hub id or 'primer'")
+    owner, name, *folder = dataset.split("/")
+    name, _, asked = name.partition("@")
+    repo, prefix = f"{owner}/{name}", "".join(f"{part}/" for part in folder)
+    info = with_retry(
+        lambda: HfApi().dataset_info(repo, revision=revision or asked or None, timeout=30),
+        f"dataset {dataset} (not a folder here)",
+    )
+
+    def download(file: str) -> Path:
+        # The cache's lock lets the processes of one machine take turns, so each file is fetched once. Whatever is
+        # pushed later, this run reads the commit that it began with.
+        options = {"repo_type": "dataset", "revision": info.sha}
+        return Path(with_retry(lambda: hf_hub_download(repo, file, **options), f"file {file} of dataset {repo}"))
+
+    names = sorted(file.rfilename for file in info.siblings)
+    return [name for name in names if name.startswith(prefix)], download, info.sha
+
+
+def with_retry(action: Callable, what: str):
+    """Call `action`; what may pass (network, server) is tried again with growing pauses, the rest is an InputError."""
+    for attempt, pause in enumerate((*PAUSES, None), start=1):
+        try:
+            return action()
+        except errors.OfflineModeIsEnabled:
+            raise InputError(f"{what}: the Hub cannot be asked, because HF_HUB_OFFLINE is set") from None
+        except errors.GatedRepoError:
+            raise InputError(f"{what}: accept its terms on the Hub, then `hf auth login`") from None
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+            raise InputError(f"{what}: the Hub has no such dataset or revision, or it is private") from None
+        except Exception as error:  # httpx, xet and the file system each have their own
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if pause is None:
+                raise InputError(f"{what}: failed {attempt} times, last with {reason}; run again to go on") from error
+            warnings.warn(f"{what}: attempt {attempt} failed with {reason}; again in {pause} s", stacklevel=2)
+            time.sleep(pause)
+
+
+class File:
+    """A file of documents. `units(n)` lists its parts, enough for n readers; `read(unit)` gives a part's documents."""
+
+    def __init__(self, dataset: DatasetSplit, name: str):
+        self.dataset, self.name, self._requested = dataset, name, False
+
+    @property
+    def path(self) -> Path:
+        """Where it is on this disk, after its download."""
+        return self.dataset.locate(self.name)
+
+    def prefetch(self) -> None:
+        """Begin to download the file; a failure shows when it is read."""
+
+        def download() -> None:
+            with suppress(InputError):
+                self.dataset.locate(self.name)
+
+        if self.dataset.revision and not self._requested:
+            self._requested = True
+            Thread(target=download, daemon=True).start()
+
+    def bounds(self, total: int) -> tuple[int, int]:
+        """The rows or bytes [first, end) of `total` that belong to this split."""
+        if not self.dataset.single:
+            return 0, total
+        edge = total - -(-total // SINGLE_FILE_VALIDATION)
+        return (0, edge) if self.dataset.split == "train" else (edge, total)
+
+    def bad(self, reason: str) -> None:
+        text = f"{self.path} cannot be read ({' '.join(reason.split())[:150]})"
+        if not self.dataset.skip_bad_files:
+            raise InputError(f"{text}; get it again, or set skip_bad_files to go on without it")
+        warnings.warn(f"{text}; skipped", stacklevel=3)
+
+
+class Parquet(File):
+    @cached_property
+    def footer(self) -> pq.FileMetaData | None:
+        """None for a file that is to be skipped."""
+        try:
+            footer = pq.read_metadata(self.path)
+        except (pa.ArrowException, OSError) as error:
+            return self.bad(f"truncated or no parquet: {error}")
+        schema = footer.schema.to_arrow_schema()
+        if COLUMN not in schema.names:
+            raise InputError(f"{self.path} has no column {COLUMN!r}; it has {', '.join(schema.names)}")
+        kind = str(schema.field(COLUMN).type)
+        if kind not in ("string", "large_string", "string_view"):
+            raise InputError(f"{self.path}: column {COLUMN!r} is {kind}, not text")
+        return footer
+
+    def units(self, readers: int) -> list[tuple[int, int, int]]:
+        """(row group, first row, end row); row groups are sliced where they are fewer than the readers."""
+        if self.footer is None:
+            return []
+        first, end = self.bounds(self.footer.num_rows)
+        slices, found, offset = -(-readers // max(self.footer.num_row_groups, 1)), [], 0
+        for group in range(self.footer.num_row_groups):
+            rows = self.footer.row_group(group).num_rows
+            found += [(group, a, b) for a, b in cut(max(first - offset, 0), min(end - offset, rows), slices)]
+            offset += rows
+        return found
+
+    def read(self, unit: tuple[int, int, int]) -> list[str | None]:
+        group, first, end = unit
+        try:
+            return self.dataset.row_group(self.path, group).slice(first, end - first).to_pylist()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            self.bad(f"row group {group}: {error}")
+            return []
+
+
+class Jsonl(File):
+    def units(self, readers: int) -> list[tuple[int, int]]:
+        """(first byte, end byte), for the lines that begin there."""
+        first, end = self.bounds(self.path.stat().st_size)
+        return cut(first, end, max(readers, -(-(end - first) // JSONL_UNIT)))
+
+    def read(self, unit: tuple[int, int]) -> list[str]:
+        first, end = unit
+        found = []
+        with open(self.path, "rb") as file:
+            if first:
+                file.seek(first - 1)
+                file.readline()  # the rest of a line that began in the unit before
+            while (at := file.tell()) < end and (line := file.readline()):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    self.bad(f"the line at byte {at} is not JSON: {error}")
+                    continue
+                if not isinstance(row, dict) or not isinstance(row.get(COLUMN), str):
+                    raise InputError(f"{self.path}: the line at byte {at} has no text under {COLUMN!r}")
+                # JSON may spell half of a surrogate pair, which is no character and which no tokenizer takes: "?".
+                found.append(row[COLUMN].encode(errors="replace").decode())
+        return found
+
+
+class Memory:
+    """Documents that are here already."""
+
+    def __init__(self, documents: list[str]):
+        self.documents = documents
+
+    def units(self, readers: int) -> list[tuple[int, int]]:
+        return cut(0, len(self.documents), readers)
+
+    def read(self, unit: tuple[int, int]) -> list[str]:
+        return self.documents[slice(*unit)]
+
+
+def cut(first: int, end: int, pieces: int) -> list[tuple[int, int]]:
+    """[first, end) in `pieces` nearly equal ranges, without empty ones."""
+    edges = [first + (end - first) * i // pieces for i in range(pieces + 1)]
+    return [(a, b) for a, b in pairwise(edges) if a < b]
