@@ -152,6 +152,16 @@ def test_long_conversations_lose_their_oldest_turns_but_not_the_system_message(e
     assert len(engine.encode(kept)) + 60 <= engine.length and 2 < len(kept) < len(messages)
 
 
+def test_dropping_turns_of_a_very_long_conversation_reads_it_few_times(engine, monkeypatch):
+    lengths, encode = [], engine.encode
+    monkeypatch.setattr(engine, "encode", lambda messages: lengths.append(len(messages)) or encode(messages))
+    turns = [{"role": role, "content": f"turn {i}"} for i in range(200) for role in ("user", "assistant")]
+    kept = engine.fit([*turns, {"role": "user", "content": "last"}], room=60)
+    assert len(lengths) < 12 and kept[-1]["content"] == "last"
+    one_more = turns[-len(kept) - 1 :] + kept[-1:]  # the turn before what was kept would not have fit
+    assert len(encode(one_more)) + 60 > engine.length >= len(encode(kept)) + 60
+
+
 def test_text_decoder_gives_bad_bytes_as_replacement_characters_and_keeps_going(talker):  # noqa: F811
     _, tokenizer = talker
     letter = {byte: tokenizer.convert_tokens_to_ids(name) for name, byte in BYTE_OF.items()}

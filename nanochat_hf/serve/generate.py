@@ -16,6 +16,7 @@ feeds requests from a queue, evaluation hands over thousands at once.
 import codecs
 import concurrent.futures
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ BYTE_OF = byte_letters()
 
 
 class Engine:
-    """Streams answers of a nanochat model; not thread-safe but for `submit` and `Request.cancelled`.
+    """Streams answers of a nanochat model; not thread-safe but for `Request.cancelled`.
 
     Args:
         model: `NanoChatForCausalLM`, ours or transformers' own. On CUDA it runs in bfloat16 unless `dtype` is given.
@@ -395,12 +396,14 @@ class Engine:
         """`messages` without the oldest turns, so that prompt and `room` more tokens fit; the system message stays."""
         system = [m for m in messages[:1] if m["role"] == "system"]
         turns = messages[len(system) :]
-        while len(self.encode(system + turns)) + room > self.length:
-            later = [i for i, m in enumerate(turns) if m["role"] == "user" and i > 0]
-            if not later:
-                break  # the last question alone: submit says if it is too long, else the answer is cut
-            turns = turns[later[0] :]
-        return system + turns
+        starts = [0, *(i for i, m in enumerate(turns) if m["role"] == "user" and i > 0)]
+
+        def fits(start: int) -> bool:
+            return len(self.encode(system + turns[start:])) + room <= self.length
+
+        first = bisect_left(starts, True, key=fits)  # fewer turns are never longer
+        # If not even the last question fits, it is asked alone: submit says if it is too long, else the answer is cut.
+        return system + turns[starts[min(first, len(starts) - 1)] :]
 
     def stream(self, messages: list[dict], **options) -> Iterator[Piece]:
         """Answer a conversation; pieces of text, calls and results as they come. Closing the iterator stops it."""
