@@ -314,3 +314,21 @@ def test_a_mixture_is_read_from_yaml_and_from_the_command_line(tmp_path):
         assert parse_config(config, path, {"dataset": "[{dataset: x}]"}).dataset == [{"dataset": "x"}]
     with pytest.raises(InputError, match="dataset is no valid YAML list or mapping"):
         parse_config(PretrainConfig, path, {"dataset": "[{dataset: x"})
+
+
+def epochs(stream: DocumentStream, count: int) -> list[str]:
+    return [text for _ in range(count) for text in stream]
+
+
+def test_only_empty_texts_end_a_reader_instead_of_keeping_it_searching(tmp_path):
+    write_jsonl(tmp_path / "empty.jsonl", [""] * 20)
+    for rank in range(3):
+        with pytest.raises(InputError, match=r"the train split of .*empty\.jsonl has empty texts only"):
+            epochs(DocumentStream(tmp_path / "empty.jsonl", rank=rank, world_size=3), 5)
+
+
+def test_a_share_that_is_empty_in_some_epochs_is_no_error(tmp_path):
+    for number, text in enumerate(("one", "validation")):
+        write_parquet(tmp_path / f"{number}.parquet", [text])
+    shares = [epochs(DocumentStream(tmp_path, rank=rank, world_size=8), 40) for rank in range(8)]
+    assert [len(share) for share in shares] == [5] * 8

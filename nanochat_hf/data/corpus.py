@@ -71,6 +71,7 @@ class DocumentStream:
         self._start = 0  # units of all finished files, since the very beginning
         self._unit = 0  # units finished in the current file
         self._row = 0  # documents handed out of the current unit
+        self._idle = 0  # epochs in a row without a text for this reader
 
     def reader(self, rank: int, world_size: int) -> "DocumentStream":
         """Another reader's stream from the beginning, over the same opened files."""
@@ -79,7 +80,7 @@ class DocumentStream:
         return other
 
     def __iter__(self) -> Iterator[str]:
-        files = [self.source.files[number] for number in self._order(len(self.source.files), "files")]
+        files, found = [self.source.files[number] for number in self._order(len(self.source.files), "files")], False
         while self._file < len(files):
             file = files[self._file]
             for following in files[self._file + 1 : self._file + 2]:
@@ -93,12 +94,17 @@ class DocumentStream:
                     while self._row < len(rows):
                         self._row += 1
                         if text := rows[row_order[self._row - 1]]:
+                            found = True
                             yield text
                 self._unit, self._row = self._unit + 1, 0
             self._file, self._unit, self._start = self._file + 1, 0, self._start + len(units)
         if self._start == 0:
             raise InputError(f"the {self.source.split} split of dataset {self.source.dataset} has no documents")
-        self.epoch, self._file = self.epoch + 1, 0
+        self.epoch, self._file, self._idle = self.epoch + 1, 0, 0 if found else self._idle + 1
+        if self._idle > self.world_size:  # by now each reader has had a unit, even if an epoch has only one
+            raise InputError(
+                f"the {self.source.split} split of dataset {self.source.dataset} has no text, only empty ones"
+            )
 
     def _order(self, count: int, what: str) -> range | list[int]:
         if self.epoch == 0:
