@@ -102,9 +102,7 @@ class DocumentStream:
             raise InputError(f"the {self.source.split} split of dataset {self.source.dataset} has no documents")
         self.epoch, self._file, self._idle = self.epoch + 1, 0, 0 if found else self._idle + 1
         if self._idle > self.world_size:  # by now each reader has had a unit, even if an epoch has only one
-            raise InputError(
-                f"the {self.source.split} split of dataset {self.source.dataset} has no text, only empty ones"
-            )
+            raise InputError(f"the {self.source.split} split of dataset {self.source.dataset} has empty texts only")
 
     def _order(self, count: int, what: str) -> range | list[int]:
         if self.epoch == 0:
