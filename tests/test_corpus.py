@@ -324,7 +324,7 @@ def test_only_empty_texts_end_a_reader_instead_of_keeping_it_searching(tmp_path)
     write_jsonl(tmp_path / "empty.jsonl", [""] * 20)
     for rank in range(3):
         with pytest.raises(InputError, match=r"the train split of .*empty\.jsonl has empty texts only"):
-            epochs(DocumentStream(tmp_path / "empty.jsonl", rank=rank, world_size=3), 5)
+            epochs(DocumentStream(tmp_path / "empty.jsonl", rank=rank, world_size=3), 62)
 
 
 def test_a_share_that_is_empty_in_some_epochs_is_no_error(tmp_path):
@@ -332,3 +332,5 @@ def test_a_share_that_is_empty_in_some_epochs_is_no_error(tmp_path):
         write_parquet(tmp_path / f"{number}.parquet", [text])
     shares = [epochs(DocumentStream(tmp_path, rank=rank, world_size=8), 40) for rank in range(8)]
     assert [len(share) for share in shares] == [5] * 8
+    write_jsonl(tmp_path / "few.jsonl", ["a long line of text " * 9] * 64)  # four lines of validation for 64 readers
+    assert all(epochs(DocumentStream(tmp_path / "few.jsonl", "validation", rank, 64), 600) for rank in range(0, 64, 9))
