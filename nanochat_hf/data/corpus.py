@@ -103,7 +103,9 @@ class DocumentStream:
         self.epoch, self._file, self._idle = self.epoch + 1, 0, 0 if found else self._idle + 1
         # A share of an epoch may well be empty (a slice in which no line begins), but not so often by chance.
         if self._idle > 20 * self.world_size:
-            raise InputError(f"the {self.source.split} split of dataset {self.source.dataset} has empty texts only")
+            raise InputError(
+                f"the {self.source.split} split of dataset {self.source.dataset} has no text: all is empty or unreadable"
+            )
 
     def _order(self, count: int, what: str) -> range | list[int]:
         if self.epoch == 0:
