@@ -323,7 +323,7 @@ def epochs(stream: DocumentStream, count: int) -> list[str]:
 def test_only_empty_texts_end_a_reader_instead_of_keeping_it_searching(tmp_path):
     write_jsonl(tmp_path / "empty.jsonl", [""] * 20)
     for rank in range(3):
-        with pytest.raises(InputError, match=r"the train split of .*empty\.jsonl has no text: all is empty"):
+        with pytest.raises(InputError, match=r"train split of .*empty\.jsonl has no text"):
             epochs(DocumentStream(tmp_path / "empty.jsonl", rank=rank, world_size=3), 62)
 
 

@@ -104,7 +104,7 @@ class DocumentStream:
         # A share of an epoch may well be empty (a slice in which no line begins), but not so often by chance.
         if self._idle > 20 * self.world_size:
             raise InputError(
-                f"the {self.source.split} split of dataset {self.source.dataset} has no text: all is empty or unreadable"
+                f"{self.source.split} split of dataset {self.source.dataset} has no text: it is empty or unreadable"
             )
 
     def _order(self, count: int, what: str) -> range | list[int]:
