@@ -5,7 +5,8 @@
     python scripts/bench_scaling.py --depths 32,36,40,44,48      # the largest depth that fits, 4 rows at once
     python scripts/bench_scaling.py --cpu                        # the same machinery, tiny, over gloo
 
-Each row is a run of its own of the real loop (train/pretrain.py, its loader included) under configs/accelerate/*.yaml,
+Each row is a run of its own of the real loop (train/pretrain.py, its loader included) under a file of
+configs/accelerate/ (by its name) or another launch file (by its path),
 16 x 2,048 tokens a GPU at once and 1M tokens a step unless --accumulation says otherwise; numbers of GPUs that this
 machine does not have are left out. All runs share one cache of compiled programs, so only the first time to the first
 step is a cold one. Without --dataset the text is made of random words. Scaling is tok/s over (GPUs x tok/s of one GPU
@@ -65,6 +66,8 @@ def ours(settings: dict) -> dict:
     run = Timed(
         PretrainConfig(**settings["config"]), settings["tokenizer"], Path(settings["output"]), None, None, None
     )
+    if run.rows < run.config.device_batch_size:  # the loop would go on with fewer
+        sys.exit(f"{run.config.device_batch_size} rows do not fit")
     return run.run()
 
 
@@ -102,7 +105,8 @@ def launch(name: str, gpus: int, settings: dict, options) -> dict | None:
     if gpus > 1 and settings["kind"] == "peer":
         words += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
     elif gpus > 1:
-        path = ROOT / "configs" / "accelerate" / f"{settings['kind']}.yaml"
+        path = Path(settings["kind"])
+        path = path if path.suffix else ROOT / "configs" / "accelerate" / f"{path}.yaml"
         words = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(path)]
         words += ["--num_processes", str(gpus), "--main_process_port", "0"]
     cache = options.work.resolve() / "compiled"
@@ -180,7 +184,7 @@ def speeds(options, counts: list[int]) -> None:
                 settings |= {"output": str(options.work / "run"), "depth": recipe.depth, "rows": options.rows}
                 settings |= {"warmup": options.warmup, "steps": options.steps, "attention": options.attention}
                 settings["accumulation"] = config.total_batch_size // (options.rows * config.max_seq_len * gpus)
-                name = "karpathy/nanochat" if kind == "peer" else f"{kind}, {precision}"
+                name = "karpathy/nanochat" if kind == "peer" else f"{Path(kind).stem}, {precision}"
                 found = launch(name, gpus, settings, options)
                 if found is None:
                     continue
@@ -218,7 +222,7 @@ def depths(options, counts: list[int]) -> None:
             if found is None:
                 break
             speed, memory = f"{found['tok_s']:,.0f}", f"{found['bytes'] / 2**30:.1f}"
-            rows.append((kind, gpus, f"d{depth}", f"{found['parameters'] / 1e9:.2f}B", memory, speed))
+            rows.append((Path(kind).stem, gpus, f"d{depth}", f"{found['parameters'] / 1e9:.2f}B", memory, speed))
             device = found["device"]
     if not rows:
         sys.exit("error: no depth fits")

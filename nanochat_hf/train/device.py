@@ -17,7 +17,12 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    gather_object,
+)
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -168,6 +173,7 @@ def choose_rows(
     """
     rows = rows_that_fit(made, free_memory(device), world, dtype.itemsize) if wanted == -1 else wanted
     if wanted == -1:
+        rows = min(gather_object([rows]))  # of all processes: they take part in equally many micro-steps
         say(f"device_batch_size: {rows} rows of {made.max_seq_len} tokens, chosen by the free memory")
     if rows < 1 or made.total_batch_size % (rows * made.max_seq_len * world):
         raise InputError(

@@ -6,6 +6,7 @@ the network's (no autocast). GPUs without bf16 compute in float16 from float32 e
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -117,6 +118,13 @@ def with_loss(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bo
 
 def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def shard(model: nn.Module) -> None:
+    """Under FSDP2: have its modules give up the whole weights that a forward pass left in them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

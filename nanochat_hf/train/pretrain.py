@@ -38,7 +38,7 @@ from ..run import begin, finish
 from . import checkpoint
 from .device import check_cost, choose_rows, fetch, fits, listening, start_accelerator, to_device, undisturbed_by_gc
 from .monitor import Evaluator, SpikeAlarm, line, status
-from .network import compute_dtype, gradient_norm, new_model, scale_gradients, shape_of, with_loss
+from .network import compute_dtype, gradient_norm, new_model, scale_gradients, shape_of, shard, with_loss
 from .optim import MuonAdamW, param_groups
 from .scaling import peak_flops, plan
 from .schedule import Factors
@@ -182,6 +182,8 @@ class Pretraining:
         self.accelerator = start_accelerator(config.report_to, output)
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        # Whether FSDP2 leaves weights whole until a step is done, which the launch file decides.
+        self.whole = self.sharded and not self.accelerator.state.fsdp_plugin.reshard_after_forward
         self.record = begin(config)
         set_seed(config.seed)
         with main_first("loading the tokenizer"):
@@ -296,8 +298,10 @@ class Pretraining:
                 group["weight_decay"] = options["weight_decay"] * factors.weight_decay
                 group["momentum"] = factors.momentum
         loss = torch.zeros((), device=self.device)
-        for _ in range(self.accumulation):
+        for left in reversed(range(self.accumulation)):
             ids, targets = to_device(next(self.loader), self.device)
+            if self.whole:
+                self.loss_model.set_reshard_after_backward(left == 0)
             with self.accelerator.accumulate(self.loss_model):  # reduces gradients with the last of them only
                 part = self.loss_model(ids, targets)
                 self.accelerator.backward(part if self.loss_scale == 1 else part * self.loss_scale)
@@ -374,6 +378,8 @@ class Pretraining:
             for text in texts:
                 self.print(f"step {self.step}: {text}")
         self.loss_model.train()
+        if self.whole and found:
+            shard(self.loss_model)
         on_curve = self.step == 1 or self.due(max(1, self.plan.num_iterations // HISTORY), at_end=True)
         if found or on_curve or self.due(config.log_every):
             self.accelerator.log({k: v for k, v in (told | found).items() if v is not None}, step=self.step)
