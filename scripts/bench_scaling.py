@@ -177,6 +177,7 @@ def speeds(options, counts: list[int]) -> None:
     for precision in options.precisions.split(","):
         for gpus in counts:
             contenders = options.configs.split(",") if gpus > 1 else ["one GPU"]
+            contenders = [kind for kind in contenders if kind]  # --configs= for the peer alone
             for kind in contenders + (["peer"] if options.peer and precision == "bf16" else []):
                 depth = 2 if options.cpu else recipe.depth
                 config = config_of(options, depth, gpus, precision, options.rows, options.accumulation, dataset)
