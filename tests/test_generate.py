@@ -7,8 +7,9 @@ import pytest
 import torch
 from talker import QUESTIONS, talker  # noqa: F401
 
+from nanochat_hf.data.bpe import byte_alphabet
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.generate import BYTE_OF, Engine, Request, TextDecoder
+from nanochat_hf.serve.generate import CALL_MARKS, Engine, Request, TextDecoder, meanings
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_dropping_turns_of_a_very_long_conversation_reads_it_few_times(engine, m
 
 def test_text_decoder_gives_bad_bytes_as_replacement_characters_and_keeps_going(talker):  # noqa: F811
     _, tokenizer = talker
-    letter = {byte: tokenizer.convert_tokens_to_ids(name) for name, byte in BYTE_OF.items()}
+    letter = dict(enumerate(tokenizer.convert_tokens_to_ids(byte_alphabet())))
     decoder = TextDecoder(tokenizer)
     euro = [letter[byte] for byte in "€".encode()]
     assert decoder.push(euro[:2]) == [] and decoder.push(euro[2:]) == ["€"]
@@ -172,5 +173,22 @@ def test_text_decoder_gives_bad_bytes_as_replacement_characters_and_keeps_going(
     assert decoder.push(euro[:1]) == [] and decoder.push([], last=True) == ["\ufffd"]
 
 
-def test_byte_table_covers_every_byte_once():
-    assert sorted(BYTE_OF.values()) == list(range(256)) and BYTE_OF["Ġ"] == ord(" ") and BYTE_OF["a"] == ord("a")
+def test_the_table_of_meanings_is_what_the_tokenizer_says(talker):  # noqa: F811
+    _, tokenizer = talker
+    table = meanings(tokenizer)
+    assert set(table) == set(range(len(tokenizer))) and meanings(tokenizer) is table
+    specials = {token for token, meaning in table.items() if isinstance(meaning, str)}
+    assert specials == set(tokenizer.all_special_ids)
+    for token in set(table) - specials:
+        assert table[token].decode(errors="replace") == tokenizer.decode([token])
+    kinds = [table[token] for token in tokenizer.convert_tokens_to_ids(list(CALL_MARKS))]
+    assert kinds == ["call", "text", "result", "text"] and table[tokenizer.bos_token_id] == ""
+    assert TextDecoder(tokenizer).push([len(tokenizer) + 5]) == []  # a padding row of the head
+
+
+def test_a_cancelled_request_is_among_what_comes_out(talker):  # noqa: F811
+    engine = Engine(*talker, rows=1)
+    running, waiting = (engine.submit(Request(engine.encode(ask("Hello")), 100)) for _ in range(2))
+    engine.advance()
+    running.cancelled = waiting.cancelled = True
+    assert engine.advance()[:2] == [(running, []), (waiting, [])]

@@ -84,6 +84,51 @@ def test_a_time_limit_cuts_the_answer_and_frees_the_row(worker):
     assert ask(worker, "What is 5 + 6?") == ("It is 11.", "stop")
 
 
+def test_all_rows_of_a_turn_wake_the_loop_once(worker):
+    worker.wake_ups = 0
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        real = loop.call_soon_threadsafe
+
+        def counted(*args):
+            worker.wake_ups += 1
+            return real(*args)
+
+        loop.call_soon_threadsafe = counted
+        answers = [Answer([worker], Request(prompt(worker), 40)) for _ in range(2)]
+        await asyncio.gather(*(answer.whole(never) for answer in answers))
+
+    asyncio.run(run())
+    assert 40 <= worker.wake_ups <= 45  # two rows, forty steps of one token each
+
+
+def test_a_stream_left_early_frees_the_row_and_its_timer(worker):
+    async def run():
+        answer = Answer([worker], Request(prompt(worker), 200))
+        batches = answer.batches()
+        tokens, _ = await anext(batches)
+        await batches.aclose()
+        return answer, tokens
+
+    answer, tokens = asyncio.run(run())
+    assert tokens and answer.request.cancelled and answer.ended.done() and answer.timer.cancelled()
+
+
+def test_a_reader_slower_than_the_model_gets_everything(worker):
+    async def run():
+        answer = Answer([worker], Request(prompt(worker), 120))
+        found, said = [], ""
+        async for tokens, pieces in answer.batches():
+            found += tokens
+            said += "".join(pieces)
+            await asyncio.sleep(0.05)
+        return answer, found, said
+
+    answer, found, said = asyncio.run(run())
+    assert found == answer.request.tokens and said == QUESTIONS["Hello"][0][1]
+
+
 def test_a_client_that_left_frees_the_row(worker):
     async def gone():
         return True

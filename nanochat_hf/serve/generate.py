@@ -20,10 +20,12 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from ..data.bpe import byte_alphabet
 from ..data.tokenizer import load_tokenizer, plain_backend
 from ..errors import InputError
 from ..tools import calculate
@@ -67,50 +69,55 @@ class Request:
     cancelled: bool = False  # set it (from any thread) to end the request early
 
 
+_meanings: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def meanings(tokenizer) -> dict[int, bytes | str]:
+    """What each id is to a reader: a token's bytes, or for a special token the kind of what follows it.
+
+    The kind is "" where a special token changes nothing. Made once a tokenizer: a server looks up every token here.
+    """
+    if tokenizer not in _meanings:
+        names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        byte_of = str.maketrans({letter: chr(byte) for byte, letter in enumerate(byte_alphabet())})
+        table = {
+            token: name.translate(byte_of).encode("latin-1", "replace") for token, name in enumerate(names) if name
+        }
+        table |= dict.fromkeys(tokenizer.all_special_ids, "")
+        table |= zip(tokenizer.convert_tokens_to_ids(list(CALL_MARKS)), ("call", "text", "result", "text"))
+        _meanings[tokenizer] = table
+    return _meanings[tokenizer]
+
+
 class TextDecoder:
     """Token ids -> pieces of text as they come. Bytes that are not yet a whole character wait for the rest."""
 
     def __init__(self, tokenizer):
-        self.kind, self.tokenizer = "text", tokenizer
-        self.marks = dict(zip(tokenizer.convert_tokens_to_ids(list(CALL_MARKS)), ("call", "text", "result", "text")))
-        self.specials = set(tokenizer.all_special_ids)
+        self.kind, self.meanings = "text", meanings(tokenizer)
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: list[int], last: bool = False) -> list[Piece]:
         """The pieces that `ids` complete; `last` also gives out what still waits."""
         pieces: list[Piece] = []
+        run: list[bytes] = []
 
-        def give(data: bytes, final: bool):
-            if text := self.utf8.decode(data, final):
-                if pieces and pieces[-1].kind == self.kind:
-                    pieces[-1] = Piece(pieces[-1] + text, self.kind)
-                else:
-                    pieces.append(Piece(text, self.kind))
+        def give(final: bool):
+            if text := self.utf8.decode(b"".join(run), final):
+                pieces.append(Piece(text, self.kind))
+            run.clear()
 
         for token in ids:
-            if token in self.specials:
-                give(b"", True)
-                self.kind = self.marks.get(token, self.kind)
+            meaning = self.meanings.get(token, b"")  # a padding row of the head means nothing
+            if isinstance(meaning, bytes):
+                run.append(meaning)
             else:
-                give(self.bytes_of(token), False)
-        if last:
-            give(b"", True)
+                give(True)
+                self.kind = meaning or self.kind
+        give(last)
         return pieces
 
-    def bytes_of(self, token: int) -> bytes:
-        name = self.tokenizer.convert_ids_to_tokens(token)
-        return b"" if name is None else bytes(BYTE_OF[letter] for letter in name)  # None: a padding row of the head
-
-
-def byte_letters() -> dict[str, int]:
-    """The letters by which byte-level tokenizers write the 256 bytes (GPT-2's table), and the bytes they mean."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = {chr(byte): byte for byte in shown}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return letters | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
-BYTE_OF = byte_letters()
+    def is_special(self, token: int) -> bool:
+        return isinstance(self.meanings.get(token), str)
 
 
 class Engine:
@@ -236,15 +243,17 @@ class Engine:
         return ended + events
 
     def drop_cancelled(self) -> list[tuple[Request, list[int]]]:
+        ended = []
         for row, request in enumerate(self.owners):
             if request is not None and request.cancelled:
                 self.decoder.release(row)
                 self.close(row, "cancelled")
-        ended = [request for request in self.waiting if request.cancelled]
-        for request in ended:
+                ended.append((request, []))
+        for request in [request for request in self.waiting if request.cancelled]:
             self.waiting.remove(request)
             request.finish = "cancelled"
-        return [(request, []) for request in ended]
+            ended.append((request, []))
+        return ended
 
     def admit(self) -> None:
         free = [row for row, owner in enumerate(self.owners) if owner is None]

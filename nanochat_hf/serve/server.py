@@ -14,6 +14,7 @@ oldest first; `dropped_messages` says how many. Token log-probabilities are not 
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import time
@@ -151,6 +152,8 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI):
+        gc.collect()
+        gc.freeze()  # else a full collection, of all that the libraries hold, stops every answer for a quarter second
         yield
         for worker in self.workers:
             worker.close()
@@ -200,7 +203,7 @@ class Server:
                 answers.append(Answer(self.workers, request, body.stop, self.max_seconds))
         except (Busy, Broken):
             for answer in answers:
-                answer.request.cancelled = True
+                answer.end()
             raise
         return answers
 
@@ -213,9 +216,12 @@ class Server:
             raise InputError("this model knows one tool: a function named python with one argument, expression")
         messages = [{"content": "", **message.model_dump(exclude_none=True)} for message in body.messages]
         room = min(body.max_completion_tokens or body.max_tokens or self.max_new_tokens, self.engine.length // 4)
-        kept = self.engine.fit(messages, room)
+        kept, prompt = messages, self.engine.encode(messages)
+        if len(prompt) + room > self.engine.length:  # rarely, so that most are encoded only once
+            kept = self.engine.fit(messages, room)
+            prompt = self.engine.encode(kept)
         head = {"dropped_messages": len(messages) - len(kept)} if len(kept) < len(messages) else {}
-        return await self.reply(http, body, self.engine.encode(kept), head, stop_at_call=by_client, tools=tools)
+        return await self.reply(http, body, prompt, head, stop_at_call=by_client, tools=tools)
 
     async def completions(self, body: CompletionBody, http: HTTPRequest):
         prompt = body.prompt
@@ -241,7 +247,7 @@ class Server:
             await asyncio.gather(*(answer.whole(http.is_disconnected) for answer in answers))
             said = [{"message": message_of(a)} if chat else {"text": text_of(a.pieces)} for a in answers]
             choices = [choice(content, answer.reason, i) for i, (content, answer) in enumerate(zip(said, answers))]
-            return {**head, "choices": choices, "usage": usage(answers)}
+            return JSONResponse({**head, "choices": choices, "usage": usage(answers)})
 
         async def chunks() -> AsyncIterator[dict]:
             async for content, reason in deltas(answers[0], chat):
@@ -270,7 +276,7 @@ class Server:
             decoder = TextDecoder(self.tokenizer)
             tokens = [tgi_token(token, decoder) for token in answer.request.tokens]
             reply["details"] = {**tgi_end(answer), "prefill": [], "tokens": tokens}
-        return [reply] if path == "/" else reply
+        return JSONResponse([reply] if path == "/" else reply)
 
     async def tgi_events(self, answer: Answer) -> AsyncIterator[dict]:
         """One event a token; the last one carries the whole text and why it ended."""
@@ -287,8 +293,8 @@ class Server:
 
 
 def tgi_token(token: int, decoder: TextDecoder) -> dict:
-    special = token in decoder.specials
-    return {"id": token, "text": text_of(decoder.push([token])), "logprob": None, "special": special}
+    text = text_of(decoder.push([token]))
+    return {"id": token, "text": text, "logprob": None, "special": decoder.is_special(token)}
 
 
 def tgi_end(answer: Answer) -> dict:
@@ -308,11 +314,12 @@ async def deltas(answer: Answer, chat: bool) -> AsyncIterator[tuple[dict, str | 
     if chat:
         yield {"delta": {"role": "assistant", "content": ""}}, None
     async for _, pieces in answer.batches():
-        for piece in pieces:
-            if piece.kind == "text":
-                yield {"delta": {"content": str(piece)}} if chat else {"text": str(piece)}, None
+        for kind, group in itertools.groupby(pieces, lambda piece: piece.kind):  # several if the reader is slow
+            text = "".join(group)
+            if kind == "text":
+                yield {"delta": {"content": text}} if chat else {"text": text}, None
             elif chat and not answer.request.stop_at_call:
-                yield {"delta": {"content": "", "tool": {piece.kind: str(piece)}}}, None
+                yield {"delta": {"content": "", "tool": {kind: text}}}, None
     if answer.reason == "tool_calls":
         yield {"delta": {"tool_calls": [{"index": 0, **call} for call in message_of(answer)["tool_calls"]]}}, None
     yield {"delta": {}} if chat else {"text": ""}, answer.reason

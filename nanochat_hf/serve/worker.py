@@ -8,7 +8,6 @@ strings and at a time limit. `server` builds its routes on them.
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 
 import torch
@@ -18,6 +17,9 @@ from .generate import Engine, Piece, Request, TextDecoder
 # One engine is made at a time: transformers sets torch's default dtype, which all threads share, while it loads, and
 # the second engine finds the kernels that the first one compiled.
 LOADING = threading.Lock()
+HANG_UP_CHECK = 0.5  # seconds between two looks whether the reader of a whole answer is still there
+
+Sink = Callable[[list[int] | None], None]
 
 
 class Broken(RuntimeError):
@@ -36,7 +38,7 @@ class Worker(threading.Thread):
         self.make_engine, self.device, self.max_waiting = make_engine, device, max_waiting
         self.engine: Engine | None = None  # None until `ready` is set
         self.error: Exception | None = None
-        self.sinks: dict[Request, Callable[[list[int] | None], None]] = {}
+        self.sinks: dict[Request, tuple[Sink, asyncio.AbstractEventLoop | None]] = {}
         self.inbox: list[Request] = []
         self.wake, self.ready, self.stopping = threading.Condition(), threading.Event(), False
 
@@ -54,8 +56,7 @@ class Worker(threading.Thread):
         finally:
             self.ready.set()
             with self.wake:
-                for sink in self.sinks.values():
-                    sink(None)
+                hand_over([(sink, None) for sink in self.sinks.values()])
                 self.sinks.clear()
 
     def turn(self) -> None:
@@ -65,12 +66,13 @@ class Worker(threading.Thread):
             arrived, self.inbox = self.inbox, []
         for request in arrived:
             self.engine.submit(request)
+        given = []
         for request, tokens in self.engine.advance():
             if tokens:
-                self.sinks[request](tokens)
-        with self.wake:  # start_request adds to the sinks from another thread
-            for request in [request for request in self.sinks if request.finish]:
-                self.sinks.pop(request)(None)
+                given.append((self.sinks[request], tokens))
+            if request.finish:
+                given.append((self.sinks.pop(request), None))
+        hand_over(given)
 
     @property
     def load(self) -> int:
@@ -80,15 +82,18 @@ class Worker(threading.Thread):
     def broken(self) -> bool:
         return self.error is not None or self.stopping or not self.is_alive()
 
-    def start_request(self, request: Request, sink: Callable[[list[int] | None], None]) -> None:
-        """`sink` gets lists of tokens, then None. Raises InputError if the prompt cannot be run, Busy, Broken."""
+    def start_request(self, request: Request, sink: Sink, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """`sink` gets lists of tokens, then None; in `loop`, or in this thread if there is none.
+
+        Raises InputError if the prompt cannot be run, Busy, Broken.
+        """
         with self.wake:
             if self.broken:
                 raise Broken(f"the model is not running: {self.error}")
             self.engine.check(request.prompt)
             if self.load >= self.engine.decoder.rows + self.max_waiting:
                 raise Busy("the model is overloaded: try again in a few seconds")
-            self.sinks[request] = sink
+            self.sinks[request] = sink, loop
             self.inbox.append(request)
             self.wake.notify()
 
@@ -99,47 +104,95 @@ class Worker(threading.Thread):
         self.join(10)
 
 
+def hand_over(given: list[tuple[tuple[Sink, asyncio.AbstractEventLoop | None], list[int] | None]]) -> None:
+    """Call the sinks. All of one event loop in one call: to wake it costs more than to read a row's tokens."""
+    calls: dict[asyncio.AbstractEventLoop | None, list] = {}
+    for (sink, loop), tokens in given:
+        calls.setdefault(loop, []).append((sink, tokens))
+    for loop, some in calls.items():
+        if loop is None:
+            call_all(some)
+            continue
+        with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime: nobody listens any more
+            loop.call_soon_threadsafe(call_all, some)
+
+
+def call_all(calls: list[tuple[Sink, list[int] | None]]) -> None:
+    for sink, tokens in calls:
+        sink(tokens)
+
+
 class Answer:
     """One request under way: its tokens as pieces of text, cut at stop strings and at the time limit."""
 
     def __init__(self, workers: list[Worker], request: Request, stops: list[str] = (), max_seconds: float = 120.0):
         """Give the request to the running worker with the least to do; raises as `start_request` does."""
-        self.request, self.stops, self.max_seconds = request, [stop for stop in stops if stop], max_seconds
-        self.queue: asyncio.Queue = asyncio.Queue()
-        self.pieces: list[Piece] = []  # what has come so far
+        self.request, self.stops = request, [stop for stop in stops if stop]
+        self.tokens: list[int] = []  # what has come so far
+        self.pieces: list[Piece] = []
         self.held, self.stopped = "", False
         loop = asyncio.get_running_loop()
-
-        def sink(tokens: list[int] | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime: nobody listens any more
-                loop.call_soon_threadsafe(self.queue.put_nowait, tokens)
-
+        self.news, self.ended = asyncio.Event(), loop.create_future()
         self.worker = min(workers, key=lambda worker: (worker.broken, worker.load))
-        self.worker.start_request(request, sink)
+        self.worker.start_request(request, self.take, loop)
         self.decoder = TextDecoder(self.worker.engine.tokenizer)
+        self.timer = loop.call_later(max_seconds, self.take, None)
+
+    def take(self, tokens: list[int] | None) -> None:
+        """The worker's sink, which the event loop calls; None also when the time is up."""
+        if self.ended.done():
+            return
+        last = tokens is None
+        if last and self.worker.error is not None and not self.request.finish:
+            return self.end(Broken(f"the model stopped: {self.worker.error}"))
+        self.tokens += tokens or []
+        self.pieces += self.cut(self.decoder.push(tokens or [], last), last)
+        self.news.set()
+        if last or self.stopped:
+            self.end()
+
+    def end(self, error: Broken | None = None) -> None:
+        """Nothing more comes, or nobody wants it; frees the row."""
+        self.timer.cancel()
+        if not self.request.finish:
+            self.request.cancelled = True
+        if not self.ended.done():
+            self.ended.set_result(error)
+            self.news.set()
 
     async def batches(self) -> AsyncIterator[tuple[list[int], list[Piece]]]:
         """(tokens, pieces of text that they complete) as they come; ends the request when left early."""
-        deadline = time.monotonic() + self.max_seconds
-        last = False
+        num_tokens = num_pieces = 0
         try:
-            while not (last or self.stopped):
-                try:
-                    tokens = await asyncio.wait_for(self.queue.get(), max(0.0, deadline - time.monotonic()))
-                except TimeoutError:
-                    tokens = None
-                last = tokens is None
-                if last and self.worker.error is not None and not self.request.finish:
-                    raise Broken(f"the model stopped: {self.worker.error}")
-                pieces = self.cut(self.decoder.push(tokens or [], last), last)
-                self.pieces += pieces
-                yield tokens or [], pieces
+            while not self.ended.done() or self.news.is_set():
+                await self.news.wait()
+                self.news.clear()
+                tokens, pieces = self.tokens[num_tokens:], self.pieces[num_pieces:]
+                num_tokens, num_pieces = len(self.tokens), len(self.pieces)
+                yield tokens, pieces
+            self.check()
         finally:
-            if not self.request.finish:
-                self.request.cancelled = True
+            self.end()
+
+    async def whole(self, gone: Callable) -> list[Piece]:
+        """All pieces; gives up when `await gone()`, asked now and then, says that nobody waits any more."""
+        try:
+            while not (await asyncio.wait([self.ended], timeout=HANG_UP_CHECK))[0]:
+                if await gone():
+                    self.end()
+            self.check()
+        finally:
+            self.end()
+        return self.pieces
+
+    def check(self) -> None:
+        if error := self.ended.result():
+            raise error
 
     def cut(self, pieces: list[Piece], last: bool) -> list[Piece]:
         """Drop what follows a stop string; hold back text that may be the beginning of one, if more can come."""
+        if not self.stops:
+            return pieces
         given = []
         for piece in pieces:
             if piece.kind != "text":
@@ -159,13 +212,6 @@ class Answer:
         if last:
             given.append(Piece(self.held))
         return [piece for piece in given if piece]
-
-    async def whole(self, gone: Callable) -> list[Piece]:
-        """All pieces; gives up when `await gone()` says that nobody waits any more."""
-        async for _ in self.batches():
-            if await gone():
-                self.request.cancelled = True
-        return self.pieces
 
     @property
     def reason(self) -> str:
