@@ -40,7 +40,7 @@ def ours(depth: int, pattern: str, fp8: bool):
 
 
 def peer(depth: int, pattern: str, attention: str):
-    """The same of karpathy/nanochat, whose checkout is on sys.path."""
+    """The same of karpathy/nanochat, whose checkout is on sys.path; "fp8" is "flex" with its 8-bit products."""
     from nanochat import flash_attention
     from nanochat.gpt import GPT, GPTConfig
 
@@ -50,7 +50,15 @@ def peer(depth: int, pattern: str, attention: str):
         model = GPT(GPTConfig(**shape, window_pattern=pattern))
     model.to_empty(device="cuda")
     model.init_weights()
-    if attention == "flex" and not flash_attention.USE_FA3:
+    if attention == "fp8":
+        from nanochat.fp8 import convert_to_float8_training
+
+        def wide(module, name):  # as its scripts/base_train.py chooses
+            sizes = module.in_features, module.out_features
+            return min(sizes) >= 128 and not any(size % 16 for size in sizes)
+
+        convert_to_float8_training(model, module_filter_fn=wide)
+    if attention in ("flex", "fp8") and not flash_attention.USE_FA3:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         def masked(window):
@@ -120,7 +128,7 @@ def contender(name: str, config: str, steps: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", default="d24x16,d12x32")
-    parser.add_argument("--contenders", help="ours, ours:L, ours:fp8, peer:flex, peer:sdpa; left out, all there are")
+    parser.add_argument("--contenders", help="default: ours,ours:L,ours:fp8,peer:flex,peer:sdpa,peer:fp8")
     parser.add_argument("--peer", help="path of a karpathy/nanochat checkout")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -131,7 +139,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("error: bench_gpu needs a CUDA device; make bench measures a CPU")
-    every = "ours,ours:L,ours:fp8" + (",peer:flex,peer:sdpa" if arguments.peer else "")
+    every = "ours,ours:L,ours:fp8" + (",peer:flex,peer:sdpa,peer:fp8" if arguments.peer else "")
     names = (arguments.contenders or every).split(",")
     rows = []
     for config in arguments.configs.split(","):
