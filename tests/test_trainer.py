@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
 from nanochat_hf.train.checkpoint import save_momenta
+from nanochat_hf.train.grpo import RLConfig, train_rl
 from nanochat_hf.train.optim import MuonAdamW, param_groups
+from nanochat_hf.train.preference import PreferenceConfig, train_preference
 from nanochat_hf.train.scaling import RECIPES, optimizer_groups
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
 from nanochat_hf.train.trainer import StageTrainer, accumulation
@@ -60,6 +63,14 @@ def test_a_step_must_be_whole_batches():
     for total in (1000, 256, 0):
         with pytest.raises(InputError, match=f"tokens = {total} must be a multiple of 512, one batch of"):
             accumulation(CONFIG, "tokens", total, 128)
+
+
+@pytest.mark.parametrize("stage,launched", [("rl", "DEEPSPEED"), ("rl", "FSDP"), ("dpo", "DEEPSPEED")])
+def test_a_launch_that_keeps_weights_in_pieces_is_refused_before_anything_is_loaded(stage, launched, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{launched}", "true")
+    train, config = {"rl": (train_rl, RLConfig()), "dpo": (train_preference, PreferenceConfig(dataset="x"))}[stage]
+    with pytest.raises(InputError, match=f"^{stage} needs whole weights.*multi_gpu.yaml$"):
+        train(config, "nowhere", Path("nowhere"))
 
 
 def test_a_killed_stage_resumes_and_ends_with_the_same_weights(tiny_folder, tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise InputError(
             "pretraining needs whole matrices and DeepSpeed ZeRO flattens them: launch this stage with "
-            "configs/accelerate/multi_gpu.yaml or fsdp2.yaml (ZeRO works for sft)"
+            "configs/accelerate/multi_gpu.yaml or fsdp2.yaml (ZeRO works for mid-training and SFT)"
         )
     if report_to not in TRACKERS:
         raise InputError(f"report_to is {report_to!r}: choose one of {', '.join(TRACKERS)}")

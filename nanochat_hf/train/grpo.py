@@ -40,6 +40,7 @@ from .trainer import (
     StageConfig,
     StageTrainer,
     accumulation,
+    check_launch,
     conclude,
     fit,
     load_model,
@@ -216,6 +217,7 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
     eval.generation.Generator. Raises InputError for a data set without checkable answers, and for batch sizes that do
     not divide.
     """
+    check_launch("rl", "DeepSpeed", "FSDP")  # it generates with the weights that it trains
     record, output = begin(config), Path(output)
     processes()
     with main_first(f"loading {model}"):

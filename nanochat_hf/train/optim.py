@@ -13,7 +13,7 @@ Several processes, found out at every step (nothing is kept outside `param_group
   stack is computed; then everyone applies them. So the states differ by rank: each rank saves its own.
 - FSDP2, parameters are DTensors sharded by rows: one all-to-all brings each owner its whole matrices, one takes the
   rows of their orthogonal factors back. AdamW works on the local rows.
-- DeepSpeed ZeRO hands its optimizers flat partitions, in which no matrix is left: refused.
+- DeepSpeed ZeRO hands its optimizers flat partitions, in which no matrix is left: refused (see `trainer` for its own).
 """
 
 from collections import defaultdict

@@ -7,6 +7,7 @@ resumes and returns the log; `conclude` writes the folder that the next stage lo
 """
 
 import math
+import os
 import shutil
 import time
 import warnings
@@ -85,7 +86,7 @@ class StageConfig:
     """Rank of LoRA adapters, merged into the weights at the end; 0: train all weights."""
     lora_alpha: int = 32
     adamw_lr: float = 1e-3
-    """AdamW rate of the adapters, and of the matrices under DeepSpeed, where Muon cannot work."""
+    """AdamW rate of the adapters."""
     eval_every: int = -1
     """Steps between evaluations; -1: only at the ends."""
     save_every: int = -1
@@ -103,6 +104,16 @@ def on_cpu() -> bool:
 def processes() -> PartialState:
     """The job's processes. Without `cpu` Accelerate would take several on CPUs for strangers."""
     return PartialState(cpu=on_cpu())
+
+
+def check_launch(stage: str, *refused: str) -> None:
+    """Raises InputError if the job was launched with one of these, "DeepSpeed" or "FSDP"."""
+    for name in refused:
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
+            raise InputError(
+                f"{stage} needs whole weights between its steps, and {name} keeps them in pieces: launch it with "
+                "configs/accelerate/multi_gpu.yaml"
+            )
 
 
 def load_model(source: str, config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -207,14 +218,25 @@ class StageTrainer:
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             network, rates = self.model if model is None else model, self.rates()
-            if self.is_deepspeed_enabled:  # ZeRO hands out flat pieces, in which no matrix is left
-                groups = param_groups(network, {**rates, "matrix": rates["lora"]})
-                self.optimizer = torch.optim.AdamW(
-                    [{k: group[k] for k in ("params", "lr", "betas", "eps", "weight_decay")} for group in groups]
-                )
-                return self.optimizer
-            self.optimizer = MuonAdamW(param_groups(network, rates))
+            make = self.zero_optimizer if self.is_deepspeed_enabled else MuonAdamW
+            self.optimizer = make(param_groups(network, rates))
         return self.optimizer
+
+    def zero_optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
+        """DeepSpeed's own Muon and AdamW: ZeRO cuts matrices into flat pieces, after its own Muon has seen them.
+
+        The same rates serve: its updates are as large as ours. What it lacks is in `muon`: rows equilibrated, Polar
+        Express, NorMuon, cautious decay.
+        """
+        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # DeepSpeed takes seconds to import
+
+        for group in groups:
+            group["use_muon"] = group["kind"] == "muon"
+            for p in group["params"]:
+                p.use_muon = group["use_muon"]
+        # Scattered, a gradient would come in pieces; stage 3 insists on that.
+        self.accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["reduce_scatter"] = False
+        return MuonWithAuxAdam(groups)
 
     def rates(self) -> dict[str, dict]:
         """Options of each role's group: the generation's own rates, or those that the recipe names, x init_lr_frac."""
