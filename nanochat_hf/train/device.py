@@ -63,9 +63,7 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        if accelerator.device.type == "cpu":  # where Accelerate would, without a word, train with DDP
-            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-            PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        shard_on_cpu(accelerator)
         if (dtype := compute_dtype(accelerator.device)) != torch.float32:
             # gather half the bytes, but still add gradients in float32
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -77,6 +75,15 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
             f"--num_processes {launched}"
         )
     return accelerator
+
+
+def shard_on_cpu(accelerator: Accelerator) -> bool:
+    """Let FSDP2 shard on a CPU, where Accelerate would, without a word, train with DDP -> whether it was asked to."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.device.type == "cpu"
+    if asked:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    return asked
 
 
 def to_device(batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin, load_json, save_json
 from .fast import fuse
-from .network import compute_dtype
+from .network import compute_dtype, shard
 from .trainer import (
     StageConfig,
     StageTrainer,
@@ -101,6 +101,7 @@ class ChatTrainer(StageTrainer, SFTTrainer):
             number = (inputs["labels"][:, 1:] != -100).sum()
             sums += torch.stack((torch.where(number > 0, loss * number, 0), number))
         self.model.train()
+        shard(self.model)  # for what saves it
         loss, number = self.accelerator.reduce(sums, "sum").tolist()
         self.log({"eval_loss": loss / max(number, 1)})
         return {"eval_loss": loss / max(number, 1)}
@@ -247,7 +248,10 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
         momenta=Path(model) / "optimizer.pt" if config.load_optimizer else None,
     )
     if chatcore and config.chatcore_every > 0:
-        trainer.add_callback(ChatCore(trainer, chatcore))
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # each process would ask questions of its own
+            trainer.accelerator.print("chatcore_every is left out: this launch file keeps the weights in pieces")
+        else:
+            trainer.add_callback(ChatCore(trainer, chatcore))
     most = max(len(n) for part in (rows, held_out) if part for n in part["seq_lengths"]) if config.packing else 1
     trainer.fuse(config.device_batch_size * (most + 1))  # and one for a row's padding
     history = fit(trainer, output)

@@ -31,7 +31,8 @@ from .. import tool_loop
 from ..errors import InputError
 from ..run import finish, load_json, save_json
 from .checkpoint import load_momenta, save_model
-from .network import compute_dtype
+from .device import shard_on_cpu
+from .network import compute_dtype, shard
 from .optim import MuonAdamW, param_groups
 from .scaling import RECIPES, optimizer_groups
 from .schedule import Schedule
@@ -215,6 +216,10 @@ class StageTrainer:
         self.remove_callback(PrinterCallback)
         self.add_callback(StageCallback(self))
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = shard_on_cpu(self.accelerator) or self.is_fsdp_enabled
+
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             network, rates = self.model if model is None else model, self.rates()
@@ -316,6 +321,9 @@ class StageCallback(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             (folder / COMPLETE).touch()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        shard(self.trainer.model)  # for what saves it
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
