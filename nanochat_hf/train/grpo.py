@@ -217,7 +217,7 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
     eval.generation.Generator. Raises InputError for a data set without checkable answers, and for batch sizes that do
     not divide.
     """
-    check_launch("rl", "DeepSpeed", "FSDP")  # it generates with the weights that it trains
+    check_launch("rl")
     record, output = begin(config), Path(output)
     processes()
     with main_first(f"loading {model}"):

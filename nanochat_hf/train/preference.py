@@ -97,7 +97,7 @@ def pair(row: dict, tokenizer, length: int) -> dict[str, list[dict]]:
 
 def train_preference(config: PreferenceConfig, model: str, output: Path) -> None:
     """Train the model in folder `model` on pairs of answers; the result and its metrics.json go to `output`."""
-    check_launch("dpo", "DeepSpeed")  # which cannot evaluate before it trains
+    check_launch("dpo")
     record, output = begin(config), Path(output)
     processes()
     with main_first(f"loading {model}"):

@@ -107,9 +107,12 @@ def processes() -> PartialState:
     return PartialState(cpu=on_cpu())
 
 
-def check_launch(stage: str, *refused: str) -> None:
-    """Raises InputError if the job was launched with one of these, "DeepSpeed" or "FSDP"."""
-    for name in refused:
+def check_launch(stage: str) -> None:
+    """Raises InputError if the job was launched with DeepSpeed or FSDP2.
+
+    For stages that evaluate before they train, which neither can, or generate with the weights that they train.
+    """
+    for name in ("DeepSpeed", "FSDP"):
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
             raise InputError(
                 f"{stage} needs whole weights between its steps, and {name} keeps them in pieces: launch it with "
