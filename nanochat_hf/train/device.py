@@ -185,7 +185,7 @@ def choose_rows(
     if rows < 1 or made.total_batch_size % (rows * made.max_seq_len * world):
         raise InputError(
             f"total_batch_size {made.total_batch_size} is not a multiple of {rows} rows (device_batch_size) x "
-            f"{made.max_seq_len} tokens x {world} processes"
+            f"{made.max_seq_len} tokens x {world} processes: lower device_batch_size"
         )
     while fits is not None and not fits(rows):
         if rows % 2:
