@@ -467,7 +467,7 @@ def sharding_accelerator(report_to, output):
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_two_processes_equal_one_also_after_a_stop(straight, world, tmp_path, sharded):
     """Stopped by a signal that only the main process gets, after step 8; resumed by two, and (DDP) by one."""
-    shared = {"device_batch_size": 2, "stop_at": 7}
+    shared = {"device_batch_size": 2, "stop_at": 7, "eval_every": 8}  # evaluates, then saves
     mp.spawn(process, (2, free_port(), world, tmp_path, shared, sharded), nprocs=2)
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_000008"]
     copy = tmp_path.with_name(tmp_path.name + "-alone")

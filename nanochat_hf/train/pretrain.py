@@ -378,8 +378,8 @@ class Pretraining:
             for text in texts:
                 self.print(f"step {self.step}: {text}")
         self.loss_model.train()
-        if self.whole and found:
-            shard(self.loss_model)
+        if found:
+            shard(self.loss_model)  # for what saves it
         on_curve = self.step == 1 or self.due(max(1, self.plan.num_iterations // HISTORY), at_end=True)
         if found or on_curve or self.due(config.log_every):
             self.accelerator.log({k: v for k, v in (told | found).items() if v is not None}, step=self.step)

@@ -32,7 +32,7 @@ from ..errors import InputError
 from ..run import finish, load_json, save_json
 from .checkpoint import load_momenta, save_model
 from .device import shard_on_cpu
-from .network import compute_dtype, shard
+from .network import compute_dtype
 from .optim import MuonAdamW, param_groups
 from .scaling import RECIPES, optimizer_groups
 from .schedule import Schedule
@@ -324,9 +324,6 @@ class StageCallback(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             (folder / COMPLETE).touch()
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        shard(self.trainer.model)  # for what saves it
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
