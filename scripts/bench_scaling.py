@@ -6,11 +6,11 @@
     python scripts/bench_scaling.py --cpu                        # the same machinery, tiny, over gloo
 
 Each row is a run of its own of the real loop (train/pretrain.py, its loader included) under a file of
-configs/accelerate/ (by its name) or another launch file (by its path),
-16 x 2,048 tokens a GPU at once and 1M tokens a step unless --accumulation says otherwise; numbers of GPUs that this
-machine does not have are left out. All runs share one cache of compiled programs, so only the first time to the first
-step is a cold one. Without --dataset the text is made of random words. Scaling is tok/s over (GPUs x tok/s of one GPU
-in the same precision); MFU is over the bf16 peak, also for fp8.
+configs/accelerate/ (by its name) or another launch file (by its path), 16 x 2,048 tokens a GPU at once and 1M tokens a
+step unless --accumulation says otherwise; numbers of GPUs that this machine does not have are left out. "One GPU" is
+the mean over as many runs at once as there are GPUs, each on one of them. All runs share one cache of compiled
+programs, so only the first time to the first step is a cold one. Without --dataset the text is made of random words.
+Scaling is tok/s over (GPUs x tok/s of one GPU in the same precision); MFU is over the bf16 peak, also for fp8.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import random
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,8 +100,8 @@ def peer(settings: dict) -> dict:
     }  # fmt: skip
 
 
-def launch(name: str, gpus: int, settings: dict, options) -> dict | None:
-    """One run in processes of its own; its figures, or None after saying why there are none."""
+def launch(name: str, gpus: int, settings: dict, options, device: int | None = None) -> dict | None:
+    """One run in processes of its own, on one device if it is given; its figures, or None after saying why not."""
     words = [sys.executable]
     if gpus > 1 and settings["kind"] == "peer":
         words += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
@@ -117,23 +118,39 @@ def launch(name: str, gpus: int, settings: dict, options) -> dict | None:
     }  # fmt: skip
     environment |= {"ACCELERATE_USE_CPU": "true"} if options.cpu else {}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    print(f"{name}, {gpus} ...", end=" ", file=sys.stderr, flush=True)
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        settings = settings | {"output": f"{settings['output']}-{device}"}
+    name = f"{name}, {gpus}" + ("" if device is None else f" (number {device})")
     words += [__file__, "--one", json.dumps(settings)]
     try:
         done = subprocess.run(
             words, env=environment, capture_output=True, text=True, check=False, timeout=options.patience
         )
     except subprocess.TimeoutExpired:
-        print(f"no result after {options.patience} s", file=sys.stderr)
+        print(f"{name}: no result after {options.patience} s", file=sys.stderr)
         return None
     found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not found:
         short = "OutOfMemoryError" in done.stderr or "do not fit" in done.stderr
-        print("out of memory" if short else f"failed:\n{done.stderr[-3000:]}", file=sys.stderr)
+        print(f"{name}: " + ("out of memory" if short else f"failed:\n{done.stderr[-3000:]}"), file=sys.stderr)
         return None
     figures = json.loads(found[0].removeprefix(MARK))
-    print(f"{figures['tok_s']:,.0f} tok/s", file=sys.stderr)
+    print(f"{name}: {figures['tok_s']:,.0f} tok/s", file=sys.stderr)
     return figures
+
+
+def launch_on_each(name: str, devices: int, settings: dict, options) -> dict | None:
+    """The run on one GPU, on each of the machine's at the same time: the mean of their speeds, the worst of the rest.
+
+    GPUs of one machine differ by a percent or two, and those beside them work, too, when they train together.
+    """
+    with ThreadPoolExecutor(devices) as pool:
+        found = list(pool.map(lambda device: launch(name, 1, settings, options, device), range(devices)))
+    if None in found:
+        return None
+    worst = {key: max(figures[key] for figures in found) for key in ("bytes", "first_step")}
+    return found[0] | worst | {key: sum(figures[key] or 0 for figures in found) / devices for key in ("tok_s", "mfu")}
 
 
 def prepare(options) -> tuple[str, str]:
@@ -186,7 +203,10 @@ def speeds(options, counts: list[int]) -> None:
                 settings |= {"warmup": options.warmup, "steps": options.steps, "attention": options.attention}
                 settings["accumulation"] = config.total_batch_size // (options.rows * config.max_seq_len * gpus)
                 name = "karpathy/nanochat" if kind == "peer" else f"{Path(kind).stem}, {precision}"
-                found = launch(name, gpus, settings, options)
+                if gpus == 1 and not options.cpu:
+                    found = launch_on_each(name, counts[-1], settings, options)
+                else:
+                    found = launch(name, gpus, settings, options)
                 if found is None:
                     continue
                 base = single.setdefault((kind == "peer", precision), found["tok_s"] / gpus)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from tiny import LOW, relative
+from tiny import relative
 
 from nanochat_hf.train import products
 
@@ -14,15 +13,15 @@ def test_relu2_mlp_is_the_square_of_relu():
 
 
 def joint_and_apart(device: str):
-    """A joint product with gates and an MLP, through `Weight` and by plain products, on copies of the same leaves."""
+    """A joint product with gates and what follows attention, through `Weight` and by plain products, on copies."""
     torch.manual_seed(0)
-    sizes = {"a": (96, 64), "b": (32, 64), "gate": (4, 16), "w1": (256, 128), "w2": (64, 256)}
+    sizes = {"a": (96, 64), "b": (32, 64), "gate": (4, 16), "wo": (128, 128), "w1": (256, 128), "w2": (128, 256)}
     leaves = {name: (0.1 * torch.randn(size)).to(device) for name, size in sizes.items()}
-    x = torch.randn(2, 40, 64).to(device)
+    x, stream = torch.randn(2, 40, 64).to(device), torch.randn(2, 40, 128).to(device)
     both = []
     for fused in (True, False):
         params = {name: value.clone().requires_grad_() for name, value in leaves.items()}
-        inputs = x.clone().requires_grad_()
+        params |= {"x": x.clone().requires_grad_(), "stream": stream.clone().requires_grad_()}
 
         def weight(*names, params=params, fused=fused):
             parts = tuple(params[name] for name in names)
@@ -30,17 +29,19 @@ def joint_and_apart(device: str):
                 return torch.cat(parts).bfloat16()
             return products.Weight(torch.cat(parts).detach().bfloat16(), parts)
 
-        def run(inputs=inputs, params=params, weight=weight):
-            y, gates = products.linear_and_gates(inputs.bfloat16(), weight("a", "b"), params["gate"])
-            y = products.relu2_mlp(y, weight("w1"), weight("w2"))
-            return y.float().square().sum() + gates.float().square().sum()
+        def run(params=params, weight=weight):
+            seen, gates = products.linear_and_gates(params["x"].bfloat16(), weight("a", "b"), params["gate"])
+            s, y = products.residual_mlp(
+                params["stream"].bfloat16(), seen, weight("wo"), weight("w1"), weight("w2"), 1e-6
+            )
+            return y.float().square().sum() + gates.float().square().sum() + (s * y).float().sum()
 
-        both.append((run, inputs, params))
+        both.append((run, params))
     return both
 
 
 def check_gradients_in_place(device: str, tolerance: float):
-    (ours, x, params), (theirs, x2, params2) = joint_and_apart(device)
+    (ours, params), (theirs, params2) = joint_and_apart(device)
     for _ in range(2):  # the second time added to the first
         loss, wanted = ours(), theirs()
         assert abs(loss - wanted) < tolerance * wanted
@@ -49,11 +50,10 @@ def check_gradients_in_place(device: str, tolerance: float):
         for name in params:
             assert params[name].grad.dtype == torch.float32
             assert relative(params[name].grad, params2[name].grad) < tolerance, name
-        assert relative(x.grad, x2.grad) < tolerance
 
 
 def test_gradients_go_into_the_parameters_as_autograd_would_put_them():
-    check_gradients_in_place("cpu", 1e-2)
+    check_gradients_in_place("cpu", 2e-2)
 
 
 def test_a_frozen_part_of_a_weight_gets_no_gradient():
@@ -66,16 +66,3 @@ def test_a_frozen_part_of_a_weight_gets_no_gradient():
 @pytest.mark.gpu
 def test_products_add_to_the_gradients_by_themselves_on_a_gpu():
     check_gradients_in_place("cuda", 2e-2)
-
-
-@pytest.mark.gpu
-def test_fused_mlp_and_its_gradients_equal_the_twin():
-    x = torch.randn(2, 64, 256, **LOW, requires_grad=True)
-    w1 = (0.06 * torch.randn(1024, 256, **LOW)).requires_grad_()
-    w2 = (0.03 * torch.randn(256, 1024, **LOW)).requires_grad_()
-    fused = products.relu2_mlp(x, w1, w2)
-    exact = F.linear(F.relu(F.linear(x.float(), w1.float())).square(), w2.float())
-    grad = torch.randn_like(fused)
-    wanted = torch.autograd.grad(exact, (x, w1, w2), grad.float())
-    for a, b in zip((fused, *torch.autograd.grad(fused, (x, w1, w2), grad)), (exact, *wanted)):
-        assert relative(a, b) < 1e-2

@@ -6,6 +6,8 @@
   mask. FlashAttention reads v, where nothing is added to it, in the joint product, and writes its gradient there.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from .kernels import compiled, triton
 
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # keep compiled kernels on disk, as quack does
 try:
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 except ImportError:

@@ -5,9 +5,9 @@ which is what pretraining feeds, and for rows of several documents with their `p
 the tests hold the two together for both generations. Differences:
 
 - q, k and v come out of one matrix product;
-- the fused operations of `kernels.py`, `products.py`, `float8.py`, `attention.py` and `stream.py`, the bf16 copies and
-  embedding rows of `leaves.py`; with FlashAttention-4 and quack installed, or in 8 bits, nothing in a block is left to
-  compile;
+- the fused operations of `kernels.py`, `products.py`, `epilogues.py`, `float8.py`, `attention.py` and `stream.py`, the
+  bf16 copies and embedding rows of `leaves.py`; with FlashAttention-4 and quack installed, or in 8 bits, nothing in a
+  block is left to compile;
 - without them each block is compiled by itself and the program is reused by all blocks alike (regional compilation),
   so that the first step of 24 layers waits for three programs and not for one of 24 times the size.
 """
@@ -22,10 +22,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from .attention import attend, attention_mask, uses_flash
+from .epilogues import fused
 from .float8 import weight8
 from .kernels import head_loss
 from .leaves import Copies, Places
-from .products import Weight, gemm_act, linear, linear_and_gates, relu2_mlp
+from .products import Weight, linear_and_gates, residual_mlp
 from .stream import Embedded, mix
 
 
@@ -61,8 +62,7 @@ def block(
         qkv, cos, sin, kv_heads, eps, None if table is None else ids, table, gates, rows, positions,
         scale=scale, window=window, mask=mask,
     )  # fmt: skip
-    x, h = mix(x, linear(seen.flatten(-2), wo), None, None, eps)
-    return x, relu2_mlp(h, w1, w2, bound)
+    return residual_mlp(x, seen.flatten(-2), wo, w1, w2, eps)
 
 
 def finish(x: Tensor, y: Tensor, middle: Tensor | None, strength: Tensor | None, eps: float) -> Tensor:
@@ -137,7 +137,7 @@ class Trunk(nn.Module):
         run = block  # nothing is left to fuse
         if self.fp8 and torch.is_grad_enabled():
             low = [copies.made((i, kind, "fp8"), weight8, *parts) for kind, parts in enumerate(matrices)]
-        elif uses_flash(x) and gemm_act is not None:
+        elif uses_flash(x) and fused(x):
             low = [Weight(copies.copy((i, kind), x.dtype, *parts), parts) for kind, parts in enumerate(matrices)]
         else:
             run = self.block

@@ -1,33 +1,23 @@
-"""The matrix products of a block: their gradients go straight into `.grad`, relu squared is part of them.
+"""The matrix products of a block: their gradients go straight into `.grad`, and what lies between is part of them.
 
 - A weight comes as `Weight`, its bf16 copy and the float32 parameters whose rows that holds: the gradient's product
   adds to their `.grad` in its own epilogue, where autograd would write a bf16 gradient, cast it and add it. Under
   torch.compile, which cannot see that, a weight is a tensor and its gradient autograd's.
-- MLP: relu(x)^2 runs in the epilogue of the first matrix product and its gradient in that of the second one's, by the
-  CuTe kernels of Dao-AILab/quack; only the value before the activation is kept for the backward pass.
+- All that follows attention in a block, its output projection, the residual addition, the norm and the MLP, is one
+  operation of three products (`epilogues`), which keeps the stream and relu(h)^2 for the backward pass and no more.
 - Either in 8 bits, if the weight comes as `float8.Weight8`.
-
-Everything has a plain twin that runs on any device.
 """
 
-import logging
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .epilogues import norm_grad, plus_residual, product, relu2, relu2_grad
 from .float8 import Linear8, Relu2MLP8, Weight8
 from .leaves import added
-
-try:
-    # quack 0.6 names a compiled kernel by all that its functions refer to and refuses cutlass-dsl 4.7's logger, which
-    # is no part of the mathematics; its protocol for such objects is this method.
-    if not hasattr(logging.Logger, "__quack_semantic_key__"):
-        logging.Logger.__quack_semantic_key__ = lambda self: ("logger", self.name)
-    from quack.gemm_interface import gemm_act, gemm_dact
-except ImportError:
-    gemm_act = gemm_dact = None
+from .stream import mix
 
 
 class Weight(NamedTuple):
@@ -60,12 +50,12 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, gate, low, *parts):
         ctx.weight = Weight(low, parts)
         ctx.save_for_backward(x, gate)
-        return x @ low.t(), None if gate is None else x[:, : gate.shape[1]] @ gate.t()
+        return product(x, low.t()), None if gate is None else x[:, : gate.shape[1]] @ gate.t()
 
     @staticmethod
     def backward(ctx, dy, dgates):
         x, gate = ctx.saved_tensors
-        dx, dgate = dy @ ctx.weight.low, None
+        dx, dgate = product(dy, ctx.weight.low), None
         if gate is not None:
             channels = slice(gate.shape[1])
             dx[:, channels].addmm_(dgates, gate)
@@ -95,59 +85,49 @@ def linear_and_gates(
     return y.unflatten(0, x.shape[:-1]), None if gate is None else gates.unflatten(0, x.shape[:-1])
 
 
-# -------------------------------------------------------------------------------------------------------------- MLP
+class _ResidualMLP(torch.autograd.Function):
+    """`residual_mlp` over rows (N, C)."""
 
-if gemm_act is not None:
+    @staticmethod
+    def forward(ctx, x, seen, eps, wo, w1, w2, *parts):
+        x, scale = plus_residual(seen, wo.low.t(), x, eps)
+        squared = relu2(x, w1.low.t(), scale)
+        ctx.weights = wo, w1, w2
+        ctx.save_for_backward(seen, x, scale, squared)
+        return x, product(squared, w2.low.t())
 
-    def _up(x: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, C), w1 (H, C) -> (x w1^T, relu of it squared), both (N, H)."""
-        return gemm_act(x, w1.t(), activation="relu_sq", tuned=False)
-
-    def _down_grad(dy: Tensor, w2: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """dy (N, C), w2 (C, H), h (N, H) -> (gradient of h, relu(h)^2 made again), both (N, H)."""
-        dh, a = gemm_dact(dy, w2, h, activation="relu_sq", tuned=False)
-        return dh, a
-
-    _up_op = torch.library.custom_op("nanochat_hf::relu2_up", _up, mutates_args=(), device_types="cuda")
-    _down_grad_op = torch.library.custom_op(
-        "nanochat_hf::relu2_down_grad", _down_grad, mutates_args=(), device_types="cuda"
-    )
-
-    @_up_op.register_fake
-    def _(x, w1):
-        return x.new_empty(len(x), len(w1)), x.new_empty(len(x), len(w1))
-
-    @_down_grad_op.register_fake
-    def _(dy, w2, h):
-        return torch.empty_like(h), torch.empty_like(h)
-
-    class _Relu2MLP(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, low1, low2, *parts):
-            h, a = (_up if parts else _up_op)(x, low1)  # without parts the compiler is at work
-            ctx.parts = parts
-            ctx.save_for_backward(x, low1, low2, h)
-            return a @ low2.t()
-
-        @staticmethod
-        def backward(ctx, dy):
-            x, low1, low2, h = ctx.saved_tensors
-            dy = dy.contiguous()
-            dh, a = (_down_grad if ctx.parts else _down_grad_op)(dy, low2, h)
-            if not ctx.parts:
-                return dh @ low1, dh.t() @ x, dy.t() @ a
-            first, second = (Weight(low, (part,)) for low, part in zip((low1, low2), ctx.parts))
-            return dh @ low1, None, None, *gradients(first, dh, x), *gradients(second, dy, a)
+    @staticmethod
+    def backward(ctx, dx, dy):
+        seen, x, scale, squared = ctx.saved_tensors
+        (wo, w1, w2), dx, dy = ctx.weights, dx.contiguous(), dy.contiguous()
+        dh, factor = relu2_grad(dy, w2.low, squared, scale, x.shape[1])
+        dx = norm_grad(dh, w1.low, dx, x, factor)
+        return (
+            dx, product(dx, wo.low), *[None] * 4, *gradients(wo, dx, seen), *gradients(w1, dh, x),
+            *gradients(w2, dy, squared),
+        )  # fmt: skip
 
 
-def relu2_mlp(
-    x: Tensor, w1: Weight | Weight8 | Tensor, w2: Weight | Weight8 | Tensor, bound: float | None = None
-) -> Tensor:
+def relu2_mlp(x: Tensor, w1: Weight | Weight8 | Tensor, w2: Weight | Weight8 | Tensor, bound=None) -> Tensor:
     """relu(x w1^T)^2 w2^T for x (B, T, C), w1 (H, C), w2 (C, H), all of one dtype; bound as above."""
     if isinstance(w1, Weight8):
         return Relu2MLP8.apply(x.flatten(0, -2), bound, w1, w2, *w1.parts, *w2.parts).unflatten(0, x.shape[:-1])
-    if gemm_act is not None and x.is_cuda and x.dtype == torch.bfloat16:
-        whole = isinstance(w1, Weight)
-        matrices = (w1.low, w2.low, *w1.parts, *w2.parts) if whole else (w1, w2)
-        return _Relu2MLP.apply(x.flatten(0, -2), *matrices).unflatten(0, x.shape[:-1])
     return linear(F.relu(linear(x, w1)).square(), w2)
+
+
+def residual_mlp(x: Tensor, seen: Tensor, wo, w1, w2, eps: float) -> tuple[Tensor, Tensor]:
+    """-> s = x + seen wo^T, and relu(norm(s) w1^T)^2 w2^T: what follows attention in a block.
+
+    Args:
+        x, seen: (B, T, C), the residual stream and what attention saw.
+        wo (C, C), w1 (H, C), w2 (C, H): all `Weight`, `Weight8` or tensors of the dtype of x.
+        eps: of the RMS norm, which has no weights.
+    """
+    if isinstance(w1, Weight):
+        rows = x.flatten(0, -2), seen.flatten(0, -2)
+        x, y = (
+            part.view_as(x) for part in _ResidualMLP.apply(*rows, eps, wo, w1, w2, *wo.parts, *w1.parts, *w2.parts)
+        )
+        return x, y
+    x, h = mix(x, linear(seen, wo), None, None, eps)
+    return x, relu2_mlp(h, w1, w2, x.shape[-1] ** 0.5)

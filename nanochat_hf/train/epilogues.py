@@ -1,0 +1,157 @@
+"""Matrix products that do what comes next before their result leaves the chip, each beside its plain PyTorch twin.
+
+At the sizes of this project the products run at the device's power limit, and what stands between them at the limit of
+its memory. So the residual addition, the RMS norm, relu squared and their gradients are parts of the products here:
+
+- a norm without weights is a factor on each row, so it can be applied after the product that follows it; the row's sum
+  of squares comes out of the product before it;
+- relu(h)^2 is all that is kept of h: its root is relu(h), which is all that the gradient needs;
+- what the gradient of the norm subtracts is known from the sum over h times its gradient.
+
+The products are Dao-AILab/quack's (CuTe), whose epilogues are plain functions; `fold` is Triton. The idea of moving a
+norm's factor behind the product is old; quack's library calls it a deferred rstd.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from .kernels import triton
+
+try:
+    # quack 0.6 names a compiled kernel by all that its functions refer to and refuses cutlass-dsl 4.7's logger, which
+    # is no part of the mathematics; its protocol for such objects is this method.
+    if not hasattr(logging.Logger, "__quack_semantic_key__"):
+        logging.Logger.__quack_semantic_key__ = lambda self: ("logger", self.name)
+    import cutlass.cute as cute
+    from quack.activation import relu
+    from quack.epilogue import gemm_epilogue
+    from quack.epilogue.ops import ColVecLoad, ColVecReduce
+    from quack.gemm_config import GemmConfig
+except ImportError:
+    gemm_epilogue = None
+
+if gemm_epilogue is not None:
+
+    def _tiles(m: int, n: int, pingpong: bool, cluster_m: int, cluster_n: int) -> GemmConfig:
+        return GemmConfig(
+            tile_m=m, tile_n=n, pingpong=pingpong, cluster_m=cluster_m, cluster_n=cluster_n,
+            is_dynamic_persistent=False, device_capacity=9,
+        )  # fmt: skip
+
+    LARGE = _tiles(256, 192, False, 1, 2)  # the least power for a product with a light epilogue
+    OVERLAPPED = _tiles(128, 192, True, 2, 1)  # one tile's epilogue runs beside the next one's products
+
+    @gemm_epilogue()
+    def _product(acc):
+        return {"D": acc}
+
+    @gemm_epilogue(reduces={"squares": ColVecReduce("squares", scaled=True)})
+    def _plus_residual(acc, c):
+        value = acc + c
+        return {"D": value, "squares": (value, value)}
+
+    @gemm_epilogue(ops={"scale": ColVecLoad("scale")})
+    def _relu2(acc, scale):
+        positive = relu(acc * scale)
+        return {"D": positive * positive}
+
+    @gemm_epilogue(ops={"scale": ColVecLoad("scale")}, reduces={"along": ColVecReduce("along", scaled=True)})
+    def _relu2_grad(acc, c, scale):
+        h = cute.math.sqrt(c, fastmath=True)
+        grad = 2.0 * (acc * h)
+        return {"D": grad * scale, "along": (grad, h)}
+
+    @gemm_epilogue(ops={"factor": ColVecLoad("factor")})
+    def _norm_grad(acc, c, stream, factor):
+        return {"D": acc + c - stream * factor}
+
+    CONFIGS = {_product: LARGE, _plus_residual: LARGE, _relu2: LARGE, _relu2_grad: OVERLAPPED, _norm_grad: LARGE}
+
+    def _run(epilogue, a: Tensor, b: Tensor, c: Tensor | None = None, **operands) -> Tensor:
+        return epilogue(a, b, c, config=CONFIGS[epilogue], tuned=False, **operands)["D"]
+
+    def _partials(epilogue, rows: int, columns: int, like: Tensor) -> Tensor:
+        """For a sum over columns: a part from each tile."""
+        tiles = -(-columns // CONFIGS[epilogue].tile_n)
+        return torch.empty(rows, tiles, dtype=torch.float32, device=like.device)
+
+
+if triton is not None:
+    import triton.language as tl
+
+    @triton.jit
+    def _fold(parts, scale, out, rows, number, columns, eps, BLOCK: tl.constexpr, NUMBER: tl.constexpr):
+        """mean = the sum of a row's parts / columns; out = rsqrt(mean + eps), or scale^2 mean if there is a scale."""
+        row, part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, NUMBER)
+        inside = (row < rows)[:, None] & (part < number)[None, :]
+        mean = tl.sum(tl.load(parts + row[:, None] * number + part[None, :], mask=inside, other=0.0), 1) / columns
+        if scale is None:
+            mean = tl.rsqrt(mean + eps)
+        else:
+            factor = tl.load(scale + row, mask=row < rows)
+            mean *= factor * factor
+        tl.store(out + row, mean, mask=row < rows)
+
+
+def fold(parts: Tensor, columns: int, eps: float = 0.0, scale: Tensor | None = None) -> Tensor:
+    """parts (N, P) of sums over so many columns -> (1, N): rsqrt(mean + eps), or scale^2 * mean."""
+    rows, number = parts.shape
+    if triton is not None and parts.is_cuda:
+        out = parts.new_empty(1, rows)
+        grid = (triton.cdiv(rows, 128),)
+        _fold[grid](parts, scale, out, rows, number, columns, eps, BLOCK=128, NUMBER=triton.next_power_of_2(number))
+        return out
+    mean = parts.sum(1)[None] / columns
+    return (mean + eps).rsqrt() if scale is None else scale.square() * mean
+
+
+def fused(x: Tensor) -> bool:
+    """Whether the kernels take what is on the device and of the dtype of x."""
+    return gemm_epilogue is not None and x.is_cuda and x.dtype == torch.bfloat16
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (N, K) times b (K, M)."""
+    return _run(_product, a, b) if fused(a) else a @ b
+
+
+def plus_residual(a: Tensor, b: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> s = x + a b (N, M), and (1, N) float32: the factors that RMS norm would multiply its rows by."""
+    if fused(a):
+        parts = _partials(_plus_residual, *x.shape, x)
+        stream = _run(_plus_residual, a, b, x, squares=parts)
+    else:
+        stream = x + a @ b
+        parts = stream.float().square().sum(1, keepdim=True)
+    return stream, fold(parts, x.shape[1], eps)
+
+
+def relu2(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """relu(h)^2 of h = scale (1, N) on the rows of a b (N, M)."""
+    return _run(_relu2, a, b, scale=scale) if fused(a) else (scale.t().to(a.dtype) * (a @ b)).relu().square()
+
+
+def relu2_grad(a: Tensor, b: Tensor, kept: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """The gradient a b (N, M) of kept = relu(h)^2 -> that of the product h / scale, and a factor (1, N) float32.
+
+    The factor is scale^2 / columns times the sum over h and its gradient: what the gradient of the norm that scale
+    stands for subtracts of each row of the stream, whose columns are given.
+    """
+    if fused(a):
+        parts = _partials(_relu2_grad, *kept.shape, a)
+        grad = _run(_relu2_grad, a, b, kept, scale=scale, along=parts)
+    else:
+        h = kept.sqrt()
+        grad = 2 * (a @ b) * h
+        parts = (grad.float() * h.float()).sum(1, keepdim=True)
+        grad = grad * scale.t().to(a.dtype)
+    return grad, fold(parts, columns, scale=scale)
+
+
+def norm_grad(a: Tensor, b: Tensor, grad: Tensor, stream: Tensor, factor: Tensor) -> Tensor:
+    """grad + a b - factor (1, N) on the rows of stream, all (N, M): the gradient of the stream before its norm."""
+    if fused(a):
+        return _run(_norm_grad, a, b, grad, stream=stream, factor=factor)
+    return grad + a @ b - factor.t().to(a.dtype) * stream
