@@ -3,8 +3,9 @@
     python scripts/bench_gpu.py [--configs d24x16,d12x32] [--peer PATH_OF_A_NANOCHAT_CHECKOUT] [--steps 6]
 
 A configuration is depth x device batch, of 2,048-token rows of random ids; a step is four micro-batches and the
-optimizer. Each contender runs in a process of its own. The peer's FlashAttention-3 comes from the Hub; where it
-cannot be had, FlexAttention with the same windows takes its place ("flex"), or its SDPA fallback without ("sdpa").
+optimizer. Each contender runs in a process of its own and is timed when its GPU is as warm as it gets: after a pause,
+as while a compiler is at work, it is up to 3 % faster for some seconds. The peer's FlashAttention-3 comes from the
+Hub; where it cannot be had, FlexAttention with the same windows takes its place ("flex"), or its own SDPA ("sdpa").
 MFU is counted as upstream counts it: 6 FLOPs per matrix parameter plus attention by window, over the bf16 peak.
 """
 
@@ -78,7 +79,7 @@ def peer(depth: int, pattern: str, attention: str):
     return torch.compile(model, dynamic=False), optimizer, model.estimate_flops()
 
 
-def measure(make, batch: int, steps: int) -> dict:
+def measure(make, batch: int, steps: int, warmup: float) -> dict:
     launched = time.time()
     function, optimizer, flops = make()
     ids = torch.randint(0, 32768, (ACCUMULATION, batch, LENGTH + 1), device="cuda")
@@ -96,8 +97,10 @@ def measure(make, batch: int, steps: int) -> dict:
     step()
     torch.cuda.synchronize()
     first = time.time() - launched
-    for _ in range(2):
+    warm = time.time() + warmup
+    while time.time() < warm:
         step()
+        torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(steps):
@@ -115,14 +118,14 @@ def measure(make, batch: int, steps: int) -> dict:
     }  # fmt: skip
 
 
-def contender(name: str, config: str, steps: int) -> dict:
+def contender(name: str, config: str, steps: int, warmup: float) -> dict:
     depth, batch = map(int, config[1:].split("x"))
     kind, _, option = name.partition(":")
     pattern = "L" if option in ("sdpa", "L") else "SSSL"
     make = (
         (lambda: ours(depth, pattern, option == "fp8")) if kind == "ours" else (lambda: peer(depth, pattern, option))
     )
-    return measure(make, batch, steps)
+    return measure(make, batch, steps, warmup)
 
 
 def main() -> None:
@@ -131,11 +134,12 @@ def main() -> None:
     parser.add_argument("--contenders", help="default: ours,ours:L,ours:fp8,peer:flex,peer:sdpa,peer:fp8")
     parser.add_argument("--peer", help="path of a karpathy/nanochat checkout")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=float, default=12, help="seconds of steps before the timed ones")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         sys.path.insert(0, arguments.peer or ".")
-        print(json.dumps(contender(*arguments.one, arguments.steps)))
+        print(json.dumps(contender(*arguments.one, arguments.steps, arguments.warmup)))
         return
     if not torch.cuda.is_available():
         sys.exit("error: bench_gpu needs a CUDA device; make bench measures a CPU")
@@ -145,6 +149,7 @@ def main() -> None:
     for config in arguments.configs.split(","):
         for name in dict.fromkeys(names):
             command = [sys.executable, __file__, "--one", name, config, "--steps", str(arguments.steps)]
+            command += ["--warmup", str(arguments.warmup)]
             command += ["--peer", arguments.peer] if arguments.peer else []
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:

@@ -13,6 +13,7 @@ norm's factor behind the product is old; quack's library calls it a deferred rst
 """
 
 import logging
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -34,14 +35,11 @@ except ImportError:
 
 if gemm_epilogue is not None:
 
-    def _tiles(m: int, n: int, pingpong: bool, cluster_m: int, cluster_n: int) -> GemmConfig:
-        return GemmConfig(
-            tile_m=m, tile_n=n, pingpong=pingpong, cluster_m=cluster_m, cluster_n=cluster_n,
-            is_dynamic_persistent=False, device_capacity=9,
-        )  # fmt: skip
+    def _tiles(m: int, n: int, pingpong: bool) -> GemmConfig:
+        return GemmConfig(tile_m=m, tile_n=n, pingpong=pingpong, cluster_m=1, cluster_n=2, is_dynamic_persistent=False)
 
-    LARGE = _tiles(256, 192, False, 1, 2)  # the least power for a product with a light epilogue
-    OVERLAPPED = _tiles(128, 192, True, 2, 1)  # one tile's epilogue runs beside the next one's products
+    LARGE = _tiles(256, 192, pingpong=False)  # takes the least power
+    OVERLAPPED = _tiles(128, 192, pingpong=True)  # one tile's epilogue runs beside the next one's products
 
     @gemm_epilogue()
     def _product(acc):
@@ -67,15 +65,13 @@ if gemm_epilogue is not None:
     def _norm_grad(acc, c, stream, factor):
         return {"D": acc + c - stream * factor}
 
-    CONFIGS = {_product: LARGE, _plus_residual: LARGE, _relu2: LARGE, _relu2_grad: OVERLAPPED, _norm_grad: LARGE}
-
     def _run(epilogue, a: Tensor, b: Tensor, c: Tensor | None = None, **operands) -> Tensor:
-        return epilogue(a, b, c, config=CONFIGS[epilogue], tuned=False, **operands)["D"]
+        config = LARGE if epilogue is _product else OVERLAPPED
+        return epilogue(a, b, c, config=config, tuned=False, **operands)["D"]
 
-    def _partials(epilogue, rows: int, columns: int, like: Tensor) -> Tensor:
-        """For a sum over columns: a part from each tile."""
-        tiles = -(-columns // CONFIGS[epilogue].tile_n)
-        return torch.empty(rows, tiles, dtype=torch.float32, device=like.device)
+    def _partials(rows: int, columns: int, device: torch.device) -> Tensor:
+        """For sums over columns: a part from each tile."""
+        return torch.empty(rows, -(-columns // OVERLAPPED.tile_n), dtype=torch.float32, device=device)
 
 
 if triton is not None:
@@ -107,9 +103,14 @@ def fold(parts: Tensor, columns: int, eps: float = 0.0, scale: Tensor | None = N
     return (mean + eps).rsqrt() if scale is None else scale.square() * mean
 
 
+@cache
+def hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def fused(x: Tensor) -> bool:
-    """Whether the kernels take what is on the device and of the dtype of x."""
-    return gemm_epilogue is not None and x.is_cuda and x.dtype == torch.bfloat16
+    """Whether the kernels take what is on the device and of the dtype of x; their tiles are a Hopper's."""
+    return gemm_epilogue is not None and x.is_cuda and x.dtype == torch.bfloat16 and hopper(x.device)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def plus_residual(a: Tensor, b: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> s = x + a b (N, M), and (1, N) float32: the factors that RMS norm would multiply its rows by."""
     if fused(a):
-        parts = _partials(_plus_residual, *x.shape, x)
+        parts = _partials(*x.shape, x.device)
         stream = _run(_plus_residual, a, b, x, squares=parts)
     else:
         stream = x + a @ b
@@ -140,7 +141,7 @@ def relu2_grad(a: Tensor, b: Tensor, kept: Tensor, scale: Tensor, columns: int) 
     stands for subtracts of each row of the stream, whose columns are given.
     """
     if fused(a):
-        parts = _partials(_relu2_grad, *kept.shape, a)
+        parts = _partials(*kept.shape, a.device)
         grad = _run(_relu2_grad, a, b, kept, scale=scale, along=parts)
     else:
         h = kept.sqrt()
