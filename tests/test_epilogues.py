@@ -57,7 +57,7 @@ def test_fold_gives_the_factor_of_the_norm_and_that_of_its_gradient():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(4096, 1536, 6144), (1000, 768, 3072), (77, 256, 1024)])
+@pytest.mark.parametrize("shape", [(4096, 1536, 6144), (1000, 1280, 5120), (500, 1024, 4096), (77, 256, 1024)])
 def test_kernels_equal_the_exact_operation(shape):
     values = [value.to(**LOW) for value in leaves(*shape)]
     assert fused(values[0]), "quack-kernels is not installed"

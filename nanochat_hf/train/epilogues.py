@@ -35,11 +35,17 @@ except ImportError:
 
 if gemm_epilogue is not None:
 
-    def _tiles(m: int, n: int, pingpong: bool) -> GemmConfig:
-        return GemmConfig(tile_m=m, tile_n=n, pingpong=pingpong, cluster_m=1, cluster_n=2, is_dynamic_persistent=False)
+    @cache
+    def _tiles(columns: int, heavy: bool) -> GemmConfig:
+        """For a result of so many columns; heavy: an epilogue that loads, which runs beside the next tile's products.
 
-    LARGE = _tiles(256, 192, pingpong=False)  # takes the least power
-    OVERLAPPED = _tiles(128, 192, pingpong=True)  # one tile's epilogue runs beside the next one's products
+        Else the larger tiles, which take less power. Their columns are what wastes least in pairs of tiles.
+        """
+        width = min((192, 208, 160, 128), key=lambda width: -(-columns // (2 * width)) * (width + 12))
+        return GemmConfig(
+            tile_m=128 if heavy else 256, tile_n=width, pingpong=heavy, cluster_m=1, cluster_n=2,
+            is_dynamic_persistent=False,
+        )  # fmt: skip
 
     @gemm_epilogue()
     def _product(acc):
@@ -66,12 +72,12 @@ if gemm_epilogue is not None:
         return {"D": acc + c - stream * factor}
 
     def _run(epilogue, a: Tensor, b: Tensor, c: Tensor | None = None, **operands) -> Tensor:
-        config = LARGE if epilogue is _product else OVERLAPPED
+        config = _tiles(b.shape[1], heavy=epilogue is not _product)
         return epilogue(a, b, c, config=config, tuned=False, **operands)["D"]
 
     def _partials(rows: int, columns: int, device: torch.device) -> Tensor:
         """For sums over columns: a part from each tile."""
-        return torch.empty(rows, -(-columns // OVERLAPPED.tile_n), dtype=torch.float32, device=device)
+        return torch.empty(rows, -(-columns // _tiles(columns, heavy=True).tile_n), dtype=torch.float32, device=device)
 
 
 if triton is not None:
