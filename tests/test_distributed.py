@@ -76,6 +76,14 @@ def same(place, name: str, other: str, accumulation: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["multi_gpu", "fsdp2"])
+def test_products_that_add_to_the_gradients_by_themselves_give_the_same_on_two_processes(alone, config):
+    name = f"products-{config}"
+    assert launch(2, config, [job(alone, name, generation=2, as_on_a_gpu=True)]).returncode == 0
+    same(alone, name, "alone", accumulation=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2"])
 def test_two_and_four_processes_equal_one_and_each_other_after_a_stop(alone, config):
     """20 steps of both generations; the second stopped after step 8, and resumed by 2, by 4 and (DDP) by 1 process."""
     place, stopped = alone, alone / f"{config}-stopped"

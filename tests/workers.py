@@ -42,10 +42,18 @@ def launch(processes: int, config: str, jobs: list[dict], timeout: float = 400, 
 # --------------------------------------------------------------------------------------------------- in each process
 
 
-def pretrain(output: str, tokenizer: str, stop_at: int | None = None, die: list | None = None, **keys) -> None:
-    """stop_at: the main process alone hears SIGTERM in that step. die: [rank, step], that rank is killed after it."""
+def pretrain(
+    output: str, tokenizer: str, stop_at: int | None = None, die: list | None = None, as_on_a_gpu: bool = False, **keys
+) -> None:
+    """stop_at: the main process alone hears SIGTERM in that step. die: [rank, step], that rank is killed after it.
+
+    as_on_a_gpu: blocks whose products add to the gradients by themselves, as with FlashAttention-4 and quack.
+    """
+    from nanochat_hf.train import fast
     from nanochat_hf.train import pretrain as module
 
+    if as_on_a_gpu:
+        fast.uses_flash = fast.fused = lambda x: True
     rank = int(os.environ.get("RANK", "0"))
     if die and rank == die[0]:
         real, done = module.Pretraining.train_step, []
