@@ -203,7 +203,7 @@ def speeds(options, counts: list[int]) -> None:
                 settings |= {"warmup": options.warmup, "steps": options.steps, "attention": options.attention}
                 settings["accumulation"] = config.total_batch_size // (options.rows * config.max_seq_len * gpus)
                 name = "karpathy/nanochat" if kind == "peer" else f"{Path(kind).stem}, {precision}"
-                if gpus == 1 and not options.cpu:
+                if gpus == 1:
                     found = launch_on_each(name, counts[-1], settings, options)
                 else:
                     found = launch(name, gpus, settings, options)
