@@ -2,11 +2,14 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from nanochat_hf.errors import InputError
+from nanochat_hf.train import device
 from nanochat_hf.train.device import check_cost, choose_rows, free_memory, listening, undisturbed_by_gc
 from nanochat_hf.train.scaling import plan
 
@@ -80,3 +83,23 @@ def test_the_collector_works_again_afterwards():
     with undisturbed_by_gc():
         assert not gc.isenabled()
     assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_a_job_launched_with_zero_shards_by_fsdp2_and_is_deepspeeds_again_afterwards(stage, monkeypatch):
+    said = []
+    job = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=2, print=said.append)
+    monkeypatch.setattr(device, "processes", lambda: job)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    with device.fsdp2_for_zero():
+        assert job.distributed_type == DistributedType.MULTI_GPU
+        assert os.environ["ACCELERATE_USE_DEEPSPEED"] == "false"
+        assert os.environ.get("ACCELERATE_USE_FSDP") == (None if stage == "1" else "true")
+        if stage != "1":
+            plugin = FullyShardedDataParallelPlugin()
+            assert plugin.fsdp_version == 2 and plugin.reshard_after_forward == (stage == "3")
+            assert plugin.transformer_cls_names_to_wrap == ["NanoChatDecoderLayer"]
+    assert os.environ["ACCELERATE_USE_DEEPSPEED"] == "true" and "ACCELERATE_USE_FSDP" not in os.environ
+    assert len(said) == 1 and f"in place of ZeRO-{stage}" in said[0]

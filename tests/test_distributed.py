@@ -31,6 +31,16 @@ RUN = {**SHAPE, **QUICK, "num_iterations": 20, "total_batch_size": 512, "device_
 STOPPED, ODD = 8, 509
 
 
+def launch_zero(processes: int, config: str, jobs: list[dict]):
+    """As `launch`, with DeepSpeed itself on the CPU."""
+    words = command(2, config, "--mixed_precision", "no", "--num_processes", str(processes))
+    environ = environment(DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false", TORCH_COMPILE_DISABLE="1")
+    return subprocess.run(
+        [*words, str(ROOT / "tests" / "workers.py"), json.dumps(jobs, default=str)],
+        env=environ, capture_output=True, check=False, text=True, timeout=300,
+    )  # fmt: skip
+
+
 def losses(folder) -> list[float]:
     return [point["train_loss"] for point in load_json(folder / "metrics.json")["history"]]
 
@@ -225,17 +235,17 @@ def test_one_process_waits_for_nobody():
 
 
 @pytest.mark.slow
-def test_pretraining_refuses_zero_in_one_line(tmp_path):
-    """By the launch file itself; DeepSpeed's own messages aside, there is no traceback."""
-    words = [*command(2, "zero2")[:-2], "--num_processes", "1", "--main_process_port", str(free_port())]
-    words += [str(ROOT / "scripts" / "base_train.py"), "--config", str(ROOT / "recipes" / "cpu-demo" / "base.yaml")]
-    done = subprocess.run(
-        [*words, "--run-dir", str(tmp_path), "--tokenizer", str(tmp_path)],
-        env=environment(DS_ACCELERATOR="cpu"), capture_output=True, check=False, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "multi_gpu.yaml or fsdp2.yaml" in errors[0]
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_zero_pretrains_like_one_process_by_fsdp2_and_hands_over_to_deepspeed(alone, config):
+    """One launch for both stages, as recipes/speedrun.py makes it."""
+    base = job(alone, f"{config}-2", generation=2)
+    sft = {"do": "sft", "model": base["output"], "output": alone / f"{config}-sft", "device_batch_size": 4}
+    sft |= {"mixture": [{"dataset": "primer", "rows": 60}], "num_iterations": 2}
+    done = launch_zero(2, config, [base, sft])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count(f"pretraining: FSDP2 in place of ZeRO-{config[-1]}") == 1
+    same(alone, f"{config}-2", "alone", 2)
+    assert "DeepSpeed" in done.stdout + done.stderr and len(losses(sft["output"])) == 2
 
 
 ASKED = {"limit": 6, "bpb_tokens": 512, "max_new_tokens": 8, "batch_size": 8, "tasks": ["nanochat_demo"]}
@@ -279,14 +289,9 @@ def test_zero_trains_sft_like_one_process_and_leaves_a_folder_that_loads(chat, c
     """
     common = {"do": "sft", "model": chat / "sft", "mixture": [{"dataset": "primer", "rows": 60}], "num_iterations": 6}
     common["init_lr_frac"] = 0.02
-    environ = environment(DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false", TORCH_COMPILE_DISABLE="1")
     for processes, name in ((1, "one"), (2, "two")):
         job = {**common, "output": chat / name, "device_batch_size": 8 // processes}
-        words = command(2, config, "--mixed_precision", "no", "--num_processes", str(processes))
-        done = subprocess.run(
-            [*words, str(ROOT / "tests" / "workers.py"), json.dumps([job], default=str)],
-            env=environ, capture_output=True, check=False, text=True, timeout=300,
-        )  # fmt: skip
+        done = launch_zero(processes, config, [job])
         assert done.returncode == 0, done.stderr[-4000:]
     one, two = losses(chat / "one"), losses(chat / "two")
     assert two == pytest.approx(one, abs=1e-5) and two[-1] < two[0]

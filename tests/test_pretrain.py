@@ -401,9 +401,10 @@ def test_bad_input_is_one_clear_line(world, tmp_path, changes, message):
     assert "\n" not in str(error.value) and not (tmp_path / "metrics.json").exists()
 
 
-def test_zero_is_refused_by_name_of_what_to_use(world, tmp_path, monkeypatch):
+def test_what_a_zero_launch_asks_for_beside_its_stage_is_refused(world, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(InputError, match=r"multi_gpu.yaml or fsdp2.yaml"):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    with pytest.raises(InputError, match=r"asks for offload_optimizer_device: .*fsdp2.yaml"):
         run(world, tmp_path)
 
 

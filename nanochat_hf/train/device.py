@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,16 +22,19 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     gather_object,
+    patch_environment,
 )
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from ..distributed import processes
 from ..errors import InputError
 from .network import compute_dtype
 from .scaling import Plan, rows_that_fit
 
 CPU_FLOPS = 5e10  # per second and core, a fair guess
+ZERO_OPTIONS = ("OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE", "CONFIG_FILE")
 TRACKERS = ("none", "trackio", "wandb", "tensorboard")
 
 
@@ -41,11 +44,6 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
     Raises:
         InputError: a launch or a tracker that does not work.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise InputError(
-            "pretraining needs whole matrices and DeepSpeed ZeRO flattens them: launch this stage with "
-            "configs/accelerate/multi_gpu.yaml or fsdp2.yaml (ZeRO works for mid-training and SFT)"
-        )
     if report_to not in TRACKERS:
         raise InputError(f"report_to is {report_to!r}: choose one of {', '.join(TRACKERS)}")
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
@@ -56,18 +54,19 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
         os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is new in 2.13
-    accelerator = Accelerator(
-        mixed_precision="no",  # the dtype of the embeddings decides, see network.py
-        log_with=None if report_to == "none" else report_to,
-        project_dir=output,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    with fsdp2_for_zero():
+        accelerator = Accelerator(
+            mixed_precision="no",  # the dtype of the embeddings decides, see network.py
+            log_with=None if report_to == "none" else report_to,
+            project_dir=output,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
         shard_on_cpu(accelerator)
-        if (dtype := compute_dtype(accelerator.device)) != torch.float32:
-            # gather half the bytes, but still add gradients in float32
-            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    dtype = compute_dtype(accelerator.device)
+    if accelerator.distributed_type == DistributedType.FSDP and dtype != torch.float32:
+        # gather half the bytes, but still add gradients in float32
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
         raise InputError(  # else each of them would train alone, into one folder
             f"{launched} processes were launched and Accelerate sees no GPU for them; on CPUs launch with "
@@ -75,6 +74,39 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
             f"--num_processes {launched}"
         )
     return accelerator
+
+
+@contextmanager
+def fsdp2_for_zero() -> Iterator[None]:
+    """Inside, a job that was launched with DeepSpeed ZeRO shards by FSDP2, which leaves Muon the matrices it needs.
+
+    ZeRO flattens what it shards. Its stage 2 keeps whole weights beside pieces of gradients and optimizer state, as
+    FSDP2 does if it leaves weights gathered until the step is done; stage 3 gathers them for each pass. Stage 1, the
+    optimizer's state alone in pieces, is DDP with `MuonAdamW`.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        yield
+        return
+    asked = {name: os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", "none") for name in ZERO_OPTIONS}
+    if any(value != "none" for value in asked.values()):
+        raise InputError(
+            "pretraining under DeepSpeed takes its stage and nothing else, and the launch file asks for "
+            f"{', '.join(name.lower() for name, value in asked.items() if value != 'none')}: leave it out, "
+            "or launch this stage with configs/accelerate/fsdp2.yaml"
+        )
+    stage, state = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), processes()
+    engine = "FSDP2" if stage > 1 else "DDP"
+    state.print(f"pretraining: {engine} in place of ZeRO-{stage}, which would flatten the matrices that Muon needs")
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        state.distributed_type = DistributedType.MULTI_GPU if state.num_processes > 1 else DistributedType.NO
+    options = {
+        "accelerate_use_fsdp": "true", "fsdp_version": "2", "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_transformer_cls_to_wrap": "NanoChatDecoderLayer", "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        "fsdp_reshard_after_forward": str(stage == 3).lower(), "fsdp_cpu_ram_efficient_loading": "false",
+    }  # fmt: skip
+    options = options if stage > 1 else {}
+    with patch_environment(accelerate_use_deepspeed="false", accelerate_gradient_accumulation_steps="1", **options):
+        yield
 
 
 def shard_on_cpu(accelerator: Accelerator) -> bool:

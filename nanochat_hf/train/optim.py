@@ -13,7 +13,8 @@ Several processes, found out at every step (nothing is kept outside `param_group
   stack is computed; then everyone applies them. So the states differ by rank: each rank saves its own.
 - FSDP2, parameters are DTensors sharded by rows: one all-to-all brings each owner its whole matrices, one takes the
   rows of their orthogonal factors back. AdamW works on the local rows.
-- DeepSpeed ZeRO hands its optimizers flat partitions, in which no matrix is left: refused (see `trainer` for its own).
+- DeepSpeed ZeRO hands its optimizers flat partitions, in which no matrix is left: refused. A job launched with it
+  pretrains by FSDP2 (`device.fsdp2_for_zero`), and its other stages use DeepSpeed's own Muon (`trainer`).
 """
 
 from collections import defaultdict
