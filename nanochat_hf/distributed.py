@@ -21,6 +21,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 from torch.distributed import distributed_c10d
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .errors import InputError
 
@@ -46,6 +47,7 @@ def next_stage() -> None:
     """Let the next Accelerator of these processes choose precision, accumulation and DDP or FSDP2 for itself."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    unset_hf_deepspeed_config()  # else, after ZeRO-3, transformers would load every model in pieces
     if "launched" in _kind:
         PartialState().distributed_type = _kind["launched"]  # an FSDP job would be taken for one without its options
 

@@ -237,15 +237,17 @@ def test_one_process_waits_for_nobody():
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
 def test_zero_pretrains_like_one_process_by_fsdp2_and_hands_over_to_deepspeed(alone, config):
-    """One launch for both stages, as recipes/speedrun.py makes it."""
+    """One launch for all stages, as recipes/speedrun.py makes it; evaluation loads whole weights again."""
     base = job(alone, f"{config}-2", generation=2)
     sft = {"do": "sft", "model": base["output"], "output": alone / f"{config}-sft", "device_batch_size": 4}
     sft |= {"mixture": [{"dataset": "primer", "rows": 60}], "num_iterations": 2}
-    done = launch_zero(2, config, [base, sft])
+    asked = {"do": "evaluate", "models": {"sft": sft["output"]}, "output": alone / f"{config}-eval", **ASKED}
+    done = launch_zero(2, config, [base, sft, asked])
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count(f"pretraining: FSDP2 in place of ZeRO-{config[-1]}") == 1
     same(alone, f"{config}-2", "alone", 2)
     assert "DeepSpeed" in done.stdout + done.stderr and len(losses(sft["output"])) == 2
+    assert len(load_json(asked["output"] / "metrics.json")["results"]["sft"]) == 6
 
 
 ASKED = {"limit": 6, "bpb_tokens": 512, "max_new_tokens": 8, "batch_size": 8, "tasks": ["nanochat_demo"]}
