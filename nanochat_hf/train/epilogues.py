@@ -26,7 +26,7 @@ try:
     if not hasattr(logging.Logger, "__quack_semantic_key__"):
         logging.Logger.__quack_semantic_key__ = lambda self: ("logger", self.name)
     import cutlass.cute as cute
-    from quack.activation import relu
+    from quack.activation import relu_sq
     from quack.epilogue import gemm_epilogue
     from quack.epilogue.ops import ColVecLoad, ColVecReduce
     from quack.gemm_config import GemmConfig
@@ -58,8 +58,7 @@ if gemm_epilogue is not None:
 
     @gemm_epilogue(ops={"scale": ColVecLoad("scale")})
     def _relu2(acc, scale):
-        positive = relu(acc * scale)
-        return {"D": positive * positive}
+        return {"D": relu_sq(acc * scale)}
 
     @gemm_epilogue(ops={"scale": ColVecLoad("scale")}, reduces={"along": ColVecReduce("along", scaled=True)})
     def _relu2_grad(acc, c, scale):
