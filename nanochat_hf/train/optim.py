@@ -211,7 +211,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in params[: rank * share] + params[(rank + 1) * share :]:
             self.state[p].pop("momentum_buffer", None)  # as above
         (m, n), device = params[0].shape, params[0].device
-        x = torch.zeros(share, m, n, dtype=orthogonal_dtype(device), device=device)
+        make = torch.empty if len(mine) == share else torch.zeros
+        x = make(share, m, n, dtype=orthogonal_dtype(device), device=device)
         self._directions(group, mine, x)
         x = orthogonalise(x)
         if world == 1:
