@@ -9,7 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import Run, begin, finish
-from nanochat_hf.train.pretrain import PLAN_KEYS
+from nanochat_hf.train.pretrain_config import PLAN_KEYS
 from nanochat_hf.train.scaling import plan
 
 ROOT = Path(__file__).parent.parent
