@@ -35,10 +35,13 @@ class WaitedTooLong(RuntimeError):
     """Some process of the job did not come, see the message."""
 
 
+def on_cpu() -> bool:
+    return not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
 def processes() -> PartialState:
     """The job's processes, joined if they are not yet. Without `cpu` Accelerate takes those on CPUs for strangers."""
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    state = PartialState(cpu=on_cpu(), timeout=PATIENCE)
     _kind.setdefault("launched", state.distributed_type)
     return state
 

@@ -119,7 +119,8 @@ def launch(name: str, gpus: int, settings: dict, options, device: int | None = N
     environment |= {"ACCELERATE_USE_CPU": "true"} if options.cpu else {}
     environment.setdefault("OMP_NUM_THREADS", "1")
     if device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # the devices are those of this process
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
         settings = settings | {"output": f"{settings['output']}-{device}"}
     name = f"{name}, {gpus}" + ("" if device is None else f" (number {device})")
     words += [__file__, "--one", json.dumps(settings)]

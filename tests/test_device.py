@@ -2,10 +2,12 @@
 
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from nanochat_hf.errors import InputError
@@ -99,7 +101,12 @@ def test_a_job_launched_with_zero_shards_by_fsdp2_and_is_deepspeeds_again_afterw
         assert os.environ.get("ACCELERATE_USE_FSDP") == (None if stage == "1" else "true")
         if stage != "1":
             plugin = FullyShardedDataParallelPlugin()
-            assert plugin.fsdp_version == 2 and plugin.reshard_after_forward == (stage == "3")
-            assert plugin.transformer_cls_names_to_wrap == ["NanoChatDecoderLayer"]
+            assert plugin.reshard_after_forward == (stage == "3")
+            launch_file = Path(__file__).parent.parent / "configs" / "accelerate" / "fsdp2.yaml"
+            options = yaml.safe_load(launch_file.read_text())["fsdp_config"]  # what is not the stage's stands in both
+            assert plugin.fsdp_version == options["fsdp_version"]
+            assert plugin.transformer_cls_names_to_wrap == [options["fsdp_transformer_layer_cls_to_wrap"]]
+            assert plugin.state_dict_type.name == options["fsdp_state_dict_type"]
+            assert plugin.cpu_ram_efficient_loading == options["fsdp_cpu_ram_efficient_loading"]
     assert os.environ["ACCELERATE_USE_DEEPSPEED"] == "true" and "ACCELERATE_USE_FSDP" not in os.environ
     assert len(said) == 1 and f"in place of ZeRO-{stage}" in said[0]

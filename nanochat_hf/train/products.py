@@ -108,7 +108,7 @@ class _ResidualMLP(torch.autograd.Function):
         )  # fmt: skip
 
 
-def relu2_mlp(x: Tensor, w1: Weight | Weight8 | Tensor, w2: Weight | Weight8 | Tensor, bound=None) -> Tensor:
+def relu2_mlp(x: Tensor, w1: Weight8 | Tensor, w2: Weight8 | Tensor, bound: float | None = None) -> Tensor:
     """relu(x w1^T)^2 w2^T for x (B, T, C), w1 (H, C), w2 (C, H), all of one dtype; bound as above."""
     if isinstance(w1, Weight8):
         return Relu2MLP8.apply(x.flatten(0, -2), bound, w1, w2, *w1.parts, *w2.parts).unflatten(0, x.shape[:-1])

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from .. import tool_loop
+from ..distributed import on_cpu, processes
 from ..errors import InputError
 from ..run import finish, load_json, save_json
 from .checkpoint import load_momenta, save_model
@@ -96,15 +96,6 @@ class StageConfig:
     seed: int = 0
     report_to: str = "none"
     """Where TRL reports to: none, trackio, wandb, tensorboard."""
-
-
-def on_cpu() -> bool:
-    return not (torch.cuda.is_available() or torch.backends.mps.is_available())
-
-
-def processes() -> PartialState:
-    """The job's processes. Without `cpu` Accelerate would take several on CPUs for strangers."""
-    return PartialState(cpu=on_cpu())
 
 
 def check_launch(stage: str) -> None:
