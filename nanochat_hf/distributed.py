@@ -11,7 +11,7 @@ key-value store where they have got to; so nothing runs on a device, and whoever
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -63,6 +63,18 @@ def place() -> tuple[int, int]:
 def agreed(value):
     """The main process's `value`, on every process."""
     return broadcast_object_list([value])[0] if place()[1] > 1 else value
+
+
+def together(operations: list[Callable[[], dist.Work]], device: torch.device) -> Callable[[], None]:
+    """Begin collective operations on tensors of `device` -> what waits for them. On CUDA NCCL runs them as one, so
+    that those with several roots use the links of several processes at once."""
+    if device.type == "cuda" and operations:
+        with dist._coalescing_manager(device=device, async_ops=True) as manager:
+            for begin in operations:
+                begin()
+        return manager.wait
+    works = [begin() for begin in operations]
+    return lambda: [work.wait() for work in works]
 
 
 def meet(where: str, patience: timedelta = PATIENCE) -> None:

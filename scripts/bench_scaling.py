@@ -10,7 +10,8 @@ configs/accelerate/ (by its name) or another launch file (by its path), 16 x 2,0
 step unless --accumulation says otherwise; numbers of GPUs that this machine does not have are left out. "One GPU" is
 the mean over as many runs at once as there are GPUs, each on one of them. All runs share one cache of compiled
 programs, so only the first time to the first step is a cold one. Without --dataset the text is made of random words.
-Scaling is tok/s over (GPUs x tok/s of one GPU in the same precision); MFU is over the bf16 peak, also for fp8.
+Scaling is tok/s over (GPUs x tok/s of one GPU in the same precision): of the mean of the machine's GPUs, and of its
+slowest, for which all others wait when they train together. MFU is over the bf16 peak, also for fp8.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from nanochat_hf.train.scaling import peak_flops, plan
 ROOT = Path(__file__).parent.parent
 TINY = {"aspect_ratio": 32, "head_dim": 32, "max_seq_len": 64, "generation": 2}  # of --cpu
 MARK = "figures: "  # before the line of JSON that a run prints at its end
-COLUMNS = ("run", "GPUs", "tok/s", "per GPU", "scaling", "MFU", "GiB", "first step", "recipe", "cost")
+COLUMNS = ("run", "GPUs", "tok/s", "per GPU", "of mean", "of slowest", "MFU", "GiB", "first step", "recipe", "cost")
 
 
 class Timed(Pretraining):
@@ -142,7 +143,7 @@ def launch(name: str, gpus: int, settings: dict, options, device: int | None = N
 
 
 def launch_on_each(name: str, devices: int, settings: dict, options) -> dict | None:
-    """The run on one GPU, on each of the machine's at the same time: the mean of their speeds, the worst of the rest.
+    """The run on one GPU, on each of the machine's at the same time: mean and lowest speed, the worst of the rest.
 
     GPUs of one machine differ by a percent or two, and those beside them work, too, when they train together.
     """
@@ -151,7 +152,8 @@ def launch_on_each(name: str, devices: int, settings: dict, options) -> dict | N
     if None in found:
         return None
     worst = {key: max(figures[key] for figures in found) for key in ("bytes", "first_step")}
-    return found[0] | worst | {key: sum(figures[key] or 0 for figures in found) / devices for key in ("tok_s", "mfu")}
+    mean = {key: sum(figures[key] or 0 for figures in found) / devices for key in ("tok_s", "mfu")}
+    return found[0] | worst | mean | {"slowest": min(figures["tok_s"] for figures in found)}
 
 
 def prepare(options) -> tuple[str, str]:
@@ -210,12 +212,13 @@ def speeds(options, counts: list[int]) -> None:
                     found = launch(name, gpus, settings, options)
                 if found is None:
                     continue
-                base = single.setdefault((kind == "peer", precision), found["tok_s"] / gpus)
+                each = found["tok_s"] / gpus
+                mean, slowest = single.setdefault((kind == "peer", precision), (each, found.get("slowest", each)))
                 hours = made.total_tokens / found["tok_s"] / 3600
                 rows.append(
                     (
-                        name, gpus, f"{found['tok_s']:,.0f}", f"{found['tok_s'] / gpus:,.0f}",
-                        f"{found['tok_s'] / gpus / base:.1%}", f"{found['mfu']:.1%}" if found["mfu"] else "-",
+                        name, gpus, f"{found['tok_s']:,.0f}", f"{each:,.0f}", f"{each / mean:.1%}",
+                        f"{each / slowest:.1%}", f"{found['mfu']:.1%}" if found["mfu"] else "-",
                         f"{found['bytes'] / 2**30:.1f}", f"{found['first_step']:.0f} s", f"{hours:.2f} h",
                         f"${hours * gpus * options.rate:,.0f}",
                     )

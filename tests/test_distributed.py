@@ -138,7 +138,8 @@ def test_gradients_are_reduced_once_a_step_however_many_micro_batches(place, con
     found = load_json(place / f"{config}-count" / "count.json")
     one, four = found["counted"]["1"], found["counted"]["4"]
     if config == "multi_gpu":
-        assert one == four and one["gloo:all_reduce"] > 0
+        # Every gradient once: those with an owner to it, all others together.
+        assert one == four and one["gloo:reduce"] == found["owned"] and one["gloo:all_reduce"] > 0
         # Every stack is on its way before the first one that came back is applied.
         order = found["order"]
         assert order.index("apply") > max(i for i, what in enumerate(order) if what == "send")

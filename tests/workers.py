@@ -109,11 +109,12 @@ def count(output: str, tokenizer: str, accumulations: list[int], **keys) -> None
             run.train_step()
         events = [event.name for event in recorded.events() if event.name.startswith("gloo:")]
         counted[accumulation] = {name: events.count(name) for name in sorted(set(events))}
+        owned = sum(owner is not None for owner in run.optimizer.optimizer.owners().values())
         run.loader.close()
         fresh()
     if torch.distributed.get_rank() == 0:
         Path(output).mkdir(parents=True, exist_ok=True)
-        (Path(output) / "count.json").write_text(json.dumps({"counted": counted, "order": order}))
+        (Path(output) / "count.json").write_text(json.dumps({"counted": counted, "order": order, "owned": owned}))
 
 
 def sft(output: str, model: str, die_at: int | None = None, **keys) -> None:

@@ -8,9 +8,9 @@ optimizer object is what Accelerate, Trainer and checkpoints expect. How:
 `muon` has what is computed, and the papers it is from; this file has who computes it, and when.
 
 Several processes, found out at every step (nothing is kept outside `param_groups` and `state`):
-- DDP, each process has all parameters and reduced gradients: a matrix, or a large AdamW tensor, has one owner, which
-  alone holds its momentum and computes; orthogonal factors are gathered (and new embeddings broadcast) while the next
-  stack is computed; then everyone applies them. So the states differ by rank: each rank saves its own.
+- DDP, each process has all parameters: a matrix, or a large AdamW tensor, has one owner (`owners`), which alone needs
+  its reduced gradient, holds its momentum and computes; orthogonal factors are gathered (and new embeddings broadcast)
+  while the next stack is computed; then everyone applies them. So the states differ by rank: each saves its own.
 - FSDP2, parameters are DTensors sharded by rows: one all-to-all brings each owner its whole matrices, one takes the
   rows of their orthogonal factors back. AdamW works on the local rows.
 - DeepSpeed ZeRO hands its optimizers flat partitions, in which no matrix is left: refused. A job launched with it
@@ -18,14 +18,15 @@ Several processes, found out at every step (nothing is kept outside `param_group
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from ..distributed import place
+from ..distributed import place, together
 from ..errors import InputError
 from .muon import adamw, fused, mean_squares, orthogonal_dtype, orthogonalise, scalar, update_scale
 from .optim_kernels import apply_updates, nesterov
@@ -99,8 +100,10 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        computed = [self._adamw(group, p, turn) for turn, (group, p) in enumerate(self._adamw_parameters())]
+        sent = [send for send in computed if send]
         # functions that wait for a transfer and finish its work
-        pending = [self._adamw(group, p, turn) for turn, (group, p) in enumerate(self._adamw_parameters())]
+        pending = [together(sent, self.param_groups[0]["params"][0].device)] if sent else []
         begun = []
         for group, params in self._stacks():
             if isinstance(params[0], DTensor):
@@ -111,6 +114,17 @@ class MuonAdamW(torch.optim.Optimizer):
         for finish in pending:
             finish()
         return loss
+
+    def owners(self) -> dict[nn.Parameter, int | None]:
+        """Each parameter -> the rank that computes its update under DDP, or None if all do; all have gradients."""
+        _, world = place()
+        found = {}
+        for turn, (_, p) in enumerate(self._adamw_parameters(everyone=True)):
+            found[p] = turn % world if p.numel() >= LARGE else None
+        for _, params in self._stacks(everyone=True):
+            share = -(-len(params) // world)
+            found |= {p: place // share for place, p in enumerate(params)}
+        return found
 
     def refused(self) -> None:
         """Take back the count of the last step, which `gate` turned out to refuse."""
@@ -131,24 +145,29 @@ class MuonAdamW(torch.optim.Optimizer):
     def _gate(self, x: Tensor) -> Tensor:
         return torch.ones((), device=x.device) if self.gate is None else self.gate
 
-    def _adamw_parameters(self) -> Iterator[tuple[dict, nn.Parameter]]:
-        """(group, parameter) of all with a gradient, the large ones first so that their owners alternate."""
-        found = [(g, p) for g in self.param_groups if g["kind"] == "adamw" for p in g["params"] if p.grad is not None]
+    def _adamw_parameters(self, everyone: bool = False) -> Iterator[tuple[dict, nn.Parameter]]:
+        """(group, parameter), the large ones first so that owners alternate; of those with a gradient, or of all."""
+        groups = [group for group in self.param_groups if group["kind"] == "adamw"]
+        found = [(group, p) for group in groups for p in group["params"] if everyone or p.grad is not None]
         yield from sorted(found, key=lambda pair: -pair[1].numel())
 
-    def _stacks(self) -> Iterator[tuple[dict, list]]:
-        """(group, parameters of one shape), the costliest first: its transfer hides behind the others' work."""
+    def _stacks(self, everyone: bool = False) -> Iterator[tuple[dict, list]]:
+        """(group, parameters of one shape), the costliest first: its transfer hides behind the others' work.
+
+        Of those with a gradient, or of all.
+        """
         stacks = defaultdict(list)
         for index, group in enumerate(self.param_groups):
             if group["kind"] == "muon":
                 check_matrices(group["params"])  # again: DeepSpeed puts its partitions in after construction
                 for p in group["params"]:
-                    if p.grad is not None:
+                    if everyone or p.grad is not None:
                         stacks[index, p.shape].append(p)
         for (index, _), params in sorted(stacks.items(), key=lambda item: -item[1][0].numel() * len(item[1])):
             yield self.param_groups[index], params
 
-    def _adamw(self, group: dict, p: nn.Parameter, turn: int):
+    def _adamw(self, group: dict, p: nn.Parameter, turn: int) -> Callable[[], dist.Work] | None:
+        """Update p if this rank is to -> what sends it from its owner to all, if it has one."""
         local = p.to_local() if isinstance(p, DTensor) else p.detach()
         rank, world = (0, 1) if isinstance(p, DTensor) else place()
         owner = turn % world if p.numel() >= LARGE else rank
@@ -167,8 +186,8 @@ class MuonAdamW(torch.optim.Optimizer):
             numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
             fused(adamw, local)(local, grad, first, second, state["step"], self._gate(local), *map(scalar, numbers))
         if world == 1 or p.numel() < LARGE:
-            return lambda: None
-        return dist.broadcast(local, owner, async_op=True).wait
+            return None
+        return partial(dist.broadcast, local, owner, async_op=True)
 
     def _directions(self, group: dict, params: list, out: Tensor) -> None:
         """Nesterov momentum of each (local) gradient into out (at least as many, m, n); there may be no parameter."""

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -40,6 +41,7 @@ from .device import check_cost, choose_rows, fetch, fits, listening, start_accel
 from .monitor import Evaluator, SpikeAlarm, line, status
 from .network import compute_dtype, gradient_norm, new_model, scale_gradients, shape_of, shard, with_loss
 from .optim import MuonAdamW, param_groups
+from .owners import OwnerReduction
 from .pretrain_config import PLAN_KEYS, SHAPE_KEYS, PretrainConfig
 from .scaling import peak_flops, plan
 from .schedule import Factors
@@ -123,6 +125,8 @@ class Pretraining:
         self.loss_model, self.optimizer = self.accelerator.prepare(
             network, MuonAdamW(param_groups(self.model, self.plan.groups))
         )
+        ddp = isinstance(self.loss_model, DistributedDataParallel)
+        self.reduction = OwnerReduction(self.loss_model, self.optimizer.optimizer) if ddp else None
         saved = checkpoint.latest(output / "state")
         self.rows = self.choose_rows(saved)
         self.accumulation = self.plan.total_batch_size // (self.rows * self.plan.max_seq_len * self.world)
@@ -213,17 +217,23 @@ class Pretraining:
                 group["weight_decay"] = options["weight_decay"] * factors.weight_decay
                 group["momentum"] = factors.momentum
         loss = torch.zeros((), device=self.device)
+        scale = self.loss_scale / (self.world if self.reduction else 1)
         for left in reversed(range(self.accumulation)):
             ids, targets = to_device(next(self.loader), self.device)
             if self.whole:
                 self.loss_model.set_reshard_after_backward(left == 0)
             with self.accelerator.accumulate(self.loss_model):  # reduces gradients with the last of them only
                 part = self.loss_model(ids, targets)
-                self.accelerator.backward(part if self.loss_scale == 1 else part * self.loss_scale)
+                self.accelerator.backward(part if scale == 1 else part * scale)
             loss += part.detach() / self.accumulation
-        norm = gradient_norm(self.model) / self.loss_scale
+        if self.reduction:
+            self.reduction.finish()
+            square = self.reduction.squared_norm() * self.world
+        else:
+            square = gradient_norm(self.model).square()
         asked = torch.full_like(loss, float(bool(self.signal)))  # torch.tensor would wait for all that is queued
-        loss, asked = self.accelerator.reduce(torch.stack((loss, asked)), "mean").unbind()
+        loss, asked, square = self.accelerator.reduce(torch.stack((loss, asked, square)), "mean").unbind()
+        norm = square.sqrt() / self.loss_scale
         # The device decides whether to take the step, and the host hears of it when the step is already on its way.
         limit = self.alarm.limit()
         taken = loss.isfinite() & norm.isfinite() & (loss <= limit)

@@ -1,0 +1,85 @@
+"""Gradients under DDP are summed at the process that owns their parameter, and only there."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_optim import free_port
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nanochat_hf.train.optim import MuonAdamW
+from nanochat_hf.train.owners import OwnerReduction
+
+MUON = {"kind": "muon", "lr": 0.02, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.0}
+ADAMW = {"kind": "adamw", "lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+
+
+class Net(nn.Module):
+    """Three matrices of one shape (an uneven share), a large table and a small scale, in bf16 and float32."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(300, 256, dtype=torch.bfloat16)
+        self.matrices = nn.ParameterList(torch.randn(256, 256) / 16 for _ in range(3))
+        self.scale = nn.Parameter(torch.ones(256))
+
+    def forward(self, ids):
+        x = self.table(ids).float()
+        for matrix in self.matrices:
+            x = torch.tanh(x @ matrix)
+        return (x * self.scale).square().sum()
+
+
+def optimizer_of(net: Net) -> MuonAdamW:
+    rest = [net.table.weight, net.scale]
+    return MuonAdamW([{"params": list(net.matrices), **MUON}, {"params": rest, **ADAMW}])
+
+
+def gradients(net: nn.Module, parts) -> list[torch.Tensor]:
+    for part in parts:
+        net(part).backward()
+    return [p.grad.float().clone() for p in net.parameters()]
+
+
+def worker(rank: int, world: int, port: int, device: str):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    device = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ids = torch.randint(300, (world, 2, 40), generator=torch.Generator().manual_seed(1)).to(device)
+    expected = gradients(Net().to(device), ids.flatten(0, 1))
+    net = DistributedDataParallel(Net().to(device), gradient_as_bucket_view=True, bucket_cap_mb=0.5)
+    reduction = OwnerReduction(net, optimizer_of(net.module))
+    owners = [reduction.owners[p] for p in net.module.parameters()]
+    assert owners == [None, 0, 0, 0, 1]  # the scale, the table, the matrices
+    for _ in range(2):  # DDP makes new buckets after the first time
+        net.zero_grad(set_to_none=True)
+        with net.no_sync():
+            net(ids[rank, 0]).backward()
+        net(ids[rank, 1]).backward()
+        reduction.finish()
+        for p, owner, wanted in zip(net.module.parameters(), owners, expected):
+            if owner in (rank, None):
+                torch.testing.assert_close(p.grad.float(), wanted, atol=0.05, rtol=0.02)
+        square = reduction.squared_norm()
+        dist.all_reduce(square)
+        whole = torch.stack([wanted.square().sum() for wanted in expected]).sum()
+        torch.testing.assert_close(square, whole, atol=0, rtol=0.01)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_owners_have_the_sums():
+    mp.spawn(worker, (2, free_port(), "cpu"), nprocs=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_owners_have_the_sums_on_gpus():
+    mp.spawn(worker, (2, free_port(), "cuda"), nprocs=2)
