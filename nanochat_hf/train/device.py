@@ -35,6 +35,7 @@ from .scaling import Plan, rows_that_fit
 
 CPU_FLOPS = 5e10  # per second and core, a fair guess
 ZERO_OPTIONS = ("OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE", "CONFIG_FILE")
+BUCKET_MB = 512  # of gradients that DDP sends at once: several layers, whose owners use all links (see `owners`)
 TRACKERS = ("none", "trackio", "wandb", "tensorboard")
 
 
@@ -59,7 +60,11 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
             mixed_precision="no",  # the dtype of the embeddings decides, see network.py
             log_with=None if report_to == "none" else report_to,
             project_dir=output,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    bucket_cap_mb=BUCKET_MB, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+            ],
         )
         shard_on_cpu(accelerator)
     dtype = compute_dtype(accelerator.device)

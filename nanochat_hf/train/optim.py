@@ -163,8 +163,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 for p in group["params"]:
                     if everyone or p.grad is not None:
                         stacks[index, p.shape].append(p)
+        _, world = place()
         for (index, _), params in sorted(stacks.items(), key=lambda item: -item[1][0].numel() * len(item[1])):
-            yield self.param_groups[index], params
+            # Shares of a stack are consecutive: owners alternate from matrix to matrix of the model, so that gradients
+            # which are ready at one time go to all processes.
+            yield self.param_groups[index], [p for first in range(world) for p in params[first::world]]
 
     def _adamw(self, group: dict, p: nn.Parameter, turn: int) -> Callable[[], dist.Work] | None:
         """Update p if this rank is to -> what sends it from its owner to all, if it has one."""
