@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..distributed import meet, place
 from ..errors import InputError
-from .optim import LARGE
+from .owners import LARGE
 
 
 def barrier() -> None:

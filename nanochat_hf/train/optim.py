@@ -30,8 +30,7 @@ from ..distributed import place, together
 from ..errors import InputError
 from .muon import adamw, fused, mean_squares, orthogonal_dtype, orthogonalise, scalar, update_scale
 from .optim_kernels import apply_updates, nesterov
-
-LARGE = 1 << 16  # elements from which an AdamW tensor has one owner instead of a copy of its state everywhere
+from .owners import adamw_owner, shares
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
@@ -118,12 +117,9 @@ class MuonAdamW(torch.optim.Optimizer):
     def owners(self) -> dict[nn.Parameter, int | None]:
         """Each parameter -> the rank that computes its update under DDP, or None if all do; all have gradients."""
         _, world = place()
-        found = {}
-        for turn, (_, p) in enumerate(self._adamw_parameters(everyone=True)):
-            found[p] = turn % world if p.numel() >= LARGE else None
+        found = {p: adamw_owner(p, turn, world) for turn, (_, p) in enumerate(self._adamw_parameters(everyone=True))}
         for _, params in self._stacks(everyone=True):
-            share = -(-len(params) // world)
-            found |= {p: place // share for place, p in enumerate(params)}
+            found |= {p: rank for rank, part in enumerate(shares(params, world)) for p in part}
         return found
 
     def refused(self) -> None:
@@ -163,18 +159,15 @@ class MuonAdamW(torch.optim.Optimizer):
                 for p in group["params"]:
                     if everyone or p.grad is not None:
                         stacks[index, p.shape].append(p)
-        _, world = place()
         for (index, _), params in sorted(stacks.items(), key=lambda item: -item[1][0].numel() * len(item[1])):
-            # Shares of a stack are consecutive: owners alternate from matrix to matrix of the model, so that gradients
-            # which are ready at one time go to all processes.
-            yield self.param_groups[index], [p for first in range(world) for p in params[first::world]]
+            yield self.param_groups[index], params
 
     def _adamw(self, group: dict, p: nn.Parameter, turn: int) -> Callable[[], dist.Work] | None:
         """Update p if this rank is to -> what sends it from its owner to all, if it has one."""
         local = p.to_local() if isinstance(p, DTensor) else p.detach()
         rank, world = (0, 1) if isinstance(p, DTensor) else place()
-        owner = turn % world if p.numel() >= LARGE else rank
-        if owner != rank:
+        owner = adamw_owner(p, turn, world)
+        if owner not in (rank, None):
             self.state.pop(p, None)  # a checkpoint of another number of processes brought it along
         else:
             state = self.state[p]
@@ -188,7 +181,7 @@ class MuonAdamW(torch.optim.Optimizer):
             )
             numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
             fused(adamw, local)(local, grad, first, second, state["step"], self._gate(local), *map(scalar, numbers))
-        if world == 1 or p.numel() < LARGE:
+        if world == 1 or owner is None:
             return None
         return partial(dist.broadcast, local, owner, async_op=True)
 
@@ -228,9 +221,9 @@ class MuonAdamW(torch.optim.Optimizer):
     def _muon(self, group: dict, params: list):
         """One process, or DDP: orthogonalise the matrices that this rank owns, gather all."""
         rank, world = place()
-        share = -(-len(params) // world)
-        mine = params[rank * share : (rank + 1) * share]
-        for p in params[: rank * share] + params[(rank + 1) * share :]:
+        parts = shares(params, world)
+        mine, share, params = parts[rank], len(parts[0]), [p for part in parts for p in part]
+        for p in [p for part in parts if part is not mine for p in part]:
             self.state[p].pop("momentum_buffer", None)  # as above
         (m, n), device = params[0].shape, params[0].device
         make = torch.empty if len(mine) == share else torch.zeros

@@ -1,6 +1,6 @@
-"""Under DDP, gradients are added up where they are needed: each at the process that updates its parameter.
+"""Which process updates a parameter under DDP, and gradients that are added up there and nowhere else.
 
-DDP adds up every gradient on every process, but `MuonAdamW` has one owner for each large parameter. A reduction to the
+DDP adds up every gradient on every process, but in `MuonAdamW` each large parameter has one owner. A reduction to the
 owners moves half the bytes of one to everybody, as ZeRO-2 does (arXiv:1910.02054). DDP still decides when: it hands
 over each bucket of gradients as soon as the last micro-batch of a step has filled it. Afterwards the gradients that
 this process does not own are partial sums, of no use to anyone.
@@ -8,18 +8,36 @@ this process does not own are partial sums, of no use to anyone.
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import place, together
-from .optim import MuonAdamW
+
+LARGE = 1 << 16  # elements from which an AdamW tensor has one owner instead of a copy of its state everywhere
+
+
+def adamw_owner(p: Tensor, turn: int, world: int) -> int | None:
+    """The rank that updates p, the turn-th parameter by size; None: all of them do."""
+    return turn % world if p.numel() >= LARGE else None
+
+
+def shares(params: list, world: int) -> list[list]:
+    """The matrices that each rank updates, of equally many until there are no more.
+
+    They alternate, as they come in the model, so that gradients which are ready at one time go to all ranks.
+    """
+    size, dealt = -(-len(params) // world), [p for first in range(world) for p in params[first::world]]
+    return [dealt[rank * size : (rank + 1) * size] for rank in range(world)]
 
 
 class OwnerReduction:
-    """Gradients of `network` summed, not averaged, over processes: at their owner, or everywhere if they have none."""
+    """Gradients of `network` summed, not averaged, over processes: at their owner, or everywhere if they have none.
 
-    def __init__(self, network: DistributedDataParallel, optimizer: MuonAdamW):
-        self.owners, self.pending = optimizer.owners(), []
+    owners: of its parameters, as `MuonAdamW.owners` has them.
+    """
+
+    def __init__(self, network: DistributedDataParallel, owners: dict[nn.Parameter, int | None]):
+        self.owners, self.pending = owners, []
         network.register_comm_hook(None, self._begin)
 
     def _begin(self, state, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

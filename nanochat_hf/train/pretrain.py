@@ -126,7 +126,7 @@ class Pretraining:
             network, MuonAdamW(param_groups(self.model, self.plan.groups))
         )
         ddp = isinstance(self.loss_model, DistributedDataParallel)
-        self.reduction = OwnerReduction(self.loss_model, self.optimizer.optimizer) if ddp else None
+        self.reduction = OwnerReduction(self.loss_model, self.optimizer.optimizer.owners()) if ddp else None
         saved = checkpoint.latest(output / "state")
         self.rows = self.choose_rows(saved)
         self.accumulation = self.plan.total_batch_size // (self.rows * self.plan.max_seq_len * self.world)
