@@ -8,7 +8,6 @@ import importlib.util
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     gather_object,
@@ -35,7 +33,6 @@ from .scaling import Plan, rows_that_fit
 
 CPU_FLOPS = 5e10  # per second and core, a fair guess
 ZERO_OPTIONS = ("OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE", "CONFIG_FILE")
-BUCKET_MB = 512  # of gradients that DDP sends at once: several layers, whose owners use all links (see `owners`)
 TRACKERS = ("none", "trackio", "wandb", "tensorboard")
 
 
@@ -54,17 +51,11 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
         compiled = output.resolve().parent / ".compiled"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
         os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is new in 2.13
     with fsdp2_for_zero():
         accelerator = Accelerator(
             mixed_precision="no",  # the dtype of the embeddings decides, see network.py
             log_with=None if report_to == "none" else report_to,
             project_dir=output,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(
-                    bucket_cap_mb=BUCKET_MB, broadcast_buffers=False, gradient_as_bucket_view=True
-                )
-            ],
         )
         shard_on_cpu(accelerator)
     dtype = compute_dtype(accelerator.device)
@@ -87,7 +78,7 @@ def fsdp2_for_zero() -> Iterator[None]:
 
     ZeRO flattens what it shards. Its stage 2 keeps whole weights beside pieces of gradients and optimizer state, as
     FSDP2 does if it leaves weights gathered until the step is done; stage 3 gathers them for each pass. Stage 1, the
-    optimizer's state alone in pieces, is DDP with `MuonAdamW`.
+    optimizer's state alone in pieces, is what `MuonAdamW` does by itself.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         yield
@@ -100,7 +91,7 @@ def fsdp2_for_zero() -> Iterator[None]:
             "or launch this stage with configs/accelerate/fsdp2.yaml"
         )
     stage, state = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), processes()
-    engine = "FSDP2" if stage > 1 else "DDP"
+    engine = "FSDP2" if stage > 1 else "MuonAdamW"
     state.print(f"pretraining: {engine} in place of ZeRO-{stage}, which would flatten the matrices that Muon needs")
     if state.distributed_type == DistributedType.DEEPSPEED:
         state.distributed_type = DistributedType.MULTI_GPU if state.num_processes > 1 else DistributedType.NO

@@ -8,9 +8,9 @@ optimizer object is what Accelerate, Trainer and checkpoints expect. How:
 `muon` has what is computed, and the papers it is from; this file has who computes it, and when.
 
 Several processes, found out at every step (nothing is kept outside `param_groups` and `state`):
-- DDP, each process has all parameters: a matrix, or a large AdamW tensor, has one owner (`owners`), which alone needs
-  its reduced gradient, holds its momentum and computes; orthogonal factors are gathered (and new embeddings broadcast)
-  while the next stack is computed; then everyone applies them. So the states differ by rank: each saves its own.
+- Each process has all parameters (pretraining; DDP): a matrix, or a large AdamW tensor, has one owner (`owners`), which
+  alone needs its reduced gradient, holds its momentum and computes; orthogonal factors are gathered (and new embeddings
+  broadcast) while the next stack is computed; then everyone applies them. So states differ by rank: each saves its own.
 - FSDP2, parameters are DTensors sharded by rows: one all-to-all brings each owner its whole matrices, one takes the
   rows of their orthogonal factors back. AdamW works on the local rows.
 - DeepSpeed ZeRO hands its optimizers flat partitions, in which no matrix is left: refused. A job launched with it
@@ -115,7 +115,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def owners(self) -> dict[nn.Parameter, int | None]:
-        """Each parameter -> the rank that computes its update under DDP, or None if all do; all have gradients."""
+        """Each parameter -> the rank that computes its update, or None if all do, when each has all of them."""
         _, world = place()
         found = {p: adamw_owner(p, turn, world) for turn, (_, p) in enumerate(self._adamw_parameters(everyone=True))}
         for _, params in self._stacks(everyone=True):
@@ -219,7 +219,7 @@ class MuonAdamW(torch.optim.Optimizer):
         apply_updates(local, x, scale.contiguous(), rate, group["weight_decay"], self._gate(x))
 
     def _muon(self, group: dict, params: list):
-        """One process, or DDP: orthogonalise the matrices that this rank owns, gather all."""
+        """Whole matrices: orthogonalise those that this rank owns, gather all."""
         rank, world = place()
         parts = shares(params, world)
         mine, share, params = parts[rank], len(parts[0]), [p for part in parts for p in part]

@@ -1,18 +1,21 @@
-"""Which process updates a parameter under DDP, and gradients that are added up there and nowhere else.
+"""Which process updates a parameter when each holds the model, and gradients that are added up there and nowhere else.
 
-DDP adds up every gradient on every process, but in `MuonAdamW` each large parameter has one owner. A reduction to the
-owners moves half the bytes of one to everybody, as ZeRO-2 does (arXiv:1910.02054). DDP still decides when: it hands
-over each bucket of gradients as soon as the last micro-batch of a step has filled it. Afterwards the gradients that
-this process does not own are partial sums, of no use to anyone.
+torch's DDP adds up every gradient on every process, but in `MuonAdamW` each large parameter has one owner. A reduction
+to the owners moves half the bytes, as ZeRO-2 does (arXiv:1910.02054). It begins while the last backward pass of a step
+goes on, and takes gradients where they are: DDP would copy them into buckets first, whose addresses fit neither our
+kernels nor cuBLAS's fastest. Afterwards what this process does not own is a partial sum, of no use to anyone.
 """
+
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.autograd.graph import get_gradient_edge
 
 from ..distributed import place, together
 
+BYTES = 512 << 20  # of gradients that are sent at once: several layers, whose owners use all links
 LARGE = 1 << 16  # elements from which an AdamW tensor has one owner instead of a copy of its state everywhere
 
 
@@ -31,35 +34,51 @@ def shares(params: list, world: int) -> list[list]:
 
 
 class OwnerReduction:
-    """Gradients of `network` summed, not averaged, over processes: at their owner, or everywhere if they have none.
+    """Gradients summed, not averaged, over processes: at their owner, or everywhere if they have none.
 
-    owners: of its parameters, as `MuonAdamW.owners` has them.
+        with reduction:
+            loss.backward()
+
+    owners: of all parameters, as `MuonAdamW.owners` has them; they are made those of the main process.
     """
 
-    def __init__(self, network: DistributedDataParallel, owners: dict[nn.Parameter, int | None]):
-        self.owners, self.pending = owners, []
-        network.register_comm_hook(None, self._begin)
+    def __init__(self, owners: dict[nn.Parameter, int | None]):
+        self.owners, self.on, self.filled, self.pending = owners, False, [], []
+        for p in owners:
+            dist.broadcast(p.detach(), 0)  # one by one: what begins inside `together` finds NCCL connected already
+        self.nodes = [get_gradient_edge(p).node for p in owners]  # kept, for the hooks go when they do
+        for p, node in zip(owners, self.nodes):
+            node.register_hook(partial(self._fill, p))  # runs for a gradient that was added in place as well
 
-    def _begin(self, state, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        buffer, owned = bucket.buffer(), []
-        for parameter, grad in zip(bucket.parameters(), bucket.gradients()):
-            if (owner := self.owners[parameter]) is not None:
-                owned.append(lambda grad=grad, owner=owner: dist.reduce(grad, owner, async_op=True))
-        self.pending.append(together(owned, buffer.device))
-        done = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
-        done.set_result(buffer)  # DDP shall not wait: `finish` does
-        return done
+    def __enter__(self) -> None:
+        self.on = True
 
-    def finish(self) -> None:
+    def __exit__(self, kind, *_) -> None:
         """Wait for what is on its way, and add up the small gradients that everybody needs."""
-        for wait in self.pending:
-            wait()
+        self.on = False
+        if kind is None:
+            self._send()
+            for wait in self.pending:
+                wait()
+            if small := [p.grad for p, owner in self.owners.items() if owner is None and p.grad is not None]:
+                flat = torch.cat([grad.flatten().float() for grad in small])
+                dist.all_reduce(flat)
+                parts = flat.split([grad.numel() for grad in small])
+                torch._foreach_copy_(small, [part.view_as(grad) for part, grad in zip(parts, small)])
         self.pending.clear()
-        if small := [p.grad for p, owner in self.owners.items() if owner is None and p.grad is not None]:
-            flat = torch.cat([grad.flatten().float() for grad in small])
-            dist.all_reduce(flat)
-            parts = flat.split([grad.numel() for grad in small])
-            torch._foreach_copy_(small, [part.view_as(grad) for part, grad in zip(parts, small)])
+        self.filled.clear()
+
+    def _fill(self, p: nn.Parameter, *_) -> None:
+        if self.on and self.owners[p] is not None and p.grad is not None:
+            self.filled.append((p.grad, self.owners[p]))
+            if sum(grad.nbytes for grad, _ in self.filled) >= BYTES:
+                self._send()
+
+    def _send(self) -> None:
+        if self.filled:
+            operations = [partial(dist.reduce, grad, owner, async_op=True) for grad, owner in self.filled]
+            self.pending.append(together(operations, self.filled[0][0].device))
+            self.filled.clear()
 
     def squared_norm(self) -> Tensor:
         """() float32, this process's part of the squared norm of all gradients: of those that it alone counts."""

@@ -3,7 +3,7 @@
     pretrain(PretrainConfig(depth=12, dataset="books/"), tokenizer="runs/d12/tokenizer", output=Path("runs/d12/base"))
 
 What depends on the size comes from `scaling.plan`, what depends on the step from its schedule. Accelerate launches the
-processes, places and wraps the model (DDP, FSDP2) and writes to trackers; the loop is ours, because it is what this
+processes, shards the model (FSDP2) and writes to trackers; the loop is ours, because it is what this
 project is about. It differs from karpathy/nanochat's base_train in this: it resumes exactly (weights, optimizer, data
 position, random state; also with another number of processes), finds the device batch by itself, evaluates on rows
 kept in memory, stops at a loss that leaps or is not finite before that reaches the weights, and saves before it obeys
@@ -26,7 +26,6 @@ from typing import NamedTuple
 import torch
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -122,11 +121,13 @@ class Pretraining:
         self.asked = False  # whether some process was asked to stop, as far as all of them know
 
         network = with_loss(self.model, config.attn_implementation, config.compile, config.fp8)
-        self.loss_model, self.optimizer = self.accelerator.prepare(
-            network, MuonAdamW(param_groups(self.model, self.plan.groups))
-        )
-        ddp = isinstance(self.loss_model, DistributedDataParallel)
-        self.reduction = OwnerReduction(self.loss_model, self.optimizer.optimizer.owners()) if ddp else None
+        optimizer = MuonAdamW(param_groups(self.model, self.plan.groups))
+        if self.sharded:
+            self.loss_model, self.optimizer = self.accelerator.prepare(network, optimizer)
+        else:  # on its device already, and not wrapped in DDP: `owners` says why
+            self.loss_model, self.optimizer = network, self.accelerator.prepare(optimizer)
+        alone = self.sharded or self.world == 1
+        self.reduction = None if alone else OwnerReduction(optimizer.owners())
         saved = checkpoint.latest(output / "state")
         self.rows = self.choose_rows(saved)
         self.accumulation = self.plan.total_batch_size // (self.rows * self.plan.max_seq_len * self.world)
@@ -222,12 +223,12 @@ class Pretraining:
             ids, targets = to_device(next(self.loader), self.device)
             if self.whole:
                 self.loss_model.set_reshard_after_backward(left == 0)
-            with self.accelerator.accumulate(self.loss_model):  # reduces gradients with the last of them only
+            reducing = self.reduction if self.reduction and left == 0 else nullcontext()  # FSDP2 does so by itself
+            with self.accelerator.accumulate(self.loss_model), reducing:
                 part = self.loss_model(ids, targets)
                 self.accelerator.backward(part if scale == 1 else part * scale)
             loss += part.detach() / self.accumulation
         if self.reduction:
-            self.reduction.finish()
             square = self.reduction.squared_norm() * self.world
         else:
             square = gradient_norm(self.model).square()
