@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
+from workers import launch
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.generation import Generator
@@ -137,6 +138,12 @@ def test_rows_without_advantage_are_left_out_and_nothing_changes(tiny_folder, to
     model, batch = trainer.model.train(), graded_batch(trainer)
     losses = [trainer.compute_loss(model, batch), GRPOTrainer.compute_loss(trainer, model, batch)]
     assert sizes == [4, 8] and losses[0].item() == pytest.approx(losses[1].item(), abs=1e-7)
+    real_gather = trainer.accelerator.gather
+    monkeypatch.setattr(  # another rank, which needs 6 rows
+        trainer.accelerator, "gather", lambda x: torch.tensor([x, 6]) if x.dtype == torch.long else real_gather(x)
+    )
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(losses[1].item(), abs=1e-7) and sizes[-1] == 6
+    monkeypatch.setattr(trainer.accelerator, "gather", real_gather)
     batch["advantages"] = torch.zeros(8)
     trainer.compute_loss(model, batch).backward()  # every rank has a backward pass, even when nothing is to be learned
     assert sizes[-1] == 1
@@ -230,10 +237,8 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(tiny_folder, tmp_pa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", [None, Generator])
-def test_a_model_that_guesses_learns_what_is_rewarded(tiny_folder, tmp_path, engine):
-    """SFT teaches to answer one of four numbers, equally often; RL is told which of them is right."""
+def guessing(tiny_folder, tmp_path) -> dict:
+    """SFT teaches to answer one of four numbers, equally often -> keys of RL that is told which of them is right."""
     choices = [f"It is so.\n#### {number}" for number in (1, 2, 3, 4)]
     chats = [
         [{"role": "user", "content": "Pick one."}, {"role": "assistant", "content": choices[i % 4]}]
@@ -245,8 +250,25 @@ def test_a_model_that_guesses_learns_what_is_rewarded(tiny_folder, tmp_path, eng
         (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * (64 if split == "train" else 1))
     sft = ChatConfig(mixture=[{"dataset": str(tmp_path / "chats.jsonl")}], device_batch_size=4, num_iterations=60)
     train_chat(sft, tiny_folder, tmp_path / "guesses")
-    rl = config(dataset=str(tmp_path / "{split}.jsonl"), num_iterations=12, num_samples=16, device_batch_size=32)
-    rl.eval_samples, rl.max_new_tokens, rl.init_lr_frac = 64, 24, 0.2
-    train_rl(rl, str(tmp_path / "guesses"), tmp_path / "rl", engine=engine)
+    rl = {"dataset": str(tmp_path / "{split}.jsonl"), "num_samples": 16, "eval_samples": 64, "max_new_tokens": 24}
+    return {**KEYS, **rl, "init_lr_frac": 0.2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [None, Generator])
+def test_a_model_that_guesses_learns_what_is_rewarded(tiny_folder, tmp_path, engine):
+    rl = guessing(tiny_folder, tmp_path) | {"num_iterations": 12, "device_batch_size": 32}
+    train_rl(RLConfig(**rl), str(tmp_path / "guesses"), tmp_path / "rl", engine=engine)
+    metrics = load_json(tmp_path / "rl" / "metrics.json")
+    assert metrics["before"]["pass@1"] < 0.45 and metrics["after"]["pass@1"] > 0.65
+
+
+@pytest.mark.slow
+def test_two_processes_learn_though_they_leave_out_different_rows(tiny_folder, tmp_path):
+    """Each has 4 of a step's 8 questions with all their answers; a question may have none that is right, or all."""
+    rl = guessing(tiny_folder, tmp_path) | {"num_iterations": 12, "examples_per_step": 8, "num_samples": 4}
+    rl |= {"device_batch_size": 16}
+    job = {"do": "rl", "model": tmp_path / "guesses", "output": tmp_path / "rl", **rl}
+    assert launch(2, "multi_gpu", [job]).returncode == 0
     metrics = load_json(tmp_path / "rl" / "metrics.json")
     assert metrics["before"]["pass@1"] < 0.45 and metrics["after"]["pass@1"] > 0.65

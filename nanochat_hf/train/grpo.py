@@ -98,10 +98,14 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         return result
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Leaves out rows without advantage (all of a question's answers equally good): their gradient is zero."""
-        kept = inputs["advantages"] != 0
-        kept[0] = True  # every rank takes part in the backward pass
-        inputs = {key: value[kept] if value.ndim else value for key, value in inputs.items()}
+        """Leaves out rows without advantage (all of a question's answers equally good): their gradient is zero.
+
+        As many as the rank that needs most rows can do without: TRL gathers figures of each row from all ranks.
+        """
+        useful = inputs["advantages"] != 0
+        count = int(self.accelerator.gather(useful.sum()).max().clamp(min=1))  # none would leave nothing to gather
+        rows = useful.float().argsort(descending=True, stable=True)[:count].sort().values
+        inputs = {key: value[rows] if value.ndim else value for key, value in inputs.items()}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def record(self, rows: list[dict], texts: list[str], rewards: list[float]) -> None:

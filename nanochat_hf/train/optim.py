@@ -8,9 +8,9 @@ optimizer object is what Accelerate, Trainer and checkpoints expect. How:
 `muon` has what is computed, and the papers it is from; this file has who computes it, and when.
 
 Several processes, found out at every step (nothing is kept outside `param_groups` and `state`):
-- Each process has all parameters (pretraining; DDP): a matrix, or a large AdamW tensor, has one owner (`owners`), which
-  alone needs its reduced gradient, holds its momentum and computes; orthogonal factors are gathered (and new embeddings
-  broadcast) while the next stack is computed; then everyone applies them. So states differ by rank: each saves its own.
+- Each process has all parameters (pretraining; DDP): a matrix, or a large AdamW tensor, has one owner (`owners`). It
+  alone needs the reduced gradient, holds the momentum and computes; orthogonal factors are gathered, new embeddings
+  broadcast, while the next stack is computed; then everyone applies them. States differ by rank: each saves its own.
 - FSDP2, parameters are DTensors sharded by rows: one all-to-all brings each owner its whole matrices, one takes the
   rows of their orthogonal factors back. AdamW works on the local rows.
 - DeepSpeed ZeRO hands its optimizers flat partitions, in which no matrix is left: refused. A job launched with it
