@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.train import device
-from nanochat_hf.train.device import check_cost, choose_rows, free_memory, listening, undisturbed_by_gc
+from nanochat_hf.train.device import check_cost, choose_rows, free_memory, listening, share_out, undisturbed_by_gc
 from nanochat_hf.train.scaling import plan
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_rows_are_halved_until_they_fit():
 
 
 def test_one_row_that_does_not_fit_is_an_error():
-    with pytest.raises(InputError, match="1 rows of 2048 tokens do not fit"):
+    with pytest.raises(InputError, match="1 row of 2048 tokens does not fit"):
         choose(2, fits=lambda rows: False)
 
 
@@ -46,9 +46,16 @@ def test_the_choice_follows_the_free_memory(monkeypatch):
     assert choose(-1, world=16)[0] == 4  # the batch has no more for each of them
 
 
-@pytest.mark.parametrize("wanted,world", [(3, 1), (64, 2), (0, 1)])
-def test_rows_that_do_not_divide_the_batch_are_refused(wanted, world):
-    with pytest.raises(InputError, match="is not a multiple of"):
+def test_fewer_rows_are_taken_when_a_step_has_no_more_for_each_process():
+    assert choose(3)[0] == 2 and choose(16)[1] == []
+    rows, said = choose(64, world=2)
+    assert rows == 32 and "32 rows instead of 64" in said[0]
+    assert share_out("examples", 36, 1, 8, 2) == (6, 3)
+
+
+@pytest.mark.parametrize("wanted,world,why", [(16, 3, "must be a multiple of 6144, one row"), (0, 1, "at least one")])
+def test_a_step_that_cannot_be_shared_out_is_refused(wanted, world, why):
+    with pytest.raises(InputError, match=why):
         choose(wanted, world=world)
 
 

@@ -104,9 +104,11 @@ def test_questions_that_cannot_be_used_are_named_and_skipped_or_refused(tokenize
 
 
 def test_answers_that_cannot_be_shared_out_are_refused(tmp_path):
-    with pytest.raises(InputError, match="examples_per_step x num_samples = 8 must be a multiple of 3"):
-        grpo_arguments(config(device_batch_size=3), tmp_path)
-    assert grpo_arguments(config(device_batch_size=2), tmp_path).gradient_accumulation_steps == 4
+    with pytest.raises(InputError, match="examples_per_step x num_samples = 0 must be a multiple of 1"):
+        grpo_arguments(config(examples_per_step=0), tmp_path)
+    for wanted, rows in ((2, 2), (3, 2), (64, 8)):
+        made = grpo_arguments(config(device_batch_size=wanted), tmp_path)
+        assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (rows, 8 // rows)
 
 
 def test_the_gradient_is_reinforce_with_the_mean_as_baseline(tiny_folder, tokenizer, tmp_path):

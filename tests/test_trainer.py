@@ -1,6 +1,7 @@
 """What the chat stages share: rates by role, exact resume after a kill, warm starts, several processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ from nanochat_hf.train.optim import MuonAdamW, param_groups
 from nanochat_hf.train.preference import PreferenceConfig, train_preference
 from nanochat_hf.train.scaling import RECIPES, optimizer_groups
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
-from nanochat_hf.train.trainer import StageTrainer, accumulation
+from nanochat_hf.train.trainer import StageTrainer, batches
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -58,11 +59,12 @@ def test_a_rate_of_the_recipe_wins(tiny_model):
     assert found["head"] == usual["head"]
 
 
-def test_a_step_must_be_whole_batches():
-    assert accumulation(CONFIG, "total_batch_size", 1024, 128) == 2 and accumulation(CONFIG, "pairs", 8) == 2
-    for total in (1000, 256, 0):
-        with pytest.raises(InputError, match=f"tokens = {total} must be a multiple of 512, one batch of"):
-            accumulation(CONFIG, "tokens", total, 128)
+def test_a_step_must_be_whole_rows():
+    assert batches(CONFIG, "total_batch_size", 1024, 128) == (CONFIG, 2) and batches(CONFIG, "pairs", 8) == (CONFIG, 2)
+    assert batches(CONFIG, "total_batch_size", 256, 128) == (replace(CONFIG, device_batch_size=2), 1)
+    for total in (1000, 0):
+        with pytest.raises(InputError, match=f"tokens = {total} must be a multiple of 128, one row"):
+            batches(CONFIG, "tokens", total, 128)
 
 
 @pytest.mark.parametrize("stage", ["rl", "dpo"])
@@ -106,8 +108,10 @@ def test_a_checkpoint_of_another_recipe_is_refused(tiny_folder, tmp_path, monkey
         kill_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             train_chat(CONFIG, str(tiny_folder), tmp_path / "sft")
-    with pytest.raises(InputError, match="written by another recipe"):
-        train_chat(replace(CONFIG, matrix_lr=0.001), str(tiny_folder), tmp_path / "sft")
+    for key, value in (("matrix_lr", 0.001), ("device_batch_size", 2)):  # here the number of rows is the step's size
+        with pytest.raises(InputError, match="written by another recipe"):
+            train_chat(replace(CONFIG, **{key: value}), str(tiny_folder), tmp_path / "sft")
+    train_chat(replace(CONFIG, save_every=3), str(tiny_folder), tmp_path / "sft")
 
 
 def test_momenta_of_the_source_are_taken_over_and_its_rates_are_not(tiny_folder, tiny_model, tmp_path, monkeypatch):
@@ -135,12 +139,14 @@ def test_momenta_of_the_source_are_taken_over_and_its_rates_are_not(tiny_folder,
 PROGRAM = """
 import sys
 from pathlib import Path
+from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.train.sft import ChatConfig, train_chat
 import nanochat_hf.train.sft as sft, torch
 torch.set_num_threads(1)
 base, out, batch, die = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 mixture = [{"dataset": "primer", "rows": 60}]
 config = ChatConfig(mixture=mixture, device_batch_size=batch, num_iterations=8, save_every=2, init_lr_frac=0.02)
+config.total_batch_size = 8 * NanoChatConfig.from_pretrained(base).max_position_embeddings
 real, done = sft.ChatTrainer.training_step, []
 def step(self, *args, **kwargs):
     if len(done) == die:
@@ -165,16 +171,21 @@ def launch(base, out, processes: int, batch: int, die: int = -1) -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one_and_resume_with_their_own_momenta(tiny_folder, tmp_path):
+def test_two_processes_train_like_one_and_resume_as_two_or_one(tiny_folder, tmp_path):
     assert launch(tiny_folder, tmp_path / "one", 1, 8) == 0
     assert launch(tiny_folder, tmp_path / "two", 2, 4) == 0
     assert launch(tiny_folder, tmp_path / "killed", 2, 4, die=3) != 0
     checkpoint = tmp_path / "killed" / "state" / "checkpoint-2"
     assert (checkpoint / "complete").exists() and (checkpoint / "optimizer-1.pt").exists()
+    shutil.copytree(tmp_path / "killed", tmp_path / "fewer")
     assert launch(tiny_folder, tmp_path / "killed", 2, 4) == 0
-    one, two, killed = (
+    assert launch(tiny_folder, tmp_path / "fewer", 1, 4) == 0
+    assert launch(tiny_folder, tmp_path / "more", 1, 4, die=6) != 0  # of two micro-batches a step
+    assert launch(tiny_folder, tmp_path / "more", 2, 4) == 0
+    one, *others = (
         [row["train_loss"] for row in load_json(tmp_path / name / "metrics.json")["history"]]
-        for name in ("one", "two", "killed")
+        for name in ("one", "two", "killed", "fewer", "more")
     )
-    assert len(one) == 8 and two == pytest.approx(one, rel=1e-5)  # through three epochs, which end in half a step
-    assert killed == pytest.approx(two, rel=1e-5)
+    assert len(one) == 8  # through three epochs, which end in half a step
+    for losses in others:
+        assert losses == pytest.approx(one, rel=1e-5)

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -194,10 +195,33 @@ def undisturbed_by_gc():
         gc.unfreeze()
 
 
+def share_out(name: str, total: int, unit: int, wanted: int, world: int) -> tuple[int, int]:
+    """-> rows that each of `world` processes takes at once, at most `wanted`, and how often in a step of `total`.
+
+    As many rows as go evenly into a process's share of the step: their number changes its speed and not its result.
+
+    Args:
+        name, total: the key that says how large a step is, and what it says; unit: for how much of that a row counts.
+
+    Raises:
+        InputError: the step cannot be shared out evenly, or no row is wanted.
+    """
+    share, rest = divmod(total, unit * world)
+    if rest or share < 1:
+        raise InputError(
+            f"{name} = {total} must be a multiple of {unit * world}, one row on each of {world} processes"
+        )
+    if wanted < 1:
+        raise InputError(f"device_batch_size = {wanted} must be at least one row")
+    rows = max(rows for rows in range(1, min(wanted, share) + 1) if share % rows == 0)
+    return rows, share // rows
+
+
 def choose_rows(
     made: Plan, wanted: int, device: torch.device, world: int, dtype: torch.dtype, fits: Callable | None, say: Callable
 ) -> int:
-    """Rows of a micro-batch: `wanted`, or for -1 what the free memory allows; halved as long as they do not fit.
+    """Rows of a micro-batch: `wanted`, or for -1 what the free memory allows; fewer if a step has no more for each
+    process (`share_out`), and halved as long as they do not fit.
 
     Args:
         fits: (rows) -> whether a micro-step of so many works, the same answer on every process; None: take the word.
@@ -210,15 +234,14 @@ def choose_rows(
     if wanted == -1:
         rows = min(gather_object([rows]))  # of all processes: they take part in equally many micro-steps
         say(f"device_batch_size: {rows} rows of {made.max_seq_len} tokens, chosen by the free memory")
-    if rows < 1 or made.total_batch_size % (rows * made.max_seq_len * world):
-        raise InputError(
-            f"total_batch_size {made.total_batch_size} is not a multiple of {rows} rows (device_batch_size) x "
-            f"{made.max_seq_len} tokens x {world} processes: lower device_batch_size"
-        )
+    divide = partial(share_out, "total_batch_size", made.total_batch_size, made.max_seq_len, world=world)
+    asked, (rows, _) = rows, divide(rows)
+    if rows < asked:
+        say(f"device_batch_size: {rows} rows instead of {asked}, so that a step is shared out evenly")
     while fits is not None and not fits(rows):
-        if rows % 2:
-            raise InputError(f"{rows} rows of {made.max_seq_len} tokens do not fit: lower depth or max_seq_len")
-        rows //= 2
+        if rows == 1:
+            raise InputError(f"1 row of {made.max_seq_len} tokens does not fit: lower depth or max_seq_len")
+        rows, _ = divide(rows // 2)
         say(f"device_batch_size: out of memory, trying {rows} rows")
     return rows
 

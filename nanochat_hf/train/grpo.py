@@ -39,7 +39,7 @@ from .rewards import COLUMNS, correctness, pass_at_k
 from .trainer import (
     StageConfig,
     StageTrainer,
-    accumulation,
+    batches,
     check_launch,
     conclude,
     fit,
@@ -163,9 +163,10 @@ def questions(config: RLConfig, split: str, tokenizer: PreTrainedTokenizerBase, 
 def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
     """TRL's arguments of the stage. Raises InputError when a step's answers cannot be shared out evenly."""
     answers = config.examples_per_step * config.num_samples
+    config, steps = batches(config, "examples_per_step x num_samples", answers)
     return GRPOConfig(
         **trainer_arguments(config, output),
-        gradient_accumulation_steps=accumulation(config, "examples_per_step x num_samples", answers),
+        gradient_accumulation_steps=steps,
         num_generations=config.num_samples,
         max_completion_length=config.max_new_tokens,
         temperature=config.temperature,

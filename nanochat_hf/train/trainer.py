@@ -30,14 +30,15 @@ from .. import tool_loop
 from ..distributed import on_cpu, processes
 from ..errors import InputError
 from ..run import finish, load_json, save_json
-from .checkpoint import load_momenta, save_model
-from .device import shard_on_cpu
+from .checkpoint import load_momenta, merged, save_model
+from .device import shard_on_cpu, share_out
 from .network import compute_dtype
 from .optim import MuonAdamW, param_groups
 from .scaling import RECIPES, optimizer_groups
 from .schedule import Schedule
 
 COMPLETE = "complete"  # name of the mark in a checkpoint that was written to its end
+FREE = ("device_batch_size", "eval_every", "save_every", "report_to")  # keys that may be others after a stop
 HISTORY = {  # what a row of metrics.json's history keeps, by the names that the libraries give
     "loss": "train_loss",
     "eval_loss": "val_loss",
@@ -149,18 +150,16 @@ def lora(config: StageConfig) -> LoraConfig | None:
     return LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, task_type="CAUSAL_LM")
 
 
-def accumulation(config: StageConfig, name: str, total: int, unit: int = 1) -> int:
-    """Batches of a step, which takes `total` over all devices, where a row counts as `unit`.
+def batches(config: StageConfig, name: str, total: int, unit: int = 1) -> tuple[StageConfig, int]:
+    """-> the config, with fewer rows a device if a step of `total` has no more for each, and the batches of a step.
 
-    Raises InputError, which calls the total `name`, when they are not whole.
+    Raises InputError, which calls the total `name`, when it cannot be shared out (`device.share_out`).
     """
-    together = config.device_batch_size * processes().num_processes * unit
-    if total <= 0 or total % together:
-        raise InputError(
-            f"{name} = {total} must be a multiple of {together}, one batch of "
-            f"device_batch_size = {config.device_batch_size} on every device"
-        )
-    return total // together
+    state, asked = processes(), config.device_batch_size
+    rows, steps = share_out(name, total, unit, asked, state.num_processes)
+    if rows < asked:
+        state.print(f"device_batch_size: {rows} rows instead of {asked}, so that a step is shared out evenly")
+    return replace(config, device_batch_size=rows), steps
 
 
 def trainer_arguments(config: StageConfig, output: Path) -> dict:
@@ -205,7 +204,7 @@ class StageTrainer:
         self.began, self.earlier = time.time(), 0.0  # `earlier`: seconds of the killed processes before this one
         self.step_tokens, self.step_seconds = 0, 0.0  # since this process started, evaluations left out
         self.generation_seconds = 0.0  # of these, in RL
-        self.own_state: Path | None = None  # this rank's optimizer state, on a resume
+        self.parts: list[Path] = []  # files with the optimizer state that this rank begins with, on a resume
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.add_callback(StageCallback(self))
@@ -275,8 +274,9 @@ class StageCallback(TrainerCallback):
         self.trainer, self.bar = trainer, None
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        if self.trainer.own_state:
-            optimizer.load_state_dict(torch.load(self.trainer.own_state, map_location="cpu", weights_only=True))
+        if self.trainer.parts:
+            parts = [torch.load(part, map_location="cpu", weights_only=True) for part in self.trainer.parts]
+            optimizer.load_state_dict(merged(parts))
         elif state.global_step == 0 and self.trainer.momenta and self.trainer.momenta.exists():
             inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper is around it
             if isinstance(inner, MuonAdamW) and self.trainer.stage.lora_rank <= 0:
@@ -330,11 +330,18 @@ def fit(trainer: StageTrainer, output: Path) -> list[dict]:
 
     Raises InputError when that checkpoint belongs to another recipe.
     """
-    state, settings = output / "state", asdict(trainer.stage)
+    state, args = output / "state", trainer.args
+    settings = {key: value for key, value in asdict(trainer.stage).items() if key not in FREE}
+    settings["rows of a step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     found = [int(mark.parent.name.split("-")[-1]) for mark in state.glob(f"checkpoint-*/{COMPLETE}")]
     checkpoint = state / f"checkpoint-{max(found)}" if found else None
-    if checkpoint and load_json(state / "config.json") != settings:
-        raise InputError(f"{state} was written by another recipe; delete it to start this stage anew")
+    before = load_json(state / "config.json") if checkpoint else settings
+    if changed := [
+        f"{key}: {before.get(key)!r} -> {now!r}" for key, now in settings.items() if before.get(key) != now
+    ]:
+        raise InputError(
+            f"{state} was written by another recipe ({', '.join(changed)}); delete it to start this stage anew"
+        )
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         # A checkpoint that was not written to its end would count as the newest, and be kept in a new one's place.
@@ -345,8 +352,9 @@ def fit(trainer: StageTrainer, output: Path) -> list[dict]:
     trainer.accelerator.wait_for_everyone()
     if checkpoint:
         trainer.earlier = load_json(checkpoint / "trainer_state.json")["log_history"][-1]["time"]
-        if sharded(trainer):
-            trainer.own_state = checkpoint / f"optimizer-{trainer.args.process_index}.pt"
+        trainer.parts = list(checkpoint.glob("optimizer-*.pt"))  # none if one process wrote it: then it is whole
+        if len(trainer.parts) == args.world_size:
+            trainer.parts = [checkpoint / f"optimizer-{args.process_index}.pt"]
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return history(trainer)
 
