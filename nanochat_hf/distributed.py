@@ -9,6 +9,7 @@ which has to be long, and then say something about a collective operation. Here 
 key-value store where they have got to; so nothing runs on a device, and whoever gives up can name the missing ones.
 """
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -47,7 +48,11 @@ def processes() -> PartialState:
 
 
 def next_stage() -> None:
-    """Let the next Accelerator of these processes choose precision, accumulation and DDP or FSDP2 for itself."""
+    """Let the next Accelerator of these processes choose precision, accumulation and DDP or FSDP2 for itself, and have
+    all the device's memory: a stage's model and optimizer are in cycles, which Python leaves for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     AcceleratorState._reset_state()
     GradientState._reset_state()
     unset_hf_deepspeed_config()  # else, after ZeRO-3, transformers would load every model in pieces

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from accelerate.utils import LoggerType
 from test_optim import free_port
 
 from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
+from nanochat_hf.distributed import next_stage
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.train import checkpoint, device, network
@@ -366,6 +368,14 @@ def test_the_first_generation_trains_too(world, tmp_path):
     )
     assert losses(metrics)[-1] < losses(metrics)[0] - 1 and metrics["num_parameters"] == 2 * 300 * 64 + 24 * 64**2
     assert NanoChatForCausalLM.from_pretrained(tmp_path).config.generation == 1
+
+
+def test_nothing_of_a_stage_is_left_for_the_next(world, tmp_path, monkeypatch):
+    made, real = [], module.new_model
+    monkeypatch.setattr(module, "new_model", lambda *a: made.append(weakref.ref(m := real(*a))) or m)
+    run(world, tmp_path, num_iterations=1)
+    next_stage()
+    assert len(made) == 1 and made[0]() is None
 
 
 def test_the_models_own_forward_gives_the_same_losses(straight, world, tmp_path):
