@@ -138,7 +138,7 @@ def launch(name: str, gpus: int, settings: dict, options, device: int | None = N
         print(f"{name}: " + ("out of memory" if short else f"failed:\n{done.stderr[-3000:]}"), file=sys.stderr)
         return None
     figures = json.loads(found[0].removeprefix(MARK))
-    print(f"{name}: {figures['tok_s']:,.0f} tok/s", file=sys.stderr)
+    print(f"{name}: {figures['tok_s']:,.0f} tok/s, {figures['bytes'] / 2**30:.1f} GiB", file=sys.stderr)
     return figures
 
 
