@@ -333,6 +333,8 @@ def fit(trainer: StageTrainer, output: Path) -> list[dict]:
     state, args = output / "state", trainer.args
     settings = {key: value for key, value in asdict(trainer.stage).items() if key not in FREE}
     settings["rows of a step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    zero = f"ZeRO over {args.world_size} processes"  # whose pieces fit no other number of them
+    settings["sharding"] = zero if trainer.is_deepspeed_enabled else "FSDP2" if trainer.is_fsdp_enabled else "none"
     found = [int(mark.parent.name.split("-")[-1]) for mark in state.glob(f"checkpoint-*/{COMPLETE}")]
     checkpoint = state / f"checkpoint-{max(found)}" if found else None
     before = load_json(state / "config.json") if checkpoint else settings
@@ -340,7 +342,8 @@ def fit(trainer: StageTrainer, output: Path) -> list[dict]:
         f"{key}: {before.get(key)!r} -> {now!r}" for key, now in settings.items() if before.get(key) != now
     ]:
         raise InputError(
-            f"{state} was written by another recipe ({', '.join(changed)}); delete it to start this stage anew"
+            f"{state} was written by another recipe or launch ({', '.join(changed)}): go on with that, or delete it "
+            "to start this stage anew"
         )
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
