@@ -338,9 +338,9 @@ def fit(trainer: StageTrainer, output: Path) -> list[dict]:
     found = [int(mark.parent.name.split("-")[-1]) for mark in state.glob(f"checkpoint-*/{COMPLETE}")]
     checkpoint = state / f"checkpoint-{max(found)}" if found else None
     before = load_json(state / "config.json") if checkpoint else settings
-    if changed := [
-        f"{key}: {before.get(key)!r} -> {now!r}" for key, now in settings.items() if before.get(key) != now
-    ]:
+    changed = [key for key in settings if before.get(key, settings[key]) != settings[key]]  # older: fewer keys
+    if changed:
+        changed = [f"{key}: {before[key]!r} -> {settings[key]!r}" for key in changed]
         raise InputError(
             f"{state} was written by another recipe or launch ({', '.join(changed)}): go on with that, or delete it "
             "to start this stage anew"
