@@ -58,7 +58,7 @@ def worker(rank: int, world: int, port: int, device: str):
     net = Net().to(device)
     if rank:
         net.scale.data.zero_()  # the main process's weights count
-    owners.BYTES = 1 << 18  # a matrix
+    owners.BUCKET_BYTES = 1 << 18  # a matrix
     reduction = OwnerReduction(optimizer_of(net).owners())
     assert torch.equal(net.scale, torch.ones(256, device=device))
     expected_owners = [None, 0, 0, 1, 0]  # of the scale, the table, the matrices

@@ -195,13 +195,16 @@ def undisturbed_by_gc():
         gc.unfreeze()
 
 
-def share_out(name: str, total: int, unit: int, wanted: int, world: int) -> tuple[int, int]:
+def share_out(
+    name: str, total: int, unit: int, wanted: int, world: int, say: Callable = lambda text: None
+) -> tuple[int, int]:
     """-> rows that each of `world` processes takes at once, at most `wanted`, and how often in a step of `total`.
 
     As many rows as go evenly into a process's share of the step: their number changes its speed and not its result.
 
     Args:
         name, total: the key that says how large a step is, and what it says; unit: for how much of that a row counts.
+        say: what to print with, if they are fewer than `wanted`.
 
     Raises:
         InputError: the step cannot be shared out evenly, or no row is wanted.
@@ -214,6 +217,8 @@ def share_out(name: str, total: int, unit: int, wanted: int, world: int) -> tupl
     if wanted < 1:
         raise InputError(f"device_batch_size = {wanted} must be at least one row")
     rows = max(rows for rows in range(1, min(wanted, share) + 1) if share % rows == 0)
+    if rows < wanted:
+        say(f"device_batch_size: {rows} rows instead of {wanted}, so that a step is shared out evenly")
     return rows, share // rows
 
 
@@ -235,9 +240,7 @@ def choose_rows(
         rows = min(gather_object([rows]))  # of all processes: they take part in equally many micro-steps
         say(f"device_batch_size: {rows} rows of {made.max_seq_len} tokens, chosen by the free memory")
     divide = partial(share_out, "total_batch_size", made.total_batch_size, made.max_seq_len, world=world)
-    asked, (rows, _) = rows, divide(rows)
-    if rows < asked:
-        say(f"device_batch_size: {rows} rows instead of {asked}, so that a step is shared out evenly")
+    rows, _ = divide(rows, say=say)
     while fits is not None and not fits(rows):
         if rows == 1:
             raise InputError(f"1 row of {made.max_seq_len} tokens does not fit: lower depth or max_seq_len")

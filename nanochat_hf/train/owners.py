@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..distributed import place, together
 
-BYTES = 512 << 20  # of gradients that are sent at once: several layers, whose owners use all links
+BUCKET_BYTES = 512 << 20  # of gradients that are sent at once: several layers, whose owners use all links
 LARGE = 1 << 16  # elements from which an AdamW tensor has one owner instead of a copy of its state everywhere
 
 
@@ -71,7 +71,7 @@ class OwnerReduction:
     def _fill(self, p: nn.Parameter, *_) -> None:
         if self.on and self.owners[p] is not None and p.grad is not None:
             self.filled.append((p.grad, self.owners[p]))
-            if sum(grad.nbytes for grad, _ in self.filled) >= BYTES:
+            if sum(grad.nbytes for grad, _ in self.filled) >= BUCKET_BYTES:
                 self._send()
 
     def _send(self) -> None:

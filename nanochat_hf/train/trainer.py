@@ -155,10 +155,8 @@ def batches(config: StageConfig, name: str, total: int, unit: int = 1) -> tuple[
 
     Raises InputError, which calls the total `name`, when it cannot be shared out (`device.share_out`).
     """
-    state, asked = processes(), config.device_batch_size
-    rows, steps = share_out(name, total, unit, asked, state.num_processes)
-    if rows < asked:
-        state.print(f"device_batch_size: {rows} rows instead of {asked}, so that a step is shared out evenly")
+    state = processes()
+    rows, steps = share_out(name, total, unit, config.device_batch_size, state.num_processes, state.print)
     return replace(config, device_batch_size=rows), steps
 
 
