@@ -43,7 +43,8 @@ def test_the_choice_follows_the_free_memory(monkeypatch):
     monkeypatch.setattr("nanochat_hf.train.device.free_memory", lambda device: 40e9)
     rows, said = choose(-1)
     assert rows == 8 and "chosen by the free memory" in said[0]
-    assert choose(-1, world=16)[0] == 4  # the batch has no more for each of them
+    rows, said = choose(-1, world=16)  # the batch has no more for each of them
+    assert rows == 4 and len(said) == 1 and "4 rows of 2048 tokens" in said[0]
 
 
 def test_fewer_rows_are_taken_when_a_step_has_no_more_for_each_process():
@@ -53,7 +54,10 @@ def test_fewer_rows_are_taken_when_a_step_has_no_more_for_each_process():
     assert share_out("examples", 36, 1, 8, 2) == (6, 3)
 
 
-@pytest.mark.parametrize("wanted,world,why", [(16, 3, "must be a multiple of 6144, one row"), (0, 1, "at least one")])
+@pytest.mark.parametrize(
+    "wanted,world,why",
+    [(16, 3, "must be a multiple of 6144, one row"), (-1, 3, "must be a multiple of"), (0, 1, "at least one")],
+)
 def test_a_step_that_cannot_be_shared_out_is_refused(wanted, world, why):
     with pytest.raises(InputError, match=why):
         choose(wanted, world=world)

@@ -235,12 +235,13 @@ def choose_rows(
     Raises:
         InputError: the batch cannot be divided like this, or not even one row fits.
     """
-    rows = rows_that_fit(made, free_memory(device), world, dtype.itemsize) if wanted == -1 else wanted
-    if wanted == -1:
-        rows = min(gather_object([rows]))  # of all processes: they take part in equally many micro-steps
-        say(f"device_batch_size: {rows} rows of {made.max_seq_len} tokens, chosen by the free memory")
     divide = partial(share_out, "total_batch_size", made.total_batch_size, made.max_seq_len, world=world)
-    rows, _ = divide(rows, say=say)
+    if wanted == -1:
+        # The least of all processes: they take part in equally many micro-steps.
+        rows, _ = divide(min(gather_object([rows_that_fit(made, free_memory(device), dtype.itemsize)])))
+        say(f"device_batch_size: {rows} rows of {made.max_seq_len} tokens, chosen by the free memory")
+    else:
+        rows, _ = divide(wanted, say=say)
     while fits is not None and not fits(rows):
         if rows == 1:
             raise InputError(f"1 row of {made.max_seq_len} tokens does not fit: lower depth or max_seq_len")

@@ -284,26 +284,14 @@ def peak_flops(device_name: str) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
 
 
-def rows_that_fit(plan: Plan, free_bytes: float, world_size: int = 1, bytes_per_value: int = 2, most: int = 64) -> int:
-    """Largest power of two of rows that one device should take at once: fits its memory and divides the batch.
+def rows_that_fit(plan: Plan, free_bytes: float, bytes_per_value: int = 2, most: int = 64) -> int:
+    """Largest power of two of rows that a device has the memory to take at once, at least 1.
 
     An estimate on the careful side: 16 bytes a parameter (weight, gradient, optimizer state), 20 values a layer and
     channel for what the backward pass needs; in bf16 3 GB for the head's chunks and workspaces, in float32, where the
     head is not chunked, 4 copies of the logits.
-
-    Raises:
-        InputError: the batch cannot be split over so many processes.
     """
-    rows, rest = divmod(plan.total_batch_size, plan.max_seq_len * world_size)
-    if rest or not rows:
-        raise InputError(
-            f"total_batch_size {plan.total_batch_size} is not a multiple of {world_size} processes x "
-            f"{plan.max_seq_len} tokens"
-        )
     head, workspace = (0, 3e9) if bytes_per_value == 2 else (4 * bytes_per_value * plan.vocab_size, 0)
     row = plan.max_seq_len * (plan.hidden_size * plan.depth * 20 * bytes_per_value + head)
     room = (free_bytes - 16 * plan.num_parameters - workspace) / row
-    fits = 1
-    while fits < most and 2 * fits <= room and rows % (2 * fits) == 0:
-        fits *= 2
-    return fits
+    return 2 ** int(math.log2(min(max(room, 1), most)))
