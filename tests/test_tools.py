@@ -160,10 +160,10 @@ def test_what_is_not_text_is_refused(expression):
 
 
 def test_the_worst_accepted_expressions_take_no_time():
-    started = time.monotonic()
+    started = time.thread_time()  # of this thread on a core: whatever else the machine does, does not count
     for expression in ("9*" * 99 + "1", "+".join("9" * 99), "-" * 90 + "1", "(" * 60 + "1" + ")" * 60):
         calculate(expression)
-    assert time.monotonic() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 def test_the_tool_has_the_schema_that_trl_shows_to_the_model():
