@@ -56,7 +56,11 @@ def test_fewer_rows_are_taken_when_a_step_has_no_more_for_each_process():
 
 @pytest.mark.parametrize(
     "wanted,world,why",
-    [(16, 3, "must be a multiple of 6144, one row"), (-1, 3, "must be a multiple of"), (0, 1, "at least one")],
+    [
+        (16, 3, "must be a positive multiple of 6144, one row"),
+        (-1, 3, "must be a positive multiple"),
+        (0, 1, "at least one"),
+    ],
 )
 def test_a_step_that_cannot_be_shared_out_is_refused(wanted, world, why):
     with pytest.raises(InputError, match=why):

@@ -107,6 +107,7 @@ def test_the_same_seed_gives_the_same_answer_in_any_company(talker):  # noqa: F8
     options = dict(max_new_tokens=30, temperature=2.0, top_k=0)
     together = engine.generate([prompt], num_samples=6, seed=10, **options)[0]
     alone = Engine(*talker).generate([prompt], seed=13, **options)[0][0]
+    assert engine.generate([prompt] * 2, seed=[13, 15], **options) == [together[3:4], together[5:6]]
     assert together[3] == alone and len({tuple(answer) for answer in together}) > 3
 
 

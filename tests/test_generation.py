@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat_hf.eval.generation import Generator
+from nanochat_hf.eval.generation import Generator, _pick
 
 
 class Script:
@@ -67,14 +67,27 @@ def test_an_end_of_call_without_a_start_calls_nothing(tiny_model, tokenizer):
     assert row.tokens and not row.forced and not row.done
 
 
-def test_samples_differ_and_a_seed_repeats_them(lively_model, tokenizer):
-    prompts = [[tokenizer.bos_token_id, 7, 8]]
+def test_samples_differ_and_a_seed_repeats_them_in_any_company(lively_model, tokenizer):
+    prompts = [[tokenizer.bos_token_id, *range(7, 7 + n)] for n in (2, 5, 3)]
 
-    def draw(seed):
-        return Generator(lively_model, tokenizer).generate(
-            prompts, num_samples=4, seed=seed, max_new_tokens=8, temperature=1.0, top_k=50
-        )
+    def draw(prompts, seed, rows=128, samples=1):
+        options = {"num_samples": samples, "max_new_tokens": 8, "temperature": 1.0, "top_k": 50}
+        return Generator(lively_model, tokenizer, rows).generate(prompts, seed=seed, **options)
 
-    assert len({tuple(answer) for answer in draw(0)[0]}) > 1
-    assert draw(0) == draw(0)
-    assert draw(0) != draw(1)
+    several = draw(prompts, 10, samples=4)
+    assert all(len({tuple(answer) for answer in answers}) > 1 for answers in several)
+    assert draw(prompts, 10, rows=5, samples=4) == several != draw(prompts, 22, samples=4)
+    assert draw(prompts[1:], [15, 21]) == [several[1][1:2], several[2][3:4]]
+
+
+def test_tokens_are_sampled_as_often_as_they_are_likely():
+    logits = torch.tensor([[0.0, -torch.inf, 1.0, 2.0]]).expand(4000, 4)
+    draws = (torch.arange(4000) + 0.5) / 4000
+    for temperature, top_k in ((1.0, 0), (0.5, 0), (1.0, 2)):
+        expected = logits[0] / temperature
+        if top_k:
+            expected = expected.masked_fill(expected < 1, -torch.inf)
+        found = torch.tensor(_pick(logits, draws, temperature, top_k)).bincount(minlength=4) / 4000
+        assert torch.allclose(found, expected.softmax(0), atol=1e-3)
+    assert _pick(torch.tensor([[0.0, 3.0], [5.0, 1.0]]), draws[:2], 0.0, 0) == [1, 0]
+    assert _pick(torch.tensor([[-torch.inf, 0.0, -torch.inf]] * 2), torch.tensor([0.0, 1 - 2**-24]), 1.0, 0) == [1, 1]

@@ -1,10 +1,12 @@
 """DPO: pairs from a file, the better answer becomes likelier, and the reference stays where it was."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
+from workers import launch
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json, parse_config
@@ -75,6 +77,19 @@ def test_the_better_answer_becomes_likelier(tiny_folder, config, tmp_path, rank)
     assert metrics["before"]["margin"] == 0 and metrics["before"]["loss"] == pytest.approx(0.693, abs=1e-3)
     assert metrics["after"]["accuracy"] == 1.0 and metrics["after"]["margin"] > 0.01
     assert len(metrics["history"]) == 6 and AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
+def test_two_processes_learn_what_one_does(tiny_folder, config, tmp_path, rank):
+    config.lora_rank, config.device_batch_size = rank, 4
+    for number, launch_file in ((1, ""), (2, "multi_gpu")):
+        job = {"do": "dpo", "model": tiny_folder, "output": tmp_path / str(number), **asdict(config)}
+        assert launch(number, launch_file, [job]).returncode == 0
+    one, two = (load_json(tmp_path / name / "metrics.json") for name in ("1", "2"))
+    for key in ("train_loss", "grad_norm"):
+        assert [row[key] for row in two["history"]] == pytest.approx([row[key] for row in one["history"]], abs=1e-5)
+    assert two["after"] == pytest.approx(one["after"], abs=1e-5)
 
 
 def test_the_recipe_is_read_by_the_parser_of_real_runs():

@@ -56,7 +56,6 @@ def test_every_depth_obeys_the_laws_of_the_scaling(depth):
         q.groups["matrix"]["lr"] * q.groups["matrix"]["weight_decay"] * q.num_iterations for q in (p, reference)
     ]
     assert forgotten[0] == pytest.approx(forgotten[1], rel=0.01)
-    assert rows_that_fit(p, 80e9) >= 1
 
 
 @pytest.mark.parametrize("depth", FIRST)

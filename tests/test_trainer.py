@@ -19,7 +19,7 @@ from nanochat_hf.train.optim import MuonAdamW, param_groups
 from nanochat_hf.train.preference import PreferenceConfig, train_preference
 from nanochat_hf.train.scaling import RECIPES, optimizer_groups
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
-from nanochat_hf.train.trainer import StageTrainer, batches
+from nanochat_hf.train.trainer import StageTrainer, split_step
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -60,11 +60,14 @@ def test_a_rate_of_the_recipe_wins(tiny_model):
 
 
 def test_a_step_must_be_whole_rows():
-    assert batches(CONFIG, "total_batch_size", 1024, 128) == (CONFIG, 2) and batches(CONFIG, "pairs", 8) == (CONFIG, 2)
-    assert batches(CONFIG, "total_batch_size", 256, 128) == (replace(CONFIG, device_batch_size=2), 1)
+    assert split_step(CONFIG, "total_batch_size", 1024, 128) == (CONFIG, 2) and split_step(CONFIG, "pairs", 8) == (
+        CONFIG,
+        2,
+    )
+    assert split_step(CONFIG, "total_batch_size", 256, 128) == (replace(CONFIG, device_batch_size=2), 1)
     for total in (1000, 0):
-        with pytest.raises(InputError, match=f"tokens = {total} must be a multiple of 128, one row"):
-            batches(CONFIG, "tokens", total, 128)
+        with pytest.raises(InputError, match=f"tokens = {total} must be a positive multiple of 128, one row"):
+            split_step(CONFIG, "tokens", total, 128)
 
 
 @pytest.mark.parametrize("stage", ["rl", "dpo"])

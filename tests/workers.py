@@ -139,9 +139,17 @@ def sft(output: str, model: str, die_at: int | None = None, **keys) -> None:
 
 
 def rl(output: str, model: str, **keys) -> None:
+    from nanochat_hf.eval.generation import Generator
     from nanochat_hf.train.grpo import RLConfig, train_rl
 
-    train_rl(RLConfig(**keys), model, Path(output))
+    train_rl(RLConfig(**keys), model, Path(output), engine=Generator)
+    fresh()
+
+
+def dpo(output: str, model: str, **keys) -> None:
+    from nanochat_hf.train.preference import PreferenceConfig, train_preference
+
+    train_preference(PreferenceConfig(**keys), model, Path(output))
     fresh()
 
 

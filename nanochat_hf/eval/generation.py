@@ -8,6 +8,7 @@ faster for nanochat models on a GPU, so `evaluate` takes either. A call stands b
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from transformers import DynamicCache
@@ -52,28 +53,31 @@ class Generator:
         self,
         prompts: list[list[int]],
         num_samples: int = 1,
-        seed: int = 0,
+        seed: int | list[int] = 0,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_k: int = 0,
     ) -> list[list[list[int]]]:
         """`num_samples` answers to each prompt of token ids, as lists of new ids, a stop token included.
 
-        max_new_tokens counts tool results, too. temperature 0 is greedy; top_k 0 keeps all tokens.
+        max_new_tokens counts tool results, too. temperature 0 is greedy; top_k 0 keeps all tokens. seed is the first
+        answer's, and those of the others follow, or a list of all: the same seed gives the same answer, whatever else
+        is generated beside it.
         """
         jobs = sorted(range(len(prompts) * num_samples), key=lambda job: -len(prompts[job // num_samples]))
         answers: list[list[int]] = [[] for _ in jobs]
-        sampler = torch.Generator(self.model.device).manual_seed(seed)
+        seeds = seed if isinstance(seed, list) else range(seed, seed + len(jobs))
         for begin in range(0, len(jobs), self.rows):
             rows = [_Row(job) for job in jobs[begin : begin + self.rows]]
-            for row in self._run(
-                rows, [prompts[row.number // num_samples] for row in rows], sampler, max_new_tokens, temperature, top_k
-            ):
+            samplers = [torch.Generator().manual_seed(seeds[row.number]) for row in rows]
+            draws = torch.stack([torch.rand(max_new_tokens, generator=sampler) for sampler in samplers])
+            asked = [prompts[row.number // num_samples] for row in rows]
+            for row in self._run(rows, asked, draws, max_new_tokens, temperature, top_k):
                 answers[row.number] = row.tokens
         return [answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
 
     @torch.inference_mode()
-    def _run(self, rows: list[_Row], prompts: list[list[int]], sampler, max_new_tokens, temperature, top_k):
+    def _run(self, rows: list[_Row], prompts: list[list[int]], draws, max_new_tokens, temperature, top_k):
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -82,11 +86,11 @@ class Generator:
             mask[i, width - len(prompt) :] = 1
         ids, mask = ids.to(device), mask.to(device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache, finished = DynamicCache(config=self.model.config), []
-        while True:
+        cache, finished, draws = DynamicCache(config=self.model.config), [], draws.to(device)
+        for step in count():
             inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
             logits = self.model(ids, logits_to_keep=1, **inputs).logits[:, -1].float()  # (rows, V)
-            for row, token in zip(rows, _pick(logits, sampler, temperature, top_k)):
+            for row, token in zip(rows, _pick(logits, draws[:, step], temperature, top_k)):
                 if not row.done:
                     self._push(row, token, max_new_tokens)
             running = [i for i, row in enumerate(rows) if not row.done]
@@ -96,7 +100,7 @@ class Generator:
                 finished += [row for row in rows if row.done]
                 rows, kept = [rows[i] for i in running], torch.tensor(running, device=device)
                 cache.reorder_cache(kept)
-                mask, positions = mask[kept], positions[kept]
+                mask, positions, draws = mask[kept], positions[kept], draws[kept]
             ids = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions[:, -1:] + 1
@@ -126,11 +130,12 @@ class Generator:
         return [self.marks[2], *ids, self.marks[3]]
 
 
-def _pick(logits: torch.Tensor, sampler: torch.Generator, temperature: float, top_k: int) -> list[int]:
-    """The next token of each row of logits (B, V)."""
+def _pick(logits: torch.Tensor, draws: torch.Tensor, temperature: float, top_k: int) -> list[int]:
+    """The next token of each row of logits (B, V), by the row's own number (B,) between 0 and 1."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
     if top_k:
         lowest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=sampler)[:, 0].tolist()
+    reached = (logits / temperature).softmax(-1).cumsum(-1)
+    return torch.searchsorted(reached, draws[:, None] * reached[:, -1:], right=True)[:, 0].tolist()

@@ -83,7 +83,7 @@ class LocalLM(HFLM):
                 max_new_tokens=min(room, self.max_length - keep),
                 temperature=self.options.temperature,
                 top_k=self.options.top_k,
-                seed=self.options.seed + 7919 * self.rank,
+                seed=[self.seed_of(requests[number], number) for number in numbers],
             )
             for number, [ids] in zip(numbers, found):
                 text = self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -91,6 +91,10 @@ class LocalLM(HFLM):
                     text = text.split(end)[0]
                 answers[number] = text
         return answers
+
+    def seed_of(self, request, number: int) -> int:
+        """Of an answer, by its question and which of the answers to that it is: the same on any number of ranks."""
+        return self.options.seed + request.doc_id * request.repeats + number % request.repeats
 
 
 def load(folder: str, dtype: str, device: torch.device):

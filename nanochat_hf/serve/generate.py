@@ -367,17 +367,16 @@ class Engine:
     # ---- what callers use ------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: list[list[int]], num_samples: int = 1, seed: int = 0, **options
+        self, prompts: list[list[int]], num_samples: int = 1, seed: int | list[int] = 0, **options
     ) -> list[list[list[int]]]:
         """`num_samples` answers to each prompt of token ids, as lists of new ids, the stop token included.
 
-        `options` are those of Request. Greedy answers equal those of `model.generate` (which has no tools).
+        seed is the first answer's, and those of the others follow, or a list of all; `options` are those of Request.
+        Greedy answers equal those of `model.generate` (which has no tools).
         """
-        requests = [
-            Request(list(prompt), seed=seed + i * num_samples + j, **options)
-            for i, prompt in enumerate(prompts)
-            for j in range(num_samples)
-        ]
+        asked = [prompt for prompt in prompts for _ in range(num_samples)]
+        seeds = seed if isinstance(seed, list) else range(seed, seed + len(asked))
+        requests = [Request(list(prompt), seed=own, **options) for prompt, own in zip(asked, seeds)]
         self.resize(min(len(requests), MAX_ROWS))
         for request in requests:
             self.submit(request)

@@ -212,7 +212,7 @@ def share_out(
     share, rest = divmod(total, unit * world)
     if rest or share < 1:
         raise InputError(
-            f"{name} = {total} must be a multiple of {unit * world}, one row on each of {world} processes"
+            f"{name} = {total} must be a positive multiple of {unit * world}, one row on each of {world} processes"
         )
     if wanted < 1:
         raise InputError(f"device_batch_size = {wanted} must be at least one row")

@@ -39,13 +39,13 @@ from .rewards import COLUMNS, correctness, pass_at_k
 from .trainer import (
     StageConfig,
     StageTrainer,
-    batches,
     check_launch,
     conclude,
     fit,
     load_model,
     lora,
     outside_results,
+    split_step,
     trainer_arguments,
 )
 
@@ -163,7 +163,7 @@ def questions(config: RLConfig, split: str, tokenizer: PreTrainedTokenizerBase, 
 def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
     """TRL's arguments of the stage. Raises InputError when a step's answers cannot be shared out evenly."""
     answers = config.examples_per_step * config.num_samples
-    config, steps = batches(config, "examples_per_step x num_samples", answers)
+    config, steps = split_step(config, "examples_per_step x num_samples", answers)
     return GRPOConfig(
         **trainer_arguments(config, output),
         gradient_accumulation_steps=steps,
@@ -197,10 +197,12 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
         elif hasattr(engines[0], "refresh"):  # it keeps a copy of the weights
             engines[0].refresh()
         ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
+        # An answer's seed is its place in the step, so any number of processes gives the same ones; batches of an
+        # evaluation begin anew, whoever has them.
+        first = trainer.args.process_index * len(ids) if training else 0
         answers = engines[0].generate(
             ids,
-            # far apart: an engine may count on from it, one seed an answer
-            seed=(trainer.args.seed + step * trainer.args.world_size + trainer.args.process_index) * 2**20,
+            seed=(trainer.args.seed + step) * 2**20 + first,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,

@@ -23,12 +23,12 @@ from ..run import begin
 from .trainer import (
     StageConfig,
     StageTrainer,
-    batches,
     check_launch,
     conclude,
     fit,
     load_model,
     lora,
+    split_step,
     trainer_arguments,
 )
 
@@ -104,7 +104,7 @@ def train_preference(config: PreferenceConfig, model: str, output: Path) -> None
         tokenizer = load_tokenizer(model)
         network = load_model(model, config, tokenizer)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
-    config, steps = batches(config, "examples_per_step", config.examples_per_step)
+    config, steps = split_step(config, "examples_per_step", config.examples_per_step)
     rows, held_out, skipped = pairs(config, tokenizer, length)
     trainer = PreferenceTrainer(
         model=network,

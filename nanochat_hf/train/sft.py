@@ -31,12 +31,12 @@ from .network import compute_dtype, shard
 from .trainer import (
     StageConfig,
     StageTrainer,
-    batches,
     conclude,
     fit,
     load_model,
     lora,
     outside_results,
+    split_step,
     trainer_arguments,
 )
 
@@ -223,7 +223,7 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
     steps, unit = 1, length if config.packing else 1
     if config.total_batch_size > 0:
-        config, steps = batches(config, "total_batch_size", config.total_batch_size, unit)
+        config, steps = split_step(config, "total_batch_size", config.total_batch_size, unit)
     rows, made = prepare(config, config.mixture, tokenizer, length, output / "state" / "rows")
     held_out = None
     if config.validation:

@@ -38,7 +38,7 @@ from .scaling import RECIPES, optimizer_groups
 from .schedule import Schedule
 
 COMPLETE = "complete"  # name of the mark in a checkpoint that was written to its end
-FREE = ("device_batch_size", "eval_every", "save_every", "report_to")  # keys that may be others after a stop
+MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "report_to")  # keys, at a stop
 HISTORY = {  # what a row of metrics.json's history keeps, by the names that the libraries give
     "loss": "train_loss",
     "eval_loss": "val_loss",
@@ -66,7 +66,7 @@ class StageConfig:
     """Optimizer steps; -1: as many as `num_epochs` passes over the data take."""
     num_epochs: float = 1
     device_batch_size: int = 16
-    """Rows that a device takes at once."""
+    """Rows that a device takes at once; fewer where a step has no more for each."""
     bad_rows: str = "skip"
     """What to do with rows of the data that cannot be used: `skip` and count them, or `refuse`."""
     embedding_lr: float | None = None
@@ -150,7 +150,7 @@ def lora(config: StageConfig) -> LoraConfig | None:
     return LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, task_type="CAUSAL_LM")
 
 
-def batches(config: StageConfig, name: str, total: int, unit: int = 1) -> tuple[StageConfig, int]:
+def split_step(config: StageConfig, name: str, total: int, unit: int = 1) -> tuple[StageConfig, int]:
     """-> the config, with fewer rows a device if a step of `total` has no more for each, and the batches of a step.
 
     Raises InputError, which calls the total `name`, when it cannot be shared out (`device.share_out`).
@@ -326,10 +326,10 @@ def sharded(trainer: StageTrainer) -> bool:
 def fit(trainer: StageTrainer, output: Path) -> list[dict]:
     """Train, from the last complete checkpoint in output/state if there is one; returns the rows of `history`.
 
-    Raises InputError when that checkpoint belongs to another recipe.
+    Raises InputError when that checkpoint belongs to another recipe or launch.
     """
     state, args = output / "state", trainer.args
-    settings = {key: value for key, value in asdict(trainer.stage).items() if key not in FREE}
+    settings = {key: value for key, value in asdict(trainer.stage).items() if key not in MAY_CHANGE}
     settings["rows of a step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     zero = f"ZeRO over {args.world_size} processes"  # whose pieces fit no other number of them
     settings["sharding"] = zero if trainer.is_deepspeed_enabled else "FSDP2" if trainer.is_fsdp_enabled else "none"
@@ -356,6 +356,10 @@ def fit(trainer: StageTrainer, output: Path) -> list[dict]:
         trainer.parts = list(checkpoint.glob("optimizer-*.pt"))  # none if one process wrote it: then it is whole
         if len(trainer.parts) == args.world_size:
             trainer.parts = [checkpoint / f"optimizer-{args.process_index}.pt"]
+    # A model that was evaluated before counts as prepared, without DDP: gradients would stay on each process.
+    prepared = trainer.accelerator._models
+    prepared[:] = [model for model in prepared if model is not trainer.model]
+    trainer.model._is_accelerate_prepared = False
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return history(trainer)
 
