@@ -268,7 +268,7 @@ def test_the_other_stages_on_two_processes(chat):
     """Evaluation gives the numbers of one process; RL trains, and measures every question once."""
     asked = {"do": "evaluate", "models": {"sft": chat / "sft"}, **ASKED}
     rl = {"dataset": "primer:problem", "examples_per_step": 4, "num_samples": 4, "device_batch_size": 8}
-    rl |= {"max_new_tokens": 8, "eval_examples": 5, "eval_samples": 2, "num_iterations": 2}
+    rl |= {"max_new_tokens": 8, "eval_examples": 5, "eval_samples": 2, "num_iterations": 2, "trl": True}
     assert launch(1, "", [{**asked, "output": chat / "one"}]).returncode == 0
     two = [{**asked, "output": chat / "two"}, {"do": "rl", "model": chat / "sft", "output": chat / "rl", **rl}]
     assert launch(2, "multi_gpu", two).returncode == 0

@@ -138,11 +138,12 @@ def sft(output: str, model: str, die_at: int | None = None, **keys) -> None:
     fresh()
 
 
-def rl(output: str, model: str, **keys) -> None:
+def rl(output: str, model: str, trl: bool = False, **keys) -> None:
+    """`trl`: let TRL generate, and not an engine of ours."""
     from nanochat_hf.eval.generation import Generator
     from nanochat_hf.train.grpo import RLConfig, train_rl
 
-    train_rl(RLConfig(**keys), model, Path(output), engine=Generator)
+    train_rl(RLConfig(**keys), model, Path(output), engine=None if trl else Generator)
     fresh()
 
 
