@@ -8,11 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.train import device
-from nanochat_hf.train.device import check_cost, choose_rows, free_memory, listening, share_out, undisturbed_by_gc
+from nanochat_hf.train.device import (
+    check_cost,
+    choose_rows,
+    fits,
+    free_memory,
+    listening,
+    share_out,
+    undisturbed_by_gc,
+)
 from nanochat_hf.train.scaling import plan
 
 CPU = torch.device("cpu")
@@ -30,13 +40,28 @@ def test_given_rows_are_taken_and_nothing_is_said():
 
 def test_rows_are_halved_until_they_fit():
     tried = []
-    rows, said = choose(32, fits=lambda rows: tried.append(rows) or rows <= 8)
-    assert (rows, tried, len(said)) == (8, [32, 16, 8], 2) and "out of memory, trying 8 rows" in said[-1]
+    rows, said = choose(32, fits=lambda rows, steps: tried.append((rows, steps)) or rows <= 8)
+    assert rows == 8 and tried == [(32, 2), (16, 4), (8, 8)]
+    assert len(said) == 2 and "out of memory, trying 8 rows" in said[-1]
 
 
 def test_one_row_that_does_not_fit_is_an_error():
     with pytest.raises(InputError, match="1 row of 2048 tokens does not fit"):
-        choose(2, fits=lambda rows: False)
+        choose(2, fits=lambda rows, steps: False)
+
+
+@pytest.mark.parametrize("steps,beside", [(1, [False]), (4, [False, True])])
+def test_a_trial_has_gradients_beside_it_only_if_its_step_has(steps, beside):
+    found = []
+
+    class Loss(nn.Linear):
+        def forward(self, ids, targets):
+            found.append(self.weight.grad is not None)
+            return self.weight.sum() * ids.shape[0]
+
+    loss = Loss(1, 1, bias=False)
+    assert fits(D12, loss, [{"kind": "muon", "params": [loss.weight]}], Accelerator(cpu=True), 2, steps)
+    assert found == beside and loss.weight.grad is None
 
 
 def test_the_choice_follows_the_free_memory(monkeypatch):

@@ -229,7 +229,8 @@ def choose_rows(
     process (`share_out`), and halved as long as they do not fit.
 
     Args:
-        fits: (rows) -> whether a micro-step of so many works, the same answer on every process; None: take the word.
+        fits: (rows, micro-steps) -> whether a step of so many works, the same answer on every process; None: take the
+            word.
         say: what to print with.
 
     Raises:
@@ -238,20 +239,20 @@ def choose_rows(
     divide = partial(share_out, "total_batch_size", made.total_batch_size, made.max_seq_len, world=world)
     if wanted == -1:
         # The least of all processes: they take part in equally many micro-steps.
-        rows, _ = divide(min(gather_object([rows_that_fit(made, free_memory(device), dtype.itemsize)])))
+        rows, steps = divide(min(gather_object([rows_that_fit(made, free_memory(device), dtype.itemsize)])))
         say(f"device_batch_size: {rows} rows of {made.max_seq_len} tokens, chosen by the free memory")
     else:
-        rows, _ = divide(wanted, say=say)
-    while fits is not None and not fits(rows):
+        rows, steps = divide(wanted, say=say)
+    while fits is not None and not fits(rows, steps):
         if rows == 1:
             raise InputError(f"1 row of {made.max_seq_len} tokens does not fit: lower depth or max_seq_len")
-        rows, _ = divide(rows // 2)
+        rows, steps = divide(rows // 2)
         say(f"device_batch_size: out of memory, trying {rows} rows")
     return rows
 
 
-def fits(made: Plan, network: nn.Module, groups: list[dict], accelerator: Accelerator, rows: int) -> bool:
-    """Whether a step of so many rows fits on every device, beside gradients and optimizer state; compiles it.
+def fits(made: Plan, network: nn.Module, groups: list[dict], accelerator: Accelerator, rows: int, steps: int) -> bool:
+    """Whether so many micro-steps of so many rows fit on every device, beside the optimizer state; compiles them.
 
     Args:
         network: (ids, targets) -> loss; groups: the optimizer's, over its parameters.
@@ -262,7 +263,7 @@ def fits(made: Plan, network: nn.Module, groups: list[dict], accelerator: Accele
     try:
         held = torch.empty(state // accelerator.num_processes, dtype=torch.uint8, device=device)
         with accelerator.no_sync(network):
-            for _ in range(2):  # the second time beside the gradients of the first
+            for _ in range(min(steps, 2)):  # from the second one on beside the gradients of those before
                 network(ids, ids).backward()
         del held
     except RuntimeError as error:
