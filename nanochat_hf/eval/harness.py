@@ -20,7 +20,7 @@ import torch
 from lm_eval.tasks import TaskManager
 
 from ..data.tokenizer import load_tokenizer
-from ..distributed import agreed, processes
+from ..distributed import agreed, meet, processes
 from ..errors import InputError
 from ..run import begin, finish, load_json, save_json
 from .bpb import held_out_bpb
@@ -113,7 +113,7 @@ def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: C
                 if state.is_main_process:
                     save_json(kept, found)
             stages[stage] = found
-        state.wait_for_everyone()
+        meet("the end of the evaluation")
     if not state.is_main_process:
         return None
     numbers = {key: {s: n[key] for s, n in stages.items() if n[key]} for key in ("results", "core", *MEANS)}

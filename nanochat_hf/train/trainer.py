@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from .. import tool_loop
-from ..distributed import on_cpu, processes
+from ..distributed import meet, on_cpu, processes
 from ..errors import InputError
 from ..run import finish, load_json, save_json
 from .checkpoint import load_momenta, merged, save_model
@@ -310,7 +310,7 @@ class StageCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if sharded(self.trainer):
             torch.save(optimizer.state_dict(), folder / f"optimizer-{args.process_index}.pt")
-        self.trainer.accelerator.wait_for_everyone()
+        meet(f"{folder.name} of {folder.parent.parent.name}")
         if state.is_world_process_zero:
             (folder / COMPLETE).touch()
 
@@ -343,14 +343,14 @@ def fit(trainer: StageTrainer, output: Path) -> list[dict]:
             f"{state} was written by another recipe or launch ({', '.join(changed)}): go on with that, or delete it "
             "to start this stage anew"
         )
-    trainer.accelerator.wait_for_everyone()
+    meet("reading the last checkpoint")
     if trainer.is_world_process_zero():
         # A checkpoint that was not written to its end would count as the newest, and be kept in a new one's place.
         for folder in state.glob("checkpoint-*"):
             if not (folder / COMPLETE).exists():
                 shutil.rmtree(folder)
         save_json(state / "config.json", settings)
-    trainer.accelerator.wait_for_everyone()
+    meet("dropping what is incomplete")
     if checkpoint:
         trainer.earlier = load_json(checkpoint / "trainer_state.json")["log_history"][-1]["time"]
         trainer.parts = list(checkpoint.glob("optimizer-*.pt"))  # none if one process wrote it: then it is whole
@@ -379,7 +379,7 @@ def history(trainer: StageTrainer) -> list[dict]:
 def conclude(trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output: Path, record: dict, **numbers) -> None:
     """Make `output` a folder for from_pretrained (adapters merged in, with the tool loop) that has a metrics.json, and
     drop what a resume would have needed. All ranks call it."""
-    trainer.accelerator.wait_for_everyone()
+    meet("the end of training")
     if trainer.is_world_process_zero():
         tool_loop.ship(output)
     if trainer.is_deepspeed_enabled:
