@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from json import JSONDecodeError
 from pathlib import Path
@@ -37,6 +38,8 @@ SPACE = Path(__file__).parents[2] / "spaces" / "chat"
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 MODEL_FILES += ("configuration_*.py", "modeling_*.py")
 MODEL_FILES += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+COPIES = ".push-"  # how the folders that a checkpoint is uploaded from begin
+MAX_UPLOADS = 2  # checkpoints that are uploaded or wait for it; each takes a model's size on the disk
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}\b")
 
 
@@ -228,16 +231,21 @@ def check_loaded_back(repo: str, revision: str, local: Path, token: str) -> floa
 def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable[[Path, int], None]:
     """What `pretrain(..., push=)` takes: uploads a model folder to branch `step-NNNNNN`, as Pythia and SmolLM do.
 
-    The repo is made private. A Hub that fails must not end a training run: what goes wrong is said, and the next
-    checkpoint is tried again. Raises InputError at once if there is no token or the repo cannot be made.
+    Training goes on meanwhile: a thread uploads a copy, which lies beside the folder, and the interpreter waits for it
+    at its end. The repo is made private. A Hub that fails must not end a training run: what goes wrong is said, and
+    the next checkpoint is tried again. Raises InputError at once if there is no token or the repo cannot be made.
+
+    Returns:
+        (folder, step) -> the upload as a Future, or None if so many are under way that this one is left out.
     """
     api = log_in()
     with readable(repo):
         api.create_repo(repo, private=True, exist_ok=True)
+    thread, uploads = ThreadPoolExecutor(1), []
 
-    def upload(folder: Path, step: int) -> None:
+    def upload(copy: str, step: int) -> None:
         branch = f"step-{step:06d}"
-        where = {"repo_id": repo, "revision": branch, "folder_path": folder, "allow_patterns": MODEL_FILES}
+        where = {"repo_id": repo, "revision": branch, "folder_path": copy, "allow_patterns": MODEL_FILES}
         try:
             with readable(repo):
                 api.create_branch(repo, branch=branch, exist_ok=True)
@@ -245,8 +253,25 @@ def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable
             say(f"step {step} is on {repo} as branch {branch}")
         except InputError as error:
             say(f"warning: step {step} was not pushed: {error}")
+        finally:
+            shutil.rmtree(copy)
 
-    return upload
+    def begin(folder: Path, step: int) -> Future | None:
+        uploads[:] = [future for future in uploads if not future.done()]
+        if len(uploads) == MAX_UPLOADS:
+            say(f"warning: step {step} was not pushed: {MAX_UPLOADS} earlier ones are still under way")
+            return None
+        if not uploads:
+            for left in folder.parent.glob(f"{COPIES}*"):  # by a run that was killed
+                shutil.rmtree(left)
+        copy = tempfile.mkdtemp(prefix=COPIES, dir=folder.parent)
+        for file in folder.iterdir():
+            if any(file.match(pattern) for pattern in MODEL_FILES):
+                shutil.copy(file, copy)
+        uploads.append(thread.submit(upload, copy, step))
+        return uploads[-1]
+
+    return begin
 
 
 def push_space(api: HfApi, wanted: Push, say: Callable[[str], None]) -> str:
