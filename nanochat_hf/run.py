@@ -172,11 +172,16 @@ def fail(error: InputError):
 
 
 def guarded(main: Callable) -> None:
-    """Run `main`; an InputError becomes one line on stderr and exit code 2, Ctrl-C 130 without a traceback."""
+    """Run `main`; an InputError, or too little memory on a GPU, becomes one line on stderr and exit code 2, Ctrl-C 130
+    without a traceback."""
     try:
         main()
     except InputError as error:
         fail(error)
+    except torch.OutOfMemoryError as error:  # perhaps on this process alone
+        found = str(error).partition(" GPU ")[0]
+        print(f"error: {found} Lower device_batch_size, or take a smaller model", file=sys.stderr, flush=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import Run, begin, finish, guarded, load_json, pairs, parse_config, save_json
@@ -110,3 +111,16 @@ def test_bad_input_and_ctrl_c_end_a_script_without_a_traceback(error, code):
     with pytest.raises(SystemExit) as caught:
         guarded(main)
     assert caught.value.code == code
+
+
+def test_too_little_memory_is_one_line_of_the_process_that_had_too_little(capsys, monkeypatch):
+    def main():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which ..."
+        )
+
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit, match="2"):
+        guarded(main)
+    said = "error: CUDA out of memory. Tried to allocate 2.00 GiB. Lower device_batch_size, or take a smaller model"
+    assert capsys.readouterr().err.splitlines() == [said]
