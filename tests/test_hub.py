@@ -307,15 +307,29 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded_as_it_was(hub, run, mon
     assert files == [written, written + b"\n"]
 
 
-def test_a_failure_of_hf_xet_does_not_stop_training_either(hub, run, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [PermissionError("token refused"), RuntimeError("token refused")], ids=["hf_xet", "unknown"]
+)  # the first is what hf_xet.XetAuthenticationError is
+def test_a_failure_of_another_kind_does_not_stop_training_either(hub, run, monkeypatch, error):
     def refuse(*_, **__):
-        raise PermissionError("xet token refused")  # what hf_xet.XetAuthenticationError is
+        raise error
 
     said = []
     upload = checkpoint_pusher("you/base", say=said.append)
     monkeypatch.setattr(HfApi, "upload_folder", refuse)
     upload(run / "sft", 500).result()
-    assert said[-1].startswith("warning: step 500 was not pushed") and "xet token refused" in said[-1]
+    assert said[-1].startswith("warning: step 500 was not pushed") and "token refused" in said[-1]
+
+
+def test_a_disk_without_room_for_a_copy_does_not_stop_training_either(hub, run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    said = []
+    upload = checkpoint_pusher("you/base", say=said.append)
+    monkeypatch.setattr(serve_hub.shutil, "copy", full)
+    assert upload(run / "sft", 500) is None and list(run.glob(".push-*")) == []
+    assert "step 500 was not pushed" in said[-1] and "No space left" in said[-1]
 
 
 @pytest.mark.slow

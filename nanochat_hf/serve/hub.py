@@ -228,7 +228,7 @@ def check_loaded_back(repo: str, revision: str, local: Path, token: str) -> floa
     return difference
 
 
-def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable[[Path, int], None]:
+def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable[[Path, int], Future | None]:
     """What `pretrain(..., push=)` takes: uploads a model folder to branch `step-NNNNNN`, as Pythia and SmolLM do.
 
     Training goes on meanwhile: a thread uploads a copy, which lies beside the folder, and the interpreter waits for it
@@ -236,7 +236,8 @@ def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable
     the next checkpoint is tried again. Raises InputError at once if there is no token or the repo cannot be made.
 
     Returns:
-        (folder, step) -> the upload as a Future, or None if so many are under way that this one is left out.
+        (folder, step) -> the upload as a Future, or None if this one is left out: too many are under way, or there is
+            no room for its copy.
     """
     api = log_in()
     with readable(repo):
@@ -251,7 +252,7 @@ def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable
                 api.create_branch(repo, branch=branch, exist_ok=True)
                 patiently(say, api.upload_folder, **where, commit_message=f"Step {step}")
             say(f"step {step} is on {repo} as branch {branch}")
-        except InputError as error:
+        except Exception as error:  # of any kind: nobody else would hear of it in this thread
             say(f"warning: step {step} was not pushed: {error}")
         finally:
             shutil.rmtree(copy)
@@ -265,9 +266,14 @@ def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable
             for left in folder.parent.glob(f"{COPIES}*"):  # by a run that was killed
                 shutil.rmtree(left)
         copy = tempfile.mkdtemp(prefix=COPIES, dir=folder.parent)
-        for file in folder.iterdir():
-            if any(file.match(pattern) for pattern in MODEL_FILES):
-                shutil.copy(file, copy)
+        try:
+            for file in folder.iterdir():
+                if any(file.match(pattern) for pattern in MODEL_FILES):
+                    shutil.copy(file, copy)
+        except OSError as error:
+            shutil.rmtree(copy)
+            say(f"warning: step {step} was not pushed: {error}; its copy needs room for a model beside {folder}")
+            return None
         uploads.append(thread.submit(upload, copy, step))
         return uploads[-1]
 
