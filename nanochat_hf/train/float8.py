@@ -173,8 +173,8 @@ def weight8(*parts: Tensor) -> Weight8:
     bounds = torch.cat([measure(part)[0] for part in parts16])
     for part, straight, turned in zip(parts16, eight.straight.split(sizes), eight.turned.split(sizes, dim=1)):
         fill(Eight(straight, turned, eight.scale), part, bounds)
-    squares = sum(part.float().square().sum(0) for part in parts16)
-    return Weight8(eight, squares.amax().sqrt(), parts)
+    lengths = [torch.linalg.vector_norm(part, dim=0, dtype=torch.float32) for part in parts16]
+    return Weight8(eight, torch.stack(lengths).norm(dim=0).amax(), parts)
 
 
 def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
@@ -185,7 +185,7 @@ def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dt
 def weight_gradients(weight: Weight8, dy: Eight, x: Eight, dtype: torch.dtype) -> list[Tensor | None]:
     """As `products.gradients`, from what is transposed of dy (N, O) and x (N, C); dtype: of what is added up."""
     fresh = len(weight.parts) == 1 and weight.parts[0].grad is None
-    dw = product(dy.turned, x.turned, (dy.scale, x.scale), torch.float32 if fresh else dtype)
+    dw = product(dy.turned, x.turned, (dy.scale, x.scale), weight.parts[0].dtype if fresh else dtype)
     parts = zip(weight.parts, dw.split([len(part) for part in weight.parts]))
     return [added(part, grad) if part.requires_grad else None for part, grad in parts]
 
