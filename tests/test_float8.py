@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nanochat_hf.train import fast, products
+from nanochat_hf.train import products
 from nanochat_hf.train.fast import Trunk
 from nanochat_hf.train.float8 import E4M3, E5M2, SQUARED, SQUARED_GRAD, Eight, empty, fill, measure, quantise, weight8
 
@@ -140,69 +140,24 @@ def worker(rank: int, folder: str) -> None:
     alone = [gradients(Trunk(random_model(2), fp8=True), each) for each in range(2)]
     wanted = {name: (grad + alone[1][name]) / 2 for name, grad in alone[0].items()}
     ddp = DistributedDataParallel(Trunk(random_model(2), fp8=True))
+    sharded = Trunk(random_model(2), fp8=True)
+    for layer in sharded.model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
     for trunk, sync in (
-        (ddp, lambda on: setattr(ddp, "require_backward_grad_sync", on)),
-        *((each, each.set_requires_gradient_sync) for each in (sharded(again=True), sharded(again=False))),
+        (ddp, lambda on: setattr(ddp, "require_backward_grad_sync", on)), (sharded, sharded.set_requires_gradient_sync)
     ):  # fmt: skip
-        compare(gradients(trunk, rank, sync), wanted)
+        found = gradients(trunk, rank, sync)
+        assert found.keys() == wanted.keys()
+        for name, grad in wanted.items():
+            assert relative(found[name], grad) < 1e-5, name
     dist.barrier()
     dist.destroy_process_group()
-
-
-def sharded(again: bool) -> Trunk:
-    """Under FSDP2, which gathers the weights again for each pass or leaves them whole until a step is done."""
-    trunk, mesh = Trunk(random_model(2), fp8=True), init_device_mesh("cpu", (2,))
-    for layer in trunk.model.model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=again)
-    return fully_shard(trunk, mesh=mesh, reshard_after_forward=again)
-
-
-def compare(found: dict, wanted: dict) -> None:
-    assert found.keys() == wanted.keys()
-    for name, grad in wanted.items():
-        assert relative(found[name], grad) < 1e-5, name
 
 
 @pytest.mark.slow
 def test_several_processes_average_the_gradients_of_8_bit_products(tmp_path):
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
-
-
-@torch.no_grad()
-def step(trunk) -> None:
-    for p in trunk.parameters():
-        p.mul_(0.5)  # exact: on two ways alike to the last bit, so that all 8 bits are
-        p.grad = None
-
-
-def stepper(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    made = []
-    fast.weight8 = lambda *parts: made.append(parts) or weight8(*parts)
-    for again in (True, False):
-        alone, trunk = Trunk(random_model(2), fp8=True), sharded(again)
-        layers, counts = len(trunk.model.model.layers), []
-
-        def sync(last, trunk=trunk, again=again):
-            trunk.set_requires_gradient_sync(last)
-            if not again:
-                trunk.set_reshard_after_backward(last)
-
-        for _ in range(2):  # of the second step both have what the first one made of the weights
-            wanted = [gradients(alone, each) for each in range(2)][-1]  # added up over both
-            wanted = {name: grad / 2 for name, grad in wanted.items()}
-            made.clear()
-            compare(gradients(trunk, rank, sync), wanted)
-            counts.append(len(made))
-            step(alone), step(trunk)
-        assert counts == [4 * layers * (2 if again else 1)] * 2 and len(trunk.gathered) == (0 if again else layers)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_weights_that_stay_whole_are_turned_into_8_bits_once_a_step(tmp_path):
-    torch.multiprocessing.spawn(stepper, (str(tmp_path),), nprocs=2)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.modeling_nanochat import NanoChatForCausalLM
@@ -73,10 +72,6 @@ def finish(x: Tensor, y: Tensor, middle: Tensor | None, strength: Tensor | None,
     return rms_norm(x, eps)
 
 
-def sharded(layer: nn.Module) -> bool:
-    return isinstance(layer.self_attn.o_proj.weight, DTensor)
-
-
 class Trunk(nn.Module):
     """NanoChatModel's forward over the parameters of `model`, and with targets the head's loss as well.
 
@@ -101,7 +96,6 @@ class Trunk(nn.Module):
         wrap = torch.compile(dynamic=False, fullgraph=True) if compile else lambda function: function
         self.embed, self.block, self.finish = wrap(embed), wrap(block), wrap(finish)
         self.copies = Copies()
-        self.gathered: dict[int, Copies] = {}  # under FSDP2: of the layers that hold whole weights
         self.plain: dict = {}  # (length, device, dtype) -> what `prepare` made for rows of one document
 
     def prepare(self, x: Tensor, positions: Tensor | None, documents: int) -> tuple[Tensor, Tensor, dict]:
@@ -119,26 +113,17 @@ class Trunk(nn.Module):
         return cos, sin, masks
 
     def layer(self, layer: nn.Module, *inputs) -> tuple[Tensor, Tensor]:
-        """The block over a layer's weights. Under FSDP2 by the layer's own call, whose hooks gather these weights.
-
-        They do so behind autograd's back: what was made of the weights cannot be told to be out of date, but whether
-        they are about to be gathered, or were left whole since, can.
-        """
+        """The block over a layer's weights. Under FSDP2 by the layer's own call, whose hooks gather these weights."""
         if not isinstance(layer, FSDPModule):
-            return self.step(self.copies, layer, *inputs)
-        number = inputs[0]
-        if sharded(layer) or number not in self.gathered:
-            self.gathered[number] = Copies()
-        layer.forward = partial(self.step, self.gathered[number], layer)
+            return self.step(layer, *inputs)
+        layer.forward = partial(self.step, layer)
         try:
             return layer(*inputs)
         finally:
             del layer.forward
-            if sharded(layer):
-                del self.gathered[number]
 
     def step(
-        self, copies, layer, i, x, y, embedded, lambdas, ids, positions, table, rows, cos, sin, masks
+        self, layer, i, x, y, embedded, lambdas, ids, positions, table, rows, cos, sin, masks
     ) -> tuple[Tensor, Tensor]:
         attn, mlp, config = layer.self_attn, layer.mlp, self.model.config
         gate = None if table is None else attn.ve_gate.weight
@@ -147,6 +132,8 @@ class Trunk(nn.Module):
             (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight), (attn.o_proj.weight,),
             (mlp.fc1.weight,), (mlp.fc2.weight,),
         )  # fmt: skip
+        # FSDP2 fills the gathered weights behind autograd's back: their copies cannot be told to be out of date.
+        copies = Copies() if isinstance(layer, FSDPModule) else self.copies
         run = block  # nothing is left to fuse
         if self.fp8 and torch.is_grad_enabled():
             low = [copies.made((i, kind, "fp8"), weight8, *parts) for kind, parts in enumerate(matrices)]
