@@ -22,8 +22,8 @@ from nanochat_hf.eval.generation import Generator
 from nanochat_hf.eval.harness import EvalConfig, core_metric, evaluate
 from nanochat_hf.eval.report import make_report
 from nanochat_hf.run import STAGES, Run, guarded, nearest, parse_config
+from nanochat_hf.serve.checkpoint_push import checkpoint_pusher
 from nanochat_hf.serve.generate import Engine
-from nanochat_hf.serve.hub import checkpoint_pusher
 from nanochat_hf.train.grpo import RLConfig, train_rl
 from nanochat_hf.train.pretrain import PretrainConfig, pretrain
 from nanochat_hf.train.sft import ChatConfig, train_chat

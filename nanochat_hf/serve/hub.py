@@ -15,16 +15,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from json import JSONDecodeError
 from pathlib import Path
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
 from transformers import AutoModelForCausalLM
 
 from .. import tool_loop
@@ -33,13 +28,9 @@ from ..errors import InputError
 from ..eval.report import MODEL_STAGES, make_report
 from ..run import Run, nearest
 from .card import Push, card, check_metadata, check_repo_id, collected
+from .hub_client import MODEL_FILES, log_in, patiently, readable
 
 SPACE = Path(__file__).parents[2] / "spaces" / "chat"
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-MODEL_FILES += ("configuration_*.py", "modeling_*.py")
-MODEL_FILES += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
-COPIES = ".push-"  # how the folders that a checkpoint is uploaded from begin
-MAX_UPLOADS = 2  # checkpoints that are uploaded or wait for it; each takes a model's size on the disk
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}\b")
 
 
@@ -131,37 +122,6 @@ def refuse_secrets(files: list[Path]) -> None:
             raise InputError(f"{path} contains a Hub token: remove it; if it was ever shared, make a new token")
 
 
-def log_in() -> HfApi:
-    if (token := get_token()) is None:
-        raise InputError("there is no Hub token: log in with `hf auth login`, or set HF_TOKEN")
-    return HfApi(token=token)
-
-
-@contextmanager
-def readable(repo: str):
-    """Turn the client's errors into one line that says what to do."""
-    try:
-        yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        advice = {
-            401: "the Hub does not accept the token: log in again with `hf auth login`",
-            403: f"the token may not write to {repo}: use one with write access, or another owner",
-            404: f"{repo} is not there, or the token may not see it",
-            429: "the Hub asks to slow down: run the same command again in a few minutes; uploaded files are kept",
-        }
-        other = f"the Hub answered {status}: {error.server_message or 'no reason given'}; run the same command again"
-        raise InputError(advice.get(status, other)) from None
-    except (HTTPError, OSError, JSONDecodeError) as error:  # httpx, hf_xet (which sends the weights), a proxy's page
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the push broke off ({reason}): run the same command again, what is up stays up") from None
-    except ValueError as error:  # before it sends a file, huggingface_hub lets the Hub check the card
-        if not isinstance(error.__cause__, BadRequestError):
-            raise
-        reason = f"{error} {error.__cause__.server_message}"
-        raise InputError(f"the Hub rejects the card: {' '.join(reason.split())[:300]}") from None
-
-
 def refuse_others(api: HfApi, repo: str, folder: Path) -> None:
     """Raise InputError if the repo holds a file that is not ours or differs from ours."""
     found = api.verify_repo_checksums(repo, local_dir=folder)
@@ -169,22 +129,6 @@ def refuse_others(api: HfApi, repo: str, folder: Path) -> None:
     if others:
         advice = "push to a branch with --revision NAME, or replace all of it with --force"
         raise InputError(f"{repo} holds another {min(others)} already: {advice}")
-
-
-def patiently(say: Callable[[str], None], send: Callable, **what):
-    """send(**what); after a broken connection or a server's error wait and do it again, which resumes an upload.
-
-    huggingface_hub does so by itself for every request but the last one, the commit.
-    """
-    for pause in (1, 2, 4, None):
-        try:
-            return send(**what)
-        except (HTTPError, OSError) as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
-            if pause is None or (status < 500 and status != 429):
-                raise
-            say(f"interrupted ({type(error).__name__}); trying again, what is up stays up")
-            time.sleep(pause)
 
 
 LOAD = """
@@ -226,58 +170,6 @@ def check_loaded_back(repo: str, revision: str, local: Path, token: str) -> floa
     if difference > 1e-3:
         raise InputError(f"{repo} is uploaded but its logits differ from those of {local} by {difference:.2g}")
     return difference
-
-
-def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable[[Path, int], Future | None]:
-    """What `pretrain(..., push=)` takes: uploads a model folder to branch `step-NNNNNN`, as Pythia and SmolLM do.
-
-    Training goes on meanwhile: a thread uploads a copy, which lies beside the folder, and the interpreter waits for it
-    at its end. The repo is made private. A Hub that fails must not end a training run: what goes wrong is said, and
-    the next checkpoint is tried again. Raises InputError at once if there is no token or the repo cannot be made.
-
-    Returns:
-        (folder, step) -> the upload as a Future, or None if this one is left out: too many are under way, or there is
-            no room for its copy.
-    """
-    api = log_in()
-    with readable(repo):
-        api.create_repo(repo, private=True, exist_ok=True)
-    thread, uploads = ThreadPoolExecutor(1), []
-
-    def upload(copy: str, step: int) -> None:
-        branch = f"step-{step:06d}"
-        where = {"repo_id": repo, "revision": branch, "folder_path": copy, "allow_patterns": MODEL_FILES}
-        try:
-            with readable(repo):
-                api.create_branch(repo, branch=branch, exist_ok=True)
-                patiently(say, api.upload_folder, **where, commit_message=f"Step {step}")
-            say(f"step {step} is on {repo} as branch {branch}")
-        except Exception as error:  # of any kind: nobody else would hear of it in this thread
-            say(f"warning: step {step} was not pushed: {error}")
-        finally:
-            shutil.rmtree(copy)
-
-    def begin(folder: Path, step: int) -> Future | None:
-        uploads[:] = [future for future in uploads if not future.done()]
-        if len(uploads) == MAX_UPLOADS:
-            say(f"warning: step {step} was not pushed: {MAX_UPLOADS} earlier ones are still under way")
-            return None
-        if not uploads:
-            for left in folder.parent.glob(f"{COPIES}*"):  # by a run that was killed
-                shutil.rmtree(left)
-        copy = tempfile.mkdtemp(prefix=COPIES, dir=folder.parent)
-        try:
-            for file in folder.iterdir():
-                if any(file.match(pattern) for pattern in MODEL_FILES):
-                    shutil.copy(file, copy)
-        except OSError as error:
-            shutil.rmtree(copy)
-            say(f"warning: step {step} was not pushed: {error}; its copy needs room for a model beside {folder}")
-            return None
-        uploads.append(thread.submit(upload, copy, step))
-        return uploads[-1]
-
-    return begin
 
 
 def push_space(api: HfApi, wanted: Push, say: Callable[[str], None]) -> str:
