@@ -175,7 +175,7 @@ from transformers import pipeline
 
 chat = pipeline("text-generation", model="{{ repo }}", trust_remote_code=True)
 messages = [{"role": "user", "content": "What is 12 * 34?"}]
-print(chat(messages, max_new_tokens=256)[0]["generated_text"][-1])
+print(chat(messages, max_new_tokens=256, do_sample=False)[0]["generated_text"][-1])
 ```
 
 The model may call a calculator; `custom_generate/` in this repository answers it inside `generate`, and the message
@@ -187,7 +187,7 @@ from transformers import pipeline
 chat = pipeline("text-generation", model="{{ repo }}", trust_remote_code=True)
 messages = [{"role": "user", "content": "What is 12 * 34?"}]
 for _ in range(5):  # at most four calls
-    messages = chat(messages, max_new_tokens=256, run_tools=False)[0]["generated_text"]
+    messages = chat(messages, max_new_tokens=256, do_sample=False, run_tools=False)[0]["generated_text"]
     if "tool_calls" not in messages[-1]:
         break
     expression = messages[-1]["tool_calls"][0]["function"]["arguments"]["expression"]
