@@ -5,7 +5,6 @@ import os
 import pytest
 from hub_standin import Hub
 from huggingface_hub import close_session, constants
-from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.run import save_json
 from nanochat_hf.serve import hub as serve_hub
@@ -15,7 +14,7 @@ TOKEN = "hf_" + "Secret" * 6
 
 
 @pytest.fixture(name="run")
-def hub_run(talker_folder, tmp_path):  # noqa: F811
+def hub_run(talker_folder, tmp_path):
     """A run folder with a finished SFT stage, an unfinished RL stage and an evaluation."""
     folder = tmp_path / "run"
     (folder / "sft").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What every upload to the Hub needs: a login, a second try after a broken connection, errors that say what to do."""
+"""What every upload to the Hub needs: which files, a login, a second try when a connection breaks, errors in one line."""
 
 import time
 from collections.abc import Callable
