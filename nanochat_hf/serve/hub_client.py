@@ -1,4 +1,4 @@
-"""What every upload to the Hub needs: which files, a login, a second try when a connection breaks, errors in one line."""
+"""What every upload to the Hub needs: which files, a login, a second try when it breaks off, errors in one line."""
 
 import time
 from collections.abc import Callable
