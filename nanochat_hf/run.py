@@ -6,7 +6,9 @@ rerun read. The layout is `tokenizer/ base/ mid/ sft/ rl/ eval/ report.md plots/
 
 import dataclasses
 import difflib
+import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -64,13 +66,46 @@ def load_json(path: str | Path) -> dict | None:
         raise InputError(f"{path} is not valid JSON ({error}); delete it to run that stage again") from None
 
 
+def without_nan(value):
+    """`value` with None for each float that JSON has no word for (NaN, infinities)."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def fingerprint(value) -> str:
+    """A short hash of a plain value (whatever JSON can hold), for noticing that it changed."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def model_fingerprint(folder: str | Path) -> str | None:
+    """A short hash of the files that decide what a model answers; None if `folder` has no weights.
+
+    Covers the content of the weights, the tokenizer and the chat template. Reads all of it: about 1 s per GB.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in [*files, Path(folder) / "tokenizer.json", Path(folder) / "chat_template.jinja"]:
+        if path.exists():
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def save_json(path: str | Path, value) -> None:
-    """Write beside the target and rename, so that a reader never sees half a file."""
+    """Write beside the target and rename, so that a reader never sees half a file. NaN and infinities become null."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+        aside.write_text(
+            json.dumps(without_nan(value), indent=2, ensure_ascii=False, default=str, allow_nan=False) + "\n"
+        )
         os.replace(aside, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None

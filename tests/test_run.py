@@ -1,5 +1,6 @@
 """Run folders, metrics.json and the way from a YAML to a config."""
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -9,7 +10,17 @@ import pytest
 import torch
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.run import Run, begin, finish, guarded, load_json, pairs, parse_config, save_json
+from nanochat_hf.run import (
+    Run,
+    begin,
+    finish,
+    guarded,
+    load_json,
+    model_fingerprint,
+    pairs,
+    parse_config,
+    save_json,
+)
 
 
 @dataclass
@@ -124,3 +135,25 @@ def test_too_little_memory_is_one_line_of_the_process_that_had_too_little(capsys
         guarded(main)
     said = "error: CUDA out of memory. Tried to allocate 2.00 GiB. Lower device_batch_size, or take a smaller model"
     assert capsys.readouterr().err.splitlines() == [said]
+
+
+def test_json_files_hold_null_in_place_of_nan(tmp_path):
+    path = tmp_path / "metrics.json"
+    save_json(path, {"loss": float("nan"), "rows": [1.5, (float("inf"), {"x": -float("inf")})]})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "loss": None,
+        "rows": [1.5, [None, {"x": None}]],
+    }
+
+
+def test_a_models_fingerprint_follows_its_weights_and_its_tokenizer_but_not_its_metrics(tmp_path):
+    assert model_fingerprint(tmp_path) is None
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    first = model_fingerprint(tmp_path)
+    (tmp_path / "metrics.json").write_text("{}")
+    assert model_fingerprint(tmp_path) == first
+    seen = {first}
+    for name, content in (("model.safetensors", b"weightz"), ("tokenizer.json", b"{}"), ("chat_template.jinja", b"x")):
+        (tmp_path / name).write_bytes(content)
+        seen.add(model_fingerprint(tmp_path))
+    assert len(seen) == 4
