@@ -14,12 +14,15 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from trl import TrlParser
 
 from .errors import InputError
@@ -45,6 +48,29 @@ class Run:
     def finished(self, stage: str) -> bool:
         return bool((self.metrics(stage) or {}).get("finished"))
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other jobs out of the run folder; the kernel drops the lock when the process ends, however it ends.
+
+        Raises InputError if another job holds it. Ranks other than the main one have nothing to lock.
+        """
+        if int(os.environ.get("RANK", "0")) > 0:
+            yield
+            return
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise InputError(
+                    f"another process works on {self.path}: wait until it ends, or choose another --run-dir"
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def latest_model(self, before: str = "eval") -> Path | None:
         """The folder of the last finished stage with weights that comes before stage `before`, or None."""
         stages = [stage for stage in ("base", "mid", "sft", "rl") if STAGES.index(stage) < STAGES.index(before)]
@@ -62,7 +88,7 @@ def load_json(path: str | Path) -> dict | None:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except (ValueError, OSError) as error:  # no JSON, no UTF-8; a folder, no permission
         raise InputError(f"{path} is not valid JSON ({error}); delete it to run that stage again") from None
 
 
@@ -100,15 +126,37 @@ def model_fingerprint(folder: str | Path) -> str | None:
 def save_json(path: str | Path, value) -> None:
     """Write beside the target and rename, so that a reader never sees half a file. NaN and infinities become null."""
     path = Path(path)
-    try:
+    text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(
-            json.dumps(without_nan(value), indent=2, ensure_ascii=False, default=str, allow_nan=False) + "\n"
-        )
+        aside.write_text(text + "\n")
         os.replace(aside, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
+
+
+@contextmanager
+def writing(path: str | Path, left: str = "") -> Iterator[None]:
+    """Turn a failure to write below `path` (full disk, no permission) into an InputError; `left` says what is safe.
+
+    safetensors and torch's zip writer have exceptions of their own for the same failures.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch's hides the system's
+        if isinstance(error, RuntimeError) and not (isinstance(cause, OSError) or "writing file" in str(error)):
+            raise
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"cannot write {path}: {reason}; make room there or choose another place{left}") from None
+
+
+def apply_umask(folder: str | Path) -> None:
+    """Give the files below `folder` the permissions of the umask: safetensors lets only their owner read them."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in Path(folder).rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
 
 
 def hardware() -> dict:
@@ -199,7 +247,7 @@ def parse_config(cls, path: str | Path, overrides: dict[str, str] | None = None)
     return parser.parse_args_into_dataclasses(flags)[0]
 
 
-def fail(error: InputError):
+def fail(error: Exception):
     """Show an input error as one line, on the main process only, and leave with exit code 2."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -207,11 +255,11 @@ def fail(error: InputError):
 
 
 def guarded(main: Callable) -> None:
-    """Run `main`; an InputError, or too little memory on a GPU, becomes one line on stderr and exit code 2, Ctrl-C 130
-    without a traceback."""
+    """Run `main`; an InputError, a loss that is not finite, or too little memory on a GPU becomes one line on stderr
+    and exit code 2, Ctrl-C 130 without a traceback."""
     try:
         main()
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         fail(error)
     except torch.OutOfMemoryError as error:  # perhaps on this process alone
         found = str(error).partition(" GPU ")[0]
@@ -236,7 +284,9 @@ def script(cls, run_stage: Callable, **extra: str) -> None:
         arguments, rest = parser.parse_known_args()
         options = {name: getattr(arguments, name) for name in extra}
         config = parse_config(cls, arguments.config, pairs(rest))
-        run_stage(config, Run(arguments.run_dir), **options)
+        run = Run(arguments.run_dir)
+        with run.lock():
+            run_stage(config, run, **options)
 
     guarded(main)
 

@@ -136,7 +136,7 @@ def test_states_of_several_ranks_become_one():
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(training, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write checkpoints to"):
+    with pytest.raises(InputError, match=r"cannot write .*file"):
         save(tmp_path / "file", 1, training)
 
 

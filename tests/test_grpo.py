@@ -18,8 +18,9 @@ from nanochat_hf.run import load_json
 from nanochat_hf.serve.generate import Engine
 from nanochat_hf.tools import python
 from nanochat_hf.train.grpo import RLConfig, RLTrainer, grpo_arguments, questions, rollout, train_rl
+from nanochat_hf.train.network import load_chat_model
 from nanochat_hf.train.sft import ChatConfig, train_chat
-from nanochat_hf.train.trainer import load_model, lora
+from nanochat_hf.train.trainer import lora
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -33,7 +34,7 @@ def config(**keys) -> RLConfig:
 
 def new_trainer(tiny_folder, tokenizer, tmp_path, made=None) -> RLTrainer:
     made = made or config()
-    model = load_model(tiny_folder, made, tokenizer)
+    model = load_chat_model(tiny_folder, made.attn_implementation, tokenizer)
     model.lm_head.weight.data.normal_(std=0.05)  # a fresh head is all but zero: every token would be alike
     rows = Dataset.from_list(questions(made, "test", tokenizer, 100)[0])
     return RLTrainer(

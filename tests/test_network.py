@@ -76,6 +76,6 @@ def test_another_kind_of_model_and_missing_weights_are_refused_in_one_line(tiny_
         shape_of(str(tmp_path))
     tiny_model.config.save_pretrained(tmp_path)
     assert shape_of(str(tmp_path))["depth"] == 2
-    with pytest.raises(InputError, match="no weights in") as caught:
+    with pytest.raises(InputError, match="no model in") as caught:
         new_model(made(tokenizer), str(tmp_path), tokenizer, CPU, sharded=False)
     assert "\n" not in str(caught.value)

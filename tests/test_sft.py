@@ -102,7 +102,7 @@ def test_conversations_that_do_not_fit_are_counted_with_row_and_reason(tokenizer
 def test_rows_are_made_once_and_found_again(tokenizer, tmp_path, monkeypatch):
     entries = [{"dataset": "primer", "rows": 20}]
     rows, made = prepare(config(), entries, tokenizer, 128, tmp_path / "rows")
-    monkeypatch.setattr(sft, "Mixture", None)
+    monkeypatch.setattr(sft, "make_rows", None)
     again, found = prepare(config(), entries, tokenizer, 128, tmp_path / "rows")
     assert again.to_list() == rows.to_list() and found == made
 

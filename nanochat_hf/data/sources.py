@@ -7,6 +7,7 @@ A Hub id, .jsonl or .parquet files or a folder of them, words of a list or of a 
     len(rows), rows[7]
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -164,3 +165,21 @@ def _words(entry: Entry, path: Path) -> list[str]:
         found = (word for word, count in counts.most_common(MAX_WORDS) if count > 1)
     words = dict.fromkeys(w for w in found if re.fullmatch("[a-z]{3,15}", w))
     return [w for w in words if (crc32(w.encode()) % 20 == 0) == (entry.split != "train")]
+
+
+def content_fingerprint(rows: Sequence) -> str:
+    """A short hash of what `open_rows` gave: of the files' bytes, or of the rows that were made here.
+
+    For data sets of the Hub the `datasets` library's own, which follows from the commit and the files in its cache.
+    """
+    if not isinstance(rows, JsonLines | list):
+        return rows._fingerprint
+    digest = hashlib.sha256()
+    if isinstance(rows, JsonLines):
+        for file in rows.files:
+            file.seek(0)
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    else:
+        for row in rows:
+            digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()[:16]

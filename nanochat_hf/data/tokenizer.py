@@ -9,6 +9,7 @@ Text never turns into a special token by spelling it: documents go through `enco
 chat template, and both treat `<|bos|>` in somebody's text as seven ordinary characters.
 """
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -270,6 +271,12 @@ def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     reading.close()
     save(tokenizer, output)
     finish(output, record, vocab_size=len(tokenizer), bytes_per_token=compression, train_chars=train_chars)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A short hash of all that decides how text and conversations become ids."""
+    parts = tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -3,18 +3,23 @@
 `folder/step_000100/` holds the weights once and one file per rank (its optimizer state, data position and random
 state); under FSDP2 weights and optimizer state are written as shards by torch.distributed.checkpoint instead. All is
 written into a hidden folder first, which is renamed when every rank is done, so a kill at any moment leaves the
-checkpoint before it. A second one at the same step (a stop after a bad loss, with the data one step on) gets a number
-of its own, `step_000100.1`, for a complete checkpoint is never touched before the next one is complete.
+checkpoint before it. A manifest holds the checksum of every file: a damaged checkpoint is named and set aside, and
+the one before it is used. A second one at the same step (a stop after a bad loss, with the data one step on) gets a
+number of its own, `step_000100.1`, for a complete checkpoint is never touched before the next one is complete.
 
+The chat stages' checkpoints are transformers' own, `state/checkpoint-100`, with a manifest and a rotation of ours.
 `save_momenta` and `load_momenta` carry the optimizer's state from one stage to the next, as one small file.
 
 Why not `Accelerator.save_state`: under DDP it keeps the main process's optimizer state only, but each rank of
 MuonAdamW owns a part; and it has no place for a data position per rank.
 """
 
+import hashlib
 import os
 import random
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,9 +33,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..distributed import meet, place
+from ..distributed import main_first, meet, place
 from ..errors import InputError
+from ..run import apply_umask, load_json, save_json, writing
 from .owners import LARGE
+
+MANIFEST = "manifest.json"
+COMPLETE = "complete"  # the same in a checkpoint of a chat stage (empty in those of older versions)
+MEASURED = "measured.json"  # in a checkpoint, when the evaluations after its step were made: their figures
 
 
 def barrier() -> None:
@@ -46,21 +56,90 @@ def complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"), key=lambda path: [int(n) for n in path.name.removeprefix("step_").split(".")])
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint below `folder`, or None."""
-    return (complete(folder) or [None])[-1]
+def write_manifest(folder: Path, name: str = MANIFEST) -> None:
+    """Write folder/name: {file: its SHA-256}, for `damage`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / name)
+    save_json(folder / name, {str(path.relative_to(folder)): sha256(path) for path in files})
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path, name: str = MANIFEST) -> str | None:
+    """What is wrong with the first file that differs from the manifest; None if all are as they were written.
+
+    A folder without a manifest (older than these) is not checked.
+    """
+    try:
+        files = load_json(folder / name) if (folder / name).exists() and (folder / name).stat().st_size else {}
+    except InputError:
+        return f"{folder / name} is damaged"
+    for file, checksum in files.items():
+        if not (folder / file).exists():
+            return f"{folder / file} is missing"
+        if sha256(folder / file) != checksum:
+            return f"{folder / file} is damaged: its checksum differs"
+    return None
+
+
+def newest_intact(checkpoints: list[Path], name: str, log: Callable[[str], None]) -> Path | None:
+    """The last of `checkpoints` (oldest first) whose files are as they were written; None if there are none at all.
+
+    Damaged ones after it are renamed to damaged_*, for a new checkpoint of the same step must not overwrite them.
+    All ranks call it, the main one decides. Raises InputError when every one is damaged.
+    """
+    with main_first("checking the last checkpoint") as main:
+        reasons: list[str] = []
+        while main and checkpoints and (reason := damage(checkpoints[-1 - len(reasons)], name)):
+            reasons.append(reason)
+            if len(reasons) == len(checkpoints):
+                raise InputError(
+                    f"{reasons[0]}, and there is no older checkpoint without damage: bring that file back, or delete "
+                    f"{checkpoints[0].parent} to start this stage anew"
+                )
+        for reason, path in zip(reasons, reversed(checkpoints)):
+            aside, number = path.with_name(f"damaged_{path.name}"), 0
+            while aside.exists():
+                number += 1
+                aside = path.with_name(f"damaged_{path.name}.{number}")
+            os.replace(path, aside)
+            log(f"{reason}; set aside as {aside.name}, going on from the checkpoint before it")
+    return next((path for path in reversed(checkpoints) if path.exists()), None)
+
+
+def latest(folder: Path, log: Callable[[str], None] = print) -> Path | None:
+    """The newest complete and undamaged checkpoint below `folder`, or None; see `newest_intact`."""
+    return newest_intact(complete(folder), MANIFEST, log)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file makes torch raise into an InputError that names `path`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # pickle, zip, safetensors, keys and shapes: each has its own
+        reason = " ".join(str(error).split())[:150]
+        raise InputError(
+            f"{path} cannot be read ({type(error).__name__}: {reason}): bring it back, or delete it to use an older "
+            "checkpoint or start this stage anew"
+        ) from error
 
 
 def write(value, path: Path) -> None:
     """torch.save, and on the disk before this returns: a rename may outlive a crash of the machine, so must it."""
-    with open(path, "wb") as file:
+    with writing(path), open(path, "wb") as file:
         torch.save(value, file)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_progress(path: Path) -> dict:
-    return torch.load(path / "progress.pt")
+    with reading(path):
+        return torch.load(path / "progress.pt")
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -74,14 +153,29 @@ def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
     """Make `folder` one for `from_pretrained`: float32, written aside and moved in file by file, the config last."""
     weights = full_weights(model)
     if place()[0] == 0:
+        refuse_nan(weights, f"the model for {folder}")
         aside = folder / ".weights"
-        shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside, state_dict={name: value.float() for name, value in weights.items()})
-        tokenizer.save_pretrained(aside)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, folder / path.name)
-        aside.rmdir()
+        with writing(folder):
+            shutil.rmtree(aside, ignore_errors=True)
+            model.save_pretrained(aside, state_dict={name: value.float() for name, value in weights.items()})
+            tokenizer.save_pretrained(aside)
+            apply_umask(aside)
+            for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+                if path.is_dir():
+                    shutil.rmtree(folder / path.name, ignore_errors=True)
+                os.replace(path, folder / path.name)
+            aside.rmdir()
     barrier()
+
+
+def refuse_nan(weights: dict[str, Tensor], owner: str) -> None:
+    """Raises FloatingPointError that names the first of `weights` with a NaN or an infinity in it."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise FloatingPointError(
+                f"{owner} has values in {name} that are not finite: it is of no use; go back to an earlier stage or "
+                "checkpoint, and lower the learning rates"
+            )
 
 
 def save(
@@ -109,23 +203,30 @@ def save(
         final = final.with_name(f"{final.name}.{int(before[-1].name.partition('.')[2] or 0) + 1}")
     if rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
-        try:
+        with writing(folder):
             aside.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"cannot write checkpoints to {folder} ({error.strerror})") from None
     barrier()
     own = {"position": position, "random": random_state()}
-    if is_sharded(model):
-        weights, state = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=aside / "shards")
-    else:
-        own["optimizer"] = optimizer.state_dict()
-        if rank == 0:
-            write(model.state_dict(), aside / "model.pt")
-    write(own, aside / f"rank_{rank:05d}.pt")
-    if rank == 0:
-        write({**progress, "step": step, "world_size": world}, aside / "progress.pt")
-    barrier()
+    left = f"; the checkpoint before it is {complete(folder)[-1]}" if complete(folder) else ""
+    try:
+        with writing(folder, left):
+            if is_sharded(model):
+                weights, state = get_state_dict(model, optimizer)
+                dcp.save({"model": weights, "optimizer": state}, checkpoint_id=aside / "shards")
+            else:
+                own["optimizer"] = optimizer.state_dict()
+                if rank == 0:
+                    write(model.state_dict(), aside / "model.pt")
+            write(own, aside / f"rank_{rank:05d}.pt")
+            if rank == 0:
+                write({**progress, "step": step, "world_size": world}, aside / "progress.pt")
+            barrier()
+            if rank == 0:
+                write_manifest(aside)
+    except InputError:
+        if rank == 0:  # half a checkpoint only takes up room
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
     if rank == 0:
         os.replace(aside, final)
         for old in complete(folder)[: -max(keep, 1)]:
@@ -147,19 +248,20 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
     progress = read_progress(path)
     same = progress["world_size"] == world
     numbers = [rank] if same else range(progress["world_size"])
-    parts = [torch.load(path / f"rank_{number:05d}.pt", map_location="cpu") for number in numbers]
     if (path / "shards").exists() != is_sharded(model):
         raise InputError(f"{path} was written with another kind of sharding; resume with the config it began with")
-    if is_sharded(model):
-        weights, state = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path / "shards")
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    else:
-        model.load_state_dict(torch.load(path / "model.pt", map_location="cpu"))
-        optimizer.load_state_dict(merged([part["optimizer"] for part in parts]))
-    if same:
-        restore_random_state(parts[0]["random"])
-    return progress, [part["position"] for part in parts]
+    with reading(path):
+        parts = [torch.load(path / f"rank_{number:05d}.pt", map_location="cpu") for number in numbers]
+        if is_sharded(model):
+            weights, state = get_state_dict(model, optimizer)
+            dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path / "shards")
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+        else:
+            model.load_state_dict(torch.load(path / "model.pt", map_location="cpu"))
+            optimizer.load_state_dict(merged([part["optimizer"] for part in parts]))
+        if same:
+            restore_random_state(parts[0]["random"])
+        return progress, [part["position"] for part in parts]
 
 
 def merged(states: list[dict]) -> dict:
@@ -199,13 +301,46 @@ def save_momenta(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 def load_momenta(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Begin with the state in `path`, in float32; parameters that it lacks begin without, rates stay as they are."""
-    saved = torch.load(path, map_location="cpu", mmap=True)
+    with reading(path):
+        saved = torch.load(path, map_location="cpu", mmap=True)
     for name, p in model.named_parameters():
         for key, value in saved.get(name, {}).items():
             value = value.to(p.device if value.ndim else "cpu", torch.float32, copy=True)
             if isinstance(p, DTensor) and value.shape == p.shape:
                 value = distribute_tensor(value, p.device_mesh, p.placements)
             optimizer.state[p][key] = value
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[-1])
+
+
+def complete_checkpoints(state: Path) -> list[Path]:
+    """The checkpoints below `state` that were written to their end, the newest last."""
+    return sorted((mark.parent for mark in state.glob(f"checkpoint-*/{COMPLETE}")), key=step_of)
+
+
+def missing_file(checkpoint: Path) -> str | None:
+    """The name of a file without which transformers would resume a checkpoint half, and say nothing."""
+    names = ("trainer_state.json", "scheduler.pt")
+    absent = [name for name in names if not (checkpoint / name).exists()]
+    if not (any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))):
+        absent.append("optimizer.pt")
+    return absent[0] if absent else None
+
+
+def refuse_change(state: Path, settings: dict) -> None:
+    """Raises InputError if the checkpoints in `state` were written with other `settings`."""
+    before = load_json(state / "config.json")
+    if before is None:
+        raise InputError(f"{state / 'config.json'} is missing: bring it back, or delete {state} to start anew")
+    changed = [key for key in settings if before.get(key, settings[key]) != settings[key]]  # older: fewer keys
+    if changed:
+        changed = [f"{key}: {before[key]!r} -> {settings[key]!r}" for key in changed]
+        raise InputError(
+            f"{state} was written by another recipe or launch ({', '.join(changed)}): go on with that, or delete it "
+            "to start this stage anew"
+        )
 
 
 def random_state() -> dict:

@@ -6,7 +6,8 @@ What is left of GRPO (arXiv:2402.03300), as in karpathy/nanochat, is close to RE
 batch, so the ratio is 1 and clipping never acts), no KL term and no reference model, advantage = reward - mean of the
 question's samples without division by their spread (arXiv:2503.20783), and a loss summed over the sampled tokens of
 the batch and divided by their number (DAPO, arXiv:2503.14476). Tool results are masked. Unlike upstream all tokens of
-the batch weigh alike, not only those of one question.
+the batch weigh alike, not only those of one question; and tokens are sampled from the full softmax, of which the
+gradient is taken, where upstream samples among the 50 likeliest.
 
 Generation is most of the cost. It is transformers' `generate` with TRL's tool loop, unless `train_rl` is given an
 `engine` (eval.generation.Generator, serve.generate.Engine), which runs the tool inside the answer.
@@ -33,8 +34,9 @@ from ..data.conversations import Mixture
 from ..data.tokenizer import load_tokenizer
 from ..distributed import main_first, processes
 from ..errors import InputError
-from ..run import begin
+from ..run import begin, fingerprint, model_fingerprint, writing
 from ..tools import python
+from .network import load_chat_model
 from .rewards import COLUMNS, correctness, pass_at_k
 from .trainer import (
     StageConfig,
@@ -42,7 +44,6 @@ from .trainer import (
     check_launch,
     conclude,
     fit,
-    load_model,
     lora,
     outside_results,
     split_step,
@@ -70,7 +71,7 @@ class RLConfig(StageConfig):
     """Of an answer, tool results included."""
     temperature: float = 1.0
     top_k: int = 0
-    """Sample among so many tokens only; 0: among all, which is what the gradient assumes."""
+    """Only 0, sampling among all tokens: the gradient is that of the full softmax."""
     eval_examples: int = 400
     """Questions of the test split that are asked before and after."""
     eval_samples: int = 4
@@ -118,6 +119,12 @@ class RLTrainer(StageTrainer, GRPOTrainer):
                 for row, text, reward in list(zip(rows, texts, rewards))[:2]:
                     sample = {"step": self.state.global_step, "prompt": row["prompt"], "text": text, "reward": reward}
                     file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the samples of steps that will be made again."""
+        lines = self.samples.read_text().splitlines(keepends=True) if self.samples.exists() else []
+        with writing(self.samples):
+            self.samples.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
 
     def evaluate(self, *args, **kwargs) -> dict:
         """pass@k on the test questions, k = 1, 2, 4 ... eval_samples; pass@1 is the accuracy. All ranks call it."""
@@ -170,7 +177,7 @@ def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
         num_generations=config.num_samples,
         max_completion_length=config.max_new_tokens,
         temperature=config.temperature,
-        top_k=config.top_k,
+        top_k=0,
         max_tool_calling_iterations=MAX_TOOL_CALLS,
         num_generations_eval=config.eval_samples,
         per_device_eval_batch_size=max(1, EVAL_ROWS // config.eval_samples) * config.eval_samples,
@@ -205,7 +212,7 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
             seed=(trainer.args.seed + step) * 2**20 + first,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
-            top_k=config.top_k,
+            top_k=0,
         )
         if adapters:
             adapters.unmerge_adapter()
@@ -225,11 +232,16 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
     not divide.
     """
     check_launch("rl")
+    if config.top_k:
+        raise InputError(
+            f"top_k is {config.top_k}, and the gradient is that of sampling among all tokens: set top_k to 0, or "
+            "leave it out"
+        )
     record, output = begin(config), Path(output)
     processes()
     with main_first(f"loading {model}"):
         tokenizer = load_tokenizer(model)
-        network = load_model(model, config, tokenizer)
+        network = load_chat_model(model, config.attn_implementation, tokenizer)
     room = network.config.max_position_embeddings - config.max_new_tokens
     rows, skipped = questions(config, "train", tokenizer, room)
     held_out, bad = questions(config, "test", tokenizer, room)
@@ -247,11 +259,12 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
         **({"rollout_func": rollout(engine, config, tokenizer)} if engine else {"tools": [python]}),
     )
     before = trainer.evaluate()
-    history = fit(trainer, output)
+    inputs = {"model": model_fingerprint(model) or model, "data": fingerprint([rows, held_out])}
+    history = fit(trainer, output, inputs)
     after = trainer.evaluate()
     share = trainer.generation_seconds / max(trainer.step_seconds, 1e-9)
     numbers = {"before": before, "after": after, "generation_share": share, "skipped_rows": skipped + bad}
     if trainer.samples.exists():  # the main process writes them
         last = [json.loads(line) for line in trainer.samples.read_text().splitlines()[-4:]]
         numbers["samples"] = [{"prompt": row["prompt"][-1]["content"], "text": row["text"]} for row in last]
-    conclude(trainer, tokenizer, output, record, task=config.dataset, history=history, **numbers)
+    conclude(trainer, tokenizer, output, record, inputs, task=config.dataset, history=history, **numbers)

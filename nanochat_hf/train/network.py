@@ -4,15 +4,21 @@ Precision: float32 masters everywhere but the embeddings, which are bf16 on devi
 the network's (no autocast). GPUs without bf16 compute in float16 from float32 embeddings, the rest in float32.
 """
 
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..distributed import place, processes
 from ..errors import InputError
 from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
+from ..run import load_json, model_fingerprint
+from .checkpoint import refuse_nan
 from .fast import Trunk
 from .kernels import head_loss
 from .scaling import Plan
@@ -65,6 +71,48 @@ def shape_of(source: str) -> dict:
     }
 
 
+def read_model(source: str, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The float32 model of folder (or Hub id) `source`.
+
+    Raises InputError when there is none, when its files are damaged or are not those that its stage wrote, or when
+    weights are not finite.
+    """
+    weights = (load_json(Path(source) / "metrics.json") or {}).get("weights")
+    if weights and place()[0] == 0 and model_fingerprint(source) != weights:
+        raise InputError(
+            f"the weights or the tokenizer in {source} are not those that its metrics.json names: they are damaged "
+            "or were replaced. Run that stage again; if it was on purpose, delete its metrics.json and give the "
+            "folder with --model"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation=attn_implementation
+        )
+        refuse_nan(model.state_dict(), f"the model in {source}")
+    except FloatingPointError as error:
+        raise InputError(str(error)) from None
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"no model in {source} that can be read: {str(error).splitlines()[0]}") from None
+    return model
+
+
+def load_chat_model(
+    source: str, attn_implementation: str | None, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """`read_model` for the chat stages: float32 weights, computing in bf16 where the device has it.
+
+    Its generation config ends a turn at assistant_end and pauses it at python_end, where a tool has to answer.
+    """
+    model = read_model(source, attn_implementation)
+    ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
+    model.generation_config.update(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
+    dtype = compute_dtype(processes().device)
+    if dtype != torch.float32:
+        # What comes out of the embeddings decides in which dtype the network runs; the weights all stay float32.
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
+    return model
+
+
 def new_model(made: Plan, source: str | None, tokenizer, device: torch.device, sharded: bool) -> NanoChatForCausalLM:
     """A fresh network, or that of folder (or Hub id) `source`, on the device and in its precision.
 
@@ -73,10 +121,7 @@ def new_model(made: Plan, source: str | None, tokenizer, device: torch.device, s
             comes out of them is bf16.
     """
     if source:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
-        except OSError as error:
-            raise InputError(f"no weights in {source}: {str(error).splitlines()[0]}") from None
+        model = read_model(source).to(device)
     else:
         make = NanoChatConfig if made.generation == 2 else NanoChatConfig.first_generation
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -19,14 +19,14 @@ from ..data.tokenizer import load_tokenizer
 from ..data.transforms import BadRow, check
 from ..distributed import main_first, processes
 from ..errors import InputError
-from ..run import begin
+from ..run import begin, fingerprint, model_fingerprint
+from .network import load_chat_model
 from .trainer import (
     StageConfig,
     StageTrainer,
     check_launch,
     conclude,
     fit,
-    load_model,
     lora,
     split_step,
     trainer_arguments,
@@ -102,13 +102,13 @@ def train_preference(config: PreferenceConfig, model: str, output: Path) -> None
     processes()
     with main_first(f"loading {model}"):
         tokenizer = load_tokenizer(model)
-        network = load_model(model, config, tokenizer)
+        network = load_chat_model(model, config.attn_implementation, tokenizer)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
     config, steps = split_step(config, "examples_per_step", config.examples_per_step)
     rows, held_out, skipped = pairs(config, tokenizer, length)
     trainer = PreferenceTrainer(
         model=network,
-        ref_model=None if config.lora_rank > 0 else load_model(model, config, tokenizer),
+        ref_model=None if config.lora_rank > 0 else load_chat_model(model, config.attn_implementation, tokenizer),
         args=DPOConfig(
             **trainer_arguments(config, output),
             gradient_accumulation_steps=steps,
@@ -123,9 +123,11 @@ def train_preference(config: PreferenceConfig, model: str, output: Path) -> None
         stage=config,
     )
     before = trainer.evaluate()
-    history = fit(trainer, output)
+    data = fingerprint([list(rows), list(held_out)])
+    inputs = {"model": model_fingerprint(model) or model, "data": data}
+    history = fit(trainer, output, inputs)
     after = trainer.evaluate()
     names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
     before, after = ({name: found[key] for name, key in names.items()} for found in (before, after))
     numbers = {"before": before, "after": after, "skipped_rows": skipped[:REASONS_KEPT], "bad": len(skipped)}
-    conclude(trainer, tokenizer, output, record, rows=len(rows), history=history, **numbers)
+    conclude(trainer, tokenizer, output, record, inputs, rows=len(rows), history=history, **numbers)

@@ -31,10 +31,10 @@ from transformers import PreTrainedModel
 
 from ..data.corpus import open_documents
 from ..data.loader import VALIDATION, PackedLoader
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ..distributed import main_first, meet
 from ..errors import InputError
-from ..run import begin, finish
+from ..run import begin, finish, load_json, model_fingerprint, save_json
 from . import checkpoint
 from .device import check_cost, choose_rows, fetch, fits, listening, start_accelerator, to_device, undisturbed_by_gc
 from .monitor import Evaluator, SpikeAlarm, line, status
@@ -105,12 +105,15 @@ class Pretraining:
         with main_first("loading the tokenizer"):
             self.tokenizer = load_tokenizer(tokenizer)
             shape = shape_of(model) if model else {}
+            source = (model_fingerprint(model) or str(model)) if model else None
+        self.inputs = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "model": source}
         options = {name: getattr(config, name) for name in PLAN_KEYS} | shape
         self.plan = plan(vocab_size=len(self.tokenizer), **options)
         check_cost(self.plan, self.device)
         with main_first("loading the model") if model else nullcontext():
             self.model = new_model(self.plan, model, self.tokenizer, self.device, self.sharded)
         self.step, self.history, self.samples = 0, [], []
+        self.unmeasured: dict | None = None  # figures of the last step, if a checkpoint ends before its evaluations
         self.seconds, self.timed = 0.0, 0  # spent in steps, and in how many: the first one on a GPU compiles
         self.signal = 0  # number of the signal that asked to stop
         self.alarm = SpikeAlarm(config.max_spike)
@@ -128,7 +131,7 @@ class Pretraining:
             self.loss_model, self.optimizer = network, self.accelerator.prepare(optimizer)
         alone = self.sharded or self.world == 1
         self.reduction = None if alone else OwnerReduction(optimizer.owners())
-        saved = checkpoint.latest(output / "state")
+        saved = checkpoint.latest(output / "state", self.print)
         self.rows = self.choose_rows(saved)
         self.accumulation = self.plan.total_batch_size // (self.rows * self.plan.max_seq_len * self.world)
         self.accelerator.gradient_accumulation_steps = self.accumulation
@@ -171,6 +174,8 @@ class Pretraining:
         smooth, first = None, self.step
         self.bar = tqdm(total=total, initial=self.step, disable=not main, unit="step", mininterval=interval)
         with self.bar, listening(self.stop), undisturbed_by_gc():
+            if self.unmeasured:
+                self.measure(self.unmeasured)
             self.loss_model.train()
             began = time.perf_counter()
             while self.step < total:
@@ -188,9 +193,7 @@ class Pretraining:
                 figures |= {"tokens_per_second": speed, "mfu": self.mfu(speed)}
                 self.bar.set_postfix_str(status(smooth, speed, figures["mfu"]), refresh=False)
                 self.bar.update()
-                self.measure(figures)
-                if self.due(self.config.save_every) and self.step < total:
-                    self.save()
+                self.save_and_measure(figures)
                 if self.due(self.config.push_every) and self.push:
                     checkpoint.save_model(self.output, self.model, self.tokenizer)
                     if main:
@@ -286,6 +289,24 @@ class Pretraining:
     def due(self, every: int, at_end: bool = False) -> bool:
         return (every > 0 and self.step % every == 0) or (at_end and self.step == self.plan.num_iterations)
 
+    def save_and_measure(self, figures: dict) -> None:
+        """Save, if that is due, and only then measure: a failing evaluation must not cost the training before it."""
+        saved = (
+            self.save(figures) if self.due(self.config.save_every) or self.step == self.plan.num_iterations else None
+        )
+        try:
+            self.measure(figures)
+        except Exception:
+            if saved is None and self.world == 1:
+                saved = self.save(figures)
+            if saved:
+                self.print(
+                    f"an evaluation failed; {saved} holds the training up to step {self.step}, run again to resume"
+                )
+            raise
+        if saved and self.accelerator.is_main_process:
+            save_json(saved / checkpoint.MEASURED, {"history": self.history, "samples": self.samples})
+
     def measure(self, figures: dict) -> None:
         """Whatever is due after this step, and a point of the curve when there is something to tell."""
         config, found = self.config, {}
@@ -328,9 +349,11 @@ class Pretraining:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
-    def save(self) -> Path:
+    def save(self, unmeasured: dict | None = None) -> Path:
+        """Write a checkpoint. `unmeasured`: the figures of the last step, if its evaluations are still to come."""
         progress = {
-            "config": asdict(self.config), "rows": self.rows, "wall_time_s": self.wall_time(), "timed": self.timed,
+            "config": asdict(self.config), "inputs": self.inputs, "unmeasured": unmeasured,
+            "rows": self.rows, "wall_time_s": self.wall_time(), "timed": self.timed,
             "seconds": self.seconds, "history": self.history, "samples": self.samples,
             "recent": list(self.alarm.recent), "loss_scale": self.loss_scale,
         }  # fmt: skip
@@ -346,10 +369,18 @@ class Pretraining:
             raise InputError(
                 f"{path} is of another config ({', '.join(binding)}); use another --run-dir, or delete {path.parent}"
             )
+        inputs = checkpoint.read_progress(path).get("inputs", self.inputs)
+        if others := [name for name, value in inputs.items() if value != self.inputs[name]]:
+            raise InputError(
+                f"{path} was trained with another {' and another '.join(others)} than that given now: bring the old "
+                f"one back, use another --run-dir, or delete {path.parent} to start this stage anew"
+            )
         progress, positions = checkpoint.load(path, self.model, self.optimizer.optimizer)
         self.loader.load_state_dict(positions)
         self.step, self.seconds, self.timed = progress["step"], progress["seconds"], progress["timed"]
-        self.history, self.samples = progress["history"], progress["samples"]
+        measured = load_json(path / checkpoint.MEASURED)
+        self.history, self.samples = (measured or progress)["history"], (measured or progress)["samples"]
+        self.unmeasured = None if measured else progress.get("unmeasured")
         self.alarm.recent.extend(progress["recent"])
         self.loss_scale = progress["loss_scale"]
         self.record["earlier_wall_time_s"] = progress["wall_time_s"]
@@ -383,7 +414,8 @@ class Pretraining:
             "history": self.history,
         }
         if self.accelerator.is_main_process:
-            self.record = finish(self.output, self.record, **numbers)
+            record = self.record | {"weights": model_fingerprint(self.output), "inputs": self.inputs}
+            self.record = finish(self.output, record, **numbers)
             shutil.rmtree(self.output / "state", ignore_errors=True)
         for tracker in self.accelerator.trackers:  # not end_training(), which ends the processes' group as well
             tracker.finish()

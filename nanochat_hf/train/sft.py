@@ -8,6 +8,7 @@ tool's result. Against karpathy/nanochat: positions start anew in each conversat
 another, and a conversation that is longer than a row is skipped and counted.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,22 +19,23 @@ from pathlib import Path
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from ..data.conversations import Mixture
-from ..data.tokenizer import load_tokenizer
+from ..data.sources import content_fingerprint
+from ..data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ..distributed import main_first, processes
 from ..errors import InputError
-from ..run import begin, load_json, save_json
+from ..run import begin, fingerprint, load_json, model_fingerprint, save_json, writing
+from .checkpoint import MANIFEST, damage, write_manifest
 from .fast import fuse
-from .network import compute_dtype, shard
+from .network import compute_dtype, load_chat_model, shard
 from .trainer import (
     StageConfig,
     StageTrainer,
     conclude,
     fit,
-    load_model,
     lora,
     outside_results,
     split_step,
@@ -70,7 +72,22 @@ class ChatConfig(StageConfig):
 
 
 class ChatTrainer(StageTrainer, SFTTrainer):
-    """SFTTrainer that counts the tokens it went through, and trains the way that pretraining does (`fast.fuse`)."""
+    """SFTTrainer that counts the tokens it went through, and trains the way that pretraining does (`fast.fuse`).
+
+    `chatcore`, if set, is (model, questions per task) -> ChatCORE, measured every `chatcore_every` steps.
+    """
+
+    chatcore: Callable[[PreTrainedModel, int], float] | None = None
+
+    def is_measurement_due(self) -> bool:
+        every = self.stage.chatcore_every
+        return bool(self.chatcore) and every > 0 and self.state.global_step % every == 0
+
+    def measure(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        value = self.chatcore(model.eval(), self.stage.chatcore_max_per_task)
+        model.train()
+        self.log({"chatcore": value})
 
     def fuse(self, documents: int) -> None:
         """Take the fused training step, for batches of at most `documents` conversations, where nothing forbids it."""
@@ -133,20 +150,6 @@ class Rows:
         return batch
 
 
-class ChatCore(TrainerCallback):
-    """Measures the model every so many steps and writes the number to the log."""
-
-    def __init__(self, trainer: ChatTrainer, measure: Callable[[PreTrainedModel, int], float]):
-        self.trainer, self.measure = trainer, measure
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.trainer.stage.chatcore_every == 0:
-            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            value = self.measure(model.eval(), self.trainer.stage.chatcore_max_per_task)
-            model.train()
-            self.trainer.log({"chatcore": value})
-
-
 def encode(tokenizer, chats: list[list[dict]], assistant_only: bool) -> dict[str, list]:
     """Conversations -> {"input_ids", "labels"}, a list each; labels are -100 where nothing is to be learned."""
     rendered = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
@@ -159,43 +162,76 @@ def encode(tokenizer, chats: list[list[dict]], assistant_only: bool) -> dict[str
     return {"input_ids": rendered["input_ids"], "labels": labels}
 
 
-def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, folder: Path) -> tuple[Dataset, dict]:
-    """The rows to train on and {"rows", "tokens", "mixture", "skipped_rows"}, made by the first process or found.
+def code_version() -> str:
+    """A hash of the code between a data set and the rows that are trained on."""
+    package = Path(__file__).parents[1]
+    files = [Path(__file__), *sorted(package.glob("data/*.py")), *sorted(package.glob("data/*.jinja"))]
+    return fingerprint([path.read_text() for path in files])
 
+
+def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, folder: Path) -> tuple[Dataset, dict]:
+    """The rows to train on and {"rows", "tokens", "mixture", "skipped_rows", "content"}, made by the first process.
+
+    Those that an interrupted run left in `folder` are taken if data, config, tokenizer and code are the same as then.
     Raises InputError when nothing of the mixture can be used.
     """
     with main_first(f"making {folder}") as main:
-        if main and not (folder / "made.json").exists():
+        if main:
             mixture = Mixture(entries, config.seed, config.bad_rows)
-            chats = [(row["entry"], row["row"], json.dumps(row["messages"])) for row in tqdm(mixture, desc="reading")]
-            rows = Dataset.from_dict(dict(zip(("entry", "row", "chat"), zip(*chats)))).map(
-                lambda batch: encode(tokenizer, [json.loads(chat) for chat in batch["chat"]], config.assistant_only),
-                batched=True,
-                num_proc=min(os.cpu_count(), 32) if len(chats) > MANY else None,
-                remove_columns="chat",
-                desc="tokenizing",
-            )
-            kept = []
-            for index, (number, row, ids) in enumerate(zip(rows["entry"], rows["row"], rows["input_ids"])):
-                entry = mixture.entries[number]
-                if len(ids) > length:
-                    entry.num_rows -= 1
-                    mixture.skip(number, row, f"{len(ids)} tokens, and a row holds {length}")
-                else:
-                    entry.num_tokens += len(ids)
-                    kept.append(index)
-            if not kept:
-                raise InputError(f"no conversation of the mixture fits into max_seq_len = {length} tokens")
-            rows = rows.select(kept).select_columns(["input_ids", "labels"])
-            if config.packing:
-                rows = pack_dataset(rows, length)
-            shutil.rmtree(folder, ignore_errors=True)
-            rows.save_to_disk(folder)
-            total = {key: sum(entry[key] for entry in mixture.summary()) for key in ("rows", "tokens")}
-            print(mixture.table())
-            made = {**total, "mixture": mixture.summary(), "skipped_rows": mixture.skipped}
-            save_json(folder / "made.json", made)
+            keys = {name: getattr(config, name) for name in ("seed", "bad_rows", "assistant_only", "packing")}
+            sources = [content_fingerprint(source) for source in mixture.sources]
+            parts = [entries, keys, length, sources, tokenizer_fingerprint(tokenizer), code_version()]
+            made_from = fingerprint(parts)
+            try:
+                same = (load_json(folder / "made.json") or {}).get("made_from") == made_from
+            except InputError:
+                same = False
+            if not same or not (folder / MANIFEST).exists() or damage(folder):
+                with writing(folder):
+                    make_rows(config, mixture, tokenizer, length, folder, made_from)
     return load_from_disk(str(folder)).with_format("numpy"), load_json(folder / "made.json")
+
+
+def make_rows(config: ChatConfig, mixture: Mixture, tokenizer, length: int, folder: Path, made_from: str) -> None:
+    """Encode and pack the conversations of `mixture` into `folder`, with made.json and a manifest of the files."""
+    chats = [(row["entry"], row["row"], json.dumps(row["messages"])) for row in tqdm(mixture, desc="reading")]
+    if not chats:
+        first = mixture.skipped[0]
+        raise InputError(
+            f"no row of the mixture can be used; row {first['row']} of {first['dataset']}: {first['reason']}"
+        )
+    rows = Dataset.from_dict(dict(zip(("entry", "row", "chat"), zip(*chats)))).map(
+        lambda batch: encode(tokenizer, [json.loads(chat) for chat in batch["chat"]], config.assistant_only),
+        batched=True,
+        num_proc=min(os.cpu_count(), 32) if len(chats) > MANY else None,
+        remove_columns="chat",
+        desc="tokenizing",
+    )
+    fitting = []
+    for index, (number, row, ids) in enumerate(zip(rows["entry"], rows["row"], rows["input_ids"])):
+        entry = mixture.entries[number]
+        if len(ids) > length:
+            entry.num_rows -= 1
+            mixture.skip(number, row, f"{len(ids)} tokens, and a row holds {length}")
+        else:
+            entry.num_tokens += len(ids)
+            fitting.append(index)
+    if not fitting:
+        raise InputError(f"no conversation of the mixture fits into max_seq_len = {length} tokens")
+    rows = rows.select(fitting).select_columns(["input_ids", "labels"])
+    if config.packing:
+        rows = pack_dataset(rows, length)
+    shutil.rmtree(folder, ignore_errors=True)
+    rows.save_to_disk(folder)
+    digest = hashlib.sha256()
+    for row in rows.with_format("numpy"):
+        for name in ("input_ids", "labels"):
+            digest.update(row[name].tobytes() + b"|")
+    total = {key: sum(entry[key] for entry in mixture.summary()) for key in ("rows", "tokens")}
+    print(mixture.table())
+    made = {**total, "mixture": mixture.summary(), "skipped_rows": mixture.skipped}
+    save_json(folder / "made.json", made | {"content": digest.hexdigest()[:16], "made_from": made_from})
+    write_manifest(folder)
 
 
 def filled(rows: Dataset, multiple: int, pad: int) -> Dataset:
@@ -219,7 +255,7 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     processes()
     with main_first(f"loading {model}"):
         tokenizer = load_tokenizer(model)
-        network = load_model(model, config, tokenizer)
+        network = load_chat_model(model, config.attn_implementation, tokenizer)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
     steps, unit = 1, length if config.packing else 1
     if config.total_batch_size > 0:
@@ -247,13 +283,13 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
         stage=config,
         momenta=Path(model) / "optimizer.pt" if config.load_optimizer else None,
     )
-    if chatcore and config.chatcore_every > 0:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # each process would ask questions of its own
-            trainer.accelerator.print("chatcore_every is left out: this launch file keeps the weights in pieces")
-        else:
-            trainer.add_callback(ChatCore(trainer, chatcore))
+    if chatcore and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # each would ask questions of its own
+        trainer.accelerator.print("chatcore_every is left out: this launch file keeps the weights in pieces")
+    else:
+        trainer.chatcore = chatcore
     most = max(len(n) for part in (rows, held_out) if part for n in part["seq_lengths"]) if config.packing else 1
     trainer.fuse(config.device_batch_size * (most + 1))  # and one for a row's padding
-    history = fit(trainer, output)
+    inputs = {"model": model_fingerprint(model) or model, "data": made.pop("content")}
+    history = fit(trainer, output, inputs)
     val_loss = trainer.evaluate()["eval_loss"] if held_out else None
-    conclude(trainer, tokenizer, output, record, **made, history=history, val_loss=val_loss)
+    conclude(trainer, tokenizer, output, record, inputs, **made, history=history, val_loss=val_loss)

@@ -11,34 +11,47 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
 )
 
 from .. import tool_loop
-from ..distributed import meet, on_cpu, processes
+from ..distributed import main_first, meet, on_cpu, processes
 from ..errors import InputError
-from ..run import finish, load_json, save_json
-from .checkpoint import load_momenta, merged, save_model
-from .device import shard_on_cpu, share_out
-from .network import compute_dtype
+from ..run import finish, load_json, model_fingerprint, save_json, without_nan, writing
+from .checkpoint import (
+    COMPLETE,
+    MEASURED,
+    complete_checkpoints,
+    load_momenta,
+    merged,
+    missing_file,
+    newest_intact,
+    random_state,
+    reading,
+    refuse_change,
+    restore_random_state,
+    save_model,
+    step_of,
+    write_manifest,
+)
+from .device import fetch, shard_on_cpu, share_out
 from .optim import MuonAdamW, param_groups
 from .scaling import RECIPES, optimizer_groups
 from .schedule import Schedule
 
-COMPLETE = "complete"  # name of the mark in a checkpoint that was written to its end
-MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "report_to")  # keys, at a stop
+MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to")  # keys, at a stop
 HISTORY = {  # what a row of metrics.json's history keeps, by the names that the libraries give
     "loss": "train_loss",
     "eval_loss": "val_loss",
@@ -92,7 +105,9 @@ class StageConfig:
     eval_every: int = -1
     """Steps between evaluations; -1: only at the ends."""
     save_every: int = -1
-    """Steps between checkpoints for a resume; -1: none."""
+    """Steps between checkpoints for a resume; -1: only one after the last step, before the closing evaluation."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay on disk while the stage trains."""
     attn_implementation: str | None = None
     seed: int = 0
     report_to: str = "none"
@@ -110,26 +125,6 @@ def check_launch(stage: str) -> None:
                 f"{stage} needs whole weights between its steps, and {name} keeps them in pieces: launch it with "
                 "configs/accelerate/multi_gpu.yaml"
             )
-
-
-def load_model(source: str, config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model of folder (or Hub id) `source`: float32 weights, computing in bf16 where the device has it.
-
-    Its generation config ends a turn at assistant_end and pauses it at python_end, where a tool has to answer.
-    """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=config.attn_implementation
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model in {source}: {str(error).splitlines()[0]}") from None
-    ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
-    model.generation_config.update(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
-    dtype = compute_dtype(processes().device)
-    if dtype != torch.float32:
-        # What comes out of the embeddings decides in which dtype the network runs; the weights all stay float32.
-        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
-    return model
 
 
 def outside_results(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -172,9 +167,9 @@ def trainer_arguments(config: StageConfig, output: Path) -> dict:
         "max_grad_norm": config.max_grad_norm,
         "eval_strategy": "steps" if config.eval_every > 0 else "no",
         "eval_steps": config.eval_every if config.eval_every > 0 else None,
-        "save_strategy": "steps" if config.save_every > 0 else "no",
-        "save_steps": max(config.save_every, 1),
-        "save_total_limit": 1,
+        "save_strategy": "steps",  # which saves after the last step, too
+        "save_steps": config.save_every if config.save_every > 0 else 10**9,
+        "save_total_limit": None,  # transformers deletes old ones before all ranks have written the new one
         "logging_steps": 0.005,  # of the run: two hundred points on a curve
         "logging_first_step": True,
         "use_cpu": on_cpu(),
@@ -203,6 +198,10 @@ class StageTrainer:
         self.step_tokens, self.step_seconds = 0, 0.0  # since this process started, evaluations left out
         self.generation_seconds = 0.0  # of these, in RL
         self.parts: list[Path] = []  # files with the optimizer state that this rank begins with, on a resume
+        self.all_finite: torch.Tensor | None = None  # () bool on the device: all gradient norms so far were finite
+        self.resumed_log: list[dict] = []  # log of the steps before this process
+        self.measured_at = 0  # the last step after which `measure` was called
+        self.unread: list[tuple[int, Callable]] = []  # (step, what reads `all_finite` as it was then)
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.add_callback(StageCallback(self))
@@ -258,7 +257,102 @@ class StageTrainer:
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _run_epoch(self, *args, **kwargs):
+        """As transformers', which takes one step too many if a run is resumed after its last step."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As transformers'; the optimizer skips the step, on the device, if a norm up to now is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate's wrapper is around it
+        if isinstance(inner, MuonAdamW):
+            finite = (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite()
+            self.all_finite = finite if self.all_finite is None else finite & self.all_finite
+            inner.gate = self.all_finite.float()
+            self.unread.append((self.state.global_step + 1, fetch(self.all_finite[None].float())))
+        return norm
+
+    def check_finite(self, lag: int = 0) -> None:
+        """Read whether the steps up to the last `lag` ones were finite; if not, save and raise FloatingPointError."""
+        while len(self.unread) > lag:
+            step, read = self.unread.pop(0)
+            if not read()[0]:
+                skipped = [step, *(number for number, _ in self.unread)]
+                self.unread.clear()
+                for _ in skipped:
+                    self.optimizer.optimizer.refused()
+                self.save_checkpoint()
+                self.stop_training(f"the gradients of step {step} are not finite, and it was skipped")
+
+    def checkpoint_folder(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def save_checkpoint(self) -> None:
+        self._save_checkpoint(self.model_wrapped, None)
+        self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def stop_training(self, reason: str) -> None:
+        state = Path(self.args.output_dir)
+        checkpoints = complete_checkpoints(state)
+        left = f"{checkpoints[-1]} holds the last good weights" if checkpoints else "no checkpoint was written yet"
+        raise FloatingPointError(
+            f"{state.parent.name}: {reason}; {left}. Run again to go on after these rows; if it happens again, lower "
+            f"the learning rates or set max_grad_norm, delete {state} and start this stage anew"
+        )
+
+    def _save_checkpoint(self, model, trial):
+        """As transformers', but only of finite weights, and a full disk is one line and leaves no half checkpoint."""
+        self.check_finite()
+        self.state.log_history[:] = without_nan(self.state.log_history)
+        folder = self.checkpoint_folder()
+        older = complete_checkpoints(folder.parent)
+        try:
+            with writing(folder, f"; the checkpoint before it is {older[-1]}" if older else ""):
+                super()._save_checkpoint(model, trial)
+        except InputError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """As transformers', but saves before it evaluates: a failing evaluation must not cost the training before it.
+
+        The evaluation's figures are written beside the checkpoint afterwards. It leaves random state as it was.
+        """
+        evaluate, self.control.should_evaluate = self.control.should_evaluate, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        measure = self.is_measurement_due() and self.measured_at != self.state.global_step  # also called by epoch
+        if not evaluate and not measure:
+            return
+        before, self.measured_at = random_state(), self.state.global_step
+        try:
+            if evaluate:
+                self.evaluate()
+            if measure:
+                self.measure()
+        except Exception:
+            if self.args.world_size == 1 and not (self.checkpoint_folder() / COMPLETE).exists():
+                self.save_checkpoint()
+            raise
+        restore_random_state(before)
+        meet("the end of an evaluation")
+        folder = self.checkpoint_folder()
+        if self.is_world_process_zero() and (folder / COMPLETE).exists():
+            save_json(folder / MEASURED, self.state.log_history)
+
+    def rewind(self, step: int) -> None:
+        """Called on the main process before training goes on after `step` steps: drop what later steps wrote."""
+
+    def is_measurement_due(self) -> bool:
+        """Whether `measure` is to be called after this step."""
+        return False
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        names = {"loss": "the loss", "grad_norm": "the gradient norm", "eval_loss": "the validation loss"}
+        for key, name in names.items():
+            if key in logs and not math.isfinite(logs[key]):
+                self.check_finite()
+                self.stop_training(f"{name} is {logs[key]} at step {self.state.global_step}")
         logs["time"] = self.earlier + time.time() - self.began
         if self.step_seconds:
             logs["tokens_per_second"] = self.step_tokens / self.step_seconds
@@ -273,12 +367,15 @@ class StageCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         if self.trainer.parts:
-            parts = [torch.load(part, map_location="cpu", weights_only=True) for part in self.trainer.parts]
-            optimizer.load_state_dict(merged(parts))
+            with reading(self.trainer.parts[0].parent):
+                parts = [torch.load(part, map_location="cpu", weights_only=True) for part in self.trainer.parts]
+                optimizer.load_state_dict(merged(parts))
         elif state.global_step == 0 and self.trainer.momenta and self.trainer.momenta.exists():
             inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper is around it
             if isinstance(inner, MuonAdamW) and self.trainer.stage.lora_rank <= 0:
                 load_momenta(self.trainer.momenta, self.trainer.accelerator.unwrap_model(self.trainer.model), inner)
+        if self.trainer.resumed_log:
+            state.log_history = self.trainer.resumed_log
         self.begun_at = state.global_step
         self.bar = tqdm(
             total=state.max_steps,
@@ -296,6 +393,7 @@ class StageCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
+        trainer.check_finite(lag=1 if torch.cuda.is_available() else 0)  # a queued step is not waited for
         trainer.step_seconds += time.time() - self.step_began
         if state.global_step == self.begun_at + 1 and torch.cuda.is_available():  # compiled, or chose its kernels
             trainer.step_tokens, trainer.step_seconds, trainer.generation_seconds = 0, 0.0, 0.0
@@ -307,12 +405,16 @@ class StageCallback(TrainerCallback):
             self.bar.set_postfix({shown[key]: f"{value:,.4g}" for key, value in logs.items() if key in shown})
 
     def on_save(self, args, state, control, optimizer=None, **kwargs):
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = self.trainer.checkpoint_folder()
         if sharded(self.trainer):
-            torch.save(optimizer.state_dict(), folder / f"optimizer-{args.process_index}.pt")
+            with writing(folder):
+                torch.save(optimizer.state_dict(), folder / f"optimizer-{args.process_index}.pt")
         meet(f"{folder.name} of {folder.parent.parent.name}")
         if state.is_world_process_zero:
-            (folder / COMPLETE).touch()
+            write_manifest(folder, COMPLETE)
+            for old in complete_checkpoints(folder.parent)[: -max(self.trainer.stage.keep_checkpoints, 1)]:
+                (old / COMPLETE).unlink()  # a kill while it is deleted must not leave half of one that counts
+                shutil.rmtree(old)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -323,36 +425,37 @@ def sharded(trainer: StageTrainer) -> bool:
     return trainer.args.world_size > 1 and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
 
 
-def fit(trainer: StageTrainer, output: Path) -> list[dict]:
+def fit(trainer: StageTrainer, output: Path, inputs: dict[str, str | None]) -> list[dict]:
     """Train, from the last complete checkpoint in output/state if there is one; returns the rows of `history`.
 
-    Raises InputError when that checkpoint belongs to another recipe or launch.
+    Args:
+        inputs: fingerprints of the model that it starts from and of its data; a checkpoint of others is refused.
+
+    Raises:
+        InputError: the checkpoint belongs to another recipe, model, data or launch, or is damaged.
+        FloatingPointError: loss or gradients are not finite; a checkpoint from before that step is on disk.
     """
     state, args = output / "state", trainer.args
-    settings = {key: value for key, value in asdict(trainer.stage).items() if key not in MAY_CHANGE}
+    settings = {key: value for key, value in asdict(trainer.stage).items() if key not in MAY_CHANGE} | inputs
     settings["rows of a step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     zero = f"ZeRO over {args.world_size} processes"  # whose pieces fit no other number of them
     settings["sharding"] = zero if trainer.is_deepspeed_enabled else "FSDP2" if trainer.is_fsdp_enabled else "none"
-    found = [int(mark.parent.name.split("-")[-1]) for mark in state.glob(f"checkpoint-*/{COMPLETE}")]
-    checkpoint = state / f"checkpoint-{max(found)}" if found else None
-    before = load_json(state / "config.json") if checkpoint else settings
-    changed = [key for key in settings if before.get(key, settings[key]) != settings[key]]  # older: fewer keys
-    if changed:
-        changed = [f"{key}: {before[key]!r} -> {settings[key]!r}" for key in changed]
-        raise InputError(
-            f"{state} was written by another recipe or launch ({', '.join(changed)}): go on with that, or delete it "
-            "to start this stage anew"
-        )
-    meet("reading the last checkpoint")
-    if trainer.is_world_process_zero():
-        # A checkpoint that was not written to its end would count as the newest, and be kept in a new one's place.
-        for folder in state.glob("checkpoint-*"):
-            if not (folder / COMPLETE).exists():
-                shutil.rmtree(folder)
-        save_json(state / "config.json", settings)
-    meet("dropping what is incomplete")
+    checkpoint = newest_intact(complete_checkpoints(state), COMPLETE, trainer.accelerator.print)
+    if checkpoint and (name := missing_file(checkpoint)):
+        raise InputError(f"{checkpoint / name} is missing: bring it back, or delete {checkpoint} to do without it")
+    with main_first("preparing the checkpoints' folder") as main:
+        if checkpoint:
+            refuse_change(state, settings)
+        if main:
+            # A checkpoint that was not written to its end would be in the way of a new one of its step.
+            for folder in state.glob("checkpoint-*"):
+                if not (folder / COMPLETE).exists():
+                    shutil.rmtree(folder)
+            save_json(state / "config.json", settings)
+            trainer.rewind(step_of(checkpoint) if checkpoint else 0)
     if checkpoint:
-        trainer.earlier = load_json(checkpoint / "trainer_state.json")["log_history"][-1]["time"]
+        log = load_json(checkpoint / MEASURED) or load_json(checkpoint / "trainer_state.json")["log_history"]
+        trainer.earlier, trainer.resumed_log = log[-1]["time"] if log else 0.0, log
         trainer.parts = list(checkpoint.glob("optimizer-*.pt"))  # none if one process wrote it: then it is whole
         if len(trainer.parts) == args.world_size:
             trainer.parts = [checkpoint / f"optimizer-{args.process_index}.pt"]
@@ -376,7 +479,9 @@ def history(trainer: StageTrainer) -> list[dict]:
     return list(rows.values())
 
 
-def conclude(trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output: Path, record: dict, **numbers) -> None:
+def conclude(
+    trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output: Path, record: dict, inputs: dict, **numbers
+) -> None:
     """Make `output` a folder for from_pretrained (adapters merged in, with the tool loop) that has a metrics.json, and
     drop what a resume would have needed. All ranks call it."""
     meet("the end of training")
@@ -388,6 +493,8 @@ def conclude(trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output: 
         model = trainer.accelerator.unwrap_model(trainer.model)
         save_model(output, model.merge_and_unload() if trainer.stage.lora_rank > 0 else model, tokenizer)
     if trainer.is_world_process_zero():
-        speed = trainer.step_tokens / trainer.step_seconds if trainer.step_seconds else None
-        finish(output, record | {"earlier_wall_time_s": trainer.earlier}, tokens_per_second=speed, **numbers)
+        speeds = [row["tokens_per_second"] for row in numbers["history"] if "tokens_per_second" in row]
+        speed = trainer.step_tokens / trainer.step_seconds if trainer.step_seconds else (speeds or [None])[-1]
+        record |= {"earlier_wall_time_s": trainer.earlier, "weights": model_fingerprint(output), "inputs": inputs}
+        finish(output, record, tokens_per_second=speed, **numbers)
         shutil.rmtree(output / "state", ignore_errors=True)
