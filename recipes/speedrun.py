@@ -9,19 +9,18 @@ one goes on where it stopped, and a recipe that changed since a stage finished i
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from nanochat_hf.data import primer
-from nanochat_hf.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from nanochat_hf.data.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from nanochat_hf.distributed import main_first, meet, next_stage, processes
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.chatcore import chatcore_metric
 from nanochat_hf.eval.generation import Generator
 from nanochat_hf.eval.harness import EvalConfig, core_metric, evaluate
 from nanochat_hf.eval.report import make_report
-from nanochat_hf.run import STAGES, Run, guarded, nearest, parse_config
+from nanochat_hf.run import STAGES, Run, guarded, load_json, nearest, parse_config
 from nanochat_hf.serve.checkpoint_push import checkpoint_pusher
 from nanochat_hf.serve.generate import Engine
 from nanochat_hf.train.grpo import RLConfig, train_rl
@@ -83,6 +82,18 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
                 f"the recipe changed since {run.folder(stage)} finished ({words}); "
                 "use another --run-dir or delete that folder"
             )
+        check_inputs(run, stage, metrics.get("inputs") or {})
+
+
+def check_inputs(run: Run, stage: str, inputs: dict) -> None:
+    """Refuse a finished stage whose tokenizer or starting model is no longer the one in the run folder."""
+    folder, tokenizer = run.folder("tokenizer"), inputs.get("tokenizer")
+    if tokenizer and run.finished("tokenizer") and tokenizer_fingerprint(load_tokenizer(folder)) != tokenizer:
+        raise InputError(f"{run.folder(stage)} was trained with another tokenizer than that in {folder}; delete it")
+    source = run.latest_model(before=stage) if inputs.get("model") else None
+    weights = (load_json(source / "metrics.json") or {}).get("weights") if source else None
+    if weights and weights != inputs["model"]:
+        raise InputError(f"{run.folder(stage)} was made from another model than the one in {source} now; delete it")
 
 
 def run_stage(stage: str, configs: dict, run: Run, repo: str | None) -> None:
@@ -156,16 +167,6 @@ def talk(run: Run, configs: dict) -> None:
         print()
 
 
-def check_writable(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to {path} ({error.strerror}); choose another --run-dir") from None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: (_ for _ in ()).throw(InputError(message))
@@ -182,8 +183,12 @@ def main() -> None:
     run = Run(arguments.run_dir or Path("runs") / recipe.name)
     if (configs["base"].push_every > 0) != bool(arguments.repo):
         raise InputError("base.push_every and --repo go together: give both, or neither")
+    with run.lock():
+        run_stages(run, stages, configs, arguments)
+
+
+def run_stages(run: Run, stages: list[str], configs: dict, arguments: argparse.Namespace) -> None:
     state = processes()
-    check_writable(run.path)
     check_run_folder(run, stages, configs)
     for stage in stages:
         if stage == "report":

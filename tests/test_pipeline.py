@@ -52,7 +52,7 @@ def test_pipeline_runs_skips_what_is_finished_and_reports_a_changed_recipe(tmp_p
     [
         (["tokenizer.dataset=/no/such/folder"], "/no/such/folder"),
         (["tokenizer.vocab_size=264"], "265"),
-        (["--run-dir", "/proc/run"], "cannot write to /proc/run"),
+        (["--run-dir", "/proc/run"], "cannot write /proc/run"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_two_and_no_finished_stage(tmp_path, words, message):
