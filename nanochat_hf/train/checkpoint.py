@@ -70,10 +70,12 @@ def sha256(path: Path) -> str:
 def damage(folder: Path, name: str = MANIFEST) -> str | None:
     """What is wrong with the first file that differs from the manifest; None if all are as they were written.
 
-    A folder without a manifest (older than these) is not checked.
+    A folder of an older version, without a manifest or with an empty mark `complete`, is not checked.
     """
+    if not (folder / name).exists() or (name == COMPLETE and not (folder / name).stat().st_size):
+        return None
     try:
-        files = load_json(folder / name) if (folder / name).exists() and (folder / name).stat().st_size else {}
+        files = load_json(folder / name)
     except InputError:
         return f"{folder / name} is damaged"
     for file, checksum in files.items():
@@ -131,7 +133,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def write(value, path: Path) -> None:
     """torch.save, and on the disk before this returns: a rename may outlive a crash of the machine, so must it."""
-    with writing(path), open(path, "wb") as file:
+    with open(path, "wb") as file:
         torch.save(value, file)
         file.flush()
         os.fsync(file.fileno())
@@ -286,14 +288,16 @@ def save_momenta(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
             if rank == 0 or not isinstance(p, DTensor):
                 own.setdefault(name, {})[key] = whole.to("cpu", torch.bfloat16 if whole.numel() >= LARGE else None)
     parts = [path.with_name(f".{path.name}.{number}") for number in range(world)]
-    write(own, parts[rank])
+    with writing(path):
+        write(own, parts[rank])
     barrier()
     if rank == 0:
         for part in parts[1:]:
             for name, state in torch.load(part).items():
                 own[name] = {**own.get(name, {}), **state}
-        write(own, parts[0])
-        os.replace(parts[0], path)
+        with writing(path):
+            write(own, parts[0])
+            os.replace(parts[0], path)
         for part in parts[1:]:
             part.unlink()
     barrier()

@@ -283,6 +283,22 @@ class MuonAdamW(torch.optim.Optimizer):
         return compute
 
 
+def deepspeed_optimizer(groups: list[dict], config: dict) -> torch.optim.Optimizer:
+    """DeepSpeed's own Muon and AdamW: ZeRO partitions matrices into flat shards, after its own Muon has seen them.
+
+    The same learning rates serve, for its updates are as large as ours. It lacks what muon.py adds: normalized rows,
+    Polar Express, NorMuon, cautious decay. `config` is DeepSpeed's, and is changed.
+    """
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # DeepSpeed takes seconds to import
+
+    for group in groups:
+        group["use_muon"] = group["kind"] == "muon"
+        for p in group["params"]:
+            p.use_muon = group["use_muon"]
+    config["zero_optimization"]["reduce_scatter"] = False  # Muon needs whole gradients; stage 3 insists on it
+    return MuonWithAuxAdam(groups)
+
+
 def check_matrices(params: list) -> None:
     for p in params:
         if p.ndim != 2:

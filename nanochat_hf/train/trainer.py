@@ -47,7 +47,7 @@ from .checkpoint import (
     write_manifest,
 )
 from .device import fetch, shard_on_cpu, share_out
-from .optim import MuonAdamW, param_groups
+from .optim import MuonAdamW, deepspeed_optimizer, param_groups
 from .scaling import RECIPES, optimizer_groups
 from .schedule import Schedule
 
@@ -213,25 +213,12 @@ class StageTrainer:
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             network, rates = self.model if model is None else model, self.rates()
-            make = self.zero_optimizer if self.is_deepspeed_enabled else MuonAdamW
-            self.optimizer = make(param_groups(network, rates))
+            groups = param_groups(network, rates)
+            if self.is_deepspeed_enabled:
+                self.optimizer = deepspeed_optimizer(groups, self.accelerator.deepspeed_plugin.deepspeed_config)
+            else:
+                self.optimizer = MuonAdamW(groups)
         return self.optimizer
-
-    def zero_optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
-        """DeepSpeed's own Muon and AdamW: ZeRO cuts matrices into flat pieces, after its own Muon has seen them.
-
-        The same rates serve: its updates are as large as ours. What it lacks is in `muon`: rows equilibrated, Polar
-        Express, NorMuon, cautious decay.
-        """
-        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # DeepSpeed takes seconds to import
-
-        for group in groups:
-            group["use_muon"] = group["kind"] == "muon"
-            for p in group["params"]:
-                p.use_muon = group["use_muon"]
-        # Scattered, a gradient would come in pieces; stage 3 insists on that.
-        self.accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["reduce_scatter"] = False
-        return MuonWithAuxAdam(groups)
 
     def rates(self) -> dict[str, dict]:
         """Options of each role's group: the generation's own rates, or those that the recipe names, x init_lr_frac."""
@@ -317,10 +304,14 @@ class StageTrainer:
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """As transformers', but saves before it evaluates: a failing evaluation must not cost the training before it.
 
-        The evaluation's figures are written beside the checkpoint afterwards. It leaves random state as it was.
+        The evaluation's figures are written beside the checkpoint afterwards.
         """
         evaluate, self.control.should_evaluate = self.control.should_evaluate, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.measure_after_step(evaluate)
+
+    def measure_after_step(self, evaluate: bool) -> None:
+        """The evaluation, if `evaluate`, and `measure`, if it is due. Random state stays as it was."""
         measure = self.is_measurement_due() and self.measured_at != self.state.global_step  # also called by epoch
         if not evaluate and not measure:
             return
@@ -374,9 +365,12 @@ class StageCallback(TrainerCallback):
             inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper is around it
             if isinstance(inner, MuonAdamW) and self.trainer.stage.lora_rank <= 0:
                 load_momenta(self.trainer.momenta, self.trainer.accelerator.unwrap_model(self.trainer.model), inner)
+        self.begun_at = step = state.global_step
         if self.trainer.resumed_log:
             state.log_history = self.trainer.resumed_log
-        self.begun_at = state.global_step
+        if step and not (self.trainer.checkpoint_folder() / MEASURED).exists():  # stopped in its evaluations
+            due = args.eval_strategy == "steps" and (step % state.eval_steps == 0 or step >= state.max_steps)
+            self.trainer.measure_after_step(due)
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
