@@ -53,6 +53,13 @@ def test_only_the_last_ones_stay_and_the_newest_is_found(training, tmp_path):
     assert checkpoint.latest(tmp_path / "nowhere") is None
 
 
+@pytest.mark.parametrize("keep,left", [(0, 1), (1, 1), (2, 2), (9, 3)])
+def test_as_many_stay_as_are_to_be_kept_and_never_none(training, tmp_path, keep, left):
+    for step in (1, 2, 3):
+        save(tmp_path, step, training, keep)
+    assert len(checkpoint.complete(tmp_path)) == left and checkpoint.latest(tmp_path).name == "step_000003"
+
+
 def test_a_kill_while_writing_leaves_the_checkpoint_before(training, tmp_path, monkeypatch):
     save(tmp_path, 1, training)
     real = torch.save

@@ -279,3 +279,37 @@ def test_two_processes_learn_what_one_does_though_they_leave_out_different_rows(
     for key in ("train_loss", "grad_norm", "reward"):
         assert [row[key] for row in two["history"]] == pytest.approx([row[key] for row in one["history"]], abs=1e-4)
     assert [two[key] for key in ("before", "after")] == [one[key] for key in ("before", "after")]
+
+
+def test_trl_is_told_the_algorithm_that_the_module_describes(tmp_path):
+    made = grpo_arguments(config(temperature=0.7, num_samples=4, eval_samples=2), tmp_path)
+    assert (made.beta, made.loss_type, made.scale_rewards, made.num_iterations) == (0.0, "dapo", "none", 1)
+    assert made.steps_per_generation == made.gradient_accumulation_steps
+    assert (made.temperature, made.top_k, made.top_p, made.min_p) == (0.7, 0, 1.0, None)
+    assert (made.num_generations, made.num_generations_eval, made.max_completion_length) == (4, 2, 12)
+
+
+def test_every_step_and_every_rank_draws_other_samples_and_a_resume_the_same(tokenizer):
+    seeds = []
+
+    class Recorder:
+        def __init__(self, model, tokenizer):
+            pass
+
+        def generate(self, prompts, seed, **options):
+            assert options["top_k"] == 0
+            seeds.append(range(seed, seed + len(prompts)))
+            return [[[tokenizer.eos_token_id]] for _ in prompts]
+
+    generate, trainer = rollout(Recorder, config(), tokenizer), stub(torch.nn.Linear(1, 1))
+    prompts = [[{"role": "user", "content": "Hi"}]] * 8
+    for trainer.state.global_step in (0, 1, 2):
+        for trainer.args.process_index in (0, 1):
+            generate(prompts, trainer)
+    assert len({seed for part in seeds for seed in part}) == 3 * 2 * 8
+    trainer.state.global_step, trainer.args.process_index = 1, 1
+    generate(prompts, trainer)
+    assert seeds[-1] == seeds[3]
+    trainer.args.seed = 1
+    generate(prompts, trainer)
+    assert seeds[-1] != seeds[3]

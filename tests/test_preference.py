@@ -1,6 +1,7 @@
 """DPO: pairs from a file, the better answer becomes likelier, and the reference stays where it was."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 from workers import launch
 
+from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json, parse_config
 from nanochat_hf.train.preference import PreferenceConfig, pair, pairs, train_preference
@@ -92,6 +94,34 @@ def test_two_processes_learn_what_one_does(tiny_folder, config, tmp_path, rank):
     assert two["after"] == pytest.approx(one["after"], abs=1e-5)
 
 
-def test_the_recipe_is_read_by_the_parser_of_real_runs():
-    config = parse_config(PreferenceConfig, Path(__file__).parent.parent / "recipes" / "d12" / "dpo.yaml")
-    assert config.examples_per_step == 32 and config.beta == 0.1
+def test_the_loss_is_that_of_the_papers_formula_with_the_configs_beta(tiny_folder, config, tmp_path):
+    """-log sigmoid(beta x (log-ratio of chosen - log-ratio of rejected)); margins are beta x that difference."""
+    losses = {}
+    for beta in (0.1, 0.5):
+        config.beta, config.num_iterations = beta, 1
+        train_preference(config, tiny_folder, tmp_path / str(beta))
+        metrics = load_json(tmp_path / str(beta) / "metrics.json")
+        losses[beta] = metrics["after"]
+        assert metrics["config"]["beta"] == beta
+    # One step of normalized updates moves the weights alike, so the margins are as the betas.
+    assert losses[0.5]["margin"] == pytest.approx(5 * losses[0.1]["margin"], rel=0.05)
+    for found in losses.values():  # all pairs are alike: the mean of the loss is nearly the loss of the mean
+        assert found["loss"] == pytest.approx(math.log1p(math.exp(-found["margin"])), rel=0.01)
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_either_answer_of_a_pair_that_cannot_be_used_makes_it_a_bad_row(tokenizer, side):
+    other = "rejected" if side == "chosen" else "chosen"
+    fine = {"prompt": [USER], other: [REPLY]}
+    for answer, reason in (("word " * 200, "a row holds 64"), (None, "content|text|message")):
+        with pytest.raises(BadRow, match=reason):
+            pair({**fine, side: [{"role": "assistant", "content": answer}]}, tokenizer, 64)
+
+
+def test_the_recipe_is_read_by_the_parser_of_real_runs(tmp_path):
+    text = (Path(__file__).parent.parent / "recipes" / "d12" / "dpo.yaml").read_text()
+    keys = {"examples_per_step": 48, "beta": 0.25, "test_rows": 7}
+    lines = [line for line in text.splitlines() if line.partition(":")[0] not in keys]
+    (tmp_path / "dpo.yaml").write_text("\n".join([*lines, *(f"{key}: {value}" for key, value in keys.items())]))
+    config = parse_config(PreferenceConfig, tmp_path / "dpo.yaml", {"save_every": "9"})
+    assert {key: getattr(config, key) for key in keys} == keys and config.save_every == 9

@@ -6,7 +6,7 @@ import torch
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.train.scaling import RECIPES, plan, rows_that_fit
+from nanochat_hf.train.scaling import RECIPES, plan, rows_that_fit, visible_keys
 
 # depth: width, heads, parameters, FLOPs a token, tokens a step, steps, rates of Muon, embedding and head, decay of
 # Muon; vocabulary 32,768, 2,048 tokens a row
@@ -92,6 +92,11 @@ def test_the_plan_counts_what_the_model_has(depth, generation):
 def test_windows_cost_what_their_keys_cost():
     full, windowed = (plan(12, 32768, window_pattern=pattern).flops_per_token for pattern in ("L", "SSSL"))
     assert full - windowed == 9 * 12 * 768 * (2048 - 512)  # 9 of 12 layers see 512 keys
+
+
+@pytest.mark.parametrize("seq_len,short", [(64, 64), (128, 128), (512, 128), (513, 256), (2048, 512)])
+def test_a_short_window_is_a_quarter_in_whole_blocks_of_128_and_never_longer_than_the_row(seq_len, short):
+    assert visible_keys(5, "SSSL", seq_len) == [short, short, short, seq_len, seq_len]
 
 
 def test_a_given_value_wins_and_none_means_the_recipe():

@@ -168,3 +168,32 @@ def test_a_folder_without_a_model_is_named(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "empty")
     with pytest.raises(InputError, match="no model in"):
         train_chat(config(), str(tmp_path / "empty"), tmp_path / "sft")
+
+
+def test_the_validation_loss_is_the_mean_over_tokens_of_unequal_batches(tiny_folder, tmp_path):
+    """By hand, one conversation at a time; a short and a long one are batches of their own here."""
+    said = ["yes", "word " * 30, "no no", "word " * 9, "well"]
+    rows = [[{"role": "user", "content": "Say it"}, {"role": "assistant", "content": text}] for text in said]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    keys = {"validation": [{"dataset": str(tmp_path / "chats.jsonl")}], "packing": False, "device_batch_size": 1}
+    train_chat(config(**keys, num_iterations=2), tiny_folder, tmp_path / "sft")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").eval()
+    encoded = encode(AutoTokenizer.from_pretrained(tmp_path / "sft"), rows, True)
+    total = count = 0.0
+    for ids, labels in zip(encoded["input_ids"], encoded["labels"]):
+        logp = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        for position, label in enumerate(labels[1:]):
+            if label != -100:
+                total, count = total - logp[position, label].item(), count + 1
+    metrics = load_json(tmp_path / "sft" / "metrics.json")
+    assert count > 40 and metrics["val_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_conversation_of_exactly_a_rows_length_is_kept(tokenizer, tmp_path):
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    size = len(encode(tokenizer, [CHAT], True)["input_ids"][0])
+    entries = [{"dataset": str(tmp_path / "chats.jsonl")}]
+    rows, made = prepare(config(), entries, tokenizer, size, tmp_path / "rows")
+    assert len(rows[0]["input_ids"]) == size and made["rows"] == 1
+    with pytest.raises(InputError, match=f"max_seq_len = {size - 1} tokens"):
+        prepare(config(), entries, tokenizer, size - 1, tmp_path / "short")
