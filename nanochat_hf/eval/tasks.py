@@ -17,7 +17,7 @@ from ..data import primer
 from ..data.conversations import Mixture
 from ..distributed import main_first, processes
 from ..errors import InputError
-from ..run import nearest
+from ..run import nearest, without_nan
 from .core import evaluate_core, load_tasks, run_lm_eval
 from .lm import LocalLM
 
@@ -85,23 +85,17 @@ class Tasks:
 
     def write_questions(self, output: Path) -> None:
         """The rows of tasks that are generated, as files that the plain lm_eval command line can read again."""
-
-        def write(name: str, rows: list[dict]) -> None:
-            path = output / "questions" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
         with main_first("making the questions") as main:
             if not main:
                 return
             for kind in DEMO_KINDS:
-                write(f"primer_{kind}.jsonl", primer.questions(kind))
+                write_jsonl(output / "questions" / f"primer_{kind}.jsonl", primer.questions(kind))
             source = self.config.words or self.config.dataset
             if source and SPELLING & set(self.config.tasks):
                 bee = {"dataset": source, "split": "test", "transform": "spelling_bee", "rows": SPELLING_BEES}
                 found = [row["messages"] for row in Mixture([bee], seed=self.config.seed)]
                 rows = [{"messages": turns[:1], "answer": turns[-1]["content"]} for turns in found]
-                write("spellingbee_test.jsonl", rows)
+                write_jsonl(output / "questions" / "spellingbee_test.jsonl", rows)
 
     def run(self, name: str, lm: LocalLM) -> tuple[dict, list[dict]]:
         """One task -> ({short name: result}, samples); both empty on ranks other than the first."""
@@ -133,6 +127,13 @@ class Tasks:
 
     def core(self, lm: LocalLM, log: Callable = print) -> dict | None:
         return evaluate_core(lm, self.manager, self.config.core_limit, log)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """A row a line; NaN and infinities, which JSON has no word for, become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False) for row in rows)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def readable(sample: dict) -> dict:
