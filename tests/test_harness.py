@@ -139,7 +139,7 @@ def change_weights(folder):
 def test_an_interrupted_evaluation_is_used_only_for_the_same_weights_config_tasks_and_data(
     run, loads, monkeypatch, what
 ):
-    """Measured of base, then broken off in sft; base is measured again if anything that decides its numbers changed."""
+    """Measured of base, then broken off in sft; base is measured again if what decides its numbers changed."""
     tasks = run / "evals"
     shutil.copytree(ROOT / "evals", tasks)
     monkeypatch.setattr("nanochat_hf.eval.harness.EVALS", tasks)

@@ -80,7 +80,8 @@ class EvalConfig:
 
 
 PACKAGE = Path(__file__).parents[1]
-PARTS = ("eval/bpb", "eval/core", "eval/generation", "eval/lm", "eval/score", "eval/tasks", "data/answers", "tools")
+PARTS = ("eval/bpb", "eval/core", "eval/generation", "eval/lm", "eval/score", "eval/tasks", "data/answers")
+PARTS += ("data/jsonl", "tools")
 
 
 def evaluate(
