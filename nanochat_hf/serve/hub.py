@@ -26,7 +26,7 @@ from .. import tool_loop
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.report import MODEL_STAGES, make_report
-from ..eval.weights import refuse_non_finite, replaced
+from ..eval.weights import replaced
 from ..run import Run, nearest
 from .card import Push, card, check_metadata, check_repo_id, collected
 from .hub_client import MODEL_FILES, log_in, patiently, readable
@@ -94,7 +94,6 @@ def prepare(run: Run, wanted: Push) -> Path:
     source, folder = run.folder(stage), run.path / "hub" / stage
     if not any(source.glob("*.safetensors")) or not (source / "tokenizer.json").exists():
         raise InputError(f"{source} lacks safetensors or tokenizer.json: run stage {stage!r} again")
-    refuse_non_finite(source)
     if replaced(run, stage):
         raise InputError(
             f"the weights in {source} are not those that its metrics.json describes: run stage {stage!r} again, or "
