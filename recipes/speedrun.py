@@ -194,7 +194,7 @@ def main() -> None:
             state.print(f"[{stage}] finished earlier: {run.folder(stage)}")
             continue
         if old:
-            state.print(f"[{stage}] finished earlier, but for other models; measured again: {old}")
+            state.print(f"[{stage}] finished earlier, but not of today's models: {old}")
         state.print(f"[{stage}] {run.folder(stage)}")
         run_stage(stage, configs, run, arguments.repo)
         next_stage()

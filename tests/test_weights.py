@@ -8,6 +8,7 @@ import pytest
 import torch
 from finished_run import COMMON, result
 from safetensors.torch import load_file, save_file
+from test_recipes import speedrun
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import weights
@@ -186,3 +187,35 @@ def test_numbers_that_were_nan_are_a_dash_and_null(run):
     assert not re.search(r"\bnan\b", text, re.I) and "None" not in text
     assert "NaN" not in (run.path / "report.json").read_text()
     assert collect(run)["table"]["facts"]["sft"]["value"] is None
+
+
+def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(
+    tmp_path, tiny_model, tokenizer, monkeypatch, capsys
+):
+    recipe, run = tmp_path / "recipe", Run(tmp_path / "run")
+    recipe.mkdir()
+    (recipe / "base.yaml").write_text("dataset: primer\n")
+    keys = "tasks: [nanochat_demo_spelling]\nlimit: 2\nbpb_tokens: 128\nmax_new_tokens: 4\n"
+    (recipe / "eval.yaml").write_text(keys)
+    for number, stage in enumerate(("base", "sft")):
+        tiny_model.save_pretrained(run.folder(stage))
+        tokenizer.save_pretrained(run.folder(stage))
+        save_json(run.folder(stage) / "metrics.json", {**COMMON, "started": float(number)})
+
+    def again():
+        words = ["--recipe", str(recipe), "--run-dir", str(run.path), "--stages", "eval"]
+        monkeypatch.setattr("sys.argv", ["speedrun.py", *words])
+        speedrun.main()
+        return capsys.readouterr().out
+
+    again()
+    assert "[eval] finished earlier: " in again()
+    path = run.folder("sft") / "model.safetensors"
+    values = load_file(path)
+    values[min(values)] += 1
+    save_file(values, path, metadata={"format": "pt"})
+    said = again()
+    assert "[eval] finished earlier, but not of today's models: sft (has other weights now)" in said
+    assert "[eval] base: measured earlier, with the same weights" in said and "[eval] sft: val bpb" in said
+    assert run.metrics("eval")["weights"] == {stage: model_fingerprint(run.folder(stage)) for stage in ("base", "sft")}
+    assert "[eval] finished earlier: " in again()
