@@ -1,5 +1,6 @@
 """Evaluating a run: what lands in metrics.json, resuming, and each wrong input as one clear line."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, core_metric, evaluate
 from nanochat_hf.eval.lm import load
 from nanochat_hf.eval.tasks import write_jsonl
-from nanochat_hf.run import model_fingerprint
+from nanochat_hf.run import Run, model_fingerprint
 
 ASKED = 6
 ROOT = Path(__file__).parent.parent
@@ -259,6 +260,16 @@ def test_a_model_without_chat_template_cannot_chat(run, tokenizer):
     (run / "sft" / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="no chat template"):
         evaluate(config(dataset=None), {"sft": str(run / "sft")}, run / "eval")
+
+
+def test_a_stage_that_is_not_finished_is_not_left_out_in_silence(run):
+    spec = importlib.util.spec_from_file_location("run_evals", ROOT / "scripts" / "run_evals.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    (run / "base" / "metrics.json").write_text('{"finished": true}')
+    for stages in ("base,rl", "sft", "tokenizer", "bass"):
+        with pytest.raises(InputError, match=f"'{stages.split(',')[-1]}' is no finished stage with a model"):
+            script.run_stage(config(), Run(run), stages=stages)
 
 
 def test_a_missing_model_is_named(run):

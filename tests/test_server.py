@@ -253,6 +253,14 @@ def test_no_number_that_a_client_sends_breaks_the_model(server):
     assert httpx.get(server.url + "/health").status_code == 200
 
 
+@pytest.mark.parametrize("field", ["temperature", "top_p"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_what_json_has_no_word_for_is_refused_in_valid_json(server, field, value):
+    body = f'{{"messages": [{{"role": "user", "content": "Hello"}}], "{field}": {value}}}'
+    reply = httpx.post(server.url + "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400 and field in reply.json()["error"]["message"]
+
+
 def test_fields_may_be_null_and_calls_may_be_mappings_as_some_clients_send_them(server):
     call = {"id": "1", "type": "function", "function": {"name": "python", "arguments": {"expression": "5+6"}}}
     messages = [

@@ -113,8 +113,10 @@ def evaluate(
         raise InputError("no finished model to evaluate: run the base stage first")
     with quiet():
         tasks = Tasks(config, models, output)
-        identity = {stage: model_id(folder) for stage, folder in models.items()} if state.is_main_process else None
-        weights, definition, stages = agreed(identity), agreed(definition_of(config)), {}
+        identity = ()
+        if state.is_main_process:
+            identity = {stage: model_id(folder) for stage, folder in models.items()}, definition_of(config)
+        (weights, definition), stages = agreed(identity), {}
         for stage, folder in models.items():
             key = {"definition": definition, "weights": weights[stage]}
             found = agreed(earlier(output, stage, key, keep_unchanged) if state.is_main_process else None)

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InputError
 from ..run import Run, save_json, without_nan
@@ -194,8 +194,13 @@ def table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
 
 
 def validate(facts: dict) -> None:
-    """Raise ValueError where report.json would not have the shape that its readers rely on: `Report`."""
-    Report.model_validate(facts, strict=True)
+    """Raise InputError where report.json would not have the shape that its readers rely on: `Report`."""
+    try:
+        Report.model_validate(facts, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"a metrics.json of {facts['run']} is damaged: {place}: {first['msg']}") from None
 
 
 def results_row(facts: dict, report: str = "-") -> str:
