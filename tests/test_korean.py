@@ -313,3 +313,11 @@ def test_no_piece_ends_inside_a_character(talker, talker_folder, monkeypatch):  
     monkeypatch.setenv("SPACE_LANGUAGE", "kr")
     with pytest.raises(SystemExit, match=r"SPACE_LANGUAGE is 'kr'; use en or ko"):
         spec.loader.exec_module(app)
+
+
+def test_a_damaged_file_of_a_korean_task_is_refused_and_not_left_out(kobest, tiny_folder, tmp_path):
+    with (kobest / "BoolQ" / "test.tsv").open("a") as file:
+        file.write("1\t글\n")
+    config = EvalConfig(tasks=["nanochat_ko"], text_stages=["base"], chat_data=str(kobest), dataset=None)
+    with pytest.raises(InputError, match=r"BoolQ/test\.tsv, line \d+: 2 of "):
+        evaluate(config, {"base": str(tiny_folder)}, tmp_path / "eval")

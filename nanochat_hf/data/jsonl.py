@@ -1,4 +1,4 @@
-"""JSONL whose rows must have certain fields; a line that is not so is one ValueError with file, line and reason.
+"""JSONL whose rows must have certain fields; a line that is not so is one DamagedFile with file, line and reason.
 
 read_jsonl(Path("gsm8k_test.jsonl"), {"question": str, "answer": str})   # [{"question": ...}, ...]
 """
@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 
 
+class DamagedFile(ValueError):
+    """A file that is there and cannot be used, unlike one that is missing."""
+
+
 def numbered_lines(path: Path) -> list[tuple[int, bytes]]:
-    """(number from 1, bytes) of the lines that are not blank. Raises ValueError if there is none."""
+    """(number from 1, bytes) of the lines that are not blank. Raises DamagedFile if there is none."""
     lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
     if not lines:
-        raise ValueError(f"{path} is empty: put the complete file there")
+        raise DamagedFile(f"{path} is empty: put the complete file there")
     return lines
 
 
@@ -38,8 +42,8 @@ def parse(path: Path, number: int, line: bytes, fields: dict[str, type | tuple[t
     return row
 
 
-def damaged(path: Path, number: int, reason: str) -> ValueError:
-    return ValueError(f"{path}, line {number}: {reason}; repair that line or take the complete file")
+def damaged(path: Path, number: int, reason: str) -> DamagedFile:
+    return DamagedFile(f"{path}, line {number}: {reason}; repair that line or take the complete file")
 
 
 def read_jsonl(path: Path, fields: dict[str, type | tuple[type, ...]]) -> list[dict]:

@@ -15,6 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from ..data import primer
 from ..data.conversations import Mixture
+from ..data.jsonl import DamagedFile
 from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import nearest, without_nan
@@ -67,7 +68,7 @@ class Tasks:
                     self.loaded |= load_tasks(self.manager, [part])
                 except InputError as error:
                     failed.append(f"{part.removeprefix(name + '_')} ({error})")
-                    if not korean:
+                    if not korean or isinstance(error.__cause__, DamagedFile):
                         raise
             if korean and not self.loaded:
                 raise InputError(f"no task of {name} has its rows here: {failed[0]}; name them with chat_data")
