@@ -14,12 +14,13 @@ from pathlib import Path
 
 from nanochat_hf.data import primer
 from nanochat_hf.data.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_fingerprint, train_tokenizer
-from nanochat_hf.distributed import main_first, meet, next_stage, processes
+from nanochat_hf.distributed import agreed, main_first, meet, next_stage, processes
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.chatcore import chatcore_metric
 from nanochat_hf.eval.generation import Generator
 from nanochat_hf.eval.harness import EvalConfig, core_metric, evaluate
 from nanochat_hf.eval.report import make_report
+from nanochat_hf.eval.weights import renewal
 from nanochat_hf.run import STAGES, Run, guarded, load_json, nearest, parse_config
 from nanochat_hf.serve.checkpoint_push import checkpoint_pusher
 from nanochat_hf.serve.generate import Engine
@@ -118,7 +119,7 @@ def run_stage(stage: str, configs: dict, run: Run, repo: str | None) -> None:
         train_rl(config, model=source_of(stage, run), output=output, engine=engine)
     elif stage == "eval":
         models = {name: str(run.folder(name)) for name in ("base", "mid", "sft", "rl") if run.finished(name)}
-        evaluate(config, models, output, engine=engine)
+        evaluate(config, models, output, engine=engine, keep_unchanged=True)
 
 
 def engine(model, tokenizer):
@@ -193,9 +194,12 @@ def run_stages(run: Run, stages: list[str], configs: dict, arguments: argparse.N
     for stage in stages:
         if stage == "report":
             continue
-        if run.finished(stage):
+        old = agreed(renewal(run) if stage == "eval" and state.is_main_process else None)
+        if run.finished(stage) and not old:
             state.print(f"[{stage}] finished earlier: {run.folder(stage)}")
             continue
+        if old:
+            state.print(f"[{stage}] finished earlier, but not of today's models: {old}")
         state.print(f"[{stage}] {run.folder(stage)}")
         run_stage(stage, configs, run, arguments.repo)
         next_stage()

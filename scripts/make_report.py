@@ -7,6 +7,7 @@ python scripts/make_report.py --collection you/nanochat-d12=runs/d12 you/nanocha
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from nanochat_hf.errors import InputError
@@ -37,7 +38,9 @@ def main() -> None:
         print(compare(*arguments.compare))
     elif arguments.row:
         report = Path(arguments.run_dir) / "report.md"
-        print(results_row(collect(Run(arguments.run_dir)), f"[report]({report})" if report.is_file() else "-"))
+        facts = collect(Run(arguments.run_dir))
+        print(*(f"note: {note}\n" for note in facts["notes"]), sep="", end="", file=sys.stderr)
+        print(results_row(facts, f"[report]({report})" if report.is_file() else "-"))
     else:
         print(make_report(arguments.run_dir, arguments.hourly_rate))
 

@@ -7,8 +7,10 @@
 `--key value` overrides a key of the YAML, for example `--core_bundle ~/eval_bundle --core_limit 100`.
 """
 
+from nanochat_hf.errors import InputError
 from nanochat_hf.eval.generation import Generator
 from nanochat_hf.eval.harness import EvalConfig, evaluate
+from nanochat_hf.eval.report import MODEL_STAGES
 from nanochat_hf.run import Run, script
 from nanochat_hf.serve.generate import Engine
 
@@ -20,8 +22,11 @@ def engine(model, tokenizer):
 
 
 def run_stage(config: EvalConfig, run: Run, stages: str | None = None, model: str | None = None) -> None:
-    names = stages.split(",") if stages else ("base", "mid", "sft", "rl")
-    found = {"base": model} if model else {name: str(run.folder(name)) for name in names if run.finished(name)}
+    names = stages.split(",") if stages else [name for name in MODEL_STAGES if run.finished(name)]
+    for name in names if not model else ():
+        if name not in MODEL_STAGES or not run.finished(name):
+            raise InputError(f"{name!r} is no finished stage with a model of {run.path}")
+    found = {"base": model} if model else {name: str(run.folder(name)) for name in names}
     evaluate(config, found, run.folder("eval"), engine)
 
 

@@ -2,6 +2,8 @@
 
 import math
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, trainers
@@ -62,3 +64,18 @@ def test_nothing_is_guessed_for_a_tokenizer_without_bytes(tiny_model):
     plain.train_from_iterator(["the owl sees the cat"] * 9, trainers.BpeTrainer(special_tokens=["<unk>"]))
     found = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<unk>")
     assert held_out_bpb(tiny_model, found, "primer", 2048) is None
+
+
+def test_held_out_text_is_that_of_the_validation_split_alone(lively_model, tokenizer, tmp_path):
+    """What training text there is beside it changes nothing, and bits per byte of the two differ."""
+    texts = ["zqx 7! " * 40, "The cat sat on the mat. " * 12]
+
+    def measure(name, train, validation):
+        (tmp_path / name).mkdir()
+        for file, text in (("train-00000-of-00001", train), ("validation-00000-of-00001", validation)):
+            pq.write_table(pa.table({"text": [text] * 20}), tmp_path / name / f"{file}.parquet")
+        return held_out_bpb(lively_model, tokenizer, str(tmp_path / name), 512)["value"]
+
+    expected = measure("same", texts[1], texts[1])
+    assert measure("one", texts[0], texts[1]) == expected
+    assert measure("other", texts[1], texts[0]) != pytest.approx(expected, rel=0.01)

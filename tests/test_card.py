@@ -75,6 +75,30 @@ def test_only_hub_ids_become_dataset_metadata(run):
     assert card(run, Push("you/c", "sft")).data.datasets == ["karpathy/climbmix", "openai/gsm8k"]
 
 
+def test_a_folder_of_this_machine_is_never_published_as_a_dataset_of_the_hub(run, tmp_path, monkeypatch):
+    """`mine/text` has the form of a Hub id; it is one only where no such folder is."""
+    monkeypatch.chdir(tmp_path)
+    base = run.metrics("base")
+    save_json(run.folder("base") / "metrics.json", {**base, "config": {"dataset": "mine/text"}})
+    assert card(run, Push("you/b", "base")).data.datasets == ["mine/text"]
+    (tmp_path / "mine" / "text").mkdir(parents=True)
+    assert card(run, Push("you/b", "base")).data.datasets is None
+
+
+def test_numbers_of_another_model_are_left_out_and_the_card_says_so(run):
+    evaluation = run.metrics("eval")
+    models = {"base": "base", "sft": "sft"}
+    evaluation |= {"models": models, "weights": {"base": "aaaa", "sft": "bbbb"}}
+    save_json(run.folder("eval") / "metrics.json", evaluation)
+    for stage in models:
+        save_json(run.folder(stage) / "metrics.json", {**run.metrics(stage), "weights": evaluation["weights"][stage]})
+    assert "GSM8K" in str(card(run, Push("you/c", "sft")))
+    save_json(run.folder("sft") / "metrics.json", {**run.metrics("sft"), "weights": "cccc"})
+    made = card(run, Push("you/c", "sft"))
+    assert not made.data.eval_results and "GSM8K" not in str(made).split("## Results")[1].split("## Training")[0]
+    assert "left out for sft (has other weights now)" in str(made)
+
+
 def test_the_cost_appears_when_the_report_knows_the_rate(run):
     save_json(run.path / "report.json", {"hourly_rate": 24.0})
     assert "$40.46 at $24.00 an hour" in str(card(run, Push("you/c", "sft")))

@@ -6,6 +6,7 @@ import threading
 import pytest
 from hub_run import hub_run, pushed, stand_in  # noqa: F401
 from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
 from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.serve.checkpoint_push import checkpoint_pusher
@@ -25,6 +26,17 @@ def test_checkpoints_become_branches_and_a_failing_hub_does_not_stop_training(hu
     upload(run / "sft", 1500).result()
     assert "model.safetensors" in pushed(hub, "you/base", branch="step-001500")
     assert list(run.glob(".push-*")) == []
+
+
+def test_a_checkpoint_that_is_no_numbers_is_not_sent(hub, run):
+    said, path = [], run / "sft" / "model.safetensors"
+    values = load_file(path)
+    values[min(values)].fill_(float("inf"))
+    path.unlink()  # a link
+    save_file(values, path, metadata={"format": "pt"})
+    checkpoint_pusher("you/base", say=said.append)(run / "sft", 500).result()
+    assert "warning: step 500 was not pushed" in said[-1] and f"infinity in {min(values)}" in said[-1]
+    assert list(hub.repos["models", "you/base"].branches) == ["main"]
 
 
 def test_training_goes_on_while_a_checkpoint_is_uploaded_as_it_was(hub, run, monkeypatch):

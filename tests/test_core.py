@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import centered_mean, evaluate_core, quiet
-from nanochat_hf.eval.harness import EVALS, EvalConfig, LocalLM
+from nanochat_hf.eval.harness import EVALS, EvalConfig, LocalLM, core_metric
 from nanochat_hf.eval.score import score
 
 WORDS = ["the", "owl", "red", "cat", "sees", "a", "big", "green", "tree", "and", "two", "small", "dogs", "run", "town"]
@@ -236,3 +236,31 @@ def test_the_plain_runner_of_lm_eval_gives_the_same_numbers(lively_model, tokeni
     for label, row in ours.items():
         assert plain[f"nanochat_core_{label}"]["acc,none"] == row["acc"]
         assert plain[f"nanochat_core_{label}"]["centered,none"] == row["centered"]
+
+
+def test_the_error_of_a_task_is_that_of_its_centered_accuracy(lively_model, tokenizer, bundle):
+    """sqrt(p (1 - p) / (n - 1)), the standard error of a mean of n zeros and ones, over 1 - baseline (.25, .5, 0)."""
+    found = evaluate_core(LocalLM(lively_model, tokenizer, EvalConfig()), manager(bundle), 20, log=lambda line: None)
+    assert any(0 < row["acc"] < 1 for name, row in found["per_task"].items() if name != "bigbench_qa_wikidata")
+    for name, baseline in (("arc_easy", 0.25), ("winograd", 0.5), ("bigbench_qa_wikidata", 0.0)):
+        row = found["per_task"][name]
+        error = (row["acc"] * (1 - row["acc"]) / 19) ** 0.5 / (1 - baseline)
+        assert row["n"] == 20 and row["stderr"] == pytest.approx(error, rel=1e-9)
+
+
+@pytest.mark.parametrize("limit", [None, 24])
+def test_a_damaged_line_is_named_before_anything_is_computed(lively_model, tokenizer, bundle, limit):
+    path = bundle / "eval_data" / "world_knowledge" / "bigbench_qa_wikidata.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:6], "{," + lines[6], *lines[7:]]))
+    lm = LocalLM(lively_model, tokenizer, EvalConfig())
+    with pytest.raises(InputError, match=rf"{path}, line 7: no JSON: .* at column 2") as error:
+        evaluate_core(lm, manager(bundle), limit, log=lambda line: None)
+    assert "\n" not in str(error.value) and lm.model_seconds == 0
+
+
+def test_a_damaged_line_stops_core_while_training_with_the_same_words(lively_model, tokenizer, bundle):
+    path = bundle / "eval_data" / "language_understanding" / "winograd_wsc.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])  # cut off in its last line
+    with pytest.raises(InputError, match=rf"{path}, line 20: no JSON"):
+        core_metric(tokenizer, str(bundle))(lively_model, 20)

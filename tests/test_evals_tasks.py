@@ -41,6 +41,94 @@ def core_task(tmp_path, rows, kind="multiple_choice", shots=0, delimiter=" "):
     return function("core.CoreTask")(config)
 
 
+MC = {"query": "Q", "choices": ["a", "b"], "gold": 0}
+
+
+@pytest.mark.parametrize(
+    "kind,row,reason",
+    [
+        ("multiple_choice", {**MC, "gold": 2}, "'gold' is 2 of 2 choices"),
+        ("multiple_choice", {**MC, "gold": -1}, "'gold' is -1 of 2 choices"),
+        ("multiple_choice", {**MC, "gold": None}, "'gold' is null"),
+        ("multiple_choice", {**MC, "choices": ["a", 1]}, "'choices' must be texts"),
+        ("multiple_choice", {**MC, "choices": []}, "'choices' must be texts"),
+        ("multiple_choice", {"query": "Q", "gold": 0}, "no field 'choices'"),
+        ("schema", MC, "no field 'context_options'"),
+        ("language_modeling", {"context": "a"}, "no field 'continuation'"),
+    ],
+)
+def test_a_row_that_is_none_of_its_kind_is_named_whichever_rank_would_ask_it(tmp_path, kind, row, reason):
+    good = {"multiple_choice": MC, "language_modeling": {"context": "a", "continuation": "b"}}
+    good["schema"] = {"context_options": ["a", "b"], "continuation": "c", "gold": 0}
+    task = core_task(tmp_path, [good[kind]] * 2 + [row], kind=kind)
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 3: {reason}"):
+        task.build_all_requests(rank=0, world_size=3)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{\n", b'{"question": "?"}\n', b'{"question": 1, "answer": "1"}', b"\xff\n"]
+)
+@pytest.mark.parametrize("name", ["gsm8k", "arc_easy", "mmlu", "humaneval", "spellingbee", "demo_facts"])
+def test_a_damaged_file_of_a_chat_task_is_named_with_its_line(tmp_path, name, content):
+    task = f"nanochat_{name}"
+    file = load_yaml(TASKS / f"{name}.yaml", resolve_func=False)["dataset_kwargs"]["file"]
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file}(, line 1: | is empty)") as error:
+        manager(chat_data=str(tmp_path)).load([task])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row,reason",
+    [
+        ({"question": "?", "choices": ["a", "b"], "answer": 2}, "answer 2 of 2 choices"),
+        ({"question": "?", "choices": ["a", "b"], "answer": "B"}, "answer 'B' of 2 choices"),
+        ({"question": "?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}, "'B' is not in list"),
+        (
+            {"question": "?", "choices": {"text": ["a", "b"], "label": ["A"]}, "answerKey": "A"},
+            "answer 0 of 2 choices",
+        ),
+        ({"question": "?", "choices": ["a", "b"]}, "KeyError: 'answer'"),
+    ],
+)
+def test_choices_without_their_answer_are_named(tmp_path, row, reason):
+    good = {"question": "?", "choices": ["a", "b"], "answer": 0}
+    folder = choice_rows(tmp_path, "mmlu_test.jsonl", [good, row])
+    with pytest.raises(ValueError, match=rf"mmlu_test\.jsonl, line 2: not a row of this task \(.*{reason}"):
+        manager(chat_data=folder).load(["nanochat_mmlu"])
+
+
+def test_rows_may_differ_in_what_the_task_does_not_use(tmp_path):
+    rows = [{"question": "?", "answer": "#### 1", "id": 1}, {"question": "!", "answer": "#### 2", "id": ["x"]}]
+    folder = choice_rows(tmp_path, "gsm8k_test.jsonl", rows)
+    task = manager(chat_data=folder).load(["nanochat_gsm8k"])["tasks"]["nanochat_gsm8k"]
+    assert [doc["answer"] for doc in task.eval_docs] == ["#### 1", "#### 2"]
+
+
+COPA = "sentence\tquestion\t1\t2\tAnswer\n"
+HELLASWAG = "context\tchoice1\tchoice2\tchoice3\tchoice4\tlabel\n"
+
+
+@pytest.mark.parametrize(
+    "task,content,reason",
+    [
+        ("COPA", "sentence\tquestion\t1\tAnswer\n", "1: no column '2'"),
+        ("COPA", COPA, "1: no rows follow"),
+        ("COPA", COPA + "a\tb\tc\td\t1\na\tb\tc\td\t3\n", "3: the label is '3'"),
+        ("BoolQ", "Text\tQuestion\tAnswer\na\tb\tyes\n", "2: the label is 'yes'"),
+        ("BoolQ", "Text\tQuestion\tAnswer\na\tb\n", "2: 2 of 3 columns"),
+        ("HellaSwag", HELLASWAG + "a\tb\tc\td\te\t\n", "2: the label is ''"),
+        ("HellaSwag", HELLASWAG + "a\xff", "2: no UTF-8"),
+    ],
+)
+def test_a_damaged_file_of_kobest_is_named_with_its_line(tmp_path, task, content, reason):
+    path = tmp_path / task / "test.tsv"
+    path.parent.mkdir()
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"test\.tsv, line {reason}"):
+        function("ko.kobest")(task, chat_data=str(tmp_path))
+
+
 def test_every_file_is_indexed_with_a_version():
     index = manager().task_index
     for path in TASKS.glob("*.yaml"):
@@ -167,6 +255,16 @@ def test_models_with_learned_positions_are_cropped_and_rotary_ones_are_not():
     assert limit(NanoChatConfig(max_position_embeddings=128)) == 1280
 
 
+@pytest.mark.parametrize("longest,context", [(None, [9, 1, 2, 3, 4]), (6, [2, 3, 4]), (3, [5])])
+def test_a_cropped_prompt_scores_the_same_tokens_as_a_whole_one(tmp_path, longest, context):
+    """Cropping drops the beginning of the context; the answer's three tokens are scored, or what is left of them."""
+    task = core_task(tmp_path, [], kind="language_modeling")
+    ids = [np.array([9, 1, 2, 3, 4]), np.array([9, 1, 2, 3, 4, 5, 6, 7])]
+    [request] = task._requests(0, {"_row": 0}, ["", ""], ids, longest)
+    assert [list(request.context), list(request.continuation)] == [context, [5, 6, 7] if longest != 3 else [6, 7]]
+    assert task._scored[0] == [len(request.continuation)]
+
+
 def choice_rows(tmp_path, name, rows):
     (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(tmp_path)
@@ -217,6 +315,8 @@ HUMANEVAL = {
         ("Sure!\n```python\ndef double(xs: List[int]):\n    return [2 * x for x in xs]\n```\nDone.", 1.0),
         ("def double(xs: List[int]):\n    return [2 * x for x in xs]", 1.0),
         ("```\ndef double(xs):\n    return xs\n```", 0.0),
+        ("```python\ndef double(xs):\n    return [x + x for x in xs]\n```\nUse it:\n```\ndouble(1)(\n```", 1.0),
+        ("```\ndef double(xs):\n    return xs\n```\n```\ndef double(xs):\n    return [x + x for x in xs]\n```", 0.0),
         ("import sys\nsys.exit(0)", 0.0),
         ("I do not know.", 0.0),
     ],
@@ -227,10 +327,10 @@ def test_humaneval_answers_are_run_with_the_tests(text, passed):
 
 def test_rows_come_from_the_first_folder_that_has_them(tmp_path):
     rows = function("utils.rows")
-    folder = choice_rows(tmp_path, "x.jsonl", [{"a": 1}, {"a": 2}])
-    assert rows("x.jsonl", chat_data=[None, str(tmp_path / "no"), folder])["test"]["a"] == [1, 2]
+    folder = choice_rows(tmp_path, "x.jsonl", [{"a": "1"}, {"a": "2"}])
+    assert rows("x.jsonl", ["a"], chat_data=[None, str(tmp_path / "no"), folder])["test"]["a"] == ["1", "2"]
     with pytest.raises(ValueError, match="no file y"):
-        rows("y.jsonl", chat_data=folder)
+        rows("y.jsonl", ["a"], chat_data=folder)
 
 
 # ---- bits per byte --------------------------------------------------------------------------------------------------

@@ -135,6 +135,39 @@ def test_a_budget_ends_an_answer(engine):
     assert (request.finish, len(request.tokens)) == ("length", 7)
 
 
+def test_an_answer_ends_where_the_context_does(talker):  # noqa: F811
+    engine = Engine(*talker, length=64, tool=None, stop_ids=[])
+    request = engine.submit(Request([5] * 60, max_new_tokens=100))
+    for _ in range(20):
+        engine.advance()
+    assert (request.finish, len(request.tokens), engine.busy) == ("length", 4, False)
+
+
+@pytest.mark.parametrize(
+    "tokens,expected",
+    [
+        ("S1E", ["1"]),
+        ("xS12E", ["12"]),
+        ("S1S2E", ["2"]),  # from the last start
+        ("S1EE", []),  # a stray end after a call is no call
+        ("S1Ex2E", []),
+        ("E", []),
+        ("1E", []),
+    ],
+)
+def test_a_call_is_what_stands_between_a_start_and_the_next_end(talker, tokens, expected):  # noqa: F811
+    """S and E are the marks of a call; the newest token is E, as when the engine looks for a call."""
+    model, tokenizer = talker
+    seen = []
+    engine = Engine(model, tokenizer, tool=lambda text: seen.append(text) or "")
+    ids = {"S": engine.marks[0], "E": engine.marks[1]}
+    letters = {letter: tokenizer.convert_tokens_to_ids(letter) for letter in "12x"}
+    request = Request([5], tokens=[(ids | letters)[letter] for letter in tokens])
+    engine.call(request)
+    engine.calls[request][0].result(timeout=5)
+    assert seen == expected
+
+
 @pytest.mark.parametrize("prompt,message", [([], "empty"), ([1] * 256, "256 tokens.*context is 256")])
 def test_prompts_that_cannot_work_are_refused(engine, prompt, message):
     with pytest.raises(InputError, match=message):

@@ -1,17 +1,22 @@
 """Evaluating a run: what lands in metrics.json, resuming, and each wrong input as one clear line."""
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from nanochat_hf.data import primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, core_metric, evaluate
 from nanochat_hf.eval.lm import load
+from nanochat_hf.eval.tasks import write_jsonl
+from nanochat_hf.run import Run, model_fingerprint
 
 ASKED = 6
 ROOT = Path(__file__).parent.parent
@@ -104,6 +109,119 @@ def test_a_killed_evaluation_goes_on_with_the_stage_it_had_not_finished(run, mon
     assert "val_bpb" in found["results"]["base"]
 
 
+SPELLING = {"tasks": ["nanochat_demo_spelling"], "bpb_stages": ["base"], "bpb_tokens": 256}
+
+
+class Loads(list):
+    """Which stages were loaded, so measured, since the last look."""
+
+    def look(self):
+        names = [Path(folder).name for folder in self]
+        self.clear()
+        return names
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    names = Loads()
+    monkeypatch.setattr(
+        "nanochat_hf.eval.harness.load", lambda folder, *rest: names.append(folder) or load(folder, *rest)
+    )
+    return names
+
+
+def change_weights(folder):
+    values = load_file(folder / "model.safetensors")
+    values[min(values)].add_(0.5)
+    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("what", ["nothing", "config", "weights", "template", "task", "data"])
+def test_an_interrupted_evaluation_is_used_only_for_the_same_weights_config_tasks_and_data(
+    run, loads, monkeypatch, what
+):
+    """Measured of base, then broken off in sft; base is measured again if what decides its numbers changed."""
+    tasks = run / "evals"
+    shutil.copytree(ROOT / "evals", tasks)
+    monkeypatch.setattr("nanochat_hf.eval.harness.EVALS", tasks)
+    (run / "data").mkdir()
+    (run / "data" / "gsm8k_test.jsonl").write_text("")
+    keys = {**SPELLING, "chat_data": str(run / "data")}
+
+    class Fails(Knower):
+        def generate(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config(**keys), models(run), run / "eval", engine=Fails)
+    assert loads.look() == ["base", "sft"]
+    if what == "config":
+        keys["bpb_tokens"] = 128
+    elif what == "weights":
+        change_weights(run / "base")
+    elif what == "template":
+        (run / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    elif what == "task":
+        (tasks / "tasks" / "demo_spelling.yaml").open("a").write("# asks otherwise now\n")
+    elif what == "data":
+        (run / "data" / "gsm8k_test.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n')
+    metrics = evaluate(config(**keys), models(run), run / "eval", engine=Knower)
+    assert loads.look() == (["sft"] if what == "nothing" else ["base", "sft"])
+    assert metrics["weights"] == {stage: model_fingerprint(run / stage) for stage in ("base", "sft")}
+    assert metrics["models"] == {"base": "base", "sft": "sft"}
+    if what == "config":
+        assert metrics["results"]["base"]["val_bpb"]["n"] == 128
+
+
+def test_a_finished_evaluation_is_taken_over_for_the_stages_that_did_not_change(run, loads, capsys):
+    shutil.copytree(run / "sft", run / "rl")
+    first = evaluate(config(**SPELLING), {**models(run), "rl": str(run / "rl")}, run / "eval", engine=Knower)
+    assert loads.look() == ["base", "sft", "rl"] and (run / "eval" / "samples" / "rl").is_dir()
+    change_weights(run / "sft")
+    second = evaluate(config(**SPELLING), models(run), run / "eval", engine=Knower, keep_unchanged=True)
+    assert loads.look() == ["sft"]
+    assert "[eval] base: measured earlier, with the same weights" in capsys.readouterr().out
+    assert second["results"]["base"] == first["results"]["base"] and set(second["results"]) == {"base", "sft"}
+    assert second["weights"]["sft"] == model_fingerprint(run / "sft") != first["weights"]["sft"]
+    assert sorted(path.name for path in (run / "eval" / "samples").iterdir()) == [
+        "sft"
+    ]  # none of a stage that is gone
+    evaluate(config(**SPELLING, limit=7), models(run), run / "eval", engine=Knower, keep_unchanged=True)
+    assert loads.look() == ["base", "sft"]
+    evaluate(config(**SPELLING, limit=7), models(run), run / "eval", engine=Knower)  # by the script: all of it
+    assert loads.look() == ["base", "sft"]
+
+
+def test_a_model_from_elsewhere_is_recorded_by_its_place(run, tiny_folder):
+    metrics = evaluate(config(**SPELLING), {"base": str(tiny_folder)}, run / "eval", engine=Knower)
+    assert metrics["models"] == {"base": str(tiny_folder)}
+
+
+def test_weights_that_are_no_numbers_are_not_measured(run):
+    values = load_file(run / "base" / "model.safetensors")
+    name = next(name for name in sorted(values) if "mlp" in name)
+    values[name][0, 0] = float("nan")
+    save_file(values, run / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"not finite .NaN or infinity in {name}"):
+        evaluate(config(**SPELLING), models(run), run / "eval", engine=Knower)
+    assert not (run / "eval" / "metrics.json").exists()
+
+
+def test_a_model_whose_finite_weights_give_nan_is_not_measured(run):
+    values = load_file(run / "base" / "model.safetensors")
+    for name in values:
+        if "mlp" in name:
+            values[name].fill_(1e38)
+    save_file(values, run / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"gives NaN for text, in torch\.float32"):
+        evaluate(config(**SPELLING), models(run), run / "eval", engine=Knower)
+
+
+def test_samples_hold_null_for_what_is_no_number(tmp_path):
+    write_jsonl(tmp_path / "a" / "b.jsonl", [{"answer": {"A": float("nan"), "B": -float("inf")}}, {"answer": "é"}])
+    assert (tmp_path / "a" / "b.jsonl").read_text("utf-8") == '{"answer": {"A": null, "B": null}}\n{"answer": "é"}\n'
+
+
 def test_several_samples_give_pass_at_k(run):
     keys = {"num_samples": 3, "temperature": 1.0, "dataset": None, "tasks": ["nanochat_demo_spelling"]}
     found = evaluate(config(**keys), models(run), run / "eval", engine=Knower)
@@ -142,6 +260,16 @@ def test_a_model_without_chat_template_cannot_chat(run, tokenizer):
     (run / "sft" / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="no chat template"):
         evaluate(config(dataset=None), {"sft": str(run / "sft")}, run / "eval")
+
+
+def test_a_stage_that_is_not_finished_is_not_left_out_in_silence(run):
+    spec = importlib.util.spec_from_file_location("run_evals", ROOT / "scripts" / "run_evals.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    (run / "base" / "metrics.json").write_text('{"finished": true}')
+    for stages in ("base,rl", "sft", "tokenizer", "bass"):
+        with pytest.raises(InputError, match=f"'{stages.split(',')[-1]}' is no finished stage with a model"):
+            script.run_stage(config(), Run(run), stages=stages)
 
 
 def test_a_missing_model_is_named(run):

@@ -11,10 +11,11 @@ import yaml
 from hub_run import TOKEN, hub_run, pushed, stand_in, without_check  # noqa: F401
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.run import load_json, save_json
+from nanochat_hf.run import load_json, model_fingerprint, save_json
 from nanochat_hf.serve import hub as serve_hub
 from nanochat_hf.serve.hub import Push, push
 
@@ -168,6 +169,57 @@ def test_a_space_is_made_that_points_at_the_model(hub, run, no_check):
     files = pushed(hub, "you/small-chat", "spaces")
     assert set(files) == {"app.py", "README.md", "requirements.txt"}
     assert yaml.safe_load(files["README.md"].decode().split("---\n")[1])["models"] == ["you/small"]
+
+
+def test_a_private_model_gets_a_private_space_and_is_told_of_its_token(hub, run, no_check, capsys):
+    push(run, Push("you/small", space=True, private=True))
+    assert hub.repos["models", "you/small"].private and hub.repos["spaces", "you/small-chat"].private
+    assert "read token as the secret HF_TOKEN" in capsys.readouterr().out
+    push(run, Push("you/open", space=True))
+    assert not hub.repos["models", "you/open"].private and not hub.repos["spaces", "you/open-chat"].private
+
+
+def change_weights(folder, value):
+    path = folder / "model.safetensors"
+    values = load_file(path)
+    name = min(values)
+    values[name].view(-1)[0] = value
+    path.unlink()  # a link
+    save_file(values, path, metadata={"format": "pt"})
+    return name
+
+
+def test_weights_that_are_no_numbers_are_never_sent(hub, run):
+    name = change_weights(run / "sft", float("nan"))
+    with pytest.raises(InputError, match=rf"NaN or infinity in {name} of model\.safetensors") as error:
+        push(run, Push("you/small"))
+    assert hub.requests == [] and "\n" not in str(error.value)
+
+
+def test_weights_that_its_metrics_do_not_describe_are_not_sent(hub, run):
+    metrics = load_json(run / "sft" / "metrics.json")
+    save_json(run / "sft" / "metrics.json", {**metrics, "weights": model_fingerprint(run / "sft")})
+    push(run, Push("you/small", dry_run=True))
+    change_weights(run / "sft", 0.5)
+    with pytest.raises(InputError, match=r"are not those that its metrics\.json describes: run stage 'sft' again"):
+        push(run, Push("you/small", dry_run=True))
+
+
+def test_an_old_evaluation_is_not_published_with_a_new_model(hub, run, no_check, capsys):
+    evaluation = load_json(run / "eval" / "metrics.json")
+    evaluation |= {"models": {"sft": "sft"}, "weights": {"sft": model_fingerprint(run / "sft")}}
+    save_json(run / "eval" / "metrics.json", evaluation)
+    (run / "plots").mkdir()
+    (run / "plots" / "rl.png").write_bytes(b"of a stage that is gone")
+    push(run, Push("you/small"))
+    assert "0.9100" in pushed(hub)["README.md"].decode() and "plots/rl.png" not in pushed(hub)
+    change_weights(run / "sft", 0.5)
+    capsys.readouterr()
+    push(run, Push("you/new"))
+    files = pushed(hub, "you/new")
+    for name in ("README.md", "report.md"):
+        assert "0.9100" not in files[name].decode() and "results are left out for sft" in files[name].decode()
+    assert "note: the evaluation is older than the models" in capsys.readouterr().out
 
 
 def test_a_space_without_its_files_is_refused_before_anything_is_sent(hub, run, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from nanochat_hf.data.transforms import TRANSFORMS, check
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, evaluate
 from nanochat_hf.eval.report import collect, make_report
-from nanochat_hf.run import Run, parse_config
+from nanochat_hf.run import Run, parse_config, save_json
 from nanochat_hf.serve.chat import KOREAN, Chat, LocalModel, Options, system_language
 from nanochat_hf.serve.generate import Engine
 
@@ -132,6 +132,7 @@ def test_the_korean_mean_stands_in_the_table_with_what_could_be_had(kobest, tiny
     run = Run(tmp_path / "run")
     tiny_model.save_pretrained(run.folder("base"))
     tokenizer.save_pretrained(run.folder("base"))
+    save_json(run.folder("base") / "metrics.json", {"finished": True})
     text = tmp_path / "ko.jsonl"
     text.write_text("".join(json.dumps({"text": f"{i}번째 문서입니다. " * 9}) + "\n" for i in range(64)))
     mixed = [{"dataset": str(text), "weight": 1}, {"dataset": "primer", "weight": 1}]
@@ -312,3 +313,11 @@ def test_no_piece_ends_inside_a_character(talker, talker_folder, monkeypatch):  
     monkeypatch.setenv("SPACE_LANGUAGE", "kr")
     with pytest.raises(SystemExit, match=r"SPACE_LANGUAGE is 'kr'; use en or ko"):
         spec.loader.exec_module(app)
+
+
+def test_a_damaged_file_of_a_korean_task_is_refused_and_not_left_out(kobest, tiny_folder, tmp_path):
+    with (kobest / "BoolQ" / "test.tsv").open("a") as file:
+        file.write("1\t글\n")
+    config = EvalConfig(tasks=["nanochat_ko"], text_stages=["base"], chat_data=str(kobest), dataset=None)
+    with pytest.raises(InputError, match=r"BoolQ/test\.tsv, line \d+: 2 of "):
+        evaluate(config, {"base": str(tiny_folder)}, tmp_path / "eval")

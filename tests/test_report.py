@@ -42,7 +42,9 @@ def test_report_json_holds_the_same_facts_and_has_a_checked_shape(run):
 
 def test_two_runs_are_compared_with_the_error_of_the_difference(run, tmp_path):
     other = tmp_path / "other"
-    (other / "eval").mkdir(parents=True)
+    for stage in ("sft", "eval"):
+        (other / stage).mkdir(parents=True)
+        (other / stage / "metrics.json").write_text(json.dumps({**COMMON, "wall_time_s": 0}))
     numbers = {"results": {"sft": {"facts": result(0.95)}}, "wall_time_s": 60}
     (other / "eval" / "metrics.json").write_text(json.dumps({**COMMON, **numbers}))
     text = compare(run, other)
@@ -67,9 +69,11 @@ def test_the_row_tells_tokens_core_and_the_last_stages_chatcore(run):
     core = {"value": 0.2612, "label": "CORE", "per_task": {}}
     chat = {stage: {"value": v, "label": "ChatCORE", "limit": 50} for stage, v in (("sft", 0.1), ("rl", 0.2))}
     hardware = {"device": "x86_64", "device_type": "cpu", "cpu_cores": 2}
-    path.write_text(json.dumps({**metrics, "core": {"base": core}, "chatcore": chat}))
+    path.write_text(
+        json.dumps({**metrics, "core": {"base": core}, "chatcore": chat, "hardware": hardware, "started": 9})
+    )
     base = json.loads((run / "base" / "metrics.json").read_text())
-    base |= {"total_tokens": 1_433_600, "hardware": hardware, "started": 9.0}
+    base |= {"total_tokens": 1_433_600}
     (run / "base" / "metrics.json").write_text(json.dumps(base))
     found = cells(results_row(collect(Run(run)), report="[json](results/a.json)"))
     assert found[2] == "2 CPU cores"

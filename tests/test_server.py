@@ -253,6 +253,14 @@ def test_no_number_that_a_client_sends_breaks_the_model(server):
     assert httpx.get(server.url + "/health").status_code == 200
 
 
+@pytest.mark.parametrize("field", ["temperature", "top_p"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_what_json_has_no_word_for_is_refused_in_valid_json(server, field, value):
+    body = f'{{"messages": [{{"role": "user", "content": "Hello"}}], "{field}": {value}}}'
+    reply = httpx.post(server.url + "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400 and field in reply.json()["error"]["message"]
+
+
 def test_fields_may_be_null_and_calls_may_be_mappings_as_some_clients_send_them(server):
     call = {"id": "1", "type": "function", "function": {"name": "python", "arguments": {"expression": "5+6"}}}
     messages = [
@@ -292,14 +300,50 @@ def test_a_full_queue_says_so_and_the_others_are_answered(server, hf):
     assert statuses == [200] * 8
 
 
-def test_a_client_that_hangs_up_frees_its_row(server):
+def test_a_client_that_hangs_up_frees_its_row(server, monkeypatch):
+    worker, real, steps = server.workers[0], server.engine.advance, []
+
+    def advance():  # three tokens, then nothing until the answer was given up
+        time.sleep(0.01)
+        steps.append(worker.load)
+        return real() if len(steps) < 4 or all(request.cancelled for request in list(worker.sinks)) else []
+
+    monkeypatch.setattr(server.engine, "advance", advance)
     body = {"messages": user("Hello"), "stream": True, "temperature": 3.0, "top_k": 0}
     with httpx.stream("POST", server.url + "/v1/chat/completions", json=body) as reply:
         next(reply.iter_text())
+        (request,) = worker.sinks
     end = time.monotonic() + 10
-    while server.workers[0].load and time.monotonic() < end:
+    while worker.load and time.monotonic() < end:
         time.sleep(0.02)
-    assert server.workers[0].load == 0
+    assert (worker.load, request.finish) == (0, "cancelled")
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions", "generate"])
+def test_no_client_gets_more_tokens_than_the_server_allows(server, monkeypatch, route):
+    monkeypatch.setattr(server, "max_new_tokens", 5)
+    sampling = {"temperature": 3.0, "top_k": 0, "seed": 1}
+    if route == "generate":
+        body = {"inputs": "Hello", "parameters": {**sampling, "max_new_tokens": 100, "details": True}}
+        details = httpx.post(f"{server.url}/generate", json=body).json()["details"]
+        assert (details["generated_tokens"], details["finish_reason"]) == (5, "length")
+        return
+    for asked in ({"max_tokens": 100}, {"max_completion_tokens": 100}, {}):
+        body = {"messages": user("Hello"), **asked} if "chat" in route else {"prompt": "Hello", **asked}
+        reply = httpx.post(f"{server.url}/v1/{route}", json={**body, **sampling}).json()
+        assert (reply["usage"]["completion_tokens"], reply["choices"][0]["finish_reason"]) == (5, "length")
+
+
+def test_tool_choice_none_runs_no_tool(server, monkeypatch):
+    calls = []
+    monkeypatch.setattr(server.engine, "tool", lambda expression: calls.append(expression) or "11")
+    tools = [{"type": "function", "function": {"name": "python", "parameters": {}}}]
+    for choice, expected in (("none", []), ("auto", ["5+6"])):
+        for more in ({}, {"tools": tools}) if choice == "none" else ({},):
+            body = {"messages": user("What is 5 + 6?"), "tool_choice": choice, **more}
+            reply = httpx.post(server.url + "/v1/chat/completions", json=body).json()["choices"][0]
+            assert reply["finish_reason"] != "tool_calls" and "tool_calls" not in reply["message"]
+        assert calls == expected
 
 
 def test_a_client_that_hangs_up_without_streaming_frees_its_rows_too(server, monkeypatch):

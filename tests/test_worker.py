@@ -9,6 +9,7 @@ import torch
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 from transformers import AutoModelForCausalLM
 
+import nanochat_hf.serve.worker
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve.generate import Engine, Piece, Request
 from nanochat_hf.serve.worker import Answer, Broken, Busy, Worker
@@ -130,16 +131,29 @@ def test_a_reader_slower_than_the_model_gets_everything(worker):
     assert found == answer.request.tokens and said == QUESTIONS["Hello"][0][1]
 
 
-def test_a_client_that_left_frees_the_row(worker):
+def test_a_client_that_left_frees_the_row(worker, monkeypatch):
+    monkeypatch.setattr(nanochat_hf.serve.worker, "HANG_UP_CHECK", 0.02)
+    real, asked = worker.engine.advance, []
+
+    def advance():  # the answer would never end by itself
+        time.sleep(0.005)
+        return real() if all(request.cancelled for request in list(worker.sinks)) else []
+
     async def gone():
-        return True
+        asked.append(True)
+        return len(asked) > 2
 
     async def run():
         answer = Answer([worker], Request(prompt(worker), 200))
-        await answer.whole(gone)
+        await asyncio.wait_for(answer.whole(gone), 10)
         return answer.request
 
-    assert asyncio.run(run()).finish in ("cancelled", "stop")
+    worker.engine.advance = advance
+    request, end = asyncio.run(run()), time.monotonic() + 10
+    while worker.load and time.monotonic() < end:
+        time.sleep(0.01)
+    worker.engine.advance = real
+    assert (request.finish, worker.load, len(asked)) == ("cancelled", 0, 3)
 
 
 def test_a_broken_model_fails_the_answer_under_way_and_refuses_the_next(talker):  # noqa: F811

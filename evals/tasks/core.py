@@ -12,7 +12,6 @@ model's `_loglikelihood_tokens`, the method under `loglikelihood` of every lm-ev
 """
 
 import hashlib
-import json
 import logging
 import os
 import random
@@ -36,6 +35,8 @@ from lm_eval.filters import build_filter_ensemble
 from lm_eval.models.utils import resolve_max_length
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
+
+from nanochat_hf.data.jsonl import damaged, numbered_lines, parse, read_jsonl
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanochat_hf"
@@ -88,23 +89,40 @@ def _download_bundle(target: Path, url: str) -> None:
         shutil.move(unpacked, target)
 
 
+FIELDS = {  # of the rows of each kind of task
+    "multiple_choice": {"query": str, "choices": list, "gold": int},
+    "schema": {"context_options": list, "continuation": str, "gold": int},
+    "language_modeling": {"context": str, "continuation": str},
+}
+
+
 class Rows(Sequence):
     """A task's rows in the definition's order, each with its number as `_row`; parsed when first looked at.
 
     Most files hold thousands of rows of which `--limit` leaves a hundred, and the order depends on their number alone.
+    Raises ValueError, with file and line, for a row that is not one of this kind of task.
     """
 
-    def __init__(self, file: Path):
-        with file.open(encoding="utf-8") as lines:  # not splitlines(): JSON may hold other line separators
-            self.rows: list[str | dict] = list(lines)
+    def __init__(self, file: Path, kind: str):
+        self.file, self.fields = file, FIELDS[kind]
+        self.options = next((name for name, type_ in self.fields.items() if type_ is list), None)
+        self.rows: list[tuple[int, bytes] | dict] = numbered_lines(file)
         random.Random(1337).shuffle(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict:
-        if isinstance(self.rows[number], str):
-            self.rows[number] = {**json.loads(self.rows[number]), "_row": number}
+        if isinstance(self.rows[number], tuple):
+            line, data = self.rows[number]
+            row = parse(self.file, line, data, self.fields)
+            if self.options:
+                texts = row[self.options]
+                if not texts or not all(isinstance(text, str) for text in texts):
+                    raise damaged(self.file, line, f"{self.options!r} must be texts")
+                if not 0 <= row["gold"] < len(texts):
+                    raise damaged(self.file, line, f"'gold' is {row['gold']} of {len(texts)} {self.options}")
+            self.rows[number] = {**row, "_row": number}
         return self.rows[number]
 
 
@@ -208,7 +226,7 @@ class CoreTask(TokenTask):
                 raise ValueError(
                     f"{self.task_name}: the bundle has no {self.config.dataset_path}; leave this task out"
                 )
-            self._docs = Rows(self.file)
+            self._docs = Rows(self.file, self.kind)
         return self._docs
 
     def doc_to_text(self, doc: dict) -> str:
@@ -252,14 +270,21 @@ class CoreTask(TokenTask):
         prefix = _shared(prompts)
         return [(tokens, prefix) for tokens in prompts]
 
-    def build_all_requests(self, *, limit=None, samples=None, rank=0, world_size=1, **unused) -> None:
-        """Make the requests of this rank's rows; `limit` cuts the rows before few-shot examples are drawn from them.
+    def check(self, limit=None) -> int:
+        """Look at every row that `limit` leaves, so that a damaged line stops all ranks before anything is computed.
 
-        Below shots + 1 rows the definition has no answer (upstream stops with an error): examples then come from the
-        first shots + 1 rows.
+        Returns how many: rows that are asked about, and those that few-shot examples are drawn from. Below shots + 1
+        rows the definition has no answer (upstream stops with an error): examples then come from the first shots + 1.
         """
         rows = len(self.test_docs())
-        pool = min(rows, max(int(limit), self.config.num_fewshot + 1)) if limit and not samples else rows
+        pool = min(rows, max(int(limit), self.config.num_fewshot + 1)) if limit else rows
+        for number in range(pool):
+            self.test_docs()[number]
+        return pool
+
+    def build_all_requests(self, *, limit=None, samples=None, rank=0, world_size=1, **unused) -> None:
+        """Make the requests of this rank's rows; `limit` cuts the rows before examples are drawn from them."""
+        pool = self.check(None if samples else limit)
         chosen = list(self.doc_iterator(rank=rank, limit=limit, samples=samples, world_size=world_size))
         self._instances, self.num_long, limit_of_model = [], 0, self.position_limit(self.model_config)
         for begin in range(0, len(chosen), CHUNK):
@@ -340,9 +365,7 @@ class TextTask(TokenTask):
             file = next((file for file in files if file.is_file()), None)
             if not file:
                 raise ValueError(f"no file {self.config.dataset_path}: pass --metadata chat_data=DIR with its folder")
-            with file.open(encoding="utf-8") as lines:
-                rows = [json.loads(line) for line in lines if line.strip()]
-            self._docs = [row for row in rows if row["text"].strip()]
+            self._docs = [row for row in read_jsonl(file, {"text": str}) if row["text"].strip()]
         return self._docs
 
     def doc_to_text(self, doc: dict) -> str:

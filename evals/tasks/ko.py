@@ -8,7 +8,6 @@ skt/kobest_v1. KMMLU (arXiv:2402.11548) and HAE-RAE (arXiv:2309.02706) come from
 What each choice is scored with is the sum of its log-probabilities, as in lm-eval's `acc`.
 """
 
-import csv
 import re
 from pathlib import Path
 
@@ -16,16 +15,45 @@ import datasets
 import lm_eval.tasks
 from lm_eval.tasks.kobest.utils import copa_doc_to_choice, copa_doc_to_text
 
+from nanochat_hf.data.jsonl import damaged, decode, numbered_lines
+
 COLUMNS = {  # of the files -> of the Hub
-    "COPA": {"sentence": "premise", "1": "alternative_1", "2": "alternative_2", "Answer": "label"},
-    "HellaSwag": {f"choice{i}": f"ending_{i}" for i in range(1, 5)},
+    "COPA": {
+        "sentence": "premise",
+        "question": "question",
+        "1": "alternative_1",
+        "2": "alternative_2",
+        "Answer": "label",
+    },
+    "HellaSwag": {"context": "context", "label": "label"} | {f"choice{i}": f"ending_{i}" for i in range(1, 5)},
     "BoolQ": {"Text": "paragraph", "Question": "question", "Answer": "label"},
 }
 
 
-def label_of(task: str, text: str) -> int:
-    """The files count COPA's choices from 1 and write BoolQ's answers as true and false, in any case."""
-    return int(text) - 1 if task == "COPA" else int(text.lower() == "true") if task == "BoolQ" else int(text)
+LABELS = {  # what the files write -> the label
+    "COPA": {"1": 0, "2": 1},
+    "HellaSwag": {str(i): i for i in range(4)},
+    "BoolQ": {"false": 0, "true": 1},
+}
+
+
+def read_tsv(path: Path, task: str) -> list[dict]:
+    """Rows of a file of KoBEST with the Hub's names of columns. Raises ValueError with file and line."""
+    lines = [(number, decode(path, number, line).split("\t")) for number, line in numbered_lines(path)]
+    (first, names), rows = lines[0], []
+    for column in COLUMNS[task]:
+        if column not in names:
+            raise damaged(path, first, f"no column {column!r}")
+    for number, cells in lines[1:]:
+        if len(cells) != len(names):
+            raise damaged(path, number, f"{len(cells)} of {len(names)} columns")
+        row = {COLUMNS[task].get(name, name): cell for name, cell in zip(names, cells)}
+        if (label := LABELS[task].get(row["label"].lower())) is None:
+            raise damaged(path, number, f"the label is {row['label']!r}")
+        rows.append({**row, "label": label})
+    if not rows:
+        raise damaged(path, first, "no rows follow")
+    return rows
 
 
 def kobest(task: str, chat_data: str | list[str | None] | None = None, **_) -> dict[str, datasets.Dataset]:
@@ -33,13 +61,8 @@ def kobest(task: str, chat_data: str | list[str | None] | None = None, **_) -> d
     folders = [chat_data] if isinstance(chat_data, str) else chat_data or []
     for folder in filter(None, folders):
         for path in (Path(folder) / task / "test.tsv", Path(folder) / "kobest" / task / "test.tsv"):
-            if not path.is_file():
-                continue
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                found = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-            rows = [{COLUMNS[task].get(key, key): text for key, text in row.items()} for row in found]
-            rows = [{**row, "label": label_of(task, row["label"])} for row in rows]
-            return {"test": datasets.Dataset.from_list(rows)}
+            if path.is_file():
+                return {"test": datasets.Dataset.from_list(read_tsv(path, task))}
     return {"test": from_hub("skt/kobest_v1", [task.lower()])}
 
 

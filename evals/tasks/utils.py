@@ -7,7 +7,6 @@ Multiple choice is exact with the plain command line. Generated answers (GSM8K, 
 too, as long as the model calls no tool: lm-eval's own runner answers no calls, `scripts/run_evals.py` does.
 """
 
-import json
 import re
 from math import comb
 from pathlib import Path
@@ -15,11 +14,15 @@ from pathlib import Path
 import datasets
 
 from nanochat_hf.data import answers
+from nanochat_hf.data.jsonl import damaged, numbered_lines, parse
 from nanochat_hf.tools import run_sandboxed
+
+TYPES = {"messages": list, "choices": (list, dict), "rivals": list}  # of fields; the others are text
 
 
 def rows(
     file: str,
+    fields: list[str],
     hub: str | None = None,
     name: str | None = None,
     split: str = "test",
@@ -29,12 +32,12 @@ def rows(
     """A task's rows: `<chat_data>/<file>` where that exists, else the Hub's, in upstream's order (shuffled, seed 42).
 
     chat_data, a folder or several, comes with `--metadata chat_data=DIR`; tasks without a place on the Hub need it.
+    Every line of the file must have the `fields`, else the ValueError names it.
     """
     folders = [chat_data] if isinstance(chat_data, str) else chat_data or []
     for path in (Path(folder) / file for folder in folders if folder):
         if path.is_file():
-            with path.open(encoding="utf-8") as lines:
-                return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines if line.strip()])}
+            return {"test": read_rows(path, fields)}
     if not hub:
         raise ValueError(f"no file {file}: pass --metadata chat_data=DIR with the folder that holds it")
     try:
@@ -43,29 +46,48 @@ def rows(
         raise ValueError(f"no file {file} in chat_data and no {hub} from the Hub: {error}") from None
 
 
+def read_rows(path: Path, fields: list[str]) -> datasets.Dataset:
+    """The file's rows; of questions with choices already as `choice_docs` makes them."""
+    found, types = [], {name: TYPES.get(name, str) for name in fields}
+    for number, line in numbered_lines(path):
+        row = parse(path, number, line, types)
+        try:
+            if "messages" in row:
+                question(row).strip()
+            found.append(choice_doc(row) if "choices" in row else {name: row[name] for name in fields})
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise damaged(path, number, f"not a row of this task ({type(error).__name__}: {error})") from None
+    return datasets.Dataset.from_list(found)
+
+
 def question(doc: dict) -> str:
     """The user's first message, from `messages` or `question`."""
     return doc["messages"][0]["content"] if doc.get("messages") else doc["question"]
 
 
 def choice_docs(found: datasets.Dataset) -> datasets.Dataset:
-    """ARC's and MMLU's rows, from the Hub or local files -> {prompt, letters, gold}.
+    """ARC's and MMLU's rows of the Hub -> those of `choice_doc`, which local files have already."""
+    if "prompt" in found.column_names:
+        return found
+    return found.map(choice_doc, remove_columns=found.column_names, load_from_cache_file=False)
+
+
+def choice_doc(doc: dict) -> dict:
+    """A row of ARC or MMLU -> {prompt, letters, gold}. Raises ValueError if its answer is none of its choices.
 
     The prompt is upstream's protocol to the letter: each choice stands before its letter, which helps small models to
     bind the two, and the letter follows "=" without a space, so that it is the token that the answer consists of.
     """
-
-    def convert(doc: dict) -> dict:
-        choices = doc["choices"]
-        texts, letters = (choices["text"], choices["label"]) if isinstance(choices, dict) else (choices, "ABCDEFGHIJ")
-        letters = list(letters)[: len(texts)]
-        gold = letters.index(doc["answerKey"]) if "answerKey" in doc else doc["answer"]
-        lines = "".join(f"- {text}={letter}\n" for text, letter in zip(texts, letters))
-        request = "Respond only with the letter of the correct answer."
-        prompt = f"Multiple Choice question: {doc['question']}\n{lines}\n{request}"
-        return {"prompt": prompt, "letters": letters, "gold": gold}
-
-    return found.map(convert, remove_columns=found.column_names, load_from_cache_file=False)
+    choices = doc["choices"]
+    texts, letters = (choices["text"], choices["label"]) if isinstance(choices, dict) else (choices, "ABCDEFGHIJ")
+    letters = list(letters)[: len(texts)]
+    gold = letters.index(doc["answerKey"]) if "answerKey" in doc else doc["answer"]
+    if not (isinstance(gold, int) and 0 <= gold < len(texts) == len(letters)):
+        raise ValueError(f"answer {gold!r} of {len(texts)} choices")
+    lines = "".join(f"- {text}={letter}\n" for text, letter in zip(texts, letters))
+    request = "Respond only with the letter of the correct answer."
+    prompt = f"Multiple Choice question: {doc['question']}\n{lines}\n{request}"
+    return {"prompt": prompt, "letters": letters, "gold": gold}
 
 
 def choice_results(doc: dict, results: list[tuple[float, bool]]) -> dict[str, float]:

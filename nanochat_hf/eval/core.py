@@ -36,13 +36,15 @@ def evaluate_core(lm, manager: TaskManager, limit: int | None = None, log: Calla
         "per_task": {label: {"acc", "centered", "stderr", "n"}}} on the first rank, None elsewhere.
 
     Raises:
-        InputError: no bundle, or one with none of the tasks.
+        InputError: no bundle, one with none of the tasks, a damaged line.
     """
     start, before, per_task, long_prompts = time.time(), lm.model_seconds, {}, 0
     tasks = load_tasks(manager, [GROUP])
     found = {name: task for name, task in tasks.items() if input_error(lambda task: task.file.is_file(), task)}
     if not found:
         raise InputError("the CORE bundle holds none of the 22 tasks; name the unpacked eval_bundle folder")
+    for task in found.values():
+        input_error(task.check, limit)
     # With a limit all tasks share batches, few and full ones; without, their prompts would fill the memory.
     for job in [found] if limit else [{name: task} for name, task in found.items()]:
         answers = run_lm_eval(lm, job, limit, chat=False, log_samples=False)

@@ -9,11 +9,13 @@ Results go to eval/metrics.json, every question with its answer to eval/samples/
 evaluation goes on with the stage that it had not finished.
 """
 
-import json
+import hashlib
+import math
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -22,13 +24,14 @@ from lm_eval.tasks import TaskManager
 from ..data.tokenizer import load_tokenizer
 from ..distributed import agreed, meet, processes
 from ..errors import InputError
-from ..run import begin, finish, load_json, save_json
+from ..run import begin, fingerprint, finish, load_json, save_json
 from .bpb import held_out_bpb
 from .core import centered_mean, evaluate_core, quiet
 from .generation import Generator
 from .lm import LocalLM, load
 from .sizes import bloat, compression
-from .tasks import EVALS, MEANS, Tasks
+from .tasks import EVALS, MEANS, Tasks, write_jsonl
+from .weights import model_id
 
 
 @dataclass
@@ -76,7 +79,18 @@ class EvalConfig:
     seed: int = 0
 
 
-def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: Callable | None = None) -> dict | None:
+PACKAGE = Path(__file__).parents[1]
+PARTS = ("eval/bpb", "eval/core", "eval/generation", "eval/lm", "eval/score", "eval/tasks", "data/answers")
+PARTS += ("data/jsonl", "tools")
+
+
+def evaluate(
+    config: EvalConfig,
+    models: dict[str, str],
+    output: Path,
+    engine: Callable | None = None,
+    keep_unchanged: bool = False,
+) -> dict | None:
     """Evaluate each stage's model and write output/metrics.json.
 
     Args:
@@ -84,34 +98,34 @@ def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: C
         models: stage -> folder or Hub id, for example {"base": "runs/d12/base", "sft": "runs/d12/sft"}.
         output: the eval folder of the run.
         engine: (model, tokenizer) -> object with `generate`, such as `serve.generate.Engine`; None: the built-in one.
+        keep_unchanged: take over from an earlier output/metrics.json the results of stages whose weights did not
+            change, if config, tasks and data are the same.
 
     Returns:
-        What stands in metrics.json, on the main process; None elsewhere.
+        What stands in metrics.json, on the main process; None elsewhere. "weights" says which weights were measured.
 
     Raises:
-        InputError: unknown task, no chat template, no bundle, no such model.
+        InputError: unknown task, no chat template, no bundle, no such model, weights that are not finite.
     """
     state, output, record = processes(), Path(output), begin(config)
-    if config.num_samples > 1 and config.temperature == 0:
-        raise InputError("num_samples above 1 needs a temperature: greedy answers would all be the same")
-    for name in ("limit", "core_limit"):
-        if (value := getattr(config, name)) is not None and value < state.num_processes:
-            raise InputError(
-                f"{name} is {value}: give at least one question for each of {state.num_processes} processes"
-            )
+    check_counts(config, state.num_processes)
     if not models:
         raise InputError("no finished model to evaluate: run the base stage first")
     with quiet():
         tasks = Tasks(config, models, output)
-        stages = {}
+        identity = ()
+        if state.is_main_process:
+            identity = {stage: model_id(folder) for stage, folder in models.items()}, definition_of(config)
+        (weights, definition), stages = agreed(identity), {}
         for stage, folder in models.items():
-            kept = output / "state" / f"{stage}.json"
-            found = agreed(load_json(kept) if state.is_main_process else None)
-            if found is None or found["config"] != asdict(config):
-                numbers = evaluate_model(config, stage, folder, tasks, output, engine, state)
-                found = {"config": asdict(config), **numbers}
+            key = {"definition": definition, "weights": weights[stage]}
+            found = agreed(earlier(output, stage, key, keep_unchanged) if state.is_main_process else None)
+            if found is None:
+                found = key | evaluate_model(config, stage, folder, tasks, output, engine, state)
                 if state.is_main_process:
-                    save_json(kept, found)
+                    save_json(output / "state" / f"{stage}.json", found)
+            else:
+                state.print(f"[eval] {stage}: measured earlier, with the same weights")
             stages[stage] = found
         meet("the end of the evaluation")
     if not state.is_main_process:
@@ -120,9 +134,50 @@ def evaluate(config: EvalConfig, models: dict[str, str], output: Path, engine: C
     numbers["examples"] = {stage: found["examples"] for stage, found in stages.items()}
     numbers["seconds"] = {stage: found["seconds"] for stage, found in stages.items()}
     numbers["bytes_per_token"] = compression(load_tokenizer(next(iter(models.values()))))
-    metrics = finish(output, record, models=models, bloat=bloat(), **numbers)
-    shutil.rmtree(output / "state", ignore_errors=True)
+    # A stage of this run goes by its name, so that a run folder can move.
+    places = {s: s if Path(path).resolve() == (output.parent / s).resolve() else path for s, path in models.items()}
+    what = {"models": places, "weights": weights, "definition": definition}
+    metrics = finish(output, record, **what, bloat=bloat(), **numbers)
+    for folder in [output / "state", *(path for path in output.glob("samples/*") if path.name not in models)]:
+        shutil.rmtree(folder, ignore_errors=True)
     return metrics
+
+
+def check_counts(config: EvalConfig, num_processes: int) -> None:
+    if config.num_samples > 1 and config.temperature == 0:
+        raise InputError("num_samples above 1 needs a temperature: greedy answers would all be the same")
+    for name in ("limit", "core_limit"):
+        if (value := getattr(config, name)) is not None and value < num_processes:
+            raise InputError(f"{name} is {value}: give at least one question for each of {num_processes} processes")
+
+
+def definition_of(config: EvalConfig) -> str:
+    """A hash of all that decides a result besides the weights: config, tasks, code that measures, local data."""
+    files = [*EVALS.glob("tasks/*.*"), *PACKAGE.glob("data/primer*.py"), *(PACKAGE / f"{name}.py" for name in PARTS)]
+    code = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    parts = config.dataset if isinstance(config.dataset, list) else [{"dataset": config.dataset}]
+    places = [config.chat_data, config.words, config.core_bundle, *(str(part.get("dataset")) for part in parts)]
+    data = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for place in filter(None, places)
+        for path in sorted([Path(place), *Path(place).rglob("*")])
+        if path.is_file()
+    ]
+    return fingerprint([asdict(config), code, data, metadata.version("lm_eval")])
+
+
+def earlier(output: Path, stage: str, key: dict, keep_unchanged: bool) -> dict | None:
+    """The numbers of this stage from an evaluation that broke off, or from the finished one; only those of `key`."""
+    candidates = [load_json(output / "state" / f"{stage}.json") or {}]
+    if keep_unchanged:
+        whole = load_json(output / "metrics.json") or {}
+        names = ("results", "core", *MEANS, "examples", "seconds", "weights")
+        empty = {"results": {}, "examples": [], "definition": whole.get("definition")}
+        candidates.append(empty | {name: whole[name][stage] for name in names if stage in (whole.get(name) or {})})
+    for found in candidates:
+        if key["weights"] and all(found.get(name) == value for name, value in key.items()):
+            return dict.fromkeys(("core", *MEANS, "seconds")) | found
+    return None
 
 
 def part_name(dataset: str) -> str:
@@ -133,6 +188,8 @@ def part_name(dataset: str) -> str:
 def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, engine, state) -> dict:
     """All numbers of one stage; the same on every rank except for what only the main process gathers."""
     began, seconds, results, examples, core = time.time(), {}, {}, [], None
+    if state.is_main_process:
+        shutil.rmtree(output / "samples" / stage, ignore_errors=True)
     model, tokenizer = load(folder, config.dtype, state.device)
     generator = engine(model, tokenizer) if engine else Generator(model, tokenizer, config.batch_size)
     lm = LocalLM(model, tokenizer, config, generator)
@@ -144,6 +201,8 @@ def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, 
             found = held_out_bpb(model, tokenizer, dataset, config.bpb_tokens, config.batch_tokens)
             if found:
                 results[name] = found
+            if found and math.isnan(found["value"]):
+                raise InputError(f"{folder} gives NaN for text, in {model.dtype}: no number of it would mean anything")
             words = f"{found['value']:.4f}" if found else "not known: its tokenizer is not byte-level"
             state.print(f"[eval] {stage}: {name.replace('_', ' ')} {words}")
         seconds["val_bpb"] = time.time() - began
@@ -166,9 +225,7 @@ def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, 
         if state.is_main_process and samples:
             examples += samples[:2]
             if config.log_samples:
-                path = output / "samples" / stage / f"{name}.jsonl"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
+                write_jsonl(output / "samples" / stage / f"{name}.jsonl", samples)
     means = {
         kind: centered_mean({k: v for k, v in results.items() if v.get(kind)}, label, len(tasks.members(kind)), part)
         for kind, (_, label, part) in MEANS.items()

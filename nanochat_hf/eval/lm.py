@@ -18,6 +18,7 @@ from ..data.tokenizer import load_tokenizer, strip_special_tokens
 from ..distributed import meet, processes
 from ..errors import InputError
 from .score import score
+from .weights import first_non_finite
 
 
 class LocalLM(HFLM):
@@ -107,4 +108,6 @@ def load(folder: str, dtype: str, device: torch.device):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     except (OSError, ValueError) as error:
         raise InputError(f"no model in {folder}: {str(error).splitlines()[0]}") from None
+    if name := first_non_finite(model.named_parameters()):
+        raise InputError(f"the weights of {folder} are not finite (NaN or infinity in {name}): nothing to measure")
     return model.to(device).eval(), tokenizer

@@ -31,8 +31,10 @@ blockquote p{margin:.25rem 0}
 
 
 def plots(facts: dict, folder: Path) -> dict[str, str]:
-    """Draw what there is to draw; section -> path of its picture below the run folder."""
+    """Draw what there is to draw; section -> path of its picture below the run folder. Older pictures go."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (*TITLES, "core"):
+        (folder / f"{name}.png").unlink(missing_ok=True)
     drawn = {}
     for stage, metrics in facts["stages"].items():
         history = metrics.get("history") or []
@@ -64,7 +66,10 @@ def draw_curves(curves: dict[str, tuple[list, list]], path: Path, title: str) ->
 def draw_core(cores: dict[str, dict], path: Path) -> str:
     """Centered accuracy by task, beside those that are published of GPT-2 XL."""
     labels = list(dict.fromkeys(label for tasks in cores.values() for label in tasks))
-    bars = {stage.upper(): {label: tasks[label]["centered"] for label in tasks} for stage, tasks in cores.items()}
+    bars = {
+        stage.upper(): {label: task["centered"] for label, task in tasks.items() if task["centered"] is not None}
+        for stage, tasks in cores.items()
+    }
     bars["GPT-2 XL (published)"] = {label: GPT2_XL[label] for label in labels if label in GPT2_XL}
     figure = Figure(figsize=(9.2, 0.34 * len(labels) + 1.2), layout="constrained")
     axes, height = figure.subplots(), 0.8 / len(bars)

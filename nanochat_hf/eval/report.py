@@ -8,15 +8,17 @@ Nothing is measured here and nothing is guessed: a number that no stage wrote is
 report.json holds, of the shape `Report`); sections.py writes them, plots.py draws them; the model card uses the same.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InputError
-from ..run import Run, save_json
+from ..run import Run, save_json, without_nan
 from .plots import page, plots
-from .sections import MODEL_STAGES, TITLES, duration, grid, markdown, short, show
+from .sections import MODEL_STAGES, TITLES, decimal, duration, grid, markdown, short, show
+from .weights import measured, outdated, refuse_non_finite, replaced, unverified
 
 Stage = Literal["base", "mid", "sft", "rl"]
 
@@ -25,7 +27,7 @@ class Result(BaseModel):
     """A number of one model; tasks may add more, such as `tool_use` and `pass@8`."""
 
     model_config = ConfigDict(extra="allow")
-    value: float
+    value: float | None
     stderr: float | None = None
     n: int | None = None
     higher_is_better: bool = True
@@ -34,8 +36,8 @@ class Result(BaseModel):
 class Score(BaseModel):
     """One task of a mean."""
 
-    acc: float
-    centered: float
+    acc: float | None
+    centered: float | None
     stderr: float | None
     n: int
 
@@ -61,6 +63,7 @@ class Report(BaseModel):
 
     version: Literal[1] = Field(alias="schema")
     run: str
+    notes: list[str]
     commits: list[str]
     hardware: dict | None
     versions: dict[str, str | None] | None
@@ -81,7 +84,7 @@ def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
         hourly_rate: price of the whole machine in dollars an hour, for the cost.
 
     Raises:
-        InputError: the folder has no finished stage.
+        InputError: the folder has no finished stage, or weights that are not finite.
     """
     path = Path(run_path)
     facts = collect(Run(path), hourly_rate)
@@ -94,18 +97,27 @@ def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
 
 
 def collect(run: Run, hourly_rate: float | None = None) -> dict:
-    """Everything the report says, as plain values: what report.json holds."""
-    found = {stage: run.metrics(stage) for stage in (*TITLES, "eval")}
+    """Everything the report says, as plain values: what report.json holds.
+
+    Results of other weights than the run folder's are left out, and "notes" says so. Raises InputError for a folder
+    without a finished stage, and for weights that are not finite.
+    """
+    found = {stage: without_nan(run.metrics(stage)) for stage in (*TITLES, "eval")}
     stages = {stage: metrics for stage, metrics in found.items() if metrics and metrics.get("finished")}
     if not stages:
         raise InputError(f"{run.path} holds no finished stage to report on")
+    for stage in MODEL_STAGES:
+        if stage in stages:
+            refuse_non_finite(run.folder(stage))
     seconds = {stage: metrics.get("wall_time_s") for stage, metrics in stages.items()}
     total = sum(value for value in seconds.values() if value)
     last = max(stages.values(), key=lambda metrics: metrics.get("started") or 0)
-    evaluation = stages.get("eval", {})
+    notes, evaluation = current(run, stages)
+    shown = {name: stages[name] for name in stages if name != "eval" and not replaced(run, name)}
     return {
         "schema": 1,
         "run": run.path.resolve().name,
+        "notes": notes,
         "commits": sorted({describe(m) for m in stages.values()}),
         "hardware": last.get("hardware"),
         "versions": last.get("versions"),
@@ -113,14 +125,43 @@ def collect(run: Run, hourly_rate: float | None = None) -> dict:
         "total_seconds": total,
         "hourly_rate": hourly_rate,
         "cost": hourly_rate * total / 3600 if hourly_rate is not None else None,
-        "bloat": evaluation.get("bloat"),
-        "stages": {name: metrics for name, metrics in stages.items() if name != "eval"},
-        "evaluation": {
-            key: evaluation.get(key) or {}
-            for key in ("results", "core", "chatcore", "kocore", "examples", "bytes_per_token")
-        },
-        "table": table(stages, evaluation),
+        "bloat": stages.get("eval", {}).get("bloat"),
+        "stages": shown,
+        "evaluation": evaluation,
+        "table": table(shown, evaluation),
     }
+
+
+def current(run: Run, stages: dict) -> tuple[list[str], dict]:
+    """Notes on what is left out or not certain, and the evaluation without results of other weights.
+
+    Args:
+        stages: the metrics.json of each finished stage.
+    """
+    record, notes = stages.get("eval", {}), []
+    old, unknown, models = outdated(run, record), unverified(run, record), measured(record)
+    if old:
+        why = ", ".join(f"{stage} ({reason})" for stage, reason in old.items())
+        notes.append(f"the evaluation is older than the models, its results are left out for {why}; run it again")
+    if unknown:
+        notes.append(f"not verified: the evaluation does not say which weights of {', '.join(unknown)} it measured")
+    notes += [f"{stage} is {model}" for stage, model in models.items() if model and stage not in old]
+    names = [name for name in stages if name in TITLES]
+    notes += [
+        f"the weights of {name} are not those that its metrics.json describes, so its numbers are left out; "
+        "train it again, or restore them"
+        for name in names
+        if replaced(run, name)
+    ]
+    for before, after in pairwise(names):
+        if (stages[before].get("started") or 0) > (stages[after].get("started") or 0):
+            notes.append(f"{after} was trained before today's {before}, so not from it")
+    evaluation = {
+        key: {stage: value for stage, value in (record.get(key) or {}).items() if stage not in old}
+        for key in ("results", "core", "chatcore", "kocore", "examples")
+    }
+    whole = not old or next(iter(models)) not in old  # the tokenizer is that of the first model
+    return notes, evaluation | {"bytes_per_token": (record.get("bytes_per_token") or {}) if whole else {}}
 
 
 def describe(metrics: dict) -> str:
@@ -153,8 +194,13 @@ def table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
 
 
 def validate(facts: dict) -> None:
-    """Raise ValueError where report.json would not have the shape that its readers rely on: `Report`."""
-    Report.model_validate(facts, strict=True)
+    """Raise InputError where report.json would not have the shape that its readers rely on: `Report`."""
+    try:
+        Report.model_validate(facts, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"a metrics.json of {facts['run']} is damaged: {place}: {first['msg']}") from None
 
 
 def results_row(facts: dict, report: str = "-") -> str:
@@ -179,12 +225,12 @@ def results_row(facts: dict, report: str = "-") -> str:
             label, _, limit = name.partition(", ")
             if label == metric:
                 value = cells[[stage for stage in MODEL_STAGES if stage in cells][-1]]["value"]
-                return f"{value:.4f}" + (f" ({limit})" if limit else "")
+                return decimal(value) + (f" ({limit})" if limit else "")
         return "-"
 
     bpb = facts["table"].get("val bpb", {}).get("base")
     cells = [facts["run"], ", ".join(facts["commits"]), machine, duration(facts["total_seconds"])]
-    cells += [short(tokens), f"{bpb['value']:.4f}" if bpb else "-", last("CORE"), last("ChatCORE"), report]
+    cells += [short(tokens), decimal((bpb or {}).get("value")), last("CORE"), last("ChatCORE"), report]
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -198,7 +244,7 @@ def compare(first: str | Path, second: str | Path) -> str:
             if not a and not b:
                 continue
             cells, difference = [show("", (cell or {}).get("value")) for cell in (a, b)], "-"
-            if a and b:
+            if None not in ((a or {}).get("value"), (b or {}).get("value")):
                 difference = f"{b['value'] - a['value']:+.4f}"
                 errors = [cell.get("stderr") for cell in (a, b)]
                 if None not in errors:
@@ -207,4 +253,5 @@ def compare(first: str | Path, second: str | Path) -> str:
     rows.append(["total wall time", "", duration(one["total_seconds"]), duration(two["total_seconds"]), "-"])
     rows[-1][-1] = f"{(two['total_seconds'] - one['total_seconds']) / 60:+.1f} min"
     names = [one["run"], two["run"]] if one["run"] != two["run"] else [str(first), str(second)]
-    return grid(["Metric", "Stage", *names, "Difference"], rows) + "\n"
+    notes = [f"{name}: {note}" for name, facts in zip(names, (one, two)) for note in facts["notes"]]
+    return "\n\n".join([grid(["Metric", "Stage", *names, "Difference"], rows), *notes]) + "\n"

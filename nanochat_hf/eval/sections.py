@@ -56,7 +56,8 @@ BLOAT = {
 def markdown(facts: dict, pictures: dict[str, str] | None = None) -> str:
     """The report as Markdown; pictures: section -> path of its plot, relative to the report."""
     pictures = pictures or {}
-    parts = [f"# Report card: {facts['run']}", *header(facts)]
+    notes = [f"> Note: {one_line(note)}" for note in facts["notes"]]
+    parts = [f"# Report card: {facts['run']}", *notes, *header(facts)]
     for stage, metrics in facts["stages"].items():
         parts += [f"## {TITLES[stage]}", numbers(metrics)]
         if stage == "tokenizer" and (texts := facts["evaluation"]["bytes_per_token"]):
@@ -133,7 +134,7 @@ def evaluation(facts: dict, pictures: dict[str, str]) -> list[str]:
         if core["label"] == "CORE":
             notes.append(f"GPT-2 XL (1.6B) has {GPT2_XL['CORE']:.4f}.")
         rows = [
-            [name, f"{row['acc']:.4f}", with_error({**row, "value": row["centered"]}), f"{row['n']:,}"]
+            [name, decimal(row["acc"]), with_error({**row, "value": row["centered"]}), f"{row['n']:,}"]
             + [show("", GPT2_XL.get(name))]
             for name, row in core["per_task"].items()
         ]
@@ -151,19 +152,23 @@ def evaluation(facts: dict, pictures: dict[str, str]) -> list[str]:
 
 
 def result_cells(result: dict) -> list[str]:
-    best = [f"{name} {value:.4f}" for name, value in result.items() if name.startswith("pass@")]
+    best = [f"{name} {decimal(value)}" for name, value in result.items() if name.startswith("pass@")]
     used = show("tool_use", result.get("tool_use"))
     return [with_error(result), show("", result.get("baseline")), f"{result['n']:,}", used, ", ".join(best) or "-"]
 
 
 def with_error(result: dict) -> str:
-    return f"{result['value']:.4f}" + (f" ± {result['stderr']:.4f}" if result.get("stderr") is not None else "")
+    return decimal(result["value"]) + (f" ± {result['stderr']:.4f}" if result.get("stderr") is not None else "")
+
+
+def decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def summary(facts: dict) -> str:
     """The last table, Metric | BASE | MID | SFT | RL, and the total wall time."""
     rows = [
-        [name, *(f"{cells[stage]['value']:.4f}" if stage in cells else "-" for stage in MODEL_STAGES)]
+        [name, *(decimal(cells.get(stage, {}).get("value")) for stage in MODEL_STAGES)]
         for name, cells in facts["table"].items()
     ]
     times = ", ".join(f"{stage} {duration(value)}" for stage, value in facts["seconds"].items() if value is not None)

@@ -15,9 +15,10 @@ from lm_eval.tasks import TaskManager
 
 from ..data import primer
 from ..data.conversations import Mixture
+from ..data.jsonl import DamagedFile
 from ..distributed import main_first, processes
 from ..errors import InputError
-from ..run import nearest
+from ..run import nearest, without_nan
 from .core import evaluate_core, load_tasks, run_lm_eval
 from .lm import LocalLM
 
@@ -67,7 +68,7 @@ class Tasks:
                     self.loaded |= load_tasks(self.manager, [part])
                 except InputError as error:
                     failed.append(f"{part.removeprefix(name + '_')} ({error})")
-                    if not korean:
+                    if not korean or isinstance(error.__cause__, DamagedFile):
                         raise
             if korean and not self.loaded:
                 raise InputError(f"no task of {name} has its rows here: {failed[0]}; name them with chat_data")
@@ -85,23 +86,17 @@ class Tasks:
 
     def write_questions(self, output: Path) -> None:
         """The rows of tasks that are generated, as files that the plain lm_eval command line can read again."""
-
-        def write(name: str, rows: list[dict]) -> None:
-            path = output / "questions" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
         with main_first("making the questions") as main:
             if not main:
                 return
             for kind in DEMO_KINDS:
-                write(f"primer_{kind}.jsonl", primer.questions(kind))
+                write_jsonl(output / "questions" / f"primer_{kind}.jsonl", primer.questions(kind))
             source = self.config.words or self.config.dataset
             if source and SPELLING & set(self.config.tasks):
                 bee = {"dataset": source, "split": "test", "transform": "spelling_bee", "rows": SPELLING_BEES}
                 found = [row["messages"] for row in Mixture([bee], seed=self.config.seed)]
                 rows = [{"messages": turns[:1], "answer": turns[-1]["content"]} for turns in found]
-                write("spellingbee_test.jsonl", rows)
+                write_jsonl(output / "questions" / "spellingbee_test.jsonl", rows)
 
     def run(self, name: str, lm: LocalLM) -> tuple[dict, list[dict]]:
         """One task -> ({short name: result}, samples); both empty on ranks other than the first."""
@@ -133,6 +128,13 @@ class Tasks:
 
     def core(self, lm: LocalLM, log: Callable = print) -> dict | None:
         return evaluate_core(lm, self.manager, self.config.core_limit, log)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """A row a line; NaN and infinities, which JSON has no word for, become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False) for row in rows)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def readable(sample: dict) -> dict:

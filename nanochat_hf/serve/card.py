@@ -4,7 +4,6 @@
 applies the rules by which the Hub rejects a card. `hub.push` uses both, and the tests run the code that it shows.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import InputError
-from ..eval.report import MODEL_STAGES, TITLES, collect, duration, grid, show
+from ..eval.report import MODEL_STAGES, TITLES, collect, decimal, duration, grid, show
 from ..run import Run, load_json, nearest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -62,7 +61,7 @@ def card(run: Run, wanted: Push) -> ModelCard:
         repo=wanted.repo,
         stage=stage,
         title=TITLES[stage],
-        results=result_table(facts, stage),
+        results="\n\n".join([result_table(facts, stage), *(f"Note: {note}." for note in facts["notes"])]),
         training=training(facts, stage),
         sources=", ".join(f"`{d}`" for d in sources) or "not recorded",
     )
@@ -91,13 +90,15 @@ def datasets(facts: dict, stage: str) -> list[str]:
 
 
 def results(facts: dict, stage: str) -> list[EvalResult]:
-    """Every result of this stage as the Hub's model-index wants it."""
+    """Every result of this stage as the Hub's model-index wants it. Raises InputError for one that was NaN."""
     values = {metric: cells[stage]["value"] for metric, cells in facts["table"].items() if stage in cells}
     for mean in ("core", "chatcore", "kocore"):
         tasks = facts["evaluation"][mean].get(stage, {}).get("per_task", {})
         values |= {f"{label} ({mean})": task["acc"] for label, task in tasks.items()}
     found = []
     for metric, value in values.items():
+        if value is None:
+            raise InputError(f"the result of {metric} is no number: run the evaluation again")
         kind = "bits_per_byte" if "bpb" in metric else "centered_accuracy" if "CORE" in metric else "accuracy"
         slug = re.sub(r"[^a-z0-9]+", "-", metric.lower()).strip("-")
         names = {"task_name": "Text Generation", "metric_name": kind.replace("_", " ")}
@@ -109,7 +110,7 @@ def result_table(facts: dict, stage: str) -> str:
     """The stages up to this one side by side."""
     stages = chain(facts, stage)
     rows = [
-        [metric, *(f"{cells[s]['value']:.4f}" if s in cells else "-" for s in stages)]
+        [metric, *(decimal(cells.get(s, {}).get("value")) for s in stages)]
         for metric, cells in facts["table"].items()
         if any(s in cells for s in stages)
     ]
@@ -228,7 +229,7 @@ Licence of the weights: {{ license }}. The licences of the data are their owners
 def check_metadata(data: ModelCardData) -> None:
     """The rules by which the Hub rejects a card, checked here so that nothing is sent in vain.
 
-    Raises InputError naming the field: licence, language codes, repo ids, and finite numbers in the model-index.
+    Raises InputError naming the field: licence, language codes, repo ids.
     """
     if data.license not in LICENSES:
         raise InputError(f"licence {data.license!r} is not one that the Hub knows; {nearest(data.license, LICENSES)}")
@@ -238,9 +239,6 @@ def check_metadata(data: ModelCardData) -> None:
     bases = data.base_model if isinstance(data.base_model, list) else [data.base_model]
     for name in [*(data.datasets or []), *filter(None, bases)]:
         check_repo_id(name, " in the card")
-    for result in data.eval_results or []:
-        if not math.isfinite(result.metric_value):
-            raise InputError(f"the result of {result.dataset_name} is {result.metric_value}: run the evaluation again")
 
 
 def check_repo_id(name: str, where: str = "") -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from ..eval.weights import refuse_non_finite
 from .hub_client import MODEL_FILES, log_in, patiently, readable
 
 COPIES = ".push-"  # how the folders that a checkpoint is uploaded from begin
@@ -32,6 +33,7 @@ def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable
         branch = f"step-{step:06d}"
         where = {"repo_id": repo, "revision": branch, "folder_path": copy, "allow_patterns": MODEL_FILES}
         try:
+            refuse_non_finite(copy)
             with readable(repo):
                 api.create_branch(repo, branch=branch, exist_ok=True)
                 patiently(say, api.upload_folder, **where, commit_message=f"Step {step}")

@@ -26,6 +26,7 @@ from .. import tool_loop
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.report import MODEL_STAGES, make_report
+from ..eval.weights import replaced
 from ..run import Run, nearest
 from .card import Push, card, check_metadata, check_repo_id, collected
 from .hub_client import MODEL_FILES, log_in, patiently, readable
@@ -39,7 +40,8 @@ def push(run_path: str | Path, wanted: Push, say: Callable[[str], None] = print)
 
     Raises:
         InputError: stage not finished, bad repo name, no token, no permission, other contents in the repo, a secret in
-            a file, card metadata that the Hub would reject, network gone; nothing is half done in any of these cases.
+            a file, card metadata that the Hub would reject, weights that are not finite or not the stage's, network
+            gone; nothing is half done in any of these cases.
     """
     run, stage, repo = Run(run_path), wanted.stage, wanted.repo
     check_repo_id(repo)
@@ -48,6 +50,8 @@ def push(run_path: str | Path, wanted: Push, say: Callable[[str], None] = print)
     if wanted.space and not SPACE.is_dir():
         raise InputError("the Space's files are not in this installation: push from a checkout of the project")
     folder = prepare(run, wanted)
+    for note in collected(run)["notes"]:
+        say(f"note: {note}")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     refuse_secrets(files)
     say(f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB, for {repo}:")
@@ -90,6 +94,11 @@ def prepare(run: Run, wanted: Push) -> Path:
     source, folder = run.folder(stage), run.path / "hub" / stage
     if not any(source.glob("*.safetensors")) or not (source / "tokenizer.json").exists():
         raise InputError(f"{source} lacks safetensors or tokenizer.json: run stage {stage!r} again")
+    if replaced(run, stage):
+        raise InputError(
+            f"the weights in {source} are not those that its metrics.json describes: run stage {stage!r} again, or "
+            "restore them"
+        )
     make_report(run.path, collected(run)["hourly_rate"])
     shutil.rmtree(folder, ignore_errors=True)
     for root, patterns in ((source, (*MODEL_FILES, "metrics.json")), (run.path, ("report.md", "plots/*.png"))):
