@@ -10,11 +10,7 @@ The split attention follows Flash-Decoding (Dao et al. 2023, https://crfm.stanfo
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # CPU builds of torch come without it
-    triton = None
+from ..kernel_checks import check, disabled, triton
 
 LOG = 64  # steps of tokens that the device remembers until the host has read them
 NEGLIGIBLE = -32.0  # log weight, relative to the best token, below which sampling ignores a token: e^-32 = 1e-14
@@ -26,6 +22,7 @@ def available(device: torch.device, head_dim: int) -> bool:
 
 
 if triton is not None:
+    import triton.language as tl
 
     @triton.jit
     def _normed(x, size, eps):
@@ -262,3 +259,47 @@ if triton is not None:
             tl.store(pos + row, now)
             tl.store(forced_at + row, here + is_forced)
             tl.store(active + row, go_on)
+
+
+@check("decoding", instead="PyTorch's operations, which are slower")
+def _cases(draw, decoder):
+    """A step of the decoder over random caches, past a window if it has one; leaves the decoder as it was made."""
+    rows, at = min(decoder.rows, 3), max(min(decoder.length - 2, 700), 0)
+    caches = [cache[:rows, :, : at + 1] for cache in decoder.k + decoder.v]
+    options = {"temperature": (0, 1, 0.7), "top_k": (0, 0, 10), "top_p": (1, 0.9, 1)}
+
+    def begin(ones):
+        values = {"token": 5, "prev": 3, "pos": at, "last": decoder.length, "active": 1, "uniform": 0.6}
+        for name, value in values.items():
+            getattr(decoder, name).fill_(value * ones)
+        for name, value in options.items():
+            state = getattr(decoder, name)
+            state[:rows] = torch.tensor(value[:rows]).to(state) * ones
+        for name in ("forced_at", "counter"):
+            getattr(decoder, name).zero_()
+        decoder.log.fill_(-1)
+
+    def step():
+        begin(ones=1)
+        if "decoding" in disabled:
+            logits = decoder.plain_step(rows, at + 1)
+        else:
+            logits = decoder.cap(decoder.fast_step(rows))
+        # What was picked, against the rule on these logits; neighbors are as good where rounding decides.
+        heat, *others = (getattr(decoder, name)[:rows] for name in options)
+        wanted = decoder.choose(logits, decoder.uniform[:rows, at], heat, *others)
+        mass = torch.where(heat[:, None] > 0, logits.softmax(-1).cumsum(-1), logits)
+        picked = decoder.log[0, :rows].clamp(min=0)
+        apart = mass.gather(1, picked[:, None].long()) - mass.gather(1, wanted[:, None].long())
+        written = [cache[:, :, at % cache.shape[2]].clone() for cache in decoder.k + decoder.v]
+        return [logits, (apart.abs() > 0.01).sum()[None], decoder.pos[:rows].clone(), *(x[:rows] for x in written)]
+
+    for cache in caches:
+        cache.copy_(draw(*cache.shape, dtype=cache.dtype))
+    try:
+        yield 0.03, step
+    finally:
+        begin(ones=0)
+        decoder.top_p.fill_(1)
+        for cache in caches:
+            cache.zero_()

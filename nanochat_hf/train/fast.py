@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..kernel_checks import disabled, verify
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from .attention import attend, attention_mask, uses_flash
 from .epilogues import fused
@@ -28,6 +29,9 @@ from .kernels import head_loss
 from .leaves import Copies, Places
 from .products import Weight, linear_and_gates, residual_mlp
 from .stream import Embedded, mix
+
+KERNELS = ("rotary and QK norm", "residual mix", "gradient sums", "GEMM epilogues")  # of a training step
+BF16_KERNELS = ("fused cross-entropy", "FlashAttention-4")
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -87,9 +91,11 @@ class Trunk(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.fp8 = fp8
         self.model = model
         self.dtype = dtype or model.model.embed_tokens.weight.dtype
+        names = [*KERNELS, *(BF16_KERNELS if self.dtype == torch.bfloat16 else ()), *(["FP8"] if fp8 else [])]
+        verify(names, model.config, model.lm_head.weight.device, self.dtype)
+        self.fp8 = fp8 and "FP8" not in disabled
         if compile:
             torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: DDP overlaps without its help
             torch._dynamo.config.recompile_limit = 64  # four kinds of blocks, each for training, evaluating and SFT
