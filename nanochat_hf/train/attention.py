@@ -7,6 +7,7 @@
 """
 
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ try:
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 except Exception as error:  # these functions are private: another version may lack them, or raise anything
     _flash_attn_fwd = _flash_attn_bwd = unavailable("flash-attn-4", error)
+
+FLASH = ("rotary and QK norm", "FlashAttention-4", "FlashAttention-4 over documents")  # what it needs
 
 if triton is not None:
     import triton.language as tl
@@ -319,7 +322,7 @@ if _flash_attn_fwd is not None and triton is not None:
 def uses_flash(x: Tensor) -> bool:
     """Whether `attend` runs FlashAttention-4 on a device and in a dtype like those of x."""
     ready = _flash_attn_fwd is not None and x.is_cuda and x.dtype == torch.bfloat16
-    return ready and usable("rotary and QK norm", x) and usable("FlashAttention-4", x)
+    return ready and all(usable(name, x) for name in FLASH)
 
 
 def attention_mask(x: Tensor, window: int | None, positions: Tensor | None = None, documents: int = 0):
@@ -413,23 +416,33 @@ def _qkv_cases(draw, config):
     yield 0.02, lambda: with_gradients(packed, (qkv,))
 
 
-@check("FlashAttention-4", instead="FlexAttention")
-def _attention_cases(draw, config):
+def _attention_cases(draw, config, documents: bool = False):
     length = 320
     qkv, cos, sin, kv_heads, (ids, table, gates) = _joint_inputs(draw, config, length)
-    scale, distance = config.head_dim**-0.5, torch.arange(length, device=qkv.device)
-    distance = distance[:, None] - distance
-    for window in (None, 150):
+    positions = torch.arange(length, device=qkv.device)[None] % 130 if documents else None
+    place = torch.arange(length, device=qkv.device)
+    distance = place[:, None] - place
+    since = place[:, None] if positions is None else positions.t()  # how far back a query's document begins
+    scale = config.head_dim**-0.5
 
-        def joint(qkv, gates, window=window):
+    def inputs(qkv, gates):
+        value = (None,) * 4 if gates is None else (ids, table, gates, table[ids])
+        return qkv, cos, sin, kv_heads, 1e-6, *value
+
+    for window in (None, 100):
+        visible = (distance >= 0) & (distance < (window or length)) & (distance <= since)
+
+        def joint(qkv, gates, window=window, visible=visible):
             if uses_flash(qkv):
-                rows = table[ids].requires_grad_()
-                return [attend(qkv, cos, sin, kv_heads, 1e-6, ids, table, gates, rows, scale=scale, window=window)]
-            visible = (distance >= 0) & (distance < (window or length))
-            parts = split_qkv(qkv, cos, sin, kv_heads, 1e-6, ids, table, gates, table[ids])
-            q, k, v = (x.transpose(1, 2) for x in parts)
+                mask = attention_mask(qkv, window, positions, 3)
+                return [attend(*inputs(qkv, gates), positions, scale=scale, window=window, mask=mask)]
+            q, k, v = (x.transpose(1, 2) for x in split_qkv(*inputs(qkv, gates), positions))
             out = F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=True)
             return [out.transpose(1, 2)]
 
         yield 0.02, lambda joint=joint: with_gradients(joint, (qkv, gates))
-        yield 0.02, lambda joint=joint: with_gradients(lambda qkv: joint(qkv, gates), (qkv,))
+        yield 0.02, lambda joint=joint: with_gradients(lambda qkv: joint(qkv, None), (qkv,))
+
+
+check("FlashAttention-4", instead="FlexAttention")(_attention_cases)
+check("FlashAttention-4 over documents", instead="FlexAttention")(partial(_attention_cases, documents=True))
