@@ -377,6 +377,7 @@ class Pretraining:
             "training_time_s": self.seconds,
             "tokens_per_second": speed,
             "mfu": self.mfu(speed),
+            "fp8": getattr(self.accelerator.unwrap_model(self.loss_model), "fp8", False),
             "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
             "val_bpb": last.get("val_bpb"),
             "core": last.get("core"),
