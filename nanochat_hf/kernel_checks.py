@@ -123,8 +123,12 @@ def fault(name: str, cases: Cases) -> str | None:
 
 
 def unavailable(package: str, error: Exception) -> None:
-    """Note why a package's kernels cannot be had: it is not installed, or not in a version that works."""
+    """Note why a package's kernels cannot be had; one that is installed and does not fit is worth a line."""
     unloaded[package] = first_line(error) if version(package) else "not installed"
+    if version(package) and torch.cuda.is_available():
+        print(
+            f"{package} is not used: {unloaded[package]} ({versions()}); PyTorch instead", file=sys.stderr, flush=True
+        )
 
 
 def first_line(error: Exception) -> str:

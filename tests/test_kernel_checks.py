@@ -86,13 +86,17 @@ def test_without_a_gpu_nothing_is_checked(kernel, monkeypatch):
     assert verify() == frozenset() and not calls
 
 
-def test_a_package_that_is_not_there_is_told_from_one_that_does_not_fit(monkeypatch):
+def test_a_package_that_is_not_there_is_told_from_one_that_does_not_fit(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(checks, "unloaded", {})
     assert checks.unavailable("no-such-package", ImportError("x")) is None
     checks.unavailable("torch", AttributeError("module has no attribute '_flash_attn_fwd'\nmore"))
     assert checks.unloaded == {
         "no-such-package": "not installed", "torch": "AttributeError: module has no attribute '_flash_attn_fwd'",
     }  # fmt: skip
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("torch is not used: AttributeError") and "a GPU" in said
 
 
 def test_fp8_that_is_wrong_is_bf16_training(tiny_model, monkeypatch):
@@ -143,7 +147,7 @@ def test_the_decoders_check_leaves_it_as_it_was():
 
 def interpreted() -> None:
     """In a process with TRITON_INTERPRET=1: all checks pass, but what needs a GPU's products, and find a fault."""
-    for name in set(TRAINING) - {"fused cross-entropy", "FlashAttention-4"}:
+    for name in set(TRAINING) - {"fused cross-entropy", "FlashAttention-4", "FlashAttention-4 over documents"}:
         cases = checks.CHECKS[name].cases(draw(), CONFIG)
         if name == "FP8":
             cases = ((0.15, run) for _, run in cases)  # the interpreter cuts digits off

@@ -156,7 +156,7 @@ def describe(network: nn.Module, fp8: bool | str) -> str:
     parts = ["attention " + (packaged("flash-attn-4") if auto and uses_flash(x) else "PyTorch")]
     parts.append("matmuls " + (packaged("quack-kernels") if auto and fused(x) and not eight else "PyTorch"))
     parts += [packaged("triton")] if triton is not None else []
-    hints = [f"{package} {reason}" for package, reason in unloaded.items() if auto]
+    hints = [f"{package} {reason}" for package, reason in unloaded.items() if auto and reason == "not installed"]
     modern = torch.cuda.get_device_capability(device) >= (9, 0)
     if hints and modern:
         hints.append('for more speed: pip install -c constraints.txt -e ".[kernels]"')
