@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUN    ?= runs/cpu-demo
+# the kernels, where a GPU is of compute capability 9.0 (H100) or newer
+EXTRAS  = dev$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1 | grep -qE '^(9|[1-9][0-9])\.' && echo ,kernels)
 export HF_HUB_OFFLINE ?= 1
 export GRADIO_ANALYTICS_ENABLED ?= False
 
@@ -11,14 +13,14 @@ export GRADIO_ANALYTICS_ENABLED ?= False
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## make .venv and install the pinned stack
+setup: $(STAMP) ## make .venv and install the pinned stack, with the kernels if there is a GPU for them
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed ($$($(PYTHON) --version) found); try make PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(STAMP)
 
 demo: setup ## train a chat model from nothing on this CPU, print its report card (minutes)

@@ -4,8 +4,10 @@
 
 A configuration is depth x device batch, of 2,048-token rows of random ids; a step is four micro-batches and the
 optimizer. Each contender runs in a process of its own and is timed when its GPU is as warm as it gets: after a pause,
-as while a compiler is at work, it is up to 3 % faster for some seconds. The peer's FlashAttention-3 comes from the
-Hub; where it cannot be had, FlexAttention with the same windows takes its place ("flex"), or its own SDPA ("sdpa").
+as while a compiler is at work, it is up to 3 % faster for some seconds. Contenders are `ours` and `peer`, with options
+after a colon, joined by +: `fp8`; of ours `L`, full attention; of the peer its attention. Its FlashAttention-3 comes
+from the Hub; in its place stands FlashAttention-4 (`fa4`), FlexAttention with the same windows (`flex`) or its own
+SDPA (`sdpa`); with none of them it takes what it finds. The last table has our speed over the peer's, by precision.
 MFU is counted as upstream counts it: 6 FLOPs per matrix parameter plus attention by window, over the bf16 peak.
 """
 
@@ -14,8 +16,10 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from nanochat_hf.train.scaling import peak_flops
 
@@ -37,11 +41,14 @@ def ours(depth: int, pattern: str, fp8: bool):
         if isinstance(module, torch.nn.Embedding):
             module.to(torch.bfloat16)
     optimizer = MuonAdamW(param_groups(model, made.groups))
-    return Trunk(model, compile=True, fp8=fp8), optimizer, made.flops_per_token
+    trunk = Trunk(model, compile=True, fp8=fp8)
+    if trunk.fp8 != fp8:
+        sys.exit("error: the FP8 kernels are wrong here")
+    return trunk, optimizer, made.flops_per_token
 
 
-def peer(depth: int, pattern: str, attention: str):
-    """The same of karpathy/nanochat, whose checkout is on sys.path; "fp8" is "flex" with its 8-bit products."""
+def peer(depth: int, pattern: str, attention: str, fp8: bool):
+    """The same of karpathy/nanochat, whose checkout is on sys.path."""
     from nanochat import flash_attention
     from nanochat.gpt import GPT, GPTConfig
 
@@ -51,7 +58,7 @@ def peer(depth: int, pattern: str, attention: str):
         model = GPT(GPTConfig(**shape, window_pattern=pattern))
     model.to_empty(device="cuda")
     model.init_weights()
-    if attention == "fp8":
+    if fp8:
         from nanochat.fp8 import convert_to_float8_training
 
         def wide(module, name):  # as its scripts/base_train.py chooses
@@ -59,24 +66,71 @@ def peer(depth: int, pattern: str, attention: str):
             return min(sizes) >= 128 and not any(size % 16 for size in sizes)
 
         convert_to_float8_training(model, module_filter_fn=wide)
-    if attention in ("flex", "fp8") and not flash_attention.USE_FA3:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        def masked(window):
-            def visible(b, h, q, k):
-                return (q >= k) & (q - k <= window)
-
-            return create_block_mask(visible, None, None, LENGTH, LENGTH, device="cuda")
-
-        masks = {window: masked(window) for window, _ in set(model.window_sizes)}
-
-        def attend(q, k, v, causal=False, window_size=(-1, -1)):
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return flex_attention(q, k, v, block_mask=masks[window_size[0]]).transpose(1, 2)
-
-        flash_attention.flash_attn.flash_attn_func = attend
+    if attention in ("fa4", "flex"):
+        windows = {window for window, _ in model.window_sizes}
+        flash_attention.flash_attn.flash_attn_func = flash4() if attention == "fa4" else flex(windows)
     optimizer = model.setup_optimizer()
     return torch.compile(model, dynamic=False), optimizer, model.estimate_flops()
+
+
+def flex(windows: set[int]):
+    """FlexAttention with the signature of FlashAttention-3."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def masked(window):
+        def visible(b, h, q, k):
+            return (q >= k) & (q - k <= window)
+
+        return create_block_mask(visible, None, None, LENGTH, LENGTH, device="cuda")
+
+    masks = {window: masked(window) for window in windows}
+
+    def attend(q, k, v, causal=False, window_size=(-1, -1)):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flex_attention(q, k, v, block_mask=masks[window_size[0]]).transpose(1, 2)
+
+    return attend
+
+
+def flash4():
+    """FlashAttention-4 with the signature of FlashAttention-3, an operator that torch.compile does not look into."""
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    def extent(left: int, length: int) -> dict:
+        whole = left < 0 or left >= length
+        return {"causal": True} if whole else {"window_size_left": left, "window_size_right": 0}
+
+    @torch.library.custom_op("peer::attend", mutates_args=())
+    def forward(q: Tensor, k: Tensor, v: Tensor, left: int) -> tuple[Tensor, Tensor]:
+        scale = q.shape[-1] ** -0.5
+        out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **extent(left, q.shape[1]))
+        return out, lse
+
+    @forward.register_fake
+    def _(q, k, v, left):
+        return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+
+    @torch.library.custom_op("peer::attend_grad", mutates_args=())
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, left: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        options = extent(left, q.shape[1])
+        _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, q.shape[-1] ** -0.5, **options, dq=dq, dk=dk, dv=dv)
+        return dq, dk, dv
+
+    @backward.register_fake
+    def _(grad, q, k, v, out, lse, left):
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    def keep(ctx, inputs, output):
+        q, k, v, ctx.left = inputs
+        ctx.save_for_backward(q, k, v, *output)
+
+    forward.register_autograd(
+        lambda ctx, grad, _: (*backward(grad, *ctx.saved_tensors, ctx.left), None), setup_context=keep
+    )
+    return lambda q, k, v, causal=False, window_size=(-1, -1): forward(q, k, v, window_size[0])[0]
 
 
 def measure(make, batch: int, steps: int, warmup: float) -> dict:
@@ -120,18 +174,35 @@ def measure(make, batch: int, steps: int, warmup: float) -> dict:
 
 def contender(name: str, config: str, steps: int, warmup: float) -> dict:
     depth, batch = map(int, config[1:].split("x"))
-    kind, _, option = name.partition(":")
-    pattern = "L" if option in ("sdpa", "L") else "SSSL"
-    make = (
-        (lambda: ours(depth, pattern, option == "fp8")) if kind == "ours" else (lambda: peer(depth, pattern, option))
-    )
+    kind, _, words = name.partition(":")
+    options = set(words.split("+")) - {""}
+    known = {"fp8", "L"} if kind == "ours" else {"fp8", "fa4", "flex", "sdpa"}
+    if kind not in ("ours", "peer") or options - known:
+        sys.exit(f"error: {name!r} is no contender; {kind} takes {', '.join(sorted(known))}")
+    pattern, fp8 = "L" if options & {"sdpa", "L"} else "SSSL", "fp8" in options
+    attention = next(iter(options - {"fp8"}), "")
+    make = partial(ours, depth, pattern, fp8) if kind == "ours" else partial(peer, depth, pattern, attention, fp8)
     return measure(make, batch, steps, warmup)
+
+
+def ratios(rows: list[tuple[str, str, dict]]) -> list[str]:
+    """By configuration and precision: our speed over that of the fastest peer."""
+    lines = []
+    for config in dict.fromkeys(config for config, _, _ in rows):
+        for precision in ("bf16", "fp8"):
+            speeds = {"ours": [], "peer": []}
+            for where, name, row in rows:
+                if where == config and ("fp8" in name) == (precision == "fp8"):
+                    speeds[name.partition(":")[0]].append(row["tok_s"])
+            if all(speeds.values()):
+                lines.append(f"{config:8} {precision:5} {max(speeds['ours']) / max(speeds['peer']):.3f}")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", default="d24x16,d12x32")
-    parser.add_argument("--contenders", help="default: ours,ours:L,ours:fp8,peer:flex,peer:sdpa,peer:fp8")
+    parser.add_argument("--contenders", help="default: ours,ours:fp8, and with a peer peer:fa4,peer:fa4+fp8")
     parser.add_argument("--peer", help="path of a karpathy/nanochat checkout")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=float, default=12, help="seconds of steps before the timed ones")
@@ -143,7 +214,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("error: bench_gpu needs a CUDA device; make bench measures a CPU")
-    every = "ours,ours:L,ours:fp8" + (",peer:flex,peer:sdpa,peer:fp8" if arguments.peer else "")
+    every = "ours,ours:fp8" + (",peer:fa4,peer:fa4+fp8" if arguments.peer else "")
     names = (arguments.contenders or every).split(",")
     rows = []
     for config in arguments.configs.split(","):
@@ -157,12 +228,13 @@ def main() -> None:
                 continue
             rows.append((config, name, json.loads(done.stdout.splitlines()[-1])))
             print(rows[-1], flush=True)
-    print(f"\n{'config':8} {'contender':10} {'tok/s':>9} {'MFU':>6} {'GiB':>6} {'optimizer':>10} {'first step':>10}")
+    print(f"\n{'config':8} {'contender':13} {'tok/s':>9} {'MFU':>6} {'GiB':>6} {'optimizer':>10} {'first step':>10}")
     for config, name, row in rows:
         print(
-            f"{config:8} {name:10} {row['tok_s']:9,.0f} {row['mfu']:6.1%} {row['peak_gib']:6.1f} "
+            f"{config:8} {name:13} {row['tok_s']:9,.0f} {row['mfu']:6.1%} {row['peak_gib']:6.1f} "
             f"{row['optimizer_ms']:7.1f} ms {row['first_step_s']:8.1f} s"
         )
+    print(*["", *ratios(rows)], sep="\n")
 
 
 if __name__ == "__main__":

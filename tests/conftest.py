@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import nanochat_hf  # noqa: F401  (registers the model)
+from nanochat_hf import kernel_checks
 
 torch.set_num_threads(1)
 
@@ -17,8 +18,17 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # keywords would hold the folders' names, too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def kernels_stay_in_use():
+    """A kernel that fails its check on this machine fails the test that used it, and no other."""
+    yield
+    lost = set(kernel_checks.disabled)
+    kernel_checks.disabled.clear()
+    assert not lost, f"kernels that are wrong here: {lost}"
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Products in 8 bits, relu squared between them, and their gradients, against exact ones."""
 
+from random import Random
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,9 +13,21 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nanochat_hf.train import products
+from nanochat_hf.train import float8, products
 from nanochat_hf.train.fast import Trunk
-from nanochat_hf.train.float8 import E4M3, E5M2, SQUARED, SQUARED_GRAD, Eight, empty, fill, measure, quantise, weight8
+from nanochat_hf.train.float8 import (
+    E4M3,
+    E5M2,
+    PLAIN,
+    SQUARED,
+    SQUARED_GRAD,
+    Eight,
+    empty,
+    fill,
+    measure,
+    quantise,
+    weight8,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -190,3 +204,46 @@ def test_the_kernel_writes_what_its_twin_writes():
         )
     for ours, twin in zip(*made):
         assert relative(twin.cpu(), ours) < 0.01  # a value between two may be rounded to either
+
+
+def odd_shapes(count: int) -> list[tuple]:
+    """Random rows, columns, tiles and dtypes: multiples of 64, of 16, and any."""
+    random, cases = Random(0), []
+    for i in range(count):
+        unit = (64, 16, 1)[i % 3]
+        sizes = [unit * random.randint(1, 400 // unit) for _ in range(2)]
+        tile = {"ROWS": random.choice((16, 32, 64)), "COLUMNS": random.choice((64, 128, 256)), "num_warps": 4}
+        cases.append((*sizes, float8.FILL if i % 2 else tile, (torch.bfloat16, torch.float32)[i % 5 == 4]))
+    return cases
+
+
+def written(device: str, rows: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """What `fill` makes of random numbers, all kinds, as it is and transposed, over memory full of NaN."""
+    torch.manual_seed(rows)
+    x, grad = (torch.randn(rows, columns).to(device, dtype) for _ in range(2))
+    results = []
+    for kind, low in ((PLAIN, E4M3), (PLAIN, E5M2), (SQUARED, E4M3), (SQUARED_GRAD, E5M2)):
+        to, squares = empty(x.shape, device, low), empty(x.shape, device, E4M3, straight=False)
+        for part in (to.straight, to.turned, squares.turned):
+            part.view(torch.uint8).fill_(0x7F)
+        fill(to, x, measure(x)[0], kind, grad, measure(grad)[0], squares)
+        assert torch.equal(to.straight.view(torch.uint8), to.turned.view(torch.uint8).t())
+        results += [back(to), *([back(squares, True)] if kind == SQUARED_GRAD else [])]
+    return results
+
+
+@pytest.mark.parametrize("rows, columns", [(8, 24), (200, 144)])
+def test_every_element_is_written_both_ways(rows, columns):
+    plain, _, squared, _, squares = written("cpu", rows, columns, torch.float32)
+    torch.manual_seed(rows)
+    exact = torch.randn(rows, columns)
+    assert relative(plain, exact) < 0.04 and relative(squared, exact.relu().square()) < 0.05
+    assert torch.equal(squared, squares)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, columns, tile, dtype", odd_shapes(24))
+def test_the_kernel_is_right_at_every_shape_tile_and_dtype(rows, columns, tile, dtype, monkeypatch):
+    monkeypatch.setattr(float8, "FILL", tile)
+    for ours, twin in zip(written("cuda", rows, columns, dtype), written("cpu", rows, columns, dtype)):
+        assert relative(ours.cpu(), twin) < 0.01  # a value between two may be rounded to either

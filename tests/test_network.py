@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from nanochat_hf.errors import InputError
+from nanochat_hf.kernel_checks import version
+from nanochat_hf.model import NanoChatForCausalLM
 from nanochat_hf.train.fast import Trunk
-from nanochat_hf.train.network import ModelLoss, gradient_norm, new_model, shape_of, with_loss
+from nanochat_hf.train.network import ModelLoss, describe, gradient_norm, new_model, shape_of, why_not_fp8, with_loss
 from nanochat_hf.train.scaling import plan
 
 CPU = torch.device("cpu")
@@ -79,3 +81,39 @@ def test_another_kind_of_model_and_missing_weights_are_refused_in_one_line(tiny_
     with pytest.raises(InputError, match="no model in") as caught:
         new_model(made(tokenizer), str(tmp_path), tokenizer, CPU, sharded=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fp8, said", [("auto", "; no FP8: it needs a CUDA device"), (False, "")])
+def test_fp8_auto_is_off_where_it_cannot_work_and_the_first_line_says_so(tiny_model, fp8, said):
+    trunk = with_loss(tiny_model, "auto", True, fp8)
+    assert not trunk.fp8
+    assert describe(trunk, fp8).startswith("kernels: PyTorch on cpu; precision float32" + said)
+
+
+@pytest.mark.parametrize("fp8", ["true ", "on", 1.5])
+def test_another_value_of_fp8_is_refused(tiny_model, fp8):
+    with pytest.raises(InputError, match="choose true, false or auto"):
+        with_loss(tiny_model, "auto", True, fp8)
+
+
+def capable(monkeypatch, capability: tuple[int, int]) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    return torch.device("cuda")
+
+
+def test_what_keeps_a_model_from_fp8(tiny_model, monkeypatch):
+    hopper = capable(monkeypatch, (9, 0))
+    assert why_not_fp8(tiny_model, "auto", hopper, (9, 0)) is None
+    assert "attn_implementation" in why_not_fp8(tiny_model, "sdpa", hopper, (9, 0))
+    tiny_model.config.max_position_embeddings = 100  # the products sum over tokens, too
+    assert "multiples of 16" in why_not_fp8(tiny_model, "auto", hopper, (9, 0))
+    ada = capable(monkeypatch, (8, 9))  # has it, and nobody measured that it is faster there
+    assert "newer" in why_not_fp8(tiny_model, "auto", ada, (9, 0))
+
+
+@pytest.mark.gpu
+def test_the_first_line_names_kernels_and_precision(tiny_config):
+    model = NanoChatForCausalLM(tiny_config).to("cuda")
+    line = describe(with_loss(model, "auto", True, "auto"), "auto")
+    assert "precision bfloat16 with FP8 blocks" in line and f"triton {version('triton')}" in line
+    assert "fp8=auto would be faster" in describe(with_loss(model, "auto", True, False), False)

@@ -3,6 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
+
+from nanochat_hf.run import parse_config
 from nanochat_hf.train import pretrain_config
 
 KEYS = (
@@ -25,3 +28,20 @@ def test_the_keys_are_those_of_the_design_and_each_says_what_it_means():
 def test_what_the_plan_is_made_of_are_keys():
     names = {field.name for field in dataclasses.fields(pretrain_config.PretrainConfig)}
     assert set(pretrain_config.SHAPE_KEYS) < set(pretrain_config.PLAN_KEYS) < names
+
+
+@pytest.mark.parametrize(
+    "yaml, flag, value",
+    [
+        ("true", None, True),
+        ("false", None, False),
+        ("auto", None, "auto"),
+        ("auto", "false", False),
+        ("false", "true", True),
+        ("true", "auto", "auto"),
+    ],
+)
+def test_fp8_is_a_switch_or_auto_in_yaml_and_as_a_flag(tmp_path, yaml, flag, value):
+    (tmp_path / "base.yaml").write_text(f"fp8: {yaml}")
+    config = parse_config(pretrain_config.PretrainConfig, tmp_path / "base.yaml", {"fp8": flag} if flag else None)
+    assert config.fp8 is value or config.fp8 == value == "auto"

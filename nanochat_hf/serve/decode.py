@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
+from ..kernel_checks import verify
 from . import decode_kernels as kernels
 
 MAX_FORCED = 512  # tokens that can wait to be put into a row (a tool's answer)
@@ -86,6 +87,8 @@ class Decoder:
         InputError: another architecture, or the caches do not fit into memory.
     """
 
+    choose = staticmethod(choose)
+
     @torch.inference_mode()
     def __init__(self, model, rows: int, length: int, stops: list[int], dtype: torch.dtype | None = None):
         config = self.config = model.config
@@ -102,7 +105,6 @@ class Decoder:
         self.eps, self.softcap = config.rms_norm_eps, config.final_logit_softcapping or 0.0
         self.scale = getattr(config, "qk_scale", 1.0) ** 2 * self.head_dim**-0.5
         self.vocab = getattr(config, "num_tokens", None) or config.vocab_size
-        self.fast = kernels.available(self.device, self.head_dim)
         cuda = self.device.type == "cuda"
         self.processors = torch.cuda.get_device_properties(self.device).multi_processor_count if cuda else 1
         self.load_weights()
@@ -137,6 +139,9 @@ class Decoder:
         self.steps = 0  # the same count on the host
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.pool = None
+        self.fast = kernels.available(self.device, self.head_dim)
+        if self.fast:
+            self.fast = "decoding" not in verify(["decoding"], config, self.device, self.dtype, subject=self)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
@@ -327,7 +332,8 @@ class Decoder:
             self.plain_step(rows, bound)
         self.steps += 1
 
-    def plain_step(self, rows: int, bound: int) -> None:
+    def plain_step(self, rows: int, bound: int) -> torch.Tensor:
+        """The same in PyTorch -> the logits (rows, V), softcapped."""
         state = {name: getattr(self, name)[:rows] for name in STATE}
         pos, running = state["pos"].long(), state["active"] > 0
         index = torch.arange(rows, device=self.device)
@@ -358,9 +364,10 @@ class Decoder:
         state["pos"].add_(running.int())
         state["forced_at"].add_((running & told).int())
         state["active"].copy_(running & ~stop & (state["pos"] < state["last"]))
+        return logits
 
-    def fast_step(self, rows: int) -> None:
-        """The launches of one step on CUDA; recorded once a number of rows, then replayed."""
+    def fast_step(self, rows: int) -> torch.Tensor:
+        """The launches of one step on CUDA; recorded once a number of rows, then replayed -> the raw logits."""
         w, k, size = self.w, kernels, self.config.hidden_size
         empty = self.empty
         block = 1 << (size - 1).bit_length()
@@ -424,6 +431,7 @@ class Decoder:
             CAPPED=self.softcap > 0, STOPS=MAX_STOPS, STEPS=k.LOG, FLOOR=k.NEGLIGIBLE, BLOCK=block,
             num_warps=32 if block > 8192 else 8,
         )  # fmt: skip
+        return logits
 
     def splits(self, rows: int, slots: int) -> int:
         """Into how many shares attention cuts the keys of a row: enough programs for the device, a power of two."""

@@ -8,13 +8,11 @@ tests compare the two. Used through `Decoder` only. `available(...)` says whethe
 The split attention follows Flash-Decoding (Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 """
 
+from functools import partial
+
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # CPU builds of torch come without it
-    triton = None
+from ..kernel_checks import check, disabled, triton
 
 LOG = 64  # steps of tokens that the device remembers until the host has read them
 NEGLIGIBLE = -32.0  # log weight, relative to the best token, below which sampling ignores a token: e^-32 = 1e-14
@@ -26,6 +24,7 @@ def available(device: torch.device, head_dim: int) -> bool:
 
 
 if triton is not None:
+    import triton.language as tl
 
     @triton.jit
     def _normed(x, size, eps):
@@ -262,3 +261,49 @@ if triton is not None:
             tl.store(pos + row, now)
             tl.store(forced_at + row, here + is_forced)
             tl.store(active + row, go_on)
+
+
+@check("decoding", instead="PyTorch's operations, which are slower")
+def _cases(draw, decoder):
+    """A step of few rows far along and of all rows early, over random caches; leaves the decoder as it was made."""
+    try:
+        for rows, most in ((min(decoder.rows, 3), 700), (decoder.rows, 100)):
+            at = max(min(decoder.length - 2, most), 0)
+            for cache in decoder.k + decoder.v:
+                part = cache[:rows, :, : at + 1]
+                part.copy_(draw(*part.shape, dtype=cache.dtype))
+            yield 0.03, partial(_trial, decoder, rows, at)
+    finally:
+        _set(decoder, 0, 0)
+        decoder.top_p.fill_(1)
+        for cache in decoder.k + decoder.v:
+            cache[:, :, :701].zero_()
+
+
+def _set(decoder, at: int, on: int) -> None:
+    """Every row at position `at`, the first greedy, the next two with top-p and top-k, and so on; on 0: all zero."""
+    states = {"token": 5, "prev": 3, "pos": at, "last": decoder.length, "active": 1, "uniform": 0.6, "forced_at": 0}
+    for name, value in states.items():
+        getattr(decoder, name).fill_(value * on)
+    for name, values in {"temperature": (0, 1, 0.7), "top_k": (0, 0, 10), "top_p": (1, 0.9, 1)}.items():
+        state = getattr(decoder, name)
+        state.copy_(torch.tensor(values).repeat(len(state))[: len(state)] * on)
+    decoder.counter.zero_()
+    decoder.log.fill_(-1)
+
+
+def _trial(decoder, rows: int, at: int) -> list[torch.Tensor]:
+    """-> logits, how many picks break the rule, positions, and the keys and values written."""
+    _set(decoder, at, 1)
+    if "decoding" in disabled:
+        logits = decoder.plain_step(rows, at + 1)
+    else:
+        logits = decoder.cap(decoder.fast_step(rows))
+    # What was picked, against the rule on these logits; neighbors are as good where rounding decides.
+    heat = decoder.temperature[:rows]
+    wanted = decoder.choose(logits, decoder.uniform[:rows, at], heat, decoder.top_k[:rows], decoder.top_p[:rows])
+    mass = torch.where(heat[:, None] > 0, logits.softmax(-1).cumsum(-1), logits)
+    picked = decoder.log[0, :rows].clamp(min=0)
+    apart = mass.gather(1, picked[:, None].long()) - mass.gather(1, wanted[:, None].long())
+    written = [cache[:rows, :, at % cache.shape[2]].clone() for cache in decoder.k + decoder.v]
+    return [logits, (apart.abs() > 0.01).sum()[None], decoder.pos[:rows].clone(), *written]

@@ -7,19 +7,23 @@
 """
 
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from .kernels import compiled, triton
+from ..kernel_checks import check, triton, unavailable, usable, with_gradients
+from .kernels import compiled
 
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # keep compiled kernels on disk, as quack does
 try:
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-except ImportError:
-    _flash_attn_fwd = _flash_attn_bwd = None
+except Exception as error:  # these functions are private: another version may lack them, or raise anything
+    _flash_attn_fwd = _flash_attn_bwd = unavailable("flash-attn-4", error)
+
+FLASH = ("rotary and QK norm", "FlashAttention-4", "FlashAttention-4 over documents")  # what it needs
 
 if triton is not None:
     import triton.language as tl
@@ -198,7 +202,7 @@ def split_qkv(
 
     Returns: q (B, T, H, D), k and v (B, T, K, D).
     """
-    if triton is not None and qkv.is_cuda:
+    if usable("rotary and QK norm", qkv):
         return _qkv(qkv, cos, sin, kv_heads, eps, ids, table, gates, rows, positions)
     dim = 2 * cos.shape[-1]
     if positions is not None:
@@ -217,7 +221,7 @@ def _turned_and_normed(x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tenso
     return F.rms_norm(turned, turned.shape[-1:], eps=eps)
 
 
-if _flash_attn_fwd is not None:
+if _flash_attn_fwd is not None and triton is not None:
 
     def _extent(left: int) -> dict:
         return dict(causal=True) if left < 0 else dict(window_size_left=left, window_size_right=0)
@@ -317,7 +321,8 @@ if _flash_attn_fwd is not None:
 
 def uses_flash(x: Tensor) -> bool:
     """Whether `attend` runs FlashAttention-4 on a device and in a dtype like those of x."""
-    return _flash_attn_fwd is not None and x.is_cuda and x.dtype == torch.bfloat16
+    ready = _flash_attn_fwd is not None and x.is_cuda and x.dtype == torch.bfloat16
+    return ready and all(usable(name, x) for name in FLASH)
 
 
 def attention_mask(x: Tensor, window: int | None, positions: Tensor | None = None, documents: int = 0):
@@ -382,3 +387,62 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None,
         run = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         out = run(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+def _joint_inputs(draw, config, length: int):
+    """-> qkv (1, T, (H + 2K) D), cos, sin, K, and what belongs to the value embedding: ids, table, gates."""
+    dim, kv_heads = config.head_dim, config.num_key_value_heads
+    qkv = draw(1, length, (config.num_attention_heads + 2 * kv_heads) * dim)
+    angle = draw(length, 1, dim // 2, dtype=torch.float32)
+    ids = torch.arange(length, device=qkv.device)[None] * 7 % 60
+    value = ids, draw(60, kv_heads * dim), draw(1, length, kv_heads)
+    return qkv, angle.cos().to(qkv.dtype), angle.sin().to(qkv.dtype), kv_heads, value
+
+
+@check("rotary and QK norm", instead="PyTorch's operations")
+def _qkv_cases(draw, config):
+    qkv, cos, sin, kv_heads, (ids, table, gates) = _joint_inputs(draw, config, 48)
+    positions = torch.arange(48, device=qkv.device)[None] % 31
+
+    def gated(qkv, gates, rows):
+        # The kernel reads the table and gives the rows their gradient; the reference gets it through the table.
+        if usable("rotary and QK norm", qkv):
+            return split_qkv(qkv, cos, sin, kv_heads, 1e-6, ids, table, gates, rows)
+        places = torch.arange(48, device=qkv.device)[None]
+        return split_qkv(qkv, cos, sin, kv_heads, 1e-6, places, rows[0], gates)
+
+    yield 0.02, lambda: with_gradients(gated, (qkv, gates, table[ids]))
+    packed = lambda qkv: split_qkv(qkv, cos, sin, kv_heads, 1e-6, positions=positions)  # noqa: E731
+    yield 0.02, lambda: with_gradients(packed, (qkv,))
+
+
+def _attention_cases(draw, config, documents: bool = False):
+    length = 320
+    qkv, cos, sin, kv_heads, (ids, table, gates) = _joint_inputs(draw, config, length)
+    positions = torch.arange(length, device=qkv.device)[None] % 130 if documents else None
+    place = torch.arange(length, device=qkv.device)
+    distance = place[:, None] - place
+    since = place[:, None] if positions is None else positions.t()  # how far back a query's document begins
+    scale = config.head_dim**-0.5
+
+    def inputs(qkv, gates):
+        value = (None,) * 4 if gates is None else (ids, table, gates, table[ids])
+        return qkv, cos, sin, kv_heads, 1e-6, *value
+
+    for window in (None, 100):
+        visible = (distance >= 0) & (distance < (window or length)) & (distance <= since)
+
+        def joint(qkv, gates, window=window, visible=visible):
+            if uses_flash(qkv):
+                mask = attention_mask(qkv, window, positions, 3)
+                return [attend(*inputs(qkv, gates), positions, scale=scale, window=window, mask=mask)]
+            q, k, v = (x.transpose(1, 2) for x in split_qkv(*inputs(qkv, gates), positions))
+            out = F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=True)
+            return [out.transpose(1, 2)]
+
+        yield 0.02, lambda joint=joint: with_gradients(joint, (qkv, gates))
+        yield 0.02, lambda joint=joint: with_gradients(lambda qkv: joint(qkv, None), (qkv,))
+
+
+check("FlashAttention-4", instead="FlexAttention")(_attention_cases)
+check("FlashAttention-4 over documents", instead="FlexAttention")(partial(_attention_cases, documents=True))

@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .kernels import triton
+from ..kernel_checks import check, triton, unavailable, usable
 
 try:
     # quack 0.6 names a compiled kernel by all that its functions refer to and refuses cutlass-dsl 4.7's logger, which
@@ -30,10 +30,6 @@ try:
     from quack.epilogue import gemm_epilogue
     from quack.epilogue.ops import ColVecLoad, ColVecReduce
     from quack.gemm_config import GemmConfig
-except ImportError:
-    gemm_epilogue = None
-
-if gemm_epilogue is not None:
 
     @cache
     def _tiles(columns: int, heavy: bool) -> GemmConfig:
@@ -78,6 +74,9 @@ if gemm_epilogue is not None:
         """For sums over columns: a part from each tile."""
         return torch.empty(rows, -(-columns // _tiles(columns, heavy=True).tile_n), dtype=torch.float32, device=device)
 
+except Exception as error:  # another version than the pinned one may lack this, or raise anything
+    gemm_epilogue = unavailable("quack-kernels", error)
+
 
 if triton is not None:
     import triton.language as tl
@@ -99,7 +98,7 @@ if triton is not None:
 def fold(parts: Tensor, columns: int, eps: float = 0.0, scale: Tensor | None = None) -> Tensor:
     """parts (N, P) of sums over so many columns -> (1, N): rsqrt(mean + eps), or scale^2 * mean."""
     rows, number = parts.shape
-    if triton is not None and parts.is_cuda:
+    if usable("GEMM epilogues", parts):
         out = parts.new_empty(1, rows)
         grid = (triton.cdiv(rows, 128),)
         _fold[grid](parts, scale, out, rows, number, columns, eps, BLOCK=128, NUMBER=triton.next_power_of_2(number))
@@ -115,7 +114,8 @@ def hopper(device: torch.device) -> bool:
 
 def fused(x: Tensor) -> bool:
     """Whether the kernels take what is on the device and of the dtype of x; their tiles are a Hopper's."""
-    return gemm_epilogue is not None and x.is_cuda and x.dtype == torch.bfloat16 and hopper(x.device)
+    ready = gemm_epilogue is not None and x.is_cuda and x.dtype == torch.bfloat16 and hopper(x.device)
+    return ready and usable("GEMM epilogues", x)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -161,3 +161,29 @@ def norm_grad(a: Tensor, b: Tensor, grad: Tensor, stream: Tensor, factor: Tensor
     if fused(a):
         return _run(_norm_grad, a, b, grad, stream=stream, factor=factor)
     return grad + a @ b - factor.t().to(a.dtype) * stream
+
+
+@check("GEMM epilogues", instead="PyTorch's products")
+def _cases(draw, config):
+    width, rows = config.hidden_size, 80
+    x, seen, dy, parts = draw(rows, width), draw(rows, width), draw(rows, width), draw(rows, 6, dtype=torch.float32)
+    wo, w1, w2 = (draw(*size) / size[1] ** 0.5 for size in ((width, width), (4 * width, width), (width, 4 * width)))
+
+    def folds():
+        scale = fold(parts.square(), width, 1e-6)
+        return [scale, fold(parts, width, scale=scale)]
+
+    yield 1e-4, folds
+    if not fused(x):
+        return
+    kept, scale = draw(rows, 4 * width).relu().square(), draw(1, rows, dtype=torch.float32).abs() + 0.5
+
+    def products():
+        stream, inverse = plus_residual(seen, wo.t(), x, 1e-6)
+        grad, factor = relu2_grad(dy, w2, kept, scale, width)
+        return [
+            product(seen, wo.t()), stream, inverse, relu2(x, w1.t(), scale), grad, factor,
+            norm_grad(kept, w1, dy, x, scale),
+        ]  # fmt: skip
+
+    yield 0.02, products

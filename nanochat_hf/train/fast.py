@@ -20,14 +20,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..kernel_checks import disabled, verify
 from ..model.modeling_nanochat import NanoChatForCausalLM
-from .attention import attend, attention_mask, uses_flash
+from .attention import FLASH, attend, attention_mask, uses_flash
 from .epilogues import fused
 from .float8 import weight8
 from .kernels import head_loss
 from .leaves import Copies, Places
 from .products import Weight, linear_and_gates, residual_mlp
 from .stream import Embedded, mix
+
+KERNELS = ("rotary and QK norm", "residual mix", "gradient sums", "GEMM epilogues")  # of a training step
+BF16_KERNELS = ("fused cross-entropy", "FlashAttention-4")
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -76,7 +80,8 @@ class Trunk(nn.Module):
     """NanoChatModel's forward over the parameters of `model`, and with targets the head's loss as well.
 
     compile: each part by torch.compile. fp8: the blocks' matrix products in 8-bit floats, while training only; the
-    head's stays in bf16. dtype: what the network computes in; None: the dtype of the embeddings.
+    head's stays in bf16. dtype: what the network computes in; None: the dtype of the embeddings. documents: rows of
+    several will come.
     """
 
     def __init__(
@@ -85,11 +90,15 @@ class Trunk(nn.Module):
         compile: bool = False,
         fp8: bool = False,
         dtype: torch.dtype | None = None,
+        documents: bool = False,
     ):
         super().__init__()
-        self.fp8 = fp8
         self.model = model
         self.dtype = dtype or model.model.embed_tokens.weight.dtype
+        names = [*KERNELS, *(BF16_KERNELS if self.dtype == torch.bfloat16 else ()), *(["FP8"] if fp8 else [])]
+        names += [FLASH[-1]] if documents and self.dtype == torch.bfloat16 else []
+        verify(names, model.config, model.lm_head.weight.device, self.dtype)
+        self.fp8 = fp8 and "FP8" not in disabled
         if compile:
             torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: DDP overlaps without its help
             torch._dynamo.config.recompile_limit = 64  # four kinds of blocks, each for training, evaluating and SFT
@@ -194,7 +203,7 @@ def fuse(model: NanoChatForCausalLM, dtype: torch.dtype, documents: int, compile
     `position_ids` (B, T) begin at 0 in each of at most `documents` documents of a batch, padding counted as such.
     Without labels (generation, evaluation) the model stays as it is.
     """
-    trunk, original = Trunk(model, compile=compile, dtype=dtype), model.forward
+    trunk, original = Trunk(model, compile=compile, dtype=dtype, documents=True), model.forward
 
     def forward(input_ids=None, labels=None, position_ids=None, num_items_in_batch=None, **others):
         if labels is None:

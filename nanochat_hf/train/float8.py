@@ -10,21 +10,24 @@ transposed, too. Measured naively that costs as much as the products save; so
   costs a few of the exponents that floating point has to spare: the norm's output is at most sqrt(C), and a product's
   at most the length of the longest row times that of the longest column (Cauchy and Schwarz).
 
-Each kernel has a plain twin that runs on any device.
+Each kernel has a plain twin that runs on any device; `usable("FP8")` says which of the two runs.
 """
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_tensor
 
-from .kernels import triton
+from ..kernel_checks import check, triton, usable
 from .leaves import added
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 PLAIN, SQUARED, SQUARED_GRAD = range(3)  # what is done to a tensor on its way: nothing, relu squared, its gradient
 MEASURE = dict(ROWS=16, COLUMNS=256, num_warps=8)  # tiles of the kernels, from 11 tried on an H200
 FILL = dict(ROWS=32, COLUMNS=128, num_warps=4)
+# The assembler of Triton up to 3.8 corrupts the transposed store of a kernel that stores both ways (triton-lang/
+# triton#11111), though not from bf16 at multiples of this, as in all models of usual sizes; else each way is a launch.
+JOINT = 64
 
 if triton is not None:
     import triton.language as tl
@@ -70,11 +73,12 @@ if triton is not None:
         if KIND > 0:
             value = tl.maximum(value, 0.0, tl.PropagateNan.ALL)
         if KIND == 2:
-            peak = tl.maximum(limit * limit, 1e-24)
-            if first:
-                tl.store(squares_scale, peak / SQUARES_LARGEST)
-            square = tl.minimum(value * value * (SQUARES_LARGEST / peak), SQUARES_LARGEST, tl.PropagateNan.ALL)
-            tl.store(squares + across, square.to(squares.dtype.element_ty), mask=inside)
+            if squares is not None:
+                peak = tl.maximum(limit * limit, 1e-24)
+                if first:
+                    tl.store(squares_scale, peak / SQUARES_LARGEST)
+                square = tl.minimum(value * value * (SQUARES_LARGEST / peak), SQUARES_LARGEST, tl.PropagateNan.ALL)
+                tl.store(squares + across, square.to(squares.dtype.element_ty), mask=inside)
             value *= 2.0 * tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
             limit *= 2.0 * tl.max(tl.load(grad_bounds + which, mask=which < number, other=0.0), 0)
         if KIND == 1:
@@ -99,7 +103,7 @@ class Eight(NamedTuple):
 
 def measure(x: Tensor, lengths: bool = False) -> tuple[Tensor, ...]:
     """x (N, C) -> float32 numbers whose largest bounds the magnitudes, and if asked others for the rows' lengths."""
-    if triton is None or not x.is_cuda:
+    if not usable("FP8", x):
         lengths = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()[None],) if lengths else ()
         return x.abs().amax().float()[None], *lengths
     found = torch.empty(1 + lengths, triton.cdiv(len(x), MEASURE["ROWS"]), device=x.device)
@@ -115,9 +119,18 @@ def fill(to: Eight, x: Tensor, bounds: Tensor | float, kind: int = PLAIN, grad=N
     """
     dtype = (to.turned if to.straight is None else to.straight).dtype
     top, known = torch.finfo(dtype).max, not isinstance(bounds, Tensor)
-    if triton is not None and x.is_cuda:
+    if usable("FP8", x):
         (rows, columns), number = x.shape, 1 if known else len(bounds)
         tall = rows if to.turned is None else to.turned.stride(0)
+        ways = [way for way in (to._replace(turned=None), to._replace(straight=None)) if any(map(is_tensor, way[:2]))]
+        squares = squares if kind == SQUARED_GRAD else None
+        apart = x.dtype != torch.bfloat16 or any(size % JOINT for size in (rows, columns, tall))
+        if apart and len(ways) + (squares is not None) > 1:
+            for way in ways:
+                fill(way, x, bounds, kind, grad, grad_bounds)
+            if squares is not None:
+                fill(squares, x, bounds, SQUARED)
+            return
         _fill[(triton.cdiv(rows, FILL["ROWS"]), triton.cdiv(columns, FILL["COLUMNS"]))](
             x.contiguous(), grad, None if known else bounds, grad_bounds, number, float(bounds) if known else 0.0,
             to.straight, to.turned, to.scale, squares and squares.turned, squares and squares.scale, rows, columns,
@@ -241,3 +254,33 @@ class Relu2MLP8(torch.autograd.Function):
             dx, None, None, None, *weight_gradients(first, dh8, Eight(None, turned, scale), ctx.dtype),
             *weight_gradients(second, dy8, a8, ctx.dtype),
         )  # fmt: skip
+
+
+@check("FP8", instead="bf16")
+def _cases(draw, config):
+    """Both ways of storing, at the model's width and at an odd one: the values, and that both hold the same bytes."""
+    for rows, columns in ((192, config.hidden_size), (72, config.hidden_size + 8)):
+        x, grad = draw(rows, columns), draw(rows, columns)
+
+        def cast(x=x, grad=grad):
+            largest, longest = measure(x, lengths=True)
+            kinds = [empty(x.shape, x.device, dtype) for dtype in (E4M3, E5M2, E4M3, E5M2)]
+            squares = empty(x.shape, x.device, E4M3, straight=False)
+            for to, kind in zip(kinds, (PLAIN, PLAIN, SQUARED, SQUARED_GRAD)):
+                fill(to, x, largest, kind, grad, measure(grad)[0], squares)
+            weight = weight8(x[:64].float(), x[64:].float())
+            pairs = [(eight.straight, eight.turned.t(), eight.scale) for eight in (*kinds, weight.eight)]
+            pairs.append((kinds[2].straight, squares.turned.t(), squares.scale))
+            values = [straight.float() * scale for straight, _, scale in pairs]
+            differ = [(one.view(torch.uint8) != other.view(torch.uint8)).sum()[None] for one, other, _ in pairs]
+            return [*values, *differ, largest.amax()[None], longest.amax()[None], weight.longest[None]]
+
+        yield 0.01, cast  # a value between two may be rounded to either
+    a, b = (quantise(draw(192, config.hidden_size), E4M3) for _ in range(2))
+
+    def multiply():
+        if usable("FP8", a.straight):
+            return [product(a.straight, b.straight, (a.scale, b.scale), torch.bfloat16)]
+        return [(a.straight.float() * a.scale) @ (b.straight.float() * b.scale).t()]
+
+    yield 0.01, multiply

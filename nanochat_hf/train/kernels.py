@@ -12,11 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # CPU and Apple builds of torch come without Triton
-    triton = None
+from ..kernel_checks import check, triton, usable, with_gradients
 
 MAX_LOGITS_BYTES = 1 << 30  # of one chunk of bf16 logits; larger chunks gain nothing once the products fill the device
 
@@ -28,6 +24,7 @@ def compiled(function):
 
 
 if triton is not None:
+    import triton.language as tl
 
     @triton.jit
     def _softcap_nll(
@@ -121,9 +118,23 @@ def head_loss(
         targets: (N,) int64, -100 is ignored.
         reduction: "mean" over the targets that count, or "none": (N,) fp32, without gradient on the fused path.
     """
-    if triton is not None and hidden.is_cuda and hidden.dtype == torch.bfloat16:
+    if hidden.dtype == torch.bfloat16 and usable("fused cross-entropy", hidden):
         return _FusedHeadLoss.apply(hidden, weight, targets, softcap, num_tokens, reduction)
     logits = F.linear(hidden, weight.to(hidden.dtype))[..., :num_tokens].float()
     logits, reduce = softcap * torch.tanh(logits / softcap), "sum" if reduction == "mean" else reduction
     loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduce)
     return loss / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss
+
+
+@check("fused cross-entropy", instead="PyTorch's own, which takes more memory")
+def _cases(draw, config):
+    size = min(config.vocab_size, 4224)  # as many columns as one program takes at once, and some more
+    hidden, weight = draw(80, config.hidden_size), draw(size, config.hidden_size, dtype=torch.float32) * 0.05
+    targets = torch.arange(80, device=hidden.device) * 37 % (size - 3)
+    targets[::7] = -100
+
+    def loss(hidden, weight, reduction="mean"):
+        return [head_loss(hidden, weight, targets, 15.0, size - 3, reduction)]
+
+    yield 0.02, lambda: with_gradients(loss, (hidden, weight))
+    yield 0.01, lambda: loss(hidden, weight, "none")

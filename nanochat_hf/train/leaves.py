@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import triton
+from ..kernel_checks import check, triton, usable
 
 if triton is not None:
     import triton.language as tl
@@ -70,7 +70,7 @@ def added(weight: Tensor, grad: Tensor) -> Tensor | None:
     """Add to `weight.grad` in place and give None, or what autograd shall make the gradient if there is none yet."""
     if weight.grad is None:
         return grad.to(weight.dtype)
-    if triton is not None and grad.is_cuda and grad.is_contiguous() and weight.grad.is_contiguous():
+    if usable("gradient sums", grad) and grad.is_contiguous() and weight.grad.is_contiguous():
         _add[(triton.cdiv(grad.numel(), 4096),)](weight.grad, grad, grad.numel(), BLOCK=4096)
     else:
         weight.grad.add_(grad)
@@ -100,7 +100,7 @@ class Places:
     def __init__(self, ids: Tensor, rows: int):
         """rows: of the tables."""
         self.ids = ids
-        self.fast = triton is not None and ids.is_cuda and torch.is_grad_enabled()
+        self.fast = usable("gradient sums", ids) and torch.is_grad_enabled()
         if self.fast:
             self.sort(rows)
 
@@ -167,3 +167,21 @@ def joined(dtype: torch.dtype, *weights: Tensor) -> Tensor:
     for part, weight in zip(copy.split([len(weight) for weight in weights]), weights):
         part.copy_(weight)
     return copy
+
+
+@check("gradient sums", instead="PyTorch's operations")
+def _cases(draw, config):
+    table, grad = draw(60, config.hidden_size), draw(3, 200, config.hidden_size)
+    ids = (torch.arange(600, device=table.device) ** 2 % 47).view(3, 200)  # some once, some often, some never
+    ids[0, :150] = 3
+
+    def rows():
+        leaf = table.clone().requires_grad_()
+        for _ in range(2):  # the second time added to the first
+            Places(ids, len(leaf)).rows(leaf).backward(grad)
+        weight = torch.nn.Parameter(table.float())
+        weight.grad = weight.detach().clone()
+        added(weight, grad[0, : len(table)].contiguous())
+        return [leaf.grad, weight.grad]
+
+    yield 0.02, rows

@@ -15,11 +15,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ..distributed import place, processes
 from ..errors import InputError
+from ..kernel_checks import triton, unloaded, verify, version
 from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from ..run import load_json, model_fingerprint
+from .attention import uses_flash
 from .checkpoint import refuse_nan
-from .fast import Trunk
+from .epilogues import fused
+from .fast import BF16_KERNELS, Trunk
 from .kernels import head_loss
 from .scaling import Plan
 
@@ -33,6 +36,9 @@ class ModelLoss(nn.Module):
     def __init__(self, model: NanoChatForCausalLM):
         super().__init__()
         self.model = model
+        device = model.lm_head.weight.device
+        if compute_dtype(device) == torch.bfloat16:
+            verify(BF16_KERNELS[:1], model.config, device, torch.bfloat16)
 
     def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         config = self.model.config
@@ -144,21 +150,71 @@ def new_model(made: Plan, source: str | None, tokenizer, device: torch.device, s
     return model
 
 
-def with_loss(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bool) -> nn.Module:
+def why_not_fp8(
+    model: NanoChatForCausalLM, attention: str, device: torch.device, least: tuple[int, int]
+) -> str | None:
+    """What keeps a model from FP8 on a device, which must have at least that compute capability; None: nothing."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < least:
+        return "needs a CUDA device of the H100's generation or newer"
+    if attention != "auto":
+        return "works with attn_implementation auto only"
+    config = model.config
+    if any(size % 16 for size in (config.hidden_size, config.max_position_embeddings)):
+        return "needs a width and a max_seq_len that are multiples of 16"
+    return None
+
+
+def with_loss(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bool | str) -> nn.Module:
     """-> module (ids (B, T), targets (B, T), reduction) -> loss in nats; see `PretrainConfig` for the options."""
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
-    if fp8 and not (cuda and torch.cuda.get_device_capability(device) >= (8, 9)):
-        raise InputError("fp8 needs a CUDA device of the H100's generation or newer; leave it out")
+    if fp8 not in (True, False, "auto"):
+        raise InputError(f"fp8 is {fp8!r}: choose true, false or auto")
+    missing = why_not_fp8(model, attention, device, (9, 0) if fp8 == "auto" else (8, 9)) if fp8 else None
+    if missing and fp8 != "auto":
+        raise InputError(f"fp8 {missing}; leave it out, or say fp8=auto")
     if attention == "auto":
+        fp8 = bool(fp8) and not missing
         return Trunk(model, compile=compile and cuda, fp8=fp8, dtype=compute_dtype(device, half=True))
-    if fp8:
-        raise InputError("fp8 works with attn_implementation auto only")
     model.set_attn_implementation(attention)
     if compile and cuda:
         for layer in model.model.layers:  # their forward and not the layers: FSDP2's hooks stay outside
             layer.forward = torch.compile(layer.forward, dynamic=False)
     return ModelLoss(model)
+
+
+def describe(network: nn.Module, fp8: bool | str) -> str:
+    """The kernels and the precision of a training step, and what would make it faster here, in one line.
+
+    Args:
+        network: of `with_loss`, which was given this fp8.
+    """
+    model = network.model
+    device, eight = model.lm_head.weight.device, getattr(network, "fp8", False)
+    dtype = str(compute_dtype(device, half=True)).removeprefix("torch.")
+    precision = f"precision {dtype}{' with FP8 blocks' if eight else ''}"
+    if device.type != "cuda":
+        why = f"; no FP8: it {why_not_fp8(model, 'auto', device, (9, 0))}" if fp8 == "auto" else ""
+        return f"kernels: PyTorch on {device.type}; {precision}{why}"
+    x = torch.empty((), device=device, dtype=compute_dtype(device, half=True))
+    auto = isinstance(network, Trunk)
+    parts = ["attention " + (packaged("flash-attn-4") if auto and uses_flash(x) else "PyTorch")]
+    parts.append("matmuls " + (packaged("quack-kernels") if auto and fused(x) and not eight else "PyTorch"))
+    parts += [packaged("triton")] if triton is not None else []
+    hints = [f"{package} {reason}" for package, reason in unloaded.items() if auto and reason == "not installed"]
+    modern = torch.cuda.get_device_capability(device) >= (9, 0)
+    if hints and modern:
+        hints.append('for more speed: pip install -c constraints.txt -e ".[kernels]"')
+    if fp8 == "auto" and not eight:
+        why = why_not_fp8(model, "auto" if auto else "another", device, (9, 0)) or "was wrong in its check"
+        hints.append(f"no FP8: it {why}")
+    elif not fp8 and auto and modern:
+        hints.append("fp8=auto would be faster")
+    return f"kernels: {', '.join(parts)}; {precision}" + "".join(f"; {hint}" for hint in hints)
+
+
+def packaged(package: str) -> str:
+    return f"{package} {version(package)}"
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -20,6 +20,7 @@ Several processes, found out at every step (nothing is kept outside `param_group
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..distributed import place, together
 from ..errors import InputError
+from ..kernel_checks import verify
 from .muon import adamw, fused, mean_squares, orthogonal_dtype, orthogonalise, scalar, update_scale
 from .optim_kernels import apply_updates, nesterov
 from .owners import adamw_owner, shares
@@ -91,6 +93,9 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["kind"] == "muon":
                 check_matrices(group["params"])
+                for p in group["params"][:1]:
+                    sizes = SimpleNamespace(hidden_size=min(p.shape))
+                    verify(("Muon passes", "Muon products"), sizes, p.device, orthogonal_dtype(p.device))
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -6,15 +6,17 @@ shape. Polar Express multiplies matrices by their own transposes, of which half 
 symmetric product). Everything has a plain twin for other devices, and the tests hold the two together.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .kernels import triton
+from ..kernel_checks import check, triton, unavailable, usable
 
 try:
     from quack.gemm_interface import gemm_add, gemm_symmetric
-except ImportError:
-    gemm_add = gemm_symmetric = None
+except Exception as error:  # a version that does not fit may raise anything
+    gemm_add = gemm_symmetric = unavailable("quack-kernels", error)
 
 SMALLEST = 1024  # rows and columns from which quack's products save more than the host takes to launch them
 BLOCK = 4096  # elements of a program
@@ -53,15 +55,20 @@ if triton is not None:
 
 def many(tensors: list[Tensor]) -> bool:
     """Whether the Triton kernels take these: float32, dense, on CUDA, 16-byte aligned."""
-    return triton is not None and all(
-        t.is_cuda and t.numel() and t.dtype == torch.float32 and t.is_contiguous() and t.data_ptr() % 16 == 0
+    return all(
+        usable("Muon passes", t)
+        and t.numel()
+        and t.dtype == torch.float32
+        and t.is_contiguous()
+        and t.data_ptr() % 16 == 0
         for t in tensors
     )
 
 
 def addresses(tensors: list[Tensor]) -> Tensor:
     """Their addresses, on their device; through pinned memory, so that the host does not wait."""
-    return torch.tensor([t.data_ptr() for t in tensors]).pin_memory().to(tensors[0].device, non_blocking=True)
+    numbers = torch.tensor([t.data_ptr() for t in tensors])
+    return numbers.pin_memory().to(tensors[0].device, non_blocking=True) if tensors[0].is_cuda else numbers
 
 
 def nesterov(grads: list[Tensor], momenta: list[Tensor], mu: float, out: Tensor, gate: Tensor) -> None:
@@ -100,7 +107,8 @@ def apply_updates(params: list[Tensor], x: Tensor, scale: Tensor, rate: float, d
 
 def symmetric(x: Tensor) -> bool:
     large = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and min(x.shape[-2:]) >= SMALLEST
-    return large and gemm_symmetric is not None and all(size % 16 == 0 for size in x.shape[-2:])
+    ready = large and gemm_symmetric is not None and usable("Muon products", x)
+    return ready and all(size % 16 == 0 for size in x.shape[-2:])
 
 
 def gram(x: Tensor) -> Tensor:
@@ -120,3 +128,33 @@ def product_plus(a: Tensor, b: Tensor, old: Tensor, factor: float) -> Tensor:
     if symmetric(old):
         return gemm_add(a, b, old, beta=factor, tuned=False)
     return torch.baddbmm(old, a, b, beta=factor)
+
+
+@check("Muon passes", instead="PyTorch's operations on lists")
+def _cases(draw, config):
+    draw = partial(draw, dtype=torch.float32)
+    grads, momenta, x, gate = draw(3, 96, 100), draw(3, 96, 100), draw(3, 96, 100), draw(1).new_ones(())
+    scales = [draw(3, 96, 1).abs(), draw(3, 1, 100).abs()]
+
+    def passes():
+        moved, out, weights = list(momenta.clone().unbind()), torch.zeros_like(x), [x.clone() for _ in scales]
+        nesterov(list(grads.unbind()), moved, 0.9, out, gate)
+        for weight, scale in zip(weights, scales):
+            apply_updates(list(weight.unbind()), out, scale, 0.1, 0.5, gate)
+        return [torch.stack(moved), out, *weights]
+
+    yield 1e-4, passes
+
+
+@check("Muon products", instead="PyTorch's products of whole matrices")
+def _product_cases(draw, config):
+    if gemm_symmetric is None or config.hidden_size < SMALLEST:
+        return
+    for dtype in (torch.bfloat16, torch.float16):
+        x = draw(2, config.hidden_size, 2 * config.hidden_size, dtype=dtype) / (2 * config.hidden_size) ** 0.5
+
+        def products(x=x):
+            a = gram(x)
+            return [a, symmetric_plus(a, a, 0.7, 0.3), product_plus(a, x, x, 1.5)]
+
+        yield 0.02, products

@@ -38,7 +38,7 @@ from ..run import begin, finish, load_json, model_fingerprint, save_json
 from . import checkpoint
 from .device import check_cost, choose_rows, fetch, fits, listening, start_accelerator, to_device, undisturbed_by_gc
 from .monitor import Evaluator, SpikeAlarm, line, status
-from .network import compute_dtype, gradient_norm, new_model, scale_gradients, shape_of, shard, with_loss
+from .network import compute_dtype, describe, gradient_norm, new_model, scale_gradients, shape_of, shard, with_loss
 from .optim import MuonAdamW, param_groups
 from .owners import OwnerReduction
 from .pretrain_config import PLAN_KEYS, SHAPE_KEYS, PretrainConfig
@@ -124,6 +124,7 @@ class Pretraining:
         self.asked = False  # whether some process was asked to stop, as far as all of them know
 
         network = with_loss(self.model, config.attn_implementation, config.compile, config.fp8)
+        self.print(describe(network, config.fp8))
         optimizer = MuonAdamW(param_groups(self.model, self.plan.groups))
         if self.sharded:
             self.loss_model, self.optimizer = self.accelerator.prepare(network, optimizer)
@@ -140,7 +141,7 @@ class Pretraining:
             self.accelerator.unwrap_model(self.loss_model), self.model, self.tokenizer,
             lambda: self.new_loader("validation"),
             config.eval_tokens // (self.rows * self.plan.max_seq_len * self.world),
-            alike=not (config.fp8 or self.sharded),
+            alike=not (getattr(network, "fp8", False) or self.sharded),
         )  # fmt: skip
         if saved is not None:
             self.restore(saved)
@@ -407,6 +408,7 @@ class Pretraining:
             "training_time_s": self.seconds,
             "tokens_per_second": speed,
             "mfu": self.mfu(speed),
+            "fp8": getattr(self.accelerator.unwrap_model(self.loss_model), "fp8", False),
             "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
             "val_bpb": last.get("val_bpb"),
             "core": last.get("core"),

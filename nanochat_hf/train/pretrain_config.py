@@ -72,8 +72,8 @@ class PretrainConfig:
     """Keep the optimizer's state in optimizer.pt, for the SFT that begins with these momenta (a d24: 4 GB)."""
     push_every: int = -1
     """Steps between uploads to the Hub, when the caller gives a way to upload; -1: never."""
-    fp8: bool = False
-    """Matrix products in 8 bits, on devices that have them (H100 and newer)."""
+    fp8: str = False
+    """FP8 matmuls (E4M3 forward, E5M2 gradients): true, false, or auto: where the GPU has them (H100 and newer)."""
     dataset: str = "primer"
     """Text to train on: a Hub id, a folder of parquet files, a .jsonl file or `primer`; or a list of them, mixed by
     weight: [{dataset: ..., weight: 0.5}, ...] (data/corpus.py)."""
@@ -91,3 +91,6 @@ class PretrainConfig:
     """Steps between lines with a step's figures, 1 for each; -1: the bar only."""
     report_to: str = "none"
     """Where Accelerate reports to: none, trackio, wandb, tensorboard."""
+
+    def __post_init__(self):
+        self.fp8 = {"true": True, "false": False}.get(str(self.fp8).lower(), self.fp8)  # flags are text, YAML has both

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import triton
+from ..kernel_checks import check, triton, usable, with_gradients
 
 if triton is not None:
     import triton.language as tl
@@ -125,7 +125,7 @@ def mix(
         embedded: the embedding x0, one object for all layers of a forward pass, each of which mixes once.
         lambdas: the scalars a and b; None: s = x + y.
     """
-    if triton is not None and x.is_cuda and not torch.compiler.is_compiling():  # the compiler fuses by itself
+    if not torch.compiler.is_compiling() and usable("residual mix", x):  # the compiler fuses by itself
         x0 = None if lambdas is None else embedded.value
         return _Mix.apply(x, y, x0, *(lambdas or (None, None)), eps, embedded)
     if y is not None:
@@ -133,3 +133,17 @@ def mix(
     if lambdas is not None:
         x = lambdas[0] * x + lambdas[1] * embedded.value
     return x, F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+@check("residual mix", instead="PyTorch's operations")
+def _cases(draw, config):
+    x, y, z = (draw(1, 40, config.hidden_size) for _ in range(3))
+    scale, share = (draw(2, dtype=torch.float32).abs() + 0.5 for _ in range(2))
+
+    def layers(x, y, z, scale, share):
+        embedded = Embedded(x)
+        first, normed = mix(x, None, embedded, (scale[0], share[0]), 1e-6)
+        second, last = mix(first, y * normed, embedded, (scale[1], share[1]), 1e-6)
+        return normed, *mix(second, z * last, None, None, 1e-6)
+
+    yield 0.02, lambda: with_gradients(layers, (x, y, z, scale, share))

@@ -1,0 +1,74 @@
+"""The training benchmark's own parts: FlashAttention-4 in the peer's place, which contenders there are, the ratios."""
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+spec = importlib.util.spec_from_file_location("bench_gpu", Path(__file__).parents[1] / "scripts" / "bench_gpu.py")
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+
+
+def shares(q, k, scale, left):
+    """What a query takes of each value, (B, H, T, T); left None is causal attention, else so many keys back."""
+    distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
+    hidden = (distance < 0) | (distance > (q.shape[1] if left is None else left))
+    return (scale * torch.einsum("bthd,bshd->bhts", q, k)).masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+def attention(q, k, v, scale, left):
+    """By the definition, (B, T, H, D)."""
+    return torch.einsum("bhts,bshd->bthd", shares(q, k, scale, left), v)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """A flash_attn package that computes by the definition."""
+
+    def forward(q, k, v, softmax_scale, return_lse, causal=False, window_size_left=None, window_size_right=None):
+        assert causal != (window_size_right == 0)
+        return attention(q, k, v, softmax_scale, window_size_left), q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
+
+    def backward(q, k, v, out, grad, lse, scale, dq, dk, dv, causal=False, window_size_left=None, window_size_right=0):
+        share = shares(q, k, scale, window_size_left)  # an operator's inside has no autograd
+        inner = torch.einsum("bthd,bshd->bhts", grad, v)
+        inner = scale * share * (inner - (inner * share).sum(-1, keepdim=True))
+        dv.copy_(torch.einsum("bhts,bthd->bshd", share, grad))
+        dq.copy_(torch.einsum("bhts,bshd->bthd", inner, k))
+        dk.copy_(torch.einsum("bhts,bthd->bshd", inner, q))
+
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules[name], "_flash_attn_fwd", forward, raising=False)
+    monkeypatch.setattr(sys.modules[name], "_flash_attn_bwd", backward, raising=False)
+    return bench.flash4()
+
+
+def test_flash_attention_4_stands_in_for_3_in_a_whole_compiled_graph(flash):
+    q, k, v, grad = torch.randn(4, 2, 12, 3, 8)
+    for window, left in (((12, 0), None), ((-1, -1), None), ((3, 0), 3)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        run = torch.compile(partial(flash, causal=True, window_size=window), fullgraph=True, backend="aot_eager")
+        out, exact = run(*leaves), attention(q, k, v, 8**-0.5, left)
+        assert torch.allclose(out, exact, atol=1e-5)
+        wanted = [x.clone().requires_grad_() for x in (q, k, v)]
+        found = torch.autograd.grad(out, leaves, grad)
+        for a, b in zip(found, torch.autograd.grad(attention(*wanted, 8**-0.5, left), wanted, grad)):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ours:fa4", "peer:L", "theirs"])
+def test_an_unknown_contender_is_refused(name):
+    with pytest.raises(SystemExit, match="is no contender"):
+        bench.contender(name, "d12x1", 1, 0)
+
+
+def test_ratios_are_ours_over_the_fastest_peer_by_precision():
+    speeds = {"ours": 120, "ours:fp8": 150, "peer:fa4": 100, "peer:sdpa": 80, "peer:fa4+fp8": 125}
+    rows = [("d24x16", name, {"tok_s": speed}) for name, speed in speeds.items()] + [("d12x32", "ours", {"tok_s": 1})]
+    assert bench.ratios(rows) == ["d24x16   bf16  1.200", "d24x16   fp8   1.200"]
