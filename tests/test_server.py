@@ -268,6 +268,45 @@ def test_fields_may_be_null_and_calls_may_be_mappings_as_some_clients_send_them(
     assert reply.status_code == 200 and reply.json()["generated_text"]
 
 
+@pytest.mark.parametrize("form", ["text", "old", "several"])
+def test_calls_in_the_history_are_read_in_all_of_openais_forms(server, form):
+    called = {"name": "python", "arguments": json.dumps({"expression": "5+6"})}
+    made = [{"id": "a", "type": "function", "function": called}]
+    results = [{"role": "tool", "tool_call_id": "a", "content": "11"}]
+    if form == "old":
+        history = [{"role": "assistant", "content": None, "function_call": called}]
+        history += [{"role": "function", "name": "python", "content": "11"}]
+    elif form == "several":  # each result goes to its own call, whatever the order
+        made.append({**made[0], "id": "b", "function": {**called, "arguments": '{"expression": "1+1"}'}})
+        results = [{"role": "tool", "tool_call_id": "b", "content": "2"}, *results]
+    if form != "old":
+        history = [{"role": "assistant", "content": None, "tool_calls": made}, *results]
+    prompts = []
+    encode, server.engine.encode = server.engine.encode, lambda m: prompts.append(encode(m)) or prompts[-1]
+    try:
+        body = {"messages": user("What is 5 + 6?") + history}
+        reply = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=30)
+    finally:
+        del server.engine.encode
+    text = server.tokenizer.decode(prompts[0])
+    steps = "5+6<|python_end|><|output_start|>11<|output_end|>"
+    if form == "several":
+        steps += "<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>"
+    assert text.endswith("<|assistant_start|><|python_start|>" + steps)
+    assert form == "several" or reply.json()["choices"][0]["message"]["content"] == "It is 11."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [('{"code": "1"}', "expression, not code"), ("[1]", "no JSON object"), ('{"expression": 5}', "takes one text")],
+)
+def test_calls_in_the_history_that_are_none_are_refused(server, arguments, reason):
+    call = {"id": "a", "type": "function", "function": {"name": "python", "arguments": arguments}}
+    messages = [*user("?"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    reply = httpx.post(server.url + "/v1/chat/completions", json={"messages": messages})
+    assert reply.status_code == 400 and reason in reply.json()["error"]["message"]
+
+
 def test_a_full_queue_says_so_and_the_others_are_answered(server, hf):
     worker, real = server.workers[0], server.engine.advance
     gate = threading.Event()

@@ -25,7 +25,7 @@ from random import Random
 
 from ..errors import InputError
 from .sources import Entry, open_rows
-from .transforms import TRANSFORMS, BadRow, check
+from .transforms import TRANSFORMS, BadRow, check, normalize
 
 REASONS_KEPT = 1000  # bad rows that are remembered one by one; more are only counted
 
@@ -81,7 +81,7 @@ class Mixture:
             for index in order[:left]:
                 try:
                     rng = Random(f"{self.seed} {number} {epoch} {index}")
-                    conversation = TRANSFORMS[entry.transform](source[index], rng)
+                    conversation = normalize(TRANSFORMS[entry.transform](source[index], rng))
                     check(conversation)
                     entry.num_rows += 1
                     yield {"messages": conversation, "entry": number, "row": index}

@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from ..data.conversations import REASONS_KEPT
 from ..data.sources import Entry, open_rows
 from ..data.tokenizer import load_tokenizer
-from ..data.transforms import BadRow, check
+from ..data.transforms import BadRow, check, normalize
 from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin
@@ -84,6 +84,7 @@ def pair(row: dict, tokenizer, length: int) -> dict[str, list[dict]]:
     """A row as {"prompt", "chosen", "rejected"}, lists of messages. Raises BadRow if it is no pair that fits."""
     prompt, chosen, rejected = row.get("prompt") or [], row["chosen"], row["rejected"]
     prompt = [] if isinstance(prompt, str) else prompt  # where it is text the conversations begin with it
+    prompt, chosen, rejected = normalize(prompt), normalize(chosen), normalize(rejected)
     for messages in (prompt + chosen, prompt + rejected):
         check(messages)
         size = len(tokenizer.apply_chat_template(messages, return_dict=False))

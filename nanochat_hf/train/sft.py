@@ -148,15 +148,21 @@ class ChatCore(TrainerCallback):
 
 
 def encode(tokenizer, chats: list[list[dict]], assistant_only: bool) -> dict[str, list]:
-    """Conversations -> {"input_ids", "labels"}, a list each; labels are -100 where nothing is to be learned."""
-    rendered = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
-    labels = []
-    for ids, learned in zip(rendered["input_ids"], rendered["assistant_masks"]):
-        if not assistant_only:
-            learned = outside_results(ids, tokenizer)
+    """Conversations -> {"input_ids", "labels"}, a list each; labels are -100 where nothing is to be learned.
+
+    The mask is read off the token ids. transformers' mask goes by characters, and of a last character of several
+    tokens (an emoji, a syllable of Hangul) it takes the first only, where a template's blocks end with text.
+    """
+    rows, labels = tokenizer.apply_chat_template(chats, return_dict=True)["input_ids"], []
+    start, end = tokenizer.convert_tokens_to_ids(["<|assistant_start|>", "<|assistant_end|>"])
+    for ids in rows:
+        learned, turn = outside_results(ids, tokenizer), not assistant_only
+        for place, token in enumerate(ids if assistant_only else []):
+            learned[place] &= turn
+            turn = token == start or (turn and token != end)
         # What follows from nothing, or from another conversation of the row, cannot be learned.
         labels.append([-100, *(token if yes else -100 for token, yes in zip(ids[1:], learned[1:]))])
-    return {"input_ids": rendered["input_ids"], "labels": labels}
+    return {"input_ids": rows, "labels": labels}
 
 
 def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, folder: Path) -> tuple[Dataset, dict]:
