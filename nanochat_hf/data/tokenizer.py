@@ -194,6 +194,23 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> li
     return documents
 
 
+def spoken_mask(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
+    """1 for each token of a rendered conversation that the assistant says (text, calls, end of turn), else 0.
+
+    A tool's result is not what it says. transformers' own mask goes by characters, and of a last character of several
+    tokens (an emoji, a syllable of Hangul) it takes the first only, where a template's blocks end with text.
+    """
+    marks = ["<|assistant_start|>", "<|assistant_end|>", "<|output_start|>", "<|output_end|>"]
+    start, end, opens, closes = tokenizer.convert_tokens_to_ids(marks)
+    mask, turn, result = [], False, False
+    for token in ids:
+        result = result or token == opens
+        mask.append(int(turn and not result))
+        result = result and token != closes
+        turn = token == start or (turn and token != end)
+    return mask
+
+
 def strip_special_tokens(text: str) -> str:
     """`text` with every special token spelled in it broken up, the way the chat template does it to messages."""
     for token in SPECIAL_TOKENS:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from ..data.conversations import Mixture
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_tokenizer, spoken_mask
 from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin, load_json, save_json
@@ -148,18 +148,10 @@ class ChatCore(TrainerCallback):
 
 
 def encode(tokenizer, chats: list[list[dict]], assistant_only: bool) -> dict[str, list]:
-    """Conversations -> {"input_ids", "labels"}, a list each; labels are -100 where nothing is to be learned.
-
-    The mask is read off the token ids. transformers' mask goes by characters, and of a last character of several
-    tokens (an emoji, a syllable of Hangul) it takes the first only, where a template's blocks end with text.
-    """
+    """Conversations -> {"input_ids", "labels"}, a list each; labels are -100 where nothing is to be learned."""
     rows, labels = tokenizer.apply_chat_template(chats, return_dict=True)["input_ids"], []
-    start, end = tokenizer.convert_tokens_to_ids(["<|assistant_start|>", "<|assistant_end|>"])
     for ids in rows:
-        learned, turn = outside_results(ids, tokenizer), not assistant_only
-        for place, token in enumerate(ids if assistant_only else []):
-            learned[place] &= turn
-            turn = token == start or (turn and token != end)
+        learned = spoken_mask(tokenizer, ids) if assistant_only else outside_results(ids, tokenizer)
         # What follows from nothing, or from another conversation of the row, cannot be learned.
         labels.append([-100, *(token if yes else -100 for token, yes in zip(ids[1:], learned[1:]))])
     return {"input_ids": rows, "labels": labels}
