@@ -272,9 +272,6 @@ def test_arguments_as_json_text_are_the_same_call(tokenizer, expression):
         {"name": "python", "arguments": "[1]"},
         {"name": "python", "arguments": {"code": "1"}},
         {"name": "python", "arguments": {"expression": None}},
-        {"name": "python", "arguments": {}},
-        {"name": "python", "arguments": ""},
-        {"name": "python"},
         {"name": "weather", "arguments": '{"city": "Ulm"}'},
     ],
 )

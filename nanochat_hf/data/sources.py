@@ -41,6 +41,7 @@ class Entry:
     num_rows: int = field(default=0, init=False)
     num_bad: int = field(default=0, init=False)
     num_tokens: int = field(default=0, init=False)  # filled in by whoever tokenizes
+    first_bad: dict | None = field(default=None, init=False)  # a row that cannot be used, and why
 
     @classmethod
     def read(cls, entry: dict) -> "Entry":

@@ -1,7 +1,7 @@
 """Which files of a folder or of a Hub repository belong to which split, read off their names.
 
-Data sets on the Hub name splits in files (`data/train-00000-of-00002.parquet`) or in folders (`test/0.jsonl`), with the
-words of KEYWORDS. Names are paths relative to the data set, with "/" between their parts.
+Data sets on the Hub name splits in files (`data/train-00000-of-00002.parquet`) or in folders (`test/0.jsonl`), with
+the words of KEYWORDS. Names are paths relative to the data set, with "/" between their parts.
 
     split_of("data/val-00000-of-00001.parquet")                               # "validation"
     text_files("books", ["test.jsonl", "train.jsonl"])                        # train, validation, what was decided

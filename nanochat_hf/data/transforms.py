@@ -265,7 +265,7 @@ def check(conversation: list[dict]) -> None:
     if not isinstance(conversation, list) or not conversation or not all(isinstance(m, dict) for m in conversation):
         raise BadRow("no messages")
     if conversation[-1].get("role") != "assistant":
-        raise BadRow("the last message is not the assistant's")
+        raise BadRow(f"the last message is not the assistant's but of role {conversation[-1].get('role')!r}")
     expected = ("system", "user")
     for number, message in enumerate(conversation, 1):
         role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
