@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,42 @@ from nanochat_hf.serve.server import Server
 from nanochat_hf.serve.worker import Worker
 
 ROOT = Path(__file__).parent.parent
+PAGE = """  // the page's script on a small stand-in for the browser
+const html = require("fs").readFileSync(process.argv[1], "utf8"), elements = {}, sent = [];
+const script = html.match(/<script>([^]*)<\\/script>/)[1];
+const element = () => ({append() {}, set textContent(t) {}, get textContent() { return ""; }, value: ""});
+globalThis.document = {getElementById: id => elements[id] ??= element(), createElement: element};
+let way = "", waiting = null;
+const event = delta => "data: " + JSON.stringify(delta) + "\\n\\n";
+const word = t => event({choices: [{delta: {content: t}}]});
+globalThis.fetch = async (url, options) => {
+  if (url === "/v1/models") return new Response(JSON.stringify({data: [{id: "m"}]}));
+  sent.push(JSON.parse(options.body).messages);
+  if (way === "busy") return new Response(JSON.stringify({error: {message: "overloaded"}}), {status: 429});
+  if (way === "down") throw new TypeError("Failed to fetch");
+  const stop = () => Object.assign(new Error("aborted"), {name: "AbortError"});
+  if (way === "stopped before") throw stop();
+  if (way === "new") await new Promise(go => waiting = go);
+  return new Response(new ReadableStream({async pull(c) {
+    const put = t => c.enqueue(new TextEncoder().encode(t));
+    if (way === "says nothing") { put(event({choices: [{delta: {}}]})); c.close(); return; }
+    if (this.begun && way === "stopped after") { c.error(stop()); return; }
+    if (this.begun) { if (way === "breaks") put(event({error: {message: "broken"}})); c.close(); return; }
+    this.begun = true; put(word("Hel")); put(word("lo."));
+  }}));
+};
+const page = (0, eval)(`(() => { ${script}; return {ask}; })()`);
+(async () => {
+  for (way of ["busy", "down", "stopped before", "says nothing", "stopped after", "breaks", "ok", "new"]) {
+    const now = way, first = page.ask("one");
+    if (now === "new") { elements.new.onclick(); way = "ok"; await page.ask("two"); waiting(); await first; }
+    else await first;
+    way = "ok"; await page.ask("last");
+    console.log(now + ": " + sent.at(-1).map(m => m.role[0] + " " + m.content).join(", "));
+    elements.new.onclick();
+  }
+})();
+"""
 HELLO = QUESTIONS["Hello"][0][1]
 
 
@@ -66,6 +103,18 @@ def ai(server):
 
 def user(text):
     return [{"role": "user", "content": text}]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_the_page_sends_no_question_that_got_no_answer():
+    page = ROOT / "nanochat_hf" / "serve" / "page.html"
+    done = subprocess.run(["node", "-e", PAGE, str(page)], capture_output=True, text=True, check=True, timeout=20)
+    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    nothing = ("busy", "down", "stopped before", "says nothing")
+    assert {way: lines[way] for way in nothing} == dict.fromkeys(nothing, "u last")
+    some = ("stopped after", "breaks", "ok")
+    assert {way: lines[way] for way in some} == dict.fromkeys(some, "u one, a Hello., u last")
+    assert lines["new"] == "u two, a Hello., u last"  # the answer to what was cleared away comes too late
 
 
 # ---- huggingface_hub -----------------------------------------------------------------------------------------------
