@@ -3,6 +3,7 @@
 import json
 import unicodedata
 import warnings
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -161,6 +162,17 @@ def test_too_small_a_vocabulary_no_text_and_wrong_settings_are_refused():
         train_bpe(TEXTS, 300, normalization="nfkc")
     with pytest.raises(InputError, match="no tokenizer in"):
         load_tokenizer("/nowhere")
+
+
+def test_an_older_chat_template_of_ours_is_renewed_and_another_stays(tokenizer, tmp_path, monkeypatch):
+    older, other = "{# older #}", "{# somebody's own #}"
+    monkeypatch.setattr(module, "OLD_TEMPLATES", (sha256(older.encode()).hexdigest()[:16],))
+    for template, expected in ((older, tokenizer.chat_template), (other, other), (None, None)):
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / "chat_template.jinja").unlink()
+        if template:
+            (tmp_path / "chat_template.jinja").write_text(template)
+        assert load_tokenizer(tmp_path).chat_template == expected
 
 
 @pytest.mark.parametrize("size,dtype", [(512, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
