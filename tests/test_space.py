@@ -349,14 +349,20 @@ def test_stop_keeps_what_was_said_and_retry_undo_and_edit_work(space, browser): 
 
 
 @pytest.mark.slow
-def test_tags_are_shown_as_text_and_scripts_do_not_run(space, browser):  # noqa: F811
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>",
+        "Is &amp;lt; shown as &lt;? Is &copy; a sign? a < b && c > d",
+    ],
+)
+def test_tags_and_entities_are_shown_as_text_and_scripts_do_not_run(space, browser, text):  # noqa: F811
     tab = Tab(browser, space)
-    tab.send("<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>")
+    tab.send(text)
     tab.until(lambda: tab.texts("user") != [])
     tab.page.wait_for_timeout(1000)
     picture(tab.page, "space-tags")
-    shown = [text.replace("\u2060", "") for text in tab.texts("user")]
-    assert shown == ["<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>"]
+    assert [shown.replace("\u2060", "") for shown in tab.texts("user")] == [text]
     assert tab.page.evaluate("window.hacked") is None
 
 
