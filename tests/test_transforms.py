@@ -201,6 +201,7 @@ def test_words_in_quotes_are_expressions_too():
         (call(None), "not nothing"),
         (call(""), "not nothing"),
         (call("[1, 2]"), "no JSON object: [1, 2]"),
+        (call("[" * 100_000), "no JSON object: [["),
         (call('"1+1"'), 'no JSON object: "1+1"'),
         (call("true"), "no JSON object: true"),
         (call("null"), "no JSON object: null"),
@@ -231,6 +232,9 @@ def test_each_of_several_calls_gets_its_own_result():
         check(conversation)
     with pytest.raises(BadRow, match="do not answer a, b"):
         normalize([USER, calling(*calls), result(tool_call_id="a"), result(tool_call_id="c"), REPLY])
+    mixed = [call("1", id=1), call("2", id="b")]
+    with pytest.raises(BadRow, match=r"do not answer 1, b"):
+        normalize([USER, calling(*mixed), result(tool_call_id=[]), result(tool_call_id=2)])
     with pytest.raises(BadRow, match="the results of c do not answer a"):
         normalize([USER, calling(calls[0]), result(tool_call_id="c"), REPLY])
 

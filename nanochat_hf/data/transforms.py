@@ -231,7 +231,7 @@ def _decoded(call) -> dict:
         text = arguments.strip()
         try:
             arguments = json.loads(text) if text else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = text
         bare = arguments is text or (isinstance(arguments, int | float) and not isinstance(arguments, bool))
         if name == "python" and bare and not text.startswith(("{", "[")):  # an expression, as in python_start ... end
@@ -252,8 +252,9 @@ def _in_order(calls: list[dict], results: list[dict]) -> list[dict]:
     ids, answered = [call.get("id") for call in calls], [result.get("tool_call_id") for result in results]
     if None in ids or None in answered:
         return results
+    ids, answered = list(map(str, ids)), list(map(str, answered))
     if sorted(ids) != sorted(answered) or len(set(ids)) < len(ids):
-        raise BadRow(f"the results of {', '.join(map(str, answered))} do not answer {', '.join(map(str, ids))}")
+        raise BadRow(f"the results of {', '.join(answered)} do not answer {', '.join(ids)}")
     return [results[answered.index(one)] for one in ids]
 
 
