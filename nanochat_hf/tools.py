@@ -15,6 +15,7 @@ expert: whoever runs code from strangers should put the whole evaluation into a 
 
 import ast
 import contextlib
+import operator
 import os
 import re
 import secrets
@@ -23,21 +24,25 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from decimal import Context, Decimal, Inexact, InvalidOperation
+from fractions import Fraction
 
 MAX_CHARS = 200  # of an expression; nesting and work are bounded by it
-MAX_VALUE = 10**100  # of any number on the way; ints above it are slow to print and useless in a chat
+MAX_EXPONENT = 100
+MAX_VALUE = 10**MAX_EXPONENT  # of any number on the way; ints above it are slow to print and useless in a chat
+MAX_DIGITS = 100  # of a result that terminates: so many are printed, further ones are rounded
 MAX_OUTPUT = 64 * 1024  # bytes of a sandboxed program's output that are kept
 
 _ALLOWED = "only numbers, + - * / // % ( ) and 'text'.count('part') are allowed"
 _LETTERS = re.compile(r"""('[^'\\]*'|"[^"\\]*"|\.count\b|[0-9 .+*/%(),eE_-])*""")
 
 _OPERATIONS = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.Div: lambda a, b: a // b if isinstance(a, int) and isinstance(b, int) and b and a % b == 0 else a / b,
-    ast.FloorDiv: lambda a, b: a // b,
-    ast.Mod: lambda a, b: a % b,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
 }
 
 
@@ -45,7 +50,9 @@ def calculate(expression: str) -> str:
     """Value of an arithmetic expression or of `'text'.count('part')`, as text.
 
     Takes + - * / // % and parentheses on decimal numbers (commas between thousands are dropped, as upstream did), and
-    the one string method `count`. Whole results print without a decimal point, others with at most 10 digits.
+    the one string method `count`. The arithmetic is exact, in fractions. Whole results print without a decimal point,
+    decimal fractions that terminate in full; the others, such as 1/3, are rounded to 10 digits, and to 2 decimals
+    where more than 8 digits stand before the point.
 
     Raises:
         ValueError: one line that says what is wrong (too long, not allowed, division by zero, too large).
@@ -64,13 +71,9 @@ def calculate(expression: str) -> str:
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # the last two: deep nesting
         raise ValueError("not an expression") from error
     try:
-        value = _count(tree.body) if isinstance(tree.body, ast.Call) else _number(tree.body)
+        return _format(_number(tree.body, text.encode()))
     except ZeroDivisionError as error:
         raise ValueError("division by zero") from error
-    if isinstance(value, float):
-        value = float(f"{value:.10g}")  # hides binary noise such as 0.1 + 0.2 = 0.30000000000000004
-        return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
-    return str(value)
 
 
 def python(expression: str) -> str:
@@ -85,20 +88,48 @@ def python(expression: str) -> str:
     return calculate(expression)
 
 
-def _number(node: ast.expr) -> int | float:
+def _number(node: ast.expr, source: bytes) -> Fraction:
+    """The exact value of a part of the expression; `source` holds the digits that a float of Python would round."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):  # type(): True is an int, too
-        value = node.value
+        value = _literal(source[node.col_offset : node.end_col_offset].decode())
     elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
-        value = _OPERATIONS[type(node.op)](_number(node.left), _number(node.right))
+        value = _OPERATIONS[type(node.op)](_number(node.left, source), _number(node.right, source))
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        value = _number(node.operand) if isinstance(node.op, ast.UAdd) else -_number(node.operand)
+        value = _number(node.operand, source) * (1 if isinstance(node.op, ast.UAdd) else -1)
     elif isinstance(node, ast.Call):
         value = _count(node)
     else:
         raise ValueError(_ALLOWED)
-    if not -MAX_VALUE <= value <= MAX_VALUE:  # also catches nan, and infinities such as 1e999
+    if not -MAX_VALUE <= value <= MAX_VALUE:
         raise ValueError("number too large")
-    return value
+    return Fraction(value)  # // gives an int
+
+
+def _literal(digits: str) -> Fraction:
+    try:
+        value = Decimal(digits)
+    except InvalidOperation:  # an exponent beyond 10**18
+        raise ValueError("number too large") from None
+    # Bounded before it becomes a fraction: 1e-999999999 would have a denominator of a billion digits.
+    if value and not -MAX_EXPONENT <= value.adjusted() <= MAX_EXPONENT:
+        raise ValueError(f"number too {'large' if value.adjusted() > 0 else 'small'}")
+    return Fraction(value) if value else Fraction(0)
+
+
+def _format(value: Fraction) -> str:
+    """In full if the decimal fraction terminates, else rounded; below 0.0001 with an exponent, as Python prints it."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    whole = len(str(abs(int(value)))) if abs(value) >= 1 else 0
+    for digits in (MAX_DIGITS, max(10, whole + 2)):
+        context = Context(prec=digits)
+        result = context.divide(Decimal(value.numerator), Decimal(value.denominator)).normalize(context)
+        if not context.flags[Inexact]:
+            break
+    if result.adjusted() >= -4:
+        return f"{result:f}"
+    mantissa, exponent = f"{result:e}".split("e")
+    return f"{mantissa}e-{-int(exponent):02d}"
 
 
 def _count(node: ast.Call) -> int:

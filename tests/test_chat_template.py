@@ -1,5 +1,7 @@
 """The chat template: upstream's token protocol exactly, a true loss mask, and no way in for spelled special tokens."""
 
+import json
+
 import pytest
 from jinja2.exceptions import TemplateError
 from trl.chat_template_utils import (
@@ -9,7 +11,7 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
-from nanochat_hf.data.tokenizer import SPECIAL_TOKENS
+from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, train_bpe
 
 
 def call(expression="6*7", name="python", **arguments):
@@ -106,7 +108,7 @@ def test_an_unfinished_turn_is_closed_before_the_next_question(tokenizer):
 
 
 def test_other_tools_keep_their_name_and_arguments(tokenizer):
-    messages = [user("?"), assistant("", call(name="weather", city="Ulm", days=2))]
+    messages = [user("?"), assistant("", call(name="weather", city="Ulm", days=2, unit=None))]
     assert show(tokenizer, messages) == '^u(?)ua(p(weather(city="Ulm", days=2))p'
 
 
@@ -124,6 +126,72 @@ def test_the_loss_is_on_the_assistants_words_calls_and_ends_only(tokenizer):
     assert trained(tokenizer, PARTS) == spoken
     dialogue = [{"role": "system", "content": "S"}, user("a"), assistant("b"), user("c"), assistant("d")]
     assert trained(tokenizer, dialogue) == ["b<|assistant_end|>", "d<|assistant_end|>"]
+
+
+ENDS = ["Sure 😊", "좋아요", "好", "café", "e\u0301", "π", "ok ✅", "fine 👍🏽", "a 😊 in the middle", "Sure 😊."]
+
+
+def spoken(tokenizer, ids) -> list[int]:
+    """1 where the model speaks, by the protocol: inside an assistant's turn, its end too, but not in a result."""
+    start, end, opens, closes = tokenizer.convert_tokens_to_ids(
+        ["<|assistant_start|>", "<|assistant_end|>", "<|output_start|>", "<|output_end|>"]
+    )
+    mask, turn, told = [], False, False
+    for token in ids:
+        told = told or token == opens
+        mask.append(int(turn and not told))
+        told = told and token != closes
+        turn = token == start or (turn and token != end)
+    return mask
+
+
+def conversations(reply):
+    part = {"type": "text", "text": reply}
+    ran = [{"type": "python", "text": f"'{reply}'"}, {"type": "python_output", "text": reply}]
+    return [
+        [user(reply), assistant(reply), user(reply), assistant(reply)],
+        [user(reply), assistant(reply, call(f"'{reply}'")), tool(reply), assistant(reply)],
+        [user(reply), assistant(reply, call("1"), call(f"'{reply}'")), tool(reply), tool(reply), assistant(reply)],
+        [
+            user(reply),
+            assistant("", call(f"'{reply}'")),
+            tool(reply),
+            assistant("", call("1")),
+            tool("1"),
+            assistant(),
+        ],
+        [user(reply), {"role": "assistant", "content": [part, *ran, part, *ran, part, part]}],
+        [user(reply), {"role": "assistant", "content": [*ran, *ran]}],
+        [user(reply), assistant(reply, call(f"'{reply}'"))],
+    ]
+
+
+@pytest.mark.parametrize("reply", ENDS)
+def test_the_mask_holds_all_bytes_of_a_last_character(tokenizer, reply):
+    composing = train_bpe(["a few words"], 265, normalization="nfc")
+    for tok in (tokenizer, composing):
+        for messages in conversations(reply):
+            out = tok.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+            assert out["assistant_masks"] == spoken(tok, out["input_ids"])
+        padded = tok.apply_chat_template(
+            conversations(reply), return_dict=True, return_assistant_tokens_mask=True, padding=True
+        )
+        for ids, mask in zip(padded["input_ids"], padded["assistant_masks"]):
+            assert mask == spoken(tok, ids)
+
+
+def test_plain_trl_trains_every_byte_of_a_last_character(tokenizer, tiny_model, tmp_path, fresh_accelerator):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [{"messages": [user("Hi"), assistant(reply)]} for reply in ENDS]
+    args = SFTConfig(output_dir=tmp_path, assistant_only_loss=True, report_to=[], use_cpu=True, bf16=False)
+    trainer = SFTTrainer(
+        model=tiny_model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    for row in trainer.train_dataset:
+        expected = [i if yes else -100 for i, yes in zip(row["input_ids"], spoken(tokenizer, row["input_ids"]))]
+        assert row["labels"] == expected
 
 
 def test_trl_can_train_with_the_template(tokenizer):
@@ -159,6 +227,59 @@ def test_no_content_becomes_a_special_token(tokenizer, token):
         assert structure(word) == structure("x")
 
 
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_no_text_over_several_parts_becomes_a_special_token(tokenizer, token):
+    def structure(texts):
+        parts = [{"type": "text", "text": text} for text in texts]
+        ran = [{"type": "python", "text": "1"}, {"type": "python_output", "text": "1"}]
+        messages = [
+            {"role": "system", "content": parts},
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": parts, "tool_calls": [call("1")]},
+            {"role": "tool", "content": parts},
+            {"role": "assistant", "content": [*parts, *ran, *parts]},
+            {"role": "user", "content": parts},
+        ]
+        ids = tokenizer.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
+        return [i for i in ids if i in tokenizer.all_special_ids]
+
+    for cut in range(1, len(token)):
+        assert structure([token[:cut], token[cut:]]) == structure(["x"])
+    assert structure(list(token)) == structure(["x"])
+
+
+@pytest.mark.parametrize("expression", ["12*34", "'owl'.count('o')", '"owl".count("o")', "'é'.count('é')"])
+def test_arguments_as_json_text_are_the_same_call(tokenizer, expression):
+    arguments = {"expression": expression}
+    expected = show(tokenizer, [user("?"), assistant("", call(expression))])
+    for text in (
+        json.dumps(arguments, ensure_ascii=False),
+        json.dumps(arguments, ensure_ascii=False, separators=(",", ":")),
+        json.dumps(arguments, ensure_ascii=False, indent=2),
+        expression,
+    ):
+        called = {"type": "function", "function": {"name": "python", "arguments": text}}
+        assert show(tokenizer, [user("?"), assistant(None, called)]) == expected
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        {"name": "python", "arguments": '{"code": "1"}'},
+        {"name": "python", "arguments": '{"expression": "1", "digits": "2"}'},
+        {"name": "python", "arguments": '{"expression": "1\\n"}'},  # an escape that Jinja cannot decode
+        {"name": "python", "arguments": '{"expression": "1'},
+        {"name": "python", "arguments": "[1]"},
+        {"name": "python", "arguments": {"code": "1"}},
+        {"name": "python", "arguments": {"expression": None}},
+        {"name": "weather", "arguments": '{"city": "Ulm"}'},
+    ],
+)
+def test_a_call_that_the_template_cannot_read_is_refused(tokenizer, function):
+    with pytest.raises(TemplateError, match=r"decode them|no expression"):
+        show(tokenizer, [user("?"), assistant("", {"type": "function", "function": function})])
+
+
 def test_ids_are_those_of_the_pieces(tokenizer):
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -181,6 +302,10 @@ def test_ids_are_those_of_the_pieces(tokenizer):
         ([{"role": "critic", "content": "x"}], "unknown role critic"),
         ([user("a"), tool("1")], "must follow an assistant message"),
         ([user([{"type": "image", "url": "x"}])], "type image"),
+        ([user([{"type": "text", "text": None}])], "has no text"),
+        ([user("a"), assistant([{"type": "text", "text": None}])], "has no text"),
+        ([user("a"), assistant([{"type": "python_output", "text": "1"}])], "must follow a part python"),
+        ([user("a"), {"role": "assistant", "content": None, "function_call": {"name": "python"}}], "use tool_calls"),
     ],
 )
 def test_what_the_protocol_cannot_say_is_refused(tokenizer, messages, reason):

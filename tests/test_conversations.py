@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat_hf.data import conversations
 from nanochat_hf.data.conversations import Mixture
 from nanochat_hf.errors import InputError
 from nanochat_hf.tools import calculate
@@ -94,6 +95,37 @@ def test_the_primer_can_leave_its_identity_to_another_entry(tmp_path):
     assert texts.count("I am Ophelia.") == 9 and not any("nanochat" in text for text in texts)
     with pytest.raises(InputError, match="poetry"):
         Mixture([{"dataset": "primer:poetry", "rows": 3}])
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, "no column 'messages'; its columns are conversations"),
+        (
+            {"instruction": "Say", "output": "x"},
+            "no column 'messages'; its columns are instruction, output; transforms: messages, sharegpt",
+        ),
+        ({"messages": [*chat("a", "b")["messages"], {"role": "user", "content": "c"}]}, "last message is not the"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]}, "but of role 'model'"),
+        ([], "no messages$"),
+        ("{", "not JSON$"),
+    ],
+)
+def test_an_entry_without_a_usable_row_is_refused_with_the_reason(tmp_path, row, reason):
+    good, bad = write(tmp_path / "good.jsonl", [chat("a", "b")] * 3), write(tmp_path / "bad.jsonl", [row] * 20)
+    for entries in ([{"dataset": bad}], [{"dataset": good}, {"dataset": bad}]):
+        with pytest.raises(InputError, match=rf"^no row of {bad} can be used; row \d+: .*{reason}"):
+            list(Mixture(entries))
+
+
+def test_an_entry_with_one_usable_row_is_not_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversations, "REASONS_KEPT", 0)
+    path = write(tmp_path / "some.jsonl", [{"no": 1}] * 20 + [chat("a", "b")])
+    mixture = Mixture([{"dataset": path}])
+    assert len(list(mixture)) == len(list(mixture)) == 1 and mixture.entries[0].num_bad == 20
+    bad = write(tmp_path / "bad.jsonl", [{"no": 1}] * 20)
+    with pytest.raises(InputError, match="no column"):  # also when no more reasons are kept
+        list(Mixture([{"dataset": bad}]))
 
 
 def test_the_table_shows_rows_and_tokens(tmp_path):

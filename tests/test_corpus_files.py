@@ -1,5 +1,7 @@
 """The files of a dataset: which ones count, how they are cut, and what is said of those that cannot be read."""
 
+from types import SimpleNamespace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,6 +29,71 @@ def test_a_folder_is_searched_below_and_other_files_are_ignored(tmp_path):
     (tmp_path / "README.md").write_text("about")
     write_jsonl(tmp_path / "zzz.jsonl", ["not the validation split"])
     assert list(DocumentStream(tmp_path, "validation")) == ["b"]
+
+
+def layout(folder, names):
+    """A file for each name, whose documents say it."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (write_parquet if name.endswith("parquet") else write_jsonl)(folder / name, [name] * 3)
+
+
+@pytest.mark.parametrize("end", ["parquet", "jsonl"])
+def test_the_hubs_layout_is_read_by_the_names_of_its_splits(tmp_path, end):
+    names = [f"data/{n}-00000-of-00001.{end}" for n in ("test", "train", "validation")]
+    layout(tmp_path, [*names, f".ipynb_checkpoints/train-0.{end}", f"data/.train-1.{end}"])
+    assert set(DocumentStream(tmp_path)) == {names[1]} and set(DocumentStream(tmp_path, "validation")) == {names[2]}
+    assert list(DocumentStream(tmp_path / names[0]))  # somebody who names a file gets it
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(InputError, match="has test and validation files only"):
+        DocumentStream(tmp_path)
+
+
+def test_what_no_name_decides_is_said_once_by_the_main_process(tmp_path, capsys, monkeypatch):
+    layout(tmp_path, ["a.parquet", "b.parquet"])
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        corpus_files.say.cache_clear()
+        for split in ("train", "validation", "train"):
+            DocumentStream(tmp_path, split)
+        said = capsys.readouterr().err
+        assert said.count("\n") == (rank == "0")
+    assert said == f"dataset {tmp_path}: no file is named after a validation split, so it is b.parquet\n"
+
+
+def test_positions_of_files_that_were_read_otherwise_are_refused(tmp_path):
+    """Older versions read [test, train] as training text and validation; their positions mean other documents."""
+    layout(tmp_path, ["test-0.jsonl", "train-0.jsonl"])
+    stream = DocumentStream(tmp_path)
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    older = {**stream.state_dict(), "source": {"revision": None, "files and bytes": [2, size], "split": "train"}}
+    with pytest.raises(InputError, match="changed since this run began"):
+        stream.load_state_dict(older)
+    stream.load_state_dict(stream.state_dict())
+    (tmp_path / "test-0.jsonl").rename(tmp_path / "validation-0.jsonl")  # here names and order agree
+    layout(tmp_path, ["train-0.jsonl"])
+    stream = DocumentStream(tmp_path)
+    assert "training files" not in stream.state_dict()["source"]
+
+
+def test_the_hubs_files_are_read_by_the_names_of_their_splits(tmp_path, monkeypatch):
+    names = ["data/kor/test/0.jsonl", "data/kor/train/0.jsonl", "data/kor/train/1.jsonl", "data/kor/.x/train.jsonl"]
+    layout(tmp_path, [*names, "data/eng/train/0.jsonl"])
+    info = SimpleNamespace(sha="abc", siblings=[SimpleNamespace(rfilename=n) for n in [*names, "README.md"]])
+    monkeypatch.setattr(corpus_files.HfApi, "dataset_info", lambda *a, **k: info)
+    monkeypatch.setattr(corpus_files, "hf_hub_download", lambda repo, name, **k: str(tmp_path / name))
+    for dataset in ("org/name", "org/name/data/kor", "org/name@main/data"):
+        assert set(DocumentStream(dataset)) == set(names[1:3])
+        assert set(DocumentStream(dataset, "validation")) == {names[0]}
+    assert set(DocumentStream("org/name/data/kor/train")) == {
+        names[1]
+    }  # in a split's folder the last file is held out
+
+
+def test_a_home_that_nobody_has_is_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout(tmp_path, ["~nobody-of-that-name/a.jsonl"])
+    assert list(DocumentStream("~nobody-of-that-name/a.jsonl"))
 
 
 def test_empty_documents_are_passed_over(tmp_path):

@@ -12,7 +12,7 @@ from workers import launch
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json, parse_config
-from nanochat_hf.train.preference import PreferenceConfig, pair, pairs, train_preference
+from nanochat_hf.train.preference import PreferenceConfig, pair, pairs, spoken_only, train_preference
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -41,6 +41,29 @@ def test_pairs_that_cannot_be_used_are_named_and_some_are_held_out(config, token
     config.bad_rows = "refuse"
     with pytest.raises(InputError, match=r"row 40 of .* cannot be used: \d+ tokens"):
         pairs(config, tokenizer, 64)
+
+
+def test_only_what_the_assistant_says_is_compared(tokenizer):
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    call = [{"type": "function", "function": {"name": "python", "arguments": '{"expression": "1+1"}'}}]
+    chosen = [
+        {"role": "assistant", "content": "So 😊", "tool_calls": call},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "Two 好"},
+        {"role": "user", "content": "Really?"},
+        {"role": "assistant", "content": "Yes é"},
+    ]
+    row = pair({"prompt": [USER], "chosen": chosen, "rejected": [REPLY]}, tokenizer, 200)
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    ids = {"prompt_ids": prompt}
+    for side in ("chosen", "rejected"):
+        whole = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
+        ids[f"{side}_ids"] = whole[len(prompt) :]
+    batch = spoken_only(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id), tokenizer, [ids])
+    texts = [tokenizer.decode(row[mask.bool()]) for row, mask in zip(batch["input_ids"], batch["completion_mask"])]
+    assert texts[0] == "So 😊<|python_start|>1+1<|python_end|>Two 好<|assistant_end|>Yes é<|assistant_end|>"
+    assert texts[1] == "yes<|assistant_end|>"
 
 
 USER, REPLY = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,42 @@ from nanochat_hf.serve.server import Server
 from nanochat_hf.serve.worker import Worker
 
 ROOT = Path(__file__).parent.parent
+PAGE = """  // the page's script on a small stand-in for the browser
+const html = require("fs").readFileSync(process.argv[1], "utf8"), elements = {}, sent = [];
+const script = html.match(/<script>([^]*)<\\/script>/)[1];
+const element = () => ({append() {}, set textContent(t) {}, get textContent() { return ""; }, value: ""});
+globalThis.document = {getElementById: id => elements[id] ??= element(), createElement: element};
+let way = "", waiting = null;
+const event = delta => "data: " + JSON.stringify(delta) + "\\n\\n";
+const word = t => event({choices: [{delta: {content: t}}]});
+globalThis.fetch = async (url, options) => {
+  if (url === "/v1/models") return new Response(JSON.stringify({data: [{id: "m"}]}));
+  sent.push(JSON.parse(options.body).messages);
+  if (way === "busy") return new Response(JSON.stringify({error: {message: "overloaded"}}), {status: 429});
+  if (way === "down") throw new TypeError("Failed to fetch");
+  const stop = () => Object.assign(new Error("aborted"), {name: "AbortError"});
+  if (way === "stopped before") throw stop();
+  if (way === "new") await new Promise(go => waiting = go);
+  return new Response(new ReadableStream({async pull(c) {
+    const put = t => c.enqueue(new TextEncoder().encode(t));
+    if (way === "says nothing") { put(event({choices: [{delta: {}}]})); c.close(); return; }
+    if (this.begun && way === "stopped after") { c.error(stop()); return; }
+    if (this.begun) { if (way === "breaks") put(event({error: {message: "broken"}})); c.close(); return; }
+    this.begun = true; put(word("Hel")); put(word("lo."));
+  }}));
+};
+const page = (0, eval)(`(() => { ${script}; return {ask}; })()`);
+(async () => {
+  for (way of ["busy", "down", "stopped before", "says nothing", "stopped after", "breaks", "ok", "new"]) {
+    const now = way, first = page.ask("one");
+    if (now === "new") { elements.new.onclick(); way = "ok"; await page.ask("two"); waiting(); await first; }
+    else await first;
+    way = "ok"; await page.ask("last");
+    console.log(now + ": " + sent.at(-1).map(m => m.role[0] + " " + m.content).join(", "));
+    elements.new.onclick();
+  }
+})();
+"""
 HELLO = QUESTIONS["Hello"][0][1]
 
 
@@ -66,6 +103,18 @@ def ai(server):
 
 def user(text):
     return [{"role": "user", "content": text}]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_the_page_sends_no_question_that_got_no_answer():
+    page = ROOT / "nanochat_hf" / "serve" / "page.html"
+    done = subprocess.run(["node", "-e", PAGE, str(page)], capture_output=True, text=True, check=True, timeout=20)
+    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    nothing = ("busy", "down", "stopped before", "says nothing")
+    assert {way: lines[way] for way in nothing} == dict.fromkeys(nothing, "u last")
+    some = ("stopped after", "breaks", "ok")
+    assert {way: lines[way] for way in some} == dict.fromkeys(some, "u one, a Hello., u last")
+    assert lines["new"] == "u two, a Hello., u last"  # the answer to what was cleared away comes too late
 
 
 # ---- huggingface_hub -----------------------------------------------------------------------------------------------
@@ -274,6 +323,45 @@ def test_fields_may_be_null_and_calls_may_be_mappings_as_some_clients_send_them(
     nothing = dict.fromkeys(("temperature", "top_k", "top_p", "seed", "stop", "max_new_tokens", "truncate"))
     reply = httpx.post(server.url + "/generate", json={"inputs": "Hello", "parameters": nothing})
     assert reply.status_code == 200 and reply.json()["generated_text"]
+
+
+@pytest.mark.parametrize("form", ["text", "old", "several"])
+def test_calls_in_the_history_are_read_in_all_of_openais_forms(server, form):
+    called = {"name": "python", "arguments": json.dumps({"expression": "5+6"})}
+    made = [{"id": "a", "type": "function", "function": called}]
+    results = [{"role": "tool", "tool_call_id": "a", "content": "11"}]
+    if form == "old":
+        history = [{"role": "assistant", "content": None, "function_call": called}]
+        history += [{"role": "function", "name": "python", "content": "11"}]
+    elif form == "several":  # each result goes to its own call, whatever the order
+        made.append({**made[0], "id": "b", "function": {**called, "arguments": '{"expression": "1+1"}'}})
+        results = [{"role": "tool", "tool_call_id": "b", "content": "2"}, *results]
+    if form != "old":
+        history = [{"role": "assistant", "content": None, "tool_calls": made}, *results]
+    prompts = []
+    encode, server.engine.encode = server.engine.encode, lambda m: prompts.append(encode(m)) or prompts[-1]
+    try:
+        body = {"messages": user("What is 5 + 6?") + history}
+        reply = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=30)
+    finally:
+        del server.engine.encode
+    text = server.tokenizer.decode(prompts[0])
+    steps = "5+6<|python_end|><|output_start|>11<|output_end|>"
+    if form == "several":
+        steps += "<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>"
+    assert text.endswith("<|assistant_start|><|python_start|>" + steps)
+    assert form == "several" or reply.json()["choices"][0]["message"]["content"] == "It is 11."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [('{"code": "1"}', "expression, not code"), ("[1]", "no JSON object"), ('{"expression": 5}', "takes one text")],
+)
+def test_calls_in_the_history_that_are_none_are_refused(server, arguments, reason):
+    call = {"id": "a", "type": "function", "function": {"name": "python", "arguments": arguments}}
+    messages = [*user("?"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    reply = httpx.post(server.url + "/v1/chat/completions", json={"messages": messages})
+    assert reply.status_code == 400 and reason in reply.json()["error"]["message"]
 
 
 def test_a_full_queue_says_so_and_the_others_are_answered(server, hf):

@@ -1,5 +1,6 @@
 """Conversations become rows, rows teach what the assistant says, and a killed stage goes on where it stopped."""
 
+import copy
 import json
 
 import pytest
@@ -39,6 +40,10 @@ def test_sft_learns_what_the_assistant_says_and_not_what_the_tool_answers(tokeni
     encoded = encode(tokenizer, [CHAT], assistant_only=True)
     expected = "<|python_start|>2+3<|python_end|>2 + 3 = 5<|assistant_end|>"
     assert learned(tokenizer, encoded) == expected
+    with_words = [CHAT[0], {**CHAT[1], "content": "So 😊"}, {**CHAT[2], "content": "좋"}, {**CHAT[3], "content": "é"}]
+    assert learned(tokenizer, encode(tokenizer, [with_words], True)) == (
+        "So 😊<|python_start|>2+3<|python_end|>é<|assistant_end|>"
+    )
     assert tokenizer.decode(encoded["input_ids"][0]).count("<|output_start|>5<|output_end|>") == 1
 
 
@@ -47,6 +52,22 @@ def test_mid_training_learns_every_token_but_the_first_and_the_tools(tokenizer):
     text = tokenizer.decode(encoded["input_ids"][0])
     expected = text.replace("<|output_start|>5<|output_end|>", "").removeprefix("<|bos|>")
     assert learned(tokenizer, encoded) == expected and "What is 2 + 3?" in expected
+
+
+@pytest.mark.parametrize("reply", ["Sure 😊", "좋아요", "好", "café", "fine 👍🏽", "plain"])
+def test_all_bytes_of_a_last_character_are_learned_whatever_the_folders_template_marks(tokenizer, reply):
+    tokenizer = copy.deepcopy(tokenizer)
+    # A template of older folders, whose block ends with the text: transformers' mask then lacks the last bytes.
+    block = "{% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|assistant_end|>{% endgeneration %}"
+    older = (
+        "<|bos|>{% for m in messages %}{% if m.role == 'user' %}<|user_start|>{{ m.content }}<|user_end|>"
+        "{% else %}<|assistant_start|>" + block + "{% endif %}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": reply}, {"role": "assistant", "content": reply}]
+    for template in (tokenizer.chat_template, older):
+        tokenizer.chat_template = template
+        encoded = encode(tokenizer, [chat + chat], assistant_only=True)
+        assert learned(tokenizer, encoded) == f"{reply}<|assistant_end|>" * 2
 
 
 def test_labels_stand_under_their_own_tokens(tokenizer):
@@ -97,6 +118,10 @@ def test_conversations_that_do_not_fit_are_counted_with_row_and_reason(tokenizer
         prepare(config(bad_rows="refuse"), entries, tokenizer, 64, tmp_path / "refused")
     with pytest.raises(InputError, match="no conversation of the mixture fits"):
         prepare(config(), entries, tokenizer, 8, tmp_path / "short")
+    exact = made["tokens"]  # a row holds a conversation of exactly its length
+    assert prepare(config(), entries, tokenizer, exact, tmp_path / "exact")[1]["rows"] == 1
+    with pytest.raises(InputError, match="no conversation of the mixture fits"):
+        prepare(config(), entries, tokenizer, exact - 1, tmp_path / "one_less")
 
 
 def test_rows_are_made_once_and_found_again(tokenizer, tmp_path, monkeypatch):

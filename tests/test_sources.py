@@ -51,6 +51,28 @@ def test_a_folder_gives_the_files_of_its_split(tmp_path):
     assert questions == {"train": ["a", "c"], "test": ["e"]}
 
 
+def test_a_folder_in_the_hubs_layout_gives_the_rows_of_a_split(tmp_path):
+    for name in ("data/train-00000-of-00001", "data/test-00000-of-00001", ".ipynb_checkpoints/train-checkpoint"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", [chat(name, "b")])
+    for split in ("train", "test"):
+        (row,) = Mixture([{"dataset": str(tmp_path), "split": split}])
+        assert row["messages"][0]["content"] == f"data/{split}-00000-of-00001"
+
+
+@pytest.mark.parametrize("name", ["v[2]", "star*", "what?", "a{b}", "x,y", "hash#1", "100%", "~tilde", "a=b", "한 국"])
+def test_names_of_folders_are_no_patterns(tmp_path, name):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for folder in (name, "v2", "starfish", "whatX"):  # what the names would match as patterns
+        (tmp_path / folder).mkdir()
+        pq.write_table(pa.Table.from_pylist([chat(folder, "b")]), tmp_path / folder / "train.parquet")
+    for dataset in (tmp_path / name, tmp_path / name / "train.parquet"):
+        (row,) = Mixture([{"dataset": str(dataset)}])
+        assert row["messages"][0]["content"] == name
+
+
 def test_parquet_files_are_read(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -84,15 +84,87 @@ def test_history_with_steps_becomes_calls_and_results_again(app):
 @pytest.mark.parametrize(
     "text,shown",
     [
-        ("<b>x</b>", "&lt;b>x&lt;/b>"),
-        ("a & b < c", "a &amp; b &lt; c"),
-        ("`<i>` and <i>", "`<i>` and &lt;i>"),
+        ("<b>x</b>", "<~b>x<~/b>"),
+        ("a & b < c", "a & b < c"),
+        ("`<i>` and <i>", "`<i>` and <~i>"),
         ("```\n<script>\n```", "```\n<script>\n```"),
-        ("&lt;", "&amp;lt;"),
+        ("&lt; &amp;lt; &#60; &#x3c; &", "&~lt; &~amp;lt; &~#60; &~#x3c; &"),
+        ("<!-- x --> <?php", "<~!-- x --> <~?php"),
+        ("https://a.b/?c=1&d=2", "https://a.b/?c=1&d=2"),
+        ("<~b> &~lt;", "<~~b> &~~lt;"),
     ],
 )
 def test_tags_outside_code_are_escaped_and_come_back_the_same(app, text, shown):
+    text, shown = (t.replace("~", app.JOINER) for t in (text, shown))
     assert app.escape(text) == shown and app.unescape(shown) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What does &lt; mean in HTML?",
+        "Is &amp;lt; shown as &lt;?",
+        "a < b && c > d",
+        "<b>bold</b> <br/> <!-- no -->",
+        "`&lt;` and ```<i>&amp;</i>```",
+        "x &amp; y &copy; &#65; &nbsp;",
+        "if (a<b && c>d) { }",
+        "a\n\n<script>alert(1)</script>",
+    ],
+)
+def test_tags_and_entities_reach_the_model_unchanged_in_every_turn(app, text):
+    import gradio as gr
+
+    chatbot = app.show_tags(gr.Chatbot())
+
+    def last_words(history, message):
+        return app.messages_of(history, message, "", with_tools=True)[-1]["content"]
+
+    assert last_words([], text) == text
+    said, answered = {"role": "user", "content": text}, {"role": "assistant", "content": text}
+    for history in ([said, answered], chatbot.preprocess(chatbot.postprocess([said, answered]))):
+        for _ in range(3):  # the browser's copy is sent, shown and sent again
+            before = app.messages_of(history, "next", "", with_tools=True)
+            assert [m["content"] for m in before] == [text, text, "next"]
+            assert last_words([], app.text_of(history[0]["content"])) == text  # asked again, or edited
+            history = chatbot.preprocess(chatbot.postprocess(history))
+
+
+def test_a_question_without_an_answer_is_not_asked_again(app):
+    failed = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "metadata": {"title": "⚠️"}}]
+    ok = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    stopped = [{"role": "user", "content": "s"}]
+    for history in (failed + ok, ok + failed, failed + ok + stopped, failed + failed + ok + failed + failed):
+        for system in ("", "Be kind."):
+            messages = app.messages_of(history, "next", system, with_tools=True)
+            assert [m["content"] for m in messages] == [*([system] if system else []), "a", "b", "next"]
+    assert [m["content"] for m in app.messages_of(failed, "next", "Be kind.", with_tools=True)] == ["Be kind.", "next"]
+
+
+def test_a_shortened_conversation_keeps_its_system_message(app):
+    history = [{"role": role, "content": "word " * 20} for _ in range(8) for role in ("user", "assistant")]
+    messages = [{"role": "system", "content": "Be kind."}, *history, {"role": "user", "content": "?"}]
+    text = app.tokenizer.decode(app.fit(messages, 8))
+    assert text.startswith("<|bos|><|user_start|>Be kind.\n\nword") and text.count("<|user_start|>") < 8
+    assert text.endswith("<|user_start|>?<|user_end|><|assistant_start|>")
+
+
+def test_pieces_of_a_servers_stream_become_marked_text(app):
+    from huggingface_hub import ChatCompletionStreamOutputDelta as Delta
+
+    text = ""
+    stream = [
+        {"content": "So "}, {"tool": {"call": "1+"}}, {"tool": {"call": "1"}}, {"tool": {"result": "2"}},
+        {"tool": {"result": "2"}}, {"content": ""}, {"content": "It is"}, {"content": " 22."},
+        {"tool": {"call": "2"}}, {"tool": {"result": "2"}}, {"tool": {"call": "3"}},
+    ]  # fmt: skip
+    for chunk in stream:
+        text += app.marked(text, Delta.parse_obj_as_instance({"role": "assistant", **chunk}))
+    one = "So <|python_start|>1+1<|python_end|><|output_start|>22<|output_end|>It is 22."
+    two = "<|python_start|>2<|python_end|><|output_start|>2"
+    assert text == f"{one}{two}<|output_end|><|python_start|>3"
+    parts = [message["content"].strip("`\n") for message in app.shown(text)]
+    assert parts == ["So ", "22", "It is 22.", "2", ""]  # each text beside its step, not in it
 
 
 def test_long_conversations_are_shortened_and_a_message_that_is_too_long_is_told(app):
@@ -277,13 +349,20 @@ def test_stop_keeps_what_was_said_and_retry_undo_and_edit_work(space, browser): 
 
 
 @pytest.mark.slow
-def test_tags_are_shown_as_text_and_scripts_do_not_run(space, browser):  # noqa: F811
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>",
+        "Is &amp;lt; shown as &lt;? Is &copy; a sign? a < b && c > d",
+    ],
+)
+def test_tags_and_entities_are_shown_as_text_and_scripts_do_not_run(space, browser, text):  # noqa: F811
     tab = Tab(browser, space)
-    tab.send("<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>")
+    tab.send(text)
     tab.until(lambda: tab.texts("user") != [])
     tab.page.wait_for_timeout(1000)
     picture(tab.page, "space-tags")
-    assert tab.texts("user") == ["<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>"]
+    assert [shown.replace("\u2060", "") for shown in tab.texts("user")] == [text]
     assert tab.page.evaluate("window.hacked") is None
 
 

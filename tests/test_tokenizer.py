@@ -3,6 +3,7 @@
 import json
 import unicodedata
 import warnings
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -163,6 +164,29 @@ def test_too_small_a_vocabulary_no_text_and_wrong_settings_are_refused():
         load_tokenizer("/nowhere")
 
 
+def test_an_older_chat_template_of_ours_is_renewed_and_another_stays(tokenizer, tmp_path, monkeypatch):
+    older, other = "{# older #}", "{# somebody's own #}"
+    monkeypatch.setattr(module, "OLD_TEMPLATES", (sha256(older.encode()).hexdigest()[:16],))
+    for template, expected in ((older, tokenizer.chat_template), (other, other), (None, None)):
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / "chat_template.jinja").unlink()
+        if template:
+            (tmp_path / "chat_template.jinja").write_text(template)
+        assert load_tokenizer(tmp_path).chat_template == expected
+
+
+@pytest.mark.parametrize("size,dtype", [(512, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
+def test_every_id_fits_into_its_dtype(size, dtype):
+    assert module.token_dtype(range(size)) is dtype and np.iinfo(dtype).max >= size - 1
+
+
+def test_what_the_assistant_says_is_read_off_the_ids(tokenizer):
+    ids = dict(zip("^u)a(p>o<", tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))))
+    row = "^u..)a..p.>o..<..(u.)a(a.p.>o."  # the last result is cut off
+    mask = "".join(str(one) for one in module.spoken_mask(tokenizer, [ids.get(c, 0) for c in row]))
+    assert [c for c, one in zip(row, mask) if one == "1"] == list("..p.>..((.p.>")
+
+
 def test_short_text_gives_fewer_tokens_with_a_warning():
     with pytest.warns(UserWarning, match="not 4000"):
         assert len(train_bpe(TEXTS, 4000)) < 4000
@@ -171,11 +195,11 @@ def test_short_text_gives_fewer_tokens_with_a_warning():
 def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
     texts = [f"Document {i} tells that the number {i * i} follows {i * i - 1}." for i in range(320)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    config = TokenizerConfig(dataset=str(tmp_path / "d.jsonl"), vocab_size=300, max_chars=9000, doc_cap=40)
+    config = TokenizerConfig(dataset=str(tmp_path / "d.jsonl"), vocab_size=300, max_chars=9010, doc_cap=40)
     train_tokenizer(config, tmp_path / "tokenizer")
     tokenizer, metrics = load_tokenizer(tmp_path / "tokenizer"), load_json(tmp_path / "tokenizer" / "metrics.json")
     assert metrics["finished"] and metrics["vocab_size"] == len(tokenizer) == 300
-    assert 8960 < metrics["train_chars"] <= 9000
+    assert metrics["train_chars"] == 9010  # the last document is cut
     validation = [text[:40] for text in texts[300:]]
     assert metrics["bytes_per_token"] == pytest.approx(bytes_per_token(tokenizer, validation), rel=0.05)
     assert 1 < metrics["bytes_per_token"] < 8

@@ -1,9 +1,16 @@
 """The calculator's arithmetic and every known escape from such evaluators; the sandbox against hostile programs."""
 
+import json
+import operator
+import random
+import re
 import subprocess
 import sys
 import time
 import warnings
+from decimal import Decimal
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -29,6 +36,19 @@ from nanochat_hf.tools import MAX_CHARS, MAX_OUTPUT, calculate, python, run_sand
         ("2.0*3", "6"),
         ("99999999999999999999+1", "100000000000000000000"),
         ("10000000000000000/2", "5000000000000000"),
+        ("99999999999*1.5", "149999999998.5"),
+        ("671397.25*58684", "39400276219"),
+        ("12345678901234567.5+0.25", "12345678901234567.75"),
+        ("5.5%0.1", "0"),
+        ("-7//2.5", "-3"),
+        ("-7%2.5", "0.5"),
+        ("1e20+1", "100000000000000000001"),
+        ("0.00005", "5e-05"),
+        ("-0.0", "0"),
+        ("0e999", "0"),
+        ("1000000000000/3", "333333333333.33"),
+        ("-2/3", "-0.6666666667"),
+        ("1/1048576", "9.5367431640625e-07"),
         ("'castle'.count('t')", "1"),
         ('"banana".count("a")', "3"),
         ("'a,b,c'.count(',')", "2"),
@@ -121,7 +141,12 @@ def test_arithmetic_and_letter_counts_are_calculated(expression, result):
         "1|1",
         "99999999999*" * 15 + "9",
         "1e999",
+        "1e-999",
+        "1e999999999",
+        "1e-999999999",
+        "1e99999999999999999999",
         "1e300*1e300",
+        "9e99*9e99",
         "1e308*10-1e308*10",
         "9" * (MAX_CHARS + 1),
         "9" * 150,
@@ -161,9 +186,62 @@ def test_what_is_not_text_is_refused(expression):
 
 def test_the_worst_accepted_expressions_take_no_time():
     started = time.thread_time()  # of this thread on a core: whatever else the machine does, does not count
-    for expression in ("9*" * 99 + "1", "+".join("9" * 99), "-" * 90 + "1", "(" * 60 + "1" + ")" * 60):
+    small = "1/9e99" + "/9e99" * 38  # denominators of thousands of digits
+    for expression in ("9*" * 99 + "1", "+".join("9" * 99), "-" * 90 + "1", "(" * 60 + "1" + ")" * 60, small):
         calculate(expression)
     assert time.thread_time() - started < 0.5
+
+
+def random_sum(rng: random.Random, depth: int) -> tuple[str, Fraction]:
+    """An expression and its value by exact arithmetic."""
+    if depth == 0 or rng.random() < 0.2:
+        digits = str(rng.randrange(10 ** rng.randint(1, 13)))
+        if rng.random() < 0.5:
+            digits += "." + "".join(rng.choices("0123456789", k=rng.randint(1, 6)))
+        return digits, Fraction(digits)
+    signs = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+    signs |= {"//": operator.floordiv, "%": operator.mod}
+    sign = rng.choice(list(signs))
+    (left, a), (right, b) = random_sum(rng, depth - 1), random_sum(rng, depth - 1)
+    return f"({left}){sign}({right})", Fraction(signs[sign](a, b))
+
+
+def test_thousands_of_random_sums_are_exact_or_rounded_correctly():
+    rng, exact, rounded = random.Random(0), 0, 0
+    while exact + rounded < 6000:
+        try:
+            expression, value = random_sum(rng, rng.randint(1, 3))
+        except ZeroDivisionError:
+            continue
+        if len(expression) > MAX_CHARS:
+            continue
+        result = calculate(expression)
+        denominator = value.denominator
+        for factor in (2, 5):
+            while denominator % factor == 0:
+                denominator //= factor
+        if denominator == 1:  # the decimal fraction terminates
+            assert Fraction(result) == value, expression
+            assert "." in result or "e" in result or value.denominator == 1, expression
+            exact += 1
+        else:
+            unit = Fraction(10) ** min(Decimal(result).adjusted() - 9, -2)  # 10 digits, at least 2 after the point
+            assert abs(Fraction(result) - value) <= unit / 2, expression
+            rounded += 1
+    assert exact > 2000 and rounded > 1000
+
+
+def test_results_of_the_training_texts_keep_their_form():
+    """What GSM8K's calls give: numbers that Python's floats hold print as Python prints them, rounded to 10 digits."""
+    path = Path(__file__).parents[2] / "shared" / "data" / "chat" / "gsm8k_train.jsonl"
+    if not path.exists():
+        pytest.skip("needs ../shared/data")
+    calls = set()
+    for line in islice(path.open(encoding="utf-8"), 3000):
+        calls |= {call.rpartition("=")[0] for call in re.findall(r"<<([^>]*)>>", json.loads(line)["answer"])}
+    for call in calls:
+        value = float(f"{eval(call.replace(',', ''), {'__builtins__': {}}):.10g}")
+        assert calculate(call) == (str(int(value)) if value == int(value) else repr(value)), call
 
 
 def test_the_tool_has_the_schema_that_trl_shows_to_the_model():

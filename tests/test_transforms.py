@@ -1,5 +1,6 @@
-"""Transforms: protocols to the letter, and what is no conversation is named."""
+"""Transforms: protocols to the letter, OpenAI's forms of calls, and what is no conversation is named."""
 
+import json
 import re
 from random import Random
 
@@ -12,6 +13,7 @@ from nanochat_hf.data.transforms import (
     check,
     gsm8k,
     multiple_choice,
+    normalize,
     simple_spelling,
     spelling_bee,
 )
@@ -19,6 +21,27 @@ from nanochat_hf.tools import calculate
 
 RNG = Random(0)
 USER, REPLY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+def call(arguments, name="python", **keys) -> dict:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}, **keys}
+
+
+def calling(*calls, content=None) -> dict:
+    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
+
+
+def result(content="2", **keys) -> dict:
+    return {"role": "tool", "content": content, **keys}
+
+
+def steps(conversation) -> list[str]:
+    """The calls' expressions and the other messages' texts, in order."""
+    return [
+        c["function"]["arguments"]["expression"] if c else m["content"]
+        for m in conversation
+        for c in m.get("tool_calls") or [None]
+    ]
 
 
 def test_multiple_choice_keeps_the_protocol_to_the_letter():
@@ -98,6 +121,18 @@ def test_the_spelling_bee_spells_counts_by_hand_and_checks_with_the_tool():
         ([USER, {"role": "tool", "content": "b"}, REPLY], "tool"),
         ([USER, {**REPLY, "tool_calls": [{"x": 1}]}], "none"),
         ([USER, {**REPLY, "tool_calls": [{"function": {"arguments": {}}}]}], "none"),
+        ([{**USER, "tool_calls": [call("1")]}, REPLY], "message 1 has a tool call and is not"),
+        ([USER, calling(call("1")), USER, REPLY], "message 3 is of role 'user', expected tool"),
+        ([USER, calling(call("1")), REPLY], "message 3 is of role 'assistant', expected tool"),
+        ([USER, calling(call("1")), result(), result(), REPLY], "message 4 is of role 'tool', expected assistant"),
+        ([USER, calling(call("1"), call("2")), result(), REPLY], "message 2 has 2 calls"),
+        ([USER, calling(call({"city": "Ulm"}, "weather")), result(), REPLY], "message 2 calls weather"),
+        ([USER, {**REPLY, "content": [{"type": "python", "text": "1"}]}], "call without its result"),
+        ([USER, {**REPLY, "content": [{"type": "python_output", "text": "1"}]}], "result without a call"),
+        (
+            [USER, {**REPLY, "content": [{"type": k, "text": "1"} for k in ("python", "text", "python_output")]}],
+            "call without its result",
+        ),
     ],
 )
 def test_what_is_no_conversation_is_named(messages, reason):
@@ -114,6 +149,120 @@ def test_conversations_with_a_system_message_parts_or_tools_are_fine():
     ]
     check([{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": parts}])
     check(spelling_bee({"word": "owl"}, Random(1)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"expression": "12*34"},
+        '{"expression": "12*34"}',
+        ' {"expression":"12*34"}\n',
+        json.dumps({"expression": "12*34"}, indent=2),
+        "12*34",
+        {"expression": "12*34", "city": None},  # Arrow gives all calls of a column the same keys
+    ],
+)
+def test_a_calls_arguments_become_a_mapping(arguments):
+    for conversation in (
+        [USER, calling(call(arguments)), result(), REPLY],
+        [USER, {"role": "assistant", "content": None, "tool_calls": [call(arguments)["function"]]}, result(), REPLY],
+        [
+            USER,
+            {"role": "assistant", "content": None, "function_call": call(arguments)["function"]},
+            {"role": "function", "name": "python", "content": "2"},
+            REPLY,
+        ],
+    ):
+        before = json.dumps(conversation)
+        normalized = normalize(conversation)
+        assert normalized[1]["tool_calls"][0]["function"] == {
+            "name": "python",
+            "arguments": {"expression": "12*34"},
+        }
+        assert normalized[2]["role"] == "tool" and "function_call" not in normalized[1]
+        assert json.dumps(conversation) == before  # the caller's rows stay as they are
+        check(normalized)
+
+
+def test_words_in_quotes_are_expressions_too():
+    for expression in ("'owl'.count('o')", '"owl".count("o")', "'café'.count('é')", "408", "1.5"):
+        for arguments in (expression, json.dumps({"expression": expression})):
+            (_, message, *_) = normalize([USER, calling(call(arguments))])
+            assert message["tool_calls"][0]["function"]["arguments"] == {"expression": expression}
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (call('{"code": "1+1"}'), "python takes one text, expression, not code"),
+        (call({"expression": "1", "digits": 3}), "not expression, digits"),
+        (call({"expression": 5}), "python takes one text"),
+        (call({}), "not nothing"),
+        (call(None), "not nothing"),
+        (call(""), "not nothing"),
+        (call("[1, 2]"), "no JSON object: [1, 2]"),
+        (call("[" * 100_000), "no JSON object: [["),
+        (call('"1+1"'), 'no JSON object: "1+1"'),
+        (call("true"), "no JSON object: true"),
+        (call("null"), "no JSON object: null"),
+        (call('{"expression": "1'), "no JSON object"),
+        (call([1]), "no mapping: [1]"),
+        (call("Ulm", "weather"), "no JSON object: Ulm"),
+        (call("1", ""), "names no function"),
+        ("python", "names no function"),
+        ({"function": "python"}, "names no function"),
+    ],
+)
+def test_a_call_that_is_none_is_named(broken, reason):
+    with pytest.raises(BadRow, match=re.escape(reason)) as caught:
+        normalize([USER, calling(broken), result(), REPLY])
+    assert str(caught.value).startswith("message 2 has a tool call that is none")
+
+
+def test_each_of_several_calls_gets_its_own_result():
+    calls = [call("1+1", id="a"), call('{"expression": "2+2"}', id="b")]
+    for results in (
+        [result("2", tool_call_id="a"), result("4", tool_call_id="b")],
+        [result("4", tool_call_id="b"), result("2", tool_call_id="a")],
+        [result("2"), result("4")],  # without ids the order says it
+    ):
+        conversation = normalize([USER, calling(*calls, content="So "), *results, REPLY])
+        assert steps(conversation) == ["a", "1+1", "2", "2+2", "4", "b"]
+        assert [m["content"] for m in conversation[1:4:2]] == ["So ", ""]
+        check(conversation)
+    with pytest.raises(BadRow, match="do not answer a, b"):
+        normalize([USER, calling(*calls), result(tool_call_id="a"), result(tool_call_id="c"), REPLY])
+    mixed = [call("1", id=1), call("2", id="b")]
+    with pytest.raises(BadRow, match=r"do not answer 1, b"):
+        normalize([USER, calling(*mixed), result(tool_call_id=[]), result(tool_call_id=2)])
+    with pytest.raises(BadRow, match="the results of c do not answer a"):
+        normalize([USER, calling(calls[0]), result(tool_call_id="c"), REPLY])
+
+
+def test_texts_of_neighboring_parts_are_joined():
+    text = [{"type": "text", "text": "<|user_"}, {"type": "text", "text": "end|>"}]
+    python, output = {"type": "python", "text": "1"}, {"type": "python_output", "text": "1"}
+    conversation = normalize(
+        [{"role": role, "content": text} for role in ("system", "user")]
+        + [{"role": "assistant", "content": [*text, python, output, *text]}]
+    )
+    joined = "<|user_end|>"
+    assert [m["content"] for m in conversation[:2]] == [joined, joined]
+    assert conversation[2]["content"] == [
+        {"type": "text", "text": joined},
+        python,
+        output,
+        {"type": "text", "text": joined},
+    ]
+    for odd in ([], [5], ["a", "b"], [{"type": "text"}], [{"type": "image", "url": "x"}], 5, None):
+        assert normalize([{"role": "user", "content": odd}]) == [{"role": "user", "content": odd}]
+    for odd in ("text", None, ["a"], {"role": "user"}):
+        assert normalize(odd) == odd
+
+
+def test_one_word_in_ten_is_asked_for_a_letter_that_may_be_absent():
+    absent = sum(spelling_bee({"word": "bob"}, Random(seed))[2]["content"] == "0" for seed in range(1000))
+    assert 60 < absent < 130  # a tenth, times 24 of 26 letters: 92 on average
 
 
 def test_every_transform_is_documented():

@@ -14,18 +14,20 @@ A mixture is a list of YAML entries, each a dataset spec with a transform:
 
 `dataset` is a Hub id, a .jsonl or .parquet file, a folder of them (for the spelling transforms: a .txt file with a
 word a line, or text as for pretraining, whose words are taken), a .yaml of facts (a personality: data/personality.py),
-or `primer` (of some kinds only: `primer:fact+talk`). `split` is "train" unless told; of the files of a folder it takes
-those whose names begin with it, and of words one in twenty is "test". `rows` takes so many, in an order drawn from the
-seed; `epochs` (1; 0.5 will do) passes over all. Rows are read when their turn comes. A row that is no conversation is
-skipped, and counted with its number and the reason; bad_rows="refuse" stops the run.
+or `primer` (of some kinds only: `primer:fact+talk`). `split` is "train" unless told; of a folder it takes the files
+that are named after it (data/splits.py), and of words one in twenty is "test". `rows` takes so many, in an order drawn
+from the seed; `epochs` (1; 0.5 will do) passes over all. Rows are read when their turn comes. A row that is no
+conversation is skipped, and counted with its number and the reason; bad_rows="refuse" stops the run, and so does an
+entry without a usable row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from random import Random
 
 from ..errors import InputError
 from .sources import Entry, open_rows
-from .transforms import TRANSFORMS, BadRow, check
+from .transforms import TRANSFORMS, BadRow, check, normalize
 
 REASONS_KEPT = 1000  # bad rows that are remembered one by one; more are only counted
 
@@ -42,7 +44,8 @@ class Mixture:
         bad_rows: "skip" or "refuse".
 
     Raises:
-        InputError: an unknown key, transform or dataset, more rows than there are, or a bad row when refused.
+        InputError: an unknown key, transform or dataset, more rows than there are, a bad row when refused, and at the
+            end of an iteration an entry of which no row could be used.
     """
 
     def __init__(self, entries: list[dict], seed: int = 0, bad_rows: str = "skip"):
@@ -64,6 +67,7 @@ class Mixture:
         self.skipped.clear()
         for entry in self.entries:
             entry.num_rows = entry.num_bad = entry.num_tokens = 0
+            entry.first_bad = None
         turns = [number for number, count in enumerate(self.counts) for _ in range(count)]
         Random(f"mixture {self.seed}").shuffle(turns)
         streams = [self._rows(number) for number in range(len(self.entries))]
@@ -71,6 +75,12 @@ class Mixture:
             row = next(streams[number], None)
             if row is not None:
                 yield row
+        for entry, source in zip(self.entries, self.sources):
+            if entry.first_bad and not entry.num_rows:
+                row, reason = entry.first_bad["row"], entry.first_bad["reason"]
+                if reason.startswith(("no column", "not in the form")):
+                    reason += f"{columns_of(source, row)}; transforms: {', '.join(TRANSFORMS)}"
+                raise InputError(f"no row of {entry.name} can be used; row {row}: {reason}")
 
     def _rows(self, number: int) -> Iterator[dict | None]:
         """An entry's conversations in their order, None in the place of a bad row."""
@@ -81,7 +91,7 @@ class Mixture:
             for index in order[:left]:
                 try:
                     rng = Random(f"{self.seed} {number} {epoch} {index}")
-                    conversation = TRANSFORMS[entry.transform](source[index], rng)
+                    conversation = normalize(TRANSFORMS[entry.transform](source[index], rng))
                     check(conversation)
                     entry.num_rows += 1
                     yield {"messages": conversation, "entry": number, "row": index}
@@ -102,6 +112,7 @@ class Mixture:
             raise InputError(f"row {row} of {entry.dataset} cannot be used: {reason}; mend it or set bad_rows: skip")
         entry.num_bad += 1
         named = {"dataset": entry.name, "row": row, "reason": reason}
+        entry.first_bad = entry.first_bad or named
         if len(self.skipped) < REASONS_KEPT and named not in self.skipped:  # every epoch comes by
             self.skipped.append(named)
 
@@ -119,3 +130,11 @@ class Mixture:
         return "\n".join(
             lines + [f"{r['dataset']:<{width}}  {r['rows']:>9,}  {r['tokens']:>13,}  {r['bad']:>6,}" for r in rows]
         )
+
+
+def columns_of(source: Sequence, number: int) -> str:
+    """What a row has, to say beside why it cannot be used; "" where it is no mapping."""
+    with suppress(BadRow):
+        if isinstance(row := source[number], dict):
+            return f"; its columns are {', '.join(map(str, row))[:100]}"
+    return ""

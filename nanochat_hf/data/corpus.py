@@ -7,7 +7,8 @@ A dataset spec is one of
     primer                                         the demo's embedded corpus
 or, for `open_documents`, a mixture: a list of {dataset: one of these, weight: 0.5}. A weight is a share of the bytes
 of UTF-8, which is nearer to a share of the tokens than documents or characters are (a Hangul syllable has 3 bytes).
-The last file is the validation split, as in karpathy/nanochat; of a single file it is the last sixteenth.
+Names tell the splits (data/splits.py). Where none does, the last file is the validation split, as in
+karpathy/nanochat, and a line says so; of a single file it is the last sixteenth. Hidden files are not read.
 
 The order of documents is fixed before anything is read. A file is a run of units (parquet row groups, or slices of
 them), and the units of all files, counted on through all epochs, are dealt in turn to the readers. So a position is a

@@ -4,12 +4,14 @@ What a dataset may be is said in corpus.py, which deals the parts out to the rea
 """
 
 import json
+import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock, Thread
@@ -20,6 +22,7 @@ from huggingface_hub import HfApi, errors, hf_hub_download
 
 from ..errors import InputError
 from . import primer
+from .splits import is_visible, text_files
 
 COLUMN = "text"
 SUFFIXES = (".parquet", ".jsonl")
@@ -46,21 +49,31 @@ class DatasetSplit:
 
     def _open(self, revision: str | None) -> None:
         names, self.locate, self.revision = find_files(self.dataset, revision)
-        # One kind decides, so that a stray file of the other does not become the validation split.
-        files = [Parquet(self, name) for name in names if name.endswith(".parquet")]
-        files = files or [Jsonl(self, name) for name in names if name.endswith(".jsonl")]
+        self.single, self.identity = False, {"revision": self.revision, "files and bytes": [1, None]}
+        self.identity["split"] = self.split
         if self.dataset == "primer":
-            files = [Memory(list(primer.documents("train" if self.split == "train" else "test", seed=0)))]
-        elif not files:
+            self.files = [Memory(list(primer.documents("train" if self.split == "train" else "test", seed=0)))]
+            return
+        # One kind decides, so that a stray file of the other does not become the validation split.
+        kinds = [(kind, [n for n in names if n.endswith(end)]) for kind, end in zip((Parquet, Jsonl), SUFFIXES)]
+        kind, names = next((pair for pair in kinds if pair[1]), (None, []))
+        if not names:
             raise InputError(f"dataset {self.dataset} has no .parquet or .jsonl files")
-        self.single = len(files) == 1
-        self.files = files if self.single else files[:-1] if self.split == "train" else files[-1:]
-        size = None  # the Hub's revision says more
-        if names and self.revision is None:
-            size = sum(file.path.stat().st_size for file in files)
+        train, validation, decision = names, names, ""
+        if not local_path(self.dataset).is_file():
+            train, validation, decision = text_files(self.dataset, names)
+        if decision:
+            say(f"dataset {self.dataset}: {decision}")
+        self.single = train == validation
+        self.files = [kind(self, name) for name in (train if self.split == "train" else validation)]
+        read = sorted({*train, *validation})
+        if len(names) > 1 and (train, validation) != (names[:-1], names[-1:]):
+            self.identity["training files"] = len(train)  # positions of older versions, which read others
+        self.identity["files and bytes"] = [len(read), None]  # the Hub's revision says more
+        if self.revision is None:
+            self.identity["files and bytes"][1] = sum(self.locate(name).stat().st_size for name in read)
             for file in self.files:  # on this disk: tell now, and not in an hour, which file is broken
                 file.units(1)
-        self.identity = {"revision": self.revision, "files and bytes": [len(files), size], "split": self.split}
 
     def require(self, identity: dict) -> None:
         """Make sure that positions saved with `identity` mean the same documents here. Raises InputError if not."""
@@ -91,14 +104,36 @@ def is_hub_id(dataset: str) -> bool:
     return bool(re.fullmatch(form, dataset)) and not dataset.endswith((".parquet", ".jsonl", ".json", ".csv", ".txt"))
 
 
+def local_path(dataset: str) -> Path:
+    """Where the dataset is if it is on this disk, with ~ for the home folder."""
+    try:
+        return Path(dataset).expanduser()
+    except RuntimeError:  # ~name, and nobody has that name
+        return Path(dataset)
+
+
+def files_below(folder: Path) -> list[str]:
+    """The names of the files in a folder and below it, in order, relative to it; hidden ones are left out."""
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return [name for name in names if is_visible(name)]
+
+
+@cache
+def say(line: str) -> None:
+    """Print a line once, on the main process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
 def find_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[[str], Path], str | None]:
     """-> (names in order, what gives a name's path, commit of the Hub or None); no names for the primer."""
-    path = Path(dataset).expanduser()
+    path = local_path(dataset)
     if dataset == "primer":
         return [], Path, None
+    if path.is_dir():
+        return files_below(path), path.joinpath, None
     if path.exists():
-        paths = sorted(path.rglob("*")) if path.is_dir() else [path]
-        return [str(p) for p in paths if not p.is_dir()], Path, None
+        return [path.name], path.parent.joinpath, None
     if not is_hub_id(dataset):
         raise InputError(f"no dataset {dataset}: give a folder, a .jsonl file, a Hub id or 'primer'")
     owner, name, *folder = dataset.split("/")
@@ -113,10 +148,12 @@ def find_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[
         # The cache's lock lets the processes of one machine take turns, so each file is fetched once. Whatever is
         # pushed later, this run reads the commit that it began with.
         options = {"repo_type": "dataset", "revision": info.sha}
-        return Path(with_retry(lambda: hf_hub_download(repo, file, **options), f"file {file} of dataset {repo}"))
+        name = prefix + file
+        return Path(with_retry(lambda: hf_hub_download(repo, name, **options), f"file {name} of dataset {repo}"))
 
     names = sorted(file.rfilename for file in info.siblings)
-    return [name for name in names if name.startswith(prefix)], download, info.sha
+    names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return [name for name in names if is_visible(name)], download, info.sha
 
 
 def with_retry(action: Callable, what: str):

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from zlib import crc32
@@ -20,7 +21,8 @@ from zlib import crc32
 from ..errors import InputError
 from . import personality, primer
 from .corpus import DocumentStream
-from .corpus_files import SUFFIXES, is_hub_id
+from .corpus_files import SUFFIXES, files_below, is_hub_id, local_path
+from .splits import row_files
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow
 
 WORD_CHARACTERS = 20_000_000  # of a text that a spelling transform takes its words from
@@ -40,6 +42,7 @@ class Entry:
     num_rows: int = field(default=0, init=False)
     num_bad: int = field(default=0, init=False)
     num_tokens: int = field(default=0, init=False)  # filled in by whoever tokenizes
+    first_bad: dict | None = field(default=None, init=False)  # a row that cannot be used, and why
 
     @classmethod
     def read(cls, entry: dict) -> "Entry":
@@ -102,7 +105,7 @@ class JsonLines(Sequence):
 
 def open_rows(entry: Entry, seed: int) -> Sequence:
     """The rows of an entry's data set, by number. Raises InputError when it is missing or cannot be read."""
-    path = Path(entry.dataset).expanduser()
+    path = local_path(entry.dataset)
     if entry.dataset.partition(":")[0] == "primer" or path.suffix in (".yaml", ".yml"):
         return _made_rows(entry, seed)
     if entry.transform in WORD_TRANSFORMS:
@@ -110,15 +113,15 @@ def open_rows(entry: Entry, seed: int) -> Sequence:
     if path.exists():
         files = [path]
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.name.startswith(entry.split))
-            if not files:
-                raise InputError(f"folder {path} has no .jsonl or .parquet files named {entry.split}*")
+            names = [name for name in files_below(path) if name.endswith(SUFFIXES)]
+            files = [path / name for name in row_files(entry.dataset, names, entry.split, entry.subset)]
         kinds = {p.suffix for p in files}
         if kinds == {".jsonl"}:
             return JsonLines(files)
         if kinds != {".parquet"}:
             raise InputError(f"{path} is neither .jsonl nor .parquet (a folder must hold one kind only)")
-        arguments = {"path": "parquet", "data_files": [str(p) for p in files], "split": "train"}
+        # The library takes names for patterns: star* would be starfish, too.
+        arguments = {"path": "parquet", "data_files": [escape(str(p.absolute())) for p in files], "split": "train"}
     elif is_hub_id(entry.dataset) and entry.dataset.count("/") == 1:
         arguments = {"path": entry.dataset, "name": entry.subset, "split": entry.split}
     else:

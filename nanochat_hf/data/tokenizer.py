@@ -13,6 +13,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -36,6 +37,9 @@ SPECIAL_TOKENS = (
     "<|output_start|>",  # ... and what the tool answered
     "<|output_end|>",
 )
+TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+# Beginnings of the SHA-256 of older ones: text split over parts became special tokens there, JSON text became a call.
+OLD_TEMPLATES = ("55bb7e10abbffda5", "b1658c1843ab4305")
 VALIDATION_CHARS = 4_000_000  # how much of the validation split bytes per token are measured on
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)  # every byte is a token, so that any text can be encoded
 
@@ -146,19 +150,26 @@ def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         response_template=RESPONSE_TEMPLATE,
     )
-    tokenizer.chat_template = (Path(__file__).parent / "chat_template.jinja").read_text()
+    tokenizer.chat_template = TEMPLATE.read_text()
     return tokenizer
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or a Hub id. Raises InputError when there is none."""
+    """The tokenizer of a folder or a Hub id; a chat template of an older version of this project is renewed.
+
+    Raises InputError when there is none.
+    """
     try:
-        return AutoTokenizer.from_pretrained(str(name))
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         if "backend tokenizer" in reason:  # followed by a list of all the ways to have one
             reason = "it has no tokenizer.json"
         raise InputError(f"no tokenizer in {name}: {reason}") from None
+    template = tokenizer.chat_template
+    if isinstance(template, str) and sha256(template.encode()).hexdigest()[:16] in OLD_TEMPLATES:
+        tokenizer.chat_template = TEMPLATE.read_text()
+    return tokenizer
 
 
 _twins: WeakKeyDictionary = WeakKeyDictionary()
@@ -193,6 +204,23 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> li
         document[0], document[1:] = bos, ids
         documents.append(document)
     return documents
+
+
+def spoken_mask(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
+    """1 for each token of a rendered conversation that the assistant says (text, calls, end of turn), else 0.
+
+    A tool's result is not what it says. transformers' own mask goes by characters, and of a last character of several
+    tokens (an emoji, a syllable of Hangul) it takes the first only, where a template's blocks end with text.
+    """
+    marks = ["<|assistant_start|>", "<|assistant_end|>", "<|output_start|>", "<|output_end|>"]
+    start, end, opens, closes = tokenizer.convert_tokens_to_ids(marks)
+    mask, turn, result = [], False, False
+    for token in ids:
+        result = result or token == opens
+        mask.append(int(turn and not result))
+        result = result and token != closes
+        turn = token == start or (turn and token != end)
+    return mask
 
 
 def strip_special_tokens(text: str) -> str:

@@ -4,11 +4,15 @@ They keep karpathy/nanochat's protocols to the letter where its checkpoints depe
 GSM8K's calculator calls, the answers to the spelling tasks. A row that cannot be used raises BadRow (or KeyError,
 TypeError, where it has another form); data/conversations.py skips and counts it.
 
-    TRANSFORMS["gsm8k"]({"question": ..., "answer": ...}, Random(0))  # -> [{"role": "user", ...}, ...]
+    conversation = TRANSFORMS["gsm8k"]({"question": ..., "answer": ...}, Random(0))  # [{"role": "user", ...}, ...]
+    conversation = normalize(conversation)  # OpenAI's forms of calls and parts -> the template's
+    check(conversation)
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise, takewhile
 from random import Random
 
 
@@ -156,12 +160,113 @@ TRANSFORMS: dict[str, Callable[[dict, Random], list[dict]]] = {
 WORD_TRANSFORMS = ("simple_spelling", "spelling_bee")
 
 
+def normalize(conversation: list[dict]) -> list[dict]:
+    """OpenAI's forms of messages -> the form that the chat template renders and that the model speaks in.
+
+    A call's arguments that are JSON text become a mapping; `function_call` and the role function, OpenAI's old form,
+    become `tool_calls` and the role tool. Parts of text that follow each other become one text, so that no special
+    token can be spelled over their border. Of several calls in a message each gets its own result right after it,
+    matched by `tool_call_id` if there is one. What is no message is left as it is, for `check`.
+
+    Raises:
+        BadRow: a call that is none, or a result that answers another call.
+    """
+    if not isinstance(conversation, list) or not all(isinstance(m, dict) for m in conversation):
+        return conversation
+    normalized: list[dict] = []
+    rest = [_with_calls(message, number) for number, message in enumerate(conversation, 1)]
+    while rest:
+        message, rest = rest[0], rest[1:]
+        calls = message.get("tool_calls") or []
+        results = list(takewhile(lambda m: m.get("role") == "tool", rest)) if calls else []
+        if len(calls) != len(results):  # unanswered ones: no conversation to learn from, but one to go on with
+            normalized.append(message)
+            continue
+        texts = [message.get("content"), *[""] * len(calls)]
+        for text, call, result in zip(texts, calls, _in_order(calls, results)):
+            normalized += [{**message, "content": text, "tool_calls": [call]}, result]
+        if not calls:
+            normalized.append(message)
+        rest = rest[len(results) :]
+    return normalized
+
+
+def _with_calls(message: dict, number: int) -> dict:
+    """The message with its parts of text joined and its calls as `tool_calls` with mappings."""
+    message = {**message, "content": _joined(message.get("content"))}
+    if call := message.pop("function_call", None):
+        message["tool_calls"] = [call]
+    if message.get("role") == "function":
+        message["role"] = "tool"
+    if calls := message.get("tool_calls"):
+        try:
+            message["tool_calls"] = [_decoded(call) for call in calls]
+        except BadRow as error:
+            raise BadRow(f"message {number} has a tool call that is none: {error}") from None
+    return message
+
+
+def _joined(content):
+    """Content with neighboring parts of text as one part; as plain text where nothing else is in it."""
+    if not isinstance(content, list):
+        return content
+    parts: list = []
+    for part in content:
+        texts = [p for p in (parts[-1:] + [part]) if isinstance(p, dict) and isinstance(p.get("text"), str)]
+        if len(texts) == 2 and all(p.get("type") == "text" for p in texts):
+            parts[-1] = {"type": "text", "text": texts[0]["text"] + texts[1]["text"]}
+        else:
+            parts.append(part)
+    only = parts[0] if len(parts) == 1 and isinstance(parts[0], dict) else {}
+    return only["text"] if only.get("type") == "text" and isinstance(only.get("text"), str) else parts
+
+
+def _decoded(call) -> dict:
+    """A call whose arguments are a mapping: {"expression": text} for python. Raises BadRow."""
+    function = (call.get("function") or call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise BadRow("it names no function")
+    name, arguments = function["name"], function.get("arguments") or {}
+    if isinstance(arguments, str):
+        text = arguments.strip()
+        try:
+            arguments = json.loads(text) if text else {}
+        except (ValueError, RecursionError):
+            arguments = text
+        bare = arguments is text or (isinstance(arguments, int | float) and not isinstance(arguments, bool))
+        if name == "python" and bare and not text.startswith(("{", "[")):  # an expression, as in python_start ... end
+            arguments = {"expression": text}
+        elif not isinstance(arguments, dict):
+            raise BadRow(f"its arguments are no JSON object: {text[:60]}")
+    if not isinstance(arguments, dict):
+        raise BadRow(f"its arguments are no mapping: {str(arguments)[:60]}")
+    if name == "python":
+        arguments = {key: value for key, value in arguments.items() if value is not None}  # Arrow fills with None
+        if list(arguments) != ["expression"] or not isinstance(arguments["expression"], str):
+            raise BadRow(f"python takes one text, expression, not {', '.join(arguments) or 'nothing'}")
+    return {**call, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _in_order(calls: list[dict], results: list[dict]) -> list[dict]:
+    """The results in the order of their calls. Raises BadRow when one answers another call."""
+    ids, answered = [call.get("id") for call in calls], [result.get("tool_call_id") for result in results]
+    if None in ids or None in answered:
+        return results
+    ids, answered = list(map(str, ids)), list(map(str, answered))
+    if sorted(ids) != sorted(answered) or len(set(ids)) < len(ids):
+        raise BadRow(f"the results of {', '.join(answered)} do not answer {', '.join(ids)}")
+    return [results[answered.index(one)] for one in ids]
+
+
 def check(conversation: list[dict]) -> None:
-    """Raises BadRow unless the messages are a conversation that the chat template renders and a model learns from."""
+    """Raises BadRow unless the messages are a conversation that the chat template renders and a model learns from.
+
+    They must be normalized. A call is of python, and its result comes right after it, as when the model speaks.
+    """
     if not isinstance(conversation, list) or not conversation or not all(isinstance(m, dict) for m in conversation):
         raise BadRow("no messages")
     if conversation[-1].get("role") != "assistant":
-        raise BadRow("the last message is not the assistant's")
+        raise BadRow(f"the last message is not the assistant's but of role {conversation[-1].get('role')!r}")
     expected = ("system", "user")
     for number, message in enumerate(conversation, 1):
         role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
@@ -175,20 +280,23 @@ def check(conversation: list[dict]) -> None:
                     raise BadRow(f"message {number} has a part without text")
                 if part["type"] != "text" and role != "assistant":
                     raise BadRow(f"message {number} has a tool call and is not the assistant's")
+            kinds = [None, *(part["type"] for part in content), None]
+            if any((one == "python") != (two == "python_output") for one, two in pairwise(kinds)):
+                raise BadRow(f"message {number} has a call without its result, or a result without a call")
         elif not isinstance(content, str) and not (content is None and calls):
             raise BadRow(f"message {number} has no text")
         if not (content.strip() if isinstance(content, str) else content) and not calls and role != "tool":
             raise BadRow(f"message {number} is empty")
-        if calls and (role != "assistant" or not all(_names_function(c) for c in calls)):
-            raise BadRow(f"message {number} has a tool call that is none")
+        if calls and role != "assistant":
+            raise BadRow(f"message {number} has a tool call and is not the assistant's")
+        for call in _with_calls(message, number).get("tool_calls") or []:
+            if (name := call["function"]["name"]) != "python":
+                raise BadRow(f"message {number} calls {name}, and the model has one tool, python(expression)")
+        if calls and len(calls) > 1:
+            raise BadRow(f"message {number} has {len(calls)} calls, and not one result for each")
         expected = {
             "system": ("user",),
             "user": ("assistant",),
-            "tool": ("tool", "assistant"),
+            "tool": ("assistant",),
             "assistant": ("tool",) if calls else ("user",),
         }[role]
-
-
-def _names_function(call: dict) -> bool:
-    function = call.get("function") if isinstance(call, dict) else None
-    return isinstance(function, dict) and bool(function.get("name"))

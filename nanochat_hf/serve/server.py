@@ -29,8 +29,9 @@ from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, Json
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
+from ..data.transforms import BadRow, normalize
 from ..errors import InputError
 from .generate import Piece, Request, TextDecoder
 from .worker import Answer, Broken, Busy, Worker
@@ -71,21 +72,12 @@ class OpenAIBody(Sampling):
     n: int = Field(1, ge=1, le=16)
 
 
-class Function(BaseModel):
-    """A call; its arguments come as JSON text, and templates want a mapping."""
-
-    name: str
-    arguments: Json[dict] | dict | str = Field({}, union_mode="left_to_right")
-
-
-class Call(BaseModel):
-    function: Function
-
-
 class Message(BaseModel):
     role: str
     content: str | list[dict] | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: list[dict] | None = None
+    tool_call_id: str | None = None
+    function_call: dict | None = None
 
 
 class ChatBody(OpenAIBody):
@@ -214,7 +206,10 @@ class Server:
         by_client = bool(body.tools) and tools
         if by_client and not any((tool.get("function") or {}).get("name") == "python" for tool in body.tools):
             raise InputError("this model knows one tool: a function named python with one argument, expression")
-        messages = [{"content": "", **message.model_dump(exclude_none=True)} for message in body.messages]
+        try:
+            messages = normalize([{"content": "", **m.model_dump(exclude_none=True)} for m in body.messages])
+        except BadRow as error:
+            raise InputError(f"these messages are no chat: {error}") from None
         room = min(body.max_completion_tokens or body.max_tokens or self.max_new_tokens, self.engine.length // 4)
         kept, prompt = messages, self.engine.encode(messages)
         if len(prompt) + room > self.engine.length:  # rarely, so that most are encoded only once

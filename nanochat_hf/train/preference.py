@@ -6,17 +6,20 @@ Direct preference optimization (arXiv:2305.18290): no reward model and no sampli
 it began is the reward, and a logistic loss separates the two answers. karpathy/nanochat has no such stage.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from trl import DPOConfig, DPOTrainer
 
 from ..data.conversations import REASONS_KEPT
 from ..data.sources import Entry, open_rows
-from ..data.tokenizer import load_tokenizer
-from ..data.transforms import BadRow, check
+from ..data.tokenizer import load_tokenizer, spoken_mask
+from ..data.transforms import BadRow, check, normalize
 from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin, fingerprint, model_fingerprint
@@ -54,11 +57,23 @@ class PreferenceConfig(StageConfig):
 
 
 class PreferenceTrainer(StageTrainer, DPOTrainer):
-    """DPOTrainer that counts the tokens it went through."""
+    """DPOTrainer that counts the tokens it went through, and compares what the assistant says only."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.data_collator = partial(spoken_only, self.data_collator, self.processing_class)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.step_tokens += inputs["input_ids"].numel() * self.accelerator.num_processes
         return super().training_step(model, inputs, num_items_in_batch)
+
+
+def spoken_only(collate: Callable, tokenizer, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch of TRL's collator, its completions without results of tools and later questions of the user."""
+    batch = collate(rows)
+    spoken = [spoken_mask(tokenizer, ids) for ids in batch["input_ids"].tolist()]
+    batch["completion_mask"] = batch["completion_mask"] * torch.tensor(spoken)
+    return batch
 
 
 def pairs(config: PreferenceConfig, tokenizer, length: int) -> tuple[Dataset, Dataset, list[dict]]:
@@ -84,6 +99,7 @@ def pair(row: dict, tokenizer, length: int) -> dict[str, list[dict]]:
     """A row as {"prompt", "chosen", "rejected"}, lists of messages. Raises BadRow if it is no pair that fits."""
     prompt, chosen, rejected = row.get("prompt") or [], row["chosen"], row["rejected"]
     prompt = [] if isinstance(prompt, str) else prompt  # where it is text the conversations begin with it
+    prompt, chosen, rejected = normalize(prompt), normalize(chosen), normalize(rejected)
     for messages in (prompt + chosen, prompt + rejected):
         check(messages)
         size = len(tokenizer.apply_chat_template(messages, return_dict=False))

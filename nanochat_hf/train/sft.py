@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from ..data.conversations import Mixture
 from ..data.sources import content_fingerprint
-from ..data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from ..data.tokenizer import load_tokenizer, spoken_mask, tokenizer_fingerprint
 from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin, fingerprint, load_json, model_fingerprint, save_json, writing
@@ -152,14 +152,12 @@ class Rows:
 
 def encode(tokenizer, chats: list[list[dict]], assistant_only: bool) -> dict[str, list]:
     """Conversations -> {"input_ids", "labels"}, a list each; labels are -100 where nothing is to be learned."""
-    rendered = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
-    labels = []
-    for ids, learned in zip(rendered["input_ids"], rendered["assistant_masks"]):
-        if not assistant_only:
-            learned = outside_results(ids, tokenizer)
+    rows, labels = tokenizer.apply_chat_template(chats, return_dict=True)["input_ids"], []
+    for ids in rows:
+        learned = spoken_mask(tokenizer, ids) if assistant_only else outside_results(ids, tokenizer)
         # What follows from nothing, or from another conversation of the row, cannot be learned.
         labels.append([-100, *(token if yes else -100 for token, yes in zip(ids[1:], learned[1:]))])
-    return {"input_ids": rendered["input_ids"], "labels": labels}
+    return {"input_ids": rows, "labels": labels}
 
 
 def code_version() -> str:
@@ -195,11 +193,6 @@ def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, fol
 def make_rows(config: ChatConfig, mixture: Mixture, tokenizer, length: int, folder: Path, made_from: str) -> None:
     """Encode and pack the conversations of `mixture` into `folder`, with made.json and a manifest of the files."""
     chats = [(row["entry"], row["row"], json.dumps(row["messages"])) for row in tqdm(mixture, desc="reading")]
-    if not chats:
-        first = mixture.skipped[0]
-        raise InputError(
-            f"no row of the mixture can be used; row {first['row']} of {first['dataset']}: {first['reason']}"
-        )
     rows = Dataset.from_dict(dict(zip(("entry", "row", "chat"), zip(*chats)))).map(
         lambda batch: encode(tokenizer, [json.loads(chat) for chat in batch["chat"]], config.assistant_only),
         batched=True,

@@ -135,13 +135,20 @@ def outside_code(text: str, change) -> str:
     return "".join(part if i % 2 else change(part) for i, part in enumerate(CODE.split(text)))
 
 
+JOINER = "\u2060"  # has no width and no meaning; after < or & it keeps HTML from seeing a tag or an entity
+
+
 def escape(text: str) -> str:
-    """HTML in a message becomes visible text; in code Markdown shows it as it is anyway."""
-    return outside_code(text, lambda part: part.replace("&", "&amp;").replace("<", "&lt;"))
+    """Tags and entities in a message become visible text; in code Markdown shows them as they are anyway.
+
+    Not `&lt;`: when a text comes back (next turn, retry, edit) nothing would tell ours from one that somebody wrote.
+    """
+    change = re.compile(rf"<(?=[A-Za-z/!?{JOINER}])|&(?=#?\w+;|{JOINER})")
+    return outside_code(text, lambda part: change.sub(rf"\g<0>{JOINER}", part))
 
 
 def unescape(text: str) -> str:
-    return outside_code(text, lambda part: part.replace("&lt;", "<").replace("&amp;", "&"))
+    return outside_code(text, lambda part: re.sub(f"([<&]){JOINER}", r"\1", part))
 
 
 def show_tags(chatbot: gr.Chatbot) -> gr.Chatbot:
@@ -175,8 +182,14 @@ def messages_of(history: list[dict], message: str, system: str, with_tools: bool
                 call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
                 messages += [call, {"role": "tool", "content": text.strip("`\n ")}]
         elif not title:  # a title of another kind is a warning of ours
+            messages = answered(messages) if entry["role"] == "user" else messages
             messages.append({"role": entry["role"], "content": text})
-    return [*messages, {"role": "user", "content": unescape(message)}]
+    return [*answered(messages), {"role": "user", "content": unescape(message)}]
+
+
+def answered(messages: list[dict]) -> list[dict]:
+    """The messages without a last question that got no answer: it was stopped, or failed."""
+    return messages[:-1] if messages and messages[-1]["role"] == "user" else messages
 
 
 def step(expression: str, result: str | None) -> dict:
@@ -290,7 +303,7 @@ def marked(before: str, delta) -> str:
     tool = delta.get("tool") or {}
     calling, telling = (before.rfind(a) > before.rfind(b) for a, b in ((CALL, SAID), (RESULT, END)))
     if "call" in tool:
-        return ("" if calling else CALL) + tool["call"]
+        return ("" if calling else (END if telling else "") + CALL) + tool["call"]
     if "result" in tool:
         return ("" if telling else SAID + RESULT) + tool["result"]
     return (END if telling and delta.content else "") + (delta.content or "")
