@@ -70,25 +70,24 @@ def tokenizer_of(name: str, revision: str | None) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
 
 
-def stop_ids(*settings, without: int) -> set[int]:
+def stop_ids(*settings, without: int) -> list[int]:
     """The ids of the first eos setting (an id, or ids in any container) that names a token besides `without`."""
     for setting in settings:
         values = setting.tolist() if hasattr(setting, "tolist") else setting
-        ids = {values} if isinstance(values, int) else {*(values or ())}
-        if ids := ids - {None, without}:
+        ids = [values] if isinstance(values, int) else values or ()
+        if ids := [index for index in ids if index != without]:
             return ids
-    return set()
+    return []
 
 
 def generate(inputs=None, generation_config=None, logits_processor=None, *, model, run_tools: bool = True, **kwargs):
     """`model.generate` that answers the model's calls. With `run_tools=False` an answer ends where a call does.
 
-    An eos of the caller, as an argument or in a GenerationConfig, replaces the model's own; None stands for the model's.
+    An eos of the caller, as an argument or in a GenerationConfig, replaces the model's own; None means the model's.
     """
     try:
-        tokenizer = kwargs.get("tokenizer") or tokenizer_of(
-            model.name_or_path, getattr(model.config, "_commit_hash", None)
-        )
+        revision = getattr(model.config, "_commit_hash", None)
+        tokenizer = kwargs.get("tokenizer") or tokenizer_of(model.name_or_path, revision)
     except (OSError, ValueError):
         warnings.warn(
             f"no tokenizer in {model.name_or_path}: calls are not answered. Save the tokenizer there too, or pass "
@@ -99,7 +98,7 @@ def generate(inputs=None, generation_config=None, logits_processor=None, *, mode
     results = Results(tokenizer)
     given = getattr(generation_config, "eos_token_id", None)
     settings = (kwargs.pop("eos_token_id", None), given, model.generation_config.eos_token_id, tokenizer.eos_token_id)
-    stops = sorted(stop_ids(*settings, without=results.end) | (set() if run_tools else {results.end}))
+    stops = stop_ids(*settings, without=results.end) + ([] if run_tools else [results.end])
     if generation_config is None:
         kwargs["eos_token_id"] = stops
     else:

@@ -8,7 +8,7 @@ last step unless --step says another), or a folder saved by `save_pretrained`. `
 tokenizer.pkl (~/.cache/nanochat/tokenizer) or tokenizer.json; without one only weights are written, unless the source
 has its own. `--to hf` (the default) writes a folder for from_pretrained, `native` one that needs no remote code (first
 generation only), `nanochat` files that karpathy/nanochat loads. Both tokenizers are checked to give equal ids.
-With `--output` the same as `--source`, a folder of ours is renewed in place: class names and code of today, same weights.
+Where `--output` is `--source`, a folder of ours is renewed in place: class names and code of today, the same weights.
 """
 
 import argparse

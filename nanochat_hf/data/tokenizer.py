@@ -77,7 +77,10 @@ RESPONSE_TEMPLATE = {
             },
         },
         "content": {
-            "close_pattern": f"{END}|{STRAY}", "repeats": True, "join": "", "content_args": {"strip": False},
+            "close_pattern": f"{END}|{STRAY}",
+            "repeats": True,
+            "join": "",
+            "content_args": {"strip": False},
         },
     },
 }

@@ -210,7 +210,7 @@ def load_tokenizer(folder: Path, wrap: Callable, texts: Iterable[str]) -> tuple[
 def renew(folder: Path, wrap: Callable, ship: Callable[[Path], None]) -> None:
     """Write today's class names, model code, response template and tool loop into a folder of ours; weights stay.
 
-    Files are replaced one by one and never written to: a folder of hard links leaves the originals alone.
+    Files are replaced, never written to: a folder of hard links leaves the originals alone.
     """
     config = NanoChatConfig.from_dict(renewed(NanoChatConfig.get_config_dict(folder)[0]))
     with tempfile.TemporaryDirectory(prefix=".renew-", dir=folder) as temporary:
@@ -218,12 +218,12 @@ def renew(folder: Path, wrap: Callable, ship: Callable[[Path], None]) -> None:
         config.save_pretrained(part)
         for file in Path(__file__).parent.glob("*_nanochat.py"):
             shutil.copyfile(file, part / file.name)
-        if (folder / "tokenizer_config.json").exists():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-            if tokenizer.response_template:
-                today = wrap(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
-                tokenizer.response_template = today.response_template
-                tokenizer.save_pretrained(part)
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if settings.get("response_template"):
+            settings["response_template"] = wrap(Tokenizer.from_file(str(folder / "tokenizer.json"))).response_template
+            text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+            (part / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
         if (folder / "custom_generate").exists():
             ship(part)
             (folder / "custom_generate").mkdir(exist_ok=True)
@@ -234,18 +234,19 @@ def renew(folder: Path, wrap: Callable, ship: Callable[[Path], None]) -> None:
 
 def may_call(source: Path, model: PreTrainedModel, tokenizer) -> bool:
     """Whether the model needs the tool loop. Upstream's folders do not say so: only a base model of ours does not."""
-    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
-    if "<|python_start|>" not in vocabulary:
-        return False
-    chat = vocabulary["<|python_end|>"] in model.generation_config.eos_token_id or (source / "custom_generate").exists()
-    return chat or not (source / "configuration_nanochat.py").exists()
+    end = None if tokenizer is None else tokenizer.get_vocab().get("<|python_end|>")
+    if end is None or (source / "custom_generate").exists():
+        return end is not None
+    return end in model.generation_config.eos_token_id or not (source / "configuration_nanochat.py").exists()
 
 
 def set_token_ids(model: NanoChatForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Tell the model the ids of its tokenizer. Raises ValueError if the two do not belong together."""
     size = model.config.num_tokens or model.config.vocab_size
     if len(tokenizer) != size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens and the model {size}: they do not belong together")
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {size}: they do not belong together"
+        )
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in ids.items():
         setattr(model.config, name, value)
@@ -261,8 +262,8 @@ def set_token_ids(model: NanoChatForCausalLM, tokenizer: PreTrainedTokenizerFast
 def write_transformers(folder: Path, model: NanoChatForCausalLM, tokenizer, to: str, ship: Callable | None) -> None:
     """Writes a folder for from_pretrained. `ship`: writes the tool loop, for a model that may call."""
     if ship:  # where the loop does not run, an answer ends at its call
-        ends = {*model.generation_config.eos_token_id, tokenizer.convert_tokens_to_ids("<|python_end|>")}
-        model.generation_config.eos_token_id = sorted(ends)
+        ends = [*model.generation_config.eos_token_id, tokenizer.convert_tokens_to_ids("<|python_end|>")]
+        model.generation_config.eos_token_id = list(dict.fromkeys(ends))
         ship(folder)
     (to_native(model) if to == "native" else model).save_pretrained(folder)
     if tokenizer is not None:

@@ -1,8 +1,8 @@
 """What a model folder brings for generation besides the network: its text pipeline, and a tool loop that copies keep.
 
 - `NanoChatHFTextGenerationPipeline` is what `pipeline("text-generation", model=FOLDER, trust_remote_code=True)` builds
-  (`custom_pipelines` in config.json). transformers shows special tokens in every text that it does not parse as soon as
-  the tokenizer has a response template: the end mark of a prefilled reply, the padding of a batch.
+  (`custom_pipelines` in config.json). For a tokenizer with a response template, transformers leaves special tokens in
+  every text that it does not parse: the end mark of a prefilled reply, the padding of a batch.
 - `KeepsToolLoop` makes `save_pretrained` and `push_to_hub` of a chat model copy `custom_generate/`, which transformers
   leaves behind; so merged, quantized and re-sharded copies answer their own calls.
 
@@ -92,8 +92,8 @@ class KeepsToolLoop:
         except OSError as error:
             shutil.rmtree(target, ignore_errors=True)
             logger.warning_once(
-                f"{folder} has no custom_generate/: if this is a chat model, copy that folder from {self.name_or_path}, "
-                f"or calls are not answered in `generate` ({str(error).splitlines()[0]})"
+                f"{folder} has no custom_generate/: if this is a chat model, copy it from {self.name_or_path}, or "
+                f"`generate` does not answer calls ({str(error).splitlines()[0]})"
             )
 
 

@@ -50,15 +50,17 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_nanochat import ROPE_RANGE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, NanoChatHFConfig
 from .generation_nanochat import KeepsToolLoop
 
+ZEROS = partial(init.zeros_)
 
-def linear(in_features: int, out_features: int, init_fn: partial | None = None) -> nn.Linear:
-    """Returns a matrix without bias; `init_fn` fills a fresh weight (zeros by default).
 
-    A plain nn.Linear: quantizers (bitsandbytes, fine-grained FP8) skip subclasses without a word.
-    """
-    module = nn.Linear(in_features, out_features, bias=False)
-    module.init_fn = init_fn or partial(init.zeros_)
+def with_init(module: nn.Module, init_fn: partial) -> nn.Module:
+    module.init_fn = init_fn  # fills a fresh weight, see `_init_weights`
     return module
+
+
+def linear(in_features: int, out_features: int, init_fn: partial = ZEROS) -> nn.Linear:
+    """A matrix without bias. A plain nn.Linear: bitsandbytes and others skip subclasses without a word."""
+    return with_init(nn.Linear(in_features, out_features, bias=False), init_fn)
 
 
 def project(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -69,12 +71,9 @@ def project(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class Gate(nn.Module):
-    """A small matrix without bias that runs in the dtype of its input.
+    """A small matrix in the dtype of its input. No nn.Linear, so that quantizers and "all-linear" leave it alone."""
 
-    No nn.Linear: quantizers, and peft's "all-linear", must leave it alone. It is smaller than one of their blocks.
-    """
-
-    init_fn = partial(init.uniform_, a=0.0, b=0.02)  # small and positive: a gate starts slightly above one half
+    init_fn = staticmethod(partial(init.uniform_, a=0.0, b=0.02))  # a gate starts slightly above one half
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -82,14 +81,6 @@ class Gate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype))
-
-
-class Embedding(nn.Embedding):
-    """An embedding that knows how a fresh table is filled."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, init_fn: partial):
-        super().__init__(num_embeddings, embedding_dim)
-        self.init_fn = init_fn
 
 
 def matrix_init(config: NanoChatHFConfig, out_features: int, gain: float = 1.0) -> partial:
@@ -124,6 +115,15 @@ class NanoChatRotaryEmbedding(nn.Module):
         inv_freq, self.attention_scaling = rope_inits[self.rope_type](config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Moves the frequencies but never casts them: in bfloat16 (`model.bfloat16()`) late positions would blur."""
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != exact[name].dtype:
+                setattr(self, name, exact[name].to(buffer.device))
+        return self
 
     @staticmethod
     def compute_default_rope_parameters(config: NanoChatHFConfig, device=None, **_) -> tuple[torch.Tensor, float]:
@@ -260,12 +260,16 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         super().__init__(config)
         width, layers = config.hidden_size, config.num_hidden_layers
         std = 0.8 if config.generation == 2 else 1.0
-        self.embed_tokens = Embedding(config.vocab_size, width, partial(init.normal_, std=std))
+        self.embed_tokens = with_init(nn.Embedding(config.vocab_size, width), partial(init.normal_, std=std))
         self.layers = nn.ModuleList(NanoChatDecoderLayer(config, i) for i in range(layers))
         self.rotary_emb = NanoChatRotaryEmbedding(config)
         if config.value_embeds:
-            shape = (config.vocab_size, config.num_key_value_heads * config.head_dim, matrix_init(config, width))
-            self.value_embeds = nn.ModuleDict({str(i): Embedding(*shape) for i in config.value_embed_layers})
+            shape, init_fn = (
+                (config.vocab_size, config.num_key_value_heads * config.head_dim),
+                matrix_init(config, width),
+            )
+            tables = {str(i): with_init(nn.Embedding(*shape), init_fn) for i in config.value_embed_layers}
+            self.value_embeds = nn.ModuleDict(tables)
         if config.residual_lambdas:
             self.resid_lambdas = nn.Parameter(torch.ones(layers))
             self.x0_lambdas = nn.Parameter(torch.zeros(layers))
@@ -449,7 +453,7 @@ class NanoChatHFForCausalLM(KeepsToolLoop, NanoChatHFPreTrainedModel, Generation
     def __init__(self, config: NanoChatHFConfig):
         super().__init__(config)
         self.model = NanoChatHFModel(config)
-        init_fn = partial(init.normal_, std=0.001) if config.generation == 2 else None
+        init_fn = partial(init.normal_, std=0.001) if config.generation == 2 else ZEROS
         self.lm_head = linear(config.hidden_size, config.vocab_size, init_fn)
         self.post_init()
 
@@ -491,6 +495,5 @@ class NanoChatHFForCausalLM(KeepsToolLoop, NanoChatHFPreTrainedModel, Generation
 # The public names, and those of older folders. The classes themselves must have names that transformers does not have:
 # TRL and others look for `config.architectures[0]` there first, and would train its first-generation class.
 NanoChatForCausalLM, NanoChatModel = NanoChatHFForCausalLM, NanoChatHFModel
-NanoChatPreTrainedModel = NanoChatHFPreTrainedModel
 
 __all__ = ["NanoChatHFForCausalLM", "NanoChatHFModel", "NanoChatHFPreTrainedModel"]

@@ -23,9 +23,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from transformers import AutoModelForCausalLM
 
 from .. import tool_loop
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_tokenizer, wrap
 from ..errors import InputError
 from ..eval.report import MODEL_STAGES, make_report
+from ..model.convert import renew
 from ..run import Run, nearest
 from .card import Push, card, check_metadata, check_repo_id, collected
 from .hub_client import MODEL_FILES, log_in, patiently, readable
@@ -97,6 +98,7 @@ def prepare(run: Run, wanted: Push) -> Path:
             link(path, folder / path.relative_to(root))
     if stage != "base":
         tool_loop.ship(folder)
+    renew(folder, wrap, tool_loop.ship)  # a folder made by an older version
     made = card(run, wanted)
     check_metadata(made.data)
     (folder / "README.md").write_text(f"{made}\n", encoding="utf-8")

@@ -12,10 +12,13 @@ import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import (
@@ -129,7 +132,15 @@ def load_model(source: str, config: StageConfig, tokenizer: PreTrainedTokenizerB
     if dtype != torch.float32:
         # What comes out of the embeddings decides in which dtype the network runs; the weights all stay float32.
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
+        if config.lora_rank > 0:  # peft calls the matrices itself, where the model would cast them
+            for module in model.modules():
+                if type(module) is nn.Linear:
+                    module.forward = partial(cast_linear, module)
     return model
+
+
+def cast_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, module.weight.to(x.dtype))
 
 
 def outside_results(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
