@@ -78,6 +78,7 @@ def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside, state_dict={name: value.float() for name, value in weights.items()})
         tokenizer.save_pretrained(aside)
+        shutil.rmtree(aside / "custom_generate", ignore_errors=True)  # that of the source: chat stages ship today's
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
         aside.rmdir()
