@@ -2,7 +2,7 @@
 
     python scripts/push_to_hub.py --run-dir runs/d24 --repo you/nanochat-d24 [--stage sft] [--space] [--dry-run]
 
-What goes up: weights, configuration and the two model files, tokenizer with its chat template, the tool
+What goes up: weights, configuration and the model's code, tokenizer with its chat template, the tool
 loop (`custom_generate/`), metrics.json, the report with its plots, and a card whose metadata holds every result of the
 evaluation. The push ends by loading the uploaded commit in a process that does not know this package and comparing
 logits. Uploads are one commit: a push that was cut off leaves no half model, and the next one sends only files that
