@@ -3,14 +3,26 @@
 The three are not of the pinned stack: `pip install bitsandbytes torchao optimum-quanto` runs their tests, on a CPU.
 """
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from talker import QUESTIONS, chat_folder, talker, talker_folder  # noqa: F401
 from tiny import GENERATIONS, make_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers.base import get_keys_to_not_convert
+
+from nanochat_hf.data.tokenizer import wrap
+from nanochat_hf.errors import InputError
+from nanochat_hf.model.convert import convert
+from nanochat_hf.model.quantization import is_quantized
+from nanochat_hf.serve.generate import Engine
+from nanochat_hf.train.network import new_model
+from nanochat_hf.train.sft import ChatConfig
+from nanochat_hf.train.trainer import load_model
 
 MATRICES = {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}
 
@@ -59,12 +71,33 @@ def answers(model, tokenizer) -> list[str]:
 def check(model, talker, share: float) -> None:  # noqa: F811
     """It is smaller, answers the same, and its gates are as they were."""
     original, tokenizer = talker
+    assert is_quantized(model)
     matrices = sum(p.numel() * 4 for n, p in original.named_parameters() if n.split(".")[-2] in MATRICES)
     assert size(model) < size(original) - share * matrices
     assert answers(model, tokenizer) == answers(original, tokenizer)
     for name, gate in original.named_parameters():
         if "gate" in name:
             assert torch.equal(model.get_parameter(name), gate), name
+
+
+def test_who_reads_weights_refuses_quantized_ones(talker, chat_folder, tmp_path, monkeypatch):  # noqa: F811
+    """A quantized weight under their eyes would be numbers without their scale: another model, without a word."""
+    model, tokenizer = talker
+    assert not is_quantized(model)
+    packed = copy.deepcopy(model)
+    layer = packed.model.layers[0].mlp.fc1
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    assert is_quantized(packed)
+    with pytest.raises(InputError, match="this model is quantized, and fast generation reads plain weights"):
+        Engine(packed, tokenizer)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *args, **kwargs: packed)
+    with pytest.raises(ValueError, match="is quantized: convert the model that it was made from"):
+        convert(chat_folder, tmp_path / "out", "nanochat", wrap)
+    with pytest.raises(InputError, match="is quantized and cannot be trained"):
+        load_model(str(chat_folder), ChatConfig(), tokenizer)
+    plan = SimpleNamespace(generation=2, vocab_size=packed.config.vocab_size)
+    with pytest.raises(InputError, match="is quantized and cannot be trained"):
+        new_model(plan, str(chat_folder), tokenizer, torch.device("cpu"), sharded=False)
 
 
 @pytest.mark.slow

@@ -200,9 +200,10 @@ class NanoChatHFConfig(PreTrainedConfig):
         if missing := [name for name in needed if name not in config_dict and name not in kwargs]:
             raise ValueError(f"the config lacks {', '.join(missing)}: write what the model was made with")
         if (today := renewed(config_dict)) is not config_dict:
+            folder = kwargs.get("name_or_path", "FOLDER")
             logger.warning_once(
-                "this model folder has class names that other tools take for transformers' own nanochat, without a "
-                "word; renew it: python scripts/convert_checkpoint.py --source FOLDER --output FOLDER"
+                f"{folder} has class names that other tools silently take for transformers' own nanochat; renew it: "
+                f"python scripts/convert_checkpoint.py --source {folder} --output {folder}"
             )
             config_dict = today
         if not __name__.startswith("transformers_modules."):  # transformers loads it with trust_remote_code only

@@ -25,6 +25,7 @@ from .configuration_nanochat import SWITCHES, NanoChatConfig, renewed
 from .configuration_nanochat import UPSTREAM_FIELDS as FIELDS
 from .convert_tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, read_tiktoken, write_tiktoken
 from .modeling_nanochat import NanoChatForCausalLM
+from .quantization import is_quantized
 
 NAMES = (  # a piece of a parameter's name: upstream's, ours
     ("transformer.wte.", "model.embed_tokens."),
@@ -284,7 +285,10 @@ def load_model(source: Path, step: int | None) -> tuple[NanoChatForCausalLM, int
     if kind != NanoChatConfig.model_type:
         raise ValueError(f"{source} holds a model of type {kind}, not nanochat")
     config = NanoChatConfig.from_dict(renewed(fields))
-    return NanoChatForCausalLM.from_pretrained(source, config=config, dtype=torch.float32), step or 0
+    model = NanoChatForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
+    if is_quantized(model):
+        raise ValueError(f"{source} is quantized: convert the model that it was made from")
+    return model, step or 0
 
 
 def write_upstream(folder: Path, model: NanoChatForCausalLM, tokenizer, step: int, texts: Iterable[str]) -> int | None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import InputError
 from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
+from ..model.quantization import is_quantized
 from .fast import Trunk
 from .kernels import head_loss
 from .scaling import Plan
@@ -77,6 +78,8 @@ def new_model(made: Plan, source: str | None, tokenizer, device: torch.device, s
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
         except OSError as error:
             raise InputError(f"no weights in {source}: {str(error).splitlines()[0]}") from None
+        if is_quantized(model):
+            raise InputError(f"{source} is quantized and cannot be trained: take the model that it was made from")
     else:
         make = NanoChatConfig if made.generation == 2 else NanoChatConfig.first_generation
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

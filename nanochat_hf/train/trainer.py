@@ -32,6 +32,7 @@ from transformers import (
 from .. import tool_loop
 from ..distributed import meet, on_cpu, processes
 from ..errors import InputError
+from ..model.quantization import is_quantized
 from ..run import finish, load_json, save_json
 from .checkpoint import load_momenta, merged, save_model
 from .device import shard_on_cpu, share_out
@@ -126,6 +127,8 @@ def load_model(source: str, config: StageConfig, tokenizer: PreTrainedTokenizerB
         )
     except (OSError, ValueError) as error:
         raise InputError(f"no model in {source}: {str(error).splitlines()[0]}") from None
+    if is_quantized(model):
+        raise InputError(f"{source} is quantized and cannot be trained: take the model that it was made from")
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     model.generation_config.update(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
     dtype = compute_dtype(processes().device)
