@@ -15,7 +15,7 @@ import pytest
 import torch
 from old_folder import make_old
 from talker import chat_folder, talker, talker_folder  # noqa: F401
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 from transformers import NanoChatForCausalLM as NativeModel
 from transformers.testing_utils import CaptureLogger
 
@@ -226,6 +226,11 @@ def test_native_folders_end_at_a_call_and_base_models_of_ours_get_no_loop(tokeni
         generation = GenerationConfig.from_pretrained(tmp_path / f"base-{to}")
         assert generation.eos_token_id == base.generation_config.eos_token_id
         assert not (tmp_path / f"base-{to}" / "custom_generate").exists()
+    pipe = pipeline("text-generation", model=str(tmp_path / "base-native"))
+    texts = pipe(
+        ["An owl", "A dog is here"], batch_size=2, max_new_tokens=40, do_sample=False, eos_token_id=list(range(400))
+    )
+    assert all("<|bos|>" not in text["generated_text"] for (text,) in texts)
 
 
 def test_an_old_folder_is_renewed_in_place_and_files_that_share_its_bytes_stay(chat_folder, tmp_path):  # noqa: F811

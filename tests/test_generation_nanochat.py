@@ -1,10 +1,7 @@
 """What a folder brings for generation: texts of its pipeline end at the end mark, copies keep the tool loop."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from hub_standin import Hub
@@ -117,7 +114,7 @@ def test_an_adapter_alone_brings_the_tool_loop_of_its_base(chat_folder, talker, 
     model, tokenizer = load(tmp_path, trust_remote_code=True), talker[1]
     assert not isinstance(model, PeftModel)
     inputs = tokenizer.apply_chat_template(CHATS[0], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = tokenizer.decode(model.generate(**inputs, **GREEDY, tokenizer=tokenizer)[0])
+    out = tokenizer.decode(model.generate(**inputs, **GREEDY)[0])
     assert "<|output_start|>408<|output_end|>It is 408." in out
 
 
@@ -145,13 +142,13 @@ def test_a_copy_that_cannot_have_the_tool_loop_says_so(talker_folder, tmp_path):
 
 
 PUSH = """
-import nanochat_hf
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("model")
 model.push_to_hub("you/pushed")
 model.save_pretrained("saved", push_to_hub=True, repo_id="you/saved")
 AutoModelForCausalLM.from_pretrained("you/pushed").save_pretrained("back")
 AutoModelForCausalLM.from_pretrained("you/pushed", trust_remote_code=True).save_pretrained("back2")
+print("pushed")
 """
 
 
@@ -160,8 +157,7 @@ def test_pushes_and_copies_of_hub_models_keep_the_tool_loop(chat_folder, tmp_pat
     shutil.copytree(chat_folder, tmp_path / "model")
     with Hub() as hub:
         variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-        variables["HF_HOME"] = str(tmp_path / "home")
-        subprocess.run([sys.executable, "-c", PUSH], check=True, cwd=tmp_path, env=os.environ | variables)
+        assert run_without_the_package(PUSH, tmp_path, package=True, **variables) == "pushed"
         for repo in ("you/pushed", "you/saved"):
             pushed = hub.repos["models", repo].files("main")[1]
             assert {f"custom_generate/{file}" for file in LOOP} <= set(pushed), repo

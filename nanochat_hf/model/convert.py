@@ -268,6 +268,8 @@ def write_transformers(folder: Path, model: NanoChatForCausalLM, tokenizer, to: 
         ship(folder)
     (to_native(model) if to == "native" else model).save_pretrained(folder)
     if tokenizer is not None:
+        if to == "native" and not ship:  # transformers then leaves padding out of a base model's texts
+            tokenizer.response_template = None
         tokenizer.save_pretrained(folder)
 
 

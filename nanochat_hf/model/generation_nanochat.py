@@ -9,8 +9,6 @@
 Uploaded with every checkpoint: imports only torch and transformers.
 """
 
-import functools
-import inspect
 import os
 import shutil
 from pathlib import Path
@@ -52,9 +50,9 @@ def find_tool_loop(model) -> Path | None:
 
     Raises OSError if that cannot be looked up: a folder that is gone, a Hub id without network.
     """
-    generate = vars(model).get("generate")
-    if isinstance(generate, functools.partial):  # put there by from_pretrained with trust_remote_code
-        return Path(inspect.getfile(generate.func)).parent
+    code = getattr(getattr(vars(model).get("generate"), "func", None), "__code__", None)
+    if code is not None and Path(code.co_filename).parent.name == "custom_generate":
+        return Path(code.co_filename).parent  # a partial, put there by from_pretrained with trust_remote_code
     name, revision = model.name_or_path, getattr(model.config, "_commit_hash", None)
     if not name:
         return None
