@@ -15,15 +15,14 @@ __version__ = "0.1.0"
 __all__ = ["NanoChatConfig", "NanoChatForCausalLM", "NanoChatModel", "__version__"]
 
 AutoConfig.register(NanoChatConfig.model_type, NanoChatConfig)
-# exist_ok: the check goes by class name; the class of the same name in transformers (its `nanochat`) keeps working.
-AutoModel.register(NanoChatConfig, NanoChatModel, exist_ok=True)
-AutoModelForCausalLM.register(NanoChatConfig, NanoChatForCausalLM, exist_ok=True)
+AutoModel.register(NanoChatConfig, NanoChatModel)
+AutoModelForCausalLM.register(NanoChatConfig, NanoChatForCausalLM)
 NanoChatConfig.register_for_auto_class()
 NanoChatModel.register_for_auto_class("AutoModel")
 NanoChatForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 with suppress(ImportError):  # peft is not needed to run a model
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 
-    # Every matrix of attention and MLP; peft's "all-linear" would wrap the tiny gates too. `nanochat`: an export.
+    # Every matrix of attention and MLP; the head stays as it is. `nanochat`: an export.
     for model_type in (NanoChatConfig.model_type, "nanochat"):
         LORA_TARGETS.setdefault(model_type, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"])

@@ -14,8 +14,10 @@ sampling, streamers and every cache work as they do without. (`serve.generate` d
 for where only transformers is.)
 """
 
+import copy
 import functools
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -68,13 +70,40 @@ def tokenizer_of(name: str, revision: str | None) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
 
 
+def stop_ids(*settings, without: int) -> list[int]:
+    """The ids of the first eos setting (an id, or ids in any container) that names a token besides `without`."""
+    for setting in settings:
+        values = setting.tolist() if hasattr(setting, "tolist") else setting
+        ids = [values] if isinstance(values, int) else values or ()
+        if ids := [index for index in ids if index != without]:
+            return ids
+    return []
+
+
 def generate(inputs=None, generation_config=None, logits_processor=None, *, model, run_tools: bool = True, **kwargs):
-    """`model.generate` that answers the model's calls. With `run_tools=False` an answer ends where a call does."""
-    revision = getattr(model.config, "_commit_hash", None)
-    results = Results(kwargs.get("tokenizer") or tokenizer_of(model.name_or_path, revision))
-    stops = kwargs.get("eos_token_id", (generation_config or model.generation_config).eos_token_id)
-    stops = {*(stops if isinstance(stops, list) else [stops])} - {None, results.end}
-    kwargs["eos_token_id"] = sorted(stops if run_tools else stops | {results.end}) or None
+    """`model.generate` that answers the model's calls. With `run_tools=False` an answer ends where a call does.
+
+    An eos of the caller, as an argument or in a GenerationConfig, replaces the model's own; None means the model's.
+    """
+    try:
+        revision = getattr(model.config, "_commit_hash", None)
+        tokenizer = kwargs.get("tokenizer") or tokenizer_of(model.name_or_path, revision)
+    except (OSError, ValueError):
+        warnings.warn(
+            f"no tokenizer in {model.name_or_path}: calls are not answered. Save the tokenizer there too, or pass "
+            "tokenizer= to generate",
+            stacklevel=2,
+        )
+        return type(model).generate(model, inputs, generation_config, logits_processor, **kwargs)
+    results = Results(tokenizer)
+    given = getattr(generation_config, "eos_token_id", None)
+    settings = (kwargs.pop("eos_token_id", None), given, model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    stops = stop_ids(*settings, without=results.end) + ([] if run_tools else [results.end])
+    if generation_config is None:
+        kwargs["eos_token_id"] = stops
+    else:
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.eos_token_id = stops
     if run_tools:
         logits_processor = LogitsProcessorList([*(logits_processor or []), results])
     return type(model).generate(model, inputs, generation_config, logits_processor, **kwargs)

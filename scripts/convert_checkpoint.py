@@ -8,6 +8,7 @@ last step unless --step says another), or a folder saved by `save_pretrained`. `
 tokenizer.pkl (~/.cache/nanochat/tokenizer) or tokenizer.json; without one only weights are written, unless the source
 has its own. `--to hf` (the default) writes a folder for from_pretrained, `native` one that needs no remote code (first
 generation only), `nanochat` files that karpathy/nanochat loads. Both tokenizers are checked to give equal ids.
+Where `--output` is `--source`, a folder of ours is renewed in place: class names and code of today, the same weights.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from nanochat_hf.data.tokenizer import wrap
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.convert import convert
 from nanochat_hf.run import guarded
+from nanochat_hf.tool_loop import ship
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     texts = islice(primer.documents("train", seed=0), 5000)
     try:
-        done = convert(args.source, args.output, args.to, wrap, args.tokenizer, args.step, texts)
+        done = convert(args.source, args.output, args.to, wrap, args.tokenizer, args.step, texts, ship)
     except (ValueError, OSError) as error:  # OSError: of transformers, for a broken folder
         raise InputError(str(error).splitlines()[0]) from None
     print(f"{args.output}: generation {done['generation']}, {done['parameters']:,} parameters, step {done['step']}")

@@ -322,6 +322,42 @@ def test_a_reply_is_read_back_as_the_message_it_was(tokenizer):
     assert parsed["tool_calls"] == [call("6*7")]
 
 
+CALL, RESULT = "<|python_start|>6*7<|python_end|>", "<|output_start|>42<|output_end|>"
+STEP, PADDING = [{"call": "6*7", "result": "42"}], "<|assistant_end|><|bos|><|bos|>"
+
+
+@pytest.mark.parametrize(
+    ("reply", "content", "rest"),
+    [
+        (f"Hello.{PADDING}", "Hello.", {}),
+        (f"{CALL}{RESULT}It is 42.{PADDING}", "It is 42.", {"tool_steps": STEP}),
+        ("Hello.<|assistant_end|>Never<|assistant_end|>stopped", "Hello.", {}),
+        (f"Hello.<|bos|>{CALL}{RESULT}", "Hello.", {}),
+        ("Hello.<|user_start|>And you?", "Hello.", {}),
+        ("5-5<|python_end|> is<|python_end|> 0", "5-5 is 0", {}),
+        (f"{CALL}{PADDING}", "", {"tool_calls": [call("6*7")]}),
+        (f"<|python_start|>6*7{PADDING}", "", {"tool_calls": [call("6*7")]}),
+        (f"{CALL}<|output_start|>42{PADDING}", "", {"tool_steps": STEP}),
+        (
+            "<|python_start|>1<2<|python_end|><|output_start|>True<|output_end|>Yes.<|assistant_end|>",
+            "Yes.",
+            {"tool_steps": [{"call": "1<2", "result": "True"}]},
+        ),
+    ],
+)
+def test_a_content_ends_at_the_first_end_mark_and_holds_no_marks(tokenizer, reply, content, rest):
+    parsed = tokenizer.parse_response(reply, prefix="<|assistant_start|>")
+    assert parsed == {"role": "assistant", "content": content, **rest}
+    parser = tokenizer.get_response_parser(prefix="<|assistant_start|>")
+    shown = ""
+    for character in reply:
+        events = parser.feed(character)
+        shown += "".join(e["text"] for e in events if e["type"] == "region_chunk" and e["field"] == "content")
+    message, events = parser.finalize()
+    shown += "".join(e["text"] for e in events if e["type"] == "region_chunk" and e["field"] == "content")
+    assert message == parsed and shown == content
+
+
 def test_the_words_after_a_result_hold_no_call_again(tokenizer):
     prompt = tokenizer.apply_chat_template(SUM[:3], add_generation_prompt=True, return_dict=False)
     reply = tokenizer("It is 42.<|assistant_end|>", add_special_tokens=False)["input_ids"]

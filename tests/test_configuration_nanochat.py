@@ -4,8 +4,9 @@ import json
 
 import pytest
 from transformers import AutoConfig
+from transformers.testing_utils import CaptureLogger
 
-from nanochat_hf.model import NanoChatConfig
+from nanochat_hf.model import NanoChatConfig, configuration_nanochat
 
 
 def test_windows_follow_the_pattern_and_the_last_layer_sees_everything():
@@ -81,3 +82,36 @@ def test_a_config_file_that_lacks_a_field_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"the config lacks {name}: write what the model was made with"):
         AutoConfig.from_pretrained(tmp_path)
     assert getattr(AutoConfig.from_pretrained(tmp_path, **{name: value}), name) == value
+
+
+def test_a_config_under_the_old_class_names_loads_with_todays_and_says_how_to_renew_its_folder(tmp_path):
+    NanoChatConfig(architectures=["NanoChatHFForCausalLM"]).save_pretrained(tmp_path)
+    path, logger = tmp_path / "config.json", configuration_nanochat.logger
+    today = path.read_text()
+    logger.warning_once.cache_clear()
+    with CaptureLogger(logger) as log:
+        AutoConfig.from_pretrained(tmp_path)
+    assert log.out == "" and "HF" in today
+    for old in (
+        today.replace("NanoChatHF", "NanoChat"),
+        today.replace("modeling_nanochat.NanoChatHF", "u/m--m.NanoChat"),
+    ):
+        path.write_text(old)
+        logger.warning_once.cache_clear()
+        with CaptureLogger(logger) as log:
+            config = AutoConfig.from_pretrained(tmp_path)
+        assert config.architectures == ["NanoChatHFForCausalLM"]
+        assert config.auto_map == json.loads(today)["auto_map"]
+        assert log.out.endswith(f"convert_checkpoint.py --source {tmp_path} --output {tmp_path}\n")
+        assert log.out.count("\n") == 1
+
+
+def test_the_pipeline_of_a_folder_is_for_those_without_the_package(tmp_path):
+    """transformers asks for trust_remote_code wherever a config names a pipeline; here none is needed."""
+    config = NanoChatConfig()
+    for _ in range(2):
+        config.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())["custom_pipelines"]
+        assert saved["text-generation"]["impl"].startswith("generation_nanochat.")
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert not hasattr(config, "custom_pipelines")

@@ -6,19 +6,24 @@ With a checkout of the original at hand the slow test at the end runs it:
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from old_folder import make_old
+from talker import chat_folder, talker, talker_folder  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 from transformers import NanoChatForCausalLM as NativeModel
+from transformers.testing_utils import CaptureLogger
 
 from nanochat_hf.data.tokenizer import wrap
-from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
+from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, configuration_nanochat
 from nanochat_hf.model.convert import convert, from_native, from_upstream, to_native, to_upstream
 from nanochat_hf.model.convert_tokenizer import ranks_from_backend, write_tiktoken
+from nanochat_hf.tool_loop import ship
 
 OCTOBER = {"sequence_len": 256, "vocab_size": 100, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
 JULY = OCTOBER | {"window_pattern": "SSL"}
@@ -164,7 +169,8 @@ def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, 
     loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert loaded("An owl is grey.")["input_ids"] == tokenizer("An owl is grey.")["input_ids"]
     assert loaded.chat_template == tokenizer.chat_template
-    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.bos_token_id]
+    ends = ("<|assistant_end|>", "<|bos|>", "<|python_end|>")  # upstream's folders do not tell base and chat apart
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids(list(ends))
     expected = from_upstream(upstream_state(fields), {"model_config": fields})
     assert torch.equal(logits(model, ids), logits(expected, ids))
 
@@ -175,6 +181,81 @@ def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, 
     lengths = torch.load(tmp_path / "back" / "token_bytes.pt", weights_only=True)
     assert len(lengths) == len(tokenizer) and lengths[tokenizer.bos_token_id] == 0
     assert lengths[tokenizer("capital", add_special_tokens=False)["input_ids"]].sum() == 7
+
+
+QUESTION = [{"role": "user", "content": "What is 12 * 34?"}]
+
+
+def answer(folder, tokenizer, **options) -> str:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    inputs = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**inputs, max_new_tokens=60, do_sample=False, **options)
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
+
+
+def test_a_chat_model_answers_its_calls_after_every_conversion(chat_folder, talker, tmp_path):  # noqa: F811
+    """Through upstream's files, which do not say that it is a chat model; by the loop, or by ending at the call."""
+    shutil.copytree(chat_folder, tmp_path / "chat")
+    config = (tmp_path / "chat" / "config.json").read_text()
+    assert '"sliding_window": 33' in config  # upstream knows windows of whole tiles only; the answers stay the same
+    (tmp_path / "chat" / "config.json").write_text(config.replace('"sliding_window": 33', '"sliding_window": 129'))
+    convert(tmp_path / "chat", tmp_path / "theirs", "nanochat", wrap)
+    convert(tmp_path / "theirs", tmp_path / "ours", "hf", wrap, ship=ship)
+    convert(chat_folder, tmp_path / "copy", "hf", wrap, ship=ship)
+    for folder in ("ours", "copy"):
+        result = "<|python_start|>12*34<|python_end|><|output_start|>408<|output_end|>It is 408.<|assistant_end|>"
+        assert answer(tmp_path / folder, talker[1]) == result
+        shutil.rmtree(tmp_path / folder / "custom_generate")
+        assert answer(tmp_path / folder, talker[1]) == "<|python_start|>12*34<|python_end|>"
+
+
+def test_native_folders_end_at_a_call_and_base_models_of_ours_get_no_loop(tokenizer, tmp_path):
+    fields = OCTOBER | {"vocab_size": len(tokenizer)}
+    source = write_checkpoint(tmp_path / "source", fields)
+    write_tiktoken(source / "tokenizer.pkl", *ranks_from_backend(tokenizer.backend_tokenizer))
+    convert(source, tmp_path / "native", "native", wrap, ship=ship)
+    end = tokenizer.convert_tokens_to_ids("<|python_end|>")
+    loaded = NativeModel.from_pretrained(tmp_path / "native")
+    assert end in loaded.generation_config.eos_token_id and (tmp_path / "native" / "custom_generate").exists()
+    base = from_upstream(upstream_state(fields), {"model_config": fields})
+    base.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.bos_token_id]
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for to in ("hf", "native"):
+        convert(tmp_path / "base", tmp_path / f"base-{to}", to, wrap, ship=ship)
+        generation = GenerationConfig.from_pretrained(tmp_path / f"base-{to}")
+        assert generation.eos_token_id == base.generation_config.eos_token_id
+        assert not (tmp_path / f"base-{to}" / "custom_generate").exists()
+    pipe = pipeline("text-generation", model=str(tmp_path / "base-native"))
+    texts = pipe(
+        ["An owl", "A dog is here"], batch_size=2, max_new_tokens=40, do_sample=False, eos_token_id=list(range(400))
+    )
+    assert all("<|bos|>" not in text["generated_text"] for (text,) in texts)
+
+
+def test_an_old_folder_is_renewed_in_place_and_files_that_share_its_bytes_stay(chat_folder, tmp_path):  # noqa: F811
+    old = make_old(shutil.copytree(chat_folder, tmp_path / "old"))
+    (old / "custom_generate" / "generate.py").write_text("# old")
+    settings = json.loads((old / "tokenizer_config.json").read_text())
+    settings["response_template"]["fields"]["content"].pop("close_pattern")
+    (old / "tokenizer_config.json").write_text(json.dumps(settings))
+    before = {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    shutil.copytree(old, tmp_path / "links", copy_function=os.link)
+    with CaptureLogger(configuration_nanochat.logger) as log:
+        convert(tmp_path / "links", tmp_path / "links", "hf", wrap, ship=ship)
+    assert log.out == ""  # nobody has to be told how to do what he is doing
+    assert {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+    today = {path.relative_to(chat_folder) for path in chat_folder.rglob("*") if path.is_file()}
+    assert {p.relative_to(tmp_path / "links") for p in (tmp_path / "links").rglob("*") if p.is_file()} == today
+    for path in today:
+        assert (tmp_path / "links" / path).read_bytes() == (chat_folder / path).read_bytes(), path
+
+
+def test_only_a_folder_of_ours_is_renewed_in_place(tmp_path):
+    source = write_checkpoint(tmp_path / "source", OCTOBER)
+    for to in ("hf", "nanochat"):
+        with pytest.raises(ValueError, match="source exists: remove it or choose another output"):
+            convert(source, source, to, wrap)
 
 
 def test_bad_folders_leave_nothing_behind(tokenizer, tmp_path, tmp_path_factory):

@@ -34,7 +34,7 @@ def config(**keys) -> RLConfig:
 
 def new_trainer(tiny_folder, tokenizer, tmp_path, made=None) -> RLTrainer:
     made = made or config()
-    model = load_chat_model(tiny_folder, made.attn_implementation, tokenizer)
+    model = load_chat_model(tiny_folder, made, tokenizer)
     model.lm_head.weight.data.normal_(std=0.05)  # a fresh head is all but zero: every token would be alike
     rows = Dataset.from_list(questions(made, "test", tokenizer, 100)[0])
     return RLTrainer(

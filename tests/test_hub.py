@@ -1,7 +1,9 @@
 """The Hub round trip against a stand-in over real HTTP with the real client: push, load back, and all that fails."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import yaml
 from hub_run import TOKEN, hub_run, pushed, stand_in, without_check  # noqa: F401
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
+from old_folder import make_old
 from safetensors.torch import load_file, save_file
 from talker import talker, talker_folder  # noqa: F401
 
@@ -30,6 +33,7 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check)
         "config.json",
         "modeling_nanochat.py",
         "configuration_nanochat.py",
+        "generation_nanochat.py",
         "tokenizer.json",
         "plots/sft.png",
     ]
@@ -44,6 +48,18 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check)
     } <= set(files)
     assert files["model.safetensors"] == (run / "sft" / "model.safetensors").read_bytes()
     assert hub.repos["models", "you/small"].messages == ["Upload sft of run"] and not any("state" in f for f in files)
+
+
+def test_an_old_folder_goes_up_under_todays_class_names_and_stays_as_it_is(hub, run, no_check):
+    copy = shutil.copytree(run / "sft", run / "copy")  # the fixture's files are links to those of other tests
+    shutil.rmtree(run / "sft")
+    make_old(copy.rename(run / "sft"))
+    before = {path.name: path.read_bytes() for path in (run / "sft").iterdir()}
+    push(run, Push("you/small"))
+    files = pushed(hub)
+    assert json.loads(files["config.json"])["architectures"] == ["NanoChatHFForCausalLM"]
+    assert b"class NanoChatHFForCausalLM" in files["modeling_nanochat.py"] and "generation_nanochat.py" in files
+    assert {path.name: path.read_bytes() for path in (run / "sft").iterdir()} == before
 
 
 def test_the_cards_metadata_holds_every_result_and_parses(hub, run, no_check):

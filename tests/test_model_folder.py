@@ -5,6 +5,7 @@ import os
 import site
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,8 +30,11 @@ def test_save_and_load_keep_every_logit(generation, tmp_path):
     assert (half(ids).logits - model(ids).logits).abs().mean() < 0.1
 
 
-def run_without_the_package(code: str, folder, **variables: str) -> str:
-    """The last line that `code` prints in a fresh process, in `folder`, for which nanochat_hf is not installed."""
+def run_without_the_package(code: str, folder, package: bool = False, **variables: str) -> str:
+    """The last line that `code` prints in a fresh process, in `folder`, for which nanochat_hf is not installed.
+
+    With `package` it is imported, so that both can be compared.
+    """
     # -S leaves out the .pth files, through which an editable install is found
     start = f"""
 import importlib.util, os, sys
@@ -38,6 +42,8 @@ os.chdir({str(folder)!r})
 sys.path += {site.getsitepackages()!r}
 assert importlib.util.find_spec("nanochat_hf") is None
 """
+    if package:
+        start += f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\nimport nanochat_hf\n"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
     environment |= variables

@@ -3,6 +3,10 @@
 Cached generation is in test_model_cache.py, folders and libraries in test_model_folder.py, GPUs in test_model_gpu.py.
 """
 
+import ast
+import inspect
+import textwrap
+
 import pytest
 import torch
 from tiny import GENERATIONS, KINDS, close, logits_of, make_config, make_ids, make_model
@@ -259,6 +263,45 @@ def test_float32_masters_run_in_the_dtype_of_the_embeddings():
     assert out.dtype == torch.bfloat16 and model.model.layers[0].mlp.fc1.weight.dtype == torch.float32
     assert model(ids).logits.dtype == torch.float32
     assert (model(ids).logits - reference).abs().mean() < 0.1
+
+
+def test_angles_are_exact_in_bfloat16_at_late_positions():
+    """In the dtype of x, position 1,499 would be 1,496 and its fastest angle off by three radians."""
+    model, positions = make_model(max_position_embeddings=512).bfloat16(), torch.arange(1500)
+    cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.bfloat16), positions[None])
+    exponents = torch.arange(0, 8, 2, dtype=torch.float64) / 8
+    angles = positions[:, None] * 100_000.0**-exponents
+    close(cos[0, 0].double(), angles.cos(), atol=4e-3)  # half a step of bfloat16 below one
+    close(sin[0, 0].double(), angles.sin(), atol=4e-3)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_bfloat16_predicts_what_float32_predicts_over_1500_tokens(generation):
+    model, ids = make_model(generation, max_position_embeddings=512), make_ids(1, 1500)
+    with torch.no_grad():
+        expected = model(ids).logits[0].argmax(-1)
+        found = model.bfloat16()(ids).logits[0].argmax(-1)
+    agreement = (found == expected).float()
+    assert agreement[-500:].mean() > agreement[:500].mean() - 0.05 and agreement.mean() > 0.85
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_softmax_scale_can_be_read_off_the_source(generation):
+    """vLLM's Transformers backend (0.32, fusers/attention.py) parses the attention's forward.
+
+    It looks for the one call of what `ALL_ATTENTION_FUNCTIONS` returned, and takes `scaling=self.NAME` of it; without
+    that keyword it computes with 1 / sqrt(head_dim), and `qk_scale` is lost without a word.
+    """
+    attention = make_model(generation).model.layers[0].self_attn
+    tree = ast.parse(textwrap.dedent(inspect.getsource(type(attention).forward)))
+    [name] = [
+        node.targets[0].id for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS")
+    ]  # fmt: skip
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == name]
+    [scaling] = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "scaling"]
+    assert len(calls) == 1 and ast.unparse(scaling) == "self.scaling"
+    assert attention.scaling == pytest.approx((1.2**2 if generation == 2 else 1.0) / 8**0.5)
 
 
 def test_fresh_weights_of_the_second_generation_have_the_stated_sizes():

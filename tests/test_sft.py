@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
 from nanochat_hf.train import sft
+from nanochat_hf.train import trainer as trainer_module
 from nanochat_hf.train.sft import ChatConfig, Rows, encode, prepare, train_chat
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -175,6 +176,16 @@ def test_lora_trains_adapters_only_and_leaves_a_plain_model(tiny_folder, tmp_pat
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     kinds = {name.split(".")[-2] for name in changed}
     assert before.keys() == after.keys() and kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}
+
+
+def test_lora_runs_in_the_dtype_of_the_device_over_float32_weights(tiny_folder, tmp_path, monkeypatch):
+    """peft calls the matrices itself: on a GPU their inputs are bfloat16 and their weights are not."""
+    monkeypatch.setattr(trainer_module, "compute_dtype", lambda device: torch.bfloat16)
+    train_chat(config(lora_rank=4), tiny_folder, tmp_path / "sft")
+    after, before = weights(tmp_path / "sft"), weights(tiny_folder)
+    assert all(value.dtype == torch.float32 for value in after.values())
+    name = "model.layers.0.mlp.fc1.weight"
+    assert not torch.equal(after[name], before[name]) and not torch.equal(after[name].bfloat16().float(), after[name])
 
 
 def test_chatcore_is_measured_on_the_way_when_the_caller_can(tiny_folder, tmp_path):

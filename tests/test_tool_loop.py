@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from talker import QUESTIONS, chat_folder, talker, talker_folder  # noqa: F401
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from nanochat_hf.serve.generate import Engine
-from nanochat_hf.tool_loop import Results
+from nanochat_hf.tool_loop import Results, stop_ids
 
 SUM = [{"role": "user", "content": "What is 12 * 34?"}]
 GREEDY = {"max_new_tokens": 120, "do_sample": False}
@@ -86,6 +87,41 @@ def test_streamers_see_calls_and_results_and_positional_inputs_work(chat_folder,
     assert "<|output_start|>408<|output_end|>It is 408." in tokenizer.decode(seen.ids) and seen.ended
 
 
+ENDS = {
+    "its own GenerationConfig": lambda eos: {"generation_config": GenerationConfig(**GREEDY)},
+    "eos in it": lambda eos: {"generation_config": GenerationConfig(**GREEDY, eos_token_id=eos)},
+    "eos as a list in it": lambda eos: {"generation_config": GenerationConfig(**GREEDY, eos_token_id=[eos])},
+    "tensor": lambda eos: {"eos_token_id": torch.tensor(eos)},
+    "tensor of one": lambda eos: {"eos_token_id": torch.tensor([eos])},
+    "tuple": lambda eos: {"eos_token_id": (eos,)},
+    "set": lambda eos: {"eos_token_id": {eos}},
+    "none": lambda eos: {"eos_token_id": None},
+}
+
+
+@pytest.mark.parametrize("run_tools", [True, False])
+@pytest.mark.parametrize("how", ENDS)
+def test_an_answer_ends_whatever_the_caller_says_about_its_end(how, run_tools, chat_folder, talker):  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(chat_folder, trust_remote_code=True)
+    tokenizer, before = talker[1], model.generation_config.to_dict()
+    inputs = tokenizer.apply_chat_template(SUM, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    options = ENDS[how](tokenizer.eos_token_id)
+    own = options.get("generation_config", GenerationConfig()).to_dict()
+    options = options if "generation_config" in options else options | GREEDY
+    out = model.generate(**inputs, **options, run_tools=run_tools)
+    full = "<|python_start|>12*34<|python_end|><|output_start|>408<|output_end|>It is 408.<|assistant_end|>"
+    answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
+    assert answer == (full if run_tools else "<|python_start|>12*34<|python_end|>")
+    assert model.generation_config.to_dict() == before
+    assert options.get("generation_config", GenerationConfig()).to_dict() == own  # the caller's own object
+
+
+def test_an_eos_that_names_no_end_of_an_answer_gives_way_to_the_models():
+    assert stop_ids([21], None, [19, 21], 19, without=21) == [19]
+    assert stop_ids(None, torch.tensor(5), [19], 19, without=21) == [5]
+    assert stop_ids(None, None, None, 19, without=21) == [19]
+
+
 def test_only_calls_are_answered_and_only_once(tokenizer):
     loop = Results(tokenizer)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
@@ -94,6 +130,7 @@ def test_only_calls_are_answered_and_only_once(tokenizer):
     assert loop.next(encode(f"{call}<|output_start|>2")) == loop.after
     assert loop.next(encode(f"{call}<|output_start|>2<|output_end|>")) is None
     assert loop.next(encode(f"{call}<|output_start|>three")) is None  # somebody else's result stays as it is
+    assert loop.next(encode("<|python_start|>10**9<|python_end|><|output_start|>7")) is None  # also a shorter one
     assert loop.next(encode("1+1<|python_end|>")) is None
     assert loop.next(encode(f"{call}<|output_start|>2<|output_end|>2+2<|python_end|>")) is None
 

@@ -24,8 +24,8 @@ import pytest
 import torch
 from transformers import initialization as init
 
-from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, NanoChatModel
-from nanochat_hf.model.modeling_nanochat import NanoChatPreTrainedModel, NanoChatRotaryEmbedding
+from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, NanoChatModel, NanoChatPreTrainedModel
+from nanochat_hf.model.modeling_nanochat import NanoChatRotaryEmbedding
 
 FOLDER = os.environ.get("TRANSFORMERS_TESTS")
 needed = ("parameterized",)

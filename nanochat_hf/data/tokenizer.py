@@ -59,26 +59,34 @@ SPLIT_PATTERN = "|".join(
 
 # How transformers and TRL read a reply back into a message. A result block starts the reply anew: otherwise the call
 # before it would be found a second time, and made a second time. Calls that the reply itself answers are `tool_steps`.
+# The content ends at the first end mark: what follows is padding, or what a model says that was not stopped there.
+END = r"<\|(?:bos|user_start|user_end|assistant_start|assistant_end)\|>.*"
+STRAY = r"<\|(?:python_end|output_start|output_end)\|>"  # marks of no call
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant", "content": ""},
     "start_anchor": ["<|assistant_start|>", "<|output_end|>"],
     "fields": {
         "tool_steps": {
-            "open_pattern": r"<\|python_start\|>(?P<call>[^<]*)<\|python_end\|><\|output_start\|>",
-            "close": "<|output_end|>",
+            "open_pattern": r"<\|python_start\|>(?P<call>(?:(?!<\|).)*)<\|python_end\|><\|output_start\|>",
+            "close_pattern": rf"<\|output_end\|>|{END}",
             "repeats": True,
             "transform": {"call": "{call}", "result": "{content}"},
         },
         "tool_calls": {
             "open": "<|python_start|>",
-            "close": "<|python_end|>",
+            "close_pattern": rf"<\|python_end\|>|{END}",
             "repeats": True,
             "transform": {
                 "type": "function",
                 "function": {"name": "python", "arguments": {"expression": "{content}"}},
             },
         },
-        "content": {"close": "<|assistant_end|>", "repeats": True, "join": "", "content_args": {"strip": False}},
+        "content": {
+            "close_pattern": f"{END}|{STRAY}",
+            "repeats": True,
+            "join": "",
+            "content_args": {"strip": False},
+        },
     },
 }
 

@@ -1,10 +1,11 @@
 """Configuration of the nanochat family: both generations of karpathy/nanochat in one class.
 
-What: `NanoChatConfig` holds the shape of the network and one switch for every feature of the second generation
-(2026). With all switches off (`NanoChatConfig.first_generation()`) it describes the model of October 2025, the
+What: `NanoChatHFConfig` holds the shape of the network and one switch for every feature of the second generation
+(2026). With all switches off (`NanoChatHFConfig.first_generation()`) it describes the model of October 2025, the
 architecture that transformers ships as `nanochat`.
-Why a model type of our own: transformers owns `nanochat`, which knows the first generation only.
-How: `NanoChatConfig(num_hidden_layers=12, hidden_size=768)`; it is uploaded to the Hub with every checkpoint, so
+Why a model type of our own: transformers owns `nanochat`, which knows the first generation only. Why class names of
+our own: transformers and TRL look classes up by name, and would build that first generation (`NanoChatForCausalLM`).
+How: `NanoChatHFConfig(num_hidden_layers=12, hidden_size=768)`; it is uploaded to the Hub with every checkpoint, so
 this file imports nothing of the project.
 """
 
@@ -14,6 +15,9 @@ from typing import ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 SMEAR_GATE_CHANNELS = 24  # the gate of the smear reads this many leading channels of the normed embedding
 VALUE_GATE_CHANNELS = 12  # the gate of a value embedding reads this many leading channels of the layer's input
@@ -30,17 +34,28 @@ UPSTREAM_FIELDS = {  # karpathy/nanochat's `GPTConfig`: ours
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 SWITCHES = ("value_embeds", "smear", "residual_lambdas", "backout")  # what the second generation adds
 
-# Saving a model writes the entry of its own class only. Without the other one transformers would go by the name of the
-# config class, and build its own `nanochat` for AutoModel.
+# Saving a model writes the entry of its own class only, and AutoModel needs one too.
 AUTO_MAP = {
-    "AutoConfig": "configuration_nanochat.NanoChatConfig",
-    "AutoModel": "modeling_nanochat.NanoChatModel",
-    "AutoModelForCausalLM": "modeling_nanochat.NanoChatForCausalLM",
+    "AutoConfig": "configuration_nanochat.NanoChatHFConfig",
+    "AutoModel": "modeling_nanochat.NanoChatHFModel",
+    "AutoModelForCausalLM": "modeling_nanochat.NanoChatHFForCausalLM",
 }
+PIPELINE = {"impl": "generation_nanochat.NanoChatHFTextGenerationPipeline", "pt": ["AutoModelForCausalLM"]}
+OLD_NAMES = {"NanoChatModel": "NanoChatHFModel", "NanoChatForCausalLM": "NanoChatHFForCausalLM"}  # until 2026-11
+
+
+def renewed(config_dict: dict) -> dict:
+    """Returns a config.json under the class names of today; itself if it has them."""
+    architectures, auto_map = config_dict.get("architectures") or [], config_dict.get("auto_map") or {}
+    names = {str(name).rpartition(".")[2] for name in (*architectures, *auto_map.values())}
+    if names.isdisjoint(OLD_NAMES):
+        return config_dict
+    architectures = [OLD_NAMES.get(name, name) for name in architectures]
+    return {**config_dict, "architectures": architectures, "auto_map": dict(AUTO_MAP)}
 
 
 @strict
-class NanoChatConfig(PreTrainedConfig):
+class NanoChatHFConfig(PreTrainedConfig):
     """Shape and features of a nanochat model; upstream's names (karpathy/nanochat `GPTConfig`) in brackets.
 
     Args:
@@ -184,14 +199,28 @@ class NanoChatConfig(PreTrainedConfig):
         needed = (*SIZES, *SWITCHES, "qk_scale", "window_pattern", "rope_parameters")
         if missing := [name for name in needed if name not in config_dict and name not in kwargs]:
             raise ValueError(f"the config lacks {', '.join(missing)}: write what the model was made with")
+        if (today := renewed(config_dict)) is not config_dict:
+            folder = kwargs.get("name_or_path", "FOLDER")
+            logger.warning_once(
+                f"{folder} has class names that other tools silently take for transformers' own nanochat; renew it: "
+                f"python scripts/convert_checkpoint.py --source {folder} --output {folder}"
+            )
+            config_dict = today
+        if not __name__.startswith("transformers_modules."):  # transformers loads it with trust_remote_code only
+            config_dict = {name: value for name, value in config_dict.items() if name != "custom_pipelines"}
         return super().from_dict(config_dict, **kwargs)
 
+    def to_dict(self) -> dict:
+        return {**super().to_dict(), "custom_pipelines": {"text-generation": dict(PIPELINE)}}
+
     @classmethod
-    def first_generation(cls, **fields) -> "NanoChatConfig":
+    def first_generation(cls, **fields) -> "NanoChatHFConfig":
         """-> the model of October 2025; `fields` override."""
         off = dict.fromkeys(SWITCHES, False)
         rope = {"rope_type": "default", "rope_theta": 10_000.0}
         return cls(**{**off, "qk_scale": 1.0, "window_pattern": "L", "rope_parameters": rope, **fields})
 
 
-__all__ = ["NanoChatConfig"]
+NanoChatConfig = NanoChatHFConfig  # the public name, and that of older folders
+
+__all__ = ["NanoChatConfig", "NanoChatHFConfig"]

@@ -11,19 +11,21 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import NanoChatConfig as NativeConfig
 from transformers import NanoChatForCausalLM as NativeModel
 
-from .configuration_nanochat import SWITCHES, NanoChatConfig
+from .configuration_nanochat import SWITCHES, NanoChatConfig, renewed
 from .configuration_nanochat import UPSTREAM_FIELDS as FIELDS
 from .convert_tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, read_tiktoken, write_tiktoken
 from .modeling_nanochat import NanoChatForCausalLM
+from .quantization import is_quantized
 
 NAMES = (  # a piece of a parameter's name: upstream's, ours
     ("transformer.wte.", "model.embed_tokens."),
@@ -200,10 +202,75 @@ def load_tokenizer(folder: Path, wrap: Callable, texts: Iterable[str]) -> tuple[
     if not (folder / "tokenizer.pkl").exists():
         if not (folder / "tokenizer.json").exists():
             raise ValueError(f"no tokenizer.pkl and no tokenizer.json in {folder}")
-        return AutoTokenizer.from_pretrained(folder), 0
+        return PreTrainedTokenizerFast.from_pretrained(folder), 0
     ranks, pattern, special = read_tiktoken(folder / "tokenizer.pkl")
     tokenizer = wrap(backend_from_ranks(ranks, pattern))
     return tokenizer, check_tokenizer(tokenizer.backend_tokenizer, ranks, pattern, special, texts)
+
+
+def renew(folder: Path, wrap: Callable, ship: Callable[[Path], None]) -> None:
+    """Write today's class names, model code, response template and tool loop into a folder of ours; weights stay.
+
+    Files are replaced, never written to: a folder of hard links leaves the originals alone.
+    """
+    config = NanoChatConfig.from_dict(renewed(NanoChatConfig.get_config_dict(folder)[0]))
+    with tempfile.TemporaryDirectory(prefix=".renew-", dir=folder) as temporary:
+        part = Path(temporary)
+        config.save_pretrained(part)
+        for file in Path(__file__).parent.glob("*_nanochat.py"):
+            shutil.copyfile(file, part / file.name)
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if settings.get("response_template"):
+            settings["response_template"] = wrap(Tokenizer.from_file(str(folder / "tokenizer.json"))).response_template
+            text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+            (part / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        if (folder / "custom_generate").exists():
+            ship(part)
+            (folder / "custom_generate").mkdir(exist_ok=True)
+        for file in part.rglob("*"):
+            if file.is_file():
+                os.replace(file, folder / file.relative_to(part))
+
+
+def may_call(source: Path, model: PreTrainedModel, tokenizer) -> bool:
+    """Whether the model needs the tool loop. Upstream's folders do not say so: only a base model of ours does not."""
+    end = None if tokenizer is None else tokenizer.get_vocab().get("<|python_end|>")
+    if end is None or (source / "custom_generate").exists():
+        return end is not None
+    return end in model.generation_config.eos_token_id or not (source / "configuration_nanochat.py").exists()
+
+
+def set_token_ids(model: NanoChatForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Tell the model the ids of its tokenizer. Raises ValueError if the two do not belong together."""
+    size = model.config.num_tokens or model.config.vocab_size
+    if len(tokenizer) != size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {size}: they do not belong together"
+        )
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, value in ids.items():
+        setattr(model.config, name, value)
+    generation = model.generation_config
+    if generation.eos_token_id is None:
+        # A base model ends a document with the bos of the next, a chat model its answer with eos.
+        ends = [tokenizer.eos_token_id, tokenizer.bos_token_id]
+        model.generation_config = GenerationConfig(**ids | {"eos_token_id": ends})
+    elif isinstance(generation.eos_token_id, int):
+        generation.eos_token_id = [generation.eos_token_id]
+
+
+def write_transformers(folder: Path, model: NanoChatForCausalLM, tokenizer, to: str, ship: Callable | None) -> None:
+    """Writes a folder for from_pretrained. `ship`: writes the tool loop, for a model that may call."""
+    if ship:  # where the loop does not run, an answer ends at its call
+        ends = [*model.generation_config.eos_token_id, tokenizer.convert_tokens_to_ids("<|python_end|>")]
+        model.generation_config.eos_token_id = list(dict.fromkeys(ends))
+        ship(folder)
+    (to_native(model) if to == "native" else model).save_pretrained(folder)
+    if tokenizer is not None:
+        if to == "native" and not ship:  # transformers then leaves padding out of a base model's texts
+            tokenizer.response_template = None
+        tokenizer.save_pretrained(folder)
 
 
 def load_model(source: Path, step: int | None) -> tuple[NanoChatForCausalLM, int]:
@@ -213,12 +280,17 @@ def load_model(source: Path, step: int | None) -> tuple[NanoChatForCausalLM, int
         return from_upstream(state, meta), step
     if not (source / "config.json").exists():
         raise ValueError(f"{source} has neither model_NNNNNN.pt (karpathy/nanochat) nor config.json (transformers)")
-    kind = AutoConfig.from_pretrained(source).model_type
+    fields = NanoChatConfig.get_config_dict(source)[0]
+    kind = fields.get("model_type")
     if kind == NativeConfig.model_type:
         return from_native(NativeModel.from_pretrained(source, dtype=torch.float32)), step or 0
     if kind != NanoChatConfig.model_type:
         raise ValueError(f"{source} holds a model of type {kind}, not nanochat")
-    return NanoChatForCausalLM.from_pretrained(source, dtype=torch.float32), step or 0
+    config = NanoChatConfig.from_dict(renewed(fields))
+    model = NanoChatForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
+    if is_quantized(model):
+        raise ValueError(f"{source} is quantized: convert the model that it was made from")
+    return model, step or 0
 
 
 def write_upstream(folder: Path, model: NanoChatForCausalLM, tokenizer, step: int, texts: Iterable[str]) -> int | None:
@@ -244,18 +316,20 @@ def convert(
     tokenizer: str | Path | None = None,
     step: int | None = None,
     texts: Iterable[str] = (),
+    ship: Callable[[Path], None] = lambda folder: None,
 ) -> dict:
     """Converts one checkpoint folder; the output appears whole or not at all.
 
     Args:
         source: folder of upstream, of ours or of transformers' `nanochat`.
-        output: folder to make; must not exist.
+        output: folder to make; must not exist. With `hf` it may be `source`, a folder of ours, which is then renewed.
         to: `hf` (ours), `native` (transformers' nanochat) or `nanochat` (upstream).
         wrap: adds special tokens and chat template to a bare tokenizer (`data.tokenizer.wrap`; the model folder must
             not know it).
         tokenizer: folder of its tokenizer; that of `source` if it has one, else weights alone are written.
         step: of several checkpoints in `source`, which one; when writing upstream's, the number in the file names.
         texts: on which, besides a generated sample, both tokenizers must give the same ids.
+        ship: writes the tool loop into a folder (`tool_loop.ship`), for models that may call.
 
     Returns:
         generation, number of parameters, step, and `tokenizer_ids`: how many ids were compared (None: there is no
@@ -264,35 +338,30 @@ def convert(
     Raises:
         ValueError: one line on what is wrong.
     """
-    source, output, compared, tok = Path(source), Path(output), None, None
-    if output.exists():
+    source, output = Path(source), Path(output)
+    in_place = output.exists() and output.samefile(source)
+    if output.exists() and not (in_place and to == "hf" and (source / "configuration_nanochat.py").exists()):
         raise ValueError(f"{output} exists: remove it or choose another output")
     model, step = load_model(source, step)
+    compared = None
+    if in_place:
+        renew(source, wrap, ship)
     if tokenizer is None and any((source / f"tokenizer.{kind}").exists() for kind in ("json", "pkl")):
         tokenizer = source
     if tokenizer is not None:
-        tok, compared = load_tokenizer(Path(tokenizer), wrap, texts)
-        size = model.config.num_tokens or model.config.vocab_size
-        if len(tok) != size:
-            raise ValueError(f"the tokenizer has {len(tok)} tokens and the model {size}: they do not belong together")
-        ids = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
-        for name, value in ids.items():
-            setattr(model.config, name, value)
-        if model.generation_config.eos_token_id is None:
-            # A base model ends a document with the bos of the next, a chat model its answer with eos.
-            model.generation_config = GenerationConfig(**ids | {"eos_token_id": [tok.eos_token_id, tok.bos_token_id]})
-    part = output.with_name(f".{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        if to == "nanochat":
-            compared = write_upstream(part, model, tok, step, texts)
-        else:
-            (to_native(model) if to == "native" else model).save_pretrained(part)
-            if tok is not None:
-                tok.save_pretrained(part)
-        os.replace(part, output)
-    finally:
+        tokenizer, compared = load_tokenizer(Path(tokenizer), wrap, texts)
+        set_token_ids(model, tokenizer)
+    if not in_place:
+        part = output.with_name(f".{output.name}.part")
         shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            if to == "nanochat":
+                compared = write_upstream(part, model, tokenizer, step, texts)
+            else:
+                write_transformers(part, model, tokenizer, to, ship if may_call(source, model, tokenizer) else None)
+            os.replace(part, output)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     count = sum(p.numel() for p in model.parameters())
     return {"generation": model.config.generation, "parameters": count, "step": step, "tokenizer_ids": compared}

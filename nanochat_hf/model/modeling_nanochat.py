@@ -1,6 +1,6 @@
 """The nanochat language model for transformers: both generations of karpathy/nanochat in one class.
 
-A decoder like Llama, read `NanoChatModel.forward` first. What differs from Llama, and where it comes from:
+A decoder like Llama, read `NanoChatHFModel.forward` first. What differs from Llama, and where it comes from:
 - RMSNorm has no weights, and one more stands right after the embedding (nanochat; modded-nanogpt).
 - RoPE turns by -theta in half-split layout, and q and k are normed after it: "QK norm" (arXiv:2010.04245).
 - relu(x)^2 in a two-matrix MLP of 4x (Primer, arXiv:2109.08668); no biases; the head is not tied to the embedding.
@@ -17,16 +17,16 @@ The second generation adds (each a switch of the config; all off is the first ge
   layer (type `hybrid`); so beam search, static caches and rollback work.
 - `backout`: the stream after the middle block is subtracted before the final norm.
 Which generation a checkpoint is: `config.generation`, told by the last four switches (in upstream's files: by the
-parameters that they add). Upstream's name of a field stands in brackets in `NanoChatConfig`, of a parameter in
+parameters that they add). Upstream's name of a field stands in brackets in `NanoChatHFConfig`, of a parameter in
 `convert.NAMES`.
 
 Precision: no autocast is needed. Matrices keep their stored dtype (float32 masters while training) and are cast to
 the dtype of their input; the dtype of the embeddings decides in which dtype the network runs.
 Attention: any `attn_implementation` of transformers (eager, sdpa, flex_attention, flash_attention_2/3/4), or a
 function registered with `AttentionInterface`, which gets `sliding_window=` and no mask. A dict of prepared masks
-(`NanoChatModel.create_masks_for_generate`) may be passed as `attention_mask`, so that a loop builds them once.
+(`NanoChatHFModel.create_masks_for_generate`) may be passed as `attention_mask`, so that a loop builds them once.
 
-This file and the configuration are uploaded with every checkpoint: they import only torch and transformers.
+This file and those that it imports are uploaded with every checkpoint: they need only torch and transformers.
 """
 
 from functools import partial
@@ -47,31 +47,43 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_nanochat import ROPE_RANGE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, NanoChatConfig
+from .configuration_nanochat import ROPE_RANGE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, NanoChatHFConfig
+from .generation_nanochat import KeepsToolLoop
 
-GATE_INIT = partial(init.uniform_, a=0.0, b=0.02)  # small and positive: a gate starts slightly above one half
+ZEROS = partial(init.zeros_)
 
 
-class Linear(nn.Linear):
-    """A linear map without bias that runs in the dtype of its input; `init_fn` fills a fresh weight."""
+def with_init(module: nn.Module, init_fn: partial) -> nn.Module:
+    module.init_fn = init_fn  # fills a fresh weight, see `_init_weights`
+    return module
 
-    def __init__(self, in_features: int, out_features: int, init_fn: partial | None = None):
-        super().__init__(in_features, out_features, bias=False)
-        self.init_fn = init_fn or partial(init.zeros_)
+
+def linear(in_features: int, out_features: int, init_fn: partial = ZEROS) -> nn.Linear:
+    """A matrix without bias. A plain nn.Linear: bitsandbytes and others skip subclasses without a word."""
+    return with_init(nn.Linear(in_features, out_features, bias=False), init_fn)
+
+
+def project(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`module(x)` in the dtype of x, where a plain nn.Linear would refuse float32 masters and bf16 inputs."""
+    if type(module) is nn.Linear and module.weight.dtype != x.dtype:
+        return F.linear(x, module.weight.to(x.dtype))
+    return module(x)
+
+
+class Gate(nn.Module):
+    """A small matrix in the dtype of its input. No nn.Linear, so that quantizers and "all-linear" leave it alone."""
+
+    init_fn = staticmethod(partial(init.uniform_, a=0.0, b=0.02))  # a gate starts slightly above one half
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class Embedding(nn.Embedding):
-    """An embedding that knows how a fresh table is filled."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, init_fn: partial):
-        super().__init__(num_embeddings, embedding_dim)
-        self.init_fn = init_fn
-
-
-def matrix_init(config: NanoChatConfig, out_features: int, gain: float = 1.0) -> partial:
+def matrix_init(config: NanoChatHFConfig, out_features: int, gain: float = 1.0) -> partial:
     """-> the initialiser of a matrix that reads the stream: uniform in generation 2, normal in generation 1."""
     std = config.hidden_size**-0.5
     if config.generation == 1:
@@ -94,7 +106,7 @@ class NanoChatRotaryEmbedding(nn.Module):
 
     inv_freq: torch.Tensor
 
-    def __init__(self, config: NanoChatConfig):
+    def __init__(self, config: NanoChatHFConfig):
         super().__init__()
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
@@ -104,8 +116,17 @@ class NanoChatRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        """Moves the frequencies but never casts them: in bfloat16 (`model.bfloat16()`) late positions would blur."""
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != exact[name].dtype:
+                setattr(self, name, exact[name].to(buffer.device))
+        return self
+
     @staticmethod
-    def compute_default_rope_parameters(config: NanoChatConfig, device=None, **_) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(config: NanoChatHFConfig, device=None, **_) -> tuple[torch.Tensor, float]:
         """-> (D/2,) frequencies theta^(-2i/D), and the factor on cos and sin."""
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
@@ -121,7 +142,7 @@ class NanoChatRotaryEmbedding(nn.Module):
 class NanoChatAttention(nn.Module):
     """Attention with QK norm after RoPE, a window in some layers, gated value embeddings in some."""
 
-    def __init__(self, config: NanoChatConfig, layer_idx: int):
+    def __init__(self, config: NanoChatHFConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.head_dim
@@ -131,19 +152,18 @@ class NanoChatAttention(nn.Module):
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         width, q_size = config.hidden_size, config.num_attention_heads * self.head_dim
         kv_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = Linear(width, q_size, matrix_init(config, q_size))
-        self.k_proj = Linear(width, kv_size, matrix_init(config, kv_size))
-        self.v_proj = Linear(width, kv_size, matrix_init(config, kv_size))
-        self.o_proj = Linear(q_size, width)  # zero: a fresh block passes its input on
+        self.q_proj = linear(width, q_size, matrix_init(config, q_size))
+        self.k_proj = linear(width, kv_size, matrix_init(config, kv_size))
+        self.v_proj = linear(width, kv_size, matrix_init(config, kv_size))
+        self.o_proj = linear(q_size, width)  # zero: a fresh block passes its input on
         if layer_idx in config.value_embed_layers:
-            self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.num_key_value_heads, GATE_INIT)
+            self.ve_gate = Gate(VALUE_GATE_CHANNELS, config.num_key_value_heads)
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, value_embed=None, past_key_values=None,
                 **kwargs):  # fmt: skip
         """hidden_states (B, T, C), value_embed (B, T, H_kv * D) or None -> (B, T, C) and attention weights or None."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
-        v = self.v_proj(hidden_states).view(heads)
+        q, k, v = (project(m, hidden_states).view(heads) for m in (self.q_proj, self.k_proj, self.v_proj))
         if value_embed is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(hidden_states[..., :VALUE_GATE_CHANNELS]))  # (B, T, H_kv)
             v = v + gate.unsqueeze(-1) * value_embed.view(heads)
@@ -154,28 +174,31 @@ class NanoChatAttention(nn.Module):
             k, v = past_key_values.update(k, v, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        options = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
-        out, weights = attention(self, q, k, v, attention_mask, **options, **kwargs)
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+        # vLLM's Transformers backend looks for the keyword `scaling=` in this text and else takes head_dim**-0.5.
+        out, weights = attention(
+            self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, sliding_window=self.sliding_window,
+            **kwargs,
+        )  # fmt: skip
+        return project(self.o_proj, out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class NanoChatMLP(nn.Module):
     """relu(x W1)^2 W2."""
 
-    def __init__(self, config: NanoChatConfig):
+    def __init__(self, config: NanoChatHFConfig):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        self.fc1 = Linear(width, inner, matrix_init(config, inner, gain=0.4))
-        self.fc2 = Linear(inner, width)
+        self.fc1 = linear(width, inner, matrix_init(config, inner, gain=0.4))
+        self.fc2 = linear(inner, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.relu(self.fc1(x)).square())
+        return project(self.fc2, F.relu(project(self.fc1, x)).square())
 
 
 class NanoChatDecoderLayer(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: NanoChatConfig, layer_idx: int):
+    def __init__(self, config: NanoChatHFConfig, layer_idx: int):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.self_attn = NanoChatAttention(config, layer_idx)
@@ -186,11 +209,11 @@ class NanoChatDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(rms_norm(hidden_states, self.eps))
 
 
-class NanoChatPreTrainedModel(PreTrainedModel):
+class NanoChatHFPreTrainedModel(PreTrainedModel):
     """What loading, saving and generating need to know about the two models below."""
 
-    config: NanoChatConfig
-    config_class = NanoChatConfig
+    config: NanoChatHFConfig
+    config_class = NanoChatHFConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["NanoChatDecoderLayer"]
@@ -206,7 +229,7 @@ class NanoChatPreTrainedModel(PreTrainedModel):
         # The functions of transformers.initialization leave weights alone that came from a checkpoint.
         if hasattr(module, "init_fn"):
             module.init_fn(module.weight)
-        elif isinstance(module, NanoChatModel):
+        elif isinstance(module, NanoChatHFModel):
             depth = torch.linspace(0, 1, self.config.num_hidden_layers)
             if self.config.residual_lambdas:
                 init.copy_(module.resid_lambdas, 1.15 - 0.10 * depth)
@@ -230,19 +253,23 @@ class NanoChatPreTrainedModel(PreTrainedModel):
         return embeddings
 
 
-class NanoChatModel(NanoChatPreTrainedModel):
+class NanoChatHFModel(NanoChatHFPreTrainedModel):
     """The network without its head: token ids (B, T) -> hidden states (B, T, C) after the final norm."""
 
-    def __init__(self, config: NanoChatConfig):
+    def __init__(self, config: NanoChatHFConfig):
         super().__init__(config)
         width, layers = config.hidden_size, config.num_hidden_layers
         std = 0.8 if config.generation == 2 else 1.0
-        self.embed_tokens = Embedding(config.vocab_size, width, partial(init.normal_, std=std))
+        self.embed_tokens = with_init(nn.Embedding(config.vocab_size, width), partial(init.normal_, std=std))
         self.layers = nn.ModuleList(NanoChatDecoderLayer(config, i) for i in range(layers))
         self.rotary_emb = NanoChatRotaryEmbedding(config)
         if config.value_embeds:
-            shape = (config.vocab_size, config.num_key_value_heads * config.head_dim, matrix_init(config, width))
-            self.value_embeds = nn.ModuleDict({str(i): Embedding(*shape) for i in config.value_embed_layers})
+            shape, init_fn = (
+                (config.vocab_size, config.num_key_value_heads * config.head_dim),
+                matrix_init(config, width),
+            )
+            tables = {str(i): with_init(nn.Embedding(*shape), init_fn) for i in config.value_embed_layers}
+            self.value_embeds = nn.ModuleDict(tables)
         if config.residual_lambdas:
             self.resid_lambdas = nn.Parameter(torch.ones(layers))
             self.x0_lambdas = nn.Parameter(torch.zeros(layers))
@@ -252,7 +279,7 @@ class NanoChatModel(NanoChatPreTrainedModel):
                     f"{config._attn_implementation} keeps keys and values only, and the smear needs the token before: "
                     "serve this checkpoint with scripts/chat_web.py; the first generation works there"
                 )
-            self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1, GATE_INIT)
+            self.smear_gate = Gate(SMEAR_GATE_CHANNELS, 1)
             self.smear_lambda = nn.Parameter(torch.zeros(1))
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.zeros(1))
@@ -418,19 +445,19 @@ class NanoChatModel(NanoChatPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values if use_cache else None)
 
 
-class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
-    """The language model: `NanoChatModel` and a head with softcapped float32 logits."""
+class NanoChatHFForCausalLM(KeepsToolLoop, NanoChatHFPreTrainedModel, GenerationMixin):
+    """The language model: `NanoChatHFModel` and a head with softcapped float32 logits."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # only if the config asks for tying
 
-    def __init__(self, config: NanoChatConfig):
+    def __init__(self, config: NanoChatHFConfig):
         super().__init__(config)
-        self.model = NanoChatModel(config)
-        init_fn = partial(init.normal_, std=0.001) if config.generation == 2 else None
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, init_fn)
+        self.model = NanoChatHFModel(config)
+        init_fn = partial(init.normal_, std=0.001) if config.generation == 2 else ZEROS
+        self.lm_head = linear(config.hidden_size, config.vocab_size, init_fn)
         self.post_init()
 
-    create_masks_for_generate = staticmethod(NanoChatModel.create_masks_for_generate)
+    create_masks_for_generate = staticmethod(NanoChatHFModel.create_masks_for_generate)
 
     @can_return_tuple
     def forward(
@@ -447,7 +474,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, num_tokens or vocab_size) in float32, and the loss if `labels` are given.
 
-        Args as in `NanoChatModel.forward`, and:
+        Args as in `NanoChatHFModel.forward`, and:
             labels: (B, T) token ids, -100 for no loss; position t is scored against label t + 1.
             logits_to_keep: compute only the last so many positions (0: all), or those of an index tensor.
             kwargs: `num_items_in_batch` (loss = sum / that number), `shift_labels`, and what the attention takes.
@@ -455,7 +482,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         outputs = self.model(*inputs, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])[..., : self.config.num_tokens].float()
+        logits = project(self.lm_head, outputs.last_hidden_state[:, keep])[..., : self.config.num_tokens].float()
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)
         loss = None
@@ -465,4 +492,8 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
 
-__all__ = ["NanoChatForCausalLM", "NanoChatModel", "NanoChatPreTrainedModel"]
+# The public names, and those of older folders. The classes themselves must have names that transformers does not have:
+# TRL and others look for `config.architectures[0]` there first, and would train its first-generation class.
+NanoChatForCausalLM, NanoChatModel = NanoChatHFForCausalLM, NanoChatHFModel
+
+__all__ = ["NanoChatHFForCausalLM", "NanoChatHFModel", "NanoChatHFPreTrainedModel"]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from ..kernel_checks import verify
+from ..model.quantization import is_quantized
 from . import decode_kernels as kernels
 
 MAX_FORCED = 512  # tokens that can wait to be put into a row (a tool's answer)
@@ -84,7 +85,7 @@ class Decoder:
         dtype: bfloat16 on CUDA unless given, else the model's. Matrices already in it are shared, not copied.
 
     Raises:
-        InputError: another architecture, or the caches do not fit into memory.
+        InputError: another architecture, quantized weights, or the caches do not fit into memory.
     """
 
     choose = staticmethod(choose)
@@ -96,6 +97,11 @@ class Decoder:
             raise InputError(
                 f"fast generation knows nanochat models, not {config.model_type!r} with this configuration: "
                 "use transformers' own generate for it (adapters: merge_and_unload first)"
+            )
+        if is_quantized(model):
+            raise InputError(
+                "this model is quantized, and fast generation reads plain weights: use transformers' own generate or "
+                "`pipeline` for it, or take the model that it was made from"
             )
         self.model, self.rows, self.length = model, rows, length
         self.device = model.model.embed_tokens.weight.device

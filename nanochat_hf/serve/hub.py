@@ -2,7 +2,7 @@
 
     python scripts/push_to_hub.py --run-dir runs/d24 --repo you/nanochat-d24 [--stage sft] [--space] [--dry-run]
 
-What goes up: weights, configuration and the two model files, tokenizer with its chat template, the tool
+What goes up: weights, configuration and the model's code, tokenizer with its chat template, the tool
 loop (`custom_generate/`), metrics.json, the report with its plots, and a card whose metadata holds every result of the
 evaluation. The push ends by loading the uploaded commit in a process that does not know this package and comparing
 logits. Uploads are one commit: a push that was cut off leaves no half model, and the next one sends only files that
@@ -23,10 +23,11 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from transformers import AutoModelForCausalLM
 
 from .. import tool_loop
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_tokenizer, wrap
 from ..errors import InputError
 from ..eval.report import MODEL_STAGES, make_report
 from ..eval.weights import replaced
+from ..model.convert import renew
 from ..run import Run, nearest
 from .card import Push, card, check_metadata, check_repo_id, collected
 from .hub_client import MODEL_FILES, log_in, patiently, readable
@@ -106,6 +107,7 @@ def prepare(run: Run, wanted: Push) -> Path:
             link(path, folder / path.relative_to(root))
     if stage != "base":
         tool_loop.ship(folder)
+    renew(folder, wrap, tool_loop.ship)  # a folder made by an older version
     made = card(run, wanted)
     check_metadata(made.data)
     (folder / "README.md").write_text(f"{made}\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
 from ..errors import InputError
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-MODEL_FILES += ("configuration_*.py", "modeling_*.py")
+MODEL_FILES += ("*_nanochat.py",)
 MODEL_FILES += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 

@@ -161,10 +161,9 @@ def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             model.save_pretrained(aside, state_dict={name: value.float() for name, value in weights.items()})
             tokenizer.save_pretrained(aside)
+            shutil.rmtree(aside / "custom_generate", ignore_errors=True)  # the source's: chat stages ship today's
             apply_umask(aside)
             for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
-                if path.is_dir():
-                    shutil.rmtree(folder / path.name, ignore_errors=True)
                 os.replace(path, folder / path.name)
             aside.rmdir()
     barrier()

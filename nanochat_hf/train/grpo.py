@@ -241,7 +241,7 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
     processes()
     with main_first(f"loading {model}"):
         tokenizer = load_tokenizer(model)
-        network = load_chat_model(model, config.attn_implementation, tokenizer)
+        network = load_chat_model(model, config, tokenizer)
     room = network.config.max_position_embeddings - config.max_new_tokens
     rows, skipped = questions(config, "train", tokenizer, room)
     held_out, bad = questions(config, "test", tokenizer, room)

@@ -4,9 +4,11 @@ Precision: float32 masters everywhere but the embeddings, which are bf16 on devi
 the network's (no autocast). GPUs without bf16 compute in float16 from float32 embeddings, the rest in float32.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -18,6 +20,7 @@ from ..errors import InputError
 from ..kernel_checks import triton, unloaded, verify, version
 from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
+from ..model.quantization import is_quantized
 from ..run import load_json, model_fingerprint
 from .attention import uses_flash
 from .checkpoint import refuse_nan
@@ -99,24 +102,32 @@ def read_model(source: str, attn_implementation: str | None = None) -> PreTraine
         raise InputError(str(error)) from None
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"no model in {source} that can be read: {str(error).splitlines()[0]}") from None
+    if is_quantized(model):
+        raise InputError(f"{source} is quantized and cannot be trained: take the model that it was made from")
     return model
 
 
-def load_chat_model(
-    source: str, attn_implementation: str | None, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+def load_chat_model(source: str, config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """`read_model` for the chat stages: float32 weights, computing in bf16 where the device has it.
 
     Its generation config ends a turn at assistant_end and pauses it at python_end, where a tool has to answer.
     """
-    model = read_model(source, attn_implementation)
+    model = read_model(source, config.attn_implementation)
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     model.generation_config.update(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
     dtype = compute_dtype(processes().device)
     if dtype != torch.float32:
         # What comes out of the embeddings decides in which dtype the network runs; the weights all stay float32.
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
+        if config.lora_rank > 0:  # peft calls the matrices itself, where the model would cast them
+            for module in model.modules():
+                if type(module) is nn.Linear:
+                    module.forward = partial(cast_linear, module)
     return model
+
+
+def cast_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, module.weight.to(x.dtype))
 
 
 def new_model(made: Plan, source: str | None, tokenizer, device: torch.device, sharded: bool) -> NanoChatForCausalLM:

@@ -118,13 +118,13 @@ def train_preference(config: PreferenceConfig, model: str, output: Path) -> None
     processes()
     with main_first(f"loading {model}"):
         tokenizer = load_tokenizer(model)
-        network = load_chat_model(model, config.attn_implementation, tokenizer)
+        network = load_chat_model(model, config, tokenizer)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
     config, steps = split_step(config, "examples_per_step", config.examples_per_step)
     rows, held_out, skipped = pairs(config, tokenizer, length)
     trainer = PreferenceTrainer(
         model=network,
-        ref_model=None if config.lora_rank > 0 else load_chat_model(model, config.attn_implementation, tokenizer),
+        ref_model=None if config.lora_rank > 0 else load_chat_model(model, config, tokenizer),
         args=DPOConfig(
             **trainer_arguments(config, output),
             gradient_accumulation_steps=steps,

@@ -248,7 +248,7 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     processes()
     with main_first(f"loading {model}"):
         tokenizer = load_tokenizer(model)
-        network = load_chat_model(model, config.attn_implementation, tokenizer)
+        network = load_chat_model(model, config, tokenizer)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
     steps, unit = 1, length if config.packing else 1
     if config.total_batch_size > 0:

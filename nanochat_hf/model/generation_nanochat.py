@@ -1,0 +1,98 @@
+"""What a model folder brings for generation besides the network: its text pipeline, and a tool loop that copies keep.
+
+- `NanoChatHFTextGenerationPipeline` is what `pipeline("text-generation", model=FOLDER, trust_remote_code=True)` builds
+  (`custom_pipelines` in config.json). For a tokenizer with a response template, transformers leaves special tokens in
+  every text that it does not parse: the end mark of a prefilled reply, the padding of a batch.
+- `KeepsToolLoop` makes `save_pretrained` and `push_to_hub` of a chat model copy `custom_generate/`, which transformers
+  leaves behind; so merged, quantized and re-sharded copies answer their own calls.
+
+Uploaded with every checkpoint: imports only torch and transformers.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers import TextGenerationPipeline
+from transformers.pipelines.text_generation import ReturnType
+from transformers.utils import cached_file, logging
+
+logger = logging.get_logger(__name__)
+TOOL_LOOP = ("generate.py", "tools.py")  # the files of custom_generate/, the first one is where transformers begins
+
+
+class NanoChatHFTextGenerationPipeline(TextGenerationPipeline):
+    """transformers' pipeline; every text it returns ends at the first end mark, and prefilled replies are parsed."""
+
+    def postprocess(self, model_outputs, return_type=ReturnType.FULL_TEXT, continue_final_message=None, **kwargs):
+        options = {"return_type": return_type, "continue_final_message": continue_final_message, **kwargs}
+        records = super().postprocess(model_outputs, **options)
+        prompt = model_outputs["prompt_text"]
+        for record in records:
+            text = record.get("generated_text")
+            if isinstance(text, str):
+                begin = len(prompt) if return_type == ReturnType.FULL_TEXT else 0
+                record["generated_text"] = text[:begin] + self.until_end(text[begin:])
+            elif isinstance(text, list) and len(text) == len(prompt.messages):  # the last message was continued
+                begin = prompt.messages[-1]["content"]
+                parsed = self.tokenizer.parse_response(text[-1]["content"][len(begin) :], prefix="")
+                text[-1] = {**text[-1], **parsed, "content": begin + parsed["content"]}
+        return records
+
+    def until_end(self, text: str) -> str:
+        for mark in (self.tokenizer.eos_token, self.tokenizer.bos_token):
+            text = text.partition(mark)[0]
+        return text
+
+
+def find_tool_loop(model) -> Path | None:
+    """Returns the folder custom_generate/ of what `model` was loaded from, or None.
+
+    Raises OSError if that cannot be looked up: a folder that is gone, a Hub id without network.
+    """
+    code = getattr(getattr(vars(model).get("generate"), "func", None), "__code__", None)
+    if code is not None and Path(code.co_filename).parent.name == "custom_generate":
+        return Path(code.co_filename).parent  # a partial, put there by from_pretrained with trust_remote_code
+    name, revision = model.name_or_path, getattr(model.config, "_commit_hash", None)
+    if not name:
+        return None
+    if os.path.isdir(name):
+        folder = Path(name) / "custom_generate"
+        return folder if (folder / TOOL_LOOP[0]).exists() else None
+    files = [
+        cached_file(name, f"custom_generate/{file}", revision=revision, _raise_exceptions_for_missing_entries=False)
+        for file in TOOL_LOOP
+    ]
+    return Path(files[0]).parent if all(files) else None
+
+
+class KeepsToolLoop:
+    """For a model class, before PreTrainedModel: copies the tool loop to wherever the model is saved or pushed."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            self.copy_tool_loop(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        self.copy_tool_loop(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def copy_tool_loop(self, folder: str | os.PathLike) -> None:
+        target = Path(folder) / "custom_generate"
+        if (target / TOOL_LOOP[0]).exists():
+            return
+        try:
+            if source := find_tool_loop(self):
+                target.mkdir(parents=True, exist_ok=True)
+                for file in TOOL_LOOP:
+                    shutil.copyfile(source / file, target / file)
+        except OSError as error:
+            shutil.rmtree(target, ignore_errors=True)
+            logger.warning_once(
+                f"{folder} has no custom_generate/: if this is a chat model, copy it from {self.name_or_path}, or "
+                f"`generate` does not answer calls ({str(error).splitlines()[0]})"
+            )
+
+
+__all__ = ["KeepsToolLoop", "NanoChatHFTextGenerationPipeline"]
