@@ -20,9 +20,8 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.model.convert import convert
 from nanochat_hf.model.quantization import is_quantized
 from nanochat_hf.serve.generate import Engine
-from nanochat_hf.train.network import new_model
+from nanochat_hf.train.network import load_chat_model, new_model
 from nanochat_hf.train.sft import ChatConfig
-from nanochat_hf.train.network import load_chat_model
 
 MATRICES = {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}
 

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
-from nanochat_hf.train import sft
-from nanochat_hf.train import trainer as trainer_module
+from nanochat_hf.train import network, sft
 from nanochat_hf.train.sft import ChatConfig, Rows, encode, prepare, train_chat
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -180,7 +179,7 @@ def test_lora_trains_adapters_only_and_leaves_a_plain_model(tiny_folder, tmp_pat
 
 def test_lora_runs_in_the_dtype_of_the_device_over_float32_weights(tiny_folder, tmp_path, monkeypatch):
     """peft calls the matrices itself: on a GPU their inputs are bfloat16 and their weights are not."""
-    monkeypatch.setattr(trainer_module, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(network, "compute_dtype", lambda device: torch.bfloat16)
     train_chat(config(lora_rank=4), tiny_folder, tmp_path / "sft")
     after, before = weights(tmp_path / "sft"), weights(tiny_folder)
     assert all(value.dtype == torch.float32 for value in after.values())
