@@ -1,8 +1,8 @@
 """What a folder brings for generation: texts of its pipeline end at the end mark, copies keep the tool loop."""
 
-import copy
 import json
 import shutil
+from copy import deepcopy
 
 import pytest
 from hub_standin import Hub
@@ -69,7 +69,7 @@ def test_plain_text_and_new_text_end_at_the_end_mark_but_the_prompt_is_left_alon
 
 
 def test_contents_have_no_padding_under_an_older_response_template_either(chat, monkeypatch):
-    template = copy.deepcopy(chat.tokenizer.response_template)
+    template = deepcopy(chat.tokenizer.response_template)
     content = template["fields"]["content"]
     del content["close_pattern"]
     content["close"] = "<|assistant_end|>"
