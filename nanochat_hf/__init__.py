@@ -2,14 +2,17 @@
 
 Importing the package registers the model with the Auto classes, so that `AutoModelForCausalLM.from_pretrained` and
 `AutoConfig` know `model_type` "nanochat_hf" here, and makes `save_pretrained` write the code that others need to load
-the folder with `trust_remote_code=True`. It also tells peft which matrices LoRA adapts unless told otherwise.
+the folder with `trust_remote_code=True`. It also tells peft which matrices LoRA adapts unless told otherwise, and
+makes `pipeline("text-generation")` end the texts of these models at their end marks; those of others stay the same.
 """
 
 from contextlib import suppress
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .model import NanoChatConfig, NanoChatForCausalLM, NanoChatModel
+from .model.generation_nanochat import NanoChatHFTextGenerationPipeline
 
 __version__ = "0.1.0"
 __all__ = ["NanoChatConfig", "NanoChatForCausalLM", "NanoChatModel", "__version__"]
@@ -17,6 +20,7 @@ __all__ = ["NanoChatConfig", "NanoChatForCausalLM", "NanoChatModel", "__version_
 AutoConfig.register(NanoChatConfig.model_type, NanoChatConfig)
 AutoModel.register(NanoChatConfig, NanoChatModel)
 AutoModelForCausalLM.register(NanoChatConfig, NanoChatForCausalLM)
+PIPELINE_REGISTRY.supported_tasks["text-generation"]["impl"] = NanoChatHFTextGenerationPipeline
 NanoChatConfig.register_for_auto_class()
 NanoChatModel.register_for_auto_class("AutoModel")
 NanoChatForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -2,17 +2,23 @@
 
 import json
 import shutil
+from copy import deepcopy
 
 import pytest
 from hub_standin import Hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from talker import QUESTIONS, chat_folder, talker, talker_folder  # noqa: F401
 from test_model_folder import run_without_the_package
-from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    TextGenerationPipeline,
+    pipeline,
+)
 from transformers.testing_utils import CaptureLogger
 
 from nanochat_hf.model import generation_nanochat
-from nanochat_hf.model.generation_nanochat import NanoChatHFTextGenerationPipeline
 from nanochat_hf.tool_loop import ship
 
 CHATS = [[{"role": "user", "content": question}] for question in QUESTIONS]
@@ -22,9 +28,7 @@ LOOP = {"generate.py", "tools.py"}
 
 @pytest.fixture(scope="module")
 def chat(chat_folder):  # noqa: F811
-    """The pipeline that transformers builds from the folder where this package is not imported."""
-    options = {"model": str(chat_folder), "trust_remote_code": True}
-    return pipeline("text-generation", **options, pipeline_class=NanoChatHFTextGenerationPipeline)
+    return pipeline("text-generation", model=str(chat_folder), trust_remote_code=True)
 
 
 def expected(chat) -> list[str]:
@@ -41,8 +45,8 @@ def test_contents_of_several_answers_have_no_marks(chat, options):
 
 
 def test_a_batch_of_the_standard_pipeline_has_no_marks_either(chat_folder):  # noqa: F811
-    standard = pipeline("text-generation", model=str(chat_folder), trust_remote_code=True)
-    assert type(standard) is not NanoChatHFTextGenerationPipeline  # the package is imported here
+    options = {"model": str(chat_folder), "trust_remote_code": True}
+    standard = pipeline("text-generation", **options, pipeline_class=TextGenerationPipeline)
     found = [records[0]["generated_text"][-1]["content"] for records in standard(CHATS, **GREEDY, batch_size=4)]
     assert found == expected(CHATS)
 
@@ -62,6 +66,27 @@ def test_plain_text_and_new_text_end_at_the_end_mark_but_the_prompt_is_left_alon
     hello = chat(CHATS, **GREEDY, batch_size=4, return_full_text=False)[3][0]["generated_text"]
     assert hello == QUESTIONS["Hello"][0][1]
     assert "generated_token_ids" in chat(CHATS[:1], **GREEDY, return_tensors=True)[0][0]
+
+
+def test_contents_have_no_padding_under_an_older_response_template_either(chat, monkeypatch):
+    template = deepcopy(chat.tokenizer.response_template)
+    content = template["fields"]["content"]
+    del content["close_pattern"]
+    content["close"] = "<|assistant_end|>"
+    monkeypatch.setattr(chat.tokenizer, "response_template", template)
+    found = [records[0]["generated_text"][-1]["content"] for records in chat(CHATS, **GREEDY, batch_size=4)]
+    assert found == expected(CHATS)
+
+
+def test_texts_of_other_tokenizers_stay_as_they_are(talker, chat_folder):  # noqa: F811
+    model, tokenizer = talker[0], PreTrainedTokenizerFast.from_pretrained(chat_folder)
+    plain = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    for tokenizer.response_template in (None, {"fields": {"content": {}}, "start_anchor": "x"}):
+        found, expected = (
+            pipeline("text-generation", model=model, tokenizer=tokenizer, pipeline_class=kind)("Hello<|bos|>", **plain)
+            for kind in (None, TextGenerationPipeline)
+        )
+        assert found == expected
 
 
 OUTSIDE = """

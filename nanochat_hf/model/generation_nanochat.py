@@ -1,8 +1,9 @@
 """What a model folder brings for generation besides the network: its text pipeline, and a tool loop that copies keep.
 
 - `NanoChatHFTextGenerationPipeline` is what `pipeline("text-generation", model=FOLDER, trust_remote_code=True)` builds
-  (`custom_pipelines` in config.json). For a tokenizer with a response template, transformers leaves special tokens in
-  every text that it does not parse: the end mark of a prefilled reply, the padding of a batch.
+  (`custom_pipelines` in config.json); where the package is imported, it is the pipeline of all models. transformers
+  leaves special tokens in every text that it does not parse, if the tokenizer has a response template: the end mark of
+  a prefilled reply, the padding of a batch.
 - `KeepsToolLoop` makes `save_pretrained` and `push_to_hub` of a chat model copy `custom_generate/`, which transformers
   leaves behind; so merged, quantized and re-sharded copies answer their own calls.
 
@@ -22,21 +23,28 @@ TOOL_LOOP = ("generate.py", "tools.py")  # the files of custom_generate/, the fi
 
 
 class NanoChatHFTextGenerationPipeline(TextGenerationPipeline):
-    """transformers' pipeline; every text it returns ends at the first end mark, and prefilled replies are parsed."""
+    """transformers' pipeline; every text it returns ends at the first end mark, and prefilled replies are parsed.
+
+    Only for tokenizers with our response template: importing the package makes this the pipeline of all models.
+    """
 
     def postprocess(self, model_outputs, return_type=ReturnType.FULL_TEXT, continue_final_message=None, **kwargs):
         options = {"return_type": return_type, "continue_final_message": continue_final_message, **kwargs}
         records = super().postprocess(model_outputs, **options)
         prompt = model_outputs["prompt_text"]
+        if "tool_steps" not in (getattr(self.tokenizer, "response_template", None) or {}).get("fields", ()):
+            return records
         for record in records:
             text = record.get("generated_text")
             if isinstance(text, str):
                 begin = len(prompt) if return_type == ReturnType.FULL_TEXT else 0
                 record["generated_text"] = text[:begin] + self.until_end(text[begin:])
-            elif isinstance(text, list) and len(text) == len(prompt.messages):  # the last message was continued
-                begin = prompt.messages[-1]["content"]
-                parsed = self.tokenizer.parse_response(text[-1]["content"][len(begin) :], prefix="")
-                text[-1] = {**text[-1], **parsed, "content": begin + parsed["content"]}
+            elif isinstance(text, list):
+                begin = ""
+                if len(text) == len(prompt.messages):  # the last message was continued, and not parsed
+                    begin = prompt.messages[-1]["content"]
+                    text[-1] |= self.tokenizer.parse_response(text[-1]["content"][len(begin) :], prefix="")
+                text[-1]["content"] = begin + self.until_end(text[-1]["content"])  # of an old template, not yet cut
         return records
 
     def until_end(self, text: str) -> str:
