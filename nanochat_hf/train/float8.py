@@ -27,7 +27,7 @@ MEASURE = dict(ROWS=16, COLUMNS=256, num_warps=8)  # tiles of the kernels, from 
 FILL = dict(ROWS=32, COLUMNS=128, num_warps=4)
 # The assembler of Triton up to 3.8 corrupts the transposed store of a kernel that stores both ways (triton-lang/
 # triton#11111), though not from bf16 at multiples of this, as in all models of usual sizes; else each way is a launch.
-JOINT = 64
+JOINT, JOINT_FILL = 64, FILL  # seen right with this tile only
 
 if triton is not None:
     import triton.language as tl
@@ -124,7 +124,7 @@ def fill(to: Eight, x: Tensor, bounds: Tensor | float, kind: int = PLAIN, grad=N
         tall = rows if to.turned is None else to.turned.stride(0)
         ways = [way for way in (to._replace(turned=None), to._replace(straight=None)) if any(map(is_tensor, way[:2]))]
         squares = squares if kind == SQUARED_GRAD else None
-        apart = x.dtype != torch.bfloat16 or any(size % JOINT for size in (rows, columns, tall))
+        apart = FILL != JOINT_FILL or x.dtype != torch.bfloat16 or any(size % JOINT for size in (rows, columns, tall))
         if apart and len(ways) + (squares is not None) > 1:
             for way in ways:
                 fill(way, x, bounds, kind, grad, grad_bounds)
