@@ -85,11 +85,14 @@ def nearest(name: str, names) -> str:
 
 def load_json(path: str | Path) -> dict | None:
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
+        if not isinstance(value, dict):
+            raise ValueError("no object, as everything that is written here")
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:  # no JSON, no UTF-8; a folder, no permission
         raise InputError(f"{path} is not valid JSON ({error}); delete it to run that stage again") from None
+    return value
 
 
 def without_nan(value):
@@ -143,10 +146,15 @@ def writing(path: str | Path, left: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch's hides the system's
-        if isinstance(error, RuntimeError) and not (isinstance(cause, OSError) or "writing file" in str(error)):
+        causes = [error]  # torch's zip writer hides the system's error, in a chain or altogether
+        while following := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(following)
+        words = ("writing file", "unexpected pos", "iostream error")
+        system = next((cause for cause in causes if isinstance(cause, OSError)), None)
+        torn = any(word in str(cause) for cause in causes for word in words)
+        if isinstance(error, RuntimeError) and not (system or torn):
             raise
-        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        reason = system.strerror if system and system.strerror else str(causes[-1]).splitlines()[0]
         raise InputError(f"cannot write {path}: {reason}; make room there or choose another place{left}") from None
 
 

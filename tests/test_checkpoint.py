@@ -95,13 +95,23 @@ def test_a_kill_while_an_old_one_is_deleted_leaves_no_half_one(training, tmp_pat
 def test_a_second_one_at_the_same_step_is_newer_and_the_first_stays_until_it_is_complete(training, tmp_path):
     for rows in (1, 2):
         path = checkpoint.save(tmp_path, 7, *training, {"rows": rows}, {}, keep=2)
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000007", "step_000007.1"]
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000007.1"]
     assert checkpoint.latest(tmp_path) == path and torch.load(path / "rank_00000.pt")["position"] == {"rows": 2}
     checkpoint.save(tmp_path, 7, *training, {"rows": 3}, {}, keep=2)
     checkpoint.save(tmp_path, 7, *training, {"rows": 4}, {}, keep=2)
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000007.2", "step_000007.3"]
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000007.3"]
     save(tmp_path, 8, training)
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000007.3", "step_000008"]
+    checkpoint.save(tmp_path, 8, *training, {"rows": 5}, {}, keep=2)  # stops at one step push no other step out
+    (tmp_path / "step_000009.bak").mkdir()  # somebody's own
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000007.3", "step_000008.1"]
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_push_nothing_out(training, tmp_path):
+    save(tmp_path, 1, training)
+    training[0].lm_head.weight.data[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"values in lm_head\.weight that are not finite"):
+        save(tmp_path, 2, training)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 
 def test_momenta_go_on_in_another_stage_by_name_and_in_float32(training, tiny_config, tmp_path):

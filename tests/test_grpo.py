@@ -18,9 +18,8 @@ from nanochat_hf.run import load_json
 from nanochat_hf.serve.generate import Engine
 from nanochat_hf.tools import python
 from nanochat_hf.train.grpo import RLConfig, RLTrainer, grpo_arguments, questions, rollout, train_rl
-from nanochat_hf.train.network import load_chat_model
+from nanochat_hf.train.network import load_chat_model, lora
 from nanochat_hf.train.sft import ChatConfig, train_chat
-from nanochat_hf.train.trainer import lora
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -41,6 +40,15 @@ def new_trainer(tiny_folder, tokenizer, tmp_path, made=None) -> RLTrainer:
         model=model, args=grpo_arguments(made, tmp_path / "rl"), train_dataset=rows, eval_dataset=rows,
         processing_class=tokenizer, tools=[python], stage=made, samples=tmp_path / "samples.jsonl",
     )  # fmt: skip
+
+
+class Silent(torch.nn.Module):
+    """A model for engines that do without one."""
+
+    device = torch.device("cpu")
+
+    def forward(self, ids):
+        return SimpleNamespace(logits=torch.zeros(*ids.shape, 4))
 
 
 def stub(model):
@@ -170,7 +178,7 @@ def test_tool_results_in_an_engines_answers_are_not_trained_on(tokenizer):
             return [[[*ids[0], *ids[1], *ids[2]]] for _ in prompts]
 
     generate, prompt = rollout(Known, config(), tokenizer), [{"role": "user", "content": "What is 2 + 3?"}]
-    trainer = stub(torch.nn.Linear(1, 1))
+    trainer = stub(Silent())
     for times in (0, 1):
         out = generate([prompt, prompt], trainer)
         assert Known.refreshed == times and trainer.model.training
@@ -301,7 +309,7 @@ def test_every_step_and_every_rank_draws_other_samples_and_a_resume_the_same(tok
             seeds.append(range(seed, seed + len(prompts)))
             return [[[tokenizer.eos_token_id]] for _ in prompts]
 
-    generate, trainer = rollout(Recorder, config(), tokenizer), stub(torch.nn.Linear(1, 1))
+    generate, trainer = rollout(Recorder, config(), tokenizer), stub(Silent())
     prompts = [[{"role": "user", "content": "Hi"}]] * 8
     for trainer.state.global_step in (0, 1, 2):
         for trainer.args.process_index in (0, 1):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,53 @@ def module_config(world):  # noqa: F811
     return dataclasses.replace(TINY, dataset=str(world / "text.jsonl"))
 
 
+def test_a_half_done_stage_refuses_other_validation_data(train, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "val.jsonl", chats("alpha", 8))
+    keys = {"validation": [{"dataset": str(path)}], "save_every": 1}
+    with monkeypatch.context() as patch:
+        fail(patch, ChatTrainer, "training_step", KeyboardInterrupt(), after(3))
+        with pytest.raises(KeyboardInterrupt):
+            train("sft", tmp_path / "out", **keys)
+    write_rows(path, chats("gamma", 8))
+    with pytest.raises(InputError, match=r"written by another recipe or launch \(validation data:"):
+        train("sft", tmp_path / "out", **keys)
+
+
+def test_intervals_may_change_at_a_stop_and_are_then_obeyed(half_done, tmp_path):
+    keys = {"validation": [{"dataset": "primer", "split": "test", "rows": 8}], "eval_every": 1, "num_iterations": 4}
+    with pytest.raises(InputError, match="validation"):
+        half_done(**keys)
+    half_done(save_every=100, keep_checkpoints=5, eval_every=100)
+    assert load_json(tmp_path / "out" / "metrics.json")["finished"]
+
+
+def test_a_half_done_stage_of_an_older_version_says_what_is_not_verified(half_done, tmp_path, capsys):
+    path = tmp_path / "out" / "state" / "config.json"
+    settings = load_json(path)
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key not in ("model", "data")}))
+    half_done()
+    assert "not verified" in capsys.readouterr().out
+
+
+def test_momenta_of_an_earlier_or_a_damaged_file_are_not_taken(world, train, tmp_path):  # noqa: F811
+    run_base(world, tmp_path / "base", save_optimizer=True)
+    base = tmp_path / "base"
+    flip_byte(base / "optimizer.pt")
+    with pytest.raises(InputError, match=r"optimizer\.pt is not what its stage wrote"):
+        train("sft", tmp_path / "out", model=base)
+    (base / "metrics.json").unlink()
+    run_base(world, base, seed=1)
+    assert not (base / "optimizer.pt").exists()
+
+
+def test_what_changed_in_a_half_done_base_stands_in_its_metrics(world, tmp_path):  # noqa: F811
+    with pytest.raises(InputError, match="stop"):
+        run_base(world, tmp_path / "out", save_every=5, core=stop_core, core_metric_every=7)
+    metrics = run_base(world, tmp_path / "out", matrix_lr=0.3)
+    [change] = metrics["changes"]
+    assert change["after step"] == 7 and any("matrix_lr: 0.6 -> 0.3" in words for words in change["keys"])
+
+
 CHANGES = {
     "mixture": {"mixture": [{"dataset": "primer", "rows": 30}]},
     "order": {"seed": 1},
@@ -461,7 +509,86 @@ def test_a_validation_loss_that_is_not_finite_is_no_result(train, tmp_path, monk
         train("sft", tmp_path / "out")
 
 
+def test_a_run_that_diverged_is_never_finished_by_running_it_again(train, tmp_path):
+    """Every rerun would skip one step more, up to the end."""
+    keys = {"validation": [], "save_every": 1, "matrix_lr": 1e30, "embedding_lr": 1e30, "eval_every": -1}
+    messages = set()
+    for _ in range(6):
+        with pytest.raises(FloatingPointError) as caught:
+            train("sft", tmp_path / "out", **keys)
+        messages.add(str(caught.value))
+        assert not (tmp_path / "out" / "metrics.json").exists()
+        for folder in complete_checkpoints(tmp_path / "out" / "state"):
+            assert all(value.isfinite().all() for value in load_file(folder / "model.safetensors").values())
+    assert len(messages) <= 2 and all("checkpoint" in message for message in messages)
+
+
+def test_a_skipped_step_is_named_in_the_result(train, tmp_path, monkeypatch):
+    real = ChatTrainer.training_step
+
+    def step(self, model, *args, **kwargs):
+        loss = real(self, model, *args, **kwargs)
+        if self.state.global_step == 1:
+            model.lm_head.weight.grad[0, 0] = float("inf")
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChatTrainer, "training_step", step)
+        with pytest.raises(FloatingPointError, match="step 2 are not finite"):
+            train("sft", tmp_path / "out")
+    train("sft", tmp_path / "out")
+    assert load_json(tmp_path / "out" / "metrics.json")["skipped_steps"] == [2]
+
+
 # --- disk, lock, permissions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sft", *slowly(("rl",), ("dpo",))])
+def test_a_signal_saves_and_the_rerun_changes_nothing(train, tmp_path, monkeypatch, stage):
+    train(stage, tmp_path / "whole")
+    real = TRAINERS[stage].training_step
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TRAINERS[stage], "training_step", step)
+        with pytest.raises(SystemExit) as stopped:
+            train(stage, tmp_path / "out", save_every=-1)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert complete_checkpoints(tmp_path / "out" / "state")[-1].name == "checkpoint-3"
+    train(stage, tmp_path / "out", save_every=-1)
+    assert result(tmp_path / "whole") == result(tmp_path / "out")
+
+
+def test_what_is_somebody_elses_in_the_state_folder_is_left_alone(half_done, tmp_path):
+    state = tmp_path / "out" / "state"
+    (state / "checkpoint-3.bak").mkdir()
+    (state / "checkpoint-9").write_text("a file")
+    elsewhere = tmp_path / "elsewhere"
+    (state / "checkpoint-2").rename(elsewhere)
+    (state / "checkpoint-2").symlink_to(elsewhere)
+    half_done()
+    assert elsewhere.is_dir() and load_json(tmp_path / "out" / "metrics.json")["finished"]
+
+
+def test_a_half_written_line_of_samples_does_not_stop_a_resume(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail(patch, RLTrainer, "training_step", KeyboardInterrupt(), after(3))
+        with pytest.raises(KeyboardInterrupt):
+            train("rl", tmp_path / "rl")
+    samples = tmp_path / "rl" / "samples.jsonl"
+    samples.write_bytes(samples.read_bytes()[:-20])
+    train("rl", tmp_path / "rl")
+    assert [json.loads(line)["step"] for line in samples.read_text().splitlines()] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("stage", TRAINERS)
+def test_no_steps_is_no_training(train, tmp_path, stage):
+    with pytest.raises(InputError, match="num_iterations is 0"):
+        train(stage, tmp_path / "out", num_iterations=0)
 
 
 @pytest.mark.parametrize("stage", ["sft", *slowly(("rl",), ("dpo",))])

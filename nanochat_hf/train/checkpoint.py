@@ -17,6 +17,7 @@ MuonAdamW owns a part; and it has no place for a data position per rank.
 import hashlib
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from .owners import LARGE
 
 MANIFEST = "manifest.json"
 COMPLETE = "complete"  # the same in a checkpoint of a chat stage (empty in those of older versions)
+SKIPPED = "skipped.json"  # beside the checkpoints of a chat stage: {"steps": those with gradients that are not finite}
 MEASURED = "measured.json"  # in a checkpoint, when the evaluations after its step were made: their figures
 
 
@@ -52,8 +54,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints below `folder`, the newest last."""
-    return sorted(folder.glob("step_*"), key=lambda path: [int(n) for n in path.name.removeprefix("step_").split(".")])
+    """The complete checkpoints below `folder`, the newest last; what else lies there is somebody else's."""
+    named = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+(\.\d+)?", path.name)]
+    return sorted(named, key=lambda path: [int(number) for number in path.name.removeprefix("step_").split(".")])
 
 
 def write_manifest(folder: Path, name: str = MANIFEST) -> None:
@@ -79,7 +82,7 @@ def damage(folder: Path, name: str = MANIFEST) -> str | None:
     except InputError:
         return f"{folder / name} is damaged"
     for file, checksum in files.items():
-        if not (folder / file).exists():
+        if not (folder / file).is_file():
             return f"{folder / file} is missing"
         if sha256(folder / file) != checksum:
             return f"{folder / file} is damaged: its checksum differs"
@@ -197,7 +200,10 @@ def save(
 
     Raises:
         InputError: the folder cannot be written to.
+        FloatingPointError: weights are not finite.
     """
+    if not is_sharded(model):
+        refuse_nan(model.state_dict(), "the model")
     rank, world = place()
     aside, final = folder / f".step_{step:06d}", folder / f"step_{step:06d}"
     if before := [path for path in complete(folder) if path.name.partition(".")[0] == final.name]:
@@ -230,13 +236,23 @@ def save(
         raise
     if rank == 0:
         os.replace(aside, final)
-        for old in complete(folder)[: -max(keep, 1)]:
+        for old in superseded(complete(folder), keep):
             hidden = old.with_name(f".{old.name}")  # a kill while it is deleted must not leave half of one
             shutil.rmtree(hidden, ignore_errors=True)
             os.replace(old, hidden)
             shutil.rmtree(hidden, ignore_errors=True)
     barrier()
     return final
+
+
+def superseded(checkpoints: list[Path], keep: int) -> list[Path]:
+    """Those of `checkpoints` (oldest first) that may go: older ones of a step, and all before the last `keep` steps.
+
+    Runs that stop at one step again and again must not push out the checkpoint before it.
+    """
+    newest = {path.name.partition(".")[0]: path for path in checkpoints}
+    staying = list(newest.values())[-max(keep, 1) :]
+    return [path for path in checkpoints if path not in staying]
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, list[dict]]:
@@ -303,7 +319,13 @@ def save_momenta(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 
 def load_momenta(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Begin with the state in `path`, in float32; parameters that it lacks begin without, rates stay as they are."""
+    """Begin with the state in `path`, in float32; parameters that it lacks begin without, rates stay as they are.
+
+    Raises InputError if it is damaged, or not the file that its stage wrote.
+    """
+    checksum = (load_json(path.parent / "metrics.json") or {}).get("optimizer")
+    if checksum and place()[0] == 0 and sha256(path) != checksum:
+        raise InputError(f"{path} is not what its stage wrote: run that stage again, or set load_optimizer: no")
     with reading(path):
         saved = torch.load(path, map_location="cpu", mmap=True)
     for name, p in model.named_parameters():
@@ -320,7 +342,17 @@ def step_of(checkpoint: Path) -> int:
 
 def complete_checkpoints(state: Path) -> list[Path]:
     """The checkpoints below `state` that were written to their end, the newest last."""
-    return sorted((mark.parent for mark in state.glob(f"checkpoint-*/{COMPLETE}")), key=step_of)
+    return sorted((path for path in all_checkpoints(state) if (path / COMPLETE).is_file()), key=step_of)
+
+
+def all_checkpoints(state: Path) -> list[Path]:
+    """Also those that were not; what has another name is somebody else's."""
+    return [path for path in state.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, a file, or a link but not what it points to."""
+    path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
 
 
 def missing_file(checkpoint: Path) -> str | None:
@@ -332,11 +364,13 @@ def missing_file(checkpoint: Path) -> str | None:
     return absent[0] if absent else None
 
 
-def refuse_change(state: Path, settings: dict) -> None:
+def refuse_change(state: Path, settings: dict, log: Callable[[str], None]) -> None:
     """Raises InputError if the checkpoints in `state` were written with other `settings`."""
     before = load_json(state / "config.json")
     if before is None:
         raise InputError(f"{state / 'config.json'} is missing: bring it back, or delete {state} to start anew")
+    if unknown := [key for key in ("model", "data") if key in settings and key not in before]:
+        log(f"not verified, since an older version wrote {state}: whether {' and '.join(unknown)} changed meanwhile")
     changed = [key for key in settings if before.get(key, settings[key]) != settings[key]]  # older: fewer keys
     if changed:
         changed = [f"{key}: {before[key]!r} -> {settings[key]!r}" for key in changed]

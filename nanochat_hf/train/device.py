@@ -144,6 +144,19 @@ def fetch(figures: Tensor) -> Callable[[], list[float]]:
     return read
 
 
+def check_launch(stage: str) -> None:
+    """Raises InputError if the job was launched with DeepSpeed or FSDP2.
+
+    For stages that evaluate before they train, which neither can, or generate with the weights that they train.
+    """
+    for name in ("DeepSpeed", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
+            raise InputError(
+                f"{stage} needs whole weights between its steps, and {name} keeps them in pieces: launch it with "
+                "configs/accelerate/multi_gpu.yaml"
+            )
+
+
 def free_memory(device: torch.device) -> float:
     """Bytes that a run may take on this device."""
     if device.type == "cuda":

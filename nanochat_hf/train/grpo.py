@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
@@ -36,15 +37,14 @@ from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin, fingerprint, model_fingerprint, writing
 from ..tools import python
-from .network import load_chat_model
+from .device import check_launch
+from .network import load_chat_model, lora
 from .rewards import COLUMNS, correctness, pass_at_k
 from .trainer import (
     StageConfig,
     StageTrainer,
-    check_launch,
     conclude,
     fit,
-    lora,
     outside_results,
     split_step,
     trainer_arguments,
@@ -115,16 +115,25 @@ class RLTrainer(StageTrainer, GRPOTrainer):
             for row, reward in zip(rows, rewards):
                 self.outcomes[row["prompt"][-1]["content"]].append(bool(reward))
         elif self.is_world_process_zero():
-            with self.samples.open("a") as file:
+            with writing(self.samples), self.samples.open("a") as file:
                 for row, text, reward in list(zip(rows, texts, rewards))[:2]:
                     sample = {"step": self.state.global_step, "prompt": row["prompt"], "text": text, "reward": reward}
                     file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop the samples of steps that will be made again."""
-        lines = self.samples.read_text().splitlines(keepends=True) if self.samples.exists() else []
+        """Drop the samples of steps that will be made again, and a line that was left half written."""
+
+        def is_before(line: str) -> bool:
+            try:
+                return json.loads(line)["step"] < step
+            except (ValueError, KeyError, TypeError):
+                return False
+
+        lines = self.samples.read_text(errors="replace").splitlines(keepends=True) if self.samples.exists() else []
+        aside = self.samples.with_name(f".{self.samples.name}")
         with writing(self.samples):
-            self.samples.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
+            aside.write_text("".join(filter(is_before, lines)))
+            os.replace(aside, self.samples)
 
     def evaluate(self, *args, **kwargs) -> dict:
         """pass@k on the test questions, k = 1, 2, 4 ... eval_samples; pass@1 is the accuracy. All ranks call it."""
@@ -204,6 +213,10 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
         elif hasattr(engines[0], "refresh"):  # it keeps a copy of the weights
             engines[0].refresh()
         ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
+        with torch.no_grad():  # samplers make no sense of NaN, and some no error either
+            finite = bool(model(torch.tensor(ids[:1], device=model.device)).logits.isfinite().all())
+        if not finite:
+            trainer.stop_training("the logits are not finite")
         # An answer's seed is its place in the step, so any number of processes gives the same ones; batches of an
         # evaluation begin anew, whoever has them.
         first = trainer.args.process_index * len(ids) if training else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -124,6 +125,13 @@ def load_chat_model(source: str, config, tokenizer: PreTrainedTokenizerBase) -> 
                 if type(module) is nn.Linear:
                     module.forward = partial(cast_linear, module)
     return model
+
+
+def lora(config) -> LoraConfig | None:
+    if config.lora_rank <= 0:
+        return None
+    # The default targets, all matrices of attention and MLP, are registered in nanochat_hf/__init__.py.
+    return LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, task_type="CAUSAL_LM")
 
 
 def cast_linear(module: nn.Linear, x: Tensor) -> Tensor:

@@ -23,14 +23,13 @@ from ..data.transforms import BadRow, check, normalize
 from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin, fingerprint, model_fingerprint
-from .network import load_chat_model
+from .device import check_launch
+from .network import load_chat_model, lora
 from .trainer import (
     StageConfig,
     StageTrainer,
-    check_launch,
     conclude,
     fit,
-    lora,
     split_step,
     trainer_arguments,
 )

@@ -113,6 +113,7 @@ class Pretraining:
         with main_first("loading the model") if model else nullcontext():
             self.model = new_model(self.plan, model, self.tokenizer, self.device, self.sharded)
         self.step, self.history, self.samples = 0, [], []
+        self.changes: list[dict] = []  # of the config, at resumes
         self.unmeasured: dict | None = None  # figures of the last step, if a checkpoint ends before its evaluations
         self.seconds, self.timed = 0.0, 0  # spent in steps, and in how many: the first one on a GPU compiles
         self.signal = 0  # number of the signal that asked to stop
@@ -275,10 +276,19 @@ class Pretraining:
         rows, usual = self.plan.total_batch_size // self.plan.max_seq_len, self.alarm.recent
         before = f" after a median of {sorted(usual)[len(usual) // 2]:.4g}" if usual else ""
         also = " and those of the next step, which was on its way" if self.queued else ""
-        return (
+        what = (
             f"step {self.step}: loss {loss:.4g}{before}, gradient norm {norm:.4g}, at rows {self.step * rows} to "
-            f"{(self.step + 1) * rows} of the data; {self.save()} holds the weights before it. A rerun goes on with "
-            f"the rows after these{also}; if it happens again, lower the rates, or set max_spike=0 if nothing is wrong"
+            f"{(self.step + 1) * rows} of the data"
+        )
+        try:
+            saved = self.save()
+        except FloatingPointError:
+            older = checkpoint.complete(self.output / "state")
+            left = f"the last checkpoint is {older[-1]}" if older else "there is no checkpoint yet"
+            return f"{what}, and the weights are not finite; {left}. Lower the learning rates"
+        return (
+            f"{what}; {saved} holds the weights before it. A rerun goes on with the rows after these{also}; if it "
+            "happens again, lower the learning rates, or set max_spike=0 if nothing is wrong"
         )
 
     def pauses(self, step: int) -> bool:
@@ -354,6 +364,7 @@ class Pretraining:
         """Write a checkpoint. `unmeasured`: the figures of the last step, if its evaluations are still to come."""
         progress = {
             "config": asdict(self.config), "inputs": self.inputs, "unmeasured": unmeasured,
+            "changes": self.changes,
             "rows": self.rows, "wall_time_s": self.wall_time(), "timed": self.timed,
             "seconds": self.seconds, "history": self.history, "samples": self.samples,
             "recent": list(self.alarm.recent), "loss_scale": self.loss_scale,
@@ -385,6 +396,9 @@ class Pretraining:
         self.alarm.recent.extend(progress["recent"])
         self.loss_scale = progress["loss_scale"]
         self.record["earlier_wall_time_s"] = progress["wall_time_s"]
+        self.changes = progress.get("changes", [])
+        if changed:
+            self.changes.append({"after step": self.step, "keys": list(changed.values())})
         self.print(
             f"going on after step {self.step} of {path}" + (f", with {', '.join(changed.values())}" if changed else "")
         )
@@ -396,8 +410,11 @@ class Pretraining:
         """Write the model folder and metrics.json, drop the checkpoints."""
         self.loader.close()
         checkpoint.save_model(self.output, self.model, self.tokenizer)
+        momenta = self.output / "optimizer.pt"
         if self.config.save_optimizer:
-            checkpoint.save_momenta(self.output / "optimizer.pt", self.model, self.optimizer.optimizer)
+            checkpoint.save_momenta(momenta, self.model, self.optimizer.optimizer)
+        elif self.accelerator.is_main_process:
+            momenta.unlink(missing_ok=True)  # that of an earlier run would be taken for this one's
         made = self.plan
         last = {key: value for point in self.history for key, value in point.items()}
         speed = self.timed * made.total_batch_size / self.seconds if self.timed else None
@@ -417,6 +434,7 @@ class Pretraining:
         }
         if self.accelerator.is_main_process:
             record = self.record | {"weights": model_fingerprint(self.output), "inputs": self.inputs}
+            record |= {"optimizer": checkpoint.sha256(momenta) if momenta.exists() else None, "changes": self.changes}
             self.record = finish(self.output, record, **numbers)
             shutil.rmtree(self.output / "state", ignore_errors=True)
         for tracker in self.accelerator.trackers:  # not end_training(), which ends the processes' group as well

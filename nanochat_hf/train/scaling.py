@@ -238,6 +238,8 @@ def plan(
     matmul = counts["matrix"] + counts["head"] + (SMEAR_CHANNELS if generation == 2 else 0)
     keys = visible_keys(depth, recipe.window_pattern, max_seq_len)
     flops = 6 * matmul + 12 * width * sum(keys)
+    if num_iterations == 0:
+        raise InputError("num_iterations is 0, which trains nothing: give a number of steps, or -1")
     if num_iterations > 0:
         steps = num_iterations
     elif target_flops > 0:

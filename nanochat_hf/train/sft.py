@@ -28,15 +28,14 @@ from ..data.tokenizer import load_tokenizer, spoken_mask, tokenizer_fingerprint
 from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin, fingerprint, load_json, model_fingerprint, save_json, writing
-from .checkpoint import MANIFEST, damage, write_manifest
+from .checkpoint import MANIFEST, damage, sha256, write_manifest
 from .fast import fuse
-from .network import compute_dtype, load_chat_model, shard
+from .network import compute_dtype, load_chat_model, lora, shard
 from .trainer import (
     StageConfig,
     StageTrainer,
     conclude,
     fit,
-    lora,
     outside_results,
     split_step,
     trainer_arguments,
@@ -256,7 +255,7 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     rows, made = prepare(config, config.mixture, tokenizer, length, output / "state" / "rows")
     held_out = None
     if config.validation:
-        held_out, _ = prepare(config, config.validation, tokenizer, length, output / "state" / "validation")
+        held_out, held = prepare(config, config.validation, tokenizer, length, output / "state" / "validation")
     together = config.device_batch_size * processes().num_processes
     rows = filled(rows, together * steps, tokenizer.pad_token_id)
     held_out = filled(held_out, together, tokenizer.pad_token_id) if held_out else None
@@ -283,6 +282,10 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     most = max(len(n) for part in (rows, held_out) if part for n in part["seq_lengths"]) if config.packing else 1
     trainer.fuse(config.device_batch_size * (most + 1))  # and one for a row's padding
     inputs = {"model": model_fingerprint(model) or model, "data": made.pop("content")}
+    if held_out:
+        inputs["validation data"] = held["content"]
+    if trainer.momenta and trainer.momenta.exists():
+        inputs["optimizer"] = sha256(trainer.momenta)
     history = fit(trainer, output, inputs)
     val_loss = trainer.evaluate()["eval_loss"] if held_out else None
     conclude(trainer, tokenizer, output, record, inputs, **made, history=history, val_loss=val_loss)

@@ -7,16 +7,15 @@ resumes and returns the log; `conclude` writes the folder that the next stage lo
 """
 
 import math
-import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -33,6 +32,8 @@ from ..run import finish, load_json, model_fingerprint, save_json, without_nan, 
 from .checkpoint import (
     COMPLETE,
     MEASURED,
+    SKIPPED,
+    all_checkpoints,
     complete_checkpoints,
     load_momenta,
     merged,
@@ -41,32 +42,28 @@ from .checkpoint import (
     random_state,
     reading,
     refuse_change,
+    refuse_nan,
+    remove,
     restore_random_state,
     save_model,
     step_of,
+    superseded,
     write_manifest,
 )
-from .device import fetch, shard_on_cpu, share_out
+from .device import fetch, listening, shard_on_cpu, share_out
 from .optim import MuonAdamW, deepspeed_optimizer, param_groups
 from .scaling import RECIPES, optimizer_groups
 from .schedule import Schedule
 
 MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to")  # keys, at a stop
-HISTORY = {  # what a row of metrics.json's history keeps, by the names that the libraries give
+SAME = ("grad_norm", "time", "tokens_per_second", "chatcore", "reward", "reward_std", "entropy", "tool_use")
+HISTORY = {name: name for name in SAME} | {  # what metrics.json's history keeps, by the names that the libraries give
     "loss": "train_loss",
     "eval_loss": "val_loss",
-    "grad_norm": "grad_norm",
-    "time": "time",
-    "tokens_per_second": "tokens_per_second",
     "mean_token_accuracy": "token_accuracy",
-    "chatcore": "chatcore",
-    "reward": "reward",
-    "reward_std": "reward_std",
     "eval_reward": "val_reward",
-    "entropy": "entropy",
     "completions/mean_length": "completion_length",
     "completions/clipped_ratio": "cut_off",
-    "tool_use": "tool_use",
     "tools/failure_frequency": "tool_failures",
 }
 
@@ -114,19 +111,6 @@ class StageConfig:
     """Where TRL reports to: none, trackio, wandb, tensorboard."""
 
 
-def check_launch(stage: str) -> None:
-    """Raises InputError if the job was launched with DeepSpeed or FSDP2.
-
-    For stages that evaluate before they train, which neither can, or generate with the weights that they train.
-    """
-    for name in ("DeepSpeed", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
-            raise InputError(
-                f"{stage} needs whole weights between its steps, and {name} keeps them in pieces: launch it with "
-                "configs/accelerate/multi_gpu.yaml"
-            )
-
-
 def outside_results(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """1 for each token that a speaker chose, 0 for those of a tool's result, its marks included."""
     opens, closes = tokenizer.convert_tokens_to_ids(["<|output_start|>", "<|output_end|>"])
@@ -136,13 +120,6 @@ def outside_results(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[
         mask.append(int(not inside))
         inside = inside and token != closes
     return mask
-
-
-def lora(config: StageConfig) -> LoraConfig | None:
-    if config.lora_rank <= 0:
-        return None
-    # The default targets, all matrices of attention and MLP, are registered in nanochat_hf/__init__.py.
-    return LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, task_type="CAUSAL_LM")
 
 
 def split_step(config: StageConfig, name: str, total: int, unit: int = 1) -> tuple[StageConfig, int]:
@@ -159,6 +136,8 @@ def trainer_arguments(config: StageConfig, output: Path) -> dict:
     """Arguments that TRL's configs share. transformers chooses the device; nothing is downloaded or pushed."""
     # gradient_checkpointing has a new name since 5.20, which older versions do not know
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    if config.num_iterations == 0:
+        raise InputError("num_iterations is 0, which trains nothing: give a number of steps, or -1")
     return {
         "output_dir": str(output / "state"),
         "max_steps": config.num_iterations,
@@ -201,6 +180,8 @@ class StageTrainer:
         self.all_finite: torch.Tensor | None = None  # () bool on the device: all gradient norms so far were finite
         self.resumed_log: list[dict] = []  # log of the steps before this process
         self.measured_at = 0  # the last step after which `measure` was called
+        self.signal = 0  # number of the signal that asked to stop
+        self.skipped: list[int] = []  # steps whose gradients were not finite
         self.unread: list[tuple[int, Callable]] = []  # (step, what reads `all_finite` as it was then)
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
@@ -261,7 +242,11 @@ class StageTrainer:
         return norm
 
     def check_finite(self, lag: int = 0) -> None:
-        """Read whether the steps up to the last `lag` ones were finite; if not, save and raise FloatingPointError."""
+        """Read whether the steps up to the last `lag` ones were finite; if not, save and raise FloatingPointError.
+
+        The checkpoint has the weights before the step, and the data after it. None is written if the step before was
+        skipped as well or the step is the last: a run that diverged would skip its way to the end.
+        """
         while len(self.unread) > lag:
             step, read = self.unread.pop(0)
             if not read()[0]:
@@ -269,8 +254,14 @@ class StageTrainer:
                 self.unread.clear()
                 for _ in skipped:
                     self.optimizer.optimizer.refused()
+                reason = f"the gradients of step {step} are not finite"
+                if step - 1 in self.skipped or skipped[-1] >= self.state.max_steps:
+                    self.stop_training(reason)
+                self.skipped += skipped
+                if self.is_world_process_zero():
+                    save_json(Path(self.args.output_dir) / SKIPPED, {"steps": self.skipped})
                 self.save_checkpoint()
-                self.stop_training(f"the gradients of step {step} are not finite, and it was skipped")
+                self.stop_training(reason, "Run again to go on with the rows after it; if that happens again, lower")
 
     def checkpoint_folder(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -279,18 +270,23 @@ class StageTrainer:
         self._save_checkpoint(self.model_wrapped, None)
         self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def stop_training(self, reason: str) -> None:
+    def stop_training(self, reason: str, advice: str = "Lower") -> None:
         state = Path(self.args.output_dir)
         checkpoints = complete_checkpoints(state)
-        left = f"{checkpoints[-1]} holds the last good weights" if checkpoints else "no checkpoint was written yet"
+        left = f"the last checkpoint with finite weights is {checkpoints[-1]}" if checkpoints else "no checkpoint yet"
         raise FloatingPointError(
-            f"{state.parent.name}: {reason}; {left}. Run again to go on after these rows; if it happens again, lower "
-            f"the learning rates or set max_grad_norm, delete {state} and start this stage anew"
+            f"{state.parent.name}: {reason}; {left}. {advice} the learning rates or set max_grad_norm, delete {state} "
+            "and start this stage anew"
         )
 
     def _save_checkpoint(self, model, trial):
         """As transformers', but only of finite weights, and a full disk is one line and leaves no half checkpoint."""
         self.check_finite()
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            try:
+                refuse_nan(self.accelerator.unwrap_model(self.model).state_dict(), "the model")
+            except FloatingPointError as error:
+                self.stop_training(str(error).partition(":")[0])
         self.state.log_history[:] = without_nan(self.state.log_history)
         folder = self.checkpoint_folder()
         older = complete_checkpoints(folder.parent)
@@ -302,10 +298,7 @@ class StageTrainer:
             raise
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        """As transformers', but saves before it evaluates: a failing evaluation must not cost the training before it.
-
-        The evaluation's figures are written beside the checkpoint afterwards.
-        """
+        """As transformers', but saves before it evaluates: a failing evaluation must not cost the training before."""
         evaluate, self.control.should_evaluate = self.control.should_evaluate, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.measure_after_step(evaluate)
@@ -329,7 +322,10 @@ class StageTrainer:
         meet("the end of an evaluation")
         folder = self.checkpoint_folder()
         if self.is_world_process_zero() and (folder / COMPLETE).exists():
-            save_json(folder / MEASURED, self.state.log_history)
+            save_json(folder / MEASURED, {"log": self.state.log_history})
+
+    def on_signal(self, number: int) -> None:
+        self.signal = number
 
     def rewind(self, step: int) -> None:
         """Called on the main process before training goes on after `step` steps: drop what later steps wrote."""
@@ -365,6 +361,7 @@ class StageCallback(TrainerCallback):
             inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper is around it
             if isinstance(inner, MuonAdamW) and self.trainer.stage.lora_rank <= 0:
                 load_momenta(self.trainer.momenta, self.trainer.accelerator.unwrap_model(self.trainer.model), inner)
+        state.compute_steps(args, state.max_steps)  # a resume would go on with the intervals of the checkpoint
         self.begun_at = step = state.global_step
         if self.trainer.resumed_log:
             state.log_history = self.trainer.resumed_log
@@ -392,6 +389,8 @@ class StageCallback(TrainerCallback):
         if state.global_step == self.begun_at + 1 and torch.cuda.is_available():  # compiled, or chose its kernels
             trainer.step_tokens, trainer.step_seconds, trainer.generation_seconds = 0, 0.0, 0.0
         self.bar.update(state.global_step - self.bar.n)
+        if trainer.signal:
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         shown = {"loss": "loss", "reward": "reward", "eval_loss": "val", "tokens_per_second": "tok/s"}
@@ -406,9 +405,9 @@ class StageCallback(TrainerCallback):
         meet(f"{folder.name} of {folder.parent.parent.name}")
         if state.is_world_process_zero:
             write_manifest(folder, COMPLETE)
-            for old in complete_checkpoints(folder.parent)[: -max(self.trainer.stage.keep_checkpoints, 1)]:
+            for old in superseded(complete_checkpoints(folder.parent), self.trainer.stage.keep_checkpoints):
                 (old / COMPLETE).unlink()  # a kill while it is deleted must not leave half of one that counts
-                shutil.rmtree(old)
+                remove(old)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -439,16 +438,17 @@ def fit(trainer: StageTrainer, output: Path, inputs: dict[str, str | None]) -> l
         raise InputError(f"{checkpoint / name} is missing: bring it back, or delete {checkpoint} to do without it")
     with main_first("preparing the checkpoints' folder") as main:
         if checkpoint:
-            refuse_change(state, settings)
+            refuse_change(state, settings, trainer.accelerator.print)
         if main:
             # A checkpoint that was not written to its end would be in the way of a new one of its step.
-            for folder in state.glob("checkpoint-*"):
-                if not (folder / COMPLETE).exists():
-                    shutil.rmtree(folder)
+            for folder in set(all_checkpoints(state)) - set(complete_checkpoints(state)):
+                remove(folder)
             save_json(state / "config.json", settings)
             trainer.rewind(step_of(checkpoint) if checkpoint else 0)
+    trainer.skipped = (load_json(state / SKIPPED) or {}).get("steps", []) if checkpoint else []
     if checkpoint:
-        log = load_json(checkpoint / MEASURED) or load_json(checkpoint / "trainer_state.json")["log_history"]
+        measured, written = load_json(checkpoint / MEASURED), load_json(checkpoint / "trainer_state.json")
+        log = measured["log"] if measured else written["log_history"]
         trainer.earlier, trainer.resumed_log = log[-1]["time"] if log else 0.0, log
         trainer.parts = list(checkpoint.glob("optimizer-*.pt"))  # none if one process wrote it: then it is whole
         if len(trainer.parts) == args.world_size:
@@ -457,7 +457,11 @@ def fit(trainer: StageTrainer, output: Path, inputs: dict[str, str | None]) -> l
     prepared = trainer.accelerator._models
     prepared[:] = [model for model in prepared if model is not trainer.model]
     trainer.model._is_accelerate_prepared = False
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with listening(trainer.on_signal) if args.world_size == 1 else nullcontext():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.signal and trainer.state.global_step < trainer.state.max_steps:
+        trainer.accelerator.print(f"stopped by a signal after step {trainer.state.global_step}; run again to resume")
+        raise SystemExit(128 + trainer.signal)
     return history(trainer)
 
 
@@ -476,8 +480,8 @@ def history(trainer: StageTrainer) -> list[dict]:
 def conclude(
     trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output: Path, record: dict, inputs: dict, **numbers
 ) -> None:
-    """Make `output` a folder for from_pretrained (adapters merged in, with the tool loop) that has a metrics.json, and
-    drop what a resume would have needed. All ranks call it."""
+    """Make `output` a folder for from_pretrained (adapters merged in, with the tool loop and metrics.json), without
+    what a resume would have needed. All ranks call it."""
     meet("the end of training")
     if trainer.is_world_process_zero():
         tool_loop.ship(output)
@@ -490,5 +494,6 @@ def conclude(
         speeds = [row["tokens_per_second"] for row in numbers["history"] if "tokens_per_second" in row]
         speed = trainer.step_tokens / trainer.step_seconds if trainer.step_seconds else (speeds or [None])[-1]
         record |= {"earlier_wall_time_s": trainer.earlier, "weights": model_fingerprint(output), "inputs": inputs}
+        record["skipped_steps"] = trainer.skipped
         finish(output, record, tokens_per_second=speed, **numbers)
         shutil.rmtree(output / "state", ignore_errors=True)
