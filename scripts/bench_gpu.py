@@ -58,6 +58,7 @@ def peer(depth: int, pattern: str, attention: str, fp8: bool):
         model = GPT(GPTConfig(**shape, window_pattern=pattern))
     model.to_empty(device="cuda")
     model.init_weights()
+    flops = model.estimate_flops()  # before FP8: it counts the matrices of one class, which the conversion replaces
     if fp8:
         from nanochat.fp8 import convert_to_float8_training
 
@@ -70,7 +71,7 @@ def peer(depth: int, pattern: str, attention: str, fp8: bool):
         windows = {window for window, _ in model.window_sizes}
         flash_attention.flash_attn.flash_attn_func = flash4() if attention == "fa4" else flex(windows)
     optimizer = model.setup_optimizer()
-    return torch.compile(model, dynamic=False), optimizer, model.estimate_flops()
+    return torch.compile(model, dynamic=False), optimizer, flops
 
 
 def flex(windows: set[int]):

@@ -72,3 +72,35 @@ def test_ratios_are_ours_over_the_fastest_peer_by_precision():
     speeds = {"ours": 120, "ours:fp8": 150, "peer:fa4": 100, "peer:sdpa": 80, "peer:fa4+fp8": 125}
     rows = [("d24x16", name, {"tok_s": speed}) for name, speed in speeds.items()] + [("d12x32", "ours", {"tok_s": 1})]
     assert bench.ratios(rows) == ["d24x16   bf16  1.200", "d24x16   fp8   1.200"]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_flops_of_the_peer_are_counted_before_its_matrices_become_fp8(fp8, monkeypatch):
+    class GPT(torch.nn.Module):
+        window_sizes, flops = [(768, 0)], 100
+
+        def __init__(self, config):
+            super().__init__()
+
+        def to_empty(self, device):
+            return self
+
+        def estimate_flops(self):
+            return self.flops
+
+        init_weights = setup_optimizer = lambda self: None
+
+    def convert(model, module_filter_fn):
+        model.flops = 8  # Float8Linear is no Linear of its
+
+    parts = {
+        "flash_attention": {}, "gpt": {"GPT": GPT, "GPTConfig": dict}, "fp8": {"convert_to_float8_training": convert},
+    }  # fmt: skip
+    package = ModuleType("nanochat")
+    monkeypatch.setitem(sys.modules, "nanochat", package)
+    for name, members in parts.items():
+        module = ModuleType(f"nanochat.{name}")
+        vars(module).update(members)
+        setattr(package, name, module)
+        monkeypatch.setitem(sys.modules, f"nanochat.{name}", module)
+    assert bench.peer(2, "L", "", fp8)[2] == 100

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import relative
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
@@ -64,6 +65,23 @@ def test_greedy_rows_of_different_lengths_equal_the_models_generate(kind):
         ids = torch.tensor([prompt])
         expected = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=[5, 7], pad_token_id=0)
         assert answer == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("backout", [0.5, 0.992])
+@torch.inference_mode()
+def test_bfloat16_keeps_its_digits_where_backout_leaves_little(backout):
+    """Of two layers the middle's value is the last one, so that the final norm must undo a factor of 1 - backout."""
+    shape = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 96}
+    model = noisy(NanoChatForCausalLM(NanoChatConfig(**shape, num_hidden_layers=2)))
+    model.model.backout_lambda.data.fill_(backout)
+    logits = []
+    for dtype in (torch.float32, torch.bfloat16):
+        decoder = Decoder(model, 1, 30, [], dtype)
+        decoder.admit({0: Row(PROMPTS[2], 9)})
+        step = decoder.plain_step(1, len(PROMPTS[2]))[0]
+        logits.append((step, model.to(dtype)(torch.tensor(PROMPTS[2:])).logits[0, -1]))
+    for exact, rounded in zip(*logits):
+        assert relative(rounded, exact) < 0.02
 
 
 def test_a_row_that_is_used_again_knows_nothing_of_its_former_tenant():

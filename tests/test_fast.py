@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from tiny import relative
 
 from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.train.fast import Trunk, fuse
+from nanochat_hf.train.fast import Trunk, finish, fuse
 
 SHAPE = {
     "vocab_size": 320,
@@ -44,6 +45,13 @@ def test_trunk_has_the_models_hidden_states_loss_and_gradients(generation):
     assert torch.allclose(loss, reference, atol=1e-6)
     for name, parameter in model.named_parameters():
         assert torch.allclose(fast[name], parameter.grad, atol=1e-6), name
+
+
+def test_backout_in_bfloat16_keeps_its_digits_where_it_leaves_little():
+    x, y = torch.randn(2, 40, 64).bfloat16()
+    exact, middle = (x + y).float(), (x, y)  # the last value is the middle one: the norm undoes a factor of .008
+    exact = torch.nn.functional.rms_norm(exact, (64,), eps=1e-6)
+    assert relative(finish(x, y, middle, torch.tensor([0.992]), 1e-12), exact) < 0.005
 
 
 def test_losses_of_single_tokens_average_to_the_mean():

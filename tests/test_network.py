@@ -115,5 +115,6 @@ def test_what_keeps_a_model_from_fp8(tiny_model, monkeypatch):
 def test_the_first_line_names_kernels_and_precision(tiny_config):
     model = NanoChatForCausalLM(tiny_config).to("cuda")
     line = describe(with_loss(model, "auto", True, "auto"), "auto")
+    assert "matmuls PyTorch's FP8" in line
     assert "precision bfloat16 with FP8 blocks" in line and f"triton {version('triton')}" in line
     assert "fp8=auto would be faster" in describe(with_loss(model, "auto", True, False), False)

@@ -440,7 +440,7 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             # if it had not left, and beside a static one transformers expects no keys and never fetches them.
             past_key_values.layers[-1].prefetch()
         if config.backout:
-            x = x - self.backout_lambda.to(x.dtype) * middle
+            x = (x - self.backout_lambda.float() * middle).to(x.dtype)  # in float32: what is left may be small
         x = rms_norm(x, config.rms_norm_eps)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values if use_cache else None)
 

@@ -222,7 +222,7 @@ class Decoder:
             if i == layers // 2:
                 middle = x
         if "backout_lambda" in w:
-            x = x - w["backout_lambda"].to(self.dtype) * middle
+            x = (x - w["backout_lambda"] * middle).to(self.dtype)  # in float32: what is left may be small
         return self.norm(x)
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ def block(
 def finish(x: Tensor, y: Tensor, middle: Tensor | None, strength: Tensor | None, eps: float) -> Tensor:
     x = x + y
     if strength is not None:
-        x = x - strength.to(x.dtype) * (middle[0] + middle[1])
+        x = (x - strength.float() * (middle[0] + middle[1])).to(x.dtype)  # in float32: what is left may be small
     return rms_norm(x, eps)
 
 

@@ -218,7 +218,8 @@ def describe(network: nn.Module, fp8: bool | str) -> str:
     x = torch.empty((), device=device, dtype=compute_dtype(device, half=True))
     auto = isinstance(network, Trunk)
     parts = ["attention " + (packaged("flash-attn-4") if auto and uses_flash(x) else "PyTorch")]
-    parts.append("matmuls " + (packaged("quack-kernels") if auto and fused(x) and not eight else "PyTorch"))
+    matmuls = packaged("quack-kernels") if auto and fused(x) else "PyTorch"
+    parts.append("matmuls " + ("PyTorch's FP8" if eight else matmuls))
     parts += [packaged("triton")] if triton is not None else []
     hints = [f"{package} {reason}" for package, reason in unloaded.items() if auto and reason == "not installed"]
     modern = torch.cuda.get_device_capability(device) >= (9, 0)
