@@ -215,7 +215,7 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(
     values[min(values)] += 1
     save_file(values, path, metadata={"format": "pt"})
     said = again()
-    assert "[eval] finished earlier, but not of today's models: sft (has other weights now)" in said
+    assert "[eval] finished earlier, to be run again for sft (has other weights now)" in said
     assert "[eval] base: measured earlier, with the same weights" in said and "[eval] sft: val bpb" in said
     assert run.metrics("eval")["weights"] == {stage: model_fingerprint(run.folder(stage)) for stage in ("base", "sft")}
     assert "[eval] finished earlier: " in again()
