@@ -13,14 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanochat_hf.data import primer
+from nanochat_hf.data.corpus import is_local, text_fingerprint
 from nanochat_hf.data.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from nanochat_hf.distributed import agreed, main_first, meet, next_stage, processes
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.chatcore import chatcore_metric
 from nanochat_hf.eval.generation import Generator
-from nanochat_hf.eval.harness import EvalConfig, core_metric, evaluate
+from nanochat_hf.eval.harness import EvalConfig, core_metric, definition_of, evaluate
 from nanochat_hf.eval.report import make_report
-from nanochat_hf.eval.weights import renewal
+from nanochat_hf.eval.sections import MODEL_STAGES
+from nanochat_hf.eval.weights import origin, renewal, replaced
 from nanochat_hf.run import STAGES, Run, guarded, load_json, nearest, parse_config
 from nanochat_hf.serve.checkpoint_push import checkpoint_pusher
 from nanochat_hf.serve.generate import Engine
@@ -65,6 +67,13 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
 
 def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
     """Refuse to mix what is on disk with another recipe, or a finished stage with a source that is not finished."""
+    trained = [stage for stage in MODEL_STAGES if stage in stages]
+    for stage in MODEL_STAGES[: MODEL_STAGES.index(trained[-1]) + 1] if trained else ():
+        if run.finished(stage) and agreed(replaced(run, stage) if processes().is_main_process else None):
+            raise InputError(
+                f"the weights in {run.folder(stage)} are not those that its metrics.json describes; "
+                "restore them, or delete that folder"
+            )
     redone = None
     for stage in stages:
         metrics = run.metrics(stage) if stage in configs else None
@@ -75,19 +84,25 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
             raise InputError(
                 f"{run.folder(stage)} is finished but was made before {redone!r}, which runs again; delete it"
             )
-        now = vars(configs[stage])
-        changed = {key: (old, now.get(key)) for key, old in metrics["config"].items() if now.get(key) != old}
+        now, before = vars(configs[stage]), metrics.get("config") or {}
+        changed = {key: (old, now.get(key)) for key, old in before.items() if now.get(key) != old}
         if changed:
             words = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in list(changed.items())[:3])
             raise InputError(
                 f"the recipe changed since {run.folder(stage)} finished ({words}); "
                 "use another --run-dir or delete that folder"
             )
-        check_inputs(run, stage, metrics.get("inputs") or {})
+        check_inputs(run, stage, metrics.get("inputs") or {}, configs[stage])
 
 
-def check_inputs(run: Run, stage: str, inputs: dict) -> None:
-    """Refuse a finished stage whose tokenizer or starting model is no longer the one in the run folder."""
+def check_inputs(run: Run, stage: str, inputs: dict, config) -> None:
+    """Refuse a finished stage whose tokenizer, starting model or local text is no longer that of today."""
+    data = inputs.get("data") if stage in ("tokenizer", "base") and is_local(config.dataset) else None
+    if data and text_fingerprint(config.dataset) != data:
+        raise InputError(
+            f"the text of {config.dataset} changed since {run.folder(stage)} finished; "
+            "bring back the old files, use another --run-dir or delete that folder"
+        )
     folder, tokenizer = run.folder("tokenizer"), inputs.get("tokenizer")
     if tokenizer and run.finished("tokenizer") and tokenizer_fingerprint(load_tokenizer(folder)) != tokenizer:
         raise InputError(f"{run.folder(stage)} was trained with another tokenizer than that in {folder}; delete it")
@@ -114,11 +129,14 @@ def run_stage(stage: str, configs: dict, run: Run, repo: str | None) -> None:
         pretrain(config, tokenizer=tokenizer, output=output, core=core, push=push)
     elif stage in ("mid", "sft"):
         source = source_of(stage, run)
+        processes().print(origin(run, stage, source))
         train_chat(config, source, output, chatcore(config, configs.get("eval"), source, output / "state"))
     elif stage == "rl":
-        train_rl(config, model=source_of(stage, run), output=output, engine=engine)
+        source = source_of(stage, run)
+        processes().print(origin(run, stage, source))
+        train_rl(config, model=source, output=output, engine=engine)
     elif stage == "eval":
-        models = {name: str(run.folder(name)) for name in ("base", "mid", "sft", "rl") if run.finished(name)}
+        models = {name: str(run.folder(name)) for name in MODEL_STAGES if run.finished(name)}
         evaluate(config, models, output, engine=engine, keep_unchanged=True)
 
 
@@ -194,12 +212,13 @@ def run_stages(run: Run, stages: list[str], configs: dict, arguments: argparse.N
     for stage in stages:
         if stage == "report":
             continue
-        old = agreed(renewal(run) if stage == "eval" and state.is_main_process else None)
+        asked = stage == "eval" and state.is_main_process
+        old = agreed(renewal(run, definition_of(configs[stage])) if asked else None)
         if run.finished(stage) and not old:
             state.print(f"[{stage}] finished earlier: {run.folder(stage)}")
             continue
         if old:
-            state.print(f"[{stage}] finished earlier, but not of today's models: {old}")
+            state.print(f"[{stage}] finished earlier, to be run again for {old}")
         state.print(f"[{stage}] {run.folder(stage)}")
         run_stage(stage, configs, run, arguments.repo)
         next_stage()

@@ -8,9 +8,11 @@ accelerate launch scripts/chat_sft.py ... --chatcore_every 200 --eval recipes/d1
 import torch
 
 from nanochat_hf.data.tokenizer import load_tokenizer
+from nanochat_hf.distributed import processes
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.chatcore import chatcore_metric
 from nanochat_hf.eval.harness import EvalConfig
+from nanochat_hf.eval.weights import origin
 from nanochat_hf.run import Run, parse_config, script
 from nanochat_hf.serve.generate import Engine
 from nanochat_hf.train.sft import ChatConfig, train_chat
@@ -31,6 +33,7 @@ def train(
         engine = Engine if torch.cuda.is_available() else None
         tasks = parse_config(EvalConfig, eval)
         chatcore = chatcore_metric(tasks, load_tokenizer(str(source)), run.folder(stage) / "state", engine)
+    processes().print(origin(run, stage, source))
     train_chat(config, str(source), run.folder(stage), chatcore)
 
 

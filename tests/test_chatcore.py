@@ -1,6 +1,7 @@
 """ChatCORE on the way: a few questions of each task to the model in training, by an engine that is made once."""
 
 from dataclasses import replace
+from math import isnan
 
 import pytest
 from test_harness import Knower
@@ -43,6 +44,13 @@ def test_it_is_the_mean_of_centered_accuracies_in_the_history_of_sft(
     metrics = load_json(tmp_path / "sft" / "metrics.json")
     assert [row["chatcore"] for row in metrics["history"]] == [0.0, 0.0]  # a model of two steps knows nothing
     assert not (tmp_path / "sft" / "state").exists()
+
+
+def test_questions_with_one_answer_say_nothing_and_end_nothing(tiny_model, tokenizer, tmp_path, monkeypatch):
+    measure = chatcore_metric(EvalConfig(tasks=TASKS, batch_size=4), tokenizer, tmp_path, Knower)
+    sure = {"value": 1.0, "stderr": 0.0, "n": 1, "baseline": 1.0}
+    monkeypatch.setattr("nanochat_hf.eval.tasks.Tasks.run", lambda self, name, lm: ({name: sure}, []))
+    assert isnan(measure(tiny_model, 1))
 
 
 def test_an_unknown_task_is_named(tokenizer, tmp_path):

@@ -264,3 +264,12 @@ def test_a_damaged_line_stops_core_while_training_with_the_same_words(lively_mod
     path.write_bytes(path.read_bytes()[:-20])  # cut off in its last line
     with pytest.raises(InputError, match=rf"{path}, line 20: no JSON"):
         core_metric(tokenizer, str(bundle))(lively_model, 20)
+
+
+def test_a_task_in_which_guessing_is_always_right_is_left_out_with_a_note(capsys):
+    sure = {"value": 1.0, "stderr": 0.0, "n": 2, "baseline": 1.0}
+    half = {"value": 0.75, "stderr": 0.1, "n": 2, "baseline": 0.5}
+    found = centered_mean({"arc": sure, "mmlu": half}, "ChatCORE", 2, "chat tasks")
+    assert found["value"] == 0.5 and found["label"] == "1/2 chat tasks" and list(found["per_task"]) == ["mmlu"]
+    assert "[eval] ChatCORE goes without arc: all its questions have the same answer" in capsys.readouterr().out
+    assert centered_mean({"arc": sure}, "ChatCORE", 1) is None

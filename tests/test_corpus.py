@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat_hf.data.corpus import DocumentStream, open_documents
+from nanochat_hf.data.corpus import DocumentStream, is_local, open_documents, text_fingerprint
 from nanochat_hf.errors import InputError
 
 
@@ -148,7 +148,7 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
 os.environ |= {"HF_HOME": sys.argv[2], "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
 threading.Thread(target=server.serve_forever, daemon=True).start()
-from nanochat_hf.data.corpus import DocumentStream, open_documents
+from nanochat_hf.data.corpus import DocumentStream, is_local, open_documents, text_fingerprint
 from nanochat_hf.errors import InputError
 stream = DocumentStream("me/books")
 it = iter(stream)
@@ -334,3 +334,32 @@ def test_a_share_that_is_empty_in_some_epochs_is_no_error(tmp_path):
     assert [len(share) for share in shares] == [5] * 8
     write_jsonl(tmp_path / "few.jsonl", ["a long line of text " * 9] * 64)  # four lines of validation for 64 readers
     assert all(epochs(DocumentStream(tmp_path / "few.jsonl", "validation", rank, 64), 600) for rank in range(0, 64, 9))
+
+
+def test_a_fingerprint_of_text_covers_both_splits_and_every_part(tmp_path):
+    for part in "ab":
+        (tmp_path / part).mkdir()
+        for split in ("train", "validation"):
+            write_jsonl(tmp_path / part / f"{split}.jsonl", [f"{split} {i}" for i in range(5)])
+    mixture = [{"dataset": str(tmp_path / part), "weight": weight} for part, weight in (("a", 1), ("b", 2))]
+    of = [text_fingerprint(dataset) for dataset in (str(tmp_path / "a"), mixture, "primer")]
+    assert len(set(of)) == 3 and of == [text_fingerprint(d) for d in (tmp_path / "a", mixture, "primer")]
+    for part, split in (("a", "train"), ("b", "validation")):
+        path = tmp_path / part / f"{split}.jsonl"
+        before = path.read_text()
+        path.write_text(before.replace(" 3", " 4"))
+        assert text_fingerprint(mixture) != of[1] and (text_fingerprint(str(tmp_path / "a")) != of[0]) == (part == "a")
+        path.write_text(before)
+    assert text_fingerprint(mixture) == of[1]
+    mixture[1]["weight"] = 3
+    assert text_fingerprint(mixture) != of[1]
+
+
+def test_a_fingerprint_of_a_hub_id_asks_nobody_and_missing_text_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    names = ["org/name", "org/name@abc", "org/name/folder"]
+    assert len({text_fingerprint(name) for name in names}) == 3
+    assert not any(map(is_local, names)) and is_local("primer") and is_local(str(tmp_path))
+    assert not is_local([{"dataset": "primer"}, {"dataset": "org/name"}])
+    with pytest.raises(InputError, match="no dataset"):
+        text_fingerprint(str(tmp_path / "nowhere.jsonl"))

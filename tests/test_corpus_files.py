@@ -225,3 +225,62 @@ def test_readers_of_one_process_decode_a_row_group_once(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_files, "CACHE_LIMIT", 1)  # only the newest stays
     assert sorted(t for rank in range(8) for t in stream.reader(rank, 8)) == sorted(texts)
     assert decoded == [0, 1, 1]
+
+
+def replace_text(path, old: bytes, new: bytes):
+    content = path.read_bytes()
+    assert len(old) == len(new) and old in content
+    path.write_bytes(content.replace(old, new))
+
+
+@pytest.mark.parametrize("edited", ["train-0.jsonl", "validation-0.jsonl", "swapped"])
+def test_a_position_of_other_text_of_the_same_size_is_refused(tmp_path, edited):
+    for name in ("train-0", "train-1", "validation-0"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(9)])
+    saved = DocumentStream(tmp_path).state_dict()
+    DocumentStream(tmp_path).load_state_dict(saved)
+    if edited == "swapped":
+        (tmp_path / "train-0.jsonl").rename(tmp_path / "x")
+        (tmp_path / "train-1.jsonl").rename(tmp_path / "train-0.jsonl")
+        (tmp_path / "x").rename(tmp_path / "train-1.jsonl")
+    else:
+        replace_text(tmp_path / edited, b" 5", b" 6")
+    with pytest.raises(InputError, match="changed since this run began"):
+        DocumentStream(tmp_path).load_state_dict(saved)
+
+
+def test_positions_without_a_content_hash_are_of_older_versions_and_go_on(tmp_path):
+    layout(tmp_path, ["train-0.jsonl", "validation-0.jsonl"])
+    saved = DocumentStream(tmp_path).state_dict()
+    del saved["source"]["content"]
+    DocumentStream(tmp_path).load_state_dict(saved)
+    older = {**DocumentStream("primer").state_dict()}
+    del older["source"]["content"]
+    DocumentStream("primer").load_state_dict(older)
+
+
+def test_a_moved_dataset_is_the_same_text(tmp_path):
+    layout(tmp_path, ["a/train-0.jsonl", "a/validation-0.jsonl"])
+    saved = DocumentStream(tmp_path / "a").state_dict()
+    (tmp_path / "a").rename(tmp_path / "b")
+    DocumentStream(tmp_path / "b").load_state_dict(saved)
+
+
+def test_of_more_text_than_the_limit_both_ends_of_each_file_are_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_files, "HASH_LIMIT", 40)  # 10 bytes at each end of two files
+    names = ["a", "b"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"0123456789" * 3)
+
+    def content():
+        return corpus_files.content_hash(["a"], ["b"], tmp_path.joinpath)
+
+    first = content()
+    (tmp_path / "b").write_bytes(b"0123456789" * 2 + b"012345678X")
+    assert content() != first
+    (tmp_path / "b").write_bytes(b"X123456789" + b"0123456789" * 2)
+    assert content() != first
+    (tmp_path / "b").write_bytes(b"0123456789" + b"XXXXXXXXXX" + b"0123456789")  # the stated limit of this hash
+    assert content() == first
+    monkeypatch.setattr(corpus_files, "HASH_LIMIT", 60)
+    assert content() != first

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from nanochat_hf.data import primer
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.harness import EvalConfig, core_metric, evaluate
+from nanochat_hf.eval.harness import EvalConfig, core_metric, definition_of, evaluate
 from nanochat_hf.eval.lm import load
 from nanochat_hf.eval.tasks import write_jsonl
-from nanochat_hf.run import Run, model_fingerprint
+from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
 
 ASKED = 6
 ROOT = Path(__file__).parent.parent
@@ -189,6 +189,81 @@ def test_a_finished_evaluation_is_taken_over_for_the_stages_that_did_not_change(
     evaluate(config(**SPELLING, limit=7), models(run), run / "eval", engine=Knower, keep_unchanged=True)
     assert loads.look() == ["base", "sft"]
     evaluate(config(**SPELLING, limit=7), models(run), run / "eval", engine=Knower)  # by the script: all of it
+    assert loads.look() == ["base", "sft"]
+
+
+@pytest.fixture
+def measured_run(run):
+    """base and sft, finished, and an evaluation of both."""
+    for stage in ("base", "sft"):
+        save_json(run / stage / "metrics.json", {"finished": True, "weights": model_fingerprint(run / stage)})
+    evaluate(config(**SPELLING), models(run), run / "eval", engine=Knower)
+    return run
+
+
+def measure_base_alone(run, **keys):
+    return evaluate(config(**{**SPELLING, **keys}), {"base": str(run / "base")}, run / "eval", engine=Knower)
+
+
+def test_measuring_one_stage_again_keeps_the_results_and_samples_of_the_others(measured_run, loads, capsys):
+    before = load_json(measured_run / "eval" / "metrics.json")
+    after = measure_base_alone(measured_run)
+    assert loads.look() == ["base"] and "left out" not in capsys.readouterr().out
+    for key in ("results", "examples", "weights", "models", "definition"):
+        assert after[key] == before[key], key
+    assert (measured_run / "eval" / "samples" / "sft" / "nanochat_demo_spelling.jsonl").is_file()
+
+
+@pytest.mark.parametrize("what", ["config", "weights"])
+def test_results_of_other_stages_that_changed_are_left_out_in_one_line(measured_run, capsys, what):
+    if what == "weights":
+        change_weights(measured_run / "sft")
+    after = measure_base_alone(measured_run, **({"bpb_tokens": 128} if what == "config" else {}))
+    assert set(after["results"]) == set(after["weights"]) == set(after["models"]) == {"base"}
+    assert (
+        "[eval] results of sft are left out: weights, config, tasks or data changed since" in capsys.readouterr().out
+    )
+    assert (measured_run / "eval" / "samples" / "sft").is_dir()  # the stage is still there
+
+
+def test_samples_of_a_stage_that_is_gone_go(measured_run):
+    shutil.rmtree(measured_run / "sft")
+    assert set(measure_base_alone(measured_run)["results"]) == {"base"}
+    assert not (measured_run / "eval" / "samples" / "sft").exists()
+
+
+@pytest.mark.parametrize("key", ["chat_data", "words", "core_bundle", "dataset", "mixture"])
+def test_the_definition_sees_data_below_the_home_folder(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text("a")
+    keys = {"dataset": [{"dataset": "~/data"}]} if key == "mixture" else {key: "~/data"}
+    first = definition_of(config(**keys))
+    assert definition_of(config(**keys)) == first
+    (tmp_path / "data" / "a.jsonl").write_text("ab")
+    assert definition_of(config(**keys)) != first
+
+
+def test_data_of_the_chat_tasks_is_read_below_the_home_folder(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(run))
+    (run / "data").mkdir()
+    (run / "data" / "gsm8k_test.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
+    keys = {"dataset": None, "tasks": ["nanochat_gsm8k"], "chat_data": "~/data", "limit": 1}
+    assert evaluate(config(**keys), {"sft": str(run / "sft")}, run / "eval")["results"]["sft"]
+
+
+@pytest.mark.parametrize("place", ["questions", "samples"])
+def test_a_place_that_cannot_be_written_is_one_line(run, place):
+    (run / "eval").mkdir()
+    (run / "eval" / place).touch()  # a file where the folder should be: OSError, as of a full disk
+    with pytest.raises(InputError, match=f"cannot write .*eval/{place}") as error:
+        evaluate(config(**SPELLING), models(run), run / "eval", engine=Knower)
+    assert "\n" not in str(error.value)
+
+
+def test_a_state_that_lacks_keys_is_no_measurement(run, loads):
+    save_json(run / "eval" / "state" / "base.json", {"finished": True})
+    evaluate(config(**SPELLING), models(run), run / "eval", engine=Knower)
     assert loads.look() == ["base", "sft"]
 
 

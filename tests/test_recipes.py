@@ -7,6 +7,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from nanochat_hf.data.corpus import text_fingerprint
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import Run, begin, finish
 from nanochat_hf.train.pretrain_config import PLAN_KEYS
@@ -103,6 +104,32 @@ def test_a_finished_stage_is_not_mixed_with_a_source_that_runs_again(tmp_path):
     finished(run, "sft", configs["sft"])
     with pytest.raises(InputError, match="made before 'tokenizer', which runs again"):
         speedrun.check_run_folder(run, stages, configs)
+
+
+def test_a_finished_stage_whose_local_text_changed_is_reported(tmp_path):
+    text, run = tmp_path / "text.jsonl", Run(tmp_path / "run")
+    text.write_text('{"text": "one"}\n' * 20)
+    words = [f"tokenizer.dataset={text}", f"base.dataset={text}"]
+    stages, configs = speedrun.read_recipe(ROOT / "recipes" / "cpu-demo", None, words)
+    for stage in ("tokenizer", "base"):
+        run.folder(stage).mkdir(parents=True)
+        finish(run.folder(stage), begin(configs[stage]), inputs={"data": text_fingerprint(str(text))})
+    speedrun.check_run_folder(run, stages, configs)
+    text.write_text('{"text": "two"}\n' * 20)
+    for chosen in ("tokenizer", "base"):
+        with pytest.raises(InputError, match=rf"text of .*text.jsonl changed since .*{chosen} finished"):
+            speedrun.check_run_folder(run, [chosen], configs)
+    text.unlink()  # gone, as after a move: nothing to compare
+    speedrun.check_run_folder(run, stages, configs)
+
+
+def test_a_stage_that_says_nothing_but_finished_is_no_traceback(tmp_path):
+    run = Run(tmp_path)
+    stages, configs = speedrun.read_recipe(ROOT / "recipes" / "cpu-demo", None, [])
+    for stage in ("tokenizer", "base"):
+        run.folder(stage).mkdir()
+        (run.folder(stage) / "metrics.json").write_text('{"finished": true}')
+    speedrun.check_run_folder(run, stages, configs)
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path):

@@ -93,3 +93,21 @@ def test_a_run_without_finished_stages_is_refused(tmp_path):
     (tmp_path / "base" / "metrics.json").write_text("{}")
     with pytest.raises(InputError, match="no finished stage"):
         make_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html", "report.json", "plots", "plots/base.png"])
+def test_a_place_that_cannot_be_written_is_one_line(run, name):
+    if name == "plots":
+        (run / name).touch()
+    else:
+        (run / name / "in the way").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"cannot write .*{name.split('/')[0]}") as error:
+        make_report(run)
+    assert "\n" not in str(error.value)
+
+
+def test_metrics_that_say_nothing_but_finished_make_a_report(run):
+    for stage in ("tokenizer", "base", "sft", "rl", "eval"):
+        (run / stage / "metrics.json").write_text('{"finished": true}')
+    assert "## Summary" in make_report(run).read_text()
+    results_row(collect(Run(run)))

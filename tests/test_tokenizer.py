@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from nanochat_hf.data import tokenizer as module
+from nanochat_hf.data.corpus import text_fingerprint
 from nanochat_hf.data.tokenizer import (
     RESPONSE_TEMPLATE,
     SPECIAL_TOKENS,
@@ -198,6 +199,7 @@ def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
     config = TokenizerConfig(dataset=str(tmp_path / "d.jsonl"), vocab_size=300, max_chars=9010, doc_cap=40)
     train_tokenizer(config, tmp_path / "tokenizer")
     tokenizer, metrics = load_tokenizer(tmp_path / "tokenizer"), load_json(tmp_path / "tokenizer" / "metrics.json")
+    assert metrics["inputs"] == {"data": text_fingerprint(config.dataset)}
     assert metrics["finished"] and metrics["vocab_size"] == len(tokenizer) == 300
     assert metrics["train_chars"] == 9010  # the last document is cut
     validation = [text[:40] for text in texts[300:]]

@@ -1,5 +1,6 @@
 """A result belongs to the weights that it measured, and weights are numbers: both checked on folders of files."""
 
+import importlib.util
 import json
 import os
 import re
@@ -8,12 +9,20 @@ import pytest
 import torch
 from finished_run import COMMON, result
 from safetensors.torch import load_file, save_file
-from test_recipes import speedrun
+from test_recipes import ROOT, speedrun
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import weights
 from nanochat_hf.eval.report import collect, make_report
-from nanochat_hf.eval.weights import first_non_finite, model_id, outdated, refuse_non_finite, renewal, unverified
+from nanochat_hf.eval.weights import (
+    first_non_finite,
+    model_id,
+    origin,
+    outdated,
+    refuse_non_finite,
+    renewal,
+    unverified,
+)
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
 
 
@@ -78,6 +87,65 @@ def test_a_stage_that_is_gone_has_no_column_and_a_new_one_is_to_be_measured(run)
 def test_a_stage_that_is_being_trained_again_is_not_what_was_measured(run):
     save_json(run.folder("sft") / "metrics.json", {"started": 1.0})
     assert shown(run)[0] == ["base", "rl"]
+
+
+def test_an_evaluation_by_another_definition_is_run_again_for_all_stages(run):
+    assert renewal(run, "today") == ""  # it does not say by which
+    change(run, definition="today")
+    assert renewal(run, "today") == renewal(run) == ""
+    assert renewal(run, "other") == "all stages (its config, tasks, code or data changed)"
+
+
+def link(run, stage, model):
+    save_json(run.folder(stage) / "metrics.json", {**run.metrics(stage), "inputs": {"model": model}})
+
+
+def test_the_chain_of_models_goes_by_weights_where_they_are_recorded(run):
+    link(run, "sft", run.metrics("base")["weights"])
+    link(run, "rl", run.metrics("sft")["weights"])
+    assert shown(run)[1] == ""
+    write_stage(run.folder("base"), 0.0, started=5.0)  # the same weights, made again: the times say nothing
+    assert shown(run)[1] == ""
+    link(run, "sft", "another")
+    assert shown(run)[1] == "sft was trained from another model than today's base"
+
+
+def test_the_source_of_a_stage_is_one_line_that_names_what_is_passed_over(run):
+    base, sft = run.folder("base"), run.folder("sft")
+    assert origin(run, "sft", str(base)) == f"[sft] starts from {base}"
+    run.folder("mid").mkdir()
+    passed_over = f"; mid in {run.path}, not finished, is passed over"
+    assert origin(run, "sft", str(base)) == f"[sft] starts from {base}{passed_over}"
+    assert origin(run, "rl", sft) == f"[rl] starts from {sft}"
+    assert origin(run, "mid", base) == f"[mid] starts from {base}"
+    assert origin(run, "sft", "elsewhere/base") == "[sft] starts from elsewhere/base"
+    assert origin(run, "dpo", run.folder("rl")) == f"[dpo] starts from {run.folder('rl')}"
+
+
+@pytest.mark.parametrize(
+    "name,trainer,stage,source",
+    [("chat_sft", "train_chat", "sft", "base"), ("chat_rl", "train_rl", "rl", "sft")]
+    + [("chat_dpo", "train_preference", "dpo", "rl")],
+)
+def test_the_scripts_say_which_model_they_start_from(run, monkeypatch, capsys, name, trainer, stage, source):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, trainer, lambda *args, **keys: None)
+    if stage != "dpo":
+        (run.folder(stage) / "metrics.json").unlink()
+    script.train(None, run)
+    assert capsys.readouterr().out == f"[{stage}] starts from {run.folder(source)}\n"
+
+
+def test_the_pipeline_refuses_a_stage_whose_weights_were_replaced(run):
+    configs = {stage: speedrun.CONFIGS[stage]() for stage in ("base", "sft")}
+    speedrun.check_run_folder(run, ["base", "sft"], configs)
+    save_file({"a": torch.ones(3)}, run.folder("base") / "model.safetensors")
+    for stages in (["base"], ["sft"], ["base", "sft", "report"]):
+        with pytest.raises(InputError, match=r"weights in .*base are not those that its metrics\.json describes"):
+            speedrun.check_run_folder(run, stages, configs)
+    speedrun.check_run_folder(run, ["report"], configs)  # leaves its numbers out and says so
 
 
 def test_a_tokenizer_or_chat_template_changed_later_is_another_model(run):
@@ -215,7 +283,7 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(
     values[min(values)] += 1
     save_file(values, path, metadata={"format": "pt"})
     said = again()
-    assert "[eval] finished earlier, but not of today's models: sft (has other weights now)" in said
+    assert "[eval] finished earlier, to be run again for sft (has other weights now)" in said
     assert "[eval] base: measured earlier, with the same weights" in said and "[eval] sft: val bpb" in said
     assert run.metrics("eval")["weights"] == {stage: model_fingerprint(run.folder(stage)) for stage in ("base", "sft")}
     assert "[eval] finished earlier: " in again()

@@ -23,7 +23,8 @@ import random
 from collections.abc import Iterator
 
 from ..errors import InputError
-from .corpus_files import DatasetSplit
+from ..run import fingerprint
+from .corpus_files import DatasetSplit, content_hash, find_files, is_hub_id, local_path, split_files
 
 
 def open_documents(
@@ -35,8 +36,15 @@ def open_documents(
     skip_bad_files: bool = False,
 ) -> "DocumentStream | MixedStream":
     """The stream of a dataset spec or of a mixture of them. Raises InputError as `DocumentStream` does."""
+    parts = parts_of(dataset)
+    streams = [DocumentStream(name, split, rank, world_size, seed, skip_bad_files) for name, _ in parts]
+    return MixedStream(streams, [weight for _, weight in parts]) if isinstance(dataset, list) else streams[0]
+
+
+def parts_of(dataset: str | list[dict]) -> list[tuple[str, float]]:
+    """(dataset spec, weight) of each part of a mixture, or of the one spec. Raises InputError for a wrong mixture."""
     if not isinstance(dataset, list):
-        return DocumentStream(dataset, split, rank, world_size, seed, skip_bad_files)
+        return [(str(dataset), 1)]
     if not dataset:
         raise InputError("the mixture is empty: give at least one {dataset: ..., weight: ...}")
     for entry in dataset:
@@ -47,8 +55,32 @@ def open_documents(
         weight = entry.get("weight", 1)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise InputError(f"the weight of {entry['dataset']} must be a number above 0, not {weight!r}")
-    streams = [DocumentStream(e["dataset"], split, rank, world_size, seed, skip_bad_files) for e in dataset]
-    return MixedStream(streams, [entry.get("weight", 1) for entry in dataset])
+    return [(entry["dataset"], entry.get("weight", 1)) for entry in dataset]
+
+
+def is_local(dataset: str | list[dict]) -> bool:
+    """Whether all of it is on this disk or in the package, so that `text_fingerprint` sees every change."""
+    return all(name == "primer" or local_path(name).exists() for name, _ in parts_of(dataset))
+
+
+def text_fingerprint(dataset: str | list[dict]) -> str:
+    """A short hash of both splits of a dataset spec or a mixture, for noticing that the text changed.
+
+    Of files on this disk `content_hash`, of the primer its documents. Of a Hub id the id as it is written, with its
+    @revision if it has one: a commit that comes later changes nothing, since a saved position goes back to its own.
+    Raises InputError for a dataset that is missing or has no such files.
+    """
+    return fingerprint([(_part_fingerprint(name), weight) for name, weight in parts_of(dataset)])
+
+
+def _part_fingerprint(name: str) -> str | list[str]:
+    if name == "primer":
+        return [DatasetSplit(name, split, False).identity["content"] for split in ("train", "validation")]
+    if not local_path(name).exists() and is_hub_id(name):
+        return name
+    names, locate, _ = find_files(name, None)
+    _, train, validation = split_files(name, names)
+    return content_hash(train, validation, locate)
 
 
 class DocumentStream:

@@ -3,6 +3,7 @@
 What a dataset may be is said in corpus.py, which deals the parts out to the readers.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock, Thread
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, errors, hf_hub_download
 
 from ..errors import InputError
+from ..run import fingerprint
 from . import primer
 from .splits import is_visible, text_files
 
@@ -28,6 +30,7 @@ COLUMN = "text"
 SUFFIXES = (".parquet", ".jsonl")
 SINGLE_FILE_VALIDATION = 16  # a dataset of one file gives its last 1/16 to validation
 JSONL_UNIT = 1 << 20  # bytes
+HASH_LIMIT = 1 << 26  # bytes of a dataset that its content hash reads
 CACHE_LIMIT = 1 << 28  # bytes of decoded row groups; the newest stays whatever its size
 PAUSES = (1, 2, 4, 8, 16)  # seconds between attempts to download
 
@@ -52,19 +55,12 @@ class DatasetSplit:
         self.single, self.identity = False, {"revision": self.revision, "files and bytes": [1, None]}
         self.identity["split"] = self.split
         if self.dataset == "primer":
-            self.files = [Memory(list(primer.documents("train" if self.split == "train" else "test", seed=0)))]
+            documents = list(primer.documents("train" if self.split == "train" else "test", seed=0))
+            self.files, self.identity["content"] = [Memory(documents)], fingerprint(documents)
             return
-        # One kind decides, so that a stray file of the other does not become the validation split.
-        kinds = [(kind, [n for n in names if n.endswith(end)]) for kind, end in zip((Parquet, Jsonl), SUFFIXES)]
-        kind, names = next((pair for pair in kinds if pair[1]), (None, []))
-        if not names:
-            raise InputError(f"dataset {self.dataset} has no .parquet or .jsonl files")
-        train, validation, decision = names, names, ""
-        if not local_path(self.dataset).is_file():
-            train, validation, decision = text_files(self.dataset, names)
-        if decision:
-            say(f"dataset {self.dataset}: {decision}")
+        names, train, validation = split_files(self.dataset, names)
         self.single = train == validation
+        kind = Parquet if names[0].endswith(SUFFIXES[0]) else Jsonl
         self.files = [kind(self, name) for name in (train if self.split == "train" else validation)]
         read = sorted({*train, *validation})
         if len(names) > 1 and (train, validation) != (names[:-1], names[-1:]):
@@ -72,6 +68,7 @@ class DatasetSplit:
         self.identity["files and bytes"] = [len(read), None]  # the Hub's revision says more
         if self.revision is None:
             self.identity["files and bytes"][1] = sum(self.locate(name).stat().st_size for name in read)
+            self.identity["content"] = content_hash(train, validation, self.locate)
             for file in self.files:  # on this disk: tell now, and not in an hour, which file is broken
                 file.units(1)
 
@@ -79,7 +76,8 @@ class DatasetSplit:
         """Make sure that positions saved with `identity` mean the same documents here. Raises InputError if not."""
         if identity["revision"] and identity["revision"] != self.revision:
             self._open(identity["revision"])  # the Hub keeps the state that the run began with
-        if identity != self.identity:
+        # Positions of older versions have no content hash.
+        if identity != {key: value for key, value in self.identity.items() if key != "content" or key in identity}:
             raise InputError(
                 f"dataset {self.dataset} changed since this run began ({identity}, now {self.identity}); "
                 "bring back the old files, or begin again in another --run-dir"
@@ -154,6 +152,50 @@ def find_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[
     names = sorted(file.rfilename for file in info.siblings)
     names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     return [name for name in names if is_visible(name)], download, info.sha
+
+
+def split_files(dataset: str, names: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """-> (the names of one kind of file, the training files, the validation files); one line says what was decided."""
+    # One kind decides, so that a stray file of the other does not become the validation split.
+    kinds = ([name for name in names if name.endswith(end)] for end in SUFFIXES)
+    names = next(filter(None, kinds), None)
+    if not names:
+        raise InputError(f"dataset {dataset} has no .parquet or .jsonl files")
+    if local_path(dataset).is_file():
+        return names, names, names
+    train, validation, decision = text_files(dataset, names)
+    if decision:
+        say(f"dataset {dataset}: {decision}")
+    return names, train, validation
+
+
+def content_hash(train: list[str], validation: list[str], locate: Callable[[str], Path]) -> str:
+    """A hash of both splits' files on this disk: names in order, sizes and bytes.
+
+    All bytes, if they are not more than HASH_LIMIT together. Otherwise the head and the tail of each file, equal parts
+    of the limit: an edit in the middle of a large file that keeps its size is not seen.
+    """
+    stats = {name: locate(name).stat() for name in sorted({*train, *validation})}
+    whole = sum(stat.st_size for stat in stats.values()) <= HASH_LIMIT
+    part = None if whole else max(HASH_LIMIT // (2 * len(stats)), 1)
+    files = {
+        n: (s.st_size, _bytes_hash(locate(n), s.st_size, s.st_mtime_ns, s.st_ino, part)) for n, s in stats.items()
+    }
+    return fingerprint([[(name, *files[name]) for name in split] for split in (train, validation)])
+
+
+@lru_cache(maxsize=1 << 16)
+def _bytes_hash(path: Path, size: int, changed: int, inode: int, part: int | None) -> str:
+    """Of the whole file, or of `part` bytes at either end. Raises InputError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            if part is None or size <= 2 * part:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            head = file.read(part)
+            file.seek(-part, os.SEEK_END)
+            return hashlib.sha256(head + file.read(part)).hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 def with_retry(action: Callable, what: str):

@@ -285,9 +285,10 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) ->
 def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     """Train on the training split of `config.dataset` and write a `from_pretrained` folder and metrics.json."""
     from ..run import begin, finish
-    from .corpus import open_documents
+    from .corpus import open_documents, text_fingerprint
 
     output, record = Path(output), begin(config)
+    data = text_fingerprint(config.dataset)
     reading = tqdm(total=config.max_chars, desc="tokenizer: reading", unit="char", unit_scale=True, disable=None)
 
     def texts(split: str, limit: int) -> Iterator[str]:
@@ -306,7 +307,8 @@ def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     compression = bytes_per_token(tokenizer, texts("validation", VALIDATION_CHARS))
     reading.close()
     save(tokenizer, output)
-    finish(output, record, vocab_size=len(tokenizer), bytes_per_token=compression, train_chars=train_chars)
+    numbers = {"vocab_size": len(tokenizer), "bytes_per_token": compression, "train_chars": train_chars}
+    finish(output, record, inputs={"data": data}, **numbers)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -9,6 +9,7 @@ scripts/chat_sft.py bring the two together, since training does not know evaluat
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 
 from ..distributed import agreed
@@ -23,7 +24,8 @@ from .tasks import Tasks
 def chatcore_metric(config: EvalConfig, tokenizer, output: Path, engine: Callable | None = None) -> Callable:
     """(model in eval mode, questions per task) -> mean centered accuracy, the same on every process.
 
-    The mean is over ChatCORE's tasks, where `config.tasks` has some, and over all its accuracies otherwise. Generated
+    The mean is over ChatCORE's tasks, where `config.tasks` has some, and over all its accuracies otherwise; NaN if the
+    few questions of every task have one answer, so that guessing is always right. Generated
     questions are written below `output`. `engine` as in harness.evaluate; it is made once and refreshed.
 
     Raises:
@@ -49,6 +51,6 @@ def chatcore_metric(config: EvalConfig, tokenizer, output: Path, engine: Callabl
                 results |= tasks.run(name, lm)[0]
         marked = {k: v for k, v in results.items() if v.get("chatcore")}
         found = centered_mean(marked or results, "ChatCORE", len(results))
-        return agreed(found and found["value"])
+        return agreed(found["value"] if found else nan)
 
     return measure

@@ -17,6 +17,7 @@ import transformers
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 
+from ..distributed import processes
 from ..errors import InputError
 
 GROUP = "nanochat_core"
@@ -65,15 +66,25 @@ def evaluate_core(lm, manager: TaskManager, limit: int | None = None, log: Calla
 
 
 def centered_mean(results: dict[str, dict], name: str, complete: int, part: str = "tasks") -> dict | None:
-    """The mean of centered accuracies; labelled `name` only if all `complete` tasks are in it, else "18/22 tasks"."""
-    if not results:
-        return None
-    per_task = {}
+    """The mean of centered accuracies; labelled `name` only if all `complete` tasks are in it, else "18/22 tasks".
+
+    A task in which guessing is always right (its questions here have one answer) says nothing and is left out; None if
+    no task is left.
+    """
+    per_task, left_out = {}, []
     for label, found in results.items():
         baseline = found.get("baseline") or 0.0
+        if baseline >= 1:
+            left_out.append(label)
+            continue
         centered = found.get("centered", (found["value"] - baseline) / (1 - baseline))
         error = found["stderr"] / (1 - baseline) if found.get("stderr") is not None else None
         per_task[label] = {"acc": found["value"], "centered": centered, "stderr": error, "n": found["n"]}
+    if left_out:
+        what = f"{', '.join(left_out)}: all its questions have the same answer, so guessing is always right"
+        processes().print(f"[eval] {name} goes without {what}")
+    if not per_task:
+        return None
     errors = [row["stderr"] for row in per_task.values()]
     tasks = f"{len(per_task)}/{complete}"
     return {

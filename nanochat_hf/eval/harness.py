@@ -21,17 +21,19 @@ from pathlib import Path
 import torch
 from lm_eval.tasks import TaskManager
 
+from ..data.corpus_files import local_path
 from ..data.tokenizer import load_tokenizer
 from ..distributed import agreed, meet, processes
 from ..errors import InputError
-from ..run import begin, fingerprint, finish, load_json, save_json
+from ..run import Run, begin, fingerprint, finish, load_json, save_json
 from .bpb import held_out_bpb
 from .core import centered_mean, evaluate_core, quiet
 from .generation import Generator
 from .lm import LocalLM, load
+from .sections import MODEL_STAGES
 from .sizes import bloat, compression
-from .tasks import EVALS, MEANS, Tasks, write_jsonl
-from .weights import model_id
+from .tasks import EVALS, MEANS, Tasks, bundle_folder, write_jsonl
+from .weights import measured, model_id, outdated
 
 
 @dataclass
@@ -130,17 +132,46 @@ def evaluate(
         meet("the end of the evaluation")
     if not state.is_main_process:
         return None
-    numbers = {key: {s: n[key] for s, n in stages.items() if n[key]} for key in ("results", "core", *MEANS)}
-    numbers["examples"] = {stage: found["examples"] for stage, found in stages.items()}
-    numbers["seconds"] = {stage: found["seconds"] for stage, found in stages.items()}
-    numbers["bytes_per_token"] = compression(load_tokenizer(next(iter(models.values()))))
     # A stage of this run goes by its name, so that a run folder can move.
     places = {s: s if Path(path).resolve() == (output.parent / s).resolve() else path for s, path in models.items()}
+    for stage, (place, found) in carried(output, models, definition).items():
+        stages[stage], places[stage], weights[stage] = found, place, found["weights"]
+    stages = {stage: stages[stage] for stage in sorted(stages, key=MODEL_STAGES.index)}
+    numbers = {key: {s: n[key] for s, n in stages.items() if n[key]} for key in ("results", "core", *MEANS)}
+    numbers |= {key: {stage: found[key] for stage, found in stages.items()} for key in ("examples", "seconds")}
+    numbers["bytes_per_token"] = compression(load_tokenizer(next(iter(models.values()))))
     what = {"models": places, "weights": weights, "definition": definition}
     metrics = finish(output, record, **what, bloat=bloat(), **numbers)
-    for folder in [output / "state", *(path for path in output.glob("samples/*") if path.name not in models)]:
+    gone = [path for path in output.glob("samples/*") if path.name not in stages and not exists(output, path.name)]
+    for folder in [output / "state", *gone]:
         shutil.rmtree(folder, ignore_errors=True)
     return metrics
+
+
+def exists(output: Path, stage: str) -> bool:
+    return stage in MODEL_STAGES and Run(output.parent).finished(stage)
+
+
+def carried(output: Path, models: dict[str, str], definition: str) -> dict[str, tuple[str, dict]]:
+    """Stages measured earlier and not now -> (model, numbers), if weights and definition are still the same.
+
+    A line names those of the run's stages whose results are left out.
+    """
+    record = load_json(output / "metrics.json") or {}
+    old, weights, kept, lost = outdated(Run(output.parent), record), record.get("weights") or {}, {}, []
+    for stage, elsewhere in measured(record).items():
+        if stage in models:
+            continue
+        changed = stage in old or (elsewhere and model_id(elsewhere) not in (None, weights.get(stage)))
+        key = {"definition": definition, "weights": weights.get(stage)}
+        found = None if changed else earlier(output, stage, key, keep_unchanged=True)
+        if found:
+            kept[stage] = elsewhere or stage, found
+        elif elsewhere or exists(output, stage):
+            lost.append(stage)
+    if lost:
+        print(f"[eval] results of {', '.join(lost)} are left out: weights, config, tasks or data changed since")
+    return kept
 
 
 def check_counts(config: EvalConfig, num_processes: int) -> None:
@@ -160,7 +191,7 @@ def definition_of(config: EvalConfig) -> str:
     data = [
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)
         for place in filter(None, places)
-        for path in sorted([Path(place), *Path(place).rglob("*")])
+        for path in sorted([local_path(place), *local_path(place).rglob("*")])
         if path.is_file()
     ]
     return fingerprint([asdict(config), code, data, metadata.version("lm_eval")])
@@ -172,11 +203,11 @@ def earlier(output: Path, stage: str, key: dict, keep_unchanged: bool) -> dict |
     if keep_unchanged:
         whole = load_json(output / "metrics.json") or {}
         names = ("results", "core", *MEANS, "examples", "seconds", "weights")
-        empty = {"results": {}, "examples": [], "definition": whole.get("definition")}
-        candidates.append(empty | {name: whole[name][stage] for name in names if stage in (whole.get(name) or {})})
+        known = {name: whole[name][stage] for name in names if stage in (whole.get(name) or {})}
+        candidates.append(known | {"definition": whole.get("definition")})
     for found in candidates:
         if key["weights"] and all(found.get(name) == value for name, value in key.items()):
-            return dict.fromkeys(("core", *MEANS, "seconds")) | found
+            return dict.fromkeys(("core", *MEANS, "seconds")) | {"results": {}, "examples": []} | found
     return None
 
 
@@ -240,7 +271,7 @@ def core_metric(tokenizer, bundle: str) -> Callable[[torch.nn.Module, int], floa
     A bundle that lacks tasks gives the mean over those it has. The model must be in eval mode.
     """
     config = EvalConfig(core_bundle=bundle)
-    metadata = {"core_bundle": None if bundle == "download" else bundle}
+    metadata = {"core_bundle": bundle_folder(config)}
     manager = TaskManager(include_path=str(EVALS), include_defaults=False, metadata=metadata)
 
     def measure(model, limit: int) -> float:

@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InputError
-from ..run import Run, save_json, without_nan
+from ..run import Run, save_json, without_nan, writing
 from .plots import page, plots
 from .sections import MODEL_STAGES, TITLES, decimal, duration, grid, markdown, short, show
 from .weights import measured, outdated, refuse_non_finite, replaced, unverified
@@ -89,10 +89,12 @@ def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
     path = Path(run_path)
     facts = collect(Run(path), hourly_rate)
     validate(facts)
-    text = markdown(facts, plots(facts, path / "plots"))
+    with writing(path / "plots"):
+        text = markdown(facts, plots(facts, path / "plots"))
     save_json(path / "report.json", facts)
-    (path / "report.html").write_text(page(text, path), encoding="utf-8")
-    (path / "report.md").write_text(text, encoding="utf-8")
+    for name, content in (("report.html", page(text, path)), ("report.md", text)):
+        with writing(path / name):
+            (path / name).write_text(content, encoding="utf-8")
     return path / "report.md"
 
 
@@ -153,15 +155,23 @@ def current(run: Run, stages: dict) -> tuple[list[str], dict]:
         for name in names
         if replaced(run, name)
     ]
-    for before, after in pairwise(names):
-        if (stages[before].get("started") or 0) > (stages[after].get("started") or 0):
-            notes.append(f"{after} was trained before today's {before}, so not from it")
+    notes += [note for before, after in pairwise(names) if (note := broken_link(before, after, stages))]
     evaluation = {
         key: {stage: value for stage, value in (record.get(key) or {}).items() if stage not in old}
         for key in ("results", "core", "chatcore", "kocore", "examples")
     }
     whole = not old or next(iter(models)) not in old  # the tokenizer is that of the first model
     return notes, evaluation | {"bytes_per_token": (record.get("bytes_per_token") or {}) if whole else {}}
+
+
+def broken_link(before: str, after: str, stages: dict) -> str | None:
+    """What to note when a stage was not trained from the one before it: by the weights, or else by the times."""
+    weights, source = stages[before].get("weights"), (stages[after].get("inputs") or {}).get("model")
+    if before in MODEL_STAGES and weights and source:
+        return f"{after} was trained from another model than today's {before}" if source != weights else None
+    if (stages[before].get("started") or 0) > (stages[after].get("started") or 0):
+        return f"{after} was trained before today's {before}, so not from it"
+    return None
 
 
 def describe(metrics: dict) -> str:

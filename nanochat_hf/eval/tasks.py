@@ -15,10 +15,11 @@ from lm_eval.tasks import TaskManager
 
 from ..data import primer
 from ..data.conversations import Mixture
+from ..data.corpus_files import local_path
 from ..data.jsonl import DamagedFile
 from ..distributed import main_first, processes
 from ..errors import InputError
-from ..run import nearest, without_nan
+from ..run import nearest, without_nan, writing
 from .core import evaluate_core, load_tasks, run_lm_eval
 from .lm import LocalLM
 
@@ -39,14 +40,14 @@ class Tasks:
         self.config, self.models = config, models
         if not (EVALS / "tasks").is_dir():
             raise InputError(f"no {EVALS}: evaluation runs from a checkout of the repository")
-        if config.chat_data and not Path(config.chat_data).is_dir():
+        chat_data = config.chat_data and str(local_path(config.chat_data))
+        if chat_data and not Path(chat_data).is_dir():
             raise InputError(f"chat_data: no folder {config.chat_data}")
         if isinstance(config.dataset, list) and not config.words and SPELLING & set(config.tasks):
             raise InputError(
                 "dataset is a mixture, and SpellingBee takes its words from one dataset: name it in words"
             )
-        bundle = None if config.core_bundle == "download" else config.core_bundle
-        metadata = {"core_bundle": bundle, "chat_data": [config.chat_data, str(output / "questions")]}
+        metadata = {"core_bundle": bundle_folder(config), "chat_data": [chat_data, str(output / "questions")]}
         self.manager = TaskManager(include_path=str(EVALS), include_defaults=False, metadata=metadata)
         if any(not name.startswith("nanochat_") for name in config.tasks):
             self.manager = TaskManager(include_path=str(EVALS), metadata=metadata)  # reads all of lm-eval's
@@ -130,11 +131,18 @@ class Tasks:
         return evaluate_core(lm, self.manager, self.config.core_limit, log)
 
 
+def bundle_folder(config) -> str | None:
+    """The folder of CORE's data that a config names; None for the official one."""
+    return None if config.core_bundle in (None, "download") else str(local_path(config.core_bundle))
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """A row a line; NaN and infinities, which JSON has no word for, become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False) for row in rows)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    text = "".join(f"{line}\n" for line in lines)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def readable(sample: dict) -> dict:

@@ -133,11 +133,27 @@ def unverified(run: Run, evaluation: dict) -> list[str]:
     return [stage for stage in own if not weights.get(stage) and stage not in old]
 
 
-def renewal(run: Run) -> str:
-    """What a finished evaluation must be run again for: stages that changed, came or went; "" for nothing."""
+def origin(run: Run, stage: str, source: str | Path) -> str:
+    """The line that says which model a stage starts from, and which stages in between are passed over."""
+    before = MODEL_STAGES[: MODEL_STAGES.index(stage)] if stage in MODEL_STAGES else MODEL_STAGES
+    own = next((name for name in before if run.folder(name) == Path(source)), None)
+    after = before[before.index(own) + 1 :] if own else ()
+    half_done = [name for name in after if run.folder(name).exists() and not run.finished(name)]
+    passed_over = f"; {' and '.join(half_done)} in {run.path}, not finished, is passed over" if half_done else ""
+    return f"[{stage}] starts from {source}{passed_over}"
+
+
+def renewal(run: Run, definition: str | None = None) -> str:
+    """What a finished evaluation must be run again for: stages that changed, came or went, or all; "" for nothing.
+
+    Args:
+        definition: what `harness.definition_of` says today; None not to compare it.
+    """
     evaluation = run.metrics("eval") or {}
     if not evaluation.get("finished"):
         return ""
     reasons, known = outdated(run, evaluation), measured(evaluation)
     reasons |= {stage: "not measured yet" for stage in MODEL_STAGES if run.finished(stage) and stage not in known}
+    if definition and evaluation.get("definition") not in (None, definition):
+        reasons = {"all stages": "its config, tasks, code or data changed"} | reasons
     return ", ".join(f"{stage} ({reason})" for stage, reason in reasons.items())
