@@ -264,6 +264,8 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(
     recipe.mkdir()
     (recipe / "base.yaml").write_text("dataset: primer\n")
     keys = "tasks: [nanochat_demo_spelling]\nlimit: 2\nbpb_tokens: 128\nmax_new_tokens: 4\n"
+    (tmp_path / "rows").mkdir()
+    keys += f"chat_data: {tmp_path / 'rows'}\n"
     (recipe / "eval.yaml").write_text(keys)
     for number, stage in enumerate(("base", "sft")):
         tiny_model.save_pretrained(run.folder(stage))
@@ -286,4 +288,9 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(
     assert "[eval] finished earlier, to be run again for sft (has other weights now)" in said
     assert "[eval] base: measured earlier, with the same weights" in said and "[eval] sft: val bpb" in said
     assert run.metrics("eval")["weights"] == {stage: model_fingerprint(run.folder(stage)) for stage in ("base", "sft")}
+    assert "[eval] finished earlier: " in again()
+    (tmp_path / "rows" / "gsm8k_test.jsonl").write_text("")
+    said = again()
+    assert "to be run again for all stages (its config, tasks, code or data changed)" in said
+    assert "[eval] base: val bpb" in said and "[eval] sft: val bpb" in said
     assert "[eval] finished earlier: " in again()
