@@ -109,7 +109,7 @@ def test_two_and_four_processes_equal_one_and_each_other_after_a_stop(alone, con
     assert [path.name for path in stopped.glob("state/*")] == [saved.name]
     files = {path.name for path in saved.iterdir()}
     weights_at = "model.pt" if config == "multi_gpu" else "shards"
-    assert files == {weights_at, "progress.pt", "rank_00000.pt", "rank_00001.pt"}
+    assert files == {weights_at, "progress.pt", "manifest.json", "rank_00000.pt", "rank_00001.pt"}
     for name in ("again-2", "again-4", "again-1"):
         shutil.copytree(stopped, place / f"{config}-{name}")
     jobs = [
@@ -220,7 +220,7 @@ def test_the_slurm_script_runs_the_pipeline_on_two_machines(tmp_path):
 def test_who_waits_says_for_whom_and_gives_up(tmp_path):
     job = {"do": "wait", "output": tmp_path, "missing": 2, "seconds": 2}
     assert launch(3, "multi_gpu", [job]).returncode == 0
-    said = [load_json(tmp_path / f"{rank}.json") for rank in range(3)]
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     first, *others = (entry[0].split() for entry in said)
     assert first[0] == "True" and all(name == "False" and float(at) > float(first[1]) + 0.4 for name, at in others)
     assert said[0][1] == "of the main process"

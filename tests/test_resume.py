@@ -239,7 +239,7 @@ def test_a_half_done_base_refuses_another_tokenizer(world, tmp_path):  # noqa: F
     other = tmp_path / "other"
     train_bpe(iter(texts), vocab_size=len(load_tokenizer(world / "tokenizer"))).save_pretrained(other)
     config = dataclasses.replace(module_config(world), save_every=5)
-    with pytest.raises(InputError, match="trained with another tokenizer than that given now"):
+    with pytest.raises(InputError, match="trained with other tokenizer than given now"):
         pretrain.pretrain(config, str(other), tmp_path / "out")
 
 

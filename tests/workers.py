@@ -119,11 +119,10 @@ def count(output: str, tokenizer: str, accumulations: list[int], **keys) -> None
 
 def sft(output: str, model: str, die_at: int | None = None, **keys) -> None:
     from nanochat_hf.train import sft as module
+    from nanochat_hf.train import trainer
 
-    real_zero = module.ChatTrainer.zero_optimizer
-    module.ChatTrainer.zero_optimizer = lambda self, groups: (print("DeepSpeed's own Muon"), real_zero(self, groups))[
-        1
-    ]
+    real_zero = trainer.deepspeed_optimizer
+    trainer.deepspeed_optimizer = lambda *args: (print("DeepSpeed's own Muon"), real_zero(*args))[1]
     if die_at is not None:
         real, done = module.ChatTrainer.training_step, []
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.corpus import open_documents
+from ..data.corpus import open_documents, text_fingerprint
 from ..data.loader import VALIDATION, PackedLoader
 from ..data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ..distributed import main_first, meet
@@ -106,7 +106,8 @@ class Pretraining:
             self.tokenizer = load_tokenizer(tokenizer)
             shape = shape_of(model) if model else {}
             source = (model_fingerprint(model) or str(model)) if model else None
-        self.inputs = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "model": source}
+            data = text_fingerprint(config.dataset)
+        self.inputs = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "model": source, "data": data}
         options = {name: getattr(config, name) for name in PLAN_KEYS} | shape
         self.plan = plan(vocab_size=len(self.tokenizer), **options)
         check_cost(self.plan, self.device)
@@ -382,9 +383,9 @@ class Pretraining:
                 f"{path} is of another config ({', '.join(binding)}); use another --run-dir, or delete {path.parent}"
             )
         inputs = checkpoint.read_progress(path).get("inputs", self.inputs)
-        if others := [name for name, value in inputs.items() if value != self.inputs[name]]:
+        if others := [name for name, value in inputs.items() if value != self.inputs.get(name)]:
             raise InputError(
-                f"{path} was trained with another {' and another '.join(others)} than that given now: bring the old "
+                f"{path} was trained with other {' and '.join(others)} than given now: bring the old "
                 f"one back, use another --run-dir, or delete {path.parent} to start this stage anew"
             )
         progress, positions = checkpoint.load(path, self.model, self.optimizer.optimizer)
