@@ -215,6 +215,7 @@ RUSTAVELI = """რომელმან შექმნა სამყარო
 მისგან არს ყოვლი ხელმწიფე სახითა მის მიერითა""".splitlines()  # of about 1200, in the public domain
 
 
+@pytest.mark.slow
 def test_a_recipe_of_another_script_trains_and_is_measured(tmp_path):
     from nanochat_hf.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
     from nanochat_hf.train.pretrain import PretrainConfig, pretrain

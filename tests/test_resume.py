@@ -114,7 +114,6 @@ PLACES = ["closing evaluation", "evaluation on the way", "evaluation after the l
     "stage,place",
     [
         ("sft", "evaluation on the way"),
-        ("sft", "model folder"),
         ("rl", "closing evaluation"),
         *slowly(*((stage, place) for stage in TRAINERS for place in PLACES)),
     ],
@@ -421,8 +420,11 @@ BASE_FILES = ["model.pt", "rank_00000.pt", "progress.pt"]
     "file,harm",
     [
         ("rank_00000.pt", "a flipped bit"),
-        ("manifest.json", "empty"),
-        *slowly(("manifest.json", "cut"), *((file, harm) for file in BASE_FILES for harm in HARM)),
+        *slowly(
+            ("manifest.json", "empty"),
+            ("manifest.json", "cut"),
+            *((file, harm) for file in BASE_FILES for harm in HARM),
+        ),
     ],
 )
 def test_a_damaged_checkpoint_of_base_is_set_aside(world, tmp_path, capsys, file, harm):  # noqa: F811
