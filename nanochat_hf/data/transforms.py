@@ -294,7 +294,7 @@ def _in_order(calls: list[dict], results: list[dict]) -> list[dict]:
     numbers = {n: ids.index(one) for n, one in enumerate(answered) if one is not None and one in ids}  # result -> call
     late = [n for n in range(len(results)) if n not in numbers]
     open_calls = [n for n in range(len(calls)) if n not in numbers.values()]
-    repeated = any(len(set(ones)) < len(ones) for ones in ([i for i in l if i is not None] for l in (ids, answered)))
+    repeated = any(len(set(given)) < len(given) for given in ([i for i in ones if i] for ones in (ids, answered)))
     if repeated or any(None not in (answered[n], ids[m]) for n, m in zip(late, open_calls)):
         raise BadRow(f"the results of {', '.join(map(str, answered))} do not answer {', '.join(map(str, ids))}")
     if len(late) > 1 and any(n != m for n, m in numbers.items()):  # the others changed places, so these may have, too
