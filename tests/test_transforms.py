@@ -337,6 +337,10 @@ def test_half_of_a_surrogate_pair_becomes_a_question_mark():
     assert [part["text"] for part in conversation[3]["content"]] == ["x?", "x?", "1"]
     assert steps(conversation)[1] == "'?'.count(1)" and json.dumps(conversation, ensure_ascii=False).encode()
     assert normalize([{"role": "user", "content": "😀 é"}])[0]["content"] == "😀 é"
+    for arguments in ('["\\ud83d"]', half, '{"\\ud83d": 1}'):
+        with pytest.raises(BadRow) as caught:  # the server sends the reason
+            normalize([USER, calling(call(arguments, "python" if "{" in arguments else "weather")), result(), REPLY])
+        assert str(caught.value).encode()
     deep: dict = {}
     for _ in range(100_000):
         deep = {"a": deep}

@@ -200,6 +200,10 @@ def normalize(conversation: list[dict]) -> list[dict]:
     """
     if not isinstance(conversation, list) or not all(isinstance(m, dict) for m in conversation):
         return conversation
+    try:
+        conversation = _encodable(conversation)
+    except RecursionError:
+        raise BadRow("the messages are nested too deeply") from None
     normalized: list[dict] = []
     rest = [_with_calls(message, number) for number, message in enumerate(conversation, 1)]
     while rest:
@@ -215,10 +219,7 @@ def normalize(conversation: list[dict]) -> list[dict]:
         if not calls:
             normalized.append(message)
         rest = rest[len(results) :]
-    try:
-        return [_encodable(message) for message in normalized]
-    except RecursionError:
-        raise BadRow("a call's arguments are nested too deeply") from None
+    return normalized
 
 
 def _encodable(value):
@@ -271,7 +272,7 @@ def _decoded(call) -> dict:
     if isinstance(arguments, str):
         text = arguments.strip()
         try:
-            arguments = json.loads(text) if text else {}
+            arguments = _encodable(json.loads(text)) if text else {}
         except (ValueError, RecursionError):
             arguments = text
         bare = arguments is text or (isinstance(arguments, int | float) and not isinstance(arguments, bool))
