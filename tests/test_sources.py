@@ -4,7 +4,7 @@ import pytest
 from test_conversations import chat, write
 
 from nanochat_hf.data.conversations import Mixture
-from nanochat_hf.data.sources import Entry, JsonLines, open_rows
+from nanochat_hf.data.sources import Entry, JsonLines, open_rows, shared
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 
@@ -75,6 +75,18 @@ def test_one_file_gives_its_rows_only_as_the_split_that_its_name_tells(tmp_path)
     ):
         with pytest.raises(InputError, match=f"{name}.jsonl is one file, and its name does not say .* split {split}"):
             open_rows(Entry(f"{tmp_path}/{name}.jsonl", split), seed=0)
+
+
+def test_rows_that_two_mixtures_share_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("chats", "train-0", "test-0"):
+        write(tmp_path / f"{name}.jsonl", [chat(name, "b")])
+    folder, one, words = {"dataset": str(tmp_path)}, {"dataset": "chats.jsonl"}, {"transform": "simple_spelling"}
+    assert shared([one], [{"dataset": str(tmp_path / "chats.jsonl"), "rows": 1}]) == [str(tmp_path / "chats.jsonl")]
+    assert shared([folder], [{"dataset": "./train-0.jsonl"}]) == [str(tmp_path / "train-0.jsonl")]
+    assert shared([{"dataset": "primer"}], [{"dataset": "primer", "rows": 9}]) == ["primer::train"]
+    assert not shared([folder, one], [{**folder, "split": "test"}, {"dataset": "org/name", "split": "test"}])
+    assert not shared([{**one, **words}], [{**one, **words, "split": "test"}])
 
 
 def test_suffixes_have_any_case_and_what_is_not_read_is_named(tmp_path, capsys):

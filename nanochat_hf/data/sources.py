@@ -149,6 +149,22 @@ def _files(entry: Entry, path: Path) -> list[Path]:
     return [path]
 
 
+def shared(entries: list[dict], others: list[dict]) -> list[str]:
+    """The files, or the names of data sets, that entries of both mixtures take rows from."""
+
+    def parts(mixture: list[dict]) -> set[str]:
+        taken: set[str] = set()
+        for entry in map(Entry.read, mixture):
+            path = local_path(entry.dataset)
+            if path.suffix in (".yaml", ".yml") or entry.transform in WORD_TRANSFORMS or not path.exists():
+                taken.add(":".join((entry.dataset, entry.subset or "", entry.split)))
+            else:
+                taken |= {str(file.resolve()) for file in _files(entry, path)}
+        return taken
+
+    return sorted(parts(entries) & parts(others))
+
+
 def _made_rows(entry: Entry, seed: int) -> list[dict]:
     """The conversations of the primer or of a personality, made here."""
     if entry.transform != "messages":
