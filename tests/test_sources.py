@@ -64,7 +64,13 @@ def test_a_folder_in_the_hubs_layout_gives_the_rows_of_a_split(tmp_path):
 def test_one_file_gives_its_rows_only_as_the_split_that_its_name_tells(tmp_path):
     for name in ("chats", "chats_test", "test_sft", "latest"):
         write(tmp_path / f"{name}.jsonl", [chat(name, "b")])
-    for name, split in (("chats", "train"), ("chats_test", "train"), ("chats_test", "test"), ("test_sft", "test_sft")):
+    for name, split in (
+        ("chats", "train"),
+        ("chats", "train_prefs"),
+        ("chats_test", "train"),
+        ("chats_test", "test"),
+        ("test_sft", "test_sft"),
+    ):
         assert len(open_rows(Entry(f"{tmp_path}/{name}.jsonl", split), seed=0)) == 1
     for name, split in (
         ("chats", "test"),

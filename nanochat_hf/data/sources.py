@@ -22,7 +22,7 @@ from ..errors import InputError
 from . import personality, primer
 from .corpus import DocumentStream
 from .corpus_files import files_below, is_hub_id, local_path, say
-from .splits import SPLITS, SUFFIXES, has_suffix, listed, row_files, tells, unread_files
+from .splits import SUFFIXES, has_suffix, listed, row_files, split_of, tells, unread_files
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow
 
 WORD_CHARACTERS = 20_000_000  # of a text that a spelling transform takes its words from
@@ -141,7 +141,7 @@ def _files(entry: Entry, path: Path) -> list[Path]:
         if unread:
             say(f"dataset {entry.dataset}: not read: {listed(unread)}")
         return [path / name for name in files]
-    if SPLITS.get(entry.split.lower()) != "train" and not tells(path.name, entry.split):
+    if split_of(entry.split) != "train" and not tells(path.name, entry.split):  # train, train_prefs: all rows
         raise InputError(
             f"{entry.dataset} is one file, and its name does not say that it is the split {entry.split}: give a file "
             "of that name, or leave split out to take all its rows"
