@@ -35,6 +35,7 @@ MAX_OUTPUT = 64 * 1024  # bytes of a sandboxed program's output that are kept
 
 _ALLOWED = "only numbers, + - * / // % ( ) and 'text'.count('part') are allowed"
 _LETTERS = re.compile(r"""('[^'\\]*'|"[^"\\]*"|\.count\b|[0-9 .+*/%(),eE_-])*""")
+_THOUSANDS = re.compile(r"(?<![\w.])\d{1,3}(,\d{3})+(?![\w,])")
 
 _OPERATIONS = {
     ast.Add: operator.add,
@@ -49,7 +50,7 @@ _OPERATIONS = {
 def calculate(expression: str) -> str:
     """Value of an arithmetic expression or of `'text'.count('part')`, as text.
 
-    Takes + - * / // % and parentheses on decimal numbers (commas between thousands are dropped, as upstream did), and
+    Takes + - * / // % and parentheses on decimal numbers (a comma may stand before thousands and is dropped), and
     the one string method `count`. The arithmetic is exact, in fractions. Whole results print without a decimal point,
     decimal fractions that terminate in full; the others, such as 1/3, are rounded to 10 digits, and to 2 decimals
     where more than 8 digits stand before the point.
@@ -63,7 +64,7 @@ def calculate(expression: str) -> str:
     if len(text) > MAX_CHARS:
         raise ValueError(f"expression longer than {MAX_CHARS} characters")
     if "'" not in text and '"' not in text:
-        text = text.replace(",", "")
+        text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     if not (text.isprintable() and _LETTERS.fullmatch(text)):  # the parser would print warnings
         raise ValueError(_ALLOWED)
     try:

@@ -49,6 +49,25 @@ def test_the_hubs_layout_is_read_by_the_names_of_its_splits(tmp_path, end):
         DocumentStream(tmp_path)
 
 
+def test_a_split_in_files_that_are_not_read_is_refused(tmp_path):
+    layout(tmp_path, ["train-0.parquet", "train-1.jsonl"])
+    (tmp_path / "train-0.parquet").rename(tmp_path / "train-0.Parquet")
+    assert set(DocumentStream(tmp_path)) == {"train-0.parquet"}
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
+    layout(elsewhere, ["0.parquet"])
+    (tmp_path / "validation").symlink_to(elsewhere, target_is_directory=True)
+    with pytest.raises(InputError, match="has its validation split in validation/, which is not read"):
+        DocumentStream(tmp_path)
+    (tmp_path / "validation").unlink()
+    layout(tmp_path, ["validation.jsonl"])
+    with pytest.raises(InputError, match=r"has its validation split in validation.jsonl, which is not read"):
+        DocumentStream(tmp_path)
+    layout(tmp_path / "c", ["x.csv"])
+    for dataset in (tmp_path / "c", tmp_path / "c" / "x.csv"):
+        with pytest.raises(InputError, match=r"no .parquet or .jsonl files, only x.csv"):
+            DocumentStream(dataset)
+
+
 def test_what_no_name_decides_is_said_once_by_the_main_process(tmp_path, capsys, monkeypatch):
     layout(tmp_path, ["a.parquet", "b.parquet"])
     for rank in "10":

@@ -261,6 +261,24 @@ def test_tgi_routes_answer_as_documented(server):
     assert wrong.status_code == 422 and wrong.json()["error_type"] == "validation" and "max_new_tokens" in wrong.text
 
 
+def test_half_of_a_surrogate_pair_is_refused_or_a_question_mark(server):
+    def post(route: str, body: dict) -> httpx.Response:
+        text = json.dumps({**body, "max_tokens": 1})  # httpx itself would refuse the half
+        return httpx.post(server.url + route, content=text, headers={"Content-Type": "application/json"})
+
+    half = "x\ud83d"
+    for route, body in (("/v1/completions", {"prompt": half}), ("/v1/completions", {"prompt": [half]})):
+        answer = post(route, body)
+        assert answer.status_code == 400 and "half of a surrogate pair" in answer.json()["error"]["message"]
+    assert post("/generate", {"inputs": half}).status_code == 422
+    for content in (half, [{"type": "text", "text": half}]):
+        answer = post("/v1/chat/completions", {"messages": [{"role": "user", "content": content}]})
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["prompt_tokens"] == len(
+            server.engine.encode([{"role": "user", "content": "x?"}])
+        )
+
+
 def test_browsers_get_a_page_that_needs_nothing_from_elsewhere(server):
     page = httpx.get(server.url + "/")
     assert page.headers["content-type"].startswith("text/html") and "/v1/chat/completions" in page.text

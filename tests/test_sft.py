@@ -205,6 +205,12 @@ def test_a_folder_without_a_model_is_named(tokenizer, tmp_path):
         train_chat(config(), str(tmp_path / "empty"), tmp_path / "sft")
 
 
+def test_validation_on_rows_that_are_trained_on_is_said(tiny_folder, tmp_path, capsys):
+    both = [{"dataset": "primer", "rows": 20}]
+    train_chat(config(mixture=both, validation=both, num_iterations=1), tiny_folder, tmp_path / "sft")
+    assert "both take rows of primer::train: its validation loss is of rows trained on" in capsys.readouterr().err
+
+
 def test_the_validation_loss_is_the_mean_over_tokens_of_unequal_batches(tiny_folder, tmp_path):
     """By hand, one conversation at a time; a short and a long one are batches of their own here."""
     said = ["yes", "word " * 30, "no no", "word " * 9, "well"]

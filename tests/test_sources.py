@@ -4,18 +4,19 @@ import pytest
 from test_conversations import chat, write
 
 from nanochat_hf.data.conversations import Mixture
-from nanochat_hf.data.sources import Entry, JsonLines, open_rows
+from nanochat_hf.data.sources import Entry, JsonLines, open_rows, shared
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 
 
 def test_lines_are_read_by_number_over_several_files(tmp_path):
     write(tmp_path / "a.jsonl", [{"n": 0}, "", {"n": 1}])
-    write(tmp_path / "b.jsonl", ["{broken", {"n": 3}])
+    write(tmp_path / "b.jsonl", ["{broken", {"n": 3}, "[" * 100_000])
     rows = JsonLines([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
-    assert len(rows) == 4 and [rows[i]["n"] for i in (3, 0, 1)] == [3, 0, 1]
-    with pytest.raises(BadRow, match="not JSON"):
-        rows[2]
+    assert len(rows) == 5 and [rows[i]["n"] for i in (3, 0, 1)] == [3, 0, 1]
+    for number in (2, 4):
+        with pytest.raises(BadRow, match="not JSON"):
+            rows[number]
 
 
 def test_a_yaml_of_facts_is_a_data_set(tmp_path):
@@ -58,6 +59,61 @@ def test_a_folder_in_the_hubs_layout_gives_the_rows_of_a_split(tmp_path):
     for split in ("train", "test"):
         (row,) = Mixture([{"dataset": str(tmp_path), "split": split}])
         assert row["messages"][0]["content"] == f"data/{split}-00000-of-00001"
+
+
+def test_one_file_gives_its_rows_only_as_the_split_that_its_name_tells(tmp_path):
+    for name in ("chats", "chats_test", "test_sft", "latest"):
+        write(tmp_path / f"{name}.jsonl", [chat(name, "b")])
+    for name, split in (
+        ("chats", "train"),
+        ("chats", "train_prefs"),
+        ("chats_test", "train"),
+        ("chats_test", "test"),
+        ("test_sft", "test_sft"),
+    ):
+        assert len(open_rows(Entry(f"{tmp_path}/{name}.jsonl", split), seed=0)) == 1
+    for name, split in (
+        ("chats", "test"),
+        ("chats", "dev"),
+        ("latest", "test"),
+        ("chats_test", "val"),
+        ("chats", "x"),
+    ):
+        with pytest.raises(InputError, match=f"{name}.jsonl is one file, and its name does not say .* split {split}"):
+            open_rows(Entry(f"{tmp_path}/{name}.jsonl", split), seed=0)
+
+
+def test_rows_that_two_mixtures_share_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("chats", "train-0", "test-0"):
+        write(tmp_path / f"{name}.jsonl", [chat(name, "b")])
+    folder, one, words = {"dataset": str(tmp_path)}, {"dataset": "chats.jsonl"}, {"transform": "simple_spelling"}
+    assert shared([one], [{"dataset": str(tmp_path / "chats.jsonl"), "rows": 1}]) == [str(tmp_path / "chats.jsonl")]
+    assert shared([folder], [{"dataset": "./train-0.jsonl"}]) == [str(tmp_path / "train-0.jsonl")]
+    assert shared([{"dataset": "primer"}], [{"dataset": "primer", "rows": 9}]) == ["primer::train"]
+    assert not shared([folder, one], [{**folder, "split": "test"}, {"dataset": "org/name", "split": "test"}])
+    assert not shared([{**one, **words}], [{**one, **words, "split": "test"}])
+
+
+def test_suffixes_have_any_case_and_what_is_not_read_is_named(tmp_path, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write(tmp_path / "train.JSONL", [chat("a", "b")])
+    pq.write_table(pa.Table.from_pylist([chat("c", "d")]), tmp_path / "test.Parquet")
+    for split, question in (("train", "a"), ("test", "c")):
+        (row,) = Mixture([{"dataset": str(tmp_path), "split": split}])
+        assert row["messages"][0]["content"] == question
+    assert "not read" not in capsys.readouterr().err
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "val").symlink_to(elsewhere, target_is_directory=True)
+    write(tmp_path / "train-2.jsonl.gz", [])
+    write(tmp_path / "README.md", [])
+    assert len(Mixture([{"dataset": str(tmp_path)}])) == 1
+    assert capsys.readouterr().err == f"dataset {tmp_path}: not read: train-2.jsonl.gz, val/\n"
+    with pytest.raises(InputError, match=r"named validation\*; .* not read are train-2.jsonl.gz, val/"):
+        Mixture([{"dataset": str(tmp_path), "split": "validation"}])
 
 
 @pytest.mark.parametrize("name", ["v[2]", "star*", "what?", "a{b}", "x,y", "hash#1", "100%", "~tilde", "a=b", "한 국"])

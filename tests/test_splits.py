@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanochat_hf.data.splits import is_visible, row_files, split_of, text_files
+from nanochat_hf.data.splits import is_visible, row_files, split_of, text_files, unread_files
 from nanochat_hf.errors import InputError
 
 
@@ -32,7 +32,21 @@ from nanochat_hf.errors import InputError
         ("devtest.jsonl", "test"),
         ("train/test_questions.jsonl", "test"),  # the file's own name comes first
         ("test/train/0.jsonl", "train"),  # then the nearest folder's
+        ("MyTest.parquet", "test"),
+        ("trainA/0.parquet", "train"),
+        ("testA.jsonl", "test"),
+        ("JSONVal.jsonl", "validation"),
+        ("tests/0.jsonl", "test"),
+        ("evals.jsonl", "test"),
+        ("held_out.jsonl", "test"),
+        ("held-out/0.jsonl", "test"),
+        ("heldout.jsonl", "test"),
+        ("HoldOut.jsonl", "test"),
+        ("train-00000-of-00002-3f1a9c0b2d4e5f60.parquet", "train"),
         ("shard_00000.parquet", None),
+        ("greatest.parquet", None),
+        ("LATEST.parquet", None),
+        ("Contest.parquet", None),
         ("latest.parquet", None),
         ("contest.parquet", None),
         ("pretraining.parquet", None),
@@ -102,6 +116,35 @@ def test_text_without_a_training_split_is_refused(names):
         text_files("d", names.split())
 
 
+@pytest.mark.parametrize(
+    ("names", "unread", "validation", "sentence"),
+    [
+        ("a b", "c.csv", "b", "not read: c.csv; no file is named"),
+        ("a b", "more/ x.jsonl.gz", "b", "not read: more/, x.jsonl.gz; no file is named"),
+        ("train test", "val.json", None, "its validation split in val.json, which is not read"),
+        ("train.jsonl", "val/", None, "its validation split in val/, which is not read: .* here .jsonl"),
+        ("a b", "test.arrow", None, "its test split in test.arrow"),
+        ("a b", "train.csv", None, "its train split in train.csv"),
+        ("train val", "test.csv", "val", "not read: test.csv"),
+        ("data/train-0 data/val-0", "sample/test.json", "data/val-0", "only its folder data is read, not sample"),
+    ],
+)
+def test_what_is_not_read_is_named_and_no_other_file_takes_the_place_of_a_split(names, unread, validation, sentence):
+    if validation is None:
+        with pytest.raises(InputError, match=sentence):
+            text_files("d", names.split(), unread.split())
+    else:
+        *_, chosen, said = text_files("d", names.split(), unread.split())
+        assert chosen == [validation] and said.startswith(sentence)
+
+
+def test_files_that_may_hold_rows_are_told_from_others():
+    rows = ["a.PARQUET", "b.jsonl.gz", "c.json", "d.CSV", "e/f.arrow", "linked/"]
+    names = ["a.jsonl", "README.md", "LICENSE", "dataset_infos.json", "x/state.json", "load.py", *rows]
+    assert unread_files(names, ["a.jsonl"]) == rows
+
+
+OLD = "data/train-00000-of-00002-3f1a9c0b2d4e5f60 data/train-00001-of-00002-a1b2c3d4e5f60718"
 ULTRA = "data/train_prefs-00000-of-00001 data/train_sft-00000-of-00001 data/test_prefs-00000-of-00001"
 
 
@@ -126,6 +169,16 @@ ULTRA = "data/train_prefs-00000-of-00001 data/train_sft-00000-of-00001 data/test
         ("data/en/train-0 data/ko/train-0", "train", "ko", "data/ko/train-0"),
         ("main/train-0", "train", None, "main/train-0"),
         ("train-0", "train", "main", "train-0"),
+        (OLD, "train", None, OLD),
+        ("train_sft.x train.x", "train", None, "train.x"),
+        ("train_sft.x train_gen.x", "train_gen", None, "train_gen.x"),
+        ("train_part1.x train_part2.x", "train", None, "train_part1.x train_part2.x"),
+        ("train_sft_1.x train_sft_2.x train_gen.x", "train_sft", None, "train_sft_1.x train_sft_2.x"),
+        ("train_1.x train_12.x", "train_1", None, "train_1.x"),
+        ("chats_train.x more_train.x", "train", None, "chats_train.x more_train.x"),
+        ("trainA.x trainB.x testA.x", "train", None, "trainA.x trainB.x"),
+        ("v1/a/train-0 v1/b/train-0", "train", "v1/b", "v1/b/train-0"),
+        ("v1/train/a/0 v1/train/b/0", "train", "v1/a", "v1/train/a/0"),
         ("data/train-0 other/train-0", "train", None, "data/train-0"),  # data is the Hub's default configuration
     ],
 )
@@ -141,6 +194,11 @@ def test_rows_are_those_of_their_split_and_subset(names, split, subset, files):
         ("train-0", "test", None, r"named test\*; it has train-0"),
         ("train-0", "train_prefs", None, r"named train_prefs\*"),
         (ULTRA, "train", None, "take one of train_prefs, train_sft"),
+        (ULTRA.replace("-00001", "-00001-3f1a9c0b2d4e5f60"), "train", None, "take one of train_prefs, train_sft"),
+        ("train_sft.jsonl train_gen.jsonl", "train", None, "take one of train_gen, train_sft"),
+        ("train_sft/0.x train_gen/0.x", "train", None, "take one of train_gen, train_sft"),
+        ("v1/a/train-0 v1/b/train-0", "train", None, "subsets v1/a, v1/b"),
+        ("v1/a/train-0 v1/b/train-0", "train", "v1", "subsets v1/a, v1/b"),
         ("main/train-0 socratic/train-0", "train", None, "subsets main, socratic"),
         ("main/train-0", "train", "socratic", "subsets main: name one of them with subset, not socratic"),
     ],

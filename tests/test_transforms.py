@@ -66,6 +66,20 @@ def test_multiple_choice_reads_the_forms_of_the_hub():
         multiple_choice(arc | {"answerKey": "E"}, RNG)
 
 
+@pytest.mark.parametrize("answer", [-1, True, False, 2, None, "C", "a", 1.0])
+def test_an_answer_that_is_no_choice_is_a_bad_row(answer):
+    with pytest.raises(BadRow, match=f"the answer {answer!r} is none of the choices"):
+        multiple_choice({"question": "Q", "choices": ["x", "y"], "answer": answer}, RNG)
+
+
+def test_each_choice_has_a_letter():
+    row = {"question": "Q", "choices": list("abcdefghijkl"), "answer": 11}
+    assert multiple_choice(row, RNG)[1]["content"] == "L"
+    for choices in ({"text": ["x", "y"], "label": ["A"]}, {"text": ["x"], "label": ["A"]}):
+        with pytest.raises(BadRow, match="letters for them"):
+            multiple_choice({"question": "Q", "choices": choices, "answerKey": "A"}, RNG)
+
+
 def test_gsm8k_turns_each_calculation_into_a_tool_call():
     row = {"question": "How much?", "answer": "She earns 12/60 = $<<12/60=0.2>>0.2.\nSo $<<0.2*50=10>>10.\n#### 10"}
     asked, first, result, second, _, last = gsm8k(row, RNG)
@@ -237,6 +251,101 @@ def test_each_of_several_calls_gets_its_own_result():
         normalize([USER, calling(*mixed), result(tool_call_id=[]), result(tool_call_id=2)])
     with pytest.raises(BadRow, match="the results of c do not answer a"):
         normalize([USER, calling(calls[0]), result(tool_call_id="c"), REPLY])
+
+
+@pytest.mark.parametrize(
+    ("ids", "answered", "order"),
+    [
+        ("ab", "b-", "10"),
+        ("ab", "-a", "10"),
+        ("a-", "xa", "10"),  # one is left, and one call may have that id
+        ("--", "xy", "01"),
+        ("abc", "a--", "012"),
+        ("abc", "-b-", "012"),
+        ("abc", "cb-", "210"),
+        ("abc", "c--", "no id, and the others are not in the order"),
+        ("abc", "-c-", "no id, and the others are not in the order"),
+        ("ab", "x-", "do not answer a, b"),
+        ("a-", "aa", "do not answer"),
+        ("aa", "a-", "do not answer"),
+    ],
+)
+def test_results_without_an_id_answer_the_calls_that_are_left(ids, answered, order):
+    calls = [call(str(n), **({} if one == "-" else {"id": one})) for n, one in enumerate(ids)]
+    results = [result(str(n), tool_call_id=None if one == "-" else one) for n, one in enumerate(answered)]
+    if not order.isdigit():
+        with pytest.raises(BadRow, match=order):
+            normalize([USER, calling(*calls), *results, REPLY])
+    else:
+        conversation = normalize([USER, calling(*calls), *results, REPLY])
+        assert [m["content"] for m in conversation if m["role"] == "tool"] == list(order)
+
+
+def test_a_reply_that_is_not_to_be_learned_is_named():
+    check([USER, {**REPLY, "weight": 1}, {**USER, "weight": 0}, {**REPLY, "weight": None}])
+    for weight in (0, 0.5, False):
+        with pytest.raises(BadRow, match=f"message 2 has the weight {weight}"):
+            check([USER, {**REPLY, "weight": weight}, USER, REPLY])
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
+    with pytest.raises(BadRow, match="message 2 has the weight 0"):
+        check(TRANSFORMS["sharegpt"]({"conversations": turns}, RNG))
+
+
+@pytest.mark.parametrize(
+    ("transform", "row"),
+    [
+        ("messages", {"messages": [USER, REPLY]}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
+        ("instruction", {"instruction": "a", "output": "b"}),
+    ],
+)
+def test_a_system_message_beside_the_messages_comes_first_and_a_history_is_refused(transform, row):
+    read, system = TRANSFORMS[transform], {"role": "system", "content": "Be brief."}
+    for key in ("system", "system_prompt"):
+        assert read({**row, key: "Be brief.", "history": []}, RNG) == [system, USER, REPLY]
+        assert read({**row, key: None}, RNG) == read({**row, key: ""}, RNG) == [USER, REPLY]
+        with pytest.raises(BadRow, match="no text"):
+            read({**row, key: {"a": 1}}, RNG)
+    with pytest.raises(BadRow, match="history would be left out"):
+        read({**row, "history": [["a", "b"]]}, RNG)
+    both = {"messages": [system, USER, REPLY], "system": "Be brief."}
+    assert TRANSFORMS["messages"](both, RNG) == both["messages"]
+    with pytest.raises(BadRow, match="two system messages"):
+        TRANSFORMS["messages"]({**both, "system": "Be long."}, RNG)
+
+
+def test_a_message_has_its_calls_in_one_form_only():
+    both = {**calling(call("1+1")), "function_call": call("2+2")["function"]}
+    with pytest.raises(BadRow, match="message 2 has tool_calls and a function_call"):
+        normalize([USER, both, result(), REPLY])
+    for empty in (None, []):  # Arrow fills the column
+        assert steps(normalize([USER, {**both, "tool_calls": empty}, result(), REPLY])) == ["a", "2+2", "2", "b"]
+
+
+def test_half_of_a_surrogate_pair_becomes_a_question_mark():
+    half = json.loads('"x\\ud83d"')
+    parts = [{"type": "text", "text": half}, {"type": "python", "text": half}, {"type": "python_output", "text": "1"}]
+    conversation = normalize(
+        [
+            {"role": "user", "content": half},
+            calling(call('{"expression": "\'\\ud83d\'.count(1)"}')),
+            result(half),
+            {"role": "assistant", "content": parts},
+        ]
+    )
+    assert [conversation[0]["content"], conversation[2]["content"]] == ["x?", "x?"]
+    assert [part["text"] for part in conversation[3]["content"]] == ["x?", "x?", "1"]
+    assert steps(conversation)[1] == "'?'.count(1)" and json.dumps(conversation, ensure_ascii=False).encode()
+    assert normalize([{"role": "user", "content": "😀 é"}])[0]["content"] == "😀 é"
+    for arguments in ('["\\ud83d"]', half, '{"\\ud83d": 1}'):
+        with pytest.raises(BadRow) as caught:  # the server sends the reason
+            normalize([USER, calling(call(arguments, "python" if "{" in arguments else "weather")), result(), REPLY])
+        assert str(caught.value).encode()
+    deep: dict = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    with pytest.raises(BadRow, match="nested too deeply"):
+        normalize([USER, calling(call(deep, "weather"))])
 
 
 def test_texts_of_neighboring_parts_are_joined():

@@ -15,10 +15,10 @@ A mixture is a list of YAML entries, each a dataset spec with a transform:
 `dataset` is a Hub id, a .jsonl or .parquet file, a folder of them (for the spelling transforms: a .txt file with a
 word a line, or text as for pretraining, whose words are taken), a .yaml of facts (a personality: data/personality.py),
 or `primer` (of some kinds only: `primer:fact+talk`). `split` is "train" unless told; of a folder it takes the files
-that are named after it (data/splits.py), and of words one in twenty is "test". `rows` takes so many, in an order drawn
-from the seed; `epochs` (1; 0.5 will do) passes over all. Rows are read when their turn comes. A row that is no
-conversation is skipped, and counted with its number and the reason; bad_rows="refuse" stops the run, and so does an
-entry without a usable row.
+that are named after it (data/splits.py), of one file all rows, if its name says the split or it is a "train", and of
+words one in twenty is "test". `rows` takes so many, in an order drawn from the seed; `epochs` (1; 0.5 will do) passes
+over all. Rows are read when their turn comes. A row that is no conversation is skipped, and counted with its number
+and the reason; bad_rows="refuse" stops the run, and so does an entry without a usable row.
 """
 
 from collections.abc import Iterator, Sequence

@@ -24,10 +24,9 @@ from huggingface_hub import HfApi, errors, hf_hub_download
 from ..errors import InputError
 from ..run import fingerprint
 from . import primer
-from .splits import is_visible, text_files
+from .splits import SUFFIXES, has_suffix, is_visible, listed, text_files, unread_files
 
 COLUMN = "text"
-SUFFIXES = (".parquet", ".jsonl")
 SINGLE_FILE_VALIDATION = 16  # a dataset of one file gives its last 1/16 to validation
 JSONL_UNIT = 1 << 20  # bytes
 HASH_LIMIT = 1 << 26  # bytes of a dataset that its content hash reads
@@ -60,7 +59,7 @@ class DatasetSplit:
             return
         names, train, validation = split_files(self.dataset, names)
         self.single = train == validation
-        kind = Parquet if names[0].endswith(SUFFIXES[0]) else Jsonl
+        kind = Parquet if has_suffix(names[0], SUFFIXES[0]) else Jsonl
         self.files = [kind(self, name) for name in (train if self.split == "train" else validation)]
         read = sorted({*train, *validation})
         if len(names) > 1 and (train, validation) != (names[:-1], names[-1:]):
@@ -99,7 +98,7 @@ class DatasetSplit:
 def is_hub_id(dataset: str) -> bool:
     """Whether it has the form org/name[@revision][/folder], and is no name of a file."""
     form = r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?(/.+)?"
-    return bool(re.fullmatch(form, dataset)) and not dataset.endswith((".parquet", ".jsonl", ".json", ".csv", ".txt"))
+    return bool(re.fullmatch(form, dataset)) and not has_suffix(dataset, *SUFFIXES, ".json", ".csv", ".txt")
 
 
 def local_path(dataset: str) -> Path:
@@ -111,8 +110,12 @@ def local_path(dataset: str) -> Path:
 
 
 def files_below(folder: Path) -> list[str]:
-    """The names of the files in a folder and below it, in order, relative to it; hidden ones are left out."""
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    """The names of the files in a folder and below it, in order, relative to it; hidden ones are left out.
+
+    Links to folders are not followed, since they may lead in a circle; their names end with "/".
+    """
+    paths = [(path, path.is_dir()) for path in sorted(folder.rglob("*"))]
+    names = (p.relative_to(folder).as_posix() + "/" * is_dir for p, is_dir in paths if not is_dir or p.is_symlink())
     return [name for name in names if is_visible(name)]
 
 
@@ -157,13 +160,15 @@ def find_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[
 def split_files(dataset: str, names: list[str]) -> tuple[list[str], list[str], list[str]]:
     """-> (the names of one kind of file, the training files, the validation files); one line says what was decided."""
     # One kind decides, so that a stray file of the other does not become the validation split.
-    kinds = ([name for name in names if name.endswith(end)] for end in SUFFIXES)
-    names = next(filter(None, kinds), None)
+    everything, kinds = names, ([name for name in names if has_suffix(name, end)] for end in SUFFIXES)
+    names = next(filter(None, kinds), [])
+    unread = unread_files(everything, names)
     if not names:
-        raise InputError(f"dataset {dataset} has no .parquet or .jsonl files")
+        others = f", only {listed(unread)}" if unread else ""
+        raise InputError(f"dataset {dataset} has no .parquet or .jsonl files{others}")
     if local_path(dataset).is_file():
         return names, names, names
-    train, validation, decision = text_files(dataset, names)
+    train, validation, decision = text_files(dataset, names, unread)
     if decision:
         say(f"dataset {dataset}: {decision}")
     return names, train, validation

@@ -21,8 +21,8 @@ from zlib import crc32
 from ..errors import InputError
 from . import personality, primer
 from .corpus import DocumentStream
-from .corpus_files import SUFFIXES, files_below, is_hub_id, local_path
-from .splits import row_files
+from .corpus_files import files_below, is_hub_id, local_path, say
+from .splits import SUFFIXES, has_suffix, listed, row_files, split_of, tells, unread_files
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow
 
 WORD_CHARACTERS = 20_000_000  # of a text that a spelling transform takes its words from
@@ -99,7 +99,7 @@ class JsonLines(Sequence):
         self.files[number].seek(position)
         try:
             return json.loads(self.files[number].readline())
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
             raise BadRow("not JSON") from error
 
 
@@ -111,11 +111,8 @@ def open_rows(entry: Entry, seed: int) -> Sequence:
     if entry.transform in WORD_TRANSFORMS:
         return [{"word": word} for word in _words(entry, path)]
     if path.exists():
-        files = [path]
-        if path.is_dir():
-            names = [name for name in files_below(path) if name.endswith(SUFFIXES)]
-            files = [path / name for name in row_files(entry.dataset, names, entry.split, entry.subset)]
-        kinds = {p.suffix for p in files}
+        files = _files(entry, path)
+        kinds = {p.suffix.lower() for p in files}
         if kinds == {".jsonl"}:
             return JsonLines(files)
         if kinds != {".parquet"}:
@@ -132,6 +129,40 @@ def open_rows(entry: Entry, seed: int) -> Sequence:
         return load_dataset(**arguments)
     except Exception as error:  # its errors have no common type: missing, offline, no such split, broken file
         raise InputError(f"cannot read dataset {entry.dataset}: {str(error).splitlines()[0][:200]}") from error
+
+
+def _files(entry: Entry, path: Path) -> list[Path]:
+    """The files of an entry's split in a folder, or the one file. Raises InputError where no name tells the split."""
+    if path.is_dir():
+        everything = files_below(path)
+        names = [name for name in everything if has_suffix(name, *SUFFIXES)]
+        unread = unread_files(everything, names)
+        files = row_files(entry.dataset, names, entry.split, entry.subset, unread)
+        if unread:
+            say(f"dataset {entry.dataset}: not read: {listed(unread)}")
+        return [path / name for name in files]
+    if split_of(entry.split) != "train" and not tells(path.name, entry.split):  # train, train_prefs: all rows
+        raise InputError(
+            f"{entry.dataset} is one file, and its name does not say that it is the split {entry.split}: give a file "
+            "of that name, or leave split out to take all its rows"
+        )
+    return [path]
+
+
+def shared(entries: list[dict], others: list[dict]) -> list[str]:
+    """The files, or the names of data sets, that entries of both mixtures take rows from."""
+
+    def parts(mixture: list[dict]) -> set[str]:
+        taken: set[str] = set()
+        for entry in map(Entry.read, mixture):
+            path = local_path(entry.dataset)
+            if path.suffix in (".yaml", ".yml") or entry.transform in WORD_TRANSFORMS or not path.exists():
+                taken.add(":".join((entry.dataset, entry.subset or "", entry.split)))
+            else:
+                taken |= {str(file.resolve()) for file in _files(entry, path)}
+        return taken
+
+    return sorted(parts(entries) & parts(others))
 
 
 def _made_rows(entry: Entry, seed: int) -> list[dict]:

@@ -9,19 +9,26 @@ the words of KEYWORDS. Names are paths relative to the data set, with "/" betwee
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from ..errors import InputError
 
-KEYWORDS = {  # those of the datasets library, and devtest
+KEYWORDS = {  # those of the datasets library, and further names of test sets
     "train": ("training", "train"),
     "validation": ("validation", "valid", "val", "dev"),
-    "test": ("testing", "test", "devtest", "evaluation", "eval"),
+    "test": ("testing", "test", "tests", "devtest", "evaluation", "eval", "evals")
+    + tuple(f"{verb}{dash}out" for verb in ("held", "hold") for dash in ("", "_", "-")),
 }
 SPLITS = {word: split for split, words in KEYWORDS.items() for word in words}
 # A word of its own: not in "latest" or "contest", but in "trainset", "test2" and "X_dev".
 KEYWORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?:set|data)?(?![a-z])")
-SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # My|Test, train|A
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")  # once the Hub put a hash behind it
+SUFFIXES = (".parquet", ".jsonl")  # of the files that are read, in any case
+# Of files that hold rows, too, and "/" ends a linked folder.
+UNREAD = (*SUFFIXES, ".json", ".csv", ".tsv", ".arrow", ".feather", ".gz", ".zst", ".bz2", ".xz", ".zip", "/")
+METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
 def is_visible(name: str) -> bool:
@@ -32,27 +39,48 @@ def is_visible(name: str) -> bool:
 def split_of(name: str) -> str | None:
     """The split that the file's own name tells, or else its nearest folder's; None if no part of it names one."""
     for part in reversed(PurePosixPath(name).parts):
-        if word := KEYWORD.search(part.lower()):
+        if word := KEYWORD.search(CAMEL.sub("_", part).lower()):
             return SPLITS[word[1]]
     return None
 
 
-def text_files(dataset: str, names: list[str]) -> tuple[list[str], list[str], str]:
+def has_suffix(name: str, *suffixes: str) -> bool:
+    """Whether the name ends so, in upper or lower case."""
+    return name.lower().endswith(suffixes)
+
+
+def unread_files(names: list[str], read: list[str]) -> list[str]:
+    """Those of the names that look like files of rows and are none of the kind that is read."""
+    chosen = set(read)
+    return [n for n in names if n not in chosen and has_suffix(n, *UNREAD) and not n.endswith(METADATA)]
+
+
+def text_files(dataset: str, names: list[str], unread: Sequence[str] = ()) -> tuple[list[str], list[str], str]:
     """The files of a text to pretrain on -> (training, validation, one sentence about what no name decided or "").
 
     Without a validation split the test split takes its place, without both the last training file: if there is one
-    file only, both lists name it. Raises InputError when there are test or validation files only.
+    file only, both lists name it. Raises InputError when there are test or validation files only, and when a split
+    is among the files that cannot be read, so that another one would take its place.
     """
     said = []
     if any(name.startswith("data/") and split_of(name) == "train" for name in names):
         # The Hub's default configuration; other folders hold other ones, often samples of the same text.
-        others = [n for n in names if "/" in n and not n.startswith("data/") and not split_of(n.split("/")[0])]
-        if others:
-            said.append(f"only its folder data is read, not {_listed({n.split('/')[0] for n in others})}")
-        names = [name for name in names if name not in others]
+        folders = {n.split("/")[0] for n in [*names, *unread] if "/" in n and not n.startswith("data/")}
+        folders = {folder for folder in folders if not split_of(folder)}
+        names, unread = ([n for n in some if n.split("/")[0] not in folders] for some in (names, unread))
+        if folders:
+            said.append(f"only its folder data is read, not {listed(folders)}")
+    if unread:
+        said.append(f"not read: {listed(unread)}")
     splits: dict[str | None, list[str]] = {}
     for name in names:
         splits.setdefault(split_of(name), []).append(name)
+    for role in ("train", "validation") if "validation" in splits else ("train", "validation", "test"):
+        if role not in splits and (lost := [name for name in unread if split_of(name) == role]):
+            raise InputError(
+                f"dataset {dataset} has its {role} split in {listed(lost)}, which is not read: files must be "
+                f"of one kind, here {PurePosixPath(names[0]).suffix}, and folders no links; or give one file"
+            )
     train = splits.get("train") or splits.get(None)
     if not train:
         raise InputError(
@@ -61,7 +89,7 @@ def text_files(dataset: str, names: list[str]) -> tuple[list[str], list[str], st
         )
     if None in splits and len(splits) > 1:
         use = "not read" if "train" in splits else "the training text"
-        said.append(f"{_listed(splits[None])}, named after no split, is {use}")
+        said.append(f"{listed(splits[None])}, named after no split, is {use}")
     validation = splits.get("validation") or splits.get("test")
     if not validation:
         train, validation = train[:-1] or train, train[-1:]
@@ -72,24 +100,30 @@ def text_files(dataset: str, names: list[str]) -> tuple[list[str], list[str], st
     return train, validation, "; ".join(said)
 
 
-def row_files(dataset: str, names: list[str], split: str, subset: str | None) -> list[str]:
+def row_files(dataset: str, names: list[str], split: str, subset: str | None, unread: Sequence[str] = ()) -> list[str]:
     """The files of one split of a folder of rows. Raises InputError if there are none, or those of several subsets."""
     role = SPLITS.get(split.lower())
-    files = [name for name in names if (split_of(name) == role if role else _is_labelled(name, split))]
-    labels = {match[1] for name in files if (match := SHARD.fullmatch(PurePosixPath(name).stem))}
-    if role and (whole := labels & set(KEYWORDS[role])):  # train beside train_prefs
-        labels, files = whole, [n for n in files if (m := SHARD.fullmatch(PurePosixPath(n).stem)) and m[1] in whole]
+    files = [name for name in names if tells(name, split)]
+    if role:
+        labels: dict[str, list[str]] = {}
+        for name in files:
+            labels.setdefault(_label(name, role), []).append(name)
+        whole = {name for word in KEYWORDS[role] for name in labels.get(word, [])}  # train beside train_prefs
+        if len(labels) > 1 and not whole:
+            several = ", ".join(sorted(labels))
+            raise InputError(f"folder {dataset} has several splits named {split}*: take one of {several}")
+        files = [name for name in files if name in whole] if whole else files
+    else:
+        files = [name for name in files if _is_labelled(name, split)] or files
     if not files:
-        has = f"; it has {_listed(names)}" if names else ""
-        raise InputError(f"folder {dataset} has no .jsonl or .parquet files named {split}*{has}")
-    if len(labels) > 1:
-        raise InputError(
-            f"folder {dataset} has several splits named {split}*: take one of {', '.join(sorted(labels))}"
+        others = ", ".join(
+            f"{what} {listed(some)}" for what, some in (("it has", names), ("not read are", unread)) if some
         )
+        raise InputError(f"folder {dataset} has no .jsonl or .parquet files named {split}*{others and '; ' + others}")
     subsets: dict[str | None, list[str]] = {}
     for name in files:
         folders = [p for p in PurePosixPath(name).parts[:-1] if p != "data" and p != split and not split_of(p)]
-        subsets.setdefault(folders[0] if folders else None, []).append(name)
+        subsets.setdefault("/".join(folders) or None, []).append(name)
     if subset in subsets:
         return subsets[subset]
     if len(subsets) > 1 or (subset and None not in subsets):
@@ -98,13 +132,30 @@ def row_files(dataset: str, names: list[str], split: str, subset: str | None) ->
     return files
 
 
-def _is_labelled(name: str, split: str) -> bool:
+def tells(name: str, split: str) -> bool:
+    """Whether the file or a folder above it is named after the split: `test`, or a label such as `test_sft`."""
+    if role := SPLITS.get(split.lower()):
+        return split_of(name) == role
+    return _is_labelled(name, split) or (not split[-1:].isdigit() and _is_labelled(name, split, r"_?\d+"))
+
+
+def _label(name: str, role: str) -> str:
+    """The name of the split that a file of `role` is a part of, such as train_sft, or the keyword."""
+    part = next(part for part in reversed(PurePosixPath(name).parts) if split_of(part))
+    stem = re.sub(r"(\.[a-z]\w*)+$", "", part, flags=re.IGNORECASE)
+    if shard := SHARD.fullmatch(stem):
+        return shard[1]
+    own = re.match(rf"({'|'.join(KEYWORDS[role])})_[a-z]\w*", stem, flags=re.IGNORECASE)
+    return re.sub(r"_?\d+$", "", own[0]) if own else KEYWORDS[role][0]
+
+
+def _is_labelled(name: str, split: str, number: str = "") -> bool:
     """Whether a file or a folder above it is named after a split of another name, such as train_prefs."""
     *folders, file = PurePosixPath(name).parts
-    return split in folders or bool(re.match(rf"{re.escape(split)}(?![A-Za-z_])", file))
+    return split in folders or bool(re.match(rf"{re.escape(split)}{number}(?!\w)", file))
 
 
-def _listed(names) -> str:
+def listed(names) -> str:
     """Names in order, not more than three of them."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

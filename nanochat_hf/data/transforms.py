@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise, takewhile
 from random import Random
+from string import ascii_uppercase
 
 
 class BadRow(ValueError):
@@ -22,19 +23,39 @@ class BadRow(ValueError):
 
 def messages(row: dict, rng: Random) -> list[dict]:
     """Conversations as they are: {"messages": [...]}, or the bare list (upstream's identity file)."""
-    return row if isinstance(row, list) else row["messages"]
+    return row if isinstance(row, list) else _with_system(row, row["messages"])
 
 
 def sharegpt(row: dict, rng: Random) -> list[dict]:
     """{"conversations": [{"from": "human" or "gpt", "value"}]}."""
     names = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-    return [{"role": names.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]
+    said = [
+        {"role": names.get(m["from"], m["from"]), "content": m["value"], **{k: m[k] for k in ("weight",) if k in m}}
+        for m in row["conversations"]
+    ]
+    return _with_system(row, said)
 
 
 def instruction(row: dict, rng: Random) -> list[dict]:
     """Alpaca's form: {"instruction", "output"}, and "input" that the instruction is about."""
     asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+    return _with_system(row, [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}])
+
+
+def _with_system(row: dict, conversation: list) -> list:
+    """The conversation after the system message that its row holds beside it. Raises BadRow for what would be lost."""
+    if row.get("history"):
+        raise BadRow("its history would be left out: make it messages")
+    if not (text := row.get("system") or row.get("system_prompt")):
+        return conversation
+    if not isinstance(text, str) or not isinstance(conversation, list):
+        raise BadRow("its system message is no text beside messages")
+    first = conversation[0] if conversation and isinstance(conversation[0], dict) else {}
+    if first.get("role") != "system":
+        return [{"role": "system", "content": text}, *conversation]
+    if first.get("content") != text:
+        raise BadRow("it has two system messages: in its messages, and beside them")
+    return conversation
 
 
 def multiple_choice(row: dict, rng: Random) -> list[dict]:
@@ -44,9 +65,14 @@ def multiple_choice(row: dict, rng: Random) -> list[dict]:
     if isinstance(choices, dict):
         letters, choices, answer = choices["label"], choices["text"], row["answerKey"]
     else:
-        letters = "ABCDEFGHIJ"[: len(choices)]
-        answer = letters[row["answer"]] if isinstance(row["answer"], int) else row["answer"]
-    if answer not in list(letters) or len(choices) < 2:
+        letters, answer = ascii_uppercase[: len(choices)], row["answer"]
+        if type(answer) is int and 0 <= answer < len(
+            letters
+        ):  # -1 is how test sets hide the answer; True is no number
+            answer = letters[answer]
+    if len(letters) != len(choices) or len(choices) < 2:
+        raise BadRow(f"{len(choices)} choices and {len(letters)} letters for them")
+    if answer not in list(letters):
         raise BadRow(f"the answer {answer!r} is none of the choices' letters")
     return [
         {"role": "user", "content": render_choices(question, letters, choices)},
@@ -166,13 +192,18 @@ def normalize(conversation: list[dict]) -> list[dict]:
     A call's arguments that are JSON text become a mapping; `function_call` and the role function, OpenAI's old form,
     become `tool_calls` and the role tool. Parts of text that follow each other become one text, so that no special
     token can be spelled over their border. Of several calls in a message each gets its own result right after it,
-    matched by `tool_call_id` if there is one. What is no message is left as it is, for `check`.
+    matched by `tool_call_id` where there is one. Half of a surrogate pair becomes "?", as in text. What is no message
+    is left as it is, for `check`.
 
     Raises:
         BadRow: a call that is none, or a result that answers another call.
     """
     if not isinstance(conversation, list) or not all(isinstance(m, dict) for m in conversation):
         return conversation
+    try:
+        conversation = _encodable(conversation)
+    except RecursionError:
+        raise BadRow("the messages are nested too deeply") from None
     normalized: list[dict] = []
     rest = [_with_calls(message, number) for number, message in enumerate(conversation, 1)]
     while rest:
@@ -191,10 +222,21 @@ def normalize(conversation: list[dict]) -> list[dict]:
     return normalized
 
 
+def _encodable(value):
+    """The value with texts that have UTF-8: JSON may spell half of a surrogate pair, which no tokenizer takes."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(one) for key, one in value.items()}
+    return [_encodable(one) for one in value] if isinstance(value, list) else value
+
+
 def _with_calls(message: dict, number: int) -> dict:
     """The message with its parts of text joined and its calls as `tool_calls` with mappings."""
     message = {**message, "content": _joined(message.get("content"))}
     if call := message.pop("function_call", None):
+        if message.get("tool_calls"):
+            raise BadRow(f"message {number} has tool_calls and a function_call, its old form: give one of them")
         message["tool_calls"] = [call]
     if message.get("role") == "function":
         message["role"] = "tool"
@@ -230,7 +272,7 @@ def _decoded(call) -> dict:
     if isinstance(arguments, str):
         text = arguments.strip()
         try:
-            arguments = json.loads(text) if text else {}
+            arguments = _encodable(json.loads(text)) if text else {}
         except (ValueError, RecursionError):
             arguments = text
         bare = arguments is text or (isinstance(arguments, int | float) and not isinstance(arguments, bool))
@@ -248,14 +290,22 @@ def _decoded(call) -> dict:
 
 
 def _in_order(calls: list[dict], results: list[dict]) -> list[dict]:
-    """The results in the order of their calls. Raises BadRow when one answers another call."""
-    ids, answered = [call.get("id") for call in calls], [result.get("tool_call_id") for result in results]
-    if None in ids or None in answered:
-        return results
-    ids, answered = list(map(str, ids)), list(map(str, answered))
-    if sorted(ids) != sorted(answered) or len(set(ids)) < len(ids):
-        raise BadRow(f"the results of {', '.join(answered)} do not answer {', '.join(ids)}")
-    return [results[answered.index(one)] for one in ids]
+    """The results in the order of their calls. Raises BadRow when one answers another call, or any of several."""
+    ids, answered = ([_id(one.get(key)) for one in ones] for ones, key in ((calls, "id"), (results, "tool_call_id")))
+    numbers = {n: ids.index(one) for n, one in enumerate(answered) if one is not None and one in ids}  # result -> call
+    late = [n for n in range(len(results)) if n not in numbers]
+    open_calls = [n for n in range(len(calls)) if n not in numbers.values()]
+    repeated = any(len(set(given)) < len(given) for given in ([i for i in ones if i] for ones in (ids, answered)))
+    if repeated or any(None not in (answered[n], ids[m]) for n, m in zip(late, open_calls)):
+        raise BadRow(f"the results of {', '.join(map(str, answered))} do not answer {', '.join(map(str, ids))}")
+    if len(late) > 1 and any(n != m for n, m in numbers.items()):  # the others changed places, so these may have, too
+        raise BadRow(f"{len(late)} results have no id, and the others are not in the order of their calls")
+    numbers.update(zip(late, open_calls))
+    return [results[n] for n in sorted(numbers, key=numbers.get)]
+
+
+def _id(value) -> str | None:
+    return None if value in (None, "") else str(value)
 
 
 def check(conversation: list[dict]) -> None:
@@ -270,6 +320,8 @@ def check(conversation: list[dict]) -> None:
     expected = ("system", "user")
     for number, message in enumerate(conversation, 1):
         role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+        if role == "assistant" and message.get("weight") not in (None, 1):
+            raise BadRow(f"message {number} has the weight {message['weight']}, and all replies are learned alike")
         if role not in expected:
             raise BadRow(f"message {number} is of role {role!r}, expected {' or '.join(expected)}")
         if isinstance(content, list):

@@ -178,6 +178,8 @@ class Server:
 
     def text_prompt(self, text: str) -> list[int]:
         """Text as it is, special tokens included (as in TGI), with bos before it if it has none."""
+        if text != text.encode(errors="replace").decode():
+            raise InputError("the prompt holds half of a surrogate pair, which is no character: send whole characters")
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         return ids if ids[:1] == [bos] else [bos, *ids]

@@ -23,7 +23,9 @@ from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from ..data.conversations import Mixture
-from ..data.sources import content_fingerprint
+from ..data.corpus_files import say
+from ..data.sources import content_fingerprint, shared
+from ..data.splits import listed
 from ..data.tokenizer import load_tokenizer, spoken_mask, tokenizer_fingerprint
 from ..distributed import main_first, processes
 from ..errors import InputError
@@ -255,6 +257,8 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     rows, made = prepare(config, config.mixture, tokenizer, length, output / "state" / "rows")
     held_out = None
     if config.validation:
+        if both := shared(config.mixture, config.validation):
+            say(f"mixture and validation both take rows of {listed(both)}: its validation loss is of rows trained on")
         held_out, held = prepare(config, config.validation, tokenizer, length, output / "state" / "validation")
     together = config.device_batch_size * processes().num_processes
     rows = filled(rows, together * steps, tokenizer.pad_token_id)
