@@ -6,6 +6,7 @@ With a checkout of the original at hand the slow test at the end runs it:
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from nanochat_hf.data.tokenizer import TEMPLATE, with_todays_templates, wrap
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, configuration_nanochat
 from nanochat_hf.model.convert import convert, from_native, from_upstream, to_native, to_upstream
 from nanochat_hf.model.convert_tokenizer import ranks_from_backend, write_tiktoken
+from nanochat_hf.run import load_json, model_fingerprint, save_json
 from nanochat_hf.tool_loop import ship
 
 OCTOBER = {"sequence_len": 256, "vocab_size": 100, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
@@ -315,6 +317,23 @@ def test_the_script_converts_and_reports_errors_in_one_line(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is NativeModel
     again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert again.returncode == 2 and again.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_the_script_renews_a_stage_with_its_templates_and_its_record_names_the_new_content(
+    chat_folder,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    older = "{# older #}"
+    monkeypatch.setattr(tokenizer_module, "OLD_TEMPLATES", (sha256(older.encode()).hexdigest()[:16],))
+    for name, recorded in (("stage", None), ("foreign", "0" * 16)):
+        folder = shutil.copytree(chat_folder, tmp_path / name)
+        (folder / "chat_template.jinja").write_text(older)
+        save_json(folder / "metrics.json", {"weights": recorded or model_fingerprint(folder)})
+        monkeypatch.setattr(sys, "argv", ["convert", "--source", str(folder), "--output", str(folder)])
+        runpy.run_path(str(SCRIPT))["main"]()
+        assert (folder / "chat_template.jinja").read_text() == TEMPLATE.read_text()
+        assert load_json(folder / "metrics.json") == {"weights": recorded or model_fingerprint(folder)}
 
 
 ORIGINAL = """
