@@ -8,17 +8,19 @@ last step unless --step says another), or a folder saved by `save_pretrained`. `
 tokenizer.pkl (~/.cache/nanochat/tokenizer) or tokenizer.json; without one only weights are written, unless the source
 has its own. `--to hf` (the default) writes a folder for from_pretrained, `native` one that needs no remote code (first
 generation only), `nanochat` files that karpathy/nanochat loads. Both tokenizers are checked to give equal ids.
-Where `--output` is `--source`, a folder of ours is renewed in place: class names and code of today, the same weights.
+Where `--output` is `--source`, a folder of ours is renewed in place: class names, code and
+templates of today, the same weights.
 """
 
 import argparse
 from itertools import islice
+from pathlib import Path
 
 from nanochat_hf.data import primer
-from nanochat_hf.data.tokenizer import wrap
+from nanochat_hf.data.tokenizer import with_todays_templates, wrap
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.convert import convert
-from nanochat_hf.run import guarded
+from nanochat_hf.run import guarded, load_json, model_fingerprint, save_json
 from nanochat_hf.tool_loop import ship
 
 
@@ -32,7 +34,12 @@ def main() -> None:
     args = parser.parse_args()
     texts = islice(primer.documents("train", seed=0), 5000)
     try:
-        done = convert(args.source, args.output, args.to, wrap, args.tokenizer, args.step, texts, ship)
+        record = Path(args.output) / "metrics.json"  # of a stage of a run: it names the folder's content
+        named = record.exists() and load_json(record).get("weights") == model_fingerprint(args.output)
+        hooks = (ship, with_todays_templates)
+        done = convert(args.source, args.output, args.to, wrap, args.tokenizer, args.step, texts, *hooks)
+        if named:
+            save_json(record, load_json(record) | {"weights": model_fingerprint(args.output)})
     except (ValueError, OSError) as error:  # OSError: of transformers, for a broken folder
         raise InputError(str(error).splitlines()[0]) from None
     print(f"{args.output}: generation {done['generation']}, {done['parameters']:,} parameters, step {done['step']}")

@@ -11,7 +11,7 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
-from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, train_bpe
+from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, spoken_mask, train_bpe
 
 
 def call(expression="6*7", name="python", **arguments):
@@ -305,6 +305,7 @@ def test_ids_are_those_of_the_pieces(tokenizer):
         ([user([{"type": "text", "text": None}])], "has no text"),
         ([user("a"), assistant([{"type": "text", "text": None}])], "has no text"),
         ([user("a"), assistant([{"type": "python_output", "text": "1"}])], "must follow a part python"),
+        ([user("a"), {**assistant("b"), "tool_steps": [{"call": "1+1"}]}], "a tool step has no text"),
         ([user("a"), {"role": "assistant", "content": None, "function_call": {"name": "python"}}], "use tool_calls"),
     ],
 )
@@ -356,6 +357,23 @@ def test_a_content_ends_at_the_first_end_mark_and_holds_no_marks(tokenizer, repl
     message, events = parser.finalize()
     shown += "".join(e["text"] for e in events if e["type"] == "region_chunk" and e["field"] == "content")
     assert message == parsed and shown == content
+
+
+def test_a_reply_that_is_given_back_keeps_its_calls_and_results_are_not_trained_on(tokenizer):
+    reply = (
+        f"{CALL}{RESULT}<|python_start|>42+1<|python_end|><|output_start|>43<|output_end|>It is 43.<|assistant_end|>"
+    )
+    message = tokenizer.parse_response(reply, prefix="<|assistant_start|>")
+    messages = [user("What is 6*7+1?"), message, user("And 1 more?")]
+    assert show(tokenizer, messages) == "^u(What is 6*7+1?)ua(p(6*7)po(42)op(42+1)po(43)oIt is 43.)au(And 1 more?)u"
+    spoken = ["<|python_start|>6*7<|python_end|>", "<|python_start|>42+1<|python_end|>", "It is 43.<|assistant_end|>"]
+    assert trained(tokenizer, messages) == spoken
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    mask = spoken_mask(tokenizer, ids)
+    assert tokenizer.decode([i for i, one in zip(ids, mask) if one]) == "".join(spoken)
+    spelled = [{"call": "<|bos|>", "result": "<|assistant_end|>"}]
+    text = tokenizer.apply_chat_template([user("a"), {**assistant("b"), "tool_steps": spelled}], tokenize=False)
+    assert text.count("<|bos|>") == text.count("<|assistant_end|>") == 1
 
 
 def test_the_words_after_a_result_hold_no_call_again(tokenizer):

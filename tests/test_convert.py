@@ -6,9 +6,11 @@ With a checkout of the original at hand the slow test at the end runs it:
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers import NanoChatForCausalLM as NativeModel
 from transformers.testing_utils import CaptureLogger
 
-from nanochat_hf.data.tokenizer import wrap
+from nanochat_hf.data import tokenizer as tokenizer_module
+from nanochat_hf.data.tokenizer import TEMPLATE, with_todays_templates, wrap
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, configuration_nanochat
 from nanochat_hf.model.convert import convert, from_native, from_upstream, to_native, to_upstream
 from nanochat_hf.model.convert_tokenizer import ranks_from_backend, write_tiktoken
+from nanochat_hf.run import load_json, model_fingerprint, save_json
 from nanochat_hf.tool_loop import ship
 
 OCTOBER = {"sequence_len": 256, "vocab_size": 100, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
@@ -242,13 +246,30 @@ def test_an_old_folder_is_renewed_in_place_and_files_that_share_its_bytes_stay(c
     before = {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()}
     shutil.copytree(old, tmp_path / "links", copy_function=os.link)
     with CaptureLogger(configuration_nanochat.logger) as log:
-        convert(tmp_path / "links", tmp_path / "links", "hf", wrap, ship=ship)
+        convert(tmp_path / "links", tmp_path / "links", "hf", wrap, ship=ship, refresh=with_todays_templates)
     assert log.out == ""  # nobody has to be told how to do what he is doing
     assert {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
     today = {path.relative_to(chat_folder) for path in chat_folder.rglob("*") if path.is_file()}
     assert {p.relative_to(tmp_path / "links") for p in (tmp_path / "links").rglob("*") if p.is_file()} == today
     for path in today:
         assert (tmp_path / "links" / path).read_bytes() == (chat_folder / path).read_bytes(), path
+
+
+def test_templates_of_a_renewed_or_converted_folder_are_todays(chat_folder, tmp_path, monkeypatch):  # noqa: F811
+    older, other = "{# older #}", "{# somebody's own #}"
+    monkeypatch.setattr(tokenizer_module, "OLD_TEMPLATES", (sha256(older.encode()).hexdigest()[:16],))
+    for name, template, chat, response in (
+        ("old", older, TEMPLATE.read_text(), tokenizer_module.RESPONSE_TEMPLATE),
+        ("own", other, other, {"fields": {}}),
+    ):
+        folder = shutil.copytree(chat_folder, tmp_path / name)
+        (folder / "chat_template.jinja").write_text(template)
+        settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"response_template": {"fields": {}}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        for output in (tmp_path / f"{name}-copy", folder):
+            convert(folder, output, "hf", wrap, ship=ship, refresh=with_todays_templates)
+            loaded = AutoTokenizer.from_pretrained(output)  # as the Space does
+            assert (loaded.chat_template, loaded.response_template) == (chat, response), output
 
 
 def test_only_a_folder_of_ours_is_renewed_in_place(tmp_path):
@@ -296,6 +317,23 @@ def test_the_script_converts_and_reports_errors_in_one_line(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is NativeModel
     again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert again.returncode == 2 and again.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_the_script_renews_a_stage_with_its_templates_and_its_record_names_the_new_content(
+    chat_folder,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    older = "{# older #}"
+    monkeypatch.setattr(tokenizer_module, "OLD_TEMPLATES", (sha256(older.encode()).hexdigest()[:16],))
+    for name, recorded in (("stage", None), ("foreign", "0" * 16)):
+        folder = shutil.copytree(chat_folder, tmp_path / name)
+        (folder / "chat_template.jinja").write_text(older)
+        save_json(folder / "metrics.json", {"weights": recorded or model_fingerprint(folder)})
+        monkeypatch.setattr(sys, "argv", ["convert", "--source", str(folder), "--output", str(folder)])
+        runpy.run_path(str(SCRIPT))["main"]()
+        assert (folder / "chat_template.jinja").read_text() == TEMPLATE.read_text()
+        assert load_json(folder / "metrics.json") == {"weights": recorded or model_fingerprint(folder)}
 
 
 ORIGINAL = """

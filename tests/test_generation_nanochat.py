@@ -166,6 +166,38 @@ def test_a_copy_that_cannot_have_the_tool_loop_says_so(talker_folder, tmp_path):
     assert not (tmp_path / "copy" / "custom_generate").exists()
 
 
+@pytest.mark.parametrize("trust", [True, None])
+@pytest.mark.parametrize("options", [{}, {"subfolder": "model"}])
+def test_copies_keep_the_loop_of_relative_and_subfolders(options, trust, chat_folder, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(chat_folder, tmp_path / "run" / "model")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = load("run" if options else "run/model", trust_remote_code=trust, **options)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model.save_pretrained("copy")
+    assert files(tmp_path / "elsewhere" / "copy") == LOOP
+
+
+@pytest.mark.parametrize("state", ["cached", "unknown", "absent"])
+def test_offline_copies_of_hub_models_keep_the_loop_or_say_so(state, chat_folder, tmp_path):  # noqa: F811
+    repo, commit = tmp_path / "cache" / "models--you--chat", "a" * 40
+    snapshot = shutil.copytree(chat_folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    if state != "cached":
+        shutil.rmtree(snapshot / "custom_generate")
+    if state == "absent":  # how the cache notes that the repository has no such file
+        (repo / ".no_exist" / commit / "custom_generate").mkdir(parents=True)
+        for file in LOOP:
+            (repo / ".no_exist" / commit / "custom_generate" / file).touch()
+    model = load("you/chat", cache_dir=tmp_path / "cache")
+    generation_nanochat.logger.warning_once.cache_clear()
+    with CaptureLogger(generation_nanochat.logger) as log:
+        model.save_pretrained(tmp_path / "copy")
+    assert files(tmp_path / "copy") == (LOOP if state == "cached" else set())
+    assert ("copy it from you/chat" in log.out) == (state == "unknown")
+
+
 PUSH = """
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("model")

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from old_folder import make_old
 from safetensors.torch import load_file, save_file
 from talker import talker, talker_folder  # noqa: F401
 
+from nanochat_hf.data import tokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json, model_fingerprint, save_json
 from nanochat_hf.serve import hub as serve_hub
@@ -50,14 +52,17 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check)
     assert hub.repos["models", "you/small"].messages == ["Upload sft of run"] and not any("state" in f for f in files)
 
 
-def test_an_old_folder_goes_up_under_todays_class_names_and_stays_as_it_is(hub, run, no_check):
+def test_an_old_folder_goes_up_with_todays_names_and_template_and_stays_as_it_is(hub, run, no_check, monkeypatch):
     copy = shutil.copytree(run / "sft", run / "copy")  # the fixture's files are links to those of other tests
     shutil.rmtree(run / "sft")
     make_old(copy.rename(run / "sft"))
+    (run / "sft" / "chat_template.jinja").write_text("{# older #}")
+    monkeypatch.setattr(tokenizer, "OLD_TEMPLATES", (sha256(b"{# older #}").hexdigest()[:16],))
     before = {path.name: path.read_bytes() for path in (run / "sft").iterdir()}
     push(run, Push("you/small"))
     files = pushed(hub)
     assert json.loads(files["config.json"])["architectures"] == ["NanoChatHFForCausalLM"]
+    assert files["chat_template.jinja"] == tokenizer.TEMPLATE.read_bytes()
     assert b"class NanoChatHFForCausalLM" in files["modeling_nanochat.py"] and "generation_nanochat.py" in files
     assert {path.name: path.read_bytes() for path in (run / "sft").iterdir()} == before
 

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny import GENERATIONS, KINDS, close, logits_of, make_config, make_ids, make_model
 from torch.nn.functional import cross_entropy
 from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache, StaticCache
@@ -333,3 +334,12 @@ def test_fresh_weights_of_the_first_generation_have_the_stated_sizes():
     assert attention.q_proj.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)
     assert attention.k_proj.weight.std().item() == pytest.approx(256**-0.5 * 0.5, rel=0.05)  # 64 outputs, 256 inputs
     assert not model.lm_head.weight.any() and not attention.o_proj.weight.any()
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_the_later_blocks_may_lie_on_another_device(first):
+    """The other device is `meta`, which has no numbers but refuses to mix as a second GPU does."""
+    model = make_model(num_hidden_layers=3)
+    for module in (*model.model.layers[first:], model.lm_head):
+        add_hook_to_module(module.to("meta"), AlignDevicesHook(execution_device="meta"))
+    assert model(make_ids(1, 5)).logits.device.type == "meta"

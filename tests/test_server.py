@@ -32,7 +32,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = """  // the page's script on a small stand-in for the browser
 const html = require("fs").readFileSync(process.argv[1], "utf8"), elements = {}, sent = [];
 const script = html.match(/<script>([^]*)<\\/script>/)[1];
-const element = () => ({append() {}, set textContent(t) {}, get textContent() { return ""; }, value: ""});
+const element = () => ({append() {}, firstChild: {}, set textContent(t) {},
+  get textContent() { return ""; }, value: ""});
 globalThis.document = {getElementById: id => elements[id] ??= element(), createElement: element};
 let way = "", waiting = null;
 const event = delta => "data: " + JSON.stringify(delta) + "\\n\\n";
@@ -50,17 +51,27 @@ globalThis.fetch = async (url, options) => {
     if (way === "says nothing") { put(event({choices: [{delta: {}}]})); c.close(); return; }
     if (this.begun && way === "stopped after") { c.error(stop()); return; }
     if (this.begun) { if (way === "breaks") put(event({error: {message: "broken"}})); c.close(); return; }
-    this.begun = true; put(word("Hel")); put(word("lo."));
+    this.begun = true;
+    const tool = (kind, text) => put(event({choices: [{delta: {content: "", tool: {[kind]: text}}}]}));
+    if (way === "calls") {
+      for (const [call, result] of [["6*", "4"], ["1+1", "2"]]) {
+        tool("call", call); if (call === "6*") { tool("call", "7"); }
+        tool("result", result); if (call === "6*") { tool("result", "2"); }
+      }
+      put(word("It is 42.")); tool("call", "1+"); return;
+    }
+    put(word("Hel")); put(word("lo."));
   }}));
 };
 const page = (0, eval)(`(() => { ${script}; return {ask}; })()`);
 (async () => {
-  for (way of ["busy", "down", "stopped before", "says nothing", "stopped after", "breaks", "ok", "new"]) {
+  for (way of ["busy", "down", "stopped before", "says nothing", "stopped after", "breaks", "ok", "calls", "new"]) {
     const now = way, first = page.ask("one");
     if (now === "new") { elements.new.onclick(); way = "ok"; await page.ask("two"); waiting(); await first; }
     else await first;
     way = "ok"; await page.ask("last");
-    console.log(now + ": " + sent.at(-1).map(m => m.role[0] + " " + m.content).join(", "));
+    console.log(now + ": " + sent.at(-1).map(m => m.role[0] + " " + m.content +
+      (m.tool_steps ? " " + JSON.stringify(m.tool_steps) : "")).join(", "));
     elements.new.onclick();
   }
 })();
@@ -114,6 +125,8 @@ def test_the_page_sends_no_question_that_got_no_answer():
     assert {way: lines[way] for way in nothing} == dict.fromkeys(nothing, "u last")
     some = ("stopped after", "breaks", "ok")
     assert {way: lines[way] for way in some} == dict.fromkeys(some, "u one, a Hello., u last")
+    steps = '[{"call":"6*7","result":"42"},{"call":"1+1","result":"2"}]'  # not the call that got no result
+    assert lines["calls"] == f"u one, a It is 42. {steps}, u last"
     assert lines["new"] == "u two, a Hello., u last"  # the answer to what was cleared away comes too late
 
 
@@ -173,6 +186,18 @@ def test_openai_chats_and_sees_the_steps_of_the_tool(ai):
         {"call": "12*34", "result": "408"}
     ]
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_an_answer_given_back_as_it_came_keeps_its_calls(ai, server):
+    message = ai.chat.completions.create(model="any", messages=user("What is 12 * 34?")).choices[0].message
+    messages = [*user("What is 12 * 34?"), message.model_dump(exclude_none=True), *user("Hello")]
+    usage = ai.chat.completions.create(model="any", messages=messages, max_tokens=1).usage
+    marks = "<|assistant_start|><|python_start|>12*34<|python_end|><|output_start|>408<|output_end|>It is 408."
+    text = server.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert marks in text and usage.prompt_tokens == len(server.tokenizer.encode(text, add_special_tokens=False))
+    with pytest.raises(openai.BadRequestError, match="tool_steps"):
+        messages[1]["tool_steps"] = [{"call": "1+1"}]
+        ai.chat.completions.create(model="any", messages=messages)
 
 
 def test_openai_streams_with_usage(ai):

@@ -38,8 +38,9 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-# Beginnings of the SHA-256 of older ones: text split over parts became special tokens there, JSON text became a call.
-OLD_TEMPLATES = ("55bb7e10abbffda5", "b1658c1843ab4305")
+# Beginnings of the SHA-256 of older ones: text split over parts became special tokens there, JSON text became a call,
+# a reply that was given back lost its `tool_steps`.
+OLD_TEMPLATES = ("55bb7e10abbffda5", "b1658c1843ab4305", "fa6171ba5fe4ac1d", "d8b31d21e6e23a4c")
 VALIDATION_CHARS = 4_000_000  # how much of the validation split bytes per token are measured on
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)  # every byte is a token, so that any text can be encoded
 
@@ -163,7 +164,7 @@ def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or a Hub id; a chat template of an older version of this project is renewed.
+    """The tokenizer of a folder or a Hub id; older templates of this project are renewed.
 
     Raises InputError when there is none.
     """
@@ -174,9 +175,16 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         if "backend tokenizer" in reason:  # followed by a list of all the ways to have one
             reason = "it has no tokenizer.json"
         raise InputError(f"no tokenizer in {name}: {reason}") from None
+    return with_todays_templates(tokenizer)
+
+
+def with_todays_templates(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, with chat and response template of today if its chat template is an older one of ours."""
     template = tokenizer.chat_template
     if isinstance(template, str) and sha256(template.encode()).hexdigest()[:16] in OLD_TEMPLATES:
-        tokenizer.chat_template = TEMPLATE.read_text()
+        tokenizer.chat_template, tokenizer.response_template = TEMPLATE.read_text(), RESPONSE_TEMPLATE
+    elif template == TEMPLATE.read_text() and getattr(tokenizer, "response_template", None):
+        tokenizer.response_template = RESPONSE_TEMPLATE
     return tokenizer
 
 

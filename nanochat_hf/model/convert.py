@@ -197,19 +197,21 @@ def from_native(native: NativeModel) -> NanoChatForCausalLM:
 # ---- folders ------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(folder: Path, wrap: Callable, texts: Iterable[str]) -> tuple[PreTrainedTokenizerFast, int]:
+def load_tokenizer(
+    folder: Path, wrap: Callable, refresh: Callable, texts: Iterable[str]
+) -> tuple[PreTrainedTokenizerFast, int]:
     """A folder with tokenizer.pkl or of transformers -> (tokenizer, ids on which it was compared with upstream's)."""
     if not (folder / "tokenizer.pkl").exists():
         if not (folder / "tokenizer.json").exists():
             raise ValueError(f"no tokenizer.pkl and no tokenizer.json in {folder}")
-        return PreTrainedTokenizerFast.from_pretrained(folder), 0
+        return refresh(PreTrainedTokenizerFast.from_pretrained(folder)), 0
     ranks, pattern, special = read_tiktoken(folder / "tokenizer.pkl")
     tokenizer = wrap(backend_from_ranks(ranks, pattern))
     return tokenizer, check_tokenizer(tokenizer.backend_tokenizer, ranks, pattern, special, texts)
 
 
-def renew(folder: Path, wrap: Callable, ship: Callable[[Path], None]) -> None:
-    """Write today's class names, model code, response template and tool loop into a folder of ours; weights stay.
+def renew(folder: Path, refresh: Callable, ship: Callable[[Path], None]) -> None:
+    """Write today's class names, model code, templates and tool loop into a folder of ours; weights stay.
 
     Files are replaced, never written to: a folder of hard links leaves the originals alone.
     """
@@ -219,18 +221,27 @@ def renew(folder: Path, wrap: Callable, ship: Callable[[Path], None]) -> None:
         config.save_pretrained(part)
         for file in Path(__file__).parent.glob("*_nanochat.py"):
             shutil.copyfile(file, part / file.name)
-        path = folder / "tokenizer_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if settings.get("response_template"):
-            settings["response_template"] = wrap(Tokenizer.from_file(str(folder / "tokenizer.json"))).response_template
-            text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
-            (part / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        if all((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
+            renew_templates(folder, part, refresh)
         if (folder / "custom_generate").exists():
             ship(part)
             (folder / "custom_generate").mkdir(exist_ok=True)
         for file in part.rglob("*"):
             if file.is_file():
                 os.replace(file, folder / file.relative_to(part))
+
+
+def renew_templates(folder: Path, part: Path, refresh: Callable) -> None:
+    """Write the templates that `refresh` gives the tokenizer of `folder` into `part`; the other settings stay."""
+    tokenizer = refresh(PreTrainedTokenizerFast.from_pretrained(folder))
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if isinstance(tokenizer.chat_template, str):
+        settings.pop("chat_template", None)  # where it was before it had a file of its own
+        (part / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    if response := getattr(tokenizer, "response_template", None):
+        settings["response_template"] = response
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+    (part / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def may_call(source: Path, model: PreTrainedModel, tokenizer) -> bool:
@@ -317,6 +328,7 @@ def convert(
     step: int | None = None,
     texts: Iterable[str] = (),
     ship: Callable[[Path], None] = lambda folder: None,
+    refresh: Callable[[PreTrainedTokenizerFast], PreTrainedTokenizerFast] = lambda tokenizer: tokenizer,
 ) -> dict:
     """Converts one checkpoint folder; the output appears whole or not at all.
 
@@ -330,6 +342,7 @@ def convert(
         step: of several checkpoints in `source`, which one; when writing upstream's, the number in the file names.
         texts: on which, besides a generated sample, both tokenizers must give the same ids.
         ship: writes the tool loop into a folder (`tool_loop.ship`), for models that may call.
+        refresh: gives a tokenizer today's templates (`data.tokenizer.with_todays_templates`).
 
     Returns:
         generation, number of parameters, step, and `tokenizer_ids`: how many ids were compared (None: there is no
@@ -345,11 +358,11 @@ def convert(
     model, step = load_model(source, step)
     compared = None
     if in_place:
-        renew(source, wrap, ship)
+        renew(source, refresh, ship)
     if tokenizer is None and any((source / f"tokenizer.{kind}").exists() for kind in ("json", "pkl")):
         tokenizer = source
     if tokenizer is not None:
-        tokenizer, compared = load_tokenizer(Path(tokenizer), wrap, texts)
+        tokenizer, compared = load_tokenizer(Path(tokenizer), wrap, refresh, texts)
         set_token_ids(model, tokenizer)
     if not in_place:
         part = output.with_name(f".{output.name}.part")

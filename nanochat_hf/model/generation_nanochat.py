@@ -14,6 +14,7 @@ import os
 import shutil
 from pathlib import Path
 
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from transformers import TextGenerationPipeline
 from transformers.pipelines.text_generation import ReturnType
 from transformers.utils import cached_file, logging
@@ -56,26 +57,37 @@ class NanoChatHFTextGenerationPipeline(TextGenerationPipeline):
 def find_tool_loop(model) -> Path | None:
     """Returns the folder custom_generate/ of what `model` was loaded from, or None.
 
-    Raises OSError if that cannot be looked up: a folder that is gone, a Hub id without network.
+    Raises OSError if that cannot be looked up: a folder that is gone, a Hub id that is not cached, without network.
     """
     code = getattr(getattr(vars(model).get("generate"), "func", None), "__code__", None)
     if code is not None and Path(code.co_filename).parent.name == "custom_generate":
         return Path(code.co_filename).parent  # a partial, put there by from_pretrained with trust_remote_code
-    name, revision = model.name_or_path, getattr(model.config, "_commit_hash", None)
+    name, subfolder, cache = getattr(model, "loaded_from", (model.name_or_path, "", None))
     if not name:
         return None
     if os.path.isdir(name):
-        folder = Path(name) / "custom_generate"
+        folder = Path(name) / subfolder / "custom_generate"
         return folder if (folder / TOOL_LOOP[0]).exists() else None
-    files = [
-        cached_file(name, f"custom_generate/{file}", revision=revision, _raise_exceptions_for_missing_entries=False)
-        for file in TOOL_LOOP
-    ]
+    where, files = {"revision": getattr(model.config, "_commit_hash", None), "cache_dir": cache}, []
+    for file in (os.path.join(subfolder, "custom_generate", file) for file in TOOL_LOOP):
+        files.append(cached_file(name, file, **where, _raise_exceptions_for_missing_entries=False))
+        if files[-1] is None and try_to_load_from_cache(name, file, **where) is not _CACHED_NO_EXIST:
+            raise OSError(f"{file} is not in the cache, and the Hub cannot be asked")  # whether it exists
     return Path(files[0]).parent if all(files) else None
 
 
 class KeepsToolLoop:
     """For a model class, before PreTrainedModel: copies the tool loop to wherever the model is saved or pushed."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if name := str(pretrained_model_name_or_path or ""):
+            if os.path.isdir(name):
+                name = os.path.abspath(name)  # a relative one would be lost when the working directory changes
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.loaded_from = (name, kwargs.get("subfolder") or "", kwargs.get("cache_dir"))
+        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)

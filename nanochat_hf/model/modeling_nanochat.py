@@ -264,10 +264,8 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         self.layers = nn.ModuleList(NanoChatDecoderLayer(config, i) for i in range(layers))
         self.rotary_emb = NanoChatRotaryEmbedding(config)
         if config.value_embeds:
-            shape, init_fn = (
-                (config.vocab_size, config.num_key_value_heads * config.head_dim),
-                matrix_init(config, width),
-            )
+            shape = (config.vocab_size, config.num_key_value_heads * config.head_dim)
+            init_fn = matrix_init(config, width)
             tables = {str(i): with_init(nn.Embedding(*shape), init_fn) for i in config.value_embed_layers}
             self.value_embeds = nn.ModuleDict(tables)
         if config.residual_lambdas:
@@ -351,8 +349,8 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             states = cache.update_conv_state(x.transpose(1, 2), layer, conv_kernel_size=1).transpose(1, 2)
             if continues:
                 previous = states[:, -length - 1 : -1]
-        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
-        gate = self.smear_lambda.to(x.dtype) * gate
+        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS])).to(x.device)  # (B, T, 1)
+        gate = self.smear_lambda.to(x) * gate
         if position_ids is not None:  # packed rows, and left padding in generate: position 0 starts a sequence
             gate = gate * (position_ids != 0).unsqueeze(-1)
         if padding is not None:  # left padding without position_ids: the token before is no token
@@ -427,7 +425,8 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             if offloading:  # before 5.20, transformers fetches keys that may not have arrived: silently wrong ones
                 past_key_values.prefetch_stream.wait_stream(torch.cuda.default_stream(x.device))
             if config.residual_lambdas:
-                x = residual[i] * x + initial[i] * x0
+                x0 = x0.to(x.device)  # a model split over devices: x lies where the block before left it
+                x = residual[i].to(x.device) * x + initial[i].to(x.device) * x0
             has_value_embed = config.value_embeds and str(i) in self.value_embeds
             value_embed = self.value_embeds[str(i)](input_ids).to(x.dtype) if has_value_embed else None
             mask = masks["sliding_attention" if config.layer_types[i] == "sliding_attention" else "full_attention"]
@@ -440,7 +439,8 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             # if it had not left, and beside a static one transformers expects no keys and never fetches them.
             past_key_values.layers[-1].prefetch()
         if config.backout:
-            x = (x - self.backout_lambda.float() * middle).to(x.dtype)  # in float32: what is left may be small
+            share = self.backout_lambda.to(x.device).float() * middle.to(x.device)
+            x = (x - share).to(x.dtype)  # in float32: what is left may be small
         x = rms_norm(x, config.rms_norm_eps)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values if use_cache else None)
 

@@ -23,7 +23,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from transformers import AutoModelForCausalLM
 
 from .. import tool_loop
-from ..data.tokenizer import load_tokenizer, wrap
+from ..data.tokenizer import load_tokenizer, with_todays_templates
 from ..errors import InputError
 from ..eval.report import MODEL_STAGES, make_report
 from ..eval.weights import replaced
@@ -107,7 +107,7 @@ def prepare(run: Run, wanted: Push) -> Path:
             link(path, folder / path.relative_to(root))
     if stage != "base":
         tool_loop.ship(folder)
-    renew(folder, wrap, tool_loop.ship)  # a folder made by an older version
+    renew(folder, with_todays_templates, tool_loop.ship)  # a folder made by an older version
     made = card(run, wanted)
     check_metadata(made.data)
     (folder / "README.md").write_text(f"{made}\n", encoding="utf-8")

@@ -7,9 +7,10 @@
 Each GPU has a replica (`worker`). The queue is bounded: beyond it a request is refused at once, not kept waiting.
 
 Calls of the calculator run here, inside the answer; streamed chunks show them in an extra field, `delta.tool` =
-{"call": text} or {"result": text}, and whole answers in `message.tool_steps`. A client that passes the function
-`python` in `tools` gets `tool_calls` instead and runs them itself. Turns that do not fit into the context are dropped,
-oldest first; `dropped_messages` says how many. Token log-probabilities are not computed: TGI's `logprob` is null.
+{"call": text} or {"result": text}, and whole answers in `message.tool_steps`, which is read where a client gives the
+message back. A client that passes the function `python` in `tools` gets `tool_calls` instead and runs them itself.
+Turns that do not fit into the context are dropped, oldest first; `dropped_messages` says how many. Token
+log-probabilities are not computed: TGI's `logprob` is null.
 """
 
 import asyncio
@@ -72,9 +73,15 @@ class OpenAIBody(Sampling):
     n: int = Field(1, ge=1, le=16)
 
 
+class ToolStep(BaseModel):
+    call: str
+    result: str
+
+
 class Message(BaseModel):
     role: str
     content: str | list[dict] | None = None
+    tool_steps: list[ToolStep] | None = None  # of an answer that is given back
     tool_calls: list[dict] | None = None
     tool_call_id: str | None = None
     function_call: dict | None = None
