@@ -2,6 +2,7 @@
 
 import json
 import operator
+import os
 import random
 import re
 import subprocess
@@ -244,14 +245,13 @@ def test_thousands_of_random_sums_are_exact_or_rounded_correctly():
     assert exact > 2000 and rounded > 1000
 
 
+@pytest.mark.skipif("NANOCHAT_GSM8K" not in os.environ, reason="needs GSM8K's rows (NANOCHAT_GSM8K=gsm8k_train.jsonl)")
 def test_results_of_the_training_texts_keep_their_form():
     """What GSM8K's calls give: numbers that Python's floats hold print as Python prints them, rounded to 10 digits."""
-    path = Path(__file__).parents[2] / "shared" / "data" / "chat" / "gsm8k_train.jsonl"
-    if not path.exists():
-        pytest.skip("needs ../shared/data")
     calls = set()
-    for line in islice(path.open(encoding="utf-8"), 3000):
-        calls |= {call.rpartition("=")[0] for call in re.findall(r"<<([^>]*)>>", json.loads(line)["answer"])}
+    with open(os.environ["NANOCHAT_GSM8K"], encoding="utf-8") as file:
+        for line in islice(file, 3000):
+            calls |= {call.rpartition("=")[0] for call in re.findall(r"<<([^>]*)>>", json.loads(line)["answer"])}
     for call in calls:
         value = float(f"{eval(call.replace(',', ''), {'__builtins__': {}}):.10g}")
         assert calculate(call) == (str(int(value)) if value == int(value) else repr(value)), call
