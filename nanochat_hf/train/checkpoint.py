@@ -110,7 +110,7 @@ def newest_intact(checkpoints: list[Path], name: str, log: Callable[[str], None]
                 number += 1
                 aside = path.with_name(f"damaged_{path.name}.{number}")
             os.replace(path, aside)
-            log(f"{reason}; set aside as {aside.name}, going on from the checkpoint before it")
+            log(f"{reason}; set aside as {aside.name}; resuming from the checkpoint before it")
     return next((path for path in reversed(checkpoints) if path.exists()), None)
 
 
