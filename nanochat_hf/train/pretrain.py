@@ -303,9 +303,10 @@ class Pretraining:
 
     def save_and_measure(self, figures: dict) -> None:
         """Save, if that is due, and only then measure: a failing evaluation must not cost the training before it."""
-        saved = (
-            self.save(figures) if self.due(self.config.save_every) or self.step == self.plan.num_iterations else None
-        )
+        due = self.due(self.config.save_every, at_end=True)
+        if self.world > 1 and self.core:  # when one rank has failed, the others cannot be made to save
+            due |= self.due(self.config.core_metric_every)
+        saved = self.save(figures) if due else None
         try:
             self.measure(figures)
         except Exception:

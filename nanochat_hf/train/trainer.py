@@ -300,6 +300,7 @@ class StageTrainer:
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """As transformers', but saves before it evaluates: a failing evaluation must not cost the training before."""
         evaluate, self.control.should_evaluate = self.control.should_evaluate, False
+        self.control.should_save |= evaluate and self.args.world_size > 1  # after it one rank may have failed
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.measure_after_step(evaluate)
 
