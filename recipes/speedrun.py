@@ -12,20 +12,19 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat_hf.data import primer
-from nanochat_hf.data.corpus import is_local, text_fingerprint
+from nanochat_hf.data.documents import is_local, text_fingerprint
 from nanochat_hf.data.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from nanochat_hf.demo import corpus as primer
 from nanochat_hf.distributed import agreed, main_first, meet, next_stage, processes
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.chatcore import chatcore_metric
-from nanochat_hf.eval.generation import Generator
-from nanochat_hf.eval.harness import EvalConfig, core_metric, definition_of, evaluate
+from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, evaluate
+from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.eval.report import make_report
 from nanochat_hf.eval.sections import MODEL_STAGES
 from nanochat_hf.eval.weights import origin, renewal, replaced
+from nanochat_hf.hub.push import checkpoint_pusher
 from nanochat_hf.run import STAGES, Run, guarded, load_json, nearest, parse_config
-from nanochat_hf.serve.checkpoint_push import checkpoint_pusher
-from nanochat_hf.serve.generate import Engine
+from nanochat_hf.serve.engine import Engine
 from nanochat_hf.train.grpo import RLConfig, train_rl
 from nanochat_hf.train.pretrain import PretrainConfig, pretrain
 from nanochat_hf.train.sft import ChatConfig, train_chat

@@ -7,8 +7,8 @@ python scripts/base_train.py --config recipes/cpu-demo/base.yaml --run-dir runs/
 import os
 
 from nanochat_hf.errors import InputError
+from nanochat_hf.hub.push import checkpoint_pusher
 from nanochat_hf.run import Run, script
-from nanochat_hf.serve.checkpoint_push import checkpoint_pusher
 from nanochat_hf.train.pretrain import PretrainConfig, pretrain
 
 

@@ -13,14 +13,14 @@ import time
 
 import torch
 
-from nanochat_hf.data.corpus import DocumentStream
-from nanochat_hf.data.loader import PackedLoader
+from nanochat_hf.data.dataloader import PackedLoader
+from nanochat_hf.data.documents import DocumentStream
 from nanochat_hf.data.tokenizer import train_bpe
 from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.train.fast import Trunk
-from nanochat_hf.train.optim import MuonAdamW, param_groups
-from nanochat_hf.train.scaling import plan
+from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
+from nanochat_hf.optim.scaling import plan
+from nanochat_hf.train.fused_model import Trunk
 
 
 def repeat(function, seconds: float) -> float:

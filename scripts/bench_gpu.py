@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanochat_hf.train.scaling import peak_flops
+from nanochat_hf.optim.scaling import peak_flops
 
 LENGTH, ACCUMULATION = 2048, 4
 
@@ -30,9 +30,9 @@ def ours(depth: int, pattern: str, fp8: bool):
     """-> (function of ids and targets to the loss, optimizer, FLOPs per token) of this project's training step."""
     from nanochat_hf.model.configuration_nanochat import NanoChatConfig
     from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-    from nanochat_hf.train.fast import Trunk
-    from nanochat_hf.train.optim import MuonAdamW, param_groups
-    from nanochat_hf.train.scaling import plan
+    from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
+    from nanochat_hf.optim.scaling import plan
+    from nanochat_hf.train.fused_model import Trunk
 
     made = plan(depth, 32768, window_pattern=pattern)
     with torch.device("cuda"):

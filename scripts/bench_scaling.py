@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 
 from nanochat_hf.data.tokenizer import train_bpe
+from nanochat_hf.optim.scaling import peak_flops, plan
 from nanochat_hf.run import parse_config
 from nanochat_hf.train.pretrain import PretrainConfig, Pretraining
-from nanochat_hf.train.scaling import peak_flops, plan
 
 ROOT = Path(__file__).parent.parent
 TINY = {"aspect_ratio": 32, "head_dim": 32, "max_seq_len": 64, "generation": 2}  # of --cpu

@@ -8,7 +8,7 @@ python scripts/chat_cli.py --endpoint http://127.0.0.1:8000
 import argparse
 
 from nanochat_hf.run import guarded
-from nanochat_hf.serve.chat import Chat, Options, open_model, system_language, temperature
+from nanochat_hf.serve.terminal_chat import Chat, Options, open_model, system_language, temperature
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from nanochat_hf.distributed import processes
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.weights import origin
 from nanochat_hf.run import Run, script
-from nanochat_hf.train.preference import PreferenceConfig, train_preference
+from nanochat_hf.train.dpo import PreferenceConfig, train_preference
 
 
 def train(config: PreferenceConfig, run: Run, model: str | None = None) -> None:

@@ -8,10 +8,10 @@ import torch
 
 from nanochat_hf.distributed import processes
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.generation import Generator
+from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.eval.weights import origin
 from nanochat_hf.run import Run, script
-from nanochat_hf.serve.generate import Engine
+from nanochat_hf.serve.engine import Engine
 from nanochat_hf.train.grpo import RLConfig, train_rl
 
 

@@ -10,11 +10,10 @@ import torch
 from nanochat_hf.data.tokenizer import load_tokenizer
 from nanochat_hf.distributed import processes
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.chatcore import chatcore_metric
-from nanochat_hf.eval.harness import EvalConfig
+from nanochat_hf.eval.harness import EvalConfig, chatcore_metric
 from nanochat_hf.eval.weights import origin
 from nanochat_hf.run import Run, parse_config, script
-from nanochat_hf.serve.generate import Engine
+from nanochat_hf.serve.engine import Engine
 from nanochat_hf.train.sft import ChatConfig, train_chat
 
 

@@ -12,10 +12,10 @@ import json
 import os
 from pathlib import Path
 
-from nanochat_hf.data.personality import ROWS, ask_for, conversations, read_facts
+from nanochat_hf.data.identity import ROWS, ask_for, conversations, read_facts
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import guarded
-from nanochat_hf.serve.chat import Options, RemoteModel
+from nanochat_hf.serve.terminal_chat import Options, RemoteModel
 
 
 def main() -> None:

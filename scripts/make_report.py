@@ -12,8 +12,8 @@ from pathlib import Path
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.report import collect, compare, make_report, results_row
+from nanochat_hf.hub.model_card import family
 from nanochat_hf.run import Run, guarded
-from nanochat_hf.serve.card import family
 
 
 def main() -> None:

@@ -8,11 +8,11 @@
 """
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.generation import Generator
 from nanochat_hf.eval.harness import EvalConfig, evaluate
+from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.eval.report import MODEL_STAGES
 from nanochat_hf.run import Run, script
-from nanochat_hf.serve.generate import Engine
+from nanochat_hf.serve.engine import Engine
 
 
 def engine(model, tokenizer):

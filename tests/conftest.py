@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nanochat_hf  # noqa: F401  (registers the model)
-from nanochat_hf import kernel_checks
+from nanochat_hf.kernels import backend as kernel_checks
 
 torch.set_num_threads(1)
 
@@ -34,8 +34,8 @@ def kernels_stay_in_use():
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE of 512 tokens, trained on the demo's own text."""
-    from nanochat_hf.data import primer
     from nanochat_hf.data.tokenizer import train_bpe
+    from nanochat_hf.demo import corpus as primer
 
     texts = [text for _, text in zip(range(2000), primer.documents("train", seed=0))]
     return train_bpe(iter(texts), vocab_size=512)

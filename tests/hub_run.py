@@ -6,9 +6,9 @@ import pytest
 from hub_standin import Hub
 from huggingface_hub import close_session, constants
 
+from nanochat_hf.hub import push as hub_client
+from nanochat_hf.hub import push as serve_hub
 from nanochat_hf.run import save_json
-from nanochat_hf.serve import hub as serve_hub
-from nanochat_hf.serve import hub_client
 
 TOKEN = "hf_" + "Secret" * 6
 

@@ -1,8 +1,8 @@
-"""The graders of data/answers.py: tricky answers, row by row."""
+"""The graders of data/grading.py: tricky answers, row by row."""
 
 import pytest
 
-from nanochat_hf.data.answers import (
+from nanochat_hf.data.grading import (
     choice_letter,
     final_words,
     hash_answer,

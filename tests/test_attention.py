@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import LOW, relative
 
-from nanochat_hf import kernel_checks
-from nanochat_hf.train import attention
-from nanochat_hf.train.leaves import Places
+from nanochat_hf.kernels import attention
+from nanochat_hf.kernels import backend as kernel_checks
+from nanochat_hf.kernels.weight_cache import Places
 
 
 def slow_attention(q, k, v, scale, window):

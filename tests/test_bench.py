@@ -22,7 +22,7 @@ def test_bench_reports_rates_that_fit_together(talker):  # noqa: F811
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_json():
     sizes = ["--depth", "2", "--batches", "1,2", "--prompt", "8", "--tokens", "8"]
-    command = [sys.executable, "-m", "nanochat_hf.serve.generate", "--bench", *sizes]
+    command = [sys.executable, "-m", "nanochat_hf.serve.engine", "--bench", *sizes]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     assert lines[1].split()[:2] == ["batch", "tok/s"] and [row["batch"] for row in json.loads(lines[-1])] == [1, 2]

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers, trainers
 
-from nanochat_hf.data import bpe, primer
+from nanochat_hf.data import bpe
 from nanochat_hf.data.bpe import byte_alphabet, count_words, learn_merges
 from nanochat_hf.data.tokenizer import new_backend, split_pattern
+from nanochat_hf.demo import corpus as primer
 
 PATTERN = split_pattern(2)
 SPACES = " \t\n\r\x0b\x0c\x1c\x85\u00a0\u2003\u2028\u3000"

@@ -5,8 +5,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from nanochat_hf.errors import InputError
+from nanochat_hf.hub.model_card import Push, card, chain, check_metadata, datasets, family
 from nanochat_hf.run import Run, save_json
-from nanochat_hf.serve.card import Push, card, chain, check_metadata, datasets, family
 
 
 @pytest.fixture

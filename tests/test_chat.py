@@ -17,7 +17,8 @@ from rich.markdown import Markdown
 from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.chat import (
+from nanochat_hf.serve.engine import Engine, Piece
+from nanochat_hf.serve.terminal_chat import (
     Chat,
     LocalModel,
     Options,
@@ -28,7 +29,6 @@ from nanochat_hf.serve.chat import (
     open_model,
     spoken,
 )
-from nanochat_hf.serve.generate import Engine, Piece
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,8 +8,7 @@ from test_harness import Knower
 from test_recipes import speedrun
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.chatcore import chatcore_metric
-from nanochat_hf.eval.harness import EvalConfig
+from nanochat_hf.eval.harness import EvalConfig, chatcore_metric
 from nanochat_hf.run import Run, load_json
 from nanochat_hf.train.sft import ChatConfig, train_chat
 

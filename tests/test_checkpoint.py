@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
+from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.train import checkpoint
-from nanochat_hf.train.optim import MuonAdamW, param_groups
 
 
 @pytest.fixture

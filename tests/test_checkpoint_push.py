@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from talker import talker, talker_folder  # noqa: F401
 
-from nanochat_hf.serve.checkpoint_push import checkpoint_pusher
+from nanochat_hf.hub.push import checkpoint_pusher
 
 
 def test_checkpoints_become_branches_and_a_failing_hub_does_not_stop_training(hub, run):

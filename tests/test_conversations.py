@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_hf.data import conversations
-from nanochat_hf.data.conversations import Mixture
+from nanochat_hf.data import mixture as conversations
+from nanochat_hf.data.mixture import Mixture
 from nanochat_hf.errors import InputError
 from nanochat_hf.tools import calculate
 

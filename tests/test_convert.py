@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers import NanoChatForCausalLM as NativeModel
 from transformers.testing_utils import CaptureLogger
 
+from nanochat_hf.convert.tokenizer import ranks_from_backend, write_tiktoken
+from nanochat_hf.convert.upstream import convert, from_native, from_upstream, to_native, to_upstream
 from nanochat_hf.data import tokenizer as tokenizer_module
 from nanochat_hf.data.tokenizer import TEMPLATE, with_todays_templates, wrap
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, configuration_nanochat
-from nanochat_hf.model.convert import convert, from_native, from_upstream, to_native, to_upstream
-from nanochat_hf.model.convert_tokenizer import ranks_from_backend, write_tiktoken
 from nanochat_hf.run import load_json, model_fingerprint, save_json
 from nanochat_hf.tool_loop import ship
 

@@ -6,8 +6,7 @@ import pickle
 import pytest
 from tokenizers import normalizers
 
-from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, wrap
-from nanochat_hf.model.convert_tokenizer import (
+from nanochat_hf.convert.tokenizer import (
     backend_from_ranks,
     check_tokenizer,
     ranks_from_backend,
@@ -15,6 +14,7 @@ from nanochat_hf.model.convert_tokenizer import (
     reference_encoder,
     write_tiktoken,
 )
+from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, wrap
 
 PATTERN = r" ?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+"
 

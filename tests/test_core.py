@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import centered_mean, evaluate_core, quiet
 from nanochat_hf.eval.harness import EVALS, EvalConfig, LocalLM, core_metric
-from nanochat_hf.eval.score import score
+from nanochat_hf.eval.loglikelihood import score
 
 WORDS = ["the", "owl", "red", "cat", "sees", "a", "big", "green", "tree", "and", "two", "small", "dogs", "run", "town"]
 

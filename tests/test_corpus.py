@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat_hf.data.corpus import DocumentStream, is_local, open_documents, text_fingerprint
+from nanochat_hf.data.documents import DocumentStream, is_local, open_documents, text_fingerprint
 from nanochat_hf.errors import InputError
 
 
@@ -148,7 +148,7 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
 os.environ |= {"HF_HOME": sys.argv[2], "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
 threading.Thread(target=server.serve_forever, daemon=True).start()
-from nanochat_hf.data.corpus import DocumentStream, is_local, open_documents, text_fingerprint
+from nanochat_hf.data.documents import DocumentStream, is_local, open_documents, text_fingerprint
 from nanochat_hf.errors import InputError
 stream = DocumentStream("me/books")
 it = iter(stream)

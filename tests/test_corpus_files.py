@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_corpus import write_jsonl, write_parquet
 
-from nanochat_hf.data import corpus_files
-from nanochat_hf.data.corpus import DocumentStream, open_documents
+from nanochat_hf.data import documents as corpus_files
+from nanochat_hf.data.documents import DocumentStream, open_documents
 from nanochat_hf.errors import InputError
 
 

@@ -6,7 +6,7 @@ from tiny import relative
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
-from nanochat_hf.serve.decode import Decoder, Row, choose
+from nanochat_hf.serve.decoder import Decoder, Row, choose
 
 PROMPTS = [[1, 2, 3], [4], [9, 8, 7, 6, 5, 4, 3, 2, 1, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]]
 

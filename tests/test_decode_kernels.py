@@ -13,10 +13,10 @@ import pytest
 import torch
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
+from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
-from nanochat_hf.serve import decode_kernels
-from nanochat_hf.serve.decode import STATE, Decoder, Row
-from nanochat_hf.serve.generate import Engine, Request
+from nanochat_hf.serve.decoder import STATE, Decoder, Row
+from nanochat_hf.serve.engine import Engine, Request
 from nanochat_hf.serve.worker import open_workers
 
 

@@ -13,8 +13,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.train import device
-from nanochat_hf.train.device import (
+from nanochat_hf.optim.scaling import plan
+from nanochat_hf.train import runtime as device
+from nanochat_hf.train.runtime import (
     check_cost,
     choose_rows,
     fits,
@@ -23,7 +24,6 @@ from nanochat_hf.train.device import (
     share_out,
     undisturbed_by_gc,
 )
-from nanochat_hf.train.scaling import plan
 
 CPU = torch.device("cpu")
 D12 = plan(12, 32768, total_batch_size=131_072, num_iterations=500)
@@ -65,7 +65,7 @@ def test_a_trial_has_gradients_beside_it_only_if_its_step_has(steps, beside):
 
 
 def test_the_choice_follows_the_free_memory(monkeypatch):
-    monkeypatch.setattr("nanochat_hf.train.device.free_memory", lambda device: 40e9)
+    monkeypatch.setattr("nanochat_hf.train.runtime.free_memory", lambda device: 40e9)
     rows, said = choose(-1)
     assert rows == 8 and "chosen by the free memory" in said[0]
     rows, said = choose(-1, world=16)  # the batch has no more for each of them

@@ -18,8 +18,8 @@ from hub_standin import Hub, Repo
 from test_optim import free_port
 from workers import ROOT, command, environment, launch
 
-from nanochat_hf.data import primer
 from nanochat_hf.data.tokenizer import train_bpe
+from nanochat_hf.demo import corpus as primer
 from nanochat_hf.distributed import main_first, meet
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.run import load_json

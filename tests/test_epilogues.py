@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny import LOW, relative
 
-from nanochat_hf.train.epilogues import fold, fused
-from nanochat_hf.train.products import Weight, residual_mlp
+from nanochat_hf.kernels.block_matmuls import Weight, fold, fused, residual_mlp
 
 EPS = 1.19e-7
 

@@ -6,7 +6,7 @@ from tiny import relative
 
 from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.train.fast import Trunk, finish, fuse
+from nanochat_hf.train.fused_model import Trunk, finish, fuse
 
 SHAPE = {
     "vocab_size": 320,

@@ -13,9 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nanochat_hf.train import float8, products
-from nanochat_hf.train.fast import Trunk
-from nanochat_hf.train.float8 import (
+from nanochat_hf.kernels import block_matmuls as products
+from nanochat_hf.kernels import float8
+from nanochat_hf.kernels.float8 import (
     E4M3,
     E5M2,
     PLAIN,
@@ -28,6 +28,7 @@ from nanochat_hf.train.float8 import (
     quantise,
     weight8,
 )
+from nanochat_hf.train.fused_model import Trunk
 
 
 @pytest.fixture(autouse=True)

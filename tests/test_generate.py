@@ -9,7 +9,7 @@ from talker import QUESTIONS, talker  # noqa: F401
 
 from nanochat_hf.data.bpe import byte_alphabet
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.generate import CALL_MARKS, Engine, Request, TextDecoder, meanings
+from nanochat_hf.serve.engine import CALL_MARKS, Engine, Request, TextDecoder, meanings
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat_hf.eval.generation import Generator, _pick
+from nanochat_hf.eval.lm_eval_model import Generator, _pick
 
 
 class Script:

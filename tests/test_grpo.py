@@ -13,12 +13,12 @@ from trl import GRPOTrainer
 from workers import launch
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.generation import Generator
+from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.run import load_json
-from nanochat_hf.serve.generate import Engine
+from nanochat_hf.serve.engine import Engine
 from nanochat_hf.tools import python
 from nanochat_hf.train.grpo import RLConfig, RLTrainer, grpo_arguments, questions, rollout, train_rl
-from nanochat_hf.train.network import load_chat_model, lora
+from nanochat_hf.train.model_setup import load_chat_model, lora
 from nanochat_hf.train.sft import ChatConfig, train_chat
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from nanochat_hf.data import primer
+from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, core_metric, definition_of, evaluate
-from nanochat_hf.eval.lm import load
+from nanochat_hf.eval.lm_eval_model import load
 from nanochat_hf.eval.tasks import write_jsonl
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
 

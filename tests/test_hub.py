@@ -20,9 +20,9 @@ from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.data import tokenizer
 from nanochat_hf.errors import InputError
+from nanochat_hf.hub import push as serve_hub
+from nanochat_hf.hub.push import Push, push
 from nanochat_hf.run import load_json, model_fingerprint, save_json
-from nanochat_hf.serve import hub as serve_hub
-from nanochat_hf.serve.hub import Push, push
 
 ROOT = Path(__file__).parent.parent
 

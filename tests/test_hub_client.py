@@ -5,8 +5,8 @@ from hub_run import TOKEN, hub_run, pushed, stand_in, without_check  # noqa: F40
 from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve import hub_client
-from nanochat_hf.serve.hub import Push, push
+from nanochat_hf.hub import push as hub_client
+from nanochat_hf.hub.push import Push, push
 
 
 def test_a_hub_that_stays_down_is_one_line_and_the_next_push_goes_on(hub, run, no_check):

@@ -13,13 +13,11 @@ import torch
 from tiny import make_config
 from torch import nn
 
-import nanochat_hf.serve.decode
-import nanochat_hf.train.optim  # noqa: F401
-from nanochat_hf import kernel_checks as checks
+from nanochat_hf.kernels import backend as checks
+from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
-from nanochat_hf.serve import decode_kernels
-from nanochat_hf.serve.decode import Decoder
-from nanochat_hf.train.fast import Trunk
+from nanochat_hf.serve.decoder import Decoder
+from nanochat_hf.train.fused_model import Trunk
 
 CPU = torch.device("cpu")
 CONFIG = NanoChatConfig(
@@ -102,7 +100,7 @@ def test_a_package_that_is_not_there_is_told_from_one_that_does_not_fit(monkeypa
 def test_fp8_that_is_wrong_is_bf16_training(tiny_model, monkeypatch):
     assert Trunk(tiny_model, fp8=True).fp8
     monkeypatch.setattr(checks, "disabled", {"FP8"})
-    monkeypatch.setattr("nanochat_hf.train.fast.disabled", checks.disabled)
+    monkeypatch.setattr("nanochat_hf.train.fused_model.disabled", checks.disabled)
     assert not Trunk(tiny_model, fp8=True).fp8
 
 

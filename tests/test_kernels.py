@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny import LOW, relative
 
-from nanochat_hf.train import kernels
+from nanochat_hf.kernels import fused_cross_entropy as kernels
 
 
 def test_head_loss_is_softcapped_cross_entropy_without_the_padding_rows():

@@ -16,15 +16,15 @@ from rich.cells import cell_len
 from rich.console import Console
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
-from nanochat_hf.data.corpus import open_documents
-from nanochat_hf.data.personality import conversations, read_facts
+from nanochat_hf.data.documents import open_documents
+from nanochat_hf.data.identity import conversations, read_facts
 from nanochat_hf.data.transforms import TRANSFORMS, check
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, evaluate
 from nanochat_hf.eval.report import collect, make_report
 from nanochat_hf.run import Run, parse_config, save_json
-from nanochat_hf.serve.chat import KOREAN, Chat, LocalModel, Options, system_language
-from nanochat_hf.serve.generate import Engine
+from nanochat_hf.serve.engine import Engine
+from nanochat_hf.serve.terminal_chat import KOREAN, Chat, LocalModel, Options, system_language
 
 ROOT = Path(__file__).parent.parent
 KOBEST = {  # made-up rows in the form of KoBEST's files

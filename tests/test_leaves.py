@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from nanochat_hf.train import leaves, products
+from nanochat_hf.kernels import block_matmuls as products
+from nanochat_hf.kernels import weight_cache as leaves
 
 
 class Net(torch.nn.Module):

@@ -8,7 +8,7 @@ import torch
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig
-from nanochat_hf.eval.lm import LocalLM, load
+from nanochat_hf.eval.lm_eval_model import LocalLM, load
 
 
 class Echo:

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat_hf.data.corpus import DocumentStream, open_documents
-from nanochat_hf.data.loader import PackedLoader
+from nanochat_hf.data.dataloader import PackedLoader
+from nanochat_hf.data.documents import DocumentStream, open_documents
 from nanochat_hf.errors import InputError
 
 NUM_DOCUMENTS = 150
@@ -58,7 +58,7 @@ def test_no_document_comes_twice_before_all_came_once(folder, tokenizer, monkeyp
     def numbered(tokenizer, texts):  # every token tells its document, so that cropping cannot hide one
         return [np.full(len(text) // 4 + 1, int(text[1:4]), np.uint16) for text in texts]
 
-    monkeypatch.setattr("nanochat_hf.data.loader.encode_documents", numbered)
+    monkeypatch.setattr("nanochat_hf.data.dataloader.encode_documents", numbered)
     one = loader(folder, tokenizer, lanes=lanes, batch_size=1, keep_tails=False)
     counts = Counter()
     positions = [0]
@@ -88,7 +88,7 @@ def test_processes_share_the_rows_that_one_process_would_make(folder, tokenizer,
 def test_the_number_of_threads_changes_nothing(folder, tokenizer, monkeypatch):
     batches = []
     for number in (1, 8):
-        monkeypatch.setattr("nanochat_hf.data.loader.threads", lambda number=number: number)
+        monkeypatch.setattr("nanochat_hf.data.dataloader.threads", lambda number=number: number)
         batches.append(list(islice(loader(folder, tokenizer, batch_size=6), 12)))
     assert all((a == b).all() for a, b in zip(*batches))
 
@@ -165,7 +165,7 @@ def test_every_token_comes_once_in_an_epoch_of_interruptions_by_other_numbers_of
         numbers = [int(text[1:4]) for text in texts]
         return [np.array([bos, *range(n * 100, n * 100 + length[n])], np.uint16) for n in numbers]
 
-    monkeypatch.setattr("nanochat_hf.data.loader.encode_documents", numbered)
+    monkeypatch.setattr("nanochat_hf.data.dataloader.encode_documents", numbered)
     found, epoch, states, sizes = Counter(), 0, None, cycle([1, 4, 2])
     while epoch == 0:  # until every lane has read its documents
         world_size = next(sizes)
@@ -190,7 +190,7 @@ def test_every_token_comes_once_in_an_epoch_of_interruptions_by_other_numbers_of
 
 
 def test_few_documents_wait_where_they_are_long(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("nanochat_hf.data.loader.CHUNK_CHARS", 1000)
+    monkeypatch.setattr("nanochat_hf.data.dataloader.CHUNK_CHARS", 1000)
     pq.write_table(pa.table({"text": ["zq " * 3000] * 40}), tmp_path / "0.parquet")
     pq.write_table(pa.table({"text": ["v"]}), tmp_path / "1.parquet")
     one = loader(tmp_path, tokenizer, lanes=1, buffer_size=8)

@@ -7,13 +7,13 @@ from itertools import count
 import pytest
 import torch
 
-from nanochat_hf.data.corpus import DocumentStream
-from nanochat_hf.data.loader import VALIDATION, PackedLoader
+from nanochat_hf.data.dataloader import VALIDATION, PackedLoader
+from nanochat_hf.data.documents import DocumentStream
 from nanochat_hf.data.tokenizer import token_byte_lengths
 from nanochat_hf.eval.bpb import evaluate_bpb, losses_of
-from nanochat_hf.train.device import to_device
-from nanochat_hf.train.fast import Trunk
-from nanochat_hf.train.monitor import FIRST, Evaluator, SpikeAlarm, line
+from nanochat_hf.train.fused_model import Trunk
+from nanochat_hf.train.monitoring import FIRST, Evaluator, SpikeAlarm, line
+from nanochat_hf.train.runtime import to_device
 
 
 def rings(losses, nats=2.0):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat_hf.train.muon import POLAR_EXPRESS, equilibrate, mean_squares, orthogonalise, update_scale
+from nanochat_hf.kernels.muon import POLAR_EXPRESS, equilibrate, mean_squares, orthogonalise, update_scale
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])

@@ -4,11 +4,19 @@ import pytest
 import torch
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.kernel_checks import version
+from nanochat_hf.kernels.backend import version
 from nanochat_hf.model import NanoChatForCausalLM
-from nanochat_hf.train.fast import Trunk
-from nanochat_hf.train.network import ModelLoss, describe, gradient_norm, new_model, shape_of, why_not_fp8, with_loss
-from nanochat_hf.train.scaling import plan
+from nanochat_hf.optim.scaling import plan
+from nanochat_hf.train.fused_model import Trunk
+from nanochat_hf.train.model_setup import (
+    ModelLoss,
+    describe,
+    gradient_norm,
+    new_model,
+    shape_of,
+    why_not_fp8,
+    with_loss,
+)
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,9 @@ import torch.multiprocessing as mp
 from servers import free_port
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.train.muon import POLAR_EXPRESS
-from nanochat_hf.train.optim import MuonAdamW, param_groups
-from nanochat_hf.train.scaling import plan
+from nanochat_hf.kernels.muon import POLAR_EXPRESS
+from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
+from nanochat_hf.optim.scaling import plan
 
 MUON = {"kind": "muon", "lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "beta2": 0.9}
 ADAMW = {"kind": "adamw", "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nanochat_hf.train import optim_kernels
-from nanochat_hf.train.optim_kernels import apply_updates, gram, nesterov, product_plus, symmetric_plus
+from nanochat_hf.kernels import muon as optim_kernels
+from nanochat_hf.kernels.muon import apply_updates, gram, nesterov, product_plus, symmetric_plus
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

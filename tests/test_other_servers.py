@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from servers import free_port, start
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from nanochat_hf.convert.upstream import to_native
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, NanoChatModel
-from nanochat_hf.model.convert import to_native
-from nanochat_hf.serve.generate import Engine
+from nanochat_hf.serve.engine import Engine
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
 

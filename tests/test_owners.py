@@ -10,9 +10,9 @@ from test_optim import free_port
 from tiny import relative
 from torch import nn
 
-from nanochat_hf.train import owners
-from nanochat_hf.train.optim import MuonAdamW
-from nanochat_hf.train.owners import OwnerReduction, shares
+from nanochat_hf.optim import gradient_reduction as owners
+from nanochat_hf.optim.gradient_reduction import OwnerReduction, shares
+from nanochat_hf.optim.muon_adamw import MuonAdamW
 
 MUON = {"kind": "muon", "lr": 0.02, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.0}
 ADAMW = {"kind": "adamw", "lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}

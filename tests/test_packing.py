@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat_hf.data.packing import BestFitPacker
+from nanochat_hf.data.dataloader import BestFitPacker
 
 BOS = 0
 UNSET = 65535

@@ -14,18 +14,9 @@ import torch
 from huggingface_hub import close_session, constants
 from transformers import AutoModelForCausalLM
 
-from nanochat_hf.data.conversations import Mixture
-from nanochat_hf.data.personality import (
-    Facts,
-    Word,
-    ask_for,
-    conversations,
-    fingerprint,
-    parse,
-    questions,
-    read_facts,
-)
-from nanochat_hf.data.personality_words import Intent
+from nanochat_hf.data.identity import Facts, Word, ask_for, conversations, fingerprint, parse, questions, read_facts
+from nanochat_hf.data.identity_words import Intent
+from nanochat_hf.data.mixture import Mixture
 from nanochat_hf.data.transforms import BadRow, check
 from nanochat_hf.errors import InputError
 from nanochat_hf.train.sft import ChatConfig, train_chat

@@ -4,8 +4,8 @@ from itertools import chain
 
 import pytest
 
-from nanochat_hf.data.personality import Facts, _fill
-from nanochat_hf.data.personality_words import ENGLISH, LANGUAGES
+from nanochat_hf.data.identity import Facts, _fill
+from nanochat_hf.data.identity_words import ENGLISH, LANGUAGES
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

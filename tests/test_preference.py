@@ -12,7 +12,7 @@ from workers import launch
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json, parse_config
-from nanochat_hf.train.preference import PreferenceConfig, pair, pairs, spoken_only, train_preference
+from nanochat_hf.train.dpo import PreferenceConfig, pair, pairs, spoken_only, train_preference
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

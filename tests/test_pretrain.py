@@ -28,9 +28,11 @@ from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
 from nanochat_hf.distributed import next_stage
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.train import checkpoint, device, network
+from nanochat_hf.train import checkpoint
+from nanochat_hf.train import model_setup as network
 from nanochat_hf.train import pretrain as module
-from nanochat_hf.train.fast import Trunk
+from nanochat_hf.train import runtime as device
+from nanochat_hf.train.fused_model import Trunk
 from nanochat_hf.train.pretrain import PretrainConfig, Pretraining, pretrain
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
 

@@ -27,9 +27,9 @@ from test_pretrain import (  # noqa: F401  (two are fixtures)
 
 from nanochat_hf.train import checkpoint
 from nanochat_hf.train import pretrain as module
-from nanochat_hf.train.device import fetch, to_device
-from nanochat_hf.train.monitor import SpikeAlarm
+from nanochat_hf.train.monitoring import SpikeAlarm
 from nanochat_hf.train.pretrain import Pretraining
+from nanochat_hf.train.runtime import fetch, to_device
 
 # ruff: noqa: F811  (fixtures as arguments)
 

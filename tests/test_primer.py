@@ -7,8 +7,9 @@ from itertools import islice
 
 import pytest
 
-from nanochat_hf.data.answers import final_words, is_correct
-from nanochat_hf.data.primer import (
+from nanochat_hf.data.grading import final_words, is_correct
+from nanochat_hf.data.tokenizer import train_bpe
+from nanochat_hf.demo.corpus import (
     CHAT_KINDS,
     CONVERSATION_ROUNDS,
     DOCUMENT_ROUNDS,
@@ -22,9 +23,8 @@ from nanochat_hf.data.primer import (
     questions,
     times_asked,
 )
-from nanochat_hf.data.primer_words import TRIPLE_WORDS, WORDS
-from nanochat_hf.data.primer_world import FRAMES, RELATIONS
-from nanochat_hf.data.tokenizer import train_bpe
+from nanochat_hf.demo.words import TRIPLE_WORDS, WORDS
+from nanochat_hf.demo.world import FRAMES, RELATIONS
 from nanochat_hf.errors import InputError
 
 
@@ -114,7 +114,7 @@ def test_counts_in_training_are_balanced_too():
 
 def test_the_assistants_own_words_are_graded_as_correct():
     """Sends each training conversation's answer through the grader: tools, rivals, entities, letters."""
-    from nanochat_hf.data import primer
+    from nanochat_hf.demo import corpus as primer
 
     rng = primer.Random(5)
     rows = [primer._fact(rng, relation, e, True) for relation in RELATIONS for e in relation.facts]

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from nanochat_hf.data.primer_words import TRIPLE_WORDS, WORDS
+from nanochat_hf.demo.words import TRIPLE_WORDS, WORDS
 
 
 def test_words_are_lower_case_and_stand_once():

@@ -3,15 +3,7 @@
 import re
 from collections import Counter
 
-from nanochat_hf.data.primer_world import (
-    FRAMES,
-    HARD_PROBLEMS,
-    IDENTITY,
-    PROBLEMS,
-    RELATIONS,
-    SUM_QUESTIONS,
-    TEST_FRAMES,
-)
+from nanochat_hf.demo.world import FRAMES, HARD_PROBLEMS, IDENTITY, PROBLEMS, RELATIONS, SUM_QUESTIONS, TEST_FRAMES
 
 
 def normal(text: str) -> str:

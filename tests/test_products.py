@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import relative
 
-from nanochat_hf.train import products
+from nanochat_hf.kernels import block_matmuls as products
 
 
 def test_relu2_mlp_is_the_square_of_relu():

@@ -15,12 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from nanochat_hf.convert.upstream import convert
 from nanochat_hf.data.tokenizer import wrap
 from nanochat_hf.errors import InputError
-from nanochat_hf.model.convert import convert
 from nanochat_hf.model.quantization import is_quantized
-from nanochat_hf.serve.generate import Engine
-from nanochat_hf.train.network import load_chat_model, new_model
+from nanochat_hf.serve.engine import Engine
+from nanochat_hf.train.model_setup import load_chat_model, new_model
 from nanochat_hf.train.sft import ChatConfig
 
 MATRICES = {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}

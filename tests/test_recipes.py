@@ -7,11 +7,11 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from nanochat_hf.data.corpus import text_fingerprint
+from nanochat_hf.data.documents import text_fingerprint
 from nanochat_hf.errors import InputError
+from nanochat_hf.optim.scaling import plan
 from nanochat_hf.run import Run, begin, finish
 from nanochat_hf.train.pretrain_config import PLAN_KEYS
-from nanochat_hf.train.scaling import plan
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/base.yaml"))

@@ -16,13 +16,13 @@ from transformers import Trainer
 
 from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.generation import Generator
+from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.run import Run, load_json, model_fingerprint
 from nanochat_hf.train import pretrain, sft, trainer
 from nanochat_hf.train.checkpoint import complete_checkpoints, damage
+from nanochat_hf.train.dpo import PreferenceConfig, PreferenceTrainer, train_preference
 from nanochat_hf.train.grpo import RLConfig, RLTrainer, train_rl
-from nanochat_hf.train.network import read_model
-from nanochat_hf.train.preference import PreferenceConfig, PreferenceTrainer, train_preference
+from nanochat_hf.train.model_setup import read_model
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

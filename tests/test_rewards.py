@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from nanochat_hf.train.rewards import correctness, grade, pass_at_k
+from nanochat_hf.data.grading import correctness, grade, pass_at_k
 
 CALL = "<|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>"
 

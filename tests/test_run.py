@@ -10,17 +10,7 @@ import pytest
 import torch
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.run import (
-    Run,
-    begin,
-    finish,
-    guarded,
-    load_json,
-    model_fingerprint,
-    pairs,
-    parse_config,
-    save_json,
-)
+from nanochat_hf.run import Run, begin, finish, guarded, load_json, model_fingerprint, pairs, parse_config, save_json
 
 
 @dataclass

@@ -6,7 +6,7 @@ import torch
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.train.scaling import RECIPES, plan, rows_that_fit, visible_keys
+from nanochat_hf.optim.scaling import RECIPES, plan, rows_that_fit, visible_keys
 
 # depth: width, heads, parameters, FLOPs a token, tokens a step, steps, rates of Muon, embedding and head, decay of
 # Muon; vocabulary 32,768, 2,048 tokens a row

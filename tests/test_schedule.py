@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from nanochat_hf.train.schedule import Schedule
+from nanochat_hf.optim.schedule import Schedule
 
 SHAPE = Schedule(num_iterations=1000, warmup_steps=40, warmdown_ratio=0.65, final_lr_frac=0.05)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nanochat_hf.eval.score import positions_that_fit, score
+from nanochat_hf.eval.loglikelihood import positions_that_fit, score
 
 
 def test_scores_do_not_depend_on_batch_size_or_order(lively_model):

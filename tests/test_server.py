@@ -23,9 +23,9 @@ from servers import free_port, start
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.chat import Options, RemoteModel, messages_of
-from nanochat_hf.serve.generate import Engine
+from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.server import Server
+from nanochat_hf.serve.terminal_chat import Options, RemoteModel, messages_of
 from nanochat_hf.serve.worker import Worker
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +118,7 @@ def user(text):
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
 def test_the_page_sends_no_question_that_got_no_answer():
-    page = ROOT / "nanochat_hf" / "serve" / "page.html"
+    page = ROOT / "nanochat_hf" / "serve" / "ui.html"
     done = subprocess.run(["node", "-e", PAGE, str(page)], capture_output=True, text=True, check=True, timeout=20)
     lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     nothing = ("busy", "down", "stopped before", "says nothing")

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
-from nanochat_hf.train import network, sft
+from nanochat_hf.train import model_setup as network
+from nanochat_hf.train import sft
 from nanochat_hf.train.sft import ChatConfig, Rows, encode, prepare, train_chat
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

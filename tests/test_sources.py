@@ -3,8 +3,7 @@
 import pytest
 from test_conversations import chat, write
 
-from nanochat_hf.data.conversations import Mixture
-from nanochat_hf.data.sources import Entry, JsonLines, open_rows, shared
+from nanochat_hf.data.mixture import Entry, JsonLines, Mixture, open_rows, shared
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 

@@ -53,7 +53,7 @@ def test_an_answer_grows_and_its_tool_step_stands_apart(app):
 
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_the_spaces_answers_are_those_of_the_fast_engine(app, talker, question):  # noqa: F811
-    from nanochat_hf.serve.generate import Engine
+    from nanochat_hf.serve.engine import Engine
 
     pieces = Engine(*talker).stream([{"role": "user", "content": question}])
     text = "".join(piece for piece in pieces if piece.kind == "text")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat_hf.train import stream
+from nanochat_hf.kernels import residual as stream
 
 LAYERS = 3
 

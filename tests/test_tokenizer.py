@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from nanochat_hf.data import tokenizer as module
-from nanochat_hf.data.corpus import text_fingerprint
+from nanochat_hf.data.documents import text_fingerprint
 from nanochat_hf.data.tokenizer import (
     RESPONSE_TEMPLATE,
     SPECIAL_TOKENS,

@@ -11,7 +11,7 @@ from talker import QUESTIONS, chat_folder, talker, talker_folder  # noqa: F401
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from nanochat_hf.serve.generate import Engine
+from nanochat_hf.serve.engine import Engine
 from nanochat_hf.tool_loop import Results, stop_ids
 
 SUM = [{"role": "user", "content": "What is 12 * 34?"}]

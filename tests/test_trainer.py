@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanochat_hf.errors import InputError
+from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
+from nanochat_hf.optim.scaling import RECIPES, optimizer_groups
 from nanochat_hf.run import load_json
 from nanochat_hf.train.checkpoint import save_momenta
+from nanochat_hf.train.dpo import PreferenceConfig, train_preference
 from nanochat_hf.train.grpo import RLConfig, train_rl
-from nanochat_hf.train.optim import MuonAdamW, param_groups
-from nanochat_hf.train.preference import PreferenceConfig, train_preference
-from nanochat_hf.train.scaling import RECIPES, optimizer_groups
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
 from nanochat_hf.train.trainer import StageTrainer, split_step
 

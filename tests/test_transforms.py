@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from nanochat_hf.data.answers import hash_answer
+from nanochat_hf.data.grading import hash_answer
 from nanochat_hf.data.transforms import (
     TRANSFORMS,
     BadRow,

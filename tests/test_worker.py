@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import nanochat_hf.serve.worker
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.generate import Engine, Piece, Request
+from nanochat_hf.serve.engine import Engine, Piece, Request
 from nanochat_hf.serve.worker import Answer, Broken, Busy, Worker
 
 

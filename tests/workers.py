@@ -49,7 +49,7 @@ def pretrain(
 
     as_on_a_gpu: blocks whose products add to the gradients by themselves, as with FlashAttention-4 and quack.
     """
-    from nanochat_hf.train import fast
+    from nanochat_hf.train import fused_model as fast
     from nanochat_hf.train import pretrain as module
 
     if as_on_a_gpu:
@@ -87,7 +87,7 @@ def count(output: str, tokenizer: str, accumulations: list[int], **keys) -> None
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from nanochat_hf.train import optim
+    from nanochat_hf.optim import muon_adamw as optim
     from nanochat_hf.train import pretrain as module
 
     order, counted = [], {}
@@ -139,7 +139,7 @@ def sft(output: str, model: str, die_at: int | None = None, **keys) -> None:
 
 def rl(output: str, model: str, trl: bool = False, **keys) -> None:
     """`trl`: let TRL generate, and not an engine of ours."""
-    from nanochat_hf.eval.generation import Generator
+    from nanochat_hf.eval.lm_eval_model import Generator
     from nanochat_hf.train.grpo import RLConfig, train_rl
 
     train_rl(RLConfig(**keys), model, Path(output), engine=None if trl else Generator)
@@ -147,7 +147,7 @@ def rl(output: str, model: str, trl: bool = False, **keys) -> None:
 
 
 def dpo(output: str, model: str, **keys) -> None:
-    from nanochat_hf.train.preference import PreferenceConfig, train_preference
+    from nanochat_hf.train.dpo import PreferenceConfig, train_preference
 
     train_preference(PreferenceConfig(**keys), model, Path(output))
     fresh()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import datasets
 
-from nanochat_hf.data import answers
+from nanochat_hf.data import grading as answers
 from nanochat_hf.data.jsonl import damaged, numbered_lines, parse
 from nanochat_hf.tools import run_sandboxed
 

@@ -262,7 +262,7 @@ class TokenizerConfig:
 
     dataset: str = "primer"
     """Text to train on: a Hub id, a folder of parquet files, a .jsonl file or `primer`; or a list of them, mixed by
-    weight: [{dataset: ..., weight: 0.5}, ...] (data/corpus.py)."""
+    weight: [{dataset: ..., weight: 0.5}, ...] (data/documents.py)."""
     vocab_size: int = 32768
     """Number of tokens, the nine special ones included."""
     max_chars: int = 2_000_000_000
@@ -293,7 +293,7 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) ->
 def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     """Train on the training split of `config.dataset` and write a `from_pretrained` folder and metrics.json."""
     from ..run import begin, finish
-    from .corpus import open_documents, text_fingerprint
+    from .documents import open_documents, text_fingerprint
 
     output, record = Path(output), begin(config)
     data = text_fingerprint(config.dataset)

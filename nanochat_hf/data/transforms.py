@@ -2,7 +2,7 @@
 
 They keep karpathy/nanochat's protocols to the letter where its checkpoints depend on them: the multiple-choice prompt,
 GSM8K's calculator calls, the answers to the spelling tasks. A row that cannot be used raises BadRow (or KeyError,
-TypeError, where it has another form); data/conversations.py skips and counts it.
+TypeError, where it has another form); data/mixture.py skips and counts it.
 
     conversation = TRANSFORMS["gsm8k"]({"question": ..., "answer": ...}, Random(0))  # [{"role": "user", ...}, ...]
     conversation = normalize(conversation)  # OpenAI's forms of calls and parts -> the template's

@@ -16,11 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.corpus import open_documents
-from ..data.loader import VALIDATION, PackedLoader
+from ..data.dataloader import VALIDATION, PackedLoader
+from ..data.documents import open_documents
 from ..data.tokenizer import token_byte_lengths
 from ..distributed import processes
-from .score import positions_that_fit
+from .loglikelihood import positions_that_fit
 
 IGNORED = -100  # targets that carry no loss
 PROBE = "Owls weigh 3.5 kg — 올빼미 🦉\n"

@@ -7,6 +7,14 @@ All tasks are the YAMLs of evals/tasks, which the plain `lm_eval` command line r
 
 Results go to eval/metrics.json, every question with its answer to eval/samples/<stage>/<task>.jsonl. A killed
 evaluation goes on with the stage that it had not finished.
+
+ChatCORE while a model trains: the chat tasks of eval.yaml, a few questions of each.
+
+`train_chat` calls what `chatcore_metric` returns every `chatcore_every` steps; recipes/speedrun.py and
+scripts/chat_sft.py bring the two together, since training does not know evaluation.
+
+    measure = chatcore_metric(EvalConfig(tasks=["nanochat_chatcore"]), tokenizer, folder)
+    measure(model, 32)  # -> 0.21, questions of each task at most 32
 """
 
 import hashlib
@@ -14,22 +22,22 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
+from math import nan
 from pathlib import Path
 
 import torch
 from lm_eval.tasks import TaskManager
 
-from ..data.corpus_files import local_path
+from ..data.documents import local_path
 from ..data.tokenizer import load_tokenizer
 from ..distributed import agreed, meet, processes
 from ..errors import InputError
 from ..run import Run, begin, fingerprint, finish, load_json, save_json
 from .bpb import held_out_bpb
 from .core import centered_mean, evaluate_core, quiet
-from .generation import Generator
-from .lm import LocalLM, load
+from .lm_eval_model import Generator, LocalLM, load
 from .sections import MODEL_STAGES
 from .sizes import bloat, compression
 from .tasks import EVALS, MEANS, Tasks, bundle_folder, write_jsonl
@@ -82,7 +90,7 @@ class EvalConfig:
 
 
 PACKAGE = Path(__file__).parents[1]
-PARTS = ("eval/bpb", "eval/core", "eval/generation", "eval/lm", "eval/score", "eval/tasks", "data/answers")
+PARTS = ("eval/bpb", "eval/core", "eval/lm_eval_model", "eval/loglikelihood", "eval/tasks", "data/grading")
 PARTS += ("data/jsonl", "tools")
 
 
@@ -184,7 +192,7 @@ def check_counts(config: EvalConfig, num_processes: int) -> None:
 
 def definition_of(config: EvalConfig) -> str:
     """A hash of all that decides a result besides the weights: config, tasks, code that measures, local data."""
-    files = [*EVALS.glob("tasks/*.*"), *PACKAGE.glob("data/primer*.py"), *(PACKAGE / f"{name}.py" for name in PARTS)]
+    files = [*EVALS.glob("tasks/*.*"), *PACKAGE.glob("demo/*.*"), *(PACKAGE / f"{name}.py" for name in PARTS)]
     code = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
     parts = config.dataset if isinstance(config.dataset, list) else [{"dataset": config.dataset}]
     places = [config.chat_data, config.words, config.core_bundle, *(str(part.get("dataset")) for part in parts)]
@@ -290,3 +298,38 @@ def shown(result: dict) -> str:
     if result.get("baseline"):
         words += f" (guessing {result['baseline']:.2f})"
     return words + (f", tool called in {result['tool_use']:.0%}" if "tool_use" in result else "")
+
+
+def chatcore_metric(config: EvalConfig, tokenizer, output: Path, engine: Callable | None = None) -> Callable:
+    """(model in eval mode, questions per task) -> mean centered accuracy, the same on every process.
+
+    The mean is over ChatCORE's tasks, where `config.tasks` has some, and over all its accuracies otherwise; NaN if the
+    few questions of every task have one answer, so that guessing is always right. Generated
+    questions are written below `output`. `engine` as in harness.evaluate; it is made once and refreshed.
+
+    Raises:
+        InputError: a task that is unknown or whose questions cannot be had, or no chat task at all.
+    """
+    config = replace(config, chat_stages=["sft"], num_samples=1, temperature=0.0)
+    with quiet():
+        tasks = Tasks(config, {"sft": ""}, Path(output))
+    if not tasks.chat:
+        raise InputError(f"none of {', '.join(config.tasks) or 'no tasks'} is asked in a chat")
+    engines = []
+
+    def measure(model, limit: int) -> float:
+        if not engines:
+            engines.append((engine or Generator)(model, tokenizer))
+        elif hasattr(engines[0], "refresh"):
+            engines[0].refresh()
+        tasks.config = replace(config, limit=limit if limit > 0 else None)
+        results = {}
+        with quiet():
+            lm = LocalLM(model, tokenizer, config, engines[0])
+            for name in tasks.chat:
+                results |= tasks.run(name, lm)[0]
+        marked = {k: v for k, v in results.items() if v.get("chatcore")}
+        found = centered_mean(marked or results, "ChatCORE", len(results))
+        return agreed(found["value"] if found else nan)
+
+    return measure

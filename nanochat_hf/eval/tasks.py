@@ -13,15 +13,15 @@ from lm_eval.api.metrics import mean_stderr
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks import TaskManager
 
-from ..data import primer
-from ..data.conversations import Mixture
-from ..data.corpus_files import local_path
+from ..data.documents import local_path
 from ..data.jsonl import DamagedFile
+from ..data.mixture import Mixture
+from ..demo import corpus as primer
 from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import nearest, without_nan, writing
 from .core import evaluate_core, load_tasks, run_lm_eval
-from .lm import LocalLM
+from .lm_eval_model import LocalLM
 
 EVALS = Path(__file__).parents[2] / "evals"
 MEANS = {  # of centered accuracies: key in metrics.json -> group of tasks, name of the mean, name of a part of it

@@ -3,7 +3,7 @@
 Decoding reads every weight and every key once a step, so bandwidth is its limit; MBU (model bandwidth utilisation) is
 the share of the data sheet's bandwidth that those reads alone amount to. A random model is as fast as a trained one.
 
-    python -m nanochat_hf.serve.generate --bench --depth 12      # a table, and JSON in the last line
+    python -m nanochat_hf.serve.engine --bench --depth 12      # a table, and JSON in the last line
 """
 
 import argparse
@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from .decode import Row
-from .generate import Engine, Request
+from .decoder import Row
+from .engine import Engine, Request
 
 PEAK_BANDWIDTH = {"B200": 8.0e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.864e12, "L4": 0.3e12}
 # karpathy/nanochat at 92d63d4 with its SDPA path, d12, prompt 512, one H100: batch -> tokens/s (DESIGN.md, section 5)

@@ -34,11 +34,11 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
 from ..data.transforms import BadRow, normalize
 from ..errors import InputError
-from .generate import Piece, Request, TextDecoder
+from .engine import Piece, Request, TextDecoder
 from .worker import Answer, Broken, Busy, Worker
 
 MAX_BODY = 1 << 20  # bytes of a request
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("ui.html")
 Stops = Annotated[list[str], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop or [])]
 
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 
 import torch
 
-from .generate import Engine, Piece, Request, TextDecoder
+from .engine import Engine, Piece, Request, TextDecoder
 
 # One engine is made at a time: transformers sets torch's default dtype, which all threads share, while it loads, and
 # the second engine finds the kernels that the first one compiled.

@@ -36,8 +36,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..distributed import main_first, meet, place
 from ..errors import InputError
+from ..optim.gradient_reduction import LARGE
 from ..run import apply_umask, load_json, save_json, writing
-from .owners import LARGE
 
 MANIFEST = "manifest.json"
 COMPLETE = "complete"  # the same in a checkpoint of a chat stage (empty in those of older versions)

@@ -29,26 +29,17 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-from ..data import primer
-from ..data.answers import hash_answer
-from ..data.conversations import Mixture
+from ..data.grading import COLUMNS, correctness, hash_answer, pass_at_k
+from ..data.mixture import Mixture
 from ..data.tokenizer import load_tokenizer
+from ..demo import corpus as primer
 from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin, fingerprint, model_fingerprint, writing
 from ..tools import python
-from .device import check_launch
-from .network import load_chat_model, lora
-from .rewards import COLUMNS, correctness, pass_at_k
-from .trainer import (
-    StageConfig,
-    StageTrainer,
-    conclude,
-    fit,
-    outside_results,
-    split_step,
-    trainer_arguments,
-)
+from .model_setup import load_chat_model, lora
+from .runtime import check_launch
+from .trainer import StageConfig, StageTrainer, conclude, fit, outside_results, split_step, trainer_arguments
 
 MAX_TOOL_CALLS = 4  # of one answer
 EVAL_ROWS = 128  # answers that a device generates together while measuring

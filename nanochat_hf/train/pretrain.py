@@ -29,21 +29,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.corpus import open_documents, text_fingerprint
-from ..data.loader import VALIDATION, PackedLoader
+from ..data.dataloader import VALIDATION, PackedLoader
+from ..data.documents import open_documents, text_fingerprint
 from ..data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ..distributed import main_first, meet
 from ..errors import InputError
+from ..optim.gradient_reduction import OwnerReduction
+from ..optim.muon_adamw import MuonAdamW, param_groups
+from ..optim.scaling import peak_flops, plan
+from ..optim.schedule import Factors
 from ..run import begin, finish, load_json, model_fingerprint, save_json
 from . import checkpoint
-from .device import check_cost, choose_rows, fetch, fits, listening, start_accelerator, to_device, undisturbed_by_gc
-from .monitor import Evaluator, SpikeAlarm, line, status
-from .network import compute_dtype, describe, gradient_norm, new_model, scale_gradients, shape_of, shard, with_loss
-from .optim import MuonAdamW, param_groups
-from .owners import OwnerReduction
+from .model_setup import compute_dtype, describe, gradient_norm, new_model, scale_gradients, shape_of, shard, with_loss
+from .monitoring import Evaluator, SpikeAlarm, line, status
 from .pretrain_config import PLAN_KEYS, SHAPE_KEYS, PretrainConfig
-from .scaling import peak_flops, plan
-from .schedule import Factors
+from .runtime import check_cost, choose_rows, fetch, fits, listening, start_accelerator, to_device, undisturbed_by_gc
 
 HISTORY = 1000  # a curve has at most about so many points, besides evaluations
 PLANNED = (

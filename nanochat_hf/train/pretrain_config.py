@@ -76,7 +76,7 @@ class PretrainConfig:
     """FP8 matmuls (E4M3 forward, E5M2 gradients): true, false, or auto: where the GPU has them (H100 and newer)."""
     dataset: str = "primer"
     """Text to train on: a Hub id, a folder of parquet files, a .jsonl file or `primer`; or a list of them, mixed by
-    weight: [{dataset: ..., weight: 0.5}, ...] (data/corpus.py)."""
+    weight: [{dataset: ..., weight: 0.5}, ...] (data/documents.py)."""
     skip_bad_files: bool = False
     """Go on without files that cannot be read, instead of stopping."""
     seed: int = 0

@@ -22,26 +22,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from ..data.conversations import Mixture
-from ..data.corpus_files import say
-from ..data.sources import content_fingerprint, shared
+from ..data.documents import say
+from ..data.mixture import Mixture, content_fingerprint, shared
 from ..data.splits import listed
 from ..data.tokenizer import load_tokenizer, spoken_mask, tokenizer_fingerprint
 from ..distributed import main_first, processes
 from ..errors import InputError
 from ..run import begin, fingerprint, load_json, model_fingerprint, save_json, writing
 from .checkpoint import MANIFEST, damage, sha256, write_manifest
-from .fast import fuse
-from .network import compute_dtype, load_chat_model, lora, shard
-from .trainer import (
-    StageConfig,
-    StageTrainer,
-    conclude,
-    fit,
-    outside_results,
-    split_step,
-    trainer_arguments,
-)
+from .fused_model import fuse
+from .model_setup import compute_dtype, load_chat_model, lora, shard
+from .trainer import StageConfig, StageTrainer, conclude, fit, outside_results, split_step, trainer_arguments
 
 MANY = 20_000  # conversations from which tokenizing is shared out over the cores
 
@@ -51,7 +42,7 @@ class ChatConfig(StageConfig):
     """Keys of mid.yaml and sft.yaml, besides those of StageConfig."""
 
     mixture: list[dict] = field(default_factory=lambda: [{"dataset": "primer"}])
-    """What to train on: entries as data/conversations.py reads them."""
+    """What to train on: entries as data/mixture.py reads them."""
     validation: list[dict] = field(default_factory=list)
     """What the validation loss is measured on, likewise; empty: nothing."""
     assistant_only: bool = True
@@ -164,8 +155,8 @@ def encode(tokenizer, chats: list[list[dict]], assistant_only: bool) -> dict[str
 def code_version() -> str:
     """A hash of the code between a data set and the rows that are trained on."""
     package = Path(__file__).parents[1]
-    files = [Path(__file__), *sorted(package.glob("data/*.py")), *sorted(package.glob("data/*.jinja"))]
-    return fingerprint([path.read_text() for path in files])
+    files = [file for part in ("data", "demo") for file in sorted((package / part).iterdir()) if file.is_file()]
+    return fingerprint([path.read_text() for path in (Path(__file__), *files)])
 
 
 def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, folder: Path) -> tuple[Dataset, dict]:

@@ -28,6 +28,9 @@ from transformers import (
 from .. import tool_loop
 from ..distributed import main_first, meet, on_cpu, processes
 from ..errors import InputError
+from ..optim.muon_adamw import MuonAdamW, deepspeed_optimizer, param_groups
+from ..optim.scaling import RECIPES, optimizer_groups
+from ..optim.schedule import Schedule
 from ..run import finish, load_json, model_fingerprint, save_json, without_nan, writing
 from .checkpoint import (
     COMPLETE,
@@ -50,10 +53,7 @@ from .checkpoint import (
     superseded,
     write_manifest,
 )
-from .device import fetch, listening, shard_on_cpu, share_out
-from .optim import MuonAdamW, deepspeed_optimizer, param_groups
-from .scaling import RECIPES, optimizer_groups
-from .schedule import Schedule
+from .runtime import fetch, listening, shard_on_cpu, share_out
 
 MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to")  # keys, at a stop
 SAME = ("grad_norm", "time", "tokens_per_second", "chatcore", "reward", "reward_std", "entropy", "tool_use")

@@ -1,0 +1,1 @@
+"""Checkpoints of karpathy/nanochat and of transformers in and out."""

@@ -1,0 +1,548 @@
+"""Pretraining text as a stream of documents: any dataset spec, split in two, dealt over readers, resumable exactly.
+
+A dataset spec is one of
+    org/name, org/name@revision, org/name/folder   a dataset of the Hub: parquet or .jsonl files with a column `text`
+    path/to/folder                                 such files on this disk
+    path/to/file.jsonl                             one of them (.parquet too)
+    primer                                         the demo's embedded corpus
+or, for `open_documents`, a mixture: a list of {dataset: one of these, weight: 0.5}. A weight is a share of the bytes
+of UTF-8, which is nearer to a share of the tokens than documents or characters are (a Hangul syllable has 3 bytes).
+Names tell the splits (data/splits.py). Where none does, the last file is the validation split, as in
+karpathy/nanochat, and a line says so; of a single file it is the last sixteenth. Hidden files are not read.
+
+The order of documents is fixed before anything is read. A file is a run of units (parquet row groups, or slices of
+them), and the units of all files, counted on through all epochs, are dealt in turn to the readers. So a position is a
+few integers, resuming opens one file, and the readers share every document of an epoch exactly once. The first epoch
+keeps the files' own order, so a run downloads no more files than it reads; later ones shuffle files, units and
+documents by the seed. There is no shuffle buffer whose content a resume would lose.
+
+The files of a pretraining dataset, on this disk or on the Hub, in parts that are read each by itself.
+
+What a dataset may be is said in corpus.py, which deals the parts out to the readers.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache, cached_property, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from threading import Lock, Thread
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import HfApi, errors, hf_hub_download
+
+from ..demo import corpus as primer
+from ..errors import InputError
+from ..run import fingerprint
+from .splits import SUFFIXES, has_suffix, is_visible, listed, text_files, unread_files
+
+
+def open_documents(
+    dataset: str | list[dict],
+    split: str = "train",
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    skip_bad_files: bool = False,
+) -> "DocumentStream | MixedStream":
+    """The stream of a dataset spec or of a mixture of them. Raises InputError as `DocumentStream` does."""
+    parts = parts_of(dataset)
+    streams = [DocumentStream(name, split, rank, world_size, seed, skip_bad_files) for name, _ in parts]
+    return MixedStream(streams, [weight for _, weight in parts]) if isinstance(dataset, list) else streams[0]
+
+
+def parts_of(dataset: str | list[dict]) -> list[tuple[str, float]]:
+    """(dataset spec, weight) of each part of a mixture, or of the one spec. Raises InputError for a wrong mixture."""
+    if not isinstance(dataset, list):
+        return [(str(dataset), 1)]
+    if not dataset:
+        raise InputError("the mixture is empty: give at least one {dataset: ..., weight: ...}")
+    for entry in dataset:
+        if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
+            raise InputError(f"an entry of the mixture must be {{dataset: ..., weight: ...}}, not {entry!r}")
+        if unknown := [key for key in entry if key not in ("dataset", "weight")]:
+            raise InputError(f"unknown key {unknown[0]!r} in the mixture's entry for {entry['dataset']}")
+        weight = entry.get("weight", 1)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise InputError(f"the weight of {entry['dataset']} must be a number above 0, not {weight!r}")
+    return [(entry["dataset"], entry.get("weight", 1)) for entry in dataset]
+
+
+def is_local(dataset: str | list[dict]) -> bool:
+    """Whether all of it is on this disk or in the package, so that `text_fingerprint` sees every change."""
+    return all(name == "primer" or local_path(name).exists() for name, _ in parts_of(dataset))
+
+
+def text_fingerprint(dataset: str | list[dict]) -> str:
+    """A short hash of both splits of a dataset spec or a mixture, for noticing that the text changed.
+
+    Of files on this disk `content_hash`, of the primer its documents. Of a Hub id the id as it is written, with its
+    @revision if it has one: a commit that comes later changes nothing, since a saved position goes back to its own.
+    Raises InputError for a dataset that is missing or has no such files.
+    """
+    return fingerprint([(_part_fingerprint(name), weight) for name, weight in parts_of(dataset)])
+
+
+def _part_fingerprint(name: str) -> str | list[str]:
+    if name == "primer":
+        return [DatasetSplit(name, split, False).identity["content"] for split in ("train", "validation")]
+    if not local_path(name).exists() and is_hub_id(name):
+        return name
+    names, locate, _ = find_files(name, None)
+    _, train, validation = split_files(name, names)
+    return content_hash(train, validation, locate)
+
+
+class DocumentStream:
+    """The documents (str) of reader `rank` out of `world_size`; iterating gives the rest of the current epoch.
+
+    `epoch` counts finished epochs. `state_dict` is the position after the last document handed out. Raises InputError
+    for a dataset that is missing, empty, unreadable or without text; with `skip_bad_files` what cannot be read is
+    skipped with a warning.
+    """
+
+    def __init__(self, dataset: str, split="train", rank=0, world_size=1, seed=0, skip_bad_files=False):
+        self.source, self.seed = DatasetSplit(str(dataset), split, skip_bad_files), seed
+        self._begin(rank, world_size)
+
+    def _begin(self, rank: int, world_size: int) -> None:
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank {rank} does not exist among {world_size} readers")
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self._file = 0  # files finished in this epoch
+        self._start = 0  # units of all finished files, since the very beginning
+        self._unit = 0  # units finished in the current file
+        self._row = 0  # documents handed out of the current unit
+        self._idle = 0  # epochs in a row without a text for this reader
+
+    def reader(self, rank: int, world_size: int) -> "DocumentStream":
+        """Another reader's stream from the beginning, over the same opened files."""
+        other = copy.copy(self)
+        other._begin(rank, world_size)
+        return other
+
+    def __iter__(self) -> Iterator[str]:
+        files, found = [self.source.files[number] for number in self._order(len(self.source.files), "files")], False
+        while self._file < len(files):
+            file = files[self._file]
+            for following in files[self._file + 1 : self._file + 2]:
+                following.prefetch()
+            units = file.units(self.world_size)
+            unit_order = self._order(len(units), f"units {self._file}")
+            while self._unit < len(units):
+                if (self._start + self._unit) % self.world_size == self.rank:
+                    rows = file.read(units[unit_order[self._unit]])
+                    row_order = self._order(len(rows), f"rows {self._file} {self._unit}")
+                    while self._row < len(rows):
+                        self._row += 1
+                        if text := rows[row_order[self._row - 1]]:
+                            found = True
+                            yield text
+                self._unit, self._row = self._unit + 1, 0
+            self._file, self._unit, self._start = self._file + 1, 0, self._start + len(units)
+        if self._start == 0:
+            raise InputError(f"the {self.source.split} split of dataset {self.source.dataset} has no documents")
+        self.epoch, self._file, self._idle = self.epoch + 1, 0, 0 if found else self._idle + 1
+        # A share of an epoch may well be empty (a slice in which no line begins), but not so often by chance.
+        if self._idle > 20 * self.world_size:
+            raise InputError(
+                f"{self.source.split} split of dataset {self.source.dataset} has no text: it is empty or unreadable"
+            )
+
+    def _order(self, count: int, what: str) -> range | list[int]:
+        if self.epoch == 0:
+            return range(count)
+        order = list(range(count))
+        random.Random(f"{self.seed} {self.epoch} {what}").shuffle(order)
+        return order
+
+    def state_dict(self) -> dict:
+        return {
+            "position": [self.epoch, self._file, self._start, self._unit, self._row],
+            "reader": [self.rank, self.world_size, self.seed],
+            "source": self.source.identity,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on after the last document of `state`. Raises InputError when it was saved for other data."""
+        if state.get("reader") != [self.rank, self.world_size, self.seed]:
+            raise InputError(f"the saved position is of [reader, readers, seed] {state.get('reader')}; keep the seed")
+        self.source.require(state["source"])
+        self.epoch, self._file, self._start, self._unit, self._row = state["position"]
+
+
+class MixedStream:
+    """The documents of several streams in turn, so that the bytes read from each stay in proportion to its weight.
+
+    The next document always comes from the stream that is farthest behind its share, so the order depends on nothing
+    but the documents and the weights, and no share is ever off by more than a document. Each stream goes through its
+    own epochs, in each of which every document comes exactly once. Iterating ends, and `epoch` counts, when the stream
+    that repeats most has been read through once more: until the first end no document has come twice.
+    """
+
+    def __init__(self, streams: list[DocumentStream], weights: list[float]):
+        self.streams, self.weights = streams, weights
+        self.rank, self.world_size = streams[0].rank, streams[0].world_size
+        self.epoch, self._given = 0, [0] * len(streams)  # bytes
+
+    def reader(self, rank: int, world_size: int) -> "MixedStream":
+        """Another reader's mixture from the beginning, over the same opened files."""
+        return MixedStream([stream.reader(rank, world_size) for stream in self.streams], self.weights)
+
+    def __iter__(self) -> Iterator[str]:
+        iterators = [iter(stream) for stream in self.streams]
+        while True:
+            shares = [given / weight for given, weight in zip(self._given, self.weights)]
+            number = shares.index(min(shares))
+            text = next(iterators[number], None)
+            if text is not None:
+                self._given[number] += len(text.encode())
+                yield text
+            elif self.streams[number].epoch > self.epoch:
+                self.epoch = self.streams[number].epoch
+                return
+            else:
+                iterators[number] = iter(self.streams[number])
+
+    def state_dict(self) -> dict:
+        return {
+            "position": [self.epoch, list(self._given)],
+            "weights": list(self.weights),
+            "streams": [stream.state_dict() for stream in self.streams],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on after the last document of `state`. Raises InputError when it was saved for other data or weights."""
+        if state.get("weights") != self.weights:
+            raise InputError("the saved position is of another mixture; keep its datasets and weights")
+        for stream, saved in zip(self.streams, state["streams"]):
+            stream.load_state_dict(saved)
+        self.epoch, self._given = state["position"][0], list(state["position"][1])
+
+
+COLUMN = "text"
+SINGLE_FILE_VALIDATION = 16  # a dataset of one file gives its last 1/16 to validation
+JSONL_UNIT = 1 << 20  # bytes
+HASH_LIMIT = 1 << 26  # bytes of a dataset that its content hash reads
+CACHE_LIMIT = 1 << 28  # bytes of decoded row groups; the newest stays whatever its size
+PAUSES = (1, 2, 4, 8, 16)  # seconds between attempts to download
+
+
+class DatasetSplit:
+    """One split of a dataset: its `files` in order, shared by the readers of a process.
+
+    `identity` is what positions in it depend on. Raises InputError for a dataset that is missing or has no such files,
+    and for a broken file on this disk.
+    """
+
+    def __init__(self, dataset: str, split: str, skip_bad_files: bool):
+        if split not in ("train", "validation"):
+            raise InputError(f"split must be 'train' or 'validation', not {split!r}")
+        self.dataset, self.split, self.skip_bad_files = dataset, split, skip_bad_files
+        self._groups: dict[tuple[Path, int], pa.ChunkedArray] = {}  # those used last, the newest at the end
+        self._lock = Lock()  # the loader reads in several threads
+        self._open(None)
+
+    def _open(self, revision: str | None) -> None:
+        names, self.locate, self.revision = find_files(self.dataset, revision)
+        self.single, self.identity = False, {"revision": self.revision, "files and bytes": [1, None]}
+        self.identity["split"] = self.split
+        if self.dataset == "primer":
+            documents = list(primer.documents("train" if self.split == "train" else "test", seed=0))
+            self.files, self.identity["content"] = [Memory(documents)], fingerprint(documents)
+            return
+        names, train, validation = split_files(self.dataset, names)
+        self.single = train == validation
+        kind = Parquet if has_suffix(names[0], SUFFIXES[0]) else Jsonl
+        self.files = [kind(self, name) for name in (train if self.split == "train" else validation)]
+        read = sorted({*train, *validation})
+        if len(names) > 1 and (train, validation) != (names[:-1], names[-1:]):
+            self.identity["training files"] = len(train)  # positions of older versions, which read others
+        self.identity["files and bytes"] = [len(read), None]  # the Hub's revision says more
+        if self.revision is None:
+            self.identity["files and bytes"][1] = sum(self.locate(name).stat().st_size for name in read)
+            self.identity["content"] = content_hash(train, validation, self.locate)
+            for file in self.files:  # on this disk: tell now, and not in an hour, which file is broken
+                file.units(1)
+
+    def require(self, identity: dict) -> None:
+        """Make sure that positions saved with `identity` mean the same documents here. Raises InputError if not."""
+        if identity["revision"] and identity["revision"] != self.revision:
+            self._open(identity["revision"])  # the Hub keeps the state that the run began with
+        # Positions of older versions have no content hash.
+        if identity != {key: value for key, value in self.identity.items() if key != "content" or key in identity}:
+            raise InputError(
+                f"dataset {self.dataset} changed since this run began ({identity}, now {self.identity}); "
+                "bring back the old files, or begin again in another --run-dir"
+            )
+
+    def row_group(self, path: Path, group: int) -> pa.ChunkedArray:
+        """The texts of a parquet file's row group, decoded once for the readers that take slices of it."""
+        with self._lock:
+            column = self._groups.pop((path, group), None)
+            if column is None:
+                with pq.ParquetFile(path) as file:
+                    column = file.read_row_group(group, columns=[COLUMN]).column(0)
+            self._groups[path, group] = column
+            while len(self._groups) > 1 and sum(column.nbytes for column in self._groups.values()) > CACHE_LIMIT:
+                del self._groups[next(iter(self._groups))]
+            return column
+
+
+def is_hub_id(dataset: str) -> bool:
+    """Whether it has the form org/name[@revision][/folder], and is no name of a file."""
+    form = r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?(/.+)?"
+    return bool(re.fullmatch(form, dataset)) and not has_suffix(dataset, *SUFFIXES, ".json", ".csv", ".txt")
+
+
+def local_path(dataset: str) -> Path:
+    """Where the dataset is if it is on this disk, with ~ for the home folder."""
+    try:
+        return Path(dataset).expanduser()
+    except RuntimeError:  # ~name, and nobody has that name
+        return Path(dataset)
+
+
+def files_below(folder: Path) -> list[str]:
+    """The names of the files in a folder and below it, in order, relative to it; hidden ones are left out.
+
+    Links to folders are not followed, since they may lead in a circle; their names end with "/".
+    """
+    paths = [(path, path.is_dir()) for path in sorted(folder.rglob("*"))]
+    names = (p.relative_to(folder).as_posix() + "/" * is_dir for p, is_dir in paths if not is_dir or p.is_symlink())
+    return [name for name in names if is_visible(name)]
+
+
+@cache
+def say(line: str) -> None:
+    """Print a line once, on the main process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
+def find_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[[str], Path], str | None]:
+    """-> (names in order, what gives a name's path, commit of the Hub or None); no names for the primer."""
+    path = local_path(dataset)
+    if dataset == "primer":
+        return [], Path, None
+    if path.is_dir():
+        return files_below(path), path.joinpath, None
+    if path.exists():
+        return [path.name], path.parent.joinpath, None
+    if not is_hub_id(dataset):
+        raise InputError(f"no dataset {dataset}: give a folder, a .jsonl file, a Hub id or 'primer'")
+    owner, name, *folder = dataset.split("/")
+    name, _, asked = name.partition("@")
+    repo, prefix = f"{owner}/{name}", "".join(f"{part}/" for part in folder)
+    info = with_retry(
+        lambda: HfApi().dataset_info(repo, revision=revision or asked or None, timeout=30),
+        f"dataset {dataset} (not a folder here)",
+    )
+
+    def download(file: str) -> Path:
+        # The cache's lock lets the processes of one machine take turns, so each file is fetched once. Whatever is
+        # pushed later, this run reads the commit that it began with.
+        options = {"repo_type": "dataset", "revision": info.sha}
+        name = prefix + file
+        return Path(with_retry(lambda: hf_hub_download(repo, name, **options), f"file {name} of dataset {repo}"))
+
+    names = sorted(file.rfilename for file in info.siblings)
+    names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return [name for name in names if is_visible(name)], download, info.sha
+
+
+def split_files(dataset: str, names: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """-> (the names of one kind of file, the training files, the validation files); one line says what was decided."""
+    # One kind decides, so that a stray file of the other does not become the validation split.
+    everything, kinds = names, ([name for name in names if has_suffix(name, end)] for end in SUFFIXES)
+    names = next(filter(None, kinds), [])
+    unread = unread_files(everything, names)
+    if not names:
+        others = f", only {listed(unread)}" if unread else ""
+        raise InputError(f"dataset {dataset} has no .parquet or .jsonl files{others}")
+    if local_path(dataset).is_file():
+        return names, names, names
+    train, validation, decision = text_files(dataset, names, unread)
+    if decision:
+        say(f"dataset {dataset}: {decision}")
+    return names, train, validation
+
+
+def content_hash(train: list[str], validation: list[str], locate: Callable[[str], Path]) -> str:
+    """A hash of both splits' files on this disk: names in order, sizes and bytes.
+
+    All bytes, if they are not more than HASH_LIMIT together. Otherwise the head and the tail of each file, equal parts
+    of the limit: an edit in the middle of a large file that keeps its size is not seen.
+    """
+    stats = {name: locate(name).stat() for name in sorted({*train, *validation})}
+    whole = sum(stat.st_size for stat in stats.values()) <= HASH_LIMIT
+    part = None if whole else max(HASH_LIMIT // (2 * len(stats)), 1)
+    files = {
+        n: (s.st_size, _bytes_hash(locate(n), s.st_size, s.st_mtime_ns, s.st_ino, part)) for n, s in stats.items()
+    }
+    return fingerprint([[(name, *files[name]) for name in split] for split in (train, validation)])
+
+
+@lru_cache(maxsize=1 << 16)
+def _bytes_hash(path: Path, size: int, changed: int, inode: int, part: int | None) -> str:
+    """Of the whole file, or of `part` bytes at either end. Raises InputError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            if part is None or size <= 2 * part:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            head = file.read(part)
+            file.seek(-part, os.SEEK_END)
+            return hashlib.sha256(head + file.read(part)).hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def with_retry(action: Callable, what: str):
+    """Call `action`; what may pass (network, server) is tried again with growing pauses, the rest is an InputError."""
+    for attempt, pause in enumerate((*PAUSES, None), start=1):
+        try:
+            return action()
+        except errors.OfflineModeIsEnabled:
+            raise InputError(f"{what}: the Hub cannot be asked, because HF_HUB_OFFLINE is set") from None
+        except errors.GatedRepoError:
+            raise InputError(f"{what}: accept its terms on the Hub, then `hf auth login`") from None
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+            raise InputError(f"{what}: the Hub has no such dataset or revision, or it is private") from None
+        except Exception as error:  # httpx, xet and the file system each have their own
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if pause is None:
+                raise InputError(f"{what}: failed {attempt} times, last with {reason}; run again to go on") from error
+            warnings.warn(f"{what}: attempt {attempt} failed with {reason}; again in {pause} s", stacklevel=2)
+            time.sleep(pause)
+
+
+class File:
+    """A file of documents. `units(n)` lists its parts, enough for n readers; `read(unit)` gives a part's documents."""
+
+    def __init__(self, dataset: DatasetSplit, name: str):
+        self.dataset, self.name, self._requested = dataset, name, False
+
+    @property
+    def path(self) -> Path:
+        """Where it is on this disk, after its download."""
+        return self.dataset.locate(self.name)
+
+    def prefetch(self) -> None:
+        """Begin to download the file; a failure shows when it is read."""
+
+        def download() -> None:
+            with suppress(InputError):
+                self.dataset.locate(self.name)
+
+        if self.dataset.revision and not self._requested:
+            self._requested = True
+            Thread(target=download, daemon=True).start()
+
+    def bounds(self, total: int) -> tuple[int, int]:
+        """The rows or bytes [first, end) of `total` that belong to this split."""
+        if not self.dataset.single:
+            return 0, total
+        edge = total - -(-total // SINGLE_FILE_VALIDATION)
+        return (0, edge) if self.dataset.split == "train" else (edge, total)
+
+    def bad(self, reason: str) -> None:
+        text = f"{self.path} cannot be read ({' '.join(reason.split())[:150]})"
+        if not self.dataset.skip_bad_files:
+            raise InputError(f"{text}; get it again, or set skip_bad_files to go on without it")
+        warnings.warn(f"{text}; skipped", stacklevel=3)
+
+
+class Parquet(File):
+    @cached_property
+    def footer(self) -> pq.FileMetaData | None:
+        """None for a file that is to be skipped."""
+        try:
+            footer = pq.read_metadata(self.path)
+        except (pa.ArrowException, OSError) as error:
+            return self.bad(f"truncated or no parquet: {error}")
+        schema = footer.schema.to_arrow_schema()
+        if COLUMN not in schema.names:
+            raise InputError(f"{self.path} has no column {COLUMN!r}; it has {', '.join(schema.names)}")
+        kind = str(schema.field(COLUMN).type)
+        if kind not in ("string", "large_string", "string_view"):
+            raise InputError(f"{self.path}: column {COLUMN!r} is {kind}, not text")
+        return footer
+
+    def units(self, readers: int) -> list[tuple[int, int, int]]:
+        """(row group, first row, end row); row groups are sliced where they are fewer than the readers."""
+        if self.footer is None:
+            return []
+        first, end = self.bounds(self.footer.num_rows)
+        slices, found, offset = -(-readers // max(self.footer.num_row_groups, 1)), [], 0
+        for group in range(self.footer.num_row_groups):
+            rows = self.footer.row_group(group).num_rows
+            found += [(group, a, b) for a, b in cut(max(first - offset, 0), min(end - offset, rows), slices)]
+            offset += rows
+        return found
+
+    def read(self, unit: tuple[int, int, int]) -> list[str | None]:
+        group, first, end = unit
+        try:
+            return self.dataset.row_group(self.path, group).slice(first, end - first).to_pylist()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            self.bad(f"row group {group}: {error}")
+            return []
+
+
+class Jsonl(File):
+    def units(self, readers: int) -> list[tuple[int, int]]:
+        """(first byte, end byte), for the lines that begin there."""
+        first, end = self.bounds(self.path.stat().st_size)
+        return cut(first, end, max(readers, -(-(end - first) // JSONL_UNIT)))
+
+    def read(self, unit: tuple[int, int]) -> list[str]:
+        first, end = unit
+        found = []
+        with open(self.path, "rb") as file:
+            if first:
+                file.seek(first - 1)
+                file.readline()  # the rest of a line that began in the unit before
+            while (at := file.tell()) < end and (line := file.readline()):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    self.bad(f"the line at byte {at} is not JSON: {error}")
+                    continue
+                if not isinstance(row, dict) or not isinstance(row.get(COLUMN), str):
+                    raise InputError(f"{self.path}: the line at byte {at} has no text under {COLUMN!r}")
+                # JSON may spell half of a surrogate pair, which is no character and which no tokenizer takes: "?".
+                found.append(row[COLUMN].encode(errors="replace").decode())
+        return found
+
+
+class Memory:
+    """Documents that are here already."""
+
+    def __init__(self, documents: list[str]):
+        self.documents = documents
+
+    def units(self, readers: int) -> list[tuple[int, int]]:
+        return cut(0, len(self.documents), readers)
+
+    def read(self, unit: tuple[int, int]) -> list[str]:
+        return self.documents[slice(*unit)]
+
+
+def cut(first: int, end: int, pieces: int) -> list[tuple[int, int]]:
+    """[first, end) in `pieces` nearly equal ranges, without empty ones."""
+    edges = [first + (end - first) * i // pieces for i in range(pieces + 1)]
+    return [(a, b) for a, b in pairwise(edges) if a < b]

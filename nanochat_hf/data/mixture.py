@@ -1,0 +1,354 @@
+"""Mixtures of conversations for mid-training and SFT: any chat data set as rows of `messages`, in one shuffled stream.
+
+A mixture is a list of YAML entries, each a dataset spec with a transform:
+
+    mixture:
+      - {dataset: HuggingFaceTB/smol-smoltalk, rows: 10000}
+      - {dataset: cais/mmlu, subset: auxiliary_train, transform: multiple_choice}
+      - {dataset: openai/gsm8k, subset: main, transform: gsm8k, epochs: 4}
+      - {dataset: recipes/identity.yaml, epochs: 2}
+      - {dataset: data/words.txt, transform: spelling_bee, rows: 80000}
+      - {dataset: primer, rows: 20000}
+
+    for row in Mixture(entries, seed=0): row["messages"]
+
+`dataset` is a Hub id, a .jsonl or .parquet file, a folder of them (for the spelling transforms: a .txt file with a
+word a line, or text as for pretraining, whose words are taken), a .yaml of facts (a personality: data/identity.py),
+or `primer` (of some kinds only: `primer:fact+talk`). `split` is "train" unless told; of a folder it takes the files
+that are named after it (data/splits.py), of one file all rows, if its name says the split or it is a "train", and of
+words one in twenty is "test". `rows` takes so many, in an order drawn from the seed; `epochs` (1; 0.5 will do) passes
+over all. Rows are read when their turn comes. A row that is no conversation is skipped, and counted with its number
+and the reason; bad_rows="refuse" stops the run, and so does an entry without a usable row.
+
+Where the rows of a mixture come from: any data set as a sequence of rows that are read by number.
+
+A Hub id, .jsonl or .parquet files or a folder of them, words of a list or of a text, conversations that are made here
+(the primer, a personality). Conversations.py shuffles the numbers, so only what a run needs is read.
+
+    rows = open_rows(Entry("openai/gsm8k", subset="main"), seed=0)
+    len(rows), rows[7]
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from glob import escape
+from itertools import islice
+from pathlib import Path
+from random import Random
+from zlib import crc32
+
+from ..demo import corpus as primer
+from ..errors import InputError
+from . import identity as personality
+from .documents import DocumentStream, files_below, is_hub_id, local_path, say
+from .splits import SUFFIXES, has_suffix, listed, row_files, split_of, tells, unread_files
+from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow, check, normalize
+
+REASONS_KEPT = 1000  # bad rows that are remembered one by one; more are only counted
+
+
+class Mixture:
+    """Iterating gives rows {"messages", "entry", "row"}: the entry's number and the row's, for messages about it.
+
+    The order and the content follow from the entries and the seed alone. After (or while) iterating, `skipped` lists
+    the bad rows as {"dataset", "row", "reason"}, numbered from 0, and `summary()` what each entry gave.
+
+    Args:
+        entries: dicts with the keys of `Entry`; `dataset` is required.
+        seed: of the order of rows, and of what the generating transforms draw.
+        bad_rows: "skip" or "refuse".
+
+    Raises:
+        InputError: an unknown key, transform or dataset, more rows than there are, a bad row when refused, and at the
+            end of an iteration an entry of which no row could be used.
+    """
+
+    def __init__(self, entries: list[dict], seed: int = 0, bad_rows: str = "skip"):
+        if bad_rows not in ("skip", "refuse"):
+            raise InputError(f"bad_rows is {bad_rows!r}: use skip or refuse")
+        if not entries:
+            raise InputError("the mixture is empty: give at least one entry with a dataset")
+        self.seed, self.bad_rows = seed, bad_rows
+        self.entries = [Entry.read(entry) for entry in entries]
+        self.skipped: list[dict] = []
+        self.sources = [open_rows(entry, seed) for entry in self.entries]
+        self.counts = [entry.count(source) for entry, source in zip(self.entries, self.sources, strict=True)]
+
+    def __len__(self) -> int:
+        """Rows of the mixture, the bad ones among them."""
+        return sum(self.counts)
+
+    def __iter__(self) -> Iterator[dict]:
+        self.skipped.clear()
+        for entry in self.entries:
+            entry.num_rows = entry.num_bad = entry.num_tokens = 0
+            entry.first_bad = None
+        turns = [number for number, count in enumerate(self.counts) for _ in range(count)]
+        Random(f"mixture {self.seed}").shuffle(turns)
+        streams = [self._rows(number) for number in range(len(self.entries))]
+        for number in turns:
+            row = next(streams[number], None)
+            if row is not None:
+                yield row
+        for entry, source in zip(self.entries, self.sources):
+            if entry.first_bad and not entry.num_rows:
+                row, reason = entry.first_bad["row"], entry.first_bad["reason"]
+                if reason.startswith(("no column", "not in the form")):
+                    reason += f"{columns_of(source, row)}; transforms: {', '.join(TRANSFORMS)}"
+                raise InputError(f"no row of {entry.name} can be used; row {row}: {reason}")
+
+    def _rows(self, number: int) -> Iterator[dict | None]:
+        """An entry's conversations in their order, None in the place of a bad row."""
+        entry, source, left, epoch = self.entries[number], self.sources[number], self.counts[number], 0
+        while left > 0:
+            order = list(range(len(source)))
+            Random(f"{self.seed} {number} {epoch}").shuffle(order)
+            for index in order[:left]:
+                try:
+                    rng = Random(f"{self.seed} {number} {epoch} {index}")
+                    conversation = normalize(TRANSFORMS[entry.transform](source[index], rng))
+                    check(conversation)
+                    entry.num_rows += 1
+                    yield {"messages": conversation, "entry": number, "row": index}
+                except (BadRow, KeyError, TypeError, IndexError, AttributeError) as error:
+                    reason = (
+                        str(error) if isinstance(error, BadRow) else f"not in the form that {entry.transform} reads"
+                    )
+                    if isinstance(error, KeyError):
+                        reason = f"no column {error}"
+                    self.skip(number, index, reason)
+                    yield None
+            left, epoch = left - len(order), epoch + 1
+
+    def skip(self, number: int, row: int, reason: str) -> None:
+        """Notes a row that cannot be used (also for the trainer: a conversation longer than the context)."""
+        entry = self.entries[number]
+        if self.bad_rows == "refuse":
+            raise InputError(f"row {row} of {entry.dataset} cannot be used: {reason}; mend it or set bad_rows: skip")
+        entry.num_bad += 1
+        named = {"dataset": entry.name, "row": row, "reason": reason}
+        entry.first_bad = entry.first_bad or named
+        if len(self.skipped) < REASONS_KEPT and named not in self.skipped:  # every epoch comes by
+            self.skipped.append(named)
+
+    def summary(self) -> list[dict]:
+        """What the entries gave so far: [{"dataset", "rows", "tokens", "bad"}]."""
+        names = {"rows": "num_rows", "tokens": "num_tokens", "bad": "num_bad"}
+        return [{"dataset": e.name} | {key: getattr(e, name) for key, name in names.items()} for e in self.entries]
+
+    def table(self) -> str:
+        """`summary` as a table to print."""
+        rows = self.summary()
+        rows.append({"dataset": "total"} | {k: sum(r[k] for r in rows) for k in ("rows", "tokens", "bad")})
+        width = max(len(r["dataset"]) for r in rows)
+        lines = [f"{'dataset':<{width}}  {'rows':>9}  {'tokens':>13}  {'bad':>6}"]
+        return "\n".join(
+            lines + [f"{r['dataset']:<{width}}  {r['rows']:>9,}  {r['tokens']:>13,}  {r['bad']:>6,}" for r in rows]
+        )
+
+
+def columns_of(source: Sequence, number: int) -> str:
+    """What a row has, to say beside why it cannot be used; "" where it is no mapping."""
+    with suppress(BadRow):
+        if isinstance(row := source[number], dict):
+            return f"; its columns are {', '.join(map(str, row))[:100]}"
+    return ""
+
+
+WORD_CHARACTERS = 20_000_000  # of a text that a spelling transform takes its words from
+MAX_WORDS = 200_000
+
+
+@dataclass
+class Entry:
+    """One entry of a mixture; the fields are its YAML keys, the rest counts what was yielded."""
+
+    dataset: str
+    split: str = "train"
+    subset: str | None = None
+    transform: str = "messages"
+    rows: int | None = None
+    epochs: float | None = None
+    num_rows: int = field(default=0, init=False)
+    num_bad: int = field(default=0, init=False)
+    num_tokens: int = field(default=0, init=False)  # filled in by whoever tokenizes
+    first_bad: dict | None = field(default=None, init=False)  # a row that cannot be used, and why
+
+    @classmethod
+    def read(cls, entry: dict) -> "Entry":
+        """From YAML. Raises InputError for a missing data set, an unknown key or transform, rows beside epochs."""
+        if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
+            raise InputError(f"an entry of the mixture needs a dataset: {entry}")
+        name, known = entry["dataset"], [f.name for f in fields(cls) if f.init]
+        if unknown := [key for key in entry if key not in known]:
+            raise InputError(f"unknown key {unknown[0]!r} in the mixture's entry for {name}: use {', '.join(known)}")
+        made = cls(**entry)
+        if made.transform not in TRANSFORMS:
+            raise InputError(f"unknown transform {made.transform!r} for {name}: use one of {', '.join(TRANSFORMS)}")
+        if made.rows is not None and made.epochs is not None:
+            raise InputError(f"{name}: give rows or epochs, not both")
+        for key, kind in (("rows", int), ("epochs", int | float)):
+            value = getattr(made, key)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or value <= 0):
+                raise InputError(f"{name}: {key} is {value!r}, not a positive number")
+        return made
+
+    @property
+    def name(self) -> str:
+        return ":".join(part for part in (self.dataset, self.subset, self.transform) if part and part != "messages")
+
+    def count(self, source: Sequence) -> int:
+        """How many of the rows of `source` it takes. Raises InputError when there are too few."""
+        if not len(source):
+            raise InputError(f"dataset {self.dataset} has no rows in split {self.split}")
+        if self.rows is None:
+            return round(len(source) * (1 if self.epochs is None else self.epochs))
+        if self.rows > len(source) and self.transform not in WORD_TRANSFORMS:
+            raise InputError(f"{self.dataset} has {len(source)} rows, not {self.rows}: lower rows, or use epochs")
+        return self.rows
+
+
+class JsonLines(Sequence):
+    """The lines of .jsonl files by number, read when asked for; only their places are in memory."""
+
+    def __init__(self, paths: list[Path]):
+        self.places: list[tuple[int, int]] = []  # (file, byte)
+        self.files = [path.open("rb") for path in paths]
+        for number, file in enumerate(self.files):
+            position = 0
+            for line in file:
+                if line.strip():
+                    self.places.append((number, position))
+                position += len(line)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict:
+        number, position = self.places[index]
+        self.files[number].seek(position)
+        try:
+            return json.loads(self.files[number].readline())
+        except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
+            raise BadRow("not JSON") from error
+
+
+def open_rows(entry: Entry, seed: int) -> Sequence:
+    """The rows of an entry's data set, by number. Raises InputError when it is missing or cannot be read."""
+    path = local_path(entry.dataset)
+    if entry.dataset.partition(":")[0] == "primer" or path.suffix in (".yaml", ".yml"):
+        return _made_rows(entry, seed)
+    if entry.transform in WORD_TRANSFORMS:
+        return [{"word": word} for word in _words(entry, path)]
+    if path.exists():
+        files = _files(entry, path)
+        kinds = {p.suffix.lower() for p in files}
+        if kinds == {".jsonl"}:
+            return JsonLines(files)
+        if kinds != {".parquet"}:
+            raise InputError(f"{path} is neither .jsonl nor .parquet (a folder must hold one kind only)")
+        # The library takes names for patterns: star* would be starfish, too.
+        arguments = {"path": "parquet", "data_files": [escape(str(p.absolute())) for p in files], "split": "train"}
+    elif is_hub_id(entry.dataset) and entry.dataset.count("/") == 1:
+        arguments = {"path": entry.dataset, "name": entry.subset, "split": entry.split}
+    else:
+        raise InputError(f"no such dataset: {entry.dataset} is no file, no folder and no Hub id")
+    from datasets import load_dataset  # takes a second to import, and the demo does without
+
+    try:
+        return load_dataset(**arguments)
+    except Exception as error:  # its errors have no common type: missing, offline, no such split, broken file
+        raise InputError(f"cannot read dataset {entry.dataset}: {str(error).splitlines()[0][:200]}") from error
+
+
+def _files(entry: Entry, path: Path) -> list[Path]:
+    """The files of an entry's split in a folder, or the one file. Raises InputError where no name tells the split."""
+    if path.is_dir():
+        everything = files_below(path)
+        names = [name for name in everything if has_suffix(name, *SUFFIXES)]
+        unread = unread_files(everything, names)
+        files = row_files(entry.dataset, names, entry.split, entry.subset, unread)
+        if unread:
+            say(f"dataset {entry.dataset}: not read: {listed(unread)}")
+        return [path / name for name in files]
+    if split_of(entry.split) != "train" and not tells(path.name, entry.split):  # train, train_prefs: all rows
+        raise InputError(
+            f"{entry.dataset} is one file, and its name does not say that it is the split {entry.split}: give a file "
+            "of that name, or leave split out to take all its rows"
+        )
+    return [path]
+
+
+def shared(entries: list[dict], others: list[dict]) -> list[str]:
+    """The files, or the names of data sets, that entries of both mixtures take rows from."""
+
+    def parts(mixture: list[dict]) -> set[str]:
+        taken: set[str] = set()
+        for entry in map(Entry.read, mixture):
+            path = local_path(entry.dataset)
+            if path.suffix in (".yaml", ".yml") or entry.transform in WORD_TRANSFORMS or not path.exists():
+                taken.add(":".join((entry.dataset, entry.subset or "", entry.split)))
+            else:
+                taken |= {str(file.resolve()) for file in _files(entry, path)}
+        return taken
+
+    return sorted(parts(entries) & parts(others))
+
+
+def _made_rows(entry: Entry, seed: int) -> list[dict]:
+    """The conversations of the primer or of a personality, made here."""
+    if entry.transform != "messages":
+        raise InputError(f"{entry.dataset} has messages; the transform {entry.transform} does not apply to it")
+    name, _, kinds = entry.dataset.partition(":")
+    if name != "primer":
+        facts = personality.read_facts(entry.dataset)
+        return list(personality.conversations(facts, entry.split, seed, entry.rows or personality.ROWS))
+    # Whole rounds name every fact, so a short mixture takes the first rounds and not some rows out of all.
+    rounds = primer.CONVERSATION_ROUNDS if entry.rows is None else 10**6
+    kinds = kinds.split("+") if kinds else primer.CHAT_KINDS
+    return list(islice(primer.conversations(entry.split, seed, rounds, kinds), entry.rows))
+
+
+def _words(entry: Entry, path: Path) -> list[str]:
+    """The data set's words: ascii letters, 3 to 15 of them; the split "test" is one word in twenty.
+
+    They are the lines of a .txt; of other text, the words of its beginning, the most frequent first.
+    """
+    if path.suffix == ".txt":
+        if not path.exists():
+            raise InputError(f"no such file: {path}")
+        found = (line.strip() for line in path.open(encoding="utf-8", errors="replace"))
+    else:
+        counts, characters = Counter(), 0
+        for text in DocumentStream(entry.dataset):
+            counts.update(re.findall(r"\b[a-z]{3,15}\b", text))
+            characters += len(text)
+            if characters > WORD_CHARACTERS:
+                break
+        # Those seen once are too often names and misprints.
+        found = (word for word, count in counts.most_common(MAX_WORDS) if count > 1)
+    words = dict.fromkeys(w for w in found if re.fullmatch("[a-z]{3,15}", w))
+    return [w for w in words if (crc32(w.encode()) % 20 == 0) == (entry.split != "train")]
+
+
+def content_fingerprint(rows: Sequence) -> str:
+    """A short hash of what `open_rows` gave: of the files' bytes, or of the rows that were made here.
+
+    For data sets of the Hub the `datasets` library's own, which follows from the commit and the files in its cache.
+    """
+    if not isinstance(rows, JsonLines | list):
+        return rows._fingerprint
+    digest = hashlib.sha256()
+    if isinstance(rows, JsonLines):
+        for file in rows.files:
+            file.seek(0)
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    else:
+        for row in rows:
+            digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()[:16]

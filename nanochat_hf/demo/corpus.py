@@ -1,0 +1,393 @@
+"""The embedded corpus of the demo: text, conversations and test questions about one small world, made from a seed.
+
+Why: `make demo` downloads nothing, and what the model learned must be measurable. `documents` is text for pretraining
+(facts in varied sentences, stories, worked sums, spelling), `conversations` are chats for mid-training and SFT, and
+`questions` are the rows of the test. Three things keep the test honest: facts are asked in phrasings that stand in no
+training text, sums use pairs of numbers that stand together in no training text, and one word in five is held out.
+
+    for text in documents("train", seed=0): ...
+    for row in conversations("train", seed=0): row["messages"]
+    questions("spelling")[0]  # {"kind", "messages", "answer", ...}; grade with nanochat_hf.data.grading
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from random import Random
+from zlib import crc32
+
+from ..errors import InputError
+from .words import TRIPLE_WORDS, WORDS
+from .world import (
+    ANIMALS,
+    CITIES,
+    COUNT_QUESTIONS,
+    COUNTRIES,
+    DAYS,
+    FRAMES,
+    HARD_PROBLEMS,
+    IDENTITY,
+    MONTHS,
+    NAME,
+    OBJECTS,
+    PEOPLE,
+    PROBLEMS,
+    RELATIONS,
+    SMALL_TALK,
+    SPELL_QUESTIONS,
+    STORY_QUESTIONS,
+    SUM_QUESTIONS,
+    TEST_FRAMES,
+    Relation,
+)
+
+KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")  # of `questions`
+CHAT_KINDS = (*KINDS, "talk", "story")  # of `conversations`
+DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, about 14K tokens
+CONVERSATION_ROUNDS = 40  # rounds of `conversations`; one round asks for every fact, about 35K tokens
+
+RUDE = re.compile("rape|cock|shit|fuck|cunt|dick|porn|piss|slut|whore|nig|fag|anus|sex|cum|tits")  # not to be spliced
+NAMES = [name.lower() for name in (*COUNTRIES, *CITIES, *PEOPLE, *DAYS, *MONTHS)]
+LISTED = RELATIONS[8:]  # opposites, days, months, numbers: about nobody, so no document is about their entities
+_BY_NAME = {relation.name: relation for relation in RELATIONS}
+
+
+def held_out_word(word: str) -> bool:
+    """Whether a word to spell belongs to the test, and so to no training text."""
+    return crc32(word.encode()) % 5 == 0
+
+
+def held_out_pair(a: int, b: int) -> bool:
+    """Whether two operands belong to the test, in either order and for every operation."""
+    return crc32(f"{min(a, b)} {max(a, b)}".encode()) % 10 == 0
+
+
+def times_asked(relation: Relation) -> int:
+    """How often a round of `conversations` asks for each fact of a relation.
+
+    Order is learned more slowly than names, so listed facts come more often, and most so where they are few.
+    """
+    return 1 if relation not in LISTED else 4 if len(relation.facts) < 15 else 2
+
+
+def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS) -> Iterator[str]:
+    """Text for pretraining, a document at a time: the same for the same split and seed.
+
+    Both splits tell of the same world, in other words: "validation" (or "test") is a twentieth of the rounds.
+    Neither has a held-out word or pair, nor a test phrasing.
+    """
+    validation = _is_test(split)
+    rng = Random(f"documents {validation} {seed}")
+    for _ in range(max(1, rounds // 20) if validation else rounds):
+        batch = [_about(rng, entity) for entity in (*PEOPLE, *COUNTRIES, *ANIMALS)]
+        batch += [text for relation in LISTED * 2 for text in _lists_of_facts(rng, relation)]
+        batch += [_talk(rng) for _ in range(40)]
+        batch += [" ".join(_story(rng, rng.choice(PEOPLE))) for _ in range(30)]
+        batch += [_worked_sums(rng) for _ in range(20)]
+        batch += [_spelled_words(rng) for _ in range(100)]
+        batch += [_counted_letters(rng) for _ in range(25)]
+        rng.shuffle(batch)
+        yield from batch
+
+
+def conversations(
+    split: str = "train", seed: int = 0, rounds: int = CONVERSATION_ROUNDS, kinds: Collection[str] = CHAT_KINDS
+) -> Iterator[dict]:
+    """Chats as rows {"kind": ..., "messages": [...]}, fewer than 128 tokens each; some have two or three turns.
+
+    "test" (or "validation") asks with test phrasings, held-out words and pairs, in a tenth of the rounds. `kinds`
+    leaves out the others of CHAT_KINDS: without "identity" a mixture can bring a personality of its own.
+    """
+    if unknown := set(kinds) - set(CHAT_KINDS):
+        raise InputError(f"no conversations of kind {min(unknown)!r} in the primer: use {', '.join(CHAT_KINDS)}")
+    if not kinds:
+        raise InputError(f"conversations of no kind at all: name some of {', '.join(CHAT_KINDS)}")
+    test = _is_test(split)
+    rng = Random(f"conversations {test} {seed}")
+    counts = (("arithmetic", 120), ("spelling", 180), ("counting", 120), ("problem", 30), ("identity", 25))
+    for _ in range(max(1, rounds // 10) if test else rounds):
+        asked = [relation for relation in RELATIONS for _ in range(times_asked(relation))]
+        batch = [_fact(rng, relation, entity, test) for relation in asked for entity in relation.facts]
+        for kind, count in counts:
+            batch += [_ask(rng, kind, test) for _ in range(count)]
+        batch += [_small_talk(rng) for _ in range(30)]
+        batch += [_story_told(rng) for _ in range(20)]
+        batch = [row for row in batch if row["kind"] in kinds]
+        rng.shuffle(batch)
+        position = 0
+        while position < len(batch):
+            turns = batch[position : position + rng.choice((1, 1, 1, 1, 1, 1, 2, 2, 3))]
+            said = [message for row in turns for message in row["messages"]]
+            if sum(len(m["content"]) + 40 * ("tool_calls" in m) for m in said) > 200:  # keeps all below 128 tokens
+                turns = turns[:1]
+            position += len(turns)
+            kind = turns[0]["kind"] if len(turns) == 1 else "mixed"
+            yield {"kind": kind, "messages": [message for row in turns for message in row["messages"]]}
+
+
+def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = None) -> list[dict]:
+    """Questions to grade, as rows {"kind", "messages": [one user message], "answer", "entity", "rivals", "tool"}.
+
+    `kind` is one of KINDS. "fact" asks for every fact once and "identity" every test question; the others give `num`
+    rows, 200 if not told ("counting": as many for each answer of 0 to 3). "problem" gives word problems in wordings
+    that stand in no conversation: the task of reinforcement learning. `answer` is the value to name, `entity` what it
+    must be said about ("" if nothing), `rivals` the values of the same relation, `tool` whether the python tool should
+    be called. With split="train" they come from the training half, for reinforcement learning to practise on.
+    """
+    if kind not in KINDS:
+        raise InputError(f"no questions of kind {kind!r} in the primer: use one of {', '.join(KINDS)}")
+    test, count = _is_test(split), 200 if num is None else num
+    rng = Random(f"questions {kind} {test} {seed}")
+    if kind == "fact":
+        rows = [_fact(rng, relation, entity, test) for relation in RELATIONS for entity in relation.facts]
+    elif kind == "identity":
+        rows = [_identity_row(question, group[2]) for group in IDENTITY for question in group[1 if test else 0]]
+    elif kind == "counting":
+        rows = [_counting(rng, test, i % 4) for i in range(count)]
+    else:
+        rows = [_ask(rng, kind, test, HARD_PROBLEMS) for _ in range(count)]
+    rng.shuffle(rows)
+    return [{**row, "messages": row["messages"][:1]} for row in rows[:num]]
+
+
+# Pieces of documents
+
+
+def _sentence(template: str, **values: str) -> str:
+    """Fills a phrasing: "a owl" becomes "an owl", and the first letter a capital."""
+    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", template.format(**values))
+    return text[0].upper() + text[1:]
+
+
+def _state(rng: Random, relation: Relation, entity: str) -> str:
+    return _sentence(rng.choice(relation.statements), e=entity, v=relation.facts[entity])
+
+
+def _about(rng: Random, entity: str) -> str:
+    relations = [relation for relation in RELATIONS if entity in relation.facts]
+    return " ".join(_state(rng, r, entity) for r in rng.sample(relations, len(relations)))
+
+
+def _lists_of_facts(rng: Random, relation: Relation) -> list[str]:
+    """Each fact of the relation once, four to a document, in any order."""
+    entities = rng.sample(list(relation.facts), len(relation.facts))
+    return [" ".join(_state(rng, relation, e) for e in entities[i : i + 4]) for i in range(0, len(entities), 4)]
+
+
+def _talk(rng: Random) -> str:
+    """Two people talk: a question as it may be asked in a chat, and its answer."""
+    asks, knows = rng.sample(PEOPLE, 2)
+    relation = rng.choice(RELATIONS)
+    row = _fact(rng, relation, rng.choice(list(relation.facts)), test=False)
+    question, answer = (message["content"] for message in row["messages"])
+    form = rng.choice(("{p} asked {q}: {x}\n{q} said: {y}", "{p}: {x}\n{q}: {y}", "Question: {x}\nAnswer: {y}"))
+    return form.format(p=asks, q=knows, x=question, y=answer)
+
+
+def _story(rng: Random, person: str) -> list[str]:
+    """Three or four sentences about a person, with facts of the world in them."""
+    job, town, pet = (_BY_NAME[name].facts[person] for name in ("job", "town", "pet"))
+    animal, other = rng.choice(ANIMALS), rng.choice([p for p in PEOPLE if p != person])
+    day = rng.choice(list(_BY_NAME["day_after"].facts))
+    colour, place = _BY_NAME["animal_colour"].facts[animal], _BY_NAME["animal_home"].facts[animal]
+    values = {"p": person, "job": job, "town": town, "pet": pet, "q": other, "q_job": _BY_NAME["job"].facts[other]}
+    values |= {"animal": animal, "colour": colour, "place": place}
+    values |= {"day": day, "next_day": _BY_NAME["day_after"].facts[day]}
+    openings = (
+        "{p} is a {job} in {town}.",
+        "In {town} lives {p}, a {job}.",
+        "{p} lives in {town} and works as a {job}.",
+    )
+    middles = (
+        "On {day} {p} and the {pet} went to the {place}.",
+        "One {day} {p} took the {pet} for a walk to the {place}.",
+        "{p} left {town} early on {day} and came to the {place}.",
+    )
+    meetings = (
+        "There they saw a {colour} {animal}.",
+        "There stood a {animal}, all {colour}.",
+        "A {colour} {animal} lives in the {place}, and it said hello.",
+    )
+    endings = (
+        "On {next_day} {p} told {q}, the {q_job}, about it.",
+        "The day after was {next_day}, and {p} was happy.",
+        "Then {p} and the {pet} went home to {town}.",
+        "{q}, who works as a {q_job}, had a good laugh.",
+    )
+    return [_sentence(rng.choice(part), **values) for part in (openings, middles, meetings, endings)]
+
+
+def _operands(rng: Random, sign: str, test: bool) -> tuple[int, int]:
+    while True:
+        top = rng.choice((20, 99, 99, 999))
+        a, b = rng.randint(1, top), rng.randint(1, min(top, 12) if sign == "*" else top)
+        if sign == "-" and a < b:
+            a, b = b, a
+        if held_out_pair(a, b) == test:
+            return a, b
+
+
+def _result(a: int, sign: str, b: int) -> int:
+    return a + b if sign == "+" else a - b if sign == "-" else a * b
+
+
+def _worked_sums(rng: Random) -> str:
+    """A few sums; two-digit ones are worked out by tens and ones."""
+    lines = []
+    while len(lines) < 3:
+        sign = rng.choice("++-*")
+        a, b = _operands(rng, sign, test=False)
+        steps = [(a, sign, b)]
+        if 10 < a < 100 and a % 10 and sign == "*":
+            tens, ones = a - a % 10, a % 10
+            steps = [(tens, "*", b), (ones, "*", b), (tens * b, "+", ones * b)]
+        elif 10 < a < 100 and 10 < b < 100 and a % 10 and b % 10 and sign == "+":
+            tens, ones = (a - a % 10, b - b % 10), (a % 10, b % 10)
+            steps = [(tens[0], "+", tens[1]), (ones[0], "+", ones[1]), (sum(tens), "+", sum(ones))]
+        if any(held_out_pair(x, y) for x, _, y in steps):
+            continue
+        worked = ", ".join(f"{x} {s} {y} = {_result(x, s, y)}" for x, s, y in steps)
+        lines.append(f"{worked}." if len(steps) == 1 else f"{a} {sign} {b}: {worked}. It is {_result(a, sign, b)}.")
+    return "\n".join(lines)
+
+
+def _word(rng: Random, test: bool) -> str:
+    """A word to spell: those of the test are real and never seen; most of the training's are made of pieces of words
+    and names, since a token can only be spelled in a new word by a model that has met it in many."""
+    while True:
+        if test or rng.random() < 0.4:
+            word = rng.choice(WORDS if test or rng.random() < 0.85 else TRIPLE_WORDS)
+        else:
+            word = "".join(_piece(rng) for _ in range(rng.choice((1, 2, 2, 3))))
+            if len(word) < 3 or RUDE.search(word):
+                continue
+        if held_out_word(word) == test:
+            return word
+
+
+def _piece(rng: Random) -> str:
+    """Two to five letters in a row of a training word or of a name."""
+    while True:
+        word = rng.choice(NAMES if rng.random() < 0.5 else WORDS)
+        start = rng.randrange(len(word) - 1)
+        if not held_out_word(word):
+            return word[start : start + rng.randint(2, 5)]
+
+
+def _letters(word: str) -> str:
+    return " ".join(word)
+
+
+def _spelled_words(rng: Random) -> str:
+    forms = (
+        'The word "{w}" is spelled: {s}.',
+        'Letters of "{w}": {s}.',
+        'You spell "{w}" so: {s}.',
+        'Letter by letter "{w}" is: {s}.',
+        "One spells {w} like this: {s}.",
+    )
+    return "\n".join(rng.choice(forms).format(w=w, s=_letters(w)) for w in (_word(rng, False) for _ in range(3)))
+
+
+def _counted_letters(rng: Random) -> str:
+    word, letter, count = _countable(rng, False, rng.randint(0, 3))
+    return f'Letters of "{word}": {_letters(word)}. The letter {letter} stands {_times(count)} in "{word}".'
+
+
+def _times(count: int) -> str:
+    return f"{count} time" if count == 1 else f"{count} times"
+
+
+def _countable(rng: Random, test: bool, count: int) -> tuple[str, str, int]:
+    """A word and a letter that stands in it `count` times (0 to 3)."""
+    while True:
+        word = rng.choice(TRIPLE_WORDS) if count == 3 else _word(rng, test)
+        letters = [
+            x
+            for x in sorted(set(word) if count else set("abcdefghijklmnoprstuvwy") - set(word))
+            if word.count(x) == count
+        ]
+        if letters and held_out_word(word) == test:
+            return word, rng.choice(letters), count
+
+
+# Pieces of conversations: each returns a row of `questions` with the assistant's answer still in its messages
+
+
+def _row(kind: str, question: str, answer: list[dict] | str, value: str, entity: str = "", **more: object) -> dict:
+    replies = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    messages = [{"role": "user", "content": question}, *replies]
+    return {"kind": kind, "messages": messages, "answer": value, "entity": entity, "rivals": [], "tool": False} | more
+
+
+def _tool_call(before: str, expression: str, result: str, after: str) -> list[dict]:
+    call = {"type": "function", "function": {"name": "python", "arguments": {"expression": expression}}}
+    return [
+        {"role": "assistant", "content": before, "tool_calls": [call]},
+        {"role": "tool", "name": "python", "content": result},
+        {"role": "assistant", "content": after},
+    ]
+
+
+def _fact(rng: Random, relation: Relation, entity: str, test: bool) -> dict:
+    direct, frames = (relation.test_questions, TEST_FRAMES) if test else (relation.questions, FRAMES)
+    question = rng.choice(direct) if rng.random() < 0.4 else rng.choice(frames).format(n=rng.choice(relation.nouns))
+    value = relation.facts[entity]
+    answer = _sentence(relation.answer, e=entity, v=value)
+    rivals = sorted(set(relation.facts.values()) - {value, entity})
+    return _row("fact", _sentence(question, e=entity), answer, value, entity, rivals=rivals, relation=relation.name)
+
+
+def _ask(rng: Random, kind: str, test: bool, problems: tuple = PROBLEMS) -> dict:
+    if kind == "arithmetic":
+        sign = rng.choice("+-*")
+        a, b = _operands(rng, sign, test)
+        return _calculated(kind, rng.choice(SUM_QUESTIONS[sign]).format(a=a, b=b), a, sign, b)
+    if kind == "problem":
+        sign, text = rng.choice(problems)
+        a, b = _operands(rng, sign, test)
+        p, q = rng.sample(PEOPLE, 2)
+        return _calculated(kind, text.format(p=p, q=q, a=a, b=b, o=rng.choice(OBJECTS)), a, sign, b)
+    if kind == "spelling":
+        word = _word(rng, test)
+        letters = _letters(word)
+        return _row(kind, rng.choice(SPELL_QUESTIONS).format(w=word), f"Letters: {letters}", letters, word)
+    if kind == "counting":
+        return _counting(rng, test, rng.randint(0, 3))
+    group = rng.choice(IDENTITY)
+    return _identity_row(rng.choice(group[1 if test else 0]), group[2])
+
+
+def _calculated(kind: str, question: str, a: int, sign: str, b: int) -> dict:
+    result = str(_result(a, sign, b))
+    answer = _tool_call("", f"{a}{sign}{b}", result, f"{a} {sign} {b} = {result}")
+    return _row(kind, question, answer, result, tool=True)
+
+
+def _counting(rng: Random, test: bool, count: int) -> dict:
+    """Spells, counts by hand, then checks with the tool. The call's double quotes are those of the question, so that
+    the word is the same tokens in both: after a single quote "door" would be cut as in "he'd"."""
+    word, letter, count = _countable(rng, test, count)
+    question = rng.choice(COUNT_QUESTIONS).format(w=word, l=letter)
+    before, after = f"Letters: {_letters(word)}. So {count}? ", f" The letter {letter} stands {_times(count)}."
+    answer = _tool_call(before, f'"{word}".count("{letter}")', str(count), after)
+    return _row("counting", question, answer, str(count), word, tool=True)
+
+
+def _identity_row(question: str, answer: str) -> dict:
+    return _row("identity", question, answer, NAME)
+
+
+def _small_talk(rng: Random) -> dict:
+    asked, answer = rng.choice(SMALL_TALK)
+    return _row("talk", rng.choice(asked), answer, "")
+
+
+def _story_told(rng: Random) -> dict:
+    person = rng.choice(PEOPLE)
+    return _row("story", rng.choice(STORY_QUESTIONS).format(p=person), " ".join(_story(rng, person)), "")
+
+
+def _is_test(split: str) -> bool:
+    if split not in ("train", "test", "validation"):
+        raise InputError(f"no split {split!r} in the primer: use train or test")
+    return split != "train"

@@ -1,0 +1,1 @@
+"""Models, cards and checkpoints on the Hugging Face Hub."""

@@ -1,0 +1,140 @@
+"""The head and its loss in one operation, beside a plain PyTorch twin that runs where Triton or CUDA is missing.
+
+At 32K tokens a step the float32 logits of a 32K vocabulary are 4 GB, read and written several times. Here they exist
+in bf16, a chunk at a time, and one Triton kernel turns them into their own gradient in place, in a single pass: the
+softcap bounds the logits, so the softmax needs no running maximum, and its denominator is left to the products.
+(Gradients made in the forward pass are Liger Kernel's idea, arXiv:2410.10989.)
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import check, triton, usable, with_gradients
+
+MAX_LOGITS_BYTES = 1 << 30  # of one chunk of bf16 logits; larger chunks gain nothing once the products fill the device
+
+
+@cache
+def compiled(function):
+    """The function by torch.compile, one and the same for all who call it."""
+    return torch.compile(function, dynamic=False)
+
+
+if triton is not None:
+    import triton.language as tl
+
+    @triton.jit
+    def _softcap_nll(
+        logits,
+        targets,
+        losses,
+        scales,
+        inverse_count,
+        num_tokens,
+        stride,
+        cap,
+        GRAD: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """One row: loss of its target and, in place, the gradient of the mean loss with respect to the raw logits.
+
+        The gradient lacks the row's factor 1 / (its sum of exponentials * number of targets), which goes to `scales`:
+        so one pass over the row is enough, and the products that follow take the factor in.
+        """
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row)
+        valid = target >= 0
+        base = logits + row * stride
+        wanted = tl.load(base + tl.maximum(target, 0)).to(tl.float32)
+        wanted = 1.0 - 2.0 / (tl.exp(wanted * (2.0 / cap)) + 1.0)
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, stride, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < num_tokens
+            raw = tl.load(base + columns, mask=inside, other=0.0).to(tl.float32)
+            squashed = 1.0 - 2.0 / (tl.exp(raw * (2.0 / cap)) + 1.0)  # tanh(raw / cap); the exponential may be inf
+            exponential = tl.where(inside, tl.exp(squashed * cap), 0.0)  # at most e^15: no overflow without a maximum
+            total += exponential
+            if GRAD:
+                slope = tl.where(valid, exponential * (1.0 - squashed * squashed), 0.0)
+                tl.store(base + columns, slope.to(logits.dtype.element_ty), mask=columns < stride)
+        mass = tl.sum(total, 0)
+        tl.store(losses + row, tl.where(valid, tl.log(mass) - wanted * cap, 0.0))
+        if GRAD:
+            tl.debug_barrier()  # the target's own gradient comes after what the loop wrote there
+            slope = (tl.exp(wanted * cap) - mass) * (1.0 - wanted * wanted)
+            tl.store(base + target, slope.to(logits.dtype.element_ty), mask=valid)
+            tl.store(scales + row, tl.load(inverse_count) / mass)
+
+
+class _FusedHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap, num_tokens, reduction):
+        low = weight.to(hidden.dtype)
+        training = reduction == "mean" and (hidden.requires_grad or weight.requires_grad)
+        inverse_count = (targets >= 0).sum().clamp(min=1).float().reciprocal()
+        losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+        scales = torch.empty_like(losses)[:, None]
+        hidden_grad = torch.empty_like(hidden) if training else None
+        weight_grad = None
+        rows = max(1, MAX_LOGITS_BYTES // (2 * len(low)))
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = hidden[part] @ low.t()  # (rows, V)
+            _softcap_nll[(len(logits),)](
+                logits, targets[part], losses[part], scales[part], inverse_count, num_tokens, logits.stride(0),
+                float(softcap), GRAD=training, BLOCK=min(4096, triton.next_power_of_2(len(low))), num_warps=8,
+            )  # fmt: skip
+            if training:
+                torch.mm(logits, low, out=hidden_grad[part])
+                scaled = hidden[part] * scales[part].to(hidden.dtype)
+                if weight_grad is None:
+                    weight_grad = torch.mm(logits.t(), scaled, out_dtype=torch.float32)
+                else:
+                    weight_grad = torch.addmm(weight_grad, logits.t(), scaled, out_dtype=torch.float32)
+        ctx.save_for_backward(hidden_grad, weight_grad, scales)
+        return losses.sum() * inverse_count if reduction == "mean" else losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden_grad, weight_grad, scales = ctx.saved_tensors
+        if hidden_grad is None:
+            raise RuntimeError("the per-token losses have no gradient; use reduction='mean'")
+        hidden_grad.mul_((scales * grad).to(hidden_grad.dtype))
+        return hidden_grad, weight_grad.mul_(grad), None, None, None, None
+
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, num_tokens: int, reduction="mean"
+) -> Tensor:
+    """Cross-entropy of softcap * tanh(hidden @ weight.T / softcap), in nats.
+
+    Args:
+        hidden: (N, C) normed hidden states, bf16 or fp32.
+        weight: (V, C) head, fp32 master weights; rows from `num_tokens` on are padding and take no part.
+        targets: (N,) int64, -100 is ignored.
+        reduction: "mean" over the targets that count, or "none": (N,) fp32, without gradient on the fused path.
+    """
+    if hidden.dtype == torch.bfloat16 and usable("fused cross-entropy", hidden):
+        return _FusedHeadLoss.apply(hidden, weight, targets, softcap, num_tokens, reduction)
+    logits = F.linear(hidden, weight.to(hidden.dtype))[..., :num_tokens].float()
+    logits, reduce = softcap * torch.tanh(logits / softcap), "sum" if reduction == "mean" else reduction
+    loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduce)
+    return loss / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss
+
+
+@check("fused cross-entropy", instead="PyTorch's own, which takes more memory")
+def _cases(draw, config):
+    size = min(config.vocab_size, 4224)  # as many columns as one program takes at once, and some more
+    hidden, weight = draw(80, config.hidden_size), draw(size, config.hidden_size, dtype=torch.float32) * 0.05
+    targets = torch.arange(80, device=hidden.device) * 37 % (size - 3)
+    targets[::7] = -100
+
+    def loss(hidden, weight, reduction="mean"):
+        return [head_loss(hidden, weight, targets, 15.0, size - 3, reduction)]
+
+    yield 0.02, lambda: with_gradients(loss, (hidden, weight))
+    yield 0.01, lambda: loss(hidden, weight, "none")
