@@ -26,13 +26,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .errors import InputError
 
-PATIENCE = timedelta(minutes=30)
+BARRIER_TIMEOUT = timedelta(minutes=30)
 LONG = timedelta(hours=6)  # for work of one process that may take so long: a tokenizer, a dataset's download
 _kind: dict = {}  # of parallelism, as it was before the first Accelerator
 _met: Counter = Counter()  # how often each place was passed; the same on every process
 
 
-class WaitedTooLong(RuntimeError):
+class BarrierTimeoutError(RuntimeError):
     """Some process of the job did not come, see the message."""
 
 
@@ -40,14 +40,14 @@ def on_cpu() -> bool:
     return not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
-def processes() -> PartialState:
+def partial_state() -> PartialState:
     """The job's processes, joined if they are not yet. Without `cpu` Accelerate takes those on CPUs for strangers."""
-    state = PartialState(cpu=on_cpu(), timeout=PATIENCE)
+    state = PartialState(cpu=on_cpu(), timeout=BARRIER_TIMEOUT)
     _kind.setdefault("launched", state.distributed_type)
     return state
 
 
-def next_stage() -> None:
+def reset_accelerate_state() -> None:
     """Let the next Accelerator of these processes choose precision, accumulation and DDP or FSDP2 for itself, and have
     all the device's memory: a stage's model and optimizer are in cycles, which Python leaves for later."""
     gc.collect()
@@ -60,17 +60,17 @@ def next_stage() -> None:
         PartialState().distributed_type = _kind["launched"]  # an FSDP job would be taken for one without its options
 
 
-def place() -> tuple[int, int]:
+def get_dist_info() -> tuple[int, int]:
     """-> (rank, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def agreed(value):
+def broadcast_from_main(value):
     """The main process's `value`, on every process."""
-    return broadcast_object_list([value])[0] if place()[1] > 1 else value
+    return broadcast_object_list([value])[0] if get_dist_info()[1] > 1 else value
 
 
-def together(operations: list[Callable[[], dist.Work]], device: torch.device) -> Callable[[], None]:
+def coalesce_collectives(operations: list[Callable[[], dist.Work]], device: torch.device) -> Callable[[], None]:
     """Begin collective operations on tensors of `device` -> what waits for them. On CUDA NCCL runs them as one, so
     that those with several roots use the links of several processes at once."""
     if device.type == "cuda" and operations:
@@ -82,9 +82,9 @@ def together(operations: list[Callable[[], dist.Work]], device: torch.device) ->
     return lambda: [work.wait() for work in works]
 
 
-def meet(where: str, patience: timedelta = PATIENCE) -> None:
+def monitored_barrier(where: str, patience: timedelta = BARRIER_TIMEOUT) -> None:
     """Wait until every process of the job is here. Raises WaitedTooLong with the ranks that are missing."""
-    rank, world = place()
+    rank, world = get_dist_info()
     if world > 1:
         arrive(where, rank)
         wait_for(range(world), where, patience)
@@ -92,13 +92,13 @@ def meet(where: str, patience: timedelta = PATIENCE) -> None:
 
 
 @contextmanager
-def main_first(where: str, patience: timedelta = LONG) -> Iterator[bool]:
+def main_process_first(where: str, patience: timedelta = LONG) -> Iterator[bool]:
     """Let the main process through first, the others when it is done; gives whether this is the main process.
 
     Raises WaitedTooLong when it takes longer than `patience`; and InputError, which only the main process would show,
     when it fails.
     """
-    rank, world = place()
+    rank, world = get_dist_info()
     if rank > 0:
         wait_for([0], where, patience)
     try:
@@ -126,8 +126,8 @@ def wait_for(others, where: str, patience: timedelta) -> None:
     end, pause = time.monotonic() + patience.total_seconds(), 0.002
     while missing := [rank for rank, name in keys.items() if not store.check([name])]:
         if time.monotonic() > end:
-            raise WaitedTooLong(
-                f"rank {place()[0]} waited {patience} at {where!r} for rank {', '.join(map(str, missing))}; "
+            raise BarrierTimeoutError(
+                f"rank {get_dist_info()[0]} waited {patience} at {where!r} for rank {', '.join(map(str, missing))}; "
                 "look at the output of these"
             )
         time.sleep(pause)

@@ -206,14 +206,14 @@ def versions() -> dict:
     return found
 
 
-def begin(config) -> dict:
+def start_record(config) -> dict:
     """The facts of a stage that are known when it starts; `config` is the stage's dataclass."""
     values = dataclasses.asdict(config)
     facts = {"config": values, "seed": values.get("seed"), "versions": versions(), "hardware": hardware()}
     return {**source(), **facts, "started": time.time()}
 
 
-def finish(folder: Path, record: dict, **numbers) -> dict:
+def write_metrics(folder: Path, record: dict, **numbers) -> dict:
     """Write folder/metrics.json with `finished`; call it last, on the main process, when the folder is complete."""
     elapsed = time.time() - record["started"]
     metrics = {**record, "wall_time_s": elapsed + record.get("earlier_wall_time_s", 0), **numbers, "finished": True}

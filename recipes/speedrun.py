@@ -15,7 +15,13 @@ from pathlib import Path
 from nanochat_hf.data.documents import is_local, text_fingerprint
 from nanochat_hf.data.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from nanochat_hf.demo import corpus as primer
-from nanochat_hf.distributed import agreed, main_first, meet, next_stage, processes
+from nanochat_hf.distributed import (
+    broadcast_from_main,
+    main_process_first,
+    monitored_barrier,
+    partial_state,
+    reset_accelerate_state,
+)
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, evaluate
 from nanochat_hf.eval.lm_eval_model import Generator
@@ -68,7 +74,9 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
     """Refuse to mix what is on disk with another recipe, or a finished stage with a source that is not finished."""
     trained = [stage for stage in MODEL_STAGES if stage in stages]
     for stage in MODEL_STAGES[: MODEL_STAGES.index(trained[-1]) + 1] if trained else ():
-        if run.finished(stage) and agreed(replaced(run, stage) if processes().is_main_process else None):
+        if run.finished(stage) and broadcast_from_main(
+            replaced(run, stage) if partial_state().is_main_process else None
+        ):
             raise InputError(
                 f"the weights in {run.folder(stage)} are not those that its metrics.json describes; "
                 "restore them, or delete that folder"
@@ -114,7 +122,7 @@ def check_inputs(run: Run, stage: str, inputs: dict, config) -> None:
 def run_stage(stage: str, configs: dict, run: Run, repo: str | None) -> None:
     config, output = configs[stage], run.folder(stage)
     if stage == "tokenizer":
-        with main_first("the tokenizer") as main:
+        with main_process_first("the tokenizer") as main:
             if main:
                 train_tokenizer(config, output)
     elif stage == "base":
@@ -124,15 +132,15 @@ def run_stage(stage: str, configs: dict, run: Run, repo: str | None) -> None:
             core = core_metric(load_tokenizer(tokenizer), bundle)
         push = None
         if repo:  # every process takes part in writing the folder, one uploads it
-            push = checkpoint_pusher(repo) if processes().is_main_process else lambda folder, step: None
+            push = checkpoint_pusher(repo) if partial_state().is_main_process else lambda folder, step: None
         pretrain(config, tokenizer=tokenizer, output=output, core=core, push=push)
     elif stage in ("mid", "sft"):
         source = source_of(stage, run)
-        processes().print(origin(run, stage, source))
+        partial_state().print(origin(run, stage, source))
         train_chat(config, source, output, chatcore(config, configs.get("eval"), source, output / "state"))
     elif stage == "rl":
         source = source_of(stage, run)
-        processes().print(origin(run, stage, source))
+        partial_state().print(origin(run, stage, source))
         train_rl(config, model=source, output=output, engine=engine)
     elif stage == "eval":
         models = {name: str(run.folder(name)) for name in MODEL_STAGES if run.finished(name)}
@@ -151,7 +159,7 @@ def chatcore(config: ChatConfig, tasks: EvalConfig | None, source: str, folder: 
     try:
         return chatcore_metric(tasks, load_tokenizer(source), folder, engine)
     except InputError as error:
-        processes().print(f"no ChatCORE on the way: {error}")
+        partial_state().print(f"no ChatCORE on the way: {error}")
         return None
 
 
@@ -206,13 +214,13 @@ def main() -> None:
 
 
 def run_stages(run: Run, stages: list[str], configs: dict, arguments: argparse.Namespace) -> None:
-    state = processes()
+    state = partial_state()
     check_run_folder(run, stages, configs)
     for stage in stages:
         if stage == "report":
             continue
         asked = stage == "eval" and state.is_main_process
-        old = agreed(renewal(run, definition_of(configs[stage])) if asked else None)
+        old = broadcast_from_main(renewal(run, definition_of(configs[stage])) if asked else None)
         if run.finished(stage) and not old:
             state.print(f"[{stage}] finished earlier: {run.folder(stage)}")
             continue
@@ -220,8 +228,8 @@ def run_stages(run: Run, stages: list[str], configs: dict, arguments: argparse.N
             state.print(f"[{stage}] finished earlier, to be run again for {old}")
         state.print(f"[{stage}] {run.folder(stage)}")
         run_stage(stage, configs, run, arguments.repo)
-        next_stage()
-        meet(f"the end of stage {stage}")
+        reset_accelerate_state()
+        monitored_barrier(f"the end of stage {stage}")
     if "report" in stages and state.is_main_process:
         report = make_report(run.path, hourly_rate=arguments.hourly_rate)
         print(f"\n{report.read_text()}\nThe report with its plots: {report}")

@@ -20,7 +20,7 @@ from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import plan
-from nanochat_hf.train.fused_model import Trunk
+from nanochat_hf.train.fused_model import FusedTransformer
 
 
 def repeat(function, seconds: float) -> float:
@@ -54,7 +54,7 @@ def main() -> None:
 
     made = plan(4, 1024, aspect_ratio=32, head_dim=32, max_seq_len=128, total_batch_size=2048, num_iterations=1)
     model = NanoChatForCausalLM(NanoChatConfig(**made.model_fields()))
-    trunk, optimizer = Trunk(model), MuonAdamW(param_groups(model, made.groups))
+    trunk, optimizer = FusedTransformer(model), MuonAdamW(param_groups(model, made.groups))
     ids = torch.randint(0, 1024, (16, 129))
 
     def step():

@@ -32,7 +32,7 @@ def ours(depth: int, pattern: str, fp8: bool):
     from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
     from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
     from nanochat_hf.optim.scaling import plan
-    from nanochat_hf.train.fused_model import Trunk
+    from nanochat_hf.train.fused_model import FusedTransformer
 
     made = plan(depth, 32768, window_pattern=pattern)
     with torch.device("cuda"):
@@ -41,7 +41,7 @@ def ours(depth: int, pattern: str, fp8: bool):
         if isinstance(module, torch.nn.Embedding):
             module.to(torch.bfloat16)
     optimizer = MuonAdamW(param_groups(model, made.groups))
-    trunk = Trunk(model, compile=True, fp8=fp8)
+    trunk = FusedTransformer(model, compile=True, fp8=fp8)
     if trunk.fp8 != fp8:
         sys.exit("error: the FP8 kernels are wrong here")
     return trunk, optimizer, made.flops_per_token

@@ -6,7 +6,7 @@ python scripts/chat_rl.py --config recipes/cpu-demo/rl.yaml --run-dir runs/cpu-d
 
 import torch
 
-from nanochat_hf.distributed import processes
+from nanochat_hf.distributed import partial_state
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.eval.weights import origin
@@ -21,7 +21,7 @@ def train(config: RLConfig, run: Run, model: str | None = None) -> None:
         raise InputError(f"{run.path} has no finished model to begin with: run scripts/chat_sft.py, or give --model")
     if run.finished("rl"):
         raise InputError(f"{run.folder('rl')} is finished already; delete it or choose another --run-dir")
-    processes().print(origin(run, "rl", source))
+    partial_state().print(origin(run, "rl", source))
     train_rl(config, str(source), run.folder("rl"), engine=Engine if torch.cuda.is_available() else Generator)
 
 

@@ -8,7 +8,7 @@ accelerate launch scripts/chat_sft.py ... --chatcore_every 200 --eval recipes/d1
 import torch
 
 from nanochat_hf.data.tokenizer import load_tokenizer
-from nanochat_hf.distributed import processes
+from nanochat_hf.distributed import partial_state
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, chatcore_metric
 from nanochat_hf.eval.weights import origin
@@ -32,7 +32,7 @@ def train(
         engine = Engine if torch.cuda.is_available() else None
         tasks = parse_config(EvalConfig, eval)
         chatcore = chatcore_metric(tasks, load_tokenizer(str(source)), run.folder(stage) / "state", engine)
-    processes().print(origin(run, stage, source))
+    partial_state().print(origin(run, stage, source))
     train_chat(config, str(source), run.folder(stage), chatcore)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.report import collect, compare, make_report, results_row
-from nanochat_hf.hub.model_card import family
+from nanochat_hf.hub.model_card import collection_table
 from nanochat_hf.run import Run, guarded
 
 
@@ -28,7 +28,7 @@ def main() -> None:
         named = [word.partition("=") for word in arguments.collection]
         if not all(folder for _, _, folder in named):
             raise InputError("--collection wants REPO=RUN, for example you/nanochat-d12=runs/d12")
-        print(family({repo: Run(folder) for repo, _, folder in named}))
+        print(collection_table({repo: Run(folder) for repo, _, folder in named}))
         return
     if bool(arguments.run_dir) == bool(arguments.compare):
         raise InputError("name one run with --run-dir, or two with --compare")

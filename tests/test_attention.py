@@ -6,7 +6,7 @@ from tiny import LOW, relative
 
 from nanochat_hf.kernels import attention
 from nanochat_hf.kernels import backend as kernel_checks
-from nanochat_hf.kernels.weight_cache import Places
+from nanochat_hf.kernels.weight_cache import EmbeddingGradIndex
 
 
 def slow_attention(q, k, v, scale, window):
@@ -50,7 +50,7 @@ def joint_inputs(length: int, gated: bool):
     table = torch.randn(50, 2 * 128, **LOW, requires_grad=True)
     gates = torch.randn(2, length, 2, **LOW, requires_grad=True)
     ids = torch.randint(0, 50, (2, length), device="cuda")
-    fast = (ids, table.detach(), gates, Places(ids, 50).rows(table, real=False))
+    fast = (ids, table.detach(), gates, EmbeddingGradIndex(ids, 50).rows(table, real=False))
     return qkv, angle, (qkv, table, gates), fast, (ids, table, gates)
 
 

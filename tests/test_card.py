@@ -5,7 +5,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.hub.model_card import Push, card, chain, check_metadata, datasets, family
+from nanochat_hf.hub.model_card import Push, chain, check_metadata, collection_table, datasets, render_model_card
 from nanochat_hf.run import Run, save_json
 
 
@@ -46,7 +46,7 @@ def run(tmp_path):
 
 
 def test_every_result_of_the_stage_stands_in_the_model_index(run):
-    data = card(run, Push("you/b", "base")).data
+    data = render_model_card(run, Push("you/b", "base")).data
     _, results = model_index_to_eval_results(data.to_dict()["model-index"])
     found = {(r.dataset_name, r.metric_type): r.metric_value for r in results}
     assert found == {
@@ -55,15 +55,15 @@ def test_every_result_of_the_stage_stands_in_the_model_index(run):
         ("piqa (core)", "accuracy"): 0.7,
         ("copa (core)", "accuracy"): 0.6,
     }
-    chat = card(run, Push("you/c", "sft")).data
+    chat = render_model_card(run, Push("you/c", "sft")).data
     assert {r.dataset_name: r.metric_value for r in chat.eval_results} == {"ChatCORE (1/6 tasks)": 0.1, "GSM8K": 0.05}
 
 
 def test_the_text_shows_the_chain_of_stages_and_no_number_that_was_not_measured(run):
-    text = str(card(run, Push("you/c", "sft")))
+    text = str(render_model_card(run, Push("you/c", "sft")))
     assert "| BASE   | SFT" in text and "1 h 40 min" in text and "5,000,000,000 tokens" in text and "1 x H100" in text
     assert "Cost" not in text and "| GSM8K" in text and "tool_steps" in text
-    assert "does not follow instructions" in str(card(run, Push("you/b", "base")))
+    assert "does not follow instructions" in str(render_model_card(run, Push("you/b", "base")))
 
 
 def test_only_hub_ids_become_dataset_metadata(run):
@@ -72,7 +72,7 @@ def test_only_hub_ids_become_dataset_metadata(run):
     facts = collect(run)
     assert chain(facts, "sft") == ["base", "sft"] and chain(facts, "base") == ["base"]
     assert datasets(facts, "sft") == ["karpathy/climbmix", "openai/gsm8k", "./mine.jsonl"]
-    assert card(run, Push("you/c", "sft")).data.datasets == ["karpathy/climbmix", "openai/gsm8k"]
+    assert render_model_card(run, Push("you/c", "sft")).data.datasets == ["karpathy/climbmix", "openai/gsm8k"]
 
 
 def test_a_folder_of_this_machine_is_never_published_as_a_dataset_of_the_hub(run, tmp_path, monkeypatch):
@@ -80,9 +80,9 @@ def test_a_folder_of_this_machine_is_never_published_as_a_dataset_of_the_hub(run
     monkeypatch.chdir(tmp_path)
     base = run.metrics("base")
     save_json(run.folder("base") / "metrics.json", {**base, "config": {"dataset": "mine/text"}})
-    assert card(run, Push("you/b", "base")).data.datasets == ["mine/text"]
+    assert render_model_card(run, Push("you/b", "base")).data.datasets == ["mine/text"]
     (tmp_path / "mine" / "text").mkdir(parents=True)
-    assert card(run, Push("you/b", "base")).data.datasets is None
+    assert render_model_card(run, Push("you/b", "base")).data.datasets is None
 
 
 def test_numbers_of_another_model_are_left_out_and_the_card_says_so(run):
@@ -92,21 +92,21 @@ def test_numbers_of_another_model_are_left_out_and_the_card_says_so(run):
     save_json(run.folder("eval") / "metrics.json", evaluation)
     for stage in models:
         save_json(run.folder(stage) / "metrics.json", {**run.metrics(stage), "weights": evaluation["weights"][stage]})
-    assert "GSM8K" in str(card(run, Push("you/c", "sft")))
+    assert "GSM8K" in str(render_model_card(run, Push("you/c", "sft")))
     save_json(run.folder("sft") / "metrics.json", {**run.metrics("sft"), "weights": "cccc"})
-    made = card(run, Push("you/c", "sft"))
+    made = render_model_card(run, Push("you/c", "sft"))
     assert not made.data.eval_results and "GSM8K" not in str(made).split("## Results")[1].split("## Training")[0]
     assert "left out for sft (has other weights now)" in str(made)
 
 
 def test_the_cost_appears_when_the_report_knows_the_rate(run):
     save_json(run.path / "report.json", {"hourly_rate": 24.0})
-    assert "$40.46 at $24.00 an hour" in str(card(run, Push("you/c", "sft")))
+    assert "$40.46 at $24.00 an hour" in str(render_model_card(run, Push("you/c", "sft")))
 
 
 def test_a_collections_text_has_a_row_for_each_model_and_dashes_for_what_is_missing(run, tmp_path):
     save_json(tmp_path / "other" / "sft" / "metrics.json", {"finished": True, "started": 1.0, "wall_time_s": 60.0})
-    first, second = family({"you/a": run, "you/b": Run(tmp_path / "other")}).splitlines()[2:]
+    first, second = collection_table({"you/a": run, "you/b": Run(tmp_path / "other")}).splitlines()[2:]
     cells = [cell.strip() for cell in first.split("|")[1:-1]]
     assert cells[0] == "[you/a](https://huggingface.co/you/a)" and cells[1:4] == ["24", "1,400,000", "5,000,000,000"]
     assert cells[4:7] == ["0.7200", "0.3000", "0.1000"] and cells[7] == "1 h 41 min"

@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.engine import Engine, Piece
+from nanochat_hf.serve.engine import Engine, StreamChunk
 from nanochat_hf.serve.terminal_chat import (
     Chat,
     LocalModel,
@@ -84,7 +84,7 @@ class Told:
 
 
 def words(text):
-    return [Piece(word) for word in re.findall(r"\s+|\S+", text)]
+    return [StreamChunk(word) for word in re.findall(r"\s+|\S+", text)]
 
 
 def on_a_terminal(output, height):
@@ -136,7 +136,13 @@ def test_the_newest_lines_of_a_block_taller_than_the_window_are_in_view():
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_two_calls_in_a_row_stand_on_two_lines(terminal):
-    pieces = [Piece("1+1", "call"), Piece("2", "result"), Piece("2+2", "call"), Piece("4", "result"), Piece("Four.")]
+    pieces = [
+        StreamChunk("1+1", "call"),
+        StreamChunk("2", "result"),
+        StreamChunk("2+2", "call"),
+        StreamChunk("4", "result"),
+        StreamChunk("Four."),
+    ]
     console = Console(file=io.StringIO(), width=40, force_terminal=terminal)
     chat = Chat(Told(pieces), Options(), console=console)
     chat.say("count")
@@ -147,7 +153,7 @@ def test_two_calls_in_a_row_stand_on_two_lines(terminal):
 
 def test_long_answers_are_printed_paragraph_by_paragraph():
     console = Console(file=io.StringIO(), width=40, height=10, force_terminal=True)
-    Chat(Told([Piece(f"Paragraph {i}.\n\n") for i in range(60)]), Options(), console=console).say("talk")
+    Chat(Told([StreamChunk(f"Paragraph {i}.\n\n") for i in range(60)]), Options(), console=console).say("talk")
     assert all(shown_once in console.file.getvalue() for shown_once in ("Paragraph 0.", "Paragraph 59."))
     assert console.file.getvalue().count("Paragraph 30.") <= 2  # once while it was written, once for good
 
@@ -236,13 +242,15 @@ def test_the_last_block_is_what_may_still_change(text, end):
 
 
 def test_messages_without_calls_are_what_other_servers_get():
-    pieces = [Piece("Let me see. "), Piece("1+1", "call"), Piece("2", "result"), Piece("Two.")]
+    pieces = [StreamChunk("Let me see. "), StreamChunk("1+1", "call"), StreamChunk("2", "result"), StreamChunk("Two.")]
     messages = [{"role": "user", "content": "?"}, *messages_of(pieces)]
     assert spoken(messages) == [messages[0], {"role": "assistant", "content": "Let me see. Two."}]
 
 
 def test_a_result_without_a_call_is_only_text():
-    assert messages_of([Piece("So "), Piece("7", "result"), Piece("!")]) == [{"role": "assistant", "content": "So 7!"}]
+    assert messages_of([StreamChunk("So "), StreamChunk("7", "result"), StreamChunk("!")]) == [
+        {"role": "assistant", "content": "So 7!"}
+    ]
 
 
 def test_open_model_says_what_is_missing(tmp_path):

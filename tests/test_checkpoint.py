@@ -116,7 +116,7 @@ def test_weights_that_are_not_finite_are_not_saved_and_push_nothing_out(training
 
 def test_momenta_go_on_in_another_stage_by_name_and_in_float32(training, tiny_config, tmp_path):
     model, optimizer = training
-    checkpoint.save_momenta(tmp_path / "optimizer.pt", model, optimizer)
+    checkpoint.save_optimizer_state(tmp_path / "optimizer.pt", model, optimizer)
     assert [path.name for path in tmp_path.iterdir()] == ["optimizer.pt"]
     saved = torch.load(tmp_path / "optimizer.pt")
     assert saved["lm_head.weight"]["exp_avg"].dtype == torch.float32  # small here; large ones are halved
@@ -128,7 +128,7 @@ def test_momenta_go_on_in_another_stage_by_name_and_in_float32(training, tiny_co
     large = saved["model.layers.0.mlp.fc1.weight"]
     large["momentum_buffer"] = large["momentum_buffer"].bfloat16()
     torch.save(saved, tmp_path / "optimizer.pt")
-    checkpoint.load_momenta(tmp_path / "optimizer.pt", fresh, other)
+    checkpoint.load_optimizer_state(tmp_path / "optimizer.pt", fresh, other)
     theirs = dict(model.named_parameters())
     for name, p in fresh.named_parameters():
         assert bool(other.state[p]) is (name != "model.resid_lambdas")
@@ -171,18 +171,18 @@ def test_a_model_folder_is_complete_float32_and_nothing_is_left_beside_it(traini
 
 def test_momenta_reach_sharded_parameters_as_shards(training, tiny_config, tmp_path):
     model, optimizer = training
-    checkpoint.save_momenta(tmp_path / "optimizer.pt", model, optimizer)
+    checkpoint.save_optimizer_state(tmp_path / "optimizer.pt", model, optimizer)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         fresh = NanoChatForCausalLM(tiny_config)
         fully_shard(fresh, mesh=init_device_mesh("cpu", (1,)))
         other = MuonAdamW(param_groups(fresh, OPTIONS))
-        checkpoint.load_momenta(tmp_path / "optimizer.pt", fresh, other)
+        checkpoint.load_optimizer_state(tmp_path / "optimizer.pt", fresh, other)
         for name, p in fresh.named_parameters():
             assert set(other.state[p]) == set(optimizer.state[dict(model.named_parameters())[name]])
             kept = [value for value in other.state[p].values() if value.shape == p.shape and value.ndim]
             assert all(isinstance(value, DTensor) for value in kept)
-        checkpoint.save_momenta(tmp_path / "again.pt", fresh, other)
+        checkpoint.save_optimizer_state(tmp_path / "again.pt", fresh, other)
     finally:
         torch.distributed.destroy_process_group()
     first, again = torch.load(tmp_path / "optimizer.pt"), torch.load(tmp_path / "again.pt")

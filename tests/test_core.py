@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import centered_mean, evaluate_core, quiet
 from nanochat_hf.eval.harness import EVALS, EvalConfig, LocalLM, core_metric
-from nanochat_hf.eval.loglikelihood import score
+from nanochat_hf.eval.loglikelihood import loglikelihoods
 
 WORDS = ["the", "owl", "red", "cat", "sees", "a", "big", "green", "tree", "and", "two", "small", "dogs", "run", "town"]
 
@@ -108,7 +108,10 @@ def test_every_decision_equals_the_slow_twin(lively_model, tokenizer, bundle, la
     task.use(tokenizer, lively_model.config)
     limit = 20
     task.build_all_requests(limit=limit)
-    answers, by_row = score(lively_model, [(r.context, r.continuation) for r in task.instances], batch_tokens=3000), {}
+    answers, by_row = (
+        loglikelihoods(lively_model, [(r.context, r.continuation) for r in task.instances], batch_tokens=3000),
+        {},
+    )
     for request, answer in zip(task.instances, answers):
         by_row.setdefault(request.doc_id, []).append(answer)
     ours = [bool(task.process_results(doc, by_row[i])["acc"]) for i, doc in task.doc_iterator(limit=limit)]

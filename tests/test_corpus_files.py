@@ -72,7 +72,7 @@ def test_what_no_name_decides_is_said_once_by_the_main_process(tmp_path, capsys,
     layout(tmp_path, ["a.parquet", "b.parquet"])
     for rank in "10":
         monkeypatch.setenv("RANK", rank)
-        corpus_files.say.cache_clear()
+        corpus_files.log.cache_clear()
         for split in ("train", "validation", "train"):
             DocumentStream(tmp_path, split)
         said = capsys.readouterr().err

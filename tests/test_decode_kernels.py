@@ -15,7 +15,7 @@ from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
 from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
-from nanochat_hf.serve.decoder import STATE, Decoder, Row
+from nanochat_hf.serve.decoder import STATE, Decoder, SlotRequest
 from nanochat_hf.serve.engine import Engine, Request
 from nanochat_hf.serve.worker import open_workers
 
@@ -37,7 +37,7 @@ def compare(device: str, steps: int) -> None:
         model = model.eval().to(device)
         prompts = [[1, 2, 3], [4], [5 + i % 100 for i in range(140)]]
         asked = zip(prompts, (0, 1.0, 0.7), (0, 0, 10), (1, 0.9, 1))
-        requests = {i: Row(p, 60, heat, k, share, seed=i) for i, (p, heat, k, share) in enumerate(asked)}
+        requests = {i: SlotRequest(p, 60, heat, k, share, seed=i) for i, (p, heat, k, share) in enumerate(asked)}
         machines = [Decoder(model, 4, 192, [1, 2], dtype=torch.float32) for _ in range(2)]
         for machine, fast in zip(machines, (False, True)):
             machine.processors = 96 if second else 1  # with and without splitting the keys

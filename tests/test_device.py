@@ -17,12 +17,12 @@ from nanochat_hf.optim.scaling import plan
 from nanochat_hf.train import runtime as device
 from nanochat_hf.train.runtime import (
     check_cost,
-    choose_rows,
-    fits,
+    choose_micro_batch_size,
     free_memory,
-    listening,
-    share_out,
-    undisturbed_by_gc,
+    gc_disabled,
+    graceful_shutdown,
+    micro_batch_fits,
+    split_global_batch,
 )
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ D12 = plan(12, 32768, total_batch_size=131_072, num_iterations=500)
 
 def choose(wanted, fits=None, world=1):
     said = []
-    return choose_rows(D12, wanted, CPU, world, torch.float32, fits, said.append), said
+    return choose_micro_batch_size(D12, wanted, CPU, world, torch.float32, micro_batch_fits, said.append), said
 
 
 def test_given_rows_are_taken_and_nothing_is_said():
@@ -60,7 +60,7 @@ def test_a_trial_has_gradients_beside_it_only_if_its_step_has(steps, beside):
             return self.weight.sum() * ids.shape[0]
 
     loss = Loss(1, 1, bias=False)
-    assert fits(D12, loss, [{"kind": "muon", "params": [loss.weight]}], Accelerator(cpu=True), 2, steps)
+    assert micro_batch_fits(D12, loss, [{"kind": "muon", "params": [loss.weight]}], Accelerator(cpu=True), 2, steps)
     assert found == beside and loss.weight.grad is None
 
 
@@ -76,7 +76,7 @@ def test_fewer_rows_are_taken_when_a_step_has_no_more_for_each_process():
     assert choose(3)[0] == 2 and choose(16)[1] == []
     rows, said = choose(64, world=2)
     assert rows == 32 and "32 rows instead of 64" in said[0]
-    assert share_out("examples", 36, 1, 8, 2) == (6, 3)
+    assert split_global_batch("examples", 36, 1, 8, 2) == (6, 3)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_run_for_gpus_is_refused_on_a_cpu_and_only_there():
 
 def test_a_signal_is_noted_and_the_handlers_come_back():
     heard, before = [], signal.getsignal(signal.SIGTERM)
-    with listening(heard.append):
+    with graceful_shutdown(heard.append):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
     assert heard == [signal.SIGTERM] * 2 and signal.getsignal(signal.SIGTERM) is before
@@ -113,7 +113,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back():
 
 def test_a_second_interrupt_stops_at_once():
     heard = []
-    with pytest.raises(KeyboardInterrupt), listening(heard.append):
+    with pytest.raises(KeyboardInterrupt), graceful_shutdown(heard.append):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
     assert heard == [signal.SIGINT]
@@ -122,7 +122,7 @@ def test_a_second_interrupt_stops_at_once():
 def test_the_collector_works_again_afterwards():
     import gc
 
-    with undisturbed_by_gc():
+    with gc_disabled():
         assert not gc.isenabled()
     assert gc.isenabled() and gc.get_freeze_count() == 0
 

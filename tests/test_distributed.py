@@ -20,7 +20,7 @@ from workers import ROOT, command, environment, launch
 
 from nanochat_hf.data.tokenizer import train_bpe
 from nanochat_hf.demo import corpus as primer
-from nanochat_hf.distributed import main_first, meet
+from nanochat_hf.distributed import main_process_first, monitored_barrier
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.run import load_json
 
@@ -230,9 +230,9 @@ def test_who_waits_says_for_whom_and_gives_up(tmp_path):
 
 
 def test_one_process_waits_for_nobody():
-    with main_first("anything") as main:
+    with main_process_first("anything") as main:
         assert main
-    meet("anything")
+    monitored_barrier("anything")
 
 
 @pytest.mark.slow

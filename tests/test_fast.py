@@ -6,7 +6,7 @@ from tiny import relative
 
 from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.train.fused_model import Trunk, finish, fuse
+from nanochat_hf.train.fused_model import FusedTransformer, finish, use_fused_forward
 
 SHAPE = {
     "vocab_size": 320,
@@ -34,7 +34,7 @@ def test_trunk_has_the_models_hidden_states_loss_and_gradients(generation):
     model = random_model(generation)
     ids, targets = torch.randint(0, 300, (2, 2, 200))
     targets[0, :7] = -100
-    trunk = Trunk(model)
+    trunk = FusedTransformer(model)
     assert torch.allclose(trunk(ids), model.model(ids, use_cache=False).last_hidden_state, atol=1e-6)
     loss = trunk(ids, targets)
     loss.backward()
@@ -55,7 +55,7 @@ def test_backout_in_bfloat16_keeps_its_digits_where_it_leaves_little():
 
 
 def test_losses_of_single_tokens_average_to_the_mean():
-    trunk = Trunk(random_model(2))
+    trunk = FusedTransformer(random_model(2))
     ids, targets = torch.randint(0, 300, (2, 2, 50))
     targets[1, 40:] = -100
     losses = trunk(ids, targets, reduction="none")
@@ -66,11 +66,11 @@ def test_losses_of_single_tokens_average_to_the_mean():
 def test_eight_bit_products_stay_near_the_exact_loss_and_train():
     model = random_model(2)
     ids, targets = torch.randint(0, 300, (2, 2, 64))
-    exact, coarse = Trunk(model)(ids, targets), Trunk(model, fp8=True)(ids, targets)
+    exact, coarse = FusedTransformer(model)(ids, targets), FusedTransformer(model, fp8=True)(ids, targets)
     assert abs(exact - coarse) / exact < 0.02 and exact != coarse
     with torch.no_grad():
         assert torch.equal(
-            Trunk(model, fp8=True)(ids, targets), Trunk(model)(ids, targets)
+            FusedTransformer(model, fp8=True)(ids, targets), FusedTransformer(model)(ids, targets)
         )  # measured in full precision
     coarse.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -90,7 +90,7 @@ def test_fused_model_trains_on_packed_documents_like_the_model_itself(generation
     exact.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    fuse(model, torch.float32, documents=6)
+    use_fused_forward(model, torch.float32, documents=6)
     loss = model(**inputs, num_items_in_batch=count).loss
     loss.backward()
     assert torch.allclose(loss, exact, atol=1e-6)
@@ -114,7 +114,7 @@ def test_fused_model_on_a_gpu_is_near_the_model_in_float32():
     exact.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    fuse(model, torch.bfloat16, documents=20, compile=True)
+    use_fused_forward(model, torch.bfloat16, documents=20, compile=True)
     loss = model(**inputs).loss
     loss.backward()
     assert abs(loss - exact) / exact < 2e-3
@@ -141,7 +141,7 @@ def test_compiled_trunk_on_a_gpu_is_near_the_model_in_float32(generation):
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.to(torch.bfloat16)
-    trunk = Trunk(model, compile=True)
+    trunk = FusedTransformer(model, compile=True)
     for turn in (1, 2):  # the second time, gradients are added to the first ones
         loss = trunk(ids, targets)
         loss.backward()
@@ -154,4 +154,6 @@ def test_compiled_trunk_on_a_gpu_is_near_the_model_in_float32(generation):
         for layer in model.model.layers:
             layer.mlp.fc2.weight.zero_()
     changed = trunk(ids, targets)
-    assert torch.allclose(changed, Trunk(model)(ids, targets), rtol=1e-3)  # no copy of the weights is out of date
+    assert torch.allclose(
+        changed, FusedTransformer(model)(ids, targets), rtol=1e-3
+    )  # no copy of the weights is out of date

@@ -28,7 +28,7 @@ from nanochat_hf.kernels.float8 import (
     quantise,
     weight8,
 )
-from nanochat_hf.train.fused_model import Trunk
+from nanochat_hf.train.fused_model import FusedTransformer
 
 
 @pytest.fixture(autouse=True)
@@ -152,10 +152,10 @@ def gradients(trunk, rank: int, sync=lambda on: None) -> dict:
 
 def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    alone = [gradients(Trunk(random_model(2), fp8=True), each) for each in range(2)]
+    alone = [gradients(FusedTransformer(random_model(2), fp8=True), each) for each in range(2)]
     wanted = {name: (grad + alone[1][name]) / 2 for name, grad in alone[0].items()}
-    ddp = DistributedDataParallel(Trunk(random_model(2), fp8=True))
-    sharded = Trunk(random_model(2), fp8=True)
+    ddp = DistributedDataParallel(FusedTransformer(random_model(2), fp8=True))
+    sharded = FusedTransformer(random_model(2), fp8=True)
     for layer in sharded.model.model.layers:
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))

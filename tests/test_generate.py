@@ -9,7 +9,7 @@ from talker import QUESTIONS, talker  # noqa: F401
 
 from nanochat_hf.data.bpe import byte_alphabet
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.engine import CALL_MARKS, Engine, Request, TextDecoder, meanings
+from nanochat_hf.serve.engine import CALL_MARKS, Engine, IncrementalDetokenizer, Request, meanings
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_dropping_turns_of_a_very_long_conversation_reads_it_few_times(engine, m
 def test_text_decoder_gives_bad_bytes_as_replacement_characters_and_keeps_going(talker):  # noqa: F811
     _, tokenizer = talker
     letter = dict(enumerate(tokenizer.convert_tokens_to_ids(byte_alphabet())))
-    decoder = TextDecoder(tokenizer)
+    decoder = IncrementalDetokenizer(tokenizer)
     euro = [letter[byte] for byte in "€".encode()]
     assert decoder.push(euro[:2]) == [] and decoder.push(euro[2:]) == ["€"]
     assert "".join(decoder.push([letter[0xFF], letter[ord("a")]])) == "\ufffda"
@@ -217,7 +217,7 @@ def test_the_table_of_meanings_is_what_the_tokenizer_says(talker):  # noqa: F811
         assert table[token].decode(errors="replace") == tokenizer.decode([token])
     kinds = [table[token] for token in tokenizer.convert_tokens_to_ids(list(CALL_MARKS))]
     assert kinds == ["call", "text", "result", "text"] and table[tokenizer.bos_token_id] == ""
-    assert TextDecoder(tokenizer).push([len(tokenizer) + 5]) == []  # a padding row of the head
+    assert IncrementalDetokenizer(tokenizer).push([len(tokenizer) + 5]) == []  # a padding row of the head
 
 
 def test_a_cancelled_request_is_among_what_comes_out(talker):  # noqa: F811

@@ -17,7 +17,7 @@ from nanochat_hf.kernels import backend as checks
 from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
 from nanochat_hf.serve.decoder import Decoder
-from nanochat_hf.train.fused_model import Trunk
+from nanochat_hf.train.fused_model import FusedTransformer
 
 CPU = torch.device("cpu")
 CONFIG = NanoChatConfig(
@@ -98,10 +98,10 @@ def test_a_package_that_is_not_there_is_told_from_one_that_does_not_fit(monkeypa
 
 
 def test_fp8_that_is_wrong_is_bf16_training(tiny_model, monkeypatch):
-    assert Trunk(tiny_model, fp8=True).fp8
+    assert FusedTransformer(tiny_model, fp8=True).fp8
     monkeypatch.setattr(checks, "disabled", {"FP8"})
     monkeypatch.setattr("nanochat_hf.train.fused_model.disabled", checks.disabled)
-    assert not Trunk(tiny_model, fp8=True).fp8
+    assert not FusedTransformer(tiny_model, fp8=True).fp8
 
 
 def test_every_kernel_of_triton_has_a_check():

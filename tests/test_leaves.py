@@ -84,7 +84,7 @@ def test_ddp_reduces_gradients_that_were_added_in_place():
 def test_without_a_gpu_rows_are_plain_embeddings():
     table = torch.randn(7, 4, requires_grad=True)
     ids = torch.tensor([[1, 2, 1]])
-    places = leaves.Places(ids, 7)
+    places = leaves.EmbeddingGradIndex(ids, 7)
     assert torch.equal(places.rows(table), table[ids]) and places.rows(table, real=False) is None
 
 
@@ -96,7 +96,7 @@ def test_rows_have_the_gradient_of_an_embedding_and_add_it_up():
     grad = torch.randn(4, 700, 300, device="cuda", dtype=torch.bfloat16)
     exact = torch.zeros(60, 300, device="cuda").index_add_(0, ids.flatten(), grad.flatten(0, 1).float())
     for turn in (1, 2):
-        rows = leaves.Places(ids, 60).rows(table)
+        rows = leaves.EmbeddingGradIndex(ids, 60).rows(table)
         assert torch.equal(rows, table[ids])
         rows.backward(grad)
         assert torch.allclose(table.grad.float(), turn * exact, rtol=2e-2, atol=2e-2)

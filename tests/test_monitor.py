@@ -11,14 +11,14 @@ from nanochat_hf.data.dataloader import VALIDATION, PackedLoader
 from nanochat_hf.data.documents import DocumentStream
 from nanochat_hf.data.tokenizer import token_byte_lengths
 from nanochat_hf.eval.bpb import evaluate_bpb, losses_of
-from nanochat_hf.train.fused_model import Trunk
-from nanochat_hf.train.monitoring import FIRST, Evaluator, SpikeAlarm, line
+from nanochat_hf.train.fused_model import FusedTransformer
+from nanochat_hf.train.monitoring import FIRST, Evaluator, LossSpikeDetector, line
 from nanochat_hf.train.runtime import to_device
 
 
 def rings(losses, nats=2.0):
     """The indices at which the alarm rings."""
-    alarm = SpikeAlarm(nats)
+    alarm = LossSpikeDetector(nats)
     return [i for i, loss in enumerate(losses) if alarm.rings(loss)]
 
 
@@ -63,7 +63,7 @@ def evaluator(tiny_model, tokenizer, tmp_path):
             DocumentStream(str(tmp_path / "text.jsonl"), "validation"), tokenizer, 3, 128, **VALIDATION
         )
 
-    made = Evaluator(Trunk(tiny_model), tiny_model, tokenizer, new_loader, 2)
+    made = Evaluator(FusedTransformer(tiny_model), tiny_model, tokenizer, new_loader, 2)
     made.loads = loads
     return made
 
@@ -94,7 +94,7 @@ def test_evaluation_runs_the_programs_that_training_compiled(evaluator, tiny_mod
 
     monkeypatch.setattr(torch, "compile", lambda *args, **options: real(*args, **options | {"backend": backend}))
     torch._dynamo.reset()
-    evaluator.network, evaluator.alike = Trunk(tiny_model, compile=True), alike
+    evaluator.network, evaluator.alike = FusedTransformer(tiny_model, compile=True), alike
     evaluator.batches(2)
 
     def train():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat_hf.kernels.muon import POLAR_EXPRESS, equilibrate, mean_squares, orthogonalise, update_scale
+from nanochat_hf.kernels.muon import POLAR_EXPRESS, equilibrate, mean_squares, orthogonalize, update_scale
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
@@ -14,7 +14,7 @@ def test_polar_express_comes_near_the_polar_factor(shape):
     )  # no singular value so small that five steps cannot lift it
     x = x / x.norm(dim=1, keepdim=True)
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    found = orthogonalise(x[None])[0]
+    found = orthogonalize(x[None])[0]
     assert (torch.linalg.svdvals(found) - 1).abs().max() < 0.2
     assert torch.nn.functional.cosine_similarity(found.flatten(), (u @ vh).flatten(), dim=0) > 0.99
 
@@ -44,13 +44,13 @@ def oblong(request):
 
 
 def test_oblong_matrices_come_out_as_from_five_steps_on_the_whole(oblong):
-    torch.testing.assert_close(orthogonalise(oblong), step_by_step(oblong), atol=1e-4, rtol=0)
+    torch.testing.assert_close(orthogonalize(oblong), step_by_step(oblong), atol=1e-4, rtol=0)
 
 
 def test_half_precision_costs_oblong_matrices_less_than_five_steps_in_bfloat16_would(oblong):
     x = oblong.bfloat16()
     exact = step_by_step(x.double())
-    ours, steps = ((found.double() - exact).norm(dim=(1, 2)) for found in (orthogonalise(x), step_by_step(x)))
+    ours, steps = ((found.double() - exact).norm(dim=(1, 2)) for found in (orthogonalize(x), step_by_step(x)))
     assert (ours < 0.5 * steps).all()
 
 
@@ -59,13 +59,13 @@ def test_half_precision_costs_oblong_matrices_less_than_five_steps_in_bfloat16_w
 def test_a_matrix_does_not_depend_on_the_others_of_its_stack_and_zero_stays_zero(shape, dtype):
     x = torch.randn(3, *shape).to(dtype)
     x[1] = 0
-    found = orthogonalise(x)
+    found = orthogonalize(x)
     assert not found[1].any() and found.isfinite().all()
     for one, whole in zip(x, found):
-        torch.testing.assert_close(orthogonalise(one[None])[0], whole)
+        torch.testing.assert_close(orthogonalize(one[None])[0], whole)
 
 
 def test_the_norm_of_an_update_is_that_of_a_semi_orthogonal_matrix():
-    x = orthogonalise(torch.randn(3, 20, 12))
+    x = orthogonalize(torch.randn(3, 20, 12))
     scale = update_scale(mean_squares(x), torch.rand(3, 20, 1), torch.tensor(0.9), torch.tensor(1.0), (20, 12))
     torch.testing.assert_close((x * scale).norm(dim=(1, 2)), torch.full((3,), 12**0.5))

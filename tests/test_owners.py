@@ -11,7 +11,7 @@ from tiny import relative
 from torch import nn
 
 from nanochat_hf.optim import gradient_reduction as owners
-from nanochat_hf.optim.gradient_reduction import OwnerReduction, shares
+from nanochat_hf.optim.gradient_reduction import OwnerGradientReducer, assign_matrices_to_ranks
 from nanochat_hf.optim.muon_adamw import MuonAdamW
 
 MUON = {"kind": "muon", "lr": 0.02, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.0}
@@ -59,7 +59,7 @@ def worker(rank: int, world: int, port: int, device: str):
     if rank:
         net.scale.data.zero_()  # the main process's weights count
     owners.BUCKET_BYTES = 1 << 18  # a matrix
-    reduction = OwnerReduction(optimizer_of(net).owners())
+    reduction = OwnerGradientReducer(optimizer_of(net).owners())
     assert torch.equal(net.scale, torch.ones(256, device=device))
     expected_owners = [None, 0, 0, 1, 0]  # of the scale, the table, the matrices
     assert [reduction.owners[p] for p in net.parameters()] == expected_owners
@@ -90,7 +90,12 @@ def test_owners_have_the_sums_on_gpus():
 
 
 def test_matrices_are_dealt_out_so_that_neighbours_have_different_owners():
-    assert shares(list(range(6)), 2) == [[0, 2, 4], [1, 3, 5]]
-    assert shares(list(range(5)), 4) == [[0, 4], [1, 2], [3], []]  # the first ranks have equally many
-    assert shares(list(range(3)), 1) == [[0, 1, 2]]
-    assert shares([7], 3) == [[7], [], []]
+    assert assign_matrices_to_ranks(list(range(6)), 2) == [[0, 2, 4], [1, 3, 5]]
+    assert assign_matrices_to_ranks(list(range(5)), 4) == [
+        [0, 4],
+        [1, 2],
+        [3],
+        [],
+    ]  # the first ranks have equally many
+    assert assign_matrices_to_ranks(list(range(3)), 1) == [[0, 1, 2]]
+    assert assign_matrices_to_ranks([7], 3) == [[7], [], []]

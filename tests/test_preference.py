@@ -12,13 +12,13 @@ from workers import launch
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json, parse_config
-from nanochat_hf.train.dpo import PreferenceConfig, pair, pairs, spoken_only, train_preference
+from nanochat_hf.train.dpo import DPOStageConfig, pair, pairs, spoken_only, train_preference
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture
-def config(tmp_path) -> PreferenceConfig:
+def config(tmp_path) -> DPOStageConfig:
     """Forty pairs: `yes` is better than `no`, whatever is asked."""
 
     def said(word: str) -> list[dict]:
@@ -29,7 +29,7 @@ def config(tmp_path) -> PreferenceConfig:
     rows.append({"prompt": rows[0]["prompt"], "chosen": said("word " * 200), "rejected": said("no")})
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {"examples_per_step": 8, "device_batch_size": 8, "test_rows": 8, "num_iterations": 6, "init_lr_frac": 0.1}
-    return PreferenceConfig(dataset=str(tmp_path / "pairs.jsonl"), **keys)
+    return DPOStageConfig(dataset=str(tmp_path / "pairs.jsonl"), **keys)
 
 
 def test_pairs_that_cannot_be_used_are_named_and_some_are_held_out(config, tokenizer):
@@ -146,5 +146,5 @@ def test_the_recipe_is_read_by_the_parser_of_real_runs(tmp_path):
     keys = {"examples_per_step": 48, "beta": 0.25, "test_rows": 7}
     lines = [line for line in text.splitlines() if line.partition(":")[0] not in keys]
     (tmp_path / "dpo.yaml").write_text("\n".join([*lines, *(f"{key}: {value}" for key, value in keys.items())]))
-    config = parse_config(PreferenceConfig, tmp_path / "dpo.yaml", {"save_every": "9"})
+    config = parse_config(DPOStageConfig, tmp_path / "dpo.yaml", {"save_every": "9"})
     assert {key: getattr(config, key) for key in keys} == keys and config.save_every == 9

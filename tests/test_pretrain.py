@@ -25,14 +25,14 @@ from accelerate.utils import LoggerType
 from test_optim import free_port
 
 from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
-from nanochat_hf.distributed import next_stage
+from nanochat_hf.distributed import reset_accelerate_state
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.train import checkpoint
 from nanochat_hf.train import model_setup as network
 from nanochat_hf.train import pretrain as module
 from nanochat_hf.train import runtime as device
-from nanochat_hf.train.fused_model import Trunk
+from nanochat_hf.train.fused_model import FusedTransformer
 from nanochat_hf.train.pretrain import PretrainConfig, Pretraining, pretrain
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
 
@@ -239,14 +239,14 @@ def test_a_spike_stops_before_the_weights_and_a_rerun_skips_its_rows(world, tmp_
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(straight, world, tmp_path, monkeypatch, capsys):
-    real = Trunk.forward
+    real = FusedTransformer.forward
 
     def small_device(self, ids, *args, **kwargs):
         if len(ids) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(self, ids, *args, **kwargs)
 
-    monkeypatch.setattr(Trunk, "forward", small_device)
+    monkeypatch.setattr(FusedTransformer, "forward", small_device)
     metrics = run(world, tmp_path, device_batch_size=-1, num_iterations=20)
     assert (metrics["device_batch_size"], metrics["gradient_accumulation"]) == (2, 4)
     said = capsys.readouterr().out
@@ -258,7 +258,7 @@ def test_other_errors_of_the_first_step_are_shown(world, tmp_path, monkeypatch):
     def broken(self, *args, **kwargs):
         raise RuntimeError("an illegal memory access")
 
-    monkeypatch.setattr(Trunk, "forward", broken)
+    monkeypatch.setattr(FusedTransformer, "forward", broken)
     with pytest.raises(RuntimeError, match="illegal"):
         run(world, tmp_path)
 
@@ -372,9 +372,9 @@ def test_the_first_generation_trains_too(world, tmp_path):
 
 def test_nothing_of_a_stage_is_left_for_the_next(world, tmp_path, monkeypatch):
     made, real = [], module.new_model
-    monkeypatch.setattr(module, "new_model", lambda *a: made.append(weakref.ref(m := real(*a))) or m)
+    monkeypatch.setattr(module, "build_model", lambda *a: made.append(weakref.ref(m := real(*a))) or m)
     run(world, tmp_path, num_iterations=1)
-    next_stage()
+    reset_accelerate_state()
     assert len(made) == 1 and made[0]() is None
 
 

@@ -27,9 +27,9 @@ from test_pretrain import (  # noqa: F401  (two are fixtures)
 
 from nanochat_hf.train import checkpoint
 from nanochat_hf.train import pretrain as module
-from nanochat_hf.train.monitoring import SpikeAlarm
+from nanochat_hf.train.monitoring import LossSpikeDetector
 from nanochat_hf.train.pretrain import Pretraining
-from nanochat_hf.train.runtime import fetch, to_device
+from nanochat_hf.train.runtime import copy_to_host_async, to_device
 
 # ruff: noqa: F811  (fixtures as arguments)
 
@@ -130,7 +130,7 @@ def test_a_refused_step_leaves_all_as_it_was_also_when_the_next_is_queued(
     # Only the limit of step 6 is below its loss: who judges a step by another's stops elsewhere, or never.
     limits = (0.0 if number == 6 and what == "loss" else float("inf") for number in itertools.count())
     monkeypatch.setattr(module, "gradient_norm", gradient_norm)
-    monkeypatch.setattr(SpikeAlarm, "limit", lambda self: next(limits))
+    monkeypatch.setattr(LossSpikeDetector, "limit", lambda self: next(limits))
     with pytest.raises(FloatingPointError, match=r"step 6: .* at rows 48 to 56 ") as stopped:
         run(world, tmp_path, sample_every=-1 if queued else 7)
     assert ahead[-1] == ("settle", 6) and (ahead[-2] == ("launch", 7)) == queued
@@ -242,7 +242,7 @@ def test_the_host_waits_neither_for_batches_nor_for_figures_of_the_future():
     cuda, rng = torch.device("cuda"), torch.Generator().manual_seed(0)
     batches = [torch.randint(0, 300, (32, 2049), generator=rng).numpy() for _ in range(20)]
     for seconds in (0.1, 1):  # the first time torch pins the memory that it has the second time
-        read, slept = fetch(torch.arange(3.0, device=cuda)), torch.cuda.Event()
+        read, slept = copy_to_host_async(torch.arange(3.0, device=cuda)), torch.cuda.Event()
         torch.cuda._sleep(int(seconds * 2e9))
         slept.record()
         sent = [to_device(batch, cuda) for batch in batches]

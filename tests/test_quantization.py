@@ -20,7 +20,7 @@ from nanochat_hf.data.tokenizer import wrap
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.quantization import is_quantized
 from nanochat_hf.serve.engine import Engine
-from nanochat_hf.train.model_setup import load_chat_model, new_model
+from nanochat_hf.train.model_setup import build_model, load_chat_model
 from nanochat_hf.train.sft import ChatConfig
 
 MATRICES = {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}
@@ -96,7 +96,7 @@ def test_who_reads_weights_refuses_quantized_ones(talker, chat_folder, tmp_path,
         load_chat_model(str(chat_folder), ChatConfig(), tokenizer)
     plan = SimpleNamespace(generation=2, vocab_size=packed.config.vocab_size)
     with pytest.raises(InputError, match="is quantized and cannot be trained"):
-        new_model(plan, str(chat_folder), tokenizer, torch.device("cpu"), sharded=False)
+        build_model(plan, str(chat_folder), tokenizer, torch.device("cpu"), sharded=False)
 
 
 @pytest.mark.slow

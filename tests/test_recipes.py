@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from nanochat_hf.data.documents import text_fingerprint
 from nanochat_hf.errors import InputError
 from nanochat_hf.optim.scaling import plan
-from nanochat_hf.run import Run, begin, finish
+from nanochat_hf.run import Run, start_record, write_metrics
 from nanochat_hf.train.pretrain_config import PLAN_KEYS
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +84,7 @@ def test_an_unknown_recipe_is_named_with_the_nearest_one():
 
 def finished(run: Run, stage: str, config) -> None:
     run.folder(stage).mkdir(parents=True)
-    finish(run.folder(stage), begin(config))
+    write_metrics(run.folder(stage), start_record(config))
 
 
 def test_a_recipe_that_changed_since_a_stage_finished_is_reported(tmp_path):
@@ -113,7 +113,7 @@ def test_a_finished_stage_whose_local_text_changed_is_reported(tmp_path):
     stages, configs = speedrun.read_recipe(ROOT / "recipes" / "cpu-demo", None, words)
     for stage in ("tokenizer", "base"):
         run.folder(stage).mkdir(parents=True)
-        finish(run.folder(stage), begin(configs[stage]), inputs={"data": text_fingerprint(str(text))})
+        write_metrics(run.folder(stage), start_record(configs[stage]), inputs={"data": text_fingerprint(str(text))})
     speedrun.check_run_folder(run, stages, configs)
     text.write_text('{"text": "two"}\n' * 20)
     for chosen in ("tokenizer", "base"):

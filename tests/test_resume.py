@@ -20,7 +20,7 @@ from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.run import Run, load_json, model_fingerprint
 from nanochat_hf.train import pretrain, sft, trainer
 from nanochat_hf.train.checkpoint import complete_checkpoints, damage
-from nanochat_hf.train.dpo import PreferenceConfig, PreferenceTrainer, train_preference
+from nanochat_hf.train.dpo import DPOStageConfig, PreferenceTrainer, train_preference
 from nanochat_hf.train.grpo import RLConfig, RLTrainer, train_rl
 from nanochat_hf.train.model_setup import read_model
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
@@ -47,7 +47,7 @@ def train(tiny_folder, tmp_path):
     ]
     pairs = write_rows(tmp_path / "pairs.jsonl", rows)
     keys = {"dataset": str(pairs), "examples_per_step": 4, "device_batch_size": 4, "test_rows": 8, "num_iterations": 4}
-    dpo = PreferenceConfig(**keys, save_every=2, eval_every=2)
+    dpo = DPOStageConfig(**keys, save_every=2, eval_every=2)
 
     def train(stage: str, output: Path, model: Path = tiny_folder, **changes) -> None:
         if stage == "sft":
@@ -312,7 +312,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_rows_made_for_another_config_are_made_again(tokenizer, tmp_path, change):
     def rows(config, folder):
-        return sft.prepare(config, config.mixture, tokenizer, config.max_seq_len, folder)[0].to_list()
+        return sft.build_packed_dataset(config, config.mixture, tokenizer, config.max_seq_len, folder)[0].to_list()
 
     first = dataclasses.replace(SFT, max_seq_len=128)
     changed = dataclasses.replace(first, **CHANGES[change])
@@ -328,7 +328,7 @@ def test_rows_of_other_text_tokenizer_or_code_and_damaged_ones_are_made_again(to
     )
 
     def text(tokenizer=tokenizer) -> str:
-        rows = sft.prepare(config, config.mixture, tokenizer, 128, tmp_path / "rows")[0]
+        rows = sft.build_packed_dataset(config, config.mixture, tokenizer, 128, tmp_path / "rows")[0]
         return tokenizer.decode(rows[0]["input_ids"])
 
     write_rows(path, chats("alpha"))

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.run import Run, begin, finish, guarded, load_json, model_fingerprint, pairs, parse_config, save_json
+from nanochat_hf.run import (
+    Run,
+    guarded,
+    load_json,
+    model_fingerprint,
+    pairs,
+    parse_config,
+    save_json,
+    start_record,
+    write_metrics,
+)
 
 
 @dataclass
@@ -60,12 +70,12 @@ def test_a_yaml_that_is_no_mapping_is_refused(tmp_path):
 def test_a_stage_counts_as_finished_only_after_finish(tmp_path):
     run = Run(tmp_path)
     assert not run.finished("base")
-    record = begin(Config())
+    record = start_record(Config())
     record["started"] -= 7
     record["earlier_wall_time_s"] = 100
     save_json(run.folder("base") / "metrics.json", record)
     assert not run.finished("base")
-    finish(run.folder("base"), record, val_bpb=1.5)
+    write_metrics(run.folder("base"), record, val_bpb=1.5)
     metrics = run.metrics("base")
     assert run.finished("base") and metrics["val_bpb"] == 1.5 and metrics["seed"] == 3
     assert metrics["config"]["depth"] == 4 and metrics["versions"]["torch"] and 107 <= metrics["wall_time_s"] < 120

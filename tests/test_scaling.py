@@ -6,7 +6,7 @@ import torch
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.optim.scaling import RECIPES, plan, rows_that_fit, visible_keys
+from nanochat_hf.optim.scaling import DEFAULTS, estimate_micro_batch_size, plan, visible_keys
 
 # depth: width, heads, parameters, FLOPs a token, tokens a step, steps, rates of Muon, embedding and head, decay of
 # Muon; vocabulary 32,768, 2,048 tokens a row
@@ -104,7 +104,7 @@ def test_a_given_value_wins_and_none_means_the_recipe():
     assert (p.total_batch_size, p.num_iterations, p.total_tokens) == (131_072, 500, 65_536_000)
     assert p.groups["matrix"]["lr"] == pytest.approx(0.01)  # a quarter of the reference batch, half of the rate
     assert p.groups["matrix"]["weight_decay"] == pytest.approx(0.05)
-    assert p.schedule.warmup_steps == RECIPES[2].warmup_steps
+    assert p.schedule.warmup_steps == DEFAULTS[2].warmup_steps
 
 
 def test_a_budget_of_flops_sets_the_horizon():
@@ -132,7 +132,7 @@ def test_impossible_values_are_refused_in_one_line(words, message):
 
 def test_the_micro_batch_fits_the_memory():
     d12, d24 = plan(12, 32768, total_batch_size=131_072), plan(24, 32768)
-    assert rows_that_fit(d12, 80e9) == 64 and rows_that_fit(d24, 80e9) == 16
-    assert rows_that_fit(d24, 24e9) == 1  # too little by the estimate: try the least
-    assert rows_that_fit(d12, 80e9, most=48) == 32
-    assert rows_that_fit(d12, 80e9, bytes_per_value=4) < 64
+    assert estimate_micro_batch_size(d12, 80e9) == 64 and estimate_micro_batch_size(d24, 80e9) == 16
+    assert estimate_micro_batch_size(d24, 24e9) == 1  # too little by the estimate: try the least
+    assert estimate_micro_batch_size(d12, 80e9, most=48) == 32
+    assert estimate_micro_batch_size(d12, 80e9, bytes_per_value=4) < 64

@@ -11,7 +11,7 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
 from nanochat_hf.train import model_setup as network
 from nanochat_hf.train import sft
-from nanochat_hf.train.sft import ChatConfig, Rows, encode, prepare, train_chat
+from nanochat_hf.train.sft import ChatConfig, PackedCollator, build_packed_dataset, encode, train_chat
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -83,11 +83,11 @@ def test_positions_start_anew_in_each_conversation_and_in_the_padding():
         {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "seq_lengths": [3, 2]},
         {"input_ids": [6, 7], "labels": [-100, 7]},
     ]
-    batch = Rows(pad=9, length=6)(rows)
+    batch = PackedCollator(pad=9, length=6)(rows)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 9], [6, 7, 9, 9, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5, -100], [-100, 7, -100, -100, -100, -100]]
-    assert Rows(pad=9, length=None)(rows)["input_ids"].shape == (2, 5)
+    assert PackedCollator(pad=9, length=None)(rows)["input_ids"].shape == (2, 5)
 
 
 def test_a_packed_conversation_sees_nothing_of_its_neighbours(tiny_model, tokenizer):
@@ -97,7 +97,7 @@ def test_a_packed_conversation_sees_nothing_of_its_neighbours(tiny_model, tokeni
     tiny_model.model.smear_lambda.data.fill_(1.0)
     ids, other = encode(tokenizer, [CHAT, CHAT[:1] + CHAT[3:]], True)["input_ids"]
     row = {"input_ids": other + ids, "labels": other + ids, "seq_lengths": [len(other), len(ids)]}
-    batch = Rows(tokenizer.pad_token_id, len(ids) + len(other) + 5)([row])
+    batch = PackedCollator(tokenizer.pad_token_id, len(ids) + len(other) + 5)([row])
     packed = tiny_model(batch["input_ids"], position_ids=batch["position_ids"]).logits
     alone = tiny_model(torch.tensor([ids])).logits
     torch.testing.assert_close(packed[:, len(other) : len(other) + len(ids)], alone, atol=1e-4, rtol=1e-4)
@@ -111,25 +111,25 @@ def test_conversations_that_do_not_fit_are_counted_with_row_and_reason(tokenizer
     ]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     entries = [{"dataset": str(tmp_path / "chats.jsonl")}]
-    rows, made = prepare(config(), entries, tokenizer, 64, tmp_path / "rows")
+    rows, made = build_packed_dataset(config(), entries, tokenizer, 64, tmp_path / "rows")
     assert len(rows) == 1 and made["rows"] == 1 and made["tokens"] == len(rows[0]["input_ids"])
     reasons = {row["row"]: row["reason"] for row in made["skipped_rows"]}
     assert reasons.keys() == {1, 2} and "a row holds 64" in reasons[1] and "no messages" in reasons[2]
     with pytest.raises(InputError, match="cannot be used"):
-        prepare(config(bad_rows="refuse"), entries, tokenizer, 64, tmp_path / "refused")
+        build_packed_dataset(config(bad_rows="refuse"), entries, tokenizer, 64, tmp_path / "refused")
     with pytest.raises(InputError, match="no conversation of the mixture fits"):
-        prepare(config(), entries, tokenizer, 8, tmp_path / "short")
+        build_packed_dataset(config(), entries, tokenizer, 8, tmp_path / "short")
     exact = made["tokens"]  # a row holds a conversation of exactly its length
-    assert prepare(config(), entries, tokenizer, exact, tmp_path / "exact")[1]["rows"] == 1
+    assert build_packed_dataset(config(), entries, tokenizer, exact, tmp_path / "exact")[1]["rows"] == 1
     with pytest.raises(InputError, match="no conversation of the mixture fits"):
-        prepare(config(), entries, tokenizer, exact - 1, tmp_path / "one_less")
+        build_packed_dataset(config(), entries, tokenizer, exact - 1, tmp_path / "one_less")
 
 
 def test_rows_are_made_once_and_found_again(tokenizer, tmp_path, monkeypatch):
     entries = [{"dataset": "primer", "rows": 20}]
-    rows, made = prepare(config(), entries, tokenizer, 128, tmp_path / "rows")
+    rows, made = build_packed_dataset(config(), entries, tokenizer, 128, tmp_path / "rows")
     monkeypatch.setattr(sft, "make_rows", None)
-    again, found = prepare(config(), entries, tokenizer, 128, tmp_path / "rows")
+    again, found = build_packed_dataset(config(), entries, tokenizer, 128, tmp_path / "rows")
     assert again.to_list() == rows.to_list() and found == made
 
 
@@ -235,7 +235,7 @@ def test_a_conversation_of_exactly_a_rows_length_is_kept(tokenizer, tmp_path):
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
     size = len(encode(tokenizer, [CHAT], True)["input_ids"][0])
     entries = [{"dataset": str(tmp_path / "chats.jsonl")}]
-    rows, made = prepare(config(), entries, tokenizer, size, tmp_path / "rows")
+    rows, made = build_packed_dataset(config(), entries, tokenizer, size, tmp_path / "rows")
     assert len(rows[0]["input_ids"]) == size and made["rows"] == 1
     with pytest.raises(InputError, match=f"max_seq_len = {size - 1} tokens"):
-        prepare(config(), entries, tokenizer, size - 1, tmp_path / "short")
+        build_packed_dataset(config(), entries, tokenizer, size - 1, tmp_path / "short")

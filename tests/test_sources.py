@@ -3,7 +3,7 @@
 import pytest
 from test_conversations import chat, write
 
-from nanochat_hf.data.mixture import Entry, JsonLines, Mixture, open_rows, shared
+from nanochat_hf.data.mixture import DatasetConfig, JsonLines, Mixture, open_rows, shared
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 
@@ -20,12 +20,12 @@ def test_lines_are_read_by_number_over_several_files(tmp_path):
 
 def test_a_yaml_of_facts_is_a_data_set(tmp_path):
     (tmp_path / "me.yaml").write_text("name: Ophelia\nowner: the club\n")
-    entry = Entry.read({"dataset": str(tmp_path / "me.yaml"), "rows": 50})
+    entry = DatasetConfig.read({"dataset": str(tmp_path / "me.yaml"), "rows": 50})
     rows = open_rows(entry, seed=1)
     assert len(rows) == 50 and rows == open_rows(entry, seed=1) != open_rows(entry, seed=2)
     assert any("Ophelia" in row["messages"][-1]["content"] for row in rows)
     with pytest.raises(InputError, match="transform gsm8k does not apply"):
-        open_rows(Entry(str(tmp_path / "me.yaml"), transform="gsm8k"), seed=1)
+        open_rows(DatasetConfig(str(tmp_path / "me.yaml"), transform="gsm8k"), seed=1)
 
 
 def test_words_are_split_and_come_from_files_or_from_text(tmp_path):
@@ -70,7 +70,7 @@ def test_one_file_gives_its_rows_only_as_the_split_that_its_name_tells(tmp_path)
         ("chats_test", "test"),
         ("test_sft", "test_sft"),
     ):
-        assert len(open_rows(Entry(f"{tmp_path}/{name}.jsonl", split), seed=0)) == 1
+        assert len(open_rows(DatasetConfig(f"{tmp_path}/{name}.jsonl", split), seed=0)) == 1
     for name, split in (
         ("chats", "test"),
         ("chats", "dev"),
@@ -79,7 +79,7 @@ def test_one_file_gives_its_rows_only_as_the_split_that_its_name_tells(tmp_path)
         ("chats", "x"),
     ):
         with pytest.raises(InputError, match=f"{name}.jsonl is one file, and its name does not say .* split {split}"):
-            open_rows(Entry(f"{tmp_path}/{name}.jsonl", split), seed=0)
+            open_rows(DatasetConfig(f"{tmp_path}/{name}.jsonl", split), seed=0)
 
 
 def test_rows_that_two_mixtures_share_are_told(tmp_path, monkeypatch):
@@ -153,11 +153,11 @@ def test_empty_and_odd_files_are_named(tmp_path):
 def test_an_id_of_the_hub_may_have_a_dot(monkeypatch):
     asked = []
     monkeypatch.setattr("datasets.load_dataset", lambda **arguments: asked.append(arguments) or [{"n": 1}])
-    assert open_rows(Entry("teknium/OpenHermes-2.5", transform="sharegpt"), seed=0) == [{"n": 1}]
+    assert open_rows(DatasetConfig("teknium/OpenHermes-2.5", transform="sharegpt"), seed=0) == [{"n": 1}]
     assert asked == [{"path": "teknium/OpenHermes-2.5", "name": None, "split": "train"}]
 
 
 @pytest.mark.parametrize("dataset", ["nowhere/chats.jsonl", "./org/name", "name", "org/name/folder", "data/x.csv"])
 def test_what_is_no_file_and_no_id_is_named(dataset):
     with pytest.raises(InputError, match=f"no such dataset: {dataset} is no file, no folder and no Hub id"):
-        open_rows(Entry(dataset), seed=0)
+        open_rows(DatasetConfig(dataset), seed=0)

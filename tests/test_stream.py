@@ -23,11 +23,11 @@ def plain(x0, ys, scalars, eps):
 
 
 def ours(x0, ys, scalars, eps, apply=None):
-    embedded, x, y, found = stream.Embedded(x0), x0, None, []
+    embedded, x, y, found = stream.EmbeddingResidual(x0), x0, None, []
     for i in range(LAYERS):
         lambdas = None if scalars is None else (scalars[0, i], scalars[1, i])
         if apply is None:
-            x, h = stream.mix(x, y, embedded, lambdas, eps)
+            x, h = stream.residual_mix(x, y, embedded, lambdas, eps)
         else:
             x, h = apply(x, y, x0, *(lambdas or (None, None)), eps, embedded)
         y = h * ys[i]

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
-from nanochat_hf.optim.scaling import RECIPES, optimizer_groups
+from nanochat_hf.optim.scaling import DEFAULTS, optimizer_groups
 from nanochat_hf.run import load_json
-from nanochat_hf.train.checkpoint import save_momenta
-from nanochat_hf.train.dpo import PreferenceConfig, train_preference
+from nanochat_hf.train.checkpoint import save_optimizer_state
+from nanochat_hf.train.dpo import DPOStageConfig, train_preference
 from nanochat_hf.train.grpo import RLConfig, train_rl
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
 from nanochat_hf.train.trainer import StageTrainer, split_step
@@ -46,7 +46,7 @@ def rates(model, **keys) -> dict[str, dict]:
 
 
 def test_rates_are_those_of_the_generation_times_the_fraction(tiny_model):
-    expected = optimizer_groups(replace(RECIPES[2], weight_decay=0.0), 2, 64)
+    expected = optimizer_groups(replace(DEFAULTS[2], weight_decay=0.0), 2, 64)
     found = rates(tiny_model, init_lr_frac=0.5)
     for role, group in expected.items():
         assert found[role] == {**group, "lr": group["lr"] * 0.5}
@@ -74,7 +74,7 @@ def test_a_step_must_be_whole_rows():
 @pytest.mark.parametrize("launched", ["DEEPSPEED", "FSDP"])
 def test_a_launch_that_keeps_weights_in_pieces_is_refused_before_anything_is_loaded(stage, launched, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{launched}", "true")
-    train, config = {"rl": (train_rl, RLConfig()), "dpo": (train_preference, PreferenceConfig(dataset="x"))}[stage]
+    train, config = {"rl": (train_rl, RLConfig()), "dpo": (train_preference, DPOStageConfig(dataset="x"))}[stage]
     with pytest.raises(InputError, match=f"^{stage} needs whole weights.*multi_gpu.yaml$"):
         train(config, "nowhere", Path("nowhere"))
 
@@ -122,7 +122,7 @@ def test_momenta_of_the_source_are_taken_over_and_its_rates_are_not(tiny_folder,
     for parameter in tiny_model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    save_momenta(tiny_folder / "optimizer.pt", tiny_model, optimizer)
+    save_optimizer_state(tiny_folder / "optimizer.pt", tiny_model, optimizer)
     found = {}
 
     def look(self, *args, **kwargs):

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import nanochat_hf.serve.worker
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.engine import Engine, Piece, Request
-from nanochat_hf.serve.worker import Answer, Broken, Busy, Worker
+from nanochat_hf.serve.engine import Engine, Request, StreamChunk
+from nanochat_hf.serve.worker import Answer, QueueFullError, Worker, WorkerDiedError
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_answers_at_the_same_time_do_not_mix(worker):
 def test_a_full_queue_refuses_at_once_and_recovers(worker):
     async def run():
         answers = [Answer([worker], Request(prompt(worker), 120)) for _ in range(5)]  # 2 rows and 3 that wait
-        with pytest.raises(Busy):
+        with pytest.raises(QueueFullError):
             Answer([worker], Request(prompt(worker)))
         await asyncio.gather(*(answer.whole(never) for answer in answers))
 
@@ -165,9 +165,9 @@ def test_a_broken_model_fails_the_answer_under_way_and_refuses_the_next(talker):
         raise MemoryError("no memory left")
 
     worker.engine.advance = explode
-    with pytest.raises(Broken, match="no memory left"):
+    with pytest.raises(WorkerDiedError, match="no memory left"):
         ask(worker)
-    with pytest.raises(Broken, match="not running: no memory left"):
+    with pytest.raises(WorkerDiedError, match="not running: no memory left"):
         ask(worker)
     worker.join(5)
 
@@ -283,7 +283,7 @@ def test_a_prompt_that_cannot_be_run_is_refused_and_the_worker_goes_on(worker):
 def test_text_held_back_for_a_stop_string_comes_before_the_call_that_follows_it(worker):
     async def run():
         answer = Answer([worker], Request(prompt(worker), 1), ["bc"])
-        return answer.cut([Piece("a b"), Piece("1+1", "call"), Piece("c")], last=False)
+        return answer.cut([StreamChunk("a b"), StreamChunk("1+1", "call"), StreamChunk("c")], last=False)
 
     assert [(piece, piece.kind) for piece in asyncio.run(run())] == [
         ("a ", "text"),

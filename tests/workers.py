@@ -15,12 +15,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def command(processes: int, config: str, *more: str) -> list[str]:
+def command(partial_state: int, config: str, *more: str) -> list[str]:
     """accelerate launch with one of this project's config files; "python" for one process."""
-    if processes == 1:
+    if partial_state == 1:
         return [sys.executable]
     path = ROOT / "configs" / "accelerate" / f"{config}.yaml"
-    words = ["launch", "--config_file", str(path), "--num_processes", str(processes), "--main_process_port", "0"]
+    words = ["launch", "--config_file", str(path), "--num_processes", str(partial_state), "--main_process_port", "0"]
     return [str(Path(sys.executable).parent / "accelerate"), *words, *more]
 
 
@@ -31,9 +31,9 @@ def environment(**more: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def launch(processes: int, config: str, jobs: list[dict], timeout: float = 400, **more: str):
+def launch(partial_state: int, config: str, jobs: list[dict], timeout: float = 400, **more: str):
     """Run the jobs to their end; -> the finished process, with `stdout` and `stderr`."""
-    words = [*command(processes, config), __file__, json.dumps(jobs, default=str)]
+    words = [*command(partial_state, config), __file__, json.dumps(jobs, default=str)]
     done = subprocess.run(words, env=environment(**more), capture_output=True, check=False, text=True, timeout=timeout)
     print(done.stdout[-3000:], done.stderr[-6000:])
     return done
@@ -147,9 +147,9 @@ def rl(output: str, model: str, trl: bool = False, **keys) -> None:
 
 
 def dpo(output: str, model: str, **keys) -> None:
-    from nanochat_hf.train.dpo import PreferenceConfig, train_preference
+    from nanochat_hf.train.dpo import DPOStageConfig, train_preference
 
-    train_preference(PreferenceConfig(**keys), model, Path(output))
+    train_preference(DPOStageConfig(**keys), model, Path(output))
     fresh()
 
 
@@ -166,42 +166,42 @@ def wait(output: str, missing: int, seconds: float) -> None:
 
     from accelerate import PartialState
 
-    from nanochat_hf.distributed import WaitedTooLong, main_first, meet
+    from nanochat_hf.distributed import BarrierTimeoutError, main_process_first, monitored_barrier
 
     rank, said = PartialState(cpu=True).process_index, []
-    meet("the start")
-    meet("the start")
-    with main_first("the order") as main:
+    monitored_barrier("the start")
+    monitored_barrier("the start")
+    with main_process_first("the order") as main:
         said.append(f"{main} {time.time()}")
         time.sleep(0.5)
     try:
-        with main_first("a failure") as main:
+        with main_process_first("a failure") as main:
             if main:
                 raise ValueError("of the main process")
     except ValueError as error:  # InputError is one
         said.append(str(error))
     try:
         if rank != missing:
-            meet("the end", timedelta(seconds=seconds))
-    except WaitedTooLong as error:
+            monitored_barrier("the end", timedelta(seconds=seconds))
+    except BarrierTimeoutError as error:
         said.append(str(error))
     Path(output, f"{rank}.json").write_text(json.dumps(said))
     time.sleep(seconds + 1 if rank == 0 else 0)  # it holds the store
 
 
 def fresh() -> None:
-    from nanochat_hf.distributed import next_stage
+    from nanochat_hf.distributed import reset_accelerate_state
 
-    next_stage()
+    reset_accelerate_state()
 
 
 def main() -> None:
     import torch
 
-    from nanochat_hf.distributed import processes
+    from nanochat_hf.distributed import partial_state
 
     torch.set_num_threads(1)
-    processes()
+    partial_state()
     for job in json.loads(sys.argv[1]):
         globals()[job.pop("do")](**job)
     if torch.distributed.is_initialized():

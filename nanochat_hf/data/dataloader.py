@@ -33,7 +33,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import InputError
-from .documents import DocumentStream, MixedStream
+from .documents import DocumentStream, MixtureStream
 from .tokenizer import encode_documents
 
 
@@ -122,7 +122,7 @@ class Lane:
     Where tails are kept, never more waits than `buffer_size` rows, the text of CHUNK_CHARS, and one document.
     """
 
-    def __init__(self, stream: DocumentStream | MixedStream, tokenizer, buffer_size: int, packer: BestFitPacker):
+    def __init__(self, stream: DocumentStream | MixtureStream, tokenizer, buffer_size: int, packer: BestFitPacker):
         self.stream, self.tokenizer, self.buffer_size, self.packer = stream, tokenizer, buffer_size, packer
         self.chunk = min(max(buffer_size // 4, 8), 128)
         # Upstream's rule is there to compare validation with, so what it chooses from counts documents only.
@@ -169,7 +169,7 @@ class PackedLoader:
 
     def __init__(
         self,
-        stream: DocumentStream | MixedStream,
+        stream: DocumentStream | MixtureStream,
         tokenizer: PreTrainedTokenizerFast,
         batch_size: int,
         seq_len: int,

@@ -55,11 +55,11 @@ def open_documents(
     world_size: int = 1,
     seed: int = 0,
     skip_bad_files: bool = False,
-) -> "DocumentStream | MixedStream":
+) -> "DocumentStream | MixtureStream":
     """The stream of a dataset spec or of a mixture of them. Raises InputError as `DocumentStream` does."""
     parts = parts_of(dataset)
     streams = [DocumentStream(name, split, rank, world_size, seed, skip_bad_files) for name, _ in parts]
-    return MixedStream(streams, [weight for _, weight in parts]) if isinstance(dataset, list) else streams[0]
+    return MixtureStream(streams, [weight for _, weight in parts]) if isinstance(dataset, list) else streams[0]
 
 
 def parts_of(dataset: str | list[dict]) -> list[tuple[str, float]]:
@@ -183,7 +183,7 @@ class DocumentStream:
         self.epoch, self._file, self._start, self._unit, self._row = state["position"]
 
 
-class MixedStream:
+class MixtureStream:
     """The documents of several streams in turn, so that the bytes read from each stay in proportion to its weight.
 
     The next document always comes from the stream that is farthest behind its share, so the order depends on nothing
@@ -197,9 +197,9 @@ class MixedStream:
         self.rank, self.world_size = streams[0].rank, streams[0].world_size
         self.epoch, self._given = 0, [0] * len(streams)  # bytes
 
-    def reader(self, rank: int, world_size: int) -> "MixedStream":
+    def reader(self, rank: int, world_size: int) -> "MixtureStream":
         """Another reader's mixture from the beginning, over the same opened files."""
-        return MixedStream([stream.reader(rank, world_size) for stream in self.streams], self.weights)
+        return MixtureStream([stream.reader(rank, world_size) for stream in self.streams], self.weights)
 
     def __iter__(self) -> Iterator[str]:
         iterators = [iter(stream) for stream in self.streams]
@@ -326,7 +326,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 @cache
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line once, on the main process only."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
@@ -376,7 +376,7 @@ def split_files(dataset: str, names: list[str]) -> tuple[list[str], list[str], l
         return names, names, names
     train, validation, decision = text_files(dataset, names, unread)
     if decision:
-        say(f"dataset {dataset}: {decision}")
+        log(f"dataset {dataset}: {decision}")
     return names, train, validation
 
 

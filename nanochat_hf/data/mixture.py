@@ -45,7 +45,7 @@ from zlib import crc32
 from ..demo import corpus as primer
 from ..errors import InputError
 from . import identity as personality
-from .documents import DocumentStream, files_below, is_hub_id, local_path, say
+from .documents import DocumentStream, files_below, is_hub_id, local_path, log
 from .splits import SUFFIXES, has_suffix, listed, row_files, split_of, tells, unread_files
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow, check, normalize
 
@@ -59,7 +59,7 @@ class Mixture:
     the bad rows as {"dataset", "row", "reason"}, numbered from 0, and `summary()` what each entry gave.
 
     Args:
-        entries: dicts with the keys of `Entry`; `dataset` is required.
+        entries: dicts with the keys of `DatasetConfig`; `dataset` is required.
         seed: of the order of rows, and of what the generating transforms draw.
         bad_rows: "skip" or "refuse".
 
@@ -74,7 +74,7 @@ class Mixture:
         if not entries:
             raise InputError("the mixture is empty: give at least one entry with a dataset")
         self.seed, self.bad_rows = seed, bad_rows
-        self.entries = [Entry.read(entry) for entry in entries]
+        self.entries = [DatasetConfig.read(entry) for entry in entries]
         self.skipped: list[dict] = []
         self.sources = [open_rows(entry, seed) for entry in self.entries]
         self.counts = [entry.count(source) for entry, source in zip(self.entries, self.sources, strict=True)]
@@ -165,7 +165,7 @@ MAX_WORDS = 200_000
 
 
 @dataclass
-class Entry:
+class DatasetConfig:
     """One entry of a mixture; the fields are its YAML keys, the rest counts what was yielded."""
 
     dataset: str
@@ -180,7 +180,7 @@ class Entry:
     first_bad: dict | None = field(default=None, init=False)  # a row that cannot be used, and why
 
     @classmethod
-    def read(cls, entry: dict) -> "Entry":
+    def read(cls, entry: dict) -> "DatasetConfig":
         """From YAML. Raises InputError for a missing data set, an unknown key or transform, rows beside epochs."""
         if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
             raise InputError(f"an entry of the mixture needs a dataset: {entry}")
@@ -238,7 +238,7 @@ class JsonLines(Sequence):
             raise BadRow("not JSON") from error
 
 
-def open_rows(entry: Entry, seed: int) -> Sequence:
+def open_rows(entry: DatasetConfig, seed: int) -> Sequence:
     """The rows of an entry's data set, by number. Raises InputError when it is missing or cannot be read."""
     path = local_path(entry.dataset)
     if entry.dataset.partition(":")[0] == "primer" or path.suffix in (".yaml", ".yml"):
@@ -266,7 +266,7 @@ def open_rows(entry: Entry, seed: int) -> Sequence:
         raise InputError(f"cannot read dataset {entry.dataset}: {str(error).splitlines()[0][:200]}") from error
 
 
-def _files(entry: Entry, path: Path) -> list[Path]:
+def _files(entry: DatasetConfig, path: Path) -> list[Path]:
     """The files of an entry's split in a folder, or the one file. Raises InputError where no name tells the split."""
     if path.is_dir():
         everything = files_below(path)
@@ -274,7 +274,7 @@ def _files(entry: Entry, path: Path) -> list[Path]:
         unread = unread_files(everything, names)
         files = row_files(entry.dataset, names, entry.split, entry.subset, unread)
         if unread:
-            say(f"dataset {entry.dataset}: not read: {listed(unread)}")
+            log(f"dataset {entry.dataset}: not read: {listed(unread)}")
         return [path / name for name in files]
     if split_of(entry.split) != "train" and not tells(path.name, entry.split):  # train, train_prefs: all rows
         raise InputError(
@@ -289,7 +289,7 @@ def shared(entries: list[dict], others: list[dict]) -> list[str]:
 
     def parts(mixture: list[dict]) -> set[str]:
         taken: set[str] = set()
-        for entry in map(Entry.read, mixture):
+        for entry in map(DatasetConfig.read, mixture):
             path = local_path(entry.dataset)
             if path.suffix in (".yaml", ".yml") or entry.transform in WORD_TRANSFORMS or not path.exists():
                 taken.add(":".join((entry.dataset, entry.subset or "", entry.split)))
@@ -300,7 +300,7 @@ def shared(entries: list[dict], others: list[dict]) -> list[str]:
     return sorted(parts(entries) & parts(others))
 
 
-def _made_rows(entry: Entry, seed: int) -> list[dict]:
+def _made_rows(entry: DatasetConfig, seed: int) -> list[dict]:
     """The conversations of the primer or of a personality, made here."""
     if entry.transform != "messages":
         raise InputError(f"{entry.dataset} has messages; the transform {entry.transform} does not apply to it")
@@ -314,7 +314,7 @@ def _made_rows(entry: Entry, seed: int) -> list[dict]:
     return list(islice(primer.conversations(entry.split, seed, rounds, kinds), entry.rows))
 
 
-def _words(entry: Entry, path: Path) -> list[str]:
+def _words(entry: DatasetConfig, path: Path) -> list[str]:
     """The data set's words: ascii letters, 3 to 15 of them; the split "test" is one word in twenty.
 
     They are the lines of a .txt; of other text, the words of its beginning, the most frequent first.

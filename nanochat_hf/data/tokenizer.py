@@ -292,10 +292,10 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) ->
 
 def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     """Train on the training split of `config.dataset` and write a `from_pretrained` folder and metrics.json."""
-    from ..run import begin, finish
+    from ..run import start_record, write_metrics
     from .documents import open_documents, text_fingerprint
 
-    output, record = Path(output), begin(config)
+    output, record = Path(output), start_record(config)
     data = text_fingerprint(config.dataset)
     reading = tqdm(total=config.max_chars, desc="tokenizer: reading", unit="char", unit_scale=True, disable=None)
 
@@ -316,7 +316,7 @@ def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     reading.close()
     save(tokenizer, output)
     numbers = {"vocab_size": len(tokenizer), "bytes_per_token": compression, "train_chars": train_chars}
-    finish(output, record, inputs={"data": data}, **numbers)
+    write_metrics(output, record, inputs={"data": data}, **numbers)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..data.dataloader import VALIDATION, PackedLoader
 from ..data.documents import open_documents
 from ..data.tokenizer import token_byte_lengths
-from ..distributed import processes
-from .loglikelihood import positions_that_fit
+from ..distributed import partial_state
+from .loglikelihood import max_batch_tokens
 
 IGNORED = -100  # targets that carry no loss
 PROBE = "Owls weigh 3.5 kg — 올빼미 🦉\n"
@@ -87,12 +87,12 @@ def held_out_bpb(model, tokenizer, dataset, num_tokens: int, batch_tokens: int |
     lengths = token_byte_lengths(tokenizer)
     if sum(lengths[i] for i in tokenizer(PROBE, add_special_tokens=False)["input_ids"]) != len(PROBE.encode()):
         return None
-    state, length = processes(), min(model.config.max_position_embeddings, LONGEST)
+    state, length = partial_state(), min(model.config.max_position_embeddings, LONGEST)
     rank, world = state.process_index, state.num_processes
     rows = max(num_tokens // length, world)
     mine = (rows - rank + world - 1) // world
     # All positions have logits here, which take the memory.
-    size = min(max(1, (batch_tokens or positions_that_fit(model)) // 4 // length), mine)
+    size = min(max(1, (batch_tokens or max_batch_tokens(model)) // 4 // length), mine)
     stream = open_documents(dataset, "validation", rank, world, seed=0)
     loader = PackedLoader(stream, tokenizer, 1, length, **VALIDATION)
 

@@ -17,7 +17,7 @@ import transformers
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 
-from ..distributed import processes
+from ..distributed import partial_state
 from ..errors import InputError
 
 GROUP = "nanochat_core"
@@ -82,7 +82,7 @@ def centered_mean(results: dict[str, dict], name: str, complete: int, part: str 
         per_task[label] = {"acc": found["value"], "centered": centered, "stderr": error, "n": found["n"]}
     if left_out:
         what = f"{', '.join(left_out)}: all its questions have the same answer, so guessing is always right"
-        processes().print(f"[eval] {name} goes without {what}")
+        partial_state().print(f"[eval] {name} goes without {what}")
     if not per_task:
         return None
     errors = [row["stderr"] for row in per_task.values()]

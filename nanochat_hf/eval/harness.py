@@ -32,9 +32,9 @@ from lm_eval.tasks import TaskManager
 
 from ..data.documents import local_path
 from ..data.tokenizer import load_tokenizer
-from ..distributed import agreed, meet, processes
+from ..distributed import broadcast_from_main, monitored_barrier, partial_state
 from ..errors import InputError
-from ..run import Run, begin, fingerprint, finish, load_json, save_json
+from ..run import Run, fingerprint, load_json, save_json, start_record, write_metrics
 from .bpb import held_out_bpb
 from .core import centered_mean, evaluate_core, quiet
 from .lm_eval_model import Generator, LocalLM, load
@@ -117,7 +117,7 @@ def evaluate(
     Raises:
         InputError: unknown task, no chat template, no bundle, no such model, weights that are not finite.
     """
-    state, output, record = processes(), Path(output), begin(config)
+    state, output, record = partial_state(), Path(output), start_record(config)
     check_counts(config, state.num_processes)
     if not models:
         raise InputError("no finished model to evaluate: run the base stage first")
@@ -126,10 +126,10 @@ def evaluate(
         identity = ()
         if state.is_main_process:
             identity = {stage: model_id(folder) for stage, folder in models.items()}, definition_of(config)
-        (weights, definition), stages = agreed(identity), {}
+        (weights, definition), stages = broadcast_from_main(identity), {}
         for stage, folder in models.items():
             key = {"definition": definition, "weights": weights[stage]}
-            found = agreed(earlier(output, stage, key, keep_unchanged) if state.is_main_process else None)
+            found = broadcast_from_main(earlier(output, stage, key, keep_unchanged) if state.is_main_process else None)
             if found is None:
                 found = key | evaluate_model(config, stage, folder, tasks, output, engine, state)
                 if state.is_main_process:
@@ -137,7 +137,7 @@ def evaluate(
             else:
                 state.print(f"[eval] {stage}: measured earlier, with the same weights")
             stages[stage] = found
-        meet("the end of the evaluation")
+        monitored_barrier("the end of the evaluation")
     if not state.is_main_process:
         return None
     # A stage of this run goes by its name, so that a run folder can move.
@@ -149,7 +149,7 @@ def evaluate(
     numbers |= {key: {stage: found[key] for stage, found in stages.items()} for key in ("examples", "seconds")}
     numbers["bytes_per_token"] = compression(load_tokenizer(next(iter(models.values()))))
     what = {"models": places, "weights": weights, "definition": definition}
-    metrics = finish(output, record, **what, bloat=bloat(), **numbers)
+    metrics = write_metrics(output, record, **what, bloat=bloat(), **numbers)
     gone = [path for path in output.glob("samples/*") if path.name not in stages and not exists(output, path.name)]
     for folder in [output / "state", *gone]:
         shutil.rmtree(folder, ignore_errors=True)
@@ -286,7 +286,7 @@ def core_metric(tokenizer, bundle: str) -> Callable[[torch.nn.Module, int], floa
         with quiet():
             lm = LocalLM(model, tokenizer, config)
             found = evaluate_core(lm, manager, limit if limit > 0 else None, log=lambda line: None)
-        return agreed(found and found["value"])
+        return broadcast_from_main(found and found["value"])
 
     return measure
 
@@ -330,6 +330,6 @@ def chatcore_metric(config: EvalConfig, tokenizer, output: Path, engine: Callabl
                 results |= tasks.run(name, lm)[0]
         marked = {k: v for k, v in results.items() if v.get("chatcore")}
         found = centered_mean(marked or results, "ChatCORE", len(results))
-        return agreed(found["value"] if found else nan)
+        return broadcast_from_main(found["value"] if found else nan)
 
     return measure

@@ -25,10 +25,10 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ..data.tokenizer import load_tokenizer, plain_backend, strip_special_tokens
-from ..distributed import meet, processes
+from ..distributed import monitored_barrier, partial_state
 from ..errors import InputError
 from ..tools import calculate
-from .loglikelihood import score
+from .loglikelihood import loglikelihoods
 from .weights import first_non_finite
 
 
@@ -45,7 +45,7 @@ class LocalLM(HFLM):
 
     def __init__(self, model, tokenizer, config, engine=None):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=config.batch_size)
-        state = processes()
+        state = partial_state()
         self._rank, self._world_size = state.process_index, state.num_processes
         self.options, self.engine, self.num_cropped, self.model_seconds = config, engine, 0, 0.0
 
@@ -56,7 +56,7 @@ class LocalLM(HFLM):
         return gather_object([obj]) if self.world_size > 1 else [obj]
 
     def barrier(self):
-        meet("a task")
+        monitored_barrier("a task")
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         plain = [{**message, "content": strip_special_tokens(message["content"])} for message in chat_history]
@@ -76,7 +76,7 @@ class LocalLM(HFLM):
             self.num_cropped += len(context) > keep
             pairs.append((context[-keep:], continuation))
         began = time.time()
-        answers = score(self.model, pairs, self.options.batch_tokens)
+        answers = loglikelihoods(self.model, pairs, self.options.batch_tokens)
         self.model_seconds += time.time() - began
         return answers
 

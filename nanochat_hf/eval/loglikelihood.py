@@ -1,9 +1,9 @@
 """Fast scoring of continuations: the same decisions as one question at a time, many times faster.
 
-`score` takes token ids from every question of a task at once. It sorts them by length into batches of equal work, runs
-the part that all choices of a question share only once (through the KV cache), computes logits only where something is
-scored, and fetches the results from the device at the end, so that the device never waits for Python. Neither batch
-size nor order changes a decision (up to the rounding of float32 sums).
+`loglikelihoods` takes token ids from every question of a task at once. It sorts them by length into batches of equal
+work, runs the part that all choices of a question share only once (through the KV cache), computes logits only where
+something is scored, and fetches the results from the device at the end, so that the device never waits for Python.
+Neither batch size nor order changes a decision (up to the rounding of float32 sums).
 
     [(total, greedy)] = score(model, [(context_ids, continuation_ids)])
 """
@@ -41,7 +41,7 @@ class _Row:
 
 
 @torch.inference_mode()
-def score(
+def loglikelihoods(
     model,
     requests: Sequence[tuple[np.ndarray, np.ndarray]],
     batch_tokens: int | None = None,
@@ -51,12 +51,12 @@ def score(
     Args:
         model: a causal LM of transformers in eval mode.
         requests: (context, continuation) token ids, both at least one token long.
-        batch_tokens: positions computed together, which bounds the memory; None for what fits (`positions_that_fit`).
+        batch_tokens: positions computed together, which bounds the memory; None for what fits (`max_batch_tokens`).
 
     Returns:
         (sum in nats, all argmax) per request, in the order of `requests`. Sums are taken in float64.
     """
-    batch_tokens = batch_tokens or positions_that_fit(model)
+    batch_tokens = batch_tokens or max_batch_tokens(model)
     rows: dict[tuple[bytes, bytes], _Row] = {}
     groups: dict[bytes, list[_Row]] = {}
     for number, (context, continuation) in enumerate(requests):
@@ -91,7 +91,7 @@ def score(
     return answers
 
 
-def positions_that_fit(model) -> int:
+def max_batch_tokens(model) -> int:
     """A batch size in positions: half of a GPU's free memory, between 16,384 and 131,072; 8,192 without a GPU.
 
     A position takes its keys and values, about sixteen vectors of the width, and its share of the logits, bytes of

@@ -17,7 +17,7 @@ from ..data.documents import local_path
 from ..data.jsonl import DamagedFile
 from ..data.mixture import Mixture
 from ..demo import corpus as primer
-from ..distributed import main_first, processes
+from ..distributed import main_process_first, partial_state
 from ..errors import InputError
 from ..run import nearest, without_nan, writing
 from .core import evaluate_core, load_tasks, run_lm_eval
@@ -74,7 +74,7 @@ class Tasks:
             if korean and not self.loaded:
                 raise InputError(f"no task of {name} has its rows here: {failed[0]}; name them with chat_data")
             if failed:
-                processes().print(f"[eval] {name} goes without {', '.join(failed)}")
+                partial_state().print(f"[eval] {name} goes without {', '.join(failed)}")
 
     def members(self, kind: str) -> list[str]:
         return self.manager.task_index[MEANS[kind][0]].cfg["task"]
@@ -87,7 +87,7 @@ class Tasks:
 
     def write_questions(self, output: Path) -> None:
         """The rows of tasks that are generated, as files that the plain lm_eval command line can read again."""
-        with main_first("making the questions") as main:
+        with main_process_first("making the questions") as main:
             if not main:
                 return
             for kind in DEMO_KINDS:

@@ -39,7 +39,7 @@ class Push:
     base_model: str | None = None  # Hub id of the model that this one continues
 
 
-def card(run: Run, wanted: Push) -> ModelCard:
+def render_model_card(run: Run, wanted: Push) -> ModelCard:
     """The card of `wanted.stage`: metadata with its measured results, and the facts of the run as text."""
     facts, stage, name = collected(run), wanted.stage, wanted.repo.split("/")[-1]
     sources = datasets(facts, stage)
@@ -136,7 +136,7 @@ def training(facts: dict, stage: str) -> str:
     return grid(["", ""], rows)
 
 
-def family(runs: dict[str, Run]) -> str:
+def collection_table(runs: dict[str, Run]) -> str:
     """The text of a Hub collection: one row a model, from the runs' own metrics; repo id -> run."""
     rows = []
     for repo, run in runs.items():

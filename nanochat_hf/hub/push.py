@@ -38,7 +38,7 @@ from ..errors import InputError
 from ..eval.report import MODEL_STAGES, make_report
 from ..eval.weights import refuse_non_finite, replaced
 from ..run import Run, nearest
-from .model_card import Push, card, check_metadata, check_repo_id, collected
+from .model_card import Push, check_metadata, check_repo_id, collected, render_model_card
 
 SPACE = Path(__file__).parents[2] / "spaces" / "chat"
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}\b")
@@ -69,13 +69,13 @@ def push(run_path: str | Path, wanted: Push, say: Callable[[str], None] = print)
         say(f"dry run: nothing was sent; the files and the card are in {folder}")
         return str(folder)
     api = log_in()
-    with readable(repo):
+    with friendly_hub_errors(repo):
         url = api.create_repo(repo, private=wanted.private, exist_ok=True)
         if wanted.revision:
             api.create_branch(repo, branch=wanted.revision, exist_ok=True)
         elif not wanted.force:
             refuse_others(api, repo, folder)
-        commit = patiently(
+        commit = with_retries(
             say,
             api.upload_folder,
             repo_id=repo,
@@ -116,7 +116,7 @@ def prepare(run: Run, wanted: Push) -> Path:
     if stage != "base":
         tool_loop.ship(folder)
     renew(folder, with_todays_templates, tool_loop.ship)  # a folder made by an older version
-    made = card(run, wanted)
+    made = render_model_card(run, wanted)
     check_metadata(made.data)
     (folder / "README.md").write_text(f"{made}\n", encoding="utf-8")
     return folder
@@ -201,7 +201,7 @@ def push_space(api: HfApi, wanted: Push, say: Callable[[str], None]) -> str:
         for file in ("app.py", "README.md", "requirements.txt")
     ]
     what = {"repo_id": name, "repo_type": "space", "operations": files, "commit_message": f"Chat with {wanted.repo}"}
-    patiently(say, api.create_commit, **what)
+    with_retries(say, api.create_commit, **what)
     if wanted.private:
         say(f"the model is private: give the Space a read token as the secret HF_TOKEN, in the settings of {name}")
     return f"{api.endpoint}/spaces/{name}"
@@ -219,7 +219,7 @@ def log_in() -> HfApi:
 
 
 @contextmanager
-def readable(repo: str):
+def friendly_hub_errors(repo: str):
     """Turn the client's errors into one line that says what to do."""
     try:
         yield
@@ -243,7 +243,7 @@ def readable(repo: str):
         raise InputError(f"the Hub rejects the card: {' '.join(reason.split())[:300]}") from None
 
 
-def patiently(say: Callable[[str], None], send: Callable, **what):
+def with_retries(say: Callable[[str], None], send: Callable, **what):
     """send(**what); after a broken connection or a server's error wait and do it again, which resumes an upload.
 
     huggingface_hub does so by itself for every request but the last one, the commit.
@@ -275,7 +275,7 @@ def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable
             no room for its copy.
     """
     api = log_in()
-    with readable(repo):
+    with friendly_hub_errors(repo):
         api.create_repo(repo, private=True, exist_ok=True)
     thread, uploads = ThreadPoolExecutor(1), []
 
@@ -284,9 +284,9 @@ def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable
         where = {"repo_id": repo, "revision": branch, "folder_path": copy, "allow_patterns": MODEL_FILES}
         try:
             refuse_non_finite(copy)
-            with readable(repo):
+            with friendly_hub_errors(repo):
                 api.create_branch(repo, branch=branch, exist_ok=True)
-                patiently(say, api.upload_folder, **where, commit_message=f"Step {step}")
+                with_retries(say, api.upload_folder, **where, commit_message=f"Step {step}")
             say(f"step {step} is on {repo} as branch {branch}")
         except Exception as error:  # of any kind: nobody else would hear of it in this thread
             say(f"warning: step {step} was not pushed: {error}")

@@ -29,7 +29,7 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def _turn_and_norm(base, out, first_head, heads, c, s, eps, D: tl.constexpr, PADDED: tl.constexpr):
+    def _rope_qk_norm(base, out, first_head, heads, c, s, eps, D: tl.constexpr, PADDED: tl.constexpr):
         """Rotate by -angle and norm `heads` heads of one token, read at base and written to out."""
         head = tl.arange(0, PADDED)[:, None]
         half = tl.arange(0, D // 2)[None, :]
@@ -42,7 +42,7 @@ if triton is not None:
         tl.store(out + head * D + D // 2 + half, (y2 * scale).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _turn_and_norm_grad(base, grad, out, first_head, heads, c, s, eps, D: tl.constexpr, PADDED: tl.constexpr):
+    def _rope_qk_norm_grad(base, grad, out, first_head, heads, c, s, eps, D: tl.constexpr, PADDED: tl.constexpr):
         """Gradient of the above: reads the inputs again at base, the outputs' gradient at grad, writes beside base."""
         head = tl.arange(0, PADDED)[:, None]
         half = tl.arange(0, D // 2)[None, :]
@@ -70,8 +70,8 @@ if triton is not None:
         angle = position * (D // 2) + tl.arange(0, D // 2)[None, :]
         c, s = tl.load(cos + angle).to(tl.float32), tl.load(sin + angle).to(tl.float32)
         base = qkv + token * (heads + 2 * kv_heads) * D
-        _turn_and_norm(base, q + token * heads * D, 0, heads, c, s, eps, D, PADDED)
-        _turn_and_norm(base, k + token * kv_heads * D, heads, kv_heads, c, s, eps, D, KV_PADDED)
+        _rope_qk_norm(base, q + token * heads * D, 0, heads, c, s, eps, D, PADDED)
+        _rope_qk_norm(base, k + token * kv_heads * D, heads, kv_heads, c, s, eps, D, KV_PADDED)
         if v is not None:
             head = tl.arange(0, KV_PADDED)[:, None]
             channel = tl.arange(0, D)[None, :]
@@ -94,8 +94,8 @@ if triton is not None:
         angle = position * (D // 2) + tl.arange(0, D // 2)[None, :]
         c, s = tl.load(cos + angle).to(tl.float32), tl.load(sin + angle).to(tl.float32)
         base, out = qkv + token * (heads + 2 * kv_heads) * D, dqkv + token * (heads + 2 * kv_heads) * D
-        _turn_and_norm_grad(base, dq + token * heads * D, out, 0, heads, c, s, eps, D, PADDED)
-        _turn_and_norm_grad(base, dk + token * kv_heads * D, out, heads, kv_heads, c, s, eps, D, KV_PADDED)
+        _rope_qk_norm_grad(base, dq + token * heads * D, out, 0, heads, c, s, eps, D, PADDED)
+        _rope_qk_norm_grad(base, dk + token * kv_heads * D, out, heads, kv_heads, c, s, eps, D, KV_PADDED)
         if dv is not None:
             head = tl.arange(0, KV_PADDED)[:, None]
             channel = tl.arange(0, D)[None, :]
@@ -208,14 +208,14 @@ def split_qkv(
     if positions is not None:
         cos, sin = cos[positions], sin[positions]
     parts = qkv.unflatten(-1, (-1, dim)).split((qkv.shape[-1] // dim - 2 * kv_heads, kv_heads, kv_heads), dim=-2)
-    q, k = (_turned_and_normed(part, cos, sin, eps) for part in parts[:2])
+    q, k = (_rope_qk_norm_reference(part, cos, sin, eps) for part in parts[:2])
     v = parts[2]
     if gates is not None:
         v = v + 3 * torch.sigmoid(gates).unsqueeze(-1) * F.embedding(ids, table).to(v.dtype).view_as(v)
     return q, k, v
 
 
-def _turned_and_normed(x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def _rope_qk_norm_reference(x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
     return F.rms_norm(turned, turned.shape[-1:], eps=eps)

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from .backend import check, triton, unavailable, usable
 from .float8 import Linear8, Relu2MLP8, Weight8
-from .residual import mix
-from .weight_cache import added
+from .residual import residual_mix
+from .weight_cache import accumulate_grad_
 
 
 class Weight(NamedTuple):
@@ -49,7 +49,7 @@ def gradients(weight: Weight, dy: Tensor, x: Tensor) -> list[Tensor | None]:
         if not part.requires_grad:
             found.append(None)
         elif not (x.is_cuda and part.dtype == torch.float32):
-            found.append(added(part, grad.t() @ x))
+            found.append(accumulate_grad_(part, grad.t() @ x))
         elif part.grad is None:
             found.append(torch.mm(grad.t(), x, out_dtype=torch.float32))
         else:
@@ -144,7 +144,7 @@ def residual_mlp(x: Tensor, seen: Tensor, wo, w1, w2, eps: float) -> tuple[Tenso
             part.view_as(x) for part in _ResidualMLP.apply(*rows, eps, wo, w1, w2, *wo.parts, *w1.parts, *w2.parts)
         )
         return x, y
-    x, h = mix(x, linear(seen, wo), None, None, eps)
+    x, h = residual_mix(x, linear(seen, wo), None, None, eps)
     return x, relu2_mlp(h, w1, w2, x.shape[-1] ** 0.5)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, is_tensor
 
 from .backend import check, triton, usable
-from .weight_cache import added
+from .weight_cache import accumulate_grad_
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 PLAIN, SQUARED, SQUARED_GRAD = range(3)  # what is done to a tensor on its way: nothing, relu squared, its gradient
@@ -200,7 +200,7 @@ def weight_gradients(weight: Weight8, dy: Eight, x: Eight, dtype: torch.dtype) -
     fresh = len(weight.parts) == 1 and weight.parts[0].grad is None
     dw = product(dy.turned, x.turned, (dy.scale, x.scale), weight.parts[0].dtype if fresh else dtype)
     parts = zip(weight.parts, dw.split([len(part) for part in weight.parts]))
-    return [added(part, grad) if part.requires_grad else None for part, grad in parts]
+    return [accumulate_grad_(part, grad) if part.requires_grad else None for part, grad in parts]
 
 
 class Linear8(torch.autograd.Function):

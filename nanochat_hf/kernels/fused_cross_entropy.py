@@ -107,7 +107,7 @@ class _FusedHeadLoss(torch.autograd.Function):
         return hidden_grad, weight_grad.mul_(grad), None, None, None, None
 
 
-def head_loss(
+def fused_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, num_tokens: int, reduction="mean"
 ) -> Tensor:
     """Cross-entropy of softcap * tanh(hidden @ weight.T / softcap), in nats.
@@ -134,7 +134,7 @@ def _cases(draw, config):
     targets[::7] = -100
 
     def loss(hidden, weight, reduction="mean"):
-        return [head_loss(hidden, weight, targets, 15.0, size - 3, reduction)]
+        return [fused_linear_cross_entropy(hidden, weight, targets, 15.0, size - 3, reduction)]
 
     yield 0.02, lambda: with_gradients(loss, (hidden, weight))
     yield 0.01, lambda: loss(hidden, weight, "none")

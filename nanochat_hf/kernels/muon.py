@@ -4,7 +4,7 @@ Why apart from `optim`: there it is decided which process computes what; what is
 here it can be held against the papers. A stack (K, m, n) of matrices of one shape is updated by
 
 1. Nesterov momentum: `optim_kernels.nesterov`;
-2. `orthogonalise`: rows equilibrated (MuonEq, arXiv:2603.28254), then five steps of Polar Express (arXiv:2505.16932);
+2. `orthogonalize`: rows equilibrated (MuonEq, arXiv:2603.28254), then five steps of Polar Express (arXiv:2505.16932);
 3. `update_scale`: the norm snapped to that of a semi-orthogonal matrix (Muon+, arXiv:2602.21545), and NorMuon's
    variance reduction (arXiv:2510.05491);
 4. `optim_kernels.apply_updates`: the step, at rate x max(1, m / n)^0.5, with cautious weight decay (arXiv:2510.12402).
@@ -39,7 +39,7 @@ OBLONG = 2  # longer over shorter side from which Polar Express works on x x^T: 
 COMPILED = 1 << 16  # elements from which a function on them is worth compiling
 
 
-def orthogonalise(x: Tensor) -> Tensor:
+def orthogonalize(x: Tensor) -> Tensor:
     """(K, m, n) -> (K, m, n), each matrix near the closest semi-orthogonal one; a zero matrix stays zero.
 
     Rows are first scaled to their mean norm. The result's norm misses sqrt(min(m, n)) a little: see `update_scale`.

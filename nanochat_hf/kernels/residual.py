@@ -1,9 +1,9 @@
 """The residual stream on its way into a block: both parts that the last block left, the embedding's share, the norm.
 
-`mix` is one pass over the stream forward and one backward. Two things make it cheaper than what a compiler fuses: the
-gradient of the embedding, which every layer adds to, is added up in one tensor as the layers go by, where autograd
-would write a part of it in each and add them in passes of their own; and what the residual scale multiplied is found
-again from the mixed stream, so that the backward pass reads one tensor where it would read two.
+`residual_mix` is one pass over the stream forward and one backward. Two things make it cheaper than what a compiler
+fuses: the gradient of the embedding, which every layer adds to, is added up in one tensor as the layers go by, where
+autograd would write a part of it in each and add them in passes of their own; and what the residual scale multiplied
+is found again from the mixed stream, so that the backward pass reads one tensor where it would read two.
 """
 
 import torch
@@ -71,7 +71,7 @@ if triton is not None:
 ROWS = 2  # of a program in the backward pass
 
 
-class Embedded:
+class EmbeddingResidual:
     """The embedding x0 (B, T, C) of one forward pass, and its gradient as far as it has been added up."""
 
     def __init__(self, value: Tensor):
@@ -115,8 +115,8 @@ def warps(block: int) -> int:
     return max(1, block // 512)
 
 
-def mix(
-    x: Tensor, y: Tensor | None, embedded: Embedded | None, lambdas: tuple[Tensor, Tensor] | None, eps: float
+def residual_mix(
+    x: Tensor, y: Tensor | None, embedded: EmbeddingResidual | None, lambdas: tuple[Tensor, Tensor] | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """-> the stream s = a (x + y) + b x0, and its RMS norm, both (B, T, C).
 
@@ -141,10 +141,10 @@ def _cases(draw, config):
     scale, share = (draw(2, dtype=torch.float32).abs() + 0.5 for _ in range(2))
 
     def layers(x, y, z, scale, share):
-        embedded = Embedded(x)
-        first, normed = mix(x, None, embedded, (scale[0], share[0]), 1e-6)
-        second, last = mix(first, y * normed, embedded, (scale[1], share[1]), 1e-6)
-        return normed, *mix(second, z * last, None, None, 1e-6)
+        embedded = EmbeddingResidual(x)
+        first, normed = residual_mix(x, None, embedded, (scale[0], share[0]), 1e-6)
+        second, last = residual_mix(first, y * normed, embedded, (scale[1], share[1]), 1e-6)
+        return normed, *residual_mix(second, z * last, None, None, 1e-6)
 
     inputs = x, y, z, scale, share
     yield 0.02, lambda: with_gradients(layers, inputs)[:-2]

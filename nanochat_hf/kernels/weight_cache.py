@@ -2,9 +2,9 @@
 
 Two things that autograd does once a micro-batch need doing once a step, or in one pass instead of four:
 
-- `Copies`: the bf16 copy of a weight is made once and kept until the weight changes. Under the compiler (`low`) its
-  bf16 gradient is added to `.grad` at once, where autograd would first make a float32 gradient and then add that;
-  elsewhere (`copy`) the products see to it (`products.Weight`).
+- `WeightCastCache`: the bf16 copy of a weight is made once and kept until the weight changes. Under the compiler
+  (`low`) its bf16 gradient is added to `.grad` at once, where autograd would first make a float32 gradient and then
+  add that; elsewhere (`copy`) the products see to it (`products.Weight`).
 - `Places.rows`: the gradient of an embedding is added to those rows of `.grad` that occur, one program a token, in a
   fixed order (so a rerun gives the same bits), where PyTorch fills a table of zeros by atomic additions, casts it and
   adds it. The tokens are sorted once a micro-batch for all tables.
@@ -63,10 +63,10 @@ class _Low(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return None, *map(added, ctx.weights, grad.split([len(weight) for weight in ctx.weights]))
+        return None, *map(accumulate_grad_, ctx.weights, grad.split([len(weight) for weight in ctx.weights]))
 
 
-def added(weight: Tensor, grad: Tensor) -> Tensor | None:
+def accumulate_grad_(weight: Tensor, grad: Tensor) -> Tensor | None:
     """Add to `weight.grad` in place and give None, or what autograd shall make the gradient if there is none yet."""
     if weight.grad is None:
         return grad.to(weight.dtype)
@@ -92,7 +92,7 @@ class _Rows(torch.autograd.Function):
         return total if table.grad is None else None, None, None
 
 
-class Places:
+class EmbeddingGradIndex:
     """Where each token stands in a batch of ids (B, T): made once, used by every embedding table."""
 
     RARE = 4  # most tokens of a batch occur once or twice, and a few a thousand times: two kernels for the two
@@ -135,7 +135,7 @@ class Places:
         return F.embedding(self.ids, table) if real else None
 
 
-class Copies:
+class WeightCastCache:
     """What is made of weights, above all their copies in another dtype, kept until the weights change."""
 
     def __init__(self):
@@ -178,10 +178,10 @@ def _cases(draw, config):
     def rows():
         leaf = table.clone().requires_grad_()
         for _ in range(2):  # the second time added to the first
-            Places(ids, len(leaf)).rows(leaf).backward(grad)
+            EmbeddingGradIndex(ids, len(leaf)).rows(leaf).backward(grad)
         weight = torch.nn.Parameter(table.float())
         weight.grad = weight.detach().clone()
-        added(weight, grad[0, : len(table)].contiguous())
+        accumulate_grad_(weight, grad[0, : len(table)].contiguous())
         return [leaf.grad, weight.grad]
 
     yield 0.02, rows

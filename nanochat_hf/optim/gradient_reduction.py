@@ -13,18 +13,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ..distributed import place, together
+from ..distributed import coalesce_collectives, get_dist_info
 
 BUCKET_BYTES = 512 << 20  # of gradients that are sent at once: several layers, whose owners use all links
 LARGE = 1 << 16  # elements from which an AdamW tensor has one owner instead of a copy of its state everywhere
 
 
-def adamw_owner(p: Tensor, turn: int, world: int) -> int | None:
+def adamw_owner_rank(p: Tensor, turn: int, world: int) -> int | None:
     """The rank that updates p, the turn-th parameter by size; None: all of them do."""
     return turn % world if p.numel() >= LARGE else None
 
 
-def shares(params: list, world: int) -> list[list]:
+def assign_matrices_to_ranks(params: list, world: int) -> list[list]:
     """The matrices that each rank updates, of equally many until there are no more.
 
     They alternate, as they come in the model, so that gradients which are ready at one time go to all ranks.
@@ -33,7 +33,7 @@ def shares(params: list, world: int) -> list[list]:
     return [dealt[rank * size : (rank + 1) * size] for rank in range(world)]
 
 
-class OwnerReduction:
+class OwnerGradientReducer:
     """Gradients summed, not averaged, over processes: at their owner, or everywhere if they have none.
 
         with reduction:
@@ -45,7 +45,9 @@ class OwnerReduction:
     def __init__(self, owners: dict[nn.Parameter, int | None]):
         self.owners, self.on, self.filled, self.pending = owners, False, [], []
         for p in owners:
-            dist.broadcast(p.detach(), 0)  # one by one: what begins inside `together` finds NCCL connected already
+            dist.broadcast(
+                p.detach(), 0
+            )  # one by one: what begins inside `coalesce_collectives` finds NCCL connected already
         self.nodes = [get_gradient_edge(p).node for p in owners]  # kept, for the hooks go when they do
         for p, node in zip(owners, self.nodes):
             node.register_hook(partial(self._fill, p))  # runs for a gradient that was added in place as well
@@ -77,12 +79,12 @@ class OwnerReduction:
     def _send(self) -> None:
         if self.filled:
             operations = [partial(dist.reduce, grad, owner, async_op=True) for grad, owner in self.filled]
-            self.pending.append(together(operations, self.filled[0][0].device))
+            self.pending.append(coalesce_collectives(operations, self.filled[0][0].device))
             self.filled.clear()
 
     def squared_norm(self) -> Tensor:
         """() float32, this process's part of the squared norm of all gradients: of those that it alone counts."""
-        rank, _ = place()
+        rank, _ = get_dist_info()
         mine = [p.grad for p, owner in self.owners.items() if (owner or 0) == rank and p.grad is not None]
         device = next(iter(self.owners)).device
         return torch.nn.utils.get_total_norm(mine).float().square() if mine else torch.zeros((), device=device)

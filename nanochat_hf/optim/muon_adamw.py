@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from ..distributed import place, together
+from ..distributed import coalesce_collectives, get_dist_info
 from ..errors import InputError
 from ..kernels.backend import verify
 from ..kernels.muon import (
@@ -37,11 +37,11 @@ from ..kernels.muon import (
     mean_squares,
     nesterov,
     orthogonal_dtype,
-    orthogonalise,
+    orthogonalize,
     scalar,
     update_scale,
 )
-from .gradient_reduction import adamw_owner, shares
+from .gradient_reduction import adamw_owner_rank, assign_matrices_to_ranks
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
@@ -116,7 +116,7 @@ class MuonAdamW(torch.optim.Optimizer):
         computed = [self._adamw(group, p, turn) for turn, (group, p) in enumerate(self._adamw_parameters())]
         sent = [send for send in computed if send]
         # functions that wait for a transfer and finish its work
-        pending = [together(sent, self.param_groups[0]["params"][0].device)] if sent else []
+        pending = [coalesce_collectives(sent, self.param_groups[0]["params"][0].device)] if sent else []
         begun = []
         for group, params in self._stacks():
             if isinstance(params[0], DTensor):
@@ -130,10 +130,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def owners(self) -> dict[nn.Parameter, int | None]:
         """Each parameter -> the rank that computes its update, or None if all do, when each has all of them."""
-        _, world = place()
-        found = {p: adamw_owner(p, turn, world) for turn, (_, p) in enumerate(self._adamw_parameters(everyone=True))}
+        _, world = get_dist_info()
+        found = {
+            p: adamw_owner_rank(p, turn, world) for turn, (_, p) in enumerate(self._adamw_parameters(everyone=True))
+        }
         for _, params in self._stacks(everyone=True):
-            found |= {p: rank for rank, part in enumerate(shares(params, world)) for p in part}
+            found |= {p: rank for rank, part in enumerate(assign_matrices_to_ranks(params, world)) for p in part}
         return found
 
     def refused(self) -> None:
@@ -179,8 +181,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def _adamw(self, group: dict, p: nn.Parameter, turn: int) -> Callable[[], dist.Work] | None:
         """Update p if this rank is to -> what sends it from its owner to all, if it has one."""
         local = p.to_local() if isinstance(p, DTensor) else p.detach()
-        rank, world = (0, 1) if isinstance(p, DTensor) else place()
-        owner = adamw_owner(p, turn, world)
+        rank, world = (0, 1) if isinstance(p, DTensor) else get_dist_info()
+        owner = adamw_owner_rank(p, turn, world)
         if owner not in (rank, None):
             self.state.pop(p, None)  # a checkpoint of another number of processes brought it along
         else:
@@ -234,8 +236,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _muon(self, group: dict, params: list):
         """Whole matrices: orthogonalise those that this rank owns, gather all."""
-        rank, world = place()
-        parts = shares(params, world)
+        rank, world = get_dist_info()
+        parts = assign_matrices_to_ranks(params, world)
         mine, share, params = parts[rank], len(parts[0]), [p for part in parts for p in part]
         for p in [p for part in parts if part is not mine for p in part]:
             self.state[p].pop("momentum_buffer", None)  # as above
@@ -243,7 +245,7 @@ class MuonAdamW(torch.optim.Optimizer):
         make = torch.empty if len(mine) == share else torch.zeros
         x = make(share, m, n, dtype=orthogonal_dtype(device), device=device)
         self._directions(group, mine, x)
-        x = orthogonalise(x)
+        x = orthogonalize(x)
         if world == 1:
             self._finish(group, params, x, fused(mean_squares, x)(x))
             return lambda: None
@@ -276,7 +278,7 @@ class MuonAdamW(torch.optim.Optimizer):
         def compute():
             sent.wait()
             whole = received.transpose(0, 1).reshape(share, world * block, n)[:, :m]
-            whole = orthogonalise(whole.contiguous())
+            whole = orthogonalize(whole.contiguous())
             squares = mean_squares(whole)
             back = torch.zeros(share, world * block, n, dtype=x.dtype, device=device)
             back[:, :m] = whole

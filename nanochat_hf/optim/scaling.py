@@ -3,7 +3,7 @@
 Why: a recipe names a depth and everything else follows, so that d4 and d32 are trained alike; what a recipe does set
 wins. How: `plan(depth=12, vocab_size=32768)` -> `Plan`; the pretraining loop and the tests read its fields.
 
-Both generations of karpathy/nanochat are here, as `RECIPES`:
+Both generations of karpathy/nanochat are here, as `DEFAULTS`:
 - 2 (2026): reference d12 at 524,288 tokens a step. Horizon D = ratio x (matrix + head parameters); batch ~ D^0.383
   rounded to a power of two (arXiv:2505.13738); rates ~ sqrt(B / B_ref); AdamW rates of wide parameters
   ~ (d_model / 768)^-0.5; Muon's decay ~ sqrt(B / B_ref) x D_ref / D, which keeps the decay's horizon in epochs
@@ -45,7 +45,7 @@ PEAK_FLOPS = {  # dense bf16 per second, by a part of the device's name; longer 
 
 
 @dataclass(frozen=True)
-class Recipe:
+class HyperparameterDefaults:
     """What a generation recommends; `plan` takes any of these fields to override it. Rates are at the reference."""
 
     target_param_data_ratio: float = 12  # tokens per scaling parameter
@@ -63,9 +63,9 @@ class Recipe:
     max_grad_norm: float | None = None
 
 
-RECIPES = {
-    2: Recipe(),
-    1: Recipe(
+DEFAULTS = {
+    2: HyperparameterDefaults(),
+    1: HyperparameterDefaults(
         target_param_data_ratio=20,
         embedding_lr=0.2,
         unembedding_lr=0.004,
@@ -151,7 +151,9 @@ def visible_keys(depth: int, pattern: str, seq_len: int) -> list[int]:
     return [short if pattern[i % len(pattern)] == "S" and i < depth - 1 else seq_len for i in range(depth)]
 
 
-def optimizer_groups(recipe: Recipe, generation: int, width: int, batch_scale: float = 1.0, decay_scale: float = 1.0):
+def optimizer_groups(
+    recipe: HyperparameterDefaults, generation: int, width: int, batch_scale: float = 1.0, decay_scale: float = 1.0
+):
     """-> {role: {"kind", "lr", "weight_decay", ...}}, the options of each group of `optim.MuonAdamW`.
 
     Args:
@@ -201,19 +203,19 @@ def plan(
         aspect_ratio: width = depth x aspect_ratio, rounded up to whole heads of `head_dim`.
         num_iterations, target_flops: the horizon; -1 leaves it to the next of them, then to the ratio.
         total_batch_size: tokens a step; -1 computes it.
-        overrides: fields of `Recipe`; None means the generation's own value.
+        overrides: fields of `HyperparameterDefaults`; None means the generation's own value.
 
     Raises:
         InputError: a value that no run can have.
     """
-    if generation not in RECIPES:
+    if generation not in DEFAULTS:
         raise InputError(f"generation is {generation}: choose 1 (October 2025) or 2 (2026)")
     for name, value in (("depth", depth), ("aspect_ratio", aspect_ratio), ("max_seq_len", max_seq_len)):
         if value < 1:
             raise InputError(f"{name} is {value}: it must be at least 1")
     if head_dim < 2 or head_dim % 2:
         raise InputError(f"head_dim is {head_dim}: it must be even, RoPE turns pairs of channels")
-    recipe = replace(RECIPES[generation], **{key: value for key, value in overrides.items() if value is not None})
+    recipe = replace(DEFAULTS[generation], **{key: value for key, value in overrides.items() if value is not None})
     if not recipe.window_pattern or set(recipe.window_pattern) - set("SL"):
         raise InputError(f"window_pattern is {recipe.window_pattern!r}: write a word of S (window) and L (all)")
     padded = -(-vocab_size // 64) * 64 if generation == 2 else vocab_size
@@ -286,7 +288,7 @@ def peak_flops(device_name: str) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
 
 
-def rows_that_fit(plan: Plan, free_bytes: float, bytes_per_value: int = 2, most: int = 64) -> int:
+def estimate_micro_batch_size(plan: Plan, free_bytes: float, bytes_per_value: int = 2, most: int = 64) -> int:
     """Largest power of two of rows that a device has the memory to take at once, at least 1.
 
     An estimate on the careful side: 16 bytes a parameter (weight, gradient, optimizer state), 20 values a layer and

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-class Factors(NamedTuple):
+class StepHyperparams(NamedTuple):
     """What one step uses: multipliers of the planned rates and of the planned weight decay, and Muon's momentum."""
 
     lr: float
@@ -37,8 +37,8 @@ class Schedule:
     momentum: tuple[float, float, float] = (0.85, 0.97, 0.90)
     momentum_steps: int = 400
 
-    def at(self, step: int) -> Factors:
-        return Factors(self.lr(step), self.weight_decay(step), self.muon_momentum(step))
+    def at(self, step: int) -> StepHyperparams:
+        return StepHyperparams(self.lr(step), self.weight_decay(step), self.muon_momentum(step))
 
     @property
     def warmdown_steps(self) -> int:

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from .decoder import Row
+from .decoder import SlotRequest
 from .engine import Engine, Request
 
 PEAK_BANDWIDTH = {"B200": 8.0e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.864e12, "L4": 0.3e12}
@@ -134,7 +134,7 @@ def main() -> None:
 def profile_steps(model, batch: int, prompt_length: int, steps: int = 16) -> str:
     """A table of where `steps` decoding steps spend their time, by kernel."""
     engine = Engine(model, None, rows=batch, length=prompt_length + 64)
-    engine.decoder.admit({row: Row([1] * prompt_length, 60, 1.0, 50) for row in range(batch)})
+    engine.decoder.admit({row: SlotRequest([1] * prompt_length, 60, 1.0, 50) for row in range(batch)})
     for _ in range(2):
         engine.decoder.step(batch, prompt_length + 2)
     with torch.profiler.profile() as profile:

@@ -31,7 +31,7 @@ CAPTURING = threading.Lock()
 STATE = ("token", "prev", "pos", "last", "active", "forced_at", "forced_size", "top_k")
 
 
-def choose(logits: torch.Tensor, uniform, temperature, top_k, top_p) -> torch.Tensor:
+def sample_next_token(logits: torch.Tensor, uniform, temperature, top_k, top_p) -> torch.Tensor:
     """The next token of each row: greedy where temperature is 0, else top-k, then top-p, then one draw.
 
     Args:
@@ -65,7 +65,7 @@ def choose(logits: torch.Tensor, uniform, temperature, top_k, top_p) -> torch.Te
 
 
 @dataclass
-class Row:
+class SlotRequest:
     """What a row of the machine is asked to do; prompts are lists of ids."""
 
     prompt: list[int]
@@ -88,7 +88,7 @@ class Decoder:
         InputError: another architecture, quantized weights, or the caches do not fit into memory.
     """
 
-    choose = staticmethod(choose)
+    sample_next_token = staticmethod(sample_next_token)
 
     @torch.inference_mode()
     def __init__(self, model, rows: int, length: int, stops: list[int], dtype: torch.dtype | None = None):
@@ -279,7 +279,7 @@ class Decoder:
     # ---- rows ------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def admit(self, requests: dict[int, Row]) -> None:
+    def admit(self, requests: dict[int, SlotRequest]) -> None:
         """Put requests into rows: prefill each different prompt once, then set the rows' state. Needs free rows."""
         groups: dict[tuple, list[int]] = {}
         for row, request in requests.items():
@@ -308,7 +308,7 @@ class Decoder:
             write("uniform", uniform, torch.float32)
         write("active", [1] * len(asked))
 
-    def last_position(self, row: Row) -> int:
+    def last_position(self, row: SlotRequest) -> int:
         """Where a row must stop: its budget is used up, or its cache is full."""
         return min(len(row.prompt) - 1 + row.max_new_tokens, self.length - 1)
 
@@ -358,7 +358,7 @@ class Decoder:
         hidden = self.forward(token, prev, pos[:, None], attend)[:, 0]
         logits = self.cap(F.linear(hidden, self.w["head"]))
         draw = self.uniform[:rows].gather(1, pos[:, None])[:, 0]
-        picked = choose(logits, draw, self.temperature[:rows], state["top_k"], self.top_p[:rows]).int()
+        picked = sample_next_token(logits, draw, self.temperature[:rows], state["top_k"], self.top_p[:rows]).int()
         told = state["forced_at"] < state["forced_size"]
         waiting = self.forced[:rows].gather(1, state["forced_at"].long().clamp(max=MAX_FORCED - 1)[:, None])[:, 0]
         picked = torch.where(told, waiting, picked)

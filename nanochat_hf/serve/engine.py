@@ -30,14 +30,14 @@ from ..data.tokenizer import load_tokenizer, plain_backend
 from ..errors import InputError
 from ..kernels.decode import LOG
 from ..tools import calculate
-from .decoder import MAX_FORCED, Decoder, Row
+from .decoder import MAX_FORCED, Decoder, SlotRequest
 
 MAX_ROWS = 128  # rows that `generate` asks for; more prompts wait for a free row
 MAX_CHUNK = 8  # steps launched between two looks at the tokens
 CALL_MARKS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 
 
-class Piece(str):
+class StreamChunk(str):
     """A bit of an answer. `kind` is "text", "call" (what the model asks the tool) or "result" (what it said)."""
 
     kind: str
@@ -89,21 +89,21 @@ def meanings(tokenizer) -> dict[int, bytes | str]:
     return _meanings[tokenizer]
 
 
-class TextDecoder:
+class IncrementalDetokenizer:
     """Token ids -> pieces of text as they come. Bytes that are not yet a whole character wait for the rest."""
 
     def __init__(self, tokenizer):
         self.kind, self.meanings = "text", meanings(tokenizer)
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, ids: list[int], last: bool = False) -> list[Piece]:
+    def push(self, ids: list[int], last: bool = False) -> list[StreamChunk]:
         """The pieces that `ids` complete; `last` also gives out what still waits."""
-        pieces: list[Piece] = []
+        pieces: list[StreamChunk] = []
         run: list[bytes] = []
 
         def give(final: bool):
             if text := self.utf8.decode(b"".join(run), final):
-                pieces.append(Piece(text, self.kind))
+                pieces.append(StreamChunk(text, self.kind))
             run.clear()
 
         for token in ids:
@@ -260,7 +260,7 @@ class Engine:
         placed = {}
         while free and self.waiting:
             row, request = free.pop(0), self.waiting.popleft()
-            placed[row] = Row(
+            placed[row] = SlotRequest(
                 request.prompt, request.max_new_tokens, request.temperature, request.top_k, request.top_p, request.seed
             )
             self.owners[row] = request
@@ -413,12 +413,12 @@ class Engine:
         # If not even the last question fits, it is asked alone: submit says if it is too long, else the answer is cut.
         return system + turns[starts[min(first, len(starts) - 1)] :]
 
-    def stream(self, messages: list[dict], **options) -> Iterator[Piece]:
+    def stream(self, messages: list[dict], **options) -> Iterator[StreamChunk]:
         """Answer a conversation; pieces of text, calls and results as they come. Closing the iterator stops it."""
         yield from self.pieces(Request(self.encode(messages), **options))
 
-    def pieces(self, request: Request) -> Iterator[Piece]:
-        decoder = TextDecoder(self.tokenizer)
+    def pieces(self, request: Request) -> Iterator[StreamChunk]:
+        decoder = IncrementalDetokenizer(self.tokenizer)
         self.submit(request)
         try:
             while not request.finish:

@@ -34,8 +34,8 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
 from ..data.transforms import BadRow, normalize
 from ..errors import InputError
-from .engine import Piece, Request, TextDecoder
-from .worker import Answer, Broken, Busy, Worker
+from .engine import IncrementalDetokenizer, Request, StreamChunk
+from .worker import Answer, QueueFullError, Worker, WorkerDiedError
 
 MAX_BODY = 1 << 20  # bytes of a request
 PAGE = Path(__file__).with_name("ui.html")
@@ -49,8 +49,8 @@ class TooLarge(Exception):
 FAILURES = {  # exception -> status, and its name in the reply
     InputError: (422, "validation"),
     RequestValidationError: (422, "validation"),
-    Busy: (429, "overloaded"),
-    Broken: (503, "unavailable"),
+    QueueFullError: (429, "overloaded"),
+    WorkerDiedError: (503, "unavailable"),
     TooLarge: (413, "too_large"),
 }
 
@@ -161,7 +161,7 @@ class Server:
         """503 as soon as one replica has broken, so that somebody restarts the process; the others still answer."""
         for worker in self.workers:
             if worker.broken:
-                raise Broken(str(worker.error))
+                raise WorkerDiedError(str(worker.error))
         return {}
 
     async def info(self) -> dict:
@@ -202,7 +202,7 @@ class Server:
             for i in range(n):
                 request = Request(prompt, seed=seed + i, **options)
                 answers.append(Answer(self.workers, request, body.stop, self.max_seconds))
-        except (Busy, Broken):
+        except (QueueFullError, WorkerDiedError):
             for answer in answers:
                 answer.end()
             raise
@@ -277,14 +277,14 @@ class Server:
         text = text_of(await answer.whole(http.is_disconnected))
         reply = {"generated_text": body.inputs + text if asked.return_full_text else text}
         if asked.details:
-            decoder = TextDecoder(self.tokenizer)
+            decoder = IncrementalDetokenizer(self.tokenizer)
             tokens = [tgi_token(token, decoder) for token in answer.request.tokens]
             reply["details"] = {**tgi_end(answer), "prefill": [], "tokens": tokens}
         return JSONResponse([reply] if path == "/" else reply)
 
     async def tgi_events(self, answer: Answer) -> AsyncIterator[dict]:
         """One event a token; the last one carries the whole text and why it ended."""
-        decoder, index, last = TextDecoder(self.tokenizer), 0, None
+        decoder, index, last = IncrementalDetokenizer(self.tokenizer), 0, None
         async for tokens, _ in answer.batches():
             for token in tokens:
                 if last is not None:
@@ -296,7 +296,7 @@ class Server:
             yield {**last, "generated_text": text_of(answer.pieces), "details": tgi_end(answer)}
 
 
-def tgi_token(token: int, decoder: TextDecoder) -> dict:
+def tgi_token(token: int, decoder: IncrementalDetokenizer) -> dict:
     text = text_of(decoder.push([token]))
     return {"id": token, "text": text, "logprob": None, "special": decoder.is_special(token)}
 
@@ -308,7 +308,7 @@ def tgi_end(answer: Answer) -> dict:
     return {"finish_reason": reason, **usage, "seed": request.seed if request.temperature else None}
 
 
-def text_of(pieces: list[Piece]) -> str:
+def text_of(pieces: list[StreamChunk]) -> str:
     """What the model says, without its calls and their results."""
     return "".join(piece for piece in pieces if piece.kind == "text")
 
@@ -360,7 +360,7 @@ def stream(chunks: AsyncIterator[dict], http: HTTPRequest) -> StreamingResponse:
         try:
             async for chunk in chunks:
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-        except Broken as error:
+        except WorkerDiedError as error:
             yield f"data: {(await failure(http, error)).body.decode()}\n\n"
         if http.url.path.startswith("/v1"):
             yield "data: [DONE]\n\n"

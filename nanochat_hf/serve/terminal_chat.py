@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..errors import InputError
 from ..run import Run, nearest, save_json
-from .engine import Engine, Piece, Request
+from .engine import Engine, Request, StreamChunk
 
 HELP = """/help           this list
 /reset          forget the conversation (the system message stays)
@@ -90,7 +90,7 @@ class LocalModel:
     def __init__(self, engine: Engine, name: str):
         self.engine, self.name, self.count = engine, name, 0
 
-    def answer(self, messages: list[dict], options: Options) -> Iterator[Piece]:
+    def answer(self, messages: list[dict], options: Options) -> Iterator[StreamChunk]:
         """Stream an answer. Ctrl-C asks the engine to end, then raises KeyboardInterrupt; a second one breaks in."""
         room = min(options.max_new_tokens, self.engine.length // 2)
         prompt = self.engine.encode(self.engine.fit(messages, room))
@@ -121,7 +121,7 @@ class RemoteModel:
         self.client = InferenceClient(base_url=url, timeout=timeout)
         self.name, self.model, self.retries, self.count = url, model, retries, 0
 
-    def answer(self, messages: list[dict], options: Options) -> Iterator[Piece]:
+    def answer(self, messages: list[dict], options: Options) -> Iterator[StreamChunk]:
         """Stream an answer; a server that is busy or not there yet is tried again before the first word."""
         top_p = options.top_p if options.top_p < 1 else None  # TGI refuses 1
         sampling = {"temperature": options.temperature, "top_p": top_p, "seed": options.seed}
@@ -135,7 +135,7 @@ class RemoteModel:
                         for kind, text in (("text", choice.delta.content), *tool.items()):
                             if text:
                                 self.count += 1
-                                yield Piece(text, kind)
+                                yield StreamChunk(text, kind)
                 return
             except (HTTPError, OSError) as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
@@ -159,7 +159,7 @@ def spoken(messages: list[dict]) -> list[dict]:
     return [{"role": role, "content": "".join(m["content"] for m in turn)} for role, turn in turns]
 
 
-def messages_of(pieces: list[Piece]) -> list[dict]:
+def messages_of(pieces: list[StreamChunk]) -> list[dict]:
     """The messages of one answer; a call is an assistant message with `tool_calls`, its result one of role tool."""
     messages, text = [], ""
     for kind, group in itertools.groupby(pieces, lambda piece: piece.kind):
@@ -193,7 +193,7 @@ class Screen:
         self.live = Live(console=console, transient=True, auto_refresh=False)
         self.live.start()
 
-    def show(self, piece: Piece) -> None:
+    def show(self, piece: StreamChunk) -> None:
         if piece.kind != self.kind:
             if (self.kind, piece.kind) != ("call", "result"):
                 self.settle()

@@ -12,21 +12,21 @@ from collections.abc import AsyncIterator, Callable
 
 import torch
 
-from .engine import Engine, Piece, Request, TextDecoder
+from .engine import Engine, IncrementalDetokenizer, Request, StreamChunk
 
 # One engine is made at a time: transformers sets torch's default dtype, which all threads share, while it loads, and
 # the second engine finds the kernels that the first one compiled.
 LOADING = threading.Lock()
 HANG_UP_CHECK = 0.5  # seconds between two looks whether the reader of a whole answer is still there
 
-Sink = Callable[[list[int] | None], None]
+TokenCallback = Callable[[list[int] | None], None]
 
 
-class Broken(RuntimeError):
+class WorkerDiedError(RuntimeError):
     """The thread that ran the model has ended with an error."""
 
 
-class Busy(Exception):
+class QueueFullError(Exception):
     """The queue is full."""
 
 
@@ -38,7 +38,7 @@ class Worker(threading.Thread):
         self.make_engine, self.device, self.max_waiting = make_engine, device, max_waiting
         self.engine: Engine | None = None  # None until `ready` is set
         self.error: Exception | None = None
-        self.sinks: dict[Request, tuple[Sink, asyncio.AbstractEventLoop | None]] = {}
+        self.sinks: dict[Request, tuple[TokenCallback, asyncio.AbstractEventLoop | None]] = {}
         self.inbox: list[Request] = []
         self.wake, self.ready, self.stopping = threading.Condition(), threading.Event(), False
 
@@ -82,17 +82,19 @@ class Worker(threading.Thread):
     def broken(self) -> bool:
         return self.error is not None or self.stopping or not self.is_alive()
 
-    def start_request(self, request: Request, sink: Sink, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def start_request(
+        self, request: Request, sink: TokenCallback, loop: asyncio.AbstractEventLoop | None = None
+    ) -> None:
         """`sink` gets lists of tokens, then None; in `loop`, or in this thread if there is none.
 
         Raises InputError if the prompt cannot be run, Busy, Broken.
         """
         with self.wake:
             if self.broken:
-                raise Broken(f"the model is not running: {self.error}")
+                raise WorkerDiedError(f"the model is not running: {self.error}")
             self.engine.check(request.prompt)
             if self.load >= self.engine.decoder.rows + self.max_waiting:
-                raise Busy("the model is overloaded: try again in a few seconds")
+                raise QueueFullError("the model is overloaded: try again in a few seconds")
             self.sinks[request] = sink, loop
             self.inbox.append(request)
             self.wake.notify()
@@ -104,7 +106,7 @@ class Worker(threading.Thread):
         self.join(10)
 
 
-def hand_over(given: list[tuple[tuple[Sink, asyncio.AbstractEventLoop | None], list[int] | None]]) -> None:
+def hand_over(given: list[tuple[tuple[TokenCallback, asyncio.AbstractEventLoop | None], list[int] | None]]) -> None:
     """Call the sinks. All of one event loop in one call: to wake it costs more than to read a row's tokens."""
     calls: dict[asyncio.AbstractEventLoop | None, list] = {}
     for (sink, loop), tokens in given:
@@ -117,7 +119,7 @@ def hand_over(given: list[tuple[tuple[Sink, asyncio.AbstractEventLoop | None], l
             loop.call_soon_threadsafe(call_all, some)
 
 
-def call_all(calls: list[tuple[Sink, list[int] | None]]) -> None:
+def call_all(calls: list[tuple[TokenCallback, list[int] | None]]) -> None:
     for sink, tokens in calls:
         sink(tokens)
 
@@ -129,13 +131,13 @@ class Answer:
         """Give the request to the running worker with the least to do; raises as `start_request` does."""
         self.request, self.stops = request, [stop for stop in stops if stop]
         self.tokens: list[int] = []  # what has come so far
-        self.pieces: list[Piece] = []
+        self.pieces: list[StreamChunk] = []
         self.held, self.stopped = "", False
         loop = asyncio.get_running_loop()
         self.news, self.ended = asyncio.Event(), loop.create_future()
         self.worker = min(workers, key=lambda worker: (worker.broken, worker.load))
         self.worker.start_request(request, self.take, loop)
-        self.decoder = TextDecoder(self.worker.engine.tokenizer)
+        self.decoder = IncrementalDetokenizer(self.worker.engine.tokenizer)
         self.timer = loop.call_later(max_seconds, self.take, None)
 
     def take(self, tokens: list[int] | None) -> None:
@@ -144,14 +146,14 @@ class Answer:
             return
         last = tokens is None
         if last and self.worker.error is not None and not self.request.finish:
-            return self.end(Broken(f"the model stopped: {self.worker.error}"))
+            return self.end(WorkerDiedError(f"the model stopped: {self.worker.error}"))
         self.tokens += tokens or []
         self.pieces += self.cut(self.decoder.push(tokens or [], last), last)
         self.news.set()
         if last or self.stopped:
             self.end()
 
-    def end(self, error: Broken | None = None) -> None:
+    def end(self, error: WorkerDiedError | None = None) -> None:
         """Nothing more comes, or nobody wants it; frees the row."""
         self.timer.cancel()
         if not self.request.finish:
@@ -160,7 +162,7 @@ class Answer:
             self.ended.set_result(error)
             self.news.set()
 
-    async def batches(self) -> AsyncIterator[tuple[list[int], list[Piece]]]:
+    async def batches(self) -> AsyncIterator[tuple[list[int], list[StreamChunk]]]:
         """(tokens, pieces of text that they complete) as they come; ends the request when left early."""
         num_tokens = num_pieces = 0
         try:
@@ -174,7 +176,7 @@ class Answer:
         finally:
             self.end()
 
-    async def whole(self, gone: Callable) -> list[Piece]:
+    async def whole(self, gone: Callable) -> list[StreamChunk]:
         """All pieces; gives up when `await gone()`, asked now and then, says that nobody waits any more."""
         try:
             while not (await asyncio.wait([self.ended], timeout=HANG_UP_CHECK))[0]:
@@ -189,28 +191,28 @@ class Answer:
         if error := self.ended.result():
             raise error
 
-    def cut(self, pieces: list[Piece], last: bool) -> list[Piece]:
+    def cut(self, pieces: list[StreamChunk], last: bool) -> list[StreamChunk]:
         """Drop what follows a stop string; hold back text that may be the beginning of one, if more can come."""
         if not self.stops:
             return pieces
         given = []
         for piece in pieces:
             if piece.kind != "text":
-                given += [Piece(self.held), piece]
+                given += [StreamChunk(self.held), piece]
                 self.held = ""
                 continue
             text = self.held + piece
             found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
             if found:
                 self.stopped, self.held = True, ""
-                given.append(Piece(text[: min(found)]))
+                given.append(StreamChunk(text[: min(found)]))
                 break
             starts = (stop[:n] for stop in self.stops for n in range(min(len(stop), len(text) + 1)))
             end = len(text) - max((len(start) for start in starts if text.endswith(start)), default=0)
-            given.append(Piece(text[:end]))
+            given.append(StreamChunk(text[:end]))
             self.held = text[end:]
         if last:
-            given.append(Piece(self.held))
+            given.append(StreamChunk(self.held))
         return [piece for piece in given if piece]
 
     @property

@@ -8,7 +8,8 @@ the one before it is used. A second one at the same step (a stop after a bad los
 number of its own, `step_000100.1`, for a complete checkpoint is never touched before the next one is complete.
 
 The chat stages' checkpoints are transformers' own, `state/checkpoint-100`, with a manifest and a rotation of ours.
-`save_momenta` and `load_momenta` carry the optimizer's state from one stage to the next, as one small file.
+`save_optimizer_state` and `load_optimizer_state` carry the optimizer's state from one stage to the next, as one small
+file.
 
 Why not `Accelerator.save_state`: under DDP it keeps the main process's optimizer state only, but each rank of
 MuonAdamW owns a part; and it has no place for a data position per rank.
@@ -34,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..distributed import main_first, meet, place
+from ..distributed import get_dist_info, main_process_first, monitored_barrier
 from ..errors import InputError
 from ..optim.gradient_reduction import LARGE
 from ..run import apply_umask, load_json, save_json, writing
@@ -46,7 +47,7 @@ MEASURED = "measured.json"  # in a checkpoint, when the evaluations after its st
 
 
 def barrier() -> None:
-    meet("a checkpoint")
+    monitored_barrier("a checkpoint")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -95,7 +96,7 @@ def newest_intact(checkpoints: list[Path], name: str, log: Callable[[str], None]
     Damaged ones after it are renamed to damaged_*, for a new checkpoint of the same step must not overwrite them.
     All ranks call it, the main one decides. Raises InputError when every one is damaged.
     """
-    with main_first("checking the last checkpoint") as main:
+    with main_process_first("checking the last checkpoint") as main:
         reasons: list[str] = []
         while main and checkpoints and (reason := damage(checkpoints[-1 - len(reasons)], name)):
             reasons.append(reason)
@@ -157,7 +158,7 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
 def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
     """Make `folder` one for `from_pretrained`: float32, written aside and moved in file by file, the config last."""
     weights = full_weights(model)
-    if place()[0] == 0:
+    if get_dist_info()[0] == 0:
         refuse_nan(weights, f"the model for {folder}")
         aside = folder / ".weights"
         with writing(folder):
@@ -204,7 +205,7 @@ def save(
     """
     if not is_sharded(model):
         refuse_nan(model.state_dict(), "the model")
-    rank, world = place()
+    rank, world = get_dist_info()
     aside, final = folder / f".step_{step:06d}", folder / f"step_{step:06d}"
     if before := [path for path in complete(folder) if path.name.partition(".")[0] == final.name]:
         final = final.with_name(f"{final.name}.{int(before[-1].name.partition('.')[2] or 0) + 1}")
@@ -261,7 +262,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
     With another number of processes than the checkpoint's, each one gets all the optimizer state (MuonAdamW drops what
     it does not own) and all the positions; random state then starts afresh.
     """
-    rank, world = place()
+    rank, world = get_dist_info()
     progress = read_progress(path)
     same = progress["world_size"] == world
     numbers = [rank] if same else range(progress["world_size"])
@@ -290,12 +291,12 @@ def merged(states: list[dict]) -> dict:
     return {"state": whole, "param_groups": states[0]["param_groups"]}
 
 
-def save_momenta(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write the optimizer's state as one file, {parameter's name: {key: tensor}}; every process calls this.
 
     Large tensors in bf16: half the room (3 bytes a parameter of a d24), and a momentum needs no more digits.
     """
-    rank, world = place()
+    rank, world = get_dist_info()
     own: dict = {}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
@@ -318,13 +319,13 @@ def save_momenta(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     barrier()
 
 
-def load_momenta(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Begin with the state in `path`, in float32; parameters that it lacks begin without, rates stay as they are.
 
     Raises InputError if it is damaged, or not the file that its stage wrote.
     """
     checksum = (load_json(path.parent / "metrics.json") or {}).get("optimizer")
-    if checksum and place()[0] == 0 and sha256(path) != checksum:
+    if checksum and get_dist_info()[0] == 0 and sha256(path) != checksum:
         raise InputError(f"{path} is not what its stage wrote: run that stage again, or set load_optimizer: no")
     with reading(path):
         saved = torch.load(path, map_location="cpu", mmap=True)

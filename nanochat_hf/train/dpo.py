@@ -16,19 +16,19 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from trl import DPOConfig, DPOTrainer
 
-from ..data.mixture import REASONS_KEPT, Entry, open_rows
+from ..data.mixture import REASONS_KEPT, DatasetConfig, open_rows
 from ..data.tokenizer import load_tokenizer, spoken_mask
 from ..data.transforms import BadRow, check, normalize
-from ..distributed import main_first, processes
+from ..distributed import main_process_first, partial_state
 from ..errors import InputError
-from ..run import begin, fingerprint, model_fingerprint
+from ..run import fingerprint, model_fingerprint, start_record
 from .model_setup import load_chat_model, lora
 from .runtime import check_launch
-from .trainer import StageConfig, StageTrainer, conclude, fit, split_step, trainer_arguments
+from .trainer import StageConfig, StageTrainer, save_stage, split_step, train_with_resume, trainer_arguments
 
 
 @dataclass
-class PreferenceConfig(StageConfig):
+class DPOStageConfig(StageConfig):
     """Keys of dpo.yaml, besides those of StageConfig."""
 
     dataset: str = "HuggingFaceH4/ultrafeedback_binarized"
@@ -67,11 +67,11 @@ def spoken_only(collate: Callable, tokenizer, rows: list[dict]) -> dict[str, tor
     return batch
 
 
-def pairs(config: PreferenceConfig, tokenizer, length: int) -> tuple[Dataset, Dataset, list[dict]]:
+def pairs(config: DPOStageConfig, tokenizer, length: int) -> tuple[Dataset, Dataset, list[dict]]:
     """-> (training rows, validation rows, skipped ones). Raises InputError when too few of the rows are such pairs."""
-    with main_first(f"reading {config.dataset}"):
-        source, good, skipped = open_rows(Entry(config.dataset, config.split), config.seed), [], []
-    for number in tqdm(range(len(source)), desc="reading", disable=not processes().is_main_process):
+    with main_process_first(f"reading {config.dataset}"):
+        source, good, skipped = open_rows(DatasetConfig(config.dataset, config.split), config.seed), [], []
+    for number in tqdm(range(len(source)), desc="reading", disable=not partial_state().is_main_process):
         try:
             good.append(pair(source[number], tokenizer, length))
         except (BadRow, KeyError, TypeError, AttributeError) as error:
@@ -102,12 +102,12 @@ def pair(row: dict, tokenizer, length: int) -> dict[str, list[dict]]:
     return {"prompt": prompt + chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
 
 
-def train_preference(config: PreferenceConfig, model: str, output: Path) -> None:
+def train_preference(config: DPOStageConfig, model: str, output: Path) -> None:
     """Train the model in folder `model` on pairs of answers; the result and its metrics.json go to `output`."""
     check_launch("dpo")
-    record, output = begin(config), Path(output)
-    processes()
-    with main_first(f"loading {model}"):
+    record, output = start_record(config), Path(output)
+    partial_state()
+    with main_process_first(f"loading {model}"):
         tokenizer = load_tokenizer(model)
         network = load_chat_model(model, config, tokenizer)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
@@ -132,9 +132,9 @@ def train_preference(config: PreferenceConfig, model: str, output: Path) -> None
     before = trainer.evaluate()
     data = fingerprint([list(rows), list(held_out)])
     inputs = {"model": model_fingerprint(model) or model, "data": data}
-    history = fit(trainer, output, inputs)
+    history = train_with_resume(trainer, output, inputs)
     after = trainer.evaluate()
     names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
     before, after = ({name: found[key] for name, key in names.items()} for found in (before, after))
     numbers = {"before": before, "after": after, "skipped_rows": skipped[:REASONS_KEPT], "bad": len(skipped)}
-    conclude(trainer, tokenizer, output, record, inputs, rows=len(rows), history=history, **numbers)
+    save_stage(trainer, tokenizer, output, record, inputs, rows=len(rows), history=history, **numbers)

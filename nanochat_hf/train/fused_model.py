@@ -1,8 +1,8 @@
 """The training step's way through the network: the same parameters and the same numbers as model/, fewer bytes moved.
 
 `Trunk(model)(input_ids)` equals `model.model(input_ids).last_hidden_state` for whole, unpadded rows without a cache,
-which is what pretraining feeds, and for rows of several documents with their `positions`, which SFT feeds (`fuse`);
-the tests hold the two together for both generations. Differences:
+which is what pretraining feeds, and for rows of several documents with their `positions`, which SFT feeds
+(`use_fused_forward`); the tests hold the two together for both generations. Differences:
 
 - q, k and v come out of one matrix product;
 - the fused operations of `kernels.py`, `products.py`, `epilogues.py`, `float8.py`, `attention.py` and `stream.py`, the
@@ -24,9 +24,9 @@ from ..kernels.attention import FLASH, attend, attention_mask, uses_flash
 from ..kernels.backend import disabled, verify
 from ..kernels.block_matmuls import Weight, fused, linear_and_gates, residual_mlp
 from ..kernels.float8 import weight8
-from ..kernels.fused_cross_entropy import head_loss
-from ..kernels.residual import Embedded, mix
-from ..kernels.weight_cache import Copies, Places
+from ..kernels.fused_cross_entropy import fused_linear_cross_entropy
+from ..kernels.residual import EmbeddingResidual, residual_mix
+from ..kernels.weight_cache import EmbeddingGradIndex, WeightCastCache
 from ..model.modeling_nanochat import NanoChatForCausalLM
 
 KERNELS = ("rotary and QK norm", "residual mix", "gradient sums", "GEMM epilogues")  # of a training step
@@ -75,7 +75,7 @@ def finish(x: Tensor, y: Tensor, middle: Tensor | None, strength: Tensor | None,
     return rms_norm(x, eps)
 
 
-class Trunk(nn.Module):
+class FusedTransformer(nn.Module):
     """NanoChatModel's forward over the parameters of `model`, and with targets the head's loss as well.
 
     compile: each part by torch.compile. fp8: the blocks' matrix products in 8-bit floats, while training only; the
@@ -103,7 +103,7 @@ class Trunk(nn.Module):
             torch._dynamo.config.recompile_limit = 64  # four kinds of blocks, each for training, evaluating and SFT
         wrap = torch.compile(dynamic=False, fullgraph=True) if compile else lambda function: function
         self.embed, self.block, self.finish = wrap(embed), wrap(block), wrap(finish)
-        self.copies = Copies()
+        self.copies = WeightCastCache()
         self.plain: dict = {}  # (length, device, dtype) -> what `prepare` made for rows of one document
 
     def prepare(self, x: Tensor, positions: Tensor | None, documents: int) -> tuple[Tensor, Tensor, dict]:
@@ -141,7 +141,7 @@ class Trunk(nn.Module):
             (mlp.fc1.weight,), (mlp.fc2.weight,),
         )  # fmt: skip
         # FSDP2 fills the gathered weights behind autograd's back: their copies cannot be told to be out of date.
-        copies = Copies() if isinstance(layer, FSDPModule) else self.copies
+        copies = WeightCastCache() if isinstance(layer, FSDPModule) else self.copies
         run = block  # nothing is left to fuse
         if self.fp8 and torch.is_grad_enabled():
             low = [copies.made((i, kind, "fp8"), weight8, *parts) for kind, parts in enumerate(matrices)]
@@ -150,7 +150,7 @@ class Trunk(nn.Module):
         else:
             run = self.block
             low = [copies.low((i, kind), x.dtype, *parts) for kind, parts in enumerate(matrices)]
-        x, h = mix(x, y, embedded, lambdas, config.rms_norm_eps)
+        x, h = residual_mix(x, y, embedded, lambdas, config.rms_norm_eps)
         return run(
             x, h, ids, positions, table, rows, gate, *low, cos, sin, masks[window], config.num_key_value_heads,
             window, attn.scaling, config.rms_norm_eps,
@@ -171,9 +171,9 @@ class Trunk(nn.Module):
         model, config = self.model.model, self.model.config
         eps = config.rms_norm_eps
         smear = (model.smear_gate.weight, model.smear_lambda) if config.smear else (None, None)
-        places = Places(ids, len(model.embed_tokens.weight))
+        places = EmbeddingGradIndex(ids, len(model.embed_tokens.weight))
         x = self.embed(places.rows(model.embed_tokens.weight), *smear, eps, self.dtype, positions)
-        embedded, y, middle = Embedded(x), None, None
+        embedded, y, middle = EmbeddingResidual(x), None, None
         cos, sin, masks = self.prepare(x, positions, documents)
         lambdas = [None] * len(model.layers)
         if config.residual_lambdas:
@@ -191,18 +191,20 @@ class Trunk(nn.Module):
         if targets is None:
             return hidden
         cap, size = config.final_logit_softcapping, config.num_tokens or config.vocab_size
-        loss = head_loss(hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), cap, size, reduction)
+        loss = fused_linear_cross_entropy(
+            hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), cap, size, reduction
+        )
         return loss if reduction == "mean" else loss.view_as(targets)
 
 
-def fuse(model: NanoChatForCausalLM, dtype: torch.dtype, documents: int, compile: bool = False) -> None:
+def use_fused_forward(model: NanoChatForCausalLM, dtype: torch.dtype, documents: int, compile: bool = False) -> None:
     """Send `model(input_ids, labels=, position_ids=)` this way, so that it returns a loss and no logits.
 
     For a trainer that packs documents into rows: `labels` (B, T) are those of the inputs (-100 ignored),
     `position_ids` (B, T) begin at 0 in each of at most `documents` documents of a batch, padding counted as such.
     Without labels (generation, evaluation) the model stays as it is.
     """
-    trunk, original = Trunk(model, compile=compile, dtype=dtype, documents=True), model.forward
+    trunk, original = FusedTransformer(model, compile=compile, dtype=dtype, documents=True), model.forward
 
     def forward(input_ids=None, labels=None, position_ids=None, num_items_in_batch=None, **others):
         if labels is None:

@@ -33,13 +33,21 @@ from ..data.grading import COLUMNS, correctness, hash_answer, pass_at_k
 from ..data.mixture import Mixture
 from ..data.tokenizer import load_tokenizer
 from ..demo import corpus as primer
-from ..distributed import main_first, processes
+from ..distributed import main_process_first, partial_state
 from ..errors import InputError
-from ..run import begin, fingerprint, model_fingerprint, writing
+from ..run import fingerprint, model_fingerprint, start_record, writing
 from ..tools import python
 from .model_setup import load_chat_model, lora
 from .runtime import check_launch
-from .trainer import StageConfig, StageTrainer, conclude, fit, outside_results, split_step, trainer_arguments
+from .trainer import (
+    StageConfig,
+    StageTrainer,
+    save_stage,
+    split_step,
+    tool_result_mask,
+    train_with_resume,
+    trainer_arguments,
+)
 
 MAX_TOOL_CALLS = 4  # of one answer
 EVAL_ROWS = 128  # answers that a device generates together while measuring
@@ -222,7 +230,7 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
             adapters.unmerge_adapter()
         (adapters or model).train(training)
         answers = [samples[0] for samples in answers]
-        own = [outside_results(answer, tokenizer) for answer in answers]
+        own = [tool_result_mask(answer, tokenizer) for answer in answers]
         return {"prompt_ids": ids, "completion_ids": answers, "logprobs": None, "env_mask": own}
 
     return generate
@@ -241,9 +249,9 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
             f"top_k is {config.top_k}, and the gradient is that of sampling among all tokens: set top_k to 0, or "
             "leave it out"
         )
-    record, output = begin(config), Path(output)
-    processes()
-    with main_first(f"loading {model}"):
+    record, output = start_record(config), Path(output)
+    partial_state()
+    with main_process_first(f"loading {model}"):
         tokenizer = load_tokenizer(model)
         network = load_chat_model(model, config, tokenizer)
     room = network.config.max_position_embeddings - config.max_new_tokens
@@ -264,11 +272,11 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
     )
     before = trainer.evaluate()
     inputs = {"model": model_fingerprint(model) or model, "data": fingerprint([rows, held_out])}
-    history = fit(trainer, output, inputs)
+    history = train_with_resume(trainer, output, inputs)
     after = trainer.evaluate()
     share = trainer.generation_seconds / max(trainer.step_seconds, 1e-9)
     numbers = {"before": before, "after": after, "generation_share": share, "skipped_rows": skipped + bad}
     if trainer.samples.exists():  # the main process writes them
         last = [json.loads(line) for line in trainer.samples.read_text().splitlines()[-4:]]
         numbers["samples"] = [{"prompt": row["prompt"][-1]["content"], "text": row["text"]} for row in last]
-    conclude(trainer, tokenizer, output, record, inputs, task=config.dataset, history=history, **numbers)
+    save_stage(trainer, tokenizer, output, record, inputs, task=config.dataset, history=history, **numbers)

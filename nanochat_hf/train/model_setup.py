@@ -16,19 +16,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..distributed import place, processes
+from ..distributed import get_dist_info, partial_state
 from ..errors import InputError
 from ..kernels.attention import uses_flash
 from ..kernels.backend import triton, unloaded, verify, version
 from ..kernels.block_matmuls import fused
-from ..kernels.fused_cross_entropy import head_loss
+from ..kernels.fused_cross_entropy import fused_linear_cross_entropy
 from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from ..model.quantization import is_quantized
 from ..optim.scaling import Plan
 from ..run import load_json, model_fingerprint
 from .checkpoint import refuse_nan
-from .fused_model import BF16_KERNELS, Trunk
+from .fused_model import BF16_KERNELS, FusedTransformer
 
 
 class ModelLoss(nn.Module):
@@ -48,7 +48,9 @@ class ModelLoss(nn.Module):
         config = self.model.config
         hidden = self.model.model(ids, use_cache=False).last_hidden_state
         cap, size = config.final_logit_softcapping, config.num_tokens or config.vocab_size
-        loss = head_loss(hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), cap, size, reduction)
+        loss = fused_linear_cross_entropy(
+            hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), cap, size, reduction
+        )
         return loss if reduction == "mean" else loss.view_as(targets)
 
 
@@ -59,7 +61,7 @@ def compute_dtype(device: torch.device, half: bool = False) -> torch.dtype:
     return torch.bfloat16 if major >= 8 else torch.float16 if half and major == 7 else torch.float32
 
 
-def shape_of(source: str) -> dict:
+def plan_overrides_from(source: str) -> dict:
     """What `scaling.plan` must be told to plan for the model in folder (or Hub id) `source`."""
     try:
         kind = NanoChatConfig.get_config_dict(source)[0].get("model_type")
@@ -88,7 +90,7 @@ def read_model(source: str, attn_implementation: str | None = None) -> PreTraine
     weights are not finite.
     """
     weights = (load_json(Path(source) / "metrics.json") or {}).get("weights")
-    if weights and place()[0] == 0 and model_fingerprint(source) != weights:
+    if weights and get_dist_info()[0] == 0 and model_fingerprint(source) != weights:
         raise InputError(
             f"the weights or the tokenizer in {source} are not those that its metrics.json names: they are damaged "
             "or were replaced. Run that stage again; if it was on purpose, delete its metrics.json and give the "
@@ -116,7 +118,7 @@ def load_chat_model(source: str, config, tokenizer: PreTrainedTokenizerBase) -> 
     model = read_model(source, config.attn_implementation)
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     model.generation_config.update(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
-    dtype = compute_dtype(processes().device)
+    dtype = compute_dtype(partial_state().device)
     if dtype != torch.float32:
         # What comes out of the embeddings decides in which dtype the network runs; the weights all stay float32.
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
@@ -138,7 +140,7 @@ def cast_linear(module: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, module.weight.to(x.dtype))
 
 
-def new_model(made: Plan, source: str | None, tokenizer, device: torch.device, sharded: bool) -> NanoChatForCausalLM:
+def build_model(made: Plan, source: str | None, tokenizer, device: torch.device, sharded: bool) -> NanoChatForCausalLM:
     """A fresh network, or that of folder (or Hub id) `source`, on the device and in its precision.
 
     Args:
@@ -183,7 +185,7 @@ def why_not_fp8(
     return None
 
 
-def with_loss(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bool | str) -> nn.Module:
+def build_loss_module(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bool | str) -> nn.Module:
     """-> module (ids (B, T), targets (B, T), reduction) -> loss in nats; see `PretrainConfig` for the options."""
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
@@ -194,7 +196,7 @@ def with_loss(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bo
         raise InputError(f"fp8 {missing}; leave it out, or say fp8=auto")
     if attention == "auto":
         fp8 = bool(fp8) and not missing
-        return Trunk(model, compile=compile and cuda, fp8=fp8, dtype=compute_dtype(device, half=True))
+        return FusedTransformer(model, compile=compile and cuda, fp8=fp8, dtype=compute_dtype(device, half=True))
     model.set_attn_implementation(attention)
     if compile and cuda:
         for layer in model.model.layers:  # their forward and not the layers: FSDP2's hooks stay outside
@@ -206,7 +208,7 @@ def describe(network: nn.Module, fp8: bool | str) -> str:
     """The kernels and the precision of a training step, and what would make it faster here, in one line.
 
     Args:
-        network: of `with_loss`, which was given this fp8.
+        network: of `build_loss_module`, which was given this fp8.
     """
     model = network.model
     device, eight = model.lm_head.weight.device, getattr(network, "fp8", False)
@@ -216,7 +218,7 @@ def describe(network: nn.Module, fp8: bool | str) -> str:
         why = f"; no FP8: it {why_not_fp8(model, 'auto', device, (9, 0))}" if fp8 == "auto" else ""
         return f"kernels: PyTorch on {device.type}; {precision}{why}"
     x = torch.empty((), device=device, dtype=compute_dtype(device, half=True))
-    auto = isinstance(network, Trunk)
+    auto = isinstance(network, FusedTransformer)
     parts = ["attention " + (packaged("flash-attn-4") if auto and uses_flash(x) else "PyTorch")]
     matmuls = packaged("quack-kernels") if auto and fused(x) else "PyTorch"
     parts.append("matmuls " + ("PyTorch's FP8" if eight else matmuls))

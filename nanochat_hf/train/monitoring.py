@@ -25,7 +25,7 @@ WINDOW, FIRST = 64, 32  # steps that a spike is measured against: at most, at le
 DEVIATIONS = 10
 
 
-class SpikeAlarm:
+class LossSpikeDetector:
     """Knows a loss that is far above those of the steps before it.
 
     Far: above the median of the last 64 steps by more than `nats` (0: no alarm) and by more than ten standard

@@ -32,18 +32,36 @@ from transformers import PreTrainedModel
 from ..data.dataloader import VALIDATION, PackedLoader
 from ..data.documents import open_documents, text_fingerprint
 from ..data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from ..distributed import main_first, meet
+from ..distributed import main_process_first, monitored_barrier
 from ..errors import InputError
-from ..optim.gradient_reduction import OwnerReduction
+from ..optim.gradient_reduction import OwnerGradientReducer
 from ..optim.muon_adamw import MuonAdamW, param_groups
 from ..optim.scaling import peak_flops, plan
-from ..optim.schedule import Factors
-from ..run import begin, finish, load_json, model_fingerprint, save_json
+from ..optim.schedule import StepHyperparams
+from ..run import load_json, model_fingerprint, save_json, start_record, write_metrics
 from . import checkpoint
-from .model_setup import compute_dtype, describe, gradient_norm, new_model, scale_gradients, shape_of, shard, with_loss
-from .monitoring import Evaluator, SpikeAlarm, line, status
+from .model_setup import (
+    build_loss_module,
+    build_model,
+    compute_dtype,
+    describe,
+    gradient_norm,
+    plan_overrides_from,
+    scale_gradients,
+    shard,
+)
+from .monitoring import Evaluator, LossSpikeDetector, line, status
 from .pretrain_config import PLAN_KEYS, SHAPE_KEYS, PretrainConfig
-from .runtime import check_cost, choose_rows, fetch, fits, listening, start_accelerator, to_device, undisturbed_by_gc
+from .runtime import (
+    check_cost,
+    choose_micro_batch_size,
+    copy_to_host_async,
+    gc_disabled,
+    graceful_shutdown,
+    micro_batch_fits,
+    start_accelerator,
+    to_device,
+)
 
 HISTORY = 1000  # a curve has at most about so many points, besides evaluations
 PLANNED = (
@@ -84,7 +102,7 @@ def pretrain(
 class Step(NamedTuple):
     """An optimizer step that is queued on the device."""
 
-    factors: Factors
+    factors: StepHyperparams
     limit: float  # the loss above which the device refuses it
     taken: Tensor  # () bool, on the device: whether it was, and all before it
     read: Callable[[], list[float]]  # loss, gradient norm, share of processes that were asked to stop
@@ -100,32 +118,32 @@ class Pretraining:
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         # Whether FSDP2 leaves weights whole until a step is done, which the launch file decides.
         self.whole = self.sharded and not self.accelerator.state.fsdp_plugin.reshard_after_forward
-        self.record = begin(config)
+        self.record = start_record(config)
         set_seed(config.seed)
-        with main_first("loading the tokenizer"):
+        with main_process_first("loading the tokenizer"):
             self.tokenizer = load_tokenizer(tokenizer)
-            shape = shape_of(model) if model else {}
+            shape = plan_overrides_from(model) if model else {}
             source = (model_fingerprint(model) or str(model)) if model else None
             data = text_fingerprint(config.dataset)
         self.inputs = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "model": source, "data": data}
         options = {name: getattr(config, name) for name in PLAN_KEYS} | shape
         self.plan = plan(vocab_size=len(self.tokenizer), **options)
         check_cost(self.plan, self.device)
-        with main_first("loading the model") if model else nullcontext():
-            self.model = new_model(self.plan, model, self.tokenizer, self.device, self.sharded)
+        with main_process_first("loading the model") if model else nullcontext():
+            self.model = build_model(self.plan, model, self.tokenizer, self.device, self.sharded)
         self.step, self.history, self.samples = 0, [], []
         self.changes: list[dict] = []  # of the config, at resumes
         self.unmeasured: dict | None = None  # figures of the last step, if a checkpoint ends before its evaluations
         self.seconds, self.timed = 0.0, 0  # spent in steps, and in how many: the first one on a GPU compiles
         self.signal = 0  # number of the signal that asked to stop
-        self.alarm = SpikeAlarm(config.max_spike)
+        self.alarm = LossSpikeDetector(config.max_spike)
         self.dtype = compute_dtype(self.device, half=True)
         self.loss_scale = LOSS_SCALE if self.dtype == torch.float16 else 1.0
         self.ahead = self.device.type == "cuda" and self.loss_scale == 1  # a scaled step may have to be made again
         self.queued: Step | None = None  # the next step, when it is already on its way
         self.asked = False  # whether some process was asked to stop, as far as all of them know
 
-        network = with_loss(self.model, config.attn_implementation, config.compile, config.fp8)
+        network = build_loss_module(self.model, config.attn_implementation, config.compile, config.fp8)
         self.print(describe(network, config.fp8))
         optimizer = MuonAdamW(param_groups(self.model, self.plan.groups))
         if self.sharded:
@@ -133,9 +151,9 @@ class Pretraining:
         else:  # on its device already, and not wrapped in DDP: `owners` says why
             self.loss_model, self.optimizer = network, self.accelerator.prepare(optimizer)
         alone = self.sharded or self.world == 1
-        self.reduction = None if alone else OwnerReduction(optimizer.owners())
+        self.reduction = None if alone else OwnerGradientReducer(optimizer.owners())
         saved = checkpoint.latest(output / "state", self.print)
-        self.rows = self.choose_rows(saved)
+        self.rows = self.choose_micro_batch_size(saved)
         self.accumulation = self.plan.total_batch_size // (self.rows * self.plan.max_seq_len * self.world)
         self.accelerator.gradient_accumulation_steps = self.accumulation
         self.loader = self.new_loader("train")
@@ -148,17 +166,17 @@ class Pretraining:
         if saved is not None:
             self.restore(saved)
 
-    def choose_rows(self, saved: Path | None) -> int:
+    def choose_micro_batch_size(self, saved: Path | None) -> int:
         """Rows of a micro-batch: when resuming those of before, so that sums keep their order; else a new choice."""
         wanted = self.config.device_batch_size
-        trial = partial(fits, self.plan, self.loss_model, self.optimizer.param_groups, self.accelerator)
+        trial = partial(micro_batch_fits, self.plan, self.loss_model, self.optimizer.param_groups, self.accelerator)
         if self.sharded:
             trial = None  # FSDP2's processes would wait for one that ran out of memory
         if saved is not None:
             before = checkpoint.read_progress(saved)
             if before["world_size"] == self.world:
                 wanted, trial = before["rows"], None
-        return choose_rows(self.plan, wanted, self.device, self.world, self.dtype, trial, self.print)
+        return choose_micro_batch_size(self.plan, wanted, self.device, self.world, self.dtype, trial, self.print)
 
     def new_loader(self, split: str) -> PackedLoader:
         config = self.config
@@ -176,7 +194,7 @@ class Pretraining:
         interval = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs few lines
         smooth, first = None, self.step
         self.bar = tqdm(total=total, initial=self.step, disable=not main, unit="step", mininterval=interval)
-        with self.bar, listening(self.stop), undisturbed_by_gc():
+        with self.bar, graceful_shutdown(self.stop), gc_disabled():
             if self.unmeasured:
                 self.measure(self.unmeasured)
             self.loss_model.train()
@@ -252,7 +270,7 @@ class Pretraining:
             scale_gradients(self.model, factor / self.loss_scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Step(factors, limit, taken, fetch(torch.stack((loss, norm, asked))))
+        return Step(factors, limit, taken, copy_to_host_async(torch.stack((loss, norm, asked))))
 
     def settle(self, step: Step) -> dict:
         """Wait for this step of the run -> its figures; one that was refused is made again or ends the run."""
@@ -414,7 +432,7 @@ class Pretraining:
         checkpoint.save_model(self.output, self.model, self.tokenizer)
         momenta = self.output / "optimizer.pt"
         if self.config.save_optimizer:
-            checkpoint.save_momenta(momenta, self.model, self.optimizer.optimizer)
+            checkpoint.save_optimizer_state(momenta, self.model, self.optimizer.optimizer)
         elif self.accelerator.is_main_process:
             momenta.unlink(missing_ok=True)  # that of an earlier run would be taken for this one's
         made = self.plan
@@ -437,10 +455,10 @@ class Pretraining:
         if self.accelerator.is_main_process:
             record = self.record | {"weights": model_fingerprint(self.output), "inputs": self.inputs}
             record |= {"optimizer": checkpoint.sha256(momenta) if momenta.exists() else None, "changes": self.changes}
-            self.record = finish(self.output, record, **numbers)
+            self.record = write_metrics(self.output, record, **numbers)
             shutil.rmtree(self.output / "state", ignore_errors=True)
         for tracker in self.accelerator.trackers:  # not end_training(), which ends the processes' group as well
             tracker.finish()
         self.accelerator.free_memory()
-        meet("the end of pretraining")
+        monitored_barrier("the end of pretraining")
         return {**self.record, **numbers}

@@ -27,9 +27,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..distributed import processes
+from ..distributed import partial_state
 from ..errors import InputError
-from ..optim.scaling import Plan, rows_that_fit
+from ..optim.scaling import Plan, estimate_micro_batch_size
 from .model_setup import compute_dtype
 
 CPU_FLOPS = 5e10  # per second and core, a fair guess
@@ -91,7 +91,7 @@ def fsdp2_for_zero() -> Iterator[None]:
             f"{', '.join(name.lower() for name, value in asked.items() if value != 'none')}: leave it out, "
             "or launch this stage with configs/accelerate/fsdp2.yaml"
         )
-    stage, state = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), processes()
+    stage, state = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), partial_state()
     engine = "FSDP2" if stage > 1 else "MuonAdamW"
     state.print(f"pretraining: {engine} in place of ZeRO-{stage}, which would flatten the matrices that Muon needs")
     if state.distributed_type == DistributedType.DEEPSPEED:
@@ -129,7 +129,7 @@ def to_device(batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def fetch(figures: Tensor) -> Callable[[], list[float]]:
+def copy_to_host_async(figures: Tensor) -> Callable[[], list[float]]:
     """Have the tensor copied to the host -> what waits for the copy, though not for what is queued after it."""
     if figures.device.type != "cuda":
         return figures.tolist
@@ -177,7 +177,7 @@ def check_cost(made: Plan, device: torch.device) -> None:
 
 
 @contextmanager
-def listening(note: Callable[[int], None]):
+def graceful_shutdown(note: Callable[[int], None]):
     """Inside, SIGTERM and SIGINT only call `note(number)`; a second SIGINT interrupts as ever."""
 
     def heard(number, frame):
@@ -196,7 +196,7 @@ def listening(note: Callable[[int], None]):
 
 
 @contextmanager
-def undisturbed_by_gc():
+def gc_disabled():
     """No garbage collection between steps: scanning a program of this size takes half a second (karpathy/nanochat)."""
     gc.collect()
     gc.freeze()
@@ -208,7 +208,7 @@ def undisturbed_by_gc():
         gc.unfreeze()
 
 
-def share_out(
+def split_global_batch(
     name: str, total: int, unit: int, wanted: int, world: int, say: Callable = lambda text: None
 ) -> tuple[int, int]:
     """-> rows that each of `world` processes takes at once, at most `wanted`, and how often in a step of `total`.
@@ -235,11 +235,17 @@ def share_out(
     return rows, share // rows
 
 
-def choose_rows(
-    made: Plan, wanted: int, device: torch.device, world: int, dtype: torch.dtype, fits: Callable | None, say: Callable
+def choose_micro_batch_size(
+    made: Plan,
+    wanted: int,
+    device: torch.device,
+    world: int,
+    dtype: torch.dtype,
+    micro_batch_fits: Callable | None,
+    say: Callable,
 ) -> int:
     """Rows of a micro-batch: `wanted`, or for -1 what the free memory allows; fewer if a step has no more for each
-    process (`share_out`), and halved as long as they do not fit.
+    process (`split_global_batch`), and halved as long as they do not fit.
 
     Args:
         fits: (rows, micro-steps) -> whether a step of so many works, the same answer on every process; None: take the
@@ -249,14 +255,16 @@ def choose_rows(
     Raises:
         InputError: the batch cannot be divided like this, or not even one row fits.
     """
-    divide = partial(share_out, "total_batch_size", made.total_batch_size, made.max_seq_len, world=world)
+    divide = partial(split_global_batch, "total_batch_size", made.total_batch_size, made.max_seq_len, world=world)
     if wanted == -1:
         # The least of all processes: they take part in equally many micro-steps.
-        rows, steps = divide(min(gather_object([rows_that_fit(made, free_memory(device), dtype.itemsize)])))
+        rows, steps = divide(
+            min(gather_object([estimate_micro_batch_size(made, free_memory(device), dtype.itemsize)]))
+        )
         say(f"device_batch_size: {rows} rows of {made.max_seq_len} tokens, chosen by the free memory")
     else:
         rows, steps = divide(wanted, say=say)
-    while fits is not None and not fits(rows, steps):
+    while micro_batch_fits is not None and not micro_batch_fits(rows, steps):
         if rows == 1:
             raise InputError(f"1 row of {made.max_seq_len} tokens does not fit: lower depth or max_seq_len")
         rows, steps = divide(rows // 2)
@@ -264,7 +272,9 @@ def choose_rows(
     return rows
 
 
-def fits(made: Plan, network: nn.Module, groups: list[dict], accelerator: Accelerator, rows: int, steps: int) -> bool:
+def micro_batch_fits(
+    made: Plan, network: nn.Module, groups: list[dict], accelerator: Accelerator, rows: int, steps: int
+) -> bool:
     """Whether so many micro-steps of so many rows fit on every device, beside the optimizer state; compiles them.
 
     Args:

@@ -22,17 +22,25 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from ..data.documents import say
+from ..data.documents import log
 from ..data.mixture import Mixture, content_fingerprint, shared
 from ..data.splits import listed
 from ..data.tokenizer import load_tokenizer, spoken_mask, tokenizer_fingerprint
-from ..distributed import main_first, processes
+from ..distributed import main_process_first, partial_state
 from ..errors import InputError
-from ..run import begin, fingerprint, load_json, model_fingerprint, save_json, writing
+from ..run import fingerprint, load_json, model_fingerprint, save_json, start_record, writing
 from .checkpoint import MANIFEST, damage, sha256, write_manifest
-from .fused_model import fuse
+from .fused_model import use_fused_forward
 from .model_setup import compute_dtype, load_chat_model, lora, shard
-from .trainer import StageConfig, StageTrainer, conclude, fit, outside_results, split_step, trainer_arguments
+from .trainer import (
+    StageConfig,
+    StageTrainer,
+    save_stage,
+    split_step,
+    tool_result_mask,
+    train_with_resume,
+    trainer_arguments,
+)
 
 MANY = 20_000  # conversations from which tokenizing is shared out over the cores
 
@@ -81,7 +89,7 @@ class ChatTrainer(StageTrainer, SFTTrainer):
         model.train()
         self.log({"chatcore": value})
 
-    def fuse(self, documents: int) -> None:
+    def use_fused_forward(self, documents: int) -> None:
         """Take the fused training step, for batches of at most `documents` conversations, where nothing forbids it."""
         stage = self.stage
         self.fused = not (
@@ -89,7 +97,7 @@ class ChatTrainer(StageTrainer, SFTTrainer):
         )
         if self.fused:
             device = self.accelerator.device
-            fuse(self.model, compute_dtype(device), documents, stage.compile and device.type == "cuda")
+            use_fused_forward(self.model, compute_dtype(device), documents, stage.compile and device.type == "cuda")
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.step_tokens += inputs["input_ids"].numel() * self.accelerator.num_processes
@@ -116,7 +124,7 @@ class ChatTrainer(StageTrainer, SFTTrainer):
         return {"eval_loss": loss / max(number, 1)}
 
 
-class Rows:
+class PackedCollator:
     """Collator: packed rows -> input_ids, labels, position_ids, each (B, length or that of the longest row).
 
     TRL's own would make one row of the batch, and without a variable-length kernel its attention mask costs B times
@@ -146,7 +154,7 @@ def encode(tokenizer, chats: list[list[dict]], assistant_only: bool) -> dict[str
     """Conversations -> {"input_ids", "labels"}, a list each; labels are -100 where nothing is to be learned."""
     rows, labels = tokenizer.apply_chat_template(chats, return_dict=True)["input_ids"], []
     for ids in rows:
-        learned = spoken_mask(tokenizer, ids) if assistant_only else outside_results(ids, tokenizer)
+        learned = spoken_mask(tokenizer, ids) if assistant_only else tool_result_mask(ids, tokenizer)
         # What follows from nothing, or from another conversation of the row, cannot be learned.
         labels.append([-100, *(token if yes else -100 for token, yes in zip(ids[1:], learned[1:]))])
     return {"input_ids": rows, "labels": labels}
@@ -159,13 +167,15 @@ def code_version() -> str:
     return fingerprint([path.read_text() for path in (Path(__file__), *files)])
 
 
-def prepare(config: ChatConfig, entries: list[dict], tokenizer, length: int, folder: Path) -> tuple[Dataset, dict]:
+def build_packed_dataset(
+    config: ChatConfig, entries: list[dict], tokenizer, length: int, folder: Path
+) -> tuple[Dataset, dict]:
     """The rows to train on and {"rows", "tokens", "mixture", "skipped_rows", "content"}, made by the first process.
 
     Those that an interrupted run left in `folder` are taken if data, config, tokenizer and code are the same as then.
     Raises InputError when nothing of the mixture can be used.
     """
-    with main_first(f"making {folder}") as main:
+    with main_process_first(f"making {folder}") as main:
         if main:
             mixture = Mixture(entries, config.seed, config.bad_rows)
             keys = {name: getattr(config, name) for name in ("seed", "bad_rows", "assistant_only", "packing")}
@@ -219,7 +229,7 @@ def make_rows(config: ChatConfig, mixture: Mixture, tokenizer, length: int, fold
     write_manifest(folder)
 
 
-def filled(rows: Dataset, multiple: int, pad: int) -> Dataset:
+def pad_to_multiple(rows: Dataset, multiple: int, pad: int) -> Dataset:
     """The rows, and empty ones up to a multiple: nothing is learned from these, and every process has as many.
 
     Accelerate would repeat real ones instead, as many as there are processes to fill.
@@ -236,24 +246,26 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     called on every process, every `chatcore_every` steps (eval.chatcore makes one). Raises InputError for a mixture,
     model or batch size with which this cannot work.
     """
-    record, output = begin(config), Path(output)
-    processes()
-    with main_first(f"loading {model}"):
+    record, output = start_record(config), Path(output)
+    partial_state()
+    with main_process_first(f"loading {model}"):
         tokenizer = load_tokenizer(model)
         network = load_chat_model(model, config, tokenizer)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
     steps, unit = 1, length if config.packing else 1
     if config.total_batch_size > 0:
         config, steps = split_step(config, "total_batch_size", config.total_batch_size, unit)
-    rows, made = prepare(config, config.mixture, tokenizer, length, output / "state" / "rows")
+    rows, made = build_packed_dataset(config, config.mixture, tokenizer, length, output / "state" / "rows")
     held_out = None
     if config.validation:
         if both := shared(config.mixture, config.validation):
-            say(f"mixture and validation both take rows of {listed(both)}: its validation loss is of rows trained on")
-        held_out, held = prepare(config, config.validation, tokenizer, length, output / "state" / "validation")
-    together = config.device_batch_size * processes().num_processes
-    rows = filled(rows, together * steps, tokenizer.pad_token_id)
-    held_out = filled(held_out, together, tokenizer.pad_token_id) if held_out else None
+            log(f"mixture and validation both take rows of {listed(both)}: its validation loss is of rows trained on")
+        held_out, held = build_packed_dataset(
+            config, config.validation, tokenizer, length, output / "state" / "validation"
+        )
+    together = config.device_batch_size * partial_state().num_processes
+    rows = pad_to_multiple(rows, together * steps, tokenizer.pad_token_id)
+    held_out = pad_to_multiple(held_out, together, tokenizer.pad_token_id) if held_out else None
     trainer = ChatTrainer(
         model=network,
         args=SFTConfig(
@@ -265,7 +277,7 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        data_collator=Rows(tokenizer.pad_token_id, length if config.packing else None),
+        data_collator=PackedCollator(tokenizer.pad_token_id, length if config.packing else None),
         peft_config=lora(config),
         stage=config,
         momenta=Path(model) / "optimizer.pt" if config.load_optimizer else None,
@@ -275,12 +287,12 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     else:
         trainer.chatcore = chatcore
     most = max(len(n) for part in (rows, held_out) if part for n in part["seq_lengths"]) if config.packing else 1
-    trainer.fuse(config.device_batch_size * (most + 1))  # and one for a row's padding
+    trainer.use_fused_forward(config.device_batch_size * (most + 1))  # and one for a row's padding
     inputs = {"model": model_fingerprint(model) or model, "data": made.pop("content")}
     if held_out:
         inputs["validation data"] = held["content"]
     if trainer.momenta and trainer.momenta.exists():
         inputs["optimizer"] = sha256(trainer.momenta)
-    history = fit(trainer, output, inputs)
+    history = train_with_resume(trainer, output, inputs)
     val_loss = trainer.evaluate()["eval_loss"] if held_out else None
-    conclude(trainer, tokenizer, output, record, inputs, **made, history=history, val_loss=val_loss)
+    save_stage(trainer, tokenizer, output, record, inputs, **made, history=history, val_loss=val_loss)

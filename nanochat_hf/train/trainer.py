@@ -2,8 +2,8 @@
 
 `StageTrainer` stands before one of TRL's trainers (`class ChatTrainer(StageTrainer, SFTTrainer)`) and changes four
 things: Muon + AdamW by role, their rates and Muon's momentum by `schedule.Schedule`, checkpoints that a killed stage
-finds again (with each rank's own optimizer state), and one progress bar in place of printed dicts. `fit` trains,
-resumes and returns the log; `conclude` writes the folder that the next stage loads.
+finds again (with each rank's own optimizer state), and one progress bar in place of printed dicts.
+`train_with_resume` trains, resumes and returns the log; `save_stage` writes the folder that the next stage loads.
 """
 
 import math
@@ -26,19 +26,19 @@ from transformers import (
 )
 
 from .. import tool_loop
-from ..distributed import main_first, meet, on_cpu, processes
+from ..distributed import main_process_first, monitored_barrier, on_cpu, partial_state
 from ..errors import InputError
 from ..optim.muon_adamw import MuonAdamW, deepspeed_optimizer, param_groups
-from ..optim.scaling import RECIPES, optimizer_groups
+from ..optim.scaling import DEFAULTS, optimizer_groups
 from ..optim.schedule import Schedule
-from ..run import finish, load_json, model_fingerprint, save_json, without_nan, writing
+from ..run import load_json, model_fingerprint, save_json, without_nan, write_metrics, writing
 from .checkpoint import (
     COMPLETE,
     MEASURED,
     SKIPPED,
     all_checkpoints,
     complete_checkpoints,
-    load_momenta,
+    load_optimizer_state,
     merged,
     missing_file,
     newest_intact,
@@ -53,7 +53,7 @@ from .checkpoint import (
     superseded,
     write_manifest,
 )
-from .runtime import fetch, listening, shard_on_cpu, share_out
+from .runtime import copy_to_host_async, graceful_shutdown, shard_on_cpu, split_global_batch
 
 MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to")  # keys, at a stop
 SAME = ("grad_norm", "time", "tokens_per_second", "chatcore", "reward", "reward_std", "entropy", "tool_use")
@@ -111,7 +111,7 @@ class StageConfig:
     """Where TRL reports to: none, trackio, wandb, tensorboard."""
 
 
-def outside_results(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def tool_result_mask(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """1 for each token that a speaker chose, 0 for those of a tool's result, its marks included."""
     opens, closes = tokenizer.convert_tokens_to_ids(["<|output_start|>", "<|output_end|>"])
     inside, mask = False, []
@@ -127,8 +127,8 @@ def split_step(config: StageConfig, name: str, total: int, unit: int = 1) -> tup
 
     Raises InputError, which calls the total `name`, when it cannot be shared out (`device.share_out`).
     """
-    state = processes()
-    rows, steps = share_out(name, total, unit, config.device_batch_size, state.num_processes, state.print)
+    state = partial_state()
+    rows, steps = split_global_batch(name, total, unit, config.device_batch_size, state.num_processes, state.print)
     return replace(config, device_batch_size=rows), steps
 
 
@@ -206,13 +206,13 @@ class StageTrainer:
         names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")
         named = {name: value for name in names if (value := getattr(self.stage, name)) is not None}
         shape = self.model.config
-        groups = optimizer_groups(replace(RECIPES[shape.generation], **named), shape.generation, shape.hidden_size)
+        groups = optimizer_groups(replace(DEFAULTS[shape.generation], **named), shape.generation, shape.hidden_size)
         groups = {role: {**group, "lr": group["lr"] * self.stage.init_lr_frac} for role, group in groups.items()}
         return {**groups, "lora": {**groups["head"], "lr": self.stage.adamw_lr, "betas": (0.9, 0.99)}}
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
-            stage, recipe = self.stage, RECIPES[self.model.config.generation]
+            stage, recipe = self.stage, DEFAULTS[self.model.config.generation]
             self.schedule = schedule = Schedule(
                 num_training_steps,
                 warmup_steps=math.ceil(stage.warmup_ratio * num_training_steps),
@@ -238,7 +238,7 @@ class StageTrainer:
             finite = (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite()
             self.all_finite = finite if self.all_finite is None else finite & self.all_finite
             inner.gate = self.all_finite.float()
-            self.unread.append((self.state.global_step + 1, fetch(self.all_finite[None].float())))
+            self.unread.append((self.state.global_step + 1, copy_to_host_async(self.all_finite[None].float())))
         return norm
 
     def check_finite(self, lag: int = 0) -> None:
@@ -320,7 +320,7 @@ class StageTrainer:
                 self.save_checkpoint()
             raise
         restore_random_state(before)
-        meet("the end of an evaluation")
+        monitored_barrier("the end of an evaluation")
         folder = self.checkpoint_folder()
         if self.is_world_process_zero() and (folder / COMPLETE).exists():
             save_json(folder / MEASURED, {"log": self.state.log_history})
@@ -361,7 +361,9 @@ class StageCallback(TrainerCallback):
         elif state.global_step == 0 and self.trainer.momenta and self.trainer.momenta.exists():
             inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper is around it
             if isinstance(inner, MuonAdamW) and self.trainer.stage.lora_rank <= 0:
-                load_momenta(self.trainer.momenta, self.trainer.accelerator.unwrap_model(self.trainer.model), inner)
+                load_optimizer_state(
+                    self.trainer.momenta, self.trainer.accelerator.unwrap_model(self.trainer.model), inner
+                )
         state.compute_steps(args, state.max_steps)  # a resume would go on with the intervals of the checkpoint
         self.begun_at = step = state.global_step
         if self.trainer.resumed_log:
@@ -403,7 +405,7 @@ class StageCallback(TrainerCallback):
         if sharded(self.trainer):
             with writing(folder):
                 torch.save(optimizer.state_dict(), folder / f"optimizer-{args.process_index}.pt")
-        meet(f"{folder.name} of {folder.parent.parent.name}")
+        monitored_barrier(f"{folder.name} of {folder.parent.parent.name}")
         if state.is_world_process_zero:
             write_manifest(folder, COMPLETE)
             for old in superseded(complete_checkpoints(folder.parent), self.trainer.stage.keep_checkpoints):
@@ -419,7 +421,7 @@ def sharded(trainer: StageTrainer) -> bool:
     return trainer.args.world_size > 1 and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
 
 
-def fit(trainer: StageTrainer, output: Path, inputs: dict[str, str | None]) -> list[dict]:
+def train_with_resume(trainer: StageTrainer, output: Path, inputs: dict[str, str | None]) -> list[dict]:
     """Train, from the last complete checkpoint in output/state if there is one; returns the rows of `history`.
 
     Args:
@@ -437,7 +439,7 @@ def fit(trainer: StageTrainer, output: Path, inputs: dict[str, str | None]) -> l
     checkpoint = newest_intact(complete_checkpoints(state), COMPLETE, trainer.accelerator.print)
     if checkpoint and (name := missing_file(checkpoint)):
         raise InputError(f"{checkpoint / name} is missing: bring it back, or delete {checkpoint} to do without it")
-    with main_first("preparing the checkpoints' folder") as main:
+    with main_process_first("preparing the checkpoints' folder") as main:
         if checkpoint:
             refuse_change(state, settings, trainer.accelerator.print)
         if main:
@@ -458,7 +460,7 @@ def fit(trainer: StageTrainer, output: Path, inputs: dict[str, str | None]) -> l
     prepared = trainer.accelerator._models
     prepared[:] = [model for model in prepared if model is not trainer.model]
     trainer.model._is_accelerate_prepared = False
-    with listening(trainer.on_signal) if args.world_size == 1 else nullcontext():
+    with graceful_shutdown(trainer.on_signal) if args.world_size == 1 else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.signal and trainer.state.global_step < trainer.state.max_steps:
         trainer.accelerator.print(f"stopped by a signal after step {trainer.state.global_step}; run again to resume")
@@ -478,12 +480,12 @@ def history(trainer: StageTrainer) -> list[dict]:
     return list(rows.values())
 
 
-def conclude(
+def save_stage(
     trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output: Path, record: dict, inputs: dict, **numbers
 ) -> None:
     """Make `output` a folder for from_pretrained (adapters merged in, with the tool loop and metrics.json), without
     what a resume would have needed. All ranks call it."""
-    meet("the end of training")
+    monitored_barrier("the end of training")
     if trainer.is_world_process_zero():
         tool_loop.ship(output)
     if trainer.is_deepspeed_enabled:
@@ -496,5 +498,5 @@ def conclude(
         speed = trainer.step_tokens / trainer.step_seconds if trainer.step_seconds else (speeds or [None])[-1]
         record |= {"earlier_wall_time_s": trainer.earlier, "weights": model_fingerprint(output), "inputs": inputs}
         record["skipped_steps"] = trainer.skipped
-        finish(output, record, tokens_per_second=speed, **numbers)
+        write_metrics(output, record, tokens_per_second=speed, **numbers)
         shutil.rmtree(output / "state", ignore_errors=True)
