@@ -31,7 +31,7 @@ D12 = plan(12, 32768, total_batch_size=131_072, num_iterations=500)
 
 def choose(wanted, fits=None, world=1):
     said = []
-    return choose_micro_batch_size(D12, wanted, CPU, world, torch.float32, micro_batch_fits, said.append), said
+    return choose_micro_batch_size(D12, wanted, CPU, world, torch.float32, fits, said.append), said
 
 
 def test_given_rows_are_taken_and_nothing_is_said():
@@ -131,7 +131,7 @@ def test_the_collector_works_again_afterwards():
 def test_a_job_launched_with_zero_shards_by_fsdp2_and_is_deepspeeds_again_afterwards(stage, monkeypatch):
     said = []
     job = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=2, print=said.append)
-    monkeypatch.setattr(device, "processes", lambda: job)
+    monkeypatch.setattr(device, "partial_state", lambda: job)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)

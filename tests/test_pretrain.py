@@ -371,7 +371,7 @@ def test_the_first_generation_trains_too(world, tmp_path):
 
 
 def test_nothing_of_a_stage_is_left_for_the_next(world, tmp_path, monkeypatch):
-    made, real = [], module.new_model
+    made, real = [], module.build_model
     monkeypatch.setattr(module, "build_model", lambda *a: made.append(weakref.ref(m := real(*a))) or m)
     run(world, tmp_path, num_iterations=1)
     reset_accelerate_state()

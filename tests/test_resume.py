@@ -130,7 +130,7 @@ def test_a_stop_anywhere_changes_nothing(train, tmp_path, monkeypatch, stage, pl
             "evaluation after the last step": (TRAINERS[stage], "evaluate", after(4)),
             "evaluation on the way": (TRAINERS[stage], "evaluate", after(2)),
             "model folder": (trainer, "save_model", lambda *_: True),  # custom_generate is there by then
-            "metrics": (trainer, "finish", lambda *_: True),
+            "metrics": (trainer, "write_metrics", lambda *_: True),
         }[place]
         fail(patch, owner, name, KeyboardInterrupt(), when)
         with pytest.raises(KeyboardInterrupt):

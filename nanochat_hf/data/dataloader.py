@@ -4,7 +4,7 @@ Row by row, the longest waiting document that still fits is taken; when none fit
 row. So every token can attend to a bos and every position is trained on. karpathy/nanochat's loader, whose algorithm
 this is, pays with the cropped tails; here a tail may wait with the others, as a document with a bos of its own, so
 that no token is lost. The shortest is the one to crop then too: it leaves the shortest tails, and so the most text
-that is read from its beginning (measured in recipes/LOG.md). Pure: arrays in, arrays out; `loader.py` feeds it.
+that is read from its beginning (docs/experiments/data.md).
 
 Batches of packed rows for pretraining, made in background threads, with a position that is exact.
 
