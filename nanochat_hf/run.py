@@ -226,6 +226,33 @@ class _Parser(TrlParser):
         raise InputError(message)
 
 
+KEY_ALIASES = {  # keys of recipes, flags and finished runs from before December 2026 -> those of today
+    "assistant_only": "assistant_only_loss",
+    "lora_rank": "lora_r",
+    "adamw_lr": "lora_lr",
+    "test_rows": "num_eval_pairs",
+    "bad_rows": "on_bad_example",
+    "limit": "max_per_task",
+    "core_limit": "core_max_per_task",
+    "max_spike": "max_loss_spike",
+    "opt_in": "enabled",
+}
+VALUE_ALIASES = {  # the same of values, by their old key
+    "bad_rows": {"refuse": "error"},
+    "opt_in": {True: False, False: True, "true": "false", "false": "true"},
+}
+
+
+def renamed_keys(values: dict) -> dict:
+    """The values of a stage's config, old keys and old values given the names of today."""
+    return {
+        KEY_ALIASES.get(key, key): VALUE_ALIASES.get(key, {}).get(value, value)
+        if isinstance(value, str | bool)
+        else value
+        for key, value in values.items()
+    }
+
+
 def parse_config(cls, path: str | Path, overrides: dict[str, str] | None = None):
     """Read a stage's flat YAML into its dataclass `cls`; `overrides` (key -> text, as typed) win over the file."""
     overrides = overrides or {}
@@ -237,6 +264,7 @@ def parse_config(cls, path: str | Path, overrides: dict[str, str] | None = None)
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} must be a mapping of keys to values")
+    values, overrides = renamed_keys(values), renamed_keys(overrides)
     known = [field.name for field in dataclasses.fields(cls)]
     for key in [*values, *overrides]:
         if key not in known:

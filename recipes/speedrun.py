@@ -29,7 +29,7 @@ from nanochat_hf.eval.report import make_report
 from nanochat_hf.eval.sections import MODEL_STAGES
 from nanochat_hf.eval.weights import origin, renewal, replaced
 from nanochat_hf.hub.push import checkpoint_pusher
-from nanochat_hf.run import STAGES, Run, guarded, load_json, nearest, parse_config
+from nanochat_hf.run import STAGES, Run, guarded, load_json, nearest, parse_config, renamed_keys
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.train.grpo import RLConfig, train_rl
 from nanochat_hf.train.pretrain import PretrainConfig, pretrain
@@ -66,7 +66,7 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
             raise InputError(f"recipe {recipe.name} has no stage {stage!r}; {nearest(stage, [*present, 'report'])}")
     configs = {stage: parse_config(CONFIGS[stage], recipe / f"{stage}.yaml", typed[stage]) for stage in present}
     # RL is the one stage that a recipe may carry without running it: it costs much and gains little on small budgets.
-    chosen = stages or [*(stage for stage in present if not getattr(configs[stage], "opt_in", False)), "report"]
+    chosen = stages or [*(stage for stage in present if getattr(configs[stage], "enabled", True)), "report"]
     return [stage for stage in STAGES if stage in chosen], configs
 
 
@@ -91,7 +91,7 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
             raise InputError(
                 f"{run.folder(stage)} is finished but was made before {redone!r}, which runs again; delete it"
             )
-        now, before = vars(configs[stage]), metrics.get("config") or {}
+        now, before = vars(configs[stage]), renamed_keys(metrics.get("config") or {})
         changed = {key: (old, now.get(key)) for key, old in before.items() if now.get(key) != old}
         if changed:
             words = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in list(changed.items())[:3])

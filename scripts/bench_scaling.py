@@ -178,7 +178,7 @@ def config_of(options, depth: int, gpus: int, precision: str, rows: int, accumul
     return replace(
         config, dataset=dataset, device_batch_size=rows, total_batch_size=together * accumulation,
         num_iterations=options.warmup + options.steps + 1, fp8=precision == "fp8", eval_every=0, core_metric_every=-1,
-        save_every=-1, max_spike=0.0, report_to="none",
+        save_every=-1, max_loss_spike=0.0, report_to="none",
     )  # fmt: skip
 
 

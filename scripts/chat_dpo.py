@@ -1,6 +1,6 @@
 """Preference training (DPO) of the newest chat model of RUN_DIR, into RUN_DIR/dpo; run again to resume. Optional.
 
-accelerate launch scripts/chat_dpo.py --config recipes/d12/dpo.yaml --run-dir runs/d12 [--lora_rank 16 ...]
+accelerate launch scripts/chat_dpo.py --config recipes/d12/dpo.yaml --run-dir runs/d12 [--lora_r 16 ...]
 python scripts/chat_dpo.py --config recipes/d12/dpo.yaml --run-dir runs/d12 --dataset pairs.jsonl
 """
 

@@ -4,7 +4,7 @@
     accelerate launch scripts/run_evals.py --config recipes/d24/eval.yaml --run-dir runs/d24 --stages sft,rl
     python scripts/run_evals.py --config recipes/d12/eval.yaml --run-dir runs/gpt2 --model openai-community/gpt2
 
-`--key value` overrides a key of the YAML, for example `--core_bundle ~/eval_bundle --core_limit 100`.
+`--key value` overrides a key of the YAML, for example `--core_bundle ~/eval_bundle --core_max_per_task 100`.
 """
 
 from nanochat_hf.errors import InputError

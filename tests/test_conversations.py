@@ -44,7 +44,7 @@ def test_bad_rows_are_skipped_and_counted_with_number_and_reason(tmp_path):
 def test_bad_rows_can_be_refused(tmp_path):
     path = write(tmp_path / "chat.jsonl", [chat("a", "b"), chat("a", "")])
     with pytest.raises(InputError, match=r"row 1 of .*message 2 is empty"):
-        list(Mixture([{"dataset": path}], bad_rows="refuse"))
+        list(Mixture([{"dataset": path}], on_bad_example="error"))
 
 
 def test_a_trainer_can_report_a_row_that_is_too_long(tmp_path):

@@ -107,7 +107,7 @@ def test_questions_that_cannot_be_used_are_named_and_skipped_or_refused(tokenize
     reasons = {row["row"]: row["reason"] for row in skipped}
     assert reasons.keys() == {1, 2} and "100 leave room" in reasons[1] and "####" in reasons[2]
     with pytest.raises(InputError, match=r"row [12] of .* cannot be used"):
-        questions(config(dataset=made.dataset, bad_rows="refuse"), "train", tokenizer, 100)
+        questions(config(dataset=made.dataset, on_bad_example="error"), "train", tokenizer, 100)
     with pytest.raises(InputError, match="no question of at most 3 tokens"):
         questions(made, "train", tokenizer, 3)
 
@@ -193,7 +193,7 @@ def test_answers_come_from_the_adapters_too(tiny_model, tokenizer, engine):
     tiny_model.lm_head.weight.data.normal_()
     prompts = [[{"role": "user", "content": f"What is {number} + 3?"}] for number in (2, 41)]
     plain = rollout(engine, config(temperature=0.0), tokenizer)(prompts, stub(tiny_model))
-    model = get_peft_model(tiny_model, lora(config(lora_rank=4)))
+    model = get_peft_model(tiny_model, lora(config(lora_r=4)))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.5)

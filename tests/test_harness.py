@@ -32,7 +32,7 @@ def run(tmp_path, tiny_model, tokenizer):
 
 
 def config(**keys):
-    return EvalConfig(**{"limit": ASKED, "bpb_tokens": 512, "max_new_tokens": 8, "batch_size": 8, **keys})
+    return EvalConfig(**{"max_per_task": ASKED, "bpb_tokens": 512, "max_new_tokens": 8, "batch_size": 8, **keys})
 
 
 def models(run):
@@ -186,9 +186,9 @@ def test_a_finished_evaluation_is_taken_over_for_the_stages_that_did_not_change(
     assert sorted(path.name for path in (run / "eval" / "samples").iterdir()) == [
         "sft"
     ]  # none of a stage that is gone
-    evaluate(config(**SPELLING, limit=7), models(run), run / "eval", engine=Knower, keep_unchanged=True)
+    evaluate(config(**SPELLING, max_per_task=7), models(run), run / "eval", engine=Knower, keep_unchanged=True)
     assert loads.look() == ["base", "sft"]
-    evaluate(config(**SPELLING, limit=7), models(run), run / "eval", engine=Knower)  # by the script: all of it
+    evaluate(config(**SPELLING, max_per_task=7), models(run), run / "eval", engine=Knower)  # by the script: all of it
     assert loads.look() == ["base", "sft"]
 
 
@@ -248,7 +248,7 @@ def test_data_of_the_chat_tasks_is_read_below_the_home_folder(run, monkeypatch):
     monkeypatch.setenv("HOME", str(run))
     (run / "data").mkdir()
     (run / "data" / "gsm8k_test.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
-    keys = {"dataset": None, "tasks": ["nanochat_gsm8k"], "chat_data": "~/data", "limit": 1}
+    keys = {"dataset": None, "tasks": ["nanochat_gsm8k"], "chat_data": "~/data", "max_per_task": 1}
     assert evaluate(config(**keys), {"sft": str(run / "sft")}, run / "eval")["results"]["sft"]
 
 
@@ -320,7 +320,7 @@ def test_core_while_training_is_a_number(tiny_model, tokenizer, tmp_path):
         ({"chat_data": "/nowhere"}, "no folder /nowhere"),
         ({"num_samples": 2}, "needs a temperature"),
         ({"dtype": "float12"}, "float12"),
-        ({"limit": 0}, "limit is 0"),
+        ({"max_per_task": 0}, "max_per_task is 0"),
         ({"tasks": ["nanochat_mmlu"]}, "no file mmlu_test.jsonl"),
     ],
 )
@@ -365,8 +365,9 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes_or_batch_sizes(run
     program.write_text(
         "import sys\nfrom pathlib import Path\nimport nanochat_hf\n"
         "from nanochat_hf.eval.harness import EvalConfig, evaluate\n"
-        "config = EvalConfig(limit=7, bpb_tokens=4096, batch_tokens=int(sys.argv[4]), batch_size=int(sys.argv[5]),\n"
-        "                    max_new_tokens=8, core_limit=9, core_bundle=sys.argv[2],\n"
+        "config = EvalConfig(max_per_task=7, bpb_tokens=4096, batch_tokens=int(sys.argv[4]),\n"
+        "                    batch_size=int(sys.argv[5]),\n"
+        "                    max_new_tokens=8, core_max_per_task=9, core_bundle=sys.argv[2],\n"
         "                    tasks=['nanochat_demo_counting', 'nanochat_demo_facts'])\n"
         "evaluate(config, {stage: f'{sys.argv[1]}/{stage}' for stage in ('base', 'sft')}, Path(sys.argv[3]))\n"
     )

@@ -91,7 +91,7 @@ def test_a_korean_personality_speaks_korean():
 
 @pytest.mark.parametrize("name", ["identity", "identity-ko"])
 def test_the_personalities_of_the_recipes_are_mixed_in_by_one_line(name):
-    rows = list(Mixture([{"dataset": str(ROOT / "recipes" / f"{name}.yaml"), "epochs": 2}], bad_rows="refuse"))
+    rows = list(Mixture([{"dataset": str(ROOT / "recipes" / f"{name}.yaml"), "epochs": 2}], on_bad_example="error"))
     assert len(rows) == 2000
 
 
@@ -211,7 +211,7 @@ def test_the_script_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_na
     url = f"http://127.0.0.1:{server.server_port}"
     make_identity("--facts", tmp_path / "me.yaml", "--output", tmp_path / "me.jsonl", "--rows", 12, "--endpoint", url)
     server.shutdown()
-    rows = list(Mixture([{"dataset": str(tmp_path / "me.jsonl")}], bad_rows="refuse"))
+    rows = list(Mixture([{"dataset": str(tmp_path / "me.jsonl")}], on_bad_example="error"))
     assert len(rows) == 12 and "12 conversations of Ophelia" in (out := capsys.readouterr().out)
     assert re.search(r"left out \d: no JSON list", out)
     system, order = FakeModel.asked[0]

@@ -28,7 +28,13 @@ def config(tmp_path) -> DPOStageConfig:
     rows = [{"prompt": [row], "chosen": said("yes"), "rejected": said("no")} for row in rows]
     rows.append({"prompt": rows[0]["prompt"], "chosen": said("word " * 200), "rejected": said("no")})
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    keys = {"examples_per_step": 8, "device_batch_size": 8, "test_rows": 8, "num_iterations": 6, "init_lr_frac": 0.1}
+    keys = {
+        "examples_per_step": 8,
+        "device_batch_size": 8,
+        "num_eval_pairs": 8,
+        "num_iterations": 6,
+        "init_lr_frac": 0.1,
+    }
     return DPOStageConfig(dataset=str(tmp_path / "pairs.jsonl"), **keys)
 
 
@@ -38,7 +44,7 @@ def test_pairs_that_cannot_be_used_are_named_and_some_are_held_out(config, token
     questions = [{row["prompt"][0]["content"] for row in part} for part in (train, test)]
     assert not questions[0] & questions[1]
     assert [row["row"] for row in skipped] == [40] and "a row holds 64" in skipped[0]["reason"]
-    config.bad_rows = "refuse"
+    config.on_bad_example = "error"
     with pytest.raises(InputError, match=r"row 40 of .* cannot be used: \d+ tokens"):
         pairs(config, tokenizer, 64)
 
@@ -96,7 +102,7 @@ def test_conversations_may_begin_with_their_prompt(tokenizer):
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_better_answer_becomes_likelier(tiny_folder, config, tmp_path, rank):
-    config.lora_rank, config.adamw_lr, config.init_lr_frac = rank, 0.02, 1.0 if rank else 0.1
+    config.lora_r, config.lora_lr, config.init_lr_frac = rank, 0.02, 1.0 if rank else 0.1
     train_preference(config, tiny_folder, tmp_path / "dpo")
     metrics = load_json(tmp_path / "dpo" / "metrics.json")
     assert metrics["before"]["margin"] == 0 and metrics["before"]["loss"] == pytest.approx(0.693, abs=1e-3)
@@ -107,7 +113,7 @@ def test_the_better_answer_becomes_likelier(tiny_folder, config, tmp_path, rank)
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 4])
 def test_two_processes_learn_what_one_does(tiny_folder, config, tmp_path, rank):
-    config.lora_rank, config.device_batch_size = rank, 4
+    config.lora_r, config.device_batch_size = rank, 4
     for number, launch_file in ((1, ""), (2, "multi_gpu")):
         job = {"do": "dpo", "model": tiny_folder, "output": tmp_path / str(number), **asdict(config)}
         assert launch(number, launch_file, [job]).returncode == 0
@@ -143,7 +149,7 @@ def test_either_answer_of_a_pair_that_cannot_be_used_makes_it_a_bad_row(tokenize
 
 def test_the_recipe_is_read_by_the_parser_of_real_runs(tmp_path):
     text = (Path(__file__).parent.parent / "recipes" / "d12" / "dpo.yaml").read_text()
-    keys = {"examples_per_step": 48, "beta": 0.25, "test_rows": 7}
+    keys = {"examples_per_step": 48, "beta": 0.25, "num_eval_pairs": 7}
     lines = [line for line in text.splitlines() if line.partition(":")[0] not in keys]
     (tmp_path / "dpo.yaml").write_text("\n".join([*lines, *(f"{key}: {value}" for key, value in keys.items())]))
     config = parse_config(DPOStageConfig, tmp_path / "dpo.yaml", {"save_every": "9"})

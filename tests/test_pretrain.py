@@ -228,14 +228,14 @@ def test_a_spike_stops_before_the_weights_and_a_rerun_skips_its_rows(world, tmp_
     real, saved = module.to_device, []
     for call, name in ((35, "step_000035"), (0, "step_000035.1")):  # the second knows from the first what is usual
         garbage_at(call)
-        message = r"step 35: loss .* after a median of .*rows 280 to 288.*max_spike=0"
+        message = r"step 35: loss .* after a median of .*rows 280 to 288.*max_loss_spike=0"
         with pytest.raises(FloatingPointError, match=message):
             run(world, tmp_path, num_iterations=40)
         assert [path.name for path in (tmp_path / "state").iterdir()] == [name]
         saved.append(torch.load(tmp_path / "state" / name / "model.pt"))
     assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
     garbage_at(0)
-    assert run(world, tmp_path, num_iterations=40, max_spike=0)["history"][-1]["step"] == 40
+    assert run(world, tmp_path, num_iterations=40, max_loss_spike=0)["history"][-1]["step"] == 40
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(straight, world, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ KEYS = (
     "target_param_data_ratio device_batch_size total_batch_size embedding_lr unembedding_lr matrix_lr scalar_lr "
     "weight_decay warmup_steps warmdown_ratio final_lr_frac eval_every eval_tokens core_metric_every "
     "core_metric_max_per_task sample_every save_every keep_checkpoints save_optimizer push_every fp8 dataset "
-    "skip_bad_files seed compile attn_implementation max_spike log_every report_to"
+    "skip_bad_files seed compile attn_implementation max_loss_spike log_every report_to"
 )
 
 

@@ -46,7 +46,13 @@ def train(tiny_folder, tmp_path):
         for i in range(24)
     ]
     pairs = write_rows(tmp_path / "pairs.jsonl", rows)
-    keys = {"dataset": str(pairs), "examples_per_step": 4, "device_batch_size": 4, "test_rows": 8, "num_iterations": 4}
+    keys = {
+        "dataset": str(pairs),
+        "examples_per_step": 4,
+        "device_batch_size": 4,
+        "num_eval_pairs": 8,
+        "num_iterations": 4,
+    }
     dpo = DPOStageConfig(**keys, save_every=2, eval_every=2)
 
     def train(stage: str, output: Path, model: Path = tiny_folder, **changes) -> None:
@@ -303,9 +309,9 @@ CHANGES = {
     "mixture": {"mixture": [{"dataset": "primer", "rows": 30}]},
     "order": {"seed": 1},
     "length": {"max_seq_len": 64},
-    "mask": {"assistant_only": False},
+    "mask": {"assistant_only_loss": False},
     "packing": {"packing": False},
-    "bad rows": {"bad_rows": "refuse"},
+    "bad rows": {"on_bad_example": "error"},
 }
 
 
@@ -475,7 +481,7 @@ def test_a_step_that_is_not_finite_stops_the_stage_with_the_weights_before_it(
                     parameter.grad.fill_(float("nan"))
         return loss
 
-    keys = {"lora_rank": rank, "save_every": -1, "eval_every": -1}
+    keys = {"lora_r": rank, "save_every": -1, "eval_every": -1}
     with monkeypatch.context() as patch:
         patch.setattr(TRAINERS[stage], "training_step", step)
         with pytest.raises(

@@ -11,6 +11,7 @@ import torch
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import (
+    KEY_ALIASES,
     Run,
     guarded,
     load_json,
@@ -159,3 +160,16 @@ def test_a_models_fingerprint_follows_its_weights_and_its_tokenizer_but_not_its_
         (tmp_path / name).write_bytes(content)
         seen.add(model_fingerprint(tmp_path))
     assert len(seen) == 4
+
+
+def test_keys_and_values_from_before_their_renaming_mean_the_same(tmp_path):
+    @dataclass
+    class Config:
+        on_bad_example: str = "skip"
+        enabled: bool = True
+        max_per_task: int = 0
+
+    (tmp_path / "old.yaml").write_text("bad_rows: refuse\nopt_in: true\nlimit: 5\n")
+    assert parse_config(Config, tmp_path / "old.yaml") == Config("error", False, 5)
+    assert parse_config(Config, tmp_path / "old.yaml", {"opt_in": "false", "limit": "7"}) == Config("error", True, 7)
+    assert not set(KEY_ALIASES.values()) & set(KEY_ALIASES)

@@ -38,7 +38,7 @@ def learned(tokenizer, encoded) -> str:
 
 
 def test_sft_learns_what_the_assistant_says_and_not_what_the_tool_answers(tokenizer):
-    encoded = encode(tokenizer, [CHAT], assistant_only=True)
+    encoded = encode(tokenizer, [CHAT], assistant_only_loss=True)
     expected = "<|python_start|>2+3<|python_end|>2 + 3 = 5<|assistant_end|>"
     assert learned(tokenizer, encoded) == expected
     with_words = [CHAT[0], {**CHAT[1], "content": "So 😊"}, {**CHAT[2], "content": "좋"}, {**CHAT[3], "content": "é"}]
@@ -49,7 +49,7 @@ def test_sft_learns_what_the_assistant_says_and_not_what_the_tool_answers(tokeni
 
 
 def test_mid_training_learns_every_token_but_the_first_and_the_tools(tokenizer):
-    encoded = encode(tokenizer, [CHAT], assistant_only=False)
+    encoded = encode(tokenizer, [CHAT], assistant_only_loss=False)
     text = tokenizer.decode(encoded["input_ids"][0])
     expected = text.replace("<|output_start|>5<|output_end|>", "").removeprefix("<|bos|>")
     assert learned(tokenizer, encoded) == expected and "What is 2 + 3?" in expected
@@ -67,13 +67,13 @@ def test_all_bytes_of_a_last_character_are_learned_whatever_the_folders_template
     chat = [{"role": "user", "content": reply}, {"role": "assistant", "content": reply}]
     for template in (tokenizer.chat_template, older):
         tokenizer.chat_template = template
-        encoded = encode(tokenizer, [chat + chat], assistant_only=True)
+        encoded = encode(tokenizer, [chat + chat], assistant_only_loss=True)
         assert learned(tokenizer, encoded) == f"{reply}<|assistant_end|>" * 2
 
 
 def test_labels_stand_under_their_own_tokens(tokenizer):
     for only in (True, False):
-        encoded = encode(tokenizer, [CHAT, CHAT[:1] + CHAT[3:]], assistant_only=only)
+        encoded = encode(tokenizer, [CHAT, CHAT[:1] + CHAT[3:]], assistant_only_loss=only)
         for ids, labels in zip(encoded["input_ids"], encoded["labels"], strict=True):
             assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True)) and labels[0] == -100
 
@@ -116,7 +116,7 @@ def test_conversations_that_do_not_fit_are_counted_with_row_and_reason(tokenizer
     reasons = {row["row"]: row["reason"] for row in made["skipped_rows"]}
     assert reasons.keys() == {1, 2} and "a row holds 64" in reasons[1] and "no messages" in reasons[2]
     with pytest.raises(InputError, match="cannot be used"):
-        build_packed_dataset(config(bad_rows="refuse"), entries, tokenizer, 64, tmp_path / "refused")
+        build_packed_dataset(config(on_bad_example="error"), entries, tokenizer, 64, tmp_path / "refused")
     with pytest.raises(InputError, match="no conversation of the mixture fits"):
         build_packed_dataset(config(), entries, tokenizer, 8, tmp_path / "short")
     exact = made["tokens"]  # a row holds a conversation of exactly its length
@@ -151,7 +151,7 @@ def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path):
 
 
 def test_mid_training_then_sft_in_one_process(tiny_folder, tmp_path):
-    train_chat(config(assistant_only=False, warmdown_ratio=0.2), tiny_folder, tmp_path / "mid")
+    train_chat(config(assistant_only_loss=False, warmdown_ratio=0.2), tiny_folder, tmp_path / "mid")
     train_chat(config(packing=False), str(tmp_path / "mid"), tmp_path / "sft")
     first, last = (
         load_json(tmp_path / stage / "metrics.json")["history"][i] for stage, i in (("mid", -1), ("sft", 0))
@@ -171,7 +171,7 @@ def test_one_batch_of_eight_trains_like_eight_batches_of_one(tiny_folder, tmp_pa
 
 
 def test_lora_trains_adapters_only_and_leaves_a_plain_model(tiny_folder, tmp_path):
-    train_chat(config(lora_rank=4), tiny_folder, tmp_path / "sft")
+    train_chat(config(lora_r=4), tiny_folder, tmp_path / "sft")
     before, after = weights(tiny_folder), weights(tmp_path / "sft")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     kinds = {name.split(".")[-2] for name in changed}
@@ -181,7 +181,7 @@ def test_lora_trains_adapters_only_and_leaves_a_plain_model(tiny_folder, tmp_pat
 def test_lora_runs_in_the_dtype_of_the_device_over_float32_weights(tiny_folder, tmp_path, monkeypatch):
     """peft calls the matrices itself: on a GPU their inputs are bfloat16 and their weights are not."""
     monkeypatch.setattr(network, "compute_dtype", lambda device: torch.bfloat16)
-    train_chat(config(lora_rank=4), tiny_folder, tmp_path / "sft")
+    train_chat(config(lora_r=4), tiny_folder, tmp_path / "sft")
     after, before = weights(tmp_path / "sft"), weights(tiny_folder)
     assert all(value.dtype == torch.float32 for value in after.values())
     name = "model.layers.0.mlp.fc1.weight"

@@ -18,7 +18,7 @@ or `primer` (of some kinds only: `primer:fact+talk`). `split` is "train" unless 
 that are named after it (data/splits.py), of one file all rows, if its name says the split or it is a "train", and of
 words one in twenty is "test". `rows` takes so many, in an order drawn from the seed; `epochs` (1; 0.5 will do) passes
 over all. Rows are read when their turn comes. A row that is no conversation is skipped, and counted with its number
-and the reason; bad_rows="refuse" stops the run, and so does an entry without a usable row.
+and the reason; on_bad_example="error" stops the run, and so does an entry without a usable row.
 
 Where the rows of a mixture come from: any data set as a sequence of rows that are read by number.
 
@@ -61,19 +61,19 @@ class Mixture:
     Args:
         entries: dicts with the keys of `DatasetConfig`; `dataset` is required.
         seed: of the order of rows, and of what the generating transforms draw.
-        bad_rows: "skip" or "refuse".
+        on_bad_example: "skip" or "error".
 
     Raises:
         InputError: an unknown key, transform or dataset, more rows than there are, a bad row when refused, and at the
             end of an iteration an entry of which no row could be used.
     """
 
-    def __init__(self, entries: list[dict], seed: int = 0, bad_rows: str = "skip"):
-        if bad_rows not in ("skip", "refuse"):
-            raise InputError(f"bad_rows is {bad_rows!r}: use skip or refuse")
+    def __init__(self, entries: list[dict], seed: int = 0, on_bad_example: str = "skip"):
+        if on_bad_example not in ("skip", "error"):
+            raise InputError(f"on_bad_example is {on_bad_example!r}: use skip or error")
         if not entries:
             raise InputError("the mixture is empty: give at least one entry with a dataset")
-        self.seed, self.bad_rows = seed, bad_rows
+        self.seed, self.on_bad_example = seed, on_bad_example
         self.entries = [DatasetConfig.read(entry) for entry in entries]
         self.skipped: list[dict] = []
         self.sources = [open_rows(entry, seed) for entry in self.entries]
@@ -128,8 +128,10 @@ class Mixture:
     def skip(self, number: int, row: int, reason: str) -> None:
         """Notes a row that cannot be used (also for the trainer: a conversation longer than the context)."""
         entry = self.entries[number]
-        if self.bad_rows == "refuse":
-            raise InputError(f"row {row} of {entry.dataset} cannot be used: {reason}; mend it or set bad_rows: skip")
+        if self.on_bad_example == "error":
+            raise InputError(
+                f"row {row} of {entry.dataset} cannot be used: {reason}; mend it or set on_bad_example: skip"
+            )
         entry.num_bad += 1
         named = {"dataset": entry.name, "row": row, "reason": reason}
         entry.first_bad = entry.first_bad or named

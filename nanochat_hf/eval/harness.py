@@ -54,7 +54,7 @@ class EvalConfig:
     """Stages that answer `tasks`; those that a run does not have are left out."""
     text_stages: list[str] | None = None
     """Stages that answer those of `tasks` that are plain text and no chat, as the Korean ones; None: chat_stages."""
-    limit: int | None = None
+    max_per_task: int | None = None
     """Questions per chat task; None for all."""
     chat_data: str | None = None
     """Folder with local files of the chat tasks (gsm8k_test.jsonl, ...); what it lacks comes from the Hub."""
@@ -64,7 +64,7 @@ class EvalConfig:
     """CORE's data: a folder, `download` for the official bundle (kept in the cache), None for no CORE."""
     core_stages: list[str] = field(default_factory=lambda: ["base"])
     """Stages that CORE is computed for."""
-    core_limit: int | None = None
+    core_max_per_task: int | None = None
     """Examples per CORE task, upstream's max_per_task; None for all."""
     dataset: str | None = "primer"
     """Text for bits per byte, its validation split; None for none. Of a mixture also those of each part."""
@@ -185,7 +185,7 @@ def carried(output: Path, models: dict[str, str], definition: str) -> dict[str, 
 def check_counts(config: EvalConfig, num_processes: int) -> None:
     if config.num_samples > 1 and config.temperature == 0:
         raise InputError("num_samples above 1 needs a temperature: greedy answers would all be the same")
-    for name in ("limit", "core_limit"):
+    for name in ("max_per_task", "core_max_per_task"):
         if (value := getattr(config, name)) is not None and value < num_processes:
             raise InputError(f"{name} is {value}: give at least one question for each of {num_processes} processes")
 
@@ -322,7 +322,7 @@ def chatcore_metric(config: EvalConfig, tokenizer, output: Path, engine: Callabl
             engines.append((engine or Generator)(model, tokenizer))
         elif hasattr(engines[0], "refresh"):
             engines[0].refresh()
-        tasks.config = replace(config, limit=limit if limit > 0 else None)
+        tasks.config = replace(config, max_per_task=limit if limit > 0 else None)
         results = {}
         with quiet():
             lm = LocalLM(model, tokenizer, config, engines[0])

@@ -106,7 +106,7 @@ class Tasks:
             count = self.config.num_samples
             task.config.repeats = count
             task._filters = [build_filter_ensemble("none", [["take_first_k", {"k": count}]])]
-        found = run_lm_eval(lm, {name: task}, self.config.limit, chat=chat, log_samples=True)
+        found = run_lm_eval(lm, {name: task}, self.config.max_per_task, chat=chat, log_samples=True)
         cropped = sum(lm.gather_object(lm.num_cropped))
         if found is None:
             return {}, []
@@ -128,7 +128,7 @@ class Tasks:
         return {task.config.task_alias or name: result}, samples
 
     def core(self, lm: LocalLM, log: Callable = print) -> dict | None:
-        return evaluate_core(lm, self.manager, self.config.core_limit, log)
+        return evaluate_core(lm, self.manager, self.config.core_max_per_task, log)
 
 
 def bundle_folder(config) -> str | None:

@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..distributed import get_dist_info, main_process_first, monitored_barrier
 from ..errors import InputError
 from ..optim.gradient_reduction import LARGE
-from ..run import apply_umask, load_json, save_json, writing
+from ..run import apply_umask, load_json, renamed_keys, save_json, writing
 
 MANIFEST = "manifest.json"
 COMPLETE = "complete"  # the same in a checkpoint of a chat stage (empty in those of older versions)
@@ -372,6 +372,7 @@ def refuse_change(state: Path, settings: dict, log: Callable[[str], None]) -> No
         raise InputError(f"{state / 'config.json'} is missing: bring it back, or delete {state} to start anew")
     if unknown := [key for key in ("model", "data") if key in settings and key not in before]:
         log(f"not verified, since an older version wrote {state}: whether {' and '.join(unknown)} changed meanwhile")
+    before = renamed_keys(before)
     changed = [key for key in settings if before.get(key, settings[key]) != settings[key]]  # older: fewer keys
     if changed:
         changed = [f"{key}: {before[key]!r} -> {settings[key]!r}" for key in changed]

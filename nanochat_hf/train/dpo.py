@@ -35,7 +35,7 @@ class DPOStageConfig(StageConfig):
     """Rows {"chosen", "rejected"} of whole conversations, or with a "prompt" before them: a Hub id or a .jsonl."""
     split: str = "train_prefs"
     """Of a Hub data set."""
-    test_rows: int = 200
+    num_eval_pairs: int = 200
     """Rows kept for validation."""
     examples_per_step: int = 32
     """Pairs a step, over all devices."""
@@ -76,14 +76,14 @@ def pairs(config: DPOStageConfig, tokenizer, length: int) -> tuple[Dataset, Data
             good.append(pair(source[number], tokenizer, length))
         except (BadRow, KeyError, TypeError, AttributeError) as error:
             reason = str(error) if isinstance(error, BadRow) else "needs chosen and rejected that hold messages"
-            if config.bad_rows == "refuse":
+            if config.on_bad_example == "error":
                 raise InputError(f"row {number} of {config.dataset} cannot be used: {reason}") from None
             skipped.append({"dataset": config.dataset, "row": number, "reason": reason})
-    if len(good) <= config.test_rows:
+    if len(good) <= config.num_eval_pairs:
         why = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
-        raise InputError(f"{config.dataset} has {len(good)} pairs that can be used, too few for test_rows{why}")
+        raise InputError(f"{config.dataset} has {len(good)} pairs that can be used, too few for num_eval_pairs{why}")
     rows = Dataset.from_list(good).shuffle(config.seed)
-    return rows.select(range(config.test_rows, len(rows))), rows.select(range(config.test_rows)), skipped
+    return rows.select(range(config.num_eval_pairs, len(rows))), rows.select(range(config.num_eval_pairs)), skipped
 
 
 def pair(row: dict, tokenizer, length: int) -> dict[str, list[dict]]:
@@ -115,7 +115,7 @@ def train_preference(config: DPOStageConfig, model: str, output: Path) -> None:
     rows, held_out, skipped = pairs(config, tokenizer, length)
     trainer = PreferenceTrainer(
         model=network,
-        ref_model=None if config.lora_rank > 0 else load_chat_model(model, config, tokenizer),
+        ref_model=None if config.lora_r > 0 else load_chat_model(model, config, tokenizer),
         args=DPOConfig(
             **trainer_arguments(config, output),
             gradient_accumulation_steps=steps,

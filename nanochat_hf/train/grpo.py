@@ -77,7 +77,7 @@ class RLConfig(StageConfig):
     """Answers to each of them, for pass@k."""
     warmdown_ratio: float = 1.0
     init_lr_frac: float = 0.05
-    opt_in: bool = False
+    enabled: bool = True
     """Run this stage only when --stages names it."""
 
 
@@ -159,7 +159,7 @@ def questions(config: RLConfig, split: str, tokenizer: PreTrainedTokenizerBase, 
         rows = [row for kind in kinds.split("+") for row in primer.questions(kind, split, config.seed, num)]
     else:
         entry = {"dataset": config.dataset.replace("{split}", split), "subset": config.subset, "split": split}
-        mixture, rows = Mixture([{**entry, "transform": "gsm8k"}], config.seed, config.bad_rows), []
+        mixture, rows = Mixture([{**entry, "transform": "gsm8k"}], config.seed, config.on_bad_example), []
         for row in mixture:
             asked, answer = row["messages"][:1], hash_answer(row["messages"][-1]["content"])
             size = len(tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))

@@ -122,7 +122,7 @@ def load_chat_model(source: str, config, tokenizer: PreTrainedTokenizerBase) -> 
     if dtype != torch.float32:
         # What comes out of the embeddings decides in which dtype the network runs; the weights all stay float32.
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
-        if config.lora_rank > 0:  # peft calls the matrices itself, where the model would cast them
+        if config.lora_r > 0:  # peft calls the matrices itself, where the model would cast them
             for module in model.modules():
                 if type(module) is nn.Linear:
                     module.forward = partial(cast_linear, module)
@@ -130,10 +130,10 @@ def load_chat_model(source: str, config, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def lora(config) -> LoraConfig | None:
-    if config.lora_rank <= 0:
+    if config.lora_r <= 0:
         return None
     # The default targets, all matrices of attention and MLP, are registered in nanochat_hf/__init__.py.
-    return LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, task_type="CAUSAL_LM")
+    return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, task_type="CAUSAL_LM")
 
 
 def cast_linear(module: nn.Linear, x: Tensor) -> Tensor:

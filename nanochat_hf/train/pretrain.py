@@ -38,7 +38,7 @@ from ..optim.gradient_reduction import OwnerGradientReducer
 from ..optim.muon_adamw import MuonAdamW, param_groups
 from ..optim.scaling import peak_flops, plan
 from ..optim.schedule import StepHyperparams
-from ..run import load_json, model_fingerprint, save_json, start_record, write_metrics
+from ..run import load_json, model_fingerprint, renamed_keys, save_json, start_record, write_metrics
 from . import checkpoint
 from .model_setup import (
     build_loss_module,
@@ -136,7 +136,7 @@ class Pretraining:
         self.unmeasured: dict | None = None  # figures of the last step, if a checkpoint ends before its evaluations
         self.seconds, self.timed = 0.0, 0  # spent in steps, and in how many: the first one on a GPU compiles
         self.signal = 0  # number of the signal that asked to stop
-        self.alarm = LossSpikeDetector(config.max_spike)
+        self.alarm = LossSpikeDetector(config.max_loss_spike)
         self.dtype = compute_dtype(self.device, half=True)
         self.loss_scale = LOSS_SCALE if self.dtype == torch.float16 else 1.0
         self.ahead = self.device.type == "cuda" and self.loss_scale == 1  # a scaled step may have to be made again
@@ -307,7 +307,7 @@ class Pretraining:
             return f"{what}, and the weights are not finite; {left}. Lower the learning rates"
         return (
             f"{what}; {saved} holds the weights before it. A rerun goes on with the rows after these{also}; if it "
-            "happens again, lower the learning rates, or set max_spike=0 if nothing is wrong"
+            "happens again, lower the learning rates, or set max_loss_spike=0 if nothing is wrong"
         )
 
     def pauses(self, step: int) -> bool:
@@ -395,7 +395,7 @@ class Pretraining:
         )  # fmt: skip
 
     def restore(self, path: Path) -> None:
-        before, now = checkpoint.read_progress(path)["config"], asdict(self.config)
+        before, now = renamed_keys(checkpoint.read_progress(path)["config"]), asdict(self.config)
         changed = {key: f"{key}: {old!r} -> {now[key]!r}" for key, old in before.items() if now[key] != old}
         if binding := [changed[key] for key in (*SHAPE_KEYS, "dataset", "seed") if key in changed]:
             raise InputError(

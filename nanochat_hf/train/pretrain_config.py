@@ -85,7 +85,7 @@ class PretrainConfig:
     """Compile the network with torch.compile (CUDA only)."""
     attn_implementation: str = "auto"
     """auto: this project's fused step; else the model's own forward with that attention of transformers."""
-    max_spike: float = 2.0
+    max_loss_spike: float = 2.0
     """Nats above the median of the last steps at which a loss stops the run (monitor.SpikeAlarm); 0: never."""
     log_every: int = -1
     """Steps between lines with a step's figures, 1 for each; -1: the bar only."""

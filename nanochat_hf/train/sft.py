@@ -53,7 +53,7 @@ class ChatConfig(StageConfig):
     """What to train on: entries as data/mixture.py reads them."""
     validation: list[dict] = field(default_factory=list)
     """What the validation loss is measured on, likewise; empty: nothing."""
-    assistant_only: bool = True
+    assistant_only_loss: bool = True
     """Train on what the assistant says only; mid-training says false."""
     max_seq_len: int = -1
     """Tokens of a row; -1: as the model was pretrained."""
@@ -93,7 +93,7 @@ class ChatTrainer(StageTrainer, SFTTrainer):
         """Take the fused training step, for batches of at most `documents` conversations, where nothing forbids it."""
         stage = self.stage
         self.fused = not (
-            stage.lora_rank > 0 or stage.attn_implementation or self.is_deepspeed_enabled or self.is_fsdp_enabled
+            stage.lora_r > 0 or stage.attn_implementation or self.is_deepspeed_enabled or self.is_fsdp_enabled
         )
         if self.fused:
             device = self.accelerator.device
@@ -150,11 +150,11 @@ class PackedCollator:
         return batch
 
 
-def encode(tokenizer, chats: list[list[dict]], assistant_only: bool) -> dict[str, list]:
+def encode(tokenizer, chats: list[list[dict]], assistant_only_loss: bool) -> dict[str, list]:
     """Conversations -> {"input_ids", "labels"}, a list each; labels are -100 where nothing is to be learned."""
     rows, labels = tokenizer.apply_chat_template(chats, return_dict=True)["input_ids"], []
     for ids in rows:
-        learned = spoken_mask(tokenizer, ids) if assistant_only else tool_result_mask(ids, tokenizer)
+        learned = spoken_mask(tokenizer, ids) if assistant_only_loss else tool_result_mask(ids, tokenizer)
         # What follows from nothing, or from another conversation of the row, cannot be learned.
         labels.append([-100, *(token if yes else -100 for token, yes in zip(ids[1:], learned[1:]))])
     return {"input_ids": rows, "labels": labels}
@@ -177,8 +177,10 @@ def build_packed_dataset(
     """
     with main_process_first(f"making {folder}") as main:
         if main:
-            mixture = Mixture(entries, config.seed, config.bad_rows)
-            keys = {name: getattr(config, name) for name in ("seed", "bad_rows", "assistant_only", "packing")}
+            mixture = Mixture(entries, config.seed, config.on_bad_example)
+            keys = {
+                name: getattr(config, name) for name in ("seed", "on_bad_example", "assistant_only_loss", "packing")
+            }
             sources = [content_fingerprint(source) for source in mixture.sources]
             parts = [entries, keys, length, sources, tokenizer_fingerprint(tokenizer), code_version()]
             made_from = fingerprint(parts)
@@ -196,7 +198,7 @@ def make_rows(config: ChatConfig, mixture: Mixture, tokenizer, length: int, fold
     """Encode and pack the conversations of `mixture` into `folder`, with made.json and a manifest of the files."""
     chats = [(row["entry"], row["row"], json.dumps(row["messages"])) for row in tqdm(mixture, desc="reading")]
     rows = Dataset.from_dict(dict(zip(("entry", "row", "chat"), zip(*chats)))).map(
-        lambda batch: encode(tokenizer, [json.loads(chat) for chat in batch["chat"]], config.assistant_only),
+        lambda batch: encode(tokenizer, [json.loads(chat) for chat in batch["chat"]], config.assistant_only_loss),
         batched=True,
         num_proc=min(os.cpu_count(), 32) if len(chats) > MANY else None,
         remove_columns="chat",

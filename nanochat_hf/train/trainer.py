@@ -77,8 +77,8 @@ class StageConfig:
     num_epochs: float = 1
     device_batch_size: int = 16
     """Rows that a device takes at once; fewer where a step has no more for each."""
-    bad_rows: str = "skip"
-    """What to do with rows of the data that cannot be used: `skip` and count them, or `refuse`."""
+    on_bad_example: str = "skip"
+    """What to do with rows of the data that cannot be used: `skip` and count them, or `error`."""
     embedding_lr: float | None = None
     """This and the next three: rates at width 768, as in base.yaml; empty: those of the model's generation."""
     unembedding_lr: float | None = None
@@ -94,10 +94,10 @@ class StageConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
     """Gradients are clipped at this norm; 0: not at all."""
-    lora_rank: int = 0
+    lora_r: int = 0
     """Rank of LoRA adapters, merged into the weights at the end; 0: train all weights."""
     lora_alpha: int = 32
-    adamw_lr: float = 1e-3
+    lora_lr: float = 1e-3
     """AdamW rate of the adapters."""
     eval_every: int = -1
     """Steps between evaluations; -1: only at the ends."""
@@ -208,7 +208,7 @@ class StageTrainer:
         shape = self.model.config
         groups = optimizer_groups(replace(DEFAULTS[shape.generation], **named), shape.generation, shape.hidden_size)
         groups = {role: {**group, "lr": group["lr"] * self.stage.init_lr_frac} for role, group in groups.items()}
-        return {**groups, "lora": {**groups["head"], "lr": self.stage.adamw_lr, "betas": (0.9, 0.99)}}
+        return {**groups, "lora": {**groups["head"], "lr": self.stage.lora_lr, "betas": (0.9, 0.99)}}
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
@@ -360,7 +360,7 @@ class StageCallback(TrainerCallback):
                 optimizer.load_state_dict(merged(parts))
         elif state.global_step == 0 and self.trainer.momenta and self.trainer.momenta.exists():
             inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper is around it
-            if isinstance(inner, MuonAdamW) and self.trainer.stage.lora_rank <= 0:
+            if isinstance(inner, MuonAdamW) and self.trainer.stage.lora_r <= 0:
                 load_optimizer_state(
                     self.trainer.momenta, self.trainer.accelerator.unwrap_model(self.trainer.model), inner
                 )
@@ -492,7 +492,7 @@ def save_stage(
         trainer.save_model(str(output))
     else:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        save_model(output, model.merge_and_unload() if trainer.stage.lora_rank > 0 else model, tokenizer)
+        save_model(output, model.merge_and_unload() if trainer.stage.lora_r > 0 else model, tokenizer)
     if trainer.is_world_process_zero():
         speeds = [row["tokens_per_second"] for row in numbers["history"] if "tokens_per_second" in row]
         speed = trainer.step_tokens / trainer.step_seconds if trainer.step_seconds else (speeds or [None])[-1]
