@@ -301,7 +301,8 @@ def _trial(decoder, rows: int, at: int) -> list[torch.Tensor]:
         logits = decoder.cap(decoder.fast_step(rows))
     # What was picked, against the rule on these logits; neighbors are as good where rounding decides.
     heat = decoder.temperature[:rows]
-    wanted = decoder.sample_next_token(
+    sampling = (decoder.uniform[:rows, at], heat, decoder.top_k[:rows], decoder.top_p[:rows])
+    wanted = decoder.sample_next_token(logits, *sampling)
         logits, decoder.uniform[:rows, at], heat, decoder.top_k[:rows], decoder.top_p[:rows]
     )
     mass = torch.where(heat[:, None] > 0, logits.softmax(-1).cumsum(-1), logits)
