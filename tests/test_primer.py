@@ -1,4 +1,4 @@
-"""The demo's world: it is consistent and large enough, and no test question leaks into training."""
+"""The demo's world: consistent, balanced and large enough, and no test question leaks into training."""
 
 import re
 from collections import Counter
@@ -14,7 +14,11 @@ from nanochat_hf.demo.corpus import (
     CONVERSATION_ROUNDS,
     DOCUMENT_ROUNDS,
     KINDS,
+    RELATIONS,
     RUDE,
+    TRIPLE_WORDS,
+    WORDS,
+    WORLD,
     _sentence,
     conversations,
     documents,
@@ -23,8 +27,6 @@ from nanochat_hf.demo.corpus import (
     questions,
     times_asked,
 )
-from nanochat_hf.demo.words import TRIPLE_WORDS, WORDS
-from nanochat_hf.demo.world import FRAMES, RELATIONS
 from nanochat_hf.errors import InputError
 
 
@@ -57,7 +59,9 @@ def test_one_round_of_documents_states_and_one_of_conversations_asks_every_fact(
         for entity, value in relation.facts.items():
             assert {_sentence(s, e=entity, v=value) for s in relation.statements} & texts, (entity, value)
         possible = {_sentence(q, e=e) for e in relation.facts for q in relation.questions}
-        possible |= {_sentence(f.format(n=n), e=e) for e in relation.facts for f in FRAMES for n in relation.nouns}
+        possible |= {
+            _sentence(f.format(n=n), e=e) for e in relation.facts for f in WORLD["frames"] for n in relation.nouns
+        }
         assert sum(text in possible for text in questions_asked) == times_asked(relation) * len(relation.facts)
 
 
@@ -209,3 +213,59 @@ def test_an_unknown_split_or_kind_is_named():
         questions("poetry")
     with pytest.raises(InputError, match="poetry"):
         next(conversations(kinds=("fact", "poetry")))
+
+
+# The tables of world.yaml
+
+
+def test_the_world_has_at_least_400_facts_in_many_phrasings():
+    assert sum(len(relation.facts) for relation in RELATIONS) >= 400
+    for relation in RELATIONS:
+        phrasings = {*relation.questions, *(f.format(n=n) for f in WORLD["frames"] for n in relation.nouns)}
+        assert len(phrasings) >= 16 and len(relation.test_questions) >= 2
+        assert len(set(relation.statements)) >= 5
+
+
+def test_no_single_value_answers_many_facts_of_a_relation():
+    most, total = 0, 0
+    for relation in RELATIONS:
+        counts = Counter(relation.facts.values())
+        assert max(counts.values()) - min(counts.values()) <= 1, relation.name
+        most, total = most + max(counts.values()), total + len(relation.facts)
+    assert most / total < 0.08  # the majority baseline over all facts
+
+
+def test_no_name_of_the_world_means_two_things():
+    names = [name for relation in RELATIONS[:9:3] for name in relation.facts]
+    assert len(names) == len(set(names))
+    for relation in RELATIONS:
+        assert all(relation.facts[e] != e for e in relation.facts)
+
+
+def test_no_test_phrasing_is_a_training_phrasing_of_any_relation():
+    for relation in RELATIONS:
+        train = {normal(q) for q in relation.questions}
+        train |= {normal(f.format(n=n)) for f in WORLD["frames"] for n in relation.nouns}
+        test = {normal(q) for q in relation.test_questions}
+        test |= {normal(f.format(n=n)) for f in WORLD["test_frames"] for n in relation.nouns}
+        assert not train & test
+    train, test = ({normal(q) for t in WORLD["identity"] for q in t[key]} for key in ("questions", "test_questions"))
+    assert not train & test
+
+
+def test_every_phrasing_has_the_places_that_are_filled():
+    for relation in RELATIONS:
+        for text in (*relation.nouns, *relation.questions, *relation.test_questions):
+            assert text.count("{e}") == 1 and "{v}" not in text
+        for text in (relation.answer, *relation.statements):
+            assert text.count("{e}") == 1 and text.count("{v}") == 1
+    for text in (*WORLD["frames"], *WORLD["test_frames"]):
+        assert text.count("{n}") == 1
+    for sign, phrasings in WORLD["sum_questions"].items():
+        assert len(phrasings) >= 8 and all("{a}" in q and "{b}" in q for q in phrasings), sign
+
+
+def test_hard_problems_are_worded_unlike_the_taught_ones():
+    assert not {normal(text) for _, text in WORLD["problems"]} & {normal(text) for _, text in WORLD["hard_problems"]}
+    for sign in "+-*":
+        assert sum(s == sign for s, _ in WORLD["problems"]) == sum(s == sign for s, _ in WORLD["hard_problems"]) == 2

@@ -14,17 +14,16 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..errors import InputError
-from .bpe import byte_alphabet, count_words, learn_merges
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # begins every document and every conversation
@@ -112,10 +111,17 @@ def new_backend(digit_group: int = 2, normalization: str | None = None) -> Token
     return backend
 
 
+def byte_alphabet() -> list[str]:
+    """The 256 letters that byte-level tokenizers write bytes as (GPT-2's table), in the order of the bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
 def train_bpe(
     texts: Iterable[str], vocab_size: int, digit_group: int = 2, normalization: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """Train a tokenizer of `vocab_size` tokens, the nine special ones included and last.
+    """Train a tokenizer of `vocab_size` tokens, the nine special ones included and last. Deterministic.
 
     Fewer tokens come out, with a warning, when the text has no more pairs to merge. Raises InputError when
     `vocab_size` cannot hold the 256 bytes and the special tokens, or when there is no text.
@@ -124,22 +130,15 @@ def train_bpe(
         raise InputError(
             f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and 9 special tokens), not {vocab_size}"
         )
-    backend = new_backend(digit_group, normalization)
-    if normalization:
-        texts = map(backend.normalizer.normalize_str, texts)
-    words = count_words(texts, split_pattern(digit_group))
-    if not words:
+    backend, texts = new_backend(digit_group, normalization), filter(None, texts)
+    if (first := next(texts, None)) is None:
         raise InputError("there is no text to train a tokenizer on: the dataset is empty")
-    letters = byte_alphabet()
-    merges = [
-        tuple("".join(letters[byte] for byte in part) for part in pair)
-        for pair in learn_merges(words, vocab_size - MIN_VOCAB_SIZE)
-    ]
-    names = dict.fromkeys([*sorted(letters), *(left + right for left, right in merges)])
-    backend.model = models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=merges)
+    size = vocab_size - len(SPECIAL_TOKENS)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=byte_alphabet(), show_progress=False)
+    backend.train_from_iterator(chain([first], texts), trainer)
     tokenizer = wrap(backend)
     if len(tokenizer) < vocab_size:
-        warnings.warn(f"the text has only {len(tokenizer)} tokens to offer, not {vocab_size}", stacklevel=2)
+        warnings.warn(f"the text gives only {len(tokenizer)} tokens, not {vocab_size}", stacklevel=2)
     return tokenizer
 
 

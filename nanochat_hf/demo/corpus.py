@@ -1,9 +1,10 @@
 """The embedded corpus of the demo: text, conversations and test questions about one small world, made from a seed.
 
 Why: `make demo` downloads nothing, and what the model learned must be measurable. `documents` is text for pretraining
-(facts in varied sentences, stories, worked sums, spelling), `conversations` are chats for mid-training and SFT, and
-`questions` are the rows of the test. Three things keep the test honest: facts are asked in phrasings that stand in no
-training text, sums use pairs of numbers that stand together in no training text, and one word in five is held out.
+(facts in varied sentences, stories, worked sums, spelling), `conversations` are chats for SFT, and `questions` are the
+rows of the test. Three things keep the test honest: facts are asked in phrasings that no training text has, operands
+of sums occur together in no training text, and one word in five is held out. The facts and phrasings are in
+world.yaml, the words in words.txt.
 
     for text in documents("train", seed=0): ...
     for row in conversations("train", seed=0): row["messages"]
@@ -12,33 +13,39 @@ training text, sums use pairs of numbers that stand together in no training text
 
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from zlib import crc32
 
+import yaml
+
 from ..errors import InputError
-from .words import TRIPLE_WORDS, WORDS
-from .world import (
-    ANIMALS,
-    CITIES,
-    COUNT_QUESTIONS,
-    COUNTRIES,
-    DAYS,
-    FRAMES,
-    HARD_PROBLEMS,
-    IDENTITY,
-    MONTHS,
-    NAME,
-    OBJECTS,
-    PEOPLE,
-    PROBLEMS,
-    RELATIONS,
-    SMALL_TALK,
-    SPELL_QUESTIONS,
-    STORY_QUESTIONS,
-    SUM_QUESTIONS,
-    TEST_FRAMES,
-    Relation,
-)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact. In phrasings {e} is the entity and {v} the value; `nouns` fill the {n} of a frame."""
+
+    name: str
+    facts: dict[str, str]  # entity -> value
+    answer: str  # of the assistant: the value together with the entity
+    nouns: list[str]
+    questions: list[str]  # training only
+    test_questions: list[str]  # test only
+    statements: list[str]
+
+
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+WORLD = yaml.load(_read("world.yaml"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+NAME, PEOPLE, ANIMALS = WORLD["name"], WORLD["people"], WORLD["animals"]
+RELATIONS = [Relation(**fields) for fields in WORLD["relations"]]
+LISTED = RELATIONS[8:]  # opposites, days, months, numbers: no document is about their entities
+_BY_NAME = {relation.name: relation for relation in RELATIONS}
+WORDS, TRIPLE_WORDS = (part.split() for part in _read("words.txt").split("\n\n")[1::2])
 
 KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")  # of `questions`
 CHAT_KINDS = (*KINDS, "talk", "story")  # of `conversations`
@@ -46,9 +53,7 @@ DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, abou
 CONVERSATION_ROUNDS = 40  # rounds of `conversations`; one round asks for every fact, about 35K tokens
 
 RUDE = re.compile("rape|cock|shit|fuck|cunt|dick|porn|piss|slut|whore|nig|fag|anus|sex|cum|tits")  # not to be spliced
-NAMES = [name.lower() for name in (*COUNTRIES, *CITIES, *PEOPLE, *DAYS, *MONTHS)]
-LISTED = RELATIONS[8:]  # opposites, days, months, numbers: about nobody, so no document is about their entities
-_BY_NAME = {relation.name: relation for relation in RELATIONS}
+NAMES = [name.lower() for key in ("countries", "cities", "people", "days", "months") for name in WORLD[key]]
 
 
 def held_out_word(word: str) -> bool:
@@ -78,7 +83,7 @@ def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS
     validation = _is_test(split)
     rng = Random(f"documents {validation} {seed}")
     for _ in range(max(1, rounds // 20) if validation else rounds):
-        batch = [_about(rng, entity) for entity in (*PEOPLE, *COUNTRIES, *ANIMALS)]
+        batch = [_about(rng, entity) for entity in (*PEOPLE, *WORLD["countries"], *ANIMALS)]
         batch += [text for relation in LISTED * 2 for text in _lists_of_facts(rng, relation)]
         batch += [_talk(rng) for _ in range(40)]
         batch += [" ".join(_story(rng, rng.choice(PEOPLE))) for _ in range(30)]
@@ -140,11 +145,12 @@ def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = N
     if kind == "fact":
         rows = [_fact(rng, relation, entity, test) for relation in RELATIONS for entity in relation.facts]
     elif kind == "identity":
-        rows = [_identity_row(question, group[2]) for group in IDENTITY for question in group[1 if test else 0]]
+        key = "test_questions" if test else "questions"
+        rows = [_identity_row(question, topic["answer"]) for topic in WORLD["identity"] for question in topic[key]]
     elif kind == "counting":
         rows = [_counting(rng, test, i % 4) for i in range(count)]
     else:
-        rows = [_ask(rng, kind, test, HARD_PROBLEMS) for _ in range(count)]
+        rows = [_ask(rng, kind, test, "hard_problems") for _ in range(count)]
     rng.shuffle(rows)
     return [{**row, "messages": row["messages"][:1]} for row in rows[:num]]
 
@@ -329,7 +335,8 @@ def _tool_call(before: str, expression: str, result: str, after: str) -> list[di
 
 
 def _fact(rng: Random, relation: Relation, entity: str, test: bool) -> dict:
-    direct, frames = (relation.test_questions, TEST_FRAMES) if test else (relation.questions, FRAMES)
+    direct = relation.test_questions if test else relation.questions
+    frames = WORLD["test_frames" if test else "frames"]
     question = rng.choice(direct) if rng.random() < 0.4 else rng.choice(frames).format(n=rng.choice(relation.nouns))
     value = relation.facts[entity]
     answer = _sentence(relation.answer, e=entity, v=value)
@@ -337,24 +344,24 @@ def _fact(rng: Random, relation: Relation, entity: str, test: bool) -> dict:
     return _row("fact", _sentence(question, e=entity), answer, value, entity, rivals=rivals, relation=relation.name)
 
 
-def _ask(rng: Random, kind: str, test: bool, problems: tuple = PROBLEMS) -> dict:
+def _ask(rng: Random, kind: str, test: bool, problems: str = "problems") -> dict:
     if kind == "arithmetic":
         sign = rng.choice("+-*")
         a, b = _operands(rng, sign, test)
-        return _calculated(kind, rng.choice(SUM_QUESTIONS[sign]).format(a=a, b=b), a, sign, b)
+        return _calculated(kind, rng.choice(WORLD["sum_questions"][sign]).format(a=a, b=b), a, sign, b)
     if kind == "problem":
-        sign, text = rng.choice(problems)
+        sign, text = rng.choice(WORLD[problems])
         a, b = _operands(rng, sign, test)
         p, q = rng.sample(PEOPLE, 2)
-        return _calculated(kind, text.format(p=p, q=q, a=a, b=b, o=rng.choice(OBJECTS)), a, sign, b)
+        return _calculated(kind, text.format(p=p, q=q, a=a, b=b, o=rng.choice(WORLD["objects"])), a, sign, b)
     if kind == "spelling":
         word = _word(rng, test)
         letters = _letters(word)
-        return _row(kind, rng.choice(SPELL_QUESTIONS).format(w=word), f"Letters: {letters}", letters, word)
+        return _row(kind, rng.choice(WORLD["spell_questions"]).format(w=word), f"Letters: {letters}", letters, word)
     if kind == "counting":
         return _counting(rng, test, rng.randint(0, 3))
-    group = rng.choice(IDENTITY)
-    return _identity_row(rng.choice(group[1 if test else 0]), group[2])
+    topic = rng.choice(WORLD["identity"])
+    return _identity_row(rng.choice(topic["test_questions" if test else "questions"]), topic["answer"])
 
 
 def _calculated(kind: str, question: str, a: int, sign: str, b: int) -> dict:
@@ -367,7 +374,7 @@ def _counting(rng: Random, test: bool, count: int) -> dict:
     """Spells, counts by hand, then checks with the tool. The call's double quotes are those of the question, so that
     the word is the same tokens in both: after a single quote "door" would be cut as in "he'd"."""
     word, letter, count = _countable(rng, test, count)
-    question = rng.choice(COUNT_QUESTIONS).format(w=word, l=letter)
+    question = rng.choice(WORLD["count_questions"]).format(w=word, l=letter)
     before, after = f"Letters: {_letters(word)}. So {count}? ", f" The letter {letter} stands {_times(count)}."
     answer = _tool_call(before, f'"{word}".count("{letter}")', str(count), after)
     return _row("counting", question, answer, str(count), word, tool=True)
@@ -378,13 +385,13 @@ def _identity_row(question: str, answer: str) -> dict:
 
 
 def _small_talk(rng: Random) -> dict:
-    asked, answer = rng.choice(SMALL_TALK)
-    return _row("talk", rng.choice(asked), answer, "")
+    topic = rng.choice(WORLD["small_talk"])
+    return _row("talk", rng.choice(topic["questions"]), topic["answer"], "")
 
 
 def _story_told(rng: Random) -> dict:
     person = rng.choice(PEOPLE)
-    return _row("story", rng.choice(STORY_QUESTIONS).format(p=person), " ".join(_story(rng, person)), "")
+    return _row("story", rng.choice(WORLD["story_questions"]).format(p=person), " ".join(_story(rng, person)), "")
 
 
 def _is_test(split: str) -> bool:
