@@ -17,7 +17,7 @@ from rich.console import Console
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
 from nanochat_hf.data.documents import open_documents
-from nanochat_hf.data.identity import conversations, read_facts
+from nanochat_hf.data.identity import conversations, read_identity
 from nanochat_hf.data.transforms import TRANSFORMS, check
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, evaluate
@@ -202,8 +202,8 @@ def test_korean_dialogues_come_in_two_more_forms():
         check(messages)
 
 
-def test_the_korean_personality_speaks_with_the_right_particles():
-    rows = [row["messages"] for row in conversations(read_facts(ROOT / "recipes" / "identity-ko.yaml"), num=200)]
+def test_the_korean_identity_speaks_with_the_right_particles():
+    rows = [row["messages"] for row in conversations(read_identity(ROOT / "recipes" / "identity-ko.yaml"), num=200)]
     said = " ".join(m["content"] for row in rows for m in row if m["role"] == "assistant")
     assert "나노챗이에요" in said and "나노챗예요" not in said and "{" not in said
     assert all(unicodedata.is_normalized("NFC", m["content"]) for row in rows for m in row)

@@ -13,7 +13,7 @@ A mixture is a list of YAML entries, each a dataset spec with a transform:
     for row in Mixture(entries, seed=0): row["messages"]
 
 `dataset` is a Hub id, a .jsonl or .parquet file, a folder of them (for the spelling transforms: a .txt file with a
-word a line, or text as for pretraining, whose words are taken), a .yaml of facts (a personality: data/identity.py),
+word a line, or text as for pretraining, whose words are taken), a .yaml of an identity (data/identity.py),
 or `primer` (of some kinds only: `primer:fact+talk`). `split` is "train" unless told; of a folder it takes the files
 that are named after it (data/splits.py), of one file all rows, if its name says the split or it is a "train", and of
 words one in twenty is "test". `rows` takes so many, in an order drawn from the seed; `epochs` (1; 0.5 will do) passes
@@ -44,7 +44,7 @@ from zlib import crc32
 
 from ..demo import corpus as primer
 from ..errors import InputError
-from . import identity as personality
+from . import identity
 from .documents import DocumentStream, files_below, is_hub_id, local_path, log
 from .splits import SUFFIXES, has_suffix, listed, row_files, split_of, tells, unread_files
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow, check, normalize
@@ -303,13 +303,13 @@ def shared(entries: list[dict], others: list[dict]) -> list[str]:
 
 
 def _made_rows(entry: DatasetConfig, seed: int) -> list[dict]:
-    """The conversations of the primer or of a personality, made here."""
+    """The conversations of the primer or of an identity, made here."""
     if entry.transform != "messages":
         raise InputError(f"{entry.dataset} has messages; the transform {entry.transform} does not apply to it")
     name, _, kinds = entry.dataset.partition(":")
     if name != "primer":
-        facts = personality.read_facts(entry.dataset)
-        return list(personality.conversations(facts, entry.split, seed, entry.rows or personality.ROWS))
+        num = entry.rows or identity.NUM_CONVERSATIONS
+        return list(identity.conversations(identity.read_identity(entry.dataset), entry.split, seed, num))
     # Whole rounds name every fact, so a short mixture takes the first rounds and not some rows out of all.
     rounds = primer.CONVERSATION_ROUNDS if entry.rows is None else 10**6
     kinds = kinds.split("+") if kinds else primer.CHAT_KINDS

@@ -14,8 +14,18 @@ import torch
 from huggingface_hub import close_session, constants
 from transformers import AutoModelForCausalLM
 
-from nanochat_hf.data.identity import Facts, Word, ask_for, conversations, fingerprint, parse, questions, read_facts
-from nanochat_hf.data.identity_words import Intent
+from nanochat_hf.data.identity import (
+    FOLDER,
+    LANGUAGES,
+    Identity,
+    Word,
+    conversations,
+    fingerprint,
+    generate_with_model,
+    parse,
+    questions,
+    read_identity,
+)
 from nanochat_hf.data.mixture import Mixture
 from nanochat_hf.data.transforms import BadRow, check
 from nanochat_hf.errors import InputError
@@ -23,7 +33,7 @@ from nanochat_hf.train.sft import ChatConfig, train_chat
 
 ROOT = Path(__file__).parent.parent
 COLOUR = {"ask": ["What is your favourite colour?"], "say": "Green, {truly}."}
-OPHELIA = Facts("Ophelia", "the club", facts=[COLOUR], styles=[{}, {"before": "Ahoy! ", "after": " Fair winds!"}])
+OPHELIA = Identity("Ophelia", "the club", facts=[COLOUR], styles=[{}, {"before": "Ahoy! ", "after": " Fair winds!"}])
 
 
 def said(rows, role: str) -> list[str]:
@@ -60,8 +70,8 @@ def test_the_test_asks_in_wordings_that_no_training_has():
 
 
 def test_more_conversations_than_there_are_wordings_are_refused():
-    mute = Facts("Ophelia", "the club")
-    mute.intents = {"name": Intent(ask=("Who?",), test=("And who?",), say=("Ophelia.",))}
+    mute = Identity("Ophelia", "the club")
+    mute.intents = [{"ask": ["Who?"], "test": ["And who?"], "say": ["Ophelia."]}]
     with pytest.raises(InputError, match=r"only \d+ different conversations of Ophelia, not 500"):
         list(conversations(mute, num=500))
 
@@ -84,9 +94,22 @@ def test_korean_particles_follow_the_sound_before_them(text, particles, written)
 
 
 def test_a_korean_personality_speaks_korean():
-    answers = said(conversations(Facts("하늘", "서점 사람들", "ko"), num=300), "assistant")
+    answers = said(conversations(Identity("하늘", "서점 사람들", "ko"), num=300), "assistant")
     assert any("저는 하늘이에요" in a for a in answers) and any("서점 사람들이 저를 만들었어요" in a for a in answers)
     assert not any(re.search("[A-Za-z]", a) for a in answers)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_language_has_all_intents_and_its_phrasings_can_be_filled(language):
+    identity = Identity("Ophelia", "the club", language)
+    assert LANGUAGES == ["en", "ko"] == sorted(path.stem for path in FOLDER.iterdir())
+    assert list(identity.phrasings["intents"]) == ["name", "kind", "owner", "skills", "other"]
+    for intent in (identity.phrasings["hello"], *identity.intents):
+        ask, test, say = intent["ask"], intent["test"], intent["say"]
+        assert len(ask) >= 5 and test and say and not set(ask) & set(test)
+        for text in (*ask, *test, *say):
+            assert not set("{}/") & set(identity.fill(text, "Siri"))
+        assert all("{name" in text for text in say), "the assistant says its name"
 
 
 @pytest.mark.parametrize("name", ["identity", "identity-ko"])
@@ -103,7 +126,7 @@ def test_the_personalities_of_the_recipes_are_mixed_in_by_one_line(name):
         ("name: [", "not valid YAML"),
         ("{name: A, owner: B, job: C}", "unknown key 'job'"),
         ("{name: 5, owner: B}", "name is 5, not text"),
-        ("{name: A, owner: B, language: xx}", "no wordings for language 'xx'; use en, ko"),
+        ("{name: A, owner: B, language: xx}", "no phrasings for language 'xx'; use en, ko"),
         ("{name: A, owner: B, facts: [{ask: x}]}", "an item of facts"),
         ("{name: A, owner: B, facts: [{ask: [], say: x}]}", "at least one question"),
         ("{name: A, owner: B, styles: [loud]}", "an item of styles"),
@@ -112,9 +135,9 @@ def test_the_personalities_of_the_recipes_are_mixed_in_by_one_line(name):
 def test_a_wrong_file_of_facts_is_named(tmp_path, text, message):
     (tmp_path / "me.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
-        read_facts(tmp_path / "me.yaml")
+        read_identity(tmp_path / "me.yaml")
     with pytest.raises(InputError, match="cannot read"):
-        read_facts(tmp_path / "nobody.yaml")
+        read_identity(tmp_path / "nobody.yaml")
 
 
 # Written by another model
@@ -158,11 +181,11 @@ def test_what_falls_away_is_asked_for_anew_and_counted():
             number = count["n"]
         return turn(f"Hi {number // 2}", "I am Ophelia.") if number % 3 else "no"
 
-    rows, refused = ask_for(OPHELIA, ask, 8)
+    rows, refused = generate_with_model(OPHELIA, ask, 8)
     assert len(rows) == 8 == len({fingerprint(row["messages"]) for row in rows}) and count["n"] <= 24
     assert set(refused) == {"no JSON list", "written before"}
     with pytest.raises(InputError, match=r"no conversation that can be used: no JSON list \(12\)"):
-        ask_for(OPHELIA, lambda messages: "no", 4)
+        generate_with_model(OPHELIA, lambda messages: "no", 4)
 
 
 class FakeModel(BaseHTTPRequestHandler):
@@ -221,12 +244,12 @@ def test_the_script_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_na
 
 def test_the_script_fills_templates_without_an_endpoint_and_names_one_that_is_not_there(tmp_path, make_identity):
     facts, out = ROOT / "recipes" / "identity.yaml", tmp_path / "me.jsonl"
-    make_identity("--facts", facts, "--output", out, "--rows", 30)
+    make_identity("--identity", facts, "--output", out, "--rows", 30)
     assert len(out.read_text().splitlines()) == 30 and [path.name for path in tmp_path.iterdir()] == ["me.jsonl"]
     with pytest.raises(InputError, match="does not answer"):
-        make_identity("--facts", facts, "--output", out, "--rows", 1, "--endpoint", "http://127.0.0.1:9")
+        make_identity("--identity", facts, "--output", out, "--rows", 1, "--endpoint", "http://127.0.0.1:9")
     with pytest.raises(InputError, match="--rows is 0"):
-        make_identity("--facts", facts, "--output", out, "--rows", 0)
+        make_identity("--identity", facts, "--output", out, "--rows", 0)
 
 
 @pytest.mark.slow
@@ -238,7 +261,7 @@ def test_a_model_trained_on_a_personality_says_its_name_when_asked_in_other_word
     config = ChatConfig(mixture=mixture, device_batch_size=8, num_iterations=150, matrix_lr=0.05)
     train_chat(config, str(tiny_folder), tmp_path / "sft")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").eval()
-    asked, named = questions(Facts("Ophelia", "the club")), 0
+    asked, named = questions(Identity("Ophelia", "the club")), 0
     for question in asked:
         messages = [{"role": "user", "content": question}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
