@@ -239,10 +239,10 @@ def test_readers_of_one_process_decode_a_row_group_once(tmp_path, monkeypatch):
     read = pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *a, **k: decoded.append(a[1]) or read(*a, **k))
     stream = DocumentStream(tmp_path)
-    assert sorted(t for rank in range(8) for t in stream.reader(rank, 8)) == sorted(texts)
+    assert sorted(t for rank in range(8) for t in stream.shard(rank, 8)) == sorted(texts)
     assert decoded == [0, 1]
     monkeypatch.setattr(corpus_files, "CACHE_LIMIT", 1)  # only the newest stays
-    assert sorted(t for rank in range(8) for t in stream.reader(rank, 8)) == sorted(texts)
+    assert sorted(t for rank in range(8) for t in stream.shard(rank, 8)) == sorted(texts)
     assert decoded == [0, 1, 1]
 
 
