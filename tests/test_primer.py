@@ -25,7 +25,7 @@ from nanochat_hf.demo.corpus import (
     held_out_pair,
     held_out_word,
     questions,
-    times_asked,
+    questions_per_fact,
 )
 from nanochat_hf.errors import InputError
 
@@ -62,7 +62,7 @@ def test_one_round_of_documents_states_and_one_of_conversations_asks_every_fact(
         possible |= {
             _sentence(f.format(n=n), e=e) for e in relation.facts for f in WORLD["frames"] for n in relation.nouns
         }
-        assert sum(text in possible for text in questions_asked) == times_asked(relation) * len(relation.facts)
+        assert sum(text in possible for text in questions_asked) == questions_per_fact(relation) * len(relation.facts)
 
 
 def test_no_test_question_stands_in_training():

@@ -19,6 +19,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -37,6 +38,7 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+RESPONSE_TEMPLATE = yaml.safe_load(Path(__file__).with_name("response_template.yaml").read_text())
 # Beginnings of the SHA-256 of older ones: text split over parts became special tokens there, JSON text became a call,
 # a reply that was given back lost its `tool_steps`.
 OLD_TEMPLATES = ("55bb7e10abbffda5", "b1658c1843ab4305", "fa6171ba5fe4ac1d", "d8b31d21e6e23a4c")
@@ -56,39 +58,6 @@ SPLIT_PATTERN = "|".join(
         r"\s+",
     ]
 )
-
-# How transformers and TRL read a reply back into a message. A result block starts the reply anew: otherwise the call
-# before it would be found a second time, and made a second time. Calls that the reply itself answers are `tool_steps`.
-# The content ends at the first end mark: what follows is padding, or what a model says that was not stopped there.
-END = r"<\|(?:bos|user_start|user_end|assistant_start|assistant_end)\|>.*"
-STRAY = r"<\|(?:python_end|output_start|output_end)\|>"  # marks of no call
-RESPONSE_TEMPLATE = {
-    "defaults": {"role": "assistant", "content": ""},
-    "start_anchor": ["<|assistant_start|>", "<|output_end|>"],
-    "fields": {
-        "tool_steps": {
-            "open_pattern": r"<\|python_start\|>(?P<call>(?:(?!<\|).)*)<\|python_end\|><\|output_start\|>",
-            "close_pattern": rf"<\|output_end\|>|{END}",
-            "repeats": True,
-            "transform": {"call": "{call}", "result": "{content}"},
-        },
-        "tool_calls": {
-            "open": "<|python_start|>",
-            "close_pattern": rf"<\|python_end\|>|{END}",
-            "repeats": True,
-            "transform": {
-                "type": "function",
-                "function": {"name": "python", "arguments": {"expression": "{content}"}},
-            },
-        },
-        "content": {
-            "close_pattern": f"{END}|{STRAY}",
-            "repeats": True,
-            "join": "",
-            "content_args": {"strip": False},
-        },
-    },
-}
 
 
 def split_pattern(digit_group: int) -> str:

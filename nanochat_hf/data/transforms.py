@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise, takewhile
+from pathlib import Path
 from random import Random
 from string import ascii_uppercase
 
@@ -110,40 +111,8 @@ def simple_spelling(row: dict, rng: Random) -> list[dict]:
     ]
 
 
-COUNT_QUESTIONS = (
-    "How many {l} are in {w}",
-    "How many {l} are there in {w}",
-    "How many {l} does {w} have",
-    "How many times does {l} appear in {w}",
-    "How often does {l} occur in {w}",
-    "How often is {l} in {w}",
-    "Count the {l} in {w}",
-    "Count how many {l} there are in {w}",
-    "Can you count the {l} in {w}",
-    "What is the number of {l} in {w}",
-    "What's the count of {l} in {w}",
-    "Tell me how many {l} are in {w}",
-    "Find the number of times {l} is used in {w}",
-    "In {w}, how many {l} do you see",
-    "In the word {w}, count the letter {l}",
-    "{w}: how many {l}",
-    "number of {l} in {w}",
-    "¿Cuántas {l} hay en {w}",
-    "¿Cuántas veces aparece {l} en {w}",
-    "Combien de {l} y a-t-il dans {w}",
-    "Combien de fois {l} apparaît dans {w}",
-    "Wie viele {l} sind in {w}",
-    "Wie oft kommt {l} in {w} vor",
-    "Quante {l} ci sono in {w}",
-    "Quantos {l} há em {w}",
-    "Hoeveel {l} zitten er in {w}",
-    "Hur många {l} finns i {w}",
-    "Ile liter {l} jest w {w}",
-    "Сколько букв {l} в слове {w}",
-    "{w} 中有多少个 {l}",
-    "{w} に {l} は何個ありますか",
-    "{w}에 {l}가 몇 개 있나요",
-)
+# Ways to ask how often the letter {l} occurs in the word {w}.
+COUNT_QUESTIONS = Path(__file__).with_name("count_questions.txt").read_text(encoding="utf-8").splitlines()
 
 
 def spelling_bee(row: dict, rng: Random) -> list[dict]:

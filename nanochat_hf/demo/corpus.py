@@ -44,7 +44,6 @@ WORLD = yaml.load(_read("world.yaml"), getattr(yaml, "CSafeLoader", yaml.SafeLoa
 NAME, PEOPLE, ANIMALS = WORLD["name"], WORLD["people"], WORLD["animals"]
 RELATIONS = [Relation(**fields) for fields in WORLD["relations"]]
 LISTED = RELATIONS[8:]  # opposites, days, months, numbers: no document is about their entities
-_BY_NAME = {relation.name: relation for relation in RELATIONS}
 WORDS, TRIPLE_WORDS = (part.split() for part in _read("words.txt").split("\n\n")[1::2])
 
 KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")  # of `questions`
@@ -66,7 +65,7 @@ def held_out_pair(a: int, b: int) -> bool:
     return crc32(f"{min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 
-def times_asked(relation: Relation) -> int:
+def questions_per_fact(relation: Relation) -> int:
     """How often a round of `conversations` asks for each fact of a relation.
 
     Order is learned more slowly than names, so listed facts come more often, and most so where they are few.
@@ -75,9 +74,9 @@ def times_asked(relation: Relation) -> int:
 
 
 def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS) -> Iterator[str]:
-    """Text for pretraining, a document at a time: the same for the same split and seed.
+    """Documents for pretraining, which follow from the split and the seed.
 
-    Both splits tell of the same world, in other words: "validation" (or "test") is a twentieth of the rounds.
+    Both splits describe the same world in other words; "validation" (or "test") is a twentieth of the rounds.
     Neither has a held-out word or pair, nor a test phrasing.
     """
     validation = _is_test(split)
@@ -85,7 +84,7 @@ def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS
     for _ in range(max(1, rounds // 20) if validation else rounds):
         batch = [_about(rng, entity) for entity in (*PEOPLE, *WORLD["countries"], *ANIMALS)]
         batch += [text for relation in LISTED * 2 for text in _lists_of_facts(rng, relation)]
-        batch += [_talk(rng) for _ in range(40)]
+        batch += [_dialogue(rng) for _ in range(40)]
         batch += [" ".join(_story(rng, rng.choice(PEOPLE))) for _ in range(30)]
         batch += [_worked_sums(rng) for _ in range(20)]
         batch += [_spelled_words(rng) for _ in range(100)]
@@ -100,7 +99,7 @@ def conversations(
     """Chats as rows {"kind": ..., "messages": [...]}, fewer than 128 tokens each; some have two or three turns.
 
     "test" (or "validation") asks with test phrasings, held-out words and pairs, in a tenth of the rounds. `kinds`
-    leaves out the others of CHAT_KINDS: without "identity" a mixture can bring a personality of its own.
+    leaves out the others of CHAT_KINDS: without "identity" a mixture can bring an identity of its own.
     """
     if unknown := set(kinds) - set(CHAT_KINDS):
         raise InputError(f"no conversations of kind {min(unknown)!r} in the primer: use {', '.join(CHAT_KINDS)}")
@@ -110,8 +109,8 @@ def conversations(
     rng = Random(f"conversations {test} {seed}")
     counts = (("arithmetic", 120), ("spelling", 180), ("counting", 120), ("problem", 30), ("identity", 25))
     for _ in range(max(1, rounds // 10) if test else rounds):
-        asked = [relation for relation in RELATIONS for _ in range(times_asked(relation))]
-        batch = [_fact(rng, relation, entity, test) for relation in asked for entity in relation.facts]
+        relations = [relation for relation in RELATIONS for _ in range(questions_per_fact(relation))]
+        batch = [_fact(rng, relation, entity, test) for relation in relations for entity in relation.facts]
         for kind, count in counts:
             batch += [_ask(rng, kind, test) for _ in range(count)]
         batch += [_small_talk(rng) for _ in range(30)]
@@ -121,9 +120,8 @@ def conversations(
         position = 0
         while position < len(batch):
             turns = batch[position : position + rng.choice((1, 1, 1, 1, 1, 1, 2, 2, 3))]
-            said = [message for row in turns for message in row["messages"]]
-            if sum(len(m["content"]) + 40 * ("tool_calls" in m) for m in said) > 200:  # keeps all below 128 tokens
-                turns = turns[:1]
+            length = sum(len(m["content"]) + 40 * ("tool_calls" in m) for row in turns for m in row["messages"])
+            turns = turns[:1] if length > 200 else turns  # keeps all below 128 tokens
             position += len(turns)
             kind = turns[0]["kind"] if len(turns) == 1 else "mixed"
             yield {"kind": kind, "messages": [message for row in turns for message in row["messages"]]}
@@ -133,10 +131,10 @@ def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = N
     """Questions to grade, as rows {"kind", "messages": [one user message], "answer", "entity", "rivals", "tool"}.
 
     `kind` is one of KINDS. "fact" asks for every fact once and "identity" every test question; the others give `num`
-    rows, 200 if not told ("counting": as many for each answer of 0 to 3). "problem" gives word problems in wordings
-    that stand in no conversation: the task of reinforcement learning. `answer` is the value to name, `entity` what it
-    must be said about ("" if nothing), `rivals` the values of the same relation, `tool` whether the python tool should
-    be called. With split="train" they come from the training half, for reinforcement learning to practise on.
+    rows, by default 200 ("counting": as many for each answer of 0 to 3). "problem" gives word problems in phrasings
+    that no conversation has: the task of reinforcement learning. `answer` is the value to name, `entity` what it is
+    about ("" if nothing), `rivals` the other values of the relation, `tool` whether the python tool should be called.
+    With split="train" they come from the training half: the prompts of reinforcement learning.
     """
     if kind not in KINDS:
         raise InputError(f"no questions of kind {kind!r} in the primer: use one of {', '.join(KINDS)}")
@@ -146,7 +144,9 @@ def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = N
         rows = [_fact(rng, relation, entity, test) for relation in RELATIONS for entity in relation.facts]
     elif kind == "identity":
         key = "test_questions" if test else "questions"
-        rows = [_identity_row(question, topic["answer"]) for topic in WORLD["identity"] for question in topic[key]]
+        rows = [
+            _row("identity", question, topic["answer"], NAME) for topic in WORLD["identity"] for question in topic[key]
+        ]
     elif kind == "counting":
         rows = [_counting(rng, test, i % 4) for i in range(count)]
     else:
@@ -179,47 +179,24 @@ def _lists_of_facts(rng: Random, relation: Relation) -> list[str]:
     return [" ".join(_state(rng, relation, e) for e in entities[i : i + 4]) for i in range(0, len(entities), 4)]
 
 
-def _talk(rng: Random) -> str:
-    """Two people talk: a question as it may be asked in a chat, and its answer."""
-    asks, knows = rng.sample(PEOPLE, 2)
+def _dialogue(rng: Random) -> str:
+    """Two people talk: a question as a chat may have it, and its answer."""
+    p, q = rng.sample(PEOPLE, 2)
     relation = rng.choice(RELATIONS)
     row = _fact(rng, relation, rng.choice(list(relation.facts)), test=False)
     question, answer = (message["content"] for message in row["messages"])
-    form = rng.choice(("{p} asked {q}: {x}\n{q} said: {y}", "{p}: {x}\n{q}: {y}", "Question: {x}\nAnswer: {y}"))
-    return form.format(p=asks, q=knows, x=question, y=answer)
+    return rng.choice(WORLD["dialogues"]).format(p=p, q=q, x=question, y=answer)
 
 
 def _story(rng: Random, person: str) -> list[str]:
     """Three or four sentences about a person, with facts of the world in them."""
-    job, town, pet = (_BY_NAME[name].facts[person] for name in ("job", "town", "pet"))
-    animal, other = rng.choice(ANIMALS), rng.choice([p for p in PEOPLE if p != person])
-    day = rng.choice(list(_BY_NAME["day_after"].facts))
-    colour, place = _BY_NAME["animal_colour"].facts[animal], _BY_NAME["animal_home"].facts[animal]
-    values = {"p": person, "job": job, "town": town, "pet": pet, "q": other, "q_job": _BY_NAME["job"].facts[other]}
-    values |= {"animal": animal, "colour": colour, "place": place}
-    values |= {"day": day, "next_day": _BY_NAME["day_after"].facts[day]}
-    openings = (
-        "{p} is a {job} in {town}.",
-        "In {town} lives {p}, a {job}.",
-        "{p} lives in {town} and works as a {job}.",
-    )
-    middles = (
-        "On {day} {p} and the {pet} went to the {place}.",
-        "One {day} {p} took the {pet} for a walk to the {place}.",
-        "{p} left {town} early on {day} and came to the {place}.",
-    )
-    meetings = (
-        "There they saw a {colour} {animal}.",
-        "There stood a {animal}, all {colour}.",
-        "A {colour} {animal} lives in the {place}, and it said hello.",
-    )
-    endings = (
-        "On {next_day} {p} told {q}, the {q_job}, about it.",
-        "The day after was {next_day}, and {p} was happy.",
-        "Then {p} and the {pet} went home to {town}.",
-        "{q}, who works as a {q_job}, had a good laugh.",
-    )
-    return [_sentence(rng.choice(part), **values) for part in (openings, middles, meetings, endings)]
+    facts = {relation.name: relation.facts for relation in RELATIONS}
+    animal, q = rng.choice(ANIMALS), rng.choice([p for p in PEOPLE if p != person])
+    day = rng.choice(list(facts["day_after"]))
+    values = {name: facts[name][person] for name in ("job", "town", "pet")}
+    values |= {"p": person, "q": q, "q_job": facts["job"][q], "day": day, "next_day": facts["day_after"][day]}
+    values |= {"animal": animal, "colour": facts["animal_colour"][animal], "place": facts["animal_home"][animal]}
+    return [_sentence(rng.choice(part), **values) for part in WORLD["story"]]
 
 
 def _operands(rng: Random, sign: str, test: bool) -> tuple[int, int]:
@@ -279,24 +256,14 @@ def _piece(rng: Random) -> str:
             return word[start : start + rng.randint(2, 5)]
 
 
-def _letters(word: str) -> str:
-    return " ".join(word)
-
-
 def _spelled_words(rng: Random) -> str:
-    forms = (
-        'The word "{w}" is spelled: {s}.',
-        'Letters of "{w}": {s}.',
-        'You spell "{w}" so: {s}.',
-        'Letter by letter "{w}" is: {s}.',
-        "One spells {w} like this: {s}.",
-    )
-    return "\n".join(rng.choice(forms).format(w=w, s=_letters(w)) for w in (_word(rng, False) for _ in range(3)))
+    words = (_word(rng, False) for _ in range(3))
+    return "\n".join(rng.choice(WORLD["spellings"]).format(w=word, s=" ".join(word)) for word in words)
 
 
 def _counted_letters(rng: Random) -> str:
     word, letter, count = _countable(rng, False, rng.randint(0, 3))
-    return f'Letters of "{word}": {_letters(word)}. The letter {letter} stands {_times(count)} in "{word}".'
+    return f'Letters of "{word}": {" ".join(word)}. The letter {letter} stands {_times(count)} in "{word}".'
 
 
 def _times(count: int) -> str:
@@ -307,11 +274,8 @@ def _countable(rng: Random, test: bool, count: int) -> tuple[str, str, int]:
     """A word and a letter that stands in it `count` times (0 to 3)."""
     while True:
         word = rng.choice(TRIPLE_WORDS) if count == 3 else _word(rng, test)
-        letters = [
-            x
-            for x in sorted(set(word) if count else set("abcdefghijklmnoprstuvwy") - set(word))
-            if word.count(x) == count
-        ]
+        letters = sorted(set(word) if count else set("abcdefghijklmnoprstuvwy") - set(word))
+        letters = [letter for letter in letters if word.count(letter) == count]
         if letters and held_out_word(word) == test:
             return word, rng.choice(letters), count
 
@@ -356,12 +320,12 @@ def _ask(rng: Random, kind: str, test: bool, problems: str = "problems") -> dict
         return _calculated(kind, text.format(p=p, q=q, a=a, b=b, o=rng.choice(WORLD["objects"])), a, sign, b)
     if kind == "spelling":
         word = _word(rng, test)
-        letters = _letters(word)
+        letters = " ".join(word)
         return _row(kind, rng.choice(WORLD["spell_questions"]).format(w=word), f"Letters: {letters}", letters, word)
     if kind == "counting":
         return _counting(rng, test, rng.randint(0, 3))
     topic = rng.choice(WORLD["identity"])
-    return _identity_row(rng.choice(topic["test_questions" if test else "questions"]), topic["answer"])
+    return _row(kind, rng.choice(topic["test_questions" if test else "questions"]), topic["answer"], NAME)
 
 
 def _calculated(kind: str, question: str, a: int, sign: str, b: int) -> dict:
@@ -375,13 +339,9 @@ def _counting(rng: Random, test: bool, count: int) -> dict:
     the word is the same tokens in both: after a single quote "door" would be cut as in "he'd"."""
     word, letter, count = _countable(rng, test, count)
     question = rng.choice(WORLD["count_questions"]).format(w=word, l=letter)
-    before, after = f"Letters: {_letters(word)}. So {count}? ", f" The letter {letter} stands {_times(count)}."
+    before, after = f"Letters: {' '.join(word)}. So {count}? ", f" The letter {letter} stands {_times(count)}."
     answer = _tool_call(before, f'"{word}".count("{letter}")', str(count), after)
     return _row("counting", question, answer, str(count), word, tool=True)
-
-
-def _identity_row(question: str, answer: str) -> dict:
-    return _row("identity", question, answer, NAME)
 
 
 def _small_talk(rng: Random) -> dict:
