@@ -410,7 +410,7 @@ def with_retry(action: Callable, what: str):
         try:
             return action()
         except errors.OfflineModeIsEnabled:
-            raise InputError(f"{what}: the Hub cannot be asked, because HF_HUB_OFFLINE is set") from None
+            raise InputError(f"{what}: the Hub cannot be reached, because HF_HUB_OFFLINE is set") from None
         except errors.GatedRepoError:
             raise InputError(f"{what}: accept its terms on the Hub, then `hf auth login`") from None
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):

@@ -1,6 +1,6 @@
 """Byte-level BPE tokenizers: train one from any dataset, with the chat template and special tokens that chat needs.
 
-The split pattern is GPT-4's with shorter groups of digits, and the nine special tokens stand after the merges, both
+The split pattern is GPT-4's with shorter groups of digits, and the nine special tokens come after the merges, both
 as in karpathy/nanochat. What is saved is an ordinary `PreTrainedTokenizerFast` folder for `AutoTokenizer`.
 
     python scripts/tok_train.py --config recipes/d12/tokenizer.yaml --run-dir runs/d12
@@ -34,7 +34,7 @@ SPECIAL_TOKENS = (
     "<|assistant_end|>",
     "<|python_start|>",  # inside an assistant turn: an expression for the tool ...
     "<|python_end|>",
-    "<|output_start|>",  # ... and what the tool answered
+    "<|output_start|>",  # ... and its result
     "<|output_end|>",
 )
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -156,18 +156,18 @@ def with_todays_templates(tokenizer: PreTrainedTokenizerFast) -> PreTrainedToken
     return tokenizer
 
 
-_twins: WeakKeyDictionary = WeakKeyDictionary()
+_plain_backends: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A twin of the tokenizer's backend that reads special tokens in text as ordinary text; kept per tokenizer."""
-    if tokenizer not in _twins:
-        twin = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        twin.no_padding()
-        twin.no_truncation()
-        twin.encode_special_tokens = True  # the library's name for "encode them like any other text"
-        _twins[tokenizer] = twin
-    return _twins[tokenizer]
+    """A copy of the tokenizer's backend that reads special tokens in text as ordinary text; cached per tokenizer."""
+    if tokenizer not in _plain_backends:
+        plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        plain.no_padding()
+        plain.no_truncation()
+        plain.encode_special_tokens = True  # the library's name for "encode them like any other text"
+        _plain_backends[tokenizer] = plain
+    return _plain_backends[tokenizer]
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerFast) -> type:
@@ -191,10 +191,10 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> li
 
 
 def spoken_mask(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
-    """1 for each token of a rendered conversation that the assistant says (text, calls, end of turn), else 0.
+    """1 for each token of a rendered conversation that the assistant writes (text, calls, end of turn), else 0.
 
-    A tool's result is not what it says. transformers' own mask goes by characters, and of a last character of several
-    tokens (an emoji, a syllable of Hangul) it takes the first only, where a template's blocks end with text.
+    Tool results are 0. transformers' own mask goes by characters: where a template's block ends with a character of
+    several tokens (an emoji, a syllable of Hangul), it has the first of them only.
     """
     marks = ["<|assistant_start|>", "<|assistant_end|>", "<|output_start|>", "<|output_end|>"]
     start, end, opens, closes = tokenizer.convert_tokens_to_ids(marks)
@@ -215,9 +215,9 @@ def strip_special_tokens(text: str) -> str:
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """How many bytes of text each id stands for, in id order; special tokens 0. For bits per byte.
+    """Bytes of text per id, in id order; special tokens 0. For bits per byte.
 
-    Exact for byte-level tokenizers, ours and GPT-2's kind: each letter of a token's name stands for one byte.
+    Exact for byte-level tokenizers, ours and GPT-2's kind: each letter of a token's name is one byte.
     """
     specials = set(tokenizer.all_special_ids)
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))

@@ -1,4 +1,4 @@
-"""Transforms: a row of any data set -> the `messages` of a conversation, and the check that it is one.
+"""Transforms: a row of any dataset -> the `messages` of a conversation, and the check that it is one.
 
 They keep karpathy/nanochat's protocols to the letter where its checkpoints depend on them: the multiple-choice prompt,
 GSM8K's calculator calls, the answers to the spelling tasks. A row that cannot be used raises BadRow (or KeyError,
@@ -30,17 +30,16 @@ def messages(row: dict, rng: Random) -> list[dict]:
 def sharegpt(row: dict, rng: Random) -> list[dict]:
     """{"conversations": [{"from": "human" or "gpt", "value"}]}."""
     names = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-    said = [
-        {"role": names.get(m["from"], m["from"]), "content": m["value"], **{k: m[k] for k in ("weight",) if k in m}}
-        for m in row["conversations"]
-    ]
-    return _with_system(row, said)
+    conversation = [{"role": names.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]
+    for message, original in zip(conversation, row["conversations"]):
+        message |= {key: original[key] for key in ("weight",) if key in original}
+    return _with_system(row, conversation)
 
 
 def instruction(row: dict, rng: Random) -> list[dict]:
     """Alpaca's form: {"instruction", "output"}, and "input" that the instruction is about."""
-    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return _with_system(row, [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}])
+    prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    return _with_system(row, [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}])
 
 
 def _with_system(row: dict, conversation: list) -> list:
@@ -67,9 +66,8 @@ def multiple_choice(row: dict, rng: Random) -> list[dict]:
         letters, choices, answer = choices["label"], choices["text"], row["answerKey"]
     else:
         letters, answer = ascii_uppercase[: len(choices)], row["answer"]
-        if type(answer) is int and 0 <= answer < len(
-            letters
-        ):  # -1 is how test sets hide the answer; True is no number
+        # -1 is how test sets hide the answer; True is no number.
+        if type(answer) is int and 0 <= answer < len(letters):
             answer = letters[answer]
     if len(letters) != len(choices) or len(choices) < 2:
         raise BadRow(f"{len(choices)} choices and {len(letters)} letters for them")
@@ -116,7 +114,7 @@ COUNT_QUESTIONS = Path(__file__).with_name("count_questions.txt").read_text(enco
 
 
 def spelling_bee(row: dict, rng: Random) -> list[dict]:
-    """{"word"} -> how often a letter stands in it: spelled and counted by hand, checked with the tool, `#### n`."""
+    """{"word"} -> how often a letter occurs in it: spelled and counted by hand, checked with the tool, `#### n`."""
     word = row["word"]
     letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
     quote_letter, quote_word = rng.choice(("", "'", '"')), rng.choice(("", "'", '"'))
@@ -144,7 +142,7 @@ def spelling_bee(row: dict, rng: Random) -> list[dict]:
 
 
 def assistant_call(text: str, expression: str) -> dict:
-    """An assistant message that says `text` and then calls the python tool."""
+    """An assistant message of `text` and a call of the python tool."""
     function = {"name": "python", "arguments": {"expression": expression}}
     return {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": function}]}
 

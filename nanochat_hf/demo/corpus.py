@@ -114,7 +114,7 @@ def conversations(
         for kind, count in counts:
             batch += [_ask(rng, kind, test) for _ in range(count)]
         batch += [_small_talk(rng) for _ in range(30)]
-        batch += [_story_told(rng) for _ in range(20)]
+        batch += [_story_row(rng) for _ in range(20)]
         batch = [row for row in batch if row["kind"] in kinds]
         rng.shuffle(batch)
         position = 0
@@ -271,7 +271,7 @@ def _times(count: int) -> str:
 
 
 def _countable(rng: Random, test: bool, count: int) -> tuple[str, str, int]:
-    """A word and a letter that stands in it `count` times (0 to 3)."""
+    """A word and a letter that occurs in it `count` times (0 to 3)."""
     while True:
         word = rng.choice(TRIPLE_WORDS) if count == 3 else _word(rng, test)
         letters = sorted(set(word) if count else set("abcdefghijklmnoprstuvwy") - set(word))
@@ -349,7 +349,7 @@ def _small_talk(rng: Random) -> dict:
     return _row("talk", rng.choice(topic["questions"]), topic["answer"], "")
 
 
-def _story_told(rng: Random) -> dict:
+def _story_row(rng: Random) -> dict:
     person = rng.choice(PEOPLE)
     return _row("story", rng.choice(WORLD["story_questions"]).format(p=person), " ".join(_story(rng, person)), "")
 
