@@ -97,7 +97,7 @@ def text_fingerprint(dataset: str | list[dict]) -> str:
     hashes = []
     for name, weight in parts_of(dataset):
         if name == "primer":
-            content = [DatasetSplit(name, split, False).identity["content"] for split in ("train", "validation")]
+            content = [primer_documents(split)[1] for split in ("train", "validation")]
         elif not local_path(name).exists() and is_hub_id(name):
             content = name
         else:
@@ -235,6 +235,13 @@ class MixtureStream:
         self.epoch, self._bytes = state["position"][0], list(state["position"][1])
 
 
+@cache
+def primer_documents(split: str) -> tuple[list[str], str]:
+    """The demo's documents of a split, and their fingerprint."""
+    documents = list(primer.documents(split, seed=0))
+    return documents, fingerprint(documents)
+
+
 class DatasetSplit:
     """One split of a dataset: its `files` in order, shared by the streams of a process.
 
@@ -255,8 +262,8 @@ class DatasetSplit:
         self.single, self.identity = False, {"revision": self.revision, "files and bytes": [1, None]}
         self.identity["split"] = self.split
         if self.dataset == "primer":
-            documents = list(primer.documents("train" if self.split == "train" else "test", seed=0))
-            self.files, self.identity["content"] = [Memory(documents)], fingerprint(documents)
+            documents, self.identity["content"] = primer_documents(self.split)
+            self.files = [Memory(documents)]
             return
         names, train, validation = split_files(self.dataset, names)
         self.single = train == validation
