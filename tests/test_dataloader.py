@@ -181,20 +181,23 @@ def test_a_resumed_loader_gives_the_batches_that_would_have_come(folder, tokeniz
     assert all((batch == expected).all() for batch, expected in zip(islice(second, 10), whole[taken:]))
 
 
-@pytest.mark.parametrize("before,after", [(1, 4), (4, 1), (2, 4), (4, 2)])
-def test_a_run_resumes_on_another_number_of_ranks_without_losing_or_repeating_a_row(folder, tokenizer, before, after):
+@pytest.mark.parametrize("before,after,batch_size", [(1, 4, 4), (4, 1, 1), (2, 4, 2), (4, 2, 1), (1, 4, 3), (2, 4, 3)])
+def test_a_run_resumes_on_another_number_of_ranks_without_losing_or_repeating_a_row(
+    folder, tokenizer, before, after, batch_size
+):
     alone = np.concatenate(list(islice(loader(folder, tokenizer, batch_size=1), 64)))
-    ranks = [loader(folder, tokenizer, rank, before, batch_size=4 // before) for rank in range(before)]
-    for _ in range(6):
+    ranks = [loader(folder, tokenizer, rank, before, batch_size=batch_size) for rank in range(before)]
+    for _ in range(5):
         for rank in ranks:
             next(rank)
     states = [saved_and_loaded(rank.state_dict()) for rank in ranks]
-    assert {state["rows"] for state in states} == {24}
-    ranks = [loader(folder, tokenizer, rank, after, batch_size=1) for rank in range(after)]
-    for rank in ranks:
+    done = 5 * before * batch_size
+    assert {state["rows"] for state in states} == {done}
+    for number in range(after):
+        rank = loader(folder, tokenizer, number, after, batch_size=1)
         rank.load_state_dict(states)
-    rest = np.concatenate([next(rank) for _ in range(40 // after) for rank in ranks])
-    assert (rest == alone[24:64]).all()
+        expected = alone[next(n for n in range(done, 64) if n % after == number) :: after]
+        assert (np.concatenate(list(islice(rank, len(expected)))) == expected).all()
 
 
 def test_the_state_is_that_of_the_last_batch_handed_out_and_not_of_the_thread(folder, tokenizer):
