@@ -39,7 +39,7 @@ def sharegpt(row: dict, rng: Random) -> list[dict]:
 def instruction(row: dict, rng: Random) -> list[dict]:
     """Alpaca's form: {"instruction", "output"}, and "input" that the instruction is about."""
     prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return _with_system(row, [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}])
+    return _with_system(row, exchange(prompt, row["output"]))
 
 
 def _with_system(row: dict, conversation: list) -> list:
@@ -73,10 +73,7 @@ def multiple_choice(row: dict, rng: Random) -> list[dict]:
         raise BadRow(f"{len(choices)} choices and {len(letters)} letters for them")
     if answer not in list(letters):
         raise BadRow(f"the answer {answer!r} is none of the choices' letters")
-    return [
-        {"role": "user", "content": render_choices(question, letters, choices)},
-        {"role": "assistant", "content": answer},
-    ]
+    return exchange(render_choices(question, letters, choices), answer)
 
 
 def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
@@ -91,22 +88,18 @@ def gsm8k(row: dict, rng: Random) -> list[dict]:
     parts = re.split(r"<<([^>]*)>>", row["answer"])
     if "#### " not in parts[-1]:
         raise BadRow("the answer has no '#### '")
-    replies = []
+    steps = []
     for text, inner in zip(parts[0::2], parts[1::2], strict=False):
         expression, equals, result = inner.rpartition("=")
         if not (expression and equals and result):
             raise BadRow(f"no expression and result in <<{inner}>>")
-        replies += [assistant_call(text, expression), {"role": "tool", "name": "python", "content": result}]
-    return [{"role": "user", "content": row["question"]}, *replies, {"role": "assistant", "content": parts[-1]}]
+        steps += call_and_result(text, expression, result)
+    return exchange(row["question"], parts[-1], steps)
 
 
 def simple_spelling(row: dict, rng: Random) -> list[dict]:
     """{"word"} -> the word spelled, its letters separated by commas."""
-    word = row["word"]
-    return [
-        {"role": "user", "content": f"Spell the word: {word}"},
-        {"role": "assistant", "content": ",".join(word)},
-    ]
+    return exchange(f"Spell the word: {row['word']}", ",".join(row["word"]))
 
 
 # Ways to ask how often the letter {l} occurs in the word {w}.
@@ -133,18 +126,20 @@ def spelling_bee(row: dict, rng: Random) -> list[dict]:
         f"Let me find every '{letter}' in '{word}'. First I spell the word:\n{word}:{','.join(word)}\n\n"
         f"Then I go through the letters:\n" + "\n".join(lines) + f"\n\nBy hand I count {count}. Python checks it:\n\n"
     )
-    return [
-        {"role": "user", "content": question},
-        assistant_call(by_hand, f"'{word}'.count('{letter}')"),
-        {"role": "tool", "name": "python", "content": str(count)},
-        {"role": "assistant", "content": f"\n\nPython says {count}, so that is the answer.\n\n#### {count}"},
-    ]
+    steps = call_and_result(by_hand, f"'{word}'.count('{letter}')", str(count))
+    return exchange(question, f"\n\nPython says {count}, so that is the answer.\n\n#### {count}", steps)
 
 
-def assistant_call(text: str, expression: str) -> dict:
-    """An assistant message of `text` and a call of the python tool."""
+def exchange(question: str, answer: str, steps: Sequence[dict] = ()) -> list[dict]:
+    """The user's question, the calls and results of `steps`, and the assistant's answer."""
+    return [{"role": "user", "content": question}, *steps, {"role": "assistant", "content": answer}]
+
+
+def call_and_result(text: str, expression: str, result: str) -> list[dict]:
+    """An assistant message of `text` with a call of the python tool, and the tool's result."""
     function = {"name": "python", "arguments": {"expression": expression}}
-    return {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": function}]}
+    call = {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": function}]}
+    return [call, {"role": "tool", "name": "python", "content": result}]
 
 
 TRANSFORMS: dict[str, Callable[[dict, Random], list[dict]]] = {
@@ -154,7 +149,7 @@ WORD_TRANSFORMS = ("simple_spelling", "spelling_bee")
 
 
 def normalize(conversation: list[dict]) -> list[dict]:
-    """OpenAI's forms of messages -> the form that the chat template renders and that the model speaks in.
+    """OpenAI's forms of messages -> the form that the chat template renders.
 
     A call's arguments that are JSON text become a mapping; `function_call` and the role function, OpenAI's old form,
     become `tool_calls` and the role tool. Parts of text that follow each other become one text, so that no special
@@ -177,7 +172,7 @@ def normalize(conversation: list[dict]) -> list[dict]:
         message, rest = rest[0], rest[1:]
         calls = message.get("tool_calls") or []
         results = list(takewhile(lambda m: m.get("role") == "tool", rest)) if calls else []
-        if len(calls) != len(results):  # unanswered ones: no conversation to learn from, but one to go on with
+        if len(calls) != len(results):  # unanswered ones: not to be learned from, but a model can continue there
             normalized.append(message)
             continue
         texts = [message.get("content"), *[""] * len(calls)]
