@@ -174,6 +174,7 @@ def test_states_of_older_versions_resume_or_are_refused(tmp_path):
     stream.load_state_dict(stream.state_dict())
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     older = {"revision": None, "files and bytes": [2, size], "split": "train"}
+    assert older.items() <= stream.state_dict()["source"].items()
     with pytest.raises(InputError, match="changed since this run began"):
         stream.load_state_dict({**stream.state_dict(), "source": older})
 
@@ -382,6 +383,13 @@ def test_the_hubs_files_are_read_by_the_names_of_their_splits(tmp_path, monkeypa
         assert set(DocumentStream(dataset)) == set(names[1:3])
         assert set(DocumentStream(dataset, "validation")) == {names[0]}
     assert set(DocumentStream("org/name/data/kor/train")) == {names[1]}  # in a split's folder the last is held out
+    saved, revisions = DocumentStream("org/name").state_dict(), []
+    info.sha = "def"  # a later commit
+    stream = DocumentStream("org/name")
+    info.sha = "abc"
+    monkeypatch.setattr(module.HfApi, "dataset_info", lambda *a, **k: revisions.append(k["revision"]) or info)
+    stream.load_state_dict(saved)
+    assert revisions == ["abc"] and stream.state_dict() == saved
 
 
 def test_names_that_look_like_something_else(tmp_path, monkeypatch):

@@ -72,7 +72,9 @@ def test_epochs_pass_over_all_rows_in_a_new_order_each_time(tmp_path):
     path = write(tmp_path / "chat.jsonl", [chat(str(n), "b") for n in range(20)])
     order = [row["row"] for row in Mixture([{"dataset": path, "epochs": 2.5}])]
     assert sorted(order[:20]) == sorted(order[20:40]) == list(range(20)) and order[:20] != order[20:40]
-    assert len(order) == 50
+    assert len(order) == 50 and len(Mixture([{"dataset": path, "epochs": 0.28}])) == 6  # of 5.6
+    words = {"dataset": write(tmp_path / "words.txt", ["castle"]), "transform": "spelling_bee", "epochs": 9}
+    assert len({row["messages"][0]["content"] for row in Mixture([words])}) > 5  # each epoch draws anew
 
 
 def test_rows_takes_a_part(tmp_path):
@@ -214,6 +216,7 @@ def test_words_are_split_and_come_from_files_or_from_text(tmp_path):
     entry = {"dataset": path, "transform": "simple_spelling"}
     train, test = ({r["messages"][0]["content"] for r in Mixture([entry | {"split": s}])} for s in ("train", "test"))
     assert len(train | test) == 100 and not train & test and 1 <= len(test) <= 15
+    assert first_texts(entry | {"split": "validation"}) == sorted(test)
     text = write(tmp_path / "text.jsonl", [{"text": "the owl and the duck and the owl"} for _ in range(40)])
     words = {r["messages"][1]["content"] for r in Mixture([{"dataset": text, "transform": "simple_spelling"}])}
     assert words == {"t,h,e", "o,w,l", "a,n,d", "d,u,c,k"}

@@ -187,6 +187,11 @@ def test_an_older_chat_template_of_ours_is_renewed_and_another_stays(tokenizer, 
         if template:
             (tmp_path / "chat_template.jinja").write_text(template)
         assert load_tokenizer(tmp_path).chat_template == expected
+    tokenizer.save_pretrained(tmp_path)
+    config = load_json(tmp_path / "tokenizer_config.json")
+    for response_template, expected in (({"fields": {}}, RESPONSE_TEMPLATE), (None, None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "response_template": response_template}))
+        assert getattr(load_tokenizer(tmp_path), "response_template", None) == expected
 
 
 @pytest.mark.parametrize("size,dtype", [(512, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
@@ -218,6 +223,12 @@ def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
     validation = [text[:40] for text in texts[300:]]
     assert metrics["bytes_per_token"] == pytest.approx(bytes_per_token(tokenizer, validation), rel=0.05)
     assert 1 < metrics["bytes_per_token"] < 8
+
+
+def test_bytes_per_token_counts_no_bos(tokenizer):
+    texts = ["가나다 abc", "x" * 50]
+    num_tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    assert bytes_per_token(tokenizer, texts) == (13 + 50) / num_tokens
 
 
 def test_a_stage_that_fails_leaves_nothing_that_looks_finished(tmp_path):
