@@ -176,10 +176,7 @@ def test_a_calls_arguments_become_a_mapping(arguments):
     ):
         before = json.dumps(conversation)
         normalized = normalize(conversation)
-        assert normalized[1]["tool_calls"][0]["function"] == {
-            "name": "python",
-            "arguments": {"expression": "12*34"},
-        }
+        assert normalized[1]["tool_calls"][0]["function"] == {"name": "python", "arguments": {"expression": "12*34"}}
         assert normalized[2]["role"] == "tool" and "function_call" not in normalized[1]
         assert json.dumps(conversation) == before  # the caller's rows stay as they are
         check(normalized)
