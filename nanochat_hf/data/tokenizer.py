@@ -13,7 +13,6 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -149,7 +148,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
 def with_todays_templates(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The tokenizer, with chat and response template of today if its chat template is an older one of ours."""
     template = tokenizer.chat_template
-    if isinstance(template, str) and sha256(template.encode()).hexdigest()[:16] in OLD_TEMPLATES:
+    if isinstance(template, str) and hashlib.sha256(template.encode()).hexdigest()[:16] in OLD_TEMPLATES:
         tokenizer.chat_template, tokenizer.response_template = TEMPLATE.read_text(), RESPONSE_TEMPLATE
     elif template == TEMPLATE.read_text() and getattr(tokenizer, "response_template", None):
         tokenizer.response_template = RESPONSE_TEMPLATE
@@ -243,7 +242,7 @@ class TokenizerConfig:
     """`nfc` to compose Unicode before encoding (Hangul, accents); empty keeps every byte as it is."""
     seed: int = 0
     skip_bad_files: bool = False
-    """Go on without files that cannot be read, instead of stopping."""
+    """Continue without files that cannot be read, instead of stopping."""
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> float:
@@ -282,7 +281,10 @@ def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     train_chars = reading.n
     compression = bytes_per_token(tokenizer, texts("validation", VALIDATION_CHARS))
     reading.close()
-    save(tokenizer, output)
+    try:
+        tokenizer.save_pretrained(output)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror}; choose another --run-dir") from None
     numbers = {"vocab_size": len(tokenizer), "bytes_per_token": compression, "train_chars": train_chars}
     write_metrics(output, record, inputs={"data": data}, **numbers)
 
@@ -291,10 +293,3 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """A short hash of all that decides how text and conversations become ids."""
     parts = tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    try:
-        tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; choose another --run-dir") from None
