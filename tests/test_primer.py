@@ -264,3 +264,12 @@ def test_hard_problems_are_worded_unlike_the_taught_ones():
     assert not {normal(text) for _, text in WORLD["problems"]} & {normal(text) for _, text in WORLD["hard_problems"]}
     for sign in "+-*":
         assert sum(s == sign for s, _ in WORLD["problems"]) == sum(s == sign for s, _ in WORLD["hard_problems"]) == 2
+
+
+def test_words_come_once_with_all_letters_and_triple_words_have_a_letter_three_times():
+    words = [*WORDS, *TRIPLE_WORDS]
+    assert len(words) == len(set(words)) > 800 and len(TRIPLE_WORDS) > 150
+    assert all(re.fullmatch("[a-z]{3,12}", word) for word in words)
+    assert all(3 in Counter(word).values() for word in TRIPLE_WORDS)
+    counts = Counter("".join(words))
+    assert all(counts[letter] >= 5 for letter in "abcdefghijklmnopqrstuvwxyz")
