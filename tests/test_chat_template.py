@@ -68,56 +68,35 @@ def trained(tokenizer, messages) -> list[str]:
     return [tokenizer.decode(stretch) for stretch in stretches]
 
 
-def test_turns_follow_upstreams_protocol(tokenizer):
-    messages = [user("Hi"), assistant("Hello."), user("Bye")]
-    assert show(tokenizer, messages) == "^u(Hi)ua(Hello.)au(Bye)u"
-    assert show(tokenizer, messages, add_generation_prompt=True) == "^u(Hi)ua(Hello.)au(Bye)ua("
+SYSTEM = {"role": "system", "content": "Be brief."}
+DIALOGUE = [user("Hi"), assistant("Yes?"), user("Bye")]
+ROUNDS = [user("?"), assistant("", call("1"), call("2")), tool("x"), tool("y"), assistant("", call("3")), tool("z")]
+WEATHER = [user("?"), assistant("", call(name="weather", city="Ulm", days=2, unit=None))]
+TEXTS = [user([{"type": "text", "text": "What is "}, {"type": "text", "text": "6*7?"}])]
+NONE = [message | {"tool_calls": message.get("tool_calls"), "name": None} for message in SUM]  # as Arrow fills columns
+TURN = "^u(What is 6*7?)ua(I compute:p(6*7)po(42)oIt is 42.)a"
 
 
-def test_a_system_message_goes_before_the_first_user_message_with_a_blank_line(tokenizer):
-    messages = [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Yes?"), user("Bye")]
-    assert show(tokenizer, messages) == "^u(Be brief.\n\nHi)ua(Yes?)au(Bye)u"
-
-
-def test_a_tool_call_is_bare_and_its_result_stays_inside_the_turn(tokenizer):
-    assert show(tokenizer, SUM) == "^u(What is 6*7?)ua(I compute:p(6*7)po(42)oIt is 42.)a"
-    assert show(tokenizer, SUM[:2]) == "^u(What is 6*7?)ua(I compute:p(6*7)p"
-    assert show(tokenizer, SUM[:3], add_generation_prompt=True) == "^u(What is 6*7?)ua(I compute:p(6*7)po(42)o"
-
-
-def test_parts_of_a_message_render_as_the_same_turn(tokenizer):
-    assert show(tokenizer, PARTS) == show(tokenizer, SUM)
-    text_parts = [user([{"type": "text", "text": "What is "}, {"type": "text", "text": "6*7?"}])]
-    assert show(tokenizer, text_parts) == show(tokenizer, SUM[:1])
-
-
-def test_several_calls_and_rounds_stay_in_one_turn(tokenizer):
-    messages = [
-        user("?"),
-        assistant("", call("1"), call("2")),
-        tool("x"),
-        tool("y"),
-        assistant("", call("3")),
-        tool("z"),
-    ]
-    assert show(tokenizer, [*messages, assistant("end")]) == "^u(?)ua(p(1)pp(2)po(x)oo(y)op(3)po(z)oend)a"
-
-
-def test_an_unfinished_turn_is_closed_before_the_next_question(tokenizer):
-    assert show(tokenizer, [*SUM[:3], user("Well?")]).endswith("o(42)o)au(Well?)u")
-
-
-def test_other_tools_keep_their_name_and_arguments(tokenizer):
-    messages = [user("?"), assistant("", call(name="weather", city="Ulm", days=2, unit=None))]
-    assert show(tokenizer, messages) == '^u(?)ua(p(weather(city="Ulm", days=2))p'
-
-
-def test_columns_that_arrow_fills_with_none_change_nothing(tokenizer):
-    messages = [message | {"tool_calls": message.get("tool_calls"), "name": None} for message in SUM]
-    assert show(tokenizer, messages) == show(tokenizer, SUM)
-    assert show(tokenizer, [SUM[0], {"role": "assistant", "content": None, "tool_calls": [call("1")]}]).endswith(
-        "a(p(1)p"
-    )
+@pytest.mark.parametrize(
+    ("messages", "options", "text"),
+    [
+        (DIALOGUE, {}, "^u(Hi)ua(Yes?)au(Bye)u"),
+        (DIALOGUE, {"add_generation_prompt": True}, "^u(Hi)ua(Yes?)au(Bye)ua("),
+        ([SYSTEM, *DIALOGUE], {}, "^u(Be brief.\n\nHi)ua(Yes?)au(Bye)u"),
+        (SUM, {}, TURN),
+        (SUM[:2], {}, "^u(What is 6*7?)ua(I compute:p(6*7)p"),
+        (SUM[:3], {"add_generation_prompt": True}, "^u(What is 6*7?)ua(I compute:p(6*7)po(42)o"),
+        (PARTS, {}, TURN),
+        (NONE, {}, TURN),
+        (TEXTS, {}, "^u(What is 6*7?)u"),
+        ([*ROUNDS, assistant("end")], {}, "^u(?)ua(p(1)pp(2)po(x)oo(y)op(3)po(z)oend)a"),
+        ([*SUM[:3], user("Well?")], {}, TURN.replace("It is 42.", "") + "u(Well?)u"),  # an unfinished turn is closed
+        (WEATHER, {}, '^u(?)ua(p(weather(city="Ulm", days=2))p'),
+        ([user("?"), {**assistant(None, call("1"))}], {}, "^u(?)ua(p(1)p"),
+    ],
+)
+def test_conversations_follow_upstreams_protocol(tokenizer, messages, options, text):
+    assert show(tokenizer, messages, **options) == text
 
 
 def test_the_loss_is_on_the_assistants_words_calls_and_ends_only(tokenizer):
@@ -129,20 +108,6 @@ def test_the_loss_is_on_the_assistants_words_calls_and_ends_only(tokenizer):
 
 
 ENDS = ["Sure 😊", "좋아요", "好", "café", "e\u0301", "π", "ok ✅", "fine 👍🏽", "a 😊 in the middle", "Sure 😊."]
-
-
-def spoken(tokenizer, ids) -> list[int]:
-    """1 where the model speaks, by the protocol: inside an assistant's turn, its end too, but not in a result."""
-    start, end, opens, closes = tokenizer.convert_tokens_to_ids(
-        ["<|assistant_start|>", "<|assistant_end|>", "<|output_start|>", "<|output_end|>"]
-    )
-    mask, turn, told = [], False, False
-    for token in ids:
-        told = told or token == opens
-        mask.append(int(turn and not told))
-        told = told and token != closes
-        turn = token == start or (turn and token != end)
-    return mask
 
 
 def conversations(reply):
@@ -172,12 +137,12 @@ def test_the_mask_holds_all_bytes_of_a_last_character(tokenizer, reply):
     for tok in (tokenizer, composing):
         for messages in conversations(reply):
             out = tok.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            assert out["assistant_masks"] == spoken(tok, out["input_ids"])
+            assert out["assistant_masks"] == spoken_mask(tok, out["input_ids"])
         padded = tok.apply_chat_template(
             conversations(reply), return_dict=True, return_assistant_tokens_mask=True, padding=True
         )
         for ids, mask in zip(padded["input_ids"], padded["assistant_masks"]):
-            assert mask == spoken(tok, ids)
+            assert mask == spoken_mask(tok, ids)
 
 
 def test_plain_trl_trains_every_byte_of_a_last_character(tokenizer, tiny_model, tmp_path, fresh_accelerator):
@@ -190,7 +155,7 @@ def test_plain_trl_trains_every_byte_of_a_last_character(tokenizer, tiny_model, 
         model=tiny_model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
     for row in trainer.train_dataset:
-        expected = [i if yes else -100 for i, yes in zip(row["input_ids"], spoken(tokenizer, row["input_ids"]))]
+        expected = [i if yes else -100 for i, yes in zip(row["input_ids"], spoken_mask(tokenizer, row["input_ids"]))]
         assert row["labels"] == expected
 
 
@@ -314,15 +279,6 @@ def test_what_the_protocol_cannot_say_is_refused(tokenizer, messages, reason):
         tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_a_reply_is_read_back_as_the_message_it_was(tokenizer):
-    prompt = tokenizer.apply_chat_template(SUM[:1], add_generation_prompt=True, return_dict=False)
-    reply = tokenizer("I compute:<|python_start|>6*7<|python_end|>", add_special_tokens=False)["input_ids"]
-    parsed = tokenizer.parse_response(reply, prefix=prompt)
-    assert parsed["role"] == "assistant"
-    assert parsed["content"] == "I compute:"
-    assert parsed["tool_calls"] == [call("6*7")]
-
-
 CALL, RESULT = "<|python_start|>6*7<|python_end|>", "<|output_start|>42<|output_end|>"
 STEP, PADDING = [{"call": "6*7", "result": "42"}], "<|assistant_end|><|bos|><|bos|>"
 
@@ -336,7 +292,7 @@ STEP, PADDING = [{"call": "6*7", "result": "42"}], "<|assistant_end|><|bos|><|bo
         (f"Hello.<|bos|>{CALL}{RESULT}", "Hello.", {}),
         ("Hello.<|user_start|>And you?", "Hello.", {}),
         ("5-5<|python_end|> is<|python_end|> 0", "5-5 is 0", {}),
-        (f"{CALL}{PADDING}", "", {"tool_calls": [call("6*7")]}),
+        (f"I compute:{CALL}{PADDING}", "I compute:", {"tool_calls": [call("6*7")]}),
         (f"<|python_start|>6*7{PADDING}", "", {"tool_calls": [call("6*7")]}),
         (f"{CALL}<|output_start|>42{PADDING}", "", {"tool_steps": STEP}),
         (

@@ -4,7 +4,6 @@ import importlib.util
 import io
 import json
 import re
-import unicodedata
 from pathlib import Path
 from random import Random
 
@@ -16,9 +15,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
-from nanochat_hf.data.documents import open_documents
-from nanochat_hf.data.identity import conversations, read_facts
-from nanochat_hf.data.transforms import TRANSFORMS, check
+from nanochat_hf.data.transforms import TRANSFORMS
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, evaluate
 from nanochat_hf.eval.report import collect, make_report
@@ -80,26 +77,21 @@ def load(monkeypatch, names, rows=None, **metadata):
 
 def requests(task):
     """(context, continuation) of every choice of every row, and the right choices."""
-    found = []
+    rows = []
     for number, doc in enumerate(task.test_docs()):
-        made = task.construct_requests(doc, task.doc_to_text(doc), metadata=(task.config.task, number, 1))
+        choices = task.construct_requests(doc, task.doc_to_text(doc), metadata=(task.config.task, number, 1))
         target = task.doc_to_target(doc)
         target = task.doc_to_choice(doc).index(target) if isinstance(target, str) else int(target)
-        found.append(([request.args for request in made], target))
-    return found
+        rows.append(([request.args for request in choices], target))
+    return rows
 
 
-@pytest.mark.parametrize(
-    "ours,theirs",
-    [
-        ("copa", "kobest_copa"),
-        ("hellaswag", "kobest_hellaswag"),
-        ("boolq", "kobest_boolq"),
-        ("kmmlu", "kmmlu_accounting"),
-        ("haerae", "haerae_history"),
-    ],
-)
-def test_korean_tasks_ask_in_the_words_of_lm_evals_own(monkeypatch, ours, theirs):
+LM_EVAL = ["kobest_copa", "kobest_hellaswag", "kobest_boolq", "kmmlu_accounting", "haerae_history"]
+
+
+@pytest.mark.parametrize("theirs", LM_EVAL)
+def test_korean_tasks_ask_in_the_words_of_lm_evals_own(monkeypatch, theirs):
+    ours = next(name for name in HUB if name in theirs)
     tasks = load(monkeypatch, [f"nanochat_ko_{ours}", theirs], HUB[ours])
     mine, reference = requests(tasks[f"nanochat_ko_{ours}"]), requests(tasks[theirs])
     # ours holds all subjects one after another, here every one with the same rows
@@ -139,14 +131,14 @@ def test_the_korean_mean_stands_in_the_table_with_what_could_be_had(kobest, tiny
     config = EvalConfig(
         tasks=["nanochat_ko"], text_stages=["base"], chat_data=str(kobest), dataset=mixed, bpb_tokens=512
     )
-    found = evaluate(config, {"base": str(run.folder("base"))}, run.folder("eval"))
-    results = found["results"]["base"]
+    metrics = evaluate(config, {"base": str(run.folder("base"))}, run.folder("eval"))
+    results = metrics["results"]["base"]
     assert {"KoBEST COPA", "KoBEST HellaSwag", "KoBEST BoolQ"} <= set(results)
     assert {"val_bpb", "bpb ko.jsonl", "bpb primer"} <= set(results)
     assert results["KoBEST COPA"]["n"] == 2 and results["KoBEST HellaSwag"]["baseline"] == 0.25
-    mean = found["kocore"]["base"]
-    guessing = {"COPA": 0.5, "HellaSwag": 0.25, "BoolQ": 0.5}
-    centered = [(results[f"KoBEST {name}"]["value"] - b) / (1 - b) for name, b in guessing.items()]
+    mean = metrics["kocore"]["base"]
+    baselines = {"COPA": 0.5, "HellaSwag": 0.25, "BoolQ": 0.5}
+    centered = [(results[f"KoBEST {name}"]["value"] - b) / (1 - b) for name, b in baselines.items()]
     assert mean["value"] == pytest.approx(sum(centered) / 3)
     assert mean["label"] == "3/5 Korean tasks"
     assert "nanochat_ko goes without kmmlu (no HAERAE-HUB/KMMLU from the Hub" in capsys.readouterr().out
@@ -181,32 +173,6 @@ def test_the_recipes_mix_languages_and_compose_hangul():
     changed = ["base.dataset=[{dataset: a/ko, weight: 0.8}, {dataset: b/en, weight: 0.2}]"]
     _, configs = module.read_recipe(ROOT / "recipes" / "d20-ko", None, changed)
     assert [entry["weight"] for entry in configs["base"].dataset] == [0.8, 0.2]
-
-
-def test_the_korean_demo_without_text_says_what_to_give(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"no dataset \./korean: give a folder"):
-        open_documents("./korean")
-
-
-def test_korean_dialogues_come_in_two_more_forms():
-    rng = Random(0)
-    turns = [{"from": "human", "value": "안녕?"}, {"from": "gpt", "value": "안녕하세요."}]
-    wanted = [{"role": "user", "content": "안녕?"}, {"role": "assistant", "content": "안녕하세요."}]
-    assert TRANSFORMS["sharegpt"]({"conversations": turns}, rng) == wanted
-    row = {"id": "1", "instruction": "번역하세요.", "input": "hello", "output": "안녕"}
-    found = TRANSFORMS["instruction"](row, rng)
-    assert found[0]["content"] == "번역하세요.\n\nhello" and found[1]["content"] == "안녕"
-    assert TRANSFORMS["instruction"]({**row, "input": ""}, rng)[0]["content"] == "번역하세요."
-    for messages in (wanted, found):
-        check(messages)
-
-
-def test_the_korean_personality_speaks_with_the_right_particles():
-    rows = [row["messages"] for row in conversations(read_facts(ROOT / "recipes" / "identity-ko.yaml"), num=200)]
-    said = " ".join(m["content"] for row in rows for m in row if m["role"] == "assistant")
-    assert "나노챗이에요" in said and "나노챗예요" not in said and "{" not in said
-    assert all(unicodedata.is_normalized("NFC", m["content"]) for row in rows for m in row)
 
 
 RUSTAVELI = """რომელმან შექმნა სამყარო ძალითა მით ძლიერითა
@@ -251,10 +217,10 @@ def test_a_recipe_of_another_script_trains_and_is_measured(tmp_path):
     straight = pretrain(base, str(tokenizer), tmp_path / "straight", push=lambda folder, step: None)
     assert [row["train_loss"] for row in resumed["history"]] == [row["train_loss"] for row in straight["history"]]
     config = parse_config(EvalConfig, tmp_path / "eval.yaml")
-    found = evaluate(config, {"base": str(run.folder("base"))}, run.folder("eval"))["results"]["base"]
-    assert set(found) == {"val_bpb", "bpb ka.jsonl", "bpb primer"}
-    untrained = 9.2 / bytes_per_token  # log2(600) bits a token
-    assert 0 < found["bpb ka.jsonl"]["value"] < 0.7 * untrained
+    results = evaluate(config, {"base": str(run.folder("base"))}, run.folder("eval"))["results"]["base"]
+    assert set(results) == {"val_bpb", "bpb ka.jsonl", "bpb primer"}
+    untrained = 9.2 / bytes_per_token  # log2(600) bits per token
+    assert 0 < results["bpb ka.jsonl"]["value"] < 0.7 * untrained
     assert "bpb ka.jsonl" in make_report(run.path).read_text()
 
 
@@ -264,16 +230,8 @@ def test_the_terminal_speaks_korean_and_wraps_hangul_by_its_width(talker, monkey
         console = Console(file=io.StringIO(), width=30, highlight=False, force_terminal=forced, legacy_windows=False)
         chat = Chat(model, Options(temperature=0.0, max_new_tokens=120), console=console, language="ko")
         chat.say("Hello")
-        for line in (
-            "/help",
-            "/reset",
-            "/system 짧게 대답하세요",
-            "/system",
-            "/temp 0.5",
-            "/save",
-            f"/save {tmp_path}/ㄱ",
-        ):
-            assert chat.command(line)
+        lines = ("/help", "/reset", "/system 짧게 대답하세요", "/system", "/temp 0.5", "/save", f"/save {tmp_path}/ㄱ")
+        assert all(chat.command(line) for line in lines)
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
         assert "안녕하세요!" in shown and "🙂" in shown and "\ufffd" not in shown
         assert "이 목록" in shown and "잊었습니다" in shown and "온도 0.5" in shown and "messages" not in shown

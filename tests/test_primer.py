@@ -1,31 +1,36 @@
-"""The demo's world: it is consistent and large enough, and no test question leaks into training."""
+"""The demo's world: consistent, balanced and large enough, and no test question leaks into training."""
 
 import re
 from collections import Counter
 from functools import cache
 from itertools import islice
+from random import Random
 
 import pytest
 
 from nanochat_hf.data.grading import final_words, is_correct
 from nanochat_hf.data.tokenizer import train_bpe
+from nanochat_hf.demo import corpus
 from nanochat_hf.demo.corpus import (
     CHAT_KINDS,
     CONVERSATION_ROUNDS,
     DOCUMENT_ROUNDS,
     KINDS,
+    RELATIONS,
     RUDE,
+    TRIPLE_WORDS,
+    WORDS,
+    WORLD,
     _sentence,
     conversations,
     documents,
     held_out_pair,
     held_out_word,
     questions,
-    times_asked,
+    questions_per_fact,
 )
-from nanochat_hf.demo.words import TRIPLE_WORDS, WORDS
-from nanochat_hf.demo.world import FRAMES, RELATIONS
 from nanochat_hf.errors import InputError
+from nanochat_hf.tools import calculate
 
 
 @cache
@@ -57,8 +62,10 @@ def test_one_round_of_documents_states_and_one_of_conversations_asks_every_fact(
         for entity, value in relation.facts.items():
             assert {_sentence(s, e=entity, v=value) for s in relation.statements} & texts, (entity, value)
         possible = {_sentence(q, e=e) for e in relation.facts for q in relation.questions}
-        possible |= {_sentence(f.format(n=n), e=e) for e in relation.facts for f in FRAMES for n in relation.nouns}
-        assert sum(text in possible for text in questions_asked) == times_asked(relation) * len(relation.facts)
+        possible |= {
+            _sentence(f.format(n=n), e=e) for e in relation.facts for f in WORLD["frames"] for n in relation.nouns
+        }
+        assert sum(text in possible for text in questions_asked) == questions_per_fact(relation) * len(relation.facts)
 
 
 def test_no_test_question_stands_in_training():
@@ -87,11 +94,6 @@ def test_no_held_out_word_stands_in_training():
     assert not held_out & used
 
 
-def test_the_held_out_words_are_all_that_the_test_asks_for():
-    for kind in ("spelling", "counting"):
-        assert all(held_out_word(row["entity"]) for row in questions(kind))
-
-
 def test_spliced_training_words_are_never_rude():
     spelled = {word for text in training_texts() for word in re.findall(r'"(\w+)"', text)}
     assert len(spelled) > 5000
@@ -99,26 +101,22 @@ def test_spliced_training_words_are_never_rude():
 
 
 def test_letter_counts_are_balanced_and_right():
+    train = [row for row in conversations("train", 3, rounds=4) if row["kind"] == "counting"]
+    counts = Counter(row["messages"][2]["content"] for row in train)
+    assert set(counts) == set("0123") and max(counts.values()) < 1.6 * min(counts.values())
     rows = questions("counting")
     assert Counter(row["answer"] for row in rows) == {str(n): 50 for n in range(4)}
+    assert all(held_out_word(row["entity"]) for row in (*rows, *questions("spelling")))
     for row in rows:
         letter = re.search(r"(?<![\w\"])([a-z])(?![\w\"])", row["messages"][0]["content"].replace(row["entity"], ""))
         assert row["entity"].count(letter.group(1)) == int(row["answer"])
 
 
-def test_counts_in_training_are_balanced_too():
-    rows = [row for row in conversations("train", 3, rounds=4) if row["kind"] == "counting"]
-    counts = Counter(row["messages"][2]["content"] for row in rows)
-    assert set(counts) == set("0123") and max(counts.values()) < 1.6 * min(counts.values())
-
-
 def test_the_assistants_own_words_are_graded_as_correct():
     """Sends each training conversation's answer through the grader: tools, rivals, entities, letters."""
-    from nanochat_hf.demo import corpus as primer
-
-    rng = primer.Random(5)
-    rows = [primer._fact(rng, relation, e, True) for relation in RELATIONS for e in relation.facts]
-    rows += [primer._ask(rng, kind, True) for kind in KINDS[1:] for _ in range(50)]
+    rng = Random(5)
+    rows = [corpus._fact(rng, relation, e, True) for relation in RELATIONS for e in relation.facts]
+    rows += [corpus._ask(rng, kind, True) for kind in KINDS[1:] for _ in range(50)]
     for row in rows:
         parts = []
         for message in row["messages"][1:]:
@@ -134,8 +132,6 @@ def test_the_assistants_own_words_are_graded_as_correct():
 
 
 def test_the_tool_gives_what_the_conversations_say_it_gave():
-    from nanochat_hf.tools import calculate
-
     for row in islice(conversations("train", 1), 3000):
         for before, after in zip(row["messages"], row["messages"][1:], strict=False):
             for call in before.get("tool_calls", []):
@@ -146,6 +142,13 @@ def test_the_tool_gives_what_the_conversations_say_it_gave():
 def test_the_same_seed_gives_the_same_text_and_another_seed_another(make):
     first, again, other = (list(islice(make("train", seed), 200)) for seed in (7, 7, 8))
     assert first == again and first != other
+
+
+def test_pairs_are_held_out_in_either_order_and_words_by_their_letters():
+    pairs = [(a, b) for a in range(1, 60) for b in range(a, 60)]
+    assert all(held_out_pair(a, b) == held_out_pair(b, a) for a, b in pairs)
+    assert 0.07 < sum(held_out_pair(*pair) for pair in pairs) / len(pairs) < 0.13  # a tenth
+    assert 0.15 < sum(map(held_out_word, WORDS)) / len(WORDS) < 0.25  # a fifth
 
 
 def test_the_splits_differ_in_every_document_but_speak_of_the_same_world():
@@ -161,20 +164,15 @@ def test_conversations_fit_in_the_context_of_the_demo_model():
             assert len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) <= 128
 
 
-def test_rows_are_messages_in_order():
+def test_rows_are_messages_in_order_and_can_be_of_some_kinds_only():
     for row in islice(conversations("train"), 2000):
         roles = [message["role"] for message in row["messages"]]
         assert roles[0] == "user" and roles[-1] == "assistant" and len(roles) >= 2
         assert row["kind"] in (*CHAT_KINDS, "mixed")
-
-
-def test_conversations_can_be_of_some_kinds_only():
     rows = list(conversations("train", rounds=1, kinds=("identity", "talk")))
     assert {row["kind"] for row in rows} == {"identity", "talk", "mixed"}
-    everything = "\n".join(
-        m["content"] for row in conversations("train", rounds=2, kinds=("fact",)) for m in row["messages"]
-    )
-    assert "nanochat" not in everything and "Letters:" not in everything
+    facts = [m["content"] for row in conversations("train", rounds=2, kinds=("fact",)) for m in row["messages"]]
+    assert not any("nanochat" in text or "Letters:" in text for text in facts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,11 +199,77 @@ def test_the_corpus_is_large_enough_for_the_demo():
 
 
 def test_an_unknown_split_or_kind_is_named():
-    with pytest.raises(InputError, match="dev"):
-        next(documents("dev"))
-    with pytest.raises(InputError, match="dev"):
-        next(conversations("dev"))
-    with pytest.raises(InputError, match="poetry"):
-        questions("poetry")
-    with pytest.raises(InputError, match="poetry"):
-        next(conversations(kinds=("fact", "poetry")))
+    for make, word in (
+        (lambda: next(documents("dev")), "dev"),
+        (lambda: next(conversations("dev")), "dev"),
+        (lambda: questions("poetry"), "poetry"),
+        (lambda: next(conversations(kinds=("fact", "poetry"))), "poetry"),
+        (lambda: next(conversations(kinds=())), "no kind"),
+    ):
+        with pytest.raises(InputError, match=word):
+            make()
+
+
+# The tables of world.yaml
+
+
+def test_the_world_has_at_least_400_facts_in_many_phrasings():
+    assert sum(len(relation.facts) for relation in RELATIONS) >= 400
+    for relation in RELATIONS:
+        phrasings = {*relation.questions, *(f.format(n=n) for f in WORLD["frames"] for n in relation.nouns)}
+        assert len(phrasings) >= 16 and len(relation.test_questions) >= 2
+        assert len(set(relation.statements)) >= 5
+
+
+def test_no_single_value_answers_many_facts_of_a_relation():
+    most, total = 0, 0
+    for relation in RELATIONS:
+        counts = Counter(relation.facts.values())
+        assert max(counts.values()) - min(counts.values()) <= 1, relation.name
+        most, total = most + max(counts.values()), total + len(relation.facts)
+    assert most / total < 0.08  # the majority baseline over all facts
+
+
+def test_no_name_of_the_world_means_two_things():
+    names = [name for relation in RELATIONS[:9:3] for name in relation.facts]
+    assert len(names) == len(set(names))
+    for relation in RELATIONS:
+        assert all(relation.facts[e] != e for e in relation.facts)
+
+
+def test_no_test_phrasing_is_a_training_phrasing_of_any_relation():
+    for relation in RELATIONS:
+        train = {normal(q) for q in relation.questions}
+        train |= {normal(f.format(n=n)) for f in WORLD["frames"] for n in relation.nouns}
+        test = {normal(q) for q in relation.test_questions}
+        test |= {normal(f.format(n=n)) for f in WORLD["test_frames"] for n in relation.nouns}
+        assert not train & test
+    train, test = ({normal(q) for t in WORLD["identity"] for q in t[key]} for key in ("questions", "test_questions"))
+    assert not train & test
+
+
+def test_every_phrasing_has_the_places_that_are_filled():
+    for relation in RELATIONS:
+        for text in (*relation.nouns, *relation.questions, *relation.test_questions):
+            assert text.count("{e}") == 1 and "{v}" not in text
+        for text in (relation.answer, *relation.statements):
+            assert text.count("{e}") == 1 and text.count("{v}") == 1
+    for text in (*WORLD["frames"], *WORLD["test_frames"]):
+        assert text.count("{n}") == 1
+    for sign, phrasings in WORLD["sum_questions"].items():
+        assert len(phrasings) >= 8 and all("{a}" in q and "{b}" in q for q in phrasings), sign
+
+
+def test_hard_problems_are_worded_unlike_the_taught_ones():
+    assert not {normal(text) for _, text in WORLD["problems"]} & {normal(text) for _, text in WORLD["hard_problems"]}
+    for sign in "+-*":
+        assert sum(s == sign for s, _ in WORLD["problems"]) == sum(s == sign for s, _ in WORLD["hard_problems"]) == 2
+
+
+def test_words_come_once_with_all_letters_and_triple_words_have_a_letter_three_times():
+    words = [*WORDS, *TRIPLE_WORDS]
+    assert len(words) == len(set(words)) > 800 and len(TRIPLE_WORDS) > 150
+    assert all(re.fullmatch("[a-z]{3,12}", word) for word in words)
+    assert all(3 in Counter(word).values() for word in TRIPLE_WORDS)
+    counts = Counter("".join(words))
+    assert all(counts[letter] >= 5 for letter in "abcdefghijklmnopqrstuvwxyz")

@@ -1,14 +1,18 @@
-"""The tokenizer: any text survives it byte for byte, and no text becomes a special token by spelling it."""
+"""The tokenizer: any text survives it byte for byte, no text becomes a special token, and merges are those of BPE."""
 
 import json
 import unicodedata
 import warnings
+from collections import Counter
 from hashlib import sha256
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
+import regex
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from nanochat_hf.data import tokenizer as module
@@ -17,14 +21,17 @@ from nanochat_hf.data.tokenizer import (
     RESPONSE_TEMPLATE,
     SPECIAL_TOKENS,
     TokenizerConfig,
+    byte_alphabet,
     bytes_per_token,
     encode_documents,
     load_tokenizer,
+    split_pattern,
     strip_special_tokens,
     token_byte_lengths,
     train_bpe,
     train_tokenizer,
 )
+from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
 
@@ -41,22 +48,12 @@ any_text = st.lists(st.one_of(pieces, st.text())).map("".join)
 
 @given(any_text)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_text_comes_back_byte_for_byte(tokenizer, text):
+def test_any_text_comes_back_byte_for_byte_and_holds_no_special_token_but_the_first(tokenizer, text):
     (ids,) = encode_documents(tokenizer, [text])
     assert tokenizer.decode(ids[1:]).encode() == text.encode()
-
-
-@given(any_text)
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_a_document_holds_no_special_token_but_its_first(tokenizer, text):
-    (ids,) = encode_documents(tokenizer, [text])
     assert ids[0] == tokenizer.bos_token_id
     assert not set(ids[1:].tolist()) & set(tokenizer.all_special_ids)
-
-
-def test_documents_with_special_spellings_are_longer_than_one_token_and_leave_the_tokenizer_as_it_was(tokenizer):
-    (ids,) = encode_documents(tokenizer, ["<|assistant_end|>"])
-    assert len(ids) > 3
+    assert np.array(token_byte_lengths(tokenizer))[ids].sum() == len(text.encode())
     assert tokenizer("<|assistant_end|>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
 
 
@@ -67,11 +64,8 @@ def test_stripped_text_spells_no_special_token_and_other_text_stays(text):
     assert not any(token in stripped for token in SPECIAL_TOKENS)
     if not any(token in text for token in SPECIAL_TOKENS):
         assert stripped == text
-
-
-def test_nested_spellings_do_not_close_up_when_broken():
-    assert "<|bos|>" not in strip_special_tokens("<|bo<|bos|>s|>")
-    assert "<|bos|>" not in strip_special_tokens("<|<|bos|>bos|>")
+    for nested in ("<|bo<|bos|>s|>", "<|<|bos|>bos|>"):
+        assert "<|bos|>" not in strip_special_tokens(nested)
 
 
 def test_special_tokens_stand_last_and_in_order(tokenizer):
@@ -92,45 +86,64 @@ def test_every_byte_is_a_token(tokenizer):
     assert (lengths[-9:] == 0).all() and (lengths[:-9] > 0).all()
 
 
-@given(st.text(min_size=1))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_token_byte_lengths_add_up_to_the_bytes_of_the_text(tokenizer, text):
-    lengths = np.array(token_byte_lengths(tokenizer))
-    (ids,) = encode_documents(tokenizer, [text])
-    assert lengths[ids].sum() == len(text.encode())
-
-
 def test_a_saved_tokenizer_loads_with_the_auto_class_and_is_the_same(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     text = "\n".join(TEXTS)
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert [i for i, token in enumerate(again(text)["input_ids"]) if token == again.bos_token_id] == [0]
     assert again.chat_template == tokenizer.chat_template
     assert again.response_template == RESPONSE_TEMPLATE
     assert (again.padding_side, again.pad_token_id, len(again)) == ("left", tokenizer.pad_token_id, len(tokenizer))
     assert all((a == b).all() for a, b in zip(encode_documents(again, TEXTS), encode_documents(tokenizer, TEXTS)))
 
 
-def test_plain_calls_begin_with_bos_once(tokenizer):
-    ids = tokenizer("hello")["input_ids"]
-    assert ids[0] == tokenizer.bos_token_id
-    assert ids.count(tokenizer.bos_token_id) == 1
-
-
-@pytest.mark.parametrize("group,numbers", [(1, ["1", "2", "3", "4", "5"]), (2, ["12", "34", "5"])])
-def test_digits_are_grouped_as_asked(group, numbers):
-    backend = module.new_backend(digit_group=group)
-    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("12345")] == numbers
-
-
-def test_the_split_pattern_is_that_of_upstream():
-    def split(text):
-        pieces = module.new_backend().pre_tokenizer.pre_tokenize_str(text)
+def test_the_split_pattern_is_that_of_upstream_with_digits_in_groups():
+    def split(text, **options):
+        pieces = module.new_backend(**options).pre_tokenizer.pre_tokenize_str(text)
         return [text[a:b] for _, (a, b) in pieces]
 
     assert split("I'll don'T  be 2024!!\n\n x\t\ty") == [
-        *("I", "'ll", " don", "'T", " ", " be", " ", "20", "24", "!!\n\n", " x", "\t", "\ty"),
+        *("I", "'ll", " don", "'T", " ", " be", " ", "20", "24", "!!\n\n", " x", "\t", "\ty")
     ]
+    assert split("12345", digit_group=1) == list("12345") and split("12345") == ["12", "34", "5"]
+
+
+def reference_merges(texts: list[str], num_merges: int) -> list[list[str]]:
+    """BPE as it is defined: again and again the most frequent pair of neighbors; of equal ones, the smallest ids."""
+    letters = byte_alphabet()
+    words = Counter(word for text in texts for word in regex.findall(split_pattern(2), text))
+    words = [([letters[byte] for byte in word.encode()], count) for word, count in words.items()]
+    ids, merges = {letter: number for number, letter in enumerate(sorted(letters))}, []
+    while len(ids) < 256 + num_merges:
+        counts = Counter()
+        for symbols, count in words:
+            for pair in pairwise(symbols):
+                counts[pair] += count
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], ids[pair[0]], ids[pair[1]]))
+        merges.append(list(best))
+        ids.setdefault("".join(best), len(ids))
+        for symbols, _ in words:
+            at = 0
+            while at < len(symbols) - 1:
+                if tuple(symbols[at : at + 2]) == best:
+                    symbols[at : at + 2] = ["".join(best)]
+                at += 1
+    return merges
+
+
+@pytest.mark.filterwarnings("ignore:the text gives only")
+def test_merges_are_those_of_the_definition():
+    real = [*islice(primer.documents(), 60), "한국어 문장 " * 3, "  x\n\n y", "1234 56"]
+    for texts, size in ((real, 265 + 150), (["aaaa aaa", "abab abba  ba", "aa"], 265 + 12), (["abc"] * 2, 300)):
+        tokenizer = train_bpe(texts, size)
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        assert merges == reference_merges(texts, size - 265) and len(tokenizer) == 265 + len(merges)
+    assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    shown = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert "".join(byte_alphabet()[:128]) == shown.pre_tokenize_str("".join(map(chr, range(128))))[0][0]
 
 
 def test_composing_normalization_makes_equal_text_of_equal_letters():
@@ -174,6 +187,11 @@ def test_an_older_chat_template_of_ours_is_renewed_and_another_stays(tokenizer, 
         if template:
             (tmp_path / "chat_template.jinja").write_text(template)
         assert load_tokenizer(tmp_path).chat_template == expected
+    tokenizer.save_pretrained(tmp_path)
+    config = load_json(tmp_path / "tokenizer_config.json")
+    for response_template, expected in (({"fields": {}}, RESPONSE_TEMPLATE), (None, None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "response_template": response_template}))
+        assert getattr(load_tokenizer(tmp_path), "response_template", None) == expected
 
 
 @pytest.mark.parametrize("size,dtype", [(512, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
@@ -181,7 +199,7 @@ def test_every_id_fits_into_its_dtype(size, dtype):
     assert module.token_dtype(range(size)) is dtype and np.iinfo(dtype).max >= size - 1
 
 
-def test_what_the_assistant_says_is_read_off_the_ids(tokenizer):
+def test_the_assistants_tokens_are_read_off_the_ids(tokenizer):
     ids = dict(zip("^u)a(p>o<", tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))))
     row = "^u..)a..p.>o..<..(u.)a(a.p.>o."  # the last result is cut off
     mask = "".join(str(one) for one in module.spoken_mask(tokenizer, [ids.get(c, 0) for c in row]))
@@ -189,7 +207,7 @@ def test_what_the_assistant_says_is_read_off_the_ids(tokenizer):
 
 
 def test_short_text_gives_fewer_tokens_with_a_warning():
-    with pytest.warns(UserWarning, match="not 4000"):
+    with pytest.warns(UserWarning, match="only .* tokens, not 4000"):
         assert len(train_bpe(TEXTS, 4000)) < 4000
 
 
@@ -205,6 +223,12 @@ def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
     validation = [text[:40] for text in texts[300:]]
     assert metrics["bytes_per_token"] == pytest.approx(bytes_per_token(tokenizer, validation), rel=0.05)
     assert 1 < metrics["bytes_per_token"] < 8
+
+
+def test_bytes_per_token_counts_no_bos(tokenizer):
+    texts = ["가나다 abc", "x" * 50]
+    num_tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    assert bytes_per_token(tokenizer, texts) == (13 + 50) / num_tokens
 
 
 def test_a_stage_that_fails_leaves_nothing_that_looks_finished(tmp_path):

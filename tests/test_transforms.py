@@ -46,24 +46,23 @@ def steps(conversation) -> list[str]:
 
 def test_multiple_choice_keeps_the_protocol_to_the_letter():
     row = {"question": "Which is red?", "choices": ["grass", "blood", "sky", "snow"], "answer": 1}
-    assert multiple_choice(row, RNG) == [
-        {
-            "role": "user",
-            "content": "Multiple Choice question: Which is red?\n- grass=A\n- blood=B\n- sky=C\n- snow=D\n\n"
-            "Respond only with the letter of the correct answer.",
-        },
-        {"role": "assistant", "content": "B"},
-    ]
-
-
-def test_multiple_choice_reads_the_forms_of_the_hub():
+    prompt = (
+        "Multiple Choice question: Which is red?\n- grass=A\n- blood=B\n- sky=C\n- snow=D\n\n"
+        "Respond only with the letter of the correct answer."
+    )
+    reply = {"role": "assistant", "content": "B"}
+    assert multiple_choice(row, RNG) == [{"role": "user", "content": prompt}, reply]
+    assert multiple_choice({"train": {**row, "subject": ""}}, RNG)[1] == reply  # MMLU's auxiliary split
+    assert multiple_choice({"question": "Q", "choices": list("abcdefghijkl"), "answer": 11}, RNG)[1]["content"] == "L"
     arc = {"question": "Q", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": "3"}
-    asked, answer = multiple_choice(arc, RNG)
-    assert "- x=1\n- y=2\n- z=3\n\n" in asked["content"] and answer["content"] == "3"
-    auxiliary = {"train": {"question": "Q", "choices": ["x", "y"], "answer": 0, "subject": ""}}
-    assert multiple_choice(auxiliary, RNG)[1]["content"] == "A"
-    with pytest.raises(BadRow, match="E"):
-        multiple_choice(arc | {"answerKey": "E"}, RNG)
+    prompt, reply = (message["content"] for message in multiple_choice(arc, RNG))
+    assert "- x=1\n- y=2\n- z=3\n\n" in prompt and reply == "3"
+    for key in ("E", "12"):
+        with pytest.raises(BadRow, match=key):
+            multiple_choice(arc | {"answerKey": key}, RNG)
+    for choices in ({"text": ["x", "y"], "label": ["A"]}, {"text": ["x"], "label": ["A"]}):
+        with pytest.raises(BadRow, match="letters for them"):
+            multiple_choice({"question": "Q", "choices": choices, "answerKey": "A"}, RNG)
 
 
 @pytest.mark.parametrize("answer", [-1, True, False, 2, None, "C", "a", 1.0])
@@ -72,18 +71,10 @@ def test_an_answer_that_is_no_choice_is_a_bad_row(answer):
         multiple_choice({"question": "Q", "choices": ["x", "y"], "answer": answer}, RNG)
 
 
-def test_each_choice_has_a_letter():
-    row = {"question": "Q", "choices": list("abcdefghijkl"), "answer": 11}
-    assert multiple_choice(row, RNG)[1]["content"] == "L"
-    for choices in ({"text": ["x", "y"], "label": ["A"]}, {"text": ["x"], "label": ["A"]}):
-        with pytest.raises(BadRow, match="letters for them"):
-            multiple_choice({"question": "Q", "choices": choices, "answerKey": "A"}, RNG)
-
-
 def test_gsm8k_turns_each_calculation_into_a_tool_call():
     row = {"question": "How much?", "answer": "She earns 12/60 = $<<12/60=0.2>>0.2.\nSo $<<0.2*50=10>>10.\n#### 10"}
-    asked, first, result, second, _, last = gsm8k(row, RNG)
-    assert asked["content"] == "How much?"
+    prompt, first, result, second, _, last = gsm8k(row, RNG)
+    assert prompt["content"] == "How much?"
     assert first["content"] == "She earns 12/60 = $"
     assert first["tool_calls"][0]["function"] == {"name": "python", "arguments": {"expression": "12/60"}}
     assert result == {"role": "tool", "name": "python", "content": "0.2"}
@@ -102,7 +93,7 @@ def test_simple_spelling_separates_letters_by_commas():
 
 
 def test_the_spelling_bee_spells_counts_by_hand_and_checks_with_the_tool():
-    asked = set()
+    prompts = set()
     for seed in range(300):
         question, by_hand, result, last = spelling_bee({"word": "banana"}, Random(seed))
         expression = by_hand["tool_calls"][0]["function"]["arguments"]["expression"]
@@ -110,8 +101,8 @@ def test_the_spelling_bee_spells_counts_by_hand_and_checks_with_the_tool():
         assert result["content"] == calculate(expression) == hash_answer(last["content"])
         assert "b,a,n,a,n,a" in by_hand["content"] and f"By hand I count {result['content']}." in by_hand["content"]
         assert re.search(rf"(?<!\w){letter}(?![a-z])", question["content"], re.IGNORECASE)
-        asked.add(re.sub("['\"?]", "", question["content"].lower()))
-    assert len(asked) > 60  # phrasings, times letters
+        prompts.add(re.sub("['\"?]", "", question["content"].lower()))
+    assert len(prompts) > 60  # phrasings, times letters
 
 
 @pytest.mark.parametrize(
@@ -156,12 +147,8 @@ def test_what_is_no_conversation_is_named(messages, reason):
 
 def test_conversations_with_a_system_message_parts_or_tools_are_fine():
     check([{"role": "system", "content": "Be brief."}, USER, REPLY, USER, REPLY])
-    parts = [
-        {"type": "text", "text": "It is "},
-        {"type": "python", "text": "1+1"},
-        {"type": "python_output", "text": "2"},
-    ]
-    check([{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": parts}])
+    parts = [{"type": kind, "text": "1"} for kind in ("text", "python", "python_output")]
+    check([USER, {"role": "assistant", "content": parts}])
     check(spelling_bee({"word": "owl"}, Random(1)))
 
 
@@ -189,20 +176,17 @@ def test_a_calls_arguments_become_a_mapping(arguments):
     ):
         before = json.dumps(conversation)
         normalized = normalize(conversation)
-        assert normalized[1]["tool_calls"][0]["function"] == {
-            "name": "python",
-            "arguments": {"expression": "12*34"},
-        }
+        assert normalized[1]["tool_calls"][0]["function"] == {"name": "python", "arguments": {"expression": "12*34"}}
         assert normalized[2]["role"] == "tool" and "function_call" not in normalized[1]
         assert json.dumps(conversation) == before  # the caller's rows stay as they are
         check(normalized)
 
 
-def test_words_in_quotes_are_expressions_too():
-    for expression in ("'owl'.count('o')", '"owl".count("o")', "'café'.count('é')", "408", "1.5"):
-        for arguments in (expression, json.dumps({"expression": expression})):
-            (_, message, *_) = normalize([USER, calling(call(arguments))])
-            assert message["tool_calls"][0]["function"]["arguments"] == {"expression": expression}
+@pytest.mark.parametrize("expression", ["'owl'.count('o')", '"owl".count("o")', "'é'.count('é')", "408", "1.5"])
+def test_expressions_that_look_like_json_stay_expressions(expression):
+    for arguments in (expression, json.dumps({"expression": expression})):
+        (_, message, *_) = normalize([USER, calling(call(arguments))])
+        assert message["tool_calls"][0]["function"]["arguments"] == {"expression": expression}
 
 
 @pytest.mark.parametrize(
@@ -374,5 +358,7 @@ def test_one_word_in_ten_is_asked_for_a_letter_that_may_be_absent():
     assert 60 < absent < 130  # a tenth, times 24 of 26 letters: 92 on average
 
 
-def test_every_transform_is_documented():
-    assert all(f.__doc__ for f in TRANSFORMS.values())
+def test_an_instruction_is_followed_by_its_input():
+    row = {"id": "1", "instruction": "번역하세요.", "input": "hello", "output": "안녕"}
+    assert [m["content"] for m in TRANSFORMS["instruction"](row, RNG)] == ["번역하세요.\n\nhello", "안녕"]
+    assert TRANSFORMS["instruction"]({**row, "input": ""}, RNG)[0]["content"] == "번역하세요."

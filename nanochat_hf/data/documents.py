@@ -1,24 +1,20 @@
-"""Pretraining text as a stream of documents: any dataset spec, split in two, dealt over readers, resumable exactly.
+"""Pretraining text as a stream of documents: any dataset spec, split in two, shared by ranks, resumable exactly.
 
 A dataset spec is one of
     org/name, org/name@revision, org/name/folder   a dataset of the Hub: parquet or .jsonl files with a column `text`
     path/to/folder                                 such files on this disk
-    path/to/file.jsonl                             one of them (.parquet too)
+    path/to/file.jsonl                             one such file (.parquet too)
     primer                                         the demo's embedded corpus
-or, for `open_documents`, a mixture: a list of {dataset: one of these, weight: 0.5}. A weight is a share of the bytes
-of UTF-8, which is nearer to a share of the tokens than documents or characters are (a Hangul syllable has 3 bytes).
-Names tell the splits (data/splits.py). Where none does, the last file is the validation split, as in
-karpathy/nanochat, and a line says so; of a single file it is the last sixteenth. Hidden files are not read.
+or, for `open_documents`, a mixture: a list of {dataset: one of these, weight: 0.5}. A weight is a share of the UTF-8
+bytes, which is nearer to a share of the tokens than documents or characters are (a Hangul syllable has 3 bytes).
+File names tell the splits (data/splits.py). Where none does, the last file is the validation split, as in
+karpathy/nanochat, and a log line says so; of a single file it is the last sixteenth. Hidden files are not read.
 
-The order of documents is fixed before anything is read. A file is a run of units (parquet row groups, or slices of
-them), and the units of all files, counted on through all epochs, are dealt in turn to the readers. So a position is a
-few integers, resuming opens one file, and the readers share every document of an epoch exactly once. The first epoch
-keeps the files' own order, so a run downloads no more files than it reads; later ones shuffle files, units and
+The order of documents is fixed before anything is read. A file is a sequence of units (parquet row groups, or slices
+of them), and the units of all files and epochs are assigned to the ranks round-robin. So the state of a stream is a
+few integers, resuming opens one file, and the ranks share every document of an epoch exactly once. The first epoch
+keeps the files' order, so that a run downloads only files that it reads; later epochs shuffle files, units and
 documents by the seed. There is no shuffle buffer whose content a resume would lose.
-
-The files of a pretraining dataset, on this disk or on the Hub, in parts that are read each by itself.
-
-What a dataset may be is said in corpus.py, which deals the parts out to the readers.
 """
 
 import copy
@@ -46,6 +42,13 @@ from ..demo import corpus as primer
 from ..errors import InputError
 from ..run import fingerprint
 from .splits import SUFFIXES, has_suffix, is_visible, listed, text_files, unread_files
+
+COLUMN = "text"
+SINGLE_FILE_VALIDATION = 16  # a dataset of one file gives its last 1/16 to validation
+JSONL_UNIT = 1 << 20  # bytes
+HASH_LIMIT = 1 << 26  # bytes of a dataset that its content hash reads
+CACHE_LIMIT = 1 << 28  # bytes of decoded row groups; the newest stays whatever its size
+RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between attempts to download
 
 
 def open_documents(
@@ -87,29 +90,29 @@ def is_local(dataset: str | list[dict]) -> bool:
 def text_fingerprint(dataset: str | list[dict]) -> str:
     """A short hash of both splits of a dataset spec or a mixture, for noticing that the text changed.
 
-    Of files on this disk `content_hash`, of the primer its documents. Of a Hub id the id as it is written, with its
-    @revision if it has one: a commit that comes later changes nothing, since a saved position goes back to its own.
-    Raises InputError for a dataset that is missing or has no such files.
+    It covers the content of files on this disk (`content_hash`) and of the primer. A Hub id is hashed as it is
+    written, with its @revision if it has one: later commits change nothing, since a resumed run reads the commit that
+    it began with. Raises InputError for a dataset that is missing or has no such files.
     """
-    return fingerprint([(_part_fingerprint(name), weight) for name, weight in parts_of(dataset)])
-
-
-def _part_fingerprint(name: str) -> str | list[str]:
-    if name == "primer":
-        return [DatasetSplit(name, split, False).identity["content"] for split in ("train", "validation")]
-    if not local_path(name).exists() and is_hub_id(name):
-        return name
-    names, locate, _ = find_files(name, None)
-    _, train, validation = split_files(name, names)
-    return content_hash(train, validation, locate)
+    hashes = []
+    for name, weight in parts_of(dataset):
+        if name == "primer":
+            content = [primer_documents(split)[1] for split in ("train", "validation")]
+        elif not local_path(name).exists() and is_hub_id(name):
+            content = name
+        else:
+            names, locate, _ = find_files(name, None)
+            content = content_hash(*split_files(name, names)[1:], locate)
+        hashes.append((content, weight))
+    return fingerprint(hashes)
 
 
 class DocumentStream:
-    """The documents (str) of reader `rank` out of `world_size`; iterating gives the rest of the current epoch.
+    """The documents (str) of rank `rank` out of `world_size`; iterating gives the rest of the current epoch.
 
-    `epoch` counts finished epochs. `state_dict` is the position after the last document handed out. Raises InputError
-    for a dataset that is missing, empty, unreadable or without text; with `skip_bad_files` what cannot be read is
-    skipped with a warning.
+    `epoch` counts finished epochs; `state_dict` is the state after the last document. Raises InputError for a dataset
+    that is missing, empty, unreadable or without text; with `skip_bad_files` what cannot be read is skipped with a
+    warning.
     """
 
     def __init__(self, dataset: str, split="train", rank=0, world_size=1, seed=0, skip_bad_files=False):
@@ -118,23 +121,23 @@ class DocumentStream:
 
     def _begin(self, rank: int, world_size: int) -> None:
         if not 0 <= rank < world_size:
-            raise InputError(f"rank {rank} does not exist among {world_size} readers")
+            raise InputError(f"rank {rank} does not exist among {world_size} ranks")
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self._file = 0  # files finished in this epoch
         self._start = 0  # units of all finished files, since the very beginning
         self._unit = 0  # units finished in the current file
         self._row = 0  # documents handed out of the current unit
-        self._idle = 0  # epochs in a row without a text for this reader
+        self._idle = 0  # epochs in a row without a text for this rank
 
-    def reader(self, rank: int, world_size: int) -> "DocumentStream":
-        """Another reader's stream from the beginning, over the same opened files."""
+    def shard(self, rank: int, world_size: int) -> "DocumentStream":
+        """The stream of another rank from the beginning, over the same opened files."""
         other = copy.copy(self)
         other._begin(rank, world_size)
         return other
 
     def __iter__(self) -> Iterator[str]:
-        files, found = [self.source.files[number] for number in self._order(len(self.source.files), "files")], False
+        files, has_text = [self.source.files[number] for number in self._order(len(self.source.files), "files")], False
         while self._file < len(files):
             file = files[self._file]
             for following in files[self._file + 1 : self._file + 2]:
@@ -148,24 +151,24 @@ class DocumentStream:
                     while self._row < len(rows):
                         self._row += 1
                         if text := rows[row_order[self._row - 1]]:
-                            found = True
+                            has_text = True
                             yield text
                 self._unit, self._row = self._unit + 1, 0
             self._file, self._unit, self._start = self._file + 1, 0, self._start + len(units)
         if self._start == 0:
             raise InputError(f"the {self.source.split} split of dataset {self.source.dataset} has no documents")
-        self.epoch, self._file, self._idle = self.epoch + 1, 0, 0 if found else self._idle + 1
+        self.epoch, self._file, self._idle = self.epoch + 1, 0, 0 if has_text else self._idle + 1
         # A share of an epoch may well be empty (a slice in which no line begins), but not so often by chance.
         if self._idle > 20 * self.world_size:
             raise InputError(
                 f"{self.source.split} split of dataset {self.source.dataset} has no text: it is empty or unreadable"
             )
 
-    def _order(self, count: int, what: str) -> range | list[int]:
+    def _order(self, count: int, name: str) -> range | list[int]:
         if self.epoch == 0:
             return range(count)
         order = list(range(count))
-        random.Random(f"{self.seed} {self.epoch} {what}").shuffle(order)
+        random.Random(f"{self.seed} {self.epoch} {name}").shuffle(order)
         return order
 
     def state_dict(self) -> dict:
@@ -176,39 +179,39 @@ class DocumentStream:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on after the last document of `state`. Raises InputError when it was saved for other data."""
+        """Resume after the last document of `state`. Raises InputError when it was saved for other data."""
         if state.get("reader") != [self.rank, self.world_size, self.seed]:
-            raise InputError(f"the saved position is of [reader, readers, seed] {state.get('reader')}; keep the seed")
+            raise InputError(f"the saved state is of [rank, ranks, seed] {state.get('reader')}; keep the seed")
         self.source.require(state["source"])
         self.epoch, self._file, self._start, self._unit, self._row = state["position"]
 
 
 class MixtureStream:
-    """The documents of several streams in turn, so that the bytes read from each stay in proportion to its weight.
+    """The documents of several streams, so that the bytes read from each stay in proportion to its weight.
 
-    The next document always comes from the stream that is farthest behind its share, so the order depends on nothing
-    but the documents and the weights, and no share is ever off by more than a document. Each stream goes through its
-    own epochs, in each of which every document comes exactly once. Iterating ends, and `epoch` counts, when the stream
+    The next document always comes from the stream that is farthest behind its share, so the order depends on the
+    documents and the weights alone, and no share is ever off by more than a document. Each stream goes through its own
+    epochs, in each of which every document comes exactly once. Iterating ends, and `epoch` counts, when the stream
     that repeats most has been read through once more: until the first end no document has come twice.
     """
 
     def __init__(self, streams: list[DocumentStream], weights: list[float]):
         self.streams, self.weights = streams, weights
         self.rank, self.world_size = streams[0].rank, streams[0].world_size
-        self.epoch, self._given = 0, [0] * len(streams)  # bytes
+        self.epoch, self._bytes = 0, [0] * len(streams)
 
-    def reader(self, rank: int, world_size: int) -> "MixtureStream":
-        """Another reader's mixture from the beginning, over the same opened files."""
-        return MixtureStream([stream.reader(rank, world_size) for stream in self.streams], self.weights)
+    def shard(self, rank: int, world_size: int) -> "MixtureStream":
+        """The mixture of another rank from the beginning, over the same opened files."""
+        return MixtureStream([stream.shard(rank, world_size) for stream in self.streams], self.weights)
 
     def __iter__(self) -> Iterator[str]:
         iterators = [iter(stream) for stream in self.streams]
         while True:
-            shares = [given / weight for given, weight in zip(self._given, self.weights)]
+            shares = [num_bytes / weight for num_bytes, weight in zip(self._bytes, self.weights)]
             number = shares.index(min(shares))
             text = next(iterators[number], None)
             if text is not None:
-                self._given[number] += len(text.encode())
+                self._bytes[number] += len(text.encode())
                 yield text
             elif self.streams[number].epoch > self.epoch:
                 self.epoch = self.streams[number].epoch
@@ -218,32 +221,31 @@ class MixtureStream:
 
     def state_dict(self) -> dict:
         return {
-            "position": [self.epoch, list(self._given)],
+            "position": [self.epoch, list(self._bytes)],
             "weights": list(self.weights),
             "streams": [stream.state_dict() for stream in self.streams],
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on after the last document of `state`. Raises InputError when it was saved for other data or weights."""
+        """Resume after the last document of `state`. Raises InputError when it was saved for other data or weights."""
         if state.get("weights") != self.weights:
-            raise InputError("the saved position is of another mixture; keep its datasets and weights")
+            raise InputError("the saved state is of another mixture; keep its datasets and weights")
         for stream, saved in zip(self.streams, state["streams"]):
             stream.load_state_dict(saved)
-        self.epoch, self._given = state["position"][0], list(state["position"][1])
+        self.epoch, self._bytes = state["position"][0], list(state["position"][1])
 
 
-COLUMN = "text"
-SINGLE_FILE_VALIDATION = 16  # a dataset of one file gives its last 1/16 to validation
-JSONL_UNIT = 1 << 20  # bytes
-HASH_LIMIT = 1 << 26  # bytes of a dataset that its content hash reads
-CACHE_LIMIT = 1 << 28  # bytes of decoded row groups; the newest stays whatever its size
-PAUSES = (1, 2, 4, 8, 16)  # seconds between attempts to download
+@cache
+def primer_documents(split: str) -> tuple[list[str], str]:
+    """The demo's documents of a split, and their fingerprint."""
+    documents = list(primer.documents(split, seed=0))
+    return documents, fingerprint(documents)
 
 
 class DatasetSplit:
-    """One split of a dataset: its `files` in order, shared by the readers of a process.
+    """One split of a dataset: its `files` in order, shared by the streams of a process.
 
-    `identity` is what positions in it depend on. Raises InputError for a dataset that is missing or has no such files,
+    `identity` is what a saved state depends on. Raises InputError for a dataset that is missing or has no such files,
     and for a broken file on this disk.
     """
 
@@ -251,7 +253,7 @@ class DatasetSplit:
         if split not in ("train", "validation"):
             raise InputError(f"split must be 'train' or 'validation', not {split!r}")
         self.dataset, self.split, self.skip_bad_files = dataset, split, skip_bad_files
-        self._groups: dict[tuple[Path, int], pa.ChunkedArray] = {}  # those used last, the newest at the end
+        self._groups: dict[tuple[Path, int], pa.ChunkedArray] = {}  # least recently used first
         self._lock = Lock()  # the loader reads in several threads
         self._open(None)
 
@@ -260,8 +262,8 @@ class DatasetSplit:
         self.single, self.identity = False, {"revision": self.revision, "files and bytes": [1, None]}
         self.identity["split"] = self.split
         if self.dataset == "primer":
-            documents = list(primer.documents("train" if self.split == "train" else "test", seed=0))
-            self.files, self.identity["content"] = [Memory(documents)], fingerprint(documents)
+            documents, self.identity["content"] = primer_documents(self.split)
+            self.files = [Memory(documents)]
             return
         names, train, validation = split_files(self.dataset, names)
         self.single = train == validation
@@ -269,19 +271,19 @@ class DatasetSplit:
         self.files = [kind(self, name) for name in (train if self.split == "train" else validation)]
         read = sorted({*train, *validation})
         if len(names) > 1 and (train, validation) != (names[:-1], names[-1:]):
-            self.identity["training files"] = len(train)  # positions of older versions, which read others
+            self.identity["training files"] = len(train)  # states of older versions, which read others
         self.identity["files and bytes"] = [len(read), None]  # the Hub's revision says more
         if self.revision is None:
             self.identity["files and bytes"][1] = sum(self.locate(name).stat().st_size for name in read)
             self.identity["content"] = content_hash(train, validation, self.locate)
-            for file in self.files:  # on this disk: tell now, and not in an hour, which file is broken
+            for file in self.files:  # on this disk: report a broken file now, and not in an hour
                 file.units(1)
 
     def require(self, identity: dict) -> None:
-        """Make sure that positions saved with `identity` mean the same documents here. Raises InputError if not."""
+        """Make sure that states saved with `identity` mean the same documents here. Raises InputError if not."""
         if identity["revision"] and identity["revision"] != self.revision:
-            self._open(identity["revision"])  # the Hub keeps the state that the run began with
-        # Positions of older versions have no content hash.
+            self._open(identity["revision"])  # the Hub keeps the commit that the run began with
+        # States of older versions have no content hash.
         if identity != {key: value for key, value in self.identity.items() if key != "content" or key in identity}:
             raise InputError(
                 f"dataset {self.dataset} changed since this run began ({identity}, now {self.identity}); "
@@ -289,7 +291,7 @@ class DatasetSplit:
             )
 
     def row_group(self, path: Path, group: int) -> pa.ChunkedArray:
-        """The texts of a parquet file's row group, decoded once for the readers that take slices of it."""
+        """The texts of a parquet file's row group, decoded once for the streams that take slices of it."""
         with self._lock:
             column = self._groups.pop((path, group), None)
             if column is None:
@@ -333,7 +335,7 @@ def log(line: str) -> None:
 
 
 def find_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[[str], Path], str | None]:
-    """-> (names in order, what gives a name's path, commit of the Hub or None); no names for the primer."""
+    """Returns: names in order (none of the primer), a function from name to path, the Hub's commit or None."""
     path = local_path(dataset)
     if dataset == "primer":
         return [], Path, None
@@ -344,10 +346,10 @@ def find_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[
     if not is_hub_id(dataset):
         raise InputError(f"no dataset {dataset}: give a folder, a .jsonl file, a Hub id or 'primer'")
     owner, name, *folder = dataset.split("/")
-    name, _, asked = name.partition("@")
+    name, _, tag = name.partition("@")
     repo, prefix = f"{owner}/{name}", "".join(f"{part}/" for part in folder)
     info = with_retry(
-        lambda: HfApi().dataset_info(repo, revision=revision or asked or None, timeout=30),
+        lambda: HfApi().dataset_info(repo, revision=revision or tag or None, timeout=30),
         f"dataset {dataset} (not a folder here)",
     )
 
@@ -364,7 +366,7 @@ def find_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[
 
 
 def split_files(dataset: str, names: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """-> (the names of one kind of file, the training files, the validation files); one line says what was decided."""
+    """Returns: the names of one kind of file, the training files, the validation files. Logs what no name decided."""
     # One kind decides, so that a stray file of the other does not become the validation split.
     everything, kinds = names, ([name for name in names if has_suffix(name, end)] for end in SUFFIXES)
     names = next(filter(None, kinds), [])
@@ -410,26 +412,26 @@ def _bytes_hash(path: Path, size: int, changed: int, inode: int, part: int | Non
 
 
 def with_retry(action: Callable, what: str):
-    """Call `action`; what may pass (network, server) is tried again with growing pauses, the rest is an InputError."""
-    for attempt, pause in enumerate((*PAUSES, None), start=1):
+    """Call `action`; failures of network and server are retried with growing delays, others become an InputError."""
+    for attempt, delay in enumerate((*RETRY_DELAYS, None), start=1):
         try:
             return action()
         except errors.OfflineModeIsEnabled:
-            raise InputError(f"{what}: the Hub cannot be asked, because HF_HUB_OFFLINE is set") from None
+            raise InputError(f"{what}: the Hub cannot be reached, because HF_HUB_OFFLINE is set") from None
         except errors.GatedRepoError:
             raise InputError(f"{what}: accept its terms on the Hub, then `hf auth login`") from None
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             raise InputError(f"{what}: the Hub has no such dataset or revision, or it is private") from None
         except Exception as error:  # httpx, xet and the file system each have their own
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if pause is None:
-                raise InputError(f"{what}: failed {attempt} times, last with {reason}; run again to go on") from error
-            warnings.warn(f"{what}: attempt {attempt} failed with {reason}; again in {pause} s", stacklevel=2)
-            time.sleep(pause)
+            if delay is None:
+                raise InputError(f"{what}: failed {attempt} times, last with {reason}; run again to resume") from error
+            warnings.warn(f"{what}: attempt {attempt} failed with {reason}; again in {delay} s", stacklevel=2)
+            time.sleep(delay)
 
 
 class File:
-    """A file of documents. `units(n)` lists its parts, enough for n readers; `read(unit)` gives a part's documents."""
+    """A file of documents. `units(n)` lists its parts, enough for n ranks; `read(unit)` gives a part's documents."""
 
     def __init__(self, dataset: DatasetSplit, name: str):
         self.dataset, self.name, self._requested = dataset, name, False
@@ -460,7 +462,7 @@ class File:
     def bad(self, reason: str) -> None:
         text = f"{self.path} cannot be read ({' '.join(reason.split())[:150]})"
         if not self.dataset.skip_bad_files:
-            raise InputError(f"{text}; get it again, or set skip_bad_files to go on without it")
+            raise InputError(f"{text}; get it again, or set skip_bad_files to continue without it")
         warnings.warn(f"{text}; skipped", stacklevel=3)
 
 
@@ -480,17 +482,17 @@ class Parquet(File):
             raise InputError(f"{self.path}: column {COLUMN!r} is {kind}, not text")
         return footer
 
-    def units(self, readers: int) -> list[tuple[int, int, int]]:
-        """(row group, first row, end row); row groups are sliced where they are fewer than the readers."""
+    def units(self, ranks: int) -> list[tuple[int, int, int]]:
+        """(row group, first row, end row); row groups are sliced where they are fewer than the ranks."""
         if self.footer is None:
             return []
         first, end = self.bounds(self.footer.num_rows)
-        slices, found, offset = -(-readers // max(self.footer.num_row_groups, 1)), [], 0
+        slices, units, offset = -(-ranks // max(self.footer.num_row_groups, 1)), [], 0
         for group in range(self.footer.num_row_groups):
             rows = self.footer.row_group(group).num_rows
-            found += [(group, a, b) for a, b in cut(max(first - offset, 0), min(end - offset, rows), slices)]
+            units += [(group, a, b) for a, b in cut(max(first - offset, 0), min(end - offset, rows), slices)]
             offset += rows
-        return found
+        return units
 
     def read(self, unit: tuple[int, int, int]) -> list[str | None]:
         group, first, end = unit
@@ -502,14 +504,14 @@ class Parquet(File):
 
 
 class Jsonl(File):
-    def units(self, readers: int) -> list[tuple[int, int]]:
+    def units(self, ranks: int) -> list[tuple[int, int]]:
         """(first byte, end byte), for the lines that begin there."""
         first, end = self.bounds(self.path.stat().st_size)
-        return cut(first, end, max(readers, -(-(end - first) // JSONL_UNIT)))
+        return cut(first, end, max(ranks, -(-(end - first) // JSONL_UNIT)))
 
     def read(self, unit: tuple[int, int]) -> list[str]:
         first, end = unit
-        found = []
+        texts = []
         with open(self.path, "rb") as file:
             if first:
                 file.seek(first - 1)
@@ -525,18 +527,18 @@ class Jsonl(File):
                 if not isinstance(row, dict) or not isinstance(row.get(COLUMN), str):
                     raise InputError(f"{self.path}: the line at byte {at} has no text under {COLUMN!r}")
                 # JSON may spell half of a surrogate pair, which is no character and which no tokenizer takes: "?".
-                found.append(row[COLUMN].encode(errors="replace").decode())
-        return found
+                texts.append(row[COLUMN].encode(errors="replace").decode())
+        return texts
 
 
 class Memory:
-    """Documents that are here already."""
+    """Documents in memory, with the interface of a file."""
 
     def __init__(self, documents: list[str]):
         self.documents = documents
 
-    def units(self, readers: int) -> list[tuple[int, int]]:
-        return cut(0, len(self.documents), readers)
+    def units(self, ranks: int) -> list[tuple[int, int]]:
+        return cut(0, len(self.documents), ranks)
 
     def read(self, unit: tuple[int, int]) -> list[str]:
         return self.documents[slice(*unit)]

@@ -1,4 +1,4 @@
-"""JSONL whose rows must have certain fields; a line that is not so is one DamagedFile with file, line and reason.
+"""JSONL whose rows must have certain fields; a wrong line raises one DamagedFile with file, line and reason.
 
 read_jsonl(Path("gsm8k_test.jsonl"), {"question": str, "answer": str})   # [{"question": ...}, ...]
 """

@@ -1,4 +1,4 @@
-"""Mixtures of conversations for mid-training and SFT: any chat data set as rows of `messages`, in one shuffled stream.
+"""Mixtures of conversations for mid-training and SFT: any chat dataset as rows of `messages`, in one shuffled stream.
 
 A mixture is a list of YAML entries, each a dataset spec with a transform:
 
@@ -12,21 +12,16 @@ A mixture is a list of YAML entries, each a dataset spec with a transform:
 
     for row in Mixture(entries, seed=0): row["messages"]
 
-`dataset` is a Hub id, a .jsonl or .parquet file, a folder of them (for the spelling transforms: a .txt file with a
-word a line, or text as for pretraining, whose words are taken), a .yaml of facts (a personality: data/identity.py),
-or `primer` (of some kinds only: `primer:fact+talk`). `split` is "train" unless told; of a folder it takes the files
-that are named after it (data/splits.py), of one file all rows, if its name says the split or it is a "train", and of
-words one in twenty is "test". `rows` takes so many, in an order drawn from the seed; `epochs` (1; 0.5 will do) passes
-over all. Rows are read when their turn comes. A row that is no conversation is skipped, and counted with its number
-and the reason; on_bad_example="error" stops the run, and so does an entry without a usable row.
+`dataset` is a Hub id, a .jsonl or .parquet file, a folder of them, a .yaml of an identity (data/identity.py), or
+`primer` (of some kinds only: `primer:fact+talk`). For the spelling transforms it is a .txt file with one word per
+line, or text as for pretraining, whose words are taken. `split` is "train" by default; of a folder it takes the files
+that are named after it (data/splits.py), of one file all rows, if its name says the split or the split is "train", and
+of words one in twenty is "test". `rows` takes that many, in an order drawn from the seed; `epochs` (1, or 0.5) passes
+over all.
 
-Where the rows of a mixture come from: any data set as a sequence of rows that are read by number.
-
-A Hub id, .jsonl or .parquet files or a folder of them, words of a list or of a text, conversations that are made here
-(the primer, a personality). Conversations.py shuffles the numbers, so only what a run needs is read.
-
-    rows = open_rows(Entry("openai/gsm8k", subset="main"), seed=0)
-    len(rows), rows[7]
+Rows are opened by number (`open_rows`) and read when their turn comes: transform -> normalize -> check. A row that is
+no conversation is skipped and counted with its number and the reason. With on_bad_example="error" it stops the run, as
+does an entry without a usable row.
 """
 
 import hashlib
@@ -44,131 +39,19 @@ from zlib import crc32
 
 from ..demo import corpus as primer
 from ..errors import InputError
-from . import identity as personality
+from . import identity
 from .documents import DocumentStream, files_below, is_hub_id, local_path, log
 from .splits import SUFFIXES, has_suffix, listed, row_files, split_of, tells, unread_files
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow, check, normalize
 
-REASONS_KEPT = 1000  # bad rows that are remembered one by one; more are only counted
-
-
-class Mixture:
-    """Iterating gives rows {"messages", "entry", "row"}: the entry's number and the row's, for messages about it.
-
-    The order and the content follow from the entries and the seed alone. After (or while) iterating, `skipped` lists
-    the bad rows as {"dataset", "row", "reason"}, numbered from 0, and `summary()` what each entry gave.
-
-    Args:
-        entries: dicts with the keys of `DatasetConfig`; `dataset` is required.
-        seed: of the order of rows, and of what the generating transforms draw.
-        on_bad_example: "skip" or "error".
-
-    Raises:
-        InputError: an unknown key, transform or dataset, more rows than there are, a bad row when refused, and at the
-            end of an iteration an entry of which no row could be used.
-    """
-
-    def __init__(self, entries: list[dict], seed: int = 0, on_bad_example: str = "skip"):
-        if on_bad_example not in ("skip", "error"):
-            raise InputError(f"on_bad_example is {on_bad_example!r}: use skip or error")
-        if not entries:
-            raise InputError("the mixture is empty: give at least one entry with a dataset")
-        self.seed, self.on_bad_example = seed, on_bad_example
-        self.entries = [DatasetConfig.read(entry) for entry in entries]
-        self.skipped: list[dict] = []
-        self.sources = [open_rows(entry, seed) for entry in self.entries]
-        self.counts = [entry.count(source) for entry, source in zip(self.entries, self.sources, strict=True)]
-
-    def __len__(self) -> int:
-        """Rows of the mixture, the bad ones among them."""
-        return sum(self.counts)
-
-    def __iter__(self) -> Iterator[dict]:
-        self.skipped.clear()
-        for entry in self.entries:
-            entry.num_rows = entry.num_bad = entry.num_tokens = 0
-            entry.first_bad = None
-        turns = [number for number, count in enumerate(self.counts) for _ in range(count)]
-        Random(f"mixture {self.seed}").shuffle(turns)
-        streams = [self._rows(number) for number in range(len(self.entries))]
-        for number in turns:
-            row = next(streams[number], None)
-            if row is not None:
-                yield row
-        for entry, source in zip(self.entries, self.sources):
-            if entry.first_bad and not entry.num_rows:
-                row, reason = entry.first_bad["row"], entry.first_bad["reason"]
-                if reason.startswith(("no column", "not in the form")):
-                    reason += f"{columns_of(source, row)}; transforms: {', '.join(TRANSFORMS)}"
-                raise InputError(f"no row of {entry.name} can be used; row {row}: {reason}")
-
-    def _rows(self, number: int) -> Iterator[dict | None]:
-        """An entry's conversations in their order, None in the place of a bad row."""
-        entry, source, left, epoch = self.entries[number], self.sources[number], self.counts[number], 0
-        while left > 0:
-            order = list(range(len(source)))
-            Random(f"{self.seed} {number} {epoch}").shuffle(order)
-            for index in order[:left]:
-                try:
-                    rng = Random(f"{self.seed} {number} {epoch} {index}")
-                    conversation = normalize(TRANSFORMS[entry.transform](source[index], rng))
-                    check(conversation)
-                    entry.num_rows += 1
-                    yield {"messages": conversation, "entry": number, "row": index}
-                except (BadRow, KeyError, TypeError, IndexError, AttributeError) as error:
-                    reason = (
-                        str(error) if isinstance(error, BadRow) else f"not in the form that {entry.transform} reads"
-                    )
-                    if isinstance(error, KeyError):
-                        reason = f"no column {error}"
-                    self.skip(number, index, reason)
-                    yield None
-            left, epoch = left - len(order), epoch + 1
-
-    def skip(self, number: int, row: int, reason: str) -> None:
-        """Notes a row that cannot be used (also for the trainer: a conversation longer than the context)."""
-        entry = self.entries[number]
-        if self.on_bad_example == "error":
-            raise InputError(
-                f"row {row} of {entry.dataset} cannot be used: {reason}; mend it or set on_bad_example: skip"
-            )
-        entry.num_bad += 1
-        named = {"dataset": entry.name, "row": row, "reason": reason}
-        entry.first_bad = entry.first_bad or named
-        if len(self.skipped) < REASONS_KEPT and named not in self.skipped:  # every epoch comes by
-            self.skipped.append(named)
-
-    def summary(self) -> list[dict]:
-        """What the entries gave so far: [{"dataset", "rows", "tokens", "bad"}]."""
-        names = {"rows": "num_rows", "tokens": "num_tokens", "bad": "num_bad"}
-        return [{"dataset": e.name} | {key: getattr(e, name) for key, name in names.items()} for e in self.entries]
-
-    def table(self) -> str:
-        """`summary` as a table to print."""
-        rows = self.summary()
-        rows.append({"dataset": "total"} | {k: sum(r[k] for r in rows) for k in ("rows", "tokens", "bad")})
-        width = max(len(r["dataset"]) for r in rows)
-        lines = [f"{'dataset':<{width}}  {'rows':>9}  {'tokens':>13}  {'bad':>6}"]
-        return "\n".join(
-            lines + [f"{r['dataset']:<{width}}  {r['rows']:>9,}  {r['tokens']:>13,}  {r['bad']:>6,}" for r in rows]
-        )
-
-
-def columns_of(source: Sequence, number: int) -> str:
-    """What a row has, to say beside why it cannot be used; "" where it is no mapping."""
-    with suppress(BadRow):
-        if isinstance(row := source[number], dict):
-            return f"; its columns are {', '.join(map(str, row))[:100]}"
-    return ""
-
-
-WORD_CHARACTERS = 20_000_000  # of a text that a spelling transform takes its words from
+REASONS_KEPT = 1000  # bad rows that are listed one by one; more are only counted
+MAX_WORD_CHARS = 20_000_000  # of a text that a spelling transform takes its words from
 MAX_WORDS = 200_000
 
 
 @dataclass
 class DatasetConfig:
-    """One entry of a mixture; the fields are its YAML keys, the rest counts what was yielded."""
+    """One entry of a mixture; the first fields are its YAML keys, the others count what it gave."""
 
     dataset: str
     split: str = "train"
@@ -178,27 +61,27 @@ class DatasetConfig:
     epochs: float | None = None
     num_rows: int = field(default=0, init=False)
     num_bad: int = field(default=0, init=False)
-    num_tokens: int = field(default=0, init=False)  # filled in by whoever tokenizes
+    num_tokens: int = field(default=0, init=False)  # counted by whoever tokenizes
     first_bad: dict | None = field(default=None, init=False)  # a row that cannot be used, and why
 
     @classmethod
     def read(cls, entry: dict) -> "DatasetConfig":
-        """From YAML. Raises InputError for a missing data set, an unknown key or transform, rows beside epochs."""
+        """From YAML. Raises InputError for a missing dataset, an unknown key or transform, rows beside epochs."""
         if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
             raise InputError(f"an entry of the mixture needs a dataset: {entry}")
-        name, known = entry["dataset"], [f.name for f in fields(cls) if f.init]
-        if unknown := [key for key in entry if key not in known]:
-            raise InputError(f"unknown key {unknown[0]!r} in the mixture's entry for {name}: use {', '.join(known)}")
-        made = cls(**entry)
-        if made.transform not in TRANSFORMS:
-            raise InputError(f"unknown transform {made.transform!r} for {name}: use one of {', '.join(TRANSFORMS)}")
-        if made.rows is not None and made.epochs is not None:
+        name, keys = entry["dataset"], [f.name for f in fields(cls) if f.init]
+        if unknown := [key for key in entry if key not in keys]:
+            raise InputError(f"unknown key {unknown[0]!r} in the mixture's entry for {name}: use {', '.join(keys)}")
+        config = cls(**entry)
+        if config.transform not in TRANSFORMS:
+            raise InputError(f"unknown transform {config.transform!r} for {name}: use one of {', '.join(TRANSFORMS)}")
+        if config.rows is not None and config.epochs is not None:
             raise InputError(f"{name}: give rows or epochs, not both")
         for key, kind in (("rows", int), ("epochs", int | float)):
-            value = getattr(made, key)
+            value = getattr(config, key)
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or value <= 0):
                 raise InputError(f"{name}: {key} is {value!r}, not a positive number")
-        return made
+        return config
 
     @property
     def name(self) -> str:
@@ -214,9 +97,122 @@ class DatasetConfig:
             raise InputError(f"{self.dataset} has {len(source)} rows, not {self.rows}: lower rows, or use epochs")
         return self.rows
 
+    def conversation(self, source: Sequence, index: int, rng: Random) -> list[dict]:
+        """The checked messages of a row. Raises BadRow with the reason when it cannot be used."""
+        try:
+            messages = normalize(TRANSFORMS[self.transform](source[index], rng))
+            check(messages)
+            return messages
+        except KeyError as error:
+            raise BadRow(f"no column {error}") from None
+        except (TypeError, IndexError, AttributeError):
+            raise BadRow(f"not in the form that {self.transform} reads") from None
+
+
+class Mixture:
+    """Iterating gives rows {"messages", "entry", "row"}: the entry's number and the row's, for messages about it.
+
+    The order and the content follow from the entries and the seed alone. After (or while) iterating, `skipped` lists
+    the bad rows as {"dataset", "row", "reason"}, numbered from 0, and `summary()` what each entry gave.
+
+    Args:
+        entries: dicts with the keys of `DatasetConfig`; `dataset` is required.
+        seed: of the order of rows, and of what the generating transforms draw.
+        on_bad_example: "skip" or "error".
+
+    Raises:
+        InputError: an unknown key, transform or dataset, more rows than there are, a bad row with "error", and at the
+            end of an iteration an entry of which no row could be used.
+    """
+
+    def __init__(self, entries: list[dict], seed: int = 0, on_bad_example: str = "skip"):
+        if on_bad_example not in ("skip", "error"):
+            raise InputError(f"on_bad_example is {on_bad_example!r}: use skip or error")
+        if not entries:
+            raise InputError("the mixture is empty: give at least one entry with a dataset")
+        self.seed, self.on_bad_example = seed, on_bad_example
+        self.entries = [DatasetConfig.read(entry) for entry in entries]
+        self.skipped: list[dict] = []
+        self.sources = [open_rows(entry, seed) for entry in self.entries]
+        self.counts = [entry.count(source) for entry, source in zip(self.entries, self.sources, strict=True)]
+
+    def __len__(self) -> int:
+        """Rows of the mixture, the bad ones included."""
+        return sum(self.counts)
+
+    def __iter__(self) -> Iterator[dict]:
+        self.skipped.clear()
+        for entry in self.entries:
+            entry.num_rows = entry.num_bad = entry.num_tokens = 0
+            entry.first_bad = None
+        turns = [number for number, count in enumerate(self.counts) for _ in range(count)]
+        Random(f"mixture {self.seed}").shuffle(turns)
+        streams = [self._rows(number) for number in range(len(self.entries))]
+        for number in turns:
+            if (row := next(streams[number])) is not None:
+                yield row
+        for entry, source in zip(self.entries, self.sources):
+            if entry.first_bad and not entry.num_rows:
+                row, reason = entry.first_bad["row"], entry.first_bad["reason"]
+                if reason.startswith(("no column", "not in the form")):
+                    reason += f"{columns_of(source, row)}; transforms: {', '.join(TRANSFORMS)}"
+                raise InputError(f"no row of {entry.name} can be used; row {row}: {reason}")
+
+    def _rows(self, number: int) -> Iterator[dict | None]:
+        """An entry's conversations in their order, None in the place of a bad row; epoch after epoch."""
+        entry, source, epoch = self.entries[number], self.sources[number], 0
+        while True:
+            order = list(range(len(source)))
+            Random(f"{self.seed} {number} {epoch}").shuffle(order)
+            for index in order:
+                try:
+                    messages = entry.conversation(source, index, Random(f"{self.seed} {number} {epoch} {index}"))
+                except BadRow as error:
+                    self.skip(number, index, str(error))
+                    yield None
+                else:
+                    entry.num_rows += 1
+                    yield {"messages": messages, "entry": number, "row": index}
+            epoch += 1
+
+    def skip(self, number: int, row: int, reason: str) -> None:
+        """Note a row that cannot be used (also for the trainer: a conversation longer than the context)."""
+        entry = self.entries[number]
+        if self.on_bad_example == "error":
+            raise InputError(
+                f"row {row} of {entry.dataset} cannot be used: {reason}; mend it or set on_bad_example: skip"
+            )
+        entry.num_bad += 1
+        bad = {"dataset": entry.name, "row": row, "reason": reason}
+        entry.first_bad = entry.first_bad or bad
+        if len(self.skipped) < REASONS_KEPT and bad not in self.skipped:  # every epoch meets it again
+            self.skipped.append(bad)
+
+    def summary(self) -> list[dict]:
+        """What the entries gave so far: [{"dataset", "rows", "tokens", "bad"}]."""
+        return [
+            {"dataset": e.name, "rows": e.num_rows, "tokens": e.num_tokens, "bad": e.num_bad} for e in self.entries
+        ]
+
+    def table(self) -> str:
+        """`summary` as a table to print."""
+        rows = self.summary()
+        rows.append({"dataset": "total"} | {k: sum(r[k] for r in rows) for k in ("rows", "tokens", "bad")})
+        width = max(len(r["dataset"]) for r in rows)
+        lines = [f"{r['dataset']:<{width}}  {r['rows']:>9,}  {r['tokens']:>13,}  {r['bad']:>6,}" for r in rows]
+        return "\n".join([f"{'dataset':<{width}}  {'rows':>9}  {'tokens':>13}  {'bad':>6}", *lines])
+
+
+def columns_of(source: Sequence, number: int) -> str:
+    """The columns of a row, for the error that it cannot be used; "" where it is no mapping."""
+    with suppress(BadRow):
+        if isinstance(row := source[number], dict):
+            return f"; its columns are {', '.join(map(str, row))[:100]}"
+    return ""
+
 
 class JsonLines(Sequence):
-    """The lines of .jsonl files by number, read when asked for; only their places are in memory."""
+    """The lines of .jsonl files by number, read on demand; only their places are in memory."""
 
     def __init__(self, paths: list[Path]):
         self.places: list[tuple[int, int]] = []  # (file, byte)
@@ -241,10 +237,10 @@ class JsonLines(Sequence):
 
 
 def open_rows(entry: DatasetConfig, seed: int) -> Sequence:
-    """The rows of an entry's data set, by number. Raises InputError when it is missing or cannot be read."""
+    """The rows of an entry's dataset, by number. Raises InputError when it is missing or cannot be read."""
     path = local_path(entry.dataset)
     if entry.dataset.partition(":")[0] == "primer" or path.suffix in (".yaml", ".yml"):
-        return _made_rows(entry, seed)
+        return _generated_rows(entry, seed)
     if entry.transform in WORD_TRANSFORMS:
         return [{"word": word} for word in _words(entry, path)]
     if path.exists():
@@ -287,29 +283,29 @@ def _files(entry: DatasetConfig, path: Path) -> list[Path]:
 
 
 def shared(entries: list[dict], others: list[dict]) -> list[str]:
-    """The files, or the names of data sets, that entries of both mixtures take rows from."""
+    """The files, or the names of datasets, that entries of both mixtures take rows from."""
 
     def parts(mixture: list[dict]) -> set[str]:
-        taken: set[str] = set()
+        names: set[str] = set()
         for entry in map(DatasetConfig.read, mixture):
             path = local_path(entry.dataset)
             if path.suffix in (".yaml", ".yml") or entry.transform in WORD_TRANSFORMS or not path.exists():
-                taken.add(":".join((entry.dataset, entry.subset or "", entry.split)))
+                names.add(":".join((entry.dataset, entry.subset or "", entry.split)))
             else:
-                taken |= {str(file.resolve()) for file in _files(entry, path)}
-        return taken
+                names |= {str(file.resolve()) for file in _files(entry, path)}
+        return names
 
     return sorted(parts(entries) & parts(others))
 
 
-def _made_rows(entry: DatasetConfig, seed: int) -> list[dict]:
-    """The conversations of the primer or of a personality, made here."""
+def _generated_rows(entry: DatasetConfig, seed: int) -> list[dict]:
+    """The conversations of the primer or of an identity."""
     if entry.transform != "messages":
         raise InputError(f"{entry.dataset} has messages; the transform {entry.transform} does not apply to it")
     name, _, kinds = entry.dataset.partition(":")
     if name != "primer":
-        facts = personality.read_facts(entry.dataset)
-        return list(personality.conversations(facts, entry.split, seed, entry.rows or personality.ROWS))
+        num = entry.rows or identity.NUM_CONVERSATIONS
+        return list(identity.conversations(identity.read_identity(entry.dataset), entry.split, seed, num))
     # Whole rounds name every fact, so a short mixture takes the first rounds and not some rows out of all.
     rounds = primer.CONVERSATION_ROUNDS if entry.rows is None else 10**6
     kinds = kinds.split("+") if kinds else primer.CHAT_KINDS
@@ -317,31 +313,31 @@ def _made_rows(entry: DatasetConfig, seed: int) -> list[dict]:
 
 
 def _words(entry: DatasetConfig, path: Path) -> list[str]:
-    """The data set's words: ascii letters, 3 to 15 of them; the split "test" is one word in twenty.
+    """The dataset's words of 3 to 15 ASCII letters: the lines of a .txt, or the words of a text, most frequent first.
 
-    They are the lines of a .txt; of other text, the words of its beginning, the most frequent first.
+    The split "test" is one word in twenty.
     """
     if path.suffix == ".txt":
         if not path.exists():
             raise InputError(f"no such file: {path}")
-        found = (line.strip() for line in path.open(encoding="utf-8", errors="replace"))
+        words = (line.strip() for line in path.open(encoding="utf-8", errors="replace"))
     else:
-        counts, characters = Counter(), 0
+        counts, num_chars = Counter(), 0
         for text in DocumentStream(entry.dataset):
             counts.update(re.findall(r"\b[a-z]{3,15}\b", text))
-            characters += len(text)
-            if characters > WORD_CHARACTERS:
+            num_chars += len(text)
+            if num_chars > MAX_WORD_CHARS:
                 break
-        # Those seen once are too often names and misprints.
-        found = (word for word, count in counts.most_common(MAX_WORDS) if count > 1)
-    words = dict.fromkeys(w for w in found if re.fullmatch("[a-z]{3,15}", w))
+        # Words that occur once are too often names and misprints.
+        words = (word for word, count in counts.most_common(MAX_WORDS) if count > 1)
+    words = dict.fromkeys(w for w in words if re.fullmatch("[a-z]{3,15}", w))
     return [w for w in words if (crc32(w.encode()) % 20 == 0) == (entry.split != "train")]
 
 
 def content_fingerprint(rows: Sequence) -> str:
-    """A short hash of what `open_rows` gave: of the files' bytes, or of the rows that were made here.
+    """A short hash of what `open_rows` gave: of the files' bytes, of generated rows, or the `datasets` library's own.
 
-    For data sets of the Hub the `datasets` library's own, which follows from the commit and the files in its cache.
+    The last follows from the Hub's commit and the files in the library's cache.
     """
     if not isinstance(rows, JsonLines | list):
         return rows._fingerprint

@@ -1,10 +1,10 @@
 """Which files of a folder or of a Hub repository belong to which split, read off their names.
 
-Data sets on the Hub name splits in files (`data/train-00000-of-00002.parquet`) or in folders (`test/0.jsonl`), with
-the words of KEYWORDS. Names are paths relative to the data set, with "/" between their parts.
+Datasets on the Hub name splits in files (`data/train-00000-of-00002.parquet`) or in folders (`test/0.jsonl`), with
+the words of KEYWORDS. Names are paths relative to the dataset, with "/" between their parts.
 
     split_of("data/val-00000-of-00001.parquet")                               # "validation"
-    text_files("books", ["test.jsonl", "train.jsonl"])                        # train, validation, what was decided
+    text_files("books", ["test.jsonl", "train.jsonl"])                        # train, validation, the decision
     row_files("chats", ["train.jsonl", "test.jsonl"], "test", subset=None)    # ["test.jsonl"]
 """
 
@@ -37,7 +37,7 @@ def is_visible(name: str) -> bool:
 
 
 def split_of(name: str) -> str | None:
-    """The split that the file's own name tells, or else its nearest folder's; None if no part of it names one."""
+    """The split in the file's own name, or else in its nearest folder's; None if no part of it names one."""
     for part in reversed(PurePosixPath(name).parts):
         if word := KEYWORD.search(CAMEL.sub("_", part).lower()):
             return SPLITS[word[1]]
@@ -56,29 +56,29 @@ def unread_files(names: list[str], read: list[str]) -> list[str]:
 
 
 def text_files(dataset: str, names: list[str], unread: Sequence[str] = ()) -> tuple[list[str], list[str], str]:
-    """The files of a text to pretrain on -> (training, validation, one sentence about what no name decided or "").
+    """The training files, the validation files, and one sentence about what no name decided (or "").
 
     Without a validation split the test split takes its place, without both the last training file: if there is one
     file only, both lists name it. Raises InputError when there are test or validation files only, and when a split
     is among the files that cannot be read, so that another one would take its place.
     """
-    said = []
+    notes = []
     if any(name.startswith("data/") and split_of(name) == "train" for name in names):
         # The Hub's default configuration; other folders hold other ones, often samples of the same text.
         folders = {n.split("/")[0] for n in [*names, *unread] if "/" in n and not n.startswith("data/")}
         folders = {folder for folder in folders if not split_of(folder)}
         names, unread = ([n for n in some if n.split("/")[0] not in folders] for some in (names, unread))
         if folders:
-            said.append(f"only its folder data is read, not {listed(folders)}")
+            notes.append(f"only its folder data is read, not {listed(folders)}")
     if unread:
-        said.append(f"not read: {listed(unread)}")
+        notes.append(f"not read: {listed(unread)}")
     splits: dict[str | None, list[str]] = {}
     for name in names:
         splits.setdefault(split_of(name), []).append(name)
     for role in ("train", "validation") if "validation" in splits else ("train", "validation", "test"):
-        if role not in splits and (lost := [name for name in unread if split_of(name) == role]):
+        if role not in splits and (hidden := [name for name in unread if split_of(name) == role]):
             raise InputError(
-                f"dataset {dataset} has its {role} split in {listed(lost)}, which is not read: files must be "
+                f"dataset {dataset} has its {role} split in {listed(hidden)}, which is not read: files must be "
                 f"of one kind, here {PurePosixPath(names[0]).suffix}, and folders no links; or give one file"
             )
     train = splits.get("train") or splits.get(None)
@@ -89,15 +89,15 @@ def text_files(dataset: str, names: list[str], unread: Sequence[str] = ()) -> tu
         )
     if None in splits and len(splits) > 1:
         use = "not read" if "train" in splits else "the training text"
-        said.append(f"{listed(splits[None])}, named after no split, is {use}")
+        notes.append(f"{listed(splits[None])}, named after no split, is {use}")
     validation = splits.get("validation") or splits.get("test")
     if not validation:
         train, validation = train[:-1] or train, train[-1:]
         last = validation[0] if train != validation else f"the last part of {validation[0]}"
-        said.append(f"no file is named after a validation split, so it is {last}")
+        notes.append(f"no file is named after a validation split, so it is {last}")
     elif "validation" not in splits:
-        said.append("it has no validation split, so the test split takes its place")
-    return train, validation, "; ".join(said)
+        notes.append("it has no validation split, so the test split takes its place")
+    return train, validation, "; ".join(notes)
 
 
 def row_files(dataset: str, names: list[str], split: str, subset: str | None, unread: Sequence[str] = ()) -> list[str]:

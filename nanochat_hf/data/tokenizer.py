@@ -1,6 +1,6 @@
 """Byte-level BPE tokenizers: train one from any dataset, with the chat template and special tokens that chat needs.
 
-The split pattern is GPT-4's with shorter groups of digits, and the nine special tokens stand after the merges, both
+The split pattern is GPT-4's with shorter groups of digits, and the nine special tokens come after the merges, both
 as in karpathy/nanochat. What is saved is an ordinary `PreTrainedTokenizerFast` folder for `AutoTokenizer`.
 
     python scripts/tok_train.py --config recipes/d12/tokenizer.yaml --run-dir runs/d12
@@ -13,18 +13,17 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+import yaml
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..errors import InputError
-from .bpe import byte_alphabet, count_words, learn_merges
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # begins every document and every conversation
@@ -34,10 +33,11 @@ SPECIAL_TOKENS = (
     "<|assistant_end|>",
     "<|python_start|>",  # inside an assistant turn: an expression for the tool ...
     "<|python_end|>",
-    "<|output_start|>",  # ... and what the tool answered
+    "<|output_start|>",  # ... and its result
     "<|output_end|>",
 )
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+RESPONSE_TEMPLATE = yaml.safe_load(Path(__file__).with_name("response_template.yaml").read_text())
 # Beginnings of the SHA-256 of older ones: text split over parts became special tokens there, JSON text became a call,
 # a reply that was given back lost its `tool_steps`.
 OLD_TEMPLATES = ("55bb7e10abbffda5", "b1658c1843ab4305", "fa6171ba5fe4ac1d", "d8b31d21e6e23a4c")
@@ -57,39 +57,6 @@ SPLIT_PATTERN = "|".join(
         r"\s+",
     ]
 )
-
-# How transformers and TRL read a reply back into a message. A result block starts the reply anew: otherwise the call
-# before it would be found a second time, and made a second time. Calls that the reply itself answers are `tool_steps`.
-# The content ends at the first end mark: what follows is padding, or what a model says that was not stopped there.
-END = r"<\|(?:bos|user_start|user_end|assistant_start|assistant_end)\|>.*"
-STRAY = r"<\|(?:python_end|output_start|output_end)\|>"  # marks of no call
-RESPONSE_TEMPLATE = {
-    "defaults": {"role": "assistant", "content": ""},
-    "start_anchor": ["<|assistant_start|>", "<|output_end|>"],
-    "fields": {
-        "tool_steps": {
-            "open_pattern": r"<\|python_start\|>(?P<call>(?:(?!<\|).)*)<\|python_end\|><\|output_start\|>",
-            "close_pattern": rf"<\|output_end\|>|{END}",
-            "repeats": True,
-            "transform": {"call": "{call}", "result": "{content}"},
-        },
-        "tool_calls": {
-            "open": "<|python_start|>",
-            "close_pattern": rf"<\|python_end\|>|{END}",
-            "repeats": True,
-            "transform": {
-                "type": "function",
-                "function": {"name": "python", "arguments": {"expression": "{content}"}},
-            },
-        },
-        "content": {
-            "close_pattern": f"{END}|{STRAY}",
-            "repeats": True,
-            "join": "",
-            "content_args": {"strip": False},
-        },
-    },
-}
 
 
 def split_pattern(digit_group: int) -> str:
@@ -112,10 +79,17 @@ def new_backend(digit_group: int = 2, normalization: str | None = None) -> Token
     return backend
 
 
+def byte_alphabet() -> list[str]:
+    """The 256 letters that byte-level tokenizers write bytes as (GPT-2's table), in the order of the bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
 def train_bpe(
     texts: Iterable[str], vocab_size: int, digit_group: int = 2, normalization: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """Train a tokenizer of `vocab_size` tokens, the nine special ones included and last.
+    """Train a tokenizer of `vocab_size` tokens, the nine special ones included and last. Deterministic.
 
     Fewer tokens come out, with a warning, when the text has no more pairs to merge. Raises InputError when
     `vocab_size` cannot hold the 256 bytes and the special tokens, or when there is no text.
@@ -124,22 +98,15 @@ def train_bpe(
         raise InputError(
             f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and 9 special tokens), not {vocab_size}"
         )
-    backend = new_backend(digit_group, normalization)
-    if normalization:
-        texts = map(backend.normalizer.normalize_str, texts)
-    words = count_words(texts, split_pattern(digit_group))
-    if not words:
+    backend, texts = new_backend(digit_group, normalization), filter(None, texts)
+    if (first := next(texts, None)) is None:
         raise InputError("there is no text to train a tokenizer on: the dataset is empty")
-    letters = byte_alphabet()
-    merges = [
-        tuple("".join(letters[byte] for byte in part) for part in pair)
-        for pair in learn_merges(words, vocab_size - MIN_VOCAB_SIZE)
-    ]
-    names = dict.fromkeys([*sorted(letters), *(left + right for left, right in merges)])
-    backend.model = models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=merges)
+    size = vocab_size - len(SPECIAL_TOKENS)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=byte_alphabet(), show_progress=False)
+    backend.train_from_iterator(chain([first], texts), trainer)
     tokenizer = wrap(backend)
     if len(tokenizer) < vocab_size:
-        warnings.warn(f"the text has only {len(tokenizer)} tokens to offer, not {vocab_size}", stacklevel=2)
+        warnings.warn(f"the text gives only {len(tokenizer)} tokens, not {vocab_size}", stacklevel=2)
     return tokenizer
 
 
@@ -181,25 +148,25 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
 def with_todays_templates(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The tokenizer, with chat and response template of today if its chat template is an older one of ours."""
     template = tokenizer.chat_template
-    if isinstance(template, str) and sha256(template.encode()).hexdigest()[:16] in OLD_TEMPLATES:
+    if isinstance(template, str) and hashlib.sha256(template.encode()).hexdigest()[:16] in OLD_TEMPLATES:
         tokenizer.chat_template, tokenizer.response_template = TEMPLATE.read_text(), RESPONSE_TEMPLATE
     elif template == TEMPLATE.read_text() and getattr(tokenizer, "response_template", None):
         tokenizer.response_template = RESPONSE_TEMPLATE
     return tokenizer
 
 
-_twins: WeakKeyDictionary = WeakKeyDictionary()
+_plain_backends: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A twin of the tokenizer's backend that reads special tokens in text as ordinary text; kept per tokenizer."""
-    if tokenizer not in _twins:
-        twin = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        twin.no_padding()
-        twin.no_truncation()
-        twin.encode_special_tokens = True  # the library's name for "encode them like any other text"
-        _twins[tokenizer] = twin
-    return _twins[tokenizer]
+    """A copy of the tokenizer's backend that reads special tokens in text as ordinary text; cached per tokenizer."""
+    if tokenizer not in _plain_backends:
+        plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        plain.no_padding()
+        plain.no_truncation()
+        plain.encode_special_tokens = True  # the library's name for "encode them like any other text"
+        _plain_backends[tokenizer] = plain
+    return _plain_backends[tokenizer]
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerFast) -> type:
@@ -223,10 +190,10 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> li
 
 
 def spoken_mask(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
-    """1 for each token of a rendered conversation that the assistant says (text, calls, end of turn), else 0.
+    """1 for each token of a rendered conversation that the assistant writes (text, calls, end of turn), else 0.
 
-    A tool's result is not what it says. transformers' own mask goes by characters, and of a last character of several
-    tokens (an emoji, a syllable of Hangul) it takes the first only, where a template's blocks end with text.
+    Tool results are 0. transformers' own mask goes by characters: where a template's block ends with a character of
+    several tokens (an emoji, a syllable of Hangul), it has the first of them only.
     """
     marks = ["<|assistant_start|>", "<|assistant_end|>", "<|output_start|>", "<|output_end|>"]
     start, end, opens, closes = tokenizer.convert_tokens_to_ids(marks)
@@ -247,9 +214,9 @@ def strip_special_tokens(text: str) -> str:
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """How many bytes of text each id stands for, in id order; special tokens 0. For bits per byte.
+    """Bytes of text per id, in id order; special tokens 0. For bits per byte.
 
-    Exact for byte-level tokenizers, ours and GPT-2's kind: each letter of a token's name stands for one byte.
+    Exact for byte-level tokenizers, ours and GPT-2's kind: each letter of a token's name is one byte.
     """
     specials = set(tokenizer.all_special_ids)
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -275,7 +242,7 @@ class TokenizerConfig:
     """`nfc` to compose Unicode before encoding (Hangul, accents); empty keeps every byte as it is."""
     seed: int = 0
     skip_bad_files: bool = False
-    """Go on without files that cannot be read, instead of stopping."""
+    """Continue without files that cannot be read, instead of stopping."""
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> float:
@@ -314,7 +281,10 @@ def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     train_chars = reading.n
     compression = bytes_per_token(tokenizer, texts("validation", VALIDATION_CHARS))
     reading.close()
-    save(tokenizer, output)
+    try:
+        tokenizer.save_pretrained(output)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror}; choose another --run-dir") from None
     numbers = {"vocab_size": len(tokenizer), "bytes_per_token": compression, "train_chars": train_chars}
     write_metrics(output, record, inputs={"data": data}, **numbers)
 
@@ -323,10 +293,3 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """A short hash of all that decides how text and conversations become ids."""
     parts = tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    try:
-        tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; choose another --run-dir") from None

@@ -1,4 +1,4 @@
-"""Transforms: a row of any data set -> the `messages` of a conversation, and the check that it is one.
+"""Transforms: a row of any dataset -> the `messages` of a conversation, and the check that it is one.
 
 They keep karpathy/nanochat's protocols to the letter where its checkpoints depend on them: the multiple-choice prompt,
 GSM8K's calculator calls, the answers to the spelling tasks. A row that cannot be used raises BadRow (or KeyError,
@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise, takewhile
+from pathlib import Path
 from random import Random
 from string import ascii_uppercase
 
@@ -29,17 +30,16 @@ def messages(row: dict, rng: Random) -> list[dict]:
 def sharegpt(row: dict, rng: Random) -> list[dict]:
     """{"conversations": [{"from": "human" or "gpt", "value"}]}."""
     names = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-    said = [
-        {"role": names.get(m["from"], m["from"]), "content": m["value"], **{k: m[k] for k in ("weight",) if k in m}}
-        for m in row["conversations"]
-    ]
-    return _with_system(row, said)
+    conversation = [{"role": names.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]
+    for message, original in zip(conversation, row["conversations"]):
+        message |= {key: original[key] for key in ("weight",) if key in original}
+    return _with_system(row, conversation)
 
 
 def instruction(row: dict, rng: Random) -> list[dict]:
     """Alpaca's form: {"instruction", "output"}, and "input" that the instruction is about."""
-    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return _with_system(row, [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}])
+    prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    return _with_system(row, exchange(prompt, row["output"]))
 
 
 def _with_system(row: dict, conversation: list) -> list:
@@ -66,18 +66,14 @@ def multiple_choice(row: dict, rng: Random) -> list[dict]:
         letters, choices, answer = choices["label"], choices["text"], row["answerKey"]
     else:
         letters, answer = ascii_uppercase[: len(choices)], row["answer"]
-        if type(answer) is int and 0 <= answer < len(
-            letters
-        ):  # -1 is how test sets hide the answer; True is no number
+        # -1 is how test sets hide the answer; True is no number.
+        if type(answer) is int and 0 <= answer < len(letters):
             answer = letters[answer]
     if len(letters) != len(choices) or len(choices) < 2:
         raise BadRow(f"{len(choices)} choices and {len(letters)} letters for them")
     if answer not in list(letters):
         raise BadRow(f"the answer {answer!r} is none of the choices' letters")
-    return [
-        {"role": "user", "content": render_choices(question, letters, choices)},
-        {"role": "assistant", "content": answer},
-    ]
+    return exchange(render_choices(question, letters, choices), answer)
 
 
 def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
@@ -92,62 +88,26 @@ def gsm8k(row: dict, rng: Random) -> list[dict]:
     parts = re.split(r"<<([^>]*)>>", row["answer"])
     if "#### " not in parts[-1]:
         raise BadRow("the answer has no '#### '")
-    replies = []
+    steps = []
     for text, inner in zip(parts[0::2], parts[1::2], strict=False):
         expression, equals, result = inner.rpartition("=")
         if not (expression and equals and result):
             raise BadRow(f"no expression and result in <<{inner}>>")
-        replies += [assistant_call(text, expression), {"role": "tool", "name": "python", "content": result}]
-    return [{"role": "user", "content": row["question"]}, *replies, {"role": "assistant", "content": parts[-1]}]
+        steps += call_and_result(text, expression, result)
+    return exchange(row["question"], parts[-1], steps)
 
 
 def simple_spelling(row: dict, rng: Random) -> list[dict]:
     """{"word"} -> the word spelled, its letters separated by commas."""
-    word = row["word"]
-    return [
-        {"role": "user", "content": f"Spell the word: {word}"},
-        {"role": "assistant", "content": ",".join(word)},
-    ]
+    return exchange(f"Spell the word: {row['word']}", ",".join(row["word"]))
 
 
-COUNT_QUESTIONS = (
-    "How many {l} are in {w}",
-    "How many {l} are there in {w}",
-    "How many {l} does {w} have",
-    "How many times does {l} appear in {w}",
-    "How often does {l} occur in {w}",
-    "How often is {l} in {w}",
-    "Count the {l} in {w}",
-    "Count how many {l} there are in {w}",
-    "Can you count the {l} in {w}",
-    "What is the number of {l} in {w}",
-    "What's the count of {l} in {w}",
-    "Tell me how many {l} are in {w}",
-    "Find the number of times {l} is used in {w}",
-    "In {w}, how many {l} do you see",
-    "In the word {w}, count the letter {l}",
-    "{w}: how many {l}",
-    "number of {l} in {w}",
-    "¿Cuántas {l} hay en {w}",
-    "¿Cuántas veces aparece {l} en {w}",
-    "Combien de {l} y a-t-il dans {w}",
-    "Combien de fois {l} apparaît dans {w}",
-    "Wie viele {l} sind in {w}",
-    "Wie oft kommt {l} in {w} vor",
-    "Quante {l} ci sono in {w}",
-    "Quantos {l} há em {w}",
-    "Hoeveel {l} zitten er in {w}",
-    "Hur många {l} finns i {w}",
-    "Ile liter {l} jest w {w}",
-    "Сколько букв {l} в слове {w}",
-    "{w} 中有多少个 {l}",
-    "{w} に {l} は何個ありますか",
-    "{w}에 {l}가 몇 개 있나요",
-)
+# Ways to ask how often the letter {l} occurs in the word {w}.
+COUNT_QUESTIONS = Path(__file__).with_name("count_questions.txt").read_text(encoding="utf-8").splitlines()
 
 
 def spelling_bee(row: dict, rng: Random) -> list[dict]:
-    """{"word"} -> how often a letter stands in it: spelled and counted by hand, checked with the tool, `#### n`."""
+    """{"word"} -> how often a letter occurs in it: spelled and counted by hand, checked with the tool, `#### n`."""
     word = row["word"]
     letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
     quote_letter, quote_word = rng.choice(("", "'", '"')), rng.choice(("", "'", '"'))
@@ -166,18 +126,20 @@ def spelling_bee(row: dict, rng: Random) -> list[dict]:
         f"Let me find every '{letter}' in '{word}'. First I spell the word:\n{word}:{','.join(word)}\n\n"
         f"Then I go through the letters:\n" + "\n".join(lines) + f"\n\nBy hand I count {count}. Python checks it:\n\n"
     )
-    return [
-        {"role": "user", "content": question},
-        assistant_call(by_hand, f"'{word}'.count('{letter}')"),
-        {"role": "tool", "name": "python", "content": str(count)},
-        {"role": "assistant", "content": f"\n\nPython says {count}, so that is the answer.\n\n#### {count}"},
-    ]
+    steps = call_and_result(by_hand, f"'{word}'.count('{letter}')", str(count))
+    return exchange(question, f"\n\nPython says {count}, so that is the answer.\n\n#### {count}", steps)
 
 
-def assistant_call(text: str, expression: str) -> dict:
-    """An assistant message that says `text` and then calls the python tool."""
+def exchange(question: str, answer: str, steps: Sequence[dict] = ()) -> list[dict]:
+    """The user's question, the calls and results of `steps`, and the assistant's answer."""
+    return [{"role": "user", "content": question}, *steps, {"role": "assistant", "content": answer}]
+
+
+def call_and_result(text: str, expression: str, result: str) -> list[dict]:
+    """An assistant message of `text` with a call of the python tool, and the tool's result."""
     function = {"name": "python", "arguments": {"expression": expression}}
-    return {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": function}]}
+    call = {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": function}]}
+    return [call, {"role": "tool", "name": "python", "content": result}]
 
 
 TRANSFORMS: dict[str, Callable[[dict, Random], list[dict]]] = {
@@ -187,7 +149,7 @@ WORD_TRANSFORMS = ("simple_spelling", "spelling_bee")
 
 
 def normalize(conversation: list[dict]) -> list[dict]:
-    """OpenAI's forms of messages -> the form that the chat template renders and that the model speaks in.
+    """OpenAI's forms of messages -> the form that the chat template renders.
 
     A call's arguments that are JSON text become a mapping; `function_call` and the role function, OpenAI's old form,
     become `tool_calls` and the role tool. Parts of text that follow each other become one text, so that no special
@@ -210,7 +172,7 @@ def normalize(conversation: list[dict]) -> list[dict]:
         message, rest = rest[0], rest[1:]
         calls = message.get("tool_calls") or []
         results = list(takewhile(lambda m: m.get("role") == "tool", rest)) if calls else []
-        if len(calls) != len(results):  # unanswered ones: no conversation to learn from, but one to go on with
+        if len(calls) != len(results):  # unanswered ones: not to be learned from, but a model can continue there
             normalized.append(message)
             continue
         texts = [message.get("content"), *[""] * len(calls)]

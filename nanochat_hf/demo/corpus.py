@@ -1,9 +1,10 @@
 """The embedded corpus of the demo: text, conversations and test questions about one small world, made from a seed.
 
 Why: `make demo` downloads nothing, and what the model learned must be measurable. `documents` is text for pretraining
-(facts in varied sentences, stories, worked sums, spelling), `conversations` are chats for mid-training and SFT, and
-`questions` are the rows of the test. Three things keep the test honest: facts are asked in phrasings that stand in no
-training text, sums use pairs of numbers that stand together in no training text, and one word in five is held out.
+(facts in varied sentences, stories, worked sums, spelling), `conversations` are chats for SFT, and `questions` are the
+rows of the test. Three things keep the test honest: facts are asked in phrasings that no training text has, operands
+of sums occur together in no training text, and one word in five is held out. The facts and phrasings are in
+world.yaml, the words in words.txt.
 
     for text in documents("train", seed=0): ...
     for row in conversations("train", seed=0): row["messages"]
@@ -12,33 +13,38 @@ training text, sums use pairs of numbers that stand together in no training text
 
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from zlib import crc32
 
+import yaml
+
 from ..errors import InputError
-from .words import TRIPLE_WORDS, WORDS
-from .world import (
-    ANIMALS,
-    CITIES,
-    COUNT_QUESTIONS,
-    COUNTRIES,
-    DAYS,
-    FRAMES,
-    HARD_PROBLEMS,
-    IDENTITY,
-    MONTHS,
-    NAME,
-    OBJECTS,
-    PEOPLE,
-    PROBLEMS,
-    RELATIONS,
-    SMALL_TALK,
-    SPELL_QUESTIONS,
-    STORY_QUESTIONS,
-    SUM_QUESTIONS,
-    TEST_FRAMES,
-    Relation,
-)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact. In phrasings {e} is the entity and {v} the value; `nouns` fill the {n} of a frame."""
+
+    name: str
+    facts: dict[str, str]  # entity -> value
+    answer: str  # of the assistant: the value together with the entity
+    nouns: list[str]
+    questions: list[str]  # training only
+    test_questions: list[str]  # test only
+    statements: list[str]
+
+
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+WORLD = yaml.load(_read("world.yaml"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+NAME, PEOPLE, ANIMALS = WORLD["name"], WORLD["people"], WORLD["animals"]
+RELATIONS = [Relation(**fields) for fields in WORLD["relations"]]
+LISTED = RELATIONS[8:]  # opposites, days, months, numbers: no document is about their entities
+WORDS, TRIPLE_WORDS = (part.split() for part in _read("words.txt").split("\n\n")[1::2])
 
 KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")  # of `questions`
 CHAT_KINDS = (*KINDS, "talk", "story")  # of `conversations`
@@ -46,9 +52,7 @@ DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, abou
 CONVERSATION_ROUNDS = 40  # rounds of `conversations`; one round asks for every fact, about 35K tokens
 
 RUDE = re.compile("rape|cock|shit|fuck|cunt|dick|porn|piss|slut|whore|nig|fag|anus|sex|cum|tits")  # not to be spliced
-NAMES = [name.lower() for name in (*COUNTRIES, *CITIES, *PEOPLE, *DAYS, *MONTHS)]
-LISTED = RELATIONS[8:]  # opposites, days, months, numbers: about nobody, so no document is about their entities
-_BY_NAME = {relation.name: relation for relation in RELATIONS}
+NAMES = [name.lower() for key in ("countries", "cities", "people", "days", "months") for name in WORLD[key]]
 
 
 def held_out_word(word: str) -> bool:
@@ -61,7 +65,7 @@ def held_out_pair(a: int, b: int) -> bool:
     return crc32(f"{min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 
-def times_asked(relation: Relation) -> int:
+def questions_per_fact(relation: Relation) -> int:
     """How often a round of `conversations` asks for each fact of a relation.
 
     Order is learned more slowly than names, so listed facts come more often, and most so where they are few.
@@ -70,17 +74,17 @@ def times_asked(relation: Relation) -> int:
 
 
 def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS) -> Iterator[str]:
-    """Text for pretraining, a document at a time: the same for the same split and seed.
+    """Documents for pretraining, which follow from the split and the seed.
 
-    Both splits tell of the same world, in other words: "validation" (or "test") is a twentieth of the rounds.
+    Both splits describe the same world in other words; "validation" (or "test") is a twentieth of the rounds.
     Neither has a held-out word or pair, nor a test phrasing.
     """
     validation = _is_test(split)
     rng = Random(f"documents {validation} {seed}")
     for _ in range(max(1, rounds // 20) if validation else rounds):
-        batch = [_about(rng, entity) for entity in (*PEOPLE, *COUNTRIES, *ANIMALS)]
+        batch = [_about(rng, entity) for entity in (*PEOPLE, *WORLD["countries"], *ANIMALS)]
         batch += [text for relation in LISTED * 2 for text in _lists_of_facts(rng, relation)]
-        batch += [_talk(rng) for _ in range(40)]
+        batch += [_dialogue(rng) for _ in range(40)]
         batch += [" ".join(_story(rng, rng.choice(PEOPLE))) for _ in range(30)]
         batch += [_worked_sums(rng) for _ in range(20)]
         batch += [_spelled_words(rng) for _ in range(100)]
@@ -95,7 +99,7 @@ def conversations(
     """Chats as rows {"kind": ..., "messages": [...]}, fewer than 128 tokens each; some have two or three turns.
 
     "test" (or "validation") asks with test phrasings, held-out words and pairs, in a tenth of the rounds. `kinds`
-    leaves out the others of CHAT_KINDS: without "identity" a mixture can bring a personality of its own.
+    leaves out the others of CHAT_KINDS: without "identity" a mixture can bring an identity of its own.
     """
     if unknown := set(kinds) - set(CHAT_KINDS):
         raise InputError(f"no conversations of kind {min(unknown)!r} in the primer: use {', '.join(CHAT_KINDS)}")
@@ -105,20 +109,19 @@ def conversations(
     rng = Random(f"conversations {test} {seed}")
     counts = (("arithmetic", 120), ("spelling", 180), ("counting", 120), ("problem", 30), ("identity", 25))
     for _ in range(max(1, rounds // 10) if test else rounds):
-        asked = [relation for relation in RELATIONS for _ in range(times_asked(relation))]
-        batch = [_fact(rng, relation, entity, test) for relation in asked for entity in relation.facts]
+        relations = [relation for relation in RELATIONS for _ in range(questions_per_fact(relation))]
+        batch = [_fact(rng, relation, entity, test) for relation in relations for entity in relation.facts]
         for kind, count in counts:
             batch += [_ask(rng, kind, test) for _ in range(count)]
         batch += [_small_talk(rng) for _ in range(30)]
-        batch += [_story_told(rng) for _ in range(20)]
+        batch += [_story_row(rng) for _ in range(20)]
         batch = [row for row in batch if row["kind"] in kinds]
         rng.shuffle(batch)
         position = 0
         while position < len(batch):
             turns = batch[position : position + rng.choice((1, 1, 1, 1, 1, 1, 2, 2, 3))]
-            said = [message for row in turns for message in row["messages"]]
-            if sum(len(m["content"]) + 40 * ("tool_calls" in m) for m in said) > 200:  # keeps all below 128 tokens
-                turns = turns[:1]
+            length = sum(len(m["content"]) + 40 * ("tool_calls" in m) for row in turns for m in row["messages"])
+            turns = turns[:1] if length > 200 else turns  # keeps all below 128 tokens
             position += len(turns)
             kind = turns[0]["kind"] if len(turns) == 1 else "mixed"
             yield {"kind": kind, "messages": [message for row in turns for message in row["messages"]]}
@@ -128,10 +131,10 @@ def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = N
     """Questions to grade, as rows {"kind", "messages": [one user message], "answer", "entity", "rivals", "tool"}.
 
     `kind` is one of KINDS. "fact" asks for every fact once and "identity" every test question; the others give `num`
-    rows, 200 if not told ("counting": as many for each answer of 0 to 3). "problem" gives word problems in wordings
-    that stand in no conversation: the task of reinforcement learning. `answer` is the value to name, `entity` what it
-    must be said about ("" if nothing), `rivals` the values of the same relation, `tool` whether the python tool should
-    be called. With split="train" they come from the training half, for reinforcement learning to practise on.
+    rows, by default 200 ("counting": as many for each answer of 0 to 3). "problem" gives word problems in phrasings
+    that no conversation has: the task of reinforcement learning. `answer` is the value to name, `entity` what it is
+    about ("" if nothing), `rivals` the other values of the relation, `tool` whether the python tool should be called.
+    With split="train" they come from the training half: the prompts of reinforcement learning.
     """
     if kind not in KINDS:
         raise InputError(f"no questions of kind {kind!r} in the primer: use one of {', '.join(KINDS)}")
@@ -140,11 +143,14 @@ def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = N
     if kind == "fact":
         rows = [_fact(rng, relation, entity, test) for relation in RELATIONS for entity in relation.facts]
     elif kind == "identity":
-        rows = [_identity_row(question, group[2]) for group in IDENTITY for question in group[1 if test else 0]]
+        key = "test_questions" if test else "questions"
+        rows = [
+            _row("identity", question, topic["answer"], NAME) for topic in WORLD["identity"] for question in topic[key]
+        ]
     elif kind == "counting":
         rows = [_counting(rng, test, i % 4) for i in range(count)]
     else:
-        rows = [_ask(rng, kind, test, HARD_PROBLEMS) for _ in range(count)]
+        rows = [_ask(rng, kind, test, "hard_problems") for _ in range(count)]
     rng.shuffle(rows)
     return [{**row, "messages": row["messages"][:1]} for row in rows[:num]]
 
@@ -173,47 +179,24 @@ def _lists_of_facts(rng: Random, relation: Relation) -> list[str]:
     return [" ".join(_state(rng, relation, e) for e in entities[i : i + 4]) for i in range(0, len(entities), 4)]
 
 
-def _talk(rng: Random) -> str:
-    """Two people talk: a question as it may be asked in a chat, and its answer."""
-    asks, knows = rng.sample(PEOPLE, 2)
+def _dialogue(rng: Random) -> str:
+    """Two people talk: a question as a chat may have it, and its answer."""
+    p, q = rng.sample(PEOPLE, 2)
     relation = rng.choice(RELATIONS)
     row = _fact(rng, relation, rng.choice(list(relation.facts)), test=False)
     question, answer = (message["content"] for message in row["messages"])
-    form = rng.choice(("{p} asked {q}: {x}\n{q} said: {y}", "{p}: {x}\n{q}: {y}", "Question: {x}\nAnswer: {y}"))
-    return form.format(p=asks, q=knows, x=question, y=answer)
+    return rng.choice(WORLD["dialogues"]).format(p=p, q=q, x=question, y=answer)
 
 
 def _story(rng: Random, person: str) -> list[str]:
     """Three or four sentences about a person, with facts of the world in them."""
-    job, town, pet = (_BY_NAME[name].facts[person] for name in ("job", "town", "pet"))
-    animal, other = rng.choice(ANIMALS), rng.choice([p for p in PEOPLE if p != person])
-    day = rng.choice(list(_BY_NAME["day_after"].facts))
-    colour, place = _BY_NAME["animal_colour"].facts[animal], _BY_NAME["animal_home"].facts[animal]
-    values = {"p": person, "job": job, "town": town, "pet": pet, "q": other, "q_job": _BY_NAME["job"].facts[other]}
-    values |= {"animal": animal, "colour": colour, "place": place}
-    values |= {"day": day, "next_day": _BY_NAME["day_after"].facts[day]}
-    openings = (
-        "{p} is a {job} in {town}.",
-        "In {town} lives {p}, a {job}.",
-        "{p} lives in {town} and works as a {job}.",
-    )
-    middles = (
-        "On {day} {p} and the {pet} went to the {place}.",
-        "One {day} {p} took the {pet} for a walk to the {place}.",
-        "{p} left {town} early on {day} and came to the {place}.",
-    )
-    meetings = (
-        "There they saw a {colour} {animal}.",
-        "There stood a {animal}, all {colour}.",
-        "A {colour} {animal} lives in the {place}, and it said hello.",
-    )
-    endings = (
-        "On {next_day} {p} told {q}, the {q_job}, about it.",
-        "The day after was {next_day}, and {p} was happy.",
-        "Then {p} and the {pet} went home to {town}.",
-        "{q}, who works as a {q_job}, had a good laugh.",
-    )
-    return [_sentence(rng.choice(part), **values) for part in (openings, middles, meetings, endings)]
+    facts = {relation.name: relation.facts for relation in RELATIONS}
+    animal, q = rng.choice(ANIMALS), rng.choice([p for p in PEOPLE if p != person])
+    day = rng.choice(list(facts["day_after"]))
+    values = {name: facts[name][person] for name in ("job", "town", "pet")}
+    values |= {"p": person, "q": q, "q_job": facts["job"][q], "day": day, "next_day": facts["day_after"][day]}
+    values |= {"animal": animal, "colour": facts["animal_colour"][animal], "place": facts["animal_home"][animal]}
+    return [_sentence(rng.choice(part), **values) for part in WORLD["story"]]
 
 
 def _operands(rng: Random, sign: str, test: bool) -> tuple[int, int]:
@@ -273,24 +256,14 @@ def _piece(rng: Random) -> str:
             return word[start : start + rng.randint(2, 5)]
 
 
-def _letters(word: str) -> str:
-    return " ".join(word)
-
-
 def _spelled_words(rng: Random) -> str:
-    forms = (
-        'The word "{w}" is spelled: {s}.',
-        'Letters of "{w}": {s}.',
-        'You spell "{w}" so: {s}.',
-        'Letter by letter "{w}" is: {s}.',
-        "One spells {w} like this: {s}.",
-    )
-    return "\n".join(rng.choice(forms).format(w=w, s=_letters(w)) for w in (_word(rng, False) for _ in range(3)))
+    words = (_word(rng, False) for _ in range(3))
+    return "\n".join(rng.choice(WORLD["spellings"]).format(w=word, s=" ".join(word)) for word in words)
 
 
 def _counted_letters(rng: Random) -> str:
     word, letter, count = _countable(rng, False, rng.randint(0, 3))
-    return f'Letters of "{word}": {_letters(word)}. The letter {letter} stands {_times(count)} in "{word}".'
+    return f'Letters of "{word}": {" ".join(word)}. The letter {letter} stands {_times(count)} in "{word}".'
 
 
 def _times(count: int) -> str:
@@ -298,14 +271,11 @@ def _times(count: int) -> str:
 
 
 def _countable(rng: Random, test: bool, count: int) -> tuple[str, str, int]:
-    """A word and a letter that stands in it `count` times (0 to 3)."""
+    """A word and a letter that occurs in it `count` times (0 to 3)."""
     while True:
         word = rng.choice(TRIPLE_WORDS) if count == 3 else _word(rng, test)
-        letters = [
-            x
-            for x in sorted(set(word) if count else set("abcdefghijklmnoprstuvwy") - set(word))
-            if word.count(x) == count
-        ]
+        letters = sorted(set(word) if count else set("abcdefghijklmnoprstuvwy") - set(word))
+        letters = [letter for letter in letters if word.count(letter) == count]
         if letters and held_out_word(word) == test:
             return word, rng.choice(letters), count
 
@@ -329,7 +299,8 @@ def _tool_call(before: str, expression: str, result: str, after: str) -> list[di
 
 
 def _fact(rng: Random, relation: Relation, entity: str, test: bool) -> dict:
-    direct, frames = (relation.test_questions, TEST_FRAMES) if test else (relation.questions, FRAMES)
+    direct = relation.test_questions if test else relation.questions
+    frames = WORLD["test_frames" if test else "frames"]
     question = rng.choice(direct) if rng.random() < 0.4 else rng.choice(frames).format(n=rng.choice(relation.nouns))
     value = relation.facts[entity]
     answer = _sentence(relation.answer, e=entity, v=value)
@@ -337,24 +308,24 @@ def _fact(rng: Random, relation: Relation, entity: str, test: bool) -> dict:
     return _row("fact", _sentence(question, e=entity), answer, value, entity, rivals=rivals, relation=relation.name)
 
 
-def _ask(rng: Random, kind: str, test: bool, problems: tuple = PROBLEMS) -> dict:
+def _ask(rng: Random, kind: str, test: bool, problems: str = "problems") -> dict:
     if kind == "arithmetic":
         sign = rng.choice("+-*")
         a, b = _operands(rng, sign, test)
-        return _calculated(kind, rng.choice(SUM_QUESTIONS[sign]).format(a=a, b=b), a, sign, b)
+        return _calculated(kind, rng.choice(WORLD["sum_questions"][sign]).format(a=a, b=b), a, sign, b)
     if kind == "problem":
-        sign, text = rng.choice(problems)
+        sign, text = rng.choice(WORLD[problems])
         a, b = _operands(rng, sign, test)
         p, q = rng.sample(PEOPLE, 2)
-        return _calculated(kind, text.format(p=p, q=q, a=a, b=b, o=rng.choice(OBJECTS)), a, sign, b)
+        return _calculated(kind, text.format(p=p, q=q, a=a, b=b, o=rng.choice(WORLD["objects"])), a, sign, b)
     if kind == "spelling":
         word = _word(rng, test)
-        letters = _letters(word)
-        return _row(kind, rng.choice(SPELL_QUESTIONS).format(w=word), f"Letters: {letters}", letters, word)
+        letters = " ".join(word)
+        return _row(kind, rng.choice(WORLD["spell_questions"]).format(w=word), f"Letters: {letters}", letters, word)
     if kind == "counting":
         return _counting(rng, test, rng.randint(0, 3))
-    group = rng.choice(IDENTITY)
-    return _identity_row(rng.choice(group[1 if test else 0]), group[2])
+    topic = rng.choice(WORLD["identity"])
+    return _row(kind, rng.choice(topic["test_questions" if test else "questions"]), topic["answer"], NAME)
 
 
 def _calculated(kind: str, question: str, a: int, sign: str, b: int) -> dict:
@@ -367,24 +338,20 @@ def _counting(rng: Random, test: bool, count: int) -> dict:
     """Spells, counts by hand, then checks with the tool. The call's double quotes are those of the question, so that
     the word is the same tokens in both: after a single quote "door" would be cut as in "he'd"."""
     word, letter, count = _countable(rng, test, count)
-    question = rng.choice(COUNT_QUESTIONS).format(w=word, l=letter)
-    before, after = f"Letters: {_letters(word)}. So {count}? ", f" The letter {letter} stands {_times(count)}."
+    question = rng.choice(WORLD["count_questions"]).format(w=word, l=letter)
+    before, after = f"Letters: {' '.join(word)}. So {count}? ", f" The letter {letter} stands {_times(count)}."
     answer = _tool_call(before, f'"{word}".count("{letter}")', str(count), after)
     return _row("counting", question, answer, str(count), word, tool=True)
 
 
-def _identity_row(question: str, answer: str) -> dict:
-    return _row("identity", question, answer, NAME)
-
-
 def _small_talk(rng: Random) -> dict:
-    asked, answer = rng.choice(SMALL_TALK)
-    return _row("talk", rng.choice(asked), answer, "")
+    topic = rng.choice(WORLD["small_talk"])
+    return _row("talk", rng.choice(topic["questions"]), topic["answer"], "")
 
 
-def _story_told(rng: Random) -> dict:
+def _story_row(rng: Random) -> dict:
     person = rng.choice(PEOPLE)
-    return _row("story", rng.choice(STORY_QUESTIONS).format(p=person), " ".join(_story(rng, person)), "")
+    return _row("story", rng.choice(WORLD["story_questions"]).format(p=person), " ".join(_story(rng, person)), "")
 
 
 def _is_test(split: str) -> bool:

@@ -25,8 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..data.bpe import byte_alphabet
-from ..data.tokenizer import load_tokenizer, plain_backend
+from ..data.tokenizer import byte_alphabet, load_tokenizer, plain_backend
 from ..errors import InputError
 from ..kernels.decode import LOG
 from ..tools import calculate

@@ -1,10 +1,11 @@
-"""A personality from a YAML of facts: by templates or written by another model, checked, all different."""
+"""Conversations of an identity: from phrasings or written by another model, checked, all different."""
 
 import importlib.util
 import json
 import re
 import sys
 import threading
+import unicodedata
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,8 +15,18 @@ import torch
 from huggingface_hub import close_session, constants
 from transformers import AutoModelForCausalLM
 
-from nanochat_hf.data.identity import Facts, Word, ask_for, conversations, fingerprint, parse, questions, read_facts
-from nanochat_hf.data.identity_words import Intent
+from nanochat_hf.data.identity import (
+    FOLDER,
+    LANGUAGES,
+    Identity,
+    Word,
+    conversations,
+    fingerprint,
+    generate_with_model,
+    parse,
+    questions,
+    read_identity,
+)
 from nanochat_hf.data.mixture import Mixture
 from nanochat_hf.data.transforms import BadRow, check
 from nanochat_hf.errors import InputError
@@ -23,10 +34,10 @@ from nanochat_hf.train.sft import ChatConfig, train_chat
 
 ROOT = Path(__file__).parent.parent
 COLOUR = {"ask": ["What is your favourite colour?"], "say": "Green, {truly}."}
-OPHELIA = Facts("Ophelia", "the club", facts=[COLOUR], styles=[{}, {"before": "Ahoy! ", "after": " Fair winds!"}])
+OPHELIA = Identity("Ophelia", "the club", facts=[COLOUR], styles=[{}, {"before": "Ahoy! ", "after": " Fair winds!"}])
 
 
-def said(rows, role: str) -> list[str]:
+def texts_of(rows, role: str) -> list[str]:
     return [m["content"] for row in rows for m in row["messages"] if m["role"] == role]
 
 
@@ -41,17 +52,17 @@ def test_conversations_are_different_valid_and_follow_from_the_seed():
 
 def test_the_facts_and_the_styles_are_in_what_it_says():
     rows = list(conversations(OPHELIA, num=500))
-    answers = said(rows, "assistant")
+    answers = texts_of(rows, "assistant")
     assert sum("Ophelia" in a or "Green, {truly}." in a for a in answers) == len(answers)
     assert any("the club" in a for a in answers) and "Green, {truly}." in answers
     assert all(a.startswith("Ahoy! ") == a.endswith(" Fair winds!") for a in answers)
     assert 0.3 < sum(a.startswith("Ahoy!") for a in answers) / len(answers) < 0.7
-    assert not any("nanochat" in a for a in answers) and any("nanochat" in q for q in said(rows, "user"))
+    assert not any("nanochat" in a for a in answers) and any("nanochat" in q for q in texts_of(rows, "user"))
 
 
-def test_the_test_asks_in_wordings_that_no_training_has():
+def test_the_test_asks_in_phrasings_that_no_training_has():
     def words(rows):
-        return {re.sub(r"\W+", " ", q).strip().lower() for q in said(rows, "user")}
+        return {re.sub(r"\W+", " ", q).strip().lower() for q in texts_of(rows, "user")}
 
     train, test = words(conversations(OPHELIA, num=1000)), words(conversations(OPHELIA, "test", num=60))
     assert not train & test and not train & {re.sub(r"\W+", " ", q).strip().lower() for q in questions(OPHELIA)}
@@ -59,9 +70,9 @@ def test_the_test_asks_in_wordings_that_no_training_has():
         next(conversations(OPHELIA, "dev"))
 
 
-def test_more_conversations_than_there_are_wordings_are_refused():
-    mute = Facts("Ophelia", "the club")
-    mute.intents = {"name": Intent(ask=("Who?",), test=("And who?",), say=("Ophelia.",))}
+def test_more_conversations_than_there_are_phrasings_are_refused():
+    mute = Identity("Ophelia", "the club")
+    mute.intents = [{"ask": ["Who?"], "test": ["And who?"], "say": ["Ophelia."]}]
     with pytest.raises(InputError, match=r"only \d+ different conversations of Ophelia, not 500"):
         list(conversations(mute, num=500))
 
@@ -83,14 +94,28 @@ def test_korean_particles_follow_the_sound_before_them(text, particles, written)
     assert format(Word(text), particles) == written
 
 
-def test_a_korean_personality_speaks_korean():
-    answers = said(conversations(Facts("하늘", "서점 사람들", "ko"), num=300), "assistant")
+def test_a_korean_identity_speaks_korean_with_the_right_particles():
+    answers = texts_of(conversations(Identity("하늘", "서점 사람들", "ko"), num=300), "assistant")
     assert any("저는 하늘이에요" in a for a in answers) and any("서점 사람들이 저를 만들었어요" in a for a in answers)
-    assert not any(re.search("[A-Za-z]", a) for a in answers)
+    assert not any(re.search("[A-Za-z{]", a) or "하늘예요" in a for a in answers)
+    assert all(unicodedata.is_normalized("NFC", a) for a in answers)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_language_has_all_intents_and_its_phrasings_can_be_filled(language):
+    identity = Identity("Ophelia", "the club", language)
+    assert LANGUAGES == ["en", "ko"] == sorted(path.stem for path in FOLDER.iterdir())
+    assert list(identity.phrasings["intents"]) == ["name", "kind", "owner", "skills", "other"]
+    for intent in (identity.phrasings["hello"], *identity.intents):
+        ask, test, say = intent["ask"], intent["test"], intent["say"]
+        assert len(ask) >= 5 and test and say and not set(ask) & set(test)
+        for text in (*ask, *test, *say):
+            assert not set("{}/") & set(identity.fill(text, "Siri"))
+        assert all("{name" in text for text in say), "the assistant says its name"
 
 
 @pytest.mark.parametrize("name", ["identity", "identity-ko"])
-def test_the_personalities_of_the_recipes_are_mixed_in_by_one_line(name):
+def test_the_identities_of_the_recipes_are_mixed_in_by_one_line(name):
     rows = list(Mixture([{"dataset": str(ROOT / "recipes" / f"{name}.yaml"), "epochs": 2}], on_bad_example="error"))
     assert len(rows) == 2000
 
@@ -103,18 +128,18 @@ def test_the_personalities_of_the_recipes_are_mixed_in_by_one_line(name):
         ("name: [", "not valid YAML"),
         ("{name: A, owner: B, job: C}", "unknown key 'job'"),
         ("{name: 5, owner: B}", "name is 5, not text"),
-        ("{name: A, owner: B, language: xx}", "no wordings for language 'xx'; use en, ko"),
+        ("{name: A, owner: B, language: xx}", "no phrasings for language 'xx'; use en, ko"),
         ("{name: A, owner: B, facts: [{ask: x}]}", "an item of facts"),
         ("{name: A, owner: B, facts: [{ask: [], say: x}]}", "at least one question"),
         ("{name: A, owner: B, styles: [loud]}", "an item of styles"),
     ],
 )
-def test_a_wrong_file_of_facts_is_named(tmp_path, text, message):
+def test_a_wrong_file_is_named(tmp_path, text, message):
     (tmp_path / "me.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
-        read_facts(tmp_path / "me.yaml")
+        read_identity(tmp_path / "me.yaml")
     with pytest.raises(InputError, match="cannot read"):
-        read_facts(tmp_path / "nobody.yaml")
+        read_identity(tmp_path / "nobody.yaml")
 
 
 # Written by another model
@@ -125,9 +150,8 @@ def turn(question: str, answer: str) -> str:
 
 
 def test_what_a_model_wrote_is_found_in_a_fence():
-    assert (
-        parse(f"Here you are:\n```json\n{turn('Hi', 'I am Ophelia.')}\n```", OPHELIA)[1]["content"] == "I am Ophelia."
-    )
+    text = f"Here you are:\n```json\n{turn('Hi', 'I am Ophelia.')}\n```"
+    assert parse(text, OPHELIA)[1]["content"] == "I am Ophelia."
 
 
 @pytest.mark.parametrize(
@@ -149,7 +173,7 @@ def test_what_a_model_wrote_is_checked(text, reason):
         parse(text, OPHELIA)
 
 
-def test_what_falls_away_is_asked_for_anew_and_counted():
+def test_what_is_refused_is_requested_again_and_counted():
     lock, count = threading.Lock(), Counter()
 
     def ask(messages):
@@ -158,22 +182,22 @@ def test_what_falls_away_is_asked_for_anew_and_counted():
             number = count["n"]
         return turn(f"Hi {number // 2}", "I am Ophelia.") if number % 3 else "no"
 
-    rows, refused = ask_for(OPHELIA, ask, 8)
+    rows, refused = generate_with_model(OPHELIA, ask, 8)
     assert len(rows) == 8 == len({fingerprint(row["messages"]) for row in rows}) and count["n"] <= 24
     assert set(refused) == {"no JSON list", "written before"}
     with pytest.raises(InputError, match=r"no conversation that can be used: no JSON list \(12\)"):
-        ask_for(OPHELIA, lambda messages: "no", 4)
+        generate_with_model(OPHELIA, lambda messages: "no", 4)
 
 
 class FakeModel(BaseHTTPRequestHandler):
-    """Speaks OpenAI's streaming chat protocol; writes about what it was asked, and nonsense every fourth time."""
+    """Speaks OpenAI's streaming chat protocol; answers the prompt, and nonsense every fourth time."""
 
-    asked: list[list[dict]] = []
+    prompts: list[list[dict]] = []
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append(body["messages"])
-        number = len(self.asked)
+        self.prompts.append(body["messages"])
+        number = len(self.prompts)
         opening = re.search("something like: ['\"](.*?)['\"]\\.", body["messages"][1]["content"]).group(1)
         text = "Sorry." if number % 4 == 0 else turn(f"{opening} ({number})", "I am Ophelia of the club.")
         self.send_response(200)
@@ -214,23 +238,23 @@ def test_the_script_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_na
     rows = list(Mixture([{"dataset": str(tmp_path / "me.jsonl")}], on_bad_example="error"))
     assert len(rows) == 12 and "12 conversations of Ophelia" in (out := capsys.readouterr().out)
     assert re.search(r"left out \d: no JSON list", out)
-    system, order = FakeModel.asked[0]
+    system, order = FakeModel.prompts[0]
     assert "JSON" in system["content"] and "the club" in order["content"] and "Ahoy!" in order["content"]
-    assert len({messages[1]["content"] for messages in FakeModel.asked}) > 6
+    assert len({messages[1]["content"] for messages in FakeModel.prompts}) > 6
 
 
 def test_the_script_fills_templates_without_an_endpoint_and_names_one_that_is_not_there(tmp_path, make_identity):
     facts, out = ROOT / "recipes" / "identity.yaml", tmp_path / "me.jsonl"
-    make_identity("--facts", facts, "--output", out, "--rows", 30)
+    make_identity("--identity", facts, "--output", out, "--rows", 30)
     assert len(out.read_text().splitlines()) == 30 and [path.name for path in tmp_path.iterdir()] == ["me.jsonl"]
     with pytest.raises(InputError, match="does not answer"):
-        make_identity("--facts", facts, "--output", out, "--rows", 1, "--endpoint", "http://127.0.0.1:9")
+        make_identity("--identity", facts, "--output", out, "--rows", 1, "--endpoint", "http://127.0.0.1:9")
     with pytest.raises(InputError, match="--rows is 0"):
-        make_identity("--facts", facts, "--output", out, "--rows", 0)
+        make_identity("--identity", facts, "--output", out, "--rows", 0)
 
 
 @pytest.mark.slow
-def test_a_model_trained_on_a_personality_says_its_name_when_asked_in_other_words(
+def test_a_model_trained_on_an_identity_says_its_name_when_asked_in_other_words(
     tiny_folder, tokenizer, tmp_path, fresh_accelerator
 ):
     (tmp_path / "me.yaml").write_text("{name: Ophelia, owner: the club}")
@@ -238,11 +262,11 @@ def test_a_model_trained_on_a_personality_says_its_name_when_asked_in_other_word
     config = ChatConfig(mixture=mixture, device_batch_size=8, num_iterations=150, matrix_lr=0.05)
     train_chat(config, str(tiny_folder), tmp_path / "sft")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").eval()
-    asked, named = questions(Facts("Ophelia", "the club")), 0
-    for question in asked:
+    prompts, named = questions(Identity("Ophelia", "the club")), 0
+    for question in prompts:
         messages = [{"role": "user", "content": question}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
         with torch.inference_mode():
             answer = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
         named += "Ophelia" in tokenizer.decode(answer)
-    assert named >= 0.9 * len(asked)
+    assert named >= 0.9 * len(prompts)

@@ -1,0 +1,330 @@
+"""Packing against a slow reference; batches depend on the data only: not on timing, ranks or interruptions."""
+
+import io
+import threading
+import time
+from collections import Counter
+from itertools import cycle, islice, pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nanochat_hf.data.dataloader import BestFitPacker, PackedLoader
+from nanochat_hf.data.documents import DocumentStream, open_documents
+from nanochat_hf.errors import InputError
+
+BOS, UNSET = 0, 65535
+STRATEGIES = ["bfd", "bfd_split"]
+lengths = st.lists(st.integers(1, 40), min_size=1, max_size=80)
+slowly = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def documents_of(sizes: list[int], first: int = 1) -> list[np.ndarray]:
+    """bos, then tokens that tell which document they are from and where they stood in it."""
+    return [np.array([BOS] + [n * 100 + i for i in range(1, size)], np.uint16) for n, size in enumerate(sizes, first)]
+
+
+def packer(documents, row_length=8, buffer_size=1, strategy="bfd") -> BestFitPacker:
+    return BestFitPacker(iter([[one] for one in documents]), row_length, buffer_size, strategy)
+
+
+def rows_of(packer) -> list[list[int]]:
+    """Rows until the documents run out; the last one ends where they do."""
+    rows = []
+    while True:
+        rows.append(np.full(packer.row_length, UNSET, np.uint16))
+        try:
+            packer.fill(rows[-1])
+        except IndexError:
+            return [row[row != UNSET].tolist() for row in rows]
+
+
+def slow_rows(documents: list[np.ndarray], row_length: int, buffer_size: int, strategy: str) -> list[list[int]]:
+    """The same rule written plainly: look through the whole list each time. Stops when the documents run out."""
+    rest, waiting, rows, split = [d.tolist() for d in documents], [], [], strategy == "bfd_split"
+    while True:
+        row = []
+        while len(row) < row_length:
+            while len(waiting) < buffer_size and rest:
+                waiting.append(rest.pop(0))
+                while split and len(waiting[-1]) > row_length:
+                    long = waiting.pop()
+                    waiting += [long[:row_length], [BOS] + long[row_length:]]
+            if not waiting:
+                return [*rows, row]
+            space = row_length - len(row)
+            fitting = [d for d in waiting if len(d) <= space]
+            best = max(fitting, key=len) if fitting else min(waiting, key=len)
+            waiting = [d for d in waiting if d is not best]
+            row += best[:space]
+            if split and len(best) > space:
+                waiting.append([BOS] + best[space:])
+        rows.append(row)
+
+
+@given(lengths, st.integers(2, 33), st.integers(1, 12), st.sampled_from(STRATEGIES))
+@slowly
+def test_packing_equals_a_plain_search_through_the_list(sizes, row_length, buffer_size, strategy):
+    documents = documents_of(sizes)
+    rows = rows_of(packer(documents, row_length, buffer_size, strategy))
+    assert rows == slow_rows(documents, row_length, buffer_size, strategy)
+    assert all(row[0] == BOS for row in rows if row)
+    tokens = [token for row in rows for token in row if token != BOS]
+    assert len(tokens) == len(set(tokens))
+    if strategy == "bfd_split":
+        assert len(tokens) == sum(sizes) - len(sizes)
+    starts = [[*(i for i, token in enumerate(row) if token == BOS), len(row)] for row in rows]
+    for row, begin, end in ((row, a, b) for row, at in zip(rows, starts) for a, b in pairwise(at) if a + 1 < b):
+        piece = row[begin + 1 : end]
+        assert piece == list(range(piece[0], piece[0] + len(piece))), "a run of one document, in its order"
+        assert piece[0] % 100 == 1 or strategy == "bfd_split", "only what is split begins inside a document"
+
+
+@given(lengths, lengths, st.sampled_from(STRATEGIES))
+@slowly
+def test_a_packer_rebuilt_from_its_waiting_documents_packs_the_same_rows(first, second, strategy):
+    documents = documents_of([*first, *second])
+    one = packer(documents, 16, 10, strategy)
+    one.fill(np.empty(16, np.uint16)) if sum(first) > 200 else one.add([next(one.chunks)[0]])
+    two = BestFitPacker(iter(rest := list(one.chunks)), 16, 10, strategy)
+    two.add(one.waiting())
+    one.chunks = iter(rest)
+    assert rows_of(one) == rows_of(two)
+
+
+def test_only_the_last_document_of_a_row_is_cut():
+    for strategy, waiting in (("bfd", []), ("bfd_split", [[0, 302]])):
+        one = packer(documents_of([6, 8, 3]), 8, 3, strategy)
+        assert one.take(8).tolist() == [0, *range(201, 208)]
+        row = np.empty(8, np.uint16)
+        one.fill(row)
+        assert row.tolist() == [0, 101, 102, 103, 104, 105, 0, 301]
+        assert [piece.tolist() for piece in one.waiting()] == waiting
+    one = packer(documents_of([5]), strategy="bfd_split")  # of a document cut to its bos nothing is lost
+    assert one.take(1).tolist() == [BOS] and one.waiting()[0].tolist() == [0, 101, 102, 103, 104]
+    with pytest.raises(KeyError):
+        packer([], strategy="wrapped")
+
+
+def test_what_waits_does_not_keep_the_memory_of_a_long_document():
+    one = packer([np.zeros(1_000_000, np.uint16)], 101, strategy="bfd_split")
+    for _ in range(9990):
+        one.take(101)
+    assert sum(len(piece if piece.base is None else piece.base) for piece in one.waiting()) < 2000
+
+
+# The loader
+
+NUM_DOCUMENTS = 150
+LENGTH = [2 + (i * 37) % 59 for i in range(NUM_DOCUMENTS)]  # words
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """150 documents that each begin with their own number, of 2 to 60 words, in three files."""
+    path = tmp_path_factory.mktemp("data")
+    texts = [f"#{i:03d} " + "so " * LENGTH[i] for i in range(NUM_DOCUMENTS)]
+    for number in range(3):
+        table = pa.table({"text": texts[number * 50 : number * 50 + 50]})
+        pq.write_table(table, path / f"{number}.parquet", row_group_size=20)
+    pq.write_table(pa.table({"text": ["validation " * 30] * 5}), path / "3.parquet")
+    return path
+
+
+def loader(folder, tokenizer, rank=0, world_size=1, batch_size=2, **settings):
+    settings = {"seq_len": 32, "buffer_size": 16, "num_shards": 4, **settings}
+    stream = open_documents(folder, rank=rank, world_size=world_size)  # a list of datasets is a mixture
+    return PackedLoader(stream, tokenizer, batch_size, **settings)
+
+
+def saved_and_loaded(state):
+    """Through a file, as accelerate does it: only tensors and plain values may come back."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_rows_are_full_begin_with_bos_and_hold_no_other_special_token(folder, tokenizer):
+    batch = next(loader(folder, tokenizer, batch_size=8))
+    assert batch.shape == (8, 33)
+    assert batch.dtype == np.int32
+    assert (batch[:, 0] == tokenizer.bos_token_id).all()
+    assert not set(np.unique(batch)) & (set(tokenizer.all_special_ids) - {tokenizer.bos_token_id})
+
+
+@pytest.mark.parametrize("packing_strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_ranks_share_the_rows_of_one_rank_whatever_the_threads(
+    folder, tokenizer, monkeypatch, world_size, packing_strategy
+):
+    settings = {"packing_strategy": packing_strategy, "batch_size": 1}
+    alone = np.concatenate(list(islice(loader(folder, tokenizer, **settings), 60)))
+    monkeypatch.setattr("nanochat_hf.data.dataloader.num_threads", lambda: 1)
+    ranks = [loader(folder, tokenizer, rank, world_size, **settings) for rank in range(world_size)]
+    assert (np.concatenate([next(rank) for _ in range(60 // world_size) for rank in ranks]) == alone).all()
+
+
+@pytest.mark.parametrize("packing_strategy", STRATEGIES)
+@pytest.mark.parametrize("taken", [0, 1, 7, 40])
+def test_a_resumed_loader_gives_the_batches_that_would_have_come(folder, tokenizer, taken, packing_strategy):
+    whole = list(islice(loader(folder, tokenizer, packing_strategy=packing_strategy), taken + 10))
+    first, second = (loader(folder, tokenizer, packing_strategy=packing_strategy) for _ in range(2))
+    list(islice(first, taken))
+    state = saved_and_loaded(first.state_dict())
+    second.load_state_dict({key.replace("shards", "lanes"): value for key, value in state.items()})  # as of old
+    assert all((batch == expected).all() for batch, expected in zip(islice(second, 10), whole[taken:]))
+
+
+@pytest.mark.parametrize("before,after,batch_size", [(1, 4, 4), (4, 1, 1), (2, 4, 2), (4, 2, 1), (1, 4, 3), (2, 4, 3)])
+def test_a_run_resumes_on_another_number_of_ranks_without_losing_or_repeating_a_row(
+    folder, tokenizer, before, after, batch_size
+):
+    alone = np.concatenate(list(islice(loader(folder, tokenizer, batch_size=1), 64)))
+    ranks = [loader(folder, tokenizer, rank, before, batch_size=batch_size) for rank in range(before)]
+    for _ in range(5):
+        for rank in ranks:
+            next(rank)
+    states = [saved_and_loaded(rank.state_dict()) for rank in ranks]
+    done = 5 * before * batch_size
+    assert {state["rows"] for state in states} == {done}
+    for number in range(after):
+        rank = loader(folder, tokenizer, number, after, batch_size=1)
+        rank.load_state_dict(states)
+        expected = alone[next(n for n in range(done, 64) if n % after == number) :: after]
+        assert (np.concatenate(list(islice(rank, len(expected)))) == expected).all()
+
+
+def test_the_state_is_that_of_the_last_batch_handed_out_and_not_of_the_thread(folder, tokenizer):
+    whole = list(islice(loader(folder, tokenizer), 6))
+    ahead = loader(folder, tokenizer, prefetch=6)
+    list(islice(ahead, 2))
+    before = ahead.state_dict()
+    time.sleep(0.2)  # the thread works meanwhile
+    assert ahead.state_dict()["rows"] == before["rows"] == 4
+    ahead.close()
+    later = loader(folder, tokenizer)
+    later.load_state_dict(before)
+    for one in (ahead, later):
+        assert all((a == b).all() for a, b in zip(islice(one, 4), whole[2:]))
+
+
+def test_a_long_document_fills_rows_or_waits_to_be_a_rows_end(tmp_path, tokenizer):
+    pq.write_table(pa.table({"text": ["zq " * 100, "so so so so"] * 40}), tmp_path / "0.parquet")
+    pq.write_table(pa.table({"text": ["v"]}), tmp_path / "1.parquet")
+    mark = tokenizer("zq")["input_ids"][1]
+    rows = np.concatenate(list(islice(loader(tmp_path, tokenizer, num_shards=1, buffer_size=8), 10)))
+    assert (rows[:, 1] == mark).any()
+    rows = next(loader(tmp_path, tokenizer, num_shards=1, buffer_size=8, packing_strategy="bfd"))
+    assert not (rows[:, 1] == mark).any()
+    assert (rows == mark).any()
+
+
+@pytest.mark.parametrize("seq_len", [8, 32])
+def test_every_token_comes_once_in_an_epoch_of_interruptions_by_other_numbers_of_ranks(
+    folder, tokenizer, monkeypatch, seq_len
+):
+    bos = 65535
+
+    def numbered(tokenizer, texts):  # a token tells its document and its place in it
+        numbers = [int(text[1:4]) for text in texts]
+        return [np.array([bos, *range(n * 100, n * 100 + LENGTH[n])], np.uint16) for n in numbers]
+
+    monkeypatch.setattr("nanochat_hf.data.dataloader.encode_documents", numbered)
+    tokens, epoch, states, sizes = Counter(), 0, None, cycle([1, 4, 2])
+    while epoch == 0:  # until every shard has read its documents
+        world_size = next(sizes)
+        ranks = [
+            loader(folder, tokenizer, rank, world_size, batch_size=3, seq_len=seq_len) for rank in range(world_size)
+        ]
+        for rank in ranks:
+            if states:
+                rank.load_state_dict(states)
+            tokens.update(np.concatenate([next(rank), next(rank)]).ravel().tolist())
+        states = [saved_and_loaded(rank.state_dict()) for rank in ranks]
+        shards = [shard for state in states for shard in state["shards"].values()]
+        epoch = min(shard["stream"]["position"][0] for shard in shards)
+    tokens.update(token for shard in shards for token in shard["tokens"].tolist())
+    del tokens[bos]
+    assert set(tokens) == {n * 100 + place for n in range(NUM_DOCUMENTS) for place in range(LENGTH[n])}
+    # Where a shard is ahead in the second epoch, documents came again, but as whole as the first time.
+    assert set(tokens.values()) <= {1, 2}
+    again = {token // 100 for token, count in tokens.items() if count == 2}
+    assert sum(tokens.values()) == sum(LENGTH) + sum(LENGTH[n] for n in again)
+    assert len(again) < NUM_DOCUMENTS / 2
+
+
+def test_few_documents_wait_where_they_are_long(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("nanochat_hf.data.dataloader.CHUNK_CHARS", 1000)
+    pq.write_table(pa.table({"text": ["zq " * 3000] * 40}), tmp_path / "0.parquet")
+    pq.write_table(pa.table({"text": ["v"]}), tmp_path / "1.parquet")
+    one = loader(tmp_path, tokenizer, num_shards=1, buffer_size=8)
+    read, longest = len(tokenizer("zq " * 3000)["input_ids"]), 0
+    for _ in range(400):
+        next(one)
+        longest = max(longest, len(one.state_dict()["shards"][0]["tokens"]))
+    assert read // 2 < longest < read * 1.04 + 8 * 33  # a bos per row
+
+
+def test_states_that_do_not_fit_are_refused(folder, tokenizer):
+    assert loader(folder, tokenizer, 0, 3).num_shards == 6
+    ranks = [loader(folder, tokenizer, rank, 2) for rank in range(2)]
+    states = [next(rank) is not None and rank.state_dict() for rank in ranks]
+    with pytest.raises(InputError, match="resume with a number of ranks that divides 4"):
+        loader(folder, tokenizer, 0, 3).load_state_dict(states)
+    with pytest.raises(InputError, match="all the earlier ranks"):
+        loader(folder, tokenizer).load_state_dict(states[0])
+    next(ranks[1])
+    with pytest.raises(InputError, match="different steps"):
+        loader(folder, tokenizer).load_state_dict([states[0], ranks[1].state_dict()])
+
+
+def test_an_error_of_the_thread_reaches_the_caller(tmp_path, tokenizer):
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "0.parquet")
+    pq.write_table(pa.table({"text": ["v"]}), tmp_path / "1.parquet")
+    one = loader(tmp_path, tokenizer)
+    for _ in range(2):
+        with pytest.raises(InputError, match="has no documents"):
+            next(one)
+
+
+def test_the_epoch_is_counted_and_validation_is_its_own_data(folder, tokenizer):
+    one = loader(folder, tokenizer)
+    next(one)
+    assert one.epoch == 0
+    list(islice(one, 200))
+    assert one.epoch >= 1
+    validation = PackedLoader(DocumentStream(folder, "validation"), tokenizer, 2, 32, num_shards=1, buffer_size=2)
+    assert "validation" in tokenizer.decode(next(validation)[0])
+
+
+def test_a_forgotten_loader_ends_its_thread(folder, tokenizer):
+    def running():
+        return {thread for thread in threading.enumerate() if thread.name.startswith("packed-loader_")}
+
+    before = running()
+    one = loader(folder, tokenizer)
+    next(one)
+    (mine,) = running() - before
+    del one
+    mine.join(timeout=5)
+    assert not mine.is_alive()
+
+
+def test_rows_of_a_mixture_are_the_same_for_other_numbers_of_ranks_and_after_resuming(folder, tokenizer):
+    mixed = [{"dataset": str(folder), "weight": 3}, {"dataset": "primer", "weight": 1}]
+    alone = loader(mixed, tokenizer, batch_size=4)
+    whole = np.concatenate([next(alone) for _ in range(20)])
+    pair = [loader(mixed, tokenizer, rank=rank, world_size=2, batch_size=2) for rank in range(2)]
+    for step in range(10):
+        batches = [next(one) for one in pair]
+        for rank in range(2):
+            assert (batches[rank] == whole[step * 4 + rank : step * 4 + 4 : 2]).all()
+    again = loader(mixed, tokenizer, batch_size=4)
+    again.load_state_dict(saved_and_loaded([one.state_dict() for one in pair]))
+    assert all((next(again) == whole[step * 4 : step * 4 + 4]).all() for step in range(10, 20))

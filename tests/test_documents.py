@@ -1,0 +1,756 @@
+"""The document stream: every document once, in an order that the data alone decides, resumable anywhere.
+
+And the files of a dataset: which ones are read, as which split, and which error names those that cannot be read.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nanochat_hf.data import documents as module
+from nanochat_hf.data.documents import DocumentStream, is_local, open_documents, text_fingerprint
+from nanochat_hf.data.splits import is_visible, row_files, split_of, text_files, unread_files
+from nanochat_hf.errors import InputError
+
+
+def write(path: Path, texts: list[str], group: int = 4, column: str = "text") -> None:
+    """A parquet or .jsonl file, by its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({column: pa.array(texts, pa.string())}), path, row_group_size=group)
+    else:
+        path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts))
+
+
+def layout(folder: Path, *names: str) -> None:
+    """A file for each name, whose documents are the name."""
+    for name in names:
+        write(folder / name, [name] * 3)
+
+
+def endless(stream):
+    while True:
+        yield from stream
+
+
+def epochs(stream, count: int) -> list[str]:
+    return [text for _ in range(count) for text in stream]
+
+
+TRAIN = [f"{n}.{i}" for n, count in enumerate((10, 7, 1)) for i in range(count)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three training files of 10, 7 and 1 documents and a validation file, in row groups of 4."""
+    for number, count in enumerate((10, 7, 1, 3)):
+        write(tmp_path / f"shard_{number:05d}.parquet", [f"{number}.{i}" for i in range(count)])
+    return tmp_path
+
+
+def test_the_last_file_is_validation_and_training_keeps_the_order_of_the_files(folder):
+    assert list(DocumentStream(folder)) == TRAIN
+    assert list(DocumentStream(folder, "validation")) == ["3.0", "3.1", "3.2"]
+
+
+@given(
+    counts=st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any),
+    group=st.integers(1, 12),
+    world_size=st.integers(1, 9),
+    suffix=st.sampled_from(["parquet", "jsonl"]),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_ranks_share_every_document_exactly_once_per_epoch(tmp_path_factory, counts, group, world_size, suffix):
+    path = tmp_path_factory.mktemp("data")
+    for number, count in enumerate([*counts, 1]):
+        write(path / f"{number}.{suffix}", [f"{number}.{i}" for i in range(count)], group)
+    streams = [DocumentStream(path, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for epoch in range(3):
+        assert [stream.epoch for stream in streams] == [epoch] * world_size
+        texts = [text for stream in streams for text in stream]
+        assert sorted(texts) == sorted(f"{n}.{i}" for n, count in enumerate(counts) for i in range(count))
+
+
+def test_later_epochs_shuffle_by_the_seed_and_only_by_it(folder):
+    def second_epoch(seed):
+        return epochs(DocumentStream(folder, seed=seed), 2)[len(TRAIN) :]
+
+    assert second_epoch(1) == second_epoch(1) != second_epoch(2)
+    assert second_epoch(1) != TRAIN
+
+
+def test_the_primer_is_a_dataset_with_two_splits():
+    train, validation = (set(islice(DocumentStream("primer", split), 500)) for split in ("train", "validation"))
+    assert len(train) > 100
+    assert len(validation - train) > 0.8 * len(validation)
+
+
+def test_only_empty_texts_end_a_stream_and_a_share_that_is_empty_in_some_epochs_is_no_error(tmp_path):
+    write(tmp_path / "empty.jsonl", [""] * 20)
+    for rank in range(3):
+        with pytest.raises(InputError, match=r"train split of .*empty\.jsonl has no text"):
+            epochs(DocumentStream(tmp_path / "empty.jsonl", rank=rank, world_size=3), 62)
+    layout(tmp_path / "one", "0.parquet", "1.parquet")
+    write(tmp_path / "one" / "0.parquet", ["one"])
+    shares = [epochs(DocumentStream(tmp_path / "one", rank=rank, world_size=8), 40) for rank in range(8)]
+    assert [len(share) for share in shares] == [5] * 8
+    write(tmp_path / "few.jsonl", ["a long line of text " * 9] * 64)  # four lines of validation for 64 ranks
+    assert all(epochs(DocumentStream(tmp_path / "few.jsonl", "validation", rank, 64), 600) for rank in range(0, 64, 9))
+
+
+# States
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_resuming_anywhere_gives_the_documents_that_would_have_come(folder, tmp_path_factory, world_size, mixed):
+    write(other := tmp_path_factory.mktemp("data") / "other.jsonl", [f"other {i}" for i in range(30)])
+    dataset = [{"dataset": str(folder), "weight": 1}, {"dataset": str(other), "weight": 3}] if mixed else str(folder)
+    for rank in range(world_size):
+        options = {"rank": rank, "world_size": world_size, "seed": 5}
+        whole = list(islice(endless(open_documents(dataset, **options)), 130))
+        for taken in range(0, 120, 1 if rank == 0 and not mixed else 7):
+            first, second = (open_documents(dataset, **options) for _ in range(2))
+            list(islice(endless(first), taken))
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+            assert second.epoch == first.epoch
+            assert list(islice(endless(second), 5)) == whole[taken : taken + 5]
+
+
+def test_a_state_is_refused_by_other_data_or_another_seed(folder):
+    stream = DocumentStream(folder, seed=1)
+    next(iter(stream))
+    state = stream.state_dict()
+    with pytest.raises(InputError, match="keep the seed"):
+        DocumentStream(folder, seed=2).load_state_dict(state)
+    write(folder / "shard_00004.parquet", ["new"])
+    with pytest.raises(InputError, match="changed since this run began"):
+        DocumentStream(folder, seed=1).load_state_dict(state)
+    with pytest.raises(InputError, match="rank 3 does not exist among 3 ranks"):
+        DocumentStream(folder, rank=3, world_size=3)
+
+
+@pytest.mark.parametrize("change", ["nothing", "train-0.jsonl", "validation-0.jsonl", "swapped", "moved"])
+def test_a_state_holds_for_the_same_text_only(tmp_path, change):
+    data = tmp_path / "a"
+    for name in ("train-0", "train-1", "validation-0"):
+        write(data / f"{name}.jsonl", [f"{name} {i}" for i in range(9)])
+    saved = DocumentStream(data).state_dict()
+    if change == "moved":
+        data = data.rename(tmp_path / "b")
+    elif change == "swapped":
+        (data / "train-0.jsonl").rename(data / "x")
+        (data / "train-1.jsonl").rename(data / "train-0.jsonl")
+        (data / "x").rename(data / "train-1.jsonl")
+    elif change != "nothing":
+        (data / change).write_text((data / change).read_text().replace(" 5", " 6"))  # of the same size
+    if change in ("nothing", "moved"):
+        DocumentStream(data).load_state_dict(saved)
+    else:
+        with pytest.raises(InputError, match="changed since this run began"):
+            DocumentStream(data).load_state_dict(saved)
+
+
+def test_states_of_older_versions_resume_or_are_refused(tmp_path):
+    """Some have no content hash; some read [test, train] as training text and validation, other documents than now."""
+    layout(tmp_path, "train-0.jsonl", "validation-0.jsonl")
+    for dataset in (tmp_path, "primer"):
+        saved = DocumentStream(dataset).state_dict()
+        assert "training files" not in saved["source"]
+        del saved["source"]["content"]
+        DocumentStream(dataset).load_state_dict(saved)
+    (tmp_path / "validation-0.jsonl").rename(tmp_path / "test-0.jsonl")
+    stream = DocumentStream(tmp_path)
+    stream.load_state_dict(stream.state_dict())
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    older = {"revision": None, "files and bytes": [2, size], "split": "train"}
+    assert older.items() <= stream.state_dict()["source"].items()
+    with pytest.raises(InputError, match="changed since this run began"):
+        stream.load_state_dict({**stream.state_dict(), "source": older})
+
+
+def test_of_more_text_than_the_limit_both_ends_of_each_file_are_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "HASH_LIMIT", 40)  # 10 bytes at each end of two files
+
+    def content(text: bytes):
+        for name in "ab":
+            (tmp_path / name).write_bytes(b"0123456789" * 3 if name == "a" else text)
+        return module.content_hash(["a"], ["b"], tmp_path.joinpath)
+
+    first = content(b"0123456789" * 3)
+    assert content(b"0123456789" * 2 + b"012345678X") != first != content(b"X123456789" + b"0123456789" * 2)
+    middle = b"0123456789XXXXXXXXXX0123456789"
+    assert content(middle) == first  # the stated limit of this hash
+    monkeypatch.setattr(module, "HASH_LIMIT", 60)
+    assert content(middle) != content(b"0123456789" * 3)
+
+
+def test_a_fingerprint_of_text_covers_both_splits_and_every_part(tmp_path):
+    for part in "ab":
+        for split in ("train", "validation"):
+            write(tmp_path / part / f"{split}.jsonl", [f"{split} {i}" for i in range(5)])
+    mixture = [{"dataset": str(tmp_path / part), "weight": weight} for part, weight in (("a", 1), ("b", 2))]
+    before = [text_fingerprint(dataset) for dataset in (str(tmp_path / "a"), mixture, "primer")]
+    assert len(set(before)) == 3 and before == [text_fingerprint(d) for d in (tmp_path / "a", mixture, "primer")]
+    for part, split in (("a", "train"), ("b", "validation")):
+        path = tmp_path / part / f"{split}.jsonl"
+        text = path.read_text()
+        path.write_text(text.replace(" 3", " 4"))
+        assert text_fingerprint(mixture) != before[1]
+        assert (text_fingerprint(str(tmp_path / "a")) != before[0]) == (part == "a")
+        path.write_text(text)
+    assert text_fingerprint(mixture) == before[1]
+    mixture[1]["weight"] = 3
+    assert text_fingerprint(mixture) != before[1]
+
+
+def test_a_fingerprint_of_a_hub_id_needs_no_network_and_missing_text_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    names = ["org/name", "org/name@abc", "org/name/folder"]
+    assert len({text_fingerprint(name) for name in names}) == 3
+    assert not any(map(is_local, names)) and is_local("primer") and is_local(str(tmp_path))
+    assert not is_local([{"dataset": "primer"}, {"dataset": "org/name"}])
+    with pytest.raises(InputError, match="no dataset"):
+        text_fingerprint(str(tmp_path / "nowhere.jsonl"))
+
+
+# Mixtures
+
+
+def mixture_of(tmp_path, sizes=(40, 90), lengths=(30, 7), weights=(1, 3), split="train", **options):
+    """Two datasets, `sizes` documents of `lengths` letters each; the first letter says which."""
+    for letter, count, length in zip("ab", sizes, lengths):
+        texts = [f"{letter}{i:03d}".ljust(length, ".") for i in range(count)]
+        write(tmp_path / letter / "0.parquet", texts, group=8)
+        write(tmp_path / letter / "1.parquet", [f"{letter} validation"])
+    entries = [{"dataset": str(tmp_path / letter), "weight": weight} for letter, weight in zip("ab", weights)]
+    return open_documents(entries, split, **options)
+
+
+def test_a_mixture_keeps_the_weights_in_bytes_to_within_a_document(tmp_path):
+    read = {"a": 0, "b": 0}
+    for text in islice(endless(mixture_of(tmp_path, weights=(0.25, 0.75))), 500):
+        read[text[0]] += len(text)
+        assert abs(0.75 * read["a"] - 0.25 * read["b"]) <= 30
+    assert sum(read.values()) > 3000
+    assert set(mixture_of(tmp_path, split="validation")) == {"a validation", "b validation"}
+    for name, letter in (("ko", "가"), ("en", "a")):
+        write(tmp_path / f"{name}.jsonl", [letter * 10] * 1600)
+    stream = open_documents([{"dataset": str(tmp_path / f"{name}.jsonl")} for name in ("ko", "en")])
+    texts = list(islice(stream, 400))  # a syllable of Hangul has three bytes
+    assert texts.count("가" * 10) == 100 and texts.count("a" * 10) == 300
+
+
+def test_iterating_over_a_mixture_ends_with_the_dataset_that_ends_first(tmp_path):
+    stream = mixture_of(tmp_path, sizes=(10, 400), lengths=(10, 10), weights=(1, 1))
+    texts = list(stream)
+    assert stream.epoch == 1 and len(texts) == len(set(texts)) and {t[0] for t in texts} == {"a", "b"}
+    assert len([t for t in texts if t[0] == "a"]) == 10 and abs(len(texts) - 20) <= 1
+    more = list(stream)  # the small one again, the large one from where it was
+    assert stream.epoch == 2 and not {t for t in more if t[0] == "b"} & set(texts)
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 5])
+@pytest.mark.parametrize("weights", [(0.1, 2.5), (1, 1)])
+def test_ranks_of_a_mixture_share_each_datasets_documents_exactly_once_per_epoch(tmp_path, weights, world_size):
+    texts = {"a": [], "b": []}
+    for rank in range(world_size):
+        for number, letter in enumerate("ab"):
+            stream = mixture_of(tmp_path, (9, 30), weights=weights, rank=rank, world_size=world_size)
+            part, documents = stream.streams[number], endless(stream)
+            while part.epoch == 0:  # until its second epoch begins; what came before is this rank's share
+                text = next(documents)
+                if text[0] == letter and part.epoch == 0:
+                    texts[letter].append(text)
+    for letter, count in zip("ab", (9, 30)):
+        assert len(texts[letter]) == len(set(texts[letter])) == count
+
+
+@pytest.mark.parametrize(
+    "entries,words",
+    [
+        ([], "the mixture is empty"),
+        (["primer"], "must be {dataset: ..., weight: ...}, not 'primer'"),
+        ([{"weight": 1}], "must be {dataset"),
+        ([{"dataset": "primer", "wieght": 1}], "unknown key 'wieght' in the mixture's entry for primer"),
+        *(
+            ([{"dataset": "primer", "weight": w}], "above 0")
+            for w in (0, -1, True, float("nan"), float("inf"), "half")
+        ),
+        ([{"dataset": "nowhere/x.jsonl"}], "no dataset nowhere/x.jsonl"),
+    ],
+)
+def test_a_wrong_mixture_is_named_in_one_line(entries, words):
+    with pytest.raises(InputError) as caught:
+        open_documents(entries)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mixtures_state_is_refused_by_other_weights(tmp_path):
+    state = mixture_of(tmp_path, weights=(1, 3)).state_dict()
+    with pytest.raises(InputError, match="another mixture"):
+        mixture_of(tmp_path, weights=(1, 2)).load_state_dict(state)
+    with pytest.raises(InputError, match="another mixture"):
+        mixture_of(tmp_path).load_state_dict(DocumentStream(tmp_path / "a").state_dict())
+    with pytest.raises(InputError, match="keep the seed"):
+        DocumentStream(tmp_path / "a").load_state_dict(state)
+
+
+def test_a_mixture_is_read_from_yaml_and_from_the_command_line(tmp_path):
+    from nanochat_hf.data.tokenizer import TokenizerConfig
+    from nanochat_hf.run import parse_config
+    from nanochat_hf.train.pretrain import PretrainConfig
+
+    path, mixture = tmp_path / "base.yaml", [{"dataset": "a/b", "weight": 0.3}, {"dataset": "primer"}]
+    path.write_text(f"dataset: {json.dumps(mixture)}\n")
+    for config in (PretrainConfig, TokenizerConfig):
+        assert parse_config(config, path).dataset == mixture
+        assert parse_config(config, path, {"dataset": "primer"}).dataset == "primer"
+        assert parse_config(config, path, {"dataset": "[{dataset: x}]"}).dataset == [{"dataset": "x"}]
+    with pytest.raises(InputError, match="dataset is no valid YAML list or mapping"):
+        parse_config(PretrainConfig, path, {"dataset": "[{dataset: x"})
+
+
+# Files
+
+
+def test_one_file_gives_its_last_sixteenth_to_validation(tmp_path):
+    texts = [f"{i:04d}" for i in range(160)]
+    for path in (tmp_path / "all.parquet", tmp_path / "all.jsonl"):
+        write(path, texts, 50)
+        train, validation = list(DocumentStream(path)), list(DocumentStream(path, "validation"))
+        assert train + validation == texts
+        assert len(validation) == 10
+
+
+@pytest.mark.parametrize("end", ["parquet", "jsonl"])
+def test_the_hubs_layout_is_read_by_the_names_of_its_splits(tmp_path, end):
+    names = [f"data/{n}-00000-of-00001.{end}" for n in ("test", "train", "validation")]
+    layout(tmp_path, *names, f".ipynb_checkpoints/train-0.{end}", f"data/.train-1.{end}", "README.md")
+    assert set(DocumentStream(tmp_path)) == {names[1]} and set(DocumentStream(tmp_path, "validation")) == {names[2]}
+    assert list(DocumentStream(tmp_path / names[0]))  # a file that is named itself is read
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(InputError, match="has test and validation files only"):
+        DocumentStream(tmp_path)
+
+
+def test_a_split_in_files_that_are_not_read_is_refused(tmp_path):
+    layout(tmp_path, "train-0.parquet", "train-1.jsonl")
+    (tmp_path / "train-0.parquet").rename(tmp_path / "train-0.Parquet")
+    assert set(DocumentStream(tmp_path)) == {"train-0.parquet"}  # one kind only, in any case
+    layout(elsewhere := tmp_path.parent / f"{tmp_path.name}-elsewhere", "0.parquet")
+    (tmp_path / "validation").symlink_to(elsewhere, target_is_directory=True)
+    with pytest.raises(InputError, match="has its validation split in validation/, which is not read"):
+        DocumentStream(tmp_path)
+    (tmp_path / "validation").unlink()
+    layout(tmp_path, "validation.jsonl")
+    with pytest.raises(InputError, match=r"has its validation split in validation.jsonl, which is not read"):
+        DocumentStream(tmp_path)
+    layout(tmp_path, "c/x.csv")
+    for dataset in (tmp_path / "c", tmp_path / "c" / "x.csv"):
+        with pytest.raises(InputError, match=r"no .parquet or .jsonl files, only x.csv"):
+            DocumentStream(dataset)
+
+
+def test_what_no_name_decides_is_logged_once_by_the_main_process(tmp_path, capsys, monkeypatch):
+    layout(tmp_path, "a.parquet", "b.parquet")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        module.log.cache_clear()
+        for split in ("train", "validation", "train"):
+            DocumentStream(tmp_path, split)
+        line = f"dataset {tmp_path}: no file is named after a validation split, so it is b.parquet\n"
+        assert capsys.readouterr().err == (line if rank == "0" else "")
+
+
+def test_the_hubs_files_are_read_by_the_names_of_their_splits(tmp_path, monkeypatch):
+    names = ["data/kor/test/0.jsonl", "data/kor/train/0.jsonl", "data/kor/train/1.jsonl", "data/kor/.x/train.jsonl"]
+    layout(tmp_path, *names, "data/eng/train/0.jsonl")
+    info = SimpleNamespace(sha="abc", siblings=[SimpleNamespace(rfilename=n) for n in [*names, "README.md"]])
+    monkeypatch.setattr(module.HfApi, "dataset_info", lambda *a, **k: info)
+    monkeypatch.setattr(module, "hf_hub_download", lambda repo, name, **k: str(tmp_path / name))
+    for dataset in ("org/name", "org/name/data/kor", "org/name@main/data"):
+        assert set(DocumentStream(dataset)) == set(names[1:3])
+        assert set(DocumentStream(dataset, "validation")) == {names[0]}
+    assert set(DocumentStream("org/name/data/kor/train")) == {names[1]}  # in a split's folder the last is held out
+    saved, revisions = DocumentStream("org/name").state_dict(), []
+    info.sha = "def"  # a later commit
+    stream = DocumentStream("org/name")
+    info.sha = "abc"
+    monkeypatch.setattr(module.HfApi, "dataset_info", lambda *a, **k: revisions.append(k["revision"]) or info)
+    stream.load_state_dict(saved)
+    assert revisions == ["abc"] and stream.state_dict() == saved
+
+
+def test_names_that_look_like_something_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout(tmp_path, "~nobody-of-that-name/a.jsonl", "text.parquet/part-0.parquet", "text.parquet/part-1.parquet")
+    assert list(DocumentStream("~nobody-of-that-name/a.jsonl"))
+    assert set(DocumentStream(tmp_path / "text.parquet")) == {"text.parquet/part-0.parquet"}
+    for dataset in ("org/name", "org/name-2.5", "org/name@main", "org/name@1f3a/data/kor_Hang", "a.b/c.d/e"):
+        assert module.is_hub_id(dataset)
+    for dataset in ("name", "/org/name", "./org/name", "~/name", "org/", "data/texts.jsonl"):
+        assert not module.is_hub_id(dataset)
+
+
+def test_empty_documents_are_passed_over_and_half_a_surrogate_pair_is_no_character(tmp_path):
+    write(tmp_path / "0.parquet", ["a", None, "", "b"])
+    write(tmp_path / "1.parquet", ["c"])
+    assert list(DocumentStream(tmp_path)) == ["a", "b"]
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83e\\udd89"}\n' * 20)
+    assert set(open_documents([{"dataset": str(path)}])) == {"a?b", "🦉"}
+
+
+def truncated(path):
+    write(path, ["a", "b"])
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def damaged(path):
+    write(path, [f"{i} " + "word " * 50 for i in range(8)])
+    start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 20] = b"\xff" * 20
+    path.write_bytes(content)
+
+
+def no_utf8(path):
+    offsets = pa.array([0, 1, 3], pa.int32()).buffers()[1]
+    text = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"a\xff\xfe"))
+    pq.write_table(pa.table({"text": text}), path)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason", "rest"),
+    [
+        (lambda path: path.write_bytes(b""), "truncated or no parquet", []),
+        (truncated, "truncated or no parquet", []),
+        (damaged, "row group 0", [f"{i} " + "word " * 50 for i in range(4, 8)]),
+        (no_utf8, "row group 0: 'utf-8' codec", []),
+    ],
+)
+def test_a_broken_file_is_named_and_skipped_only_on_request(tmp_path, make, reason, rest):
+    make(tmp_path / "0.parquet")
+    for number in "12":
+        write(tmp_path / f"{number}.parquet", ["v"])
+    with pytest.raises(InputError, match=rf"0.parquet cannot be read \({reason}.*skip_bad_files"):
+        list(DocumentStream(tmp_path))
+    with pytest.warns(UserWarning, match=reason):
+        assert list(DocumentStream(tmp_path, skip_bad_files=True)) == [*rest, "v"]
+
+
+def test_bad_lines_are_named_and_skipped_only_on_request(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"\n' + '{"text": "c"}\n' * 40)
+    with pytest.raises(InputError, match="byte 14 is not JSON"):
+        list(DocumentStream(path))
+    with pytest.warns(UserWarning, match="byte 14"):
+        assert set(DocumentStream(path, skip_bad_files=True)) == {"a", "c"}
+
+
+def test_missing_empty_and_unsuitable_datasets_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    write(tmp_path / "column" / "0.parquet", ["a"], column="content")
+    (tmp_path / "numbers").mkdir()
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers" / "1.parquet")
+    write(tmp_path / "messages.jsonl", ["a"] * 3, column="messages")
+    write(tmp_path / "empty" / "0.parquet", [])
+    write(tmp_path / "empty" / "1.parquet", ["a"])
+    (tmp_path / "none").mkdir()
+    for dataset, reason in (
+        (tmp_path / "column", "no column 'text'; it has content"),
+        (tmp_path / "numbers", "int64, not text"),
+        (tmp_path / "messages.jsonl", "no text under 'text'"),
+        (tmp_path / "empty", "train split of dataset .* has no documents"),
+        (tmp_path / "none", r"no \.parquet or \.jsonl"),
+        (tmp_path / "nowhere", "no dataset"),
+        ("data/missing.jsonl", "no dataset"),
+        ("someone/something", "HF_HUB_OFFLINE"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            list(DocumentStream(dataset))
+    with pytest.raises(InputError, match="split must be"):
+        DocumentStream("primer", "test")
+
+
+def test_ranks_of_one_process_decode_a_row_group_once(tmp_path, monkeypatch):
+    texts, decoded = [f"{i}" for i in range(40)], []
+    for number in range(2):
+        write(tmp_path / f"{number}.parquet", texts, group=20)
+    read = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *a, **k: decoded.append(a[1]) or read(*a, **k))
+    stream = DocumentStream(tmp_path)
+    assert sorted(t for rank in range(8) for t in stream.shard(rank, 8)) == sorted(texts)
+    assert decoded == [0, 1]
+    monkeypatch.setattr(module, "CACHE_LIMIT", 1)  # only the newest stays
+    assert sorted(t for rank in range(8) for t in stream.shard(rank, 8)) == sorted(texts)
+    assert decoded == [0, 1, 1]
+
+
+# The Hub
+
+
+def test_failures_of_the_network_are_tried_again_and_then_named(monkeypatch):
+    delays, calls = [], []
+    monkeypatch.setattr(module.time, "sleep", delays.append)
+
+    def fails_twice():
+        calls.append(1)
+        if len(calls) < 3:
+            raise TimeoutError("read timed out")
+        return "done"
+
+    with pytest.warns(UserWarning, match="file x: attempt [12] failed with TimeoutError: read timed out"):
+        assert module.with_retry(fails_twice, "file x") == "done"
+    assert delays == [1, 2]
+
+    def always_fails():
+        raise ConnectionResetError("gone")
+
+    with pytest.warns(UserWarning), pytest.raises(InputError, match=r"file x: failed 6 times.*gone"):
+        module.with_retry(always_fails, "file x")
+    assert delays == [1, 2, 1, 2, 4, 8, 16]
+
+
+HUB = """
+import http.server, json, sys, threading, hashlib, pathlib, os
+files = {p.name: p.read_bytes() for p in pathlib.Path(sys.argv[1]).glob("*.parquet")}
+sha, asked = "0123456789abcdef0123456789abcdef01234567", []
+class Hub(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *a): pass
+    def answer(self, body=b"", code=200, **headers):
+        self.send_response(code)
+        for k, v in {"Content-Length": str(len(body)), **headers}.items(): self.send_header(k.replace("_", "-"), v)
+        self.end_headers()
+        if self.command == "GET": self.wfile.write(body)
+    def do_GET(self):
+        asked.append((self.command, self.path))
+        if self.path.startswith("/api/datasets/me/books"):
+            rows = [{"rfilename": "data/" + n} for n in sorted(files)] + [{"rfilename": "README.md"}]
+            body = json.dumps({"id": "me/books", "sha": sha, "siblings": rows}).encode()
+            return self.answer(body, Content_Type="application/json")
+        name = self.path.rsplit("/", 1)[-1].split("?")[0]
+        if name in files and f"/resolve/{sha}/data/" in self.path:
+            if asked.count(("GET", self.path)) == 1 and self.command == "GET" and name.endswith("1.parquet"):
+                return self.answer(b"", 500)
+            etag = '"' + hashlib.sha256(files[name]).hexdigest() + '"'
+            return self.answer(files[name], ETag=etag, X_Repo_Commit=sha, Content_Type="application/octet-stream")
+        self.answer(b"", 404, X_Error_Code="RepoNotFound")
+    do_HEAD = do_GET
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+os.environ |= {"HF_HOME": sys.argv[2], "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
+threading.Thread(target=server.serve_forever, daemon=True).start()
+from nanochat_hf.data.documents import DocumentStream, is_local, open_documents, text_fingerprint
+from nanochat_hf.errors import InputError
+stream = DocumentStream("me/books")
+it = iter(stream)
+print(json.dumps([next(it) for _ in range(6)]))
+state = stream.state_dict()
+again = DocumentStream("me/books/data")
+again.load_state_dict(state)
+print(json.dumps(list(again)))
+print(json.dumps(list(DocumentStream("me/books", "validation"))))
+print(json.dumps(sorted({p.rsplit("/", 1)[-1] for c, p in asked if c == "GET" and "resolve" in p})))
+print(json.dumps(state["source"]["revision"]))
+try: DocumentStream("me/nothing")
+except InputError as error: print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.slow
+def test_a_hub_dataset_is_listed_once_and_fetched_file_by_file_through_failures(folder, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, str(folder), str(tmp_path / "home")],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    first, rest, validation, fetched, revision, missing = map(json.loads, done.stdout.splitlines())
+    train = [f"{n}.{i}" for n, count in enumerate((10, 7, 1)) for i in range(count)]
+    assert first + rest == train
+    assert validation == ["3.0", "3.1", "3.2"]
+    assert fetched == [f"shard_0000{i}.parquet" for i in range(4)]
+    assert revision == "0123456789abcdef0123456789abcdef01234567"
+    assert "no such dataset" in missing
+
+
+# Names tell splits
+
+NAMES = {
+    "train": "train-00000-of-00002.parquet data/CC-MAIN-2013-20/train-00000-of-00014.parquet train.jsonl "
+    "training_3.jsonl wiki.train.raw.jsonl trainset.parquet train_prefs-00000-of-00001.parquet Train.parquet "
+    "train/000_00000.parquet test/train/0.jsonl trainA/0.parquet train-00000-of-00002-3f1a9c0b2d4e5f60.parquet",
+    "validation": "validation-00000-of-00001.parquet val-0.parquet valid.jsonl books_dev.parquet dev/a.parquet "
+    "JSONVal.jsonl",
+    "test": "test.parquet testdata.parquet test2.jsonl kor_Hang/test/000_00000.parquet eval.jsonl evaluation/0.jsonl "
+    "devtest.jsonl train/test_questions.jsonl MyTest.parquet testA.jsonl tests/0.jsonl evals.jsonl held_out.jsonl "
+    "held-out/0.jsonl heldout.jsonl HoldOut.jsonl",
+    None: "shard_00000.parquet greatest.parquet LATEST.parquet Contest.parquet latest.parquet contest.parquet "
+    "pretraining.parquet value.parquet devices.parquet CC-MAIN-2013-20/000_00000.parquet",
+}
+
+
+@pytest.mark.parametrize(("split", "names"), NAMES.items())
+def test_a_name_tells_its_split(split, names):
+    assert {name: split_of(name) for name in names.split()} == dict.fromkeys(names.split(), split)
+
+
+def test_hidden_files_are_none_of_the_data_and_files_of_rows_are_told_from_others():
+    for name in (".ipynb_checkpoints/a.parquet", "._a.parquet", "x/.git/a.jsonl", "__MACOSX/a.jsonl", ".a.jsonl"):
+        assert not is_visible(name)
+    assert is_visible("a/b.c/_d.jsonl")
+    rows = ["a.PARQUET", "b.jsonl.gz", "c.json", "d.CSV", "e/f.arrow", "linked/"]
+    names = ["a.jsonl", "README.md", "LICENSE", "dataset_infos.json", "x/state.json", "load.py", *rows]
+    assert unread_files(names, ["a.jsonl"]) == rows
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "validation", "sentence"),
+    [
+        ("a b c", "a b", "c", "no file is named after a validation split, so it is c"),
+        ("a", "a", "a", "so it is the last part of a"),
+        (
+            "data/test-0 data/train-0 data/train-1 data/validation-0",
+            "data/train-0 data/train-1",
+            "data/validation-0",
+            "",
+        ),
+        ("data/validation-0 data/train-0", "data/train-0", "data/validation-0", ""),
+        ("train-0 train-1 test-0", "train-0 train-1", "test-0", "no validation split, so the test split"),
+        ("train-0 train-1 train-2", "train-0 train-1", "train-2", "so it is train-2"),
+        ("train-0", "train-0", "train-0", "the last part of train-0"),
+        ("training val", "training", "val", ""),
+        ("train/0 train/1 dev/0", "train/0 train/1", "dev/0", ""),
+        ("train/0 eval/0", "train/0", "eval/0", "so the test split"),
+        (
+            "shard_0 shard_1 valid",
+            "shard_0 shard_1",
+            "valid",
+            "shard_0, shard_1, named after no split, is the training",
+        ),
+        ("more train-0 val", "train-0", "val", "more, named after no split, is not read"),
+        (
+            "data/c/train-0 data/c/train-1 sample/10BT/0 sample/10BT/1",
+            "data/c/train-0",
+            "data/c/train-1",
+            "only its folder data is read, not sample; no file",
+        ),
+        ("data/train-0 other/train-0 test/0 val", "data/train-0", "val", "only its folder data is read, not other"),
+        ("data/0 data/1 more/0", "data/0 data/1", "more/0", "so it is more/0"),
+        ("main/train-0 main/test-0 other/train-0", "main/train-0 other/train-0", "main/test-0", "test split"),
+    ],
+)
+def test_pretraining_goes_by_the_names_and_a_note_says_what_they_leave_open(names, train, validation, sentence):
+    *files, note = text_files("d", names.split())
+    assert files == [train.split(), validation.split()]
+    assert sentence in note if sentence else not note
+
+
+@pytest.mark.parametrize("names", ["test-0", "test-0 test-1", "validation-0 test-0", "val/0"])
+def test_text_without_a_training_split_is_refused(names):
+    with pytest.raises(
+        InputError, match=r"dataset d has (test|validation|test and validation) files only: name train"
+    ):
+        text_files("d", names.split())
+
+
+@pytest.mark.parametrize(
+    ("names", "unread", "validation", "sentence"),
+    [
+        ("a b", "c.csv", "b", "not read: c.csv; no file is named"),
+        ("a b", "more/ x.jsonl.gz", "b", "not read: more/, x.jsonl.gz; no file is named"),
+        ("train test", "val.json", None, "its validation split in val.json, which is not read"),
+        ("train.jsonl", "val/", None, "its validation split in val/, which is not read: .* here .jsonl"),
+        ("a b", "test.arrow", None, "its test split in test.arrow"),
+        ("a b", "train.csv", None, "its train split in train.csv"),
+        ("train val", "test.csv", "val", "not read: test.csv"),
+        ("data/train-0 data/val-0", "sample/test.json", "data/val-0", "only its folder data is read, not sample"),
+    ],
+)
+def test_what_is_not_read_is_named_and_no_other_file_takes_the_place_of_a_split(names, unread, validation, sentence):
+    if validation is None:
+        with pytest.raises(InputError, match=sentence):
+            text_files("d", names.split(), unread.split())
+    else:
+        *_, chosen, note = text_files("d", names.split(), unread.split())
+        assert chosen == [validation] and note.startswith(sentence)
+
+
+OLD = "data/train-00000-of-00002-3f1a9c0b2d4e5f60 data/train-00001-of-00002-a1b2c3d4e5f60718"
+ULTRA = "data/train_prefs-00000-of-00001 data/train_sft-00000-of-00001 data/test_prefs-00000-of-00001"
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "subset", "files"),
+    [
+        ("train-0 train-1 test", "train", None, "train-0 train-1"),
+        ("train-0 train-1 test", "test", None, "test"),
+        ("train.x val.x", "validation", None, "val.x"),
+        ("train.x val.x", "dev", None, "val.x"),
+        ("data/train-00000-of-00001 data/test-00000-of-00001", "train", None, "data/train-00000-of-00001"),
+        ("train/a train/b test/a", "train", None, "train/a train/b"),
+        ("chats_train.x chats_test.x", "train", None, "chats_train.x"),
+        (ULTRA, "train_prefs", None, "data/train_prefs-00000-of-00001"),
+        (ULTRA, "test", None, "data/test_prefs-00000-of-00001"),
+        ("train_prefs.x train_prefs_2.x", "train_prefs", None, "train_prefs.x"),
+        ("train_1.x train_2.x", "train_1", None, "train_1.x"),
+        ("train_sft/0.x train_gen/0.x", "train_sft", None, "train_sft/0.x"),
+        ("train-00000-of-00001 train_sft-00000-of-00001", "train", None, "train-00000-of-00001"),
+        ("main/train-0 main/test-0 socratic/train-0", "train", "main", "main/train-0"),
+        ("main/train-0 main/test-0 socratic/train-0", "train", "socratic", "socratic/train-0"),
+        ("data/en/train-0 data/ko/train-0", "train", "ko", "data/ko/train-0"),
+        ("main/train-0", "train", None, "main/train-0"),
+        ("train-0", "train", "main", "train-0"),
+        (OLD, "train", None, OLD),
+        ("train_sft.x train.x", "train", None, "train.x"),
+        ("train_sft.x train_gen.x", "train_gen", None, "train_gen.x"),
+        ("train_part1.x train_part2.x", "train", None, "train_part1.x train_part2.x"),
+        ("train_sft_1.x train_sft_2.x train_gen.x", "train_sft", None, "train_sft_1.x train_sft_2.x"),
+        ("train_1.x train_12.x", "train_1", None, "train_1.x"),
+        ("chats_train.x more_train.x", "train", None, "chats_train.x more_train.x"),
+        ("trainA.x trainB.x testA.x", "train", None, "trainA.x trainB.x"),
+        ("v1/a/train-0 v1/b/train-0", "train", "v1/b", "v1/b/train-0"),
+        ("v1/train/a/0 v1/train/b/0", "train", "v1/a", "v1/train/a/0"),
+        ("data/train-0 other/train-0", "train", None, "data/train-0"),  # data is the Hub's default configuration
+    ],
+)
+def test_rows_are_those_of_their_split_and_subset(names, split, subset, files):
+    assert row_files("d", names.split(), split, subset) == files.split()
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "subset", "reason"),
+    [
+        ("", "train", None, r"no .jsonl or .parquet files named train\*$"),
+        ("a b", "train", None, r"named train\*; it has a, b"),
+        ("train-0", "test", None, r"named test\*; it has train-0"),
+        ("train-0", "train_prefs", None, r"named train_prefs\*"),
+        (ULTRA, "train", None, "take one of train_prefs, train_sft"),
+        (ULTRA.replace("-00001", "-00001-3f1a9c0b2d4e5f60"), "train", None, "take one of train_prefs, train_sft"),
+        ("train_sft.jsonl train_gen.jsonl", "train", None, "take one of train_gen, train_sft"),
+        ("train_sft/0.x train_gen/0.x", "train", None, "take one of train_gen, train_sft"),
+        ("v1/a/train-0 v1/b/train-0", "train", None, "subsets v1/a, v1/b"),
+        ("v1/a/train-0 v1/b/train-0", "train", "v1", "subsets v1/a, v1/b"),
+        ("main/train-0 socratic/train-0", "train", None, "subsets main, socratic"),
+        ("main/train-0", "train", "socratic", "subsets main: name one of them with subset, not socratic"),
+    ],
+)
+def test_rows_that_no_name_tells_apart_are_refused(names, split, subset, reason):
+    with pytest.raises(InputError, match=reason):
+        row_files("d", names.split(), split, subset)

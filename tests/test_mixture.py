@@ -1,0 +1,309 @@
+"""Mixtures: rows from files, folders, words and text; bad rows named; the same order for the same seed."""
+
+import json
+import re
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_hf.data import mixture as module
+from nanochat_hf.data.mixture import DatasetConfig, JsonLines, Mixture, content_fingerprint, open_rows, shared
+from nanochat_hf.data.transforms import BadRow
+from nanochat_hf.errors import InputError
+from nanochat_hf.tools import calculate
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "chat"
+real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real data is not beside this checkout")
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def chat(question: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def first_texts(*entries: dict) -> list[str]:
+    return sorted(row["messages"][0]["content"] for row in Mixture(list(entries)))
+
+
+def test_bad_rows_are_skipped_and_counted_with_number_and_reason(tmp_path):
+    rows = [chat("a", "b"), "{broken", chat("", "b"), {"text": "x"}, [1], chat("c", "d")["messages"]]
+    mixture = Mixture([{"dataset": write(tmp_path / "chat.jsonl", rows)}])
+    good = list(mixture)
+    assert sorted(row["row"] for row in good) == [0, 5]
+    assert {bad["row"]: bad["reason"] for bad in mixture.skipped} == {
+        1: "not JSON",
+        2: "message 1 is empty",
+        3: "no column 'messages'",
+        4: "no messages",
+    }
+    assert mixture.summary()[0]["bad"] == 4 and mixture.summary()[0]["rows"] == 2
+    twice = Mixture([{"dataset": str(tmp_path / "chat.jsonl"), "epochs": 2}])
+    assert len(list(twice)) == 4 and len(twice.skipped) == 4 and twice.summary()[0]["bad"] == 8
+
+
+def test_bad_rows_can_be_refused(tmp_path):
+    path = write(tmp_path / "chat.jsonl", [chat("a", "b"), chat("a", "")])
+    with pytest.raises(InputError, match=r"row 1 of .*message 2 is empty"):
+        list(Mixture([{"dataset": path}], on_bad_example="error"))
+    mixture = Mixture([{"dataset": path, "rows": 1}])
+    mixture.skip(0, 0, "300 tokens, the context has 256")  # as the trainer does
+    assert mixture.skipped == [{"dataset": path, "row": 0, "reason": "300 tokens, the context has 256"}]
+
+
+def test_the_same_seed_gives_the_same_stream_and_another_seed_another_order(tmp_path):
+    path = write(tmp_path / "chat.jsonl", [chat(str(n), "b") for n in range(50)])
+    words = write(tmp_path / "words.txt", ["castle", "owl", "banana"])
+    entries = [{"dataset": path}, {"dataset": words, "transform": "spelling_bee", "rows": 30}]
+    first, again, other = (list(Mixture(entries, seed=seed)) for seed in (1, 1, 2))
+    assert first == again and first != other
+    assert [row["entry"] for row in first] != sorted(row["entry"] for row in first)  # mixed, not one after the other
+    mixture = Mixture(entries, seed=1)
+    assert list(mixture) == list(mixture) == first and len(mixture) == 80
+
+
+def test_epochs_pass_over_all_rows_in_a_new_order_each_time(tmp_path):
+    path = write(tmp_path / "chat.jsonl", [chat(str(n), "b") for n in range(20)])
+    order = [row["row"] for row in Mixture([{"dataset": path, "epochs": 2.5}])]
+    assert sorted(order[:20]) == sorted(order[20:40]) == list(range(20)) and order[:20] != order[20:40]
+    assert len(order) == 50 and len(Mixture([{"dataset": path, "epochs": 0.28}])) == 6  # of 5.6
+    words = {"dataset": write(tmp_path / "words.txt", ["castle"]), "transform": "spelling_bee", "epochs": 9}
+    assert len({row["messages"][0]["content"] for row in Mixture([words])}) > 5  # each epoch draws anew
+
+
+def test_rows_takes_a_part(tmp_path):
+    path = write(tmp_path / "chat.jsonl", [chat(str(n), "b") for n in range(20)])
+    assert len({row["row"] for row in Mixture([{"dataset": path, "rows": 7}])}) == 7
+    with pytest.raises(InputError, match="has 20 rows, not 21"):
+        Mixture([{"dataset": path, "rows": 21}])
+
+
+def test_the_primer_has_a_test_split_and_can_leave_its_identity_to_another_entry(tmp_path):
+    train, test = (list(Mixture([{"dataset": "primer", "split": s, "rows": 100}])) for s in ("train", "test"))
+    assert len(train) == len(test) == 100
+    assert {str(r["messages"]) for r in train}.isdisjoint(str(r["messages"]) for r in test)
+    path = write(tmp_path / "me.jsonl", [chat("Who are you?", "I am Ophelia.")])
+    entries = [{"dataset": "primer:fact+arithmetic+spelling+talk", "rows": 300}, {"dataset": path, "epochs": 9}]
+    texts = [message["content"] for row in Mixture(entries) for message in row["messages"]]
+    assert texts.count("I am Ophelia.") == 9 and not any("nanochat" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, "no column 'messages'; its columns are conversations"),
+        (
+            {"instruction": "Say", "output": "x"},
+            "no column 'messages'; its columns are instruction, output; transforms: messages, sharegpt",
+        ),
+        ({"messages": [*chat("a", "b")["messages"], {"role": "user", "content": "c"}]}, "last message is not the"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]}, "but of role 'model'"),
+        ([], "no messages$"),
+        ("{", "not JSON$"),
+    ],
+)
+def test_an_entry_without_a_usable_row_is_refused_with_the_reason(tmp_path, row, reason):
+    good, bad = write(tmp_path / "good.jsonl", [chat("a", "b")] * 3), write(tmp_path / "bad.jsonl", [row] * 20)
+    for entries in ([{"dataset": bad}], [{"dataset": good}, {"dataset": bad}]):
+        with pytest.raises(InputError, match=rf"^no row of {bad} can be used; row \d+: .*{reason}"):
+            list(Mixture(entries))
+
+
+def test_an_entry_with_one_usable_row_is_not_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "REASONS_KEPT", 0)
+    path = write(tmp_path / "some.jsonl", [{"no": 1}] * 20 + [chat("a", "b")])
+    mixture = Mixture([{"dataset": path}])
+    assert len(list(mixture)) == len(list(mixture)) == 1 and mixture.entries[0].num_bad == 20
+    bad = write(tmp_path / "bad.jsonl", [{"no": 1}] * 20)
+    with pytest.raises(InputError, match="no column"):  # also when no more reasons are kept
+        list(Mixture([{"dataset": bad}]))
+
+
+def test_the_table_shows_rows_and_tokens(tmp_path):
+    path = write(tmp_path / "chat.jsonl", [chat(str(n), "b") for n in range(60)] + ["{"])
+    mixture = Mixture([{"dataset": path}, {"dataset": "primer", "rows": 7}])
+    for row in mixture:
+        mixture.entries[row["entry"]].num_tokens += 20
+    assert re.search(r"jsonl +60 +1,200 +1\nprimer +7 +140 +0\ntotal +67 +1,340 +1$", mixture.table())
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([], "empty"),
+        ([{"split": "train"}], "needs a dataset"),
+        ([{"dataset": "primer", "row": 5}], "unknown key 'row'"),
+        ([{"dataset": "primer", "transform": "gsm9k"}], "unknown transform 'gsm9k'"),
+        ([{"dataset": "primer", "transform": "gsm8k"}], "does not apply"),
+        ([{"dataset": "primer", "rows": 5, "epochs": 1}], "not both"),
+        ([{"dataset": "primer", "rows": -5}], "rows is -5"),
+        ([{"dataset": "primer", "epochs": "many"}], "epochs is 'many'"),
+        ([{"dataset": "nobody.yaml"}], "cannot read nobody.yaml"),
+        ([{"dataset": "primer", "split": "dev"}], "dev"),
+        ([{"dataset": "primer:poetry", "rows": 3}], "poetry"),
+        *(
+            ([{"dataset": name}], f"no such dataset: {name} is no file, no folder and no Hub id")
+            for name in ("nowhere/chats.jsonl", "./org/name", "name", "org/name/folder", "data/x.csv")
+        ),
+        ([{"dataset": "nowhere.txt", "transform": "spelling_bee"}], "no such file"),
+    ],
+)
+def test_wrong_entries_are_named(entries, message):
+    with pytest.raises(InputError, match=message):
+        Mixture(entries)
+
+
+@real_data
+def test_the_real_data_gives_conversations_without_a_bad_row():
+    entries = [
+        {"dataset": str(REAL / "conversations_train.jsonl")},
+        {"dataset": str(REAL / "identity_conversations.jsonl"), "epochs": 2},
+        {"dataset": str(REAL / "gsm8k_train.jsonl"), "transform": "gsm8k"},
+        {"dataset": str(REAL / "arc_easy_test.jsonl"), "transform": "multiple_choice"},
+        {"dataset": str(REAL / "arc_challenge_test.jsonl"), "transform": "multiple_choice"},
+        {"dataset": str(REAL / "words.txt"), "transform": "spelling_bee", "rows": 200},
+        {"dataset": str(REAL / "words.txt"), "transform": "simple_spelling", "rows": 200},
+    ]
+    mixture = Mixture(entries)
+    assert sum(1 for _ in mixture) == len(mixture) == 2109 + 2 * 91 + 7473 + 2376 + 1172 + 400
+    assert not mixture.skipped
+
+
+@real_data
+def test_the_calculator_agrees_with_gsm8k():
+    """Of its 23,716 results; the few others are rounded there, or written as fractions."""
+    agree, total = 0, 0
+    for row in islice(Mixture([{"dataset": str(REAL / "gsm8k_train.jsonl"), "transform": "gsm8k"}]), 2000):
+        for call, result in zip(row["messages"][1::2], row["messages"][2::2], strict=False):
+            value = calculate(call["tool_calls"][0]["function"]["arguments"]["expression"])
+            agree, total = agree + (float(value) == float(result["content"])), total + 1
+    assert total > 4000 and agree / total > 0.98
+
+
+# Rows
+
+
+def test_lines_are_read_by_number_over_several_files(tmp_path):
+    write(tmp_path / "a.jsonl", [{"n": 0}, "", {"n": 1}])
+    write(tmp_path / "b.jsonl", ["{broken", {"n": 3}, "[" * 100_000])
+    rows = JsonLines([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    assert len(rows) == 5 and [rows[i]["n"] for i in (3, 0, 1)] == [3, 0, 1]
+    for number in (2, 4):
+        with pytest.raises(BadRow, match="not JSON"):
+            rows[number]
+
+
+def test_a_yaml_of_facts_is_a_data_set(tmp_path):
+    (tmp_path / "me.yaml").write_text("name: Ophelia\nowner: the club\n")
+    entry = DatasetConfig.read({"dataset": str(tmp_path / "me.yaml"), "rows": 50})
+    rows = open_rows(entry, seed=1)
+    assert len(rows) == 50 and rows == open_rows(entry, seed=1) != open_rows(entry, seed=2)
+    assert any("Ophelia" in row["messages"][-1]["content"] for row in rows)
+    with pytest.raises(InputError, match="transform gsm8k does not apply"):
+        open_rows(DatasetConfig(str(tmp_path / "me.yaml"), transform="gsm8k"), seed=1)
+
+
+def test_words_are_split_and_come_from_files_or_from_text(tmp_path):
+    path = write(
+        tmp_path / "words.txt", [f"{a}{b}cd" for a in "abcdefghij" for b in "abcdefghij"] + ["No", "x1", "ab"]
+    )
+    entry = {"dataset": path, "transform": "simple_spelling"}
+    train, test = ({r["messages"][0]["content"] for r in Mixture([entry | {"split": s}])} for s in ("train", "test"))
+    assert len(train | test) == 100 and not train & test and 1 <= len(test) <= 15
+    assert first_texts(entry | {"split": "validation"}) == sorted(test)
+    text = write(tmp_path / "text.jsonl", [{"text": "the owl and the duck and the owl"} for _ in range(40)])
+    words = {r["messages"][1]["content"] for r in Mixture([{"dataset": text, "transform": "simple_spelling"}])}
+    assert words == {"t,h,e", "o,w,l", "a,n,d", "d,u,c,k"}
+
+
+def test_a_folder_gives_the_files_of_its_split(tmp_path):
+    names = ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-0", ".ipynb_checkpoints/train-0")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", [chat(name, "b")])
+    assert first_texts({"dataset": str(tmp_path)}) == [*names[:2]]
+    assert first_texts({"dataset": str(tmp_path), "split": "test"}) == [names[2]]
+
+
+def test_one_file_gives_its_rows_only_as_the_split_in_its_name(tmp_path):
+    good = "chats train;chats train_prefs;chats_test train;chats_test test;test_sft test_sft"
+    bad = "chats test;chats dev;latest test;chats_test val;chats x"
+    for name, split in (pair.split() for pair in f"{good};{bad}".split(";")):
+        entry = DatasetConfig(write(tmp_path / f"{name}.jsonl", [chat(name, "b")]), split)
+        if f"{name} {split}" in good.split(";"):
+            assert len(open_rows(entry, seed=0)) == 1
+        else:
+            with pytest.raises(InputError, match=f"{name}.jsonl is one file, and its name does not say .* {split}"):
+                open_rows(entry, seed=0)
+
+
+def test_rows_that_two_mixtures_share_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("chats", "train-0", "test-0"):
+        write(tmp_path / f"{name}.jsonl", [chat(name, "b")])
+    folder, one, words = {"dataset": str(tmp_path)}, {"dataset": "chats.jsonl"}, {"transform": "simple_spelling"}
+    assert shared([one], [{"dataset": str(tmp_path / "chats.jsonl"), "rows": 1}]) == [str(tmp_path / "chats.jsonl")]
+    assert shared([folder], [{"dataset": "./train-0.jsonl"}]) == [str(tmp_path / "train-0.jsonl")]
+    assert shared([{"dataset": "primer"}], [{"dataset": "primer", "rows": 9}]) == ["primer::train"]
+    assert not shared([folder, one], [{**folder, "split": "test"}, {"dataset": "org/name", "split": "test"}])
+    assert not shared([{**one, **words}], [{**one, **words, "split": "test"}])
+
+
+def test_suffixes_have_any_case_and_what_is_not_read_is_named(tmp_path, capsys):
+    write(tmp_path / "train.JSONL", [chat("a", "b")])
+    pq.write_table(pa.Table.from_pylist([chat("c", "d")]), tmp_path / "test.Parquet")
+    assert [first_texts({"dataset": str(tmp_path), "split": split}) for split in ("train", "test")] == [["a"], ["c"]]
+    assert "not read" not in capsys.readouterr().err
+    (elsewhere := tmp_path.parent / f"{tmp_path.name}-elsewhere").mkdir()
+    (tmp_path / "val").symlink_to(elsewhere, target_is_directory=True)
+    for name in ("train-2.jsonl.gz", "README.md"):
+        write(tmp_path / name, [])
+    assert len(Mixture([{"dataset": str(tmp_path)}])) == 1
+    assert capsys.readouterr().err == f"dataset {tmp_path}: not read: train-2.jsonl.gz, val/\n"
+    with pytest.raises(InputError, match=r"named validation\*; .* not read are train-2.jsonl.gz, val/"):
+        Mixture([{"dataset": str(tmp_path), "split": "validation"}])
+
+
+@pytest.mark.parametrize("name", ["v[2]", "star*", "what?", "a{b}", "x,y", "hash#1", "100%", "~tilde", "a=b", "한 국"])
+def test_names_of_folders_are_no_patterns(tmp_path, name):
+    for folder in (name, "v2", "starfish", "whatX"):  # what the names would match as patterns
+        (tmp_path / folder).mkdir()
+        pq.write_table(pa.Table.from_pylist([chat(folder, "b")]), tmp_path / folder / "train.parquet")
+    for dataset in (tmp_path / name, tmp_path / name / "train.parquet"):
+        assert first_texts({"dataset": str(dataset)}) == [name]
+
+
+def test_empty_and_odd_files_are_named(tmp_path):
+    with pytest.raises(InputError, match="no rows"):
+        Mixture([{"dataset": write(tmp_path / "empty.jsonl", [])}])
+    with pytest.raises(InputError, match="neither"):
+        Mixture([{"dataset": write(tmp_path / "data.csv", ["a"])}])
+    with pytest.raises(InputError, match=r"train\*"):
+        Mixture([{"dataset": str(tmp_path)}])
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(InputError, match="cannot read"):
+        Mixture([{"dataset": str(tmp_path / "train.parquet")}])
+
+
+def test_an_id_of_the_hub_may_have_a_dot(monkeypatch):
+    calls = []
+    monkeypatch.setattr("datasets.load_dataset", lambda **arguments: calls.append(arguments) or [{"n": 1}])
+    assert open_rows(DatasetConfig("teknium/OpenHermes-2.5", transform="sharegpt"), seed=0) == [{"n": 1}]
+    assert calls == [{"path": "teknium/OpenHermes-2.5", "name": None, "split": "train"}]
+
+
+def test_a_fingerprint_of_rows_follows_their_content(tmp_path):
+    def of(entry):
+        return content_fingerprint(open_rows(DatasetConfig.read(entry), seed=0))
+
+    path = write(tmp_path / "chat.jsonl", [chat("a", "b")])
+    before = of({"dataset": path}), of({"dataset": "primer", "rows": 3})
+    assert before == (of({"dataset": path}), of({"dataset": "primer", "rows": 3}))
+    assert of({"dataset": write(tmp_path / "chat.jsonl", [chat("a", "c")])}) != before[0]
+    assert of({"dataset": "primer", "rows": 4}) != before[1]
