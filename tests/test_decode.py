@@ -5,8 +5,9 @@ import torch
 from tiny import relative
 
 from nanochat_hf.errors import InputError
+from nanochat_hf.kernels.decode import sample_next_token
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
-from nanochat_hf.serve.decoder import Decoder, SlotRequest, sample_next_token
+from nanochat_hf.serve.decoder import Decoder, Request
 
 PROMPTS = [[1, 2, 3], [4], [9, 8, 7, 6, 5, 4, 3, 2, 1, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]]
 
@@ -44,11 +45,11 @@ def make(kind):
 
 def run(decoder, requests, steps):
     """The tokens of each row after `steps` steps."""
-    decoder.admit(requests)
+    decoder.schedule(requests)
     bound = max(len(row.prompt) for row in requests.values())
     found = [[] for _ in requests]
     for i in range(steps):
-        decoder.step(decoder.rows, min(bound + i, decoder.length))
+        decoder.step(decoder.slots, min(bound + i, decoder.length))
         for row, token in enumerate(decoder.tokens_since(decoder.steps - 1)[0][: len(requests)].tolist()):
             found[row] += [token] * (token >= 0)
     return found
@@ -60,7 +61,7 @@ def run(decoder, requests, steps):
 def test_greedy_rows_of_different_lengths_equal_the_models_generate(kind):
     model = make(kind)
     decoder = Decoder(model, 4, 96, stops=[5, 7])
-    answers = run(decoder, {i: SlotRequest(prompt, 40) for i, prompt in enumerate(PROMPTS)}, 40)
+    answers = run(decoder, {i: Request(prompt, 40) for i, prompt in enumerate(PROMPTS)}, 40)
     for prompt, answer in zip(PROMPTS, answers):
         ids = torch.tensor([prompt])
         expected = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=[5, 7], pad_token_id=0)
@@ -77,7 +78,7 @@ def test_bfloat16_keeps_its_digits_where_backout_leaves_little(backout):
     logits = []
     for dtype in (torch.float32, torch.bfloat16):
         decoder = Decoder(model, 1, 30, [], dtype)
-        decoder.admit({0: SlotRequest(PROMPTS[2], 9)})
+        decoder.schedule({0: Request(PROMPTS[2], 9)})
         step = decoder.plain_step(1, len(PROMPTS[2]))[0]
         logits.append((step, model.to(dtype)(torch.tensor(PROMPTS[2:])).logits[0, -1]))
     for exact, rounded in zip(*logits):
@@ -86,10 +87,10 @@ def test_bfloat16_keeps_its_digits_where_backout_leaves_little(backout):
 
 def test_a_row_that_is_used_again_knows_nothing_of_its_former_tenant():
     model = make("second generation")
-    fresh = run(Decoder(model, 1, 96, []), {0: SlotRequest([3, 1, 4, 1, 5], 20)}, 20)
+    fresh = run(Decoder(model, 1, 96, []), {0: Request([3, 1, 4, 1, 5], 20)}, 20)
     decoder = Decoder(model, 1, 96, [])
-    run(decoder, {0: SlotRequest(PROMPTS[2], 30)}, 30)
-    assert run(decoder, {0: SlotRequest([3, 1, 4, 1, 5], 20)}, 20) == fresh
+    run(decoder, {0: Request(PROMPTS[2], 30)}, 30)
+    assert run(decoder, {0: Request([3, 1, 4, 1, 5], 20)}, 20) == fresh
 
 
 def test_a_prompt_shared_by_rows_is_prefilled_once(monkeypatch):
@@ -97,17 +98,17 @@ def test_a_prompt_shared_by_rows_is_prefilled_once(monkeypatch):
     decoder = Decoder(model, 4, 96, [])
     forward = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda ids, *rest: (seen.append(tuple(ids.shape)), forward(ids, *rest))[1])
-    decoder.admit({row: SlotRequest(PROMPTS[2], 5) for row in range(4)})
+    decoder.schedule({row: Request(PROMPTS[2], 5) for row in range(4)})
     assert seen == [(1, len(PROMPTS[2]) - 1)]
 
 
 def test_forced_tokens_enter_a_stopped_row_and_it_goes_on_from_them():
     model = make("second generation")
-    plain = run(Decoder(model, 1, 96, []), {0: SlotRequest(PROMPTS[0], 30)}, 30)[0]
+    plain = run(Decoder(model, 1, 96, []), {0: Request(PROMPTS[0], 30)}, 30)[0]
     decoder = Decoder(model, 1, 96, stops=[plain[4]])
     first = plain.index(plain[4]) + 1
-    begun = run(decoder, {0: SlotRequest(PROMPTS[0], 30)}, 10)[0]
-    assert begun == plain[:first] and decoder.active.tolist() == [0]
+    begun = run(decoder, {0: Request(PROMPTS[0], 30)}, 10)[0]
+    assert begun == plain[:first] and decoder.state.active.tolist() == [0]
     decoder.resume(0, [plain[4], 33])  # a forced stop token does not stop
     rest = []
     for i in range(6):
@@ -122,20 +123,20 @@ def test_forced_tokens_enter_a_stopped_row_and_it_goes_on_from_them():
 
 def test_a_full_cache_ends_the_row_and_never_writes_past_it():
     decoder = Decoder(make("first generation"), 1, 16, [])
-    answer = run(decoder, {0: SlotRequest(PROMPTS[0], 1000)}, 40)[0]
-    assert len(answer) == 16 - len(PROMPTS[0]) and decoder.pos.item() == 15
+    answer = run(decoder, {0: Request(PROMPTS[0], 1000)}, 40)[0]
+    assert len(answer) == 16 - len(PROMPTS[0]) and decoder.state.pos.item() == 15
 
 
 def test_refresh_takes_over_changed_weights_in_place():
     model = make("second generation")
     decoder = Decoder(model, 1, 96, [])
-    before, pointers = run(decoder, {0: SlotRequest(PROMPTS[0], 10)}, 10), [w.data_ptr() for w in decoder.w.values()]
+    before, pointers = run(decoder, {0: Request(PROMPTS[0], 10)}, 10), [w.data_ptr() for w in decoder.w.values()]
     noise = torch.Generator().manual_seed(7)
     for parameter in model.parameters():
         parameter.data += torch.randn(parameter.shape, generator=noise) * 0.3
-    decoder.refresh()
-    after = run(decoder, {0: SlotRequest(PROMPTS[0], 10)}, 10)
-    assert after != before and after == run(Decoder(model, 1, 96, []), {0: SlotRequest(PROMPTS[0], 10)}, 10)
+    decoder.sync_weights()
+    after = run(decoder, {0: Request(PROMPTS[0], 10)}, 10)
+    assert after != before and after == run(Decoder(model, 1, 96, []), {0: Request(PROMPTS[0], 10)}, 10)
     assert pointers == [w.data_ptr() for w in decoder.w.values()]
 
 
@@ -145,16 +146,6 @@ def test_other_architectures_are_refused_with_a_way_out():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(InputError, match=r"gpt2.*transformers' own generate"):
         Decoder(model, 1, 8, [])
-
-
-def test_bytes_per_step_counts_matrices_once_and_windows_only():
-    model = make("windows alone")
-    decoder = Decoder(model, 2, 96, [])
-    width, layers, kv = 64, 5, 64
-    matrices = layers * (4 * width * width + 8 * width * width) + 128 * width
-    windows = [4, 96, 4, 96, 96]
-    keys = sum(min(50, w) for w in windows) * 2
-    assert decoder.bytes_per_step([50, 50]) == (matrices + 2 * keys * kv) * 4
 
 
 # ---- choose ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
 from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
-from nanochat_hf.serve.decoder import STATE, Decoder, SlotRequest
+from nanochat_hf.serve.decoder import Decoder
 from nanochat_hf.serve.engine import Engine, Request
 from nanochat_hf.serve.worker import open_workers
 
@@ -37,11 +37,11 @@ def compare(device: str, steps: int) -> None:
         model = model.eval().to(device)
         prompts = [[1, 2, 3], [4], [5 + i % 100 for i in range(140)]]
         asked = zip(prompts, (0, 1.0, 0.7), (0, 0, 10), (1, 0.9, 1))
-        requests = {i: SlotRequest(p, 60, heat, k, share, seed=i) for i, (p, heat, k, share) in enumerate(asked)}
+        requests = {i: Request(p, 60, heat, k, share, seed=i) for i, (p, heat, k, share) in enumerate(asked)}
         machines = [Decoder(model, 4, 192, [1, 2], dtype=torch.float32) for _ in range(2)]
         for machine, fast in zip(machines, (False, True)):
             machine.processors = 96 if second else 1  # with and without splitting the keys
-            machine.admit(requests)
+            machine.schedule(requests)
             with torch.inference_mode():
                 for i in range(steps):
                     machine.fast_step(4) if fast else machine.plain_step(4, 140 + i)
@@ -49,9 +49,8 @@ def compare(device: str, steps: int) -> None:
                     if i == steps // 2:
                         machine.resume(2, [11, 12, 13])
         plain, fast = machines
-        assert torch.equal(plain.log, fast.log)
-        for name in STATE:
-            assert torch.equal(getattr(plain, name), getattr(fast, name)), name
+        for name, value in vars(plain.state).items():
+            assert name == "counter" or torch.equal(value, getattr(fast.state, name)), name
         for ours, theirs in zip(plain.k + plain.v, fast.k + fast.v):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -70,7 +69,7 @@ def test_a_replayed_graph_gives_the_tokens_of_single_launches():
         parameter.data.normal_(0, 0.1) if parameter.ndim > 1 else parameter.data.uniform_(0.3, 1.2)
     model = model.to("cuda").eval()
     prompts = [[1, 2, 3], [4], list(range(5, 300))]
-    engine = Engine(model, None, rows=4, length=700, dtype=torch.float32)
+    engine = Engine(model, None, slots=4, length=700, dtype=torch.float32)
     engine.warm_up()
     fast = [engine.generate(prompts, num_samples=2, max_new_tokens=100, temperature=0.9, top_k=20) for _ in range(2)]
     assert fast[0] == fast[1] and len(engine.decoder.graphs) > 0
@@ -86,7 +85,7 @@ def test_a_replayed_graph_gives_the_tokens_of_single_launches():
 
 
 def test_warming_up_may_record_steps_outside_of_inference_mode(talker, monkeypatch):  # noqa: F811
-    engine, seen = Engine(*talker, rows=4), []
+    engine, seen = Engine(*talker, slots=4), []
 
     @contextmanager
     def graph(recorded, pool, stream, capture_error_mode):
@@ -100,13 +99,15 @@ def test_warming_up_may_record_steps_outside_of_inference_mode(talker, monkeypat
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     decoder = engine.decoder
-    monkeypatch.setattr(decoder, "fast_step", lambda rows: decoder.pos[:rows].add_(1))  # as the kernels: in place
+    monkeypatch.setattr(
+        decoder, "fast_step", lambda rows: decoder.state.pos[:rows].add_(1)
+    )  # as the kernels: in place
     monkeypatch.setattr(decoder, "step", torch.inference_mode()(decoder.plain_step))
     decoder.fast = True
     engine.warm_up()
     assert sorted(decoder.graphs) == [1, 2, 4]
     assert len({id(stream) for stream, _ in seen}) == 3 and {mode for _, mode in seen} == {"thread_local"}
-    assert (decoder.pos[1:] == 0).all()  # the trial steps left no trace
+    assert (decoder.state.pos[1:] == 0).all()  # the trial steps left no trace
 
 
 def answer(worker, text: str) -> list[int]:
@@ -118,7 +119,7 @@ def answer(worker, text: str) -> list[int]:
     def sink(tokens: list[int] | None) -> None:
         done.set() if tokens is None else given.extend(tokens)
 
-    worker.start_request(Request(worker.engine.encode([{"role": "user", "content": text}]), 20), sink)
+    worker.submit(Request(worker.engine.encode([{"role": "user", "content": text}]), 20), sink)
     assert done.wait(30)
     worker.close()
     return given
@@ -127,8 +128,8 @@ def answer(worker, text: str) -> list[int]:
 @pytest.mark.gpu
 def test_a_replica_on_each_gpu_answers_as_one_on_the_cpu(talker_folder):  # noqa: F811
     question = next(iter(QUESTIONS))
-    (twin,) = open_workers(str(talker_folder), rows=4, max_waiting=4, device="cpu")
-    workers = open_workers(str(talker_folder), rows=4, max_waiting=4)
+    (twin,) = open_workers(str(talker_folder), slots=4, max_queue_size=4, device="cpu")
+    workers = open_workers(str(talker_folder), slots=4, max_queue_size=4)
     assert [worker.device for worker in workers] == [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     wanted = answer(twin, question)
     assert len(wanted) > 3 and all(answer(worker, question) == wanted for worker in workers)

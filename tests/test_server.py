@@ -82,7 +82,7 @@ HELLO = QUESTIONS["Hello"][0][1]
 @pytest.fixture(scope="module")
 def server(talker):  # noqa: F811
     """The server with the talker in greedy mode on loopback; `server.url`."""
-    worker = Worker(lambda: Engine(*talker, rows=4), max_waiting=4)
+    worker = Worker(lambda: Engine(*talker, slots=4), max_queue_size=4)
     worker.start()
     made = Server([worker], "tests/talker", temperature=0.0, max_new_tokens=150)
     listener = socket.socket()
@@ -437,17 +437,17 @@ def test_a_client_that_hangs_up_frees_its_row(server, monkeypatch):
     def advance():  # three tokens, then nothing until the answer was given up
         time.sleep(0.01)
         steps.append(worker.load)
-        return real() if len(steps) < 4 or all(request.cancelled for request in list(worker.sinks)) else []
+        return real() if len(steps) < 4 or all(request.cancelled for request in list(worker.callbacks)) else []
 
     monkeypatch.setattr(server.engine, "advance", advance)
     body = {"messages": user("Hello"), "stream": True, "temperature": 3.0, "top_k": 0}
     with httpx.stream("POST", server.url + "/v1/chat/completions", json=body) as reply:
         next(reply.iter_text())
-        (request,) = worker.sinks
+        (request,) = worker.callbacks
     end = time.monotonic() + 10
     while worker.load and time.monotonic() < end:
         time.sleep(0.02)
-    assert (worker.load, request.finish) == (0, "cancelled")
+    assert (worker.load, request.finish_reason) == (0, "cancelled")
 
 
 @pytest.mark.parametrize("route", ["chat/completions", "completions", "generate"])
@@ -483,7 +483,7 @@ def test_a_client_that_hangs_up_without_streaming_frees_its_rows_too(server, mon
     def advance():  # no answer goes on before all were given up
         time.sleep(0.01)
         loads.append(worker.load)
-        return real() if all(request.cancelled for request in list(worker.sinks)) else []
+        return real() if all(request.cancelled for request in list(worker.callbacks)) else []
 
     monkeypatch.setattr(server.engine, "advance", advance)
     body = {"messages": user("Hello"), "temperature": 3.0, "top_k": 0, "seed": 1, "n": 3}
@@ -501,7 +501,7 @@ def test_a_gpu_that_is_too_small_gets_advice():
 
     worker = Worker(load, "cpu")
     worker.start()
-    with pytest.raises(InputError, match="memory of cpu is full: lower --rows"):
+    with pytest.raises(InputError, match="memory of cpu is full: lower --max-batch-size"):
         Server([worker], "x")
 
 

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 import nanochat_hf.serve.worker
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve.engine import Engine, Request, StreamChunk
-from nanochat_hf.serve.worker import Answer, QueueFullError, Worker, WorkerDiedError
+from nanochat_hf.serve.worker import Completion, QueueFullError, Worker, WorkerDiedError
 
 
 @pytest.fixture
 def worker(talker):  # noqa: F811
-    made = Worker(lambda: Engine(*talker, rows=2), max_waiting=3)
+    made = Worker(lambda: Engine(*talker, slots=2), max_queue_size=3)
     made.start()
     made.ready.wait()
     yield made
@@ -37,18 +37,18 @@ def ask(worker, text="Hello", stops=(), max_seconds=60.0, **options):
     """(text, why it ended) of one answer."""
 
     async def run():
-        answer = Answer(
+        answer = Completion(
             [worker], Request(prompt(worker, text), **{"max_new_tokens": 120, **options}), stops, max_seconds
         )
         pieces = await answer.whole(never)
-        return "".join(piece for piece in pieces if piece.kind == "text"), answer.reason
+        return "".join(piece for piece in pieces if piece.kind == "text"), answer.finish_reason
 
     return asyncio.run(run())
 
 
 def test_answers_at_the_same_time_do_not_mix(worker):
     async def run():
-        answers = [Answer([worker], Request(prompt(worker, text), 120)) for text in QUESTIONS]
+        answers = [Completion([worker], Request(prompt(worker, text), 120)) for text in QUESTIONS]
         return await asyncio.gather(*(answer.whole(never) for answer in answers))
 
     found = ["".join(piece for piece in pieces if piece.kind == "text") for pieces in asyncio.run(run())]
@@ -57,9 +57,9 @@ def test_answers_at_the_same_time_do_not_mix(worker):
 
 def test_a_full_queue_refuses_at_once_and_recovers(worker):
     async def run():
-        answers = [Answer([worker], Request(prompt(worker), 120)) for _ in range(5)]  # 2 rows and 3 that wait
+        answers = [Completion([worker], Request(prompt(worker), 120)) for _ in range(5)]  # 2 rows and 3 that wait
         with pytest.raises(QueueFullError):
-            Answer([worker], Request(prompt(worker)))
+            Completion([worker], Request(prompt(worker)))
         await asyncio.gather(*(answer.whole(never) for answer in answers))
 
     asyncio.run(run())
@@ -98,7 +98,7 @@ def test_all_rows_of_a_turn_wake_the_loop_once(worker):
 
         loop.call_soon_threadsafe = counted
         with worker.wake:  # both are in the inbox before the worker looks: they run in the same turns
-            answers = [Answer([worker], Request(prompt(worker), 40)) for _ in range(2)]
+            answers = [Completion([worker], Request(prompt(worker), 40)) for _ in range(2)]
         await asyncio.gather(*(answer.whole(never) for answer in answers))
 
     asyncio.run(run())
@@ -107,7 +107,7 @@ def test_all_rows_of_a_turn_wake_the_loop_once(worker):
 
 def test_a_stream_left_early_frees_the_row_and_its_timer(worker):
     async def run():
-        answer = Answer([worker], Request(prompt(worker), 200))
+        answer = Completion([worker], Request(prompt(worker), 200))
         batches = answer.batches()
         tokens, _ = await anext(batches)
         await batches.aclose()
@@ -119,7 +119,7 @@ def test_a_stream_left_early_frees_the_row_and_its_timer(worker):
 
 def test_a_reader_slower_than_the_model_gets_everything(worker):
     async def run():
-        answer = Answer([worker], Request(prompt(worker), 120))
+        answer = Completion([worker], Request(prompt(worker), 120))
         found, said = [], ""
         async for tokens, pieces in answer.batches():
             found += tokens
@@ -137,14 +137,14 @@ def test_a_client_that_left_frees_the_row(worker, monkeypatch):
 
     def advance():  # the answer would never end by itself
         time.sleep(0.005)
-        return real() if all(request.cancelled for request in list(worker.sinks)) else []
+        return real() if all(request.cancelled for request in list(worker.callbacks)) else []
 
     async def gone():
         asked.append(True)
         return len(asked) > 2
 
     async def run():
-        answer = Answer([worker], Request(prompt(worker), 200))
+        answer = Completion([worker], Request(prompt(worker), 200))
         await asyncio.wait_for(answer.whole(gone), 10)
         return answer.request
 
@@ -153,7 +153,7 @@ def test_a_client_that_left_frees_the_row(worker, monkeypatch):
     while worker.load and time.monotonic() < end:
         time.sleep(0.01)
     worker.engine.advance = real
-    assert (request.finish, worker.load, len(asked)) == ("cancelled", 0, 3)
+    assert (request.finish_reason, worker.load, len(asked)) == ("cancelled", 0, 3)
 
 
 def test_a_broken_model_fails_the_answer_under_way_and_refuses_the_next(talker):  # noqa: F811
@@ -182,13 +182,13 @@ def test_a_model_that_cannot_be_loaded_is_told_to_whoever_waits():
 
 
 def test_the_worker_with_less_to_do_gets_the_request(talker):  # noqa: F811
-    workers = [Worker(lambda: Engine(*talker, rows=1)) for _ in range(2)]
+    workers = [Worker(lambda: Engine(*talker, slots=1)) for _ in range(2)]
     for worker in workers:
         worker.start()
         worker.ready.wait()
 
     async def run():
-        answers = [Answer(workers, Request(prompt(workers[0]), 60)) for _ in range(4)]
+        answers = [Completion(workers, Request(prompt(workers[0]), 60)) for _ in range(4)]
         used = [answer.worker for answer in answers]
         await asyncio.gather(*(answer.whole(never) for answer in answers))
         return used
@@ -238,9 +238,9 @@ def test_a_broken_replica_is_passed_over_while_another_runs(worker):
     broken.join(5)
 
     async def run():
-        answers = [Answer([broken, worker], Request(prompt(worker), 120)) for _ in range(3)]
+        answers = [Completion([broken, worker], Request(prompt(worker), 120)) for _ in range(3)]
         await asyncio.gather(*(answer.whole(never) for answer in answers))
-        return [(answer.worker, answer.reason) for answer in answers]
+        return [(answer.worker, answer.finish_reason) for answer in answers]
 
     assert broken.broken and not worker.broken
     assert asyncio.run(run()) == [(worker, "stop")] * 3
@@ -260,11 +260,11 @@ def test_requests_may_come_while_ended_ones_are_taken_out(worker):
             self.how = how
 
     async def run():
-        first = Answer([worker], Slow(prompt(worker), 120))
+        first = Completion([worker], Slow(prompt(worker), 120))
         later = []
         for _ in range(4):
             await asyncio.sleep(0.005)
-            later.append(Answer([worker], Slow(prompt(worker), 5)))
+            later.append(Completion([worker], Slow(prompt(worker), 5)))
         await asyncio.gather(*(answer.whole(never) for answer in (first, *later)))
 
     asyncio.run(run())
@@ -274,7 +274,7 @@ def test_requests_may_come_while_ended_ones_are_taken_out(worker):
 def test_a_prompt_that_cannot_be_run_is_refused_and_the_worker_goes_on(worker):
     async def run():
         with pytest.raises(InputError, match="the prompt is empty"):
-            Answer([worker], Request([]))
+            Completion([worker], Request([]))
 
     asyncio.run(run())
     assert ask(worker, "What is 5 + 6?") == ("It is 11.", "stop")
@@ -282,15 +282,11 @@ def test_a_prompt_that_cannot_be_run_is_refused_and_the_worker_goes_on(worker):
 
 def test_text_held_back_for_a_stop_string_comes_before_the_call_that_follows_it(worker):
     async def run():
-        answer = Answer([worker], Request(prompt(worker), 1), ["bc"])
-        return answer.cut([StreamChunk("a b"), StreamChunk("1+1", "call"), StreamChunk("c")], last=False)
+        completion = Completion([worker], Request(prompt(worker), 1), ["bc"])
+        chunks = [StreamChunk("a b"), StreamChunk("1+1", "call"), StreamChunk("c")]
+        return [(part, part.kind) for chunk in chunks for part in completion.cut(chunk)]
 
-    assert [(piece, piece.kind) for piece in asyncio.run(run())] == [
-        ("a ", "text"),
-        ("b", "text"),
-        ("1+1", "call"),
-        ("c", "text"),
-    ]
+    assert asyncio.run(run()) == [("a ", "text"), ("b", "text"), ("1+1", "call"), ("c", "text")]
 
 
 def test_a_very_long_stop_string_does_not_hold_up_the_loop(worker):

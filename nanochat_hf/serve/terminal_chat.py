@@ -93,7 +93,7 @@ class LocalModel:
     def answer(self, messages: list[dict], options: Options) -> Iterator[StreamChunk]:
         """Stream an answer. Ctrl-C asks the engine to end, then raises KeyboardInterrupt; a second one breaks in."""
         room = min(options.max_new_tokens, self.engine.length // 2)
-        prompt = self.engine.encode(self.engine.fit(messages, room))
+        prompt = self.engine.encode(self.engine.truncate(messages, room))
         seed = time.time_ns() % 2**31 if options.seed is None else options.seed
         request = Request(prompt, **vars(options) | {"seed": seed})
 
@@ -104,7 +104,7 @@ class LocalModel:
 
         before = signal.signal(signal.SIGINT, stop)
         try:
-            yield from self.engine.pieces(request)
+            yield from self.engine.stream_request(request)
         finally:
             signal.signal(signal.SIGINT, before)
         self.count = len(request.tokens)
