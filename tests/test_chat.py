@@ -27,7 +27,7 @@ from nanochat_hf.serve.terminal_chat import (
     last_block,
     messages_of,
     open_model,
-    spoken,
+    without_tools,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def shown(chat):
 
 
 def test_an_answer_is_shown_with_its_call_and_remembered_as_messages(chat):
-    chat.say("What is 12 * 34?")
+    chat.ask("What is 12 * 34?")
     assert "⚙ python 12*34 → 408" in shown(chat) and "It is 408." in shown(chat)
     user, call, result, text = chat.messages
     assert user == {"role": "user", "content": "What is 12 * 34?"}
@@ -54,7 +54,7 @@ def test_an_answer_is_shown_with_its_call_and_remembered_as_messages(chat):
 
 
 def test_the_remembered_conversation_renders_to_the_tokens_that_were_generated(chat):
-    chat.say("What is 5 + 6?")
+    chat.ask("What is 5 + 6?")
     engine = chat.model.engine
     text = engine.tokenizer.decode(engine.encode([*chat.messages, {"role": "user", "content": "and?"}]))
     begin = "<|python_start|>5+6<|python_end|><|output_start|>11<|output_end|>It is 11.<|assistant_end|>"
@@ -62,11 +62,11 @@ def test_the_remembered_conversation_renders_to_the_tokens_that_were_generated(c
 
 
 def test_markdown_is_drawn_on_a_terminal_and_streamed_raw_elsewhere(chat):
-    chat.say("Hello")
+    chat.ask("Hello")
     assert "a **small** model" in shown(chat)
     chat.console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor")
     chat.messages = []
-    chat.say("Hello")
+    chat.ask("Hello")
     final = shown(chat).rsplit("\x1b[2K", 1)[-1]
     assert "\x1b[1msmall\x1b[0m" in final and "**" not in final and "tokens," in final
 
@@ -117,7 +117,7 @@ def on_a_terminal(output, height):
 )
 def test_an_answer_that_grew_looks_like_one_drawn_at_once(text):
     console = Console(file=io.StringIO(), width=40, height=12, force_terminal=True)
-    Chat(Told(words(text)), Options(), console=console).say("talk")
+    Chat(Told(words(text)), Options(), console=console).ask("talk")
     at_once = Console(file=io.StringIO(), width=38)
     at_once.print(Markdown(text))
     found = [line[2:] for line in on_a_terminal(console.file.getvalue(), 12)]
@@ -145,7 +145,7 @@ def test_two_calls_in_a_row_stand_on_two_lines(terminal):
     ]
     console = Console(file=io.StringIO(), width=40, force_terminal=terminal)
     chat = Chat(Told(pieces), Options(), console=console)
-    chat.say("count")
+    chat.ask("count")
     found = [line.strip() for line in on_a_terminal(console.file.getvalue(), 25)]
     assert found[:3] == ["⚙ python 1+1 → 2", "⚙ python 2+2 → 4", "Four."]
     assert [message["role"] for message in chat.messages] == ["user", *["assistant", "tool"] * 2, "assistant"]
@@ -153,7 +153,7 @@ def test_two_calls_in_a_row_stand_on_two_lines(terminal):
 
 def test_long_answers_are_printed_paragraph_by_paragraph():
     console = Console(file=io.StringIO(), width=40, height=10, force_terminal=True)
-    Chat(Told([StreamChunk(f"Paragraph {i}.\n\n") for i in range(60)]), Options(), console=console).say("talk")
+    Chat(Told([StreamChunk(f"Paragraph {i}.\n\n") for i in range(60)]), Options(), console=console).ask("talk")
     assert all(shown_once in console.file.getvalue() for shown_once in ("Paragraph 0.", "Paragraph 59."))
     assert console.file.getvalue().count("Paragraph 30.") <= 2  # once while it was written, once for good
 
@@ -171,7 +171,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
     chat.model.engine.advance = advance
     chat.console = Console(file=io.StringIO(), width=80, force_terminal=True)
     try:
-        chat.say("Hello")
+        chat.ask("Hello")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
@@ -179,7 +179,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
     assert chat.messages[1]["content"].startswith("안녕") and len(chat.messages[1]["content"]) < 15
     chat.model.engine.advance = real
     chat.messages = []
-    chat.say("What is 5 + 6?")
+    chat.ask("What is 5 + 6?")
     assert chat.messages[-1]["content"] == "It is 11."
 
 
@@ -201,15 +201,15 @@ def test_commands_answer_in_one_line(chat, line, reply):
 
 def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path):
     assert not chat.command("/quit")
-    chat.say("What is 5 + 6?")
+    chat.ask("What is 5 + 6?")
     chat.command(f"/save {tmp_path}/talk.json")
     assert json.loads((tmp_path / "talk.json").read_text())["messages"] == chat.messages
     chat.command("/reset")
     assert chat.messages == []
-    chat.say("Hello")
+    chat.ask("Hello")
     chat.command("/system Be kind.")
     assert chat.messages == [] and chat.system == "Be kind."
-    chat.say("Hello")  # the system message goes along without being remembered as a turn
+    chat.ask("Hello")  # the system message goes along without being remembered as a turn
     assert chat.messages[0] == {"role": "user", "content": "Hello"}
 
 
@@ -221,7 +221,7 @@ def test_saving_in_the_home_of_nobody_keeps_the_conversation(chat, tmp_path, mon
 
 def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns(chat):
     for _ in range(8):
-        chat.say("Hello")
+        chat.ask("Hello")
     assert len(chat.messages) == 16 and "error" not in shown(chat)
 
 
@@ -244,7 +244,7 @@ def test_the_last_block_is_what_may_still_change(text, end):
 def test_messages_without_calls_are_what_other_servers_get():
     pieces = [StreamChunk("Let me see. "), StreamChunk("1+1", "call"), StreamChunk("2", "result"), StreamChunk("Two.")]
     messages = [{"role": "user", "content": "?"}, *messages_of(pieces)]
-    assert spoken(messages) == [messages[0], {"role": "assistant", "content": "Let me see. Two."}]
+    assert without_tools(messages) == [messages[0], {"role": "assistant", "content": "Let me see. Two."}]
 
 
 def test_a_result_without_a_call_is_only_text():

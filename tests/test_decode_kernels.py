@@ -1,10 +1,10 @@
 """The CUDA kernels against their PyTorch twin: on a GPU for real, elsewhere in Triton's interpreter if it is there."""
 
+import asyncio
 import importlib.util
 import os
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
 from nanochat_hf.serve.decoder import Decoder
 from nanochat_hf.serve.engine import Engine, Request
-from nanochat_hf.serve.worker import open_workers
+from nanochat_hf.serve.worker import Completion, open_workers
 
 
 def compare(device: str, steps: int) -> None:
@@ -111,25 +111,25 @@ def test_warming_up_may_record_steps_outside_of_inference_mode(talker, monkeypat
 
 
 def answer(worker, text: str) -> list[int]:
-    """What a started worker says to a question, greedily; the worker is closed."""
+    """The tokens of a started worker's greedy answer; the worker is closed."""
     worker.ready.wait(120)
     assert worker.error is None
-    given, done = [], threading.Event()
 
-    def sink(tokens: list[int] | None) -> None:
-        done.set() if tokens is None else given.extend(tokens)
+    async def run():
+        request = Request(worker.engine.encode([{"role": "user", "content": text}]), 20)
+        completion = Completion([worker], request)
+        return [token async for tokens, _ in completion.batches() for token in tokens]
 
-    worker.submit(Request(worker.engine.encode([{"role": "user", "content": text}]), 20), sink)
-    assert done.wait(30)
+    tokens = asyncio.run(run())
     worker.close()
-    return given
+    return tokens
 
 
 @pytest.mark.gpu
 def test_a_replica_on_each_gpu_answers_as_one_on_the_cpu(talker_folder):  # noqa: F811
     question = next(iter(QUESTIONS))
-    (twin,) = open_workers(str(talker_folder), slots=4, max_queue_size=4, device="cpu")
-    workers = open_workers(str(talker_folder), slots=4, max_queue_size=4)
+    (twin,) = open_workers(str(talker_folder), max_batch_size=4, max_queue_size=4, device="cpu")
+    workers = open_workers(str(talker_folder), max_batch_size=4, max_queue_size=4)
     assert [worker.device for worker in workers] == [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     wanted = answer(twin, question)
     assert len(wanted) > 3 and all(answer(worker, question) == wanted for worker in workers)

@@ -38,7 +38,8 @@ class Worker(threading.Thread):
         self.make_engine, self.device, self.max_queue_size = make_engine, device, max_queue_size
         self.engine: Engine | None = None  # None until `ready` is set
         self.error: Exception | None = None
-        self.callbacks: dict[Request, tuple[TokenCallback, asyncio.AbstractEventLoop | None]] = {}
+        self.callbacks: dict[Request, TokenCallback] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None  # in which the callbacks run: that of the last request
         self.wake, self.ready, self.stopping = threading.Condition(), threading.Event(), False
 
     def run(self) -> None:
@@ -57,7 +58,7 @@ class Worker(threading.Thread):
         finally:
             self.ready.set()
             with self.wake:
-                call_all([(callback, None) for callback in self.callbacks.values()])
+                self.deliver([(callback, None) for callback in self.callbacks.values()])
                 self.callbacks.clear()
 
     def turn(self) -> None:
@@ -68,7 +69,19 @@ class Worker(threading.Thread):
                 calls.append((self.callbacks[request], tokens))
             if request.finish_reason:
                 calls.append((self.callbacks.pop(request), None))
-        call_all(calls)
+        if calls:
+            self.deliver(calls)
+
+    def deliver(self, calls: list[tuple[TokenCallback, list[int] | None]]) -> None:
+        """Call the callbacks in the event loop, all at once: waking it costs more than reading the tokens."""
+
+        def call_all() -> None:
+            for callback, tokens in calls:
+                callback(tokens)
+
+        if self.loop is not None:
+            with suppress(RuntimeError):  # the loop was closed in the meantime: there is no reader
+                self.loop.call_soon_threadsafe(call_all)
 
     @property
     def load(self) -> int:
@@ -83,8 +96,8 @@ class Worker(threading.Thread):
         """Requests that may run or wait at the same time."""
         return self.engine.decoder.slots + self.max_queue_size
 
-    def submit(self, request: Request, callback: TokenCallback, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        """Queue a request; `callback` runs in `loop`, or in this thread if there is none.
+    def submit(self, request: Request, callback: TokenCallback) -> None:
+        """Queue a request of the running event loop, where `callback` will be called.
 
         Raises InputError if the prompt cannot be run, QueueFullError, WorkerDiedError.
         """
@@ -93,7 +106,10 @@ class Worker(threading.Thread):
                 raise WorkerDiedError(f"the model is not running: {self.error}")
             if self.load >= self.capacity:
                 raise QueueFullError("the model is overloaded: try again in a few seconds")
-            self.callbacks[request] = callback, loop  # before the engine can give its first token
+            self.loop, self.callbacks[request] = (
+                asyncio.get_running_loop(),
+                callback,
+            )  # before the engine can give its first token
             try:
                 self.engine.submit(request)
             except BaseException:
@@ -108,22 +124,6 @@ class Worker(threading.Thread):
         self.join(10)
 
 
-def call_all(calls: list[tuple[tuple[TokenCallback, asyncio.AbstractEventLoop | None], list[int] | None]]) -> None:
-    """Call the callbacks; those of one event loop together, since waking it costs more than reading the tokens."""
-
-    def call(batch: list[tuple[TokenCallback, list[int] | None]]) -> None:
-        for callback, tokens in batch:
-            callback(tokens)
-
-    by_loop: dict[asyncio.AbstractEventLoop | None, list] = {}
-    for (callback, loop), tokens in calls:
-        by_loop.setdefault(loop, []).append((callback, tokens))
-    call(by_loop.pop(None, []))
-    for loop, batch in by_loop.items():
-        with suppress(RuntimeError):  # the loop was closed in the meantime: there is no reader
-            loop.call_soon_threadsafe(call, batch)
-
-
 class Completion:
     """One request under way: its tokens as chunks of text, cut at stop strings and at the time limit."""
 
@@ -136,7 +136,7 @@ class Completion:
         loop = asyncio.get_running_loop()
         self.news, self.ended = asyncio.Event(), loop.create_future()
         self.worker = min(workers, key=lambda worker: (worker.broken, worker.load))
-        self.worker.submit(request, self.receive, loop)
+        self.worker.submit(request, self.receive)
         self.detokenizer = IncrementalDetokenizer(self.worker.engine.tokenizer)
         self.timer = loop.call_later(timeout, self.receive, None)
 
