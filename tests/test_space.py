@@ -144,34 +144,30 @@ def test_a_question_without_an_answer_is_not_asked_again(app):
 def test_a_shortened_conversation_keeps_its_system_message(app):
     history = [{"role": role, "content": "word " * 20} for _ in range(8) for role in ("user", "assistant")]
     messages = [{"role": "system", "content": "Be kind."}, *history, {"role": "user", "content": "?"}]
-    text = app.tokenizer.decode(app.fit(messages, 8))
+    text = app.tokenizer.decode(app.encode(messages, 8))
     assert text.startswith("<|bos|><|user_start|>Be kind.\n\nword") and text.count("<|user_start|>") < 8
     assert text.endswith("<|user_start|>?<|user_end|><|assistant_start|>")
 
 
-def test_pieces_of_a_servers_stream_become_marked_text(app):
+def test_chunks_of_a_servers_stream_become_text_beside_steps(app):
     from huggingface_hub import ChatCompletionStreamOutputDelta as Delta
 
-    text = ""
     stream = [
         {"content": "So "}, {"tool": {"call": "1+"}}, {"tool": {"call": "1"}}, {"tool": {"result": "2"}},
         {"tool": {"result": "2"}}, {"content": ""}, {"content": "It is"}, {"content": " 22."},
         {"tool": {"call": "2"}}, {"tool": {"result": "2"}}, {"tool": {"call": "3"}},
     ]  # fmt: skip
+    parts = []
     for chunk in stream:
-        text += app.marked(text, Delta.parse_obj_as_instance({"role": "assistant", **chunk}))
-    one = "So <|python_start|>1+1<|python_end|><|output_start|>22<|output_end|>It is 22."
-    two = "<|python_start|>2<|python_end|><|output_start|>2"
-    assert text == f"{one}{two}<|output_end|><|python_start|>3"
-    parts = [message["content"].strip("`\n") for message in app.shown(text)]
-    assert parts == ["So ", "22", "It is 22.", "2", ""]  # each text beside its step, not in it
+        parts = app.add_delta(parts, Delta.parse_obj_as_instance({"role": "assistant", **chunk}))
+    assert [brief(app, m) for m in app.show(parts)] == ["So ", "1+1: 22", "It is 22.", "2: 2", "3 ..."]
 
 
 def test_long_conversations_are_shortened_and_a_message_that_is_too_long_is_told(app):
     history = [{"role": role, "content": "word " * 20} for _ in range(8) for role in ("user", "assistant")]
     assert (
         last(app, "Hello", history, max_tokens=8)
-        and len(app.fit([*history, {"role": "user", "content": "?"}], 8)) < 249
+        and len(app.encode([*history, {"role": "user", "content": "?"}], 8)) < 249
     )
     (told,) = last(app, "word " * 300)
     assert told["metadata"]["title"] == "⚠️" and "the model reads at most 256" in told["content"]
@@ -187,28 +183,30 @@ def test_the_check_beside_the_box_refuses_empty_and_very_long_messages(app):
     assert "20,000 characters" in app.check("x" * 20_000)["message"]
 
 
+def brief(app, message) -> str:
+    """A message of text, or "call: result", or "call ..." while the result is missing."""
+    if "metadata" not in message:
+        return message["content"]
+    result = " ..." if message["metadata"]["status"] == "pending" else ": " + message["content"].strip("`\n")
+    return message["metadata"]["title"].removeprefix(app.STEP) + result
+
+
 @pytest.mark.parametrize(
-    "text,parts",
+    "text,messages",
     [
         ("Hi", ["Hi"]),
-        ("So <|python_start|>1+", ["So ", "1+ ..."]),
-        ("<|python_start|>1+1<|python_end|>", ["1+1 ..."]),
-        ("<|python_start|>1+1<|python_end|><|output_start|>2", ["1+1 2"]),
-        ("<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>Two.<|assistant_end|>", ["1+1 2", "Two."]),
-        (
-            "a<|python_start|>1<|python_end|><|output_start|>1<|output_end|>b<|python_start|>2",
-            ["a", "1 1", "b", "2 ..."],
-        ),
+        ("So <C>1+", ["So ", "1+ ..."]),
+        ("<C>1+1</C>", ["1+1 ..."]),
+        ("<C>1+1</C><R>2", ["1+1: 2"]),
+        ("<C>1+1</C><R>2</R>Two.<|assistant_end|>", ["1+1: 2", "Two."]),
+        ("a<C>1</C><R>1</R>b<C>2", ["a", "1: 1", "b", "2 ..."]),
+        ("a<R>1</R>b", ["a", "1", "b"]),  # a result without a call is text
     ],
 )
-def test_an_answer_so_far_is_cut_into_text_and_steps(app, text, parts):
-    def brief(message):
-        if "metadata" not in message:
-            return message["content"]
-        result = "..." if message["metadata"]["status"] == "pending" else message["content"].strip("`\n")
-        return f"{message['metadata']['title'].removeprefix(app.STEP)} {result}"
-
-    assert [brief(message) for message in app.shown(text)] == parts
+def test_an_answer_so_far_is_split_into_text_and_steps(app, text, messages):
+    for short, token in zip(("<C>", "</C>", "<R>", "</R>"), app.tokenizer.convert_ids_to_tokens(range(512))[-4:]):
+        text = text.replace(short, token)
+    assert [brief(app, message) for message in app.show(app.parts_of(text))] == messages
 
 
 def test_eight_bit_weights_change_little(app):
@@ -217,8 +215,8 @@ def test_eight_bit_weights_change_little(app):
     import torch
 
     model, ids = copy.deepcopy(app.model), torch.randint(0, 200, (1, 20))
-    app.shrink(model)
-    kept = [m for m in model.modules() if isinstance(m, app.Int8)]
+    app.quantize_int8(model)
+    kept = [m for m in model.modules() if isinstance(m, app.Int8WeightOnlyLinear)]
     assert len(kept) == 2 * 6 + 1 and kept[0].weight.dtype == torch.int8
     with torch.no_grad():
         before, after = app.model(ids).logits, model(ids).logits.float()
@@ -264,8 +262,8 @@ import importlib.util, sys, time
 spec = importlib.util.spec_from_file_location("space_app", sys.argv[1])
 app = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(app)
-put, answer = app.Tokens.put, app.local_answer
-app.Tokens.put = lambda self, ids: (time.sleep(0.06), put(self, ids))  # time to press a button
+put, answer = app.TokenStreamer.put, app.local_answer
+app.TokenStreamer.put = lambda self, ids: (time.sleep(0.06), put(self, ids))  # time to press a button
 app.local_answer = lambda messages, temperature, *rest: answer(messages, 0.0, *rest)
 app.demo.launch(i18n=app.i18n, show_error=True, footer_links=[], server_port=int(sys.argv[2]))
 """
