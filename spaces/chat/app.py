@@ -77,7 +77,7 @@ except ImportError:
 
 
 class Int8WeightOnlyLinear(nn.Module):
-    """A linear map with int8 weights and one scale per row, which PyTorch's CPU kernel multiplies without unpacking."""
+    """A linear map with int8 weights and one scale per row, in the form that PyTorch's CPU kernel reads."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -94,7 +94,7 @@ class Int8WeightOnlyLinear(nn.Module):
 
 
 def quantize_int8(model: nn.Module) -> None:
-    """bfloat16, with int8 matrices in place; not the embeddings, of which a token reads one row, nor small matrices."""
+    """Cast to bfloat16, and matrices to int8: not embeddings, of which a token reads one row, nor small ones."""
     model.to(torch.bfloat16)
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -202,7 +202,7 @@ def parts_of(text: str) -> list[tuple[str, str]]:
 
 
 def add_delta(parts: list[tuple[str, str]], delta) -> list[tuple[str, str]]:
-    """The parts with what a server's chunk adds: text, or a bit of a call or of a result (our server's extra field)."""
+    """The parts with what a chunk adds: text, or a bit of a call or of a result (our server's extra field)."""
     for kind, text in {**(delta.get("tool") or {}), "text": delta.content or ""}.items():
         if text and parts and parts[-1][0] == kind:
             parts = [*parts[:-1], (kind, parts[-1][1] + text)]
@@ -265,15 +265,14 @@ def local_answer(messages: list[dict], temperature: float, top_k: int, max_token
     """Yields the parts of the answer so far; raises the errors of `generate`."""
     length, streamer, tokens = model.config.max_position_embeddings, TokenStreamer(), []
     ids = encode(messages, min(max_tokens, length // 4))
-    options = (
-        {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": top_k}
-    )
+    options = {"do_sample": temperature > 0, "max_new_tokens": min(max_tokens, length - len(ids))}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_k": top_k}
 
     def work():
         end = None
         try:
             inputs = torch.tensor([ids], device=model.device)
-            options["max_new_tokens"] = min(max_tokens, length - len(ids))
             model.generate(
                 inputs, attention_mask=torch.ones_like(inputs), streamer=streamer, max_time=MAX_SECONDS, **options
             )
