@@ -222,7 +222,9 @@ def show(parts: list[tuple[str, str]]) -> list[dict]:
             messages[-1]["content"] = f"```\n{text}\n```"
             messages[-1]["metadata"]["status"] = "done"
         elif text := re.sub("\ufffd+\\Z", "", text):  # a character that is not complete yet
-            messages.append({"role": "assistant", "content": text})
+            if not messages or "metadata" in messages[-1]:
+                messages.append({"role": "assistant", "content": ""})
+            messages[-1]["content"] += text
     return messages
 
 
