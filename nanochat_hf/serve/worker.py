@@ -130,38 +130,56 @@ class Completion:
     def __init__(self, workers: list[Worker], request: Request, stop: list[str] = (), timeout: float = 120.0):
         """Submit the request to the running worker with the least load; raises as `Worker.submit` does."""
         self.request, self.stop = request, [string for string in stop if string]
-        self.tokens: list[int] = []  # what has come so far
-        self.chunks: list[StreamChunk] = []
+        self.chunks: list[StreamChunk] = []  # what has been read
         self.buffer, self.stopped = "", False  # text that may be the beginning of a stop string; whether one came
-        loop = asyncio.get_running_loop()
-        self.news, self.ended = asyncio.Event(), loop.create_future()
+        self.queue: asyncio.Queue[list[int] | None] = asyncio.Queue()
         self.worker = min(workers, key=lambda worker: (worker.broken, worker.load))
-        self.worker.submit(request, self.receive)
+        self.worker.submit(request, self.queue.put_nowait)
         self.detokenizer = IncrementalDetokenizer(self.worker.engine.tokenizer)
-        self.timer = loop.call_later(timeout, self.receive, None)
+        self.timer = asyncio.get_running_loop().call_later(timeout, self.end)
 
-    def receive(self, tokens: list[int] | None) -> None:
-        """The worker's callback; None also when the time is up."""
-        if self.ended.done():
-            return
-        last = tokens is None
-        if last and self.worker.error is not None and not self.request.finish_reason:
-            return self.end(WorkerDiedError(f"the model stopped: {self.worker.error}"))
-        self.tokens += tokens or []
-        for chunk in [*self.detokenizer.push(tokens or [], last), *([StreamChunk("", "end")] if last else [])]:
-            self.chunks += [part for part in self.cut(chunk) if part]
-        self.news.set()
-        if last or self.stopped:
-            self.end()
-
-    def end(self, error: WorkerDiedError | None = None) -> None:
-        """Nothing more comes, or the client left; frees the slot."""
+    def end(self) -> None:
+        """The time is up, the text is complete, or the client left: free the slot."""
         self.timer.cancel()
         if not self.request.finish_reason:
             self.request.cancelled = True
-        if not self.ended.done():
-            self.ended.set_result(error)
-            self.news.set()
+            self.queue.put_nowait(None)
+
+    async def batches(self) -> AsyncIterator[tuple[list[int], list[StreamChunk]]]:
+        """(tokens, chunks of text that they complete) as they come; ends the request when left early."""
+        last = False
+        try:
+            while not last and not self.stopped:
+                received = [await self.queue.get()]
+                while not self.queue.empty():  # the reader is slower than the model
+                    received.append(self.queue.get_nowait())
+                last = None in received
+                if last and self.worker.error is not None and not self.request.finish_reason:
+                    raise WorkerDiedError(f"the model stopped: {self.worker.error}")
+                tokens = [token for part in received for token in part or ()]
+                new = [*self.detokenizer.push(tokens, last), *([StreamChunk("", "end")] if last else [])]
+                chunks = [part for chunk in new for part in self.cut(chunk) if part]
+                self.chunks += chunks
+                yield tokens, chunks
+        finally:
+            self.end()
+
+    async def whole(self, is_disconnected: Callable) -> list[StreamChunk]:
+        """All chunks; gives up when `await is_disconnected()`, checked now and then, says that the client left."""
+
+        async def read() -> None:
+            async for _ in self.batches():
+                pass
+
+        reader = asyncio.create_task(read())
+        try:
+            while not (await asyncio.wait([reader], timeout=HANG_UP_CHECK))[0]:
+                if await is_disconnected():
+                    self.end()
+            await reader
+        finally:
+            reader.cancel()
+        return self.chunks
 
     def cut(self, chunk: StreamChunk) -> list[StreamChunk]:
         """Drop what follows a stop string; hold back text that may be the beginning of one, until more comes."""
@@ -178,35 +196,6 @@ class Completion:
         cut = len(text) - max(sizes)
         self.buffer = text[cut:]
         return [StreamChunk(text[:cut])]
-
-    async def batches(self) -> AsyncIterator[tuple[list[int], list[StreamChunk]]]:
-        """(tokens, chunks of text that they complete) as they come; ends the request when left early."""
-        num_tokens = num_chunks = 0
-        try:
-            while not self.ended.done() or self.news.is_set():
-                await self.news.wait()
-                self.news.clear()
-                tokens, chunks = self.tokens[num_tokens:], self.chunks[num_chunks:]
-                num_tokens, num_chunks = len(self.tokens), len(self.chunks)
-                yield tokens, chunks
-            self.raise_error()
-        finally:
-            self.end()
-
-    async def whole(self, is_disconnected: Callable) -> list[StreamChunk]:
-        """All chunks; gives up when `await is_disconnected()`, checked now and then, says that the client left."""
-        try:
-            while not (await asyncio.wait([self.ended], timeout=HANG_UP_CHECK))[0]:
-                if await is_disconnected():
-                    self.end()
-            self.raise_error()
-        finally:
-            self.end()
-        return self.chunks
-
-    def raise_error(self) -> None:
-        if error := self.ended.result():
-            raise error
 
     @property
     def finish_reason(self) -> str:
