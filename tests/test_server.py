@@ -241,11 +241,6 @@ def test_a_wrong_body_gets_one_reason_in_the_words_of_its_protocol(server, route
         assert reply.status_code == 400 and reason in reply.json()["error"]["message"]
 
 
-def test_openai_errors_arrive_as_its_own_exceptions(ai):
-    with pytest.raises(openai.BadRequestError, match="no chat"):
-        ai.chat.completions.create(model="any", messages=[{"role": "robot", "content": "?"}])
-
-
 def test_too_large_and_broken_bodies_are_refused(server):
     big = httpx.post(server.url + CHAT, content=b"x" * (1 << 21))
     assert big.status_code == 413 and "1048576 bytes" in big.text

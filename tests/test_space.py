@@ -418,8 +418,8 @@ def test_it_talks_to_an_endpoint_and_says_when_it_is_gone(talker_folder):  # noq
         assert "408" in step["content"] and text["content"] == "It is 408."
         server.terminate()
         server.wait(20)
-        (told,) = client.predict("Hello", "", 0.0, 0, 120, api_name="/chat")
-        assert "does not answer" in told["content"]
+        (message,) = client.predict("Hello", "", 0.0, 0, 120, api_name="/chat")
+        assert "does not answer" in message["content"]
     finally:
         server.kill()
         process.terminate()

@@ -41,15 +41,13 @@ def sample_next_token(logits: Tensor, uniform: Tensor, temperature: Tensor, top_
     value = (logits - logits.amax(-1, keepdim=True)) / divisor  # log weight relative to the best token
     size = value.shape[-1]
     if bool((top_k > 0).any()) or bool((top_p < 1).any()):
-        most = int(top_k.max()) if bool((top_k > 0).all()) else size
-        ordered = value.topk(min(most, size), sorted=True).values
         k = torch.where(top_k > 0, top_k, size).clamp(max=size).long()[:, None]
+        ordered = value.topk(int(k.max()), sorted=True).values
         low = ordered.gather(1, k - 1)
-        if bool((top_p < 1).any()):
-            mass = torch.where(value >= low, value.exp(), 0.0).sum(-1, keepdim=True)
-            above = torch.where(ordered >= low, ordered.exp(), 0.0).cumsum(-1)
-            inside = (above < mass * top_p[:, None]).sum(-1, keepdim=True).clamp(max=ordered.shape[-1] - 1)
-            low = torch.where(top_p[:, None] < 1, torch.maximum(low, ordered.gather(1, inside)), low)
+        mass = torch.where(value >= low, value.exp(), 0.0).sum(-1, keepdim=True)
+        above = torch.where(ordered >= low, ordered.exp(), 0.0).cumsum(-1)
+        inside = (above < mass * top_p[:, None]).sum(-1, keepdim=True).clamp(max=ordered.shape[-1] - 1)
+        low = torch.where(top_p[:, None] < 1, torch.maximum(low, ordered.gather(1, inside)), low)
         value = torch.where(value >= low, value, -torch.inf)
     mass = value.exp().cumsum(-1, dtype=torch.float64)
     drawn = (mass <= mass[:, -1:] * uniform.double()[:, None]).sum(-1).clamp(max=size - 1)

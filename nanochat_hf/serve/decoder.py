@@ -51,7 +51,7 @@ class Request:
 
 
 class SlotState:
-    """Tensors on the device that a step reads and updates; int32 of shape (slots,) where nothing else is said."""
+    """Tensors on the device that a step reads and updates; int32 of shape (slots,) unless noted."""
 
     def __init__(self, slots: int, length: int, stops: list[int], device: torch.device):
         def zeros(*shape: int, dtype=torch.int32):

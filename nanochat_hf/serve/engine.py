@@ -201,9 +201,7 @@ class Engine:
         if len(prompt) >= self.length:
             raise InputError(f"the prompt has {len(prompt)} tokens, the model's context is {self.length}: shorten it")
         if min(prompt) < 0 or max(prompt) >= size:
-            raise InputError(
-                f"the prompt has token ids outside of 0..{size - 1}: encode it with the model's tokenizer"
-            )
+            raise InputError(f"the prompt has token ids outside of 0..{size - 1}: use the model's tokenizer")
         self.waiting.append(request)
         return request
 
@@ -350,9 +348,7 @@ class Engine:
     def encode(self, messages: list[dict]) -> list[int]:
         """Chat messages -> the ids of a prompt that ends where the assistant's turn begins."""
         if not getattr(self.tokenizer, "chat_template", None):
-            raise InputError(
-                "this tokenizer has no chat template: chat needs a model trained by this project's stages"
-            )
+            raise InputError("this tokenizer has no chat template: take a model that was trained to chat")
         try:
             return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         except Exception as error:  # jinja2.TemplateError from the template's own checks, TypeError on odd content

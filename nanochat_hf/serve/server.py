@@ -131,9 +131,8 @@ class Server:
             worker.ready.wait()
         for worker in self.workers:
             if isinstance(worker.error, torch.OutOfMemoryError):
-                raise InputError(
-                    f"the memory of {worker.device} is full: lower --max-batch-size, or free it"
-                ) from worker.error
+                reason = f"the memory of {worker.device} is full: lower --max-batch-size, or free it"
+                raise InputError(reason) from worker.error
             if worker.error is not None:
                 raise worker.error
         self.started = int(time.time())
