@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from talker import QUESTIONS, talker  # noqa: F401
 
 from nanochat_hf.data.bpe import byte_alphabet
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.engine import Engine, IncrementalDetokenizer, Request, join_chunks, last_call, token_table
+from nanochat_hf.serve.engine import (
+    MAX_CHUNK,
+    Engine,
+    IncrementalDetokenizer,
+    Request,
+    join_chunks,
+    last_call,
+    token_table,
+)
 from nanochat_hf.tool_loop import MARKS
 
 
@@ -113,6 +122,28 @@ def test_more_requests_than_slots_wait_and_give_the_same_answers(talker):  # noq
     alone = [Engine(*talker).generate([r.prompt], max_new_tokens=120)[0][0] for r in requests[:4]]
     assert [request.tokens for request in requests] == alone * 2
     assert {request.finish_reason for request in requests} == {"stop"}
+
+
+def test_steps_launched_ahead_and_read_late_give_the_same_answers(talker, monkeypatch):  # noqa: F811
+    """The way of a GPU, on a CPU: chunks of steps, of which the host reads the one before the last."""
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    engine = Engine(*talker, slots=2)
+    engine.host_buffers += [torch.empty(MAX_CHUNK, 2, dtype=torch.int32) for _ in range(4)]
+    decoder, step = engine.decoder, engine.decoder.step
+    monkeypatch.setattr(decoder, "step", lambda slots, bound: step(slots, engine.length))
+    prompts = [engine.encode(user(question)) for question in QUESTIONS]
+    requests = [Request(prompt, limit) for prompt in prompts for limit in (120, 7, 12)]
+    for request in requests:
+        engine.submit(request)
+    engine.advance()
+    assert [len(steps.log) for steps in engine.pending] == [1]  # the first token comes quickly
+    run(engine)
+    for request in requests:
+        (answer,) = Engine(*talker).generate([request.prompt], max_new_tokens=request.max_new_tokens)[0]
+        assert request.tokens == answer
+    needed = sum(len(request.tokens) for request in requests)
+    assert needed / 2 <= decoder.steps < needed
 
 
 def test_the_same_seed_gives_the_same_answer_in_any_company(talker):  # noqa: F811
