@@ -92,10 +92,20 @@ def test_a_tool_that_hangs_is_answered_with_an_error_and_one_that_fails_too(talk
 
 
 def test_tools_can_be_switched_off_for_one_request_or_left_to_the_caller(engine):
+    calls = []
+    engine.tool = lambda expression: calls.append(expression) or "11"
     chunks = join_chunks(engine.stream(user("What is 5 + 6?"), tools=False))
-    assert chunks[0] == ("call", "5+6")  # the model still calls, without an answer
+    assert chunks[0] == ("call", "5+6") and calls == []  # the model still calls, without an answer
     request = Request(engine.encode(user("What is 5 + 6?")), stop_at_call=True)
-    assert join_chunks(engine.stream_request(request)) == [("call", "5+6")] and request.finish_reason == "tool_calls"
+    assert join_chunks(engine.stream_request(request)) == [("call", "5+6")] and calls == []
+    assert request.finish_reason == "tool_calls" and request.tokens[-1] == engine.marks[1]
+
+
+def test_the_end_of_a_call_does_not_end_an_answer_although_the_models_settings_say_so(talker, monkeypatch):  # noqa: F811
+    model, tokenizer = talker
+    ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    assert join_chunks(Engine(*talker).stream(user("What is 5 + 6?")))[-1] == ("text", "It is 11.")
 
 
 @pytest.mark.parametrize(
