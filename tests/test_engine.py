@@ -194,7 +194,7 @@ def test_an_answer_ends_at_its_budget_or_where_the_context_does(talker, size, li
 
 @pytest.mark.parametrize(
     "prompt,message",
-    [([], "empty"), ([1] * 256, "256 tokens.*context is 256"), ([-1], "outside"), ([9999], "outside")],
+    [([], "empty"), ([1] * 256, "256 tokens.*context is 256"), ([-1], "outside"), ([512], "outside of 0..511")],
 )
 def test_prompts_that_cannot_work_are_refused(engine, prompt, message):
     with pytest.raises(InputError, match=message):
