@@ -209,7 +209,7 @@ WRONG = [
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"messages": user("?"), "temperature": 99}, "temperature"),
     (CHAT, {"messages": user("?"), "top_k": 10**12}, "top_k"),
-    (CHAT, {"messages": user("?"), "tools": [{"type": "function", "function": {"name": "search"}}]}, "knows one tool"),
+    (CHAT, {"messages": user("?"), "tools": [{"type": "function", "function": {"name": "search"}}]}, "has one tool"),
     (CHAT, {"messages": user("?"), "stream": True, "n": 2}, "leave n out"),
     (CHAT, {"messages": [*user("?"), STEP, *user("?")]}, "tool_steps"),
     (CHAT, {"messages": calling('{"code": "1"}')}, "expression, not code"),

@@ -243,14 +243,14 @@ if triton is not None:
 
     @triton.jit
     def _draw_token(
-        value, best, greedy, heat, k, p, uniform, at, vocab, softcap, CAPPED: tl.constexpr, FLOOR: tl.constexpr
+        value, best, greedy, temp, k, p, uniform, at, vocab, softcap, CAPPED: tl.constexpr, FLOOR: tl.constexpr
     ):
         """Top-k, then top-p, then one draw, which inverts the cumulative sum; `value` holds the logits of ids `at`."""
         if CAPPED:  # tanh(x) = 2 sigmoid(2x) - 1
             value = softcap * (2.0 * tl.sigmoid(2.0 * value / softcap) - 1.0)
             best = softcap * (2.0 * tl.sigmoid(2.0 * best / softcap) - 1.0)
-        value = tl.where(at < vocab, (value - best) / heat, -float("inf"))  # log weight relative to the best token
-        low = heat * 0.0 + FLOOR
+        value = tl.where(at < vocab, (value - best) / temp, -float("inf"))  # log weight relative to the best token
+        low = temp * 0.0 + FLOOR
         if k > 0:
             low = _threshold(value, at * 0 + 1, k, low)
         weight = tl.where(value >= low, tl.exp(value), 0.0)
@@ -276,12 +276,12 @@ if triton is not None:
         at = tl.arange(0, BLOCK)
         value = tl.load(logits + slot * stride + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
         best, pick = tl.max(value, axis=0, return_indices=True)
-        heat = tl.load(temperature + slot)
-        if heat > 0:
+        temp = tl.load(temperature + slot)
+        if temp > 0:
             k = tl.load(top_k + slot)
             p = tl.load(top_p + slot)
             draw = tl.load(uniform + slot * uniform_capacity + tl.load(pos + slot))
-            pick = _draw_token(value, best, pick, heat, k, p, draw, at, vocab, softcap, CAPPED, FLOOR)
+            pick = _draw_token(value, best, pick, temp, k, p, draw, at, vocab, softcap, CAPPED, FLOOR)
         index = tl.load(forced_at + slot)
         is_forced = (index < tl.load(forced_size + slot)).to(tl.int32)
         forced_token = tl.load(forced + slot * forced_capacity + tl.minimum(index, forced_capacity - 1))

@@ -159,7 +159,7 @@ class Server:
             worker.close()
 
     async def health(self) -> dict:
-        """503 as soon as one replica has broken, so that somebody restarts the process; the others still answer."""
+        """503 as soon as one replica has broken, so that the process gets restarted; the others still answer."""
         for worker in self.workers:
             if worker.broken:
                 raise WorkerDiedError(str(worker.error))
@@ -215,7 +215,7 @@ class Server:
         tools = body.tool_choice != "none"
         by_client = bool(body.tools) and tools
         if by_client and not any((tool.get("function") or {}).get("name") == "python" for tool in body.tools):
-            raise InputError("this model knows one tool: a function named python with one argument, expression")
+            raise InputError("this model has one tool: a function named python with one argument, expression")
         try:
             messages = normalize([{"content": "", **m.model_dump(exclude_none=True)} for m in body.messages])
         except BadRow as error:

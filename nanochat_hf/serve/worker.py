@@ -52,7 +52,7 @@ class Worker(threading.Thread):
             while not self.stopping:
                 with self.wake:
                     self.wake.wait_for(lambda: self.stopping or self.engine.busy)
-                self.turn()
+                self.run_once()
         except Exception as error:  # out of memory, a broken driver: all who wait and /health must get the reason
             self.error = error
         finally:
@@ -61,7 +61,7 @@ class Worker(threading.Thread):
                 self.deliver([(callback, None) for callback in self.callbacks.values()])
                 self.callbacks.clear()
 
-    def turn(self) -> None:
+    def run_once(self) -> None:
         """One round of the engine."""
         calls = []
         for request, tokens in self.engine.advance():

@@ -141,7 +141,7 @@ JOINER = "\u2060"  # has no width and no meaning; after < or & it keeps HTML fro
 def escape(text: str) -> str:
     """Tags and entities in a message become visible text; in code Markdown shows them as they are anyway.
 
-    Not `&lt;`: when a text comes back (next turn, retry, edit) nothing would tell ours from one that somebody wrote.
+    Not `&lt;`: when a text comes back (next turn, retry, edit) it could not be told from one that the user wrote.
     """
     change = re.compile(rf"<(?=[A-Za-z/!?{JOINER}])|&(?=#?\w+;|{JOINER})")
     return outside_code(text, lambda part: change.sub(rf"\g<0>{JOINER}", part))
