@@ -75,10 +75,13 @@ class Script:
     name, count = "script", 0
 
     def __init__(self, chunks):
-        self.chunks = chunks
+        self.chunks, self.prompts = chunks, []
 
     def answer(self, messages, options):
+        self.prompts.append([message["content"] for message in messages])
         yield from self.chunks
+        if not self.chunks:
+            raise KeyboardInterrupt
 
 
 def words(text):
@@ -152,6 +155,15 @@ def test_long_answers_are_printed_paragraph_by_paragraph():
     output, _ = draw(chunks, width=40, height=10, force_terminal=True)
     assert "Paragraph 0." in output and "Paragraph 59." in output
     assert output.count("Paragraph 30.") <= 2  # once while it was written, once for good
+
+
+def test_the_system_message_is_sent_and_a_question_without_an_answer_forgotten():
+    chat = Chat(Script([StreamChunk("b")]), Options(), "Be kind.", Console(file=io.StringIO(), force_terminal=True))
+    chat.ask("a")
+    chat.model.chunks = []
+    chat.ask("c")
+    chat.ask("d")
+    assert chat.model.prompts == [["Be kind.", "a"], ["Be kind.", "a", "b", "c"], ["Be kind.", "a", "b", "d"]]
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
@@ -244,9 +256,10 @@ def test_messages_without_calls_are_what_other_servers_get():
 
 
 def test_a_result_without_a_call_is_only_text():
-    assert messages_of([StreamChunk("So "), StreamChunk("7", "result"), StreamChunk("!")]) == [
-        {"role": "assistant", "content": "So 7!"}
-    ]
+    chunks = [StreamChunk("So "), StreamChunk("7", "result"), StreamChunk("!")]
+    assert messages_of(chunks) == [{"role": "assistant", "content": "So 7!"}]
+    call, last = messages_of([StreamChunk("1", "call"), *chunks])
+    assert call["tool_calls"] and last == {"role": "assistant", "content": "So 7!"}
 
 
 @pytest.mark.parametrize(
@@ -266,7 +279,7 @@ def test_open_model_says_what_is_missing(tmp_path, model, run_dir, endpoint, mes
 
 
 class Busy(BaseHTTPRequestHandler):
-    """503 `times` times, then one word."""
+    """`status` for the first `times` requests, then one word; `cut`: with less of a body than announced."""
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -275,9 +288,9 @@ class Busy(BaseHTTPRequestHandler):
         body = b'{"error": "the queue is full"}'
         if not busy:
             chunk = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "fine"}}]}
-            body = b"data: " + json.dumps(chunk).encode() + b"\n\ndata: [DONE]\n\n"
-        self.send_response(503 if busy else 200)
-        self.send_header("Content-Length", str(len(body)))
+            body = b"data: " + json.dumps(chunk).encode() + (b"\n\n" if self.server.cut else b"\n\ndata: [DONE]\n\n")
+        self.send_response(self.server.status if busy else 200)
+        self.send_header("Content-Length", str(len(body) + self.server.cut))
         self.end_headers()
         self.wfile.write(body)
 
@@ -300,12 +313,19 @@ def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line(online):
     with HTTPServer(("127.0.0.1", 0), Busy) as server:
         url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        server.requests, server.times = 0, 1
+        server.requests, server.times, server.status, server.cut = 0, 1, 503, 0
         assert answer(url) == "fine" and server.requests == 2
         server.times = 9
         with pytest.raises(InputError, match=r"does not answer: 503, the queue is full"):
             answer(url, retries=1)
         assert server.requests == 4
+        server.status = 404  # is not tried again
+        with pytest.raises(InputError, match=r"does not answer: 404"):
+            answer(url)
+        server.times, server.cut = 0, 9  # nor is an answer that has begun
+        with pytest.raises(InputError, match=r"does not answer: "):
+            answer(url)
+        assert server.requests == 6
         server.shutdown()
     with pytest.raises(InputError, match="does not answer"):
         answer(url, retries=0)

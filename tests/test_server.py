@@ -177,11 +177,14 @@ def test_openai_clients_may_run_the_tool_themselves(ai, streamed):
     assert final.choices[0].message.content == "It is 11."
 
 
-def test_openai_completes_text_and_lists_the_model(ai, prompt):
+def test_openai_completes_text_and_lists_the_model(ai, server, prompt):
     assert ai.completions.create(model="any", prompt=prompt, max_tokens=120).choices[0].text == HELLO
     chunks = list(ai.completions.create(model="any", prompt=prompt, max_tokens=120, stream=True))
     assert "".join(c.choices[0].text for c in chunks) == HELLO and chunks[-1].choices[0].finish_reason == "stop"
     assert [model.id for model in ai.models.list()] == ["tests/talker"]
+    for text, bos in ((prompt, 0), ("Hello", 1)):  # the first has its bos already
+        size = len(server.tokenizer.encode(text, add_special_tokens=False))
+        assert ai.completions.create(model="any", prompt=text, max_tokens=1).usage.prompt_tokens == bos + size
 
 
 def test_openai_gets_several_samples_of_one_prompt_and_the_same_with_the_same_seed(ai):
@@ -265,8 +268,10 @@ def test_tgi_routes_answer_as_documented(server):
     lines = server.post("/generate_stream", **body).text.strip().split("\n\n")
     assert len(lines) == 5 and json.loads(lines[-1].removeprefix("data: "))["details"]["generated_tokens"] == 5
     assert server.post("/", **body, stream=True).text.strip().split("\n\n") == lines
-    details = server.post("/generate", inputs="Hello", parameters={"truncate": 2, "details": True}).json()["details"]
-    assert (details["input_length"], details["generated_tokens"] <= 20) == (2, True)
+    for parameters, seed in (({}, None), ({"do_sample": True}, 3)):
+        parameters |= {"truncate": 2, "details": True, "seed": 3, "temperature": None, "top_k": 0}
+        details = server.post("/generate", inputs="xy" * 20, parameters=parameters).json()["details"]
+        assert (details["input_length"], details["seed"]) == (2, seed) and details["generated_tokens"] <= 20
     info = httpx.get(server.url + "/info").json()
     assert (info["model_id"], info["max_total_tokens"], info["num_replicas"]) == ("tests/talker", 256, 1)
     assert (info["max_batch_size"], info["max_concurrent_requests"]) == (4, 8)
@@ -297,6 +302,7 @@ def test_a_conversation_that_grew_too_long_loses_its_oldest_turns(server):
     answer = server.post(CHAT, messages=[*messages, *user("Hello")], max_tokens=60).json()
     assert answer["dropped_messages"] > 0 and answer["usage"]["completion_tokens"] > 0
     assert answer["usage"]["prompt_tokens"] + 60 <= server.engine.length
+    assert "dropped_messages" not in server.post(CHAT, messages=user("Hello"), max_tokens=1).json()
 
 
 def test_fields_may_be_null_and_calls_may_be_mappings_as_some_clients_send_them(server):
@@ -352,6 +358,14 @@ def test_a_full_queue_says_so_and_the_others_are_answered(server, hf, monkeypatc
     for thread in threads:
         thread.join()
     assert statuses == [200] * 8
+
+
+def test_several_samples_are_started_all_or_none(server):
+    reply = server.post(CHAT, messages=user("Hello"), n=9, **RANDOM)  # of 8 that may run or wait
+    assert reply.status_code == 429
+    until(lambda: not server.workers[0].load, seconds=5)
+    assert server.workers[0].load == 0
+    assert len(server.post(CHAT, messages=user("Hello"), n=8, max_tokens=1).json()["choices"]) == 8
 
 
 @pytest.mark.parametrize("stream", [True, False])
