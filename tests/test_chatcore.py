@@ -22,7 +22,7 @@ class Refreshed(Knower):
         super().__init__(model, tokenizer)
         type(self).made += 1
 
-    def refresh(self):
+    def sync_weights(self):
         type(self).refreshed += 1
 
 

@@ -107,7 +107,7 @@ def evaluate(
         config: keys of eval.yaml.
         models: stage -> folder or Hub id, for example {"base": "runs/d12/base", "sft": "runs/d12/sft"}.
         output: the eval folder of the run.
-        engine: (model, tokenizer) -> object with `generate`, such as `serve.generate.Engine`; None: the built-in one.
+        engine: (model, tokenizer) -> object with `generate`, such as `serve.engine.Engine`; None: the built-in one.
         keep_unchanged: take over from an earlier output/metrics.json the results of stages whose weights did not
             change, if config, tasks and data are the same.
 
@@ -320,8 +320,8 @@ def chatcore_metric(config: EvalConfig, tokenizer, output: Path, engine: Callabl
     def measure(model, limit: int) -> float:
         if not engines:
             engines.append((engine or Generator)(model, tokenizer))
-        elif hasattr(engines[0], "refresh"):
-            engines[0].refresh()
+        elif hasattr(engines[0], "sync_weights"):
+            engines[0].sync_weights()
         tasks.config = replace(config, max_per_task=limit if limit > 0 else None)
         results = {}
         with quiet():

@@ -8,7 +8,7 @@ in text that cannot spell a special token.
 
 Batched generation for any causal LM of transformers, with the python tool running inside the answer.
 
-The plain way, for evaluation on any machine and any model; `serve.generate.Engine` has the same `generate` and is much
+The plain way, for evaluation on any machine and any model; `serve.engine.Engine` has the same `generate` and is much
 faster for nanochat models on a GPU, so `evaluate` takes either. A call stands between <|python_start|> and
 <|python_end|>; its result is put into the row as <|output_start|> ... <|output_end|>, and the model goes on.
 """
