@@ -20,7 +20,7 @@ from ..distributed import get_dist_info, partial_state
 from ..errors import InputError
 from ..kernels.attention import uses_flash
 from ..kernels.backend import triton, unloaded, verify, version
-from ..kernels.block_matmuls import fused
+from ..kernels.block_matmuls import uses_quack
 from ..kernels.fused_cross_entropy import fused_linear_cross_entropy
 from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
@@ -32,7 +32,7 @@ from .fused_model import BF16_KERNELS, FusedTransformer
 
 
 class ModelLoss(nn.Module):
-    """The model's own forward with the head's loss, with the signature of `fast.Trunk`.
+    """The model's own forward with the head's loss, with the signature of `FusedTransformer`.
 
     For an attention that the user chose.
     """
@@ -220,7 +220,7 @@ def describe(network: nn.Module, fp8: bool | str) -> str:
     x = torch.empty((), device=device, dtype=compute_dtype(device, half=True))
     auto = isinstance(network, FusedTransformer)
     parts = ["attention " + (packaged("flash-attn-4") if auto and uses_flash(x) else "PyTorch")]
-    matmuls = packaged("quack-kernels") if auto and fused(x) else "PyTorch"
+    matmuls = packaged("quack-kernels") if auto and uses_quack(x) else "PyTorch"
     parts.append("matmuls " + ("PyTorch's FP8" if eight else matmuls))
     parts += [packaged("triton")] if triton is not None else []
     hints = [f"{package} {reason}" for package, reason in unloaded.items() if auto and reason == "not installed"]
