@@ -1,4 +1,4 @@
-"""The training benchmark's own parts: FlashAttention-4 in the peer's place, which contenders there are, the ratios."""
+"""The training benchmark's own parts: FlashAttention-4 for the baseline, which contenders there are, the ratios."""
 
 import importlib.util
 import sys
@@ -49,33 +49,33 @@ def flash(monkeypatch):
     return bench.flash4()
 
 
-def test_flash_attention_4_stands_in_for_3_in_a_whole_compiled_graph(flash):
+def test_flash_attention_4_replaces_3_in_a_whole_compiled_graph(flash):
     q, k, v, grad = torch.randn(4, 2, 12, 3, 8)
     for window, left in (((12, 0), None), ((-1, -1), None), ((3, 0), 3)):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         run = torch.compile(partial(flash, causal=True, window_size=window), fullgraph=True, backend="aot_eager")
         out, exact = run(*leaves), attention(q, k, v, 8**-0.5, left)
         assert torch.allclose(out, exact, atol=1e-5)
-        wanted = [x.clone().requires_grad_() for x in (q, k, v)]
-        found = torch.autograd.grad(out, leaves, grad)
-        for a, b in zip(found, torch.autograd.grad(attention(*wanted, 8**-0.5, left), wanted, grad)):
+        plain = [x.clone().requires_grad_() for x in (q, k, v)]
+        grads = torch.autograd.grad(out, leaves, grad)
+        for a, b in zip(grads, torch.autograd.grad(attention(*plain, 8**-0.5, left), plain, grad)):
             assert torch.allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ours:fa4", "peer:L", "theirs"])
+@pytest.mark.parametrize("name", ["ours:fa4", "baseline:L", "theirs"])
 def test_an_unknown_contender_is_refused(name):
     with pytest.raises(SystemExit, match="is no contender"):
         bench.contender(name, "d12x1", 1, 0)
 
 
-def test_ratios_are_ours_over_the_fastest_peer_by_precision():
-    speeds = {"ours": 120, "ours:fp8": 150, "peer:fa4": 100, "peer:sdpa": 80, "peer:fa4+fp8": 125}
+def test_ratios_are_ours_over_the_fastest_baseline_by_precision():
+    speeds = {"ours": 120, "ours:fp8": 150, "baseline:fa4": 100, "baseline:sdpa": 80, "baseline:fa4+fp8": 125}
     rows = [("d24x16", name, {"tok_s": speed}) for name, speed in speeds.items()] + [("d12x32", "ours", {"tok_s": 1})]
     assert bench.ratios(rows) == ["d24x16   bf16  1.200", "d24x16   fp8   1.200"]
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_flops_of_the_peer_are_counted_before_its_matrices_become_fp8(fp8, monkeypatch):
+def test_flops_of_the_baseline_are_counted_before_its_matrices_become_fp8(fp8, monkeypatch):
     class GPT(torch.nn.Module):
         window_sizes, flops = [(768, 0)], 100
 
@@ -103,4 +103,4 @@ def test_flops_of_the_peer_are_counted_before_its_matrices_become_fp8(fp8, monke
         vars(module).update(members)
         setattr(package, name, module)
         monkeypatch.setitem(sys.modules, f"nanochat.{name}", module)
-    assert bench.peer(2, "L", "", fp8)[2] == 100
+    assert bench.baseline(2, "L", "", fp8)[2] == 100
