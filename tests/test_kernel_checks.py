@@ -13,7 +13,7 @@ import torch
 from tiny import make_config
 from torch import nn
 
-from nanochat_hf.kernels import attention, backend
+from nanochat_hf.kernels import attention, backend, muon
 from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
 from nanochat_hf.serve.decoder import Decoder
@@ -107,6 +107,7 @@ def test_fp8_that_is_wrong_is_bf16_training(tiny_model, monkeypatch):
 
 def test_every_kernel_of_triton_has_a_check():
     package = Path(backend.__file__).parent
+    assert set(muon.MUON_KERNELS) <= set(TRAINING)
     for path in package.rglob("*.py"):
         text = path.read_text()
         if "@triton.jit" in text:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import check, triton, unavailable, usable
-from .float8 import Float8Linear, Float8Relu2MLP, Float8Weight
+from .float8 import Float8Relu2MLP, Float8Weight
 from .residual import residual_mix
 from .weight_cache import accumulate_grad_
 
@@ -36,41 +36,49 @@ class Bf16Weight(NamedTuple):
     matrix: Tensor
     parts: tuple[Tensor, ...]
 
+    def linear(self, x: Tensor, amax_bound: float | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x (N, C) times the matrix transposed, and what `linear_grad` needs."""
+        return matmul(x, self.matrix.t()), (x,)
 
-def accumulate_weight_grads(weight: Bf16Weight, dy: Tensor, x: Tensor) -> list[Tensor | None]:
-    """The gradients of a weight's parts from dy (N, O) and x (N, C); None where it was added to `.grad`."""
-    grads = []
-    for part, grad in zip(weight.parts, dy.split([len(part) for part in weight.parts], dim=1)):
-        if not part.requires_grad:
-            grads.append(None)
-        elif not (x.is_cuda and part.dtype == torch.float32):
-            grads.append(accumulate_grad_(part, grad.t() @ x))
-        elif part.grad is None:
-            grads.append(torch.mm(grad.t(), x, out_dtype=torch.float32))
-        else:
-            torch.addmm(part.grad, grad.t(), x, out_dtype=torch.float32, out=part.grad)
-            grads.append(None)
-    return grads
+    def linear_grad(self, dy: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The gradient of x, and those of the parts."""
+        return matmul(dy, self.matrix), self.accumulate_grads(dy, x)
+
+    def accumulate_grads(self, dy: Tensor, x: Tensor) -> list[Tensor | None]:
+        """The gradients of the parts from dy (N, O) and x (N, C); None where it was added to `.grad`."""
+        grads = []
+        for part, grad in zip(self.parts, dy.split([len(part) for part in self.parts], dim=1)):
+            if not part.requires_grad:
+                grads.append(None)
+            elif not (x.is_cuda and part.dtype == torch.float32):
+                grads.append(accumulate_grad_(part, grad.t() @ x))
+            elif part.grad is None:
+                grads.append(torch.mm(grad.t(), x, out_dtype=torch.float32))
+            else:
+                torch.addmm(part.grad, grad.t(), x, out_dtype=torch.float32, out=part.grad)
+                grads.append(None)
+        return grads
 
 
 class _Linear(torch.autograd.Function):
-    """y = x w^T and, from the first channels of x, the gates of the value embedding."""
+    """y = x w^T and, from the first channels of x, in bf16, the gates of the value embedding."""
 
     @staticmethod
-    def forward(ctx, x, gate, matrix, *parts):
-        ctx.weight = Bf16Weight(matrix, parts)
-        ctx.save_for_backward(x, gate)
-        return matmul(x, matrix.t()), None if gate is None else x[:, : gate.shape[1]] @ gate.t()
+    def forward(ctx, x, gate, amax_bound, weight, *parts):
+        y, saved = weight.linear(x, amax_bound)
+        channels = None if gate is None else x[:, : gate.shape[1]].contiguous()
+        ctx.weight = weight
+        ctx.save_for_backward(gate, channels, *saved)
+        return y, None if gate is None else channels @ gate.t()
 
     @staticmethod
     def backward(ctx, dy, dgates):
-        x, gate = ctx.saved_tensors
-        dx, dgate = matmul(dy, ctx.weight.matrix), None
+        gate, channels, *saved = ctx.saved_tensors
+        (dx, grads), dgate = ctx.weight.linear_grad(dy, *saved), None
         if gate is not None:
-            channels = slice(gate.shape[1])
-            dx[:, channels].addmm_(dgates, gate)
-            dgate = dgates.t() @ x[:, channels]
-        return dx, dgate, None, *accumulate_weight_grads(ctx.weight, dy, x)
+            dx[:, : gate.shape[1]].addmm_(dgates, gate)
+            dgate = dgates.t() @ channels
+        return dx, dgate, None, None, *grads
 
 
 def linear_and_gates(
@@ -83,10 +91,7 @@ def linear_and_gates(
     gate = None if gate is None else gate.to(x.dtype)
     if isinstance(w, Tensor):
         return F.linear(x, w), None if gate is None else F.linear(x[..., : gate.shape[1]], gate)
-    if isinstance(w, Float8Weight):
-        y, gates = Float8Linear.apply(x.flatten(0, -2), gate, amax_bound, w, *w.parts)
-    else:
-        y, gates = _Linear.apply(x.flatten(0, -2), gate, w.matrix, *w.parts)
+    y, gates = _Linear.apply(x.flatten(0, -2), gate, amax_bound, w, *w.parts)
     return y.unflatten(0, x.shape[:-1]), None if gate is None else gates.unflatten(0, x.shape[:-1])
 
 
@@ -108,8 +113,8 @@ class _ResidualMLP(torch.autograd.Function):
         dh, factor = matmul_relu2_grad(dy, w2.matrix, squared, scale, x.shape[1])
         dx = matmul_norm_grad(dh, w1.matrix, dx, x, factor)
         return (
-            dx, matmul(dx, wo.matrix), *[None] * 4, *accumulate_weight_grads(wo, dx, attn_out),
-            *accumulate_weight_grads(w1, dh, x), *accumulate_weight_grads(w2, dy, squared),
+            dx, matmul(dx, wo.matrix), *[None] * 4, *wo.accumulate_grads(dx, attn_out),
+            *w1.accumulate_grads(dh, x), *w2.accumulate_grads(dy, squared),
         )  # fmt: skip
 
 

@@ -171,12 +171,42 @@ def quantize(x: Tensor, dtype: torch.dtype, amax_bound: Tensor | float | None = 
     return out
 
 
+def scaled_mm(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """a (M, K), b (N, K) in FP8 -> a b^T (M, N). fast: sums in the tensor cores' own, less precise accumulator."""
+    return torch._scaled_mm(a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, use_fast_accum=fast)
+
+
 class Float8Weight(NamedTuple):
-    """A matrix (sum of N_i, C) in E4M3, its largest column norm, and the parameters (N_i, C) it was made from."""
+    """A matrix (sum of N_i, C) in E4M3, its largest column norm, and the parameters (N_i, C) it was made from.
+
+    Methods as those of `block_matmuls.Bf16Weight`.
+    """
 
     pair: Float8Pair
     column_norm: Tensor
     parts: tuple[Tensor, ...]
+
+    def linear(self, x: Tensor, amax_bound: float | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x8 = quantize(x, E4M3, amax_bound)
+        return self.matmul(x8, x.dtype), (x8.transposed, x8.scale)
+
+    def linear_grad(self, dy: Tensor, x_transposed: Tensor, x_scale: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        dy8 = quantize(dy, E5M2)
+        return self.matmul_grad(dy8, dy.dtype), self.accumulate_grads(dy8, x_transposed, x_scale, dy.dtype)
+
+    def matmul(self, x8: Float8Pair, dtype: torch.dtype) -> Tensor:
+        return scaled_mm(x8.row_major, self.pair.row_major, (x8.scale, self.pair.scale), dtype, fast=True)
+
+    def matmul_grad(self, dy8: Float8Pair, dtype: torch.dtype) -> Tensor:
+        return scaled_mm(dy8.row_major, self.pair.transposed, (dy8.scale, self.pair.scale), dtype)
+
+    def accumulate_grads(self, dy8: Float8Pair, x_transposed, x_scale, dtype: torch.dtype) -> list[Tensor | None]:
+        """dtype: of what is added to `.grad`."""
+        first = len(self.parts) == 1 and self.parts[0].grad is None
+        dtype = self.parts[0].dtype if first else dtype
+        dw = scaled_mm(dy8.transposed, x_transposed, (dy8.scale, x_scale), dtype)
+        parts = zip(self.parts, dw.split([len(part) for part in self.parts]))
+        return [accumulate_grad_(part, grad) if part.requires_grad else None for part, grad in parts]
 
 
 @torch.no_grad()
@@ -192,71 +222,29 @@ def quantize_weight(*parts: Tensor) -> Float8Weight:
     return Float8Weight(pair, torch.stack(norms).norm(dim=0).amax(), parts)
 
 
-def scaled_mm(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
-    """a (M, K), b (N, K) in FP8 -> a b^T (M, N). fast: sums in the tensor cores' own, less precise accumulator."""
-    return torch._scaled_mm(a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, use_fast_accum=fast)
-
-
-def accumulate_weight_grads(weight: Float8Weight, dy: Float8Pair, x: Float8Pair, dtype: torch.dtype) -> list:
-    """As that of `block_matmuls`, from the transposed layouts of dy (N, O) and x (N, C); dtype: of what is added."""
-    first = len(weight.parts) == 1 and weight.parts[0].grad is None
-    dtype = weight.parts[0].dtype if first else dtype
-    dw = scaled_mm(dy.transposed, x.transposed, (dy.scale, x.scale), dtype)
-    parts = zip(weight.parts, dw.split([len(part) for part in weight.parts]))
-    return [accumulate_grad_(part, grad) if part.requires_grad else None for part, grad in parts]
-
-
-class Float8Linear(torch.autograd.Function):
-    """`block_matmuls._Linear` in FP8; the few channels of the gates stay in bf16. amax_bound: as in `quantize`."""
-
-    @staticmethod
-    def forward(ctx, x, gate, amax_bound, weight, *parts):
-        x8, w8 = quantize(x, E4M3, amax_bound), weight.pair
-        head = None if gate is None else x[:, : gate.shape[1]].contiguous()
-        ctx.weight, ctx.dtype = weight, x.dtype
-        ctx.save_for_backward(x8.transposed, x8.scale, head, gate)
-        y = scaled_mm(x8.row_major, w8.row_major, (x8.scale, w8.scale), x.dtype, fast=True)
-        return y, None if gate is None else head @ gate.t()
-
-    @staticmethod
-    def backward(ctx, dy, dgates):
-        x_transposed, x_scale, head, gate = ctx.saved_tensors
-        weight, dgate, dy8 = ctx.weight, None, quantize(dy, E5M2)
-        dx = scaled_mm(dy8.row_major, weight.pair.transposed, (dy8.scale, weight.pair.scale), ctx.dtype)
-        if gate is not None:
-            dx[:, : gate.shape[1]].addmm_(dgates, gate)
-            dgate = dgates.t() @ head
-        x8 = Float8Pair(None, x_transposed, x_scale)
-        return dx, dgate, None, None, *accumulate_weight_grads(weight, dy8, x8, ctx.dtype)
-
-
 class Float8Relu2MLP(torch.autograd.Function):
     """relu(x w1^T)^2 w2^T in FP8; between the matmuls only the input of the activation is kept, in bf16."""
 
     @staticmethod
     def forward(ctx, x, amax_bound, w1, w2, *parts):
-        x8 = quantize(x, E4M3, amax_bound)
-        h = scaled_mm(x8.row_major, w1.pair.row_major, (x8.scale, w1.pair.scale), x.dtype, fast=True)
+        h, saved = w1.linear(x, amax_bound)
         h_amax = compute_amax(h)[0]
         a8 = empty(h.shape, h.device, E4M3, transposed=False)
         cast_to_fp8(a8, h, h_amax, SQUARED)
         ctx.weights, ctx.dtype = (w1, w2), x.dtype
-        ctx.save_for_backward(x8.transposed, x8.scale, h, h_amax)
-        return scaled_mm(a8.row_major, w2.pair.row_major, (a8.scale, w2.pair.scale), x.dtype, fast=True)
+        ctx.save_for_backward(*saved, h, h_amax)
+        return w2.matmul(a8, x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        x_transposed, x_scale, h, h_amax = ctx.saved_tensors
-        w1, w2 = ctx.weights
+        (*saved, h, h_amax), (w1, w2), dtype = ctx.saved_tensors, ctx.weights, ctx.dtype
         dy_amax, row_norm = compute_amax(dy, norms=True)
         dy8 = quantize(dy, E5M2, dy_amax)
-        da = scaled_mm(dy8.row_major, w2.pair.transposed, (dy8.scale, w2.pair.scale), ctx.dtype)
+        da = w2.matmul_grad(dy8, dtype)
         dh8, a8 = empty(h.shape, h.device, E5M2), empty(h.shape, h.device, E4M3, row_major=False)
         cast_to_fp8(dh8, h, h_amax, SQUARED_GRAD, da, row_norm * w2.column_norm, a8)
-        dx = scaled_mm(dh8.row_major, w1.pair.transposed, (dh8.scale, w1.pair.scale), ctx.dtype)
-        x8 = Float8Pair(None, x_transposed, x_scale)
-        grads = *accumulate_weight_grads(w1, dh8, x8, ctx.dtype), *accumulate_weight_grads(w2, dy8, a8, ctx.dtype)
-        return dx, None, None, None, *grads
+        dx, grads = w1.matmul_grad(dh8, dtype), w1.accumulate_grads(dh8, *saved, dtype)
+        return dx, None, None, None, *grads, *w2.accumulate_grads(dy8, a8.transposed, a8.scale, dtype)
 
 
 def _numbers(draw, rows: int, columns: int) -> Tensor:

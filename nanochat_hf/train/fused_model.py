@@ -32,13 +32,9 @@ KERNELS = ("rotary and QK norm", "residual mix", "gradient sums", "GEMM epilogue
 BF16_KERNELS = ("fused cross-entropy", FLASH)
 
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), eps=eps)
-
-
 def embed(x, gate, smear_lambda, eps: float, dtype: torch.dtype, position_ids: Tensor | None) -> Tensor:
     """Embedding (B, T, C) -> the normed one, smeared if there is a gate (1, G), but not into position 0."""
-    x = rms_norm(x.to(dtype), eps)
+    x = F.rms_norm(x.to(dtype), x.shape[-1:], eps=eps)
     if gate is not None:
         share = smear_lambda.to(x.dtype) * torch.sigmoid(F.linear(x[:, 1:, : gate.shape[1]], gate.to(x.dtype)))
         if position_ids is not None:
@@ -70,7 +66,7 @@ def finish(x: Tensor, y: Tensor, middle: Tensor | None, backout_lambda: Tensor |
     x = x + y
     if backout_lambda is not None:
         x = (x - backout_lambda.float() * (middle[0] + middle[1])).to(x.dtype)  # in float32: what is left may be small
-    return rms_norm(x, eps)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 class BlockKind(NamedTuple):
