@@ -70,12 +70,12 @@ def finish(x: Tensor, y: Tensor, middle: Tensor | None, backout_lambda: Tensor |
 
 
 class BlockKind(NamedTuple):
-    """One of the ways above: the block, (cache, name, parameters) -> its weight, and whether FlashAttention-4 runs."""
+    """One of the ways above to compute a block."""
 
-    run: Callable
-    weight: Callable
-    kernels: bool
-    flash: bool
+    run: Callable  # `block`, compiled or eager
+    weight: Callable  # (cache, name, parameters) -> the weight that `run` takes
+    kernels: bool  # value embeddings are read from their table by the kernel
+    flash: bool  # FlashAttention-4
 
 
 class FusedTransformer(nn.Module):
