@@ -75,7 +75,7 @@ def test_a_weight_of_several_parts_has_one_scale_and_its_largest_column_norm(dev
 
 
 def run(device: str, dtype: torch.dtype, fp8: bool) -> tuple[list, dict]:
-    """Outputs and gradients, twice added up, of a matmul with gates and an MLP on parameters made from one seed."""
+    """Outputs and gradients, twice added up, of a matmul with gates and an MLP on parameters from one seed."""
     torch.manual_seed(0)
     sizes = {"a": (96, 64), "b": (32, 64), "gate": (4, 16), "w1": (256, 128), "w2": (64, 256)}
     p = {name: (0.1 * torch.randn(size)).to(device).requires_grad_() for name, size in sizes.items()}

@@ -146,7 +146,7 @@ def test_the_decoders_check_leaves_it_as_it_was():
 
 
 def interpreted() -> None:
-    """In a process with TRITON_INTERPRET=1: all checks pass, but what needs a GPU's products, and find a fault."""
+    """In a process with TRITON_INTERPRET=1: all checks pass but those that need a GPU, and find a fault."""
     for name in set(TRAINING) - {"fused cross-entropy", *FLASH_KERNELS}:
         cases = backend.CHECKS[name].cases(draw(), CONFIG)
         if name == "FP8":

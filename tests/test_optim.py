@@ -117,18 +117,18 @@ def values(optimizer):
 
 
 def test_a_reloaded_state_resumes_bit_for_bit(tmp_path):
-    straight, stopped = MuonAdamW(toy_groups()), MuonAdamW(toy_groups())
-    toy_run(straight, 6)
+    uninterrupted, stopped = MuonAdamW(toy_groups()), MuonAdamW(toy_groups())
+    toy_run(uninterrupted, 6)
     toy_run(stopped, 3)
     torch.save((stopped.state_dict(), values(stopped)), tmp_path / "state.pt")
     state, weights = torch.load(tmp_path / "state.pt")
     resumed = MuonAdamW(toy_groups())
     with torch.no_grad():
-        for p, value in zip((p for group in resumed.param_groups for p in group["params"]), weights):
+        for p, value in zip(parameters(resumed), weights):
             p.copy_(value)
     resumed.load_state_dict(state)
     toy_run(resumed, 3, start=3)
-    for a, b in zip(values(straight), values(resumed)):
+    for a, b in zip(values(uninterrupted), values(resumed)):
         assert torch.equal(a, b)
 
 

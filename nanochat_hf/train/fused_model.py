@@ -135,7 +135,7 @@ class FusedTransformer(nn.Module):
             self.tables[key] = cos[0, 0, :, None].contiguous(), sin[0, 0, :, None].contiguous(), masks
         cos, sin, masks = self.tables[key]
         if position_ids is not None:
-            masks = {window: attention_mask(x, window, position_ids, max_documents, flash) for window in masks}
+            masks = {window: attention_mask(x, window, position_ids, max_documents, flash=flash) for window in masks}
         return cos, sin, masks
 
     def layer(self, layer: nn.Module, *inputs) -> tuple[Tensor, Tensor]:
