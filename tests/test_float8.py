@@ -46,6 +46,7 @@ def test_an_amax_bound_that_is_too_large_costs_next_to_nothing():
     assert relative(dequantize(quantize(x, E4M3, 8.0)), x) < 0.04
     assert relative(dequantize(quantize(1e-6 * x, E5M2, torch.tensor([1e-3]))), 1e-6 * x) < 0.08
     assert not dequantize(quantize(torch.zeros(16, 16), E4M3)).any()
+    assert (dequantize(quantize(x, E4M3, 1.0)) - x.clamp(-1, 1)).abs().max() < 0.04  # and one too small saturates
 
 
 def test_amax_and_norms_are_those_of_magnitudes_and_rows():
@@ -75,18 +76,18 @@ def test_a_weight_of_several_parts_has_one_scale_and_its_largest_column_norm(dev
 
 
 def run(device: str, dtype: torch.dtype, fp8: bool) -> tuple[list, dict]:
-    """Outputs and gradients, twice added up, of a matmul with gates and an MLP on parameters from one seed."""
+    """Outputs and gradients, twice added up, of a matmul with gates and what follows attention, from one seed."""
     torch.manual_seed(0)
-    sizes = {"a": (96, 64), "b": (32, 64), "gate": (4, 16), "w1": (256, 128), "w2": (64, 256)}
-    p = {name: (0.1 * torch.randn(size)).to(device).requires_grad_() for name, size in sizes.items()}
+    sizes = {"a": (96, 64), "b": (32, 64), "gate": (4, 16), "wo": (64, 128), "w1": (256, 64), "w2": (64, 256)}
+    p = {name: (0.5 * torch.randn(size)).to(device).requires_grad_() for name, size in sizes.items()}
     p["x"] = F.rms_norm(torch.randn(2, 64, 64), (64,)).to(device).requires_grad_()
     dy, dgates = torch.randn(2, 64, 64).to(device, dtype), torch.randn(2, 64, 4).to(device, dtype)
     for _ in range(2):
         make = quantize_weight if fp8 else lambda *parts: torch.cat(parts).to(dtype)
         y, gates = block_matmuls.linear_and_gates(p["x"].to(dtype), make(p["a"], p["b"]), p["gate"], amax_bound=8.0)
-        y = block_matmuls.relu2_mlp(y, make(p["w1"]), make(p["w2"]))
-        torch.autograd.backward((y, gates), (dy, dgates))
-    return [y, gates], {name: value.grad for name, value in p.items()}
+        s, y = block_matmuls.residual_mlp(p["x"].to(dtype), y, make(p["wo"]), make(p["w1"]), make(p["w2"]), 1e-6)
+        torch.autograd.backward((s + y, gates), (dy, dgates))
+    return [s, y, gates], {name: value.grad for name, value in p.items()}
 
 
 @pytest.mark.parametrize("device", DEVICES)
