@@ -46,7 +46,8 @@ def test_an_amax_bound_that_is_too_large_costs_next_to_nothing():
     assert relative(dequantize(quantize(x, E4M3, 8.0)), x) < 0.04
     assert relative(dequantize(quantize(1e-6 * x, E5M2, torch.tensor([1e-3]))), 1e-6 * x) < 0.08
     assert not dequantize(quantize(torch.zeros(16, 16), E4M3)).any()
-    assert (dequantize(quantize(x, E4M3, 1.0)) - x.clamp(-1, 1)).abs().max() < 0.04  # and one too small saturates
+    for dtype in (E4M3, E5M2):  # and one that is too small saturates
+        assert (dequantize(quantize(x, dtype, 1.0)) - x.clamp(-1, 1)).abs().max() < 0.08
 
 
 def test_amax_and_norms_are_those_of_magnitudes_and_rows():
@@ -80,6 +81,7 @@ def run(device: str, dtype: torch.dtype, fp8: bool) -> tuple[list, dict]:
     torch.manual_seed(0)
     sizes = {"a": (96, 64), "b": (32, 64), "gate": (4, 16), "wo": (64, 128), "w1": (256, 64), "w2": (64, 256)}
     p = {name: (0.5 * torch.randn(size)).to(device).requires_grad_() for name, size in sizes.items()}
+    p["w2"].data *= 10  # so that a bound without its column norm would be far too small
     p["x"] = F.rms_norm(torch.randn(2, 64, 64), (64,)).to(device).requires_grad_()
     dy, dgates = torch.randn(2, 64, 64).to(device, dtype), torch.randn(2, 64, 4).to(device, dtype)
     for _ in range(2):
