@@ -1,11 +1,10 @@
-"""Speed of this machine without a GPU benchmark: the loader, the optimizer and the training step of the demo's model.
+"""Speed of this machine's CPU: the data loader, and the training step and optimizer of the demo's model.
 
     python scripts/bench.py [--dataset primer] [--seconds 10]
 
-Tokens a second of tokenizing and packing (rows of 2,048), of a whole training step of recipe cpu-demo, and
-milliseconds of the optimizer in it. The loader's figure a core is tokens a second of processor time: what one core
-gives when it has nothing else to do. The loader works on as many cores as it is given, with no lock between them, so
-eight give eight times that, as long as tokenizing is nearly all of the work. Figures for a GPU: scripts/bench_gpu.py.
+Prints tokens per second of tokenizing and packing (sequences of 2,048) and of a training step of recipe cpu-demo, and
+milliseconds of the optimizer in it. The loader's threads share no lock and tokenizing is nearly all of their work, so
+N cores give N times the figure per core (tokens per second of processor time). For a GPU: scripts/bench_gpu.py.
 """
 
 import argparse
@@ -50,21 +49,21 @@ def main() -> None:
         rows += len(next(loader))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     loader.close()
-    print(f"loader     {rows * 2048 / wall:12,.0f} tok/s on {cpu / wall:.1f} cores, {rows * 2048 / cpu:,.0f} a core")
+    print(f"loader     {rows * 2048 / wall:12,.0f} tok/s on {cpu / wall:.1f} cores, {rows * 2048 / cpu:,.0f} per core")
 
     made = plan(4, 1024, aspect_ratio=32, head_dim=32, max_seq_len=128, total_batch_size=2048, num_iterations=1)
     model = NanoChatForCausalLM(NanoChatConfig(**made.model_fields()))
-    trunk, optimizer = FusedTransformer(model), MuonAdamW(param_groups(model, made.groups))
+    fused, optimizer = FusedTransformer(model), MuonAdamW(param_groups(model, made.groups))
     ids = torch.randint(0, 1024, (16, 129))
 
     def step():
-        trunk(ids[:, :-1], ids[:, 1:]).backward()
+        fused(ids[:, :-1], ids[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     print(f"train step {repeat(step, arguments.seconds) * 2048:12,.0f} tok/s on {torch.get_num_threads()} threads")
-    trunk(ids[:, :-1], ids[:, 1:]).backward()
-    print(f"optimizer  {1e3 / repeat(optimizer.step, arguments.seconds):12.1f} ms a step")
+    fused(ids[:, :-1], ids[:, 1:]).backward()
+    print(f"optimizer  {1e3 / repeat(optimizer.step, arguments.seconds):12.1f} ms per step")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Training speed on one GPU, ours beside karpathy/nanochat: tok/s, MFU, memory, time to the first step.
 
-    python scripts/bench_gpu.py [--configs d24x16,d12x32] [--peer PATH_OF_A_NANOCHAT_CHECKOUT] [--steps 6]
+    python scripts/bench_gpu.py [--configs d24x16,d12x32] [--baseline PATH_OF_A_NANOCHAT_CHECKOUT] [--steps 6]
 
-A configuration is depth x device batch, of 2,048-token rows of random ids; a step is four micro-batches and the
-optimizer. Each contender runs in a process of its own and is timed when its GPU is as warm as it gets: after a pause,
-as while a compiler is at work, it is up to 3 % faster for some seconds. Contenders are `ours` and `peer`, with options
-after a colon, joined by +: `fp8`; of ours `L`, full attention; of the peer its attention. Its FlashAttention-3 comes
-from the Hub; in its place stands FlashAttention-4 (`fa4`), FlexAttention with the same windows (`flex`) or its own
-SDPA (`sdpa`); with none of them it takes what it finds. The last table has our speed over the peer's, by precision.
+A configuration is depth x micro-batch size, of sequences of 2,048 random token ids; a step is four micro-batches and
+the optimizer. Each contender runs in its own process and is timed when its GPU is warm: after a pause, as while a
+compiler runs, it is up to 3 % faster for some seconds. Contenders are `ours` and `baseline`, with options after a
+colon, joined by +: `fp8`; of ours `L`, full attention; of the baseline its attention. Its FlashAttention-3 comes from
+the Hub; FlashAttention-4 (`fa4`), FlexAttention with the same windows (`flex`) or its own SDPA (`sdpa`) replace it;
+with none of them it takes what is installed. The last table has our speed over the baseline's, by precision.
 MFU is counted as upstream counts it: 6 FLOPs per matrix parameter plus attention by window, over the bf16 peak.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -23,11 +24,12 @@ from torch import Tensor
 
 from nanochat_hf.optim.scaling import peak_flops
 
-LENGTH, ACCUMULATION = 2048, 4
+LENGTH, GRAD_ACCUM_STEPS = 2048, 4
+OPTIONS = {"ours": {"L", "fp8"}, "baseline": {"fa4", "flex", "fp8", "sdpa"}}  # of the contenders
 
 
 def ours(depth: int, pattern: str, fp8: bool):
-    """-> (function of ids and targets to the loss, optimizer, FLOPs per token) of this project's training step."""
+    """This project's training step: function of ids and targets to the loss, optimizer, FLOPs per token."""
     from nanochat_hf.model.configuration_nanochat import NanoChatConfig
     from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
     from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
@@ -41,13 +43,13 @@ def ours(depth: int, pattern: str, fp8: bool):
         if isinstance(module, torch.nn.Embedding):
             module.to(torch.bfloat16)
     optimizer = MuonAdamW(param_groups(model, made.groups))
-    trunk = FusedTransformer(model, compile=True, fp8=fp8)
-    if trunk.fp8 != fp8:
+    fused = FusedTransformer(model, compile=True, fp8=fp8)
+    if fused.fp8 != fp8:
         sys.exit("error: the FP8 kernels are wrong here")
-    return trunk, optimizer, made.flops_per_token
+    return fused, optimizer, made.flops_per_token
 
 
-def peer(depth: int, pattern: str, attention: str, fp8: bool):
+def baseline(depth: int, pattern: str, attention: str, fp8: bool):
     """The same of karpathy/nanochat, whose checkout is on sys.path."""
     from nanochat import flash_attention
     from nanochat.gpt import GPT, GPTConfig
@@ -79,9 +81,7 @@ def flex(windows: set[int]):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def masked(window):
-        def visible(b, h, q, k):
-            return (q >= k) & (q - k <= window)
-
+        visible = lambda b, h, q, k: (q >= k) & (q - k <= window)  # noqa: E731
         return create_block_mask(visible, None, None, LENGTH, LENGTH, device="cuda")
 
     masks = {window: masked(window) for window in windows}
@@ -94,14 +94,14 @@ def flex(windows: set[int]):
 
 
 def flash4():
-    """FlashAttention-4 with the signature of FlashAttention-3, an operator that torch.compile does not look into."""
+    """FlashAttention-4 with the signature of FlashAttention-3, as a custom operator: nanochat compiles one graph."""
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
     def extent(left: int, length: int) -> dict:
         whole = left < 0 or left >= length
         return {"causal": True} if whole else {"window_size_left": left, "window_size_right": 0}
 
-    @torch.library.custom_op("peer::attend", mutates_args=())
+    @torch.library.custom_op("baseline::attend", mutates_args=())
     def forward(q: Tensor, k: Tensor, v: Tensor, left: int) -> tuple[Tensor, Tensor]:
         scale = q.shape[-1] ** -0.5
         out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **extent(left, q.shape[1]))
@@ -111,7 +111,7 @@ def flash4():
     def _(q, k, v, left):
         return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
 
-    @torch.library.custom_op("peer::attend_grad", mutates_args=())
+    @torch.library.custom_op("baseline::attend_grad", mutates_args=())
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, left: int
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,24 +124,24 @@ def flash4():
     def _(grad, q, k, v, out, lse, left):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
-    def keep(ctx, inputs, output):
+    def save(ctx, inputs, output):
         q, k, v, ctx.left = inputs
         ctx.save_for_backward(q, k, v, *output)
 
     forward.register_autograd(
-        lambda ctx, grad, _: (*backward(grad, *ctx.saved_tensors, ctx.left), None), setup_context=keep
+        lambda ctx, grad, _: (*backward(grad, *ctx.saved_tensors, ctx.left), None), setup_context=save
     )
     return lambda q, k, v, causal=False, window_size=(-1, -1): forward(q, k, v, window_size[0])[0]
 
 
-def measure(make, batch: int, steps: int, warmup: float) -> dict:
+def measure(build, batch: int, steps: int, warmup: float) -> dict:
     launched = time.time()
-    function, optimizer, flops = make()
-    ids = torch.randint(0, 32768, (ACCUMULATION, batch, LENGTH + 1), device="cuda")
+    loss_of, optimizer, flops = build()
+    ids = torch.randint(0, 32768, (GRAD_ACCUM_STEPS, batch, LENGTH + 1), device="cuda")
 
     def step():
         for part in ids:
-            loss = function(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / ACCUMULATION
+            loss = loss_of(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / GRAD_ACCUM_STEPS
             loss.backward()
         micro = torch.cuda.Event(enable_timing=True)
         micro.record()
@@ -164,7 +164,7 @@ def measure(make, batch: int, steps: int, warmup: float) -> dict:
     torch.cuda.synchronize()
     if not loss.isfinite():  # what is not finite also takes less power, so it would look fast
         sys.exit("error: the loss is not finite")
-    speed = ACCUMULATION * batch * LENGTH * steps / (start.elapsed_time(end) / 1e3)
+    speed = GRAD_ACCUM_STEPS * batch * LENGTH * steps / (start.elapsed_time(end) / 1e3)
     name = torch.cuda.get_device_name()
     peak = peak_flops(name) or float("nan")
     return {
@@ -174,65 +174,66 @@ def measure(make, batch: int, steps: int, warmup: float) -> dict:
 
 
 def contender(name: str, config: str, steps: int, warmup: float) -> dict:
+    """Build and measure one, in this process."""
     depth, batch = map(int, config[1:].split("x"))
     kind, _, words = name.partition(":")
-    options = set(words.split("+")) - {""}
-    known = {"fp8", "L"} if kind == "ours" else {"fp8", "fa4", "flex", "sdpa"}
-    if kind not in ("ours", "peer") or options - known:
-        sys.exit(f"error: {name!r} is no contender; {kind} takes {', '.join(sorted(known))}")
+    options, valid = set(words.split("+")) - {""}, OPTIONS.get(kind, set())
+    if kind not in OPTIONS or options - valid:
+        sys.exit(f"error: {name!r} is no contender; ours takes L, fp8 and baseline fa4, flex, fp8, sdpa")
     pattern, fp8 = "L" if options & {"sdpa", "L"} else "SSSL", "fp8" in options
     attention = next(iter(options - {"fp8"}), "")
-    make = partial(ours, depth, pattern, fp8) if kind == "ours" else partial(peer, depth, pattern, attention, fp8)
-    return measure(make, batch, steps, warmup)
+    build = partial(ours, depth, pattern, fp8) if kind == "ours" else partial(baseline, depth, pattern, attention, fp8)
+    return measure(build, batch, steps, warmup)
 
 
 def ratios(rows: list[tuple[str, str, dict]]) -> list[str]:
-    """By configuration and precision: our speed over that of the fastest peer."""
+    """By configuration and precision: our speed over that of the fastest baseline."""
     lines = []
-    for config in dict.fromkeys(config for config, _, _ in rows):
-        for precision in ("bf16", "fp8"):
-            speeds = {"ours": [], "peer": []}
-            for where, name, row in rows:
-                if where == config and ("fp8" in name) == (precision == "fp8"):
-                    speeds[name.partition(":")[0]].append(row["tok_s"])
-            if all(speeds.values()):
-                lines.append(f"{config:8} {precision:5} {max(speeds['ours']) / max(speeds['peer']):.3f}")
+    for config, fp8 in itertools.product(dict.fromkeys(config for config, _, _ in rows), (False, True)):
+        speeds = {"ours": [], "baseline": []}
+        for other, name, row in rows:
+            if other == config and ("fp8" in name) == fp8:
+                speeds[name.partition(":")[0]].append(row["tok_s"])
+        if all(speeds.values()):
+            ratio = max(speeds["ours"]) / max(speeds["baseline"])
+            lines.append(f"{config:8} {'fp8' if fp8 else 'bf16':5} {ratio:.3f}")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", default="d24x16,d12x32")
-    parser.add_argument("--contenders", help="default: ours,ours:fp8, and with a peer peer:fa4,peer:fa4+fp8")
-    parser.add_argument("--peer", help="path of a karpathy/nanochat checkout")
+    parser.add_argument(
+        "--contenders", help="default: ours,ours:fp8 and, with --baseline, baseline:fa4,baseline:fa4+fp8"
+    )
+    parser.add_argument("--baseline", "--peer", help="path of a karpathy/nanochat checkout")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=float, default=12, help="seconds of steps before the timed ones")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        sys.path.insert(0, arguments.peer or ".")
+        sys.path.insert(0, arguments.baseline or ".")
         print(json.dumps(contender(*arguments.one, arguments.steps, arguments.warmup)))
         return
     if not torch.cuda.is_available():
         sys.exit("error: bench_gpu needs a CUDA device; make bench measures a CPU")
-    every = "ours,ours:fp8" + (",peer:fa4,peer:fa4+fp8" if arguments.peer else "")
-    names = (arguments.contenders or every).split(",")
+    default = "ours,ours:fp8" + (",baseline:fa4,baseline:fa4+fp8" if arguments.baseline else "")
+    names = (arguments.contenders or default).replace("peer", "baseline").split(",")
     rows = []
-    for config in arguments.configs.split(","):
-        for name in dict.fromkeys(names):
-            command = [sys.executable, __file__, "--one", name, config, "--steps", str(arguments.steps)]
-            command += ["--warmup", str(arguments.warmup)]
-            command += ["--peer", arguments.peer] if arguments.peer else []
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(f"{config} {name} failed:\n{done.stderr[-2000:]}", flush=True)
-                continue
-            rows.append((config, name, json.loads(done.stdout.splitlines()[-1])))
-            print(rows[-1], flush=True)
-    print(f"\n{'config':8} {'contender':13} {'tok/s':>9} {'MFU':>6} {'GiB':>6} {'optimizer':>10} {'first step':>10}")
+    for config, name in itertools.product(arguments.configs.split(","), dict.fromkeys(names)):
+        command = [sys.executable, __file__, "--one", name, config, "--steps", str(arguments.steps)]
+        command += ["--warmup", str(arguments.warmup)]
+        command += ["--baseline", arguments.baseline] if arguments.baseline else []
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            print(f"{config} {name} failed:\n{result.stderr[-2000:]}", flush=True)
+            continue
+        rows.append((config, name, json.loads(result.stdout.splitlines()[-1])))
+        print(rows[-1], flush=True)
+    print(f"\n{'config':8} {'contender':17} {'tok/s':>9} {'MFU':>6} {'GiB':>6} {'optimizer':>10} {'first step':>10}")
     for config, name, row in rows:
         print(
-            f"{config:8} {name:13} {row['tok_s']:9,.0f} {row['mfu']:6.1%} {row['peak_gib']:6.1f} "
+            f"{config:8} {name:17} {row['tok_s']:9,.0f} {row['mfu']:6.1%} {row['peak_gib']:6.1f} "
             f"{row['optimizer_ms']:7.1f} ms {row['first_step_s']:8.1f} s"
         )
     print(*["", *ratios(rows)], sep="\n")

@@ -76,11 +76,11 @@ def ours(settings: dict) -> dict:
 def peer(settings: dict) -> dict:
     """The same of karpathy/nanochat with its own optimizer, on ids that are there already: no loader."""
     sys.path.insert(0, settings["peer"])
-    from bench_gpu import peer as make
+    from bench_gpu import baseline as make
     from nanochat.common import compute_init
 
     *_, world, device = compute_init("cuda")
-    function, optimizer, flops = make(settings["depth"], "SSSL", settings["attention"])
+    function, optimizer, flops = make(settings["depth"], "SSSL", settings["attention"], False)
     rows, accumulation = settings["rows"], settings["accumulation"]
     ids, first = torch.randint(0, 32768, (accumulation, rows, 2049), device=device), None
     for step in range(settings["warmup"] + settings["steps"]):

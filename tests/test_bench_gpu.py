@@ -1,4 +1,4 @@
-"""The training benchmark's own parts: FlashAttention-4 in the peer's place, which contenders there are, the ratios."""
+"""The training benchmark's own parts: FlashAttention-4 for the baseline, which contenders there are, the ratios."""
 
 import importlib.util
 import sys
@@ -14,93 +14,85 @@ bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
 
-def shares(q, k, scale, left):
-    """What a query takes of each value, (B, H, T, T); left None is causal attention, else so many keys back."""
+def install(monkeypatch, **modules) -> None:
+    """Make modules importable, by name with _ for a dot: dictionaries of what is in them."""
+    for name, members in modules.items():
+        parts = name.replace("__", ".").split(".")
+        for i in range(1, len(parts) + 1):
+            module = sys.modules.get(".".join(parts[:i])) or ModuleType(parts[i - 1])
+            monkeypatch.setitem(sys.modules, ".".join(parts[:i]), module)
+            if i > 1:
+                monkeypatch.setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], module, raising=False)
+        vars(module).update(members)
+
+
+def probabilities(q, k, scale, left):
+    """(B, H, T, T) by the definition; left None is causal attention, else so many keys back."""
     distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
     hidden = (distance < 0) | (distance > (q.shape[1] if left is None else left))
     return (scale * torch.einsum("bthd,bshd->bhts", q, k)).masked_fill(hidden, -torch.inf).softmax(-1)
 
 
 def attention(q, k, v, scale, left):
-    """By the definition, (B, T, H, D)."""
-    return torch.einsum("bhts,bshd->bthd", shares(q, k, scale, left), v)
+    return torch.einsum("bhts,bshd->bthd", probabilities(q, k, scale, left), v)
 
 
-@pytest.fixture
-def flash(monkeypatch):
-    """A flash_attn package that computes by the definition."""
-
-    def forward(q, k, v, softmax_scale, return_lse, causal=False, window_size_left=None, window_size_right=None):
-        assert causal != (window_size_right == 0)
-        return attention(q, k, v, softmax_scale, window_size_left), q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
-
-    def backward(q, k, v, out, grad, lse, scale, dq, dk, dv, causal=False, window_size_left=None, window_size_right=0):
-        share = shares(q, k, scale, window_size_left)  # an operator's inside has no autograd
-        inner = torch.einsum("bthd,bshd->bhts", grad, v)
-        inner = scale * share * (inner - (inner * share).sum(-1, keepdim=True))
-        dv.copy_(torch.einsum("bhts,bthd->bshd", share, grad))
-        dq.copy_(torch.einsum("bhts,bshd->bthd", inner, k))
-        dk.copy_(torch.einsum("bhts,bthd->bshd", inner, q))
-
-    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setattr(sys.modules[name], "_flash_attn_fwd", forward, raising=False)
-    monkeypatch.setattr(sys.modules[name], "_flash_attn_bwd", backward, raising=False)
-    return bench.flash4()
+def forward(q, k, v, softmax_scale, return_lse, causal=False, window_size_left=None, window_size_right=None):
+    assert causal != (window_size_right == 0)
+    return attention(q, k, v, softmax_scale, window_size_left), q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
 
 
-def test_flash_attention_4_stands_in_for_3_in_a_whole_compiled_graph(flash):
-    q, k, v, grad = torch.randn(4, 2, 12, 3, 8)
+def backward(q, k, v, out, grad, lse, scale, dq, dk, dv, causal=False, window_size_left=None, window_size_right=0):
+    p = probabilities(q, k, scale, window_size_left)  # inside of an operator there is no autograd
+    inner = torch.einsum("bthd,bshd->bhts", grad, v)
+    inner = scale * p * (inner - (inner * p).sum(-1, keepdim=True))
+    dv.copy_(torch.einsum("bhts,bthd->bshd", p, grad))
+    dq.copy_(torch.einsum("bhts,bshd->bthd", inner, k))
+    dk.copy_(torch.einsum("bhts,bthd->bshd", inner, q))
+
+
+def test_flash_attention_4_replaces_3_in_a_whole_compiled_graph(monkeypatch):
+    install(monkeypatch, flash_attn__cute__interface={"_flash_attn_fwd": forward, "_flash_attn_bwd": backward})
+    flash, (q, k, v, grad) = bench.flash4(), torch.randn(4, 2, 12, 3, 8)
     for window, left in (((12, 0), None), ((-1, -1), None), ((3, 0), 3)):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        leaves, plain = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
         run = torch.compile(partial(flash, causal=True, window_size=window), fullgraph=True, backend="aot_eager")
-        out, exact = run(*leaves), attention(q, k, v, 8**-0.5, left)
+        out, exact = run(*leaves), attention(*plain, 8**-0.5, left)
         assert torch.allclose(out, exact, atol=1e-5)
-        wanted = [x.clone().requires_grad_() for x in (q, k, v)]
-        found = torch.autograd.grad(out, leaves, grad)
-        for a, b in zip(found, torch.autograd.grad(attention(*wanted, 8**-0.5, left), wanted, grad)):
+        grads = torch.autograd.grad(out, leaves, grad)
+        for a, b in zip(grads, torch.autograd.grad(exact, plain, grad)):
             assert torch.allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ours:fa4", "peer:L", "theirs"])
-def test_an_unknown_contender_is_refused(name):
+@pytest.mark.parametrize("name", ["ours:fa4", "baseline:L", "theirs"])
+def test_an_unknown_contender_is_an_error(name):
     with pytest.raises(SystemExit, match="is no contender"):
         bench.contender(name, "d12x1", 1, 0)
 
 
-def test_ratios_are_ours_over_the_fastest_peer_by_precision():
-    speeds = {"ours": 120, "ours:fp8": 150, "peer:fa4": 100, "peer:sdpa": 80, "peer:fa4+fp8": 125}
+def test_ratios_are_ours_over_the_fastest_baseline_by_precision():
+    speeds = {"ours": 120, "ours:fp8": 150, "baseline:fa4": 100, "baseline:sdpa": 80, "baseline:fa4+fp8": 125}
     rows = [("d24x16", name, {"tok_s": speed}) for name, speed in speeds.items()] + [("d12x32", "ours", {"tok_s": 1})]
     assert bench.ratios(rows) == ["d24x16   bf16  1.200", "d24x16   fp8   1.200"]
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_flops_of_the_peer_are_counted_before_its_matrices_become_fp8(fp8, monkeypatch):
+def test_flops_of_the_baseline_are_counted_before_its_matrices_become_fp8(fp8, monkeypatch):
     class GPT(torch.nn.Module):
         window_sizes, flops = [(768, 0)], 100
+        to_empty = init_weights = setup_optimizer = lambda self, **options: None
 
         def __init__(self, config):
             super().__init__()
 
-        def to_empty(self, device):
-            return self
-
         def estimate_flops(self):
             return self.flops
 
-        init_weights = setup_optimizer = lambda self: None
-
     def convert(model, module_filter_fn):
-        model.flops = 8  # Float8Linear is no Linear of its
+        model.flops = 8  # Float8Linear is not the class that estimate_flops counts
 
-    parts = {
-        "flash_attention": {}, "gpt": {"GPT": GPT, "GPTConfig": dict}, "fp8": {"convert_to_float8_training": convert},
-    }  # fmt: skip
-    package = ModuleType("nanochat")
-    monkeypatch.setitem(sys.modules, "nanochat", package)
-    for name, members in parts.items():
-        module = ModuleType(f"nanochat.{name}")
-        vars(module).update(members)
-        setattr(package, name, module)
-        monkeypatch.setitem(sys.modules, f"nanochat.{name}", module)
-    assert bench.peer(2, "L", "", fp8)[2] == 100
+    install(
+        monkeypatch, nanochat__flash_attention={}, nanochat__gpt={"GPT": GPT, "GPTConfig": dict},
+        nanochat__fp8={"convert_to_float8_training": convert},
+    )  # fmt: skip
+    assert bench.baseline(2, "L", "", fp8)[2] == 100

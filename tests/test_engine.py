@@ -8,7 +8,7 @@ import pytest
 import torch
 from talker import QUESTIONS, talker  # noqa: F401
 
-from nanochat_hf.data.bpe import byte_alphabet
+from nanochat_hf.data.tokenizer import byte_alphabet
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve.engine import (
     MAX_CHUNK,

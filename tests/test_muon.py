@@ -1,26 +1,38 @@
-"""Muon's mathematics: Polar Express against exact factors and plain steps, norms of updates."""
+"""Muon's mathematics against exact factors, plain steps and single matrices, with the kernels on a GPU."""
 
 import pytest
 import torch
 
-from nanochat_hf.kernels.muon import POLAR_EXPRESS, equilibrate, mean_squares, orthogonalize, update_scale
+from nanochat_hf.kernels import muon
+from nanochat_hf.kernels.muon import (
+    POLAR_EXPRESS,
+    apply_updates,
+    equilibrate,
+    gram,
+    matmul_plus,
+    mean_squares,
+    nesterov,
+    orthogonalize,
+    symmetric_plus,
+    update_scale,
+)
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
 def test_polar_express_comes_near_the_polar_factor(shape):
     u, s, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-    x = (
-        u @ torch.diag(torch.linspace(0.1, 1, len(s))) @ vh
-    )  # no singular value so small that five steps cannot lift it
+    x = u @ torch.diag(torch.linspace(0.1, 1, len(s))) @ vh  # five steps cannot lift smaller singular values
     x = x / x.norm(dim=1, keepdim=True)
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    found = orthogonalize(x[None])[0]
-    assert (torch.linalg.svdvals(found) - 1).abs().max() < 0.2
-    assert torch.nn.functional.cosine_similarity(found.flatten(), (u @ vh).flatten(), dim=0) > 0.99
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    result = orthogonalize(x[None])[0]
+    assert (torch.linalg.svdvals(result) - 1).abs().max() < 0.2
+    assert torch.nn.functional.cosine_similarity(result.flatten(), (u @ vh).flatten(), dim=0) > 0.99
 
 
 def step_by_step(x):
-    """The five steps on whole matrices (K, m, n) in x's dtype, without the shortcut for oblong ones."""
+    """The five steps on whole matrices (K, m, n) in x's dtype, without the Gram form for oblong ones."""
     tall = x.shape[1] > x.shape[2]
     x = equilibrate(x, x.dtype)
     x = x.mT if tall else x
@@ -50,7 +62,7 @@ def test_oblong_matrices_come_out_as_from_five_steps_on_the_whole(oblong):
 def test_half_precision_costs_oblong_matrices_less_than_five_steps_in_bfloat16_would(oblong):
     x = oblong.bfloat16()
     exact = step_by_step(x.double())
-    ours, steps = ((found.double() - exact).norm(dim=(1, 2)) for found in (orthogonalize(x), step_by_step(x)))
+    ours, steps = ((result.double() - exact).norm(dim=(1, 2)) for result in (orthogonalize(x), step_by_step(x)))
     assert (ours < 0.5 * steps).all()
 
 
@@ -59,9 +71,9 @@ def test_half_precision_costs_oblong_matrices_less_than_five_steps_in_bfloat16_w
 def test_a_matrix_does_not_depend_on_the_others_of_its_stack_and_zero_stays_zero(shape, dtype):
     x = torch.randn(3, *shape).to(dtype)
     x[1] = 0
-    found = orthogonalize(x)
-    assert not found[1].any() and found.isfinite().all()
-    for one, whole in zip(x, found):
+    result = orthogonalize(x)
+    assert not result[1].any() and result.isfinite().all()
+    for one, whole in zip(x, result):
         torch.testing.assert_close(orthogonalize(one[None])[0], whole)
 
 
@@ -69,3 +81,48 @@ def test_the_norm_of_an_update_is_that_of_a_semi_orthogonal_matrix():
     x = orthogonalize(torch.randn(3, 20, 12))
     scale = update_scale(mean_squares(x), torch.rand(3, 20, 1), torch.tensor(0.9), torch.tensor(1.0), (20, 12))
     torch.testing.assert_close((x * scale).norm(dim=(1, 2)), torch.full((3,), 12**0.5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nesterov_moves_each_momentum_and_writes_the_direction_beyond_it(device):
+    grads, momenta = ([torch.randn(96, 100, device=device) for _ in range(3)] for _ in range(2))
+    before = [m.clone() for m in momenta]
+    out = torch.zeros(4, 96, 100, device=device)  # one more than there are: a rank with fewer matrices
+    nesterov(grads, momenta, 0.9, out, torch.ones((), device=device))
+    for grad, momentum, old, direction in zip(grads, momenta, before, out):
+        assert torch.allclose(momentum, 0.9 * old + 0.1 * grad, atol=1e-6)
+        assert torch.allclose(direction, 0.9 * momentum + 0.1 * grad, atol=1e-6)
+    assert not out[3].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
+def test_updates_decay_only_where_they_agree_with_the_weight_and_make_casts_out_of_date(device, shape):
+    params = [torch.randn(shape, device=device) for _ in range(3)]
+    before, versions = torch.stack(params), [p._version for p in params]
+    x = torch.randn(3, *shape, device=device).bfloat16()
+    scale = torch.rand(3, *((shape[0], 1) if shape[0] > shape[1] else (1, shape[1])), device=device)
+    apply_updates(params, x, scale, 0.1, 0.5, torch.ones((), device=device))
+    u = x.float() * scale
+    expected = before - 0.1 * u - torch.where(u * before >= 0, 0.05 * before, 0.0)
+    assert torch.allclose(torch.stack(params), expected, atol=1e-5)
+    assert all(p._version > version for p, version in zip(params, versions))
+
+
+CUDA_HALVES = [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), *CUDA_HALVES])
+@pytest.mark.parametrize("shape", [(2, 256, 512), (2, 512, 256), (3, 6, 12)])
+def test_matmuls_of_polar_express_equal_plain_ones(device, dtype, shape, monkeypatch):
+    monkeypatch.setattr(muon, "SMALLEST", 256)
+    x = (torch.randn(shape, device=device) / shape[-1] ** 0.5).to(dtype)
+    tolerance = {"rtol": 0.02, "atol": 0.02} if device == "cuda" else {"atol": 1e-5}
+    a, exact = gram(x), x.float() @ x.float().mT
+    square = symmetric_plus(a, a, 0.7, 0.3)
+    for result, expected in (
+        (a, exact), (gram(x.mT), x.float().mT @ x.float()), (square, 0.3 * exact @ exact + 0.7 * exact),
+        (symmetric_plus(a, square, 1.5), exact @ square.float() + 1.5 * square.float()),
+        (matmul_plus(a, x, x, 1.5), exact @ x.float() + 1.5 * x.float()),
+    ):  # fmt: skip
+        assert torch.allclose(result.float(), expected, **tolerance)

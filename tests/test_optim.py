@@ -1,4 +1,4 @@
-"""Muon + AdamW against slow twins, roles of parameters, state round trips, and equality over processes."""
+"""Muon and AdamW against slow references, roles of parameters, skipped steps, and ranks: they equal one, and own."""
 
 import copy
 import os
@@ -8,9 +8,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from servers import free_port
+from tiny import relative
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.kernels.muon import POLAR_EXPRESS
+from nanochat_hf.optim import gradient_reduction
+from nanochat_hf.optim.gradient_reduction import OwnerGradientReducer, assign_matrices_to_ranks
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import plan
 
@@ -70,18 +73,18 @@ def test_a_zero_gradient_moves_nothing_but_the_decay():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_equals_torch(dtype):
     p = torch.nn.Parameter(torch.randn(7, 5).to(dtype))
-    twin = torch.nn.Parameter(p.detach().float().clone())
-    ours, theirs = MuonAdamW([{"params": [p], **ADAMW}]), torch.optim.AdamW([twin], 0.01, (0.8, 0.95), 1e-10, 0.1)
+    exact = torch.nn.Parameter(p.detach().float().clone())
+    ours, theirs = MuonAdamW([{"params": [p], **ADAMW}]), torch.optim.AdamW([exact], 0.01, (0.8, 0.95), 1e-10, 0.1)
     for g in gradients((7, 5), 5):
         p.grad = g.to(dtype)
-        twin.grad = p.grad.float()
+        exact.grad = p.grad.float()
         ours.step()
         theirs.step()
         if dtype == torch.bfloat16:  # the parameter is rounded at every step, its state is not
-            twin.data = p.detach().float()
+            exact.data = p.detach().float()
     assert all(value.dtype == torch.float32 for value in ours.state[p].values())
-    torch.testing.assert_close(ours.state[p]["exp_avg_sq"], theirs.state[twin]["exp_avg_sq"])
-    torch.testing.assert_close(p.detach().float(), twin.detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours.state[p]["exp_avg_sq"], theirs.state[exact]["exp_avg_sq"])
+    torch.testing.assert_close(p.detach().float(), exact.detach(), atol=1e-6, rtol=1e-5)
 
 
 def toy_groups():
@@ -92,55 +95,61 @@ def toy_groups():
     return [{"params": matrices, **MUON}, {"params": rest, **ADAMW}]
 
 
+def parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def toy_gradients(optimizer, step: int, place=lambda grad: grad):
+    """Set gradients that depend on the step and the parameter's index only."""
+    for index, p in enumerate(parameters(optimizer)):
+        generator = torch.Generator().manual_seed(1000 * step + index)
+        p.grad = place(torch.randn(p.shape, generator=generator).to(p.device, p.dtype))
+
+
 def toy_run(optimizer, steps, start=0):
-    """Feed gradients that depend on the step and the place only."""
     for step in range(start, start + steps):
-        for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            generator = torch.Generator().manual_seed(1000 * step + place)
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        toy_gradients(optimizer, step)
         optimizer.step()
 
 
 def values(optimizer):
-    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    return [p.detach().clone() for p in parameters(optimizer)]
 
 
-def test_a_reloaded_state_goes_on_bit_for_bit(tmp_path):
-    straight, stopped = MuonAdamW(toy_groups()), MuonAdamW(toy_groups())
-    toy_run(straight, 6)
+def test_a_reloaded_state_resumes_bit_for_bit(tmp_path):
+    uninterrupted, stopped = MuonAdamW(toy_groups()), MuonAdamW(toy_groups())
+    toy_run(uninterrupted, 6)
     toy_run(stopped, 3)
     torch.save((stopped.state_dict(), values(stopped)), tmp_path / "state.pt")
     state, weights = torch.load(tmp_path / "state.pt")
     resumed = MuonAdamW(toy_groups())
     with torch.no_grad():
-        for p, value in zip((p for group in resumed.param_groups for p in group["params"]), weights):
+        for p, value in zip(parameters(resumed), weights):
             p.copy_(value)
     resumed.load_state_dict(state)
     toy_run(resumed, 3, start=3)
-    for a, b in zip(values(straight), values(resumed)):
+    for a, b in zip(values(uninterrupted), values(resumed)):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_closed_gate_leaves_weights_and_state_alone_whatever_the_gradients_hold(device):
+def test_a_skipped_step_leaves_weights_and_state_alone_whatever_the_gradients_hold(device):
     def run(broken: bool):
-        optimizer = MuonAdamW(
-            [
-                {**group, "params": [torch.nn.Parameter(p.detach().to(device)) for p in group["params"]]}
-                for group in toy_groups()
-            ]
-        )
+        groups = toy_groups()
+        for group in groups:
+            group["params"] = [torch.nn.Parameter(p.detach().to(device)) for p in group["params"]]
+        optimizer = MuonAdamW(groups)
         for step in range(4):
-            for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-                generator = torch.Generator().manual_seed(1000 * step + place)
-                p.grad = torch.randn(p.shape, generator=generator).to(p)
-                if broken and step == 2:
-                    p.grad.flatten()[0] = float("nan")
-            optimizer.gate = torch.tensor(float(step != 2), device=device)
-            if broken or step != 2:
+            toy_gradients(optimizer, step)
+            if step != 2:
+                optimizer.step_factor = torch.ones((), device=device)
                 optimizer.step()
-                if step == 2:
-                    optimizer.refused()
+            elif broken:
+                for p in parameters(optimizer):
+                    p.grad.flatten()[0] = float("nan")
+                optimizer.step_factor = torch.zeros((), device=device)
+                optimizer.step()
+                optimizer.rollback_step_count()
         return optimizer
 
     whole, broken = run(False), run(True)
@@ -152,11 +161,10 @@ def test_a_closed_gate_leaves_weights_and_state_alone_whatever_the_gradients_hol
 
 def test_gradients_are_left_as_they_were():
     optimizer = MuonAdamW(toy_groups())
-    toy_run(optimizer, 1)
-    before = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+    toy_gradients(optimizer, 0)
+    before = [p.grad.clone() for p in parameters(optimizer)]
     optimizer.step()
-    after = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(parameters(optimizer), before))
 
 
 OPTIONS = {**plan(2, 512, max_seq_len=128, total_batch_size=128).groups, "lora": ADAMW}
@@ -165,8 +173,8 @@ OPTIONS = {**plan(2, 512, max_seq_len=128, total_batch_size=128).groups, "lora":
 def test_every_parameter_is_in_one_group_by_role(tiny_model):
     groups = {group["role"]: group for group in param_groups(tiny_model, OPTIONS)}
     named = {id(p): name for name, p in tiny_model.named_parameters()}
-    found = [named[id(p)] for group in groups.values() for p in group["params"]]
-    assert sorted(found) == sorted(named.values())
+    names = [named[id(p)] for group in groups.values() for p in group["params"]]
+    assert sorted(names) == sorted(named.values())
     assert all(".layers." in named[id(p)] and p.ndim == 2 for p in groups["matrix"]["params"])
     assert [group["kind"] for role, group in groups.items() if role != "matrix"] == ["adamw"] * 6
     assert {named[id(p)] for p in groups["smear"]["params"]} == {
@@ -195,13 +203,15 @@ def test_unknown_roles_and_flat_partitions_are_refused():
         optimizer.step()
 
 
-def start(rank, world, port):
+def start(rank, world, port, device="cpu"):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
-def ddp_worker(rank, world, port, expected):
+def replicated_worker(rank, world, port, expected):
     start(rank, world, port)
     optimizer = MuonAdamW(toy_groups())
     toy_run(optimizer, 4)
@@ -220,32 +230,93 @@ def fsdp_worker(rank, world, port, expected):
 
     start(rank, world, port)
     mesh = init_device_mesh("cpu", (world,))
+    shard = lambda x: distribute_tensor(x, mesh, [Shard(0)])  # noqa: E731
     optimizer = MuonAdamW(toy_groups())
     for group in optimizer.param_groups:  # as FSDP2 does: in place, after construction
-        group["params"][:] = [torch.nn.Parameter(distribute_tensor(p.data, mesh, [Shard(0)])) for p in group["params"]]
+        group["params"][:] = [torch.nn.Parameter(shard(p.data)) for p in group["params"]]
     for step in range(4):
-        for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            generator = torch.Generator().manual_seed(1000 * step + place)
-            p.grad = distribute_tensor(torch.randn(p.shape, generator=generator).to(p.dtype), mesh, [Shard(0)])
+        toy_gradients(optimizer, step, shard)
         optimizer.step()
-    for group, p in ((g, p) for g in optimizer.param_groups for p in g["params"]):
-        reference = expected.pop(0)
-        torch.testing.assert_close(p.full_tensor().detach(), reference, atol=1e-6, rtol=1e-5)
-        if group["kind"] == "muon":
-            assert optimizer.state[p]["momentum_buffer"].placements == (Shard(0),)
+    for p, whole in zip(parameters(optimizer), expected):
+        torch.testing.assert_close(p.full_tensor().detach(), whole, atol=1e-6, rtol=1e-5)
+    for p in optimizer.param_groups[0]["params"]:
+        assert optimizer.state[p]["momentum_buffer"].placements == (Shard(0),)
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("worker,world", [(ddp_worker, 2), (ddp_worker, 4), (fsdp_worker, 3)])
-def test_several_processes_equal_one(worker, world):
+@pytest.mark.parametrize("worker,world", [(replicated_worker, 2), (replicated_worker, 4), (fsdp_worker, 3)])
+def test_several_ranks_equal_one(worker, world):
     alone = MuonAdamW(toy_groups())
     toy_run(alone, 4)
     mp.spawn(worker, (world, free_port(), copy.deepcopy(values(alone))), nprocs=world)
 
 
+class Net(torch.nn.Module):
+    """Three matrices of one shape (two ranks do not divide them), a large bf16 table and a small scale."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(300, 256, dtype=torch.bfloat16)
+        self.matrices = torch.nn.ParameterList(torch.randn(256, 256) / 16 for _ in range(3))
+        self.scale = torch.nn.Parameter(torch.ones(256))
+
+    def forward(self, ids):
+        x = self.table(ids).float()
+        for matrix in self.matrices:
+            x = torch.tanh(x @ matrix)
+        return (x * self.scale).square().sum()
+
+
+def reduction_worker(rank: int, world: int, port: int, device: str):
+    start(rank, world, port, device)
+    ids = torch.randint(300, (world, 2, 40), generator=torch.Generator().manual_seed(1)).to(device)
+    alone, net = Net().to(device), Net().to(device)
+    for part in ids.flatten(0, 1):
+        alone(part).backward()
+    expected = [p.grad.float() for p in alone.parameters()]
+    if rank:
+        net.scale.data.zero_()  # every rank gets the main process's weights
+    gradient_reduction.BUCKET_BYTES = 1 << 18  # a matrix
+    rest = [net.table.weight, net.scale]
+    optimizer = MuonAdamW([{"params": list(net.matrices), **MUON}, {"params": rest, **ADAMW}])
+    reducer = OwnerGradientReducer(optimizer.owners())
+    assert torch.equal(net.scale, torch.ones(256, device=device))
+    owners = [None, 0, 0, 1, 0]  # of the scale, the table, the matrices
+    assert [reducer.owners[p] for p in net.parameters()] == owners
+    for _ in range(2):
+        net.zero_grad(set_to_none=True)
+        net(ids[rank, 0]).backward()
+        with reducer:
+            net(ids[rank, 1]).backward()
+        for p, owner, grad in zip(net.parameters(), owners, expected):
+            if owner in (rank, None):
+                assert relative(p.grad, grad) < 0.01
+        square = reducer.squared_norm()
+        dist.all_reduce(square)
+        torch.testing.assert_close(square, sum(grad.square().sum() for grad in expected), atol=0, rtol=0.01)
+    dist.destroy_process_group()
+
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+ON_TWO_GPUS = pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), ON_TWO_GPUS])
+def test_owner_ranks_have_the_summed_gradients(device):
+    mp.spawn(reduction_worker, (2, free_port(), device), nprocs=2)
+
+
+@pytest.mark.parametrize("number, world, parts", [
+    (6, 2, [[0, 2, 4], [1, 3, 5]]), (5, 4, [[0, 4], [1, 2], [3], []]), (3, 1, [[0, 1, 2]]), (1, 3, [[0], [], []]),
+])  # fmt: skip
+def test_matrices_are_assigned_so_that_neighbors_have_different_owners(number, world, parts):
+    assert assign_matrices_to_ranks(list(range(number)), world) == parts
+
+
 @pytest.mark.gpu
-def test_the_compiled_bf16_path_stays_near_the_plain_one():
+def test_bf16_on_a_gpu_stays_near_float32():
     grads = gradients((512, 256), 3)
     results = []
     for device in ("cpu", "cuda"):

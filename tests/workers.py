@@ -47,19 +47,23 @@ def pretrain(
 ) -> None:
     """stop_at: the main process alone hears SIGTERM in that step. die: [rank, step], that rank is killed after it.
 
-    as_on_a_gpu: blocks whose products add to the gradients by themselves, as with FlashAttention-4 and quack.
+    as_on_a_gpu: blocks whose matmuls accumulate gradients in place, as with FlashAttention-4 and quack.
     """
-    from nanochat_hf.train import fused_model as fast
+    from nanochat_hf.train import fused_model
     from nanochat_hf.train import pretrain as module
 
     if as_on_a_gpu:
-        real_mlp = fast.residual_mlp
+        real_mlp, mask = fused_model.residual_mlp, fused_model.attention_mask
 
-        def by_products(x, seen, wo, w1, *others):
-            assert isinstance(w1, fast.Weight)
-            return real_mlp(x, seen, wo, w1, *others)
+        def in_place(x, attn_out, wo, w1, *others):
+            assert isinstance(w1, fused_model.Bf16Weight)
+            return real_mlp(x, attn_out, wo, w1, *others)
 
-        fast.uses_flash, fast.fused, fast.residual_mlp = lambda x: True, lambda x: True, by_products
+        def reference_mask(*args, flash):
+            return mask(*args)
+
+        fused_model.uses_flash = fused_model.uses_quack = lambda x: True
+        fused_model.residual_mlp, fused_model.attention_mask = in_place, reference_mask
     rank = int(os.environ.get("RANK", "0"))
     if die and rank == die[0]:
         real, done = module.Pretraining.train_step, []

@@ -1,9 +1,9 @@
-"""Whether hand-written kernels are right on this machine: each is compared with its reference before it is used.
+"""Whether hand-written kernels are right on this machine: each is compared with its reference before its first use.
 
-Compilers have faults (triton-lang/triton#11111: FP8 stored transposed), and a kernel that is wrong trains wrong
-numbers without a word. So each kernel has a check beside it, of which `verify` runs those that a process is about to
-use: at the model's own width, on few rows, once, in milliseconds besides the compilation that the first step needs
-anyway. One that differs from its reference, or fails, is not used: `usable` says no, and one line says which and why.
+Compilers have faults (triton-lang/triton#11111: FP8 stored transposed), and a wrong kernel trains wrong numbers
+without an error. So each kernel has a check beside it, and `verify` runs the checks of the kernels that a process is
+about to use: once, at the model's width, on few tokens, in milliseconds besides the compilation that the first step
+needs anyway. A kernel that differs from its reference, or fails, is disabled, and one line says which and why.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from typing import NamedTuple
 
@@ -29,15 +29,21 @@ Cases = Iterator[tuple[float, Callable[[], Sequence[Tensor]]]]
 
 
 class Check(NamedTuple):
-    instead: str  # what runs where the kernel does not
+    instead: str  # what runs in the kernel's place
     cases: Callable[..., Cases]
 
 
 CHECKS: dict[str, Check] = {}
-disabled: set[str] = set()  # names of kernels that are not to be used
-unloaded: dict[str, str] = {}  # package -> why its kernels cannot be had
+disabled: set[str] = set()  # names of kernels that must not be used
+unloaded: dict[str, str] = {}  # package -> why its kernels cannot be loaded
 _verified: set[tuple] = set()
 _lock = threading.Lock()  # replicas of a model start in threads
+
+
+@cache
+def compiled(function):
+    """The function by torch.compile, the same object for all callers."""
+    return torch.compile(function, dynamic=False)
 
 
 def usable(name: str, x: Tensor) -> bool:
@@ -46,10 +52,10 @@ def usable(name: str, x: Tensor) -> bool:
 
 
 def check(name: str, instead: str):
-    """Decorate (draw, config) -> pairs of a tolerance and a function that gives the results of the kernel `name`.
+    """Register the decorated function (draw, config) -> pairs of a tolerance and a function that returns results.
 
-    The function is called twice, the second time with the kernel disabled, and must then give its reference's.
-    draw(*shape, dtype=) gives random numbers, of the network's dtype unless told, the same in each process.
+    That function is called twice, first with the kernel `name` and then with it disabled, when it must return the
+    results of the reference. draw(*shape, dtype=) returns normal random numbers, by default of the network's dtype.
     """
 
     def register(cases):
@@ -61,7 +67,7 @@ def check(name: str, instead: str):
 
 @contextmanager
 def without(name: str):
-    """Inside, the kernel is not used."""
+    """Inside, the kernel is disabled."""
     before = name in disabled
     disabled.add(name)
     try:
@@ -72,14 +78,14 @@ def without(name: str):
 
 
 def verify(names: Sequence[str], config, device: torch.device, dtype: torch.dtype, subject=None) -> frozenset[str]:
-    """Run the checks of `names` that this process has not run for such a model; disable what fails, in one line each.
+    """Run those checks of `names` that this process has not run for such a model; disable kernels that fail.
 
     Args:
         config: of the model, whose sizes decide which variants of the kernels are compiled.
-        subject: what the checks get in its place.
+        subject: passed to the checks in place of `config`.
 
     Returns:
-        The names of all kernels that are not to be used.
+        The names of all disabled kernels.
     """
     with _lock:
         for name in names if triton is not None and (device.type == "cuda" or INTERPRETED) else ():
@@ -97,14 +103,11 @@ def verify(names: Sequence[str], config, device: torch.device, dtype: torch.dtyp
 
 def disable(name: str, reason: str) -> None:
     disabled.add(name)
-    print(
-        f"kernel {name!r} is wrong here and not used: {reason} ({versions()}); {CHECKS[name].instead} instead",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+    warn(f"kernel {name!r} is wrong here and not used: {reason} ({versions()}); {CHECKS[name].instead} instead")
 
 
 def fault(name: str, cases: Cases) -> str | None:
-    """What is wrong with a kernel by these cases, if anything is."""
+    """What is wrong with a kernel according to these cases; None: nothing."""
     try:
         for tolerance, run in cases:
             results = run()
@@ -113,22 +116,24 @@ def fault(name: str, cases: Cases) -> str | None:
             for result, reference in zip(results, references, strict=True):
                 scale = reference.float().norm().clamp_min(1e-30)
                 error = ((result.float() - reference.float()).norm() / scale).item()
-                if not error <= tolerance:  # NaN is no number to pass with
+                if not error <= tolerance:  # NaN fails, too
                     return f"its results are off by {error:.2g} of their size"
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # compilers and packages of kernels raise anything
+    except Exception as error:  # compilers and kernel packages raise anything
         return first_line(error)
     return None
 
 
 def unavailable(package: str, error: Exception) -> None:
-    """Note why a package's kernels cannot be had; one that is installed and does not fit is worth a line."""
+    """Note why a package's kernels cannot be loaded; warn if it is installed."""
     unloaded[package] = first_line(error) if version(package) else "not installed"
     if version(package) and torch.cuda.is_available():
-        print(
-            f"{package} is not used: {unloaded[package]} ({versions()}); PyTorch instead", file=sys.stderr, flush=True
-        )
+        warn(f"{package} is not used: {unloaded[package]} ({versions()}); PyTorch instead")
+
+
+def warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def first_line(error: Exception) -> str:
@@ -143,19 +148,19 @@ def version(package: str) -> str | None:
 
 
 def versions() -> str:
-    """The packages of kernels that are installed, and the GPU."""
-    known = [f"{package} {version(package)}" for package in PACKAGES if version(package)]
-    return ", ".join([*known, *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])])
+    """The installed kernel packages and the GPU."""
+    installed = [f"{package} {version(package)}" for package in PACKAGES if version(package)]
+    return ", ".join([*installed, *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])])
 
 
-def _draw(generator: torch.Generator, own: torch.dtype, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device).to(dtype or own)
+def _draw(generator: torch.Generator, default: torch.dtype, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device).to(dtype or default)
 
 
 def with_gradients(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """function(*copies of the inputs) and, for the same gradient of each result, those of all inputs."""
+    """The results of function(*copies of inputs), and the gradients of all inputs for fixed ones of the results."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     results = list(function(*leaves))
-    given = [torch.arange(x.numel(), device=x.device).cos().view_as(x).to(x) for x in results]
-    torch.autograd.backward(results, given)
+    grads = [torch.arange(x.numel(), device=x.device).cos().view_as(x).to(x) for x in results]
+    torch.autograd.backward(results, grads)
     return [*(result.detach() for result in results), *(leaf.grad for leaf in leaves)]

@@ -1,24 +1,19 @@
-"""The matrix products of a block: their gradients go straight into `.grad`, and what lies between is part of them.
+"""The matmuls of a block with everything between them in their epilogues, and weight gradients added in place.
 
-- A weight comes as `Weight`, its bf16 copy and the float32 parameters whose rows that holds: the gradient's product
-  adds to their `.grad` in its own epilogue, where autograd would write a bf16 gradient, cast it and add it. Under
-  torch.compile, which cannot see that, a weight is a tensor and its gradient autograd's.
-- All that follows attention in a block, its output projection, the residual addition, the norm and the MLP, is one
-  operation of three products (`epilogues`), which keeps the stream and relu(h)^2 for the backward pass and no more.
-- Either in 8 bits, if the weight comes as `float8.Weight8`.
+At the sizes of this project the matmuls run at the device's power limit and the operations between them at the limit
+of its memory. Therefore
 
-Matrix products that do what comes next before their result leaves the chip, each beside its plain PyTorch twin.
+- all that follows attention in a block (output projection, residual addition, norm, MLP) is one operation of three
+  GEMMs, `residual_mlp`, which keeps the residual stream and relu(h)^2 for the backward pass and nothing else. An RMS
+  norm without weights is a factor on each row, so it can be applied after the GEMM that follows it (quack calls this a
+  deferred rstd); the row's sum of squares comes out of the GEMM before it. relu(h) is the root of relu(h)^2, and what
+  the gradient of the norm subtracts is known from the sum over h times its gradient.
+- a weight is given as `Bf16Weight`, its bf16 copy and the float32 parameters of its rows, and the GEMM of its gradient
+  adds to their `.grad` in its epilogue, where autograd would write a bf16 gradient, cast it and add it.
 
-At the sizes of this project the products run at the device's power limit, and what stands between them at the limit of
-its memory. So the residual addition, the RMS norm, relu squared and their gradients are parts of the products here:
-
-- a norm without weights is a factor on each row, so it can be applied after the product that follows it; the row's sum
-  of squares comes out of the product before it;
-- relu(h)^2 is all that is kept of h: its root is relu(h), which is all that the gradient needs;
-- what the gradient of the norm subtracts is known from the sum over h times its gradient.
-
-The products are Dao-AILab/quack's (CuTe), whose epilogues are plain functions; `fold` is Triton. The idea of moving a
-norm's factor behind the product is old; quack's library calls it a deferred rstd.
+Weights may also be `float8.Float8Weight`, or tensors, whose gradient is autograd's: for torch.compile. The GEMMs are
+Dao-AILab/quack's (CuTe), whose epilogues are plain functions, each beside its reference implementation; the reduction
+of partial sums is a Triton kernel.
 """
 
 import logging
@@ -30,73 +25,73 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import check, triton, unavailable, usable
-from .float8 import Linear8, Relu2MLP8, Weight8
+from .float8 import Float8Relu2MLP, Float8Weight
 from .residual import residual_mix
 from .weight_cache import accumulate_grad_
 
 
-class Weight(NamedTuple):
-    """A matrix in the dtype of the products, (sum of N_i, C), and the parameters (N_i, C) it was copied from."""
+class Bf16Weight(NamedTuple):
+    """A matrix (sum of N_i, C) in the dtype of the matmuls, and the parameters (N_i, C) that it was cast from."""
 
-    low: Tensor
+    matrix: Tensor
     parts: tuple[Tensor, ...]
 
+    def linear(self, x: Tensor, amax_bound: float | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x (N, C) times the matrix transposed, and what `linear_grad` needs."""
+        return matmul(x, self.matrix.t()), (x,)
 
-def gradients(weight: Weight, dy: Tensor, x: Tensor) -> list[Tensor | None]:
-    """dy (N, O), x (N, C) -> the gradient of each part of a weight (O, C); None where it is in its `.grad` already."""
-    found, rows = [], [len(part) for part in weight.parts]
-    for part, grad in zip(weight.parts, dy.split(rows, dim=1)):
-        if not part.requires_grad:
-            found.append(None)
-        elif not (x.is_cuda and part.dtype == torch.float32):
-            found.append(accumulate_grad_(part, grad.t() @ x))
-        elif part.grad is None:
-            found.append(torch.mm(grad.t(), x, out_dtype=torch.float32))
-        else:
-            torch.addmm(part.grad, grad.t(), x, out_dtype=torch.float32, out=part.grad)
-            found.append(None)
-    return found
+    def linear_grad(self, dy: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The gradient of x, and those of the parts."""
+        return matmul(dy, self.matrix), self.accumulate_grads(dy, x)
+
+    def accumulate_grads(self, dy: Tensor, x: Tensor) -> list[Tensor | None]:
+        """The gradients of the parts from dy (N, O) and x (N, C); None where it was added to `.grad`."""
+        grads = []
+        for part, grad in zip(self.parts, dy.split([len(part) for part in self.parts], dim=1)):
+            if not part.requires_grad:
+                grads.append(None)
+            elif not (x.is_cuda and part.dtype == torch.float32):
+                grads.append(accumulate_grad_(part, grad.t() @ x))
+            elif part.grad is None:
+                grads.append(torch.mm(grad.t(), x, out_dtype=torch.float32))
+            else:
+                torch.addmm(part.grad, grad.t(), x, out_dtype=torch.float32, out=part.grad)
+                grads.append(None)
+        return grads
 
 
 class _Linear(torch.autograd.Function):
-    """y = x w^T, and the gates of the value embedding, which a small matrix makes of x's first channels, with it."""
+    """y = x w^T and, from the first channels of x, in bf16, the gates of the value embedding."""
 
     @staticmethod
-    def forward(ctx, x, gate, low, *parts):
-        ctx.weight = Weight(low, parts)
-        ctx.save_for_backward(x, gate)
-        return product(x, low.t()), None if gate is None else x[:, : gate.shape[1]] @ gate.t()
+    def forward(ctx, x, gate, amax_bound, weight, *parts):
+        y, saved = weight.linear(x, amax_bound)
+        channels = None if gate is None else x[:, : gate.shape[1]].contiguous()
+        ctx.weight = weight
+        ctx.save_for_backward(gate, channels, *saved)
+        return y, None if gate is None else channels @ gate.t()
 
     @staticmethod
     def backward(ctx, dy, dgates):
-        x, gate = ctx.saved_tensors
-        dx, dgate = product(dy, ctx.weight.low), None
+        gate, channels, *saved = ctx.saved_tensors
+        (dx, grads), dgate = ctx.weight.linear_grad(dy, *saved), None
         if gate is not None:
-            channels = slice(gate.shape[1])
-            dx[:, channels].addmm_(dgates, gate)
-            dgate = dgates.t() @ x[:, channels]
-        return dx, dgate, None, *gradients(ctx.weight, dy, x)
-
-
-def linear(x: Tensor, w: Weight | Weight8 | Tensor) -> Tensor:
-    """x (..., C) times w (O, C) transposed -> (..., O)."""
-    return linear_and_gates(x, w, None)[0]
+            dx[:, : gate.shape[1]].addmm_(dgates, gate)
+            dgate = dgates.t() @ channels
+        return dx, dgate, None, None, *grads
 
 
 def linear_and_gates(
-    x: Tensor, w: Weight | Weight8 | Tensor, gate: Tensor | None, bound: float | None = None
+    x: Tensor, w: Bf16Weight | Float8Weight | Tensor, gate: Tensor | None = None, amax_bound: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear`, and x's first G channels times gate (K, G) transposed -> (..., K), if there is a gate.
+    """x (..., C) times w (O, C) transposed, and x's first G channels times gate (K, G) transposed if there is a gate.
 
-    bound: what no magnitude in x exceeds, if that is known; saves 8-bit products a pass over x.
+    amax_bound: upper bound of |x|, if known; saves FP8 matmuls a pass over x.
     """
     gate = None if gate is None else gate.to(x.dtype)
     if isinstance(w, Tensor):
         return F.linear(x, w), None if gate is None else F.linear(x[..., : gate.shape[1]], gate)
-    if isinstance(w, Weight8):
-        y, gates = Linear8.apply(x.flatten(0, -2), gate, bound, w, *w.parts)
-    else:
-        y, gates = _Linear.apply(x.flatten(0, -2), gate, w.low, *w.parts)
+    y, gates = _Linear.apply(x.flatten(0, -2), gate, amax_bound, w, *w.parts)
     return y.unflatten(0, x.shape[:-1]), None if gate is None else gates.unflatten(0, x.shape[:-1])
 
 
@@ -104,53 +99,52 @@ class _ResidualMLP(torch.autograd.Function):
     """`residual_mlp` over rows (N, C)."""
 
     @staticmethod
-    def forward(ctx, x, seen, eps, wo, w1, w2, *parts):
-        x, scale = plus_residual(seen, wo.low.t(), x, eps)
-        squared = relu2(x, w1.low.t(), scale)
+    def forward(ctx, x, attn_out, eps, wo, w1, w2, *parts):
+        x, scale = matmul_residual(attn_out, wo.matrix.t(), x, eps)
+        squared = matmul_relu2(x, w1.matrix.t(), scale)
         ctx.weights = wo, w1, w2
-        ctx.save_for_backward(seen, x, scale, squared)
-        return x, product(squared, w2.low.t())
+        ctx.save_for_backward(attn_out, x, scale, squared)
+        return x, matmul(squared, w2.matrix.t())
 
     @staticmethod
     def backward(ctx, dx, dy):
-        seen, x, scale, squared = ctx.saved_tensors
+        attn_out, x, scale, squared = ctx.saved_tensors
         (wo, w1, w2), dx, dy = ctx.weights, dx.contiguous(), dy.contiguous()
-        dh, factor = relu2_grad(dy, w2.low, squared, scale, x.shape[1])
-        dx = norm_grad(dh, w1.low, dx, x, factor)
+        dh, factor = matmul_relu2_grad(dy, w2.matrix, squared, scale, x.shape[1])
+        dx = matmul_norm_grad(dh, w1.matrix, dx, x, factor)
         return (
-            dx, product(dx, wo.low), *[None] * 4, *gradients(wo, dx, seen), *gradients(w1, dh, x),
-            *gradients(w2, dy, squared),
+            dx, matmul(dx, wo.matrix), *[None] * 4, *wo.accumulate_grads(dx, attn_out),
+            *w1.accumulate_grads(dh, x), *w2.accumulate_grads(dy, squared),
         )  # fmt: skip
 
 
-def relu2_mlp(x: Tensor, w1: Weight8 | Tensor, w2: Weight8 | Tensor, bound: float | None = None) -> Tensor:
-    """relu(x w1^T)^2 w2^T for x (B, T, C), w1 (H, C), w2 (C, H), all of one dtype; bound as above."""
-    if isinstance(w1, Weight8):
-        return Relu2MLP8.apply(x.flatten(0, -2), bound, w1, w2, *w1.parts, *w2.parts).unflatten(0, x.shape[:-1])
-    return linear(F.relu(linear(x, w1)).square(), w2)
+def relu2_mlp(x: Tensor, w1: Float8Weight | Tensor, w2: Float8Weight | Tensor, amax_bound: float | None = None):
+    """relu(x w1^T)^2 w2^T for x (B, T, C), w1 (H, C), w2 (C, H), all of one dtype; amax_bound as above."""
+    if isinstance(w1, Float8Weight):
+        y = Float8Relu2MLP.apply(x.flatten(0, -2), amax_bound, w1, w2, *w1.parts, *w2.parts)
+        return y.unflatten(0, x.shape[:-1])
+    return F.linear(F.relu(F.linear(x, w1)).square(), w2)
 
 
-def residual_mlp(x: Tensor, seen: Tensor, wo, w1, w2, eps: float) -> tuple[Tensor, Tensor]:
-    """-> s = x + seen wo^T, and relu(norm(s) w1^T)^2 w2^T: what follows attention in a block.
+def residual_mlp(x: Tensor, attn_out: Tensor, wo, w1, w2, eps: float) -> tuple[Tensor, Tensor]:
+    """s = x + attn_out wo^T, and relu(norm(s) w1^T)^2 w2^T: what follows attention in a block.
 
     Args:
-        x, seen: (B, T, C), the residual stream and what attention saw.
-        wo (C, C), w1 (H, C), w2 (C, H): all `Weight`, `Weight8` or tensors of the dtype of x.
+        x, attn_out: (B, T, C), the residual stream and the output of attention.
+        wo (C, C), w1 (H, C), w2 (C, H): all `Bf16Weight`, `Float8Weight` or tensors of the dtype of x.
         eps: of the RMS norm, which has no weights.
     """
-    if isinstance(w1, Weight):
-        rows = x.flatten(0, -2), seen.flatten(0, -2)
-        x, y = (
-            part.view_as(x) for part in _ResidualMLP.apply(*rows, eps, wo, w1, w2, *wo.parts, *w1.parts, *w2.parts)
-        )
-        return x, y
-    x, h = residual_mix(x, linear(seen, wo), None, None, eps)
+    if isinstance(w1, Bf16Weight):
+        rows = x.flatten(0, -2), attn_out.flatten(0, -2)
+        results = _ResidualMLP.apply(*rows, eps, wo, w1, w2, *wo.parts, *w1.parts, *w2.parts)
+        return results[0].view_as(x), results[1].view_as(x)
+    x, h = residual_mix(x, linear_and_gates(attn_out, wo)[0], None, None, eps)
     return x, relu2_mlp(h, w1, w2, x.shape[-1] ** 0.5)
 
 
 try:
-    # quack 0.6 names a compiled kernel by all that its functions refer to and refuses cutlass-dsl 4.7's logger, which
-    # is no part of the mathematics; its protocol for such objects is this method.
+    # quack 0.6 names a compiled kernel by all objects that its functions refer to, and refuses cutlass-dsl 4.7's
+    # logger, which does not change the result; its protocol for such objects is this method.
     if not hasattr(logging.Logger, "__quack_semantic_key__"):
         logging.Logger.__quack_semantic_key__ = lambda self: ("logger", self.name)
     import cutlass.cute as cute
@@ -161,9 +155,9 @@ try:
 
     @cache
     def _tiles(columns: int, heavy: bool) -> GemmConfig:
-        """For a result of so many columns; heavy: an epilogue that loads, which runs beside the next tile's products.
+        """For a result of so many columns. heavy: the epilogue loads, which overlaps the next tile's main loop.
 
-        Else the larger tiles, which take less power. Their columns are what wastes least in pairs of tiles.
+        Otherwise the larger tiles, which take less power. Their width is what wastes least in pairs of tiles.
         """
         width = min((192, 208, 160, 128), key=lambda width: -(-columns // (2 * width)) * (width + 12))
         return GemmConfig(
@@ -172,37 +166,37 @@ try:
         )  # fmt: skip
 
     @gemm_epilogue()
-    def _product(acc):
+    def _matmul(acc):
         return {"D": acc}
 
     @gemm_epilogue(reduces={"squares": ColVecReduce("squares", scaled=True)})
-    def _plus_residual(acc, c):
+    def _matmul_residual(acc, c):
         value = acc + c
         return {"D": value, "squares": (value, value)}
 
     @gemm_epilogue(ops={"scale": ColVecLoad("scale")})
-    def _relu2(acc, scale):
+    def _matmul_relu2(acc, scale):
         return {"D": relu_sq(acc * scale)}
 
     @gemm_epilogue(ops={"scale": ColVecLoad("scale")}, reduces={"along": ColVecReduce("along", scaled=True)})
-    def _relu2_grad(acc, c, scale):
+    def _matmul_relu2_grad(acc, c, scale):
         h = cute.math.sqrt(c, fastmath=True)
         grad = 2.0 * (acc * h)
         return {"D": grad * scale, "along": (grad, h)}
 
     @gemm_epilogue(ops={"factor": ColVecLoad("factor")})
-    def _norm_grad(acc, c, stream, factor):
+    def _matmul_norm_grad(acc, c, stream, factor):
         return {"D": acc + c - stream * factor}
 
     def _run(epilogue, a: Tensor, b: Tensor, c: Tensor | None = None, **operands) -> Tensor:
-        config = _tiles(b.shape[1], heavy=epilogue is not _product)
+        config = _tiles(b.shape[1], heavy=epilogue is not _matmul)
         return epilogue(a, b, c, config=config, tuned=False, **operands)["D"]
 
     def _partials(rows: int, columns: int, device: torch.device) -> Tensor:
-        """For sums over columns: a part from each tile."""
+        """Memory for sums over columns, one part per tile."""
         return torch.empty(rows, -(-columns // _tiles(columns, heavy=True).tile_n), dtype=torch.float32, device=device)
 
-except Exception as error:  # another version than the pinned one may lack this, or raise anything
+except Exception as error:  # a version other than the pinned one may lack this, or raise anything
     gemm_epilogue = unavailable("quack-kernels", error)
 
 
@@ -210,7 +204,7 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def _fold(parts, scale, out, rows, number, columns, eps, BLOCK: tl.constexpr, NUMBER: tl.constexpr):
+    def _row_factor(parts, scale, out, rows, number, columns, eps, BLOCK: tl.constexpr, NUMBER: tl.constexpr):
         """mean = the sum of a row's parts / columns; out = rsqrt(mean + eps), or scale^2 mean if there is a scale."""
         row, part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, NUMBER)
         inside = (row < rows)[:, None] & (part < number)[None, :]
@@ -223,95 +217,96 @@ if triton is not None:
         tl.store(out + row, mean, mask=row < rows)
 
 
-def fold(parts: Tensor, columns: int, eps: float = 0.0, scale: Tensor | None = None) -> Tensor:
+def row_factor(parts: Tensor, columns: int, eps: float = 0.0, scale: Tensor | None = None) -> Tensor:
     """parts (N, P) of sums over so many columns -> (1, N): rsqrt(mean + eps), or scale^2 * mean."""
     rows, number = parts.shape
     if usable("GEMM epilogues", parts):
-        out = parts.new_empty(1, rows)
-        grid = (triton.cdiv(rows, 128),)
-        _fold[grid](parts, scale, out, rows, number, columns, eps, BLOCK=128, NUMBER=triton.next_power_of_2(number))
+        out, padded = parts.new_empty(1, rows), triton.next_power_of_2(number)
+        _row_factor[(triton.cdiv(rows, 128),)](parts, scale, out, rows, number, columns, eps, BLOCK=128, NUMBER=padded)
         return out
     mean = parts.sum(1)[None] / columns
     return (mean + eps).rsqrt() if scale is None else scale.square() * mean
 
 
 @cache
-def hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def fused(x: Tensor) -> bool:
-    """Whether the kernels take what is on the device and of the dtype of x; their tiles are a Hopper's."""
-    ready = gemm_epilogue is not None and x.is_cuda and x.dtype == torch.bfloat16 and hopper(x.device)
+def uses_quack(x: Tensor) -> bool:
+    """Whether quack's GEMMs run on a device and in a dtype like those of x; the tiles are chosen for Hopper."""
+    ready = gemm_epilogue is not None and x.is_cuda and x.dtype == torch.bfloat16 and is_hopper(x.device)
     return ready and usable("GEMM epilogues", x)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a (N, K) times b (K, M)."""
-    return _run(_product, a, b) if fused(a) else a @ b
+    return _run(_matmul, a, b) if uses_quack(a) else a @ b
 
 
-def plus_residual(a: Tensor, b: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """-> s = x + a b (N, M), and (1, N) float32: the factors that RMS norm would multiply its rows by."""
-    if fused(a):
+def matmul_residual(a: Tensor, b: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """s = x + a b (N, M), and (1, N) float32: the factors by which RMS norm multiplies its rows."""
+    if uses_quack(a):
         parts = _partials(*x.shape, x.device)
-        stream = _run(_plus_residual, a, b, x, squares=parts)
+        stream = _run(_matmul_residual, a, b, x, squares=parts)
     else:
         stream = x + a @ b
         parts = stream.float().square().sum(1, keepdim=True)
-    return stream, fold(parts, x.shape[1], eps)
+    return stream, row_factor(parts, x.shape[1], eps)
 
 
-def relu2(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+def matmul_relu2(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """relu(h)^2 of h = scale (1, N) on the rows of a b (N, M)."""
-    return _run(_relu2, a, b, scale=scale) if fused(a) else (scale.t().to(a.dtype) * (a @ b)).relu().square()
+    if uses_quack(a):
+        return _run(_matmul_relu2, a, b, scale=scale)
+    return (scale.t().to(a.dtype) * (a @ b)).relu().square()
 
 
-def relu2_grad(a: Tensor, b: Tensor, kept: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """The gradient a b (N, M) of kept = relu(h)^2 -> that of the product h / scale, and a factor (1, N) float32.
+def matmul_relu2_grad(a: Tensor, b: Tensor, squared: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """From the gradient a b (N, M) of squared = relu(h)^2: that of the matmul h / scale, and a factor (1, N) float32.
 
-    The factor is scale^2 / columns times the sum over h and its gradient: what the gradient of the norm that scale
-    stands for subtracts of each row of the stream, whose columns are given.
+    The factor is scale^2 / columns times the sum over h and its gradient: what the gradient of the norm, which gave
+    scale, subtracts of each row of the residual stream with so many columns.
     """
-    if fused(a):
-        parts = _partials(*kept.shape, a.device)
-        grad = _run(_relu2_grad, a, b, kept, scale=scale, along=parts)
+    if uses_quack(a):
+        parts = _partials(*squared.shape, a.device)
+        grad = _run(_matmul_relu2_grad, a, b, squared, scale=scale, along=parts)
     else:
-        h = kept.sqrt()
+        h = squared.sqrt()
         grad = 2 * (a @ b) * h
         parts = (grad.float() * h.float()).sum(1, keepdim=True)
         grad = grad * scale.t().to(a.dtype)
-    return grad, fold(parts, columns, scale=scale)
+    return grad, row_factor(parts, columns, scale=scale)
 
 
-def norm_grad(a: Tensor, b: Tensor, grad: Tensor, stream: Tensor, factor: Tensor) -> Tensor:
+def matmul_norm_grad(a: Tensor, b: Tensor, grad: Tensor, stream: Tensor, factor: Tensor) -> Tensor:
     """grad + a b - factor (1, N) on the rows of stream, all (N, M): the gradient of the stream before its norm."""
-    if fused(a):
-        return _run(_norm_grad, a, b, grad, stream=stream, factor=factor)
+    if uses_quack(a):
+        return _run(_matmul_norm_grad, a, b, grad, stream=stream, factor=factor)
     return grad + a @ b - factor.t().to(a.dtype) * stream
 
 
-@check("GEMM epilogues", instead="PyTorch's products")
+@check("GEMM epilogues", instead="PyTorch's matmuls")
 def _cases(draw, config):
     width, rows = config.hidden_size, 80
-    x, seen, dy, parts = draw(rows, width), draw(rows, width), draw(rows, width), draw(rows, 6, dtype=torch.float32)
+    x, attn_out, dy, parts = (*(draw(rows, width) for _ in range(3)), draw(rows, 6, dtype=torch.float32))
     wo, w1, w2 = (draw(*size) / size[1] ** 0.5 for size in ((width, width), (4 * width, width), (width, 4 * width)))
 
-    def folds():
-        scale = fold(parts.square(), width, 1e-6)
-        return [scale, fold(parts, width, scale=scale)]
+    def factors():
+        scale = row_factor(parts.square(), width, 1e-6)
+        return [scale, row_factor(parts, width, scale=scale)]
 
-    yield 1e-4, folds
-    if not fused(x):
+    yield 1e-4, factors
+    if not uses_quack(x):
         return
-    kept, scale = draw(rows, 4 * width).relu().square(), draw(1, rows, dtype=torch.float32).abs() + 0.5
+    squared, scale = draw(rows, 4 * width).relu().square(), draw(1, rows, dtype=torch.float32).abs() + 0.5
 
-    def products():
-        stream, inverse = plus_residual(seen, wo.t(), x, 1e-6)
-        grad, factor = relu2_grad(dy, w2, kept, scale, width)
+    def matmuls():
+        stream, inverse = matmul_residual(attn_out, wo.t(), x, 1e-6)
+        grad, factor = matmul_relu2_grad(dy, w2, squared, scale, width)
         return [
-            product(seen, wo.t()), stream, inverse, relu2(x, w1.t(), scale), grad, factor,
-            norm_grad(kept, w1, dy, x, scale),
+            matmul(attn_out, wo.t()), stream, inverse, matmul_relu2(x, w1.t(), scale), grad, factor,
+            matmul_norm_grad(squared, w1, dy, x, scale),
         ]  # fmt: skip
 
-    yield 0.02, products
+    yield 0.02, matmuls

@@ -1,40 +1,39 @@
-"""The blocks' matrix products in 8-bit floats, on Hopper GPUs and newer: `base.fp8=true`.
+"""FP8 matmuls of the blocks, on Hopper GPUs and newer: E4M3 forward, E5M2 gradients, tensorwise dynamic scaling.
 
-One scale a tensor; values and weights are e4m3, gradients e5m2 (arXiv:2209.05433, the tensorwise recipe of torchao).
-The products want both operands contiguous along the summed dimension, so what a gradient needs again is needed
-transposed, too. Measured naively that costs as much as the products save; so
+`base.fp8=true`; the recipe is that of arXiv:2209.05433 and torchao. FP8 matmuls need both operands contiguous along
+the summed dimension, so whatever a gradient needs again is needed transposed as well. To make that cheap
 
-- one pass reads a tensor and writes it in 8 bits both ways, relu squared and its gradient included;
-- a weight is turned into 8 bits once a step, not once a micro-batch (`leaves.Copies`);
-- a scale needs an upper bound of the magnitudes and no more. Where the largest one is not at hand, a bound that is
-  costs a few of the exponents that floating point has to spare: the norm's output is at most sqrt(C), and a product's
-  at most the length of the longest row times that of the longest column (Cauchy and Schwarz).
+- one pass reads a tensor and writes it in FP8 row-major and transposed, relu squared and its gradient included;
+- a weight is quantized once per step, not once per micro-batch (`WeightCastCache`);
+- a scale may come from an upper bound of the magnitudes (`amax_bound`), which costs a few of the exponents that the
+  format has to spare: a normed row is at most sqrt(C), and a matmul's result at most the largest norm of a row times
+  the largest norm of a column (Cauchy-Schwarz).
 
-Each kernel has a plain twin that runs on any device; `usable("FP8")` says which of the two runs.
+Each kernel has a reference implementation that runs on any device; `usable("FP8", x)` chooses.
 """
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, is_tensor
+from torch import Tensor
 
 from .backend import check, triton, usable
 from .weight_cache import accumulate_grad_
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-PLAIN, SQUARED, SQUARED_GRAD = range(3)  # what is done to a tensor on its way: nothing, relu squared, its gradient
-MEASURE = dict(ROWS=16, COLUMNS=256, num_warps=8)  # tiles of the kernels, from 11 tried on an H200
-FILL = dict(ROWS=32, COLUMNS=128, num_warps=4)
-# The assembler of Triton up to 3.8 corrupts the transposed store of a kernel that stores both ways (triton-lang/
-# triton#11111), though not from bf16 at multiples of this, as in all models of usual sizes; else each way is a launch.
-JOINT, JOINT_FILL = 64, FILL  # seen right with this tile only
+PLAIN, SQUARED, SQUARED_GRAD = range(3)  # what is cast: x, relu(x)^2, or grad times the derivative of relu(x)^2
+AMAX_TILE = dict(ROWS=16, COLUMNS=256, num_warps=8)  # fastest of 11 on an H200
+CAST_TILE = dict(ROWS=32, COLUMNS=128, num_warps=4)
+# The assembler of Triton up to 3.8 corrupts the transposed store of a kernel that stores both layouts (triton-lang/
+# triton#11111), but not from bf16 at multiples of ALIGNED with this tile: all other casts launch once per layout.
+ALIGNED, ALIGNED_TILE = 64, CAST_TILE
 
 if triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def _measure(x, found, rows, columns, LENGTHS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """ROWS rows of x (rows, columns): to found the largest magnitude, and the length of the longest."""
+    def _amax(x, out, rows, columns, NORMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """ROWS rows of x (rows, columns): their largest magnitude and the largest norm of a row go to out."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         peaks = tl.zeros([ROWS, COLUMNS], tl.float32)
         squares = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -43,29 +42,29 @@ if triton is not None:
             inside = (row < rows) & (column < columns)
             value = tl.load(x + row.to(tl.int64) * columns + column, mask=inside, other=0.0).to(tl.float32)
             peaks = tl.maximum(peaks, tl.abs(value))
-            if LENGTHS:
+            if NORMS:
                 squares += value * value
-        tl.store(found + tl.program_id(0), tl.max(peaks))
-        if LENGTHS:
-            tl.store(found + tl.num_programs(0) + tl.program_id(0), tl.sqrt(tl.max(tl.sum(squares, 1), 0)))
+        tl.store(out + tl.program_id(0), tl.max(peaks))
+        if NORMS:
+            tl.store(out + tl.num_programs(0) + tl.program_id(0), tl.sqrt(tl.max(tl.sum(squares, 1), 0)))
 
     @triton.jit
-    def _fill(
-        x, grad, bounds, grad_bounds, number, known, straight, turned, scale, squares, squares_scale, rows, columns,
-        tall, KIND: tl.constexpr, LARGEST: tl.constexpr, SQUARES_LARGEST: tl.constexpr, ROWS: tl.constexpr,
+    def _cast(
+        x, grad, bounds, grad_bounds, number, bound, row_major, transposed, scale, squares, squares_scale, rows,
+        columns, stride, KIND: tl.constexpr, LARGEST: tl.constexpr, SQUARES_LARGEST: tl.constexpr, ROWS: tl.constexpr,
         COLUMNS: tl.constexpr, NUMBER: tl.constexpr,
     ):  # fmt: skip
-        """A tile of x (rows, columns): in 8 bits to straight and transposed to turned, whose rows lie `tall` apart.
+        """A tile of x (rows, columns) in FP8 to row_major, and to transposed, whose rows are `stride` apart.
 
-        KIND 1: relu(x)^2 instead; KIND 2: grad's product with the derivative of that instead, and relu(x)^2 itself
-        transposed to squares. The scale is the largest of bounds (number) / LARGEST; None: known is the bound.
+        KIND as above; SQUARED_GRAD also writes relu(x)^2 transposed to squares. The scale is the largest of `bounds`
+        (number) / LARGEST, or bound / LARGEST where bounds is None.
         """
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         inside = (row < rows) & (column < columns)
-        at, across = row.to(tl.int64) * columns + column, column.to(tl.int64) * tall + row
+        at, across = row.to(tl.int64) * columns + column, column.to(tl.int64) * stride + row
         first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
-        limit = known
+        limit = bound
         which = tl.arange(0, NUMBER)
         if bounds is not None:
             limit = tl.max(tl.load(bounds + which, mask=which < number, other=0.0), 0)
@@ -86,180 +85,172 @@ if triton is not None:
         limit = tl.maximum(limit, 1e-24)
         if first:
             tl.store(scale, limit / LARGEST)
-        value = tl.clamp(value * (LARGEST / limit), -LARGEST, LARGEST, tl.PropagateNan.ALL)  # no NaN is lost here
-        if straight is not None:
-            tl.store(straight + at, value.to(straight.dtype.element_ty), mask=inside)
-        if turned is not None:
-            tl.store(turned + across, value.to(turned.dtype.element_ty), mask=inside)
+        value = tl.clamp(value * (LARGEST / limit), -LARGEST, LARGEST, tl.PropagateNan.ALL)  # NaN stays NaN
+        if row_major is not None:
+            tl.store(row_major + at, value.to(row_major.dtype.element_ty), mask=inside)
+        if transposed is not None:
+            tl.store(transposed + across, value.to(transposed.dtype.element_ty), mask=inside)
 
 
-class Eight(NamedTuple):
-    """A matrix in 8 bits, as it is (N, C) and transposed (C, N), and its () float32 scale; None: not asked for."""
+class Float8Pair(NamedTuple):
+    """A matrix in FP8, row-major (N, C) and transposed (C, N), each None if not needed, and its () float32 scale."""
 
-    straight: Tensor | None
-    turned: Tensor | None
+    row_major: Tensor | None
+    transposed: Tensor | None
     scale: Tensor
 
 
-def measure(x: Tensor, lengths: bool = False) -> tuple[Tensor, ...]:
-    """x (N, C) -> float32 numbers whose largest bounds the magnitudes, and if asked others for the rows' lengths."""
-    if not usable("FP8", x):
-        lengths = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()[None],) if lengths else ()
-        return x.abs().amax().float()[None], *lengths
-    found = torch.empty(1 + lengths, triton.cdiv(len(x), MEASURE["ROWS"]), device=x.device)
-    _measure[(found.shape[1],)](x.contiguous(), found, *x.shape, LENGTHS=lengths, **MEASURE)
-    return found.unbind()
-
-
-def fill(to: Eight, x: Tensor, bounds: Tensor | float, kind: int = PLAIN, grad=None, grad_bounds=None, squares=None):
-    """Write x (N, C), whose magnitudes are at most the largest of `bounds` (n,), in 8 bits into what `to` has.
-
-    SQUARED: relu(x)^2 in its place; SQUARED_GRAD: grad (N, C), of magnitudes up to the largest of `grad_bounds` (n,),
-    times the derivative of that, and relu(x)^2 goes transposed to the `Eight` called squares.
-    """
-    dtype = (to.turned if to.straight is None else to.straight).dtype
-    top, known = torch.finfo(dtype).max, not isinstance(bounds, Tensor)
-    if usable("FP8", x):
-        (rows, columns), number = x.shape, 1 if known else len(bounds)
-        tall = rows if to.turned is None else to.turned.stride(0)
-        ways = [way for way in (to._replace(turned=None), to._replace(straight=None)) if any(map(is_tensor, way[:2]))]
-        squares = squares if kind == SQUARED_GRAD else None
-        apart = FILL != JOINT_FILL or x.dtype != torch.bfloat16 or any(size % JOINT for size in (rows, columns, tall))
-        if apart and len(ways) + (squares is not None) > 1:
-            for way in ways:
-                fill(way, x, bounds, kind, grad, grad_bounds)
-            if squares is not None:
-                fill(squares, x, bounds, SQUARED)
-            return
-        _fill[(triton.cdiv(rows, FILL["ROWS"]), triton.cdiv(columns, FILL["COLUMNS"]))](
-            x.contiguous(), grad, None if known else bounds, grad_bounds, number, float(bounds) if known else 0.0,
-            to.straight, to.turned, to.scale, squares and squares.turned, squares and squares.scale, rows, columns,
-            tall, KIND=kind, LARGEST=top, SQUARES_LARGEST=torch.finfo(E4M3).max,
-            NUMBER=triton.next_power_of_2(number), **FILL,
-        )  # fmt: skip
-        return
-    value, limit = x.float(), torch.as_tensor(bounds, dtype=torch.float32).amax()
-    if kind != PLAIN:
-        value = value.relu()
-    if kind == SQUARED_GRAD:
-        fill(squares, value, limit, SQUARED)
-        value, limit = 2 * value * grad.float(), 2 * limit * grad_bounds.amax()
-    if kind == SQUARED:
-        value, limit = value.square(), limit.square()
-    to.scale.copy_(limit.clamp_min(1e-24) / top)
-    value = (value / to.scale).clamp(-top, top).to(dtype)
-    if to.straight is not None:
-        to.straight.copy_(value)
-    if to.turned is not None:
-        to.turned.copy_(value.t())
-
-
-def empty(shape: tuple, device, dtype: torch.dtype, straight: bool = True, turned: bool = True) -> Eight:
-    """What a matrix of this shape goes into."""
-    return Eight(
-        torch.empty(shape, dtype=dtype, device=device) if straight else None,
-        torch.empty(shape[::-1], dtype=dtype, device=device) if turned else None,
+def empty(shape: tuple, device, dtype: torch.dtype, row_major: bool = True, transposed: bool = True) -> Float8Pair:
+    """Uninitialized memory for a matrix of this shape."""
+    return Float8Pair(
+        torch.empty(shape, dtype=dtype, device=device) if row_major else None,
+        torch.empty(shape[::-1], dtype=dtype, device=device) if transposed else None,
         torch.empty((), device=device),
     )
 
 
-def quantise(x: Tensor, dtype: torch.dtype, bounds: Tensor | float | None = None) -> Eight:
-    """x (N, C) in 8 bits both ways; bounds None: its largest magnitude, which is measured first."""
-    to = empty(x.shape, x.device, dtype)
-    fill(to, x, measure(x)[0] if bounds is None else bounds)
-    return to
+def compute_amax(x: Tensor, norms: bool = False) -> tuple[Tensor, ...]:
+    """x (N, C) -> float32 numbers whose maximum is that of |x|; norms: also others, with that of the rows' norms."""
+    if not usable("FP8", x):
+        norms = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()[None],) if norms else ()
+        return x.abs().amax().float()[None], *norms
+    out = torch.empty(1 + norms, triton.cdiv(len(x), AMAX_TILE["ROWS"]), device=x.device)
+    _amax[(out.shape[1],)](x.contiguous(), out, *x.shape, NORMS=norms, **AMAX_TILE)
+    return out.unbind()
 
 
-class Weight8(NamedTuple):
-    """A matrix (sum of N_i, C) in e4m3, the parameters it was made of, and the length of its longest column."""
+def cast_to_fp8(
+    out: Float8Pair, x: Tensor, amax_bound: Tensor | float, kind: int = PLAIN, grad=None, grad_bound=None, squares=None
+) -> None:
+    """Write x (N, C), whose magnitudes are at most the largest of `amax_bound` (n,), in FP8 to the layouts of `out`.
 
-    eight: Eight
-    longest: Tensor
-    parts: tuple[Tensor, ...]
+    SQUARED: relu(x)^2 instead. SQUARED_GRAD: grad (N, C), of magnitudes up to the largest of `grad_bound` (n,), times
+    the derivative of relu(x)^2; relu(x)^2 goes transposed to the pair `squares`.
+    """
+    dtype = (out.transposed if out.row_major is None else out.row_major).dtype
+    top, is_number = torch.finfo(dtype).max, not isinstance(amax_bound, Tensor)
+    if not usable("FP8", x):
+        value, limit = x.float(), torch.as_tensor(amax_bound, dtype=torch.float32).amax()
+        if kind != PLAIN:
+            value = value.relu()
+        if kind == SQUARED_GRAD:
+            cast_to_fp8(squares, value, limit, SQUARED)
+            value, limit = 2 * value * grad.float(), 2 * limit * grad_bound.amax()
+        if kind == SQUARED:
+            value, limit = value.square(), limit.square()
+        out.scale.copy_(limit.clamp_min(1e-24) / top)
+        value = (value / out.scale).clamp(-top, top).to(dtype)
+        for layout, written in ((out.row_major, value), (out.transposed, value.t())):
+            if layout is not None:
+                layout.copy_(written)
+        return
+    (rows, columns), number = x.shape, 1 if is_number else len(amax_bound)
+    stride = rows if out.transposed is None else out.transposed.stride(0)
+    squares = squares if kind == SQUARED_GRAD else None
+    aligned = CAST_TILE == ALIGNED_TILE and not any(size % ALIGNED for size in (rows, columns, stride))
+    both = out.row_major is not None and out.transposed is not None
+    if (both or squares is not None) and not (aligned and x.dtype == torch.bfloat16):
+        for layout in (out._replace(transposed=None), out._replace(row_major=None)):
+            if (layout.row_major, layout.transposed) != (None, None):
+                cast_to_fp8(layout, x, amax_bound, kind, grad, grad_bound)
+        if squares is not None:
+            cast_to_fp8(squares, x, amax_bound, SQUARED)
+        return
+    _cast[(triton.cdiv(rows, CAST_TILE["ROWS"]), triton.cdiv(columns, CAST_TILE["COLUMNS"]))](
+        x.contiguous(), grad, None if is_number else amax_bound, grad_bound, number,
+        float(amax_bound) if is_number else 0.0, out.row_major, out.transposed, out.scale,
+        squares and squares.transposed, squares and squares.scale, rows, columns, stride, KIND=kind, LARGEST=top,
+        SQUARES_LARGEST=torch.finfo(E4M3).max, NUMBER=triton.next_power_of_2(number), **CAST_TILE,
+    )  # fmt: skip
 
 
-@torch.no_grad()
-def weight8(*parts: Tensor) -> Weight8:
-    sizes, columns = [len(part) for part in parts], parts[0].shape[1]
-    eight = empty((sum(sizes), columns), parts[0].device, E4M3)
-    parts16 = [part.bfloat16() for part in parts]  # Triton 3.6 transposes a float32 tile wrongly once it is in 8 bits
-    bounds = torch.cat([measure(part)[0] for part in parts16])
-    for part, straight, turned in zip(parts16, eight.straight.split(sizes), eight.turned.split(sizes, dim=1)):
-        fill(Eight(straight, turned, eight.scale), part, bounds)
-    lengths = [torch.linalg.vector_norm(part, dim=0, dtype=torch.float32) for part in parts16]
-    return Weight8(eight, torch.stack(lengths).norm(dim=0).amax(), parts)
+def quantize(x: Tensor, dtype: torch.dtype, amax_bound: Tensor | float | None = None) -> Float8Pair:
+    """x (N, C) in FP8, both layouts. amax_bound None: computed from x."""
+    out = empty(x.shape, x.device, dtype)
+    cast_to_fp8(out, x, compute_amax(x)[0] if amax_bound is None else amax_bound)
+    return out
 
 
-def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
-    """a (M, K), b (N, K) in 8 bits -> a b^T (M, N). fast: sums in the tensor cores' own, coarser accumulator."""
+def scaled_mm(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """a (M, K), b (N, K) in FP8 -> a b^T (M, N). fast: sums in the tensor cores' own, less precise accumulator."""
     return torch._scaled_mm(a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, use_fast_accum=fast)
 
 
-def weight_gradients(weight: Weight8, dy: Eight, x: Eight, dtype: torch.dtype) -> list[Tensor | None]:
-    """As `products.gradients`, from what is transposed of dy (N, O) and x (N, C); dtype: of what is added up."""
-    fresh = len(weight.parts) == 1 and weight.parts[0].grad is None
-    dw = product(dy.turned, x.turned, (dy.scale, x.scale), weight.parts[0].dtype if fresh else dtype)
-    parts = zip(weight.parts, dw.split([len(part) for part in weight.parts]))
-    return [accumulate_grad_(part, grad) if part.requires_grad else None for part, grad in parts]
+class Float8Weight(NamedTuple):
+    """A matrix (sum of N_i, C) in E4M3, its largest column norm, and the parameters (N_i, C) it was made from.
+
+    Methods as those of `block_matmuls.Bf16Weight`.
+    """
+
+    pair: Float8Pair
+    column_norm: Tensor
+    parts: tuple[Tensor, ...]
+
+    def linear(self, x: Tensor, amax_bound: float | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x8 = quantize(x, E4M3, amax_bound)
+        return self.matmul(x8, x.dtype), (x8.transposed, x8.scale)
+
+    def linear_grad(self, dy: Tensor, x_transposed: Tensor, x_scale: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        dy8 = quantize(dy, E5M2)
+        return self.matmul_grad(dy8, dy.dtype), self.accumulate_grads(dy8, x_transposed, x_scale, dy.dtype)
+
+    def matmul(self, x8: Float8Pair, dtype: torch.dtype) -> Tensor:
+        return scaled_mm(x8.row_major, self.pair.row_major, (x8.scale, self.pair.scale), dtype, fast=True)
+
+    def matmul_grad(self, dy8: Float8Pair, dtype: torch.dtype) -> Tensor:
+        return scaled_mm(dy8.row_major, self.pair.transposed, (dy8.scale, self.pair.scale), dtype)
+
+    def accumulate_grads(self, dy8: Float8Pair, x_transposed, x_scale, dtype: torch.dtype) -> list[Tensor | None]:
+        """dtype: of what is added to `.grad`."""
+        first = len(self.parts) == 1 and self.parts[0].grad is None
+        dtype = self.parts[0].dtype if first else dtype
+        dw = scaled_mm(dy8.transposed, x_transposed, (dy8.scale, x_scale), dtype)
+        parts = zip(self.parts, dw.split([len(part) for part in self.parts]))
+        return [accumulate_grad_(part, grad) if part.requires_grad else None for part, grad in parts]
 
 
-class Linear8(torch.autograd.Function):
-    """`products._Linear` in 8 bits; the few channels of the gates stay in bf16. bound: as in `quantise`."""
+@torch.no_grad()
+def quantize_weight(*parts: Tensor) -> Float8Weight:
+    sizes, columns = [len(part) for part in parts], parts[0].shape[1]
+    pair = empty((sum(sizes), columns), parts[0].device, E4M3)
+    bf16_parts = [part.bfloat16() for part in parts]  # Triton 3.6 transposes a tile wrongly that was float32
+    bounds = torch.cat([compute_amax(part)[0] for part in bf16_parts])
+    layouts = zip(bf16_parts, pair.row_major.split(sizes), pair.transposed.split(sizes, dim=1))
+    for part, row_major, transposed in layouts:
+        cast_to_fp8(Float8Pair(row_major, transposed, pair.scale), part, bounds)
+    norms = [torch.linalg.vector_norm(part, dim=0, dtype=torch.float32) for part in bf16_parts]
+    return Float8Weight(pair, torch.stack(norms).norm(dim=0).amax(), parts)
+
+
+class Float8Relu2MLP(torch.autograd.Function):
+    """relu(x w1^T)^2 w2^T in FP8; between the matmuls only the input of the activation is kept, in bf16."""
 
     @staticmethod
-    def forward(ctx, x, gate, bound, weight, *parts):
-        x8, eight = quantise(x, E4M3, bound), weight.eight
-        head = None if gate is None else x[:, : gate.shape[1]].contiguous()
-        ctx.weight, ctx.dtype = weight, x.dtype
-        ctx.save_for_backward(x8.turned, x8.scale, head, gate)
-        y = product(x8.straight, eight.straight, (x8.scale, eight.scale), x.dtype, fast=True)
-        return y, None if gate is None else head @ gate.t()
-
-    @staticmethod
-    def backward(ctx, dy, dgates):
-        turned, scale, head, gate = ctx.saved_tensors
-        weight, dgate, dy8 = ctx.weight, None, quantise(dy, E5M2)
-        dx = product(dy8.straight, weight.eight.turned, (dy8.scale, weight.eight.scale), ctx.dtype)
-        if gate is not None:
-            dx[:, : gate.shape[1]].addmm_(dgates, gate)
-            dgate = dgates.t() @ head
-        return dx, dgate, None, None, *weight_gradients(weight, dy8, Eight(None, turned, scale), ctx.dtype)
-
-
-class Relu2MLP8(torch.autograd.Function):
-    """relu(x w1^T)^2 w2^T in 8 bits; of what lies between, only the value before the activation is kept, in bf16."""
-
-    @staticmethod
-    def forward(ctx, x, bound, first, second, *parts):
-        x8 = quantise(x, E4M3, bound)
-        h = product(x8.straight, first.eight.straight, (x8.scale, first.eight.scale), x.dtype, fast=True)
-        peaks = measure(h)[0]
-        a8 = empty(h.shape, h.device, E4M3, turned=False)
-        fill(a8, h, peaks, SQUARED)
-        ctx.weights, ctx.dtype = (first, second), x.dtype
-        ctx.save_for_backward(x8.turned, x8.scale, h, peaks)
-        return product(a8.straight, second.eight.straight, (a8.scale, second.eight.scale), x.dtype, fast=True)
+    def forward(ctx, x, amax_bound, w1, w2, *parts):
+        h, saved = w1.linear(x, amax_bound)
+        h_amax = compute_amax(h)[0]
+        a8 = empty(h.shape, h.device, E4M3, transposed=False)
+        cast_to_fp8(a8, h, h_amax, SQUARED)
+        ctx.weights, ctx.dtype = (w1, w2), x.dtype
+        ctx.save_for_backward(*saved, h, h_amax)
+        return w2.matmul(a8, x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        turned, scale, h, peaks = ctx.saved_tensors
-        first, second = ctx.weights
-        largest, longest = measure(dy, lengths=True)
-        dy8 = quantise(dy, E5M2, largest)
-        da = product(dy8.straight, second.eight.turned, (dy8.scale, second.eight.scale), ctx.dtype)
-        dh8, a8 = empty(h.shape, h.device, E5M2), empty(h.shape, h.device, E4M3, straight=False)
-        fill(dh8, h, peaks, SQUARED_GRAD, da, longest * second.longest, a8)
-        dx = product(dh8.straight, first.eight.turned, (dh8.scale, first.eight.scale), ctx.dtype)
-        return (
-            dx, None, None, None, *weight_gradients(first, dh8, Eight(None, turned, scale), ctx.dtype),
-            *weight_gradients(second, dy8, a8, ctx.dtype),
-        )  # fmt: skip
+        (*saved, h, h_amax), (w1, w2), dtype = ctx.saved_tensors, ctx.weights, ctx.dtype
+        dy_amax, row_norm = compute_amax(dy, norms=True)
+        dy8 = quantize(dy, E5M2, dy_amax)
+        da = w2.matmul_grad(dy8, dtype)
+        dh8, a8 = empty(h.shape, h.device, E5M2), empty(h.shape, h.device, E4M3, row_major=False)
+        cast_to_fp8(dh8, h, h_amax, SQUARED_GRAD, da, row_norm * w2.column_norm, a8)
+        dx, grads = w1.matmul_grad(dh8, dtype), w1.accumulate_grads(dh8, *saved, dtype)
+        return dx, None, None, None, *grads, *w2.accumulate_grads(dy8, a8.transposed, a8.scale, dtype)
 
 
 def _numbers(draw, rows: int, columns: int) -> Tensor:
-    """Random numbers of which, scaled, none lies halfway between two of FP8, where the order of operations decides.
+    """Random numbers none of which, scaled, lies halfway between two of FP8, where the order of operations decides.
 
-    The largest one's digits are a prime number: no others are a simple fraction of them.
+    The largest one is a prime number over 64, so that no other is a simple fraction of it.
     """
     x = draw(rows, columns).clamp(-3.9, 3.9)
     x[0, 0] = 251 / 64
@@ -268,29 +259,29 @@ def _numbers(draw, rows: int, columns: int) -> Tensor:
 
 @check("FP8", instead="bf16")
 def _cases(draw, config):
-    """Both ways of storing, at the model's width and at an odd one: the values, and that both hold the same bytes."""
+    """Both ways of storing, at the model's width and at an odd one: the values, and that both layouts are equal."""
     for rows, columns in ((192, config.hidden_size), (72, config.hidden_size + 8)):
         x, grad = _numbers(draw, rows, columns), _numbers(draw, rows, columns)
 
         def cast(x=x, grad=grad):
-            largest, longest = measure(x, lengths=True)
-            kinds = [empty(x.shape, x.device, dtype) for dtype in (E4M3, E5M2, E4M3, E5M2)]
-            squares = empty(x.shape, x.device, E4M3, straight=False)
-            for to, kind in zip(kinds, (PLAIN, PLAIN, SQUARED, SQUARED_GRAD)):
-                fill(to, x, largest, kind, grad, measure(grad)[0], squares)
-            weight = weight8(x[:64].float(), x[64:].float())
-            pairs = [(eight.straight, eight.turned.t(), eight.scale) for eight in (*kinds, weight.eight)]
-            pairs.append((kinds[2].straight, squares.turned.t(), squares.scale))
-            values = [straight.float() * scale for straight, _, scale in pairs]
-            differ = [(one.view(torch.uint8) != other.view(torch.uint8)).sum()[None] for one, other, _ in pairs]
-            return [*values, *differ, largest.amax()[None], longest.amax()[None], weight.longest[None]]
+            amax, row_norm = compute_amax(x, norms=True)
+            pairs = [empty(x.shape, x.device, dtype) for dtype in (E4M3, E5M2, E4M3, E5M2)]
+            squares = empty(x.shape, x.device, E4M3, row_major=False)
+            for pair, kind in zip(pairs, (PLAIN, PLAIN, SQUARED, SQUARED_GRAD)):
+                cast_to_fp8(pair, x, amax, kind, grad, compute_amax(grad)[0], squares)
+            weight = quantize_weight(x[:64].float(), x[64:].float())
+            layouts = [(pair.row_major, pair.transposed.t(), pair.scale) for pair in (*pairs, weight.pair)]
+            layouts.append((pairs[2].row_major, squares.transposed.t(), squares.scale))
+            values = [row_major.float() * scale for row_major, _, scale in layouts]
+            differ = [(one.view(torch.uint8) != other.view(torch.uint8)).sum()[None] for one, other, _ in layouts]
+            return [*values, *differ, amax.amax()[None], row_norm.amax()[None], weight.column_norm[None]]
 
         yield 0.01, cast
-    a, b = (quantise(draw(192, config.hidden_size), E4M3) for _ in range(2))
+    a, b = (quantize(draw(192, config.hidden_size), E4M3) for _ in range(2))
 
     def multiply():
-        if usable("FP8", a.straight):
-            return [product(a.straight, b.straight, (a.scale, b.scale), torch.bfloat16)]
-        return [(a.straight.float() * a.scale) @ (b.straight.float() * b.scale).t()]
+        if usable("FP8", a.row_major):
+            return [scaled_mm(a.row_major, b.row_major, (a.scale, b.scale), torch.bfloat16)]
+        return [(a.row_major.float() * a.scale) @ (b.row_major.float() * b.scale).t()]
 
     yield 0.01, multiply

@@ -1,12 +1,10 @@
-"""The head and its loss in one operation, beside a plain PyTorch twin that runs where Triton or CUDA is missing.
+"""Fused linear cross-entropy with logit softcapping: the head and its loss in one operation.
 
-At 32K tokens a step the float32 logits of a 32K vocabulary are 4 GB, read and written several times. Here they exist
-in bf16, a chunk at a time, and one Triton kernel turns them into their own gradient in place, in a single pass: the
-softcap bounds the logits, so the softmax needs no running maximum, and its denominator is left to the products.
-(Gradients made in the forward pass are Liger Kernel's idea, arXiv:2410.10989.)
+At 32K tokens per micro-batch the float32 logits of a 32K vocabulary take 4 GB and are read and written several times.
+Here the logits exist in bf16, one chunk at a time, and one Triton kernel replaces them by their own gradient in a
+single pass: softcapping bounds the logits, so the softmax needs no running maximum, and the matmuls that follow apply
+its denominator. (Gradients computed in the forward pass are Liger Kernel's idea, arXiv:2410.10989.)
 """
-
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -14,42 +12,27 @@ from torch import Tensor
 
 from .backend import check, triton, usable, with_gradients
 
-MAX_LOGITS_BYTES = 1 << 30  # of one chunk of bf16 logits; larger chunks gain nothing once the products fill the device
-
-
-@cache
-def compiled(function):
-    """The function by torch.compile, one and the same for all who call it."""
-    return torch.compile(function, dynamic=False)
-
+MAX_LOGITS_BYTES = 1 << 30  # of one chunk of bf16 logits; larger chunks gain nothing once the matmuls fill the device
 
 if triton is not None:
     import triton.language as tl
 
     @triton.jit
     def _softcap_nll(
-        logits,
-        targets,
-        losses,
-        scales,
-        inverse_count,
-        num_tokens,
-        stride,
-        cap,
-        GRAD: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
+        logits, targets, losses, scales, inverse_count, num_tokens, stride, cap,
+        GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         """One row: loss of its target and, in place, the gradient of the mean loss with respect to the raw logits.
 
-        The gradient lacks the row's factor 1 / (its sum of exponentials * number of targets), which goes to `scales`:
-        so one pass over the row is enough, and the products that follow take the factor in.
+        The gradient lacks the row's factor 1 / (sum of exponentials * number of targets), which goes to `scales`: so
+        one pass over the row is enough, and the matmuls that follow apply the factor.
         """
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
         valid = target >= 0
         base = logits + row * stride
-        wanted = tl.load(base + tl.maximum(target, 0)).to(tl.float32)
-        wanted = 1.0 - 2.0 / (tl.exp(wanted * (2.0 / cap)) + 1.0)
+        target_logit = tl.load(base + tl.maximum(target, 0)).to(tl.float32)
+        target_logit = 1.0 - 2.0 / (tl.exp(target_logit * (2.0 / cap)) + 1.0)
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(0, stride, BLOCK):
             columns = start + tl.arange(0, BLOCK)
@@ -62,34 +45,34 @@ if triton is not None:
                 slope = tl.where(valid, exponential * (1.0 - squashed * squashed), 0.0)
                 tl.store(base + columns, slope.to(logits.dtype.element_ty), mask=columns < stride)
         mass = tl.sum(total, 0)
-        tl.store(losses + row, tl.where(valid, tl.log(mass) - wanted * cap, 0.0))
+        tl.store(losses + row, tl.where(valid, tl.log(mass) - target_logit * cap, 0.0))
         if GRAD:
             tl.debug_barrier()  # the target's own gradient comes after what the loop wrote there
-            slope = (tl.exp(wanted * cap) - mass) * (1.0 - wanted * wanted)
+            slope = (tl.exp(target_logit * cap) - mass) * (1.0 - target_logit * target_logit)
             tl.store(base + target, slope.to(logits.dtype.element_ty), mask=valid)
             tl.store(scales + row, tl.load(inverse_count) / mass)
 
 
-class _FusedHeadLoss(torch.autograd.Function):
+class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, num_tokens, reduction):
-        low = weight.to(hidden.dtype)
+        bf16_weight = weight.to(hidden.dtype)
         training = reduction == "mean" and (hidden.requires_grad or weight.requires_grad)
         inverse_count = (targets >= 0).sum().clamp(min=1).float().reciprocal()
         losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         scales = torch.empty_like(losses)[:, None]
         hidden_grad = torch.empty_like(hidden) if training else None
         weight_grad = None
-        rows = max(1, MAX_LOGITS_BYTES // (2 * len(low)))
+        rows = max(1, MAX_LOGITS_BYTES // (2 * len(bf16_weight)))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = hidden[part] @ low.t()  # (rows, V)
+            logits = hidden[part] @ bf16_weight.t()  # (rows, V)
             _softcap_nll[(len(logits),)](
                 logits, targets[part], losses[part], scales[part], inverse_count, num_tokens, logits.stride(0),
-                float(softcap), GRAD=training, BLOCK=min(4096, triton.next_power_of_2(len(low))), num_warps=8,
+                float(softcap), GRAD=training, BLOCK=min(4096, triton.next_power_of_2(len(bf16_weight))), num_warps=8,
             )  # fmt: skip
             if training:
-                torch.mm(logits, low, out=hidden_grad[part])
+                torch.mm(logits, bf16_weight, out=hidden_grad[part])
                 scaled = hidden[part] * scales[part].to(hidden.dtype)
                 if weight_grad is None:
                     weight_grad = torch.mm(logits.t(), scaled, out_dtype=torch.float32)
@@ -114,21 +97,21 @@ def fused_linear_cross_entropy(
 
     Args:
         hidden: (N, C) normed hidden states, bf16 or fp32.
-        weight: (V, C) head, fp32 master weights; rows from `num_tokens` on are padding and take no part.
-        targets: (N,) int64, -100 is ignored.
-        reduction: "mean" over the targets that count, or "none": (N,) fp32, without gradient on the fused path.
+        weight: (V, C) head, fp32; rows from `num_tokens` on are padding and excluded.
+        targets: (N,) int64; -100 is ignored.
+        reduction: "mean" over the targets that are not ignored, or "none": (N,) fp32, without gradient if fused.
     """
     if hidden.dtype == torch.bfloat16 and usable("fused cross-entropy", hidden):
-        return _FusedHeadLoss.apply(hidden, weight, targets, softcap, num_tokens, reduction)
+        return _FusedLinearCrossEntropy.apply(hidden, weight, targets, softcap, num_tokens, reduction)
     logits = F.linear(hidden, weight.to(hidden.dtype))[..., :num_tokens].float()
     logits, reduce = softcap * torch.tanh(logits / softcap), "sum" if reduction == "mean" else reduction
     loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduce)
     return loss / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss
 
 
-@check("fused cross-entropy", instead="PyTorch's own, which takes more memory")
+@check("fused cross-entropy", instead="PyTorch's operations, which take more memory")
 def _cases(draw, config):
-    size = min(config.vocab_size, 4224)  # as many columns as one program takes at once, and some more
+    size = min(config.vocab_size, 4224)  # more columns than one program reads at once
     hidden, weight = draw(80, config.hidden_size), draw(size, config.hidden_size, dtype=torch.float32) * 0.05
     targets = torch.arange(80, device=hidden.device) * 37 % (size - 3)
     targets[::7] = -100

@@ -1,9 +1,9 @@
-"""The residual stream on its way into a block: both parts that the last block left, the embedding's share, the norm.
+"""The residual stream before a block: the sum of both parts that the last block left, the embedding's share, the norm.
 
-`residual_mix` is one pass over the stream forward and one backward. Two things make it cheaper than what a compiler
-fuses: the gradient of the embedding, which every layer adds to, is added up in one tensor as the layers go by, where
-autograd would write a part of it in each and add them in passes of their own; and what the residual scale multiplied
-is found again from the mixed stream, so that the backward pass reads one tensor where it would read two.
+`residual_mix` is one pass over the residual stream forward and one backward. It moves less memory than what a compiler
+fuses: the gradient of the embedding, to which every layer contributes, is accumulated in one tensor, where autograd
+would write one per layer and add them in further passes; and the backward pass recomputes what the residual scale
+multiplied from the mixed stream, so it reads one tensor instead of two.
 """
 
 import torch
@@ -26,9 +26,9 @@ if triton is not None:
         if scale is not None:
             first = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
             value = tl.load(scale).to(tl.float32) * value + tl.load(share).to(tl.float32) * first
-        kept = value.to(mixed.dtype.element_ty)  # the backward pass norms what was kept
-        value = kept.to(tl.float32)
-        tl.store(mixed + at, kept, mask=inside)
+        rounded = value.to(mixed.dtype.element_ty)  # the backward pass norms what was stored
+        value = rounded.to(tl.float32)
+        tl.store(mixed + at, rounded, mask=inside)
         value *= tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
         tl.store(normed + at, value.to(normed.dtype.element_ty), mask=inside)
 
@@ -37,13 +37,13 @@ if triton is not None:
         dmixed, dnormed, mixed, x0, scale, share, dx, total, parts, rows, columns, eps,
         FRESH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """ROWS rows: dx, share times the gradient added to total (or written there), parts of the two scalars' own."""
+        """ROWS rows: dx, share times the gradient added to total (FRESH: written), partial sums for both scalars."""
         column = tl.arange(0, BLOCK)
         along_before, along_first = 0.0, 0.0
         if scale is not None:
             a, b = tl.load(scale).to(tl.float32), tl.load(share).to(tl.float32)
-        for turn in range(ROWS):
-            row = tl.program_id(0).to(tl.int64) * ROWS + turn
+        for i in range(ROWS):
+            row = tl.program_id(0).to(tl.int64) * ROWS + i
             at, inside = row * columns + column, (column < columns) & (row < rows)
             value = tl.load(mixed + at, mask=inside, other=0.0).to(tl.float32)
             grad = tl.load(dnormed + at, mask=inside, other=0.0).to(tl.float32)
@@ -68,11 +68,11 @@ if triton is not None:
             tl.store(parts + 2 * tl.program_id(0) + 1, along_first)
 
 
-ROWS = 2  # of a program in the backward pass
+ROWS = 2  # per program in the backward pass
 
 
 class EmbeddingResidual:
-    """The embedding x0 (B, T, C) of one forward pass, and its gradient as far as it has been added up."""
+    """The embedding x0 (B, T, C) of one forward pass, and its gradient as far as it has been accumulated."""
 
     def __init__(self, value: Tensor):
         self.value, self.grad = value, None
@@ -106,7 +106,7 @@ class _Mix(torch.autograd.Function):
         dy = None if ctx.first else dx
         if scale is None:
             return dx, dy, *[None] * 5
-        # Whatever is mixed first is differentiated last, so the first layer hands over the sum.
+        # The first layer is differentiated last, so it returns the sum.
         embedded.grad = None if ctx.first else total
         return dx, dy, total if ctx.first else None, *parts.sum(0).unbind(), None, None
 
@@ -118,14 +118,14 @@ def warps(block: int) -> int:
 def residual_mix(
     x: Tensor, y: Tensor | None, embedded: EmbeddingResidual | None, lambdas: tuple[Tensor, Tensor] | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """-> the stream s = a (x + y) + b x0, and its RMS norm, both (B, T, C).
+    """The residual stream s = a (x + y) + b x0, and its RMS norm, both (B, T, C).
 
     Args:
         x, y: (B, T, C); y is None in the first layer, where x is the embedding itself.
         embedded: the embedding x0, one object for all layers of a forward pass, each of which mixes once.
         lambdas: the scalars a and b; None: s = x + y.
     """
-    if not torch.compiler.is_compiling() and usable("residual mix", x):  # the compiler fuses by itself
+    if not torch.compiler.is_compiling() and usable("residual mix", x):  # torch.compile fuses by itself
         x0 = None if lambdas is None else embedded.value
         return _Mix.apply(x, y, x0, *(lambdas or (None, None)), eps, embedded)
     if y is not None:
@@ -148,5 +148,5 @@ def _cases(draw, config):
 
     inputs = x, y, z, scale, share
     yield 0.02, lambda: with_gradients(layers, inputs)[:-2]
-    # Sums over all values of terms that cancel: bf16 rounds each, so the sums agree less than their terms do.
+    # The scalars' gradients are sums of terms that cancel: bf16 rounds each, so the sums agree less than the terms.
     yield 0.25, lambda: with_gradients(layers, inputs)[-2:]

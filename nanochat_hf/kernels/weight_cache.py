@@ -1,16 +1,13 @@
-"""What stands between the float32 parameters and the blocks: their bf16 copies and rows of embedding tables.
+"""Casts of weights kept over a step, and gradients added in place to the `.grad` of the parameters (CUDA).
 
-Two things that autograd does once a micro-batch need doing once a step, or in one pass instead of four:
+- `WeightCastCache`: the bf16 or FP8 copy of a weight is made once and kept until the weight changes.
+- `accumulate_grad_`: adds a bf16 gradient to a float32 `.grad` in one pass, where autograd would cast it first.
+- `EmbeddingGradIndex`: the gradient of an embedding is added to only those rows of `.grad` that occur, one program per
+  token id, in a fixed order (a rerun gives the same bits), where PyTorch fills a table of zeros and adds it. The token
+  ids are sorted once per micro-batch for all tables.
 
-- `WeightCastCache`: the bf16 copy of a weight is made once and kept until the weight changes. Under the compiler
-  (`low`) its bf16 gradient is added to `.grad` at once, where autograd would first make a float32 gradient and then
-  add that; elsewhere (`copy`) the products see to it (`products.Weight`).
-- `Places.rows`: the gradient of an embedding is added to those rows of `.grad` that occur, one program a token, in a
-  fixed order (so a rerun gives the same bits), where PyTorch fills a table of zeros by atomic additions, casts it and
-  adds it. The tokens are sorted once a micro-batch for all tables.
-
-A gradient that was added in place is not handed to autograd. Hooks that wait for the parameter (DDP) still run, and
-find it in `.grad`. Elsewhere than on CUDA, and for parameters that are not leaves, all is as in plain PyTorch.
+A gradient that was added in place is not returned to autograd. Hooks that wait for the parameter (DDP) still run, and
+find it in `.grad`. On other devices everything is as in plain PyTorch.
 """
 
 from collections.abc import Callable
@@ -27,7 +24,7 @@ if triton is not None:
 
     @triton.jit
     def _add_rows(total, grad, order, starts, tokens, columns, least, most, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        """total[token] += the sum of the rows of grad whose token it is: one token, BLOCK columns a program.
+        """total[token] += the sum of its rows of grad: one token id, BLOCK columns per program.
 
         Only tokens that occur `least` to `most` times. tokens: that of each program; None: the program's own number.
         """
@@ -36,38 +33,27 @@ if triton is not None:
         if (end - begin >= least) & (end - begin <= most):
             column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
             target = total + token.to(tl.int64) * columns + column
-            found = tl.load(target, mask=column < columns, other=0.0).to(tl.float32)
+            value = tl.load(target, mask=column < columns, other=0.0).to(tl.float32)
             for at in range(begin, end, ROWS):
                 place = at + tl.arange(0, ROWS)
-                known = place < end
-                row = tl.load(order + place, mask=known, other=0)
-                inside = known[:, None] & (column < columns)[None, :]
+                valid = place < end
+                row = tl.load(order + place, mask=valid, other=0)
+                inside = valid[:, None] & (column < columns)[None, :]
                 part = tl.load(grad + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
-                found += tl.sum(part.to(tl.float32), axis=0)
-            tl.store(target, found.to(total.dtype.element_ty), mask=column < columns)
+                value += tl.sum(part.to(tl.float32), axis=0)
+            tl.store(target, value.to(total.dtype.element_ty), mask=column < columns)
 
     @triton.jit
     def _add(total, part, numel, BLOCK: tl.constexpr):
-        """total += part, of two dtypes: PyTorch's own kernel for that moves half as many bytes a second."""
+        """total += part, of two dtypes: PyTorch's own kernel for that reaches half the bandwidth."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < numel
         value = tl.load(total + at, mask=inside) + tl.load(part + at, mask=inside).to(total.dtype.element_ty)
         tl.store(total + at, value, mask=inside)
 
 
-class _Low(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, copy, *weights):
-        ctx.weights = weights
-        return copy.detach()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, *map(accumulate_grad_, ctx.weights, grad.split([len(weight) for weight in ctx.weights]))
-
-
 def accumulate_grad_(weight: Tensor, grad: Tensor) -> Tensor | None:
-    """Add to `weight.grad` in place and give None, or what autograd shall make the gradient if there is none yet."""
+    """Add to `weight.grad` in place and return None; return the gradient for autograd if there is none yet."""
     if weight.grad is None:
         return grad.to(weight.dtype)
     if usable("gradient sums", grad) and grad.is_contiguous() and weight.grad.is_contiguous():
@@ -77,42 +63,32 @@ def accumulate_grad_(weight: Tensor, grad: Tensor) -> Tensor | None:
     return None
 
 
-class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, table, places, real):
-        ctx.table, ctx.places = table, places
-        ids = places.ids
-        return F.embedding(ids, table) if real else table.new_empty(()).expand(*ids.shape, table.shape[1])
-
-    @staticmethod
-    def backward(ctx, grad):
-        table, grad = ctx.table, grad.contiguous()
-        total = torch.zeros_like(table) if table.grad is None else table.grad
-        ctx.places.add(total, grad)
-        return total if table.grad is None else None, None, None
-
-
 class EmbeddingGradIndex:
-    """Where each token stands in a batch of ids (B, T): made once, used by every embedding table."""
+    """Where each token id occurs in ids (B, T): made once, used for every embedding table, of `vocab_size` rows."""
 
-    RARE = 4  # most tokens of a batch occur once or twice, and a few a thousand times: two kernels for the two
+    RARE = 4  # most token ids of a batch occur once or twice and a few a thousand times: one kernel for each kind
 
-    def __init__(self, ids: Tensor, rows: int):
-        """rows: of the tables."""
+    def __init__(self, ids: Tensor, vocab_size: int):
         self.ids = ids
-        self.fast = usable("gradient sums", ids) and torch.is_grad_enabled()
-        if self.fast:
-            self.sort(rows)
+        self.sorted = usable("gradient sums", ids) and torch.is_grad_enabled()
+        if self.sorted:
+            tokens, self.order = ids.flatten().sort(stable=True)
+            self.starts = torch.searchsorted(tokens, torch.arange(vocab_size + 1, device=tokens.device))
+            most = min(vocab_size, len(tokens) // (self.RARE + 1))  # not more than so many token ids are frequent
+            self.frequent = self.starts.diff().topk(most).indices if most else self.order[:0]
 
-    def sort(self, rows: int) -> None:
-        tokens, self.order = self.ids.flatten().sort(stable=True)
-        self.starts = torch.searchsorted(tokens, torch.arange(rows + 1, device=tokens.device))
-        most = min(rows, len(tokens) // (self.RARE + 1))  # so many tokens at most are not rare
-        self.frequent = self.starts.diff().topk(most).indices if most else self.order[:0]
+    def lookup(self, table: Tensor, materialize: bool = True) -> "Tensor | EmbeddingRows":
+        """table (V, C) -> its rows (B, T, C); or, not materialized, what a kernel reads them from."""
+        if not materialize:
+            return EmbeddingRows(self, table)
+        return _Lookup.apply(table, self) if self.sorted and table.requires_grad else F.embedding(self.ids, table)
 
-    def add(self, total: Tensor, grad: Tensor) -> None:
-        """total (V, C) += the rows of grad (B, T, C), each to its token's row, in place."""
-        columns = total.shape[1]
+    def accumulate_grad(self, table: Tensor, grad: Tensor) -> Tensor | None:
+        """As `accumulate_grad_`, from the gradient (B, T, C) of the table's rows."""
+        if not self.sorted:
+            return torch.ops.aten.embedding_dense_backward(grad, self.ids, len(table), -1, False).to(table.dtype)
+        total = torch.zeros_like(table) if table.grad is None else table.grad
+        grad, columns = grad.contiguous(), table.shape[1]
         block = min(2048, triton.next_power_of_2(columns))
         _add_rows[(len(total), triton.cdiv(columns, block))](
             total, grad, self.order, self.starts, None, columns, 1, self.RARE,
@@ -123,50 +99,51 @@ class EmbeddingGradIndex:
                 total, grad, self.order, self.starts, self.frequent, columns, self.RARE + 1, len(self.order),
                 ROWS=64, BLOCK=128, num_warps=8,
             )  # fmt: skip
+        return total if table.grad is None else None
 
-    def rows(self, table: Tensor, real: bool = True) -> Tensor | None:
-        """table (V, C) -> its rows (B, T, C).
 
-        Not `real`: only what carries their gradient, without values or memory, for a kernel that reads the table by
-        itself; None where none is needed, because the table's gradient comes by plain autograd.
-        """
-        if self.fast and table.requires_grad:
-            return _Rows.apply(table, self, real)
-        return F.embedding(self.ids, table) if real else None
+class EmbeddingRows:
+    """Rows of a table that are not materialized. Not a tuple: FSDP2 would look into it, and replace the table."""
+
+    def __init__(self, index: EmbeddingGradIndex, table: Tensor):
+        self.index, self.table = index, table
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table, index):
+        ctx.table, ctx.index = table, index
+        return F.embedding(index.ids, table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.index.accumulate_grad(ctx.table, grad), None
 
 
 class WeightCastCache:
-    """What is made of weights, above all their copies in another dtype, kept until the weights change."""
+    """Casts of weights, without gradient, kept until a weight changes."""
 
     def __init__(self):
-        self.kept: dict = {}
+        self.casts: dict = {}
 
-    def low(self, name, dtype: torch.dtype, *weights: Tensor) -> Tensor:
-        """Weights (N_i, C) -> one (sum N_i, C) of `dtype`, whose gradient goes to them."""
-        if not weights[0].is_cuda or weights[0].dtype == dtype:
-            return (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype)
-        return _Low.apply(self.copy(name, dtype, *weights), *weights)
+    def cast_detached(self, name, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        """Weights (N_i, C) -> one (sum N_i, C) of `dtype`; each set of weights has its own `name`."""
+        return self.lookup(name, partial(_cast, dtype), *weights)
 
-    def copy(self, name, dtype: torch.dtype, *weights: Tensor) -> Tensor:
-        """The same without a gradient; `name` tells one set of weights from another."""
-        if weights[0].dtype == dtype:
-            return weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
-        return self.made(name, partial(joined, dtype), *weights)
-
-    def made(self, name, make: Callable, *weights: Tensor):
-        """make(*weights) of now or before, if no weight has changed since."""
+    def lookup(self, name, make: Callable, *weights: Tensor):
+        """make(*weights), from the cache if no weight has changed since."""
         versions = [weight._version for weight in weights]
-        if name not in self.kept or self.kept[name][0] != versions:
+        if name not in self.casts or self.casts[name][0] != versions:
             with torch.no_grad():
-                self.kept[name] = versions, make(*weights)
-        return self.kept[name][1]
+                self.casts[name] = versions, make(*weights)
+        return self.casts[name][1]
 
 
-def joined(dtype: torch.dtype, *weights: Tensor) -> Tensor:
-    copy = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype, device=weights[0].device)
-    for part, weight in zip(copy.split([len(weight) for weight in weights]), weights):
+def _cast(dtype: torch.dtype, *weights: Tensor) -> Tensor:
+    result = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype, device=weights[0].device)
+    for part, weight in zip(result.split([len(weight) for weight in weights]), weights):
         part.copy_(weight)
-    return copy
+    return result
 
 
 @check("gradient sums", instead="PyTorch's operations")
@@ -178,7 +155,7 @@ def _cases(draw, config):
     def rows():
         leaf = table.clone().requires_grad_()
         for _ in range(2):  # the second time added to the first
-            EmbeddingGradIndex(ids, len(leaf)).rows(leaf).backward(grad)
+            EmbeddingGradIndex(ids, len(leaf)).lookup(leaf).backward(grad)
         weight = torch.nn.Parameter(table.float())
         weight.grad = weight.detach().clone()
         accumulate_grad_(weight, grad[0, : len(table)].contiguous())

@@ -18,9 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ..distributed import get_dist_info, partial_state
 from ..errors import InputError
-from ..kernels.attention import uses_flash
 from ..kernels.backend import triton, unloaded, verify, version
-from ..kernels.block_matmuls import fused
 from ..kernels.fused_cross_entropy import fused_linear_cross_entropy
 from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
@@ -32,7 +30,7 @@ from .fused_model import BF16_KERNELS, FusedTransformer
 
 
 class ModelLoss(nn.Module):
-    """The model's own forward with the head's loss, with the signature of `fast.Trunk`.
+    """The model's own forward with the head's loss, with the signature of `FusedTransformer`.
 
     For an attention that the user chose.
     """
@@ -217,10 +215,9 @@ def describe(network: nn.Module, fp8: bool | str) -> str:
     if device.type != "cuda":
         why = f"; no FP8: it {why_not_fp8(model, 'auto', device, (9, 0))}" if fp8 == "auto" else ""
         return f"kernels: PyTorch on {device.type}; {precision}{why}"
-    x = torch.empty((), device=device, dtype=compute_dtype(device, half=True))
     auto = isinstance(network, FusedTransformer)
-    parts = ["attention " + (packaged("flash-attn-4") if auto and uses_flash(x) else "PyTorch")]
-    matmuls = packaged("quack-kernels") if auto and fused(x) else "PyTorch"
+    parts = ["attention " + (packaged("flash-attn-4") if auto and network.train_kind.flash else "PyTorch")]
+    matmuls = packaged("quack-kernels") if auto and network.train_kind.kernels else "PyTorch"
     parts.append("matmuls " + ("PyTorch's FP8" if eight else matmuls))
     parts += [packaged("triton")] if triton is not None else []
     hints = [f"{package} {reason}" for package, reason in unloaded.items() if auto and reason == "not installed"]

@@ -264,7 +264,7 @@ class Pretraining:
         taken = loss.isfinite() & norm.isfinite() & (loss <= limit)
         if before is not None:
             taken &= before.taken
-        self.optimizer.optimizer.gate = taken.float()
+        self.optimizer.optimizer.step_factor = taken.float()
         if self.plan.max_grad_norm or self.loss_scale > 1:
             factor = (self.plan.max_grad_norm / norm.clamp(min=1e-12)).clamp(max=1) if self.plan.max_grad_norm else 1
             scale_gradients(self.model, factor / self.loss_scale)
@@ -278,11 +278,11 @@ class Pretraining:
         self.asked = asked > 0
         if self.loss_scale > 1 and math.isfinite(loss) and not math.isfinite(norm):
             self.loss_scale /= 2  # too large for these gradients: make the step with the rows that follow
-            self.optimizer.optimizer.refused()
+            self.optimizer.optimizer.rollback_step_count()
             return self.settle(self.launch(self.step))
         if not (math.isfinite(loss) and math.isfinite(norm)) or self.alarm.rings(loss, step.limit):
             for _ in range(2 if self.queued else 1):
-                self.optimizer.optimizer.refused()
+                self.optimizer.optimizer.rollback_step_count()
             raise FloatingPointError(self.trouble(loss, norm))
         if self.dtype == torch.float16 and self.step % 1000 == 999:
             self.loss_scale = min(2 * self.loss_scale, LOSS_SCALE)

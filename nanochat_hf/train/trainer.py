@@ -237,7 +237,7 @@ class StageTrainer:
         if isinstance(inner, MuonAdamW):
             finite = (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite()
             self.all_finite = finite if self.all_finite is None else finite & self.all_finite
-            inner.gate = self.all_finite.float()
+            inner.step_factor = self.all_finite.float()
             self.unread.append((self.state.global_step + 1, copy_to_host_async(self.all_finite[None].float())))
         return norm
 
@@ -253,7 +253,7 @@ class StageTrainer:
                 skipped = [step, *(number for number, _ in self.unread)]
                 self.unread.clear()
                 for _ in skipped:
-                    self.optimizer.optimizer.refused()
+                    self.optimizer.optimizer.rollback_step_count()
                 reason = f"the gradients of step {step} are not finite"
                 if step - 1 in self.skipped or skipped[-1] >= self.state.max_steps:
                     self.stop_training(reason)

@@ -1,0 +1,47 @@
+"""The residual mix and norm between layers equal PyTorch's operations, gradients over layers included."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import relative
+
+from nanochat_hf.kernels.residual import EmbeddingResidual, residual_mix
+
+LAYERS = 3
+
+
+def reference_mix(x, y, embedded, lambdas, eps):
+    x = x if y is None else x + y
+    if lambdas is not None:
+        x = lambdas[0] * x + lambdas[1] * embedded.value
+    return x, F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def layers(mix, x0, ys, scalars):
+    """Results of three layers; each layer's second part is the norm times ys[i]."""
+    embedded, x, y, results = EmbeddingResidual(x0), x0, None, []
+    for i in range(LAYERS):
+        x, h = mix(x, y, embedded, None if scalars is None else (scalars[0, i], scalars[1, i]), 1e-6)
+        y = h * ys[i]
+        results.append(h)
+    return torch.stack((*results, x, y))
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32)] + [
+    pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float32, torch.bfloat16)
+])  # fmt: skip
+def test_the_mix_and_its_gradients_equal_the_definition(mixed, device, dtype):
+    torch.manual_seed(0)
+    columns = 1000 if device == "cuda" else 40
+    values = torch.randn(2, 5, columns), torch.randn(LAYERS, 2, 5, columns), 0.5 + torch.rand(2, LAYERS)
+    leaves = [value.to(device).requires_grad_() for value in values[: 3 if mixed else 2]]
+    scalars = leaves[2] if mixed else None
+    exact = layers(reference_mix, *leaves[:2], scalars)
+    grads = torch.autograd.grad(exact.square().sum(), leaves)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for _ in range(2):  # nothing of one pass is left for the next
+        out = layers(residual_mix, leaves[0].to(dtype), leaves[1].to(dtype), scalars)
+        assert relative(out, exact) < tolerance
+        for a, b in zip(torch.autograd.grad(out.float().square().sum(), leaves), grads):
+            assert relative(a, b) < tolerance
