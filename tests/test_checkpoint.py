@@ -102,9 +102,9 @@ def test_a_second_one_of_a_step_is_newer_and_pushes_out_no_other_step(training, 
     for step in (7, 7, 8, 8):
         save(tmp_path, step, training)
     (tmp_path / "step_000009.bak").mkdir()  # not a checkpoint
-    found = checkpoint.complete_checkpoints(tmp_path)
-    assert [path.name for path in found] == ["step_000007.3", "step_000008.1"]
-    assert [checkpoint.step_of(path) for path in found] == [7, 8]
+    checkpoints = checkpoint.complete_checkpoints(tmp_path)
+    assert [path.name for path in checkpoints] == ["step_000007.3", "step_000008.1"]
+    assert [checkpoint.step_of(path) for path in checkpoints] == [7, 8]
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_push_nothing_out(training, tmp_path):

@@ -148,7 +148,7 @@ def on_batch(patch, number, effect):
         ids, targets = real(batch, device)
         return ids, effect(targets) if next(batches) == number else targets
 
-    patch(module, "to_device", to_device)
+    patch(runtime, "to_device", to_device)
 
 
 def noise(targets):
@@ -315,8 +315,8 @@ def in_a_write(number, bytes_written):
 
 def in_a_step(number):
     def patch(kill):
-        real, numbers = module.gradient_norm, itertools.count(1)
-        module.gradient_norm = lambda model: kill() if next(numbers) == number else real(model)
+        real, numbers = model_setup.gradient_norm, itertools.count(1)
+        model_setup.gradient_norm = lambda model: kill() if next(numbers) == number else real(model)
 
     return patch
 
@@ -356,7 +356,7 @@ def test_a_checkpoint_of_another_config_is_refused(world, tmp_path, changes):
 def test_a_diverged_step_leaves_all_as_it_was_also_when_the_next_is_enqueued(
     world, tmp_path, synced, trace, monkeypatch, what, pending
 ):
-    calls, real = itertools.count(), module.gradient_norm
+    calls, real = itertools.count(), model_setup.gradient_norm
 
     def gradient_norm(model):
         if next(calls) == 6 and what == "gradient":
@@ -366,7 +366,7 @@ def test_a_diverged_step_leaves_all_as_it_was_also_when_the_next_is_enqueued(
 
     # Only the limit of step 6 is below its loss: a step judged by another one's limit would stop elsewhere, or never.
     limits = (0.0 if number == 6 and what == "loss" else float("inf") for number in itertools.count())
-    monkeypatch.setattr(module, "gradient_norm", gradient_norm)
+    monkeypatch.setattr(model_setup, "gradient_norm", gradient_norm)
     monkeypatch.setattr(LossSpikeDetector, "limit", lambda self: next(limits))
     with pytest.raises(FloatingPointError, match=r"step 6: .* at sequences 48 to 56 ") as stopped:
         run(world, tmp_path, sample_every=-1 if pending else 7)
@@ -393,8 +393,7 @@ def test_a_spike_stops_before_the_weights_and_a_rerun_skips_its_data(world, tmp_
 
 
 def test_float16_skips_steps_until_its_loss_scale_fits(world, tmp_path, monkeypatch):
-    for place in (module, model_setup):
-        monkeypatch.setattr(place, "compute_dtype", lambda device, half=False: torch.float16)
+    monkeypatch.setattr(model_setup, "compute_dtype", lambda device, half=False: torch.float16)
     monkeypatch.setattr(module, "LOSS_SCALE", 2.0**21)  # overflows in the first steps
     metrics = run(world, tmp_path, num_iterations=12, eval_every=4, save_optimizer=True)
     norms = [point["grad_norm"] for point in metrics["history"]]
@@ -408,10 +407,9 @@ def test_float16_skips_steps_until_its_loss_scale_fits(world, tmp_path, monkeypa
 
 
 def test_float16_stops_when_there_is_no_loss_scale_left(world, tmp_path, monkeypatch):
-    for place in (module, model_setup):
-        monkeypatch.setattr(place, "compute_dtype", lambda device, half=False: torch.float16)
+    monkeypatch.setattr(model_setup, "compute_dtype", lambda device, half=False: torch.float16)
     monkeypatch.setattr(module, "LOSS_SCALE", 4.0)
-    monkeypatch.setattr(module, "gradient_norm", lambda model: torch.tensor(float("inf")))
+    monkeypatch.setattr(model_setup, "gradient_norm", lambda model: torch.tensor(float("inf")))
     with pytest.raises(FloatingPointError, match=r"step 2: loss .* gradient norm inf"):
         run(world, tmp_path)
 
@@ -522,8 +520,8 @@ def test_sft_starts_from_the_optimizer_state_of_pretraining(world, tmp_path, mon
 
 
 def test_nothing_of_a_stage_is_left_for_the_next(world, tmp_path, monkeypatch):
-    models, real = [], module.build_model
-    monkeypatch.setattr(module, "build_model", lambda *a: models.append(weakref.ref(m := real(*a))) or m)
+    models, real = [], model_setup.build_model
+    monkeypatch.setattr(model_setup, "build_model", lambda *a: models.append(weakref.ref(m := real(*a))) or m)
     run(world, tmp_path, num_iterations=1)
     reset_accelerate_state()
     assert len(models) == 1 and models[0]() is None

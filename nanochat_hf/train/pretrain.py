@@ -38,29 +38,9 @@ from ..optim.muon_adamw import MuonAdamW, param_groups
 from ..optim.scaling import peak_flops, plan
 from ..optim.schedule import StepHyperparams
 from ..run import load_json, model_fingerprint, renamed_keys, save_json, start_record, write_metrics
-from . import checkpoint
-from .model_setup import (
-    build_loss_module,
-    build_model,
-    compute_dtype,
-    describe,
-    gradient_norm,
-    plan_overrides_from,
-    reshard,
-    scale_gradients,
-)
+from . import checkpoint, model_setup, runtime
 from .monitoring import Evaluator, LossSpikeDetector, StepTimer, format_progress, format_step
 from .pretrain_config import SHAPE_KEYS, PretrainConfig
-from .runtime import (
-    check_cost,
-    choose_micro_batch_size,
-    copy_to_host_async,
-    gc_disabled,
-    graceful_shutdown,
-    micro_batch_fits,
-    start_accelerator,
-    to_device,
-)
 
 HISTORY = 1000  # points of a curve at most, besides evaluations
 INTERVALS = ("eval_every", "core_metric_every", "sample_every", "save_every", "push_every")
@@ -109,21 +89,21 @@ class Pretraining:
 
     def __init__(self, config: PretrainConfig, tokenizer: str, output: Path, model: str | None, core, push):
         self.config, self.output, self.core, self.push = config, output, core, push
-        self.accelerator = start_accelerator(config.report_to, output)
+        self.accelerator = runtime.start_accelerator(config.report_to, output)
         self.record = start_record(config) | {"changes": []}
         set_seed(config.seed)
         with main_process_first("loading the tokenizer"):
             self.tokenizer = load_tokenizer(tokenizer)
             source = (model_fingerprint(model) or str(model)) if model else None
             data = text_fingerprint(config.dataset)
-            shape = plan_overrides_from(model) if model else {}
+            shape = model_setup.plan_overrides_from(model) if model else {}
         self.record["inputs"] = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "model": source, "data": data}
         self.plan = plan(replace(config, **shape), len(self.tokenizer))
-        check_cost(self.plan, self.device)
+        runtime.check_cost(self.plan, self.device)
         with main_process_first("loading the model") if model else nullcontext():
-            self.model = build_model(self.plan, model, self.tokenizer, self.device, self.sharded)
-        network = build_loss_module(self.model, config.attn_implementation, config.compile, config.fp8)
-        self.print(describe(network, config.fp8))
+            self.model = model_setup.build_model(self.plan, model, self.tokenizer, self.device, self.sharded)
+        network = model_setup.build_loss_module(self.model, config.attn_implementation, config.compile, config.fp8)
+        self.print(model_setup.describe(network, config.fp8))
         optimizer, self.reducer = MuonAdamW(param_groups(self.model, self.plan.groups)), None
         if self.sharded:
             self.loss_model, self.optimizer = self.accelerator.prepare(network, optimizer)
@@ -133,12 +113,12 @@ class Pretraining:
 
         self.step, self.history, self.samples = 0, [], []
         self.unmeasured: dict | None = None  # metrics of the last step, if a checkpoint precedes its evaluations
-        self.signal = 0  # number of the signal that asked to stop
+        self.signal = 0  # number of a signal to this rank
         self.stopping = False  # whether a rank got a signal, as far as all ranks can tell
         self.pending_step: Step | None = None
         self.spikes = LossSpikeDetector(config.max_loss_spike)
         self.timer = StepTimer(skip_first=self.device.type != "cpu")
-        float16 = compute_dtype(self.device, half=True) == torch.float16
+        float16 = model_setup.compute_dtype(self.device, half=True) == torch.float16
         self.loss_scale = torch.tensor(LOSS_SCALE if float16 else 1.0, device=self.device)
         saved = checkpoint.latest(output / "state", self.print)
         self.micro_batch_size = self.choose_micro_batch_size(saved)
@@ -178,10 +158,10 @@ class Pretraining:
             requested = progress["rows"]
         elif not self.sharded:  # ranks of FSDP2 would wait for one that ran out of memory
             trial = partial(
-                micro_batch_fits, self.plan, self.loss_model, self.optimizer.param_groups, self.accelerator
+                runtime.micro_batch_fits, self.plan, self.loss_model, self.optimizer.param_groups, self.accelerator
             )
-        dtype = compute_dtype(self.device, half=True)
-        return choose_micro_batch_size(self.plan, requested, self.device, self.world, dtype, trial, self.print)
+        dtype = model_setup.compute_dtype(self.device, half=True)
+        return runtime.choose_micro_batch_size(self.plan, requested, self.device, self.world, dtype, trial, self.print)
 
     def new_loader(self, split: str) -> PackedLoader:
         config = self.config
@@ -199,7 +179,7 @@ class Pretraining:
         interval = 0.1 if sys.stderr.isatty() else 30  # seconds; few lines in a log file
         main = self.accelerator.is_main_process
         bar = tqdm(total=total, initial=self.step, disable=not main, unit="step", mininterval=interval)
-        with bar, graceful_shutdown(lambda number: setattr(self, "signal", number)), gc_disabled():
+        with bar, runtime.graceful_shutdown(lambda number: setattr(self, "signal", number)), runtime.gc_disabled():
             if self.unmeasured:
                 self.measure(self.unmeasured)
             self.loss_model.train()
@@ -238,7 +218,7 @@ class Pretraining:
         loss, loss_scale = torch.zeros((), device=self.device), self.loss_scale
         factor = loss_scale / (self.world if self.reducer else 1)  # the reducer adds gradients up, FSDP2 takes means
         for left in reversed(range(self.grad_accum_steps)):
-            ids, targets = to_device(next(self.loader), self.device)
+            ids, targets = runtime.to_device(next(self.loader), self.device)
             if self.sharded and not self.accelerator.state.fsdp_plugin.reshard_after_forward:
                 self.loss_model.set_reshard_after_backward(left == 0)
             reducing = self.reducer if self.reducer and left == 0 else nullcontext()
@@ -246,7 +226,11 @@ class Pretraining:
                 micro_loss = self.loss_model(ids, targets)
                 self.accelerator.backward(micro_loss * factor)
             loss += micro_loss.detach() / self.grad_accum_steps
-        square = self.reducer.squared_norm() * self.world if self.reducer else gradient_norm(self.model).square()
+        square = (
+            self.reducer.squared_norm() * self.world
+            if self.reducer
+            else model_setup.gradient_norm(self.model).square()
+        )
         signals = torch.full_like(loss, float(bool(self.signal)))  # torch.tensor would wait for the device
         loss, signals, square = self.accelerator.reduce(torch.stack((loss, signals, square)), "mean").unbind()
         norm, limit = square.sqrt() / loss_scale, self.spikes.limit()
@@ -256,15 +240,19 @@ class Pretraining:
         if previous is not None:
             healthy &= previous.healthy
         self.optimizer.optimizer.gate = (healthy & norm.isfinite()).float()
-        clip, float16 = self.plan.max_grad_norm, compute_dtype(self.device, half=True) == torch.float16
+        clip, float16 = self.plan.max_grad_norm, model_setup.compute_dtype(self.device, half=True) == torch.float16
         if clip or float16:
-            scale_gradients(self.model, ((clip / norm.clamp(min=1e-12)).clamp(max=1) if clip else 1) / loss_scale)
+            model_setup.scale_gradients(
+                self.model, ((clip / norm.clamp(min=1e-12)).clamp(max=1) if clip else 1) / loss_scale
+            )
         if float16:
             grown = (2 * loss_scale).clamp(max=LOSS_SCALE) if number % 1000 == 999 else loss_scale
             self.loss_scale = torch.where(norm.isfinite(), grown, loss_scale / 2)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Step(hyperparams, limit, healthy, copy_to_host_async(torch.stack((loss, norm, loss_scale, signals))))
+        return Step(
+            hyperparams, limit, healthy, runtime.copy_to_host_async(torch.stack((loss, norm, loss_scale, signals)))
+        )
 
     def finalize_step(self, step: Step) -> dict:
         """Wait for step number `self.step`; returns its metrics. Raises FloatingPointError if it diverged."""
@@ -278,8 +266,8 @@ class Pretraining:
         if not math.isfinite(norm):
             self.optimizer.optimizer.refused()
         lr, _, momentum = step.hyperparams
-        rates = {"lr_multiplier": lr, "lr": lr * self.plan.groups["matrix"]["lr"], "momentum": momentum}
-        return {"train_loss": loss, "grad_norm": norm, **rates}
+        matrix_lr = lr * self.plan.groups["matrix"]["lr"]
+        return {"train_loss": loss, "grad_norm": norm, "lr_multiplier": lr, "lr": matrix_lr, "momentum": momentum}
 
     def divergence_message(self, loss: float, norm: float) -> str:
         """Save a checkpoint; returns what happened, where in the data, and what to do."""
@@ -347,7 +335,7 @@ class Pretraining:
         for text in texts + [f"{name} {value:.4f}" for name, value in results.items() if value is not None]:
             self.print(f"step {self.step}: {text}")
         if results or texts:
-            reshard(self.loss_model)  # checkpoints need sharded weights
+            model_setup.reshard(self.loss_model)  # checkpoints need sharded weights
         on_curve = self.step == 1 or self.due(max(1, self.plan.num_iterations // HISTORY), at_end=True)
         if results or texts or on_curve or self.due(config.log_every):
             values = metrics | results | ({"samples": "\n".join(texts)} if texts else {})
