@@ -226,11 +226,10 @@ class Pretraining:
                 micro_loss = self.loss_model(ids, targets)
                 self.accelerator.backward(micro_loss * factor)
             loss += micro_loss.detach() / self.grad_accum_steps
-        square = (
-            self.reducer.squared_norm() * self.world
-            if self.reducer
-            else model_setup.gradient_norm(self.model).square()
-        )
+        if self.reducer:
+            square = self.reducer.squared_norm() * self.world
+        else:
+            square = model_setup.gradient_norm(self.model).square()
         signals = torch.full_like(loss, float(bool(self.signal)))  # torch.tensor would wait for the device
         loss, signals, square = self.accelerator.reduce(torch.stack((loss, signals, square)), "mean").unbind()
         norm, limit = square.sqrt() / loss_scale, self.spikes.limit()
@@ -242,17 +241,15 @@ class Pretraining:
         self.optimizer.optimizer.gate = (healthy & norm.isfinite()).float()
         clip, float16 = self.plan.max_grad_norm, model_setup.compute_dtype(self.device, half=True) == torch.float16
         if clip or float16:
-            model_setup.scale_gradients(
-                self.model, ((clip / norm.clamp(min=1e-12)).clamp(max=1) if clip else 1) / loss_scale
-            )
+            clipping = (clip / norm.clamp(min=1e-12)).clamp(max=1) if clip else 1
+            model_setup.scale_gradients(self.model, clipping / loss_scale)
         if float16:
             grown = (2 * loss_scale).clamp(max=LOSS_SCALE) if number % 1000 == 999 else loss_scale
             self.loss_scale = torch.where(norm.isfinite(), grown, loss_scale / 2)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Step(
-            hyperparams, limit, healthy, runtime.copy_to_host_async(torch.stack((loss, norm, loss_scale, signals)))
-        )
+        read = runtime.copy_to_host_async(torch.stack((loss, norm, loss_scale, signals)))
+        return Step(hyperparams, limit, healthy, read)
 
     def finalize_step(self, step: Step) -> dict:
         """Wait for step number `self.step`; returns its metrics. Raises FloatingPointError if it diverged."""
