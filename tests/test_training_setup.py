@@ -24,7 +24,7 @@ from nanochat_hf.eval.bpb import evaluate_bpb, losses_of
 from nanochat_hf.kernels.backend import version
 from nanochat_hf.model import NanoChatForCausalLM
 from nanochat_hf.optim.scaling import plan
-from nanochat_hf.train import runtime
+from nanochat_hf.train import monitoring, runtime
 from nanochat_hf.train.fused_model import FusedTransformer
 from nanochat_hf.train.model_setup import (
     ModelLoss,
@@ -36,7 +36,7 @@ from nanochat_hf.train.model_setup import (
     scale_gradients,
     why_not_fp8,
 )
-from nanochat_hf.train.monitoring import Evaluator, LossSpikeDetector, format_step
+from nanochat_hf.train.monitoring import Evaluator, LossSpikeDetector, StepTimer, format_step
 from nanochat_hf.train.pretrain_config import PretrainConfig
 from nanochat_hf.train.runtime import (
     check_cost,
@@ -300,6 +300,23 @@ def test_less_than_the_limit_early_steps_and_no_limit_are_no_spikes():
     assert not spikes([3.0] * 31 + [50.0]) and spikes([3.0] * 32 + [50.0]) == [32]
 
 
+def test_the_limit_follows_its_formula():
+    detector = LossSpikeDetector(2.0)
+    detector.recent.extend([3.0, 4.0] * 32)  # median 3.5, differences of 1
+    assert detector.limit() == pytest.approx(3.5 + 10 * 1.4826 / 2**0.5)
+    assert detector.limit() == torch.tensor(detector.limit(), dtype=torch.float32).item()
+
+
+def test_the_first_step_of_a_process_may_be_left_out_of_the_time(monkeypatch):
+    now = iter([0, 50, 52, 100, 103])
+    monkeypatch.setattr(monitoring, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    timer = StepTimer(skip_first=True)
+    timer.start()
+    assert [timer.lap(), timer.lap()] == [50, 2]
+    timer.start()
+    assert timer.lap() == 3 and (timer.seconds, timer.steps) == (5, 2)
+
+
 @pytest.fixture
 def evaluator(tiny_model, tokenizer, tmp_path):
     """Of a model of two layers on 2 x 3 sequences of held-out text; the file gives the same text every time."""
@@ -326,8 +343,18 @@ def test_bits_per_byte_are_those_of_the_batches_which_are_read_once(evaluator, t
     assert all(p.grad is None for p in tiny_model.parameters())
 
 
-def test_samples_are_greedy_and_the_same_every_time(evaluator, tokenizer):
+def test_samples_are_greedy_of_one_length_and_the_same_every_time(evaluator, tokenizer, tiny_model, monkeypatch):
+    real, lengths = tiny_model.generate, []
+
+    def generate(prompts, **options):
+        ids = real(prompts, **options)
+        lengths.append(ids.shape[1] - prompts.shape[1])
+        return ids
+
+    monkeypatch.setattr(tiny_model, "generate", generate)
+    tiny_model.generation_config.eos_token_id = list(range(500))  # would end a text early
     samples = evaluator.samples(7)
+    assert lengths == [32]
     assert len(samples) == 3 and samples == evaluator.samples(7)
     assert all(sample["step"] == 7 and sample["prompt"] and sample["text"] for sample in samples)
     assert tokenizer.bos_token not in samples[0]["prompt"]
