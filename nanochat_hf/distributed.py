@@ -1,12 +1,11 @@
-"""Processes of one job that wait for each other: always with a time-out, and saying who waits for whom and for what.
+"""Ranks of one job that wait for each other, always with a timeout that names the missing ranks and the place.
 
-    meet("checkpoint of step 100")                   # a barrier
-    with main_first("the tokenizer"):                # the main process does it, then all others, from its cache
+    monitored_barrier("checkpoint of step 100")
+    with main_process_first("the tokenizer"):            # rank 0 does it, then the others, from its cache
         tokenizer = load_tokenizer(name)
 
-Why not torch's barriers: when one process is stuck they let the others wait for the job's communication time-out,
-which has to be long, and then say something about a collective operation. Here the processes write down in the job's
-key-value store where they have got to; so nothing runs on a device, and whoever gives up can name the missing ones.
+torch's barriers wait for the communication timeout of the job, which has to be long, and then name a collective
+operation. Here each rank writes to the job's key-value store where it has arrived; nothing runs on a device.
 """
 
 import gc
@@ -27,13 +26,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from .errors import InputError
 
 BARRIER_TIMEOUT = timedelta(minutes=30)
-LONG = timedelta(hours=6)  # for work of one process that may take so long: a tokenizer, a dataset's download
-_kind: dict = {}  # of parallelism, as it was before the first Accelerator
-_met: Counter = Counter()  # how often each place was passed; the same on every process
+LONG_TIMEOUT = timedelta(hours=6)  # for work of one rank: training a tokenizer, downloading a dataset
+_launched: list = []  # Accelerate's distributed type before the first Accelerator changed it
+_passed: Counter = Counter()  # how often each place was passed; the same on every rank
 
 
 class BarrierTimeoutError(RuntimeError):
-    """Some process of the job did not come, see the message."""
+    """A rank did not arrive; the message names it."""
 
 
 def on_cpu() -> bool:
@@ -41,96 +40,98 @@ def on_cpu() -> bool:
 
 
 def partial_state() -> PartialState:
-    """The job's processes, joined if they are not yet. Without `cpu` Accelerate takes those on CPUs for strangers."""
+    """The job's ranks, joined on the first call. Without `cpu` Accelerate does not join processes on CPUs."""
     state = PartialState(cpu=on_cpu(), timeout=BARRIER_TIMEOUT)
-    _kind.setdefault("launched", state.distributed_type)
+    if not _launched:
+        _launched.append(state.distributed_type)
     return state
 
 
 def reset_accelerate_state() -> None:
-    """Let the next Accelerator of these processes choose precision, accumulation and DDP or FSDP2 for itself, and have
-    all the device's memory: a stage's model and optimizer are in cycles, which Python leaves for later."""
-    gc.collect()
+    """Let the next stage in this process choose precision, gradient accumulation and DDP or FSDP2, and free memory."""
+    gc.collect()  # a stage's model and optimizer are in reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    unset_hf_deepspeed_config()  # else, after ZeRO-3, transformers would load every model in pieces
-    if "launched" in _kind:
-        PartialState().distributed_type = _kind["launched"]  # an FSDP job would be taken for one without its options
+    unset_hf_deepspeed_config()  # after ZeRO-3 transformers would load every model partitioned
+    if _launched:
+        PartialState().distributed_type = _launched[0]
 
 
 def get_dist_info() -> tuple[int, int]:
-    """-> (rank, number of processes)."""
+    """Returns: (rank, world size); (0, 1) outside a job."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def broadcast_from_main(value):
-    """The main process's `value`, on every process."""
+    """Rank 0's `value`, on every rank."""
     return broadcast_object_list([value])[0] if get_dist_info()[1] > 1 else value
 
 
 def coalesce_collectives(operations: list[Callable[[], dist.Work]], device: torch.device) -> Callable[[], None]:
-    """Begin collective operations on tensors of `device` -> what waits for them. On CUDA NCCL runs them as one, so
-    that those with several roots use the links of several processes at once."""
+    """Start collective operations on tensors of `device`; returns the function that waits for them.
+
+    On CUDA NCCL runs them as one, so that operations with different roots use several links at once.
+    """
     if device.type == "cuda" and operations:
         with dist._coalescing_manager(device=device, async_ops=True) as manager:
-            for begin in operations:
-                begin()
+            for start in operations:
+                start()
         return manager.wait
-    works = [begin() for begin in operations]
+    works = [start() for start in operations]
     return lambda: [work.wait() for work in works]
 
 
-def monitored_barrier(where: str, patience: timedelta = BARRIER_TIMEOUT) -> None:
-    """Wait until every process of the job is here. Raises WaitedTooLong with the ranks that are missing."""
+def monitored_barrier(where: str, timeout: timedelta = BARRIER_TIMEOUT) -> None:
+    """Wait until every rank is here. Raises BarrierTimeoutError with the missing ranks."""
     rank, world = get_dist_info()
     if world > 1:
-        arrive(where, rank)
-        wait_for(range(world), where, patience)
-        _met[where] += 1
+        _arrive(where, rank)
+        _wait_for(range(world), where, timeout)
+        _passed[where] += 1
 
 
 @contextmanager
-def main_process_first(where: str, patience: timedelta = LONG) -> Iterator[bool]:
-    """Let the main process through first, the others when it is done; gives whether this is the main process.
+def main_process_first(where: str, timeout: timedelta = LONG_TIMEOUT) -> Iterator[bool]:
+    """Run the block on rank 0, then on the other ranks; yields whether this is rank 0.
 
-    Raises WaitedTooLong when it takes longer than `patience`; and InputError, which only the main process would show,
-    when it fails.
+    Raises BarrierTimeoutError when rank 0 takes longer than `timeout`; and on the other ranks InputError when it
+    fails, because only rank 0 shows its error.
     """
     rank, world = get_dist_info()
     if rank > 0:
-        wait_for([0], where, patience)
+        _wait_for([0], where, timeout)
     try:
         yield rank == 0
     except BaseException:
         if rank == 0 and world > 1:
-            arrive(where, 0, "failed")
+            _arrive(where, 0, "failed")
         raise
     if rank == 0 and world > 1:
-        arrive(where, 0)
-    _met[where] += 1
+        _arrive(where, 0)
+    _passed[where] += 1
 
 
-def key(where: str, rank: int) -> str:
-    return f"nanochat_hf/{where}/{_met[where]}/{rank}"
+def _key(where: str, rank: int) -> str:
+    return f"nanochat_hf/{where}/{_passed[where]}/{rank}"
 
 
-def arrive(where: str, rank: int, how: str = "here") -> None:
-    distributed_c10d._get_default_store().set(key(where, rank), how)
+def _arrive(where: str, rank: int, status: str = "here") -> None:
+    distributed_c10d._get_default_store().set(_key(where, rank), status)
 
 
-def wait_for(others, where: str, patience: timedelta) -> None:
-    """Ask the store again and again: its own wait writes warnings from C++ when the time is up."""
-    store, keys = distributed_c10d._get_default_store(), {rank: key(where, rank) for rank in others}
-    end, pause = time.monotonic() + patience.total_seconds(), 0.002
-    while missing := [rank for rank, name in keys.items() if not store.check([name])]:
-        if time.monotonic() > end:
+def _wait_for(ranks, where: str, timeout: timedelta) -> None:
+    """Poll the store; its own `wait` prints C++ warnings on a timeout."""
+    store, keys = distributed_c10d._get_default_store(), {rank: _key(where, rank) for rank in ranks}
+    deadline, pause = time.monotonic() + timeout.total_seconds(), 0.002
+    while missing := [rank for rank, key in keys.items() if not store.check([key])]:
+        if time.monotonic() > deadline:
             raise BarrierTimeoutError(
-                f"rank {get_dist_info()[0]} waited {patience} at {where!r} for rank {', '.join(map(str, missing))}; "
-                "look at the output of these"
+                f"rank {get_dist_info()[0]} waited {timeout} at {where!r} for rank {', '.join(map(str, missing))}; "
+                "see their output"
             )
         time.sleep(pause)
         pause = min(2 * pause, 0.25)
-    if any(store.get(name) == b"failed" for name in keys.values()):
-        raise InputError(f"the main process failed at {where!r}; see there")
+    if any(store.get(key) == b"failed" for key in keys.values()):
+        raise InputError(f"the main process failed at {where!r}; see its output")

@@ -77,6 +77,16 @@ class Run:
         return next((self.folder(stage) for stage in reversed(stages) if self.finished(stage)), None)
 
 
+def first_non_finite(tensors) -> str | None:
+    """Name of the first of (name, tensor) pairs that holds NaN or infinity."""
+    for name, tensor in tensors:
+        # FP8 has no isfinite
+        values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        if not torch.isfinite(values).all():
+            return name
+    return None
+
+
 def nearest(name: str, names) -> str:
     """'did you mean X?' when a name is close to one of `names`, else the list of them."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

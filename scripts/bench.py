@@ -15,11 +15,11 @@ import torch
 from nanochat_hf.data.dataloader import PackedLoader
 from nanochat_hf.data.documents import DocumentStream
 from nanochat_hf.data.tokenizer import train_bpe
-from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import plan
 from nanochat_hf.train.fused_model import FusedTransformer
+from nanochat_hf.train.pretrain_config import PretrainConfig
 
 
 def repeat(function, seconds: float) -> float:
@@ -51,8 +51,8 @@ def main() -> None:
     loader.close()
     print(f"loader     {rows * 2048 / wall:12,.0f} tok/s on {cpu / wall:.1f} cores, {rows * 2048 / cpu:,.0f} per core")
 
-    made = plan(4, 1024, aspect_ratio=32, head_dim=32, max_seq_len=128, total_batch_size=2048, num_iterations=1)
-    model = NanoChatForCausalLM(NanoChatConfig(**made.model_fields()))
+    made = plan(PretrainConfig(4, 2, 32, 32, 128, num_iterations=1, total_batch_size=2048), 1024)
+    model = NanoChatForCausalLM(made.model_config)
     fused, optimizer = FusedTransformer(model), MuonAdamW(param_groups(model, made.groups))
     ids = torch.randint(0, 1024, (16, 129))
 

@@ -30,15 +30,15 @@ OPTIONS = {"ours": {"L", "fp8"}, "baseline": {"fa4", "flex", "fp8", "sdpa"}}  # 
 
 def ours(depth: int, pattern: str, fp8: bool):
     """This project's training step: function of ids and targets to the loss, optimizer, FLOPs per token."""
-    from nanochat_hf.model.configuration_nanochat import NanoChatConfig
     from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
     from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
     from nanochat_hf.optim.scaling import plan
     from nanochat_hf.train.fused_model import FusedTransformer
+    from nanochat_hf.train.pretrain_config import PretrainConfig
 
-    made = plan(depth, 32768, window_pattern=pattern)
+    made = plan(PretrainConfig(depth, window_pattern=pattern), 32768)
     with torch.device("cuda"):
-        model = NanoChatForCausalLM(NanoChatConfig(**made.model_fields()))
+        model = NanoChatForCausalLM(made.model_config)
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.to(torch.bfloat16)

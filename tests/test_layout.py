@@ -17,7 +17,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "model": set(),
     "convert": {"model"},
     "kernels": set(),
-    "optim": {"kernels", "distributed"},
+    "optim": {"model", "kernels", "distributed"},
     "demo": {"run"},
     "data": {"demo", "run"},
     "eval": {"data", "demo", "run", "tools", "distributed"},

@@ -16,6 +16,7 @@ from nanochat_hf.optim import gradient_reduction
 from nanochat_hf.optim.gradient_reduction import OwnerGradientReducer, assign_matrices_to_ranks
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import plan
+from nanochat_hf.train.pretrain_config import PretrainConfig
 
 MUON = {"kind": "muon", "lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "beta2": 0.9}
 ADAMW = {"kind": "adamw", "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
@@ -167,7 +168,7 @@ def test_gradients_are_left_as_they_were():
     assert all(torch.equal(p.grad, grad) for p, grad in zip(parameters(optimizer), before))
 
 
-OPTIONS = {**plan(2, 512, max_seq_len=128, total_batch_size=128).groups, "lora": ADAMW}
+OPTIONS = {**plan(PretrainConfig(2, max_seq_len=128, total_batch_size=128), 512).groups, "lora": ADAMW}
 
 
 def test_every_parameter_is_in_one_group_by_role(tiny_model):

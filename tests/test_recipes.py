@@ -11,7 +11,6 @@ from nanochat_hf.data.documents import text_fingerprint
 from nanochat_hf.errors import InputError
 from nanochat_hf.optim.scaling import plan
 from nanochat_hf.run import Run, start_record, write_metrics
-from nanochat_hf.train.pretrain_config import PLAN_KEYS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/base.yaml"))
@@ -30,7 +29,7 @@ def test_every_key_of_a_recipe_is_known_and_its_plan_can_be_made(name):
     assert stages[0] == "tokenizer" and stages[-1] == "report" and {"base", "sft", "eval"} <= set(stages)
     assert ("rl" in stages) == (name == "cpu-demo")  # opt-in on GPUs
     vocab = configs["tokenizer"].vocab_size
-    made = plan(vocab_size=vocab, **{key: getattr(configs["base"], key) for key in PLAN_KEYS})
+    made = plan(configs["base"], vocab)
     assert made.num_iterations > 0 and made.total_batch_size % made.max_seq_len == 0
 
 
@@ -52,8 +51,9 @@ def test_overrides_reach_their_stage_and_win():
 
 def test_another_depth_of_a_recipe_is_planned_from_its_other_keys():
     _, configs = speedrun.read_recipe(ROOT / "recipes" / "d24", None, ["base.depth=18"])
-    made = plan(vocab_size=32768, **{key: getattr(configs["base"], key) for key in PLAN_KEYS})
-    assert (made.depth, made.hidden_size, made.total_batch_size, made.num_iterations) == (18, 1152, 2**20, 2475)
+    made = plan(configs["base"], 32768)
+    shape = made.model_config.num_hidden_layers, made.model_config.hidden_size
+    assert (*shape, made.total_batch_size, made.num_iterations) == (18, 1152, 2**20, 2475)
 
 
 @pytest.mark.parametrize("name", ["d12", "d24"])
@@ -151,10 +151,7 @@ def test_the_example_numbers_of_the_readme_are_the_plans():
     text = (ROOT / "README.md").read_text()
     for name in ("d12", "d20", "d24", "d26", "d32"):
         _, configs = speedrun.read_recipe(ROOT / "recipes" / name, None, [])
-        made = plan(
-            vocab_size=configs["tokenizer"].vocab_size,
-            **{key: getattr(configs["base"], key) for key in PLAN_KEYS},
-        )
+        made = plan(configs["base"], configs["tokenizer"].vocab_size)
         row = next(line for line in text.splitlines() if line.startswith(f"| [{name}]"))
         assert f"{made.total_tokens / 1e9:.1f}B" in row and f"{made.total_flops:.1e}".replace("e+", "e") in row
         size = (

@@ -1,15 +1,19 @@
-"""The dial: a table of plans, its agreement with the real model, and what overrides do."""
+"""Scaling rules and schedules: tables of plans, agreement with the real model, hand-computed points of each curve."""
+
+import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.optim.scaling import DEFAULTS, estimate_micro_batch_size, plan, visible_keys
+from nanochat_hf.optim.scaling import DEFAULTS, estimate_micro_batch_size, plan
+from nanochat_hf.optim.schedule import Schedule
+from nanochat_hf.train.pretrain_config import PretrainConfig
 
-# depth: width, heads, parameters, FLOPs a token, tokens a step, steps, rates of Muon, embedding and head, decay of
-# Muon; vocabulary 32,768, 2,048 tokens a row
+# depth: width, heads, parameters, FLOPs per token, tokens per step, steps, learning rates of Muon, embedding and
+# head, weight decay of Muon; vocabulary 32,768, 2,048 tokens per sequence
 SECOND = {
     4: (256, 2, 36_700_242, 80_216_496, 262_144, 528, 0.01414, 0.36742, 0.009798, 1.88990),
     6: (384, 3, 73_531_538, 167_510_808, 262_144, 1_062, 0.01414, 0.30000, 0.008000, 0.93961),
@@ -31,108 +35,151 @@ SECOND = {
 FIRST = {20: (560_988_160, 21_400), 26: (1_081_999_360, 41_275), 32: (1_879_048_192, 71_680)}
 
 
+def planned(depth=12, vocab_size=32768, **values):
+    return plan(PretrainConfig(depth=depth, **values), vocab_size)
+
+
 @pytest.mark.parametrize("depth", SECOND)
 def test_second_generation_follows_the_table(depth):
-    p = plan(depth, 32768)
-    found = (p.hidden_size, p.num_heads, p.num_parameters, p.flops_per_token, p.total_batch_size, p.num_iterations)
-    assert found == SECOND[depth][:6]
+    p = planned(depth)
+    shape = p.model_config.hidden_size, p.model_config.num_attention_heads
+    assert (*shape, p.num_parameters, p.flops_per_token, p.total_batch_size, p.num_iterations) == SECOND[depth][:6]
     rates = [p.groups[role]["lr"] for role in ("matrix", "embedding", "head")]
     assert [*rates, p.groups["matrix"]["weight_decay"]] == pytest.approx(SECOND[depth][6:], abs=6e-6)
 
 
-@pytest.mark.parametrize("depth", range(4, 33))
-def test_every_depth_obeys_the_laws_of_the_scaling(depth):
-    p, reference = plan(depth, 32768), plan(12, 32768)
-    assert p.hidden_size == -(-64 * depth // 128) * 128 and p.num_heads * 128 == p.hidden_size
-    size = p.parameters["matrix"] + p.parameters["head"]
-    assert 0 <= 12 * size - p.total_tokens < p.total_batch_size  # 12 tokens a parameter, whole steps
-    ideal = 2**19 * (size / (reference.parameters["matrix"] + reference.parameters["head"])) ** 0.383
-    assert 2**-0.5 <= p.total_batch_size / ideal <= 2**0.5 and p.total_batch_size & (p.total_batch_size - 1) == 0
-    noise = (p.total_batch_size / 2**19) ** 0.5
-    assert p.groups["matrix"]["lr"] == pytest.approx(0.02 * noise)
-    assert p.groups["head"]["lr"] == pytest.approx(0.008 * noise * (p.hidden_size / 768) ** -0.5)
-    # Weights are forgotten over the same share of a run: rate x decay x steps is as at the reference.
-    forgotten = [
-        q.groups["matrix"]["lr"] * q.groups["matrix"]["weight_decay"] * q.num_iterations for q in (p, reference)
-    ]
-    assert forgotten[0] == pytest.approx(forgotten[1], rel=0.01)
+@pytest.mark.parametrize("depth", [4, 9, 18, 27, 32])
+def test_every_depth_obeys_the_scaling_laws(depth):
+    p, reference = planned(depth), planned()
+    width, batch = p.model_config.hidden_size, p.total_batch_size
+    assert width == -(-64 * depth // 128) * 128
+    size, reference_size = (q.total_tokens / 12 for q in (p, reference))  # 12 tokens per parameter, in whole steps
+    ideal = 2**19 * (size / reference_size) ** 0.383
+    assert 2**-0.5 <= batch / ideal <= 2**0.5 and batch & (batch - 1) == 0
+    assert p.groups["matrix"]["lr"] == pytest.approx(0.02 * (batch / 2**19) ** 0.5)
+    assert p.groups["head"]["lr"] == pytest.approx(0.008 * (batch / 2**19) ** 0.5 * (width / 768) ** -0.5)
+    # lr x weight decay x steps is as at the reference: weights decay over the same fraction of a run.
+    decay = [q.groups["matrix"]["lr"] * q.groups["matrix"]["weight_decay"] * q.num_iterations for q in (p, reference)]
+    assert decay[0] == pytest.approx(decay[1], rel=0.01)
 
 
 @pytest.mark.parametrize("depth", FIRST)
 def test_first_generation_follows_the_published_runs(depth):
-    p = plan(depth, 65536, generation=1)
+    p = planned(depth, 65536, generation=1)
     assert (p.num_parameters, p.num_iterations, p.total_batch_size) == (*FIRST[depth], 524_288)
     assert p.max_grad_norm == 1.0 and p.schedule.warmup_steps == 0 and p.groups["matrix"]["weight_decay"] == 0
     assert p.groups["embedding"]["lr"] == pytest.approx(0.2 * (64 * depth / 768) ** -0.5)
+    assert p.groups["embedding"]["betas"] == (0.8, 0.95)
 
 
-def test_the_reference_has_the_reference_rates_and_depth_scales_them():
-    reference, deep = plan(12, 32768).groups, plan(24, 32768).groups
-    assert [reference[r]["lr"] for r in ("head", "embedding", "value_embeds", "resid", "x0", "smear", "matrix")] == (
-        pytest.approx([0.008, 0.3, 0.15, 0.005, 0.5, 0.2, 0.02])
-    )
-    assert reference["matrix"]["weight_decay"] == pytest.approx(0.28)
-    assert deep["matrix"]["lr"] == pytest.approx(0.02 * 2**0.5)  # twice the batch
-    assert deep["head"]["lr"] == pytest.approx(0.008)  # sqrt(2) for the batch, 1 / sqrt(2) for the width
-    assert deep["matrix"]["weight_decay"] == pytest.approx(0.05974, rel=1e-3)
+def test_the_reference_has_the_reference_learning_rates():
+    groups = planned().groups
+    rates = [groups[r]["lr"] for r in ("head", "embedding", "value_embeds", "resid", "x0", "smear", "matrix")]
+    assert rates == pytest.approx([0.008, 0.3, 0.15, 0.005, 0.5, 0.2, 0.02])
+    decays = [groups[r]["weight_decay"] for r in ("head", "embedding", "value_embeds", "resid", "x0", "matrix")]
+    assert decays == pytest.approx([0.01, 0.001, 0.01, 0.05, 0.0, 0.28])
+    assert planned(24).groups["smear"]["lr"] == 0.2  # whatever the batch size
 
 
 @pytest.mark.parametrize("generation", [1, 2])
 @pytest.mark.parametrize("depth", [3, 4])
 def test_the_plan_counts_what_the_model_has(depth, generation):
-    p = plan(depth, 300, generation, aspect_ratio=16, head_dim=16, max_seq_len=256, total_batch_size=256)
-    make = NanoChatConfig if generation == 2 else NanoChatConfig.first_generation
+    shape = {"aspect_ratio": 16, "head_dim": 16, "max_seq_len": 256, "total_batch_size": 256}
+    p = planned(depth, 300, generation=generation, **shape)
+    assert (p.model_config.vocab_size, p.model_config.num_tokens) == ((300, None) if generation == 1 else (320, 300))
     with torch.device("meta"):
-        model = NanoChatForCausalLM(make(**p.model_fields()))
+        model = NanoChatForCausalLM(p.model_config)
     assert sum(x.numel() for x in model.parameters()) == p.num_parameters
-    linear = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
-    assert linear == p.num_matmul_parameters
+    lookups = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
+    assert sum(x.numel() for x in model.parameters() if x.ndim == 2) - lookups == p.num_matmul_parameters
 
 
-def test_windows_cost_what_their_keys_cost():
-    full, windowed = (plan(12, 32768, window_pattern=pattern).flops_per_token for pattern in ("L", "SSSL"))
-    assert full - windowed == 9 * 12 * 768 * (2048 - 512)  # 9 of 12 layers see 512 keys
+@pytest.mark.parametrize("seq_len, short", [(64, 64), (128, 128), (512, 128), (513, 256), (2048, 512)])
+def test_a_sliding_window_is_a_quarter_in_blocks_of_128_and_at_most_the_sequence(seq_len, short):
+    full, windowed = (
+        planned(5, max_seq_len=seq_len, total_batch_size=seq_len, window_pattern=pattern).flops_per_token
+        for pattern in ("L", "SSSL")
+    )
+    assert full - windowed == 3 * 12 * 384 * (seq_len - short)  # three of five layers, width 384
 
 
-@pytest.mark.parametrize("seq_len,short", [(64, 64), (128, 128), (512, 128), (513, 256), (2048, 512)])
-def test_a_short_window_is_a_quarter_in_whole_blocks_of_128_and_never_longer_than_the_row(seq_len, short):
-    assert visible_keys(5, "SSSL", seq_len) == [short, short, short, seq_len, seq_len]
-
-
-def test_a_given_value_wins_and_none_means_the_recipe():
-    p = plan(12, 32768, total_batch_size=131_072, num_iterations=500, warmup_steps=None, weight_decay=0.1)
+def test_a_given_value_wins_and_none_means_the_default():
+    p = planned(total_batch_size=131_072, num_iterations=500, warmup_steps=None, weight_decay=0.1)
     assert (p.total_batch_size, p.num_iterations, p.total_tokens) == (131_072, 500, 65_536_000)
-    assert p.groups["matrix"]["lr"] == pytest.approx(0.01)  # a quarter of the reference batch, half of the rate
+    assert p.groups["matrix"]["lr"] == pytest.approx(0.01)  # a quarter of the reference batch size, half the rate
     assert p.groups["matrix"]["weight_decay"] == pytest.approx(0.05)
-    assert p.schedule.warmup_steps == DEFAULTS[2].warmup_steps
-
-
-def test_a_budget_of_flops_sets_the_horizon():
-    p = plan(12, 32768, target_flops=1e18)
-    assert p.total_flops == pytest.approx(1e18, rel=1e-3)
+    assert p.schedule == Schedule(500, 40, 0.65, 0.05, DEFAULTS[2].momentum, 400)
+    assert planned(target_flops=1e18).total_flops == pytest.approx(1e18, rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    "words,message",
+    "values, message",
     [
         ({"generation": 3}, "generation is 3"),
         ({"depth": 0}, "depth is 0"),
         ({"head_dim": 7}, "head_dim is 7"),
         ({"window_pattern": "SX"}, "window_pattern"),
         ({"total_batch_size": 1000}, "multiple of max_seq_len"),
+        ({"num_iterations": 0}, "num_iterations is 0"),
         ({"target_param_data_ratio": -1}, "no horizon"),
         ({"target_flops": 1.0}, "shorter than one step"),
     ],
 )
-def test_impossible_values_are_refused_in_one_line(words, message):
+def test_impossible_values_are_refused_in_one_line(values, message):
     with pytest.raises(InputError, match=message) as error:
-        plan(**{"depth": 4, "vocab_size": 1024, **words})
+        planned(**{"depth": 4, "vocab_size": 1024, **values})
     assert "\n" not in str(error.value)
 
 
-def test_the_micro_batch_fits_the_memory():
-    d12, d24 = plan(12, 32768, total_batch_size=131_072), plan(24, 32768)
+def test_the_estimated_micro_batch_fits_the_memory():
+    d12, d24 = planned(total_batch_size=131_072), planned(24)
     assert estimate_micro_batch_size(d12, 80e9) == 64 and estimate_micro_batch_size(d24, 80e9) == 16
     assert estimate_micro_batch_size(d24, 24e9) == 1  # too little by the estimate: try the least
-    assert estimate_micro_batch_size(d12, 80e9, most=48) == 32
+    assert estimate_micro_batch_size(d12, 80e9, largest=48) == 32
     assert estimate_micro_batch_size(d12, 80e9, bytes_per_value=4) < 64
+
+
+SHAPE = Schedule(num_iterations=1000, warmup_steps=40, warmdown_ratio=0.65, final_lr_frac=0.05)
+
+
+@pytest.mark.parametrize(
+    "step, lr", [(0, 1 / 40), (19, 0.5), (39, 1.0), (40, 1.0), (350, 1.0), (675, 0.525), (1000, 0.05)]
+)
+def test_the_learning_rate_warms_up_stays_and_decays(step, lr):
+    assert SHAPE.at(step).lr == pytest.approx(lr)
+
+
+def test_the_learning_rate_never_jumps():
+    rates = [SHAPE.lr(step) for step in range(1001)]
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < 1 / 39
+
+
+@pytest.mark.parametrize("step, momentum", [(0, 0.85), (200, 0.91), (400, 0.97 - 0.07 * 50 / 650), (1000, 0.90)])
+def test_momentum_warms_up_for_400_steps_and_ends_lower(step, momentum):
+    assert SHAPE.at(step).momentum == pytest.approx(momentum)
+
+
+def test_weight_decay_follows_a_cosine_to_zero():
+    assert [SHAPE.at(step).weight_decay for step in (0, 500, 1000)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
+
+
+def test_the_first_generation_is_constant_then_linear_to_zero():
+    shape = Schedule(100, warmdown_ratio=0.2, momentum=(0.85, 0.95, 0.95), momentum_steps=300)
+    assert [shape.lr(step) for step in (0, 79, 80, 90, 99, 100)] == pytest.approx([1, 1, 1, 0.5, 0.05, 0])
+    assert Schedule(10).at(10) == (1.0, 0.0, pytest.approx(0.853))  # no decay, and no division by zero
+
+
+def test_the_schedule_is_applied_to_each_group_from_its_peak():
+    p = nn.Parameter(torch.zeros(1))
+    groups = {
+        "matrix": {"kind": "muon", "lr": 0.02, "weight_decay": 0.2, "momentum": 0.5},
+        "head": {"kind": "adamw", "lr": 0.1, "weight_decay": 0.01},
+    }
+    params = [{"params": [nn.Parameter(p.clone())], "role": role, **options} for role, options in groups.items()]
+    optimizer = torch.optim.SGD(params)
+    for step in (19, 500, 19):  # from the peak each time, not from the step before
+        SHAPE.apply(optimizer, groups, step)
+    muon, adamw = optimizer.param_groups
+    assert (muon["lr"], muon["momentum"]) == (pytest.approx(0.01), pytest.approx(0.85 + 0.12 * 19 / 400))
+    assert muon["weight_decay"] == pytest.approx(0.2, rel=1e-3) and muon["weight_decay"] < 0.2
+    assert (adamw["lr"], adamw["weight_decay"]) == (pytest.approx(0.05), 0.01)

@@ -66,7 +66,7 @@ def test_a_step_must_be_whole_rows():
     )
     assert split_step(CONFIG, "total_batch_size", 256, 128) == (replace(CONFIG, device_batch_size=2), 1)
     for total in (1000, 0):
-        with pytest.raises(InputError, match=f"tokens = {total} must be a positive multiple of 128, one row"):
+        with pytest.raises(InputError, match=f"tokens = {total} must be a positive multiple of 128, one sequence"):
             split_step(CONFIG, "tokens", total, 128)
 
 
@@ -75,7 +75,7 @@ def test_a_step_must_be_whole_rows():
 def test_a_launch_that_keeps_weights_in_pieces_is_refused_before_anything_is_loaded(stage, launched, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{launched}", "true")
     train, config = {"rl": (train_rl, RLConfig()), "dpo": (train_preference, DPOStageConfig(dataset="x"))}[stage]
-    with pytest.raises(InputError, match=f"^{stage} needs whole weights.*multi_gpu.yaml$"):
+    with pytest.raises(InputError, match=f"^{stage} needs unsharded weights.*multi_gpu.yaml$"):
         train(config, "nowhere", Path("nowhere"))
 
 

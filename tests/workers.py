@@ -1,7 +1,7 @@
-"""What the tests with several processes run in each of them: `accelerate launch ... tests/workers.py JOBS`.
+"""Jobs that tests run on several ranks: `accelerate launch ... tests/workers.py JOBS`, started by `launch`.
 
-JOBS is a JSON list of jobs, done one after the other in the same processes; each is {"do": name of a function below,
-and its arguments}. `launch` starts them.
+JOBS is a JSON list, done one after the other in the same processes; each is {"do": name of a function below, and its
+arguments}.
 """
 
 import json
@@ -15,37 +15,49 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def command(partial_state: int, config: str, *more: str) -> list[str]:
-    """accelerate launch with one of this project's config files; "python" for one process."""
-    if partial_state == 1:
+def command(ranks: int, config: str, *more: str) -> list[str]:
+    """accelerate launch with a file of configs/accelerate; without it for one rank."""
+    if ranks == 1:
         return [sys.executable]
     path = ROOT / "configs" / "accelerate" / f"{config}.yaml"
-    words = ["launch", "--config_file", str(path), "--num_processes", str(partial_state), "--main_process_port", "0"]
+    words = ["launch", "--config_file", str(path), "--num_processes", str(ranks), "--main_process_port", "0"]
     return [str(Path(sys.executable).parent / "accelerate"), *words, *more]
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {
-        **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT), **more,
-    }  # fmt: skip
+    cpu = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **cpu, **more}
 
 
-def launch(partial_state: int, config: str, jobs: list[dict], timeout: float = 400, **more: str):
-    """Run the jobs to their end; -> the finished process, with `stdout` and `stderr`."""
-    words = [*command(partial_state, config), __file__, json.dumps(jobs, default=str)]
-    done = subprocess.run(words, env=environment(**more), capture_output=True, check=False, text=True, timeout=timeout)
+def launch(ranks: int, config: str, jobs: list[dict], *words: str, ok: bool = True, **more: str):
+    """Run the jobs to their end; returns the finished process, with `stdout` and `stderr`.
+
+    words: further arguments of accelerate launch. ok: whether it must succeed. more: environment variables.
+    """
+    words = [*command(ranks, config, *words), __file__, json.dumps(jobs, default=str)]
+    done = subprocess.run(words, env=environment(**more), capture_output=True, check=False, text=True, timeout=400)
     print(done.stdout[-3000:], done.stderr[-6000:])
+    assert (done.returncode == 0) == ok
     return done
 
 
-# --------------------------------------------------------------------------------------------------- in each process
+def launch_zero(ranks: int, config: str, jobs: list[dict]):
+    """As `launch`, with DeepSpeed itself on the CPU."""
+    more = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false", "TORCH_COMPILE_DISABLE": "1"}
+    words = command(2, config, "--mixed_precision", "no", "--num_processes", str(ranks))
+    words = [*words, __file__, json.dumps(jobs, default=str)]
+    done = subprocess.run(words, env=environment(**more), capture_output=True, check=False, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+# --- on each rank
 
 
 def pretrain(
     output: str, tokenizer: str, stop_at: int | None = None, die: list | None = None, as_on_a_gpu: bool = False, **keys
 ) -> None:
-    """stop_at: the main process alone hears SIGTERM in that step. die: [rank, step], that rank is killed after it.
+    """stop_at: rank 0 alone gets SIGTERM after that step. die: [rank, step], that rank is killed after it.
 
     as_on_a_gpu: blocks whose matmuls accumulate gradients in place, as with FlashAttention-4 and quack.
     """
@@ -64,58 +76,54 @@ def pretrain(
 
         fused_model.uses_flash = fused_model.uses_quack = lambda x: True
         fused_model.residual_mlp, fused_model.attention_mask = in_place, reference_mask
-    rank = int(os.environ.get("RANK", "0"))
-    if die and rank == die[0]:
-        real, done = module.Pretraining.train_step, []
+    if die and int(os.environ.get("RANK", "0")) == die[0]:
+        real = module.Pretraining.train_step
 
-        def step(self):
-            done.append(1)
-            if len(done) > die[1]:
+        def train_step(self):
+            if self.step == die[1]:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(self)
 
-        module.Pretraining.train_step = step
-    hooks = {}
+        module.Pretraining.train_step = train_step
+    push = None
     if stop_at:
-        keys["push_every"] = stop_at
-        hooks["push"] = lambda folder, step: os.kill(os.getpid(), signal.SIGTERM)
+        keys["push_every"], push = stop_at, lambda folder, step: os.kill(os.getpid(), signal.SIGTERM)
     try:
-        module.pretrain(module.PretrainConfig(**keys), tokenizer, Path(output), **hooks)
+        module.pretrain(module.PretrainConfig(**keys), tokenizer, Path(output), push=push)
     except SystemExit as stopped:
         assert stop_at and stopped.code == 128 + signal.SIGTERM
-    fresh()
 
 
 def count(output: str, tokenizer: str, accumulations: list[int], **keys) -> None:
-    """The names and numbers of communications in the second step, by micro-batches of a step."""
+    """Write the names and numbers of communications of one step to count.json, by its micro-batches."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from nanochat_hf.optim import muon_adamw as optim
+    from nanochat_hf.optim import muon_adamw
     from nanochat_hf.train import pretrain as module
 
     order, counted = [], {}
-    names = {"orthogonalise": "compute", "all_gather": "send"}
-    for name, word in names.items():
-        real = getattr(optim, name)
-        setattr(optim, name, lambda *a, real=real, word=word, **k: (order.append(word), real(*a, **k))[1])
-    real_finish = optim.MuonAdamW._finish
-    optim.MuonAdamW._finish = lambda *a, **k: (order.append("apply"), real_finish(*a, **k))[1]
+
+    def note(place, name, word):
+        real = getattr(place, name)
+        setattr(place, name, lambda *a, **k: (order.append(word), real(*a, **k))[1])
+
+    note(muon_adamw, "orthogonalize", "compute")
+    note(muon_adamw, "all_gather", "send")
+    note(muon_adamw.MuonAdamW, "_finish", "apply")
     for accumulation in accumulations:
-        run = module.Pretraining(
-            module.PretrainConfig(**keys, total_batch_size=2 * 2 * 64 * accumulation), tokenizer, Path(output), None,
-            None, None,
-        )  # fmt: skip
-        assert run.accumulation == accumulation
-        run.train_step()
+        config = module.PretrainConfig(**keys, total_batch_size=2 * 2 * 64 * accumulation)
+        run = module.Pretraining(config, tokenizer, Path(output), None, None, None)
+        assert run.grad_accum_steps == accumulation
+        run.finalize_step(run.enqueue_step(0))
         order.clear()
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            run.train_step()
+            run.finalize_step(run.enqueue_step(1))
         events = [event.name for event in recorded.events() if event.name.startswith("gloo:")]
         counted[accumulation] = {name: events.count(name) for name in sorted(set(events))}
         owned = sum(owner is not None for owner in run.optimizer.optimizer.owners().values())
         run.loader.close()
-        fresh()
+        reset()
     if torch.distributed.get_rank() == 0:
         Path(output).mkdir(parents=True, exist_ok=True)
         (Path(output) / "count.json").write_text(json.dumps({"counted": counted, "order": order, "owned": owned}))
@@ -138,62 +146,56 @@ def sft(output: str, model: str, die_at: int | None = None, **keys) -> None:
 
         module.ChatTrainer.training_step = step
     module.train_chat(module.ChatConfig(**keys), model, Path(output))
-    fresh()
 
 
 def rl(output: str, model: str, trl: bool = False, **keys) -> None:
-    """`trl`: let TRL generate, and not an engine of ours."""
+    """`trl`: let TRL generate instead of our engine."""
     from nanochat_hf.eval.lm_eval_model import Generator
     from nanochat_hf.train.grpo import RLConfig, train_rl
 
     train_rl(RLConfig(**keys), model, Path(output), engine=None if trl else Generator)
-    fresh()
 
 
 def dpo(output: str, model: str, **keys) -> None:
     from nanochat_hf.train.dpo import DPOStageConfig, train_preference
 
     train_preference(DPOStageConfig(**keys), model, Path(output))
-    fresh()
 
 
 def evaluate(output: str, models: dict, **keys) -> None:
     from nanochat_hf.eval.harness import EvalConfig, evaluate
 
     evaluate(EvalConfig(**keys), models, Path(output))
-    fresh()
 
 
 def wait(output: str, missing: int, seconds: float) -> None:
-    """All but one rank meet; each writes down what happened to it."""
+    """All ranks but one pass barriers; each writes what happened to RANK.json."""
     from datetime import timedelta
 
-    from accelerate import PartialState
+    from nanochat_hf.distributed import BarrierTimeoutError, get_dist_info, main_process_first, monitored_barrier
 
-    from nanochat_hf.distributed import BarrierTimeoutError, main_process_first, monitored_barrier
-
-    rank, said = PartialState(cpu=True).process_index, []
+    rank, events = get_dist_info()[0], []
     monitored_barrier("the start")
     monitored_barrier("the start")
     with main_process_first("the order") as main:
-        said.append(f"{main} {time.time()}")
+        events.append([main, time.time()])
         time.sleep(0.5)
     try:
         with main_process_first("a failure") as main:
             if main:
                 raise ValueError("of the main process")
     except ValueError as error:  # InputError is one
-        said.append(str(error))
+        events.append(str(error))
     try:
         if rank != missing:
             monitored_barrier("the end", timedelta(seconds=seconds))
     except BarrierTimeoutError as error:
-        said.append(str(error))
-    Path(output, f"{rank}.json").write_text(json.dumps(said))
+        events.append(str(error))
+    Path(output, f"{rank}.json").write_text(json.dumps(events))
     time.sleep(seconds + 1 if rank == 0 else 0)  # it holds the store
 
 
-def fresh() -> None:
+def reset() -> None:
     from nanochat_hf.distributed import reset_accelerate_state
 
     reset_accelerate_state()
@@ -208,6 +210,7 @@ def main() -> None:
     partial_state()
     for job in json.loads(sys.argv[1]):
         globals()[job.pop("do")](**job)
+        reset()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,54 +1,46 @@
-"""The one dial: depth -> shape of the model, horizon, batch, rates, decay. Pure; nothing else computes from depth.
+"""Scaling rules: depth -> model config, horizon, batch size, learning rates and weight decay, all in this file.
 
-Why: a recipe names a depth and everything else follows, so that d4 and d32 are trained alike; what a recipe does set
-wins. How: `plan(depth=12, vocab_size=32768)` -> `Plan`; the pretraining loop and the tests read its fields.
+    plan(PretrainConfig(depth=12), vocab_size=32768) -> Plan
 
-Both generations of karpathy/nanochat are here, as `DEFAULTS`:
-- 2 (2026): reference d12 at 524,288 tokens a step. Horizon D = ratio x (matrix + head parameters); batch ~ D^0.383
-  rounded to a power of two (arXiv:2505.13738); rates ~ sqrt(B / B_ref); AdamW rates of wide parameters
-  ~ (d_model / 768)^-0.5; Muon's decay ~ sqrt(B / B_ref) x D_ref / D, which keeps the decay's horizon in epochs
-  (arXiv:2405.13698).
-- 1 (October 2025): 20 tokens per parameter of any kind, 524,288 tokens a step at every depth, rates that do not depend
-  on the batch, no weight decay, gradients clipped at norm 1.
-FLOPs are counted as upstream counts them, so that MFU figures compare: 6 per parameter of a matrix product, and
-12 x heads x head_dim x (keys that a query may see) per layer; lookups, norms and the softmax count nothing.
+What a recipe sets wins; everything else follows from its depth. `DEFAULTS` has both generations of karpathy/nanochat:
+- 2 (2026), reference d12 at 524,288 tokens per step: horizon D = ratio x (matrix + head parameters); batch size B
+  ~ D^0.383, rounded to a power of two (arXiv:2505.13738); learning rates ~ sqrt(B / B_ref), those of AdamW's wide
+  parameters also ~ (d_model / 768)^-0.5; Muon's weight decay ~ sqrt(B / B_ref) x D_ref / D (arXiv:2405.13698).
+- 1 (October 2025): 20 tokens per parameter of any kind, 524,288 tokens per step at every depth, learning rates
+  independent of the batch size, no weight decay, gradient clipping at norm 1.
+FLOPs are counted as upstream counts them, so that MFU is comparable: 6 per parameter of a matmul and 12 x heads x
+head_dim x (keys visible to a query) per layer; embedding lookups, norms and softmax are not counted.
 """
 
 import math
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+
+import torch
 
 from ..errors import InputError
+from ..model.configuration_nanochat import NanoChatConfig
+from ..model.modeling_nanochat import NanoChatForCausalLM
+from .muon_adamw import role_of
 from .schedule import Schedule
 
 REFERENCE_DEPTH = 12
-REFERENCE_BATCH = 2**19  # tokens a step, measured to be best at d12 (upstream)
+REFERENCE_BATCH = 2**19  # tokens per step, the best at d12 (upstream)
 REFERENCE_WIDTH = 768
-SMEAR_CHANNELS, VALUE_CHANNELS = 24, 12  # inputs of the smear's and of the value embeddings' gates
 PEAK_FLOPS = {  # dense bf16 per second, by a part of the device's name; longer names first
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "B300": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
-    "RTX 5090": 210e12,
-    "MI300X": 1307e12,
-}
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
+    "B300": 2250e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 3090": 71e12,
+    "RTX 4090": 165e12, "RTX 5090": 210e12, "MI300X": 1307e12,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class HyperparameterDefaults:
-    """What a generation recommends; `plan` takes any of these fields to override it. Rates are at the reference."""
+    """Defaults of a generation, at the reference depth and batch size; the recipe's fields of these names win."""
 
-    target_param_data_ratio: float = 12  # tokens per scaling parameter
+    target_param_data_ratio: float = 12
     embedding_lr: float = 0.3
     unembedding_lr: float = 0.008
     matrix_lr: float = 0.02
@@ -66,46 +58,30 @@ class HyperparameterDefaults:
 DEFAULTS = {
     2: HyperparameterDefaults(),
     1: HyperparameterDefaults(
-        target_param_data_ratio=20,
-        embedding_lr=0.2,
-        unembedding_lr=0.004,
-        weight_decay=0.0,
-        warmup_steps=0,
-        warmdown_ratio=0.2,
-        final_lr_frac=0.0,
-        window_pattern="L",
-        momentum=(0.85, 0.95, 0.95),
-        momentum_steps=300,
+        target_param_data_ratio=20, embedding_lr=0.2, unembedding_lr=0.004, weight_decay=0.0, warmup_steps=0,
+        warmdown_ratio=0.2, final_lr_frac=0.0, window_pattern="L", momentum=(0.85, 0.95, 0.95), momentum_steps=300,
         max_grad_norm=1.0,
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that follows from the dial. Token counts are per run, FLOPs are forward and backward."""
+    """What a pretraining run does. FLOPs are those of forward and backward pass."""
 
-    generation: int
-    depth: int
-    hidden_size: int
-    num_heads: int
-    head_dim: int
-    vocab_size: int  # rows of embedding and head
-    num_tokens: int  # the tokenizer's size
-    max_seq_len: int
-    window_pattern: str
-    parameters: MappingProxyType  # role -> count
+    model_config: NanoChatConfig  # without the ids of special tokens
+    num_parameters: int
     num_matmul_parameters: int
     flops_per_token: int
     num_iterations: int
-    total_batch_size: int  # tokens a step
+    total_batch_size: int  # tokens per step
     schedule: Schedule
     max_grad_norm: float | None
-    groups: MappingProxyType  # role -> options of its optimizer group, see `optimizer_groups`
+    groups: Mapping[str, Mapping]  # role -> options of its parameter group, at the peak learning rate
 
     @property
-    def num_parameters(self) -> int:
-        return sum(self.parameters.values())
+    def max_seq_len(self) -> int:
+        return self.model_config.max_position_embeddings
 
     @property
     def total_tokens(self) -> int:
@@ -115,52 +91,40 @@ class Plan:
     def total_flops(self) -> int:
         return self.flops_per_token * self.total_tokens
 
-    def model_fields(self) -> dict:
-        """Fields of NanoChatConfig (or of its `first_generation`)."""
-        return {
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.depth,
-            "num_attention_heads": self.num_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab_size,
-            "num_tokens": self.num_tokens if self.num_tokens != self.vocab_size else None,
-            "max_position_embeddings": self.max_seq_len,
-            "window_pattern": self.window_pattern,
-        }
+    def summary(self) -> dict:
+        """The plan's numbers, for metrics.json."""
+        names = ("num_parameters", "num_matmul_parameters", "flops_per_token", "total_tokens", "total_flops")
+        names += ("num_iterations", "total_batch_size")
+        shape = {"generation": self.model_config.generation, "depth": self.model_config.num_hidden_layers}
+        return shape | {name: getattr(self, name) for name in names}
 
 
-def count_parameters(generation: int, depth: int, width: int, heads: int, vocab: int) -> dict[str, int]:
-    """-> {role: number of parameters}, roles as in `optim.param_groups`; heads x head_dim is the width."""
-    second = generation == 2
-    gated = -(-depth // 2) if second else 0  # layers with a value embedding: every other one, the last included
-    counts = {
-        "embedding": vocab * width,
-        "head": vocab * width,
-        "matrix": 12 * depth * width**2 + gated * heads * VALUE_CHANNELS,
-        "value_embeds": gated * vocab * width,
-        "resid": depth if second else 0,
-        "x0": depth if second else 0,
-        "smear": SMEAR_CHANNELS + 2 if second else 0,  # gate, its strength, the backout's strength
-    }
-    return {role: count for role, count in counts.items() if count}
-
-
-def visible_keys(depth: int, pattern: str, seq_len: int) -> list[int]:
-    """Keys that count for a query's FLOPs in each layer: S sees a quarter, rounded up to 128; the last layer all."""
-    short = min(math.ceil(seq_len / 4 / 128) * 128, seq_len)
-    return [short if pattern[i % len(pattern)] == "S" and i < depth - 1 else seq_len for i in range(depth)]
+@lru_cache
+def count_parameters(generation: int, depth: int, heads: int, head_dim: int, vocab_size: int) -> tuple[Counter, int]:
+    """Number of parameters by role (`muon_adamw.role_of`), and how many of them matmuls take."""
+    make = NanoChatConfig if generation == 2 else NanoChatConfig.first_generation
+    config = make(
+        hidden_size=heads * head_dim, num_hidden_layers=depth, num_attention_heads=heads, head_dim=head_dim,
+        vocab_size=vocab_size,
+    )  # fmt: skip
+    with torch.device("meta"):
+        parameters = dict(NanoChatForCausalLM(config).named_parameters())
+    counts: Counter = Counter()
+    for name, p in parameters.items():
+        counts[role_of(name)] += p.numel()
+    return counts, sum(p.numel() for name, p in parameters.items() if p.ndim == 2 and "embed" not in name)
 
 
 def optimizer_groups(
-    recipe: HyperparameterDefaults, generation: int, width: int, batch_scale: float = 1.0, decay_scale: float = 1.0
-):
-    """-> {role: {"kind", "lr", "weight_decay", ...}}, the options of each group of `optim.MuonAdamW`.
+    defaults: HyperparameterDefaults, generation: int, width: int, lr_scale: float = 1.0, decay_scale: float = 1.0
+) -> dict[str, dict]:
+    """Options of each parameter group of `MuonAdamW`: {role: {"kind", "lr", "weight_decay", ...}}.
 
     Args:
-        batch_scale: factor on all rates but the smear's, for the batch size.
+        lr_scale: factor on all learning rates but the smear's, for the batch size.
         decay_scale: factor on Muon's weight decay.
     """
-    wide = batch_scale * (width / REFERENCE_WIDTH) ** -0.5
+    wide = lr_scale * (width / REFERENCE_WIDTH) ** -0.5
 
     def adamw(lr, betas, weight_decay=0.0):
         if generation == 1:
@@ -168,119 +132,100 @@ def optimizer_groups(
         return {"kind": "adamw", "lr": lr, "betas": betas, "eps": 1e-10, "weight_decay": weight_decay}
 
     return {
-        "head": adamw(recipe.unembedding_lr * wide, (0.8, 0.96), 0.01),
-        "embedding": adamw(recipe.embedding_lr * wide, (0.8, 0.995), 0.001),
-        "value_embeds": adamw(0.5 * recipe.embedding_lr * wide, (0.8, 0.995), 0.01),
-        "resid": adamw(0.01 * recipe.scalar_lr * batch_scale, (0.8, 0.95), 0.05),
-        "x0": adamw(recipe.scalar_lr * batch_scale, (0.96, 0.95)),
+        "head": adamw(defaults.unembedding_lr * wide, (0.8, 0.96), 0.01),
+        "embedding": adamw(defaults.embedding_lr * wide, (0.8, 0.995), 0.001),
+        "value_embeds": adamw(0.5 * defaults.embedding_lr * wide, (0.8, 0.995), 0.01),
+        "resid": adamw(0.01 * defaults.scalar_lr * lr_scale, (0.8, 0.95), 0.05),
+        "x0": adamw(defaults.scalar_lr * lr_scale, (0.96, 0.95)),
         "smear": adamw(0.2, (0.8, 0.95)),
         "matrix": {
             "kind": "muon",
-            "lr": recipe.matrix_lr * batch_scale,
-            "weight_decay": recipe.weight_decay * decay_scale,
-            "momentum": recipe.momentum[1],
+            "lr": defaults.matrix_lr * lr_scale,
+            "weight_decay": defaults.weight_decay * decay_scale,
+            "momentum": defaults.momentum[1],
             "beta2": 0.9,
         },
     }
 
 
-def plan(
-    depth: int,
-    vocab_size: int,
-    generation: int = 2,
-    aspect_ratio: int = 64,
-    head_dim: int = 128,
-    max_seq_len: int = 2048,
-    num_iterations: int = -1,
-    target_flops: float = -1,
-    total_batch_size: int = -1,
-    **overrides,
-) -> Plan:
-    """Everything that follows from `depth`.
+def plan(config, vocab_size: int) -> Plan:
+    """Everything that follows from the depth.
 
     Args:
-        vocab_size: the tokenizer's size; generation 2 pads the matrices to a multiple of 64.
-        aspect_ratio: width = depth x aspect_ratio, rounded up to whole heads of `head_dim`.
-        num_iterations, target_flops: the horizon; -1 leaves it to the next of them, then to the ratio.
-        total_batch_size: tokens a step; -1 computes it.
-        overrides: fields of `HyperparameterDefaults`; None means the generation's own value.
+        config: a `PretrainConfig`, or an object with its fields.
+        vocab_size: the tokenizer's size; generation 2 pads embedding and head to a multiple of 64 rows.
 
     Raises:
         InputError: a value that no run can have.
     """
-    if generation not in DEFAULTS:
-        raise InputError(f"generation is {generation}: choose 1 (October 2025) or 2 (2026)")
-    for name, value in (("depth", depth), ("aspect_ratio", aspect_ratio), ("max_seq_len", max_seq_len)):
-        if value < 1:
-            raise InputError(f"{name} is {value}: it must be at least 1")
-    if head_dim < 2 or head_dim % 2:
-        raise InputError(f"head_dim is {head_dim}: it must be even, RoPE turns pairs of channels")
-    recipe = replace(DEFAULTS[generation], **{key: value for key, value in overrides.items() if value is not None})
-    if not recipe.window_pattern or set(recipe.window_pattern) - set("SL"):
-        raise InputError(f"window_pattern is {recipe.window_pattern!r}: write a word of S (window) and L (all)")
+    defaults = check_values(config)
+    generation, head_dim, max_seq_len = config.generation, config.head_dim, config.max_seq_len
     padded = -(-vocab_size // 64) * 64 if generation == 2 else vocab_size
 
-    def shape(layers: int) -> tuple[int, dict[str, int]]:
-        heads = -(-layers * aspect_ratio // head_dim)
-        return heads, count_parameters(generation, layers, heads * head_dim, heads, padded)
+    def parameters(depth: int) -> tuple[int, Counter, int, int]:
+        heads = math.ceil(depth * config.aspect_ratio / head_dim)
+        counts, matmul = count_parameters(generation, depth, heads, head_dim, padded)
+        return heads, counts, matmul, counts["matrix"] + counts["head"] if generation == 2 else counts.total()
 
-    def scaling_parameters(counts: dict[str, int]) -> int:
-        return counts["matrix"] + counts["head"] if generation == 2 else sum(counts.values())
-
-    heads, counts = shape(depth)
-    width = heads * head_dim
-    size = scaling_parameters(counts)
-    growth = size / scaling_parameters(shape(REFERENCE_DEPTH)[1])  # D / D_ref: the ratio of tokens cancels
-    batch = total_batch_size
+    heads, counts, matmul, size = parameters(config.depth)
+    growth = size / parameters(REFERENCE_DEPTH)[-1]  # D / D_ref: the ratio of tokens to parameters cancels
+    make = NanoChatConfig if generation == 2 else NanoChatConfig.first_generation
+    model_config = make(
+        hidden_size=heads * head_dim, num_hidden_layers=config.depth, num_attention_heads=heads, head_dim=head_dim,
+        vocab_size=padded, num_tokens=vocab_size if vocab_size != padded else None,
+        max_position_embeddings=max_seq_len, window_pattern=defaults.window_pattern,
+    )  # fmt: skip
+    window = model_config.sliding_window
+    keys = [
+        min(window - 1, max_seq_len) if kind == "sliding_attention" else max_seq_len
+        for kind in model_config.layer_types
+    ]
+    flops = 6 * matmul + 12 * heads * head_dim * sum(keys)
+    batch = config.total_batch_size
     if batch == -1:
         batch = 2 ** round(math.log2(REFERENCE_BATCH * growth**0.383)) if generation == 2 else REFERENCE_BATCH
     if batch < max_seq_len or batch % max_seq_len:
         raise InputError(f"total_batch_size is {batch}: it must be a multiple of max_seq_len, {max_seq_len} tokens")
+    steps = horizon(config, defaults.target_param_data_ratio * size, flops, batch)
+    lr_scale = (batch / REFERENCE_BATCH) ** 0.5 if generation == 2 else 1.0
+    schedule = {f.name: getattr(defaults, f.name) for f in fields(Schedule) if f.name != "num_iterations"}
+    return Plan(
+        model_config, counts.total(), matmul, flops, steps, batch, Schedule(steps, **schedule), defaults.max_grad_norm,
+        optimizer_groups(defaults, generation, heads * head_dim, lr_scale, lr_scale / growth),
+    )  # fmt: skip
 
-    matmul = counts["matrix"] + counts["head"] + (SMEAR_CHANNELS if generation == 2 else 0)
-    keys = visible_keys(depth, recipe.window_pattern, max_seq_len)
-    flops = 6 * matmul + 12 * width * sum(keys)
-    if num_iterations == 0:
+
+def check_values(config) -> HyperparameterDefaults:
+    """The generation's defaults under the config's own values; raises InputError for what no run can have."""
+    if config.generation not in DEFAULTS:
+        raise InputError(f"generation is {config.generation}: choose 1 (October 2025) or 2 (2026)")
+    for name in ("depth", "aspect_ratio", "max_seq_len"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} is {getattr(config, name)}: it must be at least 1")
+    if config.head_dim < 2 or config.head_dim % 2:
+        raise InputError(f"head_dim is {config.head_dim}: it must be even, RoPE rotates pairs of channels")
+    given = {f.name: getattr(config, f.name, None) for f in fields(HyperparameterDefaults)}
+    defaults = replace(DEFAULTS[config.generation], **{name: v for name, v in given.items() if v is not None})
+    if not defaults.window_pattern or set(defaults.window_pattern) - set("SL"):
+        raise InputError(f"window_pattern is {defaults.window_pattern!r}: write S (sliding window) and L (full)")
+    return defaults
+
+
+def horizon(config, ratio_tokens: float, flops_per_token: int, batch: int) -> int:
+    """Optimizer steps of a run: from num_iterations, else target_flops, else `ratio_tokens`."""
+    if config.num_iterations == 0:
         raise InputError("num_iterations is 0, which trains nothing: give a number of steps, or -1")
-    if num_iterations > 0:
-        steps = num_iterations
-    elif target_flops > 0:
-        steps = round(target_flops / (flops * batch))
-    elif recipe.target_param_data_ratio > 0:
-        steps = int(recipe.target_param_data_ratio * size) // batch
+    if config.num_iterations > 0:
+        steps = config.num_iterations
+    elif config.target_flops > 0:
+        steps = round(config.target_flops / (flops_per_token * batch))
+    elif ratio_tokens > 0:
+        steps = int(ratio_tokens) // batch
     else:
         raise InputError("no horizon: set num_iterations, target_flops or target_param_data_ratio")
     if steps < 1:
         raise InputError(f"the horizon is shorter than one step of {batch} tokens: lower total_batch_size")
-
-    batch_scale = (batch / REFERENCE_BATCH) ** 0.5 if generation == 2 else 1.0
-    groups = optimizer_groups(recipe, generation, width, batch_scale, batch_scale / growth)
-    return Plan(
-        generation=generation,
-        depth=depth,
-        hidden_size=width,
-        num_heads=heads,
-        head_dim=head_dim,
-        vocab_size=padded,
-        num_tokens=vocab_size,
-        max_seq_len=max_seq_len,
-        window_pattern=recipe.window_pattern,
-        parameters=MappingProxyType(counts),
-        num_matmul_parameters=matmul,
-        flops_per_token=flops,
-        num_iterations=steps,
-        total_batch_size=batch,
-        schedule=Schedule(
-            num_iterations=steps,
-            warmup_steps=recipe.warmup_steps,
-            warmdown_ratio=recipe.warmdown_ratio,
-            final_lr_frac=recipe.final_lr_frac,
-            momentum=recipe.momentum,
-            momentum_steps=recipe.momentum_steps,
-        ),
-        max_grad_norm=recipe.max_grad_norm,
-        groups=MappingProxyType(groups),
-    )
+    return steps
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -288,14 +233,14 @@ def peak_flops(device_name: str) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
 
 
-def estimate_micro_batch_size(plan: Plan, free_bytes: float, bytes_per_value: int = 2, most: int = 64) -> int:
-    """Largest power of two of rows that a device has the memory to take at once, at least 1.
+def estimate_micro_batch_size(plan: Plan, free_bytes: float, bytes_per_value: int = 2, largest: int = 64) -> int:
+    """Largest power of two of sequences for which a device has the memory, at least 1; a conservative estimate.
 
-    An estimate on the careful side: 16 bytes a parameter (weight, gradient, optimizer state), 20 values a layer and
-    channel for what the backward pass needs; in bf16 3 GB for the head's chunks and workspaces, in float32, where the
-    head is not chunked, 4 copies of the logits.
+    16 bytes per parameter (weight, gradient, optimizer state); 20 values per layer and channel for the backward pass;
+    in bf16 3 GB for the chunks of the head, in float32, where the head is not chunked, 4 copies of the logits.
     """
-    head, workspace = (0, 3e9) if bytes_per_value == 2 else (4 * bytes_per_value * plan.vocab_size, 0)
-    row = plan.max_seq_len * (plan.hidden_size * plan.depth * 20 * bytes_per_value + head)
-    room = (free_bytes - 16 * plan.num_parameters - workspace) / row
-    return 2 ** int(math.log2(min(max(room, 1), most)))
+    config = plan.model_config
+    head, workspace = (0, 3e9) if bytes_per_value == 2 else (4 * bytes_per_value * config.vocab_size, 0)
+    activations = config.hidden_size * config.num_hidden_layers * 20 * bytes_per_value + head  # bytes per token
+    sequences = (free_bytes - 16 * plan.num_parameters - workspace) / (plan.max_seq_len * activations)
+    return 2 ** int(math.log2(min(max(sequences, 1), largest)))

@@ -1,17 +1,21 @@
-"""Step -> multipliers of the learning rate and the weight decay, and the momentum of Muon. Pure functions of the step.
+"""Schedules of the learning rate, of the weight decay and of Muon's momentum, as pure functions of the step.
 
-Why not torch's LR schedulers: nothing here has state, so a resumed run needs only its step, and plots and tests need
-no optimizer. How: `factors = schedule.at(step)` before every optimizer step, `schedule` from `scaling.plan(...)`.
-The shape is karpathy/nanochat's: linear warm-up, constant, linear decay over the last part of the run.
+    schedule.apply(optimizer, plan.groups, step)     # before every optimizer step; schedule = plan(...).schedule
+
+The shape is karpathy/nanochat's: linear warmup, constant, linear decay (warmdown) over the last part of the run.
+torch's LR schedulers have state; here a resumed run needs only its step.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 
 class StepHyperparams(NamedTuple):
-    """What one step uses: multipliers of the planned rates and of the planned weight decay, and Muon's momentum."""
+    """Fractions of the peak learning rate and of the planned weight decay, and Muon's momentum, in one step."""
 
     lr: float
     weight_decay: float
@@ -20,14 +24,14 @@ class StepHyperparams(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Shape of a run of `num_iterations` steps.
+    """Schedule of a run of `num_iterations` steps.
 
     Args:
-        warmup_steps: the rate rises linearly and is full at the last of these steps.
-        warmdown_ratio: share of the steps, at the end, in which the rate falls linearly.
-        final_lr_frac: multiplier that the fall aims at (reached one step after the last).
+        warmup_steps: the learning rate rises linearly and reaches its peak at the last of these steps.
+        warmdown_ratio: fraction of the steps, at the end, over which the learning rate decays linearly.
+        final_lr_frac: fraction of the peak that the decay ends at (reached one step after the last).
         momentum: Muon's momentum at step 0, after `momentum_steps`, and at the end of the decay (linear between).
-        momentum_steps: length of its rise; it wins over the fall where the two overlap, as upstream.
+        momentum_steps: length of its warmup; where warmup and decay overlap, the warmup wins, as upstream.
     """
 
     num_iterations: int
@@ -36,6 +40,17 @@ class Schedule:
     final_lr_frac: float = 0.0
     momentum: tuple[float, float, float] = (0.85, 0.97, 0.90)
     momentum_steps: int = 400
+
+    def apply(self, optimizer: torch.optim.Optimizer, groups: Mapping[str, Mapping], step: int) -> StepHyperparams:
+        """Set the options that `optimizer` uses in `step`; `groups`: {role: options at the peak}, `Plan.groups`."""
+        hyperparams = self.at(step)
+        for group in optimizer.param_groups:
+            peak = groups[group["role"]]
+            group["lr"] = peak["lr"] * hyperparams.lr
+            if group["kind"] == "muon":
+                group["weight_decay"] = peak["weight_decay"] * hyperparams.weight_decay
+                group["momentum"] = hyperparams.momentum
+        return hyperparams
 
     def at(self, step: int) -> StepHyperparams:
         return StepHyperparams(self.lr(step), self.weight_decay(step), self.muon_momentum(step))
@@ -50,8 +65,8 @@ class Schedule:
         left = self.num_iterations - step
         if left >= self.warmdown_steps:
             return 1.0
-        share = max(left, 0) / self.warmdown_steps
-        return share + (1 - share) * self.final_lr_frac
+        fraction = max(left, 0) / self.warmdown_steps
+        return fraction + (1 - fraction) * self.final_lr_frac
 
     def weight_decay(self, step: int) -> float:
         """Cosine from 1 to 0 over the whole run."""
@@ -61,7 +76,7 @@ class Schedule:
         start, peak, end = self.momentum
         if step < self.momentum_steps:
             return start + (peak - start) * step / self.momentum_steps
-        decayed = step - (self.num_iterations - self.warmdown_steps)
-        if decayed <= 0:
+        decay_steps = step - (self.num_iterations - self.warmdown_steps)
+        if decay_steps <= 0:
             return peak
-        return peak + (end - peak) * min(decayed / self.warmdown_steps, 1.0)
+        return peak + (end - peak) * min(decay_steps / self.warmdown_steps, 1.0)

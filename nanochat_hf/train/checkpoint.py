@@ -1,18 +1,15 @@
-"""Checkpoints of a running pretraining: complete or absent, the last few of them, exact for any number of processes.
+"""Checkpoints: complete or absent, verified by checksums, the last few kept, exact for any number of ranks.
 
-`folder/step_000100/` holds the weights once and one file per rank (its optimizer state, data position and random
-state); under FSDP2 weights and optimizer state are written as shards by torch.distributed.checkpoint instead. All is
-written into a hidden folder first, which is renamed when every rank is done, so a kill at any moment leaves the
-checkpoint before it. A manifest holds the checksum of every file: a damaged checkpoint is named and set aside, and
-the one before it is used. A second one at the same step (a stop after a bad loss, with the data one step on) gets a
-number of its own, `step_000100.1`, for a complete checkpoint is never touched before the next one is complete.
+`state/step_000100/` of a pretraining run holds the weights once and one file per rank (optimizer state, data-loader
+state, random state); under FSDP2 torch.distributed.checkpoint writes weights and optimizer state as shards. A hidden
+folder is renamed when every rank has written, so an interruption at any moment leaves the checkpoint before it. A
+manifest has every file's checksum: a damaged checkpoint is set aside and the one before it used. A second checkpoint
+of one step (a stop at a loss spike, with the data one step on) is `step_000100.1`.
 
-The chat stages' checkpoints are transformers' own, `state/checkpoint-100`, with a manifest and a rotation of ours.
-`save_optimizer_state` and `load_optimizer_state` carry the optimizer's state from one stage to the next, as one small
-file.
+Chat stages use transformers' own checkpoints, `state/checkpoint-100`, with the manifest and the rotation of this file.
 
-Why not `Accelerator.save_state`: under DDP it keeps the main process's optimizer state only, but each rank of
-MuonAdamW owns a part; and it has no place for a data position per rank.
+`Accelerator.save_state` saves the optimizer state of rank 0 only, but each rank of MuonAdamW owns a part of it, and it
+has no place for a data-loader state per rank.
 """
 
 import hashlib
@@ -22,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -38,12 +36,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..distributed import get_dist_info, main_process_first, monitored_barrier
 from ..errors import InputError
 from ..optim.gradient_reduction import LARGE
-from ..run import apply_umask, load_json, renamed_keys, save_json, writing
+from ..run import apply_umask, first_non_finite, load_json, renamed_keys, save_json, writing
 
 MANIFEST = "manifest.json"
-COMPLETE = "complete"  # the same in a checkpoint of a chat stage (empty in those of older versions)
-SKIPPED = "skipped.json"  # beside the checkpoints of a chat stage: {"steps": those with gradients that are not finite}
-MEASURED = "measured.json"  # in a checkpoint, when the evaluations after its step were made: their figures
+COMPLETE = "complete"  # the manifest of a chat stage's checkpoint (empty in those of older versions)
+SKIPPED = "skipped.json"  # beside a chat stage's checkpoints: {"steps": those whose gradients were not finite}
+MEASURED = "measured.json"  # in a checkpoint: results of the evaluations after its step
 
 
 def barrier() -> None:
@@ -54,14 +52,23 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints below `folder`, the newest last; what else lies there is somebody else's."""
-    named = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+(\.\d+)?", path.name)]
-    return sorted(named, key=lambda path: [int(number) for number in path.name.removeprefix("step_").split(".")])
+def all_checkpoints(state: Path) -> list[Path]:
+    """The checkpoint folders in `state`, complete or not, the newest last; other names are ignored."""
+    named = [path for path in state.glob("*") if re.fullmatch(r"step_\d+(\.\d+)?|checkpoint-\d+", path.name)]
+    return sorted(named, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
+
+
+def complete_checkpoints(state: Path) -> list[Path]:
+    """The complete checkpoints in `state`, the newest last."""
+    return [path for path in all_checkpoints(state) if path.name.startswith("step") or (path / COMPLETE).is_file()]
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(re.findall(r"\d+", checkpoint.name)[0])
 
 
 def write_manifest(folder: Path, name: str = MANIFEST) -> None:
-    """Write folder/name: {file: its SHA-256}, for `damage`."""
+    """Write folder/name, {file: its SHA-256}, for `damage`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / name)
     save_json(folder / name, {str(path.relative_to(folder)): sha256(path) for path in files})
 
@@ -72,9 +79,9 @@ def sha256(path: Path) -> str:
 
 
 def damage(folder: Path, name: str = MANIFEST) -> str | None:
-    """What is wrong with the first file that differs from the manifest; None if all are as they were written.
+    """What is wrong with the first file that differs from the manifest, or None.
 
-    A folder of an older version, without a manifest or with an empty mark `complete`, is not checked.
+    Folders of older versions, without a manifest or with an empty one, are not checked.
     """
     if not (folder / name).exists() or (name == COMPLETE and not (folder / name).stat().st_size):
         return None
@@ -91,10 +98,9 @@ def damage(folder: Path, name: str = MANIFEST) -> str | None:
 
 
 def newest_intact(checkpoints: list[Path], name: str, log: Callable[[str], None]) -> Path | None:
-    """The last of `checkpoints` (oldest first) whose files are as they were written; None if there are none at all.
+    """The last undamaged of `checkpoints` (oldest first), or None if there are no checkpoints. Every rank calls this.
 
-    Damaged ones after it are renamed to damaged_*, for a new checkpoint of the same step must not overwrite them.
-    All ranks call it, the main one decides. Raises InputError when every one is damaged.
+    Damaged ones after it are renamed to damaged_*. Raises InputError when all are damaged.
     """
     with main_process_first("checking the last checkpoint") as main:
         reasons: list[str] = []
@@ -102,41 +108,39 @@ def newest_intact(checkpoints: list[Path], name: str, log: Callable[[str], None]
             reasons.append(reason)
             if len(reasons) == len(checkpoints):
                 raise InputError(
-                    f"{reasons[0]}, and there is no older checkpoint without damage: bring that file back, or delete "
+                    f"{reasons[0]}, and there is no older undamaged checkpoint: bring that file back, or delete "
                     f"{checkpoints[0].parent} to start this stage anew"
                 )
         for reason, path in zip(reasons, reversed(checkpoints)):
-            aside, number = path.with_name(f"damaged_{path.name}"), 0
-            while aside.exists():
-                number += 1
-                aside = path.with_name(f"damaged_{path.name}.{number}")
+            names = (path.with_name(f"damaged_{path.name}" + (f".{n}" if n else "")) for n in count())
+            aside = next(name for name in names if not name.exists())
             os.replace(path, aside)
             log(f"{reason}; set aside as {aside.name}; resuming from the checkpoint before it")
     return next((path for path in reversed(checkpoints) if path.exists()), None)
 
 
 def latest(folder: Path, log: Callable[[str], None] = print) -> Path | None:
-    """The newest complete and undamaged checkpoint below `folder`, or None; see `newest_intact`."""
-    return newest_intact(complete(folder), MANIFEST, log)
+    """The newest complete and undamaged checkpoint in `folder`, or None; see `newest_intact`."""
+    return newest_intact(complete_checkpoints(folder), MANIFEST, log)
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file makes torch raise into an InputError that names `path`."""
+    """Turn the errors of reading a damaged file into an InputError that names `path`."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # pickle, zip, safetensors, keys and shapes: each has its own
+    except Exception as error:  # pickle, zip, safetensors, missing keys, shapes
         reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"{path} cannot be read ({type(error).__name__}: {reason}): bring it back, or delete it to use an older "
+            f"{path} cannot be read ({type(error).__name__}: {reason}): restore it, or delete it to use an older "
             "checkpoint or start this stage anew"
         ) from error
 
 
 def write(value, path: Path) -> None:
-    """torch.save, and on the disk before this returns: a rename may outlive a crash of the machine, so must it."""
+    """torch.save with fsync: the later rename of the folder may survive a crash of the machine, so the file must."""
     with open(path, "wb") as file:
         torch.save(value, file)
         file.flush()
@@ -149,14 +153,14 @@ def read_progress(path: Path) -> dict:
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict of the model, on every process; under FSDP2 only the first one's holds the tensors."""
+    """The unsharded state dict of the model; under FSDP2 only rank 0's holds the tensors. Every rank calls this."""
     if not is_sharded(model):
         return model.state_dict()
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
-    """Make `folder` one for `from_pretrained`: float32, written aside and moved in file by file, the config last."""
+    """Make `folder` one for `from_pretrained`: float32 weights; files are moved into place, the config last."""
     weights = full_weights(model)
     if get_dist_info()[0] == 0:
         refuse_nan(weights, f"the model for {folder}")
@@ -165,7 +169,7 @@ def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             model.save_pretrained(aside, state_dict={name: value.float() for name, value in weights.items()})
             tokenizer.save_pretrained(aside)
-            shutil.rmtree(aside / "custom_generate", ignore_errors=True)  # the source's: chat stages ship today's
+            shutil.rmtree(aside / "custom_generate", ignore_errors=True)  # of initial weights; chat stages add ours
             apply_umask(aside)
             for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, folder / path.name)
@@ -174,51 +178,43 @@ def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
 
 
 def refuse_nan(weights: dict[str, Tensor], owner: str) -> None:
-    """Raises FloatingPointError that names the first of `weights` with a NaN or an infinity in it."""
-    for name, value in weights.items():
-        if not value.isfinite().all():
-            raise FloatingPointError(
-                f"{owner} has values in {name} that are not finite: it is of no use; go back to an earlier stage or "
-                "checkpoint, and lower the learning rates"
-            )
+    """Raise FloatingPointError that names the first of `weights` with a NaN or infinity."""
+    if name := first_non_finite(weights.items()):
+        raise FloatingPointError(
+            f"{owner} has values in {name} that are not finite: it is of no use; go back to an earlier stage or "
+            "checkpoint, and lower the learning rates"
+        )
 
 
 def save(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    position: dict,
-    progress: dict,
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, position: dict, progress: dict,
     keep: int,
-) -> Path:
-    """Write the state after `step` steps; every process of the job calls this at the same step.
+) -> Path:  # fmt: skip
+    """Write the state after `step` steps and delete superseded checkpoints. Every rank calls this at the same step.
 
     Args:
-        position: this process's place in the data.
-        progress: what the loop needs beside that, the same on every process; plain values only.
-        keep: how many checkpoints stay, the new one included.
+        position: this rank's data-loader state.
+        progress: the rest of the loop's state, plain values that are equal on every rank.
+        keep: number of steps whose checkpoints stay, this one included.
 
     Raises:
         InputError: the folder cannot be written to.
         FloatingPointError: weights are not finite.
     """
-    if not is_sharded(model):
+    sharded, (rank, world) = is_sharded(model), get_dist_info()
+    if not sharded:
         refuse_nan(model.state_dict(), "the model")
-    rank, world = get_dist_info()
-    aside, final = folder / f".step_{step:06d}", folder / f"step_{step:06d}"
-    if before := [path for path in complete(folder) if path.name.partition(".")[0] == final.name]:
-        final = final.with_name(f"{final.name}.{int(before[-1].name.partition('.')[2] or 0) + 1}")
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        with writing(folder):
-            aside.mkdir(parents=True)
-    barrier()
+    aside, final, existing = folder / f".step_{step:06d}", folder / f"step_{step:06d}", complete_checkpoints(folder)
+    if numbers := [int(path.suffix[1:] or 0) for path in existing if path.stem == final.name]:
+        final = final.with_name(f"{final.name}.{numbers[-1] + 1}")
     own = {"position": position, "random": random_state()}
-    left = f"; the checkpoint before it is {complete(folder)[-1]}" if complete(folder) else ""
     try:
-        with writing(folder, left):
-            if is_sharded(model):
+        with writing(folder, f"; the checkpoint before it is {existing[-1]}" if existing else ""):
+            if rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            barrier()
+            if sharded:
                 weights, state = get_state_dict(model, optimizer)
                 dcp.save({"model": weights, "optimizer": state}, checkpoint_id=aside / "shards")
             else:
@@ -237,8 +233,8 @@ def save(
         raise
     if rank == 0:
         os.replace(aside, final)
-        for old in superseded(complete(folder), keep):
-            hidden = old.with_name(f".{old.name}")  # a kill while it is deleted must not leave half of one
+        for old in superseded([*existing, final], keep):
+            hidden = old.with_name(f".{old.name}")  # an interruption must not leave half a checkpoint
             shutil.rmtree(hidden, ignore_errors=True)
             os.replace(old, hidden)
             shutil.rmtree(hidden, ignore_errors=True)
@@ -247,25 +243,23 @@ def save(
 
 
 def superseded(checkpoints: list[Path], keep: int) -> list[Path]:
-    """Those of `checkpoints` (oldest first) that may go: older ones of a step, and all before the last `keep` steps.
+    """Those of `checkpoints` (oldest first) to delete: all but the newest of each of the last `keep` steps.
 
-    Runs that stop at one step again and again must not push out the checkpoint before it.
+    So runs that stop at one step repeatedly do not push out the checkpoint of the step before.
     """
-    newest = {path.name.partition(".")[0]: path for path in checkpoints}
-    staying = list(newest.values())[-max(keep, 1) :]
-    return [path for path in checkpoints if path not in staying]
+    newest = {path.stem: path for path in checkpoints}
+    return [path for path in checkpoints if path not in list(newest.values())[-max(keep, 1) :]]
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, list[dict]]:
-    """Bring model, optimizer and random state back; -> (progress, the data positions for `load_state_dict`).
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Restore model, optimizer and random state; returns the data-loader states for `load_state_dict`.
 
-    With another number of processes than the checkpoint's, each one gets all the optimizer state (MuonAdamW drops what
-    it does not own) and all the positions; random state then starts afresh.
+    With another number of ranks than the checkpoint's, each one gets all the optimizer state (MuonAdamW drops what it
+    does not own) and all data-loader states; the random state is then not restored.
     """
     rank, world = get_dist_info()
-    progress = read_progress(path)
-    same = progress["world_size"] == world
-    numbers = [rank] if same else range(progress["world_size"])
+    saved_world = read_progress(path)["world_size"]
+    numbers = [rank] if saved_world == world else range(saved_world)
     if (path / "shards").exists() != is_sharded(model):
         raise InputError(f"{path} was written with another kind of sharding; resume with the config it began with")
     with reading(path):
@@ -277,50 +271,50 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
         else:
             model.load_state_dict(torch.load(path / "model.pt", map_location="cpu"))
             optimizer.load_state_dict(merged([part["optimizer"] for part in parts]))
-        if same:
+        if saved_world == world:
             restore_random_state(parts[0]["random"])
-        return progress, [part["position"] for part in parts]
+        return [part["position"] for part in parts]
 
 
 def merged(states: list[dict]) -> dict:
-    """Optimizer state dicts of all ranks as one: each holds what its rank owns, and copies of what all share."""
-    whole: dict = {}
+    """Optimizer state dicts of all ranks as one: each has what its rank owns, and copies of what all ranks have."""
+    return {"state": merged_state([state["state"] for state in states]), "param_groups": states[0]["param_groups"]}
+
+
+def merged_state(states: list[dict]) -> dict:
+    result: dict = {}
     for state in states:
-        for index, values in state["state"].items():
-            whole[index] = {**whole.get(index, {}), **values}
-    return {"state": whole, "param_groups": states[0]["param_groups"]}
+        for key, values in state.items():
+            result[key] = {**result.get(key, {}), **values}
+    return result
 
 
 def save_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write the optimizer's state as one file, {parameter's name: {key: tensor}}; every process calls this.
+    """Write the optimizer's state as one file, {parameter's name: {key: tensor}}. Every rank calls this.
 
-    Large tensors in bf16: half the room (3 bytes a parameter of a d24), and a momentum needs no more digits.
+    Large tensors are stored in bf16, which is enough for momentum and halves the size (a d24: 3 bytes per parameter).
     """
     rank, world = get_dist_info()
     own: dict = {}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value  # a transfer: all take part
+            full = value.full_tensor() if isinstance(value, DTensor) else value  # a collective operation
             if rank == 0 or not isinstance(p, DTensor):
-                own.setdefault(name, {})[key] = whole.to("cpu", torch.bfloat16 if whole.numel() >= LARGE else None)
+                own.setdefault(name, {})[key] = full.to("cpu", torch.bfloat16 if full.numel() >= LARGE else None)
     parts = [path.with_name(f".{path.name}.{number}") for number in range(world)]
     with writing(path):
         write(own, parts[rank])
-    barrier()
-    if rank == 0:
-        for part in parts[1:]:
-            for name, state in torch.load(part).items():
-                own[name] = {**own.get(name, {}), **state}
-        with writing(path):
-            write(own, parts[0])
+        barrier()
+        if rank == 0:
+            write(merged_state([own, *map(torch.load, parts[1:])]), parts[0])
             os.replace(parts[0], path)
-        for part in parts[1:]:
-            part.unlink()
+            for part in parts[1:]:
+                part.unlink()
     barrier()
 
 
 def load_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Begin with the state in `path`, in float32; parameters that it lacks begin without, rates stay as they are.
+    """Start from the state in `path`, in float32; parameters that it lacks start without, learning rates stay.
 
     Raises InputError if it is damaged, or not the file that its stage wrote.
     """
@@ -337,27 +331,13 @@ def load_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Op
             optimizer.state[p][key] = value
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[-1])
-
-
-def complete_checkpoints(state: Path) -> list[Path]:
-    """The checkpoints below `state` that were written to their end, the newest last."""
-    return sorted((path for path in all_checkpoints(state) if (path / COMPLETE).is_file()), key=step_of)
-
-
-def all_checkpoints(state: Path) -> list[Path]:
-    """Also those that were not; what has another name is somebody else's."""
-    return [path for path in state.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-
-
 def remove(path: Path) -> None:
-    """Delete a folder, a file, or a link but not what it points to."""
+    """Delete a folder, a file or a link, but not the link's target."""
     path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
 
 
 def missing_file(checkpoint: Path) -> str | None:
-    """The name of a file without which transformers would resume a checkpoint half, and say nothing."""
+    """The name of an absent file without which transformers would silently restore only a part."""
     names = ("trainer_state.json", "scheduler.pt")
     absent = [name for name in names if not (checkpoint / name).exists()]
     if not (any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))):
@@ -369,15 +349,18 @@ def refuse_change(state: Path, settings: dict, log: Callable[[str], None]) -> No
     """Raises InputError if the checkpoints in `state` were written with other `settings`."""
     before = load_json(state / "config.json")
     if before is None:
-        raise InputError(f"{state / 'config.json'} is missing: bring it back, or delete {state} to start anew")
+        raise InputError(f"{state / 'config.json'} is missing: restore it, or delete {state} to start anew")
     if unknown := [key for key in ("model", "data") if key in settings and key not in before]:
-        log(f"not verified, since an older version wrote {state}: whether {' and '.join(unknown)} changed meanwhile")
+        log(f"not verified, because an older version wrote {state}: whether {' and '.join(unknown)} changed")
     before = renamed_keys(before)
-    changed = [key for key in settings if before.get(key, settings[key]) != settings[key]]  # older: fewer keys
+    changed = [
+        f"{key}: {before[key]!r} -> {value!r}"
+        for key, value in settings.items()
+        if before.get(key, value) != value  # older versions wrote fewer keys
+    ]
     if changed:
-        changed = [f"{key}: {before[key]!r} -> {settings[key]!r}" for key in changed]
         raise InputError(
-            f"{state} was written by another recipe or launch ({', '.join(changed)}): go on with that, or delete it "
+            f"{state} was written by another recipe or launch ({', '.join(changed)}): resume with that, or delete it "
             "to start this stage anew"
         )
 

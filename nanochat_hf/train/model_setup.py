@@ -1,9 +1,11 @@
-"""The network as the pretraining loop wants it: made on its device, in its precision, as a module that gives a loss.
+"""Models for training: built or read, checked, on their device in their precision, as a module that returns a loss.
 
-Precision: float32 masters everywhere but the embeddings, which are bf16 on devices that compute in it; their dtype is
-the network's (no autocast). GPUs without bf16 compute in float16 from float32 embeddings, the rest in float32.
+Pretraining: float32 master weights everywhere but in the embeddings, which are bf16 on devices that compute in it;
+their dtype is the network's (no autocast). GPUs without bf16 compute in float16 from float32 embeddings, other devices
+in float32. Chat stages: all weights are float32, and the output of the embedding is cast.
 """
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +30,13 @@ from ..run import load_json, model_fingerprint
 from .checkpoint import refuse_nan
 from .fused_model import BF16_KERNELS, FusedTransformer
 
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 class ModelLoss(nn.Module):
-    """The model's own forward with the head's loss, with the signature of `FusedTransformer`.
+    """The model's own forward with the fused loss, for an attention implementation that the user chose.
 
-    For an attention that the user chose.
+    Signature as `FusedTransformer`: (ids (B, T), targets (B, T), reduction) -> loss in nats.
     """
 
     def __init__(self, model: NanoChatForCausalLM):
@@ -53,21 +57,21 @@ class ModelLoss(nn.Module):
 
 
 def compute_dtype(device: torch.device, half: bool = False) -> torch.dtype:
-    """bf16 on CUDA devices that compute in it, else float32; with `half` float16 on those older ones (V100, T4) that
-    are fast in it, for who scales the loss."""
+    """bf16 on CUDA devices with bf16 units; with `half`, for callers that scale the loss, float16 on V100 and T4; else
+    float32."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     return torch.bfloat16 if major >= 8 else torch.float16 if half and major == 7 else torch.float32
 
 
 def plan_overrides_from(source: str) -> dict:
-    """What `scaling.plan` must be told to plan for the model in folder (or Hub id) `source`."""
+    """Fields of `PretrainConfig` that describe the model in folder (or Hub id) `source`."""
     try:
-        kind = NanoChatConfig.get_config_dict(source)[0].get("model_type")
-        if kind != NanoChatConfig.model_type:
-            found = "no model" if kind is None else f"a model of type {kind!r}"
+        model_type = NanoChatConfig.get_config_dict(source)[0].get("model_type")
+        if model_type != NanoChatConfig.model_type:
+            content = "no model" if model_type is None else f"a model of type {model_type!r}"
             raise InputError(
-                f"{source} holds {found} and pretraining goes on from {NanoChatConfig.model_type!r} only; "
-                "scripts/convert_checkpoint.py makes one of a nanochat model"
+                f"{source} holds {content} and pretraining can start from {NanoChatConfig.model_type!r} only; "
+                "scripts/convert_checkpoint.py converts a nanochat model"
             )
         config = NanoChatConfig.from_pretrained(source)
     except OSError as error:
@@ -109,17 +113,16 @@ def read_model(source: str, attn_implementation: str | None = None) -> PreTraine
 
 
 def load_chat_model(source: str, config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """`read_model` for the chat stages: float32 weights, computing in bf16 where the device has it.
+    """`read_model` for the chat stages: float32 weights, bf16 activations where the device has bf16 units.
 
-    Its generation config ends a turn at assistant_end and pauses it at python_end, where a tool has to answer.
+    Its generation config stops at assistant_end and at python_end, where a tool has to run.
     """
     model = read_model(source, config.attn_implementation)
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     model.generation_config.update(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
     dtype = compute_dtype(partial_state().device)
     if dtype != torch.float32:
-        # What comes out of the embeddings decides in which dtype the network runs; the weights all stay float32.
-        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
+        cast_output(model.get_input_embeddings(), dtype)
         if config.lora_r > 0:  # peft calls the matrices itself, where the model would cast them
             for module in model.modules():
                 if type(module) is nn.Linear:
@@ -127,35 +130,38 @@ def load_chat_model(source: str, config, tokenizer: PreTrainedTokenizerBase) -> 
     return model
 
 
-def lora(config) -> LoraConfig | None:
-    if config.lora_r <= 0:
-        return None
-    # The default targets, all matrices of attention and MLP, are registered in nanochat_hf/__init__.py.
-    return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, task_type="CAUSAL_LM")
+def cast_output(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what an embedding returns; its dtype is that of all activations."""
+    module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
 
 
 def cast_linear(module: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, module.weight.to(x.dtype))
 
 
-def build_model(made: Plan, source: str | None, tokenizer, device: torch.device, sharded: bool) -> NanoChatForCausalLM:
-    """A fresh network, or that of folder (or Hub id) `source`, on the device and in its precision.
+def lora(config) -> LoraConfig | None:
+    """peft's config; the default targets, all matrices of attention and MLP, are registered in nanochat_hf."""
+    if config.lora_r <= 0:
+        return None
+    return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, task_type="CAUSAL_LM")
 
-    Args:
-        sharded: FSDP2 will shard it, which wants tensors of one dtype: the embeddings then stay float32 and only what
-            comes out of them is bf16.
+
+def build_model(plan: Plan, source: str | None, tokenizer, device: torch.device, sharded: bool) -> NanoChatForCausalLM:
+    """A fresh model, or that of folder (or Hub id) `source`, on the device in its precision.
+
+    sharded: for FSDP2, which needs tensors of one dtype: embeddings stay float32 and their output is cast.
     """
     if source:
         model = read_model(source).to(device)
     else:
-        make = NanoChatConfig if made.generation == 2 else NanoChatConfig.first_generation
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = copy.deepcopy(plan.model_config)
+        config.update({name: getattr(tokenizer, name) for name in SPECIAL_IDS})
         with device:
-            model = NanoChatForCausalLM(make(**made.model_fields(), **ids))
-    if model.config.vocab_size != made.vocab_size:
+            model = NanoChatForCausalLM(config)
+    if (rows := model.config.vocab_size) != plan.model_config.vocab_size:
         raise InputError(
-            f"{source} has {model.config.vocab_size} rows of embeddings and the tokenizer needs {made.vocab_size}: "
-            "give the tokenizer that the model was trained with"
+            f"{source} has {rows} rows of embeddings and the tokenizer needs {plan.model_config.vocab_size}: give the "
+            "tokenizer that the model was trained with"
         )
     # A document ends where the next one would begin.
     model.generation_config.update(eos_token_id=[tokenizer.eos_token_id, tokenizer.bos_token_id])
@@ -163,76 +169,72 @@ def build_model(made: Plan, source: str | None, tokenizer, device: torch.device,
     for module in model.modules():
         if isinstance(module, nn.Embedding) and dtype != torch.float32:
             if sharded or dtype == torch.float16:
-                module.register_forward_hook(lambda module, inputs, x: x.to(dtype))
+                cast_output(module, dtype)
             else:
                 module.to(dtype)
     return model
 
 
 def why_not_fp8(
-    model: NanoChatForCausalLM, attention: str, device: torch.device, least: tuple[int, int]
+    model: NanoChatForCausalLM, attention: str, device: torch.device, minimum: tuple[int, int]
 ) -> str | None:
-    """What keeps a model from FP8 on a device, which must have at least that compute capability; None: nothing."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < least:
+    """Why a model cannot use FP8 on a device, which needs at least the compute capability `minimum`; or None."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < minimum:
         return "needs a CUDA device of the H100's generation or newer"
     if attention != "auto":
         return "works with attn_implementation auto only"
-    config = model.config
-    if any(size % 16 for size in (config.hidden_size, config.max_position_embeddings)):
+    if any(size % 16 for size in (model.config.hidden_size, model.config.max_position_embeddings)):
         return "needs a width and a max_seq_len that are multiples of 16"
     return None
 
 
 def build_loss_module(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bool | str) -> nn.Module:
-    """-> module (ids (B, T), targets (B, T), reduction) -> loss in nats; see `PretrainConfig` for the options."""
+    """Module (ids (B, T), targets (B, T), reduction) -> loss in nats; see `PretrainConfig` for the options."""
     device = next(model.parameters()).device
-    cuda = device.type == "cuda"
+    compile &= device.type == "cuda"
     if fp8 not in (True, False, "auto"):
         raise InputError(f"fp8 is {fp8!r}: choose true, false or auto")
     missing = why_not_fp8(model, attention, device, (9, 0) if fp8 == "auto" else (8, 9)) if fp8 else None
     if missing and fp8 != "auto":
         raise InputError(f"fp8 {missing}; leave it out, or say fp8=auto")
     if attention == "auto":
-        fp8 = bool(fp8) and not missing
-        return FusedTransformer(model, compile=compile and cuda, fp8=fp8, dtype=compute_dtype(device, half=True))
+        dtype = compute_dtype(device, half=True)
+        return FusedTransformer(model, compile=compile, fp8=bool(fp8) and not missing, dtype=dtype)
     model.set_attn_implementation(attention)
-    if compile and cuda:
+    if compile:
         for layer in model.model.layers:  # their forward and not the layers: FSDP2's hooks stay outside
             layer.forward = torch.compile(layer.forward, dynamic=False)
     return ModelLoss(model)
 
 
 def describe(network: nn.Module, fp8: bool | str) -> str:
-    """The kernels and the precision of a training step, and what would make it faster here, in one line.
+    """One line with the kernels and the precision of a training step, and what would make it faster here.
 
-    Args:
-        network: of `build_loss_module`, which was given this fp8.
+    network: from `build_loss_module`, with the same `fp8`.
     """
-    model = network.model
-    device, eight = model.lm_head.weight.device, getattr(network, "fp8", False)
-    dtype = str(compute_dtype(device, half=True)).removeprefix("torch.")
-    precision = f"precision {dtype}{' with FP8 blocks' if eight else ''}"
-    if device.type != "cuda":
-        why = f"; no FP8: it {why_not_fp8(model, 'auto', device, (9, 0))}" if fp8 == "auto" else ""
-        return f"kernels: PyTorch on {device.type}; {precision}{why}"
-    auto = isinstance(network, FusedTransformer)
-    parts = ["attention " + (packaged("flash-attn-4") if auto and network.train_kind.flash else "PyTorch")]
-    matmuls = packaged("quack-kernels") if auto and network.train_kind.kernels else "PyTorch"
-    parts.append("matmuls " + ("PyTorch's FP8" if eight else matmuls))
-    parts += [packaged("triton")] if triton is not None else []
-    hints = [f"{package} {reason}" for package, reason in unloaded.items() if auto and reason == "not installed"]
-    modern = torch.cuda.get_device_capability(device) >= (9, 0)
-    if hints and modern:
-        hints.append('for more speed: pip install -c constraints.txt -e ".[kernels]"')
-    if fp8 == "auto" and not eight:
-        why = why_not_fp8(model, "auto" if auto else "another", device, (9, 0)) or "was wrong in its check"
-        hints.append(f"no FP8: it {why}")
-    elif not fp8 and auto and modern:
-        hints.append("fp8=auto would be faster")
-    return f"kernels: {', '.join(parts)}; {precision}" + "".join(f"; {hint}" for hint in hints)
+    device, uses_fp8 = network.model.lm_head.weight.device, getattr(network, "fp8", False)
+    dtype, fused_step = compute_dtype(device, half=True), isinstance(network, FusedTransformer)
+    precision = f"precision {str(dtype).removeprefix('torch.')}{' with FP8 blocks' if uses_fp8 else ''}"
+    kernels, hints = [f"PyTorch on {device.type}"], []
+    if device.type == "cuda":
+        attention = package_version("flash-attn-4") if fused_step and network.train_kind.flash else "PyTorch"
+        matmuls = package_version("quack-kernels") if fused_step and network.train_kind.kernels else "PyTorch"
+        matmuls = "PyTorch's FP8" if uses_fp8 else matmuls
+        kernels = [f"attention {attention}", f"matmuls {matmuls}"]
+        kernels += [package_version("triton")] if triton is not None else []
+        hints = [f"{name} {reason}" for name, reason in unloaded.items() if fused_step and reason == "not installed"]
+        modern = torch.cuda.get_device_capability(device) >= (9, 0)
+        if hints and modern:
+            hints.append('for more speed: pip install -c constraints.txt -e ".[kernels]"')
+        if not fp8 and fused_step and modern:
+            hints.append("fp8=auto would be faster")
+    if fp8 == "auto" and not uses_fp8:
+        attention = "auto" if fused_step else "another"
+        hints.append(f"no FP8: it {why_not_fp8(network.model, attention, device, (9, 0)) or 'was wrong in its check'}")
+    return f"kernels: {', '.join(kernels)}; {precision}" + "".join(f"; {hint}" for hint in hints)
 
 
-def packaged(package: str) -> str:
+def package_version(package: str) -> str:
     return f"{package} {version(package)}"
 
 
@@ -240,8 +242,8 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def shard(model: nn.Module) -> None:
-    """Under FSDP2: have its modules give up the whole weights that a forward pass left in them."""
+def reshard(model: nn.Module) -> None:
+    """Under FSDP2: free the unsharded weights that a forward pass left."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -253,7 +255,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
 
 
-def scale_gradients(model: nn.Module, factor: Tensor | float) -> None:
-    """Multiply all gradients in place; `factor` may be a () tensor on their device."""
-    found = gradients(model)
-    torch._foreach_mul_([grad.to_local() if isinstance(grad, DTensor) else grad for grad in found], factor)
+def scale_gradients(model: nn.Module, factor: Tensor) -> None:
+    """Multiply all gradients in place by a () tensor on their device."""
+    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients(model)]
+    torch._foreach_mul_(local, factor)

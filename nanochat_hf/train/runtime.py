@@ -1,7 +1,4 @@
-"""What a training process asks of its machine: processes, memory and patience; and how it hears that it should stop.
-
-Used by `pretrain.py`; nothing here knows about data or steps.
-"""
+"""The process and its device: Accelerate's set-up, memory and micro-batch size, host-device copies, signals."""
 
 import gc
 import importlib.util
@@ -10,19 +7,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-    gather_object,
-    patch_environment,
-)
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, patch_environment
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -32,40 +23,38 @@ from ..errors import InputError
 from ..optim.scaling import Plan, estimate_micro_batch_size
 from .model_setup import compute_dtype
 
-CPU_FLOPS = 5e10  # per second and core, a fair guess
+CPU_FLOPS = 5e10  # per second and core, roughly
 ZERO_OPTIONS = ("OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE", "CONFIG_FILE")
 TRACKERS = ("none", "trackio", "wandb", "tensorboard")
 
 
 def start_accelerator(report_to: str, output: Path) -> Accelerator:
-    """Accelerate for a pretraining run into `output`; compiled programs are kept beside it, for a warm start.
+    """Accelerate for a pretraining run into `output`; compiled programs are cached beside it.
 
     Raises:
-        InputError: a launch or a tracker that does not work.
+        InputError: a tracker or a launch that does not work.
     """
     if report_to not in TRACKERS:
         raise InputError(f"report_to is {report_to!r}: choose one of {', '.join(TRACKERS)}")
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise InputError(f"report_to: {report_to} is not installed; pip install {report_to}")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less is lost between blocks of memory
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
     if torch.cuda.is_available():
         compiled = output.resolve().parent / ".compiled"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
         os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
+    log_with = None if report_to == "none" else report_to
     with fsdp2_for_zero():
-        accelerator = Accelerator(
-            mixed_precision="no",  # the dtype of the embeddings decides, see network.py
-            log_with=None if report_to == "none" else report_to,
-            project_dir=output,
-        )
+        # No autocast: the dtype of the embeddings decides, see model_setup.py.
+        accelerator = Accelerator(mixed_precision="no", log_with=log_with, project_dir=output)
         shard_on_cpu(accelerator)
     dtype = compute_dtype(accelerator.device)
     if accelerator.distributed_type == DistributedType.FSDP and dtype != torch.float32:
-        # gather half the bytes, but still add gradients in float32
+        # all-gather in bf16, reduce gradients in float32
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
-        raise InputError(  # else each of them would train alone, into one folder
+        raise InputError(  # each of them would train alone, into one folder
             f"{launched} processes were launched and Accelerate sees no GPU for them; on CPUs launch with "
             "ACCELERATE_USE_CPU=true accelerate launch --config_file configs/accelerate/multi_gpu.yaml "
             f"--num_processes {launched}"
@@ -75,21 +64,19 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
 
 @contextmanager
 def fsdp2_for_zero() -> Iterator[None]:
-    """Inside, a job that was launched with DeepSpeed ZeRO shards by FSDP2, which leaves Muon the matrices it needs.
+    """Inside, a job launched with DeepSpeed ZeRO uses FSDP2, which leaves Muon the matrices that ZeRO would flatten.
 
-    ZeRO flattens what it shards. Its stage 2 keeps whole weights beside pieces of gradients and optimizer state, as
-    FSDP2 does if it leaves weights gathered until the step is done; stage 3 gathers them for each pass. Stage 1, the
-    optimizer's state alone in pieces, is what `MuonAdamW` does by itself.
+    ZeRO-2 becomes FSDP2 with reshard_after_forward=False, ZeRO-3 with True; ZeRO-1, sharded optimizer state, is what
+    MuonAdamW does with replicated parameters.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         yield
         return
-    asked = {name: os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", "none") for name in ZERO_OPTIONS}
-    if any(value != "none" for value in asked.values()):
+    values = {name.lower(): os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", "none") for name in ZERO_OPTIONS}
+    if unsupported := [name for name, value in values.items() if value != "none"]:
         raise InputError(
-            "pretraining under DeepSpeed takes its stage and nothing else, and the launch file asks for "
-            f"{', '.join(name.lower() for name, value in asked.items() if value != 'none')}: leave it out, "
-            "or launch this stage with configs/accelerate/fsdp2.yaml"
+            "pretraining under DeepSpeed takes its stage and nothing else, and the Accelerate config file has "
+            f"{', '.join(unsupported)}: leave it out, or launch this stage with configs/accelerate/fsdp2.yaml"
         )
     stage, state = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), partial_state()
     engine = "FSDP2" if stage > 1 else "MuonAdamW"
@@ -107,34 +94,53 @@ def fsdp2_for_zero() -> Iterator[None]:
 
 
 def shard_on_cpu(accelerator: Accelerator) -> bool:
-    """Let FSDP2 shard on a CPU, where Accelerate would, without a word, train with DDP -> whether it was asked to."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.device.type == "cpu"
-    if asked:
+    """Let FSDP2 shard on CPUs, where Accelerate silently trains with DDP. Returns: whether the launch wants that."""
+    use = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.device.type == "cpu"
+    if use:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-    return asked
+    return use
+
+
+def check_launch(stage: str) -> None:
+    """Raise InputError if the job was launched with DeepSpeed or FSDP2: `stage` generates with unsharded weights."""
+    for name in ("DeepSpeed", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
+            raise InputError(
+                f"{stage} needs unsharded weights between its steps, and {name} shards them: launch it with "
+                "configs/accelerate/multi_gpu.yaml"
+            )
+
+
+def check_cost(plan: Plan, device: torch.device) -> None:
+    """Raise InputError for a run of more than two days on a CPU: it was meant for GPUs."""
+    days = plan.total_flops / (CPU_FLOPS * (os.cpu_count() or 1) * 86400)
+    if device.type == "cpu" and days > 2:
+        raise InputError(
+            f"no GPU found, and {plan.total_flops:.1e} FLOPs would take this CPU about {days:.0f} days: "
+            "run it on a GPU, take recipe cpu-demo, or lower depth or num_iterations"
+        )
 
 
 def to_device(batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, T + 1) of any integers -> inputs and targets (B, T), int64 on the device."""
+    """(B, T + 1) of any integers -> inputs and targets (B, T), int64 on the device, without waiting for it."""
     if device.type == "cuda":
-        # Pinned: from other memory the host may have to wait for all that is queued before the copy. torch keeps
-        # pinned blocks and hands one out again when the copies from it are done. NumPy fills it, on this thread:
-        # torch would share so many numbers out to threads that have to wait for a core among the loader's.
-        rows = torch.empty(batch.shape, dtype=torch.int32, pin_memory=True)
-        rows.numpy()[...] = batch
+        # Copies from unpinned memory may wait for the device. NumPy fills the pinned block on this thread: torch
+        # would use threads, which wait for cores that the loader uses.
+        ids = torch.empty(batch.shape, dtype=torch.int32, pin_memory=True)
+        ids.numpy()[...] = batch
     else:
-        rows = torch.from_numpy(batch.astype(np.int32, copy=False))
-    rows = rows.to(device, non_blocking=True).long()
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        ids = torch.from_numpy(batch.astype(np.int32, copy=False))
+    ids = ids.to(device, non_blocking=True).long()
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def copy_to_host_async(figures: Tensor) -> Callable[[], list[float]]:
-    """Have the tensor copied to the host -> what waits for the copy, though not for what is queued after it."""
-    if figures.device.type != "cuda":
-        return figures.tolist
-    copied = figures.to("cpu", non_blocking=True)  # into pinned memory
-    done = torch.cuda.Event(blocking=True)  # sleeps, where others would keep a core from the loader
+def copy_to_host_async(values: Tensor) -> Callable[[], list[float]]:
+    """Start a copy to the host; returns the function that waits for it, but not for work enqueued later."""
+    if values.device.type != "cuda":
+        return values.tolist
+    copied = values.to("cpu", non_blocking=True)  # into pinned memory
+    done = torch.cuda.Event(blocking=True)  # sleeps instead of keeping a core from the loader
     done.record()
 
     def read() -> list[float]:
@@ -144,17 +150,36 @@ def copy_to_host_async(figures: Tensor) -> Callable[[], list[float]]:
     return read
 
 
-def check_launch(stage: str) -> None:
-    """Raises InputError if the job was launched with DeepSpeed or FSDP2.
+@contextmanager
+def graceful_shutdown(note: Callable[[int], None]):
+    """Inside, SIGTERM and SIGINT only call `note(number)`; a second SIGINT raises KeyboardInterrupt."""
 
-    For stages that evaluate before they train, which neither can, or generate with the weights that they train.
-    """
-    for name in ("DeepSpeed", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
-            raise InputError(
-                f"{stage} needs whole weights between its steps, and {name} keeps them in pieces: launch it with "
-                "configs/accelerate/multi_gpu.yaml"
-            )
+    def handle(number, frame):
+        note(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def gc_disabled():
+    """No garbage collection between steps: it takes half a second per scan (karpathy/nanochat)."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def free_memory(device: torch.device) -> float:
@@ -166,129 +191,72 @@ def free_memory(device: torch.device) -> float:
     return 0.5 * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def check_cost(made: Plan, device: torch.device) -> None:
-    """Refuse a run that was meant for GPUs on a CPU: one of more than two days."""
-    days = made.total_flops / (CPU_FLOPS * (os.cpu_count() or 1) * 86400)
-    if device.type == "cpu" and days > 2:
-        raise InputError(
-            f"no GPU found, and {made.total_flops:.1e} FLOPs would take this CPU about {days:.0f} days: "
-            "run it on a GPU, take recipe cpu-demo, or lower depth or num_iterations"
-        )
-
-
-@contextmanager
-def graceful_shutdown(note: Callable[[int], None]):
-    """Inside, SIGTERM and SIGINT only call `note(number)`; a second SIGINT interrupts as ever."""
-
-    def heard(number, frame):
-        note(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
-        yield
-        return
-    before = {number: signal.signal(number, heard) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def gc_disabled():
-    """No garbage collection between steps: scanning a program of this size takes half a second (karpathy/nanochat)."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
-
-
 def split_global_batch(
-    name: str, total: int, unit: int, wanted: int, world: int, say: Callable = lambda text: None
+    name: str, total: int, unit: int, requested: int, world: int, log: Callable = lambda text: None
 ) -> tuple[int, int]:
-    """-> rows that each of `world` processes takes at once, at most `wanted`, and how often in a step of `total`.
+    """Returns: (micro-batch size, gradient accumulation steps) of a global batch on `world` ranks.
 
-    As many rows as go evenly into a process's share of the step: their number changes its speed and not its result.
+    The micro-batch size is the largest divisor of a rank's part up to `requested`: it changes speed, not the result.
 
     Args:
-        name, total: the key that says how large a step is, and what it says; unit: for how much of that a row counts.
-        say: what to print with, if they are fewer than `wanted`.
-
-    Raises:
-        InputError: the step cannot be shared out evenly, or no row is wanted.
+        name, total: the config's key for the global batch size and its value, in units of which a sequence has `unit`.
     """
-    share, rest = divmod(total, unit * world)
-    if rest or share < 1:
+    per_rank, rest = divmod(total, unit * world)
+    if rest or per_rank < 1:
         raise InputError(
-            f"{name} = {total} must be a positive multiple of {unit * world}, one row on each of {world} processes"
+            f"{name} = {total} must be a positive multiple of {unit * world}, one sequence on each of {world} ranks"
         )
-    if wanted < 1:
-        raise InputError(f"device_batch_size = {wanted} must be at least one row")
-    rows = max(rows for rows in range(1, min(wanted, share) + 1) if share % rows == 0)
-    if rows < wanted:
-        say(f"device_batch_size: {rows} rows instead of {wanted}, so that a step is shared out evenly")
-    return rows, share // rows
+    if requested < 1:
+        raise InputError(f"device_batch_size = {requested} must be at least 1")
+    size = max(size for size in range(1, min(requested, per_rank) + 1) if per_rank % size == 0)
+    if size < requested:
+        log(f"device_batch_size: {size} instead of {requested}, to divide {name} evenly")
+    return size, per_rank // size
 
 
 def choose_micro_batch_size(
-    made: Plan,
-    wanted: int,
-    device: torch.device,
-    world: int,
-    dtype: torch.dtype,
-    micro_batch_fits: Callable | None,
-    say: Callable,
-) -> int:
-    """Rows of a micro-batch: `wanted`, or for -1 what the free memory allows; fewer if a step has no more for each
-    process (`split_global_batch`), and halved as long as they do not fit.
+    plan: Plan, requested: int, device: torch.device, world: int, dtype: torch.dtype, fits: Callable | None,
+    log: Callable,
+) -> int:  # fmt: skip
+    """Sequences per micro-batch: `requested`, or for -1 as many as free memory allows; halved until `fits`.
 
-    Args:
-        fits: (rows, micro-steps) -> whether a step of so many works, the same answer on every process; None: take the
-            word.
-        say: what to print with.
-
-    Raises:
-        InputError: the batch cannot be divided like this, or not even one row fits.
+    fits: (micro-batch size, grad_accum_steps) -> bool, equal on every rank (`micro_batch_fits`); None: not tried.
     """
-    divide = partial(split_global_batch, "total_batch_size", made.total_batch_size, made.max_seq_len, world=world)
-    if wanted == -1:
-        # The least of all processes: they take part in equally many micro-steps.
-        rows, steps = divide(
-            min(gather_object([estimate_micro_batch_size(made, free_memory(device), dtype.itemsize)]))
-        )
-        say(f"device_batch_size: {rows} rows of {made.max_seq_len} tokens, chosen by the free memory")
+
+    def divide(size, log=lambda text: None):
+        return split_global_batch("total_batch_size", plan.total_batch_size, plan.max_seq_len, size, world, log)
+
+    if requested == -1:
+        estimate = estimate_micro_batch_size(plan, free_memory(device), dtype.itemsize)
+        size, steps = divide(min(gather_object([estimate])))
+        log(f"device_batch_size: {size} sequences of {plan.max_seq_len} tokens, chosen by the free memory")
     else:
-        rows, steps = divide(wanted, say=say)
-    while micro_batch_fits is not None and not micro_batch_fits(rows, steps):
-        if rows == 1:
-            raise InputError(f"1 row of {made.max_seq_len} tokens does not fit: lower depth or max_seq_len")
-        rows, steps = divide(rows // 2)
-        say(f"device_batch_size: out of memory, trying {rows} rows")
-    return rows
+        size, steps = divide(requested, log)
+    while fits is not None and not fits(size, steps):
+        if size == 1:
+            raise InputError(f"1 sequence of {plan.max_seq_len} tokens does not fit: lower depth or max_seq_len")
+        size, steps = divide(size // 2)
+        log(f"device_batch_size: out of memory, trying {size}")
+    return size
 
 
 def micro_batch_fits(
-    made: Plan, network: nn.Module, groups: list[dict], accelerator: Accelerator, rows: int, steps: int
+    plan: Plan, network: nn.Module, groups: list[dict], accelerator: Accelerator, size: int, steps: int
 ) -> bool:
-    """Whether so many micro-steps of so many rows fit on every device, beside the optimizer state; compiles them.
+    """Whether `steps` micro-batches of `size` sequences fit on every device beside the optimizer state.
 
-    Args:
-        network: (ids, targets) -> loss; groups: the optimizer's, over its parameters.
+    network: (ids, targets) -> loss; groups: the optimizer's parameter groups.
     """
     device, failed = accelerator.device, torch.zeros((), device=accelerator.device)
-    ids = torch.arange(rows * made.max_seq_len, device=device).view(rows, -1) % made.num_tokens
+    num_tokens = plan.model_config.num_tokens or plan.model_config.vocab_size
+    ids = torch.arange(size * plan.max_seq_len, device=device).view(size, -1) % num_tokens
     state = sum(p.numel() * (4 if group["kind"] == "muon" else 8) for group in groups for p in group["params"])
     try:
-        held = torch.empty(state // accelerator.num_processes, dtype=torch.uint8, device=device)
+        reserved = torch.empty(state // accelerator.num_processes, dtype=torch.uint8, device=device)
         with accelerator.no_sync(network):
-            for _ in range(min(steps, 2)):  # from the second one on beside the gradients of those before
+            for _ in range(min(steps, 2)):  # the second one runs beside the gradients of the first
                 network(ids, ids).backward()
-        del held
+        del reserved
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
@@ -296,5 +264,5 @@ def micro_batch_fits(
     network.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)  # the run's own peak is what is reported
+        torch.cuda.reset_peak_memory_stats(device)  # the run reports its own peak
     return not accelerator.reduce(failed).item()

@@ -31,7 +31,7 @@ from ..errors import InputError
 from ..run import fingerprint, load_json, model_fingerprint, save_json, start_record, writing
 from .checkpoint import MANIFEST, damage, sha256, write_manifest
 from .fused_model import use_fused_forward
-from .model_setup import compute_dtype, load_chat_model, lora, shard
+from .model_setup import compute_dtype, load_chat_model, lora, reshard
 from .trainer import (
     StageConfig,
     StageTrainer,
@@ -118,7 +118,7 @@ class ChatTrainer(StageTrainer, SFTTrainer):
             number = (inputs["labels"][:, 1:] != -100).sum()
             sums += torch.stack((torch.where(number > 0, loss * number, 0), number))
         self.model.train()
-        shard(self.model)  # for what saves it
+        reshard(self.model)  # for what saves it
         loss, number = self.accelerator.reduce(sums, "sum").tolist()
         self.log({"eval_loss": loss / max(number, 1)})
         return {"eval_loss": loss / max(number, 1)}

@@ -1,0 +1,393 @@
+"""What surrounds the pretraining loop: the model and its loss, the process and its device, monitoring."""
+
+import gc
+import json
+import os
+import random
+import signal
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+
+from nanochat_hf.data.dataloader import VALIDATION, PackedLoader
+from nanochat_hf.data.documents import DocumentStream
+from nanochat_hf.data.tokenizer import token_byte_lengths
+from nanochat_hf.errors import InputError
+from nanochat_hf.eval.bpb import evaluate_bpb, losses_of
+from nanochat_hf.kernels.backend import version
+from nanochat_hf.model import NanoChatForCausalLM
+from nanochat_hf.optim.scaling import plan
+from nanochat_hf.train import monitoring, runtime
+from nanochat_hf.train.fused_model import FusedTransformer
+from nanochat_hf.train.model_setup import (
+    ModelLoss,
+    build_loss_module,
+    build_model,
+    describe,
+    gradient_norm,
+    plan_overrides_from,
+    scale_gradients,
+    why_not_fp8,
+)
+from nanochat_hf.train.monitoring import Evaluator, LossSpikeDetector, StepTimer, format_step
+from nanochat_hf.train.pretrain_config import PretrainConfig
+from nanochat_hf.train.runtime import (
+    check_cost,
+    choose_micro_batch_size,
+    copy_to_host_async,
+    free_memory,
+    gc_disabled,
+    graceful_shutdown,
+    micro_batch_fits,
+    split_global_batch,
+    to_device,
+)
+
+CPU = torch.device("cpu")
+SHAPE = {"depth": 2, "aspect_ratio": 32, "head_dim": 32, "max_seq_len": 64, "total_batch_size": 64}
+D12 = plan(PretrainConfig(total_batch_size=131_072, num_iterations=500), 32768)
+
+
+def tiny_plan(vocab_size, **values):
+    return plan(PretrainConfig(**{**SHAPE, "num_iterations": 1, **values}), vocab_size)
+
+
+# --- the model and its loss
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_both_loss_modules_give_the_loss_and_the_gradient_of_the_logits(tokenizer, generation):
+    torch.manual_seed(0)
+    model = build_model(tiny_plan(len(tokenizer), generation=generation), None, tokenizer, CPU, sharded=False)
+    assert model.config.bos_token_id == tokenizer.bos_token_id
+    torch.nn.init.normal_(model.lm_head.weight)
+    ids = torch.randint(0, len(tokenizer), (2, 65))
+    fused, own = build_loss_module(model, "auto", True, False), build_loss_module(model, "sdpa", True, False)
+    assert isinstance(fused, FusedTransformer) and isinstance(own, ModelLoss)
+    assert model.config._attn_implementation == "sdpa"
+    logits = model(ids[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    expected.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    assert gradient_norm(model).item() == pytest.approx(norm.item(), rel=1e-5)
+    scale_gradients(model, torch.tensor(0.5))
+    assert gradient_norm(model).item() == pytest.approx(norm.item() / 2, rel=1e-5)
+    for module in (fused, own):
+        model.zero_grad()
+        loss = module(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results = torch.stack((loss.detach(), gradient_norm(model)))
+        torch.testing.assert_close(results, torch.stack((expected.detach(), norm)), rtol=1e-4, atol=1e-5)
+        per_token = module(ids[:, :-1], ids[:, 1:], reduction="none")
+        assert per_token.shape == (2, 64) and per_token.mean().item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_given_weights_bring_their_shape_and_need_their_tokenizer(tiny_model, tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    shape = plan_overrides_from(str(tmp_path))
+    assert shape == {"depth": 2, "generation": 2, "head_dim": 32, "aspect_ratio": 32, "window_pattern": "SSSL"}
+    model = build_model(tiny_plan(len(tokenizer), **shape), str(tmp_path), tokenizer, CPU, False)
+    assert torch.equal(model.lm_head.weight, tiny_model.lm_head.weight)
+    with pytest.raises(InputError, match="512 rows of embeddings and the tokenizer needs 320"):
+        build_model(tiny_plan(300), str(tmp_path), tokenizer, CPU, False)
+
+
+def test_another_model_type_and_missing_weights_are_refused_in_one_line(tiny_model, tokenizer, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2}')
+    with pytest.raises(InputError, match=r"a model of type 'gpt2'.*convert_checkpoint"):
+        plan_overrides_from(str(tmp_path))
+    tiny_model.config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no model in") as error:
+        build_model(tiny_plan(len(tokenizer)), str(tmp_path), tokenizer, CPU, sharded=False)
+    assert "\n" not in str(error.value)
+
+
+def test_fp8_auto_is_off_where_it_cannot_work_and_the_first_line_says_so(tiny_model, monkeypatch):
+    for fp8, hint in (("auto", "; no FP8: it needs a CUDA device"), (False, "")):
+        network = build_loss_module(tiny_model, "auto", True, fp8)
+        assert not network.fp8
+        assert describe(network, fp8).startswith("kernels: PyTorch on cpu; precision float32" + hint)
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda = torch.device("cuda")
+    assert why_not_fp8(tiny_model, "auto", cuda, (9, 0)) is None
+    assert "attn_implementation" in why_not_fp8(tiny_model, "sdpa", cuda, (9, 0))
+    tiny_model.config.max_position_embeddings = 100  # gradients of weights sum over tokens
+    assert "multiples of 16" in why_not_fp8(tiny_model, "auto", cuda, (9, 0))
+    capability = (8, 9)
+    assert "newer" in why_not_fp8(tiny_model, "auto", cuda, (9, 0))
+
+
+@pytest.mark.gpu
+def test_the_first_line_names_kernels_and_precision(tiny_config):
+    model = NanoChatForCausalLM(tiny_config).to("cuda")
+    line = describe(build_loss_module(model, "auto", True, "auto"), "auto")
+    assert "matmuls PyTorch's FP8" in line
+    assert "precision bfloat16 with FP8 blocks" in line and f"triton {version('triton')}" in line
+    assert "fp8=auto would be faster" in describe(build_loss_module(model, "auto", True, False), False)
+
+
+# --- the process and its device
+
+
+@pytest.mark.parametrize(
+    "requested, world, largest, size, trials, log",
+    [
+        (16, 1, 64, 16, [(16, 4)], []),
+        (3, 1, 64, 2, [(2, 32)], ["2 instead of 3"]),
+        (64, 2, 64, 32, [(32, 1)], ["32 instead of 64"]),
+        (32, 1, 8, 8, [(32, 2), (16, 4), (8, 8)], ["trying 16", "trying 8"]),
+        (-1, 1, 64, 8, [(8, 8)], ["8 sequences of 2048 tokens, chosen by the free memory"]),
+        (-1, 16, 64, 4, [(4, 1)], ["4 sequences of 2048 tokens"]),
+    ],
+)
+def test_the_micro_batch_size_divides_the_step_and_fits(monkeypatch, requested, world, largest, size, trials, log):
+    lines, tried = [], []
+    monkeypatch.setattr(runtime, "free_memory", lambda device: 40e9)
+
+    def fits(size, steps):
+        tried.append((size, steps))
+        return size <= largest
+
+    assert choose_micro_batch_size(D12, requested, CPU, world, torch.float32, fits, lines.append) == size
+    assert tried == trials and len(lines) == len(log)
+    assert all(text in line for text, line in zip(log, lines))
+
+
+@pytest.mark.parametrize(
+    "requested, world, message",
+    [
+        (16, 3, "total_batch_size = 131072 must be a positive multiple of 6144, one sequence on each of 3 ranks"),
+        (-1, 3, "must be a positive multiple"),
+        (0, 1, "at least 1"),
+        (2, 1, "1 sequence of 2048 tokens does not fit"),
+    ],
+)
+def test_a_step_that_cannot_be_divided_or_does_not_fit_is_refused(requested, world, message):
+    with pytest.raises(InputError, match=message):
+        choose_micro_batch_size(D12, requested, CPU, world, torch.float32, lambda *_: False, lambda text: None)
+
+
+def test_a_global_batch_of_examples_is_split_the_same():
+    assert split_global_batch("examples", 36, 1, 8, 2) == (6, 3)
+
+
+@pytest.mark.parametrize("steps, beside", [(1, [False]), (4, [False, True])])
+def test_a_trial_has_gradients_beside_it_only_if_its_step_has(steps, beside):
+    has_gradient = []
+
+    class Loss(nn.Linear):
+        def forward(self, ids, targets):
+            assert ids.shape == (2, 2048) and targets.max() < 32768
+            has_gradient.append(self.weight.grad is not None)
+            return self.weight.sum() * ids.shape[0]
+
+    loss = Loss(1, 1, bias=False)
+    assert micro_batch_fits(D12, loss, [{"kind": "muon", "params": [loss.weight]}], Accelerator(cpu=True), 2, steps)
+    assert has_gradient == beside and loss.weight.grad is None
+
+
+def test_a_run_for_gpus_is_refused_on_a_cpu_and_only_there():
+    large = plan(PretrainConfig(24), 32768)
+    with pytest.raises(InputError, match=r"no GPU found.*days.*cpu-demo"):
+        check_cost(large, CPU)
+    check_cost(large, torch.device("cuda"))
+    check_cost(tiny_plan(1024), CPU)
+    assert 0 < free_memory(CPU) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_signals_are_noted_a_second_interrupt_stops_at_once_and_the_handlers_return():
+    signals, before = [], signal.getsignal(signal.SIGTERM)
+    with graceful_shutdown(signals.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signals == [signal.SIGTERM] * 2 and signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(KeyboardInterrupt), graceful_shutdown(signals.append):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signals[2:] == [signal.SIGINT]
+
+
+def test_the_garbage_collector_works_again_afterwards():
+    with gc_disabled():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_a_zero_launch_uses_fsdp2_inside_and_deepspeed_again_afterwards(stage, monkeypatch):
+    lines = []
+    job = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=2, print=lines.append)
+    monkeypatch.setattr(runtime, "partial_state", lambda: job)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    with runtime.fsdp2_for_zero():
+        assert job.distributed_type == DistributedType.MULTI_GPU
+        assert os.environ["ACCELERATE_USE_DEEPSPEED"] == "false"
+        assert os.environ.get("ACCELERATE_USE_FSDP") == (None if stage == "1" else "true")
+        if stage != "1":
+            plugin = FullyShardedDataParallelPlugin()
+            assert plugin.reshard_after_forward == (stage == "3")
+            config_file = Path(__file__).parent.parent / "configs" / "accelerate" / "fsdp2.yaml"
+            options = yaml.safe_load(config_file.read_text())["fsdp_config"]  # equal in both but for the stage
+            assert plugin.fsdp_version == options["fsdp_version"]
+            assert plugin.transformer_cls_names_to_wrap == [options["fsdp_transformer_layer_cls_to_wrap"]]
+            assert plugin.state_dict_type.name == options["fsdp_state_dict_type"]
+            assert plugin.cpu_ram_efficient_loading == options["fsdp_cpu_ram_efficient_loading"]
+    assert os.environ["ACCELERATE_USE_DEEPSPEED"] == "true" and "ACCELERATE_USE_FSDP" not in os.environ
+    assert len(lines) == 1 and f"in place of ZeRO-{stage}" in lines[0]
+
+
+@pytest.mark.gpu
+def test_the_host_waits_neither_for_batches_nor_for_metrics_of_later_steps():
+    cuda, rng = torch.device("cuda"), torch.Generator().manual_seed(0)
+    batches = [torch.randint(0, 300, (32, 2049), generator=rng).numpy() for _ in range(20)]
+    for seconds in (0.1, 1):  # the first time torch pins the memory that it has the second time
+        read, slept = copy_to_host_async(torch.arange(3.0, device=cuda)), torch.cuda.Event()
+        torch.cuda._sleep(int(seconds * 2e9))
+        slept.record()
+        sent = [to_device(batch, cuda) for batch in batches]
+        values, early = read(), not slept.query()
+        torch.cuda.synchronize()
+    assert early and values == [0.0, 1.0, 2.0]
+    for batch, (ids, targets) in zip(batches, sent):
+        assert (ids.cpu().numpy() == batch[:, :-1]).all() and (targets.cpu().numpy() == batch[:, 1:]).all()
+
+
+# --- monitoring
+
+
+def spikes(losses, nats=2.0):
+    """The indices of spikes."""
+    detector = LossSpikeDetector(nats)
+    return [i for i, loss in enumerate(losses) if detector.is_spike(loss, detector.limit())]
+
+
+def curve(steps, noise, seed=0):
+    """A healthy run's losses: from 10.4 fast to 5, slowly to 3."""
+    rng = random.Random(seed)
+    return [3 + 5.4 * 0.97**i + 2 * 0.999**i + rng.gauss(0, noise) for i in range(steps)]
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1, 0.5, 2.0])
+def test_healthy_runs_have_no_spikes_however_noisy(noise):
+    assert not spikes(curve(2000, noise))
+
+
+@pytest.mark.parametrize("at", [100, 1500])
+def test_a_spike_is_found_and_does_not_count_as_normal_afterwards(at):
+    losses = curve(1700, 0.05)
+    losses[at] += 3.5
+    assert spikes(losses) == [at]
+    losses[at:] = [loss + 3.5 for loss in losses[at:]]
+    assert spikes(losses)[:35] == list(range(at, at + 35))
+
+
+def test_less_than_the_limit_early_steps_and_no_limit_are_no_spikes():
+    losses = curve(300, 0.01)
+    losses[200] += 1.9
+    assert not spikes(losses) and spikes(losses, nats=1.5) == [200]
+    losses[250] = 50
+    assert not spikes(losses, nats=0)
+    assert not spikes([3.0] * 31 + [50.0]) and spikes([3.0] * 32 + [50.0]) == [32]
+
+
+def test_the_limit_follows_its_formula():
+    detector = LossSpikeDetector(2.0)
+    detector.recent.extend([3.0, 4.0] * 32)  # median 3.5, differences of 1
+    assert detector.limit() == pytest.approx(3.5 + 10 * 1.4826 / 2**0.5)
+    assert detector.limit() == torch.tensor(detector.limit(), dtype=torch.float32).item()
+
+
+def test_the_first_step_of_a_process_may_be_left_out_of_the_time(monkeypatch):
+    now = iter([0, 50, 52, 100, 103])
+    monkeypatch.setattr(monitoring, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    timer = StepTimer(skip_first=True)
+    timer.start()
+    assert [timer.lap(), timer.lap()] == [50, 2]
+    timer.start()
+    assert timer.lap() == 3 and (timer.seconds, timer.steps) == (5, 2)
+
+
+@pytest.fixture
+def evaluator(tiny_model, tokenizer, tmp_path):
+    """Of a model of two layers on 2 x 3 sequences of held-out text; the file gives the same text every time."""
+    text = [{"text": f"Row {i} tells of {i} fish and {i * i} birds. " * 5} for i in range(600)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text))
+    loads = count()
+
+    def new_loader():
+        next(loads)
+        stream = DocumentStream(str(tmp_path / "text.jsonl"), "validation")
+        return PackedLoader(stream, tokenizer, 3, 128, **VALIDATION)
+
+    evaluator = Evaluator(FusedTransformer(tiny_model), tiny_model, tokenizer, new_loader, 2)
+    evaluator.loads = loads
+    return evaluator
+
+
+def test_bits_per_byte_are_those_of_the_batches_which_are_read_once(evaluator, tiny_model, tokenizer):
+    first = evaluator.bpb()
+    assert evaluator.bpb() == first and next(evaluator.loads) == 1 and len(evaluator.batches) == 2
+    batches = [to_device(batch, CPU) for batch in evaluator.batches]
+    lengths = torch.tensor(token_byte_lengths(tokenizer))
+    assert first == pytest.approx(evaluate_bpb(losses_of(tiny_model), batches, lengths), abs=1e-4)
+    assert all(p.grad is None for p in tiny_model.parameters())
+
+
+def test_samples_are_greedy_of_one_length_and_the_same_every_time(evaluator, tokenizer, tiny_model, monkeypatch):
+    real, lengths = tiny_model.generate, []
+
+    def generate(prompts, **options):
+        ids = real(prompts, **options)
+        lengths.append(ids.shape[1] - prompts.shape[1])
+        return ids
+
+    monkeypatch.setattr(tiny_model, "generate", generate)
+    tiny_model.generation_config.eos_token_id = list(range(500))  # would end a text early
+    samples = evaluator.samples(7)
+    assert lengths == [32]
+    assert len(samples) == 3 and samples == evaluator.samples(7)
+    assert all(sample["step"] == 7 and sample["prompt"] and sample["text"] for sample in samples)
+    assert tokenizer.bos_token not in samples[0]["prompt"]
+
+
+@pytest.mark.parametrize("as_in_training", [True, False])
+def test_evaluation_reuses_the_programs_that_training_compiled(evaluator, tiny_model, monkeypatch, as_in_training):
+    programs, real = [], torch.compile
+
+    def backend(graph, inputs):
+        programs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: real(*args, **options | {"backend": backend}))
+    torch._dynamo.reset()
+    evaluator.network, evaluator.as_in_training = FusedTransformer(tiny_model, compile=True), as_in_training
+    evaluator.read_batches(2)
+
+    def train():
+        ids, targets = to_device(evaluator.batches[0], CPU)
+        evaluator.network(ids, targets).backward()
+        return len(programs)
+
+    before = train()
+    evaluator.bpb()
+    evaluator.samples(1)
+    assert train() == len(programs)
+    assert (len(programs) == before) is as_in_training and before > 2
+    torch._dynamo.reset()
+
+
+def test_a_log_line_has_the_metrics_of_a_step():
+    metrics = {"step": 3, "train_loss": 4.25, "tokens_per_second": 12345.6, "mfu": 0.412, "lr": 0.0123}
+    assert format_step(500, metrics | {"momentum": 0.9, "grad_norm": 0.3}) == (
+        "step 3/500: loss 4.250, 12,346 tok/s, MFU 41.2%, lr 0.0123, momentum 0.900, grad norm 0.3"
+    )
