@@ -79,7 +79,7 @@ def test_a_config_file_that_lacks_a_field_is_refused(name, tmp_path):
     fields = json.loads((tmp_path / "config.json").read_text())
     value = fields.pop(name)
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=f"the config lacks {name}: write what the model was made with"):
+    with pytest.raises(ValueError, match=f"the config lacks {name}: write the values of the trained model"):
         AutoConfig.from_pretrained(tmp_path)
     assert getattr(AutoConfig.from_pretrained(tmp_path, **{name: value}), name) == value
 

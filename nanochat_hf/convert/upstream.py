@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers import NanoChatConfig as NativeConfig
 from transformers import NanoChatForCausalLM as NativeModel
 
-from ..model.configuration_nanochat import SWITCHES, NanoChatConfig, renewed
+from ..model.configuration_nanochat import SWITCHES, NanoChatConfig, update_class_names
 from ..model.configuration_nanochat import UPSTREAM_FIELDS as FIELDS
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from ..model.quantization import is_quantized
@@ -215,7 +215,7 @@ def renew(folder: Path, refresh: Callable, ship: Callable[[Path], None]) -> None
 
     Files are replaced, never written to: a folder of hard links leaves the originals alone.
     """
-    config = NanoChatConfig.from_dict(renewed(NanoChatConfig.get_config_dict(folder)[0]))
+    config = NanoChatConfig.from_dict(update_class_names(NanoChatConfig.get_config_dict(folder)[0]))
     with tempfile.TemporaryDirectory(prefix=".renew-", dir=folder) as temporary:
         part = Path(temporary)
         config.save_pretrained(part)
@@ -297,7 +297,7 @@ def load_model(source: Path, step: int | None) -> tuple[NanoChatForCausalLM, int
         return from_native(NativeModel.from_pretrained(source, dtype=torch.float32)), step or 0
     if kind != NanoChatConfig.model_type:
         raise ValueError(f"{source} holds a model of type {kind}, not nanochat")
-    config = NanoChatConfig.from_dict(renewed(fields))
+    config = NanoChatConfig.from_dict(update_class_names(fields))
     model = NanoChatForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
     if is_quantized(model):
         raise ValueError(f"{source} is quantized: convert the model that it was made from")
