@@ -17,11 +17,9 @@ from itertools import islice
 from pathlib import Path
 
 from nanochat_hf.convert.upstream import convert
-from nanochat_hf.data.tokenizer import with_todays_templates, wrap
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import guarded, load_json, model_fingerprint, save_json
-from nanochat_hf.tool_loop import ship
 
 
 def main() -> None:
@@ -36,8 +34,7 @@ def main() -> None:
     try:
         record = Path(args.output) / "metrics.json"  # of a stage of a run: it names the folder's content
         named = record.exists() and load_json(record).get("weights") == model_fingerprint(args.output)
-        hooks = (ship, with_todays_templates)
-        done = convert(args.source, args.output, args.to, wrap, args.tokenizer, args.step, texts, *hooks)
+        done = convert(args.source, args.output, args.to, args.tokenizer, args.step, texts)
         if named:
             save_json(record, load_json(record) | {"weights": model_fingerprint(args.output)})
     except (ValueError, OSError) as error:  # OSError: of transformers, for a broken folder

@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers import NanoChatForCausalLM as NativeModel
 from transformers.testing_utils import CaptureLogger
 
+from nanochat_hf.convert.native import from_native, to_native
 from nanochat_hf.convert.tokenizer import ranks_from_backend, write_tiktoken
-from nanochat_hf.convert.upstream import convert, from_native, from_upstream, to_native, to_upstream
+from nanochat_hf.convert.upstream import convert, from_upstream, to_upstream
 from nanochat_hf.data import tokenizer as tokenizer_module
-from nanochat_hf.data.tokenizer import TEMPLATE, with_todays_templates, wrap
+from nanochat_hf.data.tokenizer import TEMPLATE
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, configuration_nanochat
 from nanochat_hf.run import load_json, model_fingerprint, save_json
-from nanochat_hf.tool_loop import ship
 
 OCTOBER = {"sequence_len": 256, "vocab_size": 100, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
 JULY = OCTOBER | {"window_pattern": "SSL"}
@@ -166,7 +166,7 @@ def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, 
     write_checkpoint(source, fields, step=5)
     (tmp_path / "tok").mkdir()
     write_tiktoken(tmp_path / "tok" / "tokenizer.pkl", *ranks_from_backend(tokenizer.backend_tokenizer))
-    done = convert(source, tmp_path / "hf", "hf", wrap, tmp_path / "tok", texts=["a text"])
+    done = convert(source, tmp_path / "hf", "hf", tmp_path / "tok", texts=["a text"])
     assert done["step"] == 21 and done["generation"] == (1 if "window_pattern" not in fields else 2)
     assert done["tokenizer_ids"] > 10_000
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
@@ -178,7 +178,7 @@ def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, 
     expected = from_upstream(upstream_state(fields), {"model_config": fields})
     assert torch.equal(logits(model, ids), logits(expected, ids))
 
-    convert(tmp_path / "hf", tmp_path / "back", "nanochat", wrap, step=21)
+    convert(tmp_path / "hf", tmp_path / "back", "nanochat", step=21)
     back = torch.load(tmp_path / "back" / "model_000021.pt", weights_only=True)
     assert all(torch.equal(back[name], value) for name, value in upstream_state(fields).items())
     assert json.loads((tmp_path / "back" / "meta_000021.json").read_text())["model_config"] == fields
@@ -203,9 +203,9 @@ def test_a_chat_model_answers_its_calls_after_every_conversion(chat_folder, talk
     config = (tmp_path / "chat" / "config.json").read_text()
     assert '"sliding_window": 33' in config  # upstream knows windows of whole tiles only; the answers stay the same
     (tmp_path / "chat" / "config.json").write_text(config.replace('"sliding_window": 33', '"sliding_window": 129'))
-    convert(tmp_path / "chat", tmp_path / "theirs", "nanochat", wrap)
-    convert(tmp_path / "theirs", tmp_path / "ours", "hf", wrap, ship=ship)
-    convert(chat_folder, tmp_path / "copy", "hf", wrap, ship=ship)
+    convert(tmp_path / "chat", tmp_path / "theirs", "nanochat")
+    convert(tmp_path / "theirs", tmp_path / "ours", "hf")
+    convert(chat_folder, tmp_path / "copy", "hf")
     for folder in ("ours", "copy"):
         result = "<|python_start|>12*34<|python_end|><|output_start|>408<|output_end|>It is 408.<|assistant_end|>"
         assert answer(tmp_path / folder, talker[1]) == result
@@ -217,7 +217,7 @@ def test_native_folders_end_at_a_call_and_base_models_of_ours_get_no_loop(tokeni
     fields = OCTOBER | {"vocab_size": len(tokenizer)}
     source = write_checkpoint(tmp_path / "source", fields)
     write_tiktoken(source / "tokenizer.pkl", *ranks_from_backend(tokenizer.backend_tokenizer))
-    convert(source, tmp_path / "native", "native", wrap, ship=ship)
+    convert(source, tmp_path / "native", "native")
     end = tokenizer.convert_tokens_to_ids("<|python_end|>")
     loaded = NativeModel.from_pretrained(tmp_path / "native")
     assert end in loaded.generation_config.eos_token_id and (tmp_path / "native" / "custom_generate").exists()
@@ -226,7 +226,7 @@ def test_native_folders_end_at_a_call_and_base_models_of_ours_get_no_loop(tokeni
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     for to in ("hf", "native"):
-        convert(tmp_path / "base", tmp_path / f"base-{to}", to, wrap, ship=ship)
+        convert(tmp_path / "base", tmp_path / f"base-{to}", to)
         generation = GenerationConfig.from_pretrained(tmp_path / f"base-{to}")
         assert generation.eos_token_id == base.generation_config.eos_token_id
         assert not (tmp_path / f"base-{to}" / "custom_generate").exists()
@@ -246,7 +246,7 @@ def test_an_old_folder_is_renewed_in_place_and_files_that_share_its_bytes_stay(c
     before = {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()}
     shutil.copytree(old, tmp_path / "links", copy_function=os.link)
     with CaptureLogger(configuration_nanochat.logger) as log:
-        convert(tmp_path / "links", tmp_path / "links", "hf", wrap, ship=ship, refresh=with_todays_templates)
+        convert(tmp_path / "links", tmp_path / "links", "hf")
     assert log.out == ""  # nobody has to be told how to do what he is doing
     assert {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
     today = {path.relative_to(chat_folder) for path in chat_folder.rglob("*") if path.is_file()}
@@ -267,7 +267,7 @@ def test_templates_of_a_renewed_or_converted_folder_are_todays(chat_folder, tmp_
         settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"response_template": {"fields": {}}}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         for output in (tmp_path / f"{name}-copy", folder):
-            convert(folder, output, "hf", wrap, ship=ship, refresh=with_todays_templates)
+            convert(folder, output, "hf")
             loaded = AutoTokenizer.from_pretrained(output)  # as the Space does
             assert (loaded.chat_template, loaded.response_template) == (chat, response), output
 
@@ -276,7 +276,7 @@ def test_only_a_folder_of_ours_is_renewed_in_place(tmp_path):
     source = write_checkpoint(tmp_path / "source", OCTOBER)
     for to in ("hf", "nanochat"):
         with pytest.raises(ValueError, match="source exists: remove it or choose another output"):
-            convert(source, source, to, wrap)
+            convert(source, source, to)
 
 
 def test_bad_folders_leave_nothing_behind(tokenizer, tmp_path, tmp_path_factory):
@@ -285,7 +285,7 @@ def test_bad_folders_leave_nothing_behind(tokenizer, tmp_path, tmp_path_factory)
 
     def refused(message, **options):
         with pytest.raises(ValueError, match=message):
-            convert(**({"source": source, "output": out, "to": "hf", "wrap": wrap} | options))
+            convert(**({"source": source, "output": out, "to": "hf"} | options))
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
     refused("no model_000007.pt in .*: it has the steps 21", step=7)
@@ -304,7 +304,7 @@ def test_bad_folders_leave_nothing_behind(tokenizer, tmp_path, tmp_path_factory)
     refused("not a file of plain weights")
     out.mkdir()
     with pytest.raises(ValueError, match="exists: remove it"):
-        convert(source, out, "hf", wrap)
+        convert(source, out, "hf")
 
 
 @pytest.mark.slow

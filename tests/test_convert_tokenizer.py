@@ -126,7 +126,7 @@ def test_a_tokenizer_that_upstream_cannot_express_is_refused(tokenizer):
 
     with pytest.raises(ValueError, match="byte-level BPE"):
         ranks_from_backend(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    normalising = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    normalising.normalizer = normalizers.NFC()
-    with pytest.raises(ValueError, match="does not normalise"):
-        ranks_from_backend(normalising)
+    normalizing = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    normalizing.normalizer = normalizers.NFC()
+    with pytest.raises(ValueError, match="does not normalize"):
+        ranks_from_backend(normalizing)

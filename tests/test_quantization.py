@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from nanochat_hf.convert.upstream import convert
-from nanochat_hf.data.tokenizer import wrap
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.quantization import is_quantized
 from nanochat_hf.serve.engine import Engine
@@ -91,7 +90,7 @@ def test_who_reads_weights_refuses_quantized_ones(talker, chat_folder, tmp_path,
         Engine(packed, tokenizer)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *args, **kwargs: packed)
     with pytest.raises(ValueError, match="is quantized: convert the model that it was made from"):
-        convert(chat_folder, tmp_path / "out", "nanochat", wrap)
+        convert(chat_folder, tmp_path / "out", "nanochat")
     with pytest.raises(InputError, match="is quantized and cannot be trained"):
         load_chat_model(str(chat_folder), ChatConfig(), tokenizer)
     plan = SimpleNamespace(generation=2, vocab_size=packed.config.vocab_size)

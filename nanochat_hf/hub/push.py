@@ -32,8 +32,8 @@ from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
 from transformers import AutoModelForCausalLM
 
 from .. import tool_loop
-from ..convert.upstream import renew
-from ..data.tokenizer import load_tokenizer, with_todays_templates
+from ..convert.native import renew
+from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.report import MODEL_STAGES, make_report
 from ..eval.weights import refuse_non_finite, replaced
@@ -115,7 +115,7 @@ def prepare(run: Run, wanted: Push) -> Path:
             link(path, folder / path.relative_to(root))
     if stage != "base":
         tool_loop.ship(folder)
-    renew(folder, with_todays_templates, tool_loop.ship)  # a folder made by an older version
+    renew(folder)  # a folder made by an older version
     made = render_model_card(run, wanted)
     check_metadata(made.data)
     (folder / "README.md").write_text(f"{made}\n", encoding="utf-8")

@@ -38,9 +38,9 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
 
@@ -105,20 +105,8 @@ def flash_attention_4_lengths(position_ids: torch.Tensor) -> dict:
     return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, **lengths}
 
 
-class NanoChatRotaryEmbedding(nn.Module):
-    """Angles of RoPE, in float32. transformers rebuilds the buffers on loading, by these attribute names."""
-
-    inv_freq: torch.Tensor
-
-    def __init__(self, config: NanoChatHFConfig):
-        super().__init__()
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        rope_inits = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters}
-        inv_freq, self.attention_scaling = rope_inits[self.rope_type](config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+class NanoChatRotaryEmbedding(LlamaRotaryEmbedding):
+    """Angles of RoPE, computed in float32."""
 
     def _apply(self, fn, recurse=True):
         """Moves the frequencies but never casts them: bfloat16 (`model.bfloat16()`) cannot resolve late positions."""
@@ -128,12 +116,6 @@ class NanoChatRotaryEmbedding(nn.Module):
             if buffer.dtype != exact[name].dtype:
                 setattr(self, name, exact[name].to(buffer.device))
         return self
-
-    @staticmethod
-    def compute_default_rope_parameters(config: NanoChatHFConfig, device=None, **_) -> tuple[torch.Tensor, float]:
-        """Returns (D/2,) frequencies theta^(-2i/D), and the factor on cos and sin."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
