@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass, field
 
 import uvicorn
+import yaml
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -127,9 +128,9 @@ class Hub:
 
         @app.post("/api/validate-yaml")
         async def validate(request: Request):
-            content = (await request.json())["content"]
-            if not content.startswith("---\n"):
-                return Response("no metadata", 400)
+            metadata = yaml.safe_load((await request.json())["content"].split("---\n")[1])
+            if metadata.get("license") not in (None, "mit", "apache-2.0"):
+                return Response('"license" must be one of [apache-2.0, mit]', 400)
             return {"errors": [], "warnings": []}
 
         @app.post("/api/repos/create")

@@ -14,7 +14,7 @@ from nanochat_hf.hub.push import checkpoint_pusher
 
 def test_checkpoints_become_branches_and_a_failing_hub_does_not_stop_training(hub, run):
     said = []
-    upload = checkpoint_pusher("you/base", say=said.append)
+    upload = checkpoint_pusher("you/base", log=said.append)
     upload(run / "sft", 500).result()
     files = pushed(hub, "you/base", branch="step-000500")
     assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(files) and "metrics.json" not in files
@@ -34,7 +34,7 @@ def test_a_checkpoint_that_is_no_numbers_is_not_sent(hub, run):
     values[min(values)].fill_(float("inf"))
     path.unlink()  # a link
     save_file(values, path, metadata={"format": "pt"})
-    checkpoint_pusher("you/base", say=said.append)(run / "sft", 500).result()
+    checkpoint_pusher("you/base", log=said.append)(run / "sft", 500).result()
     assert "warning: step 500 was not pushed" in said[-1] and f"infinity in {min(values)}" in said[-1]
     assert list(hub.repos["models", "you/base"].branches) == ["main"]
 
@@ -42,7 +42,7 @@ def test_a_checkpoint_that_is_no_numbers_is_not_sent(hub, run):
 def test_training_goes_on_while_a_checkpoint_is_uploaded_as_it_was(hub, run, monkeypatch):
     said, hold, send = [], threading.Event(), HfApi.upload_folder
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **what: hold.wait(60) and send(self, **what))
-    upload, config = checkpoint_pusher("you/base", say=said.append), run / "sft" / "config.json"
+    upload, config = checkpoint_pusher("you/base", log=said.append), run / "sft" / "config.json"
     left, written = run / ".push-killed", config.read_bytes()
     left.mkdir()
     first = upload(run / "sft", 500)
@@ -65,7 +65,7 @@ def test_a_failure_of_another_kind_does_not_stop_training_either(hub, run, monke
         raise error
 
     said = []
-    upload = checkpoint_pusher("you/base", say=said.append)
+    upload = checkpoint_pusher("you/base", log=said.append)
     monkeypatch.setattr(HfApi, "upload_folder", refuse)
     upload(run / "sft", 500).result()
     assert said[-1].startswith("warning: step 500 was not pushed") and "token refused" in said[-1]
@@ -76,7 +76,7 @@ def test_a_disk_without_room_for_a_copy_does_not_stop_training_either(hub, run, 
         raise OSError(28, "No space left on device")
 
     said = []
-    upload = checkpoint_pusher("you/base", say=said.append)
+    upload = checkpoint_pusher("you/base", log=said.append)
     monkeypatch.setattr(shutil, "copy", full)
     assert upload(run / "sft", 500) is None and list(run.glob(".push-*")) == []
     assert "step 500 was not pushed" in said[-1] and "No space left" in said[-1]

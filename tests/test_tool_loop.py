@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from nanochat_hf.serve.engine import Engine
-from nanochat_hf.tool_loop import Results, stop_ids
+from nanochat_hf.tool_loop import ToolResultProcessor, stop_ids
 
 SUM = [{"role": "user", "content": "What is 12 * 34?"}]
 GREEDY = {"max_new_tokens": 120, "do_sample": False}
@@ -123,7 +123,7 @@ def test_an_eos_that_names_no_end_of_an_answer_gives_way_to_the_models():
 
 
 def test_only_calls_are_answered_and_only_once(tokenizer):
-    loop = Results(tokenizer)
+    loop = ToolResultProcessor(tokenizer)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     call = "<|python_start|>1+1<|python_end|>"
     assert loop.next(encode(call)) == loop.before
