@@ -1,4 +1,4 @@
-"""A saved model in the ecosystem: Auto classes, remote code, pipeline, lm_eval, peft, quantizers, copies of chat models.
+"""A saved model in the ecosystem: Auto classes, remote code, pipeline, lm_eval, peft, quantizers, copies of chats.
 
 bitsandbytes, torchao and optimum-quanto are not of the pinned stack: `pip install bitsandbytes torchao optimum-quanto`
 runs their tests, on a CPU.
