@@ -343,6 +343,11 @@ def test_bfloat16_predicts_what_float32_predicts_over_1500_tokens(generation):
     with torch.no_grad():
         agreement = (model(ids).logits[0].argmax(-1) == model.bfloat16()(ids).logits[0].argmax(-1)).float()
     assert agreement[-500:].mean() > agreement[:500].mean() - 0.05 and agreement.mean() > 0.85
+    cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.bfloat16), torch.arange(1500)[None])
+    theta = 100_000.0 if generation == 2 else 10_000.0
+    angles = torch.arange(1500)[:, None] * theta ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    close(cos[0, 0].double(), angles.cos(), atol=4e-3)  # half a step of bfloat16 below one
+    close(sin[0, 0].double(), angles.sin(), atol=4e-3)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

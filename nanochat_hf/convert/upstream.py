@@ -236,12 +236,9 @@ def convert(
         step: which of several checkpoints in `source`; when writing upstream's, the number in the file names.
         texts: on which, besides a generated sample, both tokenizers must give the same ids.
 
-    Returns:
-        generation, number of parameters, step, and `tokenizer_ids`: how many ids were compared (None: there is no
-        tokenizer, 0: it was copied).
+    Returns: generation, number of parameters, step, `tokenizer_ids` (compared; 0: copied, None: no tokenizer).
 
-    Raises:
-        ValueError: one line on what is wrong.
+    Raises ValueError with one line on what is wrong.
     """
     source, output = Path(source), Path(output)
     in_place = output.exists() and output.samefile(source)

@@ -50,10 +50,8 @@ MODEL_FILES = (
 def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print) -> str:
     """Pushes a finished stage. Returns: the URL of the commit, or the prepared folder for a dry run.
 
-    Raises:
-        InputError: stage not finished, bad repo name, no token, no permission, other contents in the repo, a secret in
-            a file, a card that the Hub rejects, weights that are not finite or not the stage's, network gone; nothing
-            is half done in any of these cases.
+    Raises InputError, with nothing half done: stage not finished, bad repo name, no token or permission, other
+    contents in the repo, a secret in a file, a rejected card, weights not finite or not the stage's, network gone.
     """
     run, stage, repo = Run(run_path), options.stage, options.repo
     try:
@@ -260,13 +258,10 @@ MAX_UPLOADS = 2  # checkpoints that are uploaded or queued; each takes a model's
 def checkpoint_pusher(repo: str, log: Callable[[str], None] = print) -> Callable[[Path, int], Future | None]:
     """Returns what `pretrain(..., push=)` takes: it uploads a folder to branch `step-NNNNNN`, as Pythia and SmolLM do.
 
-    A thread uploads a copy, which is beside the folder, while training continues; the interpreter waits for it at its
-    end. The repo is private. A failing Hub must not end a training run: errors are logged, and the next checkpoint is
-    tried again. Raises InputError at once if there is no token or the repo cannot be created.
-
-    Returns:
-        (folder, step) -> the upload as a Future, or None if this one is left out: too many are under way, or there is
-            no room for its copy.
+    A thread uploads a copy while training continues; the interpreter waits for it at its end. The repo is private. A
+    failing Hub must not end a training run: errors are logged, and the next checkpoint is tried. The upload is
+    returned as a Future, or None if it is left out: too many are under way, or there is no room for its copy.
+    Raises InputError at once if there is no token or the repo cannot be created.
     """
     api = log_in()
     with friendly_hub_errors(repo):

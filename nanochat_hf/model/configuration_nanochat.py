@@ -63,14 +63,11 @@ class NanoChatHFConfig(PreTrainedConfig):
         vocab_size: rows of the embedding and of the head, padded to a multiple of 64 for speed.
         num_tokens: size of the tokenizer [vocab_size]; logits are cropped to it. None: no padding rows. If the two
             differ, transformers' `compute_transition_scores` (before 5.23 also beam search) fails.
-        hidden_size: width of the residual stream [n_embd].
-        intermediate_size: width of the MLP; None: 4 x hidden_size, as always upstream.
+        hidden_size: width of the residual stream [n_embd]; intermediate_size (None: 4 x this) is that of the MLP.
         num_hidden_layers: number of blocks [n_layer].
-        num_attention_heads: number of query heads [n_head].
+        num_attention_heads: number of query heads [n_head], each of head_dim channels (None: hidden_size / heads).
         num_key_value_heads: number of key/value heads [n_kv_head]; None: num_attention_heads.
-        head_dim: channels of a head; None: hidden_size / num_attention_heads.
-        max_position_embeddings: training sequence length in tokens [sequence_len]. Positions up to 10 x this length
-            are accepted, as upstream.
+        max_position_embeddings: training sequence length in tokens [sequence_len]; 10 x as many are accepted.
         rms_norm_eps: epsilon of every RMSNorm; default: that of float32, as upstream.
         rope_parameters: as in transformers; theta is 100,000 (first generation: 10,000).
         final_logit_softcapping: logits are c * tanh(logits / c); None turns it off.
@@ -81,13 +78,9 @@ class NanoChatHFConfig(PreTrainedConfig):
             ceil(max_position_embeddings / 4 / 128) * 128 + 1.
         layer_types: derived, cannot be chosen: `sliding_attention`, `full_attention`, and `hybrid` for the last layer
             if the smear is on (transformers' caches then keep keys, values and the previous token's embedding).
-        value_embeds: alternating layers (the last included) add a gated embedding of the token to their values.
-        smear: each token's embedding takes a gated share of its predecessor's.
-        residual_lambdas: block i reads r_i * x + z_i * x0, x0 the embedding.
-        backout: the residual stream after the middle block is subtracted, scaled, before the final norm.
+        value_embeds, smear, residual_lambdas, backout: the switches, see the head of modeling_nanochat.py.
 
-    Raises:
-        ValueError: a field is wrong; the message names it and says what to write.
+    Raises ValueError for a wrong field; the message says what to write.
 
     Sources: https://github.com/karpathy/nanochat (nanochat/gpt.py, 2025-10 and 2026-07).
     """

@@ -275,13 +275,10 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **_):
         """Returns the masks of one forward pass: {"full_attention", "sliding_attention", "padding"}.
 
-        `generate` calls this outside of the compiled step when the cache is static; a training loop may call it once
-        and pass the result as `attention_mask`. The first two are what the attention function takes (None where it
-        needs none); "padding" is the 2D mask of the queries and the token before them, which the smear needs, or None.
-
-        Args:
-            inputs_embeds: tensor (B, T, any); only shape, dtype and device are read.
-            attention_mask: None, (B, S) with 1 for tokens and 0 for padding, or (B, 1, T, S) used as it is.
+        `generate` calls this outside of the compiled step; a training loop may pass the result as `attention_mask`.
+        The first two are what the attention function takes, or None; "padding" is the 2D mask of the queries and the
+        token before them, for the smear, or None. `inputs_embeds` (B, T, any): only shape, dtype and device are read.
+        `attention_mask`: None, (B, S) with 1 for tokens and 0 for padding, or (B, 1, T, S) used as it is.
         """
         # The layers are named because transformers would take the first full one, and does not count a static hybrid.
         inputs = (config, inputs_embeds, attention_mask)
