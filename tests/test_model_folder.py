@@ -1,7 +1,6 @@
 """A saved model in the ecosystem: Auto classes, remote code, pipeline, lm_eval, peft, quantizers, copies of chats.
 
-bitsandbytes, torchao and optimum-quanto are not of the pinned stack: `pip install bitsandbytes torchao optimum-quanto`
-runs their tests, on a CPU.
+`pip install bitsandbytes torchao` runs the tests of these two, on a CPU.
 """
 
 import copy
@@ -393,49 +392,32 @@ def test_code_that_reads_weights_refuses_quantized_ones(talker, chat_folder, tmp
         build_model(plan, str(chat_folder), tokenizer, torch.device("cpu"), sharded=False)
 
 
-def size(model: nn.Module) -> int:
-    """Bytes of the parameters in memory, those of tensor subclasses included."""
-    total, queue = 0, list(model.parameters())
-    while queue:
-        tensor = queue.pop()
-        if hasattr(tensor, "__tensor_flatten__"):
-            queue += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        else:
-            total += tensor.numel() * tensor.element_size()
-    return total
+def quantized(library: str, folder):
+    """The model, quantized while loading."""
+    if library == "bitsandbytes":
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+        return load(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **options))
+    from torchao.quantization import Int8WeightOnlyConfig
 
-
-def check(model, talker, share: float) -> None:  # noqa: F811
-    """It is smaller, answers the same, and its gates are unchanged."""
-    original, tokenizer = talker
-    assert is_quantized(model)
-    matrices = sum(p.numel() * 4 for n, p in original.named_parameters() if n.split(".")[-2] in MATRICES)
-    assert size(model) < size(original) - share * matrices
-    assert [answer(model, tokenizer, c) for c in CHATS] == [answer(original, tokenizer, c) for c in CHATS]
-    for name, gate in original.named_parameters():
-        if "gate" in name:
-            assert torch.equal(model.get_parameter(name), gate), name
-
-
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    return load(folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "share"), [({"load_in_8bit": True}, 0.7), (NF4, 0.8)], ids=["int8", "nf4"])
-def test_bitsandbytes(options, share, talker, chat_folder, tmp_path):  # noqa: F811
-    pytest.importorskip("bitsandbytes")
-    model = load(chat_folder, quantization_config=BitsAndBytesConfig(**options))
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+def test_quantized_models_answer_the_same_and_take_lora(library, talker, chat_folder, tmp_path):  # noqa: F811
+    pytest.importorskip(library)
+    (original, tokenizer), model = talker, quantized(library, chat_folder)
     model.save_pretrained(tmp_path)  # before it ran: bitsandbytes 0.50 saves 4-bit weights in the CPU's order after
-    for quantized in (model, load(tmp_path)):
-        check(quantized, talker, share)
+    for copied in (model, load(tmp_path)):
+        assert is_quantized(copied)
+        assert [answer(copied, tokenizer, c) for c in CHATS] == [answer(original, tokenizer, c) for c in CHATS]
+        for name, gate in original.named_parameters():
+            if "gate" in name:
+                assert torch.equal(copied.get_parameter(name), gate), name
     assert files(tmp_path) == LOOP
-
-
-@pytest.mark.slow
-def test_qlora_trains_on_four_bits(chat_folder):  # noqa: F811
-    pytest.importorskip("bitsandbytes")
-    model = prepare_model_for_kbit_training(load(chat_folder, quantization_config=BitsAndBytesConfig(**NF4)))
-    model = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM")).train()
+    if library == "torchao":
+        return
+    model = get_peft_model(prepare_model_for_kbit_training(model), LoraConfig(r=4, task_type="CAUSAL_LM")).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids, losses = torch.arange(1, 33)[None], []
     for _ in range(8):
@@ -445,25 +427,3 @@ def test_qlora_trains_on_four_bits(chat_folder):  # noqa: F811
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.7 * losses[0]
-    assert {type(m.base_layer).__name__ for m in model.modules() if hasattr(m, "base_layer")} == {"Linear4bit"}
-
-
-@pytest.mark.slow
-def test_torchao_while_loading_saved_and_afterwards(talker, chat_folder, tmp_path):  # noqa: F811
-    torchao = pytest.importorskip("torchao.quantization")
-    int8, later = torchao.Int8WeightOnlyConfig(), load(chat_folder)
-    model = load(chat_folder, quantization_config=TorchAoConfig(int8))
-    model.save_pretrained(tmp_path)
-    torchao.quantize_(later, int8)
-    for quantized in (model, load(tmp_path), later):
-        check(quantized, talker, 0.7)
-    assert files(tmp_path) == LOOP
-
-
-@pytest.mark.slow
-def test_quanto_afterwards(talker, chat_folder):  # noqa: F811
-    quanto = pytest.importorskip("optimum.quanto")
-    model = load(chat_folder)
-    quanto.quantize(model, weights=quanto.qint8)
-    quanto.freeze(model)
-    check(model, talker, 0.7)

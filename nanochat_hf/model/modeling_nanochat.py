@@ -413,9 +413,7 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         packed = position_ids is not None and past_key_values is None and len(x) == 1
         if packed and is_flash_attention_requested(config, version=4):
             kwargs = flash_attention_4_lengths(position_ids) | kwargs
-        if self.gradient_checkpointing and self.training:
-            use_cache = False  # recomputing a block would append its keys twice
-        elif use_cache is None:
+        if use_cache is None:
             use_cache = config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
