@@ -99,7 +99,7 @@ class Hub:
                     break
                 if status is None:
                     return Response(b"{", headers={"Content-Length": "1000"})  # uvicorn closes: the client sees a cut
-                return JSONResponse({"error": f"asked to fail with {status}"}, status)
+                return JSONResponse({"error": f"failing on purpose with {status}"}, status)
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
         if token and token != self.token:
             return JSONResponse({"error": "Invalid username or password."}, 401)

@@ -383,7 +383,7 @@ def test_code_that_reads_weights_refuses_quantized_ones(talker, chat_folder, tmp
     with pytest.raises(InputError, match="this model is quantized, and fast generation reads plain weights"):
         Engine(packed, tokenizer)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *args, **kwargs: packed)
-    with pytest.raises(ValueError, match="is quantized: convert the model that it was made from"):
+    with pytest.raises(ValueError, match="is quantized: convert the unquantized model"):
         convert(chat_folder, tmp_path / "out", "nanochat")
     with pytest.raises(InputError, match="is quantized and cannot be trained"):
         load_chat_model(str(chat_folder), ChatConfig(), tokenizer)

@@ -163,7 +163,7 @@ def set_token_ids(model: NanoChatForCausalLM, tokenizer: PreTrainedTokenizerFast
 
 
 def may_call_tools(source: Path, model: NanoChatForCausalLM, tokenizer: PreTrainedTokenizerFast | None) -> bool:
-    """Whether the model needs the tool loop. Only a base model of ours is known not to: upstream records no stage."""
+    """Whether the model needs the tool loop: all but base models of ours, since upstream does not record the stage."""
     end = tokenizer and tokenizer.get_vocab().get("<|python_end|>")
     if end is None or (source / "custom_generate").exists():
         return end is not None
@@ -186,7 +186,7 @@ def load_model(source: Path, step: int | None) -> tuple[NanoChatForCausalLM, int
     config = NanoChatConfig.from_dict(update_class_names(fields))
     model = NanoChatForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
     if is_quantized(model):
-        raise ValueError(f"{source} is quantized: convert the model that it was made from")
+        raise ValueError(f"{source} is quantized: convert the unquantized model")
     return model, step or 0
 
 

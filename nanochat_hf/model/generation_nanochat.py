@@ -69,7 +69,7 @@ def find_tool_loop(model) -> Path | None:
     for file in (os.path.join(subfolder, "custom_generate", file) for file in TOOL_LOOP):
         paths.append(cached_file(name, file, **where, _raise_exceptions_for_missing_entries=False))
         if paths[-1] is None and try_to_load_from_cache(name, file, **where) is not _CACHED_NO_EXIST:
-            raise OSError(f"{file} is not in the cache, and the Hub cannot be asked")  # whether it exists
+            raise OSError(f"{file} is not in the cache, and the Hub cannot be reached")
     return Path(paths[0]).parent if all(paths) else None
 
 
