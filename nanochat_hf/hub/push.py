@@ -268,6 +268,9 @@ def checkpoint_pusher(repo: str, log: Callable[[str], None] = print) -> Callable
         api.create_repo(repo, private=True, exist_ok=True)
     thread, uploads = ThreadPoolExecutor(1), []
 
+    def warn(step: int, reason: object) -> None:
+        log(f"warning: step {step} was not pushed: {reason}")
+
     def upload(copy: str, step: int) -> None:
         branch = f"step-{step:06d}"
         where = {"repo_id": repo, "revision": branch, "folder_path": copy, "allow_patterns": MODEL_FILES}
@@ -278,15 +281,14 @@ def checkpoint_pusher(repo: str, log: Callable[[str], None] = print) -> Callable
                 with_retries(log, api.upload_folder, **where, commit_message=f"Step {step}")
             log(f"step {step} is on {repo} as branch {branch}")
         except Exception as error:  # of any kind: a thread's error would be lost
-            log(f"warning: step {step} was not pushed: {error}")
+            warn(step, error)
         finally:
             shutil.rmtree(copy)
 
     def enqueue(folder: Path, step: int) -> Future | None:
         uploads[:] = [future for future in uploads if not future.done()]
         if len(uploads) == MAX_UPLOADS:
-            log(f"warning: step {step} was not pushed: {MAX_UPLOADS} earlier ones are still under way")
-            return None
+            return warn(step, f"{MAX_UPLOADS} earlier ones are still under way")
         if not uploads:
             for left in folder.parent.glob(f"{COPIES}*"):  # by an interrupted run
                 shutil.rmtree(left)
@@ -297,8 +299,7 @@ def checkpoint_pusher(repo: str, log: Callable[[str], None] = print) -> Callable
                     shutil.copy(file, copy)
         except OSError as error:
             shutil.rmtree(copy)
-            log(f"warning: step {step} was not pushed: {error}; its copy needs room for a model beside {folder}")
-            return None
+            return warn(step, f"{error}; its copy needs room for a model beside {folder}")
         uploads.append(thread.submit(upload, copy, step))
         return uploads[-1]
 
