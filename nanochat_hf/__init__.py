@@ -1,9 +1,8 @@
 """nanochat_hf: the best ChatGPT that little money can buy, made of Hugging Face parts.
 
-Importing the package registers the model with the Auto classes, so that `AutoModelForCausalLM.from_pretrained` and
-`AutoConfig` know `model_type` "nanochat_hf" here, and makes `save_pretrained` write the code that others need to load
-the folder with `trust_remote_code=True`. It also tells peft which matrices LoRA adapts unless told otherwise, and
-makes `pipeline("text-generation")` end the texts of these models at their end marks; those of others stay the same.
+Importing the package registers `model_type` "nanochat_hf" with the Auto classes; `save_pretrained` then writes the
+code with which others load the folder (`trust_remote_code=True`). It also sets peft's default LoRA targets for these
+models, and makes `pipeline("text-generation")` end their texts at the end mark; texts of other models do not change.
 """
 
 from contextlib import suppress

@@ -1,17 +1,15 @@
 """The calculator inside `model.generate`: transformers' `custom_generate`, shipped beside the weights of chat stages.
 
-`ship(folder)` puts this file and `tools.py` into folder/custom_generate/. Who loads the folder, or the repository made
-of it, with `trust_remote_code=True` then has a `generate`, and so a `pipeline`, an lm-eval and a Space, in which the
-model's calls are answered:
+`ship(folder)` writes this file and `tools.py` into folder/custom_generate/. A model loaded from that folder or its Hub
+repository with `trust_remote_code=True` answers its own calls in `generate`, and so in `pipeline`, lm-eval, a Space:
 
     chat = pipeline("text-generation", model="you/nanochat-d24", trust_remote_code=True)
     chat([{"role": "user", "content": "What is 12 * 34?"}], max_new_tokens=64)
     model.generate(**inputs, run_tools=False)                                       # without
     model.generate(**inputs, custom_generate=FOLDER_OR_HUB_ID, trust_remote_code=True)  # on a model loaded otherwise
 
-A logits processor does it: after <|python_end|> it allows nothing but the tokens of the result. So batches, beams,
-sampling, streamers and every cache work as they do without. (`serve.engine` does the same many times faster; this is
-for where only transformers is.)
+A logits processor does it: after <|python_end|> it allows only the tokens of the result. So batches, beams, sampling,
+streamers and every cache work as without it. (`serve.engine` does the same many times faster, with this package.)
 """
 
 import copy
@@ -26,10 +24,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from .tools import python
 
 MARKS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
-LONGEST = 512  # tokens that a call or a result may have
+MAX_TOKENS = 512  # of a call and its result together
 
 
-class Results(LogitsProcessor):
+class ToolResultProcessor(LogitsProcessor):
     """Forces the result of each call, token by token, right after it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
@@ -37,7 +35,7 @@ class Results(LogitsProcessor):
         self.start, self.end, self.before, self.after = tokenizer.convert_tokens_to_ids(list(MARKS))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        recent = input_ids[:, -LONGEST:]
+        recent = input_ids[:, -MAX_TOKENS:]
         for row in (recent == self.end).any(1).nonzero()[:, 0].tolist():
             token = self.next(recent[row].tolist())
             if token is not None:
@@ -47,13 +45,13 @@ class Results(LogitsProcessor):
         return scores
 
     def next(self, ids: list[int]) -> int | None:
-        """The token that must follow `ids`, or None where the model is free."""
+        """The token that must follow `ids`, or None where the model chooses."""
         end = len(ids) - 1 - ids[::-1].index(self.end)
         begin = next((i for i in range(end - 1, -1, -1) if ids[i] in (self.start, self.end)), None)
         if begin is None or ids[begin] == self.end:  # an end without a start is no call
             return None
-        result, told = self.result(tuple(ids[begin + 1 : end])), ids[end + 1 :]
-        return result[len(told)] if len(told) < len(result) and told == result[: len(told)] else None
+        result, written = self.result(tuple(ids[begin + 1 : end])), ids[end + 1 :]
+        return result[len(written)] if len(written) < len(result) and written == result[: len(written)] else None
 
     @functools.lru_cache(1024)  # noqa: B019  (lives as long as one call of generate)
     def result(self, call: tuple[int, ...]) -> list[int]:
@@ -62,7 +60,7 @@ class Results(LogitsProcessor):
         except ValueError as error:
             text = str({"error": str(error)})
         ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return [self.before, *ids[: LONGEST // 2], self.after]
+        return [self.before, *ids[: MAX_TOKENS // 2], self.after]
 
 
 @functools.lru_cache(8)
@@ -81,7 +79,7 @@ def stop_ids(*settings, without: int) -> list[int]:
 
 
 def generate(inputs=None, generation_config=None, logits_processor=None, *, model, run_tools: bool = True, **kwargs):
-    """`model.generate` that answers the model's calls. With `run_tools=False` an answer ends where a call does.
+    """`model.generate` that answers the model's calls. With `run_tools=False` an answer ends at the end of a call.
 
     An eos of the caller, as an argument or in a GenerationConfig, replaces the model's own; None means the model's.
     """
@@ -95,7 +93,7 @@ def generate(inputs=None, generation_config=None, logits_processor=None, *, mode
             stacklevel=2,
         )
         return type(model).generate(model, inputs, generation_config, logits_processor, **kwargs)
-    results = Results(tokenizer)
+    results = ToolResultProcessor(tokenizer)
     given = getattr(generation_config, "eos_token_id", None)
     settings = (kwargs.pop("eos_token_id", None), given, model.generation_config.eos_token_id, tokenizer.eos_token_id)
     stops = stop_ids(*settings, without=results.end) + ([] if run_tools else [results.end])

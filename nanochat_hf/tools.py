@@ -1,12 +1,11 @@
 """Tools that the chat model may call: a calculator, and a sandbox that runs whole Python programs for HumanEval.
 
 `calculate` evaluates what the model writes between <|python_start|> and <|python_end|>: arithmetic on numbers and
-`'word'.count('l')`, nothing else. It walks the syntax tree and knows each allowed node by name; there is no `eval`, no
-name lookup and no attribute access, so there is nothing to escape to. (simpleeval was weighed: it starts from names,
-functions and attributes and forbids the dangerous ones; starting from nothing is shorter than configuring that.)
+`'word'.count('l')`, nothing else. It walks the syntax tree with a list of allowed nodes; there is no `eval`, no name
+lookup and no attribute access, so there is nothing to escape to.
 `run_sandboxed` runs a program of the model in a process of its own with limits on time, memory, files and processes
 and, where the kernel allows it, without network. It guards against accidents and clumsy attacks, not against an
-expert: whoever runs code from strangers should put the whole evaluation into a container.
+expert: to run code from strangers, put the whole evaluation into a container.
 
     calculate("12*(3+4)")            -> "84"
     calculate("'castle'.count('t')") -> "1"
@@ -27,14 +26,14 @@ from dataclasses import dataclass
 from decimal import Context, Decimal, Inexact, InvalidOperation
 from fractions import Fraction
 
-MAX_CHARS = 200  # of an expression; nesting and work are bounded by it
+MAX_CHARS = 200  # of an expression; bounds nesting and work
 MAX_EXPONENT = 100
-MAX_VALUE = 10**MAX_EXPONENT  # of any number on the way; ints above it are slow to print and useless in a chat
-MAX_DIGITS = 100  # of a result that terminates: so many are printed, further ones are rounded
-MAX_OUTPUT = 64 * 1024  # bytes of a sandboxed program's output that are kept
+MAX_VALUE = 10**MAX_EXPONENT  # of intermediate values; larger ints are slow to print and useless in a chat
+MAX_DIGITS = 100  # printed of a result that terminates; further ones are rounded
+MAX_OUTPUT = 64 * 1024  # bytes of a sandboxed program's output that are returned
 
 _ALLOWED = "only numbers, + - * / // % ( ) and 'text'.count('part') are allowed"
-_LETTERS = re.compile(r"""('[^'\\]*'|"[^"\\]*"|\.count\b|[0-9 .+*/%(),eE_-])*""")
+_CHARACTERS = re.compile(r"""('[^'\\]*'|"[^"\\]*"|\.count\b|[0-9 .+*/%(),eE_-])*""")
 _THOUSANDS = re.compile(r"(?<![\w.])\d{1,3}(,\d{3})+(?![\w,])")
 
 _OPERATIONS = {
@@ -50,10 +49,9 @@ _OPERATIONS = {
 def calculate(expression: str) -> str:
     """Value of an arithmetic expression or of `'text'.count('part')`, as text.
 
-    Takes + - * / // % and parentheses on decimal numbers (a comma may stand before thousands and is dropped), and
-    the one string method `count`. The arithmetic is exact, in fractions. Whole results print without a decimal point,
-    decimal fractions that terminate in full; the others, such as 1/3, are rounded to 10 digits, and to 2 decimals
-    where more than 8 digits stand before the point.
+    Takes + - * / // % and parentheses on decimal numbers (commas between thousands are dropped), and the one string
+    method `count`. The arithmetic is exact, in fractions. Results print as integers or terminating decimals in full;
+    others, such as 1/3, are rounded to 10 digits, but never to fewer than 2 decimals.
 
     Raises:
         ValueError: one line that says what is wrong (too long, not allowed, division by zero, too large).
@@ -65,7 +63,7 @@ def calculate(expression: str) -> str:
         raise ValueError(f"expression longer than {MAX_CHARS} characters")
     if "'" not in text and '"' not in text:
         text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
-    if not (text.isprintable() and _LETTERS.fullmatch(text)):  # the parser would print warnings
+    if not (text.isprintable() and _CHARACTERS.fullmatch(text)):  # the parser would print warnings
         raise ValueError(_ALLOWED)
     try:
         tree = ast.parse(text, mode="eval")
@@ -78,7 +76,7 @@ def calculate(expression: str) -> str:
 
 
 def python(expression: str) -> str:
-    """Calculates an arithmetic expression, or how often a letter stands in a word.
+    """Calculates an arithmetic expression, or how often a letter occurs in a word.
 
     Args:
         expression: arithmetic such as 12*(3+4), or 'castle'.count('t').
@@ -90,7 +88,7 @@ def python(expression: str) -> str:
 
 
 def _number(node: ast.expr, source: bytes) -> Fraction:
-    """The exact value of a part of the expression; `source` holds the digits that a float of Python would round."""
+    """The exact value of a node of the expression; `source` holds the digits, which a Python float would round."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):  # type(): True is an int, too
         value = _literal(source[node.col_offset : node.end_col_offset].decode())
     elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
@@ -118,7 +116,7 @@ def _literal(digits: str) -> Fraction:
 
 
 def _format(value: Fraction) -> str:
-    """In full if the decimal fraction terminates, else rounded; below 0.0001 with an exponent, as Python prints it."""
+    """In full if the decimal fraction terminates, else rounded; below 0.0001 in Python's exponent notation."""
     if value.denominator == 1:
         return str(value.numerator)
     whole = len(str(abs(int(value)))) if abs(value) >= 1 else 0
@@ -134,31 +132,24 @@ def _format(value: Fraction) -> str:
 
 
 def _count(node: ast.Call) -> int:
-    method, arguments = node.func, node.args
-    if (
-        isinstance(method, ast.Attribute)
-        and method.attr == "count"
-        and len(arguments) == 1
-        and not node.keywords
-        and all(isinstance(n, ast.Constant) and type(n.value) is str for n in (method.value, arguments[0]))
-    ):
-        return method.value.value.count(arguments[0].value)
+    match node:
+        case ast.Call(ast.Attribute(ast.Constant(str(text)), "count"), [ast.Constant(str(part))], []):
+            return text.count(part)
     raise ValueError("the only call allowed is 'text'.count('part')")
 
 
 @dataclass(frozen=True)
 class SandboxResult:
-    """What a sandboxed program did: `passed` is True only if it ran to its last line without an exception."""
+    """Outcome of a sandboxed program: `passed` is True only if it ran to its last line without an exception."""
 
     passed: bool
-    output: str  # stdout and stderr together, at most MAX_OUTPUT bytes of it
+    output: str  # the first MAX_OUTPUT bytes of stdout and stderr together
     timed_out: bool
 
 
-# Runs in the child before the program. Kernels differ in what they allow, so less and less is asked for. In a
-# process-id namespace everything ends with its first process, whatever session a descendant hid in; that one only
-# waits, since signals that the first process sends to itself (SIGKILL, too) are ignored, and counts its descendants,
-# since kernels do not limit how many root has.
+# Runs in the child before the program. Kernels differ in the namespaces they allow, so it requests fewer and fewer.
+# In a process-id namespace all processes end with the first one, even in other sessions. The first one only waits
+# (signals that it sends to itself, even SIGKILL, are ignored) and counts its descendants: kernels do not limit root's.
 _GUARD = r"""
 import ctypes, os, resource, signal, sys, time, traceback
 LIMIT = 64
@@ -173,13 +164,13 @@ try:
 except (OSError, AttributeError):
     libc = None
 def crowd(process):
-    found = []
+    children = []
     try:
         for thread in os.listdir(f"/proc/{process}/task"):
-            found += open(f"/proc/{process}/task/{thread}/children").read().split()
+            children += open(f"/proc/{process}/task/{thread}/children").read().split()
     except OSError:
         pass
-    return len(found) + sum(map(crowd, found))
+    return len(children) + sum(map(crowd, children))
 for _ in range(2):
     child = os.fork()
     if child:
@@ -217,33 +208,20 @@ except BaseException:
 
 
 def run_sandboxed(code: str, timeout: float = 5.0, memory_bytes: int = 512 * 1024 * 1024) -> SandboxResult:
-    """Runs a Python program in a fresh process and says whether it ran to its end.
+    """Runs a Python program in a fresh process and returns whether it ran to its end.
 
     The process gets an empty environment, an empty temporary folder (deleted afterwards), the standard library, no
     standard input, no network and no power over other processes where the kernel allows that, and limits: `timeout`
-    seconds of wall and processor time, `memory_bytes` of address space, files of 1 MiB, 64 processes. A program that
-    exits before its last line has not passed, whatever its exit code: otherwise `sys.exit(0)` above the tests would
-    pass every test.
-
-    Args:
-        code: the program's text.
-        timeout: seconds of wall time before the process group is killed.
-        memory_bytes: limit of the address space of each process.
+    seconds of wall and processor time, `memory_bytes` of address space per process, files of 1 MiB, 64 processes.
+    A program that exits before its last line has not passed: else `sys.exit(0)` above the tests would pass them all.
     """
     marker = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as output:
         read_end, write_end = os.pipe()
         limits = (str(write_end), str(memory_bytes), str(int(timeout) + 1))
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _GUARD, marker, *limits],
-            cwd=folder,
-            env={},
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            pass_fds=(write_end,),
-            start_new_session=True,
-        )
+        command = [sys.executable, "-I", "-S", "-c", _GUARD, marker, *limits]
+        streams = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output, "pass_fds": (write_end,)}
+        process = subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, **streams)
         os.close(write_end)
         timed_out = False
         try:

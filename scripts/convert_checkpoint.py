@@ -8,8 +8,7 @@ last step unless --step says another), or a folder saved by `save_pretrained`. `
 tokenizer.pkl (~/.cache/nanochat/tokenizer) or tokenizer.json; without one only weights are written, unless the source
 has its own. `--to hf` (the default) writes a folder for from_pretrained, `native` one that needs no remote code (first
 generation only), `nanochat` files that karpathy/nanochat loads. Both tokenizers are checked to give equal ids.
-Where `--output` is `--source`, a folder of ours is renewed in place: class names, code and
-templates of today, the same weights.
+If `--output` is `--source`, a folder of ours is renewed in place: class names, code and templates, but not weights.
 """
 
 import argparse
@@ -17,11 +16,9 @@ from itertools import islice
 from pathlib import Path
 
 from nanochat_hf.convert.upstream import convert
-from nanochat_hf.data.tokenizer import with_todays_templates, wrap
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import guarded, load_json, model_fingerprint, save_json
-from nanochat_hf.tool_loop import ship
 
 
 def main() -> None:
@@ -34,19 +31,18 @@ def main() -> None:
     args = parser.parse_args()
     texts = islice(primer.documents("train", seed=0), 5000)
     try:
-        record = Path(args.output) / "metrics.json"  # of a stage of a run: it names the folder's content
-        named = record.exists() and load_json(record).get("weights") == model_fingerprint(args.output)
-        hooks = (ship, with_todays_templates)
-        done = convert(args.source, args.output, args.to, wrap, args.tokenizer, args.step, texts, *hooks)
-        if named:
+        record = Path(args.output) / "metrics.json"  # of a run's stage, with the fingerprint of the folder
+        describes = record.exists() and load_json(record).get("weights") == model_fingerprint(args.output)
+        info = convert(args.source, args.output, args.to, args.tokenizer, args.step, texts)
+        if describes:
             save_json(record, load_json(record) | {"weights": model_fingerprint(args.output)})
     except (ValueError, OSError) as error:  # OSError: of transformers, for a broken folder
         raise InputError(str(error).splitlines()[0]) from None
-    print(f"{args.output}: generation {done['generation']}, {done['parameters']:,} parameters, step {done['step']}")
-    if done["tokenizer_ids"] is None:
+    print(f"{args.output}: generation {info['generation']}, {info['parameters']:,} parameters, step {info['step']}")
+    if info["tokenizer_ids"] is None:
         print("weights only: give --tokenizer DIR to convert the tokenizer too")
-    elif done["tokenizer_ids"]:
-        print(f"tokenizer: {done['tokenizer_ids']:,} ids compared, all equal")
+    elif info["tokenizer_ids"]:
+        print(f"tokenizer: {info['tokenizer_ids']:,} ids compared, all equal")
 
 
 if __name__ == "__main__":

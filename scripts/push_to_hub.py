@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--stage", default=Push.stage, help="base, mid, sft or rl")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--space", action="store_true", help="also make a Gradio Space that talks to the model")
-    parser.add_argument("--dry-run", action="store_true", help="prepare and check everything, send nothing")
+    parser.add_argument("--dry-run", action="store_true", help="prepare everything, send nothing")
     parser.add_argument("--revision", help="push to this branch")
     parser.add_argument("--force", action="store_true", help="replace other contents of the repo")
     parser.add_argument("--license", default=Push.license)

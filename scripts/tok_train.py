@@ -15,7 +15,8 @@ def main(config: TokenizerConfig, run: Run) -> None:
         raise InputError(f"{run.folder('tokenizer')} is finished already; delete it or choose another --run-dir")
     train_tokenizer(config, run.folder("tokenizer"))
     metrics = run.metrics("tokenizer")
-    print(f"{run.folder('tokenizer')}: {metrics['vocab_size']} tokens, {metrics['bytes_per_token']:.2f} bytes per token")
+    folder, size = run.folder("tokenizer"), metrics["vocab_size"]
+    print(f"{folder}: {size} tokens, {metrics['bytes_per_token']:.2f} bytes per token")
 
 
 if __name__ == "__main__":

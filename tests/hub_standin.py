@@ -3,10 +3,10 @@
     with Hub(token="hf_...") as hub:
         hub.url                                   # HF_ENDPOINT
         hub.fail("POST", "/commit/", status=500)  # the next matching request fails; status None cuts the connection
-    hub.ranges                                # Range headers of downloads, as they came
+        hub.ranges                                # Range headers of downloads
 
-Knows repositories of the three kinds, private ones, branches, regular and LFS files, downloads with ranges, Space
-variables and card validation. It keeps what it was sent, so that tests can look at it.
+It has repositories of the three kinds, private ones, branches, regular and LFS files, downloads with ranges, Space
+variables and card validation, and records what it was sent.
 """
 
 import asyncio
@@ -20,7 +20,8 @@ import time
 from dataclasses import dataclass, field
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+import yaml
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 
 
@@ -32,9 +33,11 @@ class Repo:
     messages: list[str] = field(default_factory=list)
     variables: dict[str, str] = field(default_factory=dict)
 
-    def files(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
+    def files(self, revision: str) -> tuple[str, dict[str, bytes]]:
         commit = self.branches.get(revision, revision)
-        return (commit, self.commits[commit]) if commit in self.commits else None
+        if commit not in self.commits:
+            raise HTTPException(404, "no such revision", {"X-Error-Code": "RevisionNotFound"})
+        return commit, self.commits[commit]
 
 
 def is_lfs(path: str) -> bool:
@@ -75,9 +78,9 @@ class Hub:
         self.thread.join(10)
 
     def fail(self, method: str, pattern: str, status: int | None, times: int = 1) -> None:
-        """Let the next `times` requests whose path matches fail with `status`, or None: cut the connection; 0: stall.
+        """The next `times` requests whose path matches fail with `status`; None: connection cut; 0: stalls 6 seconds.
 
-        What is cut has no effect, but a GET gives half of its answer first. What stalls is answered after 6 seconds.
+        A request that is cut has no effect, but a GET sends half of its answer first.
         """
         self.faults += [(method, pattern, status)] * times
 
@@ -96,13 +99,13 @@ class Hub:
                     break
                 if status is None:
                     return Response(b"{", headers={"Content-Length": "1000"})  # uvicorn closes: the client sees a cut
-                return JSONResponse({"error": f"asked to fail with {status}"}, status)
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if given and given != self.token:
+                return JSONResponse({"error": f"failing on purpose with {status}"}, status)
+        token = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token and token != self.token:
             return JSONResponse({"error": "Invalid username or password."}, 401)
-        request.state.known = bool(given)
+        request.state.authorized = bool(token)
         open_to_all = request.url.path == "/api/validate-yaml" or "/blobs/" in request.url.path
-        if request.method in ("POST", "PUT") and not given and not open_to_all:
+        if request.method in ("POST", "PUT") and not token and not open_to_all:
             return JSONResponse({"error": "log in"}, 401)
         response = await call_next(request)
         if cut:
@@ -110,10 +113,10 @@ class Hub:
             return Response(body[: len(body) // 2], response.status_code, dict(response.headers))
         return response
 
-    def find(self, kind: str, name: str, request: Request) -> Repo | Response:
+    def find(self, kind: str, name: str, request: Request) -> Repo:
         repo = self.repos.get((kind, name))
-        if repo is None or (repo.private and not request.state.known):
-            return JSONResponse({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        if repo is None or (repo.private and not request.state.authorized):
+            raise HTTPException(404, "Repository not found", {"X-Error-Code": "RepoNotFound"})
         return repo
 
     def routes(self) -> None:
@@ -121,15 +124,15 @@ class Hub:
 
         @app.get("/api/whoami-v2")
         async def whoami(request: Request):
-            if not request.state.known:
+            if not request.state.authorized:
                 return JSONResponse({"error": "log in"}, 401)
             return {"type": "user", "name": self.user, "orgs": []}
 
         @app.post("/api/validate-yaml")
         async def validate(request: Request):
-            content = (await request.json())["content"]
-            if not content.startswith("---\n"):
-                return Response("no metadata", 400)
+            metadata = yaml.safe_load((await request.json())["content"].split("---\n")[1])
+            if metadata.get("license") not in (None, "mit", "apache-2.0"):
+                return Response('"license" must be one of [apache-2.0, mit]', 400)
             return {"errors": [], "warnings": []}
 
         @app.post("/api/repos/create")
@@ -149,8 +152,6 @@ class Hub:
         @app.post("/api/{kind}/{owner}/{name}/branch/{branch:path}")
         async def branch(kind: str, owner: str, name: str, branch: str, request: Request):
             repo = self.find(kind, f"{owner}/{name}", request)
-            if isinstance(repo, Response):
-                return repo
             if branch in repo.branches:
                 return JSONResponse({"error": "Reference already exists"}, 409)
             repo.branches[branch] = repo.branches["main"]
@@ -166,14 +167,9 @@ class Hub:
         @app.post("/api/{kind}/{owner}/{name}/preupload/{revision:path}")
         async def preupload(kind: str, owner: str, name: str, revision: str, request: Request):
             repo = self.find(kind, f"{owner}/{name}", request)
-            if isinstance(repo, Response):
-                return repo
-            there = repo.files(revision)
-            if there is None:
-                return JSONResponse({"error": "no such branch"}, 404, {"X-Error-Code": "RevisionNotFound"})
-            answer = []
+            files, answer = repo.files(revision)[1], []
             for file in (await request.json())["files"]:
-                path, data = file["path"], there[1].get(file["path"])
+                path, data = file["path"], files.get(file["path"])
                 mode = "lfs" if is_lfs(path) else "regular"
                 oid = None if data is None else hashlib.sha256(data).hexdigest() if mode == "lfs" else git_id(data)
                 answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
@@ -200,8 +196,6 @@ class Hub:
         @app.post("/api/{kind}/{owner}/{name}/commit/{revision:path}")
         async def commit(kind: str, owner: str, name: str, revision: str, request: Request):
             repo = self.find(kind, f"{owner}/{name}", request)
-            if isinstance(repo, Response):
-                return repo
             files = dict(repo.files(revision)[1])
             for line in (await request.body()).splitlines():
                 entry = json.loads(line)
@@ -221,13 +215,8 @@ class Hub:
         @app.get("/api/{kind}/{owner}/{name}/tree/{revision}")
         async def tree(kind: str, owner: str, name: str, revision: str, request: Request):
             repo = self.find(kind, f"{owner}/{name}", request)
-            if isinstance(repo, Response):
-                return repo
-            there = repo.files(revision)
-            if there is None:
-                return JSONResponse({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
             entries = []
-            for path, data in there[1].items():
+            for path, data in repo.files(revision)[1].items():
                 entry = {"type": "file", "path": path, "size": len(data), "oid": git_id(data)}
                 if is_lfs(path):
                     entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
@@ -238,39 +227,24 @@ class Hub:
         @app.get("/api/{kind}/{owner}/{name}/revision/{revision:path}")
         async def info(kind: str, owner: str, name: str, request: Request, revision: str = "main"):
             repo = self.find(kind, f"{owner}/{name}", request)
-            if isinstance(repo, Response):
-                return repo
-            there = repo.files(revision)
-            if there is None:
-                return JSONResponse({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
-            siblings = [{"rfilename": path} for path in there[1]]
-            return {
-                "id": f"{owner}/{name}",
-                "sha": there[0],
-                "private": repo.private,
-                "siblings": siblings,
-                "tags": [],
-            }
+            commit, files = repo.files(revision)
+            siblings = [{"rfilename": path} for path in files]
+            facts = {"id": f"{owner}/{name}", "sha": commit, "private": repo.private}
+            return {**facts, "siblings": siblings, "tags": []}
 
         async def resolve(kind: str, name: str, revision: str, path: str, request: Request):
             repo = self.find(kind, name, request)
-            if isinstance(repo, Response):
-                return repo
-            there = repo.files(revision)
-            if there is None:
-                return JSONResponse({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
-            commit, files = there
+            commit, files = repo.files(revision)
             if path not in files:
-                headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
-                return JSONResponse({"error": "Entry not found"}, 404, headers)
+                raise HTTPException(404, "no such file", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
             data = files[path]
             tag = hashlib.sha256(data).hexdigest() if is_lfs(path) else git_id(data)
             headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
             if is_lfs(path):
                 headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{tag}"'}
-            if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", "")):
-                self.ranges.append(wanted[0])
-                first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
+            if match := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", "")):
+                self.ranges.append(match[0])
+                first, last = int(match[1]), int(match[2] or len(data) - 1)
                 if first >= len(data):
                     return Response(status_code=416, headers={"Content-Range": f"bytes */{len(data)}"})
                 headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"

@@ -12,8 +12,8 @@ def make_old(folder: Path) -> Path:
     del config["custom_pipelines"]
     path.write_text(json.dumps(config))
     modeling = folder / "modeling_nanochat.py"
-    code = modeling.read_text().replace("from .generation_nanochat import KeepsToolLoop\n", "")
-    code = re.sub(r"^NanoChat\w+(, \w+)? = NanoChatHF.*\n", "", code.replace("KeepsToolLoop, ", ""), flags=re.M)
+    code = modeling.read_text().replace("from .generation_nanochat import ToolLoopMixin\n", "")
+    code = re.sub(r"^NanoChat\w+(, \w+)? = NanoChatHF.*\n", "", code.replace("ToolLoopMixin, ", ""), flags=re.M)
     modeling.write_text(code.replace("NanoChatHF", "NanoChat"))
     configuration = folder / "configuration_nanochat.py"
     code = re.sub(r"^NanoChatConfig = NanoChatHFConfig.*\n", "", configuration.read_text(), flags=re.M)

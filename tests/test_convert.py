@@ -1,4 +1,4 @@
-"""Checkpoints of karpathy/nanochat and of transformers' own `nanochat`: there and back, names, refusals, folders.
+"""Checkpoints and tokenizers of karpathy/nanochat and of transformers' own `nanochat`: both ways, refusals, folders.
 
 With a checkout of the original at hand the slow test at the end runs it:
     NANOCHAT_CHECKOUT=/path/to/nanochat pytest tests/test_convert.py -m slow
@@ -6,10 +6,12 @@ With a checkout of the original at hand the slow test at the end runs it:
 
 import json
 import os
+import pickle
 import runpy
 import shutil
 import subprocess
 import sys
+import types
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,21 +19,30 @@ import pytest
 import torch
 from old_folder import make_old
 from talker import chat_folder, talker, talker_folder  # noqa: F401
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 from transformers import NanoChatForCausalLM as NativeModel
 from transformers.testing_utils import CaptureLogger
 
-from nanochat_hf.convert.tokenizer import ranks_from_backend, write_tiktoken
-from nanochat_hf.convert.upstream import convert, from_native, from_upstream, to_native, to_upstream
+from nanochat_hf.convert.native import from_native, to_native
+from nanochat_hf.convert.tokenizer import (
+    backend_from_ranks,
+    check_tokenizer,
+    ranks_from_backend,
+    read_tiktoken,
+    reference_encoder,
+    write_tiktoken,
+)
+from nanochat_hf.convert.upstream import convert, from_upstream, to_upstream
 from nanochat_hf.data import tokenizer as tokenizer_module
-from nanochat_hf.data.tokenizer import TEMPLATE, with_todays_templates, wrap
+from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, TEMPLATE, wrap
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, configuration_nanochat
 from nanochat_hf.run import load_json, model_fingerprint, save_json
-from nanochat_hf.tool_loop import ship
 
 OCTOBER = {"sequence_len": 256, "vocab_size": 100, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
 JULY = OCTOBER | {"window_pattern": "SSL"}
 SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_checkpoint.py"
+both_generations = pytest.mark.parametrize("fields", [OCTOBER, JULY], ids=["october", "july"])
 
 
 def upstream_state(fields: dict) -> dict[str, torch.Tensor]:
@@ -78,11 +89,10 @@ def ids():
     return torch.randint(0, 100, (2, 200), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("fields", [OCTOBER, JULY], ids=["october", "july"])
+@both_generations
 def test_there_and_back_keeps_every_tensor_and_field(fields):
     state = upstream_state(fields)
-    model = from_upstream(state, {"model_config": fields})
-    back, back_fields = to_upstream(model)
+    back, back_fields = to_upstream(from_upstream(state, {"model_config": fields}))
     assert back_fields == fields and back.keys() == state.keys()
     for name, value in state.items():
         assert back[name].dtype == value.dtype and torch.equal(back[name], value), name
@@ -91,13 +101,14 @@ def test_there_and_back_keeps_every_tensor_and_field(fields):
 def test_parameters_land_where_they_belong():
     state = upstream_state(JULY)
     model = from_upstream(state, {"model_config": JULY})
-    layer = model.model.layers[2]
-    assert model.config.generation == 2 and (model.config.vocab_size, model.config.num_tokens) == (128, 100)
-    assert model.config.layer_types == ["sliding_attention", "sliding_attention", "hybrid"]
-    assert model.config.sliding_window == 129
+    layer, config = model.model.layers[2], model.config
+    assert (config.generation, config.vocab_size, config.num_tokens, config.sliding_window) == (2, 128, 100, 129)
+    assert config.layer_types == ["sliding_attention", "sliding_attention", "hybrid"]
     pairs = {
         "transformer.wte.weight": model.model.embed_tokens.weight,
+        "transformer.h.2.attn.c_q.weight": layer.self_attn.q_proj.weight,
         "transformer.h.2.attn.c_k.weight": layer.self_attn.k_proj.weight,
+        "transformer.h.2.attn.c_v.weight": layer.self_attn.v_proj.weight,
         "transformer.h.2.attn.c_proj.weight": layer.self_attn.o_proj.weight,
         "transformer.h.2.mlp.c_fc.weight": layer.mlp.fc1.weight,
         "transformer.h.2.mlp.c_proj.weight": layer.mlp.fc2.weight,
@@ -109,27 +120,18 @@ def test_parameters_land_where_they_belong():
         assert torch.equal(state[name].float(), parameter), name
 
 
-def test_october_becomes_native_and_returns(ids, tmp_path):
-    model = from_upstream(upstream_state(OCTOBER), {"model_config": OCTOBER})
-    native = to_native(model)
-    assert type(native) is NativeModel
-    torch.testing.assert_close(logits(native, ids), logits(model, ids), atol=1e-5, rtol=0)
-    native.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "nanochat"
-    assert not list(tmp_path.glob("*.py")), "needs no remote code"
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is NativeModel
-    torch.testing.assert_close(logits(from_native(loaded), ids), logits(model, ids), atol=1e-5, rtol=0)
-
-
-def test_padding_rows_are_dropped_for_native():
-    config = NanoChatConfig.first_generation(
+def test_october_becomes_native_without_remote_code_or_padding_rows_and_returns(ids, tmp_path):
+    padded = NanoChatConfig.first_generation(
         vocab_size=128, num_tokens=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
     )
-    model, ids = NanoChatForCausalLM(config).eval(), torch.arange(100)[None]
-    native = to_native(model)
-    assert native.config.vocab_size == 100
-    torch.testing.assert_close(logits(native, ids), logits(model, ids), atol=1e-5, rtol=0)
+    for model in (from_upstream(upstream_state(OCTOBER), {"model_config": OCTOBER}), NanoChatForCausalLM(padded)):
+        to_native(model).save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "nanochat"
+        assert not list(tmp_path.glob("*.py")), "needs no remote code"
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert type(loaded) is NativeModel and loaded.config.vocab_size == 100
+        for copied in (loaded, from_native(loaded)):
+            torch.testing.assert_close(logits(copied, ids), logits(model, ids), atol=1e-5, rtol=0)
 
 
 def test_what_a_format_cannot_express_is_named():
@@ -159,16 +161,19 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason(change, mess
         from_upstream(state, {"model_config": fields})
 
 
-@pytest.mark.parametrize("fields", [OCTOBER, JULY], ids=["october", "july"])
+# ---- folders ------------------------------------------------------------------------------------------------------
+
+
+@both_generations
 def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, tokenizer, ids, tmp_path):
     fields = fields | {"vocab_size": len(tokenizer)}
     source = write_checkpoint(tmp_path / "source", fields, prefix="_orig_mod.")
     write_checkpoint(source, fields, step=5)
     (tmp_path / "tok").mkdir()
     write_tiktoken(tmp_path / "tok" / "tokenizer.pkl", *ranks_from_backend(tokenizer.backend_tokenizer))
-    done = convert(source, tmp_path / "hf", "hf", wrap, tmp_path / "tok", texts=["a text"])
-    assert done["step"] == 21 and done["generation"] == (1 if "window_pattern" not in fields else 2)
-    assert done["tokenizer_ids"] > 10_000
+    summary = convert(source, tmp_path / "hf", "hf", tmp_path / "tok", texts=["a text"])
+    assert summary["step"] == 21 and summary["generation"] == (1 if "window_pattern" not in fields else 2)
+    assert summary["tokenizer_ids"] > 10_000
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert loaded("An owl is grey.")["input_ids"] == tokenizer("An owl is grey.")["input_ids"]
@@ -178,7 +183,7 @@ def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, 
     expected = from_upstream(upstream_state(fields), {"model_config": fields})
     assert torch.equal(logits(model, ids), logits(expected, ids))
 
-    convert(tmp_path / "hf", tmp_path / "back", "nanochat", wrap, step=21)
+    convert(tmp_path / "hf", tmp_path / "back", "nanochat", step=21)
     back = torch.load(tmp_path / "back" / "model_000021.pt", weights_only=True)
     assert all(torch.equal(back[name], value) for name, value in upstream_state(fields).items())
     assert json.loads((tmp_path / "back" / "meta_000021.json").read_text())["model_config"] == fields
@@ -187,13 +192,11 @@ def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, 
     assert lengths[tokenizer("capital", add_special_tokens=False)["input_ids"]].sum() == 7
 
 
-QUESTION = [{"role": "user", "content": "What is 12 * 34?"}]
-
-
-def answer(folder, tokenizer, **options) -> str:
+def answer(folder, tokenizer) -> str:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    inputs = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = model.generate(**inputs, max_new_tokens=60, do_sample=False, **options)
+    question = [{"role": "user", "content": "What is 12 * 34?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**inputs, max_new_tokens=60, do_sample=False)
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
 
 
@@ -201,11 +204,11 @@ def test_a_chat_model_answers_its_calls_after_every_conversion(chat_folder, talk
     """Through upstream's files, which do not say that it is a chat model; by the loop, or by ending at the call."""
     shutil.copytree(chat_folder, tmp_path / "chat")
     config = (tmp_path / "chat" / "config.json").read_text()
-    assert '"sliding_window": 33' in config  # upstream knows windows of whole tiles only; the answers stay the same
+    assert '"sliding_window": 33' in config  # upstream has windows of whole tiles only; the answers stay the same
     (tmp_path / "chat" / "config.json").write_text(config.replace('"sliding_window": 33', '"sliding_window": 129'))
-    convert(tmp_path / "chat", tmp_path / "theirs", "nanochat", wrap)
-    convert(tmp_path / "theirs", tmp_path / "ours", "hf", wrap, ship=ship)
-    convert(chat_folder, tmp_path / "copy", "hf", wrap, ship=ship)
+    convert(tmp_path / "chat", tmp_path / "theirs", "nanochat")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    convert(chat_folder, tmp_path / "copy")
     for folder in ("ours", "copy"):
         result = "<|python_start|>12*34<|python_end|><|output_start|>408<|output_end|>It is 408.<|assistant_end|>"
         assert answer(tmp_path / folder, talker[1]) == result
@@ -217,7 +220,7 @@ def test_native_folders_end_at_a_call_and_base_models_of_ours_get_no_loop(tokeni
     fields = OCTOBER | {"vocab_size": len(tokenizer)}
     source = write_checkpoint(tmp_path / "source", fields)
     write_tiktoken(source / "tokenizer.pkl", *ranks_from_backend(tokenizer.backend_tokenizer))
-    convert(source, tmp_path / "native", "native", wrap, ship=ship)
+    convert(source, tmp_path / "native", "native")
     end = tokenizer.convert_tokens_to_ids("<|python_end|>")
     loaded = NativeModel.from_pretrained(tmp_path / "native")
     assert end in loaded.generation_config.eos_token_id and (tmp_path / "native" / "custom_generate").exists()
@@ -226,15 +229,17 @@ def test_native_folders_end_at_a_call_and_base_models_of_ours_get_no_loop(tokeni
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     for to in ("hf", "native"):
-        convert(tmp_path / "base", tmp_path / f"base-{to}", to, wrap, ship=ship)
+        convert(tmp_path / "base", tmp_path / f"base-{to}", to)
         generation = GenerationConfig.from_pretrained(tmp_path / f"base-{to}")
         assert generation.eos_token_id == base.generation_config.eos_token_id
         assert not (tmp_path / f"base-{to}" / "custom_generate").exists()
     pipe = pipeline("text-generation", model=str(tmp_path / "base-native"))
-    texts = pipe(
-        ["An owl", "A dog is here"], batch_size=2, max_new_tokens=40, do_sample=False, eos_token_id=list(range(400))
-    )
-    assert all("<|bos|>" not in text["generated_text"] for (text,) in texts)
+    options = {"batch_size": 2, "max_new_tokens": 40, "do_sample": False, "eos_token_id": list(range(400))}
+    assert all("<|bos|>" not in text["generated_text"] for (text,) in pipe(["An owl", "A dog is here"], **options))
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_an_old_folder_is_renewed_in_place_and_files_that_share_its_bytes_stay(chat_folder, tmp_path):  # noqa: F811
@@ -243,40 +248,30 @@ def test_an_old_folder_is_renewed_in_place_and_files_that_share_its_bytes_stay(c
     settings = json.loads((old / "tokenizer_config.json").read_text())
     settings["response_template"]["fields"]["content"].pop("close_pattern")
     (old / "tokenizer_config.json").write_text(json.dumps(settings))
-    before = {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    before = content(old)
     shutil.copytree(old, tmp_path / "links", copy_function=os.link)
     with CaptureLogger(configuration_nanochat.logger) as log:
-        convert(tmp_path / "links", tmp_path / "links", "hf", wrap, ship=ship, refresh=with_todays_templates)
-    assert log.out == ""  # nobody has to be told how to do what he is doing
-    assert {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
-    today = {path.relative_to(chat_folder) for path in chat_folder.rglob("*") if path.is_file()}
-    assert {p.relative_to(tmp_path / "links") for p in (tmp_path / "links").rglob("*") if p.is_file()} == today
-    for path in today:
-        assert (tmp_path / "links" / path).read_bytes() == (chat_folder / path).read_bytes(), path
+        convert(tmp_path / "links", tmp_path / "links")
+    assert log.out == ""  # no advice to do what this does
+    assert content(old) == before and content(tmp_path / "links") == content(chat_folder)
 
 
-def test_templates_of_a_renewed_or_converted_folder_are_todays(chat_folder, tmp_path, monkeypatch):  # noqa: F811
-    older, other = "{# older #}", "{# somebody's own #}"
-    monkeypatch.setattr(tokenizer_module, "OLD_TEMPLATES", (sha256(older.encode()).hexdigest()[:16],))
-    for name, template, chat, response in (
-        ("old", older, TEMPLATE.read_text(), tokenizer_module.RESPONSE_TEMPLATE),
-        ("own", other, other, {"fields": {}}),
-    ):
-        folder = shutil.copytree(chat_folder, tmp_path / name)
-        (folder / "chat_template.jinja").write_text(template)
-        settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"response_template": {"fields": {}}}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        for output in (tmp_path / f"{name}-copy", folder):
-            convert(folder, output, "hf", wrap, ship=ship, refresh=with_todays_templates)
-            loaded = AutoTokenizer.from_pretrained(output)  # as the Space does
-            assert (loaded.chat_template, loaded.response_template) == (chat, response), output
-
-
-def test_only_a_folder_of_ours_is_renewed_in_place(tmp_path):
-    source = write_checkpoint(tmp_path / "source", OCTOBER)
-    for to in ("hf", "nanochat"):
-        with pytest.raises(ValueError, match="source exists: remove it or choose another output"):
-            convert(source, source, to, wrap)
+@pytest.mark.parametrize("older", [True, False])
+def test_templates_of_a_renewed_or_converted_folder_are_todays_unless_they_are_not_ours(
+    older, chat_folder, tmp_path, monkeypatch  # noqa: F811
+):  # fmt: skip
+    text = "{# older #}"
+    if older:
+        monkeypatch.setattr(tokenizer_module, "OLD_TEMPLATES", (sha256(text.encode()).hexdigest()[:16],))
+    folder = shutil.copytree(chat_folder, tmp_path / "folder")
+    (folder / "chat_template.jinja").write_text(text)
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"response_template": {"fields": {}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    expected = (TEMPLATE.read_text(), tokenizer_module.RESPONSE_TEMPLATE) if older else (text, {"fields": {}})
+    for output in (tmp_path / "copy", folder):
+        convert(folder, output)
+        loaded = AutoTokenizer.from_pretrained(output)  # as the Space does
+        assert (loaded.chat_template, loaded.response_template) == expected, output
 
 
 def test_bad_folders_leave_nothing_behind(tokenizer, tmp_path, tmp_path_factory):
@@ -285,9 +280,11 @@ def test_bad_folders_leave_nothing_behind(tokenizer, tmp_path, tmp_path_factory)
 
     def refused(message, **options):
         with pytest.raises(ValueError, match=message):
-            convert(**({"source": source, "output": out, "to": "hf", "wrap": wrap} | options))
+            convert(**{"source": source, "output": out, **options})
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
+    refused("source exists: remove it or choose another output", output=source)  # only ours are renewed in place
+    refused("exists: remove it", output=elsewhere)
     refused("no model_000007.pt in .*: it has the steps 21", step=7)
     tokenizer.save_pretrained(elsewhere)
     refused("the tokenizer has 512 tokens and the model 100", tokenizer=elsewhere)
@@ -302,9 +299,6 @@ def test_bad_folders_leave_nothing_behind(tokenizer, tmp_path, tmp_path_factory)
     refused(r"not a file of plain weights \(it asks for (posix|nt).system\)")
     (source / "model_000021.pt").write_bytes(b"broken")
     refused("not a file of plain weights")
-    out.mkdir()
-    with pytest.raises(ValueError, match="exists: remove it"):
-        convert(source, out, "hf", wrap)
 
 
 @pytest.mark.slow
@@ -319,22 +313,107 @@ def test_the_script_converts_and_reports_errors_in_one_line(tmp_path):
     assert again.returncode == 2 and again.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_the_script_renews_a_stage_with_its_templates_and_its_record_names_the_new_content(
-    chat_folder,  # noqa: F811
-    tmp_path,
-    monkeypatch,
-):
+@pytest.mark.parametrize("recorded", [None, "0" * 16])
+def test_the_script_renews_a_stage_and_its_record_names_the_new_content(recorded, chat_folder, tmp_path, monkeypatch):  # noqa: F811
     older = "{# older #}"
     monkeypatch.setattr(tokenizer_module, "OLD_TEMPLATES", (sha256(older.encode()).hexdigest()[:16],))
-    for name, recorded in (("stage", None), ("foreign", "0" * 16)):
-        folder = shutil.copytree(chat_folder, tmp_path / name)
-        (folder / "chat_template.jinja").write_text(older)
-        save_json(folder / "metrics.json", {"weights": recorded or model_fingerprint(folder)})
-        monkeypatch.setattr(sys, "argv", ["convert", "--source", str(folder), "--output", str(folder)])
-        runpy.run_path(str(SCRIPT))["main"]()
-        assert (folder / "chat_template.jinja").read_text() == TEMPLATE.read_text()
-        assert load_json(folder / "metrics.json") == {"weights": recorded or model_fingerprint(folder)}
+    folder = shutil.copytree(chat_folder, tmp_path / "stage")
+    (folder / "chat_template.jinja").write_text(older)
+    save_json(folder / "metrics.json", {"weights": recorded or model_fingerprint(folder)})
+    monkeypatch.setattr(sys, "argv", ["convert", "--source", str(folder), "--output", str(folder)])
+    runpy.run_path(str(SCRIPT))["main"]()
+    assert (folder / "chat_template.jinja").read_text() == TEMPLATE.read_text()
+    assert load_json(folder / "metrics.json") == {"weights": recorded or model_fingerprint(folder)}
 
+
+# ---- tokenizers ---------------------------------------------------------------------------------------------------
+
+PATTERN = r" ?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+"
+MERGES = [b"th", b"he", b"the", b" the", b"in", b"ing", b"aa", b"aaa", "é".encode(), b"12", b" s", b" sing"]
+RANKS = {bytes([i]): i for i in range(256)} | {token: 256 + i for i, token in enumerate(MERGES)}
+
+
+def test_the_reference_merges_the_lowest_rank_first():
+    encode = reference_encoder(RANKS, PATTERN)
+    assert encode("the") == [258] and encode(" the") == [259]
+    assert encode("thhe") == [256, 257]
+    assert encode("aaaa") == [262, 262]  # the pairs `aa` come before `aaa`
+    assert encode("aaaaa") == [262, 263]
+    assert encode("1234") == [265, ord("3"), ord("4")]
+    assert encode("é\n") == [264, 10]
+
+
+def test_ranks_become_a_tokenizer_with_equal_ids_and_a_difference_is_shown():
+    wrapped = wrap(backend_from_ranks(RANKS, PATTERN))
+    tokenizer = wrapped.backend_tokenizer
+    special = {name: 268 + i for i, name in enumerate(SPECIAL_TOKENS)}
+    texts = ["in the singing aaaaaaa", "naïve café 1234567", "", "\r\n \t"]
+    assert check_tokenizer(tokenizer, RANKS, PATTERN, special, texts) > 10_000
+    assert wrapped.decode(wrapped("the café", add_special_tokens=False)["input_ids"]) == "the café"
+    swapped = RANKS | {b"th": RANKS[b"he"], b"he": RANKS[b"th"]}
+    with pytest.raises(ValueError, match=r"encode .* differently"):
+        check_tokenizer(tokenizer, swapped, PATTERN, {})
+    with pytest.raises(ValueError, match=r"special token <\|bos\|> has id 7 .* 268"):
+        check_tokenizer(tokenizer, RANKS, PATTERN, {"<|bos|>": 7})
+
+
+def test_a_trained_tokenizer_goes_to_tiktoken_and_back_and_tiktoken_itself_reads_it(tokenizer, tmp_path, monkeypatch):
+    ranks, pattern, special = ranks_from_backend(tokenizer.backend_tokenizer)
+    path = tmp_path / "tokenizer.pkl"
+    assert len(ranks) + len(special) == len(tokenizer) and special["<|output_end|>"] == len(tokenizer) - 1
+    write_tiktoken(path, ranks, pattern, special)
+    assert read_tiktoken(path) == (ranks, pattern, special)
+    again = wrap(backend_from_ranks(ranks, pattern))
+    text = "What is the capital of Verdania? 12 + 345 = 357\n\n日本語 🙂"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+    core = types.ModuleType("tiktoken.core")  # its Encoding takes its fields back in __setstate__
+    core.Encoding = type("Encoding", (), {"__setstate__": lambda self, fields: setattr(self, "fields", fields)})
+    monkeypatch.setitem(sys.modules, "tiktoken", types.ModuleType("tiktoken"))
+    monkeypatch.setitem(sys.modules, "tiktoken.core", core)
+    loaded = pickle.loads(path.read_bytes())
+    assert type(loaded) is core.Encoding and loaded.fields["mergeable_ranks"] == ranks
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (pickle.dumps(Evil()), r"(posix|nt).system"),
+        (b"", ""),
+        (b"not a pickle", ""),
+        (b"\x80\x03ctiktoken.core\nEncoding\n)R}b.", ""),  # no fields
+        (pickle.dumps({"mergeable_ranks": {}}), ""),
+        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xff.", ""),  # a frame longer than the file
+        (({"a": 0}, PATTERN), "of other types"),
+        (({b"a": "0"}, PATTERN), "of other types"),
+        (({b"a": 0}, b"x"), "of other types"),
+    ],
+)
+def test_what_is_no_tiktoken_encoding_is_refused(content, reason, tmp_path):
+    path = tmp_path / "tokenizer.pkl"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        write_tiktoken(path, *content, {"<|bos|>": 1})
+    with pytest.raises(ValueError, match=f"is no pickled tiktoken encoding: .*{reason}"):
+        read_tiktoken(path)
+
+
+def test_a_tokenizer_that_upstream_cannot_express_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="byte-level BPE"):
+        ranks_from_backend(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    normalizing = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    normalizing.normalizer = normalizers.NFC()
+    with pytest.raises(ValueError, match="does not normalize"):
+        ranks_from_backend(normalizing)
+
+
+# ---- the original -------------------------------------------------------------------------------------------------
 
 ORIGINAL = """
 import sys, types
@@ -356,7 +435,7 @@ with torch.no_grad():
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    "NANOCHAT_CHECKOUT" not in os.environ, reason="set NANOCHAT_CHECKOUT to a karpathy/nanochat folder"
+    "NANOCHAT_CHECKOUT" not in os.environ, reason="set NANOCHAT_CHECKOUT"
 )
 def test_logits_equal_those_of_the_original_code(tmp_path):
     checkout = os.environ["NANOCHAT_CHECKOUT"]

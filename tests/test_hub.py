@@ -1,4 +1,4 @@
-"""The Hub round trip against a stand-in over real HTTP with the real client: push, load back, and all that fails."""
+"""The Hub: card, push, load back and all that fails, against a stand-in over real HTTP with the real client."""
 
 import json
 import os
@@ -6,50 +6,108 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import yaml
-from hub_run import TOKEN, hub_run, pushed, stand_in, without_check  # noqa: F401
-from huggingface_hub import HfApi, constants, hf_hub_download
+from hub_standin import Hub
+from huggingface_hub import HfApi, close_session, constants, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from old_folder import make_old
 from safetensors.torch import load_file, save_file
 from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.data import tokenizer
 from nanochat_hf.errors import InputError
-from nanochat_hf.hub import push as serve_hub
-from nanochat_hf.hub.push import Push, push
-from nanochat_hf.run import load_json, model_fingerprint, save_json
+from nanochat_hf.hub import push as push_module
+from nanochat_hf.hub.model_card import Push, collection_table, render_model_card
+from nanochat_hf.hub.push import checkpoint_pusher, push
+from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
 
 ROOT = Path(__file__).parent.parent
+TOKEN = "hf_" + "Secret" * 6
+
+
+@pytest.fixture
+def run(talker_folder, tmp_path):  # noqa: F811
+    """A run folder with a finished SFT stage, an unfinished RL stage and an evaluation."""
+    folder = shutil.copytree(talker_folder, tmp_path / "run" / "sft", copy_function=os.link).parent
+    mixture = [{"dataset": name, "rows": 3, "tokens": 40} for name in ("openai/gsm8k:main", "primer")]
+    metrics = {"finished": True, "commit": "abc123", "started": 1.0, "wall_time_s": 120.0, "tokens": 5000}
+    metrics |= {"hardware": {"device": "test machine", "num_processes": 1}, "versions": {"torch": "2"}}
+    metrics["history"] = [{"step": step, "train_loss": 3.0 / step, "time": float(step)} for step in range(1, 5)]
+    save_json(folder / "sft" / "metrics.json", {**metrics, "mixture": mixture})
+    (folder / "rl").mkdir()
+    results = {"sft": {"facts": {"value": 0.91, "stderr": 0.01, "n": 400, "baseline": 0.1, "higher_is_better": True}}}
+    evaluation = {"finished": True, "started": 2.0, "wall_time_s": 5.0, "results": results}
+    save_json(folder / "eval" / "metrics.json", evaluation)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stand-in, with this process's client and its children pointed at it and logged in."""
+    with Hub(token=TOKEN) as server:
+        environment = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        downloads = constants.HUGGINGFACE_CO_URL_TEMPLATE.split("/", 3)[3]
+        settings = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.url}/{downloads}"}
+        for name, value in {**settings, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(push_module.time, "sleep", lambda seconds: None)
+        close_session()
+        yield server
+    close_session()
+
+
+@pytest.fixture
+def no_check(monkeypatch):
+    """Leaves out the load-back in another process, which one slow test does for real."""
+    monkeypatch.setattr(push_module, "check_loaded_back", lambda *_: 0.0)
+
+
+def pushed(hub, name="you/small", kind="models", branch="main"):
+    return hub.repos[kind, name].files(branch)[1]
+
+
+def change(path, **fields):
+    save_json(path, load_json(path) | fields)
+
+
+def change_weights(folder, value) -> str:
+    path = folder / "model.safetensors"
+    values = load_file(path)
+    name = min(values)
+    values[name].view(-1)[0] = value
+    path.unlink()  # a link
+    save_file(values, path, metadata={"format": "pt"})
+    return name
 
 
 def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check):
-    push(run, Push("you/small"))
+    push(run, Push("you/small", language=("en", "ko"), base_model="you/base"))
     files = pushed(hub)
-    wanted = [
-        "model.safetensors",
-        "config.json",
-        "modeling_nanochat.py",
-        "configuration_nanochat.py",
-        "generation_nanochat.py",
-        "tokenizer.json",
-        "plots/sft.png",
-    ]
-    assert {
-        *wanted,
-        "chat_template.jinja",
-        "README.md",
-        "report.md",
-        "metrics.json",
-        "custom_generate/generate.py",
-        "custom_generate/tools.py",
-    } <= set(files)
+    code = {f"{name}_nanochat.py" for name in ("modeling", "configuration", "generation")}
+    code |= {"custom_generate/generate.py", "custom_generate/tools.py"}
+    texts = {"config.json", "tokenizer.json", "chat_template.jinja", "README.md", "report.md", "metrics.json"}
+    assert code | texts | {"model.safetensors", "plots/sft.png"} <= set(files)
     assert files["model.safetensors"] == (run / "sft" / "model.safetensors").read_bytes()
     assert hub.repos["models", "you/small"].messages == ["Upload sft of run"] and not any("state" in f for f in files)
+    _, head, text = files["README.md"].decode().split("---\n", 2)
+    data = yaml.safe_load(head)
+    assert data["datasets"] == ["openai/gsm8k"] and data["language"] == ["en", "ko"]
+    assert (data["license"], data["pipeline_tag"], data["library_name"]) == ("mit", "text-generation", "transformers")
+    assert data["base_model"] == "you/base"
+    (result,) = data["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "facts" and result["metrics"][0]["value"] == 0.91
+    assert "0.9100" in text and "5,000 tokens, 2 min 00 s" in text and "test machine" in text
+    assert "License of the weights: mit" in text
+    push(run, Push("you/small", language=("en", "ko"), base_model="you/base"))
+    assert len(hub.repos["models", "you/small"].commits) == 2  # nothing new to send
 
 
 def test_an_old_folder_goes_up_with_todays_names_and_template_and_stays_as_it_is(hub, run, no_check, monkeypatch):
@@ -67,26 +125,6 @@ def test_an_old_folder_goes_up_with_todays_names_and_template_and_stays_as_it_is
     assert {path.name: path.read_bytes() for path in (run / "sft").iterdir()} == before
 
 
-def test_the_cards_metadata_holds_every_result_and_parses(hub, run, no_check):
-    push(run, Push("you/small", language=("en", "ko"), base_model="you/base"))
-    _, head, text = pushed(hub)["README.md"].decode().split("---\n", 2)
-    data = yaml.safe_load(head)
-    assert (
-        data["datasets"] == ["openai/gsm8k"] and data["language"] == ["en", "ko"] and data["base_model"] == "you/base"
-    )
-    assert (data["license"], data["pipeline_tag"], data["library_name"]) == ("mit", "text-generation", "transformers")
-    (result,) = data["model-index"][0]["results"]
-    assert result["dataset"]["name"] == "facts" and result["metrics"][0]["value"] == 0.91
-    assert "0.9100" in text and "5,000 tokens, 2 min 00 s" in text and "test machine" in text
-
-
-def test_pushing_the_same_again_sends_nothing_new(hub, run, no_check):
-    push(run, Push("you/small"))
-    commits = len(hub.repos["models", "you/small"].commits)
-    push(run, Push("you/small"))
-    assert len(hub.repos["models", "you/small"].commits) == commits
-
-
 def test_other_contents_are_refused_but_a_branch_and_force_work(hub, run, no_check):
     api = HfApi(token=TOKEN)
     api.create_repo("you/small")
@@ -100,154 +138,111 @@ def test_other_contents_are_refused_but_a_branch_and_force_work(hub, run, no_che
     assert "model.safetensors" in pushed(hub) and "old.txt" not in pushed(hub)
 
 
-def test_a_dry_run_sends_nothing(hub, run):
+def test_a_space_points_at_the_model_and_is_as_private(hub, run, no_check, capsys):
+    push(run, Push("you/small", space=True, private=True))
+    repo = hub.repos["spaces", "you/small-chat"]
+    assert repo.variables == {"MODEL_ID": "you/small"} and repo.private and hub.repos["models", "you/small"].private
+    files = pushed(hub, "you/small-chat", "spaces")
+    assert set(files) == {"app.py", "README.md", "requirements.txt"}
+    assert yaml.safe_load(files["README.md"].decode().split("---\n")[1])["models"] == ["you/small"]
+    assert "read token as the secret HF_TOKEN" in capsys.readouterr().out
+    push(run, Push("you/open", space=True))
+    assert not hub.repos["models", "you/open"].private and not hub.repos["spaces", "you/open-chat"].private
+    HfApi(token=TOKEN).model_info("you/small")
+    with pytest.raises(RepositoryNotFoundError):
+        HfApi(token=False).model_info("you/small")
+
+
+# ---- refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage": "rl"}, "'rl' of .* is not finished; finished: sft"),
+        ({"stage": "stf"}, "did you mean 'sft'"),
+        ({"repo": "small"}, "you/small"),
+        ({"repo": "you/sm all"}, "no repo name"),
+        ({"space": True}, "from a checkout of the project"),
+        ({"results": float("nan")}, "run the evaluation again"),
+        ({"config": {"report_to": "hf_" + "x" * 34}}, "contains a Hub token"),
+        ({"weights": "0" * 16}, r"are not those that its metrics\.json describes: run stage 'sft' again"),
+    ],
+)
+def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, run, monkeypatch, options, message):
+    record = {name: options.pop(name) for name in ("config", "weights") if name in options}
+    change(run / "sft" / "metrics.json", **record)
+    if "results" in options:
+        change(run / "eval" / "metrics.json", results={"sft": {"facts": {"value": options.pop("results"), "n": 1}}})
+    if options.get("space"):
+        monkeypatch.setattr(push_module, "SPACE", run / "nowhere")
+    with pytest.raises(InputError, match=message) as error:
+        push(run, Push(**{"repo": "you/small"} | options))
+    assert hub.requests == [] and "\n" not in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_never_sent(hub, run):
+    name = change_weights(run / "sft", float("nan"))
+    with pytest.raises(InputError, match=rf"NaN or infinity in {name} of model\.safetensors"):
+        push(run, Push("you/small"))
+    assert hub.requests == []
+
+
+def test_a_dry_run_sends_nothing_and_recorded_weights_may_be_pushed(hub, run):
+    change(run / "sft" / "metrics.json", weights=model_fingerprint(run / "sft"))
     folder = Path(push(run, Push("you/small", dry_run=True)))
     assert hub.requests == [] and (folder / "README.md").exists() and (folder / "model.safetensors").exists()
 
 
-def test_a_cut_upload_is_resumed_without_sending_the_weights_again(hub, run, no_check):
-    hub.fail("POST", "/commit/", 500)
+def test_a_card_that_the_hub_rejects_is_one_line_and_nothing_is_created(hub, run):
+    with pytest.raises(InputError, match=r'rejects the card: .*"license" must be one of'):
+        push(run, Push("you/small", license="mitt"))
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("fault", "repo", "token", "message"),
+    [
+        (("POST", "repos/create", 401), "you/small", TOKEN, "hf auth login"),
+        (("POST", "repos/create", 403), "you/small", TOKEN, "may not write to you/small"),
+        (("POST", "preupload", 404), "you/small", TOKEN, "not there"),
+        (("POST", "commit", 429), "you/small", TOKEN, "slow down"),
+        (("POST", "commit", None), "you/small", TOKEN, "run the same command again"),
+        (None, "somebody/small", TOKEN, "may not write to somebody/small"),
+        (None, "you/small", "hf_wrong", "does not accept the token"),
+        (None, "you/small", None, "no Hub token"),
+    ],
+)
+def test_each_refusal_of_the_hub_is_one_line_of_advice(hub, run, no_check, monkeypatch, fault, repo, token, message):
+    if fault:
+        hub.fail(*fault, times=50)
+    monkeypatch.setattr(push_module, "get_token", lambda: token)
+    with pytest.raises(InputError, match=message) as caught:
+        push(run, Push(repo))
+    assert TOKEN not in str(caught.value) and "\n" not in str(caught.value)
+    assert all(not files for name in hub.repos for files in [pushed(hub, name[1])])  # a commit or nothing
+
+
+def test_an_interrupted_upload_is_resumed_without_sending_the_weights_again(hub, run, no_check, capsys):
+    for status in (500, None, 429):
+        hub.fail("POST", "/commit/", status)
     push(run, Push("you/small"))
     puts = [line for line in hub.requests if line.startswith("PUT")]
     assert len(puts) == len(set(puts)) == len(hub.blobs) and "model.safetensors" in pushed(hub)
+    shown = capsys.readouterr()
+    assert TOKEN not in shown.out + shown.err
+    assert not [path for path in run.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
-def test_a_cut_download_goes_on_with_a_range_and_gives_the_whole_file(hub, run, no_check, tmp_path, monkeypatch):
+def test_an_interrupted_download_resumes_and_gives_the_whole_file(hub, run, no_check, tmp_path, monkeypatch):
     push(run, Push("you/small"))
     whole = pushed(hub)["model.safetensors"]
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)  # less than a chunk is not kept
     hub.fail("GET", r"/resolve/.*/model\.safetensors", None, times=2)
-    got = hf_hub_download("you/small", "model.safetensors", cache_dir=tmp_path / "cache")
-    assert Path(got).read_bytes() == whole and not hub.faults
+    path = hf_hub_download("you/small", "model.safetensors", cache_dir=tmp_path / "cache")
+    assert Path(path).read_bytes() == whole and not hub.faults
     starts = [int(re.fullmatch(r"bytes=(\d+)-", text)[1]) for text in hub.ranges]
     assert len(starts) == 2 and 0 < starts[0] <= len(whole) // 2 < starts[1] < len(whole)
-
-
-def test_a_card_that_the_hub_rejects_is_not_uploaded(hub, run):
-    hub.fail("POST", "validate-yaml", 400)
-    with pytest.raises(InputError, match=r"rejects the card: .*asked to fail"):
-        push(run, Push("you/small"))
-    assert pushed(hub) == {}
-
-
-def test_a_private_repo_is_there_with_a_token_only(hub, run, no_check, tmp_path):
-    push(run, Push("you/small", private=True))
-    assert HfApi(token=TOKEN).model_info("you/small").private
-    with pytest.raises(RepositoryNotFoundError):
-        HfApi(token=False).model_info("you/small")
-    with pytest.raises(RepositoryNotFoundError):
-        hf_hub_download("you/small", "config.json", token=False, cache_dir=tmp_path / "cache")
-
-
-def test_another_owner_is_refused(hub, run):
-    with pytest.raises(InputError, match="may not write to somebody/small"):
-        push(run, Push("somebody/small"))
-
-
-@pytest.mark.parametrize(
-    "wanted,words",
-    [
-        (Push("you/small", stage="rl"), "'rl' of .* is not finished; finished: sft"),
-        (Push("you/small", stage="stf"), "did you mean 'sft'"),
-        (Push("small"), "you/small"),
-        (Push("you/sm all"), "no repo name"),
-        (Push("you/small", license="mitt"), "did you mean 'mit'"),
-        (Push("you/small", language=("English",)), "no ISO 639 code"),
-        (Push("you/small", base_model="a//b"), "no repo name"),
-    ],
-)
-def test_wrong_wishes_are_refused_before_anything_is_sent(hub, run, wanted, words):
-    with pytest.raises(InputError, match=words):
-        push(run, wanted)
-    assert hub.requests == []
-
-
-def test_a_result_that_is_no_number_is_refused(hub, run):
-    evaluation = load_json(run / "eval" / "metrics.json")
-    evaluation["results"]["sft"]["facts"]["value"] = float("nan")
-    save_json(run / "eval" / "metrics.json", evaluation)
-    with pytest.raises(InputError, match="run the evaluation again"):
-        push(run, Push("you/small"))
-
-
-def test_a_file_with_a_token_is_not_sent_and_no_token_is_ever_written(hub, run, no_check, capsys):
-    push(run, Push("you/small"))
-    shown = capsys.readouterr()
-    assert TOKEN not in shown.out + shown.err
-    assert not [path for path in run.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
-    metrics = load_json(run / "sft" / "metrics.json")
-    save_json(run / "sft" / "metrics.json", {**metrics, "config": {"report_to": "hf_" + "x" * 34}})
-    hub.requests.clear()
-    with pytest.raises(InputError, match="contains a Hub token"):
-        push(run, Push("you/small"))
-    assert hub.requests == []
-
-
-def test_a_space_is_made_that_points_at_the_model(hub, run, no_check):
-    push(run, Push("you/small", space=True))
-    repo = hub.repos["spaces", "you/small-chat"]
-    assert repo.variables == {"MODEL_ID": "you/small"}
-    files = pushed(hub, "you/small-chat", "spaces")
-    assert set(files) == {"app.py", "README.md", "requirements.txt"}
-    assert yaml.safe_load(files["README.md"].decode().split("---\n")[1])["models"] == ["you/small"]
-
-
-def test_a_private_model_gets_a_private_space_and_is_told_of_its_token(hub, run, no_check, capsys):
-    push(run, Push("you/small", space=True, private=True))
-    assert hub.repos["models", "you/small"].private and hub.repos["spaces", "you/small-chat"].private
-    assert "read token as the secret HF_TOKEN" in capsys.readouterr().out
-    push(run, Push("you/open", space=True))
-    assert not hub.repos["models", "you/open"].private and not hub.repos["spaces", "you/open-chat"].private
-
-
-def change_weights(folder, value):
-    path = folder / "model.safetensors"
-    values = load_file(path)
-    name = min(values)
-    values[name].view(-1)[0] = value
-    path.unlink()  # a link
-    save_file(values, path, metadata={"format": "pt"})
-    return name
-
-
-def test_weights_that_are_no_numbers_are_never_sent(hub, run):
-    name = change_weights(run / "sft", float("nan"))
-    with pytest.raises(InputError, match=rf"NaN or infinity in {name} of model\.safetensors") as error:
-        push(run, Push("you/small"))
-    assert hub.requests == [] and "\n" not in str(error.value)
-
-
-def test_weights_that_its_metrics_do_not_describe_are_not_sent(hub, run):
-    metrics = load_json(run / "sft" / "metrics.json")
-    save_json(run / "sft" / "metrics.json", {**metrics, "weights": model_fingerprint(run / "sft")})
-    push(run, Push("you/small", dry_run=True))
-    change_weights(run / "sft", 0.5)
-    with pytest.raises(InputError, match=r"are not those that its metrics\.json describes: run stage 'sft' again"):
-        push(run, Push("you/small", dry_run=True))
-
-
-def test_an_old_evaluation_is_not_published_with_a_new_model(hub, run, no_check, capsys):
-    evaluation = load_json(run / "eval" / "metrics.json")
-    evaluation |= {"models": {"sft": "sft"}, "weights": {"sft": model_fingerprint(run / "sft")}}
-    save_json(run / "eval" / "metrics.json", evaluation)
-    (run / "plots").mkdir()
-    (run / "plots" / "rl.png").write_bytes(b"of a stage that is gone")
-    push(run, Push("you/small"))
-    assert "0.9100" in pushed(hub)["README.md"].decode() and "plots/rl.png" not in pushed(hub)
-    change_weights(run / "sft", 0.5)
-    capsys.readouterr()
-    push(run, Push("you/new"))
-    files = pushed(hub, "you/new")
-    for name in ("README.md", "report.md"):
-        assert "0.9100" not in files[name].decode() and "results are left out for sft" in files[name].decode()
-    assert "note: the evaluation is older than the models" in capsys.readouterr().out
-
-
-def test_a_space_without_its_files_is_refused_before_anything_is_sent(hub, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(serve_hub, "SPACE", tmp_path / "nowhere")
-    with pytest.raises(InputError, match="from a checkout of the project"):
-        push(run, Push("you/small", space=True))
-    assert hub.requests == []
 
 
 @pytest.mark.slow
@@ -259,35 +254,172 @@ def test_push_load_back_and_the_cards_own_code_in_clean_processes(hub, run, tmp_
     assert hub.repos["models", "you/small"].private
     blocks = re.findall(r"```python\n(.*?)```", pushed(hub)["README.md"].decode(), re.S)
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    said = [
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-        for code in blocks
-    ]
-    assert "'content': 'It is 408.'" in said[0].stdout and said[1].stdout == "It is 408.\n"
-    download = [
-        str(Path(sys.executable).with_name("hf")),
-        "download",
-        "you/small",
-        "--local-dir",
-        str(tmp_path / "got"),
-    ]
-    subprocess.run(download, env=env, check=True, capture_output=True)
-    assert (tmp_path / "got" / "model.safetensors").read_bytes() == (run / "sft" / "model.safetensors").read_bytes()
+    outputs = [subprocess.check_output([sys.executable, "-c", c], cwd=tmp_path, env=env, text=True) for c in blocks]
+    assert "'content': 'It is 408.'" in outputs[0] and outputs[1] == "It is 408.\n"
     unfinished = subprocess.run([*script, "--stage", "rl"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert unfinished.returncode == 2 and "not finished" in unfinished.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
 def test_a_broken_upload_is_noticed(hub, run, monkeypatch):
-    push_folder = serve_hub.prepare
+    prepare = push_module.prepare
 
     def spoil(*args):
-        folder = push_folder(*args)
+        folder = prepare(*args)
         text = (folder / "config.json").read_text().replace('"qk_scale": 1.2', '"qk_scale": 1.5')
         (folder / "config.json").unlink()
         (folder / "config.json").write_text(text)
         return folder
 
-    monkeypatch.setattr(serve_hub, "prepare", spoil)
+    monkeypatch.setattr(push_module, "prepare", spoil)
     with pytest.raises(InputError, match="logits differ"):
         push(run, Push("you/small"))
+
+
+# ---- the card -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A finished base and SFT stage with CORE and ChatCORE, in metrics.json files alone."""
+    stage = {"finished": True, "commit": "abc", "versions": {"torch": "2.13"}, "hardware": {"device": "H100"}}
+    base = {**stage, "started": 1.0, "wall_time_s": 6000.0, "total_tokens": 5e9, "depth": 24, "val_bpb": 0.72}
+    base |= {"num_parameters": 1_400_000, "config": {"dataset": "karpathy/climbmix"}}
+    save_json(tmp_path / "base" / "metrics.json", base)
+    mixture = [{"dataset": name, "rows": 1, "tokens": 2} for name in ("openai/gsm8k:main", "./mine.jsonl")]
+    save_json(tmp_path / "sft" / "metrics.json", {**stage, "started": 2.0, "wall_time_s": 60.0, "mixture": mixture})
+    tasks = {"piqa": {"acc": 0.7, "centered": 0.4, "n": 100}, "copa": {"acc": 0.6, "centered": 0.2, "n": 50}}
+    core = {"value": 0.3, "stderr": 0.01, "label": "CORE (2/22 tasks)", "tasks": "2/22", "per_task": tasks}
+    chat = {"value": 0.1, "stderr": None, "label": "ChatCORE (1/6 tasks)", "tasks": "1/6", "limit": None}
+    gsm = {"GSM8K": {"value": 0.05, "stderr": 0.002, "n": 1319, "baseline": 0.0, "higher_is_better": True}}
+    evaluation = {**stage, "started": 3.0, "wall_time_s": 9.0, "results": {"sft": gsm}, "chatcore": {"sft": chat}}
+    save_json(tmp_path / "eval" / "metrics.json", {**evaluation, "core": {"base": {**core, "limit": None}}})
+    return Run(tmp_path)
+
+
+def test_every_result_of_the_stage_is_in_the_model_index(measured):
+    data = render_model_card(measured, Push("you/b", "base")).data
+    _, results = model_index_to_eval_results(data.to_dict()["model-index"])
+    assert {(r.dataset_name, r.metric_type): r.metric_value for r in results} == {
+        ("val bpb", "bits_per_byte"): 0.72,
+        ("CORE (2/22 tasks)", "centered_accuracy"): 0.3,
+        ("piqa (core)", "accuracy"): 0.7,
+        ("copa (core)", "accuracy"): 0.6,
+    }
+    chat = render_model_card(measured, Push("you/c", "sft")).data
+    assert {r.dataset_name: r.metric_value for r in chat.eval_results} == {"ChatCORE (1/6 tasks)": 0.1, "GSM8K": 0.05}
+
+
+def test_the_text_shows_the_stages_up_to_this_one_and_no_number_that_was_not_measured(measured):
+    text = str(render_model_card(measured, Push("you/c", "sft")))
+    assert "| BASE   | SFT" in text and "1 h 40 min" in text and "5,000,000,000 tokens" in text and "1 x H100" in text
+    assert "Cost" not in text and "| GSM8K" in text and "tool_steps" in text
+    base = str(render_model_card(measured, Push("you/b", "base")))
+    assert "does not follow instructions" in base and "GSM8K" not in base
+    save_json(measured.path / "report.json", {"hourly_rate": 24.0})
+    assert "$40.46 at $24.00 per hour" in str(render_model_card(measured, Push("you/c", "sft")))
+
+
+def test_only_hub_ids_that_are_no_folder_here_become_dataset_metadata(measured, tmp_path, monkeypatch):
+    card = render_model_card(measured, Push("you/c", "sft"))
+    assert card.data.datasets == ["karpathy/climbmix", "openai/gsm8k"]
+    assert "Data: `karpathy/climbmix`, `openai/gsm8k`, `./mine.jsonl`." in str(card)
+    monkeypatch.chdir(tmp_path)
+    change(measured.folder("base") / "metrics.json", config={"dataset": "mine/text"})
+    assert render_model_card(measured, Push("you/b", "base")).data.datasets == ["mine/text"]
+    (tmp_path / "mine" / "text").mkdir(parents=True)
+    assert render_model_card(measured, Push("you/b", "base")).data.datasets is None
+
+
+def test_results_of_other_weights_are_not_published_and_card_and_log_say_so(hub, run, no_check, capsys):
+    weights = model_fingerprint(run / "sft")
+    change(run / "eval" / "metrics.json", models={"sft": "sft"}, weights={"sft": weights})
+    (run / "plots").mkdir()
+    (run / "plots" / "rl.png").write_bytes(b"of a stage that is gone")
+    push(run, Push("you/small"))
+    assert "0.9100" in pushed(hub)["README.md"].decode() and "plots/rl.png" not in pushed(hub)
+    change_weights(run / "sft", 0.5)
+    capsys.readouterr()
+    push(run, Push("you/new"))
+    files = pushed(hub, "you/new")
+    for name in ("README.md", "report.md"):
+        assert "0.9100" not in files[name].decode() and "results are left out for sft" in files[name].decode()
+    assert "model-index" not in yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+    assert "note: the evaluation is older than the models" in capsys.readouterr().out
+
+
+def test_a_collections_text_has_a_row_for_each_model_and_dashes_for_what_is_missing(measured, tmp_path):
+    save_json(tmp_path / "other" / "sft" / "metrics.json", {"finished": True, "started": 1.0, "wall_time_s": 60.0})
+    first, second = collection_table({"you/a": measured, "you/b": Run(tmp_path / "other")}).splitlines()[2:]
+    cells = [cell.strip() for cell in first.split("|")[1:-1]]
+    assert cells[0] == "[you/a](https://huggingface.co/you/a)" and cells[1:4] == ["24", "1,400,000", "5,000,000,000"]
+    assert cells[4:8] == ["0.7200", "0.3000", "0.1000", "1 h 41 min"]
+    assert [cell.strip() for cell in second.split("|")[2:8]] == ["-"] * 6
+
+
+# ---- checkpoints of a running job: nothing may stop training ------------------------------------------------------
+
+
+@pytest.fixture
+def log():
+    return []
+
+
+@pytest.fixture
+def upload(hub, log):
+    return checkpoint_pusher("you/base", log=log.append)
+
+
+def test_checkpoints_become_branches_and_a_failing_hub_does_not_stop_training(hub, run, upload, log):
+    upload(run / "sft", 500).result()
+    files = pushed(hub, "you/base", branch="step-000500")
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(files) and "metrics.json" not in files
+    assert hub.repos["models", "you/base"].private and pushed(hub, "you/base") == {}
+    hub.fail("POST", "/commit/", 503, times=50)
+    upload(run / "sft", 1000).result()
+    hub.faults.clear()
+    assert log[-1].startswith("warning: step 1000 was not pushed") and "run the same command again" in log[-1]
+    upload(run / "sft", 1500).result()
+    assert "model.safetensors" in pushed(hub, "you/base", branch="step-001500")
+    assert list(run.glob(".push-*")) == []
+    name = change_weights(run / "sft", float("inf"))
+    upload(run / "sft", 2000).result()
+    assert "warning: step 2000 was not pushed" in log[-1] and f"infinity in {name}" in log[-1]
+    assert "step-002000" not in hub.repos["models", "you/base"].branches
+
+
+def test_a_checkpoint_is_uploaded_as_it_was_while_training_continues(hub, run, upload, log, monkeypatch):
+    hold, send = threading.Event(), HfApi.upload_folder
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **what: hold.wait(60) and send(self, **what))
+    config, left = run / "sft" / "config.json", run / ".push-interrupted"
+    left.mkdir()
+    written = config.read_bytes()
+    first = upload(run / "sft", 500)
+    assert not left.exists() and not first.done()
+    config.unlink()  # a link
+    config.write_bytes(written + b"\n")
+    second = upload(run / "sft", 1000)
+    assert upload(run / "sft", 1500) is None and "step 1500 was not pushed: 2 earlier ones" in log[-1]
+    hold.set()
+    assert first.result() is second.result() is None and len(log) == 3
+    files = [pushed(hub, "you/base", branch=f"step-{step:06d}")["config.json"] for step in (500, 1000)]
+    assert files == [written, written + b"\n"]
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "error"),
+    [
+        (HfApi, "upload_folder", PermissionError("token refused")),  # as hf_xet.XetAuthenticationError
+        (HfApi, "upload_folder", RuntimeError("token refused")),
+        (shutil, "copy", OSError(28, "token refused")),  # no room on the disk
+    ],
+)
+def test_no_other_failure_stops_training(run, upload, log, monkeypatch, where, name, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(where, name, fail)
+    future = upload(run / "sft", 500)
+    assert (future is None) == (where is shutil) and (future is None or future.result() is None)
+    assert log[-1].startswith("warning: step 500 was not pushed") and "token refused" in log[-1]
+    assert list(run.glob(".push-*")) == []

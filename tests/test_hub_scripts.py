@@ -12,6 +12,7 @@ from hub_standin import Hub
 
 from nanochat_hf.data.tokenizer import TokenizerConfig, train_tokenizer
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "Secret" * 6
 STEPS = ["--num_iterations", "7", "--depth", "2", "--max_seq_len", "64", "--total_batch_size", "512",
@@ -31,17 +32,16 @@ class Workplace:
 
     def __init__(self, hub: Hub, path: Path):
         self.hub, self.path = hub, path
-        places = {name: str(path / name.lower()) for name in ("HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE")}
-        self.env = {**os.environ, **places, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        caches = {name: str(path / name.lower()) for name in ("HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE")}
+        self.env = {**os.environ, **caches, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
         self.env |= {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-    def start(self, *words: str, fails: bool = False) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=self.env, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert fails or done.returncode == 0, done.stderr[-3000:]
-        assert TOKEN not in done.stdout + done.stderr
-        return done
+    def start(self, *words: str, cwd: Path = ROOT, fails: bool = False) -> subprocess.CompletedProcess:
+        options = {"cwd": cwd, "env": self.env, "capture_output": True, "text": True, "timeout": 300}
+        process = subprocess.run([sys.executable, *words], check=False, **options)
+        assert fails or process.returncode == 0, process.stderr[-3000:]
+        assert TOKEN not in process.stdout + process.stderr
+        return process
 
     def stage(self, script: str, recipe: str, run: str, *words: str, fails: bool = False):
         config = f"recipes/cpu-demo/{recipe}.yaml"
@@ -65,7 +65,6 @@ def work(tmp_path_factory):
         yield work
 
 
-@pytest.mark.slow
 def test_checkpoints_become_branches_while_training_that_load_without_this_package(work):
     repo = work.hub.repos["models", "me/x"]
     assert set(repo.branches) == {"main", "step-000003", "step-000006"} and repo.private
@@ -75,15 +74,10 @@ def test_checkpoints_become_branches_while_training_that_load_without_this_packa
     assert first["model.safetensors"] != second["model.safetensors"]
     assert "step 3 is on me/x as branch step-000003" in work.trained.stdout
     for branch in ("step-000003", "step-000006"):
-        done = subprocess.run(
-            [sys.executable, "-c", LOAD, "me/x", branch], cwd=work.path, env=work.env, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert done.stdout.strip() == "True", done.stderr[-2000:]
+        assert work.start("-c", LOAD, "me/x", branch, cwd=work.path).stdout.strip() == "True"
 
 
-@pytest.mark.slow
-def test_pretraining_goes_on_from_a_hub_id(work):
+def test_pretraining_starts_from_a_hub_id(work):
     deeper = [*STEPS, "--depth", "3"]  # the model's own shape wins
     work.stage("base_train", "base", "second", *deeper, "--model", "me/x", "--tokenizer", "me/x")
     before, after = work.metrics("first", "base"), work.metrics("second", "base")
@@ -91,20 +85,18 @@ def test_pretraining_goes_on_from_a_hub_id(work):
     assert after["history"][0]["train_loss"] < before["history"][0]["train_loss"] - 0.1
 
 
-@pytest.mark.slow
 def test_sft_and_evaluation_take_a_hub_id(work):
     rows = ["--mixture", "[{dataset: primer, rows: 100}]", "--validation", "[]", "--num_iterations", "2"]
     work.stage("chat_sft", "sft", "chat", *rows, "--device_batch_size", "4", "--model", "me/x")
     assert work.metrics("chat", "sft")["finished"] and (work.path / "chat/sft/model.safetensors").exists()
-    few = ["--limit", "2", "--bpb_tokens", "512", "--max_new_tokens", "4", "--chat_stages", "[base]"]
+    few = ["--max_per_task", "2", "--bpb_tokens", "512", "--max_new_tokens", "4", "--chat_stages", "[base]"]
     work.stage("run_evals", "eval", "eval", *few, "--model", "me/x")
     results = work.metrics("eval", "eval")["results"]["base"]
     assert 0 < results["val_bpb"]["value"] < 8 and len(results) > 1 and all(r["n"] for r in results.values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "script,recipe,words",
+    ("script", "recipe", "words"),
     [
         ("base_train", "base", ["--tokenizer", "me/x", "--model", "me/wrong"]),
         ("base_train", "base", ["--tokenizer", "me/wrong"]),
@@ -113,7 +105,7 @@ def test_sft_and_evaluation_take_a_hub_id(work):
     ],
 )
 def test_a_wrong_hub_id_is_one_clear_line_and_exit_code_two(work, tmp_path, script, recipe, words):
-    done = work.stage(script, recipe, str(tmp_path), *words, fails=True)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("error: ") and "me/wrong" in last, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr and not list(tmp_path.glob("*/metrics.json"))
+    process = work.stage(script, recipe, str(tmp_path), *words, fails=True)
+    last = process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 2 and last.startswith("error: ") and "me/wrong" in last, process.stderr[-3000:]
+    assert "Traceback" not in process.stderr and not list(tmp_path.glob("*/metrics.json"))

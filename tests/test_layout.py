@@ -15,7 +15,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "tool_loop": {"tools"},
     "distributed": set(),
     "model": set(),
-    "convert": {"model"},
+    "convert": {"data", "model", "tool_loop"},
     "kernels": set(),
     "optim": {"model", "kernels", "distributed"},
     "demo": {"run"},

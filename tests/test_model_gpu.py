@@ -1,10 +1,10 @@
-"""The model on a GPU: attention kernels that honour the windows, every cache, the compiled step.
+"""The model on a GPU: attention kernels that honor the windows, every cache, the compiled step.
 
     python -m pytest -o addopts= tests/test_model_gpu.py
 
 needs torch, transformers and pytest. flash_attention_4 runs where flash-attn-4 is installed; versions 2 and 3 come
 from their packages or, where `kernels` is installed, from the Hub. What is absent is skipped by name. How the model
-calls FlashAttention-4 is tested on any machine, against a function that is as strict about what it takes.
+calls FlashAttention-4 is tested on any machine, against a function that is as strict about its arguments.
 """
 
 from itertools import pairwise
@@ -15,7 +15,7 @@ from tiny import GENERATIONS, KINDS, close, greedy, logits_of, make_ids, make_mo
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import modeling_flash_attention_utils as flash
 
-# A window, a full layer, and the last with the smear's state; heads of 64 channels, which all kernels know.
+# A sliding window, a full layer, and the last with the smear's state; heads of 64 channels, which all kernels support.
 SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
 SHAPE["window_pattern"] = "SL"
 
@@ -68,7 +68,7 @@ def test_flash_attention_4_is_called_as_it_wants_to_be(monkeypatch, kind):
         ("flash_attention_4", KINDS),
     ],
 )
-def test_attention_implementations_honour_the_windows(implementation, kinds):
+def test_attention_implementations_honor_the_windows(implementation, kinds):
     model = make_model(**SHAPE).cuda().bfloat16()
     try:
         model.set_attn_implementation(implementation)

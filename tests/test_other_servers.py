@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from servers import free_port, start
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nanochat_hf.convert.upstream import to_native
+from nanochat_hf.convert.native import to_native
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, NanoChatModel
 from nanochat_hf.serve.engine import Engine
 

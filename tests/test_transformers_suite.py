@@ -1,17 +1,12 @@
 """transformers' own tests of causal language models and of generation, run on our classes of both generations.
 
-They are in the library's repository and not in the installed package (a source distribution has the top-level part,
-the generation mixin is in the repository only), so this needs a checkout of about the installed version:
+They are in the library's repository, not in the installed package, so this needs a checkout of about its version:
 
     TRANSFORMERS_TESTS=/path/to/transformers pytest -o addopts= tests/test_transformers_suite.py -m slow -n 2
 
 (`addopts=` because the library has markers of its own; RUN_SLOW=1 adds what it calls slow, export for one.)
-
-Fresh weights leave half of this model zero, and a test that compares two ways to the same output would see nothing.
-So all weights are random here. What cannot apply is skipped by name, with the reason. The suite itself skips what a
-model does not have: pipelines of images and sound, heads for classification, experts, plans for tensor and expert
-parallelism, parts with configs of their own, weights to convert or to keep in float32, partial and axial RoPE; and
-what a machine does not have: accelerators, flash attention, other libraries.
+Fresh weights leave half of this model zero, so all weights are random here. What cannot apply is skipped by name, with
+the reason; the suite itself skips what a model or a machine does not have.
 """
 
 import importlib.util
@@ -28,27 +23,22 @@ from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, NanoChatModel
 from nanochat_hf.model.modeling_nanochat import NanoChatRotaryEmbedding
 
 FOLDER = os.environ.get("TRANSFORMERS_TESTS")
-needed = ("parameterized",)
 if not FOLDER or not Path(FOLDER, "tests", "causal_lm_tester.py").exists():
     pytest.skip("set TRANSFORMERS_TESTS to a folder with transformers' tests/", allow_module_level=True)
-if any(importlib.util.find_spec(name) is None for name in needed):
-    pytest.skip(f"transformers' tests need {', '.join(needed)}", allow_module_level=True)
+if importlib.util.find_spec("parameterized") is None:
+    pytest.skip("transformers' tests need parameterized", allow_module_level=True)
 sys.path.insert(0, FOLDER)
 
 from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-NEEDS_IDS = "value embeddings are looked up by token id, so embeddings alone are refused"
-NOT_APPLICABLE = {
-    "test_inputs_embeds": NEEDS_IDS,
-    "test_inputs_embeds_matches_input_ids": NEEDS_IDS,
-    "test_generate_from_inputs_embeds_0_greedy": NEEDS_IDS,
-    "test_generate_from_inputs_embeds_1_beam_search": NEEDS_IDS,
-    "test_generate_from_inputs_embeds_with_static_cache": NEEDS_IDS,
-    "test_generate_from_random_inputs_embeds": NEEDS_IDS,
-    "test_generate_continue_from_inputs_embeds": NEEDS_IDS,
-}
+NEEDS_IDS = unittest.skip("value embeddings are looked up by token id, so embeddings alone are refused")
+NOT_APPLICABLE = (
+    "test_inputs_embeds", "test_inputs_embeds_matches_input_ids", "test_generate_from_inputs_embeds_0_greedy",
+    "test_generate_from_inputs_embeds_1_beam_search", "test_generate_from_inputs_embeds_with_static_cache",
+    "test_generate_from_random_inputs_embeds", "test_generate_continue_from_inputs_embeds",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +69,10 @@ class SecondTester(CausalLMModelTester):
 
 class FirstTester(SecondTester):
     def get_config(self):
-        made = super().get_config()
+        config = super().get_config()
         names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
         names += ["intermediate_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"]
-        return NanoChatConfig.first_generation(**{name: getattr(made, name) for name in names})
+        return NanoChatConfig.first_generation(**{name: getattr(config, name) for name in names})
 
 
 class TestFirstGeneration(CausalLMModelTest, unittest.TestCase):
@@ -96,9 +86,9 @@ class TestSecondGeneration(CausalLMModelTest, unittest.TestCase):
         return batch_size, config.hidden_size, 1  # the one embedding that the smear keeps
 
 
-for name, reason in NOT_APPLICABLE.items():
+for name in NOT_APPLICABLE:
     if hasattr(TestSecondGeneration, name):
-        setattr(TestSecondGeneration, name, unittest.skip(reason)(getattr(TestSecondGeneration, name)))
+        setattr(TestSecondGeneration, name, NEEDS_IDS(getattr(TestSecondGeneration, name)))
 del CausalLMModelTest  # or pytest would collect it on its own
 
 

@@ -1,16 +1,14 @@
-"""Put a trained model on the Hub, with a card that says only what was measured, and prove that it came back whole.
+"""Puts a trained model on the Hub, with a card that says only what was measured, and checks the uploaded copy.
 
     python scripts/push_to_hub.py --run-dir runs/d24 --repo you/nanochat-d24 [--stage sft] [--space] [--dry-run]
 
-What goes up: weights, configuration and the model's code, tokenizer with its chat template, the tool
-loop (`custom_generate/`), metrics.json, the report with its plots, and a card whose metadata holds every result of the
-evaluation. The push ends by loading the uploaded commit in a process that does not know this package and comparing
-logits. Uploads are one commit: a push that was cut off leaves no half model, and the next one sends only files that
-are missing. Tokens come from where huggingface_hub looks for them; a file that contains one is not uploaded.
+`push` uploads weights, configuration, model code, tokenizer with chat template, the tool loop (`custom_generate/`),
+metrics.json, the report with its plots, and a card whose metadata holds every result of the evaluation. An upload is
+one commit: an interrupted push leaves no half model, and the next one sends only what is missing. At the end a process
+without this package loads the uploaded commit, and its logits are compared. The token is the one that huggingface_hub
+finds; a file that contains one is not uploaded.
 
-What every upload to the Hub needs: which files, a login, a second try when it breaks off, errors in one line.
-
-Checkpoints of a run that goes on, each on a branch of its own on the Hub: `push_every` of base.yaml.
+`checkpoint_pusher` uploads checkpoints of a running job, each to a branch of its own: `push_every` of base.yaml.
 """
 
 import os
@@ -27,74 +25,76 @@ from json import JSONDecodeError
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
+from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM
 
 from .. import tool_loop
-from ..convert.upstream import renew
-from ..data.tokenizer import load_tokenizer, with_todays_templates
+from ..convert.native import renew
+from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.report import MODEL_STAGES, make_report
 from ..eval.weights import refuse_non_finite, replaced
 from ..run import Run, nearest
-from .model_card import Push, check_metadata, check_repo_id, collected, render_model_card
+from .model_card import Push, render_model_card, report_facts
 
 SPACE = Path(__file__).parents[2] / "spaces" / "chat"
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}\b")
+MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*_nanochat.py",
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+)  # fmt: skip
 
 
-def push(run_path: str | Path, wanted: Push, say: Callable[[str], None] = print) -> str:
-    """Push a finished stage; returns the URL of the commit, or the prepared folder for a dry run.
+def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print) -> str:
+    """Pushes a finished stage. Returns: the URL of the commit, or the prepared folder for a dry run.
 
-    Raises:
-        InputError: stage not finished, bad repo name, no token, no permission, other contents in the repo, a secret in
-            a file, card metadata that the Hub would reject, weights that are not finite or not the stage's, network
-            gone; nothing is half done in any of these cases.
+    Raises InputError, with nothing half done: stage not finished, bad repo name, no token or permission, other
+    contents in the repo, a secret in a file, a rejected card, weights not finite or not the stage's, network gone.
     """
-    run, stage, repo = Run(run_path), wanted.stage, wanted.repo
-    check_repo_id(repo)
+    run, stage, repo = Run(run_path), options.stage, options.repo
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f"{repo!r} is no repo name: {error}") from None
     if "/" not in repo:
         raise InputError(f"write the repo with its owner, as in you/{repo}")
-    if wanted.space and not SPACE.is_dir():
+    if options.space and not SPACE.is_dir():
         raise InputError("the Space's files are not in this installation: push from a checkout of the project")
-    folder = prepare(run, wanted)
-    for note in collected(run)["notes"]:
-        say(f"note: {note}")
+    folder = prepare(run, options)
+    for note in report_facts(run)["notes"]:
+        log(f"note: {note}")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     refuse_secrets(files)
-    say(f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB, for {repo}:")
-    say("\n".join(f"  {path.stat().st_size:>13,}  {path.relative_to(folder).as_posix()}" for path in files))
-    if wanted.dry_run:
-        say(f"dry run: nothing was sent; the files and the card are in {folder}")
+    log(f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB, for {repo}:")
+    log("\n".join(f"  {path.stat().st_size:>13,}  {path.relative_to(folder).as_posix()}" for path in files))
+    if options.dry_run:
+        log(f"dry run: nothing was sent; the files and the card are in {folder}")
         return str(folder)
     api = log_in()
     with friendly_hub_errors(repo):
-        url = api.create_repo(repo, private=wanted.private, exist_ok=True)
-        if wanted.revision:
-            api.create_branch(repo, branch=wanted.revision, exist_ok=True)
-        elif not wanted.force:
+        ModelCard.load(folder / "README.md").validate()
+        url = api.create_repo(repo, private=options.private, exist_ok=True)
+        if options.revision:
+            api.create_branch(repo, branch=options.revision, exist_ok=True)
+        elif not options.force:
             refuse_others(api, repo, folder)
-        commit = with_retries(
-            say,
-            api.upload_folder,
-            repo_id=repo,
-            folder_path=folder,
-            revision=wanted.revision,
-            commit_message=f"Upload {stage} of {run.path.resolve().name}",
-            delete_patterns="*" if wanted.force else None,
-        )
+        delete = "*" if options.force else None
+        where = {"repo_id": repo, "revision": options.revision, "folder_path": folder, "delete_patterns": delete}
+        message = f"Upload {stage} of {run.path.resolve().name}"
+        commit = with_retries(log, api.upload_folder, **where, commit_message=message)
         difference = check_loaded_back(repo, commit.oid, run.folder(stage), api.token)
-        say(f"loaded back in a clean process: largest difference of a logit {difference:.1e}")
-        if wanted.space:
-            say(f"Space: {push_space(api, wanted, say)}")
-    say(f"done: {url} at {commit.oid[:10]}")
+        log(f"loaded back in a clean process: largest difference of a logit {difference:.1e}")
+        if options.space:
+            log(f"Space: {push_space(api, options, log)}")
+    log(f"done: {url} at {commit.oid[:10]}")
     return commit.commit_url
 
 
-def prepare(run: Run, wanted: Push) -> Path:
-    """Put together what is uploaded, in <run>/hub/<stage>; files are hard links where the disk allows it."""
-    stage = wanted.stage
+def prepare(run: Run, options: Push) -> Path:
+    """Collects what is uploaded in <run>/hub/<stage>; files are hard links where the disk allows it."""
+    stage = options.stage
     if stage not in MODEL_STAGES:
         raise InputError(f"stage {stage!r} has no model to push; {nearest(stage, MODEL_STAGES)}")
     if not run.finished(stage):
@@ -108,17 +108,15 @@ def prepare(run: Run, wanted: Push) -> Path:
             f"the weights in {source} are not those that its metrics.json describes: run stage {stage!r} again, or "
             "restore them"
         )
-    make_report(run.path, collected(run)["hourly_rate"])
+    make_report(run.path, report_facts(run)["hourly_rate"])
     shutil.rmtree(folder, ignore_errors=True)
     for root, patterns in ((source, (*MODEL_FILES, "metrics.json")), (run.path, ("report.md", "plots/*.png"))):
-        for path in (found for pattern in patterns for found in root.glob(pattern)):
+        for path in (path for pattern in patterns for path in root.glob(pattern)):
             link(path, folder / path.relative_to(root))
     if stage != "base":
         tool_loop.ship(folder)
-    renew(folder, with_todays_templates, tool_loop.ship)  # a folder made by an older version
-    made = render_model_card(run, wanted)
-    check_metadata(made.data)
-    (folder / "README.md").write_text(f"{made}\n", encoding="utf-8")
+    renew(folder)  # an older version may have written it
+    (folder / "README.md").write_text(f"{render_model_card(run, options)}\n", encoding="utf-8")
     return folder
 
 
@@ -131,7 +129,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def refuse_secrets(files: list[Path]) -> None:
-    """Raise InputError if a file holds the token of this login, or anything that looks like a Hub token."""
+    """Raises InputError if a file holds the token of this login, or anything that looks like a Hub token."""
     token = get_token()
     for path in files:
         if path.suffix == ".safetensors":
@@ -142,9 +140,9 @@ def refuse_secrets(files: list[Path]) -> None:
 
 
 def refuse_others(api: HfApi, repo: str, folder: Path) -> None:
-    """Raise InputError if the repo holds a file that is not ours or differs from ours."""
-    found = api.verify_repo_checksums(repo, local_dir=folder)
-    others = {*found.missing_paths, *(mismatch["path"] for mismatch in found.mismatches)} - {".gitattributes"}
+    """Raises InputError if the repo holds a file that is not ours or differs from ours."""
+    check = api.verify_repo_checksums(repo, local_dir=folder)
+    others = {*check.missing_paths, *(mismatch["path"] for mismatch in check.mismatches)} - {".gitattributes"}
     if others:
         advice = "push to a branch with --revision NAME, or replace all of it with --force"
         raise InputError(f"{repo} holds another {min(others)} already: {advice}")
@@ -166,50 +164,45 @@ PROBE = "The sky is blue because 12 * 34 is 408, and that is all there is to say
 
 
 def check_loaded_back(repo: str, revision: str, local: Path, token: str) -> float:
-    """Load `repo` at `revision` in a clean process with an empty cache; returns the largest difference of a logit.
+    """Loads `repo` at `revision` in a clean process with an empty cache. Returns: the largest difference of a logit.
 
     Raises InputError if it does not load, or if ids or logits differ from the local folder's (by more than 1e-3).
     """
-    with tempfile.TemporaryDirectory() as place:
-        env = os.environ | {"HF_TOKEN": token, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "0"}
-        env |= {"HF_HUB_CACHE": f"{place}/hub", "HF_MODULES_CACHE": f"{place}/modules", "PYTHONPATH": ""}
-        words = [sys.executable, "-c", LOAD, repo, revision, PROBE, f"{place}/out.pt"]
-        done = subprocess.run(words, cwd=place, env=env, check=False, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    with tempfile.TemporaryDirectory() as work:
+        env = os.environ | {"HF_TOKEN": token, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "0", "PYTHONPATH": ""}
+        env |= {"HF_HUB_CACHE": f"{work}/hub", "HF_MODULES_CACHE": f"{work}/modules"}
+        command = [sys.executable, "-c", LOAD, repo, revision, PROBE, f"{work}/out.pt"]
+        process = subprocess.run(command, cwd=work, env=env, check=False, capture_output=True, text=True)
+        if process.returncode:
+            last = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise InputError(f"{repo} is uploaded but does not load in a clean process: {last}")
-        found = torch.load(f"{place}/out.pt")
+        loaded = torch.load(f"{work}/out.pt")
     ids = load_tokenizer(local)(PROBE, return_tensors="pt").input_ids
     model = AutoModelForCausalLM.from_pretrained(local, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(ids).logits
-    if not torch.equal(ids, found["ids"]):
+    if not torch.equal(ids, loaded["ids"]):
         raise InputError(f"{repo} is uploaded but its tokenizer gives other ids than {local}")
-    difference = (expected - found["logits"]).abs().max().item()
+    difference = (expected - loaded["logits"]).abs().max().item()
     if difference > 1e-3:
         raise InputError(f"{repo} is uploaded but its logits differ from those of {local} by {difference:.2g}")
     return difference
 
 
-def push_space(api: HfApi, wanted: Push, say: Callable[[str], None]) -> str:
-    """Create the Gradio Space `<repo>-chat` that talks to the model; returns its URL."""
-    name = f"{wanted.repo}-chat"
-    api.create_repo(name, repo_type="space", space_sdk="gradio", private=wanted.private, exist_ok=True)
-    api.add_space_variable(name, "MODEL_ID", wanted.repo)
+def push_space(api: HfApi, options: Push, log: Callable[[str], None]) -> str:
+    """Creates the Gradio Space `<repo>-chat` that talks to the model. Returns: its URL."""
+    name = f"{options.repo}-chat"
+    api.create_repo(name, repo_type="space", space_sdk="gradio", private=options.private, exist_ok=True)
+    api.add_space_variable(name, "MODEL_ID", options.repo)
     files = [
-        CommitOperationAdd(file, (SPACE / file).read_bytes().replace(b"you/nanochat-d24", wanted.repo.encode()))
+        CommitOperationAdd(file, (SPACE / file).read_bytes().replace(b"you/nanochat-d24", options.repo.encode()))
         for file in ("app.py", "README.md", "requirements.txt")
     ]
-    what = {"repo_id": name, "repo_type": "space", "operations": files, "commit_message": f"Chat with {wanted.repo}"}
-    with_retries(say, api.create_commit, **what)
-    if wanted.private:
-        say(f"the model is private: give the Space a read token as the secret HF_TOKEN, in the settings of {name}")
+    message = f"Chat with {options.repo}"
+    with_retries(log, api.create_commit, repo_id=name, repo_type="space", operations=files, commit_message=message)
+    if options.private:
+        log(f"the model is private: give the Space a read token as the secret HF_TOKEN, in the settings of {name}")
     return f"{api.endpoint}/spaces/{name}"
-
-
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-MODEL_FILES += ("*_nanochat.py",)
-MODEL_FILES += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
 def log_in() -> HfApi:
@@ -220,7 +213,7 @@ def log_in() -> HfApi:
 
 @contextmanager
 def friendly_hub_errors(repo: str):
-    """Turn the client's errors into one line that says what to do."""
+    """Turns the client's errors into one line that says what to do."""
     try:
         yield
     except HfHubHTTPError as error:
@@ -236,48 +229,47 @@ def friendly_hub_errors(repo: str):
     except (HTTPError, OSError, JSONDecodeError) as error:  # httpx, hf_xet (which sends the weights), a proxy's page
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the push broke off ({reason}): run the same command again, what is up stays up") from None
-    except ValueError as error:  # before it sends a file, huggingface_hub lets the Hub check the card
-        if not isinstance(error.__cause__, BadRequestError):
+    except ValueError as error:  # of the card's validation
+        if not isinstance(error.__context__, BadRequestError):
             raise
-        reason = f"{error} {error.__cause__.server_message}"
-        raise InputError(f"the Hub rejects the card: {' '.join(reason.split())[:300]}") from None
+        raise InputError(f"the Hub rejects the card: {' '.join(str(error).split())[:300]}") from None
 
 
-def with_retries(say: Callable[[str], None], send: Callable, **what):
-    """send(**what); after a broken connection or a server's error wait and do it again, which resumes an upload.
+def with_retries(log: Callable[[str], None], send: Callable, **arguments):
+    """Calls send(**arguments); repeats it after a broken connection or a server error, which resumes an upload.
 
-    huggingface_hub does so by itself for every request but the last one, the commit.
+    huggingface_hub retries every request but the last one, the commit.
     """
     for pause in (1, 2, 4, None):
         try:
-            return send(**what)
+            return send(**arguments)
         except (HTTPError, OSError) as error:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
             if pause is None or (status < 500 and status != 429):
                 raise
-            say(f"interrupted ({type(error).__name__}); trying again, what is up stays up")
+            log(f"interrupted ({type(error).__name__}); trying again, what is up stays up")
             time.sleep(pause)
 
 
-COPIES = ".push-"  # how the folders that a checkpoint is uploaded from begin
-MAX_UPLOADS = 2  # checkpoints that are uploaded or wait for it; each takes a model's size on the disk
+COPIES = ".push-"  # prefix of the folders that checkpoints are uploaded from
+MAX_UPLOADS = 2  # checkpoints that are uploaded or queued; each takes a model's size on the disk
 
 
-def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable[[Path, int], Future | None]:
-    """What `pretrain(..., push=)` takes: uploads a model folder to branch `step-NNNNNN`, as Pythia and SmolLM do.
+def checkpoint_pusher(repo: str, log: Callable[[str], None] = print) -> Callable[[Path, int], Future | None]:
+    """Returns what `pretrain(..., push=)` takes: it uploads a folder to branch `step-NNNNNN`, as Pythia and SmolLM do.
 
-    Training goes on meanwhile: a thread uploads a copy, which lies beside the folder, and the interpreter waits for it
-    at its end. The repo is made private. A Hub that fails must not end a training run: what goes wrong is said, and
-    the next checkpoint is tried again. Raises InputError at once if there is no token or the repo cannot be made.
-
-    Returns:
-        (folder, step) -> the upload as a Future, or None if this one is left out: too many are under way, or there is
-            no room for its copy.
+    A thread uploads a copy while training continues; the interpreter waits for it at its end. The repo is private. A
+    failing Hub must not end a training run: errors are logged, and the next checkpoint is tried. The upload is
+    returned as a Future, or None if it is left out: too many are under way, or there is no room for its copy.
+    Raises InputError at once if there is no token or the repo cannot be created.
     """
     api = log_in()
     with friendly_hub_errors(repo):
         api.create_repo(repo, private=True, exist_ok=True)
     thread, uploads = ThreadPoolExecutor(1), []
+
+    def warn(step: int, reason: object) -> None:
+        log(f"warning: step {step} was not pushed: {reason}")
 
     def upload(copy: str, step: int) -> None:
         branch = f"step-{step:06d}"
@@ -286,20 +278,19 @@ def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable
             refuse_non_finite(copy)
             with friendly_hub_errors(repo):
                 api.create_branch(repo, branch=branch, exist_ok=True)
-                with_retries(say, api.upload_folder, **where, commit_message=f"Step {step}")
-            say(f"step {step} is on {repo} as branch {branch}")
-        except Exception as error:  # of any kind: nobody else would hear of it in this thread
-            say(f"warning: step {step} was not pushed: {error}")
+                with_retries(log, api.upload_folder, **where, commit_message=f"Step {step}")
+            log(f"step {step} is on {repo} as branch {branch}")
+        except Exception as error:  # of any kind: a thread's error would be lost
+            warn(step, error)
         finally:
             shutil.rmtree(copy)
 
-    def begin(folder: Path, step: int) -> Future | None:
+    def enqueue(folder: Path, step: int) -> Future | None:
         uploads[:] = [future for future in uploads if not future.done()]
         if len(uploads) == MAX_UPLOADS:
-            say(f"warning: step {step} was not pushed: {MAX_UPLOADS} earlier ones are still under way")
-            return None
+            return warn(step, f"{MAX_UPLOADS} earlier ones are still under way")
         if not uploads:
-            for left in folder.parent.glob(f"{COPIES}*"):  # by a run that was killed
+            for left in folder.parent.glob(f"{COPIES}*"):  # by an interrupted run
                 shutil.rmtree(left)
         copy = tempfile.mkdtemp(prefix=COPIES, dir=folder.parent)
         try:
@@ -308,9 +299,8 @@ def checkpoint_pusher(repo: str, say: Callable[[str], None] = print) -> Callable
                     shutil.copy(file, copy)
         except OSError as error:
             shutil.rmtree(copy)
-            say(f"warning: step {step} was not pushed: {error}; its copy needs room for a model beside {folder}")
-            return None
+            return warn(step, f"{error}; its copy needs room for a model beside {folder}")
         uploads.append(thread.submit(upload, copy, step))
         return uploads[-1]
 
-    return begin
+    return enqueue

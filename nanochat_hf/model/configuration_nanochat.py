@@ -1,12 +1,13 @@
 """Configuration of the nanochat family: both generations of karpathy/nanochat in one class.
 
-What: `NanoChatHFConfig` holds the shape of the network and one switch for every feature of the second generation
-(2026). With all switches off (`NanoChatHFConfig.first_generation()`) it describes the model of October 2025, the
-architecture that transformers ships as `nanochat`.
-Why a model type of our own: transformers owns `nanochat`, which knows the first generation only. Why class names of
-our own: transformers and TRL look classes up by name, and would build that first generation (`NanoChatForCausalLM`).
-How: `NanoChatHFConfig(num_hidden_layers=12, hidden_size=768)`; it is uploaded to the Hub with every checkpoint, so
-this file imports nothing of the project.
+`NanoChatHFConfig` holds the shape of the network and one switch per feature of the second generation (2026). With all
+switches off (`NanoChatHFConfig.first_generation()`) it describes the model of October 2025, transformers' `nanochat`.
+Model type and class names are our own: transformers and TRL look classes up by name, and `NanoChatForCausalLM` would
+give them that first generation.
+
+    NanoChatHFConfig(num_hidden_layers=12, hidden_size=768)
+
+Uploaded with every checkpoint: imports nothing of the project.
 """
 
 import math
@@ -19,7 +20,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-SMEAR_GATE_CHANNELS = 24  # the gate of the smear reads this many leading channels of the normed embedding
+SMEAR_GATE_CHANNELS = 24  # the smear's gate reads this many leading channels of the normed embedding
 VALUE_GATE_CHANNELS = 12  # the gate of a value embedding reads this many leading channels of the layer's input
 ROPE_RANGE = 10  # positions up to this multiple of `max_position_embeddings`, as upstream's rotary tables
 UPSTREAM_FIELDS = {  # karpathy/nanochat's `GPTConfig`: ours
@@ -44,8 +45,8 @@ PIPELINE = {"impl": "generation_nanochat.NanoChatHFTextGenerationPipeline", "pt"
 OLD_NAMES = {"NanoChatModel": "NanoChatHFModel", "NanoChatForCausalLM": "NanoChatHFForCausalLM"}  # until 2026-11
 
 
-def renewed(config_dict: dict) -> dict:
-    """Returns a config.json under the class names of today; itself if it has them."""
+def update_class_names(config_dict: dict) -> dict:
+    """Returns a config.json with today's class names; the same object if it has them already."""
     architectures, auto_map = config_dict.get("architectures") or [], config_dict.get("auto_map") or {}
     names = {str(name).rpartition(".")[2] for name in (*architectures, *auto_map.values())}
     if names.isdisjoint(OLD_NAMES):
@@ -56,39 +57,30 @@ def renewed(config_dict: dict) -> dict:
 
 @strict
 class NanoChatHFConfig(PreTrainedConfig):
-    """Shape and features of a nanochat model; upstream's names (karpathy/nanochat `GPTConfig`) in brackets.
+    """Shape and features of a nanochat model; upstream's field names (`GPTConfig`) in brackets.
 
     Args:
         vocab_size: rows of the embedding and of the head, padded to a multiple of 64 for speed.
-        num_tokens: size of the tokenizer [vocab_size]; logits are cropped to it. None: no padding rows. Where the two
-            differ, transformers' `compute_transition_scores`, and before 5.23 beam search, want `vocab_size` logits
-            and fail.
-        hidden_size: width of the residual stream [n_embd].
-        intermediate_size: width of the MLP; None means 4 x hidden_size, the only value upstream knows.
+        num_tokens: size of the tokenizer [vocab_size]; logits are cropped to it. None: no padding rows. If the two
+            differ, transformers' `compute_transition_scores` (before 5.23 also beam search) fails.
+        hidden_size: width of the residual stream [n_embd]; intermediate_size (None: 4 x this) is that of the MLP.
         num_hidden_layers: number of blocks [n_layer].
-        num_attention_heads: number of query heads [n_head].
-        num_key_value_heads: number of key/value heads [n_kv_head]; None means num_attention_heads.
-        head_dim: channels of a head; None means hidden_size / num_attention_heads.
-        max_position_embeddings: training sequence length in tokens [sequence_len]; the windows derive from it.
-            Positions up to 10 x this length are accepted, as upstream.
-        rms_norm_eps: epsilon of every RMSNorm. Upstream passes none to torch, which then takes that of float32.
-        rope_parameters: as everywhere in transformers; theta is 100,000 (first generation: 10,000).
+        num_attention_heads: number of query heads [n_head], each of head_dim channels (None: hidden_size / heads).
+        num_key_value_heads: number of key/value heads [n_kv_head]; None: num_attention_heads.
+        max_position_embeddings: training sequence length in tokens [sequence_len]; 10 x as many are accepted.
+        rms_norm_eps: epsilon of every RMSNorm; default: that of float32, as upstream.
+        rope_parameters: as in transformers; theta is 100,000 (first generation: 10,000).
         final_logit_softcapping: logits are c * tanh(logits / c); None turns it off.
         qk_scale: factor on q and on k after their norm (1.2; first generation: 1).
-        window_pattern: letters tiled over the layers: L sees everything, S sees `sliding_window` keys; the last layer
-            is always L. (Upstream's L sees `sequence_len` tokens back: the same for up to sequence_len + 1 tokens.)
-        sliding_window: keys that an S layer sees, its own token included: ceil(max_position_embeddings / 4 / 128) *
-            128 + 1 by default (the left neighbours that upstream names, and the token itself).
-        layer_types: derived from the above: `sliding_attention`, `full_attention`, and `hybrid` for the last layer
-            when the smear is on (in transformers' caches `hybrid` keeps keys, values and the one embedding that the
-            smear needs of the previous token). Cannot be chosen freely.
-        value_embeds: alternating layers (the last included) add a gated embedding of the token to their values.
-        smear: each token's embedding takes a gated share of its predecessor's.
-        residual_lambdas: block i reads r_i * x + z_i * x0, x0 the embedding.
-        backout: the stream after the middle block is subtracted, scaled, before the final norm.
+        window_pattern: letters tiled over the layers: S is sliding-window attention, L full attention; the last layer
+            is always L. (Upstream's L sees `sequence_len` tokens back: the same up to sequence_len + 1 tokens.)
+        sliding_window: keys that an S layer sees, its own token included; default:
+            ceil(max_position_embeddings / 4 / 128) * 128 + 1.
+        layer_types: derived, cannot be chosen: `sliding_attention`, `full_attention`, and `hybrid` for the last layer
+            if the smear is on (transformers' caches then keep keys, values and the previous token's embedding).
+        value_embeds, smear, residual_lambdas, backout: the switches, see the head of modeling_nanochat.py.
 
-    Raises:
-        ValueError: a field is wrong; the message names it and says what to write.
+    Raises ValueError for a wrong field; the message says what to write.
 
     Sources: https://github.com/karpathy/nanochat (nanochat/gpt.py, 2025-10 and 2026-07).
     """
@@ -129,14 +121,17 @@ class NanoChatHFConfig(PreTrainedConfig):
             raise ValueError(f"these are upstream's names: {', '.join(foreign)}")
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.check_shape()
+        if error := self.shape_error():
+            raise ValueError(error)
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: RoPE rotates pairs of channels, choose an even number")
-        derived = self.layer_types_of_pattern()
+        pattern, last = self.window_pattern, self.num_hidden_layers - 1
+        derived = ["sliding_attention" if pattern[i % len(pattern)] == "S" else "full_attention" for i in range(last)]
+        derived.append("hybrid" if self.smear else "full_attention")
         if self.layer_types is not None and list(self.layer_types) != derived:
             raise ValueError(
-                f"layer_types {list(self.layer_types)} do not follow from window_pattern {self.window_pattern!r} and "
+                f"layer_types {list(self.layer_types)} do not follow from window_pattern {pattern!r} and "
                 f"smear={self.smear} over {self.num_hidden_layers} layers: leave layer_types out, they are derived"
             )
         self.layer_types = derived
@@ -147,65 +142,54 @@ class NanoChatHFConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
-    def check_shape(self) -> None:
-        """Raises ValueError with one clear line for a field that cannot be meant."""
+    def shape_error(self) -> str | None:
+        """Returns one clear line on the first field that is out of range, or None."""
         for name in SIZES:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not divisible by "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+                return f"{name} is {getattr(self, name)}: it must be at least 1"
+        width, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim is None and width % heads:
+            return f"hidden_size {width} is not divisible by num_attention_heads {heads}"
+        if heads % kv_heads:
+            return f"num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}"
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise ValueError(
-                f"window_pattern {self.window_pattern!r}: write a word of the letters S (window) and L (all)"
+            return (
+                f"window_pattern {self.window_pattern!r}: write a word of the letters S (sliding window) and L (full)"
             )
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window is {self.sliding_window}: a layer must see at least its own token")
+            return f"sliding_window is {self.sliding_window}: a layer must see at least its own token"
         if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
-            raise ValueError(f"num_tokens {self.num_tokens} must lie between 1 and vocab_size {self.vocab_size}")
-        if self.smear and self.hidden_size < SMEAR_GATE_CHANNELS:
-            raise ValueError(
-                f"the smear needs hidden_size >= {SMEAR_GATE_CHANNELS}: set smear=False or widen the model"
-            )
-        if self.value_embeds and self.hidden_size < VALUE_GATE_CHANNELS:
-            raise ValueError(f"value embeddings need hidden_size >= {VALUE_GATE_CHANNELS}: set value_embeds=False")
-
-    def layer_types_of_pattern(self) -> list[str]:
-        """-> one layer type per block, in the vocabulary of transformers' caches."""
-        pattern, last = self.window_pattern, self.num_hidden_layers - 1
-        types = ["sliding_attention" if pattern[i % len(pattern)] == "S" else "full_attention" for i in range(last)]
-        return [*types, "hybrid" if self.smear else "full_attention"]
+            return f"num_tokens {self.num_tokens} must lie between 1 and vocab_size {self.vocab_size}"
+        if self.smear and width < SMEAR_GATE_CHANNELS:
+            return f"the smear needs hidden_size >= {SMEAR_GATE_CHANNELS}: set smear=False or widen the model"
+        if self.value_embeds and width < VALUE_GATE_CHANNELS:
+            return f"value embeddings need hidden_size >= {VALUE_GATE_CHANNELS}: set value_embeds=False"
+        return None
 
     @property
     def value_embed_layers(self) -> list[int]:
         """Indices of the layers that have a value embedding: every other one, counted back from the last."""
-        last = self.num_hidden_layers - 1
-        return [i for i in range(self.num_hidden_layers) if i % 2 == last % 2] if self.value_embeds else []
+        first = (self.num_hidden_layers - 1) % 2
+        return list(range(first, self.num_hidden_layers, 2)) if self.value_embeds else []
 
     @property
     def generation(self) -> int:
-        """1 if no feature of the second generation adds a parameter, else 2 (decides how weights are initialised)."""
+        """2 if a feature of the second generation adds parameters, else 1; decides how weights are initialized."""
         return 2 if any(getattr(self, name) for name in SWITCHES) else 1
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """Reads config.json. Defaults would make another model of what a file lacks: ValueError names that."""
-        needed = (*SIZES, *SWITCHES, "qk_scale", "window_pattern", "rope_parameters")
-        if missing := [name for name in needed if name not in config_dict and name not in kwargs]:
-            raise ValueError(f"the config lacks {', '.join(missing)}: write what the model was made with")
-        if (today := renewed(config_dict)) is not config_dict:
+        """Reads config.json. Raises ValueError if it lacks a field whose default would silently change the model."""
+        required = (*SIZES, *SWITCHES, "qk_scale", "window_pattern", "rope_parameters")
+        if missing := [name for name in required if name not in config_dict and name not in kwargs]:
+            raise ValueError(f"the config lacks {', '.join(missing)}: write the values of the trained model")
+        if (updated := update_class_names(config_dict)) is not config_dict:
             folder = kwargs.get("name_or_path", "FOLDER")
             logger.warning_once(
                 f"{folder} has class names that other tools silently take for transformers' own nanochat; renew it: "
                 f"python scripts/convert_checkpoint.py --source {folder} --output {folder}"
             )
-            config_dict = today
+            config_dict = updated
         if not __name__.startswith("transformers_modules."):  # transformers loads it with trust_remote_code only
             config_dict = {name: value for name, value in config_dict.items() if name != "custom_pipelines"}
         return super().from_dict(config_dict, **kwargs)
@@ -215,7 +199,7 @@ class NanoChatHFConfig(PreTrainedConfig):
 
     @classmethod
     def first_generation(cls, **fields) -> "NanoChatHFConfig":
-        """-> the model of October 2025; `fields` override."""
+        """Returns the config of the model of October 2025; `fields` override."""
         off = dict.fromkeys(SWITCHES, False)
         rope = {"rope_type": "default", "rope_theta": 10_000.0}
         return cls(**{**off, "qk_scale": 1.0, "window_pattern": "L", "rope_parameters": rope, **fields})

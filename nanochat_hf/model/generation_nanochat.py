@@ -1,11 +1,10 @@
-"""What a model folder brings for generation besides the network: its text pipeline, and a tool loop that copies keep.
+"""What a model folder brings for generation besides the network: its text pipeline, and the tool loop in every copy.
 
 - `NanoChatHFTextGenerationPipeline` is what `pipeline("text-generation", model=FOLDER, trust_remote_code=True)` builds
-  (`custom_pipelines` in config.json); where the package is imported, it is the pipeline of all models. transformers
-  leaves special tokens in every text that it does not parse, if the tokenizer has a response template: the end mark of
-  a prefilled reply, the padding of a batch.
-- `KeepsToolLoop` makes `save_pretrained` and `push_to_hub` of a chat model copy `custom_generate/`, which transformers
-  leaves behind; so merged, quantized and re-sharded copies answer their own calls.
+  (`custom_pipelines` in config.json); where the package is imported, it is the pipeline of all models. transformers'
+  own leaves special tokens in texts that it does not parse: the end mark of a prefilled reply, a batch's padding.
+- `ToolLoopMixin` makes `save_pretrained` and `push_to_hub` copy `custom_generate/`, which transformers leaves behind;
+  so merged, quantized and re-sharded copies of a chat model answer their own calls.
 
 Uploaded with every checkpoint: imports only torch and transformers.
 """
@@ -20,13 +19,13 @@ from transformers.pipelines.text_generation import ReturnType
 from transformers.utils import cached_file, logging
 
 logger = logging.get_logger(__name__)
-TOOL_LOOP = ("generate.py", "tools.py")  # the files of custom_generate/, the first one is where transformers begins
+TOOL_LOOP = ("generate.py", "tools.py")  # the files of custom_generate/; transformers imports the first
 
 
 class NanoChatHFTextGenerationPipeline(TextGenerationPipeline):
-    """transformers' pipeline; every text it returns ends at the first end mark, and prefilled replies are parsed.
+    """transformers' pipeline, but every text ends at the first end mark, and prefilled replies are parsed.
 
-    Only for tokenizers with our response template: importing the package makes this the pipeline of all models.
+    Changes only the texts of tokenizers with our response template: importing the package installs it for all models.
     """
 
     def postprocess(self, model_outputs, return_type=ReturnType.FULL_TEXT, continue_final_message=None, **kwargs):
@@ -49,15 +48,13 @@ class NanoChatHFTextGenerationPipeline(TextGenerationPipeline):
         return records
 
     def until_end(self, text: str) -> str:
-        for mark in (self.tokenizer.eos_token, self.tokenizer.bos_token):
-            text = text.partition(mark)[0]
-        return text
+        return text.partition(self.tokenizer.eos_token)[0].partition(self.tokenizer.bos_token)[0]
 
 
 def find_tool_loop(model) -> Path | None:
     """Returns the folder custom_generate/ of what `model` was loaded from, or None.
 
-    Raises OSError if that cannot be looked up: a folder that is gone, a Hub id that is not cached, without network.
+    Raises OSError if that cannot be looked up: the folder is gone, or a Hub id is not cached and there is no network.
     """
     code = getattr(getattr(vars(model).get("generate"), "func", None), "__code__", None)
     if code is not None and Path(code.co_filename).parent.name == "custom_generate":
@@ -68,15 +65,15 @@ def find_tool_loop(model) -> Path | None:
     if os.path.isdir(name):
         folder = Path(name) / subfolder / "custom_generate"
         return folder if (folder / TOOL_LOOP[0]).exists() else None
-    where, files = {"revision": getattr(model.config, "_commit_hash", None), "cache_dir": cache}, []
+    where, paths = {"revision": getattr(model.config, "_commit_hash", None), "cache_dir": cache}, []
     for file in (os.path.join(subfolder, "custom_generate", file) for file in TOOL_LOOP):
-        files.append(cached_file(name, file, **where, _raise_exceptions_for_missing_entries=False))
-        if files[-1] is None and try_to_load_from_cache(name, file, **where) is not _CACHED_NO_EXIST:
-            raise OSError(f"{file} is not in the cache, and the Hub cannot be asked")  # whether it exists
-    return Path(files[0]).parent if all(files) else None
+        paths.append(cached_file(name, file, **where, _raise_exceptions_for_missing_entries=False))
+        if paths[-1] is None and try_to_load_from_cache(name, file, **where) is not _CACHED_NO_EXIST:
+            raise OSError(f"{file} is not in the cache, and the Hub cannot be reached")
+    return Path(paths[0]).parent if all(paths) else None
 
 
-class KeepsToolLoop:
+class ToolLoopMixin:
     """For a model class, before PreTrainedModel: copies the tool loop to wherever the model is saved or pushed."""
 
     @classmethod
@@ -115,4 +112,4 @@ class KeepsToolLoop:
             )
 
 
-__all__ = ["KeepsToolLoop", "NanoChatHFTextGenerationPipeline"]
+__all__ = ["NanoChatHFTextGenerationPipeline", "ToolLoopMixin"]

@@ -1,30 +1,27 @@
 """The nanochat language model for transformers: both generations of karpathy/nanochat in one class.
 
-A decoder like Llama, read `NanoChatHFModel.forward` first. What differs from Llama, and where it comes from:
-- RMSNorm has no weights, and one more stands right after the embedding (nanochat; modded-nanogpt).
-- RoPE turns by -theta in half-split layout, and q and k are normed after it: "QK norm" (arXiv:2010.04245).
+A decoder like Llama; read `NanoChatHFModel.forward` first. What differs from Llama, and its source:
+- RMSNorm has no weights, and one more follows the embedding (nanochat; modded-nanogpt).
+- RoPE rotates by -theta in half-split layout, and q and k are normed after it: "QK norm" (arXiv:2010.04245).
 - relu(x)^2 in a two-matrix MLP of 4x (Primer, arXiv:2109.08668); no biases; the head is not tied to the embedding.
 - Logits are softcapped in float32: 15 tanh(logits / 15) (Gemma 2, arXiv:2408.00118).
-The second generation adds (each a switch of the config; all off is the first generation, numerically transformers' own
-`nanochat`, with the same parameter names):
+The second generation adds (each a switch of the config; with all off the logits equal those of transformers' own
+`nanochat`, under the same parameter names):
 - `qk_scale`: q and k times 1.2 after their norm, folded into the softmax scale here.
-- `window_pattern`: most layers see a window of keys, every fourth and the last see all (Mistral, arXiv:2310.06825).
+- `window_pattern`: sliding-window attention in most layers, full attention in every fourth and the last (Mistral,
+  arXiv:2310.06825).
 - `residual_lambdas`: block i reads r_i x + z_i x0, x0 the embedding (modded-nanogpt).
 - `value_embeds`: every other layer adds a gated embedding of the token to its values (value residual,
   arXiv:2410.17897; modded-nanogpt).
 - `smear`: the embedding of a token takes a gated share of its predecessor's, except at the start of a sequence. The
-  one embedding that this needs across calls lives in transformers' own cache, as the convolution state of the last
-  layer (type `hybrid`); so beam search, static caches and rollback work.
-- `backout`: the stream after the middle block is subtracted before the final norm.
-Which generation a checkpoint is: `config.generation`, told by the last four switches (in upstream's files: by the
-parameters that they add). Upstream's name of a field stands in brackets in `NanoChatHFConfig`, of a parameter in
-`convert.NAMES`.
+  previous embedding is kept across calls in transformers' own cache, as the convolution state of the last layer (type
+  `hybrid`); so beam search, static caches and rollback work.
+- `backout`: the residual stream after the middle block is subtracted before the final norm.
 
 Precision: no autocast is needed. Matrices keep their stored dtype (float32 masters while training) and are cast to
-the dtype of their input; the dtype of the embeddings decides in which dtype the network runs.
+the dtype of their input; the network runs in the dtype of the embeddings.
 Attention: any `attn_implementation` of transformers (eager, sdpa, flex_attention, flash_attention_2/3/4), or a
-function registered with `AttentionInterface`, which gets `sliding_window=` and no mask. A dict of prepared masks
-(`NanoChatHFModel.create_masks_for_generate`) may be passed as `attention_mask`, so that a loop builds them once.
+function registered with `AttentionInterface`, which gets `sliding_window=` and no mask.
 
 This file and those that it imports are uploaded with every checkpoint: they need only torch and transformers.
 """
@@ -41,25 +38,25 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanochat import ROPE_RANGE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, NanoChatHFConfig
-from .generation_nanochat import KeepsToolLoop
+from .generation_nanochat import ToolLoopMixin
 
 ZEROS = partial(init.zeros_)
 
 
 def with_init(module: nn.Module, init_fn: partial) -> nn.Module:
-    module.init_fn = init_fn  # fills a fresh weight, see `_init_weights`
+    module.init_fn = init_fn  # initializes a fresh weight, see `_init_weights`
     return module
 
 
 def linear(in_features: int, out_features: int, init_fn: partial = ZEROS) -> nn.Linear:
-    """A matrix without bias. A plain nn.Linear: bitsandbytes and others skip subclasses without a word."""
+    """A matrix without bias. A plain nn.Linear: bitsandbytes and others silently skip subclasses."""
     return with_init(nn.Linear(in_features, out_features, bias=False), init_fn)
 
 
@@ -71,20 +68,20 @@ def project(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class Gate(nn.Module):
-    """A small matrix in the dtype of its input. No nn.Linear, so that quantizers and "all-linear" leave it alone."""
+    """A small matrix, cast to the dtype of its input. Not an nn.Linear: quantizers and "all-linear" must skip it."""
 
     init_fn = staticmethod(partial(init.uniform_, a=0.0, b=0.02))  # a gate starts slightly above one half
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.rand(out_features, in_features))  # draws as nn.Linear: a seed keeps its model
+        self.weight = nn.Parameter(torch.rand(out_features, in_features))  # one draw, as nn.Linear: pinned seeds
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
 
 def matrix_init(config: NanoChatHFConfig, out_features: int, gain: float = 1.0) -> partial:
-    """-> the initialiser of a matrix that reads the stream: uniform in generation 2, normal in generation 1."""
+    """Returns the initializer of a matrix that reads the residual stream: uniform (generation 2) or normal (1)."""
     std = config.hidden_size**-0.5
     if config.generation == 1:
         return partial(init.normal_, std=std * min(1.0, (out_features / config.hidden_size) ** 0.5))
@@ -96,40 +93,29 @@ def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B, H, T, D), cos and sin (B or 1, 1, T, D/2) -> x with the pairs (i, i + D/2) turned by -angle."""
+    """x (B, H, T, D), cos and sin (B or 1, 1, T, D/2) -> x with the pairs (i, i + D/2) rotated by -angle."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
 
-class NanoChatRotaryEmbedding(nn.Module):
-    """Angles of RoPE. The attribute names are those that transformers needs to rebuild the buffers on loading."""
+def flash_attention_4_lengths(position_ids: torch.Tensor) -> dict:
+    """Lengths of packed sequences: transformers finds them itself, but as a tensor where version 4 needs an int."""
+    (starts, _), (length, _) = prepare_fa_kwargs_from_position_ids(position_ids)
+    lengths = {"max_length_q": int(length), "max_length_k": int(length)}
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, **lengths}
 
-    inv_freq: torch.Tensor
 
-    def __init__(self, config: NanoChatHFConfig):
-        super().__init__()
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        rope_inits = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters}
-        inv_freq, self.attention_scaling = rope_inits[self.rope_type](config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+class NanoChatRotaryEmbedding(LlamaRotaryEmbedding):
+    """Angles of RoPE, computed in float32."""
 
     def _apply(self, fn, recurse=True):
-        """Moves the frequencies but never casts them: in bfloat16 (`model.bfloat16()`) late positions would blur."""
+        """Moves the frequencies but never casts them: bfloat16 (`model.bfloat16()`) cannot resolve late positions."""
         exact = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in self.named_buffers():
             if buffer.dtype != exact[name].dtype:
                 setattr(self, name, exact[name].to(buffer.device))
         return self
-
-    @staticmethod
-    def compute_default_rope_parameters(config: NanoChatHFConfig, device=None, **_) -> tuple[torch.Tensor, float]:
-        """-> (D/2,) frequencies theta^(-2i/D), and the factor on cos and sin."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -140,7 +126,7 @@ class NanoChatRotaryEmbedding(nn.Module):
 
 
 class NanoChatAttention(nn.Module):
-    """Attention with QK norm after RoPE, a window in some layers, gated value embeddings in some."""
+    """Attention with QK norm after RoPE; some layers have a sliding window, some gated value embeddings."""
 
     def __init__(self, config: NanoChatHFConfig, layer_idx: int):
         super().__init__()
@@ -155,12 +141,13 @@ class NanoChatAttention(nn.Module):
         self.q_proj = linear(width, q_size, matrix_init(config, q_size))
         self.k_proj = linear(width, kv_size, matrix_init(config, kv_size))
         self.v_proj = linear(width, kv_size, matrix_init(config, kv_size))
-        self.o_proj = linear(q_size, width)  # zero: a fresh block passes its input on
+        self.o_proj = linear(q_size, width)  # zero: a fresh block is the identity
         if layer_idx in config.value_embed_layers:
             self.ve_gate = Gate(VALUE_GATE_CHANNELS, config.num_key_value_heads)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, value_embed=None, past_key_values=None,
-                **kwargs):  # fmt: skip
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask=None, value_embed=None, past_key_values=None, **kwargs
+    ):
         """hidden_states (B, T, C), value_embed (B, T, H_kv * D) or None -> (B, T, C) and attention weights or None."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (project(m, hidden_states).view(heads) for m in (self.q_proj, self.k_proj, self.v_proj))
@@ -210,7 +197,7 @@ class NanoChatDecoderLayer(GradientCheckpointingLayer):
 
 
 class NanoChatHFPreTrainedModel(PreTrainedModel):
-    """What loading, saving and generating need to know about the two models below."""
+    """What transformers reads off the two model classes below when it loads, saves and generates."""
 
     config: NanoChatHFConfig
     config_class = NanoChatHFConfig
@@ -226,7 +213,7 @@ class NanoChatHFPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": NanoChatDecoderLayer, "attentions": NanoChatAttention}
 
     def _init_weights(self, module: nn.Module) -> None:
-        # The functions of transformers.initialization leave weights alone that came from a checkpoint.
+        # The functions of transformers.initialization skip weights that came from a checkpoint.
         if hasattr(module, "init_fn"):
             module.init_fn(module.weight)
         elif isinstance(module, NanoChatHFModel):
@@ -272,7 +259,7 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             self.resid_lambdas = nn.Parameter(torch.ones(layers))
             self.x0_lambdas = nn.Parameter(torch.zeros(layers))
         if config.smear:
-            if config._attn_implementation in ("vllm", "tgi", "sglang"):  # they would compute something else, silently
+            if config._attn_implementation in ("vllm", "tgi", "sglang"):  # they would silently drop the smear
                 raise ValueError(
                     f"{config._attn_implementation} keeps keys and values only, and the smear needs the token before: "
                     "serve this checkpoint with scripts/chat_web.py; the first generation works there"
@@ -286,17 +273,14 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **_):
-        """-> the masks of one forward pass: {"full_attention", "sliding_attention", "padding"}.
+        """Returns the masks of one forward pass: {"full_attention", "sliding_attention", "padding"}.
 
-        `generate` calls this outside of the compiled step when the cache is static; a training loop may call it once
-        and pass the result as `attention_mask`. The first two are what the attention function takes (None where it
-        needs none); "padding" is the 2D mask of the queries and the token before them, which the smear needs, or None.
-
-        Args:
-            inputs_embeds: tensor (B, T, any); only shape, dtype and device are read.
-            attention_mask: None, (B, S) with 1 for tokens and 0 for padding, or (B, 1, T, S) used as it is.
+        `generate` calls this outside of the compiled step; a training loop may pass the result as `attention_mask`.
+        The first two are what the attention function takes, or None; "padding" is the 2D mask of the queries and the
+        token before them, for the smear, or None. `inputs_embeds` (B, T, any): only shape, dtype and device are read.
+        `attention_mask`: None, (B, S) with 1 for tokens and 0 for padding, or (B, 1, T, S) used as it is.
         """
-        # The layers are named because transformers would take the first full one, which a static hybrid is not to it.
+        # The layers are named because transformers would take the first full one, and does not count a static hybrid.
         inputs = (config, inputs_embeds, attention_mask)
         kwargs = {"past_key_values": past_key_values, "position_ids": position_ids}
         length = inputs_embeds.shape[1]
@@ -314,32 +298,38 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             masks["padding"] = attention_mask[:, -(length + 1) :].clone(memory_format=torch.contiguous_format)
         return masks
 
-    def past_length(self, cache: Cache | None, length: int) -> int | torch.Tensor:
-        """-> tokens in the cache, before `length` new ones: an int, or a tensor if the cache is static.
-
-        Raises ValueError for a cache that was made for another kind of model, and past the range of the positions.
-        """
-        kinds, smear, past, most = self.config.layer_types, self.config.smear, 0, length
-        if cache is not None:
-            layers = getattr(cache, "layers", None)
-            fits = layers is not None and len(layers) in (len(kinds), -1 if smear else 0)  # 0: made without a config
-            fits = fits and (not smear or hasattr(layers[-1], "update_conv_state"))
-            if not fits or any(layer.is_sliding and kind != "sliding_attention" for layer, kind in zip(layers, kinds)):
-                raise ValueError(
-                    "this cache is not one of this model: create it as DynamicCache(config=model.config) or "
-                    "StaticCache(config=model.config, max_cache_len=...)"
-                )
-            past = cache.get_seq_length(len(kinds) - 1)  # of the last layer, which is never a window
-            static = getattr(layers[-1], "max_cache_len", 0) if layers else 0
-            most = max(static, past + length if isinstance(past, int) else 0)
-        limit = ROPE_RANGE * self.config.max_position_embeddings
-        if most > limit:
+    def check_cache(self, cache: Cache) -> None:
+        """Raises ValueError for a cache that was created for another kind of model."""
+        kinds, smear = self.config.layer_types, self.config.smear
+        layers = getattr(cache, "layers", None)
+        fits = layers is not None and len(layers) in (len(kinds), -1 if smear else 0)  # 0: created without a config
+        fits = fits and (not smear or hasattr(layers[-1], "update_conv_state"))
+        if not fits or any(layer.is_sliding and kind != "sliding_attention" for layer, kind in zip(layers, kinds)):
             raise ValueError(
-                f"{most} positions are too many, this model counts to {limit} ({ROPE_RANGE} x max_position_embeddings)"
+                "this cache is not one of this model: create it as DynamicCache(config=model.config) or "
+                "StaticCache(config=model.config, max_cache_len=...)"
+            )
+
+    def past_length(self, cache: Cache | None, length: int) -> int | torch.Tensor:
+        """Returns the number of tokens in the cache, before `length` new ones: a tensor if the cache is static.
+
+        Raises ValueError for a foreign cache, and for positions past the range of RoPE.
+        """
+        past, total = 0, length
+        if cache is not None:
+            self.check_cache(cache)
+            past = cache.get_seq_length(self.config.num_hidden_layers - 1)  # the last layer never has a window
+            static = getattr(cache.layers[-1], "max_cache_len", 0) if cache.layers else 0
+            total = max(static, past + length if isinstance(past, int) else 0)
+        limit = ROPE_RANGE * self.config.max_position_embeddings
+        if total > limit:
+            raise ValueError(
+                f"{total} positions are too many, this model counts to {limit} "
+                f"({ROPE_RANGE} x max_position_embeddings)"
             )
         return past
 
-    def smear(self, x, position_ids, padding, cache):
+    def apply_smear(self, x, position_ids, padding, cache):
         """Adds to each embedding x_t (B, T, C) a gated share of x_{t-1}, within a sequence only."""
         length = x.shape[1]
         previous = F.pad(x[:, :-1], (0, 0, 1, 0))
@@ -353,10 +343,38 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         gate = self.smear_lambda.to(x) * gate
         if position_ids is not None:  # packed rows, and left padding in generate: position 0 starts a sequence
             gate = gate * (position_ids != 0).unsqueeze(-1)
-        if padding is not None:  # left padding without position_ids: the token before is no token
+        if padding is not None:  # left padding without position_ids: no share of a padding token
             before = F.pad(padding, (length + 1 - padding.shape[1], 0))[:, :-1]
             gate = gate * (before != 0).unsqueeze(-1)
         return x + gate * previous
+
+    def run_layers(self, x, input_ids, rope, masks, past_key_values, **kwargs) -> torch.Tensor:
+        """The blocks: x (B, T, C), embedded, normed and smeared -> (B, T, C) before the final norm."""
+        config, x0, middle = self.config, x, x
+        if config.residual_lambdas:
+            residual, initial = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
+        offloading = past_key_values is not None and past_key_values.offloading
+        for i, layer in enumerate(self.layers):
+            if offloading:  # before 5.20, transformers fetches keys that may not have arrived: silently wrong ones
+                past_key_values.prefetch_stream.wait_stream(torch.cuda.default_stream(x.device))
+            if config.residual_lambdas:
+                x0 = x0.to(x.device)  # a model split over devices: x is on that of the block before
+                x = residual[i].to(x.device) * x + initial[i].to(x.device) * x0
+            has_value_embed = config.value_embeds and str(i) in self.value_embeds
+            value_embed = self.value_embeds[str(i)](input_ids).to(x.dtype) if has_value_embed else None
+            mask = masks["sliding_attention" if config.layer_types[i] == "sliding_attention" else "full_attention"]
+            options = {"attention_mask": mask, "value_embed": value_embed, "past_key_values": past_key_values}
+            x = layer(x, rope, **options, **kwargs)
+            if i == len(self.layers) // 2:
+                middle = x
+        if offloading and config.smear:
+            # The smear reads the last layer's state before transformers fetches any layer, beam search reorders it as
+            # if it had not left, and beside a static one transformers expects no keys and never fetches them.
+            past_key_values.layers[-1].prefetch()
+        if config.backout:
+            share = self.backout_lambda.to(x.device).float() * middle.to(x.device)
+            x = (x - share).to(x.dtype)  # subtracted in float32: the difference may be small
+        return x
 
     @capture_outputs
     def forward(
@@ -375,77 +393,42 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             input_ids: (B, T) token ids. Needed even beside `inputs_embeds` when the model has value embeddings.
             attention_mask: (B, S) with 0 for padding, a prepared 4D mask, or the dict of `create_masks_for_generate`.
             position_ids: (B, T). Restarting at 0 inside a row separates packed sequences.
-            past_key_values: cache made with `config=model.config`.
+            past_key_values: cache created with `config=model.config`.
             inputs_embeds: (B, T, C) in place of the embedding of `input_ids`.
-            use_cache: keep keys and values; the default is the config's while evaluating and False while training.
+            use_cache: keep keys and values; the default is the config's in evaluation mode and False in training.
 
-        Returns:
-            `last_hidden_state` (B, T, C) and `past_key_values`.
+        Returns: `last_hidden_state` (B, T, C) and `past_key_values`.
 
-        Raises:
-            ValueError: no input, ids missing for value embeddings, a cache of another kind, or positions past
-                10 x max_position_embeddings.
+        Raises: ValueError for missing ids, a foreign cache, or positions past 10 x max_position_embeddings.
         """
         config = self.config
         if input_ids is None and (inputs_embeds is None or config.value_embeds):
-            raise ValueError(
-                "pass input_ids: "
-                + ("the value embeddings need them beside inputs_embeds" if inputs_embeds is not None else "no input")
-            )
+            reason = "no input" if inputs_embeds is None else "the value embeddings need them beside inputs_embeds"
+            raise ValueError(f"pass input_ids: {reason}")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache is None:
-            use_cache = config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training:
-            use_cache = False  # recomputing a block would append its keys twice
 
-        past = self.past_length(past_key_values, x.shape[1])
-        if isinstance(attention_mask, dict):
-            masks = attention_mask
-        else:
+        past, masks = self.past_length(past_key_values, x.shape[1]), attention_mask
+        if not isinstance(masks, dict):
             masks = self.create_masks_for_generate(config, x, attention_mask, past_key_values, position_ids)
         packed = position_ids is not None and past_key_values is None and len(x) == 1
         if packed and is_flash_attention_requested(config, version=4):
-            # transformers finds packed sequences by itself, but gives a tensor where version 4 insists on an int
-            (starts, _), (length, _) = prepare_fa_kwargs_from_position_ids(position_ids)
-            lengths = {"max_length_q": int(length), "max_length_k": int(length)}
-            kwargs = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, **lengths, **kwargs}
+            kwargs = flash_attention_4_lengths(position_ids) | kwargs
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        counted = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
-        position_embeddings = self.rotary_emb(x, counted if position_ids is None else position_ids)
 
+        counted = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
+        rope = self.rotary_emb(x, counted if position_ids is None else position_ids)
         x = rms_norm(x, config.rms_norm_eps)
         if config.smear:
-            x = self.smear(x, position_ids, masks.get("padding"), past_key_values)
-        x0 = middle = x
-        if config.residual_lambdas:
-            residual, initial = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
-        offloading = past_key_values is not None and past_key_values.offloading
-        for i, layer in enumerate(self.layers):
-            if offloading:  # before 5.20, transformers fetches keys that may not have arrived: silently wrong ones
-                past_key_values.prefetch_stream.wait_stream(torch.cuda.default_stream(x.device))
-            if config.residual_lambdas:
-                x0 = x0.to(x.device)  # a model split over devices: x lies where the block before left it
-                x = residual[i].to(x.device) * x + initial[i].to(x.device) * x0
-            has_value_embed = config.value_embeds and str(i) in self.value_embeds
-            value_embed = self.value_embeds[str(i)](input_ids).to(x.dtype) if has_value_embed else None
-            mask = masks["sliding_attention" if config.layer_types[i] == "sliding_attention" else "full_attention"]
-            cache = {"past_key_values": past_key_values, "position_ids": position_ids}
-            x = layer(x, position_embeddings, attention_mask=mask, value_embed=value_embed, **cache, **kwargs)
-            if i == len(self.layers) // 2:
-                middle = x
-        if offloading and config.smear:
-            # The smear reads the last layer's state before transformers fetches any layer, beam search reorders it as
-            # if it had not left, and beside a static one transformers expects no keys and never fetches them.
-            past_key_values.layers[-1].prefetch()
-        if config.backout:
-            share = self.backout_lambda.to(x.device).float() * middle.to(x.device)
-            x = (x - share).to(x.dtype)  # in float32: what is left may be small
+            x = self.apply_smear(x, position_ids, masks.get("padding"), past_key_values)
+        x = self.run_layers(x, input_ids, rope, masks, past_key_values, position_ids=position_ids, **kwargs)
         x = rms_norm(x, config.rms_norm_eps)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values if use_cache else None)
 
 
-class NanoChatHFForCausalLM(KeepsToolLoop, NanoChatHFPreTrainedModel, GenerationMixin):
+class NanoChatHFForCausalLM(ToolLoopMixin, NanoChatHFPreTrainedModel, GenerationMixin):
     """The language model: `NanoChatHFModel` and a head with softcapped float32 logits."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # only if the config asks for tying
@@ -492,8 +475,8 @@ class NanoChatHFForCausalLM(KeepsToolLoop, NanoChatHFPreTrainedModel, Generation
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
 
-# The public names, and those of older folders. The classes themselves must have names that transformers does not have:
-# TRL and others look for `config.architectures[0]` there first, and would train its first-generation class.
+# The public names, and those of older folders. The classes must have names that transformers does not have: TRL and
+# others look up `config.architectures[0]` there first, and would train its first-generation class.
 NanoChatForCausalLM, NanoChatModel = NanoChatHFForCausalLM, NanoChatHFModel
 
 __all__ = ["NanoChatHFForCausalLM", "NanoChatHFModel", "NanoChatHFPreTrainedModel"]
