@@ -28,6 +28,8 @@ from trl import TrlParser
 from .errors import InputError
 
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
+MODEL_STAGES = ("base", "mid", "sft", "rl")
+TITLES = {"tokenizer": "Tokenizer", "base": "Base model", "mid": "Mid-training", "sft": "SFT", "rl": "RL"}
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "datasets", "tokenizers", "peft", "lm_eval", "deepspeed")
 
 

@@ -26,10 +26,9 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, evaluate
 from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.eval.report import make_report
-from nanochat_hf.eval.sections import MODEL_STAGES
 from nanochat_hf.eval.weights import origin, renewal, replaced
 from nanochat_hf.hub.push import checkpoint_pusher
-from nanochat_hf.run import STAGES, Run, guarded, load_json, nearest, parse_config, renamed_keys
+from nanochat_hf.run import MODEL_STAGES, STAGES, Run, guarded, load_json, nearest, parse_config, renamed_keys
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.train.grpo import RLConfig, train_rl
 from nanochat_hf.train.pretrain import PretrainConfig, pretrain

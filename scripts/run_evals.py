@@ -10,8 +10,7 @@
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, evaluate
 from nanochat_hf.eval.lm_eval_model import Generator
-from nanochat_hf.eval.report import MODEL_STAGES
-from nanochat_hf.run import Run, script
+from nanochat_hf.run import MODEL_STAGES, Run, script
 from nanochat_hf.serve.engine import Engine
 
 
@@ -26,8 +25,8 @@ def run_stage(config: EvalConfig, run: Run, stages: str | None = None, model: st
     for name in names if not model else ():
         if name not in MODEL_STAGES or not run.finished(name):
             raise InputError(f"{name!r} is no finished stage with a model of {run.path}")
-    found = {"base": model} if model else {name: str(run.folder(name)) for name in names}
-    evaluate(config, found, run.folder("eval"), engine)
+    models = {"base": model} if model else {name: str(run.folder(name)) for name in names}
+    evaluate(config, models, run.folder("eval"), engine)
 
 
 if __name__ == "__main__":

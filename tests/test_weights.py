@@ -1,4 +1,4 @@
-"""A result belongs to the weights that it measured, and weights are numbers: both checked on folders of files."""
+"""A result belongs to the weights that it measured, and weights are finite: both checked on folders of files."""
 
 import importlib.util
 import json
@@ -29,14 +29,8 @@ from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
 def write_stage(path, value, started):
     path.mkdir(exist_ok=True)
     save_file({"a": torch.zeros(3), "b": torch.full((2, 2), value)}, path / "model.safetensors")
-    record = {
-        **COMMON,
-        "started": started,
-        "wall_time_s": 1,
-        "val_bpb": 1.0 + value,
-        "weights": model_fingerprint(path),
-    }
-    save_json(path / "metrics.json", record)
+    record = {"started": started, "wall_time_s": 1, "val_bpb": 1.0 + value, "weights": model_fingerprint(path)}
+    save_json(path / "metrics.json", COMMON | record)
 
 
 @pytest.fixture
@@ -63,30 +57,41 @@ def shown(run):
     return sorted(facts["table"].get("facts", {})), " ".join(facts["notes"])
 
 
-def test_results_of_todays_weights_are_shown_without_a_note(run):
-    assert shown(run) == (["base", "rl", "sft"], "")
-    assert outdated(run, run.metrics("eval")) == {} and renewal(run) == ""
-
-
-def test_results_of_weights_that_were_trained_anew_are_left_out_and_named(run):
+def retrain(run):
     write_stage(run.folder("sft"), 0.75, started=1.5)
-    stages, notes = shown(run)
-    assert stages == ["base", "rl"] and "left out for sft (has other weights now); run it again" in notes
-    assert renewal(run) == "sft (has other weights now)"
-    text = make_report(run.path).read_text()
-    assert "> Note: the evaluation is older than the models" in text
 
 
-def test_a_stage_that_is_gone_has_no_column_and_a_new_one_is_to_be_measured(run):
+def remove_rl_add_mid(run):
     run.folder("rl").rename(run.path / "elsewhere")
     write_stage(run.folder("mid"), 0.5, started=0.5)
-    assert shown(run)[0] == ["base", "sft"]
-    assert renewal(run) == "rl (no finished stage of this run), mid (not measured yet)"
 
 
-def test_a_stage_that_is_being_trained_again_is_not_what_was_measured(run):
+def begin_again(run):
     save_json(run.folder("sft") / "metrics.json", {"started": 1.0})
-    assert shown(run)[0] == ["base", "rl"]
+
+
+def change_template(run):
+    (run.folder("sft") / "chat_template.jinja").write_text("{{ messages }}")
+
+
+@pytest.mark.parametrize(
+    "edit,stages,words",
+    [
+        (lambda run: None, ["base", "rl", "sft"], ""),
+        (retrain, ["base", "rl"], "sft (has other weights now)"),
+        (change_template, ["base", "rl"], "sft (has other weights now)"),
+        (begin_again, ["base", "rl"], "sft (no finished stage of this run)"),
+        (remove_rl_add_mid, ["base", "sft"], "rl (no finished stage of this run), mid (not measured yet)"),
+    ],
+)
+def test_results_of_other_weights_are_left_out_and_named_and_measured_again(run, edit, stages, words):
+    edit(run)
+    assert renewal(run) == words and list(outdated(run, run.metrics("eval"))) == re.findall(r"(sft|rl) \(", words)
+    shown_stages, notes = shown(run)
+    assert shown_stages == stages
+    if edit in (retrain, begin_again):
+        assert f"the evaluation is older than the models, its results are left out for {words}; run it again" in notes
+        assert "> Note: the evaluation is older than the models" in make_report(run.path).read_text()
 
 
 def test_an_evaluation_by_another_definition_is_run_again_for_all_stages(run):
@@ -148,11 +153,6 @@ def test_the_pipeline_refuses_a_stage_whose_weights_were_replaced(run):
     speedrun.check_run_folder(run, ["report"], configs)  # leaves its numbers out and says so
 
 
-def test_a_tokenizer_or_chat_template_changed_later_is_another_model(run):
-    (run.folder("sft") / "chat_template.jinja").write_text("{{ messages }}")
-    assert list(outdated(run, run.metrics("eval"))) == ["sft"]
-
-
 def test_weights_replaced_by_hand_take_the_stages_own_numbers_away(run):
     save_file({"a": torch.ones(3)}, run.folder("base") / "model.safetensors")
     facts = collect(run)
@@ -204,26 +204,23 @@ def test_a_hub_ids_weights_are_its_commit(tmp_path, monkeypatch):
     assert model_id("org/not-here") is None
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_value_that_is_no_number_is_found_in_any_shard_and_named(tmp_path, value, dtype, monkeypatch):
-    monkeypatch.setattr(weights, "CHUNK", 8)  # a piece is two rows of four
-    save_file({"fine": torch.ones(5, 4, dtype=dtype), "count": torch.tensor(3)}, tmp_path / "a.safetensors")
-    bad = torch.ones(5, 4, dtype=dtype)
-    save_file({"bad.weight": bad}, tmp_path / "b.safetensors")
+@pytest.mark.parametrize(
+    "value,dtype",
+    [(float(value), dtype) for value in ("nan", "inf", "-inf") for dtype in (torch.float32, torch.bfloat16)]
+    + [(float("inf"), torch.float16), (float("nan"), torch.float8_e4m3fn)],
+)
+def test_a_value_that_is_not_finite_is_found_in_any_shard_and_named(tmp_path, value, dtype):
+    good = {"fine": torch.ones(5, 4).to(dtype), "count": torch.tensor(3), "none": torch.zeros(0, 3)}
+    save_file(good, tmp_path / "a.safetensors")
+    bad = torch.ones(5, 4)
+    save_file({"bad.weight": bad.to(dtype)}, tmp_path / "b.safetensors")
     refuse_non_finite(tmp_path)
     bad[4, 3] = value
-    save_file({"bad.weight": bad}, tmp_path / "b.safetensors")
+    save_file({"bad.weight": bad.to(dtype)}, tmp_path / "b.safetensors")
     with pytest.raises(InputError, match=r"not finite \(NaN or infinity in bad.weight of b.safetensors\)") as error:
         refuse_non_finite(tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_scalars_integers_eight_bit_floats_and_empty_tensors_are_looked_at_rightly():
-    good = {"i": torch.tensor([1, 2]), "e": torch.ones(2).to(torch.float8_e4m3fn), "none": torch.zeros(0, 3)}
-    assert first_non_finite(good.items()) is None
-    assert first_non_finite([("e", torch.tensor([float("nan")]).to(torch.float8_e4m3fn))]) == "e"
-    assert first_non_finite([("s", torch.tensor(float("inf")))]) == "s"
+    assert first_non_finite([("s", torch.tensor(value))]) == "s"
 
 
 def test_a_cut_off_file_is_one_line(tmp_path):
@@ -233,7 +230,7 @@ def test_a_cut_off_file_is_one_line(tmp_path):
         refuse_non_finite(tmp_path)
 
 
-def test_a_report_of_weights_that_are_no_numbers_is_refused(run):
+def test_a_report_of_weights_that_are_not_finite_is_refused(run):
     values = load_file(run.folder("sft") / "model.safetensors")
     values["b"][0, 1] = float("nan")
     save_file(values, run.folder("sft") / "model.safetensors")
@@ -243,11 +240,11 @@ def test_a_report_of_weights_that_are_no_numbers_is_refused(run):
 
 def test_numbers_that_were_nan_are_a_dash_and_null(run):
     path = run.path / "eval" / "metrics.json"
-    found = run.metrics("eval")
-    found["results"]["sft"]["facts"]["value"] = float("nan")
+    record = run.metrics("eval")
+    record["results"]["sft"]["facts"]["value"] = float("nan")
     core = {"value": None, "stderr": None, "label": "CORE", "n": 1}
     core["per_task"] = {"piqa": {"acc": None, "centered": None, "stderr": None, "n": 3}}
-    path.write_text(json.dumps({**found, "core": {"base": core}}))  # as an older version wrote it, with NaN
+    path.write_text(json.dumps({**record, "core": {"base": core}}))  # as an older version wrote it, with NaN
     base = load_json(run.folder("base") / "metrics.json")
     history = [{"step": step, "train_loss": [1.0, None, 2.0][step]} for step in range(3)]
     save_json(run.folder("base") / "metrics.json", {**base, "history": history})
@@ -284,13 +281,13 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(
     values = load_file(path)
     values[min(values)] += 1
     save_file(values, path, metadata={"format": "pt"})
-    said = again()
-    assert "[eval] finished earlier, to be run again for sft (has other weights now)" in said
-    assert "[eval] base: measured earlier, with the same weights" in said and "[eval] sft: val bpb" in said
+    output = again()
+    assert "[eval] finished earlier, to be run again for sft (has other weights now)" in output
+    assert "[eval] base: measured earlier, with the same weights" in output and "[eval] sft: val bpb" in output
     assert run.metrics("eval")["weights"] == {stage: model_fingerprint(run.folder(stage)) for stage in ("base", "sft")}
     assert "[eval] finished earlier: " in again()
     (tmp_path / "rows" / "gsm8k_test.jsonl").write_text("")
-    said = again()
-    assert "to be run again for all stages (its config, tasks, code or data changed)" in said
-    assert "[eval] base: val bpb" in said and "[eval] sft: val bpb" in said
+    output = again()
+    assert "to be run again for all stages (its config, tasks, code or data changed)" in output
+    assert "[eval] base: val bpb" in output and "[eval] sft: val bpb" in output
     assert "[eval] finished earlier: " in again()
