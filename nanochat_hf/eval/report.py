@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError, create_model
 from transformers import AutoTokenizer
 
 from ..errors import InputError
@@ -27,47 +27,25 @@ from .weights import measured, outdated, refuse_non_finite, replaced, unverified
 ROOT = Path(__file__).parents[2]
 OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
 SOURCES = ("py", "md", "yaml", "toml", "jinja", "html")
-NUMBER = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.]+)?( GiB| min)?")
+NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.]+)?( GiB| min)?")
 CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.S)
 Stage = Literal["base", "mid", "sft", "rl"]
 
 
-class Result(BaseModel):
-    """A number of one model; tasks may add more, such as `tool_use` and `pass@8`."""
-
-    model_config = ConfigDict(extra="allow")
-    value: float | None
-    stderr: float | None = None
-    n: int | None = None
-    higher_is_better: bool = True
-
-
-class TaskScore(BaseModel):
-    acc: float | None
-    centered: float | None
-    stderr: float | None
-    n: int
-
-
-class Mean(Result):
-    label: str  # CORE, ChatCORE or KoCORE; "18/22 tasks" if some are missing
-    per_task: dict[str, TaskScore]
-
-
-class Evaluation(BaseModel):
-    results: dict[Stage, dict[str, Result]]
-    core: dict[Stage, Mean]
-    chatcore: dict[Stage, Mean]
-    kocore: dict[Stage, Mean]
-    examples: dict[Stage, list[dict]]
-    bytes_per_token: dict[str, dict[str, float | None]]
-
-
-class Report(BaseModel):
-    """The part of report.json that is copied from metrics.json files and that readers rely on."""
-
-    evaluation: Evaluation
-    table: dict[str, dict[Stage, Result]]
+# The shapes of results in metrics.json files, from which the report is made; tasks may add more to a result.
+NUMBER = (float | None, ...)
+OPTIONAL = (float | None, None)
+Result = create_model("Result", value=NUMBER, stderr=OPTIONAL, n=(int | None, None), higher_is_better=(bool, True))
+Score = create_model("Score", acc=NUMBER, centered=NUMBER, stderr=NUMBER, n=(int, ...))
+Mean = create_model("Mean", __base__=Result, label=(str, ...), per_task=(dict[str, Score], ...))
+Evaluation = create_model(
+    "Evaluation",
+    results=(dict[Stage, dict[str, Result]], ...),
+    **dict.fromkeys(("core", "chatcore", "kocore"), (dict[Stage, Mean], ...)),
+    examples=(dict[Stage, list[dict]], ...),
+    bytes_per_token=(dict[str, dict[str, float | None]], ...),
+)
+Report = create_model("Report", evaluation=(Evaluation, ...), table=(dict[str, dict[Stage, Result]], ...))
 
 
 def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
@@ -303,7 +281,8 @@ def markdown(facts: dict, pictures: dict[str, str] | None = None) -> str:
         if stage in pictures:
             parts.append(f"![{TITLES[stage]}]({pictures[stage]})")
     parts += evaluation_section(facts["evaluation"], pictures)
-    parts += ["## Repository size", named_values(facts["bloat"] or {}, WORDS["sizes"], skip=False)]
+    if facts["bloat"]:
+        parts += ["## Repository size", named_values(facts["bloat"], WORDS["sizes"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -329,9 +308,8 @@ def header(facts: dict) -> str:
     return grid(["", ""], rows)
 
 
-def named_values(values: dict, labels: dict[str, str], skip: bool = True) -> str:
-    rows = [[labels[key], show(key, values.get(key))] for key in labels if not skip or values.get(key) is not None]
-    return grid(["", ""], rows)
+def named_values(values: dict, labels: dict[str, str]) -> str:
+    return grid(["", ""], [[labels[key], show(key, values[key])] for key in labels if values.get(key) is not None])
 
 
 def training_details(metrics: dict) -> list[str]:
@@ -452,7 +430,7 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in [head, *rows]]
     columns = list(zip(*cells))
     widths = [max(3, *map(len, column)) for column in columns]
-    numeric = [all(NUMBER.fullmatch(cell) for cell in column[1:]) for column in columns]
+    numeric = [all(NUMERIC.fullmatch(cell) for cell in column[1:]) for column in columns]
     marks = ["-" * (width + 1) + (":" if right else "-") for width, right in zip(widths, numeric)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join(marks) + "|", *lines[1:]])
