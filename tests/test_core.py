@@ -2,13 +2,10 @@
 
 import csv
 import hashlib
-import io
 import json
 import os
 import random
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -372,67 +369,44 @@ def test_the_lm_eval_cli_warns_of_prompts_that_it_would_crop(core_task, tiny_fol
 
 
 @pytest.fixture
-def server(tmp_path):
-    """A stand-in for the bundle's storage; .sent is what it sends of .packed, the zip's bytes."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+def published(tmp_path):
+    """The zip as its storage has it; stored without compression, so that only its checksums show a changed byte."""
+    path = tmp_path / "eval_bundle.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("eval_bundle/core.yaml", "icl_tasks: []")
         archive.writestr("eval_bundle/eval_data/commonsense_reasoning/copa.jsonl", b"x" * (3 << 20))
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            server.requests += 1
-            self.send_response(200)
-            self.send_header("Content-Length", len(server.packed))
-            self.end_headers()
-            self.wfile.write(server.sent)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.packed = 0, buffer.getvalue()
-    server.sent = server.packed
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    return path
 
 
 @pytest.fixture
-def core_bundle(server, tmp_path, monkeypatch):
-    """The function of that name, with an empty cache and the stand-in as the place to download from."""
+def core_bundle(published, tmp_path, monkeypatch):
+    """The function of that name, with an empty cache and a file as the place to download from."""
     find = function("core.core_bundle")
     monkeypatch.delenv("NANOCHAT_CORE_BUNDLE", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setitem(find.__globals__, "CACHE", tmp_path / "cache")
-    monkeypatch.setitem(find.__globals__, "BUNDLE_URL", f"http://127.0.0.1:{server.server_port}/eval_bundle.zip")
+    monkeypatch.setitem(find.__globals__, "BUNDLE_URL", published.as_uri())
     return find
 
 
-def test_the_bundle_is_fetched_once_with_progress_and_its_checksum_kept(core_bundle, server, tmp_path, capsys):
-    folder = core_bundle()
-    assert folder == tmp_path / "cache" / "eval_bundle" and core_bundle() == folder and server.requests == 1
+def test_the_bundle_is_fetched_once_with_progress_and_its_checksum_kept(core_bundle, published, tmp_path, capsys):
+    folder, checksum = core_bundle(), hashlib.sha256(published.read_bytes()).hexdigest()
+    published.unlink()
+    assert folder == core_bundle() == tmp_path / "cache" / "eval_bundle"
     assert (folder / "core.yaml").read_text() == "icl_tasks: []"
     assert len((folder / "eval_data/commonsense_reasoning/copa.jsonl").read_text()) == 3 << 20
-    assert (folder / "SHA256").read_text().strip() == hashlib.sha256(server.packed).hexdigest()
+    assert (folder / "SHA256").read_text().strip() == checksum
     progress = capsys.readouterr().err
     assert "CORE bundle: 100%" in progress and "B/s" in progress
 
 
-@pytest.mark.parametrize("harm", ["cut", "changed byte", "no zip", "refused"])
-def test_a_damaged_download_is_one_clear_line_and_leaves_nothing(core_bundle, server, tmp_path, harm):
-    whole = server.packed
-    server.sent = {
-        "cut": whole[: len(whole) // 2],
-        "changed byte": whole[: len(whole) // 2] + b"y" + whole[len(whole) // 2 + 1 :],
-        "no zip": b"<html>try later</html>",
-        "refused": b"",
-    }[harm]
-    if harm == "refused":
-        server.shutdown()
-        server.server_close()
-    with pytest.raises(ValueError, match="cannot download" if harm == "refused" else "damaged") as error:
+@pytest.mark.parametrize("harm", ["cut", "changed byte", "no zip", "missing"])
+def test_a_damaged_download_is_one_clear_line_and_leaves_nothing(core_bundle, published, tmp_path, harm):
+    whole = published.read_bytes()
+    half = len(whole) // 2
+    changed = {"cut": whole[:half], "changed byte": whole[:half] + b"y" + whole[half + 1 :], "no zip": b"<html>"}
+    published.unlink() if harm == "missing" else published.write_bytes(changed[harm])
+    with pytest.raises(ValueError, match="cannot download" if harm == "missing" else "damaged") as error:
         core_bundle()
     assert "\n" not in str(error.value)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["eval_bundle.lock"]

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from nanochat_hf.data.jsonl import damaged, numbered_lines, parse, read_jsonl
+from nanochat_hf.data.tokenizer import plain_backend
 from nanochat_hf.eval import bpb
 from nanochat_hf.eval.core import centered
 
@@ -394,15 +395,12 @@ class TextTask(TokenTask):
 def encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
     """Token ids with bos first, int32; text that spells a special token stays text."""
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
         rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     else:  # twice as fast as the call above: no offsets
-        before, backend.encode_special_tokens = backend.encode_special_tokens, True
-        backend.no_padding()
-        backend.no_truncation()
-        rows = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        backend.encode_special_tokens = before
+        rows = [
+            encoding.ids for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+        ]
     return [np.array([bos, *row], dtype=np.int32) for row in rows]
 
 

@@ -1,6 +1,6 @@
 """The report card of a run: report.md with plots, report.json, and report.html as one file, from metrics.json files.
 
-    python scripts/make_report.py --run-dir runs/d12 [--hourly-rate 24]
+    python scripts/make_report.py --run-dir runs/d12 [--node-hourly-rate 24]
     python scripts/make_report.py --compare runs/a runs/b
     python scripts/make_report.py --run-dir runs/d12 --row
 
@@ -227,7 +227,10 @@ def compare(first: str | Path, second: str | Path) -> str:
 
 def repository_size(root: Path = ROOT) -> dict[str, int] | None:
     """Size of the project's own sources: what a newcomer has to read. None outside of a git checkout."""
-    listing = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False).stdout
+    try:
+        listing = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False).stdout
+    except OSError:  # no git on this machine
+        return None
     paths = [root / name for name in listing.splitlines() if name.rsplit(".", 1)[-1] in SOURCES]
     texts = [path.read_text("utf-8", "replace") for path in paths if path.is_file()]
     if not texts or not (root / "pyproject.toml").is_file():
