@@ -185,7 +185,7 @@ def test_the_mean_is_plain_and_centered_and_leaves_out_tasks_without_a_choice(ca
     certain = {"value": 1.0, "stderr": 0.0, "n": 2, "baseline": 1.0}
     mean = centered_mean({"arc": certain, "mmlu": half}, "ChatCORE", 2, "chat tasks")
     assert mean["value"] == 0.5 and mean["label"] == "1/2 chat tasks" and list(mean["per_task"]) == ["mmlu"]
-    assert "[eval] ChatCORE goes without arc: all its questions have the same answer" in capsys.readouterr().out
+    assert "[eval] ChatCORE leaves out arc: all its questions have the same answer" in capsys.readouterr().out
     assert centered_mean({"arc": certain}, "ChatCORE", 1) is None
 
 

@@ -1,10 +1,6 @@
 """The task files: they load in lm-eval, refuse damaged rows, build upstream's prompts and grade; results are read."""
 
 import json
-import os
-import socket
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -178,36 +174,19 @@ def test_humaneval_answers_are_run_with_the_tests(text, passed):
     assert function("utils.humaneval_results")(HUMANEVAL, [text])["acc"] == passed
 
 
-HOSTILE = {
-    "runs for ever": "while True: pass",
-    "takes memory": "x = bytearray(2 << 30)",
-    "fills the disk": "open('big', 'wb').write(b'x' * (2 << 20))",
-    "forks without end": "import os, time\nfor _ in range(200):\n    if os.fork() == 0:\n        time.sleep(30)",
-    "leaves early": "import os\nos._exit(0)",
-    "fakes the tests' success": "import sys\nprint('passed')\nsys.exit(0)",
-    "reads the environment": "import os\nassert os.environ['HOME']",
-    "opens many files": "files = [open('/dev/null') for _ in range(500)]",
-    "kills its parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos._exit(0)",
-    "kills its group": "import os, signal\nos.killpg(0, signal.SIGKILL)",
-    "prints without end": "while True: print('x' * 1000)",
-    "reads standard input": "assert input()",
-    "opens a connection": "import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=2)",
-}
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_answer_to_humaneval_fails_and_harms_nothing(what):
-    listener = socket.create_server(("127.0.0.1", 0))
-    code = HOSTILE[what].replace("{port}", str(listener.getsockname()[1]))
-    before, start = set(Path(tempfile.gettempdir()).glob("tmp*")), time.time()
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "import os, time\nfor _ in range(200):\n    if os.fork() == 0:\n        time.sleep(30)",
+        "files = [open('/dev/null') for _ in range(500)]",
+        "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos._exit(0)",
+        "import os, signal\nos.killpg(0, signal.SIGKILL)",
+    ],
+)  # test_tools.py has more of them
+def test_a_hostile_answer_to_humaneval_fails_and_harms_nothing(attack):
     # Above a right answer: it would pass if the attack had no effect on the result.
-    text = f"```python\n{code}\ndef double(xs):\n    return [2 * x for x in xs]\n```"
-    passed = function("utils.humaneval_results")(HUMANEVAL, [text])["acc"]
-    if what == "opens a connection" and passed:
-        pytest.skip("this kernel gives no namespace of its own to the process")
-    assert passed == 0.0 and time.time() - start < 30
-    after = set(Path(tempfile.gettempdir()).glob("tmp*"))
-    assert "big" not in os.listdir() and len(after - before) < 3  # other tests use that folder, too
+    text = f"```python\n{attack}\ndef double(xs):\n    return [2 * x for x in xs]\n```"
+    assert function("utils.humaneval_results")(HUMANEVAL, [text])["acc"] == 0.0
 
 
 # ---- our runner and the lm-eval CLI ---------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_the_korean_mean_stands_in_the_table_with_what_could_be_had(kobest, tiny
     centered = [(results[f"KoBEST {name}"]["value"] - b) / (1 - b) for name, b in guessing.items()]
     assert mean["value"] == pytest.approx(sum(centered) / 3)
     assert mean["label"] == "3/5 Korean tasks"
-    assert "nanochat_ko goes without kmmlu (no HAERAE-HUB/KMMLU from the Hub" in capsys.readouterr().out
+    assert "nanochat_ko leaves out kmmlu (no HAERAE-HUB/KMMLU from the Hub" in capsys.readouterr().out
     table = collect(run)["table"]
     assert table["3/5 Korean tasks"]["base"]["value"] == mean["value"] and "KoBEST BoolQ" in table
     report = make_report(run.path).read_text()

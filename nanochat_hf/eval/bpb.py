@@ -1,4 +1,4 @@
-"""Bits per byte of text: the loss of a language model, made independent of its tokenizer.
+"""Bits per byte of text: the loss of a language model, independent of its tokenizer.
 
 The summed loss in nats of all target tokens that stand for text, over ln 2 times the bytes that they stand for.
 Special tokens have no bytes and count on neither side (karpathy/nanochat's definition).

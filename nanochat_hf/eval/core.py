@@ -76,7 +76,7 @@ def centered_mean(results: dict[str, dict], name: str, num_tasks: int, part: str
     certain = [label for label, result in results.items() if (result.get("baseline") or 0) >= 1]
     if certain:
         why = "all its questions have the same answer, so the random baseline is always right"
-        partial_state().print(f"[eval] {name} goes without {', '.join(certain)}: {why}")
+        partial_state().print(f"[eval] {name} leaves out {', '.join(certain)}: {why}")
     per_task = {}
     for label in [label for label in results if label not in certain]:
         result, baseline = results[label], results[label].get("baseline") or 0.0

@@ -186,7 +186,7 @@ def other_stages(output: Path, models: dict[str, str], definition: str) -> dict[
     A line names those of the run's stages whose results are left out.
     """
     record, run = load_json(output / "metrics.json") or {}, Run(output.parent)
-    reasons, weights, kept, lost = outdated(run, record), record.get("weights") or {}, {}, []
+    reasons, weights, results, lost = outdated(run, record), record.get("weights") or {}, {}, []
     for stage, elsewhere in measured(record).items():
         if stage in models:
             continue
@@ -194,12 +194,12 @@ def other_stages(output: Path, models: dict[str, str], definition: str) -> dict[
         key = {"definition": definition, "weights": weights.get(stage), "models": elsewhere or stage}
         numbers = None if changed else earlier(output, stage, key, from_finished=True)
         if numbers:
-            kept[stage] = numbers
+            results[stage] = numbers
         elif elsewhere or run.finished(stage):
             lost.append(stage)
     if lost:
         print(f"[eval] results of {', '.join(lost)} are left out: weights, config, tasks or data changed since")
-    return kept
+    return results
 
 
 def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, engine) -> dict:
@@ -217,7 +217,7 @@ def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, 
     if config.dataset and stage in config.bpb_stages:
         for name, dataset in bpb_datasets(config.dataset).items():
             result = held_out_bpb(model, tokenizer, dataset, config.bpb_tokens, config.batch_tokens)
-            log(name, f"{result['value']:.4f}" if result else "not known: its tokenizer is not byte-level")
+            log(name, f"{result['value']:.4f}" if result else "unknown: its tokenizer is not byte-level")
             if result and math.isnan(result["value"]):
                 raise InputError(f"{folder} gives NaN for text, in {model.dtype}: no number of it would mean anything")
             results |= {name: result} if result else {}

@@ -194,7 +194,7 @@ class Generator:
         return bool(answer) and (answer[-1] in self.stops or len(answer) >= max_new_tokens)
 
     def _next_token(self, answer: list[int], sampled: int) -> int:
-        """The next token of the result of a call that stands in `answer`, else the sampled one."""
+        """The next token of the result of a call in `answer`, else the sampled one."""
         has_call = self.results and self.results.end in answer
         forced = self.results.next(answer) if has_call else None
         return sampled if forced is None else forced

@@ -32,7 +32,7 @@ CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>
 Stage = Literal["base", "mid", "sft", "rl"]
 
 
-# The shapes of results in metrics.json files, from which the report is made; tasks may add more to a result.
+# Shapes of the results in metrics.json files; a result may have more keys.
 NUMBER = (float | None, ...)
 OPTIONAL = (float | None, None)
 Result = create_model("Result", value=NUMBER, stderr=OPTIONAL, n=(int | None, None), higher_is_better=(bool, True))

@@ -72,7 +72,7 @@ class Tasks:
             if len(failures) == len(self.members("kocore")):
                 raise InputError(f"no task of {name} has its rows here: {failures[0]}; name them with chat_data")
             if failures:
-                partial_state().print(f"[eval] {name} goes without {', '.join(failures)}")
+                partial_state().print(f"[eval] {name} leaves out {', '.join(failures)}")
 
     def members(self, kind: str) -> list[str]:
         return self.manager.task_index[MEANS[kind][0]].cfg["task"]

@@ -17,7 +17,7 @@ from ..run import MODEL_STAGES, Run, model_fingerprint
 
 
 def model_id(model: str | Path) -> str | None:
-    """Identifies the weights that `model`, a folder or a Hub id, stands for now.
+    """Identifies the weights that are in `model`, a folder or a Hub id, now.
 
     Returns:
         A folder's fingerprint, a Hub id's commit; None for a folder without safetensors and for an unknown id.
@@ -80,7 +80,7 @@ def measured(evaluation: dict) -> dict[str, str | None]:
     """Stage -> the model that an evaluation measured as it; None for the stage's own folder in the run folder."""
     stages = {stage for key in ("results", "core", "chatcore", "kocore") for stage in evaluation.get(key) or {}}
     models = evaluation.get("models") or {stage: stage for stage in MODEL_STAGES if stage in stages}
-    if evaluation.get("weights") is None:  # made before weights were recorded, when the stages' models were paths
+    if evaluation.get("weights") is None:  # from before weights were recorded, when models were paths
         models = {stage: stage if Path(model).name == stage else model for stage, model in models.items()}
     return {stage: None if model == stage else model for stage, model in models.items()}
 
