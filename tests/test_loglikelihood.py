@@ -39,6 +39,7 @@ def test_any_batch_and_order_gives_the_values_of_one_forward_per_request(lively_
             with torch.inference_mode():
                 best = np.append(best, model(torch.from_numpy(best)[None]).logits[0, -1].argmax().item())
         requests += [(context, best[-2:]), (context, best[-2:] + [0, 1]), (context, best[-2:-1])]
+    requests += [(contexts[3], rng.integers(0, 300, 20)) for _ in range(2)]  # padding of 58 has no such positions
     expected = [reference(model, *request) for request in requests]
     assert sum(greedy for _, greedy in expected) >= len(contexts)
     order = rng.permutation(len(requests))
@@ -58,6 +59,9 @@ def test_choices_share_their_context_and_those_of_one_token_the_whole_row(lively
     loglikelihoods(lively_model, choices)
     assert shapes == [(1, 54), (4, 3)]
     shapes.clear()
+    loglikelihoods(lively_model, [(context[:24], np.array([letter, 7, 8])) for letter in (1, 2, 3, 4)])
+    assert shapes == [(4, 26)]  # too short a prefix for a pass of its own
+    shapes.clear()
     lively_model._is_stateful = True
     loglikelihoods(lively_model, choices)
     assert shapes == [(4, 57)]
@@ -66,8 +70,8 @@ def test_choices_share_their_context_and_those_of_one_token_the_whole_row(lively
 def test_a_batch_is_bounded_with_and_without_a_gpu(lively_model, monkeypatch):
     shapes, requests = [], [(np.arange(5, 5 + n), np.array([1])) for n in (40, 38, 36, 10, 9)]
     lively_model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
-    loglikelihoods(lively_model, requests, batch_tokens=2 * (40 + 8 * 2))
-    assert shapes == [(2, 40), (2, 36), (1, 9)]  # a position with logits costs as much as eight without
+    loglikelihoods(lively_model, requests, batch_tokens=150)
+    assert shapes == [(2, 40), (2, 36), (1, 9)]  # two rows cost 2 x (40 + 8 x 2), as each has logits in both columns
     assert max_batch_tokens(lively_model) == 8192
 
     class OnGPU:

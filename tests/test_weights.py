@@ -14,15 +14,7 @@ from test_recipes import ROOT, speedrun
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import weights
 from nanochat_hf.eval.report import collect, make_report
-from nanochat_hf.eval.weights import (
-    first_non_finite,
-    model_id,
-    origin,
-    outdated,
-    refuse_non_finite,
-    renewal,
-    unverified,
-)
+from nanochat_hf.eval.weights import first_non_finite, model_id, origin, refuse_non_finite, renewal
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
 
 
@@ -51,47 +43,90 @@ def change(run, **keys):
     save_json(run.path / "eval" / "metrics.json", {**run.metrics("eval"), **keys})
 
 
-def shown(run):
-    """Stages with a number in the report's last table, and the notes."""
-    facts = collect(run)
-    return sorted(facts["table"].get("facts", {})), " ".join(facts["notes"])
+def forget_weights(run):
+    change(run, weights=None, models={stage: f"runs/d4/{stage}" for stage in ("base", "sft", "rl")})
 
 
-def retrain(run):
-    write_stage(run.folder("sft"), 0.75, started=1.5)
+def retrain(run, stage="sft", started=1.5):
+    write_stage(run.folder(stage), 0.75, started)
 
 
-def remove_rl_add_mid(run):
-    run.folder("rl").rename(run.path / "elsewhere")
-    write_stage(run.folder("mid"), 0.5, started=0.5)
+def change_template(run):
+    (run.folder("sft") / "chat_template.jinja").touch()
 
 
 def begin_again(run):
     save_json(run.folder("sft") / "metrics.json", {"started": 1.0})
 
 
-def change_template(run):
-    (run.folder("sft") / "chat_template.jinja").write_text("{{ messages }}")
+def forget_and_retrain(run):
+    forget_weights(run)
+    retrain(run, started=10.0)
+
+
+def remove_rl_add_mid(run):
+    run.folder("rl").rename(run.path / "elsewhere")
+    retrain(run, "mid", 0.5)
+
+
+def delete_weights(run, stage="base"):
+    (run.folder(stage) / "model.safetensors").unlink()
+
+
+def retrain_and_delete_weights(run):
+    retrain(run, "base", 0.0)
+    delete_weights(run)
+
+
+def replace_by_hand(run):
+    save_file({"a": torch.ones(3)}, run.folder("base") / "model.safetensors")
+
+
+def measure_another(run):
+    change(run, models={"base": "org/other", "sft": "sft", "rl": "rl"})
+
+
+OLDER = "the evaluation is older than the models, its results are left out for {}; run it again"
+UNVERIFIED = "not verified: the evaluation does not say which weights of {} it measured"
+REPLACED = "the weights of base are not those that its metrics.json describes, so its numbers are left out"
 
 
 @pytest.mark.parametrize(
-    "edit,stages,words",
+    "edit,stages,note,again",
     [
-        (lambda run: None, ["base", "rl", "sft"], ""),
-        (retrain, ["base", "rl"], "sft (has other weights now)"),
-        (change_template, ["base", "rl"], "sft (has other weights now)"),
-        (begin_again, ["base", "rl"], "sft (no finished stage of this run)"),
-        (remove_rl_add_mid, ["base", "sft"], "rl (no finished stage of this run), mid (not measured yet)"),
+        (lambda run: None, "base rl sft", "", ""),
+        (retrain, "base rl", OLDER, "sft (has other weights now)"),
+        (change_template, "base rl", OLDER, "sft (has other weights now)"),
+        (begin_again, "base rl", OLDER, "sft (no finished stage of this run)"),
+        (remove_rl_add_mid, "base sft", "", "rl (no finished stage of this run), mid (not measured yet)"),
+        (delete_weights, "base rl sft", "", ""),  # after the evaluation
+        (retrain_and_delete_weights, "rl sft", OLDER, "base (has other weights now)"),
+        (replace_by_hand, "rl sft", REPLACED, "base (has other weights now)"),
+        (measure_another, "rl sft", OLDER, "base (org/other was measured in its place)"),
+        (forget_weights, "base rl sft", UNVERIFIED.format("base, sft, rl"), ""),
+        (forget_and_retrain, "base rl", OLDER, "sft (trained after the evaluation)"),
+        (forget_and_retrain, "base rl", "rl was trained before today's sft", None),
     ],
 )
-def test_results_of_other_weights_are_left_out_and_named_and_measured_again(run, edit, stages, words):
+def test_results_of_other_weights_are_left_out_with_a_note_and_measured_again(run, edit, stages, note, again):
     edit(run)
-    assert renewal(run) == words and list(outdated(run, run.metrics("eval"))) == re.findall(r"(sft|rl) \(", words)
-    shown_stages, notes = shown(run)
-    assert shown_stages == stages
-    if edit in (retrain, begin_again):
-        assert f"the evaluation is older than the models, its results are left out for {words}; run it again" in notes
-        assert "> Note: the evaluation is older than the models" in make_report(run.path).read_text()
+    facts = collect(run)
+    notes = " ".join(facts["notes"])
+    assert " ".join(sorted(facts["table"]["facts"])) == stages
+    assert note.format(again) in notes and (note or not notes or edit is remove_rl_add_mid)
+    assert again is None or renewal(run) == again
+    assert ("base" in facts["stages"]) == (edit is not replace_by_hand)
+
+
+def test_a_note_is_in_the_report_and_a_moved_run_or_one_without_stages_has_results(run, tmp_path):
+    change(run, models={"base": "org/other"})
+    save_json(tmp_path / "alone" / "eval" / "metrics.json", run.metrics("eval"))
+    facts = collect(Run(tmp_path / "alone"))
+    assert facts["notes"] == ["base is org/other"] and "base" in facts["table"]["facts"]
+    assert "> Note: the evaluation is older than the models" in make_report(run.path).read_text()
+    change(run, models={stage: stage for stage in ("base", "sft", "rl")})
+    moved = Run(run.path.rename(tmp_path.parent / f"{tmp_path.name}-moved"))
+    assert collect(moved)["notes"] == []
 
 
 def test_an_evaluation_by_another_definition_is_run_again_for_all_stages(run):
@@ -108,11 +143,11 @@ def link(run, stage, model):
 def test_the_chain_of_models_goes_by_weights_where_they_are_recorded(run):
     link(run, "sft", run.metrics("base")["weights"])
     link(run, "rl", run.metrics("sft")["weights"])
-    assert shown(run)[1] == ""
-    write_stage(run.folder("base"), 0.0, started=5.0)  # the same weights, made again: the times say nothing
-    assert shown(run)[1] == ""
+    assert collect(run)["notes"] == []
+    write_stage(run.folder("base"), 0.0, started=5.0)  # trained again to the same weights: the times do not matter
+    assert collect(run)["notes"] == []
     link(run, "sft", "another")
-    assert shown(run)[1] == "sft was trained from another model than today's base"
+    assert collect(run)["notes"] == ["sft was trained from another model than today's base"]
 
 
 def test_the_source_of_a_stage_is_one_line_that_names_what_is_passed_over(run):
@@ -153,48 +188,6 @@ def test_the_pipeline_refuses_a_stage_whose_weights_were_replaced(run):
     speedrun.check_run_folder(run, ["report"], configs)  # leaves its numbers out and says so
 
 
-def test_weights_replaced_by_hand_take_the_stages_own_numbers_away(run):
-    save_file({"a": torch.ones(3)}, run.folder("base") / "model.safetensors")
-    facts = collect(run)
-    assert "base" not in facts["stages"] and "val bpb" not in facts["table"]
-    assert "the weights of base are not those that its metrics.json describes" in " ".join(facts["notes"])
-
-
-def test_weights_deleted_after_the_evaluation_leave_its_results_valid(run):
-    (run.folder("base") / "model.safetensors").unlink()
-    assert shown(run) == (["base", "rl", "sft"], "")
-    write_stage(run.folder("base"), 0.9, started=0.0)
-    (run.folder("base") / "model.safetensors").unlink()
-    assert shown(run)[0] == ["rl", "sft"]
-
-
-def test_a_moved_run_keeps_its_results(run, tmp_path):
-    moved = Run(run.path.rename(tmp_path.parent / f"{tmp_path.name}-moved"))
-    assert shown(moved) == (["base", "rl", "sft"], "")
-
-
-def test_an_evaluation_without_recorded_weights_is_shown_as_not_verified_or_by_its_time_left_out(run):
-    change(run, weights=None, models={stage: f"runs/d4/{stage}" for stage in ("base", "sft", "rl")})
-    assert unverified(run, run.metrics("eval")) == ["base", "sft", "rl"] and renewal(run) == ""
-    assert shown(run) == (
-        ["base", "rl", "sft"],
-        "not verified: the evaluation does not say which weights of base, sft, rl it measured",
-    )
-    write_stage(run.folder("sft"), 0.5, started=10.0)
-    stages, notes = shown(run)
-    assert stages == ["base", "rl"] and "sft (trained after the evaluation)" in notes
-    assert "rl was trained before today's sft" in notes
-
-
-def test_a_model_from_elsewhere_is_named_and_never_stands_in_a_stages_column(run, tmp_path):
-    change(run, models={"base": "org/other", "sft": "sft", "rl": "rl"})
-    stages, notes = shown(run)
-    assert stages == ["rl", "sft"] and "base (org/other was measured in its place)" in notes
-    save_json(tmp_path / "alone" / "eval" / "metrics.json", {**run.metrics("eval"), "models": {"base": "org/other"}})
-    stages, notes = shown(Run(tmp_path / "alone"))
-    assert "base" in stages and notes == "base is org/other"
-
-
 def test_a_hub_ids_weights_are_its_commit(tmp_path, monkeypatch):
     commit = "0123456789" * 4
     place = tmp_path / "models--org--small" / "snapshots" / commit / "config.json"
@@ -223,18 +216,13 @@ def test_a_value_that_is_not_finite_is_found_in_any_shard_and_named(tmp_path, va
     assert first_non_finite([("s", torch.tensor(value))]) == "s"
 
 
-def test_a_cut_off_file_is_one_line(tmp_path):
-    save_file({"a": torch.ones(100)}, tmp_path / "model.safetensors")
-    os.truncate(tmp_path / "model.safetensors", 100)
-    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
-        refuse_non_finite(tmp_path)
-
-
-def test_a_report_of_weights_that_are_not_finite_is_refused(run):
-    values = load_file(run.folder("sft") / "model.safetensors")
-    values["b"][0, 1] = float("nan")
-    save_file(values, run.folder("sft") / "model.safetensors")
+def test_weights_that_are_cut_off_or_not_finite_make_no_report(run):
+    path = run.folder("sft") / "model.safetensors"
+    save_file({"a": torch.zeros(3), "b": torch.tensor([1.0, float("nan")])}, path)
     with pytest.raises(InputError, match=r"NaN or infinity in b of model\.safetensors"):
+        make_report(run.path)
+    os.truncate(path, 100)
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
         make_report(run.path)
 
 
