@@ -122,7 +122,7 @@ def test_the_built_in_engine_answers_and_several_samples_give_pass_at_k(run):
     assert measure(run, **keys)["results"]["sft"]["spelling"]["pass@3"] == 1.0
 
 
-@pytest.mark.parametrize("what", ["nothing", "config", "weights", "template", "task", "data"])
+@pytest.mark.parametrize("what", ["nothing", "config", "weights", "template", "demo_spelling.yaml", "core.py", "data"])
 def test_an_interrupted_evaluation_is_used_only_for_the_same_weights_config_tasks_and_data(
     run, loads, monkeypatch, what
 ):
@@ -142,10 +142,10 @@ def test_an_interrupted_evaluation_is_used_only_for_the_same_weights_config_task
         change_weights(run / "base")
     elif what == "template":
         (run / "base" / "chat_template.jinja").write_text("{{ messages }}")
-    elif what == "task":
-        (tasks / "tasks" / "demo_spelling.yaml").open("a").write("# asks otherwise now\n")
     elif what == "data":
         data.write_text('{"question": "?", "answer": "#### 1"}\n')
+    elif what != "nothing":
+        (tasks / "tasks" / what).open("a").write("# changed\n")
     metrics = measure(run, **keys)
     assert loads() == (["sft"] if what == "nothing" else ["base", "sft"])
     assert metrics["weights"] == {stage: model_fingerprint(run / stage) for stage in ("base", "sft")}

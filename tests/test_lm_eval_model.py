@@ -84,17 +84,17 @@ def test_greedy_answers_equal_those_of_transformers(lively_model, tokenizer):
         assert answer == whole[0, len(prompt) :].tolist()
 
 
-def test_answers_do_not_depend_on_what_is_generated_beside_them(lively_model, tokenizer, monkeypatch):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_do_not_depend_on_what_is_generated_beside_them(lively_model, tokenizer, temperature):
     prompts = [[tokenizer.bos_token_id, *range(5, 5 + n)] for n in (2, 30, 7, 4, 12)]
-    alone = Generator(lively_model, tokenizer, batch_size=1).generate(prompts, max_new_tokens=20)
+    options = {"max_new_tokens": 20, "temperature": temperature}
+    alone = Generator(lively_model, tokenizer, batch_size=1).generate(prompts, **options)
     generator = Generator(lively_model, tokenizer, batch_size=4)
-    assert generator.generate(prompts, max_new_tokens=20) == alone
+    assert generator.generate(prompts, **options) == alone
     # Two answers end early, so that the batch shrinks; the others do not change.
     generator.stops = {alone[1][0][3], alone[4][0][5]}
     ends = [next((i + 1 for i, t in enumerate(a) if t in generator.stops), 20) for [a] in alone]
-    assert sorted(ends)[0] < 20 and generator.generate(prompts, max_new_tokens=20) == [
-        [answer[:end]] for [answer], end in zip(alone, ends)
-    ]
+    assert min(ends) < 20 and generator.generate(prompts, **options) == [[a[:end]] for [a], end in zip(alone, ends)]
 
 
 @pytest.mark.parametrize(

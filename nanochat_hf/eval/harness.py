@@ -155,7 +155,9 @@ def check_counts(config: EvalConfig, num_processes: int) -> None:
 def definition_of(config: EvalConfig) -> str:
     """A hash of all that decides a result besides the weights: config, tasks, code that measures, local data."""
     files = [*EVALS.glob("tasks/*.*"), *PACKAGE.glob("demo/*.*"), *(PACKAGE / f"{name}.py" for name in CODE)]
-    code = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    code = [
+        (path.parts[-2:], hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(files) if path.is_file()
+    ]
     parts = config.dataset if isinstance(config.dataset, list) else [{"dataset": config.dataset}]
     places = [config.chat_data, config.words, config.core_bundle, *(str(part.get("dataset")) for part in parts)]
     data = [
