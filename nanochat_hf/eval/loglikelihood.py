@@ -70,7 +70,7 @@ def loglikelihoods(
 
     totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
     for numbers, log_probs, hits in scores:
-        np.add.at(totals, numbers, log_probs.double().cpu().numpy())
+        np.add.at(totals, numbers, log_probs.cpu().double().numpy())
         np.logical_and.at(greedy, numbers, hits.cpu().numpy())
     return list(zip(totals.tolist(), greedy.tolist()))
 
