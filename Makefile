@@ -50,7 +50,7 @@ bench: setup ## tokens/s of the loader, the optimizer and a training step on thi
 bench-gpu: setup ## training and decoding on a GPU; PEER=path of a karpathy/nanochat checkout runs it beside ours; CONTENDERS=, CONFIGS= choose
 	$(BIN)/python scripts/bench_gpu.py $(if $(PEER),--peer $(PEER)) $(if $(CONTENDERS),--contenders $(CONTENDERS)) \
 		$(if $(CONFIGS),--configs $(CONFIGS))
-	$(BIN)/python -m nanochat_hf.serve.engine --bench
+	$(BIN)/python scripts/bench_decoding.py
 
 clean: ## delete runs/ and caches, keep .venv
 	rm -rf runs .pytest_cache .ruff_cache

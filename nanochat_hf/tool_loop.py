@@ -10,7 +10,7 @@ model's calls are answered:
     model.generate(**inputs, custom_generate=FOLDER_OR_HUB_ID, trust_remote_code=True)  # on a model loaded otherwise
 
 A logits processor does it: after <|python_end|> it allows nothing but the tokens of the result. So batches, beams,
-sampling, streamers and every cache work as they do without. (`serve.generate` does the same many times faster; this is
+sampling, streamers and every cache work as they do without. (`serve.engine` does the same many times faster; this is
 for where only transformers is.)
 """
 

@@ -30,7 +30,7 @@ def main() -> None:
     options = Options(args.temperature, args.top_k, args.top_p, args.max_new_tokens, args.seed)
     chat = Chat(model, options, args.system, language=args.language)
     if args.prompt is not None:
-        chat.say(args.prompt)
+        chat.ask(args.prompt)
     else:
         chat.run()
 

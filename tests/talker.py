@@ -32,19 +32,10 @@ def train(tokenizer):
     from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
 
     torch.manual_seed(0)
-    config = NanoChatConfig(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        num_tokens=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        sliding_window=33,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = NanoChatForCausalLM(config)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
+    sizes |= {"vocab_size": -(-len(tokenizer) // 64) * 64, "num_tokens": len(tokenizer), "sliding_window": 33}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = NanoChatForCausalLM(NanoChatConfig(**sizes, **special))
     ids = [tokenizer.apply_chat_template(row, return_dict=False) for row in rows()]
     longest = max(len(row) for row in ids)
     batch = torch.tensor([row + [0] * (longest - len(row)) for row in ids])

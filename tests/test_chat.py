@@ -1,4 +1,4 @@
-"""The terminal chat: what stands on the screen, what is remembered, commands, Ctrl-C, and servers that fail."""
+"""The terminal chat: what the screen shows, what is remembered, commands, Ctrl-C, and servers that fail."""
 
 import io
 import json
@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub import close_session, constants
 from rich.console import Console
 from rich.markdown import Markdown
 from talker import talker, talker_folder  # noqa: F401
@@ -27,7 +29,7 @@ from nanochat_hf.serve.terminal_chat import (
     last_block,
     messages_of,
     open_model,
-    spoken,
+    without_tools,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -44,47 +46,50 @@ def shown(chat):
     return chat.console.file.getvalue()
 
 
-def test_an_answer_is_shown_with_its_call_and_remembered_as_messages(chat):
-    chat.say("What is 12 * 34?")
-    assert "⚙ python 12*34 → 408" in shown(chat) and "It is 408." in shown(chat)
+def test_an_answer_is_shown_and_remembered_as_the_tokens_that_were_generated(chat):
+    chat.ask("What is 5 + 6?")
+    assert "⚙ python 5+6 → 11" in shown(chat) and "It is 11." in shown(chat)
     user, call, result, text = chat.messages
-    assert user == {"role": "user", "content": "What is 12 * 34?"}
-    assert call["tool_calls"][0]["function"] == {"name": "python", "arguments": {"expression": "12*34"}}
-    assert (result["role"], result["content"], text["content"]) == ("tool", "408", "It is 408.")
-
-
-def test_the_remembered_conversation_renders_to_the_tokens_that_were_generated(chat):
-    chat.say("What is 5 + 6?")
+    assert user == {"role": "user", "content": "What is 5 + 6?"}
+    assert call["tool_calls"][0]["function"] == {"name": "python", "arguments": {"expression": "5+6"}}
+    assert (result["role"], result["content"], text["content"]) == ("tool", "11", "It is 11.")
     engine = chat.model.engine
-    text = engine.tokenizer.decode(engine.encode([*chat.messages, {"role": "user", "content": "and?"}]))
-    begin = "<|python_start|>5+6<|python_end|><|output_start|>11<|output_end|>It is 11.<|assistant_end|>"
-    assert f"<|assistant_start|>{begin}<|user_start|>and?" in text
+    prompt = engine.tokenizer.decode(engine.encode([*chat.messages, {"role": "user", "content": "and?"}]))
+    turn = "<|python_start|>5+6<|python_end|><|output_start|>11<|output_end|>It is 11.<|assistant_end|>"
+    assert f"<|assistant_start|>{turn}<|user_start|>and?" in prompt
 
 
 def test_markdown_is_drawn_on_a_terminal_and_streamed_raw_elsewhere(chat):
-    chat.say("Hello")
+    chat.ask("Hello")
     assert "a **small** model" in shown(chat)
     chat.console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor")
     chat.messages = []
-    chat.say("Hello")
+    chat.ask("Hello")
     final = shown(chat).rsplit("\x1b[2K", 1)[-1]
     assert "\x1b[1msmall\x1b[0m" in final and "**" not in final and "tokens," in final
 
 
-class Told:
-    """A model that says these pieces."""
+class Script:
+    """A model whose answer is these chunks."""
 
-    name, count = "told", 0
+    name, count = "script", 0
 
-    def __init__(self, pieces):
-        self.pieces = pieces
+    def __init__(self, chunks):
+        self.chunks = chunks
 
     def answer(self, messages, options):
-        yield from self.pieces
+        yield from self.chunks
 
 
 def words(text):
     return [StreamChunk(word) for word in re.findall(r"\s+|\S+", text)]
+
+
+def draw(chunks, **options):
+    """(what a terminal shows of an answer, the chat)."""
+    chat = Chat(Script(chunks), Options(), console=Console(file=io.StringIO(), **options))
+    chat.ask("talk")
+    return shown(chat), chat
 
 
 def on_a_terminal(output, height):
@@ -116,46 +121,37 @@ def on_a_terminal(output, height):
     ],
 )
 def test_an_answer_that_grew_looks_like_one_drawn_at_once(text):
-    console = Console(file=io.StringIO(), width=40, height=12, force_terminal=True)
-    Chat(Told(words(text)), Options(), console=console).say("talk")
+    lines = [line[2:] for line in on_a_terminal(draw(words(text), width=40, height=12, force_terminal=True)[0], 12)]
     at_once = Console(file=io.StringIO(), width=38)
     at_once.print(Markdown(text))
-    found = [line[2:] for line in on_a_terminal(console.file.getvalue(), 12)]
-    wanted = [line.rstrip() for line in at_once.file.getvalue().splitlines()]
-    assert found[: len(wanted)] == wanted and "tokens" in found[len(wanted)] and not any(found[len(wanted) + 1 :])
+    expected = [line.rstrip() for line in at_once.file.getvalue().splitlines()]
+    size = len(expected)
+    assert lines[:size] == expected and "tokens" in lines[size] and not any(lines[size + 1 :])
 
 
 def test_the_newest_lines_of_a_block_taller_than_the_window_are_in_view():
     console = Console(file=io.StringIO(), width=40, height=12, force_terminal=True)
     screen = Screen(console)
-    for piece in words("```\n" + "".join(f"row {i}\n" for i in range(30))):
-        screen.show(piece)
+    for chunk in words("```\n" + "".join(f"row {i}\n" for i in range(30))):
+        screen.show(chunk)
     assert "   row 29" in on_a_terminal(console.file.getvalue(), 12)
     screen.close()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_two_calls_in_a_row_stand_on_two_lines(terminal):
-    pieces = [
-        StreamChunk("1+1", "call"),
-        StreamChunk("2", "result"),
-        StreamChunk("2+2", "call"),
-        StreamChunk("4", "result"),
-        StreamChunk("Four."),
-    ]
-    console = Console(file=io.StringIO(), width=40, force_terminal=terminal)
-    chat = Chat(Told(pieces), Options(), console=console)
-    chat.say("count")
-    found = [line.strip() for line in on_a_terminal(console.file.getvalue(), 25)]
-    assert found[:3] == ["⚙ python 1+1 → 2", "⚙ python 2+2 → 4", "Four."]
+def test_two_calls_in_a_row_are_on_two_lines(terminal):
+    steps = [("1+1", "call"), ("2", "result"), ("2+2", "call"), ("4", "result"), ("Four.", "text")]
+    output, chat = draw([StreamChunk(*step) for step in steps], width=40, force_terminal=terminal)
+    lines = [line.strip() for line in on_a_terminal(output, 25)]
+    assert lines[:3] == ["⚙ python 1+1 → 2", "⚙ python 2+2 → 4", "Four."]
     assert [message["role"] for message in chat.messages] == ["user", *["assistant", "tool"] * 2, "assistant"]
 
 
 def test_long_answers_are_printed_paragraph_by_paragraph():
-    console = Console(file=io.StringIO(), width=40, height=10, force_terminal=True)
-    Chat(Told([StreamChunk(f"Paragraph {i}.\n\n") for i in range(60)]), Options(), console=console).say("talk")
-    assert all(shown_once in console.file.getvalue() for shown_once in ("Paragraph 0.", "Paragraph 59."))
-    assert console.file.getvalue().count("Paragraph 30.") <= 2  # once while it was written, once for good
+    chunks = [StreamChunk(f"Paragraph {i}.\n\n") for i in range(60)]
+    output, _ = draw(chunks, width=40, height=10, force_terminal=True)
+    assert "Paragraph 0." in output and "Paragraph 59." in output
+    assert output.count("Paragraph 30.") <= 2  # once while it was written, once for good
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
@@ -171,7 +167,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
     chat.model.engine.advance = advance
     chat.console = Console(file=io.StringIO(), width=80, force_terminal=True)
     try:
-        chat.say("Hello")
+        chat.ask("Hello")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
@@ -179,7 +175,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
     assert chat.messages[1]["content"].startswith("안녕") and len(chat.messages[1]["content"]) < 15
     chat.model.engine.advance = real
     chat.messages = []
-    chat.say("What is 5 + 6?")
+    chat.ask("What is 5 + 6?")
     assert chat.messages[-1]["content"] == "It is 11."
 
 
@@ -201,15 +197,15 @@ def test_commands_answer_in_one_line(chat, line, reply):
 
 def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path):
     assert not chat.command("/quit")
-    chat.say("What is 5 + 6?")
+    chat.ask("What is 5 + 6?")
     chat.command(f"/save {tmp_path}/talk.json")
     assert json.loads((tmp_path / "talk.json").read_text())["messages"] == chat.messages
     chat.command("/reset")
     assert chat.messages == []
-    chat.say("Hello")
+    chat.ask("Hello")
     chat.command("/system Be kind.")
     assert chat.messages == [] and chat.system == "Be kind."
-    chat.say("Hello")  # the system message goes along without being remembered as a turn
+    chat.ask("Hello")  # the system message goes along without being remembered as a turn
     assert chat.messages[0] == {"role": "user", "content": "Hello"}
 
 
@@ -221,7 +217,7 @@ def test_saving_in_the_home_of_nobody_keeps_the_conversation(chat, tmp_path, mon
 
 def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns(chat):
     for _ in range(8):
-        chat.say("Hello")
+        chat.ask("Hello")
     assert len(chat.messages) == 16 and "error" not in shown(chat)
 
 
@@ -244,7 +240,7 @@ def test_the_last_block_is_what_may_still_change(text, end):
 def test_messages_without_calls_are_what_other_servers_get():
     pieces = [StreamChunk("Let me see. "), StreamChunk("1+1", "call"), StreamChunk("2", "result"), StreamChunk("Two.")]
     messages = [{"role": "user", "content": "?"}, *messages_of(pieces)]
-    assert spoken(messages) == [messages[0], {"role": "assistant", "content": "Let me see. Two."}]
+    assert without_tools(messages) == [messages[0], {"role": "assistant", "content": "Let me see. Two."}]
 
 
 def test_a_result_without_a_call_is_only_text():
@@ -253,96 +249,81 @@ def test_a_result_without_a_call_is_only_text():
     ]
 
 
-def test_open_model_says_what_is_missing(tmp_path):
-    with pytest.raises(InputError, match="no finished stage"):
-        open_model(None, str(tmp_path), None)
-    with pytest.raises(InputError, match="name what to talk to"):
-        open_model(None, None, None)
-    with pytest.raises(InputError, match="no model in"):
-        open_model(str(tmp_path), None, None)
-    with pytest.raises(InputError, match="must be a URL"):
-        open_model(None, None, "localhost:8000")
-    with pytest.raises(InputError, match="must be a URL"):
-        open_model(None, None, "")
-    with pytest.raises(InputError, match="name what to talk to"):
-        open_model(None, str(tmp_path), "http://127.0.0.1:8000")
+@pytest.mark.parametrize(
+    "model,run_dir,endpoint,message",
+    [
+        (None, "here", None, "no finished stage"),
+        (None, None, None, "name what to talk to"),
+        (None, "here", "http://127.0.0.1:8000", "name what to talk to"),
+        ("here", None, None, "no model in"),
+        (None, None, "localhost:8000", "must be a URL"),
+        (None, None, "", "must be a URL"),
+    ],
+)
+def test_open_model_says_what_is_missing(tmp_path, model, run_dir, endpoint, message):
+    with pytest.raises(InputError, match=message):
+        open_model(model and str(tmp_path), run_dir and str(tmp_path), endpoint)
 
 
-class Unhappy(threading.Thread):
-    """A server that says 503 `times` times and then streams one word."""
+class Busy(BaseHTTPRequestHandler):
+    """503 `times` times, then one word."""
 
-    def __init__(self, times):
-        super().__init__(daemon=True)
-        from http.server import BaseHTTPRequestHandler, HTTPServer
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests += 1
+        busy = self.server.requests <= self.server.times
+        body = b'{"error": "the queue is full"}'
+        if not busy:
+            chunk = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "fine"}}]}
+            body = b"data: " + json.dumps(chunk).encode() + b"\n\ndata: [DONE]\n\n"
+        self.send_response(503 if busy else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                self.rfile.read(int(self.headers["Content-Length"]))
-                outer.seen += 1
-                busy = outer.seen <= times
-                body = b'{"error": "the queue is full"}'
-                if not busy:
-                    chunk = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "fine"}}]}
-                    body = b"data: " + json.dumps(chunk).encode() + b"\n\ndata: [DONE]\n\n"
-                self.send_response(503 if busy else 200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        self.seen, self.server = 0, HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.start()
-
-    def run(self):
-        self.server.serve_forever()
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture
 def online(monkeypatch):
     """Let huggingface_hub's client talk to loopback although the tests run in offline mode."""
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    from huggingface_hub import close_session
-
     close_session()
 
 
+def answer(url, **options):
+    return "".join(RemoteModel(url, **options).answer([{"role": "user", "content": "?"}], Options()))
+
+
 def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line(online):
-    server = Unhappy(times=1)
-    pieces = RemoteModel(server.url).answer([{"role": "user", "content": "?"}], Options())
-    assert "".join(pieces) == "fine" and server.seen == 2
-    server = Unhappy(times=9)
-    with pytest.raises(InputError, match=r"does not answer: 503, the queue is full"):
-        list(RemoteModel(server.url, retries=1).answer([{"role": "user", "content": "?"}], Options()))
-    server.server.shutdown()
-    server.server.server_close()
+    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.requests, server.times = 0, 1
+        assert answer(url) == "fine" and server.requests == 2
+        server.times = 9
+        with pytest.raises(InputError, match=r"does not answer: 503, the queue is full"):
+            answer(url, retries=1)
+        assert server.requests == 4
+        server.shutdown()
     with pytest.raises(InputError, match="does not answer"):
-        list(RemoteModel(server.url, retries=0).answer([{"role": "user", "content": "?"}], Options()))
+        answer(url, retries=0)
 
 
 def test_a_server_that_says_nothing_runs_into_the_time_limit(online):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        model = RemoteModel(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3, retries=0)
-        with pytest.raises(InputError, match=r"does not answer: .*timed? ?out"):
-            list(model.answer([{"role": "user", "content": "?"}], Options()))
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(InputError, match=r"answer: .*timed? ?out"):
+        answer(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3, retries=0)
 
 
 @pytest.mark.slow
 def test_the_script_answers_one_prompt_and_reads_a_pipe(talker_folder):  # noqa: F811
-    script = [sys.executable, "scripts/chat_cli.py", "--run-dir", str(talker_folder.parent), "--temperature", "0"]
-    once = subprocess.run([*script, "-p", "What is 5 + 6?"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert once.stdout == "  ⚙ python 5+6 → 11\nIt is 11.\n"
-    piped = subprocess.run(
-        script, cwd=ROOT, input="What is 12 * 34?\n/reset\nHello\n", capture_output=True, text=True, check=True
-    )
-    assert "It is 408." in piped.stdout and "forgotten" in piped.stdout and "🙂" in piped.stdout
-    missing = subprocess.run(
-        [*script[:2], "--run-dir", "nowhere"], check=False, cwd=ROOT, capture_output=True, text=True
-    )
+    def run(run_dir, *words, **options):
+        command = [sys.executable, "scripts/chat_cli.py", "--run-dir", run_dir, "--temperature", "0", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+
+    assert run(talker_folder.parent, "-p", "What is 5 + 6?").stdout == "  ⚙ python 5+6 → 11\nIt is 11.\n"
+    piped = run(talker_folder.parent, input="What is 12 * 34?\n/reset\nHello\n").stdout
+    assert "It is 408." in piped and "forgotten" in piped and "🙂" in piped
+    missing = run("nowhere")
     assert missing.returncode == 2 and missing.stderr.strip().splitlines()[-1].startswith("error: nowhere has no")

@@ -170,7 +170,7 @@ def test_tool_results_in_an_engines_answers_are_not_trained_on(tokenizer):
         def __init__(self, model, tokenizer):
             assert not model.training
 
-        def refresh(self):
+        def sync_weights(self):
             Known.refreshed += 1
 
         def generate(self, prompts, **options):

@@ -60,7 +60,7 @@ def config(**keys):
 class Oracle:
     """Generates the right answer to every question of the demo, to show that grading and bookkeeping work."""
 
-    built, refreshed = 0, 0
+    built, synced = 0, 0
 
     def __init__(self, model, tokenizer):
         type(self).built += 1
@@ -68,8 +68,8 @@ class Oracle:
         kinds = ("fact", "arithmetic", "spelling", "counting", "problem")
         self.rows = {row["messages"][0]["content"]: row for kind in kinds for row in primer.questions(kind)}
 
-    def refresh(self):
-        type(self).refreshed += 1
+    def sync_weights(self):
+        type(self).synced += 1
 
     def generate(self, prompts, num_samples=1, **options):
         answers = []
@@ -288,10 +288,10 @@ def write_copa(folder):
 def test_chatcore_has_one_engine_and_is_nan_where_questions_have_one_answer(
     tiny_model, tokenizer, tmp_path, monkeypatch
 ):
-    Oracle.built = Oracle.refreshed = 0
+    Oracle.built = Oracle.synced = 0
     chatcore = chatcore_metric(EvalConfig(tasks=TASKS, batch_size=4), tokenizer, tmp_path, Oracle)
     assert chatcore(tiny_model, 3) == chatcore(tiny_model, 5) == 1.0
-    assert (Oracle.built, Oracle.refreshed) == (1, 1)
+    assert (Oracle.built, Oracle.synced) == (1, 1)
     certain = {"value": 1.0, "stderr": 0.0, "n": 1, "baseline": 1.0}
     monkeypatch.setattr("nanochat_hf.eval.tasks.Tasks.run", lambda self, name, lm: ({name: certain}, []))
     assert isnan(chatcore(tiny_model, 1))

@@ -263,7 +263,7 @@ def test_the_terminal_speaks_korean_and_wraps_hangul_by_its_width(talker, monkey
     for forced in (False, True):
         console = Console(file=io.StringIO(), width=30, highlight=False, force_terminal=forced, legacy_windows=False)
         chat = Chat(model, Options(temperature=0.0, max_new_tokens=120), console=console, language="ko")
-        chat.say("Hello")
+        chat.ask("Hello")
         for line in (
             "/help",
             "/reset",
@@ -295,7 +295,7 @@ def test_no_piece_ends_inside_a_character(talker, talker_folder, monkeypatch):  
 
     written = []
     console = Console(file=Screen(), width=80, highlight=False)
-    Chat(LocalModel(Engine(*talker), "test"), Options(temperature=0.0, max_new_tokens=120), console=console).say(
+    Chat(LocalModel(Engine(*talker), "test"), Options(temperature=0.0, max_new_tokens=120), console=console).ask(
         "Hello"
     )
     assert "".join(written).strip() == QUESTIONS["Hello"][0][1] and len(written) > 20

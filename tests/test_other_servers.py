@@ -33,7 +33,7 @@ def first_generation(vocab_size):
 
 
 class Paged:
-    """How vLLM and TGI run a transformers model: no cache object, one flat row, keys and values kept by the engine."""
+    """How vLLM and TGI run a transformers model: no cache object, one flat row; the engine stores keys and values."""
 
     def __init__(self):
         self.keys, self.values = {}, {}

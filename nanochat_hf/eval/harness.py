@@ -288,7 +288,7 @@ def chatcore_metric(config: EvalConfig, tokenizer, output: Path, engine: Callabl
 
     The mean is over ChatCORE's tasks, where `config.tasks` has some, and over all its accuracies otherwise; NaN if the
     questions of every task have one answer. Generated questions are written below `output`. `engine`, as in
-    `evaluate`, is built once and refreshed.
+    `evaluate`, is built once; its weights are synced.
 
     Raises:
         InputError: a task that is unknown or whose questions are missing, or no chat task at all.
@@ -303,8 +303,8 @@ def chatcore_metric(config: EvalConfig, tokenizer, output: Path, engine: Callabl
     def measure(model, max_per_task: int) -> float:
         if not engines:
             engines.append((engine or Generator)(model, tokenizer))
-        elif hasattr(engines[0], "refresh"):
-            engines[0].refresh()
+        elif hasattr(engines[0], "sync_weights"):
+            engines[0].sync_weights()
         tasks.config = replace(config, max_per_task=max_per_task if max_per_task > 0 else None)
         results = {}
         with quiet():

@@ -1,22 +1,21 @@
-"""An HTTP server over the fast generator that speaks OpenAI's and text-generation-inference's protocols.
+"""An HTTP server over the fast generator that speaks the protocols of OpenAI and text-generation-inference.
 
     python scripts/chat_web.py --run-dir runs/d24            # a chat page on http://127.0.0.1:8000
     InferenceClient(base_url="http://127.0.0.1:8000").chat_completion([{"role": "user", "content": "Hello"}])
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-").chat.completions.create(model="-", messages=[...])
 
-Each GPU has a replica (`worker`). The queue is bounded: beyond it a request is refused at once, not kept waiting.
+Each GPU has a replica (`worker`). The queue is bounded: a request beyond it gets status 429 at once.
 
-Calls of the calculator run here, inside the answer; streamed chunks show them in an extra field, `delta.tool` =
-{"call": text} or {"result": text}, and whole answers in `message.tool_steps`, which is read where a client gives the
-message back. A client that passes the function `python` in `tools` gets `tool_calls` instead and runs them itself.
-Turns that do not fit into the context are dropped, oldest first; `dropped_messages` says how many. Token
+The calculator runs here, inside the completion. Streamed chunks show its calls in an extra field, `delta.tool` =
+{"call": text} or {"result": text}; whole completions list them in `message.tool_steps`, which is read where a client
+sends the message back. A client that passes the function `python` in `tools` gets `tool_calls` instead and runs them
+itself. Turns that do not fit into the context are dropped, oldest first; `dropped_messages` says how many. Token
 log-probabilities are not computed: TGI's `logprob` is null.
 """
 
 import asyncio
 import contextlib
 import gc
-import itertools
 import json
 import time
 import uuid
@@ -34,11 +33,12 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
 from ..data.transforms import BadRow, normalize
 from ..errors import InputError
-from .engine import IncrementalDetokenizer, Request, StreamChunk
-from .worker import Answer, QueueFullError, Worker, WorkerDiedError
+from .engine import IncrementalDetokenizer, Request, join_chunks, text_of
+from .worker import Completion, QueueFullError, Worker, WorkerDiedError
 
 MAX_BODY = 1 << 20  # bytes of a request
 PAGE = Path(__file__).with_name("ui.html")
+Limit = Annotated[int | None, Field(ge=1)]
 Stops = Annotated[list[str], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop or [])]
 
 
@@ -66,8 +66,8 @@ class Sampling(BaseModel):
 
 
 class OpenAIBody(Sampling):
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: Limit = None
+    max_completion_tokens: Limit = None
     stream: bool = False
     stream_options: dict | None = None
     n: int = Field(1, ge=1, le=16)
@@ -81,7 +81,7 @@ class ToolStep(BaseModel):
 class Message(BaseModel):
     role: str
     content: str | list[dict] | None = None
-    tool_steps: list[ToolStep] | None = None  # of an answer that is given back
+    tool_steps: list[ToolStep] | None = None  # of a completion that is sent back
     tool_calls: list[dict] | None = None
     tool_call_id: str | None = None
     function_call: dict | None = None
@@ -98,10 +98,10 @@ class CompletionBody(OpenAIBody):
 
 
 class TGIParameters(Sampling):
-    max_new_tokens: int | None = Field(None, ge=1)
+    max_new_tokens: Limit = None
     do_sample: bool = False
     return_full_text: bool | None = None
-    truncate: int | None = Field(None, ge=1)
+    truncate: Limit = None
     details: bool = False
 
 
@@ -116,22 +116,23 @@ class Server:
     """Routes and limits over a list of workers; `app` is the ASGI application.
 
     Raises:
-        InputError: a GPU's memory is too small. What else went wrong in a worker is raised as it is.
+        InputError: a GPU's memory is too small. Any other error of a worker is raised unchanged.
     """
 
-    workers: list[Worker]  # started threads, one a GPU
+    workers: list[Worker]  # started threads, one per GPU
     name: str  # what /v1/models and /info call the model
     temperature: float = 0.6
     top_k: int = 50
-    max_new_tokens: int = 512  # of one answer, unless asked for fewer
-    max_seconds: float = 120.0  # of one answer, then it is cut
+    max_new_tokens: int = 512  # of one completion, unless the request says fewer
+    request_timeout: float = 120.0  # seconds of one completion, then it is cut
 
     def __post_init__(self):
         for worker in self.workers:
             worker.ready.wait()
         for worker in self.workers:
             if isinstance(worker.error, torch.OutOfMemoryError):
-                raise InputError(f"the memory of {worker.device} is full: lower --rows, or free it") from worker.error
+                reason = f"the memory of {worker.device} is full: lower --max-batch-size, or free it"
+                raise InputError(reason) from worker.error
             if worker.error is not None:
                 raise worker.error
         self.started = int(time.time())
@@ -152,7 +153,7 @@ class Server:
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI):
         gc.collect()
-        gc.freeze()  # else a full collection, of all that the libraries hold, stops every answer for a quarter second
+        gc.freeze()  # else a full collection, of all that the libraries hold, stops every stream for a quarter second
         yield
         for worker in self.workers:
             worker.close()
@@ -171,10 +172,10 @@ class Server:
             "model_dtype": str(decoder.dtype).removeprefix("torch."),
             "model_device_type": decoder.device.type,
             "model_pipeline_tag": "text-generation",
-            "max_concurrent_requests": sum(w.engine.decoder.rows + w.max_waiting for w in self.workers),
+            "max_concurrent_requests": sum(worker.capacity for worker in self.workers),
             "max_input_tokens": self.engine.length - 1,
             "max_total_tokens": self.engine.length,
-            "max_batch_size": decoder.rows,
+            "max_batch_size": decoder.slots,
             "num_replicas": len(self.workers),
             "router": "nanochat_hf",
         }
@@ -183,7 +184,7 @@ class Server:
         model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "nanochat_hf"}
         return {"object": "list", "data": [model]}
 
-    def text_prompt(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
         """Text as it is, special tokens included (as in TGI), with bos before it if it has none."""
         if text != text.encode(errors="replace").decode():
             raise InputError("the prompt holds half of a surrogate pair, which is no character: send whole characters")
@@ -191,22 +192,22 @@ class Server:
         bos = self.tokenizer.bos_token_id
         return ids if ids[:1] == [bos] else [bos, *ids]
 
-    def start(self, prompt: list[int], body: Sampling, new_tokens: int | None, n: int = 1, **options) -> list[Answer]:
-        """Start `n` answers to one prompt, all or none. Raises InputError if it cannot be run, Busy, Broken."""
-        given = body.model_dump(include={"temperature", "top_k", "top_p"}, exclude_none=True)
-        options |= {"temperature": self.temperature, "top_k": self.top_k, **given}
-        options["max_new_tokens"] = min(new_tokens or self.max_new_tokens, self.max_new_tokens)
+    def start(self, prompt: list[int], body: Sampling, limit: int | None, n: int = 1, **options) -> list[Completion]:
+        """Start `n` completions of one prompt, all or none; raises as `Worker.submit` does."""
+        sampling = body.model_dump(include={"temperature", "top_k", "top_p"}, exclude_none=True)
+        options |= {"temperature": self.temperature, "top_k": self.top_k, **sampling}
+        options["max_new_tokens"] = min(limit or self.max_new_tokens, self.max_new_tokens)
         seed = time.time_ns() % 2**31 if body.seed is None else body.seed % 2**63
-        answers: list[Answer] = []
+        completions: list[Completion] = []
         try:
             for i in range(n):
                 request = Request(prompt, seed=seed + i, **options)
-                answers.append(Answer(self.workers, request, body.stop, self.max_seconds))
+                completions.append(Completion(self.workers, request, body.stop, self.request_timeout))
         except (QueueFullError, WorkerDiedError):
-            for answer in answers:
-                answer.end()
+            for completion in completions:
+                completion.end()
             raise
-        return answers
+        return completions
 
     # ---- OpenAI ----------------------------------------------------------------------------------------------------
 
@@ -220,11 +221,11 @@ class Server:
         except BadRow as error:
             raise InputError(f"these messages are no chat: {error}") from None
         room = min(body.max_completion_tokens or body.max_tokens or self.max_new_tokens, self.engine.length // 4)
-        kept, prompt = messages, self.engine.encode(messages)
-        if len(prompt) + room > self.engine.length:  # rarely, so that most are encoded only once
-            kept = self.engine.fit(messages, room)
-            prompt = self.engine.encode(kept)
-        head = {"dropped_messages": len(messages) - len(kept)} if len(kept) < len(messages) else {}
+        prompt, dropped = self.engine.encode(messages), 0
+        if len(prompt) + room > self.engine.length:  # rare, so that most conversations are encoded only once
+            shorter = self.engine.truncate(messages, room)
+            prompt, dropped = self.engine.encode(shorter), len(messages) - len(shorter)
+        head = {"dropped_messages": dropped} if dropped else {}
         return await self.reply(http, body, prompt, head, stop_at_call=by_client, tools=tools)
 
     async def completions(self, body: CompletionBody, http: HTTPRequest):
@@ -233,13 +234,13 @@ class Server:
             if len(prompt) > 1:
                 raise InputError("send one prompt at a time")
             prompt = prompt[0]
-        return await self.reply(http, body, self.text_prompt(prompt) if isinstance(prompt, str) else prompt, {})
+        return await self.reply(http, body, self.encode_text(prompt) if isinstance(prompt, str) else prompt, {})
 
     async def reply(self, http: HTTPRequest, body: OpenAIBody, prompt: list[int], head: dict, **options):
         """What OpenAI's routes have in common: `head` is part of every chunk, `options` are those of `Request`."""
         if body.stream and body.n > 1:
-            raise InputError("streaming gives one answer: leave n out")
-        answers = self.start(prompt, body, body.max_completion_tokens or body.max_tokens, body.n, **options)
+            raise InputError("streaming gives one completion: leave n out")
+        completions = self.start(prompt, body, body.max_completion_tokens or body.max_tokens, body.n, **options)
         chat = isinstance(body, ChatBody)
         head |= {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
         head |= {"model": self.name, "object": "chat.completion" if chat else "text_completion"}
@@ -248,16 +249,16 @@ class Server:
             return {"index": index, **content, "finish_reason": reason, "logprobs": None}
 
         if not body.stream:
-            await asyncio.gather(*(answer.whole(http.is_disconnected) for answer in answers))
-            said = [{"message": message_of(a)} if chat else {"text": text_of(a.pieces)} for a in answers]
-            choices = [choice(content, answer.reason, i) for i, (content, answer) in enumerate(zip(said, answers))]
-            return JSONResponse({**head, "choices": choices, "usage": usage(answers)})
+            await asyncio.gather(*(completion.whole(http.is_disconnected) for completion in completions))
+            contents = [{"message": message_of(c)} if chat else {"text": text_of(c.chunks)} for c in completions]
+            choices = [choice(x, c.finish_reason, i) for i, (x, c) in enumerate(zip(contents, completions))]
+            return JSONResponse({**head, "choices": choices, "usage": usage(completions)})
 
         async def chunks() -> AsyncIterator[dict]:
-            async for content, reason in deltas(answers[0], chat):
+            async for content, reason in deltas(completions[0], chat):
                 yield {**head, "choices": [choice(content, reason)]}
             if (body.stream_options or {}).get("include_usage"):
-                yield {**head, "choices": [], "usage": usage(answers)}
+                yield {**head, "choices": [], "usage": usage(completions)}
 
         head["object"] += ".chunk" if chat else ""
         return stream(chunks(), http)
@@ -266,90 +267,84 @@ class Server:
 
     async def generate(self, body: TGIBody, http: HTTPRequest):
         """TGI's routes; the root streams if the body says so and else gives a list, as the Inference API has it."""
-        asked, path = body.parameters, http.url.path
-        if asked.temperature is None:
-            asked.temperature = 1.0 if asked.do_sample else 0.0
-        asked.top_k = asked.top_k or 0
-        prompt = self.text_prompt(body.inputs)[-(asked.truncate or 0) :]
-        (answer,) = self.start(prompt, asked, asked.max_new_tokens or 20)  # 20 as in TGI
+        parameters, path = body.parameters, http.url.path
+        if parameters.temperature is None:
+            parameters.temperature = 1.0 if parameters.do_sample else 0.0
+        parameters.top_k = parameters.top_k or 0
+        prompt = self.encode_text(body.inputs)[-(parameters.truncate or 0) :]
+        (completion,) = self.start(prompt, parameters, parameters.max_new_tokens or 20)  # 20 as in TGI
         if path == "/generate_stream" or (path == "/" and body.stream):
-            return stream(self.tgi_events(answer), http)
-        text = text_of(await answer.whole(http.is_disconnected))
-        reply = {"generated_text": body.inputs + text if asked.return_full_text else text}
-        if asked.details:
-            decoder = IncrementalDetokenizer(self.tokenizer)
-            tokens = [tgi_token(token, decoder) for token in answer.request.tokens]
-            reply["details"] = {**tgi_end(answer), "prefill": [], "tokens": tokens}
+            return stream(self.tgi_events(completion), http)
+        text = text_of(await completion.whole(http.is_disconnected))
+        reply = {"generated_text": body.inputs + text if parameters.return_full_text else text}
+        if parameters.details:
+            detokenizer = IncrementalDetokenizer(self.tokenizer)
+            tokens = [tgi_token(token, detokenizer) for token in completion.request.tokens]
+            reply["details"] = {**tgi_end(completion), "prefill": [], "tokens": tokens}
         return JSONResponse([reply] if path == "/" else reply)
 
-    async def tgi_events(self, answer: Answer) -> AsyncIterator[dict]:
-        """One event a token; the last one carries the whole text and why it ended."""
-        decoder, index, last = IncrementalDetokenizer(self.tokenizer), 0, None
-        async for tokens, _ in answer.batches():
+    async def tgi_events(self, completion: Completion) -> AsyncIterator[dict]:
+        """One event per token; the last one carries the whole text and the finish reason."""
+        detokenizer, index, last = IncrementalDetokenizer(self.tokenizer), 0, None
+        async for tokens, _ in completion.batches():
             for token in tokens:
                 if last is not None:
                     yield last
                 index += 1
-                shown = tgi_token(token, decoder)
+                shown = tgi_token(token, detokenizer)
                 last = {"index": index, "token": shown, "generated_text": None, "details": None}
         if last is not None:
-            yield {**last, "generated_text": text_of(answer.pieces), "details": tgi_end(answer)}
+            yield {**last, "generated_text": text_of(completion.chunks), "details": tgi_end(completion)}
 
 
-def tgi_token(token: int, decoder: IncrementalDetokenizer) -> dict:
-    text = text_of(decoder.push([token]))
-    return {"id": token, "text": text, "logprob": None, "special": decoder.is_special(token)}
+def tgi_token(token: int, detokenizer: IncrementalDetokenizer) -> dict:
+    text = text_of(detokenizer.push([token]))
+    return {"id": token, "text": text, "logprob": None, "special": detokenizer.is_special(token)}
 
 
-def tgi_end(answer: Answer) -> dict:
-    reason = "stop_sequence" if answer.stopped else "eos_token" if answer.reason == "stop" else "length"
-    request = answer.request
-    usage = {"generated_tokens": len(request.tokens), "input_length": len(request.prompt)}
-    return {"finish_reason": reason, **usage, "seed": request.seed if request.temperature else None}
+def tgi_end(completion: Completion) -> dict:
+    request, reason = completion.request, completion.finish_reason
+    reason = "stop_sequence" if completion.stopped else "eos_token" if reason == "stop" else "length"
+    sizes = {"generated_tokens": len(request.tokens), "input_length": len(request.prompt)}
+    return {"finish_reason": reason, **sizes, "seed": request.seed if request.temperature else None}
 
 
-def text_of(pieces: list[StreamChunk]) -> str:
-    """What the model says, without its calls and their results."""
-    return "".join(piece for piece in pieces if piece.kind == "text")
-
-
-async def deltas(answer: Answer, chat: bool) -> AsyncIterator[tuple[dict, str | None]]:
-    """What the chunks of OpenAI's two protocols say, and in the last one why the answer ended."""
+async def deltas(completion: Completion, chat: bool) -> AsyncIterator[tuple[dict, str | None]]:
+    """The contents of the chunks of OpenAI's two protocols, and in the last one the finish reason."""
     if chat:
         yield {"delta": {"role": "assistant", "content": ""}}, None
-    async for _, pieces in answer.batches():
-        for kind, group in itertools.groupby(pieces, lambda piece: piece.kind):  # several if the reader is slow
-            text = "".join(group)
+    async for _, chunks in completion.batches():
+        for kind, text in join_chunks(chunks):  # several if the reader is slow
             if kind == "text":
                 yield {"delta": {"content": text}} if chat else {"text": text}, None
-            elif chat and not answer.request.stop_at_call:
+            elif chat and not completion.request.stop_at_call:
                 yield {"delta": {"content": "", "tool": {kind: text}}}, None
-    if answer.reason == "tool_calls":
-        yield {"delta": {"tool_calls": [{"index": 0, **call} for call in message_of(answer)["tool_calls"]]}}, None
-    yield {"delta": {}} if chat else {"text": ""}, answer.reason
+    if completion.finish_reason == "tool_calls":
+        yield {"delta": {"tool_calls": [{"index": 0, **call} for call in message_of(completion)["tool_calls"]]}}, None
+    yield {"delta": {}} if chat else {"text": ""}, completion.finish_reason
 
 
-def message_of(answer: Answer) -> dict:
-    """The assistant message of an answer: its text, and the calls that were made or are left to the client."""
-    message = {"role": "assistant", "content": text_of(answer.pieces)}
-    if answer.reason == "tool_calls":
-        expression = "".join(piece for piece in answer.pieces if piece.kind == "call")
-        function = {"name": "python", "arguments": json.dumps({"expression": expression})}
-        call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
-        return {**message, "content": message["content"] or None, "tool_calls": [call]}
+def message_of(completion: Completion) -> dict:
+    """The assistant message of a completion: its text, and the calls that were answered or are left to the client."""
+    message = {"role": "assistant", "content": text_of(completion.chunks)}
     steps: list[dict] = []
-    for kind, group in itertools.groupby(answer.pieces, lambda piece: piece.kind):
+    for kind, text in join_chunks(completion.chunks):
         if kind == "call" or (kind == "result" and not steps):
             steps.append({"call": "", "result": ""})
         if kind != "text":
-            steps[-1][kind] += "".join(group)
+            steps[-1][kind] += text
+    if completion.finish_reason == "tool_calls":
+        arguments = json.dumps({"expression": "".join(step["call"] for step in steps)})
+        function = {"name": "python", "arguments": arguments}
+        call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+        return {**message, "content": message["content"] or None, "tool_calls": [call]}
     return {**message, **({"tool_steps": steps} if steps else {})}
 
 
-def usage(answers: list[Answer]) -> dict:
-    """Tokens of answers to one prompt, which is counted once."""
-    new = sum(len(answer.request.tokens) for answer in answers)
-    prompt = len(answers[0].request.prompt)
+def usage(completions: list[Completion]) -> dict:
+    """Tokens of completions of one prompt, which is counted once."""
+    new = sum(len(completion.request.tokens) for completion in completions)
+    prompt = len(completions[0].request.prompt)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
@@ -369,7 +364,7 @@ def stream(chunks: AsyncIterator[dict], http: HTTPRequest) -> StreamingResponse:
 
 
 async def failure(http: HTTPRequest, error: Exception) -> JSONResponse:
-    """The reply to a request that ended with one of FAILURES, in the shape that its protocol's clients look for."""
+    """The reply to a request that ended with one of FAILURES, in the shape that the clients of its protocol expect."""
     status, kind = FAILURES[type(error)]
     message = str(error)
     if isinstance(error, RequestValidationError):
@@ -391,11 +386,10 @@ class BodyLimit:
         self.app = app
 
     async def __call__(self, scope, receive, send) -> None:
-        answer = self.app
+        app = self.app
         if scope["type"] == "http" and scope["method"] == "POST":
             http = HTTPRequest(scope)
             size = http.headers.get("content-length", "")
             if not size.isdecimal() or int(size) > MAX_BODY:
-                error = TooLarge(f"a request may have {MAX_BODY} bytes and must say its length")
-                answer = await failure(http, error)
-        await answer(scope, receive, send)
+                app = await failure(http, TooLarge(f"a request may have {MAX_BODY} bytes and must say its length"))
+        await app(scope, receive, send)

@@ -1,25 +1,25 @@
-"""Threads that own an engine, and the answers that an event loop reads from them.
+"""Threads that own an engine, and completions that an event loop reads from them.
 
-A `Worker` runs one `Engine`, on a device of its own; requests that come while others run join them at the next step.
-Its queue is bounded. `Answer` is one request seen from the event loop: pieces of text as they come, cut at stop
-strings and at a time limit. `server` builds its routes on them.
+A `Worker` runs one `Engine` on one device, with continuous batching and a bounded queue. A `Completion` is one request
+as the event loop sees it: chunks of text as they come, cut at stop strings and at a time limit. `server` builds its
+routes on them.
 """
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 import torch
 
 from .engine import Engine, IncrementalDetokenizer, Request, StreamChunk
 
-# One engine is made at a time: transformers sets torch's default dtype, which all threads share, while it loads, and
-# the second engine finds the kernels that the first one compiled.
-LOADING = threading.Lock()
-HANG_UP_CHECK = 0.5  # seconds between two looks whether the reader of a whole answer is still there
+# One engine is built at a time: transformers sets torch's default dtype, which all threads share, while it loads, and
+# the second engine reuses the kernels that the first one compiled.
+LOAD_LOCK = threading.Lock()
+HANG_UP_CHECK = 0.5  # seconds between two checks whether the client of a whole completion is still connected
 
-TokenCallback = Callable[[list[int] | None], None]
+TokenCallback = Callable[[list[int] | None], None]  # gets lists of new tokens, then None
 
 
 class WorkerDiedError(RuntimeError):
@@ -31,72 +31,90 @@ class QueueFullError(Exception):
 
 
 class Worker(threading.Thread):
-    """Owns one engine; hands out the tokens of each request to the event loop that asked for them."""
+    """Owns one engine; passes the tokens of each request to the event loop that submitted it."""
 
-    def __init__(self, make_engine: Callable[[], Engine], device: str | None = None, max_waiting: int = 64):
+    def __init__(self, make_engine: Callable[[], Engine], device: str | None = None, max_queue_size: int = 64):
         super().__init__(daemon=True, name=f"worker-{device or 'cpu'}")
-        self.make_engine, self.device, self.max_waiting = make_engine, device, max_waiting
+        self.make_engine, self.device, self.max_queue_size = make_engine, device, max_queue_size
         self.engine: Engine | None = None  # None until `ready` is set
         self.error: Exception | None = None
-        self.sinks: dict[Request, tuple[TokenCallback, asyncio.AbstractEventLoop | None]] = {}
-        self.inbox: list[Request] = []
+        self.callbacks: dict[Request, TokenCallback] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None  # in which the callbacks run: that of the last request
         self.wake, self.ready, self.stopping = threading.Condition(), threading.Event(), False
 
     def run(self) -> None:
         try:
             if self.device and self.device.startswith("cuda"):
                 torch.cuda.set_device(torch.device(self.device).index or 0)  # where the thread's kernels go
-            with LOADING:
+            with LOAD_LOCK:
                 self.engine = self.make_engine()
             self.ready.set()
             while not self.stopping:
+                with self.wake:
+                    self.wake.wait_for(lambda: self.stopping or self.engine.busy)
                 self.turn()
-        except Exception as error:  # out of memory, a broken driver: say so to everybody who waits, and in /health
+        except Exception as error:  # out of memory, a broken driver: all who wait and /health must get the reason
             self.error = error
         finally:
             self.ready.set()
             with self.wake:
-                hand_over([(sink, None) for sink in self.sinks.values()])
-                self.sinks.clear()
+                self.deliver([(callback, None) for callback in self.callbacks.values()])
+                self.callbacks.clear()
 
     def turn(self) -> None:
-        """One round of the engine; sleeps while there is nothing to do."""
-        with self.wake:
-            self.wake.wait_for(lambda: self.stopping or self.inbox or self.engine.busy)
-            arrived, self.inbox = self.inbox, []
-        for request in arrived:
-            self.engine.submit(request)
-        given = []
+        """One round of the engine."""
+        calls = []
         for request, tokens in self.engine.advance():
             if tokens:
-                given.append((self.sinks[request], tokens))
-            if request.finish:
-                given.append((self.sinks.pop(request), None))
-        hand_over(given)
+                calls.append((self.callbacks[request], tokens))
+            if request.finish_reason:
+                calls.append((self.callbacks.pop(request), None))
+        if calls:
+            self.deliver(calls)
+
+    def deliver(self, calls: list[tuple[TokenCallback, list[int] | None]]) -> None:
+        """Call the callbacks in the event loop, all at once: waking it costs more than reading the tokens."""
+
+        def call_all() -> None:
+            for callback, tokens in calls:
+                callback(tokens)
+
+        if self.loop is not None:
+            with suppress(RuntimeError):  # the loop was closed in the meantime: there is no reader
+                self.loop.call_soon_threadsafe(call_all)
 
     @property
     def load(self) -> int:
-        return len(self.sinks)
+        return len(self.callbacks)
 
     @property
     def broken(self) -> bool:
         return self.error is not None or self.stopping or not self.is_alive()
 
-    def start_request(
-        self, request: Request, sink: TokenCallback, loop: asyncio.AbstractEventLoop | None = None
-    ) -> None:
-        """`sink` gets lists of tokens, then None; in `loop`, or in this thread if there is none.
+    @property
+    def capacity(self) -> int:
+        """Requests that may run or wait at the same time."""
+        return self.engine.decoder.slots + self.max_queue_size
 
-        Raises InputError if the prompt cannot be run, Busy, Broken.
+    def submit(self, request: Request, callback: TokenCallback) -> None:
+        """Queue a request of the running event loop, where `callback` will be called.
+
+        Raises InputError if the prompt cannot be run, QueueFullError, WorkerDiedError.
         """
         with self.wake:
             if self.broken:
                 raise WorkerDiedError(f"the model is not running: {self.error}")
-            self.engine.check(request.prompt)
-            if self.load >= self.engine.decoder.rows + self.max_waiting:
+            if self.load >= self.capacity:
                 raise QueueFullError("the model is overloaded: try again in a few seconds")
-            self.sinks[request] = sink, loop
-            self.inbox.append(request)
+            self.loop, self.callbacks[request] = (
+                asyncio.get_running_loop(),
+                callback,
+            )  # before the engine can give its first token
+            try:
+                self.engine.submit(request)
+            except BaseException:
+                del self.callbacks[request]
+                raise
             self.wake.notify()
 
     def close(self) -> None:
@@ -106,134 +124,97 @@ class Worker(threading.Thread):
         self.join(10)
 
 
-def hand_over(given: list[tuple[tuple[TokenCallback, asyncio.AbstractEventLoop | None], list[int] | None]]) -> None:
-    """Call the sinks. All of one event loop in one call: to wake it costs more than to read a row's tokens."""
-    calls: dict[asyncio.AbstractEventLoop | None, list] = {}
-    for (sink, loop), tokens in given:
-        calls.setdefault(loop, []).append((sink, tokens))
-    for loop, some in calls.items():
-        if loop is None:
-            call_all(some)
-            continue
-        with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime: nobody listens any more
-            loop.call_soon_threadsafe(call_all, some)
+class Completion:
+    """One request under way: its tokens as chunks of text, cut at stop strings and at the time limit."""
 
-
-def call_all(calls: list[tuple[TokenCallback, list[int] | None]]) -> None:
-    for sink, tokens in calls:
-        sink(tokens)
-
-
-class Answer:
-    """One request under way: its tokens as pieces of text, cut at stop strings and at the time limit."""
-
-    def __init__(self, workers: list[Worker], request: Request, stops: list[str] = (), max_seconds: float = 120.0):
-        """Give the request to the running worker with the least to do; raises as `start_request` does."""
-        self.request, self.stops = request, [stop for stop in stops if stop]
-        self.tokens: list[int] = []  # what has come so far
-        self.pieces: list[StreamChunk] = []
-        self.held, self.stopped = "", False
-        loop = asyncio.get_running_loop()
-        self.news, self.ended = asyncio.Event(), loop.create_future()
+    def __init__(self, workers: list[Worker], request: Request, stop: list[str] = (), timeout: float = 120.0):
+        """Submit the request to the running worker with the least load; raises as `Worker.submit` does."""
+        self.request, self.stop = request, [string for string in stop if string]
+        self.chunks: list[StreamChunk] = []  # what has been read
+        self.buffer, self.stopped = "", False  # text that may be the beginning of a stop string; whether one came
+        self.queue: asyncio.Queue[list[int] | None] = asyncio.Queue()
         self.worker = min(workers, key=lambda worker: (worker.broken, worker.load))
-        self.worker.start_request(request, self.take, loop)
-        self.decoder = IncrementalDetokenizer(self.worker.engine.tokenizer)
-        self.timer = loop.call_later(max_seconds, self.take, None)
+        self.worker.submit(request, self.queue.put_nowait)
+        self.detokenizer = IncrementalDetokenizer(self.worker.engine.tokenizer)
+        self.timer = asyncio.get_running_loop().call_later(timeout, self.end)
 
-    def take(self, tokens: list[int] | None) -> None:
-        """The worker's sink, which the event loop calls; None also when the time is up."""
-        if self.ended.done():
-            return
-        last = tokens is None
-        if last and self.worker.error is not None and not self.request.finish:
-            return self.end(WorkerDiedError(f"the model stopped: {self.worker.error}"))
-        self.tokens += tokens or []
-        self.pieces += self.cut(self.decoder.push(tokens or [], last), last)
-        self.news.set()
-        if last or self.stopped:
-            self.end()
-
-    def end(self, error: WorkerDiedError | None = None) -> None:
-        """Nothing more comes, or nobody wants it; frees the row."""
+    def end(self) -> None:
+        """The time is up, the text is complete, or the client left: free the slot."""
         self.timer.cancel()
-        if not self.request.finish:
+        if not self.request.finish_reason:
             self.request.cancelled = True
-        if not self.ended.done():
-            self.ended.set_result(error)
-            self.news.set()
+            self.queue.put_nowait(None)
 
     async def batches(self) -> AsyncIterator[tuple[list[int], list[StreamChunk]]]:
-        """(tokens, pieces of text that they complete) as they come; ends the request when left early."""
-        num_tokens = num_pieces = 0
+        """(tokens, chunks of text that they complete) as they come; ends the request when left early."""
+        last = False
         try:
-            while not self.ended.done() or self.news.is_set():
-                await self.news.wait()
-                self.news.clear()
-                tokens, pieces = self.tokens[num_tokens:], self.pieces[num_pieces:]
-                num_tokens, num_pieces = len(self.tokens), len(self.pieces)
-                yield tokens, pieces
-            self.check()
+            while not last and not self.stopped:
+                received = [await self.queue.get()]
+                while not self.queue.empty():  # the reader is slower than the model
+                    received.append(self.queue.get_nowait())
+                last = None in received
+                if last and self.worker.error is not None and not self.request.finish_reason:
+                    raise WorkerDiedError(f"the model stopped: {self.worker.error}")
+                tokens = [token for part in received for token in part or ()]
+                new = [*self.detokenizer.push(tokens, last), *([StreamChunk("", "end")] if last else [])]
+                chunks = [part for chunk in new for part in self.cut(chunk) if part]
+                self.chunks += chunks
+                yield tokens, chunks
         finally:
             self.end()
 
-    async def whole(self, gone: Callable) -> list[StreamChunk]:
-        """All pieces; gives up when `await gone()`, asked now and then, says that nobody waits any more."""
+    async def whole(self, is_disconnected: Callable) -> list[StreamChunk]:
+        """All chunks; gives up when `await is_disconnected()`, checked now and then, says that the client left."""
+
+        async def read() -> None:
+            async for _ in self.batches():
+                pass
+
+        reader = asyncio.create_task(read())
         try:
-            while not (await asyncio.wait([self.ended], timeout=HANG_UP_CHECK))[0]:
-                if await gone():
+            while not (await asyncio.wait([reader], timeout=HANG_UP_CHECK))[0]:
+                if await is_disconnected():
                     self.end()
-            self.check()
+            await reader
         finally:
-            self.end()
-        return self.pieces
+            reader.cancel()
+        return self.chunks
 
-    def check(self) -> None:
-        if error := self.ended.result():
-            raise error
-
-    def cut(self, pieces: list[StreamChunk], last: bool) -> list[StreamChunk]:
-        """Drop what follows a stop string; hold back text that may be the beginning of one, if more can come."""
-        if not self.stops:
-            return pieces
-        given = []
-        for piece in pieces:
-            if piece.kind != "text":
-                given += [StreamChunk(self.held), piece]
-                self.held = ""
-                continue
-            text = self.held + piece
-            found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
-            if found:
-                self.stopped, self.held = True, ""
-                given.append(StreamChunk(text[: min(found)]))
-                break
-            starts = (stop[:n] for stop in self.stops for n in range(min(len(stop), len(text) + 1)))
-            end = len(text) - max((len(start) for start in starts if text.endswith(start)), default=0)
-            given.append(StreamChunk(text[:end]))
-            self.held = text[end:]
-        if last:
-            given.append(StreamChunk(self.held))
-        return [piece for piece in given if piece]
+    def cut(self, chunk: StreamChunk) -> list[StreamChunk]:
+        """Drop what follows a stop string; hold back text that may be the beginning of one, until more comes."""
+        if self.stopped or not self.stop:
+            return [] if self.stopped else [chunk]
+        if chunk.kind != "text":  # also the end
+            parts, self.buffer = [StreamChunk(self.buffer), chunk], ""
+            return parts
+        text, self.buffer = self.buffer + chunk, ""
+        if begins := [at for at in map(text.find, self.stop) if at >= 0]:
+            self.stopped = True
+            return [StreamChunk(text[: min(begins)])]
+        sizes = [n for stop in self.stop for n in range(min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
+        cut = len(text) - max(sizes)
+        self.buffer = text[cut:]
+        return [StreamChunk(text[:cut])]
 
     @property
-    def reason(self) -> str:
-        """OpenAI's name for why it ended."""
-        if self.stopped or self.request.finish == "stop":
-            return "stop"
-        return "tool_calls" if self.request.finish == "call" else "length"
+    def finish_reason(self) -> str:
+        """ "stop", "tool_calls" or "length", as OpenAI names them."""
+        reason = "stop" if self.stopped else self.request.finish_reason
+        return reason if reason in ("stop", "tool_calls") else "length"
 
 
-def open_workers(name: str, rows: int, max_waiting: int, device: str | None = None) -> list[Worker]:
+def open_workers(name: str, max_batch_size: int, max_queue_size: int, device: str | None = None) -> list[Worker]:
     """Started workers with the model `name`, one on each GPU, or one on `device`."""
     devices = [device] if device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 
-    def engine_on(place: str) -> Engine:
-        engine = Engine.from_pretrained(name, place, rows=rows)
+    def engine_on(device: str) -> Engine:
+        engine = Engine.from_pretrained(name, device, slots=max_batch_size)
         engine.encode([{"role": "user", "content": ""}])  # a base model without a template fails here, not later
         engine.warm_up()
         return engine
 
-    workers = [Worker(lambda place=place: engine_on(place), place, max_waiting) for place in devices]
+    workers = [Worker(lambda device=device: engine_on(device), device, max_queue_size) for device in devices]
     for worker in workers:
         worker.start()
     return workers

@@ -10,7 +10,7 @@ the batch weigh alike, not only those of one question; and tokens are sampled fr
 gradient is taken, where upstream samples among the 50 likeliest.
 
 Generation is most of the cost. It is transformers' `generate` with TRL's tool loop, unless `train_rl` is given an
-`engine` (eval.generation.Generator, serve.generate.Engine), which runs the tool inside the answer.
+`engine` (eval.generation.Generator, serve.engine.Engine), which runs the tool inside the answer.
 """
 
 import json
@@ -209,8 +209,8 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
             model = adapters.get_base_model()
         if not engines:
             engines.append(make_engine(model, tokenizer))
-        elif hasattr(engines[0], "refresh"):  # it keeps a copy of the weights
-            engines[0].refresh()
+        elif hasattr(engines[0], "sync_weights"):  # it keeps a copy of the weights
+            engines[0].sync_weights()
         ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
         with torch.no_grad():  # samplers make no sense of NaN, and some no error either
             finite = bool(model(torch.tensor(ids[:1], device=model.device)).logits.isfinite().all())

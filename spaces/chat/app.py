@@ -4,7 +4,7 @@
     ENDPOINT_URL=http://127.0.0.1:8000 python app.py   # a TGI or OpenAI-compatible server does the work instead
 
 On Spaces, MODEL_ID is a variable of the Space; without it the first of `models:` in README.md is taken. The model runs
-on the GPU if there is one (ZeroGPU too); on a CPU a large one gets 8-bit weights. Its calls are answered inside
+on the GPU if there is one (ZeroGPU too); on a CPU a large one gets int8 weights. Its calls are answered inside
 `generate` by the code beside the weights (`custom_generate/`), and shown as steps that can be opened. The page speaks
 the browser's language, English or Korean; SPACE_LANGUAGE=ko or en fixes it.
 """
@@ -30,8 +30,8 @@ MODEL_ID = os.environ.get("MODEL_ID") or next(
 MAX_CHARS = int(os.environ.get("MAX_CHARS", "8000"))  # of one message
 MAX_NEW_TOKENS = int(os.environ.get("MAX_NEW_TOKENS", "1024"))  # of one answer, the slider's end
 MAX_SECONDS = float(os.environ.get("MAX_SECONDS", "120"))  # of one answer
-MAX_QUEUE = int(os.environ.get("MAX_QUEUE", "16"))  # people who may wait; the next is told that the queue is full
-LARGE = 300_000_000  # parameters above which a CPU keeps 8 bits of a weight
+MAX_QUEUE = int(os.environ.get("MAX_QUEUE", "16"))  # visitors who may wait; the next one reads that the queue is full
+LARGE = 300_000_000  # parameters above which the weights are quantized to int8 on a CPU
 STEP = "🧮 "  # begins the title of a tool step
 
 LANGUAGE = os.environ.get("SPACE_LANGUAGE")  # "en" or "ko"; by default the browser's (LANGUAGE itself is gettext's)
@@ -76,8 +76,8 @@ except ImportError:
         return function
 
 
-class Int8(nn.Module):
-    """A linear map with 8-bit weights and one scale a row, which PyTorch's CPU kernel multiplies as they are."""
+class Int8WeightOnlyLinear(nn.Module):
+    """A linear map with int8 weights and one scale per row, in the form that PyTorch's CPU kernel reads."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -90,16 +90,16 @@ class Int8(nn.Module):
         rows = x.flatten(0, -2)
         if len(rows) < 16:
             return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
-        return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale  # a prompt: the plain product is faster
+        return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale  # a prompt: a plain matmul is faster
 
 
-def shrink(model: nn.Module) -> None:
-    """Bfloat16, with 8-bit matrices; the embeddings stay, for a token reads one row of them. Small maps stay, too."""
+def quantize_int8(model: nn.Module) -> None:
+    """Cast to bfloat16, and matrices to int8: not embeddings, of which a token reads one row, nor small ones."""
     model.to(torch.bfloat16)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and min(child.weight.shape) >= 64:
-                setattr(module, name, Int8(child))
+                setattr(module, name, Int8WeightOnlyLinear(child))
 
 
 def load():
@@ -118,7 +118,7 @@ def load():
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
     elif model.num_parameters() > LARGE:
-        shrink(model)
+        quantize_int8(model)
     return model.eval(), tokenizer
 
 
@@ -192,32 +192,46 @@ def answered(messages: list[dict]) -> list[dict]:
     return messages[:-1] if messages and messages[-1]["role"] == "user" else messages
 
 
-def step(expression: str, result: str | None) -> dict:
-    metadata = {"title": STEP + expression, "status": "pending" if result is None else "done"}
-    return {"role": "assistant", "content": f"```\n{result or ''}\n```", "metadata": metadata}
+KINDS = {"<|python_start|>": "call", "<|output_start|>": "result"}  # of the text after a special token; else "text"
 
 
-CALL, SAID, RESULT, END = "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"
-STEPS = re.compile(
-    r"<\|python_start\|>(.*?)(?:<\|python_end\|>(?:<\|output_start\|>(.*?)(?:<\|output_end\|>|\Z))?|\Z)", re.S
-)
+def parts_of(text: str) -> list[tuple[str, str]]:
+    """An answer so far, with its special tokens, as (kind, text): "text", "call" or "result"."""
+    first, *rest = re.split(r"(<\|\w+\|>)", text)
+    return [("text", first), *((KINDS.get(token, "text"), part) for token, part in zip(rest[::2], rest[1::2]))]
 
 
-def shown(text: str) -> list[dict]:
-    """An answer so far, with the marks of its calls, as Gradio's messages: text and tool steps in turn."""
-    parts, found = STEPS.split(text), []
-    for i in range(0, len(parts), 3):
-        if i:
-            found.append(step(*parts[i - 2 : i]))
-        if said := re.sub(r"<\|\w+\|>|\ufffd+\Z", "", parts[i]):  # other marks, and a character still to be finished
-            found.append({"role": "assistant", "content": said})
-    return found
+def add_delta(parts: list[tuple[str, str]], delta) -> list[tuple[str, str]]:
+    """The parts with what a chunk adds: text, or a bit of a call or of a result (our server's extra field)."""
+    for kind, text in {**(delta.get("tool") or {}), "text": delta.content or ""}.items():
+        if text and parts and parts[-1][0] == kind:
+            parts = [*parts[:-1], (kind, parts[-1][1] + text)]
+        elif text:
+            parts = [*parts, (kind, text)]
+    return parts
+
+
+def show(parts: list[tuple[str, str]]) -> list[dict]:
+    """An answer so far as Gradio's messages: text, and tool steps, which are pending until their result begins."""
+    messages = []
+    for kind, text in parts:
+        if kind == "call":
+            metadata = {"title": STEP + text, "status": "pending"}
+            messages.append({"role": "assistant", "content": "```\n\n```", "metadata": metadata})
+        elif kind == "result" and messages and messages[-1].get("metadata", {}).get("status") == "pending":
+            messages[-1]["content"] = f"```\n{text}\n```"
+            messages[-1]["metadata"]["status"] = "done"
+        elif text := re.sub("\ufffd+\\Z", "", text):  # a character that is not complete yet
+            if not messages or "metadata" in messages[-1]:
+                messages.append({"role": "assistant", "content": ""})
+            messages[-1]["content"] += text
+    return messages
 
 
 # ---- generation ----------------------------------------------------------------------------------------------------
 
 
-def fit(messages: list[dict], room: int) -> list[int]:
+def encode(messages: list[dict], room: int) -> list[int]:
     """Ids of the conversation without its oldest turns, so that `room` more tokens fit into the context."""
     length = model.config.max_position_embeddings
     while True:
@@ -231,14 +245,14 @@ def fit(messages: list[dict], room: int) -> list[int]:
     return ids
 
 
-class Tokens:
-    """A streamer for `generate` that another thread reads; when that one has left, it ends generate."""
+class TokenStreamer:
+    """A streamer for `generate` whose tokens another thread reads; `stopped` ends generate."""
 
     def __init__(self):
-        self.queue, self.prompt, self.left = queue.Queue(), True, False
+        self.queue, self.prompt, self.stopped = queue.Queue(), True, False
 
     def put(self, ids: torch.Tensor):
-        if self.left:
+        if self.stopped:
             raise InterruptedError
         if not self.prompt:
             self.queue.put(ids.item())
@@ -250,63 +264,52 @@ class Tokens:
 
 @gpu
 def local_answer(messages: list[dict], temperature: float, top_k: int, max_tokens: int):
-    """Yields the answer so far, as marked text; raises what goes wrong."""
-    length, streamer, problems = model.config.max_position_embeddings, Tokens(), []
-    ids = fit(messages, min(max_tokens, length // 4))
+    """Yields the parts of the answer so far; raises the errors of `generate`."""
+    length, streamer, tokens = model.config.max_position_embeddings, TokenStreamer(), []
+    ids = encode(messages, min(max_tokens, length // 4))
     options = {"do_sample": temperature > 0, "max_new_tokens": min(max_tokens, length - len(ids))}
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": top_k}
 
     def work():
+        end = None
         try:
             inputs = torch.tensor([ids], device=model.device)
-            mask = torch.ones_like(inputs)
-            model.generate(inputs, attention_mask=mask, streamer=streamer, max_time=MAX_SECONDS, **options)
-        except Exception as error:  # out of memory, for example: the other thread says so
-            problems.append(error)
-        finally:
-            streamer.queue.put(None)
+            model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), streamer=streamer, max_time=MAX_SECONDS, **options
+            )
+        except Exception as error:  # out of memory, for example: the other thread raises it
+            end = error
+        streamer.queue.put(end)
 
     threading.Thread(target=work, daemon=True).start()
-    made: list[int] = []
     try:
-        while (token := streamer.queue.get()) is not None:
-            made.append(token)
-            yield tokenizer.decode(made)
+        while isinstance(token := streamer.queue.get(), int):
+            tokens.append(token)
+            yield parts_of(tokenizer.decode(tokens))
     finally:
-        streamer.left = True
-    if problems:
-        raise problems[0]
+        streamer.stopped = True
+    if token is not None:
+        raise token
 
 
 def remote_answer(messages: list[dict], temperature: float, max_tokens: int):
     """The same from a server; tried again twice before the first word."""
     client = InferenceClient(base_url=ENDPOINT_URL, timeout=30)
-    text, deadline = "", time.monotonic() + MAX_SECONDS
+    parts, deadline = [], time.monotonic() + MAX_SECONDS
     for attempt in range(3):
         try:
             for chunk in client.chat_completion(messages, max_tokens=max_tokens, temperature=temperature, stream=True):
                 for choice in chunk.choices or []:
-                    text += marked(text, choice.delta)
-                    yield text
+                    parts = add_delta(parts, choice.delta)
+                    yield parts
                 if time.monotonic() > deadline:
                     break
             return
         except Exception as error:  # connection refused, time-out, 429, 5xx: the client's classes differ by version
-            if text or attempt == 2:
+            if parts or attempt == 2:
                 raise ConnectionError(f"The model's server does not answer: {str(error)[:200]}") from None
             time.sleep(1 + attempt)
-
-
-def marked(before: str, delta) -> str:
-    """What a chunk adds to the marked text: words, or a bit of a call or of a result (our server's extra field)."""
-    tool = delta.get("tool") or {}
-    calling, telling = (before.rfind(a) > before.rfind(b) for a, b in ((CALL, SAID), (RESULT, END)))
-    if "call" in tool:
-        return ("" if calling else (END if telling else "") + CALL) + tool["call"]
-    if "result" in tool:
-        return ("" if telling else SAID + RESULT) + tool["result"]
-    return (END if telling and delta.content else "") + (delta.content or "")
 
 
 def warning(text: str) -> dict:
@@ -322,8 +325,8 @@ def respond(message: str, history: list[dict], system: str, temperature: float, 
         answer = local_answer(messages, temperature, int(top_k), max_tokens)
     now: list[dict] = []
     try:
-        for text in answer:
-            now = shown(text)
+        for parts in answer:
+            now = show(parts)
             yield now
     except torch.OutOfMemoryError:
         yield [*now, warning("The GPU's memory is full: shorten the conversation, or lower the number of new tokens.")]

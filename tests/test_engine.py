@@ -1,0 +1,245 @@
+"""The engine: streaming text, tools in the middle of completions, many requests over few slots, stopping early."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from talker import QUESTIONS, talker  # noqa: F401
+
+from nanochat_hf.data.bpe import byte_alphabet
+from nanochat_hf.errors import InputError
+from nanochat_hf.serve.engine import (
+    MAX_CHUNK,
+    Engine,
+    IncrementalDetokenizer,
+    Request,
+    join_chunks,
+    last_call,
+    token_table,
+)
+from nanochat_hf.tool_loop import MARKS
+
+
+@pytest.fixture
+def engine(talker):  # noqa: F811
+    return Engine(*talker, slots=4)
+
+
+def user(question):
+    return [{"role": "user", "content": question}]
+
+
+def run(engine, *requests):
+    for request in requests:
+        engine.submit(request)
+    while engine.busy:
+        engine.advance()
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_an_answer_streams_with_its_calls_and_the_real_results(engine, question):
+    chunks = list(engine.stream(user(question)))
+    kinds = {"python": "call", "python_output": "result", "text": "text"}
+    assert join_chunks(chunks) == [(kinds[kind], text) for kind, text in QUESTIONS[question]]
+    assert all("\ufffd" not in chunk for chunk in chunks) and len(chunks) > 3  # no chunk ends inside a character
+
+
+def test_greedy_answers_equal_generate_of_transformers(talker):  # noqa: F811
+    model, tokenizer = talker
+    engine = Engine(model, tokenizer, tool=None)
+    prompts = [engine.encode(user(question)) for question in QUESTIONS]
+    answers = engine.generate(prompts, max_new_tokens=90)
+    stops = sorted(tokenizer.convert_tokens_to_ids(["<|bos|>", "<|assistant_end|>"]))
+    assert sorted(engine.stop_ids) == stops
+    for prompt, (answer,) in zip(prompts, answers):
+        ids = torch.tensor([prompt])
+        expected = model.generate(ids, max_new_tokens=90, do_sample=False, eos_token_id=stops, pad_token_id=0)
+        assert answer == expected[0, len(prompt) :].tolist()
+
+
+def test_slots_call_the_tool_each_for_itself(talker):  # noqa: F811
+    model, tokenizer = talker
+    calls = []
+    engine = Engine(model, tokenizer, slots=4, tool=lambda text: calls.append(text) or str(eval(text)))
+    questions = ["What is 12 * 34?", "Hello", "What is 5 + 6?"] * 2
+    answers = engine.generate([engine.encode(user(question)) for question in questions], max_new_tokens=120)
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for (answer,) in answers]
+    assert sorted(calls) == ["12*34"] * 2 + ["5+6"] * 2
+    assert texts == ["".join(part for _, part in QUESTIONS[question]) for question in questions]
+
+
+def test_a_result_is_plain_text_of_at_most_510_tokens(talker):  # noqa: F811
+    engine = Engine(*talker, length=1000, tool=lambda text: "<|assistant_end|>77")
+    assert dict(join_chunks(engine.stream(user("What is 5 + 6?"))))["result"] == "<|assistant_end|>77"
+    engine.tool = lambda text: "x y " * 2000
+    request = Request(engine.encode(user("What is 5 + 6?")), 700)
+    run(engine, request)
+    start, end = (request.tokens.index(mark) for mark in engine.marks[2:])
+    assert end - start - 1 == 510
+
+
+def test_a_tool_that_hangs_is_answered_with_an_error_and_one_that_fails_too(talker):  # noqa: F811
+    release, start = threading.Event(), time.monotonic()
+    engine = Engine(*talker, slots=2, tool=lambda text: release.wait(20) or "late", tool_timeout=0.2)
+    chunks = join_chunks(engine.stream(user("What is 12 * 34?"), max_new_tokens=100))
+    release.set()
+    assert chunks[1] == ("result", "{'error': 'no result within 0.2 seconds'}") and time.monotonic() - start < 10
+    engine.tool = lambda text: {}[text]  # the pool of the tool that hung is not used again
+    chunks = join_chunks(engine.stream(user("What is 12 * 34?"), max_new_tokens=100))
+    assert chunks[1] == ("result", str({"error": "'12*34'"}))
+
+
+def test_tools_can_be_switched_off_for_one_request_or_left_to_the_caller(engine):
+    calls = []
+    engine.tool = lambda expression: calls.append(expression) or "11"
+    chunks = join_chunks(engine.stream(user("What is 5 + 6?"), tools=False))
+    assert chunks[0] == ("call", "5+6") and calls == []  # the model still calls, without an answer
+    request = Request(engine.encode(user("What is 5 + 6?")), stop_at_call=True)
+    assert join_chunks(engine.stream_request(request)) == [("call", "5+6")] and calls == []
+    assert request.finish_reason == "tool_calls" and request.tokens[-1] == engine.marks[1]
+
+
+def test_the_end_of_a_call_does_not_end_an_answer_although_the_models_settings_say_so(talker, monkeypatch):  # noqa: F811
+    model, tokenizer = talker
+    ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    assert join_chunks(Engine(*talker).stream(user("What is 5 + 6?")))[-1] == ("text", "It is 11.")
+
+
+@pytest.mark.parametrize(
+    "tokens,call",
+    [
+        ("S1E", "1"),
+        ("xS12E", "12"),
+        ("S1S2E", "2"),
+        ("SE", ""),
+        ("S1EE", None),
+        ("S1Ex2E", None),
+        ("E", None),
+        ("1E", None),
+    ],
+)
+def test_a_call_is_what_is_between_a_start_and_the_next_end(tokens, call):
+    assert last_call(list(tokens), "S", "E") == (None if call is None else list(call))
+
+
+def test_more_requests_than_slots_wait_and_give_the_same_answers(talker):  # noqa: F811
+    engine = Engine(*talker, slots=2)
+    requests = [Request(engine.encode(user(question)), 120) for question in list(QUESTIONS) * 2]
+    run(engine, *requests)
+    alone = [Engine(*talker).generate([r.prompt], max_new_tokens=120)[0][0] for r in requests[:4]]
+    assert [request.tokens for request in requests] == alone * 2
+    assert {request.finish_reason for request in requests} == {"stop"}
+
+
+def test_steps_launched_ahead_and_read_late_give_the_same_answers(talker, monkeypatch):  # noqa: F811
+    """The way of a GPU, on a CPU: chunks of steps, of which the host reads the one before the last."""
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    engine = Engine(*talker, slots=2)
+    engine.host_buffers += [torch.empty(MAX_CHUNK, 2, dtype=torch.int32) for _ in range(4)]
+    decoder, step = engine.decoder, engine.decoder.step
+    monkeypatch.setattr(decoder, "step", lambda slots, bound: step(slots, engine.length))
+    prompts = [engine.encode(user(question)) for question in QUESTIONS]
+    requests = [Request(prompt, limit) for prompt in prompts for limit in (120, 7, 12)]
+    for request in requests:
+        engine.submit(request)
+    engine.advance()
+    assert [len(steps.log) for steps in engine.pending] == [1]  # the first token comes quickly
+    run(engine)
+    for request in requests:
+        (answer,) = Engine(*talker).generate([request.prompt], max_new_tokens=request.max_new_tokens)[0]
+        assert request.tokens == answer
+    needed = sum(len(request.tokens) for request in requests)
+    assert needed / 2 <= decoder.steps < needed
+
+
+def test_the_same_seed_gives_the_same_answer_in_any_company(talker):  # noqa: F811
+    engine = Engine(*talker, slots=8)
+    prompt = engine.encode(user("Hello"))
+    options = dict(max_new_tokens=30, temperature=2.0, top_k=0)
+    together = engine.generate([prompt], num_samples=6, seed=10, **options)[0]
+    alone = Engine(*talker).generate([prompt], seed=13, **options)[0][0]
+    assert engine.generate([prompt] * 2, seed=[13, 15], **options) == [together[3:4], together[5:6]]
+    assert together[3] == alone and len({tuple(answer) for answer in together}) > 3
+
+
+def test_closing_the_stream_frees_the_slot(engine):
+    stream = engine.stream(user("Hello"))
+    first = next(stream)
+    stream.close()
+    assert first and not engine.busy
+    assert join_chunks(engine.stream(user("What is 5 + 6?")))[0] == ("call", "5+6")
+
+
+def test_a_request_can_be_cancelled_while_it_waits_and_while_it_runs(talker):  # noqa: F811
+    engine = Engine(*talker, slots=1)
+    running, waiting = (engine.submit(Request(engine.encode(user("Hello")), 100)) for _ in range(2))
+    engine.advance()
+    running.cancelled = waiting.cancelled = True
+    assert engine.advance()[:2] == [(running, []), (waiting, [])] and not engine.busy
+    assert (running.finish_reason, waiting.finish_reason, waiting.tokens) == ("cancelled", "cancelled", [])
+
+
+@pytest.mark.parametrize("size,limit,tokens", [(60, 100, 4), (60, 3, 3), (60, 4, 4), (63, 100, 1), (5, 7, 7)])
+def test_an_answer_ends_at_its_budget_or_where_the_context_does(talker, size, limit, tokens):  # noqa: F811
+    engine = Engine(*talker, length=64, tool=None, stop_ids=[])
+    request = engine.submit(Request([5] * size, max_new_tokens=limit))
+    for _ in range(20):
+        engine.advance()
+    assert (request.finish_reason, len(request.tokens), engine.busy) == ("length", tokens, False)
+
+
+@pytest.mark.parametrize(
+    "prompt,message",
+    [([], "empty"), ([1] * 256, "256 tokens.*context is 256"), ([-1], "outside"), ([512], "outside of 0..511")],
+)
+def test_prompts_that_cannot_work_are_refused(engine, prompt, message):
+    with pytest.raises(InputError, match=message):
+        engine.submit(Request(prompt))
+    assert not engine.busy
+
+
+def test_messages_that_are_no_chat_are_refused(engine):
+    with pytest.raises(InputError, match="no chat"):
+        engine.encode([{"role": "robot", "content": "hi"}])
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "be brief"}]])
+def test_long_conversations_lose_their_oldest_turns_but_not_the_system_message(engine, monkeypatch, system):
+    lengths, encode = [], engine.encode
+    monkeypatch.setattr(engine, "encode", lambda messages: lengths.append(len(messages)) or encode(messages))
+    turns = [{"role": role, "content": f"turn {i}"} for i in range(200) for role in ("user", "assistant")]
+    turns.append({"role": "user", "content": "last"})
+    shorter = engine.truncate(system + turns, room=60)
+    assert shorter[: len(system)] == system and shorter[len(system)]["role"] == "user" and shorter[-1] == turns[-1]
+    num_turns = len(shorter) - len(system)
+    longer = system + turns[-num_turns - 2 :]  # with the turn before, which would not have fit
+    assert len(encode(longer)) + 60 > engine.length >= len(encode(shorter)) + 60 and len(lengths) < 12
+    assert engine.truncate(system + turns, room=1000) == [*system, turns[-1]]
+
+
+def test_the_detokenizer_replaces_bad_bytes_and_waits_for_whole_characters(talker):  # noqa: F811
+    _, tokenizer = talker
+    letter = dict(enumerate(tokenizer.convert_tokens_to_ids(byte_alphabet())))
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    euro = [letter[byte] for byte in "€".encode()]
+    assert detokenizer.push(euro[:2]) == [] and detokenizer.push(euro[2:]) == ["€"]
+    assert "".join(detokenizer.push([letter[0xFF], letter[ord("a")]])) == "\ufffda"
+    assert detokenizer.push(euro[:1]) == [] and detokenizer.push([], last=True) == ["\ufffd"]
+    chunks = detokenizer.push([*euro[:1], *tokenizer.convert_tokens_to_ids(["<|python_start|>", "1"])])
+    assert [(chunk, chunk.kind) for chunk in chunks] == [("\ufffd", "text"), ("1", "call")]
+    assert detokenizer.push([len(tokenizer) + 5]) == []  # a padding row of the head
+
+
+def test_the_token_table_is_what_the_tokenizer_says(talker):  # noqa: F811
+    _, tokenizer = talker
+    table = token_table(tokenizer)
+    assert set(table) == set(range(len(tokenizer))) and token_table(tokenizer) is table
+    specials = {token for token, value in table.items() if isinstance(value, str)}
+    assert specials == set(tokenizer.all_special_ids)
+    assert all(table[i].decode(errors="replace") == tokenizer.decode([i]) for i in set(table) - specials)
+    kinds = [table[token] for token in tokenizer.convert_tokens_to_ids(list(MARKS))]
+    assert kinds == ["call", "text", "result", "text"] and table[tokenizer.bos_token_id] == ""
