@@ -303,8 +303,6 @@ def _trial(decoder, rows: int, at: int) -> list[torch.Tensor]:
     heat = decoder.temperature[:rows]
     sampling = (decoder.uniform[:rows, at], heat, decoder.top_k[:rows], decoder.top_p[:rows])
     wanted = decoder.sample_next_token(logits, *sampling)
-        logits, decoder.uniform[:rows, at], heat, decoder.top_k[:rows], decoder.top_p[:rows]
-    )
     mass = torch.where(heat[:, None] > 0, logits.softmax(-1).cumsum(-1), logits)
     picked = decoder.log[0, :rows].clamp(min=0)
     apart = mass.gather(1, picked[:, None].long()) - mass.gather(1, wanted[:, None].long())
