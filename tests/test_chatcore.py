@@ -5,8 +5,8 @@ from math import isnan
 
 import pytest
 from test_harness import Knower
-from test_recipes import speedrun
 
+from nanochat_hf import stages as speedrun
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, chatcore_metric
 from nanochat_hf.run import Run, load_json

@@ -1,6 +1,5 @@
 """Evaluating a run: what lands in metrics.json, resuming, and each wrong input as one clear line."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from nanochat_hf.eval.harness import EvalConfig, core_metric, definition_of, eva
 from nanochat_hf.eval.lm_eval_model import load
 from nanochat_hf.eval.tasks import write_jsonl
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
+from nanochat_hf.stages import run_eval
 
 ASKED = 6
 ROOT = Path(__file__).parent.parent
@@ -338,13 +338,10 @@ def test_a_model_without_chat_template_cannot_chat(run, tokenizer):
 
 
 def test_a_stage_that_is_not_finished_is_not_left_out_in_silence(run):
-    spec = importlib.util.spec_from_file_location("run_evals", ROOT / "scripts" / "run_evals.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     (run / "base" / "metrics.json").write_text('{"finished": true}')
     for stages in ("base,rl", "sft", "tokenizer", "bass"):
         with pytest.raises(InputError, match=f"'{stages.split(',')[-1]}' is no finished stage with a model"):
-            script.run_stage(config(), Run(run), stages=stages)
+            run_eval(config(), Run(run), stages=stages)
 
 
 def test_a_missing_model_is_named(run):

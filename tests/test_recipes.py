@@ -1,12 +1,12 @@
 """Every recipe and launch file is read by the parser of real runs; the pipeline refuses what is wrong."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from nanochat_hf import stages as speedrun
 from nanochat_hf.data.documents import text_fingerprint
 from nanochat_hf.errors import InputError
 from nanochat_hf.optim.scaling import plan
@@ -15,9 +15,6 @@ from nanochat_hf.train.pretrain_config import PLAN_KEYS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/base.yaml"))
-spec = importlib.util.spec_from_file_location("speedrun", ROOT / "recipes" / "speedrun.py")
-speedrun = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(speedrun)
 
 
 def test_all_recipes_of_the_readme_are_there():

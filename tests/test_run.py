@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat_hf.errors import InputError
+from nanochat_hf.config import parse_config, parse_flags
+from nanochat_hf.errors import InputError, guarded
 from nanochat_hf.run import (
     KEY_ALIASES,
     Run,
-    guarded,
     load_json,
     model_fingerprint,
-    pairs,
-    parse_config,
     save_json,
     start_record,
     write_metrics,
@@ -95,10 +93,10 @@ def test_json_is_written_aside_and_half_files_are_named(tmp_path):
 
 
 def test_flags_become_pairs():
-    assert pairs(["--depth", "4", "--a-b=1"]) == {"depth": "4", "a_b": "1"}
+    assert parse_flags(["--depth", "4", "--a-b=1"]) == {"depth": "4", "a_b": "1"}
     for words in (["depth", "4"], ["--depth"]):
         with pytest.raises(InputError, match="--key value"):
-            pairs(words)
+            parse_flags(words)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """A result belongs to the weights that it measured, and weights are numbers: both checked on folders of files."""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,8 +8,8 @@ import pytest
 import torch
 from finished_run import COMMON, result
 from safetensors.torch import load_file, save_file
-from test_recipes import ROOT, speedrun
 
+from nanochat_hf import stages as speedrun
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import weights
 from nanochat_hf.eval.report import collect, make_report
@@ -123,18 +122,18 @@ def test_the_source_of_a_stage_is_one_line_that_names_what_is_passed_over(run):
 
 
 @pytest.mark.parametrize(
-    "name,trainer,stage,source",
-    [("chat_sft", "train_chat", "sft", "base"), ("chat_rl", "train_rl", "rl", "sft")]
-    + [("chat_dpo", "train_preference", "dpo", "rl")],
+    "runner,trainer,stage,source",
+    [
+        ("run_chat", "train_chat", "sft", "base"),
+        ("run_rl", "train_rl", "rl", "sft"),
+        ("run_dpo", "train_dpo", "dpo", "rl"),
+    ],
 )
-def test_the_scripts_say_which_model_they_start_from(run, monkeypatch, capsys, name, trainer, stage, source):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr(script, trainer, lambda *args, **keys: None)
+def test_the_stages_say_which_model_they_start_from(run, monkeypatch, capsys, runner, trainer, stage, source):
+    monkeypatch.setattr(speedrun, trainer, lambda *args, **keys: None)
     if stage != "dpo":
         (run.folder(stage) / "metrics.json").unlink()
-    script.train(None, run)
+    getattr(speedrun, runner)(None, run)
     assert capsys.readouterr().out == f"[{stage}] starts from {run.folder(source)}\n"
 
 
@@ -279,18 +278,18 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(
         return capsys.readouterr().out
 
     again()
-    assert "[eval] finished earlier: " in again()
+    assert "[eval] already finished, skipping: " in again()
     path = run.folder("sft") / "model.safetensors"
     values = load_file(path)
     values[min(values)] += 1
     save_file(values, path, metadata={"format": "pt"})
     said = again()
-    assert "[eval] finished earlier, to be run again for sft (has other weights now)" in said
+    assert ": finished earlier, runs again for sft (has other weights now)" in said
     assert "[eval] base: measured earlier, with the same weights" in said and "[eval] sft: val bpb" in said
     assert run.metrics("eval")["weights"] == {stage: model_fingerprint(run.folder(stage)) for stage in ("base", "sft")}
-    assert "[eval] finished earlier: " in again()
+    assert "[eval] already finished, skipping: " in again()
     (tmp_path / "rows" / "gsm8k_test.jsonl").write_text("")
     said = again()
-    assert "to be run again for all stages (its config, tasks, code or data changed)" in said
+    assert "runs again for all stages (its config, tasks, code or data changed)" in said
     assert "[eval] base: val bpb" in said and "[eval] sft: val bpb" in said
-    assert "[eval] finished earlier: " in again()
+    assert "[eval] already finished, skipping: " in again()
