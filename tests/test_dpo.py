@@ -12,6 +12,7 @@ from workers import launch
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
+from nanochat_hf.train import dpo
 from nanochat_hf.train.dpo import DPOStageConfig, load_pairs, mask_completions, read_pair, train_dpo
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -104,7 +105,9 @@ def test_the_loss_is_on_what_the_assistant_says(tokenizer):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_the_chosen_completion_becomes_likelier(tiny_folder, config, tmp_path, rank):
+def test_the_chosen_completion_becomes_likelier(tiny_folder, config, tmp_path, monkeypatch, rank):
+    calls = []
+    monkeypatch.setattr(dpo, "mask_completions", lambda *args: (calls.append(1), mask_completions(*args))[1])
     config.lora_r, config.lora_lr, config.init_lr_frac = rank, 0.02, 1.0 if rank else 0.1
     train_dpo(config, tiny_folder, tmp_path / "dpo")
     metrics = load_json(tmp_path / "dpo" / "metrics.json")
@@ -112,7 +115,7 @@ def test_the_chosen_completion_becomes_likelier(tiny_folder, config, tmp_path, r
     assert metrics["after"]["accuracy"] == 1.0 and metrics["after"]["margin"] > 0.01
     assert metrics["finished"] and metrics["rows"] == 32 and metrics["bad"] == len(metrics["skipped_rows"]) == 1
     assert len(metrics["history"]) == 6 and metrics["tokens_per_second"] > 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
+    assert len(calls) > 6 and AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
 
 
 def test_the_loss_is_that_of_the_papers_formula_with_the_configs_beta(tiny_folder, config, tmp_path):

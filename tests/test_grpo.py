@@ -108,8 +108,10 @@ def test_prompts_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer,
     assert reasons.keys() == {1, 2} and "100 leave room" in reasons[1] and "####" in reasons[2]
     with pytest.raises(InputError, match=r"row [12] of .* cannot be used"):
         load_prompts(config(dataset=made.dataset, on_bad_example="error"), "train", tokenizer, 100)
-    with pytest.raises(InputError, match="no question of at most 3 tokens"):
-        load_prompts(made, "train", tokenizer, 3)
+    size = len(tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=False))
+    assert len(load_prompts(made, "train", tokenizer, size)[0]) == 1
+    with pytest.raises(InputError, match=f"no question of at most {size - 1} tokens"):
+        load_prompts(made, "train", tokenizer, size - 1)
 
 
 def test_the_gradient_is_reinforce_with_the_mean_as_baseline(tiny_folder, tokenizer, tmp_path):

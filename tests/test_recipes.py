@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -130,6 +131,17 @@ def test_a_stage_without_what_it_starts_from_is_refused_and_so_is_a_finished_one
             runner(cls(), run)
 
 
+@pytest.mark.parametrize(
+    "device,kind,name",
+    [("cuda", "nanochat_hf", "Engine"), ("cuda", "gpt2", "Generator"), ("cpu", "nanochat_hf", "Generator")],
+)
+def test_the_engine_generates_for_nanochat_models_on_a_gpu(monkeypatch, device, kind, name):
+    for cls in ("Engine", "Generator"):
+        monkeypatch.setattr(stages, cls, lambda model, tokenizer, cls=cls: cls)
+    model = SimpleNamespace(device=SimpleNamespace(type=device), config=SimpleNamespace(model_type=kind))
+    assert stages.engine(model, None) == name
+
+
 def finished(run: Run, configs: dict, *names: str, **numbers) -> None:
     for name in names:
         run.folder(name).mkdir(parents=True)
@@ -146,6 +158,8 @@ def test_a_changed_recipe_and_a_source_that_runs_again_are_refused(tmp_path):
     (run.folder("tokenizer") / "metrics.json").unlink()
     with pytest.raises(InputError, match="base is finished but was made before 'tokenizer', which runs again"):
         stages.check_run_folder(run, names, configs)
+    finished(run, configs, "eval")
+    stages.check_run_folder(run, ["tokenizer", "eval"], configs)  # an evaluation finds out by itself what changed
     for stage in ("tokenizer", "base"):  # of an old version
         (run.folder(stage) / "metrics.json").write_text('{"finished": true}')
     stages.check_run_folder(run, names, configs)

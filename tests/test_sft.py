@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
 from nanochat_hf.train import model_setup, sft
-from nanochat_hf.train.sft import ChatConfig, PackedCollator, build_packed_dataset, encode, train_chat
+from nanochat_hf.train.sft import ChatConfig, PackedCollator, build_packed_dataset, encode, pad_to_multiple, train_chat
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -136,6 +137,13 @@ def test_packing_keeps_every_token_once_and_several_processes_encode_alike(token
     assert again.to_list() == rows.to_list() and other == summary
     _, changed = build_packed_dataset(config(seed=1), mixture, tokenizer, 128, tmp_path / "changed")
     assert changed["content"] != summary["content"]
+
+
+def test_padding_rows_have_no_loss():
+    rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, 2]], "seq_lengths": [[2]]})
+    padded = pad_to_multiple(rows, 4, pad=9).to_list()
+    assert padded == [*rows.to_list(), *[{"input_ids": [9], "labels": [-100], "seq_lengths": [1]}] * 3]
+    assert len(pad_to_multiple(rows, 1, pad=9)) == 1
 
 
 def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path):
