@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from nanochat_hf.errors import InputError
+from nanochat_hf.errors import InputError, guarded
 from nanochat_hf.eval.report import collect, compare, make_report, results_row
 from nanochat_hf.hub.model_card import collection_table
-from nanochat_hf.run import Run, guarded
+from nanochat_hf.run import Run
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Evaluating a run: the content of metrics.json, resuming, ChatCORE during training, wrong input as one clear line."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_recipes import ROOT, speedrun
 
+from nanochat_hf import stages as pipeline
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, evaluate
@@ -21,6 +20,7 @@ from nanochat_hf.eval.lm_eval_model import load
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
 from nanochat_hf.train.sft import ChatConfig, train_chat
 
+ROOT = Path(__file__).parent.parent
 NUM_QUESTIONS = 6
 SPELLING = {"tasks": ["nanochat_demo_spelling"], "bpb_stages": ["base"], "bpb_tokens": 256}
 
@@ -258,13 +258,10 @@ def test_wrong_input_is_one_clear_line(run, keys, words):
 
 
 def test_a_stage_that_is_not_finished_is_not_left_out_in_silence(run):
-    spec = importlib.util.spec_from_file_location("run_evals", ROOT / "scripts" / "run_evals.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     (run / "base" / "metrics.json").write_text('{"finished": true}')
     for stages in ("base,rl", "sft", "tokenizer", "bass"):
         with pytest.raises(InputError, match=f"'{stages.split(',')[-1]}' is no finished stage with a model"):
-            script.run_stage(config(), Run(run), stages=stages)
+            pipeline.run_eval(config(), Run(run), stages=stages)
 
 
 # ---- during training ------------------------------------------------------------------------------------------------
@@ -319,12 +316,12 @@ def test_the_pipeline_gives_chatcore_to_sft_and_does_without_where_the_questions
     tiny_model, tiny_folder, tmp_path, monkeypatch, capsys
 ):
     metrics = []
-    monkeypatch.setattr(speedrun, "train_chat", lambda config, model, output, chatcore: metrics.append(chatcore))
-    monkeypatch.setattr(speedrun, "source_of", lambda stage, run: str(tiny_folder))
+    monkeypatch.setattr(pipeline, "train_chat", lambda config, model, output, chatcore: metrics.append(chatcore))
+    monkeypatch.setattr(pipeline, "source_of", lambda stage, run: str(tiny_folder))
     tasks = EvalConfig(tasks=TASKS, max_new_tokens=4)
     for every, evaluation in ((-1, tasks), (200, tasks), (200, replace(tasks, chat_data="/no/such/folder"))):
         configs = {"sft": ChatConfig(chatcore_every=every), "eval": evaluation}
-        speedrun.run_stage("sft", configs, Run(tmp_path), None)
+        pipeline.run_stage("sft", configs, Run(tmp_path), None)
     never, chatcore, without = metrics
     assert never is without is None and 0 <= chatcore(tiny_model, 2) < 1
     assert "no ChatCORE on the way: chat_data: no folder /no/such/folder" in capsys.readouterr().out

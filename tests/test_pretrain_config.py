@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_hf.run import parse_config
+from nanochat_hf.config import parse_config
 from nanochat_hf.train import pretrain_config
 
 KEYS = (

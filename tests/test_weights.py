@@ -1,6 +1,5 @@
 """A result belongs to the weights that it measured, and weights are finite: both checked on folders of files."""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,8 +8,8 @@ import pytest
 import torch
 from finished_run import COMMON, result
 from safetensors.torch import load_file, save_file
-from test_recipes import ROOT, speedrun
 
+from nanochat_hf import stages as pipeline
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import weights
 from nanochat_hf.eval.report import collect, make_report
@@ -163,29 +162,29 @@ def test_the_source_of_a_stage_is_one_line_that_names_what_is_passed_over(run):
 
 
 @pytest.mark.parametrize(
-    "name,trainer,stage,source",
-    [("chat_sft", "train_chat", "sft", "base"), ("chat_rl", "train_rl", "rl", "sft")]
-    + [("chat_dpo", "train_preference", "dpo", "rl")],
+    "runner,trainer,stage,source",
+    [
+        ("run_chat", "train_chat", "sft", "base"),
+        ("run_rl", "train_rl", "rl", "sft"),
+        ("run_dpo", "train_dpo", "dpo", "rl"),
+    ],
 )
-def test_the_scripts_say_which_model_they_start_from(run, monkeypatch, capsys, name, trainer, stage, source):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr(script, trainer, lambda *args, **keys: None)
+def test_the_stages_say_which_model_they_start_from(run, monkeypatch, capsys, runner, trainer, stage, source):
+    monkeypatch.setattr(pipeline, trainer, lambda *args, **keys: None)
     if stage != "dpo":
         (run.folder(stage) / "metrics.json").unlink()
-    script.train(None, run)
+    getattr(pipeline, runner)(None, run)
     assert capsys.readouterr().out == f"[{stage}] starts from {run.folder(source)}\n"
 
 
 def test_the_pipeline_refuses_a_stage_whose_weights_were_replaced(run):
-    configs = {stage: speedrun.CONFIGS[stage]() for stage in ("base", "sft")}
-    speedrun.check_run_folder(run, ["base", "sft"], configs)
+    configs = {stage: pipeline.CONFIGS[stage]() for stage in ("base", "sft")}
+    pipeline.check_run_folder(run, ["base", "sft"], configs)
     save_file({"a": torch.ones(3)}, run.folder("base") / "model.safetensors")
     for stages in (["base"], ["sft"], ["base", "sft", "report"]):
         with pytest.raises(InputError, match=r"weights in .*base are not those that its metrics\.json describes"):
-            speedrun.check_run_folder(run, stages, configs)
-    speedrun.check_run_folder(run, ["report"], configs)  # leaves its numbers out and says so
+            pipeline.check_run_folder(run, stages, configs)
+    pipeline.check_run_folder(run, ["report"], configs)  # leaves its numbers out and says so
 
 
 def test_a_hub_ids_weights_are_its_commit(tmp_path, monkeypatch):
@@ -259,23 +258,23 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(
 
     def again():
         words = ["--recipe", str(recipe), "--run-dir", str(run.path), "--stages", "eval"]
-        monkeypatch.setattr("sys.argv", ["speedrun.py", *words])
-        speedrun.main()
+        monkeypatch.setattr("sys.argv", ["pipeline.py", *words])
+        pipeline.main()
         return capsys.readouterr().out
 
     again()
-    assert "[eval] finished earlier: " in again()
+    assert "[eval] already finished, skipping: " in again()
     path = run.folder("sft") / "model.safetensors"
     values = load_file(path)
     values[min(values)] += 1
     save_file(values, path, metadata={"format": "pt"})
     output = again()
-    assert "[eval] finished earlier, to be run again for sft (has other weights now)" in output
+    assert ": finished earlier, runs again for sft (has other weights now)" in output
     assert "[eval] base: measured earlier, with the same weights" in output and "[eval] sft: val bpb" in output
     assert run.metrics("eval")["weights"] == {stage: model_fingerprint(run.folder(stage)) for stage in ("base", "sft")}
-    assert "[eval] finished earlier: " in again()
+    assert "[eval] already finished, skipping: " in again()
     (tmp_path / "rows" / "gsm8k_test.jsonl").write_text("")
     output = again()
-    assert "to be run again for all stages (its config, tasks, code or data changed)" in output
+    assert "runs again for all stages (its config, tasks, code or data changed)" in output
     assert "[eval] base: val bpb" in output and "[eval] sft: val bpb" in output
-    assert "[eval] finished earlier: " in again()
+    assert "[eval] already finished, skipping: " in again()
