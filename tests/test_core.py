@@ -58,6 +58,8 @@ def bundle(tmp_path):
         if kind == "multiple_choice":
             rows[3]["choices"] = ["red", "red cat", "owl", "owl"]  # one begins another, two are equal
             rows[4]["choices"] = ["red", "red", "red", "red"]
+        if kind == "schema":
+            rows[5]["context_options"] = rows[6]["context_options"] = ["The owl", "The owl"]
         write(tmp_path / "eval_data" / file, rows)
     return tmp_path
 

@@ -293,7 +293,8 @@ def test_chatcore_has_one_engine_and_is_nan_where_questions_have_one_answer(
     monkeypatch.setattr("nanochat_hf.eval.tasks.Tasks.run", lambda self, name, lm: ({name: certain}, []))
     assert isnan(chatcore(tiny_model, 1))
     half = {"value": 0.5, "n": 1, "baseline": 0.25, "chatcore": True}
-    monkeypatch.setattr("nanochat_hf.eval.tasks.Tasks.run", lambda self, name, lm: ({"a": half, "b": certain}, []))
+    other = {"value": 1.0, "n": 1, "baseline": 0.0}
+    monkeypatch.setattr("nanochat_hf.eval.tasks.Tasks.run", lambda self, name, lm: ({"a": half, "b": other}, []))
     assert chatcore(tiny_model, 1) == pytest.approx(1 / 3)  # of its own tasks, where there are some
     with pytest.raises(InputError, match="nanochat_demo_poetry"):
         chatcore_metric(EvalConfig(tasks=["nanochat_demo_poetry"]), tokenizer, tmp_path)
