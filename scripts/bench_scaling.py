@@ -25,9 +25,9 @@ from pathlib import Path
 
 import torch
 
+from nanochat_hf.config import parse_config
 from nanochat_hf.data.tokenizer import train_bpe
 from nanochat_hf.optim.scaling import peak_flops, plan
-from nanochat_hf.run import parse_config
 from nanochat_hf.train.pretrain import PretrainConfig, Pretraining
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ python scripts/chat_cli.py --endpoint http://127.0.0.1:8000
 
 import argparse
 
-from nanochat_hf.run import guarded
+from nanochat_hf.errors import guarded
 from nanochat_hf.serve.terminal_chat import Chat, Options, open_model, system_language, temperature
 
 

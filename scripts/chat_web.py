@@ -8,8 +8,8 @@ import argparse
 
 import uvicorn
 
-from nanochat_hf.errors import InputError
-from nanochat_hf.run import Run, guarded
+from nanochat_hf.errors import InputError, guarded
+from nanochat_hf.run import Run
 from nanochat_hf.serve.server import Server
 from nanochat_hf.serve.worker import open_workers
 

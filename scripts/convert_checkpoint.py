@@ -17,8 +17,8 @@ from pathlib import Path
 
 from nanochat_hf.convert.upstream import convert
 from nanochat_hf.demo import corpus as primer
-from nanochat_hf.errors import InputError
-from nanochat_hf.run import guarded, load_json, model_fingerprint, save_json
+from nanochat_hf.errors import InputError, guarded
+from nanochat_hf.run import load_json, model_fingerprint, save_json
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ import os
 from pathlib import Path
 
 from nanochat_hf.data.identity import NUM_CONVERSATIONS, conversations, generate_with_model, read_identity
-from nanochat_hf.errors import InputError
-from nanochat_hf.run import guarded
+from nanochat_hf.errors import InputError, guarded
 from nanochat_hf.serve.terminal_chat import Options, RemoteModel
 
 

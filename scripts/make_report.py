@@ -1,6 +1,6 @@
 """Write a run's report card (report.md, report.html, report.json, plots/), or compare two runs.
 
-python scripts/make_report.py --run-dir runs/d12 --hourly-rate 24
+python scripts/make_report.py --run-dir runs/d12 --node-hourly-rate 24
 python scripts/make_report.py --compare runs/a runs/b
 python scripts/make_report.py --run-dir runs/d12 --row
 python scripts/make_report.py --collection you/nanochat-d12=runs/d12 you/nanochat-d24=runs/d24
@@ -10,16 +10,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from nanochat_hf.errors import InputError
+from nanochat_hf.errors import InputError, guarded
 from nanochat_hf.eval.report import collect, compare, make_report, results_row
 from nanochat_hf.hub.model_card import collection_table
-from nanochat_hf.run import Run, guarded
+from nanochat_hf.run import Run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", help="run folder, for example runs/d12")
-    parser.add_argument("--hourly-rate", type=float, help="price of the machine in dollars an hour")
+    price = "price of the machine in dollars per hour"
+    parser.add_argument("--node-hourly-rate", "--hourly-rate", dest="hourly_rate", type=float, help=price)
     parser.add_argument("--compare", nargs=2, metavar="RUN", help="two run folders")
     parser.add_argument("--row", action="store_true", help="only print the run's row of evals/RESULTS.md")
     parser.add_argument("--collection", nargs="+", metavar="REPO=RUN", help="print a Hub collection's text instead")
@@ -27,7 +28,7 @@ def main() -> None:
     if arguments.collection:
         named = [word.partition("=") for word in arguments.collection]
         if not all(folder for _, _, folder in named):
-            raise InputError("--collection wants REPO=RUN, for example you/nanochat-d12=runs/d12")
+            raise InputError("--collection expects REPO=RUN, for example you/nanochat-d12=runs/d12")
         print(collection_table({repo: Run(folder) for repo, _, folder in named}))
         return
     if bool(arguments.run_dir) == bool(arguments.compare):

@@ -7,8 +7,8 @@ Log in first with `hf auth login`, or set HF_TOKEN. A dry run sends nothing and 
 
 import argparse
 
+from nanochat_hf.errors import guarded
 from nanochat_hf.hub.push import Push, push
-from nanochat_hf.run import guarded
 
 
 def main() -> None:

@@ -32,15 +32,10 @@ def finished_run(tmp_path):
 
     write("tokenizer", vocab_size=1024, bytes_per_token=2.5, wall_time_s=10)
     history = [{"step": s, "train_loss": 5 - s / 10, **({"val_bpb": 2 - s / 40} if s % 2 else {})} for s in range(9)]
-    samples = [{"prompt": "The owl", "text": "is *big* | and\n<b>old"}]
+    samples = [{"prompt": "The owl", "text": "is *big* | and\n<b>old"}] * 2
     write("base", depth=4, num_parameters=1_234_567, wall_time_s=100, mfu=None, history=history, samples=samples)
-    write(
-        "sft",
-        rows=3000,
-        tokens=90_000,
-        wall_time_s=50,
-        mixture=[{"dataset": "primer", "rows": 3000, "tokens": 90_000}],
-    )
+    mixture = [{"dataset": "primer", "rows": 3000, "tokens": 90_000}]
+    write("sft", rows=3000, tokens=90_000, wall_time_s=50, mixture=mixture)
     rl = [{"step": s, "reward": s / 10} for s in range(5)]
     write("rl", history=rl, before={"arithmetic": 0.5}, after={"arithmetic": 0.75}, wall_time_s=40)
     core = {"value": 0.01, "stderr": 0.02, "label": "2/22 tasks", "tasks": "2/22", "missing": ["squad"], "limit": 50}
@@ -51,7 +46,7 @@ def finished_run(tmp_path):
         wall_time_s=3400,
         results={
             "base": {"val_bpb": result(1.1, stderr=None, higher_is_better=False)},
-            "sft": {"facts": result(0.93), "counting": result(0.8, baseline=0.25, tool_use=0.99)},
+            "sft": {"facts": result(0.93), "counting": result(0.8, baseline=0.25, tool_use=0.99, **{"pass@2": 0.9})},
             "rl": {"counting": result(0.85)},
         },
         core={"base": core},

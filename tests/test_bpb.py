@@ -15,59 +15,52 @@ from nanochat_hf.eval.bpb import bits_per_byte, evaluate_bpb, held_out_bpb, loss
 LENGTHS = torch.tensor([0, 1, 3, 2])  # id 0 is special
 
 
-def fixed(losses):
-    return lambda inputs, targets: torch.tensor(losses)
-
-
-def test_loss_is_divided_by_bytes_and_special_tokens_count_nowhere():
-    targets = torch.tensor([[1, 2], [0, 3]])
-    found = evaluate_bpb(fixed([[1.0, 2.0], [50.0, 3.0]]), [(targets, targets)], LENGTHS)
-    assert found == pytest.approx(6.0 / (math.log(2) * 6))
-
-
-def test_ignored_targets_count_nowhere():
-    targets = torch.tensor([[1, -100], [-100, 3]])
-    found = evaluate_bpb(fixed([[1.0, 0.0], [0.0, 3.0]]), [(targets, targets)], LENGTHS)
-    assert found == pytest.approx(4.0 / (math.log(2) * 3))
-
-
-def test_batches_are_weighted_by_their_bytes_and_not_averaged():
-    batches = [(torch.tensor([[2, 2]]),) * 2, (torch.tensor([[1]]),) * 2]
-    found = evaluate_bpb(lambda inputs, targets: torch.ones_like(targets).float(), batches, LENGTHS)
-    assert found == pytest.approx(3 / (math.log(2) * 7))
+@pytest.mark.parametrize(
+    "batches,nats,num_bytes",
+    [
+        ([([[1.0, 2.0], [50.0, 3.0]], [[1, 2], [0, 3]])], 6, 6),  # special tokens count nowhere
+        ([([[1.0, 7.0], [7.0, 3.0]], [[1, -100], [-100, 3]])], 4, 3),  # ignored targets neither
+        ([([[1.0, 1.0]], [[2, 2]]), ([[1.0]], [[1]])], 3, 7),  # batches are weighted by their bytes
+    ],
+)
+def test_loss_is_divided_by_the_bytes_of_its_tokens(batches, nats, num_bytes):
+    losses = iter([losses for losses, _ in batches])
+    pairs = [(torch.tensor(targets),) * 2 for _, targets in batches]
+    value = evaluate_bpb(lambda inputs, targets: torch.tensor(next(losses)), pairs, LENGTHS)
+    assert value == pytest.approx(nats / (math.log(2) * num_bytes))
 
 
 def test_no_bytes_is_infinite_and_not_a_crash():
-    assert evaluate_bpb(fixed([[1.0]]), [(torch.tensor([[0]]),) * 2], LENGTHS) == math.inf
-    assert bits_per_byte(1.0, 0) == math.inf
+    assert evaluate_bpb(lambda inputs, targets: torch.ones(1, 1), [(torch.tensor([[0]]),) * 2], LENGTHS) == math.inf
+    assert evaluate_bpb(None, [], LENGTHS) == bits_per_byte(1.0, 0) == math.inf
 
 
 def test_a_uniform_model_costs_the_entropy_of_its_vocabulary(tiny_model, tokenizer):
     torch.nn.init.zeros_(tiny_model.lm_head.weight)
     ids = torch.tensor([tokenizer("The cat sat on the mat.").input_ids])
     inputs, targets = ids[:, :-1], ids[:, 1:]
-    found = evaluate_bpb(losses_of(tiny_model), [(inputs, targets)], torch.tensor(token_byte_lengths(tokenizer)))
+    value = evaluate_bpb(losses_of(tiny_model), [(inputs, targets)], torch.tensor(token_byte_lengths(tokenizer)))
     num_bytes = len(tokenizer.decode(targets[0]).encode())
-    assert found == pytest.approx(targets.numel() * math.log2(len(tokenizer)) / num_bytes, rel=1e-5)
+    assert value == pytest.approx(targets.numel() * math.log2(len(tokenizer)) / num_bytes, rel=1e-5)
 
 
 def test_held_out_text_does_not_depend_on_the_batch_size(tiny_model, tokenizer):
-    one, many = (held_out_bpb(tiny_model, tokenizer, "primer", 2048, batch_tokens=n) for n in (1, 1 << 16))
+    one, many = (held_out_bpb(tiny_model, tokenizer, "primer", 2100, batch_tokens=n) for n in (1, 1 << 16))
     assert one["n"] == many["n"] == 2048
     assert one["value"] == pytest.approx(many["value"], rel=1e-6)
-    assert 3 < one["value"] < 9  # untrained: 9 bits a token of 1 to 3 bytes
+    assert 3 < one["value"] < 9  # untrained: 9 bits per token of 1 to 3 bytes
 
 
-def test_nothing_is_guessed_for_a_tokenizer_without_bytes(tiny_model):
+def test_nothing_is_computed_for_a_tokenizer_that_is_not_byte_level(tiny_model):
     plain = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     plain.normalizer = normalizers.Replace(" ", "▁")
     plain.train_from_iterator(["the owl sees the cat"] * 9, trainers.BpeTrainer(special_tokens=["<unk>"]))
-    found = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<unk>")
-    assert held_out_bpb(tiny_model, found, "primer", 2048) is None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<unk>")
+    assert held_out_bpb(tiny_model, tokenizer, "primer", 2048) is None
 
 
 def test_held_out_text_is_that_of_the_validation_split_alone(lively_model, tokenizer, tmp_path):
-    """What training text there is beside it changes nothing, and bits per byte of the two differ."""
+    """Training text changes nothing, and the bits per byte of the two differ."""
     texts = ["zqx 7! " * 40, "The cat sat on the mat. " * 12]
 
     def measure(name, train, validation):

@@ -1,4 +1,4 @@
-"""RL practises on checkable questions, its gradient is REINFORCE's with a baseline, and it learns."""
+"""RLVR: prompts with verifiable answers, REINFORCE's gradient with a baseline, rollouts by an engine, and learning."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.run import load_json
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.tools import python
-from nanochat_hf.train.grpo import RLConfig, RLTrainer, grpo_arguments, questions, rollout, train_rl
+from nanochat_hf.train.grpo import RLConfig, RLTrainer, grpo_arguments, load_prompts, rollout, train_rl
 from nanochat_hf.train.model_setup import load_chat_model, lora
 from nanochat_hf.train.sft import ChatConfig, train_chat
 
@@ -31,24 +31,24 @@ def config(**keys) -> RLConfig:
     return RLConfig(**{**KEYS, **keys})
 
 
-def new_trainer(tiny_folder, tokenizer, tmp_path, made=None) -> RLTrainer:
-    made = made or config()
-    model = load_chat_model(tiny_folder, made, tokenizer)
+def new_trainer(tiny_folder, tokenizer, tmp_path, stage=None) -> RLTrainer:
+    stage = stage or config()
+    model = load_chat_model(tiny_folder, stage, tokenizer)
     model.lm_head.weight.data.normal_(std=0.05)  # a fresh head is all but zero: every token would be alike
-    rows = Dataset.from_list(questions(made, "test", tokenizer, 100)[0])
+    rows = Dataset.from_list(load_prompts(stage, "test", tokenizer, 100)[0])
     return RLTrainer(
-        model=model, args=grpo_arguments(made, tmp_path / "rl"), train_dataset=rows, eval_dataset=rows,
-        processing_class=tokenizer, tools=[python], stage=made, samples=tmp_path / "samples.jsonl",
+        model=model, args=grpo_arguments(stage, tmp_path / "rl"), train_dataset=rows, eval_dataset=rows,
+        processing_class=tokenizer, tools=[python], stage=stage, samples=tmp_path / "samples.jsonl",
     )  # fmt: skip
 
 
 class Silent(torch.nn.Module):
-    """A model for engines that do without one."""
+    """A model for engines that do not use it."""
 
-    device = torch.device("cpu")
+    device, value = torch.device("cpu"), 0.0
 
     def forward(self, ids):
-        return SimpleNamespace(logits=torch.zeros(*ids.shape, 4))
+        return SimpleNamespace(logits=torch.full((*ids.shape, 4), self.value))
 
 
 def stub(model):
@@ -59,7 +59,7 @@ def stub(model):
 
 
 def graded_batch(trainer) -> dict:
-    """Answers to two questions, of which some of the first's are right and all of the second's are wrong."""
+    """Completions of two prompts, of which some of the first's are right and all of the second's are wrong."""
     torch.manual_seed(0)
     size = trainer.model.config.num_tokens
     rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])
@@ -75,9 +75,9 @@ def graded_batch(trainer) -> dict:
     }
 
 
-def test_primer_questions_come_with_what_a_grader_needs(tokenizer):
+def test_primer_prompts_come_with_what_a_grader_needs(tokenizer):
     made = config(dataset="primer:problem+spelling", eval_examples=30)
-    (rows, _), (test, _) = (questions(made, split, tokenizer, 100) for split in ("train", "test"))
+    (rows, _), (test, _) = (load_prompts(made, split, tokenizer, 100) for split in ("train", "test"))
     assert {row["kind"] for row in rows} == {row["kind"] for row in test} == {"problem", "spelling"}
     assert len(test) == 30 and len(rows) > 4000
     assert (
@@ -86,38 +86,32 @@ def test_primer_questions_come_with_what_a_grader_needs(tokenizer):
     assert not {row["prompt"][0]["content"] for row in rows} & {row["prompt"][0]["content"] for row in test}
 
 
-def test_gsm8k_questions_are_read_from_the_file_of_the_split(tokenizer, tmp_path):
+def test_gsm8k_prompts_are_read_from_the_file_of_the_split(tokenizer, tmp_path):
     for split, result in (("train", 7), ("test", 1200)):
         row = {"question": f"{split}?", "answer": f"It is <<1+6=7>>7.\n#### {result:,}"}
         (tmp_path / f"gsm_{split}.jsonl").write_text(json.dumps(row) + "\n")
     made = config(dataset=str(tmp_path / "gsm_{split}.jsonl"))
     for split, answer in (("train", "7"), ("test", "1200")):
-        [row], skipped = questions(made, split, tokenizer, 100)
+        [row], skipped = load_prompts(made, split, tokenizer, 100)
         assert (row["prompt"][0]["content"], row["answer"], row["kind"]) == (f"{split}?", answer, "gsm8k")
         assert not skipped
 
 
-def test_questions_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer, tmp_path):
+def test_prompts_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer, tmp_path):
     texts = ["How much?", "word " * 200, "How many?"]
     rows = [{"question": text, "answer": "#### 5" if i < 2 else "five"} for i, text in enumerate(texts)]
     (tmp_path / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = config(dataset=str(tmp_path / "gsm.jsonl"))
-    kept, skipped = questions(made, "train", tokenizer, 100)
-    assert [row["prompt"][0]["content"] for row in kept] == ["How much?"]
+    rows, skipped = load_prompts(made, "train", tokenizer, 100)
+    assert [row["prompt"][0]["content"] for row in rows] == ["How much?"]
     reasons = {row["row"]: row["reason"] for row in skipped}
     assert reasons.keys() == {1, 2} and "100 leave room" in reasons[1] and "####" in reasons[2]
     with pytest.raises(InputError, match=r"row [12] of .* cannot be used"):
-        questions(config(dataset=made.dataset, on_bad_example="error"), "train", tokenizer, 100)
-    with pytest.raises(InputError, match="no question of at most 3 tokens"):
-        questions(made, "train", tokenizer, 3)
-
-
-def test_answers_that_cannot_be_shared_out_are_refused(tmp_path):
-    with pytest.raises(InputError, match="examples_per_step x num_samples = 0 must be a positive multiple of 1"):
-        grpo_arguments(config(examples_per_step=0), tmp_path)
-    for wanted, rows in ((2, 2), (3, 2), (64, 8)):
-        made = grpo_arguments(config(device_batch_size=wanted), tmp_path)
-        assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (rows, 8 // rows)
+        load_prompts(config(dataset=made.dataset, on_bad_example="error"), "train", tokenizer, 100)
+    size = len(tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=False))
+    assert len(load_prompts(made, "train", tokenizer, size)[0]) == 1
+    with pytest.raises(InputError, match=f"no question of at most {size - 1} tokens"):
+        load_prompts(made, "train", tokenizer, size - 1)
 
 
 def test_the_gradient_is_reinforce_with_the_mean_as_baseline(tiny_folder, tokenizer, tmp_path):
@@ -125,16 +119,16 @@ def test_the_gradient_is_reinforce_with_the_mean_as_baseline(tiny_folder, tokeni
     trainer.current_gradient_accumulation_steps = 1
     model, batch = trainer.model.train(), graded_batch(trainer)
     trainer.compute_loss(model, batch).backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     logp = model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, 4:, 0]
     chosen = logp * batch["completion_mask"] * batch["advantages"][:, None]
     (-chosen.sum() / batch["completion_mask"].sum()).backward()
-    assert len(found) == sum(p.grad is not None for p in model.parameters()) > 10
+    assert len(gradients) == sum(p.grad is not None for p in model.parameters()) > 10
     for name, p in model.named_parameters():
-        torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-3, msg=name)
+        torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-3, msg=name)
 
 
 def test_rows_without_advantage_are_left_out_and_nothing_changes(tiny_folder, tokenizer, tmp_path, monkeypatch):
@@ -160,30 +154,49 @@ def test_rows_without_advantage_are_left_out_and_nothing_changes(tiny_folder, to
     assert sizes[-1] == 1
 
 
-def test_tool_results_in_an_engines_answers_are_not_trained_on(tokenizer):
-    said = "<|python_start|>2+3<|python_end|>", "<|output_start|>5<|output_end|>", "2 + 3 = 5<|assistant_end|>"
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in said]
+def test_a_rollout_masks_tool_results_refreshes_its_engine_and_draws_other_samples_each_time(tokenizer):
+    parts = "<|python_start|>2+3<|python_end|>", "<|output_start|>5<|output_end|>", "2 + 3 = 5<|assistant_end|>"
+    call, output, words = (tokenizer.encode(text, add_special_tokens=False) for text in parts)
+    seeds = []
 
-    class Known:
+    class Recorder:
         refreshed = 0
 
         def __init__(self, model, tokenizer):
             assert not model.training
 
         def sync_weights(self):
-            Known.refreshed += 1
+            Recorder.refreshed += 1
 
-        def generate(self, prompts, **options):
-            assert options["max_new_tokens"] == 12 and options["temperature"] == 1.0
-            return [[[*ids[0], *ids[1], *ids[2]]] for _ in prompts]
+        def generate(self, prompts, seed, **options):
+            assert options == {"max_new_tokens": 12, "temperature": 1.0, "top_k": 0}
+            seeds.append(range(seed, seed + len(prompts)))
+            return [[[*call, *output, *words]] for _ in prompts]
 
-    generate, prompt = rollout(Known, config(), tokenizer), [{"role": "user", "content": "What is 2 + 3?"}]
-    trainer = stub(Silent())
-    for times in (0, 1):
-        out = generate([prompt, prompt], trainer)
-        assert Known.refreshed == times and trainer.model.training
-    assert out["env_mask"][0] == [1] * len(ids[0]) + [0] * len(ids[1]) + [1] * len(ids[2])
-    assert tokenizer.decode(out["prompt_ids"][0]).endswith("<|user_end|><|assistant_start|>")
+    generate, trainer = rollout(Recorder, config(), tokenizer), stub(Silent())
+    prompts = [[{"role": "user", "content": "What is 2 + 3?"}]] * 8
+    for trainer.state.global_step in (0, 1, 2):
+        for trainer.args.process_index in (0, 1):
+            batch = generate(prompts, trainer)
+            assert trainer.model.training
+    assert batch["env_mask"][0] == [1] * len(call) + [0] * len(output) + [1] * len(words)
+    assert tokenizer.decode(batch["prompt_ids"][0]).endswith("<|user_end|><|assistant_start|>")
+    assert Recorder.refreshed == 5 and len({seed for part in seeds for seed in part}) == 3 * 2 * 8
+    trainer.state.global_step, trainer.args.process_index = 1, 1  # a resume
+    generate(prompts, trainer)
+    assert seeds[-1] == seeds[3]
+    trainer.args.seed = 1
+    generate(prompts, trainer)
+    assert seeds[-1] != seeds[3]
+    trainer.model.eval()  # an evaluation: the same for any rank
+    generate(prompts, trainer)
+    trainer.args.process_index = 0
+    generate(prompts, trainer)
+    assert seeds[-1] == seeds[-2]
+    trainer.stop_training = lambda reason: (_ for _ in ()).throw(FloatingPointError(reason))
+    trainer.model.value = float("nan")
+    with pytest.raises(FloatingPointError, match="the logits are not finite"):
+        generate(prompts, trainer)
 
 
 @pytest.mark.parametrize("engine", [Generator, Engine])
@@ -202,8 +215,8 @@ def test_answers_come_from_the_adapters_too(tiny_model, tokenizer, engine):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     generate = rollout(engine, config(temperature=0.0), tokenizer)
     for _ in range(2):
-        found = generate(prompts, stub(model))
-        assert found["completion_ids"] == expected["completion_ids"] != plain["completion_ids"]
+        batch = generate(prompts, stub(model))
+        assert batch["completion_ids"] == expected["completion_ids"] != plain["completion_ids"]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, weights[name], atol=1e-5, rtol=1e-5)
 
@@ -225,27 +238,6 @@ def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path, eng
     assert len(samples) == 4 and samples[0].keys() == {"step", "prompt", "text", "reward"}
     assert [sample["text"] for sample in metrics["samples"]] == [sample["text"] for sample in samples]
     assert not (out / "state").exists() and AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id
-
-
-def test_a_killed_run_resumes_and_ends_with_the_same_weights(tiny_folder, tmp_path, monkeypatch):
-    made = config(num_iterations=4, save_every=2)
-    train_rl(made, tiny_folder, tmp_path / "whole", engine=Generator)
-    real = RLTrainer.training_step
-
-    def step(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RLTrainer, "training_step", step)
-        with pytest.raises(KeyboardInterrupt):
-            train_rl(made, tiny_folder, tmp_path / "killed", engine=Generator)
-    train_rl(made, tiny_folder, tmp_path / "killed", engine=Generator)
-    whole, killed = (load_json(tmp_path / name / "metrics.json") for name in ("whole", "killed"))
-    assert [row["step"] for row in killed["history"]] == [1, 2, 3, 4] and killed["after"] == whole["after"]
-    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def guessing(tiny_folder, tmp_path) -> dict:
@@ -289,35 +281,16 @@ def test_two_processes_learn_what_one_does_though_they_leave_out_different_rows(
     assert [two[key] for key in ("before", "after")] == [one[key] for key in ("before", "after")]
 
 
-def test_trl_is_told_the_algorithm_that_the_module_describes(tmp_path):
-    made = grpo_arguments(config(temperature=0.7, num_samples=4, eval_samples=2), tmp_path)
-    assert (made.beta, made.loss_type, made.scale_rewards, made.num_iterations) == (0.0, "dapo", "none", 1)
-    assert made.steps_per_generation == made.gradient_accumulation_steps
-    assert (made.temperature, made.top_k, made.top_p, made.min_p) == (0.7, 0, 1.0, None)
-    assert (made.num_generations, made.num_generations_eval, made.max_completion_length) == (4, 2, 12)
-
-
-def test_every_step_and_every_rank_draws_other_samples_and_a_resume_the_same(tokenizer):
-    seeds = []
-
-    class Recorder:
-        def __init__(self, model, tokenizer):
-            pass
-
-        def generate(self, prompts, seed, **options):
-            assert options["top_k"] == 0
-            seeds.append(range(seed, seed + len(prompts)))
-            return [[[tokenizer.eos_token_id]] for _ in prompts]
-
-    generate, trainer = rollout(Recorder, config(), tokenizer), stub(Silent())
-    prompts = [[{"role": "user", "content": "Hi"}]] * 8
-    for trainer.state.global_step in (0, 1, 2):
-        for trainer.args.process_index in (0, 1):
-            generate(prompts, trainer)
-    assert len({seed for part in seeds for seed in part}) == 3 * 2 * 8
-    trainer.state.global_step, trainer.args.process_index = 1, 1
-    generate(prompts, trainer)
-    assert seeds[-1] == seeds[3]
-    trainer.args.seed = 1
-    generate(prompts, trainer)
-    assert seeds[-1] != seeds[3]
+def test_trl_gets_the_algorithm_that_the_module_describes(tiny_folder, tmp_path):
+    arguments = grpo_arguments(config(temperature=0.7, num_samples=4, eval_samples=2), tmp_path)
+    assert (arguments.beta, arguments.loss_type, arguments.scale_rewards) == (0.0, "dapo", "none")
+    assert arguments.steps_per_generation == arguments.gradient_accumulation_steps and arguments.num_iterations == 1
+    assert (arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p) == (0.7, 0, 1.0, None)
+    assert (arguments.num_generations, arguments.num_generations_eval, arguments.max_completion_length) == (4, 2, 12)
+    for requested, size in ((2, 2), (3, 2), (64, 8)):  # of 8 completions per step
+        arguments = grpo_arguments(config(device_batch_size=requested), tmp_path)
+        assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (size, 8 // size)
+    with pytest.raises(InputError, match="examples_per_step x num_samples = 0 must be a positive multiple of 1"):
+        grpo_arguments(config(examples_per_step=0), tmp_path)
+    with pytest.raises(InputError, match="top_k is 50, and the gradient is that of sampling among all tokens"):
+        train_rl(config(top_k=50), tiny_folder, tmp_path)

@@ -1,25 +1,28 @@
-"""Evaluating a run: what lands in metrics.json, resuming, and each wrong input as one clear line."""
+"""Evaluating a run: the content of metrics.json, resuming, ChatCORE during training, wrong input as one clear line."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from math import isnan
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from nanochat_hf import stages as pipeline
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.harness import EvalConfig, core_metric, definition_of, evaluate
+from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, evaluate
 from nanochat_hf.eval.lm_eval_model import load
-from nanochat_hf.eval.tasks import write_jsonl
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
+from nanochat_hf.train.sft import ChatConfig, train_chat
 
-ASKED = 6
 ROOT = Path(__file__).parent.parent
+NUM_QUESTIONS = 6
+SPELLING = {"tasks": ["nanochat_demo_spelling"], "bpb_stages": ["base"], "bpb_tokens": 256}
 
 
 @pytest.fixture
@@ -31,209 +34,170 @@ def run(tmp_path, tiny_model, tokenizer):
     return tmp_path
 
 
+@pytest.fixture
+def loads(monkeypatch):
+    """A function that returns the stages that were loaded, so measured, since the last call."""
+    names = []
+
+    def recording_load(folder, *rest):
+        names.append(Path(folder).name)
+        return load(folder, *rest)
+
+    def since():
+        recent = names[:]
+        names.clear()
+        return recent
+
+    monkeypatch.setattr("nanochat_hf.eval.harness.load", recording_load)
+    return since
+
+
 def config(**keys):
-    return EvalConfig(**{"max_per_task": ASKED, "bpb_tokens": 512, "max_new_tokens": 8, "batch_size": 8, **keys})
+    sizes = {"max_per_task": NUM_QUESTIONS, "bpb_tokens": 512, "max_new_tokens": 8, "batch_size": 8}
+    return EvalConfig(**sizes | keys)
 
 
-def models(run):
-    return {stage: str(run / stage) for stage in ("base", "sft")}
+class Oracle:
+    """Generates the right answer to every question of the demo, to show that grading and bookkeeping work."""
 
-
-class Knower:
-    """Generates the right answer to every question of the primer, to show that grading and bookkeeping work."""
+    built, synced = 0, 0
 
     def __init__(self, model, tokenizer):
-        self.tokenizer, self.asked = tokenizer, 0
-        rows = [
-            row for kind in ("fact", "arithmetic", "spelling", "counting", "problem") for row in primer.questions(kind)
-        ]
-        self.answers = {row["messages"][0]["content"]: row for row in rows}
+        type(self).built += 1
+        self.tokenizer = tokenizer
+        kinds = ("fact", "arithmetic", "spelling", "counting", "problem")
+        self.rows = {row["messages"][0]["content"]: row for kind in kinds for row in primer.questions(kind)}
+
+    def sync_weights(self):
+        type(self).synced += 1
 
     def generate(self, prompts, num_samples=1, **options):
         answers = []
         for prompt in prompts:
             text = self.tokenizer.decode(prompt)
-            row = self.answers[text.split("<|user_start|>")[1].split("<|user_end|>")[0]]
+            row = self.rows[text.split("<|user_start|>")[1].split("<|user_end|>")[0]]
             words = f"<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>{row['entity']}: {row['answer']}"
             ids = self.tokenizer(words + "<|assistant_end|>", add_special_tokens=False)["input_ids"]
             answers.append([ids] * num_samples)
-            self.asked += 1
         return answers
 
 
+class Interrupted(Oracle):
+    def generate(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
+def measure(run, stages=("base", "sft"), engine=Oracle, keep_unchanged=False, **keys):
+    models = {stage: str(run / stage) for stage in stages}
+    return evaluate(config(**SPELLING | keys), models, run / "eval", engine, keep_unchanged)
+
+
+def change_weights(folder, value=None):
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in sorted(tensors) if "mlp" in name]:
+        tensors[name] = tensors[name] + 0.5 if value is None else tensors[name].fill_(value)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def test_every_demo_task_is_graded_and_recorded(run):
-    found = evaluate(config(bpb_stages=["base"]), models(run), run / "eval", engine=Knower)
+    metrics = measure(run, tasks=["nanochat_demo"])
     assert json.loads((run / "eval" / "metrics.json").read_text())["finished"]
-    results = found["results"]["sft"]
+    results = metrics["results"]["sft"]
     assert set(results) == {"facts", "arithmetic", "spelling", "counting", "problems"}
     for result in results.values():
-        assert result["value"] == 1.0
-        assert result["n"] == ASKED
-        assert result["tool_use"] == 1.0
-        assert result["stderr"] == 0.0
+        assert (result["value"], result["n"], result["tool_use"], result["stderr"]) == (1.0, NUM_QUESTIONS, 1.0, 0.0)
     assert 0.16 < results["counting"]["baseline"] < 1
-    assert set(found["results"]["base"]) == {"val_bpb"}
-    assert 3 < found["results"]["base"]["val_bpb"]["value"] < 9  # untrained: 9 bits a token of 1 to 3 bytes
-    assert found["bloat"]["files"] > 20
-    assert set(found["bytes_per_token"]) == {"books", "code", "korean", "math"}
-    assert found["bytes_per_token"]["books"]["ours"] > found["bytes_per_token"]["korean"]["ours"] >= 1
+    assert set(metrics["results"]["base"]) == {"val_bpb"} and metrics["results"]["base"]["val_bpb"]["n"] == 256
+    assert metrics["bloat"]["files"] > 20 and set(metrics["bytes_per_token"]) == {"books", "code", "korean", "math"}
+    assert metrics["models"] == {"base": "base", "sft": "sft"}
     samples = [json.loads(line) for line in (run / "eval/samples/sft/nanochat_demo_facts.jsonl").open()]
-    assert len(samples) == ASKED
-    assert set(samples[0]) == {"question", "expected", "answer", "correct"}
-    assert not (run / "eval" / "state").exists()
+    assert len(samples) == NUM_QUESTIONS and set(samples[0]) == {"question", "expected", "answer", "correct"}
+    assert samples[:2] == metrics["examples"]["sft"][:2] and not (run / "eval" / "state").exists()
 
 
-def test_an_untrained_model_scores_nothing_on_facts(run):
-    found = evaluate(config(dataset=None, tasks=["nanochat_demo_facts"]), models(run), run / "eval")
-    assert found["results"]["sft"]["facts"]["value"] == 0.0
-    assert "base" not in found["results"]
+def test_the_built_in_engine_answers_and_several_samples_give_pass_at_k(run):
+    keys = {"dataset": None, "num_samples": 3, "temperature": 1.0}
+    metrics = measure(run, engine=None, **keys)
+    assert metrics["results"]["sft"]["spelling"]["value"] == 0.0 and "base" not in metrics["results"]
+    assert measure(run, **keys)["results"]["sft"]["spelling"]["pass@3"] == 1.0
 
 
-def test_a_killed_evaluation_goes_on_with_the_stage_it_had_not_finished(run, monkeypatch):
-    keys = {"tasks": ["nanochat_demo_spelling"], "bpb_stages": ["base"]}
-
-    class Fails(Knower):
-        def generate(self, *args, **kwargs):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(config(**keys), models(run), run / "eval", engine=Fails)
-    assert not (run / "eval" / "metrics.json").exists()
-    assert (run / "eval" / "state" / "base.json").exists()
-    loaded = []
-    monkeypatch.setattr(
-        "nanochat_hf.eval.harness.load", lambda folder, *rest: loaded.append(folder) or load(folder, *rest)
-    )
-    found = evaluate(config(**keys), models(run), run / "eval", engine=Knower)
-    assert [Path(folder).name for folder in loaded] == ["sft"]
-    assert "val_bpb" in found["results"]["base"]
-
-
-SPELLING = {"tasks": ["nanochat_demo_spelling"], "bpb_stages": ["base"], "bpb_tokens": 256}
-
-
-class Loads(list):
-    """Which stages were loaded, so measured, since the last look."""
-
-    def look(self):
-        names = [Path(folder).name for folder in self]
-        self.clear()
-        return names
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    names = Loads()
-    monkeypatch.setattr(
-        "nanochat_hf.eval.harness.load", lambda folder, *rest: names.append(folder) or load(folder, *rest)
-    )
-    return names
-
-
-def change_weights(folder):
-    values = load_file(folder / "model.safetensors")
-    values[min(values)].add_(0.5)
-    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("what", ["nothing", "config", "weights", "template", "task", "data"])
+@pytest.mark.parametrize("what", ["nothing", "config", "weights", "template", "demo_spelling.yaml", "core.py", "data"])
 def test_an_interrupted_evaluation_is_used_only_for_the_same_weights_config_tasks_and_data(
     run, loads, monkeypatch, what
 ):
-    """Measured of base, then broken off in sft; base is measured again if what decides its numbers changed."""
-    tasks = run / "evals"
+    """Interrupted in sft; base is measured again if what decides its numbers changed."""
+    tasks, data = run / "evals", run / "data" / "gsm8k_test.jsonl"
     shutil.copytree(ROOT / "evals", tasks)
     monkeypatch.setattr("nanochat_hf.eval.harness.EVALS", tasks)
-    (run / "data").mkdir()
-    (run / "data" / "gsm8k_test.jsonl").write_text("")
-    keys = {**SPELLING, "chat_data": str(run / "data")}
-
-    class Fails(Knower):
-        def generate(self, *args, **kwargs):
-            raise KeyboardInterrupt
-
+    data.parent.mkdir()
+    data.write_text("")
+    keys = {"chat_data": str(data.parent)}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(config(**keys), models(run), run / "eval", engine=Fails)
-    assert loads.look() == ["base", "sft"]
+        measure(run, engine=Interrupted, **keys)
+    assert loads() == ["base", "sft"] and not (run / "eval" / "metrics.json").exists()
     if what == "config":
         keys["bpb_tokens"] = 128
     elif what == "weights":
         change_weights(run / "base")
     elif what == "template":
         (run / "base" / "chat_template.jinja").write_text("{{ messages }}")
-    elif what == "task":
-        (tasks / "tasks" / "demo_spelling.yaml").open("a").write("# asks otherwise now\n")
     elif what == "data":
-        (run / "data" / "gsm8k_test.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n')
-    metrics = evaluate(config(**keys), models(run), run / "eval", engine=Knower)
-    assert loads.look() == (["sft"] if what == "nothing" else ["base", "sft"])
+        data.write_text('{"question": "?", "answer": "#### 1"}\n')
+    elif what != "nothing":
+        (tasks / "tasks" / what).open("a").write("# changed\n")
+    metrics = measure(run, **keys)
+    assert loads() == (["sft"] if what == "nothing" else ["base", "sft"])
     assert metrics["weights"] == {stage: model_fingerprint(run / stage) for stage in ("base", "sft")}
-    assert metrics["models"] == {"base": "base", "sft": "sft"}
-    if what == "config":
-        assert metrics["results"]["base"]["val_bpb"]["n"] == 128
+    assert metrics["results"]["base"]["val_bpb"]["n"] == (128 if what == "config" else 256)
 
 
-def test_a_finished_evaluation_is_taken_over_for_the_stages_that_did_not_change(run, loads, capsys):
+def test_a_state_that_lacks_keys_is_no_measurement(run, loads):
+    save_json(run / "eval" / "state" / "base.json", {"finished": True})
+    measure(run)
+    assert loads() == ["base", "sft"]
+
+
+def test_a_finished_evaluation_is_reused_for_the_stages_that_did_not_change(run, loads, capsys):
     shutil.copytree(run / "sft", run / "rl")
-    first = evaluate(config(**SPELLING), {**models(run), "rl": str(run / "rl")}, run / "eval", engine=Knower)
-    assert loads.look() == ["base", "sft", "rl"] and (run / "eval" / "samples" / "rl").is_dir()
+    first = measure(run, ("base", "sft", "rl"))
+    assert loads() == ["base", "sft", "rl"] and (run / "eval" / "samples" / "rl").is_dir()
     change_weights(run / "sft")
-    second = evaluate(config(**SPELLING), models(run), run / "eval", engine=Knower, keep_unchanged=True)
-    assert loads.look() == ["sft"]
+    second = measure(run, keep_unchanged=True)
+    assert loads() == ["sft"]
     assert "[eval] base: measured earlier, with the same weights" in capsys.readouterr().out
     assert second["results"]["base"] == first["results"]["base"] and set(second["results"]) == {"base", "sft"}
     assert second["weights"]["sft"] == model_fingerprint(run / "sft") != first["weights"]["sft"]
-    assert sorted(path.name for path in (run / "eval" / "samples").iterdir()) == [
-        "sft"
-    ]  # none of a stage that is gone
-    evaluate(config(**SPELLING, max_per_task=7), models(run), run / "eval", engine=Knower, keep_unchanged=True)
-    assert loads.look() == ["base", "sft"]
-    evaluate(config(**SPELLING, max_per_task=7), models(run), run / "eval", engine=Knower)  # by the script: all of it
-    assert loads.look() == ["base", "sft"]
+    assert [path.name for path in (run / "eval" / "samples").iterdir()] == ["sft"]  # none of a stage that is gone
+    for keep_unchanged in (True, False):  # another config; then without the wish
+        measure(run, keep_unchanged=keep_unchanged, max_per_task=7)
+        assert loads() == ["base", "sft"]
 
 
-@pytest.fixture
-def measured_run(run):
-    """base and sft, finished, and an evaluation of both."""
+def test_measuring_one_stage_again_keeps_what_is_still_true_of_the_others(run, loads, capsys):
     for stage in ("base", "sft"):
         save_json(run / stage / "metrics.json", {"finished": True, "weights": model_fingerprint(run / stage)})
-    evaluate(config(**SPELLING), models(run), run / "eval", engine=Knower)
-    return run
-
-
-def measure_base_alone(run, **keys):
-    return evaluate(config(**{**SPELLING, **keys}), {"base": str(run / "base")}, run / "eval", engine=Knower)
-
-
-def test_measuring_one_stage_again_keeps_the_results_and_samples_of_the_others(measured_run, loads, capsys):
-    before = load_json(measured_run / "eval" / "metrics.json")
-    after = measure_base_alone(measured_run)
-    assert loads.look() == ["base"] and "left out" not in capsys.readouterr().out
+    before, samples = measure(run), run / "eval" / "samples" / "sft"
+    loads()
+    after = measure(run, ["base"])
+    assert loads() == ["base"] and "left out" not in capsys.readouterr().out
     for key in ("results", "examples", "weights", "models", "definition"):
         assert after[key] == before[key], key
-    assert (measured_run / "eval" / "samples" / "sft" / "nanochat_demo_spelling.jsonl").is_file()
-
-
-@pytest.mark.parametrize("what", ["config", "weights"])
-def test_results_of_other_stages_that_changed_are_left_out_in_one_line(measured_run, capsys, what):
-    if what == "weights":
-        change_weights(measured_run / "sft")
-    after = measure_base_alone(measured_run, **({"bpb_tokens": 128} if what == "config" else {}))
-    assert set(after["results"]) == set(after["weights"]) == set(after["models"]) == {"base"}
-    assert (
-        "[eval] results of sft are left out: weights, config, tasks or data changed since" in capsys.readouterr().out
-    )
-    assert (measured_run / "eval" / "samples" / "sft").is_dir()  # the stage is still there
-
-
-def test_samples_of_a_stage_that_is_gone_go(measured_run):
-    shutil.rmtree(measured_run / "sft")
-    assert set(measure_base_alone(measured_run)["results"]) == {"base"}
-    assert not (measured_run / "eval" / "samples" / "sft").exists()
+    left_out = "[eval] results of sft are left out: weights, config, tasks or data changed since"
+    for what in ("config", "weights"):
+        save_json(run / "eval" / "metrics.json", before)
+        if what == "weights":
+            change_weights(run / "sft")
+        after = measure(run, ["base"], **({"bpb_tokens": 128} if what == "config" else {}))
+        assert set(after["results"]) == set(after["weights"]) == set(after["models"]) == {"base"}
+        assert left_out in capsys.readouterr().out and samples.is_dir()  # the stage is still there
+    shutil.rmtree(run / "sft")
+    measure(run, ["base"])
+    assert not samples.exists()
 
 
 @pytest.mark.parametrize("key", ["chat_data", "words", "core_bundle", "dataset", "mixture"])
-def test_the_definition_sees_data_below_the_home_folder(tmp_path, monkeypatch, key):
+def test_the_definition_depends_on_data_below_the_home_folder(tmp_path, monkeypatch, key):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_text("a")
@@ -249,137 +213,137 @@ def test_data_of_the_chat_tasks_is_read_below_the_home_folder(run, monkeypatch):
     (run / "data").mkdir()
     (run / "data" / "gsm8k_test.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
     keys = {"dataset": None, "tasks": ["nanochat_gsm8k"], "chat_data": "~/data", "max_per_task": 1}
-    assert evaluate(config(**keys), {"sft": str(run / "sft")}, run / "eval")["results"]["sft"]
-
-
-@pytest.mark.parametrize("place", ["questions", "samples"])
-def test_a_place_that_cannot_be_written_is_one_line(run, place):
-    (run / "eval").mkdir()
-    (run / "eval" / place).touch()  # a file where the folder should be: OSError, as of a full disk
-    with pytest.raises(InputError, match=f"cannot write .*eval/{place}") as error:
-        evaluate(config(**SPELLING), models(run), run / "eval", engine=Knower)
-    assert "\n" not in str(error.value)
-
-
-def test_a_state_that_lacks_keys_is_no_measurement(run, loads):
-    save_json(run / "eval" / "state" / "base.json", {"finished": True})
-    evaluate(config(**SPELLING), models(run), run / "eval", engine=Knower)
-    assert loads.look() == ["base", "sft"]
+    assert measure(run, ["sft"], engine=None, **keys)["results"]["sft"]["GSM8K"]["n"] == 1
 
 
 def test_a_model_from_elsewhere_is_recorded_by_its_place(run, tiny_folder):
-    metrics = evaluate(config(**SPELLING), {"base": str(tiny_folder)}, run / "eval", engine=Knower)
+    metrics = evaluate(config(**SPELLING), {"base": str(tiny_folder)}, run / "eval", Oracle)
     assert metrics["models"] == {"base": str(tiny_folder)}
-
-
-def test_weights_that_are_no_numbers_are_not_measured(run):
-    values = load_file(run / "base" / "model.safetensors")
-    name = next(name for name in sorted(values) if "mlp" in name)
-    values[name][0, 0] = float("nan")
-    save_file(values, run / "base" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=f"not finite .NaN or infinity in {name}"):
-        evaluate(config(**SPELLING), models(run), run / "eval", engine=Knower)
-    assert not (run / "eval" / "metrics.json").exists()
-
-
-def test_a_model_whose_finite_weights_give_nan_is_not_measured(run):
-    values = load_file(run / "base" / "model.safetensors")
-    for name in values:
-        if "mlp" in name:
-            values[name].fill_(1e38)
-    save_file(values, run / "base" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"gives NaN for text, in torch\.float32"):
-        evaluate(config(**SPELLING), models(run), run / "eval", engine=Knower)
-
-
-def test_samples_hold_null_for_what_is_no_number(tmp_path):
-    write_jsonl(tmp_path / "a" / "b.jsonl", [{"answer": {"A": float("nan"), "B": -float("inf")}}, {"answer": "é"}])
-    assert (tmp_path / "a" / "b.jsonl").read_text("utf-8") == '{"answer": {"A": null, "B": null}}\n{"answer": "é"}\n'
-
-
-def test_several_samples_give_pass_at_k(run):
-    keys = {"num_samples": 3, "temperature": 1.0, "dataset": None, "tasks": ["nanochat_demo_spelling"]}
-    found = evaluate(config(**keys), models(run), run / "eval", engine=Knower)
-    assert found["results"]["sft"]["spelling"]["pass@3"] == 1.0
-
-
-def test_core_while_training_is_a_number(tiny_model, tokenizer, tmp_path):
-    folder = tmp_path / "eval_data" / "commonsense_reasoning"
-    folder.mkdir(parents=True)
-    rows = [{"query": f"It rains {i} so", "choices": ["we run", "we sing"], "gold": i % 2} for i in range(8)]
-    (folder / "copa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "core.yaml").write_text("icl_tasks: []")
-    assert -1 <= core_metric(tokenizer, str(tmp_path))(tiny_model, 8) <= 1
 
 
 @pytest.mark.parametrize(
     "keys,words",
     [
-        ({"tasks": ["nanochat_demo_fact"]}, "did you mean 'nanochat_demo_facts'"),
+        ({"tasks": ["nanochat_demo_fact"]}, "unknown task 'nanochat_demo_fact'; did you mean 'nanochat_demo_facts'"),
         ({"core_bundle": "/nowhere"}, "no CORE bundle"),
         ({"chat_data": "/nowhere"}, "no folder /nowhere"),
         ({"num_samples": 2}, "needs a temperature"),
         ({"dtype": "float12"}, "float12"),
         ({"max_per_task": 0}, "max_per_task is 0"),
+        ({"core_max_per_task": 0}, "core_max_per_task is 0"),
         ({"tasks": ["nanochat_mmlu"]}, "no file mmlu_test.jsonl"),
+        ({"tasks": ["nanochat_chatcore"], "dataset": [{"dataset": "primer"}]}, "name it in words"),
+        ({"stages": []}, "no finished model"),
+        ({"stages": ["missing"]}, "missing"),
+        ({"break": "template"}, "no chat template, so it cannot answer nanochat_demo_spelling"),
+        ({"break": "nan"}, r"not finite .NaN or infinity in .*mlp"),
+        ({"break": "overflow"}, r"gives NaN for text, in torch\.float32"),
+        ({"break": "questions"}, "cannot write .*eval/questions"),
+        ({"break": "samples"}, "cannot write .*eval/samples"),
     ],
-)
+)  # fmt: skip
 def test_wrong_input_is_one_clear_line(run, keys, words):
+    keys = dict(keys)
+    stages, broken = keys.pop("stages", ("base", "sft")), keys.pop("break", "")
+    if broken == "template":
+        (run / "sft" / "chat_template.jinja").unlink()
+    elif broken in ("nan", "overflow"):
+        change_weights(run / "base", float("nan") if broken == "nan" else 1e38)
+    elif broken:
+        (run / "eval").mkdir()
+        (run / "eval" / broken).touch()  # a file where the folder should be: OSError, as of a full disk
     with pytest.raises(InputError, match=words) as error:
-        evaluate(config(**{"dataset": None, **keys}), models(run), run / "eval")
-    assert "\n" not in str(error.value)
-    assert not (run / "eval" / "metrics.json").exists()
-
-
-def test_a_model_without_chat_template_cannot_chat(run, tokenizer):
-    (run / "sft" / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match="no chat template"):
-        evaluate(config(dataset=None), {"sft": str(run / "sft")}, run / "eval")
+        evaluate(config(**SPELLING | keys), {stage: str(run / stage) for stage in stages}, run / "eval")
+    assert "\n" not in str(error.value) and not (run / "eval" / "metrics.json").exists()
 
 
 def test_a_stage_that_is_not_finished_is_not_left_out_in_silence(run):
-    spec = importlib.util.spec_from_file_location("run_evals", ROOT / "scripts" / "run_evals.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     (run / "base" / "metrics.json").write_text('{"finished": true}')
     for stages in ("base,rl", "sft", "tokenizer", "bass"):
         with pytest.raises(InputError, match=f"'{stages.split(',')[-1]}' is no finished stage with a model"):
-            script.run_stage(config(), Run(run), stages=stages)
+            pipeline.run_eval(config(), Run(run), stages=stages)
 
 
-def test_a_missing_model_is_named(run):
-    with pytest.raises(InputError, match="nothing-here"):
-        evaluate(config(), {"sft": str(run / "nothing-here")}, run / "eval")
-    with pytest.raises(InputError, match="no finished model"):
-        evaluate(config(), {}, run / "eval")
+# ---- during training ------------------------------------------------------------------------------------------------
+
+TASKS = ["nanochat_demo_arithmetic", "nanochat_demo_spelling"]
+
+
+def test_core_during_training_is_a_number(tiny_model, tokenizer, tmp_path):
+    write_copa(tmp_path)
+    assert -1 <= core_metric(tokenizer, str(tmp_path))(tiny_model, 8) <= 1
+
+
+def write_copa(folder):
+    path = folder / "eval_data" / "commonsense_reasoning" / "copa.jsonl"
+    path.parent.mkdir(parents=True)
+    rows = [{"query": f"It rains {i} so", "choices": ["we run", "we all sing"], "gold": i % 2} for i in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "core.yaml").write_text("icl_tasks: []")
+
+
+def test_chatcore_has_one_engine_and_is_nan_where_questions_have_one_answer(
+    tiny_model, tokenizer, tmp_path, monkeypatch
+):
+    Oracle.built = Oracle.synced = 0
+    chatcore = chatcore_metric(EvalConfig(tasks=TASKS, batch_size=4), tokenizer, tmp_path, Oracle)
+    assert chatcore(tiny_model, 3) == chatcore(tiny_model, 5) == 1.0
+    assert (Oracle.built, Oracle.synced) == (1, 1)
+    certain = {"value": 1.0, "stderr": 0.0, "n": 1, "baseline": 1.0}
+    monkeypatch.setattr("nanochat_hf.eval.tasks.Tasks.run", lambda self, name, lm: ({name: certain}, []))
+    assert isnan(chatcore(tiny_model, 1))
+    half = {"value": 0.5, "n": 1, "baseline": 0.25, "chatcore": True}
+    other = {"value": 1.0, "n": 1, "baseline": 0.0}
+    monkeypatch.setattr("nanochat_hf.eval.tasks.Tasks.run", lambda self, name, lm: ({"a": half, "b": other}, []))
+    assert chatcore(tiny_model, 1) == pytest.approx(1 / 3)  # of its own tasks, where there are some
+    with pytest.raises(InputError, match="nanochat_demo_poetry"):
+        chatcore_metric(EvalConfig(tasks=["nanochat_demo_poetry"]), tokenizer, tmp_path)
+    with pytest.raises(InputError, match="none of no tasks is a chat task"):
+        chatcore_metric(EvalConfig(tasks=[]), tokenizer, tmp_path)
+
+
+def test_chatcore_is_in_the_history_of_sft(tiny_folder, tokenizer, tmp_path, fresh_accelerator):
+    chatcore = chatcore_metric(EvalConfig(tasks=TASKS, max_new_tokens=4), tokenizer, tmp_path / "sft" / "state")
+    mixture = [{"dataset": "primer", "rows": 30}]
+    config = ChatConfig(mixture=mixture, num_iterations=2, device_batch_size=2, chatcore_every=1, seed=1)
+    config.chatcore_max_per_task = 2
+    train_chat(config, str(tiny_folder), tmp_path / "sft", chatcore)
+    metrics = load_json(tmp_path / "sft" / "metrics.json")
+    assert [row["chatcore"] for row in metrics["history"]] == [0.0, 0.0]  # a model of two steps answers nothing
+    assert not (tmp_path / "sft" / "state").exists()
+
+
+def test_the_pipeline_gives_chatcore_to_sft_and_does_without_where_the_questions_are_missing(
+    tiny_model, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    metrics = []
+    monkeypatch.setattr(pipeline, "train_chat", lambda config, model, output, chatcore: metrics.append(chatcore))
+    monkeypatch.setattr(pipeline, "source_of", lambda stage, run: str(tiny_folder))
+    tasks = EvalConfig(tasks=TASKS, max_new_tokens=4)
+    for every, evaluation in ((-1, tasks), (200, tasks), (200, replace(tasks, chat_data="/no/such/folder"))):
+        configs = {"sft": ChatConfig(chatcore_every=every), "eval": evaluation}
+        pipeline.run_stage("sft", configs, Run(tmp_path), None)
+    never, chatcore, without = metrics
+    assert never is without is None and 0 <= chatcore(tiny_model, 2) < 1
+    assert "no ChatCORE on the way: chat_data: no folder /no/such/folder" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_the_numbers_do_not_depend_on_the_number_of_processes_or_batch_sizes(run, tmp_path):
-    folder = tmp_path / "bundle" / "eval_data" / "commonsense_reasoning"
-    folder.mkdir(parents=True)
-    rows = [{"query": f"It rains {i} so", "choices": ["we run", "we all sing"], "gold": i % 2} for i in range(9)]
-    (folder / "copa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "bundle" / "core.yaml").write_text("icl_tasks: []")
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import sys\nfrom pathlib import Path\nimport nanochat_hf\n"
-        "from nanochat_hf.eval.harness import EvalConfig, evaluate\n"
-        "config = EvalConfig(max_per_task=7, bpb_tokens=4096, batch_tokens=int(sys.argv[4]),\n"
-        "                    batch_size=int(sys.argv[5]),\n"
-        "                    max_new_tokens=8, core_max_per_task=9, core_bundle=sys.argv[2],\n"
-        "                    tasks=['nanochat_demo_counting', 'nanochat_demo_facts'])\n"
-        "evaluate(config, {stage: f'{sys.argv[1]}/{stage}' for stage in ('base', 'sft')}, Path(sys.argv[3]))\n"
-    )
-    found = []
+    write_copa(tmp_path / "bundle")
+    keys = {"max_per_task": 7, "bpb_tokens": 4096, "max_new_tokens": 8, "core_max_per_task": 9}
+    keys |= {"core_bundle": str(tmp_path / "bundle"), "tasks": ["nanochat_demo_counting", "nanochat_demo_facts"]}
+    records = []
     for processes in (1, 2):
+        sizes = {"batch_tokens": 4096 // processes**3, "batch_size": 8 // processes**2}
+        models = {stage: str(run / stage) for stage in ("base", "sft")}
+        job = {"do": "evaluate", "output": str(tmp_path / f"eval{processes}"), "models": models, **keys, **sizes}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += [str(program), str(run), str(tmp_path / "bundle"), str(tmp_path / f"eval{processes}")]
-        command += [str(4096 // processes**3), str(8 // processes**2)]  # other batches, too
+        command += [str(ROOT / "tests" / "workers.py"), json.dumps([job])]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         subprocess.run(command, check=True, env=environment, timeout=170, capture_output=True)
-        found.append(json.loads((tmp_path / f"eval{processes}" / "metrics.json").read_text()))
-    one, two = found
+        records.append(load_json(tmp_path / f"eval{processes}" / "metrics.json"))
+    one, two = records
     assert two["hardware"]["num_processes"] == 2
     for stage, tasks in one["results"].items():
         for name, result in tasks.items():

@@ -15,11 +15,13 @@ from rich.cells import cell_len
 from rich.console import Console
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
+from nanochat_hf import stages
+from nanochat_hf.config import parse_config
 from nanochat_hf.data.transforms import TRANSFORMS
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, evaluate
 from nanochat_hf.eval.report import collect, make_report
-from nanochat_hf.run import Run, parse_config, save_json
+from nanochat_hf.run import Run, save_json
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.terminal_chat import KOREAN, Chat, LocalModel, Options, system_language
 
@@ -141,7 +143,7 @@ def test_the_korean_mean_stands_in_the_table_with_what_could_be_had(kobest, tiny
     centered = [(results[f"KoBEST {name}"]["value"] - b) / (1 - b) for name, b in baselines.items()]
     assert mean["value"] == pytest.approx(sum(centered) / 3)
     assert mean["label"] == "3/5 Korean tasks"
-    assert "nanochat_ko goes without kmmlu (no HAERAE-HUB/KMMLU from the Hub" in capsys.readouterr().out
+    assert "nanochat_ko leaves out kmmlu (no HAERAE-HUB/KMMLU from the Hub" in capsys.readouterr().out
     table = collect(run)["table"]
     assert table["3/5 Korean tasks"]["base"]["value"] == mean["value"] and "KoBEST BoolQ" in table
     report = make_report(run.path).read_text()
@@ -157,21 +159,17 @@ def test_without_any_rows_the_korean_group_is_refused(tiny_model, tokenizer, tmp
 
 
 def test_the_recipes_mix_languages_and_compose_hangul():
-    speedrun = ROOT / "recipes" / "speedrun.py"
-    spec = importlib.util.spec_from_file_location("speedrun", speedrun)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     for name in ("d20-ko", "cpu-demo-ko"):
-        stages, configs = module.read_recipe(ROOT / "recipes" / name, None, [])
-        assert stages == ["tokenizer", "base", "sft", "eval", "report"]
+        names, configs = stages.read_recipe(ROOT / "recipes" / name, None, [])
+        assert names == ["tokenizer", "base", "sft", "eval", "report"]
         assert configs["tokenizer"].normalization == "nfc"
         assert configs["tokenizer"].dataset == configs["base"].dataset == configs["eval"].dataset
         for entry in configs["sft"].mixture:
             assert entry.get("transform", "messages") in TRANSFORMS
-    korean, english = module.read_recipe(ROOT / "recipes" / "d20-ko", None, [])[1]["base"].dataset
+    korean, english = stages.read_recipe(ROOT / "recipes" / "d20-ko", None, [])[1]["base"].dataset
     assert "fineweb-2/data/kor_Hang" in korean["dataset"] and korean["weight"] == english["weight"] == 0.5
     changed = ["base.dataset=[{dataset: a/ko, weight: 0.8}, {dataset: b/en, weight: 0.2}]"]
-    _, configs = module.read_recipe(ROOT / "recipes" / "d20-ko", None, changed)
+    _, configs = stages.read_recipe(ROOT / "recipes" / "d20-ko", None, changed)
     assert [entry["weight"] for entry in configs["base"].dataset] == [0.8, 0.2]
 
 

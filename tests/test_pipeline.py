@@ -39,7 +39,7 @@ def test_pipeline_runs_skips_what_is_finished_and_reports_a_changed_recipe(tmp_p
     assert said.count("\n> ") == 3  # each followed by an answer
     before = {path: path.stat().st_mtime for path in run.glob("*/metrics.json")}
     again = speedrun(run)
-    assert again.returncode == 0 and again.stdout.count("finished earlier") == 6
+    assert again.returncode == 0 and again.stdout.count("already finished, skipping") == 6
     assert before == {path: path.stat().st_mtime for path in run.glob("*/metrics.json")}
     changed = speedrun(run, "base.num_iterations=13")
     assert changed.returncode == 2

@@ -1,160 +1,201 @@
-"""Every recipe and launch file is read by the parser of real runs; the pipeline refuses what is wrong."""
+"""Every recipe and Accelerate config file is read by the parser of real runs; the pipeline refuses what is wrong."""
 
-import importlib.util
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from nanochat_hf import stages
+from nanochat_hf.config import parse_config
 from nanochat_hf.data.documents import text_fingerprint
 from nanochat_hf.errors import InputError
-from nanochat_hf.optim.scaling import plan
-from nanochat_hf.run import Run, start_record, write_metrics
+from nanochat_hf.optim.scaling import Plan, plan
+from nanochat_hf.run import Run, save_json, start_record, write_metrics
+from nanochat_hf.train.dpo import DPOStageConfig
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/base.yaml"))
-spec = importlib.util.spec_from_file_location("speedrun", ROOT / "recipes" / "speedrun.py")
-speedrun = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(speedrun)
 
 
-def test_all_recipes_of_the_readme_are_there():
-    assert {"cpu-demo", "d12", "d20", "d24", "d26", "d32"} <= set(RECIPES)
+def read(name: str, chosen: list[str] | None = None, overrides=()) -> tuple[list[str], dict]:
+    return stages.read_recipe(ROOT / "recipes" / name, chosen, overrides)
+
+
+def planned(configs: dict) -> Plan:
+    return plan(configs["base"], configs["tokenizer"].vocab_size)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_key_of_a_recipe_is_known_and_its_plan_can_be_made(name):
-    stages, configs = speedrun.read_recipe(ROOT / "recipes" / name, None, [])
-    assert stages[0] == "tokenizer" and stages[-1] == "report" and {"base", "sft", "eval"} <= set(stages)
-    assert ("rl" in stages) == (name == "cpu-demo")  # opt-in on GPUs
-    vocab = configs["tokenizer"].vocab_size
-    made = plan(configs["base"], vocab)
-    assert made.num_iterations > 0 and made.total_batch_size % made.max_seq_len == 0
-
-
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "cpu-demo" and not name.endswith("-ko")])
-def test_gpu_recipes_name_data_of_the_hub(name):
-    _, configs = speedrun.read_recipe(ROOT / "recipes" / name, None, [])
-    wanted = "fineweb-edu" if configs["base"].generation == 1 else "climbmix"
-    assert wanted in configs["base"].dataset and wanted in configs["tokenizer"].dataset
-    named = {entry["dataset"] for entry in configs["sft"].mixture}
-    assert {"HuggingFaceTB/smol-smoltalk", "openai/gsm8k"} <= named
-
-
-def test_overrides_reach_their_stage_and_win():
-    overrides = ["base.depth=6", "sft.num_iterations=5", "eval.tasks=[nanochat_gsm8k]"]
-    stages, configs = speedrun.read_recipe(ROOT / "recipes" / "cpu-demo", ["base", "sft"], overrides)
-    assert stages == ["base", "sft"] and configs["base"].depth == 6 and configs["sft"].num_iterations == 5
-    assert configs["eval"].tasks == ["nanochat_gsm8k"]
-
-
-def test_another_depth_of_a_recipe_is_planned_from_its_other_keys():
-    _, configs = speedrun.read_recipe(ROOT / "recipes" / "d24", None, ["base.depth=18"])
-    made = plan(configs["base"], 32768)
-    shape = made.model_config.num_hidden_layers, made.model_config.hidden_size
-    assert (*shape, made.total_batch_size, made.num_iterations) == (18, 1152, 2**20, 2475)
-
-
-@pytest.mark.parametrize("name", ["d12", "d24"])
-def test_sft_that_follows_pretraining_directly_begins_with_its_momenta(name):
-    _, configs = speedrun.read_recipe(ROOT / "recipes" / name, None, [])
-    assert configs["base"].save_optimizer and configs["sft"].load_optimizer
-
-
-@pytest.mark.parametrize(
-    "stages,overrides,words",
-    [
-        (["bas"], [], "did you mean 'base'"),
-        (None, ["base.dept=3"], "did you mean 'depth'"),
-        (None, ["bse.depth=3"], "did you mean 'base'"),
-        (None, ["depth=3"], "expected STAGE.KEY=VALUE"),
-        (None, ["base.depth=many"], "invalid int"),
-    ],
-)
-def test_wrong_stages_and_keys_are_named_with_the_nearest_right_one(stages, overrides, words):
-    with pytest.raises(InputError, match=words):
-        speedrun.read_recipe(ROOT / "recipes" / "cpu-demo", stages, overrides)
-
-
-def test_an_unknown_recipe_is_named_with_the_nearest_one():
-    with pytest.raises(InputError, match="did you mean 'cpu-demo'"):
-        speedrun.find_recipe("cpu-dmo")
-
-
-def finished(run: Run, stage: str, config) -> None:
-    run.folder(stage).mkdir(parents=True)
-    write_metrics(run.folder(stage), start_record(config))
-
-
-def test_a_recipe_that_changed_since_a_stage_finished_is_reported(tmp_path):
-    run = Run(tmp_path)
-    stages, configs = speedrun.read_recipe(ROOT / "recipes" / "cpu-demo", None, [])
-    finished(run, "tokenizer", configs["tokenizer"])
-    finished(run, "base", configs["base"])
-    speedrun.check_run_folder(run, stages, configs)
-    _, changed = speedrun.read_recipe(ROOT / "recipes" / "cpu-demo", None, ["base.depth=5"])
-    with pytest.raises(InputError, match=r"recipe changed since .*base finished \(depth: 4 -> 5\)"):
-        speedrun.check_run_folder(run, stages, changed)
-
-
-def test_a_finished_stage_is_not_mixed_with_a_source_that_runs_again(tmp_path):
-    run = Run(tmp_path)
-    stages, configs = speedrun.read_recipe(ROOT / "recipes" / "cpu-demo", None, [])
-    finished(run, "sft", configs["sft"])
-    with pytest.raises(InputError, match="made before 'tokenizer', which runs again"):
-        speedrun.check_run_folder(run, stages, configs)
-
-
-def test_a_finished_stage_whose_local_text_changed_is_reported(tmp_path):
-    text, run = tmp_path / "text.jsonl", Run(tmp_path / "run")
-    text.write_text('{"text": "one"}\n' * 20)
-    words = [f"tokenizer.dataset={text}", f"base.dataset={text}"]
-    stages, configs = speedrun.read_recipe(ROOT / "recipes" / "cpu-demo", None, words)
-    for stage in ("tokenizer", "base"):
-        run.folder(stage).mkdir(parents=True)
-        write_metrics(run.folder(stage), start_record(configs[stage]), inputs={"data": text_fingerprint(str(text))})
-    speedrun.check_run_folder(run, stages, configs)
-    text.write_text('{"text": "two"}\n' * 20)
-    for chosen in ("tokenizer", "base"):
-        with pytest.raises(InputError, match=rf"text of .*text.jsonl changed since .*{chosen} finished"):
-            speedrun.check_run_folder(run, [chosen], configs)
-    text.unlink()  # gone, as after a move: nothing to compare
-    speedrun.check_run_folder(run, stages, configs)
-
-
-def test_a_stage_that_says_nothing_but_finished_is_no_traceback(tmp_path):
-    run = Run(tmp_path)
-    stages, configs = speedrun.read_recipe(ROOT / "recipes" / "cpu-demo", None, [])
-    for stage in ("tokenizer", "base"):
-        run.folder(stage).mkdir()
-        (run.folder(stage) / "metrics.json").write_text('{"finished": true}')
-    speedrun.check_run_folder(run, stages, configs)
-
-
-def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot write"), Run(tmp_path / "file" / "run").lock():
-        pass
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_reads_every_launch_file(path):
-    config = load_config_from_file(str(path))
-    assert config.num_processes >= 1 and str(config.compute_environment).endswith("LOCAL_MACHINE")
-    keys = yaml.safe_load(path.read_text())
-    assert set(keys) >= {"distributed_type", "mixed_precision", "num_processes"}
-    assert keys.get("gpu_ids", "all") == "all"  # any other value would overrule CUDA_VISIBLE_DEVICES without a word
+    names, configs = read(name)
+    assert names[0] == "tokenizer" and names[-1] == "report" and {"base", "sft", "eval"} <= set(names)
+    assert ("rl" in names) == (name == "cpu-demo")  # not enabled on GPUs
+    size = planned(configs)
+    assert size.num_iterations > 0 and size.total_batch_size % size.max_seq_len == 0
+    if name in ("d12", "d24"):  # SFT follows pretraining directly
+        assert configs["base"].save_optimizer and configs["sft"].load_optimizer
+    if name != "cpu-demo" and not name.endswith("-ko"):
+        corpus = "fineweb-edu" if configs["base"].generation == 1 else "climbmix"
+        assert corpus in configs["base"].dataset and corpus in configs["tokenizer"].dataset
+        assert {"HuggingFaceTB/smol-smoltalk", "openai/gsm8k"} <= {part["dataset"] for part in configs["sft"].mixture}
 
 
 def test_the_example_numbers_of_the_readme_are_the_plans():
+    assert {"cpu-demo", "d12", "d20", "d24", "d26", "d32"} <= set(RECIPES)
     text = (ROOT / "README.md").read_text()
     for name in ("d12", "d20", "d24", "d26", "d32"):
-        _, configs = speedrun.read_recipe(ROOT / "recipes" / name, None, [])
-        made = plan(configs["base"], configs["tokenizer"].vocab_size)
+        size = planned(read(name)[1])
         row = next(line for line in text.splitlines() if line.startswith(f"| [{name}]"))
-        assert f"{made.total_tokens / 1e9:.1f}B" in row and f"{made.total_flops:.1e}".replace("e+", "e") in row
-        size = (
-            f"{made.num_parameters / 1e9:.2f}B" if made.num_parameters >= 1e9 else f"{made.num_parameters / 1e6:.0f}M"
-        )
-        assert size in row
+        assert f"{size.total_tokens / 1e9:.1f}B" in row and f"{size.total_flops:.1e}".replace("e+", "e") in row
+        millions = size.num_parameters / 1e6
+        assert (f"{millions / 1e3:.2f}B" if millions >= 1000 else f"{millions:.0f}M") in row
+
+
+def test_the_dpo_recipe_is_read_by_the_parser_of_real_runs():
+    path = ROOT / "recipes" / "d12" / "dpo.yaml"
+    keys = yaml.safe_load(path.read_text())
+    config = parse_config(DPOStageConfig, path, {"beta": "0.25"})
+    assert {key: getattr(config, key) for key in keys} == keys and config.beta == 0.25
+    assert len(keys) >= 8 and set(keys) <= {field.name for field in fields(DPOStageConfig)}
+
+
+def test_overrides_reach_their_stage_and_another_depth_is_planned_from_the_other_keys():
+    overrides = ["base.depth=6", "sft.num_iterations=5", "eval.tasks=[nanochat_gsm8k]"]
+    names, configs = read("cpu-demo", ["sft", "base"], overrides)
+    assert names == ["base", "sft"] and configs["base"].depth == 6 and configs["sft"].num_iterations == 5
+    assert configs["eval"].tasks == ["nanochat_gsm8k"]
+    size = planned(read("d24", None, ["base.depth=18"])[1])
+    shape = size.model_config.num_hidden_layers, size.model_config.hidden_size
+    assert (*shape, size.total_batch_size, size.num_iterations) == (18, 1152, 2**20, 2475)
+    assert "rl" in read("d12", None, ["rl.enabled=true"])[0] and "rl" in read("d12", ["rl"])[0]
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--recipe", "cpu-dmo"], "no recipe 'cpu-dmo'.*did you mean 'cpu-demo'"),
+        (["--stages", "bas"], "no stage 'bas'; did you mean 'base'"),
+        (["--stages", "mid,repor"], "no stage 'repor'; did you mean 'report'"),
+        (["base.dept=3"], "did you mean 'depth'"),
+        (["bse.depth=3"], "no stage 'bse'; did you mean 'base'"),
+        (["depth=3"], "expected STAGE.KEY=VALUE, got 'depth=3'"),
+        (["base.depth"], "expected STAGE.KEY=VALUE"),
+        (["base.depth=many"], "invalid int"),
+        (["base.push_every=3"], "push_every and --repo go together"),
+        (["--repo", "me/x"], "push_every and --repo go together"),
+        (["--hourly-rate", "cheap"], "node-hourly-rate.*invalid float"),
+        (["--no-such-flag"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_command_lines_are_one_line_before_anything_runs(monkeypatch, tmp_path, words, message):
+    recipe = [] if "--recipe" in words else ["--recipe", "cpu-demo"]
+    monkeypatch.setattr("sys.argv", ["speedrun.py", *recipe, "--run-dir", str(tmp_path / "run"), *words])
+    with pytest.raises(InputError, match=message) as caught:
+        stages.main()
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(stages, "run_stages", lambda *arguments: calls.append(arguments))
+    words = ["base.push_every=5", "--repo", "me/x", "--hourly-rate", "24", "--stages", "base", "base.depth=3"]
+    monkeypatch.setattr("sys.argv", ["speedrun.py", "--recipe", "cpu-demo", "--run-dir", str(tmp_path), *words])
+    stages.main()
+    [(run, names, configs, repo, rate)] = calls
+    assert (run.path, names, configs["base"].depth, repo, rate) == (tmp_path, ["base"], 3, "me/x", 24.0)
+
+
+@pytest.mark.parametrize(
+    "runner,cls,keys,message",
+    [
+        (stages.run_chat, stages.ChatConfig, {"stage": "rl"}, "--stage is 'rl': use mid or sft"),
+        (stages.run_chat, stages.ChatConfig, {}, "stage 'sft' starts from a finished earlier stage.*run base first"),
+        (stages.run_rl, stages.RLConfig, {}, "stage 'rl' starts from a finished"),
+        (stages.run_dpo, stages.DPOStageConfig, {}, "stage 'dpo' starts from a finished"),
+        (stages.run_base, stages.PretrainConfig, {}, "no finished tokenizer"),
+        (stages.run_eval, stages.EvalConfig, {"stages": "sft"}, "'sft' is no finished stage"),
+    ],
+)
+def test_a_stage_without_what_it_starts_from_is_refused_and_so_is_a_finished_one(tmp_path, runner, cls, keys, message):
+    run = Run(tmp_path)
+    with pytest.raises(InputError, match=message):
+        runner(cls(), run, **keys)
+    if not keys:
+        for stage in ("tokenizer", "base", "sft", "rl", "dpo"):
+            save_json(tmp_path / stage / "metrics.json", {"finished": True})
+        with pytest.raises(InputError, match="is finished already; delete it or choose another --run-dir"):
+            runner(cls(), run)
+
+
+@pytest.mark.parametrize(
+    "device,kind,name",
+    [("cuda", "nanochat_hf", "Engine"), ("cuda", "gpt2", "Generator"), ("cpu", "nanochat_hf", "Generator")],
+)
+def test_the_engine_generates_for_nanochat_models_on_a_gpu(monkeypatch, device, kind, name):
+    for cls in ("Engine", "Generator"):
+        monkeypatch.setattr(stages, cls, lambda model, tokenizer, cls=cls: cls)
+    model = SimpleNamespace(device=SimpleNamespace(type=device), config=SimpleNamespace(model_type=kind))
+    assert stages.engine(model, None) == name
+
+
+def finished(run: Run, configs: dict, *names: str, **numbers) -> None:
+    for name in names:
+        run.folder(name).mkdir(parents=True)
+        write_metrics(run.folder(name), start_record(configs[name]), **numbers)
+
+
+def test_a_changed_recipe_and_a_source_that_runs_again_are_refused(tmp_path):
+    run, (names, configs) = Run(tmp_path), read("cpu-demo")
+    finished(run, configs, "tokenizer", "base")
+    stages.check_run_folder(run, names, configs)
+    changed = read("cpu-demo", None, ["base.depth=5"])[1]
+    with pytest.raises(InputError, match=r"recipe changed since .*base finished \(depth: 4 -> 5\)"):
+        stages.check_run_folder(run, names, changed)
+    (run.folder("tokenizer") / "metrics.json").unlink()
+    with pytest.raises(InputError, match="base is finished but was made before 'tokenizer', which runs again"):
+        stages.check_run_folder(run, names, configs)
+    finished(run, configs, "eval")
+    stages.check_run_folder(run, ["tokenizer", "eval"], configs)  # an evaluation finds out by itself what changed
+    for stage in ("tokenizer", "base"):  # of an old version
+        (run.folder(stage) / "metrics.json").write_text('{"finished": true}')
+    stages.check_run_folder(run, names, configs)
+
+
+def test_a_finished_stage_of_another_model_or_tokenizer_is_refused(tmp_path, tokenizer):
+    run, (_, configs) = Run(tmp_path), read("cpu-demo")
+    finished(run, configs, "tokenizer")
+    tokenizer.save_pretrained(run.folder("tokenizer"))
+    finished(run, configs, "base", weights="today's")
+    finished(run, configs, "sft", inputs={"model": "today's"})
+    stages.check_run_folder(run, ["sft"], configs)
+    save_json(run.folder("base") / "metrics.json", {"finished": True, "weights": "other"})
+    with pytest.raises(InputError, match=r"sft was made from another model than the one in .*base now"):
+        stages.check_run_folder(run, ["sft"], configs)
+    save_json(run.folder("base") / "metrics.json", {"finished": True, "inputs": {"tokenizer": "other"}})
+    with pytest.raises(InputError, match=r"base was trained with another tokenizer than that in .*tokenizer"):
+        stages.check_run_folder(run, ["base"], configs)
+
+
+def test_a_finished_stage_whose_local_text_changed_is_refused(tmp_path):
+    text, run = tmp_path / "text.jsonl", Run(tmp_path / "run")
+    text.write_text('{"text": "one"}\n' * 20)
+    names, configs = read("cpu-demo", None, [f"tokenizer.dataset={text}", f"base.dataset={text}"])
+    finished(run, configs, "tokenizer", "base", inputs={"data": text_fingerprint(str(text))})
+    stages.check_run_folder(run, names, configs)
+    text.write_text('{"text": "two"}\n' * 20)
+    for stage in ("tokenizer", "base"):
+        with pytest.raises(InputError, match=rf"text of .*text.jsonl changed since .*{stage} finished"):
+            stages.check_run_folder(run, [stage], configs)
+    text.unlink()  # gone, as after a move: nothing to compare
+    stages.check_run_folder(run, names, configs)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_config_file(path):
+    config, keys = load_config_from_file(str(path)), yaml.safe_load(path.read_text())
+    assert config.num_processes >= 1 and str(config.compute_environment).endswith("LOCAL_MACHINE")
+    assert set(keys) >= {"distributed_type", "mixed_precision", "num_processes"}
+    assert keys.get("gpu_ids", "all") == "all"  # any other value would silently overrule CUDA_VISIBLE_DEVICES

@@ -1,70 +1,81 @@
-"""Interrupted stages: whatever stops base, SFT, RL or DPO, and wherever, nothing is lost and nothing is made twice."""
+"""Interrupted stages: whatever stops one, no training is lost, no step runs twice, and the result is the same."""
 
 import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pretrain import run as run_base
-from test_pretrain import world  # noqa: F401  (a fixture)
 from transformers import Trainer
 
-from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
+from nanochat_hf.data.tokenizer import train_bpe
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import Generator
-from nanochat_hf.run import Run, load_json, model_fingerprint
-from nanochat_hf.train import pretrain, sft, trainer
+from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
+from nanochat_hf.train import checkpoint, trainer
 from nanochat_hf.train.checkpoint import complete_checkpoints, damage
-from nanochat_hf.train.dpo import DPOStageConfig, PreferenceTrainer, train_preference
+from nanochat_hf.train.dpo import DPOStageConfig, PreferenceTrainer, train_dpo
 from nanochat_hf.train.grpo import RLConfig, RLTrainer, train_rl
 from nanochat_hf.train.model_setup import read_model
+from nanochat_hf.train.pretrain import PretrainConfig, pretrain
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
-SFT = ChatConfig(
-    mixture=[{"dataset": "primer", "rows": 60}], validation=[{"dataset": "primer", "split": "test", "rows": 8}],
-    device_batch_size=4, num_iterations=4, save_every=2, eval_every=2,
-)  # fmt: skip
-RL = RLConfig(
-    dataset="primer:problem", examples_per_step=2, num_samples=4, device_batch_size=8, max_new_tokens=12,
-    eval_examples=6, eval_samples=2, num_iterations=4, save_every=2, eval_every=2,
+EVERY_2 = {"num_iterations": 4, "save_every": 2, "eval_every": 2}
+CONFIGS = {
+    "sft": ChatConfig(
+        mixture=[{"dataset": "primer", "rows": 60}], device_batch_size=4, **EVERY_2,
+        validation=[{"dataset": "primer", "split": "test", "rows": 8}],
+    ),
+    "rl": RLConfig(
+        dataset="primer:problem", examples_per_step=2, num_samples=4, device_batch_size=8, max_new_tokens=12,
+        eval_examples=6, eval_samples=2, **EVERY_2,
+    ),
+    "dpo": DPOStageConfig(examples_per_step=4, device_batch_size=4, num_eval_pairs=8, **EVERY_2),
+}  # fmt: skip
+BASE = PretrainConfig(
+    dataset="primer", depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, num_iterations=8, total_batch_size=512,
+    device_batch_size=8, warmup_steps=2, eval_every=-1, eval_tokens=256, sample_every=-1, save_every=3,
 )  # fmt: skip
 TRAINERS = {"sft": ChatTrainer, "rl": RLTrainer, "dpo": PreferenceTrainer}
+uninterrupted: dict[str, tuple] = {}  # stage -> its result; the model of every test is the same
 
 
 @pytest.fixture
 def train(tiny_folder, tmp_path):
     """(stage, output, **changes of its config) -> None: train a chat stage from the tiny model."""
-    rows = [
-        {"prompt": [{"role": "user", "content": f"Is it {i}?"}], "chosen": answer("yes"), "rejected": answer("no")}
-        for i in range(24)
-    ]
-    pairs = write_rows(tmp_path / "pairs.jsonl", rows)
-    keys = {
-        "dataset": str(pairs),
-        "examples_per_step": 4,
-        "device_batch_size": 4,
-        "num_eval_pairs": 8,
-        "num_iterations": 4,
-    }
-    dpo = DPOStageConfig(**keys, save_every=2, eval_every=2)
+    question = [{"role": "user", "content": "Is it so?"}]
+    pairs = [{"prompt": question, "chosen": answer(f"yes {i}"), "rejected": answer("no")} for i in range(24)]
+    write_rows(tmp_path / "pairs.jsonl", pairs)
 
     def train(stage: str, output: Path, model: Path = tiny_folder, **changes) -> None:
+        chatcore = changes.pop("chatcore", None)
+        config = dataclasses.replace(CONFIGS[stage], **changes)
         if stage == "sft":
-            chatcore = changes.pop("chatcore", None)
-            train_chat(dataclasses.replace(SFT, **changes), str(model), output, chatcore)
+            train_chat(config, str(model), output, chatcore)
         elif stage == "rl":
-            train_rl(dataclasses.replace(RL, **changes), str(model), output, engine=Generator)
+            train_rl(config, str(model), output, engine=Generator)
         else:
-            train_preference(dataclasses.replace(dpo, **changes), str(model), output)
+            train_dpo(dataclasses.replace(config, dataset=str(tmp_path / "pairs.jsonl")), str(model), output)
 
     return train
+
+
+@pytest.fixture
+def train_base(tokenizer, tmp_path):
+    """(output, hooks=..., **changes of its config) -> metrics: pretrain."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+
+    def train_base(output: Path, tokenizer: Path = tmp_path / "tokenizer", core=None, **changes) -> dict:
+        return pretrain(dataclasses.replace(BASE, **changes), str(tokenizer), output, core=core)
+
+    return train_base
 
 
 def answer(text: str) -> list[dict]:
@@ -76,8 +87,15 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def chats(word: str, number: int = 40) -> list[dict]:
-    return [{"messages": [{"role": "user", "content": f"Say it {i}"}, *answer(word)]} for i in range(number)]
+def write_chats(path: Path, word: str, number: int = 40) -> Path:
+    question = {"role": "user", "content": "Say it"}
+    return write_rows(path, [{"messages": [question, *answer(f"{word} {i}")]} for i in range(number)])
+
+
+def change_weights(folder: Path, name: str = "lm_head.weight", value: float = 1.0) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name][0, 0] += value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def fail(monkeypatch, owner, name: str, error: BaseException, when=lambda *args: True):
@@ -93,16 +111,29 @@ def fail(monkeypatch, owner, name: str, error: BaseException, when=lambda *args:
     monkeypatch.setattr(owner, name, method)
 
 
+def interrupt(train, stage: str, output: Path, step: int = 3, **keys) -> None:
+    """Train a stage up to the middle of a step."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fail(patch, TRAINERS[stage], "training_step", KeyboardInterrupt(), after(step))
+        train(stage, output, **keys)
+
+
 def after(step: int):
     return lambda trainer, *_: trainer.state.global_step == step
 
 
+def terminate(trainer, step: int) -> None:
+    if trainer.state.global_step == step:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def result(folder: Path) -> tuple:
-    """What must be the same in a run without a stop: history without times, figures of the ends, weights."""
-    metrics = load_json(folder / "metrics.json")
+    """What an interruption must not change: history without times, evaluations, samples, weights."""
+    metrics, samples = load_json(folder / "metrics.json"), folder / "samples.jsonl"
     history = [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in metrics["history"]]
-    ends = {key: metrics.get(key) for key in ("val_loss", "before", "after", "val_bpb")}
-    return history, ends, {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()}
+    ends = {key: metrics.get(key) for key in ("val_loss", "before", "after", "val_bpb", "skipped_steps")}
+    weights = {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()}
+    return history, ends, samples.read_text() if samples.exists() else None, weights
 
 
 def slowly(*cases) -> list:
@@ -110,60 +141,56 @@ def slowly(*cases) -> list:
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
-PLACES = ["closing evaluation", "evaluation on the way", "evaluation after the last step", "model folder", "metrics"]
+# --- interruptions, by stage and place ---------------------------------------------------------------------------
 
-
-# --- stops, by stage and place -----------------------------------------------------------------------------------
+MEASURED = "interrupted/state/checkpoint-4/measured.json"
+PLACES = {  # place -> (owner, method, the error, when, further keys, last checkpoint, steps that run after it)
+    "a step": (None, "training_step", KeyboardInterrupt, after(3), {}, 2, 2),
+    "an evaluation": (None, "evaluate", KeyboardInterrupt, after(2), {}, 2, 2),
+    "an evaluation without memory": (None, "evaluate", torch.OutOfMemoryError, after(2), {"save_every": -1}, 2, 2),
+    "the evaluation of the last step": (None, "evaluate", KeyboardInterrupt, after(4), {}, 4, 0),
+    "the same without memory": (None, "evaluate", torch.OutOfMemoryError, after(4), {"save_every": -1}, 4, 0),
+    "the final evaluation": (None, "evaluate", KeyboardInterrupt, MEASURED, {}, 4, 0),
+    "a signal": (None, "training_step", SystemExit, lambda *args: terminate(args[0], 2), {"save_every": -1}, 3, 1),
+    "writing the model": (checkpoint, "save_model", KeyboardInterrupt, None, {}, 4, 0),
+    "writing metrics.json": (trainer, "write_metrics", KeyboardInterrupt, None, {}, 4, 0),
+    "writing the mark of a checkpoint": (
+        checkpoint, "write_manifest", KeyboardInterrupt, lambda folder, *_: folder.name == "checkpoint-4",
+        {"keep_checkpoints": 1}, 2, 2,
+    ),
+}  # fmt: skip
+QUICK = [
+    *(("sft", place) for place in list(PLACES)[:2] + list(PLACES)[4:]),
+    *[("rl", "a step"), ("rl", "the final evaluation"), ("dpo", "an evaluation without memory")],
+]
 
 
 @pytest.mark.parametrize(
-    "stage,place",
-    [
-        ("sft", "evaluation on the way"),
-        ("rl", "closing evaluation"),
-        *slowly(*((stage, place) for stage in TRAINERS for place in PLACES)),
-    ],
+    "stage,place", QUICK + slowly(*((s, p) for s in TRAINERS for p in PLACES if (s, p) not in QUICK))
 )
-def test_a_stop_anywhere_changes_nothing(train, tmp_path, monkeypatch, stage, place):
-    train(stage, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        owner, name, when = {
-            "closing evaluation": (
-                TRAINERS[stage],
-                "evaluate",
-                lambda *_: len(list(tmp_path.glob("stopped/state/*-4/measured.json"))) > 0,
-            ),
-            "evaluation after the last step": (TRAINERS[stage], "evaluate", after(4)),
-            "evaluation on the way": (TRAINERS[stage], "evaluate", after(2)),
-            "model folder": (trainer, "save_model", lambda *_: True),  # custom_generate is there by then
-            "metrics": (trainer, "write_metrics", lambda *_: True),
-        }[place]
-        fail(patch, owner, name, KeyboardInterrupt(), when)
-        with pytest.raises(KeyboardInterrupt):
-            train(stage, tmp_path / "stopped")
-    assert not (tmp_path / "stopped" / "metrics.json").exists()
+def test_an_interruption_anywhere_changes_nothing(train, tmp_path, monkeypatch, capsys, stage, place):
+    if stage not in uninterrupted:
+        train(stage, tmp_path / "whole")
+        uninterrupted[stage] = result(tmp_path / "whole")
+    owner, name, error, when, keys, step, steps_after = PLACES[place]
+    if isinstance(when, str):
+        path = tmp_path / when
+        when = lambda *_: path.exists()  # noqa: E731
+    out = tmp_path / "interrupted"
+    with monkeypatch.context() as patch, pytest.raises(error) as caught:
+        fail(patch, owner or TRAINERS[stage], name, error(), when or (lambda *_: True))
+        train(stage, out, **keys)
+    assert getattr(caught.value, "code", 143) == 128 + signal.SIGTERM and not (out / "metrics.json").exists()
+    assert complete_checkpoints(out / "state")[-1].name == f"checkpoint-{step}"
+    if stage == "rl":  # killed while it wrote a line
+        samples = out / "samples.jsonl"
+        samples.write_bytes(samples.read_bytes()[:-20] if steps_after else samples.read_bytes() + b'{"step": 3, "pr')
     steps, real = [], TRAINERS[stage].training_step
-    with monkeypatch.context() as patch:
-        patch.setattr(TRAINERS[stage], "training_step", lambda *a, **k: (steps.append(1), real(*a, **k))[1])
-        train(stage, tmp_path / "stopped")
-    assert len(steps) == (2 if place == "evaluation on the way" else 0), "no step is made twice, or one too many"
-    whole, stopped = result(tmp_path / "whole"), result(tmp_path / "stopped")
-    assert whole == stopped
-    if stage == "rl":
-        one, other = ((tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "stopped"))
-        assert one == other
-
-
-@pytest.mark.parametrize("stage,save_every", [("sft", -1), *slowly(("sft", 2), ("rl", 2), ("rl", -1), ("dpo", -1))])
-def test_a_failing_evaluation_costs_no_training(train, tmp_path, monkeypatch, stage, save_every):
-    for step in (2, 4):
-        with monkeypatch.context() as patch:
-            fail(patch, TRAINERS[stage], "evaluate", torch.OutOfMemoryError("out of memory"), after(step))
-            with pytest.raises(torch.OutOfMemoryError):
-                train(stage, tmp_path / "out", save_every=save_every)
-        assert complete_checkpoints(tmp_path / "out" / "state")[-1].name == f"checkpoint-{step}"
-    train(stage, tmp_path / "out", save_every=save_every)
-    assert [row["step"] for row in load_json(tmp_path / "out" / "metrics.json")["history"]] == [1, 2, 3, 4]
+    monkeypatch.setattr(TRAINERS[stage], "training_step", lambda *a, **k: (steps.append(1), real(*a, **k))[1])
+    torch.manual_seed(123)
+    train(stage, out, **keys)
+    assert len(steps) == steps_after and f"[interrupted] resuming at step {step}" in capsys.readouterr().out
+    assert result(out) == uninterrupted[stage]
 
 
 def test_a_failing_chatcore_costs_no_training(train, tmp_path):
@@ -175,195 +202,139 @@ def test_a_failing_chatcore_costs_no_training(train, tmp_path):
     assert complete_checkpoints(tmp_path / "out" / "state")[-1].name == "checkpoint-3"
 
 
-@pytest.mark.parametrize("step,save_every", [(20, -1), *slowly((6, -1), (6, 6), (20, 6))])
-def test_a_failing_core_costs_no_pretraining(world, tmp_path, step, save_every):  # noqa: F811
-    calls = []
+def stop_core(model, limit):
+    raise InputError("copa.jsonl, line 1: not JSON")
 
-    def core(model, limit):
-        calls.append(1)
-        if len(calls) == {6: 1, 20: 4}[step]:
-            raise InputError("copa.jsonl, line 1: not JSON")
-        return 0.1
 
-    def run(folder, core):
-        keys = {"core_metric_every": 6, "save_every": save_every}
-        return run_base(world, tmp_path / folder, core=core, **keys)
-
+@pytest.mark.parametrize("step,save_every", [(8, -1), *slowly((3, -1), (3, 3), (8, 3))])
+def test_a_failing_core_costs_no_pretraining(train_base, tmp_path, step, save_every):
+    keys = {"core_metric_every": 3, "save_every": save_every}
+    calls = iter([0.1] * {3: 0, 8: 2}[step])
     with pytest.raises(InputError, match="line 1"):
-        run("out", core)
+        train_base(tmp_path / "out", core=lambda *args: next(calls, None) or stop_core(*args), **keys)
     assert [path.name for path in (tmp_path / "out" / "state").glob("step_*")][-1] == f"step_{step:06d}"
-    run("out", lambda model, limit: 0.1)
-    run("whole", lambda model, limit: 0.1)
+    for name in ("out", "whole"):
+        train_base(tmp_path / name, core=lambda model, limit: 0.1, **keys)
     assert result(tmp_path / "whole") == result(tmp_path / "out")
 
 
-# --- other inputs under a half-done stage ------------------------------------------------------------------------
+# --- what changed under a half-done stage ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half_done_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("half_done")
 
 
 @pytest.fixture
-def half_done(train, tmp_path, monkeypatch):
-    """An SFT that was stopped after its checkpoints of steps 2 and 3, on the conversations of chats.jsonl."""
-    write_rows(tmp_path / "chats.jsonl", chats("alpha"))
-    keys = {"mixture": [{"dataset": str(tmp_path / "chats.jsonl")}], "save_every": 1, "validation": []}
-    with monkeypatch.context() as patch:
-        fail(patch, ChatTrainer, "training_step", KeyboardInterrupt(), after(3))
-        with pytest.raises(KeyboardInterrupt):
-            train("sft", tmp_path / "out", **keys)
+def half_done(train, half_done_folder, tmp_path):
+    """(**changes) -> None: resume a copy of an SFT that was interrupted after its checkpoints of steps 2 and 3."""
+    files = {name: str(half_done_folder / f"{name}.jsonl") for name in ("chats", "val")}
+    keys = {"mixture": [{"dataset": files["chats"]}], "validation": [{"dataset": files["val"]}], "save_every": 1}
+    write_chats(Path(files["chats"]), "alpha")
+    write_chats(Path(files["val"]), "alpha", 8)
+    if not (half_done_folder / "out").exists():
+        interrupt(train, "sft", half_done_folder / "out", **keys)
+    shutil.copytree(half_done_folder / "out", tmp_path / "out")
     return lambda **changes: train("sft", tmp_path / "out", **keys | changes)
 
 
-def test_a_half_done_stage_refuses_other_data_and_another_model(half_done, tiny_folder, tmp_path):
-    write_rows(tmp_path / "chats.jsonl", chats("gamma"))  # as many bytes
-    with pytest.raises(InputError, match=r"written by another recipe or launch \(data:"):
-        half_done()
-    write_rows(tmp_path / "chats.jsonl", chats("alpha"))
-    weights = load_file(tiny_folder / "model.safetensors")
-    weights["lm_head.weight"] += 1
-    save_file(weights, tiny_folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"written by another recipe or launch \(model:"):
-        half_done()
+def edit_config(state: Path, change) -> None:
+    settings = load_json(state / "config.json")
+    change(settings)
+    save_json(state / "config.json", settings)
 
 
-@pytest.mark.parametrize("stage", ["rl", "dpo"])
-def test_half_done_rl_and_dpo_refuse_another_model(train, tiny_folder, tmp_path, monkeypatch, stage):
-    with monkeypatch.context() as patch:
-        fail(patch, TRAINERS[stage], "training_step", KeyboardInterrupt(), after(3))
-        with pytest.raises(KeyboardInterrupt):
-            train(stage, tmp_path / "out")
-    weights = load_file(tiny_folder / "model.safetensors")
-    weights["lm_head.weight"] += 1
-    save_file(weights, tiny_folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"written by another recipe or launch \(model:"):
-        train(stage, tmp_path / "out")
-
-
-def test_a_half_done_base_refuses_another_tokenizer(world, tmp_path):  # noqa: F811
-    with pytest.raises(InputError, match="stop"):
-        run_base(world, tmp_path / "out", save_every=5, core=stop_core, core_metric_every=7)
-    texts = [json.loads(line)["text"].upper() for line in (world / "text.jsonl").read_text().splitlines()]
-    other = tmp_path / "other"
-    train_bpe(iter(texts), vocab_size=len(load_tokenizer(world / "tokenizer"))).save_pretrained(other)
-    config = dataclasses.replace(module_config(world), save_every=5)
-    with pytest.raises(InputError, match="trained with other tokenizer than given now"):
-        pretrain.pretrain(config, str(other), tmp_path / "out")
-
-
-def stop_core(model, limit):
-    raise InputError("stop")
-
-
-def module_config(world):  # noqa: F811
-    from test_pretrain import TINY
-
-    return dataclasses.replace(TINY, dataset=str(world / "text.jsonl"))
-
-
-def test_a_half_done_stage_refuses_other_validation_data(train, tmp_path, monkeypatch):
-    path = write_rows(tmp_path / "val.jsonl", chats("alpha", 8))
-    keys = {"validation": [{"dataset": str(path)}], "save_every": 1}
-    with monkeypatch.context() as patch:
-        fail(patch, ChatTrainer, "training_step", KeyboardInterrupt(), after(3))
-        with pytest.raises(KeyboardInterrupt):
-            train("sft", tmp_path / "out", **keys)
-    write_rows(path, chats("gamma", 8))
-    with pytest.raises(InputError, match=r"written by another recipe or launch \(validation data:"):
-        train("sft", tmp_path / "out", **keys)
-
-
-def test_intervals_may_change_at_a_stop_and_are_then_obeyed(half_done, tmp_path):
-    keys = {"validation": [{"dataset": "primer", "split": "test", "rows": 8}], "eval_every": 1, "num_iterations": 4}
-    with pytest.raises(InputError, match="validation"):
-        half_done(**keys)
-    half_done(save_every=100, keep_checkpoints=5, eval_every=100)
-    assert load_json(tmp_path / "out" / "metrics.json")["finished"]
-
-
-def test_a_half_done_stage_of_an_older_version_says_what_is_not_verified(half_done, tmp_path, capsys):
-    path = tmp_path / "out" / "state" / "config.json"
-    settings = load_json(path)
-    path.write_text(json.dumps({key: value for key, value in settings.items() if key not in ("model", "data")}))
-    half_done()
-    assert "not verified" in capsys.readouterr().out
-
-
-def test_momenta_of_an_earlier_or_a_damaged_file_are_not_taken(world, train, tmp_path):  # noqa: F811
-    run_base(world, tmp_path / "base", save_optimizer=True)
-    base = tmp_path / "base"
-    flip_byte(base / "optimizer.pt")
-    with pytest.raises(InputError, match=r"optimizer\.pt is not what its stage wrote"):
-        train("sft", tmp_path / "out", model=base)
-    (base / "metrics.json").unlink()
-    run_base(world, base, seed=1)
-    assert not (base / "optimizer.pt").exists()
-
-
-def test_what_changed_in_a_half_done_base_stands_in_its_metrics(world, tmp_path):  # noqa: F811
-    with pytest.raises(InputError, match="stop"):
-        run_base(world, tmp_path / "out", save_every=5, core=stop_core, core_metric_every=7)
-    metrics = run_base(world, tmp_path / "out", matrix_lr=0.3)
-    [change] = metrics["changes"]
-    assert change["after step"] == 7 and any("matrix_lr: 0.6 -> 0.3" in words for words in change["keys"])
-
-
-CHANGES = {
-    "mixture": {"mixture": [{"dataset": "primer", "rows": 30}]},
-    "order": {"seed": 1},
-    "length": {"max_seq_len": 64},
-    "mask": {"assistant_only_loss": False},
-    "packing": {"packing": False},
-    "bad rows": {"on_bad_example": "error"},
+OTHER = r"written by another recipe or launch \("
+REFUSED = {  # what differs -> (change of the world, changes of the config, the error)
+    "conversations": (lambda files, *_: write_chats(files / "chats.jsonl", "gamma"), {}, OTHER + "data:"),
+    "validation": (lambda files, *_: write_chats(files / "val.jsonl", "gamma", 8), {}, OTHER + "validation data:"),
+    "model": (lambda files, state, model: change_weights(model), {}, OTHER + "model:"),
+    "a learning rate": (None, {"matrix_lr": 0.001}, OTHER + "matrix_lr: None -> 0.001"),
+    "sequences per step": (None, {"device_batch_size": 2}, OTHER + "sequences per step: 4 -> 2"),
+    "settings cut": (lambda _, state, model: (state / "config.json").write_bytes(b"{"), {}, "is not valid JSON"),
+    "settings empty": (lambda _, state, model: (state / "config.json").write_bytes(b""), {}, "is not valid JSON"),
+    "settings binary": (lambda _, state, model: (state / "config.json").write_bytes(b"\xff"), {}, "is not valid JSON"),
+    "settings gone": (lambda _, state, model: (state / "config.json").unlink(), {}, r"config\.json is missing"),
+    "no steps": (None, {"num_iterations": 0}, "num_iterations is 0"),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_rows_made_for_another_config_are_made_again(tokenizer, tmp_path, change):
-    def rows(config, folder):
-        return sft.build_packed_dataset(config, config.mixture, tokenizer, config.max_seq_len, folder)[0].to_list()
-
-    first = dataclasses.replace(SFT, max_seq_len=128)
-    changed = dataclasses.replace(first, **CHANGES[change])
-    before = rows(first, tmp_path / "rows")
-    assert rows(changed, tmp_path / "rows") == rows(changed, tmp_path / "fresh")
-    assert rows(first, tmp_path / "rows") == before
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_half_done_stage_refuses_other_inputs(half_done, half_done_folder, tmp_path, tiny_folder, case):
+    change, keys, message = REFUSED[case]
+    if change:
+        change(half_done_folder, tmp_path / "out" / "state", tiny_folder)
+    with pytest.raises(InputError, match=message):
+        half_done(**keys)
+    assert [path.name for path in complete_checkpoints(tmp_path / "out" / "state")] == ["checkpoint-2", "checkpoint-3"]
 
 
-def test_rows_of_other_text_tokenizer_or_code_and_damaged_ones_are_made_again(tokenizer, tmp_path, monkeypatch):
-    path, config = (
-        tmp_path / "chats.jsonl",
-        dataclasses.replace(SFT, mixture=[{"dataset": str(tmp_path / "chats.jsonl")}]),
-    )
-
-    def text(tokenizer=tokenizer) -> str:
-        rows = sft.build_packed_dataset(config, config.mixture, tokenizer, 128, tmp_path / "rows")[0]
-        return tokenizer.decode(rows[0]["input_ids"])
-
-    write_rows(path, chats("alpha"))
-    assert "alpha" in text()
-    write_rows(path, chats("gamma"))
-    assert "gamma" in text() and "alpha" not in text()
-    other = train_bpe(iter(["say it gamma " * 50]), vocab_size=300)
-    assert "gamma" in text(other)
-    assert "gamma" in text()
-    arrow = next((tmp_path / "rows").glob("*.arrow"))
-    flip_byte(arrow)
-    assert damage(tmp_path / "rows") and "gamma" in text() and damage(tmp_path / "rows") is None
-    made = (tmp_path / "rows" / "made.json").read_text()
-    monkeypatch.setattr(sft, "code_version", lambda: "newer")
-    assert "gamma" in text() and (tmp_path / "rows" / "made.json").read_text() != made
+@pytest.mark.parametrize("stage", ["rl", "dpo"])
+def test_half_done_rl_and_dpo_refuse_another_model(train, tiny_folder, tmp_path, stage):
+    interrupt(train, stage, tmp_path / "out")
+    change_weights(tiny_folder)
+    with pytest.raises(InputError, match=OTHER + "model:"):
+        train(stage, tmp_path / "out")
 
 
-# --- damaged state ------------------------------------------------------------------------------------------------
+def older(settings: dict) -> None:
+    """As written before weights and data were recorded, and with the keys of November 2026."""
+    del settings["model"], settings["data"]
+    for old, new in (("bad_rows", "on_bad_example"), ("rows of a step", "sequences per step")):
+        settings[old] = settings.pop(new)
 
 
-def flip_byte(path: Path) -> None:
+@pytest.mark.parametrize("keys", [{"save_every": 100, "keep_checkpoints": 5, "eval_every": 100}, {}])
+def test_intervals_may_change_and_settings_of_an_older_version_resume(half_done, tmp_path, capsys, keys):
+    if not keys:
+        edit_config(tmp_path / "out" / "state", older)
+    half_done(**keys)
+    assert load_json(tmp_path / "out" / "metrics.json")["finished"]
+    assert ("not verified" in capsys.readouterr().out) == (not keys)
+
+
+def test_older_settings_are_compared_under_todays_names(half_done, tmp_path):
+    edit_config(tmp_path / "out" / "state", older)
+    with pytest.raises(InputError, match=OTHER + "on_bad_example: 'skip' -> 'error', sequences per step: 4 -> 2"):
+        half_done(on_bad_example="error", device_batch_size=2)
+
+
+def test_a_half_done_base_refuses_another_tokenizer_and_notes_another_rate(train_base, tmp_path):
+    with pytest.raises(InputError, match="copa"):
+        train_base(tmp_path / "out", core=stop_core, core_metric_every=5)
+    other = train_bpe(iter(["other words " * 50]), vocab_size=300)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="trained with other tokenizer than given now"):
+        train_base(tmp_path / "out", tmp_path / "other")
+    metrics = train_base(tmp_path / "out", matrix_lr=0.3)
+    [change] = metrics["changes"]
+    assert change["after step"] == 5 and any("matrix_lr: None -> 0.3" in words for words in change["keys"])
+
+
+def test_the_optimizer_state_of_a_damaged_or_an_earlier_file_is_not_loaded(train_base, train, tmp_path):
+    base = tmp_path / "base"
+    train_base(base, save_optimizer=True, num_iterations=2)
+    flip_bit(base / "optimizer.pt")
+    with pytest.raises(InputError, match=r"optimizer\.pt is not what its stage wrote"):
+        train("sft", tmp_path / "out", model=base)
+    (base / "metrics.json").unlink()
+    train_base(base, seed=1, num_iterations=2)
+    assert not (base / "optimizer.pt").exists()
+
+
+# --- damaged state -----------------------------------------------------------------------------------------------
+
+
+def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"]
-HARM = {
-    "a flipped bit": flip_byte,
+DAMAGE = {
+    "a flipped bit": flip_bit,
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
     "empty": lambda path: path.write_bytes(b""),
     "gone": Path.unlink,
@@ -371,31 +342,29 @@ HARM = {
 
 
 @pytest.mark.parametrize(
-    "file,harm",
-    [*zip(FILES[:2], HARM), *slowly(*((file, harm) for file in FILES for harm in HARM))],
+    "file,kind", [*zip(FILES, [*DAMAGE, "cut", "gone"]), *slowly(*((file, kind) for file in FILES for kind in DAMAGE))]
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(half_done, tmp_path, capsys, file, harm):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(half_done, tmp_path, capsys, file, kind):
     state = tmp_path / "out" / "state"
-    assert [path.name for path in complete_checkpoints(state)] == ["checkpoint-2", "checkpoint-3"]  # two by default
-    HARM[harm](state / "checkpoint-3" / file)
+    DAMAGE[kind](state / "checkpoint-3" / file)
     content = {path.name: path.read_bytes() for path in (state / "checkpoint-3").iterdir()}
-    seen = {}
+    aside = {}
 
     def look(trainer, *_):
-        seen.update({path.name: path.read_bytes() for path in (state / "damaged_checkpoint-3").iterdir()})
+        aside.update({path.name: path.read_bytes() for path in (state / "damaged_checkpoint-3").iterdir()})
         return False
 
     with pytest.MonkeyPatch.context() as patch:
         fail(patch, ChatTrainer, "training_step", KeyboardInterrupt(), look)
         half_done()
-    assert f"checkpoint-3/{file}" in capsys.readouterr().out and seen == content
+    assert f"checkpoint-3/{file}" in capsys.readouterr().out and aside == content
     assert [row["step"] for row in load_json(tmp_path / "out" / "metrics.json")["history"]] == [1, 2, 3, 4]
 
 
 def test_without_any_intact_checkpoint_the_stage_is_refused_and_nothing_is_deleted(half_done, tmp_path):
     state = tmp_path / "out" / "state"
     for number in (2, 3):
-        flip_byte(state / f"checkpoint-{number}" / "optimizer.pt")
+        flip_bit(state / f"checkpoint-{number}" / "optimizer.pt")
     for _ in range(2):
         with pytest.raises(InputError, match=r"checkpoint-3/optimizer.pt is damaged.*bring that file back"):
             half_done()
@@ -411,97 +380,88 @@ def test_a_checkpoint_of_an_older_version_without_a_file_is_refused(half_done, t
         half_done()
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", None])
-def test_damaged_settings_of_a_half_done_stage_are_one_line(half_done, tmp_path, content):
-    path = tmp_path / "out" / "state" / "config.json"
-    path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(InputError, match=r"config\.json is (not valid JSON|missing)"):
-        half_done()
+def test_other_peoples_files_in_the_state_folder_are_left_alone(half_done, tmp_path):
+    state, elsewhere = tmp_path / "out" / "state", tmp_path / "elsewhere"
+    (state / "checkpoint-3.bak").mkdir()
+    (state / "checkpoint-9").write_text("a file")
+    (state / "checkpoint-2").rename(elsewhere)
+    (state / "checkpoint-2").symlink_to(elsewhere)
+    half_done()
+    assert elsewhere.is_dir() and load_json(tmp_path / "out" / "metrics.json")["finished"]
 
 
 BASE_FILES = ["model.pt", "rank_00000.pt", "progress.pt"]
 
 
 @pytest.mark.parametrize(
-    "file,harm",
+    "file,kind",
     [
         ("rank_00000.pt", "a flipped bit"),
-        *slowly(
-            ("manifest.json", "empty"),
-            ("manifest.json", "cut"),
-            *((file, harm) for file in BASE_FILES for harm in HARM),
-        ),
+        *slowly(("manifest.json", "empty"), ("manifest.json", "cut"), *((f, k) for f in BASE_FILES for k in DAMAGE)),
     ],
 )
-def test_a_damaged_checkpoint_of_base_is_set_aside(world, tmp_path, capsys, file, harm):  # noqa: F811
-    keys = {"save_every": 5, "num_iterations": 20}
-    whole = run_base(world, tmp_path / "whole", **keys)
-    with pytest.raises(InputError, match="stop"):
-        run_base(world, tmp_path / "out", core=stop_core, core_metric_every=12, **keys)
-    state = tmp_path / "out" / "state"
-    newest = max(state.glob("step_*"))
-    HARM[harm](newest / file)
-    again = run_base(world, tmp_path / "out", **keys)
+def test_a_damaged_checkpoint_of_base_is_set_aside(train_base, tmp_path, capsys, file, kind):
+    whole = train_base(tmp_path / "whole")
+    with pytest.raises(InputError, match="copa"):
+        train_base(tmp_path / "out", core=stop_core, core_metric_every=5)
+    newest = max((tmp_path / "out" / "state").glob("step_*"))
+    DAMAGE[kind](newest / file)
+    again = train_base(tmp_path / "out")
     assert f"{newest.name}/{file}" in capsys.readouterr().out
     assert [row["train_loss"] for row in again["history"]] == [row["train_loss"] for row in whole["history"]]
 
 
 def test_a_source_whose_weights_are_not_those_of_its_metrics_is_refused(train, tiny_folder, tmp_path):
-    train("sft", tmp_path / "sft")
-    assert load_json(tmp_path / "sft" / "metrics.json")["weights"] == model_fingerprint(tmp_path / "sft")
-    read_model(str(tmp_path / "sft"))
-    flip_byte(tmp_path / "sft" / "model.safetensors")
+    source = shutil.copytree(tiny_folder, tmp_path / "sft")
+    save_json(source / "metrics.json", {"weights": model_fingerprint(source)})
+    read_model(str(source))
+    flip_bit(source / "model.safetensors")
     with pytest.raises(InputError, match=r"are not those that its metrics\.json names"):
-        train("rl", tmp_path / "rl", model=tmp_path / "sft")
-    for harm in ("cut", "empty", "gone"):
-        folder = tmp_path / harm
-        folder.mkdir()
-        for path in tiny_folder.iterdir():
-            if path.is_file():
-                (folder / path.name).write_bytes(path.read_bytes())
-        HARM[harm](folder / "model.safetensors")
+        train("rl", tmp_path / "rl", model=source)
+    for kind in ("cut", "empty", "gone"):
+        folder = shutil.copytree(tiny_folder, tmp_path / kind)
+        DAMAGE[kind](folder / "model.safetensors")
         with pytest.raises(InputError, match="no model in"):
             train("sft", tmp_path / "next", model=folder)
 
 
-# --- losses and weights that are not finite -----------------------------------------------------------------------
+# --- losses and weights that are not finite ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage,rank", [("sft", 0), *slowly(("sft", 4), ("rl", 0), ("rl", 4), ("dpo", 0), ("dpo", 4))])
-def test_a_step_that_is_not_finite_stops_the_stage_with_the_weights_before_it(
-    train, tmp_path, monkeypatch, stage, rank
-):
+def spoil_gradients(patch, stage: str, at: int, value: float) -> None:
+    """The gradients of the step after `at` steps get a value that is not finite."""
     real = TRAINERS[stage].training_step
 
     def step(self, model, *args, **kwargs):
         loss = real(self, model, *args, **kwargs)
-        if self.state.global_step == 2:
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.fill_(float("nan"))
+        if self.state.global_step == at:
+            next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = value
         return loss
 
-    keys = {"lora_r": rank, "save_every": -1, "eval_every": -1}
-    with monkeypatch.context() as patch:
-        patch.setattr(TRAINERS[stage], "training_step", step)
-        with pytest.raises(
-            FloatingPointError, match=rf"{stage}: the gradients of step 3 are not finite.*checkpoint-3"
-        ):
-            train(stage, tmp_path / stage, **keys)
-    saved = list((tmp_path / stage / "state" / "checkpoint-3").glob("*.safetensors"))
+    patch.setattr(TRAINERS[stage], "training_step", step)
+
+
+@pytest.mark.parametrize(
+    "stage,rank,value", [("sft", 0, float("inf")), *slowly(*((s, r, float("nan")) for s in TRAINERS for r in (0, 4)))]
+)
+def test_a_step_that_is_not_finite_stops_the_stage_and_a_rerun_skips_it(train, tmp_path, stage, rank, value):
+    keys, out = {"lora_r": rank, "save_every": -1, "eval_every": -1}, tmp_path / stage
+    with pytest.MonkeyPatch.context() as patch:
+        spoil_gradients(patch, stage, 2, value)
+        message = rf"{stage}: the gradients of step 3 are not finite.*checkpoint-3"
+        with pytest.raises(FloatingPointError, match=message):
+            train(stage, out, **keys)
+    saved = list((out / "state" / "checkpoint-3").glob("*.safetensors"))
     assert saved and all(value.isfinite().all() for value in load_file(saved[0]).values())
-    assert not (tmp_path / stage / "metrics.json").exists()
-    train(stage, tmp_path / stage, **keys)  # goes on with the rows after it
-    assert load_json(tmp_path / stage / "metrics.json")["finished"]
-    text = (tmp_path / stage / "metrics.json").read_text()
-    json.loads(text, parse_constant=pytest.fail)
+    assert not (out / "metrics.json").exists()
+    train(stage, out, **keys)  # with the data after it
+    metrics = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert metrics["finished"] and metrics["skipped_steps"] == [3]
 
 
 @pytest.mark.parametrize("stage", TRAINERS)
 def test_weights_that_are_not_finite_are_refused_before_training(train, tiny_folder, tmp_path, stage):
-    weights = load_file(tiny_folder / "model.safetensors")
-    weights["model.layers.0.mlp.fc1.weight"][0, 0] = float("nan")
-    save_file(weights, tiny_folder / "model.safetensors", metadata={"format": "pt"})
+    change_weights(tiny_folder, "model.layers.0.mlp.fc1.weight", float("nan"))
     with pytest.raises(InputError, match=r"values in model\.layers\.0\.mlp\.fc1\.weight that are not finite"):
         train(stage, tmp_path / "out")
 
@@ -521,7 +481,7 @@ def test_a_run_that_diverged_is_never_finished_by_running_it_again(train, tmp_pa
     """Every rerun would skip one step more, up to the end."""
     keys = {"validation": [], "save_every": 1, "matrix_lr": 1e30, "embedding_lr": 1e30, "eval_every": -1}
     messages = set()
-    for _ in range(6):
+    for _ in range(5):
         with pytest.raises(FloatingPointError) as caught:
             train("sft", tmp_path / "out", **keys)
         messages.add(str(caught.value))
@@ -531,112 +491,30 @@ def test_a_run_that_diverged_is_never_finished_by_running_it_again(train, tmp_pa
     assert len(messages) <= 2 and all("checkpoint" in message for message in messages)
 
 
-def test_a_skipped_step_is_named_in_the_result(train, tmp_path, monkeypatch):
-    real = ChatTrainer.training_step
-
-    def step(self, model, *args, **kwargs):
-        loss = real(self, model, *args, **kwargs)
-        if self.state.global_step == 1:
-            model.lm_head.weight.grad[0, 0] = float("inf")
-        return loss
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ChatTrainer, "training_step", step)
-        with pytest.raises(FloatingPointError, match="step 2 are not finite"):
-            train("sft", tmp_path / "out")
-    train("sft", tmp_path / "out")
-    assert load_json(tmp_path / "out" / "metrics.json")["skipped_steps"] == [2]
+# --- disk, lock, permissions -------------------------------------------------------------------------------------
 
 
-# --- disk, lock, permissions --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stage", ["sft", *slowly(("rl",), ("dpo",))])
-def test_a_signal_saves_and_the_rerun_changes_nothing(train, tmp_path, monkeypatch, stage):
-    train(stage, tmp_path / "whole")
-    real = TRAINERS[stage].training_step
-
-    def step(self, *args, **kwargs):
-        if self.state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TRAINERS[stage], "training_step", step)
-        with pytest.raises(SystemExit) as stopped:
-            train(stage, tmp_path / "out", save_every=-1)
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert complete_checkpoints(tmp_path / "out" / "state")[-1].name == "checkpoint-3"
-    train(stage, tmp_path / "out", save_every=-1)
-    assert result(tmp_path / "whole") == result(tmp_path / "out")
-
-
-def test_what_is_somebody_elses_in_the_state_folder_is_left_alone(half_done, tmp_path):
-    state = tmp_path / "out" / "state"
-    (state / "checkpoint-3.bak").mkdir()
-    (state / "checkpoint-9").write_text("a file")
-    elsewhere = tmp_path / "elsewhere"
-    (state / "checkpoint-2").rename(elsewhere)
-    (state / "checkpoint-2").symlink_to(elsewhere)
-    half_done()
-    assert elsewhere.is_dir() and load_json(tmp_path / "out" / "metrics.json")["finished"]
-
-
-def test_a_half_written_line_of_samples_does_not_stop_a_resume(train, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        fail(patch, RLTrainer, "training_step", KeyboardInterrupt(), after(3))
-        with pytest.raises(KeyboardInterrupt):
-            train("rl", tmp_path / "rl")
-    samples = tmp_path / "rl" / "samples.jsonl"
-    samples.write_bytes(samples.read_bytes()[:-20])
-    train("rl", tmp_path / "rl")
-    assert [json.loads(line)["step"] for line in samples.read_text().splitlines()] == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-@pytest.mark.parametrize("stage", TRAINERS)
-def test_no_steps_is_no_training(train, tmp_path, stage):
-    with pytest.raises(InputError, match="num_iterations is 0"):
-        train(stage, tmp_path / "out", num_iterations=0)
-
-
-@pytest.mark.parametrize("stage", ["sft", *slowly(("rl",), ("dpo",))])
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(train, tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize("stage", ["sft", "base", *slowly(("rl",), ("dpo",))])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(train, train_base, tmp_path, monkeypatch, stage):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    real = TRAINERS[stage]._save_checkpoint
+    owner, name = (checkpoint, "save") if stage == "base" else (TRAINERS[stage], "_save_checkpoint")
+    real = getattr(owner, name)
 
-    def save(self, *args):
-        if self.state.global_step > 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # bytes of a file, as on a disk that is full
+    def save(*args):
+        if (args[1] if stage == "base" else args[0].state.global_step) > (3 if stage == "base" else 2):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # bytes per file, as on a disk that is full
         try:
-            real(self, *args)
+            return real(*args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(TRAINERS[stage], "_save_checkpoint", save)
-    with pytest.raises(InputError, match=r"cannot write .*checkpoint-4.*the checkpoint before it is .*checkpoint-2"):
-        train(stage, tmp_path / "out")
+    monkeypatch.setattr(owner, name, save)
+    first = "step_000003" if stage == "base" else "checkpoint-2"
+    with pytest.raises(InputError, match=rf"cannot write .*the checkpoint before it is .*{first}"):
+        train_base(tmp_path / "out") if stage == "base" else train(stage, tmp_path / "out")
     state = tmp_path / "out" / "state"
-    assert [path.name for path in state.glob("checkpoint-*")] == ["checkpoint-2"] and not damage(
-        state / "checkpoint-2", "complete"
-    )
-
-
-def test_a_full_disk_in_base_is_one_line_and_the_last_checkpoint_stays(world, tmp_path, monkeypatch):  # noqa: F811
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    real = pretrain.checkpoint.save
-
-    def save(folder, step, *args):
-        if step > 5:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-        try:
-            return real(folder, step, *args)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    monkeypatch.setattr(pretrain.checkpoint, "save", save)
-    with pytest.raises(InputError, match=r"cannot write .*the checkpoint before it is .*step_000005"):
-        run_base(world, tmp_path / "out", save_every=5)
-    assert [path.name for path in (tmp_path / "out" / "state").iterdir()] == ["step_000005"]
+    assert [path.name for path in state.iterdir() if path.name.lstrip(".")[:4] in ("step", "chec")] == [first]
+    assert damage(state / first, "manifest.json" if stage == "base" else "complete") is None
 
 
 def test_the_second_process_on_a_run_folder_is_refused(tmp_path):
@@ -645,30 +523,17 @@ def test_the_second_process_on_a_run_folder_is_refused(tmp_path):
         pass
     with Run(tmp_path / "run").lock():
         pass
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write"), Run(tmp_path / "file" / "run").lock():
+        pass
 
 
 @pytest.mark.parametrize("mask,mode", [(0o022, 0o644), *slowly((0o077, 0o600), (0o002, 0o664))])
 def test_weights_get_the_permissions_of_the_umask(train, tmp_path, mask, mode):
     before = os.umask(mask)
     try:
-        train("sft", tmp_path / "out")
+        train("sft", tmp_path / "out", num_iterations=1, validation=[], save_every=-1)
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.is_file()}
     assert set(modes.values()) == {mode} and "model.safetensors" in modes
-
-
-def test_an_old_checkpoint_goes_only_when_the_new_one_is_complete(train, tmp_path, monkeypatch):
-    """A kill after transformers has written, and before all ranks have said so, leaves the one before."""
-    with monkeypatch.context() as patch:
-        fail(patch, trainer, "write_manifest", KeyboardInterrupt(), lambda folder, *_: folder.name == "checkpoint-3")
-        with pytest.raises(KeyboardInterrupt):
-            train("sft", tmp_path / "out", save_every=1, keep_checkpoints=1)
-    assert [path.name for path in complete_checkpoints(tmp_path / "out" / "state")] == ["checkpoint-2"]
-    train("sft", tmp_path / "out", save_every=1, keep_checkpoints=1)
-    assert [row["step"] for row in load_json(tmp_path / "out" / "metrics.json")["history"]] == [1, 2, 3, 4]
-
-
-def test_rl_refuses_to_sample_from_another_distribution_than_its_gradient_assumes(train, tmp_path):
-    with pytest.raises(InputError, match="top_k is 50, and the gradient is that of sampling among all tokens"):
-        train("rl", tmp_path / "out", top_k=50)

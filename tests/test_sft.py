@@ -1,17 +1,17 @@
-"""Conversations become rows, rows teach what the assistant says, and a killed stage goes on where it stopped."""
+"""SFT: which tokens have a loss, how conversations are packed, and what a run leaves behind."""
 
 import copy
 import json
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
-from nanochat_hf.train import model_setup as network
-from nanochat_hf.train import sft
-from nanochat_hf.train.sft import ChatConfig, PackedCollator, build_packed_dataset, encode, train_chat
+from nanochat_hf.train import model_setup, sft
+from nanochat_hf.train.sft import ChatConfig, PackedCollator, build_packed_dataset, encode, pad_to_multiple, train_chat
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -22,6 +22,7 @@ CHAT = [
     {"role": "tool", "name": "python", "content": "5"},
     {"role": "assistant", "content": "2 + 3 = 5"},
 ]
+PLAIN = [CHAT[0], CHAT[3]]
 
 
 def config(**keys) -> ChatConfig:
@@ -33,26 +34,35 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def learned(tokenizer, encoded) -> str:
-    return tokenizer.decode([label for label in encoded["labels"][0] if label != -100])
+def history(folder) -> list[dict]:
+    return load_json(folder / "metrics.json")["history"]
 
 
-def test_sft_learns_what_the_assistant_says_and_not_what_the_tool_answers(tokenizer):
-    encoded = encode(tokenizer, [CHAT], assistant_only_loss=True)
-    expected = "<|python_start|>2+3<|python_end|>2 + 3 = 5<|assistant_end|>"
-    assert learned(tokenizer, encoded) == expected
-    with_words = [CHAT[0], {**CHAT[1], "content": "So 😊"}, {**CHAT[2], "content": "좋"}, {**CHAT[3], "content": "é"}]
-    assert learned(tokenizer, encode(tokenizer, [with_words], True)) == (
-        "So 😊<|python_start|>2+3<|python_end|>é<|assistant_end|>"
-    )
-    assert tokenizer.decode(encoded["input_ids"][0]).count("<|output_start|>5<|output_end|>") == 1
+def learned(tokenizer, chat, assistant_only_loss=True) -> str:
+    [(ids, labels)] = encode(tokenizer, [chat], assistant_only_loss)
+    assert labels[0] == -100 and all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    return tokenizer.decode(labels[labels != -100])
 
 
-def test_mid_training_learns_every_token_but_the_first_and_the_tools(tokenizer):
-    encoded = encode(tokenizer, [CHAT], assistant_only_loss=False)
-    text = tokenizer.decode(encoded["input_ids"][0])
-    expected = text.replace("<|output_start|>5<|output_end|>", "").removeprefix("<|bos|>")
-    assert learned(tokenizer, encoded) == expected and "What is 2 + 3?" in expected
+@pytest.fixture
+def entries(tmp_path):
+    """(conversations) -> mixture of a file of them."""
+
+    def write(*chats: list[dict]) -> list[dict]:
+        (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+        return [{"dataset": str(tmp_path / "chats.jsonl")}]
+
+    return write
+
+
+def test_the_loss_of_sft_is_on_assistant_tokens_that_of_mid_training_on_all_and_neither_on_tool_results(tokenizer):
+    assert learned(tokenizer, CHAT) == "<|python_start|>2+3<|python_end|>2 + 3 = 5<|assistant_end|>"
+    chat = [CHAT[0], {**CHAT[1], "content": "So 😊"}, {**CHAT[2], "content": "좋"}, {**CHAT[3], "content": "é"}]
+    assert learned(tokenizer, chat) == "So 😊<|python_start|>2+3<|python_end|>é<|assistant_end|>"
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert "<|output_start|>5<|output_end|>" in text and "What is 2 + 3?" in text
+    expected = text.removeprefix("<|bos|>").replace("<|output_start|>5<|output_end|>", "")
+    assert learned(tokenizer, CHAT, assistant_only_loss=False) == expected
 
 
 @pytest.mark.parametrize("reply", ["Sure 😊", "좋아요", "好", "café", "fine 👍🏽", "plain"])
@@ -67,18 +77,10 @@ def test_all_bytes_of_a_last_character_are_learned_whatever_the_folders_template
     chat = [{"role": "user", "content": reply}, {"role": "assistant", "content": reply}]
     for template in (tokenizer.chat_template, older):
         tokenizer.chat_template = template
-        encoded = encode(tokenizer, [chat + chat], assistant_only_loss=True)
-        assert learned(tokenizer, encoded) == f"{reply}<|assistant_end|>" * 2
+        assert learned(tokenizer, chat + chat) == f"{reply}<|assistant_end|>" * 2
 
 
-def test_labels_stand_under_their_own_tokens(tokenizer):
-    for only in (True, False):
-        encoded = encode(tokenizer, [CHAT, CHAT[:1] + CHAT[3:]], assistant_only_loss=only)
-        for ids, labels in zip(encoded["input_ids"], encoded["labels"], strict=True):
-            assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True)) and labels[0] == -100
-
-
-def test_positions_start_anew_in_each_conversation_and_in_the_padding():
+def test_positions_restart_in_each_conversation_and_in_the_padding():
     rows = [
         {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "seq_lengths": [3, 2]},
         {"input_ids": [6, 7], "labels": [-100, 7]},
@@ -90,60 +92,72 @@ def test_positions_start_anew_in_each_conversation_and_in_the_padding():
     assert PackedCollator(pad=9, length=None)(rows)["input_ids"].shape == (2, 5)
 
 
-def test_a_packed_conversation_sees_nothing_of_its_neighbours(tiny_model, tokenizer):
-    tiny_model.lm_head.weight.data.normal_()  # fresh heads and projections are zero and would hide a difference
-    for layer in tiny_model.model.layers:
-        layer.self_attn.o_proj.weight.data.normal_(std=0.2)
-    tiny_model.model.smear_lambda.data.fill_(1.0)
-    ids, other = encode(tokenizer, [CHAT, CHAT[:1] + CHAT[3:]], True)["input_ids"]
+def test_a_packed_conversation_does_not_attend_to_its_neighbors(lively_model, tokenizer):
+    lively_model.model.smear_lambda.data.fill_(1.0)
+    (ids, _), (other, _) = encode(tokenizer, [CHAT, PLAIN], True)
+    ids, other = ids.tolist(), other.tolist()
     row = {"input_ids": other + ids, "labels": other + ids, "seq_lengths": [len(other), len(ids)]}
     batch = PackedCollator(tokenizer.pad_token_id, len(ids) + len(other) + 5)([row])
-    packed = tiny_model(batch["input_ids"], position_ids=batch["position_ids"]).logits
-    alone = tiny_model(torch.tensor([ids])).logits
+    packed = lively_model(batch["input_ids"], position_ids=batch["position_ids"]).logits
+    alone = lively_model(torch.tensor([ids])).logits
     torch.testing.assert_close(packed[:, len(other) : len(other) + len(ids)], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_conversations_that_do_not_fit_are_counted_with_row_and_reason(tokenizer, tmp_path):
-    chats = [
-        {"messages": CHAT},
-        {"messages": [CHAT[0], {"role": "assistant", "content": "word " * 90}]},
-        {"messages": []},
-    ]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    entries = [{"dataset": str(tmp_path / "chats.jsonl")}]
-    rows, made = build_packed_dataset(config(), entries, tokenizer, 64, tmp_path / "rows")
-    assert len(rows) == 1 and made["rows"] == 1 and made["tokens"] == len(rows[0]["input_ids"])
-    reasons = {row["row"]: row["reason"] for row in made["skipped_rows"]}
-    assert reasons.keys() == {1, 2} and "a row holds 64" in reasons[1] and "no messages" in reasons[2]
-    with pytest.raises(InputError, match="cannot be used"):
-        build_packed_dataset(config(on_bad_example="error"), entries, tokenizer, 64, tmp_path / "refused")
-    with pytest.raises(InputError, match="no conversation of the mixture fits"):
-        build_packed_dataset(config(), entries, tokenizer, 8, tmp_path / "short")
-    exact = made["tokens"]  # a row holds a conversation of exactly its length
-    assert build_packed_dataset(config(), entries, tokenizer, exact, tmp_path / "exact")[1]["rows"] == 1
-    with pytest.raises(InputError, match="no conversation of the mixture fits"):
-        build_packed_dataset(config(), entries, tokenizer, exact - 1, tmp_path / "one_less")
+def test_conversations_that_do_not_fit_are_counted_with_row_and_reason(tokenizer, tmp_path, entries):
+    mixture = entries(CHAT, [CHAT[0], {"role": "assistant", "content": "word " * 90}], [])
+
+    def build(length, **keys):
+        return build_packed_dataset(config(**keys), mixture, tokenizer, length, tmp_path / "rows")
+
+    rows, summary = build(64)
+    size = len(encode(tokenizer, [CHAT], True)[0][0])
+    assert len(rows) == summary["rows"] == 1 and summary["tokens"] == len(rows[0]["input_ids"]) == size
+    reasons = {row["row"]: row["reason"] for row in summary["skipped_rows"]}
+    assert reasons.keys() == {1, 2} and "a sequence holds 64" in reasons[1] and "no messages" in reasons[2]
+    assert build(size)[1]["rows"] == 1  # a conversation of exactly the length fits
+    for length, keys, words in (
+        (64, {"on_bad_example": "error"}, "cannot be used"),
+        (size - 1, {}, f"no conversation of the mixture fits into max_seq_len = {size - 1} tokens"),
+    ):
+        with pytest.raises(InputError, match=words):
+            build(length, **keys)
 
 
-def test_rows_are_made_once_and_found_again(tokenizer, tmp_path, monkeypatch):
-    entries = [{"dataset": "primer", "rows": 20}]
-    rows, made = build_packed_dataset(config(), entries, tokenizer, 128, tmp_path / "rows")
-    monkeypatch.setattr(sft, "make_rows", None)
-    again, found = build_packed_dataset(config(), entries, tokenizer, 128, tmp_path / "rows")
-    assert again.to_list() == rows.to_list() and found == made
+def test_packing_keeps_every_token_once_and_several_processes_encode_alike(tokenizer, tmp_path, monkeypatch):
+    mixture = [{"dataset": "primer", "rows": 60}]
+    rows, summary = build_packed_dataset(config(), mixture, tokenizer, 128, tmp_path / "rows")
+    assert sum(len(row["input_ids"]) for row in rows) == summary["tokens"] > 1000
+    assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) <= 128 for row in rows)
+    assert sum(len(row["seq_lengths"]) for row in rows) == summary["rows"] > len(rows)
+    apart, _ = build_packed_dataset(config(packing=False), mixture, tokenizer, 128, tmp_path / "apart")
+    assert len(apart) == summary["rows"]
+    monkeypatch.setattr(sft, "PARALLEL_FROM", 10)
+    monkeypatch.setattr(sft, "ENCODE_BATCH", 7)
+    again, other = build_packed_dataset(config(), mixture, tokenizer, 128, tmp_path / "parallel")
+    assert again.to_list() == rows.to_list() and other == summary
+    _, changed = build_packed_dataset(config(seed=1), mixture, tokenizer, 128, tmp_path / "changed")
+    assert changed["content"] != summary["content"]
+
+
+def test_padding_rows_have_no_loss():
+    rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, 2]], "seq_lengths": [[2]]})
+    padded = pad_to_multiple(rows, 4, pad=9).to_list()
+    assert padded == [*rows.to_list(), *[{"input_ids": [9], "labels": [-100], "seq_lengths": [1]}] * 3]
+    assert len(pad_to_multiple(rows, 1, pad=9)) == 1
 
 
 def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path):
-    out = tmp_path / "sft"
-    made = config(num_iterations=12, validation=[{"dataset": "primer", "split": "test", "rows": 20}], eval_every=6)
-    train_chat(made, tiny_folder, out)
+    out, held_out = tmp_path / "sft", [{"dataset": "primer", "split": "test", "rows": 20}]
+    train_chat(config(num_iterations=12, validation=held_out, eval_every=6), tiny_folder, out)
     metrics = load_json(out / "metrics.json")
     assert metrics["finished"] and metrics["rows"] + len(metrics["skipped_rows"]) == 60
     assert metrics["mixture"][0]["tokens"] == metrics["tokens"] > 1000 and metrics["tokens_per_second"] > 0
     losses = [row["train_loss"] for row in metrics["history"]]
     assert len(losses) == 12 and losses[-1] < losses[0] - 1
     assert metrics["history"][5]["val_loss"] > metrics["val_loss"] > 0
-    assert metrics["history"][0]["lr_multiplier"] == 1.0 and metrics["history"][-1]["lr_multiplier"] < 0.2
+    # 6 steps at the peak, then 6, 5 ... 1 sixths of it
+    multipliers = [row["lr_multiplier"] for row in metrics["history"]]
+    assert multipliers == pytest.approx([1.0] * 7 + [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     assert model.generation_config.eos_token_id == ends and model.dtype == torch.float32
@@ -153,57 +167,44 @@ def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path):
 def test_mid_training_then_sft_in_one_process(tiny_folder, tmp_path):
     train_chat(config(assistant_only_loss=False, warmdown_ratio=0.2), tiny_folder, tmp_path / "mid")
     train_chat(config(packing=False), str(tmp_path / "mid"), tmp_path / "sft")
-    first, last = (
-        load_json(tmp_path / stage / "metrics.json")["history"][i] for stage, i in (("mid", -1), ("sft", 0))
-    )
-    assert last["train_loss"] < 6 and first["step"] == 4
+    assert history(tmp_path / "sft")[0]["train_loss"] < 6 and history(tmp_path / "mid")[-1]["step"] == 4
 
 
 def test_one_batch_of_eight_trains_like_eight_batches_of_one(tiny_folder, tmp_path):
     train_chat(config(device_batch_size=8, num_iterations=3), tiny_folder, tmp_path / "whole")
-    train_chat(
-        config(device_batch_size=1, total_batch_size=8 * 128, num_iterations=3), tiny_folder, tmp_path / "parts"
-    )
-    whole, parts = (load_json(tmp_path / name / "metrics.json")["history"] for name in ("whole", "parts"))
+    train_chat(config(device_batch_size=1, total_batch_size=1024, num_iterations=3), tiny_folder, tmp_path / "parts")
+    whole, parts = history(tmp_path / "whole"), history(tmp_path / "parts")
     assert whole[0]["grad_norm"] == pytest.approx(parts[0]["grad_norm"], rel=1e-4)
-    losses = [[row["train_loss"] for row in history] for history in (whole, parts)]
+    losses = [[row["train_loss"] for row in rows] for rows in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # Adam makes much of a rounding error in a tiny gradient
 
 
-def test_lora_trains_adapters_only_and_leaves_a_plain_model(tiny_folder, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_trains_adapters_only_in_the_devices_dtype_and_leaves_a_plain_float32_model(
+    tiny_folder, tmp_path, monkeypatch, dtype
+):
+    """peft calls the matrices itself: on a GPU their inputs are bfloat16 and their weights are not."""
+    monkeypatch.setattr(model_setup, "compute_dtype", lambda device: dtype)
     train_chat(config(lora_r=4), tiny_folder, tmp_path / "sft")
     before, after = weights(tiny_folder), weights(tmp_path / "sft")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     kinds = {name.split(".")[-2] for name in changed}
     assert before.keys() == after.keys() and kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}
-
-
-def test_lora_runs_in_the_dtype_of_the_device_over_float32_weights(tiny_folder, tmp_path, monkeypatch):
-    """peft calls the matrices itself: on a GPU their inputs are bfloat16 and their weights are not."""
-    monkeypatch.setattr(network, "compute_dtype", lambda device: torch.bfloat16)
-    train_chat(config(lora_r=4), tiny_folder, tmp_path / "sft")
-    after, before = weights(tmp_path / "sft"), weights(tiny_folder)
     assert all(value.dtype == torch.float32 for value in after.values())
-    name = "model.layers.0.mlp.fc1.weight"
-    assert not torch.equal(after[name], before[name]) and not torch.equal(after[name].bfloat16().float(), after[name])
+    value = after["model.layers.0.mlp.fc1.weight"]
+    assert not torch.equal(value.bfloat16().float(), value)
 
 
-def test_chatcore_is_measured_on_the_way_when_the_caller_can(tiny_folder, tmp_path):
-    asked = []
+def test_chatcore_is_measured_on_the_way(tiny_folder, tmp_path):
+    calls = []
 
     def measure(model, limit):
-        asked.append((model.training, limit))
+        calls.append((model.training, limit))
         return 0.25
 
     train_chat(config(chatcore_every=2, chatcore_max_per_task=5), tiny_folder, tmp_path / "sft", chatcore=measure)
-    history = load_json(tmp_path / "sft" / "metrics.json")["history"]
-    assert [row.get("chatcore") for row in history] == [None, 0.25, None, 0.25] and asked == [(False, 5)] * 2
-
-
-def test_a_folder_without_a_model_is_named(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "empty")
-    with pytest.raises(InputError, match="no model in"):
-        train_chat(config(), str(tmp_path / "empty"), tmp_path / "sft")
+    assert [row.get("chatcore") for row in history(tmp_path / "sft")] == [None, 0.25, None, 0.25]
+    assert calls == [(False, 5)] * 2
 
 
 def test_validation_on_rows_that_are_trained_on_is_said(tiny_folder, tmp_path, capsys):
@@ -212,30 +213,24 @@ def test_validation_on_rows_that_are_trained_on_is_said(tiny_folder, tmp_path, c
     assert "both take rows of primer::train: its validation loss is of rows trained on" in capsys.readouterr().err
 
 
-def test_the_validation_loss_is_the_mean_over_tokens_of_unequal_batches(tiny_folder, tmp_path):
+def test_the_validation_loss_is_the_mean_over_tokens_of_unequal_batches(tiny_folder, tmp_path, entries):
     """By hand, one conversation at a time; a short and a long one are batches of their own here."""
-    said = ["yes", "word " * 30, "no no", "word " * 9, "well"]
-    rows = [[{"role": "user", "content": "Say it"}, {"role": "assistant", "content": text}] for text in said]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    keys = {"validation": [{"dataset": str(tmp_path / "chats.jsonl")}], "packing": False, "device_batch_size": 1}
-    train_chat(config(**keys, num_iterations=2), tiny_folder, tmp_path / "sft")
+    replies = ["yes", "word " * 30, "no no", "word " * 9, "well"]
+    chats = [[{"role": "user", "content": "Say it"}, {"role": "assistant", "content": text}] for text in replies]
+    keys = {"validation": entries(*chats), "packing": False, "device_batch_size": 1, "num_iterations": 2}
+    train_chat(config(**keys), tiny_folder, tmp_path / "sft")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").eval()
-    encoded = encode(AutoTokenizer.from_pretrained(tmp_path / "sft"), rows, True)
     total = count = 0.0
-    for ids, labels in zip(encoded["input_ids"], encoded["labels"]):
-        logp = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    for ids, labels in encode(AutoTokenizer.from_pretrained(tmp_path / "sft"), chats, True):
+        logp = model(torch.tensor([ids.tolist()])).logits[0, :-1].log_softmax(-1)
         for position, label in enumerate(labels[1:]):
             if label != -100:
                 total, count = total - logp[position, label].item(), count + 1
-    metrics = load_json(tmp_path / "sft" / "metrics.json")
-    assert count > 40 and metrics["val_loss"] == pytest.approx(total / count, rel=1e-5)
+    val_loss = load_json(tmp_path / "sft" / "metrics.json")["val_loss"]
+    assert count > 40 and val_loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_a_conversation_of_exactly_a_rows_length_is_kept(tokenizer, tmp_path):
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
-    size = len(encode(tokenizer, [CHAT], True)["input_ids"][0])
-    entries = [{"dataset": str(tmp_path / "chats.jsonl")}]
-    rows, made = build_packed_dataset(config(), entries, tokenizer, size, tmp_path / "rows")
-    assert len(rows[0]["input_ids"]) == size and made["rows"] == 1
-    with pytest.raises(InputError, match=f"max_seq_len = {size - 1} tokens"):
-        build_packed_dataset(config(), entries, tokenizer, size - 1, tmp_path / "short")
+def test_a_folder_without_a_model_is_named(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "empty")
+    with pytest.raises(InputError, match="no model in"):
+        train_chat(config(), str(tmp_path / "empty"), tmp_path / "sft")

@@ -1,6 +1,5 @@
-"""A result belongs to the weights that it measured, and weights are numbers: both checked on folders of files."""
+"""A result belongs to the weights that it measured, and weights are finite: both checked on folders of files."""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,34 +8,20 @@ import pytest
 import torch
 from finished_run import COMMON, result
 from safetensors.torch import load_file, save_file
-from test_recipes import ROOT, speedrun
 
+from nanochat_hf import stages as pipeline
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import weights
 from nanochat_hf.eval.report import collect, make_report
-from nanochat_hf.eval.weights import (
-    first_non_finite,
-    model_id,
-    origin,
-    outdated,
-    refuse_non_finite,
-    renewal,
-    unverified,
-)
+from nanochat_hf.eval.weights import first_non_finite, model_id, origin, refuse_non_finite, renewal
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
 
 
 def write_stage(path, value, started):
     path.mkdir(exist_ok=True)
     save_file({"a": torch.zeros(3), "b": torch.full((2, 2), value)}, path / "model.safetensors")
-    record = {
-        **COMMON,
-        "started": started,
-        "wall_time_s": 1,
-        "val_bpb": 1.0 + value,
-        "weights": model_fingerprint(path),
-    }
-    save_json(path / "metrics.json", record)
+    record = {"started": started, "wall_time_s": 1, "val_bpb": 1.0 + value, "weights": model_fingerprint(path)}
+    save_json(path / "metrics.json", COMMON | record)
 
 
 @pytest.fixture
@@ -57,36 +42,90 @@ def change(run, **keys):
     save_json(run.path / "eval" / "metrics.json", {**run.metrics("eval"), **keys})
 
 
-def shown(run):
-    """Stages with a number in the report's last table, and the notes."""
-    facts = collect(run)
-    return sorted(facts["table"].get("facts", {})), " ".join(facts["notes"])
+def forget_weights(run):
+    change(run, weights=None, models={stage: f"runs/d4/{stage}" for stage in ("base", "sft", "rl")})
 
 
-def test_results_of_todays_weights_are_shown_without_a_note(run):
-    assert shown(run) == (["base", "rl", "sft"], "")
-    assert outdated(run, run.metrics("eval")) == {} and renewal(run) == ""
+def retrain(run, stage="sft", started=1.5):
+    write_stage(run.folder(stage), 0.75, started)
 
 
-def test_results_of_weights_that_were_trained_anew_are_left_out_and_named(run):
-    write_stage(run.folder("sft"), 0.75, started=1.5)
-    stages, notes = shown(run)
-    assert stages == ["base", "rl"] and "left out for sft (has other weights now); run it again" in notes
-    assert renewal(run) == "sft (has other weights now)"
-    text = make_report(run.path).read_text()
-    assert "> Note: the evaluation is older than the models" in text
+def change_template(run):
+    (run.folder("sft") / "chat_template.jinja").touch()
 
 
-def test_a_stage_that_is_gone_has_no_column_and_a_new_one_is_to_be_measured(run):
-    run.folder("rl").rename(run.path / "elsewhere")
-    write_stage(run.folder("mid"), 0.5, started=0.5)
-    assert shown(run)[0] == ["base", "sft"]
-    assert renewal(run) == "rl (no finished stage of this run), mid (not measured yet)"
-
-
-def test_a_stage_that_is_being_trained_again_is_not_what_was_measured(run):
+def begin_again(run):
     save_json(run.folder("sft") / "metrics.json", {"started": 1.0})
-    assert shown(run)[0] == ["base", "rl"]
+
+
+def forget_and_retrain(run):
+    forget_weights(run)
+    retrain(run, started=10.0)
+
+
+def remove_rl_add_mid(run):
+    run.folder("rl").rename(run.path / "elsewhere")
+    retrain(run, "mid", 0.5)
+
+
+def delete_weights(run, stage="base"):
+    (run.folder(stage) / "model.safetensors").unlink()
+
+
+def retrain_and_delete_weights(run):
+    retrain(run, "base", 0.0)
+    delete_weights(run)
+
+
+def replace_by_hand(run):
+    save_file({"a": torch.ones(3)}, run.folder("base") / "model.safetensors")
+
+
+def measure_another(run):
+    change(run, models={"base": "org/other", "sft": "sft", "rl": "rl"})
+
+
+OLDER = "the evaluation is older than the models, its results are left out for {}; run it again"
+UNVERIFIED = "not verified: the evaluation does not say which weights of {} it measured"
+REPLACED = "the weights of base are not those that its metrics.json describes, so its numbers are left out"
+
+
+@pytest.mark.parametrize(
+    "edit,stages,note,again",
+    [
+        (lambda run: None, "base rl sft", "", ""),
+        (retrain, "base rl", OLDER, "sft (has other weights now)"),
+        (change_template, "base rl", OLDER, "sft (has other weights now)"),
+        (begin_again, "base rl", OLDER, "sft (no finished stage of this run)"),
+        (remove_rl_add_mid, "base sft", "", "rl (no finished stage of this run), mid (not measured yet)"),
+        (delete_weights, "base rl sft", "", ""),  # after the evaluation
+        (retrain_and_delete_weights, "rl sft", OLDER, "base (has other weights now)"),
+        (replace_by_hand, "rl sft", REPLACED, "base (has other weights now)"),
+        (measure_another, "rl sft", OLDER, "base (org/other was measured in its place)"),
+        (forget_weights, "base rl sft", UNVERIFIED.format("base, sft, rl"), ""),
+        (forget_and_retrain, "base rl", OLDER, "sft (trained after the evaluation)"),
+        (forget_and_retrain, "base rl", "rl was trained before today's sft", None),
+    ],
+)
+def test_results_of_other_weights_are_left_out_with_a_note_and_measured_again(run, edit, stages, note, again):
+    edit(run)
+    facts = collect(run)
+    notes = " ".join(facts["notes"])
+    assert " ".join(sorted(facts["table"]["facts"])) == stages
+    assert note.format(again) in notes and (note or not notes or edit is remove_rl_add_mid)
+    assert again is None or renewal(run) == again
+    assert ("base" in facts["stages"]) == (edit is not replace_by_hand)
+
+
+def test_a_note_is_in_the_report_and_a_moved_run_or_one_without_stages_has_results(run, tmp_path):
+    change(run, models={"base": "org/other"})
+    save_json(tmp_path / "alone" / "eval" / "metrics.json", run.metrics("eval"))
+    facts = collect(Run(tmp_path / "alone"))
+    assert facts["notes"] == ["base is org/other"] and "base" in facts["table"]["facts"]
+    assert "> Note: the evaluation is older than the models" in make_report(run.path).read_text()
+    change(run, models={stage: stage for stage in ("base", "sft", "rl")})
+    moved = Run(run.path.rename(tmp_path.parent / f"{tmp_path.name}-moved"))
+    assert collect(moved)["notes"] == []
 
 
 def test_an_evaluation_by_another_definition_is_run_again_for_all_stages(run):
@@ -103,11 +142,11 @@ def link(run, stage, model):
 def test_the_chain_of_models_goes_by_weights_where_they_are_recorded(run):
     link(run, "sft", run.metrics("base")["weights"])
     link(run, "rl", run.metrics("sft")["weights"])
-    assert shown(run)[1] == ""
-    write_stage(run.folder("base"), 0.0, started=5.0)  # the same weights, made again: the times say nothing
-    assert shown(run)[1] == ""
+    assert collect(run)["notes"] == []
+    write_stage(run.folder("base"), 0.0, started=5.0)  # trained again to the same weights: the times do not matter
+    assert collect(run)["notes"] == []
     link(run, "sft", "another")
-    assert shown(run)[1] == "sft was trained from another model than today's base"
+    assert collect(run)["notes"] == ["sft was trained from another model than today's base"]
 
 
 def test_the_source_of_a_stage_is_one_line_that_names_what_is_passed_over(run):
@@ -123,76 +162,29 @@ def test_the_source_of_a_stage_is_one_line_that_names_what_is_passed_over(run):
 
 
 @pytest.mark.parametrize(
-    "name,trainer,stage,source",
-    [("chat_sft", "train_chat", "sft", "base"), ("chat_rl", "train_rl", "rl", "sft")]
-    + [("chat_dpo", "train_preference", "dpo", "rl")],
+    "runner,trainer,stage,source",
+    [
+        ("run_chat", "train_chat", "sft", "base"),
+        ("run_rl", "train_rl", "rl", "sft"),
+        ("run_dpo", "train_dpo", "dpo", "rl"),
+    ],
 )
-def test_the_scripts_say_which_model_they_start_from(run, monkeypatch, capsys, name, trainer, stage, source):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr(script, trainer, lambda *args, **keys: None)
+def test_the_stages_say_which_model_they_start_from(run, monkeypatch, capsys, runner, trainer, stage, source):
+    monkeypatch.setattr(pipeline, trainer, lambda *args, **keys: None)
     if stage != "dpo":
         (run.folder(stage) / "metrics.json").unlink()
-    script.train(None, run)
+    getattr(pipeline, runner)(None, run)
     assert capsys.readouterr().out == f"[{stage}] starts from {run.folder(source)}\n"
 
 
 def test_the_pipeline_refuses_a_stage_whose_weights_were_replaced(run):
-    configs = {stage: speedrun.CONFIGS[stage]() for stage in ("base", "sft")}
-    speedrun.check_run_folder(run, ["base", "sft"], configs)
+    configs = {stage: pipeline.CONFIGS[stage]() for stage in ("base", "sft")}
+    pipeline.check_run_folder(run, ["base", "sft"], configs)
     save_file({"a": torch.ones(3)}, run.folder("base") / "model.safetensors")
     for stages in (["base"], ["sft"], ["base", "sft", "report"]):
         with pytest.raises(InputError, match=r"weights in .*base are not those that its metrics\.json describes"):
-            speedrun.check_run_folder(run, stages, configs)
-    speedrun.check_run_folder(run, ["report"], configs)  # leaves its numbers out and says so
-
-
-def test_a_tokenizer_or_chat_template_changed_later_is_another_model(run):
-    (run.folder("sft") / "chat_template.jinja").write_text("{{ messages }}")
-    assert list(outdated(run, run.metrics("eval"))) == ["sft"]
-
-
-def test_weights_replaced_by_hand_take_the_stages_own_numbers_away(run):
-    save_file({"a": torch.ones(3)}, run.folder("base") / "model.safetensors")
-    facts = collect(run)
-    assert "base" not in facts["stages"] and "val bpb" not in facts["table"]
-    assert "the weights of base are not those that its metrics.json describes" in " ".join(facts["notes"])
-
-
-def test_weights_deleted_after_the_evaluation_leave_its_results_valid(run):
-    (run.folder("base") / "model.safetensors").unlink()
-    assert shown(run) == (["base", "rl", "sft"], "")
-    write_stage(run.folder("base"), 0.9, started=0.0)
-    (run.folder("base") / "model.safetensors").unlink()
-    assert shown(run)[0] == ["rl", "sft"]
-
-
-def test_a_moved_run_keeps_its_results(run, tmp_path):
-    moved = Run(run.path.rename(tmp_path.parent / f"{tmp_path.name}-moved"))
-    assert shown(moved) == (["base", "rl", "sft"], "")
-
-
-def test_an_evaluation_without_recorded_weights_is_shown_as_not_verified_or_by_its_time_left_out(run):
-    change(run, weights=None, models={stage: f"runs/d4/{stage}" for stage in ("base", "sft", "rl")})
-    assert unverified(run, run.metrics("eval")) == ["base", "sft", "rl"] and renewal(run) == ""
-    assert shown(run) == (
-        ["base", "rl", "sft"],
-        "not verified: the evaluation does not say which weights of base, sft, rl it measured",
-    )
-    write_stage(run.folder("sft"), 0.5, started=10.0)
-    stages, notes = shown(run)
-    assert stages == ["base", "rl"] and "sft (trained after the evaluation)" in notes
-    assert "rl was trained before today's sft" in notes
-
-
-def test_a_model_from_elsewhere_is_named_and_never_stands_in_a_stages_column(run, tmp_path):
-    change(run, models={"base": "org/other", "sft": "sft", "rl": "rl"})
-    stages, notes = shown(run)
-    assert stages == ["rl", "sft"] and "base (org/other was measured in its place)" in notes
-    save_json(tmp_path / "alone" / "eval" / "metrics.json", {**run.metrics("eval"), "models": {"base": "org/other"}})
-    stages, notes = shown(Run(tmp_path / "alone"))
-    assert "base" in stages and notes == "base is org/other"
+            pipeline.check_run_folder(run, stages, configs)
+    pipeline.check_run_folder(run, ["report"], configs)  # leaves its numbers out and says so
 
 
 def test_a_hub_ids_weights_are_its_commit(tmp_path, monkeypatch):
@@ -204,50 +196,42 @@ def test_a_hub_ids_weights_are_its_commit(tmp_path, monkeypatch):
     assert model_id("org/not-here") is None
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_value_that_is_no_number_is_found_in_any_shard_and_named(tmp_path, value, dtype, monkeypatch):
-    monkeypatch.setattr(weights, "CHUNK", 8)  # a piece is two rows of four
-    save_file({"fine": torch.ones(5, 4, dtype=dtype), "count": torch.tensor(3)}, tmp_path / "a.safetensors")
-    bad = torch.ones(5, 4, dtype=dtype)
-    save_file({"bad.weight": bad}, tmp_path / "b.safetensors")
+@pytest.mark.parametrize(
+    "value,dtype",
+    [(float(value), dtype) for value in ("nan", "inf", "-inf") for dtype in (torch.float32, torch.bfloat16)]
+    + [(float("inf"), torch.float16), (float("nan"), torch.float8_e4m3fn)],
+)
+def test_a_value_that_is_not_finite_is_found_in_any_shard_and_named(tmp_path, value, dtype):
+    good = {"fine": torch.ones(5, 4).to(dtype), "count": torch.tensor(3), "none": torch.zeros(0, 3)}
+    save_file(good, tmp_path / "a.safetensors")
+    bad = torch.ones(5, 4)
+    save_file({"bad.weight": bad.to(dtype)}, tmp_path / "b.safetensors")
     refuse_non_finite(tmp_path)
     bad[4, 3] = value
-    save_file({"bad.weight": bad}, tmp_path / "b.safetensors")
+    save_file({"bad.weight": bad.to(dtype)}, tmp_path / "b.safetensors")
     with pytest.raises(InputError, match=r"not finite \(NaN or infinity in bad.weight of b.safetensors\)") as error:
         refuse_non_finite(tmp_path)
     assert "\n" not in str(error.value)
+    assert first_non_finite([("s", torch.tensor(value))]) == "s"
 
 
-def test_scalars_integers_eight_bit_floats_and_empty_tensors_are_looked_at_rightly():
-    good = {"i": torch.tensor([1, 2]), "e": torch.ones(2).to(torch.float8_e4m3fn), "none": torch.zeros(0, 3)}
-    assert first_non_finite(good.items()) is None
-    assert first_non_finite([("e", torch.tensor([float("nan")]).to(torch.float8_e4m3fn))]) == "e"
-    assert first_non_finite([("s", torch.tensor(float("inf")))]) == "s"
-
-
-def test_a_cut_off_file_is_one_line(tmp_path):
-    save_file({"a": torch.ones(100)}, tmp_path / "model.safetensors")
-    os.truncate(tmp_path / "model.safetensors", 100)
-    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
-        refuse_non_finite(tmp_path)
-
-
-def test_a_report_of_weights_that_are_no_numbers_is_refused(run):
-    values = load_file(run.folder("sft") / "model.safetensors")
-    values["b"][0, 1] = float("nan")
-    save_file(values, run.folder("sft") / "model.safetensors")
+def test_weights_that_are_cut_off_or_not_finite_make_no_report(run):
+    path = run.folder("sft") / "model.safetensors"
+    save_file({"a": torch.zeros(3), "b": torch.tensor([1.0, float("nan")])}, path)
     with pytest.raises(InputError, match=r"NaN or infinity in b of model\.safetensors"):
+        make_report(run.path)
+    os.truncate(path, 100)
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
         make_report(run.path)
 
 
 def test_numbers_that_were_nan_are_a_dash_and_null(run):
     path = run.path / "eval" / "metrics.json"
-    found = run.metrics("eval")
-    found["results"]["sft"]["facts"]["value"] = float("nan")
+    record = run.metrics("eval")
+    record["results"]["sft"]["facts"]["value"] = float("nan")
     core = {"value": None, "stderr": None, "label": "CORE", "n": 1}
     core["per_task"] = {"piqa": {"acc": None, "centered": None, "stderr": None, "n": 3}}
-    path.write_text(json.dumps({**found, "core": {"base": core}}))  # as an older version wrote it, with NaN
+    path.write_text(json.dumps({**record, "core": {"base": core}}))  # as an older version wrote it, with NaN
     base = load_json(run.folder("base") / "metrics.json")
     history = [{"step": step, "train_loss": [1.0, None, 2.0][step]} for step in range(3)]
     save_json(run.folder("base") / "metrics.json", {**base, "history": history})
@@ -274,23 +258,23 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(
 
     def again():
         words = ["--recipe", str(recipe), "--run-dir", str(run.path), "--stages", "eval"]
-        monkeypatch.setattr("sys.argv", ["speedrun.py", *words])
-        speedrun.main()
+        monkeypatch.setattr("sys.argv", ["pipeline.py", *words])
+        pipeline.main()
         return capsys.readouterr().out
 
     again()
-    assert "[eval] finished earlier: " in again()
+    assert "[eval] already finished, skipping: " in again()
     path = run.folder("sft") / "model.safetensors"
     values = load_file(path)
     values[min(values)] += 1
     save_file(values, path, metadata={"format": "pt"})
-    said = again()
-    assert "[eval] finished earlier, to be run again for sft (has other weights now)" in said
-    assert "[eval] base: measured earlier, with the same weights" in said and "[eval] sft: val bpb" in said
+    output = again()
+    assert ": finished earlier, runs again for sft (has other weights now)" in output
+    assert "[eval] base: measured earlier, with the same weights" in output and "[eval] sft: val bpb" in output
     assert run.metrics("eval")["weights"] == {stage: model_fingerprint(run.folder(stage)) for stage in ("base", "sft")}
-    assert "[eval] finished earlier: " in again()
+    assert "[eval] already finished, skipping: " in again()
     (tmp_path / "rows" / "gsm8k_test.jsonl").write_text("")
-    said = again()
-    assert "to be run again for all stages (its config, tasks, code or data changed)" in said
-    assert "[eval] base: val bpb" in said and "[eval] sft: val bpb" in said
-    assert "[eval] finished earlier: " in again()
+    output = again()
+    assert "runs again for all stages (its config, tasks, code or data changed)" in output
+    assert "[eval] base: val bpb" in output and "[eval] sft: val bpb" in output
+    assert "[eval] already finished, skipping: " in again()

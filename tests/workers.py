@@ -157,9 +157,9 @@ def rl(output: str, model: str, trl: bool = False, **keys) -> None:
 
 
 def dpo(output: str, model: str, **keys) -> None:
-    from nanochat_hf.train.dpo import DPOStageConfig, train_preference
+    from nanochat_hf.train.dpo import DPOStageConfig, train_dpo
 
-    train_preference(DPOStageConfig(**keys), model, Path(output))
+    train_dpo(DPOStageConfig(**keys), model, Path(output))
 
 
 def evaluate(output: str, models: dict, **keys) -> None:

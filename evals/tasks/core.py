@@ -1,28 +1,28 @@
 """CORE as karpathy/nanochat defines it, and bits per byte: the lm-eval classes behind `core_*.yaml` and `bpb.yaml`.
 
-Nothing here needs a runner of our own; the plain command line does it, for any causal LM of the Hub:
+The lm-eval CLI runs them, too, for any causal LM of the Hub:
 
     lm_eval run --model hf --model_args pretrained=DIR,dtype=float32,trust_remote_code=True --tasks nanochat_core \
         --include_path evals --metadata core_bundle=DIR --limit 100
 
 CORE (DCLM, arXiv 2406.11794) differs from lm-eval's own multiple choice in three ways, so it has its own task class.
 The few-shot examples depend on the row number. The scored tokens are found in token space, as what the choices do not
-share. And the mean, not the sum, of their losses decides. So the class tokenises by itself and hands token ids to the
-model's `_loglikelihood_tokens`, the method under `loglikelihood` of every lm-eval backend that holds a tokenizer.
+share. And the mean, not the sum, of their losses decides. So the class tokenizes by itself and passes token ids to the
+model's `_loglikelihood_tokens`, the method below `loglikelihood` of every lm-eval backend that has a tokenizer.
 """
 
 import hashlib
 import logging
 import os
 import random
-import re
 import shutil
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Sequence
-from functools import lru_cache, partial
-from math import log, nan
+from functools import lru_cache
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +37,13 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from nanochat_hf.data.jsonl import damaged, numbered_lines, parse, read_jsonl
+from nanochat_hf.data.tokenizer import plain_backend
+from nanochat_hf.eval import bpb
+from nanochat_hf.eval.core import centered
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanochat_hf"
-CHUNK = 512  # documents tokenised together: the full run's prompts make hundreds of megabytes
+CHUNK = 512  # questions tokenized together: the prompts of a full run take hundreds of megabytes
 
 
 def core_bundle(folder: str | None = None) -> Path:
@@ -62,30 +65,29 @@ def core_bundle(folder: str | None = None) -> Path:
 
 
 def _download_bundle(target: Path, url: str) -> None:
-    """Fetch and unpack the official zip beside `target`, check it, then rename: a killed download leaves nothing."""
+    """Fetch and unpack the official zip beside `target`, then rename: an interrupted download leaves nothing.
+
+    The publisher names no checksum; the CRC of each file in the zip shows damage.
+    """
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        packed, md5, sha256 = Path(scratch) / "bundle.zip", hashlib.md5(), hashlib.sha256()
+        packed = Path(scratch) / "bundle.zip"
         try:
             with urllib.request.urlopen(url, timeout=60) as answer, packed.open("wb") as file:
-                size = int(answer.headers.get("Content-Length") or 0)
-                etag = (answer.headers.get("ETag") or "").strip('"')
-                with tqdm(total=size or None, unit="B", unit_scale=True, desc="CORE bundle") as bar:
-                    while block := answer.read(1 << 20):
-                        file.write(block)
-                        md5.update(block)
-                        sha256.update(block)
-                        bar.update(len(block))
+                size = int(answer.headers.get("Content-Length") or 0) or None
+                with tqdm.wrapattr(answer, "read", total=size, desc="CORE bundle") as stream:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+            with packed.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            with zipfile.ZipFile(packed) as archive:
+                archive.extractall(scratch)
         except OSError as error:
             raise ValueError(f"cannot download {url} ({error}); name a local bundle with core_bundle=DIR") from None
-        # The publisher names no checksum; the storage's ETag is the MD5 of a file stored in one part.
-        wrong = size and packed.stat().st_size != size
-        wrong = wrong or (re.fullmatch("[0-9a-f]{32}", etag) and etag != md5.hexdigest())
-        if wrong or not zipfile.is_zipfile(packed):
-            raise ValueError(f"{url} arrived damaged (size or checksum differs); try again")
-        with zipfile.ZipFile(packed) as archive:
-            archive.extractall(scratch)  # raises on a wrong CRC
+        except (zipfile.BadZipFile, zlib.error, EOFError):
+            raise ValueError(
+                f"{url} arrived damaged; try again, or name a local bundle with core_bundle=DIR"
+            ) from None
         unpacked = next(path.parent for path in Path(scratch).rglob("core.yaml"))
-        (unpacked / "SHA256").write_text(sha256.hexdigest() + "\n")
+        (unpacked / "SHA256").write_text(sha256 + "\n")
         shutil.move(unpacked, target)
 
 
@@ -97,7 +99,7 @@ FIELDS = {  # of the rows of each kind of task
 
 
 class Rows(Sequence):
-    """A task's rows in the definition's order, each with its number as `_row`; parsed when first looked at.
+    """A task's rows in the definition's order, each with its number as `_row`, parsed at first access.
 
     Most files hold thousands of rows of which `--limit` leaves a hundred, and the order depends on their number alone.
     Raises ValueError, with file and line, for a row that is not one of this kind of task.
@@ -106,15 +108,15 @@ class Rows(Sequence):
     def __init__(self, file: Path, kind: str):
         self.file, self.fields = file, FIELDS[kind]
         self.options = next((name for name, type_ in self.fields.items() if type_ is list), None)
-        self.rows: list[tuple[int, bytes] | dict] = numbered_lines(file)
-        random.Random(1337).shuffle(self.rows)
+        self.lines, self.parsed = numbered_lines(file), {}
+        random.Random(1337).shuffle(self.lines)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.lines)
 
     def __getitem__(self, number: int) -> dict:
-        if isinstance(self.rows[number], tuple):
-            line, data = self.rows[number]
+        if number not in self.parsed:
+            line, data = self.lines[number]
             row = parse(self.file, line, data, self.fields)
             if self.options:
                 texts = row[self.options]
@@ -122,14 +124,14 @@ class Rows(Sequence):
                     raise damaged(self.file, line, f"{self.options!r} must be texts")
                 if not 0 <= row["gold"] < len(texts):
                     raise damaged(self.file, line, f"'gold' is {row['gold']} of {len(texts)} {self.options}")
-            self.rows[number] = {**row, "_row": number}
-        return self.rows[number]
+            self.parsed[number] = {**row, "_row": number}
+        return self.parsed[number]
 
 
 class TokenRequest(Instance):
-    """A request that already is token ids; it reads like the (strings, context, continuation) triple backends expect.
+    """A request of token ids, which iterates as the (strings, context, continuation) triple of lm-eval's backends.
 
-    Ids are kept as arrays, and all choices of a question share one array of context: a full CORE run holds hundreds of
+    Ids are arrays, and the choices of a question share the array of the context: a full CORE run holds hundreds of
     millions of tokens, too many for lists of Python integers.
     """
 
@@ -148,9 +150,9 @@ class TokenRequest(Instance):
 
 
 class TokenTask(Task):
-    """A task that hands token ids to the model instead of text; a YAML names it as `class`.
+    """A task that passes token ids to the model instead of text; a YAML names it as `class`.
 
-    Whose tokens: those of `pretrained` or `tokenizer` in --model_args, unless a runner calls `use`.
+    The tokenizer is that of `pretrained` or `tokenizer` in --model_args, unless a runner calls `use`.
     """
 
     OUTPUT_TYPE = "_loglikelihood_tokens"
@@ -164,13 +166,13 @@ class TokenTask(Task):
         self._filters = [build_filter_ensemble("none", [["take_first", None]])]
         self._docs = self._instances = self._tokenizer = self._model_config = self.fewshot_rnd = None
         self.num_long = 0  # prompts longer than the model's positions, cropped on the left
-        self._plain = True  # no runner has set the tokenizer: this is the plain command line
+        self._is_cli = True  # until a runner calls `use`
 
     @staticmethod
     def position_limit(config) -> int | None:
         """Longest input that a model can take; longer prompts lose their beginning, as upstream crops for GPT-2.
 
-        Learned positions have an end. Rotary ones have none, but for nanochat, which refuses more than 10 contexts.
+        Learned positions have an end. Rotary ones have none, except that nanochat refuses more than 10 contexts.
         """
         config = config.get_text_config()
         if config.model_type == "nanochat_hf":
@@ -180,20 +182,16 @@ class TokenTask(Task):
         return getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
 
     def use(self, tokenizer, model_config) -> None:
-        """A runner that has the model at hand names its tokenizer and config here."""
-        self._tokenizer, self._model_config, self._plain = tokenizer, model_config, False
+        """Called by a runner that has the model: sets the tokenizer and the model's config."""
+        self._tokenizer, self._model_config, self._is_cli = tokenizer, model_config, False
 
     @property
     def tokenizer(self):
-        if self._tokenizer is None:
-            self._tokenizer = _load(AutoTokenizer, *_source(self.metadata))
-        return self._tokenizer
+        return self._tokenizer or _load(AutoTokenizer, *_source(self.metadata))
 
     @property
     def model_config(self):
-        if self._model_config is None:
-            self._model_config = _load(AutoConfig, *_source(self.metadata))
-        return self._model_config
+        return self._model_config or _load(AutoConfig, *_source(self.metadata))
 
     def has_training_docs(self) -> bool:
         return False
@@ -209,11 +207,12 @@ class TokenTask(Task):
 
 
 class CoreTask(TokenTask):
-    """One of the 22 tasks; the YAML gives file, number of shots, kind, delimiter and random baseline."""
+    """One of the 22 tasks; the YAML gives file, number of shots, kind, delimiter and random baseline in percent."""
 
     def __init__(self, config: dict):
         super().__init__(config)
         self.kind, self.delimiter = self.metadata["kind"], self.metadata["delimiter"]
+        self.baseline = self.metadata["baseline"] / 100
         self._scored: dict[int, list[int]] = {}  # row -> number of scored tokens of each choice
 
     @property
@@ -223,9 +222,8 @@ class CoreTask(TokenTask):
     def test_docs(self) -> Rows:
         if self._docs is None:
             if not self.file.is_file():
-                raise ValueError(
-                    f"{self.task_name}: the bundle has no {self.config.dataset_path}; leave this task out"
-                )
+                missing = f"the bundle has no {self.config.dataset_path}"
+                raise ValueError(f"{self.task_name}: {missing}; leave this task out")
             self._docs = Rows(self.file, self.kind)
         return self._docs
 
@@ -236,16 +234,19 @@ class CoreTask(TokenTask):
         return doc["continuation"] if "continuation" in doc else doc["choices"][doc["gold"]]
 
     def prompts(self, doc: dict, shots: list[dict]) -> list[str]:
-        """The texts to compare: one a choice, or for a language task the text without and with its answer."""
-        if self.kind == "multiple_choice":
-            before = "".join(f"{s['query']}{self.delimiter}{s['choices'][s['gold']]}\n\n" for s in shots)
-            return [f"{before}{doc['query']}{self.delimiter}{choice}" for choice in doc["choices"]]
-        if self.kind == "schema":
-            before = "".join(
-                f"{s['context_options'][s['gold']]}{self.delimiter}{s['continuation']}\n\n" for s in shots
-            )
-            return [f"{before}{context}{self.delimiter}{doc['continuation']}" for context in doc["context_options"]]
-        before = "".join(f"{s['context'].strip()}{self.delimiter}{s['continuation']}\n\n" for s in shots)
+        """The texts to compare: one per choice, or for a language task the text without and with its answer."""
+
+        def render(row: dict) -> list[str]:
+            if self.kind == "multiple_choice":
+                return [f"{row['query']}{self.delimiter}{choice}" for choice in row["choices"]]
+            if self.kind == "schema":
+                return [f"{context}{self.delimiter}{row['continuation']}" for context in row["context_options"]]
+            return [f"{row['context'].strip()}{self.delimiter}{row['continuation']}"]
+
+        has_choices = self.kind != "language_modeling"
+        before = "".join(f"{render(shot)[shot['gold'] if has_choices else 0]}\n\n" for shot in shots)
+        if has_choices:
+            return [before + text for text in render(doc)]
         question = f"{before}{doc['context'].strip()}{self.delimiter}"
         # A space before the answer belongs to the answer's first token, so the question must end without one.
         return [question.strip(), question + doc["continuation"]]
@@ -271,10 +272,10 @@ class CoreTask(TokenTask):
         return [(tokens, prefix) for tokens in prompts]
 
     def check(self, limit=None) -> int:
-        """Look at every row that `limit` leaves, so that a damaged line stops all ranks before anything is computed.
+        """Parse every row that `limit` leaves, so that a damaged line stops all ranks before anything is computed.
 
-        Returns how many: rows that are asked about, and those that few-shot examples are drawn from. Below shots + 1
-        rows the definition has no answer (upstream stops with an error): examples then come from the first shots + 1.
+        Returns the number of rows that few-shot examples are drawn from: those that are left, but at least shots + 1
+        (upstream stops with an error below that).
         """
         rows = len(self.test_docs())
         pool = min(rows, max(int(limit), self.config.num_fewshot + 1)) if limit else rows
@@ -293,11 +294,11 @@ class CoreTask(TokenTask):
             ids = iter(encode(self.tokenizer, [text for prompts in texts for text in prompts]))
             for (doc_id, doc), prompts in zip(group, texts):
                 self._instances += self._requests(doc_id, doc, prompts, [next(ids) for _ in prompts], limit_of_model)
-        if self._plain:
+        if self._is_cli:
             self._warn_of_cropping()
 
     def _warn_of_cropping(self) -> None:
-        """The plain command line's backend crops at its max_length, which the definition does not ask for."""
+        """The CLI's backend crops at its max_length, which the definition does not ask for."""
         limit = int(self.metadata.get("max_length") or resolve_max_length(self.model_config, self.tokenizer))
         lengths = [len(request.context) + len(request.continuation) - 1 for request in self._instances]
         if long := sum(length > limit for length in lengths):
@@ -307,28 +308,23 @@ class CoreTask(TokenTask):
             )
 
     def _requests(
-        self, doc_id: int, doc: dict, texts: list[str], ids: list[np.ndarray], longest
+        self, doc_id: int, doc: dict, texts: list[str], ids: list[np.ndarray], longest: int | None
     ) -> list[TokenRequest]:
-        requests, self._scored[doc["_row"]] = [], []
-        shared = None
+        """The requests of a row; prompts longer than `longest` lose their beginning."""
+        requests, num_scored, context = [], [], None
         for number, (tokens, start) in enumerate(self.spans(ids)):
             if longest and len(tokens) > longest:
                 self.num_long += 1
                 start = max(start - (len(tokens) - longest), 1)
                 tokens = tokens[-longest:]
-            self._scored[doc["_row"]].append(len(tokens) - start)
-            start = min(start, len(tokens) - 1)  # backends refuse an empty request; its answer is not looked at
-            if shared is None or not np.array_equal(shared, tokens[:start]):
-                shared = tokens[:start]
-            request = TokenRequest(
-                context=shared,
-                continuation=tokens[start:],
-                doc=doc,
-                arguments=(texts[-1 if self.kind == "language_modeling" else number], ""),
-                idx=number,
-                metadata=(self.task_name, doc_id, 1),
-            )
-            requests.append(request)
+            num_scored.append(len(tokens) - start)
+            start = min(start, len(tokens) - 1)  # backends refuse an empty request; its result is ignored
+            if context is None or not np.array_equal(context, tokens[:start]):
+                context = tokens[:start]
+            arguments = (texts[-1 if self.kind == "language_modeling" else number], "")
+            fields = {"doc": doc, "arguments": arguments, "idx": number, "metadata": (self.task_name, doc_id, 1)}
+            requests.append(TokenRequest(context, tokens[start:], **fields))
+        self._scored[doc["_row"]] = num_scored
         return requests
 
     def process_results(self, doc: dict, results: list[tuple[float, bool]]) -> dict[str, float]:
@@ -344,17 +340,17 @@ class CoreTask(TokenTask):
         return {"acc": float(correct), "centered": float(correct)}
 
     def aggregation(self) -> dict:
-        return {"acc": mean, "centered": partial(centered, baseline=self.metadata["baseline"] / 100)}
+        return {"acc": mean, "centered": lambda items: centered(mean(items), self.baseline)}
 
     def higher_is_better(self) -> dict[str, bool]:
         return {"acc": True, "centered": True}
 
 
 class TextTask(TokenTask):
-    """Bits per byte of documents, each by itself: held_out.jsonl in `chat_data`, a `text` a line.
+    """Bits per byte of documents, each by itself: held_out.jsonl in `chat_data`, one `text` per line.
 
-    Bos, then the text; what is longer than metadata.length tokens, or than the model's context, goes on after the last
-    token of the part before. (lm-eval's `loglikelihood_rolling` charges tokenizers that add bos for a second one.)
+    Bos, then the text, in windows of metadata.length tokens or the model's context; each window begins with the last
+    token of the one before. (lm-eval's `loglikelihood_rolling` charges tokenizers that add bos for a second one.)
     """
 
     def test_docs(self) -> list[dict]:
@@ -387,37 +383,24 @@ class TextTask(TokenTask):
                 )
 
     def process_results(self, doc: dict, results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
-        return {"bits_per_byte": (sum(total for total, _ in results), len(doc["text"].encode()))}
+        return {"bits_per_byte": (-sum(total for total, _ in results), len(doc["text"].encode()))}
 
     def aggregation(self) -> dict:
-        return {"bits_per_byte": bits_per_byte}
+        return {"bits_per_byte": lambda items: bpb.bits_per_byte(*map(sum, zip(*items)))}
 
     def higher_is_better(self) -> dict[str, bool]:
         return {"bits_per_byte": False}
 
 
-def bits_per_byte(items: list[tuple[float, int]]) -> float:
-    """(log-probability in nats, bytes) of each document -> bits per byte of all."""
-    return -sum(total for total, _ in items) / (log(2) * sum(size for _, size in items))
-
-
-def centered(items: list[float], baseline: float) -> float:
-    """Accuracy rescaled so that guessing (`baseline`, a share) gives 0 and perfection 1."""
-    return (mean(items) - baseline) / (1 - baseline)
-
-
 def encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
     """Token ids with bos first, int32; text that spells a special token stays text."""
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
         rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     else:  # twice as fast as the call above: no offsets
-        before, backend.encode_special_tokens = backend.encode_special_tokens, True
-        backend.no_padding()
-        backend.no_truncation()
-        rows = [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        backend.encode_special_tokens = before
+        rows = [
+            encoding.ids for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+        ]
     return [np.array([bos, *row], dtype=np.int32) for row in rows]
 
 

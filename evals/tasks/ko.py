@@ -1,11 +1,11 @@
-"""Rows of the Korean tasks (group nanochat_ko), from local files or the Hub, asked in the words of lm-eval's own.
+"""Rows of the Korean tasks (group nanochat_ko), from local files or the Hub, in the wording of lm-eval's own tasks.
 
     lm_eval run --model hf --model_args pretrained=DIR,trust_remote_code=True --include_path evals \
         --tasks nanochat_ko_copa,nanochat_ko_hellaswag,nanochat_ko_boolq --metadata chat_data=FOLDER_WITH_KOBEST
 
 KoBEST (arXiv:2204.04541): `COPA/test.tsv`, `HellaSwag/test.tsv`, `BoolQ/test.tsv` as its repository has them, else
 skt/kobest_v1. KMMLU (arXiv:2402.11548) and HAE-RAE (arXiv:2309.02706) come from the Hub, all subjects as one task.
-What each choice is scored with is the sum of its log-probabilities, as in lm-eval's `acc`.
+A choice is scored by the sum of its log-probabilities, as in lm-eval's `acc`.
 """
 
 import re
@@ -18,19 +18,12 @@ from lm_eval.tasks.kobest.utils import copa_doc_to_choice, copa_doc_to_text
 from nanochat_hf.data.jsonl import damaged, decode, numbered_lines
 
 COLUMNS = {  # of the files -> of the Hub
-    "COPA": {
-        "sentence": "premise",
-        "question": "question",
-        "1": "alternative_1",
-        "2": "alternative_2",
-        "Answer": "label",
-    },
+    "COPA": {"sentence": "premise", "question": "question", "Answer": "label"}
+    | {"1": "alternative_1", "2": "alternative_2"},
     "HellaSwag": {"context": "context", "label": "label"} | {f"choice{i}": f"ending_{i}" for i in range(1, 5)},
     "BoolQ": {"Text": "paragraph", "Question": "question", "Answer": "label"},
 }
-
-
-LABELS = {  # what the files write -> the label
+LABELS = {  # in the files -> the label
     "COPA": {"1": 0, "2": 1},
     "HellaSwag": {str(i): i for i in range(4)},
     "BoolQ": {"false": 0, "true": 1},
@@ -80,46 +73,40 @@ def subjects(task: str, repo: str, **_) -> dict[str, datasets.Dataset]:
     return {"test": from_hub(repo, [name[1] for name in names if name])}
 
 
-def asked(found: datasets.Dataset, ask) -> datasets.Dataset:
-    return found.map(
-        lambda doc: dict(zip(("prompt", "choices", "gold"), ask(doc))),
-        remove_columns=found.column_names,
-        load_from_cache_file=False,
-    )
+def questions(render):
+    """lm-eval's `process_docs`: rows -> {prompt, choices, gold}, which `render` makes of a row."""
+
+    def process_docs(docs: datasets.Dataset) -> datasets.Dataset:
+        def convert(doc):
+            return dict(zip(("prompt", "choices", "gold"), render(doc)))
+
+        return docs.map(convert, remove_columns=docs.column_names, load_from_cache_file=False)
+
+    return process_docs
 
 
-def copa(found: datasets.Dataset) -> datasets.Dataset:
-    return asked(found, lambda doc: (copa_doc_to_text(doc), copa_doc_to_choice(doc), doc["label"]))
+@questions
+def copa(doc):
+    return copa_doc_to_text(doc), copa_doc_to_choice(doc), doc["label"]
 
 
-def hellaswag(found: datasets.Dataset) -> datasets.Dataset:
-    choices = [f"ending_{i}" for i in range(1, 5)]
-    return asked(found, lambda doc: (f"문장: {doc['context']}", [doc[c] for c in choices], int(doc["label"])))
+@questions
+def hellaswag(doc):
+    return f"문장: {doc['context']}", [doc[f"ending_{i}"] for i in range(1, 5)], int(doc["label"])
 
 
-def boolq(found: datasets.Dataset) -> datasets.Dataset:
-    words = ["아니오", "예"]
-    return asked(found, lambda doc: (f"{doc['paragraph']} 질문: {doc['question']} 답변: ", words, doc["label"]))
+@questions
+def boolq(doc):
+    return f"{doc['paragraph']} 질문: {doc['question']} 답변: ", ["아니오", "예"], doc["label"]
 
 
-def kmmlu(found: datasets.Dataset) -> datasets.Dataset:
-    def ask(doc):
-        lines = "\n".join(f"{letter}. {doc[letter]}" for letter in "ABCD")
-        return f"{doc['question'].strip()}\n{lines}\n정답：", list("ABCD"), doc["answer"] - 1
-
-    return asked(found, ask)
+@questions
+def kmmlu(doc):
+    lines = "\n".join(f"{letter}. {doc[letter]}" for letter in "ABCD")
+    return f"{doc['question'].strip()}\n{lines}\n정답：", list("ABCD"), doc["answer"] - 1
 
 
-def haerae(found: datasets.Dataset) -> datasets.Dataset:
+@questions
+def haerae(doc):
     letters = [f"({letter})" for letter in "ABCDE"]
-    return asked(found, lambda doc: (doc["query"], letters, letters.index(doc["answer"])))
-
-
-def centered50(items: list[float]) -> float:
-    """Accuracy rescaled so that guessing between two gives 0 and perfection 1."""
-    return (sum(items) / len(items) - 0.5) / 0.5
-
-
-def centered20(items: list[float]) -> float:
-    """The same among five."""
-    return (sum(items) / len(items) - 0.2) / 0.8
+    return doc["query"], letters, letters.index(doc["answer"])

@@ -1,7 +1,7 @@
-"""Bits per byte of text: the loss of a language model, made independent of its tokenizer.
+"""Bits per byte of text: the loss of a language model, independent of its tokenizer.
 
-The summed loss in nats of all target tokens that stand for text, over ln 2 and over the bytes that they stand for.
-Special tokens have no bytes and count on neither side (karpathy/nanochat's definition). How:
+The summed loss in nats of all target tokens that stand for text, over ln 2 times the bytes that they stand for.
+Special tokens have no bytes and count on neither side (karpathy/nanochat's definition).
 
     evaluate_bpb(losses_of(model), batches, torch.tensor(token_byte_lengths(tokenizer)))
     held_out_bpb(model, tokenizer, "primer", 65536)["value"]
@@ -24,21 +24,19 @@ from .loglikelihood import max_batch_tokens
 
 IGNORED = -100  # targets that carry no loss
 PROBE = "Owls weigh 3.5 kg — 올빼미 🦉\n"
-LONGEST = 4096  # tokens in a row of held-out text: models of the Hub take more, in no reasonable time
+LONGEST = 4096  # tokens per row of held-out text, for models whose context is longer than is reasonable here
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
-    """-> nats / (ln 2 x bytes); infinity for no bytes."""
+    """nats / (ln 2 x bytes); infinity for no bytes."""
     return nats / (math.log(2) * num_bytes) if num_bytes else math.inf
 
 
 @torch.no_grad()
 def evaluate_bpb(
-    token_losses: Callable[[Tensor, Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    byte_lengths: Tensor,
+    token_losses: Callable[[Tensor, Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], byte_lengths: Tensor
 ) -> float:
-    """Bits per byte over all batches of all processes of the job; every process gets the same figure.
+    """Bits per byte over all batches of all ranks; every rank gets the same figure.
 
     Args:
         token_losses: (inputs (B, T), targets (B, T)) -> losses (B, T) in nats.
@@ -50,10 +48,9 @@ def evaluate_bpb(
         losses = token_losses(inputs, targets).float()
         lengths = torch.where(targets == IGNORED, 0, byte_lengths.to(targets.device)[targets.clamp_min(0)])
         sums.append(torch.stack(((losses * (lengths > 0)).sum(), lengths.sum().float())))
-    device = sums[0].device if sums else byte_lengths.device
     total = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(2, dtype=torch.float64)
     if dist.is_available() and dist.is_initialized():
-        total = total.to(device)
+        total = total.to(sums[0].device if sums else byte_lengths.device)
         dist.all_reduce(total)
     return bits_per_byte(*total.tolist())
 
@@ -63,8 +60,8 @@ def losses_of(model) -> Callable[[Tensor, Tensor], Tensor]:
 
     def token_losses(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = model(inputs, use_cache=False).logits.float()
-        flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-        return flat.view_as(targets)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        return losses.view_as(targets)
 
     return token_losses
 
@@ -72,36 +69,35 @@ def losses_of(model) -> Callable[[Tensor, Tensor], Tensor]:
 def held_out_bpb(model, tokenizer, dataset, num_tokens: int, batch_tokens: int | None = None) -> dict | None:
     """Bits per byte of a dataset's validation split, in packed rows of the model's context.
 
-    Which rows depends on `num_tokens` alone, neither on the batch size nor on how many processes (1, 2, 4 or 8) share
-    them.
+    The rows depend on `num_tokens` alone, not on the batch size or on the number of ranks (1, 2, 4 or 8).
 
     Args:
         dataset: what `open_documents` takes.
-        num_tokens: tokens to read, rounded to whole rows, at least one for each process.
-        batch_tokens: positions computed together; None for what fits.
+        num_tokens: tokens to read, rounded to whole rows, at least one per rank.
+        batch_tokens: positions per batch; None for what fits.
 
     Returns:
-        A result as in metrics.json, "n" in tokens; None for a tokenizer that is not byte-level, where it is not known
-        how many bytes a token stands for.
+        A result as in metrics.json, "n" in tokens; None for a tokenizer that is not byte-level: how many bytes a token
+        stands for is unknown.
     """
     lengths = token_byte_lengths(tokenizer)
     if sum(lengths[i] for i in tokenizer(PROBE, add_special_tokens=False)["input_ids"]) != len(PROBE.encode()):
         return None
     state, length = partial_state(), min(model.config.max_position_embeddings, LONGEST)
-    rank, world = state.process_index, state.num_processes
-    rows = max(num_tokens // length, world)
-    mine = (rows - rank + world - 1) // world
-    # All positions have logits here, which take the memory.
-    size = min(max(1, (batch_tokens or max_batch_tokens(model)) // 4 // length), mine)
-    stream = open_documents(dataset, "validation", rank, world, seed=0)
+    rank, world_size = state.process_index, state.num_processes
+    num_rows = max(num_tokens // length, world_size)
+    rows_here = len(range(rank, num_rows, world_size))
+    # Every position has logits here, which take most of the memory.
+    batch_size = min(max(1, (batch_tokens or max_batch_tokens(model)) // 4 // length), rows_here)
+    stream = open_documents(dataset, "validation", rank, world_size, seed=0)
     loader = PackedLoader(stream, tokenizer, 1, length, **VALIDATION)
 
     def batches():
-        for begin in range(0, mine, size):
-            found = [next(loader) for _ in range(min(size, mine - begin))]
-            batch = torch.from_numpy(np.concatenate(found)).long().to(model.device)
+        for begin in range(0, rows_here, batch_size):
+            rows = [next(loader) for _ in range(min(batch_size, rows_here - begin))]
+            batch = torch.from_numpy(np.concatenate(rows)).long().to(model.device)
             yield batch[:, :-1], batch[:, 1:]
 
     value = evaluate_bpb(losses_of(model), batches(), torch.tensor(lengths))
     loader.close()
-    return {"value": value, "stderr": None, "n": rows * length, "baseline": None, "higher_is_better": False}
+    return {"value": value, "stderr": None, "n": num_rows * length, "baseline": None, "higher_is_better": False}

@@ -1,9 +1,8 @@
-"""CORE: the 22 tasks of evals/tasks run as one job, and what their mean may be called.
+"""CORE: the 22 tasks of evals/tasks computed together, the mean of centered accuracies, and lm-eval's evaluator.
 
-    evaluate_core(LocalLM(model, tokenizer, config), task_manager, limit=100)["value"]
+    evaluate_core(LocalLM(model, tokenizer, config), task_manager, max_per_task=100)["value"]
 
-evals/tasks/core.py defines the tasks, score.py scores them fast; this file puts the two together and holds what every
-use of lm-eval's evaluator here needs.
+evals/tasks/core.py defines the tasks, loglikelihood.py scores them.
 """
 
 import logging
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import datasets
+import datasets.utils
 import lm_eval.api.task
 import transformers
 from lm_eval import evaluator
@@ -24,73 +23,76 @@ GROUP = "nanochat_core"
 NUM_CORE = 22
 
 
-def evaluate_core(lm, manager: TaskManager, limit: int | None = None, log: Callable = print) -> dict | None:
+def evaluate_core(lm, manager: TaskManager, max_per_task: int | None = None, log: Callable = print) -> dict | None:
     """CORE of a model, or the mean over those of its tasks that the bundle has; the label says which.
 
     Args:
         lm: a `LocalLM`.
-        limit: examples per task, drawn as the definition says; None for all.
-        log: called with a line for each task.
+        max_per_task: examples per task, drawn as the definition says; None for all.
+        log: called with a line per task.
 
     Returns:
-        {"value", "stderr", "label", "tasks", "missing", "limit", "long_prompts", "seconds", "model_seconds",
-        "per_task": {label: {"acc", "centered", "stderr", "n"}}} on the first rank, None elsewhere.
+        On the main process: {"value", "stderr", "label", "tasks", "missing", "limit", "long_prompts", "seconds",
+        "model_seconds", "per_task": {label: {"acc", "centered", "stderr", "n"}}}. None elsewhere.
 
     Raises:
         InputError: no bundle, one with none of the tasks, a damaged line.
     """
-    start, before, per_task, long_prompts = time.time(), lm.model_seconds, {}, 0
+    start, model_seconds, per_task, long_prompts = time.time(), lm.model_seconds, {}, 0
     tasks = load_tasks(manager, [GROUP])
-    found = {name: task for name, task in tasks.items() if input_error(lambda task: task.file.is_file(), task)}
-    if not found:
+    present = {name: task for name, task in tasks.items() if input_error(lambda task: task.file.is_file(), task)}
+    if not present:
         raise InputError("the CORE bundle holds none of the 22 tasks; name the unpacked eval_bundle folder")
-    for task in found.values():
-        input_error(task.check, limit)
-    # With a limit all tasks share batches, few and full ones; without, their prompts would fill the memory.
-    for job in [found] if limit else [{name: task} for name, task in found.items()]:
-        answers = run_lm_eval(lm, job, limit, chat=False, log_samples=False)
+    for task in present.values():
+        input_error(task.check, max_per_task)
+    # With a limit all tasks share a few full batches; without one, their prompts would fill the memory.
+    for job in [present] if max_per_task else [{name: task} for name, task in present.items()]:
+        output = run_lm_eval(lm, job, max_per_task, chat=False, log_samples=False)
         long_prompts += sum(lm.gather_object(sum(task.num_long for task in job.values())))
-        for name, task in job.items() if answers else ():
-            numbers, share = answers["results"][name], 1 - task.metadata["baseline"] / 100
-            acc, count = numbers["acc,none"], numbers["sample_len"]
-            error = (acc * (1 - acc) / max(count - 1, 1)) ** 0.5
-            row = {"acc": acc, "centered": numbers["centered,none"], "stderr": error / share, "n": count}
-            per_task[name.removeprefix(f"{GROUP}_")] = row
-            log(f"[eval]   {name.removeprefix(f'{GROUP}_'):34} {acc:.4f} (centered {row['centered']:+.4f}), n {count}")
+        for name, task in job.items() if output else ():
+            label, numbers, share = name.removeprefix(f"{GROUP}_"), output["results"][name], 1 - task.baseline
+            acc, n = numbers["acc,none"], numbers["sample_len"]
+            stderr = (acc * (1 - acc) / max(n - 1, 1)) ** 0.5 / share
+            per_task[label] = {"acc": acc, "centered": numbers["centered,none"], "stderr": stderr, "n": n}
+            log(f"[eval]   {label:34} {acc:.4f} (centered {per_task[label]['centered']:+.4f}), n {n}")
     if not per_task:
         return None
-    result = centered_mean({k: {**v, "value": v["acc"]} for k, v in per_task.items()}, "CORE", NUM_CORE)
-    missing = [name.removeprefix(f"{GROUP}_") for name in tasks if name not in found]
-    seconds = {"seconds": time.time() - start, "model_seconds": lm.model_seconds - before}
-    return result | {"missing": missing, "limit": limit, "long_prompts": long_prompts, **seconds, "per_task": per_task}
+    missing = [name.removeprefix(f"{GROUP}_") for name in tasks if name not in present]
+    seconds = {"seconds": time.time() - start, "model_seconds": lm.model_seconds - model_seconds}
+    facts = {"missing": missing, "limit": max_per_task, "long_prompts": long_prompts, **seconds}
+    return mean_of(per_task, "CORE", NUM_CORE) | facts
 
 
-def centered_mean(results: dict[str, dict], name: str, complete: int, part: str = "tasks") -> dict | None:
-    """The mean of centered accuracies; labelled `name` only if all `complete` tasks are in it, else "18/22 tasks".
+def centered(accuracy: float, baseline: float) -> float:
+    """Accuracy rescaled so that the random baseline gives 0 and perfection 1."""
+    return (accuracy - baseline) / (1 - baseline)
 
-    A task in which guessing is always right (its questions here have one answer) says nothing and is left out; None if
-    no task is left.
+
+def centered_mean(results: dict[str, dict], name: str, num_tasks: int, part: str = "tasks") -> dict | None:
+    """The mean of centered accuracies of results {label: {"value", "stderr", "n", "baseline"}}; None without any.
+
+    A task whose random baseline is 1 (all its questions here have the same answer) says nothing and is left out.
     """
-    per_task, left_out = {}, []
-    for label, found in results.items():
-        baseline = found.get("baseline") or 0.0
-        if baseline >= 1:
-            left_out.append(label)
-            continue
-        centered = found.get("centered", (found["value"] - baseline) / (1 - baseline))
-        error = found["stderr"] / (1 - baseline) if found.get("stderr") is not None else None
-        per_task[label] = {"acc": found["value"], "centered": centered, "stderr": error, "n": found["n"]}
-    if left_out:
-        what = f"{', '.join(left_out)}: all its questions have the same answer, so guessing is always right"
-        partial_state().print(f"[eval] {name} goes without {what}")
-    if not per_task:
-        return None
-    errors = [row["stderr"] for row in per_task.values()]
-    tasks = f"{len(per_task)}/{complete}"
+    certain = [label for label, result in results.items() if (result.get("baseline") or 0) >= 1]
+    if certain:
+        why = "all its questions have the same answer, so the random baseline is always right"
+        partial_state().print(f"[eval] {name} leaves out {', '.join(certain)}: {why}")
+    per_task = {}
+    for label in [label for label in results if label not in certain]:
+        result, baseline = results[label], results[label].get("baseline") or 0.0
+        stderr = result["stderr"] / (1 - baseline) if result.get("stderr") is not None else None
+        values = {"acc": result["value"], "centered": centered(result["value"], baseline)}
+        per_task[label] = {**values, "stderr": stderr, "n": result["n"]}
+    return mean_of(per_task, name, num_tasks, part) if per_task else None
+
+
+def mean_of(per_task: dict[str, dict], name: str, num_tasks: int, part: str = "tasks") -> dict:
+    """The plain mean over tasks; labelled `name` only if all `num_tasks` are in it, else for example "18/22 tasks"."""
+    errors, tasks = [row["stderr"] for row in per_task.values()], f"{len(per_task)}/{num_tasks}"
     return {
         "value": sum(row["centered"] for row in per_task.values()) / len(per_task),
         "stderr": None if None in errors else sum(error**2 for error in errors) ** 0.5 / len(errors),
-        "label": name if len(per_task) == complete else f"{tasks} {part}",
+        "label": name if len(per_task) == num_tasks else f"{tasks} {part}",
         "tasks": tasks,
         "per_task": per_task,
     }
@@ -98,7 +100,7 @@ def centered_mean(results: dict[str, dict], name: str, complete: int, part: str 
 
 def run_lm_eval(lm, tasks: dict, limit: int | None, chat: bool, log_samples: bool) -> dict | None:
     for task in tasks.values():
-        if hasattr(task, "use"):  # those of evals/tasks/core.py, which tokenise by themselves
+        if hasattr(task, "use"):  # those of evals/tasks/core.py, which tokenize by themselves
             task.use(lm.tokenizer, lm.model.config)
     return input_error(
         evaluator.evaluate,
@@ -113,16 +115,15 @@ def run_lm_eval(lm, tasks: dict, limit: int | None, chat: bool, log_samples: boo
 
 
 def load_tasks(manager: TaskManager, names: list[str]) -> dict:
-    found = input_error(manager.load, names)["tasks"]
-    for task in found.values():
+    tasks = input_error(manager.load, names)["tasks"]
+    for task in tasks.values():
         task.set_fewshot_seed(1234)
-        if task.config.num_fewshot is None:
-            task.config.num_fewshot = 0
-    return found
+        task.config.num_fewshot = task.config.num_fewshot or 0
+    return tasks
 
 
 def input_error(function, *args, **kwargs):
-    """Tasks know nothing of this package: what they raise as ValueError is the user's to read."""
+    """Calls the function; a ValueError of a task, which does not import this package's errors, becomes InputError."""
     try:
         return function(*args, **kwargs)
     except InputError:
@@ -133,20 +134,18 @@ def input_error(function, *args, **kwargs):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's and datasets' own notes and bars: a line for each task says enough."""
-    logger, bar = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
-    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    """Without the notes and progress bars of lm-eval, datasets and transformers: our log has a line per task."""
+    logger, tqdm = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
+    level, libraries = logger.level, (datasets.utils, transformers.utils.logging)
+    with_bars = [library for library in libraries if library.is_progress_bar_enabled()]
     logger.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = lambda rows, **_: rows
-    datasets.disable_progress_bars()
-    weights = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    for library in with_bars:
+        library.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
-        lm_eval.api.task.tqdm = bar
-        if not bars:
-            datasets.enable_progress_bars()
-        if weights:
-            transformers.utils.logging.enable_progress_bar()
+        lm_eval.api.task.tqdm = tqdm
+        for library in with_bars:
+            library.enable_progress_bar()

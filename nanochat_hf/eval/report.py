@@ -1,87 +1,58 @@
 """The report card of a run: report.md with plots, report.json, and report.html as one file, from metrics.json files.
 
-    python scripts/make_report.py --run-dir runs/d12 [--hourly-rate 24]
+    python scripts/make_report.py --run-dir runs/d12 [--node-hourly-rate 24]
     python scripts/make_report.py --compare runs/a runs/b
     python scripts/make_report.py --run-dir runs/d12 --row
 
-Nothing is measured here and nothing is guessed: a number that no stage wrote is "-". `collect` gathers the facts (what
-report.json holds, of the shape `Report`); sections.py writes them, plots.py draws them; the model card uses the same.
+Nothing is measured or estimated here: a number that no stage wrote is "-". `collect` gathers the facts (the content of
+report.json), `markdown` formats them, plots.py draws them; the model card uses the same facts. `repository_size` and
+`compression` are measured by the evaluation, for this report.
 """
 
+import re
+import subprocess
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError, create_model
+from transformers import AutoTokenizer
 
 from ..errors import InputError
-from ..run import Run, save_json, without_nan, writing
-from .plots import page, plots
-from .sections import MODEL_STAGES, TITLES, decimal, duration, grid, markdown, short, show
+from ..run import MODEL_STAGES, TITLES, Run, save_json, without_nan, writing
+from .plots import GPT2_XL, WORDS, page, plots
 from .weights import measured, outdated, refuse_non_finite, replaced, unverified
 
+ROOT = Path(__file__).parents[2]
+OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
+SOURCES = ("py", "md", "yaml", "toml", "jinja", "html")
+NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.]+)?( GiB| min)?")
+CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.S)
 Stage = Literal["base", "mid", "sft", "rl"]
 
 
-class Result(BaseModel):
-    """A number of one model; tasks may add more, such as `tool_use` and `pass@8`."""
-
-    model_config = ConfigDict(extra="allow")
-    value: float | None
-    stderr: float | None = None
-    n: int | None = None
-    higher_is_better: bool = True
-
-
-class Score(BaseModel):
-    """One task of a mean."""
-
-    acc: float | None
-    centered: float | None
-    stderr: float | None
-    n: int
-
-
-class Mean(Result):
-    """CORE, ChatCORE or KoCORE; `label` says how much of it ("18/22 tasks")."""
-
-    label: str
-    per_task: dict[str, Score]
-
-
-class Evaluation(BaseModel):
-    results: dict[Stage, dict[str, Result]]
-    core: dict[Stage, Mean]
-    chatcore: dict[Stage, Mean]
-    kocore: dict[Stage, Mean]
-    examples: dict[Stage, list[dict]]
-    bytes_per_token: dict[str, dict[str, float | None]]
-
-
-class Report(BaseModel):
-    """The shape of report.json, version 1; `stages` holds the metrics.json files as they are."""
-
-    version: Literal[1] = Field(alias="schema")
-    run: str
-    notes: list[str]
-    commits: list[str]
-    hardware: dict | None
-    versions: dict[str, str | None] | None
-    seconds: dict[str, float | None]
-    total_seconds: float
-    hourly_rate: float | None
-    cost: float | None
-    bloat: dict[str, int] | None
-    stages: dict[str, dict]
-    evaluation: Evaluation
-    table: dict[str, dict[Stage, Result]]
+# Shapes of the results in metrics.json files; a result may have more keys.
+NUMBER = (float | None, ...)
+OPTIONAL = (float | None, None)
+Result = create_model("Result", value=NUMBER, stderr=OPTIONAL, n=(int | None, None), higher_is_better=(bool, True))
+Score = create_model("Score", acc=NUMBER, centered=NUMBER, stderr=NUMBER, n=(int, ...))
+Mean = create_model("Mean", __base__=Result, label=(str, ...), per_task=(dict[str, Score], ...))
+Evaluation = create_model(
+    "Evaluation",
+    results=(dict[Stage, dict[str, Result]], ...),
+    **dict.fromkeys(("core", "chatcore", "kocore"), (dict[Stage, Mean], ...)),
+    examples=(dict[Stage, list[dict]], ...),
+    bytes_per_token=(dict[str, dict[str, float | None]], ...),
+)
+Report = create_model("Report", evaluation=(Evaluation, ...), table=(dict[str, dict[Stage, Result]], ...))
 
 
 def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
     """Write report.md, report.json, report.html and plots/ into the run folder; returns the path of report.md.
 
     Args:
-        hourly_rate: price of the whole machine in dollars an hour, for the cost.
+        hourly_rate: price of the whole machine in dollars per hour, for the cost.
 
     Raises:
         InputError: the folder has no finished stage, or weights that are not finite.
@@ -99,13 +70,13 @@ def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
 
 
 def collect(run: Run, hourly_rate: float | None = None) -> dict:
-    """Everything the report says, as plain values: what report.json holds.
+    """All facts of the report as plain values: the content of report.json.
 
     Results of other weights than the run folder's are left out, and "notes" says so. Raises InputError for a folder
     without a finished stage, and for weights that are not finite.
     """
-    found = {stage: without_nan(run.metrics(stage)) for stage in (*TITLES, "eval")}
-    stages = {stage: metrics for stage, metrics in found.items() if metrics and metrics.get("finished")}
+    records = {stage: without_nan(run.metrics(stage)) for stage in (*TITLES, "eval")}
+    stages = {stage: metrics for stage, metrics in records.items() if metrics and metrics.get("finished")}
     if not stages:
         raise InputError(f"{run.path} holds no finished stage to report on")
     for stage in MODEL_STAGES:
@@ -114,13 +85,13 @@ def collect(run: Run, hourly_rate: float | None = None) -> dict:
     seconds = {stage: metrics.get("wall_time_s") for stage, metrics in stages.items()}
     total = sum(value for value in seconds.values() if value)
     last = max(stages.values(), key=lambda metrics: metrics.get("started") or 0)
-    notes, evaluation = current(run, stages)
+    notes, evaluation = current_results(run, stages)
     shown = {name: stages[name] for name in stages if name != "eval" and not replaced(run, name)}
     return {
         "schema": 1,
         "run": run.path.resolve().name,
         "notes": notes,
-        "commits": sorted({describe(m) for m in stages.values()}),
+        "commits": sorted({commit_of(metrics) for metrics in stages.values()}),
         "hardware": last.get("hardware"),
         "versions": last.get("versions"),
         "seconds": seconds,
@@ -130,81 +101,70 @@ def collect(run: Run, hourly_rate: float | None = None) -> dict:
         "bloat": stages.get("eval", {}).get("bloat"),
         "stages": shown,
         "evaluation": evaluation,
-        "table": table(shown, evaluation),
+        "table": summary_table(shown, evaluation),
     }
 
 
-def current(run: Run, stages: dict) -> tuple[list[str], dict]:
-    """Notes on what is left out or not certain, and the evaluation without results of other weights.
+def current_results(run: Run, stages: dict) -> tuple[list[str], dict]:
+    """Notes on what is left out or uncertain, and the evaluation without results of other weights.
 
     Args:
         stages: the metrics.json of each finished stage.
     """
-    record, notes = stages.get("eval", {}), []
-    old, unknown, models = outdated(run, record), unverified(run, record), measured(record)
-    if old:
-        why = ", ".join(f"{stage} ({reason})" for stage, reason in old.items())
+    record, notes, names = stages.get("eval", {}), [], [name for name in stages if name in TITLES]
+    reasons, unknown, models = outdated(run, record), unverified(run, record), measured(record)
+    if reasons:
+        why = ", ".join(f"{stage} ({reason})" for stage, reason in reasons.items())
         notes.append(f"the evaluation is older than the models, its results are left out for {why}; run it again")
     if unknown:
         notes.append(f"not verified: the evaluation does not say which weights of {', '.join(unknown)} it measured")
-    notes += [f"{stage} is {model}" for stage, model in models.items() if model and stage not in old]
-    names = [name for name in stages if name in TITLES]
-    notes += [
-        f"the weights of {name} are not those that its metrics.json describes, so its numbers are left out; "
-        "train it again, or restore them"
-        for name in names
-        if replaced(run, name)
-    ]
-    notes += [note for before, after in pairwise(names) if (note := broken_link(before, after, stages))]
+    notes += [f"{stage} is {model}" for stage, model in models.items() if model and stage not in reasons]
+    for name in names:
+        if replaced(run, name):
+            problem = f"the weights of {name} are not those that its metrics.json describes"
+            notes.append(f"{problem}, so its numbers are left out; train it again, or restore them")
+    for before, after in pairwise(names):
+        weights, source = stages[before].get("weights"), (stages[after].get("inputs") or {}).get("model")
+        if before in MODEL_STAGES and weights and source:
+            if source != weights:
+                notes.append(f"{after} was trained from another model than today's {before}")
+        elif (stages[before].get("started") or 0) > (stages[after].get("started") or 0):
+            notes.append(f"{after} was trained before today's {before}, so not from it")
     evaluation = {
-        key: {stage: value for stage, value in (record.get(key) or {}).items() if stage not in old}
+        key: {stage: value for stage, value in (record.get(key) or {}).items() if stage not in reasons}
         for key in ("results", "core", "chatcore", "kocore", "examples")
     }
-    whole = not old or next(iter(models)) not in old  # the tokenizer is that of the first model
-    return notes, evaluation | {"bytes_per_token": (record.get("bytes_per_token") or {}) if whole else {}}
+    same_tokenizer = not reasons or next(iter(models)) not in reasons  # it is that of the first model
+    return notes, evaluation | {"bytes_per_token": (record.get("bytes_per_token") or {}) if same_tokenizer else {}}
 
 
-def broken_link(before: str, after: str, stages: dict) -> str | None:
-    """What to note when a stage was not trained from the one before it: by the weights, or else by the times."""
-    weights, source = stages[before].get("weights"), (stages[after].get("inputs") or {}).get("model")
-    if before in MODEL_STAGES and weights and source:
-        return f"{after} was trained from another model than today's {before}" if source != weights else None
-    if (stages[before].get("started") or 0) > (stages[after].get("started") or 0):
-        return f"{after} was trained before today's {before}, so not from it"
-    return None
-
-
-def describe(metrics: dict) -> str:
+def commit_of(metrics: dict) -> str:
     commit = metrics.get("commit")
     return "unknown" if not commit else commit + (" (with local changes)" if metrics.get("dirty") else "")
 
 
-def table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
-    """metric -> stage -> {"value", "stderr", ...}, in the order of the report's last table."""
+def summary_table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
+    """metric -> stage -> {"value", "stderr", ...}, in the order of the summary."""
     rows: dict[str, dict[str, dict]] = {}
-
-    def put(name: str, stage: str, result: dict) -> None:
-        rows.setdefault(name, {})[stage] = {key: value for key, value in result.items() if key != "per_task"}
-
-    results = {stage: dict(found) for stage, found in (evaluation.get("results") or {}).items()}
-    if not any("val_bpb" in found for found in results.values()) and stages.get("base", {}).get("val_bpb") is not None:
-        value = {"value": stages["base"]["val_bpb"], "stderr": None, "higher_is_better": False}
-        results.setdefault("base", {})["val_bpb"] = value
-    for stage in MODEL_STAGES:
-        if "val_bpb" in results.get(stage, {}):
-            put("val bpb", stage, results[stage].pop("val_bpb"))
-    for kind, others in (("core", results), ("chatcore", {}), ("kocore", {})):
-        for stage, result in (evaluation.get(kind) or {}).items():
-            limit = f", {result['limit']} examples each" if result.get("limit") else ""
-            put(result["label"] + limit, stage, {**result, "higher_is_better": True})
-        for stage in MODEL_STAGES:
-            for name, result in others.get(stage, {}).items():
-                put(name, stage, result)
+    results = {stage: dict(numbers) for stage, numbers in (evaluation.get("results") or {}).items()}
+    bpb = {stage: results[stage].pop("val_bpb") for stage in MODEL_STAGES if "val_bpb" in results.get(stage, {})}
+    if not bpb and (value := stages.get("base", {}).get("val_bpb")) is not None:
+        bpb = {"base": {"value": value, "stderr": None, "higher_is_better": False}}
+    if bpb:
+        rows["val bpb"] = bpb
+    for kind in ("core", "chatcore", "kocore"):
+        for stage, mean in (evaluation.get(kind) or {}).items():
+            limit = f", {mean['limit']} examples each" if mean.get("limit") else ""
+            cell = {key: value for key, value in mean.items() if key != "per_task"} | {"higher_is_better": True}
+            rows.setdefault(mean["label"] + limit, {})[stage] = cell
+        for stage in MODEL_STAGES if kind == "core" else ():
+            for name, result in results.get(stage, {}).items():
+                rows.setdefault(name, {})[stage] = result
     return rows
 
 
 def validate(facts: dict) -> None:
-    """Raise InputError where report.json would not have the shape that its readers rely on: `Report`."""
+    """Raise InputError if results of a metrics.json do not have the shape of `Report`."""
     try:
         Report.model_validate(facts, strict=True)
     except ValidationError as error:
@@ -216,52 +176,272 @@ def validate(facts: dict) -> None:
 def results_row(facts: dict, report: str = "-") -> str:
     """The run's row of evals/RESULTS.md: recipe, commit, machine, wall time, tokens, val bpb, CORE, ChatCORE, report.
 
-    CORE and ChatCORE stand there when all of their tasks were measured, of the last stage that has them; a limit on
-    the examples of a task is named. The same facts always give the same row.
+    CORE and ChatCORE are filled in if all of their tasks were measured, of the last stage that has them; a limit on
+    the examples per task is named.
 
     Args:
         facts: what `collect` returns.
-        report: what to write in the last column, for example a link.
+        report: the text of the last column, for example a link.
     """
-    hardware = facts["hardware"] or {}
-    cores, count = hardware.get("cpu_cores"), hardware.get("num_processes", 1)
-    machine = f"{count} x {hardware['device']}" if hardware.get("device") else "-"
-    if hardware.get("device_type") == "cpu" and cores:
-        machine = f"{cores} CPU cores"
-    tokens = facts["stages"].get("base", {}).get("total_tokens")
+    hardware, stages = facts["hardware"] or {}, facts["stages"]
+    machine = f"{hardware.get('num_processes', 1)} x {hardware['device']}" if hardware.get("device") else "-"
+    if hardware.get("device_type") == "cpu" and hardware.get("cpu_cores"):
+        machine = f"{hardware['cpu_cores']} CPU cores"
 
     def last(metric: str) -> str:
-        for name, cells in facts["table"].items():
+        for name, row in facts["table"].items():
             label, _, limit = name.partition(", ")
             if label == metric:
-                value = cells[[stage for stage in MODEL_STAGES if stage in cells][-1]]["value"]
+                value = row[[stage for stage in MODEL_STAGES if stage in row][-1]]["value"]
                 return decimal(value) + (f" ({limit})" if limit else "")
         return "-"
 
-    bpb = facts["table"].get("val bpb", {}).get("base")
+    bpb = facts["table"].get("val bpb", {}).get("base") or {}
     cells = [facts["run"], ", ".join(facts["commits"]), machine, duration(facts["total_seconds"])]
-    cells += [short(tokens), decimal((bpb or {}).get("value")), last("CORE"), last("ChatCORE"), report]
+    cells += [short(stages.get("base", {}).get("total_tokens")), decimal(bpb.get("value"))]
+    cells += [last("CORE"), last("ChatCORE"), report]
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def compare(first: str | Path, second: str | Path) -> str:
     """Two runs side by side as Markdown: values, difference, and the standard error of the difference."""
-    one, two = collect(Run(first)), collect(Run(second))
-    rows = []
-    for name in dict.fromkeys([*one["table"], *two["table"]]):
+    runs, rows = [collect(Run(path)) for path in (first, second)], []
+    for name in dict.fromkeys(name for facts in runs for name in facts["table"]):
         for stage in MODEL_STAGES:
-            a, b = one["table"].get(name, {}).get(stage), two["table"].get(name, {}).get(stage)
-            if not a and not b:
+            results = [facts["table"].get(name, {}).get(stage) or {} for facts in runs]
+            if not any(results):
                 continue
-            cells, difference = [show("", (cell or {}).get("value")) for cell in (a, b)], "-"
-            if None not in ((a or {}).get("value"), (b or {}).get("value")):
-                difference = f"{b['value'] - a['value']:+.4f}"
-                errors = [cell.get("stderr") for cell in (a, b)]
-                if None not in errors:
-                    difference += f" ± {(errors[0] ** 2 + errors[1] ** 2) ** 0.5:.4f}"
-            rows.append([name, stage.upper(), *cells, difference])
-    rows.append(["total wall time", "", duration(one["total_seconds"]), duration(two["total_seconds"]), "-"])
-    rows[-1][-1] = f"{(two['total_seconds'] - one['total_seconds']) / 60:+.1f} min"
-    names = [one["run"], two["run"]] if one["run"] != two["run"] else [str(first), str(second)]
-    notes = [f"{name}: {note}" for name, facts in zip(names, (one, two)) for note in facts["notes"]]
+            a, b = (result.get("value") for result in results)
+            errors = [result.get("stderr") for result in results]
+            difference = "-" if None in (a, b) else f"{b - a:+.4f}"
+            if difference != "-" and None not in errors:
+                difference += f" ± {(errors[0] ** 2 + errors[1] ** 2) ** 0.5:.4f}"
+            rows.append([name, stage.upper(), show("", a), show("", b), difference])
+    a, b = (facts["total_seconds"] for facts in runs)
+    rows.append(["total wall time", "", duration(a), duration(b), f"{(b - a) / 60:+.1f} min"])
+    names = [facts["run"] for facts in runs]
+    names = names if names[0] != names[1] else [str(first), str(second)]
+    notes = [f"{name}: {note}" for name, facts in zip(names, runs) for note in facts["notes"]]
     return "\n\n".join([grid(["Metric", "Stage", *names, "Difference"], rows), *notes]) + "\n"
+
+
+def repository_size(root: Path = ROOT) -> dict[str, int] | None:
+    """Size of the project's own sources: what a newcomer has to read. None outside of a git checkout."""
+    try:
+        listing = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False).stdout
+    except OSError:  # no git on this machine
+        return None
+    paths = [root / name for name in listing.splitlines() if name.rsplit(".", 1)[-1] in SOURCES]
+    texts = [path.read_text("utf-8", "replace") for path in paths if path.is_file()]
+    if not texts or not (root / "pyproject.toml").is_file():
+        return None
+    characters = sum(map(len, texts))
+    return {
+        "characters": characters,
+        "lines": sum(text.count("\n") for text in texts),
+        "files": len(texts),
+        "tokens": characters // 4,
+        "dependencies": len(tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]),
+    }
+
+
+def compression(tokenizer) -> dict[str, dict[str, float | None]]:
+    """Bytes per token of text -> tokenizer, for a page of a book, code, Korean and mathematics (evals/texts).
+
+    GPT-2's and GPT-4's tokenizers are compared if this machine's Hub cache has them; None if not.
+    """
+    tokenizers = {"ours": tokenizer}
+    for name, repo in OTHER_TOKENIZERS.items():
+        try:
+            tokenizers[name] = AutoTokenizer.from_pretrained(repo, local_files_only=True)
+        except (OSError, ValueError):
+            tokenizers[name] = None
+    texts = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "evals" / "texts").glob("*.txt"))}
+    return {
+        name: {key: encode and bytes_per_token(encode, text) for key, encode in tokenizers.items()}
+        for name, text in texts.items()
+    }
+
+
+def bytes_per_token(tokenizer, text: str) -> float:
+    return len(text.encode()) / len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# ---- text ----
+
+
+def markdown(facts: dict, pictures: dict[str, str] | None = None) -> str:
+    """The report as Markdown; pictures: section -> path of its plot, relative to the report."""
+    pictures = pictures or {}
+    notes = [f"> Note: {one_line(note)}" for note in facts["notes"]]
+    parts = [f"# Report card: {facts['run']}", *notes, "## Summary", summary(facts), header(facts)]
+    for stage, metrics in facts["stages"].items():
+        parts += [f"## {TITLES[stage]}", named_values(metrics, WORDS["labels"])]
+        if stage == "tokenizer" and (texts := facts["evaluation"]["bytes_per_token"]):
+            rows = [[name, *(show("", value) for value in row.values())] for name, row in texts.items()]
+            parts.append(grid(["Bytes per token", *next(iter(texts.values()))], rows))
+        parts += training_details(metrics)
+        if stage in pictures:
+            parts.append(f"![{TITLES[stage]}]({pictures[stage]})")
+    parts += evaluation_section(facts["evaluation"], pictures)
+    if facts["bloat"]:
+        parts += ["## Repository size", named_values(facts["bloat"], WORDS["sizes"])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def summary(facts: dict) -> str:
+    """The table Metric | BASE | MID | SFT | RL, and the total wall time."""
+    table = facts["table"].items()
+    rows = [[name, *(decimal(row.get(stage, {}).get("value")) for stage in MODEL_STAGES)] for name, row in table]
+    times = ", ".join(f"{stage} {duration(value)}" for stage, value in facts["seconds"].items() if value is not None)
+    total = f"Total wall time: {duration(facts['total_seconds'])} ({times})"
+    return grid(["Metric", *map(str.upper, MODEL_STAGES)], rows) + f"\n\n{total}"
+
+
+def header(facts: dict) -> str:
+    hardware, versions = facts["hardware"] or {}, facts["versions"] or {}
+    machine = f"{hardware.get('num_processes', 1)} x {hardware.get('device', '-')}"
+    if memory := hardware.get("device_memory_bytes"):
+        machine += f" ({gib(memory)})"
+    host = f"{hardware.get('cpu_cores') or '-'} CPU cores, {gib(hardware.get('memory_bytes'))} memory"
+    cost = f"${facts['cost']:.2f} at ${facts['hourly_rate']:.2f} per hour" if facts["cost"] is not None else "-"
+    software = ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "-"
+    rows = [["Machine", machine], ["Host", f"{host}, {hardware.get('system', '-')}"], ["Software", software]]
+    rows += [["Commit", ", ".join(facts["commits"])], ["Wall time", duration(facts["total_seconds"])], ["Cost", cost]]
+    return grid(["", ""], rows)
+
+
+def named_values(values: dict, labels: dict[str, str]) -> str:
+    return grid(["", ""], [[labels[key], show(key, values[key])] for key in labels if values.get(key) is not None])
+
+
+def training_details(metrics: dict) -> list[str]:
+    """The parts that only some stages have: mixture, skipped rows, values before and after, samples."""
+    parts, mixture = [], metrics.get("mixture") or []
+    rows = [[part["dataset"], f"{part['rows']:,}", f"{part['tokens']:,}"] for part in mixture]
+    parts.append(grid(["Dataset", "Rows", "Tokens"], rows))
+    if skipped := metrics.get("skipped_rows"):
+        first = f"row {skipped[0].get('row')} of {skipped[0].get('dataset')}: {skipped[0].get('reason')}"
+        count = sum(part.get("bad", 0) for part in mixture) or len(skipped)  # not all of them are listed by name
+        parts.append(f"{count:,} rows were skipped, the first of them {first}")
+    before, after = metrics.get("before") or {}, metrics.get("after") or {}
+    rows = [[name, show("", before.get(name)), show("", after.get(name))] for name in {**before, **after}]
+    parts.append(grid(["On the test split", "before", "after"], rows))
+    samples = [(one_line(sample["prompt"]), one_line(sample["text"])) for sample in metrics.get("samples") or []]
+    return parts + [f"> **{prompt}** {text}" for prompt, text in dict.fromkeys(samples[:8])]
+
+
+def evaluation_section(evaluation: dict, pictures: dict[str, str]) -> list[str]:
+    parts = ["## Evaluation"] if evaluation["results"] or evaluation["core"] else []
+    for stage, results in evaluation["results"].items():
+        head = [stage.upper(), "Value", "Random baseline", "n", "Tool called", "pass@k"]
+        parts.append(grid(head, [[name.replace("_", " "), *result_cells(r)] for name, r in results.items()]))
+    for stage, core in evaluation["core"].items():
+        rows = [
+            [name, decimal(row["acc"]), with_error({**row, "value": row["centered"]}), f"{row['n']:,}"]
+            + [show("", GPT2_XL.get(name))]
+            for name, row in core["per_task"].items()
+        ]
+        parts += [f"### {stage.upper()}: {core['label']}", core_notes(core)]
+        parts.append(grid(["Task", "Accuracy", "Centered", "n", "GPT-2 XL, centered"], rows))
+    if "core" in pictures:
+        parts.append(f"![CORE by task]({pictures['core']})")
+    for stage, examples in list(evaluation["examples"].items())[-1:]:
+        words = {None: "-", True: "right", False: "wrong"}
+        rows = [
+            [words[None if e.get("correct") is None else e["correct"] >= 1]]
+            + [one_line(e[key]) for key in ("question", "expected", "answer")]
+            for e in examples
+        ]
+        parts += [
+            f"### Answers of {stage.upper()}" if rows else "",
+            grid(["", "Question", "Expected", "Answer"], rows),
+        ]
+    return parts
+
+
+def core_notes(core: dict) -> str:
+    notes = [f"Mean of centered accuracies: {with_error(core)}."]
+    if core.get("missing"):
+        notes.append(f"The bundle lacks {', '.join(core['missing'])}, so this is not CORE.")
+    if core.get("limit"):
+        notes.append(f"At most {core['limit']} examples per task.")
+    if core.get("long_prompts"):
+        notes.append(f"{core['long_prompts']} prompts were cropped.")
+    if core.get("seconds"):
+        share = core["model_seconds"] / core["seconds"]
+        notes.append(f"It took {core['seconds']:.1f} s, {share:.0%} of them in the model.")
+    if core["label"] == "CORE":
+        notes.append(f"GPT-2 XL (1.6B) has {GPT2_XL['CORE']:.4f}.")
+    return " ".join(notes)
+
+
+def result_cells(result: dict) -> list[str]:
+    pass_at_k = ", ".join(f"{name} {decimal(value)}" for name, value in result.items() if name.startswith("pass@"))
+    tool_use = show("tool_use", result.get("tool_use"))
+    return [with_error(result), show("", result.get("baseline")), f"{result['n']:,}", tool_use, pass_at_k or "-"]
+
+
+def with_error(result: dict) -> str:
+    return decimal(result["value"]) + (f" ± {result['stderr']:.4f}" if result.get("stderr") is not None else "")
+
+
+def decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def short(count: int | None) -> str:
+    """1433600 -> 1.4M."""
+    if count is None:
+        return "-"
+    sizes = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+    return next((f"{count / size:.1f}{letter}" for size, letter in sizes if count >= size), str(count))
+
+
+def gib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:.1f} GiB"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {round(seconds) % 60:02d} s"
+
+
+def show(key: str, value) -> str:
+    """A value as text, in the unit of its key in metrics.json; "-" for None."""
+    if value is None:
+        return "-"
+    if key in ("wall_time_s", "peak_memory_bytes"):
+        return duration(value) if key == "wall_time_s" else gib(value)
+    if key in ("mfu", "generation_share", "tool_use"):
+        return f"{value:.1%}"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, dict | list):
+        return one_line(str(value))
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}" if abs(value) < 1e12 else f"{value:.3g}"
+    return f"{value:.4f}"
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, padded so that a terminal shows it well, numbers to the right; "" without rows."""
+    if not rows:
+        return ""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in [head, *rows]]
+    columns = list(zip(*cells))
+    widths = [max(3, *map(len, column)) for column in columns]
+    numeric = [all(NUMERIC.fullmatch(cell) for cell in column[1:]) for column in columns]
+    marks = ["-" * (width + 1) + (":" if right else "-") for width, right in zip(widths, numeric)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join(marks) + "|", *lines[1:]])
+
+
+def one_line(text) -> str:
+    """Text as one line of literal Markdown of at most 300 characters; tool calls in words, no special tokens."""
+    text = CALL.sub(lambda match: f"[calls {match[1]}" + (f", gets {match[2]}] " if match[2] else "] "), str(text))
+    text = " ".join(re.sub(r"<\|\w+\|>", " ", text).split())
+    text = text if len(text) <= 300 else text[:299] + "…"
+    return re.sub(r"([\\`*<\[])", r"\\\1", text)

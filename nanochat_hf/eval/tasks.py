@@ -1,4 +1,4 @@
-"""The lm-eval tasks that an eval.yaml names: found, given their rows, run one by one and read into plain results.
+"""The lm-eval tasks that an eval.yaml names: loaded, run one by one, and their output as plain results.
 
 tasks = Tasks(EvalConfig(tasks=["nanochat_demo"]), {"sft": "runs/d12/sft"}, Path("runs/d12/eval"))
 results, samples = tasks.run("nanochat_demo_facts", lm)
@@ -6,7 +6,6 @@ results, samples = tasks.run("nanochat_demo_facts", lm)
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from lm_eval.api.metrics import mean_stderr
@@ -20,7 +19,7 @@ from ..demo import corpus as primer
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
 from ..run import nearest, without_nan, writing
-from .core import evaluate_core, load_tasks, run_lm_eval
+from .core import load_tasks, run_lm_eval
 from .lm_eval_model import LocalLM
 
 EVALS = Path(__file__).parents[2] / "evals"
@@ -30,51 +29,50 @@ MEANS = {  # of centered accuracies: key in metrics.json -> group of tasks, name
 }
 DEMO_KINDS = ("fact", "arithmetic", "spelling", "counting", "problem")
 SPELLING = {"nanochat_spellingbee", "nanochat_chatcore"}
-SPELLING_BEES = 256  # questions, as upstream
+NUM_SPELLING_QUESTIONS = 256  # as upstream
 
 
 class Tasks:
-    """The lm-eval tasks that a config names, ready to run; finds out about wrong names before any model is loaded."""
+    """The tasks that a config names. Raises InputError for wrong names and missing data, before a model is loaded."""
 
     def __init__(self, config, models: dict[str, str], output: Path):
-        self.config, self.models = config, models
+        self.config, self.loaded = config, {}
         if not (EVALS / "tasks").is_dir():
             raise InputError(f"no {EVALS}: evaluation runs from a checkout of the repository")
         chat_data = config.chat_data and str(local_path(config.chat_data))
         if chat_data and not Path(chat_data).is_dir():
             raise InputError(f"chat_data: no folder {config.chat_data}")
         if isinstance(config.dataset, list) and not config.words and SPELLING & set(config.tasks):
-            raise InputError(
-                "dataset is a mixture, and SpellingBee takes its words from one dataset: name it in words"
-            )
-        metadata = {"core_bundle": bundle_folder(config), "chat_data": [chat_data, str(output / "questions")]}
-        self.manager = TaskManager(include_path=str(EVALS), include_defaults=False, metadata=metadata)
-        if any(not name.startswith("nanochat_") for name in config.tasks):
-            self.manager = TaskManager(include_path=str(EVALS), metadata=metadata)  # reads all of lm-eval's
+            raise InputError("dataset is a mixture and SpellingBee takes words from one dataset: name it in words")
+        own_only = all(name.startswith("nanochat_") for name in config.tasks)  # reading all of lm-eval's takes seconds
+        self.manager = task_manager(config, [chat_data, str(output / "questions")], include_defaults=not own_only)
         for name in config.tasks:
             if name not in self.manager.all_tasks:
                 raise InputError(f"unknown task {name!r}; {nearest(name, self.manager.all_tasks)}")
-        self.loaded: dict = {}
         if set(models) & {*config.chat_stages, *(config.text_stages or [])}:
-            self.write_questions(output)
+            self.write_questions(output / "questions")
             self.load()
         self.chat = [name for name, task in self.loaded.items() if (task.config.metadata or {}).get("chat")]
 
     def load(self) -> None:
-        """Load the tasks; of the Korean group those whose rows can be had here."""
+        """Load the tasks; of the Korean group only those whose rows are available here."""
+        group = MEANS["kocore"][0]
         for name in self.config.tasks:
-            korean, failed = name == MEANS["kocore"][0], []
-            for part in self.members("kocore") if korean else [name]:
+            if name != group:
+                self.loaded |= load_tasks(self.manager, [name])
+                continue
+            failures = []
+            for part in self.members("kocore"):
                 try:
                     self.loaded |= load_tasks(self.manager, [part])
                 except InputError as error:
-                    failed.append(f"{part.removeprefix(name + '_')} ({error})")
-                    if not korean or isinstance(error.__cause__, DamagedFile):
+                    if isinstance(error.__cause__, DamagedFile):
                         raise
-            if korean and not self.loaded:
-                raise InputError(f"no task of {name} has its rows here: {failed[0]}; name them with chat_data")
-            if failed:
-                partial_state().print(f"[eval] {name} goes without {', '.join(failed)}")
+                    failures.append(f"{part.removeprefix(group + '_')} ({error})")
+            if len(failures) == len(self.members("kocore")):
+                raise InputError(f"no task of {name} has its rows here: {failures[0]}; name them with chat_data")
+            if failures:
+                partial_state().print(f"[eval] {name} leaves out {', '.join(failures)}")
 
     def members(self, kind: str) -> list[str]:
         return self.manager.task_index[MEANS[kind][0]].cfg["task"]
@@ -85,73 +83,69 @@ class Tasks:
         text = chat if text is None else text
         return [name for name in self.loaded if stage in (chat if name in self.chat else text)]
 
-    def write_questions(self, output: Path) -> None:
-        """The rows of tasks that are generated, as files that the plain lm_eval command line can read again."""
+    def write_questions(self, folder: Path) -> None:
+        """Write the rows of tasks that are generated, as files that the lm-eval CLI can read, too."""
         with main_process_first("making the questions") as main:
             if not main:
                 return
             for kind in DEMO_KINDS:
-                write_jsonl(output / "questions" / f"primer_{kind}.jsonl", primer.questions(kind))
+                write_jsonl(folder / f"primer_{kind}.jsonl", primer.questions(kind))
             source = self.config.words or self.config.dataset
             if source and SPELLING & set(self.config.tasks):
-                bee = {"dataset": source, "split": "test", "transform": "spelling_bee", "rows": SPELLING_BEES}
-                found = [row["messages"] for row in Mixture([bee], seed=self.config.seed)]
-                rows = [{"messages": turns[:1], "answer": turns[-1]["content"]} for turns in found]
-                write_jsonl(output / "questions" / "spellingbee_test.jsonl", rows)
+                bee = {"dataset": source, "split": "test", "transform": "spelling_bee"}
+                mixture = Mixture([bee | {"rows": NUM_SPELLING_QUESTIONS}], seed=self.config.seed)
+                rows = [(row["messages"][:1], row["messages"][-1]["content"]) for row in mixture]
+                rows = [{"messages": question, "answer": answer} for question, answer in rows]
+                write_jsonl(folder / "spellingbee_test.jsonl", rows)
 
     def run(self, name: str, lm: LocalLM) -> tuple[dict, list[dict]]:
-        """One task -> ({short name: result}, samples); both empty on ranks other than the first."""
-        task, chat, lm.num_cropped = self.loaded[name], name in self.chat, 0
+        """Returns ({short name: result}, samples) of one task; both empty on ranks other than the first."""
+        task, lm.num_cropped = self.loaded[name], 0
         if self.config.num_samples > 1 and task.OUTPUT_TYPE == "generate_until":
-            count = self.config.num_samples
-            task.config.repeats = count
-            task._filters = [build_filter_ensemble("none", [["take_first_k", {"k": count}]])]
-        found = run_lm_eval(lm, {name: task}, self.config.max_per_task, chat=chat, log_samples=True)
-        cropped = sum(lm.gather_object(lm.num_cropped))
-        if found is None:
+            task.config.repeats = self.config.num_samples
+            task._filters = [build_filter_ensemble("none", [["take_first_k", {"k": task.config.repeats}]])]
+        output = run_lm_eval(lm, {name: task}, self.config.max_per_task, chat=name in self.chat, log_samples=True)
+        num_cropped = sum(lm.gather_object(lm.num_cropped))
+        if output is None:
             return {}, []
-        numbers, metadata = found["results"][name], task.config.metadata or {}
-        samples = [readable(sample) for sample in sorted(found["samples"][name], key=lambda sample: sample["doc_id"])]
-        metric = next(m for m in ("acc", "acc_norm", "exact_match", *task.aggregation()) if f"{m},none" in numbers)
+        metadata, rows = task.config.metadata or {}, sorted(output["samples"][name], key=lambda row: row["doc_id"])
+        numbers = {key.removesuffix(",none"): value for key, value in output["results"][name].items()}
+        metric = next(m for m in ("acc", "acc_norm", "exact_match", *task.aggregation()) if m in numbers)
+        samples, baseline = [readable(row) for row in rows], metadata.get("baseline")
         result = {
-            "value": numbers[f"{metric},none"],
-            "stderr": standard_error([sample.get(metric) for sample in found["samples"][name]]),
+            "value": numbers[metric],
+            "stderr": standard_error([row.get(metric) for row in rows]),
             "n": len(samples),
-            "baseline": majority(samples) if metadata.get("baseline") == "majority" else metadata.get("baseline"),
+            "baseline": majority(samples) if baseline == "majority" else baseline,
             "higher_is_better": task.higher_is_better().get(metric, True),
         }
-        extra = {k.removesuffix(",none"): v for k, v in numbers.items() if k.startswith(("tool_use", "pass@"))}
-        result |= {key: value for key, value in extra.items() if "stderr" not in key}
-        if cropped:
-            result["cropped"] = cropped
+        result |= {k: v for k, v in numbers.items() if k.startswith(("tool_use", "pass@")) and "stderr" not in k}
+        result |= {"cropped": num_cropped} if num_cropped else {}
         result |= {kind: True for kind in MEANS if name in self.members(kind)}
         return {task.config.task_alias or name: result}, samples
 
-    def core(self, lm: LocalLM, log: Callable = print) -> dict | None:
-        return evaluate_core(lm, self.manager, self.config.core_max_per_task, log)
 
-
-def bundle_folder(config) -> str | None:
-    """The folder of CORE's data that a config names; None for the official one."""
-    return None if config.core_bundle in (None, "download") else str(local_path(config.core_bundle))
+def task_manager(config, chat_data: list[str | None] | None = None, include_defaults: bool = False) -> TaskManager:
+    """lm-eval's index of evals/tasks; the folders that the config names reach the tasks as metadata."""
+    bundle = None if config.core_bundle in (None, "download") else str(local_path(config.core_bundle))
+    metadata = {"core_bundle": bundle, "chat_data": chat_data}
+    return TaskManager(include_path=str(EVALS), include_defaults=include_defaults, metadata=metadata)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """A row a line; NaN and infinities, which JSON has no word for, become null."""
-    lines = (json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False) for row in rows)
-    text = "".join(f"{line}\n" for line in lines)
+    """Write one row per line; NaN and infinities, which JSON does not have, become null."""
+    text = "".join(json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 
 def readable(sample: dict) -> dict:
-    """What a person wants to see of an lm-eval sample."""
+    """The parts of an lm-eval sample that a person reads."""
     doc, answers = sample["doc"], sample["filtered_resps"][0]
     if not isinstance(answers, str | list):  # multiple choice: (log-probability, greedy) of each letter
-        answers = {
-            request[1]: round(found[0], 3) for request, found in zip(sample["arguments"], sample["filtered_resps"])
-        }
+        scores = zip(sample["arguments"], sample["filtered_resps"])
+        answers = {arguments[1]: round(score[0], 3) for arguments, score in scores}
     question = doc["messages"][0]["content"] if doc.get("messages") else doc.get("question") or doc.get("prompt")
     question = question if isinstance(question, str) else str(sample["arguments"][0][0])
     expected = doc["letters"][sample["target"]] if "letters" in doc else sample["target"]
@@ -159,7 +153,7 @@ def readable(sample: dict) -> dict:
 
 
 def majority(samples: list[dict]) -> float:
-    """What always giving the most frequent answer would get."""
+    """The accuracy of always giving the most frequent answer."""
     return Counter(str(sample["expected"]) for sample in samples).most_common(1)[0][1] / len(samples)
 
 

@@ -1,16 +1,16 @@
-"""Reinforcement learning on questions whose answers can be checked, with the calculator at hand, on TRL's GRPOTrainer.
+"""RL with verifiable rewards (RLVR) on TRL's GRPOTrainer, with the calculator tool.
 
     python scripts/chat_rl.py --config recipes/cpu-demo/rl.yaml --run-dir runs/cpu-demo
 
-What is left of GRPO (arXiv:2402.03300), as in karpathy/nanochat, is close to REINFORCE: on-policy (one update per
-batch, so the ratio is 1 and clipping never acts), no KL term and no reference model, advantage = reward - mean of the
-question's samples without division by their spread (arXiv:2503.20783), and a loss summed over the sampled tokens of
-the batch and divided by their number (DAPO, arXiv:2503.14476). Tool results are masked. Unlike upstream all tokens of
-the batch weigh alike, not only those of one question; and tokens are sampled from the full softmax, of which the
-gradient is taken, where upstream samples among the 50 likeliest.
+As in karpathy/nanochat this is GRPO (arXiv:2402.03300) reduced to nearly REINFORCE: on-policy with one update per
+batch (the ratio is 1, clipping never acts), no KL term and no reference model, advantage = reward - mean reward of the
+prompt (arXiv:2503.20783), loss summed over the sampled tokens of the batch and divided by their number (DAPO,
+arXiv:2503.14476). Tool results are masked. Two differences from upstream: the number of tokens is that of the whole
+batch and not of one prompt, and tokens are sampled from the full softmax, the distribution of the gradient, where
+upstream samples from the top 50.
 
-Generation is most of the cost. It is transformers' `generate` with TRL's tool loop, unless `train_rl` is given an
-`engine` (eval.generation.Generator, serve.engine.Engine), which runs the tool inside the answer.
+Generation takes most of the time. It is transformers' `generate` with TRL's tool loop unless `train_rl` gets an engine
+(eval.lm_eval_model.Generator or serve.engine.Engine), which runs the tool inside the completion.
 """
 
 import json
@@ -31,27 +31,16 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..data.grading import COLUMNS, correctness, hash_answer, pass_at_k
 from ..data.mixture import Mixture
-from ..data.tokenizer import load_tokenizer
 from ..demo import corpus as primer
-from ..distributed import main_process_first, partial_state
 from ..errors import InputError
-from ..run import fingerprint, model_fingerprint, start_record, writing
+from ..run import fingerprint, start_record, writing
 from ..tools import python
-from .model_setup import load_chat_model, lora
 from .runtime import check_launch
-from .trainer import (
-    StageConfig,
-    StageTrainer,
-    save_stage,
-    split_step,
-    tool_result_mask,
-    train_with_resume,
-    trainer_arguments,
-)
+from .trainer import StageConfig, StageTrainer, load_source, split_step, tool_result_mask, trainer_arguments
 
-MAX_TOOL_CALLS = 4  # of one answer
-EVAL_ROWS = 128  # answers that a device generates together while measuring
-PRIMER_QUESTIONS = 4000  # of each kind, to practise on
+MAX_TOOL_CALLS = 4  # per completion
+EVAL_BATCH = 128  # completions that a device generates together in an evaluation
+PRIMER_PROMPTS = 4000  # training prompts of each kind
 
 
 @dataclass
@@ -59,30 +48,30 @@ class RLConfig(StageConfig):
     """Keys of rl.yaml, besides those of StageConfig."""
 
     dataset: str = "openai/gsm8k"
-    """Questions: `primer:KIND` (or KIND+KIND), or GSM8K's format as a Hub id, a folder or `path/of_{split}.jsonl`."""
+    """Prompts: `primer:KIND` (or KIND+KIND), or GSM8K's format as a Hub id, a folder or `path/of_{split}.jsonl`."""
     subset: str | None = "main"
-    """Of a Hub data set."""
+    """Subset of a Hub dataset."""
     examples_per_step: int = 16
-    """Questions a step, over all devices."""
+    """Prompts per step, over all devices."""
     num_samples: int = 16
-    """Answers sampled for each question."""
+    """Completions sampled per prompt."""
     max_new_tokens: int = 256
-    """Of an answer, tool results included."""
+    """Tokens per completion, tool results included."""
     temperature: float = 1.0
     top_k: int = 0
-    """Only 0, sampling among all tokens: the gradient is that of the full softmax."""
+    """0 only, which samples among all tokens: the gradient is that of the full softmax."""
     eval_examples: int = 400
-    """Questions of the test split that are asked before and after."""
+    """Test prompts of the evaluations."""
     eval_samples: int = 4
-    """Answers to each of them, for pass@k."""
+    """Completions per test prompt, for pass@k."""
     warmdown_ratio: float = 1.0
     init_lr_frac: float = 0.05
     enabled: bool = True
-    """Run this stage only when --stages names it."""
+    """false: run this stage only when --stages names it."""
 
 
 class RLTrainer(StageTrainer, GRPOTrainer):
-    """GRPOTrainer that times its generation, keeps samples, and measures pass@k."""
+    """GRPOTrainer that times its generation, writes sample completions to `samples`, and measures pass@k."""
 
     def __init__(self, *args, samples: Path, processing_class: PreTrainedTokenizerBase, **kwargs):
         self.samples, self.outcomes = samples, defaultdict(list)
@@ -98,18 +87,18 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         return result
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Leaves out rows without advantage (all of a question's answers equally good): their gradient is zero.
+        """Leave out completions without advantage (all of a prompt's have one reward): their gradient is zero.
 
-        As many as the rank that needs most rows can do without: TRL gathers figures of each row from all ranks.
+        All ranks keep as many as the rank that needs most: TRL gathers metrics per completion from all ranks.
         """
         useful = inputs["advantages"] != 0
-        count = int(self.accelerator.gather(useful.sum()).max().clamp(min=1))  # none would leave nothing to gather
+        count = int(self.accelerator.gather(useful.sum()).max().clamp(min=1))  # an empty batch could not be gathered
         rows = useful.float().argsort(descending=True, stable=True)[:count].sort().values
         inputs = {key: value[rows] if value.ndim else value for key, value in inputs.items()}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def record(self, rows: list[dict], texts: list[str], rewards: list[float]) -> None:
-        """Sees every graded batch of this process: while measuring it notes who was right, else two samples."""
+        """Called with each graded batch: collects the outcomes of an evaluation, else writes two samples."""
         if not self.model.training:
             for row, reward in zip(rows, rewards):
                 self.outcomes[row["prompt"][-1]["content"]].append(bool(reward))
@@ -119,76 +108,78 @@ class RLTrainer(StageTrainer, GRPOTrainer):
                     sample = {"step": self.state.global_step, "prompt": row["prompt"], "text": text, "reward": reward}
                     file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Drop the samples of steps that will be made again, and a line that was left half written."""
-
-        def is_before(line: str) -> bool:
+    def discard_after(self, step: int) -> None:
+        """Drop the samples of steps that will run again, and a half written line."""
+        aside, lines = self.samples.with_name(f".{self.samples.name}"), []
+        for line in self.samples.read_text(errors="replace").splitlines() if self.samples.exists() else ():
             try:
-                return json.loads(line)["step"] < step
+                if json.loads(line)["step"] < step:
+                    lines.append(line + "\n")
             except (ValueError, KeyError, TypeError):
-                return False
-
-        lines = self.samples.read_text(errors="replace").splitlines(keepends=True) if self.samples.exists() else []
-        aside = self.samples.with_name(f".{self.samples.name}")
+                continue
         with writing(self.samples):
-            aside.write_text("".join(filter(is_before, lines)))
+            aside.write_text("".join(lines))
             os.replace(aside, self.samples)
 
     def evaluate(self, *args, **kwargs) -> dict:
-        """pass@k on the test questions, k = 1, 2, 4 ... eval_samples; pass@1 is the accuracy. All ranks call it."""
+        """pass@k on the test prompts, k = 1, 2, 4 ... eval_samples; pass@1 is the accuracy. All ranks call it."""
         self.outcomes.clear()
         super().evaluate(*args, **kwargs)
         merged, samples = defaultdict(list), self.stage.eval_samples
-        for question, right in gather_object(list(self.outcomes.items())):
-            merged[question] += right
-        right = [right[:samples] for right in merged.values()]  # ranks may repeat questions to fill their last batch
-        found = {f"pass@{2**i}": pass_at_k(right, 2**i) for i in range(samples.bit_length())}
-        self.log(dict(found))
-        return {**found, "questions": len(right)}
+        for prompt, outcomes in gather_object(list(self.outcomes.items())):
+            merged[prompt] += outcomes
+        merged = [outcomes[:samples] for outcomes in merged.values()]  # ranks may repeat prompts to fill a last batch
+        metrics = {f"pass@{2**i}": pass_at_k(merged, 2**i) for i in range(samples.bit_length())}
+        self.log(dict(metrics))
+        return {**metrics, "questions": len(merged)}
 
 
-def questions(config: RLConfig, split: str, tokenizer: PreTrainedTokenizerBase, room: int) -> tuple[list, list]:
-    """Rows {"prompt", "kind", "answer", "entity", "rivals"} of one split, shuffled by the seed, and the skipped ones.
+def load_prompts(
+    config: RLConfig, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[dict], list[dict]]:
+    """Prompts of one split, shuffled by the seed.
 
-    A prompt of more than `room` tokens leaves no place for an answer and is a bad row.
+    Returns:
+        Rows {"prompt", "kind", "answer", "entity", "rivals"}, and the skipped ones with their reasons, among them
+        prompts of more than `max_length` tokens.
     """
     name, _, kinds = config.dataset.partition(":")
-    nothing, skipped = dict.fromkeys(COLUMNS, "") | {"rivals": []}, []
+    defaults, skipped = dict.fromkeys(COLUMNS, "") | {"rivals": []}, []
     if name == "primer":
-        num = config.eval_examples if split == "test" else PRIMER_QUESTIONS
+        num = config.eval_examples if split == "test" else PRIMER_PROMPTS
         rows = [row for kind in kinds.split("+") for row in primer.questions(kind, split, config.seed, num)]
     else:
         entry = {"dataset": config.dataset.replace("{split}", split), "subset": config.subset, "split": split}
         mixture, rows = Mixture([{**entry, "transform": "gsm8k"}], config.seed, config.on_bad_example), []
         for row in mixture:
-            asked, answer = row["messages"][:1], hash_answer(row["messages"][-1]["content"])
-            size = len(tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))
-            if size > room:
-                mixture.skip(row["entry"], row["row"], f"{size} tokens, and {room} leave room for an answer")
+            prompt, answer = row["messages"][:1], hash_answer(row["messages"][-1]["content"])
+            size = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+            if size > max_length:
+                mixture.skip(row["entry"], row["row"], f"{size} tokens, and {max_length} leave room for an answer")
             else:
-                rows.append({"kind": "gsm8k", "messages": asked, "answer": answer})
+                rows.append({"kind": "gsm8k", "messages": prompt, "answer": answer})
         skipped = mixture.skipped
     if not rows:
-        raise InputError(f"{config.dataset} has no question of at most {room} tokens in split {split}")
+        raise InputError(f"{config.dataset} has no question of at most {max_length} tokens in split {split}")
     random.Random(config.seed).shuffle(rows)
-    rows = [{"prompt": row["messages"], **{key: row.get(key, nothing[key]) for key in COLUMNS}} for row in rows]
+    rows = [{"prompt": row["messages"], **{key: row.get(key, defaults[key]) for key in COLUMNS}} for row in rows]
     return (rows[: config.eval_examples] if split == "test" else rows), skipped
 
 
 def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
-    """TRL's arguments of the stage. Raises InputError when a step's answers cannot be shared out evenly."""
-    answers = config.examples_per_step * config.num_samples
-    config, steps = split_step(config, "examples_per_step x num_samples", answers)
+    """TRL's arguments of the stage. Raises InputError when a step's completions cannot be divided evenly."""
+    completions = config.examples_per_step * config.num_samples
+    config, accumulation = split_step(config, "examples_per_step x num_samples", completions)
     return GRPOConfig(
         **trainer_arguments(config, output),
-        gradient_accumulation_steps=steps,
+        gradient_accumulation_steps=accumulation,
         num_generations=config.num_samples,
         max_completion_length=config.max_new_tokens,
         temperature=config.temperature,
         top_k=0,
         max_tool_calling_iterations=MAX_TOOL_CALLS,
         num_generations_eval=config.eval_samples,
-        per_device_eval_batch_size=max(1, EVAL_ROWS // config.eval_samples) * config.eval_samples,
+        per_device_eval_batch_size=max(1, EVAL_BATCH // config.eval_samples) * config.eval_samples,
         beta=0.0,
         loss_type="dapo",
         scale_rewards="none",
@@ -197,14 +188,14 @@ def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
 
 
 def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Callable:
-    """TRL's `rollout_func` over an engine of this project, whose answers hold the tool's results already."""
+    """TRL's `rollout_func` over an engine of this project, whose completions contain the tool results."""
     engines = []
 
     def generate(prompts: list, trainer: RLTrainer) -> dict:
         model, training = trainer.accelerator.unwrap_model(trainer.model), trainer.model.training
         step, adapters = trainer.state.global_step, model if isinstance(model, PeftModel) else None
         model.eval()
-        if adapters:  # an engine that keeps a copy of the weights reads them from the plain model
+        if adapters:  # an engine with a copy of the weights reads them from the plain model
             adapters.merge_adapter()
             model = adapters.get_base_model()
         if not engines:
@@ -212,14 +203,14 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
         elif hasattr(engines[0], "sync_weights"):  # it keeps a copy of the weights
             engines[0].sync_weights()
         ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
-        with torch.no_grad():  # samplers make no sense of NaN, and some no error either
+        with torch.no_grad():  # some samplers take NaN without an error
             finite = bool(model(torch.tensor(ids[:1], device=model.device)).logits.isfinite().all())
         if not finite:
             trainer.stop_training("the logits are not finite")
-        # An answer's seed is its place in the step, so any number of processes gives the same ones; batches of an
-        # evaluation begin anew, whoever has them.
+        # The seed is the completion's place in the step, so any number of ranks samples the same ones; batches of an
+        # evaluation begin at 0, whichever rank has them.
         first = trainer.args.process_index * len(ids) if training else 0
-        answers = engines[0].generate(
+        completions = engines[0].generate(
             ids,
             seed=(trainer.args.seed + step) * 2**20 + first,
             max_new_tokens=config.max_new_tokens,
@@ -229,19 +220,18 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
         if adapters:
             adapters.unmerge_adapter()
         (adapters or model).train(training)
-        answers = [samples[0] for samples in answers]
-        own = [tool_result_mask(answer, tokenizer) for answer in answers]
-        return {"prompt_ids": ids, "completion_ids": answers, "logprobs": None, "env_mask": own}
+        completions = [samples[0] for samples in completions]
+        env_mask = [tool_result_mask(tokenizer, completion) for completion in completions]
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None, "env_mask": env_mask}
 
     return generate
 
 
 def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None = None) -> None:
-    """Practise on questions, from the model in folder `model`; the result and its metrics.json go to `output`.
+    """RLVR from the model in folder `model`; the result and its metrics.json go to `output`.
 
-    `engine`, if given, is called with model and tokenizer and makes what has the `generate` of
-    eval.generation.Generator. Raises InputError for a data set without checkable answers, and for batch sizes that do
-    not divide.
+    `engine`, if given, is (model, tokenizer) -> an object with the `generate` of eval.lm_eval_model.Generator. Raises
+    InputError for a dataset without verifiable answers, and for batch sizes that do not divide.
     """
     check_launch("rl")
     if config.top_k:
@@ -250,33 +240,29 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
             "leave it out"
         )
     record, output = start_record(config), Path(output)
-    partial_state()
-    with main_process_first(f"loading {model}"):
-        tokenizer = load_tokenizer(model)
-        network = load_chat_model(model, config, tokenizer)
-    room = network.config.max_position_embeddings - config.max_new_tokens
-    rows, skipped = questions(config, "train", tokenizer, room)
-    held_out, bad = questions(config, "test", tokenizer, room)
+    tokenizer, network = load_source(model, config)
+    max_length = network.config.max_position_embeddings - config.max_new_tokens
+    rows, skipped = load_prompts(config, "train", tokenizer, max_length)
+    eval_rows, eval_skipped = load_prompts(config, "test", tokenizer, max_length)
     output.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func may change, as every release reminds
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL warns at every use of rollout_func
     trainer = RLTrainer(
         model=network,
         args=grpo_arguments(config, output),
         train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(held_out),
+        eval_dataset=Dataset.from_list(eval_rows),
         processing_class=tokenizer,
-        peft_config=lora(config),
         stage=config,
+        source=model,
         samples=output / "samples.jsonl",
         **({"rollout_func": rollout(engine, config, tokenizer)} if engine else {"tools": [python]}),
     )
     before = trainer.evaluate()
-    inputs = {"model": model_fingerprint(model) or model, "data": fingerprint([rows, held_out])}
-    history = train_with_resume(trainer, output, inputs)
+    trainer.train_with_resume({"data": fingerprint([rows, eval_rows])})
     after = trainer.evaluate()
     share = trainer.generation_seconds / max(trainer.step_seconds, 1e-9)
-    numbers = {"before": before, "after": after, "generation_share": share, "skipped_rows": skipped + bad}
+    numbers = {"before": before, "after": after, "generation_share": share, "skipped_rows": skipped + eval_skipped}
     if trainer.samples.exists():  # the main process writes them
         last = [json.loads(line) for line in trainer.samples.read_text().splitlines()[-4:]]
         numbers["samples"] = [{"prompt": row["prompt"][-1]["content"], "text": row["text"]} for row in last]
-    save_stage(trainer, tokenizer, output, record, inputs, task=config.dataset, history=history, **numbers)
+    trainer.save_stage(record, task=config.dataset, **numbers)

@@ -1,21 +1,24 @@
-"""Mid-training and SFT: teach a base model to chat, on TRL's SFTTrainer. One function, two YAML files.
+"""Mid-training and SFT on TRL's SFTTrainer: one function, two YAML files.
 
     python scripts/chat_sft.py --config recipes/cpu-demo/sft.yaml --run-dir runs/cpu-demo
 
-The first process renders the mixture with the tokenizer's chat template and packs it into rows in `state/`, where all
-processes, and a resume, read them. SFT trains on what the assistant says, mid-training on every token, neither on a
-tool's result. Against karpathy/nanochat: positions start anew in each conversation of a row, so that none sees
-another, and a conversation that is longer than a row is skipped and counted.
+The main process renders the mixture with the tokenizer's chat template, packs the conversations (best-fit decreasing)
+and writes them to `state/`, where all ranks read them. The loss of SFT is on assistant tokens, that of mid-training on
+all tokens, neither on tool results. Unlike karpathy/nanochat, a conversation does not attend to the others of its
+packed sequence, and one that is longer than a sequence is skipped and counted.
 """
 
 import hashlib
-import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from tqdm.auto import tqdm
@@ -23,26 +26,18 @@ from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from ..data.documents import log
-from ..data.mixture import Mixture, content_fingerprint, shared
+from ..data.mixture import Mixture, shared
 from ..data.splits import listed
-from ..data.tokenizer import load_tokenizer, spoken_mask, tokenizer_fingerprint
+from ..data.tokenizer import spoken_mask
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
-from ..run import fingerprint, load_json, model_fingerprint, save_json, start_record, writing
-from .checkpoint import MANIFEST, damage, sha256, write_manifest
+from ..run import load_json, save_json, start_record, writing
 from .fused_model import use_fused_forward
-from .model_setup import compute_dtype, load_chat_model, lora, reshard
-from .trainer import (
-    StageConfig,
-    StageTrainer,
-    save_stage,
-    split_step,
-    tool_result_mask,
-    train_with_resume,
-    trainer_arguments,
-)
+from .model_setup import compute_dtype, reshard
+from .trainer import StageConfig, StageTrainer, load_source, split_step, tool_result_mask, trainer_arguments
 
-MANY = 20_000  # conversations from which tokenizing is shared out over the cores
+ENCODE_BATCH = 1000  # conversations
+PARALLEL_FROM = 20_000  # conversations from which several processes encode them
 
 
 @dataclass
@@ -50,29 +45,29 @@ class ChatConfig(StageConfig):
     """Keys of mid.yaml and sft.yaml, besides those of StageConfig."""
 
     mixture: list[dict] = field(default_factory=lambda: [{"dataset": "primer"}])
-    """What to train on: entries as data/mixture.py reads them."""
+    """Datasets to train on; data/mixture.py describes an entry."""
     validation: list[dict] = field(default_factory=list)
-    """What the validation loss is measured on, likewise; empty: nothing."""
+    """Datasets of the validation loss, likewise; empty: none."""
     assistant_only_loss: bool = True
-    """Train on what the assistant says only; mid-training says false."""
+    """Train on assistant tokens only; false for mid-training."""
     max_seq_len: int = -1
-    """Tokens of a row; -1: as the model was pretrained."""
+    """Tokens per sequence; -1: as the model was pretrained."""
     packing: bool = True
-    """Put as many whole conversations into a row as fit; otherwise one conversation is one row."""
+    """Pack whole conversations into a sequence; false: one conversation per sequence."""
     total_batch_size: int = -1
-    """Tokens of a step (without packing: conversations), over all devices; -1: one batch of each device."""
+    """Global batch size in tokens (without packing: in conversations); -1: one micro-batch per device."""
     load_optimizer: bool = True
-    """Begin with the momenta in the source's optimizer.pt, if there is one."""
+    """Begin with the optimizer state in the source's optimizer.pt, if there is one."""
     chatcore_every: int = -1
     """Steps between measurements of ChatCORE on the tasks of eval.yaml; -1: never."""
     chatcore_max_per_task: int = 32
-    """Questions of each task that such a measurement asks; -1: all."""
+    """Questions per task of such a measurement; -1: all."""
     compile: bool = False
     """Compile the network with torch.compile (CUDA)."""
 
 
 class ChatTrainer(StageTrainer, SFTTrainer):
-    """SFTTrainer that counts the tokens it went through, and trains the way that pretraining does (`fast.fuse`).
+    """SFTTrainer with the fused forward of pretraining, a validation loss per token, and ChatCORE.
 
     `chatcore`, if set, is (model, questions per task) -> ChatCORE, measured every `chatcore_every` steps.
     """
@@ -89,27 +84,25 @@ class ChatTrainer(StageTrainer, SFTTrainer):
         model.train()
         self.log({"chatcore": value})
 
-    def use_fused_forward(self, documents: int) -> None:
-        """Take the fused training step, for batches of at most `documents` conversations, where nothing forbids it."""
-        stage = self.stage
-        self.fused = not (
-            stage.lora_r > 0 or stage.attn_implementation or self.is_deepspeed_enabled or self.is_fsdp_enabled
-        )
+    def enable_fused_forward(self, max_documents: int) -> None:
+        """Use the fused forward, for batches of at most `max_documents` conversations, where nothing forbids it."""
+        stage, device = self.stage, self.accelerator.device
+        self.fused = not (stage.lora_r > 0 or stage.attn_implementation or self.is_sharded())
         if self.fused:
-            device = self.accelerator.device
-            use_fused_forward(self.model, compute_dtype(device), documents, stage.compile and device.type == "cuda")
+            compiled = stage.compile and device.type == "cuda"
+            use_fused_forward(self.model, compute_dtype(device), max_documents, compiled)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.step_tokens += inputs["input_ids"].numel() * self.accelerator.num_processes
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The fused step's own loss; without it TRL's, which never holds all logits but waits for the GPU."""
+        """The fused forward's own loss; without it TRL's, which never holds all logits but waits for the GPU."""
         owner = Trainer if self.fused or not inputs["input_ids"].is_cuda else SFTTrainer
         return owner.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """The mean over all tokens that count: transformers' mean over batches would depend on how they are cut."""
+        """The mean loss per trained token; transformers' mean over batches would depend on the batch size."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         self.model.eval()
         for inputs in map(self._prepare_inputs, self.get_eval_dataloader()):
@@ -118,17 +111,17 @@ class ChatTrainer(StageTrainer, SFTTrainer):
             number = (inputs["labels"][:, 1:] != -100).sum()
             sums += torch.stack((torch.where(number > 0, loss * number, 0), number))
         self.model.train()
-        reshard(self.model)  # for what saves it
+        reshard(self.model)  # a checkpoint may be written next
         loss, number = self.accelerator.reduce(sums, "sum").tolist()
         self.log({"eval_loss": loss / max(number, 1)})
         return {"eval_loss": loss / max(number, 1)}
 
 
 class PackedCollator:
-    """Collator: packed rows -> input_ids, labels, position_ids, each (B, length or that of the longest row).
+    """Packed sequences -> input_ids, labels and position_ids, each (B, length or that of the longest sequence).
 
-    TRL's own would make one row of the batch, and without a variable-length kernel its attention mask costs B times
-    as much. Positions that restart tell the model where a conversation begins; padding counts as one of its own.
+    TRL's own collator would flatten the batch to one sequence; without a variable-length attention kernel that costs B
+    times as much. position_ids restart where a conversation begins; the padding counts as one.
     """
 
     def __init__(self, pad: int, length: int | None):
@@ -143,99 +136,89 @@ class PackedCollator:
         }
         for i, row in enumerate(rows):
             size = len(row["input_ids"])
-            parts = [*row.get("seq_lengths", [size]), width - size]
+            lengths = [*row.get("seq_lengths", [size]), width - size]
             batch["input_ids"][i, :size] = torch.tensor(row["input_ids"])
             batch["labels"][i, :size] = torch.tensor(row["labels"])
-            batch["position_ids"][i] = torch.cat([torch.arange(n) for n in parts])
+            batch["position_ids"][i] = torch.cat([torch.arange(n) for n in lengths])
         return batch
 
 
-def encode(tokenizer, chats: list[list[dict]], assistant_only_loss: bool) -> dict[str, list]:
-    """Conversations -> {"input_ids", "labels"}, a list each; labels are -100 where nothing is to be learned."""
-    rows, labels = tokenizer.apply_chat_template(chats, return_dict=True)["input_ids"], []
-    for ids in rows:
-        learned = spoken_mask(tokenizer, ids) if assistant_only_loss else tool_result_mask(ids, tokenizer)
-        # What follows from nothing, or from another conversation of the row, cannot be learned.
-        labels.append([-100, *(token if yes else -100 for token, yes in zip(ids[1:], learned[1:]))])
-    return {"input_ids": rows, "labels": labels}
+def encode(tokenizer, chats: list[list[dict]], assistant_only_loss: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Conversations -> (input_ids, labels) each, int32 (T,); labels are -100 where there is no loss."""
+    pairs = []
+    for ids in tokenizer.apply_chat_template(chats, return_dict=True)["input_ids"]:
+        mask = spoken_mask(tokenizer, ids) if assistant_only_loss else tool_result_mask(tokenizer, ids)
+        mask[0] = 0  # in a packed sequence the token before it is of another conversation
+        ids = np.array(ids, dtype=np.int32)
+        pairs.append((ids, np.where(mask, ids, -100).astype(np.int32)))
+    return pairs
 
 
-def code_version() -> str:
-    """A hash of the code between a data set and the rows that are trained on."""
-    package = Path(__file__).parents[1]
-    files = [file for part in ("data", "demo") for file in sorted((package / part).iterdir()) if file.is_file()]
-    return fingerprint([path.read_text() for path in (Path(__file__), *files)])
+def encode_all(tokenizer, chats: list[list[dict]], assistant_only_loss: bool) -> Iterator[tuple]:
+    """`encode` in batches; from PARALLEL_FROM conversations by several processes, since rendering is slow."""
+    batches = [chats[i : i + ENCODE_BATCH] for i in range(0, len(chats), ENCODE_BATCH)]
+    work = partial(encode, tokenizer, assistant_only_loss=assistant_only_loss)
+    parallel = len(chats) > PARALLEL_FROM
+    with multiprocessing.Pool(min(os.cpu_count(), 32)) if parallel else nullcontext() as pool:
+        for pairs in tqdm(pool.imap(work, batches) if pool else map(work, batches), "tokenizing", len(batches)):
+            yield from pairs
 
 
 def build_packed_dataset(
     config: ChatConfig, entries: list[dict], tokenizer, length: int, folder: Path
 ) -> tuple[Dataset, dict]:
-    """The rows to train on and {"rows", "tokens", "mixture", "skipped_rows", "content"}, made by the first process.
+    """Encode and pack a mixture into `folder`, on the main process; all ranks read it.
 
-    Those that an interrupted run left in `folder` are taken if data, config, tokenizer and code are the same as then.
-    Raises InputError when nothing of the mixture can be used.
+    Args:
+        entries: the mixture; length: tokens per sequence.
+
+    Returns:
+        Rows {"input_ids", "labels"} and, with packing, "seq_lengths"; and a summary {"rows", "tokens", "mixture",
+        "skipped_rows", "content"}, of which the last is a fingerprint of the rows.
+
+    Raises:
+        InputError: no conversation of the mixture can be used.
     """
     with main_process_first(f"making {folder}") as main:
         if main:
             mixture = Mixture(entries, config.seed, config.on_bad_example)
-            keys = {
-                name: getattr(config, name) for name in ("seed", "on_bad_example", "assistant_only_loss", "packing")
-            }
-            sources = [content_fingerprint(source) for source in mixture.sources]
-            parts = [entries, keys, length, sources, tokenizer_fingerprint(tokenizer), code_version()]
-            made_from = fingerprint(parts)
-            try:
-                same = (load_json(folder / "made.json") or {}).get("made_from") == made_from
-            except InputError:
-                same = False
-            if not same or not (folder / MANIFEST).exists() or damage(folder):
-                with writing(folder):
-                    make_rows(config, mixture, tokenizer, length, folder, made_from)
-    return load_from_disk(str(folder)).with_format("numpy"), load_json(folder / "made.json")
+            rows = encode_mixture(config, mixture, tokenizer, length)
+            digest = hashlib.sha256()
+            for row in rows.with_format("numpy"):
+                for name in ("input_ids", "labels"):
+                    digest.update(row[name].astype(np.int64).tobytes() + b"|")
+            with writing(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                rows.save_to_disk(folder)
+            print(mixture.table())
+            total = {key: sum(entry[key] for entry in mixture.summary()) for key in ("rows", "tokens")}
+            summary = {**total, "mixture": mixture.summary(), "skipped_rows": mixture.skipped}
+            save_json(folder / "summary.json", summary | {"content": digest.hexdigest()[:16]})
+    return load_from_disk(str(folder)).with_format("numpy"), load_json(folder / "summary.json")
 
 
-def make_rows(config: ChatConfig, mixture: Mixture, tokenizer, length: int, folder: Path, made_from: str) -> None:
-    """Encode and pack the conversations of `mixture` into `folder`, with made.json and a manifest of the files."""
-    chats = [(row["entry"], row["row"], json.dumps(row["messages"])) for row in tqdm(mixture, desc="reading")]
-    rows = Dataset.from_dict(dict(zip(("entry", "row", "chat"), zip(*chats)))).map(
-        lambda batch: encode(tokenizer, [json.loads(chat) for chat in batch["chat"]], config.assistant_only_loss),
-        batched=True,
-        num_proc=min(os.cpu_count(), 32) if len(chats) > MANY else None,
-        remove_columns="chat",
-        desc="tokenizing",
-    )
-    fitting = []
-    for index, (number, row, ids) in enumerate(zip(rows["entry"], rows["row"], rows["input_ids"])):
-        entry = mixture.entries[number]
+def encode_mixture(config: ChatConfig, mixture: Mixture, tokenizer, length: int) -> Dataset:
+    """The conversations of at most `length` tokens, encoded and, if the config says so, packed; others are skipped."""
+    examples = list(tqdm(mixture, desc="reading", total=len(mixture)))
+    encoded = encode_all(tokenizer, [example["messages"] for example in examples], config.assistant_only_loss)
+    columns: dict[str, list] = {"input_ids": [], "labels": []}
+    for example, (ids, labels) in zip(examples, encoded, strict=True):
+        entry = mixture.entries[example["entry"]]
         if len(ids) > length:
             entry.num_rows -= 1
-            mixture.skip(number, row, f"{len(ids)} tokens, and a row holds {length}")
+            mixture.skip(example["entry"], example["row"], f"{len(ids)} tokens, and a sequence holds {length}")
         else:
             entry.num_tokens += len(ids)
-            fitting.append(index)
-    if not fitting:
+            columns["input_ids"].append(ids)
+            columns["labels"].append(labels)
+    if not columns["input_ids"]:
         raise InputError(f"no conversation of the mixture fits into max_seq_len = {length} tokens")
-    rows = rows.select(fitting).select_columns(["input_ids", "labels"])
-    if config.packing:
-        rows = pack_dataset(rows, length)
-    shutil.rmtree(folder, ignore_errors=True)
-    rows.save_to_disk(folder)
-    digest = hashlib.sha256()
-    for row in rows.with_format("numpy"):
-        for name in ("input_ids", "labels"):
-            digest.update(row[name].tobytes() + b"|")
-    total = {key: sum(entry[key] for entry in mixture.summary()) for key in ("rows", "tokens")}
-    print(mixture.table())
-    made = {**total, "mixture": mixture.summary(), "skipped_rows": mixture.skipped}
-    save_json(folder / "made.json", made | {"content": digest.hexdigest()[:16], "made_from": made_from})
-    write_manifest(folder)
+    rows = Dataset.from_dict(columns)
+    return pack_dataset(rows, length) if config.packing else rows
 
 
 def pad_to_multiple(rows: Dataset, multiple: int, pad: int) -> Dataset:
-    """The rows, and empty ones up to a multiple: nothing is learned from these, and every process has as many.
-
-    Accelerate would repeat real ones instead, as many as there are processes to fill.
-    """
+    """Append rows without loss up to a multiple, so that every rank has as many; Accelerate would repeat real ones."""
     empty = {"input_ids": [pad], "labels": [-100], "seq_lengths": [1]}
     empty = {name: [empty[name]] * (-len(rows) % multiple) for name in rows.column_names}
     return concatenate_datasets([rows, Dataset.from_dict(empty, features=rows.features)]).with_format("numpy")
@@ -244,57 +227,47 @@ def pad_to_multiple(rows: Dataset, multiple: int, pad: int) -> Dataset:
 def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable | None = None) -> None:
     """Train the model in folder `model` on conversations; the result and its metrics.json go to `output`.
 
-    A killed run goes on from its last checkpoint when called again. `chatcore(model, questions per task)` -> number is
-    called on every process, every `chatcore_every` steps (eval.chatcore makes one). Raises InputError for a mixture,
-    model or batch size with which this cannot work.
+    An interrupted run resumes when it is called again. `chatcore` is (model, questions per task) -> number, called on
+    all ranks every `chatcore_every` steps. Raises InputError for a mixture, model or batch size that cannot be used.
     """
     record, output = start_record(config), Path(output)
-    partial_state()
-    with main_process_first(f"loading {model}"):
-        tokenizer = load_tokenizer(model)
-        network = load_chat_model(model, config, tokenizer)
+    tokenizer, network = load_source(model, config)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
-    steps, unit = 1, length if config.packing else 1
+    accumulation = 1
     if config.total_batch_size > 0:
-        config, steps = split_step(config, "total_batch_size", config.total_batch_size, unit)
-    rows, made = build_packed_dataset(config, config.mixture, tokenizer, length, output / "state" / "rows")
-    held_out = None
+        unit = length if config.packing else 1
+        config, accumulation = split_step(config, "total_batch_size", config.total_batch_size, unit)
+    rows, summary = build_packed_dataset(config, config.mixture, tokenizer, length, output / "state" / "rows")
+    inputs, eval_rows = {"data": summary.pop("content")}, None
+    micro_batch = config.device_batch_size * partial_state().num_processes
     if config.validation:
         if both := shared(config.mixture, config.validation):
             log(f"mixture and validation both take rows of {listed(both)}: its validation loss is of rows trained on")
-        held_out, held = build_packed_dataset(
-            config, config.validation, tokenizer, length, output / "state" / "validation"
-        )
-    together = config.device_batch_size * partial_state().num_processes
-    rows = pad_to_multiple(rows, together * steps, tokenizer.pad_token_id)
-    held_out = pad_to_multiple(held_out, together, tokenizer.pad_token_id) if held_out else None
+        folder = output / "state" / "validation"
+        eval_rows, eval_summary = build_packed_dataset(config, config.validation, tokenizer, length, folder)
+        inputs["validation data"] = eval_summary["content"]
+        eval_rows = pad_to_multiple(eval_rows, micro_batch, tokenizer.pad_token_id)
+    rows = pad_to_multiple(rows, micro_batch * accumulation, tokenizer.pad_token_id)
     trainer = ChatTrainer(
         model=network,
         args=SFTConfig(
-            **trainer_arguments(config, output) | ({} if held_out else {"eval_strategy": "no"}),
-            gradient_accumulation_steps=steps,
+            **trainer_arguments(config, output) | ({} if eval_rows else {"eval_strategy": "no"}),
+            gradient_accumulation_steps=accumulation,
             per_device_eval_batch_size=config.device_batch_size,
-            max_length=None,  # rows are made already
+            max_length=None,  # the rows have their length already
         ),
         train_dataset=rows,
-        eval_dataset=held_out,
+        eval_dataset=eval_rows,
         processing_class=tokenizer,
         data_collator=PackedCollator(tokenizer.pad_token_id, length if config.packing else None),
-        peft_config=lora(config),
         stage=config,
-        momenta=Path(model) / "optimizer.pt" if config.load_optimizer else None,
+        source=model,
     )
-    if chatcore and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # each would ask questions of its own
-        trainer.accelerator.print("chatcore_every is left out: this launch file keeps the weights in pieces")
-    else:
-        trainer.chatcore = chatcore
-    most = max(len(n) for part in (rows, held_out) if part for n in part["seq_lengths"]) if config.packing else 1
-    trainer.use_fused_forward(config.device_batch_size * (most + 1))  # and one for a row's padding
-    inputs = {"model": model_fingerprint(model) or model, "data": made.pop("content")}
-    if held_out:
-        inputs["validation data"] = held["content"]
-    if trainer.momenta and trainer.momenta.exists():
-        inputs["optimizer"] = sha256(trainer.momenta)
-    history = train_with_resume(trainer, output, inputs)
-    val_loss = trainer.evaluate()["eval_loss"] if held_out else None
-    save_stage(trainer, tokenizer, output, record, inputs, **made, history=history, val_loss=val_loss)
+    trainer.chatcore = None if trainer.is_sharded() else chatcore
+    if chatcore and trainer.is_sharded():  # each rank would ask questions of its own
+        trainer.accelerator.print("chatcore_every is left out: this Accelerate config file shards the weights")
+    most = max(len(n) for part in (rows, eval_rows) if part for n in part["seq_lengths"]) if config.packing else 1
+    trainer.enable_fused_forward(config.device_batch_size * (most + 1))  # and one for a sequence's padding
+    trainer.train_with_resume(inputs)
+    val_loss = trainer.evaluate()["eval_loss"] if eval_rows else None
+    trainer.save_stage(record, **summary, val_loss=val_loss)

@@ -1,0 +1,295 @@
+"""One runner per stage, for the speedrun, the scripts and later commands alike; and the pipeline of a recipe's stages.
+
+    run_chat(parse_config(ChatConfig, "recipes/d12/sft.yaml"), Run("runs/d12"))     # one stage
+    stages, configs = read_recipe(find_recipe("d12"), None, ["base.depth=10"])      # all of them
+    run_stages(Run("runs/d12"), stages, configs)
+
+A recipe is a folder with one YAML per stage. The pipeline skips a finished stage, resumes an interrupted one, and
+refuses a run folder whose stages were made by another recipe or from other inputs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .config import Parser, parse_config
+from .data.documents import is_local, text_fingerprint
+from .data.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from .demo import corpus as primer
+from .distributed import (
+    broadcast_from_main,
+    main_process_first,
+    monitored_barrier,
+    partial_state,
+    reset_accelerate_state,
+)
+from .errors import InputError
+from .eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, evaluate
+from .eval.lm_eval_model import Generator
+from .eval.report import make_report
+from .eval.weights import origin, renewal, replaced
+from .hub.push import checkpoint_pusher
+from .run import MODEL_STAGES, STAGES, Run, load_json, nearest, renamed_keys
+from .serve.engine import Engine
+from .train.dpo import DPOStageConfig, train_dpo
+from .train.grpo import RLConfig, train_rl
+from .train.pretrain import PretrainConfig, pretrain
+from .train.sft import ChatConfig, train_chat
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+CONFIGS = {"tokenizer": TokenizerConfig, "base": PretrainConfig, "mid": ChatConfig, "sft": ChatConfig, "rl": RLConfig}
+CONFIGS["eval"] = EvalConfig
+SEPARATORS = {"call": "[", "result": " = ", "text": "] "}  # printed before these parts of an answer
+
+
+def engine(model, tokenizer):
+    """What generates in evaluations and RL: the engine for nanochat models on CUDA, else transformers' forward."""
+    fast = model.device.type == "cuda" and model.config.model_type in ("nanochat", "nanochat_hf")
+    return Engine(model, tokenizer) if fast else Generator(model, tokenizer)
+
+
+def new_folder(run: Run, stage: str) -> Path:
+    """The stage's folder. Raises InputError if the stage is finished."""
+    folder = run.path / stage
+    if (load_json(folder / "metrics.json") or {}).get("finished"):
+        raise InputError(f"{folder} is finished already; delete it or choose another --run-dir")
+    return folder
+
+
+def source_of(stage: str, run: Run) -> str:
+    """The newest finished model before a stage. Raises InputError if there is none."""
+    folder = run.latest_model(before=stage if stage in STAGES else "eval")
+    if folder is None:
+        raise InputError(
+            f"stage {stage!r} starts from a finished earlier stage and {run.path} has none: run base first, "
+            "or run the stage's script with --model"
+        )
+    return str(folder)
+
+
+def run_tokenizer(config: TokenizerConfig, run: Run) -> None:
+    folder = new_folder(run, "tokenizer")
+    with main_process_first("the tokenizer") as main:
+        if main:
+            train_tokenizer(config, folder)
+            metrics = run.metrics("tokenizer")
+            print(f"{folder}: {metrics['vocab_size']} tokens, {metrics['bytes_per_token']:.2f} bytes per token")
+
+
+def run_base(
+    config: PretrainConfig,
+    run: Run,
+    tokenizer: str | None = None,
+    model: str | None = None,
+    repo: str | None = None,
+    tasks: EvalConfig | None = None,
+) -> None:
+    """Pretrain, with CORE on the way if `tasks` name a bundle, and checkpoints pushed to the Hub repository `repo`."""
+    if not tokenizer and not run.finished("tokenizer"):
+        raise InputError(f"{run.path} has no finished tokenizer: run scripts/tok_train.py first, or give --tokenizer")
+    folder, tokenizer, core, push = new_folder(run, "base"), tokenizer or str(run.folder("tokenizer")), None, None
+    if tasks and tasks.core_bundle and config.core_metric_every > 0:
+        core = core_metric(load_tokenizer(tokenizer), tasks.core_bundle)
+    if repo:  # all ranks take part in writing the folder, one uploads it
+        push = checkpoint_pusher(repo) if partial_state().is_main_process else lambda folder, step: None
+    pretrain(config, tokenizer, folder, model, core=core, push=push)
+
+
+def run_chat(
+    config: ChatConfig, run: Run, stage: str = "sft", model: str | None = None, tasks: EvalConfig | str | None = None
+) -> None:
+    """Mid-training or SFT, with ChatCORE on the way on `tasks` (or the eval.yaml of that name)."""
+    if stage not in ("mid", "sft"):
+        raise InputError(f"--stage is {stage!r}: use mid or sft")
+    folder, source, chatcore = new_folder(run, stage), model or source_of(stage, run), None
+    partial_state().print(origin(run, stage, source))
+    tasks = parse_config(EvalConfig, tasks) if isinstance(tasks, str) else tasks
+    if tasks and config.chatcore_every > 0:
+        try:
+            chatcore = chatcore_metric(tasks, load_tokenizer(source), folder / "state", engine)
+        except InputError as error:  # the tasks' data are missing: a stage does not need them
+            partial_state().print(f"no ChatCORE on the way: {error}")
+    train_chat(config, source, folder, chatcore)
+
+
+def run_rl(config: RLConfig, run: Run, model: str | None = None) -> None:
+    folder, source = new_folder(run, "rl"), model or source_of("rl", run)
+    partial_state().print(origin(run, "rl", source))
+    train_rl(config, source, folder, engine)
+
+
+def run_dpo(config: DPOStageConfig, run: Run, model: str | None = None) -> None:
+    folder, source = new_folder(run, "dpo"), model or source_of("dpo", run)
+    partial_state().print(origin(run, "dpo", source))
+    train_dpo(config, source, folder)
+
+
+def run_eval(config: EvalConfig, run: Run, stages: str | None = None, model: str | None = None, **options) -> None:
+    """Evaluate the finished stages of a run, those of the comma-separated `stages`, or another model as "base"."""
+    names = stages.split(",") if stages else [name for name in MODEL_STAGES if run.finished(name)]
+    for name in names if not model else ():
+        if name not in MODEL_STAGES or not run.finished(name):
+            raise InputError(f"{name!r} is no finished stage with a model of {run.path}")
+    models = {"base": model} if model else {name: str(run.folder(name)) for name in names}
+    evaluate(config, models, run.folder("eval"), engine, **options)
+
+
+def run_stage(stage: str, configs: dict, run: Run, repo: str | None = None) -> None:
+    runners = {"tokenizer": run_tokenizer, "base": run_base, "mid": run_chat, "sft": run_chat, "rl": run_rl}
+    tasks = configs.get("eval")
+    options = {"base": {"repo": repo, "tasks": tasks}, "eval": {"keep_unchanged": True}}
+    options |= {name: {"stage": name, "tasks": tasks} for name in ("mid", "sft")}
+    (runners | {"eval": run_eval})[stage](configs[stage], run, **options.get(stage, {}))
+
+
+def find_recipe(name: str) -> Path:
+    for folder in (Path(name), RECIPES / name):
+        if (folder / "base.yaml").is_file():
+            return folder
+    names = sorted(path.parent.name for path in RECIPES.glob("*/base.yaml"))
+    raise InputError(f"no recipe {name!r} (a folder with base.yaml); {nearest(name, names)}")
+
+
+def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) -> tuple[list[str], dict]:
+    """The stages to run, in order, and each stage's config.
+
+    Args:
+        stages: None for all of the recipe that are `enabled`, and the report.
+        overrides: STAGE.KEY=VALUE.
+
+    Raises:
+        InputError: an unknown stage or key, or a wrong value.
+    """
+    present = [stage for stage in CONFIGS if (recipe / f"{stage}.yaml").is_file()]
+
+    def check(stage: str, names: list[str]) -> None:
+        if stage not in names:
+            raise InputError(f"recipe {recipe.name} has no stage {stage!r}; {nearest(stage, names)}")
+
+    values: dict[str, dict] = {stage: {} for stage in present}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        stage, dot, key = key.partition(".")
+        if not (equals and dot):
+            raise InputError(f"expected STAGE.KEY=VALUE, got {word!r}")
+        check(stage, present)
+        values[stage][key] = value
+    for stage in stages or []:
+        check(stage, [*present, "report"])
+    configs = {stage: parse_config(CONFIGS[stage], recipe / f"{stage}.yaml", values[stage]) for stage in present}
+    chosen = stages or [*(stage for stage in present if getattr(configs[stage], "enabled", True)), "report"]
+    return [stage for stage in STAGES if stage in chosen], configs
+
+
+def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
+    """Refuse to mix what is on disk with another recipe, or a finished stage with a source that is not finished."""
+    last = max((MODEL_STAGES.index(stage) for stage in stages if stage in MODEL_STAGES), default=-1)
+    for stage in MODEL_STAGES[: last + 1]:
+        if run.finished(stage) and broadcast_from_main(partial_state().is_main_process and replaced(run, stage)):
+            raise InputError(
+                f"the weights in {run.folder(stage)} are not those that its metrics.json describes; "
+                "restore them, or delete that folder"
+            )
+    redone = None
+    for stage in stages:
+        metrics = run.metrics(stage) if stage in configs else None
+        if not (metrics and metrics.get("finished")):
+            redone = redone or stage
+            continue
+        if redone and stage != "eval":
+            raise InputError(
+                f"{run.folder(stage)} is finished but was made before {redone!r}, which runs again; delete it"
+            )
+        now, before = vars(configs[stage]), renamed_keys(metrics.get("config") or {})
+        changes = [f"{key}: {old!r} -> {now.get(key)!r}" for key, old in before.items() if now.get(key) != old]
+        if changes:
+            raise InputError(
+                f"the recipe changed since {run.folder(stage)} finished ({', '.join(changes[:3])}); "
+                "use another --run-dir or delete that folder"
+            )
+        check_inputs(run, stage, metrics.get("inputs") or {}, configs[stage])
+
+
+def check_inputs(run: Run, stage: str, inputs: dict, config) -> None:
+    """Refuse a finished stage whose tokenizer, starting model or local text is no longer that of today."""
+    data = inputs.get("data") if stage in ("tokenizer", "base") and is_local(config.dataset) else None
+    if data and text_fingerprint(config.dataset) != data:
+        raise InputError(
+            f"the text of {config.dataset} changed since {run.folder(stage)} finished; "
+            "bring back the old files, use another --run-dir or delete that folder"
+        )
+    folder, tokenizer = run.folder("tokenizer"), inputs.get("tokenizer")
+    if tokenizer and run.finished("tokenizer") and tokenizer_fingerprint(load_tokenizer(folder)) != tokenizer:
+        raise InputError(f"{run.folder(stage)} was trained with another tokenizer than that in {folder}; delete it")
+    source = run.latest_model(before=stage) if inputs.get("model") else None
+    weights = (load_json(source / "metrics.json") or {}).get("weights") if source else None
+    if weights and weights != inputs["model"]:
+        raise InputError(f"{run.folder(stage)} was made from another model than the one in {source} now; delete it")
+
+
+def run_stages(
+    run: Run, stages: list[str], configs: dict, repo: str | None = None, hourly_rate: float | None = None
+) -> None:
+    """Run the stages that are not finished, on all ranks, then write the report and show a few answers."""
+    state = partial_state()
+    check_run_folder(run, stages, configs)
+    for stage in stages:
+        if stage == "report":
+            continue
+        again = stage == "eval" and state.is_main_process and renewal(run, definition_of(configs[stage]))
+        again = broadcast_from_main(again)
+        if run.finished(stage) and not again:
+            state.print(f"[{stage}] already finished, skipping: {run.folder(stage)}")
+            continue
+        state.print(
+            f"[{stage}] {run.folder(stage)}" + (f": finished earlier, runs again for {again}" if again else "")
+        )
+        run_stage(stage, configs, run, repo)
+        reset_accelerate_state()
+        monitored_barrier(f"the end of stage {stage}")
+    if "report" in stages and state.is_main_process:
+        report = make_report(run.path, hourly_rate=hourly_rate)
+        print(f"\n{report.read_text()}\nThe report with its plots: {report}")
+        show_answers(run, configs["base"].dataset)
+
+
+def show_answers(run: Run, dataset) -> None:
+    """Ask the newest chat model three questions; those of the demo's world were never in its training data."""
+    folder = run.latest_model()
+    if folder is None or folder.name == "base":
+        return
+    texts = ["Who are you?", "Why is the sky blue?", "What is 317 times 24?"]
+    if dataset == "primer":
+        rows = [primer.questions(kind, num=1)[0] for kind in ("fact", "arithmetic", "counting")]
+        texts = [row["messages"][0]["content"] for row in rows]
+    model = Engine.from_pretrained(str(folder))
+    print(f"\nThree questions to {folder}; more with: python scripts/chat_cli.py --run-dir {run.path}")
+    for text in texts:
+        print(f"\n> {text}")
+        kind = "text"
+        for chunk in model.stream([{"role": "user", "content": text}], max_new_tokens=256, temperature=0.0):
+            print("" if chunk.kind == kind else SEPARATORS[chunk.kind], chunk, sep="", end="", flush=True)
+            kind = chunk.kind
+        print()
+
+
+def main() -> None:
+    """The command line of recipes/speedrun.py."""
+    description = sys.modules["__main__"].__doc__
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, help="a name under recipes/ or the path of a recipe folder")
+    parser.add_argument("--run-dir", help="where results go (default: runs/<recipe>)")
+    parser.add_argument("--stages", help="comma-separated; default: the enabled ones of the recipe, and report")
+    parser.add_argument(
+        "--node-hourly-rate", "--hourly-rate", type=float, help="dollars per hour of this machine, for the report"
+    )
+    parser.add_argument("--repo", help="Hub repository for checkpoints, as branches, every base.push_every steps")
+    parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
+    arguments = parser.parse_intermixed_args()
+    recipe = find_recipe(arguments.recipe)
+    stages, configs = read_recipe(recipe, arguments.stages and arguments.stages.split(","), arguments.overrides)
+    if (configs["base"].push_every > 0) != bool(arguments.repo):
+        raise InputError("base.push_every and --repo go together: give both, or neither")
+    run = Run(arguments.run_dir or Path("runs") / recipe.name)
+    with run.lock():
+        run_stages(run, stages, configs, arguments.repo, arguments.node_hourly_rate)

@@ -1,0 +1,144 @@
+"""DPO: pairs from a file, which tokens are compared, the paper's loss, and what a run leaves behind."""
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+from transformers import AutoModelForCausalLM
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from workers import launch
+
+from nanochat_hf.data.transforms import BadRow
+from nanochat_hf.errors import InputError
+from nanochat_hf.run import load_json
+from nanochat_hf.train import dpo
+from nanochat_hf.train.dpo import DPOStageConfig, load_pairs, mask_completions, read_pair, train_dpo
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+USER, REPLY = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}
+OTHER = {**REPLY, "content": "no"}
+
+
+@pytest.fixture
+def config(tmp_path) -> DPOStageConfig:
+    """Forty pairs, `yes` is better than `no`, and a row that is too long."""
+    prompts = [{"role": "user", "content": f"Is it {number}?"} for number in range(40)]
+    rows = [{"prompt": [prompt], "chosen": [REPLY], "rejected": [OTHER]} for prompt in prompts]
+    rows.append({**rows[0], "chosen": [{**REPLY, "content": "word " * 200}]})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"examples_per_step": 8, "device_batch_size": 8, "num_eval_pairs": 8, "num_iterations": 6}
+    return DPOStageConfig(dataset=str(tmp_path / "pairs.jsonl"), init_lr_frac=0.1, **keys)
+
+
+def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenizer):
+    train, held_out, skipped = load_pairs(config, tokenizer, 64)
+    assert (len(train), len(held_out)) == (32, 8)
+    texts = [{row["prompt"][0]["content"] for row in rows} for rows in (train, held_out)]
+    assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 40
+    assert [row["row"] for row in skipped] == [40] and "a sequence holds 64" in skipped[0]["reason"]
+    for keys, words in (({"on_bad_example": "error"}, "row 40 of"), ({"num_eval_pairs": 40}, "has 40 pairs.*row 40")):
+        with pytest.raises(InputError, match=words):
+            load_pairs(DPOStageConfig(**asdict(config) | keys), tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    "row,reason",
+    [
+        ({"text": "x"}, "needs chosen and rejected"),
+        ({"chosen": "yes", "rejected": "no"}, "needs chosen and rejected|no messages"),
+        ({"prompt": [USER], "chosen": [], "rejected": []}, "last message"),
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}, "same"),
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY, USER, REPLY]}, "continues"),
+        *(
+            ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]} | {side: [{**REPLY, "content": text}]}, reason)
+            for side in ("chosen", "rejected")
+            for text, reason in (("word " * 200, "a sequence holds 64"), (None, "content|text|message"))
+        ),
+        (None, "no such dataset"),
+    ],
+)
+def test_a_file_without_pairs_is_named(config, tokenizer, tmp_path, row, reason):
+    config.dataset = str(tmp_path / "other.jsonl")
+    if row:
+        (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=reason):
+        load_pairs(config, tokenizer, 64)
+    if row and "content" in reason:
+        with pytest.raises(BadRow, match=reason):
+            read_pair(row, tokenizer, 64)
+
+
+def test_a_pair_is_cut_where_its_conversations_differ(tokenizer):
+    expected = {"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}
+    assert (
+        read_pair({"prompt": "Is it?", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, tokenizer, 64) == expected
+    )
+    longer = {"prompt": [USER], "chosen": [REPLY, USER, REPLY], "rejected": [REPLY, USER, OTHER]}
+    assert read_pair(longer, tokenizer, 64)["prompt"] == [USER, REPLY, USER]
+    size = len(tokenizer.apply_chat_template([USER, REPLY], return_dict=False))
+    assert read_pair(expected, tokenizer, size) == expected  # `yes` and `no` are equally long or shorter
+    with pytest.raises(BadRow, match=f"{size} tokens"):
+        read_pair(expected, tokenizer, size - 1)
+
+
+def test_the_loss_is_on_what_the_assistant_says(tokenizer):
+    call = [{"type": "function", "function": {"name": "python", "arguments": '{"expression": "1+1"}'}}]
+    chosen = [
+        {"role": "assistant", "content": "So 😊", "tool_calls": call},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "Two 好"},
+        {"role": "user", "content": "Really?"},
+        {"role": "assistant", "content": "Yes é"},
+    ]
+    row = read_pair({"prompt": [USER], "chosen": chosen, "rejected": [REPLY]}, tokenizer, 200)
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    ids = {"prompt_ids": prompt}
+    for side in ("chosen", "rejected"):
+        whole = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
+        ids[f"{side}_ids"] = whole[len(prompt) :]
+    batch = mask_completions(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id), tokenizer, [ids])
+    texts = [tokenizer.decode(row[mask.bool()]) for row, mask in zip(batch["input_ids"], batch["completion_mask"])]
+    assert texts[0] == "So 😊<|python_start|>1+1<|python_end|>Two 好<|assistant_end|>Yes é<|assistant_end|>"
+    assert texts[1] == "yes<|assistant_end|>"
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_chosen_completion_becomes_likelier(tiny_folder, config, tmp_path, monkeypatch, rank):
+    calls = []
+    monkeypatch.setattr(dpo, "mask_completions", lambda *args: (calls.append(1), mask_completions(*args))[1])
+    config.lora_r, config.lora_lr, config.init_lr_frac = rank, 0.02, 1.0 if rank else 0.1
+    train_dpo(config, tiny_folder, tmp_path / "dpo")
+    metrics = load_json(tmp_path / "dpo" / "metrics.json")
+    assert metrics["before"]["margin"] == 0 and metrics["before"]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert metrics["after"]["accuracy"] == 1.0 and metrics["after"]["margin"] > 0.01
+    assert metrics["finished"] and metrics["rows"] == 32 and metrics["bad"] == len(metrics["skipped_rows"]) == 1
+    assert len(metrics["history"]) == 6 and metrics["tokens_per_second"] > 0
+    assert len(calls) > 6 and AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
+
+
+def test_the_loss_is_that_of_the_papers_formula_with_the_configs_beta(tiny_folder, config, tmp_path):
+    """-log sigmoid(beta x (log-ratio of chosen - log-ratio of rejected)); margins are beta x that difference."""
+    results = {}
+    for beta in (0.1, 0.5):
+        config.beta, config.num_iterations = beta, 1
+        train_dpo(config, tiny_folder, tmp_path / str(beta))
+        results[beta] = load_json(tmp_path / str(beta) / "metrics.json")["after"]
+    # One step of normalized updates moves the weights alike, so the margins are as the betas.
+    assert results[0.5]["margin"] == pytest.approx(5 * results[0.1]["margin"], rel=0.05)
+    for after in results.values():  # all pairs are alike: the mean of the loss is nearly the loss of the mean
+        assert after["loss"] == pytest.approx(math.log1p(math.exp(-after["margin"])), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
+def test_two_processes_learn_what_one_does(tiny_folder, config, tmp_path, rank):
+    config.lora_r, config.device_batch_size = rank, 4
+    for number, launch_config in ((1, ""), (2, "multi_gpu")):
+        job = {"do": "dpo", "model": tiny_folder, "output": tmp_path / str(number), **asdict(config)}
+        assert launch(number, launch_config, [job]).returncode == 0
+    one, two = (load_json(tmp_path / name / "metrics.json") for name in ("1", "2"))
+    for key in ("train_loss", "grad_norm"):
+        assert [row[key] for row in two["history"]] == pytest.approx([row[key] for row in one["history"]], abs=1e-5)
+    assert two["after"] == pytest.approx(one["after"], abs=1e-5)

@@ -1,0 +1,258 @@
+"""The task files: they load in lm-eval, refuse damaged rows, build upstream's prompts and grade; results are read."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import _import_func_in_yml, load_yaml
+
+from nanochat_hf.eval.core import load_tasks, run_lm_eval
+from nanochat_hf.eval.harness import EvalConfig
+from nanochat_hf.eval.lm_eval_model import LocalLM
+from nanochat_hf.eval.tasks import majority, readable, standard_error, write_jsonl
+
+TASKS = Path(__file__).parent.parent / "evals" / "tasks"
+
+
+def function(name):
+    """A function of evals/tasks as lm-eval imports it."""
+    return _import_func_in_yml(name, TASKS)
+
+
+def manager(**metadata):
+    return TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path.parent)
+
+
+def test_every_file_is_indexed_with_a_version_and_the_groups_are_complete():
+    index = manager().task_index
+    for path in TASKS.glob("*.yaml"):
+        config = load_yaml(path, resolve_func=False)
+        if "task" in config:
+            assert config.get("group", config["task"]) in index and "version" in config["metadata"], path
+    groups = {"core": 22, "chatcore": 6, "demo": 5, "ko": 5}
+    for group, size in groups.items():
+        tasks = index[f"nanochat_{group}"].cfg["task"]
+        assert len(tasks) == size and all(name in index for name in tasks)
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "arc_easy", "mmlu", "humaneval", "spellingbee", "demo_facts"])
+def test_a_damaged_file_of_a_chat_task_is_named_with_its_line(tmp_path, name):
+    file = load_yaml(TASKS / f"{name}.yaml", resolve_func=False)["dataset_kwargs"]["file"]
+    for content in (b"", b"{\n", b'{"question": "?"}\n', b'{"question": 1, "answer": "1"}', b"\xff\n"):
+        (tmp_path / file).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{file}(, line 1: | is empty)") as error:
+            manager(chat_data=str(tmp_path)).load([f"nanochat_{name}"])
+        assert "\n" not in str(error.value)
+
+
+ARC = {"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+MMLU = {"question": "?", "choices": ["a", "b"], "answer": 0}
+GSM8K = {"question": "?", "answer": "#### 1"}
+
+
+@pytest.mark.parametrize(
+    "name,good,bad,reason",
+    [
+        ("mmlu", MMLU, MMLU | {"answer": 2}, "answer 2 is none of the choices"),
+        ("mmlu", MMLU, MMLU | {"answer": -1}, "answer -1 is none of the choices"),
+        ("mmlu", MMLU, MMLU | {"answer": "D"}, "answer 'D' is none of the choices"),
+        ("arc_easy", ARC, ARC | {"answerKey": "C"}, "answer 'C' is none of the choices"),
+        ("arc_easy", ARC, ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "2 choices and 1 letters"),
+        ("mmlu", MMLU, {"question": "?", "choices": ["a", "b"]}, "KeyError: 'answer'"),
+    ],
+)
+def test_choices_without_their_answer_are_named(tmp_path, name, good, bad, reason):
+    folder = write(tmp_path / f"{name}_test.jsonl", [good, bad])
+    with pytest.raises(ValueError, match=rf"{name}_test\.jsonl, line 2: not a row of this task \(.*{reason}"):
+        manager(chat_data=folder).load([f"nanochat_{name}"])
+
+
+COPA = "sentence\tquestion\t1\t2\tAnswer\n"
+HELLASWAG = "context\tchoice1\tchoice2\tchoice3\tchoice4\tlabel\n"
+
+
+@pytest.mark.parametrize(
+    "task,content,reason",
+    [
+        ("COPA", "sentence\tquestion\t1\tAnswer\n", "1: no column '2'"),
+        ("COPA", COPA, "1: no rows follow"),
+        ("COPA", COPA + "a\tb\tc\td\t1\na\tb\tc\td\t3\n", "3: the label is '3'"),
+        ("BoolQ", "Text\tQuestion\tAnswer\na\tb\tyes\n", "2: the label is 'yes'"),
+        ("BoolQ", "Text\tQuestion\tAnswer\na\tb\n", "2: 2 of 3 columns"),
+        ("HellaSwag", HELLASWAG + "a\tb\tc\td\te\t\n", "2: the label is ''"),
+        ("HellaSwag", HELLASWAG + "a\xff", "2: no UTF-8"),
+    ],
+)
+def test_a_damaged_file_of_kobest_is_named_with_its_line(tmp_path, task, content, reason):
+    path = tmp_path / task / "test.tsv"
+    path.parent.mkdir()
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"test\.tsv, line {reason}"):
+        function("ko.kobest")(task, chat_data=str(tmp_path))
+
+
+def test_rows_come_from_the_first_folder_that_has_them_and_may_have_other_fields(tmp_path):
+    rows, folder = function("utils.rows"), write(tmp_path / "x.jsonl", [{"a": "1", "id": 1}, {"a": "2", "id": ["x"]}])
+    write(tmp_path / "later" / "x.jsonl", [{"a": "3"}])
+    folders = [None, str(tmp_path / "no"), folder, str(tmp_path / "later")]
+    assert rows("x.jsonl", ["a"], chat_data=folders)["test"].to_list() == [{"a": "1"}, {"a": "2"}]
+    with pytest.raises(ValueError, match="no file y"):
+        rows("y.jsonl", ["a"], chat_data=folder)
+
+
+# ---- prompts and graders --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row,letters", [(MMLU | {"answer": 1}, "AB"), (ARC | {"answerKey": "B"}, "AB")])
+def test_choices_stand_before_their_letters(tmp_path, row, letters):
+    folder = write(tmp_path / "arc_easy_test.jsonl", [row])
+    task = manager(chat_data=folder).load(["nanochat_arc_easy"])["tasks"]["nanochat_arc_easy"]
+    doc, request = task.eval_docs[0], "Respond only with the letter of the correct answer."
+    assert task.doc_to_text(doc) == f"Multiple Choice question: ?\n- a=A\n- b=B\n\n{request}"
+    assert task.doc_to_choice(doc) == list(letters)
+    assert task.process_results(doc, [(-2.0, False), (-1.0, True)])["acc"] == 1.0
+    assert task.process_results(doc, [(-1.0, False), (-1.0, True)])["acc"] == 0.0
+
+
+def test_accuracies_are_centered_on_their_baseline():
+    for name, baseline in (("centered20", 0.2), ("centered25", 0.25), ("centered50", 0.5)):
+        items = [1, 0, 1, 1, 0]
+        assert function(f"utils.{name}")(items) == pytest.approx((0.6 - baseline) / (1 - baseline))
+
+
+def test_hash_answers_are_compared_as_text():
+    grade = function("utils.hash_results")
+    doc = {"answer": "She has <<2*9=18>>18.\n#### 1,018"}
+    assert grade(doc, ["first #### 1018 and more"])["acc"] == 1
+    assert grade(doc, ["#### 1018.0"])["acc"] == 0
+    samples = [["#### 3", "#### 2", "none", "#### 3"]]
+    expected = {"acc": 0.5, "centered": 0.5, "pass@2": 1 - 1 / 6, "pass@4": 1.0}  # one of six pairs has no right one
+    assert grade({"answer": "3"}, samples) == pytest.approx(expected)
+
+
+def test_answers_of_the_demo_are_graded_with_their_tool_use():
+    grade, doc = function("utils.primer_results"), {"kind": "arithmetic", "answer": "4"}
+    call = "<|python_start|>2+2<|python_end|><|output_start|>4<|output_end|>4"
+    assert grade(doc, [call]) == {"acc": 1, "tool_use": 1}
+    assert grade(doc, [["It is 4.", call]]) == {"acc": 1, "tool_use": 0, "pass@2": 1}
+
+
+HUMANEVAL = {
+    "prompt": "from typing import List\n\n\ndef double(xs: List[int]) -> List[int]:\n    '''Doubles.'''\n",
+    "test": "def check(f):\n    assert f([1, 2]) == [2, 4]\n",
+    "entry_point": "double",
+}
+
+
+@pytest.mark.parametrize(
+    "text,passed",
+    [
+        ("Sure!\n```python\ndef double(xs: List[int]):\n    return [2 * x for x in xs]\n```\nDone.", 1.0),
+        ("def double(xs: List[int]):\n    return [2 * x for x in xs]", 1.0),
+        ("```\ndef double(xs):\n    return xs\n```", 0.0),
+        ("```python\ndef double(xs):\n    return [x + x for x in xs]\n```\nUse it:\n```\ndouble(1)(\n```", 1.0),
+        ("```\ndef double(xs):\n    return xs\n```\n```\ndef double(xs):\n    return [x + x for x in xs]\n```", 0.0),
+        ("import sys\nsys.exit(0)", 0.0),
+        ("I do not know.", 0.0),
+    ],
+)
+def test_humaneval_answers_are_run_with_the_tests(text, passed):
+    assert function("utils.humaneval_results")(HUMANEVAL, [text])["acc"] == passed
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "import os, time\nfor _ in range(200):\n    if os.fork() == 0:\n        time.sleep(30)",
+        "files = [open('/dev/null') for _ in range(500)]",
+        "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos._exit(0)",
+        "import os, signal\nos.killpg(0, signal.SIGKILL)",
+    ],
+)  # test_tools.py has more of them
+def test_a_hostile_answer_to_humaneval_fails_and_harms_nothing(attack):
+    # Above a right answer: it would pass if the attack had no effect on the result.
+    text = f"```python\n{attack}\ndef double(xs):\n    return [2 * x for x in xs]\n```"
+    assert function("utils.humaneval_results")(HUMANEVAL, [text])["acc"] == 0.0
+
+
+# ---- our runner and the lm-eval CLI ---------------------------------------------------------------------------------
+
+
+def both(model, tokenizer, task_manager, name, chat):
+    """The output of a task by our runner and by lm-eval's own."""
+    ours = run_lm_eval(LocalLM(model, tokenizer, EvalConfig()), load_tasks(task_manager, [name]), None, chat, True)
+    cli = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=5)
+    options = {"task_manager": task_manager, "apply_chat_template": chat, "bootstrap_iters": 0}
+    return ours, simple_evaluate(model=cli, tasks=[name], **options)
+
+
+def test_bits_per_byte_are_the_same_by_hand_by_our_runner_and_by_the_lm_eval_cli(
+    tmp_path, tiny_folder, tiny_model, tokenizer
+):
+    texts, nats, size = (
+        ["The owl lives in the old tree.", "안녕하세요", "word " * 300, " \n"],
+        0.0,
+        0,
+    )  # third: too long
+    for text in texts[:3]:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = torch.tensor([tokenizer.bos_token_id, *ids])
+        for begin in range(0, len(ids) - 1, 128):
+            part = ids[begin : begin + 129][None]
+            with torch.inference_mode():
+                scores = tiny_model(part[:, :-1], use_cache=False).logits.log_softmax(-1)
+            nats -= scores.gather(2, part[:, 1:, None]).sum().item()
+        size += len(text.encode())
+    folder = write(tmp_path / "held_out.jsonl", [{"text": text} for text in texts])
+    task_manager = manager(chat_data=folder, pretrained=str(tiny_folder))
+    for output in both(tiny_model, tokenizer, task_manager, "nanochat_bpb", chat=False):
+        value = output["results"]["nanochat_bpb"]["bits_per_byte,none"]
+        assert value == pytest.approx(nats / np.log(2) / size, rel=1e-4)
+    with pytest.raises(ValueError, match=r"no file held_out\.jsonl"):
+        _ = manager().load(["nanochat_bpb"])["tasks"]["nanochat_bpb"].test_docs()
+
+
+def test_multiple_choice_is_the_same_by_our_runner_and_by_the_lm_eval_cli(tmp_path, lively_model, tokenizer):
+    words = ["red", "green", "blue", "old", "new"]
+    rows = [
+        {"question": f"Is {i} {words[i % 5]}?", "choices": [words[(i + j) % 5] for j in range(4)], "answer": i % 4}
+        for i in range(12)
+    ]
+    task_manager = manager(chat_data=write(tmp_path / "arc_easy_test.jsonl", rows))
+    ours, cli = both(lively_model, tokenizer, task_manager, "nanochat_arc_easy", chat=True)
+    scores = []
+    for output in (ours, cli):
+        samples = sorted(output["samples"]["nanochat_arc_easy"], key=lambda sample: sample["doc_id"])
+        scores.append([[float(answer[0]) for answer in sample["filtered_resps"]] for sample in samples])
+    assert np.allclose(*scores, atol=1e-4)
+    for metric in ("acc,none", "centered,none"):
+        assert ours["results"]["nanochat_arc_easy"][metric] == cli["results"]["nanochat_arc_easy"][metric]
+
+
+def test_a_multiple_choice_sample_shows_the_score_of_each_letter():
+    scores = {"arguments": [("Sky?", "A"), ("Sky?", "B")], "filtered_resps": [(-2.0001, False), (-0.5, True)]}
+    sample = {"doc": {"prompt": "Sky?", "letters": ["A", "B"]}, **scores, "target": 1, "acc": 1.0}
+    expected = {"question": "Sky?", "expected": "B", "answer": {"A": -2.0, "B": -0.5}, "correct": 1.0}
+    assert readable(sample) == expected
+
+
+def test_the_majority_baseline_the_error_of_a_mean_and_samples_that_are_not_finite(tmp_path):
+    assert majority([{"expected": word} for word in "aab"]) == pytest.approx(2 / 3)
+    assert standard_error([0, 1, 0, 1]) == pytest.approx((1 / 3) ** 0.5 / 2)
+    assert standard_error([1.0]) is standard_error([1.0, None]) is None
+    write_jsonl(tmp_path / "a" / "b.jsonl", [{"answer": {"A": float("nan"), "B": -float("inf")}}, {"answer": "é"}])
+    assert (tmp_path / "a" / "b.jsonl").read_text("utf-8") == '{"answer": {"A": null, "B": null}}\n{"answer": "é"}\n'
