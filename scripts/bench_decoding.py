@@ -14,7 +14,7 @@ import time
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nanochat_hf.run import guarded
+from nanochat_hf.errors import guarded
 from nanochat_hf.serve.engine import Engine, Request
 
 PEAK_BANDWIDTH = {"B200": 8.0e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.864e12, "L4": 0.3e12}

@@ -307,8 +307,8 @@ def test_a_mixtures_state_is_refused_by_other_weights(tmp_path):
 
 
 def test_a_mixture_is_read_from_yaml_and_from_the_command_line(tmp_path):
+    from nanochat_hf.config import parse_config
     from nanochat_hf.data.tokenizer import TokenizerConfig
-    from nanochat_hf.run import parse_config
     from nanochat_hf.train.pretrain import PretrainConfig
 
     path, mixture = tmp_path / "base.yaml", [{"dataset": "a/b", "weight": 0.3}, {"dataset": "primer"}]

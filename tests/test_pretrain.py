@@ -20,11 +20,11 @@ import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
+from nanochat_hf.config import parse_config
 from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
 from nanochat_hf.distributed import reset_accelerate_state
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.run import parse_config
 from nanochat_hf.train import checkpoint, model_setup, monitoring, runtime
 from nanochat_hf.train import pretrain as module
 from nanochat_hf.train.fused_model import FusedTransformer

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from ..data.tokenizer import load_tokenizer, strip_special_tokens
 from ..distributed import monitored_barrier, partial_state
 from ..errors import InputError
-from ..tool_loop import MARKS, Results
+from ..tool_loop import MARKS, ToolResultProcessor
 from .loglikelihood import loglikelihoods
 from .weights import first_non_finite
 
@@ -131,7 +131,7 @@ class Generator:
     def __init__(self, model, tokenizer, batch_size: int = 128, run_tools: bool = True):
         self.model, self.batch_size = model, batch_size
         has_tools = run_tools and set(MARKS) <= set(tokenizer.get_vocab())
-        self.results = Results(tokenizer) if has_tools else None
+        self.results = ToolResultProcessor(tokenizer) if has_tools else None
         eos = getattr(model.generation_config, "eos_token_id", None)
         stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id}
         self.stops = stops - {None, self.results and self.results.end}
