@@ -96,10 +96,10 @@ def run(device: str, dtype: torch.dtype, fp8: bool) -> tuple[list, dict]:
 def test_matmuls_and_their_gradients_are_near_the_exact_ones(device):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     (results, grads), (exact, exact_grads) = (run(device, dtype, fp8) for fp8 in (True, False))
-    assert all(relative(a, b) < 0.1 for a, b in zip(results, exact))
+    assert all(relative(a, b) < 0.12 for a, b in zip(results, exact))
     for name, grad in exact_grads.items():
         assert grads[name].dtype == torch.float32
-        assert relative(grads[name], grad) < 0.15, name
+        assert relative(grads[name], grad) < 0.2, name
 
 
 def test_a_frozen_part_of_a_weight_gets_no_gradient():
