@@ -67,6 +67,13 @@ def source_of(stage: str, run: Run) -> str:
     return str(folder)
 
 
+def start(stage: str, run: Run, model: str | None) -> tuple[Path, str]:
+    """The folder of a chat stage and the model that it starts from, which is printed."""
+    folder, source = new_folder(run, stage), model or source_of(stage, run)
+    partial_state().print(origin(run, stage, source))
+    return folder, source
+
+
 def run_tokenizer(config: TokenizerConfig, run: Run) -> None:
     folder = new_folder(run, "tokenizer")
     with main_process_first("the tokenizer") as main:
@@ -101,8 +108,7 @@ def run_chat(
     """Mid-training or SFT, with ChatCORE on the way on `tasks` (or the eval.yaml of that name)."""
     if stage not in ("mid", "sft"):
         raise InputError(f"--stage is {stage!r}: use mid or sft")
-    folder, source, chatcore = new_folder(run, stage), model or source_of(stage, run), None
-    partial_state().print(origin(run, stage, source))
+    (folder, source), chatcore = start(stage, run, model), None
     tasks = parse_config(EvalConfig, tasks) if isinstance(tasks, str) else tasks
     if tasks and config.chatcore_every > 0:
         try:
@@ -113,14 +119,12 @@ def run_chat(
 
 
 def run_rl(config: RLConfig, run: Run, model: str | None = None) -> None:
-    folder, source = new_folder(run, "rl"), model or source_of("rl", run)
-    partial_state().print(origin(run, "rl", source))
+    folder, source = start("rl", run, model)
     train_rl(config, source, folder, engine)
 
 
 def run_dpo(config: DPOStageConfig, run: Run, model: str | None = None) -> None:
-    folder, source = new_folder(run, "dpo"), model or source_of("dpo", run)
-    partial_state().print(origin(run, "dpo", source))
+    folder, source = start("dpo", run, model)
     train_dpo(config, source, folder)
 
 
@@ -151,14 +155,9 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) -> tuple[list[str], dict]:
-    """The stages to run, in order, and each stage's config.
+    """The stages to run, in order, and each stage's config. Raises InputError for an unknown stage, key or value.
 
-    Args:
-        stages: None for all of the recipe that are `enabled`, and the report.
-        overrides: STAGE.KEY=VALUE.
-
-    Raises:
-        InputError: an unknown stage or key, or a wrong value.
+    `stages` None: all of the recipe that are `enabled`, and the report; `overrides` are STAGE.KEY=VALUE.
     """
     present = [stage for stage in CONFIGS if (recipe / f"{stage}.yaml").is_file()]
 

@@ -76,8 +76,8 @@ def graded_batch(trainer) -> dict:
 
 
 def test_primer_prompts_come_with_what_a_grader_needs(tokenizer):
-    made = config(dataset="primer:problem+spelling", eval_examples=30)
-    (rows, _), (test, _) = (load_prompts(made, split, tokenizer, 100) for split in ("train", "test"))
+    stage = config(dataset="primer:problem+spelling", eval_examples=30)
+    (rows, _), (test, _) = (load_prompts(stage, split, tokenizer, 100) for split in ("train", "test"))
     assert {row["kind"] for row in rows} == {row["kind"] for row in test} == {"problem", "spelling"}
     assert len(test) == 30 and len(rows) > 4000
     assert (
@@ -90,9 +90,9 @@ def test_gsm8k_prompts_are_read_from_the_file_of_the_split(tokenizer, tmp_path):
     for split, result in (("train", 7), ("test", 1200)):
         row = {"question": f"{split}?", "answer": f"It is <<1+6=7>>7.\n#### {result:,}"}
         (tmp_path / f"gsm_{split}.jsonl").write_text(json.dumps(row) + "\n")
-    made = config(dataset=str(tmp_path / "gsm_{split}.jsonl"))
+    stage = config(dataset=str(tmp_path / "gsm_{split}.jsonl"))
     for split, answer in (("train", "7"), ("test", "1200")):
-        [row], skipped = load_prompts(made, split, tokenizer, 100)
+        [row], skipped = load_prompts(stage, split, tokenizer, 100)
         assert (row["prompt"][0]["content"], row["answer"], row["kind"]) == (f"{split}?", answer, "gsm8k")
         assert not skipped
 
@@ -101,17 +101,17 @@ def test_prompts_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer,
     texts = ["How much?", "word " * 200, "How many?"]
     rows = [{"question": text, "answer": "#### 5" if i < 2 else "five"} for i, text in enumerate(texts)]
     (tmp_path / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = config(dataset=str(tmp_path / "gsm.jsonl"))
-    rows, skipped = load_prompts(made, "train", tokenizer, 100)
+    stage = config(dataset=str(tmp_path / "gsm.jsonl"))
+    rows, skipped = load_prompts(stage, "train", tokenizer, 100)
     assert [row["prompt"][0]["content"] for row in rows] == ["How much?"]
     reasons = {row["row"]: row["reason"] for row in skipped}
     assert reasons.keys() == {1, 2} and "100 leave room" in reasons[1] and "####" in reasons[2]
     with pytest.raises(InputError, match=r"row [12] of .* cannot be used"):
-        load_prompts(config(dataset=made.dataset, on_bad_example="error"), "train", tokenizer, 100)
+        load_prompts(config(dataset=stage.dataset, on_bad_example="error"), "train", tokenizer, 100)
     size = len(tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=False))
-    assert len(load_prompts(made, "train", tokenizer, size)[0]) == 1
+    assert len(load_prompts(stage, "train", tokenizer, size)[0]) == 1
     with pytest.raises(InputError, match=f"no question of at most {size - 1} tokens"):
-        load_prompts(made, "train", tokenizer, size - 1)
+        load_prompts(stage, "train", tokenizer, size - 1)
 
 
 def test_the_gradient_is_reinforce_with_the_mean_as_baseline(tiny_folder, tokenizer, tmp_path):
@@ -241,7 +241,7 @@ def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path, eng
 
 
 def guessing(tiny_folder, tmp_path) -> dict:
-    """SFT teaches to answer one of four numbers, equally often -> keys of RL that is told which of them is right."""
+    """SFT teaches to answer one of four numbers, equally often; returns the keys of an RL that rewards one of them."""
     choices = [f"It is so.\n#### {number}" for number in (1, 2, 3, 4)]
     chats = [
         [{"role": "user", "content": "Pick one."}, {"role": "assistant", "content": choices[i % 4]}]

@@ -35,8 +35,8 @@ def test_pipeline_runs_skips_what_is_finished_and_reports_a_changed_recipe(tmp_p
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     report = (run / "report.md").read_text()
     assert "| Metric" in report and "BASE" in report and "Total wall time" in report and str(run) in done.stdout
-    said = done.stdout.split("Three questions to")[1]  # the report above quotes samples in the same way
-    assert said.count("\n> ") == 3  # each followed by an answer
+    answers = done.stdout.split("Three questions to")[1]  # the report above quotes samples in the same way
+    assert answers.count("\n> ") == 3  # each followed by an answer
     before = {path: path.stat().st_mtime for path in run.glob("*/metrics.json")}
     again = speedrun(run)
     assert again.returncode == 0 and again.stdout.count("already finished, skipping") == 6

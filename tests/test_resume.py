@@ -182,7 +182,7 @@ def test_an_interruption_anywhere_changes_nothing(train, tmp_path, monkeypatch, 
         train(stage, out, **keys)
     assert getattr(caught.value, "code", 143) == 128 + signal.SIGTERM and not (out / "metrics.json").exists()
     assert complete_checkpoints(out / "state")[-1].name == f"checkpoint-{step}"
-    if stage == "rl":  # killed while it wrote a line
+    if stage == "rl":  # interrupted while it wrote a line
         samples = out / "samples.jsonl"
         samples.write_bytes(samples.read_bytes()[:-20] if steps_after else samples.read_bytes() + b'{"step": 3, "pr')
     steps, real = [], TRAINERS[stage].training_step

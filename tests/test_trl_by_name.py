@@ -61,7 +61,7 @@ def grpo(model):
     options = config(GRPOConfig, model, num_generations=2, max_completion_length=8, temperature=1e-3)
     return GRPOTrainer(model, reward, options, train_dataset=asks)
 
-found = {}
+results = {}
 for make in (sft, dpo, grpo):
     for model in ("model", load()):
         trainer = make(model)
@@ -70,8 +70,8 @@ for make in (sft, dpo, grpo):
         model = trainer.accelerator.unwrap_model(trainer.model)
         value = log.get("logps/chosen", log.get("entropy"))
         facts = [type(model).__name__, model.num_parameters(), log["loss"], value]
-        found.setdefault(make.__name__, []).append(facts)
-print(json.dumps(found))
+        results.setdefault(make.__name__, []).append(facts)
+print(json.dumps(results))
 """
 
 
@@ -82,9 +82,9 @@ def test_sft_dpo_and_grpo_by_name_train_the_model_of_the_folder(package, talker,
     *_, (question, answer) = rows()
     text = answer["content"][0]["text"]
     (tmp_path / "row.json").write_text(json.dumps([question, {"role": "assistant", "content": text}]))
-    found = json.loads(run_without_the_package(TRAIN, tmp_path, package=package))
+    results = json.loads(run_without_the_package(TRAIN, tmp_path, package=package))
     count = talker[0].num_parameters()
-    for name, (by_name, by_object) in found.items():
+    for name, (by_name, by_object) in results.items():
         assert by_name[:2] == by_object[:2] == ["NanoChatHFForCausalLM", count], name
         assert by_name[2:] == pytest.approx(by_object[2:], rel=1e-3, abs=1e-4), name
     model, tokenizer = talker
@@ -95,4 +95,4 @@ def test_sft_dpo_and_grpo_by_name_train_the_model_of_the_folder(package, talker,
     labels = rendered["input_ids"].where(rendered["assistant_masks"].bool(), -100)
     with torch.no_grad():
         loss = model(rendered["input_ids"], labels=labels).loss.item()
-    assert found["sft"][0][2] == pytest.approx(loss, abs=1e-3)
+    assert results["sft"][0][2] == pytest.approx(loss, abs=1e-3)

@@ -137,11 +137,9 @@ class RLTrainer(StageTrainer, GRPOTrainer):
 def load_prompts(
     config: RLConfig, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[dict], list[dict]]:
-    """Prompts of one split, shuffled by the seed.
+    """Prompts of one split, shuffled by the seed: rows {"prompt", "kind", "answer", "entity", "rivals"}.
 
-    Returns:
-        Rows {"prompt", "kind", "answer", "entity", "rivals"}, and the skipped ones with their reasons, among them
-        prompts of more than `max_length` tokens.
+    Also returns the skipped ones with their reasons, among them prompts of more than `max_length` tokens.
     """
     name, _, kinds = config.dataset.partition(":")
     defaults, skipped = dict.fromkeys(COLUMNS, "") | {"rivals": []}, []

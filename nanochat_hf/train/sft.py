@@ -36,7 +36,7 @@ from .fused_model import use_fused_forward
 from .model_setup import compute_dtype, reshard
 from .trainer import StageConfig, StageTrainer, load_source, split_step, tool_result_mask, trainer_arguments
 
-ENCODE_BATCH = 1000  # conversations
+ENCODE_BATCH = 4000  # conversations; with each the tokenizer goes to another process
 PARALLEL_FROM = 20_000  # conversations from which several processes encode them
 
 
@@ -167,17 +167,11 @@ def encode_all(tokenizer, chats: list[list[dict]], assistant_only_loss: bool) ->
 def build_packed_dataset(
     config: ChatConfig, entries: list[dict], tokenizer, length: int, folder: Path
 ) -> tuple[Dataset, dict]:
-    """Encode and pack a mixture into `folder`, on the main process; all ranks read it.
+    """Encode and pack the mixture `entries` into `folder`, on the main process; all ranks read it.
 
-    Args:
-        entries: the mixture; length: tokens per sequence.
-
-    Returns:
-        Rows {"input_ids", "labels"} and, with packing, "seq_lengths"; and a summary {"rows", "tokens", "mixture",
-        "skipped_rows", "content"}, of which the last is a fingerprint of the rows.
-
-    Raises:
-        InputError: no conversation of the mixture can be used.
+    Returns rows {"input_ids", "labels"} of at most `length` tokens and, with packing, "seq_lengths"; and a summary
+    {"rows", "tokens", "mixture", "skipped_rows", "content"}, of which the last is a fingerprint of the rows. Raises
+    InputError if no conversation can be used.
     """
     with main_process_first(f"making {folder}") as main:
         if main:

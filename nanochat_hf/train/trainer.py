@@ -115,11 +115,8 @@ def tool_result_mask(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list
 def split_step(config: StageConfig, name: str, total: int, unit: int = 1) -> tuple[StageConfig, int]:
     """Divide a step of `total` (in sequences of size `unit`) among the ranks.
 
-    Returns:
-        The config, its device_batch_size lowered if a step has fewer sequences per rank; gradient accumulation steps.
-
-    Raises:
-        InputError: the step cannot be divided evenly; the message calls the total `name`.
+    Returns the config, with device_batch_size lowered if a step has fewer sequences per rank, and the gradient
+    accumulation steps. Raises InputError, which calls the total `name`, if the step cannot be divided evenly.
     """
     state = partial_state()
     size, steps = split_global_batch(name, total, unit, config.device_batch_size, state.num_processes, state.print)
@@ -163,10 +160,8 @@ def trainer_arguments(config: StageConfig, output: Path) -> dict:
 class StageTrainer(TrainerCallback):
     """Mixin before a TRL trainer, and a callback of that trainer.
 
-    Args:
-        stage: the stage's config.
-        source: folder or Hub id that the model was loaded from. Training begins with the optimizer state in its
-            optimizer.pt if the config has `load_optimizer` on.
+    `stage` is the stage's config. `source` is the folder or Hub id that the model was loaded from; with the key
+    `load_optimizer` training begins with the optimizer state in its optimizer.pt.
     """
 
     def __init__(self, *args, stage: StageConfig, source: str = "", **kwargs):
@@ -241,7 +236,7 @@ class StageTrainer(TrainerCallback):
         """Check the steps up to the last `lag` ones; if one was not finite, save and raise FloatingPointError.
 
         The checkpoint has the weights before that step and the data position after it. None is written if the step
-        before was skipped as well or the step is the last one: a diverged run would skip its way to the end.
+        before was skipped, too, or the step is the last: a diverged run would skip its way to the end.
         """
         while len(self.pending_checks) > lag:
             step, read = self.pending_checks.pop(0)
@@ -407,14 +402,10 @@ class StageTrainer(TrainerCallback):
         self.bar.close()
 
     def train_with_resume(self, data: dict[str, str]) -> None:
-        """Train, from the last complete checkpoint if there is one.
+        """Train, from the last complete checkpoint if there is one; `data` are fingerprints of the data, by name.
 
-        Args:
-            data: fingerprints of the data, by name. A checkpoint of other data or of another model is refused.
-
-        Raises:
-            InputError: the checkpoint belongs to another recipe, model, data or launch, or is damaged.
-            FloatingPointError: loss or gradients are not finite; a checkpoint from before that step is on disk.
+        Raises InputError if the checkpoint belongs to another recipe, model, data or launch, or is damaged; and
+        FloatingPointError if loss or gradients are not finite, with a checkpoint from before that step on disk.
         """
         state, args, log = Path(self.args.output_dir), self.args, self.accelerator.print
         self.inputs = {"model": model_fingerprint(self.source) or str(self.source), **data}
