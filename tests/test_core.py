@@ -103,7 +103,8 @@ def slow_predictions(model, tokenizer, path, kind, shots, delimiter, limit):
         losses = []
         for x, start in zip(ids, starts):
             logits = model(torch.tensor([x]), use_cache=False).logits[0]
-            hit = (logits[start - 1 : -1].argmax(-1) == torch.tensor(x[start:])).all().item()
+            if kind == "language_modeling":
+                hit = (logits[start - 1 : -1].argmax(-1) == torch.tensor(x[start:])).all().item()
             loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(x[1:]), reduction="none")
             losses.append(loss[start - 1 :].mean().item())
         predictions.append(hit if kind == "language_modeling" else losses.index(min(losses)) == row["gold"])

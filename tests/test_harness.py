@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, evaluate
 from nanochat_hf.eval.lm_eval_model import load
+from nanochat_hf.eval.tasks import Tasks
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
 from nanochat_hf.train.sft import ChatConfig, train_chat
 
@@ -262,6 +264,16 @@ def test_a_stage_that_is_not_finished_is_not_left_out_in_silence(run):
     for stages in ("base,rl", "sft", "tokenizer", "bass"):
         with pytest.raises(InputError, match=f"'{stages.split(',')[-1]}' is no finished stage with a model"):
             pipeline.run_eval(config(), Run(run), stages=stages)
+
+
+def test_spelling_questions_are_written_as_files_that_the_lm_eval_cli_reads(tmp_path):
+    words = [f"castle{a}{b}" for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz"]
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    config = EvalConfig(tasks=["nanochat_spellingbee"], words=str(tmp_path / "words.txt"))
+    tasks = Tasks(config, {"sft": ""}, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "questions" / "spellingbee_test.jsonl").open()]
+    assert len(rows) == len(tasks.loaded["nanochat_spellingbee"].eval_docs) == 256
+    assert all(len(row["messages"]) == 1 and re.search(r"#### \d+$", row["answer"]) for row in rows)
 
 
 # ---- during training ------------------------------------------------------------------------------------------------

@@ -158,7 +158,10 @@ def test_metrics_that_say_nothing_but_finished_make_a_report_and_unfinished_ones
 
 
 def test_there_is_a_plot_of_every_curve_and_the_html_page_embeds_them(run):
+    (run / "plots").mkdir()
+    (run / "plots" / "sft.png").touch()  # of an earlier report
     drawn = plots(collect(Run(run)), run / "plots")
+    assert not (run / "plots" / "sft.png").exists()
     assert drawn == {name: f"plots/{name}.png" for name in ("base", "rl", "core")}
     text, page = make_report(run).read_text(), (run / "report.html").read_text()
     assert all(f"]({place})" in text for place in drawn.values()) and "sft.png" not in text

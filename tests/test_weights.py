@@ -33,7 +33,7 @@ def run(tmp_path):
     evaluation = {**COMMON, "started": 9.0, "wall_time_s": 1, "models": {stage: stage for stage in stages}}
     evaluation["weights"] = {stage: model_id(tmp_path / stage) for stage in stages}
     evaluation["results"] = {stage: {"facts": result(number / 10)} for number, stage in enumerate(stages)}
-    evaluation["examples"] = {stage: [] for stage in stages}
+    evaluation |= {"examples": {stage: [] for stage in stages}, "bytes_per_token": {"books": {"ours": 4.0}}}
     save_json(tmp_path / "eval" / "metrics.json", evaluation)
     return Run(tmp_path)
 
@@ -115,6 +115,7 @@ def test_results_of_other_weights_are_left_out_with_a_note_and_measured_again(ru
     assert note.format(again) in notes and (note or not notes or edit is remove_rl_add_mid)
     assert again is None or renewal(run) == again
     assert ("base" in facts["stages"]) == (edit is not replace_by_hand)
+    assert bool(facts["evaluation"]["bytes_per_token"]) == ("base" in stages)  # its tokenizer was measured
 
 
 def test_a_note_is_in_the_report_and_a_moved_run_or_one_without_stages_has_results(run, tmp_path):
