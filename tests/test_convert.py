@@ -434,9 +434,7 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "NANOCHAT_CHECKOUT" not in os.environ, reason="set NANOCHAT_CHECKOUT"
-)
+@pytest.mark.skipif("NANOCHAT_CHECKOUT" not in os.environ, reason="set NANOCHAT_CHECKOUT")
 def test_logits_equal_those_of_the_original_code(tmp_path):
     checkout = os.environ["NANOCHAT_CHECKOUT"]
     fields = JULY if "window_pattern" in Path(checkout, "nanochat", "gpt.py").read_text() else OCTOBER
