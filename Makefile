@@ -47,8 +47,8 @@ quality: setup ## lint and format check
 bench: setup ## tokens/s of the loader, the optimizer and a training step on this machine
 	$(BIN)/python scripts/bench.py
 
-bench-gpu: setup ## training and decoding on a GPU; PEER=path of a karpathy/nanochat checkout runs it beside ours; CONTENDERS=, CONFIGS= choose
-	$(BIN)/python scripts/bench_gpu.py $(if $(PEER),--peer $(PEER)) $(if $(CONTENDERS),--contenders $(CONTENDERS)) \
+bench-gpu: setup ## training and decoding on a GPU; BASELINE=path of a karpathy/nanochat checkout runs it beside ours; CONTENDERS=, CONFIGS= choose
+	$(BIN)/python scripts/bench_gpu.py $(if $(BASELINE),--baseline $(BASELINE)) $(if $(CONTENDERS),--contenders $(CONTENDERS)) \
 		$(if $(CONFIGS),--configs $(CONFIGS))
 	$(BIN)/python scripts/bench_decoding.py
 

@@ -72,7 +72,7 @@ class Run:
 
     def latest_model(self, before: str = "eval") -> Path | None:
         """The folder of the newest finished stage with weights that comes before stage `before`, or None."""
-        stages = [stage for stage in ("base", "mid", "sft", "rl") if STAGES.index(stage) < STAGES.index(before)]
+        stages = [stage for stage in MODEL_STAGES if STAGES.index(stage) < STAGES.index(before)]
         return next((self.folder(stage) for stage in reversed(stages) if self.finished(stage)), None)
 
 

@@ -122,3 +122,27 @@ def test_links_in_the_readme_point_at_files():
     for page in ("README.md", "recipes/README.md", "evals/README.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_functions_and_classes_are_short_enough_to_read():
+    too_long = []
+    for path in [*MODULES, *(ROOT / "scripts").glob("*.py"), *(ROOT / "spaces").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60:
+                too_long.append(f"{path.stem}.{node.name}: {node.end_lineno - node.lineno + 1} lines")
+            if isinstance(node, ast.ClassDef):
+                targets = [t for n in ast.walk(node) if isinstance(n, ast.Assign) for t in n.targets]
+                names = {t.attr for n in targets for t in ast.walk(n) if isinstance(t, ast.Attribute)
+                         and isinstance(t.ctx, ast.Store) and getattr(t.value, "id", "") == "self"}  # fmt: skip
+                if len(names) > 25:
+                    too_long.append(f"{path.stem}.{node.name}: {len(names)} attributes")
+    assert not too_long, too_long
+
+
+def test_no_module_imports_itself_in_a_circle():
+    names = {str(path.relative_to(ROOT / "nanochat_hf").with_suffix("")).replace("/", "."): path for path in MODULES}
+    graph = {name: {other for other in project_imports(path) if other in names} for name, path in names.items()}
+    while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph, f"import circle among {sorted(graph)}"

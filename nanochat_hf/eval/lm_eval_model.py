@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from ..data.tokenizer import load_tokenizer, strip_special_tokens
 from ..distributed import monitored_barrier, partial_state
 from ..errors import InputError
+from ..run import first_non_finite
 from ..tool_loop import MARKS, ToolResultProcessor
 from .loglikelihood import loglikelihoods
-from .weights import first_non_finite
 
 REPACK = 0.75  # finished rows leave the batch when fewer than this share still run: copying the cache costs, too
 

@@ -8,12 +8,11 @@ outdated(Run("runs/d12"), metrics)  # {"sft": "has other weights now"}: results 
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..errors import InputError
-from ..run import MODEL_STAGES, Run, model_fingerprint
+from ..run import MODEL_STAGES, Run, first_non_finite, model_fingerprint
 
 
 def model_id(model: str | Path) -> str | None:
@@ -34,16 +33,6 @@ def refuse_non_finite(folder: str | Path) -> None:
     """Raise InputError if a safetensors file of `folder` holds NaN or infinity, or cannot be read."""
     if reason := _damage(str(folder), _stamp(folder)):
         raise InputError(f"{folder}: {reason}; train that stage again, or restore its weights")
-
-
-def first_non_finite(tensors) -> str | None:
-    """Name of the first of (name, tensor) pairs that holds NaN or infinity."""
-    for name, tensor in tensors:
-        if tensor.is_floating_point():
-            tensor = tensor.float() if tensor.element_size() == 1 else tensor  # FP8 has no isfinite
-            if not torch.isfinite(tensor).all():
-                return name
-    return None
 
 
 def _stamp(folder: str | Path) -> tuple:
