@@ -185,8 +185,8 @@ def test_a_resumed_loader_gives_the_batches_that_would_have_come(folder, tokeniz
 def test_a_run_resumes_on_another_number_of_ranks_without_losing_or_repeating_a_row(
     folder, tokenizer, before, after, batch_size
 ):
-    alone = np.concatenate(list(islice(loader(folder, tokenizer, batch_size=1), 64)))
-    ranks = [loader(folder, tokenizer, rank, before, batch_size=batch_size) for rank in range(before)]
+    alone = np.concatenate(list(islice(loader(folder, tokenizer, batch_size=1, num_shards=8), 64)))
+    ranks = [loader(folder, tokenizer, rank, before, batch_size=batch_size, num_shards=8) for rank in range(before)]
     for _ in range(5):
         for rank in ranks:
             next(rank)
