@@ -76,6 +76,7 @@ def test_hidden_states_loss_and_gradients_are_the_models(generation, path):
 
 @pytest.mark.parametrize("flash, quack, fp8, kinds", [
     (False, False, False, ("plain_weight", "plain_weight")), (True, False, False, ("plain_weight", "plain_weight")),
+    (False, True, False, ("plain_weight", "plain_weight")),
     (True, True, False, ("bf16_weight", "bf16_weight")), (True, True, True, ("fp8_weight", "bf16_weight")),
     (True, False, True, ("fp8_weight", "plain_weight")),
 ])  # fmt: skip

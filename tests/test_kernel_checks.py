@@ -13,7 +13,8 @@ import torch
 from tiny import make_config
 from torch import nn
 
-from nanochat_hf.kernels import attention, backend, muon
+from nanochat_hf.kernels import attention, muon
+from nanochat_hf.kernels import backend as checks
 from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
 from nanochat_hf.serve.decoder import Decoder
@@ -25,25 +26,25 @@ CONFIG = NanoChatConfig(
     head_dim=32, max_position_embeddings=64,
 )  # fmt: skip
 FLASH_KERNELS = {attention.FLASH, attention.FLASH_DOCUMENTS}
-TRAINING = [name for name in backend.CHECKS if name != "decoding"]
+TRAINING = [name for name in checks.CHECKS if name != "decoding"]
 
 
 @pytest.fixture
 def kernel(monkeypatch):
     """A function that registers a kernel adding `error` to ones, and returns its function and a list of its calls."""
     for name, value in {"CHECKS": {}, "disabled": set(), "_verified": set(), "triton": 1, "INTERPRETED": True}.items():
-        monkeypatch.setattr(backend, name, value)
+        monkeypatch.setattr(checks, name, value)
 
     def make(error, tolerance=0.01):
         calls = []
 
         def ones():
-            if not backend.usable("adder", torch.ones(2)):
+            if not checks.usable("adder", torch.ones(2)):
                 return [torch.ones(2)]
             calls.append(1)
             return [error() if callable(error) else torch.ones(2) + error]
 
-        @backend.check("adder", instead="ones")
+        @checks.check("adder", instead="ones")
         def cases(draw, config):
             yield tolerance, ones
 
@@ -53,7 +54,7 @@ def kernel(monkeypatch):
 
 
 def verify(config=CONFIG):
-    return backend.verify(["adder"], config, CPU, torch.float32)
+    return checks.verify(["adder"], config, CPU, torch.float32)
 
 
 def test_a_kernel_that_is_right_is_used_and_checked_once(kernel, capsys):
@@ -81,17 +82,17 @@ def test_a_kernel_that_is_wrong_is_not_used_and_one_line_says_so(kernel, capsys,
 
 def test_without_a_gpu_nothing_is_checked(kernel, monkeypatch):
     _, calls = kernel(1)
-    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(checks, "INTERPRETED", False)
     assert verify() == frozenset() and not calls
 
 
 def test_a_package_that_is_not_installed_differs_from_one_that_does_not_fit(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(backend, "unloaded", {})
-    assert backend.unavailable("no-such-package", ImportError("x")) is None
-    backend.unavailable("torch", AttributeError("module has no attribute 'flash_attn_func'\nmore"))
-    assert backend.unloaded == {
+    monkeypatch.setattr(checks, "unloaded", {})
+    assert checks.unavailable("no-such-package", ImportError("x")) is None
+    checks.unavailable("torch", AttributeError("module has no attribute 'flash_attn_func'\nmore"))
+    assert checks.unloaded == {
         "no-such-package": "not installed", "torch": "AttributeError: module has no attribute 'flash_attn_func'",
     }  # fmt: skip
     line = capsys.readouterr().err
@@ -100,29 +101,29 @@ def test_a_package_that_is_not_installed_differs_from_one_that_does_not_fit(monk
 
 def test_fp8_that_is_wrong_is_bf16_training(tiny_model, monkeypatch):
     assert FusedTransformer(tiny_model, fp8=True).fp8
-    monkeypatch.setattr(backend, "disabled", {"FP8"})
-    monkeypatch.setattr("nanochat_hf.train.fused_model.disabled", backend.disabled)
+    monkeypatch.setattr(checks, "disabled", {"FP8"})
+    monkeypatch.setattr("nanochat_hf.train.fused_model.disabled", checks.disabled)
     assert not FusedTransformer(tiny_model, fp8=True).fp8
 
 
 def test_every_kernel_of_triton_has_a_check():
-    package = Path(backend.__file__).parent
+    package = Path(checks.__file__).parent
     assert set(muon.MUON_KERNELS) <= set(TRAINING)
     for path in package.rglob("*.py"):
         text = path.read_text()
         if "@triton.jit" in text:
             assert "@check(" in text, f"{path.name} has kernels and no check"
         for name in re.findall(r'usable\("([^"]+)", ', text):
-            assert name in backend.CHECKS or path.stem == "backend", name
+            assert name in checks.CHECKS or path.stem == "backend", name
 
 
 def draw(device: str = "cpu", dtype: torch.dtype = torch.bfloat16):
-    return partial(backend._draw, torch.Generator(device).manual_seed(0), dtype)
+    return partial(checks._draw, torch.Generator(device).manual_seed(0), dtype)
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_each_check_runs_its_reference_anywhere(name):
-    assert backend.fault(name, backend.CHECKS[name].cases(draw(), CONFIG)) is None
+    assert checks.fault(name, checks.CHECKS[name].cases(draw(), CONFIG)) is None
 
 
 def lively(device: str, **sizes) -> nn.Module:
@@ -138,9 +139,9 @@ def test_the_decoders_check_leaves_it_as_it_was():
     decoder = Decoder(lively("cpu"), 4, 60, [1, 2])
     before = {name: value.clone() for name, value in vars(decoder.state).items()}
     decoder.fast_step = lambda rows: decoder.plain_step(rows, 59)
-    assert backend.fault("decoding", decode_kernels._cases(draw(), decoder)) is None
+    assert checks.fault("decoding", decode_kernels._cases(draw(), decoder)) is None
     decoder.fast_step = lambda rows: 1.1 * decoder.plain_step(rows, 59)
-    assert "off by" in backend.fault("decoding", decode_kernels._cases(draw(), decoder))
+    assert "off by" in checks.fault("decoding", decode_kernels._cases(draw(), decoder))
     assert all(torch.equal(getattr(decoder.state, name), value) for name, value in before.items())
     assert not any(cache.any() for cache in decoder.k + decoder.v)
 
@@ -148,13 +149,13 @@ def test_the_decoders_check_leaves_it_as_it_was():
 def interpreted() -> None:
     """In a process with TRITON_INTERPRET=1: all checks pass but those that need a GPU, and find a fault."""
     for name in set(TRAINING) - {"fused cross-entropy", *FLASH_KERNELS}:
-        cases = backend.CHECKS[name].cases(draw(), CONFIG)
+        cases = checks.CHECKS[name].cases(draw(), CONFIG)
         if name == "FP8":
             cases = ((0.15, run) for _, run in cases)  # the interpreter cuts digits off
-        assert backend.fault(name, cases) is None, name
+        assert checks.fault(name, cases) is None, name
     decoder = Decoder(lively("cpu"), 4, 60, [1, 2])
     with torch.inference_mode():
-        assert backend.fault("decoding", decode_kernels._cases(draw(dtype=torch.float32), decoder)) is None
+        assert checks.fault("decoding", decode_kernels._cases(draw(dtype=torch.float32), decoder)) is None
         fast, scale = decoder.fast_step, decoder.scale
 
         def wrong(rows):
@@ -164,7 +165,7 @@ def interpreted() -> None:
             return logits
 
         decoder.fast_step = wrong
-        assert "off by" in backend.fault("decoding", decode_kernels._cases(draw(dtype=torch.float32), decoder))
+        assert "off by" in checks.fault("decoding", decode_kernels._cases(draw(dtype=torch.float32), decoder))
 
 
 @pytest.mark.slow
@@ -182,7 +183,7 @@ def test_the_kernels_pass_their_checks_in_the_interpreter():
 def test_each_kernel_passes_its_check_on_a_gpu(name, width, heads):
     sizes = {"hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 8192}
     config = NanoChatConfig(**CONFIG.to_diff_dict() | sizes | {"head_dim": width // heads})
-    assert backend.fault(name, backend.CHECKS[name].cases(draw("cuda"), config)) is None
+    assert checks.fault(name, checks.CHECKS[name].cases(draw("cuda"), config)) is None
 
 
 @pytest.mark.gpu
@@ -191,8 +192,8 @@ def test_the_decoder_passes_its_check_on_a_gpu():
     decoder = Decoder(lively("cuda", **sizes, max_position_embeddings=2048), 4, 900, [1, 2])
     assert decoder.fast
     with torch.inference_mode():
-        assert backend.fault("decoding", decode_kernels._cases(draw("cuda"), decoder)) is None
+        assert checks.fault("decoding", decode_kernels._cases(draw("cuda"), decoder)) is None
         decoder.w["o0"].mul_(1.3)
         fast, plain = decoder.fast_step, decoder.w["o0"] / 1.3
         decoder.fast_step = lambda rows: (fast(rows), decoder.w["o0"].copy_(plain))[0]
-        assert "off by" in backend.fault("decoding", decode_kernels._cases(draw("cuda"), decoder))
+        assert "off by" in checks.fault("decoding", decode_kernels._cases(draw("cuda"), decoder))

@@ -12,7 +12,7 @@ from tiny import relative
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.kernels.muon import POLAR_EXPRESS
-from nanochat_hf.optim import gradient_reduction
+from nanochat_hf.optim import gradient_reduction, muon_adamw
 from nanochat_hf.optim.gradient_reduction import OwnerGradientReducer, assign_matrices_to_ranks
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import plan
@@ -307,6 +307,18 @@ ON_TWO_GPUS = pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), ON_TWO_GPUS])
 def test_owner_ranks_have_the_summed_gradients(device):
     mp.spawn(reduction_worker, (2, free_port(), device), nprocs=2)
+
+
+def test_large_tensors_have_alternating_owner_ranks_and_small_ones_none(monkeypatch):
+    monkeypatch.setattr(muon_adamw, "get_dist_info", lambda: (0, 2))
+    owners = MuonAdamW(toy_groups()).owners()
+    ranks = {tuple(p.shape): [] for p in owners}
+    for p, rank in owners.items():
+        ranks[tuple(p.shape)] += [] if rank is None else [rank]
+    assert {shape: sorted(of) for shape, of in ranks.items()} == {
+        (8, 8): [0, 0, 1], (16, 8): [0, 1], (8, 16): [0], (3, 12): [0],
+        (257, 300): [0], (300, 256): [1], (4,): [], (1,): [],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("number, world, parts", [
