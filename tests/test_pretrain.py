@@ -271,6 +271,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(straight, world, tmp_path, monke
     resumed = run(world, tmp_path, save_every=5)
     assert losses(resumed) == losses(straight[1]) and resumed["samples"] == straight[1]["samples"]
     assert same(weights(straight[0]), weights(tmp_path))
+    times = [point["time"] for point in resumed["history"]]
+    assert times == sorted(times) and times[-1] == resumed["training_time_s"]
+    assert resumed["tokens_per_second"] == pytest.approx(20 * 512 / times[-1])
 
 
 def is_killed(world, output, patch, **changes) -> bool:

@@ -67,6 +67,7 @@ def test_both_loss_modules_give_the_loss_and_the_gradient_of_the_logits(tokenize
     torch.manual_seed(0)
     model = build_model(tiny_plan(len(tokenizer), generation=generation), None, tokenizer, CPU, sharded=False)
     assert model.config.bos_token_id == tokenizer.bos_token_id
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.bos_token_id]
     torch.nn.init.normal_(model.lm_head.weight)
     ids = torch.randint(0, len(tokenizer), (2, 65))
     fused, own = build_loss_module(model, "auto", True, False), build_loss_module(model, "sdpa", True, False)
