@@ -52,7 +52,10 @@ def ask(worker, text="Hello", stop=(), timeout=60.0):
 
     async def run():
         completion = Completion([worker], request(worker, text), stop, timeout)
-        return text_of(await completion.whole(never)), completion.finish_reason
+        answer = text_of(await completion.whole(never))
+        while worker.load:  # until the engine has closed the request, too
+            await asyncio.sleep(0.01)
+        return answer, completion.finish_reason
 
     return asyncio.run(run())
 
