@@ -380,7 +380,7 @@ def test_code_that_reads_weights_refuses_quantized_ones(talker, chat_folder, tmp
     layer = packed.model.layers[0].mlp.fc1
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
     assert is_quantized(packed)
-    with pytest.raises(InputError, match="this model is quantized, and fast generation reads plain weights"):
+    with pytest.raises(InputError, match="this model is quantized, and fast generation needs the weights themselves"):
         Engine(packed, tokenizer)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *args, **kwargs: packed)
     with pytest.raises(ValueError, match="is quantized: convert the unquantized model"):

@@ -97,7 +97,7 @@ def test_tool_results_and_their_marks_are_masked(tokenizer):
 def test_a_launch_that_shards_weights_is_refused_before_anything_is_loaded(stage, launched, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{launched}", "true")
     train, config = {"rl": (train_rl, RLConfig()), "dpo": (train_dpo, DPOStageConfig(dataset="x"))}[stage]
-    with pytest.raises(InputError, match=f"^{stage} needs whole weights.*multi_gpu.yaml$"):
+    with pytest.raises(InputError, match=f"^{stage} needs unsharded weights.*multi_gpu.yaml$"):
         train(config, "nowhere", Path("nowhere"))
 
 
