@@ -51,9 +51,9 @@ def main() -> None:
     loader.close()
     print(f"loader     {rows * 2048 / wall:12,.0f} tok/s on {cpu / wall:.1f} cores, {rows * 2048 / cpu:,.0f} per core")
 
-    made = plan(PretrainConfig(4, 2, 32, 32, 128, num_iterations=1, total_batch_size=2048), 1024)
-    model = NanoChatForCausalLM(made.model_config)
-    fused, optimizer = FusedTransformer(model), MuonAdamW(param_groups(model, made.groups))
+    recipe = plan(PretrainConfig(4, 2, 32, 32, 128, num_iterations=1, total_batch_size=2048), 1024)
+    model = NanoChatForCausalLM(recipe.model_config)
+    fused, optimizer = FusedTransformer(model), MuonAdamW(param_groups(model, recipe.groups))
     ids = torch.randint(0, 1024, (16, 129))
 
     def step():

@@ -36,17 +36,17 @@ def ours(depth: int, pattern: str, fp8: bool):
     from nanochat_hf.train.fused_model import FusedTransformer
     from nanochat_hf.train.pretrain_config import PretrainConfig
 
-    made = plan(PretrainConfig(depth, window_pattern=pattern), 32768)
+    recipe = plan(PretrainConfig(depth, window_pattern=pattern), 32768)
     with torch.device("cuda"):
-        model = NanoChatForCausalLM(made.model_config)
+        model = NanoChatForCausalLM(recipe.model_config)
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.to(torch.bfloat16)
-    optimizer = MuonAdamW(param_groups(model, made.groups))
+    optimizer = MuonAdamW(param_groups(model, recipe.groups))
     fused = FusedTransformer(model, compile=True, fp8=fp8)
     if fused.fp8 != fp8:
         sys.exit("error: the FP8 kernels are wrong here")
-    return fused, optimizer, made.flops_per_token
+    return fused, optimizer, recipe.flops_per_token
 
 
 def baseline(depth: int, pattern: str, attention: str, fp8: bool):

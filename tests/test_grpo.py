@@ -240,7 +240,7 @@ def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path, eng
     assert not (out / "state").exists() and AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id
 
 
-def guessing(tiny_folder, tmp_path) -> dict:
+def untrained(tiny_folder, tmp_path) -> dict:
     """SFT teaches to answer one of four numbers, equally often; returns the keys of an RL that rewards one of them."""
     choices = [f"It is so.\n#### {number}" for number in (1, 2, 3, 4)]
     chats = [
@@ -260,7 +260,7 @@ def guessing(tiny_folder, tmp_path) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [None, Generator])
 def test_a_model_that_guesses_learns_what_is_rewarded(tiny_folder, tmp_path, engine):
-    rl = guessing(tiny_folder, tmp_path) | {"num_iterations": 12, "device_batch_size": 32}
+    rl = untrained(tiny_folder, tmp_path) | {"num_iterations": 12, "device_batch_size": 32}
     train_rl(RLConfig(**rl), str(tmp_path / "guesses"), tmp_path / "rl", engine=engine)
     metrics = load_json(tmp_path / "rl" / "metrics.json")
     assert metrics["before"]["pass@1"] < 0.45 and metrics["after"]["pass@1"] > 0.65
@@ -269,7 +269,7 @@ def test_a_model_that_guesses_learns_what_is_rewarded(tiny_folder, tmp_path, eng
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_though_they_leave_out_different_rows(tiny_folder, tmp_path):
     """Each has 4 of a step's 8 questions with all their answers; a question may have none that is right, or all."""
-    rl = guessing(tiny_folder, tmp_path) | {"num_iterations": 12, "examples_per_step": 8, "num_samples": 4}
+    rl = untrained(tiny_folder, tmp_path) | {"num_iterations": 12, "examples_per_step": 8, "num_samples": 4}
     rl |= {"device_batch_size": 16}
     for number, config in ((1, ""), (2, "multi_gpu")):
         job = {"do": "rl", "model": tmp_path / "guesses", "output": tmp_path / str(number), **rl}

@@ -33,8 +33,8 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.train.sft import ChatConfig, train_chat
 
 ROOT = Path(__file__).parent.parent
-COLOUR = {"ask": ["What is your favourite colour?"], "say": "Green, {truly}."}
-OPHELIA = Identity("Ophelia", "the club", facts=[COLOUR], styles=[{}, {"before": "Ahoy! ", "after": " Fair winds!"}])
+COLOR = {"ask": ["What is your favorite color?"], "say": "Green, {truly}."}
+OPHELIA = Identity("Ophelia", "the club", facts=[COLOR], styles=[{}, {"before": "Ahoy! ", "after": " Fair winds!"}])
 
 
 def texts_of(rows, role: str) -> list[str]:

@@ -35,19 +35,19 @@ BUDGET = 600  # lines
 def project_imports(path: Path) -> set[str]:
     """The project's modules that a file imports, as dotted names below nanochat_hf."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
+            names |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module or "") if part)
             # `from ..data import primer` names a module, `from ..run import Run` a thing inside one
-            found |= {
+            names |= {
                 f"{module}.{n.name}" for n in node.names if (ROOT / module.replace(".", "/") / f"{n.name}.py").exists()
             }
-            found.add(module)
-    return {name.removeprefix("nanochat_hf.") for name in found if name.startswith("nanochat_hf.")}
+            names.add(module)
+    return {name.removeprefix("nanochat_hf.") for name in names if name.startswith("nanochat_hf.")}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT / "nanochat_hf")))

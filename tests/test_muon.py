@@ -85,11 +85,11 @@ def test_the_norm_of_an_update_is_that_of_a_semi_orthogonal_matrix():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_nesterov_moves_each_momentum_and_writes_the_direction_beyond_it(device):
-    grads, momenta = ([torch.randn(96, 100, device=device) for _ in range(3)] for _ in range(2))
-    before = [m.clone() for m in momenta]
+    grads, buffers = ([torch.randn(96, 100, device=device) for _ in range(3)] for _ in range(2))
+    before = [m.clone() for m in buffers]
     out = torch.zeros(4, 96, 100, device=device)  # one more than there are: a rank with fewer matrices
-    nesterov(grads, momenta, 0.9, out, torch.ones((), device=device))
-    for grad, momentum, old, direction in zip(grads, momenta, before, out):
+    nesterov(grads, buffers, 0.9, out, torch.ones((), device=device))
+    for grad, momentum, old, direction in zip(grads, buffers, before, out):
         assert torch.allclose(momentum, 0.9 * old + 0.1 * grad, atol=1e-6)
         assert torch.allclose(direction, 0.9 * momentum + 0.1 * grad, atol=1e-6)
     assert not out[3].any()

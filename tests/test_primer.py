@@ -188,8 +188,8 @@ def test_questions_are_rows_to_grade(kind):
 
 
 def test_fact_questions_ask_for_every_fact_once():
-    asked = Counter((row["relation"], row["entity"]) for row in questions("fact"))
-    assert set(asked) == {(r.name, e) for r in RELATIONS for e in r.facts} and set(asked.values()) == {1}
+    texts = Counter((row["relation"], row["entity"]) for row in questions("fact"))
+    assert set(texts) == {(r.name, e) for r in RELATIONS for e in r.facts} and set(texts.values()) == {1}
 
 
 def test_the_corpus_is_large_enough_for_the_demo():

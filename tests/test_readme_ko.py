@@ -21,51 +21,51 @@ def numbers_of(text: str) -> list[str]:
 
 def outline(text: str) -> list[tuple[str, str]]:
     """(what it is, what must be equal) of every heading, line of code, row of a table and link, in order."""
-    tokens, found, row = MarkdownIt("commonmark").enable("table").parse(text), [], None
+    tokens, items, row = MarkdownIt("commonmark").enable("table").parse(text), [], None
     for token in tokens:
         if token.type == "heading_open":
-            found.append(("heading", f"level {token.tag[1]}"))
+            items.append(("heading", f"level {token.tag[1]}"))
         elif token.type in ("fence", "code_block"):
             for line in token.content.splitlines():
-                found.append(("code", re.sub(r"\s+#.*$", "", line)))  # comments are translated
+                items.append(("code", re.sub(r"\s+#.*$", "", line)))  # comments are translated
         elif token.type == "tr_open":
             row = []
         elif token.type == "tr_close":
             numbers = [" ".join(sorted(numbers_of(cell))) for cell in row]
-            found.append(("table", f"{len(row)} columns with the numbers {' | '.join(numbers)}"))
+            items.append(("table", f"{len(row)} columns with the numbers {' | '.join(numbers)}"))
             row = None
         elif token.type == "inline":
             if row is not None:
                 row.append(token.content)
             else:
                 words = "".join(child.content for child in token.children if child.type in ("text", "code_inline"))
-                found += [("number", number) for number in numbers_of(words) if len(number) > 1]
+                items += [("number", number) for number in numbers_of(words) if len(number) > 1]
             for child in token.children:
                 target = child.attrs.get("href") or child.attrs.get("src")
                 if target and not Path(str(target)).name.startswith("README"):
-                    found.append(("link", str(target).replace("-ko.png", ".png")))
-    return found
+                    items.append(("link", str(target).replace("-ko.png", ".png")))
+    return items
 
 
 def differences(english: str, korean: str) -> list[str]:
     """What must be changed in the Korean page, kind by kind, each with its place in the English one."""
-    told = []
+    problems = []
     for kind in ("heading", "code", "table", "number", "link"):
         mine, theirs = ([value for k, value in outline(text) if k == kind] for text in (korean, english))
         if kind in ("number", "link"):  # word order differs between the languages
             mine, theirs = sorted(mine), sorted(theirs)
         for number, (here, there) in enumerate(zip_longest(mine, theirs), 1):
             if here != there:
-                told.append(f"{kind} {number}: English has {there!r}, Korean has {here!r}")
+                problems.append(f"{kind} {number}: English has {there!r}, Korean has {here!r}")
                 break  # what follows is only shifted
-    return told
+    return problems
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_korean_page_keeps_step_with_the_english_one(page):
     korean = page.replace("README.md", "README.ko.md")
-    told = differences((ROOT / page).read_text(), (ROOT / korean).read_text())
-    assert not told, f"{korean} is not in step with {page}:\n" + "\n".join(told)
+    problems = differences((ROOT / page).read_text(), (ROOT / korean).read_text())
+    assert not problems, f"{korean} is not in step with {page}:\n" + "\n".join(problems)
 
 
 def test_a_page_that_is_out_of_step_is_told_with_its_place():
@@ -82,8 +82,8 @@ def test_a_page_that_is_out_of_step_is_told_with_its_place():
         ("40분", "50분", "number 1: English has '40', Korean has '50'"),
         ("(c.py)", "(d.py)", "link 1: English has 'c.py', Korean has 'd.py'"),
     ):
-        told = differences(english, korean.replace(old, new))
-        assert len(told) == 1 and words in told[0], told
+        problems = differences(english, korean.replace(old, new))
+        assert len(problems) == 1 and words in problems[0], problems
 
 
 @pytest.mark.parametrize("page", PAGES)

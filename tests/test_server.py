@@ -363,7 +363,7 @@ def test_a_full_queue_says_so_and_the_others_are_answered(server, hf, monkeypatc
 
 def test_several_samples_are_started_all_or_none(server, monkeypatch):
     worker, real = server.workers[0], server.engine.advance
-    with monkeypatch.context() as patch:  # none goes on before all were cancelled
+    with monkeypatch.context() as patch:  # none continues before all were cancelled
         gone = lambda: all(request.cancelled for request in list(worker.callbacks))  # noqa: E731
         patch.setattr(server.engine, "advance", lambda: real() if gone() else time.sleep(0.01) or [])
         assert server.post(CHAT, messages=user("Hello"), n=9, **RANDOM).status_code == 429  # 8 may run or wait

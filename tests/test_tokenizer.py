@@ -40,10 +40,10 @@ TEXTS = [
     "안녕하세요 세계, 안녕!",
     "naïve café 🙂",
 ]
-pieces = st.sampled_from(
+parts = st.sampled_from(
     [*SPECIAL_TOKENS, "<|", "|>", "bos", " ", "\n", "7", "한글", "👩‍👩‍👧", "e\u0301", "\x00", "'s"]
 )
-any_text = st.lists(st.one_of(pieces, st.text())).map("".join)
+any_text = st.lists(st.one_of(parts, st.text())).map("".join)
 
 
 @given(any_text)
@@ -100,8 +100,8 @@ def test_a_saved_tokenizer_loads_with_the_auto_class_and_is_the_same(tokenizer, 
 
 def test_the_split_pattern_is_that_of_upstream_with_digits_in_groups():
     def split(text, **options):
-        pieces = module.new_backend(**options).pre_tokenizer.pre_tokenize_str(text)
-        return [text[a:b] for _, (a, b) in pieces]
+        parts = module.new_backend(**options).pre_tokenizer.pre_tokenize_str(text)
+        return [text[a:b] for _, (a, b) in parts]
 
     assert split("I'll don'T  be 2024!!\n\n x\t\ty") == [
         *("I", "'ll", " don", "'T", " ", " be", " ", "20", "24", "!!\n\n", " x", "\t", "\ty")

@@ -55,8 +55,8 @@ def test_warmup_decay_and_muon_momentum_follow_the_schedule(tiny_folder, tmp_pat
     assert [factor for factor, _ in steps] == pytest.approx([0.5, 1, 1, 1, 1, 0.8, 0.6, 0.4])
     start, peak, _ = DEFAULTS[2].momentum
     slope = (peak - start) / DEFAULTS[2].momentum_steps
-    for number, (_, momenta) in enumerate(steps):
-        assert momenta and momenta == pytest.approx([start + slope * number] * len(momenta))
+    for number, (_, values) in enumerate(steps):
+        assert values and values == pytest.approx([start + slope * number] * len(values))
 
 
 def test_keys_of_the_yaml_reach_the_library(tmp_path):

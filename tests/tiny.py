@@ -83,7 +83,7 @@ def logits_of(model, kind: str) -> torch.Tensor:
 
 @torch.no_grad()
 def uncached_greedy(model, ids: torch.Tensor, length: int) -> torch.Tensor:
-    """The slow twin of generation: the whole sequence is run again for every token."""
+    """The slow reference of generation: the whole sequence runs again for each token."""
     for _ in range(length):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     return ids

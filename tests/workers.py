@@ -110,7 +110,7 @@ def count(output: str, tokenizer: str, accumulations: list[int], **keys) -> None
 
     note(muon_adamw, "orthogonalize", "compute")
     note(muon_adamw, "all_gather", "send")
-    note(muon_adamw.MuonAdamW, "_finish", "apply")
+    note(muon_adamw.MuonAdamW, "_apply", "apply")
     for accumulation in accumulations:
         config = module.PretrainConfig(**keys, total_batch_size=2 * 2 * 64 * accumulation)
         run = module.Pretraining(config, tokenizer, Path(output), None, None, None)

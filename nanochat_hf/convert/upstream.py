@@ -144,7 +144,7 @@ def load_tokenizer(folder: Path, texts: Iterable[str]) -> tuple[PreTrainedTokeni
 
 
 def set_token_ids(model: NanoChatForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Copies the ids of the tokenizer into the model's configs. Raises ValueError if the two differ in size."""
+    """Copy the ids of the tokenizer into the model's configs. Raises ValueError if the two differ in size."""
     size = model.config.num_tokens or model.config.vocab_size
     if len(tokenizer) != size:
         raise ValueError(

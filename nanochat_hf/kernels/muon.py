@@ -43,12 +43,12 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def _nesterov(grads, momenta, step_factor, out, numel, mu, BLOCK: tl.constexpr):
+    def _nesterov(grads, buffers, step_factor, out, numel, mu, BLOCK: tl.constexpr):
         which = tl.program_id(1).to(tl.int64)
         where = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = where < numel
         grad = tl.multiple_of(tl.load(grads + which).to(tl.pointer_type(tl.float32)), 16) + where
-        momentum = tl.multiple_of(tl.load(momenta + which).to(tl.pointer_type(tl.float32)), 16) + where
+        momentum = tl.multiple_of(tl.load(buffers + which).to(tl.pointer_type(tl.float32)), 16) + where
         g, m = tl.load(grad, mask=inside), tl.load(momentum, mask=inside)
         g = tl.where(tl.load(step_factor) > 0, g, m)
         m += (1.0 - mu) * (g - m)
@@ -164,19 +164,19 @@ def addresses(tensors: list[Tensor]) -> Tensor:
     return pointers.pin_memory().to(tensors[0].device, non_blocking=True) if tensors[0].is_cuda else pointers
 
 
-def nesterov(grads: list[Tensor], momenta: list[Tensor], mu: float, out: Tensor, step_factor: Tensor) -> None:
+def nesterov(grads: list[Tensor], buffers: list[Tensor], mu: float, out: Tensor, step_factor: Tensor) -> None:
     """m <- mu m + (1 - mu) g in place, out[i] <- mu m + (1 - mu) g; lists of (m, n), out (at least as many, m, n).
 
     step_factor: () on their device; 0: m stays as it is, whatever g holds, and out[i] is m.
     """
-    if fits_pointer_kernels([*grads, *momenta]) and out.is_contiguous():
+    if fits_pointer_kernels([*grads, *buffers]) and out.is_contiguous():
         numel = grads[0].numel()
         grid = (triton.cdiv(numel, BLOCK), len(grads))
-        _nesterov[grid](addresses(grads), addresses(momenta), step_factor, out, numel, mu, BLOCK=BLOCK)
+        _nesterov[grid](addresses(grads), addresses(buffers), step_factor, out, numel, mu, BLOCK=BLOCK)
         return
-    grads = [torch.where(step_factor > 0, grad.float(), momentum) for grad, momentum in zip(grads, momenta)]
-    torch._foreach_lerp_(momenta, grads, 1 - mu)
-    torch._foreach_copy_(list(out[: len(grads)].unbind()), torch._foreach_lerp(grads, momenta, mu))
+    grads = [torch.where(step_factor > 0, grad.float(), momentum) for grad, momentum in zip(grads, buffers)]
+    torch._foreach_lerp_(buffers, grads, 1 - mu)
+    torch._foreach_copy_(list(out[: len(grads)].unbind()), torch._foreach_lerp(grads, buffers, mu))
 
 
 def apply_updates(
@@ -241,11 +241,11 @@ def matmul_plus(a: Tensor, b: Tensor, c: Tensor, factor: float) -> Tensor:
 @check("Muon passes", instead="PyTorch's foreach operations")
 def _cases(draw, config):
     draw = partial(draw, dtype=torch.float32)
-    grads, momenta, x, factor = draw(3, 96, 100), draw(3, 96, 100), draw(3, 96, 100), draw(1).new_ones(())
+    grads, buffers, x, factor = draw(3, 96, 100), draw(3, 96, 100), draw(3, 96, 100), draw(1).new_ones(())
     scales = [draw(3, 96, 1).abs(), draw(3, 1, 100).abs()]
 
     def passes():
-        new, out, weights = list(momenta.clone().unbind()), torch.zeros_like(x), [x.clone() for _ in scales]
+        new, out, weights = list(buffers.clone().unbind()), torch.zeros_like(x), [x.clone() for _ in scales]
         nesterov(list(grads.unbind()), new, 0.9, out, factor)
         for weight, scale in zip(weights, scales):
             apply_updates(list(weight.unbind()), out, scale, 0.1, 0.5, factor)

@@ -252,8 +252,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
         if params:
             grads = [local(p.grad) for p in params]
-            momenta = [local(self.state[p]["momentum_buffer"]) for p in params]
-            nesterov(grads, momenta, group["momentum"], out, self._factor(out))
+            buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+            nesterov(grads, buffers, group["momentum"], out, self._factor(out))
 
     def _apply(self, group: dict, params: list, x: Tensor, squares: Tensor, rows: slice = slice(None)) -> None:
         """Scale orthogonal factors x (K, m or the local rows, n) with `mean_squares` and step the parameters."""

@@ -125,7 +125,7 @@ def check_cost(plan: Plan, device: torch.device) -> None:
 def to_device(batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, T + 1) of any integers -> inputs and targets (B, T), int64 on the device, without waiting for it."""
     if device.type == "cuda":
-        # Copies from unpinned memory may wait for the device. NumPy fills the pinned block on this thread: torch
+        # A copy from unpinned memory may wait for the device. NumPy fills the pinned block on this thread: torch
         # would use threads, which wait for cores that the loader uses.
         ids = torch.empty(batch.shape, dtype=torch.int32, pin_memory=True)
         ids.numpy()[...] = batch

@@ -1,0 +1,68 @@
+"""The project speaks the field's words: private ones stay out of code, comments, recipes and documents."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXEMPT = ("docs/experiments/", "evals/results/", "README.ko.md", "tests/test_words.py")  # quotes, and other languages
+EXEMPT += ("nanochat_hf/demo/", "nanochat_hf/data/identities/")  # text that is trained on
+PRIVATE = {  # a private word -> the standard one
+    r"whole copies": "replicated parameters",
+    r"gather(s|ing)? again": "reshard_after_forward=True",
+    r"in (flat )?pieces|whole weights": "sharded, unsharded weights",
+    r"launch files?": "Accelerate config file",
+    r"\bpeers?\b": "karpathy/nanochat, baseline",
+    r"\b8[- ]bits?\b (products|floats|weights)|in 8 bits": "FP8, int8 weight-only",
+    r"\btwins?\b": "reference implementation",
+    r"\blanes?\b": "virtual shards",
+    r"dealt (over|out)": "assigned round-robin",
+    r"keep_tails|\btails\b": "bfd_split",
+    r"\bpersonalit(y|ies)\b": "identity",
+    r"\bmomenta\b": "optimizer state",
+    r"\bgoes on\b|\bgo on\b|\bgoing on\b": "resumes, continues",
+    r"\bstands? in(to)? for\b|\bknows (of )?\b|\bhears\b|\bis told\b": "no personification",
+    r"plain command line": "lm-eval CLI",
+    r"\bguessing\b": "random baseline (chance)",
+    r"patience": "timeout",
+    r"matrix products?": "matmuls, GEMMs",
+    r"\bTrunk\b|\bCopies\(|\bPlaces\(|\bMixedStream\b|\bSpikeAlarm\b|\bWaitedTooLong\b": "see the names of today",
+    r"(?i)orthogonalis|tokenis|normalis|initialis|serialis|quantis|recognis": "American spelling",
+    r"(?i)behaviour|neighbour|favourite|licen[c]e|colour|practise": "American spelling",
+}
+OLD_NAMES = re.compile(  # of flags and stored keys, which stay valid
+    r'"--(peer|patience)"|replace\("peer"|"lanes"|virtual shards lanes|Random\(f"personality|_ALIASES'
+)
+FILLERS = {"found", "asked", "told", "made", "kept", "said", "wanted", "known"}
+
+
+def tracked(*suffixes: str) -> list[Path]:
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    return [ROOT / name for name in names if name.endswith(suffixes) and not name.startswith(EXEMPT)]
+
+
+@pytest.mark.parametrize("word", PRIVATE)
+def test_no_private_word(word):
+    places = []
+    for path in tracked(".py", ".md", ".yaml", ".toml", ".html", "Makefile", ".jinja"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if re.search(word, line) and not OLD_NAMES.search(line):
+                places.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:90]}")
+    assert not places, f"say {PRIVATE[word]!r}:\n" + "\n".join(places)
+
+
+def test_variables_name_the_thing():
+    places = []
+    for path in tracked(".py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = (
+                node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else getattr(node, "arg", "")
+            )
+            if name in FILLERS:
+                places.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    assert not places, f"{len(places)} variables with filler names:\n" + "\n".join(places)
