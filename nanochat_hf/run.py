@@ -13,14 +13,16 @@ import os
 import platform
 import subprocess
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from transformers.hf_argparser import string_to_bool
 
 from .errors import InputError
 
@@ -86,9 +88,9 @@ def first_non_finite(tensors) -> str | None:
     return None
 
 
-def nearest(name: str, names) -> str:
+def nearest(name, names) -> str:
     """'did you mean X?' when a name is close to one of `names`, else the list of them."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(map(str, names))
 
 
@@ -235,16 +237,17 @@ KEY_ALIASES = {  # keys of recipes, flags and finished runs from before December
     "opt_in": "enabled",
     "rows of a step": "sequences per step",
 }
-VALUE_ALIASES = {  # the same of values, by their old key
-    "bad_rows": {"refuse": "error"},
-    "opt_in": {True: False, False: True, "true": "false", "false": "true"},
-}
+VALUE_ALIASES = {"bad_rows": {"refuse": "error"}}  # the same of values, by their old key
 
 
 def renamed_keys(values: dict) -> dict:
     """The values of a stage's config, with today's names for old keys and old values."""
 
     def renamed(key, value):
-        return VALUE_ALIASES.get(key, {}).get(value, value) if isinstance(value, str | bool) else value
+        if key == "opt_in":  # `enabled` is its opposite; a word that is no boolean is left to the parser
+            with suppress(ArgumentTypeError):
+                enabled = not string_to_bool(str(value))
+                return str(enabled).lower() if isinstance(value, str) else enabled
+        return VALUE_ALIASES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
     return {KEY_ALIASES.get(key, key): renamed(key, value) for key, value in values.items()}

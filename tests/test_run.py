@@ -54,6 +54,8 @@ def parse(folder: Path, text: str, overrides: dict | None = None) -> Config:
             Config(on_bad_example="error", enabled=False, max_per_task=5),
         ),
         ("opt_in: true\nlimit: 5", {"opt_in": "false", "limit": "7"}, Config(enabled=True, max_per_task=7)),
+        *(("", {"opt_in": word}, Config(enabled=False)) for word in ("True", "1", "yes")),
+        *((f"opt_in: {word}", {}, Config(enabled=True)) for word in ("no", "0", "'False'")),
         ("bad_rows: skip", {"on_bad_example": "error"}, Config(on_bad_example="error")),
     ],
 )
@@ -64,6 +66,7 @@ def test_yaml_sets_defaults_the_command_line_wins_and_old_names_mean_the_same(tm
 @pytest.mark.parametrize(
     "text,overrides,message",
     [
+        ("1: 2", {}, "unknown key 1 for stage.yaml"),
         ("dept: 1", {}, "unknown key 'dept' for stage.yaml; did you mean 'depth'"),
         ("", {"dept": "1"}, "did you mean 'depth'"),
         ("", {"qqq": "1"}, "known: depth"),
