@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUN    ?= runs/cpu-demo
+BASELINE ?= $(PEER)
 # the kernels, where a GPU is of compute capability 9.0 (H100) or newer
 EXTRAS  = dev$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1 | grep -qE '^(9|[1-9][0-9])\.' && echo ,kernels)
 export HF_HUB_OFFLINE ?= 1

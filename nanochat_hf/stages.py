@@ -105,15 +105,22 @@ def run_base(
 def run_chat(
     config: ChatConfig, run: Run, stage: str = "sft", model: str | None = None, tasks: EvalConfig | str | None = None
 ) -> None:
-    """Mid-training or SFT, with ChatCORE on the way on `tasks` (or the eval.yaml of that name)."""
+    """Mid-training or SFT, with ChatCORE on the way on `tasks`.
+
+    Where the data of a recipe's own tasks are missing, the stage runs without them and prints why; an eval.yaml that
+    was named, which is a str, raises InputError.
+    """
     if stage not in ("mid", "sft"):
         raise InputError(f"--stage is {stage!r}: use mid or sft")
     (folder, source), chatcore = start(stage, run, model), None
-    tasks = parse_config(EvalConfig, tasks) if isinstance(tasks, str) else tasks
+    named = isinstance(tasks, str)
+    tasks = parse_config(EvalConfig, tasks) if named else tasks
     if tasks and config.chatcore_every > 0:
         try:
             chatcore = chatcore_metric(tasks, load_tokenizer(source), folder / "state", engine)
-        except InputError as error:  # the tasks' data are missing: a stage does not need them
+        except InputError as error:
+            if named:
+                raise
             partial_state().print(f"no ChatCORE on the way: {error}")
     train_chat(config, source, folder, chatcore)
 
