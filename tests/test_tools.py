@@ -1,4 +1,4 @@
-"""The calculator and every known escape from such evaluators; hostile programs in the sandbox; calls in `generate`.
+"""The calculator and every known escape from such evaluators; calls in `generate`.
 
 NANOCHAT_GSM8K=gsm8k_train.jsonl also checks the calls of GSM8K's rows.
 """
@@ -16,7 +16,6 @@ import warnings
 from decimal import Decimal
 from fractions import Fraction
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ from transformers.utils import get_json_schema
 
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.tool_loop import ToolResultProcessor, stop_ids
-from nanochat_hf.tools import MAX_CHARS, MAX_OUTPUT, calculate, python, run_sandboxed
+from nanochat_hf.tools import MAX_CHARS, calculate, python
 
 RESULTS = [
     ("2+3", "5"), (" 12*(3+4) ", "84"), ("12/4", "3"), ("7/2", "3.5"), ("0.1+0.2", "0.3"), ("1/3", "0.3333333333"),
@@ -149,75 +148,6 @@ def test_the_tool_calculates_and_has_the_schema_that_trl_shows_to_the_model():
     function = get_json_schema(python)["function"]
     assert function["name"] == "python" and list(function["parameters"]["properties"]) == ["expression"]
     assert python("12*(3+4)") == "84"
-
-
-# ---- the sandbox --------------------------------------------------------------------------------------------------
-
-PASSED = [  # program, its output
-    ("import math\nprint(math.gcd(12, 18))\nassert True", "6\n"),
-    ("import os\nassert 'SECRET_OF_THE_PARENT' not in os.environ and 'HOME' not in os.environ", ""),
-    ("import os, sys\nassert os.listdir() == [] and sys.stdin.read() == '' and sys.argv == ['']", ""),
-]
-FAILED = [  # program, part of its output
-    ("assert False", "AssertionError"), ("1/0", "ZeroDivisionError"), ("syntax error here", "SyntaxError"),
-    ("raise SystemExit(0)", ""), ("import os; os._exit(0)", ""), ("import os; os.abort()", ""), ("quit()", ""),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ""), ("print('\\ud800')", "UnicodeEncodeError"),
-    ("def f(): return f()\nf()", "RecursionError"), ("x = bytearray(1 << 40)", "MemoryError"),
-    ("with open('big', 'wb') as f:\n for _ in range(100): f.write(bytes(1 << 20)); f.flush()", ""),  # a full disk
-    ("import sys\nprint('passed', 'True', 'ok')\nsys.stdout.flush()\nsys.exit(0)", "passed True ok"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("code", "output"), PASSED)
-def test_a_program_that_runs_to_its_end_has_passed_and_sees_nothing_of_the_parent(code, output, monkeypatch):
-    monkeypatch.setenv("SECRET_OF_THE_PARENT", "1")
-    result = run_sandboxed(code)
-    assert result.passed and result.output == output and not result.timed_out
-
-
-@pytest.mark.parametrize(("code", "output"), FAILED)
-def test_a_program_that_fails_or_leaves_early_has_not_passed(code, output):
-    result = run_sandboxed(code)
-    assert not result.passed and output in result.output and not result.timed_out
-
-
-def test_an_endless_program_is_stopped_in_time_and_endless_output_is_cut():
-    started = time.monotonic()
-    result = run_sandboxed("while True: pass", timeout=0.5)
-    assert result.timed_out and not result.passed and time.monotonic() - started < 5
-    result = run_sandboxed("while True: print('x' * 1000)", timeout=2)
-    assert not result.passed and 0 < len(result.output) <= MAX_OUTPUT
-
-
-def test_a_program_leaves_no_file_behind():
-    result = run_sandboxed("import os\nopen('left', 'w').write('x')\nprint(os.getcwd())")
-    assert result.passed and not Path(result.output.strip()).exists()
-
-
-def test_a_program_reaches_no_network_where_namespaces_are_allowed():
-    linux = sys.platform == "linux"
-    if not linux or subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this kernel allows no network namespace")
-    code = (
-        "import socket\ns = socket.socket()\ns.settimeout(2)\n"
-        "try:\n    s.connect(('127.0.0.1', 9))\nexcept OSError as error:\n    print(error.errno)"
-    )
-    result = run_sandboxed(code)
-    assert result.passed and result.output == "101\n"  # ENETUNREACH: not even the loopback device is up
-
-
-def test_no_descendant_outlives_the_program(tmp_path):
-    beat = tmp_path / "beat"
-    beat.touch()
-    code = (
-        "import os, time\nos.fork()\nos.fork()\nos.setsid()\n"
-        f"while True:\n    open({str(beat)!r}, 'a').write('.')\n    time.sleep(0.02)"
-    )
-    assert run_sandboxed(code, timeout=1).timed_out
-    time.sleep(0.3)
-    size = beat.stat().st_size
-    time.sleep(0.3)
-    assert size and beat.stat().st_size == size
 
 
 # ---- calls inside `generate` --------------------------------------------------------------------------------------

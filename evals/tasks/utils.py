@@ -18,7 +18,7 @@ from nanochat_hf.data.grading import final_words, hash_answer, is_correct, pass_
 from nanochat_hf.data.jsonl import damaged, numbered_lines, parse
 from nanochat_hf.data.transforms import multiple_choice
 from nanochat_hf.eval.core import centered
-from nanochat_hf.tools import run_sandboxed
+from nanochat_hf.sandbox import run_sandboxed
 
 TYPES = {"messages": list, "choices": (list, dict), "rivals": list}  # of fields; the others are text
 
@@ -113,11 +113,12 @@ def hash_results(doc: dict, results: list) -> dict[str, float]:
 
 
 def humaneval_results(doc: dict, results: list) -> dict[str, float]:
-    """Runs the answer's first code block (or all of it) with the prompt's imports and the tests, in a sandbox."""
-    return _graded(results[0], lambda text: run_sandboxed(humaneval_program(doc, text)).passed)
+    """Runs the answer's first code block (or all of it) and the tests, in two sandboxes."""
+    return _graded(results[0], lambda text: run_sandboxed(*humaneval_program(doc, text)).passed)
 
 
-def humaneval_program(doc: dict, text: str) -> str:
+def humaneval_program(doc: dict, text: str) -> tuple[str, str]:
+    """The answer's program and the tests, each with the prompt's imports."""
     code = final_words(text)
     block = re.search(r"```(?:python)?[^\S\n]*\n(.*?)\n```", code, re.DOTALL)
     imports = []
@@ -127,7 +128,8 @@ def humaneval_program(doc: dict, text: str) -> str:
         elif line.strip() and not line.strip().startswith("#"):
             break
     program = (block[1] if block else code).strip()
-    return "\n\n".join(["\n".join(imports), program, doc["test"], f"check({doc['entry_point']})"])
+    head = "\n".join(imports)
+    return f"{head}\n\n{program}", f"{head}\n\n{doc['test']}\n\ncheck({doc['entry_point']})"
 
 
 def primer_results(doc: dict, results: list) -> dict[str, float]:

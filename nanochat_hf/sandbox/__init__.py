@@ -1,0 +1,135 @@
+"""A sandbox for generated Python programs: run one, or check a solution against tests that it cannot see.
+
+    run_sandboxed("print(1 + 1)")                                           -> SandboxResult(True, "2\\n", False)
+    run_sandboxed("def add(a, b): return a + b", "assert add(1, 2) == 3")   -> SandboxResult(True, "", False)
+    layers()                                                                -> ("unprivileged user", "namespaces", ...)
+
+Solution and tests run in two sandboxes. The tests call the solution over a socket that carries plain data only
+(program.py), so a solution can neither read what is expected nor report success. Without tests a program
+passes if it ran to its last line; that it says itself.
+
+A sandbox is three processes. The guard (guard.py, a script) stays outside and watches time, processes and memory.
+Its child is process 1 of new namespaces: no network, no foreign process, a read-only view of the Python installation
+and an empty folder in memory. That one starts the program as a user without rights. Kernels and containers differ in
+what they allow: `layers` says what this machine gives.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from ..errors import InputError
+from . import guard as guard_script
+from .guard import ENDED, TIMED_OUT
+
+MAX_OUTPUT = 64 * 1024  # bytes of a program's output that are returned
+MEMORY_BYTES = 512 << 20
+ALLOW = "NANOCHAT_ALLOW_UNSANDBOXED"  # environment variable that lets it run as root with all files
+
+
+@dataclass(frozen=True)
+class SandboxResult:
+    """Outcome of a program: `passed` is True only if it, or its tests, ran to the last line without an exception."""
+
+    passed: bool
+    output: str  # the first MAX_OUTPUT bytes of stdout and stderr together
+    timed_out: bool
+
+
+def run_sandboxed(
+    program: str, tests: str = "", timeout: float = 3.0, memory_bytes: int = MEMORY_BYTES
+) -> SandboxResult:
+    """Run a Python program; with `tests`, check what it defines. Whatever it does, nothing is raised.
+
+    Args:
+        program: source of a module that is not `__main__`; it has the standard library and the installed packages.
+        tests: source that calls the program's functions by name, for example "assert add(1, 2) == 3".
+        timeout: seconds of wall time, and of processor time per process.
+        memory_bytes: of all processes together.
+
+    Raises:
+        InputError: the program would run as root with all files of this machine, and ALLOW is not set.
+    """
+    if not {"unprivileged user", "read-only files"} & set(layers()) and not os.environ.get(ALLOW):
+        raise InputError(
+            f"generated code would run as root with all files: use another user, or set {ALLOW}=1 in a container "
+            "that may be lost"
+        )
+    ours, theirs = socket.socketpair()
+    with tempfile.TemporaryFile() as output, working_folder() as folder, ours, theirs:
+        guards = [start_guard("solution", program, theirs, folder, output, timeout, memory_bytes)]
+        if tests:
+            guards.append(start_guard("tests", tests, ours, folder, output, timeout, memory_bytes))
+            ours.close()
+            theirs.close()  # else neither side would see the other one end
+            passed = wait(guards[1], timeout) == ENDED
+            guards[0].terminate()  # nobody calls it any more
+        else:
+            theirs.close()
+            passed = first_byte(ours, timeout) == b"["
+            ours.close()
+            passed = wait(guards[0], timeout) == 0 and passed
+        codes = [wait(guard, timeout) for guard in guards]
+        output.seek(0)
+        text = output.read(MAX_OUTPUT).decode("utf-8", "replace")
+    return SandboxResult(passed, text, timed_out=not passed and TIMED_OUT in codes)
+
+
+@cache
+def layers() -> tuple[str, ...]:
+    """What protects this machine from generated code, found by starting a sandbox once."""
+    with tempfile.TemporaryFile() as output:
+        wait(start_guard("layers", "", None, "/", output, 20, MEMORY_BYTES), 20)
+        output.seek(0)
+        lines = output.read().decode().splitlines()
+    if "ready" not in lines:
+        raise InputError(
+            f"the sandbox for generated code does not start ({(lines or ['no output'])[-1]}): install Python where every "
+            "user can read it, not in root's home, or evaluate as a user who is not root"
+        )
+    return tuple(lines[: lines.index("ready")])
+
+
+@contextlib.contextmanager
+def working_folder() -> Iterator[str]:
+    """An empty folder that any user may write: the program's where it cannot have a root of its own."""
+    folder = tempfile.mkdtemp(prefix="nanochat-")
+    os.chmod(folder, 0o777)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["rm", "-rf", folder], check=False)  # any depth; shutil.rmtree ends in RecursionError
+
+
+def start_guard(
+    role: str, code: str, channel: socket.socket | None, folder: str, output, timeout: float, memory_bytes: int
+) -> subprocess.Popen:
+    number = channel.fileno() if channel else 2
+    command = [sys.executable, "-I", "-S", guard_script.__file__, role, str(number), str(timeout), str(memory_bytes)]
+    with tempfile.TemporaryFile() as source:
+        source.write(code.encode("utf-8", "replace"))
+        source.seek(0)
+        streams = {"stdin": source, "stdout": output, "stderr": output, "pass_fds": (number,)}
+        return subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, **streams)
+
+
+def wait(guard: subprocess.Popen, timeout: float) -> int:
+    """The exit code of a guard, which ends by itself in time; one that does not is killed."""
+    try:
+        return guard.wait(timeout + 10)
+    except subprocess.TimeoutExpired:
+        guard.kill()
+        return guard.wait()
+
+
+def first_byte(channel: socket.socket, timeout: float) -> bytes:
+    channel.settimeout(timeout + 10)
+    with contextlib.suppress(OSError):
+        return channel.recv(1)
+    return b""

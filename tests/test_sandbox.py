@@ -1,0 +1,183 @@
+"""Generated programs in the sandbox: right ones pass, wrong ones cannot say that they are right, none gets out.
+
+The hostile programs run in a cgroup of the test's own, so that a hole in the sandbox cannot hurt the machine.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nanochat_hf import sandbox
+from nanochat_hf.errors import InputError
+from nanochat_hf.sandbox import MAX_OUTPUT, layers, run_sandboxed
+from nanochat_hf.sandbox.guard import MAX_PROCESSES
+
+LINUX = sys.platform == "linux"
+fork = multiprocessing.get_context("fork")
+isolated = pytest.mark.skipif(
+    not (LINUX and {"namespaces", "read-only files"} <= set(layers())), reason="this kernel allows no namespaces"
+)
+
+PROGRAMS = yaml.safe_load(Path(__file__).with_name("programs.yaml").read_text())
+RIGHT = [(case["program"], case["tests"]) for case in PROGRAMS["right"]]
+WRONG, HOSTILE = PROGRAMS["wrong"], PROGRAMS["hostile"]
+ADD = "assert add(1, 2) == 3\nassert add('a', 'b') == 'ab'"
+ENDS = [  # program, passed, part of its output
+    ("import math\nprint(math.gcd(12, 18))", True, "6\n"),
+    ("import os\nassert not {'SECRET_OF_THE_PARENT', 'HOME'} & set(os.environ)", True, ""),
+    ("import os, sys\nassert os.listdir() == [] and sys.stdin.read() == '' and sys.argv == ['']", True, ""),
+    ("assert False", False, "AssertionError"), ("1/0", False, "ZeroDivisionError"), ("a b", False, "SyntaxError"),
+    ("raise SystemExit(0)", False, ""), ("import os; os._exit(0)", False, ""), ("quit()", False, ""),
+    ("\0", False, ""), ("def f(: pass", False, "SyntaxError"),
+    ("import os; os.abort()", False, ""), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", False, ""),
+    ("print('\\ud800')", False, "UnicodeEncodeError"), ("def f(): return f()\nf()", False, "RecursionError"),
+    ("x = bytearray(1 << 40)", False, "MemoryError"), ("import ctypes; ctypes.string_at(0)", False, ""),
+    ("import os\nfor _ in range(1200): os.mkdir('d'); os.chdir('d')", True, ""),
+    ("with open('big', 'wb') as f:\n for _ in range(100): f.write(bytes(1 << 20)); f.flush()", False, ""),
+]  # fmt: skip
+
+
+def in_parallel(table, run):
+    with ThreadPool(4) as pool:
+        return list(zip(table, pool.starmap(run, table)))
+
+
+def test_right_solutions_pass():
+    failed = [(case[0], result.output) for case, result in in_parallel(RIGHT, run_sandboxed) if not result.passed]
+    assert len(RIGHT) >= 20 and not failed
+
+
+def test_no_solution_reports_its_own_success():
+    table = [(code, ADD) for code in WRONG]
+    assert len(table) >= 20 and [case[0] for case, result in in_parallel(table, run_sandboxed) if result.passed] == []
+
+
+def test_a_program_without_tests_passes_if_it_runs_to_its_last_line(monkeypatch):
+    monkeypatch.setenv("SECRET_OF_THE_PARENT", "1")
+    table = [(code,) for code, _, _ in ENDS]
+    for (code, passed, output), (_, result) in zip(ENDS, in_parallel(table, run_sandboxed)):
+        assert (result.passed, result.timed_out) == (passed, False) and output in result.output, (code, result)
+
+
+def test_time_and_output_are_limited_and_nothing_is_left():
+    before, started = set(Path("/tmp").glob("nanochat-*")), time.monotonic()
+    result = run_sandboxed("while True: pass", timeout=0.5)
+    assert result.timed_out and not result.passed and time.monotonic() - started < 5
+    assert run_sandboxed("def f():\n while True: pass", "f()", timeout=0.5).timed_out
+    result = run_sandboxed("while True: print('x' * 1000)", timeout=2)
+    assert not result.passed and 0 < len(result.output) <= MAX_OUTPUT
+    assert set(Path("/tmp").glob("nanochat-*")) == before
+
+
+def test_root_without_layers_is_refused(monkeypatch):
+    for names in ((), ("cgroups",)):
+        monkeypatch.setattr(sandbox, "layers", lambda names=names: names)
+        with pytest.raises(
+            InputError, match=r"as root with all files: use another user, or set NANOCHAT_ALLOW_UNSAND"
+        ):
+            run_sandboxed("print(1)")
+    monkeypatch.setenv(sandbox.ALLOW, "1")
+    assert run_sandboxed("print(1)").passed
+
+
+HEAD = "import os, signal, threading, time\nHOME, PREFIX, HERE = {!r}, {!r}, {!r}\n"
+
+
+def programs(name: str) -> list[tuple[str, str]]:
+    """A hostile body as (program, tests): in the module, in a function that is called, and in a child's session."""
+    head = HEAD.format(os.path.expanduser("~"), sys.prefix, str(Path(__file__).parent))
+    body = HOSTILE[name].replace("\n", "\n    ")
+    function = f"{head}def f():\n    {body}\n    return 1\n"
+    child = "if os.fork() == 0:\n    os.setsid()\n    f()\n    os._exit(0)\nos.wait()\n"
+    return [(f"{function}f()", ""), (function, "f()"), (function + child, "")]
+
+
+def read(path: Path) -> str:
+    with contextlib.suppress(OSError):  # the process has ended
+        return path.read_text()
+    return ""
+
+
+def attack(name: str) -> list[str]:
+    """What fell."""
+    fallen = []
+    for number, (program, tests) in enumerate(programs(name)):
+        started = time.monotonic()
+        result = run_sandboxed(program, tests)
+        seconds = time.monotonic() - started
+        group = Path("/proc/self/cgroup").read_text()
+        left = [path for path in Path("/proc").glob("[0-9]*/cgroup") if path.parent.name != str(os.getpid())
+                and read(path) == group]  # fmt: skip
+        if "WROTE" in result.output or seconds > 8 or left:
+            fallen.append(f"{name} {number}: {seconds:.1f} s, {len(left)} processes left, {result}")
+    return fallen
+
+
+@pytest.fixture(scope="session")
+def small_cgroup(tmp_path_factory):
+    """A folder of cgroups that allows 400 processes, so that a hole cannot hurt the machine; else the test skips."""
+    root = Path("/sys/fs/cgroup")
+    folder = (root if (root / "cgroup.controllers").exists() else root / "pids") / f"nanochat-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+        (folder / "pids.max").write_text("400")
+    except OSError:
+        pytest.skip("hostile programs run only in a cgroup, which needs root here")
+    yield folder
+    for _ in range(100):
+        try:
+            folder.rmdir()
+            break
+        except OSError:
+            time.sleep(0.02)
+
+
+def in_cgroup(folder: Path, function, *arguments):
+    """The result of a function that runs in a process of its own, in a cgroup."""
+
+    def child():
+        (folder / "cgroup.procs").write_text("0")
+        sender.send(function(*arguments))
+
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=child)
+    process.start()
+    assert receiver.poll(60)
+    process.join()
+    return receiver.recv()
+
+
+def attack_without_cgroups(name: str) -> list[str]:
+    """As `attack`, on a machine where no cgroup may be written."""
+    source, guard = Path(sandbox.guard_script.__file__), Path(tempfile.mkdtemp()) / "guard.py"
+    guard.write_text(source.read_text().replace("/sys/fs/cgroup", "/nowhere"))
+    shutil.copy(source.with_name("program.py"), guard.parent)
+    sandbox.guard_script.__file__ = str(guard)
+    layers.cache_clear()
+    return attack(name) + ["cgroups"] * ("cgroups" in layers())
+
+
+@isolated
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", [attack, attack_without_cgroups])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_hostile_program_escapes_a_limit(name, attack, small_cgroup):
+    assert len(HOSTILE) * 3 >= 120 and in_cgroup(small_cgroup, attack, name) == []
+
+
+@isolated
+def test_a_bomb_of_processes_stays_below_the_limit(small_cgroup):
+    program = (
+        "import os, time\nn = 0\nfor _ in range(200):\n    try:\n        if os.fork() == 0: time.sleep(5)\n"
+        "        n += 1\n    except OSError: pass\nprint(n)"
+    )
+    assert 30 < max(map(int, in_cgroup(small_cgroup, run_sandboxed, program).output.split())) < MAX_PROCESSES
