@@ -15,6 +15,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "stages": {"config", "run", "distributed", "data", "demo", "eval", "hub", "serve", "train"},
     "tools": set(),
     "tool_loop": {"tools"},
+    "sandbox": set(),
     "distributed": set(),
     "model": set(),
     "convert": {"data", "model", "tool_loop"},
@@ -22,13 +23,13 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "optim": {"model", "kernels", "distributed"},
     "demo": {"run"},
     "data": {"demo", "run"},
-    "eval": {"data", "demo", "run", "tools", "tool_loop", "distributed"},
+    "eval": {"data", "demo", "run", "sandbox", "tools", "tool_loop", "distributed"},
     "train": {"distributed", "kernels", "optim", "model", "data", "demo", "eval.bpb", "run", "tools", "tool_loop"},
     "serve": {"data", "run", "kernels", "model", "tools", "tool_loop"},
     "hub": {"convert", "data", "eval.report", "eval.weights", "run", "tool_loop"},
 }
 EVAL_HELPERS = {"data", "data.grading", "data.jsonl", "data.tokenizer", "data.transforms"}  # what evals/ may import
-EVAL_HELPERS |= {"eval", "eval.bpb", "eval.core", "tools"}
+EVAL_HELPERS |= {"eval", "eval.bpb", "eval.core", "sandbox", "tools"}
 BUDGET = 600  # lines
 
 
