@@ -150,6 +150,18 @@ def write(value, path: Path) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def writing_checkpoint(folder: Path) -> Iterator[None]:
+    """Turn a failure to write `folder` into an InputError that names the checkpoint before it, and delete `folder`."""
+    older = complete_checkpoints(folder.parent)
+    try:
+        with writing(folder.parent, f"; the checkpoint before it is {older[-1]}" if older else ""):
+            yield
+    except InputError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def read_progress(path: Path) -> dict:
     with reading(path):
         return torch.load(path / "progress.pt")
@@ -207,33 +219,28 @@ def save(
     sharded, (rank, world) = is_sharded(model), get_dist_info()
     if not sharded:
         refuse_nan(model.state_dict(), "the model")
-    aside, final, existing = folder / f".step_{step:06d}", folder / f"step_{step:06d}", complete_checkpoints(folder)
-    if numbers := [int(path.suffix[1:] or 0) for path in existing if path.stem == final.name]:
+    aside, final = folder / f".step_{step:06d}", folder / f"step_{step:06d}"
+    if numbers := [int(path.suffix[1:] or 0) for path in complete_checkpoints(folder) if path.stem == final.name]:
         final = final.with_name(f"{final.name}.{numbers[-1] + 1}")
     own = {"position": position, "random": random_state()}
-    try:
-        with writing(folder, f"; the checkpoint before it is {existing[-1]}" if existing else ""):
-            if rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-            barrier()
-            if sharded:
-                weights, state = get_state_dict(model, optimizer)
-                dcp.save({"model": weights, "optimizer": state}, checkpoint_id=aside / "shards")
-            else:
-                own["optimizer"] = optimizer.state_dict()
-                if rank == 0:
-                    write(model.state_dict(), aside / "model.pt")
-            write(own, aside / f"rank_{rank:05d}.pt")
-            if rank == 0:
-                write({**progress, "step": step, "world_size": world}, aside / "progress.pt")
-            barrier()
-            if rank == 0:
-                write_manifest(aside)
-    except InputError:
-        if rank == 0:  # half a checkpoint only takes up room
+    with writing_checkpoint(aside):
+        if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        raise
+            aside.mkdir(parents=True)
+        barrier()
+        if sharded:
+            weights, state = get_state_dict(model, optimizer)
+            dcp.save({"model": weights, "optimizer": state}, checkpoint_id=aside / "shards")
+        else:
+            own["optimizer"] = optimizer.state_dict()
+            if rank == 0:
+                write(model.state_dict(), aside / "model.pt")
+        write(own, aside / f"rank_{rank:05d}.pt")
+        if rank == 0:
+            write({**progress, "step": step, "world_size": world}, aside / "progress.pt")
+        barrier()
+        if rank == 0:
+            write_manifest(aside)
     if rank == 0:
         os.replace(aside, final)
         delete_superseded(folder, keep)

@@ -350,9 +350,10 @@ class Pretraining:
 
     def save(self, unmeasured: dict | None = None) -> Path:
         """Write a checkpoint. `unmeasured`: the metrics of the last step, if its evaluations are still to come."""
+        wall_time = time.time() - self.record["started"] + self.record.get("earlier_wall_time_s", 0)
         progress = {
             "config": asdict(self.config), "inputs": self.record["inputs"], "changes": self.record["changes"],
-            "unmeasured": unmeasured, "rows": self.micro_batch_size, "wall_time_s": self.wall_time(),
+            "unmeasured": unmeasured, "rows": self.micro_batch_size, "wall_time_s": wall_time,
             "timed": self.timer.steps, "seconds": self.timer.seconds, "history": self.history,
             "samples": self.samples, "recent": list(self.spikes.recent), "loss_scale": self.loss_scale.item(),
         }  # fmt: skip
@@ -380,9 +381,6 @@ class Pretraining:
             self.record["changes"].append({"after step": self.step, "keys": list(changed.values())})
         changes = f", with {', '.join(changed.values())}" if changed else ""
         self.print(f"resuming after step {self.step} of {path}{changes}")
-
-    def wall_time(self) -> float:
-        return time.time() - self.record["started"] + self.record.get("earlier_wall_time_s", 0)
 
     def finish(self) -> dict:
         """Write the model folder and metrics.json, delete the checkpoints."""

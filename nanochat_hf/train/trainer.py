@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..optim.muon_adamw import MuonAdamW, deepspeed_optimizer, param_groups
 from ..optim.scaling import DEFAULTS, optimizer_groups
 from ..optim.schedule import Schedule
-from ..run import load_json, model_fingerprint, save_json, without_nan, write_metrics, writing
+from ..run import load_json, model_fingerprint, save_json, without_nan, write_metrics
 from . import checkpoint
 from .model_setup import load_chat_model, lora
 from .runtime import copy_to_host_async, graceful_shutdown, shard_on_cpu, split_global_batch
@@ -297,15 +297,10 @@ class StageTrainer(TrainerCallback):
                 self.stop_training(str(error).partition(":")[0])
         self.state.log_history[:] = without_nan(self.state.log_history)
         folder = self.checkpoint_folder()
-        older = checkpoint.complete_checkpoints(folder.parent)
-        try:
-            with writing(folder, f"; the checkpoint before it is {older[-1]}" if older else ""):
-                super()._save_checkpoint(model or self.model_wrapped, trial)
-                if self.args.world_size > 1 and not self.is_sharded():  # DDP: transformers saves only the first rank's
-                    torch.save(self.optimizer.state_dict(), folder / f"optimizer-{self.args.process_index}.pt")
-        except InputError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        with checkpoint.writing_checkpoint(folder):
+            super()._save_checkpoint(model or self.model_wrapped, trial)
+            if self.args.world_size > 1 and not self.is_sharded():  # DDP: transformers saves only the first rank's
+                torch.save(self.optimizer.state_dict(), folder / f"optimizer-{self.args.process_index}.pt")
         monitored_barrier(f"{folder.name} of {folder.parent.parent.name}")
         if self.is_world_process_zero():
             checkpoint.write_manifest(folder)
