@@ -254,8 +254,6 @@ REFUSED = {  # what differs -> (change of the world, changes of the config, the 
     "a learning rate": (None, {"matrix_lr": 0.001}, OTHER + "matrix_lr: None -> 0.001"),
     "sequences per step": (None, {"device_batch_size": 2}, OTHER + "sequences per step: 4 -> 2"),
     "settings cut": (lambda _, state, model: (state / "config.json").write_bytes(b"{"), {}, "is not valid JSON"),
-    "settings empty": (lambda _, state, model: (state / "config.json").write_bytes(b""), {}, "is not valid JSON"),
-    "settings binary": (lambda _, state, model: (state / "config.json").write_bytes(b"\xff"), {}, "is not valid JSON"),
     "settings gone": (lambda _, state, model: (state / "config.json").unlink(), {}, r"config\.json is missing"),
     "no steps": (None, {"num_iterations": 0}, "num_iterations is 0"),
 }

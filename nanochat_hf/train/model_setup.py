@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..distributed import get_dist_info, partial_state
 from ..errors import InputError
@@ -59,16 +59,14 @@ def compute_dtype(device: torch.device, half: bool = False) -> torch.dtype:
 def plan_overrides_from(source: str) -> dict:
     """Fields of `PretrainConfig` that describe the model in folder (or Hub id) `source`."""
     try:
-        model_type = NanoChatConfig.get_config_dict(source)[0].get("model_type")
-        if model_type != NanoChatConfig.model_type:
-            content = "no model" if model_type is None else f"a model of type {model_type!r}"
-            raise InputError(
-                f"{source} holds {content} and pretraining can start from {NanoChatConfig.model_type!r} only; "
-                "scripts/convert_checkpoint.py converts a nanochat model"
-            )
-        config = NanoChatConfig.from_pretrained(source)
-    except OSError as error:
-        raise InputError(f"no model in {source}: {str(error).splitlines()[0]}") from None
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no model in {source} that can be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, NanoChatConfig):
+        raise InputError(
+            f"{source} holds a model of type {config.model_type!r} and pretraining can start from "
+            f"{NanoChatConfig.model_type!r} only; scripts/convert_checkpoint.py converts a nanochat model"
+        )
     return {
         "depth": config.num_hidden_layers,
         "generation": config.generation,

@@ -151,16 +151,14 @@ class Pretraining:
 
     def choose_micro_batch_size(self, saved: Path | None) -> int:
         """Sequences per micro-batch: on resume with as many ranks the same, for equal sums; else a new choice."""
-        requested, trial = self.config.device_batch_size, None
         progress = checkpoint.read_progress(saved) if saved else {}
-        if progress.get("world_size") == self.world:
-            requested = progress["rows"]
-        elif not self.sharded:  # ranks of FSDP2 would wait for one that ran out of memory
-            trial = partial(
-                runtime.micro_batch_fits, self.plan, self.loss_model, self.optimizer.param_groups, self.accelerator
-            )
-        dtype = model_setup.compute_dtype(self.device, half=True)
-        return runtime.choose_micro_batch_size(self.plan, requested, self.device, self.world, dtype, trial, self.print)
+        resumes = progress.get("world_size") == self.world
+        requested = progress["rows"] if resumes else self.config.device_batch_size
+        groups = self.optimizer.param_groups
+        fits = partial(runtime.micro_batch_fits, self.plan, self.loss_model, groups, self.accelerator)
+        if resumes or self.sharded:  # ranks of FSDP2 would wait for one that ran out of memory
+            fits = None
+        return runtime.choose_micro_batch_size(self.plan, requested, self.accelerator, fits, self.print)
 
     def new_loader(self, split: str) -> PackedLoader:
         config = self.config
