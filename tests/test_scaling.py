@@ -138,21 +138,22 @@ SHAPE = Schedule(num_iterations=1000, warmup_steps=40, warmdown_ratio=0.65, fina
 
 def test_the_learning_rate_warms_up_stays_and_decays_without_a_jump():
     points = {0: 1 / 40, 19: 0.5, 39: 1.0, 40: 1.0, 350: 1.0, 675: 0.525, 1000: 0.05}
-    assert {step: SHAPE.at(step).lr for step in points} == pytest.approx(points)
+    assert {step: SHAPE.lr(step) for step in points} == pytest.approx(points)
     rates = [SHAPE.lr(step) for step in range(1001)]
     assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < 1 / 39
 
 
 def test_momentum_warms_up_for_400_steps_and_ends_lower_and_weight_decay_follows_a_cosine():
     points = {0: 0.85, 200: 0.91, 400: 0.97 - 0.07 * 50 / 650, 1000: 0.90}
-    assert {step: SHAPE.at(step).momentum for step in points} == pytest.approx(points)
-    assert [SHAPE.at(step).weight_decay for step in (0, 500, 1000)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
+    assert {step: SHAPE.muon_momentum(step) for step in points} == pytest.approx(points)
+    assert [SHAPE.weight_decay(step) for step in (0, 500, 1000)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
 
 
 def test_the_first_generation_is_constant_then_linear_to_zero():
     shape = Schedule(100, warmdown_ratio=0.2, momentum=(0.85, 0.95, 0.95), momentum_steps=300)
     assert [shape.lr(step) for step in (0, 79, 80, 90, 99, 100)] == pytest.approx([1, 1, 1, 0.5, 0.05, 0])
-    assert Schedule(10).at(10) == (1.0, 0.0, pytest.approx(0.853))  # no decay, and no division by zero
+    flat = Schedule(10)  # no decay, and no division by zero
+    assert (flat.lr(10), flat.weight_decay(10), flat.muon_momentum(10)) == (1.0, 0.0, pytest.approx(0.853))
 
 
 def test_the_schedule_is_applied_to_each_group_from_its_peak():

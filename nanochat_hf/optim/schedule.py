@@ -9,17 +9,8 @@ torch's LR schedulers have state; here a resumed run needs only its step.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-
-
-class StepHyperparams(NamedTuple):
-    """Fractions of the peak learning rate and of the planned weight decay, and Muon's momentum, in one step."""
-
-    lr: float
-    weight_decay: float
-    momentum: float
 
 
 @dataclass(frozen=True)
@@ -41,25 +32,21 @@ class Schedule:
     momentum: tuple[float, float, float] = (0.85, 0.97, 0.90)
     momentum_steps: int = 400
 
-    def apply(self, optimizer: torch.optim.Optimizer, groups: Mapping[str, Mapping], step: int) -> StepHyperparams:
+    def apply(self, optimizer: torch.optim.Optimizer, groups: Mapping[str, Mapping], step: int) -> None:
         """Set the options that `optimizer` uses in `step`; `groups`: {role: options at the peak}, `Plan.groups`."""
-        hyperparams = self.at(step)
         for group in optimizer.param_groups:
             peak = groups[group["role"]]
-            group["lr"] = peak["lr"] * hyperparams.lr
+            group["lr"] = peak["lr"] * self.lr(step)
             if group["kind"] == "muon":
-                group["weight_decay"] = peak["weight_decay"] * hyperparams.weight_decay
-                group["momentum"] = hyperparams.momentum
-        return hyperparams
-
-    def at(self, step: int) -> StepHyperparams:
-        return StepHyperparams(self.lr(step), self.weight_decay(step), self.muon_momentum(step))
+                group["weight_decay"] = peak["weight_decay"] * self.weight_decay(step)
+                group["momentum"] = self.muon_momentum(step)
 
     @property
     def warmdown_steps(self) -> int:
         return round(self.warmdown_ratio * self.num_iterations)
 
     def lr(self, step: int) -> float:
+        """Fraction of the peak learning rate."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         left = self.num_iterations - step
@@ -69,7 +56,7 @@ class Schedule:
         return fraction + (1 - fraction) * self.final_lr_frac
 
     def weight_decay(self, step: int) -> float:
-        """Cosine from 1 to 0 over the whole run."""
+        """Fraction of the planned weight decay: a cosine from 1 to 0 over the whole run."""
         return 0.5 * (1 + math.cos(math.pi * min(step / self.num_iterations, 1.0)))
 
     def muon_momentum(self, step: int) -> float:

@@ -35,7 +35,6 @@ from ..distributed import main_process_first, monitored_barrier
 from ..optim.gradient_reduction import OwnerGradientReducer
 from ..optim.muon_adamw import MuonAdamW, param_groups
 from ..optim.scaling import peak_flops, plan
-from ..optim.schedule import StepHyperparams
 from ..run import load_json, model_fingerprint, save_json, start_record, write_metrics
 from . import checkpoint, model_setup, runtime
 from .monitoring import Evaluator, LossSpikeDetector, StepTimer, format_progress, format_step
@@ -77,7 +76,6 @@ def pretrain(
 class Step(NamedTuple):
     """An optimizer step that is enqueued on the device."""
 
-    hyperparams: StepHyperparams
     limit: float  # a loss above it is a spike
     healthy: Tensor  # () bool on the device: neither this step nor one before it diverged
     read: Callable[[], list[float]]  # loss, gradient norm, loss scale, fraction of ranks with a signal
@@ -211,7 +209,7 @@ class Pretraining:
 
     def enqueue_step(self, number: int, previous: Step | None = None) -> Step:
         """Enqueue forward, backward and update; the device skips the update if this or the previous step diverged."""
-        hyperparams = self.plan.schedule.apply(self.optimizer, self.plan.groups, number)
+        self.plan.schedule.apply(self.optimizer, self.plan.groups, number)
         loss, loss_scale = torch.zeros((), device=self.device), self.loss_scale
         factor = loss_scale / (self.world if self.reducer else 1)  # the reducer adds gradients up, FSDP2 takes means
         for left in reversed(range(self.grad_accum_steps)):
@@ -246,7 +244,7 @@ class Pretraining:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         read = runtime.copy_to_host_async(torch.stack((loss, norm, loss_scale, signals)))
-        return Step(hyperparams, limit, healthy, read)
+        return Step(limit, healthy, read)
 
     def finalize_step(self, step: Step) -> dict:
         """Wait for step number `self.step`; returns its metrics. Raises FloatingPointError if it diverged."""
@@ -259,9 +257,9 @@ class Pretraining:
             raise FloatingPointError(self.divergence_message(loss, norm))
         if not math.isfinite(norm):
             self.optimizer.optimizer.rollback_step_count()
-        lr, _, momentum = step.hyperparams
-        matrix_lr = lr * self.plan.groups["matrix"]["lr"]
-        return {"train_loss": loss, "grad_norm": norm, "lr_multiplier": lr, "lr": matrix_lr, "momentum": momentum}
+        schedule, peak = self.plan.schedule, self.plan.groups["matrix"]["lr"]
+        lr, momentum = schedule.lr(self.step), schedule.muon_momentum(self.step)
+        return {"train_loss": loss, "grad_norm": norm, "lr_multiplier": lr, "lr": lr * peak, "momentum": momentum}
 
     def divergence_message(self, loss: float, norm: float) -> str:
         """Save a checkpoint; returns what happened, where in the data, and what to do."""
