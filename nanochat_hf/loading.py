@@ -28,7 +28,7 @@ def load_model(
         raise InputError(f"no model in {source} that can be read: {' '.join(str(error).split())[:300]}") from None
     try:
         model = model if device is None else model.to(device)
-    except RuntimeError as error:  # out of memory, no such device
+    except (RuntimeError, AssertionError) as error:  # out of memory, no such device
         raise InputError(f"{source} cannot be used on {device}: {str(error).splitlines()[0]}; try cpu") from None
     if not is_quantized(model) and (name := first_non_finite(model.named_parameters())):
         raise InputError(

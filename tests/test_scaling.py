@@ -8,8 +8,7 @@ from torch import nn
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.optim.scaling import DEFAULTS, estimate_micro_batch_size, plan
-from nanochat_hf.optim.schedule import Schedule
+from nanochat_hf.optim.scaling import DEFAULTS, Schedule, estimate_micro_batch_size, plan
 from nanochat_hf.train.pretrain_config import PretrainConfig
 
 # depth: width, heads, parameters, FLOPs per token, tokens per step, steps, learning rates of Muon, embedding and

@@ -26,8 +26,7 @@ from ..data.tokenizer import load_tokenizer
 from ..distributed import main_process_first, monitored_barrier, on_cpu, partial_state
 from ..errors import InputError
 from ..optim.muon_adamw import MuonAdamW, deepspeed_optimizer, param_groups
-from ..optim.scaling import DEFAULTS, optimizer_groups
-from ..optim.schedule import Schedule
+from ..optim.scaling import DEFAULTS, Schedule, optimizer_groups
 from ..run import load_json, model_fingerprint, save_json, without_nan, write_metrics
 from . import checkpoint
 from .model_setup import load_chat_model, lora
