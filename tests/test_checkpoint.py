@@ -9,7 +9,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.train import checkpoint
@@ -37,20 +36,15 @@ def save(folder, step, training, keep=2, sequences=None):
 
 
 def test_what_is_loaded_is_what_was_saved(training, tiny_config, tmp_path):
-    model, optimizer = training
-    random.seed(1)
-    torch.manual_seed(1)
     path = save(tmp_path, 3, training)
-    drawn = random.random(), torch.rand(2)
+    drawn = random.random(), torch.rand(2).tolist()
     fresh = NanoChatForCausalLM(tiny_config)
     other = MuonAdamW(param_groups(fresh, OPTIONS))
     assert checkpoint.load(path, fresh, other) == [{"rows": 3}]
-    progress = checkpoint.read_progress(path)
-    assert (progress["step"], progress["world_size"], progress["history"]) == (3, 1, [3])
-    assert random.random() == drawn[0] and torch.equal(torch.rand(2), drawn[1])
-    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items())
-    for index, values in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(value, other.state_dict()["state"][index][name]) for name, value in values.items())
+    assert checkpoint.read_progress(path) == {"step": 3, "world_size": 1, "history": [3]}
+    assert (random.random(), torch.rand(2).tolist()) == drawn
+    for loaded, saved in ((fresh.state_dict(), training[0].state_dict()), (other.state, training[1].state)):
+        torch.testing.assert_close(list(loaded.values()), list(saved.values()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("keep, left", [(0, 1), (1, 1), (2, 2), (9, 3)])
@@ -115,25 +109,21 @@ def test_weights_that_are_not_finite_are_not_saved_and_push_nothing_out(training
     assert names(tmp_path) == ["step_000001"]
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_line(training, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot write .*file"):
-        save(tmp_path / "file", 1, training)
-
-
-def test_the_optimizer_state_continues_in_another_stage_by_name_and_in_float32(training, tiny_config, tmp_path):
+def test_the_optimizer_state_continues_in_another_stage_by_name_and_in_float32(
+    training, tiny_config, tmp_path, monkeypatch
+):
     model, optimizer = training
+    monkeypatch.setattr(checkpoint, "LARGE", 1000)
     checkpoint.save_optimizer_state(tmp_path / "optimizer.pt", model, optimizer)
     assert names(tmp_path) == ["optimizer.pt"]
     saved = torch.load(tmp_path / "optimizer.pt")
-    assert saved["lm_head.weight"]["exp_avg"].dtype == torch.float32  # small here; large ones are bf16
+    for value in (value for values in saved.values() for value in values.values()):
+        assert value.dtype == (torch.bfloat16 if value.numel() >= 1000 else torch.float32)
     fresh = NanoChatForCausalLM(tiny_config)
     fresh.model.embed_tokens.to(torch.bfloat16)
     other = MuonAdamW(param_groups(fresh, OPTIONS))
     rates = [group["lr"] for group in other.param_groups]
     del saved["model.resid_lambdas"]
-    large = saved["model.layers.0.mlp.fc1.weight"]
-    large["momentum_buffer"] = large["momentum_buffer"].bfloat16()
     torch.save(saved, tmp_path / "optimizer.pt")
     checkpoint.load_optimizer_state(tmp_path / "optimizer.pt", fresh, other)
     theirs = dict(model.named_parameters())
@@ -165,14 +155,6 @@ def test_the_optimizer_state_reaches_sharded_parameters_as_shards(training, tiny
         torch.distributed.destroy_process_group()
     first, again = torch.load(tmp_path / "optimizer.pt"), torch.load(tmp_path / "again.pt")
     assert all(torch.equal(value, again[name][key]) for name in first for key, value in first[name].items())
-
-
-def test_large_optimizer_state_is_stored_in_bf16(training, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LARGE", 1000)
-    checkpoint.save_optimizer_state(tmp_path / "optimizer.pt", *training)
-    for values in torch.load(tmp_path / "optimizer.pt").values():
-        for value in values.values():
-            assert value.dtype == (torch.bfloat16 if value.numel() >= 1000 else torch.float32)
 
 
 def test_states_of_several_ranks_become_one():

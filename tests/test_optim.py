@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from servers import free_port
 from tiny import relative
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.kernels.muon import POLAR_EXPRESS
@@ -107,9 +109,9 @@ def toy_gradients(optimizer, step: int, place=lambda grad: grad):
         p.grad = place(torch.randn(p.shape, generator=generator).to(p.device, p.dtype))
 
 
-def toy_run(optimizer, steps, start=0):
+def toy_run(optimizer, steps, start=0, place=lambda grad: grad):
     for step in range(start, start + steps):
-        toy_gradients(optimizer, step)
+        toy_gradients(optimizer, step, place)
         optimizer.step()
 
 
@@ -212,45 +214,31 @@ def start(rank, world, port, device="cpu"):
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
-def replicated_worker(rank, world, port, expected):
+def equal_worker(rank, world, port, sharded, expected):
     start(rank, world, port)
-    optimizer = MuonAdamW(toy_groups())
-    toy_run(optimizer, 4)
-    for a, b in zip(values(optimizer), expected):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    owned = sum("momentum_buffer" in optimizer.state[p] for p in optimizer.param_groups[0]["params"])
-    total = torch.tensor(owned)
-    dist.all_reduce(total)
-    assert total == len(optimizer.param_groups[0]["params"]) and owned < total
-    dist.destroy_process_group()
-
-
-def fsdp_worker(rank, world, port, expected):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    start(rank, world, port)
-    mesh = init_device_mesh("cpu", (world,))
-    shard = lambda x: distribute_tensor(x, mesh, [Shard(0)])  # noqa: E731
-    optimizer = MuonAdamW(toy_groups())
+    mesh, optimizer = init_device_mesh("cpu", (world,)), MuonAdamW(toy_groups())
+    place = (lambda x: distribute_tensor(x, mesh, [Shard(0)])) if sharded else (lambda x: x)
     for group in optimizer.param_groups:  # as FSDP2 does: in place, after construction
-        group["params"][:] = [torch.nn.Parameter(shard(p.data)) for p in group["params"]]
-    for step in range(4):
-        toy_gradients(optimizer, step, shard)
-        optimizer.step()
+        group["params"][:] = [torch.nn.Parameter(place(p.data)) for p in group["params"]]
+    toy_run(optimizer, 4, place=place)
     for p, whole in zip(parameters(optimizer), expected):
-        torch.testing.assert_close(p.full_tensor().detach(), whole, atol=1e-6, rtol=1e-5)
-    for p in optimizer.param_groups[0]["params"]:
-        assert optimizer.state[p]["momentum_buffer"].placements == (Shard(0),)
+        torch.testing.assert_close((p.full_tensor() if sharded else p).detach(), whole, atol=1e-6, rtol=1e-5)
+    buffers = [optimizer.state[p].get("momentum_buffer") for p in optimizer.param_groups[0]["params"]]
+    if sharded:
+        assert all(buffer.placements == (Shard(0),) for buffer in buffers)
+    else:  # each matrix has one owner
+        total = torch.tensor(owned := sum(buffer is not None for buffer in buffers))
+        dist.all_reduce(total)
+        assert total == len(buffers) and owned < total
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("worker,world", [(replicated_worker, 2), (replicated_worker, 4), (fsdp_worker, 3)])
-def test_several_ranks_equal_one(worker, world):
+@pytest.mark.parametrize("world,sharded", [(2, False), (4, False), (3, True)])
+def test_several_ranks_equal_one(world, sharded):
     alone = MuonAdamW(toy_groups())
     toy_run(alone, 4)
-    mp.spawn(worker, (world, free_port(), copy.deepcopy(values(alone))), nprocs=world)
+    mp.spawn(equal_worker, (world, free_port(), sharded, copy.deepcopy(values(alone))), nprocs=world)
 
 
 class Net(torch.nn.Module):

@@ -240,13 +240,16 @@ def half_done(train, half_done_folder, tmp_path):
     return lambda **changes: train("sft", tmp_path / "out", **keys | changes)
 
 
-def edit_config(state: Path, change) -> None:
+def make_older(state: Path) -> None:
+    """Settings as written before weights and data were recorded, and with the keys of November 2026."""
     settings = load_json(state / "config.json")
-    change(settings)
+    del settings["model"], settings["data"]
+    for old, new in (("bad_rows", "on_bad_example"), ("rows of a step", "sequences per step")):
+        settings[old] = settings.pop(new)
     save_json(state / "config.json", settings)
 
 
-OTHER = r"written by another recipe or launch \("
+OTHER = r"written with another recipe, input or launch \("
 REFUSED = {  # what differs -> (change of the world, changes of the config, the error)
     "conversations": (lambda files, *_: write_chats(files / "chats.jsonl", "gamma"), {}, OTHER + "data:"),
     "validation": (lambda files, *_: write_chats(files / "val.jsonl", "gamma", 8), {}, OTHER + "validation data:"),
@@ -254,11 +257,13 @@ REFUSED = {  # what differs -> (change of the world, changes of the config, the 
     "a learning rate": (None, {"matrix_lr": 0.001}, OTHER + "matrix_lr: None -> 0.001"),
     "sequences per step": (None, {"device_batch_size": 2}, OTHER + "sequences per step: 4 -> 2"),
     "settings cut": (lambda _, state, model: (state / "config.json").write_bytes(b"{"), {}, "is not valid JSON"),
-    "settings empty": (lambda _, state, model: (state / "config.json").write_bytes(b""), {}, "is not valid JSON"),
-    "settings binary": (lambda _, state, model: (state / "config.json").write_bytes(b"\xff"), {}, "is not valid JSON"),
     "settings gone": (lambda _, state, model: (state / "config.json").unlink(), {}, r"config\.json is missing"),
+    "older settings": (
+        lambda _, state, model: make_older(state), {"on_bad_example": "error", "device_batch_size": 2},
+        OTHER + "on_bad_example: 'skip' -> 'error', sequences per step: 4 -> 2",
+    ),
     "no steps": (None, {"num_iterations": 0}, "num_iterations is 0"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -279,26 +284,13 @@ def test_half_done_rl_and_dpo_refuse_another_model(train, tiny_folder, tmp_path,
         train(stage, tmp_path / "out")
 
 
-def older(settings: dict) -> None:
-    """As written before weights and data were recorded, and with the keys of November 2026."""
-    del settings["model"], settings["data"]
-    for old, new in (("bad_rows", "on_bad_example"), ("rows of a step", "sequences per step")):
-        settings[old] = settings.pop(new)
-
-
 @pytest.mark.parametrize("keys", [{"save_every": 100, "keep_checkpoints": 5, "eval_every": 100}, {}])
 def test_intervals_may_change_and_settings_of_an_older_version_resume(half_done, tmp_path, capsys, keys):
     if not keys:
-        edit_config(tmp_path / "out" / "state", older)
+        make_older(tmp_path / "out" / "state")
     half_done(**keys)
     assert load_json(tmp_path / "out" / "metrics.json")["finished"]
     assert ("not verified" in capsys.readouterr().out) == (not keys)
-
-
-def test_older_settings_are_compared_under_todays_names(half_done, tmp_path):
-    edit_config(tmp_path / "out" / "state", older)
-    with pytest.raises(InputError, match=OTHER + "on_bad_example: 'skip' -> 'error', sequences per step: 4 -> 2"):
-        half_done(on_bad_example="error", device_batch_size=2)
 
 
 def test_a_half_done_base_refuses_another_tokenizer_and_notes_another_rate(train_base, tmp_path):
@@ -306,7 +298,7 @@ def test_a_half_done_base_refuses_another_tokenizer_and_notes_another_rate(train
         train_base(tmp_path / "out", core=stop_core, core_metric_every=5)
     other = train_bpe(iter(["other words " * 50]), vocab_size=300)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match="trained with other tokenizer than given now"):
+    with pytest.raises(InputError, match=OTHER + "tokenizer:"):
         train_base(tmp_path / "out", tmp_path / "other")
     metrics = train_base(tmp_path / "out", matrix_lr=0.3)
     [change] = metrics["changes"]
@@ -347,6 +339,9 @@ DAMAGE = {
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(half_done, tmp_path, capsys, file, kind):
     state = tmp_path / "out" / "state"
+    if file == "scheduler.pt":
+        for manifest in state.glob("*/manifest.json"):
+            manifest.rename(manifest.with_name("complete"))  # its name before December 2026
     DAMAGE[kind](state / "checkpoint-3" / file)
     content = {path.name: path.read_bytes() for path in (state / "checkpoint-3").iterdir()}
     aside = {}
@@ -374,8 +369,8 @@ def test_without_any_intact_checkpoint_the_stage_is_refused_and_nothing_is_delet
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
 def test_a_checkpoint_of_an_older_version_without_a_file_is_refused(half_done, tmp_path, file):
-    for mark in (tmp_path / "out" / "state").glob("checkpoint-*/complete"):
-        mark.write_bytes(b"")  # as the mark was before it was a manifest
+    for manifest in (tmp_path / "out" / "state").glob("checkpoint-*/manifest.json"):
+        manifest.rename(manifest.with_name("complete")).write_bytes(b"")  # as it was in November 2026
     (tmp_path / "out" / "state" / "checkpoint-3" / file).unlink()
     with pytest.raises(InputError, match=f"checkpoint-3/{file} is missing"):
         half_done()
@@ -419,11 +414,6 @@ def test_a_source_whose_weights_are_not_those_of_its_metrics_is_refused(train, t
     flip_bit(source / "model.safetensors")
     with pytest.raises(InputError, match=r"are not those that its metrics\.json names"):
         train("rl", tmp_path / "rl", model=source)
-    for kind in ("cut", "empty", "gone"):
-        folder = shutil.copytree(tiny_folder, tmp_path / kind)
-        DAMAGE[kind](folder / "model.safetensors")
-        with pytest.raises(InputError, match="no model in"):
-            train("sft", tmp_path / "next", model=folder)
 
 
 # --- losses and weights that are not finite ----------------------------------------------------------------------
@@ -463,7 +453,7 @@ def test_a_step_that_is_not_finite_stops_the_stage_and_a_rerun_skips_it(train, t
 @pytest.mark.parametrize("stage", TRAINERS)
 def test_weights_that_are_not_finite_are_refused_before_training(train, tiny_folder, tmp_path, stage):
     change_weights(tiny_folder, "model.layers.0.mlp.fc1.weight", float("nan"))
-    with pytest.raises(InputError, match=r"values in model\.layers\.0\.mlp\.fc1\.weight that are not finite"):
+    with pytest.raises(InputError, match=r"not finite \(NaN or infinity in model\.layers\.0\.mlp\.fc1\.weight\)"):
         train(stage, tmp_path / "out")
 
 
@@ -515,7 +505,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(train, train_base
         train_base(tmp_path / "out") if stage == "base" else train(stage, tmp_path / "out")
     state = tmp_path / "out" / "state"
     assert [path.name for path in state.iterdir() if path.name.lstrip(".")[:4] in ("step", "chec")] == [first]
-    assert damage(state / first, "manifest.json" if stage == "base" else "complete") is None
+    assert damage(state / first) is None
 
 
 def test_the_second_process_on_a_run_folder_is_refused(tmp_path):

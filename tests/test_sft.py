@@ -228,9 +228,3 @@ def test_the_validation_loss_is_the_mean_over_tokens_of_unequal_batches(tiny_fol
                 total, count = total - logp[position, label].item(), count + 1
     val_loss = load_json(tmp_path / "sft" / "metrics.json")["val_loss"]
     assert count > 40 and val_loss == pytest.approx(total / count, rel=1e-5)
-
-
-def test_a_folder_without_a_model_is_named(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "empty")
-    with pytest.raises(InputError, match="no model in"):
-        train_chat(config(), str(tmp_path / "empty"), tmp_path / "sft")

@@ -16,7 +16,7 @@ from nanochat_hf.train.checkpoint import save_optimizer_state
 from nanochat_hf.train.dpo import DPOStageConfig, train_dpo
 from nanochat_hf.train.grpo import RLConfig, train_rl
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
-from nanochat_hf.train.trainer import StageConfig, StageTrainer, split_step, tool_result_mask, trainer_arguments
+from nanochat_hf.train.trainer import StageConfig, StageTrainer, tool_result_mask, trainer_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -62,26 +62,11 @@ def test_warmup_decay_and_muon_momentum_follow_the_schedule(tiny_folder, tmp_pat
 def test_keys_of_the_yaml_reach_the_library(tmp_path):
     keys = {"num_epochs": 3, "max_grad_norm": 0.7, "eval_every": 5, "save_every": 7, "report_to": "wandb", "seed": 9}
     arguments = trainer_arguments(StageConfig(num_iterations=11, device_batch_size=2, **keys), tmp_path)
-    names = (
-        "max_steps",
-        "num_train_epochs",
-        "per_device_train_batch_size",
-        "max_grad_norm",
-        "eval_steps",
-        "save_steps",
-    )
-    assert [arguments[name] for name in names] == [11, 3, 2, 0.7, 5, 7]
-    assert (arguments["eval_strategy"], arguments["report_to"], arguments["seed"]) == ("steps", "wandb", 9)
+    expected = {"max_steps": 11, "num_train_epochs": 3, "per_device_train_batch_size": 2, "max_grad_norm": 0.7}
+    expected |= {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 7, "report_to": "wandb", "seed": 9}
+    assert expected.items() <= arguments.items()
     arguments = trainer_arguments(StageConfig(), tmp_path)
     assert arguments["eval_strategy"] == "no" and arguments["save_steps"] > 1e6 and arguments["max_grad_norm"] == 0
-
-
-def test_a_step_is_split_into_whole_sequences():
-    assert split_step(CONFIG, "tokens", 1024, 128) == (CONFIG, 2) and split_step(CONFIG, "pairs", 8) == (CONFIG, 2)
-    assert split_step(CONFIG, "tokens", 256, 128) == (replace(CONFIG, device_batch_size=2), 1)
-    for total in (1000, 0):
-        with pytest.raises(InputError, match=f"tokens = {total} must be a positive multiple of 128"):
-            split_step(CONFIG, "tokens", total, 128)
 
 
 def test_tool_results_and_their_marks_are_masked(tokenizer):
@@ -139,7 +124,7 @@ def test_two_processes_train_like_one_and_resume_as_two_or_one(tiny_folder, tmp_
     assert start("one", 1, 8) == start("two", 2, 4) == 0
     assert start("interrupted", 2, 4, die_at=3) != 0
     checkpoint = tmp_path / "interrupted" / "state" / "checkpoint-2"
-    assert (checkpoint / "complete").exists() and (checkpoint / "optimizer-1.pt").exists()
+    assert (checkpoint / "manifest.json").exists() and (checkpoint / "optimizer-1.pt").exists()
     shutil.copytree(tmp_path / "interrupted", tmp_path / "fewer")
     assert start("interrupted", 2, 4) == start("fewer", 1, 4) == 0
     assert start("more", 1, 4, die_at=6) != 0  # of two micro-batches per step

@@ -44,11 +44,7 @@ def launch(ranks: int, config: str, jobs: list[dict], *words: str, ok: bool = Tr
 def launch_zero(ranks: int, config: str, jobs: list[dict]):
     """As `launch`, with DeepSpeed itself on the CPU."""
     more = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false", "TORCH_COMPILE_DISABLE": "1"}
-    words = command(2, config, "--mixed_precision", "no", "--num_processes", str(ranks))
-    words = [*words, __file__, json.dumps(jobs, default=str)]
-    done = subprocess.run(words, env=environment(**more), capture_output=True, check=False, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
+    return launch(2, config, jobs, "--mixed_precision", "no", "--num_processes", str(ranks), **more)
 
 
 # --- on each rank

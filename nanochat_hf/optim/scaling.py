@@ -1,4 +1,4 @@
-"""Scaling rules: depth -> model config, horizon, batch size, learning rates and weight decay, all in this file.
+"""Scaling rules: depth -> model config, horizon, batch size, learning rates and their schedule, all in this file.
 
     plan(PretrainConfig(depth=12), vocab_size=32768) -> Plan
 
@@ -16,7 +16,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 
 import torch
 
@@ -24,7 +23,6 @@ from ..errors import InputError
 from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from .muon_adamw import role_of
-from .schedule import Schedule
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens per step, the best at d12 (upstream)
@@ -34,6 +32,67 @@ PEAK_FLOPS = {  # dense bf16 per second, by a part of the device's name; longer 
     "B300": 2250e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 3090": 71e12,
     "RTX 4090": 165e12, "RTX 5090": 210e12, "MI300X": 1307e12,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate, weight decay and Muon's momentum in a run of `num_iterations` steps, as functions of the step.
+
+        schedule.apply(optimizer, plan.groups, step)     # before every optimizer step; schedule = plan(...).schedule
+
+    The shape is karpathy/nanochat's: linear warmup, constant, linear decay (warmdown) over the last part of the run.
+    torch's LR schedulers have state; here a resumed run needs only its step.
+
+    Args:
+        warmup_steps: the learning rate rises linearly and reaches its peak at the last of these steps.
+        warmdown_ratio: fraction of the steps, at the end, over which the learning rate decays linearly.
+        final_lr_frac: fraction of the peak that the decay ends at (reached one step after the last).
+        momentum: Muon's momentum at step 0, after `momentum_steps`, and at the end of the decay (linear between).
+        momentum_steps: length of its warmup; where warmup and decay overlap, the warmup wins, as upstream.
+    """
+
+    num_iterations: int
+    warmup_steps: int = 0
+    warmdown_ratio: float = 0.0
+    final_lr_frac: float = 0.0
+    momentum: tuple[float, float, float] = (0.85, 0.97, 0.90)
+    momentum_steps: int = 400
+
+    def apply(self, optimizer: torch.optim.Optimizer, groups: Mapping[str, Mapping], step: int) -> None:
+        """Set the options that `optimizer` uses in `step`; `groups`: {role: options at the peak}, `Plan.groups`."""
+        for group in optimizer.param_groups:
+            peak = groups[group["role"]]
+            group["lr"] = peak["lr"] * self.lr(step)
+            if group["kind"] == "muon":
+                group["weight_decay"] = peak["weight_decay"] * self.weight_decay(step)
+                group["momentum"] = self.muon_momentum(step)
+
+    @property
+    def warmdown_steps(self) -> int:
+        return round(self.warmdown_ratio * self.num_iterations)
+
+    def lr(self, step: int) -> float:
+        """Fraction of the peak learning rate."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        left = self.num_iterations - step
+        if left >= self.warmdown_steps:
+            return 1.0
+        fraction = max(left, 0) / self.warmdown_steps
+        return fraction + (1 - fraction) * self.final_lr_frac
+
+    def weight_decay(self, step: int) -> float:
+        """Fraction of the planned weight decay: a cosine from 1 to 0 over the whole run."""
+        return 0.5 * (1 + math.cos(math.pi * min(step / self.num_iterations, 1.0)))
+
+    def muon_momentum(self, step: int) -> float:
+        start, peak, end = self.momentum
+        if step < self.momentum_steps:
+            return start + (peak - start) * step / self.momentum_steps
+        decay_steps = step - (self.num_iterations - self.warmdown_steps)
+        if decay_steps <= 0:
+            return peak
+        return peak + (end - peak) * min(decay_steps / self.warmdown_steps, 1.0)
 
 
 @dataclass(frozen=True)
@@ -99,14 +158,8 @@ class Plan:
         return shape | {name: getattr(self, name) for name in names}
 
 
-@lru_cache
-def count_parameters(generation: int, depth: int, heads: int, head_dim: int, vocab_size: int) -> tuple[Counter, int]:
+def count_parameters(config: NanoChatConfig) -> tuple[Counter, int]:
     """Number of parameters by role (`muon_adamw.role_of`), and how many of them matmuls take."""
-    make = NanoChatConfig if generation == 2 else NanoChatConfig.first_generation
-    config = make(
-        hidden_size=heads * head_dim, num_hidden_layers=depth, num_attention_heads=heads, head_dim=head_dim,
-        vocab_size=vocab_size,
-    )  # fmt: skip
     with torch.device("meta"):
         parameters = dict(NanoChatForCausalLM(config).named_parameters())
     counts: Counter = Counter()
@@ -159,28 +212,27 @@ def plan(config, vocab_size: int) -> Plan:
         InputError: a value that no run can have.
     """
     defaults = check_values(config)
-    generation, head_dim, max_seq_len = config.generation, config.head_dim, config.max_seq_len
+    generation, max_seq_len = config.generation, config.max_seq_len
     padded = -(-vocab_size // 64) * 64 if generation == 2 else vocab_size
 
-    def parameters(depth: int) -> tuple[int, Counter, int, int]:
-        heads = math.ceil(depth * config.aspect_ratio / head_dim)
-        counts, matmul = count_parameters(generation, depth, heads, head_dim, padded)
-        return heads, counts, matmul, counts["matrix"] + counts["head"] if generation == 2 else counts.total()
+    def shape(depth: int) -> NanoChatConfig:
+        heads = math.ceil(depth * config.aspect_ratio / config.head_dim)
+        make = NanoChatConfig if generation == 2 else NanoChatConfig.first_generation
+        return make(
+            hidden_size=heads * config.head_dim, num_hidden_layers=depth, num_attention_heads=heads,
+            head_dim=config.head_dim, vocab_size=padded, num_tokens=vocab_size if vocab_size != padded else None,
+            max_position_embeddings=max_seq_len, window_pattern=defaults.window_pattern,
+        )  # fmt: skip
 
-    heads, counts, matmul, size = parameters(config.depth)
-    growth = size / parameters(REFERENCE_DEPTH)[-1]  # D / D_ref: the ratio of tokens to parameters cancels
-    make = NanoChatConfig if generation == 2 else NanoChatConfig.first_generation
-    model_config = make(
-        hidden_size=heads * head_dim, num_hidden_layers=config.depth, num_attention_heads=heads, head_dim=head_dim,
-        vocab_size=padded, num_tokens=vocab_size if vocab_size != padded else None,
-        max_position_embeddings=max_seq_len, window_pattern=defaults.window_pattern,
-    )  # fmt: skip
-    window = model_config.sliding_window
-    keys = [
-        min(window - 1, max_seq_len) if kind == "sliding_attention" else max_seq_len
-        for kind in model_config.layer_types
-    ]
-    flops = 6 * matmul + 12 * heads * head_dim * sum(keys)
+    def scaled_by(counts: Counter) -> int:
+        return counts["matrix"] + counts["head"] if generation == 2 else counts.total()
+
+    model_config = shape(config.depth)
+    counts, matmul = count_parameters(model_config)
+    size, width, window = scaled_by(counts), model_config.hidden_size, model_config.sliding_window
+    growth = size / scaled_by(count_parameters(shape(REFERENCE_DEPTH))[0])  # D / D_ref: tokens per parameter cancel
+    keys = [min(window - 1, max_seq_len) if "sliding" in k else max_seq_len for k in model_config.layer_types]
+    flops = 6 * matmul + 12 * width * sum(keys)
     batch = config.total_batch_size
     if batch == -1:
         batch = 2 ** round(math.log2(REFERENCE_BATCH * growth**0.383)) if generation == 2 else REFERENCE_BATCH
@@ -191,7 +243,7 @@ def plan(config, vocab_size: int) -> Plan:
     schedule = {f.name: getattr(defaults, f.name) for f in fields(Schedule) if f.name != "num_iterations"}
     return Plan(
         model_config, counts.total(), matmul, flops, steps, batch, Schedule(steps, **schedule), defaults.max_grad_norm,
-        optimizer_groups(defaults, generation, heads * head_dim, lr_scale, lr_scale / growth),
+        optimizer_groups(defaults, generation, width, lr_scale, lr_scale / growth),
     )  # fmt: skip
 
 

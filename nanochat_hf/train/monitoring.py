@@ -6,6 +6,7 @@ Nothing here changes weights, gradients or random state; pretrain.py decides whe
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -72,6 +73,7 @@ class StepTimer:
         return self.interval_seconds / self.interval_steps
 
 
+@dataclass
 class Evaluator:
     """Measures a model on the same held-out sequences every time.
 
@@ -83,19 +85,13 @@ class Evaluator:
             where training computes in another precision.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        new_loader: Callable[[], PackedLoader],
-        num_batches: int,
-        as_in_training: bool = True,
-    ):
-        self.network, self.model, self.tokenizer, self.new_loader = network, model, tokenizer, new_loader
-        self.num_batches, self.as_in_training = max(1, num_batches), as_in_training
-        self.byte_lengths = torch.tensor(token_byte_lengths(tokenizer), device=model.device)
-        self.batches: list[np.ndarray] = []
+    network: nn.Module
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    new_loader: Callable[[], PackedLoader]
+    num_batches: int
+    as_in_training: bool = True
+    batches: list[np.ndarray] = field(default_factory=list)
 
     def read_batches(self, number: int) -> list[np.ndarray]:
         if len(self.batches) < number:
@@ -109,9 +105,9 @@ class Evaluator:
             return self.network(ids, targets, reduction="none").detach()
 
     def bpb(self) -> float:
-        batches = self.read_batches(self.num_batches)
-        pairs = (to_device(batch, self.model.device) for batch in batches)
-        return evaluate_bpb(self.losses, pairs, self.byte_lengths)
+        byte_lengths = torch.tensor(token_byte_lengths(self.tokenizer), device=self.model.device)
+        pairs = (to_device(batch, self.model.device) for batch in self.read_batches(max(1, self.num_batches)))
+        return evaluate_bpb(self.losses, pairs, byte_lengths)
 
     @torch.no_grad()
     def samples(self, step: int) -> list[dict]:

@@ -32,12 +32,10 @@ from ..data.dataloader import VALIDATION, PackedLoader
 from ..data.documents import open_documents, text_fingerprint
 from ..data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ..distributed import main_process_first, monitored_barrier
-from ..errors import InputError
 from ..optim.gradient_reduction import OwnerGradientReducer
 from ..optim.muon_adamw import MuonAdamW, param_groups
 from ..optim.scaling import peak_flops, plan
-from ..optim.schedule import StepHyperparams
-from ..run import load_json, model_fingerprint, renamed_keys, save_json, start_record, write_metrics
+from ..run import load_json, model_fingerprint, save_json, start_record, write_metrics
 from . import checkpoint, model_setup, runtime
 from .monitoring import Evaluator, LossSpikeDetector, StepTimer, format_progress, format_step
 from .pretrain_config import SHAPE_KEYS, PretrainConfig
@@ -78,7 +76,6 @@ def pretrain(
 class Step(NamedTuple):
     """An optimizer step that is enqueued on the device."""
 
-    hyperparams: StepHyperparams
     limit: float  # a loss above it is a spike
     healthy: Tensor  # () bool on the device: neither this step nor one before it diverged
     read: Callable[[], list[float]]  # loss, gradient norm, loss scale, fraction of ranks with a signal
@@ -152,16 +149,14 @@ class Pretraining:
 
     def choose_micro_batch_size(self, saved: Path | None) -> int:
         """Sequences per micro-batch: on resume with as many ranks the same, for equal sums; else a new choice."""
-        requested, trial = self.config.device_batch_size, None
         progress = checkpoint.read_progress(saved) if saved else {}
-        if progress.get("world_size") == self.world:
-            requested = progress["rows"]
-        elif not self.sharded:  # ranks of FSDP2 would wait for one that ran out of memory
-            trial = partial(
-                runtime.micro_batch_fits, self.plan, self.loss_model, self.optimizer.param_groups, self.accelerator
-            )
-        dtype = model_setup.compute_dtype(self.device, half=True)
-        return runtime.choose_micro_batch_size(self.plan, requested, self.device, self.world, dtype, trial, self.print)
+        resumes = progress.get("world_size") == self.world
+        requested = progress["rows"] if resumes else self.config.device_batch_size
+        groups = self.optimizer.param_groups
+        fits = partial(runtime.micro_batch_fits, self.plan, self.loss_model, groups, self.accelerator)
+        if resumes or self.sharded:  # ranks of FSDP2 would wait for one that ran out of memory
+            fits = None
+        return runtime.choose_micro_batch_size(self.plan, requested, self.accelerator, fits, self.print)
 
     def new_loader(self, split: str) -> PackedLoader:
         config = self.config
@@ -214,7 +209,7 @@ class Pretraining:
 
     def enqueue_step(self, number: int, previous: Step | None = None) -> Step:
         """Enqueue forward, backward and update; the device skips the update if this or the previous step diverged."""
-        hyperparams = self.plan.schedule.apply(self.optimizer, self.plan.groups, number)
+        self.plan.schedule.apply(self.optimizer, self.plan.groups, number)
         loss, loss_scale = torch.zeros((), device=self.device), self.loss_scale
         factor = loss_scale / (self.world if self.reducer else 1)  # the reducer adds gradients up, FSDP2 takes means
         for left in reversed(range(self.grad_accum_steps)):
@@ -249,7 +244,7 @@ class Pretraining:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         read = runtime.copy_to_host_async(torch.stack((loss, norm, loss_scale, signals)))
-        return Step(hyperparams, limit, healthy, read)
+        return Step(limit, healthy, read)
 
     def finalize_step(self, step: Step) -> dict:
         """Wait for step number `self.step`; returns its metrics. Raises FloatingPointError if it diverged."""
@@ -262,9 +257,9 @@ class Pretraining:
             raise FloatingPointError(self.divergence_message(loss, norm))
         if not math.isfinite(norm):
             self.optimizer.optimizer.rollback_step_count()
-        lr, _, momentum = step.hyperparams
-        matrix_lr = lr * self.plan.groups["matrix"]["lr"]
-        return {"train_loss": loss, "grad_norm": norm, "lr_multiplier": lr, "lr": matrix_lr, "momentum": momentum}
+        schedule, peak = self.plan.schedule, self.plan.groups["matrix"]["lr"]
+        lr, momentum = schedule.lr(self.step), schedule.muon_momentum(self.step)
+        return {"train_loss": loss, "grad_norm": norm, "lr_multiplier": lr, "lr": lr * peak, "momentum": momentum}
 
     def divergence_message(self, loss: float, norm: float) -> str:
         """Save a checkpoint; returns what happened, where in the data, and what to do."""
@@ -351,9 +346,10 @@ class Pretraining:
 
     def save(self, unmeasured: dict | None = None) -> Path:
         """Write a checkpoint. `unmeasured`: the metrics of the last step, if its evaluations are still to come."""
+        wall_time = time.time() - self.record["started"] + self.record.get("earlier_wall_time_s", 0)
         progress = {
             "config": asdict(self.config), "inputs": self.record["inputs"], "changes": self.record["changes"],
-            "unmeasured": unmeasured, "rows": self.micro_batch_size, "wall_time_s": self.wall_time(),
+            "unmeasured": unmeasured, "rows": self.micro_batch_size, "wall_time_s": wall_time,
             "timed": self.timer.steps, "seconds": self.timer.seconds, "history": self.history,
             "samples": self.samples, "recent": list(self.spikes.recent), "loss_scale": self.loss_scale.item(),
         }  # fmt: skip
@@ -364,18 +360,10 @@ class Pretraining:
 
     def restore(self, path: Path) -> None:
         progress = checkpoint.read_progress(path)
-        before, now = renamed_keys(progress["config"]), asdict(self.config)
-        changed = {key: f"{key}: {old!r} -> {now[key]!r}" for key, old in before.items() if now[key] != old}
-        if binding := [changed[key] for key in (*SHAPE_KEYS, "dataset", "seed") if key in changed]:
-            raise InputError(
-                f"{path} is of another config ({', '.join(binding)}); use another --run-dir, or delete {path.parent}"
-            )
-        inputs = self.record["inputs"]
-        if others := [name for name, value in progress.get("inputs", inputs).items() if value != inputs.get(name)]:
-            raise InputError(
-                f"{path} was trained with other {' and '.join(others)} than given now: bring the old one back, use "
-                f"another --run-dir, or delete {path.parent} to start this stage anew"
-            )
+        changed = checkpoint.changed_keys(progress["config"], asdict(self.config))
+        inputs = checkpoint.changed_keys(progress.get("inputs", {}), self.record["inputs"])
+        binding = [changed[key] for key in (*SHAPE_KEYS, "dataset", "seed") if key in changed]
+        checkpoint.refuse_changes(path.parent, [*binding, *inputs.values()])
         self.loader.load_state_dict(checkpoint.load(path, self.model, self.optimizer.optimizer))
         measured = load_json(path / checkpoint.MEASURED)
         self.history, self.samples = (measured or progress)["history"], (measured or progress)["samples"]
@@ -389,9 +377,6 @@ class Pretraining:
             self.record["changes"].append({"after step": self.step, "keys": list(changed.values())})
         changes = f", with {', '.join(changed.values())}" if changed else ""
         self.print(f"resuming after step {self.step} of {path}{changes}")
-
-    def wall_time(self) -> float:
-        return time.time() - self.record["started"] + self.record.get("earlier_wall_time_s", 0)
 
     def finish(self) -> dict:
         """Write the model folder and metrics.json, delete the checkpoints."""

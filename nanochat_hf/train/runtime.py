@@ -215,20 +215,20 @@ def split_global_batch(
 
 
 def choose_micro_batch_size(
-    plan: Plan, requested: int, device: torch.device, world: int, dtype: torch.dtype, fits: Callable | None,
-    log: Callable,
-) -> int:  # fmt: skip
+    plan: Plan, requested: int, accelerator: Accelerator, fits: Callable | None, log: Callable
+) -> int:
     """Sequences per micro-batch: `requested`, or for -1 as many as free memory allows; halved until `fits`.
 
     fits: (micro-batch size, grad_accum_steps) -> bool, equal on every rank (`micro_batch_fits`); None: not tried.
     """
+    device, world = accelerator.device, accelerator.num_processes
 
     def divide(size, log=lambda text: None):
         return split_global_batch("total_batch_size", plan.total_batch_size, plan.max_seq_len, size, world, log)
 
     if requested == -1:
-        estimate = estimate_micro_batch_size(plan, free_memory(device), dtype.itemsize)
-        size, steps = divide(min(gather_object([estimate])))
+        itemsize = compute_dtype(device, half=True).itemsize
+        size, steps = divide(min(gather_object([estimate_micro_batch_size(plan, free_memory(device), itemsize)])))
         log(f"device_batch_size: {size} sequences of {plan.max_seq_len} tokens, chosen by the free memory")
     else:
         size, steps = divide(requested, log)

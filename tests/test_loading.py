@@ -1,0 +1,72 @@
+"""One loader for training, evaluation and serving: whatever is wrong with a model folder is the same single line."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.eval.lm_eval_model import load
+from nanochat_hf.loading import load_model
+from nanochat_hf.serve.engine import Engine
+from nanochat_hf.train.model_setup import read_model
+
+LOADERS = {
+    "training": read_model,
+    "evaluation": lambda folder: load(folder, "auto", torch.device("cpu")),
+    "serving": lambda folder: Engine.from_pretrained(folder, device="cpu"),
+}
+
+
+def not_finite(path):
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.fc1.weight"][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def other_shape(path):
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:8].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def foreign_code(path):
+    """A model of a type that nobody knows: its own code would have to be executed."""
+    config = json.loads((path.parent / "config.json").read_text())
+    (path.parent / "evil.py").write_text("import os\nos._exit(3)\n")
+    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (path.parent / "config.json").write_text(json.dumps(config))
+
+
+BROKEN = {  # what happened to model.safetensors, and what the line says
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-7]), "no model in .* that can be read"),
+    "empty": (lambda path: path.write_bytes(b""), "no model in .* that can be read"),
+    "gone": (lambda path: path.unlink(), "no model in .* that can be read"),
+    "other shape": (other_shape, "no model in .* that can be read"),
+    "not finite": (not_finite, r"not finite \(NaN or infinity in model\.layers\.0\.mlp\.fc1\.weight\)"),
+    "foreign code": (foreign_code, "no model in .* that can be read"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_wrong_with_a_model_is_the_same_line_for_all(tiny_folder, monkeypatch, what):
+    monkeypatch.setattr(sys, "stdin", None)  # a question on it would be an error of its own
+    change, words = BROKEN[what]
+    change(tiny_folder / "model.safetensors")
+    lines = set()
+    for loader in LOADERS.values():
+        with pytest.raises(InputError, match=words) as error:
+            loader(str(tiny_folder))
+        lines.add(str(error.value))
+    assert len(lines) == 1 and "\n" not in lines.pop()
+
+
+def test_a_device_that_is_not_there_or_full_is_named(tiny_folder, monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match=r"model cannot be used on cuda: .*; try cpu"):
+            load_model(str(tiny_folder), device="cuda")
+    monkeypatch.setattr(torch.nn.Module, "to", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(InputError, match=r"model cannot be used on cpu: full; try cpu"):
+        load_model(str(tiny_folder), device="cpu")
