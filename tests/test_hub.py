@@ -70,6 +70,11 @@ def no_check(monkeypatch):
     monkeypatch.setattr(push_module, "check_loaded_back", lambda *_: 0.0)
 
 
+@pytest.fixture
+def log():
+    return []
+
+
 def pushed(hub, name="you/small", kind="models", branch="main"):
     return hub.repos[kind, name].files(branch)[1]
 
@@ -165,7 +170,7 @@ def test_a_space_points_at_the_model_and_is_as_private(hub, run, no_check, capsy
         ({"repo": "you/sm all"}, "no repo name"),
         ({"space": True}, "from a checkout of the project"),
         ({"results": float("nan")}, "run the evaluation again"),
-        ({"config": {"report_to": "hf_" + "x" * 34}}, "contains a Hub token"),
+        ({"config": {"report_to": "hf_" + "x" * 34}}, r"metrics\.json contains a token"),
         ({"weights": "0" * 16}, r"are not those that its metrics\.json describes: run stage 'sft' again"),
     ],
 )
@@ -179,6 +184,69 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, run, monk
     with pytest.raises(InputError, match=message) as error:
         push(run, Push(**{"repo": "you/small"} | options))
     assert hub.requests == [] and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [TOKEN, "hf_" + "x" * 34, "sk-proj-" + "a1" * 20, "ghp_" + "a1" * 18, "AKIA" + "A1" * 8, "AIza" + "a" * 35]
+    + ["xoxb-" + "1" * 24, "-----BEGIN OPENSSH PRIVATE KEY-----"],
+)
+def test_a_secret_in_a_text_or_in_the_header_of_weights_is_refused_and_not_shown(hub, run, secret):
+    path, template = run / "sft" / "model.safetensors", run / "sft" / "chat_template.jinja"
+    values, text = load_file(path), template.read_text()
+    template.unlink()  # both are links
+    template.write_text(text + "{# task-related-sk-learn-with-many-words, sha 0123456789abcdef0123456789abcdef #}")
+    assert push(run, Push("you/small", dry_run=True))
+    template.write_text(f"{text}{{# key={secret} #}}")
+    with pytest.raises(InputError, match=r"chat_template\.jinja contains a token or a private key") as error:
+        push(run, Push("you/small"))
+    template.write_text(text)
+    path.unlink()
+    save_file(values, path, metadata={"format": "pt", "note": secret})
+    with pytest.raises(InputError, match=r"model\.safetensors contains a token or a private key"):
+        push(run, Push("you/small"))
+    assert secret not in str(error.value) and hub.requests == []
+    log = []
+    checkpoint_pusher("you/base", log=log.append)(run / "sft", 5).result()
+    assert "step 5 was not pushed" in log[-1] and "contains a token" in log[-1]
+
+
+def test_a_link_out_of_the_run_folder_is_refused_and_one_inside_is_not(hub, run, tmp_path, log):
+    (tmp_path / "key").write_text("private")
+    (run / "tokenizer").mkdir()
+    (run / "sft" / "chat_template.jinja").rename(run / "tokenizer" / "chat_template.jinja")
+    (run / "sft" / "chat_template.jinja").symlink_to(run / "tokenizer" / "chat_template.jinja")
+    (run / "sft").rename(tmp_path / "elsewhere")  # a stage on another disk
+    (run / "sft").symlink_to(tmp_path / "elsewhere")
+    assert push(run, Push("you/small", dry_run=True))
+    for target in ("nothing", "key"):
+        (run / "sft" / "chat_template.jinja").unlink()
+        (run / "sft" / "chat_template.jinja").symlink_to(tmp_path / target)
+        with pytest.raises(
+            InputError, match=rf"sft/chat_template\.jinja is a link to {tmp_path}/{target}, which is no"
+        ):
+            push(run, Push("you/small"))
+    assert hub.requests == [] and checkpoint_pusher("you/base", log=log.append)(run / "sft", 5) is None
+    assert "warning: step 5 was not pushed" in log[-1] and "is a link to" in log[-1]
+
+
+def test_paths_of_this_machine_are_shortened_to_names(hub, run, monkeypatch):
+    """In card, report and metrics.json: of a folder, a file with a transform, one with [] in its name, a model."""
+    monkeypatch.chdir(run)
+    (run / "data" / "mine").mkdir(parents=True)
+    paths = ["/home/alice/texts/", "~/alice/chats.jsonl", "/home/alice/v[2]", "data/mine", "../alice/gone"]
+    mixture = [{"dataset": f"{path}:gsm8k" if "jsonl" in path else path, "rows": 3, "tokens": 4} for path in paths]
+    skipped = [{"dataset": paths[2], "row": 3, "reason": "no a/b column"}]
+    mixture.append({"dataset": "openai/gsm8k", "rows": 3, "tokens": 4})
+    config = {"mixture": [{"dataset": path} for path in paths]}
+    change(run / "sft" / "metrics.json", config=config, mixture=mixture, skipped_rows=skipped)
+    change(run / "eval" / "metrics.json", models={"sft": "sft", "base": "/home/alice/models/first"})
+    folder = Path(push(run, Push("you/small", dry_run=True)))
+    texts = {name: (folder / name).read_text() for name in ("README.md", "report.md", "metrics.json")}
+    assert not any(word in text for text in texts.values() for word in ("alice", "data/mine"))
+    assert "base is first" in texts["README.md"] and "no a/b column" in texts["report.md"]
+    assert "`texts`, `chats.jsonl`, `v[2]`, `mine`, `gone`, `openai/gsm8k`." in texts["README.md"]
+    assert load_json(folder / "metrics.json")["mixture"][1]["dataset"] == "chats.jsonl:gsm8k"
 
 
 def test_weights_that_are_not_finite_are_never_sent(hub, run):
@@ -323,7 +391,7 @@ def test_the_text_shows_the_stages_up_to_this_one_and_no_number_that_was_not_mea
 def test_only_hub_ids_that_are_no_folder_here_become_dataset_metadata(measured, tmp_path, monkeypatch):
     card = render_model_card(measured, Push("you/c", "sft"))
     assert card.data.datasets == ["karpathy/climbmix", "openai/gsm8k"]
-    assert "Data: `karpathy/climbmix`, `openai/gsm8k`, `./mine.jsonl`." in str(card)
+    assert "Data: `karpathy/climbmix`, `openai/gsm8k`, `mine.jsonl`." in str(card)
     monkeypatch.chdir(tmp_path)
     change(measured.folder("base") / "metrics.json", config={"dataset": "mine/text"})
     assert render_model_card(measured, Push("you/b", "base")).data.datasets == ["mine/text"]
@@ -358,11 +426,6 @@ def test_a_collections_text_has_a_row_for_each_model_and_dashes_for_what_is_miss
 
 
 # ---- checkpoints of a running job: nothing may stop training ------------------------------------------------------
-
-
-@pytest.fixture
-def log():
-    return []
 
 
 @pytest.fixture
