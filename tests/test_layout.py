@@ -12,6 +12,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "errors": set(),
     "run": set(),
     "config": {"run"},
+    "loading": {"run", "model"},
     "stages": {"config", "run", "distributed", "data", "demo", "eval", "hub", "serve", "train"},
     "tools": set(),
     "tool_loop": {"tools"},
@@ -22,9 +23,10 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "optim": {"model", "kernels", "distributed"},
     "demo": {"run"},
     "data": {"demo", "run"},
-    "eval": {"data", "demo", "run", "tools", "tool_loop", "distributed"},
-    "train": {"distributed", "kernels", "optim", "model", "data", "demo", "eval.bpb", "run", "tools", "tool_loop"},
-    "serve": {"data", "run", "kernels", "model", "tools", "tool_loop"},
+    "eval": {"data", "demo", "run", "loading", "tools", "tool_loop", "distributed"},
+    "train": {"loading", "distributed", "kernels", "optim", "model", "data", "demo", "eval.bpb", "run"}
+    | {"tools", "tool_loop"},
+    "serve": {"loading", "data", "run", "kernels", "model", "tools", "tool_loop"},
     "hub": {"convert", "data", "eval.report", "eval.weights", "run", "tool_loop"},
 }
 EVAL_HELPERS = {"data", "data.grading", "data.jsonl", "data.tokenizer", "data.transforms"}  # what evals/ may import

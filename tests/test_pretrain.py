@@ -338,7 +338,7 @@ def test_a_run_that_is_killed_again_and_again_has_the_losses_of_one_that_was_not
 def test_a_checkpoint_of_another_config_is_refused(world, tmp_path, changes):
     with pytest.raises(Interrupted):
         run(world, tmp_path, save_every=1, **interrupt_at(1))
-    with pytest.raises(InputError, match=rf"is of another config \({next(iter(changes))}: .* -> "):
+    with pytest.raises(InputError, match=rf"with another recipe, input or launch \({next(iter(changes))}: .* -> "):
         run(world, tmp_path, **changes)
 
 

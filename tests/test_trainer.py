@@ -139,7 +139,7 @@ def test_two_processes_train_like_one_and_resume_as_two_or_one(tiny_folder, tmp_
     assert start("one", 1, 8) == start("two", 2, 4) == 0
     assert start("interrupted", 2, 4, die_at=3) != 0
     checkpoint = tmp_path / "interrupted" / "state" / "checkpoint-2"
-    assert (checkpoint / "complete").exists() and (checkpoint / "optimizer-1.pt").exists()
+    assert (checkpoint / "manifest.json").exists() and (checkpoint / "optimizer-1.pt").exists()
     shutil.copytree(tmp_path / "interrupted", tmp_path / "fewer")
     assert start("interrupted", 2, 4) == start("fewer", 1, 4) == 0
     assert start("more", 1, 4, die_at=6) != 0  # of two micro-batches per step

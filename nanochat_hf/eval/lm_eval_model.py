@@ -14,12 +14,12 @@ from itertools import count
 import torch
 from accelerate.utils import gather_object
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from ..data.tokenizer import load_tokenizer, strip_special_tokens
 from ..distributed import monitored_barrier, partial_state
 from ..errors import InputError
-from ..run import first_non_finite
+from ..loading import load_model
 from ..tool_loop import MARKS, ToolResultProcessor
 from .loglikelihood import loglikelihoods
 
@@ -109,13 +109,7 @@ def load(folder: str, dtype: str, device: torch.device):
         raise InputError(f"dtype must be auto, float32 or bfloat16, not {dtype!r}")
     low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     tokenizer = load_tokenizer(folder)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if low else torch.float32)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model in {folder}: {str(error).splitlines()[0]}") from None
-    if name := first_non_finite(model.named_parameters()):
-        raise InputError(f"the weights of {folder} are not finite (NaN or infinity in {name}): nothing to measure")
-    return model.to(device).eval(), tokenizer
+    return load_model(folder, torch.bfloat16 if low else torch.float32, device), tokenizer
 
 
 class Generator:

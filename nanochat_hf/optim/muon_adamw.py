@@ -116,17 +116,15 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         broadcasts = [self._adamw(group, p, i) for i, (group, p) in enumerate(self._adamw_parameters())]
-        broadcasts = [begin for begin in broadcasts if begin]
         device = self.param_groups[0]["params"][0].device
-        wait = coalesce_collectives(broadcasts, device) if broadcasts else None
+        wait = coalesce_collectives([start for start in broadcasts if start], device)
         updates = [
             (self._update_sharded if isinstance(params[0], DTensor) else self._update_replicated)(group, params)
             for group, params in self._stacks()
         ]
         while updates:  # each up to its next transfer, so that one stack's transfers overlap the others' work
             updates = [update for update in updates if next(update, "done") != "done"]
-        if wait:
-            wait()
+        wait()
         return loss
 
     def owners(self) -> dict[nn.Parameter, int | None]:
@@ -306,9 +304,7 @@ def check_matrices(params: list) -> None:
 
 def shard_group(p: DTensor) -> tuple:
     """The process group over which p's rows are sharded, this process's rank in it, its size."""
-    for axis, placement in enumerate(p.placements):
-        if isinstance(placement, Shard):
-            if placement.dim != 0:
-                raise InputError("MuonAdamW takes parameters sharded by rows; use configs/accelerate/fsdp2.yaml")
-            return p.device_mesh.get_group(axis), p.device_mesh.get_local_rank(axis), p.device_mesh.size(axis)
-    raise InputError("MuonAdamW got a DTensor that is not sharded; use configs/accelerate/fsdp2.yaml")
+    if Shard(0) not in p.placements:
+        raise InputError("MuonAdamW takes DTensors that are sharded by rows; use configs/accelerate/fsdp2.yaml")
+    axis = p.placements.index(Shard(0))
+    return p.device_mesh.get_group(axis), p.device_mesh.get_local_rank(axis), p.device_mesh.size(axis)

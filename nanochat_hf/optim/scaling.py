@@ -16,7 +16,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 
 import torch
 
@@ -99,14 +98,8 @@ class Plan:
         return shape | {name: getattr(self, name) for name in names}
 
 
-@lru_cache
-def count_parameters(generation: int, depth: int, heads: int, head_dim: int, vocab_size: int) -> tuple[Counter, int]:
+def count_parameters(config: NanoChatConfig) -> tuple[Counter, int]:
     """Number of parameters by role (`muon_adamw.role_of`), and how many of them matmuls take."""
-    make = NanoChatConfig if generation == 2 else NanoChatConfig.first_generation
-    config = make(
-        hidden_size=heads * head_dim, num_hidden_layers=depth, num_attention_heads=heads, head_dim=head_dim,
-        vocab_size=vocab_size,
-    )  # fmt: skip
     with torch.device("meta"):
         parameters = dict(NanoChatForCausalLM(config).named_parameters())
     counts: Counter = Counter()
@@ -159,28 +152,27 @@ def plan(config, vocab_size: int) -> Plan:
         InputError: a value that no run can have.
     """
     defaults = check_values(config)
-    generation, head_dim, max_seq_len = config.generation, config.head_dim, config.max_seq_len
+    generation, max_seq_len = config.generation, config.max_seq_len
     padded = -(-vocab_size // 64) * 64 if generation == 2 else vocab_size
 
-    def parameters(depth: int) -> tuple[int, Counter, int, int]:
-        heads = math.ceil(depth * config.aspect_ratio / head_dim)
-        counts, matmul = count_parameters(generation, depth, heads, head_dim, padded)
-        return heads, counts, matmul, counts["matrix"] + counts["head"] if generation == 2 else counts.total()
+    def shape(depth: int) -> NanoChatConfig:
+        heads = math.ceil(depth * config.aspect_ratio / config.head_dim)
+        make = NanoChatConfig if generation == 2 else NanoChatConfig.first_generation
+        return make(
+            hidden_size=heads * config.head_dim, num_hidden_layers=depth, num_attention_heads=heads,
+            head_dim=config.head_dim, vocab_size=padded, num_tokens=vocab_size if vocab_size != padded else None,
+            max_position_embeddings=max_seq_len, window_pattern=defaults.window_pattern,
+        )  # fmt: skip
 
-    heads, counts, matmul, size = parameters(config.depth)
-    growth = size / parameters(REFERENCE_DEPTH)[-1]  # D / D_ref: the ratio of tokens to parameters cancels
-    make = NanoChatConfig if generation == 2 else NanoChatConfig.first_generation
-    model_config = make(
-        hidden_size=heads * head_dim, num_hidden_layers=config.depth, num_attention_heads=heads, head_dim=head_dim,
-        vocab_size=padded, num_tokens=vocab_size if vocab_size != padded else None,
-        max_position_embeddings=max_seq_len, window_pattern=defaults.window_pattern,
-    )  # fmt: skip
-    window = model_config.sliding_window
-    keys = [
-        min(window - 1, max_seq_len) if kind == "sliding_attention" else max_seq_len
-        for kind in model_config.layer_types
-    ]
-    flops = 6 * matmul + 12 * heads * head_dim * sum(keys)
+    def scaled_by(counts: Counter) -> int:
+        return counts["matrix"] + counts["head"] if generation == 2 else counts.total()
+
+    model_config = shape(config.depth)
+    counts, matmul = count_parameters(model_config)
+    size, width, window = scaled_by(counts), model_config.hidden_size, model_config.sliding_window
+    growth = size / scaled_by(count_parameters(shape(REFERENCE_DEPTH))[0])  # D / D_ref: tokens per parameter cancel
+    keys = [min(window - 1, max_seq_len) if "sliding" in k else max_seq_len for k in model_config.layer_types]
+    flops = 6 * matmul + 12 * width * sum(keys)
     batch = config.total_batch_size
     if batch == -1:
         batch = 2 ** round(math.log2(REFERENCE_BATCH * growth**0.383)) if generation == 2 else REFERENCE_BATCH
@@ -191,7 +183,7 @@ def plan(config, vocab_size: int) -> Plan:
     schedule = {f.name: getattr(defaults, f.name) for f in fields(Schedule) if f.name != "num_iterations"}
     return Plan(
         model_config, counts.total(), matmul, flops, steps, batch, Schedule(steps, **schedule), defaults.max_grad_norm,
-        optimizer_groups(defaults, generation, heads * head_dim, lr_scale, lr_scale / growth),
+        optimizer_groups(defaults, generation, width, lr_scale, lr_scale / growth),
     )  # fmt: skip
 
 

@@ -21,11 +21,11 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ..data.tokenizer import byte_alphabet, load_tokenizer, plain_backend
 from ..errors import InputError
 from ..kernels.decode import LOG_STEPS
+from ..loading import load_model
 from ..tool_loop import MARKS
 from ..tools import calculate
 from .decoder import MAX_FORCED, Decoder, Request
@@ -153,13 +153,7 @@ class Engine:
         """The engine of a model folder or Hub id, on the GPU if there is one (bfloat16), else on the CPU (float32)."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-        except torch.OutOfMemoryError:
-            raise InputError(f"{name} does not fit into the memory of {device}: use device cpu") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"no model in {name}: {' '.join(str(error).split())[:300]}") from None
-        return cls(model, load_tokenizer(name), **options)
+        return cls(load_model(name, dtype, device), load_tokenizer(name), **options)
 
     def resize(self, slots: int) -> None:
         """Allocate at least `slots` slots; only while nothing is being generated."""

@@ -3,10 +3,11 @@
 `state/step_000100/` of a pretraining run holds the weights once and one file per rank (optimizer state, data-loader
 state, random state); under FSDP2 torch.distributed.checkpoint writes weights and optimizer state as shards. A hidden
 folder is renamed when every rank has written, so an interruption at any moment leaves the checkpoint before it. A
-manifest has every file's checksum: a damaged checkpoint is set aside and the one before it used. A second checkpoint
-of one step (a stop at a loss spike, with the data one step on) is `step_000100.1`.
+second checkpoint of one step (a stop at a loss spike, with the data one step on) is `step_000100.1`. Chat stages use
+transformers' own checkpoints, `state/checkpoint-100`.
 
-Chat stages use transformers' own checkpoints, `state/checkpoint-100`, with the manifest and the rotation of this file.
+In both `manifest.json` is written last. It has every file's checksum: a damaged checkpoint is set aside and the one
+before it used.
 
 `Accelerator.save_state` saves the optimizer state of rank 0 only, but each rank of MuonAdamW owns a part of it, and it
 has no place for a data-loader state per rank.
@@ -17,7 +18,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -39,7 +40,7 @@ from ..optim.gradient_reduction import LARGE
 from ..run import apply_umask, first_non_finite, load_json, renamed_keys, save_json, writing
 
 MANIFEST = "manifest.json"
-COMPLETE = "complete"  # the manifest of a chat stage's checkpoint (empty in those of older versions)
+OLD_MANIFEST = "complete"  # that of chat stages before December 2026; empty in the oldest ones
 SKIPPED = "skipped.json"  # beside a chat stage's checkpoints: {"steps": those whose gradients were not finite}
 MEASURED = "measured.json"  # in a checkpoint: results of the evaluations after its step
 
@@ -60,17 +61,22 @@ def all_checkpoints(state: Path) -> list[Path]:
 
 def complete_checkpoints(state: Path) -> list[Path]:
     """The complete checkpoints in `state`, the newest last."""
-    return [path for path in all_checkpoints(state) if path.name.startswith("step") or (path / COMPLETE).is_file()]
+    return [path for path in all_checkpoints(state) if path.name.startswith("step") or manifest_of(path)]
+
+
+def manifest_of(checkpoint: Path) -> Path | None:
+    names = (MANIFEST, OLD_MANIFEST)
+    return next((checkpoint / name for name in names if (checkpoint / name).is_file()), None)
 
 
 def step_of(checkpoint: Path) -> int:
     return int(re.findall(r"\d+", checkpoint.name)[0])
 
 
-def write_manifest(folder: Path, name: str = MANIFEST) -> None:
-    """Write folder/name, {file: its SHA-256}, for `damage`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / name)
-    save_json(folder / name, {str(path.relative_to(folder)): sha256(path) for path in files})
+def write_manifest(folder: Path) -> None:
+    """Write the manifest of the files in `folder`, {file: its SHA-256}, for `damage`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    save_json(folder / MANIFEST, {str(path.relative_to(folder)): sha256(path) for path in files})
 
 
 def sha256(path: Path) -> str:
@@ -78,17 +84,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(folder: Path, name: str = MANIFEST) -> str | None:
+def damage(folder: Path) -> str | None:
     """What is wrong with the first file that differs from the manifest, or None.
 
     Folders of older versions, without a manifest or with an empty one, are not checked.
     """
-    if not (folder / name).exists() or (name == COMPLETE and not (folder / name).stat().st_size):
+    manifest = manifest_of(folder)
+    if manifest is None or (manifest.name == OLD_MANIFEST and not manifest.stat().st_size):
         return None
     try:
-        files = load_json(folder / name)
+        files = load_json(manifest)
     except InputError:
-        return f"{folder / name} is damaged"
+        return f"{manifest} is damaged"
     for file, checksum in files.items():
         if not (folder / file).is_file():
             return f"{folder / file} is missing"
@@ -97,19 +104,20 @@ def damage(folder: Path, name: str = MANIFEST) -> str | None:
     return None
 
 
-def newest_intact(checkpoints: list[Path], name: str, log: Callable[[str], None]) -> Path | None:
-    """The last undamaged of `checkpoints` (oldest first), or None if there are no checkpoints. Every rank calls this.
+def latest(state: Path, log: Callable[[str], None] = print) -> Path | None:
+    """The newest complete and undamaged checkpoint in `state`, or None if there are none. Every rank calls this.
 
     Damaged ones after it are renamed to damaged_*. Raises InputError when all are damaged.
     """
+    checkpoints = complete_checkpoints(state)
     with main_process_first("checking the last checkpoint") as main:
         reasons: list[str] = []
-        while main and checkpoints and (reason := damage(checkpoints[-1 - len(reasons)], name)):
+        while main and checkpoints and (reason := damage(checkpoints[-1 - len(reasons)])):
             reasons.append(reason)
             if len(reasons) == len(checkpoints):
                 raise InputError(
                     f"{reasons[0]}, and there is no older undamaged checkpoint: bring that file back, or delete "
-                    f"{checkpoints[0].parent} to start this stage anew"
+                    f"{state} to start this stage anew"
                 )
         for reason, path in zip(reasons, reversed(checkpoints)):
             names = (path.with_name(f"damaged_{path.name}" + (f".{n}" if n else "")) for n in count())
@@ -117,11 +125,6 @@ def newest_intact(checkpoints: list[Path], name: str, log: Callable[[str], None]
             os.replace(path, aside)
             log(f"{reason}; set aside as {aside.name}; resuming from the checkpoint before it")
     return next((path for path in reversed(checkpoints) if path.exists()), None)
-
-
-def latest(folder: Path, log: Callable[[str], None] = print) -> Path | None:
-    """The newest complete and undamaged checkpoint in `folder`, or None; see `newest_intact`."""
-    return newest_intact(complete_checkpoints(folder), MANIFEST, log)
 
 
 @contextmanager
@@ -145,6 +148,18 @@ def write(value, path: Path) -> None:
         torch.save(value, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def writing_checkpoint(folder: Path) -> Iterator[None]:
+    """Turn a failure to write `folder` into an InputError that names the checkpoint before it, and delete `folder`."""
+    older = complete_checkpoints(folder.parent)
+    try:
+        with writing(folder.parent, f"; the checkpoint before it is {older[-1]}" if older else ""):
+            yield
+    except InputError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def read_progress(path: Path) -> dict:
@@ -204,51 +219,52 @@ def save(
     sharded, (rank, world) = is_sharded(model), get_dist_info()
     if not sharded:
         refuse_nan(model.state_dict(), "the model")
-    aside, final, existing = folder / f".step_{step:06d}", folder / f"step_{step:06d}", complete_checkpoints(folder)
-    if numbers := [int(path.suffix[1:] or 0) for path in existing if path.stem == final.name]:
+    aside, final = folder / f".step_{step:06d}", folder / f"step_{step:06d}"
+    if numbers := [int(path.suffix[1:] or 0) for path in complete_checkpoints(folder) if path.stem == final.name]:
         final = final.with_name(f"{final.name}.{numbers[-1] + 1}")
     own = {"position": position, "random": random_state()}
-    try:
-        with writing(folder, f"; the checkpoint before it is {existing[-1]}" if existing else ""):
-            if rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-            barrier()
-            if sharded:
-                weights, state = get_state_dict(model, optimizer)
-                dcp.save({"model": weights, "optimizer": state}, checkpoint_id=aside / "shards")
-            else:
-                own["optimizer"] = optimizer.state_dict()
-                if rank == 0:
-                    write(model.state_dict(), aside / "model.pt")
-            write(own, aside / f"rank_{rank:05d}.pt")
-            if rank == 0:
-                write({**progress, "step": step, "world_size": world}, aside / "progress.pt")
-            barrier()
-            if rank == 0:
-                write_manifest(aside)
-    except InputError:
-        if rank == 0:  # half a checkpoint only takes up room
+    with writing_checkpoint(aside):
+        if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        raise
+            aside.mkdir(parents=True)
+        barrier()
+        if sharded:
+            weights, state = get_state_dict(model, optimizer)
+            dcp.save({"model": weights, "optimizer": state}, checkpoint_id=aside / "shards")
+        else:
+            own["optimizer"] = optimizer.state_dict()
+            if rank == 0:
+                write(model.state_dict(), aside / "model.pt")
+        write(own, aside / f"rank_{rank:05d}.pt")
+        if rank == 0:
+            write({**progress, "step": step, "world_size": world}, aside / "progress.pt")
+        barrier()
+        if rank == 0:
+            write_manifest(aside)
     if rank == 0:
         os.replace(aside, final)
-        for old in superseded([*existing, final], keep):
-            hidden = old.with_name(f".{old.name}")  # an interruption must not leave half a checkpoint
-            shutil.rmtree(hidden, ignore_errors=True)
-            os.replace(old, hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+        delete_superseded(folder, keep)
     barrier()
     return final
 
 
-def superseded(checkpoints: list[Path], keep: int) -> list[Path]:
-    """Those of `checkpoints` (oldest first) to delete: all but the newest of each of the last `keep` steps.
+def delete_superseded(state: Path, keep: int) -> None:
+    """Delete all checkpoints in `state` but the newest of each of the last `keep` steps.
 
     So runs that stop at one step repeatedly do not push out the checkpoint of the step before.
     """
-    newest = {path.stem: path for path in checkpoints}
-    return [path for path in checkpoints if path not in list(newest.values())[-max(keep, 1) :]]
+    checkpoints = complete_checkpoints(state)
+    newest = list({path.stem: path for path in checkpoints}.values())[-max(keep, 1) :]
+    for old in (path for path in checkpoints if path not in newest):
+        hidden = old.with_name(f".{old.name}")  # an interruption must not leave half a checkpoint
+        remove(hidden)
+        os.replace(old, hidden)
+        remove(hidden)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, a file or a link, but not the link's target."""
+    path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
@@ -331,11 +347,6 @@ def load_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Op
             optimizer.state[p][key] = value
 
 
-def remove(path: Path) -> None:
-    """Delete a folder, a file or a link, but not the link's target."""
-    path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
-
-
 def missing_file(checkpoint: Path) -> str | None:
     """The name of an absent file without which transformers would silently restore only a part."""
     names = ("trainer_state.json", "scheduler.pt")
@@ -345,23 +356,18 @@ def missing_file(checkpoint: Path) -> str | None:
     return absent[0] if absent else None
 
 
-def refuse_change(state: Path, settings: dict, log: Callable[[str], None]) -> None:
-    """Raises InputError if the checkpoints in `state` were written with other `settings`."""
-    before = load_json(state / "config.json")
-    if before is None:
-        raise InputError(f"{state / 'config.json'} is missing: restore it, or delete {state} to start anew")
-    if unknown := [key for key in ("model", "data") if key in settings and key not in before]:
-        log(f"not verified, because an older version wrote {state}: whether {' and '.join(unknown)} changed")
+def changed_keys(before: dict, now: dict) -> dict[str, str]:
+    """{key: "key: before -> now"} of the keys whose values differ; older versions wrote fewer keys."""
     before = renamed_keys(before)
-    changed = [
-        f"{key}: {before[key]!r} -> {value!r}"
-        for key, value in settings.items()
-        if before.get(key, value) != value  # older versions wrote fewer keys
-    ]
-    if changed:
+    return {k: f"{k}: {before[k]!r} -> {value!r}" for k, value in now.items() if before.get(k, value) != value}
+
+
+def refuse_changes(state: Path, changes: Iterable[str]) -> None:
+    """Raise InputError if anything changed since the checkpoints in `state` were written."""
+    if words := ", ".join(changes):
         raise InputError(
-            f"{state} was written by another recipe or launch ({', '.join(changed)}): resume with that, or delete it "
-            "to start this stage anew"
+            f"{state} was written with another recipe, input or launch ({words}): resume with that, use another "
+            "--run-dir, or delete it to start this stage anew"
         )
 
 

@@ -48,15 +48,11 @@ class DPOStageConfig(StageConfig):
 
 
 class PreferenceTrainer(StageTrainer, DPOTrainer):
-    """DPOTrainer that counts tokens, and whose loss is on assistant tokens only."""
+    """DPOTrainer whose loss is on assistant tokens only."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.data_collator = partial(mask_completions, self.data_collator, self.processing_class)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.step_tokens += inputs["input_ids"].numel() * self.accelerator.num_processes
-        return super().training_step(model, inputs, num_items_in_batch)
 
 
 def mask_completions(collate: Callable, tokenizer, rows: list[dict]) -> dict[str, torch.Tensor]:

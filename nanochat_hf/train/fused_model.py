@@ -200,11 +200,15 @@ class FusedTransformer(nn.Module):
         hidden = self.finish(*stream, middle, model.backout_lambda if config.backout else None, eps)
         if targets is None:
             return hidden
-        cap, size = config.final_logit_softcapping, config.num_tokens or config.vocab_size
-        loss = fused_linear_cross_entropy(
-            hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), cap, size, reduction
-        )
-        return loss if reduction == "mean" else loss.view_as(targets)
+        return head_loss(self.model, hidden, targets, reduction)
+
+
+def head_loss(model: NanoChatForCausalLM, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Loss in nats of the head on hidden states (B, T, C) and targets (B, T): () the mean, or (B, T) with "none"."""
+    cap, size = model.config.final_logit_softcapping, model.config.num_tokens or model.config.vocab_size
+    inputs = hidden.flatten(0, 1), model.lm_head.weight, targets.flatten()
+    loss = fused_linear_cross_entropy(*inputs, cap, size, reduction)
+    return loss if reduction == "mean" else loss.view_as(targets)
 
 
 def use_fused_forward(model: NanoChatForCausalLM, dtype: torch.dtype, documents: int, compile: bool = False) -> None:

@@ -12,23 +12,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..distributed import get_dist_info, partial_state
 from ..errors import InputError
 from ..kernels.backend import triton, unloaded, verify, version
-from ..kernels.fused_cross_entropy import fused_linear_cross_entropy
+from ..loading import load_model
 from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from ..model.quantization import is_quantized
 from ..optim.scaling import Plan
 from ..run import load_json, model_fingerprint
-from .checkpoint import refuse_nan
-from .fused_model import BF16_KERNELS, FusedTransformer
+from .fused_model import BF16_KERNELS, FusedTransformer, head_loss
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -47,13 +45,8 @@ class ModelLoss(nn.Module):
             verify(BF16_KERNELS[:1], model.config, device, torch.bfloat16)
 
     def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        config = self.model.config
         hidden = self.model.model(ids, use_cache=False).last_hidden_state
-        cap, size = config.final_logit_softcapping, config.num_tokens or config.vocab_size
-        loss = fused_linear_cross_entropy(
-            hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), cap, size, reduction
-        )
-        return loss if reduction == "mean" else loss.view_as(targets)
+        return head_loss(self.model, hidden, targets, reduction)
 
 
 def compute_dtype(device: torch.device, half: bool = False) -> torch.dtype:
@@ -88,8 +81,7 @@ def plan_overrides_from(source: str) -> dict:
 def read_model(source: str, attn_implementation: str | None = None) -> PreTrainedModel:
     """The float32 model of folder (or Hub id) `source`.
 
-    Raises InputError when there is none, when its files are damaged or are not those that its stage wrote, or when
-    weights are not finite.
+    Raises InputError as `load_model`, when its files are not those that its stage wrote, and when it is quantized.
     """
     weights = (load_json(Path(source) / "metrics.json") or {}).get("weights")
     if weights and get_dist_info()[0] == 0 and model_fingerprint(source) != weights:
@@ -98,15 +90,7 @@ def read_model(source: str, attn_implementation: str | None = None) -> PreTraine
             "or were replaced. Run that stage again; if it was on purpose, delete its metrics.json and give the "
             "folder with --model"
         )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=attn_implementation
-        )
-        refuse_nan(model.state_dict(), f"the model in {source}")
-    except FloatingPointError as error:
-        raise InputError(str(error)) from None
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"no model in {source} that can be read: {str(error).splitlines()[0]}") from None
+    model = load_model(source, attn_implementation=attn_implementation)
     if is_quantized(model):
         raise InputError(f"{source} is quantized and cannot be trained: take the model that it was made from")
     return model

@@ -32,12 +32,11 @@ from ..data.dataloader import VALIDATION, PackedLoader
 from ..data.documents import open_documents, text_fingerprint
 from ..data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ..distributed import main_process_first, monitored_barrier
-from ..errors import InputError
 from ..optim.gradient_reduction import OwnerGradientReducer
 from ..optim.muon_adamw import MuonAdamW, param_groups
 from ..optim.scaling import peak_flops, plan
 from ..optim.schedule import StepHyperparams
-from ..run import load_json, model_fingerprint, renamed_keys, save_json, start_record, write_metrics
+from ..run import load_json, model_fingerprint, save_json, start_record, write_metrics
 from . import checkpoint, model_setup, runtime
 from .monitoring import Evaluator, LossSpikeDetector, StepTimer, format_progress, format_step
 from .pretrain_config import SHAPE_KEYS, PretrainConfig
@@ -351,9 +350,10 @@ class Pretraining:
 
     def save(self, unmeasured: dict | None = None) -> Path:
         """Write a checkpoint. `unmeasured`: the metrics of the last step, if its evaluations are still to come."""
+        wall_time = time.time() - self.record["started"] + self.record.get("earlier_wall_time_s", 0)
         progress = {
             "config": asdict(self.config), "inputs": self.record["inputs"], "changes": self.record["changes"],
-            "unmeasured": unmeasured, "rows": self.micro_batch_size, "wall_time_s": self.wall_time(),
+            "unmeasured": unmeasured, "rows": self.micro_batch_size, "wall_time_s": wall_time,
             "timed": self.timer.steps, "seconds": self.timer.seconds, "history": self.history,
             "samples": self.samples, "recent": list(self.spikes.recent), "loss_scale": self.loss_scale.item(),
         }  # fmt: skip
@@ -364,18 +364,10 @@ class Pretraining:
 
     def restore(self, path: Path) -> None:
         progress = checkpoint.read_progress(path)
-        before, now = renamed_keys(progress["config"]), asdict(self.config)
-        changed = {key: f"{key}: {old!r} -> {now[key]!r}" for key, old in before.items() if now[key] != old}
-        if binding := [changed[key] for key in (*SHAPE_KEYS, "dataset", "seed") if key in changed]:
-            raise InputError(
-                f"{path} is of another config ({', '.join(binding)}); use another --run-dir, or delete {path.parent}"
-            )
-        inputs = self.record["inputs"]
-        if others := [name for name, value in progress.get("inputs", inputs).items() if value != inputs.get(name)]:
-            raise InputError(
-                f"{path} was trained with other {' and '.join(others)} than given now: bring the old one back, use "
-                f"another --run-dir, or delete {path.parent} to start this stage anew"
-            )
+        changed = checkpoint.changed_keys(progress["config"], asdict(self.config))
+        inputs = checkpoint.changed_keys(progress.get("inputs", {}), self.record["inputs"])
+        binding = [changed[key] for key in (*SHAPE_KEYS, "dataset", "seed") if key in changed]
+        checkpoint.refuse_changes(path.parent, [*binding, *inputs.values()])
         self.loader.load_state_dict(checkpoint.load(path, self.model, self.optimizer.optimizer))
         measured = load_json(path / checkpoint.MEASURED)
         self.history, self.samples = (measured or progress)["history"], (measured or progress)["samples"]
@@ -389,9 +381,6 @@ class Pretraining:
             self.record["changes"].append({"after step": self.step, "keys": list(changed.values())})
         changes = f", with {', '.join(changed.values())}" if changed else ""
         self.print(f"resuming after step {self.step} of {path}{changes}")
-
-    def wall_time(self) -> float:
-        return time.time() - self.record["started"] + self.record.get("earlier_wall_time_s", 0)
 
     def finish(self) -> dict:
         """Write the model folder and metrics.json, delete the checkpoints."""

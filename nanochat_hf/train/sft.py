@@ -92,10 +92,6 @@ class ChatTrainer(StageTrainer, SFTTrainer):
             compiled = stage.compile and device.type == "cuda"
             use_fused_forward(self.model, compute_dtype(device), max_documents, compiled)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.step_tokens += inputs["input_ids"].numel() * self.accelerator.num_processes
-        return super().training_step(model, inputs, num_items_in_batch)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The fused forward's own loss; without it TRL's, which never holds all logits but waits for the GPU."""
         owner = Trainer if self.fused or not inputs["input_ids"].is_cuda else SFTTrainer

@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..optim.muon_adamw import MuonAdamW, deepspeed_optimizer, param_groups
 from ..optim.scaling import DEFAULTS, optimizer_groups
 from ..optim.schedule import Schedule
-from ..run import load_json, model_fingerprint, save_json, without_nan, write_metrics, writing
+from ..run import load_json, model_fingerprint, save_json, without_nan, write_metrics
 from . import checkpoint
 from .model_setup import load_chat_model, lora
 from .runtime import copy_to_host_async, graceful_shutdown, shard_on_cpu, split_global_batch
@@ -221,6 +221,11 @@ class StageTrainer(TrainerCallback):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if "input_ids" in inputs:  # RL has rows of prompts, and counts what it generates
+            self.step_tokens += inputs["input_ids"].numel() * self.accelerator.num_processes
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def _get_grad_norm(self, model, grad_norm=None):
         """As transformers'; the optimizer skips the step, on the device, once a norm was not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
@@ -251,7 +256,7 @@ class StageTrainer(TrainerCallback):
                 self.skipped += skipped
                 if self.is_world_process_zero():
                     save_json(Path(self.args.output_dir) / checkpoint.SKIPPED, {"steps": self.skipped})
-                self.save_checkpoint()
+                self._save_checkpoint()
                 self.stop_training(reason, "Run again to resume with the data after it; if that happens again, lower")
 
     def stop_training(self, reason: str, advice: str = "Lower") -> None:
@@ -279,12 +284,11 @@ class StageTrainer(TrainerCallback):
     def is_sharded(self) -> bool:
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
-    def save_checkpoint(self) -> None:
-        self._save_checkpoint(self.model_wrapped, None)
-        self.callback_handler.on_save(self.args, self.state, self.control)
+    def _save_checkpoint(self, model=None, trial=None):
+        """As transformers', but only of finite weights, with each rank's optimizer state; the manifest comes last.
 
-    def _save_checkpoint(self, model, trial):
-        """As transformers', but only of finite weights; a full disk is one line and leaves no half checkpoint."""
+        A full disk is one line and leaves no half checkpoint.
+        """
         self.check_finite()
         if not self.is_sharded():
             try:
@@ -293,28 +297,14 @@ class StageTrainer(TrainerCallback):
                 self.stop_training(str(error).partition(":")[0])
         self.state.log_history[:] = without_nan(self.state.log_history)
         folder = self.checkpoint_folder()
-        older = checkpoint.complete_checkpoints(folder.parent)
-        try:
-            with writing(folder, f"; the checkpoint before it is {older[-1]}" if older else ""):
-                super()._save_checkpoint(model, trial)
-        except InputError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    def on_save(self, args, state, control, **kwargs):
-        """Make the checkpoint complete: every rank's optimizer state, then the mark, then delete old ones."""
-        folder = self.checkpoint_folder()
-        if args.world_size > 1 and not self.is_sharded():  # DDP: transformers saves only the first rank's
-            with writing(folder):
-                torch.save(self.optimizer.state_dict(), folder / f"optimizer-{args.process_index}.pt")
+        with checkpoint.writing_checkpoint(folder):
+            super()._save_checkpoint(model or self.model_wrapped, trial)
+            if self.args.world_size > 1 and not self.is_sharded():  # DDP: transformers saves only the first rank's
+                torch.save(self.optimizer.state_dict(), folder / f"optimizer-{self.args.process_index}.pt")
         monitored_barrier(f"{folder.name} of {folder.parent.parent.name}")
-        if state.is_world_process_zero:
-            checkpoint.write_manifest(folder, checkpoint.COMPLETE)
-            for old in checkpoint.superseded(
-                checkpoint.complete_checkpoints(folder.parent), self.stage.keep_checkpoints
-            ):
-                (old / checkpoint.COMPLETE).unlink()  # a half deleted checkpoint must not count
-                checkpoint.remove(old)
+        if self.is_world_process_zero():
+            checkpoint.write_manifest(folder)
+            checkpoint.delete_superseded(folder.parent, self.stage.keep_checkpoints)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """As transformers', but saves before it evaluates: a failing evaluation must not cost the training before."""
@@ -336,12 +326,12 @@ class StageTrainer(TrainerCallback):
             if measure:
                 self.measure()
         except Exception:
-            if self.args.world_size == 1 and not (folder / checkpoint.COMPLETE).exists():
-                self.save_checkpoint()
+            if self.args.world_size == 1 and not checkpoint.manifest_of(folder):
+                self._save_checkpoint()
             raise
         checkpoint.restore_random_state(before)
         monitored_barrier("the end of an evaluation")
-        if self.is_world_process_zero() and (folder / checkpoint.COMPLETE).exists():
+        if self.is_world_process_zero() and checkpoint.manifest_of(folder):
             save_json(folder / checkpoint.MEASURED, {"log": self.state.log_history})
 
     def is_measurement_due(self) -> bool:
@@ -416,12 +406,12 @@ class StageTrainer(TrainerCallback):
         settings["sequences per step"] = per_step
         zero = f"ZeRO over {args.world_size} processes"  # its checkpoints fit no other number of ranks
         settings["sharding"] = zero if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else "none"
-        latest = checkpoint.newest_intact(checkpoint.complete_checkpoints(state), checkpoint.COMPLETE, log)
+        latest = checkpoint.latest(state, log)
         if latest and (name := checkpoint.missing_file(latest)):
             raise InputError(f"{latest / name} is missing: bring it back, or delete {latest} to do without it")
         with main_process_first("preparing the checkpoints' folder") as main:
             if latest:
-                checkpoint.refuse_change(state, settings, log)
+                self.compare_settings(state, settings)
             if main:
                 # A half written checkpoint would be in the way of a new one of its step.
                 for folder in set(checkpoint.all_checkpoints(state)) - set(checkpoint.complete_checkpoints(state)):
@@ -440,6 +430,16 @@ class StageTrainer(TrainerCallback):
         if self.signals and self.state.global_step < self.state.max_steps:
             log(f"stopped by a signal after step {self.state.global_step}; run again to resume")
             raise SystemExit(128 + self.signals[-1])
+
+    def compare_settings(self, state: Path, settings: dict) -> None:
+        """Raise InputError if the checkpoints in `state` were written with other `settings`."""
+        before = load_json(state / "config.json")
+        if before is None:
+            raise InputError(f"{state / 'config.json'} is missing: restore it, or delete {state} to start anew")
+        if unknown := [key for key in ("model", "data") if key in settings and key not in before]:
+            names = " and ".join(unknown)
+            self.accelerator.print(f"not verified, because an older version wrote {state}: whether {names} changed")
+        checkpoint.refuse_changes(state, checkpoint.changed_keys(before, settings).values())
 
     def restore_records(self, folder: Path) -> None:
         """Take over what transformers does not restore: skipped steps, the log, and where optimizer state lies."""

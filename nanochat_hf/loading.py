@@ -1,0 +1,38 @@
+"""Reads a model for training, evaluation and serving alike: from a folder or the Hub, or one clear error."""
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .errors import InputError
+from .model.quantization import is_quantized
+from .run import first_non_finite
+
+
+def load_model(
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The causal LM of folder or Hub id `source`, in eval mode, on `device` (None: where transformers puts it).
+
+    Code from `source` is not executed. Raises InputError when there is no model, when its files are damaged, when it
+    does not fit into the device's memory, or when weights are not finite.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"no model in {source} that can be read: {' '.join(str(error).split())[:300]}") from None
+    try:
+        model = model if device is None else model.to(device)
+    except RuntimeError as error:  # out of memory, no such device
+        raise InputError(f"{source} cannot be used on {device}: {str(error).splitlines()[0]}; try cpu") from None
+    if not is_quantized(model) and (name := first_non_finite(model.named_parameters())):
+        raise InputError(
+            f"the weights of {source} are not finite (NaN or infinity in {name}): go back to an earlier stage or "
+            "checkpoint"
+        )
+    return model
