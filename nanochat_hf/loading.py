@@ -1,10 +1,10 @@
 """Reads a model for training, evaluation and serving alike: from a folder or the Hub, or one clear error."""
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .errors import InputError
+from .model.configuration_nanochat import MAX_LAYERS
 from .model.quantization import is_quantized
 from .run import first_non_finite
 
@@ -21,10 +21,14 @@ def load_model(
     does not fit into the device's memory, or when weights are not finite.
     """
     try:
+        values, _ = PreTrainedConfig.get_config_dict(source)
+        layers = values.get("text_config", values).get("num_hidden_layers", 1)
+        if layers > MAX_LAYERS:  # each takes memory before any weight is read
+            raise ValueError(f"num_hidden_layers is {layers}: at most {MAX_LAYERS}")
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # safetensors', json's and the config's have no common type
         raise InputError(f"no model in {source} that can be read: {' '.join(str(error).split())[:300]}") from None
     try:
         model = model if device is None else model.to(device)

@@ -101,7 +101,7 @@ def load_json(path: str | Path) -> dict | None:
             raise ValueError("no object")
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:  # no JSON, no UTF-8; a folder, no permission
+    except (ValueError, RecursionError, OSError) as error:  # no JSON, no UTF-8; a folder, no permission
         raise InputError(f"{path} is not valid JSON ({error}); delete it to run that stage again") from None
     return value
 

@@ -52,7 +52,7 @@ def test_every_file_is_indexed_with_a_version_and_the_groups_are_complete():
 @pytest.mark.parametrize("name", ["gsm8k", "arc_easy", "mmlu", "humaneval", "spellingbee", "demo_facts"])
 def test_a_damaged_file_of_a_chat_task_is_named_with_its_line(tmp_path, name):
     file = load_yaml(TASKS / f"{name}.yaml", resolve_func=False)["dataset_kwargs"]["file"]
-    for content in (b"", b"{\n", b'{"question": "?"}\n', b'{"question": 1, "answer": "1"}', b"\xff\n"):
+    for content in (b"", b"{\n", b'{"question": "?"}\n', b'{"question": 1, "answer": "1"}', b"\xff\n", b"[" * 100_000):
         (tmp_path / file).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{file}(, line 1: | is empty)") as error:
             manager(chat_data=str(tmp_path)).load([f"nanochat_{name}"])

@@ -29,7 +29,8 @@ SPELLING = {"tasks": ["nanochat_demo_spelling"], "bpb_stages": ["base"], "bpb_to
 
 @pytest.fixture
 def run(tmp_path, tiny_model, tokenizer):
-    """A run folder with one untrained model as base and as sft."""
+    """A run folder, with a name that patterns read specially, with one untrained model as base and as sft."""
+    tmp_path = tmp_path / "v[2]{a,b}*?"
     for stage in ("base", "sft"):
         tiny_model.save_pretrained(tmp_path / stage)
         tokenizer.save_pretrained(tmp_path / stage)

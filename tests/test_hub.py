@@ -20,7 +20,7 @@ from old_folder import make_old
 from safetensors.torch import load_file, save_file
 from talker import talker, talker_folder  # noqa: F401
 
-from nanochat_hf.data import tokenizer
+from nanochat_hf.data import documents, tokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.hub import push as push_module
 from nanochat_hf.hub.model_card import Push, collection_table, render_model_card
@@ -34,7 +34,7 @@ TOKEN = "hf_" + "Secret" * 6
 @pytest.fixture
 def run(talker_folder, tmp_path):  # noqa: F811
     """A run folder with a finished SFT stage, an unfinished RL stage and an evaluation."""
-    folder = shutil.copytree(talker_folder, tmp_path / "run" / "sft", copy_function=os.link).parent
+    folder = shutil.copytree(talker_folder, tmp_path / "run [2]*?" / "sft", copy_function=os.link).parent
     mixture = [{"dataset": name, "rows": 3, "tokens": 40} for name in ("openai/gsm8k:main", "primer")]
     metrics = {"finished": True, "commit": "abc123", "started": 1.0, "wall_time_s": 120.0, "tokens": 5000}
     metrics |= {"hardware": {"device": "test machine", "num_processes": 1}, "versions": {"torch": "2"}}
@@ -101,7 +101,9 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check)
     texts = {"config.json", "tokenizer.json", "chat_template.jinja", "README.md", "report.md", "metrics.json"}
     assert code | texts | {"model.safetensors", "plots/sft.png"} <= set(files)
     assert files["model.safetensors"] == (run / "sft" / "model.safetensors").read_bytes()
-    assert hub.repos["models", "you/small"].messages == ["Upload sft of run"] and not any("state" in f for f in files)
+    assert hub.repos["models", "you/small"].messages == ["Upload sft of run [2]*?"] and not any(
+        "state" in f for f in files
+    )
     _, head, text = files["README.md"].decode().split("---\n", 2)
     data = yaml.safe_load(head)
     assert data["datasets"] == ["openai/gsm8k"] and data["language"] == ["en", "ko"]
@@ -342,6 +344,18 @@ def test_a_broken_upload_is_noticed(hub, run, monkeypatch):
     monkeypatch.setattr(push_module, "prepare", spoil)
     with pytest.raises(InputError, match="logits differ"):
         push(run, Push("you/small"))
+
+
+def test_a_dataset_that_cannot_exist_or_is_refused_is_asked_for_once(hub, monkeypatch):
+    monkeypatch.setattr(documents.time, "sleep", lambda seconds: pytest.fail("tries again"))
+    for name in ("you/a--b", "you/b..c", "you/" + "c" * 200):
+        with pytest.raises(InputError, match=f"dataset {name} .*: the Hub has no such dataset"):
+            documents.open_documents(name)
+    assert hub.requests == []
+    hub.fail("GET", "/api/datasets/", 403)
+    with pytest.raises(InputError, match=r"the Hub refuses it with HfHubHTTPError: .*403"):
+        documents.open_documents("you/secret")
+    assert len(hub.requests) == 1
 
 
 # ---- the card -----------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from nanochat_hf.eval.core import centered
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanochat_hf"
+MAX_BUNDLE = 4 << 30  # bytes of its unpacked files
 CHUNK = 512  # questions tokenized together: the prompts of a full run take hundreds of megabytes
 
 
@@ -69,6 +70,7 @@ def _download_bundle(target: Path, url: str) -> None:
 
     The publisher names no checksum; the CRC of each file in the zip shows damage.
     """
+    advice = "name a local bundle with core_bundle=DIR"
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         packed = Path(scratch) / "bundle.zip"
         try:
@@ -79,14 +81,15 @@ def _download_bundle(target: Path, url: str) -> None:
             with packed.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             with zipfile.ZipFile(packed) as archive:
+                if (size := sum(file.file_size for file in archive.infolist())) > MAX_BUNDLE:
+                    raise ValueError(f"{url} unpacks to {size / 1e9:,.3f} GB, so it is not the bundle; {advice}")
                 archive.extractall(scratch)
         except OSError as error:
-            raise ValueError(f"cannot download {url} ({error}); name a local bundle with core_bundle=DIR") from None
+            raise ValueError(f"cannot download {url} ({error}); {advice}") from None
         except (zipfile.BadZipFile, zlib.error, EOFError):
-            raise ValueError(
-                f"{url} arrived damaged; try again, or name a local bundle with core_bundle=DIR"
-            ) from None
-        unpacked = next(path.parent for path in Path(scratch).rglob("core.yaml"))
+            raise ValueError(f"{url} arrived damaged; try again, or {advice}") from None
+        if not (unpacked := next((path.parent for path in Path(scratch).rglob("core.yaml")), None)):
+            raise ValueError(f"{url} is no CORE bundle (it has no core.yaml); {advice}")
         (unpacked / "SHA256").write_text(sha256 + "\n")
         shutil.move(unpacked, target)
 

@@ -8,7 +8,11 @@ and encodes text that spells a special token as text. `Generator` works for any 
 `serve.engine.Engine` has the same `generate` and is much faster for nanochat models on a GPU.
 """
 
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 
 import torch
@@ -23,7 +27,27 @@ from ..loading import load_model
 from ..tool_loop import MARKS, ToolResultProcessor
 from .loglikelihood import loglikelihoods
 
+TEMPLATE_SECONDS = 10.0  # for one conversation
 REPACK = 0.75  # finished rows leave the batch when fewer than this share still run: copying the cache costs, too
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raise InputError if the block takes longer; without a limit outside of the main thread, which gets the alarm."""
+
+    def stop(*_):
+        raise InputError(f"{what} does not end within {seconds:g} s: it loops, take another model")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class LocalLM(HFLM):
@@ -53,7 +77,13 @@ class LocalLM(HFLM):
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         plain = [{**message, "content": strip_special_tokens(message["content"])} for message in chat_history]
-        return super().apply_chat_template(plain, add_generation_prompt)
+        try:
+            with time_limit(TEMPLATE_SECONDS, "the chat template of this model"):
+                return super().apply_chat_template(plain, add_generation_prompt)
+        except InputError:
+            raise
+        except Exception as error:  # a template may do anything
+            raise InputError(f"the chat template of this model fails: {' '.join(str(error).split())[:200]}") from None
 
     def loglikelihood(self, requests, disable_tqdm=True):
         return super().loglikelihood(requests, disable_tqdm=True)  # the log has a line per task

@@ -254,7 +254,7 @@ def compression(tokenizer) -> dict[str, dict[str, float | None]]:
     tokenizers = {"ours": tokenizer}
     for name, repo in OTHER_TOKENIZERS.items():
         try:
-            tokenizers[name] = AutoTokenizer.from_pretrained(repo, local_files_only=True)
+            tokenizers[name] = AutoTokenizer.from_pretrained(repo, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError):
             tokenizers[name] = None
     texts = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "evals" / "texts").glob("*.txt"))}
