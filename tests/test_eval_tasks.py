@@ -174,17 +174,9 @@ def test_humaneval_answers_are_run_with_the_tests(text, passed):
     assert function("utils.humaneval_results")(HUMANEVAL, [text])["acc"] == passed
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "import os, time\nfor _ in range(200):\n    if os.fork() == 0:\n        time.sleep(30)",
-        "files = [open('/dev/null') for _ in range(500)]",
-        "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos._exit(0)",
-        "import os, signal\nos.killpg(0, signal.SIGKILL)",
-    ],
-)  # test_tools.py has more of them
-def test_a_hostile_answer_to_humaneval_fails_and_harms_nothing(attack):
-    # Above a right answer: it would pass if the attack had no effect on the result.
+def test_a_hostile_answer_to_humaneval_fails_and_harms_nothing():
+    """Above a right answer: it would pass if the attack had no effect on the result. test_tools.py has more."""
+    attack = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos._exit(0)"
     text = f"```python\n{attack}\ndef double(xs):\n    return [2 * x for x in xs]\n```"
     assert function("utils.humaneval_results")(HUMANEVAL, [text])["acc"] == 0.0
 

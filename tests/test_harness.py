@@ -155,12 +155,6 @@ def test_an_interrupted_evaluation_is_used_only_for_the_same_weights_config_task
     assert metrics["results"]["base"]["val_bpb"]["n"] == (128 if what == "config" else 256)
 
 
-def test_a_state_that_lacks_keys_is_no_measurement(run, loads):
-    save_json(run / "eval" / "state" / "base.json", {"finished": True})
-    measure(run)
-    assert loads() == ["base", "sft"]
-
-
 def test_a_finished_evaluation_is_reused_for_the_stages_that_did_not_change(run, loads, capsys):
     shutil.copytree(run / "sft", run / "rl")
     first = measure(run, ("base", "sft", "rl"))

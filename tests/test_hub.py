@@ -241,11 +241,13 @@ def test_paths_of_this_machine_are_shortened_to_names(hub, run, monkeypatch):
     skipped = [{"dataset": paths[2], "row": 3, "reason": "no a/b column"}]
     mixture.append({"dataset": "openai/gsm8k", "rows": 3, "tokens": 4})
     config = {"mixture": [{"dataset": path} for path in paths]}
-    change(run / "sft" / "metrics.json", config=config, mixture=mixture, skipped_rows=skipped)
+    record = {"config": config, "mixture": mixture, "skipped_rows": skipped}
+    change(run / "sft" / "metrics.json", **record, weights=model_fingerprint(run / "sft"))
     change(run / "eval" / "metrics.json", models={"sft": "sft", "base": "/home/alice/models/first"})
     folder = Path(push(run, Push("you/small", dry_run=True)))
     texts = {name: (folder / name).read_text() for name in ("README.md", "report.md", "metrics.json")}
     assert not any(word in text for text in texts.values() for word in ("alice", "data/mine"))
+    assert hub.requests == [] and (folder / "model.safetensors").exists()  # a dry run sends nothing
     assert "base is first" in texts["README.md"] and "no a/b column" in texts["report.md"]
     assert "`texts`, `chats.jsonl`, `v[2]`, `mine`, `gone`, `openai/gsm8k`." in texts["README.md"]
     assert load_json(folder / "metrics.json")["mixture"][1]["dataset"] == "chats.jsonl:gsm8k"
@@ -256,12 +258,6 @@ def test_weights_that_are_not_finite_are_never_sent(hub, run):
     with pytest.raises(InputError, match=rf"NaN or infinity in {name} of model\.safetensors"):
         push(run, Push("you/small"))
     assert hub.requests == []
-
-
-def test_a_dry_run_sends_nothing_and_recorded_weights_may_be_pushed(hub, run):
-    change(run / "sft" / "metrics.json", weights=model_fingerprint(run / "sft"))
-    folder = Path(push(run, Push("you/small", dry_run=True)))
-    assert hub.requests == [] and (folder / "README.md").exists() and (folder / "model.safetensors").exists()
 
 
 def test_a_card_that_the_hub_rejects_is_one_line_and_nothing_is_created(hub, run):

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import datasets.utils
 import lm_eval.api.task
@@ -128,6 +129,12 @@ def input_error(function, *args, **kwargs):
         raise
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
+
+
+def find_file(folders: str | list[str | None] | None, *names: str) -> Path | None:
+    """The first of these files in the first of the folders that has one: rows of a task that are on this disk."""
+    folders = [folders] if isinstance(folders, str) else folders or []
+    return next(filter(Path.is_file, (Path(folder) / name for folder in folders if folder for name in names)), None)
 
 
 @contextmanager

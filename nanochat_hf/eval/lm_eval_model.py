@@ -9,10 +9,7 @@ and encodes text that spells a special token as text. `Generator` works for any 
 """
 
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 
 import torch
@@ -31,23 +28,8 @@ TEMPLATE_SECONDS = 10.0  # for one conversation
 REPACK = 0.75  # finished rows leave the batch when fewer than this share still run: copying the cache costs, too
 
 
-@contextmanager
-def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raise InputError if the block takes longer; without a limit outside of the main thread, which gets the alarm."""
-
-    def stop(*_):
-        raise InputError(f"{what} does not end within {seconds:g} s: it loops, take another model")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+def _stop_template(*_):
+    raise TimeoutError(f"it takes more than {TEMPLATE_SECONDS:g} s")
 
 
 class LocalLM(HFLM):
@@ -77,13 +59,15 @@ class LocalLM(HFLM):
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         plain = [{**message, "content": strip_special_tokens(message["content"])} for message in chat_history]
+        before = signal.signal(signal.SIGALRM, _stop_template)
+        signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
         try:
-            with time_limit(TEMPLATE_SECONDS, "the chat template of this model"):
-                return super().apply_chat_template(plain, add_generation_prompt)
-        except InputError:
-            raise
+            return super().apply_chat_template(plain, add_generation_prompt)
         except Exception as error:  # a template may do anything
             raise InputError(f"the chat template of this model fails: {' '.join(str(error).split())[:200]}") from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def loglikelihood(self, requests, disable_tqdm=True):
         return super().loglikelihood(requests, disable_tqdm=True)  # the log has a line per task

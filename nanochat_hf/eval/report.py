@@ -27,7 +27,7 @@ from .weights import measurements, refuse_non_finite, replaced
 
 ROOT = Path(__file__).parents[2]
 OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
-SOURCES = ("py", "md", "yaml", "toml", "jinja", "html")
+SOURCES = (".py", ".md", ".yaml", ".toml", ".jinja", ".html")
 NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.]+)?( GiB| min)?")
 CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.S)
 Stage = Literal["base", "mid", "sft", "rl"]
@@ -148,14 +148,14 @@ def commit_of(metrics: dict) -> str:
 def summary_table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
     """metric -> stage -> {"value", "stderr", ...}, in the order of the summary."""
     rows: dict[str, dict[str, dict]] = {}
-    results = {stage: dict(numbers) for stage, numbers in (evaluation.get("results") or {}).items()}
+    results = {stage: dict(numbers) for stage, numbers in evaluation["results"].items()}
     bpb = {stage: results[stage].pop("val_bpb") for stage in MODEL_STAGES if "val_bpb" in results.get(stage, {})}
     if not bpb and (value := stages.get("base", {}).get("val_bpb")) is not None:
         bpb = {"base": {"value": value, "stderr": None, "higher_is_better": False}}
     if bpb:
         rows["val bpb"] = bpb
     for kind in ("core", "chatcore", "kocore"):
-        for stage, mean in (evaluation.get(kind) or {}).items():
+        for stage, mean in evaluation[kind].items():
             limit = f", {mean['limit']} examples each" if mean.get("limit") else ""
             cell = {key: value for key, value in mean.items() if key != "per_task"} | {"higher_is_better": True}
             rows.setdefault(mean["label"] + limit, {})[stage] = cell
@@ -228,22 +228,19 @@ def compare(first: str | Path, second: str | Path) -> str:
 
 def repository_size(root: Path = ROOT) -> dict[str, int] | None:
     """Size of the project's own sources: what a newcomer has to read. None outside of a git checkout."""
+    project = root / "pyproject.toml"
     try:
         listing = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False).stdout
     except OSError:  # no git on this machine
         return None
-    paths = [root / name for name in listing.splitlines() if name.rsplit(".", 1)[-1] in SOURCES]
+    paths = [root / name for name in listing.splitlines() if name.endswith(SOURCES)]
     texts = [path.read_text("utf-8", "replace") for path in paths if path.is_file()]
-    if not texts or not (root / "pyproject.toml").is_file():
+    if not texts or not project.is_file():
         return None
-    characters = sum(map(len, texts))
-    return {
-        "characters": characters,
-        "lines": sum(text.count("\n") for text in texts),
-        "files": len(texts),
-        "tokens": characters // 4,
-        "dependencies": len(tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]),
-    }
+    characters, lines = sum(map(len, texts)), sum(text.count("\n") for text in texts)
+    dependencies = len(tomllib.loads(project.read_text())["project"]["dependencies"])
+    sizes = {"characters": characters, "lines": lines, "files": len(texts), "tokens": characters // 4}
+    return sizes | {"dependencies": dependencies}
 
 
 def compression(tokenizer) -> dict[str, dict[str, float | None]]:
@@ -251,21 +248,19 @@ def compression(tokenizer) -> dict[str, dict[str, float | None]]:
 
     GPT-2's and GPT-4's tokenizers are compared if this machine's Hub cache has them; None if not.
     """
-    tokenizers = {"ours": tokenizer}
+    tokenizers, table = {"ours": tokenizer}, {}
     for name, repo in OTHER_TOKENIZERS.items():
         try:
             tokenizers[name] = AutoTokenizer.from_pretrained(repo, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError):
             tokenizers[name] = None
-    texts = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "evals" / "texts").glob("*.txt"))}
-    return {
-        name: {key: encode and bytes_per_token(encode, text) for key, encode in tokenizers.items()}
-        for name, text in texts.items()
-    }
-
-
-def bytes_per_token(tokenizer, text: str) -> float:
-    return len(text.encode()) / len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for path in sorted((ROOT / "evals" / "texts").glob("*.txt")):
+        text = path.read_text("utf-8")
+        table[path.stem] = {
+            name: encode and len(text.encode()) / len(encode(text, add_special_tokens=False)["input_ids"])
+            for name, encode in tokenizers.items()
+        }
+    return table
 
 
 # ---- text ----

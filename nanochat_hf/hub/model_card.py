@@ -14,16 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.documents import local_path
 from ..errors import InputError
-from ..eval.report import (
-    MODEL_STAGES,
-    TITLES,
-    collect,
-    duration,
-    grid,
-    machine_and_cost,
-    metrics_by_stage,
-    show,
-)
+from ..eval.report import MODEL_STAGES, TITLES, collect, duration, grid, machine_and_cost, metrics_by_stage, show
 from ..run import Run, load_json
 
 DATA_FILES = (".jsonl", ".parquet", ".txt", ".yaml")
@@ -85,12 +76,10 @@ def report_facts(run: Run) -> dict:
 def without_local_paths(run: Run, value):
     """`value` with names in the place of the paths of data and models that the run's metrics.json files mention."""
     records = [run.metrics(stage) or {} for stage in (*TITLES, "eval")]
-    mentions, value = (
-        json.dumps(part, ensure_ascii=False)
-        for part in ([[record.get(key) for key in ("config", "mixture", "models")] for record in records], value)
-    )
-    texts = {text.partition(":")[0] for text in re.findall(r'"((?:[^"\\]|\\.)*)"', mentions)}  # dataset:transform
-    for text in sorted(texts, key=len, reverse=True):
+    mentions = [[record.get(key) for key in ("config", "mixture", "models")] for record in records]
+    strings = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(mentions, ensure_ascii=False))
+    texts, value = {text.partition(":")[0] for text in strings}, json.dumps(value, ensure_ascii=False)
+    for text in sorted(texts, key=len, reverse=True):  # without the `:transform` of a mixture's part
         if is_local_path(text):
             value = value.replace(text, text.rstrip("/").rpartition("/")[2])
     return json.loads(value)

@@ -85,9 +85,9 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
         elif not options.force:
             refuse_others(api, repo, folder)
         delete = "*" if options.force else None
-        where = {"repo_id": repo, "revision": options.revision, "folder_path": folder, "delete_patterns": delete}
-        message = f"Upload {stage} of {run.path.resolve().name}"
-        commit = with_retries(log, api.upload_folder, **where, commit_message=message)
+        what = {"folder_path": folder, "delete_patterns": delete, "revision": options.revision}
+        what["commit_message"] = f"Upload {stage} of {run.path.resolve().name}"
+        commit = with_retries(log, api.upload_folder, repo_id=repo, **what)
         difference = check_loaded_back(repo, commit.oid, run.folder(stage), api.token)
         log(f"loaded back in a clean process: largest difference of a logit {difference:.1e}")
         if options.space:
