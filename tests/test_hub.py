@@ -220,7 +220,12 @@ def test_a_link_out_of_the_run_folder_is_refused_and_one_inside_is_not(hub, run,
     (run / "sft" / "chat_template.jinja").symlink_to(run / "tokenizer" / "chat_template.jinja")
     (run / "sft").rename(tmp_path / "elsewhere")  # a stage on another disk
     (run / "sft").symlink_to(tmp_path / "elsewhere")
-    assert push(run, Push("you/small", dry_run=True))
+    folder = Path(push(run, Push("you/small", dry_run=True)))
+    shutil.rmtree(folder)
+    folder.symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"cannot write .*hub/sft: File exists"):
+        push(run, Push("you/small"))
+    folder.unlink()
     for target in ("nothing", "key"):
         (run / "sft" / "chat_template.jinja").unlink()
         (run / "sft" / "chat_template.jinja").symlink_to(tmp_path / target)

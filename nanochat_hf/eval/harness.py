@@ -27,7 +27,7 @@ from ..run import MODEL_STAGES, Run, fingerprint, load_json, save_json, start_re
 from .bpb import held_out_bpb
 from .core import centered_mean, evaluate_core, quiet
 from .lm_eval_model import Generator, LocalLM, load
-from .report import compression, repository_size
+from .report import compression, repository_size, with_error
 from .tasks import EVALS, MEANS, Tasks, task_manager, write_jsonl
 from .weights import measurements, model_id
 
@@ -255,9 +255,7 @@ def bpb_datasets(dataset: str | list[dict]) -> dict[str, str | list[dict]]:
 
 
 def format_result(result: dict) -> str:
-    text = f"{result['value']:.4f}"
-    if result.get("stderr") is not None:
-        text += f" ± {result['stderr']:.4f}"
+    text = with_error(result["value"], result.get("stderr"))
     if result.get("baseline"):
         text += f" (random baseline {result['baseline']:.2f})"
     return text + (f", tool called in {result['tool_use']:.0%}" if "tool_use" in result else "")

@@ -35,9 +35,9 @@ from .. import tool_loop
 from ..convert.native import renew
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
-from ..eval.report import MODEL_STAGES, make_report, markdown
+from ..eval.report import MODEL_STAGES, TITLES, make_report, markdown
 from ..eval.weights import refuse_non_finite, replaced
-from ..run import Run, nearest, save_json
+from ..run import Run, nearest, save_json, writing
 from .model_card import Push, render_model_card, report_facts, without_local_paths
 
 SPACE = Path(__file__).parents[2] / "spaces" / "chat"
@@ -116,10 +116,13 @@ def prepare(run: Run, options: Push) -> Path:
     facts = report_facts(run)
     make_report(run.path, facts["hourly_rate"])
     shutil.rmtree(folder, ignore_errors=True)
+    with writing(folder):  # also where a link or another's file is in the way: all below it is uploaded
+        folder.mkdir(parents=True)
+        (folder / "plots").mkdir()
     for path in files:
         link(path, folder / path.name)
     pictures = {}
-    for path in own_files(run.path / "plots", ["*.png"], run.path):
+    for path in own_files(run.path / "plots", [f"{name}.png" for name in (*TITLES, "core")], run.path):
         link(path, folder / "plots" / path.name)
         pictures[path.stem] = f"plots/{path.name}"
     (folder / "report.md").write_text(markdown(facts, pictures), encoding="utf-8")
@@ -143,7 +146,6 @@ def own_files(folder: Path, patterns: Iterable[str], run: Path) -> list[Path]:
 
 
 def link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError:
