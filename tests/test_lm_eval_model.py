@@ -93,6 +93,7 @@ FOREIGN = {"auto_map": {"AutoConfig": "other.Config", "AutoTokenizer": ["other.T
         ("config.json", {"num_hidden_layers": "four"}),
         ("config.json", {"num_hidden_layers": 10**9, "layer_types": None}),
         ("config.json", {"model_type": "llama", "num_hidden_layers": 10**9}),
+        ("config.json", {"model_type": "gpt2", "n_layer": 10**9}),
         ("config.json", {"hidden_size": 10**12}),
     ],
 )
