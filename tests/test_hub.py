@@ -193,22 +193,30 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, run, monk
     [TOKEN, "hf_" + "x" * 34, "sk-proj-" + "a1" * 20, "ghp_" + "a1" * 18, "AKIA" + "A1" * 8, "AIza" + "a" * 35]
     + ["xoxb-" + "1" * 24, "-----BEGIN OPENSSH PRIVATE KEY-----"],
 )
-def test_a_secret_in_a_text_or_in_the_header_of_weights_is_refused_and_not_shown(hub, run, secret):
+def test_secrets_are_known_by_their_form_and_not_shown(tmp_path, monkeypatch, secret):
+    monkeypatch.setattr(push_module, "get_token", lambda: None)
+    path = tmp_path / "text"
+    path.write_text("task-related-sk-learn-with-many-words, sha 0123456789abcdef0123456789abcdef, shf_ghp_AKIA")
+    push_module.refuse_secrets([path])
+    path.write_text(f"key={secret}")
+    with pytest.raises(InputError, match="text contains a token or a private key") as error:
+        push_module.refuse_secrets([path])
+    assert secret not in str(error.value)
+
+
+def test_a_secret_in_a_text_or_in_the_header_of_weights_is_never_sent(hub, run, log):
     path, template = run / "sft" / "model.safetensors", run / "sft" / "chat_template.jinja"
     values, text = load_file(path), template.read_text()
     template.unlink()  # both are links
-    template.write_text(text + "{# task-related-sk-learn-with-many-words, sha 0123456789abcdef0123456789abcdef #}")
-    assert push(run, Push("you/small", dry_run=True))
-    template.write_text(f"{text}{{# key={secret} #}}")
-    with pytest.raises(InputError, match=r"chat_template\.jinja contains a token or a private key") as error:
+    template.write_text(f"{text}{{# {TOKEN} #}}")
+    with pytest.raises(InputError, match=r"chat_template\.jinja contains a token"):
         push(run, Push("you/small"))
     template.write_text(text)
     path.unlink()
-    save_file(values, path, metadata={"format": "pt", "note": secret})
-    with pytest.raises(InputError, match=r"model\.safetensors contains a token or a private key"):
+    save_file(values, path, metadata={"format": "pt", "note": TOKEN})
+    with pytest.raises(InputError, match=r"model\.safetensors contains a token"):
         push(run, Push("you/small"))
-    assert secret not in str(error.value) and hub.requests == []
-    log = []
+    assert hub.requests == []
     checkpoint_pusher("you/base", log=log.append)(run / "sft", 5).result()
     assert "step 5 was not pushed" in log[-1] and "contains a token" in log[-1]
 
@@ -245,7 +253,7 @@ def test_paths_of_this_machine_are_shortened_to_names(hub, run, monkeypatch):
     mixture = [{"dataset": f"{path}:gsm8k" if "jsonl" in path else path, "rows": 3, "tokens": 4} for path in paths]
     skipped = [{"dataset": paths[2], "row": 3, "reason": "no a/b column"}]
     mixture.append({"dataset": "openai/gsm8k", "rows": 3, "tokens": 4})
-    config = {"mixture": [{"dataset": path} for path in paths]}
+    config = {"mixture": [{"dataset": path} for path in paths], "words": "/home/alice/a:b/words"}
     record = {"config": config, "mixture": mixture, "skipped_rows": skipped}
     change(run / "sft" / "metrics.json", **record, weights=model_fingerprint(run / "sft"))
     change(run / "eval" / "metrics.json", models={"sft": "sft", "base": "/home/alice/models/first"})
@@ -255,7 +263,8 @@ def test_paths_of_this_machine_are_shortened_to_names(hub, run, monkeypatch):
     assert hub.requests == [] and (folder / "model.safetensors").exists()  # a dry run sends nothing
     assert "base is first" in texts["README.md"] and "no a/b column" in texts["report.md"]
     assert "`texts`, `chats.jsonl`, `v[2]`, `mine`, `gone`, `openai/gsm8k`." in texts["README.md"]
-    assert load_json(folder / "metrics.json")["mixture"][1]["dataset"] == "chats.jsonl:gsm8k"
+    metrics = load_json(folder / "metrics.json")
+    assert metrics["mixture"][1]["dataset"] == "chats.jsonl:gsm8k" and metrics["config"]["words"] == "words"
 
 
 def test_weights_that_are_not_finite_are_never_sent(hub, run):

@@ -78,8 +78,9 @@ def without_local_paths(run: Run, value):
     records = [run.metrics(stage) or {} for stage in (*TITLES, "eval")]
     mentions = [[record.get(key) for key in ("config", "mixture", "models")] for record in records]
     strings = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(mentions, ensure_ascii=False))
-    texts, value = {text.partition(":")[0] for text in strings}, json.dumps(value, ensure_ascii=False)
-    for text in sorted(texts, key=len, reverse=True):  # without the `:transform` of a mixture's part
+    # Also without `:transform`, which follows the path in the name of a mixture's part.
+    texts, value = {*strings, *(text.partition(":")[0] for text in strings)}, json.dumps(value, ensure_ascii=False)
+    for text in sorted(texts, key=len, reverse=True):
         if is_local_path(text):
             value = value.replace(text, text.rstrip("/").rpartition("/")[2])
     return json.loads(value)
