@@ -1,12 +1,24 @@
 """Reads a model for training, evaluation and serving alike: from a folder or the Hub, or one clear error."""
 
+from contextlib import suppress
+
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .errors import InputError
+from .model.configuration_nanochat import MAX_LAYERS
 from .model.quantization import is_quantized
 from .run import first_non_finite
+
+
+def refuse_many_layers(source: str) -> None:
+    """Raises ValueError: building the layers would fill the memory before any weight is read."""
+    with suppress(OSError):  # no config.json, as in an adapter's folder
+        config, _ = PreTrainedConfig.get_config_dict(source)
+        config = config.get("text_config") or config
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            if isinstance(config.get(name), int) and config[name] > MAX_LAYERS:
+                raise ValueError(f"{name} is {config[name]}: at most {MAX_LAYERS}")
 
 
 def load_model(
@@ -21,10 +33,11 @@ def load_model(
     does not fit into the device's memory, or when weights are not finite.
     """
     try:
+        refuse_many_layers(source)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # safetensors', json's and the config's have no common type
         raise InputError(f"no model in {source} that can be read: {' '.join(str(error).split())[:300]}") from None
     try:
         model = model if device is None else model.to(device)

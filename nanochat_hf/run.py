@@ -96,12 +96,12 @@ def nearest(name, names) -> str:
 
 def load_json(path: str | Path) -> dict | None:
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("no object")
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:  # no JSON, no UTF-8; a folder, no permission
+    except (ValueError, OSError, RecursionError) as error:  # no JSON, no UTF-8; a folder, no permission
         raise InputError(f"{path} is not valid JSON ({error}); delete it to run that stage again") from None
     return value
 

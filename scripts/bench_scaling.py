@@ -27,6 +27,7 @@ import torch
 
 from nanochat_hf.config import parse_config
 from nanochat_hf.data.tokenizer import train_bpe
+from nanochat_hf.eval.report import grid
 from nanochat_hf.optim.scaling import peak_flops, plan
 from nanochat_hf.train.pretrain import PretrainConfig, Pretraining
 
@@ -183,13 +184,6 @@ def recipe_of(options) -> PretrainConfig:
     return parse_config(PretrainConfig, ROOT / "recipes" / options.recipe / "base.yaml")
 
 
-def table(columns, rows) -> str:
-    cells = [list(map(str, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells)]
-    lines = [list(columns), ["-" * width for width in widths], *cells]
-    return "\n".join("| " + " | ".join(x.ljust(w) for x, w in zip(line, widths)) + " |" for line in lines)
-
-
 def measure_speeds(options, counts: list[int]) -> None:
     recipe = recipe_of(options)
     tokens = plan(recipe, 32768).total_tokens
@@ -220,7 +214,7 @@ def measure_speeds(options, counts: list[int]) -> None:
         sys.exit("error: no run gave results")
     shape = "a tiny model" if options.cpu else f"{options.recipe}, {size} x {recipe.max_seq_len} per GPU"
     print(f"\n{device}: {shape}, {options.steps} steps after {options.warmup}, torch {torch.__version__}\n")
-    print(table(COLUMNS, rows))
+    print(grid(COLUMNS, rows))
     print(
         f"\nrecipe (projected, not run) = {tokens:,} tokens of {options.recipe} / tok/s; cost = GPUs x hours x "
         f"${options.gpu_hourly_rate:g}. Without evaluation, checkpoints and the other stages."
@@ -241,7 +235,7 @@ def find_depths(options, counts: list[int]) -> None:
     if not rows:
         sys.exit("error: no depth fits")
     print(f"\n{device}: the largest depths that fit, 4 x {settings['config']['max_seq_len']} per GPU\n")
-    print(table(("config", "GPUs", "depth", "parameters", "GiB", "tok/s"), rows))
+    print(grid(("config", "GPUs", "depth", "parameters", "GiB", "tok/s"), rows))
 
 
 def main() -> None:

@@ -450,9 +450,10 @@ def test_a_broken_file_is_named_and_skipped_only_on_request(tmp_path, make, reas
         assert list(DocumentStream(tmp_path, skip_bad_files=True)) == [*rest, "v"]
 
 
-def test_bad_lines_are_named_and_skipped_only_on_request(tmp_path):
+@pytest.mark.parametrize("line", ['{"text": "b"', "[" * 100_000])
+def test_bad_lines_are_named_and_skipped_only_on_request(tmp_path, line):
     path = tmp_path / "d.jsonl"
-    path.write_text('{"text": "a"}\n{"text": "b"\n' + '{"text": "c"}\n' * 40)
+    path.write_text(f'{{"text": "a"}}\n{line}\n' + '{"text": "c"}\n' * 40_000)
     with pytest.raises(InputError, match="byte 14 is not JSON"):
         list(DocumentStream(path))
     with pytest.warns(UserWarning, match="byte 14"):

@@ -52,7 +52,7 @@ def test_every_file_is_indexed_with_a_version_and_the_groups_are_complete():
 @pytest.mark.parametrize("name", ["gsm8k", "arc_easy", "mmlu", "humaneval", "spellingbee", "demo_facts"])
 def test_a_damaged_file_of_a_chat_task_is_named_with_its_line(tmp_path, name):
     file = load_yaml(TASKS / f"{name}.yaml", resolve_func=False)["dataset_kwargs"]["file"]
-    for content in (b"", b"{\n", b'{"question": "?"}\n', b'{"question": 1, "answer": "1"}', b"\xff\n"):
+    for content in (b"", b"{\n", b'{"question": "?"}\n', b'{"question": 1, "answer": "1"}', b"\xff\n", b"[" * 100_000):
         (tmp_path / file).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{file}(, line 1: | is empty)") as error:
             manager(chat_data=str(tmp_path)).load([f"nanochat_{name}"])
@@ -174,17 +174,9 @@ def test_humaneval_answers_are_run_with_the_tests(text, passed):
     assert function("utils.humaneval_results")(HUMANEVAL, [text])["acc"] == passed
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "import os, time\nfor _ in range(200):\n    if os.fork() == 0:\n        time.sleep(30)",
-        "files = [open('/dev/null') for _ in range(500)]",
-        "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos._exit(0)",
-        "import os, signal\nos.killpg(0, signal.SIGKILL)",
-    ],
-)  # test_tools.py has more of them
-def test_a_hostile_answer_to_humaneval_fails_and_harms_nothing(attack):
-    # Above a right answer: it would pass if the attack had no effect on the result.
+def test_a_hostile_answer_to_humaneval_fails_and_harms_nothing():
+    """Above a right answer: it would pass if the attack had no effect on the result. test_tools.py has more."""
+    attack = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos._exit(0)"
     text = f"```python\n{attack}\ndef double(xs):\n    return [2 * x for x in xs]\n```"
     assert function("utils.humaneval_results")(HUMANEVAL, [text])["acc"] == 0.0
 

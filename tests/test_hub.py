@@ -20,7 +20,7 @@ from old_folder import make_old
 from safetensors.torch import load_file, save_file
 from talker import talker, talker_folder  # noqa: F401
 
-from nanochat_hf.data import tokenizer
+from nanochat_hf.data import documents, tokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.hub import push as push_module
 from nanochat_hf.hub.model_card import Push, collection_table, render_model_card
@@ -34,7 +34,7 @@ TOKEN = "hf_" + "Secret" * 6
 @pytest.fixture
 def run(talker_folder, tmp_path):  # noqa: F811
     """A run folder with a finished SFT stage, an unfinished RL stage and an evaluation."""
-    folder = shutil.copytree(talker_folder, tmp_path / "run" / "sft", copy_function=os.link).parent
+    folder = shutil.copytree(talker_folder, tmp_path / "run [2]*?" / "sft", copy_function=os.link).parent
     mixture = [{"dataset": name, "rows": 3, "tokens": 40} for name in ("openai/gsm8k:main", "primer")]
     metrics = {"finished": True, "commit": "abc123", "started": 1.0, "wall_time_s": 120.0, "tokens": 5000}
     metrics |= {"hardware": {"device": "test machine", "num_processes": 1}, "versions": {"torch": "2"}}
@@ -70,6 +70,11 @@ def no_check(monkeypatch):
     monkeypatch.setattr(push_module, "check_loaded_back", lambda *_: 0.0)
 
 
+@pytest.fixture
+def log():
+    return []
+
+
 def pushed(hub, name="you/small", kind="models", branch="main"):
     return hub.repos[kind, name].files(branch)[1]
 
@@ -96,7 +101,9 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check)
     texts = {"config.json", "tokenizer.json", "chat_template.jinja", "README.md", "report.md", "metrics.json"}
     assert code | texts | {"model.safetensors", "plots/sft.png"} <= set(files)
     assert files["model.safetensors"] == (run / "sft" / "model.safetensors").read_bytes()
-    assert hub.repos["models", "you/small"].messages == ["Upload sft of run"] and not any("state" in f for f in files)
+    assert hub.repos["models", "you/small"].messages == ["Upload sft of run [2]*?"] and not any(
+        "state" in f for f in files
+    )
     _, head, text = files["README.md"].decode().split("---\n", 2)
     data = yaml.safe_load(head)
     assert data["datasets"] == ["openai/gsm8k"] and data["language"] == ["en", "ko"]
@@ -165,7 +172,7 @@ def test_a_space_points_at_the_model_and_is_as_private(hub, run, no_check, capsy
         ({"repo": "you/sm all"}, "no repo name"),
         ({"space": True}, "from a checkout of the project"),
         ({"results": float("nan")}, "run the evaluation again"),
-        ({"config": {"report_to": "hf_" + "x" * 34}}, "contains a Hub token"),
+        ({"config": {"report_to": "hf_" + "x" * 34}}, r"metrics\.json contains a token"),
         ({"weights": "0" * 16}, r"are not those that its metrics\.json describes: run stage 'sft' again"),
     ],
 )
@@ -181,17 +188,90 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, run, monk
     assert hub.requests == [] and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "secret",
+    [TOKEN, "hf_" + "x" * 34, "sk-proj-" + "a1" * 20, "ghp_" + "a1" * 18, "AKIA" + "A1" * 8, "AIza" + "a" * 35]
+    + ["xoxb-" + "1" * 24, "-----BEGIN OPENSSH PRIVATE KEY-----"],
+)
+def test_secrets_are_known_by_their_form_and_not_shown(tmp_path, monkeypatch, secret):
+    monkeypatch.setattr(push_module, "get_token", lambda: None)
+    path = tmp_path / "text"
+    path.write_text("task-related-sk-learn-with-many-words, sha 0123456789abcdef0123456789abcdef, shf_ghp_AKIA")
+    push_module.refuse_secrets([path])
+    path.write_text(f"key={secret}")
+    with pytest.raises(InputError, match="text contains a token or a private key") as error:
+        push_module.refuse_secrets([path])
+    assert secret not in str(error.value)
+
+
+def test_a_secret_in_a_text_or_in_the_header_of_weights_is_never_sent(hub, run, log):
+    path, template = run / "sft" / "model.safetensors", run / "sft" / "chat_template.jinja"
+    values, text = load_file(path), template.read_text()
+    template.unlink()  # both are links
+    template.write_text(f"{text}{{# {TOKEN} #}}")
+    with pytest.raises(InputError, match=r"chat_template\.jinja contains a token"):
+        push(run, Push("you/small"))
+    template.write_text(text)
+    path.unlink()
+    save_file(values, path, metadata={"format": "pt", "note": TOKEN})
+    with pytest.raises(InputError, match=r"model\.safetensors contains a token"):
+        push(run, Push("you/small"))
+    assert hub.requests == []
+    checkpoint_pusher("you/base", log=log.append)(run / "sft", 5).result()
+    assert "step 5 was not pushed" in log[-1] and "contains a token" in log[-1]
+
+
+def test_a_link_out_of_the_run_folder_is_refused_and_one_inside_is_not(hub, run, tmp_path, log):
+    (tmp_path / "key").write_text("private")
+    (run / "tokenizer").mkdir()
+    (run / "sft" / "chat_template.jinja").rename(run / "tokenizer" / "chat_template.jinja")
+    (run / "sft" / "chat_template.jinja").symlink_to(run / "tokenizer" / "chat_template.jinja")
+    (run / "sft").rename(tmp_path / "elsewhere")  # a stage on another disk
+    (run / "sft").symlink_to(tmp_path / "elsewhere")
+    folder = Path(push(run, Push("you/small", dry_run=True)))
+    shutil.rmtree(folder)
+    folder.symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"cannot write .*hub/sft: File exists"):
+        push(run, Push("you/small"))
+    folder.unlink()
+    for target in ("nothing", "key"):
+        (run / "sft" / "chat_template.jinja").unlink()
+        (run / "sft" / "chat_template.jinja").symlink_to(tmp_path / target)
+        with pytest.raises(
+            InputError, match=rf"sft/chat_template\.jinja is a link to {tmp_path}/{target}, which is no"
+        ):
+            push(run, Push("you/small"))
+    assert hub.requests == [] and checkpoint_pusher("you/base", log=log.append)(run / "sft", 5) is None
+    assert "warning: step 5 was not pushed" in log[-1] and "is a link to" in log[-1]
+
+
+def test_paths_of_this_machine_are_shortened_to_names(hub, run, monkeypatch):
+    """In card, report and metrics.json: of a folder, a file with a transform, one with [] in its name, a model."""
+    monkeypatch.chdir(run)
+    (run / "data" / "mine").mkdir(parents=True)
+    paths = ["/home/alice/texts/", "~/alice/chats.jsonl", "/home/alice/v[2]", "data/mine", "../alice/gone"]
+    mixture = [{"dataset": f"{path}:gsm8k" if "jsonl" in path else path, "rows": 3, "tokens": 4} for path in paths]
+    skipped = [{"dataset": paths[2], "row": 3, "reason": "no a/b column"}]
+    mixture.append({"dataset": "openai/gsm8k", "rows": 3, "tokens": 4})
+    config = {"mixture": [{"dataset": path} for path in paths], "words": "/home/alice/a:b/words"}
+    record = {"config": config, "mixture": mixture, "skipped_rows": skipped}
+    change(run / "sft" / "metrics.json", **record, weights=model_fingerprint(run / "sft"))
+    change(run / "eval" / "metrics.json", models={"sft": "sft", "base": "/home/alice/models/first"})
+    folder = Path(push(run, Push("you/small", dry_run=True)))
+    texts = {name: (folder / name).read_text() for name in ("README.md", "report.md", "metrics.json")}
+    assert not any(word in text for text in texts.values() for word in ("alice", "data/mine"))
+    assert hub.requests == [] and (folder / "model.safetensors").exists()  # a dry run sends nothing
+    assert "base is first" in texts["README.md"] and "no a/b column" in texts["report.md"]
+    assert "`texts`, `chats.jsonl`, `v[2]`, `mine`, `gone`, `openai/gsm8k`." in texts["README.md"]
+    metrics = load_json(folder / "metrics.json")
+    assert metrics["mixture"][1]["dataset"] == "chats.jsonl:gsm8k" and metrics["config"]["words"] == "words"
+
+
 def test_weights_that_are_not_finite_are_never_sent(hub, run):
     name = change_weights(run / "sft", float("nan"))
     with pytest.raises(InputError, match=rf"NaN or infinity in {name} of model\.safetensors"):
         push(run, Push("you/small"))
     assert hub.requests == []
-
-
-def test_a_dry_run_sends_nothing_and_recorded_weights_may_be_pushed(hub, run):
-    change(run / "sft" / "metrics.json", weights=model_fingerprint(run / "sft"))
-    folder = Path(push(run, Push("you/small", dry_run=True)))
-    assert hub.requests == [] and (folder / "README.md").exists() and (folder / "model.safetensors").exists()
 
 
 def test_a_card_that_the_hub_rejects_is_one_line_and_nothing_is_created(hub, run):
@@ -276,6 +356,18 @@ def test_a_broken_upload_is_noticed(hub, run, monkeypatch):
         push(run, Push("you/small"))
 
 
+def test_a_dataset_that_cannot_exist_or_is_refused_is_asked_for_once(hub, monkeypatch):
+    monkeypatch.setattr(documents.time, "sleep", lambda seconds: pytest.fail("tries again"))
+    for name in ("you/a--b", "you/b..c", "you/" + "c" * 200):
+        with pytest.raises(InputError, match=f"dataset {name} .*: the Hub has no such dataset"):
+            documents.open_documents(name)
+    assert hub.requests == []
+    hub.fail("GET", "/api/datasets/", 403)
+    with pytest.raises(InputError, match=r"the Hub refuses it with HfHubHTTPError: .*403"):
+        documents.open_documents("you/secret")
+    assert len(hub.requests) == 1
+
+
 # ---- the card -----------------------------------------------------------------------------------------------------
 
 
@@ -323,7 +415,7 @@ def test_the_text_shows_the_stages_up_to_this_one_and_no_number_that_was_not_mea
 def test_only_hub_ids_that_are_no_folder_here_become_dataset_metadata(measured, tmp_path, monkeypatch):
     card = render_model_card(measured, Push("you/c", "sft"))
     assert card.data.datasets == ["karpathy/climbmix", "openai/gsm8k"]
-    assert "Data: `karpathy/climbmix`, `openai/gsm8k`, `./mine.jsonl`." in str(card)
+    assert "Data: `karpathy/climbmix`, `openai/gsm8k`, `mine.jsonl`." in str(card)
     monkeypatch.chdir(tmp_path)
     change(measured.folder("base") / "metrics.json", config={"dataset": "mine/text"})
     assert render_model_card(measured, Push("you/b", "base")).data.datasets == ["mine/text"]
@@ -358,11 +450,6 @@ def test_a_collections_text_has_a_row_for_each_model_and_dashes_for_what_is_miss
 
 
 # ---- checkpoints of a running job: nothing may stop training ------------------------------------------------------
-
-
-@pytest.fixture
-def log():
-    return []
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """lm-eval's model: questions stay text, long prompts are cropped and counted; generation equals transformers'."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,6 +74,54 @@ def test_a_wrong_dtype_or_folder_is_named(tmp_path):
     for folder, dtype, words in ((tmp_path, "float12", "float12"), (tmp_path / "missing", "auto", "missing")):
         with pytest.raises(InputError, match=words):
             load(str(folder), dtype, torch.device("cpu"))
+
+
+FOREIGN = {"auto_map": {"AutoConfig": "other.Config", "AutoTokenizer": ["other.Tokenizer", None]}}
+
+
+@pytest.mark.parametrize(
+    "file,content",
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\xff" * 100),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"[" * 100_000),
+        ("tokenizer_config.json", {"tokenizer_class": "Other", **FOREIGN}),
+        ("config.json", b"[" * 100_000),
+        ("config.json", b"[]"),
+        ("config.json", {"model_type": "other", **FOREIGN}),
+        ("config.json", {"num_hidden_layers": "four"}),
+        ("config.json", {"num_hidden_layers": 10**9, "layer_types": None}),
+        ("config.json", {"model_type": "llama", "num_hidden_layers": 10**9}),
+        ("config.json", {"model_type": "gpt2", "n_layer": 10**9}),
+        ("config.json", {"hidden_size": 10**12}),
+    ],
+)
+def test_a_damaged_or_foreign_folder_is_one_line_and_nothing_is_asked(tiny_folder, monkeypatch, file, content):
+    monkeypatch.setattr("builtins.input", lambda text: pytest.fail("asked on standard input"))
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((tiny_folder / file).read_text()) | content).encode()
+    (tiny_folder / file).write_bytes(content)
+    with pytest.raises(InputError, match=f"no (model|tokenizer) in {tiny_folder}") as error:
+        load(str(tiny_folder), "auto", torch.device("cpu"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "template,words",
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "fails: it takes more than 0.2 s",
+        ),
+        ("{{ range(10**9) }}", "fails: Range too big"),
+    ],
+)
+def test_an_endless_chat_template_is_one_line(tiny_model, tokenizer, monkeypatch, template, words):
+    monkeypatch.setattr(lm_eval_model, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(InputError, match=f"the chat template of this model {words}"):
+        LocalLM(tiny_model, tokenizer, EvalConfig()).apply_chat_template([{"role": "user", "content": "Hi"}])
 
 
 def test_greedy_answers_equal_those_of_transformers(lively_model, tokenizer):

@@ -93,6 +93,13 @@ def test_report_json_holds_the_same_facts_and_damaged_results_are_one_line(run):
     facts = load_json(run / "report.json")
     validate(facts)
     assert facts["table"]["facts"]["sft"]["value"] == 0.93 and facts["total_seconds"] == 3600
+    path = run / "rl" / "metrics.json"
+    whole = path.read_text()
+    for text in ("[" * 100_000, "[]", "{"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"rl/metrics\.json is not valid JSON"):
+            make_report(run)
+    path.write_text(whole)
     edit(run / "eval" / "metrics.json", results={"sft": {"facts": result("good")}})
     with pytest.raises(
         InputError, match=r"a metrics\.json of .* is damaged: evaluation\.results\.sft\.facts\.value"

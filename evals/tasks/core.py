@@ -39,10 +39,11 @@ from transformers import AutoConfig, AutoTokenizer
 from nanochat_hf.data.jsonl import damaged, numbered_lines, parse, read_jsonl
 from nanochat_hf.data.tokenizer import plain_backend
 from nanochat_hf.eval import bpb
-from nanochat_hf.eval.core import centered
+from nanochat_hf.eval.core import centered, find_file
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanochat_hf"
+MAX_BUNDLE = 4 << 30  # bytes of its unpacked files
 CHUNK = 512  # questions tokenized together: the prompts of a full run take hundreds of megabytes
 
 
@@ -54,13 +55,12 @@ def core_bundle(folder: str | None = None) -> Path:
             raise ValueError(f"{folder} is no CORE bundle (it has no core.yaml); name the unpacked eval_bundle folder")
         return Path(folder)
     target = CACHE / "eval_bundle"
-    if not target.exists():
-        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-            raise ValueError(f"no CORE bundle in {target} and HF_HUB_OFFLINE is set; name one with core_bundle=DIR")
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with FileLock(CACHE / "eval_bundle.lock"):
-            if not target.exists():
-                _download_bundle(target, BUNDLE_URL)
+    if not target.exists() and os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise ValueError(f"no CORE bundle in {target} and HF_HUB_OFFLINE is set; name one with core_bundle=DIR")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "eval_bundle.lock"):
+        if not target.exists():
+            _download_bundle(target, BUNDLE_URL)
     return target
 
 
@@ -69,6 +69,7 @@ def _download_bundle(target: Path, url: str) -> None:
 
     The publisher names no checksum; the CRC of each file in the zip shows damage.
     """
+    advice = "name a local bundle with core_bundle=DIR"
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         packed = Path(scratch) / "bundle.zip"
         try:
@@ -79,14 +80,15 @@ def _download_bundle(target: Path, url: str) -> None:
             with packed.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             with zipfile.ZipFile(packed) as archive:
+                if (size := sum(file.file_size for file in archive.infolist())) > MAX_BUNDLE:
+                    raise ValueError(f"{url} unpacks to {size / 1e9:,.3f} GB, so it is not the bundle; {advice}")
                 archive.extractall(scratch)
         except OSError as error:
-            raise ValueError(f"cannot download {url} ({error}); name a local bundle with core_bundle=DIR") from None
+            raise ValueError(f"cannot download {url} ({error}); {advice}") from None
         except (zipfile.BadZipFile, zlib.error, EOFError):
-            raise ValueError(
-                f"{url} arrived damaged; try again, or name a local bundle with core_bundle=DIR"
-            ) from None
-        unpacked = next(path.parent for path in Path(scratch).rglob("core.yaml"))
+            raise ValueError(f"{url} arrived damaged; try again, or {advice}") from None
+        if not (unpacked := next((path.parent for path in Path(scratch).rglob("core.yaml")), None)):
+            raise ValueError(f"{url} is no CORE bundle (it has no core.yaml); {advice}")
         (unpacked / "SHA256").write_text(sha256 + "\n")
         shutil.move(unpacked, target)
 
@@ -196,8 +198,7 @@ class TokenTask(Task):
     def has_training_docs(self) -> bool:
         return False
 
-    def has_validation_docs(self) -> bool:
-        return False
+    has_validation_docs = has_training_docs
 
     def has_test_docs(self) -> bool:
         return True
@@ -355,11 +356,7 @@ class TextTask(TokenTask):
 
     def test_docs(self) -> list[dict]:
         if self._docs is None:
-            folders = self.metadata.get("chat_data") or []
-            folders = [folders] if isinstance(folders, str) else [folder for folder in folders if folder]
-            files = [Path(folder) / self.config.dataset_path for folder in folders]
-            file = next((file for file in files if file.is_file()), None)
-            if not file:
+            if not (file := find_file(self.metadata.get("chat_data"), self.config.dataset_path)):
                 raise ValueError(f"no file {self.config.dataset_path}: pass --metadata chat_data=DIR with its folder")
             self._docs = [row for row in read_jsonl(file, {"text": str}) if row["text"].strip()]
         return self._docs

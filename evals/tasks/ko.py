@@ -16,6 +16,7 @@ import lm_eval.tasks
 from lm_eval.tasks.kobest.utils import copa_doc_to_choice, copa_doc_to_text
 
 from nanochat_hf.data.jsonl import damaged, decode, numbered_lines
+from nanochat_hf.eval.core import find_file
 
 COLUMNS = {  # of the files -> of the Hub
     "COPA": {"sentence": "premise", "question": "question", "Answer": "label"}
@@ -51,11 +52,8 @@ def read_tsv(path: Path, task: str) -> list[dict]:
 
 def kobest(task: str, chat_data: str | list[str | None] | None = None, **_) -> dict[str, datasets.Dataset]:
     """`<chat_data>/<task>/test.tsv` (or below `kobest/` there) where that exists, else the Hub's test split."""
-    folders = [chat_data] if isinstance(chat_data, str) else chat_data or []
-    for folder in filter(None, folders):
-        for path in (Path(folder) / task / "test.tsv", Path(folder) / "kobest" / task / "test.tsv"):
-            if path.is_file():
-                return {"test": datasets.Dataset.from_list(read_tsv(path, task))}
+    if path := find_file(chat_data, f"{task}/test.tsv", f"kobest/{task}/test.tsv"):
+        return {"test": datasets.Dataset.from_list(read_tsv(path, task))}
     return {"test": from_hub("skt/kobest_v1", [task.lower()])}
 
 

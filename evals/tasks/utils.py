@@ -17,7 +17,7 @@ from lm_eval.api.metrics import mean
 from nanochat_hf.data.grading import final_words, hash_answer, is_correct, pass_at_k, used_tool
 from nanochat_hf.data.jsonl import damaged, numbered_lines, parse
 from nanochat_hf.data.transforms import multiple_choice
-from nanochat_hf.eval.core import centered
+from nanochat_hf.eval.core import centered, find_file
 from nanochat_hf.sandbox import run_sandboxed
 
 TYPES = {"messages": list, "choices": (list, dict), "rivals": list}  # of fields; the others are text
@@ -37,10 +37,8 @@ def rows(
     chat_data, one folder or several, comes with `--metadata chat_data=DIR`; tasks that are not on the Hub need it.
     Every line of the file must have the `fields`, else the ValueError names it.
     """
-    folders = [chat_data] if isinstance(chat_data, str) else chat_data or []
-    for path in (Path(folder) / file for folder in folders if folder):
-        if path.is_file():
-            return {"test": read_rows(path, fields)}
+    if path := find_file(chat_data, file):
+        return {"test": read_rows(path, fields)}
     if not hub:
         raise ValueError(f"no file {file}: pass --metadata chat_data=DIR with the folder that holds it")
     try:

@@ -420,10 +420,13 @@ def with_retry(action: Callable, what: str):
             raise InputError(f"{what}: the Hub cannot be reached, because HF_HUB_OFFLINE is set") from None
         except errors.GatedRepoError:
             raise InputError(f"{what}: accept its terms on the Hub, then `hf auth login`") from None
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
             raise InputError(f"{what}: the Hub has no such dataset or revision, or it is private") from None
         except Exception as error:  # httpx, xet and the file system each have their own
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 500
+            if status < 500 and status not in (408, 429):
+                raise InputError(f"{what}: the Hub refuses it with {reason}") from None
             if delay is None:
                 raise InputError(f"{what}: failed {attempt} times, last with {reason}; run again to resume") from error
             warnings.warn(f"{what}: attempt {attempt} failed with {reason}; again in {delay} s", stacklevel=2)
@@ -521,7 +524,7 @@ class Jsonl(File):
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     self.bad(f"the line at byte {at} is not JSON: {error}")
                     continue
                 if not isinstance(row, dict) or not isinstance(row.get(COLUMN), str):

@@ -32,6 +32,8 @@ def parse(path: Path, number: int, line: bytes, fields: dict[str, type | tuple[t
         row = json.loads(decode(path, number, line))
     except json.JSONDecodeError as error:
         raise damaged(path, number, f"no JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise damaged(path, number, "nested too deeply") from None
     if not isinstance(row, dict):
         raise damaged(path, number, "no JSON object")
     for name, kind in fields.items():

@@ -136,9 +136,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     Raises InputError when there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+    except Exception as error:  # of damaged files: json's, tokenizers' and the config's have no common type
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "backend tokenizer" in reason:  # followed by a list of all the ways to have one
             reason = "it has no tokenizer.json"
         raise InputError(f"no tokenizer in {name}: {reason}") from None

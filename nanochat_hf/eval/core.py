@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import datasets.utils
 import lm_eval.api.task
@@ -38,7 +39,7 @@ def evaluate_core(lm, manager: TaskManager, max_per_task: int | None = None, log
     Raises:
         InputError: no bundle, one with none of the tasks, a damaged line.
     """
-    start, model_seconds, per_task, long_prompts = time.time(), lm.model_seconds, {}, 0
+    start, model_seconds, results, long_prompts = time.time(), lm.model_seconds, {}, 0
     tasks = load_tasks(manager, [GROUP])
     present = {name: task for name, task in tasks.items() if input_error(lambda task: task.file.is_file(), task)}
     if not present:
@@ -50,17 +51,17 @@ def evaluate_core(lm, manager: TaskManager, max_per_task: int | None = None, log
         output = run_lm_eval(lm, job, max_per_task, chat=False, log_samples=False)
         long_prompts += sum(lm.gather_object(sum(task.num_long for task in job.values())))
         for name, task in job.items() if output else ():
-            label, numbers, share = name.removeprefix(f"{GROUP}_"), output["results"][name], 1 - task.baseline
+            label, numbers = name.removeprefix(f"{GROUP}_"), output["results"][name]
             acc, n = numbers["acc,none"], numbers["sample_len"]
-            stderr = (acc * (1 - acc) / max(n - 1, 1)) ** 0.5 / share
-            per_task[label] = {"acc": acc, "centered": numbers["centered,none"], "stderr": stderr, "n": n}
-            log(f"[eval]   {label:34} {acc:.4f} (centered {per_task[label]['centered']:+.4f}), n {n}")
-    if not per_task:
+            stderr = (acc * (1 - acc) / max(n - 1, 1)) ** 0.5
+            results[label] = {"value": acc, "stderr": stderr, "n": n, "baseline": task.baseline}
+            log(f"[eval]   {label:34} {acc:.4f} (centered {numbers['centered,none']:+.4f}), n {n}")
+    if not results:
         return None
     missing = [name.removeprefix(f"{GROUP}_") for name in tasks if name not in present]
     seconds = {"seconds": time.time() - start, "model_seconds": lm.model_seconds - model_seconds}
     facts = {"missing": missing, "limit": max_per_task, "long_prompts": long_prompts, **seconds}
-    return mean_of(per_task, "CORE", NUM_CORE) | facts
+    return centered_mean(results, "CORE", NUM_CORE) | facts
 
 
 def centered(accuracy: float, baseline: float) -> float:
@@ -69,9 +70,10 @@ def centered(accuracy: float, baseline: float) -> float:
 
 
 def centered_mean(results: dict[str, dict], name: str, num_tasks: int, part: str = "tasks") -> dict | None:
-    """The mean of centered accuracies of results {label: {"value", "stderr", "n", "baseline"}}; None without any.
+    """The plain mean of centered accuracies of {label: {"value", "stderr", "n", "baseline"}}; None without any.
 
-    A task whose random baseline is 1 (all its questions here have the same answer) says nothing and is left out.
+    It is labelled `name` only if all `num_tasks` are in it, else for example "18/22 tasks". A task whose random
+    baseline is 1 (all its questions here have the same answer) says nothing and is left out.
     """
     certain = [label for label, result in results.items() if (result.get("baseline") or 0) >= 1]
     if certain:
@@ -83,11 +85,8 @@ def centered_mean(results: dict[str, dict], name: str, num_tasks: int, part: str
         stderr = result["stderr"] / (1 - baseline) if result.get("stderr") is not None else None
         values = {"acc": result["value"], "centered": centered(result["value"], baseline)}
         per_task[label] = {**values, "stderr": stderr, "n": result["n"]}
-    return mean_of(per_task, name, num_tasks, part) if per_task else None
-
-
-def mean_of(per_task: dict[str, dict], name: str, num_tasks: int, part: str = "tasks") -> dict:
-    """The plain mean over tasks; labelled `name` only if all `num_tasks` are in it, else for example "18/22 tasks"."""
+    if not per_task:
+        return None
     errors, tasks = [row["stderr"] for row in per_task.values()], f"{len(per_task)}/{num_tasks}"
     return {
         "value": sum(row["centered"] for row in per_task.values()) / len(per_task),
@@ -130,6 +129,12 @@ def input_error(function, *args, **kwargs):
         raise
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
+
+
+def find_file(folders: str | list[str | None] | None, *names: str) -> Path | None:
+    """The first of these files in the first of the folders that has one: rows of a task that are on this disk."""
+    folders = [folders] if isinstance(folders, str) else folders or []
+    return next(filter(Path.is_file, (Path(folder) / name for folder in folders if folder for name in names)), None)
 
 
 @contextmanager

@@ -27,9 +27,9 @@ from ..run import MODEL_STAGES, Run, fingerprint, load_json, save_json, start_re
 from .bpb import held_out_bpb
 from .core import centered_mean, evaluate_core, quiet
 from .lm_eval_model import Generator, LocalLM, load
-from .report import compression, repository_size
+from .report import compression, repository_size, with_error
 from .tasks import EVALS, MEANS, Tasks, task_manager, write_jsonl
-from .weights import measured, model_id, outdated
+from .weights import measurements, model_id
 
 PACKAGE = Path(__file__).parents[1]
 CODE = ("eval/bpb", "eval/core", "eval/lm_eval_model", "eval/loglikelihood", "eval/tasks", "data/grading")
@@ -110,31 +110,29 @@ def evaluate(
     if not models:
         raise InputError("no finished model to evaluate: run the base stage first")
     with quiet():
-        tasks, stages, definition = Tasks(config, models, output), {}, None
+        tasks, stages, definition, earlier = Tasks(config, models, output), {}, None, {}
         if state.is_main_process:
             definition = definition_of(config)
+            earlier = by_stage(load_json(output / "metrics.json"), definition) if keep_unchanged else {}
+            earlier |= by_stage(load_json(output / "state" / "metrics.json"), definition)
         for stage, folder in models.items():
-            key = measurement = None
-            if state.is_main_process:
-                # A stage of this run is recorded by its name, so that a run folder can move.
-                own = Path(folder).resolve() == (output.parent / stage).resolve()
-                key = {"definition": definition, "weights": model_id(folder), "models": stage if own else folder}
-                measurement = earlier(output, stage, key, keep_unchanged)
-            measurement = broadcast_from_main(measurement)
+            weights = model_id(folder) if state.is_main_process else None
+            unchanged = weights and stage in earlier and earlier[stage]["weights"] == weights
+            measurement = broadcast_from_main(earlier[stage] if unchanged else None)
             if measurement:
                 state.print(f"[eval] {stage}: measured earlier, with the same weights")
             else:
                 measurement = evaluate_model(config, stage, folder, tasks, output, engine)
-                if state.is_main_process:
-                    measurement |= key
-                    save_json(output / "state" / f"{stage}.json", measurement)
-            stages[stage] = measurement
+            if state.is_main_process:
+                # A stage of this run is recorded by its name, so that a run folder can move.
+                own = Path(folder).resolve() == (output.parent / stage).resolve()
+                stages[stage] = measurement | {"weights": weights, "models": stage if own else folder}
+                save_json(output / "state" / "metrics.json", {"definition": definition, **by_number(stages)})
         monitored_barrier("the end of the evaluation")
     if not state.is_main_process:
         return None
     stages |= other_stages(output, models, definition)
-    stages = {stage: stages[stage] for stage in sorted(stages, key=MODEL_STAGES.index)}
-    numbers = {key: {s: n[key] for s, n in stages.items() if n[key] or key in OF_ALL} for key in NUMBERS}
+    numbers = by_number(stages)
     numbers["bytes_per_token"] = compression(load_tokenizer(next(iter(models.values()))))
     metrics = write_metrics(output, record, definition=definition, bloat=repository_size(), **numbers)
     run, samples = Run(output.parent), [path for path in output.glob("samples/*") if path.name not in stages]
@@ -169,17 +167,18 @@ def definition_of(config: EvalConfig) -> str:
     return fingerprint([asdict(config), code, data, metadata.version("lm_eval")])
 
 
-def earlier(output: Path, stage: str, key: dict, from_finished: bool) -> dict | None:
-    """The numbers of this stage from an interrupted evaluation, or from the finished one, if they are of `key`."""
-    candidates = [load_json(output / "state" / f"{stage}.json") or {}]
-    if from_finished:
-        record = load_json(output / "metrics.json") or {}
-        numbers = {name: record[name][stage] for name in NUMBERS if stage in (record.get(name) or {})}
-        candidates.append(numbers | {"definition": record.get("definition")})
-    for candidate in candidates:
-        if key["weights"] and all(candidate.get(name) == key[name] for name in ("definition", "weights")):
-            return dict.fromkeys(NUMBERS) | {"results": {}, "examples": []} | candidate | key
-    return None
+def by_stage(record: dict | None, definition: str) -> dict[str, dict]:
+    """The numbers of each stage in the content of a metrics.json, if they are by this definition."""
+    if not record or record.get("definition") != definition:
+        return {}
+    stages = record.get("weights") or {}
+    return {stage: {key: (record.get(key) or {}).get(stage) for key in NUMBERS} for stage in stages}
+
+
+def by_number(stages: dict[str, dict]) -> dict[str, dict]:
+    """The inverse of `by_stage`: name of a number -> stage -> value, in the order of the stages."""
+    stages = {stage: stages[stage] for stage in sorted(stages, key=MODEL_STAGES.index)}
+    return {key: {s: n[key] for s, n in stages.items() if n[key] or key in OF_ALL} for key in NUMBERS}
 
 
 def other_stages(output: Path, models: dict[str, str], definition: str) -> dict[str, dict]:
@@ -187,21 +186,19 @@ def other_stages(output: Path, models: dict[str, str], definition: str) -> dict[
 
     A line names those of the run's stages whose results are left out.
     """
-    record, run = load_json(output / "metrics.json") or {}, Run(output.parent)
-    reasons, weights, results, lost = outdated(run, record), record.get("weights") or {}, {}, []
-    for stage, elsewhere in measured(record).items():
+    record, run, lost = load_json(output / "metrics.json") or {}, Run(output.parent), []
+    results = by_stage(record, definition)
+    for stage, measurement in measurements(run, record).items():
         if stage in models:
             continue
-        changed = stage in reasons or (elsewhere and model_id(elsewhere) not in (None, weights.get(stage)))
-        key = {"definition": definition, "weights": weights.get(stage), "models": elsewhere or stage}
-        numbers = None if changed else earlier(output, stage, key, from_finished=True)
-        if numbers:
-            results[stage] = numbers
-        elif elsewhere or run.finished(stage):
+        model, weights = measurement.model, (record.get("weights") or {}).get(stage)
+        if measurement.outdated or not weights or (model and model_id(model) not in (None, weights)):
+            results.pop(stage, None)
+        if stage not in results and (model or run.finished(stage)):
             lost.append(stage)
     if lost:
         print(f"[eval] results of {', '.join(lost)} are left out: weights, config, tasks or data changed since")
-    return results
+    return {stage: numbers for stage, numbers in results.items() if stage not in models}
 
 
 def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, engine) -> dict:
@@ -258,9 +255,7 @@ def bpb_datasets(dataset: str | list[dict]) -> dict[str, str | list[dict]]:
 
 
 def format_result(result: dict) -> str:
-    text = f"{result['value']:.4f}"
-    if result.get("stderr") is not None:
-        text += f" ± {result['stderr']:.4f}"
+    text = with_error(result["value"], result.get("stderr"))
     if result.get("baseline"):
         text += f" (random baseline {result['baseline']:.2f})"
     return text + (f", tool called in {result['tool_use']:.0%}" if "tool_use" in result else "")

@@ -8,6 +8,7 @@ and encodes text that spells a special token as text. `Generator` works for any 
 `serve.engine.Engine` has the same `generate` and is much faster for nanochat models on a GPU.
 """
 
+import signal
 import time
 from itertools import count
 
@@ -23,7 +24,12 @@ from ..loading import load_model
 from ..tool_loop import MARKS, ToolResultProcessor
 from .loglikelihood import loglikelihoods
 
+TEMPLATE_SECONDS = 10.0  # for one conversation
 REPACK = 0.75  # finished rows leave the batch when fewer than this share still run: copying the cache costs, too
+
+
+def _stop_template(*_):
+    raise TimeoutError(f"it takes more than {TEMPLATE_SECONDS:g} s")
 
 
 class LocalLM(HFLM):
@@ -53,7 +59,15 @@ class LocalLM(HFLM):
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         plain = [{**message, "content": strip_special_tokens(message["content"])} for message in chat_history]
-        return super().apply_chat_template(plain, add_generation_prompt)
+        before = signal.signal(signal.SIGALRM, _stop_template)
+        signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+        try:
+            return super().apply_chat_template(plain, add_generation_prompt)
+        except Exception as error:  # a template may do anything
+            raise InputError(f"the chat template of this model fails: {' '.join(str(error).split())[:200]}") from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def loglikelihood(self, requests, disable_tqdm=True):
         return super().loglikelihood(requests, disable_tqdm=True)  # the log has a line per task

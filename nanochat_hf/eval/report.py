@@ -12,6 +12,7 @@ report.json), `markdown` formats them, plots.py draws them; the model card uses 
 import re
 import subprocess
 import tomllib
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -22,11 +23,11 @@ from transformers import AutoTokenizer
 from ..errors import InputError
 from ..run import MODEL_STAGES, TITLES, Run, save_json, without_nan, writing
 from .plots import GPT2_XL, WORDS, page, plots
-from .weights import measured, outdated, refuse_non_finite, replaced, unverified
+from .weights import measurements, refuse_non_finite, replaced
 
 ROOT = Path(__file__).parents[2]
 OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
-SOURCES = ("py", "md", "yaml", "toml", "jinja", "html")
+SOURCES = (".py", ".md", ".yaml", ".toml", ".jinja", ".html")
 NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.]+)?( GiB| min)?")
 CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.S)
 Stage = Literal["base", "mid", "sft", "rl"]
@@ -75,15 +76,15 @@ def collect(run: Run, hourly_rate: float | None = None) -> dict:
     Results of other weights than the run folder's are left out, and "notes" says so. Raises InputError for a folder
     without a finished stage, and for weights that are not finite.
     """
-    records = {stage: without_nan(run.metrics(stage)) for stage in (*TITLES, "eval")}
-    stages = {stage: metrics for stage, metrics in records.items() if metrics and metrics.get("finished")}
+    stages = {stage: without_nan(run.metrics(stage) or {}) for stage in (*TITLES, "eval")}
+    stages = {stage: metrics for stage, metrics in stages.items() if metrics.get("finished")}
     if not stages:
         raise InputError(f"{run.path} holds no finished stage to report on")
     for stage in MODEL_STAGES:
         if stage in stages:
             refuse_non_finite(run.folder(stage))
     seconds = {stage: metrics.get("wall_time_s") for stage, metrics in stages.items()}
-    total = sum(value for value in seconds.values() if value)
+    total = sum(filter(None, seconds.values()))
     last = max(stages.values(), key=lambda metrics: metrics.get("started") or 0)
     notes, evaluation = current_results(run, stages)
     shown = {name: stages[name] for name in stages if name != "eval" and not replaced(run, name)}
@@ -112,13 +113,14 @@ def current_results(run: Run, stages: dict) -> tuple[list[str], dict]:
         stages: the metrics.json of each finished stage.
     """
     record, notes, names = stages.get("eval", {}), [], [name for name in stages if name in TITLES]
-    reasons, unknown, models = outdated(run, record), unverified(run, record), measured(record)
+    measured = measurements(run, record)
+    reasons = {stage: measurement.outdated for stage, measurement in measured.items() if measurement.outdated}
     if reasons:
         why = ", ".join(f"{stage} ({reason})" for stage, reason in reasons.items())
         notes.append(f"the evaluation is older than the models, its results are left out for {why}; run it again")
-    if unknown:
+    if unknown := [stage for stage in measured if not measured[stage].verified and stage not in reasons]:
         notes.append(f"not verified: the evaluation does not say which weights of {', '.join(unknown)} it measured")
-    notes += [f"{stage} is {model}" for stage, model in models.items() if model and stage not in reasons]
+    notes += [f"{stage} is {m.model}" for stage, m in measured.items() if m.model and stage not in reasons]
     for name in names:
         if replaced(run, name):
             problem = f"the weights of {name} are not those that its metrics.json describes"
@@ -134,7 +136,7 @@ def current_results(run: Run, stages: dict) -> tuple[list[str], dict]:
         key: {stage: value for stage, value in (record.get(key) or {}).items() if stage not in reasons}
         for key in ("results", "core", "chatcore", "kocore", "examples")
     }
-    same_tokenizer = not reasons or next(iter(models)) not in reasons  # it is that of the first model
+    same_tokenizer = not reasons or next(iter(measured)) not in reasons  # it is that of the first model
     return notes, evaluation | {"bytes_per_token": (record.get("bytes_per_token") or {}) if same_tokenizer else {}}
 
 
@@ -146,14 +148,14 @@ def commit_of(metrics: dict) -> str:
 def summary_table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
     """metric -> stage -> {"value", "stderr", ...}, in the order of the summary."""
     rows: dict[str, dict[str, dict]] = {}
-    results = {stage: dict(numbers) for stage, numbers in (evaluation.get("results") or {}).items()}
+    results = {stage: dict(numbers) for stage, numbers in evaluation["results"].items()}
     bpb = {stage: results[stage].pop("val_bpb") for stage in MODEL_STAGES if "val_bpb" in results.get(stage, {})}
     if not bpb and (value := stages.get("base", {}).get("val_bpb")) is not None:
         bpb = {"base": {"value": value, "stderr": None, "higher_is_better": False}}
     if bpb:
         rows["val bpb"] = bpb
     for kind in ("core", "chatcore", "kocore"):
-        for stage, mean in (evaluation.get(kind) or {}).items():
+        for stage, mean in evaluation[kind].items():
             limit = f", {mean['limit']} examples each" if mean.get("limit") else ""
             cell = {key: value for key, value in mean.items() if key != "per_task"} | {"higher_is_better": True}
             rows.setdefault(mean["label"] + limit, {})[stage] = cell
@@ -213,9 +215,8 @@ def compare(first: str | Path, second: str | Path) -> str:
                 continue
             a, b = (result.get("value") for result in results)
             errors = [result.get("stderr") for result in results]
-            difference = "-" if None in (a, b) else f"{b - a:+.4f}"
-            if difference != "-" and None not in errors:
-                difference += f" ± {(errors[0] ** 2 + errors[1] ** 2) ** 0.5:.4f}"
+            error = None if None in errors else (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+            difference = "-" if None in (a, b) else f"{b - a:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
             rows.append([name, stage.upper(), show("", a), show("", b), difference])
     a, b = (facts["total_seconds"] for facts in runs)
     rows.append(["total wall time", "", duration(a), duration(b), f"{(b - a) / 60:+.1f} min"])
@@ -227,22 +228,19 @@ def compare(first: str | Path, second: str | Path) -> str:
 
 def repository_size(root: Path = ROOT) -> dict[str, int] | None:
     """Size of the project's own sources: what a newcomer has to read. None outside of a git checkout."""
+    project = root / "pyproject.toml"
     try:
         listing = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False).stdout
     except OSError:  # no git on this machine
         return None
-    paths = [root / name for name in listing.splitlines() if name.rsplit(".", 1)[-1] in SOURCES]
+    paths = [root / name for name in listing.splitlines() if name.endswith(SOURCES)]
     texts = [path.read_text("utf-8", "replace") for path in paths if path.is_file()]
-    if not texts or not (root / "pyproject.toml").is_file():
+    if not texts or not project.is_file():
         return None
-    characters = sum(map(len, texts))
-    return {
-        "characters": characters,
-        "lines": sum(text.count("\n") for text in texts),
-        "files": len(texts),
-        "tokens": characters // 4,
-        "dependencies": len(tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]),
-    }
+    characters, lines = sum(map(len, texts)), sum(text.count("\n") for text in texts)
+    dependencies = len(tomllib.loads(project.read_text())["project"]["dependencies"])
+    sizes = {"characters": characters, "lines": lines, "files": len(texts), "tokens": characters // 4}
+    return sizes | {"dependencies": dependencies}
 
 
 def compression(tokenizer) -> dict[str, dict[str, float | None]]:
@@ -250,21 +248,19 @@ def compression(tokenizer) -> dict[str, dict[str, float | None]]:
 
     GPT-2's and GPT-4's tokenizers are compared if this machine's Hub cache has them; None if not.
     """
-    tokenizers = {"ours": tokenizer}
+    tokenizers, table = {"ours": tokenizer}, {}
     for name, repo in OTHER_TOKENIZERS.items():
         try:
-            tokenizers[name] = AutoTokenizer.from_pretrained(repo, local_files_only=True)
+            tokenizers[name] = AutoTokenizer.from_pretrained(repo, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError):
             tokenizers[name] = None
-    texts = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "evals" / "texts").glob("*.txt"))}
-    return {
-        name: {key: encode and bytes_per_token(encode, text) for key, encode in tokenizers.items()}
-        for name, text in texts.items()
-    }
-
-
-def bytes_per_token(tokenizer, text: str) -> float:
-    return len(text.encode()) / len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for path in sorted((ROOT / "evals" / "texts").glob("*.txt")):
+        text = path.read_text("utf-8")
+        table[path.stem] = {
+            name: encode and len(text.encode()) / len(encode(text, add_special_tokens=False)["input_ids"])
+            for name, encode in tokenizers.items()
+        }
+    return table
 
 
 # ---- text ----
@@ -274,7 +270,8 @@ def markdown(facts: dict, pictures: dict[str, str] | None = None) -> str:
     """The report as Markdown; pictures: section -> path of its plot, relative to the report."""
     pictures = pictures or {}
     notes = [f"> Note: {one_line(note)}" for note in facts["notes"]]
-    parts = [f"# Report card: {facts['run']}", *notes, "## Summary", summary(facts), header(facts)]
+    parts = [f"# Report card: {facts['run']}", *notes, "## Summary", summary(facts)]
+    parts.append(grid(["", ""], machine_and_cost(facts).items()))
     for stage, metrics in facts["stages"].items():
         parts += [f"## {TITLES[stage]}", named_values(metrics, WORDS["labels"])]
         if stage == "tokenizer" and (texts := facts["evaluation"]["bytes_per_token"]):
@@ -291,24 +288,34 @@ def markdown(facts: dict, pictures: dict[str, str] | None = None) -> str:
 
 def summary(facts: dict) -> str:
     """The table Metric | BASE | MID | SFT | RL, and the total wall time."""
-    table = facts["table"].items()
-    rows = [[name, *(decimal(row.get(stage, {}).get("value")) for stage in MODEL_STAGES)] for name, row in table]
     times = ", ".join(f"{stage} {duration(value)}" for stage, value in facts["seconds"].items() if value is not None)
     total = f"Total wall time: {duration(facts['total_seconds'])} ({times})"
-    return grid(["Metric", *map(str.upper, MODEL_STAGES)], rows) + f"\n\n{total}"
+    return f"{metrics_by_stage(facts['table'], MODEL_STAGES)}\n\n{total}"
 
 
-def header(facts: dict) -> str:
+def metrics_by_stage(table: dict, stages: Sequence[str]) -> str:
+    """A row per metric that one of these stages has, a column per stage."""
+    rows = [
+        [metric, *(decimal(cells.get(stage, {}).get("value")) for stage in stages)]
+        for metric, cells in table.items()
+        if any(stage in cells for stage in stages)
+    ]
+    return grid(["Metric", *map(str.upper, stages)], rows)
+
+
+def machine_and_cost(facts: dict) -> dict[str, str]:
     hardware, versions = facts["hardware"] or {}, facts["versions"] or {}
+    memory, rate = hardware.get("device_memory_bytes"), facts["hourly_rate"]
     machine = f"{hardware.get('num_processes', 1)} x {hardware.get('device', '-')}"
-    if memory := hardware.get("device_memory_bytes"):
-        machine += f" ({gib(memory)})"
     host = f"{hardware.get('cpu_cores') or '-'} CPU cores, {gib(hardware.get('memory_bytes'))} memory"
-    cost = f"${facts['cost']:.2f} at ${facts['hourly_rate']:.2f} per hour" if facts["cost"] is not None else "-"
-    software = ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "-"
-    rows = [["Machine", machine], ["Host", f"{host}, {hardware.get('system', '-')}"], ["Software", software]]
-    rows += [["Commit", ", ".join(facts["commits"])], ["Wall time", duration(facts["total_seconds"])], ["Cost", cost]]
-    return grid(["", ""], rows)
+    return {
+        "Machine": machine + (f" ({gib(memory)})" if memory else ""),
+        "Host": f"{host}, {hardware.get('system', '-')}",
+        "Software": ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "-",
+        "Commit": ", ".join(facts["commits"]),
+        "Wall time": duration(facts["total_seconds"]),
+        "Cost": "-" if facts["cost"] is None else f"${facts['cost']:.2f} at ${rate:.2f} per hour",
+    }
 
 
 def named_values(values: dict, labels: dict[str, str]) -> str:
@@ -317,10 +324,10 @@ def named_values(values: dict, labels: dict[str, str]) -> str:
 
 def training_details(metrics: dict) -> list[str]:
     """The parts that only some stages have: mixture, skipped rows, values before and after, samples."""
-    parts, mixture = [], metrics.get("mixture") or []
+    mixture, skipped = metrics.get("mixture") or [], metrics.get("skipped_rows")
     rows = [[part["dataset"], f"{part['rows']:,}", f"{part['tokens']:,}"] for part in mixture]
-    parts.append(grid(["Dataset", "Rows", "Tokens"], rows))
-    if skipped := metrics.get("skipped_rows"):
+    parts = [grid(["Dataset", "Rows", "Tokens"], rows)]
+    if skipped:
         first = f"row {skipped[0].get('row')} of {skipped[0].get('dataset')}: {skipped[0].get('reason')}"
         count = sum(part.get("bad", 0) for part in mixture) or len(skipped)  # not all of them are listed by name
         parts.append(f"{count:,} rows were skipped, the first of them {first}")
@@ -337,31 +344,27 @@ def evaluation_section(evaluation: dict, pictures: dict[str, str]) -> list[str]:
         head = [stage.upper(), "Value", "Random baseline", "n", "Tool called", "pass@k"]
         parts.append(grid(head, [[name.replace("_", " "), *result_cells(r)] for name, r in results.items()]))
     for stage, core in evaluation["core"].items():
-        rows = [
-            [name, decimal(row["acc"]), with_error({**row, "value": row["centered"]}), f"{row['n']:,}"]
-            + [show("", GPT2_XL.get(name))]
-            for name, row in core["per_task"].items()
-        ]
+        rows = []
+        for name, row in core["per_task"].items():
+            value = with_error(row["centered"], row["stderr"])
+            rows.append([name, decimal(row["acc"]), value, f"{row['n']:,}", show("", GPT2_XL.get(name))])
         parts += [f"### {stage.upper()}: {core['label']}", core_notes(core)]
         parts.append(grid(["Task", "Accuracy", "Centered", "n", "GPT-2 XL, centered"], rows))
     if "core" in pictures:
         parts.append(f"![CORE by task]({pictures['core']})")
     for stage, examples in list(evaluation["examples"].items())[-1:]:
-        words = {None: "-", True: "right", False: "wrong"}
-        rows = [
-            [words[None if e.get("correct") is None else e["correct"] >= 1]]
-            + [one_line(e[key]) for key in ("question", "expected", "answer")]
-            for e in examples
-        ]
-        parts += [
-            f"### Answers of {stage.upper()}" if rows else "",
-            grid(["", "Question", "Expected", "Answer"], rows),
-        ]
+        rows = []
+        for example in examples:
+            correct = example.get("correct")
+            grade = "-" if correct is None else "right" if correct >= 1 else "wrong"
+            rows.append([grade, *(one_line(example[key]) for key in ("question", "expected", "answer"))])
+        if rows:
+            parts += [f"### Answers of {stage.upper()}", grid(["", "Question", "Expected", "Answer"], rows)]
     return parts
 
 
 def core_notes(core: dict) -> str:
-    notes = [f"Mean of centered accuracies: {with_error(core)}."]
+    notes = [f"Mean of centered accuracies: {with_error(core['value'], core.get('stderr'))}."]
     if core.get("missing"):
         notes.append(f"The bundle lacks {', '.join(core['missing'])}, so this is not CORE.")
     if core.get("limit"):
@@ -377,13 +380,14 @@ def core_notes(core: dict) -> str:
 
 
 def result_cells(result: dict) -> list[str]:
+    value = with_error(result["value"], result.get("stderr"))
     pass_at_k = ", ".join(f"{name} {decimal(value)}" for name, value in result.items() if name.startswith("pass@"))
     tool_use = show("tool_use", result.get("tool_use"))
-    return [with_error(result), show("", result.get("baseline")), f"{result['n']:,}", tool_use, pass_at_k or "-"]
+    return [value, show("", result.get("baseline")), f"{result['n']:,}", tool_use, pass_at_k or "-"]
 
 
-def with_error(result: dict) -> str:
-    return decimal(result["value"]) + (f" ± {result['stderr']:.4f}" if result.get("stderr") is not None else "")
+def with_error(value: float | None, stderr: float | None) -> str:
+    return decimal(value) + (f" ± {stderr:.4f}" if stderr is not None else "")
 
 
 def decimal(value: float | None) -> str:
@@ -426,7 +430,7 @@ def show(key: str, value) -> str:
     return f"{value:.4f}"
 
 
-def grid(head: list[str], rows: list[list[str]]) -> str:
+def grid(head: list[str], rows: Collection[Sequence[str]]) -> str:
     """A Markdown table, padded so that a terminal shows it well, numbers to the right; "" without rows."""
     if not rows:
         return ""

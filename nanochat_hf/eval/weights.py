@@ -1,12 +1,13 @@
 """Which weights a result belongs to, and whether weights are finite.
 
-model_id("runs/d12/sft")            # "3f0a.." of a folder, the commit of a Hub id; None if it cannot be determined
-refuse_non_finite("runs/d12/sft")   # InputError that names the first tensor with NaN or infinity
-outdated(Run("runs/d12"), metrics)  # {"sft": "has other weights now"}: results that are of another model
+model_id("runs/d12/sft")                # "3f0a.." of a folder, the commit of a Hub id; None if it cannot be determined
+refuse_non_finite("runs/d12/sft")       # InputError that names the first tensor with NaN or infinity
+measurements(Run("runs/d12"), metrics)  # {"sft": Measurement(outdated="has other weights now", ...)}
 """
 
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -38,7 +39,8 @@ def refuse_non_finite(folder: str | Path) -> None:
 def _stamp(folder: str | Path) -> tuple:
     """Changes whenever a file that `model_fingerprint` reads does."""
     files = [path for pattern in ("*.safetensors", "*.json", "*.jinja") for path in sorted(Path(folder).glob(pattern))]
-    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino) for path in files)
+    stats = [(path.name, path.stat()) for path in files if path.exists()]  # not of a broken link
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
 
 
 @lru_cache(maxsize=64)
@@ -65,39 +67,34 @@ def replaced(run: Run, stage: str) -> bool:
     return None not in (recorded, current) and recorded != current
 
 
-def measured(evaluation: dict) -> dict[str, str | None]:
-    """Stage -> the model that an evaluation measured as it; None for the stage's own folder in the run folder."""
+class Measurement(NamedTuple):
+    """What the results of a stage in eval/metrics.json are of."""
+
+    model: str | None  # the model that was measured as this stage; None for the stage's own folder
+    outdated: str  # why they are not of the model that the run holds now; "" if they are
+    verified: bool  # False where the weights of the stage's own folder were not recorded
+
+
+def measurements(run: Run, evaluation: dict) -> dict[str, Measurement]:
+    """What each stage's results in `evaluation`, the content of eval/metrics.json, are of."""
+    weights, measured = evaluation.get("weights"), {}
     stages = {stage for key in ("results", "core", "chatcore", "kocore") for stage in evaluation.get(key) or {}}
     models = evaluation.get("models") or {stage: stage for stage in MODEL_STAGES if stage in stages}
-    if evaluation.get("weights") is None:  # from before weights were recorded, when models were paths
-        models = {stage: stage if Path(model).name == stage else model for stage, model in models.items()}
-    return {stage: None if model == stage else model for stage, model in models.items()}
-
-
-def outdated(run: Run, evaluation: dict) -> dict[str, str]:
-    """Stages whose results in `evaluation` (eval/metrics.json) are not of the model that the run holds -> why."""
-    reasons, weights = {}, evaluation.get("weights")
-    for stage, elsewhere in measured(evaluation).items():
-        metrics = run.metrics(stage) or {}
-        if elsewhere and metrics.get("finished"):
-            reasons[stage] = f"{elsewhere} was measured in its place"
-        elif not elsewhere and not metrics.get("finished"):
-            reasons[stage] = "no finished stage of this run"
-        elif not elsewhere and weights is None:
-            if (metrics.get("started") or 0) > (evaluation.get("started") or 0):
-                reasons[stage] = "trained after the evaluation"
-        elif not elsewhere:
-            current = model_id(run.folder(stage)) or metrics.get("weights")
-            if None not in (current, weights.get(stage)) and current != weights[stage]:
-                reasons[stage] = "has other weights now"
-    return reasons
-
-
-def unverified(run: Run, evaluation: dict) -> list[str]:
-    """Stages whose results may be of another model than the run holds, since the weights were not recorded."""
-    weights, reasons = evaluation.get("weights") or {}, outdated(run, evaluation)
-    own = [stage for stage, elsewhere in measured(evaluation).items() if not elsewhere]
-    return [stage for stage in own if not weights.get(stage) and stage not in reasons]
+    for stage, model in models.items():
+        metrics, recorded, reason = run.metrics(stage) or {}, (weights or {}).get(stage), ""
+        # Before weights were recorded, models were paths.
+        is_own = model == stage or (weights is None and Path(model).name == stage)
+        if not is_own:
+            reason = f"{model} was measured in its place" if metrics.get("finished") else ""
+        elif not metrics.get("finished"):
+            reason = "no finished stage of this run"
+        elif weights is None:
+            later = (metrics.get("started") or 0) > (evaluation.get("started") or 0)
+            reason = "trained after the evaluation" if later else ""
+        elif recorded and (model_id(run.folder(stage)) or metrics.get("weights")) not in (None, recorded):
+            reason = "has other weights now"
+        measured[stage] = Measurement(None if is_own else model, reason, not is_own or bool(recorded))
+    return measured
 
 
 def origin(run: Run, stage: str, source: str | Path) -> str:
@@ -119,8 +116,9 @@ def renewal(run: Run, definition: str | None = None) -> str:
     evaluation = run.metrics("eval") or {}
     if not evaluation.get("finished"):
         return ""
-    reasons, models = outdated(run, evaluation), measured(evaluation)
-    reasons |= {stage: "not measured yet" for stage in MODEL_STAGES if run.finished(stage) and stage not in models}
+    measured = measurements(run, evaluation)
+    reasons = {stage: measurement.outdated for stage, measurement in measured.items() if measurement.outdated}
+    reasons |= {stage: "not measured yet" for stage in MODEL_STAGES if run.finished(stage) and stage not in measured}
     if definition and evaluation.get("definition") not in (None, definition):
         reasons = {"all stages": "its config, tasks, code or data changed"} | reasons
     return ", ".join(f"{stage} ({reason})" for stage, reason in reasons.items())

@@ -4,16 +4,20 @@
 report; `collection_table` is the text of a Hub collection. The tests run the code that the card shows.
 """
 
+import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..data.documents import local_path
 from ..errors import InputError
-from ..eval.report import MODEL_STAGES, TITLES, collect, decimal, duration, grid, show
+from ..eval.report import MODEL_STAGES, TITLES, collect, duration, grid, machine_and_cost, metrics_by_stage, show
 from ..run import Run, load_json
 
+DATA_FILES = (".jsonl", ".parquet", ".txt", ".yaml")
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -37,6 +41,7 @@ class Push:
 def render_model_card(run: Run, options: Push) -> ModelCard:
     """Returns the card of `options.stage`: metadata with its measured results, and the facts of the run as text."""
     facts, stage, name = report_facts(run), options.stage, options.repo.split("/")[-1]
+    results = metrics_by_stage(facts["table"], chain(facts, stage)) or "No evaluation was run."
     sources = datasets(facts, stage)
     data = ModelCardData(
         license=options.license,
@@ -44,7 +49,7 @@ def render_model_card(run: Run, options: Push) -> ModelCard:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["nanochat", "nanochat-hf", stage],
-        datasets=[d for d in sources if HUB_ID.fullmatch(d) and not Path(d).exists()] or None,
+        datasets=list(filter(HUB_ID.fullmatch, sources)) or None,
         base_model=options.base_model,
         model_name=name,
         eval_results=eval_results(facts, stage) or None,
@@ -56,15 +61,35 @@ def render_model_card(run: Run, options: Push) -> ModelCard:
         repo=options.repo,
         stage=stage,
         title=TITLES[stage],
-        results="\n\n".join([result_table(facts, stage), *(f"Note: {note}." for note in facts["notes"])]),
+        results="\n\n".join([results, *(f"Note: {note}." for note in facts["notes"])]),
         training=training_table(facts, stage),
         sources=", ".join(f"`{d}`" for d in sources) or "not recorded",
     )
 
 
 def report_facts(run: Run) -> dict:
-    """The facts of the run's report, at the hourly rate of the last report."""
-    return collect(run, (load_json(run.path / "report.json") or {}).get("hourly_rate"))
+    """The facts of the run's report, at the hourly rate of the last report, without paths of this machine."""
+    rate = (load_json(run.path / "report.json") or {}).get("hourly_rate")
+    return without_local_paths(run, collect(run, rate))
+
+
+def without_local_paths(run: Run, value):
+    """`value` with names in the place of the paths of data and models that the run's metrics.json files mention."""
+    records = [run.metrics(stage) or {} for stage in (*TITLES, "eval")]
+    mentions = [[record.get(key) for key in ("config", "mixture", "models")] for record in records]
+    strings = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(mentions, ensure_ascii=False))
+    # Also without `:transform`, which follows the path in the name of a mixture's part.
+    texts, value = {*strings, *(text.partition(":")[0] for text in strings)}, json.dumps(value, ensure_ascii=False)
+    for text in sorted(texts, key=len, reverse=True):
+        if is_local_path(text):
+            value = value.replace(text, text.rstrip("/").rpartition("/")[2])
+    return json.loads(value)
+
+
+def is_local_path(text: str) -> bool:
+    if "/" not in text.rstrip("/"):
+        return False
+    return text.startswith(("/", "~", ".")) or text.endswith(DATA_FILES) or os.path.exists(local_path(text))
 
 
 def chain(facts: dict, stage: str) -> list[str]:
@@ -73,7 +98,7 @@ def chain(facts: dict, stage: str) -> list[str]:
 
 
 def datasets(facts: dict, stage: str) -> list[str]:
-    """Names of what the model was trained on, as the recipes write them."""
+    """Names of what the model was trained on: Hub ids, names of local files and folders, `primer`."""
     names = []
     for metrics in (facts["stages"][name] for name in chain(facts, stage)):
         recipe = (metrics.get("config") or {}).get("dataset")
@@ -100,34 +125,17 @@ def eval_results(facts: dict, stage: str) -> list[EvalResult]:
     return results
 
 
-def result_table(facts: dict, stage: str) -> str:
-    """The stages up to this one side by side."""
-    stages = chain(facts, stage)
-    rows = [
-        [metric, *(decimal(cells.get(s, {}).get("value")) for s in stages)]
-        for metric, cells in facts["table"].items()
-        if any(s in cells for s in stages)
-    ]
-    return grid(["Metric", *(s.upper() for s in stages)], rows) or "No evaluation was run."
-
-
 def training_table(facts: dict, stage: str) -> str:
-    """What was trained, for how long, on what hardware and at what price; one row per stage."""
+    """What was trained, for how long, on what machine and at what price."""
     base = facts["stages"].get("base", {})
-    keys = (("depth", "Depth"), ("num_parameters", "Parameters"), ("total_flops", "FLOPs of pretraining"))
-    rows = [[label, show(key, base[key])] for key, label in keys if base.get(key) is not None]
+    keys = {"depth": "Depth", "num_parameters": "Parameters", "total_flops": "FLOPs of pretraining"}
+    rows = {label: show(key, base[key]) for key, label in keys.items() if base.get(key) is not None}
     for name in chain(facts, stage):
         metrics = facts["stages"][name]
         tokens = metrics.get("total_tokens") or metrics.get("tokens")
-        amount = f"{tokens:,.0f} tokens, " if tokens else ""
-        rows.append([TITLES[name], amount + duration(metrics.get("wall_time_s"))])
-    hardware, versions = (facts["stages"][stage].get(key) or {} for key in ("hardware", "versions"))
-    rows.append(["Hardware", f"{hardware.get('num_processes', 1)} x {hardware.get('device', '-')}"])
-    rows.append(["Software", ", ".join(f"{n} {v}" for n, v in versions.items() if v) or "-"])
-    rows.append(["Code", ", ".join(facts["commits"])])
-    if facts["cost"] is not None:
-        rows.append(["Cost of the whole run", f"${facts['cost']:.2f} at ${facts['hourly_rate']:.2f} per hour"])
-    return grid(["", ""], rows)
+        rows[TITLES[name]] = (f"{tokens:,.0f} tokens, " if tokens else "") + duration(metrics.get("wall_time_s"))
+    rows |= machine_and_cost(facts | {key: facts["stages"][stage].get(key) for key in ("hardware", "versions")})
+    return grid(["", ""], [row for row in rows.items() if row[1] != "-"])
 
 
 def collection_table(runs: dict[str, Run]) -> str:

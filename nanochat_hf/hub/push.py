@@ -6,7 +6,8 @@
 metrics.json, the report with its plots, and a card whose metadata holds every result of the evaluation. An upload is
 one commit: an interrupted push leaves no half model, and the next one sends only what is missing. At the end a process
 without this package loads the uploaded commit, and its logits are compared. The token is the one that huggingface_hub
-finds; a file that contains one is not uploaded.
+finds. What is private stays here: a link out of the run folder and a file with a token are refused, and paths of local
+data are shortened to names.
 
 `checkpoint_pusher` uploads checkpoints of a running job, each to a branch of its own: `push_every` of base.yaml.
 """
@@ -18,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from contextlib import contextmanager
 from json import JSONDecodeError
 from pathlib import Path
@@ -34,13 +35,16 @@ from .. import tool_loop
 from ..convert.native import renew
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
-from ..eval.report import MODEL_STAGES, make_report
+from ..eval.report import MODEL_STAGES, TITLES, make_report, markdown
 from ..eval.weights import refuse_non_finite, replaced
-from ..run import Run, nearest
-from .model_card import Push, render_model_card, report_facts
+from ..run import Run, nearest, save_json, writing
+from .model_card import Push, render_model_card, report_facts, without_local_paths
 
 SPACE = Path(__file__).parents[2] / "spaces" / "chat"
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}\b")
+SECRET = re.compile(  # Hugging Face, OpenAI and others, GitHub, AWS, Google, Slack; private keys
+    rb"\b(hf_[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)[\w-]{20,}|gh[a-z]_\w{30,}|github_pat_\w{20,}|A[KS]IA[A-Z0-9]{16}"
+    rb"|AIza[\w-]{35}|xox[a-z]-[\w-]{20,})|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*_nanochat.py",
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
@@ -81,9 +85,9 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
         elif not options.force:
             refuse_others(api, repo, folder)
         delete = "*" if options.force else None
-        where = {"repo_id": repo, "revision": options.revision, "folder_path": folder, "delete_patterns": delete}
-        message = f"Upload {stage} of {run.path.resolve().name}"
-        commit = with_retries(log, api.upload_folder, **where, commit_message=message)
+        what = {"folder_path": folder, "delete_patterns": delete, "revision": options.revision}
+        what["commit_message"] = f"Upload {stage} of {run.path.resolve().name}"
+        commit = with_retries(log, api.upload_folder, repo_id=repo, **what)
         difference = check_loaded_back(repo, commit.oid, run.folder(stage), api.token)
         log(f"loaded back in a clean process: largest difference of a logit {difference:.1e}")
         if options.space:
@@ -101,18 +105,28 @@ def prepare(run: Run, options: Push) -> Path:
         done = [name for name in MODEL_STAGES if run.finished(name)]
         raise InputError(f"stage {stage!r} of {run.path} is not finished; finished: {', '.join(done) or 'none'}")
     source, folder = run.folder(stage), run.path / "hub" / stage
-    if not any(source.glob("*.safetensors")) or not (source / "tokenizer.json").exists():
+    files = own_files(source, MODEL_FILES, run.path)
+    if not any(path.suffix == ".safetensors" for path in files) or source / "tokenizer.json" not in files:
         raise InputError(f"{source} lacks safetensors or tokenizer.json: run stage {stage!r} again")
     if replaced(run, stage):
         raise InputError(
             f"the weights in {source} are not those that its metrics.json describes: run stage {stage!r} again, or "
             "restore them"
         )
-    make_report(run.path, report_facts(run)["hourly_rate"])
+    facts = report_facts(run)
+    make_report(run.path, facts["hourly_rate"])
     shutil.rmtree(folder, ignore_errors=True)
-    for root, patterns in ((source, (*MODEL_FILES, "metrics.json")), (run.path, ("report.md", "plots/*.png"))):
-        for path in (path for pattern in patterns for path in root.glob(pattern)):
-            link(path, folder / path.relative_to(root))
+    with writing(folder):  # also where a link or another's file is in the way: all below it is uploaded
+        folder.mkdir(parents=True)
+        (folder / "plots").mkdir()
+    for path in files:
+        link(path, folder / path.name)
+    pictures = {}
+    for path in own_files(run.path / "plots", [f"{name}.png" for name in (*TITLES, "core")], run.path):
+        link(path, folder / "plots" / path.name)
+        pictures[path.stem] = f"plots/{path.name}"
+    (folder / "report.md").write_text(markdown(facts, pictures), encoding="utf-8")
+    save_json(folder / "metrics.json", without_local_paths(run, run.metrics(stage)))
     if stage != "base":
         tool_loop.ship(folder)
     renew(folder)  # an older version may have written it
@@ -120,23 +134,33 @@ def prepare(run: Run, options: Push) -> Path:
     return folder
 
 
+def own_files(folder: Path, patterns: Iterable[str], run: Path) -> list[Path]:
+    """The files of `folder` with these names. Raises InputError for a link to what is not in `folder` or `run`."""
+    entries = folder.iterdir() if folder.exists() else ()
+    paths = sorted(path for path in entries if any(path.match(pattern) for pattern in patterns))
+    for path in paths:
+        target = path.resolve()
+        if not (target.exists() and any(target.is_relative_to(place.resolve()) for place in (folder, run))):
+            raise InputError(f"{path} is a link to {target}, which is no file of the run: put the file itself there")
+    return paths
+
+
 def link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError:
         shutil.copy(source, target)
 
 
-def refuse_secrets(files: list[Path]) -> None:
-    """Raises InputError if a file holds the token of this login, or anything that looks like a Hub token."""
-    token = get_token()
+def refuse_secrets(files: Iterable[Path]) -> None:
+    """Raises InputError if a file, or the header of a safetensors file, holds this login's token or another secret."""
+    token = (get_token() or "hf_").encode()
     for path in files:
-        if path.suffix == ".safetensors":
-            continue
-        data = path.read_bytes()
-        if TOKEN.search(data) or (token and token.encode() in data):
-            raise InputError(f"{path} contains a Hub token: remove it; if it was ever shared, make a new token")
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else None
+            data = file.read(length) if length else path.read_bytes()
+        if SECRET.search(data) or (len(token) > 3 and token in data):
+            raise InputError(f"{path} contains a token or a private key: remove it, and replace it if it was shared")
 
 
 def refuse_others(api: HfApi, repo: str, folder: Path) -> None:
@@ -178,7 +202,7 @@ def check_loaded_back(repo: str, revision: str, local: Path, token: str) -> floa
             raise InputError(f"{repo} is uploaded but does not load in a clean process: {last}")
         loaded = torch.load(f"{work}/out.pt")
     ids = load_tokenizer(local)(PROBE, return_tensors="pt").input_ids
-    model = AutoModelForCausalLM.from_pretrained(local, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(local, dtype=torch.float32, trust_remote_code=False).eval()
     with torch.no_grad():
         expected = model(ids).logits
     if not torch.equal(ids, loaded["ids"]):
@@ -266,7 +290,7 @@ def checkpoint_pusher(repo: str, log: Callable[[str], None] = print) -> Callable
     api = log_in()
     with friendly_hub_errors(repo):
         api.create_repo(repo, private=True, exist_ok=True)
-    thread, uploads = ThreadPoolExecutor(1), []
+    uploads: list[Future] = []
 
     def warn(step: int, reason: object) -> None:
         log(f"warning: step {step} was not pushed: {reason}")
@@ -276,6 +300,7 @@ def checkpoint_pusher(repo: str, log: Callable[[str], None] = print) -> Callable
         where = {"repo_id": repo, "revision": branch, "folder_path": copy, "allow_patterns": MODEL_FILES}
         try:
             refuse_non_finite(copy)
+            refuse_secrets(Path(copy).iterdir())
             with friendly_hub_errors(repo):
                 api.create_branch(repo, branch=branch, exist_ok=True)
                 with_retries(log, api.upload_folder, **where, commit_message=f"Step {step}")
@@ -294,13 +319,13 @@ def checkpoint_pusher(repo: str, log: Callable[[str], None] = print) -> Callable
                 shutil.rmtree(left)
         copy = tempfile.mkdtemp(prefix=COPIES, dir=folder.parent)
         try:
-            for file in folder.iterdir():
-                if any(file.match(pattern) for pattern in MODEL_FILES):
-                    shutil.copy(file, copy)
-        except OSError as error:
+            for file in own_files(folder, MODEL_FILES, folder.parent):
+                shutil.copy(file, copy)
+        except (InputError, OSError) as error:
             shutil.rmtree(copy)
-            return warn(step, f"{error}; its copy needs room for a model beside {folder}")
-        uploads.append(thread.submit(upload, copy, step))
+            room = "" if isinstance(error, InputError) else f"; its copy needs room for a model beside {folder}"
+            return warn(step, f"{error}{room}")
+        uploads.append(api.run_as_future(upload, copy, step))
         return uploads[-1]
 
     return enqueue

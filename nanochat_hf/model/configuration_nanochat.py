@@ -33,6 +33,7 @@ UPSTREAM_FIELDS = {  # karpathy/nanochat's `GPTConfig`: ours
     "window_pattern": "window_pattern",
 }
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+MAX_LAYERS = 10_000  # more would only fill the memory
 SWITCHES = ("value_embeds", "smear", "residual_lambdas", "backout")  # what the second generation adds
 
 # Saving a model writes the entry of its own class only, and AutoModel needs one too.
@@ -147,6 +148,8 @@ class NanoChatHFConfig(PreTrainedConfig):
         for name in SIZES:
             if getattr(self, name) < 1:
                 return f"{name} is {getattr(self, name)}: it must be at least 1"
+        if self.num_hidden_layers > MAX_LAYERS:
+            return f"num_hidden_layers is {self.num_hidden_layers}: at most {MAX_LAYERS}"
         width, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None and width % heads:
             return f"hidden_size {width} is not divisible by num_attention_heads {heads}"
