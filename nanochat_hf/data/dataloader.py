@@ -20,10 +20,11 @@ number of shards.
 
 import math
 import os
-from bisect import bisect_right, insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 
 import numpy as np
 import torch
@@ -63,43 +64,30 @@ class BestFitPacker:
     def __init__(self, chunks: Iterator[list[np.ndarray]], row_length: int, buffer_size: int, strategy: str):
         self.chunks, self.row_length, self.buffer_size = chunks, row_length, buffer_size
         self.split = {"bfd_split": True, "bfd": False}[strategy]
-        self._by_length: dict[int, deque[np.ndarray]] = {}
-        self._lengths: list[int] = []  # the keys above, sorted
-        self._count = 0
+        self._arrivals = count()
+        self._waiting: list[tuple[int, int, np.ndarray]] = []  # (length, arrival, document), sorted
 
     def add(self, documents: list[np.ndarray]) -> None:
+        step = self.row_length - 1  # tokens of a piece besides its bos
         for document in documents:
-            step = self.row_length - 1  # tokens of a piece besides its bos
-            if not self.split or len(document) <= self.row_length:
-                self._push(document)
-            else:
-                for start in range(1, len(document), step):
-                    self._push(after_bos(document, start, start + step))
-
-    def _push(self, document: np.ndarray) -> None:
-        length = len(document)
-        if length not in self._by_length:
-            self._by_length[length] = deque()
-            insort(self._lengths, length)
-        self._by_length[length].append(document)
-        self._count += 1
+            pieces = [document]
+            if self.split and len(document) > self.row_length:
+                pieces = [after_bos(document, start, start + step) for start in range(1, len(document), step)]
+            for piece in pieces:
+                insort(self._waiting, (len(piece), next(self._arrivals), piece))
 
     def take(self, space: int) -> np.ndarray:
         """Remove and return the longest document of at most `space` tokens, or the shortest cut to `space`.
 
         Raises IndexError when no documents wait and `chunks` has ended.
         """
-        while self._count < self.buffer_size and (documents := next(self.chunks, None)) is not None:
+        while len(self._waiting) < self.buffer_size and (documents := next(self.chunks, None)) is not None:
             self.add(documents)
-        at = max(bisect_right(self._lengths, space) - 1, 0)
-        length = self._lengths[at]
-        waiting = self._by_length[length]
-        document = waiting.popleft()
-        if not waiting:
-            del self._by_length[length], self._lengths[at]
-        self._count -= 1
+        longer = bisect_left(self._waiting, (space + 1,))  # the documents from here on do not fit
+        length = self._waiting[max(longer - 1, 0)][0]
+        *_, document = self._waiting.pop(bisect_left(self._waiting, (length,)))  # the first that came of this length
         if length > space and self.split:
-            self._push(after_bos(document, space))
+            self.add([after_bos(document, space)])
         return document[:space]
 
     def fill(self, row: np.ndarray) -> None:
@@ -112,7 +100,7 @@ class BestFitPacker:
 
     def waiting(self) -> list[np.ndarray]:
         """The waiting documents, in an order from which `add` restores this packer's every later choice."""
-        return [document for length in self._lengths for document in self._by_length[length]]
+        return [document for *_, document in self._waiting]
 
 
 def after_bos(document: np.ndarray, start: int, end: int | None = None) -> np.ndarray:

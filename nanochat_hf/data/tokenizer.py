@@ -22,6 +22,7 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import InputError
 
@@ -81,9 +82,8 @@ def new_backend(digit_group: int = 2, normalization: str | None = None) -> Token
 
 def byte_alphabet() -> list[str]:
     """The 256 letters that byte-level tokenizers write bytes as (GPT-2's table), in the order of the bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    letters = bytes_to_unicode()
+    return [letters[byte] for byte in range(256)]
 
 
 def train_bpe(
@@ -180,13 +180,8 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> li
     The texts are spread over all cores unless TOKENIZERS_PARALLELISM=false.
     """
     bos, dtype = tokenizer.bos_token_id, token_dtype(tokenizer)
-    documents = []
-    for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False):
-        ids = encoding.ids
-        document = np.empty(len(ids) + 1, dtype)
-        document[0], document[1:] = bos, ids
-        documents.append(document)
-    return documents
+    encodings = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array([bos, *encoding.ids], dtype) for encoding in encodings]
 
 
 def spoken_mask(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
