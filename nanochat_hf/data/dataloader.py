@@ -70,11 +70,11 @@ class BestFitPacker:
     def add(self, documents: list[np.ndarray]) -> None:
         step = self.row_length - 1  # tokens of a piece besides its bos
         for document in documents:
-            pieces = [document]
+            parts = [document]
             if self.split and len(document) > self.row_length:
-                pieces = [after_bos(document, start, start + step) for start in range(1, len(document), step)]
-            for piece in pieces:
-                insort(self._waiting, (len(piece), next(self._arrivals), piece))
+                parts = [after_bos(document, start, start + step) for start in range(1, len(document), step)]
+            for part in parts:
+                insort(self._waiting, (len(part), next(self._arrivals), part))
 
     def take(self, space: int) -> np.ndarray:
         """Remove and return the longest document of at most `space` tokens, or the shortest cut to `space`.
