@@ -4,16 +4,14 @@ And the files of a dataset: which ones are read, as which split, and which error
 """
 
 import json
-import os
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_standin import Hub, Repo
+from huggingface_hub import close_session, constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -56,11 +54,6 @@ def folder(tmp_path):
     for number, count in enumerate((10, 7, 1, 3)):
         write(tmp_path / f"shard_{number:05d}.parquet", [f"{number}.{i}" for i in range(count)])
     return tmp_path
-
-
-def test_the_last_file_is_validation_and_training_keeps_the_order_of_the_files(folder):
-    assert list(DocumentStream(folder)) == TRAIN
-    assert list(DocumentStream(folder, "validation")) == ["3.0", "3.1", "3.2"]
 
 
 @given(
@@ -127,34 +120,42 @@ def test_resuming_anywhere_gives_the_documents_that_would_have_come(folder, tmp_
             assert list(islice(endless(second), 5)) == whole[taken : taken + 5]
 
 
-def test_a_state_is_refused_by_other_data_or_another_seed(folder):
-    stream = DocumentStream(folder, seed=1)
-    next(iter(stream))
-    state = stream.state_dict()
+def test_a_state_holds_for_one_seed_and_a_rank_that_exists(folder):
+    state = DocumentStream(folder, seed=1).state_dict()
     with pytest.raises(InputError, match="keep the seed"):
         DocumentStream(folder, seed=2).load_state_dict(state)
-    write(folder / "shard_00004.parquet", ["new"])
-    with pytest.raises(InputError, match="changed since this run began"):
-        DocumentStream(folder, seed=1).load_state_dict(state)
     with pytest.raises(InputError, match="rank 3 does not exist among 3 ranks"):
         DocumentStream(folder, rank=3, world_size=3)
 
 
-@pytest.mark.parametrize("change", ["nothing", "train-0.jsonl", "validation-0.jsonl", "swapped", "moved"])
-def test_a_state_holds_for_the_same_text_only(tmp_path, change):
-    data = tmp_path / "a"
-    for name in ("train-0", "train-1", "validation-0"):
-        write(data / f"{name}.jsonl", [f"{name} {i}" for i in range(9)])
-    saved = DocumentStream(data).state_dict()
-    if change == "moved":
-        data = data.rename(tmp_path / "b")
-    elif change == "swapped":
-        (data / "train-0.jsonl").rename(data / "x")
-        (data / "train-1.jsonl").rename(data / "train-0.jsonl")
-        (data / "x").rename(data / "train-1.jsonl")
-    elif change != "nothing":
-        (data / change).write_text((data / change).read_text().replace(" 5", " 6"))  # of the same size
-    if change in ("nothing", "moved"):
+def edited(path: Path) -> None:
+    path.write_text(path.read_text().replace(" 5", " 6"))  # of the same size
+
+
+def swapped(first: Path, second: Path) -> None:
+    texts = first.read_text(), second.read_text()
+    first.write_text(texts[1])
+    second.write_text(texts[0])
+
+
+CHANGES = {
+    "nothing": lambda train, other, validation: None,
+    "training text": lambda train, other, validation: edited(other),
+    "validation text": lambda train, other, validation: edited(validation),
+    "order": lambda train, other, validation: swapped(train, other),
+    "one more file": lambda train, other, validation: write(train.with_name("train-2.jsonl"), ["new"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_holds_for_the_same_text_only_wherever_it_lies(tmp_path, change):
+    names = ("train-0", "train-1", "validation-0")
+    for name in names:
+        write(tmp_path / "a" / f"{name}.jsonl", [f"{name} {i}" for i in range(9)])
+    saved = DocumentStream(tmp_path / "a").state_dict()
+    data = (tmp_path / "a").rename(tmp_path / "b")
+    CHANGES[change](*(data / f"{name}.jsonl" for name in names))
+    if change == "nothing":
         DocumentStream(data).load_state_dict(saved)
     else:
         with pytest.raises(InputError, match="changed since this run began"):
@@ -324,13 +325,13 @@ def test_a_mixture_is_read_from_yaml_and_from_the_command_line(tmp_path):
 # Files
 
 
-def test_one_file_gives_its_last_sixteenth_to_validation(tmp_path):
+def test_the_last_file_is_validation_or_the_last_sixteenth_of_a_single_one(folder, tmp_path):
+    assert list(DocumentStream(folder)) == TRAIN
+    assert list(DocumentStream(folder, "validation")) == ["3.0", "3.1", "3.2"]
     texts = [f"{i:04d}" for i in range(160)]
-    for path in (tmp_path / "all.parquet", tmp_path / "all.jsonl"):
+    for path in (tmp_path / "one" / "all.parquet", tmp_path / "one" / "all.jsonl"):
         write(path, texts, 50)
-        train, validation = list(DocumentStream(path)), list(DocumentStream(path, "validation"))
-        assert train + validation == texts
-        assert len(validation) == 10
+        assert [list(DocumentStream(path, split)) for split in ("train", "validation")] == [texts[:150], texts[150:]]
 
 
 @pytest.mark.parametrize("end", ["parquet", "jsonl"])
@@ -371,25 +372,6 @@ def test_what_no_name_decides_is_logged_once_by_the_main_process(tmp_path, capsy
             DocumentStream(tmp_path, split)
         line = f"dataset {tmp_path}: no file is named after a validation split, so it is b.parquet\n"
         assert capsys.readouterr().err == (line if rank == "0" else "")
-
-
-def test_the_hubs_files_are_read_by_the_names_of_their_splits(tmp_path, monkeypatch):
-    names = ["data/kor/test/0.jsonl", "data/kor/train/0.jsonl", "data/kor/train/1.jsonl", "data/kor/.x/train.jsonl"]
-    layout(tmp_path, *names, "data/eng/train/0.jsonl")
-    info = SimpleNamespace(sha="abc", siblings=[SimpleNamespace(rfilename=n) for n in [*names, "README.md"]])
-    monkeypatch.setattr(module.HfApi, "dataset_info", lambda *a, **k: info)
-    monkeypatch.setattr(module, "hf_hub_download", lambda repo, name, **k: str(tmp_path / name))
-    for dataset in ("org/name", "org/name/data/kor", "org/name@main/data"):
-        assert set(DocumentStream(dataset)) == set(names[1:3])
-        assert set(DocumentStream(dataset, "validation")) == {names[0]}
-    assert set(DocumentStream("org/name/data/kor/train")) == {names[1]}  # in a split's folder the last is held out
-    saved, revisions = DocumentStream("org/name").state_dict(), []
-    info.sha = "def"  # a later commit
-    stream = DocumentStream("org/name")
-    info.sha = "abc"
-    monkeypatch.setattr(module.HfApi, "dataset_info", lambda *a, **k: revisions.append(k["revision"]) or info)
-    stream.load_state_dict(saved)
-    assert revisions == ["abc"] and stream.state_dict() == saved
 
 
 def test_names_that_look_like_something_else(tmp_path, monkeypatch):
@@ -523,71 +505,54 @@ def test_failures_of_the_network_are_tried_again_and_then_named(monkeypatch):
     assert delays == [1, 2, 1, 2, 4, 8, 16]
 
 
-HUB = """
-import http.server, json, sys, threading, hashlib, pathlib, os
-files = {p.name: p.read_bytes() for p in pathlib.Path(sys.argv[1]).glob("*.parquet")}
-sha, asked = "0123456789abcdef0123456789abcdef01234567", []
-class Hub(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *a): pass
-    def answer(self, body=b"", code=200, **headers):
-        self.send_response(code)
-        for k, v in {"Content-Length": str(len(body)), **headers}.items(): self.send_header(k.replace("_", "-"), v)
-        self.end_headers()
-        if self.command == "GET": self.wfile.write(body)
-    def do_GET(self):
-        asked.append((self.command, self.path))
-        if self.path.startswith("/api/datasets/me/books"):
-            rows = [{"rfilename": "data/" + n} for n in sorted(files)] + [{"rfilename": "README.md"}]
-            body = json.dumps({"id": "me/books", "sha": sha, "siblings": rows}).encode()
-            return self.answer(body, Content_Type="application/json")
-        name = self.path.rsplit("/", 1)[-1].split("?")[0]
-        if name in files and f"/resolve/{sha}/data/" in self.path:
-            if asked.count(("GET", self.path)) == 1 and self.command == "GET" and name.endswith("1.parquet"):
-                return self.answer(b"", 500)
-            etag = '"' + hashlib.sha256(files[name]).hexdigest() + '"'
-            return self.answer(files[name], ETag=etag, X_Repo_Commit=sha, Content_Type="application/octet-stream")
-        self.answer(b"", 404, X_Error_Code="RepoNotFound")
-    do_HEAD = do_GET
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-os.environ |= {"HF_HOME": sys.argv[2], "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
-threading.Thread(target=server.serve_forever, daemon=True).start()
-from nanochat_hf.data.documents import DocumentStream, is_local, open_documents, text_fingerprint
-from nanochat_hf.errors import InputError
-stream = DocumentStream("me/books")
-it = iter(stream)
-print(json.dumps([next(it) for _ in range(6)]))
-state = stream.state_dict()
-again = DocumentStream("me/books/data")
-again.load_state_dict(state)
-print(json.dumps(list(again)))
-print(json.dumps(list(DocumentStream("me/books", "validation"))))
-print(json.dumps(sorted({p.rsplit("/", 1)[-1] for c, p in asked if c == "GET" and "resolve" in p})))
-print(json.dumps(state["source"]["revision"]))
-try: DocumentStream("me/nothing")
-except InputError as error: print(json.dumps(str(error)))
-"""
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub over HTTP; failed requests are repeated at once."""
+    with Hub() as hub:
+        settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache")}
+        settings["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(module, "RETRY_DELAYS", (0, 0))
+        close_session()
+        yield hub
+    close_session()
 
 
-@pytest.mark.slow
-def test_a_hub_dataset_is_listed_once_and_fetched_file_by_file_through_failures(folder, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", HUB, str(folder), str(tmp_path / "home")],
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    first, rest, validation, fetched, revision, missing = map(json.loads, done.stdout.splitlines())
-    train = [f"{n}.{i}" for n, count in enumerate((10, 7, 1)) for i in range(count)]
-    assert first + rest == train
-    assert validation == ["3.0", "3.1", "3.2"]
-    assert fetched == [f"shard_0000{i}.parquet" for i in range(4)]
-    assert revision == "0123456789abcdef0123456789abcdef01234567"
-    assert "no such dataset" in missing
+def pushed(names: list[str], commit: str = "a" * 40) -> Repo:
+    """A repository whose files have their names as documents."""
+    files = {name: "".join(json.dumps({"text": name}) + "\n" for _ in range(3)).encode() for name in names}
+    return Repo(branches={"main": commit}, commits={commit: files})
+
+
+def test_a_hub_dataset_is_read_by_the_names_of_its_splits_and_stays_at_its_commit(hub):
+    names = ["data/kor/test/0.jsonl", "data/kor/train/0.jsonl", "data/kor/train/1.jsonl", "data/kor/.x/train.jsonl"]
+    hub.repos["datasets", "org/name"] = repo = pushed([*names, "data/eng/train/0.jsonl", "README.md"])
+    for dataset in ("org/name", "org/name/data/kor", "org/name@main/data"):
+        expected = {*names[1:3]} if "kor" in dataset else {*names[1:3], "data/eng/train/0.jsonl"}
+        assert set(DocumentStream(dataset)) == expected
+        assert set(DocumentStream(dataset, "validation")) == {names[0]}
+    assert set(DocumentStream("org/name/data/kor/train")) == {names[1]}  # in a split's folder the last is held out
+    saved = DocumentStream("org/name").state_dict()
+    repo.commits["b" * 40], repo.branches["main"] = pushed(["train.jsonl", "test.jsonl"]).commits["a" * 40], "b" * 40
+    stream = DocumentStream("org/name")
+    assert set(stream) == {"train.jsonl"}
+    stream.load_state_dict(saved)
+    assert stream.state_dict() == saved and set(stream) == {*names[1:3], "data/eng/train/0.jsonl"}
+    with pytest.raises(InputError, match="the Hub has no such dataset"):
+        DocumentStream("org/nothing")
+
+
+def test_files_of_the_hub_are_fetched_once_each_through_failures(hub):
+    names = [f"{i}.jsonl" for i in range(4)]
+    hub.repos["datasets", "me/books"] = pushed(names)
+    hub.fail("GET", "/api/datasets/me/books", status=500)
+    hub.fail("GET", "1.jsonl", status=500)
+    with pytest.warns(UserWarning, match="attempt 1 failed"):
+        assert list(DocumentStream("me/books")) == [name for name in names[:3] for _ in range(3)]
+    list(DocumentStream("me/books"))
+    fetched = [line.rsplit("/", 1)[-1] for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
+    assert sorted(fetched) == ["0.jsonl", "1.jsonl", "1.jsonl", "2.jsonl"]
 
 
 # Names tell splits
@@ -620,43 +585,28 @@ def test_hidden_files_are_none_of_the_data_and_files_of_rows_are_told_from_other
     assert unread_files(names, ["a.jsonl"]) == rows
 
 
-@pytest.mark.parametrize(
-    ("names", "train", "validation", "sentence"),
-    [
-        ("a b c", "a b", "c", "no file is named after a validation split, so it is c"),
-        ("a", "a", "a", "so it is the last part of a"),
-        (
-            "data/test-0 data/train-0 data/train-1 data/validation-0",
-            "data/train-0 data/train-1",
-            "data/validation-0",
-            "",
-        ),
-        ("data/validation-0 data/train-0", "data/train-0", "data/validation-0", ""),
-        ("train-0 train-1 test-0", "train-0 train-1", "test-0", "no validation split, so the test split"),
-        ("train-0 train-1 train-2", "train-0 train-1", "train-2", "so it is train-2"),
-        ("train-0", "train-0", "train-0", "the last part of train-0"),
-        ("training val", "training", "val", ""),
-        ("train/0 train/1 dev/0", "train/0 train/1", "dev/0", ""),
-        ("train/0 eval/0", "train/0", "eval/0", "so the test split"),
-        (
-            "shard_0 shard_1 valid",
-            "shard_0 shard_1",
-            "valid",
-            "shard_0, shard_1, named after no split, is the training",
-        ),
-        ("more train-0 val", "train-0", "val", "more, named after no split, is not read"),
-        (
-            "data/c/train-0 data/c/train-1 sample/10BT/0 sample/10BT/1",
-            "data/c/train-0",
-            "data/c/train-1",
-            "only its folder data is read, not sample; no file",
-        ),
-        ("data/train-0 other/train-0 test/0 val", "data/train-0", "val", "only its folder data is read, not other"),
-        ("data/0 data/1 more/0", "data/0 data/1", "more/0", "so it is more/0"),
-        ("main/train-0 main/test-0 other/train-0", "main/train-0 other/train-0", "main/test-0", "test split"),
-    ],
-)
-def test_pretraining_goes_by_the_names_and_a_note_says_what_they_leave_open(names, train, validation, sentence):
+SPLITS = """
+a b c | a b | c | no file is named after a validation split, so it is c
+a | a | a | so it is the last part of a
+data/test-0 data/train-0 data/train-1 data/validation-0 | data/train-0 data/train-1 | data/validation-0 |
+train-0 train-1 test-0 | train-0 train-1 | test-0 | no validation split, so the test split
+train-0 train-1 train-2 | train-0 train-1 | train-2 | so it is train-2
+train-0 | train-0 | train-0 | the last part of train-0
+training val | training | val |
+train/0 train/1 dev/0 | train/0 train/1 | dev/0 |
+train/0 eval/0 | train/0 | eval/0 | so the test split
+shard_0 shard_1 valid | shard_0 shard_1 | valid | shard_0, shard_1, named after no split, is the training
+more train-0 val | train-0 | val | more, named after no split, is not read
+data/c/train-0 data/c/train-1 s/0 | data/c/train-0 | data/c/train-1 | only its folder data is read, not s; no file
+data/train-0 other/train-0 test/0 val | data/train-0 | val | only its folder data is read, not other
+data/0 data/1 more/0 | data/0 data/1 | more/0 | so it is more/0
+main/train-0 main/test-0 other/train-0 | main/train-0 other/train-0 | main/test-0 | test split
+"""
+
+
+@pytest.mark.parametrize("row", SPLITS.strip().splitlines())
+def test_pretraining_goes_by_the_names_and_a_note_says_what_they_leave_open(row):
+    names, train, validation, sentence = (part.strip() for part in row.split("|"))
     *files, note = text_files("d", names.split())
     assert files == [train.split(), validation.split()]
     assert sentence in note if sentence else not note
@@ -664,9 +614,7 @@ def test_pretraining_goes_by_the_names_and_a_note_says_what_they_leave_open(name
 
 @pytest.mark.parametrize("names", ["test-0", "test-0 test-1", "validation-0 test-0", "val/0"])
 def test_text_without_a_training_split_is_refused(names):
-    with pytest.raises(
-        InputError, match=r"dataset d has (test|validation|test and validation) files only: name train"
-    ):
+    with pytest.raises(InputError, match=r"dataset d has (test|validation|test and validation) files only: name"):
         text_files("d", names.split())
 
 
