@@ -15,18 +15,8 @@ import torch
 from huggingface_hub import close_session, constants
 from transformers import AutoModelForCausalLM
 
-from nanochat_hf.data.identity import (
-    FOLDER,
-    LANGUAGES,
-    Identity,
-    Word,
-    conversations,
-    fingerprint,
-    generate_with_model,
-    parse,
-    questions,
-    read_identity,
-)
+from nanochat_hf.data import identity
+from nanochat_hf.data.identity import Identity, Word, conversations, fingerprint, parse, questions
 from nanochat_hf.data.mixture import Mixture
 from nanochat_hf.data.transforms import BadRow, check
 from nanochat_hf.errors import InputError
@@ -101,16 +91,16 @@ def test_a_korean_identity_speaks_korean_with_the_right_particles():
     assert all(unicodedata.is_normalized("NFC", a) for a in answers)
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("language", identity.LANGUAGES)
 def test_a_language_has_all_intents_and_its_phrasings_can_be_filled(language):
-    identity = Identity("Ophelia", "the club", language)
-    assert LANGUAGES == ["en", "ko"] == sorted(path.stem for path in FOLDER.iterdir())
-    assert list(identity.phrasings["intents"]) == ["name", "kind", "owner", "skills", "other"]
-    for intent in (identity.phrasings["hello"], *identity.intents):
+    me = Identity("Ophelia", "the club", language)
+    assert identity.LANGUAGES == ["en", "ko"] == sorted(path.stem for path in identity.FOLDER.iterdir())
+    assert list(me.phrasings["intents"]) == ["name", "kind", "owner", "skills", "other"]
+    for intent in (me.phrasings["hello"], *me.intents):
         ask, test, say = intent["ask"], intent["test"], intent["say"]
         assert len(ask) >= 5 and test and say and not set(ask) & set(test)
         for text in (*ask, *test, *say):
-            assert not set("{}/") & set(identity.fill(text, "Siri"))
+            assert not set("{}/") & set(me.fill(text, "Siri"))
         assert all("{name" in text for text in say), "the assistant says its name"
 
 
@@ -137,9 +127,9 @@ def test_the_identities_of_the_recipes_are_mixed_in_by_one_line(name):
 def test_a_wrong_file_is_named(tmp_path, text, message):
     (tmp_path / "me.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
-        read_identity(tmp_path / "me.yaml")
+        identity.read_identity(tmp_path / "me.yaml")
     with pytest.raises(InputError, match="cannot read"):
-        read_identity(tmp_path / "nobody.yaml")
+        identity.read_identity(tmp_path / "nobody.yaml")
 
 
 # Written by another model
@@ -182,11 +172,11 @@ def test_what_is_refused_is_requested_again_and_counted():
             number = count["n"]
         return turn(f"Hi {number // 2}", "I am Ophelia.") if number % 3 else "no"
 
-    rows, refused = generate_with_model(OPHELIA, ask, 8)
+    rows, refused = identity.generate_with_model(OPHELIA, ask, 8)
     assert len(rows) == 8 == len({fingerprint(row["messages"]) for row in rows}) and count["n"] <= 24
     assert set(refused) == {"no JSON list", "written before"}
     with pytest.raises(InputError, match=r"no conversation that can be used: no JSON list \(12\)"):
-        generate_with_model(OPHELIA, lambda messages: "no", 4)
+        identity.generate_with_model(OPHELIA, lambda messages: "no", 4)
 
 
 class FakeModel(BaseHTTPRequestHandler):

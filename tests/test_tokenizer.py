@@ -17,20 +17,7 @@ from transformers import AutoTokenizer
 
 from nanochat_hf.data import tokenizer as module
 from nanochat_hf.data.documents import text_fingerprint
-from nanochat_hf.data.tokenizer import (
-    RESPONSE_TEMPLATE,
-    SPECIAL_TOKENS,
-    TokenizerConfig,
-    byte_alphabet,
-    bytes_per_token,
-    encode_documents,
-    load_tokenizer,
-    split_pattern,
-    strip_special_tokens,
-    token_byte_lengths,
-    train_bpe,
-    train_tokenizer,
-)
+from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, TokenizerConfig, encode_documents, load_tokenizer, train_bpe
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
@@ -53,19 +40,19 @@ def test_any_text_comes_back_byte_for_byte_and_holds_no_special_token_but_the_fi
     assert tokenizer.decode(ids[1:]).encode() == text.encode()
     assert ids[0] == tokenizer.bos_token_id
     assert not set(ids[1:].tolist()) & set(tokenizer.all_special_ids)
-    assert np.array(token_byte_lengths(tokenizer))[ids].sum() == len(text.encode())
+    assert np.array(module.token_byte_lengths(tokenizer))[ids].sum() == len(text.encode())
     assert tokenizer("<|assistant_end|>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
 
 
 @given(any_text)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_stripped_text_spells_no_special_token_and_other_text_stays(text):
-    stripped = strip_special_tokens(text)
+    stripped = module.strip_special_tokens(text)
     assert not any(token in stripped for token in SPECIAL_TOKENS)
     if not any(token in text for token in SPECIAL_TOKENS):
         assert stripped == text
     for nested in ("<|bo<|bos|>s|>", "<|<|bos|>bos|>"):
-        assert "<|bos|>" not in strip_special_tokens(nested)
+        assert "<|bos|>" not in module.strip_special_tokens(nested)
 
 
 def test_special_tokens_stand_last_and_in_order(tokenizer):
@@ -81,7 +68,7 @@ def test_special_tokens_stand_last_and_in_order(tokenizer):
 
 
 def test_every_byte_is_a_token(tokenizer):
-    lengths = np.array(token_byte_lengths(tokenizer))
+    lengths = np.array(module.token_byte_lengths(tokenizer))
     assert (lengths == 1).sum() == 256
     assert (lengths[-9:] == 0).all() and (lengths[:-9] > 0).all()
 
@@ -93,7 +80,7 @@ def test_a_saved_tokenizer_loads_with_the_auto_class_and_is_the_same(tokenizer, 
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert [i for i, token in enumerate(again(text)["input_ids"]) if token == again.bos_token_id] == [0]
     assert again.chat_template == tokenizer.chat_template
-    assert again.response_template == RESPONSE_TEMPLATE
+    assert again.response_template == module.RESPONSE_TEMPLATE
     assert (again.padding_side, again.pad_token_id, len(again)) == ("left", tokenizer.pad_token_id, len(tokenizer))
     assert all((a == b).all() for a, b in zip(encode_documents(again, TEXTS), encode_documents(tokenizer, TEXTS)))
 
@@ -111,8 +98,8 @@ def test_the_split_pattern_is_that_of_upstream_with_digits_in_groups():
 
 def reference_merges(texts: list[str], num_merges: int) -> list[list[str]]:
     """BPE as it is defined: again and again the most frequent pair of neighbors; of equal ones, the smallest ids."""
-    letters = byte_alphabet()
-    words = Counter(word for text in texts for word in regex.findall(split_pattern(2), text))
+    letters = module.byte_alphabet()
+    words = Counter(word for text in texts for word in regex.findall(module.split_pattern(2), text))
     words = [([letters[byte] for byte in word.encode()], count) for word, count in words.items()]
     ids, merges = {letter: number for number, letter in enumerate(sorted(letters))}, []
     while len(ids) < 256 + num_merges:
@@ -141,9 +128,9 @@ def test_merges_are_those_of_the_definition():
         tokenizer = train_bpe(texts, size)
         merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
         assert merges == reference_merges(texts, size - 265) and len(tokenizer) == 265 + len(merges)
-    assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(module.byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
     shown = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    assert "".join(byte_alphabet()[:128]) == shown.pre_tokenize_str("".join(map(chr, range(128))))[0][0]
+    assert "".join(module.byte_alphabet()[:128]) == shown.pre_tokenize_str("".join(map(chr, range(128))))[0][0]
 
 
 def test_composing_normalization_makes_equal_text_of_equal_letters():
@@ -189,7 +176,7 @@ def test_an_older_chat_template_of_ours_is_renewed_and_another_stays(tokenizer, 
         assert load_tokenizer(tmp_path).chat_template == expected
     tokenizer.save_pretrained(tmp_path)
     config = load_json(tmp_path / "tokenizer_config.json")
-    for response_template, expected in (({"fields": {}}, RESPONSE_TEMPLATE), (None, None)):
+    for response_template, expected in (({"fields": {}}, module.RESPONSE_TEMPLATE), (None, None)):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "response_template": response_template}))
         assert getattr(load_tokenizer(tmp_path), "response_template", None) == expected
 
@@ -215,23 +202,23 @@ def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
     texts = [f"Document {i} tells that the number {i * i} follows {i * i - 1}." for i in range(320)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = TokenizerConfig(dataset=str(tmp_path / "d.jsonl"), vocab_size=300, max_chars=9010, doc_cap=40)
-    train_tokenizer(config, tmp_path / "tokenizer")
+    module.train_tokenizer(config, tmp_path / "tokenizer")
     tokenizer, metrics = load_tokenizer(tmp_path / "tokenizer"), load_json(tmp_path / "tokenizer" / "metrics.json")
     assert metrics["inputs"] == {"data": text_fingerprint(config.dataset)}
     assert metrics["finished"] and metrics["vocab_size"] == len(tokenizer) == 300
     assert metrics["train_chars"] == 9010  # the last document is cut
     validation = [text[:40] for text in texts[300:]]
-    assert metrics["bytes_per_token"] == pytest.approx(bytes_per_token(tokenizer, validation), rel=0.05)
+    assert metrics["bytes_per_token"] == pytest.approx(module.bytes_per_token(tokenizer, validation), rel=0.05)
     assert 1 < metrics["bytes_per_token"] < 8
 
 
 def test_bytes_per_token_counts_no_bos(tokenizer):
     texts = ["가나다 abc", "x" * 50]
     num_tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-    assert bytes_per_token(tokenizer, texts) == (13 + 50) / num_tokens
+    assert module.bytes_per_token(tokenizer, texts) == (13 + 50) / num_tokens
 
 
 def test_a_stage_that_fails_leaves_nothing_that_looks_finished(tmp_path):
     with pytest.raises(InputError):
-        train_tokenizer(TokenizerConfig(dataset=str(tmp_path / "none.jsonl")), tmp_path / "tokenizer")
+        module.train_tokenizer(TokenizerConfig(dataset=str(tmp_path / "none.jsonl")), tmp_path / "tokenizer")
     assert not (tmp_path / "tokenizer" / "metrics.json").exists()
