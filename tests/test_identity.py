@@ -58,9 +58,6 @@ def test_the_test_asks_in_phrasings_that_no_training_has():
     assert not train & test and not train & {re.sub(r"\W+", " ", q).strip().lower() for q in questions(OPHELIA)}
     with pytest.raises(InputError, match="no split 'dev'"):
         next(conversations(OPHELIA, "dev"))
-
-
-def test_more_conversations_than_there_are_phrasings_are_refused():
     mute = Identity("Ophelia", "the club")
     mute.intents = [{"ask": ["Who?"], "test": ["And who?"], "say": ["Ophelia."]}]
     with pytest.raises(InputError, match=r"only \d+ different conversations of Ophelia, not 500"):
@@ -139,11 +136,6 @@ def turn(question: str, answer: str) -> str:
     return json.dumps([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
-def test_what_a_model_wrote_is_found_in_a_fence():
-    text = f"Here you are:\n```json\n{turn('Hi', 'I am Ophelia.')}\n```"
-    assert parse(text, OPHELIA)[1]["content"] == "I am Ophelia."
-
-
 @pytest.mark.parametrize(
     "text,reason",
     [
@@ -158,7 +150,9 @@ def test_what_a_model_wrote_is_found_in_a_fence():
         (turn("Hi", "Ophelia")[:-2] + ', "name": "x"}]', "more than a role"),
     ],
 )
-def test_what_a_model_wrote_is_checked(text, reason):
+def test_what_a_model_wrote_is_taken_out_of_its_fence_and_checked(text, reason):
+    fenced = f"Here you are:\n```json\n{turn('Hi', 'I am Ophelia.')}\n```"
+    assert parse(fenced, OPHELIA)[1]["content"] == "I am Ophelia."
     with pytest.raises(BadRow, match=reason):
         parse(text, OPHELIA)
 

@@ -2,7 +2,6 @@
 
 import json
 import unicodedata
-import warnings
 from collections import Counter
 from hashlib import sha256
 from itertools import islice, pairwise
@@ -22,14 +21,10 @@ from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
 
-TEXTS = [
-    "The cat sat on the mat, and the hat was 1234 feet away.\n\nIt didn't care.",
-    "안녕하세요 세계, 안녕!",
-    "naïve café 🙂",
-]
-parts = st.sampled_from(
-    [*SPECIAL_TOKENS, "<|", "|>", "bos", " ", "\n", "7", "한글", "👩‍👩‍👧", "e\u0301", "\x00", "'s"]
-)
+TEXTS = ["The cat sat on the mat, and the hat was 1234 feet away.\n\nIt didn't care.", "안녕하세요 세계, 안녕!"]
+TEXTS.append("naïve café 🙂")
+odd = ["<|", "|>", "bos", " ", "\n", "7", "한글", "👩‍👩‍👧", "e\u0301", "\x00", "'s"]
+parts = st.sampled_from([*SPECIAL_TOKENS, *odd])
 any_text = st.lists(st.one_of(parts, st.text())).map("".join)
 
 
@@ -58,13 +53,9 @@ def test_stripped_text_spells_no_special_token_and_other_text_stays(text):
 def test_special_tokens_stand_last_and_in_order(tokenizer):
     ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
     assert ids == list(range(len(tokenizer) - 9, len(tokenizer)))
-    assert set(tokenizer.all_special_tokens) == set(SPECIAL_TOKENS)
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
-        "<|bos|>",
-        "<|assistant_end|>",
-        "<|bos|>",
-    )
-    assert tokenizer.padding_side == "left"
+    assert set(tokenizer.all_special_tokens) == set(SPECIAL_TOKENS) and tokenizer.padding_side == "left"
+    marks = tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token
+    assert marks == ("<|bos|>", "<|assistant_end|>", "<|bos|>")
 
 
 def test_every_byte_is_a_token(tokenizer):
@@ -133,36 +124,27 @@ def test_merges_are_those_of_the_definition():
     assert "".join(module.byte_alphabet()[:128]) == shown.pre_tokenize_str("".join(map(chr, range(128))))[0][0]
 
 
-def test_composing_normalization_makes_equal_text_of_equal_letters():
+@pytest.mark.filterwarnings("ignore:the text gives only")
+def test_training_is_deterministic_and_composes_letters_on_request():
     decomposed = unicodedata.normalize("NFD", "한글 café")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain, composed = train_bpe(TEXTS, 300), train_bpe(TEXTS, 300, normalization="nfc")
-    (a,), (b,) = encode_documents(composed, [decomposed]), encode_documents(composed, ["한글 café"])
-    assert (a == b).all()
-    assert composed.decode(a[1:]) == "한글 café"
-    (c,) = encode_documents(plain, [decomposed])
-    assert plain.decode(c[1:]) == decomposed
-
-
-def test_training_is_deterministic():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        one, two = train_bpe(TEXTS * 3, 320), train_bpe(iter(TEXTS * 3), 320)
-    assert one.get_vocab() == two.get_vocab()
+    plain, composed = train_bpe(TEXTS, 300), train_bpe(iter(TEXTS), 300, normalization="nfc")
+    assert plain.get_vocab() == train_bpe(iter(TEXTS), 300).get_vocab()
+    a, b = encode_documents(composed, [decomposed, "한글 café"])
+    assert a.tolist() == b.tolist() and composed.decode(a[1:]) == "한글 café"
+    assert plain.decode(encode_documents(plain, [decomposed])[0][1:]) == decomposed
 
 
 def test_too_small_a_vocabulary_no_text_and_wrong_settings_are_refused():
-    with pytest.raises(InputError, match="at least 265"):
-        train_bpe(TEXTS, 264)
-    with pytest.raises(InputError, match="no text"):
-        train_bpe([], 300)
-    with pytest.raises(InputError, match="digit_group"):
-        train_bpe(TEXTS, 300, digit_group=4)
-    with pytest.raises(InputError, match="normalization"):
-        train_bpe(TEXTS, 300, normalization="nfkc")
+    for texts, size, options, reason in (
+        (TEXTS, 264, {}, "at least 265"), ([], 300, {}, "no text"), (TEXTS, 300, {"digit_group": 4}, "digit_group"),
+        (TEXTS, 300, {"normalization": "nfkc"}, "normalization"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=reason):
+            train_bpe(texts, size, **options)
     with pytest.raises(InputError, match="no tokenizer in"):
         load_tokenizer("/nowhere")
+    with pytest.warns(UserWarning, match="only .* tokens, not 4000"):
+        assert len(train_bpe(TEXTS, 4000)) < 4000
 
 
 def test_an_older_chat_template_of_ours_is_renewed_and_another_stays(tokenizer, tmp_path, monkeypatch):
@@ -193,11 +175,6 @@ def test_the_assistants_tokens_are_read_off_the_ids(tokenizer):
     assert [c for c, one in zip(row, mask) if one == "1"] == list("..p.>..((.p.>")
 
 
-def test_short_text_gives_fewer_tokens_with_a_warning():
-    with pytest.warns(UserWarning, match="only .* tokens, not 4000"):
-        assert len(train_bpe(TEXTS, 4000)) < 4000
-
-
 def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
     texts = [f"Document {i} tells that the number {i * i} follows {i * i - 1}." for i in range(320)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -209,16 +186,12 @@ def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
     assert metrics["train_chars"] == 9010  # the last document is cut
     validation = [text[:40] for text in texts[300:]]
     assert metrics["bytes_per_token"] == pytest.approx(module.bytes_per_token(tokenizer, validation), rel=0.05)
-    assert 1 < metrics["bytes_per_token"] < 8
+    with pytest.raises(InputError):  # a stage that fails leaves nothing that looks finished
+        module.train_tokenizer(TokenizerConfig(dataset=str(tmp_path / "none.jsonl")), tmp_path / "other")
+    assert not (tmp_path / "other" / "metrics.json").exists()
 
 
 def test_bytes_per_token_counts_no_bos(tokenizer):
     texts = ["가나다 abc", "x" * 50]
     num_tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     assert module.bytes_per_token(tokenizer, texts) == (13 + 50) / num_tokens
-
-
-def test_a_stage_that_fails_leaves_nothing_that_looks_finished(tmp_path):
-    with pytest.raises(InputError):
-        module.train_tokenizer(TokenizerConfig(dataset=str(tmp_path / "none.jsonl")), tmp_path / "tokenizer")
-    assert not (tmp_path / "tokenizer" / "metrics.json").exists()
