@@ -6,6 +6,7 @@ And the files of a dataset: which ones are read, as which split, and which error
 import json
 from itertools import islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +26,8 @@ def write(path: Path, texts: list[str], group: int = 4, column: str = "text") ->
     """A parquet or .jsonl file, by its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        pq.write_table(pa.table({column: pa.array(texts, pa.string())}), path, row_group_size=group)
+        table = pa.table({column: pa.array(texts, pa.string())})
+        pq.write_table(table, path, row_group_size=group, compression="none", use_dictionary=False)
     else:
         path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts))
 
@@ -75,11 +77,8 @@ def test_ranks_share_every_document_exactly_once_per_epoch(tmp_path_factory, cou
 
 
 def test_later_epochs_shuffle_by_the_seed_and_only_by_it(folder):
-    def second_epoch(seed):
-        return epochs(DocumentStream(folder, seed=seed), 2)[len(TRAIN) :]
-
-    assert second_epoch(1) == second_epoch(1) != second_epoch(2)
-    assert second_epoch(1) != TRAIN
+    one, again, other = (epochs(DocumentStream(folder, seed=seed), 2)[len(TRAIN) :] for seed in (1, 1, 2))
+    assert one == again != other and one != TRAIN
 
 
 def test_the_primer_is_a_dataset_with_two_splits():
@@ -188,12 +187,11 @@ def test_of_more_text_than_the_limit_both_ends_of_each_file_are_hashed(tmp_path,
             (tmp_path / name).write_bytes(b"0123456789" * 3 if name == "a" else text)
         return module.content_hash(["a"], ["b"], tmp_path.joinpath)
 
-    first = content(b"0123456789" * 3)
-    assert content(b"0123456789" * 2 + b"012345678X") != first != content(b"X123456789" + b"0123456789" * 2)
-    middle = b"0123456789XXXXXXXXXX0123456789"
-    assert content(middle) == first  # the stated limit of this hash
+    text, middle = b"0123456789" * 3, b"0123456789XXXXXXXXXX0123456789"
+    assert content(text[:-1] + b"X") != content(text) != content(b"X" + text[1:])
+    assert content(middle) == content(text)  # the stated limit of this hash
     monkeypatch.setattr(module, "HASH_LIMIT", 60)
-    assert content(middle) != content(b"0123456789" * 3)
+    assert content(middle) != content(text)
 
 
 def test_a_fingerprint_of_text_covers_both_splits_and_every_part(tmp_path):
@@ -298,13 +296,14 @@ def test_a_wrong_mixture_is_named_in_one_line(entries, words):
 
 
 def test_a_mixtures_state_is_refused_by_other_weights(tmp_path):
-    state = mixture_of(tmp_path, weights=(1, 3)).state_dict()
-    with pytest.raises(InputError, match="another mixture"):
-        mixture_of(tmp_path, weights=(1, 2)).load_state_dict(state)
-    with pytest.raises(InputError, match="another mixture"):
-        mixture_of(tmp_path).load_state_dict(DocumentStream(tmp_path / "a").state_dict())
-    with pytest.raises(InputError, match="keep the seed"):
-        DocumentStream(tmp_path / "a").load_state_dict(state)
+    state, single = mixture_of(tmp_path).state_dict(), DocumentStream(tmp_path / "a")
+    for stream, other, reason in (
+        (mixture_of(tmp_path, weights=(1, 2)), state, "another mixture"),
+        (mixture_of(tmp_path), single.state_dict(), "another mixture"),
+        (single, state, "keep the seed"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            stream.load_state_dict(other)
 
 
 def test_a_mixture_is_read_from_yaml_and_from_the_command_line(tmp_path):
@@ -394,38 +393,23 @@ def test_empty_documents_are_passed_over_and_half_a_surrogate_pair_is_no_charact
     assert set(open_documents([{"dataset": str(path)}])) == {"a?b", "🦉"}
 
 
-def truncated(path):
-    write(path, ["a", "b"])
-    path.write_bytes(path.read_bytes()[:-30])
-
-
-def damaged(path):
-    write(path, [f"{i} " + "word " * 50 for i in range(8)])
-    start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
-    content = bytearray(path.read_bytes())
-    content[start : start + 20] = b"\xff" * 20
-    path.write_bytes(content)
-
-
-def no_utf8(path):
-    offsets = pa.array([0, 1, 3], pa.int32()).buffers()[1]
-    text = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"a\xff\xfe"))
-    pq.write_table(pa.table({"text": text}), path)
-
-
 @pytest.mark.parametrize(
-    ("make", "reason", "rest"),
+    ("damage", "reason"),
     [
-        (lambda path: path.write_bytes(b""), "truncated or no parquet", []),
-        (truncated, "truncated or no parquet", []),
-        (damaged, "row group 0", [f"{i} " + "word " * 50 for i in range(4, 8)]),
-        (no_utf8, "row group 0: 'utf-8' codec", []),
+        ("empty", "truncated or no parquet"),
+        ("truncated", "truncated or no parquet"),
+        ("overwritten", "row group 0"),
+        ("no UTF-8", "row group 0: 'utf-8' codec"),
     ],
 )
-def test_a_broken_file_is_named_and_skipped_only_on_request(tmp_path, make, reason, rest):
-    make(tmp_path / "0.parquet")
-    for number in "12":
-        write(tmp_path / f"{number}.parquet", ["v"])
+def test_a_broken_file_is_named_and_skipped_only_on_request(tmp_path, damage, reason):
+    texts, path = [f"{i} " + "word " * 50 for i in range(8)], tmp_path / "0.parquet"
+    for number in "012":
+        write(tmp_path / f"{number}.parquet", ["v"] if number != "0" else texts)
+    content, start = path.read_bytes(), pq.read_metadata(path).row_group(0).column(0).data_page_offset
+    whole = {"empty": b"", "truncated": content[:-30], "no UTF-8": content.replace(b"0 word", b"0 wo\xffd")}
+    path.write_bytes(whole.get(damage, content[:start] + b"\xff" * 20 + content[start + 20 :]))
+    rest = [] if reason.startswith("truncated") else texts[4:]  # of the second row group
     with pytest.raises(InputError, match=rf"0.parquet cannot be read \({reason}.*skip_bad_files"):
         list(DocumentStream(tmp_path))
     with pytest.warns(UserWarning, match=reason):
@@ -443,16 +427,15 @@ def test_bad_lines_are_named_and_skipped_only_on_request(tmp_path):
 
 def test_missing_empty_and_unsuitable_datasets_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    write(tmp_path / "column" / "0.parquet", ["a"], column="content")
-    (tmp_path / "numbers").mkdir()
-    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers" / "1.parquet")
+    write(tmp_path / "column.parquet", ["a"], column="content")
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     write(tmp_path / "messages.jsonl", ["a"] * 3, column="messages")
     write(tmp_path / "empty" / "0.parquet", [])
     write(tmp_path / "empty" / "1.parquet", ["a"])
     (tmp_path / "none").mkdir()
     for dataset, reason in (
-        (tmp_path / "column", "no column 'text'; it has content"),
-        (tmp_path / "numbers", "int64, not text"),
+        (tmp_path / "column.parquet", "no column 'text'; it has content"),
+        (tmp_path / "numbers.parquet", "int64, not text"),
         (tmp_path / "messages.jsonl", "no text under 'text'"),
         (tmp_path / "empty", "train split of dataset .* has no documents"),
         (tmp_path / "none", r"no \.parquet or \.jsonl"),
@@ -484,24 +467,14 @@ def test_ranks_of_one_process_decode_a_row_group_once(tmp_path, monkeypatch):
 
 
 def test_failures_of_the_network_are_tried_again_and_then_named(monkeypatch):
-    delays, calls = [], []
+    delays = []
     monkeypatch.setattr(module.time, "sleep", delays.append)
-
-    def fails_twice():
-        calls.append(1)
-        if len(calls) < 3:
-            raise TimeoutError("read timed out")
-        return "done"
-
+    action = Mock(side_effect=[TimeoutError("read timed out")] * 2 + ["done"])
     with pytest.warns(UserWarning, match="file x: attempt [12] failed with TimeoutError: read timed out"):
-        assert module.with_retry(fails_twice, "file x") == "done"
+        assert module.with_retry(action, "file x") == "done"
     assert delays == [1, 2]
-
-    def always_fails():
-        raise ConnectionResetError("gone")
-
     with pytest.warns(UserWarning), pytest.raises(InputError, match=r"file x: failed 6 times.*gone"):
-        module.with_retry(always_fails, "file x")
+        module.with_retry(Mock(side_effect=ConnectionResetError("gone")), "file x")
     assert delays == [1, 2, 1, 2, 4, 8, 16]
 
 

@@ -135,7 +135,7 @@ class PackedLoader:
         self.batch_size, self.seq_len, self.prefetch = batch_size, seq_len, prefetch
         self.buffer_size, self.packing_strategy = buffer_size, packing_strategy
         self.num_shards = math.ceil(max(num_shards, 1) / stream.world_size) * stream.world_size
-        # Rows of all ranks up to the last batch handed out, and the stream's state and waiting documents of each shard.
+        # Rows of all ranks up to the last batch handed out; the stream's state and waiting documents of each shard.
         self._last: tuple[int, dict[int, tuple[dict, list[np.ndarray]]]] = (0, {})
         self._thread: ThreadPoolExecutor | None = None
         self._pending: deque[Future] = deque()
