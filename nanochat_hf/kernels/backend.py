@@ -97,13 +97,10 @@ def verify(names: Sequence[str], config, device: torch.device, dtype: torch.dtyp
             with torch.enable_grad():
                 reason = fault(name, CHECKS[name].cases(draw, subject or config))
             if reason:
-                disable(name, reason)
+                disabled.add(name)
+                line = f"kernel {name!r} is wrong here and not used: {reason} ({versions()})"
+                warn(f"{line}; {CHECKS[name].instead} instead")
         return frozenset(disabled)
-
-
-def disable(name: str, reason: str) -> None:
-    disabled.add(name)
-    warn(f"kernel {name!r} is wrong here and not used: {reason} ({versions()}); {CHECKS[name].instead} instead")
 
 
 def fault(name: str, cases: Cases) -> str | None:
