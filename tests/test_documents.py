@@ -6,6 +6,7 @@ And the files of a dataset: which ones are read, as which split, and which error
 import json
 from itertools import islice
 from pathlib import Path
+from random import Random
 from unittest.mock import Mock
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from nanochat_hf.data import documents as module
 from nanochat_hf.data.documents import DocumentStream, is_local, open_documents, text_fingerprint
 from nanochat_hf.data.splits import is_visible, row_files, split_of, text_files, unread_files
+from nanochat_hf.demo import corpus
 from nanochat_hf.errors import InputError
 
 
@@ -169,6 +171,11 @@ def test_states_of_older_versions_resume_or_are_refused(tmp_path):
         assert "training files" not in saved["source"]
         del saved["source"]["content"]
         DocumentStream(dataset).load_state_dict(saved)
+    stream, texts = DocumentStream("primer"), list(corpus.documents())
+    source = {**saved["source"], "content": "7c768cf578604488"}  # the demo's corpus stays what it was
+    stream.load_state_dict({**saved, "source": source, "position": [1, 0, 1, 0, 3]})  # 3 of the second epoch are read
+    Random("0 1 rows 0 0").shuffle(texts)  # seed, epoch, file and unit
+    assert list(islice(stream, 5)) == texts[3:8] and stream.state_dict()["position"] == [1, 0, 1, 0, 8]
     (tmp_path / "validation-0.jsonl").rename(tmp_path / "test-0.jsonl")
     stream = DocumentStream(tmp_path)
     stream.load_state_dict(stream.state_dict())

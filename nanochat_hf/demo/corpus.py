@@ -37,15 +37,12 @@ class Relation:
     statements: list[str]
 
 
-def _read(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-WORLD = yaml.load(_read("world.yaml"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+FOLDER = Path(__file__).parent
+WORLD = yaml.load((FOLDER / "world.yaml").read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 NAME, PEOPLE, ANIMALS = WORLD["name"], WORLD["people"], WORLD["animals"]
 RELATIONS = [Relation(**fields) for fields in WORLD["relations"]]
 LISTED = RELATIONS[8:]  # opposites, days, months, numbers: no document is about their entities
-WORDS, TRIPLE_WORDS = (part.split() for part in _read("words.txt").split("\n\n")[1::2])
+WORDS, TRIPLE_WORDS = (part.split() for part in (FOLDER / "words.txt").read_text().split("\n\n")[1::2])
 
 KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")  # of `questions`
 CHAT_KINDS = (*KINDS, "talk", "story")  # of `conversations`

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from .backend import check, compiled, triton, unavailable, usable, with_gradients
+from .backend import check, compiled, tl, triton, unavailable, usable, with_gradients
 from .weight_cache import EmbeddingGradIndex, EmbeddingRows
 
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # keep compiled kernels on disk, as quack does
@@ -26,7 +26,6 @@ except Exception as error:  # a version that does not fit may raise anything
 FLASH, FLASH_DOCUMENTS = "FlashAttention-4", "FlashAttention-4 with document masking"
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def _rope_qk_norm(base, out, first_head, heads, c, s, eps, D: tl.constexpr, PADDED: tl.constexpr):

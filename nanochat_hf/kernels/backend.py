@@ -20,8 +20,9 @@ from torch import Tensor
 
 try:
     import triton
+    import triton.language as tl
 except ImportError:  # CPU and Apple builds of torch come without Triton
-    triton = None
+    triton = tl = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, in Python
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl")
