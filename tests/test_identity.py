@@ -1,13 +1,13 @@
 """Conversations of an identity: from phrasings or written by another model, checked, all different."""
 
-import importlib.util
 import json
 import re
+import runpy
 import sys
 import threading
 import unicodedata
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -158,16 +158,14 @@ def test_what_a_model_wrote_is_taken_out_of_its_fence_and_checked(text, reason):
 
 
 def test_what_is_refused_is_requested_again_and_counted():
-    lock, count = threading.Lock(), Counter()
+    numbers = count(1)  # `next` of it is atomic
 
     def ask(messages):
-        with lock:
-            count["n"] += 1
-            number = count["n"]
+        number = next(numbers)
         return turn(f"Hi {number // 2}", "I am Ophelia.") if number % 3 else "no"
 
     rows, refused = identity.generate_with_model(OPHELIA, ask, 8)
-    assert len(rows) == 8 == len({fingerprint(row["messages"]) for row in rows}) and count["n"] <= 24
+    assert len(rows) == 8 == len({fingerprint(row["messages"]) for row in rows}) and next(numbers) <= 25
     assert set(refused) == {"no JSON list", "written before"}
     with pytest.raises(InputError, match=r"no conversation that can be used: no JSON list \(12\)"):
         identity.generate_with_model(OPHELIA, lambda messages: "no", 4)
@@ -201,13 +199,11 @@ def make_identity(monkeypatch):
     """scripts/make_identity.py as a function of its arguments."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the hub's client may talk to this machine
     close_session()
-    spec = importlib.util.spec_from_file_location("make_identity", ROOT / "scripts" / "make_identity.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    main = runpy.run_path(str(ROOT / "scripts" / "make_identity.py"))["main"]
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["make_identity.py", *map(str, words)])
-        module.main()
+        main()
 
     return call
 
