@@ -89,8 +89,8 @@ def test_the_split_pattern_is_that_of_upstream_with_digits_in_groups():
 
 def reference_merges(texts: list[str], num_merges: int) -> list[list[str]]:
     """BPE as it is defined: again and again the most frequent pair of neighbors; of equal ones, the smallest ids."""
-    letters = module.byte_alphabet()
-    words = Counter(word for text in texts for word in regex.findall(module.split_pattern(2), text))
+    letters, pattern = module.byte_alphabet(), module.SPLIT_PATTERN.replace("GROUP", "2")
+    words = Counter(word for text in texts for word in regex.findall(pattern, text))
     words = [([letters[byte] for byte in word.encode()], count) for word, count in words.items()]
     ids, merges = {letter: number for number, letter in enumerate(sorted(letters))}, []
     while len(ids) < 256 + num_merges:

@@ -102,13 +102,12 @@ def text_fingerprint(dataset: str | list[dict]) -> str:
 class DocumentStream:
     """The documents (str) of rank `rank` out of `world_size`; iterating gives the rest of the current epoch.
 
-    `epoch` counts finished epochs; `state_dict` is the state after the last document. Raises InputError for a dataset
-    that is missing, empty, unreadable or without text; with `skip_bad_files` what cannot be read is skipped with a
-    warning.
+    `dataset` is a spec, or a `DatasetSplit` that is already open. `epoch` counts finished epochs; `state_dict` is the
+    state after the last document. Raises InputError for a dataset that is missing, empty, unreadable or without text;
+    with `skip_bad_files` what cannot be read is skipped with a warning.
     """
 
-    def __init__(self, dataset: "str | Path | DatasetSplit", split="train", rank=0, world_size=1, seed=0,
-                 skip_bad_files=False):  # fmt: skip
+    def __init__(self, dataset, split="train", rank=0, world_size=1, seed=0, skip_bad_files=False):
         if not 0 <= rank < world_size:
             raise InputError(f"rank {rank} does not exist among {world_size} ranks")
         opened = isinstance(dataset, DatasetSplit)

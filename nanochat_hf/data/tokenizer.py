@@ -60,10 +60,6 @@ SPLIT_PATTERN = "|".join(
 )
 
 
-def split_pattern(digit_group: int) -> str:
-    return SPLIT_PATTERN.replace("GROUP", str(digit_group))
-
-
 def new_backend(digit_group: int = 2, normalization: str | None = None) -> Tokenizer:
     """An untrained byte-level BPE tokenizer; `normalization` is None (text is kept byte for byte) or "nfc"."""
     if digit_group not in (1, 2, 3):
@@ -73,7 +69,8 @@ def new_backend(digit_group: int = 2, normalization: str | None = None) -> Token
     backend = Tokenizer(models.BPE())
     if normalization:
         backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(split_pattern(digit_group)), behavior="isolated")
+    pattern = Regex(SPLIT_PATTERN.replace("GROUP", str(digit_group)))
+    split = pre_tokenizers.Split(pattern, behavior="isolated")
     bytes_as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_as_letters])
     backend.decoder = decoders.ByteLevel()
