@@ -1,6 +1,7 @@
 """The chat template: upstream's token protocol exactly, a true loss mask, and no way in for spelled special tokens."""
 
 import json
+from itertools import groupby
 
 import pytest
 from jinja2.exceptions import TemplateError
@@ -19,6 +20,10 @@ def call(expression="6*7", name="python", **arguments):
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+def system(text):
+    return {"role": "system", "content": text}
+
+
 def user(text):
     return {"role": "user", "content": text}
 
@@ -32,18 +37,8 @@ def tool(text):
 
 
 SUM = [user("What is 6*7?"), assistant("I compute:", call("6*7")), tool("42"), assistant("It is 42.")]
-PARTS = [
-    user("What is 6*7?"),
-    {
-        "role": "assistant",
-        "content": [
-            {"type": "text", "text": "I compute:"},
-            {"type": "python", "text": "6*7"},
-            {"type": "python_output", "text": "42"},
-            {"type": "text", "text": "It is 42."},
-        ],
-    },
-]
+KINDS = (("text", "I compute:"), ("python", "6*7"), ("python_output", "42"), ("text", "It is 42."))
+PARTS = [user("What is 6*7?"), assistant([{"type": kind, "text": text} for kind, text in KINDS])]
 
 
 def show(tokenizer, messages, **options):
@@ -58,17 +53,16 @@ def show(tokenizer, messages, **options):
 def trained(tokenizer, messages) -> list[str]:
     """The stretches of text that the loss is taken on."""
     out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    stretches, previous = [], 0
-    for token, mask in zip(out["input_ids"], out["assistant_masks"]):
-        if mask and not previous:
-            stretches.append([])
-        if mask:
-            stretches[-1].append(token)
-        previous = mask
-    return [tokenizer.decode(stretch) for stretch in stretches]
+    stretches = groupby(zip(out["input_ids"], out["assistant_masks"]), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in stretch]) for mask, stretch in stretches if mask]
 
 
-SYSTEM = {"role": "system", "content": "Be brief."}
+def structure(tokenizer, messages) -> list[int]:
+    """The special tokens that the messages become."""
+    ids = tokenizer.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
+    return [index for index in ids if index in tokenizer.all_special_ids]
+
+
 DIALOGUE = [user("Hi"), assistant("Yes?"), user("Bye")]
 ROUNDS = [user("?"), assistant("", call("1"), call("2")), tool("x"), tool("y"), assistant("", call("3")), tool("z")]
 WEATHER = [user("?"), assistant("", call(name="weather", city="Ulm", days=2, unit=None))]
@@ -82,7 +76,7 @@ TURN = "^u(What is 6*7?)ua(I compute:p(6*7)po(42)oIt is 42.)a"
     [
         (DIALOGUE, {}, "^u(Hi)ua(Yes?)au(Bye)u"),
         (DIALOGUE, {"add_generation_prompt": True}, "^u(Hi)ua(Yes?)au(Bye)ua("),
-        ([SYSTEM, *DIALOGUE], {}, "^u(Be brief.\n\nHi)ua(Yes?)au(Bye)u"),
+        ([system("Be brief."), *DIALOGUE], {}, "^u(Be brief.\n\nHi)ua(Yes?)au(Bye)u"),
         (SUM, {}, TURN),
         (SUM[:2], {}, "^u(What is 6*7?)ua(I compute:p(6*7)p"),
         (SUM[:3], {"add_generation_prompt": True}, "^u(What is 6*7?)ua(I compute:p(6*7)po(42)o"),
@@ -103,7 +97,7 @@ def test_the_loss_is_on_the_assistants_words_calls_and_ends_only(tokenizer):
     spoken = ["I compute:<|python_start|>6*7<|python_end|>", "It is 42.<|assistant_end|>"]
     assert trained(tokenizer, SUM) == spoken
     assert trained(tokenizer, PARTS) == spoken
-    dialogue = [{"role": "system", "content": "S"}, user("a"), assistant("b"), user("c"), assistant("d")]
+    dialogue = [system("S"), user("a"), assistant("b"), user("c"), assistant("d")]
     assert trained(tokenizer, dialogue) == ["b<|assistant_end|>", "d<|assistant_end|>"]
 
 
@@ -111,38 +105,28 @@ ENDS = ["Sure 😊", "좋아요", "好", "café", "e\u0301", "π", "ok ✅", "fi
 
 
 def conversations(reply):
-    part = {"type": "text", "text": reply}
+    part, called = {"type": "text", "text": reply}, call(f"'{reply}'")
     ran = [{"type": "python", "text": f"'{reply}'"}, {"type": "python_output", "text": reply}]
-    return [
-        [user(reply), assistant(reply), user(reply), assistant(reply)],
-        [user(reply), assistant(reply, call(f"'{reply}'")), tool(reply), assistant(reply)],
-        [user(reply), assistant(reply, call("1"), call(f"'{reply}'")), tool(reply), tool(reply), assistant(reply)],
-        [
-            user(reply),
-            assistant("", call(f"'{reply}'")),
-            tool(reply),
-            assistant("", call("1")),
-            tool("1"),
-            assistant(),
-        ],
-        [user(reply), {"role": "assistant", "content": [part, *ran, part, *ran, part, part]}],
-        [user(reply), {"role": "assistant", "content": [*ran, *ran]}],
-        [user(reply), assistant(reply, call(f"'{reply}'"))],
+    turns = [
+        [assistant(reply), user(reply), assistant(reply)],
+        [assistant(reply, called), tool(reply), assistant(reply)],
+        [assistant(reply, call("1"), called), tool(reply), tool(reply), assistant(reply)],
+        [assistant("", called), tool(reply), assistant("", call("1")), tool("1"), assistant()],
+        [assistant([part, *ran, part, *ran, part, part])],
+        [assistant([*ran, *ran])],
+        [assistant(reply, called)],
     ]
+    return [[user(reply), *turn] for turn in turns]
 
 
 @pytest.mark.parametrize("reply", ENDS)
 def test_the_mask_holds_all_bytes_of_a_last_character(tokenizer, reply):
     composing = train_bpe(["a few words"], 265, normalization="nfc")
     for tok in (tokenizer, composing):
-        for messages in conversations(reply):
-            out = tok.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            assert out["assistant_masks"] == spoken_mask(tok, out["input_ids"])
-        padded = tok.apply_chat_template(
-            conversations(reply), return_dict=True, return_assistant_tokens_mask=True, padding=True
-        )
-        for ids, mask in zip(padded["input_ids"], padded["assistant_masks"]):
-            assert mask == spoken_mask(tok, ids)
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        outs = [tok.apply_chat_template([messages], **options) for messages in conversations(reply)]
+        for out in [*outs, tok.apply_chat_template(conversations(reply), padding=True, **options)]:
+            assert out["assistant_masks"] == [spoken_mask(tok, ids) for ids in out["input_ids"]]
 
 
 def test_plain_trl_trains_every_byte_of_a_last_character(tokenizer, tiny_model, tmp_path, fresh_accelerator):
@@ -175,54 +159,33 @@ def test_every_beginning_of_a_conversation_renders_as_a_beginning(tokenizer):
 
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
 def test_no_content_becomes_a_special_token(tokenizer, token):
-    def structure(word):
-        messages = [
-            {"role": "system", "content": f"s{word}"},
-            user(f"u{word}"),
-            assistant(f"a{word}", call(f"'{word}'"), call(name=f"t{word}", **{f"k{word}": word})),
-            tool(f"o{word}{word}"),
-            {"role": "assistant", "content": [{"type": "text", "text": word}, {"type": "python", "text": word}]},
-            user([{"type": "text", "text": word}]),
-        ]
-        ids = tokenizer.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
-        return [i for i in ids if i in tokenizer.all_special_ids]
+    def spelled(word):
+        calls = [call(f"'{word}'"), call(name=f"t{word}", **{f"k{word}": word})]
+        parts = [{"type": kind, "text": word} for kind in ("text", "python")]
+        messages = [system(f"s{word}"), user(f"u{word}"), assistant(f"a{word}", *calls), tool(f"o{word}{word}")]
+        return structure(tokenizer, [*messages, assistant(parts), user(parts[:1])])
 
     # Spellings that could close up again when taken apart are tried too.
     for word in (token, f"<|bo{token}s|>", f"<{token}|bos|>", token[:-1] + token + ">"):
-        assert structure(word) == structure("x")
+        assert spelled(word) == spelled("x")
 
-
-@pytest.mark.parametrize("token", SPECIAL_TOKENS)
-def test_no_text_over_several_parts_becomes_a_special_token(tokenizer, token):
-    def structure(texts):
+    def over_parts(*texts):
         parts = [{"type": "text", "text": text} for text in texts]
         ran = [{"type": "python", "text": "1"}, {"type": "python_output", "text": "1"}]
-        messages = [
-            {"role": "system", "content": parts},
-            {"role": "user", "content": parts},
-            {"role": "assistant", "content": parts, "tool_calls": [call("1")]},
-            {"role": "tool", "content": parts},
-            {"role": "assistant", "content": [*parts, *ran, *parts]},
-            {"role": "user", "content": parts},
-        ]
-        ids = tokenizer.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
-        return [i for i in ids if i in tokenizer.all_special_ids]
+        messages = [system(parts), user(parts), assistant(parts, call("1")), tool(parts)]
+        return structure(tokenizer, [*messages, assistant([*parts, *ran, *parts]), user(parts)])
 
     for cut in range(1, len(token)):
-        assert structure([token[:cut], token[cut:]]) == structure(["x"])
-    assert structure(list(token)) == structure(["x"])
+        assert over_parts(token[:cut], token[cut:]) == over_parts("x")
+    assert over_parts(*token) == over_parts("x")
 
 
 @pytest.mark.parametrize("expression", ["12*34", "'owl'.count('o')", '"owl".count("o")', "'é'.count('é')"])
 def test_arguments_as_json_text_are_the_same_call(tokenizer, expression):
     arguments = {"expression": expression}
     expected = show(tokenizer, [user("?"), assistant("", call(expression))])
-    for text in (
-        json.dumps(arguments, ensure_ascii=False),
-        json.dumps(arguments, ensure_ascii=False, separators=(",", ":")),
-        json.dumps(arguments, ensure_ascii=False, indent=2),
-        expression,
-    ):
+    spaced = [json.dumps(arguments, ensure_ascii=False, **form) for form in ({}, {"separators": ",:"}, {"indent": 2})]
+    for text in (*spaced, expression):
         called = {"type": "function", "function": {"name": "python", "arguments": text}}
         assert show(tokenizer, [user("?"), assistant(None, called)]) == expected
 
@@ -246,24 +209,20 @@ def test_a_call_that_the_template_cannot_read_is_refused(tokenizer, function):
 
 
 def test_ids_are_those_of_the_pieces(tokenizer):
-    def ids(text):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    special = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))))
-    expected = [
-        *(special["<|bos|>"], special["<|user_start|>"], *ids("What is 6*7?"), special["<|user_end|>"]),
-        *(special["<|assistant_start|>"], *ids("I compute:"), special["<|python_start|>"], *ids("6*7")),
-        *(special["<|python_end|>"], special["<|output_start|>"], *ids("42"), special["<|output_end|>"]),
-        *(*ids("It is 42."), special["<|assistant_end|>"]),
-    ]
+    texts = "bos", "user_start", "What is 6*7?", "user_end", "assistant_start", "I compute:", "python_start", "6*7"
+    texts += "python_end", "output_start", "42", "output_end", "It is 42.", "assistant_end"
+    special = {token[2:-2]: index for token, index in tokenizer.get_vocab().items() if token in SPECIAL_TOKENS}
+    expected = []
+    for text in texts:
+        expected += [special[text]] if text in special else tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.apply_chat_template(SUM, return_dict=False) == expected
 
 
 @pytest.mark.parametrize(
     "messages,reason",
     [
-        ([user("a"), {"role": "system", "content": "late"}], "can only come first"),
-        ([{"role": "system", "content": "alone"}], "followed by a user message"),
+        ([user("a"), system("late")], "can only come first"),
+        ([system("alone")], "followed by a user message"),
         ([{"role": "critic", "content": "x"}], "unknown role critic"),
         ([user("a"), tool("1")], "must follow an assistant message"),
         ([user([{"type": "image", "url": "x"}])], "type image"),
@@ -295,30 +254,22 @@ STEP, PADDING = [{"call": "6*7", "result": "42"}], "<|assistant_end|><|bos|><|bo
         (f"I compute:{CALL}{PADDING}", "I compute:", {"tool_calls": [call("6*7")]}),
         (f"<|python_start|>6*7{PADDING}", "", {"tool_calls": [call("6*7")]}),
         (f"{CALL}<|output_start|>42{PADDING}", "", {"tool_steps": STEP}),
-        (
-            "<|python_start|>1<2<|python_end|><|output_start|>True<|output_end|>Yes.<|assistant_end|>",
-            "Yes.",
-            {"tool_steps": [{"call": "1<2", "result": "True"}]},
-        ),
+        (f"{CALL.replace('6*7', '1<2')}{RESULT}Yes.", "Yes.", {"tool_steps": [{**STEP[0], "call": "1<2"}]}),
     ],
 )
 def test_a_content_ends_at_the_first_end_mark_and_holds_no_marks(tokenizer, reply, content, rest):
     parsed = tokenizer.parse_response(reply, prefix="<|assistant_start|>")
     assert parsed == {"role": "assistant", "content": content, **rest}
     parser = tokenizer.get_response_parser(prefix="<|assistant_start|>")
-    shown = ""
-    for character in reply:
-        events = parser.feed(character)
-        shown += "".join(e["text"] for e in events if e["type"] == "region_chunk" and e["field"] == "content")
-    message, events = parser.finalize()
-    shown += "".join(e["text"] for e in events if e["type"] == "region_chunk" and e["field"] == "content")
-    assert message == parsed and shown == content
+    events = [event for character in reply for event in parser.feed(character)]
+    message, last = parser.finalize()
+    shown = [e["text"] for e in events + last if e["type"] == "region_chunk" and e["field"] == "content"]
+    assert message == parsed and "".join(shown) == content
 
 
 def test_a_reply_that_is_given_back_keeps_its_calls_and_results_are_not_trained_on(tokenizer):
-    reply = (
-        f"{CALL}{RESULT}<|python_start|>42+1<|python_end|><|output_start|>43<|output_end|>It is 43.<|assistant_end|>"
-    )
+    more = f"{CALL}{RESULT}".replace("6*7", "42+1").replace(">42<", ">43<")
+    reply = f"{CALL}{RESULT}{more}It is 43.<|assistant_end|>"
     message = tokenizer.parse_response(reply, prefix="<|assistant_start|>")
     messages = [user("What is 6*7+1?"), message, user("And 1 more?")]
     assert show(tokenizer, messages) == "^u(What is 6*7+1?)ua(p(6*7)po(42)op(42+1)po(43)oIt is 43.)au(And 1 more?)u"

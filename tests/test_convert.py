@@ -19,20 +19,15 @@ import pytest
 import torch
 from old_folder import make_old
 from talker import chat_folder, talker, talker_folder  # noqa: F401
+from tiny import close, make_ids
 from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 from transformers import NanoChatForCausalLM as NativeModel
 from transformers.testing_utils import CaptureLogger
 
+from nanochat_hf.convert import tokenizer as convert_tokenizer
 from nanochat_hf.convert.native import from_native, to_native
-from nanochat_hf.convert.tokenizer import (
-    backend_from_ranks,
-    check_tokenizer,
-    ranks_from_backend,
-    read_tiktoken,
-    reference_encoder,
-    write_tiktoken,
-)
+from nanochat_hf.convert.tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, write_tiktoken
 from nanochat_hf.convert.upstream import convert, from_upstream, to_upstream
 from nanochat_hf.data import tokenizer as tokenizer_module
 from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, TEMPLATE, wrap
@@ -48,9 +43,8 @@ both_generations = pytest.mark.parametrize("fields", [OCTOBER, JULY], ids=["octo
 def upstream_state(fields: dict) -> dict[str, torch.Tensor]:
     """Random weights under the names and in the shapes that upstream's own code saves."""
     generator = torch.Generator().manual_seed(0)
-    width, layers = fields["n_embd"], fields["n_layer"]
+    width, layers, july = fields["n_embd"], fields["n_layer"], "window_pattern" in fields
     kv = fields["n_kv_head"] * width // fields["n_head"]
-    july = "window_pattern" in fields
     rows = -(-fields["vocab_size"] // 64) * 64 if july else fields["vocab_size"]
     shapes = {"transformer.wte.weight": (rows, width), "lm_head.weight": (rows, width)}
     for i in range(layers):
@@ -64,11 +58,9 @@ def upstream_state(fields: dict) -> dict[str, torch.Tensor]:
     if july:
         shapes |= {"resid_lambdas": (layers,), "x0_lambdas": (layers,), "backout_lambda": (1,)}
         shapes |= {"smear_lambda": (1,), "smear_gate.weight": (1, 24)}
-    stored = {True: torch.bfloat16, False: torch.float32}  # tables of embeddings, and everything else
-    return {
-        name: (torch.randn(shape, generator=generator) * 0.2).to(stored["wte" in name or "value_embeds" in name])
-        for name, shape in shapes.items()
-    }
+    state = {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+    tables = {name: value.bfloat16() for name, value in state.items() if "wte" in name or "value_embeds" in name}
+    return state | tables
 
 
 def write_checkpoint(folder: Path, fields: dict, step: int = 21, prefix: str = "") -> Path:
@@ -84,9 +76,7 @@ def logits(model, ids) -> torch.Tensor:
         return model(ids).logits
 
 
-@pytest.fixture
-def ids():
-    return torch.randint(0, 100, (2, 200), generator=torch.Generator().manual_seed(1))
+ids = make_ids(2, 200)
 
 
 @both_generations
@@ -104,23 +94,16 @@ def test_parameters_land_where_they_belong():
     layer, config = model.model.layers[2], model.config
     assert (config.generation, config.vocab_size, config.num_tokens, config.sliding_window) == (2, 128, 100, 129)
     assert config.layer_types == ["sliding_attention", "sliding_attention", "hybrid"]
-    pairs = {
-        "transformer.wte.weight": model.model.embed_tokens.weight,
-        "transformer.h.2.attn.c_q.weight": layer.self_attn.q_proj.weight,
-        "transformer.h.2.attn.c_k.weight": layer.self_attn.k_proj.weight,
-        "transformer.h.2.attn.c_v.weight": layer.self_attn.v_proj.weight,
-        "transformer.h.2.attn.c_proj.weight": layer.self_attn.o_proj.weight,
-        "transformer.h.2.mlp.c_fc.weight": layer.mlp.fc1.weight,
-        "transformer.h.2.mlp.c_proj.weight": layer.mlp.fc2.weight,
-        "transformer.h.2.attn.ve_gate.weight": layer.self_attn.ve_gate.weight,
-        "value_embeds.0.weight": model.model.value_embeds["0"].weight,
-        "x0_lambdas": model.model.x0_lambdas,
-    }
-    for name, parameter in pairs.items():
-        assert torch.equal(state[name].float(), parameter), name
+    attention = {"c_q": "q_proj", "c_k": "k_proj", "c_v": "v_proj", "c_proj": "o_proj", "ve_gate": "ve_gate"}
+    pairs = {f"h.2.attn.{theirs}": getattr(layer.self_attn, ours) for theirs, ours in attention.items()}
+    pairs |= {"wte": model.model.embed_tokens, "h.2.mlp.c_fc": layer.mlp.fc1, "h.2.mlp.c_proj": layer.mlp.fc2}
+    for name, module in pairs.items():
+        assert torch.equal(state[f"transformer.{name}.weight"].float(), module.weight), name
+    assert torch.equal(state["value_embeds.0.weight"].float(), model.model.value_embeds["0"].weight)
+    assert torch.equal(state["x0_lambdas"], model.model.x0_lambdas)
 
 
-def test_october_becomes_native_without_remote_code_or_padding_rows_and_returns(ids, tmp_path):
+def test_october_becomes_native_without_remote_code_or_padding_rows_and_returns(tmp_path):
     padded = NanoChatConfig.first_generation(
         vocab_size=128, num_tokens=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
     )
@@ -131,7 +114,7 @@ def test_october_becomes_native_without_remote_code_or_padding_rows_and_returns(
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert type(loaded) is NativeModel and loaded.config.vocab_size == 100
         for copied in (loaded, from_native(loaded)):
-            torch.testing.assert_close(logits(copied, ids), logits(model, ids), atol=1e-5, rtol=0)
+            close(logits(copied, ids), logits(model, ids), atol=1e-5)
 
 
 def test_what_a_format_cannot_express_is_named():
@@ -165,7 +148,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason(change, mess
 
 
 @both_generations
-def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, tokenizer, ids, tmp_path):
+def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, tokenizer, tmp_path):
     fields = fields | {"vocab_size": len(tokenizer)}
     source = write_checkpoint(tmp_path / "source", fields, prefix="_orig_mod.")
     write_checkpoint(source, fields, step=5)
@@ -334,13 +317,10 @@ RANKS = {bytes([i]): i for i in range(256)} | {token: 256 + i for i, token in en
 
 
 def test_the_reference_merges_the_lowest_rank_first():
-    encode = reference_encoder(RANKS, PATTERN)
-    assert encode("the") == [258] and encode(" the") == [259]
-    assert encode("thhe") == [256, 257]
-    assert encode("aaaa") == [262, 262]  # the pairs `aa` come before `aaa`
-    assert encode("aaaaa") == [262, 263]
-    assert encode("1234") == [265, ord("3"), ord("4")]
-    assert encode("é\n") == [264, 10]
+    encode = convert_tokenizer.reference_encoder(RANKS, PATTERN)
+    expected = {"the": [258], " the": [259], "thhe": [256, 257], "1234": [265, ord("3"), ord("4")], "é\n": [264, 10]}
+    expected |= {"aaaa": [262, 262], "aaaaa": [262, 263]}  # the pairs `aa` come before `aaa`
+    assert {text: encode(text) for text in expected} == expected
 
 
 def test_ranks_become_a_tokenizer_with_equal_ids_and_a_difference_is_shown():
@@ -362,7 +342,7 @@ def test_a_trained_tokenizer_goes_to_tiktoken_and_back_and_tiktoken_itself_reads
     path = tmp_path / "tokenizer.pkl"
     assert len(ranks) + len(special) == len(tokenizer) and special["<|output_end|>"] == len(tokenizer) - 1
     write_tiktoken(path, ranks, pattern, special)
-    assert read_tiktoken(path) == (ranks, pattern, special)
+    assert convert_tokenizer.read_tiktoken(path) == (ranks, pattern, special)
     again = wrap(backend_from_ranks(ranks, pattern))
     text = "What is the capital of Verdania? 12 + 345 = 357\n\n日本語 🙂"
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
@@ -401,7 +381,7 @@ def test_what_is_no_tiktoken_encoding_is_refused(content, reason, tmp_path):
     else:
         write_tiktoken(path, *content, {"<|bos|>": 1})
     with pytest.raises(ValueError, match=f"is no pickled tiktoken encoding: .*{reason}"):
-        read_tiktoken(path)
+        convert_tokenizer.read_tiktoken(path)
 
 
 def test_a_tokenizer_that_upstream_cannot_express_is_refused(tokenizer):
@@ -443,4 +423,4 @@ def test_logits_equal_those_of_the_original_code(tmp_path):
     command = [sys.executable, "-c", ORIGINAL, checkout, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]
     subprocess.run(command, check=True, env=os.environ | {"NANOCHAT_DTYPE": "float32"})
     ours = logits(from_upstream(state, {"model_config": fields}), ids)
-    torch.testing.assert_close(ours, torch.load(tmp_path / "out.pt"), atol=5e-5, rtol=0)
+    close(ours, torch.load(tmp_path / "out.pt"), atol=5e-5)

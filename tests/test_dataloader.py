@@ -129,11 +129,15 @@ def folder(tmp_path_factory):
     """150 documents that each begin with their own number, of 2 to 60 words, in three files."""
     path = tmp_path_factory.mktemp("data")
     texts = [f"#{i:03d} " + "so " * LENGTH[i] for i in range(NUM_DOCUMENTS)]
-    for number in range(3):
-        table = pa.table({"text": texts[number * 50 : number * 50 + 50]})
-        pq.write_table(table, path / f"{number}.parquet", row_group_size=20)
-    pq.write_table(pa.table({"text": ["validation " * 30] * 5}), path / "3.parquet")
+    write(path, texts[:50], texts[50:100], texts[100:], ["validation " * 30] * 5)
     return path
+
+
+def write(folder, *files: list[str]) -> None:
+    """Parquet files of these documents, the last one for validation."""
+    for number, texts in enumerate(files if len(files) > 1 else (*files, ["v"])):
+        table = pa.table({"text": pa.array(texts, pa.string())})
+        pq.write_table(table, folder / f"{number}.parquet", row_group_size=20)
 
 
 def loader(folder, tokenizer, rank=0, world_size=1, batch_size=2, **settings):
@@ -150,14 +154,6 @@ def saved_and_loaded(state):
     return torch.load(file, weights_only=True)
 
 
-def test_rows_are_full_begin_with_bos_and_hold_no_other_special_token(folder, tokenizer):
-    batch = next(loader(folder, tokenizer, batch_size=8))
-    assert batch.shape == (8, 33)
-    assert batch.dtype == np.int32
-    assert (batch[:, 0] == tokenizer.bos_token_id).all()
-    assert not set(np.unique(batch)) & (set(tokenizer.all_special_ids) - {tokenizer.bos_token_id})
-
-
 @pytest.mark.parametrize("packing_strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_ranks_share_the_rows_of_one_rank_whatever_the_threads(
@@ -165,6 +161,8 @@ def test_ranks_share_the_rows_of_one_rank_whatever_the_threads(
 ):
     settings = {"packing_strategy": packing_strategy, "batch_size": 1}
     alone = np.concatenate(list(islice(loader(folder, tokenizer, **settings), 60)))
+    assert alone.shape == (60, 33) and alone.dtype == np.int32 and (alone[:, 0] == tokenizer.bos_token_id).all()
+    assert not set(np.unique(alone)) & (set(tokenizer.all_special_ids) - {tokenizer.bos_token_id})
     monkeypatch.setattr("nanochat_hf.data.dataloader.num_threads", lambda: 1)
     ranks = [loader(folder, tokenizer, rank, world_size, **settings) for rank in range(world_size)]
     assert (np.concatenate([next(rank) for _ in range(60 // world_size) for rank in ranks]) == alone).all()
@@ -181,10 +179,12 @@ def test_a_resumed_loader_gives_the_batches_that_would_have_come(folder, tokeniz
     assert all((batch == expected).all() for batch, expected in zip(islice(second, 10), whole[taken:]))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("before,after,batch_size", [(1, 4, 4), (4, 1, 1), (2, 4, 2), (4, 2, 1), (1, 4, 3), (2, 4, 3)])
 def test_a_run_resumes_on_another_number_of_ranks_without_losing_or_repeating_a_row(
-    folder, tokenizer, before, after, batch_size
+    folder, tokenizer, before, after, batch_size, mixed
 ):
+    folder = [{"dataset": str(folder), "weight": 3}, {"dataset": "primer"}] if mixed else folder
     alone = np.concatenate(list(islice(loader(folder, tokenizer, batch_size=1, num_shards=8), 64)))
     ranks = [loader(folder, tokenizer, rank, before, batch_size=batch_size, num_shards=8) for rank in range(before)]
     for _ in range(5):
@@ -215,8 +215,7 @@ def test_the_state_is_that_of_the_last_batch_handed_out_and_not_of_the_thread(fo
 
 
 def test_a_long_document_fills_rows_or_waits_to_be_a_rows_end(tmp_path, tokenizer):
-    pq.write_table(pa.table({"text": ["zq " * 100, "so so so so"] * 40}), tmp_path / "0.parquet")
-    pq.write_table(pa.table({"text": ["v"]}), tmp_path / "1.parquet")
+    write(tmp_path, ["zq " * 100, "so so so so"] * 40)
     mark = tokenizer("zq")["input_ids"][1]
     rows = np.concatenate(list(islice(loader(tmp_path, tokenizer, num_shards=1, buffer_size=8), 10)))
     assert (rows[:, 1] == mark).any()
@@ -261,8 +260,7 @@ def test_every_token_comes_once_in_an_epoch_of_interruptions_by_other_numbers_of
 
 def test_few_documents_wait_where_they_are_long(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("nanochat_hf.data.dataloader.CHUNK_CHARS", 1000)
-    pq.write_table(pa.table({"text": ["zq " * 3000] * 40}), tmp_path / "0.parquet")
-    pq.write_table(pa.table({"text": ["v"]}), tmp_path / "1.parquet")
+    write(tmp_path, ["zq " * 3000] * 40)
     one = loader(tmp_path, tokenizer, num_shards=1, buffer_size=8)
     read, longest = len(tokenizer("zq " * 3000)["input_ids"]), 0
     for _ in range(400):
@@ -285,8 +283,7 @@ def test_states_that_do_not_fit_are_refused(folder, tokenizer):
 
 
 def test_an_error_of_the_thread_reaches_the_caller(tmp_path, tokenizer):
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "0.parquet")
-    pq.write_table(pa.table({"text": ["v"]}), tmp_path / "1.parquet")
+    write(tmp_path, [])
     one = loader(tmp_path, tokenizer)
     for _ in range(2):
         with pytest.raises(InputError, match="has no documents"):
@@ -314,17 +311,3 @@ def test_a_forgotten_loader_ends_its_thread(folder, tokenizer):
     del one
     mine.join(timeout=5)
     assert not mine.is_alive()
-
-
-def test_rows_of_a_mixture_are_the_same_for_other_numbers_of_ranks_and_after_resuming(folder, tokenizer):
-    mixed = [{"dataset": str(folder), "weight": 3}, {"dataset": "primer", "weight": 1}]
-    alone = loader(mixed, tokenizer, batch_size=4)
-    whole = np.concatenate([next(alone) for _ in range(20)])
-    pair = [loader(mixed, tokenizer, rank=rank, world_size=2, batch_size=2) for rank in range(2)]
-    for step in range(10):
-        batches = [next(one) for one in pair]
-        for rank in range(2):
-            assert (batches[rank] == whole[step * 4 + rank : step * 4 + 4 : 2]).all()
-    again = loader(mixed, tokenizer, batch_size=4)
-    again.load_state_dict(saved_and_loaded([one.state_dict() for one in pair]))
-    assert all((next(again) == whole[step * 4 : step * 4 + 4]).all() for step in range(10, 20))

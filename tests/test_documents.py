@@ -4,22 +4,23 @@ And the files of a dataset: which ones are read, as which split, and which error
 """
 
 import json
-import os
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
+from random import Random
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_standin import Hub, Repo
+from huggingface_hub import close_session, constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat_hf.data import documents as module
 from nanochat_hf.data.documents import DocumentStream, is_local, open_documents, text_fingerprint
 from nanochat_hf.data.splits import is_visible, row_files, split_of, text_files, unread_files
+from nanochat_hf.demo import corpus
 from nanochat_hf.errors import InputError
 
 
@@ -27,7 +28,8 @@ def write(path: Path, texts: list[str], group: int = 4, column: str = "text") ->
     """A parquet or .jsonl file, by its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        pq.write_table(pa.table({column: pa.array(texts, pa.string())}), path, row_group_size=group)
+        table = pa.table({column: pa.array(texts, pa.string())})
+        pq.write_table(table, path, row_group_size=group, compression="none", use_dictionary=False)
     else:
         path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts))
 
@@ -58,11 +60,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_last_file_is_validation_and_training_keeps_the_order_of_the_files(folder):
-    assert list(DocumentStream(folder)) == TRAIN
-    assert list(DocumentStream(folder, "validation")) == ["3.0", "3.1", "3.2"]
-
-
 @given(
     counts=st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any),
     group=st.integers(1, 12),
@@ -82,11 +79,8 @@ def test_ranks_share_every_document_exactly_once_per_epoch(tmp_path_factory, cou
 
 
 def test_later_epochs_shuffle_by_the_seed_and_only_by_it(folder):
-    def second_epoch(seed):
-        return epochs(DocumentStream(folder, seed=seed), 2)[len(TRAIN) :]
-
-    assert second_epoch(1) == second_epoch(1) != second_epoch(2)
-    assert second_epoch(1) != TRAIN
+    one, again, other = (epochs(DocumentStream(folder, seed=seed), 2)[len(TRAIN) :] for seed in (1, 1, 2))
+    assert one == again != other and one != TRAIN
 
 
 def test_the_primer_is_a_dataset_with_two_splits():
@@ -127,34 +121,42 @@ def test_resuming_anywhere_gives_the_documents_that_would_have_come(folder, tmp_
             assert list(islice(endless(second), 5)) == whole[taken : taken + 5]
 
 
-def test_a_state_is_refused_by_other_data_or_another_seed(folder):
-    stream = DocumentStream(folder, seed=1)
-    next(iter(stream))
-    state = stream.state_dict()
+def test_a_state_holds_for_one_seed_and_a_rank_that_exists(folder):
+    state = DocumentStream(folder, seed=1).state_dict()
     with pytest.raises(InputError, match="keep the seed"):
         DocumentStream(folder, seed=2).load_state_dict(state)
-    write(folder / "shard_00004.parquet", ["new"])
-    with pytest.raises(InputError, match="changed since this run began"):
-        DocumentStream(folder, seed=1).load_state_dict(state)
     with pytest.raises(InputError, match="rank 3 does not exist among 3 ranks"):
         DocumentStream(folder, rank=3, world_size=3)
 
 
-@pytest.mark.parametrize("change", ["nothing", "train-0.jsonl", "validation-0.jsonl", "swapped", "moved"])
-def test_a_state_holds_for_the_same_text_only(tmp_path, change):
-    data = tmp_path / "a"
-    for name in ("train-0", "train-1", "validation-0"):
-        write(data / f"{name}.jsonl", [f"{name} {i}" for i in range(9)])
-    saved = DocumentStream(data).state_dict()
-    if change == "moved":
-        data = data.rename(tmp_path / "b")
-    elif change == "swapped":
-        (data / "train-0.jsonl").rename(data / "x")
-        (data / "train-1.jsonl").rename(data / "train-0.jsonl")
-        (data / "x").rename(data / "train-1.jsonl")
-    elif change != "nothing":
-        (data / change).write_text((data / change).read_text().replace(" 5", " 6"))  # of the same size
-    if change in ("nothing", "moved"):
+def edited(path: Path) -> None:
+    path.write_text(path.read_text().replace(" 5", " 6"))  # of the same size
+
+
+def swapped(first: Path, second: Path) -> None:
+    texts = first.read_text(), second.read_text()
+    first.write_text(texts[1])
+    second.write_text(texts[0])
+
+
+CHANGES = {
+    "nothing": lambda train, other, validation: None,
+    "training text": lambda train, other, validation: edited(other),
+    "validation text": lambda train, other, validation: edited(validation),
+    "order": lambda train, other, validation: swapped(train, other),
+    "one more file": lambda train, other, validation: write(train.with_name("train-2.jsonl"), ["new"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_holds_for_the_same_text_only_wherever_it_lies(tmp_path, change):
+    names = ("train-0", "train-1", "validation-0")
+    for name in names:
+        write(tmp_path / "a" / f"{name}.jsonl", [f"{name} {i}" for i in range(9)])
+    saved = DocumentStream(tmp_path / "a").state_dict()
+    data = (tmp_path / "a").rename(tmp_path / "b")
+    CHANGES[change](*(data / f"{name}.jsonl" for name in names))
+    if change == "nothing":
         DocumentStream(data).load_state_dict(saved)
     else:
         with pytest.raises(InputError, match="changed since this run began"):
@@ -169,6 +171,11 @@ def test_states_of_older_versions_resume_or_are_refused(tmp_path):
         assert "training files" not in saved["source"]
         del saved["source"]["content"]
         DocumentStream(dataset).load_state_dict(saved)
+    stream, texts = DocumentStream("primer"), list(corpus.documents())
+    source = {**saved["source"], "content": "7c768cf578604488"}  # the demo's corpus stays what it was
+    stream.load_state_dict({**saved, "source": source, "position": [1, 0, 1, 0, 3]})  # 3 of the second epoch are read
+    Random("0 1 rows 0 0").shuffle(texts)  # seed, epoch, file and unit
+    assert list(islice(stream, 5)) == texts[3:8] and stream.state_dict()["position"] == [1, 0, 1, 0, 8]
     (tmp_path / "validation-0.jsonl").rename(tmp_path / "test-0.jsonl")
     stream = DocumentStream(tmp_path)
     stream.load_state_dict(stream.state_dict())
@@ -187,12 +194,11 @@ def test_of_more_text_than_the_limit_both_ends_of_each_file_are_hashed(tmp_path,
             (tmp_path / name).write_bytes(b"0123456789" * 3 if name == "a" else text)
         return module.content_hash(["a"], ["b"], tmp_path.joinpath)
 
-    first = content(b"0123456789" * 3)
-    assert content(b"0123456789" * 2 + b"012345678X") != first != content(b"X123456789" + b"0123456789" * 2)
-    middle = b"0123456789XXXXXXXXXX0123456789"
-    assert content(middle) == first  # the stated limit of this hash
+    text, middle = b"0123456789" * 3, b"0123456789XXXXXXXXXX0123456789"
+    assert content(text[:-1] + b"X") != content(text) != content(b"X" + text[1:])
+    assert content(middle) == content(text)  # the stated limit of this hash
     monkeypatch.setattr(module, "HASH_LIMIT", 60)
-    assert content(middle) != content(b"0123456789" * 3)
+    assert content(middle) != content(text)
 
 
 def test_a_fingerprint_of_text_covers_both_splits_and_every_part(tmp_path):
@@ -297,13 +303,14 @@ def test_a_wrong_mixture_is_named_in_one_line(entries, words):
 
 
 def test_a_mixtures_state_is_refused_by_other_weights(tmp_path):
-    state = mixture_of(tmp_path, weights=(1, 3)).state_dict()
-    with pytest.raises(InputError, match="another mixture"):
-        mixture_of(tmp_path, weights=(1, 2)).load_state_dict(state)
-    with pytest.raises(InputError, match="another mixture"):
-        mixture_of(tmp_path).load_state_dict(DocumentStream(tmp_path / "a").state_dict())
-    with pytest.raises(InputError, match="keep the seed"):
-        DocumentStream(tmp_path / "a").load_state_dict(state)
+    state, single = mixture_of(tmp_path).state_dict(), DocumentStream(tmp_path / "a")
+    for stream, other, reason in (
+        (mixture_of(tmp_path, weights=(1, 2)), state, "another mixture"),
+        (mixture_of(tmp_path), single.state_dict(), "another mixture"),
+        (single, state, "keep the seed"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            stream.load_state_dict(other)
 
 
 def test_a_mixture_is_read_from_yaml_and_from_the_command_line(tmp_path):
@@ -324,13 +331,13 @@ def test_a_mixture_is_read_from_yaml_and_from_the_command_line(tmp_path):
 # Files
 
 
-def test_one_file_gives_its_last_sixteenth_to_validation(tmp_path):
+def test_the_last_file_is_validation_or_the_last_sixteenth_of_a_single_one(folder, tmp_path):
+    assert list(DocumentStream(folder)) == TRAIN
+    assert list(DocumentStream(folder, "validation")) == ["3.0", "3.1", "3.2"]
     texts = [f"{i:04d}" for i in range(160)]
-    for path in (tmp_path / "all.parquet", tmp_path / "all.jsonl"):
+    for path in (tmp_path / "one" / "all.parquet", tmp_path / "one" / "all.jsonl"):
         write(path, texts, 50)
-        train, validation = list(DocumentStream(path)), list(DocumentStream(path, "validation"))
-        assert train + validation == texts
-        assert len(validation) == 10
+        assert [list(DocumentStream(path, split)) for split in ("train", "validation")] == [texts[:150], texts[150:]]
 
 
 @pytest.mark.parametrize("end", ["parquet", "jsonl"])
@@ -373,25 +380,6 @@ def test_what_no_name_decides_is_logged_once_by_the_main_process(tmp_path, capsy
         assert capsys.readouterr().err == (line if rank == "0" else "")
 
 
-def test_the_hubs_files_are_read_by_the_names_of_their_splits(tmp_path, monkeypatch):
-    names = ["data/kor/test/0.jsonl", "data/kor/train/0.jsonl", "data/kor/train/1.jsonl", "data/kor/.x/train.jsonl"]
-    layout(tmp_path, *names, "data/eng/train/0.jsonl")
-    info = SimpleNamespace(sha="abc", siblings=[SimpleNamespace(rfilename=n) for n in [*names, "README.md"]])
-    monkeypatch.setattr(module.HfApi, "dataset_info", lambda *a, **k: info)
-    monkeypatch.setattr(module, "hf_hub_download", lambda repo, name, **k: str(tmp_path / name))
-    for dataset in ("org/name", "org/name/data/kor", "org/name@main/data"):
-        assert set(DocumentStream(dataset)) == set(names[1:3])
-        assert set(DocumentStream(dataset, "validation")) == {names[0]}
-    assert set(DocumentStream("org/name/data/kor/train")) == {names[1]}  # in a split's folder the last is held out
-    saved, revisions = DocumentStream("org/name").state_dict(), []
-    info.sha = "def"  # a later commit
-    stream = DocumentStream("org/name")
-    info.sha = "abc"
-    monkeypatch.setattr(module.HfApi, "dataset_info", lambda *a, **k: revisions.append(k["revision"]) or info)
-    stream.load_state_dict(saved)
-    assert revisions == ["abc"] and stream.state_dict() == saved
-
-
 def test_names_that_look_like_something_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     layout(tmp_path, "~nobody-of-that-name/a.jsonl", "text.parquet/part-0.parquet", "text.parquet/part-1.parquet")
@@ -412,38 +400,23 @@ def test_empty_documents_are_passed_over_and_half_a_surrogate_pair_is_no_charact
     assert set(open_documents([{"dataset": str(path)}])) == {"a?b", "🦉"}
 
 
-def truncated(path):
-    write(path, ["a", "b"])
-    path.write_bytes(path.read_bytes()[:-30])
-
-
-def damaged(path):
-    write(path, [f"{i} " + "word " * 50 for i in range(8)])
-    start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
-    content = bytearray(path.read_bytes())
-    content[start : start + 20] = b"\xff" * 20
-    path.write_bytes(content)
-
-
-def no_utf8(path):
-    offsets = pa.array([0, 1, 3], pa.int32()).buffers()[1]
-    text = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"a\xff\xfe"))
-    pq.write_table(pa.table({"text": text}), path)
-
-
 @pytest.mark.parametrize(
-    ("make", "reason", "rest"),
+    ("damage", "reason"),
     [
-        (lambda path: path.write_bytes(b""), "truncated or no parquet", []),
-        (truncated, "truncated or no parquet", []),
-        (damaged, "row group 0", [f"{i} " + "word " * 50 for i in range(4, 8)]),
-        (no_utf8, "row group 0: 'utf-8' codec", []),
+        ("empty", "truncated or no parquet"),
+        ("truncated", "truncated or no parquet"),
+        ("overwritten", "row group 0"),
+        ("no UTF-8", "row group 0: 'utf-8' codec"),
     ],
 )
-def test_a_broken_file_is_named_and_skipped_only_on_request(tmp_path, make, reason, rest):
-    make(tmp_path / "0.parquet")
-    for number in "12":
-        write(tmp_path / f"{number}.parquet", ["v"])
+def test_a_broken_file_is_named_and_skipped_only_on_request(tmp_path, damage, reason):
+    texts, path = [f"{i} " + "word " * 50 for i in range(8)], tmp_path / "0.parquet"
+    for number in "012":
+        write(tmp_path / f"{number}.parquet", ["v"] if number != "0" else texts)
+    content, start = path.read_bytes(), pq.read_metadata(path).row_group(0).column(0).data_page_offset
+    whole = {"empty": b"", "truncated": content[:-30], "no UTF-8": content.replace(b"0 word", b"0 wo\xffd")}
+    path.write_bytes(whole.get(damage, content[:start] + b"\xff" * 20 + content[start + 20 :]))
+    rest = [] if reason.startswith("truncated") else texts[4:]  # of the second row group
     with pytest.raises(InputError, match=rf"0.parquet cannot be read \({reason}.*skip_bad_files"):
         list(DocumentStream(tmp_path))
     with pytest.warns(UserWarning, match=reason):
@@ -462,16 +435,15 @@ def test_bad_lines_are_named_and_skipped_only_on_request(tmp_path, line):
 
 def test_missing_empty_and_unsuitable_datasets_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    write(tmp_path / "column" / "0.parquet", ["a"], column="content")
-    (tmp_path / "numbers").mkdir()
-    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers" / "1.parquet")
+    write(tmp_path / "column.parquet", ["a"], column="content")
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     write(tmp_path / "messages.jsonl", ["a"] * 3, column="messages")
     write(tmp_path / "empty" / "0.parquet", [])
     write(tmp_path / "empty" / "1.parquet", ["a"])
     (tmp_path / "none").mkdir()
     for dataset, reason in (
-        (tmp_path / "column", "no column 'text'; it has content"),
-        (tmp_path / "numbers", "int64, not text"),
+        (tmp_path / "column.parquet", "no column 'text'; it has content"),
+        (tmp_path / "numbers.parquet", "int64, not text"),
         (tmp_path / "messages.jsonl", "no text under 'text'"),
         (tmp_path / "empty", "train split of dataset .* has no documents"),
         (tmp_path / "none", r"no \.parquet or \.jsonl"),
@@ -503,92 +475,65 @@ def test_ranks_of_one_process_decode_a_row_group_once(tmp_path, monkeypatch):
 
 
 def test_failures_of_the_network_are_tried_again_and_then_named(monkeypatch):
-    delays, calls = [], []
+    delays = []
     monkeypatch.setattr(module.time, "sleep", delays.append)
-
-    def fails_twice():
-        calls.append(1)
-        if len(calls) < 3:
-            raise TimeoutError("read timed out")
-        return "done"
-
+    action = Mock(side_effect=[TimeoutError("read timed out")] * 2 + ["done"])
     with pytest.warns(UserWarning, match="file x: attempt [12] failed with TimeoutError: read timed out"):
-        assert module.with_retry(fails_twice, "file x") == "done"
+        assert module.with_retry(action, "file x") == "done"
     assert delays == [1, 2]
-
-    def always_fails():
-        raise ConnectionResetError("gone")
-
     with pytest.warns(UserWarning), pytest.raises(InputError, match=r"file x: failed 6 times.*gone"):
-        module.with_retry(always_fails, "file x")
+        module.with_retry(Mock(side_effect=ConnectionResetError("gone")), "file x")
     assert delays == [1, 2, 1, 2, 4, 8, 16]
 
 
-HUB = """
-import http.server, json, sys, threading, hashlib, pathlib, os
-files = {p.name: p.read_bytes() for p in pathlib.Path(sys.argv[1]).glob("*.parquet")}
-sha, asked = "0123456789abcdef0123456789abcdef01234567", []
-class Hub(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *a): pass
-    def answer(self, body=b"", code=200, **headers):
-        self.send_response(code)
-        for k, v in {"Content-Length": str(len(body)), **headers}.items(): self.send_header(k.replace("_", "-"), v)
-        self.end_headers()
-        if self.command == "GET": self.wfile.write(body)
-    def do_GET(self):
-        asked.append((self.command, self.path))
-        if self.path.startswith("/api/datasets/me/books"):
-            rows = [{"rfilename": "data/" + n} for n in sorted(files)] + [{"rfilename": "README.md"}]
-            body = json.dumps({"id": "me/books", "sha": sha, "siblings": rows}).encode()
-            return self.answer(body, Content_Type="application/json")
-        name = self.path.rsplit("/", 1)[-1].split("?")[0]
-        if name in files and f"/resolve/{sha}/data/" in self.path:
-            if asked.count(("GET", self.path)) == 1 and self.command == "GET" and name.endswith("1.parquet"):
-                return self.answer(b"", 500)
-            etag = '"' + hashlib.sha256(files[name]).hexdigest() + '"'
-            return self.answer(files[name], ETag=etag, X_Repo_Commit=sha, Content_Type="application/octet-stream")
-        self.answer(b"", 404, X_Error_Code="RepoNotFound")
-    do_HEAD = do_GET
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-os.environ |= {"HF_HOME": sys.argv[2], "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
-threading.Thread(target=server.serve_forever, daemon=True).start()
-from nanochat_hf.data.documents import DocumentStream, is_local, open_documents, text_fingerprint
-from nanochat_hf.errors import InputError
-stream = DocumentStream("me/books")
-it = iter(stream)
-print(json.dumps([next(it) for _ in range(6)]))
-state = stream.state_dict()
-again = DocumentStream("me/books/data")
-again.load_state_dict(state)
-print(json.dumps(list(again)))
-print(json.dumps(list(DocumentStream("me/books", "validation"))))
-print(json.dumps(sorted({p.rsplit("/", 1)[-1] for c, p in asked if c == "GET" and "resolve" in p})))
-print(json.dumps(state["source"]["revision"]))
-try: DocumentStream("me/nothing")
-except InputError as error: print(json.dumps(str(error)))
-"""
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub over HTTP; failed requests are repeated at once."""
+    with Hub() as hub:
+        settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache")}
+        settings["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(module, "RETRY_DELAYS", (0, 0))
+        close_session()
+        yield hub
+    close_session()
 
 
-@pytest.mark.slow
-def test_a_hub_dataset_is_listed_once_and_fetched_file_by_file_through_failures(folder, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", HUB, str(folder), str(tmp_path / "home")],
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    first, rest, validation, fetched, revision, missing = map(json.loads, done.stdout.splitlines())
-    train = [f"{n}.{i}" for n, count in enumerate((10, 7, 1)) for i in range(count)]
-    assert first + rest == train
-    assert validation == ["3.0", "3.1", "3.2"]
-    assert fetched == [f"shard_0000{i}.parquet" for i in range(4)]
-    assert revision == "0123456789abcdef0123456789abcdef01234567"
-    assert "no such dataset" in missing
+def pushed(names: list[str], commit: str = "a" * 40) -> Repo:
+    """A repository whose files have their names as documents."""
+    files = {name: "".join(json.dumps({"text": name}) + "\n" for _ in range(3)).encode() for name in names}
+    return Repo(branches={"main": commit}, commits={commit: files})
+
+
+def test_a_hub_dataset_is_read_by_the_names_of_its_splits_and_stays_at_its_commit(hub):
+    names = ["data/kor/test/0.jsonl", "data/kor/train/0.jsonl", "data/kor/train/1.jsonl", "data/kor/.x/train.jsonl"]
+    hub.repos["datasets", "org/name"] = repo = pushed([*names, "data/eng/train/0.jsonl", "README.md"])
+    for dataset in ("org/name", "org/name/data/kor", "org/name@main/data"):
+        expected = {*names[1:3]} if "kor" in dataset else {*names[1:3], "data/eng/train/0.jsonl"}
+        assert set(DocumentStream(dataset)) == expected
+        assert set(DocumentStream(dataset, "validation")) == {names[0]}
+    assert set(DocumentStream("org/name/data/kor/train")) == {names[1]}  # in a split's folder the last is held out
+    saved = DocumentStream("org/name").state_dict()
+    repo.commits["b" * 40], repo.branches["main"] = pushed(["train.jsonl", "test.jsonl"]).commits["a" * 40], "b" * 40
+    stream = DocumentStream("org/name")
+    assert set(stream) == {"train.jsonl"}
+    stream.load_state_dict(saved)
+    assert stream.state_dict() == saved and set(stream) == {*names[1:3], "data/eng/train/0.jsonl"}
+    with pytest.raises(InputError, match="the Hub has no such dataset"):
+        DocumentStream("org/nothing")
+
+
+def test_files_of_the_hub_are_fetched_once_each_through_failures(hub):
+    names = [f"{i}.jsonl" for i in range(4)]
+    hub.repos["datasets", "me/books"] = pushed(names)
+    hub.fail("GET", "/api/datasets/me/books", status=500)
+    hub.fail("GET", "1.jsonl", status=500)
+    with pytest.warns(UserWarning, match="attempt 1 failed"):
+        assert list(DocumentStream("me/books")) == [name for name in names[:3] for _ in range(3)]
+    list(DocumentStream("me/books"))
+    fetched = [line.rsplit("/", 1)[-1] for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
+    assert sorted(fetched) == ["0.jsonl", "1.jsonl", "1.jsonl", "2.jsonl"]
 
 
 # Names tell splits
@@ -621,43 +566,28 @@ def test_hidden_files_are_none_of_the_data_and_files_of_rows_are_told_from_other
     assert unread_files(names, ["a.jsonl"]) == rows
 
 
-@pytest.mark.parametrize(
-    ("names", "train", "validation", "sentence"),
-    [
-        ("a b c", "a b", "c", "no file is named after a validation split, so it is c"),
-        ("a", "a", "a", "so it is the last part of a"),
-        (
-            "data/test-0 data/train-0 data/train-1 data/validation-0",
-            "data/train-0 data/train-1",
-            "data/validation-0",
-            "",
-        ),
-        ("data/validation-0 data/train-0", "data/train-0", "data/validation-0", ""),
-        ("train-0 train-1 test-0", "train-0 train-1", "test-0", "no validation split, so the test split"),
-        ("train-0 train-1 train-2", "train-0 train-1", "train-2", "so it is train-2"),
-        ("train-0", "train-0", "train-0", "the last part of train-0"),
-        ("training val", "training", "val", ""),
-        ("train/0 train/1 dev/0", "train/0 train/1", "dev/0", ""),
-        ("train/0 eval/0", "train/0", "eval/0", "so the test split"),
-        (
-            "shard_0 shard_1 valid",
-            "shard_0 shard_1",
-            "valid",
-            "shard_0, shard_1, named after no split, is the training",
-        ),
-        ("more train-0 val", "train-0", "val", "more, named after no split, is not read"),
-        (
-            "data/c/train-0 data/c/train-1 sample/10BT/0 sample/10BT/1",
-            "data/c/train-0",
-            "data/c/train-1",
-            "only its folder data is read, not sample; no file",
-        ),
-        ("data/train-0 other/train-0 test/0 val", "data/train-0", "val", "only its folder data is read, not other"),
-        ("data/0 data/1 more/0", "data/0 data/1", "more/0", "so it is more/0"),
-        ("main/train-0 main/test-0 other/train-0", "main/train-0 other/train-0", "main/test-0", "test split"),
-    ],
-)
-def test_pretraining_goes_by_the_names_and_a_note_says_what_they_leave_open(names, train, validation, sentence):
+SPLITS = """
+a b c | a b | c | no file is named after a validation split, so it is c
+a | a | a | so it is the last part of a
+data/test-0 data/train-0 data/train-1 data/validation-0 | data/train-0 data/train-1 | data/validation-0 |
+train-0 train-1 test-0 | train-0 train-1 | test-0 | no validation split, so the test split
+train-0 train-1 train-2 | train-0 train-1 | train-2 | so it is train-2
+train-0 | train-0 | train-0 | the last part of train-0
+training val | training | val |
+train/0 train/1 dev/0 | train/0 train/1 | dev/0 |
+train/0 eval/0 | train/0 | eval/0 | so the test split
+shard_0 shard_1 valid | shard_0 shard_1 | valid | shard_0, shard_1, named after no split, is the training
+more train-0 val | train-0 | val | more, named after no split, is not read
+data/c/train-0 data/c/train-1 s/0 | data/c/train-0 | data/c/train-1 | only its folder data is read, not s; no file
+data/train-0 other/train-0 test/0 val | data/train-0 | val | only its folder data is read, not other
+data/0 data/1 more/0 | data/0 data/1 | more/0 | so it is more/0
+main/train-0 main/test-0 other/train-0 | main/train-0 other/train-0 | main/test-0 | test split
+"""
+
+
+@pytest.mark.parametrize("row", SPLITS.strip().splitlines())
+def test_pretraining_goes_by_the_names_and_a_note_says_what_they_leave_open(row):
+    names, train, validation, sentence = (part.strip() for part in row.split("|"))
     *files, note = text_files("d", names.split())
     assert files == [train.split(), validation.split()]
     assert sentence in note if sentence else not note
@@ -665,9 +595,7 @@ def test_pretraining_goes_by_the_names_and_a_note_says_what_they_leave_open(name
 
 @pytest.mark.parametrize("names", ["test-0", "test-0 test-1", "validation-0 test-0", "val/0"])
 def test_text_without_a_training_split_is_refused(names):
-    with pytest.raises(
-        InputError, match=r"dataset d has (test|validation|test and validation) files only: name train"
-    ):
+    with pytest.raises(InputError, match=r"dataset d has (test|validation|test and validation) files only: name"):
         text_files("d", names.split())
 
 

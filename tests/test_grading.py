@@ -4,17 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from nanochat_hf.data.grading import (
-    correctness,
-    final_words,
-    hash_answer,
-    is_correct,
-    last_number,
-    pass_at_k,
-    says,
-    spelled_word,
-    used_tool,
-)
+from nanochat_hf.data import grading
 
 CALL = "<|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>"
 END = "<|assistant_end|>"
@@ -23,31 +13,31 @@ END = "<|assistant_end|>"
 @pytest.mark.parametrize(
     ("function", "text", "value"),
     [
-        (hash_answer, "She earns 10 dollars.\n#### 10", "10"),
-        (hash_answer, "#### 1,234,567", "1234567"),
-        (hash_answer, "#### -3", "-3"),
-        (hash_answer, "#### 2.5", "2.5"),
-        (hash_answer, "#### 7\n#### 8", "7"),  # the first one counts, as in the official grader
-        (hash_answer, "####10", None),
-        (hash_answer, "The answer is 10.", None),
-        (hash_answer, "", None),
-        (last_number, "2 + 3 = 5.", "5"),
-        (last_number, "It is -4", "-4"),
-        (last_number, "1,200 stones", "1200"),
-        (last_number, "7.5 metres", "7.5"),
-        (last_number, "none", None),
-        (final_words, f"So: {CALL} It is 5.{END}", "It is 5."),
-        (final_words, f"{CALL}2 + 3 = 5. Then {CALL} done", "done"),
-        (final_words, f"Taldo.{END}<|user_start|>5", "Taldo."),
-        (final_words, "<|python_start|>12+30", ""),  # cut off inside the call
-        (used_tool, "<|python_start|>1", True),
-        (used_tool, "5", False),
-        (spelled_word, '"owl": o w l', "owl"),
-        (spelled_word, "o, w, l.", "owl"),
-        (spelled_word, "Here it is:\nO w l", "owl"),
-        (spelled_word, "owl", ""),
-        (spelled_word, "o w ll", ""),
-        (spelled_word, "", ""),
+        (grading.hash_answer, "She earns 10 dollars.\n#### 10", "10"),
+        (grading.hash_answer, "#### 1,234,567", "1234567"),
+        (grading.hash_answer, "#### -3", "-3"),
+        (grading.hash_answer, "#### 2.5", "2.5"),
+        (grading.hash_answer, "#### 7\n#### 8", "7"),  # the first one counts, as in the official grader
+        (grading.hash_answer, "####10", None),
+        (grading.hash_answer, "The answer is 10.", None),
+        (grading.hash_answer, "", None),
+        (grading.last_number, "2 + 3 = 5.", "5"),
+        (grading.last_number, "It is -4", "-4"),
+        (grading.last_number, "1,200 stones", "1200"),
+        (grading.last_number, "7.5 metres", "7.5"),
+        (grading.last_number, "none", None),
+        (grading.final_words, f"So: {CALL} It is 5.{END}", "It is 5."),
+        (grading.final_words, f"{CALL}2 + 3 = 5. Then {CALL} done", "done"),
+        (grading.final_words, f"Taldo.{END}<|user_start|>5", "Taldo."),
+        (grading.final_words, "<|python_start|>12+30", ""),  # cut off inside the call
+        (grading.used_tool, "<|python_start|>1", True),
+        (grading.used_tool, "5", False),
+        (grading.spelled_word, '"owl": o w l', "owl"),
+        (grading.spelled_word, "o, w, l.", "owl"),
+        (grading.spelled_word, "Here it is:\nO w l", "owl"),
+        (grading.spelled_word, "owl", ""),
+        (grading.spelled_word, "o w ll", ""),
+        (grading.spelled_word, "", ""),
     ],
 )
 def test_what_is_read_from_a_reply(function, text, value):
@@ -55,8 +45,8 @@ def test_what_is_read_from_a_reply(function, text, value):
 
 
 def test_a_phrase_must_occur_as_whole_words():
-    assert says("It is RED.", "red")
-    assert not says("Redhill", "red") and not says("sixteen", "six")
+    assert grading.says("It is RED.", "red")
+    assert not grading.says("Redhill", "red") and not grading.says("sixteen", "six")
 
 
 @pytest.mark.parametrize(
@@ -82,14 +72,14 @@ def test_a_phrase_must_occur_as_whole_words():
 )
 def test_grades_follow_the_kind_of_the_row(kind, answer, text, right):
     fact = {"entity": "fox", "rivals": ["blue", "green"]} if kind == "fact" else {"entity": "", "rivals": []}
-    assert is_correct({"kind": kind, "answer": answer, **fact}, text) is right
+    assert grading.is_correct({"kind": kind, "answer": answer, **fact}, text) is right
 
 
 def test_a_reward_is_one_or_zero_per_completion_and_everything_graded_is_recorded(tokenizer):
     texts = [f"{CALL}1 + 2 = 3{END}", f"1 + 2 = 4{END}"]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     records, logged = [], {}
-    reward = correctness(tokenizer, lambda *batch: records.append(batch))
+    reward = grading.correctness(tokenizer, lambda *batch: records.append(batch))
     columns = {"kind": ["arithmetic"] * 2, "answer": ["3"] * 2, "entity": [""] * 2, "rivals": [[]] * 2}
     prompts = [[{"role": "user", "content": "1 + 2?"}]] * 2
     columns |= {"completions": None, "trainer_state": None, "log_metric": logged.__setitem__}
@@ -103,10 +93,10 @@ def test_a_reward_is_one_or_zero_per_completion_and_everything_graded_is_recorde
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one(right):
     for k in range(1, len(right) + 1):
         draws = list(combinations(right, k))
-        assert pass_at_k([right], k) == pytest.approx(sum(map(any, draws)) / len(draws))
+        assert grading.pass_at_k([right], k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 def test_pass_at_k_averages_over_prompts_and_wants_enough_samples():
-    assert pass_at_k([[True, True], [False, False]], 2) == 0.5
+    assert grading.pass_at_k([[True, True], [False, False]], 2) == 0.5
     with pytest.raises(ValueError, match="pass@3 needs 3 samples"):
-        pass_at_k([[True, False]], 3)
+        grading.pass_at_k([[True, False]], 3)

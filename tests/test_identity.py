@@ -1,13 +1,13 @@
 """Conversations of an identity: from phrasings or written by another model, checked, all different."""
 
-import importlib.util
 import json
 import re
+import runpy
 import sys
 import threading
 import unicodedata
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,18 +15,8 @@ import torch
 from huggingface_hub import close_session, constants
 from transformers import AutoModelForCausalLM
 
-from nanochat_hf.data.identity import (
-    FOLDER,
-    LANGUAGES,
-    Identity,
-    Word,
-    conversations,
-    fingerprint,
-    generate_with_model,
-    parse,
-    questions,
-    read_identity,
-)
+from nanochat_hf.data import identity
+from nanochat_hf.data.identity import Identity, Word, conversations, fingerprint, parse, questions
 from nanochat_hf.data.mixture import Mixture
 from nanochat_hf.data.transforms import BadRow, check
 from nanochat_hf.errors import InputError
@@ -68,9 +58,6 @@ def test_the_test_asks_in_phrasings_that_no_training_has():
     assert not train & test and not train & {re.sub(r"\W+", " ", q).strip().lower() for q in questions(OPHELIA)}
     with pytest.raises(InputError, match="no split 'dev'"):
         next(conversations(OPHELIA, "dev"))
-
-
-def test_more_conversations_than_there_are_phrasings_are_refused():
     mute = Identity("Ophelia", "the club")
     mute.intents = [{"ask": ["Who?"], "test": ["And who?"], "say": ["Ophelia."]}]
     with pytest.raises(InputError, match=r"only \d+ different conversations of Ophelia, not 500"):
@@ -101,16 +88,16 @@ def test_a_korean_identity_speaks_korean_with_the_right_particles():
     assert all(unicodedata.is_normalized("NFC", a) for a in answers)
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("language", identity.LANGUAGES)
 def test_a_language_has_all_intents_and_its_phrasings_can_be_filled(language):
-    identity = Identity("Ophelia", "the club", language)
-    assert LANGUAGES == ["en", "ko"] == sorted(path.stem for path in FOLDER.iterdir())
-    assert list(identity.phrasings["intents"]) == ["name", "kind", "owner", "skills", "other"]
-    for intent in (identity.phrasings["hello"], *identity.intents):
+    me = Identity("Ophelia", "the club", language)
+    assert identity.LANGUAGES == ["en", "ko"] == sorted(path.stem for path in identity.FOLDER.iterdir())
+    assert list(me.phrasings["intents"]) == ["name", "kind", "owner", "skills", "other"]
+    for intent in (me.phrasings["hello"], *me.intents):
         ask, test, say = intent["ask"], intent["test"], intent["say"]
         assert len(ask) >= 5 and test and say and not set(ask) & set(test)
         for text in (*ask, *test, *say):
-            assert not set("{}/") & set(identity.fill(text, "Siri"))
+            assert not set("{}/") & set(me.fill(text, "Siri"))
         assert all("{name" in text for text in say), "the assistant says its name"
 
 
@@ -137,9 +124,9 @@ def test_the_identities_of_the_recipes_are_mixed_in_by_one_line(name):
 def test_a_wrong_file_is_named(tmp_path, text, message):
     (tmp_path / "me.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
-        read_identity(tmp_path / "me.yaml")
+        identity.read_identity(tmp_path / "me.yaml")
     with pytest.raises(InputError, match="cannot read"):
-        read_identity(tmp_path / "nobody.yaml")
+        identity.read_identity(tmp_path / "nobody.yaml")
 
 
 # Written by another model
@@ -147,11 +134,6 @@ def test_a_wrong_file_is_named(tmp_path, text, message):
 
 def turn(question: str, answer: str) -> str:
     return json.dumps([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
-
-
-def test_what_a_model_wrote_is_found_in_a_fence():
-    text = f"Here you are:\n```json\n{turn('Hi', 'I am Ophelia.')}\n```"
-    assert parse(text, OPHELIA)[1]["content"] == "I am Ophelia."
 
 
 @pytest.mark.parametrize(
@@ -168,25 +150,25 @@ def test_what_a_model_wrote_is_found_in_a_fence():
         (turn("Hi", "Ophelia")[:-2] + ', "name": "x"}]', "more than a role"),
     ],
 )
-def test_what_a_model_wrote_is_checked(text, reason):
+def test_what_a_model_wrote_is_taken_out_of_its_fence_and_checked(text, reason):
+    fenced = f"Here you are:\n```json\n{turn('Hi', 'I am Ophelia.')}\n```"
+    assert parse(fenced, OPHELIA)[1]["content"] == "I am Ophelia."
     with pytest.raises(BadRow, match=reason):
         parse(text, OPHELIA)
 
 
 def test_what_is_refused_is_requested_again_and_counted():
-    lock, count = threading.Lock(), Counter()
+    numbers = count(1)  # `next` of it is atomic
 
     def ask(messages):
-        with lock:
-            count["n"] += 1
-            number = count["n"]
+        number = next(numbers)
         return turn(f"Hi {number // 2}", "I am Ophelia.") if number % 3 else "no"
 
-    rows, refused = generate_with_model(OPHELIA, ask, 8)
-    assert len(rows) == 8 == len({fingerprint(row["messages"]) for row in rows}) and count["n"] <= 24
+    rows, refused = identity.generate_with_model(OPHELIA, ask, 8)
+    assert len(rows) == 8 == len({fingerprint(row["messages"]) for row in rows}) and next(numbers) <= 25
     assert set(refused) == {"no JSON list", "written before"}
     with pytest.raises(InputError, match=r"no conversation that can be used: no JSON list \(12\)"):
-        generate_with_model(OPHELIA, lambda messages: "no", 4)
+        identity.generate_with_model(OPHELIA, lambda messages: "no", 4)
 
 
 class FakeModel(BaseHTTPRequestHandler):
@@ -217,13 +199,11 @@ def make_identity(monkeypatch):
     """scripts/make_identity.py as a function of its arguments."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the hub's client may talk to this machine
     close_session()
-    spec = importlib.util.spec_from_file_location("make_identity", ROOT / "scripts" / "make_identity.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    main = runpy.run_path(str(ROOT / "scripts" / "make_identity.py"))["main"]
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["make_identity.py", *map(str, words)])
-        module.main()
+        main()
 
     return call
 

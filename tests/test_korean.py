@@ -27,11 +27,7 @@ from nanochat_hf.serve.terminal_chat import KOREAN, Chat, LocalModel, Options, s
 
 ROOT = Path(__file__).parent.parent
 KOBEST = {  # made-up rows in the form of KoBEST's files
-    "COPA": [
-        "ID\tsentence\tquestion\t1\t2\tAnswer",
-        "1\t비가 왔다.\t결과\t우산을 썼다.\t선글라스를 썼다.\t1",
-        "2\t배가 불렀다.\t원인\t굶었다.\t밥을 먹었다.\t2",
-    ],
+    "COPA": ["ID\tsentence\tquestion\t1\t2\tAnswer", "1\t비가 왔다.\t결과\t우산을 썼다.\t선글라스를 썼다.\t1"],
     "HellaSwag": ["context\tchoice1\tchoice2\tchoice3\tchoice4\tlabel", '그는 "안녕"이라고 했다.\t가\t나\t다\t라\t3'],
     "BoolQ": ["ID\tText\tQuestion\tAnswer", "1\t물은 H2O이다.\t물은 산소인가?\tFALSE", "2\t해는 뜬다.\t뜨나?\tTrue"],
 }
@@ -43,15 +39,14 @@ COLUMNS = {  # the same rows as the Hub's dataset has them
     "haerae": ("query", "answer"),
 }
 VALUES = {
-    "copa": [
-        ("비가 왔다.", "결과", "우산을 썼다.", "선글라스를 썼다.", 0),
-        ("배가 불렀다.", "원인", "굶었다.", "밥을 먹었다.", 1),
-    ],
+    "copa": [("비가 왔다.", "결과", "우산을 썼다.", "선글라스를 썼다.", 0)],
     "hellaswag": [('그는 "안녕"이라고 했다.', "가", "나", "다", "라", 3)],
     "boolq": [("물은 H2O이다.", "물은 산소인가?", 0), ("해는 뜬다.", "뜨나?", 1)],
     "kmmlu": [(" 물은? ", "하나", "둘", "셋", "넷", 3)],
     "haerae": [("다음 중?", "(E)")],
 }
+KOBEST["COPA"].append("2\t배가 불렀다.\t원인\t굶었다.\t밥을 먹었다.\t2")
+VALUES["copa"].append(("배가 불렀다.", "원인", "굶었다.", "밥을 먹었다.", 1))
 HUB = {name: [dict(zip(COLUMNS[name], row)) for row in rows] for name, rows in VALUES.items()}
 
 
@@ -130,9 +125,8 @@ def test_the_korean_mean_stands_in_the_table_with_what_could_be_had(kobest, tiny
     text = tmp_path / "ko.jsonl"
     text.write_text("".join(json.dumps({"text": f"{i}번째 문서입니다. " * 9}) + "\n" for i in range(64)))
     mixed = [{"dataset": str(text), "weight": 1}, {"dataset": "primer", "weight": 1}]
-    config = EvalConfig(
-        tasks=["nanochat_ko"], text_stages=["base"], chat_data=str(kobest), dataset=mixed, bpb_tokens=512
-    )
+    data = {"chat_data": str(kobest), "dataset": mixed, "bpb_tokens": 512}
+    config = EvalConfig(tasks=["nanochat_ko"], text_stages=["base"], **data)
     metrics = evaluate(config, {"base": str(run.folder("base"))}, run.folder("eval"))
     results = metrics["results"]["base"]
     assert {"KoBEST COPA", "KoBEST HellaSwag", "KoBEST BoolQ"} <= set(results)
@@ -150,12 +144,16 @@ def test_the_korean_mean_stands_in_the_table_with_what_could_be_had(kobest, tiny
     assert "| 3/5 Korean tasks |" in report and "bpb ko.jsonl" in report
 
 
-def test_without_any_rows_the_korean_group_is_refused(tiny_model, tokenizer, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    config = EvalConfig(tasks=["nanochat_ko"], chat_stages=["base"], dataset=None)
-    with pytest.raises(InputError, match=r"no task of nanochat_ko has its rows here.*skt/kobest_v1.*chat_data"):
-        evaluate(config, {"base": str(tmp_path / "base")}, tmp_path / "eval")
+def test_without_any_rows_or_with_a_damaged_file_the_korean_group_is_refused(kobest, tiny_folder, tmp_path):
+    with (kobest / "BoolQ" / "test.tsv").open("a") as file:
+        file.write("1\t글\n")
+    for folder, reason in (
+        (None, r"no task of nanochat_ko has its rows here.*skt/kobest_v1.*chat_data"),
+        (str(kobest), r"BoolQ/test\.tsv, line \d+: 2 of "),
+    ):
+        config = EvalConfig(tasks=["nanochat_ko"], chat_stages=["base"], chat_data=folder, dataset=None)
+        with pytest.raises(InputError, match=reason):
+            evaluate(config, {"base": str(tiny_folder)}, tmp_path / "eval")
 
 
 def test_the_recipes_mix_languages_and_compose_hangul():
@@ -189,22 +187,20 @@ def test_a_recipe_of_another_script_trains_and_is_measured(tmp_path):
     texts = [{"text": " ".join(rng.choices(words, k=60))} for _ in range(400)]
     (tmp_path / "ka.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     mixed = f"dataset: [{{dataset: {tmp_path}/ka.jsonl, weight: 0.7}}, {{dataset: primer, weight: 0.3}}]\n"
-    recipe = {
-        "tokenizer": mixed + "normalization: nfc\nvocab_size: 600\nmax_chars: 200000\n",
-        "base": mixed + "depth: 2\naspect_ratio: 32\nhead_dim: 32\nmax_seq_len: 64\nnum_iterations: 30\n"
-        "total_batch_size: 512\ndevice_batch_size: 8\nmatrix_lr: 0.6\nwarmup_steps: 2\neval_every: 0\n",
-        "eval": mixed + "tasks: []\nbpb_tokens: 2048\n",
-    }
-    for stage, text in recipe.items():
-        (tmp_path / f"{stage}.yaml").write_text(text)
-    run = Run(tmp_path / "run")
+    run, path = Run(tmp_path / "run"), tmp_path / "data.yaml"
+    path.write_text(mixed)
     tokenizer = run.folder("tokenizer")
-    train_tokenizer(parse_config(TokenizerConfig, tmp_path / "tokenizer.yaml"), tokenizer)
+    options = {"normalization": "nfc", "vocab_size": "600", "max_chars": "200000"}
+    train_tokenizer(parse_config(TokenizerConfig, path, options), tokenizer)
     bytes_per_token = run.metrics("tokenizer")["bytes_per_token"]
     assert bytes_per_token > 3  # a Georgian letter has 3 bytes: whole words are tokens
     ids = load_tokenizer(tokenizer)(RUSTAVELI[0])["input_ids"]
     assert load_tokenizer(tokenizer).decode(ids, skip_special_tokens=True) == RUSTAVELI[0]
-    base = parse_config(PretrainConfig, tmp_path / "base.yaml", {"save_every": "8", "push_every": "20"})
+    options = (
+        "depth=2 aspect_ratio=32 head_dim=32 max_seq_len=64 num_iterations=30 total_batch_size=512 matrix_lr=0.6 "
+    )
+    options += "device_batch_size=8 warmup_steps=2 eval_every=0 save_every=8 push_every=20"
+    base = parse_config(PretrainConfig, path, dict(option.split("=") for option in options.split()))
 
     def killed(folder, step):
         raise KeyboardInterrupt
@@ -214,7 +210,7 @@ def test_a_recipe_of_another_script_trains_and_is_measured(tmp_path):
     resumed = pretrain(base, str(tokenizer), run.folder("base"), push=lambda folder, step: None)
     straight = pretrain(base, str(tokenizer), tmp_path / "straight", push=lambda folder, step: None)
     assert [row["train_loss"] for row in resumed["history"]] == [row["train_loss"] for row in straight["history"]]
-    config = parse_config(EvalConfig, tmp_path / "eval.yaml")
+    config = parse_config(EvalConfig, path, {"tasks": "[]", "bpb_tokens": "2048"})
     results = evaluate(config, {"base": str(run.folder("base"))}, run.folder("eval"))["results"]["base"]
     assert set(results) == {"val_bpb", "bpb ka.jsonl", "bpb primer"}
     untrained = 9.2 / bytes_per_token  # log2(600) bits per token
@@ -251,9 +247,8 @@ def test_no_piece_ends_inside_a_character(talker, talker_folder, monkeypatch):  
 
     written = []
     console = Console(file=Screen(), width=80, highlight=False)
-    Chat(LocalModel(Engine(*talker), "test"), Options(temperature=0.0, max_new_tokens=120), console=console).ask(
-        "Hello"
-    )
+    options = Options(temperature=0.0, max_new_tokens=120)
+    Chat(LocalModel(Engine(*talker), "test"), options, console=console).ask("Hello")
     assert "".join(written).strip() == QUESTIONS["Hello"][0][1] and len(written) > 20
     monkeypatch.setenv("MODEL_ID", str(talker_folder))
     monkeypatch.setenv("SPACE_LANGUAGE", "ko")
@@ -270,11 +265,3 @@ def test_no_piece_ends_inside_a_character(talker, talker_folder, monkeypatch):  
     monkeypatch.setenv("SPACE_LANGUAGE", "kr")
     with pytest.raises(SystemExit, match=r"SPACE_LANGUAGE is 'kr'; use en or ko"):
         spec.loader.exec_module(app)
-
-
-def test_a_damaged_file_of_a_korean_task_is_refused_and_not_left_out(kobest, tiny_folder, tmp_path):
-    with (kobest / "BoolQ" / "test.tsv").open("a") as file:
-        file.write("1\t글\n")
-    config = EvalConfig(tasks=["nanochat_ko"], text_stages=["base"], chat_data=str(kobest), dataset=None)
-    with pytest.raises(InputError, match=r"BoolQ/test\.tsv, line \d+: 2 of "):
-        evaluate(config, {"base": str(tiny_folder)}, tmp_path / "eval")

@@ -3,16 +3,15 @@
 Cached generation is in test_model_cache.py, folders and libraries in test_model_folder.py, GPUs in test_model_gpu.py.
 """
 
-import ast
 import inspect
 import json
-import textwrap
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny import GENERATIONS, KINDS, close, logits_of, make_config, make_ids, make_model
-from torch.nn.functional import cross_entropy
 from transformers import AttentionInterface, AutoConfig, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers import NanoChatConfig as NativeConfig
 from transformers import NanoChatForCausalLM as NativeModel
@@ -21,6 +20,9 @@ from transformers.testing_utils import CaptureLogger
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, NanoChatModel, configuration_nanochat
 
 S, FULL = "sliding_attention", "full_attention"
+DERIVED = {"intermediate_size": 384, "num_key_value_heads": 3, "head_dim": 32}
+FIRST = {"generation": 1, "layer_types": [FULL] * 3, "sliding_window": None, "qk_scale": 1}
+FIRST |= {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
 
 
 @pytest.mark.parametrize(
@@ -34,16 +36,9 @@ S, FULL = "sliding_attention", "full_attention"
         (NanoChatConfig(num_hidden_layers=5), {"value_embed_layers": [0, 2, 4]}),
         (NanoChatConfig(num_hidden_layers=4), {"value_embed_layers": [1, 3]}),
         (NanoChatConfig(value_embeds=False), {"value_embed_layers": []}),
-        (
-            NanoChatConfig(hidden_size=96, num_attention_heads=3),
-            {"intermediate_size": 384, "num_key_value_heads": 3, "head_dim": 32},
-        ),
+        (NanoChatConfig(hidden_size=96, num_attention_heads=3), DERIVED),
         (NanoChatConfig(hidden_size=96, num_attention_heads=2, head_dim=16), {"head_dim": 16}),
-        (
-            NanoChatConfig.first_generation(num_hidden_layers=3),
-            {"generation": 1, "layer_types": [FULL] * 3, "sliding_window": None, "qk_scale": 1}
-            | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
-        ),
+        (NanoChatConfig.first_generation(num_hidden_layers=3), FIRST),
     ],
 )
 def test_fields_are_derived_and_survive_saving(config, expected, tmp_path):
@@ -102,17 +97,11 @@ def test_a_config_with_old_class_names_loads_with_todays_and_one_line_says_how_t
         assert config.auto_map == json.loads(today)["auto_map"]
         assert log.out.count("\n") == (text != today)
         assert text == today or log.out.endswith(f"--source {tmp_path} --output {tmp_path}\n")
-
-
-def test_the_pipeline_of_a_folder_is_for_those_without_the_package(tmp_path):
-    """transformers asks for trust_remote_code wherever a config names a pipeline; here none is needed."""
-    config = NanoChatConfig()
-    for _ in range(2):
-        config.save_pretrained(tmp_path)
-        saved = json.loads((tmp_path / "config.json").read_text())["custom_pipelines"]
-        assert saved["text-generation"]["impl"].startswith("generation_nanochat.")
-        config = AutoConfig.from_pretrained(tmp_path)
+        # transformers asks for trust_remote_code where a config names a pipeline, and with the package none is needed
         assert not hasattr(config, "custom_pipelines")
+        config.save_pretrained(tmp_path / "again")
+        saved = json.loads((tmp_path / "again" / "config.json").read_text())["custom_pipelines"]
+        assert saved["text-generation"]["impl"].startswith("generation_nanochat.")
 
 
 # ---- forward ------------------------------------------------------------------------------------------------------
@@ -191,10 +180,8 @@ def test_packed_rows_equal_the_separate_rows(generation, attention):
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_left_and_right_padding_change_nothing(generation):
     model, short, long = make_model(generation), make_ids(1, 11), make_ids(1, 18, seed=2)
-    padding = torch.zeros(1, 7, dtype=torch.long)
-    for left in (True, False):
-        row = torch.cat([padding, short] if left else [short, padding], dim=1)
-        real = torch.cat([padding, torch.ones_like(short)] if left else [torch.ones_like(short), padding], dim=1)
+    for sides in ((7, 0), (0, 7)):
+        row, real = F.pad(short, sides), F.pad(torch.ones_like(short), sides)
         logits = model(torch.cat([row, long]), attention_mask=torch.cat([real, torch.ones_like(long)])).logits
         close(logits[0][real[0].bool()], model(short).logits[0])
         close(logits[1], model(long).logits[0])
@@ -319,7 +306,7 @@ def test_the_loss_is_the_shifted_cross_entropy_over_the_given_number_of_items():
     labels = ids.clone()
     labels[0, :5] = -100
     out = model(ids, labels=labels)
-    nll = cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    nll = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     close(out.loss, nll / (labels[:, 1:] != -100).sum())
     close(model(ids, labels=labels, num_items_in_batch=50).loss, nll / 50)
     assert out.logits.shape == (2, 12, 100) and out.logits.dtype == torch.float32 and out.logits.abs().max() < 15
@@ -358,13 +345,10 @@ def test_the_softmax_scale_can_be_read_off_the_source(generation):
     that keyword it computes with 1 / sqrt(head_dim), and `qk_scale` is lost without a word.
     """
     attention = make_model(generation).model.layers[0].self_attn
-    tree = ast.parse(textwrap.dedent(inspect.getsource(type(attention).forward)))
-    [name] = [
-        node.targets[0].id for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS")
-    ]  # fmt: skip
-    [call] = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == name]
-    assert [ast.unparse(k.value) for k in call.keywords if k.arg == "scaling"] == ["self.scaling"]
+    source = inspect.getsource(type(attention).forward)
+    [name] = re.findall(r"(\w+) = ALL_ATTENTION_FUNCTIONS", source)
+    [call] = re.findall(rf"(?<!def ){name}\(([^()]*)\)", source)
+    assert " scaling=self.scaling," in call
     assert attention.scaling == pytest.approx((1.2**2 if generation == 2 else 1.0) / 8**0.5)
 
 

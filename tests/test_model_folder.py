@@ -15,21 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from hub_standin import Hub
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from talker import QUESTIONS, chat_folder, talker, talker_folder  # noqa: F401
 from tiny import GENERATIONS, close, greedy, make_ids, make_model, randomize
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    TextGenerationPipeline,
-    TorchAoConfig,
-    pipeline,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, TextGenerationPipeline, pipeline
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.testing_utils import CaptureLogger
 
@@ -219,7 +211,7 @@ def test_plain_text_and_new_text_end_at_the_end_mark_but_the_prompt_is_left_alon
 
 
 def test_texts_of_other_tokenizers_stay_as_they_are(talker, chat_folder):  # noqa: F811
-    model, tokenizer = talker[0], PreTrainedTokenizerFast.from_pretrained(chat_folder)
+    model, tokenizer = talker[0], transformers.PreTrainedTokenizerFast.from_pretrained(chat_folder)
     plain = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     for tokenizer.response_template in (None, {"fields": {"content": {}}, "start_anchor": "x"}):
         ours, standard = (
@@ -396,10 +388,10 @@ def quantized(library: str, folder):
     """The model, quantized while loading."""
     if library == "bitsandbytes":
         options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-        return load(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **options))
+        return load(folder, quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, **options))
     from torchao.quantization import Int8WeightOnlyConfig
 
-    return load(folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    return load(folder, quantization_config=transformers.TorchAoConfig(Int8WeightOnlyConfig()))
 
 
 @pytest.mark.slow

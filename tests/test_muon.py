@@ -4,18 +4,7 @@ import pytest
 import torch
 
 from nanochat_hf.kernels import muon
-from nanochat_hf.kernels.muon import (
-    POLAR_EXPRESS,
-    apply_updates,
-    equilibrate,
-    gram,
-    matmul_plus,
-    mean_squares,
-    nesterov,
-    orthogonalize,
-    symmetric_plus,
-    update_scale,
-)
+from nanochat_hf.kernels.muon import mean_squares, orthogonalize, symmetric_plus, update_scale
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -34,9 +23,9 @@ def test_polar_express_comes_near_the_polar_factor(shape):
 def step_by_step(x):
     """The five steps on whole matrices (K, m, n) in x's dtype, without the Gram form for oblong ones."""
     tall = x.shape[1] > x.shape[2]
-    x = equilibrate(x, x.dtype)
+    x = muon.equilibrate(x, x.dtype)
     x = x.mT if tall else x
-    for a, b, c in POLAR_EXPRESS:
+    for a, b, c in muon.POLAR_EXPRESS:
         g = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(g, g, g, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -88,7 +77,7 @@ def test_nesterov_moves_each_momentum_and_writes_the_direction_beyond_it(device)
     grads, buffers = ([torch.randn(96, 100, device=device) for _ in range(3)] for _ in range(2))
     before = [m.clone() for m in buffers]
     out = torch.zeros(4, 96, 100, device=device)  # one more than there are: a rank with fewer matrices
-    nesterov(grads, buffers, 0.9, out, torch.ones((), device=device))
+    muon.nesterov(grads, buffers, 0.9, out, torch.ones((), device=device))
     for grad, momentum, old, direction in zip(grads, buffers, before, out):
         assert torch.allclose(momentum, 0.9 * old + 0.1 * grad, atol=1e-6)
         assert torch.allclose(direction, 0.9 * momentum + 0.1 * grad, atol=1e-6)
@@ -102,7 +91,7 @@ def test_updates_decay_only_where_they_agree_with_the_weight_and_make_casts_out_
     before, versions = torch.stack(params), [p._version for p in params]
     x = torch.randn(3, *shape, device=device).bfloat16()
     scale = torch.rand(3, *((shape[0], 1) if shape[0] > shape[1] else (1, shape[1])), device=device)
-    apply_updates(params, x, scale, 0.1, 0.5, torch.ones((), device=device))
+    muon.apply_updates(params, x, scale, 0.1, 0.5, torch.ones((), device=device))
     u = x.float() * scale
     expected = before - 0.1 * u - torch.where(u * before >= 0, 0.05 * before, 0.0)
     assert torch.allclose(torch.stack(params), expected, atol=1e-5)
@@ -118,11 +107,11 @@ def test_matmuls_of_polar_express_equal_plain_ones(device, dtype, shape, monkeyp
     monkeypatch.setattr(muon, "SMALLEST", 256)
     x = (torch.randn(shape, device=device) / shape[-1] ** 0.5).to(dtype)
     tolerance = {"rtol": 0.02, "atol": 0.02} if device == "cuda" else {"atol": 1e-5}
-    a, exact = gram(x), x.float() @ x.float().mT
+    a, exact = muon.gram(x), x.float() @ x.float().mT
     square = symmetric_plus(a, a, 0.7, 0.3)
     for result, expected in (
-        (a, exact), (gram(x.mT), x.float().mT @ x.float()), (square, 0.3 * exact @ exact + 0.7 * exact),
+        (a, exact), (muon.gram(x.mT), x.float().mT @ x.float()), (square, 0.3 * exact @ exact + 0.7 * exact),
         (symmetric_plus(a, square, 1.5), exact @ square.float() + 1.5 * square.float()),
-        (matmul_plus(a, x, x, 1.5), exact @ x.float() + 1.5 * x.float()),
+        (muon.matmul_plus(a, x, x, 1.5), exact @ x.float() + 1.5 * x.float()),
     ):  # fmt: skip
         assert torch.allclose(result.float(), expected, **tolerance)

@@ -2,7 +2,6 @@
 
 import json
 import unicodedata
-import warnings
 from collections import Counter
 from hashlib import sha256
 from itertools import islice, pairwise
@@ -17,32 +16,15 @@ from transformers import AutoTokenizer
 
 from nanochat_hf.data import tokenizer as module
 from nanochat_hf.data.documents import text_fingerprint
-from nanochat_hf.data.tokenizer import (
-    RESPONSE_TEMPLATE,
-    SPECIAL_TOKENS,
-    TokenizerConfig,
-    byte_alphabet,
-    bytes_per_token,
-    encode_documents,
-    load_tokenizer,
-    split_pattern,
-    strip_special_tokens,
-    token_byte_lengths,
-    train_bpe,
-    train_tokenizer,
-)
+from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, TokenizerConfig, encode_documents, load_tokenizer, train_bpe
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
 
-TEXTS = [
-    "The cat sat on the mat, and the hat was 1234 feet away.\n\nIt didn't care.",
-    "안녕하세요 세계, 안녕!",
-    "naïve café 🙂",
-]
-parts = st.sampled_from(
-    [*SPECIAL_TOKENS, "<|", "|>", "bos", " ", "\n", "7", "한글", "👩‍👩‍👧", "e\u0301", "\x00", "'s"]
-)
+TEXTS = ["The cat sat on the mat, and the hat was 1234 feet away.\n\nIt didn't care.", "안녕하세요 세계, 안녕!"]
+TEXTS.append("naïve café 🙂")
+odd = ["<|", "|>", "bos", " ", "\n", "7", "한글", "👩‍👩‍👧", "e\u0301", "\x00", "'s"]
+parts = st.sampled_from([*SPECIAL_TOKENS, *odd])
 any_text = st.lists(st.one_of(parts, st.text())).map("".join)
 
 
@@ -53,35 +35,31 @@ def test_any_text_comes_back_byte_for_byte_and_holds_no_special_token_but_the_fi
     assert tokenizer.decode(ids[1:]).encode() == text.encode()
     assert ids[0] == tokenizer.bos_token_id
     assert not set(ids[1:].tolist()) & set(tokenizer.all_special_ids)
-    assert np.array(token_byte_lengths(tokenizer))[ids].sum() == len(text.encode())
+    assert np.array(module.token_byte_lengths(tokenizer))[ids].sum() == len(text.encode())
     assert tokenizer("<|assistant_end|>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
 
 
 @given(any_text)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_stripped_text_spells_no_special_token_and_other_text_stays(text):
-    stripped = strip_special_tokens(text)
+    stripped = module.strip_special_tokens(text)
     assert not any(token in stripped for token in SPECIAL_TOKENS)
     if not any(token in text for token in SPECIAL_TOKENS):
         assert stripped == text
     for nested in ("<|bo<|bos|>s|>", "<|<|bos|>bos|>"):
-        assert "<|bos|>" not in strip_special_tokens(nested)
+        assert "<|bos|>" not in module.strip_special_tokens(nested)
 
 
 def test_special_tokens_stand_last_and_in_order(tokenizer):
     ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
     assert ids == list(range(len(tokenizer) - 9, len(tokenizer)))
-    assert set(tokenizer.all_special_tokens) == set(SPECIAL_TOKENS)
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
-        "<|bos|>",
-        "<|assistant_end|>",
-        "<|bos|>",
-    )
-    assert tokenizer.padding_side == "left"
+    assert set(tokenizer.all_special_tokens) == set(SPECIAL_TOKENS) and tokenizer.padding_side == "left"
+    marks = tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token
+    assert marks == ("<|bos|>", "<|assistant_end|>", "<|bos|>")
 
 
 def test_every_byte_is_a_token(tokenizer):
-    lengths = np.array(token_byte_lengths(tokenizer))
+    lengths = np.array(module.token_byte_lengths(tokenizer))
     assert (lengths == 1).sum() == 256
     assert (lengths[-9:] == 0).all() and (lengths[:-9] > 0).all()
 
@@ -93,7 +71,7 @@ def test_a_saved_tokenizer_loads_with_the_auto_class_and_is_the_same(tokenizer, 
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert [i for i, token in enumerate(again(text)["input_ids"]) if token == again.bos_token_id] == [0]
     assert again.chat_template == tokenizer.chat_template
-    assert again.response_template == RESPONSE_TEMPLATE
+    assert again.response_template == module.RESPONSE_TEMPLATE
     assert (again.padding_side, again.pad_token_id, len(again)) == ("left", tokenizer.pad_token_id, len(tokenizer))
     assert all((a == b).all() for a, b in zip(encode_documents(again, TEXTS), encode_documents(tokenizer, TEXTS)))
 
@@ -111,8 +89,8 @@ def test_the_split_pattern_is_that_of_upstream_with_digits_in_groups():
 
 def reference_merges(texts: list[str], num_merges: int) -> list[list[str]]:
     """BPE as it is defined: again and again the most frequent pair of neighbors; of equal ones, the smallest ids."""
-    letters = byte_alphabet()
-    words = Counter(word for text in texts for word in regex.findall(split_pattern(2), text))
+    letters, pattern = module.byte_alphabet(), module.SPLIT_PATTERN.replace("GROUP", "2")
+    words = Counter(word for text in texts for word in regex.findall(pattern, text))
     words = [([letters[byte] for byte in word.encode()], count) for word, count in words.items()]
     ids, merges = {letter: number for number, letter in enumerate(sorted(letters))}, []
     while len(ids) < 256 + num_merges:
@@ -141,41 +119,32 @@ def test_merges_are_those_of_the_definition():
         tokenizer = train_bpe(texts, size)
         merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
         assert merges == reference_merges(texts, size - 265) and len(tokenizer) == 265 + len(merges)
-    assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(module.byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
     shown = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    assert "".join(byte_alphabet()[:128]) == shown.pre_tokenize_str("".join(map(chr, range(128))))[0][0]
+    assert "".join(module.byte_alphabet()[:128]) == shown.pre_tokenize_str("".join(map(chr, range(128))))[0][0]
 
 
-def test_composing_normalization_makes_equal_text_of_equal_letters():
+@pytest.mark.filterwarnings("ignore:the text gives only")
+def test_training_is_deterministic_and_composes_letters_on_request():
     decomposed = unicodedata.normalize("NFD", "한글 café")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain, composed = train_bpe(TEXTS, 300), train_bpe(TEXTS, 300, normalization="nfc")
-    (a,), (b,) = encode_documents(composed, [decomposed]), encode_documents(composed, ["한글 café"])
-    assert (a == b).all()
-    assert composed.decode(a[1:]) == "한글 café"
-    (c,) = encode_documents(plain, [decomposed])
-    assert plain.decode(c[1:]) == decomposed
-
-
-def test_training_is_deterministic():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        one, two = train_bpe(TEXTS * 3, 320), train_bpe(iter(TEXTS * 3), 320)
-    assert one.get_vocab() == two.get_vocab()
+    plain, composed = train_bpe(TEXTS, 300), train_bpe(iter(TEXTS), 300, normalization="nfc")
+    assert plain.get_vocab() == train_bpe(iter(TEXTS), 300).get_vocab()
+    a, b = encode_documents(composed, [decomposed, "한글 café"])
+    assert a.tolist() == b.tolist() and composed.decode(a[1:]) == "한글 café"
+    assert plain.decode(encode_documents(plain, [decomposed])[0][1:]) == decomposed
 
 
 def test_too_small_a_vocabulary_no_text_and_wrong_settings_are_refused():
-    with pytest.raises(InputError, match="at least 265"):
-        train_bpe(TEXTS, 264)
-    with pytest.raises(InputError, match="no text"):
-        train_bpe([], 300)
-    with pytest.raises(InputError, match="digit_group"):
-        train_bpe(TEXTS, 300, digit_group=4)
-    with pytest.raises(InputError, match="normalization"):
-        train_bpe(TEXTS, 300, normalization="nfkc")
+    for texts, size, options, reason in (
+        (TEXTS, 264, {}, "at least 265"), ([], 300, {}, "no text"), (TEXTS, 300, {"digit_group": 4}, "digit_group"),
+        (TEXTS, 300, {"normalization": "nfkc"}, "normalization"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=reason):
+            train_bpe(texts, size, **options)
     with pytest.raises(InputError, match="no tokenizer in"):
         load_tokenizer("/nowhere")
+    with pytest.warns(UserWarning, match="only .* tokens, not 4000"):
+        assert len(train_bpe(TEXTS, 4000)) < 4000
 
 
 def test_an_older_chat_template_of_ours_is_renewed_and_another_stays(tokenizer, tmp_path, monkeypatch):
@@ -189,7 +158,7 @@ def test_an_older_chat_template_of_ours_is_renewed_and_another_stays(tokenizer, 
         assert load_tokenizer(tmp_path).chat_template == expected
     tokenizer.save_pretrained(tmp_path)
     config = load_json(tmp_path / "tokenizer_config.json")
-    for response_template, expected in (({"fields": {}}, RESPONSE_TEMPLATE), (None, None)):
+    for response_template, expected in (({"fields": {}}, module.RESPONSE_TEMPLATE), (None, None)):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "response_template": response_template}))
         assert getattr(load_tokenizer(tmp_path), "response_template", None) == expected
 
@@ -206,32 +175,23 @@ def test_the_assistants_tokens_are_read_off_the_ids(tokenizer):
     assert [c for c, one in zip(row, mask) if one == "1"] == list("..p.>..((.p.>")
 
 
-def test_short_text_gives_fewer_tokens_with_a_warning():
-    with pytest.warns(UserWarning, match="only .* tokens, not 4000"):
-        assert len(train_bpe(TEXTS, 4000)) < 4000
-
-
 def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
     texts = [f"Document {i} tells that the number {i * i} follows {i * i - 1}." for i in range(320)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = TokenizerConfig(dataset=str(tmp_path / "d.jsonl"), vocab_size=300, max_chars=9010, doc_cap=40)
-    train_tokenizer(config, tmp_path / "tokenizer")
+    module.train_tokenizer(config, tmp_path / "tokenizer")
     tokenizer, metrics = load_tokenizer(tmp_path / "tokenizer"), load_json(tmp_path / "tokenizer" / "metrics.json")
     assert metrics["inputs"] == {"data": text_fingerprint(config.dataset)}
     assert metrics["finished"] and metrics["vocab_size"] == len(tokenizer) == 300
     assert metrics["train_chars"] == 9010  # the last document is cut
     validation = [text[:40] for text in texts[300:]]
-    assert metrics["bytes_per_token"] == pytest.approx(bytes_per_token(tokenizer, validation), rel=0.05)
-    assert 1 < metrics["bytes_per_token"] < 8
+    assert metrics["bytes_per_token"] == pytest.approx(module.bytes_per_token(tokenizer, validation), rel=0.05)
+    with pytest.raises(InputError):  # a stage that fails leaves nothing that looks finished
+        module.train_tokenizer(TokenizerConfig(dataset=str(tmp_path / "none.jsonl")), tmp_path / "other")
+    assert not (tmp_path / "other" / "metrics.json").exists()
 
 
 def test_bytes_per_token_counts_no_bos(tokenizer):
     texts = ["가나다 abc", "x" * 50]
     num_tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-    assert bytes_per_token(tokenizer, texts) == (13 + 50) / num_tokens
-
-
-def test_a_stage_that_fails_leaves_nothing_that_looks_finished(tmp_path):
-    with pytest.raises(InputError):
-        train_tokenizer(TokenizerConfig(dataset=str(tmp_path / "none.jsonl")), tmp_path / "tokenizer")
-    assert not (tmp_path / "tokenizer" / "metrics.json").exists()
+    assert module.bytes_per_token(tokenizer, texts) == (13 + 50) / num_tokens

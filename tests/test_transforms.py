@@ -6,21 +6,14 @@ from random import Random
 
 import pytest
 
+from nanochat_hf.data import transforms
 from nanochat_hf.data.grading import hash_answer
-from nanochat_hf.data.transforms import (
-    TRANSFORMS,
-    BadRow,
-    check,
-    gsm8k,
-    multiple_choice,
-    normalize,
-    simple_spelling,
-    spelling_bee,
-)
+from nanochat_hf.data.transforms import TRANSFORMS, BadRow, check, multiple_choice, normalize
 from nanochat_hf.tools import calculate
 
 RNG = Random(0)
 USER, REPLY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+PARTS = [{"type": kind, "text": "1"} for kind in ("text", "python", "python_output")]
 
 
 def call(arguments, name="python", **keys) -> dict:
@@ -73,7 +66,7 @@ def test_an_answer_that_is_no_choice_is_a_bad_row(answer):
 
 def test_gsm8k_turns_each_calculation_into_a_tool_call():
     row = {"question": "How much?", "answer": "She earns 12/60 = $<<12/60=0.2>>0.2.\nSo $<<0.2*50=10>>10.\n#### 10"}
-    prompt, first, result, second, _, last = gsm8k(row, RNG)
+    prompt, first, result, second, _, last = transforms.gsm8k(row, RNG)
     assert prompt["content"] == "How much?"
     assert first["content"] == "She earns 12/60 = $"
     assert first["tool_calls"][0]["function"] == {"name": "python", "arguments": {"expression": "12/60"}}
@@ -85,17 +78,14 @@ def test_gsm8k_turns_each_calculation_into_a_tool_call():
 @pytest.mark.parametrize("answer", ["no number", "<<1+1>>2\n#### 2", "<<=2>>2\n#### 2", "#### 2 <<1+1=2>>"])
 def test_a_gsm8k_answer_without_its_parts_is_a_bad_row(answer):
     with pytest.raises(BadRow):
-        gsm8k({"question": "Q", "answer": answer}, RNG)
+        transforms.gsm8k({"question": "Q", "answer": answer}, RNG)
 
 
-def test_simple_spelling_separates_letters_by_commas():
-    assert simple_spelling({"word": "owl"}, RNG)[1]["content"] == "o,w,l"
-
-
-def test_the_spelling_bee_spells_counts_by_hand_and_checks_with_the_tool():
+def test_spelling_separates_letters_by_commas_and_the_bee_counts_by_hand_and_checks_with_the_tool():
+    assert TRANSFORMS["simple_spelling"]({"word": "owl"}, RNG)[1]["content"] == "o,w,l"
     prompts = set()
     for seed in range(300):
-        question, by_hand, result, last = spelling_bee({"word": "banana"}, Random(seed))
+        question, by_hand, result, last = transforms.spelling_bee({"word": "banana"}, Random(seed))
         expression = by_hand["tool_calls"][0]["function"]["arguments"]["expression"]
         letter = re.fullmatch(r"'banana'\.count\('(\w)'\)", expression).group(1)
         assert result["content"] == calculate(expression) == hash_answer(last["content"])
@@ -103,6 +93,8 @@ def test_the_spelling_bee_spells_counts_by_hand_and_checks_with_the_tool():
         assert re.search(rf"(?<!\w){letter}(?![a-z])", question["content"], re.IGNORECASE)
         prompts.add(re.sub("['\"?]", "", question["content"].lower()))
     assert len(prompts) > 60  # phrasings, times letters
+    absent = sum(transforms.spelling_bee({"word": "bob"}, Random(seed))[2]["content"] == "0" for seed in range(1000))
+    assert 60 < absent < 130  # a tenth, times 24 of 26 letters: 92 on average
 
 
 @pytest.mark.parametrize(
@@ -134,10 +126,7 @@ def test_the_spelling_bee_spells_counts_by_hand_and_checks_with_the_tool():
         ([USER, calling(call({"city": "Ulm"}, "weather")), result(), REPLY], "message 2 calls weather"),
         ([USER, {**REPLY, "content": [{"type": "python", "text": "1"}]}], "call without its result"),
         ([USER, {**REPLY, "content": [{"type": "python_output", "text": "1"}]}], "result without a call"),
-        (
-            [USER, {**REPLY, "content": [{"type": k, "text": "1"} for k in ("python", "text", "python_output")]}],
-            "call without its result",
-        ),
+        ([USER, {**REPLY, "content": PARTS[1::-1] + PARTS[2:]}], "call without its result"),
     ],
 )
 def test_what_is_no_conversation_is_named(messages, reason):
@@ -147,9 +136,8 @@ def test_what_is_no_conversation_is_named(messages, reason):
 
 def test_conversations_with_a_system_message_parts_or_tools_are_fine():
     check([{"role": "system", "content": "Be brief."}, USER, REPLY, USER, REPLY])
-    parts = [{"type": kind, "text": "1"} for kind in ("text", "python", "python_output")]
-    check([USER, {"role": "assistant", "content": parts}])
-    check(spelling_bee({"word": "owl"}, Random(1)))
+    check([USER, {"role": "assistant", "content": PARTS}])
+    check(transforms.spelling_bee({"word": "owl"}, Random(1)))
 
 
 @pytest.mark.parametrize(
@@ -164,15 +152,12 @@ def test_conversations_with_a_system_message_parts_or_tools_are_fine():
     ],
 )
 def test_a_calls_arguments_become_a_mapping(arguments):
+    function = call(arguments)["function"]
+    old = {"role": "assistant", "content": None, "function_call": function}
     for conversation in (
         [USER, calling(call(arguments)), result(), REPLY],
-        [USER, {"role": "assistant", "content": None, "tool_calls": [call(arguments)["function"]]}, result(), REPLY],
-        [
-            USER,
-            {"role": "assistant", "content": None, "function_call": call(arguments)["function"]},
-            {"role": "function", "name": "python", "content": "2"},
-            REPLY,
-        ],
+        [USER, calling(function), result(), REPLY],
+        [USER, old, {"role": "function", "name": "python", "content": "2"}, REPLY],
     ):
         before = json.dumps(conversation)
         normalized = normalize(conversation)
@@ -308,17 +293,11 @@ def test_a_message_has_its_calls_in_one_form_only():
 
 def test_half_of_a_surrogate_pair_becomes_a_question_mark():
     half = json.loads('"x\\ud83d"')
-    parts = [{"type": "text", "text": half}, {"type": "python", "text": half}, {"type": "python_output", "text": "1"}]
-    conversation = normalize(
-        [
-            {"role": "user", "content": half},
-            calling(call('{"expression": "\'\\ud83d\'.count(1)"}')),
-            result(half),
-            {"role": "assistant", "content": parts},
-        ]
-    )
+    parts = [{**part, "text": half} for part in PARTS]
+    calls = calling(call('{"expression": "\'\\ud83d\'.count(1)"}'))
+    conversation = normalize([{**USER, "content": half}, calls, result(half), {**REPLY, "content": parts}])
     assert [conversation[0]["content"], conversation[2]["content"]] == ["x?", "x?"]
-    assert [part["text"] for part in conversation[3]["content"]] == ["x?", "x?", "1"]
+    assert [part["text"] for part in conversation[3]["content"]] == ["x?", "x?", "x?"]
     assert steps(conversation)[1] == "'?'.count(1)" and json.dumps(conversation, ensure_ascii=False).encode()
     assert normalize([{"role": "user", "content": "😀 é"}])[0]["content"] == "😀 é"
     for arguments in ('["\\ud83d"]', half, '{"\\ud83d": 1}'):
@@ -334,28 +313,15 @@ def test_half_of_a_surrogate_pair_becomes_a_question_mark():
 
 def test_texts_of_neighboring_parts_are_joined():
     text = [{"type": "text", "text": "<|user_"}, {"type": "text", "text": "end|>"}]
-    python, output = {"type": "python", "text": "1"}, {"type": "python_output", "text": "1"}
-    conversation = normalize(
-        [{"role": role, "content": text} for role in ("system", "user")]
-        + [{"role": "assistant", "content": [*text, python, output, *text]}]
-    )
-    joined = "<|user_end|>"
-    assert [m["content"] for m in conversation[:2]] == [joined, joined]
-    assert conversation[2]["content"] == [
-        {"type": "text", "text": joined},
-        python,
-        output,
-        {"type": "text", "text": joined},
-    ]
+    reply = {"role": "assistant", "content": [*text, *PARTS[1:], *text]}
+    conversation = normalize([*({"role": role, "content": text} for role in ("system", "user")), reply])
+    joined = {"type": "text", "text": "<|user_end|>"}
+    assert [m["content"] for m in conversation[:2]] == [joined["text"]] * 2
+    assert conversation[2]["content"] == [joined, *PARTS[1:], joined]
     for odd in ([], [5], ["a", "b"], [{"type": "text"}], [{"type": "image", "url": "x"}], 5, None):
         assert normalize([{"role": "user", "content": odd}]) == [{"role": "user", "content": odd}]
     for odd in ("text", None, ["a"], {"role": "user"}):
         assert normalize(odd) == odd
-
-
-def test_one_word_in_ten_is_asked_for_a_letter_that_may_be_absent():
-    absent = sum(spelling_bee({"word": "bob"}, Random(seed))[2]["content"] == "0" for seed in range(1000))
-    assert 60 < absent < 130  # a tenth, times 24 of 26 letters: 92 on average
 
 
 def test_an_instruction_is_followed_by_its_input():

@@ -20,10 +20,11 @@ number of shards.
 
 import math
 import os
-from bisect import bisect_right, insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 
 import numpy as np
 import torch
@@ -63,43 +64,30 @@ class BestFitPacker:
     def __init__(self, chunks: Iterator[list[np.ndarray]], row_length: int, buffer_size: int, strategy: str):
         self.chunks, self.row_length, self.buffer_size = chunks, row_length, buffer_size
         self.split = {"bfd_split": True, "bfd": False}[strategy]
-        self._by_length: dict[int, deque[np.ndarray]] = {}
-        self._lengths: list[int] = []  # the keys above, sorted
-        self._count = 0
+        self._arrivals = count()
+        self._waiting: list[tuple[int, int, np.ndarray]] = []  # (length, arrival, document), sorted
 
     def add(self, documents: list[np.ndarray]) -> None:
+        step = self.row_length - 1  # tokens of a piece besides its bos
         for document in documents:
-            step = self.row_length - 1  # tokens of a piece besides its bos
-            if not self.split or len(document) <= self.row_length:
-                self._push(document)
-            else:
-                for start in range(1, len(document), step):
-                    self._push(after_bos(document, start, start + step))
-
-    def _push(self, document: np.ndarray) -> None:
-        length = len(document)
-        if length not in self._by_length:
-            self._by_length[length] = deque()
-            insort(self._lengths, length)
-        self._by_length[length].append(document)
-        self._count += 1
+            parts = [document]
+            if self.split and len(document) > self.row_length:
+                parts = [after_bos(document, start, start + step) for start in range(1, len(document), step)]
+            for part in parts:
+                insort(self._waiting, (len(part), next(self._arrivals), part))
 
     def take(self, space: int) -> np.ndarray:
         """Remove and return the longest document of at most `space` tokens, or the shortest cut to `space`.
 
         Raises IndexError when no documents wait and `chunks` has ended.
         """
-        while self._count < self.buffer_size and (documents := next(self.chunks, None)) is not None:
+        while len(self._waiting) < self.buffer_size and (documents := next(self.chunks, None)) is not None:
             self.add(documents)
-        at = max(bisect_right(self._lengths, space) - 1, 0)
-        length = self._lengths[at]
-        waiting = self._by_length[length]
-        document = waiting.popleft()
-        if not waiting:
-            del self._by_length[length], self._lengths[at]
-        self._count -= 1
+        longer = bisect_left(self._waiting, (space + 1,))  # the documents from here on do not fit
+        length = self._waiting[max(longer - 1, 0)][0]
+        *_, document = self._waiting.pop(bisect_left(self._waiting, (length,)))  # the first that came of this length
         if length > space and self.split:
-            self._push(after_bos(document, space))
+            self.add([after_bos(document, space)])
         return document[:space]
 
     def fill(self, row: np.ndarray) -> None:
@@ -112,7 +100,7 @@ class BestFitPacker:
 
     def waiting(self) -> list[np.ndarray]:
         """The waiting documents, in an order from which `add` restores this packer's every later choice."""
-        return [document for length in self._lengths for document in self._by_length[length]]
+        return [document for *_, document in self._waiting]
 
 
 def after_bos(document: np.ndarray, start: int, end: int | None = None) -> np.ndarray:
@@ -147,15 +135,15 @@ class PackedLoader:
         self.batch_size, self.seq_len, self.prefetch = batch_size, seq_len, prefetch
         self.buffer_size, self.packing_strategy = buffer_size, packing_strategy
         self.num_shards = math.ceil(max(num_shards, 1) / stream.world_size) * stream.world_size
-        self._start = None  # the state to begin from
-        self._last = None  # rows of all ranks after the last batch handed out, and each shard as it was then
+        # Rows of all ranks up to the last batch handed out; the stream's state and waiting documents of each shard.
+        self._last: tuple[int, dict[int, tuple[dict, list[np.ndarray]]]] = (0, {})
         self._thread: ThreadPoolExecutor | None = None
         self._pending: deque[Future] = deque()
 
     @property
     def epoch(self) -> int:
         """How often the data has been read through, by the shard that is farthest."""
-        return max((stream["position"][0] for stream, _ in self._last[1].values()), default=0) if self._last else 0
+        return max((stream["position"][0] for stream, _ in self._last[1].values()), default=0)
 
     def __iter__(self) -> "PackedLoader":
         return self
@@ -163,7 +151,7 @@ class PackedLoader:
     def __next__(self) -> np.ndarray:
         if self._thread is None:  # it ends with the loader, because nothing in it refers to the loader
             self._thread = ThreadPoolExecutor(1, "packed-loader")
-            self._batches = self._batches_from(self._start or {"rows": 0, "shards": {}})
+            self._batches = self._batches_from(*self._last)
         while len(self._pending) < self.prefetch:
             self._pending.append(self._thread.submit(next, self._batches))
         try:
@@ -173,7 +161,7 @@ class PackedLoader:
             raise
         return batch
 
-    def _batches_from(self, state: dict) -> Iterator:
+    def _batches_from(self, rows: int, snapshots: dict) -> Iterator:
         rank, world_size = self.stream.rank, self.stream.world_size
         buffer_size = math.ceil(self.buffer_size / self.num_shards)
         # With `bfd` upstream's rule is there to compare validation with, so its choice counts documents only.
@@ -183,17 +171,15 @@ class PackedLoader:
             stream = self.stream.shard(number, self.num_shards)
             chunks = token_chunks(stream, self.tokenizer, min(max(buffer_size // 4, 8), 128), max_chars)
             packer = BestFitPacker(chunks, self.seq_len + 1, buffer_size, self.packing_strategy)
-            if saved := state["shards"].get(number):
-                stream.load_state_dict(saved["stream"])
-                if saved["lengths"]:
-                    packer.add(np.split(saved["tokens"].numpy(), np.cumsum(saved["lengths"])[:-1]))
+            if number in snapshots:
+                state, waiting = snapshots[number]
+                stream.load_state_dict(state)
+                packer.add(waiting)
             shards[number] = stream, packer
-        return make_batches(shards, state["rows"], rank, world_size, self.batch_size, self.seq_len)
+        return make_batches(shards, rows, rank, world_size, self.batch_size, self.seq_len)
 
     def state_dict(self) -> dict:
         """The data-loader state after the last batch handed out: integers, strings and tensors only."""
-        if self._last is None:
-            return self._start or {"rows": 0, "num_shards": self.num_shards, "shards": {}}
         rows, snapshots = self._last
         shards = {}
         for number, (stream, waiting) in snapshots.items():
@@ -220,15 +206,17 @@ class PackedLoader:
         if rows and not set(own) <= set(shards):
             raise InputError("the number of ranks changed: load the data-loader states of all the earlier ranks")
         self.close()
-        self.num_shards, self._last = num_shards, None
-        own_shards = {number: shards[number] for number in own if number in shards}
-        self._start = {"rows": rows, "num_shards": num_shards, "shards": own_shards} if rows else None
+        snapshots = {}
+        for number, saved in ((number, shards[number]) for number in own if rows):
+            documents = np.split(saved["tokens"].numpy(), np.cumsum(saved["lengths"])[:-1]) if saved["lengths"] else []
+            snapshots[number] = saved["stream"], documents
+        self.num_shards, self._last = num_shards, (rows, snapshots)
 
     def close(self) -> None:
         """Stop the background thread; `next` starts it again, from the last batch handed out."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
-            self._start, self._thread, self._batches = self.state_dict() if self._last else self._start, None, None
+            self._thread, self._batches = None, None
             self._pending.clear()
 
 

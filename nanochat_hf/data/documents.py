@@ -17,7 +17,6 @@ keeps the files' order, so that a run downloads only files that it reads; later 
 documents by the seed. There is no shuffle buffer whose content a resume would lose.
 """
 
-import copy
 import hashlib
 import json
 import math
@@ -29,7 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock, Thread
@@ -51,17 +50,10 @@ CACHE_LIMIT = 1 << 28  # bytes of decoded row groups; the newest stays whatever 
 RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between attempts to download
 
 
-def open_documents(
-    dataset: str | list[dict],
-    split: str = "train",
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    skip_bad_files: bool = False,
-) -> "DocumentStream | MixtureStream":
-    """The stream of a dataset spec or of a mixture of them. Raises InputError as `DocumentStream` does."""
+def open_documents(dataset: str | list[dict], *arguments, **options) -> "DocumentStream | MixtureStream":
+    """The stream of a dataset spec or of a mixture of them, with the arguments of `DocumentStream`."""
     parts = parts_of(dataset)
-    streams = [DocumentStream(name, split, rank, world_size, seed, skip_bad_files) for name, _ in parts]
+    streams = [DocumentStream(name, *arguments, **options) for name, _ in parts]
     return MixtureStream(streams, [weight for _, weight in parts]) if isinstance(dataset, list) else streams[0]
 
 
@@ -101,8 +93,8 @@ def text_fingerprint(dataset: str | list[dict]) -> str:
         elif not local_path(name).exists() and is_hub_id(name):
             content = name
         else:
-            names, locate, _ = find_files(name, None)
-            content = content_hash(*split_files(name, names)[1:], locate)
+            _, *files, _ = find_files(name)
+            content = content_hash(*files)
         hashes.append((content, weight))
     return fingerprint(hashes)
 
@@ -110,19 +102,17 @@ def text_fingerprint(dataset: str | list[dict]) -> str:
 class DocumentStream:
     """The documents (str) of rank `rank` out of `world_size`; iterating gives the rest of the current epoch.
 
-    `epoch` counts finished epochs; `state_dict` is the state after the last document. Raises InputError for a dataset
-    that is missing, empty, unreadable or without text; with `skip_bad_files` what cannot be read is skipped with a
-    warning.
+    `dataset` is a spec, or a `DatasetSplit` that is already open. `epoch` counts finished epochs; `state_dict` is the
+    state after the last document. Raises InputError for a dataset that is missing, empty, unreadable or without text;
+    with `skip_bad_files` what cannot be read is skipped with a warning.
     """
 
-    def __init__(self, dataset: str, split="train", rank=0, world_size=1, seed=0, skip_bad_files=False):
-        self.source, self.seed = DatasetSplit(str(dataset), split, skip_bad_files), seed
-        self._begin(rank, world_size)
-
-    def _begin(self, rank: int, world_size: int) -> None:
+    def __init__(self, dataset, split="train", rank=0, world_size=1, seed=0, skip_bad_files=False):
         if not 0 <= rank < world_size:
             raise InputError(f"rank {rank} does not exist among {world_size} ranks")
-        self.rank, self.world_size = rank, world_size
+        opened = isinstance(dataset, DatasetSplit)
+        self.source = dataset if opened else DatasetSplit(str(dataset), split, skip_bad_files)
+        self.rank, self.world_size, self.seed = rank, world_size, seed
         self.epoch = 0
         self._file = 0  # files finished in this epoch
         self._start = 0  # units of all finished files, since the very beginning
@@ -132,9 +122,7 @@ class DocumentStream:
 
     def shard(self, rank: int, world_size: int) -> "DocumentStream":
         """The stream of another rank from the beginning, over the same opened files."""
-        other = copy.copy(self)
-        other._begin(rank, world_size)
-        return other
+        return DocumentStream(self.source, rank=rank, world_size=world_size, seed=self.seed)
 
     def __iter__(self) -> Iterator[str]:
         files, has_text = [self.source.files[number] for number in self._order(len(self.source.files), "files")], False
@@ -258,21 +246,19 @@ class DatasetSplit:
         self._open(None)
 
     def _open(self, revision: str | None) -> None:
-        names, self.locate, self.revision = find_files(self.dataset, revision)
-        self.single, self.identity = False, {"revision": self.revision, "files and bytes": [1, None]}
-        self.identity["split"] = self.split
         if self.dataset == "primer":
-            documents, self.identity["content"] = primer_documents(self.split)
-            self.files = [Memory(documents)]
+            documents, content = primer_documents(self.split)
+            self.files, self.revision = [Memory(documents)], None
+            self.identity = {"revision": None, "files and bytes": [1, None], "split": self.split, "content": content}
             return
-        names, train, validation = split_files(self.dataset, names)
-        self.single = train == validation
+        names, train, validation, self.locate, self.revision = find_files(self.dataset, revision)
+        self.single, read = train == validation, {*train, *validation}
         kind = Parquet if has_suffix(names[0], SUFFIXES[0]) else Jsonl
         self.files = [kind(self, name) for name in (train if self.split == "train" else validation)]
-        read = sorted({*train, *validation})
+        # Of the Hub's files the revision says more than their size.
+        self.identity = {"revision": self.revision, "files and bytes": [len(read), None], "split": self.split}
         if len(names) > 1 and (train, validation) != (names[:-1], names[-1:]):
             self.identity["training files"] = len(train)  # states of older versions, which read others
-        self.identity["files and bytes"] = [len(read), None]  # the Hub's revision says more
         if self.revision is None:
             self.identity["files and bytes"][1] = sum(self.locate(name).stat().st_size for name in read)
             self.identity["content"] = content_hash(train, validation, self.locate)
@@ -334,17 +320,36 @@ def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def find_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[[str], Path], str | None]:
-    """Returns: names in order (none of the primer), a function from name to path, the Hub's commit or None."""
-    path = local_path(dataset)
-    if dataset == "primer":
-        return [], Path, None
+def find_files(dataset: str, revision: str | None = None) -> tuple:
+    """The files of a dataset; logs what no name decided.
+
+    Returns: the names of one kind of file in order, those for training, those for validation, a function from name to
+    path, the Hub's commit or None.
+    """
+    path, commit = local_path(dataset), None
     if path.is_dir():
-        return files_below(path), path.joinpath, None
-    if path.exists():
-        return [path.name], path.parent.joinpath, None
-    if not is_hub_id(dataset):
+        everything, locate = files_below(path), path.joinpath
+    elif path.exists():
+        everything, locate = [path.name], path.parent.joinpath
+    elif is_hub_id(dataset):
+        everything, locate, commit = hub_files(dataset, revision)
+    else:
         raise InputError(f"no dataset {dataset}: give a folder, a .jsonl file, a Hub id or 'primer'")
+    # One kind decides, so that a stray file of the other does not become the validation split.
+    kinds = ([name for name in everything if has_suffix(name, end)] for end in SUFFIXES)
+    names = next(filter(None, kinds), [])
+    unread = unread_files(everything, names)
+    if not names:
+        others = f", only {listed(unread)}" if unread else ""
+        raise InputError(f"dataset {dataset} has no .parquet or .jsonl files{others}")
+    train, validation, decision = (names, names, "") if path.is_file() else text_files(dataset, names, unread)
+    if decision:
+        log(f"dataset {dataset}: {decision}")
+    return names, train, validation, locate, commit
+
+
+def hub_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[[str], Path], str]:
+    """The names of a Hub dataset's files, a function that downloads one and gives its path, and the commit."""
     owner, name, *folder = dataset.split("/")
     name, _, tag = name.partition("@")
     repo, prefix = f"{owner}/{name}", "".join(f"{part}/" for part in folder)
@@ -352,34 +357,16 @@ def find_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[
         lambda: HfApi().dataset_info(repo, revision=revision or tag or None, timeout=30),
         f"dataset {dataset} (not a folder here)",
     )
+    # The cache's lock lets the processes of one machine take turns, so each file is fetched once. Whatever is pushed
+    # later, this run reads the commit that it began with.
+    fetch = partial(hf_hub_download, repo, repo_type="dataset", revision=info.sha)
+    names = sorted(file.rfilename for file in info.siblings if file.rfilename.startswith(prefix))
+    names = [name for name in (name.removeprefix(prefix) for name in names) if is_visible(name)]
 
-    def download(file: str) -> Path:
-        # The cache's lock lets the processes of one machine take turns, so each file is fetched once. Whatever is
-        # pushed later, this run reads the commit that it began with.
-        options = {"repo_type": "dataset", "revision": info.sha}
-        name = prefix + file
-        return Path(with_retry(lambda: hf_hub_download(repo, name, **options), f"file {name} of dataset {repo}"))
+    def download(name: str) -> Path:
+        return Path(with_retry(lambda: fetch(prefix + name), f"file {prefix}{name} of dataset {repo}"))
 
-    names = sorted(file.rfilename for file in info.siblings)
-    names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    return [name for name in names if is_visible(name)], download, info.sha
-
-
-def split_files(dataset: str, names: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Returns: the names of one kind of file, the training files, the validation files. Logs what no name decided."""
-    # One kind decides, so that a stray file of the other does not become the validation split.
-    everything, kinds = names, ([name for name in names if has_suffix(name, end)] for end in SUFFIXES)
-    names = next(filter(None, kinds), [])
-    unread = unread_files(everything, names)
-    if not names:
-        others = f", only {listed(unread)}" if unread else ""
-        raise InputError(f"dataset {dataset} has no .parquet or .jsonl files{others}")
-    if local_path(dataset).is_file():
-        return names, names, names
-    train, validation, decision = text_files(dataset, names, unread)
-    if decision:
-        log(f"dataset {dataset}: {decision}")
-    return names, train, validation
+    return names, download, info.sha
 
 
 def content_hash(train: list[str], validation: list[str], locate: Callable[[str], Path]) -> str:
@@ -388,13 +375,15 @@ def content_hash(train: list[str], validation: list[str], locate: Callable[[str]
     All bytes, if they are not more than HASH_LIMIT together. Otherwise the head and the tail of each file, equal parts
     of the limit: an edit in the middle of a large file that keeps its size is not seen.
     """
-    stats = {name: locate(name).stat() for name in sorted({*train, *validation})}
+    stats = {name: locate(name).stat() for name in {*train, *validation}}
     whole = sum(stat.st_size for stat in stats.values()) <= HASH_LIMIT
     part = None if whole else max(HASH_LIMIT // (2 * len(stats)), 1)
-    files = {
-        n: (s.st_size, _bytes_hash(locate(n), s.st_size, s.st_mtime_ns, s.st_ino, part)) for n, s in stats.items()
-    }
-    return fingerprint([[(name, *files[name]) for name in split] for split in (train, validation)])
+
+    def summary(name: str) -> tuple[str, int, str]:
+        stat = stats[name]
+        return name, stat.st_size, _bytes_hash(locate(name), stat.st_size, stat.st_mtime_ns, stat.st_ino, part)
+
+    return fingerprint([list(map(summary, split)) for split in (train, validation)])
 
 
 @lru_cache(maxsize=1 << 16)

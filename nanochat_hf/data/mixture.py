@@ -29,7 +29,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from glob import escape
 from itertools import islice
@@ -155,7 +154,9 @@ class Mixture:
             if entry.first_bad and not entry.num_rows:
                 row, reason = entry.first_bad["row"], entry.first_bad["reason"]
                 if reason.startswith(("no column", "not in the form")):
-                    reason += f"{columns_of(source, row)}; transforms: {', '.join(TRANSFORMS)}"
+                    if isinstance(source[row], dict):
+                        reason += f"; its columns are {', '.join(map(str, source[row]))[:100]}"
+                    reason += f"; transforms: {', '.join(TRANSFORMS)}"
                 raise InputError(f"no row of {entry.name} can be used; row {row}: {reason}")
 
     def _rows(self, number: int) -> Iterator[dict | None]:
@@ -201,14 +202,6 @@ class Mixture:
         width = max(len(r["dataset"]) for r in rows)
         lines = [f"{r['dataset']:<{width}}  {r['rows']:>9,}  {r['tokens']:>13,}  {r['bad']:>6,}" for r in rows]
         return "\n".join([f"{'dataset':<{width}}  {'rows':>9}  {'tokens':>13}  {'bad':>6}", *lines])
-
-
-def columns_of(source: Sequence, number: int) -> str:
-    """The columns of a row, for the error that it cannot be used; "" where it is no mapping."""
-    with suppress(BadRow):
-        if isinstance(row := source[number], dict):
-            return f"; its columns are {', '.join(map(str, row))[:100]}"
-    return ""
 
 
 class JsonLines(Sequence):

@@ -22,6 +22,7 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import InputError
 
@@ -59,10 +60,6 @@ SPLIT_PATTERN = "|".join(
 )
 
 
-def split_pattern(digit_group: int) -> str:
-    return SPLIT_PATTERN.replace("GROUP", str(digit_group))
-
-
 def new_backend(digit_group: int = 2, normalization: str | None = None) -> Tokenizer:
     """An untrained byte-level BPE tokenizer; `normalization` is None (text is kept byte for byte) or "nfc"."""
     if digit_group not in (1, 2, 3):
@@ -72,7 +69,8 @@ def new_backend(digit_group: int = 2, normalization: str | None = None) -> Token
     backend = Tokenizer(models.BPE())
     if normalization:
         backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(split_pattern(digit_group)), behavior="isolated")
+    pattern = Regex(SPLIT_PATTERN.replace("GROUP", str(digit_group)))
+    split = pre_tokenizers.Split(pattern, behavior="isolated")
     bytes_as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_as_letters])
     backend.decoder = decoders.ByteLevel()
@@ -81,9 +79,8 @@ def new_backend(digit_group: int = 2, normalization: str | None = None) -> Token
 
 def byte_alphabet() -> list[str]:
     """The 256 letters that byte-level tokenizers write bytes as (GPT-2's table), in the order of the bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    letters = bytes_to_unicode()
+    return [letters[byte] for byte in range(256)]
 
 
 def train_bpe(
@@ -180,13 +177,8 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> li
     The texts are spread over all cores unless TOKENIZERS_PARALLELISM=false.
     """
     bos, dtype = tokenizer.bos_token_id, token_dtype(tokenizer)
-    documents = []
-    for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False):
-        ids = encoding.ids
-        document = np.empty(len(ids) + 1, dtype)
-        document[0], document[1:] = bos, ids
-        documents.append(document)
-    return documents
+    encodings = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array([bos, *encoding.ids], dtype) for encoding in encodings]
 
 
 def spoken_mask(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:

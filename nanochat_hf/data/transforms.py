@@ -32,7 +32,7 @@ def sharegpt(row: dict, rng: Random) -> list[dict]:
     names = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
     conversation = [{"role": names.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]
     for message, original in zip(conversation, row["conversations"]):
-        message |= {key: original[key] for key in ("weight",) if key in original}
+        message |= {"weight": original["weight"]} if "weight" in original else {}
     return _with_system(row, conversation)
 
 
@@ -118,10 +118,10 @@ def spelling_bee(row: dict, rng: Random) -> list[dict]:
         question = question.lower()
     if rng.random() < 0.5:
         question += "?"
-    lines, count = [], 0
+    lines, count = [], word.count(letter)
     for position, character in enumerate(word, 1):
-        count += character == letter
-        lines.append(f"{position}:{character}" + (f" that is {letter} number {count}" if character == letter else ""))
+        mark = f" that is {letter} number {word[:position].count(letter)}" if character == letter else ""
+        lines.append(f"{position}:{character}{mark}")
     by_hand = (
         f"Let me find every '{letter}' in '{word}'. First I spell the word:\n{word}:{','.join(word)}\n\n"
         f"Then I go through the letters:\n" + "\n".join(lines) + f"\n\nBy hand I count {count}. Python checks it:\n\n"
@@ -253,7 +253,10 @@ def _decoded(call) -> dict:
 
 def _in_order(calls: list[dict], results: list[dict]) -> list[dict]:
     """The results in the order of their calls. Raises BadRow when one answers another call, or any of several."""
-    ids, answered = ([_id(one.get(key)) for one in ones] for ones, key in ((calls, "id"), (results, "tool_call_id")))
+    ids, answered = (
+        [None if one.get(key) in (None, "") else str(one[key]) for one in ones]
+        for ones, key in ((calls, "id"), (results, "tool_call_id"))
+    )
     numbers = {n: ids.index(one) for n, one in enumerate(answered) if one is not None and one in ids}  # result -> call
     late = [n for n in range(len(results)) if n not in numbers]
     open_calls = [n for n in range(len(calls)) if n not in numbers.values()]
@@ -264,10 +267,6 @@ def _in_order(calls: list[dict], results: list[dict]) -> list[dict]:
         raise BadRow(f"{len(late)} results have no id, and the others are not in the order of their calls")
     numbers.update(zip(late, open_calls))
     return [results[n] for n in sorted(numbers, key=numbers.get)]
-
-
-def _id(value) -> str | None:
-    return None if value in (None, "") else str(value)
 
 
 def check(conversation: list[dict]) -> None:
@@ -281,36 +280,29 @@ def check(conversation: list[dict]) -> None:
         raise BadRow(f"the last message is not the assistant's but of role {conversation[-1].get('role')!r}")
     expected = ("system", "user")
     for number, message in enumerate(conversation, 1):
-        role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+        role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls") or []
         if role == "assistant" and message.get("weight") not in (None, 1):
             raise BadRow(f"message {number} has the weight {message['weight']}, and all replies are learned alike")
         if role not in expected:
             raise BadRow(f"message {number} is of role {role!r}, expected {' or '.join(expected)}")
-        if isinstance(content, list):
-            for part in content:
-                if not isinstance(part, dict) or part.get("type") not in ("text", "python", "python_output"):
-                    raise BadRow(f"message {number} has an unknown part: {str(part)[:60]}")
-                if not isinstance(part.get("text"), str):
-                    raise BadRow(f"message {number} has a part without text")
-                if part["type"] != "text" and role != "assistant":
-                    raise BadRow(f"message {number} has a tool call and is not the assistant's")
-            kinds = [None, *(part["type"] for part in content), None]
-            if any((one == "python") != (two == "python_output") for one, two in pairwise(kinds)):
-                raise BadRow(f"message {number} has a call without its result, or a result without a call")
-        elif not isinstance(content, str) and not (content is None and calls):
+        kinds = [None]
+        for part in content if isinstance(content, list) else []:
+            if not isinstance(part, dict) or part.get("type") not in ("text", "python", "python_output"):
+                raise BadRow(f"message {number} has an unknown part: {str(part)[:60]}")
+            if not isinstance(part.get("text"), str):
+                raise BadRow(f"message {number} has a part without text")
+            kinds.append(part["type"])
+        if role != "assistant" and (calls or {*kinds} - {None, "text"}):
+            raise BadRow(f"message {number} has a tool call and is not the assistant's")
+        if any((one == "python") != (two == "python_output") for one, two in pairwise([*kinds, None])):
+            raise BadRow(f"message {number} has a call without its result, or a result without a call")
+        if not isinstance(content, str | list) and not (content is None and calls):
             raise BadRow(f"message {number} has no text")
         if not (content.strip() if isinstance(content, str) else content) and not calls and role != "tool":
             raise BadRow(f"message {number} is empty")
-        if calls and role != "assistant":
-            raise BadRow(f"message {number} has a tool call and is not the assistant's")
         for call in _with_calls(message, number).get("tool_calls") or []:
             if (name := call["function"]["name"]) != "python":
                 raise BadRow(f"message {number} calls {name}, and the model has one tool, python(expression)")
-        if calls and len(calls) > 1:
+        if len(calls) > 1:
             raise BadRow(f"message {number} has {len(calls)} calls, and not one result for each")
-        expected = {
-            "system": ("user",),
-            "user": ("assistant",),
-            "tool": ("assistant",),
-            "assistant": ("tool",) if calls else ("user",),
-        }[role]
+        expected = {"system": ("user",), "assistant": ("tool",) if calls else ("user",)}.get(role, ("assistant",))

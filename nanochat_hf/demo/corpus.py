@@ -11,6 +11,7 @@ world.yaml, the words in words.txt.
     questions("spelling")[0]  # {"kind", "messages", "answer", ...}; grade with nanochat_hf.data.grading
 """
 
+import operator
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -36,22 +37,21 @@ class Relation:
     statements: list[str]
 
 
-def _read(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-WORLD = yaml.load(_read("world.yaml"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+FOLDER = Path(__file__).parent
+WORLD = yaml.load((FOLDER / "world.yaml").read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 NAME, PEOPLE, ANIMALS = WORLD["name"], WORLD["people"], WORLD["animals"]
 RELATIONS = [Relation(**fields) for fields in WORLD["relations"]]
 LISTED = RELATIONS[8:]  # opposites, days, months, numbers: no document is about their entities
-WORDS, TRIPLE_WORDS = (part.split() for part in _read("words.txt").split("\n\n")[1::2])
+WORDS, TRIPLE_WORDS = (part.split() for part in (FOLDER / "words.txt").read_text().split("\n\n")[1::2])
 
 KINDS = ("fact", "arithmetic", "spelling", "counting", "problem", "identity")  # of `questions`
 CHAT_KINDS = (*KINDS, "talk", "story")  # of `conversations`
 DOCUMENT_ROUNDS = 100  # rounds of `documents`; one round names every fact, about 14K tokens
 CONVERSATION_ROUNDS = 40  # rounds of `conversations`; one round asks for every fact, about 35K tokens
 
+RESULT = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 RUDE = re.compile("rape|cock|shit|fuck|cunt|dick|porn|piss|slut|whore|nig|fag|anus|sex|cum|tits")  # not to be spliced
+TIMES = ("0 times", "1 time", "2 times", "3 times")
 NAMES = [name.lower() for key in ("countries", "cities", "people", "days", "months") for name in WORLD[key]]
 
 
@@ -107,14 +107,12 @@ def conversations(
         raise InputError(f"conversations of no kind at all: name some of {', '.join(CHAT_KINDS)}")
     test = _is_test(split)
     rng = Random(f"conversations {test} {seed}")
-    counts = (("arithmetic", 120), ("spelling", 180), ("counting", 120), ("problem", 30), ("identity", 25))
+    counts = {"arithmetic": 120, "spelling": 180, "counting": 120, "problem": 30, "identity": 25}
+    counts |= {"talk": 30, "story": 20}
     for _ in range(max(1, rounds // 10) if test else rounds):
         relations = [relation for relation in RELATIONS for _ in range(questions_per_fact(relation))]
         batch = [_fact(rng, relation, entity, test) for relation in relations for entity in relation.facts]
-        for kind, count in counts:
-            batch += [_ask(rng, kind, test) for _ in range(count)]
-        batch += [_small_talk(rng) for _ in range(30)]
-        batch += [_story_row(rng) for _ in range(20)]
+        batch += [_ask(rng, kind, test) for kind, count in counts.items() for _ in range(count)]
         batch = [row for row in batch if row["kind"] in kinds]
         rng.shuffle(batch)
         position = 0
@@ -144,9 +142,7 @@ def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = N
         rows = [_fact(rng, relation, entity, test) for relation in RELATIONS for entity in relation.facts]
     elif kind == "identity":
         key = "test_questions" if test else "questions"
-        rows = [
-            _row("identity", question, topic["answer"], NAME) for topic in WORLD["identity"] for question in topic[key]
-        ]
+        rows = [_row(kind, question, topic["answer"], NAME) for topic in WORLD[kind] for question in topic[key]]
     elif kind == "counting":
         rows = [_counting(rng, test, i % 4) for i in range(count)]
     else:
@@ -164,19 +160,20 @@ def _sentence(template: str, **values: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _state(rng: Random, relation: Relation, entity: str) -> str:
-    return _sentence(rng.choice(relation.statements), e=entity, v=relation.facts[entity])
+def _stated(rng: Random, facts: list[tuple[Relation, str]]) -> str:
+    """A sentence for each (relation, entity)."""
+    return " ".join(_sentence(rng.choice(r.statements), e=entity, v=r.facts[entity]) for r, entity in facts)
 
 
 def _about(rng: Random, entity: str) -> str:
     relations = [relation for relation in RELATIONS if entity in relation.facts]
-    return " ".join(_state(rng, r, entity) for r in rng.sample(relations, len(relations)))
+    return _stated(rng, [(relation, entity) for relation in rng.sample(relations, len(relations))])
 
 
 def _lists_of_facts(rng: Random, relation: Relation) -> list[str]:
     """Each fact of the relation once, four to a document, in any order."""
-    entities = rng.sample(list(relation.facts), len(relation.facts))
-    return [" ".join(_state(rng, relation, e) for e in entities[i : i + 4]) for i in range(0, len(entities), 4)]
+    facts = [(relation, entity) for entity in rng.sample(list(relation.facts), len(relation.facts))]
+    return [_stated(rng, facts[i : i + 4]) for i in range(0, len(facts), 4)]
 
 
 def _dialogue(rng: Random) -> str:
@@ -209,10 +206,6 @@ def _operands(rng: Random, sign: str, test: bool) -> tuple[int, int]:
             return a, b
 
 
-def _result(a: int, sign: str, b: int) -> int:
-    return a + b if sign == "+" else a - b if sign == "-" else a * b
-
-
 def _worked_sums(rng: Random) -> str:
     """A few sums; two-digit ones are worked out by tens and ones."""
     lines = []
@@ -228,8 +221,8 @@ def _worked_sums(rng: Random) -> str:
             steps = [(tens[0], "+", tens[1]), (ones[0], "+", ones[1]), (sum(tens), "+", sum(ones))]
         if any(held_out_pair(x, y) for x, _, y in steps):
             continue
-        worked = ", ".join(f"{x} {s} {y} = {_result(x, s, y)}" for x, s, y in steps)
-        lines.append(f"{worked}." if len(steps) == 1 else f"{a} {sign} {b}: {worked}. It is {_result(a, sign, b)}.")
+        worked = ", ".join(f"{x} {s} {y} = {RESULT[s](x, y)}" for x, s, y in steps)
+        lines.append(f"{worked}." if len(steps) == 1 else f"{a} {sign} {b}: {worked}. It is {RESULT[sign](a, b)}.")
     return "\n".join(lines)
 
 
@@ -263,11 +256,7 @@ def _spelled_words(rng: Random) -> str:
 
 def _counted_letters(rng: Random) -> str:
     word, letter, count = _countable(rng, False, rng.randint(0, 3))
-    return f'Letters of "{word}": {" ".join(word)}. The letter {letter} stands {_times(count)} in "{word}".'
-
-
-def _times(count: int) -> str:
-    return f"{count} time" if count == 1 else f"{count} times"
+    return f'Letters of "{word}": {" ".join(word)}. The letter {letter} stands {TIMES[count]} in "{word}".'
 
 
 def _countable(rng: Random, test: bool, count: int) -> tuple[str, str, int]:
@@ -309,29 +298,29 @@ def _fact(rng: Random, relation: Relation, entity: str, test: bool) -> dict:
 
 
 def _ask(rng: Random, kind: str, test: bool, problems: str = "problems") -> dict:
-    if kind == "arithmetic":
-        sign = rng.choice("+-*")
+    if kind in ("arithmetic", "problem"):
+        sign, text = rng.choice(WORLD[problems]) if kind == "problem" else (rng.choice("+-*"), "")
         a, b = _operands(rng, sign, test)
-        return _calculated(kind, rng.choice(WORLD["sum_questions"][sign]).format(a=a, b=b), a, sign, b)
-    if kind == "problem":
-        sign, text = rng.choice(WORLD[problems])
-        a, b = _operands(rng, sign, test)
-        p, q = rng.sample(PEOPLE, 2)
-        return _calculated(kind, text.format(p=p, q=q, a=a, b=b, o=rng.choice(WORLD["objects"])), a, sign, b)
+        if kind == "problem":
+            p, q = rng.sample(PEOPLE, 2)
+            question = text.format(p=p, q=q, a=a, b=b, o=rng.choice(WORLD["objects"]))
+        else:
+            question = rng.choice(WORLD["sum_questions"][sign]).format(a=a, b=b)
+        result = str(RESULT[sign](a, b))
+        answer = _tool_call("", f"{a}{sign}{b}", result, f"{a} {sign} {b} = {result}")
+        return _row(kind, question, answer, result, tool=True)
     if kind == "spelling":
         word = _word(rng, test)
         letters = " ".join(word)
         return _row(kind, rng.choice(WORLD["spell_questions"]).format(w=word), f"Letters: {letters}", letters, word)
     if kind == "counting":
         return _counting(rng, test, rng.randint(0, 3))
-    topic = rng.choice(WORLD["identity"])
-    return _row(kind, rng.choice(topic["test_questions" if test else "questions"]), topic["answer"], NAME)
-
-
-def _calculated(kind: str, question: str, a: int, sign: str, b: int) -> dict:
-    result = str(_result(a, sign, b))
-    answer = _tool_call("", f"{a}{sign}{b}", result, f"{a} {sign} {b} = {result}")
-    return _row(kind, question, answer, result, tool=True)
+    if kind == "story":
+        person = rng.choice(PEOPLE)
+        return _row(kind, rng.choice(WORLD["story_questions"]).format(p=person), " ".join(_story(rng, person)), "")
+    topic = rng.choice(WORLD["small_talk" if kind == "talk" else "identity"])
+    questions = topic["test_questions" if test and kind == "identity" else "questions"]
+    return _row(kind, rng.choice(questions), topic["answer"], NAME if kind == "identity" else "")
 
 
 def _counting(rng: Random, test: bool, count: int) -> dict:
@@ -339,19 +328,9 @@ def _counting(rng: Random, test: bool, count: int) -> dict:
     the word is the same tokens in both: after a single quote "door" would be cut as in "he'd"."""
     word, letter, count = _countable(rng, test, count)
     question = rng.choice(WORLD["count_questions"]).format(w=word, l=letter)
-    before, after = f"Letters: {' '.join(word)}. So {count}? ", f" The letter {letter} stands {_times(count)}."
+    before, after = f"Letters: {' '.join(word)}. So {count}? ", f" The letter {letter} stands {TIMES[count]}."
     answer = _tool_call(before, f'"{word}".count("{letter}")', str(count), after)
     return _row("counting", question, answer, str(count), word, tool=True)
-
-
-def _small_talk(rng: Random) -> dict:
-    topic = rng.choice(WORLD["small_talk"])
-    return _row("talk", rng.choice(topic["questions"]), topic["answer"], "")
-
-
-def _story_row(rng: Random) -> dict:
-    person = rng.choice(PEOPLE)
-    return _row("story", rng.choice(WORLD["story_questions"]).format(p=person), " ".join(_story(rng, person)), "")
 
 
 def _is_test(split: str) -> bool:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from .backend import check, compiled, triton, unavailable, usable, with_gradients
+from .backend import check, compiled, tl, triton, unavailable, usable, with_gradients
 from .weight_cache import EmbeddingGradIndex, EmbeddingRows
 
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # keep compiled kernels on disk, as quack does
@@ -26,7 +26,6 @@ except Exception as error:  # a version that does not fit may raise anything
 FLASH, FLASH_DOCUMENTS = "FlashAttention-4", "FlashAttention-4 with document masking"
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def _rope_qk_norm(base, out, first_head, heads, c, s, eps, D: tl.constexpr, PADDED: tl.constexpr):
@@ -273,10 +272,12 @@ def _joint_inputs(draw, config, length: int) -> tuple:
 def _qkv_cases(draw, config):
     qkv, *angles, index, table, gates = _joint_inputs(draw, config, 48)
     position_ids = torch.arange(48, device=qkv.device)[None] % 31
-    gated = lambda qkv, table, gates: split_qkv(qkv, *angles, EmbeddingRows(index, table), gates)  # noqa: E731
+
+    def gated(qkv, table, gates):
+        return split_qkv(qkv, *angles, EmbeddingRows(index, table), gates)
+
     yield 0.02, lambda: with_gradients(gated, (qkv, table, gates))
-    packed = lambda qkv: split_qkv(qkv, *angles, position_ids=position_ids)  # noqa: E731
-    yield 0.02, lambda: with_gradients(packed, (qkv,))
+    yield 0.02, lambda: with_gradients(lambda qkv: split_qkv(qkv, *angles, position_ids=position_ids), (qkv,))
 
 
 def _attention_cases(draw, config, documents: bool = False):
@@ -284,7 +285,8 @@ def _attention_cases(draw, config, documents: bool = False):
     qkv, *angles, index, table, gates = _joint_inputs(draw, config, length)
     position_ids = torch.arange(length, device=qkv.device)[None] % 130 if documents else None
 
-    def attend(qkv, *value, window):
+    def attend(window, qkv, gates=None):
+        value = () if gates is None else (EmbeddingRows(index, table), gates)
         q, k, v = split_qkv(qkv, *angles, *value, position_ids=position_ids)
         if uses_flash(q):
             mask = attention_mask(q, window, position_ids, 3, flash=True)
@@ -293,10 +295,8 @@ def _attention_cases(draw, config, documents: bool = False):
         return [attention(q, k, v, scale, window, mask)]
 
     for window in (None, 100):
-        run = partial(attend, window=window)
-        gated = lambda qkv, gates, run=run: run(qkv, EmbeddingRows(index, table), gates)  # noqa: E731
-        yield 0.02, lambda gated=gated: with_gradients(gated, (qkv, gates))
-        yield 0.02, lambda run=run: with_gradients(run, (qkv,))
+        for inputs in ((qkv, gates), (qkv,)):
+            yield 0.02, partial(with_gradients, partial(attend, window), inputs)
 
 
 check(FLASH, instead="FlexAttention")(_attention_cases)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 try:
     import triton
+    import triton.language as tl
 except ImportError:  # CPU and Apple builds of torch come without Triton
-    triton = None
+    triton = tl = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, in Python
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl")
@@ -97,13 +98,10 @@ def verify(names: Sequence[str], config, device: torch.device, dtype: torch.dtyp
             with torch.enable_grad():
                 reason = fault(name, CHECKS[name].cases(draw, subject or config))
             if reason:
-                disable(name, reason)
+                disabled.add(name)
+                line = f"kernel {name!r} is wrong here and not used: {reason} ({versions()})"
+                warn(f"{line}; {CHECKS[name].instead} instead")
         return frozenset(disabled)
-
-
-def disable(name: str, reason: str) -> None:
-    disabled.add(name)
-    warn(f"kernel {name!r} is wrong here and not used: {reason} ({versions()}); {CHECKS[name].instead} instead")
 
 
 def fault(name: str, cases: Cases) -> str | None:

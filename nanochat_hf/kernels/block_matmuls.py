@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import check, triton, unavailable, usable
+from .backend import check, tl, triton, unavailable, usable
 from .float8 import Float8Relu2MLP, Float8Weight
 from .residual import residual_mix
 from .weight_cache import accumulate_grad_
@@ -201,7 +201,6 @@ except Exception as error:  # a version other than the pinned one may lack this,
 
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def _row_factor(parts, scale, out, rows, number, columns, eps, BLOCK: tl.constexpr, NUMBER: tl.constexpr):

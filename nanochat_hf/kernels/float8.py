@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import check, triton, usable
+from .backend import check, tl, triton, usable
 from .weight_cache import accumulate_grad_
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -29,7 +29,6 @@ CAST_TILE = dict(ROWS=32, COLUMNS=128, num_warps=4)
 ALIGNED, ALIGNED_TILE = 64, CAST_TILE
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def _amax(x, out, rows, columns, NORMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import check, triton, usable, with_gradients
+from .backend import check, tl, triton, usable, with_gradients
 
 MAX_LOGITS_BYTES = 1 << 30  # of one chunk of bf16 logits; larger chunks gain nothing once the matmuls fill the device
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def _softcap_nll(

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .backend import check, compiled, triton, unavailable, usable
+from .backend import check, compiled, tl, triton, unavailable, usable
 
 try:
     from quack.gemm_interface import gemm_add, gemm_symmetric
@@ -40,7 +40,6 @@ BLOCK = 4096  # elements per program of the kernels
 SMALLEST = 1024  # rows and columns from which quack's GEMMs save more than the host takes to launch them
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def _nesterov(grads, buffers, step_factor, out, numel, mu, BLOCK: tl.constexpr):

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import check, triton, usable, with_gradients
+from .backend import check, tl, triton, usable, with_gradients
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def _mix(x, y, x0, scale, share, mixed, normed, columns, eps, BLOCK: tl.constexpr):

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import check, triton, usable
+from .backend import check, tl, triton, usable
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def _add_rows(total, grad, order, starts, tokens, columns, least, most, ROWS: tl.constexpr, BLOCK: tl.constexpr):
