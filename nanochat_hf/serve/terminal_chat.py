@@ -77,7 +77,7 @@ class LocalModel:
     def answer(self, messages: list[dict], options: Options) -> Iterator[StreamChunk]:
         """Stream an answer. Ctrl-C cancels it, then raises KeyboardInterrupt; a second one interrupts at once."""
         room = min(options.max_new_tokens, self.engine.length // 2)
-        prompt = self.engine.encode(self.engine.truncate(messages, room))
+        prompt, _ = self.engine.encode_last(messages, room)
         seed = time.time_ns() % 2**31 if options.seed is None else options.seed
         request = Request(prompt, **vars(options) | {"seed": seed})
 
