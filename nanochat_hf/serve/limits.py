@@ -9,7 +9,7 @@ from starlette.requests import Request as HTTPRequest
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_BODY = 1 << 20  # bytes of a request
-RECEIVE_TIMEOUT = 30.0  # seconds in which a request must have come, its body included
+RECEIVE_TIMEOUT = 20.0  # seconds in which a request must have come, its body included
 MAX_CONNECTIONS = 512
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
