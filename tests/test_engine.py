@@ -10,12 +10,12 @@ from talker import QUESTIONS, talker  # noqa: F401
 
 from nanochat_hf.data.tokenizer import byte_alphabet
 from nanochat_hf.errors import InputError
+from nanochat_hf.serve.chunks import join_chunks
 from nanochat_hf.serve.engine import (
     MAX_CHUNK,
     Engine,
     IncrementalDetokenizer,
     Request,
-    join_chunks,
     last_call,
     token_table,
 )

@@ -139,7 +139,7 @@ def test_inference_client_generates_text_plain_detailed_and_streamed(hf, prompt)
     assert hf.text_generation(prompt, max_new_tokens=3, return_full_text=True).startswith(prompt)
 
 
-def test_the_terminal_chat_talks_to_it_with_tools_shown(hf, server):
+def test_the_terminal_chat_talks_to_it_with_tools_shown(server):
     chunks = RemoteModel(server.url).answer(user("What is 5 + 6?"), Options(temperature=0.0, max_new_tokens=100))
     call, result, text = messages_of(list(chunks))
     assert call["tool_calls"][0]["function"]["arguments"] == {"expression": "5+6"}

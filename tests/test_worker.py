@@ -9,7 +9,8 @@ from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.engine import Engine, Request, text_of
+from nanochat_hf.serve.chunks import text_of
+from nanochat_hf.serve.engine import Engine, Request
 from nanochat_hf.serve.worker import Completion, Worker
 
 

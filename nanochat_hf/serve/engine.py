@@ -12,7 +12,6 @@ The terminal chat streams one request, the server's threads submit them as they 
 
 import codecs
 import concurrent.futures
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,31 +26,11 @@ from ..errors import InputError
 from ..kernels.decode import LOG_STEPS
 from ..tool_loop import MARKS
 from ..tools import calculate
+from .chunks import StreamChunk
 from .decoder import MAX_FORCED, Decoder, Request
 
 MAX_BATCH_SIZE = 128  # slots that `generate` allocates; further prompts wait for a free slot
 MAX_CHUNK = 8  # steps launched between two readings of the log
-
-
-class StreamChunk(str):
-    """A part of a completion. `kind` is "text", "call" (an expression for the tool) or "result" (the tool's reply)."""
-
-    kind: str
-
-    def __new__(cls, text: str, kind: str = "text"):
-        chunk = super().__new__(cls, text)
-        chunk.kind = kind
-        return chunk
-
-
-def join_chunks(chunks: Iterable[StreamChunk]) -> list[tuple[str, str]]:
-    """(kind, text) of the chunks in order, neighbors of one kind joined."""
-    return [(kind, "".join(group)) for kind, group in itertools.groupby(chunks, lambda chunk: chunk.kind)]
-
-
-def text_of(chunks: Iterable[StreamChunk]) -> str:
-    """The text of a completion, without calls and their results."""
-    return "".join(chunk for chunk in chunks if chunk.kind == "text")
 
 
 _token_tables: WeakKeyDictionary = WeakKeyDictionary()

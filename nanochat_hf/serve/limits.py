@@ -10,6 +10,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_BODY = 1 << 20  # bytes of a request
 RECEIVE_TIMEOUT = 20.0  # seconds in which a request must have come, its body included
+KEEP_ALIVE = 15  # seconds that an idle connection stays: longer than clients wait, or they meet a closed one
 MAX_CONNECTIONS = 512
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
@@ -92,9 +93,8 @@ class OncePerMinute(logging.Filter):
 def run(app, host: str, port: int) -> None:
     """Serve until a signal comes; streams that run then get five seconds to end."""
     once = OncePerMinute()
-    config = uvicorn.Config(
-        app, host, port, http=LimitedProtocol, ws="none", log_level="warning", timeout_graceful_shutdown=5, backlog=128
-    )
+    options = {"timeout_graceful_shutdown": 5, "timeout_keep_alive": KEEP_ALIVE, "backlog": 128, "ws": "none"}
+    config = uvicorn.Config(app, host, port, http=LimitedProtocol, log_level="warning", **options)
     for name in ("uvicorn.error", "asyncio"):
         logging.getLogger(name).addFilter(once)
     uvicorn.Server(config).run()

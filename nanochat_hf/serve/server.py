@@ -37,7 +37,8 @@ from starlette.requests import ClientDisconnect
 
 from ..data.transforms import BadRow, normalize
 from ..errors import InputError
-from .engine import IncrementalDetokenizer, Request, join_chunks, text_of
+from .chunks import join_chunks, text_of
+from .engine import IncrementalDetokenizer, Request
 from .limits import BodyLimit, TooLargeError
 from .worker import Completion, QueueFullError, Worker, WorkerDiedError
 

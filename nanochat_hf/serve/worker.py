@@ -12,7 +12,8 @@ from contextlib import suppress
 
 import torch
 
-from .engine import Engine, IncrementalDetokenizer, Request, StreamChunk
+from .chunks import StreamChunk
+from .engine import Engine, IncrementalDetokenizer, Request
 
 # One engine is built at a time: transformers sets torch's default dtype, which all threads share, while it loads, and
 # the second engine reuses the kernels that the first one compiled.
