@@ -16,10 +16,9 @@ from nanochat_hf.serve.engine import (
     Engine,
     IncrementalDetokenizer,
     Request,
-    last_call,
     token_table,
 )
-from nanochat_hf.tool_loop import MARKS
+from nanochat_hf.tool_loop import MARKS, last_call
 
 
 @pytest.fixture
@@ -83,9 +82,12 @@ def test_a_result_is_plain_text_of_at_most_510_tokens(talker):  # noqa: F811
 def test_a_tool_that_hangs_is_answered_with_an_error_and_one_that_fails_too(talker):  # noqa: F811
     release, start = threading.Event(), time.monotonic()
     engine = Engine(*talker, slots=2, tool=lambda text: release.wait(20) or "late", tool_timeout=0.2)
-    chunks = join_chunks(engine.stream(user("What is 12 * 34?"), max_new_tokens=100))
+    requests = [Request(engine.encode(user("What is 12 * 34?")), 100) for _ in range(2)]  # both at once
+    run(engine, *requests)
     release.set()
-    assert chunks[1] == ("result", "{'error': 'no result within 0.2 seconds'}") and time.monotonic() - start < 10
+    for request in requests:
+        chunks = join_chunks(IncrementalDetokenizer(engine.tokenizer).push(request.tokens))
+        assert chunks[1] == ("result", "{'error': 'no result within 0.2 seconds'}") and time.monotonic() - start < 10
     engine.tool = lambda text: {}[text]  # the pool of the tool that hung is not used again
     chunks = join_chunks(engine.stream(user("What is 12 * 34?"), max_new_tokens=100))
     assert chunks[1] == ("result", str({"error": "'12*34'"}))

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from ..data.tokenizer import byte_alphabet, load_tokenizer, plain_backend
 from ..errors import InputError
 from ..kernels.decode import LOG_STEPS
-from ..tool_loop import MARKS
+from ..tool_loop import MARKS, last_call, run_tool
 from ..tools import calculate
 from .chunks import StreamChunk
 from .decoder import MAX_FORCED, Decoder, Request
@@ -88,12 +88,6 @@ class IncrementalDetokenizer:
 
     def is_special(self, token: int) -> bool:
         return isinstance(self.table.get(token), str)
-
-
-def last_call(tokens: list[int], start: int, end: int) -> list[int] | None:
-    """The ids between the last start of a call and its end, the newest token; None if another end is between them."""
-    begin = next((i for i in range(len(tokens) - 2, -1, -1) if tokens[i] in (start, end)), None)
-    return tokens[begin + 1 : -1] if begin is not None and tokens[begin] == start else None
 
 
 class PendingSteps(NamedTuple):
@@ -305,7 +299,7 @@ class Engine:
         if ids is None:
             return self.decoder.resume(slot, [])
         self.pool = self.pool or concurrent.futures.ThreadPoolExecutor(8, "tool")
-        call = self.pool.submit(self.tool, self.tokenizer.decode(ids))
+        call = self.pool.submit(run_tool, self.tool, self.tokenizer.decode(ids))
         self.calls[request] = call, time.monotonic() + self.tool_timeout
 
     def answer_calls(self) -> None:
@@ -314,14 +308,13 @@ class Engine:
             if not call.done() and time.monotonic() < deadline:
                 continue
             del self.calls[request]
-            try:
-                result = str(call.result(timeout=0))
-            except concurrent.futures.TimeoutError:
+            if call.done():
+                result = call.result()
+            else:
                 call.cancel()
-                self.pool.shutdown(wait=False)  # its threads may never end: later calls get new ones
+                if self.pool:  # its threads may never end: later calls get new ones
+                    self.pool.shutdown(wait=False)
                 self.pool, result = None, str({"error": f"no result within {self.tool_timeout:g} seconds"})
-            except Exception as error:  # the model reads whatever the tool raises, as in TRL's tool loop
-                result = str({"error": str(error)})
             ids = plain_backend(self.tokenizer).encode(result, add_special_tokens=False).ids
             forced = [self.marks[2], *ids[: MAX_FORCED - 2], self.marks[3]]
             self.decoder.resume(self.owners.index(request), forced)
