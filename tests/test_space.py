@@ -379,7 +379,7 @@ def test_stop_keeps_what_was_said_and_retry_undo_and_edit_work(space, browser): 
     [
         "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>",
         "Is &amp;lt; shown as &lt;? Is &copy; a sign? a < b && c > d",
-        "``` <b>bold</b>",
+        "x ``` <b>bold</b>",
     ],
 )
 def test_tags_and_entities_are_shown_as_text_and_scripts_do_not_run(space, browser, text):  # noqa: F811

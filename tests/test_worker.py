@@ -111,18 +111,6 @@ def test_all_slots_of_a_turn_wake_the_loop_once(worker):
     assert len(calls) == 40  # two slots of forty tokens
 
 
-def test_a_stream_left_early_frees_the_slot_and_its_timer(worker):
-    async def run():
-        completion = Completion([worker], request(worker))
-        batches = completion.batches()
-        tokens, _ = await anext(batches)
-        await batches.aclose()
-        return completion, tokens
-
-    completion, tokens = asyncio.run(run())
-    assert tokens and completion.request.cancelled and completion.timer.cancelled()
-
-
 def test_a_reader_slower_than_the_model_gets_everything(worker):
     async def run():
         completion, all_tokens, text = Completion([worker], request(worker)), [], ""

@@ -86,9 +86,6 @@ class IncrementalDetokenizer:
         chunk, self.text = StreamChunk(self.text[:end], self.kind), self.text[end:]
         return chunk
 
-    def is_special(self, token: int) -> bool:
-        return isinstance(self.table.get(token), str)
-
 
 class PendingSteps(NamedTuple):
     """Steps that were launched and whose tokens were not read yet."""

@@ -366,8 +366,8 @@ class Server:
 
 
 def tgi_token(token: int, detokenizer: IncrementalDetokenizer) -> dict:
-    text = text_of(detokenizer.push([token]))
-    return {"id": token, "text": text, "logprob": None, "special": detokenizer.is_special(token)}
+    text, is_special = text_of(detokenizer.push([token])), isinstance(detokenizer.table.get(token), str)
+    return {"id": token, "text": text, "logprob": None, "special": is_special}
 
 
 def tgi_end(completion: Completion) -> dict:

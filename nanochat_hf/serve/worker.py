@@ -53,7 +53,14 @@ class Worker(threading.Thread):
             while not self.stopping:
                 with self.wake:
                     self.wake.wait_for(lambda: self.stopping or self.engine.busy)
-                self.run_once()
+                calls = []
+                for request, tokens in self.engine.advance():
+                    if tokens:
+                        calls.append((self.callbacks[request], tokens))
+                    if request.finish_reason:
+                        calls.append((self.callbacks.pop(request), None))
+                if calls:
+                    self.deliver(calls)
         except Exception as error:  # out of memory, a broken driver: all who wait and /health must get the reason
             self.error = error
         finally:
@@ -61,17 +68,6 @@ class Worker(threading.Thread):
             with self.wake:
                 self.deliver([(callback, None) for callback in self.callbacks.values()])
                 self.callbacks.clear()
-
-    def run_once(self) -> None:
-        """One round of the engine."""
-        calls = []
-        for request, tokens in self.engine.advance():
-            if tokens:
-                calls.append((self.callbacks[request], tokens))
-            if request.finish_reason:
-                calls.append((self.callbacks.pop(request), None))
-        if calls:
-            self.deliver(calls)
 
     def deliver(self, calls: list[tuple[TokenCallback, list[int] | None]]) -> None:
         """Call the callbacks in the event loop, all at once: waking it costs more than reading the tokens."""
