@@ -403,7 +403,7 @@ def test_the_server_answers_others_while_it_reads_a_request_of_a_megabyte(server
             start = time.monotonic()
             client.get(server.url + "/health", timeout=60)
             worst = max(worst, time.monotonic() - start)
-    assert job.result().status_code == status and worst < 0.5  # 50 ms on a machine with nothing else to do
+    assert job.result().status_code == status and worst < 0.8  # 30 ms on an idle machine, seconds without the threads
 
 
 def test_half_requests_are_hung_up_on_and_there_are_only_so_many_connections(server, monkeypatch):

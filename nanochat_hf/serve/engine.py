@@ -378,7 +378,7 @@ class Engine:
             return ids if ids is not None and len(ids) + room <= self.length else None
 
         size = len(starts)
-        ids = encode(size)
+        ids = encode(size) if 2 * len(messages) < self.length else None  # a message has two special tokens
         if ids is None:  # longer and longer ends of it, so that a very long conversation is never encoded whole
             size = step = 1
             while size + step < len(starts) and encode(size + step):
