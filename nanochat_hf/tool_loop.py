@@ -16,6 +16,7 @@ import copy
 import functools
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +26,20 @@ from .tools import python
 
 MARKS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 MAX_TOKENS = 512  # of a call and its result together
+
+
+def last_call(ids: list[int], start: int, end: int) -> list[int] | None:
+    """The ids between the last start of a call and its end, the newest of `ids`; None if another end is between."""
+    begin = next((i for i in range(len(ids) - 2, -1, -1) if ids[i] in (start, end)), None)
+    return ids[begin + 1 : -1] if begin is not None and ids[begin] == start else None
+
+
+def run_tool(tool: Callable[[str], object], call: str) -> str:
+    """The result of a call as the model reads it; an error of the tool's, too, as in TRL's tool loop."""
+    try:
+        return str(tool(call))
+    except Exception as error:
+        return str({"error": str(error)})
 
 
 class ToolResultProcessor(LogitsProcessor):
@@ -46,19 +61,16 @@ class ToolResultProcessor(LogitsProcessor):
 
     def next(self, ids: list[int]) -> int | None:
         """The token that must follow `ids`, or None where the model chooses."""
-        end = len(ids) - 1 - ids[::-1].index(self.end)
-        begin = next((i for i in range(end - 1, -1, -1) if ids[i] in (self.start, self.end)), None)
-        if begin is None or ids[begin] == self.end:  # an end without a start is no call
+        end = len(ids) - ids[::-1].index(self.end)
+        call = last_call(ids[:end], self.start, self.end)
+        if call is None:
             return None
-        result, written = self.result(tuple(ids[begin + 1 : end])), ids[end + 1 :]
+        result, written = self.result(tuple(call)), ids[end:]
         return result[len(written)] if len(written) < len(result) and written == result[: len(written)] else None
 
     @functools.lru_cache(1024)  # noqa: B019  (lives as long as one call of generate)
     def result(self, call: tuple[int, ...]) -> list[int]:
-        try:
-            text = python(self.tokenizer.decode(call))
-        except ValueError as error:
-            text = str({"error": str(error)})
+        text = run_tool(python, self.tokenizer.decode(call))
         ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return [self.before, *ids[: MAX_TOKENS // 2], self.after]
 

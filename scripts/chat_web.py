@@ -6,10 +6,9 @@ python scripts/chat_web.py --model you/nanochat-d24
 
 import argparse
 
-import uvicorn
-
 from nanochat_hf.errors import InputError, guarded
 from nanochat_hf.run import Run
+from nanochat_hf.serve.limits import run
 from nanochat_hf.serve.server import Server
 from nanochat_hf.serve.worker import open_workers
 
@@ -39,7 +38,7 @@ def main() -> None:
         raise InputError("name the model: --run-dir DIR with a finished stage, or --model FOLDER_OR_HUB_ID")
     workers = open_workers(str(name), args.max_batch_size, args.max_queue_size, args.device)
     server = Server(workers, str(name), args.temperature, args.top_k, args.max_new_tokens, args.request_timeout)
-    uvicorn.run(server.app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5)
+    run(server.app, args.host, args.port)
 
 
 if __name__ == "__main__":

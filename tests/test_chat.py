@@ -13,13 +13,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import get_session
+from huggingface_hub.errors import OfflineModeIsEnabled
 from rich.console import Console
 from rich.markdown import Markdown
 from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.engine import Engine, StreamChunk
+from nanochat_hf.serve.chunks import StreamChunk
+from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.terminal_chat import (
     Chat,
     LocalModel,
@@ -298,18 +300,11 @@ class Busy(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def online(monkeypatch):
-    """Let huggingface_hub's client talk to loopback although the tests run in offline mode."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    close_session()
-
-
 def answer(url, **options):
     return "".join(RemoteModel(url, **options).answer([{"role": "user", "content": "?"}], Options()))
 
 
-def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line(online):
+def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line():
     with HTTPServer(("127.0.0.1", 0), Busy) as server:
         url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -331,7 +326,15 @@ def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line(online):
         answer(url, retries=0)
 
 
-def test_a_server_that_says_nothing_runs_into_the_time_limit(online):
+def test_an_endpoint_is_reached_in_offline_mode_and_the_hub_is_not():
+    for _ in range(2):
+        RemoteModel("http://127.0.0.1:9")
+    assert len(get_session().event_hooks["request"]) == 1
+    with pytest.raises(OfflineModeIsEnabled):
+        get_session().get("https://huggingface.co/x")
+
+
+def test_a_server_that_says_nothing_runs_into_the_time_limit():
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(InputError, match=r"answer: .*timed? ?out"):
         answer(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3, retries=0)
 

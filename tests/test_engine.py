@@ -10,16 +10,15 @@ from talker import QUESTIONS, talker  # noqa: F401
 
 from nanochat_hf.data.tokenizer import byte_alphabet
 from nanochat_hf.errors import InputError
+from nanochat_hf.serve.chunks import join_chunks
 from nanochat_hf.serve.engine import (
     MAX_CHUNK,
     Engine,
     IncrementalDetokenizer,
     Request,
-    join_chunks,
-    last_call,
     token_table,
 )
-from nanochat_hf.tool_loop import MARKS
+from nanochat_hf.tool_loop import MARKS, last_call
 
 
 @pytest.fixture
@@ -83,9 +82,12 @@ def test_a_result_is_plain_text_of_at_most_510_tokens(talker):  # noqa: F811
 def test_a_tool_that_hangs_is_answered_with_an_error_and_one_that_fails_too(talker):  # noqa: F811
     release, start = threading.Event(), time.monotonic()
     engine = Engine(*talker, slots=2, tool=lambda text: release.wait(20) or "late", tool_timeout=0.2)
-    chunks = join_chunks(engine.stream(user("What is 12 * 34?"), max_new_tokens=100))
+    requests = [Request(engine.encode(user("What is 12 * 34?")), 100) for _ in range(2)]  # both at once
+    run(engine, *requests)
     release.set()
-    assert chunks[1] == ("result", "{'error': 'no result within 0.2 seconds'}") and time.monotonic() - start < 10
+    for request in requests:
+        chunks = join_chunks(IncrementalDetokenizer(engine.tokenizer).push(request.tokens))
+        assert chunks[1] == ("result", "{'error': 'no result within 0.2 seconds'}") and time.monotonic() - start < 10
     engine.tool = lambda text: {}[text]  # the pool of the tool that hung is not used again
     chunks = join_chunks(engine.stream(user("What is 12 * 34?"), max_new_tokens=100))
     assert chunks[1] == ("result", str({"error": "'12*34'"}))
@@ -209,16 +211,26 @@ def test_messages_that_are_no_chat_are_refused(engine):
 
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "be brief"}]])
 def test_long_conversations_lose_their_oldest_turns_but_not_the_system_message(engine, monkeypatch, system):
-    lengths, encode = [], engine.encode
-    monkeypatch.setattr(engine, "encode", lambda messages: lengths.append(len(messages)) or encode(messages))
-    turns = [{"role": role, "content": f"turn {i}"} for i in range(200) for role in ("user", "assistant")]
+    lengths, render = [], engine.render
+    monkeypatch.setattr(engine, "render", lambda messages: lengths.append(len(messages)) or render(messages))
+    turns = [{"role": role, "content": f"turn {i}"} for i in range(800) for role in ("user", "assistant")]
     turns.append({"role": "user", "content": "last"})
-    shorter = engine.truncate(system + turns, room=60)
-    assert shorter[: len(system)] == system and shorter[len(system)]["role"] == "user" and shorter[-1] == turns[-1]
-    num_turns = len(shorter) - len(system)
-    longer = system + turns[-num_turns - 2 :]  # with the turn before, which would not have fit
-    assert len(encode(longer)) + 60 > engine.length >= len(encode(shorter)) + 60 and len(lengths) < 12
-    assert engine.truncate(system + turns, room=1000) == [*system, turns[-1]]
+    ids, dropped = engine.encode_last(system + turns, room=60)
+    assert len(lengths) < 12 and max(lengths) < 100  # never as a whole
+    assert ids == engine.encode(system + turns[dropped:]) and turns[dropped]["role"] == "user"
+    longer = engine.encode(system + turns[dropped - 2 :])  # with the turn before, which would not have fit
+    assert len(longer) + 60 > engine.length >= len(ids) + 60
+    assert engine.encode_last(system + turns, room=1000) == (engine.encode([*system, turns[-1]]), len(turns) - 1)
+    assert engine.encode_last(system + turns[:2] + turns[-1:], room=9)[1] == 0
+
+
+def test_a_text_far_too_long_is_refused_before_it_is_encoded(engine):
+    longest = max(map(len, engine.tokenizer.get_vocab()))
+    assert engine.max_chars == engine.length * longest
+    with pytest.raises(InputError, match=f"has {engine.max_chars + 1} characters.* of 256 tokens"):
+        engine.encode_text("x" * (engine.max_chars + 1))
+    history = [{"role": "user", "content": "x" * 10**6}, {"role": "assistant", "content": "?"}, *user("Hello")]
+    assert engine.encode_last(history, 60) == (engine.encode(user("Hello")), 2)
 
 
 def test_the_detokenizer_replaces_bad_bytes_and_waits_for_whole_characters(talker):  # noqa: F811
@@ -232,6 +244,15 @@ def test_the_detokenizer_replaces_bad_bytes_and_waits_for_whole_characters(talke
     chunks = detokenizer.push([*euro[:1], *tokenizer.convert_tokens_to_ids(["<|python_start|>", "1"])])
     assert [(chunk, chunk.kind) for chunk in chunks] == [("\ufffd", "text"), ("1", "call")]
     assert detokenizer.push([len(tokenizer) + 5]) == []  # a padding row of the head
+
+
+def test_text_held_back_for_a_stop_string_comes_before_the_call_that_follows_it(tokenizer):
+    text = "a b<|python_start|>1+1 bc<|python_end|>c bcxyd"
+    for end in ([], tokenizer.encode("<|python_start|>2", add_special_tokens=False)):  # nothing comes after the stop
+        detokenizer = IncrementalDetokenizer(tokenizer, ["bc", "xy", ""])
+        ids = [*tokenizer.encode(text, add_special_tokens=False), *end]
+        chunks = [chunk for token in ids for chunk in detokenizer.push([token])] + detokenizer.push([], last=True)
+        assert join_chunks(chunks) == [("text", "a b"), ("call", "1+1 bc"), ("text", "c ")] and detokenizer.stopped
 
 
 def test_the_token_table_is_what_the_tokenizer_says(talker):  # noqa: F811

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
+import httpx
 import pytest
 import torch
 import yaml
@@ -87,6 +88,12 @@ def test_history_with_steps_becomes_calls_and_results_again(app):
         ("<!-- x --> <?php <br/>", "<~!-- x --> <~?php <~br/>"),
         ("https://a.b/?c=1&d=2", "https://a.b/?c=1&d=2"),
         ("<~b> &~lt;", "<~~b> &~~lt;"),
+        # where parsers of Markdown differ, or it is no code
+        ("x ``` <b>", "x ``` <~b>"),
+        ("`a\n<b>` <i>", "`a\n<~b>` <~i>"),
+        ("\\`<b>\\` `<i>`", "\\`<~b>\\` `<~i>`"),
+        ("a|b\n-|-\n`x|<b>`", "a|b\n-|-\n`x|<~b>`"),
+        ("x\n  ```\n<b>", "x\n  ```\n<~b>"),
     ],
 )
 def test_tags_and_entities_are_shown_as_text_and_reach_the_model_unchanged_in_every_turn(app, text, escaped):
@@ -192,9 +199,43 @@ class Delta(dict):
         self.content = content
 
 
-def test_the_check_beside_the_box_refuses_empty_and_very_long_messages(app):
-    assert app.check("x" * 8000)["is_valid"] and not app.check("  ")["is_valid"]
-    assert "8,001 characters" in app.check("x" * 8001)["message"]
+@pytest.mark.parametrize(
+    "message,system,words",
+    [
+        (" ", "", "Write something"),
+        (None, "", "Write something"),
+        ({"text": "x"}, "", "Write something"),
+        ("x" * 8001, "", "The message has 8,001 characters; at most 8,000"),
+        ("x", "y" * 2001, "The system message has 2,001 characters"),
+    ],
+)
+def test_what_is_too_long_or_empty_is_refused_beside_the_box_and_in_the_api(app, message, system, words):
+    assert app.check("x" * 8000)["is_valid"]
+    if not system:
+        refused = app.check(message)
+        assert not refused["is_valid"] and words in refused["message"]
+    ((answer,),) = app.respond(message, [], system, 0.0, 0, 8)
+    assert answer["metadata"]["title"] == "⚠️" and words in answer["content"]
+
+
+def test_numbers_of_the_api_are_brought_into_the_sliders_ranges(app, monkeypatch):
+    calls, answer = [], app.local_answer
+    monkeypatch.setattr(app, "local_answer", lambda *args: calls.append(args[1:]) or answer(*args))
+    for numbers in ((-1, -5, -3), (None, None, None), (99, 0, 10**9)):
+        list(app.respond("Hello", [], None, *numbers))
+    assert calls == [(0.0, 0, 1), (0.0, 0, 1024), (2.0, 0, 1024)]
+
+
+def test_eight_hundred_turns_are_shortened_at_once(app, monkeypatch):
+    texts, apply = [], app.tokenizer.apply_chat_template
+    monkeypatch.setattr(app.tokenizer, "apply_chat_template", lambda m, **o: texts.append(m) or apply(m, **o))
+    turns = [{"role": role, "content": f"turn {i}"} for i in range(800) for role in ("user", "assistant")]
+    turns.append({"role": "user", "content": "?"})
+    ids = app.encode([{"role": "system", "content": "Be kind."}, *turns], 8)
+    assert sum(map(len, texts)) < 80 and len(texts) > 5
+    shown = texts[-1]
+    longer = apply([shown[0], *turns[-len(shown) - 1 :]], add_generation_prompt=True, return_dict=False)
+    assert len(ids) + 8 <= 256 < len(longer) + 8 + 2  # the turn before would not have fit; bos counts for every turn
 
 
 def test_int8_weights_change_little_and_small_matrices_not_at_all(app):
@@ -251,7 +292,7 @@ spec.loader.exec_module(app)
 put, answer = app.TokenStreamer.put, app.local_answer
 app.TokenStreamer.put = lambda self, ids: (time.sleep(0.06), put(self, ids))  # time to press a button
 app.local_answer = lambda messages, temperature, *rest: answer(messages, 0.0, *rest)
-app.demo.launch(i18n=app.i18n, show_error=True, footer_links=[], server_port=int(sys.argv[2]))
+app.demo.launch(**app.LAUNCH, server_port=int(sys.argv[2]))
 """
 
 
@@ -338,6 +379,7 @@ def test_stop_keeps_what_was_said_and_retry_undo_and_edit_work(space, browser): 
     [
         "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>",
         "Is &amp;lt; shown as &lt;? Is &copy; a sign? a < b && c > d",
+        "x ``` <b>bold</b>",
     ],
 )
 def test_tags_and_entities_are_shown_as_text_and_scripts_do_not_run(space, browser, text):  # noqa: F811
@@ -347,7 +389,7 @@ def test_tags_and_entities_are_shown_as_text_and_scripts_do_not_run(space, brows
     tab.page.wait_for_timeout(1000)
     picture(tab.page, "space-tags")
     assert [shown.replace("\u2060", "") for shown in tab.texts("user")] == [text]
-    assert tab.page.evaluate("window.hacked") is None
+    assert tab.page.evaluate("window.hacked") is None and not tab.page.query_selector('[data-testid="user"] b')
 
 
 @pytest.mark.slow
@@ -391,6 +433,8 @@ def test_the_api_streams_and_a_full_queue_says_so(space):
 
     client = Client(space, verbose=False)
     arguments = ("", 0.0, 0, 120)
+    upload = httpx.post(space + "/gradio_api/upload", files={"files": ("x.txt", b"x" * 100)})
+    assert upload.status_code == 413
     job = client.submit("What is 12 * 34?", *arguments, api_name="/chat")
     assert job.result()[-1]["content"] == "It is 408." and len(job.outputs()) > 5
     jobs = [client.submit("Hello", *arguments, api_name="/chat") for _ in range(8)]  # one runs, three may wait

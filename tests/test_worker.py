@@ -9,7 +9,8 @@ from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.engine import Engine, Request, StreamChunk, text_of
+from nanochat_hf.serve.chunks import text_of
+from nanochat_hf.serve.engine import Engine, Request
 from nanochat_hf.serve.worker import Completion, Worker
 
 
@@ -86,21 +87,6 @@ def test_stop_strings_cut_the_text_also_across_tokens(worker, stop, text):
     assert answer.endswith(text) and reason == "stop"
 
 
-def test_text_held_back_for_a_stop_string_comes_before_the_call_that_follows_it(worker):
-    async def run():
-        completion = Completion([worker], request(worker), ["bc", "xy"])
-        chunks = [StreamChunk("a b"), StreamChunk("1+1", "call"), *map(StreamChunk, ("c b", "cxy", "d"))]
-        return [(part, part.kind) for chunk in chunks for part in completion.cut(chunk) if part]
-
-    assert asyncio.run(run()) == [("a ", "text"), ("b", "text"), ("1+1", "call"), ("c ", "text")]
-
-
-def test_a_very_long_stop_string_does_not_hold_up_the_loop(worker):
-    start = time.monotonic()
-    assert ask(worker, stop=["a" * 1_000_000])[0].endswith("at all.")
-    assert time.monotonic() - start < 5
-
-
 def test_a_time_limit_cuts_the_answer_and_frees_the_slot(worker):
     real = worker.engine.advance
     worker.engine.advance = lambda: (time.sleep(0.05), real())[1]
@@ -123,18 +109,6 @@ def test_all_slots_of_a_turn_wake_the_loop_once(worker):
 
     asyncio.run(run())
     assert len(calls) == 40  # two slots of forty tokens
-
-
-def test_a_stream_left_early_frees_the_slot_and_its_timer(worker):
-    async def run():
-        completion = Completion([worker], request(worker))
-        batches = completion.batches()
-        tokens, _ = await anext(batches)
-        await batches.aclose()
-        return completion, tokens
-
-    completion, tokens = asyncio.run(run())
-    assert tokens and completion.request.cancelled and completion.timer.cancelled()
 
 
 def test_a_reader_slower_than_the_model_gets_everything(worker):

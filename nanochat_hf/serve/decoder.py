@@ -95,10 +95,8 @@ class Decoder:
     def __init__(self, model, slots: int, length: int, stops: list[int], dtype: torch.dtype | None = None):
         config = self.config = model.config
         if config.model_type not in ("nanochat_hf", "nanochat") or getattr(config, "attention_bias", False):
-            raise InputError(
-                f"fast generation supports nanochat models, not {config.model_type!r} with this configuration: "
-                "use transformers' own generate for it (adapters: merge_and_unload first)"
-            )
+            reason = f"fast generation supports nanochat models, not {config.model_type!r} with this configuration"
+            raise InputError(f"{reason}: use transformers' own generate for it (adapters: merge_and_unload first)")
         if is_quantized(model):
             raise InputError(
                 "this model is quantized, and fast generation needs the weights themselves: use transformers' own "
@@ -219,10 +217,8 @@ class Decoder:
         return self.norm(x)
 
     def attention(self, q, k, v, mask, is_causal: bool = False) -> torch.Tensor:
-        gqa = self.heads != self.kv_heads
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale, enable_gqa=gqa
-        )
+        options = {"is_causal": is_causal, "scale": self.scale, "enable_gqa": self.heads != self.kv_heads}
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
     def softcap_logits(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits[..., : self.vocab].float()
@@ -371,9 +367,7 @@ class Decoder:
             x.addmm_(self._launch_attention(i, h), w[f"o{i}"].t())
             x.addmm_(self._launch_mlp_up(i, x), w[f"fc2{i}"].t())
             if i == layers // 2:
-                middle = (
-                    x if resid is not None else x.clone()
-                )  # the mix below writes to a new tensor, or else in place
+                middle = x if resid is not None else x.clone()  # without lambdas the kernel below writes in place
             mixed, scales, mode = x, (none, none), 0
             if i + 1 < layers and resid is not None:
                 mixed, scales, mode = torch.empty_like(x), (resid[i + 1], initial[i + 1]), 1
@@ -397,16 +391,8 @@ class Decoder:
 
     def _launch_attention(self, i: int, h: torch.Tensor) -> torch.Tensor:
         """Attention of layer i for normed inputs h (slots, C). Returns: its output before the projection."""
-        w, k, s, slots, heads, kv_heads, dim = (
-            self.w,
-            kernels,
-            self.state,
-            len(h),
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-        )
-        size = self.k[i].shape[2]
+        w, k, s, slots, size = self.w, kernels, self.state, len(h), self.k[i].shape[2]
+        heads, kv_heads, dim = self.heads, self.kv_heads, self.head_dim
         qkv, q, y = h @ w[f"qkv{i}"].t(), self.empty(slots, heads * dim), self.empty(slots, heads * dim)
         gate = w.get(f"gate{i}")
         k.rope_cache_kernel[(slots, heads + 2 * kv_heads)](

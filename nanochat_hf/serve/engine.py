@@ -12,9 +12,7 @@ The terminal chat streams one request, the server's threads submit them as they 
 
 import codecs
 import concurrent.futures
-import itertools
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -26,33 +24,13 @@ from ..data.tokenizer import byte_alphabet, load_tokenizer, plain_backend
 from ..errors import InputError
 from ..kernels.decode import LOG_STEPS
 from ..loading import load_model
-from ..tool_loop import MARKS
+from ..tool_loop import MARKS, last_call, run_tool
 from ..tools import calculate
+from .chunks import StreamChunk
 from .decoder import MAX_FORCED, Decoder, Request
 
 MAX_BATCH_SIZE = 128  # slots that `generate` allocates; further prompts wait for a free slot
 MAX_CHUNK = 8  # steps launched between two readings of the log
-
-
-class StreamChunk(str):
-    """A part of a completion. `kind` is "text", "call" (an expression for the tool) or "result" (the tool's reply)."""
-
-    kind: str
-
-    def __new__(cls, text: str, kind: str = "text"):
-        chunk = super().__new__(cls, text)
-        chunk.kind = kind
-        return chunk
-
-
-def join_chunks(chunks: Iterable[StreamChunk]) -> list[tuple[str, str]]:
-    """(kind, text) of the chunks in order, neighbors of one kind joined."""
-    return [(kind, "".join(group)) for kind, group in itertools.groupby(chunks, lambda chunk: chunk.kind)]
-
-
-def text_of(chunks: Iterable[StreamChunk]) -> str:
-    """The text of a completion, without calls and their results."""
-    return "".join(chunk for chunk in chunks if chunk.kind == "text")
 
 
 _token_tables: WeakKeyDictionary = WeakKeyDictionary()
@@ -71,33 +49,42 @@ def token_table(tokenizer) -> dict[int, bytes | str]:
 
 
 class IncrementalDetokenizer:
-    """Token ids -> chunks of text as they come. Bytes of an incomplete character wait for the rest."""
+    """Token ids -> chunks of text as they come, cut at the first of the `stop` strings (then `stopped`).
 
-    def __init__(self, tokenizer):
+    Bytes of an incomplete character wait for the rest, and so does text that may be the beginning of a stop string.
+    """
+
+    def __init__(self, tokenizer, stop: Iterable[str] = ()):
         self.kind, self.table = "text", token_table(tokenizer)
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.stop, self.stopped, self.text = [string for string in stop if string], False, ""
 
     def push(self, ids: list[int], last: bool = False) -> list[StreamChunk]:
-        """The chunks that `ids` complete; `last` also returns an incomplete character, as U+FFFD."""
-        chunks, text = [], ""
+        """The chunks that `ids` complete; `last` also returns what waits, an incomplete character as U+FFFD."""
+        chunks = []
         for token in ids:
             value = self.table.get(token, b"")  # a padding row of the head has no text
             if isinstance(value, bytes):
-                text += self.utf8.decode(value)
+                self.text += self.utf8.decode(value)
             else:
-                chunks.append(StreamChunk(text + self.utf8.decode(b"", True), self.kind))
-                self.kind, text = value or self.kind, ""
-        chunks.append(StreamChunk(text + self.utf8.decode(b"", last), self.kind))
-        return [chunk for chunk in chunks if chunk]
+                self.text += self.utf8.decode(b"", True)
+                if value and value != self.kind:
+                    chunks.append(self.take(True))
+                    self.kind = value
+        self.text += self.utf8.decode(b"", last)
+        return [chunk for chunk in [*chunks, self.take(last)] if chunk]
 
-    def is_special(self, token: int) -> bool:
-        return isinstance(self.table.get(token), str)
-
-
-def last_call(tokens: list[int], start: int, end: int) -> list[int] | None:
-    """The ids between the last start of a call and its end, the newest token; None if another end is between them."""
-    begin = next((i for i in range(len(tokens) - 2, -1, -1) if tokens[i] in (start, end)), None)
-    return tokens[begin + 1 : -1] if begin is not None and tokens[begin] == start else None
+    def take(self, whole: bool) -> StreamChunk:
+        """What may be shown of the text so far: all if `whole`, but nothing from a stop string on."""
+        end = 0 if self.stopped else len(self.text)
+        if self.kind == "text" and self.stop and end:
+            if begins := [at for at in map(self.text.find, self.stop) if at >= 0]:
+                self.stopped, end = True, min(begins)
+            elif not whole:
+                starts = (stop[:n] for stop in self.stop for n in range(1, min(len(stop), end + 1)))
+                end -= max((len(start) for start in starts if self.text.endswith(start)), default=0)
+        chunk, self.text = StreamChunk(self.text[:end], self.kind), self.text[end:]
+        return chunk
 
 
 class PendingSteps(NamedTuple):
@@ -142,6 +129,13 @@ class Engine:
             stop_ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
             stop_ids += [vocab.get("<|bos|>"), vocab.get("<|assistant_end|>")]
         self.stop_ids = set(stop_ids or ()) - {None, self.marks[1]}
+        self.max_chars = 0  # a text with more characters has more than `length` tokens
+        if tokenizer is not None:
+            longest = max(map(len, [*token_table(tokenizer).values(), *tokenizer.all_special_tokens]))
+            composes = (
+                tokenizer.backend_tokenizer.normalizer is not None
+            )  # Unicode's NFC makes one of up to 4 characters
+            self.max_chars = self.length * longest * (4 if composes else 1)
         self.waiting: deque[Request] = deque()
         self.calls: dict[Request, tuple[concurrent.futures.Future, float]] = {}  # running tool calls, their deadlines
         self.pool: concurrent.futures.ThreadPoolExecutor | None = None
@@ -296,7 +290,7 @@ class Engine:
         if ids is None:
             return self.decoder.resume(slot, [])
         self.pool = self.pool or concurrent.futures.ThreadPoolExecutor(8, "tool")
-        call = self.pool.submit(self.tool, self.tokenizer.decode(ids))
+        call = self.pool.submit(run_tool, self.tool, self.tokenizer.decode(ids))
         self.calls[request] = call, time.monotonic() + self.tool_timeout
 
     def answer_calls(self) -> None:
@@ -305,14 +299,13 @@ class Engine:
             if not call.done() and time.monotonic() < deadline:
                 continue
             del self.calls[request]
-            try:
-                result = str(call.result(timeout=0))
-            except concurrent.futures.TimeoutError:
+            if call.done():
+                result = call.result()
+            else:
                 call.cancel()
-                self.pool.shutdown(wait=False)  # its threads may never end: later calls get new ones
+                if self.pool:  # its threads may never end: later calls get new ones
+                    self.pool.shutdown(wait=False)
                 self.pool, result = None, str({"error": f"no result within {self.tool_timeout:g} seconds"})
-            except Exception as error:  # the model reads whatever the tool raises, as in TRL's tool loop
-                result = str({"error": str(error)})
             ids = plain_backend(self.tokenizer).encode(result, add_special_tokens=False).ids
             forced = [self.marks[2], *ids[: MAX_FORCED - 2], self.marks[3]]
             self.decoder.resume(self.owners.index(request), forced)
@@ -340,25 +333,54 @@ class Engine:
 
     def encode(self, messages: list[dict]) -> list[int]:
         """Chat messages -> the ids of a prompt that ends where the assistant's turn begins."""
+        return self.encode_text(self.render(messages))
+
+    def render(self, messages: list[dict]) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError("this tokenizer has no chat template: take a model that was trained to chat")
         try:
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # jinja2.TemplateError from the template's own checks, TypeError on odd content
             raise InputError(f"these messages are no chat: {error}") from None
 
-    def truncate(self, messages: list[dict], room: int) -> list[dict]:
-        """`messages` without the oldest turns, so that prompt and `room` more tokens fit; the system message stays."""
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of a text, special tokens in it included. Raises InputError for one that is far too long, at once.
+
+        Other threads run meanwhile (`encode_batch_fast` releases Python's lock).
+        """
+        if len(text) > self.max_chars:
+            raise InputError(
+                f"the prompt has {len(text)} characters, more than the model's context of {self.length} tokens can "
+                "hold: shorten it"
+            )
+        return self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def encode_last(self, messages: list[dict], room: int) -> tuple[list[int], int]:
+        """The ids of a conversation to which `room` more tokens fit, and how many of its oldest messages that cost.
+
+        Whole turns are dropped; the system message stays. The last question stays, too: `submit` refuses it if it is
+        too long for the context.
+        """
         system = [m for m in messages[:1] if m["role"] == "system"]
         turns = messages[len(system) :]
         starts = [0, *(i for i, m in enumerate(turns) if m["role"] == "user" and i > 0)]
 
-        def fits(start: int) -> bool:
-            return len(self.encode(system + turns[start:])) + room <= self.length
+        def encode(size: int) -> list[int] | None:
+            """The ids of the last `size` turns, or None if they are too long."""
+            text = self.render(system + turns[starts[-size] :])
+            ids = self.encode_text(text) if len(text) <= self.max_chars else None
+            return ids if ids is not None and len(ids) + room <= self.length else None
 
-        first = bisect_left(starts, True, key=fits)  # fewer turns are never longer
-        # If not even the last question fits, it is sent alone: `submit` refuses it or the completion is cut.
-        return system + turns[starts[min(first, len(starts) - 1)] :]
+        size = len(starts)
+        ids = encode(size) if 2 * len(messages) < self.length else None  # a message has two special tokens
+        if ids is None:  # longer and longer ends of it, so that a very long conversation is never encoded whole
+            size = step = 1
+            while size + step < len(starts) and encode(size + step):
+                size, step = size + step, 2 * step
+            while step := step // 2:
+                size += step if size + step < len(starts) and encode(size + step) else 0
+            ids = self.encode(system + turns[starts[-size] :])
+        return ids, starts[-size]
 
     def stream(self, messages: list[dict], **options) -> Iterator[StreamChunk]:
         """Answer a conversation in chunks of text, calls and results. Closing the iterator stops it."""

@@ -4,7 +4,8 @@
     InferenceClient(base_url="http://127.0.0.1:8000").chat_completion([{"role": "user", "content": "Hello"}])
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-").chat.completions.create(model="-", messages=[...])
 
-Each GPU has a replica (`worker`). The queue is bounded: a request beyond it gets status 429 at once.
+Each GPU has a replica (`worker`). The queue is bounded: a request beyond it gets status 429 at once. Bodies are read
+and prompts encoded in threads of their own, so that no request holds up the others (`limits`: those of connections).
 
 The calculator runs here, inside the completion. Streamed chunks show its calls in an extra field, `delta.tool` =
 {"call": text} or {"result": text}; whole completions list them in `message.tool_steps`, which is read where a client
@@ -14,63 +15,90 @@ log-probabilities are not computed: TGI's `logprob` is null.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import gc
 import json
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..data.transforms import BadRow, normalize
 from ..errors import InputError
-from .engine import IncrementalDetokenizer, Request, join_chunks, text_of
+from .chunks import join_chunks, text_of
+from .engine import IncrementalDetokenizer, Request
+from .limits import BodyLimit, TooLargeError
 from .worker import Completion, QueueFullError, Worker, WorkerDiedError
 
-MAX_BODY = 1 << 20  # bytes of a request
 PAGE = Path(__file__).with_name("ui.html")
-Limit = Annotated[int | None, Field(ge=1)]
-Stops = Annotated[list[str], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop or [])]
-
-
-class TooLarge(Exception):
-    """A body of more than MAX_BODY bytes, or of unknown length."""
-
-
-FAILURES = {  # exception -> status, and its name in the reply
+MAX_PARTS = 100_000  # of a body; making Python's objects of more would take a tenth of a second
+RETRY_AFTER = "2"  # seconds, for clients of a full queue
+FAILURES = {  # exception -> status, and its name in the reply; HTTPException has a status of its own
     InputError: (422, "validation"),
-    RequestValidationError: (422, "validation"),
+    ValidationError: (422, "validation"),
     QueueFullError: (429, "overloaded"),
     WorkerDiedError: (503, "unavailable"),
-    TooLarge: (413, "too_large"),
+    TooLargeError: (413, "too_large"),
+    ClientDisconnect: (499, "closed"),
+    HTTPException: (None, "not_found"),
+    Exception: (500, "internal"),
 }
+UNSUPPORTED = {  # field of either protocol that is not implemented -> its values that ask for nothing
+    "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",), "best_of": (1,),
+    "response_format": ({"type": "text"},), "grammar": (), "functions": ([],), "function_call": ("none", "auto"),
+    "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (), "logit_bias": ({},),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "typical_p": (1,),
+    "top_n_tokens": (0,), "decoder_input_details": (False,), "watermark": (False,), "adapter_id": (),
+}  # fmt: skip
+
+Limit = Annotated[int, Field(ge=1)]
+StopString = Annotated[str, Field(max_length=1000)]
 
 
-class Sampling(BaseModel):
-    """What both protocols share; None takes the server's default."""
+class Sampling(BaseModel, extra="allow"):
+    """What both protocols share. None, which clients send as null, takes the server's default."""
 
-    temperature: float | None = Field(None, ge=0, le=5)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, lt=2**31)
+    temperature: Annotated[float, Field(ge=0, le=5)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     seed: int | None = None
-    stop: Stops = Field([], validation_alias=AliasChoices("stop", "stop_sequences"))
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
+    max_new_tokens: Limit | None = None
+    stop: Annotated[
+        Annotated[list[StopString], Field(max_length=16)] | None,
+        BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+    ] = Field(None, validation_alias=AliasChoices("stop", "stop_sequences"))
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens or self.max_new_tokens
+
+    def model_post_init(self, context) -> None:
+        for name, nothing in UNSUPPORTED.items():
+            value = self.model_extra.get(name)
+            if value is not None and not any(
+                value == x and isinstance(value, bool) is isinstance(x, bool) for x in nothing
+            ):
+                raise InputError(f"{name} is not supported: leave it out")
 
 
 class OpenAIBody(Sampling):
-    max_tokens: Limit = None
-    max_completion_tokens: Limit = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: dict | None = None
-    n: int = Field(1, ge=1, le=16)
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
 
 
 class ToolStep(BaseModel):
@@ -79,36 +107,57 @@ class ToolStep(BaseModel):
 
 
 class Message(BaseModel):
-    role: str
-    content: str | list[dict] | None = None
-    tool_steps: list[ToolStep] | None = None  # of a completion that is sent back
-    tool_calls: list[dict] | None = None
+    role: Annotated[str, BeforeValidator(lambda role: "system" if role == "developer" else role)]  # its newer name
+    content: str | Annotated[list[dict], Field(max_length=1024)] | None = None
+    tool_steps: Annotated[list[ToolStep], Field(max_length=1024)] | None = None  # of a completion that is sent back
+    tool_calls: Annotated[list[dict], Field(max_length=128)] | None = None
     tool_call_id: str | None = None
     function_call: dict | None = None
 
 
+class Function(BaseModel):
+    name: str
+
+
+class Tool(BaseModel):
+    function: Function
+
+
 class ChatBody(OpenAIBody):
-    messages: list[Message] = Field(min_length=1)
-    tools: list[dict] | None = None
-    tool_choice: str | dict | None = None
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
 
 
 class CompletionBody(OpenAIBody):
-    prompt: str | list[int] | list[str] = Field(min_length=1)
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[int], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    )
 
 
 class TGIParameters(Sampling):
-    max_new_tokens: Limit = None
-    do_sample: bool = False
+    do_sample: bool | None = None
     return_full_text: bool | None = None
-    truncate: Limit = None
-    details: bool = False
+    truncate: Limit | None = None
+    details: bool | None = None
 
 
 class TGIBody(BaseModel):
     inputs: str = Field(min_length=1)
-    parameters: TGIParameters = TGIParameters()
-    stream: bool = False
+    parameters: TGIParameters | None = None
+    stream: bool | None = None
+
+
+def parse(model: type[BaseModel], body: bytes) -> Any:
+    """A body as one of the models; half of a surrogate pair becomes "?", as in text. Raises ValidationError."""
+    if body.count(b"{") + body.count(b"[") > MAX_PARTS:
+        raise InputError(f"the body has more than {MAX_PARTS} lists and objects")
+    if re.search(rb"\\u[dD][89a-fA-F]", body):
+        with contextlib.suppress(ValueError, RecursionError):  # the model says what is wrong
+            body = json.dumps(json.loads(body), ensure_ascii=False).encode(errors="replace")
+    return model.model_validate_json(body)
 
 
 @dataclass(eq=False)
@@ -120,7 +169,7 @@ class Server:
     """
 
     workers: list[Worker]  # started threads, one per GPU
-    name: str  # what /v1/models and /info call the model
+    name: str  # what /v1/models and /info call the model; of a folder the last two parts, such as cpu-demo/rl
     temperature: float = 0.6
     top_k: int = 50
     max_new_tokens: int = 512  # of one completion, unless the request says fewer
@@ -135,16 +184,20 @@ class Server:
                 raise InputError(reason) from worker.error
             if worker.error is not None:
                 raise worker.error
+        if Path(self.name).exists():
+            self.name = "/".join(Path(self.name).resolve().parts[-2:])
         self.started = int(time.time())
         self.engine = self.workers[0].engine
         self.tokenizer = self.engine.tokenizer
+        self.readers = concurrent.futures.ThreadPoolExecutor(2, "reader")  # more would compete for Python's lock
         handlers = dict.fromkeys(FAILURES, failure)
         app = self.app = FastAPI(title="nanochat", lifespan=self.lifespan, exception_handlers=handlers)
-        app.add_middleware(BodyLimit)
+        app.add_middleware(BodyLimit, failure=failure)
         app.get("/", response_class=HTMLResponse)(lambda: PAGE.read_text(encoding="utf-8"))
         app.get("/health")(self.health)
         app.get("/info")(self.info)
         app.get("/v1/models")(self.models)
+        app.get("/v1/models/{name:path}")(self.model)
         app.post("/v1/chat/completions")(self.chat)
         app.post("/v1/completions")(self.completions)
         for path in ("/", "/generate", "/generate_stream"):
@@ -181,28 +234,35 @@ class Server:
         }
 
     async def models(self) -> dict:
-        model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "nanochat_hf"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [await self.model(self.name)]}
 
-    def encode_text(self, text: str) -> list[int]:
-        """Text as it is, special tokens included (as in TGI), with bos before it if it has none."""
-        if text != text.encode(errors="replace").decode():
-            raise InputError("the prompt holds half of a surrogate pair, which is no character: send whole characters")
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        bos = self.tokenizer.bos_token_id
-        return ids if ids[:1] == [bos] else [bos, *ids]
+    async def model(self, name: str) -> dict:
+        if name != self.name:
+            raise HTTPException(404, f"no model {name}; this server has {self.name}")
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "nanochat_hf"}
 
-    def start(self, prompt: list[int], body: Sampling, limit: int | None, n: int = 1, **options) -> list[Completion]:
+    async def read(self, reader: Callable[[bytes], tuple], http: HTTPRequest) -> tuple:
+        """What `reader` makes of the body, in another thread: long prompts take a while."""
+        return await asyncio.get_running_loop().run_in_executor(self.readers, reader, await http.body())
+
+    def encode_text(self, text: str, truncate: int = 0) -> list[int]:
+        """Text as it is, special tokens included (as in TGI), after bos; with `truncate` its last tokens."""
+        if truncate:  # of a longer text only the end is encoded; the tokens at the cut are not among the last ones
+            text = text[-self.engine.max_chars * min(truncate + 64, self.engine.length) // self.engine.length :]
+        ids, bos = self.engine.encode_text(text), self.tokenizer.bos_token_id
+        return (ids if ids[:1] == [bos] else [bos, *ids])[-truncate:]
+
+    def start(self, prompt: list[int], body: Sampling, n: int = 1, **options) -> list[Completion]:
         """Start `n` completions of one prompt, all or none; raises as `Worker.submit` does."""
-        sampling = body.model_dump(include={"temperature", "top_k", "top_p"}, exclude_none=True)
-        options |= {"temperature": self.temperature, "top_k": self.top_k, **sampling}
-        options["max_new_tokens"] = min(limit or self.max_new_tokens, self.max_new_tokens)
+        options = {"temperature": self.temperature, "top_k": self.top_k, **options}
+        options |= body.model_dump(include={"temperature", "top_k", "top_p"}, exclude_none=True)
+        options["max_new_tokens"] = min(options.get("max_new_tokens") or self.max_new_tokens, self.max_new_tokens)
         seed = time.time_ns() % 2**31 if body.seed is None else body.seed % 2**63
         completions: list[Completion] = []
         try:
             for i in range(n):
                 request = Request(prompt, seed=seed + i, **options)
-                completions.append(Completion(self.workers, request, body.stop, self.request_timeout))
+                completions.append(Completion(self.workers, request, body.stop or (), self.request_timeout))
         except (QueueFullError, WorkerDiedError):
             for completion in completions:
                 completion.end()
@@ -211,36 +271,40 @@ class Server:
 
     # ---- OpenAI ----------------------------------------------------------------------------------------------------
 
-    async def chat(self, body: ChatBody, http: HTTPRequest):
+    async def chat(self, http: HTTPRequest):
+        body, prompt, dropped = await self.read(self.read_chat, http)
         tools = body.tool_choice != "none"
-        by_client = bool(body.tools) and tools
-        if by_client and not any((tool.get("function") or {}).get("name") == "python" for tool in body.tools):
+        head = {"dropped_messages": dropped} if dropped else {}
+        return await self.reply(http, body, prompt, head, stop_at_call=bool(body.tools) and tools, tools=tools)
+
+    def read_chat(self, raw: bytes) -> tuple[ChatBody, list[int], int]:
+        body = parse(ChatBody, raw)
+        if body.tools and body.tool_choice != "none" and "python" not in [tool.function.name for tool in body.tools]:
             raise InputError("this model has one tool: a function named python with one argument, expression")
         try:
             messages = normalize([{"content": "", **m.model_dump(exclude_none=True)} for m in body.messages])
         except BadRow as error:
             raise InputError(f"these messages are no chat: {error}") from None
-        room = min(body.max_completion_tokens or body.max_tokens or self.max_new_tokens, self.engine.length // 4)
-        prompt, dropped = self.engine.encode(messages), 0
-        if len(prompt) + room > self.engine.length:  # rare, so that most conversations are encoded only once
-            shorter = self.engine.truncate(messages, room)
-            prompt, dropped = self.engine.encode(shorter), len(messages) - len(shorter)
-        head = {"dropped_messages": dropped} if dropped else {}
-        return await self.reply(http, body, prompt, head, stop_at_call=by_client, tools=tools)
+        room = min(body.limit or self.max_new_tokens, self.engine.length // 4)
+        return body, *self.engine.encode_last(messages, room)
 
-    async def completions(self, body: CompletionBody, http: HTTPRequest):
+    async def completions(self, http: HTTPRequest):
+        return await self.reply(http, *await self.read(self.read_completion, http), {})
+
+    def read_completion(self, raw: bytes) -> tuple[CompletionBody, list[int]]:
+        body = parse(CompletionBody, raw)
         prompt = body.prompt
         if isinstance(prompt, list) and isinstance(prompt[0], str):
             if len(prompt) > 1:
                 raise InputError("send one prompt at a time")
             prompt = prompt[0]
-        return await self.reply(http, body, self.encode_text(prompt) if isinstance(prompt, str) else prompt, {})
+        return body, self.encode_text(prompt) if isinstance(prompt, str) else prompt
 
     async def reply(self, http: HTTPRequest, body: OpenAIBody, prompt: list[int], head: dict, **options):
         """What OpenAI's routes have in common: `head` is part of every chunk, `options` are those of `Request`."""
-        if body.stream and body.n > 1:
+        if body.stream and (body.n or 1) > 1:
             raise InputError("streaming gives one completion: leave n out")
-        completions = self.start(prompt, body, body.max_completion_tokens or body.max_tokens, body.n, **options)
+        completions = self.start(prompt, body, body.n or 1, max_new_tokens=body.limit, **options)
         chat = isinstance(body, ChatBody)
         head |= {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
         head |= {"model": self.name, "object": "chat.completion" if chat else "text_completion"}
@@ -265,14 +329,14 @@ class Server:
 
     # ---- text-generation-inference ---------------------------------------------------------------------------------
 
-    async def generate(self, body: TGIBody, http: HTTPRequest):
+    async def generate(self, http: HTTPRequest):
         """TGI's routes; the root streams if the body says so and else gives a list, as the Inference API has it."""
-        parameters, path = body.parameters, http.url.path
-        if parameters.temperature is None:
-            parameters.temperature = 1.0 if parameters.do_sample else 0.0
-        parameters.top_k = parameters.top_k or 0
-        prompt = self.encode_text(body.inputs)[-(parameters.truncate or 0) :]
-        (completion,) = self.start(prompt, parameters, parameters.max_new_tokens or 20)  # 20 as in TGI
+        body, prompt = await self.read(self.read_generate, http)
+        parameters, path = body.parameters or TGIParameters(), http.url.path
+        options = {"temperature": 1.0 if parameters.do_sample else 0.0, "top_k": 0}
+        (completion,) = self.start(
+            prompt, parameters, max_new_tokens=parameters.limit or 20, **options
+        )  # 20 as in TGI
         if path == "/generate_stream" or (path == "/" and body.stream):
             return stream(self.tgi_events(completion), http)
         text = text_of(await completion.whole(http.is_disconnected))
@@ -282,6 +346,10 @@ class Server:
             tokens = [tgi_token(token, detokenizer) for token in completion.request.tokens]
             reply["details"] = {**tgi_end(completion), "prefill": [], "tokens": tokens}
         return JSONResponse([reply] if path == "/" else reply)
+
+    def read_generate(self, raw: bytes) -> tuple[TGIBody, list[int]]:
+        body = parse(TGIBody, raw)
+        return body, self.encode_text(body.inputs, getattr(body.parameters, "truncate", None) or 0)
 
     async def tgi_events(self, completion: Completion) -> AsyncIterator[dict]:
         """One event per token; the last one carries the whole text and the finish reason."""
@@ -298,13 +366,13 @@ class Server:
 
 
 def tgi_token(token: int, detokenizer: IncrementalDetokenizer) -> dict:
-    text = text_of(detokenizer.push([token]))
-    return {"id": token, "text": text, "logprob": None, "special": detokenizer.is_special(token)}
+    text, is_special = text_of(detokenizer.push([token])), isinstance(detokenizer.table.get(token), str)
+    return {"id": token, "text": text, "logprob": None, "special": is_special}
 
 
 def tgi_end(completion: Completion) -> dict:
     request, reason = completion.request, completion.finish_reason
-    reason = "stop_sequence" if completion.stopped else "eos_token" if reason == "stop" else "length"
+    reason = "stop_sequence" if completion.detokenizer.stopped else "eos_token" if reason == "stop" else "length"
     sizes = {"generated_tokens": len(request.tokens), "input_length": len(request.prompt)}
     return {"finish_reason": reason, **sizes, "seed": request.seed if request.temperature else None}
 
@@ -365,31 +433,19 @@ def stream(chunks: AsyncIterator[dict], http: HTTPRequest) -> StreamingResponse:
 
 async def failure(http: HTTPRequest, error: Exception) -> JSONResponse:
     """The reply to a request that ended with one of FAILURES, in the shape that the clients of its protocol expect."""
-    status, kind = FAILURES[type(error)]
-    message = str(error)
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        message = f"{'.'.join(str(part) for part in first['loc'][1:]) or 'the body'}: {first['msg']}"
+    status, kind = next(FAILURES[kind] for kind in type(error).__mro__ if kind in FAILURES)
+    message, param, headers = str(error), None, {"Retry-After": RETRY_AFTER} if status == 429 else None
+    if isinstance(error, HTTPException):
+        status, message, headers = error.status_code, error.detail, error.headers
+    elif isinstance(error, ValidationError):
+        errors = error.errors(include_url=False, include_input=False)
+        first = max(errors, key=lambda e: (len(e["loc"]), e["type"] != "string_type"))  # of a union, the nearest form
+        param = ".".join(str(part) for part in first["loc"] if re.fullmatch(r"\w+", str(part)) and part != "str")
+        cause = first.get("ctx", {}).get("error")
+        message = str(cause) if isinstance(cause, InputError) else f"{param or 'the body'}: {first['msg']}"
+    elif status == 500:
+        message = "the server failed; its log says why"
     if not http.url.path.startswith("/v1"):
-        return JSONResponse({"error": message, "error_type": kind}, status)
-    body = {"message": message, "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": body}, 400 if status == 422 else status)
-
-
-class BodyLimit:
-    """Refuses bodies that are too large before they are read.
-
-    Plain ASGI: a function given to `app.middleware` would hide from the routes that a client hung up.
-    """
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        app = self.app
-        if scope["type"] == "http" and scope["method"] == "POST":
-            http = HTTPRequest(scope)
-            size = http.headers.get("content-length", "")
-            if not size.isdecimal() or int(size) > MAX_BODY:
-                app = await failure(http, TooLarge(f"a request may have {MAX_BODY} bytes and must say its length"))
-        await app(scope, receive, send)
+        return JSONResponse({"error": message, "error_type": kind}, status, headers)
+    body = {"message": message, "type": kind, "param": param or None, "code": None}
+    return JSONResponse({"error": body}, 400 if status == 422 else status, headers)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HTTPError  # httpx's or httpx2's, whichever this version of the hub's client uses
 from rich.console import Console
 from rich.live import Live
@@ -28,11 +28,10 @@ from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.segment import SegmentLines
 from rich.text import Text
-from transformers.utils.logging import disable_progress_bar
 
 from ..errors import InputError
 from ..run import Run, nearest, save_json
-from .engine import Engine, Request, StreamChunk, join_chunks
+from .chunks import StreamChunk, join_chunks
 
 HELP = """/help           this list
 /reset          forget the conversation (the system message stays)
@@ -71,13 +70,15 @@ def temperature(text: str) -> float:
 class LocalModel:
     """Answers from an `Engine` in this process."""
 
-    def __init__(self, engine: Engine, name: str):
+    def __init__(self, engine, name: str):
         self.engine, self.name, self.count = engine, name, 0
 
     def answer(self, messages: list[dict], options: Options) -> Iterator[StreamChunk]:
         """Stream an answer. Ctrl-C cancels it, then raises KeyboardInterrupt; a second one interrupts at once."""
+        from .decoder import Request
+
         room = min(options.max_new_tokens, self.engine.length // 2)
-        prompt = self.engine.encode(self.engine.truncate(messages, room))
+        prompt, _ = self.engine.encode_last(messages, room)
         seed = time.time_ns() % 2**31 if options.seed is None else options.seed
         request = Request(prompt, **vars(options) | {"seed": seed})
 
@@ -102,6 +103,7 @@ class RemoteModel:
     def __init__(self, url: str, model: str | None = None, timeout: float = 60.0, retries: int = 2):
         if not url.startswith(("http://", "https://")):
             raise InputError(f"--endpoint must be a URL such as http://127.0.0.1:8000, not {url!r}")
+        reach_offline(url)
         self.client = InferenceClient(base_url=url, timeout=timeout)
         self.name, self.model, self.retries, self.count = url, model, retries, 0
 
@@ -127,6 +129,21 @@ class RemoteModel:
                 if self.count or permanent or attempt == self.retries:
                     raise InputError(f"{self.name} does not answer: {explain(error)}") from None
                 time.sleep(0.5 * 2**attempt)
+
+
+def reach_offline(url: str) -> None:
+    """Let huggingface_hub's HTTP client reach `url` under HF_HUB_OFFLINE, too: that is about the Hub."""
+    hooks = get_session().event_hooks
+    if any(getattr(hook, "url", None) == url for hook in hooks["request"]):
+        return
+
+    def hook(request) -> None:
+        if not str(request.url).startswith(url):
+            for other in hooks["request"]:
+                other(request)
+
+    hook.url = url
+    get_session().event_hooks = {**hooks, "request": [hook]}
 
 
 def explain(error: Exception) -> str:
@@ -328,5 +345,9 @@ def open_model(model: str | None, run_dir: str | None, endpoint: str | None, dev
         if (folder := Run(run_dir).latest_model()) is None:
             raise InputError(f"{run_dir} has no finished stage to talk to; train one first, for example by make demo")
         model = str(folder)
+    from transformers.utils.logging import disable_progress_bar
+
+    from .engine import Engine  # takes seconds, which a remote model does not need
+
     disable_progress_bar()
     return LocalModel(Engine.from_pretrained(model, device), model)

@@ -12,7 +12,8 @@ from contextlib import suppress
 
 import torch
 
-from .engine import Engine, IncrementalDetokenizer, Request, StreamChunk
+from .chunks import StreamChunk
+from .engine import Engine, IncrementalDetokenizer, Request
 
 # One engine is built at a time: transformers sets torch's default dtype, which all threads share, while it loads, and
 # the second engine reuses the kernels that the first one compiled.
@@ -52,7 +53,14 @@ class Worker(threading.Thread):
             while not self.stopping:
                 with self.wake:
                     self.wake.wait_for(lambda: self.stopping or self.engine.busy)
-                self.run_once()
+                calls = []
+                for request, tokens in self.engine.advance():
+                    if tokens:
+                        calls.append((self.callbacks[request], tokens))
+                    if request.finish_reason:
+                        calls.append((self.callbacks.pop(request), None))
+                if calls:
+                    self.deliver(calls)
         except Exception as error:  # out of memory, a broken driver: all who wait and /health must get the reason
             self.error = error
         finally:
@@ -60,17 +68,6 @@ class Worker(threading.Thread):
             with self.wake:
                 self.deliver([(callback, None) for callback in self.callbacks.values()])
                 self.callbacks.clear()
-
-    def run_once(self) -> None:
-        """One round of the engine."""
-        calls = []
-        for request, tokens in self.engine.advance():
-            if tokens:
-                calls.append((self.callbacks[request], tokens))
-            if request.finish_reason:
-                calls.append((self.callbacks.pop(request), None))
-        if calls:
-            self.deliver(calls)
 
     def deliver(self, calls: list[tuple[TokenCallback, list[int] | None]]) -> None:
         """Call the callbacks in the event loop, all at once: waking it costs more than reading the tokens."""
@@ -106,10 +103,8 @@ class Worker(threading.Thread):
                 raise WorkerDiedError(f"the model is not running: {self.error}")
             if self.load >= self.capacity:
                 raise QueueFullError("the model is overloaded: try again in a few seconds")
-            self.loop, self.callbacks[request] = (
-                asyncio.get_running_loop(),
-                callback,
-            )  # before the engine can give its first token
+            self.loop = asyncio.get_running_loop()
+            self.callbacks[request] = callback  # before the engine can give its first token
             try:
                 self.engine.submit(request)
             except BaseException:
@@ -129,13 +124,12 @@ class Completion:
 
     def __init__(self, workers: list[Worker], request: Request, stop: list[str] = (), timeout: float = 120.0):
         """Submit the request to the running worker with the least load; raises as `Worker.submit` does."""
-        self.request, self.stop = request, [string for string in stop if string]
+        self.request = request
         self.chunks: list[StreamChunk] = []  # what has been read
-        self.buffer, self.stopped = "", False  # text that may be the beginning of a stop string; whether one came
         self.queue: asyncio.Queue[list[int] | None] = asyncio.Queue()
         self.worker = min(workers, key=lambda worker: (worker.broken, worker.load))
         self.worker.submit(request, self.queue.put_nowait)
-        self.detokenizer = IncrementalDetokenizer(self.worker.engine.tokenizer)
+        self.detokenizer = IncrementalDetokenizer(self.worker.engine.tokenizer, stop)
         self.timer = asyncio.get_running_loop().call_later(timeout, self.end)
 
     def end(self) -> None:
@@ -149,7 +143,7 @@ class Completion:
         """(tokens, chunks of text that they complete) as they come; ends the request when left early."""
         last = False
         try:
-            while not last and not self.stopped:
+            while not last and not self.detokenizer.stopped:
                 received = [await self.queue.get()]
                 while not self.queue.empty():  # the reader is slower than the model
                     received.append(self.queue.get_nowait())
@@ -157,8 +151,7 @@ class Completion:
                 if last and self.worker.error is not None and not self.request.finish_reason:
                     raise WorkerDiedError(f"the model stopped: {self.worker.error}")
                 tokens = [token for part in received for token in part or ()]
-                new = [*self.detokenizer.push(tokens, last), *([StreamChunk("", "end")] if last else [])]
-                chunks = [part for chunk in new for part in self.cut(chunk) if part]
+                chunks = self.detokenizer.push(tokens, last)
                 self.chunks += chunks
                 yield tokens, chunks
         finally:
@@ -181,26 +174,10 @@ class Completion:
             reader.cancel()
         return self.chunks
 
-    def cut(self, chunk: StreamChunk) -> list[StreamChunk]:
-        """Drop what follows a stop string; hold back text that may be the beginning of one, until more comes."""
-        if self.stopped or not self.stop:
-            return [] if self.stopped else [chunk]
-        if chunk.kind != "text":  # also the end
-            parts, self.buffer = [StreamChunk(self.buffer), chunk], ""
-            return parts
-        text, self.buffer = self.buffer + chunk, ""
-        if begins := [at for at in map(text.find, self.stop) if at >= 0]:
-            self.stopped = True
-            return [StreamChunk(text[: min(begins)])]
-        sizes = [n for stop in self.stop for n in range(min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
-        cut = len(text) - max(sizes)
-        self.buffer = text[cut:]
-        return [StreamChunk(text[:cut])]
-
     @property
     def finish_reason(self) -> str:
         """ "stop", "tool_calls" or "length", as OpenAI names them."""
-        reason = "stop" if self.stopped else self.request.finish_reason
+        reason = "stop" if self.detokenizer.stopped else self.request.finish_reason
         return reason if reason in ("stop", "tool_calls") else "length"
 
 

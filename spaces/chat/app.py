@@ -31,6 +31,7 @@ MAX_CHARS = int(os.environ.get("MAX_CHARS", "8000"))  # of one message
 MAX_NEW_TOKENS = int(os.environ.get("MAX_NEW_TOKENS", "1024"))  # of one answer, the slider's end
 MAX_SECONDS = float(os.environ.get("MAX_SECONDS", "120"))  # of one answer
 MAX_QUEUE = int(os.environ.get("MAX_QUEUE", "16"))  # visitors who may wait; the next one reads that the queue is full
+MAX_SYSTEM = 2000  # characters of the system message
 LARGE = 300_000_000  # parameters above which the weights are quantized to int8 on a CPU
 STEP = "🧮 "  # begins the title of a tool step
 
@@ -127,15 +128,17 @@ model, tokenizer = (None, None) if ENDPOINT_URL else load()
 
 # ---- from Gradio's history to messages and back --------------------------------------------------------------------
 
-CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.S)
-
-
-def outside_code(text: str, change) -> str:
-    """`text` with `change` applied to what is not Markdown code."""
-    return "".join(part if i % 2 else change(part) for i, part in enumerate(CODE.split(text)))
-
-
+# Code about which no Markdown parser has doubts: fences at the left, and text between two backticks in one line.
+CODE = re.compile(r"(^```[^`\n]*\n(?:[^`\n].*\n|\n)*?```[ ]*$|(?<![`\\])`[^`|$\n]+`(?!`))", re.M)
 JOINER = "\u2060"  # has no width and no meaning; after < or & it keeps HTML from seeing a tag or an entity
+
+
+def outside_code(text: str, pattern: str, replacement: str) -> str:
+    """`text` with a pattern replaced in all that Markdown may show as anything but code."""
+    parts = CODE.split(text)
+    if any("`" in part for part in parts[::2]):  # what is code depends on the parser
+        return re.sub(pattern, replacement, text)
+    return "".join(part if i % 2 else re.sub(pattern, replacement, part) for i, part in enumerate(parts))
 
 
 def escape(text: str) -> str:
@@ -143,12 +146,11 @@ def escape(text: str) -> str:
 
     Not `&lt;`: when a text comes back (next turn, retry, edit) it could not be told from one that the user wrote.
     """
-    change = re.compile(rf"<(?=[A-Za-z/!?{JOINER}])|&(?=#?\w+;|{JOINER})")
-    return outside_code(text, lambda part: change.sub(rf"\g<0>{JOINER}", part))
+    return outside_code(text, rf"<(?=[A-Za-z/!?{JOINER}])|&(?=#?\w+;|{JOINER})", rf"\g<0>{JOINER}")
 
 
 def unescape(text: str) -> str:
-    return outside_code(text, lambda part: re.sub(f"([<&]){JOINER}", r"\1", part))
+    return outside_code(text, f"([<&]){JOINER}", r"\1")
 
 
 def show_tags(chatbot: gr.Chatbot) -> gr.Chatbot:
@@ -232,14 +234,24 @@ def show(parts: list[tuple[str, str]]) -> list[dict]:
 
 
 def encode(messages: list[dict], room: int) -> list[int]:
-    """Ids of the conversation without its oldest turns, so that `room` more tokens fit into the context."""
+    """Ids of the conversation without its oldest turns, so that `room` more tokens fit into the context.
+
+    Each turn is counted once, from the last to the first that does not fit: special tokens separate them.
+    """
+
+    def ids_of(messages: list[dict], **options) -> list[int]:
+        return tokenizer.apply_chat_template(messages, return_dict=False, **options)
+
     length = model.config.max_position_embeddings
-    while True:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        users = [i for i, m in enumerate(messages) if m["role"] == "user"]
-        if len(ids) + room <= length or len(users) < 2:
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    *starts, first = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    size = room + len(ids_of(system + messages[first:], add_generation_prompt=True))
+    for start in reversed(starts):
+        size += len(ids_of(messages[start:first])) - 1  # without bos
+        if size > length:
             break
-        messages = [m for m in messages[:1] if m["role"] == "system"] + messages[users[1] :]
+        first = start
+    ids = ids_of(system + messages[first:], add_generation_prompt=True)
     if len(ids) >= length:
         raise ValueError(f"The message has {len(ids)} tokens, the model reads at most {length}.")
     return ids
@@ -316,13 +328,35 @@ def warning(text: str) -> dict:
     return {"role": "assistant", "content": text, "metadata": {"title": "⚠️"}}
 
 
+def problem_of(message: str, system: str = "") -> str:
+    """Why a message will not be answered; empty if it will."""
+    if not isinstance(message, str) or not message.strip():
+        return "Write something first."
+    for what, text, limit in (("message", message, MAX_CHARS), ("system message", system, MAX_SYSTEM)):
+        if len(text) > limit:
+            return f"The {what} has {len(text):,} characters; at most {limit:,} are read."
+    return ""
+
+
+def check(message: str):
+    """Says at once, beside the text box, what will not be answered."""
+    problem = problem_of(message)
+    return gr.validate(not problem, problem)
+
+
 def respond(message: str, history: list[dict], system: str, temperature: float, top_k: int, max_tokens: int):
-    messages = messages_of(history, message, system or "", with_tools=not ENDPOINT_URL)
-    max_tokens = min(int(max_tokens), MAX_NEW_TOKENS)
+    """Yields the answer so far as Gradio's messages. The page's limits hold for callers of the API, too."""
+    system = system or ""
+    if problem := problem_of(message, system):
+        yield [warning(problem)]
+        return
+    messages = messages_of(history, message, system, with_tools=not ENDPOINT_URL)
+    temperature, top_k = min(max(float(temperature or 0), 0.0), 2.0), max(int(top_k or 0), 0)
+    max_tokens = max(min(int(max_tokens or MAX_NEW_TOKENS), MAX_NEW_TOKENS), 1)
     if ENDPOINT_URL:
         answer = remote_answer(messages, temperature, max_tokens)
     else:
-        answer = local_answer(messages, temperature, int(top_k), max_tokens)
+        answer = local_answer(messages, temperature, top_k, max_tokens)
     now: list[dict] = []
     try:
         for parts in answer:
@@ -334,20 +368,12 @@ def respond(message: str, history: list[dict], system: str, temperature: float, 
         yield [*now, warning(str(error)[:300])]
 
 
-def check(message: str):
-    """Says at once, beside the text box, what will not be answered."""
-    size = len(message or "")
-    if not (message or "").strip():
-        return gr.validate(False, "Write something first.")
-    return gr.validate(size <= MAX_CHARS, f"The message has {size:,} characters; at most {MAX_CHARS:,} are read.")
-
-
 def build() -> gr.Blocks:
     name = ENDPOINT_URL or MODEL_ID
     is_hub_id = not ENDPOINT_URL and not Path(MODEL_ID).exists()
     link = f'<a href="https://huggingface.co/{name}">{name}</a>' if is_hub_id else "/".join(name.split("/")[-2:])
     inputs = [
-        gr.Textbox(label=i18n("system"), lines=2, max_length=2000),
+        gr.Textbox(label=i18n("system"), lines=2, max_length=MAX_SYSTEM),
         gr.Slider(0, 2, value=0.6, step=0.05, label=i18n("temperature")),
         gr.Slider(0, 200, value=50, step=1, label=i18n("top_k")),
         gr.Slider(8, MAX_NEW_TOKENS, value=min(512, MAX_NEW_TOKENS), step=8, label=i18n("max_tokens")),
@@ -376,5 +402,7 @@ def build() -> gr.Blocks:
 demo = build()
 demo.queue(max_size=MAX_QUEUE)
 
+LAUNCH = {"i18n": i18n, "css": CSS, "show_error": True, "footer_links": [], "max_file_size": 0}  # no uploads
+
 if __name__ == "__main__":
-    demo.launch(i18n=i18n, css=CSS, show_error=True, footer_links=[])
+    demo.launch(**LAUNCH)

@@ -1,0 +1,100 @@
+"""What one client may cost the server: bytes of a body, seconds to send it, connections, lines of the log."""
+
+import logging
+import time
+
+import h11
+import uvicorn
+from starlette.requests import Request as HTTPRequest
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MAX_BODY = 1 << 20  # bytes of a request
+RECEIVE_TIMEOUT = 20.0  # seconds in which a request must have come, its body included
+KEEP_ALIVE = 15  # seconds that an idle connection stays: longer than clients wait, or they meet a closed one
+MAX_CONNECTIONS = 512
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+
+class TooLargeError(Exception):
+    """A body of more than MAX_BODY bytes, or of unknown length."""
+
+
+class BodyLimit:
+    """Refuses bodies that are too large before they are read; `failure(http, error)` makes the reply.
+
+    Plain ASGI: a function given to `app.middleware` would hide from the routes that a client hung up.
+    """
+
+    def __init__(self, app, failure):
+        self.app, self.failure = app, failure
+
+    async def __call__(self, scope, receive, send) -> None:
+        app = self.app
+        if scope["type"] == "http" and scope["method"] == "POST":
+            http = HTTPRequest(scope)
+            size = http.headers.get("content-length", "")
+            if not size.isdecimal() or len(size) > 9 or int(size) > MAX_BODY:
+                error = TooLargeError(f"a request may have {MAX_BODY} bytes and must say its length")
+                app = await self.failure(http, error)
+        await app(scope, receive, send)
+
+
+class LimitedProtocol(H11Protocol):
+    """uvicorn's connection, which ends when a request does not arrive in time or too many are open."""
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self.expect_request()
+        if len(self.connections) > connection_limit():
+            transport.write(BUSY)
+            transport.close()
+
+    def expect_request(self) -> None:
+        self.deadline = self.loop.call_later(RECEIVE_TIMEOUT, self.end_if_waiting)
+
+    def end_if_waiting(self) -> None:
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            self.transport.abort()
+
+    def on_response_complete(self) -> None:
+        self.deadline.cancel()
+        self.expect_request()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.deadline.cancel()
+        super().connection_lost(exc)
+
+
+def connection_limit() -> int:
+    """Half of the descriptors that the process may open, at most MAX_CONNECTIONS."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
+class OncePerMinute(logging.Filter):
+    """Lets each kind of message through once per minute: whoever sends broken requests must not fill the disk."""
+
+    def __init__(self):
+        super().__init__()
+        self.times: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        key, now = str(record.msg)[:60], time.monotonic()
+        if now - self.times.get(key, -60.0) < 60:
+            return False
+        self.times[key] = now
+        return True
+
+
+def run(app, host: str, port: int) -> None:
+    """Serve until a signal comes; streams that run then get five seconds to end."""
+    once = OncePerMinute()
+    options = {"timeout_graceful_shutdown": 5, "timeout_keep_alive": KEEP_ALIVE, "backlog": 128, "ws": "none"}
+    config = uvicorn.Config(app, host, port, http=LimitedProtocol, log_level="warning", **options)
+    for name in ("uvicorn.error", "asyncio"):
+        logging.getLogger(name).addFilter(once)
+    uvicorn.Server(config).run()
