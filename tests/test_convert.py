@@ -444,3 +444,22 @@ def test_logits_equal_those_of_the_original_code(tmp_path):
     subprocess.run(command, check=True, env=os.environ | {"NANOCHAT_DTYPE": "float32"})
     ours = logits(from_upstream(state, {"model_config": fields}), ids)
     torch.testing.assert_close(ours, torch.load(tmp_path / "out.pt"), atol=5e-5, rtol=0)
+
+
+def test_october_with_windows_is_between_the_generations():
+    with pytest.raises(ValueError, match=r"no new parameter and window_pattern SSL, and lacks value_embeds"):
+        from_upstream(upstream_state(OCTOBER), {"model_config": JULY})
+
+
+def test_embeddings_that_bfloat16_cannot_hold_are_written_in_float32():
+    model = from_upstream(upstream_state(OCTOBER), {"model_config": OCTOBER})
+    model.model.embed_tokens.weight.data[0, 0] = 0.1
+    table = to_upstream(model)[0]["transformer.wte.weight"]
+    assert table.dtype == torch.float32 and torch.equal(table, model.model.embed_tokens.weight)
+
+
+def test_the_epsilon_of_the_norms_is_kept():
+    for eps in (1e-5, configuration_nanochat.NanoChatConfig.rms_norm_eps):
+        shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        native = to_native(NanoChatForCausalLM(NanoChatConfig.first_generation(**shape, rms_norm_eps=eps)))
+        assert native.config.rms_norm_eps == from_native(native).config.rms_norm_eps == eps

@@ -45,6 +45,7 @@ END = "<|assistant_end|>"
         (spelled_word, '"owl": o w l', "owl"),
         (spelled_word, "o, w, l.", "owl"),
         (spelled_word, "Here it is:\nO w l", "owl"),
+        (spelled_word, 'Here: "owl": o w l', "owl"),  # after the last colon
         (spelled_word, "owl", ""),
         (spelled_word, "o w ll", ""),
         (spelled_word, "", ""),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from nanochat_hf import stages as pipeline
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, evaluate
+from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, earlier, evaluate
 from nanochat_hf.eval.lm_eval_model import load
 from nanochat_hf.eval.tasks import Tasks
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
@@ -368,3 +368,41 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes_or_batch_sizes(run
     for key in ("value", "per_task", "long_prompts"):
         assert one["core"]["base"][key] == two["core"]["base"][key]
     assert len((tmp_path / "eval2/samples/sft/nanochat_demo_facts.jsonl").read_text().splitlines()) == 7
+
+
+def test_the_definition_depends_on_data_in_subfolders(tmp_path):
+    file = tmp_path / "bundle" / "eval_data" / "piqa.jsonl"  # as CORE's bundle has them
+    file.parent.mkdir(parents=True)
+    file.write_text("a")
+    first = definition_of(config(core_bundle=str(tmp_path / "bundle")))
+    file.write_text("ab")
+    assert definition_of(config(core_bundle=str(tmp_path / "bundle"))) != first
+
+
+def test_chatcore_during_training_is_greedy_whatever_the_evaluation_samples(tiny_model, tokenizer, tmp_path):
+    temperatures = []
+
+    class Recorder(Oracle):
+        def generate(self, *args, temperature, **options):
+            temperatures.append(temperature)
+            return super().generate(*args, **options)
+
+    sampled = EvalConfig(tasks=TASKS, temperature=1.0, num_samples=4)
+    assert chatcore_metric(sampled, tokenizer, tmp_path, Recorder)(tiny_model, 3) == 1.0
+    assert set(temperatures) == {0.0}
+
+
+def test_a_mean_over_some_of_the_tasks_does_not_have_its_name(run):
+    (run / "data").mkdir()
+    (run / "data" / "gsm8k_test.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
+    keys = {"dataset": None, "tasks": ["nanochat_gsm8k"], "chat_data": str(run / "data"), "max_per_task": 1}
+    assert measure(run, ["sft"], engine=None, **keys)["chatcore"]["sft"]["label"] == "1/6 chat tasks"
+
+
+def test_weights_that_cannot_be_identified_are_measured_again(tmp_path):
+    key = {"definition": "d", "weights": None, "models": "base"}  # a Hub id without network
+    save_json(tmp_path / "state" / "base.json", {**key, "results": {}})
+    assert earlier(tmp_path, "base", key, from_finished=False) is None
+    known = {**key, "weights": "w"}
+    save_json(tmp_path / "state" / "base.json", {**known, "results": {"a": 1}})
+    assert earlier(tmp_path, "base", known, from_finished=False)["results"] == {"a": 1}
