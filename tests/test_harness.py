@@ -406,3 +406,10 @@ def test_weights_that_cannot_be_identified_are_measured_again(tmp_path):
     known = {**key, "weights": "w"}
     save_json(tmp_path / "state" / "base.json", {**known, "results": {"a": 1}})
     assert earlier(tmp_path, "base", known, from_finished=False)["results"] == {"a": 1}
+
+
+def test_spelling_asks_about_words_that_no_training_row_has(tmp_path):
+    (tmp_path / "words.txt").write_text("river\npiano\ntiger\n")  # piano is the one of the test split
+    Tasks(EvalConfig(tasks=["nanochat_spellingbee"], words=str(tmp_path / "words.txt")), {"sft": ""}, tmp_path)
+    text = (tmp_path / "questions" / "spellingbee_test.jsonl").read_text()
+    assert text.count("piano") >= 256 and "river" not in text and "tiger" not in text
