@@ -201,5 +201,5 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
         for name in order:
             if name.startswith(kind):
                 (tmp_path / kind / name).mkdir()
-        found = [path.name for path in checkpoint.all_checkpoints(tmp_path / kind)]
-        assert found == [name for name in order if name.startswith(kind)]
+        checkpoints = checkpoint.all_checkpoints(tmp_path / kind)
+        assert [path.name for path in checkpoints] == [name for name in order if name.startswith(kind)]

@@ -456,10 +456,3 @@ def test_embeddings_that_bfloat16_cannot_hold_are_written_in_float32():
     model.model.embed_tokens.weight.data[0, 0] = 0.1
     table = to_upstream(model)[0]["transformer.wte.weight"]
     assert table.dtype == torch.float32 and torch.equal(table, model.model.embed_tokens.weight)
-
-
-def test_the_epsilon_of_the_norms_is_kept():
-    for eps in (1e-5, configuration_nanochat.NanoChatConfig.rms_norm_eps):
-        shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        native = to_native(NanoChatForCausalLM(NanoChatConfig.first_generation(**shape, rms_norm_eps=eps)))
-        assert native.config.rms_norm_eps == from_native(native).config.rms_norm_eps == eps

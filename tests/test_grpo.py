@@ -297,13 +297,6 @@ def test_trl_gets_the_algorithm_that_the_module_describes(tiny_folder, tmp_path)
         train_rl(config(top_k=50), tiny_folder, tmp_path)
 
 
-def test_the_samples_of_steps_that_run_again_are_dropped(tmp_path):
-    samples = tmp_path / "samples.jsonl"
-    samples.write_text("".join(f'{{"step": {step}}}\n' for step in (0, 1, 1, 2, 3)) + '{"step": ')
-    RLTrainer.discard_after(SimpleNamespace(samples=samples), 2)  # steps 0 and 1 are done
-    assert [json.loads(line)["step"] for line in samples.read_text().splitlines()] == [0, 1, 1]
-
-
 def test_a_prompt_leaves_room_for_the_whole_answer(tiny_folder, tmp_path, monkeypatch):
     lengths = []
 

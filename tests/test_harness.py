@@ -392,20 +392,13 @@ def test_chatcore_during_training_is_greedy_whatever_the_evaluation_samples(tiny
     assert set(temperatures) == {0.0}
 
 
-def test_a_mean_over_some_of_the_tasks_does_not_have_its_name(run):
-    (run / "data").mkdir()
-    (run / "data" / "gsm8k_test.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
-    keys = {"dataset": None, "tasks": ["nanochat_gsm8k"], "chat_data": str(run / "data"), "max_per_task": 1}
-    assert measure(run, ["sft"], engine=None, **keys)["chatcore"]["sft"]["label"] == "1/6 chat tasks"
-
-
 def test_weights_that_cannot_be_identified_are_measured_again(tmp_path):
     key = {"definition": "d", "weights": None, "models": "base"}  # a Hub id without network
     save_json(tmp_path / "state" / "base.json", {**key, "results": {}})
     assert earlier(tmp_path, "base", key, from_finished=False) is None
-    known = {**key, "weights": "w"}
-    save_json(tmp_path / "state" / "base.json", {**known, "results": {"a": 1}})
-    assert earlier(tmp_path, "base", known, from_finished=False)["results"] == {"a": 1}
+    identified = {**key, "weights": "w"}
+    save_json(tmp_path / "state" / "base.json", {**identified, "results": {"a": 1}})
+    assert earlier(tmp_path, "base", identified, from_finished=False)["results"] == {"a": 1}
 
 
 def test_spelling_asks_about_words_that_no_training_row_has(tmp_path):

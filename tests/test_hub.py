@@ -423,10 +423,3 @@ def test_no_other_failure_stops_training(run, upload, log, monkeypatch, where, n
     assert (future is None) == (where is shutil) and (future is None or future.result() is None)
     assert log[-1].startswith("warning: step 500 was not pushed") and "token refused" in log[-1]
     assert list(run.glob(".push-*")) == []
-
-
-def test_a_card_says_nothing_of_later_stages(measured):
-    mixture = [{"dataset": "somebody/problems", "rows": 1, "tokens": 2}]
-    save_json(measured.path / "rl" / "metrics.json", {"finished": True, "started": 2.5, "mixture": mixture})
-    assert render_model_card(measured, Push("you/c", "sft")).data.datasets == ["karpathy/climbmix", "openai/gsm8k"]
-    assert "somebody/problems" in render_model_card(measured, Push("you/r", "rl")).data.datasets

@@ -412,14 +412,3 @@ def test_a_model_without_one_of_the_switches_is_still_of_the_second_generation(s
 def test_a_sequence_of_one_token_more_than_the_window_needs_the_mask():
     ids = make_ids(1, 6)  # the windows have five keys
     close(make_model()(ids).logits, make_model(attn_implementation="eager")(ids).logits)
-
-
-def test_the_backout_is_subtracted_in_float32():
-    model, outputs = make_model(), []
-    model.model.embed_tokens.bfloat16()
-    model.model.value_embeds.bfloat16()
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output.float()))
-    hidden = model.model(make_ids(1, 30)).last_hidden_state
-    exact = (outputs[4] - model.model.backout_lambda * outputs[2]).bfloat16()
-    assert torch.equal(hidden, torch.nn.functional.rms_norm(exact, (32,), eps=model.config.rms_norm_eps))

@@ -3,7 +3,6 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,16 +151,3 @@ def test_two_processes_train_like_one_and_resume_as_two_or_one(tiny_folder, tmp_
     assert len(one) == 8  # through three epochs, which end in half a step
     for losses in others:
         assert losses == pytest.approx(one, rel=1e-5)
-
-
-def test_an_evaluation_leaves_the_random_state_as_it_was(tmp_path):
-    state = SimpleNamespace(global_step=3, log_history=[])
-    trainer = SimpleNamespace(
-        is_measurement_due=lambda: False, last_measured_step=0, state=state, checkpoint_folder=lambda: tmp_path,
-        evaluate=lambda: torch.rand(3), is_world_process_zero=lambda: True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    expected = torch.rand(2)
-    torch.manual_seed(0)
-    StageTrainer.measure_after_step(trainer, evaluate=True)
-    assert torch.equal(torch.rand(2), expected)
