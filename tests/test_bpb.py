@@ -72,3 +72,9 @@ def test_held_out_text_is_that_of_the_validation_split_alone(lively_model, token
     expected = measure("same", texts[1], texts[1])
     assert measure("one", texts[0], texts[1]) == expected
     assert measure("other", texts[1], texts[0]) != pytest.approx(expected, rel=0.01)
+
+
+def test_an_ignored_target_has_no_bytes_even_if_token_0_has_some():
+    targets, losses = torch.tensor([[0, -100]]), torch.tensor([[2.0, 0.0]])
+    bits = evaluate_bpb(lambda *pair: losses, [(targets, targets)], torch.tensor([3, 1]))
+    assert bits == pytest.approx(2 / (3 * math.log(2)))

@@ -174,3 +174,14 @@ def test_a_model_folder_is_complete_float32_and_nothing_is_left_beside_it(traini
     loaded = NanoChatForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.float())
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    order = ["checkpoint-20", "checkpoint-100", "step_000100", "step_000100.2", "step_000100.10", "step_1000000"]
+    for kind in ("checkpoint", "step"):
+        (tmp_path / kind).mkdir()
+        for name in order:
+            if name.startswith(kind):
+                (tmp_path / kind / name).mkdir()
+        checkpoints = checkpoint.all_checkpoints(tmp_path / kind)
+        assert [path.name for path in checkpoints] == [name for name in order if name.startswith(kind)]

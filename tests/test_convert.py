@@ -424,3 +424,15 @@ def test_logits_equal_those_of_the_original_code(tmp_path):
     subprocess.run(command, check=True, env=os.environ | {"NANOCHAT_DTYPE": "float32"})
     ours = logits(from_upstream(state, {"model_config": fields}), ids)
     close(ours, torch.load(tmp_path / "out.pt"), atol=5e-5)
+
+
+def test_october_with_windows_is_between_the_generations():
+    with pytest.raises(ValueError, match=r"no new parameter and window_pattern SSL, and lacks value_embeds"):
+        from_upstream(upstream_state(OCTOBER), {"model_config": JULY})
+
+
+def test_embeddings_that_bfloat16_cannot_hold_are_written_in_float32():
+    model = from_upstream(upstream_state(OCTOBER), {"model_config": OCTOBER})
+    model.model.embed_tokens.weight.data[0, 0] = 0.1
+    table = to_upstream(model)[0]["transformer.wte.weight"]
+    assert table.dtype == torch.float32 and torch.equal(table, model.model.embed_tokens.weight)

@@ -683,3 +683,11 @@ def test_rows_are_those_of_their_split_and_subset(names, split, subset, files):
 def test_rows_that_no_name_tells_apart_are_refused(names, split, subset, reason):
     with pytest.raises(InputError, match=reason):
         row_files("d", names.split(), split, subset)
+
+
+def test_a_file_of_less_than_sixteen_rows_gives_its_last_one_to_validation(tmp_path):
+    write(tmp_path / "few.parquet", list("abcde"))
+    train, validation = (
+        list(DocumentStream(str(tmp_path / "few.parquet"), split)) for split in ("train", "validation")
+    )
+    assert (train, validation) == (list("abcd"), ["e"])

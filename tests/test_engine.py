@@ -264,3 +264,10 @@ def test_the_token_table_is_what_the_tokenizer_says(talker):  # noqa: F811
     assert all(table[i].decode(errors="replace") == tokenizer.decode([i]) for i in set(table) - specials)
     kinds = [table[token] for token in tokenizer.convert_tokens_to_ids(list(MARKS))]
     assert kinds == ["call", "text", "result", "text"] and table[tokenizer.bos_token_id] == ""
+
+
+def test_the_system_message_counts_when_a_conversation_is_shortened(engine):
+    system = {"role": "system", "content": "be brief, be kind, " * 4}
+    turns = [{"role": role, "content": "?"} for _ in range(200) for role in ("user", "assistant")]
+    shorter = engine.truncate([system, *turns, {"role": "user", "content": "last"}], room=60)
+    assert shorter[0] == system and engine.length - 20 < len(engine.encode(shorter)) + 60 <= engine.length

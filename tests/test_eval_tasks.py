@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from lm_eval.tasks._yaml_loader import _import_func_in_yml, load_yaml
 from nanochat_hf.eval.core import load_tasks, run_lm_eval
 from nanochat_hf.eval.harness import EvalConfig
 from nanochat_hf.eval.lm_eval_model import LocalLM
-from nanochat_hf.eval.tasks import majority, readable, standard_error, write_jsonl
+from nanochat_hf.eval.tasks import Tasks, majority, readable, standard_error, write_jsonl
 
 TASKS = Path(__file__).parent.parent / "evals" / "tasks"
 
@@ -248,3 +249,19 @@ def test_the_majority_baseline_the_error_of_a_mean_and_samples_that_are_not_fini
     assert standard_error([1.0]) is standard_error([1.0, None]) is None
     write_jsonl(tmp_path / "a" / "b.jsonl", [{"answer": {"A": float("nan"), "B": -float("inf")}}, {"answer": "é"}])
     assert (tmp_path / "a" / "b.jsonl").read_text("utf-8") == '{"answer": {"A": null, "B": null}}\n{"answer": "é"}\n'
+
+
+def test_of_several_accuracies_the_plain_one_is_the_value(monkeypatch):
+    """lm-eval's own multiple choice has acc, by the sum of log-probabilities, and acc_norm, by their mean per byte."""
+    row = {"doc_id": 0, "doc": {"question": "q"}, "filtered_resps": ["a"], "target": "a", "arguments": [("q",)]}
+    numbers = {"acc,none": 0.5, "acc_norm,none": 0.75}
+    output = {"samples": {"arc": [{**row, "acc": 1.0}]}, "results": {"arc": numbers}}
+    monkeypatch.setattr("nanochat_hf.eval.tasks.run_lm_eval", lambda *args, **options: output)
+    tasks = object.__new__(Tasks)
+    tasks.config, tasks.chat, tasks.members = EvalConfig(), [], lambda kind: []
+    settings = SimpleNamespace(metadata=None, task_alias=None, repeats=1)
+    accuracies = dict.fromkeys(("acc", "acc_norm"))
+    rules = {"aggregation": lambda: accuracies, "higher_is_better": dict}
+    tasks.loaded = {"arc": SimpleNamespace(config=settings, OUTPUT_TYPE="loglikelihood", **rules)}
+    results, _ = tasks.run("arc", SimpleNamespace(gather_object=lambda number: [number]))
+    assert results["arc"]["value"] == 0.5

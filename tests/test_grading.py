@@ -35,6 +35,7 @@ END = "<|assistant_end|>"
         (grading.spelled_word, '"owl": o w l', "owl"),
         (grading.spelled_word, "o, w, l.", "owl"),
         (grading.spelled_word, "Here it is:\nO w l", "owl"),
+        (grading.spelled_word, 'Here: "owl": o w l', "owl"),  # after the last colon
         (grading.spelled_word, "owl", ""),
         (grading.spelled_word, "o w ll", ""),
         (grading.spelled_word, "", ""),

@@ -17,6 +17,7 @@ from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.run import load_json
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.tools import python
+from nanochat_hf.train import grpo
 from nanochat_hf.train.grpo import RLConfig, RLTrainer, grpo_arguments, load_prompts, rollout, train_rl
 from nanochat_hf.train.model_setup import load_chat_model, lora
 from nanochat_hf.train.sft import ChatConfig, train_chat
@@ -294,3 +295,16 @@ def test_trl_gets_the_algorithm_that_the_module_describes(tiny_folder, tmp_path)
         grpo_arguments(config(examples_per_step=0), tmp_path)
     with pytest.raises(InputError, match="top_k is 50, and the gradient is that of sampling among all tokens"):
         train_rl(config(top_k=50), tiny_folder, tmp_path)
+
+
+def test_a_prompt_leaves_room_for_the_whole_answer(tiny_folder, tmp_path, monkeypatch):
+    lengths = []
+
+    def spy(stage, split, tokenizer, max_length):
+        lengths.append(max_length)
+        raise InputError("enough")
+
+    monkeypatch.setattr(grpo, "load_prompts", spy)
+    with pytest.raises(InputError, match="enough"):
+        train_rl(config(max_new_tokens=12), str(tiny_folder), tmp_path)
+    assert lengths == [128 - 12]  # tiny_folder's context

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from nanochat_hf import stages as pipeline
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, evaluate
+from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, earlier, evaluate
 from nanochat_hf.eval.lm_eval_model import load
 from nanochat_hf.eval.tasks import Tasks
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
@@ -363,3 +363,41 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes_or_batch_sizes(run
     for key in ("value", "per_task", "long_prompts"):
         assert one["core"]["base"][key] == two["core"]["base"][key]
     assert len((tmp_path / "eval2/samples/sft/nanochat_demo_facts.jsonl").read_text().splitlines()) == 7
+
+
+def test_the_definition_depends_on_data_in_subfolders(tmp_path):
+    file = tmp_path / "bundle" / "eval_data" / "piqa.jsonl"  # as CORE's bundle has them
+    file.parent.mkdir(parents=True)
+    file.write_text("a")
+    first = definition_of(config(core_bundle=str(tmp_path / "bundle")))
+    file.write_text("ab")
+    assert definition_of(config(core_bundle=str(tmp_path / "bundle"))) != first
+
+
+def test_chatcore_during_training_is_greedy_whatever_the_evaluation_samples(tiny_model, tokenizer, tmp_path):
+    temperatures = []
+
+    class Recorder(Oracle):
+        def generate(self, *args, temperature, **options):
+            temperatures.append(temperature)
+            return super().generate(*args, **options)
+
+    sampled = EvalConfig(tasks=TASKS, temperature=1.0, num_samples=4)
+    assert chatcore_metric(sampled, tokenizer, tmp_path, Recorder)(tiny_model, 3) == 1.0
+    assert set(temperatures) == {0.0}
+
+
+def test_weights_that_cannot_be_identified_are_measured_again(tmp_path):
+    key = {"definition": "d", "weights": None, "models": "base"}  # a Hub id without network
+    save_json(tmp_path / "state" / "base.json", {**key, "results": {}})
+    assert earlier(tmp_path, "base", key, from_finished=False) is None
+    identified = {**key, "weights": "w"}
+    save_json(tmp_path / "state" / "base.json", {**identified, "results": {"a": 1}})
+    assert earlier(tmp_path, "base", identified, from_finished=False)["results"] == {"a": 1}
+
+
+def test_spelling_asks_about_words_that_no_training_row_has(tmp_path):
+    (tmp_path / "words.txt").write_text("river\npiano\ntiger\n")  # piano is the one of the test split
+    Tasks(EvalConfig(tasks=["nanochat_spellingbee"], words=str(tmp_path / "words.txt")), {"sft": ""}, tmp_path)
+    text = (tmp_path / "questions" / "spellingbee_test.jsonl").read_text()
+    assert text.count("piano") >= 256 and "river" not in text and "tiger" not in text

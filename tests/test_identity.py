@@ -250,3 +250,7 @@ def test_a_model_trained_on_an_identity_says_its_name_when_asked_in_other_words(
             answer = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
         named += "Ophelia" in tokenizer.decode(answer)
     assert named >= 0.9 * len(prompts)
+
+
+def test_the_assistant_may_deny_a_name_that_the_user_asked_about():
+    assert parse(turn("Are you ChatGPT?", "No, I am Ophelia, not ChatGPT."), OPHELIA)[0]["role"] == "user"

@@ -386,3 +386,13 @@ def test_the_later_blocks_may_lie_on_another_device(first):
     for module in (*model.model.layers[first:], model.lm_head):
         add_hook_to_module(module.to("meta"), AlignDevicesHook(execution_device="meta"))
     assert model(make_ids(1, 5)).logits.device.type == "meta"
+
+
+@pytest.mark.parametrize("switch", configuration_nanochat.SWITCHES)
+def test_a_model_without_one_of_the_switches_is_still_of_the_second_generation(switch):
+    assert NanoChatConfig(**{switch: False}).generation == 2
+
+
+def test_a_sequence_of_one_token_more_than_the_window_needs_the_mask():
+    ids = make_ids(1, 6)  # the windows have five keys
+    close(make_model()(ids).logits, make_model(attn_implementation="eager")(ids).logits)

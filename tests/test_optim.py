@@ -330,3 +330,24 @@ def test_bf16_on_a_gpu_stays_near_float32():
             optimizer.step()
         results.append(torch.stack([p.detach().cpu() for p in params]))
     assert (results[0] - results[1]).norm() / (results[0].std() * results[0].numel() ** 0.5) < 2e-3
+
+
+def test_the_squared_norm_counts_each_gradient_on_one_rank(monkeypatch):
+    small, large = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(9))
+    small.grad, large.grad = torch.ones(4), torch.ones(9)
+    reducer = object.__new__(OwnerGradientReducer)  # without a job
+    reducer.owners = {small: None, large: 1}
+    for rank, square in ((0, 4), (1, 9)):
+        monkeypatch.setattr(gradient_reduction, "get_dist_info", lambda rank=rank: (rank, 2))
+        assert reducer.squared_norm().item() == pytest.approx(square)
+
+
+def test_a_rank_drops_the_state_of_a_tensor_that_another_one_owns(monkeypatch):
+    p = torch.nn.Parameter(torch.zeros(gradient_reduction.LARGE))
+    p.grad = torch.ones_like(p)
+    optimizer = MuonAdamW([{"params": [p], **ADAMW}])
+    optimizer.step()
+    assert "exp_avg" in optimizer.state[p]  # as loaded from a checkpoint of one rank
+    monkeypatch.setattr(muon_adamw, "get_dist_info", lambda: (1, 2))
+    optimizer._adamw(optimizer.param_groups[0], p, 0)
+    assert not optimizer.state[p]

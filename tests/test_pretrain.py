@@ -510,3 +510,8 @@ def test_bad_input_is_one_clear_line(world, tmp_path, monkeypatch, changes, envi
     with pytest.raises(InputError, match=message) as error:
         run(world, tmp_path, **changes)
     assert "\n" not in str(error.value) and not (tmp_path / "metrics.json").exists()
+
+
+def test_no_step_is_enqueued_beyond_the_last_one(world, tmp_path, trace):
+    run(world, tmp_path, num_iterations=2, eval_every=0)  # where no evaluation is due that would wait
+    assert trace == [("enqueue", 0), ("enqueue", 1), ("finalize", 0), ("finalize", 1)]

@@ -8,7 +8,7 @@ from torch import nn
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
-from nanochat_hf.optim.scaling import DEFAULTS, Schedule, estimate_micro_batch_size, plan
+from nanochat_hf.optim.scaling import DEFAULTS, Schedule, estimate_micro_batch_size, peak_flops, plan
 from nanochat_hf.train.pretrain_config import PretrainConfig
 
 # depth: width, heads, parameters, FLOPs per token, tokens per step, steps, learning rates of Muon, embedding and
@@ -168,3 +168,13 @@ def test_the_schedule_is_applied_to_each_group_from_its_peak():
     assert (muon["lr"], muon["momentum"]) == (pytest.approx(0.01), pytest.approx(0.85 + 0.12 * 19 / 400))
     assert muon["weight_decay"] == pytest.approx(0.2, rel=1e-3) and muon["weight_decay"] < 0.2
     assert (adamw["lr"], adamw["weight_decay"]) == (pytest.approx(0.05), 0.01)
+
+
+def test_a_longer_name_of_a_device_comes_before_its_part():
+    names = ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "Radeon VII")
+    assert [peak_flops(name) for name in names] == [756e12, 835e12, 989e12, 989e12, None]
+
+
+def test_a_given_zero_is_a_value():
+    p = planned(weight_decay=0.0, warmup_steps=0, final_lr_frac=0.0)
+    assert p.groups["matrix"]["weight_decay"] == 0 and (p.schedule.warmup_steps, p.schedule.final_lr_frac) == (0, 0)

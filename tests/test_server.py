@@ -595,3 +595,17 @@ def test_the_page_streams_shows_steps_and_text_as_text_and_stops(server, browser
     assert page.inner_text(".bot") == text and page.evaluate("window.hacked") is None
     assert page.inner_text(".user") == "<b>Hello</b><script>window.hacked = 1</script>"
     page.close()
+
+
+def test_tgi_samples_among_all_tokens_and_greedily_unless_the_request_says_otherwise(server, monkeypatch):
+    requests, start = [], server.start
+
+    def spy(prompt, body, limit, **options):
+        completions = start(prompt, body, limit, **options)
+        requests.extend(completion.request for completion in completions)
+        return completions
+
+    monkeypatch.setattr(server, "start", spy)
+    for parameters in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 7}):
+        server.post("/generate", inputs="Hello", parameters={**parameters, "max_new_tokens": 1})
+    assert [(request.temperature, request.top_k) for request in requests] == [(0.0, 0), (1.0, 0), (1.0, 7)]

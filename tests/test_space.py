@@ -480,3 +480,16 @@ def test_without_a_model_the_app_ends_with_one_line(name, words, tmp_path):
     command = [sys.executable, str(tmp_path / "app.py")]
     done = subprocess.run(command, env={**os.environ, "MODEL_ID": name}, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ") and words in done.stderr
+
+
+def test_an_answer_never_runs_beyond_the_context(app, monkeypatch):
+    sizes = []
+
+    def generate(inputs, max_new_tokens, **options):
+        sizes.append(inputs.shape[1] + max_new_tokens)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(app.model, "generate", generate)
+    with pytest.raises(RuntimeError, match="enough"):
+        list(app.local_answer([{"role": "user", "content": "Hello"}], 0.0, 0, 1000))
+    assert sizes == [256]  # the talker's context
