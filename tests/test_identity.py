@@ -1,9 +1,7 @@
 """Conversations of an identity: from phrasings or written by another model, checked, all different."""
 
-import importlib.util
 import json
 import re
-import sys
 import threading
 import unicodedata
 from collections import Counter
@@ -15,6 +13,7 @@ import torch
 from huggingface_hub import close_session, constants
 from transformers import AutoModelForCausalLM
 
+from nanochat_hf import cli
 from nanochat_hf.data.identity import (
     FOLDER,
     LANGUAGES,
@@ -25,7 +24,6 @@ from nanochat_hf.data.identity import (
     generate_with_model,
     parse,
     questions,
-    read_identity,
 )
 from nanochat_hf.data.mixture import Mixture
 from nanochat_hf.data.transforms import BadRow, check
@@ -120,28 +118,6 @@ def test_the_identities_of_the_recipes_are_mixed_in_by_one_line(name):
     assert len(rows) == 2000
 
 
-@pytest.mark.parametrize(
-    "text,message",
-    [
-        ("- a", "needs a name and an owner"),
-        ("name: A", "needs a name and an owner"),
-        ("name: [", "not valid YAML"),
-        ("{name: A, owner: B, job: C}", "unknown key 'job'"),
-        ("{name: 5, owner: B}", "name is 5, not text"),
-        ("{name: A, owner: B, language: xx}", "no phrasings for language 'xx'; use en, ko"),
-        ("{name: A, owner: B, facts: [{ask: x}]}", "an item of facts"),
-        ("{name: A, owner: B, facts: [{ask: [], say: x}]}", "at least one question"),
-        ("{name: A, owner: B, styles: [loud]}", "an item of styles"),
-    ],
-)
-def test_a_wrong_file_is_named(tmp_path, text, message):
-    (tmp_path / "me.yaml").write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_identity(tmp_path / "me.yaml")
-    with pytest.raises(InputError, match="cannot read"):
-        read_identity(tmp_path / "nobody.yaml")
-
-
 # Written by another model
 
 
@@ -214,16 +190,12 @@ class FakeModel(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def make_identity(monkeypatch):
-    """scripts/make_identity.py as a function of its arguments."""
+    """The command that scripts/make_identity.py is, as a function of its arguments."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the hub's client may talk to this machine
     close_session()
-    spec = importlib.util.spec_from_file_location("make_identity", ROOT / "scripts" / "make_identity.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def call(*words):
-        monkeypatch.setattr(sys, "argv", ["make_identity.py", *map(str, words)])
-        module.main()
+        cli.dispatch("identity", [*map(str, words)])
 
     return call
 
@@ -249,8 +221,6 @@ def test_the_script_fills_templates_without_an_endpoint_and_names_one_that_is_no
     assert len(out.read_text().splitlines()) == 30 and [path.name for path in tmp_path.iterdir()] == ["me.jsonl"]
     with pytest.raises(InputError, match="does not answer"):
         make_identity("--identity", facts, "--output", out, "--rows", 1, "--endpoint", "http://127.0.0.1:9")
-    with pytest.raises(InputError, match="--rows is 0"):
-        make_identity("--identity", facts, "--output", out, "--rows", 0)
 
 
 @pytest.mark.slow

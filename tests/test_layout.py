@@ -12,7 +12,9 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "errors": set(),
     "run": set(),
     "config": {"run"},
-    "stages": {"config", "run", "distributed", "data", "demo", "eval", "hub", "serve", "train"},
+    "stage_configs": {"config", "run", "data.transforms", "demo"},
+    "stages": {"config", "stage_configs", "run", "distributed", "data", "demo", "eval", "hub", "serve", "train"},
+    "cli": {"config", "stage_configs", "run", "stages", "convert", "data", "demo", "eval", "hub", "serve"},
     "tools": set(),
     "tool_loop": {"tools"},
     "distributed": set(),
@@ -21,12 +23,13 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "kernels": set(),
     "optim": {"model", "kernels", "distributed"},
     "demo": {"run"},
-    "data": {"demo", "run"},
-    "eval": {"data", "demo", "run", "tools", "tool_loop", "distributed"},
-    "train": {"distributed", "kernels", "optim", "model", "data", "demo", "eval.bpb", "run", "tools", "tool_loop"},
+    "data": {"config", "demo", "run", "stage_configs"},
+    "eval": {"data", "demo", "run", "stage_configs", "tools", "tool_loop", "distributed"},
+    "train": {"data", "demo", "distributed", "eval.bpb", "kernels", "model", "optim", "run", "stage_configs"},
     "serve": {"data", "run", "kernels", "model", "tools", "tool_loop"},
     "hub": {"convert", "data", "eval.report", "eval.weights", "run", "tool_loop"},
 }
+MAY_IMPORT["train"] |= {"tools", "tool_loop"}
 EVAL_HELPERS = {"data", "data.grading", "data.jsonl", "data.tokenizer", "data.transforms"}  # what evals/ may import
 EVAL_HELPERS |= {"eval", "eval.bpb", "eval.core", "tools"}
 BUDGET = 600  # lines

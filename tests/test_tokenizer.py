@@ -165,19 +165,6 @@ def test_training_is_deterministic():
     assert one.get_vocab() == two.get_vocab()
 
 
-def test_too_small_a_vocabulary_no_text_and_wrong_settings_are_refused():
-    with pytest.raises(InputError, match="at least 265"):
-        train_bpe(TEXTS, 264)
-    with pytest.raises(InputError, match="no text"):
-        train_bpe([], 300)
-    with pytest.raises(InputError, match="digit_group"):
-        train_bpe(TEXTS, 300, digit_group=4)
-    with pytest.raises(InputError, match="normalization"):
-        train_bpe(TEXTS, 300, normalization="nfkc")
-    with pytest.raises(InputError, match="no tokenizer in"):
-        load_tokenizer("/nowhere")
-
-
 def test_an_older_chat_template_of_ours_is_renewed_and_another_stays(tokenizer, tmp_path, monkeypatch):
     older, other = "{# older #}", "{# somebody's own #}"
     monkeypatch.setattr(module, "OLD_TEMPLATES", (sha256(older.encode()).hexdigest()[:16],))
