@@ -24,54 +24,42 @@ from .stage_configs import (
     STAGE_CONFIGS,
     Count,
     EvalConfig,
+    Fraction,
     NotNegative,
     Place,
     RepoId,
     Seed,
     Stages,
+    TopK,
     find_recipe,
     read_recipe,
 )
 
 ACCELERATE = Path(__file__).parents[1] / "configs" / "accelerate"
 Temperature = Annotated[float, Ge(0), Le(5)]
-TopK = Annotated[int, Ge(0)]
-Fraction = Annotated[float, Ge(0), Le(1)]
-MODEL = "folder or Hub id of the model to begin with (default: the newest of the run folder)"
+MODEL = {"model": (Place, "folder or Hub id of the model to begin with (default: the newest of the run folder)")}
 REPO = "Hub repository for a branch step-NNNNNN every push_every steps"
+BASE = {
+    "tokenizer": (Place, "folder or Hub id of a tokenizer (default: that of the run folder)"),
+    "model": (Place, "folder or Hub id of weights to begin with"),
+    "repo": (RepoId, REPO),
+}
+CHAT = {
+    "stage": (Literal["mid", "sft"], "mid or sft: the folder that the result goes to"),
+    "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps"),
+}
+EVAL = {
+    "stages": (Stages, f"comma-separated, of {', '.join(MODEL_STAGES)}; default: all finished ones"),
+    "model": (Place, "a folder or Hub id instead"),
+}
 STAGE_COMMANDS = {  # subcommand -> its stage, runner in stages.py, text, and further options: name -> (kind, text)
     "tokenizer": ("tokenizer", "run_tokenizer", "Train a tokenizer, the first stage of a recipe.", {}),
-    "pretrain": (
-        "base",
-        "run_base",
-        "Pretrain a base model; run again to resume.",
-        {
-            "tokenizer": (Place, "folder or Hub id of a tokenizer (default: that of the run folder)"),
-            "model": (Place, "folder or Hub id of weights to begin with"),
-            "repo": (RepoId, REPO),
-        },
-    ),
-    "sft": (
-        "sft",
-        "run_chat",
-        "Mid-training or SFT of the newest model of a run; run again to resume.",
-        {
-            "stage": (Literal["mid", "sft"], "mid or sft: the folder that the result goes to (default: sft)"),
-            "model": (Place, MODEL),
-            "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps"),
-        },
-    ),
-    "rl": ("rl", "run_rl", "RL with verifiable rewards; run again to resume.", {"model": (Place, MODEL)}),
-    "dpo": ("dpo", "run_dpo", "Direct preference optimization; run again to resume.", {"model": (Place, MODEL)}),
-    "eval": (
-        "eval",
-        "run_eval",
-        "Evaluate the finished stages of a run, or any causal LM of the Hub, with lm-eval.",
-        {
-            "stages": (Stages, f"comma-separated, of {', '.join(MODEL_STAGES)}; default: all finished ones"),
-            "model": (Place, "a folder or Hub id instead"),
-        },
-    ),
+    "pretrain": ("base", "run_base", "Pretrain a base model; run again to resume.", BASE),
+    "midtrain": ("mid", "run_chat", "Mid-training of the newest model of a run; run again to resume.", MODEL | CHAT),
+    "sft": ("sft", "run_chat", "SFT of the newest model of a run; run again to resume.", MODEL | CHAT),
+    "rl": ("rl", "run_rl", "RL with verifiable rewards; run again to resume.", MODEL),
+    "dpo": ("dpo", "run_dpo", "Direct preference optimization; run again to resume.", MODEL),
+    "eval": ("eval", "run_eval", "Evaluate stages of a run, or any causal LM of the Hub, with lm-eval.", EVAL),
 }
 
 
@@ -87,6 +75,7 @@ def run_stage_command(command: str, words: list[str] | None) -> None:
     keys = vars(parser.parse_args(words))
     path, run_dir = keys.pop("config"), keys.pop("run_dir")
     given = {name: value for name in options if (value := keys.pop(name)) is not None}
+    given |= {"stage": stage} if "stage" in options and "stage" not in given else {}
     config = parse_config(STAGE_CONFIGS[stage], path, keys)
     if stage == "base":
         check_push(config, given.get("repo"))
@@ -150,10 +139,12 @@ def run(words: list[str] | None = None) -> None:
     *_, arguments = read_speedrun(parser, words)
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if arguments.config_file:
-        known, own = ACCELERATE / f"{arguments.config_file}.yaml", Path(arguments.config_file)
-        if not own.is_file() and not known.is_file():
-            raise InputError(f"no Accelerate config file {own}; known: {', '.join(names)}")
-        command += ["--config_file", str(own if own.is_file() else known)]
+        places = [Path(arguments.config_file), ACCELERATE / f"{arguments.config_file}.yaml"]
+        if not (files := [str(place) for place in places if place.is_file()]):
+            raise InputError(
+                f"no Accelerate config file {arguments.config_file}; {nearest(arguments.config_file, names)}"
+            )
+        command += ["--config_file", files[0]]
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
     command += ["--module", "nanochat_hf.cli", "speedrun", "--recipe", arguments.recipe, *arguments.overrides]
     for name in ("run_dir", "repo", "node_hourly_rate"):
@@ -252,7 +243,7 @@ def convert(words: list[str] | None = None) -> None:
     parser.option("--source", Place, required=True)
     parser.option("--output", Place, required=True)
     parser.option("--tokenizer", Place)
-    parser.option("--step", Annotated[int, Ge(0)])
+    parser.option("--step", Annotated[int, Ge(0), Le(10**9)])
     parser.option("--to", Literal["hf", "native", "nanochat"], default="hf", help="(default: %(default)s)")
     args = parser.parse_args(words)
     from .convert import upstream

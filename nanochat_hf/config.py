@@ -70,7 +70,7 @@ def convert(value, kind):
     """Text to the number, boolean or null that the annotation asks for, 4.0 to 4, 1 to true; else unchanged."""
     types, literals = leaves(kind)
     value = str(value) if isinstance(value, Path) else value
-    if isinstance(value, str) and value not in literals and str not in types:
+    if isinstance(value, str) and value.strip() and value not in literals and str not in types:
         if bool in types and value.lower() in BOOLEANS:
             return BOOLEANS[value.lower()]
         try:
@@ -121,10 +121,11 @@ def allowed(kind, limits: tuple = ()) -> str:
         elif isinstance(limit, StringConstraints):
             noun = f"text that matches {limit.pattern}"
         bounds |= {name: value for name in ("ge", "gt", "le") if (value := getattr(limit, name, None)) is not None}
+    bounds = {name: f"{value:g}" if value >= 1e12 else str(value) for name, value in bounds.items()}
     if {"ge", "le"} <= bounds.keys():
         return f"{noun} from {bounds['ge']} to {bounds['le']}"
-    words = {"ge": "of at least", "gt": "above", "le": "of at most"}
-    return " and ".join([noun, *(f"{words[name]} {value}" for name, value in bounds.items())]).replace(" and ", " ", 1)
+    words = {"ge": "of at least", "gt": "above", "le": "and of at most"}
+    return " ".join([noun, *(f"{words[name]} {value}" for name, value in bounds.items())])
 
 
 def first_error(error: ValidationError, kinds: dict, name: str | None = None) -> str:
@@ -145,8 +146,7 @@ def first_error(error: ValidationError, kinds: dict, name: str | None = None) ->
     if place:
         key, kind = f"{key}[{place[0]}]", element(kind)
     inner = next((part for part in place if isinstance(part, str) and part.isidentifier()), None)
-    value = {None: "null", True: "true", False: "false"}.get(worst["input"]) if is_word(worst["input"]) else None
-    value = value or repr(worst["input"])
+    value = "null" if worst["input"] is None else repr(worst["input"])
     value = value if len(value) < 80 else value[:76] + " ..."
     if worst["type"] == "missing":
         return f"{key} needs a {inner}: {value}"
@@ -165,10 +165,6 @@ def element(kind):
     if origin in (Annotated, list):
         return element(parts[0])
     return next(element(part) for part in parts if "list" in str(part)) if origin in (Union, UnionType) else kind
-
-
-def is_word(value) -> bool:
-    return value is None or isinstance(value, bool)
 
 
 class Loader(yaml.SafeLoader):

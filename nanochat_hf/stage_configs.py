@@ -28,6 +28,7 @@ from .run import MODEL_STAGES, STAGES, nearest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SHAPE_KEYS = ("generation", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "total_batch_size")
+SPELLING = {"nanochat_spellingbee", "nanochat_chatcore"}  # tasks whose words are of the text, or of `words`
 MIN_VOCAB_SIZE = 256 + 9  # every byte is a token, so that any text can be encoded; and the special tokens
 
 
@@ -70,6 +71,16 @@ def of_kinds(kinds: tuple[str, ...]):
     return check
 
 
+def known_task(name: str) -> str:
+    """A task of lm-eval, which only an evaluation can check, or one of evals/tasks."""
+    files = (RECIPES.parent / "evals" / "tasks").glob("*.yaml") if name.startswith("nanochat_") else ()
+    names = [line.split()[1] for file in files for line in file.read_text(encoding="utf-8").splitlines()
+             if line.startswith(("task: ", "group: "))]  # fmt: skip
+    if names and name not in names:
+        raise ValueError(f"unknown task; {nearest(name, names)}")
+    return name_of_place(name)
+
+
 def known_attention(name: str) -> str:
     kinds = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
     if name not in kinds and "/" not in name:
@@ -77,15 +88,17 @@ def known_attention(name: str) -> str:
     return name
 
 
-Count = Annotated[int, Ge(1)]
+MOST = 10**15  # of any number of things
+Count = Annotated[int, Ge(1), Le(MOST)]
 OptionalCount = Literal[-1] | Count
-Interval = Annotated[int, Ge(-1)]
+Interval = Annotated[int, Ge(-1), Le(MOST)]
 Fraction = Annotated[float, Ge(0), Le(1)]
-NotNegative = Annotated[float, Ge(0)]
+NotNegative = Annotated[float, Ge(0), Le(MOST)]
 Place = Annotated[str, AfterValidator(name_of_place)]
 RepoId = Annotated[str, AfterValidator(repo_id)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 Stages = list[Literal[MODEL_STAGES]]
+TopK = Annotated[int, Ge(0), Le(2**24)]
 Tracker = Annotated[Literal["none", "trackio", "wandb", "tensorboard"], AfterValidator(installed)]
 Attention = Annotated[str, AfterValidator(known_attention)]
 
@@ -158,7 +171,7 @@ class PretrainConfig:
     """Width of the model per layer."""
     head_dim: Annotated[int, Ge(2), Le(1024), MultipleOf(2)] = 128
     """Channels of an attention head, even because RoPE rotates pairs; the width is rounded up to whole heads."""
-    max_seq_len: Annotated[int, Ge(2)] = 2048
+    max_seq_len: Annotated[int, Ge(2), Le(2**24)] = 2048
     """Tokens per sequence."""
     window_pattern: Annotated[str, StringConstraints(pattern="^[SL]+$")] | None = None
     """Attention tiled over the layers: S sliding window of a quarter of the sequence, L full."""
@@ -182,7 +195,7 @@ class PretrainConfig:
     """AdamW learning rate of the per-layer scalars."""
     weight_decay: NotNegative | None = None
     """Cautious weight decay of the matrices at the reference depth and batch size."""
-    warmup_steps: Annotated[int, Ge(0)] | None = None
+    warmup_steps: Annotated[int, Ge(0), Le(MOST)] | None = None
     """Steps of linear learning-rate warmup."""
     warmdown_ratio: Fraction | None = None
     """Fraction of the steps, at the end, of linear learning-rate decay."""
@@ -268,7 +281,7 @@ class StageConfig:
     """Cautious weight decay of the matrices."""
     max_grad_norm: NotNegative = 0.0
     """Gradient clipping norm; 0: no clipping."""
-    lora_r: Annotated[int, Ge(0)] = 0
+    lora_r: Annotated[int, Ge(0), Le(10_000)] = 0
     """Rank of LoRA adapters, merged into the weights at the end; 0: train all weights."""
     lora_alpha: Count = 32
     """Scale of the adapters: lora_alpha / lora_r."""
@@ -298,7 +311,7 @@ class ChatConfig(StageConfig):
     """Datasets of the validation loss, likewise; empty: none."""
     assistant_only_loss: bool = True
     """Train on assistant tokens only; false for mid-training."""
-    max_seq_len: Literal[-1] | Annotated[int, Ge(2)] = -1
+    max_seq_len: Literal[-1] | Annotated[int, Ge(2), Le(2**24)] = -1
     """Tokens per sequence; -1: as the model was pretrained."""
     packing: bool = True
     """Pack whole conversations into a sequence; false: one conversation per sequence."""
@@ -334,7 +347,7 @@ class RLConfig(StageConfig):
     """Subset of a Hub dataset."""
     examples_per_step: Count = 16
     """Prompts per step, over all devices."""
-    num_samples: Annotated[int, Ge(2)] = 16
+    num_samples: Annotated[int, Ge(2), Le(10_000)] = 16
     """Completions sampled per prompt, two at least: the advantage is against their mean reward."""
     max_new_tokens: Count = 256
     """Tokens per completion, tool results included."""
@@ -364,7 +377,7 @@ class DPOStageConfig(StageConfig):
     """Pairs held out for validation."""
     examples_per_step: Count = 32
     """Pairs per step, over all devices."""
-    max_seq_len: Literal[-1] | Annotated[int, Ge(2)] = -1
+    max_seq_len: Literal[-1] | Annotated[int, Ge(2), Le(2**24)] = -1
     """Tokens per conversation; longer ones cannot be used. -1: as the model was pretrained."""
     beta: Annotated[float, Gt(0)] = 0.1
     """DPO's beta: the higher, the closer the model stays to the reference model."""
@@ -376,7 +389,7 @@ class DPOStageConfig(StageConfig):
 class EvalConfig:
     """Keys of eval.yaml."""
 
-    tasks: list[Place] = field(default_factory=lambda: ["nanochat_demo"])
+    tasks: list[Annotated[str, AfterValidator(known_task)]] = field(default_factory=lambda: ["nanochat_demo"])
     """Tasks or groups for the chat stages: ours (evals/tasks) or any of lm-eval's."""
     chat_stages: Stages = field(default_factory=lambda: ["mid", "sft", "rl"])
     """Stages that answer `tasks`; those that a run does not have are left out."""
@@ -410,7 +423,7 @@ class EvalConfig:
     """Answers per question; more than 1 gives pass@k and needs a temperature."""
     temperature: Annotated[float, Ge(0), Le(5)] = 0.0
     """Of sampling; 0: greedy."""
-    top_k: Annotated[int, Ge(0)] = 50
+    top_k: TopK = 50
     """Sample among this many tokens; 0: among all."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto (bfloat16 on CUDA, float32 elsewhere), float32 or bfloat16."""
@@ -420,7 +433,9 @@ class EvalConfig:
     """Seed of all that is drawn at random."""
 
     @model_validator(mode="after")
-    def samples_differ(self):
+    def keys_agree(self):
+        if isinstance(self.dataset, list) and not self.words and SPELLING & set(self.tasks):
+            raise ValueError("words is null: SpellingBee takes words from one dataset, and dataset is a mixture")
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(
                 f"num_samples is {self.num_samples}: it needs a temperature above 0, greedy answers are all the same"

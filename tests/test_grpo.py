@@ -205,15 +205,17 @@ def test_answers_come_from_the_adapters_too(tiny_model, tokenizer, engine):
         layer.self_attn.o_proj.weight.data.normal_(std=0.2)  # a fresh one is zero and hides what attention does
     tiny_model.lm_head.weight.data.normal_()
     prompts = [[{"role": "user", "content": f"What is {number} + 3?"}] for number in (2, 41)]
-    plain = rollout(engine, config(temperature=0.0), tokenizer)(prompts, stub(tiny_model))
+    greedy = config()
+    greedy.temperature = 0.0  # which no run can have
+    plain = rollout(engine, greedy, tokenizer)(prompts, stub(tiny_model))
     model = get_peft_model(tiny_model, lora(config(lora_r=4)))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.5)
     merged = copy.deepcopy(model).merge_and_unload()
-    expected = rollout(Generator, config(temperature=0.0), tokenizer)(prompts, stub(merged))
+    expected = rollout(Generator, greedy, tokenizer)(prompts, stub(merged))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    generate = rollout(engine, config(temperature=0.0), tokenizer)
+    generate = rollout(engine, greedy, tokenizer)
     for _ in range(2):
         batch = generate(prompts, stub(model))
         assert batch["completion_ids"] == expected["completion_ids"] != plain["completion_ids"]

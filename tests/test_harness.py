@@ -226,11 +226,9 @@ def test_a_model_from_elsewhere_is_recorded_by_its_place(run, tiny_folder):
 @pytest.mark.parametrize(
     "keys,words",
     [
-        ({"tasks": ["nanochat_demo_fact"]}, "unknown task 'nanochat_demo_fact'; did you mean 'nanochat_demo_facts'"),
         ({"core_bundle": "/nowhere"}, "no CORE bundle"),
         ({"chat_data": "/nowhere"}, "no folder /nowhere"),
         ({"tasks": ["nanochat_mmlu"]}, "no file mmlu_test.jsonl"),
-        ({"tasks": ["nanochat_chatcore"], "dataset": [{"dataset": "primer"}]}, "name it in words"),
         ({"stages": []}, "no finished model"),
         ({"stages": ["missing"]}, "missing"),
         ({"break": "template"}, "no chat template, so it cannot answer nanochat_demo_spelling"),
@@ -257,8 +255,8 @@ def test_wrong_input_is_one_clear_line(run, keys, words):
 
 def test_a_stage_that_is_not_finished_is_not_left_out_in_silence(run):
     (run / "base" / "metrics.json").write_text('{"finished": true}')
-    for stages in ("base,rl", "sft", "tokenizer", "bass"):
-        with pytest.raises(InputError, match=f"'{stages.split(',')[-1]}' is no finished stage with a model"):
+    for stages in (["base", "rl"], ["sft"]):
+        with pytest.raises(InputError, match=f"'{stages[-1]}' is no finished stage with a model"):
             pipeline.run_eval(config(), Run(run), stages=stages)
 
 

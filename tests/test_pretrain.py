@@ -517,12 +517,6 @@ def test_nothing_of_a_stage_is_left_for_the_next(world, tmp_path, monkeypatch):
 # --- keys and bad input
 
 
-def test_each_key_of_base_yaml_has_its_docstring():
-    source = (Path(module.__file__).parent / "pretrain_config.py").read_text()
-    for field in dataclasses.fields(PretrainConfig):
-        assert re.search(rf'\n    {field.name}: [^\n]*\n    """', source), field.name
-
-
 @pytest.mark.parametrize(
     "yaml, flag, value",
     [
