@@ -63,7 +63,7 @@ STAGE_COMMANDS = {  # subcommand -> its stage, runner in stages.py, text, and fu
 }
 
 
-def run_stage_command(command: str, words: list[str] | None) -> None:
+def run_stage_command(command: str, words: list[str]) -> None:
     """`--config YAML --run-dir DIR [--key value ...]`: read the config, then call the stage's runner."""
     stage, runner, text, options = STAGE_COMMANDS[command]
     parser = new_parser(text)
@@ -101,7 +101,7 @@ def check_push(config, repo: str | None) -> None:
         raise InputError("base.push_every and --repo go together: give both, or neither")
 
 
-def speedrun(words: list[str] | None = None) -> None:
+def speedrun(words: list[str]) -> None:
     """The whole pipeline of a recipe, from text to a chat model with its report card."""
     recipe, stages, configs, arguments = read_speedrun(new_parser(speedrun.__doc__), words)
     from .stages import run_stages
@@ -111,7 +111,7 @@ def speedrun(words: list[str] | None = None) -> None:
         run_stages(run, stages, configs, arguments.repo, arguments.node_hourly_rate)
 
 
-def read_speedrun(parser: Parser, words: list[str] | None) -> tuple:
+def read_speedrun(parser: Parser, words: list[str]) -> tuple:
     """Returns: the recipe's folder, the stages to run, each stage's config, the arguments."""
     parser.option("--recipe", Place, required=True, help="a name under recipes/ or the path of a recipe folder")
     parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
@@ -128,13 +128,12 @@ def read_speedrun(parser: Parser, words: list[str] | None) -> tuple:
     return recipe, stages, configs, arguments
 
 
-def run(words: list[str] | None = None) -> None:
+def run(words: list[str]) -> None:
     """Run a recipe on all devices: `nanochat run NAME [--config-file multi_gpu] [--num-processes N] [...]`."""
     parser = Parser(run.__doc__)
     names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
     parser.option("--num-processes", Count, help="ranks; default: as the config file says")
-    words = list(sys.argv[2:] if words is None else words)
     words = ["--recipe", *words] if words[:1] and not words[0].startswith("-") else words
     *_, arguments = read_speedrun(parser, words)
     command = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -154,7 +153,7 @@ def run(words: list[str] | None = None) -> None:
     os.execv(sys.executable, command)
 
 
-def chat(words: list[str] | None = None) -> None:
+def chat(words: list[str]) -> None:
     """Chat in the terminal with a trained model, or with any TGI or OpenAI-compatible server."""
     parser = new_parser(chat.__doc__)
     parser.option("--run-dir", Place, help="run folder: its newest finished stage")
@@ -187,7 +186,7 @@ def chat(words: list[str] | None = None) -> None:
         conversation.run()
 
 
-def serve(words: list[str] | None = None) -> None:
+def serve(words: list[str]) -> None:
     """Serve a trained model over HTTP: a chat page for browsers, OpenAI's and TGI's routes for programs."""
     parser = new_parser(serve.__doc__)
     parser.option("--run-dir", Place, help="run folder: its newest finished stage")
@@ -216,7 +215,7 @@ def serve(words: list[str] | None = None) -> None:
     uvicorn.run(server.app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5)
 
 
-def push(words: list[str] | None = None) -> None:
+def push(words: list[str]) -> None:
     """Push a finished stage of a run to the Hub, with its card, and check it by loading it back."""
     parser = new_parser(push.__doc__)
     parser.option("--run-dir", Place, required=True)
@@ -237,7 +236,7 @@ def push(words: list[str] | None = None) -> None:
     hub.push(run_dir, hub.Push(language=language, **args))
 
 
-def convert(words: list[str] | None = None) -> None:
+def convert(words: list[str]) -> None:
     """Convert checkpoints between karpathy/nanochat, this project and transformers' own `nanochat`."""
     parser = new_parser(convert.__doc__)
     parser.option("--source", Place, required=True)
@@ -265,7 +264,7 @@ def convert(words: list[str] | None = None) -> None:
         print(f"tokenizer: {info['tokenizer_ids']:,} ids compared, all equal")
 
 
-def report(words: list[str] | None = None) -> None:
+def report(words: list[str]) -> None:
     """Write a run's report card (report.md, report.html, report.json, plots/), or compare two runs."""
     parser = new_parser(report.__doc__)
     parser.option("--run-dir", Place, help="run folder, for example runs/d12")
@@ -297,7 +296,7 @@ def report(words: list[str] | None = None) -> None:
         print(make_report(args.run_dir, args.hourly_rate))
 
 
-def identity(words: list[str] | None = None) -> None:
+def identity(words: list[str]) -> None:
     """Write conversations of an identity to a .jsonl that a recipe can mix in."""
     parser = new_parser(identity.__doc__)
     parser.option("--identity", Place, "--facts", required=True, help="YAML such as recipes/identity.yaml")
@@ -331,14 +330,24 @@ def identity(words: list[str] | None = None) -> None:
     print(f"{len(rows)} conversations of {person.name} in {args.output}; mix them in: {{dataset: {args.output}}}")
 
 
-def recipes(words: list[str] | None = None) -> None:
+def compare(words: list[str]) -> None:
+    """Compare two runs: `nanochat compare runs/a runs/b`."""
+    report(["--compare", *words])
+
+
+def demo(words: list[str]) -> None:
+    """Run the demo on this CPU: `nanochat run cpu-demo --config-file cpu`."""
+    run(["cpu-demo", "--config-file=cpu", *words])
+
+
+def recipes(words: list[str]) -> None:
     """List the recipes."""
     new_parser(recipes.__doc__).parse_args(words)
     for path in sorted(RECIPES.glob("*/base.yaml")):
         print(f"{path.parent.name:<12} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
-def env(words: list[str] | None = None) -> None:
+def env(words: list[str]) -> None:
     """Print the versions and the hardware that a run would record."""
     new_parser(env.__doc__).parse_args(words)
     for name, value in (versions() | hardware()).items():
@@ -347,7 +356,7 @@ def env(words: list[str] | None = None) -> None:
 
 COMMANDS: dict[str, Callable] = {
     "run": run, "speedrun": speedrun, "chat": chat, "serve": serve, "push": push, "convert": convert,
-    "report": report, "identity": identity, "recipes": recipes, "env": env,
+    "report": report, "compare": compare, "identity": identity, "demo": demo, "recipes": recipes, "env": env,
 }  # fmt: skip
 
 

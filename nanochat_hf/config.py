@@ -26,6 +26,7 @@ from .errors import InputError
 from .run import BOOLEANS, KEY_ALIASES, nearest, renamed_keys
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: of a date, say
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
@@ -75,7 +76,7 @@ def convert(value, kind):
             return BOOLEANS[value.lower()]
         try:
             value = yaml.load(value, Loader)
-        except (yaml.YAMLError, ValueError):
+        except BAD_YAML:
             return value
     if isinstance(value, float) and value.is_integer() and float not in types and (int in types or value in literals):
         return int(value)
@@ -90,7 +91,7 @@ def from_command_line(text: str, key: str, kind):
     if list in types and text[:1] in ("[", "{"):
         try:
             return yaml.load(text, Loader)
-        except (yaml.YAMLError, ValueError):
+        except BAD_YAML:
             raise InputError(f"{key} is no valid YAML list or mapping: {text}") from None
     if list in types and str not in types:
         return text.split(",")
@@ -190,7 +191,7 @@ def read_yaml(path: str | Path) -> dict:
         raise InputError(f"cannot read {str(path)[:200]}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8: save it in that encoding") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except BAD_YAML as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict | None):
         raise InputError(f"{path} must be a mapping of keys to values")

@@ -119,11 +119,11 @@ class ChatDataset(TypedDict, total=False):
 
     __pydantic_config__ = STRICT
     dataset: Required[Annotated[str, AfterValidator(of_kinds(CHAT_KINDS))]]
-    split: Annotated[str, MinLen(1)]
-    subset: str | None
+    split: Place
+    subset: Place | None
     transform: Literal[tuple(TRANSFORMS)]
     rows: Count | None
-    epochs: Annotated[float, Gt(0)] | None
+    epochs: Annotated[float, Gt(0), Le(1000)] | None
 
 
 def rows_or_epochs(entry: dict) -> dict:
@@ -255,7 +255,7 @@ class StageConfig:
 
     num_iterations: OptionalCount = -1
     """Optimizer steps; -1: `num_epochs` passes over the data."""
-    num_epochs: Annotated[float, Gt(0)] = 1
+    num_epochs: Annotated[float, Gt(0), Le(1000)] = 1
     """Passes over the data."""
     device_batch_size: Count = 16
     """Micro-batch size: sequences per device and forward pass; lowered where a step has fewer per device."""
