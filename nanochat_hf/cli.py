@@ -8,6 +8,7 @@ A subcommand checks all its arguments before it imports anything large. `--help`
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable
 from itertools import islice
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
+from pydantic import StringConstraints
 
 from .config import Parser, keys_help, parse_config
 from .errors import InputError, guarded
@@ -37,6 +39,7 @@ from .stage_configs import (
 
 ACCELERATE = Path(__file__).parents[1] / "configs" / "accelerate"
 Temperature = Annotated[float, Ge(0), Le(5)]
+Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
 MODEL = {"model": (Place, "folder or Hub id of the model to begin with (default: the newest of the run folder)")}
 REPO = "Hub repository for a branch step-NNNNNN every push_every steps"
 BASE = {
@@ -153,6 +156,13 @@ def run(words: list[str]) -> None:
     os.execv(sys.executable, command)
 
 
+def check_device(name: str | None) -> None:
+    import torch  # takes seconds
+
+    if name and name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device: this machine has no {name}; leave --device out, or say cpu")
+
+
 def chat(words: list[str]) -> None:
     """Chat in the terminal with a trained model, or with any TGI or OpenAI-compatible server."""
     parser = new_parser(chat.__doc__)
@@ -166,7 +176,7 @@ def chat(words: list[str]) -> None:
     parser.option("--top-p", Fraction, default=1.0, help="0 to 1 (default: %(default)s)")
     parser.option("--max-new-tokens", Count, default=512, help="of an answer (default: %(default)s)")
     parser.option("--seed", Seed, help="the same answers every time")
-    parser.option("--device", help="cuda, cpu, ...; the GPU if there is one")
+    parser.option("--device", Device, help="cuda, cpu, ...; the GPU if there is one")
     parser.option("--language", Literal["en", "ko"], help="of the interface; default: of the terminal")
     args = parser.parse_args(words)
     remote = args.endpoint is not None
@@ -175,6 +185,7 @@ def chat(words: list[str]) -> None:
     name = args.model or (args.run_dir and Run(args.run_dir).latest_model())
     if not name and not remote:
         raise InputError(f"{args.run_dir} has no finished stage to talk to; train one first, for example by make demo")
+    check_device(args.device)
     from .serve.terminal_chat import Chat, Options, open_model, system_language
 
     model = open_model(name and str(name), args.endpoint, args.device)
@@ -200,11 +211,18 @@ def serve(words: list[str]) -> None:
     parser.option("--request-timeout", Annotated[float, Gt(0)], "--max-seconds", default=120.0, help=timeout)
     parser.option("--temperature", Temperature, default=0.6, help="where a request has none (default: %(default)s)")
     parser.option("--top-k", TopK, default=50, help="likewise (default: %(default)s)")
-    parser.option("--device", help="one device; by default a replica on each GPU, else the CPU")
+    parser.option("--device", Device, help="one device; by default a replica on each GPU, else the CPU")
     args = parser.parse_args(words)
     name = args.model or (args.run_dir and Run(args.run_dir).latest_model())
     if not name:
         raise InputError("name the model: --run-dir DIR with a finished stage, or --model FOLDER_OR_HUB_ID")
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        socket.create_server((args.host, args.port), family=family).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot listen on {args.host}, port {args.port}: {reason}; choose another --port") from None
+    check_device(args.device)
     import uvicorn
 
     from .serve.server import Server

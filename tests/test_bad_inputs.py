@@ -5,6 +5,7 @@ folders, and data that cannot be read. In a command, {run} is a folder that does
 """
 
 import re
+import socket
 from pathlib import Path
 
 import pyarrow as pa
@@ -182,6 +183,10 @@ COMMANDS = [
     ("chat --model x --seed -1", "a whole number from 0"),
     ("chat --model x --language fr", "it must be en or ko"),
     ("chat --model x --promt hello", "did you mean '--prompt'"),
+    ("chat --model x --device gpu", "text that matches"),
+    ("chat --model x --device cuda:99", "this machine has no cuda:99; leave --device out"),
+    ("serve --model x --device cuda:x", "text that matches"),
+    ("serve --model x --host 192.0.2.1", "cannot listen on 192.0.2.1, port 8000: .*choose another --port"),
     ("serve", "name the model"),
     ("serve --run-dir {here}", "name the model"),
     ("serve --model x --port 99999", "a whole number from 1 to 65535"),
@@ -276,6 +281,11 @@ def test_a_wrong_key_or_value_in_a_yaml(refuse, stage, text, message):
 @pytest.mark.parametrize("line,message", COMMANDS)
 def test_a_wrong_command_line(refuse, line, message):
     refuse(line.split(), message)
+
+
+def test_a_port_that_is_taken(refuse):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refuse(["serve", "--model", "x", "--port", str(taken.getsockname()[1])], "cannot listen on .*another --port")
 
 
 @pytest.mark.parametrize("content,message", FILES)

@@ -190,7 +190,7 @@ def test_expected_errors_end_a_script_in_one_line(capsys, monkeypatch, error, ra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script,stage", [("base_train", "base"), ("chat_sft", "sft"), ("chat_rl", "rl")])
+@pytest.mark.parametrize("script,stage", [("base_train", "base"), ("chat_sft", "sft")])
 def test_a_script_shows_one_line_and_exit_code_two(tmp_path, script, stage):
     command = [sys.executable, f"scripts/{script}.py", "--config", f"recipes/cpu-demo/{stage}.yaml", "--run-dir"]
     missing = (
