@@ -220,8 +220,7 @@ def parse_config(cls, path: str | Path, overrides: dict[str, str] | None = None)
 class Parser(argparse.ArgumentParser):
     """Its errors are an InputError; an unknown flag is named with the nearest; --a-b and --a_b are the same."""
 
-    def __init__(self, description: str | None = None, **options):
-        description = description or sys.modules["__main__"].__doc__
+    def __init__(self, description: str, **options):
         options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options
         super().__init__(description=description, **options)
 
