@@ -27,7 +27,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "eval": {"data", "demo", "run", "stage_configs", "tools", "tool_loop", "distributed"},
     "train": {"data", "demo", "distributed", "eval.bpb", "kernels", "model", "optim", "run", "stage_configs"},
     "serve": {"data", "run", "kernels", "model", "tools", "tool_loop"},
-    "hub": {"convert", "data", "eval.report", "eval.weights", "run", "tool_loop"},
+    "hub": {"config", "convert", "data", "eval.report", "eval.weights", "run", "stage_configs", "tool_loop"},
 }
 MAY_IMPORT["train"] |= {"tools", "tool_loop"}
 EVAL_HELPERS = {"data", "data.grading", "data.jsonl", "data.tokenizer", "data.transforms"}  # what evals/ may import
