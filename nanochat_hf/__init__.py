@@ -1,31 +1,68 @@
 """nanochat_hf: the best ChatGPT that little money can buy, made of Hugging Face parts.
 
-Importing the package registers `model_type` "nanochat_hf" with the Auto classes; `save_pretrained` then writes the
-code with which others load the folder (`trust_remote_code=True`). It also sets peft's default LoRA targets for these
-models, and makes `pipeline("text-generation")` end their texts at the end mark; texts of other models do not change.
+Importing the package takes no time and yet registers `model_type` "nanochat_hf" with the Auto classes: transformers
+imports the model when a folder of ours is loaded. Importing the model makes `pipeline("text-generation")` end its
+texts at the end mark; peft, whenever it is imported, gets the default LoRA targets of these models.
 """
 
-from contextlib import suppress
-
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.pipelines import PIPELINE_REGISTRY
-
-from .model import NanoChatConfig, NanoChatForCausalLM, NanoChatModel
-from .model.generation_nanochat import NanoChatHFTextGenerationPipeline
+import importlib
+import sys
+from importlib.machinery import PathFinder
 
 __version__ = "0.1.0"
 __all__ = ["NanoChatConfig", "NanoChatForCausalLM", "NanoChatModel", "__version__"]
 
-AutoConfig.register(NanoChatConfig.model_type, NanoChatConfig)
-AutoModel.register(NanoChatConfig, NanoChatModel)
-AutoModelForCausalLM.register(NanoChatConfig, NanoChatForCausalLM)
-PIPELINE_REGISTRY.supported_tasks["text-generation"]["impl"] = NanoChatHFTextGenerationPipeline
-NanoChatConfig.register_for_auto_class()
-NanoChatModel.register_for_auto_class("AutoModel")
-NanoChatForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-with suppress(ImportError):  # peft is not needed to run a model
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 
-    # Every matrix of attention and MLP; the head stays as it is. `nanochat`: an export.
-    for model_type in (NanoChatConfig.model_type, "nanochat"):
-        LORA_TARGETS.setdefault(model_type, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"])
+def __getattr__(name: str):
+    """The model's classes, imported when they are first used (PEP 562)."""
+    if name.startswith("NanoChat"):
+        return getattr(importlib.import_module(f"{__name__}.model"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _register_config(auto) -> None:
+    """Name our config class to transformers' own lazy mapping, which then takes it from this module."""
+    auto.CONFIG_MAPPING._mapping["nanochat_hf"] = "NanoChatHFConfig"
+    auto.CONFIG_MAPPING._modules["nanochat_hf"] = sys.modules[__name__]
+
+
+def _install_pipeline(_) -> None:
+    if f"{__name__}.model" not in sys.modules:  # else that is what imports the pipelines
+        importlib.import_module(f"{__name__}.model")
+
+
+def _set_lora_targets(constants) -> None:
+    """Every matrix of attention and MLP; the head stays as it is. `nanochat`: an export."""
+    for model_type in ("nanochat_hf", "nanochat"):
+        targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        targets.setdefault(model_type, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"])
+
+
+_AFTER_IMPORT = {
+    "transformers.models.auto.configuration_auto": _register_config,
+    "transformers.pipelines": _install_pipeline,
+    "peft.utils.constants": _set_lora_targets,
+}
+
+
+class _AfterImport:
+    """An import hook: modules of _AFTER_IMPORT are loaded as ever, then their function is called with the module."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path, target) if name in _AFTER_IMPORT else None
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                _AFTER_IMPORT[name](module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+for _name, _function in _AFTER_IMPORT.items():
+    if _name in sys.modules:
+        _function(sys.modules[_name])
+sys.meta_path.insert(0, _AfterImport)

@@ -1,86 +1,289 @@
-"""A stage's YAML and the command line -> its dataclass; unknown keys and wrong values are one line.
+"""YAML and command line -> a stage's dataclass, checked; and what `--help` and docs/configuration.md say of its keys.
 
-config = parse_config(PretrainConfig, "recipes/d12/base.yaml", {"depth": "10"})
+    config = parse_config(PretrainConfig, "recipes/d12/base.yaml", {"depth": "10"})
+
+A class decorated with `settings` declares each key's type, range and text once. pydantic checks by it, strictly: a
+number is no text and true is no number. What YAML and flags write as text ("1e-3", "yes") is converted before.
 """
 
-import dataclasses
+import argparse
+import re
 import sys
-from collections.abc import Callable
+import textwrap
+from dataclasses import fields
+from functools import wraps
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Required, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from trl import TrlParser
+from annotated_types import MinLen, MultipleOf
+from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from typing_extensions import is_typeddict
 
-from .errors import InputError, guarded
-from .run import Run, nearest, renamed_keys
+from .errors import InputError
+from .run import BOOLEANS, KEY_ALIASES, nearest, renamed_keys
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: of a date, say
+NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
-class Parser(TrlParser):
-    def error(self, message):
-        raise InputError(message)
+def settings(cls):
+    """A dataclass whose values are converted and checked; wrong ones raise InputError in one line."""
+    cls = dataclass(config=STRICT)(cls)
+    construct, names, kinds = cls.__init__, [f.name for f in fields(cls)], get_type_hints(cls, include_extras=True)
+
+    @wraps(construct)
+    def __init__(self, *arguments, **values):
+        values |= dict(zip(names, arguments))
+        values = {key: convert(value, kinds[key]) if key in kinds else value for key, value in values.items()}
+        try:
+            construct(self, **values)
+        except ValidationError as error:
+            raise InputError(first_error(error, kinds)) from None
+
+    cls.__init__ = __init__
+    return cls
+
+
+def check_value(kind, value, name: str):
+    """`value`, checked by a type such as a TypedDict; raises InputError, which calls the value `name`."""
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise InputError(first_error(error, {name: kind}, name)) from None
+
+
+def leaves(kind) -> tuple[set, set]:
+    """The types and the literal values that an annotation allows."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return leaves(parts[0])
+    if origin in (Union, UnionType):
+        types, literals = zip(*map(leaves, parts))
+        return set().union(*types), set().union(*literals)
+    return (set(), set(parts)) if origin is Literal else ({origin or kind}, set())
+
+
+def convert(value, kind):
+    """Text to the number, boolean or null that the annotation asks for, 4.0 to 4, 1 to true; else unchanged."""
+    types, literals = leaves(kind)
+    value = str(value) if isinstance(value, Path) else value
+    if isinstance(value, str) and value.strip() and value not in literals and str not in types:
+        if bool in types and value.lower() in BOOLEANS:
+            return BOOLEANS[value.lower()]
+        try:
+            value = yaml.load(value, Loader)
+        except BAD_YAML:
+            return value
+    if isinstance(value, float) and value.is_integer() and float not in types and (int in types or value in literals):
+        return int(value)
+    if isinstance(value, bool) and not types & {bool, str}:
+        return str(value).lower()  # which pydantic refuses; it would take true for 1
+    return bool(value) if type(value) is int and value in (0, 1) and bool in types and int not in types else value
+
+
+def from_command_line(text: str, key: str, kind):
+    """As `convert`, of what stands on a command line, where lists may be written a,b or [a, b]."""
+    types, _ = leaves(kind)
+    if list in types and text[:1] in ("[", "{"):
+        try:
+            return yaml.load(text, Loader)
+        except BAD_YAML:
+            raise InputError(f"{key} is no valid YAML list or mapping: {text}") from None
+    if list in types and str not in types:
+        return text.split(",")
+    return None if text == "null" and NoneType in types else text
+
+
+def allowed(kind, limits: tuple = ()) -> str:
+    """What an annotation allows, in words: "-1 or a whole number of at least 1"."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return allowed(parts[0], parts[1:])
+    if origin is Required:
+        return allowed(parts[0])
+    if origin in (Union, UnionType):
+        return " or ".join(map(allowed, parts))
+    if origin is Literal:
+        words = [str(part) or "empty" for part in parts]
+        return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    if origin is list:
+        empty = ", not empty" if any(isinstance(limit, MinLen) for limit in limits) else ""
+        return f"a list of {allowed(parts[0])}{empty}"
+    if is_typeddict(kind):
+        return "{" + ", ".join(get_type_hints(kind)) + "}"
+    noun, bounds = NOUNS.get(kind, str(kind)), {}
+    for limit in limits:
+        if isinstance(limit, MultipleOf):
+            noun = f"a multiple of {limit.multiple_of}"
+        elif isinstance(limit, StringConstraints):
+            noun = f"text that matches {limit.pattern}"
+        bounds |= {name: value for name in ("ge", "gt", "le") if (value := getattr(limit, name, None)) is not None}
+    bounds = {name: f"{value:g}" if value >= 1e12 else str(value) for name, value in bounds.items()}
+    if {"ge", "le"} <= bounds.keys():
+        return f"{noun} from {bounds['ge']} to {bounds['le']}"
+    words = {"ge": "of at least", "gt": "above", "le": "and of at most"}
+    return " ".join([noun, *(f"{words[name]} {value}" for name, value in bounds.items())])
+
+
+def first_error(error: ValidationError, kinds: dict, name: str | None = None) -> str:
+    """The first wrong key of a class, or of the one value `name`: what it is, and what is allowed."""
+    errors = error.errors()
+    if errors[0]["loc"] == () and name is None:  # of a rule about several keys
+        return str(errors[0]["ctx"]["error"])
+    key = errors[0]["loc"][0] if name is None else name
+    if errors[0]["type"] == "unexpected_keyword_argument":
+        return f"unknown key {key!r}; {nearest(key, kinds)}"
+    kind, places = kinds[key], []
+    for each in errors:
+        if name is not None or each["loc"][0] == key:
+            numbers = [i for i, part in enumerate(each["loc"]) if isinstance(part, int)]
+            places.append((each["loc"][numbers[0] :] if numbers else (), each))
+    # Of a union each part has its error; the one inside of a list says most.
+    place, worst = max(places, key=lambda pair: len(pair[0]))
+    if place:
+        key, kind = f"{key}[{place[0]}]", element(kind)
+    inner = next((part for part in place if isinstance(part, str) and part.isidentifier()), None)
+    value = "null" if worst["input"] is None else repr(worst["input"])
+    value = value if len(value) < 80 else value[:76] + " ..."
+    if worst["type"] == "missing":
+        return f"{key} needs a {inner}: {value}"
+    if inner:
+        keys = get_type_hints(kind, include_extras=True)
+        if inner not in keys:
+            return f"unknown key {inner!r} in {key}; {nearest(inner, keys)}"
+        key, kind = f"{key}.{inner}", keys[inner]
+    reason = worst["ctx"]["error"] if worst["type"] == "value_error" else f"it must be {allowed(kind)}"
+    return f"{key} is {value}: {reason}" if key else f"{value}: {reason}"
+
+
+def element(kind):
+    """The annotation of what a list holds: TypedDicts without their own checks."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Annotated, list):
+        return element(parts[0])
+    return next(element(part) for part in parts if "list" in str(part)) if origin in (Union, UnionType) else kind
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which a key occurs once and 1e-3 is a number."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The mapping in a file. Raises InputError: no such file, not UTF-8, no valid YAML, no mapping."""
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader)
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)[:200]}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8: save it in that encoding") from None
+    except BAD_YAML as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
+        raise InputError(f"{path} must be a mapping of keys to values")
+    return values or {}
 
 
 def parse_config(cls, path: str | Path, overrides: dict[str, str] | None = None):
     """Read a flat YAML into the dataclass `cls`; `overrides` (key -> text, as typed) win. Old names of keys are valid.
 
     Raises:
-        InputError: no such file, no YAML mapping, an unknown key (it names the nearest one), a value of another type.
+        InputError: a file that cannot be read, an unknown key (it names the nearest one), a value that is not allowed.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must be a mapping of keys to values")
-    values, overrides = renamed_keys(values), renamed_keys(overrides or {})
-    names = [field.name for field in dataclasses.fields(cls)]
+    values, overrides = renamed_keys(read_yaml(path)), renamed_keys(overrides or {})
+    kinds = get_type_hints(cls, include_extras=True)
     for key in [*values, *overrides]:
-        if key not in names:
-            raise InputError(f"unknown key {key!r} for {Path(path).name}; {nearest(key, names)}")
-    flags = []
-    for key, text in overrides.items():
-        if text[:1] in "[{":  # argparse has no syntax for lists and mappings
+        if key not in kinds:
+            raise InputError(f"unknown key {key!r} for {path}; {nearest(key, kinds)}")
+    values |= {key: from_command_line(text, key, kinds[key]) for key, text in overrides.items()}
+    try:
+        return cls(**values)
+    except InputError as error:
+        key = re.match(r"\w*", str(error))[0]
+        raise InputError(f"{Path(path).stem}.{error}" if key in overrides else f"{path}: {error}") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are an InputError; an unknown flag is named with the nearest; --a-b and --a_b are the same."""
+
+    def __init__(self, description: str, **options):
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options
+        super().__init__(description=description, **options)
+
+    def error(self, message: str):
+        raise InputError(message.removeprefix("argument "))
+
+    def option(self, name: str, kind: Any = str, *names: str, **options) -> None:
+        """`add_argument` with an annotation in place of argparse's type."""
+
+        def parse(text: str):
             try:
-                values[key] = yaml.safe_load(text)
-            except yaml.YAMLError:
-                raise InputError(f"{key} is no valid YAML list or mapping: {text}") from None
-        else:
-            flags.append(f"--{key}={text}")
-    parser = Parser(cls, allow_abbrev=False)
-    parser.set_defaults_with_config(**values)
-    return parser.parse_args_into_dataclasses(flags)[0]
+                return check_value(kind, convert(from_command_line(text, name, kind), kind), "")
+            except InputError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        self.add_argument(name, *names, type=parse, **options)
+
+    def add_keys(self, cls, prefix: str = "--") -> None:
+        """A flag for each key of a stage's config, absent from the result if it is not given; and their help."""
+        for key, kind in get_type_hints(cls, include_extras=True).items():
+            single = {"nargs": "?", "const": "true"} if bool in leaves(kind)[0] else {}
+            for name in [key, *(old for old, new in KEY_ALIASES.items() if new == key)]:
+                flag = f"--{name.replace('_', '-')}"
+                self.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **single)
+        self.epilog = keys_help(cls, prefix)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words, left = [], list(sys.argv[1:] if args is None else args)
+        while left:
+            word = left.pop(0)
+            name, equals, value = word.partition("=")
+            if name.startswith("--") and name != "--":
+                name = name.replace("_", "-")
+                if name not in self._option_string_actions:
+                    flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+                    raise InputError(f"unknown flag {name!r}; {nearest(name, flags)}")
+                word = name + equals + value
+                if not equals and left and re.match(r"-(\.?\d|inf|nan)", left[0]):  # argparse takes -1e-3 for a flag
+                    word = f"{name}={left.pop(0)}"
+            words.append(word)
+        return super().parse_known_args(words, namespace)
 
 
-def parse_flags(words: list[str]) -> dict[str, str]:
-    """['--depth', '4', '--seed=1'] -> {'depth': '4', 'seed': '1'}."""
-    flags, words = {}, list(words)
-    while words:
-        word = words.pop(0)
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not (equals or words):
-            raise InputError(f"expected --key value, got {word!r}")
-        flags[key.replace("-", "_")] = value if equals else words.pop(0)
-    return flags
+def keys_of(cls) -> list[tuple[str, str, str, str, str]]:
+    """(class that declares it, key, default, what is allowed, text) of each key, inherited ones last."""
+    rows, kinds = [], get_type_hints(cls, include_extras=True)
+    for f in fields(cls):
+        owners = [base for base in cls.__mro__ if f.name in getattr(base, "__pydantic_fields__", {})]
+        text = next(filter(None, (base.__pydantic_fields__[f.name].description for base in owners)), "")
+        default = cls.__pydantic_fields__[f.name].get_default(call_default_factory=True)
+        default = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        default = "[" + ", ".join(map(str, default)) + "]" if isinstance(default, list) else str(default)
+        rows.append((owners[-1].__name__, f.name, default, allowed(kinds[f.name]), " ".join(text.split())))
+    return sorted(rows, key=lambda row: row[0] != cls.__name__)
 
 
-def script(cls, runner: Callable, **options: str) -> None:
-    """The main function of scripts/*: `--config YAML --run-dir DIR [--key value ...]`, then runner(config, run).
-
-    `options` declares further optional arguments, name -> help; those that are given reach `runner` as keywords.
-    """
-
-    def main():
-        parser = Parser(description=sys.modules["__main__"].__doc__, allow_abbrev=False)
-        parser.add_argument("--config", required=True, help="YAML of this stage, for example recipes/d12/base.yaml")
-        parser.add_argument("--run-dir", required=True, help="run folder, for example runs/d12")
-        for name, text in options.items():
-            parser.add_argument(f"--{name.replace('_', '-')}", help=text)
-        arguments, rest = parser.parse_known_args()
-        given = {name: value for name in options if (value := getattr(arguments, name)) is not None}
-        config, run = parse_config(cls, arguments.config, parse_flags(rest)), Run(arguments.run_dir)
-        with run.lock():
-            runner(config, run, **given)
-
-    guarded(main)
+def keys_help(cls, prefix: str) -> str:
+    """The keys of a stage for `--help`, those of the class itself before the inherited ones."""
+    lines, group = [], None
+    for owner, key, default, values, text in keys_of(cls):
+        if owner != group:
+            lines += ["", f"keys of {owner} (default; what is allowed):"]
+            group = owner
+        lines.append(f"  {prefix}{key} ({default or 'empty'}; {values})")
+        lines += textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines[1:])

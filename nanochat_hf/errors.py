@@ -1,5 +1,6 @@
 """Wrong input: one exception, which a command shows as one line on stderr, with exit code 2."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -14,16 +15,21 @@ def guarded(main: Callable) -> None:
 
     Only the main rank shows what all ranks raise.
     """
-    import torch  # takes seconds; most importers of this module only need InputError
-
     try:
         main()
     except (InputError, FloatingPointError) as error:  # all ranks raise it, the main one shows it
         fail(str(error), show=os.environ.get("RANK", "0") == "0")
-    except torch.OutOfMemoryError as error:  # perhaps on this rank alone
-        fail(f"{str(error).partition(' GPU ')[0]} Lower device_batch_size, or take a smaller model")
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        fail(f"a name is longer than this disk allows: {str(error.filename)[:60]}...")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        torch = sys.modules.get("torch")  # importing it takes seconds
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        fail(f"{str(error).partition(' GPU ')[0]} Lower device_batch_size, or take a smaller model")  # this rank alone
 
 
 def fail(message: str, show: bool = True):

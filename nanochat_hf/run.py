@@ -13,16 +13,13 @@ import os
 import platform
 import subprocess
 import time
-from argparse import ArgumentTypeError
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from transformers.hf_argparser import string_to_bool
 
 from .errors import InputError
 
@@ -83,7 +80,7 @@ def first_non_finite(tensors) -> str | None:
     for name, tensor in tensors:
         # FP8 has no isfinite
         values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-        if not torch.isfinite(values).all():
+        if not values.isfinite().all():
             return name
     return None
 
@@ -141,7 +138,7 @@ def save_json(path: str | Path, value) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(text + "\n")
+        aside.write_text(text + "\n", encoding="utf-8")
         os.replace(aside, path)
 
 
@@ -177,6 +174,8 @@ def apply_umask(folder: str | Path) -> None:
 
 def hardware() -> dict:
     """Device name, type and memory in bytes, number of ranks, cores, main memory in bytes, system."""
+    import torch  # takes seconds, and the command line reads this module
+
     cuda = torch.cuda.is_available()
     mps = torch.backends.mps.is_available()
     return {
@@ -238,16 +237,17 @@ KEY_ALIASES = {  # keys of recipes, flags and finished runs from before December
     "rows of a step": "sequences per step",
 }
 VALUE_ALIASES = {"bad_rows": {"refuse": "error"}}  # the same of values, by their old key
+BOOLEANS = dict.fromkeys(("true", "yes", "on", "y", "t", "1"), True)  # what flags and YAML may say
+BOOLEANS |= dict.fromkeys(("false", "no", "off", "n", "f", "0"), False)
 
 
 def renamed_keys(values: dict) -> dict:
     """The values of a stage's config, with today's names for old keys and old values."""
 
     def renamed(key, value):
-        if key == "opt_in":  # `enabled` is its opposite; a word that is no boolean is left to the parser
-            with suppress(ArgumentTypeError):
-                enabled = not string_to_bool(str(value))
-                return str(enabled).lower() if isinstance(value, str) else enabled
+        if key == "opt_in":  # `enabled` is its opposite; a word that is no boolean is left to the config
+            word = str(value).lower()
+            return not BOOLEANS[word] if word in BOOLEANS else value
         return VALUE_ALIASES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
     return {KEY_ALIASES.get(key, key): renamed(key, value) for key, value in values.items()}

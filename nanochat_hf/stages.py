@@ -8,13 +8,11 @@ A recipe is a folder with one YAML per stage. The pipeline skips a finished stag
 refuses a run folder whose stages were made by another recipe or from other inputs.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
-from .config import Parser, parse_config
+from .config import parse_config
 from .data.documents import is_local, text_fingerprint
-from .data.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from .data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from .demo import corpus as primer
 from .distributed import (
     broadcast_from_main,
@@ -24,21 +22,19 @@ from .distributed import (
     reset_accelerate_state,
 )
 from .errors import InputError
-from .eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, evaluate
+from .eval.harness import chatcore_metric, core_metric, definition_of, evaluate
 from .eval.lm_eval_model import Generator
 from .eval.report import make_report
 from .eval.weights import origin, renewal, replaced
 from .hub.push import checkpoint_pusher
-from .run import MODEL_STAGES, STAGES, Run, load_json, nearest, renamed_keys
+from .run import MODEL_STAGES, STAGES, Run, load_json, renamed_keys
 from .serve.engine import Engine
-from .train.dpo import DPOStageConfig, train_dpo
-from .train.grpo import RLConfig, train_rl
-from .train.pretrain import PretrainConfig, pretrain
-from .train.sft import ChatConfig, train_chat
+from .stage_configs import ChatConfig, DPOStageConfig, EvalConfig, PretrainConfig, RLConfig, TokenizerConfig
+from .train.dpo import train_dpo
+from .train.grpo import train_rl
+from .train.pretrain import pretrain
+from .train.sft import train_chat
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-CONFIGS = {"tokenizer": TokenizerConfig, "base": PretrainConfig, "mid": ChatConfig, "sft": ChatConfig, "rl": RLConfig}
-CONFIGS["eval"] = EvalConfig
 SEPARATORS = {"call": "[", "result": " = ", "text": "] "}  # printed before these parts of an answer
 
 
@@ -110,8 +106,6 @@ def run_chat(
     Where the data of a recipe's own tasks are missing, the stage runs without them and prints why; an eval.yaml that
     was named, which is a str, raises InputError.
     """
-    if stage not in ("mid", "sft"):
-        raise InputError(f"--stage is {stage!r}: use mid or sft")
     (folder, source), chatcore = start(stage, run, model), None
     named = isinstance(tasks, str)
     tasks = parse_config(EvalConfig, tasks) if named else tasks
@@ -135,11 +129,13 @@ def run_dpo(config: DPOStageConfig, run: Run, model: str | None = None) -> None:
     train_dpo(config, source, folder)
 
 
-def run_eval(config: EvalConfig, run: Run, stages: str | None = None, model: str | None = None, **options) -> None:
-    """Evaluate the finished stages of a run, those of the comma-separated `stages`, or another model as "base"."""
-    names = stages.split(",") if stages else [name for name in MODEL_STAGES if run.finished(name)]
+def run_eval(
+    config: EvalConfig, run: Run, stages: list[str] | None = None, model: str | None = None, **options
+) -> None:
+    """Evaluate the finished stages of a run, those of `stages`, or another model as "base"."""
+    names = stages or [name for name in MODEL_STAGES if run.finished(name)]
     for name in names if not model else ():
-        if name not in MODEL_STAGES or not run.finished(name):
+        if not run.finished(name):
             raise InputError(f"{name!r} is no finished stage with a model of {run.path}")
     models = {"base": model} if model else {name: str(run.folder(name)) for name in names}
     evaluate(config, models, run.folder("eval"), engine, **options)
@@ -151,40 +147,6 @@ def run_stage(stage: str, configs: dict, run: Run, repo: str | None = None) -> N
     options = {"base": {"repo": repo, "tasks": tasks}, "eval": {"keep_unchanged": True}}
     options |= {name: {"stage": name, "tasks": tasks} for name in ("mid", "sft")}
     (runners | {"eval": run_eval})[stage](configs[stage], run, **options.get(stage, {}))
-
-
-def find_recipe(name: str) -> Path:
-    for folder in (Path(name), RECIPES / name):
-        if (folder / "base.yaml").is_file():
-            return folder
-    names = sorted(path.parent.name for path in RECIPES.glob("*/base.yaml"))
-    raise InputError(f"no recipe {name!r} (a folder with base.yaml); {nearest(name, names)}")
-
-
-def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) -> tuple[list[str], dict]:
-    """The stages to run, in order, and each stage's config. Raises InputError for an unknown stage, key or value.
-
-    `stages` None: all of the recipe that are `enabled`, and the report; `overrides` are STAGE.KEY=VALUE.
-    """
-    present = [stage for stage in CONFIGS if (recipe / f"{stage}.yaml").is_file()]
-
-    def check(stage: str, names: list[str]) -> None:
-        if stage not in names:
-            raise InputError(f"recipe {recipe.name} has no stage {stage!r}; {nearest(stage, names)}")
-
-    values: dict[str, dict] = {stage: {} for stage in present}
-    for word in overrides:
-        key, equals, value = word.partition("=")
-        stage, dot, key = key.partition(".")
-        if not (equals and dot):
-            raise InputError(f"expected STAGE.KEY=VALUE, got {word!r}")
-        check(stage, present)
-        values[stage][key] = value
-    for stage in stages or []:
-        check(stage, [*present, "report"])
-    configs = {stage: parse_config(CONFIGS[stage], recipe / f"{stage}.yaml", values[stage]) for stage in present}
-    chosen = stages or [*(stage for stage in present if getattr(configs[stage], "enabled", True)), "report"]
-    return [stage for stage in STAGES if stage in chosen], configs
 
 
 def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
@@ -277,25 +239,3 @@ def show_answers(run: Run, dataset) -> None:
             print("" if chunk.kind == kind else SEPARATORS[chunk.kind], chunk, sep="", end="", flush=True)
             kind = chunk.kind
         print()
-
-
-def main() -> None:
-    """The command line of recipes/speedrun.py."""
-    description = sys.modules["__main__"].__doc__
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, help="a name under recipes/ or the path of a recipe folder")
-    parser.add_argument("--run-dir", help="where results go (default: runs/<recipe>)")
-    parser.add_argument("--stages", help="comma-separated; default: the enabled ones of the recipe, and report")
-    parser.add_argument(
-        "--node-hourly-rate", "--hourly-rate", type=float, help="dollars per hour of this machine, for the report"
-    )
-    parser.add_argument("--repo", help="Hub repository for checkpoints, as branches, every base.push_every steps")
-    parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
-    arguments = parser.parse_intermixed_args()
-    recipe = find_recipe(arguments.recipe)
-    stages, configs = read_recipe(recipe, arguments.stages and arguments.stages.split(","), arguments.overrides)
-    if (configs["base"].push_every > 0) != bool(arguments.repo):
-        raise InputError("base.push_every and --repo go together: give both, or neither")
-    run = Run(arguments.run_dir or Path("runs") / recipe.name)
-    with run.lock():
-        run_stages(run, stages, configs, arguments.repo, arguments.node_hourly_rate)

@@ -8,8 +8,7 @@ A recipe is a folder with one YAML per stage. A finished stage is skipped, an in
 that changed since a stage finished is refused.
 """
 
-from nanochat_hf.errors import guarded
-from nanochat_hf.stages import main
+from nanochat_hf.cli import main
 
 if __name__ == "__main__":
-    guarded(main)
+    main("speedrun")

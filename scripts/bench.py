@@ -18,8 +18,8 @@ from nanochat_hf.data.tokenizer import train_bpe
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import plan
+from nanochat_hf.stage_configs import PretrainConfig
 from nanochat_hf.train.fused_model import FusedTransformer
-from nanochat_hf.train.pretrain_config import PretrainConfig
 
 
 def repeat(function, seconds: float) -> float:

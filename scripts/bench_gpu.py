@@ -33,8 +33,8 @@ def ours(depth: int, pattern: str, fp8: bool):
     from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
     from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
     from nanochat_hf.optim.scaling import plan
+    from nanochat_hf.stage_configs import PretrainConfig
     from nanochat_hf.train.fused_model import FusedTransformer
-    from nanochat_hf.train.pretrain_config import PretrainConfig
 
     recipe = plan(PretrainConfig(depth, window_pattern=pattern), 32768)
     with torch.device("cuda"):

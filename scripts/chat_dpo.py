@@ -4,10 +4,7 @@ accelerate launch scripts/chat_dpo.py --config recipes/d12/dpo.yaml --run-dir ru
 python scripts/chat_dpo.py --config recipes/d12/dpo.yaml --run-dir runs/d12 --dataset pairs.jsonl
 """
 
-from nanochat_hf.config import script
-from nanochat_hf.stages import run_dpo
-from nanochat_hf.train.dpo import DPOStageConfig
+from nanochat_hf.cli import main
 
 if __name__ == "__main__":
-    options = {"model": "folder or Hub id of the model to begin with (default: the newest of the run folder)"}
-    script(DPOStageConfig, run_dpo, **options)
+    main("dpo")

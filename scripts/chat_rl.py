@@ -4,11 +4,7 @@ accelerate launch scripts/chat_rl.py --config recipes/d20/rl.yaml --run-dir runs
 python scripts/chat_rl.py --config recipes/cpu-demo/rl.yaml --run-dir runs/cpu-demo
 """
 
-from nanochat_hf.config import script
-from nanochat_hf.stages import run_rl
-from nanochat_hf.train.grpo import RLConfig
+from nanochat_hf.cli import main
 
 if __name__ == "__main__":
-    script(
-        RLConfig, run_rl, model="folder or Hub id of the model to begin with (default: the newest of the run folder)"
-    )
+    main("rl")

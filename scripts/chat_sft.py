@@ -5,15 +5,7 @@ python scripts/chat_sft.py --config recipes/cpu-demo/mid.yaml --run-dir runs/cpu
 accelerate launch scripts/chat_sft.py ... --chatcore_every 200 --eval recipes/d12/eval.yaml    # ChatCORE on the way
 """
 
-from nanochat_hf.config import script
-from nanochat_hf.stages import run_chat
-from nanochat_hf.train.sft import ChatConfig
+from nanochat_hf.cli import main
 
 if __name__ == "__main__":
-    script(
-        ChatConfig,
-        lambda config, run, eval=None, **options: run_chat(config, run, tasks=eval, **options),
-        stage="mid or sft: the folder that the result goes to (default: sft)",
-        model="folder or Hub id of the model to begin with (default: the newest of the run folder)",
-        eval="eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps",
-    )
+    main("sft")

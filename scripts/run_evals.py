@@ -7,9 +7,7 @@
 `--key value` overrides a key of the YAML, for example `--core_bundle ~/eval_bundle --core_max_per_task 100`.
 """
 
-from nanochat_hf.config import script
-from nanochat_hf.eval.harness import EvalConfig
-from nanochat_hf.stages import run_eval
+from nanochat_hf.cli import main
 
 if __name__ == "__main__":
-    script(EvalConfig, run_eval, stages="comma-separated stages; default: all", model="a folder or Hub id instead")
+    main("eval")

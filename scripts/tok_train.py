@@ -5,9 +5,7 @@
 It is written to RUN_DIR/tokenizer and loads with `AutoTokenizer.from_pretrained`.
 """
 
-from nanochat_hf.config import script
-from nanochat_hf.data.tokenizer import TokenizerConfig
-from nanochat_hf.stages import run_tokenizer
+from nanochat_hf.cli import main
 
 if __name__ == "__main__":
-    script(TokenizerConfig, run_tokenizer)
+    main("tokenizer")

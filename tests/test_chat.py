@@ -30,7 +30,6 @@ from nanochat_hf.serve.terminal_chat import (
     Screen,
     last_block,
     messages_of,
-    open_model,
     without_tools,
 )
 
@@ -262,22 +261,6 @@ def test_a_result_without_a_call_is_only_text():
     assert messages_of(chunks) == [{"role": "assistant", "content": "So 7!"}]
     call, last = messages_of([StreamChunk("1", "call"), *chunks])
     assert call["tool_calls"] and last == {"role": "assistant", "content": "So 7!"}
-
-
-@pytest.mark.parametrize(
-    "model,run_dir,endpoint,message",
-    [
-        (None, "here", None, "no finished stage"),
-        (None, None, None, "name what to talk to"),
-        (None, "here", "http://127.0.0.1:8000", "name what to talk to"),
-        ("here", None, None, "no model in"),
-        (None, None, "localhost:8000", "must be a URL"),
-        (None, None, "", "must be a URL"),
-    ],
-)
-def test_open_model_says_what_is_missing(tmp_path, model, run_dir, endpoint, message):
-    with pytest.raises(InputError, match=message):
-        open_model(model and str(tmp_path), run_dir and str(tmp_path), endpoint)
 
 
 class Busy(BaseHTTPRequestHandler):

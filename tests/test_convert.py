@@ -7,7 +7,6 @@ With a checkout of the original at hand the slow test at the end runs it:
 import json
 import os
 import pickle
-import runpy
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers import NanoChatForCausalLM as NativeModel
 from transformers.testing_utils import CaptureLogger
 
+from nanochat_hf import cli
 from nanochat_hf.convert import tokenizer as convert_tokenizer
 from nanochat_hf.convert.native import from_native, to_native
 from nanochat_hf.convert.tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, write_tiktoken
@@ -303,8 +303,7 @@ def test_the_script_renews_a_stage_and_its_record_names_the_new_content(recorded
     folder = shutil.copytree(chat_folder, tmp_path / "stage")
     (folder / "chat_template.jinja").write_text(older)
     save_json(folder / "metrics.json", {"weights": recorded or model_fingerprint(folder)})
-    monkeypatch.setattr(sys, "argv", ["convert", "--source", str(folder), "--output", str(folder)])
-    runpy.run_path(str(SCRIPT))["main"]()
+    cli.dispatch("convert", ["--source", str(folder), "--output", str(folder)])
     assert (folder / "chat_template.jinja").read_text() == TEMPLATE.read_text()
     assert load_json(folder / "metrics.json") == {"weights": recorded or model_fingerprint(folder)}
 

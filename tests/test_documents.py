@@ -282,26 +282,6 @@ def test_ranks_of_a_mixture_share_each_datasets_documents_exactly_once_per_epoch
         assert len(texts[letter]) == len(set(texts[letter])) == count
 
 
-@pytest.mark.parametrize(
-    "entries,words",
-    [
-        ([], "the mixture is empty"),
-        (["primer"], "must be {dataset: ..., weight: ...}, not 'primer'"),
-        ([{"weight": 1}], "must be {dataset"),
-        ([{"dataset": "primer", "wieght": 1}], "unknown key 'wieght' in the mixture's entry for primer"),
-        *(
-            ([{"dataset": "primer", "weight": w}], "above 0")
-            for w in (0, -1, True, float("nan"), float("inf"), "half")
-        ),
-        ([{"dataset": "nowhere/x.jsonl"}], "no dataset nowhere/x.jsonl"),
-    ],
-)
-def test_a_wrong_mixture_is_named_in_one_line(entries, words):
-    with pytest.raises(InputError) as caught:
-        open_documents(entries)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_a_mixtures_state_is_refused_by_other_weights(tmp_path):
     state, single = mixture_of(tmp_path).state_dict(), DocumentStream(tmp_path / "a")
     for stream, other, reason in (
@@ -324,8 +304,6 @@ def test_a_mixture_is_read_from_yaml_and_from_the_command_line(tmp_path):
         assert parse_config(config, path).dataset == mixture
         assert parse_config(config, path, {"dataset": "primer"}).dataset == "primer"
         assert parse_config(config, path, {"dataset": "[{dataset: x}]"}).dataset == [{"dataset": "x"}]
-    with pytest.raises(InputError, match="dataset is no valid YAML list or mapping"):
-        parse_config(PretrainConfig, path, {"dataset": "[{dataset: x"})
 
 
 # Files

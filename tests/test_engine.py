@@ -255,6 +255,12 @@ def test_text_held_back_for_a_stop_string_comes_before_the_call_that_follows_it(
         assert join_chunks(chunks) == [("text", "a b"), ("call", "1+1 bc"), ("text", "c ")] and detokenizer.stopped
 
 
+def test_of_two_stop_strings_the_earlier_one_counts(tokenizer):
+    detokenizer = IncrementalDetokenizer(tokenizer, ["late", "early"])
+    ids = tokenizer.encode("x early and late", add_special_tokens=False)
+    assert join_chunks(detokenizer.push(ids, last=True)) == [("text", "x ")]
+
+
 def test_the_token_table_is_what_the_tokenizer_says(talker):  # noqa: F811
     _, tokenizer = talker
     table = token_table(tokenizer)

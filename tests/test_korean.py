@@ -15,7 +15,6 @@ from rich.cells import cell_len
 from rich.console import Console
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
-from nanochat_hf import stages
 from nanochat_hf.config import parse_config
 from nanochat_hf.data.transforms import TRANSFORMS
 from nanochat_hf.errors import InputError
@@ -24,6 +23,7 @@ from nanochat_hf.eval.report import collect, make_report
 from nanochat_hf.run import Run, save_json
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.terminal_chat import KOREAN, Chat, LocalModel, Options, system_language
+from nanochat_hf.stage_configs import read_recipe
 
 ROOT = Path(__file__).parent.parent
 KOBEST = {  # made-up rows in the form of KoBEST's files
@@ -158,16 +158,16 @@ def test_without_any_rows_or_with_a_damaged_file_the_korean_group_is_refused(kob
 
 def test_the_recipes_mix_languages_and_compose_hangul():
     for name in ("d20-ko", "cpu-demo-ko"):
-        names, configs = stages.read_recipe(ROOT / "recipes" / name, None, [])
+        names, configs = read_recipe(ROOT / "recipes" / name, None, [])
         assert names == ["tokenizer", "base", "sft", "eval", "report"]
         assert configs["tokenizer"].normalization == "nfc"
         assert configs["tokenizer"].dataset == configs["base"].dataset == configs["eval"].dataset
         for entry in configs["sft"].mixture:
             assert entry.get("transform", "messages") in TRANSFORMS
-    korean, english = stages.read_recipe(ROOT / "recipes" / "d20-ko", None, [])[1]["base"].dataset
+    korean, english = read_recipe(ROOT / "recipes" / "d20-ko", None, [])[1]["base"].dataset
     assert "fineweb-2/data/kor_Hang" in korean["dataset"] and korean["weight"] == english["weight"] == 0.5
     changed = ["base.dataset=[{dataset: a/ko, weight: 0.8}, {dataset: b/en, weight: 0.2}]"]
-    _, configs = stages.read_recipe(ROOT / "recipes" / "d20-ko", None, changed)
+    _, configs = read_recipe(ROOT / "recipes" / "d20-ko", None, changed)
     assert [entry["weight"] for entry in configs["base"].dataset] == [0.8, 0.2]
 
 

@@ -13,7 +13,9 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "run": set(),
     "config": {"run"},
     "loading": {"run", "model"},
-    "stages": {"config", "run", "distributed", "data", "demo", "eval", "hub", "serve", "train"},
+    "stage_configs": {"config", "run", "data.transforms", "demo"},
+    "stages": {"config", "stage_configs", "run", "distributed", "data", "demo", "eval", "hub", "serve", "train"},
+    "cli": {"config", "stage_configs", "run", "stages", "convert", "data", "demo", "eval", "hub", "serve"},
     "tools": set(),
     "tool_loop": {"tools"},
     "sandbox": set(),
@@ -23,13 +25,13 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "kernels": set(),
     "optim": {"model", "kernels", "distributed"},
     "demo": {"run"},
-    "data": {"demo", "run"},
-    "eval": {"data", "demo", "run", "loading", "sandbox", "tools", "tool_loop", "distributed"},
-    "train": {"loading", "distributed", "kernels", "optim", "model", "data", "demo", "eval.bpb", "run"}
-    | {"tools", "tool_loop"},
-    "serve": {"loading", "data", "run", "kernels", "model", "tools", "tool_loop"},
-    "hub": {"convert", "data", "eval.report", "eval.weights", "run", "tool_loop"},
+    "data": {"config", "demo", "run", "stage_configs"},
+    "eval": {"data", "demo", "loading", "run", "sandbox", "stage_configs", "tools", "tool_loop", "distributed"},
+    "train": {"data", "demo", "distributed", "eval.bpb", "kernels", "loading", "model", "optim", "run"},
+    "serve": {"data", "loading", "run", "kernels", "model", "tools", "tool_loop"},
+    "hub": {"config", "convert", "data", "eval.report", "eval.weights", "run", "stage_configs", "tool_loop"},
 }
+MAY_IMPORT["train"] |= {"stage_configs", "tools", "tool_loop"}
 EVAL_HELPERS = {"data", "data.grading", "data.jsonl", "data.tokenizer", "data.transforms"}  # what evals/ may import
 EVAL_HELPERS |= {"eval", "eval.bpb", "eval.core", "sandbox", "tools"}
 BUDGET = 600  # lines

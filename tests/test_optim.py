@@ -18,7 +18,7 @@ from nanochat_hf.optim import gradient_reduction, muon_adamw
 from nanochat_hf.optim.gradient_reduction import OwnerGradientReducer, assign_matrices_to_ranks
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import plan
-from nanochat_hf.train.pretrain_config import PretrainConfig
+from nanochat_hf.stage_configs import PretrainConfig
 
 MUON = {"kind": "muon", "lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "beta2": 0.9}
 ADAMW = {"kind": "adamw", "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}

@@ -4,6 +4,7 @@ Renew the pinned losses with `REGENERATE_GOLDEN=1 pytest tests/test_pretrain.py 
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -408,7 +409,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_run_continues(
 
 
 def test_trackers_get_all_metrics_and_the_terminal_a_line_per_step(world, tmp_path, monkeypatch, capsys):
-    real, logged = runtime.importlib.util.find_spec, {}
+    real, logged = importlib.util.find_spec, {}
 
     def init_trackers(self, name, values):
         logged["config"], self.trackers = values, [SimpleNamespace(finish=lambda: logged.update(finished=True))]
@@ -417,7 +418,7 @@ def test_trackers_get_all_metrics_and_the_terminal_a_line_per_step(world, tmp_pa
         assert step not in logged
         logged[step] = values
 
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: name == "tensorboard" or real(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or real(name))
     monkeypatch.setattr(Accelerator, "init_trackers", init_trackers)
     monkeypatch.setattr(Accelerator, "log", log)
     monkeypatch.setattr(Pretraining, "mfu", lambda self, speed: speed / 1e9)  # a CPU has none
@@ -459,12 +460,6 @@ def test_nothing_of_a_stage_is_left_for_the_next(world, tmp_path, monkeypatch):
 # --- keys and bad input
 
 
-def test_each_key_of_base_yaml_has_its_docstring():
-    source = (Path(module.__file__).parent / "pretrain_config.py").read_text()
-    for field in dataclasses.fields(PretrainConfig):
-        assert re.search(rf'\n    {field.name}: [^\n]*\n    """', source), field.name
-
-
 @pytest.mark.parametrize(
     "yaml, flag, value",
     [
@@ -485,11 +480,8 @@ def test_fp8_is_a_switch_or_auto_in_yaml_and_as_a_flag(tmp_path, yaml, flag, val
 @pytest.mark.parametrize(
     "changes, environment, message",
     [
-        ({"device_batch_size": 0}, {}, "must be at least 1"),
         ({"dataset": "nowhere/text.jsonl"}, {}, "no dataset"),
-        ({"report_to": "paper"}, {}, "choose one of none, trackio"),
         ({"fp8": True}, {}, "fp8 needs a CUDA device"),
-        ({"fp8": "on"}, {}, "choose true, false or auto"),
         (
             {"depth": 24, "aspect_ratio": 64, "num_iterations": -1, "total_batch_size": -1},
             {},

@@ -9,7 +9,7 @@ from torch import nn
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim.scaling import DEFAULTS, Schedule, estimate_micro_batch_size, peak_flops, plan
-from nanochat_hf.train.pretrain_config import PretrainConfig
+from nanochat_hf.stage_configs import PretrainConfig
 
 # depth: width, heads, parameters, FLOPs per token, tokens per step, steps, learning rates of Muon, embedding and
 # head, weight decay of Muon; vocabulary 32,768, 2,048 tokens per sequence
@@ -105,23 +105,9 @@ def test_a_given_value_wins_and_none_means_the_default():
     assert planned(target_flops=1e18).total_flops == pytest.approx(1e18, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        ({"generation": 3}, "generation is 3"),
-        ({"depth": 0}, "depth is 0"),
-        ({"head_dim": 7}, "head_dim is 7"),
-        ({"window_pattern": "SX"}, "window_pattern"),
-        ({"total_batch_size": 1000}, "multiple of max_seq_len"),
-        ({"num_iterations": 0}, "num_iterations is 0"),
-        ({"target_param_data_ratio": -1}, "no horizon"),
-        ({"target_flops": 1.0}, "shorter than one step"),
-    ],
-)
-def test_impossible_values_are_refused_in_one_line(values, message):
-    with pytest.raises(InputError, match=message) as error:
-        planned(**{"depth": 4, "vocab_size": 1024, **values})
-    assert "\n" not in str(error.value)
+def test_a_horizon_shorter_than_a_step_is_refused():
+    with pytest.raises(InputError, match="shorter than one step"):
+        planned(depth=4, vocab_size=1024, target_flops=1.0)
 
 
 def test_the_estimated_micro_batch_fits_the_memory():

@@ -134,19 +134,6 @@ def test_training_is_deterministic_and_composes_letters_on_request():
     assert plain.decode(encode_documents(plain, [decomposed])[0][1:]) == decomposed
 
 
-def test_too_small_a_vocabulary_no_text_and_wrong_settings_are_refused():
-    for texts, size, options, reason in (
-        (TEXTS, 264, {}, "at least 265"), ([], 300, {}, "no text"), (TEXTS, 300, {"digit_group": 4}, "digit_group"),
-        (TEXTS, 300, {"normalization": "nfkc"}, "normalization"),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match=reason):
-            train_bpe(texts, size, **options)
-    with pytest.raises(InputError, match="no tokenizer in"):
-        load_tokenizer("/nowhere")
-    with pytest.warns(UserWarning, match="only .* tokens, not 4000"):
-        assert len(train_bpe(TEXTS, 4000)) < 4000
-
-
 def test_an_older_chat_template_of_ours_is_renewed_and_another_stays(tokenizer, tmp_path, monkeypatch):
     older, other = "{# older #}", "{# somebody's own #}"
     monkeypatch.setattr(module, "OLD_TEMPLATES", (sha256(older.encode()).hexdigest()[:16],))

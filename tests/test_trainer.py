@@ -59,9 +59,12 @@ def test_warmup_decay_and_muon_momentum_follow_the_schedule(tiny_folder, tmp_pat
         assert values and values == pytest.approx([start + slope * number] * len(values))
 
 
-def test_keys_of_the_yaml_reach_the_library(tmp_path):
+def test_keys_of_the_yaml_reach_the_library(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)  # as if wandb were installed
     keys = {"num_epochs": 3, "max_grad_norm": 0.7, "eval_every": 5, "save_every": 7, "report_to": "wandb", "seed": 9}
-    arguments = trainer_arguments(StageConfig(num_iterations=11, device_batch_size=2, **keys), tmp_path)
+    config = StageConfig(num_iterations=11, device_batch_size=2, **keys)
+    monkeypatch.undo()
+    arguments = trainer_arguments(config, tmp_path)
     expected = {"max_steps": 11, "num_train_epochs": 3, "per_device_train_batch_size": 2, "max_grad_norm": 0.7}
     expected |= {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 7, "report_to": "wandb", "seed": 9}
     assert expected.items() <= arguments.items()

@@ -24,6 +24,7 @@ from nanochat_hf.eval.bpb import evaluate_bpb, losses_of
 from nanochat_hf.kernels.backend import version
 from nanochat_hf.model import NanoChatForCausalLM
 from nanochat_hf.optim.scaling import plan
+from nanochat_hf.stage_configs import PretrainConfig
 from nanochat_hf.train import monitoring, runtime
 from nanochat_hf.train.fused_model import FusedTransformer
 from nanochat_hf.train.model_setup import (
@@ -37,7 +38,6 @@ from nanochat_hf.train.model_setup import (
     why_not_fp8,
 )
 from nanochat_hf.train.monitoring import Evaluator, LossSpikeDetector, StepTimer
-from nanochat_hf.train.pretrain_config import PretrainConfig
 from nanochat_hf.train.runtime import (
     check_cost,
     choose_micro_batch_size,
@@ -167,7 +167,7 @@ def test_the_micro_batch_size_divides_the_step_and_fits(monkeypatch, requested, 
     "requested, world, message",
     [
         (16, 3, "total_batch_size = 131072 must be a positive multiple of 6144, one sequence on each of 3 ranks"),
-        (0, 1, "at least 1"),
+        (-1, 3, "must be a positive multiple"),
         (2, 1, "1 sequence of 2048 tokens does not fit"),
     ],
 )

@@ -9,12 +9,14 @@ import torch
 from finished_run import COMMON, result
 from safetensors.torch import load_file, save_file
 
+from nanochat_hf import cli
 from nanochat_hf import stages as pipeline
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import weights
 from nanochat_hf.eval.report import collect, make_report
 from nanochat_hf.eval.weights import first_non_finite, model_id, origin, refuse_non_finite, renewal
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
+from nanochat_hf.stage_configs import STAGE_CONFIGS
 
 
 def write_stage(path, value, started):
@@ -179,7 +181,7 @@ def test_the_stages_say_which_model_they_start_from(run, monkeypatch, capsys, ru
 
 
 def test_the_pipeline_refuses_a_stage_whose_weights_were_replaced(run):
-    configs = {stage: pipeline.CONFIGS[stage]() for stage in ("base", "sft")}
+    configs = {stage: STAGE_CONFIGS[stage]() for stage in ("base", "sft")}
     pipeline.check_run_folder(run, ["base", "sft"], configs)
     save_file({"a": torch.ones(3)}, run.folder("base") / "model.safetensors")
     for stages in (["base"], ["sft"], ["base", "sft", "report"]):
@@ -242,9 +244,7 @@ def test_numbers_that_were_nan_are_a_dash_and_null(run):
     assert collect(run)["table"]["facts"]["sft"]["value"] is None
 
 
-def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(
-    tmp_path, tiny_model, tokenizer, monkeypatch, capsys
-):
+def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(tmp_path, tiny_model, tokenizer, capsys):
     recipe, run = tmp_path / "recipe", Run(tmp_path / "run")
     recipe.mkdir()
     (recipe / "base.yaml").write_text("dataset: primer\n")
@@ -259,8 +259,7 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(
 
     def again():
         words = ["--recipe", str(recipe), "--run-dir", str(run.path), "--stages", "eval"]
-        monkeypatch.setattr("sys.argv", ["pipeline.py", *words])
-        pipeline.main()
+        cli.speedrun(words)
         return capsys.readouterr().out
 
     again()

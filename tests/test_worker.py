@@ -203,10 +203,3 @@ def test_a_prompt_that_cannot_be_run_is_refused_and_the_worker_goes_on(worker):
 
     asyncio.run(run())
     assert worker.load == 0 and ask(worker, "What is 5 + 6?") == ("It is 11.", "stop")
-
-
-def test_of_two_stop_strings_in_one_chunk_the_earlier_one_counts(worker):
-    async def run():
-        return Completion([worker], request(worker), ["late", "early"]).cut(StreamChunk("x early and late"))
-
-    assert asyncio.run(run()) == ["x "]

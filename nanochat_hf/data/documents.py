@@ -19,7 +19,6 @@ documents by the seed. There is no shuffle buffer whose content a resume would l
 
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -37,9 +36,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, errors, hf_hub_download
 
+from ..config import check_value
 from ..demo import corpus as primer
 from ..errors import InputError
 from ..run import fingerprint
+from ..stage_configs import TextMixture
 from .splits import SUFFIXES, has_suffix, is_visible, listed, text_files, unread_files
 
 COLUMN = "text"
@@ -61,16 +62,7 @@ def parts_of(dataset: str | list[dict]) -> list[tuple[str, float]]:
     """(dataset spec, weight) of each part of a mixture, or of the one spec. Raises InputError for a wrong mixture."""
     if not isinstance(dataset, list):
         return [(str(dataset), 1)]
-    if not dataset:
-        raise InputError("the mixture is empty: give at least one {dataset: ..., weight: ...}")
-    for entry in dataset:
-        if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
-            raise InputError(f"an entry of the mixture must be {{dataset: ..., weight: ...}}, not {entry!r}")
-        if unknown := [key for key in entry if key not in ("dataset", "weight")]:
-            raise InputError(f"unknown key {unknown[0]!r} in the mixture's entry for {entry['dataset']}")
-        weight = entry.get("weight", 1)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise InputError(f"the weight of {entry['dataset']} must be a number above 0, not {weight!r}")
+    check_value(TextMixture, dataset, "dataset")
     return [(entry["dataset"], entry.get("weight", 1)) for entry in dataset]
 
 

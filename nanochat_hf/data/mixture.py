@@ -29,15 +29,17 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from glob import escape
 from itertools import islice
 from pathlib import Path
 from random import Random
 from zlib import crc32
 
+from ..config import check_value
 from ..demo import corpus as primer
 from ..errors import InputError
+from ..stage_configs import ChatMixture
 from . import identity
 from .documents import DocumentStream, files_below, is_hub_id, local_path, log
 from .splits import SUFFIXES, has_suffix, listed, row_files, split_of, tells, unread_files
@@ -62,25 +64,6 @@ class DatasetConfig:
     num_bad: int = field(default=0, init=False)
     num_tokens: int = field(default=0, init=False)  # counted by whoever tokenizes
     first_bad: dict | None = field(default=None, init=False)  # a row that cannot be used, and why
-
-    @classmethod
-    def read(cls, entry: dict) -> "DatasetConfig":
-        """From YAML. Raises InputError for a missing dataset, an unknown key or transform, rows beside epochs."""
-        if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
-            raise InputError(f"an entry of the mixture needs a dataset: {entry}")
-        name, keys = entry["dataset"], [f.name for f in fields(cls) if f.init]
-        if unknown := [key for key in entry if key not in keys]:
-            raise InputError(f"unknown key {unknown[0]!r} in the mixture's entry for {name}: use {', '.join(keys)}")
-        config = cls(**entry)
-        if config.transform not in TRANSFORMS:
-            raise InputError(f"unknown transform {config.transform!r} for {name}: use one of {', '.join(TRANSFORMS)}")
-        if config.rows is not None and config.epochs is not None:
-            raise InputError(f"{name}: give rows or epochs, not both")
-        for key, kind in (("rows", int), ("epochs", int | float)):
-            value = getattr(config, key)
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or value <= 0):
-                raise InputError(f"{name}: {key} is {value!r}, not a positive number")
-        return config
 
     @property
     def name(self) -> str:
@@ -125,12 +108,8 @@ class Mixture:
     """
 
     def __init__(self, entries: list[dict], seed: int = 0, on_bad_example: str = "skip"):
-        if on_bad_example not in ("skip", "error"):
-            raise InputError(f"on_bad_example is {on_bad_example!r}: use skip or error")
-        if not entries:
-            raise InputError("the mixture is empty: give at least one entry with a dataset")
         self.seed, self.on_bad_example = seed, on_bad_example
-        self.entries = [DatasetConfig.read(entry) for entry in entries]
+        self.entries = [DatasetConfig(**entry) for entry in check_value(ChatMixture, entries, "mixture")]
         self.skipped: list[dict] = []
         self.sources = [open_rows(entry, seed) for entry in self.entries]
         self.counts = [entry.count(source) for entry, source in zip(self.entries, self.sources, strict=True)]
@@ -280,7 +259,7 @@ def shared(entries: list[dict], others: list[dict]) -> list[str]:
 
     def parts(mixture: list[dict]) -> set[str]:
         names: set[str] = set()
-        for entry in map(DatasetConfig.read, mixture):
+        for entry in (DatasetConfig(**entry) for entry in mixture):
             path = local_path(entry.dataset)
             if path.suffix in (".yaml", ".yml") or entry.transform in WORD_TRANSFORMS or not path.exists():
                 names.add(":".join((entry.dataset, entry.subset or "", entry.split)))

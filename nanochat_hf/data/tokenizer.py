@@ -12,7 +12,6 @@ chat template, and both treat `<|bos|>` in somebody's text as seven ordinary cha
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -25,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import InputError
+from ..stage_configs import MIN_VOCAB_SIZE, TokenizerConfig
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # begins every document and every conversation
@@ -43,7 +43,6 @@ RESPONSE_TEMPLATE = yaml.safe_load(Path(__file__).with_name("response_template.y
 # a reply that was given back lost its `tool_steps`.
 OLD_TEMPLATES = ("55bb7e10abbffda5", "b1658c1843ab4305", "fa6171ba5fe4ac1d", "d8b31d21e6e23a4c")
 VALIDATION_CHARS = 4_000_000  # how much of the validation split bytes per token are measured on
-MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)  # every byte is a token, so that any text can be encoded
 
 # GPT-4's pattern (openai/tiktoken, cl100k_base); GROUP is how many digits may share a token. Upstream measured 2 as
 # best at 32K tokens; 1 lets a small model learn arithmetic.
@@ -62,10 +61,6 @@ SPLIT_PATTERN = "|".join(
 
 def new_backend(digit_group: int = 2, normalization: str | None = None) -> Tokenizer:
     """An untrained byte-level BPE tokenizer; `normalization` is None (text is kept byte for byte) or "nfc"."""
-    if digit_group not in (1, 2, 3):
-        raise InputError(f"digit_group must be 1, 2 or 3, not {digit_group}")
-    if normalization not in (None, "", "nfc"):
-        raise InputError(f"normalization must be 'nfc' or empty, not {normalization!r}")
     backend = Tokenizer(models.BPE())
     if normalization:
         backend.normalizer = normalizers.NFC()
@@ -213,28 +208,6 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     specials = set(tokenizer.all_special_ids)
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return [0 if index in specials or name is None else len(name) for index, name in enumerate(names)]
-
-
-@dataclass
-class TokenizerConfig:
-    """Keys of tokenizer.yaml."""
-
-    dataset: str = "primer"
-    """Text to train on: a Hub id, a folder of parquet files, a .jsonl file or `primer`; or a list of them, mixed by
-    weight: [{dataset: ..., weight: 0.5}, ...] (data/documents.py)."""
-    vocab_size: int = 32768
-    """Number of tokens, the nine special ones included."""
-    max_chars: int = 2_000_000_000
-    """Stop after this many characters of text."""
-    doc_cap: int = 10_000
-    """Characters that one document may give, so that a few very long ones do not decide the merges."""
-    digit_group: int = 2
-    """Most digits in one token: 2, or 1 where arithmetic is to be learned."""
-    normalization: str = ""
-    """`nfc` to compose Unicode before encoding (Hangul, accents); empty keeps every byte as it is."""
-    seed: int = 0
-    skip_bad_files: bool = False
-    """Continue without files that cannot be read, instead of stopping."""
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> float:

@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ..data.tokenizer import load_tokenizer
 from ..distributed import broadcast_from_main, monitored_barrier, partial_state
 from ..errors import InputError
 from ..run import MODEL_STAGES, Run, fingerprint, load_json, save_json, start_record, write_metrics
+from ..stage_configs import EvalConfig
 from .bpb import held_out_bpb
 from .core import centered_mean, evaluate_core, quiet
 from .lm_eval_model import Generator, LocalLM, load
@@ -36,51 +37,6 @@ CODE = ("eval/bpb", "eval/core", "eval/lm_eval_model", "eval/loglikelihood", "ev
 CODE += ("data/jsonl", "data/transforms", "tools", "tool_loop")  # decides results
 OF_ALL = ("examples", "seconds", "weights", "models")  # keys of metrics.json that hold a value for every stage
 NUMBERS = ("results", "core", *MEANS, *OF_ALL)  # all keys that hold values by stage
-
-
-@dataclass
-class EvalConfig:
-    """Keys of eval.yaml."""
-
-    tasks: list[str] = field(default_factory=lambda: ["nanochat_demo"])
-    """Tasks or groups for the chat stages: ours (evals/tasks) or any of lm-eval's."""
-    chat_stages: list[str] = field(default_factory=lambda: ["mid", "sft", "rl"])
-    """Stages that answer `tasks`; those that a run does not have are left out."""
-    text_stages: list[str] | None = None
-    """Stages that answer those of `tasks` that are plain text, such as the Korean ones; None: chat_stages."""
-    max_per_task: int | None = None
-    """Questions per chat task; None for all."""
-    chat_data: str | None = None
-    """Folder with local files of the chat tasks (gsm8k_test.jsonl, ...); other files come from the Hub."""
-    words: str | None = None
-    """Words for SpellingBee: a .txt file with one word per line, or a dataset of text; None: `dataset`."""
-    core_bundle: str | None = None
-    """CORE's data: a folder, `download` for the official bundle (cached), None for no CORE."""
-    core_stages: list[str] = field(default_factory=lambda: ["base"])
-    """Stages that CORE is computed for."""
-    core_max_per_task: int | None = None
-    """Examples per CORE task; None for all."""
-    dataset: str | None = "primer"
-    """Text for bits per byte, its validation split; None for none. Parts of a mixture are also measured alone."""
-    bpb_tokens: int = 65536
-    """Tokens of it."""
-    bpb_stages: list[str] = field(default_factory=lambda: ["base", "mid", "sft", "rl"])
-    """Stages that bits per byte are computed for."""
-    batch_size: int = 128
-    """Answers generated together."""
-    batch_tokens: int | None = None
-    """Positions per batch (CORE, multiple choice, bits per byte); None for what fits into memory."""
-    max_new_tokens: int | None = None
-    """Longest answer; None: the task's own limit."""
-    num_samples: int = 1
-    """Answers per question; more than 1 gives pass@k and needs a temperature."""
-    temperature: float = 0.0
-    top_k: int = 50
-    dtype: str = "auto"
-    """auto (bfloat16 on CUDA, float32 elsewhere), float32 or bfloat16."""
-    log_samples: bool = True
-    """Save every question with its answer in eval/samples."""
-    seed: int = 0
 
 
 def evaluate(
@@ -143,8 +99,6 @@ def evaluate(
 
 
 def check_counts(config: EvalConfig, num_processes: int) -> None:
-    if config.num_samples > 1 and config.temperature == 0:
-        raise InputError("num_samples above 1 needs a temperature: greedy answers would all be the same")
     for name in ("max_per_task", "core_max_per_task"):
         if (value := getattr(config, name)) is not None and value < num_processes:
             raise InputError(f"{name} is {value}: give at least one question for each of {num_processes} processes")

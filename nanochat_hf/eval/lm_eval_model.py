@@ -119,8 +119,6 @@ class LocalLM(HFLM):
 
 def load(folder: str, dtype: str, device: torch.device):
     """Returns the model in eval mode on `device`, and its tokenizer. Raises InputError if that is impossible."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"dtype must be auto, float32 or bfloat16, not {dtype!r}")
     low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     tokenizer = load_tokenizer(folder)
     return load_model(folder, torch.bfloat16 if low else torch.float32, device), tokenizer

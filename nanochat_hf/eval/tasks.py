@@ -19,6 +19,7 @@ from ..demo import corpus as primer
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
 from ..run import nearest, without_nan, writing
+from ..stage_configs import SPELLING
 from .core import load_tasks, run_lm_eval
 from .lm_eval_model import LocalLM
 
@@ -28,7 +29,6 @@ MEANS = {  # of centered accuracies: key in metrics.json -> group of tasks, name
     "kocore": ("nanochat_ko", "KoCORE", "Korean tasks"),
 }
 DEMO_KINDS = ("fact", "arithmetic", "spelling", "counting", "problem")
-SPELLING = {"nanochat_spellingbee", "nanochat_chatcore"}
 NUM_SPELLING_QUESTIONS = 256  # as upstream
 
 
@@ -42,8 +42,6 @@ class Tasks:
         chat_data = config.chat_data and str(local_path(config.chat_data))
         if chat_data and not Path(chat_data).is_dir():
             raise InputError(f"chat_data: no folder {config.chat_data}")
-        if isinstance(config.dataset, list) and not config.words and SPELLING & set(config.tasks):
-            raise InputError("dataset is a mixture and SpellingBee takes words from one dataset: name it in words")
         own_only = all(name.startswith("nanochat_") for name in config.tasks)  # reading all of lm-eval's takes seconds
         self.manager = task_manager(config, [chat_data, str(output / "questions")], include_defaults=not own_only)
         for name in config.tasks:

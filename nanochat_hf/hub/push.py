@@ -27,17 +27,18 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
-from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
 from transformers import AutoModelForCausalLM
 
 from .. import tool_loop
+from ..config import check_value
 from ..convert.native import renew
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.report import MODEL_STAGES, TITLES, make_report, markdown
 from ..eval.weights import refuse_non_finite, replaced
 from ..run import Run, nearest, save_json, writing
+from ..stage_configs import RepoId
 from .model_card import Push, render_model_card, report_facts, without_local_paths
 
 SPACE = Path(__file__).parents[2] / "spaces" / "chat"
@@ -58,12 +59,7 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
     contents in the repo, a secret in a file, a rejected card, weights not finite or not the stage's, network gone.
     """
     run, stage, repo = Run(run_path), options.stage, options.repo
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise InputError(f"{repo!r} is no repo name: {error}") from None
-    if "/" not in repo:
-        raise InputError(f"write the repo with its owner, as in you/{repo}")
+    check_value(RepoId, repo, "repo")
     if options.space and not SPACE.is_dir():
         raise InputError("the Space's files are not in this installation: push from a checkout of the project")
     folder = prepare(run, options)

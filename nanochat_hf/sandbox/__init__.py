@@ -90,8 +90,8 @@ def layers() -> tuple[str, ...]:
         lines = output.read().decode().splitlines()
     if "ready" not in lines:
         raise InputError(
-            f"the sandbox for generated code does not start ({(lines or ['no output'])[-1]}): install Python where every "
-            "user can read it, not in root's home, or evaluate as a user who is not root"
+            f"the sandbox for generated code does not start ({(lines or ['no output'])[-1]}): install Python where "
+            "every user can read it, not in root's home, or evaluate as a user who is not root"
         )
     return tuple(lines[: lines.index("ready")])
 

@@ -30,7 +30,7 @@ from rich.segment import SegmentLines
 from rich.text import Text
 
 from ..errors import InputError
-from ..run import Run, nearest, save_json
+from ..run import nearest, save_json
 from .chunks import StreamChunk, join_chunks
 
 HELP = """/help           this list
@@ -335,16 +335,10 @@ class Chat:
                 self.note("\n{}", self.translate("(/quit or Ctrl-D leaves)"))
 
 
-def open_model(model: str | None, run_dir: str | None, endpoint: str | None, device: str | None = None):
-    """The model that the command line names: one of the three, a run's newest finished stage for `run_dir`."""
-    if endpoint is not None and run_dir is None:
+def open_model(model: str | None, endpoint: str | None, device: str | None = None):
+    """The server at `endpoint`, where it is called `model`, or the model of a folder or Hub id on this machine."""
+    if endpoint is not None:
         return RemoteModel(endpoint, model)
-    if endpoint is not None or (model is None) == (run_dir is None):
-        raise InputError("name what to talk to: --run-dir DIR, --model FOLDER_OR_HUB_ID or --endpoint URL")
-    if run_dir is not None:
-        if (folder := Run(run_dir).latest_model()) is None:
-            raise InputError(f"{run_dir} has no finished stage to talk to; train one first, for example by make demo")
-        model = str(folder)
     from transformers.utils.logging import disable_progress_bar
 
     from .engine import Engine  # takes seconds, which a remote model does not need

@@ -7,7 +7,6 @@ to the reference model, which is the one it starts from; a logistic loss separat
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,29 +21,10 @@ from ..data.transforms import BadRow, check, normalize
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
 from ..run import fingerprint, start_record
+from ..stage_configs import DPOStageConfig
 from .model_setup import load_chat_model
 from .runtime import check_launch
-from .trainer import StageConfig, StageTrainer, load_source, split_step, trainer_arguments
-
-
-@dataclass
-class DPOStageConfig(StageConfig):
-    """Keys of dpo.yaml, besides those of StageConfig."""
-
-    dataset: str = "HuggingFaceH4/ultrafeedback_binarized"
-    """Rows {"chosen", "rejected"} of whole conversations, or with a "prompt" before them: a Hub id or a .jsonl."""
-    split: str = "train_prefs"
-    """Split of a Hub dataset."""
-    num_eval_pairs: int = 200
-    """Pairs held out for validation."""
-    examples_per_step: int = 32
-    """Pairs per step, over all devices."""
-    max_seq_len: int = -1
-    """Tokens per conversation; longer ones cannot be used. -1: as the model was pretrained."""
-    beta: float = 0.1
-    """DPO's beta: the higher, the closer the model stays to the reference model."""
-    init_lr_frac: float = 0.02
-    warmdown_ratio: float = 1.0
+from .trainer import StageTrainer, load_source, split_step, trainer_arguments
 
 
 class PreferenceTrainer(StageTrainer, DPOTrainer):

@@ -19,7 +19,6 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,40 +33,14 @@ from ..data.mixture import Mixture
 from ..demo import corpus as primer
 from ..errors import InputError
 from ..run import fingerprint, start_record, writing
+from ..stage_configs import RLConfig
 from ..tools import python
 from .runtime import check_launch
-from .trainer import StageConfig, StageTrainer, load_source, split_step, tool_result_mask, trainer_arguments
+from .trainer import StageTrainer, load_source, split_step, tool_result_mask, trainer_arguments
 
 MAX_TOOL_CALLS = 4  # per completion
 EVAL_BATCH = 128  # completions that a device generates together in an evaluation
 PRIMER_PROMPTS = 4000  # training prompts of each kind
-
-
-@dataclass
-class RLConfig(StageConfig):
-    """Keys of rl.yaml, besides those of StageConfig."""
-
-    dataset: str = "openai/gsm8k"
-    """Prompts: `primer:KIND` (or KIND+KIND), or GSM8K's format as a Hub id, a folder or `path/of_{split}.jsonl`."""
-    subset: str | None = "main"
-    """Subset of a Hub dataset."""
-    examples_per_step: int = 16
-    """Prompts per step, over all devices."""
-    num_samples: int = 16
-    """Completions sampled per prompt."""
-    max_new_tokens: int = 256
-    """Tokens per completion, tool results included."""
-    temperature: float = 1.0
-    top_k: int = 0
-    """0 only, which samples among all tokens: the gradient is that of the full softmax."""
-    eval_examples: int = 400
-    """Test prompts of the evaluations."""
-    eval_samples: int = 4
-    """Completions per test prompt, for pass@k."""
-    warmdown_ratio: float = 1.0
-    init_lr_frac: float = 0.05
-    enabled: bool = True
-    """false: run this stage only when --stages names it."""
 
 
 class RLTrainer(StageTrainer, GRPOTrainer):
@@ -232,14 +205,14 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
     InputError for a dataset without verifiable answers, and for batch sizes that do not divide.
     """
     check_launch("rl")
-    if config.top_k:
-        raise InputError(
-            f"top_k is {config.top_k}, and the gradient is that of sampling among all tokens: set top_k to 0, or "
-            "leave it out"
-        )
     record, output = start_record(config), Path(output)
     tokenizer, network = load_source(model, config)
     max_length = network.config.max_position_embeddings - config.max_new_tokens
+    if max_length < 1:
+        raise InputError(
+            f"max_new_tokens is {config.max_new_tokens}: it must leave room for a prompt in the model's context of "
+            f"{network.config.max_position_embeddings} tokens"
+        )
     rows, skipped = load_prompts(config, "train", tokenizer, max_length)
     eval_rows, eval_skipped = load_prompts(config, "test", tokenizer, max_length)
     output.mkdir(parents=True, exist_ok=True)

@@ -174,8 +174,6 @@ def build_loss_module(model: NanoChatForCausalLM, attention: str, compile: bool,
     """Module (ids (B, T), targets (B, T), reduction) -> loss in nats; see `PretrainConfig` for the options."""
     device = next(model.parameters()).device
     compile &= device.type == "cuda"
-    if fp8 not in (True, False, "auto"):
-        raise InputError(f"fp8 is {fp8!r}: choose true, false or auto")
     missing = why_not_fp8(model, attention, device, (9, 0) if fp8 == "auto" else (8, 9)) if fp8 else None
     if missing and fp8 != "auto":
         raise InputError(f"fp8 {missing}; leave it out, or say fp8=auto")

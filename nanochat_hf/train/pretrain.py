@@ -36,9 +36,9 @@ from ..optim.gradient_reduction import OwnerGradientReducer
 from ..optim.muon_adamw import MuonAdamW, param_groups
 from ..optim.scaling import peak_flops, plan
 from ..run import load_json, model_fingerprint, save_json, start_record, write_metrics
+from ..stage_configs import SHAPE_KEYS, PretrainConfig
 from . import checkpoint, model_setup, runtime
 from .monitoring import Evaluator, LossSpikeDetector, StepTimer, format_progress, format_step
-from .pretrain_config import SHAPE_KEYS, PretrainConfig
 
 HISTORY = 1000  # points of a curve at most, besides evaluations
 INTERVALS = ("eval_every", "core_metric_every", "sample_every", "save_every", "push_every")

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,38 +31,13 @@ from ..data.tokenizer import spoken_mask
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
 from ..run import load_json, save_json, start_record, writing
+from ..stage_configs import ChatConfig
 from .fused_model import use_fused_forward
 from .model_setup import compute_dtype, reshard
-from .trainer import StageConfig, StageTrainer, load_source, split_step, tool_result_mask, trainer_arguments
+from .trainer import StageTrainer, load_source, split_step, tool_result_mask, trainer_arguments
 
 ENCODE_BATCH = 4000  # conversations; with each the tokenizer goes to another process
 PARALLEL_FROM = 20_000  # conversations from which several processes encode them
-
-
-@dataclass
-class ChatConfig(StageConfig):
-    """Keys of mid.yaml and sft.yaml, besides those of StageConfig."""
-
-    mixture: list[dict] = field(default_factory=lambda: [{"dataset": "primer"}])
-    """Datasets to train on; data/mixture.py describes an entry."""
-    validation: list[dict] = field(default_factory=list)
-    """Datasets of the validation loss, likewise; empty: none."""
-    assistant_only_loss: bool = True
-    """Train on assistant tokens only; false for mid-training."""
-    max_seq_len: int = -1
-    """Tokens per sequence; -1: as the model was pretrained."""
-    packing: bool = True
-    """Pack whole conversations into a sequence; false: one conversation per sequence."""
-    total_batch_size: int = -1
-    """Global batch size in tokens (without packing: in conversations); -1: one micro-batch per device."""
-    load_optimizer: bool = True
-    """Begin with the optimizer state in the source's optimizer.pt, if there is one."""
-    chatcore_every: int = -1
-    """Steps between measurements of ChatCORE on the tasks of eval.yaml; -1: never."""
-    chatcore_max_per_task: int = 32
-    """Questions per task of such a measurement; -1: all."""
-    compile: bool = False
-    """Compile the network with torch.compile (CUDA)."""
 
 
 class ChatTrainer(StageTrainer, SFTTrainer):

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from ..errors import InputError
 from ..optim.muon_adamw import MuonAdamW, deepspeed_optimizer, param_groups
 from ..optim.scaling import DEFAULTS, Schedule, optimizer_groups
 from ..run import load_json, model_fingerprint, save_json, without_nan, write_metrics
+from ..stage_configs import StageConfig
 from . import checkpoint
 from .model_setup import load_chat_model, lora
 from .runtime import copy_to_host_async, graceful_shutdown, shard_on_cpu, split_global_batch
@@ -46,50 +47,6 @@ HISTORY = {name: name for name in SAME} | {  # entry of the libraries' log -> co
 }
 BAR = {"loss": "loss", "reward": "reward", "eval_loss": "val", "tokens_per_second": "tok/s"}
 MUST_BE_FINITE = {"loss": "the loss", "grad_norm": "the gradient norm", "eval_loss": "the validation loss"}
-
-
-@dataclass
-class StageConfig:
-    """Keys that mid.yaml, sft.yaml, rl.yaml and dpo.yaml have in common."""
-
-    num_iterations: int = -1
-    """Optimizer steps; -1: `num_epochs` passes over the data."""
-    num_epochs: float = 1
-    device_batch_size: int = 16
-    """Micro-batch size: sequences per device and forward pass; lowered where a step has fewer per device."""
-    on_bad_example: str = "skip"
-    """What to do with examples that cannot be used: `skip` and count them, or `error`."""
-    embedding_lr: float | None = None
-    """This and the next three: learning rates at width 768, as in base.yaml; null: the generation's defaults."""
-    unembedding_lr: float | None = None
-    matrix_lr: float | None = None
-    scalar_lr: float | None = None
-    init_lr_frac: float = 1.0
-    """Factor on these learning rates."""
-    warmup_ratio: float = 0.0
-    """Fraction of the steps with linear warmup."""
-    warmdown_ratio: float = 0.5
-    """Fraction of the steps, at the end, with linear decay."""
-    final_lr_frac: float = 0.0
-    """Fraction of the peak learning rate that the decay ends at."""
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.0
-    """Gradient clipping norm; 0: no clipping."""
-    lora_r: int = 0
-    """Rank of LoRA adapters, merged into the weights at the end; 0: train all weights."""
-    lora_alpha: int = 32
-    lora_lr: float = 1e-3
-    """AdamW learning rate of the adapters."""
-    eval_every: int = -1
-    """Steps between evaluations; -1: only at the ends."""
-    save_every: int = -1
-    """Steps between checkpoints; -1: only one after the last step, before the final evaluation."""
-    keep_checkpoints: int = 2
-    """Checkpoints that stay on disk while the stage trains."""
-    attn_implementation: str | None = None
-    seed: int = 0
-    report_to: str = "none"
-    """Experiment tracker: none, trackio, wandb, tensorboard."""
 
 
 def load_source(model: str, config: StageConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -126,8 +83,6 @@ def trainer_arguments(config: StageConfig, output: Path) -> dict:
     """Arguments that the configs of TRL's trainers have in common."""
     # TRL sets gradient_checkpointing under the name it had before transformers 5.20.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-    if config.num_iterations == 0:
-        raise InputError("num_iterations is 0, which trains nothing: give a number of steps, or -1")
     cuda = torch.cuda.is_available()
     return {
         "output_dir": str(output / "state"),

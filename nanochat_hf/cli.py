@@ -1,0 +1,406 @@
+"""The command `nanochat`; scripts/*.py and recipes/speedrun.py are one of its subcommands each.
+
+    nanochat run d24 --config-file multi_gpu base.depth=18
+    nanochat chat --run-dir runs/d24
+
+A subcommand checks all its arguments before it imports anything large. `--help` of a stage lists its keys.
+"""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import StringConstraints
+
+from .config import Parser, keys_help, parse_config
+from .errors import InputError, guarded
+from .run import MODEL_STAGES, Run, hardware, load_json, model_fingerprint, nearest, save_json, versions, writing
+from .stage_configs import (
+    RECIPES,
+    STAGE_CONFIGS,
+    Count,
+    EvalConfig,
+    Fraction,
+    NotNegative,
+    Place,
+    RepoId,
+    Seed,
+    Stages,
+    TopK,
+    find_recipe,
+    read_recipe,
+)
+
+ACCELERATE = Path(__file__).parents[1] / "configs" / "accelerate"
+Temperature = Annotated[float, Ge(0), Le(5)]
+Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
+MODEL = {"model": (Place, "folder or Hub id of the model to begin with (default: the newest of the run folder)")}
+REPO = "Hub repository for a branch step-NNNNNN every push_every steps"
+BASE = {
+    "tokenizer": (Place, "folder or Hub id of a tokenizer (default: that of the run folder)"),
+    "model": (Place, "folder or Hub id of weights to begin with"),
+    "repo": (RepoId, REPO),
+}
+CHAT = {
+    "stage": (Literal["mid", "sft"], "mid or sft: the folder that the result goes to"),
+    "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps"),
+}
+EVAL = {
+    "stages": (Stages, f"comma-separated, of {', '.join(MODEL_STAGES)}; default: all finished ones"),
+    "model": (Place, "a folder or Hub id instead"),
+}
+STAGE_COMMANDS = {  # subcommand -> its stage, runner in stages.py, text, and further options: name -> (kind, text)
+    "tokenizer": ("tokenizer", "run_tokenizer", "Train a tokenizer, the first stage of a recipe.", {}),
+    "pretrain": ("base", "run_base", "Pretrain a base model; run again to resume.", BASE),
+    "midtrain": ("mid", "run_chat", "Mid-training of the newest model of a run; run again to resume.", MODEL | CHAT),
+    "sft": ("sft", "run_chat", "SFT of the newest model of a run; run again to resume.", MODEL | CHAT),
+    "rl": ("rl", "run_rl", "RL with verifiable rewards; run again to resume.", MODEL),
+    "dpo": ("dpo", "run_dpo", "Direct preference optimization; run again to resume.", MODEL),
+    "eval": ("eval", "run_eval", "Evaluate stages of a run, or any causal LM of the Hub, with lm-eval.", EVAL),
+}
+
+
+def run_stage_command(command: str, words: list[str]) -> None:
+    """`--config YAML --run-dir DIR [--key value ...]`: read the config, then call the stage's runner."""
+    stage, runner, text, options = STAGE_COMMANDS[command]
+    parser = new_parser(text)
+    parser.option("--config", Place, required=True, help=f"YAML of this stage, for example recipes/d12/{stage}.yaml")
+    parser.option("--run-dir", Place, required=True, help="run folder, for example runs/d12")
+    for name, (kind, help_text) in options.items():
+        parser.option(f"--{name}", kind, help=help_text)
+    parser.add_keys(STAGE_CONFIGS[stage])
+    keys = vars(parser.parse_args(words))
+    path, run_dir = keys.pop("config"), keys.pop("run_dir")
+    given = {name: value for name in options if (value := keys.pop(name)) is not None}
+    given |= {"stage": stage} if "stage" in options and "stage" not in given else {}
+    config = parse_config(STAGE_CONFIGS[stage], path, keys)
+    if stage == "base":
+        check_push(config, given.get("repo"))
+    if "eval" in given:
+        given["tasks"] = given.pop("eval")
+        parse_config(EvalConfig, given["tasks"])
+    from . import stages
+
+    run = Run(run_dir)
+    with run.lock():
+        getattr(stages, runner)(config, run, **given)
+
+
+def new_parser(text: str) -> Parser:
+    """A parser described by the docstring of the script that was started, or by `text`."""
+    main = sys.modules["__main__"]
+    is_script = Path(getattr(main, "__file__", None) or "").parent.name in ("scripts", "recipes")
+    return Parser(main.__doc__ if is_script else text)
+
+
+def check_push(config, repo: str | None) -> None:
+    if (config.push_every > 0) != bool(repo):
+        raise InputError("base.push_every and --repo go together: give both, or neither")
+
+
+def speedrun(words: list[str]) -> None:
+    """The whole pipeline of a recipe, from text to a chat model with its report card."""
+    recipe, stages, configs, arguments = read_speedrun(new_parser(speedrun.__doc__), words)
+    from .stages import run_stages
+
+    run = Run(arguments.run_dir or Path("runs") / recipe.name)
+    with run.lock():
+        run_stages(run, stages, configs, arguments.repo, arguments.node_hourly_rate)
+
+
+def read_speedrun(parser: Parser, words: list[str]) -> tuple:
+    """Returns: the recipe's folder, the stages to run, each stage's config, the arguments."""
+    parser.option("--recipe", Place, required=True, help="a name under recipes/ or the path of a recipe folder")
+    parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
+    parser.option("--stages", list[Place], help="comma-separated; default: the enabled ones of the recipe, and report")
+    rate = "dollars per hour of this machine, for the report"
+    parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help=rate)
+    parser.option("--repo", RepoId, help=f"{REPO} of base")
+    parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
+    parser.epilog = "\n\n".join(keys_help(cls, f"{stage}.") for stage, cls in STAGE_CONFIGS.items() if stage != "dpo")
+    arguments = parser.parse_intermixed_args(words)
+    recipe = find_recipe(arguments.recipe)
+    stages, configs = read_recipe(recipe, arguments.stages, arguments.overrides)
+    check_push(configs["base"], arguments.repo)
+    return recipe, stages, configs, arguments
+
+
+def run(words: list[str]) -> None:
+    """Run a recipe on all devices: `nanochat run NAME [--config-file multi_gpu] [--num-processes N] [...]`."""
+    parser = Parser(run.__doc__)
+    names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
+    parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
+    parser.option("--num-processes", Count, help="ranks; default: as the config file says")
+    words = ["--recipe", *words] if words[:1] and not words[0].startswith("-") else words
+    *_, arguments = read_speedrun(parser, words)
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if arguments.config_file:
+        places = [Path(arguments.config_file), ACCELERATE / f"{arguments.config_file}.yaml"]
+        if not (files := [str(place) for place in places if place.is_file()]):
+            raise InputError(
+                f"no Accelerate config file {arguments.config_file}; {nearest(arguments.config_file, names)}"
+            )
+        command += ["--config_file", files[0]]
+    command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
+    command += ["--module", "nanochat_hf.cli", "speedrun", "--recipe", arguments.recipe, *arguments.overrides]
+    for name in ("run_dir", "repo", "node_hourly_rate"):
+        if (value := getattr(arguments, name)) is not None:
+            command += [f"--{name}={value}"]
+    command += [f"--stages={','.join(arguments.stages)}"] if arguments.stages else []
+    os.execv(sys.executable, command)
+
+
+def check_device(name: str | None) -> None:
+    import torch  # takes seconds
+
+    if name and name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device: this machine has no {name}; leave --device out, or say cpu")
+
+
+def chat(words: list[str]) -> None:
+    """Chat in the terminal with a trained model, or with any TGI or OpenAI-compatible server."""
+    parser = new_parser(chat.__doc__)
+    parser.option("--run-dir", Place, help="run folder: its newest finished stage")
+    parser.option("--model", Place, help="checkpoint folder or Hub id; beside --endpoint, the model's name there")
+    parser.option("--endpoint", help="URL of a server to talk to instead")
+    parser.option("--prompt", str, "-p", help="answer this and leave")
+    parser.option("--system", default="", help="system message")
+    parser.option("--temperature", Temperature, default=0.6, help="0 to 5, 0 is greedy (default: %(default)s)")
+    parser.option("--top-k", TopK, default=50, help="0 keeps every token (default: %(default)s)")
+    parser.option("--top-p", Fraction, default=1.0, help="0 to 1 (default: %(default)s)")
+    parser.option("--max-new-tokens", Count, default=512, help="of an answer (default: %(default)s)")
+    parser.option("--seed", Seed, help="the same answers every time")
+    parser.option("--device", Device, help="cuda, cpu, ...; the GPU if there is one")
+    parser.option("--language", Literal["en", "ko"], help="of the interface; default: of the terminal")
+    args = parser.parse_args(words)
+    remote = args.endpoint is not None
+    if (remote and args.run_dir) or (not remote and bool(args.model) == bool(args.run_dir)):
+        raise InputError("name what to talk to: --run-dir DIR, --model FOLDER_OR_HUB_ID or --endpoint URL")
+    name = args.model or (args.run_dir and Run(args.run_dir).latest_model())
+    if not name and not remote:
+        raise InputError(f"{args.run_dir} has no finished stage to talk to; train one first, for example by make demo")
+    check_device(args.device)
+    from .serve.terminal_chat import Chat, Options, open_model, system_language
+
+    model = open_model(name and str(name), args.endpoint, args.device)
+    options = Options(args.temperature, args.top_k, args.top_p, args.max_new_tokens, args.seed)
+    conversation = Chat(model, options, args.system, language=args.language or system_language())
+    if args.prompt is not None:
+        conversation.ask(args.prompt)
+    else:
+        conversation.run()
+
+
+def serve(words: list[str]) -> None:
+    """Serve a trained model over HTTP: a chat page for browsers, OpenAI's and TGI's routes for programs."""
+    parser = new_parser(serve.__doc__)
+    parser.option("--run-dir", Place, help="run folder: its newest finished stage")
+    parser.option("--model", Place, help="checkpoint folder or Hub id")
+    parser.option("--host", default="127.0.0.1", help="0.0.0.0 lets the network in")
+    parser.option("--port", Annotated[int, Ge(1), Le(65535)], default=8000, help="(default: %(default)s)")
+    parser.option("--max-batch-size", Count, "--rows", default=16, help="requests that run at once per GPU")
+    parser.option("--max-queue-size", Count, "--max-waiting", default=64, help="that wait; more get a 429")
+    parser.option("--max-new-tokens", Count, default=512, help="of a completion (default: %(default)s)")
+    timeout = "seconds, then a completion is cut (default: %(default)s)"
+    parser.option(
+        "--request-timeout", Annotated[float, Gt(0), Le(10**6)], "--max-seconds", default=120.0, help=timeout
+    )
+    parser.option("--temperature", Temperature, default=0.6, help="where a request has none (default: %(default)s)")
+    parser.option("--top-k", TopK, default=50, help="likewise (default: %(default)s)")
+    parser.option("--device", Device, help="one device; by default a replica on each GPU, else the CPU")
+    args = parser.parse_args(words)
+    name = args.model or (args.run_dir and Run(args.run_dir).latest_model())
+    if not name:
+        raise InputError("name the model: --run-dir DIR with a finished stage, or --model FOLDER_OR_HUB_ID")
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        socket.create_server((args.host, args.port), family=family).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot listen on {args.host}, port {args.port}: {reason}; choose another --port") from None
+    check_device(args.device)
+    from .serve.limits import run as serve_app
+    from .serve.server import Server
+    from .serve.worker import open_workers
+
+    workers = open_workers(str(name), args.max_batch_size, args.max_queue_size, args.device)
+    server = Server(workers, str(name), args.temperature, args.top_k, args.max_new_tokens, args.request_timeout)
+    serve_app(server.app, args.host, args.port)
+
+
+def push(words: list[str]) -> None:
+    """Push a finished stage of a run to the Hub, with its card, and check it by loading it back."""
+    parser = new_parser(push.__doc__)
+    parser.option("--run-dir", Place, required=True)
+    parser.option("--repo", RepoId, required=True, help="owner/name on the Hub")
+    parser.option("--stage", Literal[MODEL_STAGES], default="sft", help="base, mid, sft or rl (default: %(default)s)")
+    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--space", action="store_true", help="also make a Gradio Space that talks to the model")
+    parser.add_argument("--dry-run", action="store_true", help="prepare everything, send nothing")
+    parser.option("--revision", Place, help="push to this branch")
+    parser.add_argument("--force", action="store_true", help="replace other contents of the repo")
+    parser.option("--license", Place, default="mit")
+    parser.option("--language", list[Place], default=["en"], help="comma-separated ISO codes")
+    parser.option("--base-model", RepoId, help="Hub id of the model that this one continues")
+    args = vars(parser.parse_args(words))
+    from .hub import push as hub
+
+    run_dir, language = args.pop("run_dir"), tuple(args.pop("language"))
+    hub.push(run_dir, hub.Push(language=language, **args))
+
+
+def convert(words: list[str]) -> None:
+    """Convert checkpoints between karpathy/nanochat, this project and transformers' own `nanochat`."""
+    parser = new_parser(convert.__doc__)
+    parser.option("--source", Place, required=True)
+    parser.option("--output", Place, required=True)
+    parser.option("--tokenizer", Place)
+    parser.option("--step", Annotated[int, Ge(0), Le(10**9)])
+    parser.option("--to", Literal["hf", "native", "nanochat"], default="hf", help="(default: %(default)s)")
+    args = parser.parse_args(words)
+    from .convert import upstream
+    from .demo import corpus as primer
+
+    texts = islice(primer.documents("train", seed=0), 5000)
+    try:
+        record = Path(args.output) / "metrics.json"  # of a run's stage, with the fingerprint of the folder
+        describes = record.exists() and load_json(record).get("weights") == model_fingerprint(args.output)
+        info = upstream.convert(args.source, args.output, args.to, args.tokenizer, args.step, texts)
+        if describes:
+            save_json(record, load_json(record) | {"weights": model_fingerprint(args.output)})
+    except (ValueError, OSError) as error:  # OSError: of transformers, for a broken folder
+        raise InputError(str(error).splitlines()[0]) from None
+    print(f"{args.output}: generation {info['generation']}, {info['parameters']:,} parameters, step {info['step']}")
+    if info["tokenizer_ids"] is None:
+        print("weights only: give --tokenizer DIR to convert the tokenizer too")
+    elif info["tokenizer_ids"]:
+        print(f"tokenizer: {info['tokenizer_ids']:,} ids compared, all equal")
+
+
+def report(words: list[str]) -> None:
+    """Write a run's report card (report.md, report.html, report.json, plots/), or compare two runs."""
+    parser = new_parser(report.__doc__)
+    parser.option("--run-dir", Place, help="run folder, for example runs/d12")
+    price = "price of the machine in dollars per hour"
+    parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", dest="hourly_rate", help=price)
+    parser.option("--compare", Place, nargs=2, metavar="RUN", help="two run folders")
+    parser.add_argument("--row", action="store_true", help="only print the run's row of evals/RESULTS.md")
+    parser.option("--collection", nargs="+", metavar="REPO=RUN", help="print a Hub collection's text instead")
+    args = parser.parse_args(words)
+    named = [word.partition("=") for word in args.collection or ()]
+    if not all(folder for _, _, folder in named):
+        raise InputError("--collection expects REPO=RUN, for example you/nanochat-d12=runs/d12")
+    if not named and bool(args.run_dir) == bool(args.compare):
+        raise InputError("name one run with --run-dir, or two with --compare")
+    if args.row and args.compare:
+        raise InputError("--row is about one run: name it with --run-dir")
+    from .eval.report import collect, compare, make_report, results_row
+    from .hub.model_card import collection_table
+
+    if named:
+        print(collection_table({repo: Run(folder) for repo, _, folder in named}))
+    elif args.compare:
+        print(compare(*args.compare))
+    elif args.row:
+        path, facts = Path(args.run_dir) / "report.md", collect(Run(args.run_dir))
+        print(*(f"note: {note}\n" for note in facts["notes"]), sep="", end="", file=sys.stderr)
+        print(results_row(facts, f"[report]({path})" if path.is_file() else "-"))
+    else:
+        print(make_report(args.run_dir, args.hourly_rate))
+
+
+def identity(words: list[str]) -> None:
+    """Write conversations of an identity to a .jsonl that a recipe can mix in."""
+    parser = new_parser(identity.__doc__)
+    parser.option("--identity", Place, "--facts", required=True, help="YAML such as recipes/identity.yaml")
+    parser.option("--output", Place, required=True, help="the .jsonl to write")
+    parser.option("--rows", Count, help="conversations (default: 1000)")
+    split = "from phrasings: train, or test for the held-out ones"
+    parser.option("--split", Literal["train", "test"], default="train", help=split)
+    parser.option("--endpoint", help="URL of a server whose model writes them")
+    parser.option("--model", help="the model's name there")
+    parser.option("--seed", Seed, default=0)
+    args = parser.parse_args(words)
+    from .data import identity as library
+
+    person, num = library.read_identity(args.identity), args.rows or library.NUM_CONVERSATIONS
+    if args.endpoint:
+        from .serve.terminal_chat import Options, RemoteModel
+
+        writer, options = RemoteModel(args.endpoint, args.model), Options(temperature=1.0, max_new_tokens=1024)
+        rows, refused = library.generate_with_model(
+            person, lambda messages: "".join(writer.answer(messages, options)), num, args.seed
+        )
+        for reason, count in refused.most_common():
+            print(f"left out {count}: {reason}")
+    else:
+        rows = list(library.conversations(person, args.split, args.seed, num))
+    output = Path(args.output)
+    with writing(output):
+        temporary = output.with_name(f".{output.name}.{os.getpid()}")
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, output)
+    print(f"{len(rows)} conversations of {person.name} in {args.output}; mix them in: {{dataset: {args.output}}}")
+
+
+def compare(words: list[str]) -> None:
+    """Compare two runs: `nanochat compare runs/a runs/b`."""
+    report(["--compare", *words])
+
+
+def demo(words: list[str]) -> None:
+    """Run the demo on this CPU: `nanochat run cpu-demo --config-file cpu`."""
+    run(["cpu-demo", "--config-file=cpu", *words])
+
+
+def recipes(words: list[str]) -> None:
+    """List the recipes."""
+    new_parser(recipes.__doc__).parse_args(words)
+    for path in sorted(RECIPES.glob("*/base.yaml")):
+        print(f"{path.parent.name:<12} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+
+
+def env(words: list[str]) -> None:
+    """Print the versions and the hardware that a run would record."""
+    new_parser(env.__doc__).parse_args(words)
+    for name, value in (versions() | hardware()).items():
+        print(f"{name:<20} {value}")
+
+
+COMMANDS: dict[str, Callable] = {
+    "run": run, "speedrun": speedrun, "chat": chat, "serve": serve, "push": push, "convert": convert,
+    "report": report, "compare": compare, "identity": identity, "demo": demo, "recipes": recipes, "env": env,
+}  # fmt: skip
+
+
+def main(command: str | None = None) -> None:
+    """Run a subcommand with the words of the command line, after its name where it stands there."""
+    guarded(lambda: dispatch(command, sys.argv[1:]))
+
+
+def dispatch(command: str | None, words: list[str]) -> None:
+    texts = {name: text for name, (_, _, text, _) in STAGE_COMMANDS.items()}
+    texts = {name: function.__doc__ for name, function in COMMANDS.items()} | texts
+    if command is None:
+        parser = Parser(__doc__, prog="nanochat", usage="nanochat COMMAND [--help] [...]")
+        parser.epilog = "\n".join(f"  {name:<12} {text}" for name, text in texts.items())
+        if not words or words[0] in ("-h", "--help"):
+            parser.print_help()
+            return
+        command, words = words[0], words[1:]
+    if command in STAGE_COMMANDS:
+        run_stage_command(command, words)
+    elif command in COMMANDS:
+        COMMANDS[command](words)
+    else:
+        raise InputError(f"no command {command!r}; {nearest(command, texts)}")
+
+
+if __name__ == "__main__":
+    main()

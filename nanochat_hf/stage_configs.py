@@ -1,0 +1,518 @@
+"""The keys of a recipe's YAML files: a dataclass per stage, with each key's type, range, default and text.
+
+    PretrainConfig(depth=12)                  # raises InputError for a value that no run can have
+    STAGE_CONFIGS["base"]                     # the class of base.yaml
+    python -m nanochat_hf.stage_configs       # prints docs/configuration.md
+
+Names are those of karpathy/nanochat where it has them. Nothing here imports a large library, so that wrong input is
+refused at once.
+"""
+
+import importlib.util
+import re
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Literal, Required
+
+from annotated_types import Ge, Gt, Le, MinLen, MultipleOf
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import AfterValidator, StringConstraints, model_validator
+from typing_extensions import TypedDict
+
+from .config import STRICT, keys_of, parse_config, settings
+from .data.transforms import TRANSFORMS
+from .demo.corpus import CHAT_KINDS, KINDS
+from .errors import InputError
+from .run import MODEL_STAGES, STAGES, nearest
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SHAPE_KEYS = ("generation", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "total_batch_size")
+SPELLING = {"nanochat_spellingbee", "nanochat_chatcore"}  # tasks whose words are of the text, or of `words`
+MIN_VOCAB_SIZE = 256 + 9  # every byte is a token, so that any text can be encoded; and the special tokens
+
+
+def name_of_place(text: str) -> str:
+    """A file, folder or Hub id, as text; raises ValueError for what no file system and no Hub can have."""
+    if not text.strip():
+        raise ValueError("it is empty; leave the key out for its default")
+    if not text.isprintable() or max(len(part.encode(errors="replace")) for part in text.split("/")) > 255:
+        raise ValueError("a name has printable characters only, and at most 255 bytes")
+    return text
+
+
+def repo_id(text: str) -> str:
+    """A repository of the Hub. Raises ValueError for a name that it cannot have."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise ValueError(f"no repo name: {error}") from None
+    if "/" not in text:
+        raise ValueError(f"write the repo with its owner, as in you/{text}")
+    return text
+
+
+def installed(tracker: str) -> str:
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise ValueError(f"{tracker} is not installed; pip install {tracker}")
+    return tracker
+
+
+def of_kinds(kinds: tuple[str, ...]):
+    """A check of names such as primer:fact+talk: the parts after the colon are among `kinds`."""
+
+    def check(text: str) -> str:
+        name, colon, parts = name_of_place(text).partition(":")
+        for part in parts.split("+") if name == "primer" and (colon or kinds is KINDS) else ():
+            if part not in kinds:
+                raise ValueError(f"the primer has no kind {part!r}; {nearest(part, kinds)}")
+        return text
+
+    return check
+
+
+def known_task(name: str) -> str:
+    """A task of lm-eval, which only an evaluation can check, or one of evals/tasks."""
+    files = (RECIPES.parent / "evals" / "tasks").glob("*.yaml") if name.startswith("nanochat_") else ()
+    names = [line.split()[1] for file in files for line in file.read_text(encoding="utf-8").splitlines()
+             if line.startswith(("task: ", "group: "))]  # fmt: skip
+    if names and name not in names:
+        raise ValueError(f"unknown task; {nearest(name, names)}")
+    return name_of_place(name)
+
+
+def known_attention(name: str) -> str:
+    kinds = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+    if name not in kinds and "/" not in name:
+        raise ValueError(f"transformers has no such attention; {nearest(name, kinds)}, or a kernel's Hub id")
+    return name
+
+
+MOST = 10**15  # of any number of things
+Count = Annotated[int, Ge(1), Le(MOST)]
+OptionalCount = Literal[-1] | Count
+Interval = Annotated[int, Ge(-1), Le(MOST)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+NotNegative = Annotated[float, Ge(0), Le(MOST)]
+Place = Annotated[str, AfterValidator(name_of_place)]
+RepoId = Annotated[str, AfterValidator(repo_id)]
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
+Stages = list[Literal[MODEL_STAGES]]
+TopK = Annotated[int, Ge(0), Le(2**24)]
+Tracker = Annotated[Literal["none", "trackio", "wandb", "tensorboard"], AfterValidator(installed)]
+Attention = Annotated[str, AfterValidator(known_attention)]
+
+
+class TextDataset(TypedDict, total=False):
+    """A part of a mixture of texts."""
+
+    __pydantic_config__ = STRICT
+    dataset: Required[Place]
+    weight: Annotated[float, Gt(0)]
+
+
+TextMixture = Annotated[list[TextDataset], MinLen(1)]
+
+
+class ChatDataset(TypedDict, total=False):
+    """An entry of a mixture of conversations; data/mixture.py describes it."""
+
+    __pydantic_config__ = STRICT
+    dataset: Required[Annotated[str, AfterValidator(of_kinds(CHAT_KINDS))]]
+    split: Place
+    subset: Place | None
+    transform: Literal[tuple(TRANSFORMS)]
+    rows: Count | None
+    epochs: Annotated[float, Gt(0), Le(1000)] | None
+
+
+def rows_or_epochs(entry: dict) -> dict:
+    if entry.get("rows") is not None and entry.get("epochs") is not None:
+        raise ValueError("give rows or epochs, not both")
+    return entry
+
+
+ChatEntry = Annotated[ChatDataset, AfterValidator(rows_or_epochs)]
+ChatMixture = Annotated[list[ChatEntry], MinLen(1)]
+
+
+@settings
+class TokenizerConfig:
+    """Keys of tokenizer.yaml."""
+
+    dataset: Place | TextMixture = "primer"
+    """Text to train on: a Hub id, a folder of parquet files, a .jsonl file or `primer`; or a list of them, mixed by
+    weight: [{dataset: ..., weight: 0.5}, ...] (data/documents.py)."""
+    vocab_size: Annotated[int, Ge(MIN_VOCAB_SIZE), Le(2**24)] = 32768
+    """Number of tokens, the nine special ones included."""
+    max_chars: Count = 2_000_000_000
+    """Stop after this many characters of text."""
+    doc_cap: Count = 10_000
+    """Characters that one document may give, so that a few very long ones do not decide the merges."""
+    digit_group: Literal[1, 2, 3] = 2
+    """Most digits in one token: 2, or 1 where arithmetic is to be learned."""
+    normalization: Literal["", "nfc"] | None = ""
+    """`nfc` to compose Unicode before encoding (Hangul, accents); empty keeps every byte as it is."""
+    seed: Seed = 0
+    """Seed of all that is drawn at random."""
+    skip_bad_files: bool = False
+    """Continue without files that cannot be read, instead of stopping."""
+
+
+@settings
+class PretrainConfig:
+    """Keys of base.yaml. An empty value means the default of the model's generation (scaling.DEFAULTS)."""
+
+    depth: Annotated[int, Ge(1), Le(1000)] = 12
+    """Number of layers; everything that is not set follows from it."""
+    generation: Literal[1, 2] = 2
+    """Architecture and hyperparameters: 2 (2026) or 1 (October 2025)."""
+    aspect_ratio: Annotated[int, Ge(1), Le(10_000)] = 64
+    """Width of the model per layer."""
+    head_dim: Annotated[int, Ge(2), Le(1024), MultipleOf(2)] = 128
+    """Channels of an attention head, even because RoPE rotates pairs; the width is rounded up to whole heads."""
+    max_seq_len: Annotated[int, Ge(2), Le(2**24)] = 2048
+    """Tokens per sequence."""
+    window_pattern: Annotated[str, StringConstraints(pattern="^[SL]+$")] | None = None
+    """Attention tiled over the layers: S sliding window of a quarter of the sequence, L full."""
+    num_iterations: OptionalCount = -1
+    """Optimizer steps; -1: from target_flops or the ratio."""
+    target_flops: Literal[-1] | Annotated[float, Gt(0)] = -1
+    """Training FLOPs; -1: from the ratio."""
+    target_param_data_ratio: Annotated[float, Gt(0)] | None = None
+    """Tokens per parameter (generation 2: of matrices and head)."""
+    device_batch_size: OptionalCount = -1
+    """Sequences per micro-batch on each device; -1: as free memory allows."""
+    total_batch_size: OptionalCount = -1
+    """Tokens per optimizer step, over all devices; -1: from the depth."""
+    embedding_lr: NotNegative | None = None
+    """AdamW learning rate of the embedding at width 768 and the reference batch size; the next three likewise."""
+    unembedding_lr: NotNegative | None = None
+    """AdamW learning rate of the head."""
+    matrix_lr: NotNegative | None = None
+    """Muon learning rate of the matrices."""
+    scalar_lr: NotNegative | None = None
+    """AdamW learning rate of the per-layer scalars."""
+    weight_decay: NotNegative | None = None
+    """Cautious weight decay of the matrices at the reference depth and batch size."""
+    warmup_steps: Annotated[int, Ge(0), Le(MOST)] | None = None
+    """Steps of linear learning-rate warmup."""
+    warmdown_ratio: Fraction | None = None
+    """Fraction of the steps, at the end, of linear learning-rate decay."""
+    final_lr_frac: Fraction | None = None
+    """Final learning rate as a fraction of the peak."""
+    eval_every: Interval = 250
+    """Steps between evaluations of validation bits per byte; -1: only at the end, 0: never."""
+    eval_tokens: Count = 80 * 524288
+    """Tokens of validation text per evaluation."""
+    core_metric_every: Interval = -1
+    """Steps between evaluations of CORE; -1: never."""
+    core_metric_max_per_task: OptionalCount = 500
+    """Examples of each CORE task in such an evaluation."""
+    sample_every: Interval = 2000
+    """Steps between text samples; -1: only at the end."""
+    save_every: Interval = 1000
+    """Steps between checkpoints; -1: only when the run is interrupted."""
+    keep_checkpoints: Count = 2
+    """Checkpoints that stay on disk during the run."""
+    save_optimizer: bool = False
+    """Write the optimizer state to optimizer.pt, from which SFT can start (d24: 4 GB)."""
+    push_every: Interval = -1
+    """Steps between uploads to the Hub, where the caller can upload; -1: never."""
+    fp8: bool | Literal["auto"] = False
+    """FP8 matmuls (E4M3 forward, E5M2 gradients): true, false, or auto: on GPUs that have them (H100 and newer)."""
+    dataset: Place | TextMixture = "primer"
+    """Training text: a Hub id, a folder of parquet files, a .jsonl file or `primer`; or a weighted mixture of them:
+    [{dataset: ..., weight: 0.5}, ...] (data/documents.py)."""
+    skip_bad_files: bool = False
+    """Skip files that cannot be read instead of stopping."""
+    seed: Seed = 0
+    """Seed of the weights and of the data order after the first epoch."""
+    compile: bool = True
+    """Compile with torch.compile (CUDA only)."""
+    attn_implementation: Attention = "auto"
+    """auto: this project's fused step; else the model's own forward with that attention of transformers."""
+    max_loss_spike: NotNegative = 2.0
+    """Nats above the median of the last steps at which a loss stops the run (LossSpikeDetector); 0: never."""
+    log_every: Interval = -1
+    """Steps between log lines, 1 for every step; -1: progress bar only."""
+    report_to: Tracker = "none"
+    """Experiment tracker."""
+
+    @model_validator(mode="after")
+    def step_is_whole_sequences(self):
+        if self.total_batch_size > 0 and self.total_batch_size % self.max_seq_len:
+            raise ValueError(
+                f"total_batch_size is {self.total_batch_size}: it must be a multiple of max_seq_len, "
+                f"{self.max_seq_len} tokens"
+            )
+        return self
+
+
+@settings
+class StageConfig:
+    """Keys that mid.yaml, sft.yaml, rl.yaml and dpo.yaml have in common."""
+
+    num_iterations: OptionalCount = -1
+    """Optimizer steps; -1: `num_epochs` passes over the data."""
+    num_epochs: Annotated[float, Gt(0), Le(1000)] = 1
+    """Passes over the data."""
+    device_batch_size: Count = 16
+    """Micro-batch size: sequences per device and forward pass; lowered where a step has fewer per device."""
+    on_bad_example: Literal["skip", "error"] = "skip"
+    """What to do with examples that cannot be used: `skip` and count them, or `error`."""
+    embedding_lr: NotNegative | None = None
+    """This and the next three: learning rates at width 768, as in base.yaml; null: the generation's defaults."""
+    unembedding_lr: NotNegative | None = None
+    """AdamW learning rate of the head."""
+    matrix_lr: NotNegative | None = None
+    """Muon learning rate of the matrices."""
+    scalar_lr: NotNegative | None = None
+    """AdamW learning rate of the per-layer scalars."""
+    init_lr_frac: NotNegative = 1.0
+    """Factor on these learning rates."""
+    warmup_ratio: Fraction = 0.0
+    """Fraction of the steps with linear warmup."""
+    warmdown_ratio: Fraction = 0.5
+    """Fraction of the steps, at the end, with linear decay."""
+    final_lr_frac: Fraction = 0.0
+    """Fraction of the peak learning rate that the decay ends at."""
+    weight_decay: NotNegative = 0.0
+    """Cautious weight decay of the matrices."""
+    max_grad_norm: NotNegative = 0.0
+    """Gradient clipping norm; 0: no clipping."""
+    lora_r: Annotated[int, Ge(0), Le(10_000)] = 0
+    """Rank of LoRA adapters, merged into the weights at the end; 0: train all weights."""
+    lora_alpha: Count = 32
+    """Scale of the adapters: lora_alpha / lora_r."""
+    lora_lr: NotNegative = 1e-3
+    """AdamW learning rate of the adapters."""
+    eval_every: Interval = -1
+    """Steps between evaluations; -1: only at the ends."""
+    save_every: Interval = -1
+    """Steps between checkpoints; -1: only one after the last step, before the final evaluation."""
+    keep_checkpoints: Count = 2
+    """Checkpoints that stay on disk while the stage trains."""
+    attn_implementation: Attention | None = None
+    """null: the fused forward where it can be, else sdpa; or an attention of transformers."""
+    seed: Seed = 0
+    """Seed of all that is drawn at random."""
+    report_to: Tracker = "none"
+    """Experiment tracker."""
+
+
+@settings
+class ChatConfig(StageConfig):
+    """Keys of mid.yaml and sft.yaml, besides those of StageConfig."""
+
+    mixture: ChatMixture = field(default_factory=lambda: [{"dataset": "primer"}])
+    """Datasets to train on; data/mixture.py describes an entry."""
+    validation: list[ChatEntry] = field(default_factory=list)
+    """Datasets of the validation loss, likewise; empty: none."""
+    assistant_only_loss: bool = True
+    """Train on assistant tokens only; false for mid-training."""
+    max_seq_len: Literal[-1] | Annotated[int, Ge(2), Le(2**24)] = -1
+    """Tokens per sequence; -1: as the model was pretrained."""
+    packing: bool = True
+    """Pack whole conversations into a sequence; false: one conversation per sequence."""
+    total_batch_size: OptionalCount = -1
+    """Global batch size in tokens (without packing: in conversations); -1: one micro-batch per device."""
+    load_optimizer: bool = True
+    """Begin with the optimizer state in the source's optimizer.pt, if there is one."""
+    chatcore_every: Interval = -1
+    """Steps between measurements of ChatCORE on the tasks of eval.yaml; -1: never."""
+    chatcore_max_per_task: OptionalCount = 32
+    """Questions per task of such a measurement; -1: all."""
+    compile: bool = False
+    """Compile the network with torch.compile (CUDA)."""
+
+    @model_validator(mode="after")
+    def step_is_whole_sequences(self):
+        packed = self.packing and self.max_seq_len > 0 and self.total_batch_size > 0
+        if packed and self.total_batch_size % self.max_seq_len:
+            raise ValueError(
+                f"total_batch_size is {self.total_batch_size}: with packing it must be a multiple of max_seq_len, "
+                f"{self.max_seq_len} tokens"
+            )
+        return self
+
+
+@settings
+class RLConfig(StageConfig):
+    """Keys of rl.yaml, besides those of StageConfig."""
+
+    dataset: Annotated[str, AfterValidator(of_kinds(KINDS))] = "openai/gsm8k"
+    """Prompts: `primer:KIND` (or KIND+KIND), or GSM8K's format as a Hub id, a folder or `path/of_{split}.jsonl`."""
+    subset: Place | None = "main"
+    """Subset of a Hub dataset."""
+    examples_per_step: Count = 16
+    """Prompts per step, over all devices."""
+    num_samples: Annotated[int, Ge(2), Le(10_000)] = 16
+    """Completions sampled per prompt, two at least: the advantage is against their mean reward."""
+    max_new_tokens: Count = 256
+    """Tokens per completion, tool results included."""
+    temperature: Annotated[float, Gt(0), Le(5)] = 1.0
+    """Of sampling."""
+    top_k: Literal[0] = 0
+    """0 only, which samples among all tokens: the gradient is that of the full softmax."""
+    eval_examples: Count = 400
+    """Test prompts of the evaluations."""
+    eval_samples: Count = 4
+    """Completions per test prompt, for pass@k."""
+    warmdown_ratio: Fraction = 1.0
+    init_lr_frac: NotNegative = 0.05
+    enabled: bool = True
+    """false: run this stage only when --stages names it."""
+
+
+@settings
+class DPOStageConfig(StageConfig):
+    """Keys of dpo.yaml, besides those of StageConfig."""
+
+    dataset: Place = "HuggingFaceH4/ultrafeedback_binarized"
+    """Rows {"chosen", "rejected"} of whole conversations, or with a "prompt" before them: a Hub id or a .jsonl."""
+    split: Place = "train_prefs"
+    """Split of a Hub dataset."""
+    num_eval_pairs: Count = 200
+    """Pairs held out for validation."""
+    examples_per_step: Count = 32
+    """Pairs per step, over all devices."""
+    max_seq_len: Literal[-1] | Annotated[int, Ge(2), Le(2**24)] = -1
+    """Tokens per conversation; longer ones cannot be used. -1: as the model was pretrained."""
+    beta: Annotated[float, Gt(0)] = 0.1
+    """DPO's beta: the higher, the closer the model stays to the reference model."""
+    init_lr_frac: NotNegative = 0.02
+    warmdown_ratio: Fraction = 1.0
+
+
+@settings
+class EvalConfig:
+    """Keys of eval.yaml."""
+
+    tasks: list[Annotated[str, AfterValidator(known_task)]] = field(default_factory=lambda: ["nanochat_demo"])
+    """Tasks or groups for the chat stages: ours (evals/tasks) or any of lm-eval's."""
+    chat_stages: Stages = field(default_factory=lambda: ["mid", "sft", "rl"])
+    """Stages that answer `tasks`; those that a run does not have are left out."""
+    text_stages: Stages | None = None
+    """Stages that answer those of `tasks` that are plain text, such as the Korean ones; None: chat_stages."""
+    max_per_task: Count | None = None
+    """Questions per chat task; None for all."""
+    chat_data: Place | None = None
+    """Folder with local files of the chat tasks (gsm8k_test.jsonl, ...); other files come from the Hub."""
+    words: Place | None = None
+    """Words for SpellingBee: a .txt file with one word per line, or a dataset of text; None: `dataset`."""
+    core_bundle: Place | None = None
+    """CORE's data: a folder, `download` for the official bundle (cached), None for no CORE."""
+    core_stages: Stages = field(default_factory=lambda: ["base"])
+    """Stages that CORE is computed for."""
+    core_max_per_task: Count | None = None
+    """Examples per CORE task; None for all."""
+    dataset: Place | TextMixture | None = "primer"
+    """Text for bits per byte, its validation split; None for none. Parts of a mixture are also measured alone."""
+    bpb_tokens: Count = 65536
+    """Tokens of it."""
+    bpb_stages: Stages = field(default_factory=lambda: ["base", "mid", "sft", "rl"])
+    """Stages that bits per byte are computed for."""
+    batch_size: Count = 128
+    """Answers generated together."""
+    batch_tokens: Count | None = None
+    """Positions per batch (CORE, multiple choice, bits per byte); None for what fits into memory."""
+    max_new_tokens: Count | None = None
+    """Longest answer; None: the task's own limit."""
+    num_samples: Count = 1
+    """Answers per question; more than 1 gives pass@k and needs a temperature."""
+    temperature: Annotated[float, Ge(0), Le(5)] = 0.0
+    """Of sampling; 0: greedy."""
+    top_k: TopK = 50
+    """Sample among this many tokens; 0: among all."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto (bfloat16 on CUDA, float32 elsewhere), float32 or bfloat16."""
+    log_samples: bool = True
+    """Save every question with its answer in eval/samples."""
+    seed: Seed = 0
+    """Seed of all that is drawn at random."""
+
+    @model_validator(mode="after")
+    def keys_agree(self):
+        if isinstance(self.dataset, list) and not self.words and SPELLING & set(self.tasks):
+            raise ValueError("words is null: SpellingBee takes words from one dataset, and dataset is a mixture")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"num_samples is {self.num_samples}: it needs a temperature above 0, greedy answers are all the same"
+            )
+        return self
+
+
+STAGE_CONFIGS = {
+    "tokenizer": TokenizerConfig, "base": PretrainConfig, "mid": ChatConfig, "sft": ChatConfig, "rl": RLConfig,
+    "dpo": DPOStageConfig, "eval": EvalConfig,
+}  # fmt: skip
+
+
+def find_recipe(name: str) -> Path:
+    """The folder of a recipe, by its path or its name below recipes/."""
+    for folder in (Path(name), RECIPES / name):
+        if (folder / "base.yaml").is_file():
+            return folder
+    names = sorted(path.parent.name for path in RECIPES.glob("*/base.yaml"))
+    if depth := re.fullmatch(r"d(\d+)", name):
+        raise InputError(f"no recipe {name!r}; any depth is one key of another: --recipe d24 base.depth={depth[1]}")
+    raise InputError(f"no recipe {name!r} (a folder with base.yaml); {nearest(name, names)}")
+
+
+def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) -> tuple[list[str], dict]:
+    """The stages to run, in order, and each stage's config. Raises InputError for an unknown stage, key or value.
+
+    `stages` None: all of the recipe that are `enabled`, and the report; `overrides` are STAGE.KEY=VALUE.
+    """
+    present = [stage for stage in STAGES if (recipe / f"{stage}.yaml").is_file()]
+
+    def check(stage: str, names: list[str]) -> None:
+        if stage not in names:
+            raise InputError(f"recipe {recipe.name} has no stage {stage!r}; {nearest(stage, names)}")
+
+    values: dict[str, dict] = {stage: {} for stage in present}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        stage, dot, key = key.partition(".")
+        if not (equals and dot):
+            raise InputError(f"expected STAGE.KEY=VALUE, got {word!r}")
+        check(stage, present)
+        values[stage][key] = value
+    for stage in stages or []:
+        check(stage, [*present, "report"])
+    configs = {stage: parse_config(STAGE_CONFIGS[stage], recipe / f"{stage}.yaml", values[stage]) for stage in present}
+    chosen = stages or [*(stage for stage in present if getattr(configs[stage], "enabled", True)), "report"]
+    context = configs["base"].max_seq_len
+    if "rl" in chosen and configs["rl"].max_new_tokens >= context:
+        raise InputError(
+            f"rl.max_new_tokens is {configs['rl'].max_new_tokens}: it must leave room for a prompt in the context of "
+            f"base.max_seq_len, {context} tokens"
+        )
+    return [stage for stage in STAGES if stage in chosen], configs
+
+
+def markdown() -> str:
+    """The text of docs/configuration.md."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every key of a recipe's YAML files, made by `python -m nanochat_hf.stage_configs`.",
+    ]
+    lines += [
+        "In a YAML: `depth: 12`; for recipes/speedrun.py: `base.depth=12`; for a script of one stage: `--depth 12`."
+    ]
+    lines += ["All are checked before anything runs."]
+    stages = {"tokenizer": TokenizerConfig, "base": PretrainConfig, "mid, sft": ChatConfig, "rl": RLConfig}
+    stages |= {"dpo": DPOStageConfig, "mid, sft, rl, dpo": StageConfig, "eval": EvalConfig}
+    for names, cls in stages.items():
+        lines += ["", f"## {names}", "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+        for owner, key, default, values, text in keys_of(cls):
+            if owner == cls.__name__ or key in cls.__annotations__:
+                cells = [f"`{key}`", f"`{default or 'empty'}`", values, text]
+                lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

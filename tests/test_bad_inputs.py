@@ -1,0 +1,424 @@
+"""Wrong input of every kind is one line that says what to do, exit code 2, and nothing is written.
+
+KEYS are wrong values in a stage's YAML, COMMANDS wrong command lines, FILES broken YAML; then come damaged run
+folders, and data that cannot be read. In a command, {run} is a folder that does not exist, {here} one with files.
+"""
+
+import re
+import socket
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_hf import cli
+from nanochat_hf.data.documents import DocumentStream, open_documents
+from nanochat_hf.data.mixture import Mixture
+from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
+from nanochat_hf.errors import InputError, guarded
+from nanochat_hf.stage_configs import PretrainConfig
+
+ROOT = Path(__file__).parent.parent
+COMMAND = {"tokenizer": "tokenizer", "base": "pretrain", "sft": "sft", "rl": "rl", "dpo": "dpo", "eval": "eval"}
+LONG = "x" * 300
+WHOLE, COUNT, OPTIONAL = "a whole number from 1 to 1000", "a whole number from 1 to 1e", "-1 or a whole number from"
+
+KEYS = {
+    "base": {
+        WHOLE: ["depth: 0", "depth: -3", "depth: null", "depth: [4]", "depth: {a: 1}", "depth: 4.5", "depth: true",
+                "depth: many", "depth: .nan", "depth: .inf", "depth: 1e9", "depth: 2026-01-01", "depth:", "depth: ''"],
+        OPTIONAL: ["num_iterations: 0", "num_iterations: -2", "num_iterations: true", "total_batch_size: 0",
+                   "device_batch_size: 0", "device_batch_size: auto", "core_metric_max_per_task: 0"],
+        "a number from 0 to 1e": ["matrix_lr: -1", "embedding_lr: -1e-3", "unembedding_lr: .nan", "scalar_lr: .inf",
+                                   "weight_decay: high", "matrix_lr: true", "max_loss_spike: -1"],
+        "a number from 0 to 1": ["warmdown_ratio: 2", "warmdown_ratio: -0.1", "final_lr_frac: 1.5"],
+        "must be 1 or 2": ["generation: 3", "generation: true", "generation: two"],
+        "a multiple of 2 from 2": ["head_dim: 7", "head_dim: 0"],
+        "a whole number from 2 to": ["max_seq_len: 1", "max_seq_len: -1"],
+        COUNT: ["eval_tokens: 0", "keep_checkpoints: 0", "keep_checkpoints: 1.5"],
+        "a whole number from -1 to": ["save_every: -2", "eval_every: 2.5", "push_every: often", "log_every: null"],
+        "a whole number from 0 to 4294967295": ["seed: -1", "seed: 1e12", "seed: x"],
+        "a number above 0": ["target_flops: 0", "target_flops: -2", "target_param_data_ratio: -1"],
+        r"text that matches .*SL": ["window_pattern: SX", "window_pattern: ''", "window_pattern: [S]"],
+        "true or false": ["fp8: 2", "fp8: maybe", "compile: 3", "compile: null", "save_optimizer: perhaps"],
+        "none, trackio": ["report_to: paper", "report_to: null"],
+        "is not installed; pip install": ["report_to: wandb"],
+        "no such attention; did you mean 'sdpa'": ["attn_implementation: sdpaa"],
+        "multiple of max_seq_len": ["total_batch_size: 1000"],
+        "must be text or a list": ["dataset: 3", "dataset: null", "dataset: []", "dataset: {dataset: x}"],
+        "it is empty": ["dataset: ''"],
+        "at most 255 bytes": [f"dataset: {LONG}"],
+        r"dataset\[0\] needs a dataset": ["dataset: [{weight: 1}]"],
+        r"dataset\[0\] is 'primer': it must be {dataset, weight}": ["dataset: [primer]"],
+        r"unknown key 'wieght' in dataset\[0\]; did you mean 'weight'": ["dataset: [{dataset: primer, wieght: 1}]"],
+        r"dataset\[1\].weight is .*: it must be a number above 0": [
+            f"dataset: [{{dataset: a/b}}, {{dataset: x, weight: {w}}}]" for w in ("0", "-1", "half", ".nan", "true")
+        ],
+        "unknown key 'dept' .*did you mean 'depth'": ["dept: 3"],
+        "unknown key 1 ": ["1: 2"],
+        "known: depth": ["qqq: 1"],
+        "occurs twice": ["depth: 3\ndepth: 4"],
+    },
+    "tokenizer": {
+        "a whole number from 265": ["vocab_size: 100", "vocab_size: 1e9", "vocab_size: big"],
+        "must be 1, 2 or 3": ["digit_group: 4", "digit_group: 0"],
+        "must be empty or nfc": ["normalization: nfd", "normalization: true"],
+        COUNT: ["max_chars: 0", "doc_cap: -1"],
+    },
+    "sft": {
+        "must be a list of": ["mixture: []", "mixture: primer", "mixture: null", "validation: primer"],
+        r"mixture\[0\] needs a dataset": ["mixture: [{split: train}]"],
+        r"unknown key 'row' in mixture\[0\]; did you mean 'rows'": ["mixture: [{dataset: primer, row: 5}]"],
+        r"mixture\[0\].transform is 'gsm9k': it must be messages": ["mixture: [{dataset: x, transform: gsm9k}]"],
+        "give rows or epochs, not both": ["mixture: [{dataset: primer, rows: 5, epochs: 1}]"],
+        r"rows is .*: it must be a whole number from 1 to": [
+            f"mixture: [{{dataset: primer, rows: {n}}}]" for n in ("0", "-5", "many", "2.5")
+        ],
+        r"epochs is .*: it must be a number above 0": [
+            f"mixture: [{{dataset: primer, epochs: {n}}}]" for n in ("0", "many", ".inf")
+        ],
+        "no kind 'poetry'": ["mixture: [{dataset: 'primer:poetry'}]", "validation: [{dataset: 'primer:poetry'}]"],
+        COUNT: ["device_batch_size: 0", "lora_alpha: 0"],
+        "a number above 0": ["num_epochs: 0", "num_epochs: -1"],
+        "must be skip or error": ["on_bad_example: stop", "bad_rows: stop"],
+        "a number from 0 to 1": ["warmup_ratio: 2", "warmdown_ratio: -1"],
+        "with packing it must be a multiple": ["max_seq_len: 128\ntotal_batch_size: 1000"],
+        "true or false": ["packing: 2", "load_optimizer: x"],
+        "a whole number from 0 to 10000": ["lora_r: -1", "lora_rank: x"],
+    },
+    "rl": {
+        "a whole number from 2 to": ["num_samples: 1", "num_samples: 0"],
+        "top_k is 50: it must be 0": ["top_k: 50"],
+        "above 0 and of at most 5": ["temperature: 0", "temperature: 9", "temperature: -1"],
+        COUNT: ["examples_per_step: 0", "max_new_tokens: 0", "eval_examples: -1", "eval_samples: 0"],
+        "no kind 'problm'; did you mean 'problem'": ["dataset: 'primer:problm'"],
+        "no kind ''": ["dataset: primer"],
+        "enabled is": ["enabled: perhaps", "opt_in: perhaps"],
+    },
+    "dpo": {
+        "a number above 0": ["beta: 0", "beta: -1"],
+        COUNT: ["num_eval_pairs: 0", "examples_per_step: 0"],
+        "it is empty": ["split: ''", "dataset: ' '"],
+    },
+    "eval": {
+        "must be a list of text": ["tasks: nanochat_demo", "tasks: 3", "tasks: null"],
+        r"tasks\[0\] is 3: it must be text": ["tasks: [3]"],
+        "unknown task; did you mean 'nanochat_demo_facts'": ["tasks: [nanochat_gsm8k, nanochat_demo_fact]"],
+        "words is null: SpellingBee": ["tasks: [nanochat_chatcore]\ndataset: [{dataset: primer}]"],
+        r"chat_stages\[1\] is 'stf': it must be base, mid, sft or rl": ["chat_stages: [mid, stf]"],
+        "must be a list of base": ["core_stages: base", "bpb_stages: all"],
+        "it needs a temperature": ["num_samples: 2"],
+        "auto, float32 or bfloat16": ["dtype: float12"],
+        COUNT: ["max_per_task: 0", "limit: 0", "core_max_per_task: -1", "batch_size: 0", "bpb_tokens: 0",
+                "batch_tokens: 0", "max_new_tokens: 0"],
+    },
+}  # fmt: skip
+
+CONFIG = "--config {root}/recipes/cpu-demo/"
+COMMANDS = [
+    ("pretrian", "no command 'pretrian'; did you mean 'pretrain'"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --sed 3", "unknown flag '--sed'; did you mean '--seed'"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --depth", "expected one argument"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --depth many", "base.depth is 'many': it must be a whole number"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --matrix_lr -1e-3", "base.matrix_lr is -0.001: .*from 0 to"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --dataset [{{{{dataset:", "no valid YAML list or mapping"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} depth 4", "unrecognized arguments: depth 4"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --repo me/x", "push_every and --repo go together"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --push_every 3", "push_every and --repo go together"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --push_every 3 --repo x", "owner, as in you/x"),
+    (f"pretrain {CONFIG}base.yaml", "required: --run-dir"),
+    ("pretrain --run-dir {run}", "required: --config"),
+    ("pretrain --config {here}/none.yaml --run-dir {run}", "cannot read .*none.yaml: No such file"),
+    ("pretrain --config {here} --run-dir {run}", "cannot read .*: Is a directory"),
+    (f"pretrain --config {LONG} --run-dir {{run}}", "at most 255 bytes"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {LONG}", "at most 255 bytes"),
+    (f"pretrain {CONFIG}sft.yaml --run-dir {{run}}", "unknown key 'mixture'"),
+    (f"sft {CONFIG}sft.yaml --run-dir {{run}} --stage rl", "--stage: 'rl': it must be mid or sft"),
+    (f"sft {CONFIG}sft.yaml --run-dir {{run}} --eval {{here}}/none.yaml", "cannot read .*none.yaml"),
+    (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages bas", r"--stages: \[0\] is 'bas': it must be base, mid"),
+    (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages=", r"--stages: \[0\] is '': it must be base, mid"),
+    (f"eval {CONFIG}eval.yaml --run-dir {{run}} --temperature hot", "eval.temperature is 'hot'"),
+    ("speedrun", "required: --recipe"),
+    ("speedrun --recipe cpu-dmo --run-dir {run}", "no recipe 'cpu-dmo'.*did you mean 'cpu-demo'"),
+    ("speedrun --recipe d25 --run-dir {run}", "--recipe d24 base.depth=25"),
+    ("speedrun --recipe {here} --run-dir {run}", "no recipe"),
+    ("speedrun --recipe= --run-dir {run}", "it is empty"),
+    (f"speedrun --recipe {LONG}", "at most 255 bytes"),
+    ("speedrun --recipe cpu-demo --run-dir {run} --stages bas", "no stage 'bas'; did you mean 'base'"),
+    ("speedrun --recipe cpu-demo --run-dir {run} --stages mid,repor", "no stage 'repor'; did you mean 'report'"),
+    ("speedrun --recipe cpu-demo --run-dir {run} --stages=", "--stages: .*it is empty"),
+    ("speedrun --recipe cpu-demo --run-dir {run} --stages mid,,sft", "--stages: .*it is empty"),
+    ("speedrun --recipe cpu-demo --run-dir {run} base.dept=3", "did you mean 'depth'"),
+    ("speedrun --recipe cpu-demo --run-dir {run} bse.depth=3", "no stage 'bse'; did you mean 'base'"),
+    ("speedrun --recipe cpu-demo --run-dir {run} depth=3", "expected STAGE.KEY=VALUE, got 'depth=3'"),
+    ("speedrun --recipe cpu-demo --run-dir {run} base.depth", "expected STAGE.KEY=VALUE"),
+    ("speedrun --recipe cpu-demo --run-dir {run} base.depth=", "base.depth is"),
+    ("speedrun --recipe cpu-demo --run-dir {run} base.depth=[4]", "base.depth is"),
+    ("speedrun --recipe cpu-demo --run-dir {run} rl.max_new_tokens=128", "rl.max_new_tokens is 128.*base.max_seq_len"),
+    ("speedrun --recipe cpu-demo --run-dir {run} base.push_every=3", "push_every and --repo go together"),
+    ("speedrun --recipe cpu-demo --run-dir {run} --repo me/x", "push_every and --repo go together"),
+    ("speedrun --recipe cpu-demo --run-dir {run} --repo me/x/y base.push_every=3", "no repo name"),
+    ("speedrun --recipe cpu-demo --run-dir {run} --hourly-rate cheap", "it must be a number from 0 to"),
+    ("speedrun --recipe cpu-demo --run-dir {run} --node-hourly-rate -3", "it must be a number from 0 to"),
+    ("speedrun --recipe cpu-demo --run-dir {run} --no-such-flag", "unknown flag '--no-such-flag'"),
+    (
+        "run cpu-demo --run-dir {run} --config-file multigpu",
+        "no Accelerate config file multigpu; did you mean 'multi_gpu'",
+    ),
+    ("run cpu-demo --run-dir {run} --num-processes 0", "it must be a whole number from 1 to"),
+    ("run cpu-demo --run-dir {run} base.depth=x", "base.depth is 'x'"),
+    ("chat", "name what to talk to"),
+    ("chat --run-dir {here} --endpoint http://127.0.0.1:8000", "name what to talk to"),
+    ("chat --run-dir {here} --model x", "name what to talk to"),
+    ("chat --run-dir {here}", "no finished stage"),
+    ("chat --model {here}", "no model in"),
+    ("chat --endpoint localhost:8000", "must be a URL"),
+    ("chat --endpoint=", "must be a URL"),
+    ("chat --model x --max-new-tokens 0", "a whole number from 1 to"),
+    ("chat --model x --temperature 9", "a number from 0 to 5"),
+    ("chat --model x --temperature nan", "a number from 0 to 5"),
+    ("chat --model x --top-k -1", "a whole number from 0 to"),
+    ("chat --model x --top-p 2", "a number from 0 to 1"),
+    ("chat --model x --seed -1", "a whole number from 0"),
+    ("chat --model x --language fr", "it must be en or ko"),
+    ("chat --model x --promt hello", "did you mean '--prompt'"),
+    ("chat --model x --device gpu", "text that matches"),
+    ("chat --model x --device cuda:99", "this machine has no cuda:99; leave --device out"),
+    ("serve --model x --device cuda:x", "text that matches"),
+    ("serve --model x --host 192.0.2.1", "cannot listen on 192.0.2.1, port 8000: .*choose another --port"),
+    ("serve", "name the model"),
+    ("serve --run-dir {here}", "name the model"),
+    ("serve --model x --port 99999", "a whole number from 1 to 65535"),
+    ("serve --model x --port 0", "a whole number from 1 to 65535"),
+    ("serve --model x --port http", "a whole number from 1 to 65535"),
+    ("serve --model x --max-batch-size 0", "a whole number from 1 to"),
+    ("serve --model x --rows -1", "a whole number from 1 to"),
+    ("serve --model x --max-queue-size 0", "a whole number from 1 to"),
+    ("serve --model x --max-new-tokens 0", "a whole number from 1 to"),
+    ("serve --model x --request-timeout -5", "a number above 0"),
+    ("serve --model x --request-timeout inf", "a number above 0"),
+    ("push --run-dir {here} --repo x", "owner, as in you/x"),
+    ("push --run-dir {here} --repo a/b/c", "no repo name"),
+    ("push --run-dir {here} --repo a/b --stage dpo2", "it must be base, mid, sft or rl"),
+    ("push --run-dir {here} --repo a/b", "'sft' of .* is not finished; finished: none"),
+    ("push --repo a/b", "required: --run-dir"),
+    ("convert --source {here} --output {here}/out --to gguf", "it must be hf, native or nanochat"),
+    ("convert --source {here} --output {here}/out --step -1", "a whole number from 0 to"),
+    ("convert --source {here}/none --output {here}/out", "."),
+    ("report", "name one run with --run-dir, or two with --compare"),
+    ("report --run-dir {here} --compare a b", "name one run"),
+    ("report --compare a", "expected 2 arguments"),
+    ("report --row --compare a b", "--row is about one run"),
+    ("report --collection x", "expects REPO=RUN"),
+    ("report --run-dir {here}", "holds no finished stage"),
+    ("report --run-dir {here} --hourly-rate -1", "a number from 0 to"),
+    ("identity --identity {here}/none.yaml --output {here}/out.jsonl", "cannot read"),
+    ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --rows 0", "from 1 to"),
+    ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --split dev", "train or test"),
+    ("identity --identity {root}/recipes/identity.yaml --output {here}/no/out.jsonl --rows 2", "cannot write"),
+    ("recipes --all", "unknown flag '--all'"),
+    ("env x", "unrecognized arguments: x"),
+]
+
+FILES = [  # content of base.yaml
+    (b"- 1", "must be a mapping"),
+    (b"depth", "must be a mapping"),
+    (b"a: [", "is not valid YAML"),
+    (b"depth: 3\n  seed: 1", "is not valid YAML"),
+    (b"\tdepth: 3", "is not valid YAML"),
+    (b"depth: 2026-13-45", "is not valid YAML"),
+    (b"a: !!python/object:os.system x", "is not valid YAML"),
+    (b"dataset: \xff\xfe", "is not UTF-8"),
+    ("depth: 3".encode("utf-16"), "is not UTF-8"),
+    (b"dataset: \x00", "is not valid YAML"),
+    (b"[" * 1000, "is not valid YAML"),
+    (b'dataset: "a\\nb"', "printable characters"),
+    (b"dataset: [{dataset: a, dataset: b}]", "occurs twice"),
+]
+
+METRICS = [b'{"finished": ', b"[1]", b"", b"\xff\xfe{", b"\x00", b"[" * 100_000]
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch, capsys):
+    """Runs a command, and checks that it is refused in one line that matches, with nothing written."""
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def check(words: list[str], message: str):
+        places = {"run": tmp_path / "run", "here": here, "root": ROOT}
+        words = [
+            word.format(**places) if "{{" in word or re.search(r"\{(run|here|root)\}", word) else word
+            for word in words
+        ]
+        before = files_below(tmp_path)
+        with pytest.raises(SystemExit) as caught:
+            guarded(lambda: cli.dispatch(None, words))
+        error = capsys.readouterr().err.splitlines()
+        assert caught.value.code == 2 and re.search(message, error[-1]), error
+        assert error[-1].startswith("error: ") and "Traceback" not in " ".join(error)
+        assert files_below(tmp_path) == before
+
+    check.here = here
+    return check
+
+
+ROWS = [(stage, text, m) for stage, messages in KEYS.items() for m, texts in messages.items() for text in texts]
+
+
+@pytest.mark.parametrize("stage,text,message", ROWS)
+def test_a_wrong_key_or_value_in_a_yaml(refuse, stage, text, message):
+    (refuse.here / f"{stage}.yaml").write_text(text)
+    refuse([COMMAND[stage], "--config", f"{refuse.here}/{stage}.yaml", "--run-dir", "run"], message)
+
+
+@pytest.mark.parametrize("line,message", COMMANDS)
+def test_a_wrong_command_line(refuse, line, message):
+    refuse(line.split(), message)
+
+
+def test_a_port_that_is_taken(refuse):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refuse(["serve", "--model", "x", "--port", str(taken.getsockname()[1])], "cannot listen on .*another --port")
+
+
+@pytest.mark.parametrize("content,message", FILES)
+def test_a_broken_yaml(refuse, content, message):
+    (refuse.here / "base.yaml").write_bytes(content)
+    refuse(["pretrain", "--config", f"{refuse.here}/base.yaml", "--run-dir", "run"], message)
+
+
+@pytest.mark.parametrize("command", ["chat", "serve", "report"])
+@pytest.mark.parametrize("content", METRICS)
+def test_a_damaged_metrics_json(refuse, command, content):
+    (refuse.here / "base").mkdir()
+    (refuse.here / "base" / "metrics.json").write_bytes(content)
+    refuse([command, "--run-dir", "{here}"], r"metrics\.json is not valid JSON .*delete it to run that stage again")
+
+
+def jsonl(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def parquet(path: Path, **columns: list) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path.parent
+
+
+ENTRIES = [  # of a mixture of conversations, which is opened
+    ({"dataset": "primer", "transform": "gsm8k"}, "does not apply"),
+    ({"dataset": "primer", "split": "dev"}, "dev"),
+    ({"dataset": "nobody.yaml"}, "cannot read nobody.yaml"),
+    ({"dataset": "nowhere.txt", "transform": "spelling_bee"}, "no such file"),
+    *(
+        ({"dataset": name}, f"no such dataset: {name} is no file, no folder and no Hub id")
+        for name in ("nowhere/chats.jsonl", "./org/name", "name", "org/name/folder", "data/x.csv")
+    ),
+    ({"dataset": "{here}/empty.jsonl"}, "no rows"),
+    ({"dataset": "{here}/data.csv"}, "neither"),
+    ({"dataset": "{here}"}, r"train\*"),
+    ({"dataset": "{here}/train.parquet"}, "cannot read"),
+    ({"dataset": "{here}/bad.jsonl", "rows": 9}, "has 3 rows, not 9"),
+]
+
+
+@pytest.mark.parametrize("entry,message", ENTRIES)
+def test_a_mixture_that_cannot_be_opened(tmp_path, entry, message):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "data.csv").write_text("a")
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
+    jsonl(tmp_path / "bad.jsonl", "{", "[1]", "3")
+    entry = entry | {"dataset": entry["dataset"].replace("{here}", str(tmp_path))}
+    if entry["dataset"] == str(tmp_path):
+        (tmp_path / "train.parquet").unlink()
+    with pytest.raises(InputError, match=message) as caught:
+        Mixture([entry])
+    assert "\n" not in str(caught.value)
+
+
+ROWS_OF_CHATS = [
+    ("{", "not JSON"),
+    ("[1]", "no messages"),
+    ('{"text": "a"}', "no column 'messages'; its columns are text"),
+    ('{"messages": []}', "no messages"),
+    ('{"messages": "hello"}', "."),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "."),
+    ('{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}', "is empty"),
+    ('{"messages": [{"role": "wizard", "content": "a"}, {"role": "assistant", "content": "b"}]}', "."),
+    ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}', "."),
+]
+
+
+@pytest.mark.parametrize("row,message", ROWS_OF_CHATS)
+def test_a_row_that_is_no_conversation(tmp_path, row, message):
+    with pytest.raises(InputError, match=f"^no row of .* can be used; row 0: .*{message}") as caught:
+        list(Mixture([{"dataset": jsonl(tmp_path / "chats.jsonl", row)}]))
+    assert "\n" not in str(caught.value)
+
+
+TEXTS = [
+    (lambda here: parquet(here / "t" / "0.parquet", content=["a"]), "no column 'text'; it has content"),
+    (lambda here: parquet(here / "t" / "0.parquet", text=[1]), "int64, not text"),
+    (lambda here: jsonl(here / "t.jsonl", *['{"messages": "a"}'] * 3), "no text under 'text'"),
+    (lambda here: jsonl(here / "t.jsonl", *['{"text": 5}'] * 3), "no text under 'text'"),
+    (lambda here: jsonl(here / "t.jsonl", "{", *['{"text": "a"}'] * 30), "is not JSON"),
+    (lambda here: here, r"no \.parquet or \.jsonl"),
+    (lambda here: here / "nowhere", "no dataset"),
+    (lambda here: "nowhere/x.jsonl", "no dataset"),
+    (lambda here: "someone/something", "HF_HUB_OFFLINE"),
+]
+
+
+@pytest.mark.parametrize("make,message", TEXTS)
+def test_a_text_that_cannot_be_read(tmp_path, monkeypatch, make, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=message) as caught:
+        next(iter(open_documents(str(make(tmp_path)))))
+        next(iter(open_documents(str(make(tmp_path)), "validation")))
+    assert "\n" not in str(caught.value)
+
+
+IDENTITIES = [
+    ("- a", "needs a name and an owner"),
+    ("name: A", "needs a name and an owner"),
+    ("name: [", "not valid YAML"),
+    ("{name: A, owner: B, job: C}", "unknown key 'job'"),
+    ("{name: 5, owner: B}", "name is 5, not text"),
+    ("{name: A, owner: B, language: xx}", "no phrasings for language 'xx'; use en, ko"),
+    ("{name: A, owner: B, facts: [{ask: x}]}", "an item of facts"),
+    ("{name: A, owner: B, facts: [{ask: [], say: x}]}", "at least one question"),
+    ("{name: A, owner: B, styles: [loud]}", "an item of styles"),
+]
+
+
+@pytest.mark.parametrize("text,message", IDENTITIES)
+def test_a_wrong_identity(refuse, text, message):
+    (refuse.here / "me.yaml").write_text(text)
+    refuse(["identity", "--identity", "{here}/me.yaml", "--output", "out.jsonl", "--rows", "3"], message)
+
+
+CALLS = [
+    (lambda: train_bpe([], 300), "no text"),
+    (lambda: load_tokenizer("/nowhere"), "no tokenizer in"),
+    (lambda: DocumentStream("primer", "test"), "split must be"),
+    (lambda: open_documents([]), "dataset is .*: it must be a list of {dataset, weight}, not empty"),
+    (lambda: Mixture([]), "mixture is .*not empty"),
+    (lambda: PretrainConfig(depth=0), "^depth is 0: it must be"),
+    (lambda: PretrainConfig(0), "^depth is 0: it must be"),
+    (lambda: PretrainConfig(dept=3), "unknown key 'dept'; did you mean 'depth'"),
+]
+
+
+@pytest.mark.parametrize("call,message", CALLS)
+def test_a_wrong_call_from_python(call, message):
+    with pytest.raises(InputError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
