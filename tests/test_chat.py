@@ -335,7 +335,7 @@ def test_the_script_answers_one_prompt_and_reads_a_pipe(talker_folder):  # noqa:
     assert missing.returncode == 2 and missing.stderr.strip().splitlines()[-1].startswith("error: nowhere has no")
 
 
-def test_a_server_that_asks_to_wait_is_tried_again(online):
+def test_a_server_that_asks_to_wait_is_tried_again():
     with HTTPServer(("127.0.0.1", 0), Busy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         server.requests, server.times, server.status, server.cut = 0, 1, 429, 0

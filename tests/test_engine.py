@@ -275,5 +275,7 @@ def test_the_token_table_is_what_the_tokenizer_says(talker):  # noqa: F811
 def test_the_system_message_counts_when_a_conversation_is_shortened(engine):
     system = {"role": "system", "content": "be brief, be kind, " * 4}
     turns = [{"role": role, "content": "?"} for _ in range(200) for role in ("user", "assistant")]
-    shorter = engine.truncate([system, *turns, {"role": "user", "content": "last"}], room=60)
-    assert shorter[0] == system and engine.length - 20 < len(engine.encode(shorter)) + 60 <= engine.length
+    messages = [system, *turns, {"role": "user", "content": "last"}]
+    ids, dropped = engine.encode_last(messages, room=60)
+    assert ids == engine.encode([system, *messages[1 + dropped :]])
+    assert engine.length - 20 < len(ids) + 60 <= engine.length

@@ -470,7 +470,7 @@ def test_a_validation_loss_that_is_not_finite_is_no_result(train, tmp_path, monk
 
 def test_a_run_that_diverged_is_never_finished_by_running_it_again(train, tmp_path):
     """Every rerun would skip one step more, up to the end."""
-    keys = {"validation": [], "save_every": 1, "matrix_lr": 1e30, "embedding_lr": 1e30, "eval_every": -1}
+    keys = {"validation": [], "save_every": 1, "matrix_lr": 1e14, "embedding_lr": 1e14, "eval_every": -1}
     messages = set()
     for _ in range(5):
         with pytest.raises(FloatingPointError) as caught:

@@ -600,8 +600,8 @@ def test_the_page_streams_shows_steps_and_text_as_text_and_stops(server, browser
 def test_tgi_samples_among_all_tokens_and_greedily_unless_the_request_says_otherwise(server, monkeypatch):
     requests, start = [], server.start
 
-    def spy(prompt, body, limit, **options):
-        completions = start(prompt, body, limit, **options)
+    def spy(*arguments, **options):
+        completions = start(*arguments, **options)
         requests.extend(completion.request for completion in completions)
         return completions
 
