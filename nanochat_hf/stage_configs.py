@@ -427,6 +427,8 @@ class EvalConfig:
     """Sample among this many tokens; 0: among all."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto (bfloat16 on CUDA, float32 elsewhere), float32 or bfloat16."""
+    allow_unsandboxed_code: bool = False
+    """Run generated code (HumanEval) also where it would be root with all files of the machine."""
     log_samples: bool = True
     """Save every question with its answer in eval/samples."""
     seed: Seed = 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from nanochat_hf import sandbox
 from nanochat_hf import stages as pipeline
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
@@ -116,6 +117,22 @@ def test_every_demo_task_is_graded_and_recorded(run):
     samples = [json.loads(line) for line in (run / "eval/samples/sft/nanochat_demo_facts.jsonl").open()]
     assert len(samples) == NUM_QUESTIONS and set(samples[0]) == {"question", "expected", "answer", "correct"}
     assert samples[:2] == metrics["examples"]["sft"][:2] and not (run / "eval" / "state").exists()
+
+
+def test_generated_code_needs_a_sandbox_before_a_model_is_loaded(run, loads, monkeypatch, tmp_path, capsys):
+    row = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "def check(f):\n    f()\n", "entry_point": "f"}
+    row["canonical_solution"] = "    pass\n"
+    (tmp_path / "humaneval.jsonl").write_text(json.dumps(row) + "\n")
+    keys = {"tasks": ["nanochat_humaneval"], "chat_data": str(tmp_path), "dataset": None}
+    assert measure(run, engine=None, **keys)["results"]["sft"]["HumanEval"]["n"] == 1
+    assert f"[eval] sandbox of generated code: {', '.join(sandbox.layers())}" in capsys.readouterr().out
+    monkeypatch.setattr(sandbox, "layers", lambda: ("cgroups",))
+    monkeypatch.setenv(sandbox.ALLOW, "")
+    assert loads() == ["base", "sft"]
+    with pytest.raises(InputError, match="as root with all files"):
+        measure(run, **keys)
+    assert loads() == []
+    measure(run, engine=None, **keys, allow_unsandboxed_code=True)
 
 
 def test_the_built_in_engine_answers_and_several_samples_give_pass_at_k(run):

@@ -5,6 +5,7 @@ results, samples = tasks.run("nanochat_demo_facts", lm)
 """
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lm_eval.api.metrics import mean_stderr
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks import TaskManager
 
+from .. import sandbox
 from ..data.documents import local_path
 from ..data.jsonl import DamagedFile
 from ..data.mixture import Mixture
@@ -50,6 +52,11 @@ class Tasks:
         if set(models) & {*config.chat_stages, *(config.text_stages or [])}:
             self.write_questions(output / "questions")
             self.load()
+        if any(task.config.unsafe_code for task in self.loaded.values()):
+            if config.allow_unsandboxed_code:
+                os.environ[sandbox.ALLOW] = "1"
+            sandbox.check_layers()
+            partial_state().print(f"[eval] sandbox of generated code: {', '.join(sandbox.layers()) or 'none'}")
         self.chat = [name for name, task in self.loaded.items() if (task.config.metadata or {}).get("chat")]
 
     def load(self) -> None:

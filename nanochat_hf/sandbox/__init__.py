@@ -56,11 +56,7 @@ def run_sandboxed(
     Raises:
         InputError: the program would run as root with all files of this machine, and ALLOW is not set.
     """
-    if not {"unprivileged user", "read-only files"} & set(layers()) and not os.environ.get(ALLOW):
-        raise InputError(
-            f"generated code would run as root with all files: use another user, or set {ALLOW}=1 in a container "
-            "that may be lost"
-        )
+    check_layers()
     ours, theirs = socket.socketpair()
     with tempfile.TemporaryFile() as output, working_folder() as folder, ours, theirs:
         guards = [start_guard("solution", program, theirs, folder, output, timeout, memory_bytes)]
@@ -105,6 +101,15 @@ def working_folder() -> Iterator[str]:
         yield folder
     finally:
         subprocess.run(["rm", "-rf", folder], check=False)  # any depth; shutil.rmtree ends in RecursionError
+
+
+def check_layers() -> None:
+    """Refuse, by InputError, to run generated code as root with all files of this machine, unless ALLOW is set."""
+    if not {"unprivileged user", "read-only files"} & set(layers()) and not os.environ.get(ALLOW):
+        raise InputError(
+            "generated code would run as root with all files: use another user or, in a container that may be lost, "
+            f"allow_unsandboxed_code in eval.yaml ({ALLOW}=1 for the lm-eval CLI)"
+        )
 
 
 def start_guard(
