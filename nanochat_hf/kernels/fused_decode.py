@@ -139,6 +139,36 @@ if triton is not None:
         return value.to(dtype).to(tl.float32)
 
     @triton.jit
+    def _new_value(
+        source, x, weight, table, token, kv, size, gate_size, eps,
+        KV: tl.constexpr, DIM: tl.constexpr, VALUES: tl.constexpr, GATE: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """(DIM,) v of head kv; with VALUES plus a row of `table`, gated by the first channels of norm(x), x (size)."""
+        dtype = source.dtype.element_ty
+        dim = tl.arange(0, DIM)
+        value = tl.load(source + dim).to(tl.float32)
+        if VALUES:
+            channel = tl.arange(0, WIDTH)
+            stream = tl.load(x + channel, mask=channel < size, other=0.0).to(tl.float32)
+            factor = tl.rsqrt(tl.sum(stream * stream, axis=0) / size + eps)
+            channel = tl.arange(0, GATE)
+            left = tl.load(x + channel, mask=channel < gate_size, other=0.0).to(tl.float32) * factor
+            right = tl.load(weight + kv * gate_size + channel, mask=channel < gate_size, other=0.0).to(tl.float32)
+            gate = 3.0 * tl.sigmoid(tl.sum(left.to(dtype).to(tl.float32) * right, axis=0))
+            value += gate * tl.load(table + (tl.load(token).to(tl.int64) * KV + kv) * DIM + dim).to(tl.float32)
+        return value.to(dtype).to(tl.float32)
+
+    @triton.jit
+    def _join_keys(keys, values, inside, query, best, total, acc):
+        """Softmax attention over one more block of keys: the new maximum, sum and weighted sum of values."""
+        score = tl.where(inside, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), -float("inf"))
+        now = tl.maximum(best, tl.max(score, axis=0))
+        weight = tl.exp(score - now)
+        fade = tl.exp(best - now)
+        acc = acc * fade + tl.sum(weight[:, None] * values.to(tl.float32), axis=0)
+        return now, total * fade + tl.sum(weight, axis=0), acc
+
+    @triton.jit
     def rope_attention_kernel(
         qkv, x, token, pos, cos, sin, value_table, value_gate, k_cache, v_cache, out, part_sum, part_max,
         size, gate_size, cache_len, scale, eps,
@@ -147,15 +177,13 @@ if triton is not None:
     ):  # fmt: skip
         """One program per (slot and head, split): softmax(q k) v over this split's share of the keys that exist.
 
-        The first split also has the new key and value, from registers, and writes them to the cache; no program reads
-        their entry. x: the residual stream before the norm, for the gate of the value embedding.
+        The first split also has the new key and value, in registers, and writes them to the cache, where no program
+        reads them. x: the residual stream before the norm, for the gate of the value embedding.
         """
         slot = (tl.program_id(0) // HEADS).to(tl.int64)
-        head = tl.program_id(0) % HEADS
-        split = tl.program_id(1)
+        head, split = tl.program_id(0) % HEADS, tl.program_id(1)
         KV: tl.constexpr = HEADS // GROUP
-        kv = head // GROUP
-        dim = tl.arange(0, DIM)
+        kv, dim = head // GROUP, tl.arange(0, DIM)
         at = tl.load(pos + slot)
         entry = at % cache_len
         filled = tl.minimum(at, cache_len)  # a full ring buffer: order does not matter
@@ -163,7 +191,6 @@ if triton is not None:
         begin = split * share
         end = tl.minimum(filled, begin + share)
         base = (slot * KV + kv) * cache_len * DIM
-        dtype = k_cache.dtype.element_ty
         which = begin + tl.arange(0, BLOCK)
         inside = (which < end) & (which != entry)
         where = base + which[:, None] * DIM + dim[None, :]
@@ -179,32 +206,17 @@ if triton is not None:
         acc = tl.zeros([DIM], dtype=tl.float32)
         if split == 0:
             key = _rotated(row + (HEADS + kv) * DIM, cos, sin, at, eps, DIM)
-            acc = tl.load(row + (HEADS + KV + kv) * DIM + dim).to(tl.float32)
-            if VALUES:
-                channel = tl.arange(0, WIDTH)
-                stream = tl.load(x + slot * size + channel, mask=channel < size, other=0.0).to(tl.float32)
-                factor = tl.rsqrt(tl.sum(stream * stream, axis=0) / size + eps)
-                channel = tl.arange(0, GATE)
-                is_gate = channel < gate_size
-                left = tl.load(x + slot * size + channel, mask=is_gate, other=0.0).to(tl.float32) * factor
-                right = tl.load(value_gate + kv * gate_size + channel, mask=is_gate, other=0.0).to(tl.float32)
-                gate = 3.0 * tl.sigmoid(tl.sum(left.to(dtype).to(tl.float32) * right, axis=0))
-                extra = value_table + (tl.load(token + slot).to(tl.int64) * KV + kv) * DIM
-                acc += gate * tl.load(extra + dim).to(tl.float32)
-            acc = acc.to(dtype).to(tl.float32)
-            if head % GROUP == 0:
-                tl.store(k_cache + base + entry * DIM + dim, key.to(dtype))
-                tl.store(v_cache + base + entry * DIM + dim, acc.to(dtype))
+            acc = _new_value(
+                row + (HEADS + KV + kv) * DIM, x + slot * size, value_gate, value_table, token + slot, kv,
+                size, gate_size, eps, KV, DIM, VALUES, GATE, WIDTH,
+            )  # fmt: skip
+            here = base + entry * DIM + dim
+            tl.store(k_cache + here, key.to(k_cache.dtype.element_ty), mask=head % GROUP == 0)
+            tl.store(v_cache + here, acc.to(v_cache.dtype.element_ty), mask=head % GROUP == 0)
             best = tl.sum(query * key, axis=0)
-            total = tl.full([], 1.0, tl.float32)
+            total += 1.0
         for _ in range(begin, end, BLOCK):
-            score = tl.where(inside, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), -float("inf"))
-            now = tl.maximum(best, tl.max(score, axis=0))
-            weight = tl.exp(score - now)
-            fade = tl.exp(best - now)
-            acc = acc * fade + tl.sum(weight[:, None] * values.to(tl.float32), axis=0)
-            total = total * fade + tl.sum(weight, axis=0)
-            best = now
+            best, total, acc = _join_keys(keys, values, inside, query, best, total, acc)
             which += BLOCK
             inside = (which < end) & (which != entry)
             where += BLOCK * DIM
