@@ -274,9 +274,10 @@ class Launcher:
         else:
             rows = 16 if slots <= 16 else 32 if slots <= 32 else 64
             outputs = 16 if rows == 16 and columns <= 4096 else max(rows, 32)
+            channels, stages = (512, 5) if outputs == 16 else (256, 3)  # few programs: more bytes in flight for each
             linear_kernel[(triton.cdiv(columns, outputs), triton.cdiv(slots, rows))](
                 x, weight, out, raw, *pointers, slots, size, columns, decoder.eps, ROWS=rows, COLUMNS=outputs,
-                CHANNELS=256 // decoder.dtype.itemsize, num_warps=4, num_stages=4, **options,
+                CHANNELS=channels // decoder.dtype.itemsize, num_warps=4, num_stages=stages, **options,
             )  # fmt: skip
         return out, raw
 
