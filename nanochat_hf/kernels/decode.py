@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .backend import check, disabled, triton
+from .backend import check, disabled, triton, without
 
+FUSED = "fused decoding"  # the check of kernels/fused_decode.py
 LOG_STEPS = 64  # steps whose tokens the device keeps until the host has read them
 NEGLIGIBLE = -32.0  # log weight, relative to the best token, below which sampling ignores a token: e^-32 = 1e-14
 
@@ -302,9 +303,15 @@ if triton is not None:
 
 @check("decoding", instead="PyTorch's operations, which are slower")
 def _cases(draw, decoder):
-    """A step of few slots at a late position and of all slots at an early one, over random caches; then clears all."""
+    """A step of few slots at a late position and of all slots at an early one, without the fused kernels."""
+    with without(FUSED):
+        yield from trials(draw, decoder, ((min(decoder.slots, 3), 700), (decoder.slots, 100)))
+
+
+def trials(draw, decoder, sizes):
+    """Cases of a check: one step for each of `sizes`, (slots, position), over random caches; then all is cleared."""
     try:
-        for slots, most in ((min(decoder.slots, 3), 700), (decoder.slots, 100)):
+        for slots, most in sizes:
             at = max(min(decoder.length - 2, most), 0)
             for cache in decoder.k + decoder.v:
                 part = cache[:slots, :, : at + 1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import decode
-from .backend import INTERPRETED, triton
+from .backend import INTERPRETED, check, disabled, triton
 
 MAX_SLOTS = int(os.environ.get("NANOCHAT_FUSED_DECODE", "16"))  # more slots use cuBLAS; 0: always
 OVERLAP = os.environ.get("NANOCHAT_DECODE_OVERLAP", "1") == "1"  # programmatic dependent launch
@@ -312,7 +312,13 @@ class Launcher:
 
 
 def usable(slots: int) -> bool:
-    return slots <= MAX_SLOTS
+    return slots <= MAX_SLOTS and decode.FUSED not in disabled
+
+
+@check(decode.FUSED, instead="one kernel per operation, which is slower for few requests")
+def _cases(draw, decoder):
+    """One slot, a few and all, of which those of at most MAX_SLOTS take these kernels."""
+    yield from decode.trials(draw, decoder, ((1, 700), (min(decoder.slots, 3), 700), (decoder.slots, 100)))
 
 
 def network(decoder, x: Tensor, x0: Tensor, slots: int) -> Tensor:

@@ -135,7 +135,8 @@ class Decoder:
         self.pool = None
         self.fast = kernels.available(self.device, self.head_dim)
         if self.fast:
-            self.fast = "decoding" not in verify(["decoding"], config, self.device, self.dtype, subject=self)
+            names = ["decoding", *([kernels.FUSED] if fused_decode.MAX_SLOTS else [])]
+            self.fast = "decoding" not in verify(names, config, self.device, self.dtype, subject=self)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
