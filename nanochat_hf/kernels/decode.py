@@ -16,6 +16,8 @@ from .backend import check, disabled, triton, without
 
 FUSED = "fused decoding"  # the check of kernels/fused_decode.py
 LOG_STEPS = 64  # steps whose tokens the device keeps until the host has read them
+# Attention, measured on an H200: keys of a block, warps, programs per multiprocessor, fewest keys of a split.
+ATTENTION = {"block": 32, "warps": 2, "programs": 4, "split": 64}
 NEGLIGIBLE = -32.0  # log weight, relative to the best token, below which sampling ignores a token: e^-32 = 1e-14
 
 

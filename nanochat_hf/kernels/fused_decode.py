@@ -1,6 +1,6 @@
 """Few, larger kernels of one decoding step on CUDA: five per layer, for at most `MAX_SLOTS` slots.
 
-At batch size 1 a step is bound by the number of kernels that wait for each other, not by bytes. Per layer there are:
+At few slots a step is bound by the number of kernels that wait for each other, not by bytes. Per layer there are:
 q, k, v with the norm before; RoPE, QK norm, cache write and attention; the output projection, which also joins the
 splits of the keys; the up projection with norm and relu squared; the down projection. Projections back to the residual
 stream add it, and the last one also mixes the embedding in for the next layer.
@@ -17,9 +17,11 @@ from torch import Tensor
 from . import decode
 from .backend import INTERPRETED, check, disabled, triton
 
-MAX_SLOTS = int(os.environ.get("NANOCHAT_FUSED_DECODE", "16"))  # more slots use cuBLAS; 0: always
+MAX_SLOTS = int(os.environ.get("NANOCHAT_FUSED_DECODE", "4"))  # more slots use cuBLAS; 0: always
 OVERLAP = os.environ.get("NANOCHAT_DECODE_OVERLAP", "1") == "1"  # programmatic dependent launch
-TUNING = {"programs": 2, "linear values": 16384, "linear warps": 4, "keys": (64, 4), "splits": 8}  # of one slot
+# Measured on an H200: programs per multiprocessor and weights, warps of a program of a matrix; keys and warps of a
+# program of attention, and into how many parts the keys are split.
+TUNING = {"programs": 2, "linear values": 16384, "linear warps": 2, "keys": (128, 8), "splits": 4}
 PLAIN, ADD, MIX, BACKOUT, BACKOUT_ITSELF = range(5)  # what a projection does with the residual stream
 
 if triton is not None:
@@ -50,15 +52,16 @@ if triton is not None:
         tl.store(out + at, value.to(dtype), mask=inside)
 
     @triton.jit
-    def vector_linear_kernel(
+    def linear_kernel(
         x, weight, out, raw, residual, other, scale_x, scale_other, part_sum, part_max, size, columns, eps,
-        NORM: tl.constexpr, RELU2: tl.constexpr, MODE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
-        CHANNELS: tl.constexpr, CHUNKS: tl.constexpr, OVERLAP: tl.constexpr,
+        NORM: tl.constexpr, RELU2: tl.constexpr, MODE: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
+        COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        """[norm](x) weight^T of one slot, COLUMNS outputs per program; x (size), weight (columns, size).
+        """[norm](x) weight^T of few slots, COLUMNS outputs per program; x (SLOTS, size), weight (columns, size).
 
-        size is CHUNKS x CHANNELS. SPLITS > 1: x is attention's unfinished output, float32 (heads, SPLITS, head_dim),
-        and CHANNELS is head_dim. Weights are loaded before the wait for the kernel ahead, which does not write them.
+        size is CHUNKS x CHANNELS. SPLITS > 1: x is attention's unfinished output, float32 (slots x heads, SPLITS,
+        head_dim), and CHANNELS is head_dim. A program reads its weights once for all slots, and before the wait for
+        the kernel ahead, which does not write them.
         """
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         channel = tl.arange(0, CHANNELS)
@@ -70,59 +73,26 @@ if triton is not None:
         if OVERLAP:
             gdc_launch_dependents()
             gdc_wait()
-        products = tl.zeros([COLUMNS, CHANNELS], dtype=tl.float32)
-        squares = tl.zeros([CHANNELS], dtype=tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            if SPLITS > 1:
-                split = chunk * SPLITS + tl.arange(0, SPLITS)
-                best = tl.load(part_max + split)
-                share = tl.exp(best - tl.max(best, axis=0))  # a split without keys has a very low maximum: share 0
-                share = share / tl.sum(share * tl.load(part_sum + split), axis=0)
-                part = tl.load(x + split[:, None] * CHANNELS + channel[None, :])
-                value = tl.sum(part * share[:, None], axis=0).to(weight.dtype.element_ty).to(tl.float32)
-            else:
-                value = tl.load(x + chunk * CHANNELS + channel).to(tl.float32)
-            products += tiles[chunk].to(tl.float32) * value[None, :]
-            squares += value * value
-        acc = tl.sum(products, axis=1)
-        if NORM:
-            acc = acc * tl.rsqrt(tl.sum(squares, axis=0) / size + eps)
-        _finish(acc, column, column < columns, out, raw, residual, other, scale_x, scale_other, RELU2, MODE)
-
-    @triton.jit
-    def linear_kernel(
-        x, weight, out, raw, residual, other, scale_x, scale_other, slots, size, columns, eps,
-        NORM: tl.constexpr, RELU2: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-        CHANNELS: tl.constexpr, OVERLAP: tl.constexpr,
-    ):  # fmt: skip
-        """[norm](x) weight^T of several slots, one (ROWS, COLUMNS) tile per program; x (slots, size).
-
-        A norm without weights is one factor per row, so it is computed along the way and applied to the matmul.
-        """
-        row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
-        if OVERLAP:
-            gdc_launch_dependents()
-            gdc_wait()
-        squares = tl.zeros([ROWS], dtype=tl.float32)
-        acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-        for start in range(0, size, CHANNELS):
-            channel = start + tl.arange(0, CHANNELS)
-            inside = channel < size
-            left = tl.load(x + row[:, None] * size + channel, mask=(row < slots)[:, None] & inside, other=0.0)
-            right = tl.load(
-                weight + column[None, :] * size + channel[:, None],
-                mask=(column < columns) & inside[:, None],
-                other=0.0,
-            )
-            acc = tl.dot(left, right, acc, input_precision="ieee")
+        for slot in tl.static_range(SLOTS):
+            products = tl.zeros([COLUMNS, CHANNELS], dtype=tl.float32)
+            squares = tl.zeros([CHANNELS], dtype=tl.float32)
+            for chunk in tl.static_range(CHUNKS):
+                if SPLITS > 1:
+                    split = (slot * CHUNKS + chunk) * SPLITS + tl.arange(0, SPLITS)
+                    best = tl.load(part_max + split)
+                    share = tl.exp(best - tl.max(best, axis=0))  # a split without keys has a very low maximum: 0
+                    share = share / tl.sum(share * tl.load(part_sum + split), axis=0)
+                    part = tl.load(x + split[:, None] * CHANNELS + channel[None, :])
+                    value = tl.sum(part * share[:, None], axis=0).to(weight.dtype.element_ty).to(tl.float32)
+                else:
+                    value = tl.load(x + (slot * CHUNKS + chunk) * CHANNELS + channel).to(tl.float32)
+                products += tiles[chunk].to(tl.float32) * value[None, :]
+                squares += value * value
+            acc = tl.sum(products, axis=1)
             if NORM:
-                squares += tl.sum(left.to(tl.float32) * left.to(tl.float32), axis=1)
-        if NORM:
-            acc = acc * tl.rsqrt(squares / size + eps)[:, None]
-        inside = (row < slots)[:, None] & (column < columns)[None, :]
-        at = row[:, None] * columns + column[None, :]
-        _finish(acc, at, inside, out, raw, residual, other, scale_x, scale_other, RELU2, MODE)
+                acc = acc * tl.rsqrt(tl.sum(squares, axis=0) / size + eps)
+            at = slot * columns + column
+            _finish(acc, at, column < columns, out, raw, residual, other, scale_x, scale_other, RELU2, MODE)
 
     @triton.jit
     def _rotated(source, cos, sin, at, eps, DIM: tl.constexpr):
@@ -255,34 +225,24 @@ class Launcher:
     ) -> tuple[Tensor, Tensor]:
         """[norm](x) weight^T (slots, N) -> what `mode` makes of it, and, for the modes from MIX on, x + its result.
 
-        parts: attention's sums and maxima by split, if x is not finished; with one slot only.
+        parts: attention's sums and maxima by split, if x is not finished.
         """
         decoder, slots, (columns, size) = self.decoder, self.slots, weight.shape
         out = decoder.empty(slots, columns)
         raw = decoder.empty(slots, columns) if mode > ADD else out
         pointers = [self.none if p is None else p for p in (residual, other, *scales)]
-        options = {"NORM": norm, "RELU2": relu2, "MODE": mode, **self.launch}
-        if slots == 1:
-            sums, bests = parts or (self.none, self.none)
-            channels = decoder.head_dim if parts else min(size & -size, 1024)  # a power of two that divides the size
-            outputs = self.outputs(columns, size)
-            vector_linear_kernel[(triton.cdiv(columns, outputs),)](
-                x, weight, out, raw, *pointers, sums, bests, size, columns, decoder.eps,
-                SPLITS=sums.shape[-1] if parts else 1, COLUMNS=outputs, CHANNELS=channels, CHUNKS=size // channels,
-                num_warps=TUNING["linear warps"], **options,
-            )  # fmt: skip
-        else:
-            rows = 16 if slots <= 16 else 32 if slots <= 32 else 64
-            outputs = 16 if rows == 16 and columns <= 4096 else max(rows, 32)
-            channels, stages = (512, 5) if outputs == 16 else (256, 3)  # few programs: more bytes in flight for each
-            linear_kernel[(triton.cdiv(columns, outputs), triton.cdiv(slots, rows))](
-                x, weight, out, raw, *pointers, slots, size, columns, decoder.eps, ROWS=rows, COLUMNS=outputs,
-                CHANNELS=channels // decoder.dtype.itemsize, num_warps=4, num_stages=stages, **options,
-            )  # fmt: skip
+        sums, bests = parts or (self.none, self.none)
+        channels = decoder.head_dim if parts else min(size & -size, 1024)  # a power of two that divides the size
+        outputs = self.outputs(columns, size)
+        linear_kernel[(triton.cdiv(columns, outputs),)](
+            x, weight, out, raw, *pointers, sums, bests, size, columns, decoder.eps,
+            NORM=norm, RELU2=relu2, MODE=mode, SPLITS=sums.shape[-1] if parts else 1, SLOTS=slots, COLUMNS=outputs,
+            CHANNELS=channels, CHUNKS=size // channels, num_warps=TUNING["linear warps"], **self.launch,
+        )  # fmt: skip
         return out, raw
 
     def outputs(self, columns: int, size: int) -> int:
-        """Outputs per program of a matrix with a vector: two programs per multiprocessor, if they have 4 or more."""
+        """Outputs per program of a matrix: enough programs for the device, of 4 outputs or more if they fit."""
         most = max(TUNING["linear values"] // size, 1)
         tiles = (tile for tile in (16, 8) if columns >= TUNING["programs"] * self.decoder.processors * tile)
         tile = next(tiles, 4)
@@ -293,8 +253,8 @@ class Launcher:
         d, slots, heads, kv_heads = self.decoder, self.slots, self.decoder.heads, self.decoder.kv_heads
         qkv, _ = self.linear(x, d.w[f"qkv{i}"], norm=True)
         size, gate = d.k[i].shape[2], d.w.get(f"gate{i}")
-        block, warps = TUNING["keys"] if slots == 1 else (32, 2)
-        splits = min(d.splits(slots, size), TUNING["splits"] if slots == 1 else 32)
+        block, warps = TUNING["keys"]
+        splits = min(TUNING["splits"], 1 << max(size // 64, 1).bit_length() - 1)
         y = d.empty(slots, heads * d.head_dim)
         part = d.empty(slots * heads, splits, d.head_dim, dtype=torch.float32) if splits > 1 else y
         sums, bests = (d.empty(slots * heads, splits, dtype=torch.float32) for _ in range(2))
@@ -304,11 +264,7 @@ class Launcher:
             HEADS=heads, GROUP=heads // kv_heads, DIM=d.head_dim, SPLITS=splits, BLOCK=block,
             VALUES=gate is not None, GATE=16, WIDTH=triton.next_power_of_2(self.size), num_warps=warps, **self.launch,
         )  # fmt: skip
-        if splits > 1 and slots == 1:
-            return part, (sums, bests)
-        if splits > 1:
-            decode.combine_kernel[(slots * heads,)](part, sums, bests, y, DIM=d.head_dim, SPLITS=splits, num_warps=4)
-        return y, None
+        return (part, (sums, bests)) if splits > 1 else (y, None)
 
 
 def usable(slots: int) -> bool:

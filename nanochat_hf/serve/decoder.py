@@ -431,7 +431,8 @@ class Decoder:
         sums, bests = (self.empty(slots * heads, splits, dtype=torch.float32) for _ in range(2))
         k.attention_kernel[(slots * heads, splits)](
             q, self.k[i], self.v[i], s.pos, part, sums, bests, size, self.scale,
-            HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SPLITS=splits, BLOCK=32, num_warps=2,
+            HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SPLITS=splits, BLOCK=k.ATTENTION["block"],
+            num_warps=k.ATTENTION["warps"],
         )  # fmt: skip
         if splits > 1:
             k.combine_kernel[(slots * heads,)](part, sums, bests, y, DIM=dim, SPLITS=splits, num_warps=4)
@@ -450,7 +451,8 @@ class Decoder:
 
     def splits(self, slots: int, size: int) -> int:
         """Into how many parts attention splits the keys of a slot: enough programs for the device, a power of two."""
-        most = min(4 * self.processors // (slots * self.heads), size // 64, 32)
+        tuning = kernels.ATTENTION
+        most = min(tuning["programs"] * self.processors // (slots * self.heads), size // tuning["split"], 32)
         return 1 << max(most, 1).bit_length() - 1
 
     @torch.inference_mode()
