@@ -169,23 +169,30 @@ if triton is not None:
         begin = split * share
         end = tl.minimum(filled, begin + share)
         base = (slot * (HEADS // GROUP) + head // GROUP) * cache_len * DIM
-        query = tl.load(q + (slot * HEADS + head) * DIM + dim).to(tl.float32) * scale
-        best = -float("inf")
-        total = 0.0
-        acc = tl.zeros([DIM], dtype=tl.float32)
+        row = tl.arange(0, 16)  # tensor cores want 16 rows: the query and zeros
+        query = tl.load(
+            q + (slot * HEADS + head) * DIM + dim[None, :] + row[:, None] * 0, mask=row[:, None] == 0, other=0.0
+        )
+        best = tl.full([16], -float("inf"), dtype=tl.float32)
+        total = tl.zeros([16], dtype=tl.float32)
+        acc = tl.zeros([16, DIM], dtype=tl.float32)
         for start in range(begin, end, BLOCK):
             key = start + tl.arange(0, BLOCK)
             inside = key < end
             where = base + key[:, None] * DIM + dim[None, :]
             keys = tl.load(k_cache + where, mask=inside[:, None], other=0.0)
             values = tl.load(v_cache + where, mask=inside[:, None], other=0.0)  # loaded early to hide latency
-            score = tl.where(inside, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), -float("inf"))
-            now = tl.maximum(best, tl.max(score, axis=0))
-            weight = tl.exp(score - now)
+            score = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+            score = tl.where(inside[None, :], score, -float("inf"))
+            now = tl.maximum(best, tl.max(score, axis=1))
+            weight = tl.exp(score - now[:, None])
             fade = tl.exp(best - now)
-            acc = acc * fade + tl.sum(weight[:, None] * values.to(tl.float32), axis=0)
-            total = total * fade + tl.sum(weight, axis=0)
+            acc = tl.dot(weight.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
+            total = total * fade + tl.sum(weight, axis=1)
             best = now
+        acc = tl.sum(tl.where(row[:, None] == 0, acc, 0.0), axis=0)
+        total = tl.sum(tl.where(row == 0, total, 0.0), axis=0)
+        best = tl.max(tl.where(row == 0, best, -float("inf")), axis=0)
         if SPLITS == 1:
             tl.store(out + (slot * HEADS + head) * DIM + dim, (acc / total).to(out.dtype.element_ty))
         else:

@@ -21,7 +21,7 @@ MAX_SLOTS = int(os.environ.get("NANOCHAT_FUSED_DECODE", "4"))  # more slots use 
 OVERLAP = os.environ.get("NANOCHAT_DECODE_OVERLAP", "1") == "1"  # programmatic dependent launch
 # Measured on an H200: programs per multiprocessor and weights, warps of a program of a matrix; keys and warps of a
 # program of attention, and into how many parts the keys are split.
-TUNING = {"programs": 2, "linear values": 16384, "linear warps": 2, "keys": (128, 8), "splits": 4}
+TUNING = {"programs": 2, "linear values": 4096, "linear warps": 1, "keys": (128, 8), "splits": 4}
 PLAIN, ADD, MIX, BACKOUT, BACKOUT_ITSELF = range(5)  # what a projection does with the residual stream
 
 if triton is not None:
