@@ -5,9 +5,14 @@
 A configuration is depth x micro-batch size, of sequences of 2,048 random token ids; a step is four micro-batches and
 the optimizer. Each contender runs in its own process and is timed when its GPU is warm: after a pause, as while a
 compiler runs, it is up to 3 % faster for some seconds. Contenders are `ours` and `baseline`, with options after a
-colon, joined by +: `fp8`; of ours `L`, full attention; of the baseline its attention. Its FlashAttention-3 comes from
-the Hub; FlashAttention-4 (`fa4`), FlexAttention with the same windows (`flex`) or its own SDPA (`sdpa`) replace it;
-with none of them it takes what is installed. The last table has our speed over the baseline's, by precision.
+colon, joined by +: `fp8`; of ours `L`, full attention, and `plain`, without FlashAttention-4 and quack (what
+`pip install` gives without the kernels extra, and what an A100 runs); of the baseline its attention. Its
+FlashAttention-3 comes from the Hub; FlashAttention-4 (`fa4`), FlexAttention with the same windows (`flex`) or its own
+SDPA (`sdpa`) replace it; with none of them it takes what is installed. The last table has our speed over the
+baseline's, by precision.
+
+With --rounds N all contenders stay alive, and N times each is timed after the other; the figures are medians. That
+needs memory for the weights and optimizer states of all, and of one the rest.
 MFU is counted as upstream counts it: 6 FLOPs per matrix parameter plus attention by window, over the bf16 peak.
 """
 
@@ -16,6 +21,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 
@@ -25,7 +31,8 @@ from torch import Tensor
 from nanochat_hf.optim.scaling import peak_flops
 
 LENGTH, GRAD_ACCUM_STEPS = 2048, 4
-OPTIONS = {"ours": {"L", "fp8"}, "baseline": {"fa4", "flex", "fp8", "sdpa"}}  # of the contenders
+BEGUN = time.time()
+OPTIONS = {"ours": {"L", "fp8", "plain"}, "baseline": {"fa4", "flex", "fp8", "sdpa"}}  # of the contenders
 
 
 def ours(depth: int, pattern: str, fp8: bool):
@@ -134,60 +141,184 @@ def flash4():
     return lambda q, k, v, causal=False, window_size=(-1, -1): forward(q, k, v, window_size[0])[0]
 
 
-def measure(build, batch: int, steps: int, warmup: float) -> dict:
-    launched = time.time()
-    loss_of, optimizer, flops = build()
-    ids = torch.randint(0, 32768, (GRAD_ACCUM_STEPS, batch, LENGTH + 1), device="cuda")
+class Contender:
+    """A training step on the GPU: built, compiled and run once. first_step_s: the seconds that this took."""
 
-    def step():
-        for part in ids:
-            loss = loss_of(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / GRAD_ACCUM_STEPS
+    def __init__(self, build, batch: int):
+        launched = time.time()
+        self.loss_of, self.optimizer, self.flops = build()
+        self.ids = torch.randint(0, 32768, (GRAD_ACCUM_STEPS, batch, LENGTH + 1), device="cuda")
+        for wait in (*[5] * 20, 0):
+            try:
+                self.step()
+                torch.cuda.synchronize()
+                break
+            except torch.OutOfMemoryError:  # of others that take their first step now
+                if not wait:
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            time.sleep(wait)
+        self.first_step_s = time.time() - launched
+
+    def step(self) -> tuple[torch.cuda.Event, Tensor]:
+        """Returns: an event before the optimizer, and the last loss."""
+        for part in self.ids:
+            loss = self.loss_of(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / GRAD_ACCUM_STEPS
             loss.backward()
         micro = torch.cuda.Event(enable_timing=True)
         micro.record()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return micro, loss.detach()
 
-    step()
-    torch.cuda.synchronize()
-    first = time.time() - launched
-    warm = time.time() + warmup
-    while time.time() < warm:
-        step()
+    def measure(self, steps: int, warmup: float) -> dict:
+        """Figures of `steps` steps after at least one step and `warmup` seconds of them."""
+        warm = time.time() + warmup
+        while True:
+            self.step()
+            torch.cuda.synchronize()
+            if time.time() > warm:
+                break
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(steps):
+            micro, loss = self.step()
+        end.record()
         torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(steps):
-        micro, loss = step()
-    end.record()
-    torch.cuda.synchronize()
-    if not loss.isfinite():  # what is not finite also takes less power, so it would look fast
-        sys.exit("error: the loss is not finite")
-    speed = GRAD_ACCUM_STEPS * batch * LENGTH * steps / (start.elapsed_time(end) / 1e3)
-    name = torch.cuda.get_device_name()
-    peak = peak_flops(name) or float("nan")
-    return {
-        "tok_s": speed, "mfu": speed * flops / peak, "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "first_step_s": first, "optimizer_ms": micro.elapsed_time(end), "device": name,
-    }  # fmt: skip
+        if not loss.isfinite():  # what is not finite also takes less power, so it would look fast
+            sys.exit("error: the loss is not finite")
+        speed = self.ids[..., 1:].numel() * steps / (start.elapsed_time(end) / 1e3)
+        name = torch.cuda.get_device_name()
+        peak = peak_flops(name) or float("nan")
+        return {
+            "tok_s": speed, "mfu": speed * self.flops / peak,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "first_step_s": self.first_step_s,
+            "optimizer_ms": micro.elapsed_time(end), "device": name,
+        }  # fmt: skip
 
 
-def contender(name: str, config: str, steps: int, warmup: float) -> dict:
-    """Build and measure one, in this process."""
+class Hidden:
+    """A finder that hides FlashAttention-4 and quack from this process."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "quack" or name.startswith("flash_attn.cute"):
+            raise ImportError("hidden by the benchmark")
+
+
+def contender(name: str, config: str) -> Contender:
+    """Build one in this process, and take its first step."""
     depth, batch = map(int, config[1:].split("x"))
     kind, _, words = name.partition(":")
     options, valid = set(words.split("+")) - {""}, OPTIONS.get(kind, set())
     if kind not in OPTIONS or options - valid:
-        sys.exit(f"error: {name!r} is no contender; ours takes L, fp8 and baseline fa4, flex, fp8, sdpa")
+        sys.exit(f"error: {name!r} is no contender; ours takes L, fp8, plain and baseline fa4, flex, fp8, sdpa")
+    if "plain" in options:
+        sys.meta_path.insert(0, Hidden())
     pattern, fp8 = "L" if options & {"sdpa", "L"} else "SSSL", "fp8" in options
     attention = next(iter(options - {"fp8"}), "")
     build = partial(ours, depth, pattern, fp8) if kind == "ours" else partial(baseline, depth, pattern, attention, fp8)
-    return measure(build, batch, steps, warmup)
+    return Contender(build, batch)
+
+
+def serve(name: str, config: str, steps: int, warmup: float, rounds: bool) -> None:
+    """Print the figures of one contender as JSON: once, or, with `rounds`, for each line on stdin."""
+    run = contender(name, config)
+    if not rounds:
+        print(json.dumps(run.measure(steps, warmup)))
+        return
+    torch.cuda.empty_cache()
+    print(json.dumps({"first_step_s": run.first_step_s}), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(run.measure(steps, warmup)), flush=True)
+        torch.cuda.empty_cache()
+        print(json.dumps({}), flush=True)
+
+
+class Child:
+    """A contender in its own process that waits for its rounds."""
+
+    def __init__(self, command: list[str], config: str, name: str):
+        self.config, self.name, self.rows = config, name, []
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
+        self.process = subprocess.Popen([*command, "--one", name, config], **pipes)
+
+    def read(self) -> dict | None:
+        """The next line of figures; None: the process has ended, and its error is printed."""
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self.errors.seek(0)
+        print(f"{self.config} {self.name} failed:\n{self.errors.read()[-2000:]}", flush=True)
+        return None
+
+    def round(self) -> bool:
+        """Whether it could be timed."""
+        try:
+            self.process.stdin.write("round\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        row = self.read()
+        if row:
+            self.rows.append(row)
+        return row is not None and self.read() is not None
+
+    def median(self) -> dict:
+        return sorted(self.rows, key=lambda row: row["tok_s"])[len(self.rows) // 2]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def interleave(command: list[str], pairs: list[tuple[str, str]], rounds: int, end: float) -> list[tuple]:
+    """Rows (config, contender, figures): medians over rounds in which each is timed in turn, until time `end`.
+
+    The baselines, which compile longest, start together; ours start one by one, beside idle baselines.
+    """
+    children, slow = [], [pair for pair in pairs if pair[1].startswith("baseline")]
+    starting = [Child(command, *pair) for pair in slow]
+    for child in starting:
+        children += [child] if child.read() else []
+        print(child.config, child.name, f"ready after {time.time() - BEGUN:.0f} s", flush=True)
+    for pair in pairs:
+        if pair not in slow and time.time() < end:
+            child = Child(command, *pair)
+            children += [child] if child.read() else []
+            print(*pair, f"ready after {time.time() - BEGUN:.0f} s", flush=True)
+    children.sort(key=lambda child: pairs.index((child.config, child.name)))
+    longest = 0.0
+    for turn in range(rounds):
+        begun = time.time()
+        if begun + longest > end:
+            print(f"{turn} of {rounds} rounds, then the time was over")
+            break
+        for child in children[turn % 2 :] + children[: turn % 2]:
+            if child.process.poll() is None and child.round():
+                print(turn, child.config, child.name, child.rows[-1], flush=True)
+        longest = max(longest, time.time() - begun)
+    for child in children:
+        child.close()
+    return [(child.config, child.name, child.median()) for child in children if child.rows]
+
+
+def one_by_one(command: list[str], pairs: list[tuple[str, str]]) -> list[tuple]:
+    """Rows (config, contender, figures), each contender alone on the GPU."""
+    rows = []
+    for config, name in pairs:
+        result = subprocess.run([*command, "--one", name, config], capture_output=True, text=True, check=False)
+        if result.returncode:
+            print(f"{config} {name} failed:\n{result.stderr[-2000:]}", flush=True)
+            continue
+        rows.append((config, name, json.loads(result.stdout.splitlines()[-1])))
+        print(rows[-1], flush=True)
+    return rows
 
 
 def ratios(rows: list[tuple[str, str, dict]]) -> list[str]:
-    """By configuration and precision: our speed over that of the fastest baseline."""
+    """By configuration and precision: our speed, at its fastest, over that of the fastest baseline."""
     lines = []
     for config, fp8 in itertools.product(dict.fromkeys(config for config, _, _ in rows), (False, True)):
         speeds = {"ours": [], "baseline": []}
@@ -209,27 +340,28 @@ def main() -> None:
     parser.add_argument("--baseline", "--peer", help="path of a karpathy/nanochat checkout")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=float, default=12, help="seconds of steps before the timed ones")
+    parser.add_argument("--rounds", type=int, default=0, help="time all in turn, so often; 0: each alone, once")
+    parser.add_argument("--budget", type=float, default=3600, help="seconds after which no round begins")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         sys.path.insert(0, arguments.baseline or ".")
-        print(json.dumps(contender(*arguments.one, arguments.steps, arguments.warmup)))
+        serve(*arguments.one, arguments.steps, arguments.warmup, arguments.rounds > 0)
         return
     if not torch.cuda.is_available():
         sys.exit("error: bench_gpu needs a CUDA device; make bench measures a CPU")
     default = "ours,ours:fp8" + (",baseline:fa4,baseline:fa4+fp8" if arguments.baseline else "")
     names = (arguments.contenders or default).replace("peer", "baseline").split(",")
-    rows = []
-    for config, name in itertools.product(arguments.configs.split(","), dict.fromkeys(names)):
-        command = [sys.executable, __file__, "--one", name, config, "--steps", str(arguments.steps)]
-        command += ["--warmup", str(arguments.warmup)]
-        command += ["--baseline", arguments.baseline] if arguments.baseline else []
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            print(f"{config} {name} failed:\n{result.stderr[-2000:]}", flush=True)
-            continue
-        rows.append((config, name, json.loads(result.stdout.splitlines()[-1])))
-        print(rows[-1], flush=True)
+    pairs = list(itertools.product(arguments.configs.split(","), dict.fromkeys(names)))
+    command = [sys.executable, __file__, "--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
+    command += ["--rounds", str(arguments.rounds)]
+    command += ["--baseline", arguments.baseline] if arguments.baseline else []
+    end = BEGUN + arguments.budget
+    rows = interleave(command, pairs, arguments.rounds, end) if arguments.rounds else one_by_one(command, pairs)
+    table(rows)
+
+
+def table(rows: list[tuple[str, str, dict]]) -> None:
     print(f"\n{'config':8} {'contender':17} {'tok/s':>9} {'MFU':>6} {'GiB':>6} {'optimizer':>10} {'first step':>10}")
     for config, name, row in rows:
         print(

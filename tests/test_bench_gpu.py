@@ -67,13 +67,34 @@ def test_flash_attention_4_replaces_3_in_a_whole_compiled_graph(monkeypatch):
 @pytest.mark.parametrize("name", ["ours:fa4", "baseline:L", "theirs"])
 def test_an_unknown_contender_is_an_error(name):
     with pytest.raises(SystemExit, match="is no contender"):
-        bench.contender(name, "d12x1", 1, 0)
+        bench.contender(name, "d12x1")
 
 
 def test_ratios_are_ours_over_the_fastest_baseline_by_precision():
     speeds = {"ours": 120, "ours:fp8": 150, "baseline:fa4": 100, "baseline:sdpa": 80, "baseline:fa4+fp8": 125}
     rows = [("d24x16", name, {"tok_s": speed}) for name, speed in speeds.items()] + [("d12x32", "ours", {"tok_s": 1})]
     assert bench.ratios(rows) == ["d24x16   bf16  1.200", "d24x16   fp8   1.200"]
+
+
+def test_in_rounds_all_contenders_are_timed_in_turn_and_one_that_fails_is_left_out(tmp_path, capsys):
+    stub = tmp_path / "contender.py"
+    stub.write_text(
+        "import json, sys\n"
+        "name, config = sys.argv[-2:]\n"
+        "if name == 'ours:L': sys.exit('no kernel')\n"
+        "print('noise'); print(json.dumps({'first_step_s': 1}), flush=True)\n"
+        "for i, _ in enumerate(sys.stdin):\n"
+        "    print(json.dumps({'tok_s': (120, 90, 100)[i] + 5 * (name == 'ours')}), flush=True)\n"
+        "    print('{}', flush=True)\n"
+    )
+    pairs = [("d24x16", name) for name in ("ours", "baseline:fa4", "ours:L")]
+    rows = bench.interleave([sys.executable, str(stub)], pairs, 3, float("inf"))
+    speeds = {name: row["tok_s"] for _, name, row in rows}
+    assert speeds == {"ours": 105, "baseline:fa4": 100} and bench.ratios(rows) == ["d24x16   bf16  1.050"]
+    printed = capsys.readouterr().out
+    order = [line.split()[2] for line in printed.splitlines() if line[:1].isdigit()]
+    assert order == ["ours", "baseline:fa4", "baseline:fa4", "ours", "ours", "baseline:fa4"] and "no kernel" in printed
+    assert bench.interleave([sys.executable, str(stub)], pairs[:1], 3, 0.0) == []
 
 
 @pytest.mark.parametrize("fp8", [False, True])

@@ -20,6 +20,7 @@ from tiny import relative
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.kernels import decode as kernels
+from nanochat_hf.kernels import fused_decode
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
 from nanochat_hf.serve.decoder import Decoder, Request
 from nanochat_hf.serve.engine import Engine
@@ -207,26 +208,29 @@ def compare(device: str, steps: int) -> None:
         NanoChatConfig(**shape, **second, sliding_window=9),
         NanoChatConfig.first_generation(**shape, num_attention_heads=3),
     )
-    for config, processors in zip(configs, (96, 1)):  # with and without splitting the keys
+    cases = ((configs[0], 96, 4, 4), (configs[1], 1, 4, 4), (configs[0], 96, 1, 4), (configs[0], 96, 4, 0))
+    for config, processors, slots, fused_slots in cases:  # with and without splitting the keys, and fused kernels
+        fused_decode.MAX_SLOTS = fused_slots
         torch.manual_seed(0)
         model = noisy(NanoChatForCausalLM(config), 0.25, seed=None).to(device)
-        prompts = [[1, 2, 3], [4], [5 + i % 100 for i in range(140)]]
-        settings = ((0, 0, 1), (1.0, 0, 0.9), (0.7, 10, 1))
-        requests = {i: Request(p, 60, *s, seed=i) for i, (p, s) in enumerate(zip(prompts, settings))}
-        plain, fast = decoders = [Decoder(model, 4, 192, [1, 2], dtype=torch.float32) for _ in range(2)]
+        prompts = [[5 + i % 100 for i in range(140)], [4], [1, 2, 3]]
+        settings = ((0.7, 10, 1), (1.0, 0, 0.9), (0, 0, 1))
+        requests = {i: Request(p, 60, *s, seed=i) for i, (p, s) in enumerate(zip(prompts, settings)) if i < slots}
+        plain, fast = decoders = [Decoder(model, slots, 192, [1, 2], dtype=torch.float32) for _ in range(2)]
         for decoder in decoders:
             decoder.processors = processors
             decoder.schedule(requests)
             with torch.inference_mode():
                 for i in range(steps):
-                    decoder.fast_step(4) if decoder is fast else decoder.plain_step(4, 140 + i)
+                    decoder.fast_step(slots) if decoder is fast else decoder.plain_step(slots, 140 + i)
                     decoder.steps += 1
                     if i == steps // 2:
-                        decoder.resume(2, [11, 12, 13])
+                        decoder.resume(0, [11, 12, 13])
         for name, value in vars(plain.state).items():
             assert name == "counter" or torch.equal(value, getattr(fast.state, name)), name
         for one, other in zip(plain.k + plain.v, fast.k + fast.v):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    fused_decode.MAX_SLOTS = 4
 
 
 @pytest.mark.gpu

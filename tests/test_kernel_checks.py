@@ -13,7 +13,7 @@ import torch
 from tiny import make_config
 from torch import nn
 
-from nanochat_hf.kernels import attention, muon
+from nanochat_hf.kernels import attention, fused_decode, muon
 from nanochat_hf.kernels import backend as checks
 from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
@@ -26,7 +26,7 @@ CONFIG = NanoChatConfig(
     head_dim=32, max_position_embeddings=64,
 )  # fmt: skip
 FLASH_KERNELS = {attention.FLASH, attention.FLASH_DOCUMENTS}
-TRAINING = [name for name in checks.CHECKS if name != "decoding"]
+TRAINING = [name for name in checks.CHECKS if name not in ("decoding", "fused decoding")]
 
 
 @pytest.fixture
@@ -156,6 +156,7 @@ def interpreted() -> None:
     decoder = Decoder(lively("cpu"), 4, 60, [1, 2])
     with torch.inference_mode():
         assert checks.fault("decoding", decode_kernels._cases(draw(dtype=torch.float32), decoder)) is None
+        assert checks.fault("fused decoding", fused_decode._cases(draw(dtype=torch.float32), decoder)) is None
         fast, scale = decoder.fast_step, decoder.scale
 
         def wrong(rows):
@@ -193,6 +194,7 @@ def test_the_decoder_passes_its_check_on_a_gpu():
     assert decoder.fast
     with torch.inference_mode():
         assert checks.fault("decoding", decode_kernels._cases(draw("cuda"), decoder)) is None
+        assert checks.fault("fused decoding", fused_decode._cases(draw("cuda"), decoder)) is None
         decoder.w["o0"].mul_(1.3)
         fast, plain = decoder.fast_step, decoder.w["o0"] / 1.3
         decoder.fast_step = lambda rows: (fast(rows), decoder.w["o0"].copy_(plain))[0]

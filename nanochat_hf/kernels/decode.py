@@ -12,9 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .backend import check, disabled, triton
+from .backend import check, disabled, triton, without
 
+FUSED = "fused decoding"  # the check of kernels/fused_decode.py
 LOG_STEPS = 64  # steps whose tokens the device keeps until the host has read them
+# Attention, measured on an H200: keys of a block, warps, programs per multiprocessor, fewest keys of a split.
+ATTENTION = {"block": 32, "warps": 2, "programs": 4, "split": 64}
 NEGLIGIBLE = -32.0  # log weight, relative to the best token, below which sampling ignores a token: e^-32 = 1e-14
 
 
@@ -166,23 +169,30 @@ if triton is not None:
         begin = split * share
         end = tl.minimum(filled, begin + share)
         base = (slot * (HEADS // GROUP) + head // GROUP) * cache_len * DIM
-        query = tl.load(q + (slot * HEADS + head) * DIM + dim).to(tl.float32) * scale
-        best = -float("inf")
-        total = 0.0
-        acc = tl.zeros([DIM], dtype=tl.float32)
+        row = tl.arange(0, 16)  # tensor cores want 16 rows: the query and zeros
+        query = tl.load(
+            q + (slot * HEADS + head) * DIM + dim[None, :] + row[:, None] * 0, mask=row[:, None] == 0, other=0.0
+        )
+        best = tl.full([16], -float("inf"), dtype=tl.float32)
+        total = tl.zeros([16], dtype=tl.float32)
+        acc = tl.zeros([16, DIM], dtype=tl.float32)
         for start in range(begin, end, BLOCK):
             key = start + tl.arange(0, BLOCK)
             inside = key < end
             where = base + key[:, None] * DIM + dim[None, :]
             keys = tl.load(k_cache + where, mask=inside[:, None], other=0.0)
             values = tl.load(v_cache + where, mask=inside[:, None], other=0.0)  # loaded early to hide latency
-            score = tl.where(inside, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), -float("inf"))
-            now = tl.maximum(best, tl.max(score, axis=0))
-            weight = tl.exp(score - now)
+            score = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+            score = tl.where(inside[None, :], score, -float("inf"))
+            now = tl.maximum(best, tl.max(score, axis=1))
+            weight = tl.exp(score - now[:, None])
             fade = tl.exp(best - now)
-            acc = acc * fade + tl.sum(weight[:, None] * values.to(tl.float32), axis=0)
-            total = total * fade + tl.sum(weight, axis=0)
+            acc = tl.dot(weight.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
+            total = total * fade + tl.sum(weight, axis=1)
             best = now
+        acc = tl.sum(tl.where(row[:, None] == 0, acc, 0.0), axis=0)
+        total = tl.sum(tl.where(row == 0, total, 0.0), axis=0)
+        best = tl.max(tl.where(row == 0, best, -float("inf")), axis=0)
         if SPLITS == 1:
             tl.store(out + (slot * HEADS + head) * DIM + dim, (acc / total).to(out.dtype.element_ty))
         else:
@@ -302,9 +312,15 @@ if triton is not None:
 
 @check("decoding", instead="PyTorch's operations, which are slower")
 def _cases(draw, decoder):
-    """A step of few slots at a late position and of all slots at an early one, over random caches; then clears all."""
+    """A step of few slots at a late position and of all slots at an early one, without the fused kernels."""
+    with without(FUSED):
+        yield from trials(draw, decoder, ((min(decoder.slots, 3), 700), (decoder.slots, 100)))
+
+
+def trials(draw, decoder, sizes):
+    """Cases of a check: one step for each of `sizes`, (slots, position), over random caches; then all is cleared."""
     try:
-        for slots, most in ((min(decoder.slots, 3), 700), (decoder.slots, 100)):
+        for slots, most in sizes:
             at = max(min(decoder.length - 2, most), 0)
             for cache in decoder.k + decoder.v:
                 part = cache[:slots, :, : at + 1]

@@ -1,7 +1,7 @@
 """Batched decoding of a nanochat model: weights, KV caches and sampling state of many slots, one step for all at once.
 
 `model.generate` launches about 400 kernels per token and synchronizes with the device after each one. Here a step on
-CUDA replays one CUDA graph of about ten kernels per layer (`kernels/decode.py`), sampling included; all state is on
+CUDA replays one CUDA graph of five to ten kernels per layer (`kernels/decode.py`), sampling included; all state is on
 the device, and the host reads a log of tokens a few steps later. Elsewhere `plain_step` computes the same in PyTorch.
 
 A slot is the place of one request in the batch. Its KV cache is a ring buffer of the window's size in a sliding-window
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from ..kernels import decode as kernels
+from ..kernels import fused_decode
 from ..kernels.backend import verify
 from ..model.quantization import is_quantized
 
@@ -27,6 +28,12 @@ MAX_FORCED = 512  # tokens that can wait to be put into a slot (a tool's result)
 MAX_STOPS = 8
 PREFILL_TOKENS = 32768  # prompt tokens of one forward pass
 CAPTURE_LOCK = threading.Lock()
+
+
+def row_block(size: int) -> dict:
+    """Options of a kernel with one program per row of `size` values."""
+    block = 1 << (size - 1).bit_length()
+    return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8}
 
 
 @dataclass(eq=False)
@@ -126,7 +133,8 @@ class Decoder:
         self.pool = None
         self.fast = kernels.available(self.device, self.head_dim)
         if self.fast:
-            self.fast = "decoding" not in verify(["decoding"], config, self.device, self.dtype, subject=self)
+            names = ["decoding", *([kernels.FUSED] if fused_decode.MAX_SLOTS else [])]
+            self.fast = "decoding" not in verify(names, config, self.device, self.dtype, subject=self)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
@@ -350,35 +358,17 @@ class Decoder:
 
     def fast_step(self, slots: int) -> torch.Tensor:
         """The launches of one step on CUDA, recorded once per number of slots. Returns: the raw logits."""
-        w, k, s, size, layers = self.w, kernels, self.state, self.config.hidden_size, self.config.num_hidden_layers
-        block = 1 << (size - 1).bit_length()
-        warps = 4 if block <= 2048 else 8
-        x, x0, h = self.empty(slots, size), self.empty(slots, size), self.empty(slots, size)
+        w, k, s, size = self.w, kernels, self.state, self.config.hidden_size
+        x, x0, h = (self.empty(slots, size) for _ in range(3))
         none = s.stops  # a pointer for arguments that a kernel without the feature never reads
-        resid, initial, smear = w.get("resid_lambdas"), w.get("x0_lambdas"), w.get("smear_gate")
+        smear = w.get("smear_gate")
         k.embed_kernel[(slots,)](
             s.token, s.prev, s.pos, s.counter, w["embed"],
             none if smear is None else smear, w.get("smear_lambda", none), w.get("resid_lambdas", none),
             w.get("x0_lambdas", none), x, x0, h, size, 0 if smear is None else smear.shape[1], self.eps,
-            SMEAR=smear is not None, LAMBDAS=resid is not None, BLOCK=block, num_warps=warps,
+            SMEAR=smear is not None, LAMBDAS="resid_lambdas" in w, **row_block(size),
         )  # fmt: skip
-        middle = x
-        for i in range(layers):
-            x.addmm_(self._launch_attention(i, h), w[f"o{i}"].t())
-            x.addmm_(self._launch_mlp_up(i, x), w[f"fc2{i}"].t())
-            if i == layers // 2:
-                middle = x if resid is not None else x.clone()  # without lambdas the kernel below writes in place
-            mixed, scales, mode = x, (none, none), 0
-            if i + 1 < layers and resid is not None:
-                mixed, scales, mode = torch.empty_like(x), (resid[i + 1], initial[i + 1]), 1
-            elif i + 1 == layers and "backout_lambda" in w:
-                scales, mode = (none, w["backout_lambda"]), 2
-            other = middle if mode == 2 else x0
-            k.residual_kernel[(slots,)](
-                x, other, *scales, mixed, h, size, self.eps, MODE=mode, BLOCK=block, num_warps=warps
-            )
-            x = mixed
-        logits = h @ w["head"].t()
+        logits = fused_decode.network(self, x, x0, slots) if fused_decode.usable(slots) else self._network(x, x0, h)
         block = 1 << (self.vocab - 1).bit_length()
         k.sample_kernel[(slots,)](
             logits, s.token, s.prev, s.pos, s.last, s.active, s.forced, s.forced_at, s.forced_size, s.temperature,
@@ -388,6 +378,29 @@ class Decoder:
             num_warps=32 if block > 8192 else 8,
         )  # fmt: skip
         return logits
+
+    def _network(self, x: torch.Tensor, x0: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """Layers and head with cuBLAS: the residual stream x before the first layer, its norm h -> raw logits."""
+        w, (slots, size), layers, none = self.w, x.shape, self.config.num_hidden_layers, self.state.stops
+        resid, initial = w.get("resid_lambdas"), w.get("x0_lambdas")
+        middle = x
+        for i in range(layers):
+            x.addmm_(self._launch_attention(i, h), w[f"o{i}"].t())
+            x.addmm_(self._launch_mlp_up(i, x), w[f"fc2{i}"].t())
+            if i == layers // 2:
+                # The mix below writes to a new tensor, or else in place.
+                middle = x if resid is not None else x.clone()
+            mixed, scales, mode = x, (none, none), 0
+            if i + 1 < layers and resid is not None:
+                mixed, scales, mode = torch.empty_like(x), (resid[i + 1], initial[i + 1]), 1
+            elif i + 1 == layers and "backout_lambda" in w:
+                scales, mode = (none, w["backout_lambda"]), 2
+            other = middle if mode == 2 else x0
+            kernels.residual_kernel[(slots,)](
+                x, other, *scales, mixed, h, size, self.eps, MODE=mode, **row_block(size)
+            )
+            x = mixed
+        return h @ w["head"].t()
 
     def _launch_attention(self, i: int, h: torch.Tensor) -> torch.Tensor:
         """Attention of layer i for normed inputs h (slots, C). Returns: its output before the projection."""
@@ -406,7 +419,8 @@ class Decoder:
         sums, bests = (self.empty(slots * heads, splits, dtype=torch.float32) for _ in range(2))
         k.attention_kernel[(slots * heads, splits)](
             q, self.k[i], self.v[i], s.pos, part, sums, bests, size, self.scale,
-            HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SPLITS=splits, BLOCK=32, num_warps=2,
+            HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SPLITS=splits, BLOCK=k.ATTENTION["block"],
+            num_warps=k.ATTENTION["warps"],
         )  # fmt: skip
         if splits > 1:
             k.combine_kernel[(slots * heads,)](part, sums, bests, y, DIM=dim, SPLITS=splits, num_warps=4)
@@ -425,7 +439,8 @@ class Decoder:
 
     def splits(self, slots: int, size: int) -> int:
         """Into how many parts attention splits the keys of a slot: enough programs for the device, a power of two."""
-        most = min(4 * self.processors // (slots * self.heads), size // 64, 32)
+        tuning = kernels.ATTENTION
+        most = min(tuning["programs"] * self.processors // (slots * self.heads), size // tuning["split"], 32)
         return 1 << max(most, 1).bit_length() - 1
 
     @torch.inference_mode()
