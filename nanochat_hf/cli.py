@@ -37,7 +37,7 @@ from .stage_configs import (
     read_recipe,
 )
 
-ACCELERATE = Path(__file__).parents[1] / "configs" / "accelerate"
+ACCELERATE = project_folder("configs", "accelerate")
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
 MODEL = {"model": (Place, "folder or Hub id of the model to begin with (default: the newest of the run folder)")}

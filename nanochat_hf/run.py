@@ -75,6 +75,13 @@ class Run:
         return next((self.folder(stage) for stage in reversed(stages) if self.finished(stage)), None)
 
 
+def project_folder(*names: str) -> Path:
+    """recipes, configs, evals or spaces, and what is below: inside the package if it came as a wheel, else beside it."""
+    package = Path(__file__).parent
+    inside = package / "shipped"
+    return (inside if inside.is_dir() else package.parent).joinpath(*names)
+
+
 def first_non_finite(tensors) -> str | None:
     """Name of the first of (name, tensor) pairs that holds NaN or infinity."""
     for name, tensor in tensors:
@@ -197,8 +204,8 @@ def source() -> dict:
         done = subprocess.run(command, cwd=here, check=False, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    try:
-        commit = git("rev-parse", "--short=10", "HEAD")
+    try:  # an installed package may lie in a repository of somebody else
+        commit = git("ls-files", "--error-unmatch", Path(__file__).name) and git("rev-parse", "--short=10", "HEAD")
         return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
     except OSError:  # no git on this machine
         return {"commit": None, "dirty": None}

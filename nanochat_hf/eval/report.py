@@ -21,7 +21,7 @@ from pydantic import ValidationError, create_model
 from transformers import AutoTokenizer
 
 from ..errors import InputError
-from ..run import MODEL_STAGES, TITLES, Run, save_json, without_nan, writing
+from ..run import MODEL_STAGES, TITLES, Run, project_folder, save_json, without_nan, writing
 from .plots import GPT2_XL, WORDS, page, plots
 from .weights import measurements, refuse_non_finite, replaced
 
@@ -254,7 +254,7 @@ def compression(tokenizer) -> dict[str, dict[str, float | None]]:
             tokenizers[name] = AutoTokenizer.from_pretrained(repo, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError):
             tokenizers[name] = None
-    for path in sorted((ROOT / "evals" / "texts").glob("*.txt")):
+    for path in sorted(project_folder("evals", "texts").glob("*.txt")):
         text = path.read_text("utf-8")
         table[path.stem] = {
             name: encode and len(text.encode()) / len(encode(text, add_special_tokens=False)["input_ids"])
