@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from packaging.requirements import Requirement
 from safetensors import SafetensorError
 
 from .errors import InputError
@@ -76,7 +77,7 @@ class Run:
 
 
 def project_folder(*names: str) -> Path:
-    """recipes, configs, evals or spaces, and what is below: inside the package if it came as a wheel, else beside it."""
+    """A folder of the project, or what is below: inside the package if that came as a wheel, else beside it."""
     package = Path(__file__).parent
     inside = package / "shipped"
     return (inside if inside.is_dir() else package.parent).joinpath(*names)
@@ -170,6 +171,21 @@ def writing(path: str | Path, hint: str = "") -> Iterator[None]:
         raise InputError(f"cannot write {path}: {reason}; make room there or choose another place{hint}") from None
 
 
+def short(count: int | None) -> str:
+    """1433600 -> 1.4M."""
+    if count is None:
+        return "-"
+    sizes = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+    return next((f"{count / size:.1f}{letter}" for size, letter in sizes if count >= size), str(count))
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {round(seconds) % 60:02d} s"
+
+
 def apply_umask(folder: str | Path) -> None:
     """Give the files below `folder` the permissions of the umask; those of safetensors are for the owner only."""
     mask = os.umask(0)
@@ -214,6 +230,26 @@ def source() -> dict:
 def versions() -> dict:
     installed = {package.name.lower().replace("-", "_"): package.version for package in metadata.distributions()}
     return {"python": platform.python_version()} | {name: installed.get(name) for name in PACKAGES}
+
+
+def missing_packages() -> dict[str, list[str]]:
+    """Requirements that this project's metadata names and this machine lacks or has too old, by their extra.
+
+    "needed" are those that everything needs; those of developers are left out.
+    """
+    missing: dict[str, list[str]] = {}
+    for requirement in map(Requirement, metadata.requires("nanochat_hf") or ()):
+        extra = next((name for name in ("gpu", "kernels") if f'"{name}"' in str(requirement.marker)), None)
+        if requirement.marker and not extra:
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            version = None
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            requirement.marker = None
+            missing.setdefault(extra or "needed", []).append(f'"{requirement}"')
+    return missing
 
 
 def start_record(config) -> dict:
