@@ -123,8 +123,7 @@ def speedrun(words: list[str]) -> None:
     """The whole pipeline of a recipe, from text to a chat model with its report card."""
     recipe, stages, configs, arguments = read_speedrun(new_parser(speedrun.__doc__), words)
     if arguments.dry_run:
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        return show_plan(stages, configs, ranks, None, "CPU", node_rate=arguments.node_hourly_rate)
+        return show_plan(stages, configs, arguments, int(os.environ.get("WORLD_SIZE", "1")))
     from .stages import run_stages
 
     run = Run(arguments.run_dir or Path("runs") / recipe.name)
@@ -158,45 +157,21 @@ def read_pipeline(parser: Parser, words: list[str]) -> tuple:
 def plan(words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
     parser = new_parser(plan.__doc__)
-    parser.option("--gpus", Count, help="how many; default: this machine's, or its CPU")
-    parser.option("--gpu", help="their name, for example H100; default: this machine's, or H200")
-    parser.option("--gpu-hourly-rate", NotNegative, default=3.0, help="dollars per GPU (default: %(default)s)")
+    parser.option("--gpus", Count, help="how many (default: 1)")
+    parser.option("--gpu", help="their name, for example H100; default: this machine's, or H200 with --gpus")
+    parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
     _, stages, configs, arguments = read_pipeline(parser, recipe_first(words))
     otherwise = "H200" if arguments.gpus else "CPU"
-    show_plan(stages, configs, arguments.gpus, arguments.gpu, otherwise, arguments.gpu_hourly_rate)
+    show_plan(stages, configs, arguments, arguments.gpus or 1, otherwise, device=arguments.gpu)
 
 
-def show_plan(
-    stages: list[str],
-    configs: dict,
-    ranks: int | None,
-    device: str | None,
-    otherwise: str,
-    rate: float = 3.0,
-    node_rate: float | None = None,
-    sharding: str | None = None,
-) -> None:
-    """Print a pipeline's plan, on the main process.
+def show_plan(stages, configs, arguments, ranks: int, otherwise="CPU", device=None, sharding=None) -> None:
+    """Print a pipeline's plan for a GPU or CPU: `device`, or the GPU of this machine, or `otherwise`."""
+    from .optim.overview import Devices, gpu_here, pipeline_text
 
-    Args:
-        ranks: None for the GPUs of this machine.
-        device: a GPU's name, or CPU; None for the GPU of this machine, and if it has none, `otherwise`.
-        rate: dollars per GPU-hour; node_rate: per hour of a node with at most 8 of them.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        return
-    import torch
-
-    from .optim.overview import Devices, pipeline_text
-    from .optim.scaling import GPUS, find_gpu
-
-    if device and device != "CPU" and not find_gpu(device):
-        raise InputError(f"--gpu: no data sheet of {device!r}; {nearest(device, GPUS)}")
-    here = torch.cuda.device_count()
-    name = device or (torch.cuda.get_device_name(0) if here else otherwise)
-    ranks = ranks or (here if here and not device else 1)
-    rate = rate if node_rate is None else node_rate / min(ranks, 8)
-    print(pipeline_text(stages, configs, Devices(name, ranks, os.cpu_count() or 1, rate, sharding)))
+    devices = Devices(device or gpu_here() or otherwise, ranks, arguments.node_hourly_rate, sharding)
+    if os.environ.get("RANK", "0") == "0":
+        print(pipeline_text(stages, configs, devices))
 
 
 def recipe_first(words: list[str]) -> list[str]:
@@ -224,10 +199,9 @@ def run(words: list[str]) -> None:
         command += ["--config_file", files[0]]
         launch = read_yaml(files[0])
     if arguments.dry_run:
-        ranks = arguments.num_processes or launch.get("num_processes")
-        device, otherwise = "CPU" if launch.get("use_cpu") else None, "H200" if launch else "CPU"
-        sharding, rate = SHARDING.get(launch.get("distributed_type")), arguments.node_hourly_rate
-        return show_plan(stages, configs, ranks, device, otherwise, node_rate=rate, sharding=sharding)
+        ranks, kind = arguments.num_processes or launch.get("num_processes", 1), launch.get("distributed_type")
+        otherwise, device = "H200" if launch else "CPU", "CPU" if launch.get("use_cpu") else None
+        return show_plan(stages, configs, arguments, ranks, otherwise, device, SHARDING.get(kind))
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
     command += ["--module", "nanochat_hf.cli", "speedrun", "--recipe", arguments.recipe, *arguments.overrides]
     for name in ("run_dir", "repo", "node_hourly_rate"):
@@ -466,9 +440,8 @@ def env(words: list[str]) -> None:
     facts |= {"recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
     for name, value in facts.items():
         print(f"{name:<20} {str(value).replace(str(Path.home()), '~')}")
-    missing = missing_packages()
-    for extra in missing if facts["device_type"] == "cuda" else missing.keys() - {"kernels"}:
-        print(f"{'missing':<20} {extra}: pip install {' '.join(missing[extra])}")
+    for requirement in missing_packages():
+        print(f'{"missing":<20} {requirement}: pip install "{requirement.partition(";")[0]}"')
 
 
 COMMANDS: dict[str, Callable] = {

@@ -232,23 +232,16 @@ def versions() -> dict:
     return {"python": platform.python_version()} | {name: installed.get(name) for name in PACKAGES}
 
 
-def missing_packages() -> dict[str, list[str]]:
-    """Requirements that this project's metadata names and this machine lacks or has too old, by their extra.
-
-    "needed" are those that everything needs; those of developers are left out.
-    """
-    missing: dict[str, list[str]] = {}
+def missing_packages() -> list[str]:
+    """The requirements of this project and its extras for users that are not installed, or in too old a version."""
+    missing = []
     for requirement in map(Requirement, metadata.requires("nanochat_hf") or ()):
-        extra = next((name for name in ("gpu", "kernels") if f'"{name}"' in str(requirement.marker)), None)
-        if requirement.marker and not extra:
-            continue
         try:
-            version = metadata.version(requirement.name)
+            fits = requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
         except metadata.PackageNotFoundError:
-            version = None
-        if version is None or not requirement.specifier.contains(version, prereleases=True):
-            requirement.marker = None
-            missing.setdefault(extra or "needed", []).append(f'"{requirement}"')
+            fits = False
+        if not fits and 'extra == "dev"' not in str(requirement.marker):
+            missing.append(str(requirement))
     return missing
 
 

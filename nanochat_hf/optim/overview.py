@@ -1,26 +1,20 @@
 """What a stage does, as a block of text: printed when it begins, and by `nanochat plan`, which starts nothing.
 
-base_block(config, plan(config, 32768), Devices("NVIDIA H200", 8), batch=(16, 4))
-pipeline_text(stages, configs, Devices("H200", 8))     # all stages of a recipe
+pipeline_text(*read_recipe(find_recipe("d24"), None, []), Devices("H200", 8))
 """
 
+import os
 from typing import NamedTuple
 
-from ..run import duration, short
-from .scaling import (
-    GPUS,
-    Plan,
-    estimate_micro_batch_size,
-    estimate_speed,
-    find_gpu,
-    memory_needs,
-    plan,
-    split_global_batch,
-    stage_groups,
-)
+import torch
+
+from ..errors import InputError
+from ..run import duration, nearest, short
+from . import scaling
+from .scaling import GPUS, Plan, find_gpu, memory_needs, split_global_batch
 
 RATE = 3.0  # dollars per GPU-hour
-SHARES = {"matrix": "Muon", "embedding": "embedding", "head": "head", "x0": "scalars"}  # role -> word for its LR
+LEARNING_RATES = {"matrix": "Muon", "embedding": "AdamW: embedding", "head": "head", "x0": "scalars"}  # by role
 
 
 class Devices(NamedTuple):
@@ -28,9 +22,12 @@ class Devices(NamedTuple):
 
     name: str
     ranks: int
-    cores: int = 1  # of a CPU
-    hourly_rate: float = RATE  # dollars, of one GPU
+    hourly_rate: float | None = None  # dollars, of a node of up to 8 GPUs
     sharding: str | None = None  # FSDP2, say; None: replicated parameters
+
+
+def gpu_here() -> str | None:
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
 def block(rows: dict[str, str | None]) -> str:
@@ -46,8 +43,8 @@ def stage_rows(config, model_config, parameters: int, groups: dict, data: str, s
     """
     heads, width = model_config.num_attention_heads, model_config.hidden_size
     shape = f"{model_config.num_hidden_layers} layers, width {width:,}, {heads} heads"
-    rates = [f"{word} {groups[role]['lr']:.3g}" for role, word in SHARES.items()]
-    optimizer = f"learning rates: {rates[0]}; AdamW: {', '.join(rates[1:])}"
+    rates = ", ".join(f"{word} {groups[role]['lr']:.3g}" for role, word in LEARNING_RATES.items())
+    optimizer = f"learning rates: {rates}"
     if lora := getattr(config, "lora_r", 0):
         optimizer = f"AdamW, learning rate {config.lora_lr:.3g}, on LoRA adapters of rank {lora}"
     every = f"every {config.save_every:,} steps" if config.save_every > 0 else "at the end, or when interrupted"
@@ -72,8 +69,8 @@ def batch_text(ranks: int, size: int, grad_accum_steps: int) -> str:
     return f"{ranks * size * grad_accum_steps:,} sequences per step ({parts})"
 
 
-def base_block(config, size: Plan, devices: Devices, batch: tuple[int, int], fp8: bool, more: dict) -> str:
-    """The block of pretraining.
+def base_rows(config, size: Plan, devices: Devices, batch: tuple[int, int], fp8: bool, more: dict) -> dict:
+    """The rows of pretraining.
 
     Args:
         batch: micro-batch size and gradient accumulation steps. fp8: whether the blocks compute in FP8.
@@ -85,32 +82,26 @@ def base_block(config, size: Plan, devices: Devices, batch: tuple[int, int], fp8
     rows = stage_rows(config, size.model_config, size.num_parameters, size.groups, data_text(config), steps, sequences)
     replicated = "replicated parameters, ZeRO-1-style sharded optimizer state" if devices.ranks > 1 else None
     sharding = {"sharding": devices.sharding or replicated}
-    return block(rows | sharding | more | estimate_rows(size, devices, batch[0], fp8))
+    return rows | sharding | more | estimate_rows(size, devices, batch[0], fp8)
 
 
 def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool) -> dict[str, str]:
     """Memory, time, cost and energy of pretraining, without evaluations; what is not known is left out."""
-    name, units = find_gpu(devices.name), devices.ranks if devices.name != "CPU" else devices.cores
-    rows, speed = {}, estimate_speed(size, devices.name, units, fp8, bool(devices.sharding))
-    if name:
-        fixed, per_sequence = memory_needs(size)
-        needed = (fixed + micro_batch_size * per_sequence) / 1e9
-        rows["memory"] = f"at most {needed:.0f} of {GPUS[name].memory / 1e9:.0f} GB per GPU, by a cautious estimate"
+    name, ranks, rows = find_gpu(devices.name), devices.ranks, {}
+    units = ranks if name else os.cpu_count() or 1
+    speed, source = scaling.estimate_speed(size, devices.name, units, fp8, bool(devices.sharding))
     if speed is None:
-        return rows | {"time": f"no estimate for {devices.name}"}
-    seconds = size.total_tokens / speed[0]
-    rows["time"] = f"{duration(seconds)} at {short(round(speed[0]))} tok/s ({speed[1]}); evaluations not included"
+        return {"time": source}
+    seconds = size.total_tokens / speed
+    rows["time"] = f"{duration(seconds)} at {short(round(speed))} tok/s ({source}); evaluations not included"
     if name:
-        hours = devices.ranks * seconds / 3600
-        rows["cost"] = f"${hours * devices.hourly_rate:,.2f} at ${devices.hourly_rate:.2f} per GPU-hour"
-        rows["energy"] = f"at most {hours * GPUS[name].watts / 1000:,.1f} kWh, the GPUs at {GPUS[name].watts:,.0f} W"
+        gpu, hours, (fixed, per_sequence) = GPUS[name], seconds / 3600, memory_needs(size)
+        needed = (fixed + micro_batch_size * per_sequence) / 1e9
+        rows["memory"] = f"{needed:.0f} of {gpu.memory / 1e9:.0f} GB per GPU, a cautious estimate"
+        rate = RATE * ranks if devices.hourly_rate is None else devices.hourly_rate * -(-ranks // 8)
+        rows["cost"] = f"${hours * rate:,.2f} at ${rate:,.2f} per hour"
+        rows["energy"] = f"at most {hours * ranks * gpu.watts / 1000:,.1f} kWh, {gpu.watts:,.0f} W per GPU"
     return rows
-
-
-def uses_fp8(fp8: bool | str, device_name: str) -> bool:
-    """Whether a GPU of this name computes in FP8 by the key `fp8`; auto: from the H100 on."""
-    name = find_gpu(device_name) or ""
-    return fp8 is True or (fp8 == "auto" and name.startswith(("H100", "GH200", "H200", "B", "RTX 50")))
 
 
 def stage_batch(config, ranks: int, length: int) -> tuple[int, int]:
@@ -126,32 +117,33 @@ def stage_batch(config, ranks: int, length: int) -> tuple[int, int]:
 
 
 def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
-    """The blocks of a recipe's stages. Raises InputError for a batch that these devices cannot divide."""
-    base, size = configs["base"], plan(configs["base"], configs["tokenizer"].vocab_size)
-    cuda = find_gpu(devices.name)
-    requested, parts = base.device_batch_size, [f"{devices.ranks} x {devices.name}"]
-    if requested == -1:
-        requested = estimate_micro_batch_size(size, 0.95 * GPUS[cuda].memory if cuda else 8e9, 2 if cuda else 4)
-    for stage in stages:
-        config = configs.get(stage)
+    """The blocks of a recipe's stages. Raises InputError for an unknown GPU, and a batch that cannot be divided."""
+    base, ranks, cuda = configs["base"], devices.ranks, find_gpu(devices.name)
+    if not cuda and devices.name not in ("CPU", gpu_here()):
+        raise InputError(f"--gpu: no data sheet of {devices.name!r}; {nearest(devices.name, GPUS)}")
+    size, parts = scaling.plan(base, configs["tokenizer"].vocab_size), [f"{ranks} x {devices.name}"]
+    for stage in (name for name in stages if name != "report"):
+        config = configs[stage]
+        rows = {"data": data_text(config)}
         if stage == "tokenizer":
-            rows = {"data": data_text(config), "vocabulary": f"{config.vocab_size:,} tokens"}
-            parts.append(f"{stage}\n{block(rows)}")
-        elif stage == "base":
-            fp8 = uses_fp8(base.fp8, devices.name)
-            batch = split_global_batch(
-                "total_batch_size", size.total_batch_size, size.max_seq_len, requested, devices.ranks
-            )
-            precision = ("bfloat16 with FP8 blocks" if fp8 else "bfloat16") if cuda else "float32"
-            parts.append(f"{stage}\n{base_block(base, size, devices, batch, fp8, {'precision': precision})}")
-        elif stage in ("mid", "sft", "rl"):
-            length = getattr(config, "max_seq_len", -1)
-            batch = stage_batch(config, devices.ranks, length if length > 0 else size.max_seq_len)
-            steps = f"{config.num_iterations:,}" if config.num_iterations > 0 else f"{config.num_epochs:g} x the data"
-            groups = stage_groups(config, size.model_config)
-            text = batch_text(devices.ranks, *batch)
-            rows = stage_rows(config, size.model_config, size.num_parameters, groups, data_text(config), steps, text)
-            parts.append(f"{stage}\n{block(rows)}")
+            rows["vocabulary"] = f"{config.vocab_size:,} tokens"
         elif stage == "eval":
-            parts.append(f"{stage}\n{block({'tasks': ', '.join(config.tasks), 'CORE': config.core_bundle})}")
+            rows["tasks"] = ", ".join(config.tasks)
+        elif stage == "base":
+            requested, total = base.device_batch_size, size.total_batch_size
+            if requested == -1:
+                memory = 0.95 * GPUS[cuda].memory if cuda else 8e9
+                requested = scaling.estimate_micro_batch_size(size, memory, 2 if cuda else 4)
+            batch = split_global_batch("total_batch_size", total, size.max_seq_len, requested, ranks)
+            fp8 = base.fp8 is True or (base.fp8 == "auto" and bool(cuda) and GPUS[cuda].auto_fp8)
+            precision = ("bfloat16 with FP8 blocks" if fp8 else "bfloat16") if cuda else "float32"
+            rows = base_rows(base, size, devices, batch, fp8, {"precision": precision})
+        else:
+            length = getattr(config, "max_seq_len", -1)
+            batch = stage_batch(config, ranks, length if length > 0 else size.max_seq_len)
+            steps = f"{config.num_iterations:,}" if config.num_iterations > 0 else f"{config.num_epochs:g} x the data"
+            groups = scaling.stage_groups(config, size.model_config)
+            shape = size.model_config, size.num_parameters
+            rows = stage_rows(config, *shape, groups, data_text(config), steps, batch_text(ranks, *batch))
+        parts.append(f"{stage}\n{block(rows)}")
     return "\n\n".join(parts)

@@ -36,14 +36,16 @@ class GPU(NamedTuple):
     flops: float  # dense bf16, per second
     memory: float  # bytes
     watts: float  # of the board, at most
+    auto_fp8: bool = True  # compute capability 9.0 or newer
 
 
 GPUS = {  # by a part of the device's name; longer names first
     "H100 PCIe": GPU(756e12, 80e9, 350), "H100 NVL": GPU(835e12, 94e9, 400), "H100": GPU(989e12, 80e9, 700),
     "GH200": GPU(989e12, 96e9, 900), "H200": GPU(989e12, 141e9, 700), "B200": GPU(2250e12, 180e9, 1000),
-    "B300": GPU(2250e12, 288e9, 1400), "A100": GPU(312e12, 80e9, 400), "A10G": GPU(70e12, 24e9, 300),
-    "L40S": GPU(362e12, 48e9, 350), "L4": GPU(121e12, 24e9, 72), "RTX 3090": GPU(71e12, 24e9, 350),
-    "RTX 4090": GPU(165e12, 24e9, 450), "RTX 5090": GPU(210e12, 32e9, 575), "MI300X": GPU(1307e12, 192e9, 750),
+    "B300": GPU(2250e12, 288e9, 1400), "A100": GPU(312e12, 80e9, 400, False), "A10G": GPU(70e12, 24e9, 300, False),
+    "L40S": GPU(362e12, 48e9, 350, False), "L4": GPU(121e12, 24e9, 72, False),
+    "RTX 3090": GPU(71e12, 24e9, 350, False), "RTX 4090": GPU(165e12, 24e9, 450, False),
+    "RTX 5090": GPU(210e12, 32e9, 575), "MI300X": GPU(1307e12, 192e9, 750, False),
 }  # fmt: skip
 CPU_FLOPS = 5e10  # per second and core, roughly
 MFU = {"bf16": 0.589, "FP8": 0.722}  # of recipe d24 on one H200 (docs/parallelism.md)
@@ -309,15 +311,15 @@ def peak_flops(device_name: str) -> float | None:
 
 def estimate_speed(
     plan: Plan, device_name: str, ranks: int, fp8: bool, sharded: bool = False
-) -> tuple[float, str] | None:
-    """Tokens per second of pretraining on `ranks` GPUs, and how that is known; None for an unknown device.
+) -> tuple[float | None, str]:
+    """Tokens per second of pretraining on `ranks` GPUs, and how that is known, or why it is not.
 
     On a CPU `ranks` is the number of cores.
     """
     name, precision, config = find_gpu(device_name), "FP8" if fp8 else "bf16", plan.model_config
     if name is None:
-        known = "CPU" in device_name
-        return (ranks * CPU_FLOPS / plan.flops_per_token, "projected, roughly") if known else None
+        known = (ranks * CPU_FLOPS / plan.flops_per_token, "projected, roughly")
+        return known if device_name == "CPU" else (None, f"no estimate for {device_name}")
     depth, standard = config.num_hidden_layers, (config.generation, plan.max_seq_len, config.window_pattern)
     key = (name, ranks, depth, precision)
     if key in MEASURED and not sharded and standard == (2, 2048, "SSSL") and config.hidden_size == 64 * depth:

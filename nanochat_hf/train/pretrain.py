@@ -11,7 +11,6 @@ for the host; whether to skip a step is decided on the device.
 """
 
 import math
-import os
 import shutil
 import signal
 import sys
@@ -35,7 +34,7 @@ from ..data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ..distributed import main_process_first, monitored_barrier
 from ..optim.gradient_reduction import OwnerGradientReducer
 from ..optim.muon_adamw import MuonAdamW, param_groups
-from ..optim.overview import Devices, base_block
+from ..optim.overview import Devices, base_rows, block
 from ..optim.scaling import peak_flops, plan
 from ..run import load_json, model_fingerprint, save_json, start_record, write_metrics
 from ..stage_configs import SHAPE_KEYS, PretrainConfig
@@ -138,8 +137,8 @@ class Pretraining:
         """What the run is about to do, as `nanochat plan` prints it."""
         cuda, batch = self.device.type == "cuda", (self.micro_batch_size, self.grad_accum_steps)
         name = torch.cuda.get_device_name(self.device) if cuda else self.device.type.upper()
-        devices = Devices(name, self.world, os.cpu_count() or 1, sharding="FSDP2" if self.sharded else None)
-        return base_block(self.config, self.plan, devices, batch, self.fp8, {"kernels": kernels})
+        devices = Devices(name, self.world, sharding="FSDP2" if self.sharded else None)
+        return block(base_rows(self.config, self.plan, devices, batch, self.fp8, {"kernels": kernels}))
 
     @property
     def fp8(self) -> bool:
