@@ -318,8 +318,9 @@ def estimate_speed(
     """
     name, precision, config = find_gpu(device_name), "FP8" if fp8 else "bf16", plan.model_config
     if name is None:
-        known = (ranks * CPU_FLOPS / plan.flops_per_token, "projected, roughly")
-        return known if device_name == "CPU" else (None, f"no estimate for {device_name}")
+        if device_name != "CPU":
+            return None, f"no estimate for {device_name}"
+        return ranks * CPU_FLOPS / plan.flops_per_token, "projected, roughly"
     depth, standard = config.num_hidden_layers, (config.generation, plan.max_seq_len, config.window_pattern)
     key = (name, ranks, depth, precision)
     if key in MEASURED and not sharded and standard == (2, 2048, "SSSL") and config.hidden_size == 64 * depth:
