@@ -321,10 +321,8 @@ class StageTrainer(TrainerCallback):
         args, model, device = self.args, self.accelerator.unwrap_model(self.model), self.accelerator.device
         rows, steps = f"{len(self.train_dataset):,} rows", f"{self.state.max_steps:,}"
         batch = batch_text(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps)
-        data, parameters = (
-            f"{data_text(self.stage)}: {rows}",
-            sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
-        )
+        data = f"{data_text(self.stage)}: {rows}"
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 empties its own
         sharding = "ZeRO" if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else None
         more = {"sharding": sharding, "precision": f"{compute_dtype(device)} on {device.type}".removeprefix("torch.")}
         groups = self.optimizer_options()
