@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(STAMP)
 
-demo: setup ## train a chat model from nothing on this CPU, print its report card (minutes)
+demo: setup ## train a chat model from nothing on this CPU, print its scores (minutes)
 	$(BIN)/accelerate launch -q --config_file configs/accelerate/cpu.yaml recipes/speedrun.py --recipe cpu-demo --run-dir $(RUN)
 
 chat: setup ## chat in the terminal with the model of $(RUN)

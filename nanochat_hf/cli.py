@@ -8,9 +8,11 @@ A subcommand checks all its arguments before it imports anything large. `--help`
 
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,9 +20,22 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import StringConstraints
 
-from .config import Parser, keys_help, parse_config
+from .config import Parser, keys_help, parse_config, read_yaml
 from .errors import InputError, guarded
-from .run import MODEL_STAGES, Run, hardware, load_json, model_fingerprint, nearest, save_json, versions, writing
+from .run import (
+    MODEL_STAGES,
+    Run,
+    hardware,
+    load_json,
+    missing_packages,
+    model_fingerprint,
+    nearest,
+    project_folder,
+    save_json,
+    source,
+    versions,
+    writing,
+)
 from .stage_configs import (
     RECIPES,
     STAGE_CONFIGS,
@@ -37,7 +52,7 @@ from .stage_configs import (
     read_recipe,
 )
 
-ACCELERATE = Path(__file__).parents[1] / "configs" / "accelerate"
+ACCELERATE = project_folder("configs", "accelerate")
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
 MODEL = {"model": (Place, "folder or Hub id of the model to begin with (default: the newest of the run folder)")}
@@ -107,6 +122,8 @@ def check_push(config, repo: str | None) -> None:
 def speedrun(words: list[str]) -> None:
     """The whole pipeline of a recipe, from text to a chat model with its report card."""
     recipe, stages, configs, arguments = read_speedrun(new_parser(speedrun.__doc__), words)
+    if arguments.dry_run:
+        return show_plan(stages, configs, arguments, int(os.environ.get("WORLD_SIZE", "1")))
     from .stages import run_stages
 
     run = Run(arguments.run_dir or Path("runs") / recipe.name)
@@ -116,19 +133,53 @@ def speedrun(words: list[str]) -> None:
 
 def read_speedrun(parser: Parser, words: list[str]) -> tuple:
     """Returns: the recipe's folder, the stages to run, each stage's config, the arguments."""
-    parser.option("--recipe", Place, required=True, help="a name under recipes/ or the path of a recipe folder")
     parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
-    parser.option("--stages", list[Place], help="comma-separated; default: the enabled ones of the recipe, and report")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
     rate = "dollars per hour of this machine, for the report"
     parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help=rate)
     parser.option("--repo", RepoId, help=f"{REPO} of base")
+    recipe, stages, configs, arguments = read_pipeline(parser, words)
+    check_push(configs["base"], arguments.repo)
+    return recipe, stages, configs, arguments
+
+
+def read_pipeline(parser: Parser, words: list[str]) -> tuple:
+    """As `read_speedrun`, without its options."""
+    parser.option("--recipe", Place, required=True, help="a name under recipes/ or the path of a recipe folder")
+    parser.option("--stages", list[Place], help="comma-separated; default: the enabled ones of the recipe, and report")
     parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
     parser.epilog = "\n\n".join(keys_help(cls, f"{stage}.") for stage, cls in STAGE_CONFIGS.items() if stage != "dpo")
     arguments = parser.parse_intermixed_args(words)
     recipe = find_recipe(arguments.recipe)
-    stages, configs = read_recipe(recipe, arguments.stages, arguments.overrides)
-    check_push(configs["base"], arguments.repo)
-    return recipe, stages, configs, arguments
+    return recipe, *read_recipe(recipe, arguments.stages, arguments.overrides), arguments
+
+
+def plan(words: list[str]) -> None:
+    """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
+    parser = new_parser(plan.__doc__)
+    parser.option("--gpus", Count, help="how many (default: 1)")
+    parser.option("--gpu", help="their name, for example H100; default: this machine's, or H200 with --gpus")
+    parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
+    _, stages, configs, arguments = read_pipeline(parser, recipe_first(words))
+    otherwise = "H200" if arguments.gpus else "CPU"
+    show_plan(stages, configs, arguments, arguments.gpus or 1, otherwise, device=arguments.gpu)
+
+
+def show_plan(stages, configs, arguments, ranks: int, otherwise="CPU", device=None, sharding=None) -> None:
+    """Print a pipeline's plan for a GPU or CPU: `device`, or the GPU of this machine, or `otherwise`."""
+    from .optim.overview import Devices, gpu_here, pipeline_text
+
+    devices = Devices(device or gpu_here() or otherwise, ranks, arguments.node_hourly_rate, sharding)
+    if os.environ.get("RANK", "0") == "0":
+        print(pipeline_text(stages, configs, devices))
+
+
+def recipe_first(words: list[str]) -> list[str]:
+    """`NAME ...` as `--recipe NAME ...`."""
+    return ["--recipe", *words] if words[:1] and not words[0].startswith("-") else words
+
+
+SHARDING = {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO; pretraining: FSDP2"}  # distributed_type -> words
 
 
 def run(words: list[str]) -> None:
@@ -137,9 +188,8 @@ def run(words: list[str]) -> None:
     names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
     parser.option("--num-processes", Count, help="ranks; default: as the config file says")
-    words = ["--recipe", *words] if words[:1] and not words[0].startswith("-") else words
-    *_, arguments = read_speedrun(parser, words)
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    _, stages, configs, arguments = read_speedrun(parser, recipe_first(words))
+    command, launch = [sys.executable, "-m", "accelerate.commands.launch"], {}
     if arguments.config_file:
         places = [Path(arguments.config_file), ACCELERATE / f"{arguments.config_file}.yaml"]
         if not (files := [str(place) for place in places if place.is_file()]):
@@ -147,6 +197,11 @@ def run(words: list[str]) -> None:
                 f"no Accelerate config file {arguments.config_file}; {nearest(arguments.config_file, names)}"
             )
         command += ["--config_file", files[0]]
+        launch = read_yaml(files[0])
+    if arguments.dry_run:
+        ranks, kind = arguments.num_processes or launch.get("num_processes", 1), launch.get("distributed_type")
+        otherwise, device = "H200" if launch else "CPU", "CPU" if launch.get("use_cpu") else None
+        return show_plan(stages, configs, arguments, ranks, otherwise, device, SHARDING.get(kind))
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
     command += ["--module", "nanochat_hf.cli", "speedrun", "--recipe", arguments.recipe, *arguments.overrides]
     for name in ("run_dir", "repo", "node_hourly_rate"):
@@ -360,21 +415,37 @@ def demo(words: list[str]) -> None:
 
 
 def recipes(words: list[str]) -> None:
-    """List the recipes."""
-    new_parser(recipes.__doc__).parse_args(words)
+    """List the recipes; `nanochat recipes --copy d24 mine/` copies one to edit, for `nanochat run mine/`."""
+    parser = new_parser(recipes.__doc__)
+    parser.option("--copy", Place, nargs=2, metavar=("NAME", "FOLDER"), help="copy a recipe into a new folder")
+    if copy := parser.parse_args(words).copy:
+        source, target = find_recipe(copy[0]), Path(copy[1])
+        if target.exists():
+            raise InputError(f"{target} exists already: choose another folder")
+        with writing(target):
+            shutil.copytree(source, target)
+        print(f"{target}: edit its YAML files, then: nanochat run {target}")
+        return
     for path in sorted(RECIPES.glob("*/base.yaml")):
         print(f"{path.parent.name:<12} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
 def env(words: list[str]) -> None:
-    """Print the versions and the hardware that a run would record."""
+    """Print what is installed, which kernels this machine gets and what is missing, for a bug report."""
     new_parser(env.__doc__).parse_args(words)
-    for name, value in (versions() | hardware()).items():
-        print(f"{name:<20} {value}")
+    from .train.model_setup import describe_machine
+
+    facts = {"nanochat_hf": metadata.version("nanochat_hf"), **source(), **versions(), **hardware()}
+    facts["training"] = describe_machine()
+    facts |= {"recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
+    for name, value in facts.items():
+        print(f"{name:<20} {str(value).replace(str(Path.home()), '~')}")
+    for requirement in missing_packages():
+        print(f'{"missing":<20} {requirement}: pip install "{requirement.partition(";")[0]}"')
 
 
 COMMANDS: dict[str, Callable] = {
-    "run": run, "speedrun": speedrun, "chat": chat, "serve": serve, "push": push, "convert": convert,
+    "run": run, "plan": plan, "speedrun": speedrun, "chat": chat, "serve": serve, "push": push, "convert": convert,
     "report": report, "compare": compare, "identity": identity, "demo": demo, "recipes": recipes, "env": env,
 }  # fmt: skip
 

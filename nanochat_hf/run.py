@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from packaging.requirements import Requirement
 from safetensors import SafetensorError
 
 from .errors import InputError
@@ -73,6 +74,13 @@ class Run:
         """The folder of the newest finished stage with weights that comes before stage `before`, or None."""
         stages = [stage for stage in MODEL_STAGES if STAGES.index(stage) < STAGES.index(before)]
         return next((self.folder(stage) for stage in reversed(stages) if self.finished(stage)), None)
+
+
+def project_folder(*names: str) -> Path:
+    """A folder of the project, or what is below: inside the package if that came as a wheel, else beside it."""
+    package = Path(__file__).parent
+    inside = package / "shipped"
+    return (inside if inside.is_dir() else package.parent).joinpath(*names)
 
 
 def first_non_finite(tensors) -> str | None:
@@ -163,6 +171,21 @@ def writing(path: str | Path, hint: str = "") -> Iterator[None]:
         raise InputError(f"cannot write {path}: {reason}; make room there or choose another place{hint}") from None
 
 
+def short(count: int | None) -> str:
+    """1433600 -> 1.4M."""
+    if count is None:
+        return "-"
+    sizes = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+    return next((f"{count / size:.1f}{letter}" for size, letter in sizes if count >= size), str(count))
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {round(seconds) % 60:02d} s"
+
+
 def apply_umask(folder: str | Path) -> None:
     """Give the files below `folder` the permissions of the umask; those of safetensors are for the owner only."""
     mask = os.umask(0)
@@ -197,8 +220,8 @@ def source() -> dict:
         done = subprocess.run(command, cwd=here, check=False, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    try:
-        commit = git("rev-parse", "--short=10", "HEAD")
+    try:  # an installed package may lie in a repository of somebody else
+        commit = git("ls-files", "--error-unmatch", Path(__file__).name) and git("rev-parse", "--short=10", "HEAD")
         return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
     except OSError:  # no git on this machine
         return {"commit": None, "dirty": None}
@@ -207,6 +230,19 @@ def source() -> dict:
 def versions() -> dict:
     installed = {package.name.lower().replace("-", "_"): package.version for package in metadata.distributions()}
     return {"python": platform.python_version()} | {name: installed.get(name) for name in PACKAGES}
+
+
+def missing_packages() -> list[str]:
+    """The requirements of this project and its extras for users that are not installed, or in too old a version."""
+    missing = []
+    for requirement in map(Requirement, metadata.requires("nanochat_hf") or ()):
+        try:
+            fits = requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
+        except metadata.PackageNotFoundError:
+            fits = False
+        if not fits and 'extra == "dev"' not in str(requirement.marker):
+            missing.append(str(requirement))
+    return missing
 
 
 def start_record(config) -> dict:

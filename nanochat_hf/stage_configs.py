@@ -24,9 +24,9 @@ from .config import STRICT, keys_of, parse_config, settings
 from .data.transforms import TRANSFORMS
 from .demo.corpus import CHAT_KINDS, KINDS
 from .errors import InputError
-from .run import MODEL_STAGES, STAGES, nearest
+from .run import MODEL_STAGES, STAGES, nearest, project_folder
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = project_folder("recipes")
 SHAPE_KEYS = ("generation", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "total_batch_size")
 SPELLING = {"nanochat_spellingbee", "nanochat_chatcore"}  # tasks whose words are of the text, or of `words`
 MIN_VOCAB_SIZE = 256 + 9  # every byte is a token, so that any text can be encoded; and the special tokens
@@ -73,7 +73,7 @@ def of_kinds(kinds: tuple[str, ...]):
 
 def known_task(name: str) -> str:
     """A task of lm-eval, which only an evaluation can check, or one of evals/tasks."""
-    files = (RECIPES.parent / "evals" / "tasks").glob("*.yaml") if name.startswith("nanochat_") else ()
+    files = project_folder("evals", "tasks").glob("*.yaml") if name.startswith("nanochat_") else ()
     names = [line.split()[1] for file in files for line in file.read_text(encoding="utf-8").splitlines()
              if line.startswith(("task: ", "group: "))]  # fmt: skip
     if names and name not in names:

@@ -24,10 +24,10 @@ from .distributed import (
 from .errors import InputError
 from .eval.harness import chatcore_metric, core_metric, definition_of, evaluate
 from .eval.lm_eval_model import Generator
-from .eval.report import make_report
+from .eval.report import make_report, summary
 from .eval.weights import origin, renewal, replaced
 from .hub.push import checkpoint_pusher
-from .run import MODEL_STAGES, STAGES, Run, load_json, renamed_keys
+from .run import MODEL_STAGES, STAGES, Run, duration, load_json, renamed_keys
 from .serve.engine import Engine
 from .stage_configs import ChatConfig, DPOStageConfig, EvalConfig, PretrainConfig, RLConfig, TokenizerConfig
 from .train.dpo import train_dpo
@@ -70,13 +70,32 @@ def start(stage: str, run: Run, model: str | None) -> tuple[Path, str]:
     return folder, source
 
 
+def show_result(folder: Path) -> None:
+    """Print one line about a finished stage, on the main process: its time, main figure and folder."""
+    metrics = load_json(folder / "metrics.json") if partial_state().is_main_process else None
+    if not metrics:
+        return
+    before, after = metrics.get("before") or {}, metrics.get("after") or {}
+    figures = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in ("pass@1", "accuracy") if name in after]
+    losses = {"val bpb": metrics.get("val_bpb"), "validation loss": metrics.get("val_loss")}
+    if not any([*losses.values(), figures]):
+        losses["training loss"] = next(
+            (row["train_loss"] for row in reversed(metrics.get("history") or []) if "train_loss" in row), None
+        )
+    figures += [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+    if "vocab_size" in metrics:
+        figures.append(f"{metrics['vocab_size']:,} tokens, {metrics['bytes_per_token']:.2f} bytes per token")
+    for mean in (list((metrics.get(kind) or {}).values())[-1:] for kind in ("core", "chatcore", "kocore")):
+        figures += [f"{part['label']} {part['value']:.4f}" for part in mean]
+    print(", ".join([f"[{folder.name}] done in {duration(metrics['wall_time_s'])}", *figures, str(folder)]))
+
+
 def run_tokenizer(config: TokenizerConfig, run: Run) -> None:
     folder = new_folder(run, "tokenizer")
     with main_process_first("the tokenizer") as main:
         if main:
             train_tokenizer(config, folder)
-            metrics = run.metrics("tokenizer")
-            print(f"{folder}: {metrics['vocab_size']} tokens, {metrics['bytes_per_token']:.2f} bytes per token")
+    show_result(folder)
 
 
 def run_base(
@@ -96,6 +115,7 @@ def run_base(
     if repo:  # all ranks take part in writing the folder, one uploads it
         push = checkpoint_pusher(repo) if partial_state().is_main_process else lambda folder, step: None
     pretrain(config, tokenizer, folder, model, core=core, push=push)
+    show_result(folder)
 
 
 def run_chat(
@@ -117,16 +137,19 @@ def run_chat(
                 raise
             partial_state().print(f"no ChatCORE on the way: {error}")
     train_chat(config, source, folder, chatcore)
+    show_result(folder)
 
 
 def run_rl(config: RLConfig, run: Run, model: str | None = None) -> None:
     folder, source = start("rl", run, model)
     train_rl(config, source, folder, engine)
+    show_result(folder)
 
 
 def run_dpo(config: DPOStageConfig, run: Run, model: str | None = None) -> None:
     folder, source = start("dpo", run, model)
     train_dpo(config, source, folder)
+    show_result(folder)
 
 
 def run_eval(
@@ -139,6 +162,7 @@ def run_eval(
             raise InputError(f"{name!r} is no finished stage with a model of {run.path}")
     models = {"base": model} if model else {name: str(run.folder(name)) for name in names}
     evaluate(config, models, run.folder("eval"), engine, **options)
+    show_result(run.folder("eval"))
 
 
 def run_stage(stage: str, configs: dict, run: Run, repo: str | None = None) -> None:
@@ -217,7 +241,7 @@ def run_stages(
         monitored_barrier(f"the end of stage {stage}")
     if "report" in stages and state.is_main_process:
         report = make_report(run.path, hourly_rate=hourly_rate)
-        print(f"\n{report.read_text()}\nThe report with its plots: {report}")
+        print(f"\n{summary(load_json(report.with_suffix('.json')))}\n\nThe report with its plots: {report}")
         show_answers(run, configs["base"].dataset)
 
 
@@ -231,7 +255,7 @@ def show_answers(run: Run, dataset) -> None:
         rows = [primer.questions(kind, num=1)[0] for kind in ("fact", "arithmetic", "counting")]
         texts = [row["messages"][0]["content"] for row in rows]
     model = Engine.from_pretrained(str(folder))
-    print(f"\nThree questions to {folder}; more with: python scripts/chat_cli.py --run-dir {run.path}")
+    print(f"\nThree questions to {folder}; more with: nanochat chat --run-dir {run.path}")
     for text in texts:
         print(f"\n> {text}")
         kind = "text"

@@ -217,7 +217,15 @@ COMMANDS = [
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --rows 0", "from 1 to"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --split dev", "train or test"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/no/out.jsonl --rows 2", "cannot write"),
+    ("plan", "required: --recipe"),
+    ("plan d24 --gpus 3", "total_batch_size = 1048576 must be a positive multiple of 6144"),
+    ("plan d24 --gpus 0", "a whole number from 1 to"),
+    ("plan d24 --gpu V100", "--gpu: no data sheet of 'V100'; did you mean 'H100'"),
+    ("plan d24 base.depth=x", "base.depth is 'x'"),
     ("recipes --all", "unknown flag '--all'"),
+    ("recipes --copy d24", "expected 2 arguments"),
+    ("recipes --copy d25 {here}/mine", "base.depth=25"),
+    ("recipes --copy d24 {here}", "exists already: choose another folder"),
     ("env x", "unrecognized arguments: x"),
 ]
 

@@ -170,19 +170,16 @@ def test_a_space_points_at_the_model_and_is_as_private(hub, run, no_check, capsy
         ({"stage": "stf"}, "did you mean 'sft'"),
         ({"repo": "small"}, "you/small"),
         ({"repo": "you/sm all"}, "no repo name"),
-        ({"space": True}, "from a checkout of the project"),
         ({"results": float("nan")}, "run the evaluation again"),
         ({"config": {"report_to": "hf_" + "x" * 34}}, r"metrics\.json contains a token"),
         ({"weights": "0" * 16}, r"are not those that its metrics\.json describes: run stage 'sft' again"),
     ],
 )
-def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, run, monkeypatch, options, message):
+def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, run, options, message):
     record = {name: options.pop(name) for name in ("config", "weights") if name in options}
     change(run / "sft" / "metrics.json", **record)
     if "results" in options:
         change(run / "eval" / "metrics.json", results={"sft": {"facts": {"value": options.pop("results"), "n": 1}}})
-    if options.get("space"):
-        monkeypatch.setattr(push_module, "SPACE", run / "nowhere")
     with pytest.raises(InputError, match=message) as error:
         push(run, Push(**{"repo": "you/small"} | options))
     assert hub.requests == [] and "\n" not in str(error.value)

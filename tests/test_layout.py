@@ -15,7 +15,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "loading": {"run", "model"},
     "stage_configs": {"config", "run", "data.transforms", "demo"},
     "stages": {"config", "stage_configs", "run", "distributed", "data", "demo", "eval", "hub", "serve", "train"},
-    "cli": {"config", "stage_configs", "run", "stages", "convert", "data", "demo", "eval", "hub", "serve"},
+    "cli": {"config", "stage_configs", "run", "stages", "convert", "data", "demo", "eval", "hub", "optim", "serve"},
     "tools": set(),
     "tool_loop": {"tools"},
     "sandbox": set(),
@@ -23,7 +23,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "model": set(),
     "convert": {"data", "model", "tool_loop"},
     "kernels": set(),
-    "optim": {"model", "kernels", "distributed"},
+    "optim": {"model", "kernels", "distributed", "run"},
     "demo": {"run"},
     "data": {"config", "demo", "run", "stage_configs"},
     "eval": {"data", "demo", "loading", "run", "sandbox", "stage_configs", "tools", "tool_loop", "distributed"},
@@ -31,6 +31,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "serve": {"data", "loading", "run", "kernels", "model", "tools", "tool_loop"},
     "hub": {"config", "convert", "data", "eval.report", "eval.weights", "run", "stage_configs", "tool_loop"},
 }
+MAY_IMPORT["cli"] |= {"train.model_setup"}
 MAY_IMPORT["train"] |= {"stage_configs", "tools", "tool_loop"}
 EVAL_HELPERS = {"data", "data.grading", "data.jsonl", "data.tokenizer", "data.transforms"}  # what evals/ may import
 EVAL_HELPERS |= {"eval", "eval.bpb", "eval.core", "sandbox", "tools"}

@@ -1,10 +1,13 @@
 """Every recipe and Accelerate config file is read by the parser of real runs; the pipeline refuses what is wrong."""
 
+import re
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -12,7 +15,7 @@ from nanochat_hf import cli, stages
 from nanochat_hf.config import parse_config
 from nanochat_hf.data.documents import text_fingerprint
 from nanochat_hf.errors import InputError
-from nanochat_hf.optim.scaling import Plan, plan
+from nanochat_hf.optim.scaling import MEASURED, Plan, plan
 from nanochat_hf.run import Run, save_json, start_record, write_metrics
 from nanochat_hf.stage_configs import DPOStageConfig, read_recipe
 
@@ -164,6 +167,49 @@ def test_a_finished_stage_whose_local_text_changed_is_refused(tmp_path):
             stages.check_run_folder(run, [stage], configs)
     text.unlink()  # gone, as after a move: nothing to compare
     stages.check_run_folder(run, names, configs)
+
+
+def shown(capsys, command, *words: str) -> str:
+    command(list(words))
+    return capsys.readouterr().out
+
+
+def test_a_plan_has_the_projected_figures_of_the_readme_and_a_dry_run_prints_the_same(capsys, tmp_path):
+    text = shown(capsys, cli.plan, "d24", "--gpus", "8", "--gpu", "H200", "base.fp8=false")
+    figures = ["1.4B parameters", "5,568 x 1,048,576 tokens = 5.8B tokens, 2.8e19 FLOPs", "ranks 8 x micro-batch 32"]
+    figures += ["1 h 39 min at 975.9K tok/s (projected in bf16", "$39.88 at $24.00 per hour", "at most 9.3 kWh"]
+    assert [figure for figure in figures if figure not in text] == []
+    assert "measured on 1 x H200 in FP8" in shown(capsys, cli.plan, "d24", "--gpu", "H200")
+    assert "measured" not in shown(capsys, cli.plan, "d24", "--gpu", "H200", "base.max_seq_len=1024")
+    assert "$10.00" in shown(capsys, cli.plan, "d24", "--gpu", "A100", "--node-hourly-rate", "10")
+    words = ["cpu-demo", "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    plans = {shown(capsys, cli.run, *words), shown(capsys, cli.speedrun, "--recipe", *words)}
+    assert plans == {shown(capsys, cli.demo, *words[1:])} and not (tmp_path / "run").exists()
+    sharded = shown(capsys, cli.run, "d24", "--config-file", "fsdp2", "--dry-run")
+    assert "sharding     FSDP2" in sharded and "MFU of 0.66" in sharded
+
+
+def test_measured_speeds_are_those_of_the_results():
+    text = (ROOT / "evals" / "RESULTS.md").read_text()
+    for speed in MEASURED.values():
+        assert f"| {speed:,.0f} |" in text or f"| {speed / 1e3:.1f}K |" in text, speed
+
+
+def test_a_copied_recipe_is_one_to_run(capsys, tmp_path):
+    assert "edit its YAML files" in shown(capsys, cli.recipes, "--copy", "cpu-demo", str(tmp_path / "mine"))
+    assert read_recipe(tmp_path / "mine", None, []) == read("cpu-demo")
+    assert "cpu-demo" in shown(capsys, cli.recipes)
+
+
+def test_the_environment_names_versions_kernels_folders_and_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(
+        metadata, "requires", lambda name: ["torch>=99", "no-such>1; extra == 'gpu'", "pyyaml", "b; extra == 'dev'"]
+    )
+    text = shown(capsys, cli.env)
+    assert f"torch                {torch.__version__}" in text and "precision" in text
+    assert re.search(r"lm-eval tasks +\S*evals\n", text)
+    commands = re.findall(r"missing .*: pip install (.*)", text)
+    assert commands == ['"torch>=99"', '"no-such>1"']
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

@@ -114,7 +114,7 @@ def test_fp8_auto_is_off_where_it_cannot_work_and_the_first_line_says_so(tiny_mo
     for fp8, hint in (("auto", "; no FP8: it needs a CUDA device"), (False, "")):
         network = build_loss_module(tiny_model, "auto", True, fp8)
         assert not network.fp8
-        assert describe(network, fp8).startswith("kernels: PyTorch on cpu; precision float32" + hint)
+        assert describe(network, fp8).startswith("PyTorch on cpu; precision float32" + hint)
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     cuda = torch.device("cuda")

@@ -39,7 +39,7 @@ from huggingface_hub import HfApi, errors, hf_hub_download
 from ..config import check_value
 from ..demo import corpus as primer
 from ..errors import InputError
-from ..run import fingerprint
+from ..run import fingerprint, project_folder
 from ..stage_configs import TextMixture
 from .splits import SUFFIXES, has_suffix, is_visible, listed, text_files, unread_files
 
@@ -289,6 +289,9 @@ def is_hub_id(dataset: str) -> bool:
 
 def local_path(dataset: str) -> Path:
     """Where the dataset is if it is on this disk, with ~ for the home folder."""
+    shipped = project_folder(dataset) if dataset.startswith("recipes/") else None
+    if shipped and shipped.is_file() and not Path(dataset).exists():  # a recipe's own file, outside of a checkout
+        return shipped
     try:
         return Path(dataset).expanduser()
     except RuntimeError:  # ~name, and nobody has that name

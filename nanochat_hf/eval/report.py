@@ -21,7 +21,7 @@ from pydantic import ValidationError, create_model
 from transformers import AutoTokenizer
 
 from ..errors import InputError
-from ..run import MODEL_STAGES, TITLES, Run, save_json, without_nan, writing
+from ..run import MODEL_STAGES, TITLES, Run, duration, project_folder, save_json, short, without_nan, writing
 from .plots import GPT2_XL, WORDS, page, plots
 from .weights import measurements, refuse_non_finite, replaced
 
@@ -254,7 +254,7 @@ def compression(tokenizer) -> dict[str, dict[str, float | None]]:
             tokenizers[name] = AutoTokenizer.from_pretrained(repo, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError):
             tokenizers[name] = None
-    for path in sorted((ROOT / "evals" / "texts").glob("*.txt")):
+    for path in sorted(project_folder("evals", "texts").glob("*.txt")):
         text = path.read_text("utf-8")
         table[path.stem] = {
             name: encode and len(text.encode()) / len(encode(text, add_special_tokens=False)["input_ids"])
@@ -394,23 +394,8 @@ def decimal(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def short(count: int | None) -> str:
-    """1433600 -> 1.4M."""
-    if count is None:
-        return "-"
-    sizes = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
-    return next((f"{count / size:.1f}{letter}" for size, letter in sizes if count >= size), str(count))
-
-
 def gib(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**30:.1f} GiB"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, hours = round(seconds) // 60, round(seconds) // 3600
-    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {round(seconds) % 60:02d} s"
 
 
 def show(key: str, value) -> str:

@@ -20,12 +20,12 @@ from ..data.mixture import Mixture
 from ..demo import corpus as primer
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
-from ..run import nearest, without_nan, writing
+from ..run import nearest, project_folder, without_nan, writing
 from ..stage_configs import SPELLING
 from .core import load_tasks, run_lm_eval
 from .lm_eval_model import LocalLM
 
-EVALS = Path(__file__).parents[2] / "evals"
+EVALS = project_folder("evals")
 MEANS = {  # of centered accuracies: key in metrics.json -> group of tasks, name of the mean, name of a part of it
     "chatcore": ("nanochat_chatcore", "ChatCORE", "chat tasks"),
     "kocore": ("nanochat_ko", "KoCORE", "Korean tasks"),
@@ -39,8 +39,6 @@ class Tasks:
 
     def __init__(self, config, models: dict[str, str], output: Path):
         self.config, self.loaded = config, {}
-        if not (EVALS / "tasks").is_dir():
-            raise InputError(f"no {EVALS}: evaluation runs from a checkout of the repository")
         chat_data = config.chat_data and str(local_path(config.chat_data))
         if chat_data and not Path(chat_data).is_dir():
             raise InputError(f"chat_data: no folder {config.chat_data}")

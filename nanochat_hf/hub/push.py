@@ -37,11 +37,11 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.report import MODEL_STAGES, TITLES, make_report, markdown
 from ..eval.weights import refuse_non_finite, replaced
-from ..run import Run, nearest, save_json, writing
+from ..run import Run, nearest, project_folder, save_json, writing
 from ..stage_configs import RepoId
 from .model_card import Push, render_model_card, report_facts, without_local_paths
 
-SPACE = Path(__file__).parents[2] / "spaces" / "chat"
+SPACE = project_folder("spaces", "chat")
 SECRET = re.compile(  # Hugging Face, OpenAI and others, GitHub, AWS, Google, Slack; private keys
     rb"\b(hf_[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)[\w-]{20,}|gh[a-z]_\w{30,}|github_pat_\w{20,}|A[KS]IA[A-Z0-9]{16}"
     rb"|AIza[\w-]{35}|xox[a-z]-[\w-]{20,})|-----BEGIN [A-Z ]*PRIVATE KEY"
@@ -60,8 +60,6 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
     """
     run, stage, repo = Run(run_path), options.stage, options.repo
     check_value(RepoId, repo, "repo")
-    if options.space and not SPACE.is_dir():
-        raise InputError("the Space's files are not in this installation: push from a checkout of the project")
     folder = prepare(run, options)
     for note in report_facts(run)["notes"]:
         log(f"note: {note}")

@@ -14,8 +14,9 @@ head_dim x (keys visible to a query) per layer; embedding lookups, norms and sof
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 
@@ -27,10 +28,33 @@ from .muon_adamw import role_of
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens per step, the best at d12 (upstream)
 REFERENCE_WIDTH = 768
-PEAK_FLOPS = {  # dense bf16 per second, by a part of the device's name; longer names first
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
-    "B300": 2250e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 3090": 71e12,
-    "RTX 4090": 165e12, "RTX 5090": 210e12, "MI300X": 1307e12,
+
+
+class GPU(NamedTuple):
+    """A device by its data sheet."""
+
+    flops: float  # dense bf16, per second
+    memory: float  # bytes
+    watts: float  # of the board, at most
+    auto_fp8: bool = True  # compute capability 9.0 or newer
+
+
+GPUS = {  # by a part of the device's name; longer names first
+    "H100 PCIe": GPU(756e12, 80e9, 350), "H100 NVL": GPU(835e12, 94e9, 400), "H100": GPU(989e12, 80e9, 700),
+    "GH200": GPU(989e12, 96e9, 900), "H200": GPU(989e12, 141e9, 700), "B200": GPU(2250e12, 180e9, 1000),
+    "B300": GPU(2250e12, 288e9, 1400), "A100": GPU(312e12, 80e9, 400, False), "A10G": GPU(70e12, 24e9, 300, False),
+    "L40S": GPU(362e12, 48e9, 350, False), "L4": GPU(121e12, 24e9, 72, False),
+    "RTX 3090": GPU(71e12, 24e9, 350, False), "RTX 4090": GPU(165e12, 24e9, 450, False),
+    "RTX 5090": GPU(210e12, 32e9, 575), "MI300X": GPU(1307e12, 192e9, 750, False),
+}  # fmt: skip
+CPU_FLOPS = 5e10  # per second and core, roughly
+MFU = {"bf16": 0.589, "FP8": 0.722}  # of recipe d24 on one H200 (docs/parallelism.md)
+NODE_EFFICIENCY = 0.9  # of more than 8 GPUs: assumed
+FSDP2_EFFICIENCY = {"bf16": 0.97, "FP8": 0.92}  # beside replicated parameters (docs/parallelism.md)
+MEASURED = {  # tokens per second in evals/RESULTS.md: (GPU, how many, depth, precision), rest as in d24
+    ("H200", 1, 24, "bf16"): 122.3e3, ("H200", 1, 24, "FP8"): 148.9e3, ("H200", 2, 24, "bf16"): 242_903,
+    ("H200", 2, 24, "FP8"): 299_263, ("H200", 4, 24, "bf16"): 488_677, ("H100", 1, 24, "bf16"): 119_693,
+    ("H200", 1, 12, "bf16"): 682_658, ("H200", 1, 12, "FP8"): 687_160,
 }  # fmt: skip
 
 
@@ -201,6 +225,19 @@ def optimizer_groups(
     }
 
 
+def stage_groups(stage, model_config) -> dict[str, dict]:
+    """Options per parameter role in a chat stage: the generation's defaults, or the recipe's, x init_lr_frac.
+
+    stage: a `StageConfig`.
+    """
+    names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")
+    recipe = {name: value for name in names if (value := getattr(stage, name)) is not None}
+    generation = model_config.generation
+    groups = optimizer_groups(replace(DEFAULTS[generation], **recipe), generation, model_config.hidden_size)
+    groups = {role: {**group, "lr": group["lr"] * stage.init_lr_frac} for role, group in groups.items()}
+    return {**groups, "lora": {**groups["head"], "lr": stage.lora_lr, "betas": (0.9, 0.99)}}
+
+
 def plan(config, vocab_size: int) -> Plan:
     """Everything that follows from the depth.
 
@@ -261,19 +298,75 @@ def horizon(config, ratio_tokens: float, flops_per_token: int, batch: int) -> in
     return steps
 
 
+def find_gpu(device_name: str) -> str | None:
+    """The key of GPUS for a device, or None."""
+    return next((name for name in GPUS if name in device_name), None)
+
+
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOPs per second of a device, the denominator of MFU; None for a device that the table lacks."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+    name = find_gpu(device_name)
+    return name and GPUS[name].flops
+
+
+def estimate_speed(
+    plan: Plan, device_name: str, ranks: int, fp8: bool, sharded: bool = False
+) -> tuple[float | None, str]:
+    """Tokens per second of pretraining on `ranks` GPUs, and how that is known, or why it is not.
+
+    On a CPU `ranks` is the number of cores.
+    """
+    name, precision, config = find_gpu(device_name), "FP8" if fp8 else "bf16", plan.model_config
+    if name is None:
+        if device_name != "CPU":
+            return None, f"no estimate for {device_name}"
+        return ranks * CPU_FLOPS / plan.flops_per_token, "projected, roughly"
+    depth, standard = config.num_hidden_layers, (config.generation, plan.max_seq_len, config.window_pattern)
+    key = (name, ranks, depth, precision)
+    if key in MEASURED and not sharded and standard == (2, 2048, "SSSL") and config.hidden_size == 64 * depth:
+        return MEASURED[key], f"measured on {ranks} x {name} in {precision}"
+    mfu = MFU[precision] * (NODE_EFFICIENCY if ranks > 8 else 1) * (FSDP2_EFFICIENCY[precision] if sharded else 1)
+    source = f"projected in {precision} at an MFU of {mfu:.2f}, from d24 on one H200"
+    return mfu * ranks * GPUS[name].flops / plan.flops_per_token, source
 
 
 def estimate_micro_batch_size(plan: Plan, free_bytes: float, bytes_per_value: int = 2, largest: int = 64) -> int:
     """Largest power of two of sequences for which a device has the memory, at least 1; a conservative estimate.
 
-    16 bytes per parameter (weight, gradient, optimizer state); 20 values per layer and channel for the backward pass;
-    in bf16 3 GB for the chunks of the head, in float32, where the head is not chunked, 4 copies of the logits.
+    20 values per layer and channel for the backward pass; in float32, where the head is not chunked, 4 copies of the
+    logits.
+    """
+    fixed, per_sequence = memory_needs(plan, bytes_per_value)
+    return 2 ** int(math.log2(min(max((free_bytes - fixed) / per_sequence, 1), largest)))
+
+
+def memory_needs(plan: Plan, bytes_per_value: int = 2) -> tuple[float, float]:
+    """Bytes on a device for the model, and for each sequence of a micro-batch; see `estimate_micro_batch_size`.
+
+    The model: 16 bytes per parameter (weight, gradient, optimizer state), in bf16 3 GB for the chunks of the head.
     """
     config = plan.model_config
     head, workspace = (0, 3e9) if bytes_per_value == 2 else (4 * bytes_per_value * config.vocab_size, 0)
     activations = config.hidden_size * config.num_hidden_layers * 20 * bytes_per_value + head  # bytes per token
-    sequences = (free_bytes - 16 * plan.num_parameters - workspace) / (plan.max_seq_len * activations)
-    return 2 ** int(math.log2(min(max(sequences, 1), largest)))
+    return 16 * plan.num_parameters + workspace, plan.max_seq_len * activations
+
+
+def split_global_batch(
+    name: str, total: int, unit: int, requested: int, world: int, log: Callable = lambda text: None
+) -> tuple[int, int]:
+    """Returns: (micro-batch size, gradient accumulation steps) of a global batch on `world` ranks.
+
+    The micro-batch size is the largest divisor of a rank's part up to `requested`: it changes speed, not the result.
+
+    Args:
+        name, total: the config's key for the global batch size and its value, in units of which a sequence has `unit`.
+    """
+    per_rank, rest = divmod(total, unit * world)
+    if rest or per_rank < 1:
+        raise InputError(
+            f"{name} = {total} must be a positive multiple of {unit * world}, one sequence on each of {world} ranks"
+        )
+    size = max(size for size in range(1, min(requested, per_rank) + 1) if per_rank % size == 0)
+    if size < requested:
+        log(f"device_batch_size: {size} instead of {requested}, to divide {name} evenly")
+    return size, per_rank // size

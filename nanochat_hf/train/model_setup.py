@@ -188,7 +188,7 @@ def build_loss_module(model: NanoChatForCausalLM, attention: str, compile: bool,
 
 
 def describe(network: nn.Module, fp8: bool | str) -> str:
-    """One line with the kernels and the precision of a training step, and what would make it faster here.
+    """The kernels and the precision of a training step, and what would make it faster here, in one line.
 
     network: from `build_loss_module`, with the same `fp8`.
     """
@@ -205,13 +205,22 @@ def describe(network: nn.Module, fp8: bool | str) -> str:
         hints = [f"{name} {reason}" for name, reason in unloaded.items() if fused_step and reason == "not installed"]
         modern = torch.cuda.get_device_capability(device) >= (9, 0)
         if hints and modern:
-            hints.append('for more speed: pip install -c constraints.txt -e ".[kernels]"')
+            hints.append('for more speed: pip install "nanochat_hf[kernels]"')
         if not fp8 and fused_step and modern:
             hints.append("fp8=auto would be faster")
     if fp8 == "auto" and not uses_fp8:
         attention = "auto" if fused_step else "another"
         hints.append(f"no FP8: it {why_not_fp8(network.model, attention, device, (9, 0)) or 'was wrong in its check'}")
-    return f"kernels: {', '.join(kernels)}; {precision}" + "".join(f"; {hint}" for hint in hints)
+    return f"{', '.join(kernels)}; {precision}" + "".join(f"; {hint}" for hint in hints)
+
+
+def describe_machine() -> str:
+    """`describe` for a small model on the first device, whose kernels are checked as at the beginning of a run."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512}
+    with device:
+        model = NanoChatForCausalLM(NanoChatConfig(**shape, head_dim=128, max_position_embeddings=2048))
+    return describe(build_loss_module(model, "auto", True, "auto"), "auto")
 
 
 def package_version(package: str) -> str:

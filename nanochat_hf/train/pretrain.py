@@ -34,6 +34,7 @@ from ..data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ..distributed import main_process_first, monitored_barrier
 from ..optim.gradient_reduction import OwnerGradientReducer
 from ..optim.muon_adamw import MuonAdamW, param_groups
+from ..optim.overview import Devices, base_rows, block
 from ..optim.scaling import peak_flops, plan
 from ..run import load_json, model_fingerprint, save_json, start_record, write_metrics
 from ..stage_configs import SHAPE_KEYS, PretrainConfig
@@ -100,7 +101,7 @@ class Pretraining:
         with main_process_first("loading the model") if model else nullcontext():
             self.model = model_setup.build_model(self.plan, model, self.tokenizer, self.device, self.sharded)
         network = model_setup.build_loss_module(self.model, config.attn_implementation, config.compile, config.fp8)
-        self.print(model_setup.describe(network, config.fp8))
+        kernels = model_setup.describe(network, config.fp8)
         optimizer, self.reducer = MuonAdamW(param_groups(self.model, self.plan.groups)), None
         if self.sharded:
             self.loss_model, self.optimizer = self.accelerator.prepare(network, optimizer)
@@ -128,8 +129,20 @@ class Pretraining:
             config.eval_tokens // (self.micro_batch_size * self.plan.max_seq_len * self.world),
             as_in_training=not (getattr(network, "fp8", False) or self.sharded),
         )  # fmt: skip
+        self.print(self.overview(kernels))
         if saved is not None:
             self.restore(saved)
+
+    def overview(self, kernels: str) -> str:
+        """What the run is about to do, as `nanochat plan` prints it."""
+        cuda, batch = self.device.type == "cuda", (self.micro_batch_size, self.grad_accum_steps)
+        name = torch.cuda.get_device_name(self.device) if cuda else self.device.type.upper()
+        devices = Devices(name, self.world, sharding="FSDP2" if self.sharded else None)
+        return block(base_rows(self.config, self.plan, devices, batch, self.fp8, {"kernels": kernels}))
+
+    @property
+    def fp8(self) -> bool:
+        return getattr(self.accelerator.unwrap_model(self.loss_model), "fp8", False)
 
     @property
     def device(self) -> torch.device:
@@ -396,7 +409,7 @@ class Pretraining:
             "training_time_s": self.timer.seconds,
             "tokens_per_second": speed,
             "mfu": self.mfu(speed),
-            "fp8": getattr(self.accelerator.unwrap_model(self.loss_model), "fp8", False),
+            "fp8": self.fp8,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
             "val_bpb": last.get("val_bpb"),
             "core": last.get("core"),

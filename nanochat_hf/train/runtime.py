@@ -19,10 +19,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..distributed import partial_state
 from ..errors import InputError
-from ..optim.scaling import Plan, estimate_micro_batch_size
+from ..optim.scaling import CPU_FLOPS, Plan, estimate_micro_batch_size, split_global_batch
 from .model_setup import compute_dtype
 
-CPU_FLOPS = 5e10  # per second and core, roughly
 ZERO_OPTIONS = ("OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE", "CONFIG_FILE")
 
 
@@ -183,27 +182,6 @@ def free_memory(device: torch.device) -> float:
     if device.type == "mps":
         return 0.6 * torch.mps.recommended_max_memory()
     return 0.5 * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def split_global_batch(
-    name: str, total: int, unit: int, requested: int, world: int, log: Callable = lambda text: None
-) -> tuple[int, int]:
-    """Returns: (micro-batch size, gradient accumulation steps) of a global batch on `world` ranks.
-
-    The micro-batch size is the largest divisor of a rank's part up to `requested`: it changes speed, not the result.
-
-    Args:
-        name, total: the config's key for the global batch size and its value, in units of which a sequence has `unit`.
-    """
-    per_rank, rest = divmod(total, unit * world)
-    if rest or per_rank < 1:
-        raise InputError(
-            f"{name} = {total} must be a positive multiple of {unit * world}, one sequence on each of {world} ranks"
-        )
-    size = max(size for size in range(1, min(requested, per_rank) + 1) if per_rank % size == 0)
-    if size < requested:
-        log(f"device_batch_size: {size} instead of {requested}, to divide {name} evenly")
-    return size, per_rank // size
 
 
 def choose_micro_batch_size(

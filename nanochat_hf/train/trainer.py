@@ -26,12 +26,13 @@ from ..data.tokenizer import load_tokenizer
 from ..distributed import main_process_first, monitored_barrier, on_cpu, partial_state
 from ..errors import InputError
 from ..optim.muon_adamw import MuonAdamW, deepspeed_optimizer, param_groups
-from ..optim.scaling import DEFAULTS, Schedule, optimizer_groups
+from ..optim.overview import batch_text, block, data_text, stage_rows
+from ..optim.scaling import DEFAULTS, Schedule, split_global_batch, stage_groups
 from ..run import load_json, model_fingerprint, save_json, without_nan, write_metrics
 from ..stage_configs import StageConfig
 from . import checkpoint
-from .model_setup import load_chat_model, lora
-from .runtime import copy_to_host_async, graceful_shutdown, shard_on_cpu, split_global_batch
+from .model_setup import compute_dtype, load_chat_model, lora
+from .runtime import copy_to_host_async, graceful_shutdown, shard_on_cpu
 
 # Keys that may differ between the parts of an interrupted run.
 MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to")
@@ -149,13 +150,7 @@ class StageTrainer(TrainerCallback):
         return self.optimizer
 
     def optimizer_options(self) -> dict[str, dict]:
-        """Options per parameter role: the generation's defaults, or the recipe's; learning rates x init_lr_frac."""
-        names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")
-        recipe = {name: value for name in names if (value := getattr(self.stage, name)) is not None}
-        model = self.model.config
-        groups = optimizer_groups(replace(DEFAULTS[model.generation], **recipe), model.generation, model.hidden_size)
-        groups = {role: {**group, "lr": group["lr"] * self.stage.init_lr_frac} for role, group in groups.items()}
-        return {**groups, "lora": {**groups["head"], "lr": self.stage.lora_lr, "betas": (0.9, 0.99)}}
+        return stage_groups(self.stage, self.model.config)
 
     def inner_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
@@ -317,7 +312,21 @@ class StageTrainer(TrainerCallback):
             due = args.eval_strategy == "steps" and (step % state.eval_steps == 0 or step >= state.max_steps)
             self.measure_after_step(due)
         name, quiet = Path(args.output_dir).parent.name, not state.is_world_process_zero
+        if not quiet:
+            print(self.overview())
         self.bar = tqdm(total=state.max_steps, initial=step, unit="step", desc=name, disable=quiet)
+
+    def overview(self) -> str:
+        """What the stage is about to do, as `nanochat plan` prints it."""
+        args, model, device = self.args, self.accelerator.unwrap_model(self.model), self.accelerator.device
+        rows, steps = f"{len(self.train_dataset):,} rows", f"{self.state.max_steps:,}"
+        batch = batch_text(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps)
+        data = f"{data_text(self.stage)}: {rows}"
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 empties its own
+        sharding = "ZeRO" if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else None
+        more = {"sharding": sharding, "precision": f"{compute_dtype(device)} on {device.type}".removeprefix("torch.")}
+        groups = self.optimizer_options()
+        return block(stage_rows(self.stage, model.config, parameters, groups, data, steps, batch) | more)
 
     def loads_optimizer(self) -> bool:
         return getattr(self.stage, "load_optimizer", False) and (Path(self.source) / "optimizer.pt").exists()

@@ -1,0 +1,149 @@
+"""What a stage does, as a block of text: printed when it begins, and by `nanochat plan`, which starts nothing.
+
+pipeline_text(*read_recipe(find_recipe("d24"), None, []), Devices("H200", 8))
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from ..errors import InputError
+from ..run import duration, nearest, short
+from . import scaling
+from .scaling import GPUS, Plan, find_gpu, memory_needs, split_global_batch
+
+RATE = 3.0  # dollars per GPU-hour
+LEARNING_RATES = {"matrix": "Muon", "embedding": "AdamW: embedding", "head": "head", "x0": "scalars"}  # by role
+
+
+class Devices(NamedTuple):
+    """What trains: GPUs of one name, or "CPU"."""
+
+    name: str
+    ranks: int
+    hourly_rate: float | None = None  # dollars, of a node of up to 8 GPUs
+    sharding: str | None = None  # FSDP2, say; None: replicated parameters
+
+
+def gpu_here() -> str | None:
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def block(rows: dict[str, str | None]) -> str:
+    """One indented line per row that has a text."""
+    return "\n".join(f"  {name:<12} {text}" for name, text in rows.items() if text)
+
+
+def stage_rows(config, model_config, parameters: int, groups: dict, data: str, steps: str, batch: str) -> dict:
+    """The rows that all training stages have.
+
+    Args:
+        config: of the stage. groups: role -> options of its parameter group. batch: what `batch_text` returns.
+    """
+    heads, width = model_config.num_attention_heads, model_config.hidden_size
+    shape = f"{model_config.num_hidden_layers} layers, width {width:,}, {heads} heads"
+    rates = ", ".join(f"{word} {groups[role]['lr']:.3g}" for role, word in LEARNING_RATES.items())
+    optimizer = f"learning rates: {rates}"
+    if lora := getattr(config, "lora_r", 0):
+        optimizer = f"AdamW, learning rate {config.lora_lr:.3g}, on LoRA adapters of rank {lora}"
+    every = f"every {config.save_every:,} steps" if config.save_every > 0 else "at the end, or when interrupted"
+    return {
+        "model": f"{shape}, {short(parameters)} parameters",
+        "data": data,
+        "steps": steps,
+        "batch": batch,
+        "optimizer": optimizer,
+        "checkpoints": f"{every}; {config.keep_checkpoints} stay",
+    }
+
+
+def data_text(config) -> str:
+    """The names of a stage's datasets."""
+    parts = getattr(config, "mixture", None) or config.dataset
+    return parts if isinstance(parts, str) else ", ".join(dict.fromkeys(part["dataset"] for part in parts))
+
+
+def batch_text(ranks: int, size: int, grad_accum_steps: int) -> str:
+    parts = f"ranks {ranks} x micro-batch {size} x accumulation {grad_accum_steps}"
+    return f"{ranks * size * grad_accum_steps:,} sequences per step ({parts})"
+
+
+def base_rows(config, size: Plan, devices: Devices, batch: tuple[int, int], fp8: bool, more: dict) -> dict:
+    """The rows of pretraining.
+
+    Args:
+        batch: micro-batch size and gradient accumulation steps. fp8: whether the blocks compute in FP8.
+        more: further rows, before the estimates.
+    """
+    steps = f"{size.num_iterations:,} x {size.total_batch_size:,} tokens = {short(size.total_tokens)} tokens, "
+    steps += f"{size.total_flops:.1e} FLOPs".replace("e+", "e")
+    sequences = f"{batch_text(devices.ranks, *batch)}, of {size.max_seq_len:,} tokens each"
+    rows = stage_rows(config, size.model_config, size.num_parameters, size.groups, data_text(config), steps, sequences)
+    replicated = "replicated parameters, ZeRO-1-style sharded optimizer state" if devices.ranks > 1 else None
+    sharding = {"sharding": devices.sharding or replicated}
+    return rows | sharding | more | estimate_rows(size, devices, batch[0], fp8)
+
+
+def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool) -> dict[str, str]:
+    """Memory, time, cost and energy of pretraining, without evaluations; what is not known is left out."""
+    name, ranks, rows = find_gpu(devices.name), devices.ranks, {}
+    units = ranks if name else os.cpu_count() or 1
+    speed, source = scaling.estimate_speed(size, devices.name, units, fp8, bool(devices.sharding))
+    if speed is None:
+        return {"time": source}
+    seconds = size.total_tokens / speed
+    rows["time"] = f"{duration(seconds)} at {short(round(speed))} tok/s ({source}); evaluations not included"
+    if name:
+        gpu, hours, (fixed, per_sequence) = GPUS[name], seconds / 3600, memory_needs(size)
+        needed = (fixed + micro_batch_size * per_sequence) / 1e9
+        rows["memory"] = f"{needed:.0f} of {gpu.memory / 1e9:.0f} GB per GPU, a cautious estimate"
+        rate = RATE * ranks if devices.hourly_rate is None else devices.hourly_rate * -(-ranks // 8)
+        rows["cost"] = f"${hours * rate:,.2f} at ${rate:,.2f} per hour"
+        rows["energy"] = f"at most {hours * ranks * gpu.watts / 1000:,.1f} kWh, {gpu.watts:,.0f} W per GPU"
+    return rows
+
+
+def stage_batch(config, ranks: int, length: int) -> tuple[int, int]:
+    """Micro-batch size and gradient accumulation steps of a chat stage; InputError if its step cannot be divided."""
+    name, total, unit = "examples_per_step", getattr(config, "examples_per_step", 0), 1
+    if hasattr(config, "mixture"):
+        name, total, unit = "total_batch_size", config.total_batch_size, length if config.packing else 1
+    elif hasattr(config, "num_samples"):
+        name, total = "examples_per_step x num_samples", total * config.num_samples
+    if total < 0:
+        return config.device_batch_size, 1
+    return split_global_batch(name, total, unit, config.device_batch_size, ranks)
+
+
+def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
+    """The blocks of a recipe's stages. Raises InputError for an unknown GPU, and a batch that cannot be divided."""
+    base, ranks, cuda = configs["base"], devices.ranks, find_gpu(devices.name)
+    if not cuda and devices.name not in ("CPU", gpu_here()):
+        raise InputError(f"--gpu: no data sheet of {devices.name!r}; {nearest(devices.name, GPUS)}")
+    size, parts = scaling.plan(base, configs["tokenizer"].vocab_size), [f"{ranks} x {devices.name}"]
+    for stage in (name for name in stages if name != "report"):
+        config = configs[stage]
+        rows = {"data": data_text(config)}
+        if stage == "tokenizer":
+            rows["vocabulary"] = f"{config.vocab_size:,} tokens"
+        elif stage == "eval":
+            rows["tasks"] = ", ".join(config.tasks)
+        elif stage == "base":
+            requested, total = base.device_batch_size, size.total_batch_size
+            if requested == -1:
+                memory = 0.95 * GPUS[cuda].memory if cuda else 8e9
+                requested = scaling.estimate_micro_batch_size(size, memory, 2 if cuda else 4)
+            batch = split_global_batch("total_batch_size", total, size.max_seq_len, requested, ranks)
+            fp8 = base.fp8 is True or (base.fp8 == "auto" and bool(cuda) and GPUS[cuda].auto_fp8)
+            precision = ("bfloat16 with FP8 blocks" if fp8 else "bfloat16") if cuda else "float32"
+            rows = base_rows(base, size, devices, batch, fp8, {"precision": precision})
+        else:
+            length = getattr(config, "max_seq_len", -1)
+            batch = stage_batch(config, ranks, length if length > 0 else size.max_seq_len)
+            steps = f"{config.num_iterations:,}" if config.num_iterations > 0 else f"{config.num_epochs:g} x the data"
+            groups = scaling.stage_groups(config, size.model_config)
+            shape = size.model_config, size.num_parameters
+            rows = stage_rows(config, *shape, groups, data_text(config), steps, batch_text(ranks, *batch))
+        parts.append(f"{stage}\n{block(rows)}")
+    return "\n\n".join(parts)
