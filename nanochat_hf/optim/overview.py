@@ -11,7 +11,7 @@ import torch
 from ..errors import InputError
 from ..run import duration, nearest, short
 from . import scaling
-from .scaling import GPUS, Plan, find_gpu, memory_needs, split_global_batch
+from .scaling import GPUS, Plan, estimate_memory, find_gpu, split_global_batch
 
 RATE = 3.0  # dollars per GPU-hour
 LEARNING_RATES = {"matrix": "Muon", "embedding": "AdamW: embedding", "head": "head", "x0": "scalars"}  # by role
@@ -95,9 +95,9 @@ def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool
     seconds = size.total_tokens / speed
     rows["time"] = f"{duration(seconds)} at {short(round(speed))} tok/s ({source}); evaluations not included"
     if name:
-        gpu, hours, (fixed, per_sequence) = GPUS[name], seconds / 3600, memory_needs(size)
-        needed = (fixed + micro_batch_size * per_sequence) / 1e9
-        rows["memory"] = f"{needed:.0f} of {gpu.memory / 1e9:.0f} GB per GPU, a cautious estimate"
+        gpu, hours, needed = GPUS[name], seconds / 3600, estimate_memory(size, micro_batch_size) / 1e9
+        sharded = ", without sharding" if devices.sharding else ""
+        rows["memory"] = f"{needed:.1f} of {gpu.memory / 1e9:.0f} GB per GPU (estimate{sharded})"
         rate = RATE * ranks if devices.hourly_rate is None else devices.hourly_rate * -(-ranks // 8)
         rows["cost"] = f"${hours * rate:,.2f} at ${rate:,.2f} per hour"
         rows["energy"] = f"at most {hours * ranks * gpu.watts / 1000:,.1f} kWh, {gpu.watts:,.0f} W per GPU"

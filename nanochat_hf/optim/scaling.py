@@ -52,9 +52,9 @@ MFU = {"bf16": 0.589, "FP8": 0.722}  # of recipe d24 on one H200 (docs/paralleli
 NODE_EFFICIENCY = 0.9  # of more than 8 GPUs: assumed
 FSDP2_EFFICIENCY = {"bf16": 0.97, "FP8": 0.92}  # beside replicated parameters (docs/parallelism.md)
 MEASURED = {  # tokens per second in evals/RESULTS.md: (GPU, how many, depth, precision), rest as in d24
-    ("H200", 1, 24, "bf16"): 122.3e3, ("H200", 1, 24, "FP8"): 148.9e3, ("H200", 2, 24, "bf16"): 242_903,
+    ("H200", 1, 24, "bf16"): 121_948, ("H200", 1, 24, "FP8"): 147_958, ("H200", 2, 24, "bf16"): 242_903,
     ("H200", 2, 24, "FP8"): 299_263, ("H200", 4, 24, "bf16"): 488_677, ("H100", 1, 24, "bf16"): 119_693,
-    ("H200", 1, 12, "bf16"): 682_658, ("H200", 1, 12, "FP8"): 687_160,
+    ("H200", 1, 12, "bf16"): 673_233, ("H200", 1, 12, "FP8"): 699_094,
 }  # fmt: skip
 
 
@@ -330,25 +330,26 @@ def estimate_speed(
     return mfu * ranks * GPUS[name].flops / plan.flops_per_token, source
 
 
-def estimate_micro_batch_size(plan: Plan, free_bytes: float, bytes_per_value: int = 2, largest: int = 64) -> int:
-    """Largest power of two of sequences for which a device has the memory, at least 1; a conservative estimate.
+def estimate_micro_batch_size(plan: Plan, memory_bytes: float, bytes_per_value: int = 2, largest: int = 64) -> int:
+    """Largest power of two of sequences whose `estimate_memory` a device has, at least 1."""
+    sizes = [2**k for k in range(int(math.log2(largest)), 0, -1)]
+    return next((size for size in sizes if estimate_memory(plan, size, bytes_per_value) <= memory_bytes), 1)
 
-    20 values per layer and channel for the backward pass; in float32, where the head is not chunked, 4 copies of the
-    logits.
+
+def estimate_memory(plan: Plan, micro_batch_size: int, bytes_per_value: int = 2) -> float:
+    """Peak bytes of pretraining on one device, weights and optimizer state included.
+
+    bfloat16: within 6 % of the peaks that d8 to d40 had on an H200 (docs/experiments/scaling.md). Bytes per value: 12
+    of the embeddings, 22 of the head, 14 of the matrices; 29 per token, layer and channel; the head's chunk of logits.
+    float32, a guess: 16 per parameter, 20 values per token, layer and channel, 4 copies of the logits.
     """
-    fixed, per_sequence = memory_needs(plan, bytes_per_value)
-    return 2 ** int(math.log2(min(max((free_bytes - fixed) / per_sequence, 1), largest)))
-
-
-def memory_needs(plan: Plan, bytes_per_value: int = 2) -> tuple[float, float]:
-    """Bytes on a device for the model, and for each sequence of a micro-batch; see `estimate_micro_batch_size`.
-
-    The model: 16 bytes per parameter (weight, gradient, optimizer state), in bf16 3 GB for the chunks of the head.
-    """
-    config = plan.model_config
-    head, workspace = (0, 3e9) if bytes_per_value == 2 else (4 * bytes_per_value * config.vocab_size, 0)
-    activations = config.hidden_size * config.num_hidden_layers * 20 * bytes_per_value + head  # bytes per token
-    return 16 * plan.num_parameters + workspace, plan.max_seq_len * activations
+    config, tokens = plan.model_config, micro_batch_size * plan.max_seq_len
+    channels = tokens * config.hidden_size * config.num_hidden_layers
+    if bytes_per_value != 2:
+        return 16 * plan.num_parameters + bytes_per_value * (20 * channels + 4 * tokens * config.vocab_size)
+    counts, _ = count_parameters(config)
+    weights = 12 * (counts["embedding"] + counts["value_embeds"]) + 22 * counts["head"] + 14 * counts["matrix"]
+    return weights + 29 * channels + min(2**30, 2 * tokens * config.vocab_size) + 0.3e9
 
 
 def split_global_batch(

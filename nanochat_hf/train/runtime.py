@@ -176,9 +176,9 @@ def gc_disabled():
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a run may take on this device."""
+    """Bytes that a run may take on this device, with what its model has taken already."""
     if device.type == "cuda":
-        return 0.95 * torch.cuda.mem_get_info(device)[0]
+        return 0.95 * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     if device.type == "mps":
         return 0.6 * torch.mps.recommended_max_memory()
     return 0.5 * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
