@@ -139,7 +139,7 @@ def run(words: list[str]) -> None:
     parser.option("--num-processes", Count, help="ranks; default: as the config file says")
     words = ["--recipe", *words] if words[:1] and not words[0].startswith("-") else words
     *_, arguments = read_speedrun(parser, words)
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # no traceback of its own
     if arguments.config_file:
         places = [Path(arguments.config_file), ACCELERATE / f"{arguments.config_file}.yaml"]
         if not (files := [str(place) for place in places if place.is_file()]):

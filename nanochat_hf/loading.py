@@ -43,6 +43,9 @@ def load_model(
         model = model if device is None else model.to(device)
     except (RuntimeError, AssertionError) as error:  # out of memory, no such device
         raise InputError(f"{source} cannot be used on {device}: {str(error).splitlines()[0]}; try cpu") from None
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    if not all(isinstance(token, int | None) for token in (eos if isinstance(eos, list) else [eos])):
+        raise InputError(f"generation_config.json of {source} is damaged: eos_token_id is {eos!r}")
     if not is_quantized(model) and (name := first_non_finite(model.named_parameters())):
         raise InputError(
             f"the weights of {source} are not finite (NaN or infinity in {name}): go back to an earlier stage or "

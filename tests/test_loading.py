@@ -2,15 +2,19 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanochat_hf.data import tokenizer as tokenizers
+from nanochat_hf.data.tokenizer import load_tokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import load
 from nanochat_hf.loading import load_model
 from nanochat_hf.serve.engine import Engine
+from nanochat_hf.serve.worker import open_workers
 from nanochat_hf.train.model_setup import read_model
 
 LOADERS = {
@@ -40,6 +44,15 @@ def foreign_code(path):
     (path.parent / "config.json").write_text(json.dumps(config))
 
 
+def damaged_end(path):
+    (path.parent / "generation_config.json").write_text('{"eos_token_id": "x"}')
+
+
+def endless_template(path):
+    template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (path.parent / "chat_template.jinja").write_text(template)
+
+
 BROKEN = {  # what happened to model.safetensors, and what the line says
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-7]), "no model in .* that can be read"),
     "empty": (lambda path: path.write_bytes(b""), "no model in .* that can be read"),
@@ -47,6 +60,7 @@ BROKEN = {  # what happened to model.safetensors, and what the line says
     "other shape": (other_shape, "no model in .* that can be read"),
     "not finite": (not_finite, r"not finite \(NaN or infinity in model\.layers\.0\.mlp\.fc1\.weight\)"),
     "foreign code": (foreign_code, "no model in .* that can be read"),
+    "damaged end": (damaged_end, "generation_config.json of .* is damaged: eos_token_id is 'x'"),
 }
 
 
@@ -61,6 +75,16 @@ def test_what_is_wrong_with_a_model_is_the_same_line_for_all(tiny_folder, monkey
             loader(str(tiny_folder))
         lines.add(str(error.value))
     assert len(lines) == 1 and "\n" not in lines.pop()
+
+
+@pytest.mark.parametrize(
+    "read", [load_tokenizer, LOADERS["serving"], lambda folder: open_workers(folder, 1, 1, "cpu")]
+)
+def test_a_chat_template_that_does_not_end_is_one_line(tiny_folder, monkeypatch, read):
+    monkeypatch.setattr(tokenizers, "TEMPLATE_SECONDS", 0.2)
+    endless_template(tiny_folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"the chat template of .* fails: it takes more than 0\.2 s"):
+        read(str(tiny_folder))
 
 
 def test_a_device_that_is_not_there_or_full_is_named(tiny_folder, monkeypatch):
