@@ -77,9 +77,10 @@ def test_what_is_wrong_with_a_model_is_the_same_line_for_all(tiny_folder, monkey
     assert len(lines) == 1 and "\n" not in lines.pop()
 
 
-@pytest.mark.parametrize(
-    "read", [load_tokenizer, LOADERS["serving"], lambda folder: open_workers(folder, 1, 1, "cpu")]
-)
+SERVER = partial(open_workers, max_batch_size=1, max_queue_size=1, device="cpu")
+
+
+@pytest.mark.parametrize("read", [load_tokenizer, LOADERS["serving"], SERVER])
 def test_a_chat_template_that_does_not_end_is_one_line(tiny_folder, monkeypatch, read):
     monkeypatch.setattr(tokenizers, "TEMPLATE_SECONDS", 0.2)
     endless_template(tiny_folder / "model.safetensors")

@@ -373,7 +373,7 @@ def build() -> gr.Blocks:
     is_hub_id = not ENDPOINT_URL and not Path(MODEL_ID).exists()
     link = f'<a href="https://huggingface.co/{name}">{name}</a>' if is_hub_id else "/".join(name.split("/")[-2:])
     inputs = [
-        gr.Textbox(label=i18n("system"), lines=2, max_length=MAX_SYSTEM),
+        gr.Textbox("", label=i18n("system"), lines=2, max_length=MAX_SYSTEM),
         gr.Slider(0, 2, value=0.6, step=0.05, label=i18n("temperature")),
         gr.Slider(0, 200, value=50, step=1, label=i18n("top_k")),
         gr.Slider(8, MAX_NEW_TOKENS, value=min(512, MAX_NEW_TOKENS), step=8, label=i18n("max_tokens")),
