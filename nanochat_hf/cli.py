@@ -216,7 +216,7 @@ def serve(words: list[str]) -> None:
     parser.option("--device", Device, help="one device; by default a replica on each GPU, else the CPU")
     args = parser.parse_args(words)
     name = args.model or (args.run_dir and Run(args.run_dir).latest_model())
-    if not name:
+    if not name or (args.model and args.run_dir):
         raise InputError("name the model: --run-dir DIR with a finished stage, or --model FOLDER_OR_HUB_ID")
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET

@@ -195,6 +195,7 @@ COMMANDS = [
     ("serve --model x --host 192.0.2.1", "cannot listen on 192.0.2.1, port 8000: .*choose another --port"),
     ("serve", "name the model"),
     ("serve --run-dir {here}", "name the model"),
+    ("serve --run-dir {here} --model x", "name the model"),
     ("serve --model x --port 99999", "a whole number from 1 to 65535"),
     ("serve --model x --port 0", "a whole number from 1 to 65535"),
     ("serve --model x --port http", "a whole number from 1 to 65535"),
