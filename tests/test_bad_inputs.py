@@ -193,6 +193,11 @@ COMMANDS = [
     ("chat --model x --device cuda:99", "this machine has no cuda:99; leave --device out"),
     ("serve --model x --device cuda:x", "text that matches"),
     ("serve --model x --host 192.0.2.1", "cannot listen on 192.0.2.1, port 8000: .*choose another --port"),
+    ("chat --endpoint http://[::1", "must be a URL"),
+    ("chat --endpoint http://:80", "must be a URL"),
+    ("chat --endpoint http://a:99999", "must be a URL"),
+    ("serve --model x --host=", "--host: .*it is empty"),
+    ("serve --model x --host a\0b", "printable characters"),
     ("serve", "name the model"),
     ("serve --run-dir {here}", "name the model"),
     ("serve --run-dir {here} --model x", "name the model"),
@@ -224,6 +229,8 @@ COMMANDS = [
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --rows 0", "from 1 to"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --split dev", "train or test"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/no/out.jsonl --rows 2", "cannot write"),
+    ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --model x", "give that, too"),
+    ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --endpoint=", "must be a URL"),
     ("recipes --all", "unknown flag '--all'"),
     ("env x", "unrecognized arguments: x"),
 ]
@@ -394,8 +401,10 @@ def test_a_text_that_cannot_be_read(tmp_path, monkeypatch, make, message):
 
 
 IDENTITIES = [
-    ("- a", "needs a name and an owner"),
+    ("- a", "must be a mapping"),
     ("name: A", "needs a name and an owner"),
+    ("{name: A, owner: B, 1: x, z: y}", "unknown key 1"),
+    ("[" * 3000, "is not valid YAML"),
     ("name: [", "not valid YAML"),
     ("{name: A, owner: B, job: C}", "unknown key 'job'"),
     ("{name: 5, owner: B}", "name is 5, not text"),

@@ -221,6 +221,19 @@ def test_a_secret_in_a_text_or_in_the_header_of_weights_is_never_sent(hub, run, 
     assert "step 5 was not pushed" in log[-1] and "contains a token" in log[-1]
 
 
+def test_a_push_replaces_nothing_where_a_link_points_and_a_link_to_itself_is_refused(hub, run, tmp_path):
+    (tmp_path / "of another run" / "sft").mkdir(parents=True)
+    (run / "hub").symlink_to(tmp_path / "of another run")
+    with pytest.raises(InputError, match="hub is a link"):
+        push(run, Push("you/small"))
+    assert (tmp_path / "of another run" / "sft").exists()
+    (run / "hub").unlink()
+    (run / "sft" / "generation_config.json").unlink()
+    (run / "sft" / "generation_config.json").symlink_to("generation_config.json")
+    with pytest.raises(InputError, match="is a link to"):
+        push(run, Push("you/small"))
+
+
 def test_a_link_out_of_the_run_folder_is_refused_and_one_inside_is_not(hub, run, tmp_path, log):
     (tmp_path / "key").write_text("private")
     (run / "tokenizer").mkdir()

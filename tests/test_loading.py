@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanochat_hf.cli import dispatch
 from nanochat_hf.data import tokenizer as tokenizers
 from nanochat_hf.data.tokenizer import load_tokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import load
 from nanochat_hf.loading import load_model
+from nanochat_hf.run import save_json
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.worker import open_workers
 from nanochat_hf.train.model_setup import read_model
@@ -75,6 +77,25 @@ def test_what_is_wrong_with_a_model_is_the_same_line_for_all(tiny_folder, monkey
             loader(str(tiny_folder))
         lines.add(str(error.value))
     assert len(lines) == 1 and "\n" not in lines.pop()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", "[]"), ("config.json", '{"model_type": "nanochat_hf", "hidden_size": "x"}'), ("config.json", "["),
+     ("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("model.safetensors", ""), ("tokenizer_config.json", "[]")],
+)  # fmt: skip
+def test_a_damaged_file_is_one_line_of_conversion_and_push(tiny_folder, tmp_path, file, content):
+    (tiny_folder / file).write_text(content)
+    with pytest.raises(InputError):
+        dispatch("convert", ["--source", str(tiny_folder), "--output", str(tmp_path / "out"), "--to", "nanochat"])
+    run = tmp_path / "run"
+    run.mkdir()
+    tiny_folder.rename(run / "sft")
+    save_json(run / "sft" / "metrics.json", {"finished": True})
+    if file != "model.safetensors":  # a push compares weights with their fingerprint
+        with pytest.raises(InputError, match=r"no (model|tokenizer) in"):
+            dispatch("push", ["--run-dir", str(run), "--repo", "you/x", "--dry-run"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"] and not (run / "hub").exists()
 
 
 SERVER = partial(open_workers, max_batch_size=1, max_queue_size=1, device="cpu")

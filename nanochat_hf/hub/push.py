@@ -37,6 +37,7 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.report import MODEL_STAGES, TITLES, make_report, markdown
 from ..eval.weights import refuse_non_finite, replaced
+from ..loading import load_config
 from ..run import Run, nearest, save_json, writing
 from ..stage_configs import RepoId
 from .model_card import Push, render_model_card, report_facts, without_local_paths
@@ -101,9 +102,13 @@ def prepare(run: Run, options: Push) -> Path:
         done = [name for name in MODEL_STAGES if run.finished(name)]
         raise InputError(f"stage {stage!r} of {run.path} is not finished; finished: {', '.join(done) or 'none'}")
     source, folder = run.folder(stage), run.path / "hub" / stage
+    if folder.parent.is_symlink():
+        raise InputError(f"{folder.parent} is a link: delete it, or all that is where it points would be replaced")
     files = own_files(source, MODEL_FILES, run.path)
     if not any(path.suffix == ".safetensors" for path in files) or source / "tokenizer.json" not in files:
         raise InputError(f"{source} lacks safetensors or tokenizer.json: run stage {stage!r} again")
+    load_config(source)  # damaged ones are refused here
+    load_tokenizer(source)
     if replaced(run, stage):
         raise InputError(
             f"the weights in {source} are not those that its metrics.json describes: run stage {stage!r} again, or "
@@ -135,7 +140,7 @@ def own_files(folder: Path, patterns: Iterable[str], run: Path) -> list[Path]:
     entries = folder.iterdir() if folder.exists() else ()
     paths = sorted(path for path in entries if any(path.match(pattern) for pattern in patterns))
     for path in paths:
-        target = path.resolve()
+        target = Path(os.path.realpath(path))
         if not (target.exists() and any(target.is_relative_to(place.resolve()) for place in (folder, run))):
             raise InputError(f"{path} is a link to {target}, which is no file of the run: put the file itself there")
     return paths
