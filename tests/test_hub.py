@@ -191,7 +191,13 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, run, monk
 @pytest.mark.parametrize(
     "secret",
     [TOKEN, "hf_" + "x" * 34, "sk-proj-" + "a1" * 20, "ghp_" + "a1" * 18, "AKIA" + "A1" * 8, "AIza" + "a" * 35]
-    + ["xoxb-" + "1" * 24, "-----BEGIN OPENSSH PRIVATE KEY-----"],
+    + [
+        "xoxb-" + "1" * 24,
+        "glpat-" + "a1" * 10,
+        "npm_" + "a1" * 18,
+        "pypi-" + "a1" * 30,
+        "-----BEGIN OPENSSH PRIVATE KEY-----",
+    ],
 )
 def test_secrets_are_known_by_their_form_and_not_shown(tmp_path, monkeypatch, secret):
     monkeypatch.setattr(push_module, "get_token", lambda: None)

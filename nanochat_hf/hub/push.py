@@ -43,9 +43,9 @@ from ..stage_configs import RepoId
 from .model_card import Push, render_model_card, report_facts, without_local_paths
 
 SPACE = Path(__file__).parents[2] / "spaces" / "chat"
-SECRET = re.compile(  # Hugging Face, OpenAI and others, GitHub, AWS, Google, Slack; private keys
+SECRET = re.compile(  # Hugging Face, OpenAI and others, GitHub, AWS, Google, Slack, GitLab, npm, PyPI; private keys
     rb"\b(hf_[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)[\w-]{20,}|gh[a-z]_\w{30,}|github_pat_\w{20,}|A[KS]IA[A-Z0-9]{16}"
-    rb"|AIza[\w-]{35}|xox[a-z]-[\w-]{20,})|-----BEGIN [A-Z ]*PRIVATE KEY"
+    rb"|AIza[\w-]{35}|xox[a-z]-[\w-]{20,}|glpat-[\w-]{20,}|npm_\w{30,}|pypi-[\w-]{40,})|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*_nanochat.py",
