@@ -189,7 +189,7 @@ def run(words: list[str]) -> None:
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
     parser.option("--num-processes", Count, help="ranks; default: as the config file says")
     _, stages, configs, arguments = read_speedrun(parser, recipe_first(words))
-    command, launch = [sys.executable, "-m", "accelerate.commands.launch"], {}
+    command, launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"], {}  # no traceback of its own
     if arguments.config_file:
         places = [Path(arguments.config_file), ACCELERATE / f"{arguments.config_file}.yaml"]
         if not (files := [str(place) for place in places if place.is_file()]):
@@ -257,7 +257,7 @@ def serve(words: list[str]) -> None:
     parser = new_parser(serve.__doc__)
     parser.option("--run-dir", Place, help="run folder: its newest finished stage")
     parser.option("--model", Place, help="checkpoint folder or Hub id")
-    parser.option("--host", default="127.0.0.1", help="0.0.0.0 lets the network in")
+    parser.option("--host", Place, default="127.0.0.1", help="0.0.0.0 lets the network in")
     parser.option("--port", Annotated[int, Ge(1), Le(65535)], default=8000, help="(default: %(default)s)")
     parser.option("--max-batch-size", Count, "--rows", default=16, help="requests that run at once per GPU")
     parser.option("--max-queue-size", Count, "--max-waiting", default=64, help="that wait; more get a 429")
@@ -271,7 +271,7 @@ def serve(words: list[str]) -> None:
     parser.option("--device", Device, help="one device; by default a replica on each GPU, else the CPU")
     args = parser.parse_args(words)
     name = args.model or (args.run_dir and Run(args.run_dir).latest_model())
-    if not name:
+    if not name or (args.model and args.run_dir):
         raise InputError("name the model: --run-dir DIR with a finished stage, or --model FOLDER_OR_HUB_ID")
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
@@ -329,8 +329,9 @@ def convert(words: list[str]) -> None:
         info = upstream.convert(args.source, args.output, args.to, args.tokenizer, args.step, texts)
         if describes:
             save_json(record, load_json(record) | {"weights": model_fingerprint(args.output)})
-    except (ValueError, OSError) as error:  # OSError: of transformers, for a broken folder
-        raise InputError(str(error).splitlines()[0]) from None
+    except Exception as error:  # of damaged files: safetensors', json's, tokenizers' have no common type
+        reason = str(error) if isinstance(error, ValueError | OSError) else f"{args.source} cannot be read: {error!r}"
+        raise InputError(reason.splitlines()[0]) from None
     print(f"{args.output}: generation {info['generation']}, {info['parameters']:,} parameters, step {info['step']}")
     if info["tokenizer_ids"] is None:
         print("weights only: give --tokenizer DIR to convert the tokenizer too")
@@ -382,10 +383,12 @@ def identity(words: list[str]) -> None:
     parser.option("--model", help="the model's name there")
     parser.option("--seed", Seed, default=0)
     args = parser.parse_args(words)
+    if args.model and args.endpoint is None:
+        raise InputError("--model is the name of a model at --endpoint: give that, too")
     from .data import identity as library
 
     person, num = library.read_identity(args.identity), args.rows or library.NUM_CONVERSATIONS
-    if args.endpoint:
+    if args.endpoint is not None:
         from .serve.terminal_chat import Options, RemoteModel
 
         writer, options = RemoteModel(args.endpoint, args.model), Options(temperature=1.0, max_new_tokens=1024)

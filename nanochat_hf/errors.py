@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 
 def guarded(main: Callable) -> None:
-    """Run `main`; wrong input, a loss that is not finite or a GPU out of memory is one line, Ctrl-C exit code 130.
+    """Run `main`; wrong input, a loss that is not finite or a device out of memory is one line, Ctrl-C exit code 130.
 
     Only the main rank shows what all ranks raise.
     """
@@ -27,12 +27,13 @@ def guarded(main: Callable) -> None:
         sys.exit(130)
     except Exception as error:
         torch = sys.modules.get("torch")  # importing it takes seconds
-        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        if torch is None or not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
-        fail(f"{str(error).partition(' GPU ')[0]} Lower device_batch_size, or take a smaller model")  # this rank alone
+        what = " ".join(str(error).partition(" GPU ")[0].split())
+        fail(f"{what} Lower device_batch_size, or take a smaller model")  # this rank alone
 
 
 def fail(message: str, show: bool = True):
     if show:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print("error:", *message.splitlines(), file=sys.stderr, flush=True)
     sys.exit(2)

@@ -1,9 +1,10 @@
 """Reads a model for training, evaluation and serving alike: from a folder or the Hub, or one clear error."""
 
 from contextlib import suppress
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .errors import InputError
 from .model.configuration_nanochat import MAX_LAYERS
@@ -11,7 +12,7 @@ from .model.quantization import is_quantized
 from .run import first_non_finite
 
 
-def refuse_many_layers(source: str) -> None:
+def refuse_many_layers(source: str | Path) -> None:
     """Raises ValueError: building the layers would fill the memory before any weight is read."""
     with suppress(OSError):  # no config.json, as in an adapter's folder
         config, _ = PreTrainedConfig.get_config_dict(source)
@@ -19,6 +20,19 @@ def refuse_many_layers(source: str) -> None:
         for name in ("num_hidden_layers", "n_layer", "num_layers"):
             if isinstance(config.get(name), int) and config[name] > MAX_LAYERS:
                 raise ValueError(f"{name} is {config[name]}: at most {MAX_LAYERS}")
+
+
+def load_config(source: str | Path) -> PreTrainedConfig:
+    """The config of a folder or Hub id. Raises InputError when there is none that can be read."""
+    try:
+        refuse_many_layers(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # json's and the config's have no common type
+        raise unreadable(source, error) from None
+
+
+def unreadable(source: str | Path, error: Exception) -> InputError:
+    return InputError(f"no model in {source} that can be read: {' '.join(str(error).split())[:300]}")
 
 
 def load_model(
@@ -38,11 +52,14 @@ def load_model(
             source, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )
     except Exception as error:  # safetensors', json's and the config's have no common type
-        raise InputError(f"no model in {source} that can be read: {' '.join(str(error).split())[:300]}") from None
+        raise unreadable(source, error) from None
     try:
         model = model if device is None else model.to(device)
     except (RuntimeError, AssertionError) as error:  # out of memory, no such device
         raise InputError(f"{source} cannot be used on {device}: {str(error).splitlines()[0]}; try cpu") from None
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    if not all(isinstance(token, int | None) for token in (eos if isinstance(eos, list) else [eos])):
+        raise InputError(f"generation_config.json of {source} is damaged: eos_token_id is {eos!r}")
     if not is_quantized(model) and (name := first_non_finite(model.named_parameters())):
         raise InputError(
             f"the weights of {source} are not finite (NaN or infinity in {name}): go back to an earlier stage or "

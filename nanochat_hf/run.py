@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -68,6 +69,8 @@ class Run:
         try:
             yield
         finally:
+            if os.listdir(self.path) == [".lock"]:  # refused input leaves nothing
+                shutil.rmtree(self.path)
             lock.release()
 
     def latest_model(self, before: str = "eval") -> Path | None:

@@ -36,6 +36,8 @@ def name_of_place(text: str) -> str:
     """A file, folder or Hub id, as text; raises ValueError for what no file system and no Hub can have."""
     if not text.strip():
         raise ValueError("it is empty; leave the key out for its default")
+    if text.startswith("~"):
+        raise ValueError("write the home folder out: only shells know ~, and only where a word begins")
     if not text.isprintable() or max(len(part.encode(errors="replace")) for part in text.split("/")) > 255:
         raise ValueError("a name has printable characters only, and at most 255 bytes")
     return text
@@ -83,7 +85,7 @@ def known_task(name: str) -> str:
 
 def known_attention(name: str) -> str:
     kinds = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-    if name not in kinds and "/" not in name:
+    if name not in kinds and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?(:\w+)?", name):
         raise ValueError(f"transformers has no such attention; {nearest(name, kinds)}, or a kernel's Hub id")
     return name
 

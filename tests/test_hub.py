@@ -188,7 +188,13 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, run, opti
 @pytest.mark.parametrize(
     "secret",
     [TOKEN, "hf_" + "x" * 34, "sk-proj-" + "a1" * 20, "ghp_" + "a1" * 18, "AKIA" + "A1" * 8, "AIza" + "a" * 35]
-    + ["xoxb-" + "1" * 24, "-----BEGIN OPENSSH PRIVATE KEY-----"],
+    + [
+        "xoxb-" + "1" * 24,
+        "glpat-" + "a1" * 10,
+        "npm_" + "a1" * 18,
+        "pypi-" + "a1" * 30,
+        "-----BEGIN OPENSSH PRIVATE KEY-----",
+    ],
 )
 def test_secrets_are_known_by_their_form_and_not_shown(tmp_path, monkeypatch, secret):
     monkeypatch.setattr(push_module, "get_token", lambda: None)
@@ -216,6 +222,19 @@ def test_a_secret_in_a_text_or_in_the_header_of_weights_is_never_sent(hub, run, 
     assert hub.requests == []
     checkpoint_pusher("you/base", log=log.append)(run / "sft", 5).result()
     assert "step 5 was not pushed" in log[-1] and "contains a token" in log[-1]
+
+
+def test_a_push_replaces_nothing_where_a_link_points_and_a_link_to_itself_is_refused(hub, run, tmp_path):
+    (tmp_path / "of another run" / "sft").mkdir(parents=True)
+    (run / "hub").symlink_to(tmp_path / "of another run")
+    with pytest.raises(InputError, match="hub is a link"):
+        push(run, Push("you/small"))
+    assert (tmp_path / "of another run" / "sft").exists()
+    (run / "hub").unlink()
+    (run / "sft" / "generation_config.json").unlink()
+    (run / "sft" / "generation_config.json").symlink_to("generation_config.json")
+    with pytest.raises(InputError, match="is a link to"):
+        push(run, Push("you/small"))
 
 
 def test_a_link_out_of_the_run_folder_is_refused_and_one_inside_is_not(hub, run, tmp_path, log):

@@ -29,7 +29,17 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "eval": {"data", "demo", "loading", "run", "sandbox", "stage_configs", "tools", "tool_loop", "distributed"},
     "train": {"data", "demo", "distributed", "eval.bpb", "kernels", "loading", "model", "optim", "run"},
     "serve": {"data", "loading", "run", "kernels", "model", "tools", "tool_loop"},
-    "hub": {"config", "convert", "data", "eval.report", "eval.weights", "run", "stage_configs", "tool_loop"},
+    "hub": {
+        "config",
+        "convert",
+        "data",
+        "eval.report",
+        "eval.weights",
+        "loading",
+        "run",
+        "stage_configs",
+        "tool_loop",
+    },
 }
 MAY_IMPORT["cli"] |= {"train.model_setup"}
 MAY_IMPORT["train"] |= {"stage_configs", "tools", "tool_loop"}

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from nanochat_hf.data import tokenizer as tokenizers
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import lm_eval_model
 from nanochat_hf.eval.harness import EvalConfig
@@ -117,7 +118,7 @@ def test_a_damaged_or_foreign_folder_is_one_line_and_nothing_is_asked(tiny_folde
     ],
 )
 def test_an_endless_chat_template_is_one_line(tiny_model, tokenizer, monkeypatch, template, words):
-    monkeypatch.setattr(lm_eval_model, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(tokenizers, "TEMPLATE_SECONDS", 0.2)
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(InputError, match=f"the chat template of this model {words}"):
         LocalLM(tiny_model, tokenizer, EvalConfig()).apply_chat_template([{"role": "user", "content": "Hi"}])

@@ -224,6 +224,8 @@ WRONG = [
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"messages": user("?"), "temperature": 99}, "temperature"),
     (CHAT, {"messages": user("?"), "top_k": 10**12}, "top_k"),
+    *((CHAT, {"messages": user("?"), key: True}, key) for key in ("temperature", "max_tokens", "n", "seed")),
+    ("/generate", {"inputs": "?", "stream": 1}, "stream"),
     (CHAT, {"messages": user("?"), "tools": [{"type": "function", "function": {"name": "search"}}]}, "has one tool"),
     (CHAT, {"messages": user("?"), "stream": True, "n": 2}, "leave n out"),
     (CHAT, {"messages": [*user("?"), STEP, *user("?")]}, "tool_steps"),
@@ -274,6 +276,9 @@ def test_a_wrong_body_gets_one_reason_in_the_words_of_its_protocol(server, route
 def test_bodies_too_large_broken_or_sent_elsewhere_are_refused(server):
     big = httpx.post(server.url + CHAT, content=b"x" * (1 << 21))
     assert big.status_code == 413 and "1048576 bytes" in big.text
+    two = {"Transfer-Encoding": "chunked", "Content-Length": "2"}  # the first one counts
+    both = httpx.post(server.url + CHAT, content=iter([b"x" * (1 << 21)]), headers=two)
+    assert both.status_code == 413
     broken = httpx.post(server.url + CHAT, content=b"{", headers={"Content-Type": "application/json"})
     assert broken.status_code == 400 and broken.json()["error"]["type"] == "validation"
     for reply in (httpx.get(server.url + CHAT), httpx.post(server.url + "/v1/embeddings", json={})):

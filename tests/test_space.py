@@ -236,6 +236,9 @@ def test_eight_hundred_turns_are_shortened_at_once(app, monkeypatch):
     shown = texts[-1]
     longer = apply([shown[0], *turns[-len(shown) - 1 :]], add_generation_prompt=True, return_dict=False)
     assert len(ids) + 8 <= 256 < len(longer) + 8 + 2  # the turn before would not have fit; bos counts for every turn
+    texts.clear()
+    app.encode([{"role": "user", "content": "x" * 10**6}, *turns[-2:]], 8)
+    assert all(len(str(messages)) < 1000 for messages in texts)  # a turn of megabytes is not even encoded
 
 
 def test_int8_weights_change_little_and_small_matrices_not_at_all(app):
@@ -435,6 +438,7 @@ def test_the_api_streams_and_a_full_queue_says_so(space):
     arguments = ("", 0.0, 0, 120)
     upload = httpx.post(space + "/gradio_api/upload", files={"files": ("x.txt", b"x" * 100)})
     assert upload.status_code == 413
+    assert client.predict("", api_name="/chat") == client.predict(None, api_name="/chat")  # the rest has defaults
     job = client.submit("What is 12 * 34?", *arguments, api_name="/chat")
     assert job.result()[-1]["content"] == "It is 408." and len(job.outputs()) > 5
     jobs = [client.submit("Hello", *arguments, api_name="/chat") for _ in range(8)]  # one runs, three may wait

@@ -27,6 +27,7 @@ from random import Random
 
 import yaml
 
+from ..config import read_yaml
 from ..errors import InputError
 from .transforms import BadRow, check
 
@@ -79,17 +80,12 @@ def _literal(text: str) -> str:
 
 def read_identity(path: str | Path) -> Identity:
     """Raises InputError for a file that is missing, no YAML, or not in the form that the module's docstring shows."""
-    try:
-        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(Path(path).expanduser())
     keys = [f.name for f in fields(Identity)]
-    if not isinstance(values, dict) or not values.get("name") or not values.get("owner"):
+    if not values.get("name") or not values.get("owner"):
         raise InputError(f"{path} needs a name and an owner")
     if unknown := set(values) - set(keys):
-        raise InputError(f"{path}: unknown key {min(unknown)!r}; use {', '.join(keys)}")
+        raise InputError(f"{path}: unknown key {min(unknown, key=str)!r}; use {', '.join(keys)}")
     if values.get("language", "en") not in LANGUAGES:
         raise InputError(f"{path}: no phrasings for language {values['language']!r}; use {', '.join(LANGUAGES)}")
     for key in ("name", "owner", "about", "skills"):

@@ -10,8 +10,11 @@ chat template, and both treat `<|bos|>` in somebody's text as seven ordinary cha
 """
 
 import hashlib
+import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -37,6 +40,7 @@ SPECIAL_TOKENS = (
     "<|output_start|>",  # ... and its result
     "<|output_end|>",
 )
+TEMPLATE_SECONDS = 10.0  # for one conversation
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 RESPONSE_TEMPLATE = yaml.safe_load(Path(__file__).with_name("response_template.yaml").read_text())
 # Beginnings of the SHA-256 of older ones: text split over parts became special tokens there, JSON text became a call,
@@ -125,7 +129,7 @@ def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or a Hub id; older templates of this project are renewed.
 
-    Raises InputError when there is none.
+    Raises InputError when there is none, or when its chat template does not end (seen in the main thread only).
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
@@ -134,7 +138,34 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         if "backend tokenizer" in reason:  # followed by a list of all the ways to have one
             reason = "it has no tokenizer.json"
         raise InputError(f"no tokenizer in {name}: {reason}") from None
-    return with_todays_templates(tokenizer)
+    tokenizer = with_todays_templates(tokenizer)
+    try:
+        with template_limit():
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
+    except TimeoutError as error:
+        raise InputError(f"the chat template of {name} fails: {error}") from None
+    except Exception:  # it has none, or refuses these messages
+        pass
+    return tokenizer
+
+
+@contextmanager
+def template_limit() -> Iterator[None]:
+    """Raises TimeoutError after TEMPLATE_SECONDS, in the main thread: templates are programs of who made the model."""
+
+    def stop(*_):
+        raise TimeoutError(f"it takes more than {TEMPLATE_SECONDS:g} s")
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach that one only
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def with_todays_templates(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

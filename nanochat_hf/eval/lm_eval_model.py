@@ -8,7 +8,6 @@ and encodes text that spells a special token as text. `Generator` works for any 
 `serve.engine.Engine` has the same `generate` and is much faster for nanochat models on a GPU.
 """
 
-import signal
 import time
 from itertools import count
 
@@ -17,19 +16,14 @@ from accelerate.utils import gather_object
 from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache
 
-from ..data.tokenizer import load_tokenizer, strip_special_tokens
+from ..data.tokenizer import load_tokenizer, strip_special_tokens, template_limit
 from ..distributed import monitored_barrier, partial_state
 from ..errors import InputError
 from ..loading import load_model
 from ..tool_loop import MARKS, ToolResultProcessor
 from .loglikelihood import loglikelihoods
 
-TEMPLATE_SECONDS = 10.0  # for one conversation
 REPACK = 0.75  # finished rows leave the batch when fewer than this share still run: copying the cache costs, too
-
-
-def _stop_template(*_):
-    raise TimeoutError(f"it takes more than {TEMPLATE_SECONDS:g} s")
 
 
 class LocalLM(HFLM):
@@ -59,15 +53,11 @@ class LocalLM(HFLM):
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         plain = [{**message, "content": strip_special_tokens(message["content"])} for message in chat_history]
-        before = signal.signal(signal.SIGALRM, _stop_template)
-        signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
         try:
-            return super().apply_chat_template(plain, add_generation_prompt)
+            with template_limit():
+                return super().apply_chat_template(plain, add_generation_prompt)
         except Exception as error:  # a template may do anything
             raise InputError(f"the chat template of this model fails: {' '.join(str(error).split())[:200]}") from None
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
 
     def loglikelihood(self, requests, disable_tqdm=True):
         return super().loglikelihood(requests, disable_tqdm=True)  # the log has a line per task

@@ -37,14 +37,15 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.report import MODEL_STAGES, TITLES, make_report, markdown
 from ..eval.weights import refuse_non_finite, replaced
+from ..loading import load_config
 from ..run import Run, nearest, project_folder, save_json, writing
 from ..stage_configs import RepoId
 from .model_card import Push, render_model_card, report_facts, without_local_paths
 
 SPACE = project_folder("spaces", "chat")
-SECRET = re.compile(  # Hugging Face, OpenAI and others, GitHub, AWS, Google, Slack; private keys
+SECRET = re.compile(  # Hugging Face, OpenAI and others, GitHub, AWS, Google, Slack, GitLab, npm, PyPI; private keys
     rb"\b(hf_[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)[\w-]{20,}|gh[a-z]_\w{30,}|github_pat_\w{20,}|A[KS]IA[A-Z0-9]{16}"
-    rb"|AIza[\w-]{35}|xox[a-z]-[\w-]{20,})|-----BEGIN [A-Z ]*PRIVATE KEY"
+    rb"|AIza[\w-]{35}|xox[a-z]-[\w-]{20,}|glpat-[\w-]{20,}|npm_\w{30,}|pypi-[\w-]{40,})|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*_nanochat.py",
@@ -99,9 +100,13 @@ def prepare(run: Run, options: Push) -> Path:
         done = [name for name in MODEL_STAGES if run.finished(name)]
         raise InputError(f"stage {stage!r} of {run.path} is not finished; finished: {', '.join(done) or 'none'}")
     source, folder = run.folder(stage), run.path / "hub" / stage
+    if folder.parent.is_symlink():
+        raise InputError(f"{folder.parent} is a link: delete it, or all that is where it points would be replaced")
     files = own_files(source, MODEL_FILES, run.path)
     if not any(path.suffix == ".safetensors" for path in files) or source / "tokenizer.json" not in files:
         raise InputError(f"{source} lacks safetensors or tokenizer.json: run stage {stage!r} again")
+    load_config(source)  # damaged ones are refused here
+    load_tokenizer(source)
     if replaced(run, stage):
         raise InputError(
             f"the weights in {source} are not those that its metrics.json describes: run stage {stage!r} again, or "
@@ -133,7 +138,7 @@ def own_files(folder: Path, patterns: Iterable[str], run: Path) -> list[Path]:
     entries = folder.iterdir() if folder.exists() else ()
     paths = sorted(path for path in entries if any(path.match(pattern) for pattern in patterns))
     for path in paths:
-        target = path.resolve()
+        target = Path(os.path.realpath(path))
         if not (target.exists() and any(target.is_relative_to(place.resolve()) for place in (folder, run))):
             raise InputError(f"{path} is a link to {target}, which is no file of the run: put the file itself there")
     return paths

@@ -3,7 +3,8 @@
     python -c THIS_FILE solution|tests CHANNEL < CODE
 
 CHANNEL is a socket. The solution writes the names that it defines; after that each request is a call and each reply
-its result. Only plain data travels, as JSON: an object that equals everything never reaches the tests.
+its result, or one of Python's own exceptions. Only plain data travels, as JSON: an object that equals everything never
+reaches the tests.
 """
 
 import ast
@@ -21,7 +22,9 @@ import types
 ENDED = 77  # exit code of tests that ran to their last line
 MAX_MESSAGE = 1 << 22  # bytes
 EXACT = {"Decimal": decimal.Decimal, "Fraction": fractions.Fraction}
-CONTAINERS = {"list": list, "tuple": tuple, "set": collections.abc.Set}
+CONTAINERS = {"list": list, "tuple": tuple, "frozenset": frozenset, "set": collections.abc.Set}
+TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
+ERRORS = {name: kind for name, kind in TYPES.items() if issubclass(kind, Exception)}
 
 
 def pack(value):
@@ -42,6 +45,8 @@ def pack(value):
         return {type(value).__name__: str(value)}
     if hasattr(value, "item"):  # numbers of numpy
         return pack(value.item())
+    if isinstance(value, collections.abc.Iterable):
+        return {"iterator": [pack(item) for item in value]}
     raise TypeError(f"a {type(value).__name__} cannot leave the sandbox")
 
 
@@ -52,7 +57,9 @@ def unpack(value):
     if kind == "dict":
         return {unpack(key): unpack(item) for key, item in items}
     if kind in CONTAINERS:
-        return {"list": list, "tuple": tuple, "set": set}[kind](map(unpack, items))
+        return (CONTAINERS | {"set": set})[kind](map(unpack, items))
+    if kind == "iterator":
+        return map(unpack, items)
     return ast.literal_eval(items) if kind == "literal" else EXACT[kind](items)
 
 
@@ -84,7 +91,8 @@ def serve(code: str, channel: Channel) -> None:
         try:
             reply = {"value": pack(getattr(module, name)(*unpack(arguments), **unpack(options)))}
         except BaseException as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
+            kinds = [kind.__name__ for kind in type(error).__mro__]
+            reply = {"error": [next(filter(ERRORS.get, kinds), "RuntimeError"), f"{kinds[0]}: {error}"]}
         sys.stdout.flush()
         channel.send(reply)
 
@@ -97,7 +105,8 @@ def check(code: str, channel: Channel) -> None:
             channel.send([name, pack(arguments), pack(options)])
             reply = channel.receive()
             if "value" not in reply:
-                raise RuntimeError(f"{name}: {reply['error']}")
+                kind, text = reply["error"]
+                raise ERRORS[kind](f"{name}: {text}")
             return unpack(reply["value"])
 
         return call
@@ -112,6 +121,7 @@ def main(role: str, number: str) -> None:
         print("ready", flush=True)
         return
     code = sys.stdin.read()
+    sys.set_int_max_str_digits(0)  # of what travels
     sys.argv, sys.stdin = [""], open(os.devnull)  # noqa: SIM115
     try:
         {"solution": serve, "tests": check}[role](code, Channel(int(number)))

@@ -33,7 +33,8 @@ class BodyLimit:
         if scope["type"] == "http" and scope["method"] == "POST":
             http = HTTPRequest(scope)
             size = http.headers.get("content-length", "")
-            if not size.isdecimal() or len(size) > 9 or int(size) > MAX_BODY:
+            chunked = "transfer-encoding" in http.headers  # its length would count in place of the one that is said
+            if chunked or not size.isdecimal() or len(size) > 9 or int(size) > MAX_BODY:
                 error = TooLargeError(f"a request may have {MAX_BODY} bytes and must say its length")
                 app = await self.failure(http, error)
         await app(scope, receive, send)

@@ -67,8 +67,8 @@ Limit = Annotated[int, Field(ge=1)]
 StopString = Annotated[str, Field(max_length=1000)]
 
 
-class Sampling(BaseModel, extra="allow"):
-    """What both protocols share. None, which clients send as null, takes the server's default."""
+class Sampling(BaseModel, extra="allow", strict=True):
+    """What both protocols share. null, which clients send as null, takes the server's default."""
 
     temperature: Annotated[float, Field(ge=0, le=5)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -144,7 +144,7 @@ class TGIParameters(Sampling):
     details: bool | None = None
 
 
-class TGIBody(BaseModel):
+class TGIBody(BaseModel, strict=True):
     inputs: str = Field(min_length=1)
     parameters: TGIParameters | None = None
     stream: bool | None = None

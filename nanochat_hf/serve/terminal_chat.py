@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 from huggingface_hub import InferenceClient, get_session
@@ -101,7 +102,11 @@ class RemoteModel:
     """Answers from a server that speaks OpenAI's chat protocol (TGI, vLLM, `transformers serve`, our own)."""
 
     def __init__(self, url: str, model: str | None = None, timeout: float = 60.0, retries: int = 2):
-        if not url.startswith(("http://", "https://")):
+        try:
+            is_url = urlsplit(url).scheme in ("http", "https") and urlsplit(url).hostname and urlsplit(url).port != 0
+        except ValueError:  # of the host's brackets or the port
+            is_url = False
+        if not is_url:
             raise InputError(f"--endpoint must be a URL such as http://127.0.0.1:8000, not {url!r}")
         reach_offline(url)
         self.client = InferenceClient(base_url=url, timeout=timeout)

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 import torch
 
+from ..data.tokenizer import load_tokenizer
 from .chunks import StreamChunk
 from .engine import Engine, IncrementalDetokenizer, Request
 
@@ -183,6 +184,7 @@ class Completion:
 
 def open_workers(name: str, max_batch_size: int, max_queue_size: int, device: str | None = None) -> list[Worker]:
     """Started workers with the model `name`, one on each GPU, or one on `device`."""
+    load_tokenizer(name)  # in this thread a chat template that does not end is stopped
     devices = [device] if device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 
     def engine_on(device: str) -> Engine:

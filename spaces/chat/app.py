@@ -247,7 +247,10 @@ def encode(messages: list[dict], room: int) -> list[int]:
     *starts, first = [i for i, m in enumerate(messages) if m["role"] == "user"]
     size = room + len(ids_of(system + messages[first:], add_generation_prompt=True))
     for start in reversed(starts):
-        size += len(ids_of(messages[start:first])) - 1  # without bos
+        turn = messages[start:first]
+        if len(str(turn)) > 64 * length:  # characters; tokens are shorter, and counting them would take long
+            break
+        size += len(ids_of(turn)) - 1  # without bos
         if size > length:
             break
         first = start
@@ -373,19 +376,21 @@ def build() -> gr.Blocks:
     is_hub_id = not ENDPOINT_URL and not Path(MODEL_ID).exists()
     link = f'<a href="https://huggingface.co/{name}">{name}</a>' if is_hub_id else "/".join(name.split("/")[-2:])
     inputs = [
-        gr.Textbox(label=i18n("system"), lines=2, max_length=MAX_SYSTEM),
+        gr.Textbox("", label=i18n("system"), lines=2, max_length=MAX_SYSTEM),
         gr.Slider(0, 2, value=0.6, step=0.05, label=i18n("temperature")),
         gr.Slider(0, 200, value=50, step=1, label=i18n("top_k")),
         gr.Slider(8, MAX_NEW_TOKENS, value=min(512, MAX_NEW_TOKENS), step=8, label=i18n("max_tokens")),
     ]
+    textbox = gr.Textbox(
+        label=i18n("message"), placeholder=i18n("message"), submit_btn=True, stop_btn=True, autofocus=True
+    )
+    textbox.preprocess = lambda text: "" if text is None else str(text)  # Gradio takes null for a file
     return gr.ChatInterface(
         respond,
         title="nanochat",
         description=f"<center>{link}</center>",
         chatbot=show_tags(gr.Chatbot(placeholder=i18n("hello"), show_label=False, buttons=["copy"], height="64vh")),
-        textbox=gr.Textbox(
-            label=i18n("message"), placeholder=i18n("message"), submit_btn=True, stop_btn=True, autofocus=True
-        ),
+        textbox=textbox,
         additional_inputs=inputs,
         additional_inputs_accordion=gr.Accordion(i18n("settings"), open=False),
         examples=[[text] for text in EXAMPLES[LANGUAGE or "en"]],
