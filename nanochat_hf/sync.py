@@ -1,15 +1,16 @@
-"""`--sync URL`: checkpoints and finished stages of a run, kept where another machine can resume the run.
+"""`--sync URL`: checkpoints and finished stages of a run, stored where another machine can resume the run.
 
     with run.lock(), syncing("s3://bucket/d24", run):     # or gs://, file://, memory://, hf://owner/name
         run_stages(run, stages, configs)
 
 On entry what the URL has beyond the run folder is downloaded. Inside, a thread uploads each finished stage and the
 newest checkpoint, one at a time, and retries what fails; training does not wait. Each upload has a folder of its own,
-`<stage>--<checkpoint or finished>--<fingerprint>`, in which sync.json with the checksums is written last: a folder
+`<stage>--<checkpoint or "finished">--<fingerprint>`, in which sync.json with the checksums is written last: a folder
 without it counts as absent. Older checkpoints are deleted there as in the run folder. One machine at a time.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -27,15 +28,15 @@ from .distributed import broadcast_from_main, get_dist_info, main_process_first,
 from .errors import InputError
 from .hub.push import friendly_hub_errors, link, log_in
 from .run import STAGES, Run, fingerprint, load_json, save_json, writing
-from .train.checkpoint import MANIFEST, MEASURED, complete_checkpoints, sha256
+from .train.checkpoint import complete_checkpoints, manifest_of, sha256
 
 SYNCED = (*(stage for stage in STAGES if stage != "report"), "dpo")
 NAME = re.compile(r"(\w+)--(finished|step_\d+(?:\.\d+)?|checkpoint-\d+)--[0-9a-f]{16}")
 MARK = "sync.json"  # {"time": seconds, "files": {path below the run folder: its SHA-256}}
 POLL = 1.0  # seconds between looks at the run folder
-PAUSES = (1, 2, 4, 8)  # seconds before the same transfer is tried again
+PAUSES = (1, 2, 4, 8)  # seconds before a failed transfer is tried again; longer ones follow during training
 LONGEST_PAUSE = 60
-AFTER_SIGNAL = 25  # seconds for uploads after SIGTERM; cloud providers give 30 in all
+AFTER_SIGNAL = 25  # seconds for uploads after SIGTERM: cloud providers give 30 in all
 
 
 class FileStore:
@@ -45,33 +46,29 @@ class FileStore:
         try:
             self.fs, self.root = url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
-            raise InputError(f"--sync {url}: {str(error).splitlines()[0]}") from None
+            raise InputError(f"--sync {url}: {one_line(error)}") from None
 
     def marks(self, work: Path) -> dict[str, bytes | None]:
-        """{name: content of sync.json or None} of all uploads, half ones included; `work` is a folder for files."""
-        try:
-            entries = self.fs.ls(self.root, detail=False)
-        except FileNotFoundError:
-            return {}
-        names = [PurePosixPath(entry).name for entry in entries]
-        return {name: self.read_mark(name) for name in names if NAME.fullmatch(name)}
-
-    def read_mark(self, name: str) -> bytes | None:
-        try:
-            return self.fs.cat_file(f"{self.root}/{name}/{MARK}")
-        except FileNotFoundError:
-            return None
+        """{name: content of sync.json or None} of all uploads, half ones included; `work` is an empty folder."""
+        names, marks = [], {}
+        with suppress(FileNotFoundError):
+            names = [PurePosixPath(path).name for path in self.fs.ls(self.root, detail=False)]
+        for name in filter(NAME.fullmatch, names):
+            marks[name] = None
+            with suppress(FileNotFoundError):
+                marks[name] = self.fs.cat_file(f"{self.root}/{name}/{MARK}")
+        return marks
 
     def put(self, folder: Path, name: str) -> None:
-        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        targets = [f"{self.root}/{name}/{file}" for file in files]
-        for parent in sorted({str(PurePosixPath(target).parent) for target in targets}):
+        files = [path for path in folder.rglob("*") if path.is_file() and path != folder / MARK]
+        targets = [f"{self.root}/{name}/{path.relative_to(folder).as_posix()}" for path in files]
+        for parent in {str(PurePosixPath(target).parent) for target in targets}:
             self.fs.makedirs(parent, exist_ok=True)
-        pairs = [(str(folder / file), target) for file, target in zip(files, targets) if file != MARK]
-        self.fs.put(*map(list, zip(*pairs)))
+        self.fs.put(list(map(str, files)), targets)
         self.fs.pipe_file(f"{self.root}/{name}/{MARK}", (folder / MARK).read_bytes())
 
     def get(self, name: str, files: list[str], folder: Path) -> None:
+        """Download `files` of an upload into `folder`; absent ones may raise FileNotFoundError."""
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
         self.fs.get([f"{self.root}/{name}/{file}" for file in files], [str(folder / file) for file in files])
@@ -81,12 +78,13 @@ class FileStore:
             self.fs.rm_file(f"{self.root}/{name}/{MARK}")
 
     def delete(self, name: str) -> None:
-        self.unmark(name)  # first: an interruption must not leave half an upload that counts as whole
-        self.fs.rm(f"{self.root}/{name}", recursive=True)
+        self.unmark(name)  # first: an interruption must not leave a half upload that counts as whole
+        if self.fs.exists(f"{self.root}/{name}"):
+            self.fs.rm(f"{self.root}/{name}", recursive=True)
 
 
 class HubStore:
-    """Uploads as folders of a private model repository, one commit each."""
+    """Uploads as folders of a private model repository, one commit each; as FileStore."""
 
     def __init__(self, url: str):
         self.repo, self.api = url.removeprefix("hf://"), log_in()
@@ -96,7 +94,7 @@ class HubStore:
     def marks(self, work: Path) -> dict[str, bytes | None]:
         names = {file.split("/")[0] for file in self.api.list_repo_files(self.repo)}
         self.api.snapshot_download(self.repo, local_dir=work, allow_patterns=f"*/{MARK}")
-        paths = {name: work / name / MARK for name in names if NAME.fullmatch(name)}
+        paths = {name: work / name / MARK for name in filter(NAME.fullmatch, names)}
         return {name: path.read_bytes() if path.exists() else None for name, path in paths.items()}
 
     def put(self, folder: Path, name: str) -> None:
@@ -113,96 +111,95 @@ class HubStore:
         self.api.delete_files(self.repo, [f"{name}/*"])
 
 
-def progress_of(name: str, seconds: float = 0) -> tuple:
-    """Sorts the uploads of a stage: checkpoints by step, a finished stage after them, equal ones by time."""
-    place = NAME.fullmatch(name)[2]
-    return place == "finished", [int(number) for number in re.findall(r"\d+", place)], seconds
+def order(place: str) -> list[float]:
+    """Sorts the places of a stage: "" for nothing, checkpoints by step, "finished"."""
+    return [math.inf] if place == "finished" else [int(number) for number in re.findall(r"\d+", place)]
 
 
-def parse_mark(data: bytes | None, name: str) -> dict | None:
-    """The content of sync.json, or None if it is absent, cut off or names files that are not the stage's."""
+def parse_mark(data: bytes | None, stage: str) -> dict | None:
+    """The content of sync.json, or None if it is absent, cut off, or names files outside of the stage's folder."""
     try:
         mark = json.loads(data or b"")
-        for file, checksum in mark["files"].items():
-            parts = PurePosixPath(file).parts
-            if parts[0] != NAME.fullmatch(name)[1] or len(parts) < 2 or ".." in parts or not isinstance(checksum, str):
-                return None
-        return mark if isinstance(mark["time"], float) and mark["files"] else None
-    except (ValueError, LookupError, TypeError, AttributeError):
+        paths = [PurePosixPath(file).parts for file in mark["files"]]
+        inside = all(len(parts) > 1 and parts[0] == stage and ".." not in parts for parts in paths)
+        return mark if inside and paths and isinstance(mark["time"], float) else None
+    except (ValueError, LookupError, TypeError):
         return None
 
 
 class Sync:
-    """Keeps `url` up to date with a run folder, on the main process; see the module's text."""
+    """Keeps `url` up to date with a run folder, on the main process."""
 
-    def __init__(self, url: str, run: Run, log: Callable[[str], None] = print):
-        self.url, self.run, self.log = url, run, log
+    def __init__(self, url: str, run: Run):
+        self.url, self.run, self.work = url, run, run.path / ".sync"
         self.store = (HubStore if url.startswith("hf://") else FileStore)(url)
-        self.work = run.path / ".sync"
         self.uploads: dict[str, dict | None] = {}  # name of an upload -> its sync.json, None for a half one
-        self.synced: set[tuple] = set()  # (stage, checkpoint, time of change) of what needs no upload any more
+        self.synced: set[tuple] = set()  # (stage, place, time of change) of what needs no upload any more
         self.error = ""  # of the last upload, if it failed
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.keep_up, daemon=True)
 
+    def marker(self, stage: str, place: str) -> Path:
+        """The file that is written last in a finished stage or a checkpoint, with checksums of the others."""
+        checkpoint = self.run.path / stage / "state" / place
+        return self.run.path / stage / "metrics.json" if place == "finished" else manifest_of(checkpoint) or checkpoint
+
+    def local(self, stage: str) -> str:
+        """ "finished", the name of the newest checkpoint, or "" if the run folder has none of that stage."""
+        if (load_json(self.run.path / stage / "metrics.json") or {}).get("finished"):
+            return "finished"
+        checkpoints = complete_checkpoints(self.run.path / stage / "state")
+        return checkpoints[-1].name if checkpoints else ""
+
     # --- from the URL into the run folder
 
     def fetch(self) -> None:
-        """Download, per stage, what is further than the run folder, the newest undamaged upload.
+        """Download of each stage the newest undamaged upload, if it is further than the run folder.
 
         Raises InputError if the URL cannot be read, or holds another run.
         """
         with writing(self.work):
             shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir(parents=True)
+            (self.work / "marks").mkdir(parents=True)
         marks = self.repeated(self.store.marks, self.work / "marks")
-        self.uploads = {name: parse_mark(data, name) for name, data in marks.items()}
+        self.uploads = {name: parse_mark(data, NAME.fullmatch(name)[1]) for name, data in marks.items()}
         for stage in SYNCED:
-            checkpoints = complete_checkpoints(self.run.path / stage / "state")
-            local = progress_of(f"{stage}--{checkpoints[-1].name}--{'0' * 16}")[:2] if checkpoints else (False, [])
-            whole = {name: mark for name, mark in self.uploads.items() if mark and name.startswith(f"{stage}--")}
-            names = sorted(whole, key=lambda name: progress_of(name, whole[name]["time"]), reverse=True)
-            if finished(self.run, stage):
-                self.refuse_another_run(stage, names)
-                local = (True, [])
-            for name in names:
-                if progress_of(name)[:2] <= local or self.download(name, whole[name]["files"]):
+            whole = [(*NAME.fullmatch(name).groups(), name, mark) for name, mark in self.uploads.items() if mark]
+            whole = [(place, name, mark) for its_stage, place, name, mark in whole if its_stage == stage]
+            local = self.local(stage)
+            for place, name, mark in sorted(whole, key=lambda one: (order(one[0]), one[2]["time"]), reverse=True):
+                if stage != "eval" and local == place == "finished":  # an evaluation may run again for other tasks
+                    self.refuse_another_run(stage, mark["files"])
+                if order(place) <= order(local) or self.download(stage, place, name, mark["files"]):
                     break
 
-    def refuse_another_run(self, stage: str, names: list[str]) -> None:
-        path = self.run.path / stage / "metrics.json"
-        other = [self.uploads[name]["files"].get(f"{stage}/metrics.json") for name in names if progress_of(name)[0]]
-        if other and stage != "eval" and other[0] != sha256(path):  # evaluations run again when tasks change
+    def refuse_another_run(self, stage: str, files: dict[str, str]) -> None:
+        if files.get(f"{stage}/metrics.json") != sha256(self.marker(stage, "finished")):
             raise InputError(
                 f"{self.url} holds another run than {self.run.path}: their {stage} differs. Give another URL, or an "
                 "empty run folder to continue the run of that URL"
             )
 
-    def download(self, name: str, files: dict[str, str]) -> bool:
+    def download(self, stage: str, place: str, name: str, files: dict[str, str]) -> bool:
         """Take over an upload if its checksums are right, else set it aside; returns whether they were."""
-        stage, place = NAME.fullmatch(name).groups()
         folder = self.work / name
         with suppress(FileNotFoundError):  # named below
             self.repeated(self.store.get, name, list(files), folder)
-        bad = [file for file, checksum in files.items() if not right(folder / file, checksum)]
-        if bad:
-            self.log(
-                f"{self.url}: {bad[0]} of {stage}, {place} is missing or damaged; set aside, using the one before"
-            )
-            self.repeated(self.store.unmark, name)
-            self.uploads[name] = None
-            return False
+        for file, checksum in files.items():
+            if not (folder / file).is_file() or sha256(folder / file) != checksum:
+                self.repeated(self.store.unmark, name)
+                self.uploads[name] = None
+                print(f"{self.url}: {name}/{file} is damaged; set aside, using the upload before it, if any")
+                return False
         last = Path(stage, "metrics.json") if place == "finished" else Path(stage, "state", place)
         with writing(self.run.path):
-            for file in files:
-                if file != last.as_posix() and not Path(file).is_relative_to(last):
-                    (self.run.path / file).parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(folder / file, self.run.path / file)
             (self.run.path / last).parent.mkdir(parents=True, exist_ok=True)
+            for file in (Path(file) for file in files if not Path(file).is_relative_to(last)):
+                (self.run.path / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(folder / file, self.run.path / file)
             shutil.rmtree(self.run.path / last, ignore_errors=True)  # a chat stage's half checkpoint
             os.replace(folder / last, self.run.path / last)
-        self.synced.add(key_of(self.run, stage, place))
-        self.log(f"{self.url}: took {stage}, {place}")
+        print(f"{self.url}: took {stage}, {place}")
         return True
 
     def repeated(self, action: Callable, *args):
@@ -224,8 +221,7 @@ class Sync:
         failures, was_closing = 0, False
         while True:
             closing, due = self.closing.is_set(), None
-            failures = 0 if closing and not was_closing else failures
-            was_closing = closing
+            failures, was_closing = (0 if closing and not was_closing else failures), closing
             try:
                 due = self.next_due()
                 if due:
@@ -234,7 +230,7 @@ class Sync:
             except Exception as error:  # of any kind, also a checkpoint that a newer one replaced meanwhile
                 failures, self.error = failures + 1, one_line(error)
                 if failures == len(PAUSES) and not closing:
-                    self.log(f"warning: {self.url} is behind: {self.error}; training continues, retrying")
+                    print(f"warning: {self.url} is behind: {self.error}; training continues, the upload is retried")
             if closing and (failures > len(PAUSES) or not (due or failures)):
                 return
             if failures:
@@ -243,105 +239,77 @@ class Sync:
             elif not due:
                 self.closing.wait(POLL)
 
-    def next_due(self) -> tuple[str, str, tuple] | None:
-        """(stage, checkpoint or "finished", key) of what to upload next; finished stages first, in order."""
+    def next_due(self) -> tuple | None:
+        """(stage, place, time of change) of what to upload next: finished stages in order, then a checkpoint."""
         newest = None
         for stage in SYNCED:
-            key = key_of(self.run, stage, "finished")
-            if key in self.synced:
-                continue
-            if finished(self.run, stage):
-                return stage, "finished", key
-            if checkpoints := complete_checkpoints(self.run.path / stage / "state"):
-                key = key_of(self.run, stage, checkpoints[-1].name)
-                newest = (stage, checkpoints[-1].name, key) if key not in self.synced else None
-        return newest
+            if place := self.local(stage):
+                due = stage, place, self.marker(stage, place).stat().st_mtime_ns
+                if place == "finished" and due not in self.synced:
+                    return due
+                newest = due if place != "finished" else newest
+        return newest if newest not in self.synced else None
 
-    def upload(self, stage: str, place: str, key: tuple) -> None:
-        """Upload a stage or checkpoint, unless it is there, and delete what it supersedes."""
-        folder = self.work / "upload"
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            files = self.snapshot(stage, place, folder)
-            settled = {file: checksum for file, checksum in files.items() if is_settled(file, stage, place)}
-            name = f"{stage}--{place}--{fingerprint(settled)}"
-            if not self.uploads.get(name):
-                mark = {"time": time.time(), "files": files}
-                save_json(folder / MARK, mark)
-                self.uploads[name] = None
-                self.store.put(folder, name)
-                self.uploads[name] = mark
-        finally:
+    def upload(self, stage: str, place: str, changed: int) -> None:
+        """Upload a finished stage or a checkpoint, unless it is there, and delete what it supersedes."""
+        marker, folder = self.marker(stage, place), self.work / "upload"
+        name = f"{stage}--{place}--{fingerprint(sha256(marker) if marker.is_file() else changed)}"
+        if not self.uploads.get(name):
             shutil.rmtree(folder, ignore_errors=True)
-        self.synced.add(key)
+            mark = {"time": time.time(), "files": self.snapshot(stage, place, folder)}
+            save_json(folder / MARK, mark)
+            self.uploads[name] = None
+            self.store.put(folder, name)
+            self.uploads[name] = mark
+            shutil.rmtree(folder)
+        self.synced.add((stage, place, changed))
         self.delete_superseded(stage, place, name)
 
     def snapshot(self, stage: str, place: str, folder: Path) -> dict[str, str]:
         """Links (or copies) in `folder` of what belongs to an upload; returns {path: SHA-256}."""
-        source, checkpoint = self.run.path / stage, self.run.path / stage / "state" / place
+        source, checkpoint, files = self.run.path / stage, self.run.path / stage / "state" / place, {}
         if place == "finished":
-            paths = [path for path in source.rglob("*") if not path.is_relative_to(source / "state")]
-        else:
+            tops = [path for path in source.iterdir() if path.name != "state" and not path.name.startswith(".")]
+            paths = [path for top in tops for path in (top, *top.rglob("*"))]
+        else:  # with what lies beside a chat stage's checkpoint; damage is for the download to see
             paths = [*checkpoint.rglob("*"), *(source / "state").glob("*.json"), *source.glob("samples.jsonl")]
-        stored = load_json(checkpoint / MANIFEST) or {}  # what a damaged file should be: the download compares
-        files = {}
-        for path in sorted(paths):
+            manifest = manifest_of(checkpoint)
+            stored = load_json(manifest) if manifest and manifest.stat().st_size else {}
+            files = {f"{stage}/state/{place}/{file}": checksum for file, checksum in stored.items()}
+        for path in paths:
             file = path.relative_to(self.run.path)
             if path.is_symlink():
                 raise InputError(f"{path} is a link: put the file itself there")
-            if not path.is_file() or any(part.startswith(".") for part in file.parts):
-                continue
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            if path.is_relative_to(checkpoint) or place == "finished":
-                link(path, folder / file)
-            else:  # later steps append to it
-                shutil.copy(path, folder / file)
-            inside = path.relative_to(checkpoint).as_posix() if path.is_relative_to(checkpoint) else None
-            files[file.as_posix()] = stored.get(inside) or sha256(folder / file)
+            if path.is_file():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                appended = path.suffix == ".jsonl" or path.parent == source / "state"
+                (shutil.copy if appended else link)(path, folder / file)
+                if file.as_posix() not in files:
+                    files[file.as_posix()] = sha256(folder / file)
         return files
 
     def delete_superseded(self, stage: str, place: str, name: str) -> None:
-        """Delete half uploads of `stage`, those before `name` of its place, and checkpoints that the run deleted."""
-        kept = {path.name for path in complete_checkpoints(self.run.path / stage / "state")} - {place}
-        kept = set() if place == "finished" else kept
-        for other in [other for other in self.uploads if other.startswith(f"{stage}--") and other != name]:
-            if not self.uploads[other] or NAME.fullmatch(other)[2] not in kept:
+        """Delete the other uploads of `stage`, but not whole ones of checkpoints that the run folder keeps."""
+        checkpoints = complete_checkpoints(self.run.path / stage / "state") if place != "finished" else []
+        places = {path.name for path in checkpoints} - {place}
+        for other in list(self.uploads):
+            its_stage, its_place = NAME.fullmatch(other).groups()
+            if its_stage == stage and other != name and not (self.uploads[other] and its_place in places):
                 try:
                     self.store.delete(other)
                     del self.uploads[other]
                 except Exception as error:  # tried again after the next upload
-                    self.log(f"warning: {self.url}: an old upload is not deleted: {one_line(error)}")
+                    print(f"warning: {self.url}: the old {other} could not be deleted: {one_line(error)}")
 
     def close(self, limit: float | None = None) -> str | None:
         """Wait, at most `limit` seconds, until all is uploaded. Returns: what is missing and why, or None."""
         self.closing.set()
         self.thread.join(limit)
-        due = self.next_due()
-        if not due:
-            shutil.rmtree(self.work, ignore_errors=True)
-            return None
-        reason = self.error or "there was no time for it"
-        return f"{self.url} is behind: {due[0]}, {due[1]} is not there ({reason}); run the same command again to sync"
-
-
-def finished(run: Run, stage: str) -> bool:
-    return bool((load_json(run.path / stage / "metrics.json") or {}).get("finished"))
-
-
-def key_of(run: Run, stage: str, place: str) -> tuple | None:
-    """What changes when the folder of a stage or checkpoint is written anew; None if it is absent."""
-    path = run.path / stage / ("metrics.json" if place == "finished" else f"state/{place}")
-    paths = [path] if place == "finished" else [path / MANIFEST, path / "complete", path]
-    return next(((stage, place, path.stat().st_mtime_ns) for path in paths if path.exists()), None)
-
-
-def is_settled(file: str, stage: str, place: str) -> bool:
-    """Whether a file is never written again after its checkpoint or stage is complete."""
-    return place == "finished" or (file.startswith(f"{stage}/state/{place}/") and not file.endswith(MEASURED))
-
-
-def right(path: Path, checksum: str) -> bool:
-    return path.is_file() and sha256(path) == checksum
+        if due := self.next_due():
+            reason = self.error or "there was no time for it"
+            return f"{self.url} is behind: it lacks {due[0]}, {due[1]} ({reason}); run the same command again to sync"
+        shutil.rmtree(self.work, ignore_errors=True)
+        return None
 
 
 def one_line(error: Exception) -> str:
@@ -349,7 +317,7 @@ def one_line(error: Exception) -> str:
 
 
 def refuse_local_disks(run: Run) -> None:
-    """Raise InputError, on every rank, if not all nodes of a job share the run folder.
+    """Raise InputError, on every rank, if the nodes of a job do not share the run folder.
 
     The checkpoint of a pretraining run has a file per rank, and the main process uploads all of them.
     """
@@ -358,19 +326,19 @@ def refuse_local_disks(run: Run) -> None:
     path = run.path / f".sync-{broadcast_from_main(uuid.uuid4().hex)}"
     if partial_state().is_main_process:
         path.touch()
-    broadcast_from_main(None)  # now it is there
+    broadcast_from_main(None)  # the others look after it is there
     shared = all(gather_object([path.exists()]))
     if partial_state().is_main_process:
         path.unlink()
     if not shared:
-        raise InputError(f"--sync needs a run folder that all nodes share, and {run.path} is another on each: move it")
+        raise InputError(f"--sync needs a disk that all nodes share, and {run.path} is on one node's own: move it")
 
 
 @contextmanager
 def syncing(url: str | None, run: Run) -> Iterator[None]:
-    """Fetch from `url`, and keep it up to date inside; does nothing without a URL. Every rank calls this.
+    """Fetch from `url`, and keep it up to date inside; nothing without a URL. Every rank calls this.
 
-    Raises InputError if the URL cannot be used, and at the end if uploads are missing there.
+    Raises InputError if the URL cannot be used, and at the end if it is behind.
     """
     if not url:
         yield
@@ -382,16 +350,13 @@ def syncing(url: str | None, run: Run) -> Iterator[None]:
         if main:
             sync = Sync(url, run)
             sync.fetch()
-    if sync is None:
-        yield
-        return
-    sync.thread.start()
+            sync.thread.start()
     try:
         yield
     except BaseException as error:
-        behind = sync.close(AFTER_SIGNAL if isinstance(error, SystemExit | KeyboardInterrupt) else None)
-        if behind:
-            sync.log(f"warning: {behind}")
+        stopped = isinstance(error, SystemExit | KeyboardInterrupt)
+        if sync and (behind := sync.close(AFTER_SIGNAL if stopped else None)):
+            print(f"warning: {behind}", flush=True)
         raise
-    if behind := sync.close():
+    if sync and (behind := sync.close()):
         raise InputError(behind)
