@@ -17,6 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hub_standin import Hub
 from huggingface_hub import close_session, constants
 from safetensors.torch import load_file
+from workers import launch
 
 from nanochat_hf import sync as module
 from nanochat_hf.errors import InputError
@@ -361,6 +362,22 @@ def test_fresh_folders_resume_to_equal_losses(tiny_folder, tokenizer, tmp_path, 
             train(run.path)
         assert losses(run.path / stage) == losses(tmp_path / "whole" / stage)
         assert names_at(place) == [f"{stage}/finished"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2"])
+def test_two_ranks_resume_on_another_disk_and_disks_of_their_own_are_refused(tokenizer, tmp_path, remote, config):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    keys = {"do": "sync", "tokenizer": tmp_path / "tokenizer", "url": remote, **dataclasses.asdict(BASE)}
+    keys |= {"device_batch_size": 4}
+    for name in ("own0", "own1"):
+        (tmp_path / name).mkdir()
+    first = {**keys, "run": tmp_path / "one", "die_at": 5}
+    output = launch(2, config, [first, {**keys, "run": tmp_path / "own", "own_disks": True}]).stdout
+    assert all(f"rank {rank}: --sync needs a disk that all nodes share" in output for rank in (0, 1))
+    jobs = [{**keys, "run": tmp_path / "two"}, {**keys, "run": tmp_path / "whole", "url": None}]
+    assert "took base, step_000004" in launch(2, config, jobs).stdout
+    assert losses(tmp_path / "two" / "base") == losses(tmp_path / "whole" / "base")
 
 
 @pytest.mark.slow
