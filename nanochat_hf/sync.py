@@ -28,7 +28,7 @@ from .distributed import broadcast_from_main, get_dist_info, main_process_first,
 from .errors import InputError
 from .hub.push import friendly_hub_errors, link, log_in
 from .run import STAGES, Run, fingerprint, load_json, save_json, writing
-from .train.checkpoint import complete_checkpoints, manifest_of, sha256
+from .train.checkpoint import complete_checkpoints, damage, manifest_of, sha256
 
 SYNCED = (*(stage for stage in STAGES if stage != "report"), "dpo")
 NAME = re.compile(r"(\w+)--(finished|step_\d+(?:\.\d+)?|checkpoint-\d+)--[0-9a-f]{16}")
@@ -36,7 +36,7 @@ MARK = "sync.json"  # {"time": seconds, "files": {path below the run folder: its
 POLL = 1.0  # seconds between looks at the run folder
 PAUSES = (1, 2, 4, 8)  # seconds before a failed transfer is tried again; longer ones follow during training
 LONGEST_PAUSE = 60
-AFTER_SIGNAL = 25  # seconds for uploads after SIGTERM: cloud providers give 30 in all
+AFTER_SIGNAL = 20  # seconds for uploads after SIGTERM and a checkpoint: cloud providers give 30 in all
 
 
 class FileStore:
@@ -266,27 +266,29 @@ class Sync:
         self.delete_superseded(stage, place, name)
 
     def snapshot(self, stage: str, place: str, folder: Path) -> dict[str, str]:
-        """Links (or copies) in `folder` of what belongs to an upload; returns {path: SHA-256}."""
-        source, checkpoint, files = self.run.path / stage, self.run.path / stage / "state" / place, {}
+        """Links (or copies) in `folder` of what belongs to an upload; returns {path: SHA-256}.
+
+        Raises InputError for links and damaged files, FileNotFoundError for a checkpoint that was just deleted.
+        """
+        source, state = self.run.path / stage, self.run.path / stage / "state"
         if place == "finished":
-            tops = [path for path in source.iterdir() if path.name != "state" and not path.name.startswith(".")]
+            tops = [path for path in source.iterdir() if path != state and not path.name.startswith(".")]
             paths = [path for top in tops for path in (top, *top.rglob("*"))]
-        else:  # with what lies beside a chat stage's checkpoint; damage is for the download to see
-            paths = [*checkpoint.rglob("*"), *(source / "state").glob("*.json"), *source.glob("samples.jsonl")]
-            manifest = manifest_of(checkpoint)
-            stored = load_json(manifest) if manifest and manifest.stat().st_size else {}
-            files = {f"{stage}/state/{place}/{file}": checksum for file, checksum in stored.items()}
-        for path in paths:
-            file = path.relative_to(self.run.path)
+        else:  # with what lies beside a chat stage's checkpoint
+            paths = [*(state / place).rglob("*"), *state.glob("*.json"), *source.glob("samples.jsonl")]
+        files = [path.relative_to(self.run.path) for path in paths if not path.is_dir()]
+        for file in files:
+            path = self.run.path / file
             if path.is_symlink():
                 raise InputError(f"{path} is a link: put the file itself there")
-            if path.is_file():
-                (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                appended = path.suffix == ".jsonl" or path.parent == source / "state"
-                (shutil.copy if appended else link)(path, folder / file)
-                if file.as_posix() not in files:
-                    files[file.as_posix()] = sha256(folder / file)
-        return files
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            appended = path.suffix == ".jsonl" or path.parent == state
+            (shutil.copy if appended else link)(path, folder / file)
+        if place != "finished":
+            (state / place).stat()  # else the list may lack files
+            if reason := damage(folder / stage / "state" / place):
+                raise InputError(reason)
+        return {file.as_posix(): sha256(folder / file) for file in files}
 
     def delete_superseded(self, stage: str, place: str, name: str) -> None:
         """Delete the other uploads of `stage`, but not whole ones of checkpoints that the run folder keeps."""

@@ -301,6 +301,47 @@ def test_another_run_and_links_are_refused(remote, tmp_path):
         pass
 
 
+def test_a_checkpoint_damaged_on_this_disk_does_not_replace_a_whole_upload(remote, tmp_path):
+    run = Run(tmp_path / "run")
+    with syncing(remote, run):
+        write_checkpoint(run, 1, keep=1)
+    write_checkpoint(run, 2, keep=1)
+    (run.path / "base" / "state" / "step_000002" / "model.pt").write_text("other")
+    with pytest.raises(InputError, match=r"step_000002 .*damaged"), syncing(remote, run):
+        pass
+    assert names_at(remote) == ["base/step_000001"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_hub_failing_at_random_requests(hub, tmp_path, monkeypatch, seed):
+    monkeypatch.setattr("time.sleep", lambda seconds, real=time.sleep: real(min(seconds, 0.05)))  # the client's pauses
+    numbers, run, bare = random.Random(seed), Run(tmp_path / "run"), Run(tmp_path / "bare")
+    requests = [
+        ("POST", "/preupload/"),
+        ("POST", "/commit/"),
+        ("PUT", "/blobs/"),
+        ("POST", "/batch"),
+        ("GET", "/tree/"),
+    ]
+    with syncing("hf://you/run", run):
+        for step in (1, 2, 3, 4):
+            for _ in range(3):
+                hub.fail(*numbers.choice(requests), numbers.choice([500, 503, None]))
+            write_checkpoint(run, step)
+            time.sleep(0.05)
+        write_stage(run, "tokenizer")
+    repo = hub.repos["models", "you/run"]
+    files = repo.files("main")[1]
+    [damaged] = [path for path in files if "step_000004" in path and path.endswith("model.pt")]
+    files[damaged] = b"other"
+    hub.faults.clear()
+    others = [path for path in files if "step_000003" in path and path.endswith(MARK)]
+    with syncing("hf://you/run", bare):
+        base = bare.path / "base" / "state"
+        assert [path.name for path in base.glob("*")] == (["step_000003"] if others else [])
+        assert contents(bare)["tokenizer/model.safetensors"] == b"weights"
+
+
 def test_unknown_protocols_are_one_line(tmp_path):
     with pytest.raises(InputError, match="nosuch"), syncing("nosuch://x", Run(tmp_path / "run")):
         pass
