@@ -23,8 +23,9 @@ from nanochat_hf import sync as module
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import Run, load_json, save_json
 from nanochat_hf.stage_configs import ChatConfig, PretrainConfig
-from nanochat_hf.sync import MARK, FileStore, Sync, syncing
+from nanochat_hf.sync import MARK, FileStore, Sync, parse_mark, syncing
 from nanochat_hf.train import checkpoint
+from nanochat_hf.train.checkpoint import sha256
 from nanochat_hf.train.pretrain import Pretraining, pretrain
 from nanochat_hf.train.sft import ChatTrainer, train_chat
 
@@ -172,6 +173,20 @@ def test_a_half_upload_is_ignored(remote, tmp_path, mark):
     assert not half.exists()
 
 
+@pytest.mark.parametrize("file", ["base/../../x", "/etc/x", "mid/x", "../base/x", "base"])
+def test_files_outside_of_the_stage_are_refused(file):
+    assert parse_mark(json.dumps({"time": 1.0, "files": {"base/x": "0"}}).encode(), "base")
+    assert parse_mark(json.dumps({"time": 1.0, "files": {"base/x": "0", file: "0"}}).encode(), "base") is None
+
+
+def all_marked_are_whole(url: str) -> bool:
+    for folder in Path(url.removeprefix("file://")).glob("*"):
+        mark = parse_mark((folder / MARK).read_bytes(), "base") if (folder / MARK).exists() else None
+        if mark and not all((folder / f).is_file() and sha256(folder / f) == s for f, s in mark["files"].items()):
+            return False
+    return True
+
+
 class Cut(FileStore):
     """Ends all work after a number of operations, as a killed process does."""
 
@@ -189,7 +204,7 @@ class Counting:
 
     def __getattr__(self, name):
         function = getattr(self.real, name)
-        if name not in ("put_file", "pipe_file", "makedirs", "rm_file", "rm"):
+        if name not in ("put_file", "pipe_file", "makedirs", "rm_file"):
             return function
 
         def call(*args, **kwargs):
@@ -210,6 +225,11 @@ class Counting:
         for source, target in zip(sources, targets):
             self.put_file(source, target)
 
+    def rm(self, folder, recursive):
+        for path in sorted(self.real.find(folder)):
+            self.rm_file(path)
+        self.real.rm(folder, recursive=True)
+
 
 @pytest.mark.parametrize("seed", range(12))
 def test_uploads_cut_off_at_random_moments_leave_a_whole_one(remote, tmp_path, monkeypatch, seed):
@@ -223,6 +243,7 @@ def test_uploads_cut_off_at_random_moments_leave_a_whole_one(remote, tmp_path, m
         latest = checkpoint.latest(run.path / "base" / "state") if (run.path / "base").exists() else None
         step = checkpoint.step_of(latest) if latest else 0
         assert step >= (reached[-1] if reached else 0)
+        assert all_marked_are_whole(remote)
         Cut.left = numbers.randint(1, 40)
         for _ in range(4):  # by hand in place of the thread: the machine dies at the cut
             step += 1
@@ -375,12 +396,12 @@ def stop_at(owner, name: str, step: int, number) -> pytest.MonkeyPatch:
 def test_fresh_folders_resume_to_equal_losses(tiny_folder, tokenizer, tmp_path, remote, stage, rounds):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
 
-    def train(folder: Path) -> None:
+    def train(folder: Path, **changes) -> None:
         torch.manual_seed(random.randrange(1000))
         if stage == "base":
-            pretrain(BASE, str(tmp_path / "tokenizer"), folder / "base")
+            pretrain(dataclasses.replace(BASE, **changes), str(tmp_path / "tokenizer"), folder / "base")
         else:
-            train_chat(SFT, str(tiny_folder), folder / "sft")
+            train_chat(dataclasses.replace(SFT, **changes), str(tiny_folder), folder / "sft")
 
     train(tmp_path / "whole")
     numbers, total = random.Random(1), {"base": 8, "sft": 6}[stage]
@@ -397,6 +418,10 @@ def test_fresh_folders_resume_to_equal_losses(tiny_folder, tokenizer, tmp_path, 
             with patch.context() as _, pytest.raises(KeyboardInterrupt), syncing(place, run):
                 train(run.path)
             patch.undo()
+        if number == 0:
+            other = Run(tmp_path / "other")
+            with pytest.raises(InputError, match="written with another recipe"), syncing(place, other):
+                train(other.path, seed=7)
         run = Run(tmp_path / f"{number}-last")
         with syncing(place, run):
             assert checkpoint.latest(run.path / stage / "state") is not None
