@@ -32,7 +32,7 @@ from .train.checkpoint import complete_checkpoints, damage, manifest_of, sha256
 
 SYNCED = (*(stage for stage in STAGES if stage != "report"), "dpo")
 NAME = re.compile(r"(\w+)--(finished|step_\d+(?:\.\d+)?|checkpoint-\d+)--[0-9a-f]{16}")
-MARK = "sync.json"  # {"time": seconds, "files": {path below the run folder: its SHA-256}}
+MARK = "sync.json"  # {"run": its id, "time": seconds, "files": {path below the run folder: its SHA-256}}
 POLL = 1.0  # seconds between looks at the run folder
 PAUSES = (1, 2, 4, 8)  # seconds before a failed transfer is tried again; longer ones follow during training
 LONGEST_PAUSE = 60
@@ -122,7 +122,8 @@ def parse_mark(data: bytes | None, stage: str) -> dict | None:
         mark = json.loads(data or b"")
         paths = [PurePosixPath(file).parts for file in mark["files"]]
         inside = all(len(parts) > 1 and parts[0] == stage and ".." not in parts for parts in paths)
-        return mark if inside and paths and isinstance(mark["time"], float) else None
+        typed = isinstance(mark["time"], float) and isinstance(mark["run"], str)
+        return mark if inside and paths and typed else None
     except (ValueError, LookupError, TypeError):
         return None
 
@@ -135,7 +136,7 @@ class Sync:
         self.store = (HubStore if url.startswith("hf://") else FileStore)(url)
         self.uploads: dict[str, dict | None] = {}  # name of an upload -> its sync.json, None for a half one
         self.synced: set[tuple] = set()  # (stage, place, time of change) of what needs no upload any more
-        self.error = ""  # of the last upload, if it failed
+        self.run_id, self.error = "", ""  # error: of the last upload, if it failed
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.keep_up, daemon=True)
 
@@ -163,22 +164,27 @@ class Sync:
             (self.work / "marks").mkdir(parents=True)
         marks = self.repeated(self.store.marks, self.work / "marks")
         self.uploads = {name: parse_mark(data, NAME.fullmatch(name)[1]) for name, data in marks.items()}
+        self.join_run()
         for stage in SYNCED:
             whole = [(*NAME.fullmatch(name).groups(), name, mark) for name, mark in self.uploads.items() if mark]
             whole = [(place, name, mark) for its_stage, place, name, mark in whole if its_stage == stage]
             local = self.local(stage)
             for place, name, mark in sorted(whole, key=lambda one: (order(one[0]), one[2]["time"]), reverse=True):
-                if stage != "eval" and local == place == "finished":  # an evaluation may run again for other tasks
-                    self.refuse_another_run(stage, mark["files"])
                 if order(place) <= order(local) or self.download(stage, place, name, mark["files"]):
                     break
 
-    def refuse_another_run(self, stage: str, files: dict[str, str]) -> None:
-        if files.get(f"{stage}/metrics.json") != sha256(self.marker(stage, "finished")):
+    def join_run(self) -> None:
+        """Take over the run's id from the URL into an empty run folder. Raises InputError if it holds another run."""
+        path, ids = self.run.path / ".sync-id", {mark["run"] for mark in self.uploads.values() if mark}
+        own = path.read_text() if path.exists() else ""
+        if ids and own not in ids and any(map(self.local, SYNCED)):
             raise InputError(
-                f"{self.url} holds another run than {self.run.path}: their {stage} differs. Give another URL, or an "
-                "empty run folder to continue the run of that URL"
+                f"{self.url} holds another run than {self.run.path}: give another URL, or an empty run folder to "
+                "continue the run of that URL"
             )
+        self.run_id = own if own and (own in ids or not ids) else min(ids, default=uuid.uuid4().hex)
+        with writing(path):
+            path.write_text(self.run_id)
 
     def download(self, stage: str, place: str, name: str, files: dict[str, str]) -> bool:
         """Take over an upload if its checksums are right, else set it aside; returns whether they were."""
@@ -256,7 +262,7 @@ class Sync:
         name = f"{stage}--{place}--{fingerprint(sha256(marker) if marker.is_file() else changed)}"
         if not self.uploads.get(name):
             shutil.rmtree(folder, ignore_errors=True)
-            mark = {"time": time.time(), "files": self.snapshot(stage, place, folder)}
+            mark = {"run": self.run_id, "time": time.time(), "files": self.snapshot(stage, place, folder)}
             save_json(folder / MARK, mark)
             self.uploads[name] = None
             self.store.put(folder, name)

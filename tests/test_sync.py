@@ -159,7 +159,9 @@ def test_a_damaged_upload_is_set_aside_and_the_one_before_used(remote, tmp_path,
     assert len(lines) == 1 and "step_000002" in lines[0] and names_at(remote) == ["base/step_000001"]
 
 
-@pytest.mark.parametrize("mark", ["", '{"files": {"ba', '{"time": 1.0, "files": {"base/../../x": "0"}}', "[]"])
+@pytest.mark.parametrize(
+    "mark", ["", '{"files": {"ba', '{"time": 1.0, "run": "a", "files": {"base/../../x": "0"}}', "[]"]
+)
 def test_a_half_upload_is_ignored(remote, tmp_path, mark):
     run, bare = Run(tmp_path / "run"), Run(tmp_path / "bare")
     with syncing(remote, run):
@@ -175,8 +177,10 @@ def test_a_half_upload_is_ignored(remote, tmp_path, mark):
 
 @pytest.mark.parametrize("file", ["base/../../x", "/etc/x", "mid/x", "../base/x", "base"])
 def test_files_outside_of_the_stage_are_refused(file):
-    assert parse_mark(json.dumps({"time": 1.0, "files": {"base/x": "0"}}).encode(), "base")
-    assert parse_mark(json.dumps({"time": 1.0, "files": {"base/x": "0", file: "0"}}).encode(), "base") is None
+    assert parse_mark(json.dumps({"run": "a", "time": 1.0, "files": {"base/x": "0"}}).encode(), "base")
+    assert (
+        parse_mark(json.dumps({"run": "a", "time": 1.0, "files": {"base/x": "0", file: "0"}}).encode(), "base") is None
+    )
 
 
 def all_marked_are_whole(url: str) -> bool:
@@ -314,8 +318,14 @@ def test_another_run_and_links_are_refused(remote, tmp_path):
     with syncing(remote, run):
         write_stage(run, "tokenizer")
     write_stage(other, "tokenizer", "others")
-    with pytest.raises(InputError, match="holds another run"), syncing(remote, other):
-        pass
+    for _ in range(2):
+        with pytest.raises(InputError, match="holds another run"), syncing(remote, other):
+            pass
+    with syncing(f"{remote}2", other):  # its own place
+        write_checkpoint(other, 1)
+    for url, folder in ((remote, other), (f"{remote}2", run)):
+        with pytest.raises(InputError, match="holds another run"), syncing(url, folder):
+            pass
     write_stage(run, "base")
     (run.path / "base" / "key.pem").symlink_to("/etc/hostname")
     with pytest.raises(InputError, match=r"key\.pem is a link"), syncing(remote, run):
