@@ -47,6 +47,7 @@ from .stage_configs import (
     RepoId,
     Seed,
     Stages,
+    SyncUrl,
     TopK,
     find_recipe,
     read_recipe,
@@ -56,6 +57,13 @@ ACCELERATE = project_folder("configs", "accelerate")
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
 MODEL = {"model": (Place, "folder or Hub id of the model to begin with (default: the newest of the run folder)")}
+SYNC = {
+    "sync": (
+        SyncUrl,
+        "URL (s3://, gs://, file://, any of fsspec, or hf://owner/name) that keeps checkpoints and finished stages; "
+        "the same command resumes from it on another machine",
+    )
+}
 REPO = "Hub repository for a branch step-NNNNNN every push_every steps"
 BASE = {
     "tokenizer": (Place, "folder or Hub id of a tokenizer (default: that of the run folder)"),
@@ -72,11 +80,16 @@ EVAL = {
 }
 STAGE_COMMANDS = {  # subcommand -> its stage, runner in stages.py, text, and further options: name -> (kind, text)
     "tokenizer": ("tokenizer", "run_tokenizer", "Train a tokenizer, the first stage of a recipe.", {}),
-    "pretrain": ("base", "run_base", "Pretrain a base model; run again to resume.", BASE),
-    "midtrain": ("mid", "run_chat", "Mid-training of the newest model of a run; run again to resume.", MODEL | CHAT),
-    "sft": ("sft", "run_chat", "SFT of the newest model of a run; run again to resume.", MODEL | CHAT),
-    "rl": ("rl", "run_rl", "RL with verifiable rewards; run again to resume.", MODEL),
-    "dpo": ("dpo", "run_dpo", "Direct preference optimization; run again to resume.", MODEL),
+    "pretrain": ("base", "run_base", "Pretrain a base model; run again to resume.", BASE | SYNC),
+    "midtrain": (
+        "mid",
+        "run_chat",
+        "Mid-training of the newest model of a run; run again to resume.",
+        MODEL | CHAT | SYNC,
+    ),
+    "sft": ("sft", "run_chat", "SFT of the newest model of a run; run again to resume.", MODEL | CHAT | SYNC),
+    "rl": ("rl", "run_rl", "RL with verifiable rewards; run again to resume.", MODEL | SYNC),
+    "dpo": ("dpo", "run_dpo", "Direct preference optimization; run again to resume.", MODEL | SYNC),
     "eval": ("eval", "run_eval", "Evaluate stages of a run, or any causal LM of the Hub, with lm-eval.", EVAL),
 }
 
@@ -101,9 +114,10 @@ def run_stage_command(command: str, words: list[str]) -> None:
         given["tasks"] = given.pop("eval")
         parse_config(EvalConfig, given["tasks"])
     from . import stages
+    from .sync import syncing
 
     run = Run(run_dir)
-    with run.lock():
+    with run.lock(), syncing(given.pop("sync", None), run):
         getattr(stages, runner)(config, run, **given)
 
 
@@ -125,9 +139,10 @@ def speedrun(words: list[str]) -> None:
     if arguments.dry_run:
         return show_plan(stages, configs, arguments, int(os.environ.get("WORLD_SIZE", "1")))
     from .stages import run_stages
+    from .sync import syncing
 
     run = Run(arguments.run_dir or Path("runs") / recipe.name)
-    with run.lock():
+    with run.lock(), syncing(arguments.sync, run):
         run_stages(run, stages, configs, arguments.repo, arguments.node_hourly_rate)
 
 
@@ -138,6 +153,7 @@ def read_speedrun(parser: Parser, words: list[str]) -> tuple:
     rate = "dollars per hour of this machine, for the report"
     parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help=rate)
     parser.option("--repo", RepoId, help=f"{REPO} of base")
+    parser.option("--sync", SYNC["sync"][0], help=SYNC["sync"][1])
     recipe, stages, configs, arguments = read_pipeline(parser, words)
     check_push(configs["base"], arguments.repo)
     return recipe, stages, configs, arguments
@@ -204,7 +220,7 @@ def run(words: list[str]) -> None:
         return show_plan(stages, configs, arguments, ranks, otherwise, device, SHARDING.get(kind))
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
     command += ["--module", "nanochat_hf.cli", "speedrun", "--recipe", arguments.recipe, *arguments.overrides]
-    for name in ("run_dir", "repo", "node_hourly_rate"):
+    for name in ("run_dir", "repo", "sync", "node_hourly_rate"):
         if (value := getattr(arguments, name)) is not None:
             command += [f"--{name}={value}"]
     command += [f"--stages={','.join(arguments.stages)}"] if arguments.stages else []

@@ -54,6 +54,15 @@ def repo_id(text: str) -> str:
     return text
 
 
+def sync_url(text: str) -> str:
+    """A place for checkpoints. Raises ValueError for what is neither a URL nor hf://owner/name."""
+    if text.startswith("hf://"):
+        repo_id(text.removeprefix("hf://"))
+    elif not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", text):
+        raise ValueError("no URL, as s3://bucket/folder, gs://bucket/folder, file:///folder or hf://owner/name")
+    return text
+
+
 def installed(tracker: str) -> str:
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"{tracker} is not installed; pip install {tracker}")
@@ -98,6 +107,7 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 NotNegative = Annotated[float, Ge(0), Le(MOST)]
 Place = Annotated[str, AfterValidator(name_of_place)]
 RepoId = Annotated[str, AfterValidator(repo_id)]
+SyncUrl = Annotated[str, AfterValidator(sync_url)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 Stages = list[Literal[MODEL_STAGES]]
 TopK = Annotated[int, Ge(0), Le(2**24)]

@@ -191,6 +191,31 @@ def wait(output: str, missing: int, seconds: float) -> None:
     time.sleep(seconds + 1 if rank == 0 else 0)  # it holds the store
 
 
+def sync(run: str, url: str, tokenizer: str, own_disks: bool = False, die_at: int | None = None, **keys) -> None:
+    """Pretrain under --sync. own_disks: each rank has a run folder of its own. die_at: raise at that step."""
+    from nanochat_hf.run import Run
+    from nanochat_hf.sync import syncing
+    from nanochat_hf.train import pretrain as module
+
+    rank, real = os.environ.get("RANK", "0"), module.Pretraining.train_step
+
+    def train_step(self):
+        if self.step == die_at:
+            raise KeyboardInterrupt
+        return real(self)
+
+    module.Pretraining.train_step = train_step
+    run = Run(f"{run}{rank if own_disks else ''}")
+    try:
+        with run.lock(), syncing(url, run):
+            module.pretrain(module.PretrainConfig(**keys), tokenizer, run.path / "base")
+    except KeyboardInterrupt:
+        print(f"rank {rank} stops")
+    except ValueError as error:
+        print(f"rank {rank}: {error}")
+    module.Pretraining.train_step = real
+
+
 def reset() -> None:
     from nanochat_hf.distributed import reset_accelerate_state
 

@@ -1,0 +1,370 @@
+"""`--sync URL`: checkpoints and finished stages of a run, stored where another machine can resume the run.
+
+    with run.lock(), syncing("s3://bucket/d24", run):     # or gs://, file://, memory://, hf://owner/name
+        run_stages(run, stages, configs)
+
+On entry what the URL has beyond the run folder is downloaded. Inside, a thread uploads each finished stage and the
+newest checkpoint, one at a time, and retries what fails; training does not wait. Each upload has a folder of its own,
+`<stage>--<checkpoint or "finished">--<fingerprint>`, in which sync.json with the checksums is written last: a folder
+without it counts as absent. Older checkpoints are deleted there as in the run folder. One machine at a time.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+from accelerate.utils import gather_object
+from fsspec.core import url_to_fs
+
+from .distributed import broadcast_from_main, get_dist_info, main_process_first, partial_state
+from .errors import InputError
+from .hub.push import friendly_hub_errors, link, log_in
+from .run import STAGES, Run, fingerprint, load_json, save_json, writing
+from .train.checkpoint import complete_checkpoints, damage, manifest_of, sha256
+
+SYNCED = (*(stage for stage in STAGES if stage != "report"), "dpo")
+NAME = re.compile(r"(\w+)--(finished|step_\d+(?:\.\d+)?|checkpoint-\d+)--[0-9a-f]{16}")
+MARK = "sync.json"  # {"run": its id, "time": seconds, "files": {path below the run folder: its SHA-256}}
+POLL = 1.0  # seconds between looks at the run folder
+PAUSES = (1, 2, 4, 8)  # seconds before a failed transfer is tried again; longer ones follow during training
+LONGEST_PAUSE = 60
+AFTER_SIGNAL = 20  # seconds for uploads after SIGTERM and a checkpoint: cloud providers give 30 in all
+
+
+class FileStore:
+    """Uploads below a URL of any file system that fsspec supports."""
+
+    def __init__(self, url: str):
+        try:
+            self.fs, self.root = url_to_fs(url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
+            raise InputError(f"--sync {url}: {one_line(error)}") from None
+
+    def marks(self, work: Path) -> dict[str, bytes | None]:
+        """{name: content of sync.json or None} of all uploads, half ones included; `work` is an empty folder."""
+        names, marks = [], {}
+        with suppress(FileNotFoundError):
+            names = [PurePosixPath(path).name for path in self.fs.ls(self.root, detail=False)]
+        for name in filter(NAME.fullmatch, names):
+            marks[name] = None
+            with suppress(FileNotFoundError):
+                marks[name] = self.fs.cat_file(f"{self.root}/{name}/{MARK}")
+        return marks
+
+    def put(self, folder: Path, name: str) -> None:
+        files = [path for path in folder.rglob("*") if path.is_file() and path != folder / MARK]
+        targets = [f"{self.root}/{name}/{path.relative_to(folder).as_posix()}" for path in files]
+        for parent in {str(PurePosixPath(target).parent) for target in targets}:
+            self.fs.makedirs(parent, exist_ok=True)
+        self.fs.put(list(map(str, files)), targets)
+        self.fs.pipe_file(f"{self.root}/{name}/{MARK}", (folder / MARK).read_bytes())
+
+    def get(self, name: str, files: list[str], folder: Path) -> None:
+        """Download `files` of an upload into `folder`; absent ones may raise FileNotFoundError."""
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        self.fs.get([f"{self.root}/{name}/{file}" for file in files], [str(folder / file) for file in files])
+
+    def unmark(self, name: str) -> None:
+        if self.fs.exists(f"{self.root}/{name}/{MARK}"):
+            self.fs.rm_file(f"{self.root}/{name}/{MARK}")
+
+    def delete(self, name: str) -> None:
+        self.unmark(name)  # first: an interruption must not leave a half upload that counts as whole
+        if self.fs.exists(f"{self.root}/{name}"):
+            self.fs.rm(f"{self.root}/{name}", recursive=True)
+
+
+class HubStore:
+    """Uploads as folders of a private model repository, one commit each; as FileStore."""
+
+    def __init__(self, url: str):
+        self.repo, self.api = url.removeprefix("hf://"), log_in()
+        with friendly_hub_errors(self.repo):
+            self.api.create_repo(self.repo, private=True, exist_ok=True)
+
+    def marks(self, work: Path) -> dict[str, bytes | None]:
+        names = {file.split("/")[0] for file in self.api.list_repo_files(self.repo)}
+        self.api.snapshot_download(self.repo, local_dir=work, allow_patterns=f"*/{MARK}")
+        paths = {name: work / name / MARK for name in filter(NAME.fullmatch, names)}
+        return {name: path.read_bytes() if path.exists() else None for name, path in paths.items()}
+
+    def put(self, folder: Path, name: str) -> None:
+        message = f"Upload {name.rpartition('--')[0]}"
+        self.api.upload_folder(repo_id=self.repo, folder_path=folder, path_in_repo=name, commit_message=message)
+
+    def get(self, name: str, files: list[str], folder: Path) -> None:
+        self.api.snapshot_download(self.repo, local_dir=folder.parent, allow_patterns=f"{name}/*")
+
+    def unmark(self, name: str) -> None:
+        self.api.delete_files(self.repo, [f"{name}/{MARK}"])
+
+    def delete(self, name: str) -> None:
+        self.api.delete_files(self.repo, [f"{name}/*"])
+
+
+def order(place: str) -> list[float]:
+    """Sorts the places of a stage: "" for nothing, checkpoints by step, "finished"."""
+    return [math.inf] if place == "finished" else [int(number) for number in re.findall(r"\d+", place)]
+
+
+def parse_mark(data: bytes | None, stage: str) -> dict | None:
+    """The content of sync.json, or None if it is absent, cut off, or names files outside of the stage's folder."""
+    try:
+        mark = json.loads(data or b"")
+        paths = [PurePosixPath(file).parts for file in mark["files"]]
+        inside = all(len(parts) > 1 and parts[0] == stage and ".." not in parts for parts in paths)
+        typed = isinstance(mark["time"], float) and isinstance(mark["run"], str)
+        return mark if inside and paths and typed else None
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+class Sync:
+    """Keeps `url` up to date with a run folder, on the main process."""
+
+    def __init__(self, url: str, run: Run):
+        self.url, self.run, self.work = url, run, run.path / ".sync"
+        self.store = (HubStore if url.startswith("hf://") else FileStore)(url)
+        self.uploads: dict[str, dict | None] = {}  # name of an upload -> its sync.json, None for a half one
+        self.synced: set[tuple] = set()  # (stage, place, time of change) of what needs no upload any more
+        self.run_id, self.error = "", ""  # error: of the last upload, if it failed
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self.keep_up, daemon=True)
+
+    def marker(self, stage: str, place: str) -> Path:
+        """The file that is written last in a finished stage or a checkpoint, with checksums of the others."""
+        checkpoint = self.run.path / stage / "state" / place
+        return self.run.path / stage / "metrics.json" if place == "finished" else manifest_of(checkpoint) or checkpoint
+
+    def local(self, stage: str) -> str:
+        """ "finished", the name of the newest checkpoint, or "" if the run folder has none of that stage."""
+        if (load_json(self.run.path / stage / "metrics.json") or {}).get("finished"):
+            return "finished"
+        checkpoints = complete_checkpoints(self.run.path / stage / "state")
+        return checkpoints[-1].name if checkpoints else ""
+
+    # --- from the URL into the run folder
+
+    def fetch(self) -> None:
+        """Download of each stage the newest undamaged upload, if it is further than the run folder.
+
+        Raises InputError if the URL cannot be read, or holds another run.
+        """
+        with writing(self.work):
+            shutil.rmtree(self.work, ignore_errors=True)
+            (self.work / "marks").mkdir(parents=True)
+        marks = self.repeated(self.store.marks, self.work / "marks")
+        self.uploads = {name: parse_mark(data, NAME.fullmatch(name)[1]) for name, data in marks.items()}
+        self.join_run()
+        for stage in SYNCED:
+            whole = [(*NAME.fullmatch(name).groups(), name, mark) for name, mark in self.uploads.items() if mark]
+            whole = [(place, name, mark) for its_stage, place, name, mark in whole if its_stage == stage]
+            local = self.local(stage)
+            for place, name, mark in sorted(whole, key=lambda one: (order(one[0]), one[2]["time"]), reverse=True):
+                if order(place) <= order(local) or self.download(stage, place, name, mark["files"]):
+                    break
+
+    def join_run(self) -> None:
+        """Take over the run's id from the URL into an empty run folder. Raises InputError if it holds another run."""
+        path, ids = self.run.path / ".sync-id", {mark["run"] for mark in self.uploads.values() if mark}
+        own = path.read_text() if path.exists() else ""
+        if ids and own not in ids and any(map(self.local, SYNCED)):
+            raise InputError(
+                f"{self.url} holds another run than {self.run.path}: give another URL, or an empty run folder to "
+                "continue the run of that URL"
+            )
+        self.run_id = own if own and (own in ids or not ids) else min(ids, default=uuid.uuid4().hex)
+        with writing(path):
+            path.write_text(self.run_id)
+
+    def download(self, stage: str, place: str, name: str, files: dict[str, str]) -> bool:
+        """Take over an upload if its checksums are right, else set it aside; returns whether they were."""
+        folder = self.work / name
+        with suppress(FileNotFoundError):  # named below
+            self.repeated(self.store.get, name, list(files), folder)
+        for file, checksum in files.items():
+            if not (folder / file).is_file() or sha256(folder / file) != checksum:
+                self.repeated(self.store.unmark, name)
+                self.uploads[name] = None
+                print(f"{self.url}: {name}/{file} is damaged; set aside, using the upload before it, if any")
+                return False
+        last = Path(stage, "metrics.json") if place == "finished" else Path(stage, "state", place)
+        with writing(self.run.path):
+            (self.run.path / last).parent.mkdir(parents=True, exist_ok=True)
+            for file in (Path(file) for file in files if not Path(file).is_relative_to(last)):
+                (self.run.path / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(folder / file, self.run.path / file)
+            shutil.rmtree(self.run.path / last, ignore_errors=True)  # a chat stage's half checkpoint
+            os.replace(folder / last, self.run.path / last)
+        print(f"{self.url}: took {stage}, {place}")
+        return True
+
+    def repeated(self, action: Callable, *args):
+        """action(*args), tried again with pauses. Raises InputError when it keeps failing."""
+        for pause in (*PAUSES, None):
+            try:
+                return action(*args)
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # each file system has its own
+                if pause is None:
+                    raise InputError(f"--sync {self.url}: {one_line(error)}") from None
+                time.sleep(pause)
+
+    # --- from the run folder to the URL
+
+    def keep_up(self) -> None:
+        """The thread: upload what is due, until `close`; then until nothing is left or it keeps failing."""
+        failures, was_closing = 0, False
+        while True:
+            closing, due = self.closing.is_set(), None
+            failures, was_closing = (0 if closing and not was_closing else failures), closing
+            try:
+                due = self.next_due()
+                if due:
+                    self.upload(*due)
+                failures, self.error = 0, ""
+            except Exception as error:  # of any kind, also a checkpoint that a newer one replaced meanwhile
+                failures, self.error = failures + 1, one_line(error)
+                if failures == len(PAUSES) and not closing:
+                    print(f"warning: {self.url} is behind: {self.error}; training continues, the upload is retried")
+            if closing and (failures > len(PAUSES) or not (due or failures)):
+                return
+            if failures:
+                pause = min(PAUSES[0] * 2 ** (failures - 1), LONGEST_PAUSE)
+                time.sleep(pause) if closing else self.closing.wait(pause)
+            elif not due:
+                self.closing.wait(POLL)
+
+    def next_due(self) -> tuple | None:
+        """(stage, place, time of change) of what to upload next: finished stages in order, then a checkpoint."""
+        newest = None
+        for stage in SYNCED:
+            if place := self.local(stage):
+                due = stage, place, self.marker(stage, place).stat().st_mtime_ns
+                if place == "finished" and due not in self.synced:
+                    return due
+                newest = due if place != "finished" else newest
+        return newest if newest not in self.synced else None
+
+    def upload(self, stage: str, place: str, changed: int) -> None:
+        """Upload a finished stage or a checkpoint, unless it is there, and delete what it supersedes."""
+        marker, folder = self.marker(stage, place), self.work / "upload"
+        name = f"{stage}--{place}--{fingerprint(sha256(marker) if marker.is_file() else changed)}"
+        if not self.uploads.get(name):
+            shutil.rmtree(folder, ignore_errors=True)
+            mark = {"run": self.run_id, "time": time.time(), "files": self.snapshot(stage, place, folder)}
+            save_json(folder / MARK, mark)
+            self.uploads[name] = None
+            self.store.put(folder, name)
+            self.uploads[name] = mark
+            shutil.rmtree(folder)
+        self.synced.add((stage, place, changed))
+        self.delete_superseded(stage, place, name)
+
+    def snapshot(self, stage: str, place: str, folder: Path) -> dict[str, str]:
+        """Links (or copies) in `folder` of what belongs to an upload; returns {path: SHA-256}.
+
+        Raises InputError for links and damaged files, FileNotFoundError for a checkpoint that was just deleted.
+        """
+        source, state = self.run.path / stage, self.run.path / stage / "state"
+        if place == "finished":
+            tops = [path for path in source.iterdir() if path != state and not path.name.startswith(".")]
+            paths = [path for top in tops for path in (top, *top.rglob("*"))]
+        else:  # with what lies beside a chat stage's checkpoint
+            paths = [*(state / place).rglob("*"), *state.glob("*.json"), *source.glob("samples.jsonl")]
+        files = [path.relative_to(self.run.path) for path in paths if not path.is_dir()]
+        for file in files:
+            path = self.run.path / file
+            if path.is_symlink():
+                raise InputError(f"{path} is a link: put the file itself there")
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            appended = path.suffix == ".jsonl" or path.parent == state
+            (shutil.copy if appended else link)(path, folder / file)
+        if place != "finished":
+            (state / place).stat()  # else the list may lack files
+            if reason := damage(folder / stage / "state" / place):
+                raise InputError(reason)
+        return {file.as_posix(): sha256(folder / file) for file in files}
+
+    def delete_superseded(self, stage: str, place: str, name: str) -> None:
+        """Delete the other uploads of `stage`, but not whole ones of checkpoints that the run folder keeps."""
+        checkpoints = complete_checkpoints(self.run.path / stage / "state") if place != "finished" else []
+        places = {path.name for path in checkpoints} - {place}
+        for other in list(self.uploads):
+            its_stage, its_place = NAME.fullmatch(other).groups()
+            if its_stage == stage and other != name and not (self.uploads[other] and its_place in places):
+                try:
+                    self.store.delete(other)
+                    del self.uploads[other]
+                except Exception as error:  # tried again after the next upload
+                    print(f"warning: {self.url}: the old {other} could not be deleted: {one_line(error)}")
+
+    def close(self, limit: float | None = None) -> str | None:
+        """Wait, at most `limit` seconds, until all is uploaded. Returns: what is missing and why, or None."""
+        self.closing.set()
+        self.thread.join(limit)
+        if due := self.next_due():
+            reason = self.error or "there was no time for it"
+            return f"{self.url} is behind: it lacks {due[0]}, {due[1]} ({reason}); run the same command again to sync"
+        shutil.rmtree(self.work, ignore_errors=True)
+        return None
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def refuse_local_disks(run: Run) -> None:
+    """Raise InputError, on every rank, if the nodes of a job do not share the run folder.
+
+    The checkpoint of a pretraining run has a file per rank, and the main process uploads all of them.
+    """
+    if get_dist_info()[1] == 1:
+        return
+    path = run.path / f".sync-{broadcast_from_main(uuid.uuid4().hex)}"
+    if partial_state().is_main_process:
+        path.touch()
+    broadcast_from_main(None)  # the others look after it is there
+    shared = all(gather_object([path.exists()]))
+    if partial_state().is_main_process:
+        path.unlink()
+    if not shared:
+        raise InputError(f"--sync needs a disk that all nodes share, and {run.path} is on one node's own: move it")
+
+
+@contextmanager
+def syncing(url: str | None, run: Run) -> Iterator[None]:
+    """Fetch from `url`, and keep it up to date inside; nothing without a URL. Every rank calls this.
+
+    Raises InputError if the URL cannot be used, and at the end if it is behind.
+    """
+    if not url:
+        yield
+        return
+    partial_state()
+    refuse_local_disks(run)
+    sync = None
+    with main_process_first(f"fetching {url}") as main:
+        if main:
+            sync = Sync(url, run)
+            sync.fetch()
+            sync.thread.start()
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, SystemExit | KeyboardInterrupt)
+        if sync and (behind := sync.close(AFTER_SIGNAL if stopped else None)):
+            print(f"warning: {behind}", flush=True)
+        raise
+    if sync and (behind := sync.close()):
+        raise InputError(behind)

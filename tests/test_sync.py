@@ -1,0 +1,481 @@
+"""--sync: a bare machine resumes from any URL to equal results, whatever cut the uploads off before."""
+
+import dataclasses
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from hub_standin import Hub
+from huggingface_hub import close_session, constants
+from safetensors.torch import load_file
+from workers import launch
+
+from nanochat_hf import sync as module
+from nanochat_hf.errors import InputError
+from nanochat_hf.run import Run, load_json, save_json
+from nanochat_hf.stage_configs import ChatConfig, PretrainConfig
+from nanochat_hf.sync import MARK, FileStore, Sync, parse_mark, syncing
+from nanochat_hf.train import checkpoint
+from nanochat_hf.train.checkpoint import sha256
+from nanochat_hf.train.pretrain import Pretraining, pretrain
+from nanochat_hf.train.sft import ChatTrainer, train_chat
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "hf_" + "a" * 34
+BASE = PretrainConfig(
+    dataset="primer", depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, num_iterations=8, total_batch_size=512,
+    device_batch_size=8, warmup_steps=2, eval_every=-1, eval_tokens=256, sample_every=-1, save_every=2,
+)  # fmt: skip
+SFT = ChatConfig(
+    mixture=[{"dataset": "primer", "rows": 60}], device_batch_size=4, num_iterations=6, save_every=2, eval_every=2,
+    validation=[{"dataset": "primer", "split": "test", "rows": 8}],
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(module, "PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(module, "POLL", 0.02)
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.05)
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with Hub(token=TOKEN) as server:
+        downloads = constants.HUGGINGFACE_CO_URL_TEMPLATE.split("/", 3)[3]
+        settings = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.url}/{downloads}"}
+        for name, value in {**settings, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        close_session()
+        yield server
+    close_session()
+
+
+@pytest.fixture(params=["file", "memory", "hf"])
+def url(request, tmp_path):
+    if request.param == "hf":
+        request.getfixturevalue("hub")
+    return {"file": f"file://{tmp_path}/re [m]ote", "memory": "memory://bucket/run", "hf": "hf://you/run"}[
+        request.param
+    ]
+
+
+@pytest.fixture
+def remote(tmp_path):
+    return f"file://{tmp_path}/remote"
+
+
+def write_stage(run: Run, stage: str, text: str = "weights") -> None:
+    run.path.joinpath(stage).mkdir(parents=True, exist_ok=True)
+    (run.path / stage / "model.safetensors").write_text(text)
+    save_json(run.path / stage / "metrics.json", {"finished": True, "text": text})
+    shutil.rmtree(run.path / stage / "state", ignore_errors=True)
+
+
+def write_checkpoint(run: Run, step: int, stage: str = "base", keep: int = 2) -> None:
+    state = run.path / stage / "state"
+    aside = state / f".step_{step:06d}"
+    aside.mkdir(parents=True)
+    (aside / "model.pt").write_bytes(random.Random(step).randbytes(2000))
+    (aside / "shards").mkdir()
+    (aside / "shards" / ".metadata").write_text(f"step {step}")  # of torch.distributed.checkpoint
+    checkpoint.write_manifest(aside)
+    aside.rename(state / f"step_{step:06d}")
+    checkpoint.delete_superseded(state, keep)
+
+
+def contents(run: Run) -> dict[str, bytes]:
+    paths = [path for path in run.path.rglob("*") if path.is_file()]
+    files = {path.relative_to(run.path).as_posix(): path.read_bytes() for path in paths}
+    return {file: data for file, data in files.items() if not file.startswith(".")}
+
+
+def names_at(url: str) -> list[str]:
+    """stage/checkpoint of the whole uploads at a file or memory URL."""
+    fs, root = fsspec.core.url_to_fs(url)
+    marks = [path.split("/")[-2].split("--")[:2] for path in fs.find(root) if path.endswith(MARK)]
+    return sorted("/".join(parts) for parts in marks)
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_bare_folder_gets_finished_stages_and_the_newest_checkpoint(url, tmp_path):
+    run, bare = Run(tmp_path / "run"), Run(tmp_path / "bare")
+    with syncing(url, run):
+        write_stage(run, "tokenizer")
+        for step in (1, 2, 3):
+            write_checkpoint(run, step)
+    with syncing(url, bare):
+        expected = {path: data for path, data in contents(run).items() if "step_000002" not in path}
+        assert contents(bare) == expected
+        write_checkpoint(bare, 4)
+        write_stage(bare, "base")
+    again = Run(tmp_path / "again")
+    with syncing(url, again):
+        assert contents(again) == contents(bare) and not (again.path / "base" / "state").exists()
+    assert not (again.path / ".sync").exists()
+
+
+def test_old_checkpoints_are_deleted_as_in_the_run_folder(remote, tmp_path):
+    run = Run(tmp_path / "run")
+    with syncing(remote, run):
+        for step in range(1, 6):
+            write_checkpoint(run, step)
+            wait_for(lambda: f"base/step_{step:06d}" in names_at(remote))  # noqa: B023
+    assert names_at(remote) == ["base/step_000004", "base/step_000005"]
+    with syncing(remote, run):
+        write_stage(run, "base")
+    assert names_at(remote) == ["base/finished"] and len(list((tmp_path / "remote").iterdir())) == 1
+
+
+def test_a_damaged_upload_is_set_aside_and_the_one_before_used(remote, tmp_path, capsys):
+    run, bare = Run(tmp_path / "run"), Run(tmp_path / "bare")
+    with syncing(remote, run):
+        for step in (1, 2):
+            write_checkpoint(run, step)
+            wait_for(lambda: f"base/step_{step:06d}" in names_at(remote))  # noqa: B023
+    [path] = (tmp_path / "remote").glob("base--step_000002--*/base/state/*/model.pt")
+    path.write_bytes(b"\0" + path.read_bytes()[1:])
+    with syncing(remote, bare):
+        assert checkpoint.latest(bare.path / "base" / "state").name == "step_000001"
+    lines = [line for line in capsys.readouterr().out.splitlines() if "set aside" in line]
+    assert len(lines) == 1 and "step_000002" in lines[0] and names_at(remote) == ["base/step_000001"]
+
+
+@pytest.mark.parametrize(
+    "mark", ["", '{"files": {"ba', '{"time": 1.0, "run": "a", "files": {"base/../../x": "0"}}', "[]"]
+)
+def test_a_half_upload_is_ignored(remote, tmp_path, mark):
+    run, bare = Run(tmp_path / "run"), Run(tmp_path / "bare")
+    with syncing(remote, run):
+        write_checkpoint(run, 1)
+    [whole] = (tmp_path / "remote").iterdir()
+    half = shutil.copytree(whole, whole.with_name(f"base--step_000009--{'0' * 16}"))
+    (half / MARK).write_text(mark) if mark else (half / MARK).unlink()
+    with syncing(remote, bare):
+        assert [path.name for path in (bare.path / "base" / "state").iterdir()] == ["step_000001"]
+        write_checkpoint(bare, 2)
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("file", ["base/../../x", "/etc/x", "mid/x", "../base/x", "base"])
+def test_files_outside_of_the_stage_are_refused(file):
+    assert parse_mark(json.dumps({"run": "a", "time": 1.0, "files": {"base/x": "0"}}).encode(), "base")
+    assert (
+        parse_mark(json.dumps({"run": "a", "time": 1.0, "files": {"base/x": "0", file: "0"}}).encode(), "base") is None
+    )
+
+
+def all_marked_are_whole(url: str) -> bool:
+    for folder in Path(url.removeprefix("file://")).glob("*"):
+        mark = parse_mark((folder / MARK).read_bytes(), "base") if (folder / MARK).exists() else None
+        if mark and not all((folder / f).is_file() and sha256(folder / f) == s for f, s in mark["files"].items()):
+            return False
+    return True
+
+
+class Cut(FileStore):
+    """Ends all work after a number of operations, as a killed process does."""
+
+    left = 0
+
+    def __init__(self, url: str):
+        super().__init__(url)
+        real = self.fs
+        self.fs = Counting(real, self)
+
+
+class Counting:
+    def __init__(self, fs, owner):
+        self.real, self.owner = fs, owner
+
+    def __getattr__(self, name):
+        function = getattr(self.real, name)
+        if name not in ("put_file", "pipe_file", "makedirs", "rm_file"):
+            return function
+
+        def call(*args, **kwargs):
+            Cut.left -= 1
+            if Cut.left < 0:
+                raise ConnectionError("cut off")
+            if Cut.left == 0 and name == "put_file":  # in the middle of a file
+                Path(args[1]).write_bytes(Path(args[0]).read_bytes()[:100])
+                raise ConnectionError("cut off")
+            if Cut.left == 0 and name == "pipe_file":
+                self.real.pipe_file(args[0], args[1][:40])
+                raise ConnectionError("cut off")
+            return function(*args, **kwargs)
+
+        return call
+
+    def put(self, sources, targets):
+        for source, target in zip(sources, targets):
+            self.put_file(source, target)
+
+    def rm(self, folder, recursive):
+        for path in sorted(self.real.find(folder)):
+            self.rm_file(path)
+        self.real.rm(folder, recursive=True)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_uploads_cut_off_at_random_moments_leave_a_whole_one(remote, tmp_path, monkeypatch, seed):
+    numbers, step, reached = random.Random(seed), 0, []
+    monkeypatch.setattr(module, "FileStore", Cut)
+    for machine in range(5):
+        run = Run(tmp_path / f"run{machine}")
+        Cut.left = 10**9
+        sync = Sync(remote, run)
+        sync.fetch()
+        latest = checkpoint.latest(run.path / "base" / "state") if (run.path / "base").exists() else None
+        step = checkpoint.step_of(latest) if latest else 0
+        assert step >= (reached[-1] if reached else 0)
+        assert all_marked_are_whole(remote)
+        Cut.left = numbers.randint(1, 40)
+        for _ in range(4):  # by hand in place of the thread: the machine dies at the cut
+            step += 1
+            write_checkpoint(run, step)
+            try:
+                sync.upload(*sync.next_due())
+            except ConnectionError:
+                break
+            if Cut.left >= 0:
+                reached.append(step)
+    assert len(reached) > 3
+
+
+def test_errors_are_retried_and_a_sync_that_stays_behind_is_said(remote, tmp_path, monkeypatch, capsys):
+    real, failing = FileStore.put, [True]
+
+    def put(store, folder, name):
+        if failing:
+            raise OSError("bucket gone")
+        real(store, folder, name)
+
+    monkeypatch.setattr(FileStore, "put", put)
+    run = Run(tmp_path / "run")
+    message = r"behind: it lacks base, step_000001 \(.*bucket gone.*run the same command"
+    with pytest.raises(InputError, match=message), syncing(remote, run):
+        write_checkpoint(run, 1)
+        wait_for(lambda: "training continues" in capsys.readouterr().out)
+    with syncing(remote, run):
+        write_checkpoint(run, 2)
+        time.sleep(0.2)
+        failing.clear()
+    assert "base/step_000002" in names_at(remote)
+
+
+def test_training_does_not_wait_and_the_newest_waits(remote, tmp_path, monkeypatch):
+    real, names = FileStore.put, []
+
+    def slow(store, folder, name):
+        names.append(name.split("--")[1])
+        time.sleep(0.5)
+        real(store, folder, name)
+
+    monkeypatch.setattr(FileStore, "put", slow)
+    run = Run(tmp_path / "run")
+    with syncing(remote, run):
+        write_checkpoint(run, 1)
+        wait_for(lambda: names)
+        start = time.monotonic()
+        for step in (2, 3, 4):
+            write_checkpoint(run, step)
+        assert time.monotonic() - start < 0.4
+    assert names == ["step_000001", "step_000004"] and names_at(remote) == ["base/step_000004"]
+
+
+def test_after_a_signal_the_wait_is_bounded(remote, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "AFTER_SIGNAL", 0.3)
+    monkeypatch.setattr(FileStore, "put", lambda *_: time.sleep(3))
+    run, start = Run(tmp_path / "run"), time.monotonic()
+    with pytest.raises(SystemExit) as caught, syncing(remote, run):
+        write_checkpoint(run, 1)
+        time.sleep(0.1)
+        raise SystemExit(128 + signal.SIGTERM)
+    assert caught.value.code == 143 and time.monotonic() - start < 2 and "is behind" in capsys.readouterr().out
+
+
+def test_another_run_and_links_are_refused(remote, tmp_path):
+    run, other = Run(tmp_path / "run"), Run(tmp_path / "other")
+    with syncing(remote, run):
+        write_stage(run, "tokenizer")
+    write_stage(other, "tokenizer", "others")
+    for _ in range(2):
+        with pytest.raises(InputError, match="holds another run"), syncing(remote, other):
+            pass
+    with syncing(f"{remote}2", other):  # its own place
+        write_checkpoint(other, 1)
+    for url, folder in ((remote, other), (f"{remote}2", run)):
+        with pytest.raises(InputError, match="holds another run"), syncing(url, folder):
+            pass
+    write_stage(run, "base")
+    (run.path / "base" / "key.pem").symlink_to("/etc/hostname")
+    with pytest.raises(InputError, match=r"key\.pem is a link"), syncing(remote, run):
+        pass
+
+
+def test_a_checkpoint_damaged_on_this_disk_does_not_replace_a_whole_upload(remote, tmp_path):
+    run = Run(tmp_path / "run")
+    with syncing(remote, run):
+        write_checkpoint(run, 1, keep=1)
+    write_checkpoint(run, 2, keep=1)
+    (run.path / "base" / "state" / "step_000002" / "model.pt").write_text("other")
+    with pytest.raises(InputError, match=r"step_000002 .*damaged"), syncing(remote, run):
+        pass
+    assert names_at(remote) == ["base/step_000001"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_hub_failing_at_random_requests(hub, tmp_path, monkeypatch, seed):
+    monkeypatch.setattr("time.sleep", lambda seconds, real=time.sleep: real(min(seconds, 0.05)))  # the client's pauses
+    numbers, run, bare = random.Random(seed), Run(tmp_path / "run"), Run(tmp_path / "bare")
+    requests = [
+        ("POST", "/preupload/"),
+        ("POST", "/commit/"),
+        ("PUT", "/blobs/"),
+        ("POST", "/batch"),
+        ("GET", "/tree/"),
+    ]
+    with syncing("hf://you/run", run):
+        for step in (1, 2, 3, 4):
+            for _ in range(3):
+                hub.fail(*numbers.choice(requests), numbers.choice([500, 503, None]))
+            write_checkpoint(run, step)
+            time.sleep(0.05)
+        write_stage(run, "tokenizer")
+    repo = hub.repos["models", "you/run"]
+    files = repo.files("main")[1]
+    [damaged] = [path for path in files if "step_000004" in path and path.endswith("model.pt")]
+    files[damaged] = b"other"
+    hub.faults.clear()
+    others = [path for path in files if "step_000003" in path and path.endswith(MARK)]
+    with syncing("hf://you/run", bare):
+        base = bare.path / "base" / "state"
+        assert [path.name for path in base.glob("*")] == (["step_000003"] if others else [])
+        assert contents(bare)["tokenizer/model.safetensors"] == b"weights"
+
+
+def test_unknown_protocols_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="nosuch"), syncing("nosuch://x", Run(tmp_path / "run")):
+        pass
+
+
+# --- real training
+
+
+def losses(folder: Path) -> tuple:
+    history = load_json(folder / "metrics.json")["history"]
+    rows = [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second", "mfu")} for row in history]
+    return rows, {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()}
+
+
+def stop_at(owner, name: str, step: int, number) -> pytest.MonkeyPatch:
+    """`owner.name` raises KeyboardInterrupt, as a lost machine, once `number(self)` is `step`."""
+    patch, real = pytest.MonkeyPatch(), getattr(owner, name)
+
+    def method(self, *args, **kwargs):
+        if number(self) == step:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    patch.setattr(owner, name, method)
+    return patch
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["base", "sft"])
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_fresh_folders_resume_to_equal_losses(tiny_folder, tokenizer, tmp_path, remote, stage, rounds):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+
+    def train(folder: Path, **changes) -> None:
+        torch.manual_seed(random.randrange(1000))
+        if stage == "base":
+            pretrain(dataclasses.replace(BASE, **changes), str(tmp_path / "tokenizer"), folder / "base")
+        else:
+            train_chat(dataclasses.replace(SFT, **changes), str(tiny_folder), folder / "sft")
+
+    train(tmp_path / "whole")
+    numbers, total = random.Random(1), {"base": 8, "sft": 6}[stage]
+    for number in range(rounds):
+        place = f"{remote}{number}"
+        first, second = numbers.randrange(3, total), numbers.randrange(3, total)
+        if stage == "base":
+            where = (Pretraining, "save_and_measure", lambda self: self.step)
+        else:
+            where = (ChatTrainer, "training_step", lambda self: self.state.global_step)
+        for machine, step in enumerate(sorted((first, second))):
+            run = Run(tmp_path / f"{number}-{machine}")
+            patch = stop_at(*where[:2], step, where[2])
+            with patch.context() as _, pytest.raises(KeyboardInterrupt), syncing(place, run):
+                train(run.path)
+            patch.undo()
+        if number == 0:
+            other = Run(tmp_path / "other")
+            with pytest.raises(InputError, match="written with another recipe"), syncing(place, other):
+                train(other.path, seed=7)
+        run = Run(tmp_path / f"{number}-last")
+        with syncing(place, run):
+            assert checkpoint.latest(run.path / stage / "state") is not None
+            train(run.path)
+        assert losses(run.path / stage) == losses(tmp_path / "whole" / stage)
+        assert names_at(place) == [f"{stage}/finished"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2"])
+def test_two_ranks_resume_on_another_disk_and_disks_of_their_own_are_refused(tokenizer, tmp_path, remote, config):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    keys = {"do": "sync", "tokenizer": tmp_path / "tokenizer", "url": remote, **dataclasses.asdict(BASE)}
+    keys |= {"device_batch_size": 4}
+    for name in ("own0", "own1"):
+        (tmp_path / name).mkdir()
+    first = {**keys, "run": tmp_path / "one", "die_at": 5}
+    output = launch(2, config, [first, {**keys, "run": tmp_path / "own", "own_disks": True}]).stdout
+    assert all(f"rank {rank}: --sync needs a disk that all nodes share" in output for rank in (0, 1))
+    jobs = [{**keys, "run": tmp_path / "two"}, {**keys, "run": tmp_path / "whole", "url": None}]
+    assert "took base, step_000004" in launch(2, config, jobs).stdout
+    assert losses(tmp_path / "two" / "base") == losses(tmp_path / "whole" / "base")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_syncs_and_the_same_command_resumes_elsewhere(tokenizer, tmp_path, remote):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    keys = {**dataclasses.asdict(BASE), "num_iterations": 400, "save_every": -1, "log_every": 5}
+    (tmp_path / "base.yaml").write_text(json.dumps({key: value for key, value in keys.items() if value is not None}))
+
+    def start(folder: str):
+        words = ["pretrain", "--config", tmp_path / "base.yaml", "--run-dir", tmp_path / folder, "--sync", remote]
+        command = [sys.executable, "-u", "-m", "nanochat_hf.cli", *words, "--tokenizer", tmp_path / "tokenizer"]
+        return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    process = start("one")
+    for line in process.stdout:
+        if "step" in line and "loss" in line:
+            break
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and time.monotonic() - begin < 30, output
+    [name] = names_at(remote)
+    process = start("two")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and f"took base, {name.split('/')[1]}" in output and "resuming after step" in output
