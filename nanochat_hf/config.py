@@ -233,6 +233,8 @@ class Parser(argparse.ArgumentParser):
         """`add_argument` with an annotation in place of argparse's type."""
 
         def parse(text: str):
+            if text.startswith("~"):  # of --run-dir=~/run, say; keys of a recipe may begin so
+                raise argparse.ArgumentTypeError("write the home folder out: shells replace ~ only where a word begins")
             try:
                 return check_value(kind, convert(from_command_line(text, name, kind), kind), "")
             except InputError as error:

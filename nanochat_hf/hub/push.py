@@ -207,7 +207,7 @@ def check_loaded_back(repo: str, revision: str, local: Path, token: str) -> floa
     if not torch.equal(ids, loaded["ids"]):
         raise InputError(f"{repo} is uploaded but its tokenizer gives other ids than {local}")
     difference = (expected - loaded["logits"]).abs().max().item()
-    if difference > 1e-3:
+    if not difference <= 1e-3:  # NaN too
         raise InputError(f"{repo} is uploaded but its logits differ from those of {local} by {difference:.2g}")
     return difference
 
