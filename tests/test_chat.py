@@ -167,6 +167,14 @@ def test_the_system_message_is_sent_and_a_question_without_an_answer_forgotten()
     assert chat.model.prompts == [["Be kind.", "a"], ["Be kind.", "a", "b", "c"], ["Be kind.", "a", "b", "d"]]
 
 
+def test_a_given_seed_is_used_also_if_it_is_zero_and_else_another_each_time(chat, monkeypatch):
+    seeds, submit = [], chat.model.engine.submit
+    monkeypatch.setattr(chat.model.engine, "submit", lambda request: seeds.append(request.seed) or submit(request))
+    for chat.options.seed in (0, 7, None, None):
+        chat.ask("Hello")
+    assert seeds[:2] == [0, 7] and len(set(seeds)) == 4
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     real, count = chat.model.engine.advance, []

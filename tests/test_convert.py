@@ -124,6 +124,10 @@ def test_what_a_format_cannot_express_is_named():
     july.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"generation 2 cannot express final_logit_softcapping=30.0"):
         to_upstream(july)
+    native = to_native(from_upstream(upstream_state(OCTOBER), {"model_config": OCTOBER}))
+    native.config.hidden_act = "gelu"
+    with pytest.raises(ValueError, match=r"only nanochat models .* hidden_act relu2 can be converted"):
+        from_native(native)
 
 
 @pytest.mark.parametrize(

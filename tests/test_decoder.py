@@ -183,7 +183,9 @@ def reference_distribution(logits, temperature, top_k, top_p):
     return nucleus / nucleus.sum()
 
 
-@pytest.mark.parametrize("temperature,top_k,top_p", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.9, 20, 0.5)])
+@pytest.mark.parametrize(
+    "temperature,top_k,top_p", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.9, 20, 0.5), (1.3, 4, 0.6)]
+)
 def test_sampling_follows_its_distribution_beside_greedy_slots(temperature, top_k, top_p):
     logits = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 2
     n = 20_000

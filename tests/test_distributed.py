@@ -21,6 +21,7 @@ from workers import ROOT, command, environment, launch, launch_zero
 from nanochat_hf.data.tokenizer import train_bpe
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.distributed import main_process_first, monitored_barrier
+from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.run import load_json
 
@@ -212,6 +213,17 @@ def test_a_rank_that_waits_too_long_names_the_missing_ones(tmp_path):
     assert others[0][1] == "the main process failed at 'a failure'; see its output"
     assert others[0][2] == "rank 1 waited 0:00:02 at 'the end' for rank 2; see their output"
     assert first[2].startswith("rank 0 waited") and len(others[1]) == 2
+
+
+def test_a_rank_does_not_go_on_where_the_main_process_failed(monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    ranks = iter([0, 1])
+    monkeypatch.setattr("nanochat_hf.distributed.get_dist_info", lambda: (next(ranks), 2))
+    with pytest.raises(ZeroDivisionError), main_process_first("a division"):
+        1 / 0  # noqa: B018
+    with pytest.raises(InputError, match="the main process failed at 'a division'"), main_process_first("a division"):
+        pytest.fail("the other rank went on")
 
 
 def test_one_rank_waits_for_nobody():

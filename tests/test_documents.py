@@ -81,6 +81,8 @@ def test_ranks_share_every_document_exactly_once_per_epoch(tmp_path_factory, cou
 def test_later_epochs_shuffle_by_the_seed_and_only_by_it(folder):
     one, again, other = (epochs(DocumentStream(folder, seed=seed), 2)[len(TRAIN) :] for seed in (1, 1, 2))
     assert one == again != other and one != TRAIN
+    both = epochs(DocumentStream(folder, seed=1), 3)[len(TRAIN) :]
+    assert both[: len(TRAIN)] == one != both[len(TRAIN) :] and sorted(both) == sorted(2 * TRAIN)
 
 
 def test_the_primer_is_a_dataset_with_two_splits():
@@ -492,9 +494,9 @@ def test_a_hub_dataset_is_read_by_the_names_of_its_splits_and_stays_at_its_commi
         assert set(DocumentStream(dataset)) == expected
         assert set(DocumentStream(dataset, "validation")) == {names[0]}
     assert set(DocumentStream("org/name/data/kor/train")) == {names[1]}  # in a split's folder the last is held out
-    saved = DocumentStream("org/name").state_dict()
+    saved = DocumentStream("org/name@main").state_dict()
     repo.commits["b" * 40], repo.branches["main"] = pushed(["train.jsonl", "test.jsonl"]).commits["a" * 40], "b" * 40
-    stream = DocumentStream("org/name")
+    stream = DocumentStream("org/name@main")
     assert set(stream) == {"train.jsonl"}
     stream.load_state_dict(saved)
     assert stream.state_dict() == saved and set(stream) == {*names[1:3], "data/eng/train/0.jsonl"}
@@ -505,7 +507,7 @@ def test_a_hub_dataset_is_read_by_the_names_of_its_splits_and_stays_at_its_commi
 def test_files_of_the_hub_are_fetched_once_each_through_failures(hub):
     names = [f"{i}.jsonl" for i in range(4)]
     hub.repos["datasets", "me/books"] = pushed(names)
-    hub.fail("GET", "/api/datasets/me/books", status=500)
+    hub.fail("GET", "/api/datasets/me/books", status=429)  # the Hub asks to slow down
     hub.fail("GET", "1.jsonl", status=500)
     with pytest.warns(UserWarning, match="attempt 1 failed"):
         assert list(DocumentStream("me/books")) == [name for name in names[:3] for _ in range(3)]

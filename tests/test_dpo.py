@@ -92,7 +92,8 @@ def test_the_loss_is_on_what_the_assistant_says(tokenizer):
         {"role": "user", "content": "Really?"},
         {"role": "assistant", "content": "Yes é"},
     ]
-    row = read_pair({"prompt": [USER], "chosen": chosen, "rejected": [REPLY]}, tokenizer, 200)
+    earlier = [USER, REPLY, USER]  # what was said before is not learned again
+    row = read_pair({"prompt": earlier, "chosen": chosen, "rejected": [REPLY]}, tokenizer, 200)
     prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
     ids = {"prompt_ids": prompt}
     for side in ("chosen", "rejected"):

@@ -175,6 +175,12 @@ def test_humaneval_answers_are_run_with_the_tests(text, passed):
     assert function("utils.humaneval_results")(HUMANEVAL, [text])["acc"] == passed
 
 
+def test_words_of_a_docstring_are_no_imports():
+    prompt = "# Halves.\nimport math\n\n\ndef half(x):\n    '''Half of x,\n    from below up.\n    '''\n"
+    doc = {"prompt": prompt, "test": "def check(f):\n    assert f(3) == math.ceil(1.5)\n", "entry_point": "half"}
+    assert function("utils.humaneval_results")(doc, ["def half(x):\n    return math.ceil(x / 2)"])["acc"] == 1.0
+
+
 def test_a_hostile_answer_to_humaneval_fails_and_harms_nothing():
     """Above a right answer: it would pass if the attack had no effect on the result. test_tools.py has more."""
     attack = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos._exit(0)"

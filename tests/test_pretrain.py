@@ -360,6 +360,14 @@ def test_a_spike_stops_before_the_weights_and_a_rerun_skips_its_data(world, tmp_
     assert run(world, tmp_path, num_iterations=40, max_loss_spike=0)["history"][-1]["step"] == 40
 
 
+def test_large_gradients_are_clipped_and_small_ones_never_scaled_up(world, tmp_path, monkeypatch):
+    norms, factors = iter([0.25, 4.0]), []
+    monkeypatch.setattr(model_setup, "gradient_norm", lambda model: torch.tensor(next(norms)))
+    monkeypatch.setattr(model_setup, "scale_gradients", lambda model, factor: factors.append(float(factor)))
+    run(world, tmp_path, generation=1, num_iterations=2, eval_every=0)  # the first generation clips at norm 1
+    assert factors == [1.0, 0.25]
+
+
 def test_float16_skips_steps_until_its_loss_scale_fits(straight, world, tmp_path, monkeypatch):
     monkeypatch.setattr(model_setup, "compute_dtype", lambda device, half=False: torch.float16)
     monkeypatch.setattr(module, "LOSS_SCALE", 2.0**21)  # overflows in the first steps

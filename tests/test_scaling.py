@@ -63,6 +63,7 @@ def test_first_generation_follows_the_published_runs(depth):
     assert p.max_grad_norm == 1.0 and p.schedule.warmup_steps == 0 and p.groups["matrix"]["weight_decay"] == 0
     assert p.groups["embedding"]["lr"] == pytest.approx(0.2 * (64 * depth / 768) ** -0.5)
     assert p.groups["embedding"]["betas"] == (0.8, 0.95)
+    assert not any(group["weight_decay"] for group in p.groups.values())
 
 
 def test_the_reference_has_the_reference_learning_rates():

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -26,6 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from servers import free_port, start
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 
+from nanochat_hf import cli
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve import limits
 from nanochat_hf.serve.engine import Engine
@@ -555,6 +557,18 @@ def test_the_name_of_a_folder_does_not_say_where_it_is(talker, tmp_path):  # noq
 
 
 # ---- the whole program ---------------------------------------------------------------------------------------------
+
+
+def test_each_flag_of_the_command_reaches_its_setting(monkeypatch):
+    calls, port = [], free_port()
+    monkeypatch.setattr("nanochat_hf.serve.worker.open_workers", lambda *values: calls.append(values) or ["worker"])
+    monkeypatch.setattr(
+        "nanochat_hf.serve.server.Server", lambda *values: calls.append(values) or SimpleNamespace(app="app")
+    )
+    monkeypatch.setattr(limits, "run", lambda *values: calls.append(values))
+    flags = f"--model x --port {port} --device cpu --max-batch-size 3 --max-queue-size 5 --max-new-tokens 7"
+    cli.dispatch("serve", f"{flags} --request-timeout 9 --temperature 0.5 --top-k 11".split())
+    assert calls == [("x", 3, 5, "cpu"), (["worker"], "x", 0.5, 11, 7, 9.0), ("app", "127.0.0.1", port)]
 
 
 @pytest.mark.slow

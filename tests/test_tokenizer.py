@@ -1,5 +1,6 @@
 """The tokenizer: any text survives it byte for byte, no text becomes a special token, and merges are those of BPE."""
 
+import copy
 import json
 import unicodedata
 from collections import Counter
@@ -176,6 +177,14 @@ def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
     with pytest.raises(InputError):  # a stage that fails leaves nothing that looks finished
         module.train_tokenizer(TokenizerConfig(dataset=str(tmp_path / "none.jsonl")), tmp_path / "other")
     assert not (tmp_path / "other" / "metrics.json").exists()
+
+
+def test_documents_are_whole_and_without_padding_whatever_the_tokenizer_was_used_for(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.enable_truncation(4)
+    other.backend_tokenizer.enable_padding(length=64)
+    for ids, expected in zip(encode_documents(other, TEXTS), encode_documents(tokenizer, TEXTS), strict=True):
+        assert ids.tolist() == expected.tolist() and tokenizer.decode(ids[1:]) in TEXTS
 
 
 def test_bytes_per_token_counts_no_bos(tokenizer):

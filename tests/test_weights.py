@@ -278,3 +278,12 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(tm
     assert "runs again for all stages (its config, tasks, code or data changed)" in output
     assert "[eval] base: val bpb" in output and "[eval] sft: val bpb" in output
     assert "[eval] already finished, skipping: " in again()
+
+
+def test_weights_written_in_place_are_other_weights(run):
+    before, file = model_id(run.folder("sft")), run.folder("sft") / "model.safetensors"
+    with file.open("r+b") as target:  # the size and the file stay
+        target.seek(-1, os.SEEK_END)
+        target.write(b"\x01")
+    os.utime(file, ns=(1, 1))
+    assert model_id(run.folder("sft")) not in (None, before)
