@@ -234,7 +234,9 @@ class Parser(argparse.ArgumentParser):
 
         def parse(text: str):
             if text.startswith("~"):  # of --run-dir=~/run, say; keys of a recipe may begin so
-                raise argparse.ArgumentTypeError("write the home folder out: shells replace ~ only where a word begins")
+                raise argparse.ArgumentTypeError(
+                    "write the home folder out: shells replace ~ only where a word begins"
+                )
             try:
                 return check_value(kind, convert(from_command_line(text, name, kind), kind), "")
             except InputError as error:

@@ -271,7 +271,7 @@ def test_a_result_without_a_call_is_only_text():
     assert call["tool_calls"] and last == {"role": "assistant", "content": "So 7!"}
 
 
-class Busy(BaseHTTPRequestHandler):
+class BusyHandler(BaseHTTPRequestHandler):
     """`status` for the first `times` requests, then one word; `cut`: with less of a body than announced."""
 
     def do_POST(self):
@@ -296,7 +296,7 @@ def answer(url, **options):
 
 
 def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line():
-    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+    with HTTPServer(("127.0.0.1", 0), BusyHandler) as server:
         url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         server.requests, server.times, server.status, server.cut = 0, 1, 503, 0
@@ -344,7 +344,7 @@ def test_the_script_answers_one_prompt_and_reads_a_pipe(talker_folder):  # noqa:
 
 
 def test_a_server_that_asks_to_wait_is_tried_again():
-    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+    with HTTPServer(("127.0.0.1", 0), BusyHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         server.requests, server.times, server.status, server.cut = 0, 1, 429, 0
         assert answer(f"http://127.0.0.1:{server.server_port}") == "fine" and server.requests == 2

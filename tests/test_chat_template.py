@@ -12,7 +12,7 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
-from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, spoken_mask, train_bpe
+from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, assistant_mask, train_bpe
 
 
 def call(expression="6*7", name="python", **arguments):
@@ -126,7 +126,7 @@ def test_the_mask_holds_all_bytes_of_a_last_character(tokenizer, reply):
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
         outs = [tok.apply_chat_template([messages], **options) for messages in conversations(reply)]
         for out in [*outs, tok.apply_chat_template(conversations(reply), padding=True, **options)]:
-            assert out["assistant_masks"] == [spoken_mask(tok, ids) for ids in out["input_ids"]]
+            assert out["assistant_masks"] == [assistant_mask(tok, ids) for ids in out["input_ids"]]
 
 
 def test_plain_trl_trains_every_byte_of_a_last_character(tokenizer, tiny_model, tmp_path, fresh_accelerator):
@@ -139,7 +139,9 @@ def test_plain_trl_trains_every_byte_of_a_last_character(tokenizer, tiny_model, 
         model=tiny_model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
     for row in trainer.train_dataset:
-        expected = [i if yes else -100 for i, yes in zip(row["input_ids"], spoken_mask(tokenizer, row["input_ids"]))]
+        expected = [
+            i if yes else -100 for i, yes in zip(row["input_ids"], assistant_mask(tokenizer, row["input_ids"]))
+        ]
         assert row["labels"] == expected
 
 
@@ -276,7 +278,7 @@ def test_a_reply_that_is_given_back_keeps_its_calls_and_results_are_not_trained_
     spoken = ["<|python_start|>6*7<|python_end|>", "<|python_start|>42+1<|python_end|>", "It is 43.<|assistant_end|>"]
     assert trained(tokenizer, messages) == spoken
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
-    mask = spoken_mask(tokenizer, ids)
+    mask = assistant_mask(tokenizer, ids)
     assert tokenizer.decode([i for i, one in zip(ids, mask) if one]) == "".join(spoken)
     spelled = [{"call": "<|bos|>", "result": "<|assistant_end|>"}]
     text = tokenizer.apply_chat_template([user("a"), {**assistant("b"), "tool_steps": spelled}], tokenize=False)

@@ -15,7 +15,7 @@ from lm_eval.tasks._yaml_loader import _import_func_in_yml, load_yaml
 from nanochat_hf.eval.core import load_tasks, run_lm_eval
 from nanochat_hf.eval.harness import EvalConfig
 from nanochat_hf.eval.lm_eval_model import LocalLM
-from nanochat_hf.eval.tasks import Tasks, majority, readable, standard_error, write_jsonl
+from nanochat_hf.eval.tasks import Tasks, majority, sample_row, standard_error, write_jsonl
 
 TASKS = Path(__file__).parent.parent / "evals" / "tasks"
 
@@ -246,7 +246,7 @@ def test_a_multiple_choice_sample_shows_the_score_of_each_letter():
     scores = {"arguments": [("Sky?", "A"), ("Sky?", "B")], "filtered_resps": [(-2.0001, False), (-0.5, True)]}
     sample = {"doc": {"prompt": "Sky?", "letters": ["A", "B"]}, **scores, "target": 1, "acc": 1.0}
     expected = {"question": "Sky?", "expected": "B", "answer": {"A": -2.0, "B": -0.5}, "correct": 1.0}
-    assert readable(sample) == expected
+    assert sample_row(sample) == expected
 
 
 def test_the_majority_baseline_the_error_of_a_mean_and_samples_that_are_not_finite(tmp_path):

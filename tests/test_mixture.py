@@ -100,7 +100,7 @@ def test_an_entry_without_a_usable_row_is_refused_with_the_reason(tmp_path, row,
 
 
 def test_an_entry_with_one_usable_row_is_not_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "REASONS_KEPT", 0)
+    monkeypatch.setattr(module, "MAX_LISTED_REASONS", 0)
     path = write(tmp_path / "some.jsonl", [{"no": 1}] * 20 + [chat("a", "b")])
     mixture = Mixture([{"dataset": path}])
     assert len(list(mixture)) == len(list(mixture)) == 1 and mixture.entries[0].num_bad == 20

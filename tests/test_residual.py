@@ -17,11 +17,11 @@ def reference_mix(x, y, embedded, lambdas, eps):
     return x, F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
-def layers(mix, x0, ys, scalars):
+def layers(mixer, x0, ys, scalars):
     """Results of three layers; each layer's second part is the norm times ys[i]."""
     embedded, x, y, results = EmbeddingResidual(x0), x0, None, []
     for i in range(LAYERS):
-        x, h = mix(x, y, embedded, None if scalars is None else (scalars[0, i], scalars[1, i]), 1e-6)
+        x, h = mixer(x, y, embedded, None if scalars is None else (scalars[0, i], scalars[1, i]), 1e-6)
         y = h * ys[i]
         results.append(h)
     return torch.stack((*results, x, y))

@@ -159,7 +159,7 @@ def test_every_id_fits_into_its_dtype(size, dtype):
 def test_the_assistants_tokens_are_read_off_the_ids(tokenizer):
     ids = dict(zip("^u)a(p>o<", tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))))
     row = "^u..)a..p.>o..<..(u.)a(a.p.>o."  # the last result is cut off
-    mask = "".join(str(one) for one in module.spoken_mask(tokenizer, [ids.get(c, 0) for c in row]))
+    mask = "".join(str(one) for one in module.assistant_mask(tokenizer, [ids.get(c, 0) for c in row]))
     assert [c for c, one in zip(row, mask) if one == "1"] == list("..p.>..((.p.>")
 
 

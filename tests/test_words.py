@@ -36,6 +36,14 @@ PRIVATE = {  # a private word -> the standard one
 OLD_NAMES = re.compile(  # of flags and stored keys, which stay valid
     r'"--(peer|patience)"|replace\("peer"|"lanes"|virtual shards lanes|Random\(f"personality|_ALIASES'
 )
+PRIVATE_NAMES = re.compile(  # identifiers of before that have a standard name
+    r"meet|WaitedTooLong|PATIENCE|agreed|main_first|next_stage|OwnerReduction|adamw_owner|choose_rows|rows_that_fit"
+    r"|share_out|keep_tails|MixedStream|bad_rows|Embedded|head_loss|Trunk|Copies|Places|Eight|[Ww]eight8|shrink|Int8"
+    r"|Factors|(save|load)_momenta|SpikeAlarm|rings|max_spike|settle|queued|trouble|listening|undisturbed_by_gc"
+    r"|conclude|new_model|with_loss|shape_of|PreferenceConfig|assistant_only|lora_rank|adamw_lr|test_rows|opt_in"
+    r"|outside_results|cut_off|core_limit|positions_that_fit|choose|Row|admit|harvest|refresh|Piece|TextDecoder|Sink"
+    r"|Busy|Broken|patiently|readable|spoken_mask|REASONS_KEPT|fuse|mix|quantise|turned"
+)
 FILLERS = {"found", "asked", "told", "made", "kept", "said", "wanted", "known"}
 
 
@@ -56,13 +64,20 @@ def test_no_private_word(word):
     assert not places, f"say {PRIVATE[word]!r}:\n" + "\n".join(places)
 
 
-def test_variables_name_the_thing():
+def names_of(node) -> list[str]:
+    """What a node of the syntax tree defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return [node.id]
+    return [node.arg] if isinstance(node, ast.arg) else []
+
+
+def test_names_are_the_fields_and_variables_name_the_thing():
     places = []
     for path in tracked(".py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            name = (
-                node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else getattr(node, "arg", "")
-            )
-            if name in FILLERS:
-                places.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
-    assert not places, f"{len(places)} variables with filler names:\n" + "\n".join(places)
+            for name in names_of(node):
+                if name in FILLERS or PRIVATE_NAMES.fullmatch(name):
+                    places.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    assert not places, f"{len(places)} names that say too little, or are private:\n" + "\n".join(places)

@@ -45,7 +45,7 @@ from .documents import DocumentStream, files_below, is_hub_id, local_path, log
 from .splits import SUFFIXES, has_suffix, listed, row_files, split_of, tells, unread_files
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow, check, normalize
 
-REASONS_KEPT = 1000  # bad rows that are listed one by one; more are only counted
+MAX_LISTED_REASONS = 1000  # bad rows that are listed one by one; more are only counted
 MAX_WORD_CHARS = 20_000_000  # of a text that a spelling transform takes its words from
 MAX_WORDS = 200_000
 
@@ -165,7 +165,7 @@ class Mixture:
         entry.num_bad += 1
         bad = {"dataset": entry.name, "row": row, "reason": reason}
         entry.first_bad = entry.first_bad or bad
-        if len(self.skipped) < REASONS_KEPT and bad not in self.skipped:  # every epoch meets it again
+        if len(self.skipped) < MAX_LISTED_REASONS and bad not in self.skipped:  # every epoch meets it again
             self.skipped.append(bad)
 
     def summary(self) -> list[dict]:

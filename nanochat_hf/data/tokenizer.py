@@ -207,7 +207,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> li
     return [np.array([bos, *encoding.ids], dtype) for encoding in encodings]
 
 
-def spoken_mask(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
+def assistant_mask(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
     """1 for each token of a rendered conversation that the assistant writes (text, calls, end of turn), else 0.
 
     Tool results are 0. transformers' own mask goes by characters: where a template's block ends with a character of

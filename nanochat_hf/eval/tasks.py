@@ -114,7 +114,7 @@ class Tasks:
         metadata, rows = task.config.metadata or {}, sorted(output["samples"][name], key=lambda row: row["doc_id"])
         numbers = {key.removesuffix(",none"): value for key, value in output["results"][name].items()}
         metric = next(m for m in ("acc", "acc_norm", "exact_match", *task.aggregation()) if m in numbers)
-        samples, baseline = [readable(row) for row in rows], metadata.get("baseline")
+        samples, baseline = [sample_row(row) for row in rows], metadata.get("baseline")
         result = {
             "value": numbers[metric],
             "stderr": standard_error([row.get(metric) for row in rows]),
@@ -143,7 +143,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def readable(sample: dict) -> dict:
+def sample_row(sample: dict) -> dict:
     """The parts of an lm-eval sample that a person reads."""
     doc, answers = sample["doc"], sample["filtered_resps"][0]
     if not isinstance(answers, str | list):  # multiple choice: (log-probability, greedy) of each letter

@@ -91,7 +91,7 @@ class PendingSteps(NamedTuple):
     """Steps that were launched and whose tokens were not read yet."""
 
     log: torch.Tensor  # (steps, slots)
-    owners: list[Request | None]  # of the slots at launch
+    owners: list[Request | None]  # of the slots when they were enqueued
     event: torch.cuda.Event | None  # when the copy to the host is done
 
 
@@ -158,7 +158,7 @@ class Engine:
         self.decoder = Decoder(self.model, slots, self.length, [*self.stop_ids, *pauses], self.dtype)
         self.owners: list[Request | None] = [None] * slots
         self.pending: deque[PendingSteps] = deque()
-        self.chunk = 1  # steps of the next launch
+        self.chunk = 1  # steps that the next call enqueues
         self.host_buffers: deque[torch.Tensor] = deque()  # pinned; empty where there is no GPU
         if self.decoder.device.type == "cuda":
             self.host_buffers += [torch.empty(MAX_CHUNK, slots, dtype=torch.int32, pin_memory=True) for _ in range(4)]
@@ -197,7 +197,7 @@ class Engine:
         events = self.drop_cancelled()
         self.schedule()
         self.answer_calls()
-        launched = self.launch()
+        launched = self.enqueue_steps()
         if self.pending and (not launched or len(self.pending) > 1 or not self.host_buffers):
             events += self.collect_outputs()
         elif not launched and self.calls:  # every slot waits for its tool
@@ -227,7 +227,7 @@ class Engine:
             self.decoder.schedule(placed)
             self.chunk = 1  # the first token quickly, then more steps at a time
 
-    def launch(self) -> bool:
+    def enqueue_steps(self) -> bool:
         """Start the next steps, unless the pending ones already reach the end of every request."""
         decoder, remaining, bound = self.decoder, 0, 0
         occupied = [(slot, r) for slot, r in enumerate(self.owners) if r is not None]

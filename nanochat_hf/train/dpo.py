@@ -15,8 +15,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from trl import DPOConfig, DPOTrainer
 
-from ..data.mixture import REASONS_KEPT, DatasetConfig, open_rows
-from ..data.tokenizer import spoken_mask
+from ..data.mixture import MAX_LISTED_REASONS, DatasetConfig, open_rows
+from ..data.tokenizer import assistant_mask
 from ..data.transforms import BadRow, check, normalize
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
@@ -38,7 +38,7 @@ class PreferenceTrainer(StageTrainer, DPOTrainer):
 def mask_completions(collate: Callable, tokenizer, rows: list[dict]) -> dict[str, torch.Tensor]:
     """A batch of TRL's collator, with tool results and later user turns taken out of its completion_mask."""
     batch = collate(rows)
-    spoken = [spoken_mask(tokenizer, ids) for ids in batch["input_ids"].tolist()]
+    spoken = [assistant_mask(tokenizer, ids) for ids in batch["input_ids"].tolist()]
     batch["completion_mask"] = batch["completion_mask"] * torch.tensor(spoken)
     return batch
 
@@ -109,5 +109,5 @@ def train_dpo(config: DPOStageConfig, model: str, output: Path) -> None:
     after = trainer.evaluate()
     names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
     before, after = ({name: metrics[key] for name, key in names.items()} for metrics in (before, after))
-    numbers = {"before": before, "after": after, "skipped_rows": skipped[:REASONS_KEPT], "bad": len(skipped)}
+    numbers = {"before": before, "after": after, "skipped_rows": skipped[:MAX_LISTED_REASONS], "bad": len(skipped)}
     trainer.save_stage(record, rows=len(rows), **numbers)

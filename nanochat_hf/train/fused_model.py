@@ -200,10 +200,10 @@ class FusedTransformer(nn.Module):
         hidden = self.finish(*stream, middle, model.backout_lambda if config.backout else None, eps)
         if targets is None:
             return hidden
-        return head_loss(self.model, hidden, targets, reduction)
+        return lm_head_loss(self.model, hidden, targets, reduction)
 
 
-def head_loss(model: NanoChatForCausalLM, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+def lm_head_loss(model: NanoChatForCausalLM, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
     """Loss in nats of the head on hidden states (B, T, C) and targets (B, T): () the mean, or (B, T) with "none"."""
     cap, size = model.config.final_logit_softcapping, model.config.num_tokens or model.config.vocab_size
     inputs = hidden.flatten(0, 1), model.lm_head.weight, targets.flatten()

@@ -26,7 +26,7 @@ from ..model.modeling_nanochat import NanoChatForCausalLM
 from ..model.quantization import is_quantized
 from ..optim.scaling import Plan
 from ..run import load_json, model_fingerprint
-from .fused_model import BF16_KERNELS, FusedTransformer, head_loss
+from .fused_model import BF16_KERNELS, FusedTransformer, lm_head_loss
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -46,7 +46,7 @@ class ModelLoss(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         hidden = self.model.model(ids, use_cache=False).last_hidden_state
-        return head_loss(self.model, hidden, targets, reduction)
+        return lm_head_loss(self.model, hidden, targets, reduction)
 
 
 def compute_dtype(device: torch.device, half: bool = False) -> torch.dtype:

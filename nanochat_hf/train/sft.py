@@ -27,7 +27,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from ..data.documents import log
 from ..data.mixture import Mixture, shared
 from ..data.splits import listed
-from ..data.tokenizer import spoken_mask
+from ..data.tokenizer import assistant_mask
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
 from ..run import load_json, save_json, start_record, writing
@@ -117,7 +117,7 @@ def encode(tokenizer, chats: list[list[dict]], assistant_only_loss: bool) -> lis
     """Conversations -> (input_ids, labels) each, int32 (T,); labels are -100 where there is no loss."""
     pairs = []
     for ids in tokenizer.apply_chat_template(chats, return_dict=True)["input_ids"]:
-        mask = spoken_mask(tokenizer, ids) if assistant_only_loss else tool_result_mask(tokenizer, ids)
+        mask = assistant_mask(tokenizer, ids) if assistant_only_loss else tool_result_mask(tokenizer, ids)
         mask[0] = 0  # in a packed sequence the token before it is of another conversation
         ids = np.array(ids, dtype=np.int32)
         pairs.append((ids, np.where(mask, ids, -100).astype(np.int32)))
