@@ -187,7 +187,7 @@ def first_process(
 
 
 def filter_calls() -> None:
-    """Deny what no namespace holds: sockets that are neither Unix nor IP (vsock reaches a VM's host), keys, io_uring."""
+    """Deny what no namespace holds: sockets neither Unix nor IP (vsock reaches a VM's host), keyrings, io_uring."""
     numbers = {"x86_64": (0xC000003E, 41, 248, 249, 250), "aarch64": (0xC00000B7, 198, 217, 218, 219)}
     architecture, sockets, *keys = numbers.get(os.uname().machine) or (0, 0)
     if not architecture:
