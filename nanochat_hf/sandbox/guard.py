@@ -220,6 +220,10 @@ def isolate_files() -> None:
     system_call("mount", "tmpfs", "/sys", "tmpfs", NO_SUID | NO_DEVICES, "mode=755,size=1m")  # /sys: needed no more
     os.makedirs("/sys/new/tmp")
     os.mkdir("/sys/old")
+    options = f"mode=1777,size={FOLDER_BYTES},nr_inodes=4096"
+    system_call("mount", "tmpfs", "/sys/new/tmp", "tmpfs", NO_SUID | NO_DEVICES, options)
+    os.mkdir("/sys/new/tmp/program")
+    os.chmod("/sys/new/tmp/program", 0o777)
     for path in paths:
         source, target = os.path.realpath(path), Path(f"/sys/new{path}")
         if target.exists() or not os.path.exists(source):  # it may lie below another one
@@ -232,12 +236,12 @@ def isolate_files() -> None:
         system_call("mount", source, str(target), None, BIND | RECURSIVE, None)
     read_only = struct.pack("QQQQ", 1 | 2, 0, 0, 0)  # MOUNT_ATTR_RDONLY, _NOSUID
     system_call("syscall", 442, -100, "/sys", 0x8000, read_only, len(read_only))  # mount_setattr, AT_RECURSIVE
-    options = f"mode=1777,size={FOLDER_BYTES},nr_inodes=4096"
-    system_call("mount", "tmpfs", "/sys/new/tmp", "tmpfs", NO_SUID | NO_DEVICES, options)
+    writable = struct.pack("QQQQ", 0, 1, 0, 0)
+    system_call("syscall", 442, -100, "/sys/new/tmp", 0, writable, len(writable))  # but not what lies below
     system_call("pivot_root", "/sys", "/sys/old")
     system_call("umount2", "/old", 2)  # MNT_DETACH
     os.chroot("/new")  # in a chroot kernels deny new user namespaces, in which a program could mount more
-    os.chdir("/tmp")
+    os.chdir("/tmp/program")
 
 
 def usage(process: int) -> dict[int, int]:
