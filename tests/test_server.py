@@ -218,7 +218,14 @@ def calling(arguments):
     return [*user("?"), {"role": "assistant", "content": None, "tool_calls": [call]}]
 
 
+def schema(name, *arguments):
+    """The tool `name` as LangChain writes it, each of its arguments required."""
+    parameters = {"type": "object", "properties": {x: {"type": "string"} for x in arguments}, "required": arguments}
+    return [{"type": "function", "function": {"name": name, "strict": True, "parameters": parameters}}]
+
+
 HALF = "x\ud83d"
+FORCED = {"type": "function", "function": {"name": "Answer"}}
 STEP = {"role": "assistant", "content": "2", "tool_steps": [{"call": "1+1"}]}
 BAD_TOOLS = ([1], [{}], [{"function": None}], [{"function": {"name": 1}}], [{"function": "python"}], "python")
 WRONG = [
@@ -247,7 +254,15 @@ WRONG = [
     ("/v1/completions", {"prompt": "a", "logprobs": 0}, "logprobs is not supported"),
     (CHAT, {"messages": user("?"), "response_format": {"type": "json_object"}}, "response_format is not supported"),
     (CHAT, {"messages": user("?"), "frequency_penalty": 0.5}, "frequency_penalty is not supported"),
-    (CHAT, {"messages": user("?"), "tools": PYTHON, "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"messages": user("?"), "tools": PYTHON, "tool_choice": "required"}, "cannot be made to call"),
+    (CHAT, {"messages": user("?"), "tools": PYTHON, "tool_choice": FORCED}, "cannot be made to call"),
+    (CHAT, {"messages": user("?"), "tools": schema("Answer", "value"), "tool_choice": FORCED}, "Answer is not that"),
+    (CHAT, {"messages": user("?"), "tools": PYTHON + schema("search", "query")}, "search is not that"),
+    (CHAT, {"messages": user("?"), "tools": schema("python", "code")}, "argument, expression: python is not that"),
+    (CHAT, {"messages": user("?"), "tools": schema("python", "expression", "n")}, "python is not that"),
+    (CHAT, {"messages": user("?"), "reasoning_effort": "low"}, "reasoning_effort is not supported"),
+    (CHAT, {"messages": user("?"), "repeat_penalty": 1.1}, "repeat_penalty is not supported"),
+    *((path, {}, f"no route {path}; those of OpenAI are /v1/chat") for path in ("/chat/completions", "/v1/responses")),
     *((CHAT, {"messages": user("?"), "tools": tools}, "tools") for tools in BAD_TOOLS),
     (CHAT, {"messages": [{"role": HALF, "content": "?"}]}, "unknown role x?"),
     (CHAT, {"messages": [{"role": 5, "content": "?"}]}, "messages.0.role"),
@@ -272,7 +287,8 @@ def test_a_wrong_body_gets_one_reason_in_the_words_of_its_protocol(server, route
         assert reply.status_code == 422 and reason in reply.json()["error"]
         assert reply.json()["error_type"] == "validation"
     else:
-        assert reply.status_code == 400 and reason in reply.json()["error"]["message"]
+        assert reply.status_code == (404 if "no route" in reason else 400)
+        assert reason in reply.json()["error"]["message"]
 
 
 def test_bodies_too_large_broken_or_sent_elsewhere_are_refused(server):
@@ -285,7 +301,7 @@ def test_bodies_too_large_broken_or_sent_elsewhere_are_refused(server):
     assert broken.status_code == 400 and broken.json()["error"]["type"] == "validation"
     for reply in (httpx.get(server.url + CHAT), httpx.post(server.url + "/v1/embeddings", json={})):
         assert reply.status_code in (404, 405) and reply.json()["error"]["message"]
-    assert httpx.get(server.url + "/metrics").json() == {"error": "Not Found", "error_type": "not_found"}
+    assert httpx.get(server.url + "/metrics").json()["error"]["type"] == "not_found"
 
 
 def test_no_number_that_a_client_sends_breaks_the_model(server):
@@ -352,6 +368,7 @@ NULLS = dict.fromkeys(OPTIONAL)
 NOTHING = {"logprobs": False, "top_logprobs": 0, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}}
 LANGCHAIN = {"model": "gpt", "max_completion_tokens": 99, "n": 1, "parallel_tool_calls": True, "temperature": 0.0}
 OPEN_WEBUI = {"model": "m", "max_tokens": 99, "user": {"name": "a"}, "metadata": {"chat_id": "b"}, "params": {}}
+OPEN_WEBUI |= {"stream_options": {"include_usage": True}, "chat_id": "c", "features": {}, "files": None, "top_p": 1}
 
 
 @pytest.mark.parametrize("extra", [NULLS, NOTHING, LANGCHAIN, OPEN_WEBUI, {"response_format": {"type": "text"}}])

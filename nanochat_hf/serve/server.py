@@ -25,7 +25,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from fastapi import FastAPI
@@ -55,11 +55,14 @@ FAILURES = {  # exception -> status, and its name in the reply; HTTPException ha
     HTTPException: (None, "not_found"),
     Exception: (500, "internal"),
 }
+TGI_PATHS = ("/", "/generate", "/generate_stream", "/info", "/health")
+OPENAI_PATHS = "/v1/chat/completions, /v1/completions and /v1/models"
 UNSUPPORTED = {  # field of either protocol that is not implemented -> its values that ask for nothing
     "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",), "best_of": (1,),
     "response_format": ({"type": "text"},), "grammar": (), "functions": ([],), "function_call": ("none", "auto"),
     "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (), "logit_bias": ({},),
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "typical_p": (1,),
+    "reasoning_effort": ("none",), "repeat_penalty": (1,), "mirostat": (0,),
     "top_n_tokens": (0,), "decoder_input_details": (False,), "watermark": (False,), "adapter_id": (),
 }  # fmt: skip
 
@@ -115,8 +118,16 @@ class Message(BaseModel):
     function_call: dict | None = None
 
 
+class Parameters(BaseModel):
+    """Of the JSON Schema of a function's arguments, what a call without some of them would lack."""
+
+    properties: dict | None = None
+    required: list[str] | None = None
+
+
 class Function(BaseModel):
     name: str
+    parameters: Parameters | None = None
 
 
 class Tool(BaseModel):
@@ -126,7 +137,19 @@ class Tool(BaseModel):
 class ChatBody(OpenAIBody):
     messages: list[Message] = Field(min_length=1, max_length=4096)
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: str | dict | None = None
+
+    def model_post_init(self, context) -> None:
+        """Refuses foreign tools, which the model would never call, and a call that is forced."""
+        super().model_post_init(context)
+        for tool in (self.tools or []) if self.tool_choice != "none" else []:
+            schema = tool.function.parameters or Parameters()
+            unknown = schema.properties and "expression" not in schema.properties
+            if tool.function.name != "python" or unknown or {*(schema.required or [])} - {"expression"}:
+                reason = "a function named python with one argument, expression"
+                raise InputError(f"this model has one tool, {reason}: {tool.function.name[:60]} is not that")
+        if self.tool_choice not in (None, "auto", "none"):
+            raise InputError('tool_choice can be "auto" or "none": the model cannot be made to call a tool')
 
 
 class CompletionBody(OpenAIBody):
@@ -279,8 +302,6 @@ class Server:
 
     def read_chat(self, raw: bytes) -> tuple[ChatBody, list[int], int]:
         body = parse(ChatBody, raw)
-        if body.tools and body.tool_choice != "none" and "python" not in [tool.function.name for tool in body.tools]:
-            raise InputError("this model has one tool: a function named python with one argument, expression")
         try:
             messages = normalize([{"content": "", **m.model_dump(exclude_none=True)} for m in body.messages])
         except BadRow as error:
@@ -437,6 +458,8 @@ async def failure(http: HTTPRequest, error: Exception) -> JSONResponse:
     message, param, headers = str(error), None, {"Retry-After": RETRY_AFTER} if status == 429 else None
     if isinstance(error, HTTPException):
         status, message, headers = error.status_code, error.detail, error.headers
+        if message == "Not Found":  # of a path, such as that of a client whose base URL lacks /v1
+            message = f"no route {http.url.path[:80]}; those of OpenAI are {OPENAI_PATHS}"
     elif isinstance(error, ValidationError):
         errors = error.errors(include_url=False, include_input=False)
         first = max(errors, key=lambda e: (len(e["loc"]), e["type"] != "string_type"))  # of a union, the nearest form
@@ -445,7 +468,7 @@ async def failure(http: HTTPRequest, error: Exception) -> JSONResponse:
         message = str(cause) if isinstance(cause, InputError) else f"{param or 'the body'}: {first['msg']}"
     elif status == 500:
         message = "the server failed; its log says why"
-    if not http.url.path.startswith("/v1"):
+    if http.url.path in TGI_PATHS:
         return JSONResponse({"error": message, "error_type": kind}, status, headers)
     body = {"message": message, "type": kind, "param": param or None, "code": None}
     return JSONResponse({"error": body}, 400 if status == 422 else status, headers)
