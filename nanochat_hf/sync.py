@@ -27,7 +27,7 @@ from fsspec.core import url_to_fs
 from .distributed import broadcast_from_main, get_dist_info, main_process_first, partial_state
 from .errors import InputError
 from .hub.push import friendly_hub_errors, link, log_in
-from .run import STAGES, Run, fingerprint, load_json, save_json, writing
+from .run import STAGES, Run, fingerprint, load_metrics, save_json, writing
 from .train.checkpoint import complete_checkpoints, damage, manifest_of, sha256
 
 SYNCED = (*(stage for stage in STAGES if stage != "report"), "dpo")
@@ -45,7 +45,7 @@ class FileStore:
     def __init__(self, url: str):
         try:
             self.fs, self.root = url_to_fs(url, use_listings_cache=False)
-        except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
+        except Exception as error:  # no such protocol, its package is not installed, or it needs more than a URL
             raise InputError(f"--sync {url}: {one_line(error)}") from None
 
     def marks(self, work: Path) -> dict[str, bytes | None]:
@@ -147,7 +147,7 @@ class Sync:
 
     def local(self, stage: str) -> str:
         """ "finished", the name of the newest checkpoint, or "" if the run folder has none of that stage."""
-        if (load_json(self.run.path / stage / "metrics.json") or {}).get("finished"):
+        if (load_metrics(self.run.path / stage, stage == "eval") or {}).get("finished"):
             return "finished"
         checkpoints = complete_checkpoints(self.run.path / stage / "state")
         return checkpoints[-1].name if checkpoints else ""

@@ -26,7 +26,8 @@ def plots(facts: dict, folder: Path) -> dict[str, str]:
     for stage, metrics in facts["stages"].items():
         curves = {}
         for name in CURVES.get(stage, ("train_loss", "val_loss", "chatcore")):
-            points = [(row["step"], row[name]) for row in metrics.get("history") or [] if row.get(name) is not None]
+            points = [(row.get("step"), row.get(name)) for row in metrics.get("history") or []]
+            points = [point for point in points if None not in point]
             if len(points) > 1:
                 curves[name] = points
         if curves:
