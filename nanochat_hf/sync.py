@@ -55,7 +55,7 @@ class FileStore:
             names = [PurePosixPath(path).name for path in self.fs.ls(self.root, detail=False)]
         for name in filter(NAME.fullmatch, names):
             marks[name] = None
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 marks[name] = self.fs.cat_file(f"{self.root}/{name}/{MARK}")
         return marks
 
@@ -121,10 +121,18 @@ def parse_mark(data: bytes | None, stage: str) -> dict | None:
     try:
         mark = json.loads(data or b"")
         paths = [PurePosixPath(file).parts for file in mark["files"]]
+        json.dumps(mark, ensure_ascii=False).encode()  # half a pair of surrogates raises ValueError
+        list(mark["files"].items())
         inside = all(len(parts) > 1 and parts[0] == stage and ".." not in parts for parts in paths)
-        typed = isinstance(mark["time"], float) and isinstance(mark["run"], str)
+        typed = isinstance(mark["time"], float) and mark["run"].isalnum()
         return mark if inside and paths and typed else None
-    except (ValueError, LookupError, TypeError):
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # it, or a part of it, has another type
         return None
 
 
@@ -176,7 +184,10 @@ class Sync:
     def join_run(self) -> None:
         """Take over the run's id from the URL into an empty run folder. Raises InputError if it holds another run."""
         path, ids = self.run.path / ".sync-id", {mark["run"] for mark in self.uploads.values() if mark}
-        own = path.read_text() if path.exists() else ""
+        try:
+            own = path.read_text() if path.exists() else ""
+        except (OSError, ValueError):
+            raise InputError(f"{path} cannot be read: delete it, or give an empty run folder") from None
         if ids and own not in ids and any(map(self.local, SYNCED)):
             raise InputError(
                 f"{self.url} holds another run than {self.run.path}: give another URL, or an empty run folder to "
@@ -191,13 +202,14 @@ class Sync:
         folder = self.work / name
         with suppress(FileNotFoundError):  # named below
             self.repeated(self.store.get, name, list(files), folder)
-        for file, checksum in files.items():
-            if not (folder / file).is_file() or sha256(folder / file) != checksum:
+        last = Path(stage, "metrics.json") if place == "finished" else Path(stage, "state", place)
+        listed = any(Path(file).is_relative_to(last) for file in files)
+        for file, checksum in files.items() if listed else ((last, None),):
+            if not is_intact(folder / file, checksum):
                 self.repeated(self.store.unmark, name)
                 self.uploads[name] = None
                 print(f"{self.url}: {name}/{file} is damaged; set aside, using the upload before it, if any")
                 return False
-        last = Path(stage, "metrics.json") if place == "finished" else Path(stage, "state", place)
         with writing(self.run.path):
             (self.run.path / last).parent.mkdir(parents=True, exist_ok=True)
             for file in (Path(file) for file in files if not Path(file).is_relative_to(last)):
@@ -313,11 +325,22 @@ class Sync:
         """Wait, at most `limit` seconds, until all is uploaded. Returns: what is missing and why, or None."""
         self.closing.set()
         self.thread.join(limit)
-        if due := self.next_due():
+        try:
+            due = self.next_due()
+        except InputError as error:  # a damaged metrics.json: what ended the job must stay visible
+            return f"{self.url} is behind: {error}"
+        if due:
             reason = self.error or "there was no time for it"
             return f"{self.url} is behind: it lacks {due[0]}, {due[1]} ({reason}); run the same command again to sync"
         shutil.rmtree(self.work, ignore_errors=True)
         return None
+
+
+def is_intact(path: Path, checksum: str | None) -> bool:
+    try:
+        return path.is_file() and sha256(path) == checksum
+    except OSError:  # a name that this disk does not allow
+        return False
 
 
 def one_line(error: Exception) -> str:
