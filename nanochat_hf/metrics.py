@@ -26,9 +26,9 @@ class Result(TypedDict):
 
 class Score(TypedDict):
     acc: OptionalNumber
-    centered: OptionalNumber
-    stderr: OptionalNumber
-    n: Number
+    centered: NotRequired[OptionalNumber]
+    stderr: NotRequired[OptionalNumber]
+    n: NotRequired[OptionalNumber]
 
 
 class Mean(TypedDict):

@@ -53,7 +53,7 @@ def draw_core(cores: dict[str, dict], path: Path) -> str:
     """Centered accuracy by task, compared to the published ones of GPT-2 XL."""
     labels = list(dict.fromkeys(label for tasks in cores.values() for label in tasks))
     bars = {
-        stage.upper(): {label: task["centered"] for label, task in tasks.items() if task["centered"] is not None}
+        stage.upper(): {label: task["centered"] for label, task in tasks.items() if task.get("centered") is not None}
         for stage, tasks in cores.items()
     }
     bars["GPT-2 XL (published)"] = {label: GPT2_XL[label] for label in labels if label in GPT2_XL}

@@ -316,8 +316,8 @@ def evaluation_section(evaluation: dict, pictures: dict[str, str]) -> list[str]:
     for stage, core in evaluation["core"].items():
         rows = []
         for name, row in core["per_task"].items():
-            value = with_error(row["centered"], row["stderr"])
-            rows.append([name, decimal(row["acc"]), value, f"{row['n']:,}", show("", GPT2_XL.get(name))])
+            value = with_error(row.get("centered"), row.get("stderr"))
+            rows.append([name, decimal(row["acc"]), value, show("", row.get("n")), show("", GPT2_XL.get(name))])
         parts += [f"### {stage.upper()}: {core['label']}", core_notes(core)]
         parts.append(grid(["Task", "Accuracy", "Centered", "n", "GPT-2 XL, centered"], rows))
     if "core" in pictures:
