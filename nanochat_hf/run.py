@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 from safetensors import SafetensorError
 
 from .errors import InputError
+from .metrics import problem
 
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
 MODEL_STAGES = ("base", "mid", "sft", "rl")
@@ -43,7 +44,7 @@ class Run:
         return self.path / stage
 
     def metrics(self, stage: str) -> dict | None:
-        return load_json(self.folder(stage) / "metrics.json")
+        return load_metrics(self.folder(stage), evaluation=stage == "eval")
 
     def finished(self, stage: str) -> bool:
         return bool((self.metrics(stage) or {}).get("finished"))
@@ -112,6 +113,26 @@ def load_json(path: str | Path) -> dict | None:
     except (ValueError, OSError, RecursionError) as error:  # no JSON, no UTF-8; a folder, no permission
         raise InputError(f"{path} is not valid JSON ({error}); delete it to run that stage again") from None
     return value
+
+
+def load_metrics(folder: str | Path, evaluation: bool = False) -> dict | None:
+    """metrics.json of a stage's folder, None for NaN in it; None if there is none. Raises InputError if it is damaged.
+
+    Args:
+        evaluation: whether the folder is that of the evaluation.
+    """
+    path = Path(folder) / "metrics.json"
+    record = load_json(path)
+    if record is None:
+        return None
+    try:
+        record = without_nan(record)
+        json.dumps(record, ensure_ascii=False).encode()
+    except (RecursionError, UnicodeError) as error:  # half a pair of surrogates
+        raise InputError(f"{path} is not valid JSON ({error}); delete it to run that stage again") from None
+    if reason := problem(record, evaluation):
+        raise InputError(f"{path}: {reason}; delete it to run that stage again")
+    return record
 
 
 def without_nan(value):

@@ -27,7 +27,7 @@ from .eval.lm_eval_model import Generator
 from .eval.report import make_report, summary
 from .eval.weights import origin, renewal, replaced
 from .hub.push import checkpoint_pusher
-from .run import MODEL_STAGES, STAGES, Run, duration, load_json, renamed_keys
+from .run import MODEL_STAGES, STAGES, Run, duration, load_json, load_metrics, renamed_keys
 from .serve.engine import Engine
 from .stage_configs import ChatConfig, DPOStageConfig, EvalConfig, PretrainConfig, RLConfig, TokenizerConfig
 from .train.dpo import train_dpo
@@ -47,7 +47,7 @@ def engine(model, tokenizer):
 def new_folder(run: Run, stage: str) -> Path:
     """The stage's folder. Raises InputError if the stage is finished."""
     folder = run.path / stage
-    if (load_json(folder / "metrics.json") or {}).get("finished"):
+    if (load_metrics(folder) or {}).get("finished"):
         raise InputError(f"{folder} is finished already; delete it or choose another --run-dir")
     return folder
 
@@ -72,7 +72,7 @@ def start(stage: str, run: Run, model: str | None) -> tuple[Path, str]:
 
 def show_result(folder: Path) -> None:
     """Print one line about a finished stage, on the main process: its time, main figure and folder."""
-    metrics = load_json(folder / "metrics.json") if partial_state().is_main_process else None
+    metrics = load_metrics(folder, folder.name == "eval") if partial_state().is_main_process else None
     if not metrics:
         return
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
@@ -214,7 +214,7 @@ def check_inputs(run: Run, stage: str, inputs: dict, config) -> None:
     if tokenizer and run.finished("tokenizer") and tokenizer_fingerprint(load_tokenizer(folder)) != tokenizer:
         raise InputError(f"{run.folder(stage)} was trained with another tokenizer than that in {folder}; delete it")
     source = run.latest_model(before=stage) if inputs.get("model") else None
-    weights = (load_json(source / "metrics.json") or {}).get("weights") if source else None
+    weights = (load_metrics(source) or {}).get("weights") if source else None
     if weights and weights != inputs["model"]:
         raise InputError(f"{run.folder(stage)} was made from another model than the one in {source} now; delete it")
 

@@ -27,7 +27,7 @@ from fsspec.core import url_to_fs
 from .distributed import broadcast_from_main, get_dist_info, main_process_first, partial_state
 from .errors import InputError
 from .hub.push import friendly_hub_errors, link, log_in
-from .run import STAGES, Run, fingerprint, load_json, save_json, writing
+from .run import STAGES, Run, fingerprint, load_metrics, save_json, writing
 from .train.checkpoint import complete_checkpoints, damage, manifest_of, sha256
 
 SYNCED = (*(stage for stage in STAGES if stage != "report"), "dpo")
@@ -45,7 +45,7 @@ class FileStore:
     def __init__(self, url: str):
         try:
             self.fs, self.root = url_to_fs(url, use_listings_cache=False)
-        except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
+        except Exception as error:  # no such protocol, its package is not installed, or it needs more than a URL
             raise InputError(f"--sync {url}: {one_line(error)}") from None
 
     def marks(self, work: Path) -> dict[str, bytes | None]:
@@ -55,7 +55,7 @@ class FileStore:
             names = [PurePosixPath(path).name for path in self.fs.ls(self.root, detail=False)]
         for name in filter(NAME.fullmatch, names):
             marks[name] = None
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 marks[name] = self.fs.cat_file(f"{self.root}/{name}/{MARK}")
         return marks
 
@@ -121,10 +121,18 @@ def parse_mark(data: bytes | None, stage: str) -> dict | None:
     try:
         mark = json.loads(data or b"")
         paths = [PurePosixPath(file).parts for file in mark["files"]]
+        json.dumps(mark, ensure_ascii=False).encode()  # half a pair of surrogates raises ValueError
+        list(mark["files"].items())
         inside = all(len(parts) > 1 and parts[0] == stage and ".." not in parts for parts in paths)
-        typed = isinstance(mark["time"], float) and isinstance(mark["run"], str)
+        typed = isinstance(mark["time"], float) and mark["run"].isalnum()
         return mark if inside and paths and typed else None
-    except (ValueError, LookupError, TypeError):
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # it, or a part of it, has another type
         return None
 
 
@@ -147,7 +155,7 @@ class Sync:
 
     def local(self, stage: str) -> str:
         """ "finished", the name of the newest checkpoint, or "" if the run folder has none of that stage."""
-        if (load_json(self.run.path / stage / "metrics.json") or {}).get("finished"):
+        if (load_metrics(self.run.path / stage, stage == "eval") or {}).get("finished"):
             return "finished"
         checkpoints = complete_checkpoints(self.run.path / stage / "state")
         return checkpoints[-1].name if checkpoints else ""
@@ -176,7 +184,10 @@ class Sync:
     def join_run(self) -> None:
         """Take over the run's id from the URL into an empty run folder. Raises InputError if it holds another run."""
         path, ids = self.run.path / ".sync-id", {mark["run"] for mark in self.uploads.values() if mark}
-        own = path.read_text() if path.exists() else ""
+        try:
+            own = path.read_text() if path.exists() else ""
+        except (OSError, ValueError):
+            raise InputError(f"{path} cannot be read: delete it, or give an empty run folder") from None
         if ids and own not in ids and any(map(self.local, SYNCED)):
             raise InputError(
                 f"{self.url} holds another run than {self.run.path}: give another URL, or an empty run folder to "
@@ -191,13 +202,14 @@ class Sync:
         folder = self.work / name
         with suppress(FileNotFoundError):  # named below
             self.repeated(self.store.get, name, list(files), folder)
-        for file, checksum in files.items():
-            if not (folder / file).is_file() or sha256(folder / file) != checksum:
+        last = Path(stage, "metrics.json") if place == "finished" else Path(stage, "state", place)
+        listed = any(Path(file).is_relative_to(last) for file in files)
+        for file, checksum in files.items() if listed else ((last, None),):
+            if not is_intact(folder / file, checksum):
                 self.repeated(self.store.unmark, name)
                 self.uploads[name] = None
                 print(f"{self.url}: {name}/{file} is damaged; set aside, using the upload before it, if any")
                 return False
-        last = Path(stage, "metrics.json") if place == "finished" else Path(stage, "state", place)
         with writing(self.run.path):
             (self.run.path / last).parent.mkdir(parents=True, exist_ok=True)
             for file in (Path(file) for file in files if not Path(file).is_relative_to(last)):
@@ -313,11 +325,22 @@ class Sync:
         """Wait, at most `limit` seconds, until all is uploaded. Returns: what is missing and why, or None."""
         self.closing.set()
         self.thread.join(limit)
-        if due := self.next_due():
+        try:
+            due = self.next_due()
+        except InputError as error:  # a damaged metrics.json: what ended the job must stay visible
+            return f"{self.url} is behind: {error}"
+        if due:
             reason = self.error or "there was no time for it"
             return f"{self.url} is behind: it lacks {due[0]}, {due[1]} ({reason}); run the same command again to sync"
         shutil.rmtree(self.work, ignore_errors=True)
         return None
+
+
+def is_intact(path: Path, checksum: str | None) -> bool:
+    try:
+        return path.is_file() and sha256(path) == checksum
+    except OSError:  # a name that this disk does not allow
+        return False
 
 
 def one_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ KEYS are wrong values in a stage's YAML, COMMANDS wrong command lines, FILES bro
 folders, and data that cannot be read. In a command, {run} is a folder that does not exist, {here} one with files.
 """
 
+import json
 import re
 import socket
 from pathlib import Path
@@ -324,6 +325,51 @@ def test_a_damaged_metrics_json(refuse, command, content):
     (refuse.here / "base").mkdir()
     (refuse.here / "base" / "metrics.json").write_bytes(content)
     refuse([command, "--run-dir", "{here}"], r"metrics\.json is not valid JSON .*delete it to run that stage again")
+
+
+SHAPES = [  # a finished stage, what is wrong in its metrics.json, and what is said of it
+    ("base", {"history": 3}, "history is 3: input should be a valid list"),
+    ("base", {"history": [{"step": 1}, {"step": "a"}]}, r"history\[1\].step is 'a': input should be a valid number"),
+    ("base", {"started": "today"}, "started is 'today'"),
+    ("base", {"wall_time_s": 1e300}, "wall_time_s is 1e.300: input should be a number from"),
+    ("base", {"wall_time_s": 10**400}, "wall_time_s is 1000"),
+    ("base", {"config": [1]}, r"config is \[1\]"),
+    ("base", {"config": {"dataset": [None]}}, r"config.dataset is \[None\]"),
+    ("base", {"weights": ["a"]}, r"weights is \['a'\]"),
+    ("base", {"commit": 5}, "commit is 5"),
+    ("base", {"hardware": {"memory_bytes": "8"}}, "hardware.memory_bytes is '8'"),
+    ("base", {"samples": [{"prompt": "a"}]}, r"samples\[0\] has no text"),
+    ("base", {"mixture": [{"dataset": "a", "rows": None, "tokens": 1}]}, r"mixture\[0\].rows is null"),
+    ("base", {"task": "\ud800"}, "is not valid JSON .*surrogates"),
+    ("eval", {"results": 5}, "results is 5"),
+    ("eval", {"results": {"bse": {}}}, "results.bse is no valid key"),
+    ("eval", {"results": {"base": {"facts": {}}}}, "results.base.facts has no value"),
+    ("eval", {"core": {"base": None}}, "core.base is null"),
+    ("eval", {"weights": "abc"}, "weights is 'abc'"),
+    ("eval", {"models": {"base": None}}, "models.base is null"),
+    ("eval", {"examples": {"base": [5]}}, r"examples.base\[0\] is 5"),
+]
+
+
+COMMANDS_OF_RUNS = {
+    "report": ["report", "--run-dir", "{here}"],
+    "compare": ["report", "--compare", "{here}", "{here}"],
+    "push": ["push", "--run-dir", "{here}", "--repo", "a/b", "--stage", "base", "--dry-run"],
+    "chat": ["chat", "--run-dir", "{here}"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_OF_RUNS)
+@pytest.mark.parametrize("stage,keys,message", SHAPES)
+def test_a_metrics_json_of_another_shape(refuse, command, stage, keys, message):
+    for name in ("base", "eval"):
+        (refuse.here / name).mkdir()
+        record = {"finished": name == "eval", "started": 1.0} | (keys if name == stage else {})
+        (refuse.here / name / "metrics.json").write_text(json.dumps(record))
+    refused = rf"{stage}/metrics\.json:? {message}.*; delete it to run that stage again"
+    if stage == "eval" and command in ("push", "chat"):  # which look for a model first
+        refused = "finished"
+    refuse(COMMANDS_OF_RUNS[command], refused)
 
 
 def jsonl(path: Path, *lines: str) -> str:

@@ -22,7 +22,6 @@ from nanochat_hf.eval.report import (
     one_line,
     results_row,
     short,
-    validate,
 )
 from nanochat_hf.run import Run, load_json, save_json
 
@@ -91,7 +90,6 @@ def test_small_helpers():
 def test_report_json_holds_the_same_facts_and_damaged_results_are_one_line(run):
     make_report(run)
     facts = load_json(run / "report.json")
-    validate(facts)
     assert facts["table"]["facts"]["sft"]["value"] == 0.93 and facts["total_seconds"] == 3600
     path = run / "rl" / "metrics.json"
     whole = path.read_text()
@@ -101,9 +99,7 @@ def test_report_json_holds_the_same_facts_and_damaged_results_are_one_line(run):
             make_report(run)
     path.write_text(whole)
     edit(run / "eval" / "metrics.json", results={"sft": {"facts": result("good")}})
-    with pytest.raises(
-        InputError, match=r"a metrics\.json of .* is damaged: evaluation\.results\.sft\.facts\.value"
-    ) as error:
+    with pytest.raises(InputError, match=r"metrics\.json: results\.sft\.facts\.value is 'good': .*delete it") as error:
         make_report(run)
     assert "\n" not in str(error.value)
 

@@ -183,6 +183,36 @@ def test_files_outside_of_the_stage_are_refused(file):
     )
 
 
+@pytest.mark.parametrize(
+    "mark",
+    [[], None, 5, {"files": ["base/x"]}, {"files": "base/x"}, {"files": None}, {"time": None}, {"run": 5}, {"run": ""}]
+    + [{"run": "\ud800"}, {"files": {"base/\ud800": "0"}}],
+)
+def test_a_mark_of_another_shape_counts_as_absent(mark):
+    whole = {"run": "a", "time": 1.0, "files": {"base/x": "0"}}
+    mark = whole | mark if isinstance(mark, dict) else mark
+    assert parse_mark(json.dumps(mark).encode(), "base") is None and parse_mark(b"[" * 100_000, "base") is None
+
+
+@pytest.mark.parametrize("file", ["base/" + "x" * 300, "base/model.safetensors"])
+def test_an_upload_that_lists_other_files_is_set_aside(remote, tmp_path, capsys, file):
+    with syncing(remote, run := Run(tmp_path / "run")):
+        write_stage(run, "base")
+    path = next((tmp_path / "remote").glob(f"base--*/{MARK}"))
+    mark = load_json(path)
+    keep = {} if file in mark["files"] else mark["files"]
+    save_json(path, mark | {"files": keep | {file: mark["files"].get(file, "0")}})
+    with syncing(remote, bare := Run(tmp_path / "bare")):
+        assert not (bare.path / "base").exists()
+    assert "is damaged; set aside" in capsys.readouterr().out
+
+
+def test_a_url_that_is_not_enough_for_its_file_system_is_one_line(tmp_path):
+    for url in ("reference://x", "dir://x", "tar://x"):
+        with pytest.raises(InputError, match=f"^--sync {url}: "), syncing(url, Run(tmp_path / "run")):
+            pass
+
+
 def all_marked_are_whole(url: str) -> bool:
     for folder in Path(url.removeprefix("file://")).glob("*"):
         mark = parse_mark((folder / MARK).read_bytes(), "base") if (folder / MARK).exists() else None

@@ -23,7 +23,7 @@ from ..data.documents import local_path
 from ..data.tokenizer import load_tokenizer
 from ..distributed import broadcast_from_main, monitored_barrier, partial_state
 from ..errors import InputError
-from ..run import MODEL_STAGES, Run, fingerprint, load_json, save_json, start_record, write_metrics
+from ..run import MODEL_STAGES, Run, fingerprint, load_metrics, save_json, start_record, write_metrics
 from ..stage_configs import EvalConfig
 from .bpb import held_out_bpb
 from .core import centered_mean, evaluate_core, quiet
@@ -69,8 +69,8 @@ def evaluate(
         tasks, stages, definition, earlier = Tasks(config, models, output), {}, None, {}
         if state.is_main_process:
             definition = definition_of(config)
-            earlier = by_stage(load_json(output / "metrics.json"), definition) if keep_unchanged else {}
-            earlier |= by_stage(load_json(output / "state" / "metrics.json"), definition)
+            earlier = by_stage(load_metrics(output, evaluation=True), definition) if keep_unchanged else {}
+            earlier |= by_stage(load_metrics(output / "state", evaluation=True), definition)
         for stage, folder in models.items():
             weights = model_id(folder) if state.is_main_process else None
             unchanged = weights and stage in earlier and earlier[stage]["weights"] == weights
@@ -140,7 +140,7 @@ def other_stages(output: Path, models: dict[str, str], definition: str) -> dict[
 
     A line names those of the run's stages whose results are left out.
     """
-    record, run, lost = load_json(output / "metrics.json") or {}, Run(output.parent), []
+    record, run, lost = load_metrics(output, evaluation=True) or {}, Run(output.parent), []
     results = by_stage(record, definition)
     for stage, measurement in measurements(run, record).items():
         if stage in models:

@@ -26,7 +26,8 @@ def plots(facts: dict, folder: Path) -> dict[str, str]:
     for stage, metrics in facts["stages"].items():
         curves = {}
         for name in CURVES.get(stage, ("train_loss", "val_loss", "chatcore")):
-            points = [(row["step"], row[name]) for row in metrics.get("history") or [] if row.get(name) is not None]
+            points = [(row.get("step"), row.get(name)) for row in metrics.get("history") or []]
+            points = [point for point in points if None not in point]
             if len(points) > 1:
                 curves[name] = points
         if curves:
@@ -52,7 +53,7 @@ def draw_core(cores: dict[str, dict], path: Path) -> str:
     """Centered accuracy by task, compared to the published ones of GPT-2 XL."""
     labels = list(dict.fromkeys(label for tasks in cores.values() for label in tasks))
     bars = {
-        stage.upper(): {label: task["centered"] for label, task in tasks.items() if task["centered"] is not None}
+        stage.upper(): {label: task["centered"] for label, task in tasks.items() if task.get("centered") is not None}
         for stage, tasks in cores.items()
     }
     bars["GPT-2 XL (published)"] = {label: GPT2_XL[label] for label in labels if label in GPT2_XL}

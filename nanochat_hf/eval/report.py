@@ -15,13 +15,11 @@ import tomllib
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
-from pydantic import ValidationError, create_model
 from transformers import AutoTokenizer
 
 from ..errors import InputError
-from ..run import MODEL_STAGES, TITLES, Run, duration, project_folder, save_json, short, without_nan, writing
+from ..run import MODEL_STAGES, TITLES, Run, duration, project_folder, save_json, short, writing
 from .plots import GPT2_XL, WORDS, page, plots
 from .weights import measurements, refuse_non_finite, replaced
 
@@ -30,23 +28,6 @@ OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
 SOURCES = (".py", ".md", ".yaml", ".toml", ".jinja", ".html")
 NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.]+)?( GiB| min)?")
 CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.S)
-Stage = Literal["base", "mid", "sft", "rl"]
-
-
-# Shapes of the results in metrics.json files; a result may have more keys.
-NUMBER = (float | None, ...)
-OPTIONAL = (float | None, None)
-Result = create_model("Result", value=NUMBER, stderr=OPTIONAL, n=(int | None, None), higher_is_better=(bool, True))
-Score = create_model("Score", acc=NUMBER, centered=NUMBER, stderr=NUMBER, n=(int, ...))
-Mean = create_model("Mean", __base__=Result, label=(str, ...), per_task=(dict[str, Score], ...))
-Evaluation = create_model(
-    "Evaluation",
-    results=(dict[Stage, dict[str, Result]], ...),
-    **dict.fromkeys(("core", "chatcore", "kocore"), (dict[Stage, Mean], ...)),
-    examples=(dict[Stage, list[dict]], ...),
-    bytes_per_token=(dict[str, dict[str, float | None]], ...),
-)
-Report = create_model("Report", evaluation=(Evaluation, ...), table=(dict[str, dict[Stage, Result]], ...))
 
 
 def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
@@ -60,7 +41,6 @@ def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
     """
     path = Path(run_path)
     facts = collect(Run(path), hourly_rate)
-    validate(facts)
     with writing(path / "plots"):
         text = markdown(facts, plots(facts, path / "plots"))
     save_json(path / "report.json", facts)
@@ -76,7 +56,7 @@ def collect(run: Run, hourly_rate: float | None = None) -> dict:
     Results of other weights than the run folder's are left out, and "notes" says so. Raises InputError for a folder
     without a finished stage, and for weights that are not finite.
     """
-    stages = {stage: without_nan(run.metrics(stage) or {}) for stage in (*TITLES, "eval")}
+    stages = {stage: run.metrics(stage) or {} for stage in (*TITLES, "eval")}
     stages = {stage: metrics for stage, metrics in stages.items() if metrics.get("finished")}
     if not stages:
         raise InputError(f"{run.path} holds no finished stage to report on")
@@ -163,16 +143,6 @@ def summary_table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
             for name, result in results.get(stage, {}).items():
                 rows.setdefault(name, {})[stage] = result
     return rows
-
-
-def validate(facts: dict) -> None:
-    """Raise InputError if results of a metrics.json do not have the shape of `Report`."""
-    try:
-        Report.model_validate(facts, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InputError(f"a metrics.json of {facts['run']} is damaged: {place}: {first['msg']}") from None
 
 
 def results_row(facts: dict, report: str = "-") -> str:
@@ -346,8 +316,8 @@ def evaluation_section(evaluation: dict, pictures: dict[str, str]) -> list[str]:
     for stage, core in evaluation["core"].items():
         rows = []
         for name, row in core["per_task"].items():
-            value = with_error(row["centered"], row["stderr"])
-            rows.append([name, decimal(row["acc"]), value, f"{row['n']:,}", show("", GPT2_XL.get(name))])
+            value = with_error(row.get("centered"), row.get("stderr"))
+            rows.append([name, decimal(row["acc"]), value, show("", row.get("n")), show("", GPT2_XL.get(name))])
         parts += [f"### {stage.upper()}: {core['label']}", core_notes(core)]
         parts.append(grid(["Task", "Accuracy", "Centered", "n", "GPT-2 XL, centered"], rows))
     if "core" in pictures:
@@ -371,7 +341,7 @@ def core_notes(core: dict) -> str:
         notes.append(f"At most {core['limit']} examples per task.")
     if core.get("long_prompts"):
         notes.append(f"{core['long_prompts']} prompts were cropped.")
-    if core.get("seconds"):
+    if core.get("seconds") and core.get("model_seconds") is not None:
         share = core["model_seconds"] / core["seconds"]
         notes.append(f"It took {core['seconds']:.1f} s, {share:.0%} of them in the model.")
     if core["label"] == "CORE":
@@ -383,7 +353,7 @@ def result_cells(result: dict) -> list[str]:
     value = with_error(result["value"], result.get("stderr"))
     pass_at_k = ", ".join(f"{name} {decimal(value)}" for name, value in result.items() if name.startswith("pass@"))
     tool_use = show("tool_use", result.get("tool_use"))
-    return [value, show("", result.get("baseline")), f"{result['n']:,}", tool_use, pass_at_k or "-"]
+    return [value, show("", result.get("baseline")), show("", result.get("n")), tool_use, pass_at_k or "-"]
 
 
 def with_error(value: float | None, stderr: float | None) -> str:

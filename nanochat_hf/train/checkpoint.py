@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..distributed import get_dist_info, main_process_first, monitored_barrier
 from ..errors import InputError
 from ..optim.gradient_reduction import LARGE
-from ..run import apply_umask, first_non_finite, load_json, renamed_keys, save_json, writing
+from ..run import apply_umask, first_non_finite, load_json, load_metrics, renamed_keys, save_json, writing
 
 MANIFEST = "manifest.json"
 OLD_MANIFEST = "complete"  # that of chat stages before December 2026; empty in the oldest ones
@@ -334,7 +334,7 @@ def load_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Op
 
     Raises InputError if it is damaged, or not the file that its stage wrote.
     """
-    checksum = (load_json(path.parent / "metrics.json") or {}).get("optimizer")
+    checksum = (load_metrics(path.parent) or {}).get("optimizer")
     if checksum and get_dist_info()[0] == 0 and sha256(path) != checksum:
         raise InputError(f"{path} is not what its stage wrote: run that stage again, or set load_optimizer: no")
     with reading(path):

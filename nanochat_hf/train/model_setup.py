@@ -7,7 +7,6 @@ in float32. Chat stages: all weights are float32, and the output of the embeddin
 
 import copy
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from ..model.quantization import is_quantized
 from ..optim.scaling import Plan
-from ..run import load_json, model_fingerprint
+from ..run import load_metrics, model_fingerprint
 from .fused_model import BF16_KERNELS, FusedTransformer, lm_head_loss
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -81,7 +80,7 @@ def read_model(source: str, attn_implementation: str | None = None) -> PreTraine
 
     Raises InputError as `load_model`, when its files are not those that its stage wrote, and when it is quantized.
     """
-    weights = (load_json(Path(source) / "metrics.json") or {}).get("weights")
+    weights = (load_metrics(source) or {}).get("weights")
     if weights and get_dist_info()[0] == 0 and model_fingerprint(source) != weights:
         raise InputError(
             f"the weights or the tokenizer in {source} are not those that its metrics.json names: they are damaged "

@@ -1,0 +1,151 @@
+"""The shape of metrics.json: what the report, the evaluation, a push and a rerun read from it; it may have more keys.
+
+`StageMetrics` is what tokenizer, base and chat stages write, `Evaluation` what the evaluation writes. A key may be
+absent or null, as an older version wrote it, where its type says `| None`.
+"""
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from annotated_types import Ge, Le
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+Stage = Literal["base", "mid", "sft", "rl"]
+Number = Annotated[float, Ge(-1e100), Le(1e100)]  # whole or not; sums and squares of them stay finite
+OptionalNumber = Number | None
+
+
+class Result(TypedDict):
+    value: OptionalNumber
+    stderr: NotRequired[OptionalNumber]
+    n: NotRequired[OptionalNumber]
+    baseline: NotRequired[OptionalNumber]
+    tool_use: NotRequired[OptionalNumber]
+    higher_is_better: NotRequired[bool]
+
+
+class Score(TypedDict):
+    acc: OptionalNumber
+    centered: NotRequired[OptionalNumber]
+    stderr: NotRequired[OptionalNumber]
+    n: NotRequired[OptionalNumber]
+
+
+class Mean(TypedDict):
+    label: str
+    value: OptionalNumber
+    per_task: NotRequired[dict[str, Score]]
+    stderr: NotRequired[OptionalNumber]
+    seconds: NotRequired[OptionalNumber]
+    model_seconds: NotRequired[OptionalNumber]
+    missing: NotRequired[list[str] | None]
+
+
+class Core(Mean):
+    per_task: dict[str, Score]
+
+
+class Example(TypedDict):
+    question: Any
+    expected: Any
+    answer: Any
+    correct: NotRequired[OptionalNumber | bool]
+
+
+class Part(TypedDict):
+    """Of a mixture."""
+
+    dataset: str
+    rows: Number
+    tokens: Number
+    bad: NotRequired[Number]
+
+
+class Sample(TypedDict):
+    prompt: Any
+    text: Any
+
+
+class Config(TypedDict, total=False):
+    dataset: str | list[dict[str, Any]] | None
+
+
+class Hardware(TypedDict, total=False):
+    device_memory_bytes: OptionalNumber
+    memory_bytes: OptionalNumber
+
+
+class Record(TypedDict, total=False):
+    """What every stage writes."""
+
+    finished: bool | None
+    started: OptionalNumber
+    wall_time_s: OptionalNumber
+    commit: str | None
+    config: Config | None
+    versions: dict[str, str | None] | None
+    hardware: Hardware | None
+
+
+NUMBERS = (
+    "vocab_size", "bytes_per_token", "train_chars", "depth", "num_parameters", "num_matmul_parameters",
+    "flops_per_token", "num_iterations", "total_batch_size", "total_tokens", "total_flops", "rows", "tokens",
+    "tokens_per_second", "mfu", "peak_memory_bytes", "val_bpb", "val_loss", "core", "generation_share",
+)  # fmt: skip
+Numbers = TypedDict("Numbers", dict.fromkeys(NUMBERS, OptionalNumber), total=False)
+
+
+class StageMetrics(Record, Numbers, total=False):
+    weights: str | None
+    optimizer: str | None
+    inputs: dict[str, str | None] | None
+    task: str | list[Any] | None
+    mixture: list[Part] | None
+    skipped_rows: list[dict[str, Any]] | None
+    history: list[dict[str, OptionalNumber]] | None
+    samples: list[Sample] | None
+    before: dict[str, OptionalNumber] | None
+    after: dict[str, OptionalNumber] | None
+
+
+class Evaluation(Record, total=False):
+    definition: str | None
+    models: dict[Stage, str] | None
+    weights: dict[Stage, str | None] | None
+    results: dict[Stage, dict[str, Result]] | None
+    core: dict[Stage, Core] | None
+    chatcore: dict[Stage, Mean] | None
+    kocore: dict[Stage, Mean] | None
+    examples: dict[Stage, list[Example] | None] | None
+    seconds: dict[Stage, dict[str, OptionalNumber] | None] | None
+    bytes_per_token: dict[str, dict[str, OptionalNumber]] | None
+    bloat: dict[str, OptionalNumber] | None
+
+
+SHAPES = {kind: TypeAdapter(kind) for kind in (StageMetrics, Evaluation)}
+
+
+def problem(record: dict, evaluation: bool = False) -> str | None:
+    """What is wrong with the first key of a metrics.json that has another shape, in words; None if all are right."""
+    try:
+        SHAPES[Evaluation if evaluation else StageMetrics].validate_python(record, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    else:
+        return None
+    value, place = record, ""
+    for part in first["loc"]:  # after a place come parts that name the type of a union
+        try:
+            value = value[part]
+        except (LookupError, TypeError):
+            break
+        place = f"{place}[{part}]" if isinstance(part, int) else f"{place}.{part}".lstrip(".")
+    if first["type"] == "missing":
+        return f"{place} has no {first['loc'][-1]}"
+    if first["loc"][-1] == "[key]":
+        return f"{place} is no valid key: {first['msg'].lower()}"
+    text = repr(value) if value is not None else "null"
+    text = text if len(text) < 80 else text[:76] + " ..."
+    range_errors = ("less_than_equal", "greater_than_equal")  # whose message has all digits of 1e100
+    reason = "input should be a number from -1e100 to 1e100" if first["type"] in range_errors else first["msg"]
+    return f"{place} is {text}: {reason[0].lower()}{reason[1:]}"
