@@ -58,6 +58,8 @@ def sync_url(text: str) -> str:
         repo_id(text.removeprefix("hf://"))
     elif not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", text):
         raise ValueError("no URL, as s3://bucket/folder, gs://bucket/folder, file:///folder or hf://owner/name")
+    elif re.match(r"file://(?!/+[^/])", text):
+        raise ValueError("a file URL names a whole path with a folder, as file:///mnt/runs")
     return text
 
 

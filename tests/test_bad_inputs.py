@@ -133,6 +133,8 @@ COMMANDS = [
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --sync bucket", "--sync: 'bucket'.*no URL"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --sync hf://x", "owner, as in you/x"),
     ("run cpu-demo --run-dir {run} --sync hf://me/x/y", "no repo name"),
+    ("run cpu-demo --run-dir {run} --sync file:///", "as file:///mnt/runs"),
+    ("run cpu-demo --run-dir {run} --sync file://runs/x", "as file:///mnt/runs"),
     (f"pretrain {CONFIG}base.yaml", "required: --run-dir"),
     ("pretrain --run-dir {run}", "required: --config"),
     ("pretrain --config {here}/none.yaml --run-dir {run}", "cannot read .*none.yaml: No such file"),
