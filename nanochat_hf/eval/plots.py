@@ -20,7 +20,7 @@ WORDS = yaml.safe_load(Path(__file__).with_name("report.yaml").read_text("utf-8"
 GPT2_XL = WORDS["gpt2_xl"]
 CURVES = {"base": ("train_loss", "val_bpb", "core"), "rl": ("reward", "pass@1", "completion_length")}
 GPT2 = "GPT-2 XL (published)"
-COLORS = dict(zip((*MODEL_STAGES, GPT2), ("#4a8fc7", "#d9822b", "#4c9a5f", "#a56fc4", "#9aa3ad")))
+COLORS = dict(zip(MODEL_STAGES, ("#4a8fc7", "#d9822b", "#4c9a5f", "#a56fc4", "#c2566b"))) | {GPT2: "#9aa3ad"}
 GRAY = "#7a7f87"  # contrast of at least 4:1 with white and with the page's black
 STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GRAY) | {
     "axes.axisbelow": True, "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False,
