@@ -219,7 +219,7 @@ def test_there_is_a_plot_of_every_curve_and_the_html_page_embeds_them(run):
     assert len(embedded) == 5
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in embedded)
     bars = {"boolq": {"base": {"value": 0.2, "stderr": 0.1, "baseline": 0}, "sft": {"value": None}}}
-    draw_bars(bars, run / "one.png", "", "")
+    draw_bars(bars, run / "one.png", "")
     assert (run / "one.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -46,16 +46,14 @@ def plots(facts: dict, folder: Path) -> dict[str, list[str]]:
                     title = f"{TITLES[stage]}: {WORDS['curves'][name]}"
                     drawn.setdefault(stage, []).append(draw_curve(points, path, title, COLORS.get(stage)))
         if scores := {metric: cells for metric, cells in facts["table"].items() if "bpb" not in metric}:
-            text = "score; white line: random baseline, where known"
-            drawn["scores"] = [draw_bars(scores, folder / "scores.png", "Scores by stage", text)]
+            drawn["scores"] = [draw_bars(scores, folder / "scores.png", "Scores by stage")]
         tasks: dict[str, dict] = {}
         for stage, core in facts["evaluation"]["core"].items():
             for task, row in core["per_task"].items():
                 published = {GPT2: {"value": GPT2_XL[task]}} if task in GPT2_XL else {}
                 tasks.setdefault(task, published)[stage] = row | {"value": row.get("centered"), "baseline": 0}
         if tasks:
-            text = "accuracy, centered: 0 is the random baseline, 1 is perfect"
-            drawn["core"] = [draw_bars(tasks, folder / "core.png", "CORE by task", text)]
+            drawn["core"] = [draw_bars(tasks, folder / "core.png", "CORE by task: accuracy, centered (1 is perfect)")]
     return drawn
 
 
@@ -69,7 +67,8 @@ def draw_curve(points: list[tuple[int, float]], path: Path, title: str, color: s
     axes.set_title(title)
     axes.set_xlabel("step")
     axes.set_xlim(left=0)
-    return save(figure, path)
+    figure.savefig(path)
+    return f"{path.parent.name}/{path.name}"
 
 
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
@@ -78,7 +77,7 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
     return [sum(values[i - n : i + n + 1]) / (2 * n + 1) for i, n in enumerate(reaches)]
 
 
-def draw_bars(groups: dict[str, dict[str, dict]], path: Path, title: str, axis_label: str) -> str:
+def draw_bars(groups: dict[str, dict[str, dict]], path: Path, title: str) -> str:
     """Horizontal bars with standard errors; `groups`: group -> bar, of COLORS -> {"value", "stderr", "baseline"}."""
     bars = [name for name in COLORS if any(name in cells for cells in groups.values())]
     figure = Figure(figsize=(5.4, 0.2 * len(groups) * (len(bars) + 1) + 1.1))
@@ -102,14 +101,10 @@ def draw_bars(groups: dict[str, dict[str, dict]], path: Path, title: str, axis_l
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_title(title)
-    axes.set_xlabel(axis_label)
+    axes.set_xlabel("white line: random baseline, where known")
     axes.margins(x=0.1)
     if len(bars) > 1:
         figure.legend(loc="outside lower center", ncols=len(bars))
-    return save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> str:
     figure.savefig(path)
     return f"{path.parent.name}/{path.name}"
 

@@ -1,9 +1,5 @@
 """The report card of a run: report.md with plots, report.json, and report.html as one file, from metrics.json files.
 
-    python scripts/make_report.py --run-dir runs/d12 [--node-hourly-rate 24]
-    python scripts/make_report.py --compare runs/a runs/b
-    python scripts/make_report.py --run-dir runs/d12 --row
-
 Nothing is measured or estimated here: what no stage wrote is left out, or "-" in a table. `collect` gathers the facts
 (the content of report.json), `markdown` formats them, plots.py draws them; the model card uses the same facts.
 `repository_size` and `compression` are measured by the evaluation, for this report.
@@ -34,7 +30,6 @@ OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
 SOURCES = (".py", ".md", ".yaml", ".toml", ".jinja", ".html")
 NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.]+)?( GiB| min)?")
 CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.S)
-SIGNIFICANT = 1.96  # standard errors: the 5 % level of a two-sided test
 
 
 def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
@@ -117,10 +112,10 @@ def current_results(run: Run, stages: dict, later: Collection[str] = ()) -> tupl
     if unknown := [stage for stage in measured if not measured[stage].verified and stage not in reasons]:
         notes.append(f"not verified: the evaluation does not say which weights of {', '.join(unknown)} it measured")
     notes += [f"{stage} is {m.model}" for stage, m in measured.items() if m.model and stage not in reasons]
-    for name in names:
-        if replaced(run, name):
-            problem = f"the weights of {name} are not those that its metrics.json describes"
-            notes.append(f"{problem}, so its numbers are left out; train it again, or restore them")
+    problem = (
+        "are not those that its metrics.json describes, so its numbers are left out; train it again, or restore them"
+    )
+    notes += [f"the weights of {name} {problem}" for name in names if replaced(run, name)]
     for before, after in pairwise(names):
         weights, source = stages[before].get("weights"), (stages[after].get("inputs") or {}).get("model")
         if before in MODEL_STAGES and weights and source:
@@ -128,14 +123,8 @@ def current_results(run: Run, stages: dict, later: Collection[str] = ()) -> tupl
                 notes.append(f"{after} was trained from another model than today's {before}")
         elif (stages[before].get("started") or 0) > (stages[after].get("started") or 0):
             notes.append(f"{after} was trained before today's {before}, so not from it")
-    evaluation = {
-        key: {
-            stage: value
-            for stage, value in (record.get(key) or {}).items()
-            if stage in measured and stage not in reasons
-        }
-        for key in ("results", "core", "chatcore", "kocore", "examples")
-    }
+    current, keys = measured.keys() - reasons.keys(), ("results", "core", "chatcore", "kocore", "examples")
+    evaluation = {key: {s: v for s, v in (record.get(key) or {}).items() if s in current} for key in keys}
     same_tokenizer = not reasons or next(iter(measured)) not in reasons  # it is that of the first model
     return notes, evaluation | {"bytes_per_token": (record.get("bytes_per_token") or {}) if same_tokenizer else {}}
 
@@ -172,13 +161,11 @@ def command(stages: dict, hardware: dict) -> str | None:
 
 def summary_table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
     """metric -> stage -> {"value", "stderr", "baseline", ...}, in the order of the summary."""
-    rows: dict[str, dict[str, dict]] = {}
     results = {stage: dict(numbers) for stage, numbers in evaluation["results"].items()}
     bpb = {stage: results[stage].pop("val_bpb") for stage in MODEL_STAGES if "val_bpb" in results.get(stage, {})}
     if not bpb and (value := stages.get("base", {}).get("val_bpb")) is not None:
         bpb = {"base": {"value": value, "stderr": None, "higher_is_better": False}}
-    if bpb:
-        rows["val bpb"] = bpb
+    rows = {"val bpb": bpb} if bpb else {}
     for kind in ("core", "chatcore", "kocore"):
         for stage, mean_result in evaluation[kind].items():
             limit = f", {mean_result['limit']} examples each" if mean_result.get("limit") else ""
@@ -204,10 +191,7 @@ def machine(hardware: dict) -> str:
 
 
 def results_row(facts: dict, report: str = "-") -> str:
-    """The run's row of evals/RESULTS.md: recipe, commit, machine, wall time, tokens, val bpb, CORE, ChatCORE, report.
-
-    CORE and ChatCORE, of the last stage that has them, are filled in if all of their tasks were measured.
-    """
+    """The run's row of evals/RESULTS.md; CORE and ChatCORE are of the last stage for which all tasks were measured."""
     table, means = facts["table"], {"CORE": "-", "ChatCORE": "-"}
     for name, cells in table.items():
         label, _, limit = name.partition(", ")
@@ -231,7 +215,7 @@ def compare(first: str | Path, second: str | Path) -> str:
             a, b = (result.get("value") for result in results)
             test, error = difference_error([outcomes(run, stage, name, r) for run, r in zip(runs, results)], results)
             difference = with_error(b - a, error, "+") if None not in (a, b) else "-"
-            significant = "-" if "-" in (difference, test) else "yes" if abs(b - a) > SIGNIFICANT * error else "no"
+            significant = "-" if "-" in (difference, test) else "yes" if abs(b - a) > 1.96 * error else "no"
             rows.append([name, stage.upper(), show(a), show(b), difference, significant, test])
     a, b = (each["total_seconds"] for each in facts)
     rows.append(["total wall time", "", duration(a), duration(b), f"{(b - a) / 60:+.1f} min", "-", "-"])
@@ -306,24 +290,19 @@ def compression(tokenizer) -> dict[str, dict[str, float | None]]:
 # ---- text ----
 
 
-def markdown(facts: dict, pictures: dict[str, list[str]] | None = None) -> str:
-    """The report as Markdown; pictures: section -> paths of its plots, relative to the report."""
-    return macro("report", facts, pictures or {})
-
-
 def summary(facts: dict) -> str:
     """A sentence of result, the table Metric | BASE | MID | SFT | RL, and the total wall time."""
-    return macro("summary", facts)
+    return markdown(facts, macro="summary")
 
 
-def macro(name: str, *arguments) -> str:
-    """The text of a macro of report.jinja, with single empty lines."""
+def markdown(facts: dict, pictures: dict[str, list[str]] | None = None, macro: str = "report") -> str:
+    """The report, or another macro of report.jinja; pictures: section -> paths of plots, relative to the report."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
     functions = (short, duration, machine, of_last_stage, with_error, show, one_line, core_table)
     environment.filters |= {function.__name__: function for function in functions}
     environment.filters |= {"by_stage": metrics_by_stage, "by": by_text}
     environment.globals |= {"WORDS": WORDS, "TITLES": TITLES}
-    text = getattr(environment.get_template("report.jinja").module, name)(*arguments)
+    text = getattr(environment.get_template("report.jinja").module, macro)(facts | {"pictures": pictures or {}})
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -371,10 +350,8 @@ def show(value, key: str = "") -> str:
         return f"{value / 2**30:.1f} GiB"
     if key in ("mfu", "generation_share", "tool_use"):
         return f"{value:.1%}"
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, dict | list):
-        return one_line(str(value))
+    if isinstance(value, bool | str | dict | list):
+        return one_line(value)
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}" if abs(value) < 1e12 else f"{value:.3g}"
     return f"{value:.4f}"

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.documents import local_path
 from ..errors import InputError
-from ..eval.report import MODEL_STAGES, TITLES, collect, duration, grid, macro, metrics_by_stage, show
+from ..eval.report import MODEL_STAGES, TITLES, collect, duration, grid, markdown, metrics_by_stage, show
 from ..run import Run, load_json
 
 DATA_FILES = (".jsonl", ".parquet", ".txt", ".yaml")
@@ -63,9 +63,9 @@ def render_model_card(run: Run, options: Push) -> ModelCard:
         repo=options.repo,
         stage=stage,
         title=TITLES[stage],
-        headline=macro("headline", facts).strip(),
+        headline=markdown(facts, macro="headline").strip(),
         results="\n\n".join([results, *(f"Note: {note}." for note in facts["notes"])]),
-        training=macro("stages", facts) + macro("environment", facts).rstrip(),
+        training=markdown(facts, macro="stages") + markdown(facts, macro="environment").rstrip(),
         command=facts["command"],
         sources=", ".join(f"`{d}`" for d in sources) or "not recorded",
     )
