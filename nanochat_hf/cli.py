@@ -372,7 +372,7 @@ def report(words: list[str]) -> None:
         raise InputError("name one run with --run-dir, or two with --compare")
     if args.row and args.compare:
         raise InputError("--row is about one run: name it with --run-dir")
-    from .eval.report import collect, compare, make_report, results_row
+    from .eval.report import collect, compare, make_report, results_row, summary
     from .hub.model_card import collection_table
 
     if named:
@@ -384,7 +384,8 @@ def report(words: list[str]) -> None:
         print(*(f"note: {note}\n" for note in facts["notes"]), sep="", end="", file=sys.stderr)
         print(results_row(facts, f"[report]({path})" if path.is_file() else "-"))
     else:
-        print(make_report(args.run_dir, args.hourly_rate))
+        path = make_report(args.run_dir, args.hourly_rate)
+        print(summary(load_json(path.with_suffix(".json"))), path, path.with_suffix(".html"), sep="\n")
 
 
 def identity(words: list[str]) -> None:

@@ -99,7 +99,7 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check)
     code = {f"{name}_nanochat.py" for name in ("modeling", "configuration", "generation")}
     code |= {"custom_generate/generate.py", "custom_generate/tools.py"}
     texts = {"config.json", "tokenizer.json", "chat_template.jinja", "README.md", "report.md", "metrics.json"}
-    assert code | texts | {"model.safetensors", "plots/sft.png"} <= set(files)
+    assert code | texts | {"model.safetensors", "plots/sft-train_loss.png"} <= set(files)
     assert files["model.safetensors"] == (run / "sft" / "model.safetensors").read_bytes()
     assert hub.repos["models", "you/small"].messages == ["Upload sft of run [2]*?"] and not any(
         "state" in f for f in files
@@ -111,7 +111,7 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check)
     assert data["base_model"] == "you/base"
     (result,) = data["model-index"][0]["results"]
     assert result["dataset"]["name"] == "facts" and result["metrics"][0]["value"] == 0.91
-    assert "0.9100" in text and "5,000 tokens, 2 min 00 s" in text and "test machine" in text
+    assert "0.9100" in text and "2 min 00 s: 5,000 tokens" in text and "test machine" in text
     assert "License of the weights: mit" in text
     push(run, Push("you/small", language=("en", "ko"), base_model="you/base"))
     assert len(hub.repos["models", "you/small"].commits) == 2  # nothing new to send
@@ -420,8 +420,16 @@ def test_every_result_of_the_stage_is_in_the_model_index(measured):
 
 def test_the_text_shows_the_stages_up_to_this_one_and_no_number_that_was_not_measured(measured):
     text = str(render_model_card(measured, Push("you/c", "sft")))
-    assert "| BASE   | SFT" in text and "1 h 40 min" in text and "5,000,000,000 tokens" in text and "1 x H100" in text
-    assert "Cost" not in text and "| GSM8K" in text and "tool_steps" in text
+    assert text.split("\n# c\n\n")[1].startswith(
+        "A chat model of 1.4M parameters, trained and evaluated in 1 h 41 min on "
+    )
+    assert (
+        re.search(r"BASE\s+\| SFT\s+\| Random baseline", text)
+        and "1 h 40 min" in text
+        and "5,000,000,000 tokens" in text
+        and "1 x H100" in text
+    )
+    assert "Cost" not in text and re.search(r"GSM8K .*\| 0.0500 ± 0.0020", text) and "tool_steps" in text
     base = str(render_model_card(measured, Push("you/b", "base")))
     assert "does not follow instructions" in base and "GSM8K" not in base
     save_json(measured.path / "report.json", {"hourly_rate": 24.0})

@@ -1,9 +1,11 @@
 """The report card says what the metrics.json files say, "-" for what they do not, and draws it."""
 
 import base64
+import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from finished_run import COMMON, finished_run, result  # noqa: F401
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import report
-from nanochat_hf.eval.plots import draw_core, plots
+from nanochat_hf.eval.plots import draw_bars, plots, smoothed
 from nanochat_hf.eval.report import (
     collect,
     compare,
@@ -24,6 +26,7 @@ from nanochat_hf.eval.report import (
     short,
 )
 from nanochat_hf.run import Run, load_json, save_json
+from nanochat_hf.stage_configs import find_recipe, read_recipe
 
 
 def edit(path, **keys):
@@ -34,53 +37,75 @@ def cells(row):
     return [cell.strip() for cell in re.split(r" (?<!\\)\| | \|$", row.strip().removeprefix("|"))]
 
 
-def test_the_summary_comes_first_and_has_every_stage_and_a_dash_for_what_was_not_measured(run):
-    text = markdown(collect(Run(run)))
+def test_a_sentence_and_the_summary_come_first_without_empty_columns(run):
+    text = markdown(collect(Run(run), hourly_rate=3.0), {"scores": ["plots/scores.png"], "base": ["plots/base.png"]})
     sections = re.findall(r"^## (.+)$", text, re.M)
-    assert sections == ["Summary", "Tokenizer", "Base model", "SFT", "RL", "Evaluation", "Repository size"]
-    summary = text[text.index("## Summary") : text.index("## Tokenizer")]
+    assert sections == [
+        "Summary", "Curves", "Answers of RL", "Continuations by BASE", "Evaluation", "Stages",
+        "Reproduction and environment", "Repository size",
+    ]  # fmt: skip
+    sentence = "A chat model of 1.2M parameters, trained and evaluated in 1 h 00 min on 2 x Toaster for $3.00: "
+    sentence += "2/22 tasks, 50 examples each 0.0100, val bpb 1.1000 after pretraining.\n"
+    assert sentence in text
+    summary = text[text.index("## Summary") : text.index("## Curves")]
     rows = {row[0]: row[1:5] for row in map(cells, summary.splitlines())}
-    assert rows["Metric"] == ["BASE", "MID", "SFT", "RL"]
+    assert rows["Metric"] == ["BASE", "SFT", "RL", "Random baseline"]  # there is no MID
     assert rows["val bpb"] == ["1.1000", "-", "-", "-"]
-    assert rows["counting"] == ["-", "-", "0.8000", "0.8500"]
-    assert rows["2/22 tasks, 50 examples each"] == ["0.0100", "-", "-", "-"]
-    assert "CORE" not in rows and "### BASE: 2/22 tasks" in text
-    assert "Total wall time: 1 h 00 min (tokenizer 0 min 10 s" in summary
+    assert rows["counting"] == ["-", "0.8000", "0.8500", "0.2500"]
+    assert rows["2/22 tasks, 50 examples each"] == ["0.0100", "-", "-", "0"]
+    assert "### BASE: 2/22 tasks" in text and "![scores](plots/scores.png)" in summary
+    assert "Total wall time: 1 h 00 min (tokenizer " in summary
 
 
-def test_the_header_has_machine_commit_and_cost(run):
+def test_the_environment_has_machine_commit_cost_and_energy_where_known(run):
     text = markdown(collect(Run(run), hourly_rate=3.0))
-    for part in (
-        "2 x Toaster",
-        "8.0 GiB memory",
-        "abcdef1234 (with local changes)",
-        "torch 2.13.0",
-        "$3.00 at $3.00 per hour",
-    ):
+    for part in ("2 x Toaster", "8.0 GiB memory", "abcdef1234 (with local changes)", "torch 2.13.0"):
         assert part in text
-    assert "deepspeed" not in text
-    assert re.search(r"Direct dependencies\s+\| 16", text)
-    assert re.search(r"Cost\s+\| -", markdown(collect(Run(run))))
+    assert "$3.00 at $3.00 per hour" in text and "deepspeed" not in text and "16 direct dependencies" in text
+    text = markdown(collect(Run(run)))
+    assert "**Cost**" not in text and "**Energy**" not in text
+    edit(run / "eval" / "metrics.json", hardware={"device": "NVIDIA H200", "num_processes": 2}, started=9)
+    assert "**Energy**: at most 1.40 kWh" in markdown(collect(Run(run)))  # 2 x 700 W for an hour
+
+
+def test_the_command_is_the_nearest_recipe_with_the_keys_that_differ(run):
+    assert collect(Run(run))["command"] is None  # no stage has a config
+    stages, configs = read_recipe(find_recipe("cpu-demo"), None, ["base.depth=6", "sft.lora_lr=0.5"])
+    for stage in stages[:-1]:
+        save_json(run / stage / "metrics.json", {**COMMON, "config": asdict(configs[stage])})
+    cpu = {"hardware": {"device_type": "cpu"}, "started": 9}
+    edit(run / "eval" / "metrics.json", **cpu)
+    command = "nanochat run cpu-demo --config-file=cpu base.depth=6 sft.lora_lr=0.5"
+    assert collect(Run(run))["command"] == command
+    (run / "rl" / "metrics.json").unlink()
+    assert collect(Run(run))["command"] == f"{command} --stages=tokenizer,base,mid,sft,eval,report"
 
 
 def test_the_sections_show_numbers_and_literal_samples_once(run):
     text = markdown(collect(Run(run)))
-    assert re.search(r"Parameters\s+\| 1,234,567", text)
-    assert re.search(r"arithmetic\s+\| 0.5000\s+\| 0.7500", text)
-    assert re.search(r"korean\s+\| 1.5000\s+\| -", text)
-    assert re.search(r"right \| 2\+2\?", text)
-    assert re.search(r"SFT\s+\| Value\s+\| Random baseline", text)
-    assert re.search(r"counting\s+\| 0.8000 ± 0.0100\s+\| 0.2500\s+\| 200\s+\| 99.0%\s+\| pass@2 0.9000", text)
+    assert "- **Base model**, 1 min 40 s: depth 4, 1,234,567 parameters\n" in text
+    assert re.search(r"- \*\*SFT\*\*, .*50 s: 3,000 rows, 90,000 tokens; data: primer\n", text)
+    assert (
+        "; arithmetic 0.5000 -> 0.7500\n" in text
+        and "**Bytes per token** of evals/texts: korean 1.5000 (ours)" in text
+    )
+    assert "- **2+2?** 4 (right)" in text
+    assert re.search(r"counting\s+\| -\s+\| 0.8000 ± 0.0100\s+\| 0.8500 ± 0.0100 \| 0.2500\s+\| 200", text)
+    assert re.search(r"counting, tool called\s+\| -\s+\| 99.0%", text)
+    assert re.search(r"counting, pass@2\s+\| -\s+\| 0.9000", text)
     assert text.count("is \\*big\\* | and \\<b>old") == 1
     assert "The bundle lacks squad, so this is not CORE. At most 50 examples per task. 7 prompts were cropped." in text
     assert "It took 4.0 s, 75% of them in the model." in text
-    assert re.search(r"piqa\s+\| 0.6000\s+\| 0.2000 ± 0.1000\s+\| 50\s+\| 0.4500", text)
+    assert re.search(r"piqa \|\s+0.6000\s+\|\s+0.5000\s+\| 0.2000 ± 0.1000\s+\| 50\s+\| 0.4500", text)
 
 
 def test_small_helpers():
     assert [duration(s) for s in (None, 59.6, 3725)] == ["-", "1 min 00 s", "1 h 02 min"]
     assert grid(["a", "b"], []) == ""
     assert grid(["a", "number"], [["x|y", "1.5"]]) == "| a    | number |\n|------|-------:|\n| x\\|y | 1.5    |"
+    assert grid(["a", "b", "c"], [["1", "-", ""]]) == "| a   |\n|----:|\n| 1   |"  # no empty columns
+    assert smoothed([1, 2, 6, 4], 2) == [1, 3, 4, 4]
+    assert one_line({"A": -1.0, "B": -0.5}) == "B"
     assert one_line("x" * 400) == "x" * 299 + "…"
     call = "<|python_start|>2*3<|python_end|><|output_start|>6<|output_end|>So <|assistant_end|>6."
     assert one_line(call) == r"\[calls 2\*3, gets 6] So 6."
@@ -107,12 +132,32 @@ def test_report_json_holds_the_same_facts_and_damaged_results_are_one_line(run):
 def test_two_runs_are_compared_with_the_error_of_the_difference(run, tmp_path):
     other = tmp_path / "other"
     save_json(other / "sft" / "metrics.json", {**COMMON, "wall_time_s": 0})
-    results = {"sft": {"facts": result(0.95)}}
+    results = {"sft": {"facts": result(0.97)}}
     save_json(other / "eval" / "metrics.json", {**COMMON, "results": results, "wall_time_s": 60})
     text = compare(run, other)
-    assert re.search(r"facts\s+\| SFT\s+\| 0.9300\s+\| 0.9500\s+\| \+0.0200 ± 0.0141", text)
+    assert re.search(r"facts\s+\| SFT\s+\| 0.9300\s+\| 0.9700\s+\| \+0.0400 ± 0.0141 \| yes\s+\| two-sample", text)
     assert re.search(r"counting\s+\| RL\s+\| 0.8500\s+\| -\s+\| -", text)
     assert re.search(r"total wall time\s+\|\s+\| 1 h 00 min\s+\| 1 min 00 s\s+\| -59.0 min", text)
+
+
+def test_the_same_questions_are_compared_in_pairs(tmp_path):
+    """Outcomes 1 1 0 0 and 1 1 1 0: the differences 0 0 1 0 have the mean 1/4 and the standard deviation 1/2."""
+    for name, outcomes in (("a", (1, 1, 0, 0)), ("b", (1, 1, 1, 0))):
+        save_json(tmp_path / name / "sft" / "metrics.json", COMMON)
+        numbers = {
+            "results": {"sft": {"sums": result(sum(outcomes) / 4, n=4)}},
+            "seconds": {"sft": {"t": 1, "all": 2}},
+        }
+        save_json(tmp_path / name / "eval" / "metrics.json", {**COMMON, **numbers})
+        samples = tmp_path / name / "eval" / "samples" / "sft" / "t.jsonl"
+        samples.parent.mkdir(parents=True)
+        samples.write_text("".join(json.dumps({"question": i, "correct": c}) + "\n" for i, c in enumerate(outcomes)))
+    paired, independent = r"\+0.2500 ± 0.2500 \| no\s+\| paired", r"\+0.2500 ± 0.0141 \| yes\s+\| two-sample"
+    assert re.search(paired, compare(tmp_path / "a", tmp_path / "b"))
+    samples.write_text(samples.read_text().replace('"question": 3', '"question": 4'))
+    assert re.search(independent, compare(tmp_path / "a", tmp_path / "b"))
+    samples.write_text("{")
+    assert re.search(independent, compare(tmp_path / "a", tmp_path / "b"))
 
 
 def test_the_row_of_the_results_has_a_dash_for_what_was_not_measured(run):
@@ -138,7 +183,7 @@ def test_the_script_prints_the_row_and_writes_nothing(run):
     assert output == results_row(collect(Run(run))) + "\n" and not (run / "report.md").exists()
 
 
-@pytest.mark.parametrize("name", ["report.md", "report.html", "report.json", "plots", "plots/base.png"])
+@pytest.mark.parametrize("name", ["report.md", "report.html", "report.json", "plots", "plots/scores.png"])
 def test_a_place_that_cannot_be_written_is_one_line(run, name):
     if name == "plots":
         (run / name).touch()
@@ -165,15 +210,16 @@ def test_there_is_a_plot_of_every_curve_and_the_html_page_embeds_them(run):
     (run / "plots" / "sft.png").touch()  # of an earlier report
     drawn = plots(collect(Run(run)), run / "plots")
     assert not (run / "plots" / "sft.png").exists()
-    assert drawn == {name: f"plots/{name}.png" for name in ("base", "rl", "core")}
+    curves = {"base": ["plots/base-train_loss.png", "plots/base-val_bpb.png"], "rl": ["plots/rl-reward.png"]}
+    assert drawn == curves | {"scores": ["plots/scores.png"], "core": ["plots/core.png"]}
     text, page = make_report(run).read_text(), (run / "report.html").read_text()
-    assert all(f"]({place})" in text for place in drawn.values()) and "sft.png" not in text
+    assert all(f"]({place})" in text for places in drawn.values() for place in places) and "sft.png" not in text
     assert 'src="plots' not in page and "<table>" in page and "<b>old" not in page and "<title>Report card: " in page
     embedded = re.findall(r"data:image/png;base64,([^\"]+)", page)
-    assert len(embedded) == 3
+    assert len(embedded) == 5
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in embedded)
-    row = {"acc": 0.6, "centered": 0.2, "stderr": 0.1, "n": 50}
-    draw_core({"base": {"boolq": row}}, run / "one.png")  # GPT-2 has no published value of it
+    bars = {"boolq": {"base": {"value": 0.2, "stderr": 0.1, "baseline": 0}, "sft": {"value": None}}}
+    draw_bars(bars, run / "one.png", "")
     assert (run / "one.png").read_bytes().startswith(b"\x89PNG")
 
 

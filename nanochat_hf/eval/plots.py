@@ -1,86 +1,111 @@
-"""The report card's plots, and the page that holds them: facts -> plots/*.png, Markdown -> one HTML file."""
+"""The report card's plots, and the page that holds them: facts -> plots/*.png, Markdown -> one HTML file.
+
+The plots have no background and gray text, so that they can be read on white and on black.
+"""
 
 import base64
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
+import matplotlib
 import yaml
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
-from ..run import TITLES
+from ..run import MODEL_STAGES, TITLES
 
 WORDS = yaml.safe_load(Path(__file__).with_name("report.yaml").read_text("utf-8"))
 GPT2_XL = WORDS["gpt2_xl"]
 CURVES = {"base": ("train_loss", "val_bpb", "core"), "rl": ("reward", "pass@1", "completion_length")}
-COLORS = ("#2f6f9f", "#d9822b", "#4c9a5f", "#9a5fb0", "#888888")
+GPT2 = "GPT-2 XL (published)"
+COLORS = dict(zip(MODEL_STAGES, ("#4a8fc7", "#d9822b", "#4c9a5f", "#a56fc4", "#c2566b"))) | {GPT2: "#9aa3ad"}
+GRAY = "#7a7f87"  # contrast of at least 4:1 with white and with the page's black
+STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GRAY) | {
+    "axes.axisbelow": True, "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False,
+    "axes.titlelocation": "left", "axes.titlesize": 11, "figure.constrained_layout.use": True, "grid.alpha": 0.25,
+    "grid.color": GRAY, "legend.frameon": False, "savefig.dpi": 140, "savefig.transparent": True,
+}  # fmt: skip
 
 
-def plots(facts: dict, folder: Path) -> dict[str, str]:
-    """Draw the plots of all curves; section -> path of its plot below the run folder. Older plots are deleted."""
+def plots(facts: dict, folder: Path) -> dict[str, list[str]]:
+    """Draw the plots; section -> paths of its plots below the run folder. Plots of an earlier report are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*TITLES, "core"):
-        (folder / f"{name}.png").unlink(missing_ok=True)
-    drawn = {}
-    for stage, metrics in facts["stages"].items():
-        curves = {}
-        for name in CURVES.get(stage, ("train_loss", "val_loss", "chatcore")):
-            points = [(row.get("step"), row.get(name)) for row in metrics.get("history") or []]
-            points = [point for point in points if None not in point]
-            if len(points) > 1:
-                curves[name] = points
-        if curves:
-            drawn[stage] = draw_curves(curves, folder / f"{stage}.png", TITLES[stage])
-    cores = {stage: core["per_task"] for stage, core in facts["evaluation"]["core"].items()}
-    if cores:
-        drawn["core"] = draw_core(cores, folder / "core.png")
+    for section in (*TITLES, "core", "scores"):
+        for path in folder.glob(f"{section}*.png"):
+            path.unlink()
+    drawn: dict[str, list[str]] = {}
+    with matplotlib.rc_context(STYLE):
+        for stage, metrics in facts["stages"].items():
+            for name in CURVES.get(stage, ("train_loss", "val_loss", "chatcore")):
+                points = [(row.get("step"), row.get(name)) for row in metrics.get("history") or []]
+                points = [point for point in points if None not in point]
+                if len(points) > 1:
+                    path = folder / f"{stage}-{name}.png"
+                    title = f"{TITLES[stage]}: {WORDS['curves'][name]}"
+                    drawn.setdefault(stage, []).append(draw_curve(points, path, title, COLORS.get(stage)))
+        if scores := {metric: cells for metric, cells in facts["table"].items() if "bpb" not in metric}:
+            drawn["scores"] = [draw_bars(scores, folder / "scores.png", "Scores by stage")]
+        tasks: dict[str, dict] = {}
+        for stage, core in facts["evaluation"]["core"].items():
+            for task, row in core["per_task"].items():
+                published = {GPT2: {"value": GPT2_XL[task]}} if task in GPT2_XL else {}
+                tasks.setdefault(task, published)[stage] = row | {"value": row.get("centered"), "baseline": 0}
+        if tasks:
+            drawn["core"] = [draw_bars(tasks, folder / "core.png", "CORE by task: accuracy, centered (1 is perfect)")]
     return drawn
 
 
-def draw_curves(curves: dict[str, list[tuple[int, float]]], path: Path, title: str) -> str:
-    figure = Figure(figsize=(9.2 + 2 * (len(curves) > 2), 3.1), layout="constrained")
-    for axes, (name, points), color in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), COLORS):
-        marker = "o" if len(points) < 30 else None
-        axes.plot(*zip(*points), color=color, linewidth=1.5, marker=marker, markersize=3.5)
-        label = WORDS["curves"].get(name) or WORDS["labels"].get(name, name)
-        axes.set_title(f"{title}: {label}", fontsize=11, loc="left")
-        style(axes, "step")
-    return save(figure, path)
+def draw_curve(points: list[tuple[int, float]], path: Path, title: str, color: str) -> str:
+    """A curve from step 0; of many points also a smoothed line: a moving average over a fifteenth of them."""
+    figure = Figure(figsize=(4.6, 2.9))
+    axes, many, (steps, values) = figure.subplots(), len(points) >= 30, zip(*points)
+    axes.plot(steps, values, color=color, alpha=0.35 if many else 1, linewidth=1.2, marker=None if many else "o")
+    if many:
+        axes.plot(steps, smoothed(values, len(values) // 30), color=color, linewidth=1.8)
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.set_xlim(left=0)
+    figure.savefig(path)
+    return f"{path.parent.name}/{path.name}"
 
 
-def draw_core(cores: dict[str, dict], path: Path) -> str:
-    """Centered accuracy by task, compared to the published ones of GPT-2 XL."""
-    labels = list(dict.fromkeys(label for tasks in cores.values() for label in tasks))
-    bars = {
-        stage.upper(): {label: task["centered"] for label, task in tasks.items() if task.get("centered") is not None}
-        for stage, tasks in cores.items()
-    }
-    bars["GPT-2 XL (published)"] = {label: GPT2_XL[label] for label in labels if label in GPT2_XL}
-    figure = Figure(figsize=(9.2, 0.34 * len(labels) + 1.2), layout="constrained")
-    axes, height = figure.subplots(), 0.8 / len(bars)
-    for number, ((name, values), color) in enumerate(zip(bars.items(), [*COLORS[: len(bars) - 1], "#b8c0c8"])):
-        places = [i + number * height for i, label in enumerate(labels) if label in values]
-        if places:
-            axes.barh(places, [values[n] for n in labels if n in values], height=height, label=name, color=color)
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(labels))], labels)
+def smoothed(values: Sequence[float], reach: int) -> list[float]:
+    """The mean of each value and up to `reach` on each side, as many on the left as on the right."""
+    reaches = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
+    return [sum(values[i - n : i + n + 1]) / (2 * n + 1) for i, n in enumerate(reaches)]
+
+
+def draw_bars(groups: dict[str, dict[str, dict]], path: Path, title: str) -> str:
+    """Horizontal bars with standard errors; `groups`: group -> bar, of COLORS -> {"value", "stderr", "baseline"}."""
+    bars = [name for name in COLORS if any(name in cells for cells in groups.values())]
+    figure = Figure(figsize=(5.4, 0.2 * len(groups) * (len(bars) + 1) + 1.1))
+    axes, height = figure.subplots(), 0.84 / len(bars)
+    for number, name in enumerate(bars):
+        cells = {i + number * height: group.get(name, {}) for i, group in enumerate(groups.values())}
+        cells = {place: cell for place, cell in cells.items() if cell.get("value") is not None}
+        values, errors = ([cell.get(key) or 0 for cell in cells.values()] for key in ("value", "stderr"))
+        options = {
+            "color": COLORS[name],
+            "label": name if name == GPT2 else name.upper(),
+            "error_kw": {"ecolor": GRAY},
+        }
+        drawn = axes.barh(list(cells), values, height, xerr=errors, **options)
+        axes.bar_label(drawn, fmt=" {:.3f}", fontsize=9, color=GRAY)
+        for place, cell in cells.items():
+            if cell.get("baseline") is not None:
+                for width, color in ((3, "black"), (1.2, "white")):  # visible on all grounds
+                    axes.vlines(cell["baseline"], place - height / 2, place + height / 2, color, linewidth=width)
+    axes.set_yticks([i + 0.42 - height / 2 for i in range(len(groups))], groups)
     axes.invert_yaxis()
-    axes.axvline(0, color="#1d2733", linewidth=0.8)
-    axes.set_title("CORE by task", fontsize=11, loc="left")
-    axes.legend(frameon=False)
-    style(axes, "accuracy, centered: 0 is the random baseline, 1 is perfect", "x")
-    return save(figure, path)
-
-
-def style(axes, label: str, lines: str = "both") -> None:
-    axes.set_xlabel(label, color="#44525f")
-    axes.grid(axis=lines, color="#e6eaee")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def save(figure: Figure, path: Path) -> str:
-    figure.savefig(path, dpi=140)
+    axes.grid(visible=False, axis="y")
+    axes.set_title(title)
+    axes.set_xlabel("white line: random baseline, where known")
+    axes.margins(x=0.1)
+    if len(bars) > 1:
+        figure.legend(loc="outside lower center", ncols=len(bars))
+    figure.savefig(path)
     return f"{path.parent.name}/{path.name}"
 
 
@@ -91,6 +116,6 @@ def page(text: str, folder: Path) -> str:
         return f'src="data:image/png;base64,{base64.b64encode((folder / match[1]).read_bytes()).decode()}"'
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    body = re.sub(r'src="(plots/[\w.-]+\.png)"', embed, body)
+    body = re.sub(r'src="(plots/[\w.@-]+\.png)"', embed, body)
     title = re.sub(r"<[^>]+>", "", body.split("</h1>")[0])
     return Template(Path(__file__).with_name("report.html").read_text()).substitute(title=title, body=body)

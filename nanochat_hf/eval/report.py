@@ -1,25 +1,27 @@
 """The report card of a run: report.md with plots, report.json, and report.html as one file, from metrics.json files.
 
-    python scripts/make_report.py --run-dir runs/d12 [--node-hourly-rate 24]
-    python scripts/make_report.py --compare runs/a runs/b
-    python scripts/make_report.py --run-dir runs/d12 --row
-
-Nothing is measured or estimated here: a number that no stage wrote is "-". `collect` gathers the facts (the content of
-report.json), `markdown` formats them, plots.py draws them; the model card uses the same facts. `repository_size` and
-`compression` are measured by the evaluation, for this report.
+Nothing is measured or estimated here: what no stage wrote is left out, or "-" in a table. `collect` gathers the facts
+(the content of report.json), `markdown` formats them, plots.py draws them; the model card uses the same facts.
+`repository_size` and `compression` are measured by the evaluation, for this report.
 """
 
+import json
 import re
+import shlex
 import subprocess
 import tomllib
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean, stdev
 
+from jinja2 import Environment, FileSystemLoader
 from transformers import AutoTokenizer
 
 from ..errors import InputError
-from ..run import MODEL_STAGES, TITLES, Run, duration, project_folder, save_json, short, writing
+from ..optim.scaling import GPUS, find_gpu
+from ..run import MODEL_STAGES, STAGES, TITLES, Run, duration, project_folder, renamed_keys, save_json, short, writing
+from ..stage_configs import RECIPES, read_recipe
 from .plots import GPT2_XL, WORDS, page, plots
 from .weights import measurements, refuse_non_finite, replaced
 
@@ -50,13 +52,14 @@ def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
     return path / "report.md"
 
 
-def collect(run: Run, hourly_rate: float | None = None) -> dict:
-    """All facts of the report as plain values: the content of report.json.
+def collect(run: Run, hourly_rate: float | None = None, last: str | None = None) -> dict:
+    """All facts of the report, up to stage `last` if that is named, as plain values: the content of report.json.
 
     Results of other weights than the run folder's are left out, and "notes" says so. Raises InputError for a folder
     without a finished stage, and for weights that are not finite.
     """
-    stages = {stage: run.metrics(stage) or {} for stage in (*TITLES, "eval")}
+    later = MODEL_STAGES[MODEL_STAGES.index(last) + 1 :] if last else ()
+    stages = {stage: run.metrics(stage) or {} for stage in (*TITLES, "eval") if stage not in later}
     stages = {stage: metrics for stage, metrics in stages.items() if metrics.get("finished")}
     if not stages:
         raise InputError(f"{run.path} holds no finished stage to report on")
@@ -65,35 +68,43 @@ def collect(run: Run, hourly_rate: float | None = None) -> dict:
             refuse_non_finite(run.folder(stage))
     seconds = {stage: metrics.get("wall_time_s") for stage, metrics in stages.items()}
     total = sum(filter(None, seconds.values()))
-    last = max(stages.values(), key=lambda metrics: metrics.get("started") or 0)
-    notes, evaluation = current_results(run, stages)
+    newest = max(stages.values(), key=lambda metrics: metrics.get("started") or 0)
+    hardware = newest.get("hardware") or {}
+    watts = GPUS[gpu].watts if (gpu := find_gpu(hardware.get("device") or "")) else None
+    notes, evaluation = current_results(run, stages, later)
     shown = {name: stages[name] for name in stages if name != "eval" and not replaced(run, name)}
+    table = summary_table(shown, evaluation)
+    means = [name for name, cells in table.items() if of_last_stage(cells, "label")]
     return {
         "schema": 1,
         "run": run.path.resolve().name,
         "notes": notes,
         "commits": sorted({commit_of(metrics) for metrics in stages.values()}),
-        "hardware": last.get("hardware"),
-        "versions": last.get("versions"),
+        "hardware": newest.get("hardware"),
+        "versions": newest.get("versions"),
         "seconds": seconds,
         "total_seconds": total,
         "hourly_rate": hourly_rate,
         "cost": hourly_rate * total / 3600 if hourly_rate is not None else None,
+        "max_kwh": watts and watts * (hardware.get("num_processes") or 1) * total / 3.6e6,  # GPUs, by their data sheet
+        "command": command(stages, hardware),
         "bloat": stages.get("eval", {}).get("bloat"),
         "stages": shown,
         "evaluation": evaluation,
-        "table": summary_table(shown, evaluation),
+        "table": table,
+        "main_metrics": (means or [name for name in table if "bpb" not in name])[:6],
     }
 
 
-def current_results(run: Run, stages: dict) -> tuple[list[str], dict]:
+def current_results(run: Run, stages: dict, later: Collection[str] = ()) -> tuple[list[str], dict]:
     """Notes on what is left out or uncertain, and the evaluation without results of other weights.
 
     Args:
         stages: the metrics.json of each finished stage.
+        later: names of stages that are left out.
     """
     record, notes, names = stages.get("eval", {}), [], [name for name in stages if name in TITLES]
-    measured = measurements(run, record)
+    measured = {stage: value for stage, value in measurements(run, record).items() if stage not in later}
     reasons = {stage: measurement.outdated for stage, measurement in measured.items() if measurement.outdated}
     if reasons:
         why = ", ".join(f"{stage} ({reason})" for stage, reason in reasons.items())
@@ -101,10 +112,10 @@ def current_results(run: Run, stages: dict) -> tuple[list[str], dict]:
     if unknown := [stage for stage in measured if not measured[stage].verified and stage not in reasons]:
         notes.append(f"not verified: the evaluation does not say which weights of {', '.join(unknown)} it measured")
     notes += [f"{stage} is {m.model}" for stage, m in measured.items() if m.model and stage not in reasons]
-    for name in names:
-        if replaced(run, name):
-            problem = f"the weights of {name} are not those that its metrics.json describes"
-            notes.append(f"{problem}, so its numbers are left out; train it again, or restore them")
+    problem = (
+        "are not those that its metrics.json describes, so its numbers are left out; train it again, or restore them"
+    )
+    notes += [f"the weights of {name} {problem}" for name in names if replaced(run, name)]
     for before, after in pairwise(names):
         weights, source = stages[before].get("weights"), (stages[after].get("inputs") or {}).get("model")
         if before in MODEL_STAGES and weights and source:
@@ -112,10 +123,8 @@ def current_results(run: Run, stages: dict) -> tuple[list[str], dict]:
                 notes.append(f"{after} was trained from another model than today's {before}")
         elif (stages[before].get("started") or 0) > (stages[after].get("started") or 0):
             notes.append(f"{after} was trained before today's {before}, so not from it")
-    evaluation = {
-        key: {stage: value for stage, value in (record.get(key) or {}).items() if stage not in reasons}
-        for key in ("results", "core", "chatcore", "kocore", "examples")
-    }
+    current, keys = measured.keys() - reasons.keys(), ("results", "core", "chatcore", "kocore", "examples")
+    evaluation = {key: {s: v for s, v in (record.get(key) or {}).items() if s in current} for key in keys}
     same_tokenizer = not reasons or next(iter(measured)) not in reasons  # it is that of the first model
     return notes, evaluation | {"bytes_per_token": (record.get("bytes_per_token") or {}) if same_tokenizer else {}}
 
@@ -125,75 +134,120 @@ def commit_of(metrics: dict) -> str:
     return "unknown" if not commit else commit + (" (with local changes)" if metrics.get("dirty") else "")
 
 
+def command(stages: dict, hardware: dict) -> str | None:
+    """The command with the settings of these stages: the nearest recipe, and each key that differs from it."""
+    configs = {stage: renamed_keys(metrics["config"]) for stage, metrics in stages.items() if metrics.get("config")}
+    candidates = []
+    for path in sorted(RECIPES.glob("*/base.yaml")) if "base" in configs else ():
+        enabled, recipe = read_recipe(path.parent, None, [])
+        pairs = [(stage, key, value) for stage in configs if stage in recipe for key, value in configs[stage].items()]
+        changes = [
+            f"{stage}.{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+            for stage, key, value in pairs
+            if hasattr(recipe[stage], key) and json.dumps(getattr(recipe[stage], key)) != json.dumps(value)
+        ]
+        names = [name for name in stages if name in recipe]
+        if set(names) != set(enabled) - {"report"}:
+            changes.append(f"--stages={','.join([*sorted(names, key=STAGES.index), 'report'])}")
+        candidates.append((len(changes), path.parent.name, changes))
+    if not candidates:
+        return None
+    _, name, changes = min(candidates)
+    ranks, kind = hardware.get("num_processes") or 1, hardware.get("device_type")
+    launch = ["--config-file=cpu"] if kind == "cpu" else []
+    launch = ["--config-file=multi_gpu", f"--num-processes={ranks}"] if ranks > 1 and kind == "cuda" else launch
+    return shlex.join(["nanochat", "run", name, *launch, *changes])
+
+
 def summary_table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
-    """metric -> stage -> {"value", "stderr", ...}, in the order of the summary."""
-    rows: dict[str, dict[str, dict]] = {}
+    """metric -> stage -> {"value", "stderr", "baseline", ...}, in the order of the summary."""
     results = {stage: dict(numbers) for stage, numbers in evaluation["results"].items()}
     bpb = {stage: results[stage].pop("val_bpb") for stage in MODEL_STAGES if "val_bpb" in results.get(stage, {})}
     if not bpb and (value := stages.get("base", {}).get("val_bpb")) is not None:
         bpb = {"base": {"value": value, "stderr": None, "higher_is_better": False}}
-    if bpb:
-        rows["val bpb"] = bpb
+    rows = {"val bpb": bpb} if bpb else {}
     for kind in ("core", "chatcore", "kocore"):
-        for stage, mean in evaluation[kind].items():
-            limit = f", {mean['limit']} examples each" if mean.get("limit") else ""
-            cell = {key: value for key, value in mean.items() if key != "per_task"} | {"higher_is_better": True}
-            rows.setdefault(mean["label"] + limit, {})[stage] = cell
+        for stage, mean_result in evaluation[kind].items():
+            limit = f", {mean_result['limit']} examples each" if mean_result.get("limit") else ""
+            cell = {key: value for key, value in mean_result.items() if key != "per_task"}
+            cell |= {"higher_is_better": True, "baseline": 0}  # of centered accuracies
+            rows.setdefault(mean_result["label"] + limit, {})[stage] = cell
         for stage in MODEL_STAGES if kind == "core" else ():
             for name, result in results.get(stage, {}).items():
                 rows.setdefault(name, {})[stage] = result
     return rows
 
 
-def results_row(facts: dict, report: str = "-") -> str:
-    """The run's row of evals/RESULTS.md: recipe, commit, machine, wall time, tokens, val bpb, CORE, ChatCORE, report.
+def of_last_stage(cells: dict[str, dict], key: str):
+    """The value of the last stage that has one."""
+    return next((cells[s][key] for s in reversed(MODEL_STAGES) if cells.get(s, {}).get(key) is not None), None)
 
-    CORE and ChatCORE are filled in if all of their tasks were measured, of the last stage that has them; a limit on
-    the examples per task is named.
 
-    Args:
-        facts: what `collect` returns.
-        report: the text of the last column, for example a link.
-    """
-    hardware, stages = facts["hardware"] or {}, facts["stages"]
-    machine = f"{hardware.get('num_processes', 1)} x {hardware['device']}" if hardware.get("device") else "-"
+def machine(hardware: dict) -> str:
+    """For example "8 x NVIDIA H200" or "2 CPU cores"."""
     if hardware.get("device_type") == "cpu" and hardware.get("cpu_cores"):
-        machine = f"{hardware['cpu_cores']} CPU cores"
+        return f"{hardware['cpu_cores']} CPU cores"
+    return f"{hardware.get('num_processes') or 1} x {hardware['device']}" if hardware.get("device") else "-"
 
-    def last(metric: str) -> str:
-        for name, row in facts["table"].items():
-            label, _, limit = name.partition(", ")
-            if label == metric:
-                value = row[[stage for stage in MODEL_STAGES if stage in row][-1]]["value"]
-                return decimal(value) + (f" ({limit})" if limit else "")
-        return "-"
 
-    bpb = facts["table"].get("val bpb", {}).get("base") or {}
-    cells = [facts["run"], ", ".join(facts["commits"]), machine, duration(facts["total_seconds"])]
-    cells += [short(stages.get("base", {}).get("total_tokens")), decimal(bpb.get("value"))]
-    cells += [last("CORE"), last("ChatCORE"), report]
+def results_row(facts: dict, report: str = "-") -> str:
+    """The run's row of evals/RESULTS.md; CORE and ChatCORE are of the last stage for which all tasks were measured."""
+    table, means = facts["table"], {"CORE": "-", "ChatCORE": "-"}
+    for name, cells in table.items():
+        label, _, limit = name.partition(", ")
+        if label in means:
+            means[label] = with_error(of_last_stage(cells, "value")) + (f" ({limit})" if limit else "")
+    bpb, tokens = table.get("val bpb", {}).get("base") or {}, facts["stages"].get("base", {}).get("total_tokens")
+    cells = [facts["run"], ", ".join(facts["commits"]), machine(facts["hardware"] or {})]
+    cells += [duration(facts["total_seconds"]), short(tokens), with_error(bpb.get("value")), *means.values(), report]
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def compare(first: str | Path, second: str | Path) -> str:
-    """Two runs side by side as Markdown: values, difference, and the standard error of the difference."""
-    runs, rows = [collect(Run(path)) for path in (first, second)], []
-    for name in dict.fromkeys(name for facts in runs for name in facts["table"]):
+    """Two runs side by side as Markdown: values, difference with its standard error, and whether it is significant."""
+    runs, rows = [Run(path) for path in (first, second)], []
+    facts = [collect(run) for run in runs]
+    for name in dict.fromkeys(name for each in facts for name in each["table"]):
         for stage in MODEL_STAGES:
-            results = [facts["table"].get(name, {}).get(stage) or {} for facts in runs]
+            results = [each["table"].get(name, {}).get(stage) or {} for each in facts]
             if not any(results):
                 continue
             a, b = (result.get("value") for result in results)
-            errors = [result.get("stderr") for result in results]
-            error = None if None in errors else (errors[0] ** 2 + errors[1] ** 2) ** 0.5
-            difference = "-" if None in (a, b) else f"{b - a:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
-            rows.append([name, stage.upper(), show("", a), show("", b), difference])
-    a, b = (facts["total_seconds"] for facts in runs)
-    rows.append(["total wall time", "", duration(a), duration(b), f"{(b - a) / 60:+.1f} min"])
-    names = [facts["run"] for facts in runs]
+            test, error = difference_error([outcomes(run, stage, name, r) for run, r in zip(runs, results)], results)
+            difference = with_error(b - a, error, "+") if None not in (a, b) else "-"
+            significant = "-" if "-" in (difference, test) else "yes" if abs(b - a) > 1.96 * error else "no"
+            rows.append([name, stage.upper(), show(a), show(b), difference, significant, test])
+    a, b = (each["total_seconds"] for each in facts)
+    rows.append(["total wall time", "", duration(a), duration(b), f"{(b - a) / 60:+.1f} min", "-", "-"])
+    names = [each["run"] for each in facts]
     names = names if names[0] != names[1] else [str(first), str(second)]
-    notes = [f"{name}: {note}" for name, facts in zip(names, runs) for note in facts["notes"]]
-    return "\n\n".join([grid(["Metric", "Stage", *names, "Difference"], rows), *notes]) + "\n"
+    notes = [f"{name}: {note}" for name, each in zip(names, facts) for note in each["notes"]]
+    head = ["Metric", "Stage", *names, "Difference", "Significant", "Test"]
+    return "\n\n".join([grid(head, rows), WORDS["tests"], *notes]) + "\n"
+
+
+def outcomes(run: Run, stage: str, metric: str, result: dict) -> list[tuple[str, float]] | None:
+    """(question, 1 if it was answered right else 0) of each question of a metric; None if they are not stored."""
+    record = run.metrics("eval") or {}
+    metrics = [name for name in (record.get("results") or {}).get(stage) or {} if "bpb" not in name]
+    tasks = [name for name in (record.get("seconds") or {}).get(stage) or {} if name not in ("val_bpb", "core", "all")]
+    path = run.folder("eval") / "samples" / stage / f"{dict(zip(metrics, tasks)).get(metric)}.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        answers = [(str(row["question"]), float(row["correct"])) for row in rows]
+        same = len(answers) == result.get("n") and abs(mean(c for _, c in answers) - result["value"]) < 1e-6
+    except (OSError, ValueError, KeyError, TypeError):  # not there, damaged, or graded by another number
+        return None
+    return answers if same else None
+
+
+def difference_error(outcomes_of: list, results: list[dict]) -> tuple[str, float | None]:
+    """Name of the test and standard error of the difference of two results; "-" and None without errors."""
+    a, b = outcomes_of
+    if a and b and len(a) > 1 and [question for question, _ in a] == [question for question, _ in b]:
+        return "paired", stdev(after - before for (_, before), (_, after) in zip(a, b)) / len(a) ** 0.5
+    errors = [result.get("stderr") for result in results]
+    return ("-", None) if None in errors else ("two-sample", (errors[0] ** 2 + errors[1] ** 2) ** 0.5)
 
 
 def repository_size(root: Path = ROOT) -> dict[str, int] | None:
@@ -236,170 +290,96 @@ def compression(tokenizer) -> dict[str, dict[str, float | None]]:
 # ---- text ----
 
 
-def markdown(facts: dict, pictures: dict[str, str] | None = None) -> str:
-    """The report as Markdown; pictures: section -> path of its plot, relative to the report."""
-    pictures = pictures or {}
-    notes = [f"> Note: {one_line(note)}" for note in facts["notes"]]
-    parts = [f"# Report card: {facts['run']}", *notes, "## Summary", summary(facts)]
-    parts.append(grid(["", ""], machine_and_cost(facts).items()))
-    for stage, metrics in facts["stages"].items():
-        parts += [f"## {TITLES[stage]}", named_values(metrics, WORDS["labels"])]
-        if stage == "tokenizer" and (texts := facts["evaluation"]["bytes_per_token"]):
-            rows = [[name, *(show("", value) for value in row.values())] for name, row in texts.items()]
-            parts.append(grid(["Bytes per token", *next(iter(texts.values()))], rows))
-        parts += training_details(metrics)
-        if stage in pictures:
-            parts.append(f"![{TITLES[stage]}]({pictures[stage]})")
-    parts += evaluation_section(facts["evaluation"], pictures)
-    if facts["bloat"]:
-        parts += ["## Repository size", named_values(facts["bloat"], WORDS["sizes"])]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
 def summary(facts: dict) -> str:
-    """The table Metric | BASE | MID | SFT | RL, and the total wall time."""
-    times = ", ".join(f"{stage} {duration(value)}" for stage, value in facts["seconds"].items() if value is not None)
-    total = f"Total wall time: {duration(facts['total_seconds'])} ({times})"
-    return f"{metrics_by_stage(facts['table'], MODEL_STAGES)}\n\n{total}"
+    """A sentence of result, the table Metric | BASE | MID | SFT | RL, and the total wall time."""
+    return markdown(facts, macro="summary")
 
 
-def metrics_by_stage(table: dict, stages: Sequence[str]) -> str:
-    """A row per metric that one of these stages has, a column per stage."""
-    rows = [
-        [metric, *(decimal(cells.get(stage, {}).get("value")) for stage in stages)]
-        for metric, cells in table.items()
-        if any(stage in cells for stage in stages)
-    ]
-    return grid(["Metric", *map(str.upper, stages)], rows)
+def markdown(facts: dict, pictures: dict[str, list[str]] | None = None, macro: str = "report") -> str:
+    """The report, or another macro of report.jinja; pictures: section -> paths of plots, relative to the report."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
+    functions = (short, duration, machine, of_last_stage, with_error, show, one_line, core_table)
+    environment.filters |= {function.__name__: function for function in functions}
+    environment.filters |= {"by_stage": metrics_by_stage, "by": by_text}
+    environment.globals |= {"WORDS": WORDS, "TITLES": TITLES}
+    text = getattr(environment.get_template("report.jinja").module, macro)(facts | {"pictures": pictures or {}})
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def machine_and_cost(facts: dict) -> dict[str, str]:
-    hardware, versions = facts["hardware"] or {}, facts["versions"] or {}
-    memory, rate = hardware.get("device_memory_bytes"), facts["hourly_rate"]
-    machine = f"{hardware.get('num_processes', 1)} x {hardware.get('device', '-')}"
-    host = f"{hardware.get('cpu_cores') or '-'} CPU cores, {gib(hardware.get('memory_bytes'))} memory"
-    return {
-        "Machine": machine + (f" ({gib(memory)})" if memory else ""),
-        "Host": f"{host}, {hardware.get('system', '-')}",
-        "Software": ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "-",
-        "Commit": ", ".join(facts["commits"]),
-        "Wall time": duration(facts["total_seconds"]),
-        "Cost": "-" if facts["cost"] is None else f"${facts['cost']:.2f} at ${rate:.2f} per hour",
-    }
+def by_text(rows: list[dict], key: str) -> dict[str, dict]:
+    """At most ten rows by the text of `key`; of rows with the same text the last."""
+    return dict(list({one_line(row[key]): row for row in rows}.items())[:10])
 
 
-def named_values(values: dict, labels: dict[str, str]) -> str:
-    return grid(["", ""], [[labels[key], show(key, values[key])] for key in labels if values.get(key) is not None])
+def metrics_by_stage(table: dict, errors: bool = False) -> str:
+    """A row per metric, a column per stage, and the random baseline.
+
+    With `errors` also standard errors, the number of questions, how many called a tool, and pass@k.
+    """
+    rows, counts = [], ("baseline", "n") if errors else ("baseline",)
+    for metric, named in table.items():
+        cells = [named.get(stage, {}) for stage in MODEL_STAGES]
+        values = [with_error(cell.get("value"), cell.get("stderr") if errors else None) for cell in cells]
+        rows.append([metric, *values, *(show(of_last_stage(named, key)) for key in counts)])
+        extra = dict.fromkeys(key for cell in cells for key in cell if key.startswith(("tool_use", "pass@")))
+        for key in extra if errors else ():
+            label, values = key.replace("tool_use", "tool called"), [show(cell.get(key), key) for cell in cells]
+            rows += [[f"{metric}, {label}", *values, "-", "-"]] if of_last_stage(named, key) else []
+    return grid(["Metric", *map(str.upper, MODEL_STAGES), "Random baseline", "n"][: -1 if not errors else None], rows)
 
 
-def training_details(metrics: dict) -> list[str]:
-    """The parts that only some stages have: mixture, skipped rows, values before and after, samples."""
-    mixture, skipped = metrics.get("mixture") or [], metrics.get("skipped_rows")
-    rows = [[part["dataset"], f"{part['rows']:,}", f"{part['tokens']:,}"] for part in mixture]
-    parts = [grid(["Dataset", "Rows", "Tokens"], rows)]
-    if skipped:
-        first = f"row {skipped[0].get('row')} of {skipped[0].get('dataset')}: {skipped[0].get('reason')}"
-        count = sum(part.get("bad", 0) for part in mixture) or len(skipped)  # not all of them are listed by name
-        parts.append(f"{count:,} rows were skipped, the first of them {first}")
-    before, after = metrics.get("before") or {}, metrics.get("after") or {}
-    rows = [[name, show("", before.get(name)), show("", after.get(name))] for name in {**before, **after}]
-    parts.append(grid(["On the test split", "before", "after"], rows))
-    samples = [(one_line(sample["prompt"]), one_line(sample["text"])) for sample in metrics.get("samples") or []]
-    return parts + [f"> **{prompt}** {text}" for prompt, text in dict.fromkeys(samples[:8])]
+def core_table(core: dict) -> str:
+    rows = []
+    for name, row in core["per_task"].items():
+        acc, value = row["acc"], row.get("centered")
+        chance = (acc - value) / (1 - value) if None not in (acc, value) and value != 1 else None
+        cells = [with_error(acc), show(chance), with_error(value, row.get("stderr")), show(row.get("n"))]
+        rows.append([name, *cells, show(GPT2_XL.get(name))])
+    return grid(["Task", "Accuracy", "Random baseline", "Centered", "n", "GPT-2 XL, centered"], rows)
 
 
-def evaluation_section(evaluation: dict, pictures: dict[str, str]) -> list[str]:
-    parts = ["## Evaluation"] if evaluation["results"] or evaluation["core"] else []
-    for stage, results in evaluation["results"].items():
-        head = [stage.upper(), "Value", "Random baseline", "n", "Tool called", "pass@k"]
-        parts.append(grid(head, [[name.replace("_", " "), *result_cells(r)] for name, r in results.items()]))
-    for stage, core in evaluation["core"].items():
-        rows = []
-        for name, row in core["per_task"].items():
-            value = with_error(row.get("centered"), row.get("stderr"))
-            rows.append([name, decimal(row["acc"]), value, show("", row.get("n")), show("", GPT2_XL.get(name))])
-        parts += [f"### {stage.upper()}: {core['label']}", core_notes(core)]
-        parts.append(grid(["Task", "Accuracy", "Centered", "n", "GPT-2 XL, centered"], rows))
-    if "core" in pictures:
-        parts.append(f"![CORE by task]({pictures['core']})")
-    for stage, examples in list(evaluation["examples"].items())[-1:]:
-        rows = []
-        for example in examples:
-            correct = example.get("correct")
-            grade = "-" if correct is None else "right" if correct >= 1 else "wrong"
-            rows.append([grade, *(one_line(example[key]) for key in ("question", "expected", "answer"))])
-        if rows:
-            parts += [f"### Answers of {stage.upper()}", grid(["", "Question", "Expected", "Answer"], rows)]
-    return parts
+def with_error(value: float | None, stderr: float | None = None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
 
 
-def core_notes(core: dict) -> str:
-    notes = [f"Mean of centered accuracies: {with_error(core['value'], core.get('stderr'))}."]
-    if core.get("missing"):
-        notes.append(f"The bundle lacks {', '.join(core['missing'])}, so this is not CORE.")
-    if core.get("limit"):
-        notes.append(f"At most {core['limit']} examples per task.")
-    if core.get("long_prompts"):
-        notes.append(f"{core['long_prompts']} prompts were cropped.")
-    if core.get("seconds") and core.get("model_seconds") is not None:
-        share = core["model_seconds"] / core["seconds"]
-        notes.append(f"It took {core['seconds']:.1f} s, {share:.0%} of them in the model.")
-    if core["label"] == "CORE":
-        notes.append(f"GPT-2 XL (1.6B) has {GPT2_XL['CORE']:.4f}.")
-    return " ".join(notes)
-
-
-def result_cells(result: dict) -> list[str]:
-    value = with_error(result["value"], result.get("stderr"))
-    pass_at_k = ", ".join(f"{name} {decimal(value)}" for name, value in result.items() if name.startswith("pass@"))
-    tool_use = show("tool_use", result.get("tool_use"))
-    return [value, show("", result.get("baseline")), show("", result.get("n")), tool_use, pass_at_k or "-"]
-
-
-def with_error(value: float | None, stderr: float | None) -> str:
-    return decimal(value) + (f" ± {stderr:.4f}" if stderr is not None else "")
-
-
-def decimal(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def gib(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**30:.1f} GiB"
-
-
-def show(key: str, value) -> str:
+def show(value, key: str = "") -> str:
     """A value as text, in the unit of its key in metrics.json; "-" for None."""
     if value is None:
         return "-"
-    if key in ("wall_time_s", "peak_memory_bytes"):
-        return duration(value) if key == "wall_time_s" else gib(value)
+    if key.endswith("memory_bytes"):
+        return f"{value / 2**30:.1f} GiB"
     if key in ("mfu", "generation_share", "tool_use"):
         return f"{value:.1%}"
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, dict | list):
-        return one_line(str(value))
+    if isinstance(value, bool | str | dict | list):
+        return one_line(value)
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}" if abs(value) < 1e12 else f"{value:.3g}"
     return f"{value:.4f}"
 
 
 def grid(head: list[str], rows: Collection[Sequence[str]]) -> str:
-    """A Markdown table, padded so that a terminal shows it well, numbers to the right; "" without rows."""
-    if not rows:
-        return ""
+    """A Markdown table, padded so that a terminal shows it well, numbers to the right; "" without rows.
+
+    Columns without any value are left out.
+    """
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in [head, *rows]]
-    columns = list(zip(*cells))
+    columns = [column for column in zip(*cells) if set(column[1:]) - {"-", ""}]
+    if not columns:
+        return ""
     widths = [max(3, *map(len, column)) for column in columns]
     numeric = [all(NUMERIC.fullmatch(cell) for cell in column[1:]) for column in columns]
     marks = ["-" * (width + 1) + (":" if right else "-") for width, right in zip(widths, numeric)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in zip(*columns)]
     return "\n".join([lines[0], "|" + "|".join(marks) + "|", *lines[1:]])
 
 
 def one_line(text) -> str:
-    """Text as one line of literal Markdown of at most 300 characters; tool calls in words, no special tokens."""
+    """Text as one line of literal Markdown of at most 300 characters; tool calls in words, no special tokens.
+
+    Of log-probabilities by letter, as a task with choices has them, the most likely letter.
+    """
+    if isinstance(text, dict) and all(isinstance(value, float) for value in text.values()):
+        text = max(text, key=text.get, default="-")
     text = CALL.sub(lambda match: f"[calls {match[1]}" + (f", gets {match[2]}] " if match[2] else "] "), str(text))
     text = " ".join(re.sub(r"<\|\w+\|>", " ", text).split())
     text = text if len(text) <= 300 else text[:299] + "…"

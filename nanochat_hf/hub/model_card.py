@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.documents import local_path
 from ..errors import InputError
-from ..eval.report import MODEL_STAGES, TITLES, collect, duration, grid, machine_and_cost, metrics_by_stage, show
+from ..eval.report import MODEL_STAGES, TITLES, collect, duration, grid, markdown, metrics_by_stage, show
 from ..run import Run, load_json
 
 DATA_FILES = (".jsonl", ".parquet", ".txt", ".yaml")
@@ -40,9 +40,11 @@ class Push:
 
 def render_model_card(run: Run, options: Push) -> ModelCard:
     """Returns the card of `options.stage`: metadata with its measured results, and the facts of the run as text."""
-    facts, stage, name = report_facts(run), options.stage, options.repo.split("/")[-1]
-    results = metrics_by_stage(facts["table"], chain(facts, stage)) or "No evaluation was run."
-    sources = datasets(facts, stage)
+    stage, name = options.stage, options.repo.split("/")[-1]
+    facts = report_facts(run, stage)
+    facts |= {key: facts["stages"].get(stage, {}).get(key) for key in ("hardware", "versions")}
+    results = metrics_by_stage(facts["table"], errors=True) or "No evaluation was run."
+    sources = datasets(facts)
     data = ModelCardData(
         license=options.license,
         language=list(options.language),
@@ -61,16 +63,18 @@ def render_model_card(run: Run, options: Push) -> ModelCard:
         repo=options.repo,
         stage=stage,
         title=TITLES[stage],
+        headline=markdown(facts, macro="headline").strip(),
         results="\n\n".join([results, *(f"Note: {note}." for note in facts["notes"])]),
-        training=training_table(facts, stage),
+        training=markdown(facts, macro="stages") + markdown(facts, macro="environment").rstrip(),
+        command=facts["command"],
         sources=", ".join(f"`{d}`" for d in sources) or "not recorded",
     )
 
 
-def report_facts(run: Run) -> dict:
-    """The facts of the run's report, at the hourly rate of the last report, without paths of this machine."""
+def report_facts(run: Run, last: str | None = None) -> dict:
+    """The facts of the run's report up to stage `last`, at the last report's hourly rate, without local paths."""
     rate = (load_json(run.path / "report.json") or {}).get("hourly_rate")
-    return without_local_paths(run, collect(run, rate))
+    return without_local_paths(run, collect(run, rate, last))
 
 
 def without_local_paths(run: Run, value):
@@ -92,15 +96,10 @@ def is_local_path(text: str) -> bool:
     return text.startswith(("/", "~", ".")) or text.endswith(DATA_FILES) or os.path.exists(local_path(text))
 
 
-def chain(facts: dict, stage: str) -> list[str]:
-    """The stages that produced this model, in order, this one last."""
-    return [s for s in MODEL_STAGES[: MODEL_STAGES.index(stage) + 1] if s in facts["stages"]]
-
-
-def datasets(facts: dict, stage: str) -> list[str]:
+def datasets(facts: dict) -> list[str]:
     """Names of what the model was trained on: Hub ids, names of local files and folders, `primer`."""
     names = []
-    for metrics in (facts["stages"][name] for name in chain(facts, stage)):
+    for metrics in (facts["stages"][name] for name in MODEL_STAGES if name in facts["stages"]):
         recipe = (metrics.get("config") or {}).get("dataset")
         entries = recipe if isinstance(recipe, list) else [{"dataset": recipe}]
         names += [entry.get("dataset") for entry in [*entries, *(metrics.get("mixture") or [])]]
@@ -125,19 +124,6 @@ def eval_results(facts: dict, stage: str) -> list[EvalResult]:
     return results
 
 
-def training_table(facts: dict, stage: str) -> str:
-    """What was trained, for how long, on what machine and at what price."""
-    base = facts["stages"].get("base", {})
-    keys = {"depth": "Depth", "num_parameters": "Parameters", "total_flops": "FLOPs of pretraining"}
-    rows = {label: show(key, base[key]) for key, label in keys.items() if base.get(key) is not None}
-    for name in chain(facts, stage):
-        metrics = facts["stages"][name]
-        tokens = metrics.get("total_tokens") or metrics.get("tokens")
-        rows[TITLES[name]] = (f"{tokens:,.0f} tokens, " if tokens else "") + duration(metrics.get("wall_time_s"))
-    rows |= machine_and_cost(facts | {key: facts["stages"][stage].get(key) for key in ("hardware", "versions")})
-    return grid(["", ""], [row for row in rows.items() if row[1] != "-"])
-
-
 def collection_table(runs: dict[str, Run]) -> str:
     """The text of a Hub collection: one row per model, from the runs' own metrics; `runs` maps repo id to run."""
     rows = []
@@ -150,5 +136,5 @@ def collection_table(runs: dict[str, Run]) -> str:
         numbers += [cell.get("value") for cell in first]
         cost = "-" if facts["cost"] is None else f"${facts['cost']:.0f}"
         link = f"[{repo}](https://huggingface.co/{repo})"
-        rows.append([link, *(show("", number) for number in numbers), duration(facts["total_seconds"]), cost])
+        rows.append([link, *(show(number) for number in numbers), duration(facts["total_seconds"]), cost])
     return grid(["Model", "Depth", "Parameters", "Tokens", "val bpb", "CORE", "ChatCORE", "Time", "Cost"], rows)

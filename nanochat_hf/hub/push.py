@@ -35,7 +35,8 @@ from ..config import check_value
 from ..convert.native import renew
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
-from ..eval.report import MODEL_STAGES, TITLES, make_report, markdown
+from ..eval.plots import plots
+from ..eval.report import MODEL_STAGES, markdown
 from ..eval.weights import refuse_non_finite, replaced
 from ..loading import load_config
 from ..run import Run, nearest, project_folder, save_json, writing
@@ -113,17 +114,12 @@ def prepare(run: Run, options: Push) -> Path:
             "restore them"
         )
     facts = report_facts(run)
-    make_report(run.path, facts["hourly_rate"])
     shutil.rmtree(folder, ignore_errors=True)
     with writing(folder):  # also where a link or another's file is in the way: all below it is uploaded
         folder.mkdir(parents=True)
-        (folder / "plots").mkdir()
+        pictures = plots(facts, folder / "plots")
     for path in files:
         link(path, folder / path.name)
-    pictures = {}
-    for path in own_files(run.path / "plots", [f"{name}.png" for name in (*TITLES, "core")], run.path):
-        link(path, folder / "plots" / path.name)
-        pictures[path.stem] = f"plots/{path.name}"
     (folder / "report.md").write_text(markdown(facts, pictures), encoding="utf-8")
     save_json(folder / "metrics.json", without_local_paths(run, run.metrics(stage)))
     if stage != "base":

@@ -4,6 +4,7 @@ pipeline_text(*read_recipe(find_recipe("d24"), None, []), Devices("H200", 8))
 """
 
 import os
+import textwrap
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from . import scaling
 from .scaling import GPUS, Plan, estimate_memory, find_gpu, split_global_batch
 
 RATE = 3.0  # dollars per GPU-hour
-LEARNING_RATES = {"matrix": "Muon", "embedding": "AdamW: embedding", "head": "head", "x0": "scalars"}  # by role
+LEARNING_RATES = {"matrix": "", "embedding": " (embedding)", "head": " (head)", "x0": " (scalars)"}  # by role
+TOTALS = ("model", "steps", "time", "cost", "energy", "memory")  # rows that a plan begins with
 
 
 class Devices(NamedTuple):
@@ -31,8 +33,9 @@ def gpu_here() -> str | None:
 
 
 def block(rows: dict[str, str | None]) -> str:
-    """One indented line per row that has a text."""
-    return "\n".join(f"  {name:<12} {text}" for name, text in rows.items() if text)
+    """One indented line per row that has a text, in lines of at most 100 characters."""
+    lines = [f"  {name:<12} {text}" for name, text in rows.items() if text]
+    return "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 15, break_on_hyphens=False) for line in lines)
 
 
 def stage_rows(config, model_config, parameters: int, groups: dict, data: str, steps: str, batch: str) -> dict:
@@ -43,18 +46,18 @@ def stage_rows(config, model_config, parameters: int, groups: dict, data: str, s
     """
     heads, width = model_config.num_attention_heads, model_config.hidden_size
     shape = f"{model_config.num_hidden_layers} layers, width {width:,}, {heads} heads"
-    rates = ", ".join(f"{word} {groups[role]['lr']:.3g}" for role, word in LEARNING_RATES.items())
-    optimizer = f"learning rates: {rates}"
+    muon, *adamw = (f"{groups[role]['lr']:.3g}{word}" for role, word in LEARNING_RATES.items())
+    optimizer = f"Muon, learning rate {muon}; AdamW, {', '.join(adamw)}"
     if lora := getattr(config, "lora_r", 0):
         optimizer = f"AdamW, learning rate {config.lora_lr:.3g}, on LoRA adapters of rank {lora}"
     every = f"every {config.save_every:,} steps" if config.save_every > 0 else "at the end, or when interrupted"
     return {
-        "model": f"{shape}, {short(parameters)} parameters",
+        "model": f"{short(parameters)} parameters: {shape}",
         "data": data,
         "steps": steps,
         "batch": batch,
         "optimizer": optimizer,
-        "checkpoints": f"{every}; {config.keep_checkpoints} stay",
+        "checkpoints": f"{every}; the last {config.keep_checkpoints} are kept",
     }
 
 
@@ -76,9 +79,9 @@ def base_rows(config, size: Plan, devices: Devices, batch: tuple[int, int], fp8:
         batch: micro-batch size and gradient accumulation steps. fp8: whether the blocks compute in FP8.
         more: further rows, before the estimates.
     """
-    steps = f"{size.num_iterations:,} x {size.total_batch_size:,} tokens = {short(size.total_tokens)} tokens, "
+    steps = f"{short(size.total_tokens)} tokens: {size.num_iterations:,} steps x {size.total_batch_size:,} tokens, "
     steps += f"{size.total_flops:.1e} FLOPs".replace("e+", "e")
-    sequences = f"{batch_text(devices.ranks, *batch)}, of {size.max_seq_len:,} tokens each"
+    sequences = f"{batch_text(devices.ranks, *batch)}, {size.max_seq_len:,} tokens each"
     rows = stage_rows(config, size.model_config, size.num_parameters, size.groups, data_text(config), steps, sequences)
     replicated = "replicated parameters, ZeRO-1-style sharded optimizer state" if devices.ranks > 1 else None
     sharding = {"sharding": devices.sharding or replicated}
@@ -93,14 +96,14 @@ def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool
     if speed is None:
         return {"time": source}
     seconds = size.total_tokens / speed
-    rows["time"] = f"{duration(seconds)} at {short(round(speed))} tok/s ({source}); evaluations not included"
+    rows["time"] = f"{duration(seconds)} at {short(round(speed))} tok/s ({source}); without evaluations"
     if name:
         gpu, hours, needed = GPUS[name], seconds / 3600, estimate_memory(size, micro_batch_size) / 1e9
         sharded = ", without sharding" if devices.sharding else ""
-        rows["memory"] = f"{needed:.1f} of {gpu.memory / 1e9:.0f} GB per GPU (estimate{sharded})"
+        rows["memory"] = f"about {needed:.0f} of {gpu.memory / 1e9:.0f} GB per GPU{sharded}"
         rate = RATE * ranks if devices.hourly_rate is None else devices.hourly_rate * -(-ranks // 8)
         rows["cost"] = f"${hours * rate:,.2f} at ${rate:,.2f} per hour"
-        rows["energy"] = f"at most {hours * ranks * gpu.watts / 1000:,.1f} kWh, {gpu.watts:,.0f} W per GPU"
+        rows["energy"] = f"at most {hours * ranks * gpu.watts / 1000:,.1f} kWh: GPUs of {gpu.watts:,.0f} W"
     return rows
 
 
@@ -117,11 +120,14 @@ def stage_batch(config, ranks: int, length: int) -> tuple[int, int]:
 
 
 def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
-    """The blocks of a recipe's stages. Raises InputError for an unknown GPU, and a batch that cannot be divided."""
+    """The totals of pretraining, then a block per stage of a recipe.
+
+    Raises InputError for an unknown GPU, and a batch that cannot be divided.
+    """
     base, ranks, cuda = configs["base"], devices.ranks, find_gpu(devices.name)
     if not cuda and devices.name not in ("CPU", gpu_here()):
         raise InputError(f"--gpu: no data sheet of {devices.name!r}; {nearest(devices.name, GPUS)}")
-    size, parts = scaling.plan(base, configs["tokenizer"].vocab_size), [f"{ranks} x {devices.name}"]
+    size, parts = scaling.plan(base, configs["tokenizer"].vocab_size), []
     for stage in (name for name in stages if name != "report"):
         config = configs[stage]
         rows = {"data": data_text(config)}
@@ -138,6 +144,8 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
             fp8 = base.fp8 is True or (base.fp8 == "auto" and bool(cuda) and GPUS[cuda].auto_fp8)
             precision = ("bfloat16 with FP8 blocks" if fp8 else "bfloat16") if cuda else "float32"
             rows = base_rows(base, size, devices, batch, fp8, {"precision": precision})
+            totals = {name: rows.pop(name) for name in TOTALS if name in rows}
+            parts.insert(0, f"pretraining on {f'{ranks} x {devices.name}' if cuda else devices.name}\n{block(totals)}")
         else:
             length = getattr(config, "max_seq_len", -1)
             batch = stage_batch(config, ranks, length if length > 0 else size.max_seq_len)
@@ -145,5 +153,6 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
             groups = scaling.stage_groups(config, size.model_config)
             shape = size.model_config, size.num_parameters
             rows = stage_rows(config, *shape, groups, data_text(config), steps, batch_text(ranks, *batch))
+            del rows["model"]
         parts.append(f"{stage}\n{block(rows)}")
     return "\n\n".join(parts)

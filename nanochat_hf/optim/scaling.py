@@ -39,9 +39,11 @@ class GPU(NamedTuple):
     auto_fp8: bool = True  # compute capability 9.0 or newer
 
 
-GPUS = {  # by a part of the device's name; longer names first
+# By a part of the device's name; longer names first. Compared with copies of the data sheets (2026-11-29), but for the
+# A10G's FLOPs and watts and the RTX 3090's watts, which were not found. The GH200's watts include its CPU.
+GPUS = {
     "H100 PCIe": GPU(756e12, 80e9, 350), "H100 NVL": GPU(835e12, 94e9, 400), "H100": GPU(989e12, 80e9, 700),
-    "GH200": GPU(989e12, 96e9, 900), "H200": GPU(989e12, 141e9, 700), "B200": GPU(2250e12, 180e9, 1000),
+    "GH200": GPU(989e12, 96e9, 1000), "H200": GPU(989e12, 141e9, 700), "B200": GPU(2250e12, 180e9, 1000),
     "B300": GPU(2250e12, 288e9, 1400), "A100": GPU(312e12, 80e9, 400, False), "A10G": GPU(70e12, 24e9, 300, False),
     "L40S": GPU(362e12, 48e9, 350, False), "L4": GPU(121e12, 24e9, 72, False),
     "RTX 3090": GPU(71e12, 24e9, 350, False), "RTX 4090": GPU(165e12, 24e9, 450, False),
