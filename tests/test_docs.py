@@ -13,6 +13,7 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
@@ -69,16 +70,14 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_and_anchors_are_alive(page):
-    targets = [
-        str(child.attrs.get("href") or child.attrs.get("src"))
-        for token in parse(page.read_text())
-        for child in token.children or ()
-        if child.attrs.get("href") or child.attrs.get("src")
-    ]
+    text = page.read_text()
+    children = [child for token in parse(text) for child in token.children or ()]
+    targets = [child.attrs.get("href") or child.attrs.get("src") for child in children]
+    targets = [*filter(None, targets), *re.findall(r'<img src="([^"]+)"', text)]
     for target in targets:
         if re.match(r"https?:", target):
             continue
-        name, _, anchor = target.partition("#")
+        name, _, anchor = unquote(target).partition("#")
         file = (page.parent / name).resolve() if name else page
         assert file.is_file(), f"{name_of(page)} links to {target}"
         assert not anchor or anchor in anchors(file), f"{name_of(page)} links to {target}, which has no such heading"
@@ -118,7 +117,7 @@ class ParsedError(Exception):
 
 def commands_of(page: Path) -> list[str]:
     """The lines of a page's shell blocks: fences marked bash, and in indented blocks what begins with a program."""
-    programs, found = {*RUNNERS, *SHELL}, []
+    programs, lines = {*RUNNERS, *SHELL}, []
     for token in parse(page.read_text()):
         is_bash = token.type == "fence" and token.info.strip() == "bash"
         if not is_bash and token.type != "code_block":
@@ -130,10 +129,10 @@ def commands_of(page: Path) -> list[str]:
             for part in re.split(r" && | \| ", re.sub(r"(^|\s)#.*", "", line).strip()):
                 program = re.sub(r"^([A-Z_]+=\S+ )+", "", part).split(" ")[0]
                 if program in programs:
-                    found.append(part)
+                    lines.append(part)
                 elif part and is_bash:
                     raise AssertionError(f"{name_of(page)}: {program} is in neither RUNNERS nor SHELL: {part}")
-    return found
+    return lines
 
 
 def words_of(line: str) -> list[str]:
@@ -174,8 +173,7 @@ def run_python(words: list[str]) -> None:
 def run_accelerate(words: list[str]) -> None:
     arguments = launch_command_parser().parse_args(words[1:])
     assert words[0] == "launch" and (not arguments.config_file or Path(arguments.config_file).is_file())
-    if arguments.training_script != "...":
-        run_python([arguments.training_script, *arguments.training_script_args])
+    run_python([arguments.training_script, *arguments.training_script_args])
 
 
 def run_make(words: list[str]) -> None:
