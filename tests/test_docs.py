@@ -8,7 +8,6 @@ import datetime
 import json
 import re
 import shlex
-import sys
 from functools import cache
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -280,7 +279,6 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
         cell.source = re.sub(r"^STEPS = .*", shorter, cell.source, flags=re.M)
         cell.source = cell.source.replace("{WORDS}", "{WORDS} eval.max_per_task=8 rl.eval_examples=16")
     client = nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
-    client.create_kernel_manager().kernel_spec.argv[0] = sys.executable
     client.execute()
     assert (tmp_path / "runs" / "tutorial" / "report.html").is_file()
     texts = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
