@@ -127,7 +127,7 @@ def commands_of(page: Path) -> list[str]:
         for name, value in re.findall(r'^([A-Z]+)="(.*)"$', text, re.M):
             text = text.replace(f"${name}", value)
         for line in text.splitlines():
-            for part in re.split(r" && | \| ", re.sub(r"(^|\s)#.*", "", line).strip()):
+            for part in re.split(r" && | \| ", re.sub(r"(^|\s)#.*| > \S+", "", line).strip()):
                 program = re.sub(r"^([A-Z_]+=\S+ )+", "", part).split(" ")[0]
                 if program in programs:
                     lines.append(part)
