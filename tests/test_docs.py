@@ -149,7 +149,9 @@ def words_of(line: str) -> list[str]:
 
 
 def run_nanochat(words: list[str]) -> None:
-    plans = words[0] in ("run", "speedrun", "demo") and "--dry-run" not in words
+    plans = words[0] in ("run", "speedrun", "demo") and not {"--dry-run", "--job"} & set(
+        words
+    )  # a job is only printed
     try:
         cli.dispatch(None, words + ["--dry-run"] * plans)
     except ParsedError as parsed:
