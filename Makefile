@@ -53,5 +53,12 @@ bench-gpu: setup ## training and decoding on a GPU; BASELINE=path of a karpathy/
 		$(if $(CONFIGS),--configs $(CONFIGS))
 	$(BIN)/python scripts/bench_decoding.py
 
+.PHONY: docs
+docs: setup ## the documentation as a site in build/site; a dead link fails
+	$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	rm -rf build/docs && mkdir -p build/docs
+	git ls-files --cached --others --exclude-standard | tar -cf - -T - | tar -xf - -C build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict && echo "open build/site/index.html"
+
 clean: ## delete runs/ and caches, keep .venv
 	rm -rf runs .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The shape of the project: who imports whom, docstrings and sizes, thin scripts, a README tree that is true."""
+"""The shape of the project: who imports whom, docstrings and sizes, thin scripts."""
 
 import ast
 import re
@@ -142,29 +142,6 @@ def test_scripts_are_thin(path):
     assert len(path.read_text().splitlines()) <= 60 or path.stem.startswith("bench")
     imports = {name.split(".")[0] for name in re.findall(r"^from (\S+) import", path.read_text(), re.M)}
     assert "tests" not in imports
-
-
-def test_the_readme_tree_names_real_files():
-    text = (ROOT / "README.md").read_text()
-    tree = re.search(r"```text\n(nanochat_hf/.*?)```", text, re.S).group(1)
-    named, folders = set(), []
-    for line in tree.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        folders = folders[:depth]
-        for word in line.split("#")[0].split():
-            path = "/".join([*folders, word.rstrip("/")])
-            assert (ROOT / path).exists(), f"README names {path}, which does not exist"
-            named.add(path)
-            if word.endswith("/"):
-                folders.append(word.rstrip("/"))
-    missing = {str(path.relative_to(ROOT)) for path in MODULES} - named
-    assert not missing, f"README's tree misses {sorted(missing)}"
-
-
-def test_links_in_the_readme_point_at_files():
-    for page in ("README.md", "recipes/README.md", "evals/README.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
-            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
 def test_functions_and_classes_are_short_enough_to_read():

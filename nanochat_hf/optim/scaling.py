@@ -50,7 +50,7 @@ GPUS = {
     "RTX 5090": GPU(210e12, 32e9, 575), "MI300X": GPU(1307e12, 192e9, 750, False),
 }  # fmt: skip
 CPU_FLOPS = 5e10  # per second and core, roughly
-MFU = {"bf16": 0.589, "FP8": 0.722}  # of recipe d24 on one H200 (docs/parallelism.md)
+MFU = {"bf16": 0.589, "FP8": 0.722}  # of recipe d24 on one H200 (docs/costs.md)
 NODE_EFFICIENCY = 0.9  # of more than 8 GPUs: assumed
 FSDP2_EFFICIENCY = {"bf16": 0.97, "FP8": 0.92}  # beside replicated parameters (docs/parallelism.md)
 MEASURED = {  # tokens per second in evals/RESULTS.md: (GPU, how many, depth, precision), rest as in d24
