@@ -26,9 +26,11 @@ from safetensors import SafetensorError
 from .errors import InputError
 from .metrics import problem
 
-STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
-MODEL_STAGES = ("base", "mid", "sft", "rl")
-TITLES = {"tokenizer": "Tokenizer", "base": "Base model", "mid": "Mid-training", "sft": "SFT", "rl": "RL"}
+STAGES = ("tokenizer", "base", "mid", "sft", "rl", "dpo", "eval", "report")
+MODEL_STAGES = ("base", "mid", "sft", "rl", "dpo")
+TITLES = {
+    "tokenizer": "Tokenizer", "base": "Base model", "mid": "Mid-training", "sft": "SFT", "rl": "RL", "dpo": "DPO",
+}  # fmt: skip
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "datasets", "tokenizers", "peft", "lm_eval", "deepspeed")
 
 
@@ -164,13 +166,19 @@ def model_fingerprint(folder: str | Path) -> str | None:
 
 
 def save_json(path: str | Path, value) -> None:
-    """Write a file beside the target and rename it, so that no reader sees half of it. NaN becomes null."""
-    path = Path(path)
-    text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    """Write JSON by `save_text`; NaN becomes null."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(text + "\n", encoding="utf-8")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    save_text(path, f"{text}\n")
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Write a file beside the target, in a folder that exists, and rename it: no reader sees half of it."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
 
 

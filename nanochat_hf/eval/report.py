@@ -257,10 +257,11 @@ def markdown(facts: dict, pictures: dict[str, str] | None = None) -> str:
 
 
 def summary(facts: dict) -> str:
-    """The table Metric | BASE | MID | SFT | RL, and the total wall time."""
+    """The table Metric | BASE | MID | SFT | RL (| DPO), and the total wall time."""
     times = ", ".join(f"{stage} {duration(value)}" for stage, value in facts["seconds"].items() if value is not None)
     total = f"Total wall time: {duration(facts['total_seconds'])} ({times})"
-    return f"{metrics_by_stage(facts['table'], MODEL_STAGES)}\n\n{total}"
+    stages = [stage for stage in MODEL_STAGES if stage in facts["stages"] or stage != "dpo"]
+    return f"{metrics_by_stage(facts['table'], stages)}\n\n{total}"
 
 
 def metrics_by_stage(table: dict, stages: Sequence[str]) -> str:
