@@ -544,8 +544,8 @@ def bench(words: list[str]) -> None:
 
 def completion(words: list[str]) -> None:
     """Complete commands, flags and keys in a shell: `source <(nanochat completion bash)`, zsh or fish likewise."""
-    if words == ["words"]:  # the shells' question, with the command line in COMP_LINE
-        print(*completions(os.environ.get("COMP_LINE", "").split(" ")[1:]), sep="\n")
+    if words[:1] == ["words"] and "COMP_LINE" in os.environ:  # a shell's question
+        print(*completions(os.environ["COMP_LINE"].split(" ")[1:]), sep="\n")
         return
     parser = new_parser(completion.__doc__)
     parser.option("shell", Literal["bash", "zsh", "fish"])

@@ -1,11 +1,10 @@
 """`nanochat run NAME --job hf|sky|slurm`: a job that runs the recipe on rented GPUs or a cluster, as text.
 
-hf is a command line of Hugging Face Jobs, sky a task of SkyPilot, slurm a script for one or more nodes. Templates:
-configs/jobs and recipes/slurm.sh. docs/cloud.md says which of them were run.
+hf is a command line of Hugging Face Jobs, sky a task of SkyPilot, slurm a script for one or more nodes. The texts
+are templates in configs/jobs; docs/cloud.md says which of them were run.
 """
 
 import math
-import re
 import shlex
 import shutil
 import subprocess
@@ -17,11 +16,11 @@ from typing import Literal
 
 from .config import Parser, read_yaml
 from .errors import InputError
-from .run import nearest, project_folder
+from .run import project_folder
 from .stage_configs import RECIPES, Count, Place
 
-FOLDER = project_folder("configs", "jobs")
 NODE = 8  # GPUs
+TEMPLATES = {"hf": "hf.sh", "sky": "sky.yaml", "slurm": "slurm.sh"}
 SUBMIT = {"hf": ("hf", "bash"), "sky": ("sky", "sky jobs launch --yes --secret HF_TOKEN"), "slurm": ("sbatch",) * 2}
 
 
@@ -47,58 +46,46 @@ def make_job(recipe: Path, configs: dict, words: list[str], arguments) -> None:
         raise InputError("a job chooses its config file and starts nothing: leave --config-file and --dry-run out")
     if kind != "slurm" and recipe.parent.resolve() != RECIPES.resolve():
         raise InputError(f"the image has no {recipe}: put it into recipes/ before docker build, or use --job slurm")
+    folder, config = project_folder("configs", "jobs"), "multi_gpu" if gpus > 1 else "single_gpu"
+    command = ["nanochat", "run", *words, f"--config-file={config}", f"--num-processes={gpus}"]
+    values = {
+        "name": recipe.name, "image": arguments.image or "you/nanochat_hf", "command": shlex.join(command),
+        "hours": arguments.hours or projected_hours(configs, gpu, gpus), "words": shlex.join(words),
+        "root": shlex.quote(str(project_folder())), "gpu": gpu, "gpus": gpus, **machine(kind, gpu, gpus, folder),
+    }  # fmt: skip
+    text = Template((folder / TEMPLATES[kind]).read_text(encoding="utf-8")).substitute(values)
+    print(text, end="", flush=True)
     if kind != "slurm" and not arguments.sync:
         lost = "the run folder is lost with the machine: add --sync, for example --sync hf://you/runs"
         if arguments.submit:
             raise InputError(lost)
         print(f"note: {lost}", file=sys.stderr)
-    hours = arguments.hours or projected_hours(configs, gpu, gpus)
-    if kind == "slurm":
-        text = slurm_script(recipe.name, words, gpus, hours)
-    else:
-        values = {"name": recipe.name, "hours": hours, "image": arguments.image or "you/nanochat_hf"}
-        text = container_job(kind, words, gpu, gpus, values)
-    print(text, end="", flush=True)
     if arguments.submit:
         submit(text, *SUBMIT[kind])
 
 
 def projected_hours(configs: dict, gpu: str, gpus: int) -> int:
     """1 + twice the projected hours of pretraining in bf16. Raises InputError for an unknown GPU."""
-    from .optim.scaling import GPUS, estimate_speed, plan  # which import torch
+    from .optim.scaling import estimate_speed, plan  # which import torch
 
-    if gpu not in GPUS:
-        raise InputError(f"--gpu: no data sheet of {gpu!r}; {nearest(gpu, GPUS)}, or give --hours")
     size = plan(configs["base"], configs["tokenizer"].vocab_size)
-    return 1 + math.ceil(2 * size.total_tokens / estimate_speed(size, gpu, gpus, False)[0] / 3600)
+    speed, source = estimate_speed(size, gpu, gpus, False)
+    if speed is None:
+        raise InputError(f"--gpu: {source}; give --hours")
+    return 1 + math.ceil(2 * size.total_tokens / speed / 3600)
 
 
-def slurm_script(name: str, words: list[str], gpus: int, hours: int) -> str:
+def machine(kind: str, gpu: str, gpus: int, folder: Path) -> dict:
+    """Flavor of Hugging Face Jobs, or nodes of a cluster. Raises InputError if there is no such machine."""
+    nodes, flavors = max(1, gpus // NODE), read_yaml(folder / "hf.yaml")
+    if kind == "hf" and gpus not in flavors.get(gpu, {}):
+        machines = ", ".join(f"{number} x {name}" for name, numbers in flavors.items() for number in numbers)
+        raise InputError(f"Hugging Face Jobs has no machine of {gpus} x {gpu}; it has {machines}")
+    if kind == "sky" and nodes > 1:
+        raise InputError(f"--job sky is for one machine of up to {NODE} GPUs; for several nodes use --job slurm")
     if gpus > NODE and gpus % NODE:
         raise InputError(f"{gpus} GPUs are no whole nodes: ask for up to {NODE}, or a multiple of {NODE}")
-    text, nodes = project_folder("recipes", "slurm.sh").read_text(encoding="utf-8"), max(1, gpus // NODE)
-    values = {"job-name": name, "nodes": nodes, "gpus-per-node": gpus // nodes, "time": f"{hours}:00:00"}
-    for key, value in values.items():
-        text = re.sub(rf"(#SBATCH --{key}=).*", rf"\g<1>{value}", text)
-    for folder in ("configs/accelerate", "recipes"):  # which the script names from the root of a checkout
-        text = text.replace(f" {folder}/", f" {project_folder(folder)}/")
-    return text.replace('launch "$@"\n', f"launch {shlex.join(words)}\n")
-
-
-def container_job(kind: str, words: list[str], gpu: str, gpus: int, values: dict) -> str:
-    """The job of hf or sky, on one machine."""
-    flavors = read_yaml(FOLDER / "hf.yaml")
-    if gpus > NODE:
-        raise InputError(f"--job {kind} is for one machine of up to {NODE} GPUs; for several nodes use --job slurm")
-    if kind == "hf" and gpus not in flavors.get(gpu, {}):
-        known = ", ".join(f"{number} x {name}" for name, numbers in flavors.items() for number in numbers)
-        raise InputError(f"Hugging Face Jobs has no machine of {gpus} x {gpu}; known: {known}")
-    config = f"--config-file={'multi_gpu' if gpus > 1 else 'single_gpu'}"
-    command = shlex.join(["nanochat", "run", *words, config, f"--num-processes={gpus}"])
-    values |= {"command": command, "gpu": gpu.replace(" ", "-"), "gpus": gpus}
-    values |= {"flavor": flavors.get(gpu, {}).get(gpus)}
-    template = FOLDER / {"hf": "hf.sh", "sky": "sky.yaml"}[kind]
-    return Template(template.read_text(encoding="utf-8")).substitute(values)
+    return {"flavor": flavors.get(gpu, {}).get(gpus), "nodes": nodes, "gpus_per_node": gpus // nodes}
 
 
 def submit(text: str, program: str, command: str) -> None:

@@ -1,6 +1,6 @@
 """Prints docs/configuration.md: every key of a recipe, from the classes in nanochat_hf/stage_configs.py.
 
-    python scripts/make_configuration.py > docs/configuration.md
+python scripts/make_configuration.py > docs/configuration.md
 """
 
 from nanochat_hf.config import keys_of
