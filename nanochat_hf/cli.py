@@ -63,53 +63,37 @@ from .stage_configs import (
 ACCELERATE = project_folder("configs", "accelerate")
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
-MODEL = {"model": (Place, "folder or Hub id of the model to begin with (default: the newest of the run folder)")}
 DRY_RUN = {"action": "store_true", "help": "print the plan and start nothing"}
-SYNC = {
-    "sync": (
-        SyncUrl,
-        "URL (s3://, gs://, file://, any of fsspec, or hf://owner/name) that keeps checkpoints and finished stages; "
-        "the same command resumes from it on another machine",
-    )
-}
-REPO = "Hub repository for a branch step-NNNNNN every push_every steps"
-BASE = {
+SYNC = "URL (s3://, gs://, file://, any of fsspec, or hf://owner/name) that keeps checkpoints and finished stages; "
+OPTIONS = {  # of stages, besides their keys: name -> (kind, text)
     "tokenizer": (Place, "folder or Hub id of a tokenizer (default: that of the run folder)"),
-    "model": (Place, "folder or Hub id of weights to begin with"),
-    "repo": (RepoId, REPO),
-}
-CHAT = {
+    "model": (Place, "folder or Hub id of the model to begin with or to evaluate (default: of the run; base: none)"),
+    "repo": (RepoId, "Hub repository for a branch step-NNNNNN every push_every steps"),
     "stage": (Literal["mid", "sft"], "mid or sft: the folder that the result goes to"),
-    "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps"),
-}
-EVAL = {
     "stages": (Stages, f"comma-separated, of {', '.join(MODEL_STAGES)}; default: all finished ones"),
-    "model": (Place, "a folder or Hub id instead"),
+    "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps"),
+    "sync": (SyncUrl, SYNC + "the same command resumes from it on another machine"),
 }
-STAGE_COMMANDS = {  # subcommand -> its stage, runner in stages.py, text, and further options: name -> (kind, text)
-    "tokenizer": ("tokenizer", "run_tokenizer", "Train a tokenizer, the first stage of a recipe.", {}),
-    "pretrain": ("base", "run_base", "Pretrain a base model; run again to resume.", BASE | SYNC),
-    "midtrain": (
-        "mid",
-        "run_chat",
-        "Mid-training of the newest model of a run; run again to resume.",
-        MODEL | CHAT | SYNC,
-    ),
-    "sft": ("sft", "run_chat", "SFT of the newest model of a run; run again to resume.", MODEL | CHAT | SYNC),
-    "rl": ("rl", "run_rl", "RL with verifiable rewards; run again to resume.", MODEL | SYNC),
-    "dpo": ("dpo", "run_dpo", "Direct preference optimization; run again to resume.", MODEL | SYNC),
-    "eval": ("eval", "run_eval", "Evaluate stages of a run, or any causal LM of the Hub, with lm-eval.", EVAL),
+CHAT = ("model", "stage", "eval", "sync")
+STAGE_COMMANDS = {  # subcommand -> its stage, text, and options
+    "tokenizer": ("tokenizer", "Train a tokenizer, the first stage of a recipe.", ()),
+    "pretrain": ("base", "Pretrain a base model; run again to resume.", ("tokenizer", "model", "repo", "sync")),
+    "midtrain": ("mid", "Mid-training of the newest model of a run; run again to resume.", CHAT),
+    "sft": ("sft", "SFT of the newest model of a run; run again to resume.", CHAT),
+    "rl": ("rl", "RL with verifiable rewards; run again to resume.", ("model", "sync")),
+    "dpo": ("dpo", "Direct preference optimization; run again to resume.", ("model", "sync")),
+    "eval": ("eval", "Evaluate stages of a run, or any causal LM of the Hub, with lm-eval.", ("stages", "model")),
 }
 
 
 def run_stage_command(command: str, words: list[str]) -> None:
     """`--config YAML --run-dir DIR [--key value ...]`: read the config, then call the stage's runner."""
-    stage, runner, text, options = STAGE_COMMANDS[command]
+    stage, text, options = STAGE_COMMANDS[command]
     parser = new_parser(text)
     parser.option("--config", Place, required=True, help=f"YAML of this stage, for example recipes/d12/{stage}.yaml")
     parser.option("--run-dir", Place, required=True, help="run folder, for example runs/d12")
-    for name, (kind, help_text) in options.items():
-        parser.option(f"--{name}", kind, help=help_text)
+    for name in options:
+        parser.option(f"--{name}", OPTIONS[name][0], help=OPTIONS[name][1])
     parser.add_argument("--dry-run", **DRY_RUN)
     parser.add_keys(STAGE_CONFIGS[stage])
     keys = vars(parser.parse_args(words))
@@ -131,7 +115,7 @@ def run_stage_command(command: str, words: list[str]) -> None:
 
     run = Run(run_dir)
     with run.lock(), syncing(given.pop("sync", None), run):
-        getattr(stages, runner)(config, run, **given)
+        stages.RUNNERS[stage](config, run, **given)
 
 
 def new_parser(text: str) -> Parser:
@@ -166,8 +150,8 @@ def read_speedrun(parser: Parser, words: list[str]) -> tuple:
     parser.add_argument("--dry-run", **DRY_RUN)
     rate = "dollars per hour of this machine, for the report"
     parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help=rate)
-    parser.option("--repo", RepoId, help=f"{REPO} of base")
-    parser.option("--sync", SYNC["sync"][0], help=SYNC["sync"][1])
+    for name in ("repo", "sync"):
+        parser.option(f"--{name}", OPTIONS[name][0], help=OPTIONS[name][1])
     recipe, stages, configs, arguments = read_pipeline(parser, words)
     check_push(configs["base"], arguments.repo)
     return recipe, stages, configs, arguments
@@ -585,7 +569,7 @@ def main(command: str | None = None) -> None:
 
 
 def dispatch(command: str | None, words: list[str]) -> None:
-    texts = {name: text for name, (_, _, text, _) in STAGE_COMMANDS.items()}
+    texts = {name: text for name, (_, text, _) in STAGE_COMMANDS.items()}
     texts = {name: function.__doc__ for name, function in COMMANDS.items()} | texts
     if command is None:
         parser = Parser(__doc__, prog="nanochat", usage="nanochat COMMAND [--help] [...]")

@@ -148,6 +148,15 @@ ChatEntry = Annotated[ChatDataset, AfterValidator(rows_or_epochs)]
 ChatMixture = Annotated[list[ChatEntry], MinLen(1)]
 
 
+def whole_sequences(config):
+    """`config`; raises ValueError if a step's tokens, packed, are no whole sequences."""
+    size, length, packing = config.total_batch_size, config.max_seq_len, getattr(config, "packing", True)
+    if packing and size > 0 and length > 0 and size % length:
+        reason = f"with packing it must be a multiple of max_seq_len, {length} tokens"
+        raise ValueError(f"total_batch_size is {size}: {reason}")
+    return config
+
+
 @settings
 class TokenizerConfig:
     """Keys of tokenizer.yaml."""
@@ -251,14 +260,7 @@ class PretrainConfig:
     report_to: Tracker = "none"
     """Experiment tracker."""
 
-    @model_validator(mode="after")
-    def step_is_whole_sequences(self):
-        if self.total_batch_size > 0 and self.total_batch_size % self.max_seq_len:
-            raise ValueError(
-                f"total_batch_size is {self.total_batch_size}: it must be a multiple of max_seq_len, "
-                f"{self.max_seq_len} tokens"
-            )
-        return self
+    step_is_whole_sequences = model_validator(mode="after")(whole_sequences)
 
 
 @settings
@@ -338,15 +340,7 @@ class ChatConfig(StageConfig):
     compile: bool = False
     """Compile the network with torch.compile (CUDA)."""
 
-    @model_validator(mode="after")
-    def step_is_whole_sequences(self):
-        packed = self.packing and self.max_seq_len > 0 and self.total_batch_size > 0
-        if packed and self.total_batch_size % self.max_seq_len:
-            raise ValueError(
-                f"total_batch_size is {self.total_batch_size}: with packing it must be a multiple of max_seq_len, "
-                f"{self.max_seq_len} tokens"
-            )
-        return self
+    step_is_whole_sequences = model_validator(mode="after")(whole_sequences)
 
 
 @settings

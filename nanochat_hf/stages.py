@@ -165,13 +165,17 @@ def run_eval(
     show_result(run.folder("eval"))
 
 
+RUNNERS = {
+    "tokenizer": run_tokenizer, "base": run_base, "mid": run_chat, "sft": run_chat, "rl": run_rl, "dpo": run_dpo,
+    "eval": run_eval,
+}  # fmt: skip
+
+
 def run_stage(stage: str, configs: dict, run: Run, repo: str | None = None) -> None:
-    runners = {"tokenizer": run_tokenizer, "base": run_base, "mid": run_chat, "sft": run_chat, "rl": run_rl}
-    runners |= {"dpo": run_dpo, "eval": run_eval}
     tasks = configs.get("eval")
     options = {"base": {"repo": repo, "tasks": tasks}, "eval": {"keep_unchanged": True}}
     options |= {name: {"stage": name, "tasks": tasks} for name in ("mid", "sft")}
-    runners[stage](configs[stage], run, **options.get(stage, {}))
+    RUNNERS[stage](configs[stage], run, **options.get(stage, {}))
 
 
 def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
