@@ -103,6 +103,8 @@ def run_stage_command(command: str, words: list[str]) -> None:
     config = parse_config(STAGE_CONFIGS[stage], path, keys)
     if stage == "base":
         check_push(config, given.get("repo"))
+    if "stages" in given and "model" in given:
+        raise InputError("--model is evaluated in place of the run's stages: leave --stages out")
     if "eval" in given:
         given["tasks"] = given.pop("eval")
         parse_config(EvalConfig, given["tasks"])
@@ -171,7 +173,7 @@ def read_pipeline(parser: Parser, words: list[str]) -> tuple:
 def plan(words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
     parser = new_parser(plan.__doc__)
-    parser.option("--gpus", Count, help="how many (default: 1)")
+    parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
     parser.option("--gpu", help="their name, for example H100; default: this machine's, or H200 with --gpus")
     parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
     _, stages, configs, arguments = read_pipeline(parser, recipe_first(words))
@@ -425,10 +427,10 @@ def report(words: list[str]) -> None:
     named = [word.partition("=") for word in args.collection or ()]
     if not all(folder for _, _, folder in named):
         raise InputError("--collection expects REPO=RUN, for example you/nanochat-d12=runs/d12")
-    if not named and bool(args.run_dir) == bool(args.compare):
+    if [bool(args.run_dir), bool(args.compare), bool(named)].count(True) != 1:
         raise InputError("name one run with --run-dir, or two with --compare")
-    if args.row and args.compare:
-        raise InputError("--row is about one run: name it with --run-dir")
+    if (args.row or args.hourly_rate is not None) and not args.run_dir:
+        raise InputError("--row and --node-hourly-rate are about one run: name it with --run-dir")
     from .eval.report import collect, compare, make_report, results_row
     from .hub.model_card import collection_table
 
@@ -458,6 +460,8 @@ def identity(words: list[str]) -> None:
     args = parser.parse_args(words)
     if args.model and args.endpoint is None:
         raise InputError("--model is the name of a model at --endpoint: give that, too")
+    if args.split == "test" and args.endpoint is not None:
+        raise InputError("--split is of the phrasings, which --endpoint does without: leave one of them out")
     from .data import identity as library
 
     person, num = library.read_identity(args.identity), args.rows or library.NUM_CONVERSATIONS
@@ -478,7 +482,7 @@ def identity(words: list[str]) -> None:
 
 def compare(words: list[str]) -> None:
     """Compare two runs: `nanochat compare runs/a runs/b`."""
-    report(["--compare", *words])
+    report(words if {"-h", "--help"} & {*words} else ["--compare", *words])
 
 
 def demo(words: list[str]) -> None:
@@ -574,10 +578,11 @@ def dispatch(command: str | None, words: list[str]) -> None:
     if command is None:
         parser = Parser(__doc__, prog="nanochat", usage="nanochat COMMAND [--help] [...]")
         parser.epilog = "\n".join(f"  {name:<12} {text}" for name, text in texts.items())
-        if not words or words[0] in ("-h", "--help"):
-            parser.print_help()
-            return
-        command, words = words[0], words[1:]
+        if words == ["--version"]:
+            return print(metadata.version("nanochat_hf"))
+        if not words or words in (["-h"], ["--help"], ["help"]):
+            return parser.print_help()
+        command, words = (words[1], ["--help"]) if words[0] == "help" else (words[0], words[1:])
     if command in STAGE_COMMANDS:
         run_stage_command(command, words)
     elif command in COMMANDS:

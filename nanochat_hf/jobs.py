@@ -44,6 +44,8 @@ def make_job(recipe: Path, configs: dict, words: list[str], arguments) -> None:
     kind, gpu, gpus = arguments.job, arguments.gpu or "H200", arguments.num_processes or NODE
     if arguments.config_file or arguments.dry_run:
         raise InputError("a job chooses its config file and starts nothing: leave --config-file and --dry-run out")
+    if kind == "slurm" and arguments.image:
+        raise InputError("--image is for hf and sky: a Slurm job runs in the environment that submits it")
     if kind != "slurm" and recipe.parent.resolve() != RECIPES.resolve():
         raise InputError(f"the image has no {recipe}: put it into recipes/ before docker build, or use --job slurm")
     folder, config = project_folder("configs", "jobs"), "multi_gpu" if gpus > 1 else "single_gpu"

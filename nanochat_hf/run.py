@@ -99,9 +99,20 @@ def first_non_finite(tensors) -> str | None:
     return None
 
 
+SYNONYMS = {  # names of transformers and TRL -> ours
+    "dataset_name": "dataset", "grpo": "rl", "gradient_accumulation_steps": "total_batch_size",
+    "learning_rate": "matrix_lr", "max_completion_length": "max_new_tokens", "max_steps": "num_iterations",
+    "model_name_or_path": "model", "num_generations": "num_samples", "num_train_epochs": "num_epochs",
+    "output_dir": "run_dir", "per_device_train_batch_size": "device_batch_size", "use_peft": "lora_r",
+}  # fmt: skip
+
+
 def nearest(name, names) -> str:
     """'did you mean X?' when a name is close to one of `names`, else the list of them."""
-    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+    plain = {str(ours).strip("-").replace("-", "_"): ours for ours in names}
+    word = str(name).strip("-").replace("-", "_")
+    close = [SYNONYMS[word]] if SYNONYMS.get(word) in plain else difflib.get_close_matches(word, plain, n=1)
+    close = [plain[word] for word in close]
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(map(str, names))
 
 
