@@ -20,7 +20,6 @@ from .run import project_folder
 from .stage_configs import RECIPES, Count, Place
 
 NODE = 8  # GPUs
-TEMPLATES = {"hf": "hf.sh", "sky": "sky.yaml", "slurm": "slurm.sh"}
 SUBMIT = {"hf": ("hf", "bash"), "sky": ("sky", "sky jobs launch --yes --secret HF_TOKEN"), "slurm": ("sbatch",) * 2}
 
 
@@ -55,7 +54,7 @@ def make_job(recipe: Path, configs: dict, words: list[str], arguments) -> None:
         "hours": arguments.hours or projected_hours(configs, gpu, gpus), "words": shlex.join(words),
         "root": shlex.quote(str(project_folder())), "gpu": gpu, "gpus": gpus, **machine(kind, gpu, gpus, folder),
     }  # fmt: skip
-    text = Template((folder / TEMPLATES[kind]).read_text(encoding="utf-8")).substitute(values)
+    text = Template((folder / kind).read_text(encoding="utf-8")).substitute(values)
     print(text, end="", flush=True)
     if kind != "slurm" and not arguments.sync:
         lost = "the run folder is lost with the machine: add --sync, for example --sync hf://you/runs"
@@ -79,7 +78,7 @@ def projected_hours(configs: dict, gpu: str, gpus: int) -> int:
 
 def machine(kind: str, gpu: str, gpus: int, folder: Path) -> dict:
     """Flavor of Hugging Face Jobs, or nodes of a cluster. Raises InputError if there is no such machine."""
-    nodes, flavors = max(1, gpus // NODE), read_yaml(folder / "hf.yaml")
+    nodes, flavors = max(1, gpus // NODE), read_yaml(folder / "flavors.yaml")
     if kind == "hf" and gpus not in flavors.get(gpu, {}):
         machines = ", ".join(f"{number} x {name}" for name, numbers in flavors.items() for number in numbers)
         raise InputError(f"Hugging Face Jobs has no machine of {gpus} x {gpu}; it has {machines}")

@@ -28,9 +28,7 @@ from .metrics import problem
 
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "dpo", "eval", "report")
 MODEL_STAGES = ("base", "mid", "sft", "rl", "dpo")
-TITLES = {
-    "tokenizer": "Tokenizer", "base": "Base model", "mid": "Mid-training", "sft": "SFT", "rl": "RL", "dpo": "DPO",
-}  # fmt: skip
+TITLES = dict(zip(STAGES, ("Tokenizer", "Base model", "Mid-training", "SFT", "RL", "DPO")))
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "datasets", "tokenizers", "peft", "lm_eval", "deepspeed")
 
 
@@ -178,17 +176,16 @@ def model_fingerprint(folder: str | Path) -> str | None:
 
 def save_json(path: str | Path, value) -> None:
     """Write JSON by `save_text`; NaN becomes null."""
-    with writing(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, default=str, allow_nan=False)
     save_text(path, f"{text}\n")
 
 
 def save_text(path: str | Path, text: str) -> None:
-    """Write a file beside the target, in a folder that exists, and rename it: no reader sees half of it."""
+    """Write a file beside the target and rename it, so that no reader sees half of it."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
 

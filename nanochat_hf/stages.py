@@ -165,10 +165,8 @@ def run_eval(
     show_result(run.folder("eval"))
 
 
-RUNNERS = {
-    "tokenizer": run_tokenizer, "base": run_base, "mid": run_chat, "sft": run_chat, "rl": run_rl, "dpo": run_dpo,
-    "eval": run_eval,
-}  # fmt: skip
+RUNNERS = {"tokenizer": run_tokenizer, "base": run_base, "mid": run_chat, "sft": run_chat, "rl": run_rl}
+RUNNERS |= {"dpo": run_dpo, "eval": run_eval}
 
 
 def run_stage(stage: str, configs: dict, run: Run, repo: str | None = None) -> None:
@@ -197,10 +195,7 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
             raise InputError(
                 f"{run.folder(stage)} is finished but was made before {redone!r}, which runs again; delete it"
             )
-        now, before = (
-            {key: present(run, value) if key.endswith("_stages") else value for key, value in config.items()}
-            for config in (vars(configs[stage]), renamed_keys(metrics.get("config") or {}))
-        )
+        now, before = compared(run, vars(configs[stage])), compared(run, renamed_keys(metrics.get("config") or {}))
         changes = [f"{key}: {old!r} -> {now.get(key)!r}" for key, old in before.items() if now.get(key) != old]
         if changes:
             raise InputError(
@@ -210,9 +205,12 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
         check_inputs(run, stage, metrics.get("inputs") or {}, configs[stage])
 
 
-def present(run: Run, stages: list[str] | None) -> list[str] | None:
-    """Those of `stages` that the run has: only they are evaluated, so only they are compared."""
-    return stages and [stage for stage in stages if run.folder(stage).exists()]
+def compared(run: Run, config: dict) -> dict:
+    """`config`, whose lists of stages to evaluate keep only those that the run has."""
+    return {
+        key: [stage for stage in value if run.folder(stage).exists()] if value and key.endswith("_stages") else value
+        for key, value in config.items()
+    }
 
 
 def check_inputs(run: Run, stage: str, inputs: dict, config) -> None:

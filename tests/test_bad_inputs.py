@@ -282,7 +282,7 @@ COMMANDS = [
     ("identity --identity {here}/none.yaml --output {here}/out.jsonl", "cannot read"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --rows 0", "from 1 to"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --split dev", "train or test"),
-    ("identity --identity {root}/recipes/identity.yaml --output {here}/no/out.jsonl --rows 2", "cannot write"),
+    ("identity --identity {root}/recipes/identity.yaml --output /proc/out.jsonl --rows 2", "cannot write"),
     ("plan", "required: --recipe"),
     ("plan d24 --gpus 3", "total_batch_size = 1048576 must be a positive multiple of 6144"),
     ("plan d24 --gpus 0", "a whole number from 1 to"),

@@ -36,7 +36,7 @@ def test_hugging_faces_own_parser_takes_the_command_line_and_has_every_flavor(ca
     command = "nanochat run --recipe=d24 base.depth=20 --sync=hf://me/d24 --config-file=multi_gpu --num-processes=4"
     assert rows["command"] == command
     options = subprocess.run([HF, "jobs", "run", "--help"], capture_output=True, text=True, check=True).stdout
-    for flavors in yaml.safe_load((ROOT / "configs" / "jobs" / "hf.yaml").read_text()).values():
+    for flavors in yaml.safe_load((ROOT / "configs" / "jobs" / "flavors.yaml").read_text()).values():
         assert all(flavor in re.split(r"[|\[\]\s]+", options) for flavor in flavors.values())
 
 
