@@ -241,14 +241,16 @@ def speedrun_words(arguments) -> list[str]:
 
 
 def check_gpus(num_processes: int | None, launch: dict) -> None:
-    """Refuse more processes than this machine has GPUs."""
+    """Refuse more processes than this machine has GPUs, and several where Accelerate would start one."""
     ranks = (num_processes or launch.get("num_processes", 1)) // launch.get("num_machines", 1)
     use_cpu = launch.get("use_cpu") or BOOLEANS.get(os.environ.get("ACCELERATE_USE_CPU", "").lower())
+    if ranks > 1 and (launch.get("distributed_type") == "NO" or (use_cpu and not launch)):
+        raise InputError(f"one process would start, not {ranks}: name --config-file multi_gpu, for example")
     if ranks > 1 and not use_cpu:
         import torch  # takes seconds
 
         if ranks > (gpus := torch.cuda.device_count()):
-            advice = "lower --num-processes, or use the CPU with --config-file cpu"
+            advice = "lower --num-processes, or set ACCELERATE_USE_CPU=true"
             raise InputError(f"{ranks} processes need {ranks} GPUs, and this machine has {gpus}: {advice}")
 
 

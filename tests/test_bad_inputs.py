@@ -194,6 +194,10 @@ COMMANDS = [
     ("run cpu-demo --run-dir {run} base.depth=x", "base.depth is 'x'"),
     ("run cpu-demo --run-dir {run} --num-processes 64", "64 processes need 64 GPUs, and this machine has"),
     ("run cpu-demo --run-dir {run} --config-file multi_gpu --gpus 64", "64 processes need 64 GPUs"),
+    (
+        "run cpu-demo --config-file cpu --num-processes 2",
+        "one process would start, not 2: name --config-file multi_gpu",
+    ),
     ("run cpu-demo --submit", "--submit is for a job: name --job"),
     ("run cpu-demo --gpu H100", "--gpu is for a job"),
     ("run cpu-demo --hours 3", "--hours is for a job"),
