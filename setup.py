@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-FOLDERS = ("recipes", "configs", "evals/tasks", "evals/texts", "spaces")  # found by run.project_folder
+FOLDERS = ("recipes", "configs", "scripts", "evals/tasks", "evals/texts", "spaces")  # found by run.project_folder
 
 
 class BuildWithFolders(build_py):

@@ -6,12 +6,15 @@
 A subcommand checks all its arguments before it imports anything large. `--help` of a stage lists its keys.
 """
 
+import io
 import json
 import os
+import re
 import shutil
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -22,7 +25,9 @@ from pydantic import StringConstraints
 
 from .config import Parser, keys_help, parse_config, read_yaml
 from .errors import InputError, guarded
+from .jobs import job_options, make_job
 from .run import (
+    BOOLEANS,
     MODEL_STAGES,
     Run,
     hardware,
@@ -32,6 +37,7 @@ from .run import (
     nearest,
     project_folder,
     save_json,
+    save_text,
     source,
     versions,
     writing,
@@ -51,74 +57,67 @@ from .stage_configs import (
     TopK,
     find_recipe,
     read_recipe,
+    refuse_unused_words,
 )
 
 ACCELERATE = project_folder("configs", "accelerate")
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
-MODEL = {"model": (Place, "folder or Hub id of the model to begin with (default: the newest of the run folder)")}
-SYNC = {
-    "sync": (
-        SyncUrl,
-        "URL (s3://, gs://, file://, any of fsspec, or hf://owner/name) that keeps checkpoints and finished stages; "
-        "the same command resumes from it on another machine",
-    )
-}
-REPO = "Hub repository for a branch step-NNNNNN every push_every steps"
-BASE = {
+DRY_RUN = {"action": "store_true", "help": "print the plan and start nothing"}
+SYNC = "URL (s3://, gs://, file://, any of fsspec, or hf://owner/name) that keeps checkpoints and finished stages; "
+OPTIONS = {  # of stages, besides their keys: name -> (kind, text)
     "tokenizer": (Place, "folder or Hub id of a tokenizer (default: that of the run folder)"),
-    "model": (Place, "folder or Hub id of weights to begin with"),
-    "repo": (RepoId, REPO),
-}
-CHAT = {
+    "model": (Place, "folder or Hub id of the model to begin with or to evaluate (default: of the run; base: none)"),
+    "repo": (RepoId, "Hub repository for a branch step-NNNNNN every push_every steps"),
     "stage": (Literal["mid", "sft"], "mid or sft: the folder that the result goes to"),
-    "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps"),
-}
-EVAL = {
     "stages": (Stages, f"comma-separated, of {', '.join(MODEL_STAGES)}; default: all finished ones"),
-    "model": (Place, "a folder or Hub id instead"),
+    "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps"),
+    "sync": (SyncUrl, SYNC + "the same command resumes from it on another machine"),
 }
-STAGE_COMMANDS = {  # subcommand -> its stage, runner in stages.py, text, and further options: name -> (kind, text)
-    "tokenizer": ("tokenizer", "run_tokenizer", "Train a tokenizer, the first stage of a recipe.", {}),
-    "pretrain": ("base", "run_base", "Pretrain a base model; run again to resume.", BASE | SYNC),
-    "midtrain": (
-        "mid",
-        "run_chat",
-        "Mid-training of the newest model of a run; run again to resume.",
-        MODEL | CHAT | SYNC,
-    ),
-    "sft": ("sft", "run_chat", "SFT of the newest model of a run; run again to resume.", MODEL | CHAT | SYNC),
-    "rl": ("rl", "run_rl", "RL with verifiable rewards; run again to resume.", MODEL | SYNC),
-    "dpo": ("dpo", "run_dpo", "Direct preference optimization; run again to resume.", MODEL | SYNC),
-    "eval": ("eval", "run_eval", "Evaluate stages of a run, or any causal LM of the Hub, with lm-eval.", EVAL),
+CHAT = ("model", "stage", "eval", "sync")
+STAGE_COMMANDS = {  # subcommand -> its stage, text, and options
+    "tokenizer": ("tokenizer", "Train a tokenizer, the first stage of a recipe.", ()),
+    "pretrain": ("base", "Pretrain a base model; run again to resume.", ("tokenizer", "model", "repo", "sync")),
+    "midtrain": ("mid", "Mid-training of the newest model of a run; run again to resume.", CHAT),
+    "sft": ("sft", "SFT of the newest model of a run; run again to resume.", CHAT),
+    "rl": ("rl", "RL with verifiable rewards; run again to resume.", ("model", "sync")),
+    "dpo": ("dpo", "Direct preference optimization; run again to resume.", ("model", "sync")),
+    "eval": ("eval", "Evaluate stages of a run, or any causal LM of the Hub, with lm-eval.", ("stages", "model")),
 }
 
 
 def run_stage_command(command: str, words: list[str]) -> None:
     """`--config YAML --run-dir DIR [--key value ...]`: read the config, then call the stage's runner."""
-    stage, runner, text, options = STAGE_COMMANDS[command]
+    stage, text, options = STAGE_COMMANDS[command]
     parser = new_parser(text)
     parser.option("--config", Place, required=True, help=f"YAML of this stage, for example recipes/d12/{stage}.yaml")
     parser.option("--run-dir", Place, required=True, help="run folder, for example runs/d12")
-    for name, (kind, help_text) in options.items():
-        parser.option(f"--{name}", kind, help=help_text)
+    for name in options:
+        parser.option(f"--{name}", OPTIONS[name][0], help=OPTIONS[name][1])
+    parser.add_argument("--dry-run", **DRY_RUN)
     parser.add_keys(STAGE_CONFIGS[stage])
     keys = vars(parser.parse_args(words))
-    path, run_dir = keys.pop("config"), keys.pop("run_dir")
+    path, run_dir, dry_run = keys.pop("config"), keys.pop("run_dir"), keys.pop("dry_run")
     given = {name: value for name in options if (value := keys.pop(name)) is not None}
     given |= {"stage": stage} if "stage" in options and "stage" not in given else {}
     config = parse_config(STAGE_CONFIGS[stage], path, keys)
     if stage == "base":
         check_push(config, given.get("repo"))
+    if "stages" in given and "model" in given:
+        raise InputError("--model is evaluated in place of the run's stages: leave --stages out")
     if "eval" in given:
         given["tasks"] = given.pop("eval")
         parse_config(EvalConfig, given["tasks"])
+    refuse_unused_words(config, keys)
+    if dry_run:
+        _, configs = read_recipe(find_recipe(str(Path(path).parent)), None, [])  # base.yaml has the model's shape
+        return show_plan([stage], configs | {stage: config}, int(os.environ.get("WORLD_SIZE", "1")))
     from . import stages
     from .sync import syncing
 
     run = Run(run_dir)
     with run.lock(), syncing(given.pop("sync", None), run):
-        getattr(stages, runner)(config, run, **given)
+        stages.RUNNERS[stage](config, run, **given)
 
 
 def new_parser(text: str) -> Parser:
@@ -137,7 +136,8 @@ def speedrun(words: list[str]) -> None:
     """The whole pipeline of a recipe, from text to a chat model with its report card."""
     recipe, stages, configs, arguments = read_speedrun(new_parser(speedrun.__doc__), words)
     if arguments.dry_run:
-        return show_plan(stages, configs, arguments, int(os.environ.get("WORLD_SIZE", "1")))
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        return show_plan(stages, configs, ranks, rate=arguments.node_hourly_rate)
     from .stages import run_stages
     from .sync import syncing
 
@@ -149,11 +149,11 @@ def speedrun(words: list[str]) -> None:
 def read_speedrun(parser: Parser, words: list[str]) -> tuple:
     """Returns: the recipe's folder, the stages to run, each stage's config, the arguments."""
     parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+    parser.add_argument("--dry-run", **DRY_RUN)
     rate = "dollars per hour of this machine, for the report"
     parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help=rate)
-    parser.option("--repo", RepoId, help=f"{REPO} of base")
-    parser.option("--sync", SYNC["sync"][0], help=SYNC["sync"][1])
+    for name in ("repo", "sync"):
+        parser.option(f"--{name}", OPTIONS[name][0], help=OPTIONS[name][1])
     recipe, stages, configs, arguments = read_pipeline(parser, words)
     check_push(configs["base"], arguments.repo)
     return recipe, stages, configs, arguments
@@ -164,7 +164,7 @@ def read_pipeline(parser: Parser, words: list[str]) -> tuple:
     parser.option("--recipe", Place, required=True, help="a name under recipes/ or the path of a recipe folder")
     parser.option("--stages", list[Place], help="comma-separated; default: the enabled ones of the recipe, and report")
     parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
-    parser.epilog = "\n\n".join(keys_help(cls, f"{stage}.") for stage, cls in STAGE_CONFIGS.items() if stage != "dpo")
+    parser.epilog = "\n\n".join(keys_help(cls, f"{stage}.") for stage, cls in STAGE_CONFIGS.items())
     arguments = parser.parse_intermixed_args(words)
     recipe = find_recipe(arguments.recipe)
     return recipe, *read_recipe(recipe, arguments.stages, arguments.overrides), arguments
@@ -173,19 +173,21 @@ def read_pipeline(parser: Parser, words: list[str]) -> tuple:
 def plan(words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
     parser = new_parser(plan.__doc__)
-    parser.option("--gpus", Count, help="how many (default: 1)")
+    parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
     parser.option("--gpu", help="their name, for example H100; default: this machine's, or H200 with --gpus")
     parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
     _, stages, configs, arguments = read_pipeline(parser, recipe_first(words))
     otherwise = "H200" if arguments.gpus else "CPU"
-    show_plan(stages, configs, arguments, arguments.gpus or 1, otherwise, device=arguments.gpu)
+    show_plan(stages, configs, arguments.gpus or 1, otherwise, arguments.gpu, rate=arguments.node_hourly_rate)
 
 
-def show_plan(stages, configs, arguments, ranks: int, otherwise="CPU", device=None, sharding=None) -> None:
+def show_plan(stages, configs, ranks: int, otherwise="CPU", device=None, sharding=None, rate=None) -> None:
     """Print a pipeline's plan for a GPU or CPU: `device`, or the GPU of this machine, or `otherwise`."""
+    if "tokenizer" not in configs:
+        raise InputError("a plan needs the vocabulary size: the recipe has no tokenizer.yaml")
     from .optim.overview import Devices, gpu_here, pipeline_text
 
-    devices = Devices(device or gpu_here() or otherwise, ranks, arguments.node_hourly_rate, sharding)
+    devices = Devices(device or gpu_here() or otherwise, ranks, rate, sharding)
     if os.environ.get("RANK", "0") == "0":
         print(pipeline_text(stages, configs, devices))
 
@@ -203,8 +205,13 @@ def run(words: list[str]) -> None:
     parser = Parser(run.__doc__)
     names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
-    parser.option("--num-processes", Count, help="ranks; default: as the config file says")
-    _, stages, configs, arguments = read_speedrun(parser, recipe_first(words))
+    parser.option("--num-processes", Count, "--gpus", help="ranks; default: as the config file says; of a job: 8")
+    job_options(parser)
+    recipe, stages, configs, arguments = read_speedrun(parser, recipe_first(words))
+    if arguments.job:
+        return make_job(recipe, configs, speedrun_words(arguments), arguments)
+    if unused := [name for name in ("submit", "gpu", "hours", "image") if getattr(arguments, name)]:
+        raise InputError(f"--{unused[0]} is for a job: name --job hf, sky or slurm")
     command, launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"], {}  # no traceback of its own
     if arguments.config_file:
         places = [Path(arguments.config_file), ACCELERATE / f"{arguments.config_file}.yaml"]
@@ -217,14 +224,34 @@ def run(words: list[str]) -> None:
     if arguments.dry_run:
         ranks, kind = arguments.num_processes or launch.get("num_processes", 1), launch.get("distributed_type")
         otherwise, device = "H200" if launch else "CPU", "CPU" if launch.get("use_cpu") else None
-        return show_plan(stages, configs, arguments, ranks, otherwise, device, SHARDING.get(kind))
+        sharding, rate = SHARDING.get(kind), arguments.node_hourly_rate
+        return show_plan(stages, configs, ranks, otherwise, device, sharding, rate)
+    check_gpus(arguments.num_processes, launch)
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
-    command += ["--module", "nanochat_hf.cli", "speedrun", "--recipe", arguments.recipe, *arguments.overrides]
+    os.execv(sys.executable, [*command, "--module", "nanochat_hf.cli", "speedrun", *speedrun_words(arguments)])
+
+
+def speedrun_words(arguments) -> list[str]:
+    """The words of `nanochat speedrun` for the same pipeline."""
+    words = [f"--recipe={arguments.recipe}", *arguments.overrides]
     for name in ("run_dir", "repo", "sync", "node_hourly_rate"):
         if (value := getattr(arguments, name)) is not None:
-            command += [f"--{name}={value}"]
-    command += [f"--stages={','.join(arguments.stages)}"] if arguments.stages else []
-    os.execv(sys.executable, command)
+            words.append(f"--{name.replace('_', '-')}={value}")
+    return words + ([f"--stages={','.join(arguments.stages)}"] if arguments.stages else [])
+
+
+def check_gpus(num_processes: int | None, launch: dict) -> None:
+    """Refuse more processes than this machine has GPUs, and several where Accelerate would start one."""
+    ranks = (num_processes or launch.get("num_processes", 1)) // launch.get("num_machines", 1)
+    use_cpu = launch.get("use_cpu") or BOOLEANS.get(os.environ.get("ACCELERATE_USE_CPU", "").lower())
+    if ranks > 1 and (launch.get("distributed_type") == "NO" or (use_cpu and not launch)):
+        raise InputError(f"one process would start, not {ranks}: name --config-file multi_gpu, for example")
+    if ranks > 1 and not use_cpu:
+        import torch  # takes seconds
+
+        if ranks > (gpus := torch.cuda.device_count()):
+            advice = "lower --num-processes, or set ACCELERATE_USE_CPU=true"
+            raise InputError(f"{ranks} processes need {ranks} GPUs, and this machine has {gpus}: {advice}")
 
 
 def check_device(name: str | None) -> None:
@@ -234,12 +261,32 @@ def check_device(name: str | None) -> None:
         raise InputError(f"--device: this machine has no {name}; leave --device out, or say cpu")
 
 
+def model_options(parser: Parser) -> None:
+    parser.option("--run-dir", Place, help="run folder: its newest finished stage, or --stage")
+    parser.option("--stage", Literal[MODEL_STAGES], help=f"of the run folder: {', '.join(MODEL_STAGES)}")
+    parser.option("--model", Place, help="checkpoint folder or Hub id instead")
+
+
+def chosen_model(args, what: str) -> str:
+    """The folder or Hub id that `model_options` name. Raises InputError, with `what` to name, if there is none."""
+    if bool(args.model) == bool(args.run_dir) or (args.stage and args.model):
+        raise InputError(f"name {what}: --run-dir DIR [--stage STAGE] or --model FOLDER_OR_HUB_ID")
+    if args.model:
+        return args.model
+    run = Run(args.run_dir)
+    finished = [stage for stage in MODEL_STAGES if run.finished(stage)]
+    if not finished:
+        raise InputError(f"{run.path} has no finished stage with a model; train one, for example by nanochat demo")
+    if args.stage and args.stage not in finished:
+        raise InputError(f"stage {args.stage!r} of {run.path} is not finished; finished: {', '.join(finished)}")
+    return str(run.folder(args.stage or finished[-1]))
+
+
 def chat(words: list[str]) -> None:
     """Chat in the terminal with a trained model, or with any TGI or OpenAI-compatible server."""
     parser = new_parser(chat.__doc__)
-    parser.option("--run-dir", Place, help="run folder: its newest finished stage")
-    parser.option("--model", Place, help="checkpoint folder or Hub id; beside --endpoint, the model's name there")
-    parser.option("--endpoint", help="URL of a server to talk to instead")
+    model_options(parser)
+    parser.option("--endpoint", help="URL of a server to talk to instead; --model is then a name there")
     parser.option("--prompt", str, "-p", help="answer this and leave")
     parser.option("--system", default="", help="system message")
     parser.option("--temperature", Temperature, default=0.6, help="0 to 5, 0 is greedy (default: %(default)s)")
@@ -250,16 +297,16 @@ def chat(words: list[str]) -> None:
     parser.option("--device", Device, help="cuda, cpu, ...; the GPU if there is one")
     parser.option("--language", Literal["en", "ko"], help="of the interface; default: of the terminal")
     args = parser.parse_args(words)
-    remote = args.endpoint is not None
-    if (remote and args.run_dir) or (not remote and bool(args.model) == bool(args.run_dir)):
-        raise InputError("name what to talk to: --run-dir DIR, --model FOLDER_OR_HUB_ID or --endpoint URL")
-    name = args.model or (args.run_dir and Run(args.run_dir).latest_model())
-    if not name and not remote:
-        raise InputError(f"{args.run_dir} has no finished stage to talk to; train one first, for example by make demo")
+    if args.endpoint is None:
+        name = chosen_model(args, "what to talk to (or --endpoint URL)")
+    elif args.run_dir or args.stage or args.device:
+        raise InputError("--endpoint names what to talk to: leave --run-dir, --stage and --device out")
+    else:
+        name = args.model
     check_device(args.device)
     from .serve.terminal_chat import Chat, Options, open_model, system_language
 
-    model = open_model(name and str(name), args.endpoint, args.device)
+    model = open_model(name, args.endpoint, args.device)
     options = Options(args.temperature, args.top_k, args.top_p, args.max_new_tokens, args.seed)
     conversation = Chat(model, options, args.system, language=args.language or system_language())
     if args.prompt is not None:
@@ -271,8 +318,7 @@ def chat(words: list[str]) -> None:
 def serve(words: list[str]) -> None:
     """Serve a trained model over HTTP: a chat page for browsers, OpenAI's and TGI's routes for programs."""
     parser = new_parser(serve.__doc__)
-    parser.option("--run-dir", Place, help="run folder: its newest finished stage")
-    parser.option("--model", Place, help="checkpoint folder or Hub id")
+    model_options(parser)
     parser.option("--host", Place, default="127.0.0.1", help="0.0.0.0 lets the network in")
     parser.option("--port", Annotated[int, Ge(1), Le(65535)], default=8000, help="(default: %(default)s)")
     parser.option("--max-batch-size", Count, "--rows", default=16, help="requests that run at once per GPU")
@@ -286,9 +332,7 @@ def serve(words: list[str]) -> None:
     parser.option("--top-k", TopK, default=50, help="likewise (default: %(default)s)")
     parser.option("--device", Device, help="one device; by default a replica on each GPU, else the CPU")
     args = parser.parse_args(words)
-    name = args.model or (args.run_dir and Run(args.run_dir).latest_model())
-    if not name or (args.model and args.run_dir):
-        raise InputError("name the model: --run-dir DIR with a finished stage, or --model FOLDER_OR_HUB_ID")
+    name = chosen_model(args, "the model")
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         socket.create_server((args.host, args.port), family=family).close()
@@ -300,8 +344,8 @@ def serve(words: list[str]) -> None:
     from .serve.server import Server
     from .serve.worker import open_workers
 
-    workers = open_workers(str(name), args.max_batch_size, args.max_queue_size, args.device)
-    server = Server(workers, str(name), args.temperature, args.top_k, args.max_new_tokens, args.request_timeout)
+    workers = open_workers(name, args.max_batch_size, args.max_queue_size, args.device)
+    server = Server(workers, name, args.temperature, args.top_k, args.max_new_tokens, args.request_timeout)
     serve_app(server.app, args.host, args.port)
 
 
@@ -310,7 +354,7 @@ def push(words: list[str]) -> None:
     parser = new_parser(push.__doc__)
     parser.option("--run-dir", Place, required=True)
     parser.option("--repo", RepoId, required=True, help="owner/name on the Hub")
-    parser.option("--stage", Literal[MODEL_STAGES], default="sft", help="base, mid, sft or rl (default: %(default)s)")
+    parser.option("--stage", Literal[MODEL_STAGES], default="sft", help=f"{', '.join(MODEL_STAGES)} (default: sft)")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--space", action="store_true", help="also make a Gradio Space that talks to the model")
     parser.add_argument("--dry-run", action="store_true", help="prepare everything, send nothing")
@@ -355,6 +399,23 @@ def convert(words: list[str]) -> None:
         print(f"tokenizer: {info['tokenizer_ids']:,} ids compared, all equal")
 
 
+def export(words: list[str]) -> None:
+    """Write a model for other software: `nanochat export --run-dir RUN --to native --output FOLDER`."""
+    parser = new_parser(export.__doc__)
+    model_options(parser)
+    parser.option("--output", Place, required=True, help="folder to write; must not exist")
+    targets = "native (transformers' own nanochat, generation 1), nanochat (files of karpathy/nanochat)"
+    parser.option("--to", Literal["native", "nanochat", "mlx", "vllm", "onnx", "gguf"], required=True, help=targets)
+    args = parser.parse_args(words)
+    if args.to not in ("native", "nanochat"):
+        today = "a stage's folder loads in transformers as it is, and `nanochat serve` has OpenAI's routes"
+        raise InputError(f"--to {args.to} is not built yet; today: {targets}; {today}")
+    source = chosen_model(args, "the model")
+    if not Path(source).is_dir():
+        raise InputError(f"--model {source} is no folder: download it first, with hf download {source}")
+    convert(["--source", source, "--output", args.output, "--to", args.to])
+
+
 def report(words: list[str]) -> None:
     """Write a run's report card (report.md, report.html, report.json, plots/), or compare two runs."""
     parser = new_parser(report.__doc__)
@@ -368,10 +429,10 @@ def report(words: list[str]) -> None:
     named = [word.partition("=") for word in args.collection or ()]
     if not all(folder for _, _, folder in named):
         raise InputError("--collection expects REPO=RUN, for example you/nanochat-d12=runs/d12")
-    if not named and bool(args.run_dir) == bool(args.compare):
+    if [bool(args.run_dir), bool(args.compare), bool(named)].count(True) != 1:
         raise InputError("name one run with --run-dir, or two with --compare")
-    if args.row and args.compare:
-        raise InputError("--row is about one run: name it with --run-dir")
+    if (args.row or args.hourly_rate is not None) and not args.run_dir:
+        raise InputError("--row and --node-hourly-rate are about one run: name it with --run-dir")
     from .eval.report import collect, compare, make_report, results_row, summary
     from .hub.model_card import collection_table
 
@@ -402,6 +463,8 @@ def identity(words: list[str]) -> None:
     args = parser.parse_args(words)
     if args.model and args.endpoint is None:
         raise InputError("--model is the name of a model at --endpoint: give that, too")
+    if args.split == "test" and args.endpoint is not None:
+        raise InputError("--split is of the phrasings, which --endpoint does without: leave one of them out")
     from .data import identity as library
 
     person, num = library.read_identity(args.identity), args.rows or library.NUM_CONVERSATIONS
@@ -416,17 +479,13 @@ def identity(words: list[str]) -> None:
             print(f"left out {count}: {reason}")
     else:
         rows = list(library.conversations(person, args.split, args.seed, num))
-    output = Path(args.output)
-    with writing(output):
-        temporary = output.with_name(f".{output.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, output)
+    save_text(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(rows)} conversations of {person.name} in {args.output}; mix them in: {{dataset: {args.output}}}")
 
 
 def compare(words: list[str]) -> None:
     """Compare two runs: `nanochat compare runs/a runs/b`."""
-    report(["--compare", *words])
+    report(words if {"-h", "--help"} & {*words} else ["--compare", *words])
 
 
 def demo(words: list[str]) -> None:
@@ -464,9 +523,50 @@ def env(words: list[str]) -> None:
         print(f'{"missing":<20} {requirement}: pip install "{requirement.partition(";")[0]}"')
 
 
+def bench(words: list[str]) -> None:
+    """Measure this machine: `nanochat bench [cpu|gpu|decoding|scaling] [...]` runs scripts/bench*.py."""
+    kinds = {"cpu": "bench", "gpu": "bench_gpu", "decoding": "bench_decoding", "scaling": "bench_scaling"}
+    kind, words = (words[0], words[1:]) if words and not words[0].startswith("-") else ("cpu", words)
+    if kind not in kinds:
+        raise InputError(f"no benchmark {kind!r}; {nearest(kind, kinds)}")
+    script = project_folder("scripts", f"{kinds[kind]}.py")
+    os.execv(sys.executable, [sys.executable, str(script), *words])
+
+
+def completion(words: list[str]) -> None:
+    """Complete commands, flags and keys in a shell: `source <(nanochat completion bash)`, zsh or fish likewise."""
+    if words[:1] == ["words"] and "COMP_LINE" in os.environ:  # a shell's question
+        print(*completions(os.environ["COMP_LINE"].split(" ")[1:]), sep="\n")
+        return
+    parser = new_parser(completion.__doc__)
+    parser.option("shell", Literal["bash", "zsh", "fish"])
+    shell = parser.parse_args(words).shell
+    print(project_folder("configs", "completion", shell).read_text(encoding="utf-8"), end="")
+
+
+def completions(words: list[str]) -> list[str]:
+    """What may stand in the place of the last word: commands, recipes, and what `--help` lists."""
+    *before, current = words
+    recipes = [path.parent.name for path in RECIPES.glob("*/base.yaml")]
+    values = {"--recipe": recipes, "--config-file": [path.stem for path in ACCELERATE.glob("*.yaml")]}
+    values |= {"--stage": MODEL_STAGES}
+    if not before:
+        names = [*COMMANDS, *STAGE_COMMANDS]
+    elif before[-1] in values:
+        names = values[before[-1]]
+    else:
+        names = recipes if before in (["run"], ["plan"]) else []
+        with redirect_stdout(io.StringIO()) as output, suppress(SystemExit, InputError):
+            dispatch(before[0], ["--help"])
+        names = [*names, *re.findall(r"(?<![\w-])--[a-z][\w-]*", output.getvalue())]
+        names += [f"{key}=" for key in re.findall(r"^  (\w+\.\w+) \(", output.getvalue(), re.M)]
+    return sorted({name for name in names if name.startswith(current)})
+
+
 COMMANDS: dict[str, Callable] = {
-    "run": run, "plan": plan, "speedrun": speedrun, "chat": chat, "serve": serve, "push": push, "convert": convert,
-    "report": report, "compare": compare, "identity": identity, "demo": demo, "recipes": recipes, "env": env,
+    "run": run, "plan": plan, "speedrun": speedrun, "chat": chat, "serve": serve, "push": push, "export": export,
+    "convert": convert, "report": report, "compare": compare, "identity": identity, "bench": bench, "demo": demo,
+    "recipes": recipes, "env": env, "completion": completion,
 }  # fmt: skip
 
 
@@ -476,15 +576,16 @@ def main(command: str | None = None) -> None:
 
 
 def dispatch(command: str | None, words: list[str]) -> None:
-    texts = {name: text for name, (_, _, text, _) in STAGE_COMMANDS.items()}
+    texts = {name: text for name, (_, text, _) in STAGE_COMMANDS.items()}
     texts = {name: function.__doc__ for name, function in COMMANDS.items()} | texts
     if command is None:
         parser = Parser(__doc__, prog="nanochat", usage="nanochat COMMAND [--help] [...]")
         parser.epilog = "\n".join(f"  {name:<12} {text}" for name, text in texts.items())
-        if not words or words[0] in ("-h", "--help"):
-            parser.print_help()
-            return
-        command, words = words[0], words[1:]
+        if words == ["--version"]:
+            return print(metadata.version("nanochat_hf"))
+        if not words or words in (["-h"], ["--help"], ["help"]):
+            return parser.print_help()
+        command, words = (words[1], ["--help"]) if words[0] == "help" else (words[0], words[1:])
     if command in STAGE_COMMANDS:
         run_stage_command(command, words)
     elif command in COMMANDS:

@@ -227,7 +227,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, **options)
 
     def error(self, message: str):
-        raise InputError(message.removeprefix("argument "))
+        advice = "; --help lists the flags" if "unrecognized" in message else ""
+        raise InputError(message.removeprefix("argument ") + advice)
 
     def option(self, name: str, kind: Any = str, *names: str, **options) -> None:
         """`add_argument` with an annotation in place of argparse's type."""
@@ -260,6 +261,8 @@ class Parser(argparse.ArgumentParser):
             name, equals, value = word.partition("=")
             if name.startswith("--") and name != "--":
                 name = name.replace("_", "-")
+                if "." in name:
+                    raise InputError(f"keys of a recipe have no dashes: {name.strip('-')}=VALUE")
                 if name not in self._option_string_actions:
                     flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
                     raise InputError(f"unknown flag {name!r}; {nearest(name, flags)}")

@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-Stage = Literal["base", "mid", "sft", "rl"]
+Stage = Literal["base", "mid", "sft", "rl", "dpo"]
 Number = Annotated[float, Ge(-1e100), Le(1e100)]  # whole or not; sums and squares of them stay finite
 OptionalNumber = Number | None
 

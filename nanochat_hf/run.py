@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from .errors import InputError
 from .metrics import problem
 
-STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
-MODEL_STAGES = ("base", "mid", "sft", "rl")
-TITLES = {"tokenizer": "Tokenizer", "base": "Base model", "mid": "Mid-training", "sft": "SFT", "rl": "RL"}
+STAGES = ("tokenizer", "base", "mid", "sft", "rl", "dpo", "eval", "report")
+MODEL_STAGES = ("base", "mid", "sft", "rl", "dpo")
+TITLES = dict(zip(STAGES, ("Tokenizer", "Base model", "Mid-training", "SFT", "RL", "DPO")))
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "datasets", "tokenizers", "peft", "lm_eval", "deepspeed")
 
 
@@ -97,9 +97,20 @@ def first_non_finite(tensors) -> str | None:
     return None
 
 
+SYNONYMS = {  # names of transformers and TRL -> ours
+    "dataset_name": "dataset", "grpo": "rl", "gradient_accumulation_steps": "total_batch_size",
+    "learning_rate": "matrix_lr", "max_completion_length": "max_new_tokens", "max_steps": "num_iterations",
+    "model_name_or_path": "model", "num_generations": "num_samples", "num_train_epochs": "num_epochs",
+    "output_dir": "run_dir", "per_device_train_batch_size": "device_batch_size", "use_peft": "lora_r",
+}  # fmt: skip
+
+
 def nearest(name, names) -> str:
     """'did you mean X?' when a name is close to one of `names`, else the list of them."""
-    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+    plain = {str(ours).strip("-").replace("-", "_"): ours for ours in names}
+    word = str(name).strip("-").replace("-", "_")
+    close = [SYNONYMS[word]] if SYNONYMS.get(word) in plain else difflib.get_close_matches(word, plain, n=1)
+    close = [plain[word] for word in close]
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(map(str, names))
 
 
@@ -164,13 +175,18 @@ def model_fingerprint(folder: str | Path) -> str | None:
 
 
 def save_json(path: str | Path, value) -> None:
-    """Write a file beside the target and rename it, so that no reader sees half of it. NaN becomes null."""
-    path = Path(path)
+    """Write JSON by `save_text`; NaN becomes null."""
     text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    save_text(path, f"{text}\n")
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Write a file beside the target and rename it, so that no reader sees half of it."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(text + "\n", encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
 
 

@@ -2,7 +2,6 @@
 
     PretrainConfig(depth=12)                  # raises InputError for a value that no run can have
     STAGE_CONFIGS["base"]                     # the class of base.yaml
-    python -m nanochat_hf.stage_configs       # prints docs/configuration.md
 
 Names are those of karpathy/nanochat where it has them. Nothing here imports a large library, so that wrong input is
 refused at once.
@@ -10,6 +9,7 @@ refused at once.
 
 import importlib.util
 import re
+from collections.abc import Collection
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal, Required
@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from pydantic import AfterValidator, StringConstraints, model_validator
 from typing_extensions import TypedDict
 
-from .config import STRICT, keys_of, parse_config, settings
+from .config import STRICT, parse_config, settings
 from .data.transforms import TRANSFORMS
 from .demo.corpus import CHAT_KINDS, KINDS
 from .errors import InputError
@@ -148,6 +148,15 @@ ChatEntry = Annotated[ChatDataset, AfterValidator(rows_or_epochs)]
 ChatMixture = Annotated[list[ChatEntry], MinLen(1)]
 
 
+def whole_sequences(config):
+    """`config`; raises ValueError if a step's tokens, packed, are no whole sequences."""
+    size, length, packing = config.total_batch_size, config.max_seq_len, getattr(config, "packing", True)
+    if packing and size > 0 and length > 0 and size % length:
+        reason = f"with packing it must be a multiple of max_seq_len, {length} tokens"
+        raise ValueError(f"total_batch_size is {size}: {reason}")
+    return config
+
+
 @settings
 class TokenizerConfig:
     """Keys of tokenizer.yaml."""
@@ -251,14 +260,7 @@ class PretrainConfig:
     report_to: Tracker = "none"
     """Experiment tracker."""
 
-    @model_validator(mode="after")
-    def step_is_whole_sequences(self):
-        if self.total_batch_size > 0 and self.total_batch_size % self.max_seq_len:
-            raise ValueError(
-                f"total_batch_size is {self.total_batch_size}: it must be a multiple of max_seq_len, "
-                f"{self.max_seq_len} tokens"
-            )
-        return self
+    step_is_whole_sequences = model_validator(mode="after")(whole_sequences)
 
 
 @settings
@@ -338,15 +340,7 @@ class ChatConfig(StageConfig):
     compile: bool = False
     """Compile the network with torch.compile (CUDA)."""
 
-    @model_validator(mode="after")
-    def step_is_whole_sequences(self):
-        packed = self.packing and self.max_seq_len > 0 and self.total_batch_size > 0
-        if packed and self.total_batch_size % self.max_seq_len:
-            raise ValueError(
-                f"total_batch_size is {self.total_batch_size}: with packing it must be a multiple of max_seq_len, "
-                f"{self.max_seq_len} tokens"
-            )
-        return self
+    step_is_whole_sequences = model_validator(mode="after")(whole_sequences)
 
 
 @settings
@@ -395,6 +389,8 @@ class DPOStageConfig(StageConfig):
     """DPO's beta: the higher, the closer the model stays to the reference model."""
     init_lr_frac: NotNegative = 0.02
     warmdown_ratio: Fraction = 1.0
+    enabled: bool = False
+    """true: run this stage also when --stages does not name it."""
 
 
 @settings
@@ -403,7 +399,7 @@ class EvalConfig:
 
     tasks: list[Annotated[str, AfterValidator(known_task)]] = field(default_factory=lambda: ["nanochat_demo"])
     """Tasks or groups for the chat stages: ours (evals/tasks) or any of lm-eval's."""
-    chat_stages: Stages = field(default_factory=lambda: ["mid", "sft", "rl"])
+    chat_stages: Stages = field(default_factory=lambda: ["mid", "sft", "rl", "dpo"])
     """Stages that answer `tasks`; those that a run does not have are left out."""
     text_stages: Stages | None = None
     """Stages that answer those of `tasks` that are plain text, such as the Korean ones; None: chat_stages."""
@@ -423,7 +419,7 @@ class EvalConfig:
     """Text for bits per byte, its validation split; None for none. Parts of a mixture are also measured alone."""
     bpb_tokens: Count = 65536
     """Tokens of it."""
-    bpb_stages: Stages = field(default_factory=lambda: ["base", "mid", "sft", "rl"])
+    bpb_stages: Stages = field(default_factory=lambda: ["base", "mid", "sft", "rl", "dpo"])
     """Stages that bits per byte are computed for."""
     batch_size: Count = 128
     """Answers generated together."""
@@ -463,6 +459,12 @@ STAGE_CONFIGS = {
 }  # fmt: skip
 
 
+def refuse_unused_words(config, keys: Collection[str]) -> None:
+    """Raise InputError if a command line names `words`, which is among `keys`, for tasks that use none."""
+    if "words" in keys and not SPELLING & set(config.tasks):
+        raise InputError(f"eval.words: none of its tasks uses it; those that do: {', '.join(sorted(SPELLING))}")
+
+
 def find_recipe(name: str) -> Path:
     """The folder of a recipe, by its path or its name below recipes/."""
     for folder in (Path(name), RECIPES / name):
@@ -497,6 +499,7 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
         check(stage, [*present, "report"])
     configs = {stage: parse_config(STAGE_CONFIGS[stage], recipe / f"{stage}.yaml", values[stage]) for stage in present}
     chosen = stages or [*(stage for stage in present if getattr(configs[stage], "enabled", True)), "report"]
+    refuse_unused_words(configs.get("eval"), values.get("eval", ()))
     context = configs["base"].max_seq_len
     if "rl" in chosen and configs["rl"].max_new_tokens >= context:
         raise InputError(
@@ -504,29 +507,3 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
             f"base.max_seq_len, {context} tokens"
         )
     return [stage for stage in STAGES if stage in chosen], configs
-
-
-def markdown() -> str:
-    """The text of docs/configuration.md."""
-    lines = [
-        "# Configuration",
-        "",
-        "Every key of a recipe's YAML files, made by `python -m nanochat_hf.stage_configs`.",
-    ]
-    lines += [
-        "In a YAML: `depth: 12`; for recipes/speedrun.py: `base.depth=12`; for a script of one stage: `--depth 12`."
-    ]
-    lines += ["All are checked before anything runs."]
-    stages = {"tokenizer": TokenizerConfig, "base": PretrainConfig, "mid, sft": ChatConfig, "rl": RLConfig}
-    stages |= {"dpo": DPOStageConfig, "mid, sft, rl, dpo": StageConfig, "eval": EvalConfig}
-    for names, cls in stages.items():
-        lines += ["", f"## {names}", "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
-        for owner, key, default, values, text in keys_of(cls):
-            if owner == cls.__name__ or key in cls.__annotations__:
-                cells = [f"`{key}`", f"`{default or 'empty'}`", values, text]
-                lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

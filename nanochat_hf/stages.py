@@ -27,7 +27,7 @@ from .eval.lm_eval_model import Generator
 from .eval.report import make_report, summary
 from .eval.weights import origin, renewal, replaced
 from .hub.push import checkpoint_pusher
-from .run import MODEL_STAGES, STAGES, Run, duration, load_json, load_metrics, renamed_keys
+from .run import MODEL_STAGES, Run, duration, load_json, load_metrics, renamed_keys
 from .serve.engine import Engine
 from .stage_configs import ChatConfig, DPOStageConfig, EvalConfig, PretrainConfig, RLConfig, TokenizerConfig
 from .train.dpo import train_dpo
@@ -46,15 +46,15 @@ def engine(model, tokenizer):
 
 def new_folder(run: Run, stage: str) -> Path:
     """The stage's folder. Raises InputError if the stage is finished."""
-    folder = run.path / stage
-    if (load_metrics(folder) or {}).get("finished"):
+    folder = run.folder(stage)
+    if run.finished(stage):
         raise InputError(f"{folder} is finished already; delete it or choose another --run-dir")
     return folder
 
 
 def source_of(stage: str, run: Run) -> str:
     """The newest finished model before a stage. Raises InputError if there is none."""
-    folder = run.latest_model(before=stage if stage in STAGES else "eval")
+    folder = run.latest_model(before=stage)
     if folder is None:
         raise InputError(
             f"stage {stage!r} starts from a finished earlier stage and {run.path} has none: run base first, "
@@ -165,12 +165,15 @@ def run_eval(
     show_result(run.folder("eval"))
 
 
+RUNNERS = {"tokenizer": run_tokenizer, "base": run_base, "mid": run_chat, "sft": run_chat, "rl": run_rl}
+RUNNERS |= {"dpo": run_dpo, "eval": run_eval}
+
+
 def run_stage(stage: str, configs: dict, run: Run, repo: str | None = None) -> None:
-    runners = {"tokenizer": run_tokenizer, "base": run_base, "mid": run_chat, "sft": run_chat, "rl": run_rl}
     tasks = configs.get("eval")
     options = {"base": {"repo": repo, "tasks": tasks}, "eval": {"keep_unchanged": True}}
     options |= {name: {"stage": name, "tasks": tasks} for name in ("mid", "sft")}
-    (runners | {"eval": run_eval})[stage](configs[stage], run, **options.get(stage, {}))
+    RUNNERS[stage](configs[stage], run, **options.get(stage, {}))
 
 
 def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
@@ -192,7 +195,7 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
             raise InputError(
                 f"{run.folder(stage)} is finished but was made before {redone!r}, which runs again; delete it"
             )
-        now, before = vars(configs[stage]), renamed_keys(metrics.get("config") or {})
+        now, before = compared(run, vars(configs[stage])), compared(run, renamed_keys(metrics.get("config") or {}))
         changes = [f"{key}: {old!r} -> {now.get(key)!r}" for key, old in before.items() if now.get(key) != old]
         if changes:
             raise InputError(
@@ -200,6 +203,14 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
                 "use another --run-dir or delete that folder"
             )
         check_inputs(run, stage, metrics.get("inputs") or {}, configs[stage])
+
+
+def compared(run: Run, config: dict) -> dict:
+    """`config`, whose lists of stages to evaluate keep only those that the run has."""
+    return {
+        key: [stage for stage in value if run.folder(stage).exists()] if value and key.endswith("_stages") else value
+        for key, value in config.items()
+    }
 
 
 def check_inputs(run: Run, stage: str, inputs: dict, config) -> None:

@@ -30,7 +30,7 @@ from .hub.push import friendly_hub_errors, link, log_in
 from .run import STAGES, Run, fingerprint, load_metrics, save_json, writing
 from .train.checkpoint import complete_checkpoints, damage, manifest_of, sha256
 
-SYNCED = (*(stage for stage in STAGES if stage != "report"), "dpo")
+SYNCED = STAGES[:-1]  # all but the report
 NAME = re.compile(r"(\w+)--(finished|step_\d+(?:\.\d+)?|checkpoint-\d+)--[0-9a-f]{16}")
 MARK = "sync.json"  # {"run": its id, "time": seconds, "files": {path below the run folder: its SHA-256}}
 POLL = 1.0  # seconds between looks at the run folder

@@ -50,7 +50,7 @@ def test_a_wheel_trains_and_evaluates_far_from_a_checkout(tmp_path):
     """Recipes, Accelerate config files, lm-eval tasks and the Space come from the installed package."""
     source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
     source.mkdir()
-    for name in ("nanochat_hf", "recipes", "configs", "evals", "spaces"):
+    for name in ("nanochat_hf", "recipes", "configs", "scripts", "evals", "spaces"):
         shutil.copytree(ROOT / name, source / name)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -74,6 +74,10 @@ def test_a_wheel_trains_and_evaluates_far_from_a_checkout(tmp_path):
     assert "nanochat COMMAND" in run(nanochat, "--help") and "cpu-demo" in run(nanochat, "recipes")
     tasks = re.search(r"lm-eval tasks +(\S+)", run(nanochat, "env"))[1]
     assert Path(tasks).expanduser() == site / "nanochat_hf" / "shipped" / "evals"
+    assert "train step" in run(nanochat, "bench", "--seconds", 0.2) and "complete" in run(
+        nanochat, "completion", "fish"
+    )
+    assert f"{site}/nanochat_hf/shipped/recipes/slurm.sh" in run(nanochat, "run", "d12", "--job", "slurm")
     run(nanochat, "demo", "--run-dir", "run", "--stages", "tokenizer,base,sft,eval,report", *SHORT)
     assert (elsewhere / "run" / "report.html").is_file()
     model = f"pretrained={elsewhere}/run/sft,trust_remote_code=True"

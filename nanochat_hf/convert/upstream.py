@@ -244,6 +244,8 @@ def convert(
     in_place = output.exists() and output.samefile(source)
     if output.exists() and not (in_place and to == "hf" and (source / "configuration_nanochat.py").exists()):
         raise ValueError(f"{output} exists: remove it or choose another output")
+    if step is not None and to != "nanochat" and not any(source.glob("model_*.pt")):
+        raise ValueError(f"--step chooses among model_NNNNNN.pt files (karpathy/nanochat), and {source} has none")
     model, step = load_model(source, step)
     compared = None
     if in_place:

@@ -312,20 +312,21 @@ def by_text(rows: list[dict], key: str) -> dict[str, dict]:
 
 
 def metrics_by_stage(table: dict, errors: bool = False) -> str:
-    """A row per metric, a column per stage, and the random baseline.
+    """A row per metric, a column per stage that has one, and the random baseline.
 
     With `errors` also standard errors, the number of questions, how many called a tool, and pass@k.
     """
     rows, counts = [], ("baseline", "n") if errors else ("baseline",)
+    stages = [stage for stage in MODEL_STAGES if any(stage in named for named in table.values())]
     for metric, named in table.items():
-        cells = [named.get(stage, {}) for stage in MODEL_STAGES]
+        cells = [named.get(stage, {}) for stage in stages]
         values = [with_error(cell.get("value"), cell.get("stderr") if errors else None) for cell in cells]
         rows.append([metric, *values, *(show(of_last_stage(named, key)) for key in counts)])
         extra = dict.fromkeys(key for cell in cells for key in cell if key.startswith(("tool_use", "pass@")))
         for key in extra if errors else ():
             label, values = key.replace("tool_use", "tool called"), [show(cell.get(key), key) for cell in cells]
             rows += [[f"{metric}, {label}", *values, "-", "-"]] if of_last_stage(named, key) else []
-    return grid(["Metric", *map(str.upper, MODEL_STAGES), "Random baseline", "n"][: -1 if not errors else None], rows)
+    return grid(["Metric", *map(str.upper, stages), "Random baseline", "n"][: -1 if not errors else None], rows)
 
 
 def core_table(core: dict) -> str:

@@ -99,7 +99,7 @@ def measurements(run: Run, evaluation: dict) -> dict[str, Measurement]:
 
 def origin(run: Run, stage: str, source: str | Path) -> str:
     """The log line that says which model a stage starts from, and which unfinished stages it passes over."""
-    before = MODEL_STAGES[: MODEL_STAGES.index(stage)] if stage in MODEL_STAGES else MODEL_STAGES
+    before = MODEL_STAGES[: MODEL_STAGES.index(stage)]
     own = next((name for name in before if run.folder(name) == Path(source)), None)
     after = before[before.index(own) + 1 :] if own else ()
     unfinished = [name for name in after if run.folder(name).exists() and not run.finished(name)]

@@ -1,0 +1,100 @@
+"""`nanochat run NAME --job hf|sky|slurm`: a job that runs the recipe on rented GPUs or a cluster, as text.
+
+hf is a command line of Hugging Face Jobs, sky a task of SkyPilot, slurm a script for one or more nodes. The texts
+are templates in configs/jobs; docs/cloud.md says which of them were run.
+"""
+
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+from .config import Parser, read_yaml
+from .errors import InputError
+from .run import project_folder
+from .stage_configs import RECIPES, Count, Place
+
+NODE = 8  # GPUs
+SUBMIT = {"hf": ("hf", "bash"), "sky": ("sky", "sky jobs launch --yes --secret HF_TOKEN"), "slurm": ("sbatch",) * 2}
+
+
+def job_options(parser: Parser) -> None:
+    parser.option("--job", Literal["hf", "sky", "slurm"], help="print a job for Hugging Face Jobs, SkyPilot or Slurm")
+    parser.add_argument("--submit", action="store_true", help="also hand the job to hf, sky or sbatch")
+    parser.option("--gpu", help="of a job (default: H200)")
+    parser.option("--hours", Count, help="time limit of a job; default: 1 + twice the projected pretraining")
+    parser.option("--image", Place, help="container of a job, from the Dockerfile (default: you/nanochat_hf)")
+
+
+def make_job(recipe: Path, configs: dict, words: list[str], arguments) -> None:
+    """Print the job; with --submit hand it to its program.
+
+    Args:
+        words: of `nanochat speedrun`, for the same pipeline. arguments: values of `job_options`, and of the command.
+
+    Raises:
+        InputError: no such machine, a recipe that the image lacks, or no program to submit with.
+    """
+    kind, gpu, gpus = arguments.job, arguments.gpu or "H200", arguments.num_processes or NODE
+    if arguments.config_file or arguments.dry_run:
+        raise InputError("a job chooses its config file and starts nothing: leave --config-file and --dry-run out")
+    if kind == "slurm" and arguments.image:
+        raise InputError("--image is for hf and sky: a Slurm job runs in the environment that submits it")
+    if kind != "slurm" and recipe.parent.resolve() != RECIPES.resolve():
+        raise InputError(f"the image has no {recipe}: put it into recipes/ before docker build, or use --job slurm")
+    folder, config = project_folder("configs", "jobs"), "multi_gpu" if gpus > 1 else "single_gpu"
+    command = ["nanochat", "run", *words, f"--config-file={config}", f"--num-processes={gpus}"]
+    values = {
+        "name": recipe.name, "image": arguments.image or "you/nanochat_hf", "command": shlex.join(command),
+        "hours": arguments.hours or projected_hours(configs, gpu, gpus), "words": shlex.join(words),
+        "root": shlex.quote(str(project_folder())), "gpu": gpu, "gpus": gpus, **machine(kind, gpu, gpus, folder),
+    }  # fmt: skip
+    text = Template((folder / kind).read_text(encoding="utf-8")).substitute(values)
+    print(text, end="", flush=True)
+    if kind != "slurm" and not arguments.sync:
+        lost = "the run folder is lost with the machine: add --sync, for example --sync hf://you/runs"
+        if arguments.submit:
+            raise InputError(lost)
+        print(f"note: {lost}", file=sys.stderr)
+    if arguments.submit:
+        submit(text, *SUBMIT[kind])
+
+
+def projected_hours(configs: dict, gpu: str, gpus: int) -> int:
+    """1 + twice the projected hours of pretraining in bf16. Raises InputError for an unknown GPU."""
+    from .optim.scaling import estimate_speed, plan  # which import torch
+
+    size = plan(configs["base"], configs["tokenizer"].vocab_size)
+    speed, source = estimate_speed(size, gpu, gpus, False)
+    if speed is None:
+        raise InputError(f"--gpu: {source}; give --hours")
+    return 1 + math.ceil(2 * size.total_tokens / speed / 3600)
+
+
+def machine(kind: str, gpu: str, gpus: int, folder: Path) -> dict:
+    """Flavor of Hugging Face Jobs, or nodes of a cluster. Raises InputError if there is no such machine."""
+    nodes, flavors = max(1, gpus // NODE), read_yaml(folder / "flavors.yaml")
+    if kind == "hf" and gpus not in flavors.get(gpu, {}):
+        machines = ", ".join(f"{number} x {name}" for name, numbers in flavors.items() for number in numbers)
+        raise InputError(f"Hugging Face Jobs has no machine of {gpus} x {gpu}; it has {machines}")
+    if kind == "sky" and nodes > 1:
+        raise InputError(f"--job sky is for one machine of up to {NODE} GPUs; for several nodes use --job slurm")
+    if gpus > NODE and gpus % NODE:
+        raise InputError(f"{gpus} GPUs are no whole nodes: ask for up to {NODE}, or a multiple of {NODE}")
+    return {"flavor": flavors.get(gpu, {}).get(gpus), "nodes": nodes, "gpus_per_node": gpus // nodes}
+
+
+def submit(text: str, program: str, command: str) -> None:
+    if shutil.which(program) is None:
+        raise InputError(f"--submit: this machine has no program {program!r}; the job above is complete without it")
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".yaml" if program == "sky" else ".sh") as file:
+        file.write(text)
+        file.flush()
+        code = subprocess.run([*command.split(), file.name], check=False).returncode
+    if code:
+        raise InputError(f"{program} did not take the job: exit code {code}")
