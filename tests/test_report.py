@@ -60,7 +60,9 @@ def test_the_header_has_machine_commit_and_cost(run):
         assert part in text
     assert "deepspeed" not in text
     assert re.search(r"Direct dependencies\s+\| 16", text)
-    assert re.search(r"Cost\s+\| -", markdown(collect(Run(run))))
+    edit(run / "rl" / "metrics.json", started=9, hardware={"device": "Kettle", "num_processes": 1})
+    later = markdown(collect(Run(run)))  # the machine is that of the last stage
+    assert re.search(r"Cost\s+\| -", later) and "Kettle" in later and "Toaster" not in later
 
 
 def test_the_sections_show_numbers_and_literal_samples_once(run):
@@ -68,7 +70,7 @@ def test_the_sections_show_numbers_and_literal_samples_once(run):
     assert re.search(r"Parameters\s+\| 1,234,567", text)
     assert re.search(r"arithmetic\s+\| 0.5000\s+\| 0.7500", text)
     assert re.search(r"korean\s+\| 1.5000\s+\| -", text)
-    assert re.search(r"right \| 2\+2\?", text)
+    assert re.search(r"right \| 2\+2\?", text) and re.search(r"wrong \| 3\+3\?", text)
     assert re.search(r"SFT\s+\| Value\s+\| Random baseline", text)
     assert re.search(r"counting\s+\| 0.8000 ± 0.0100\s+\| 0.2500\s+\| 200\s+\| 99.0%\s+\| pass@2 0.9000", text)
     assert text.count("is \\*big\\* | and \\<b>old") == 1
@@ -84,7 +86,7 @@ def test_small_helpers():
     assert one_line("x" * 400) == "x" * 299 + "…"
     call = "<|python_start|>2*3<|python_end|><|output_start|>6<|output_end|>So <|assistant_end|>6."
     assert one_line(call) == r"\[calls 2\*3, gets 6] So 6."
-    assert [short(n) for n in (None, 12, 65_536_000, 4_200_000_000)] == ["-", "12", "65.5M", "4.2B"]
+    assert [short(n) for n in (None, 12, 1000, 65_536_000, 10**9)] == ["-", "12", "1.0K", "65.5M", "1.0B"]
 
 
 def test_report_json_holds_the_same_facts_and_damaged_results_are_one_line(run):
