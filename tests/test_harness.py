@@ -142,17 +142,12 @@ def test_the_built_in_engine_answers_and_several_samples_give_pass_at_k(run):
     assert measure(run, **keys)["results"]["sft"]["spelling"]["pass@3"] == 1.0
 
 
-@pytest.mark.parametrize("what", ["nothing", "config", "weights", "template", "demo_spelling.yaml", "core.py", "data"])
-def test_an_interrupted_evaluation_is_used_only_for_the_same_weights_config_tasks_and_data(
-    run, loads, monkeypatch, what
-):
+@pytest.mark.parametrize("what", ["nothing", "config", "weights", "task"])
+def test_an_interrupted_evaluation_is_used_only_for_the_same_weights_config_and_tasks(run, loads, monkeypatch, what):
     """Interrupted in sft; base is measured again if what decides its numbers changed."""
-    tasks, data = run / "evals", run / "data" / "gsm8k_test.jsonl"
-    shutil.copytree(ROOT / "evals", tasks)
-    monkeypatch.setattr("nanochat_hf.eval.harness.EVALS", tasks)
-    data.parent.mkdir()
-    data.write_text("")
-    keys = {"chat_data": str(data.parent)}
+    shutil.copytree(ROOT / "evals", run / "evals")
+    monkeypatch.setattr("nanochat_hf.eval.harness.EVALS", run / "evals")
+    keys = {}
     with pytest.raises(KeyboardInterrupt):
         measure(run, engine=Interrupted, **keys)
     assert loads() == ["base", "sft"] and not (run / "eval" / "metrics.json").exists()
@@ -160,12 +155,8 @@ def test_an_interrupted_evaluation_is_used_only_for_the_same_weights_config_task
         keys["bpb_tokens"] = 128
     elif what == "weights":
         change_weights(run / "base")
-    elif what == "template":
-        (run / "base" / "chat_template.jinja").write_text("{{ messages }}")
-    elif what == "data":
-        data.write_text('{"question": "?", "answer": "#### 1"}\n')
-    elif what != "nothing":
-        (tasks / "tasks" / what).open("a").write("# changed\n")
+    elif what == "task":
+        (run / "evals" / "tasks" / "demo_spelling.yaml").open("a").write("# changed\n")
     metrics = measure(run, **keys)
     assert loads() == (["sft"] if what == "nothing" else ["base", "sft"])
     assert metrics["weights"] == {stage: model_fingerprint(run / stage) for stage in ("base", "sft")}
