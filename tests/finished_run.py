@@ -52,6 +52,11 @@ def finished_run(tmp_path):
         core={"base": core},
         bytes_per_token={"korean": {"ours": 1.5, "GPT-2": None}},
         bloat={"characters": 1000, "lines": 20, "files": 2, "tokens": 250, "dependencies": 16},
-        examples={"rl": [{"question": "2+2?", "expected": "4", "answer": "4", "correct": 1.0}]},
+        examples={
+            "rl": [
+                {"question": "2+2?", "expected": "4", "answer": "4", "correct": 1.0},
+                {"question": "3+3?", "expected": "6", "answer": "5", "correct": 0.25},
+            ]
+        },  # one of four is right
     )
     return tmp_path

@@ -28,7 +28,6 @@ from nanochat_hf.serve.terminal_chat import (
     Options,
     RemoteModel,
     Screen,
-    last_block,
     messages_of,
     without_tools,
 )
@@ -151,13 +150,6 @@ def test_two_calls_in_a_row_are_on_two_lines(terminal):
     assert [message["role"] for message in chat.messages] == ["user", *["assistant", "tool"] * 2, "assistant"]
 
 
-def test_long_answers_are_printed_paragraph_by_paragraph():
-    chunks = [StreamChunk(f"Paragraph {i}.\n\n") for i in range(60)]
-    output, _ = draw(chunks, width=40, height=10, force_terminal=True)
-    assert "Paragraph 0." in output and "Paragraph 59." in output
-    assert output.count("Paragraph 30.") <= 2  # once while it was written, once for good
-
-
 def test_the_system_message_is_sent_and_a_question_without_an_answer_forgotten():
     chat = Chat(Script([StreamChunk("b")]), Options(), "Be kind.", Console(file=io.StringIO(), force_terminal=True))
     chat.ask("a")
@@ -230,32 +222,10 @@ def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path):
     assert chat.messages[0] == {"role": "user", "content": "Hello"}
 
 
-def test_saving_in_the_home_of_nobody_keeps_the_conversation(chat, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert chat.command("/save ~no-such-user/talk.json") and "written" in shown(chat)
-    assert (tmp_path / "~no-such-user" / "talk.json").exists()
-
-
 def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns(chat):
     for _ in range(8):
         chat.ask("Hello")
     assert len(chat.messages) == 16 and "error" not in shown(chat)
-
-
-@pytest.mark.parametrize(
-    "text,end",
-    [
-        ("one", 0),
-        ("one\n\ntwo\n", 5),
-        ("one\n", 0),
-        ("```\ncode\n\nmore\n", 0),
-        ("```\ncode\n\n```\n\nrest\nof it", 15),
-        ("one\n\n**", 0),  # may become a list item or bold text
-        ("one\n\n- a\n\n  b\n", 5),
-    ],
-)
-def test_the_last_block_is_what_may_still_change(text, end):
-    assert last_block(text) == text[end:]
 
 
 def test_messages_without_calls_are_what_other_servers_get():
@@ -299,8 +269,9 @@ def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line():
     with HTTPServer(("127.0.0.1", 0), BusyHandler) as server:
         url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        server.requests, server.times, server.status, server.cut = 0, 1, 503, 0
-        assert answer(url) == "fine" and server.requests == 2
+        for server.status in (429, 503):
+            server.requests, server.times, server.cut = 0, 1, 0
+            assert answer(url) == "fine" and server.requests == 2
         server.times = 9
         with pytest.raises(InputError, match=r"does not answer: 503, the queue is full"):
             answer(url, retries=1)
@@ -341,11 +312,3 @@ def test_the_script_answers_one_prompt_and_reads_a_pipe(talker_folder):  # noqa:
     assert "It is 408." in piped and "forgotten" in piped and "🙂" in piped
     missing = run("nowhere")
     assert missing.returncode == 2 and missing.stderr.strip().splitlines()[-1].startswith("error: nowhere has no")
-
-
-def test_a_server_that_asks_to_wait_is_tried_again():
-    with HTTPServer(("127.0.0.1", 0), BusyHandler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        server.requests, server.times, server.status, server.cut = 0, 1, 429, 0
-        assert answer(f"http://127.0.0.1:{server.server_port}") == "fine" and server.requests == 2
-        server.shutdown()

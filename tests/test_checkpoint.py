@@ -101,6 +101,15 @@ def test_a_second_one_of_a_step_is_newer_and_pushes_out_no_other_step(training, 
     assert [checkpoint.step_of(path) for path in checkpoints] == [7, 8]
 
 
+def test_damage_is_found_in_subfolders_too(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for text, damaged in (("a", False), ("b", True)):
+        (tmp_path / "shards" / "0").write_text(text)
+        if not damaged:
+            checkpoint.write_manifest(tmp_path)
+        assert bool(checkpoint.damage(tmp_path)) is damaged
+
+
 def test_weights_that_are_not_finite_are_not_saved_and_push_nothing_out(training, tmp_path):
     save(tmp_path, 1, training)
     training[0].lm_head.weight.data[0, 0] = float("inf")

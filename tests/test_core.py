@@ -298,6 +298,8 @@ def test_prompts_of_each_kind(tmp_path, tokenizer, tiny_model, label, row, shots
     task = load_task(label, tmp_path)
     assert task.prompts(row, [row] * shots) == expected
     if task.kind == "schema":
+        spans = task.spans([np.array([7, 8]), np.array([5, 7, 8])])  # nothing comes before the tokens of the first
+        assert [start for _, start in spans] == [2, 1]
         return
     write(tmp_path / "eval_data" / task.config.dataset_path, [row] * 12)
     (tmp_path / "core.yaml").write_text("")

@@ -9,9 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,7 +171,7 @@ def reference_distribution(logits, temperature, top_k, top_p):
     """What sampling should follow: softmax, the k best (with ties), then the smallest set with mass top_p."""
     p = torch.softmax(logits.double() / temperature, -1)
     if top_k:
-        p = torch.where(p >= p.topk(top_k).values[-1], p, 0.0)
+        p = torch.where(p >= p.topk(min(top_k, len(p))).values[-1], p, 0.0)
         p = p / p.sum()
     nucleus, total = torch.zeros_like(p), 0.0
     for i in p.argsort(descending=True).tolist():
@@ -184,7 +182,8 @@ def reference_distribution(logits, temperature, top_k, top_p):
 
 
 @pytest.mark.parametrize(
-    "temperature,top_k,top_p", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.9, 20, 0.5), (1.3, 4, 0.6)]
+    "temperature,top_k,top_p",
+    [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.9, 20, 0.5), (1.3, 4, 0.6), (0.9, 99, 1.0)],
 )
 def test_sampling_follows_its_distribution_beside_greedy_slots(temperature, top_k, top_p):
     logits = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 2
@@ -271,29 +270,6 @@ def test_a_replayed_graph_gives_the_tokens_of_single_launches():
     assert engine.generate(prompts, **options) == replayed[0]
 
 
-def test_warming_up_may_record_steps_outside_of_inference_mode(talker, monkeypatch):  # noqa: F811
-    engine, captures = Engine(*talker, 4), []
-
-    @contextmanager
-    def graph(recorded, pool, stream, capture_error_mode):
-        captures.append((stream, capture_error_mode))
-        yield
-
-    fakes = {"Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None), "CUDAGraph": SimpleNamespace}
-    fakes |= {"current_stream": fakes["Stream"], "stream": lambda stream: nullcontext(), "graph": graph}
-    fakes |= {"graph_pool_handle": lambda: 1}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    decoder = engine.decoder
-    monkeypatch.setattr(decoder, "fast_step", lambda slots: decoder.state.pos[:slots].add_(1))  # in place, as kernels
-    monkeypatch.setattr(decoder, "step", torch.inference_mode()(decoder.plain_step))
-    decoder.fast = True
-    engine.warm_up()
-    assert sorted(decoder.graphs) == [1, 2, 4]
-    assert len({id(stream) for stream, _ in captures}) == 3 and {mode for _, mode in captures} == {"thread_local"}
-    assert (decoder.state.pos[1:] == 0).all()  # the trial steps left no trace
-
-
 @pytest.mark.gpu
 def test_a_replica_on_each_gpu_answers_as_one_on_the_cpu(talker_folder):  # noqa: F811
     def answer(worker) -> list[int]:
@@ -321,13 +297,6 @@ def test_where_the_kernels_cannot_run():
 
 
 # ---- the benchmark -------------------------------------------------------------------------------------------------
-
-
-def test_rates_of_the_benchmark_fit_together(talker):  # noqa: F811
-    for batch in (1, 4):
-        row = bench.bench_decoding(talker[0], batch, prompt_length=16, new_tokens=12, rounds=1)
-        assert row["batch"] == batch and 0 < row["end_to_end"] < row["tokens_per_second"] * 1.5
-        assert row["ttft_s"] > 0 and row["warm_up_s"] > row["ttft_s"] and row["mbu"] is None
 
 
 def test_a_step_reads_matrices_once_and_no_more_keys_than_the_window():

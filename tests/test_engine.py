@@ -45,8 +45,10 @@ def test_an_answer_streams_with_its_calls_and_the_real_results(engine, question)
     assert all("\ufffd" not in chunk for chunk in chunks) and len(chunks) > 3  # no chunk ends inside a character
 
 
-def test_greedy_answers_equal_generate_of_transformers(talker):  # noqa: F811
-    model, tokenizer = talker
+@pytest.mark.parametrize("which", ["talker", "lively_model"])
+def test_greedy_answers_equal_generate_of_transformers(request, tokenizer, which):
+    model = request.getfixturevalue(which)
+    model, tokenizer = model if which == "talker" else (model, tokenizer)
     engine = Engine(model, tokenizer, tool=None)
     prompts = [engine.encode(user(question)) for question in QUESTIONS]
     answers = engine.generate(prompts, max_new_tokens=90)
@@ -183,6 +185,15 @@ def test_a_request_can_be_cancelled_while_it_waits_and_while_it_runs(talker):  #
     running.cancelled = waiting.cancelled = True
     assert engine.advance()[:2] == [(running, []), (waiting, [])] and not engine.busy
     assert (running.finish_reason, waiting.finish_reason, waiting.tokens) == ("cancelled", "cancelled", [])
+    release = threading.Event()
+    engine.tool = lambda text: release.wait(5) and text
+    calling = engine.submit(Request(engine.encode(user("What is 5 + 6?")), 100))
+    while not engine.calls:
+        engine.advance()
+    calling.cancelled = True
+    engine.advance()
+    release.set()
+    assert join_chunks(engine.stream(user("What is 5 + 6?")))[0] == ("call", "5+6") and not engine.busy
 
 
 @pytest.mark.parametrize("size,limit,tokens", [(60, 100, 4), (60, 3, 3), (60, 4, 4), (63, 100, 1), (5, 7, 7)])
@@ -220,6 +231,7 @@ def test_long_conversations_lose_their_oldest_turns_but_not_the_system_message(e
     assert ids == engine.encode(system + turns[dropped:]) and turns[dropped]["role"] == "user"
     longer = engine.encode(system + turns[dropped - 2 :])  # with the turn before, which would not have fit
     assert len(longer) + 60 > engine.length >= len(ids) + 60
+    assert engine.encode_last(system + turns, room=engine.length - len(longer)) == (longer, dropped - 2)  # just fits
     assert engine.encode_last(system + turns, room=1000) == (engine.encode([*system, turns[-1]]), len(turns) - 1)
     assert engine.encode_last(system + turns[:2] + turns[-1:], room=9)[1] == 0
 

@@ -17,11 +17,11 @@ from nanochat_hf import sandbox
 from nanochat_hf import stages as pipeline
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, core_metric, definition_of, evaluate
+from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, check_counts, core_metric, definition_of, evaluate
 from nanochat_hf.eval.lm_eval_model import load
 from nanochat_hf.eval.tasks import Tasks
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
-from nanochat_hf.train.sft import ChatConfig, train_chat
+from nanochat_hf.train.sft import ChatConfig
 
 ROOT = Path(__file__).parent.parent
 NUM_QUESTIONS = 6
@@ -142,17 +142,12 @@ def test_the_built_in_engine_answers_and_several_samples_give_pass_at_k(run):
     assert measure(run, **keys)["results"]["sft"]["spelling"]["pass@3"] == 1.0
 
 
-@pytest.mark.parametrize("what", ["nothing", "config", "weights", "template", "demo_spelling.yaml", "core.py", "data"])
-def test_an_interrupted_evaluation_is_used_only_for_the_same_weights_config_tasks_and_data(
-    run, loads, monkeypatch, what
-):
+@pytest.mark.parametrize("what", ["nothing", "config", "weights", "task"])
+def test_an_interrupted_evaluation_is_used_only_for_the_same_weights_config_and_tasks(run, loads, monkeypatch, what):
     """Interrupted in sft; base is measured again if what decides its numbers changed."""
-    tasks, data = run / "evals", run / "data" / "gsm8k_test.jsonl"
-    shutil.copytree(ROOT / "evals", tasks)
-    monkeypatch.setattr("nanochat_hf.eval.harness.EVALS", tasks)
-    data.parent.mkdir()
-    data.write_text("")
-    keys = {"chat_data": str(data.parent)}
+    shutil.copytree(ROOT / "evals", run / "evals")
+    monkeypatch.setattr("nanochat_hf.eval.harness.EVALS", run / "evals")
+    keys = {}
     with pytest.raises(KeyboardInterrupt):
         measure(run, engine=Interrupted, **keys)
     assert loads() == ["base", "sft"] and not (run / "eval" / "metrics.json").exists()
@@ -160,12 +155,8 @@ def test_an_interrupted_evaluation_is_used_only_for_the_same_weights_config_task
         keys["bpb_tokens"] = 128
     elif what == "weights":
         change_weights(run / "base")
-    elif what == "template":
-        (run / "base" / "chat_template.jinja").write_text("{{ messages }}")
-    elif what == "data":
-        data.write_text('{"question": "?", "answer": "#### 1"}\n')
-    elif what != "nothing":
-        (tasks / "tasks" / what).open("a").write("# changed\n")
+    elif what == "task":
+        (run / "evals" / "tasks" / "demo_spelling.yaml").open("a").write("# changed\n")
     metrics = measure(run, **keys)
     assert loads() == (["sft"] if what == "nothing" else ["base", "sft"])
     assert metrics["weights"] == {stage: model_fingerprint(run / stage) for stage in ("base", "sft")}
@@ -213,13 +204,19 @@ def test_measuring_one_stage_again_keeps_what_is_still_true_of_the_others(run, l
 @pytest.mark.parametrize("key", ["chat_data", "words", "core_bundle", "dataset", "mixture"])
 def test_the_definition_depends_on_data_below_the_home_folder(tmp_path, monkeypatch, key):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.jsonl").write_text("a")
+    file = tmp_path / "data" / "eval_data" / "a.jsonl"  # CORE's bundle has subfolders
+    file.parent.mkdir(parents=True)
     keys = {"dataset": [{"dataset": "~/data"}]} if key == "mixture" else {key: "~/data"}
-    first = definition_of(config(**keys))
-    assert definition_of(config(**keys)) == first
-    (tmp_path / "data" / "a.jsonl").write_text("ab")
-    assert definition_of(config(**keys)) != first
+
+    def definition(text, time):
+        file.write_text(text)
+        os.utime(file, (time, time))
+        return definition_of(config(**keys))
+
+    first = definition("a", 1)
+    assert first == definition("a", 1) != definition("ab", 1) != definition("b", 2) != first  # of the same size, too
+    monkeypatch.setattr("nanochat_hf.eval.harness.metadata.version", lambda name: "9")
+    assert definition("a", 1) != first
 
 
 def test_data_of_the_chat_tasks_is_read_below_the_home_folder(run, monkeypatch):
@@ -263,6 +260,12 @@ def test_wrong_input_is_one_clear_line(run, keys, words):
     with pytest.raises(InputError, match=words) as error:
         evaluate(config(**SPELLING | keys), {stage: str(run / stage) for stage in stages}, run / "eval")
     assert "\n" not in str(error.value) and not (run / "eval" / "metrics.json").exists()
+
+
+def test_each_process_needs_a_question():
+    check_counts(config(max_per_task=2), 2)
+    with pytest.raises(InputError, match="max_per_task is 1: give at least one question for each of 2"):
+        check_counts(config(max_per_task=1), 2)
 
 
 def test_a_stage_that_is_not_finished_is_not_left_out_in_silence(run):
@@ -320,17 +323,6 @@ def test_chatcore_has_one_engine_and_is_nan_where_questions_have_one_answer(
         chatcore_metric(EvalConfig(tasks=[]), tokenizer, tmp_path)
 
 
-def test_chatcore_is_in_the_history_of_sft(tiny_folder, tokenizer, tmp_path, fresh_accelerator):
-    chatcore = chatcore_metric(EvalConfig(tasks=TASKS, max_new_tokens=4), tokenizer, tmp_path / "sft" / "state")
-    mixture = [{"dataset": "primer", "rows": 30}]
-    config = ChatConfig(mixture=mixture, num_iterations=2, device_batch_size=2, chatcore_every=1, seed=1)
-    config.chatcore_max_per_task = 2
-    train_chat(config, str(tiny_folder), tmp_path / "sft", chatcore)
-    metrics = load_json(tmp_path / "sft" / "metrics.json")
-    assert [row["chatcore"] for row in metrics["history"]] == [0.0, 0.0]  # a model of two steps answers nothing
-    assert not (tmp_path / "sft" / "state").exists()
-
-
 def test_the_pipeline_gives_chatcore_to_sft_and_does_without_where_the_questions_are_missing(
     tiny_model, tiny_folder, tmp_path, monkeypatch, capsys
 ):
@@ -374,15 +366,6 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes_or_batch_sizes(run
     for key in ("value", "per_task", "long_prompts"):
         assert one["core"]["base"][key] == two["core"]["base"][key]
     assert len((tmp_path / "eval2/samples/sft/nanochat_demo_facts.jsonl").read_text().splitlines()) == 7
-
-
-def test_the_definition_depends_on_data_in_subfolders(tmp_path):
-    file = tmp_path / "bundle" / "eval_data" / "piqa.jsonl"  # as CORE's bundle has them
-    file.parent.mkdir(parents=True)
-    file.write_text("a")
-    first = definition_of(config(core_bundle=str(tmp_path / "bundle")))
-    file.write_text("ab")
-    assert definition_of(config(core_bundle=str(tmp_path / "bundle"))) != first
 
 
 def test_chatcore_during_training_is_greedy_whatever_the_evaluation_samples(tiny_model, tokenizer, tmp_path):

@@ -71,6 +71,7 @@ def test_the_test_asks_in_phrasings_that_no_training_has():
         ("Ophelia", "은/는", "Ophelia는"),
         ("nanochat", "이/가", "nanochat이"),
         ("로봇 7", "이/가", "로봇 7이"),
+        ("로봇 0", "은/는", "로봇 0은"),
         ("로봇 2 (새것!)", "이/가", "로봇 2 (새것!)이"),
         ("?!", "이/가", "?!가"),
         ("모델", "", "모델"),

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_hf.data import mixture as module
-from nanochat_hf.data.mixture import DatasetConfig, JsonLines, Mixture, content_fingerprint, open_rows, shared
+from nanochat_hf.data.mixture import DatasetConfig, JsonLines, Mixture, open_rows, shared
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 from nanochat_hf.tools import calculate
@@ -167,7 +167,7 @@ def test_words_are_split_and_come_from_files_or_from_text(tmp_path):
     train, test = ({r["messages"][0]["content"] for r in Mixture([entry | {"split": s}])} for s in ("train", "test"))
     assert len(train | test) == 100 and not train & test and 1 <= len(test) <= 15
     assert first_texts(entry | {"split": "validation"}) == sorted(test)
-    text = write(tmp_path / "text.jsonl", [{"text": "the owl and the duck and the owl"} for _ in range(40)])
+    text = write(tmp_path / "text.jsonl", [{"text": "the owl and the duck and the owl"}] * 40 + [{"text": "once"}])
     words = {r["messages"][1]["content"] for r in Mixture([{"dataset": text, "transform": "simple_spelling"}])}
     assert words == {"t,h,e", "o,w,l", "a,n,d", "d,u,c,k"}
 
@@ -234,14 +234,3 @@ def test_an_id_of_the_hub_may_have_a_dot(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda **arguments: calls.append(arguments) or [{"n": 1}])
     assert open_rows(DatasetConfig("teknium/OpenHermes-2.5", transform="sharegpt"), seed=0) == [{"n": 1}]
     assert calls == [{"path": "teknium/OpenHermes-2.5", "name": None, "split": "train"}]
-
-
-def test_a_fingerprint_of_rows_follows_their_content(tmp_path):
-    def of(entry):
-        return content_fingerprint(open_rows(DatasetConfig(**entry), seed=0))
-
-    path = write(tmp_path / "chat.jsonl", [chat("a", "b")])
-    before = of({"dataset": path}), of({"dataset": "primer", "rows": 3})
-    assert before == (of({"dataset": path}), of({"dataset": "primer", "rows": 3}))
-    assert of({"dataset": write(tmp_path / "chat.jsonl", [chat("a", "c")])}) != before[0]
-    assert of({"dataset": "primer", "rows": 4}) != before[1]

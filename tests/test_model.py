@@ -37,7 +37,8 @@ FIRST |= {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
         (NanoChatConfig(num_hidden_layers=4), {"value_embed_layers": [1, 3]}),
         (NanoChatConfig(value_embeds=False), {"value_embed_layers": []}),
         (NanoChatConfig(hidden_size=96, num_attention_heads=3), DERIVED),
-        (NanoChatConfig(hidden_size=96, num_attention_heads=2, head_dim=16), {"head_dim": 16}),
+        (NanoChatConfig(hidden_size=100, num_attention_heads=3, head_dim=16), {"head_dim": 16}),
+        *((NanoChatConfig(**{switch: False}), {"generation": 2}) for switch in configuration_nanochat.SWITCHES),
         (NanoChatConfig.first_generation(num_hidden_layers=3), FIRST),
     ],
 )
@@ -197,6 +198,12 @@ def test_attention_implementations_agree(generation, implementation, kinds):
     reference, model = make_model(generation, "eager"), make_model(generation, implementation)
     for kind in kinds:
         close(logits_of(model, kind), logits_of(reference, kind), atol=5e-5)
+
+
+def test_attention_drops_weights_in_training_alone():
+    model, ids = make_model(attention_dropout=0.5), make_ids(1, 12)
+    close(model(ids).logits, make_model()(ids).logits)
+    assert (model.train()(ids).logits - model.eval()(ids).logits).abs().max() > 0.01
 
 
 def test_a_registered_attention_gets_the_window_and_no_mask():
@@ -386,11 +393,6 @@ def test_the_later_blocks_may_lie_on_another_device(first):
     for module in (*model.model.layers[first:], model.lm_head):
         add_hook_to_module(module.to("meta"), AlignDevicesHook(execution_device="meta"))
     assert model(make_ids(1, 5)).logits.device.type == "meta"
-
-
-@pytest.mark.parametrize("switch", configuration_nanochat.SWITCHES)
-def test_a_model_without_one_of_the_switches_is_still_of_the_second_generation(switch):
-    assert NanoChatConfig(**{switch: False}).generation == 2
 
 
 def test_a_sequence_of_one_token_more_than_the_window_needs_the_mask():

@@ -316,6 +316,19 @@ def test_matrices_are_assigned_so_that_neighbors_have_different_owners(number, w
     assert assign_matrices_to_ranks(list(range(number)), world) == parts
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (16, 8), (8, 16)])
+def test_rows_of_a_matrix_take_the_step_that_they_take_in_the_whole(shape, monkeypatch):
+    torch.manual_seed(0)
+    whole = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
+    x, part, rows = torch.randn(2, *shape), copy.deepcopy(whole), slice(shape[0] // 2, None)
+    squares = muon_adamw.mean_squares(x)
+    MuonAdamW([{"params": whole, **MUON}])._apply(MUON, whole, x, squares)
+    monkeypatch.setattr(muon_adamw, "local", lambda p: p[rows])  # as on the second of two ranks of FSDP2
+    MuonAdamW([{"params": part, **MUON}])._apply(MUON, part, x[:, rows], squares, rows)
+    for p, expected in zip(part, whole):
+        torch.testing.assert_close(p[rows], expected[rows])
+
+
 @pytest.mark.gpu
 def test_bf16_on_a_gpu_stays_near_float32():
     grads = gradients((512, 256), 3)

@@ -346,16 +346,18 @@ def test_a_diverged_step_leaves_all_as_it_was_also_when_the_next_is_enqueued(
 
 
 def test_a_spike_stops_before_the_weights_and_a_rerun_skips_its_data(world, tmp_path, monkeypatch):
-    saved, message = [], r"step 35: loss .* after a median of .*sequences 280 to 288.*max_loss_spike=0"
+    saved, times, message = [], [], r"step 35: loss .* after a median of .*sequences 280 to 288.*max_loss_spike=0"
     for batch, name in ((35, "step_000035"), (0, "step_000035.1")):  # the checkpoint holds the losses to compare with
         on_batch(monkeypatch.setattr, batch, noise)
         with pytest.raises(FloatingPointError, match=message):
             run(world, tmp_path, num_iterations=40)
         assert states(tmp_path) == [name]
-        assert len(checkpoint.read_progress(tmp_path / "state" / name)["recent"]) == 35
+        progress = checkpoint.read_progress(tmp_path / "state" / name)
+        assert len(progress["recent"]) == 35
+        times.append(progress["wall_time_s"])
         saved.append(torch.load(tmp_path / "state" / name / "model.pt"))
         monkeypatch.undo()
-    assert same(*saved)
+    assert same(*saved) and times[0] < times[1]  # that of the process before counts, too
     on_batch(monkeypatch.setattr, 0, noise)
     assert run(world, tmp_path, num_iterations=40, max_loss_spike=0)["history"][-1]["step"] == 40
 
@@ -366,6 +368,38 @@ def test_large_gradients_are_clipped_and_small_ones_never_scaled_up(world, tmp_p
     monkeypatch.setattr(model_setup, "scale_gradients", lambda model, factor: factors.append(float(factor)))
     run(world, tmp_path, generation=1, num_iterations=2, eval_every=0)  # the first generation clips at norm 1
     assert factors == [1.0, 0.25]
+
+
+class SecondRank:
+    """As OwnerGradientReducer on a rank whose partner has the same text and owns half of the squared norm."""
+
+    def __init__(self, owners):
+        self.parameters = list(owners)
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *args):
+        for p in self.parameters:
+            p.grad *= 2
+
+    def squared_norm(self):
+        return sum(p.grad.square().sum() for p in self.parameters) / 2
+
+
+def test_ranks_average_their_gradients_and_share_the_evaluation(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pretraining, "world", 2)
+    monkeypatch.setattr(module, "OwnerGradientReducer", SecondRank)
+    config = dataclasses.replace(TINY, dataset=str(world / "text.jsonl"), device_batch_size=4)
+    training = Pretraining(config, str(world / "tokenizer"), tmp_path, None, None, None)
+    assert training.evaluator.num_batches == 1024 // (4 * 64 * 2)
+    batch = next(training.loader)
+    training.loader.close()
+    training.loss_model(*runtime.to_device(batch, training.device)).backward()
+    norm = model_setup.gradient_norm(training.model).item()
+    training.optimizer.zero_grad()
+    training.loader = iter([batch])
+    assert training.enqueue_step(0).read()[1] == pytest.approx(norm, rel=1e-4)
 
 
 def test_float16_skips_steps_until_its_loss_scale_fits(straight, world, tmp_path, monkeypatch):

@@ -66,6 +66,9 @@ def test_the_environment_has_machine_commit_cost_and_energy_where_known(run):
     assert "**Cost**" not in text and "**Energy**" not in text
     edit(run / "eval" / "metrics.json", hardware={"device": "NVIDIA H200", "num_processes": 2}, started=9)
     assert "**Energy**: at most 1.40 kWh" in markdown(collect(Run(run)))  # 2 x 700 W for an hour
+    edit(run / "rl" / "metrics.json", started=10, hardware={"device": "Kettle", "num_processes": 1})
+    later = markdown(collect(Run(run)))  # the machine is that of the last stage
+    assert "Kettle" in later and "Toaster" not in later and "H200" not in later
 
 
 def test_the_command_is_the_nearest_recipe_with_the_keys_that_differ(run):
@@ -109,7 +112,7 @@ def test_small_helpers():
     assert one_line("x" * 400) == "x" * 299 + "…"
     call = "<|python_start|>2*3<|python_end|><|output_start|>6<|output_end|>So <|assistant_end|>6."
     assert one_line(call) == r"\[calls 2\*3, gets 6] So 6."
-    assert [short(n) for n in (None, 12, 65_536_000, 4_200_000_000)] == ["-", "12", "65.5M", "4.2B"]
+    assert [short(n) for n in (None, 12, 1000, 65_536_000, 10**9)] == ["-", "12", "1.0K", "65.5M", "1.0B"]
 
 
 def test_report_json_holds_the_same_facts_and_damaged_results_are_one_line(run):

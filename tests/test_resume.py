@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_optim import OPTIONS
 from transformers import Trainer
 
 from nanochat_hf.data.tokenizer import train_bpe
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import Generator
+from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
 from nanochat_hf.train import checkpoint, trainer
 from nanochat_hf.train.checkpoint import complete_checkpoints, damage
@@ -48,8 +50,12 @@ uninterrupted: dict[str, tuple] = {}  # stage -> its result; the model of every 
 
 
 @pytest.fixture
-def train(tiny_folder, tmp_path):
-    """(stage, output, **changes of its config) -> None: train a chat stage from the tiny model."""
+def train(tiny_folder, tiny_model, tmp_path):
+    """(stage, output, **changes of its config) -> None: train a chat stage from the tiny model, after a step of it."""
+    optimizer = MuonAdamW(param_groups(tiny_model, OPTIONS))
+    tiny_model(input_ids=torch.arange(16)[None], labels=torch.arange(16)[None]).loss.backward()
+    optimizer.step()
+    checkpoint.save_optimizer_state(tiny_folder / "optimizer.pt", tiny_model, optimizer)
     question = [{"role": "user", "content": "Is it so?"}]
     pairs = [{"prompt": question, "chosen": answer(f"yes {i}"), "rejected": answer("no")} for i in range(24)]
     write_rows(tmp_path / "pairs.jsonl", pairs)

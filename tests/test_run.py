@@ -194,16 +194,3 @@ def test_expected_errors_end_a_script_in_one_line(capsys, monkeypatch, error, ra
     with pytest.raises(SystemExit) as caught:
         guarded(main)
     assert caught.value.code == code and capsys.readouterr().err == line
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script,stage", [("base_train", "base"), ("chat_sft", "sft")])
-def test_a_script_shows_one_line_and_exit_code_two(tmp_path, script, stage):
-    command = [sys.executable, f"scripts/{script}.py", "--config", f"recipes/cpu-demo/{stage}.yaml", "--run-dir"]
-    missing = (
-        "has no finished tokenizer" if stage == "base" else f"stage {stage!r} starts from a finished earlier stage"
-    )
-    for words, message in ((["--sed", "3"], "unknown flag '--sed'"), ([], missing)):
-        done = subprocess.run([*command, tmp_path, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-        last = done.stderr.strip().splitlines()[-1]
-        assert done.returncode == 2 and last.startswith("error: ") and message in last

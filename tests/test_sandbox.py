@@ -79,6 +79,12 @@ def test_time_and_output_are_limited_and_nothing_is_left(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_memory_counts_for_all_processes_together():
+    children = "x = b'1' * (30 << 20)\nfor _ in range(6):\n    if os.fork() == 0: break\ntime.sleep(0.5)"
+    assert run_sandboxed(f"import os, time\n{children}").passed
+    assert not run_sandboxed(f"import os, time\n{children}", memory_bytes=128 << 20).passed  # of which each has 30
+
+
 def test_root_without_layers_is_refused(monkeypatch):
     for names in ((), ("cgroups",)):
         monkeypatch.setattr(sandbox, "layers", lambda names=names: names)

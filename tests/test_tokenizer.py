@@ -143,7 +143,10 @@ def test_an_older_chat_template_of_ours_is_renewed_and_another_stays(tokenizer, 
         (tmp_path / "chat_template.jinja").unlink()
         if template:
             (tmp_path / "chat_template.jinja").write_text(template)
-        assert load_tokenizer(tmp_path).chat_template == expected
+        loaded = load_tokenizer(tmp_path)
+        assert loaded.chat_template == expected
+        same = module.tokenizer_fingerprint(loaded) == module.tokenizer_fingerprint(tokenizer)
+        assert same is (expected == tokenizer.chat_template)
     tokenizer.save_pretrained(tmp_path)
     config = load_json(tmp_path / "tokenizer_config.json")
     for response_template, expected in (({"fields": {}}, module.RESPONSE_TEMPLATE), (None, None)):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,13 +204,24 @@ def test_a_trial_has_gradients_beside_it_only_if_its_step_has(steps, beside, mon
         micro_batch_fits(D12, loss, [], Accelerator(cpu=True), 2, steps)
 
 
-def test_a_run_for_gpus_is_refused_on_a_cpu_and_only_there():
+def test_a_run_for_gpus_is_refused_on_a_cpu_and_only_there(monkeypatch):
     large = plan(PretrainConfig(24), 32768)
     with pytest.raises(InputError, match=r"no GPU found.*days.*cpu-demo"):
         check_cost(large, CPU)
     check_cost(large, torch.device("cuda"))
-    check_cost(tiny_plan(1024), CPU)
-    assert 0 < free_memory(CPU) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    small = plan(PretrainConfig(6), 32768)
+    a_day = small.total_flops / 86400 / os.cpu_count()
+    for speed, words in ((a_day, None), (a_day / 3, "about 3 days")):
+        monkeypatch.setattr(runtime, "CPU_FLOPS", speed)
+        with pytest.raises(InputError, match=words) if words else nullcontext():
+            check_cost(small, CPU)
+
+
+def test_the_ranks_of_a_node_share_the_memory_of_its_cpu(monkeypatch):
+    monkeypatch.setattr(runtime.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
+    assert free_memory(CPU) == 4e9
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(CPU) == 1e9
 
 
 def test_signals_are_noted_a_second_interrupt_stops_at_once_and_the_handlers_return():
@@ -345,22 +357,23 @@ def test_bits_per_byte_are_those_of_the_batches_which_are_read_once(evaluator, t
 
 
 def test_samples_are_greedy_of_one_length_and_the_same_every_time(evaluator, tokenizer, tiny_model, monkeypatch):
-    real, lengths = tiny_model.generate, []
+    real, texts = tiny_model.generate, []
 
     def generate(prompts, **options):
         ids = real(prompts, **options)
-        lengths.append(ids.shape[1] - prompts.shape[1])
+        texts[:] = map(tokenizer.decode, ids[:, prompts.shape[1] :])
+        assert prompts.shape[1] + 32 == ids.shape[1]
         return ids
 
     monkeypatch.setattr(tiny_model, "generate", generate)
     tiny_model.generation_config.eos_token_id = list(range(500))  # would end a text early
     samples = evaluator.samples(7)
-    assert lengths == [32]
-    assert len(samples) == 3 and samples == evaluator.samples(7)
-    assert all(sample["step"] == 7 and sample["prompt"] and sample["text"] for sample in samples)
+    assert [sample["text"] for sample in samples] == texts and len(texts) == 3 and samples == evaluator.samples(7)
+    assert all(sample["step"] == 7 and sample["prompt"] for sample in samples)
     assert tokenizer.bos_token not in samples[0]["prompt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_in_training", [True, False])
 def test_evaluation_reuses_the_programs_that_training_compiled(evaluator, tiny_model, monkeypatch, as_in_training):
     programs, real = [], torch.compile

@@ -96,21 +96,6 @@ def test_a_time_limit_cuts_the_answer_and_frees_the_slot(worker):
     assert ask(worker, "What is 5 + 6?") == ("It is 11.", "stop")
 
 
-def test_all_slots_of_a_turn_wake_the_loop_once(worker):
-    calls = []
-
-    async def run():
-        loop = asyncio.get_running_loop()
-        real = loop.call_soon_threadsafe
-        loop.call_soon_threadsafe = lambda *args: (calls.append(args), real(*args))
-        with worker.wake:  # both are queued before the worker looks: they run in the same turns
-            completions = [Completion([worker], request(worker, max_new_tokens=40)) for _ in range(2)]
-        await gather(completions)
-
-    asyncio.run(run())
-    assert len(calls) == 40  # two slots of forty tokens
-
-
 def test_a_reader_slower_than_the_model_gets_everything(worker):
     async def run():
         completion, all_tokens, text = Completion([worker], request(worker)), [], ""

@@ -24,7 +24,6 @@ no conversation is skipped and counted with its number and the reason. With on_b
 does an entry without a usable row.
 """
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -304,21 +303,3 @@ def _words(entry: DatasetConfig, path: Path) -> list[str]:
         words = (word for word, count in counts.most_common(MAX_WORDS) if count > 1)
     words = dict.fromkeys(w for w in words if re.fullmatch("[a-z]{3,15}", w))
     return [w for w in words if (crc32(w.encode()) % 20 == 0) == (entry.split != "train")]
-
-
-def content_fingerprint(rows: Sequence) -> str:
-    """A short hash of what `open_rows` gave: of the files' bytes, of generated rows, or the `datasets` library's own.
-
-    The last follows from the Hub's commit and the files in the library's cache.
-    """
-    if not isinstance(rows, JsonLines | list):
-        return rows._fingerprint
-    digest = hashlib.sha256()
-    if isinstance(rows, JsonLines):
-        for file in rows.files:
-            file.seek(0)
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    else:
-        for row in rows:
-            digest.update(json.dumps(row, sort_keys=True).encode())
-    return digest.hexdigest()[:16]
