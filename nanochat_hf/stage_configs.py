@@ -138,6 +138,14 @@ class ChatDataset(TypedDict, total=False):
     epochs: Annotated[float, Gt(0), Le(1000)] | None
 
 
+def whole_sequences(config):
+    """The config; raises ValueError if its step does not divide into sequences."""
+    total, length = config.total_batch_size, config.max_seq_len
+    if min(total, length) > 0 and total % length and getattr(config, "packing", True):
+        raise ValueError(f"total_batch_size is {total}: it must be a multiple of max_seq_len, {length} tokens")
+    return config
+
+
 def rows_or_epochs(entry: dict) -> dict:
     if entry.get("rows") is not None and entry.get("epochs") is not None:
         raise ValueError("give rows or epochs, not both")
@@ -251,14 +259,7 @@ class PretrainConfig:
     report_to: Tracker = "none"
     """Experiment tracker."""
 
-    @model_validator(mode="after")
-    def step_is_whole_sequences(self):
-        if self.total_batch_size > 0 and self.total_batch_size % self.max_seq_len:
-            raise ValueError(
-                f"total_batch_size is {self.total_batch_size}: it must be a multiple of max_seq_len, "
-                f"{self.max_seq_len} tokens"
-            )
-        return self
+    check_step = model_validator(mode="after")(whole_sequences)
 
 
 @settings
@@ -335,18 +336,12 @@ class ChatConfig(StageConfig):
     """Steps between measurements of ChatCORE on the tasks of eval.yaml; -1: never."""
     chatcore_max_per_task: OptionalCount = 32
     """Questions per task of such a measurement; -1: all."""
+    examples: list[str] = field(default_factory=list)
+    """Questions that chat pages offer to begin with; the tokenizer of this and of later stages keeps them."""
     compile: bool = False
     """Compile the network with torch.compile (CUDA)."""
 
-    @model_validator(mode="after")
-    def step_is_whole_sequences(self):
-        packed = self.packing and self.max_seq_len > 0 and self.total_batch_size > 0
-        if packed and self.total_batch_size % self.max_seq_len:
-            raise ValueError(
-                f"total_batch_size is {self.total_batch_size}: with packing it must be a multiple of max_seq_len, "
-                f"{self.max_seq_len} tokens"
-            )
-        return self
+    check_step = model_validator(mode="after")(whole_sequences)
 
 
 @settings
