@@ -150,8 +150,8 @@ def test_hostile_markdown_is_text_and_takes_no_time(visit, text):
     tab = visit()
     tab.ask(text if len(text) < 1000 else "long", "ok ", text)
     assert tab.page.evaluate("window.hacked") is None and tab.errors == []
-    made = tab.page.evaluate("[...document.querySelectorAll('.bot *, .user *')].map(x => x.localName)")
-    assert not {"script", "img", "iframe", "svg", "b", "i"} & set(made)
+    tags = tab.page.evaluate("[...document.querySelectorAll('.bot *, .user *')].map(x => x.localName)")
+    assert not {"script", "img", "iframe", "svg", "b", "i"} & set(tags)
     attributes = tab.page.evaluate("[...document.querySelectorAll('.bot *')].flatMap(x => x.getAttributeNames())")
     assert set(attributes) <= {"href", "target", "rel", "class", "type", "start"}
     for link in tab.page.query_selector_all(".bot a"):
@@ -287,8 +287,8 @@ def test_conversations_stay_in_the_browser_and_can_be_opened_and_deleted(visit):
     other.page.click("#chats")
     other.page.click("#list div:has-text('Hello') button[aria-label=Delete]")
     assert other.texts("#list .title") == ["What is 12 * 34?"]
-    kept = other.page.evaluate("Object.values(localStorage)")
-    assert [len(json.loads(text)["messages"]) for text in kept] == [4]
+    stored = other.page.evaluate("Object.values(localStorage)")
+    assert [len(json.loads(text)["messages"]) for text in stored] == [4]
 
 
 def test_the_text_box_grows_and_a_limit_is_said(visit):

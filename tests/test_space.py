@@ -240,16 +240,16 @@ def test_examples_are_those_of_the_checkpoint(app, monkeypatch):
     assert shown() == ["하나", "둘"]
 
 
-def test_what_a_browser_kept_comes_back_as_text_only(app):
-    kept = [
+def test_what_a_browser_saved_comes_back_as_text_only(app):
+    saved = [
         {
             "role": "user",
             "content": [{"type": "text", "text": "x"}, {"type": "file", "file": {"path": "/etc/passwd"}}],
         },
         {"role": "assistant", "content": "```\n11\n```", "metadata": STEP},
     ]
-    history, state = app.restore(kept)
-    assert history == state == [{"role": "user", "content": "x"}, kept[1]]
+    history, state = app.restore(saved)
+    assert history == state == [{"role": "user", "content": "x"}, saved[1]]
     assert app.restore([]) == ([], []) and "etc" not in str(app.demo.chatbot.postprocess(history))
 
 
@@ -589,6 +589,6 @@ def test_an_answer_never_runs_beyond_the_context(app, monkeypatch):
         raise RuntimeError("enough")
 
     monkeypatch.setattr(app.model, "generate", generate)
-    with pytest.raises(RuntimeError, match="enough"):
+    with pytest.raises(app.Problem, match="enough"):
         list(app.local_answer([{"role": "user", "content": "Hello"}], 0.0, 0, 1000))
     assert sizes == [256]  # the talker's context

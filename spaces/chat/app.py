@@ -197,12 +197,11 @@ def show(parts: list[tuple[str, str]]) -> list[dict]:
     messages = []
     for kind, text in parts:
         if kind == "call":
-            metadata = {"title": f"{STEP}`{text}`", "status": "pending"}  # as code: 2*3*4 has no emphasis
+            call, metadata = text, {"title": f"{STEP}`{text}`", "status": "pending"}  # as code: 2*3*4 has no emphasis
             messages.append({"role": "assistant", "content": "```\n\n```", "metadata": metadata})
         elif kind == "result" and messages and messages[-1].get("metadata", {}).get("status") == "pending":
-            messages[-1]["content"] = f"```\n{text}\n```"
-            title = messages[-1]["metadata"]["title"].removesuffix("`")
-            messages[-1]["metadata"] = {"title": f"{title} = {text}`", "status": "done"}
+            metadata = {"title": f"{STEP}`{call} = {text}`", "status": "done"}
+            messages[-1] |= {"content": f"```\n{text}\n```", "metadata": metadata}
         elif text := re.sub("\ufffd+\\Z", "", text):  # a character that is not complete yet
             if not messages or "metadata" in messages[-1]:
                 messages.append({"role": "assistant", "content": ""})
@@ -263,20 +262,17 @@ class TokenStreamer:
 
 @gpu
 def local_answer(messages: list[dict], temperature: float, top_k: int, max_tokens: int):
-    """Yields the parts of the answer so far; raises the errors of `generate`."""
+    """Yields the parts of the answer so far; raises Problem."""
     length, streamer, tokens = model.config.max_position_embeddings, TokenStreamer(), []
     ids = encode(messages, min(max_tokens, length // 2))
-    options = {"do_sample": temperature > 0, "max_new_tokens": min(max_tokens, length - len(ids))}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_k": top_k}
+    options = {"streamer": streamer, "max_time": MAX_SECONDS, "max_new_tokens": min(max_tokens, length - len(ids))}
+    options |= {"temperature": temperature, "top_k": top_k} if temperature > 0 else {}
 
     def work():
         end = None
         try:
             inputs = torch.tensor([ids], device=model.device)
-            model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), streamer=streamer, max_time=MAX_SECONDS, **options
-            )
+            model.generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=temperature > 0, **options)
         except Exception as error:  # out of memory, for example: the other thread raises it
             end = error
         streamer.queue.put(end)
@@ -289,7 +285,7 @@ def local_answer(messages: list[dict], temperature: float, top_k: int, max_token
     finally:
         streamer.stopped = True
     if token is not None:
-        raise token
+        raise Problem("memory" if isinstance(token, torch.OutOfMemoryError) else "failed", str(token)[:300])
 
 
 def remote_answer(messages: list[dict], temperature: float, max_tokens: int):
@@ -360,23 +356,19 @@ def respond(
             yield now
     except Problem as problem:
         yield [*now, warning(translate(page, *problem.args))]
-    except torch.OutOfMemoryError:
-        yield [*now, warning(translate(page, "memory"))]
-    except (ValueError, RuntimeError) as error:
-        yield [*now, warning(translate(page, "failed", str(error)[:300]))]
 
 
-def restore(kept: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The conversation that the browser kept, for chatbot and state; texts only, since a client may send anything."""
-    history = [{**entry, "content": text_of(entry["content"])} for entry in kept]
+def restore(saved: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The conversation that the browser saved, for chatbot and state; texts only, since a client may send anything."""
+    history = [{**entry, "content": text_of(entry["content"])} for entry in saved]
     return history, history
 
 
 def build() -> gr.Blocks:
-    parts = (ENDPOINT_URL or MODEL_ID).rstrip("/").split("/")
-    link = parts[-1] if ENDPOINT_URL else "/".join(parts[-2:])
-    if not ENDPOINT_URL and not Path(MODEL_ID).exists():
-        link = f'<a href="https://huggingface.co/{MODEL_ID}">{MODEL_ID}</a>'
+    name = (ENDPOINT_URL or MODEL_ID).rstrip("/")
+    link = "/".join(name.split("/")[-2:]).strip("/")
+    if not ENDPOINT_URL and not Path(name).exists():
+        link = f'<a href="https://huggingface.co/{name}">{name}</a>'
     examples = (tokenizer and tokenizer.init_kwargs.get("examples")) or EXAMPLES
     inputs = [
         gr.Textbox("", label=i18n("system"), lines=2),
@@ -384,9 +376,7 @@ def build() -> gr.Blocks:
         gr.Slider(0, 200, value=50, step=1, label=i18n("top_k")),
         gr.Slider(8, MAX_NEW_TOKENS, value=min(512, MAX_NEW_TOKENS), step=8, label=i18n("max_tokens")),
     ]
-    textbox = gr.Textbox(
-        label=i18n("message"), placeholder=i18n("message"), submit_btn=True, stop_btn=True, autofocus=True
-    )
+    textbox = gr.Textbox(label=i18n("message"), submit_btn=True, stop_btn=True, autofocus=True)
     textbox.preprocess = lambda text: "" if text is None else str(text)  # Gradio takes null for a file
     demo = gr.ChatInterface(
         respond,
@@ -397,21 +387,19 @@ def build() -> gr.Blocks:
         additional_inputs=inputs,
         additional_inputs_accordion=gr.Accordion(i18n("settings"), open=False),
         examples=[[str(text)] for text in examples[:4]],
-        examples_label=i18n("examples"),
         cache_examples=False,
         editable=True,
-        flagging_mode="never",
         validator=check,
         concurrency_limit=2 if ENDPOINT_URL else 1,
         api_name="chat",
     )
     with demo:  # the conversation stays in the browser, and comes back when the page is loaded again
-        kept = gr.BrowserState([], storage_key="nanochat", secret="nanochat")
+        saved = gr.BrowserState([], storage_key="nanochat", secret="nanochat")
         options = {"show_progress": "hidden", "api_visibility": "private"}
-        load = demo.load(restore, kept, [demo.chatbot, demo.chatbot_state], **options)
+        load = demo.load(restore, saved, [demo.chatbot, demo.chatbot_state], **options)
         load.then(None, js="() => { window.restored = true }", **options)  # before that, the chatbot is empty
-        keep = "(history, kept) => [window.restored ? history : kept]"
-        demo.chatbot.change(None, [demo.chatbot, kept], kept, js=keep, **options)
+        keep = "(history, saved) => [window.restored ? history : saved]"
+        demo.chatbot.change(None, [demo.chatbot, saved], saved, js=keep, **options)
     return demo
 
 
