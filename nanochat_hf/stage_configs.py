@@ -142,7 +142,8 @@ def whole_sequences(config):
     """The config; raises ValueError if its step does not divide into sequences."""
     total, length = config.total_batch_size, config.max_seq_len
     if min(total, length) > 0 and total % length and getattr(config, "packing", True):
-        raise ValueError(f"total_batch_size is {total}: it must be a multiple of max_seq_len, {length} tokens")
+        rule = f"with packing it must be a multiple of max_seq_len, {length} tokens"
+        raise ValueError(f"total_batch_size is {total}: {rule}")
     return config
 
 
