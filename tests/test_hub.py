@@ -150,7 +150,7 @@ def test_a_space_points_at_the_model_and_is_as_private(hub, run, no_check, capsy
     repo = hub.repos["spaces", "you/small-chat"]
     assert repo.variables == {"MODEL_ID": "you/small"} and repo.private and hub.repos["models", "you/small"].private
     files = pushed(hub, "you/small-chat", "spaces")
-    assert set(files) == {"app.py", "README.md", "requirements.txt"}
+    assert set(files) == {"app.py", "head.html", "texts.yaml", "README.md", "requirements.txt"}
     assert yaml.safe_load(files["README.md"].decode().split("---\n")[1])["models"] == ["you/small"]
     assert "read token as the secret HF_TOKEN" in capsys.readouterr().out
     push(run, Push("you/open", space=True))

@@ -346,7 +346,14 @@ def test_half_of_a_surrogate_pair_is_a_question_mark(server):
 def test_browsers_get_a_page_that_needs_nothing_from_elsewhere(server):
     page = httpx.get(server.url + "/")
     assert page.headers["content-type"].startswith("text/html") and CHAT in page.text
-    assert not re.findall(r"(?:src|href)=", page.text) and "innerHTML" not in page.text
+    assert re.findall(r"(?:src|href)=\W*(\w+)", page.text) == ["data"] and "innerHTML" not in page.text
+    assert "default-src 'none'" in page.text
+
+
+def test_the_page_gets_the_examples_of_the_checkpoint(server, monkeypatch):
+    assert httpx.get(server.url + "/v1/models").json()["data"][0]["examples"] is None
+    monkeypatch.setitem(server.tokenizer.init_kwargs, "examples", ["One?"])
+    assert httpx.get(server.url + "/v1/models").json()["data"][0]["examples"] == ["One?"]
 
 
 def test_special_tokens_in_a_message_stay_text(server):
@@ -624,7 +631,7 @@ def test_the_page_streams_shows_steps_and_text_as_text_and_stops(server, browser
     page.press("textarea", "Enter")
     page.wait_for_function("document.querySelector('.bot')?.textContent.includes('It is 408.')")
     page.click(".bot summary")
-    assert page.inner_text(".bot summary") == "12*34" and "408" in page.inner_text(".bot details")
+    assert page.inner_text(".bot summary") == "12*34 = 408" and "408" in page.inner_text(".bot details")
     picture(page, "page")
     page.click("#new")
     assert page.query_selector_all(".bot, .user") == []

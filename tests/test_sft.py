@@ -165,9 +165,11 @@ def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path):
 
 
 def test_mid_training_then_sft_in_one_process(tiny_folder, tmp_path):
-    train_chat(config(assistant_only_loss=False, warmdown_ratio=0.2), tiny_folder, tmp_path / "mid")
+    examples = ["누구세요?", "What is 2 + 3?"]
+    train_chat(config(assistant_only_loss=False, warmdown_ratio=0.2, examples=examples), tiny_folder, tmp_path / "mid")
     unpacked = config(packing=False, total_batch_size=8)  # of conversations, two micro-batches of four
     train_chat(unpacked, str(tmp_path / "mid"), tmp_path / "sft")
+    assert AutoTokenizer.from_pretrained(tmp_path / "sft").init_kwargs["examples"] == examples
     assert history(tmp_path / "sft")[0]["train_loss"] < 6 and history(tmp_path / "mid")[-1]["step"] == 4
 
 

@@ -6,6 +6,7 @@ The browser tests are skipped where playwright or Chromium is absent; their pict
 import copy
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,18 +55,21 @@ def test_an_answer_grows_to_that_of_the_fast_engine_with_its_steps_apart(app, qu
     *step, text = QUESTIONS[question]
     if step:
         (_, call), (_, result) = step
-        assert states[0][0]["metadata"] == {"title": app.STEP, "status": "pending"}
-        metadata = {"title": f"🧮 {call}", "status": "done"}
+        assert states[0][0]["metadata"] == {"title": app.STEP + "``", "status": "pending"}
+        metadata = {"title": f"🧮 `{call} = {result}`", "status": "done"}
         expected = {"role": "assistant", "content": f"```\n{result}\n```", "metadata": metadata}
         assert states[-1][0] == expected
     assert states[-1][len(step) // 2 :] == [{"role": "assistant", "content": text[1]}] and len(states) > 8
     assert not any("\ufffd" in message["content"] for state in states for message in state)
 
 
+STEP = {"title": "🧮 `5+6 = 11`", "status": "done"}
+
+
 def test_history_with_steps_becomes_calls_and_results_again(app):
     history = [
         {"role": "user", "content": [{"type": "text", "text": "What is 5 + 6?"}], "metadata": None},
-        {"role": "assistant", "content": [{"type": "text", "text": "```\n11\n```"}], "metadata": {"title": "🧮 5+6"}},
+        {"role": "assistant", "content": [{"type": "text", "text": "```\n11\n```"}], "metadata": STEP},
         {"role": "assistant", "content": "It is 11.", "metadata": {"title": None}},
         {"role": "assistant", "content": "too long", "metadata": {"title": "⚠️"}},
     ]
@@ -129,19 +133,24 @@ def test_a_long_conversation_is_shortened_keeps_its_system_message_and_one_messa
     assert text.startswith("<|bos|><|user_start|>Be kind.\n\nword") and len(ids) + 8 <= 256
     assert text.endswith("<|user_start|>?<|user_end|><|assistant_start|>") and last(app, "Hello", history, 8)
     text = "x y" * 50
-    with pytest.raises(ValueError, match="has 256 tokens, the model reads at most 256"):
+    with pytest.raises(app.Problem) as problem:
         while app.encode([{"role": "user", "content": text}], 0):
             text += "x"
+    assert problem.value.args == ("tokens", 256, 255)
     (message,) = last(app, "word " * 300)
-    assert message["metadata"]["title"] == "⚠️" and "the model reads at most 256" in message["content"]
+    assert message["metadata"]["title"] == "⚠️" and "the model reads at most 255" in message["content"]
 
 
 def brief(app, message) -> str:
     """A message of text, or "call: result", or "call ..." while the result is missing."""
     if "metadata" not in message:
         return message["content"]
-    result = " ..." if message["metadata"]["status"] == "pending" else ": " + message["content"].strip("`\n")
-    return message["metadata"]["title"].removeprefix(app.STEP) + result
+    title = message["metadata"]["title"].removeprefix(app.STEP).strip("`")
+    if message["metadata"]["status"] == "pending":
+        return title + " ..."
+    result = message["content"].strip("`\n")
+    assert title.endswith(f" = {result}")
+    return title.replace(" = ", ": ")
 
 
 @pytest.mark.parametrize(
@@ -189,9 +198,59 @@ def test_a_server_is_tried_again_before_the_first_word_only(app, monkeypatch):
     monkeypatch.setattr(app.time, "sleep", lambda seconds: None)
     answer = app.remote_answer([], 0.0, 8)
     assert next(answer) == [("text", "word")]
-    with pytest.raises(ConnectionError, match="does not answer: gone"):
+    with pytest.raises(app.Problem) as problem:
         next(answer)
-    assert len(calls) == 2
+    assert len(calls) == 2 and problem.value.args == ("down", "gone")
+
+
+def test_a_busy_server_is_named_as_such_in_the_visitors_language(app, monkeypatch):
+    def chat_completion(*args, **kwargs):
+        error = OSError("429 Too Many Requests for url: http://secret")
+        error.response = SimpleNamespace(status_code=429)
+        raise error
+
+    monkeypatch.setattr(app, "InferenceClient", lambda **_: SimpleNamespace(chat_completion=chat_completion))
+    monkeypatch.setattr(app.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(app, "ENDPOINT_URL", "http://secret")
+    for header, words in (
+        ("en-US,en", "Many people are asking"),
+        ("ko-KR,ko", "질문하는 사람이 많습니다"),
+        ("fr", "Many"),
+    ):
+        page = SimpleNamespace(headers={"accept-language": header})
+        ((answer,),) = app.respond("Hello", [], "", 0.0, 0, 8, page)
+        assert words in answer["content"] and "429" not in answer["content"] and not app.check(" ", page)["is_valid"]
+
+
+def test_texts_are_the_same_in_both_languages():
+    texts = yaml.safe_load((APP.parent / "texts.yaml").read_text(encoding="utf-8"))
+    assert list(texts["en"]) == list(texts["ko"])
+    for english, korean in zip(texts["en"].values(), texts["ko"].values(), strict=True):
+        assert english.count("{") == korean.count("{") and english != korean
+    page = (APP.parent / "head.html").read_text(encoding="utf-8")
+    assert not re.findall(r"(?:src|href)=", page) and "innerHTML" not in page
+
+
+def test_examples_are_those_of_the_checkpoint(app, monkeypatch):
+    def shown():
+        return [example["text"] for example in app.build().chatbot.examples]
+
+    assert shown() == app.EXAMPLES and len(app.EXAMPLES) == 4
+    monkeypatch.setitem(app.tokenizer.init_kwargs, "examples", ["하나", "둘"])
+    assert shown() == ["하나", "둘"]
+
+
+def test_what_a_browser_saved_comes_back_as_text_only(app):
+    saved = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "x"}, {"type": "file", "file": {"path": "/etc/passwd"}}],
+        },
+        {"role": "assistant", "content": "```\n11\n```", "metadata": STEP},
+    ]
+    history, state = app.restore(saved)
+    assert history == state == [{"role": "user", "content": "x"}, saved[1]]
+    assert app.restore([]) == ([], []) and "etc" not in str(app.demo.chatbot.postprocess(history))
 
 
 class Delta(dict):
@@ -205,12 +264,13 @@ class Delta(dict):
         (" ", "", "Write something"),
         (None, "", "Write something"),
         ({"text": "x"}, "", "Write something"),
-        ("x" * 8001, "", "The message has 8,001 characters; at most 8,000"),
-        ("x", "y" * 2001, "The system message has 2,001 characters"),
+        ("x" * 100_001, "", "The message has 100,001 characters; at most 100,000"),
+        ("x y" * 300, "", "tokens; the model reads at most 255"),
+        ("x", "x y" * 300, "tokens; the model reads at most 255"),
     ],
 )
 def test_what_is_too_long_or_empty_is_refused_beside_the_box_and_in_the_api(app, message, system, words):
-    assert app.check("x" * 8000)["is_valid"]
+    assert app.check("x " * 100)["is_valid"]
     if not system:
         refused = app.check(message)
         assert not refused["is_valid"] and words in refused["message"]
@@ -259,7 +319,7 @@ def test_a_generation_that_breaks_is_a_warning_and_one_that_is_left_ends(app, mo
 
     real, ended = app.model.generate, threading.Event()
     monkeypatch.setattr(app.model, "generate", explode)
-    assert last(app, "Hello") == [app.warning("out of luck")]
+    assert last(app, "Hello") == [app.warning("The answer broke off: out of luck")]
 
     def watched(*args, **kwargs):
         try:
@@ -345,10 +405,29 @@ def test_a_question_streams_its_answer_and_the_tool_step_opens(space, browser): 
     assert len(lengths) > 5 and "🙂" in "".join(tab.texts())  # it came bit by bit
     tab.send("What is 12 * 34?")
     tab.until(lambda: "It is 408." in tab.texts())
-    tab.page.get_by_text("🧮 12*34").click()
+    step = tab.page.locator(".thought-group .title")
+    assert "12*34 = 408" in step.inner_text()  # closed
+    step.click()
     tab.until(lambda: tab.page.get_by_text("408", exact=True).count() > 0)
     tab.page.wait_for_timeout(1000)  # it unfolds
     picture(tab.page, "space-tool")
+    tab.page.reload()
+    tab.until(lambda: "It is 408." in tab.texts() and tab.texts("user") == ["Hello", "What is 12 * 34?"])
+
+
+@pytest.mark.slow
+def test_the_text_box_has_focus_and_hint_after_an_answer_and_buttons_have_names(space, browser):  # noqa: F811
+    tab = Tab(browser, space)
+    for question, answer in (("What is 5 + 6?", "It is 11."), ("What is 12 * 34?", "It is 408.")):
+        tab.send(question)
+        tab.until(lambda answer=answer: answer in tab.texts())
+        tab.until(lambda: tab.page.evaluate("document.activeElement.tagName") == "TEXTAREA")
+        assert tab.page.locator("textarea").first.get_attribute("placeholder") == "Write a message"
+    tab.until(lambda: tab.page.locator("[data-testid=submit-button]").get_attribute("aria-label") == "Send")
+    for button in tab.page.query_selector_all("button"):
+        assert (button.get_attribute("aria-label") or button.inner_text()).strip(), button.evaluate("b => b.outerHTML")
+    width = tab.page.evaluate("document.querySelector('.bubble-wrap').clientWidth / 16")
+    assert 45 < width < 55  # rem
 
 
 @pytest.mark.slow
@@ -396,10 +475,10 @@ def test_tags_and_entities_are_shown_as_text_and_scripts_do_not_run(space, brows
 
 
 @pytest.mark.slow
-def test_twenty_thousand_characters_are_refused_beside_the_box_and_the_chat_goes_on(space, browser):  # noqa: F811
+def test_a_message_beyond_the_context_is_refused_beside_the_box_and_the_chat_goes_on(space, browser):  # noqa: F811
     tab = Tab(browser, space)
-    tab.send("x" * 20_000)
-    tab.until(lambda: "The message has 20,000 characters; at most 8,000 are read." in tab.page.inner_text("body"))
+    tab.send("x y" * 1000)
+    tab.until(lambda: "tokens; the model reads at most 255." in tab.page.inner_text("body"))
     assert tab.texts("user") == []
     picture(tab.page, "space-too-long")
     tab.send("What is 5 + 6?")
@@ -426,6 +505,10 @@ def test_a_phone_in_korean_at_night(space, browser):  # noqa: F811
     picture(tab.page, "space-phone-settings")
     tab.send("What is 12 * 34?")
     tab.until(lambda: "It is 408." in tab.texts())
+    tab.until(lambda: tab.page.locator("button[aria-label='보내기']").count() == 1)
+    tab.page.evaluate("""() => { document.querySelector('.message-content .md').innerHTML = '<table><tr>'
+        + '<td>Netherlands</td>'.repeat(9) + '</tr></table>' }""")
+    assert tab.page.evaluate("document.querySelector('td').offsetHeight") < 60  # a word is not broken
     assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out sideways
     picture(tab.page, "space-phone")
 
@@ -449,6 +532,18 @@ def test_the_api_streams_and_a_full_queue_says_so(space):
         except Exception as error:
             failures.append(str(error))
     assert 1 <= len(failures) < 8 and all("queue is full" in text.lower() for text in failures), failures
+
+
+@pytest.mark.slow
+def test_a_full_queue_is_explained_in_the_visitors_language(space, browser):  # noqa: F811
+    from gradio_client import Client
+
+    tab, client = Tab(browser, space, locale="ko-KR"), Client(space, verbose=False)
+    jobs = [client.submit("Hello", "", 0.0, 0, 120, api_name="/chat") for _ in range(8)]
+    tab.send("Hello")
+    tab.until(lambda: "지금 질문하는 사람이 많습니다" in tab.page.inner_text("body"))
+    for job in jobs:
+        job.cancel()
 
 
 @pytest.mark.slow
@@ -479,9 +574,9 @@ def test_it_talks_to_an_endpoint_and_says_when_it_is_gone(talker_folder):  # noq
 @pytest.mark.slow
 @pytest.mark.parametrize("name,words", [("/nowhere/at/all", "no model in"), ("", "set MODEL_ID")])
 def test_without_a_model_the_app_ends_with_one_line(name, words, tmp_path):
-    shutil.copy(APP, tmp_path)
-    (tmp_path / "README.md").write_text("---\ntitle: x\n---\n")
-    command = [sys.executable, str(tmp_path / "app.py")]
+    shutil.copytree(APP.parent, tmp_path / "chat")
+    (tmp_path / "chat" / "README.md").write_text("---\ntitle: x\n---\n")
+    command = [sys.executable, str(tmp_path / "chat" / "app.py")]
     done = subprocess.run(command, env={**os.environ, "MODEL_ID": name}, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ") and words in done.stderr
 
@@ -494,6 +589,6 @@ def test_an_answer_never_runs_beyond_the_context(app, monkeypatch):
         raise RuntimeError("enough")
 
     monkeypatch.setattr(app.model, "generate", generate)
-    with pytest.raises(RuntimeError, match="enough"):
+    with pytest.raises(app.Problem, match="enough"):
         list(app.local_answer([{"role": "user", "content": "Hello"}], 0.0, 0, 1000))
     assert sizes == [256]  # the talker's context

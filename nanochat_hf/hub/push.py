@@ -215,7 +215,7 @@ def push_space(api: HfApi, options: Push, log: Callable[[str], None]) -> str:
     api.add_space_variable(name, "MODEL_ID", options.repo)
     files = [
         CommitOperationAdd(file, (SPACE / file).read_bytes().replace(b"you/nanochat-d24", options.repo.encode()))
-        for file in ("app.py", "README.md", "requirements.txt")
+        for file in ("app.py", "head.html", "texts.yaml", "README.md", "requirements.txt")
     ]
     message = f"Chat with {options.repo}"
     with_retries(log, api.create_commit, repo_id=name, repo_type="space", operations=files, commit_message=message)

@@ -262,7 +262,8 @@ class Server:
     async def model(self, name: str) -> dict:
         if name != self.name:
             raise HTTPException(404, f"no model {name}; this server has {self.name}")
-        return {"id": name, "object": "model", "created": self.started, "owned_by": "nanochat_hf"}
+        examples = {"examples": self.tokenizer.init_kwargs.get("examples")}  # for the page
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "nanochat_hf", **examples}
 
     async def read(self, reader: Callable[[bytes], tuple], http: HTTPRequest) -> tuple:
         """What `reader` makes of the body, in another thread: long prompts take a while."""
@@ -306,7 +307,7 @@ class Server:
             messages = normalize([{"content": "", **m.model_dump(exclude_none=True)} for m in body.messages])
         except BadRow as error:
             raise InputError(f"these messages are no chat: {error}") from None
-        room = min(body.limit or self.max_new_tokens, self.engine.length // 4)
+        room = min(body.limit or self.max_new_tokens, self.engine.length // 2)
         return body, *self.engine.encode_last(messages, room)
 
     async def completions(self, http: HTTPRequest):

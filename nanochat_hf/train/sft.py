@@ -196,6 +196,8 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     """
     record, output = start_record(config), Path(output)
     tokenizer, network = load_source(model, config)
+    if config.examples:
+        tokenizer.init_kwargs["examples"] = config.examples
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
     accumulation = 1
     if config.total_batch_size > 0:

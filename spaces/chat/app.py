@@ -9,6 +9,7 @@ on the GPU if there is one (ZeroGPU too); on a CPU a large one gets int8 weights
 the browser's language, English or Korean; SPACE_LANGUAGE=ko or en fixes it.
 """
 
+import json
 import os
 import queue
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import gradio as gr
 import torch
+import yaml
 from huggingface_hub import InferenceClient
 from torch import nn
 
@@ -27,45 +29,20 @@ ENDPOINT_URL = os.environ.get("ENDPOINT_URL")
 MODEL_ID = os.environ.get("MODEL_ID") or next(
     iter(re.findall(r"^models:\s*\n\s*-\s*(\S+)", (HERE / "README.md").read_text(encoding="utf-8"), re.M)), None
 )
-MAX_CHARS = int(os.environ.get("MAX_CHARS", "8000"))  # of one message
+MAX_CHARS = int(os.environ.get("MAX_CHARS", "100000"))  # of one message; the tokens of more are not even counted
 MAX_NEW_TOKENS = int(os.environ.get("MAX_NEW_TOKENS", "1024"))  # of one answer, the slider's end
 MAX_SECONDS = float(os.environ.get("MAX_SECONDS", "120"))  # of one answer
 MAX_QUEUE = int(os.environ.get("MAX_QUEUE", "16"))  # visitors who may wait; the next one reads that the queue is full
-MAX_SYSTEM = 2000  # characters of the system message
 LARGE = 300_000_000  # parameters above which the weights are quantized to int8 on a CPU
 STEP = "🧮 "  # begins the title of a tool step
 
 LANGUAGE = os.environ.get("SPACE_LANGUAGE")  # "en" or "ko"; by default the browser's (LANGUAGE itself is gettext's)
-TEXTS = {
-    "en": {
-        "system": "System message",
-        "temperature": "Temperature (0: always the likeliest token)",
-        "top_k": "Top-k (0: all tokens)",
-        "max_tokens": "Most new tokens",
-        "settings": "Settings",
-        "examples": "Examples",
-        "message": "Write a message",
-        "hello": "<center>A small language model, trained from nothing.<br>It makes things up.</center>",
-    },
-    "ko": {
-        "system": "시스템 메시지",
-        "temperature": "온도 (0: 항상 가장 가능성 높은 토큰)",
-        "top_k": "Top-k (0: 모든 토큰)",
-        "max_tokens": "새 토큰 최대 개수",
-        "settings": "설정",
-        "examples": "예시",
-        "message": "메시지를 입력하세요",
-        "hello": "<center>처음부터 학습한 작은 언어 모델입니다.<br>사실이 아닌 말을 지어낼 수 있습니다.</center>",
-    },
-}
-EXAMPLES = {
-    "en": ["Hello", "What is 12 * 34?", "How many letters r are in strawberry?", "Why is the sky blue?"],
-    "ko": ["안녕하세요", "12 * 34는 얼마인가요?", "딸기는 무슨 색인가요?", "하늘은 왜 파란가요?"],
-}
-CSS = ".message { word-break: keep-all; overflow-wrap: anywhere; }"  # Korean lines break between words
+TEXTS = yaml.safe_load((HERE / "texts.yaml").read_text(encoding="utf-8"))
+EXAMPLES = ["Hello", "Who are you?", "What is 12 * 34?", "How do you spell strawberry?"]  # of a checkpoint without any
 if LANGUAGE and LANGUAGE not in TEXTS:
     sys.exit(f"error: SPACE_LANGUAGE is {LANGUAGE!r}; use {' or '.join(TEXTS)}")
-i18n = gr.I18n(**{browser: TEXTS[LANGUAGE or browser] for browser in TEXTS})
+TEXTS = {browser: TEXTS[LANGUAGE or browser] for browser in TEXTS}
+i18n = gr.I18n(**TEXTS)
 
 try:  # ZeroGPU lends a GPU for the length of a decorated call
     from spaces import GPU
@@ -180,9 +157,11 @@ def messages_of(history: list[dict], message: str, system: str, with_tools: bool
         text, title = text_of(entry["content"]), (entry.get("metadata") or {}).get("title") or ""
         if title.startswith(STEP):
             if with_tools:
-                function = {"name": "python", "arguments": {"expression": title.removeprefix(STEP)}}
+                result = text.strip("`\n ")
+                expression = title.removeprefix(STEP).strip("`").removesuffix(f" = {result}")
+                function = {"name": "python", "arguments": {"expression": expression}}
                 call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-                messages += [call, {"role": "tool", "content": text.strip("`\n ")}]
+                messages += [call, {"role": "tool", "content": result}]
         elif not title:  # a title of another kind is a warning of ours
             messages = answered(messages) if entry["role"] == "user" else messages
             messages.append({"role": entry["role"], "content": text})
@@ -218,11 +197,11 @@ def show(parts: list[tuple[str, str]]) -> list[dict]:
     messages = []
     for kind, text in parts:
         if kind == "call":
-            metadata = {"title": STEP + text, "status": "pending"}
+            call, metadata = text, {"title": f"{STEP}`{text}`", "status": "pending"}  # as code: 2*3*4 has no emphasis
             messages.append({"role": "assistant", "content": "```\n\n```", "metadata": metadata})
         elif kind == "result" and messages and messages[-1].get("metadata", {}).get("status") == "pending":
-            messages[-1]["content"] = f"```\n{text}\n```"
-            messages[-1]["metadata"]["status"] = "done"
+            metadata = {"title": f"{STEP}`{call} = {text}`", "status": "done"}
+            messages[-1] |= {"content": f"```\n{text}\n```", "metadata": metadata}
         elif text := re.sub("\ufffd+\\Z", "", text):  # a character that is not complete yet
             if not messages or "metadata" in messages[-1]:
                 messages.append({"role": "assistant", "content": ""})
@@ -233,31 +212,35 @@ def show(parts: list[tuple[str, str]]) -> list[dict]:
 # ---- generation ----------------------------------------------------------------------------------------------------
 
 
+class Problem(Exception):
+    """Why there is no answer: a key of TEXTS and the values of its text."""
+
+
+def ids_of(messages: list[dict], prompt: bool = True) -> list[int]:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+
+
 def encode(messages: list[dict], room: int) -> list[int]:
     """Ids of the conversation without its oldest turns, so that `room` more tokens fit into the context.
 
     Each turn is counted once, from the last to the first that does not fit: special tokens separate them.
     """
-
-    def ids_of(messages: list[dict], **options) -> list[int]:
-        return tokenizer.apply_chat_template(messages, return_dict=False, **options)
-
     length = model.config.max_position_embeddings
     system = [m for m in messages[:1] if m["role"] == "system"]
     *starts, first = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    size = room + len(ids_of(system + messages[first:], add_generation_prompt=True))
+    size = len(ids_of(system + messages[first:]))
+    if size >= length:
+        raise Problem("tokens", size, length - 1)
+    size += room
     for start in reversed(starts):
         turn = messages[start:first]
         if len(str(turn)) > 64 * length:  # characters; tokens are shorter, and counting them would take long
             break
-        size += len(ids_of(turn)) - 1  # without bos
+        size += len(ids_of(turn, prompt=False)) - 1  # without bos
         if size > length:
             break
         first = start
-    ids = ids_of(system + messages[first:], add_generation_prompt=True)
-    if len(ids) >= length:
-        raise ValueError(f"The message has {len(ids)} tokens, the model reads at most {length}.")
-    return ids
+    return ids_of(system + messages[first:])
 
 
 class TokenStreamer:
@@ -279,20 +262,17 @@ class TokenStreamer:
 
 @gpu
 def local_answer(messages: list[dict], temperature: float, top_k: int, max_tokens: int):
-    """Yields the parts of the answer so far; raises the errors of `generate`."""
+    """Yields the parts of the answer so far; raises Problem."""
     length, streamer, tokens = model.config.max_position_embeddings, TokenStreamer(), []
-    ids = encode(messages, min(max_tokens, length // 4))
-    options = {"do_sample": temperature > 0, "max_new_tokens": min(max_tokens, length - len(ids))}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_k": top_k}
+    ids = encode(messages, min(max_tokens, length // 2))
+    options = {"streamer": streamer, "max_time": MAX_SECONDS, "max_new_tokens": min(max_tokens, length - len(ids))}
+    options |= {"temperature": temperature, "top_k": top_k} if temperature > 0 else {}
 
     def work():
         end = None
         try:
             inputs = torch.tensor([ids], device=model.device)
-            model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), streamer=streamer, max_time=MAX_SECONDS, **options
-            )
+            model.generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=temperature > 0, **options)
         except Exception as error:  # out of memory, for example: the other thread raises it
             end = error
         streamer.queue.put(end)
@@ -305,7 +285,7 @@ def local_answer(messages: list[dict], temperature: float, top_k: int, max_token
     finally:
         streamer.stopped = True
     if token is not None:
-        raise token
+        raise Problem("memory" if isinstance(token, torch.OutOfMemoryError) else "failed", str(token)[:300])
 
 
 def remote_answer(messages: list[dict], temperature: float, max_tokens: int):
@@ -323,7 +303,8 @@ def remote_answer(messages: list[dict], temperature: float, max_tokens: int):
             return
         except Exception as error:  # connection refused, time-out, 429, 5xx: the client's classes differ by version
             if parts or attempt == 2:
-                raise ConnectionError(f"The model's server does not answer: {str(error)[:200]}") from None
+                is_busy = getattr(getattr(error, "response", None), "status_code", None) == 429
+                raise Problem("busy") if is_busy else Problem("down", str(error)[:200]) from None
             time.sleep(1 + attempt)
 
 
@@ -331,61 +312,73 @@ def warning(text: str) -> dict:
     return {"role": "assistant", "content": text, "metadata": {"title": "⚠️"}}
 
 
-def problem_of(message: str, system: str = "") -> str:
-    """Why a message will not be answered; empty if it will."""
+def translate(page: gr.Request | None, key: str, *values) -> str:
+    """A text in the language of the visitor's browser."""
+    accepted = page.headers.get("accept-language", "") if page else ""
+    return TEXTS.get(accepted[:2], TEXTS["en"])[key].format(*values)
+
+
+def refuse(message: str, system: str = "") -> None:
+    """Raises Problem for a message that will not be answered. A server counts the tokens itself."""
     if not isinstance(message, str) or not message.strip():
-        return "Write something first."
-    for what, text, limit in (("message", message, MAX_CHARS), ("system message", system, MAX_SYSTEM)):
-        if len(text) > limit:
-            return f"The {what} has {len(text):,} characters; at most {limit:,} are read."
-    return ""
+        raise Problem("empty")
+    if len(message) + len(system) > MAX_CHARS:
+        raise Problem("chars", len(message) + len(system), MAX_CHARS)
+    if not ENDPOINT_URL:
+        encode(messages_of([], message, system, with_tools=True), 0)
 
 
-def check(message: str):
+def check(message: str, page: gr.Request = None):
     """Says at once, beside the text box, what will not be answered."""
-    problem = problem_of(message)
-    return gr.validate(not problem, problem)
+    try:
+        refuse(message)
+    except Problem as problem:
+        return gr.validate(False, translate(page, *problem.args))
+    return gr.validate(True, "")
 
 
-def respond(message: str, history: list[dict], system: str, temperature: float, top_k: int, max_tokens: int):
+def respond(
+    message: str, history: list, system: str, temperature: float, top_k: int, max_tokens: int, page: gr.Request = None
+):
     """Yields the answer so far as Gradio's messages. The page's limits hold for callers of the API, too."""
-    system = system or ""
-    if problem := problem_of(message, system):
-        yield [warning(problem)]
-        return
-    messages = messages_of(history, message, system, with_tools=not ENDPOINT_URL)
-    temperature, top_k = min(max(float(temperature or 0), 0.0), 2.0), max(int(top_k or 0), 0)
-    max_tokens = max(min(int(max_tokens or MAX_NEW_TOKENS), MAX_NEW_TOKENS), 1)
-    if ENDPOINT_URL:
-        answer = remote_answer(messages, temperature, max_tokens)
-    else:
-        answer = local_answer(messages, temperature, top_k, max_tokens)
     now: list[dict] = []
     try:
+        refuse(message, system := system or "")
+        messages = messages_of(history, message, system, with_tools=not ENDPOINT_URL)
+        temperature, top_k = min(max(float(temperature or 0), 0.0), 2.0), max(int(top_k or 0), 0)
+        max_tokens = max(min(int(max_tokens or MAX_NEW_TOKENS), MAX_NEW_TOKENS), 1)
+        if ENDPOINT_URL:
+            answer = remote_answer(messages, temperature, max_tokens)
+        else:
+            answer = local_answer(messages, temperature, top_k, max_tokens)
         for parts in answer:
             now = show(parts)
             yield now
-    except torch.OutOfMemoryError:
-        yield [*now, warning("The GPU's memory is full: shorten the conversation, or lower the number of new tokens.")]
-    except (ValueError, RuntimeError, ConnectionError) as error:
-        yield [*now, warning(str(error)[:300])]
+    except Problem as problem:
+        yield [*now, warning(translate(page, *problem.args))]
+
+
+def restore(saved: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The conversation that the browser saved, for chatbot and state; texts only, since a client may send anything."""
+    history = [{**entry, "content": text_of(entry["content"])} for entry in saved]
+    return history, history
 
 
 def build() -> gr.Blocks:
-    name = ENDPOINT_URL or MODEL_ID
-    is_hub_id = not ENDPOINT_URL and not Path(MODEL_ID).exists()
-    link = f'<a href="https://huggingface.co/{name}">{name}</a>' if is_hub_id else "/".join(name.split("/")[-2:])
+    name = (ENDPOINT_URL or MODEL_ID).rstrip("/")
+    link = "/".join(name.split("/")[-2:]).strip("/")
+    if not ENDPOINT_URL and not Path(name).exists():
+        link = f'<a href="https://huggingface.co/{name}">{name}</a>'
+    examples = (tokenizer and tokenizer.init_kwargs.get("examples")) or EXAMPLES
     inputs = [
-        gr.Textbox("", label=i18n("system"), lines=2, max_length=MAX_SYSTEM),
+        gr.Textbox("", label=i18n("system"), lines=2),
         gr.Slider(0, 2, value=0.6, step=0.05, label=i18n("temperature")),
         gr.Slider(0, 200, value=50, step=1, label=i18n("top_k")),
         gr.Slider(8, MAX_NEW_TOKENS, value=min(512, MAX_NEW_TOKENS), step=8, label=i18n("max_tokens")),
     ]
-    textbox = gr.Textbox(
-        label=i18n("message"), placeholder=i18n("message"), submit_btn=True, stop_btn=True, autofocus=True
-    )
+    textbox = gr.Textbox(label=i18n("message"), submit_btn=True, stop_btn=True, autofocus=True)
     textbox.preprocess = lambda text: "" if text is None else str(text)  # Gradio takes null for a file
-    return gr.ChatInterface(
+    demo = gr.ChatInterface(
         respond,
         title="nanochat",
         description=f"<center>{link}</center>",
@@ -393,21 +386,28 @@ def build() -> gr.Blocks:
         textbox=textbox,
         additional_inputs=inputs,
         additional_inputs_accordion=gr.Accordion(i18n("settings"), open=False),
-        examples=[[text] for text in EXAMPLES[LANGUAGE or "en"]],
-        examples_label=i18n("examples"),
+        examples=[[str(text)] for text in examples[:4]],
         cache_examples=False,
         editable=True,
-        flagging_mode="never",
         validator=check,
         concurrency_limit=2 if ENDPOINT_URL else 1,
         api_name="chat",
     )
+    with demo:  # the conversation stays in the browser, and comes back when the page is loaded again
+        saved = gr.BrowserState([], storage_key="nanochat", secret="nanochat")
+        options = {"show_progress": "hidden", "api_visibility": "private"}
+        load = demo.load(restore, saved, [demo.chatbot, demo.chatbot_state], **options)
+        load.then(None, js="() => { window.restored = true }", **options)  # before that, the chatbot is empty
+        keep = "(history, saved) => [window.restored ? history : saved]"
+        demo.chatbot.change(None, [demo.chatbot, saved], saved, js=keep, **options)
+    return demo
 
 
 demo = build()
 demo.queue(max_size=MAX_QUEUE)
 
-LAUNCH = {"i18n": i18n, "css": CSS, "show_error": True, "footer_links": [], "max_file_size": 0}  # no uploads
+head = (HERE / "head.html").read_text(encoding="utf-8").replace("TEXTS", json.dumps(TEXTS), 1)
+LAUNCH = {"i18n": i18n, "head": head, "show_error": True, "footer_links": [], "max_file_size": 0}  # no uploads
 
 if __name__ == "__main__":
     demo.launch(**LAUNCH)
