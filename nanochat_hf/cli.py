@@ -138,6 +138,8 @@ def speedrun(words: list[str]) -> None:
     recipe, stages, configs, arguments = read_speedrun(new_parser(speedrun.__doc__), words)
     if arguments.dry_run:
         return show_plan(stages, configs, arguments, int(os.environ.get("WORLD_SIZE", "1")))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"recipe {recipe.name}: loading PyTorch ...", file=sys.stderr, flush=True)
     from .stages import run_stages
     from .sync import syncing
 
@@ -228,9 +230,11 @@ def run(words: list[str]) -> None:
 
 
 def check_device(name: str | None) -> None:
+    if not (name and name.startswith("cuda")):
+        return
     import torch  # takes seconds
 
-    if name and name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+    if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise InputError(f"--device: this machine has no {name}; leave --device out, or say cpu")
 
 
@@ -240,7 +244,7 @@ def chat(words: list[str]) -> None:
     parser.option("--run-dir", Place, help="run folder: its newest finished stage")
     parser.option("--model", Place, help="checkpoint folder or Hub id; beside --endpoint, the model's name there")
     parser.option("--endpoint", help="URL of a server to talk to instead")
-    parser.option("--prompt", str, "-p", help="answer this and leave")
+    parser.option("--prompt", str, "-p", help="answer this, with what is piped in below it, and leave")
     parser.option("--system", default="", help="system message")
     parser.option("--temperature", Temperature, default=0.6, help="0 to 5, 0 is greedy (default: %(default)s)")
     parser.option("--top-k", TopK, default=50, help="0 keeps every token (default: %(default)s)")
@@ -257,13 +261,13 @@ def chat(words: list[str]) -> None:
     if not name and not remote:
         raise InputError(f"{args.run_dir} has no finished stage to talk to; train one first, for example by make demo")
     check_device(args.device)
-    from .serve.terminal_chat import Chat, Options, open_model, system_language
+    from .serve.terminal_chat import Chat, Options, open_model, system_language, with_piped
 
     model = open_model(name and str(name), args.endpoint, args.device)
     options = Options(args.temperature, args.top_k, args.top_p, args.max_new_tokens, args.seed)
     conversation = Chat(model, options, args.system, language=args.language or system_language())
     if args.prompt is not None:
-        conversation.ask(args.prompt)
+        conversation.ask(with_piped(args.prompt))
     else:
         conversation.run()
 
@@ -296,12 +300,16 @@ def serve(words: list[str]) -> None:
         reason = error.strerror or error
         raise InputError(f"cannot listen on {args.host}, port {args.port}: {reason}; choose another --port") from None
     check_device(args.device)
+    print(f"loading {name} ...", file=sys.stderr, flush=True)
     from .serve.limits import run as serve_app
     from .serve.server import Server
     from .serve.worker import open_workers
 
     workers = open_workers(str(name), args.max_batch_size, args.max_queue_size, args.device)
     server = Server(workers, str(name), args.temperature, args.top_k, args.max_new_tokens, args.request_timeout)
+    routes = "/v1/chat/completions, /v1/completions, /v1/models, /generate, /health"
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"serving {name} on http://{host}:{args.port}  (chat page; Ctrl-C stops it)\nroutes: {routes}", flush=True)
     serve_app(server.app, args.host, args.port)
 
 

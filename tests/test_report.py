@@ -45,7 +45,7 @@ def test_the_summary_comes_first_and_has_every_stage_and_a_dash_for_what_was_not
     assert rows["counting"] == ["-", "-", "0.8000", "0.8500"]
     assert rows["2/22 tasks, 50 examples each"] == ["0.0100", "-", "-", "-"]
     assert "CORE" not in rows and "### BASE: 2/22 tasks" in text
-    assert "Total wall time: 1 h 00 min (tokenizer 0 min 10 s" in summary
+    assert "Total wall time: 1 h 00 min (tokenizer 10 s" in summary
 
 
 def test_the_header_has_machine_commit_and_cost(run):
@@ -78,7 +78,7 @@ def test_the_sections_show_numbers_and_literal_samples_once(run):
 
 
 def test_small_helpers():
-    assert [duration(s) for s in (None, 59.6, 3725)] == ["-", "1 min 00 s", "1 h 02 min"]
+    assert [duration(s) for s in (None, 59.4, 59.6, 3725)] == ["-", "59 s", "1 min 00 s", "1 h 02 min"]
     assert grid(["a", "b"], []) == ""
     assert grid(["a", "number"], [["x|y", "1.5"]]) == "| a    | number |\n|------|-------:|\n| x\\|y | 1.5    |"
     assert one_line("x" * 400) == "x" * 299 + "…"
