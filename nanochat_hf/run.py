@@ -34,17 +34,14 @@ TITLES = {"tokenizer": "Tokenizer", "base": "Base model", "mid": "Mid-training",
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "datasets", "tokenizers", "peft", "lm_eval", "deepspeed")
 
 LOG_SECONDS = 30  # between two lines of progress in a file
-WORDS = {  # number of a step or a measurement -> how every log line and bar says it
+WORDS = {  # number of a step or a measurement -> how every log line and bar says it; others by name
     "train_loss": "loss {:.3f}",
     "reward": "reward {:.3f}",
     "completion_length": "{:.0f} tokens per completion",
     "tool_use": "tool use {:.0%}",
-    "val_bpb": "val bpb {:.4f}",
-    "val_loss": "validation loss {:.4f}",
     "core": "CORE {:.4f}",
     "chatcore": "ChatCORE {:.4f}",
-    "pass@1": "pass@1 {:.3f}",
-    "eval_rewards/accuracies": "accuracy {:.3f}",
+    "eval_rewards/accuracies": "accuracy {:.4f}",
     "lr": "lr {:.3g}",
     "momentum": "momentum {:.3f}",
     "grad_norm": "grad norm {:.3g}",
@@ -233,12 +230,12 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {round(seconds) % 60:02d} s"
 
 
-def in_words(numbers: dict, names: Iterable[str] = WORDS) -> str:
+def in_words(numbers: dict, names: Iterable[str]) -> str:
     """The numbers of `names` that are known, as "loss 2.345, lr 0.04, 11.9K tok/s"."""
-    numbers = {name: numbers[name] for name in names if name in WORDS and numbers.get(name) is not None}
-    if "tokens_per_second" in numbers:
-        numbers["tokens_per_second"] = short(round(numbers["tokens_per_second"]))
-    return ", ".join(WORDS[name].format(number) for name, number in numbers.items())
+    numbers = {name: numbers[name] for name in names if numbers.get(name) is not None}
+    if speed := numbers.get("tokens_per_second"):
+        numbers["tokens_per_second"] = short(round(speed))
+    return ", ".join(WORDS.get(name, f"{name.replace('_', ' ')} {{:.4f}}").format(n) for name, n in numbers.items())
 
 
 class Progress:
@@ -250,13 +247,12 @@ class Progress:
     FORMAT = "{n_fmt}/{total_fmt} {unit}{postfix}, ETA {remaining}"
 
     def __init__(self, name: str, total: int, first: int = 0, unit: str = "steps"):
-        main, terminal, self.start = os.environ.get("RANK", "0") == "0", sys.stderr.isatty(), time.monotonic()
+        main, terminal = os.environ.get("RANK", "0") == "0", sys.stderr.isatty()
+        self.name, self.start = name, time.monotonic()
         self.due = self.start + LOG_SECONDS if main and not terminal else math.inf
         self.static = {"initial": first, "total": total, "unit": unit, "unit_scale": total >= 10**6}
-        layout = f"[{name}] {{percentage:3.0f}}%|{{bar:16}}| {self.FORMAT}"
-        disable = not (main and terminal)
-        self.bar = tqdm(bar_format=layout, dynamic_ncols=True, leave=False, disable=disable, **self.static)
-        self.name = name
+        layout, hide = f"[{name}] {{percentage:3.0f}}%|{{bar:16}}| {self.FORMAT}", not (main and terminal)
+        self.bar = tqdm(bar_format=layout, dynamic_ncols=True, leave=False, disable=hide, **self.static)
 
     def update(self, done: int, words: str = "") -> None:
         """`done` steps are done; `words` are the newest numbers."""

@@ -259,7 +259,7 @@ def run_stages(
 def outline(stages: list[str], configs: dict, ranks: int) -> dict[str, str]:
     """Stage -> its number, name, steps and, where an estimate exists, about how long it takes."""
     base, gpu, lines = configs["base"], gpu_here(), {}
-    size = scaling.plan(base, configs["tokenizer"].vocab_size)
+    size = scaling.plan(base, getattr(configs.get("tokenizer"), "vocab_size", 2**15))
     device, units = gpu or ("CPU" if on_cpu() else "MPS"), ranks if gpu else os.cpu_count() or 1
     speed, _ = scaling.estimate_speed(size, device, units, base.fp8 is True)  # tokens per second
     for number, stage in enumerate(stages, 1):

@@ -55,7 +55,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "data": {"config", "demo", "run", "stage_configs"},
     "eval": {"data", "demo", "loading", "run", "sandbox", "stage_configs", "tools", "tool_loop", "distributed"},
     "train": {"data", "demo", "distributed", "eval.bpb", "kernels", "loading", "model", "optim", "run"},
-    "serve": {"data", "loading", "run", "kernels", "model", "tools", "tool_loop"},
+    "serve": {"config", "data", "loading", "run", "stage_configs", "kernels", "model", "tools", "tool_loop"},
     "hub": {
         "config",
         "convert",

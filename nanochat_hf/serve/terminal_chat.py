@@ -293,38 +293,34 @@ class Chat:
             raise KeyboardInterrupt
 
     def command(self, line: str) -> bool:
-        """Run a line that begins with /; False means leave."""
-        word, _, rest = line.partition(" ")
-        rest = rest.strip()
-        try:
-            if word == "/help":
-                self.note(HELP)
-            elif word == "/reset":
-                self.messages = []
-                self.note("forgotten")
-            elif word == "/system":
-                if rest:
-                    self.system, self.messages = rest, []
-                self.note("system: {}", self.system or self.translate("(none)"))
-            elif word == "/retry":
-                asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
-                if not asked:
-                    raise InputError("nothing was asked yet")
-                self.ask(self.messages[asked[-1]]["content"], self.messages[: asked[-1]])
-            elif word in ("/set", "/temp"):
-                rest = f"temperature={rest}" if word == "/temp" and rest else rest
-                self.options = replace(self.options, **dict(pair.partition("=")[::2] for pair in rest.split()))
-                self.note(" ".join(f"{name}={value}" for name, value in vars(self.options).items()))
-            elif word == "/save" and not rest:
-                self.note("say where: /save FILE")
-            elif word == "/save":
-                conversation = {"model": self.model.name, "messages": self.opening + self.messages}
-                save_json(os.path.expanduser(rest), conversation)
-                self.note("{} messages written to {}", len(self.messages), rest)
-            elif word != "/quit":
-                raise InputError(f"no command {word}; {nearest(word, COMMANDS)}")
-        except InputError as error:
-            self.note("error: {}", error)
+        """Run a line that begins with /; False means leave. Raises InputError for what it cannot do."""
+        word, rest = [*line.split(maxsplit=1), ""][:2]
+        if word == "/help":
+            self.note(HELP)
+        elif word == "/reset":
+            self.messages = []
+            self.note("forgotten")
+        elif word == "/system":
+            if rest:
+                self.system, self.messages = rest, []
+            self.note("system: {}", self.system or self.translate("(none)"))
+        elif word == "/retry":
+            turns = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+            if not turns:
+                raise InputError("nothing was asked yet")
+            self.ask(self.messages[turns[-1]]["content"], self.messages[: turns[-1]])
+        elif word in ("/set", "/temp"):
+            rest = f"temperature={rest}" if word == "/temp" and rest else rest
+            self.options = replace(self.options, **dict(pair.partition("=")[::2] for pair in rest.split()))
+            self.note(" ".join(f"{name}={value}" for name, value in vars(self.options).items()))
+        elif word == "/save" and not rest:
+            self.note("say where: /save FILE")
+        elif word == "/save":
+            conversation = {"model": self.model.name, "messages": self.opening + self.messages}
+            save_json(os.path.expanduser(rest), conversation)
+            self.note("{} messages written to {}", len(self.messages), rest)
+        elif word != "/quit":
+            raise InputError(f"no command {word}; {nearest(word, COMMANDS)}")
         return word != "/quit"
 
     def run(self) -> None:
@@ -340,12 +336,10 @@ class Chat:
         while more:
             try:
                 line = read().strip()
-                if line.startswith('"""'):
-                    self.ask(quoted(line, read))
-                elif line.startswith("/") and "\n" not in line:
+                if line.startswith("/") and "\n" not in line:
                     more = self.command(line)
-                elif line:
-                    self.ask(line)
+                elif text := quoted(line, read):
+                    self.ask(text)
             except InputError as error:
                 if not terminal:
                     raise
@@ -360,7 +354,9 @@ class Chat:
 
 
 def quoted(line: str, read: Callable[[], str]) -> str:
-    """The message that begins in `line` with three quotation marks, up to the line that ends with them."""
+    """The message in `line`; one that begins with three quotation marks goes up to the line that ends with them."""
+    if not line.startswith('"""'):
+        return line
     text = line[3:]
     with suppress(EOFError):
         while not text.rstrip().endswith('"""'):
@@ -392,7 +388,7 @@ def line_reader(prompt: str, words: list[str], note: Callable) -> Callable[[], s
 
 def with_piped(prompt: str) -> str:
     """The prompt and, below it, the text that is piped in."""
-    piped = "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode(errors="replace").strip()
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode(errors="replace").strip()
     return f"{prompt}\n\n{piped}" if piped else prompt
 
 

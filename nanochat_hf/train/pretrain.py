@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..data.dataloader import VALIDATION, PackedLoader
@@ -35,7 +35,7 @@ from ..optim.gradient_reduction import OwnerGradientReducer
 from ..optim.muon_adamw import MuonAdamW, param_groups
 from ..optim.overview import Devices, base_rows, block
 from ..optim.scaling import peak_flops, plan
-from ..run import Progress, in_words, load_json, model_fingerprint, save_json, start_record, write_metrics
+from ..run import WORDS, Progress, in_words, load_json, model_fingerprint, save_json, start_record, write_metrics
 from ..stage_configs import SHAPE_KEYS, PretrainConfig
 from . import checkpoint, model_setup, runtime
 from .monitoring import Evaluator, LossSpikeDetector, StepTimer
@@ -325,7 +325,7 @@ class Pretraining:
         tokens = self.step * self.plan.total_batch_size
         metrics = {"step": self.step, "tokens": tokens, "time": self.timer.seconds, **metrics}
         if self.due(config.log_every):
-            self.print(f"step {self.step}/{self.plan.num_iterations}: {in_words(metrics)}")
+            self.print(f"step {self.step}/{self.plan.num_iterations}: {in_words(metrics, WORDS)}")
         self.loss_model.eval()
         if self.due(config.eval_every, at_end=config.eval_every != 0):
             results["val_bpb"] = self.evaluator.bpb()
@@ -335,7 +335,7 @@ class Pretraining:
             self.samples = self.evaluator.samples(self.step)
             texts = [f"{sample['prompt']} ->{sample['text']!r}" for sample in self.samples]
         self.loss_model.train()
-        for text in filter(None, [*texts, in_words(results)]):
+        for text in filter(None, [*texts, in_words(results, results)]):
             self.print(f"step {self.step}: {text}")
         if results or texts:
             model_setup.reshard(self.loss_model)  # checkpoints need sharded weights
