@@ -37,6 +37,7 @@ from .optim import scaling
 from .optim.overview import gpu_here
 from .run import MODEL_STAGES, STAGES, Run, duration, in_words, load_json, load_metrics, renamed_keys
 from .serve.engine import Engine
+from .serve.terminal_chat import Chat, LocalModel, Options
 from .stage_configs import ChatConfig, DPOStageConfig, EvalConfig, PretrainConfig, RLConfig, TokenizerConfig
 from .train.dpo import train_dpo
 from .train.grpo import train_rl
@@ -45,7 +46,6 @@ from .train.sft import train_chat
 
 datasets.disable_progress_bars()  # around internal work; our own lines say what happens
 RL_COST = 2.6  # seconds per sampled token on a CPU, over those per trained token; the demo's, up to max_new_tokens
-SEPARATORS = {"call": "[", "result": " = ", "text": "] "}  # printed before these parts of an answer
 
 
 def engine(model, tokenizer):
@@ -236,14 +236,14 @@ def run_stages(
     state = partial_state()
     check_run_folder(run, stages, configs)
     lines = outline(stages, configs, state.num_processes)
-    state.print(f"into {run.path}:", *lines.values(), sep="\n  ")
+    state.print(f"{len(stages)} stages into {run.path}:", *lines.values(), sep="\n  ")
     for stage in stages:
         if stage == "report":
             continue
         again = stage == "eval" and state.is_main_process and renewal(run, definition_of(configs[stage]))
         again = broadcast_from_main(again)
         if run.finished(stage) and not again:
-            state.print(f"\n[{stage}] already finished, skipping: {run.folder(stage)}")
+            state.print(f"[{stage}] already finished, skipping: {run.folder(stage)}")
             continue
         state.print(f"\n{lines[stage]}" + (f": finished earlier, runs again for {again}" if again else ""))
         run_stage(stage, configs, run, repo)
@@ -286,15 +286,13 @@ def show_answers(run: Run, dataset) -> None:
     if dataset == "primer":
         rows = [primer.questions(kind, num=1)[0] for kind in ("fact", "arithmetic", "counting")]
         texts = [row["messages"][0]["content"] for row in rows]
-    model = Engine.from_pretrained(str(folder))
+    model = LocalModel(Engine.from_pretrained(str(folder)), str(folder))
+    chat = Chat(model, Options(temperature=0.0, max_new_tokens=256))
     print(f"\nThree questions to {folder}:")
     for text in texts:
         print(f"\n> {text}")
-        kind = "text"
-        for chunk in model.stream([{"role": "user", "content": text}], max_new_tokens=256, temperature=0.0):
-            print("" if chunk.kind == kind else SEPARATORS[chunk.kind], chunk, sep="", end="", flush=True)
-            kind = chunk.kind
-        print()
+        chat.ask(text, before=[])
     command = Path(sys.executable).with_name("nanochat")  # works outside of the virtual environment, too
-    command = f"  {os.path.relpath(command) if command.exists() else 'nanochat'} {{}} --run-dir {run.path}"
-    print("\nTalk to it, here or in a browser:", command.format("chat"), command.format("serve"), sep="\n")
+    command = command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else command
+    print("\nTalk to it, here or in a browser:")
+    print(*(f"  {command} {word} --run-dir {run.path}" for word in ("chat", "serve")), sep="\n")
