@@ -260,6 +260,8 @@ def chat(words: list[str]) -> None:
     name = args.model or (args.run_dir and Run(args.run_dir).latest_model())
     if not name and not remote:
         raise InputError(f"{args.run_dir} has no finished stage to talk to; train one first, for example by make demo")
+    if not remote:
+        print(f"loading {name} ...", file=sys.stderr, flush=True)
     check_device(args.device)
     from .serve.terminal_chat import Chat, Options, open_model, system_language, with_piped
 

@@ -396,7 +396,6 @@ def open_model(model: str | None, endpoint: str | None, device: str | None = Non
     """The server at `endpoint`, where it is called `model`, or the model of a folder or Hub id on this machine."""
     if endpoint is not None:
         return RemoteModel(endpoint, model)
-    print(f"loading {model} ...", file=sys.stderr, flush=True)
     if "depth" in (load_metrics(model) or {}):
         print(f"warning: {model} is a base model: it continues texts and was not trained to chat", file=sys.stderr)
     from .engine import Engine  # takes seconds, which a remote model does not need
