@@ -10,7 +10,7 @@ EXTRAS  = dev$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>
 export HF_HUB_OFFLINE ?= 1
 export GRADIO_ANALYTICS_ENABLED ?= False
 
-.PHONY: help setup demo chat space test test-slow quality bench bench-gpu clean
+.PHONY: help setup demo chat web space test test-slow quality bench bench-gpu clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -26,9 +26,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## train a chat model from nothing on this CPU, print its scores (minutes)
 	$(BIN)/accelerate launch -q --config_file configs/accelerate/cpu.yaml recipes/speedrun.py --recipe cpu-demo --run-dir $(RUN)
+	@echo 'or:  make chat    make web    make space$(if $(filter-out runs/cpu-demo,$(RUN)),    each with RUN=$(RUN))'
 
 chat: setup ## chat in the terminal with the model of $(RUN)
-	$(BIN)/python scripts/chat_cli.py --run-dir $(RUN)
+	$(BIN)/nanochat chat --run-dir $(RUN)
+
+web: setup ## the server with its chat page on http://127.0.0.1:8000 with the model of $(RUN)
+	$(BIN)/nanochat serve --run-dir $(RUN)
 
 space: setup ## the Gradio Space on http://127.0.0.1:7860 with the model of $(RUN)
 	MODEL_ID=$$(ls -d $(RUN)/rl $(RUN)/sft 2>/dev/null | head -1) $(BIN)/python spaces/chat/app.py

@@ -138,6 +138,8 @@ def speedrun(words: list[str]) -> None:
     if arguments.dry_run:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         return show_plan(stages, configs, ranks, rate=arguments.node_hourly_rate)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"recipe {recipe.name}: loading PyTorch ...", file=sys.stderr, flush=True)
     from .stages import run_stages
     from .sync import syncing
 
@@ -255,9 +257,11 @@ def check_gpus(num_processes: int | None, launch: dict) -> None:
 
 
 def check_device(name: str | None) -> None:
+    if not (name and name.startswith("cuda")):
+        return
     import torch  # takes seconds
 
-    if name and name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+    if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise InputError(f"--device: this machine has no {name}; leave --device out, or say cpu")
 
 
@@ -287,7 +291,7 @@ def chat(words: list[str]) -> None:
     parser = new_parser(chat.__doc__)
     model_options(parser)
     parser.option("--endpoint", help="URL of a server to talk to instead; --model is then a name there")
-    parser.option("--prompt", str, "-p", help="answer this and leave")
+    parser.option("--prompt", str, "-p", help="answer this, with what is piped in below it, and leave")
     parser.option("--system", default="", help="system message")
     parser.option("--temperature", Temperature, default=0.6, help="0 to 5, 0 is greedy (default: %(default)s)")
     parser.option("--top-k", TopK, default=50, help="0 keeps every token (default: %(default)s)")
@@ -303,14 +307,16 @@ def chat(words: list[str]) -> None:
         raise InputError("--endpoint names what to talk to: leave --run-dir, --stage and --device out")
     else:
         name = args.model
+    if args.endpoint is None:
+        print(f"loading {name} ...", file=sys.stderr, flush=True)
     check_device(args.device)
-    from .serve.terminal_chat import Chat, Options, open_model, system_language
+    from .serve.terminal_chat import Chat, Options, open_model, system_language, with_piped
 
     model = open_model(name, args.endpoint, args.device)
     options = Options(args.temperature, args.top_k, args.top_p, args.max_new_tokens, args.seed)
     conversation = Chat(model, options, args.system, language=args.language or system_language())
     if args.prompt is not None:
-        conversation.ask(args.prompt)
+        conversation.ask(with_piped(args.prompt))
     else:
         conversation.run()
 
@@ -340,12 +346,16 @@ def serve(words: list[str]) -> None:
         reason = error.strerror or error
         raise InputError(f"cannot listen on {args.host}, port {args.port}: {reason}; choose another --port") from None
     check_device(args.device)
+    print(f"loading {name} ...", file=sys.stderr, flush=True)
     from .serve.limits import run as serve_app
     from .serve.server import Server
     from .serve.worker import open_workers
 
     workers = open_workers(name, args.max_batch_size, args.max_queue_size, args.device)
     server = Server(workers, name, args.temperature, args.top_k, args.max_new_tokens, args.request_timeout)
+    routes = "/v1/chat/completions, /v1/completions, /v1/models, /generate, /health"
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"serving {name} on http://{host}:{args.port}  (chat page; Ctrl-C stops it)\nroutes: {routes}", flush=True)
     serve_app(server.app, args.host, args.port)
 
 

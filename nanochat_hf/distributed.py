@@ -9,6 +9,7 @@ operation. Here each rank writes to the job's key-value store where it has arriv
 """
 
 import gc
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ def on_cpu() -> bool:
 
 def partial_state() -> PartialState:
     """The job's ranks, joined on the first call. Without `cpu` Accelerate does not join processes on CPUs."""
+    if on_cpu():  # else DeepSpeed, where installed, warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     state = PartialState(cpu=on_cpu(), timeout=BARRIER_TIMEOUT)
     if not _launched:
         _launched.append(state.distributed_type)

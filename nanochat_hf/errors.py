@@ -13,10 +13,18 @@ class InputError(ValueError):
 def guarded(main: Callable) -> None:
     """Run `main`; wrong input, a loss that is not finite or a device out of memory is one line, Ctrl-C exit code 130.
 
-    Only the main rank shows what all ranks raise.
+    Only the main rank shows what all ranks raise. Exit code 141 is that of SIGPIPE: the reader of the output has gone.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file is read while it is written
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        sys.exit(141)
     except (InputError, FloatingPointError) as error:  # all ranks raise it, the main one shows it
         fail(str(error), show=os.environ.get("RANK", "0") == "0")
     except OSError as error:
@@ -29,8 +37,9 @@ def guarded(main: Callable) -> None:
         torch = sys.modules.get("torch")  # importing it takes seconds
         if torch is None or not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
-        what = " ".join(str(error).partition(" GPU ")[0].split())
-        fail(f"{what} Lower device_batch_size, or take a smaller model")  # this rank alone
+        what = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        detail = " ".join(str(error).partition(" GPU ")[0].split())
+        fail(f"out of {what}. Lower device_batch_size or use a smaller model. ({detail})")  # this rank alone
 
 
 def fail(message: str, show: bool = True):

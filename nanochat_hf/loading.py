@@ -4,12 +4,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from .errors import InputError
 from .model.configuration_nanochat import MAX_LAYERS
 from .model.quantization import is_quantized
 from .run import first_non_finite
+
+quiet_downloads = are_progress_bars_disabled()
+disable_progress_bar()  # of files on this disk, and of downloads, which stay
+if not quiet_downloads:
+    enable_progress_bars()
 
 
 def refuse_many_layers(source: str | Path) -> None:

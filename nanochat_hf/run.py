@@ -13,15 +13,17 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from .errors import InputError
 from .metrics import problem
@@ -30,6 +32,22 @@ STAGES = ("tokenizer", "base", "mid", "sft", "rl", "dpo", "eval", "report")
 MODEL_STAGES = ("base", "mid", "sft", "rl", "dpo")
 TITLES = dict(zip(STAGES, ("Tokenizer", "Base model", "Mid-training", "SFT", "RL", "DPO")))
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "datasets", "tokenizers", "peft", "lm_eval", "deepspeed")
+
+LOG_SECONDS = 30  # between two lines of progress in a file
+WORDS = {  # number of a step or a measurement -> how every log line and bar says it; others by name
+    "train_loss": "loss {:.3f}",
+    "reward": "reward {:.3f}",
+    "completion_length": "{:.0f} tokens per completion",
+    "tool_use": "tool use {:.0%}",
+    "core": "CORE {:.4f}",
+    "chatcore": "ChatCORE {:.4f}",
+    "eval_rewards/accuracies": "accuracy {:.4f}",
+    "lr": "lr {:.3g}",
+    "momentum": "momentum {:.3f}",
+    "grad_norm": "grad norm {:.3g}",
+    "tokens_per_second": "{} tok/s",
+    "mfu": "MFU {:.1%}",
+}
 
 
 class Run:
@@ -223,7 +241,55 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    if not minutes:
+        return f"{round(seconds)} s"
     return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {round(seconds) % 60:02d} s"
+
+
+def in_words(numbers: dict, names: Iterable[str]) -> str:
+    """The numbers of `names` that are known, as "loss 2.345, lr 0.04, 11.9K tok/s"."""
+    numbers = {name: numbers[name] for name in names if numbers.get(name) is not None}
+    if speed := numbers.get("tokens_per_second"):
+        numbers["tokens_per_second"] = short(round(speed))
+    return ", ".join(WORDS.get(name, f"{name.replace('_', ' ')} {{:.4f}}").format(n) for name, n in numbers.items())
+
+
+class Progress:
+    """Progress of `total` steps: a bar in a terminal, else a line every LOG_SECONDS; of the main process only.
+
+    `first`: steps that were done before. Print other lines with `tqdm.write`, which leaves the bar whole.
+    """
+
+    FORMAT = "{n_fmt}/{total_fmt} {unit}{postfix}, ETA {remaining}"
+
+    def __init__(self, name: str, total: int, first: int = 0, unit: str = "steps"):
+        main, terminal = os.environ.get("RANK", "0") == "0", sys.stderr.isatty()
+        self.name, self.start = name, time.monotonic()
+        self.due = self.start + LOG_SECONDS if main and not terminal else math.inf
+        self.static = {"initial": first, "total": total, "unit": unit, "unit_scale": total >= 10**6}
+        layout, hide = f"[{name}] {{percentage:3.0f}}%|{{bar:16}}| {self.FORMAT}", not (main and terminal)
+        self.bar = tqdm(bar_format=layout, dynamic_ncols=True, leave=False, disable=hide, **self.static)
+
+    def update(self, done: int, words: str = "") -> None:
+        """`done` steps are done; `words` are the newest numbers."""
+        now = time.monotonic()
+        if now >= self.due:
+            self.due, layout = now + LOG_SECONDS, f"[{self.name}] {self.FORMAT}"
+            values = {"n": done, "elapsed": now - self.start, "bar_format": layout, "postfix": words}
+            print(tqdm.format_meter(**values, **self.static), file=sys.stderr, flush=True)
+        self.bar.set_postfix_str(words, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def track(items: Iterable, name: str, total: int, unit: str) -> Iterator:
+    """The items, with their progress."""
+    with closing(Progress(name, total, unit=unit)) as progress:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress.update(done)
 
 
 def apply_umask(folder: str | Path) -> None:

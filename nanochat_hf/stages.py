@@ -8,7 +8,12 @@ A recipe is a folder with one YAML per stage. The pipeline skips a finished stag
 refuses a run folder whose stages were made by another recipe or from other inputs.
 """
 
+import math
+import os
+import sys
 from pathlib import Path
+
+import datasets
 
 from .config import parse_config
 from .data.documents import is_local, text_fingerprint
@@ -18,6 +23,7 @@ from .distributed import (
     broadcast_from_main,
     main_process_first,
     monitored_barrier,
+    on_cpu,
     partial_state,
     reset_accelerate_state,
 )
@@ -27,15 +33,19 @@ from .eval.lm_eval_model import Generator
 from .eval.report import make_report, summary
 from .eval.weights import origin, renewal, replaced
 from .hub.push import checkpoint_pusher
-from .run import MODEL_STAGES, Run, duration, load_json, load_metrics, renamed_keys
+from .optim import scaling
+from .optim.overview import gpu_here
+from .run import MODEL_STAGES, STAGES, Run, duration, in_words, load_json, load_metrics, renamed_keys
 from .serve.engine import Engine
+from .serve.terminal_chat import Chat, LocalModel, Options
 from .stage_configs import ChatConfig, DPOStageConfig, EvalConfig, PretrainConfig, RLConfig, TokenizerConfig
 from .train.dpo import train_dpo
 from .train.grpo import train_rl
 from .train.pretrain import pretrain
 from .train.sft import train_chat
 
-SEPARATORS = {"call": "[", "result": " = ", "text": "] "}  # printed before these parts of an answer
+datasets.disable_progress_bars()  # around internal work; our own lines say what happens
+RL_COST = 2.6  # seconds per sampled token on a CPU, over those per trained token; the demo's, up to max_new_tokens
 
 
 def engine(model, tokenizer):
@@ -77,16 +87,16 @@ def show_result(folder: Path) -> None:
         return
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
     figures = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in ("pass@1", "accuracy") if name in after]
-    losses = {"val bpb": metrics.get("val_bpb"), "validation loss": metrics.get("val_loss")}
-    if not any([*losses.values(), figures]):
-        losses["training loss"] = next(
-            (row["train_loss"] for row in reversed(metrics.get("history") or []) if "train_loss" in row), None
-        )
-    figures += [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+    numbers = {key: value for row in [*(metrics.get("history") or ()), metrics] for key, value in row.items()}
+    losses = [name for name in ("val_bpb", "val_loss", "train_loss") if numbers.get(name) is not None]
+    figures += [in_words(numbers, losses[:1])] if losses and not figures else []
     if "vocab_size" in metrics:
         figures.append(f"{metrics['vocab_size']:,} tokens, {metrics['bytes_per_token']:.2f} bytes per token")
     for mean in (list((metrics.get(kind) or {}).values())[-1:] for kind in ("core", "chatcore", "kocore")):
         figures += [f"{part['label']} {part['value']:.4f}" for part in mean]
+    for stage, results in list((metrics.get("results") or {}).items())[-1:]:
+        values = [result["value"] for result in results.values() if result.get("higher_is_better", True)]
+        figures += [f"mean of {len(values)} tasks {sum(values) / len(values):.3f} ({stage})"] if values else []
     print(", ".join([f"[{folder.name}] done in {duration(metrics['wall_time_s'])}", *figures, str(folder)]))
 
 
@@ -236,6 +246,8 @@ def run_stages(
     """Run the stages that are not finished, on all ranks, then write the report and show a few answers."""
     state = partial_state()
     check_run_folder(run, stages, configs)
+    lines = outline(stages, configs, state.num_processes)
+    state.print(f"{len(stages)} stages into {run.path}:", *lines.values(), sep="\n  ")
     for stage in stages:
         if stage == "report":
             continue
@@ -244,16 +256,36 @@ def run_stages(
         if run.finished(stage) and not again:
             state.print(f"[{stage}] already finished, skipping: {run.folder(stage)}")
             continue
-        state.print(
-            f"[{stage}] {run.folder(stage)}" + (f": finished earlier, runs again for {again}" if again else "")
-        )
+        state.print(f"\n{lines[stage]}" + (f": finished earlier, runs again for {again}" if again else ""))
         run_stage(stage, configs, run, repo)
         reset_accelerate_state()
         monitored_barrier(f"the end of stage {stage}")
     if "report" in stages and state.is_main_process:
         report = make_report(run.path, hourly_rate=hourly_rate)
-        print(f"\n{summary(load_json(report.with_suffix('.json')))}\n\nThe report with its plots: {report}")
+        print(f"\n{lines['report']}: {report.with_suffix('.html')} and {report}\n")
+        print(summary(load_json(report.with_suffix(".json"))))
         show_answers(run, configs["base"].dataset)
+
+
+def outline(stages: list[str], configs: dict, ranks: int) -> dict[str, str]:
+    """Stage -> its number, name, steps and, where an estimate exists, about how long it takes."""
+    base, gpu, lines = configs["base"], gpu_here(), {}
+    size = scaling.plan(base, getattr(configs.get("tokenizer"), "vocab_size", 2**15))
+    device, units = gpu or ("CPU" if on_cpu() else "MPS"), ranks if gpu else os.cpu_count() or 1
+    speed, _ = scaling.estimate_speed(size, device, units, base.fp8 is True)  # tokens per second
+    for number, stage in enumerate(stages, 1):
+        config, lines[stage] = configs.get(stage), f"[{number}/{len(stages)}] {stage}"
+        steps, tokens = getattr(config, "num_iterations", None), getattr(config, "total_batch_size", 0)
+        if stage == "base":
+            steps, tokens = size.num_iterations, size.total_batch_size
+        elif stage == "rl" and not gpu:
+            tokens = RL_COST * config.examples_per_step * config.num_samples * config.max_new_tokens
+        if steps:
+            lines[stage] += f": {steps:,} steps" if steps > 0 else f": {config.num_epochs:g} x the data"
+        if steps and min(steps, tokens) > 0 and speed:
+            minutes = math.ceil(steps * tokens / speed / 60)
+            lines[stage] += f", about {minutes} min" if minutes < 60 else f", about {duration(60 * minutes)}"
+    return lines
 
 
 def show_answers(run: Run, dataset) -> None:
@@ -265,12 +297,13 @@ def show_answers(run: Run, dataset) -> None:
     if dataset == "primer":
         rows = [primer.questions(kind, num=1)[0] for kind in ("fact", "arithmetic", "counting")]
         texts = [row["messages"][0]["content"] for row in rows]
-    model = Engine.from_pretrained(str(folder))
-    print(f"\nThree questions to {folder}; more with: nanochat chat --run-dir {run.path}")
+    model = LocalModel(Engine.from_pretrained(str(folder)), str(folder))
+    chat = Chat(model, Options(temperature=0.0, max_new_tokens=256))
+    print(f"\nThree questions to {folder}:")
     for text in texts:
         print(f"\n> {text}")
-        kind = "text"
-        for chunk in model.stream([{"role": "user", "content": text}], max_new_tokens=256, temperature=0.0):
-            print("" if chunk.kind == kind else SEPARATORS[chunk.kind], chunk, sep="", end="", flush=True)
-            kind = chunk.kind
-        print()
+        chat.ask(text, before=[])
+    command = Path(sys.executable).with_name("nanochat")  # works outside of the virtual environment, too
+    command = command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else command
+    print("\nTalk to it, here or in a browser:")
+    print(*(f"  {command} {word} --run-dir {run.path}" for word in ("chat", "serve")), sep="\n")

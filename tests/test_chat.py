@@ -29,6 +29,7 @@ from nanochat_hf.serve.terminal_chat import (
     RemoteModel,
     Screen,
     messages_of,
+    with_piped,
     without_tools,
 )
 
@@ -197,15 +198,22 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
     [
         ("/help", "/save FILE"),
         ("/tmep 0.5", "did you mean '/temp'"),
-        ("/temp hot", "from 0 to 5, not 'hot'"),
-        ("/temp 0.25", "temperature 0.25"),
+        ("/temp hot", "temperature is 'hot': it must be a number from 0 to 5"),
+        ("/temp 0.25", "temperature=0.25 top_k=50"),
+        ("/set top_k=3 seed=7", "top_k=3 top_p=1.0 max_new_tokens=120 seed=7"),
+        ("/set tempreature=1", "did you mean 'temperature'"),
+        ("/retry", "nothing was asked yet"),
         ("/system", "(none)"),
         ("/save", "say where"),
-        ("/save /dev/null/x", "error: cannot write"),
+        ("/save /dev/null/x", "cannot write"),
     ],
 )
 def test_commands_answer_in_one_line(chat, line, reply):
-    assert chat.command(line) and reply in shown(chat)
+    try:
+        assert chat.command(line)
+    except InputError as error:
+        chat.note(str(error))
+    assert reply in shown(chat)
 
 
 def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path):
@@ -220,6 +228,27 @@ def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path):
     assert chat.messages == [] and chat.system == "Be kind."
     chat.ask("Hello")  # the system message goes along without being remembered as a turn
     assert chat.messages[0] == {"role": "user", "content": "Hello"}
+
+
+def test_a_retry_replaces_the_last_answer_and_keeps_it_where_there_is_no_new_one():
+    chat = Chat(Script([StreamChunk("b")]), Options(), console=Console(file=io.StringIO(), force_terminal=True))
+    for text in ("a", "c"):
+        chat.ask(text)
+    chat.model.chunks = [StreamChunk("d")]
+    assert chat.command("/retry") and chat.model.prompts[-1] == ["a", "b", "c"]
+    assert [message["content"] for message in chat.messages] == ["a", "b", "c", "d"]
+    chat.model.chunks = []  # stopped before its first word
+    assert chat.command("/retry") and chat.messages[-1]["content"] == "d"
+
+
+def test_beside_a_pipe_stdout_has_the_answer_and_stderr_the_rest(capsys, monkeypatch):
+    chat = Chat(Script([StreamChunk("1+1", "call"), StreamChunk("2", "result"), StreamChunk("Two.")]), Options())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"and\nmore \xff\n")))
+    chat.ask(with_piped("this"))
+    chat.command("/reset")
+    assert chat.model.prompts == [["this\n\nand\nmore \ufffd"]]
+    shown = capsys.readouterr()
+    assert shown.out == "Two.\n" and "⚙ python 1+1 → 2" in shown.err and "forgotten" in shown.err
 
 
 def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns(chat):
@@ -307,8 +336,9 @@ def test_the_script_answers_one_prompt_and_reads_a_pipe(talker_folder):  # noqa:
         command = [sys.executable, "scripts/chat_cli.py", "--run-dir", run_dir, "--temperature", "0", *words]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
 
-    assert run(talker_folder.parent, "-p", "What is 5 + 6?").stdout == "  ⚙ python 5+6 → 11\nIt is 11.\n"
-    piped = run(talker_folder.parent, input="What is 12 * 34?\n/reset\nHello\n").stdout
-    assert "It is 408." in piped and "forgotten" in piped and "🙂" in piped
+    done = run(talker_folder.parent, "-p", "What is 5 + 6?", input="")
+    assert done.stdout == "It is 11.\n" and "⚙ python 5+6 → 11" in done.stderr and "loading" in done.stderr
+    piped = run(talker_folder.parent, input="What is 12 * 34?\n/reset\nHello\n")
+    assert "It is 408." in piped.stdout and "🙂" in piped.stdout and "forgotten" in piped.stderr
     missing = run("nowhere")
     assert missing.returncode == 2 and missing.stderr.strip().splitlines()[-1].startswith("error: nowhere has no")

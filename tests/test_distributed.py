@@ -157,7 +157,7 @@ def test_a_killed_rank_ends_the_job_and_a_rerun_resumes(alone):
     assert max(path.name for path in (alone / "killed" / "state").glob("step_*")) == "step_000008"
     assert not (alone / "killed" / "metrics.json").exists()
     done = launch(2, "multi_gpu", [run])
-    assert "resuming after step 8" in done.stdout + done.stderr
+    assert "resuming at step 8" in done.stdout + done.stderr
     equals(alone, "killed", 2)
 
 

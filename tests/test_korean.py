@@ -228,7 +228,7 @@ def test_the_terminal_speaks_korean_and_wraps_hangul_by_its_width(talker, monkey
         assert all(chat.command(line) for line in lines)
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
         assert "안녕하세요!" in shown and "🙂" in shown and "\ufffd" not in shown
-        assert "이 목록" in shown and "잊었습니다" in shown and "온도 0.5" in shown and "messages" not in shown
+        assert "이 목록" in shown and "잊었습니다" in shown and "temperature=0.5" in shown and "messages" not in shown
         if forced:
             assert "토큰" in shown
             assert all(cell_len(line) <= 30 for line in re.split(r"[\r\n]+", shown))

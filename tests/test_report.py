@@ -103,7 +103,7 @@ def test_the_sections_show_numbers_and_literal_samples_once(run):
 
 
 def test_small_helpers():
-    assert [duration(s) for s in (None, 59.6, 3725)] == ["-", "1 min 00 s", "1 h 02 min"]
+    assert [duration(s) for s in (None, 59.4, 59.6, 3725)] == ["-", "59 s", "1 min 00 s", "1 h 02 min"]
     assert grid(["a", "b"], []) == ""
     assert grid(["a", "number"], [["x|y", "1.5"]]) == "| a    | number |\n|------|-------:|\n| x\\|y | 1.5    |"
     assert grid(["a", "b", "c"], [["1", "-", ""]]) == "| a   |\n|----:|\n| 1   |"  # no empty columns

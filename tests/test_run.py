@@ -179,10 +179,10 @@ MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
         (KeyboardInterrupt(), 0, 130, ""),
         (InputError("a\nb"), 0, 2, "error: a b\n"),
         (RuntimeError("can't allocate memory: 9 bytes."), 0, 2,
-         "error: can't allocate memory: 9 bytes. Lower device_batch_size, or take a smaller model\n"),
+         "error: out of memory. Lower device_batch_size or use a smaller model. (can't allocate memory: 9 bytes.)\n"),
         (
             torch.OutOfMemoryError(f"{MEMORY} GPU 0 has a total capacity of 79.19 GiB of which ..."), 3, 2,
-            f"error: {MEMORY} Lower device_batch_size, or take a smaller model\n",
+            f"error: out of GPU memory. Lower device_batch_size or use a smaller model. ({MEMORY})\n",
         ),
     ],
 )  # fmt: skip

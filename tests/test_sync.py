@@ -508,4 +508,4 @@ def test_sigterm_saves_and_syncs_and_the_same_command_resumes_elsewhere(tokenize
     [name] = names_at(remote)
     process = start("two")
     output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and f"took base, {name.split('/')[1]}" in output and "resuming after step" in output
+    assert process.returncode == 0 and f"took base, {name.split('/')[1]}" in output and "resuming at step" in output

@@ -14,7 +14,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -22,7 +22,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -255,33 +254,31 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) ->
 
 def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     """Train on the training split of `config.dataset` and write a `from_pretrained` folder and metrics.json."""
-    from ..run import start_record, write_metrics
+    from ..run import Progress, start_record, write_metrics
     from .documents import open_documents, text_fingerprint
 
     output, record = Path(output), start_record(config)
     data = text_fingerprint(config.dataset)
-    reading = tqdm(total=config.max_chars, desc="tokenizer: reading", unit="char", unit_scale=True, disable=None)
+    chars = {"train": 0, "validation": 0}
 
     def texts(split: str, limit: int) -> Iterator[str]:
-        reading.reset(limit)
-        for text in open_documents(config.dataset, split, seed=config.seed, skip_bad_files=config.skip_bad_files):
-            text = text[: min(config.doc_cap, limit - reading.n)]
-            reading.n += len(text)
-            reading.update(0)
-            yield text
-            if reading.n >= limit:
-                return
+        with closing(Progress(f"tokenizer: {split}", limit, unit="characters")) as progress:
+            for text in open_documents(config.dataset, split, seed=config.seed, skip_bad_files=config.skip_bad_files):
+                text = text[: min(config.doc_cap, limit - chars[split])]
+                chars[split] += len(text)
+                progress.update(chars[split])
+                yield text
+                if chars[split] >= limit:
+                    return
 
     train = texts("train", config.max_chars)
     tokenizer = train_bpe(train, config.vocab_size, config.digit_group, config.normalization)
-    train_chars = reading.n
     compression = bytes_per_token(tokenizer, texts("validation", VALIDATION_CHARS))
-    reading.close()
     try:
         tokenizer.save_pretrained(output)
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror}; choose another --run-dir") from None
-    numbers = {"vocab_size": len(tokenizer), "bytes_per_token": compression, "train_chars": train_chars}
+    numbers = {"vocab_size": len(tokenizer), "bytes_per_token": compression, "train_chars": chars["train"]}
     write_metrics(output, record, inputs={"data": data}, **numbers)
 
 

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import datasets.utils
 import lm_eval.api.task
-import transformers
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 
@@ -139,18 +137,13 @@ def find_file(folders: str | list[str | None] | None, *names: str) -> Path | Non
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the notes and progress bars of lm-eval, datasets and transformers: our log has a line per task."""
+    """Without the notes and progress bars of lm-eval: our log has a line per task."""
     logger, tqdm = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
-    level, libraries = logger.level, (datasets.utils, transformers.utils.logging)
-    with_bars = [library for library in libraries if library.is_progress_bar_enabled()]
+    level = logger.level
     logger.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = lambda rows, **_: rows
-    for library in with_bars:
-        library.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
         lm_eval.api.task.tqdm = tqdm
-        for library in with_bars:
-            library.enable_progress_bar()

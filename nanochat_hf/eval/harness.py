@@ -18,12 +18,13 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ..data.documents import local_path
 from ..data.tokenizer import load_tokenizer
 from ..distributed import broadcast_from_main, monitored_barrier, partial_state
 from ..errors import InputError
-from ..run import MODEL_STAGES, Run, fingerprint, load_metrics, save_json, start_record, write_metrics
+from ..run import MODEL_STAGES, Run, fingerprint, load_metrics, save_json, start_record, track, write_metrics
 from ..stage_configs import EvalConfig
 from .bpb import held_out_bpb
 from .core import centered_mean, evaluate_core, quiet
@@ -165,7 +166,8 @@ def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, 
     lm, seconds = LocalLM(model, tokenizer, config, generator), {}
 
     def log(name: str, words: str) -> None:
-        state.print(f"[eval] {stage}: {name.replace('_', ' ')} {words}")
+        if state.is_main_process:
+            tqdm.write(f"[eval] {stage}: {name.replace('_', ' ')} {words}")
 
     if config.dataset and stage in config.bpb_stages:
         for name, dataset in bpb_datasets(config.dataset).items():
@@ -180,14 +182,15 @@ def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, 
         if core:
             seconds["core"], share = core["seconds"], core["model_seconds"] / core["seconds"]
             log(core["label"], f"{core['value']:.4f} in {core['seconds']:.1f} s, {share:.0%} of it in the model")
-    for name in tasks.of(stage):
+    names = tasks.of(stage)
+    for name in track(names, f"eval: {stage}", len(names), "tasks"):
         if name in tasks.chat and not tokenizer.chat_template:
             raise InputError(f"{folder} has no chat template, so it cannot answer {name}: evaluate a chat model")
         task_start = time.time()
         task_results, samples = tasks.run(name, lm)
         seconds[name] = time.time() - task_start
         for key, result in task_results.items():
-            log(key, f"{format_result(result)} in {seconds[name]:.1f} s")
+            log(key, f"{format_result(result)}, {seconds[name]:.1f} s")
         results, examples = results | task_results, examples + samples[:2]
         if samples and config.log_samples:
             write_jsonl(output / "samples" / stage / f"{name}.jsonl", samples)
@@ -212,7 +215,7 @@ def format_result(result: dict) -> str:
     text = with_error(result["value"], result.get("stderr"))
     if result.get("baseline"):
         text += f" (random baseline {result['baseline']:.2f})"
-    return text + (f", tool called in {result['tool_use']:.0%}" if "tool_use" in result else "")
+    return text + (f", tool use {result['tool_use']:.0%}" if "tool_use" in result else "")
 
 
 def core_metric(tokenizer, bundle: str) -> Callable[[torch.nn.Module, int], float]:

@@ -6,7 +6,8 @@
 
 Answers stream as Markdown: finished blocks are printed for good, only the one being written is redrawn, so the
 scrollback stays clean however long the answer. Ctrl-C stops an answer; at the prompt, Ctrl-D or /quit leaves. The
-interface speaks English or Korean, by `--language` or the locale.
+interface speaks English or Korean, by `--language` or the locale. In a pipe, stdout has the answers only; tool steps
+and notes go to stderr.
 """
 
 import itertools
@@ -14,13 +15,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import yaml
+from annotated_types import Ge, Le
 from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HTTPError  # httpx's or httpx2's, whichever this version of the hub's client uses
 from rich.console import Console
@@ -30,16 +33,22 @@ from rich.padding import Padding
 from rich.segment import SegmentLines
 from rich.text import Text
 
+from ..config import settings
 from ..errors import InputError
-from ..run import nearest, save_json
+from ..run import load_metrics, nearest, save_json
+from ..stage_configs import Count, Fraction, Seed, TopK
 from .chunks import StreamChunk, join_chunks
 
-HELP = """/help           this list
-/reset          forget the conversation (the system message stays)
-/system [TEXT]  show or set the system message; starts a new conversation
-/temp [X]       show or set the temperature, 0 is greedy
-/save FILE      write the conversation as JSON
-/quit           leave (so does Ctrl-D); Ctrl-C stops an answer"""
+HELP = """/help             this list
+/retry            answer the last message again
+/reset            forget the conversation (the system message stays)
+/system [TEXT]    show or set the system message; starts a new conversation
+/set [KEY=VALUE]  show or set temperature, top_k, top_p, max_new_tokens, seed
+/temp X           the same as /set temperature=X, 0 is greedy
+/save FILE        write the conversation as JSON
+/quit             leave (so does Ctrl-D); Ctrl-C stops an answer
+\"""               begins and ends a message of several lines; pasted lines are one message"""
+COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
 KOREAN = yaml.safe_load(Path(__file__).with_name("terminal_ko.yaml").read_text(encoding="utf-8"))
 
 
@@ -49,23 +58,15 @@ def system_language() -> str:
     return "ko" if name.startswith("ko") else "en"
 
 
-@dataclass
+@settings
 class Options:
-    """How answers are sampled."""
+    """How answers are sampled; other values raise InputError."""
 
-    temperature: float = 0.6
-    top_k: int = 50
-    top_p: float = 1.0
-    max_new_tokens: int = 512
-    seed: int | None = None  # None: different every time
-
-
-def temperature(text: str) -> float:
-    """A number from 0 to 5; anything else raises InputError."""
-    with suppress(ValueError):
-        if 0 <= float(text) <= 5:
-            return float(text)
-    raise InputError(f"the temperature must be a number from 0 to 5, not {text!r}")
+    temperature: Annotated[float, Ge(0), Le(5)] = 0.6
+    top_k: TopK = 50
+    top_p: Fraction = 1.0
+    max_new_tokens: Count = 512
+    seed: Seed | None = None  # None: different every time
 
 
 class LocalModel:
@@ -190,11 +191,12 @@ def last_block(text: str) -> str:
 class Screen:
     """Shows one answer while it comes: each block of text and each call is redrawn until it ends, then printed.
 
-    Off a terminal nothing is redrawn, and text is written as it comes.
+    Off a terminal nothing is redrawn, text is written as it comes, and calls go to `aside`.
     """
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, aside: Console | None = None):
         self.console, self.kind, self.text, self.gap = console, "text", "", ""
+        self.aside = aside or console
         self.live = Live(console=console, transient=True, auto_refresh=False)
         self.live.start()
 
@@ -225,7 +227,8 @@ class Screen:
             return
         if self.console.is_terminal or self.kind != "text":
             self.live.update("", refresh=True)
-            self.console.print(self.render(done), soft_wrap=self.kind != "text")
+            console = self.console if self.kind == "text" else self.aside
+            console.print(self.render(done), soft_wrap=self.kind != "text")
         elif not done.endswith("\n"):
             self.console.out("")
         self.gap = "<!-- -->\n\n" if rest else ""  # an empty block: rich puts space between it and the next
@@ -248,6 +251,12 @@ class Chat:
     messages: list[dict] = field(default_factory=list)
 
     @property
+    def aside(self) -> Console:
+        """For notes and tool steps: stderr, if stdout is a pipe."""
+        piped = self.console.file is sys.stdout and not self.console.is_terminal
+        return Console(stderr=True, highlight=False) if piped else self.console
+
+    @property
     def opening(self) -> list[dict]:
         """The system message, if there is one."""
         return [{"role": "system", "content": self.system}] if self.system else []
@@ -257,12 +266,15 @@ class Chat:
         return (KOREAN.get(english, english) if self.language == "ko" else english).format(*values)
 
     def note(self, english: str, *values) -> None:
-        self.console.print(Text(self.translate(english, *values), "dim"))
+        self.aside.print(Text(self.translate(english, *values), "dim"))
 
-    def ask(self, text: str) -> None:
-        """Show and remember the answer, also what came before Ctrl-C; off a terminal that ends the program."""
-        messages = [*self.messages, {"role": "user", "content": text}]
-        screen, chunks, stopped, start = Screen(self.console), [], False, time.perf_counter()
+    def ask(self, text: str, before: list[dict] | None = None) -> None:
+        """Show and remember the answer, also what came before Ctrl-C; off a terminal that ends the program.
+
+        `before`: the messages before this one; default: all.
+        """
+        messages = [*(self.messages if before is None else before), {"role": "user", "content": text}]
+        screen, chunks, stopped, start = Screen(self.console, self.aside), [], False, time.perf_counter()
         try:
             for chunk in self.model.answer(self.opening + messages, self.options):
                 chunks.append(chunk)
@@ -281,55 +293,56 @@ class Chat:
             raise KeyboardInterrupt
 
     def command(self, line: str) -> bool:
-        """Run a line that begins with /; False means leave."""
-        word, _, rest = line.partition(" ")
-        rest = rest.strip()
-        try:
-            if word == "/help":
-                self.note(HELP)
-            elif word == "/reset":
-                self.messages = []
-                self.note("forgotten")
-            elif word == "/system":
-                if rest:
-                    self.system, self.messages = rest, []
-                self.note("system: {}", self.system or self.translate("(none)"))
-            elif word == "/temp":
-                if rest:
-                    self.options.temperature = temperature(rest)
-                self.note("temperature {}", f"{self.options.temperature:g}")
-            elif word == "/save" and not rest:
-                self.note("say where: /save FILE")
-            elif word == "/save":
-                conversation = {"model": self.model.name, "messages": self.opening + self.messages}
-                save_json(os.path.expanduser(rest), conversation)
-                self.note("{} messages written to {}", len(self.messages), rest)
-            elif word != "/quit":
-                commands = [line.split()[0] for line in HELP.splitlines()]
-                raise InputError(f"no command {word}; {nearest(word, commands)}")
-        except InputError as error:
-            self.note("error: {}", error)
+        """Run a line that begins with /; False means leave. Raises InputError for what it cannot do."""
+        word, rest = [*line.split(maxsplit=1), ""][:2]
+        if word == "/help":
+            self.note(HELP)
+        elif word == "/reset":
+            self.messages = []
+            self.note("forgotten")
+        elif word == "/system":
+            if rest:
+                self.system, self.messages = rest, []
+            self.note("system: {}", self.system or self.translate("(none)"))
+        elif word == "/retry":
+            turns = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+            if not turns:
+                raise InputError("nothing was asked yet")
+            self.ask(self.messages[turns[-1]]["content"], self.messages[: turns[-1]])
+        elif word in ("/set", "/temp"):
+            rest = f"temperature={rest}" if word == "/temp" and rest else rest
+            self.options = replace(self.options, **dict(pair.partition("=")[::2] for pair in rest.split()))
+            self.note(" ".join(f"{name}={value}" for name, value in vars(self.options).items()))
+        elif word == "/save" and not rest:
+            self.note("say where: /save FILE")
+        elif word == "/save":
+            conversation = {"model": self.model.name, "messages": self.opening + self.messages}
+            save_json(os.path.expanduser(rest), conversation)
+            self.note("{} messages written to {}", len(self.messages), rest)
+        elif word != "/quit":
+            raise InputError(f"no command {word}; {nearest(word, COMMANDS)}")
         return word != "/quit"
 
     def run(self) -> None:
-        """Read lines until /quit or the end of the input."""
-        with suppress(ImportError):
-            import readline  # noqa: F401  (line editing and history for input())
+        """Read messages until /quit or the end of the input. In a pipe an error ends it, too."""
         terminal = self.console.is_terminal
         if terminal:
             title = f"{self.model.name} · {self.translate('/help for commands')}"
             self.console.print(Text.assemble(("nanochat ", "bold"), (title, "dim")))
-        colored = terminal and sys.stdin.isatty()
-        prompt = f"\001\033[1;36m\002{self.translate('you')} ›\001\033[0m\002 " if colored else ""
-        more = True
+        read, more = input, True
+        if terminal and sys.stdin.isatty():
+            keys = [f"/set {name}=" for name in vars(self.options)]
+            read = line_reader(f"\033[1;36m{self.translate('you')} ›\033[0m ", COMMANDS + keys, self.note)
         while more:
             try:
-                line = input(prompt).strip()
-                if line.startswith("/"):
+                line = read().strip()
+                if line.startswith("/") and "\n" not in line:
                     more = self.command(line)
-                elif line:
-                    self.ask(line)
+                elif text := quoted(line, read):
+                    self.ask(text)
             except InputError as error:
+                if not terminal:
+                    raise
                 self.note("error: {}", error)
             except EOFError:
                 self.console.print(end="\n" if terminal else "")
@@ -340,13 +353,51 @@ class Chat:
                 self.note("\n{}", self.translate("(/quit or Ctrl-D leaves)"))
 
 
+def quoted(line: str, read: Callable[[], str]) -> str:
+    """The message in `line`; one that begins with three quotation marks goes up to the line that ends with them."""
+    if not line.startswith('"""'):
+        return line
+    text = line[3:]
+    with suppress(EOFError):
+        while not text.rstrip().endswith('"""'):
+            text += "\n" + read()
+    return text.rstrip().removesuffix('"""').strip()
+
+
+def line_reader(prompt: str, words: list[str], note: Callable) -> Callable[[], str]:
+    """What reads from the terminal: pasted lines are one text, Tab completes `words`, the history stays on disk."""
+    try:
+        from prompt_toolkit import ANSI, PromptSession
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.history import FileHistory
+    except ImportError:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (line editing for input())
+        note("no history, no completion, and a pasted line is a message: pip install prompt_toolkit")
+        return lambda: input(prompt)
+    path = Path(os.path.expanduser(os.environ.get("XDG_STATE_HOME") or "~/.local/state"), "nanochat", "history")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError as error:
+        note("the history is not kept: {}", error)
+    history = FileHistory(path) if os.access(path, os.W_OK) else None
+    completer = WordCompleter(words, sentence=True)
+    return PromptSession(ANSI(prompt), history=history, completer=completer, complete_while_typing=False).prompt
+
+
+def with_piped(prompt: str) -> str:
+    """The prompt and, below it, the text that is piped in."""
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode(errors="replace").strip()
+    return f"{prompt}\n\n{piped}" if piped else prompt
+
+
 def open_model(model: str | None, endpoint: str | None, device: str | None = None):
     """The server at `endpoint`, where it is called `model`, or the model of a folder or Hub id on this machine."""
     if endpoint is not None:
         return RemoteModel(endpoint, model)
-    from transformers.utils.logging import disable_progress_bar
-
+    if "depth" in (load_metrics(model) or {}):
+        print(f"warning: {model} is a base model: it continues texts and was not trained to chat", file=sys.stderr)
     from .engine import Engine  # takes seconds, which a remote model does not need
 
-    disable_progress_bar()
     return LocalModel(Engine.from_pretrained(model, device), model)

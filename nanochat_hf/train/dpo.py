@@ -12,15 +12,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from trl import DPOConfig, DPOTrainer
 
 from ..data.mixture import MAX_LISTED_REASONS, DatasetConfig, open_rows
 from ..data.tokenizer import assistant_mask
 from ..data.transforms import BadRow, check, normalize
-from ..distributed import main_process_first, partial_state
+from ..distributed import main_process_first
 from ..errors import InputError
-from ..run import fingerprint, start_record
+from ..run import fingerprint, start_record, track
 from ..stage_configs import DPOStageConfig
 from .model_setup import load_chat_model
 from .runtime import check_launch
@@ -29,6 +28,8 @@ from .trainer import StageTrainer, load_source, split_step, trainer_arguments
 
 class PreferenceTrainer(StageTrainer, DPOTrainer):
     """DPOTrainer whose loss is on assistant tokens only."""
+
+    unit = "pairs"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -48,7 +49,7 @@ def load_pairs(config: DPOStageConfig, tokenizer, length: int) -> tuple[Dataset,
     with main_process_first(f"reading {config.dataset}"):
         rows = open_rows(DatasetConfig(config.dataset, config.split), config.seed)
     pairs, skipped = [], []
-    for number in tqdm(range(len(rows)), desc="reading", disable=not partial_state().is_main_process):
+    for number in track(range(len(rows)), "reading", len(rows), "pairs"):
         try:
             pairs.append(read_pair(rows[number], tokenizer, length))
         except (BadRow, KeyError, TypeError, AttributeError) as error:

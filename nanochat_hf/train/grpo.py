@@ -46,6 +46,10 @@ PRIMER_PROMPTS = 4000  # training prompts of each kind
 class RLTrainer(StageTrainer, GRPOTrainer):
     """GRPOTrainer that times its generation, writes sample completions to `samples`, and measures pass@k."""
 
+    unit = "prompts"
+    shown = ("reward", "completion_length", "tool_use", "lr", "tokens_per_second")
+    measured = ("pass@1",)
+
     def __init__(self, *args, samples: Path, processing_class: PreTrainedTokenizerBase, **kwargs):
         self.samples, self.outcomes = samples, defaultdict(list)
         reward = correctness(processing_class, self.record)

@@ -1,4 +1,4 @@
-"""Monitoring of a pretraining run: bits per byte and samples of held-out text, loss spikes, speed, log lines.
+"""Monitoring of a pretraining run: bits per byte and samples of held-out text, loss spikes, speed.
 
 Nothing here changes weights, gradients or random state; pretrain.py decides when to measure.
 """
@@ -120,16 +120,3 @@ class Evaluator:
         )  # fmt: skip
         decode = self.tokenizer.decode
         return [{"step": step, "prompt": decode(p[1:]), "text": decode(t[len(p) :])} for p, t in zip(prompts, texts)]
-
-
-def format_progress(loss: float, tokens_per_second: float, mfu: float | None) -> str:
-    return f"loss {loss:.3f}, {tokens_per_second:,.0f} tok/s" + (f", MFU {mfu:.1%}" if mfu else "")
-
-
-def format_step(total: int, metrics: dict) -> str:
-    """The metrics of a step in one line."""
-    progress = format_progress(metrics["train_loss"], metrics["tokens_per_second"], metrics["mfu"])
-    return (
-        f"step {metrics['step']}/{total}: {progress}, lr {metrics['lr']:.3g}, momentum {metrics['momentum']:.3f}, "
-        f"grad norm {metrics['grad_norm']:.3g}"
-    )

@@ -13,10 +13,9 @@ for the host; whether to skip a step is decided on the device.
 import math
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import torch
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..data.dataloader import VALIDATION, PackedLoader
@@ -36,10 +35,10 @@ from ..optim.gradient_reduction import OwnerGradientReducer
 from ..optim.muon_adamw import MuonAdamW, param_groups
 from ..optim.overview import Devices, base_rows, block
 from ..optim.scaling import peak_flops, plan
-from ..run import load_json, model_fingerprint, save_json, start_record, write_metrics
+from ..run import WORDS, Progress, in_words, load_json, model_fingerprint, save_json, start_record, write_metrics
 from ..stage_configs import SHAPE_KEYS, PretrainConfig
 from . import checkpoint, model_setup, runtime
-from .monitoring import Evaluator, LossSpikeDetector, StepTimer, format_progress, format_step
+from .monitoring import Evaluator, LossSpikeDetector, StepTimer
 
 HISTORY = 1000  # points of a curve at most, besides evaluations
 INTERVALS = ("eval_every", "core_metric_every", "sample_every", "save_every", "push_every")
@@ -129,7 +128,8 @@ class Pretraining:
             config.eval_tokens // (self.micro_batch_size * self.plan.max_seq_len * self.world),
             as_in_training=not (getattr(network, "fp8", False) or self.sharded),
         )  # fmt: skip
-        self.print(self.overview(kernels))
+        if self.accelerator.is_main_process:
+            print(self.overview(kernels))
         if saved is not None:
             self.restore(saved)
 
@@ -184,23 +184,21 @@ class Pretraining:
             values = {key: value for key, value in asdict(self.config).items() if value is not None}
             self.accelerator.init_trackers("nanochat_hf", values)
         total, smooth = self.plan.num_iterations, None
-        interval = 0.1 if sys.stderr.isatty() else 30  # seconds; few lines in a log file
-        main = self.accelerator.is_main_process
-        bar = tqdm(total=total, initial=self.step, disable=not main, unit="step", mininterval=interval)
-        with bar, runtime.graceful_shutdown(lambda number: setattr(self, "signal", number)), runtime.gc_disabled():
+        shutdown = runtime.graceful_shutdown(lambda number: setattr(self, "signal", number))
+        with closing(Progress(self.output.name, total, self.step)) as progress, shutdown, runtime.gc_disabled():
             if self.unmeasured:
                 self.measure(self.unmeasured)
             self.loss_model.train()
             while self.step < total:
                 metrics = self.train_step()
-                loss, speed = metrics["train_loss"], metrics["tokens_per_second"]
+                loss = metrics["train_loss"]
                 smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
-                bar.set_postfix_str(format_progress(smooth, speed, metrics["mfu"]), refresh=False)
-                bar.update()
+                names = ("train_loss", "lr", "tokens_per_second", "mfu")
+                progress.update(self.step, in_words(metrics | {"train_loss": smooth}, names))
                 self.save_and_measure(metrics)
                 if self.push and self.due(self.config.push_every):
                     checkpoint.save_model(self.output, self.model, self.tokenizer)
-                    if main:
+                    if self.accelerator.is_main_process:
                         self.push(self.output, self.step)
                 if self.stopping and not self.pending_step and self.step < total:
                     self.print(f"stopped by a signal after step {self.step}; run again to resume from {self.save()}")
@@ -327,7 +325,7 @@ class Pretraining:
         tokens = self.step * self.plan.total_batch_size
         metrics = {"step": self.step, "tokens": tokens, "time": self.timer.seconds, **metrics}
         if self.due(config.log_every):
-            self.print(format_step(self.plan.num_iterations, metrics))
+            self.print(f"step {self.step}/{self.plan.num_iterations}: {in_words(metrics, WORDS)}")
         self.loss_model.eval()
         if self.due(config.eval_every, at_end=config.eval_every != 0):
             results["val_bpb"] = self.evaluator.bpb()
@@ -337,7 +335,7 @@ class Pretraining:
             self.samples = self.evaluator.samples(self.step)
             texts = [f"{sample['prompt']} ->{sample['text']!r}" for sample in self.samples]
         self.loss_model.train()
-        for text in texts + [f"{name} {value:.4f}" for name, value in results.items() if value is not None]:
+        for text in filter(None, [*texts, in_words(results, results)]):
             self.print(f"step {self.step}: {text}")
         if results or texts:
             model_setup.reshard(self.loss_model)  # checkpoints need sharded weights
@@ -355,7 +353,7 @@ class Pretraining:
 
     def print(self, text: str) -> None:
         if self.accelerator.is_main_process:
-            tqdm.write(text)
+            tqdm.write(f"[{self.output.name}] {text}")
 
     def save(self, unmeasured: dict | None = None) -> Path:
         """Write a checkpoint. `unmeasured`: the metrics of the last step, if its evaluations are still to come."""
@@ -388,8 +386,8 @@ class Pretraining:
         self.record["changes"] = progress.get("changes", [])
         if changed:
             self.record["changes"].append({"after step": self.step, "keys": list(changed.values())})
-        changes = f", with {', '.join(changed.values())}" if changed else ""
-        self.print(f"resuming after step {self.step} of {path}{changes}")
+        changes = f" (changed: {', '.join(changed.values())})" if changed else ""
+        self.print(f"resuming at step {self.step}{changes}")
 
     def finish(self) -> dict:
         """Write the model folder and metrics.json, delete the checkpoints."""

@@ -15,12 +15,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
@@ -30,7 +30,7 @@ from ..data.splits import listed
 from ..data.tokenizer import assistant_mask
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
-from ..run import load_json, save_json, start_record, writing
+from ..run import load_json, save_json, start_record, track, writing
 from ..stage_configs import ChatConfig
 from .fused_model import use_fused_forward
 from .model_setup import compute_dtype, reshard
@@ -46,6 +46,7 @@ class ChatTrainer(StageTrainer, SFTTrainer):
     `chatcore`, if set, is (model, questions per task) -> ChatCORE, measured every `chatcore_every` steps.
     """
 
+    unit = "sequences"
     chatcore: Callable[[PreTrainedModel, int], float] | None = None
 
     def is_measurement_due(self) -> bool:
@@ -130,8 +131,8 @@ def encode_all(tokenizer, chats: list[list[dict]], assistant_only_loss: bool) ->
     work = partial(encode, tokenizer, assistant_only_loss=assistant_only_loss)
     parallel = len(chats) > PARALLEL_FROM
     with multiprocessing.Pool(min(os.cpu_count(), 32)) if parallel else nullcontext() as pool:
-        for pairs in tqdm(pool.imap(work, batches) if pool else map(work, batches), "tokenizing", len(batches)):
-            yield from pairs
+        pairs = chain.from_iterable(pool.imap(work, batches) if pool else map(work, batches))
+        yield from track(pairs, "tokenizing", len(chats), "conversations")
 
 
 def build_packed_dataset(
@@ -154,7 +155,8 @@ def build_packed_dataset(
             with writing(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 rows.save_to_disk(folder)
-            print(mixture.table())
+            part = "training" if folder.name == "rows" else folder.name
+            print(f"[{folder.parents[1].name}] {part}: {len(rows):,} sequences of\n{mixture.table()}")
             total = {key: sum(entry[key] for entry in mixture.summary()) for key in ("rows", "tokens")}
             summary = {**total, "mixture": mixture.summary(), "skipped_rows": mixture.skipped}
             save_json(folder / "summary.json", summary | {"content": digest.hexdigest()[:16]})
@@ -163,7 +165,7 @@ def build_packed_dataset(
 
 def encode_mixture(config: ChatConfig, mixture: Mixture, tokenizer, length: int) -> Dataset:
     """The conversations of at most `length` tokens, encoded and, if the config says so, packed; others are skipped."""
-    examples = list(tqdm(mixture, desc="reading", total=len(mixture)))
+    examples = list(track(mixture, "reading", len(mixture), "conversations"))
     encoded = encode_all(tokenizer, [example["messages"] for example in examples], config.assistant_only_loss)
     columns: dict[str, list] = {"input_ids": [], "labels": []}
     for example, (ids, labels) in zip(examples, encoded, strict=True):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from .. import tool_loop
@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..optim.muon_adamw import MuonAdamW, deepspeed_optimizer, param_groups
 from ..optim.overview import batch_text, block, data_text, stage_rows
 from ..optim.scaling import DEFAULTS, Schedule, split_global_batch, stage_groups
-from ..run import load_json, model_fingerprint, save_json, without_nan, write_metrics
+from ..run import Progress, in_words, load_json, model_fingerprint, save_json, without_nan, write_metrics
 from ..stage_configs import StageConfig
 from . import checkpoint
 from .model_setup import compute_dtype, load_chat_model, lora
@@ -46,7 +46,6 @@ HISTORY = {name: name for name in SAME} | {  # entry of the libraries' log -> co
     "completions/clipped_ratio": "clipped_ratio",
     "tools/failure_frequency": "tool_failures",
 }
-BAR = {"loss": "loss", "reward": "reward", "eval_loss": "val", "tokens_per_second": "tok/s"}
 MUST_BE_FINITE = {"loss": "the loss", "grad_norm": "the gradient norm", "eval_loss": "the validation loss"}
 
 
@@ -116,8 +115,13 @@ class StageTrainer(TrainerCallback):
     """Mixin before a TRL trainer, and a callback of that trainer.
 
     `stage` is the stage's config. `source` is the folder or Hub id that the model was loaded from; with the key
-    `load_optimizer` training begins with the optimizer state in its optimizer.pt.
+    `load_optimizer` training begins with the optimizer state in its optimizer.pt. `shown` names the numbers of the
+    progress, `measured` those of an evaluation that get a line.
     """
+
+    unit = "rows"
+    shown: tuple[str, ...] = ("train_loss", "lr", "tokens_per_second")
+    measured: tuple[str, ...] = ("val_loss", "eval_rewards/accuracies", "chatcore", "pass@1")
 
     def __init__(self, *args, stage: StageConfig, source: str = "", **kwargs):
         self.stage, self.source = stage, source
@@ -131,7 +135,8 @@ class StageTrainer(TrainerCallback):
         self.skipped: list[int] = []  # steps whose gradients were not finite
         self.last_measured_step = 0
         self.signals: list[int] = []  # SIGTERM or SIGINT, once received
-        self.bar: tqdm | None = None
+        self.progress: Progress | None = None
+        self.numbers: dict = {}  # newest ones, for the progress
         super().__init__(*args, peft_config=lora(stage), **kwargs)
         self.remove_callback(PrinterCallback)
         self.add_callback(self)
@@ -311,15 +316,14 @@ class StageTrainer(TrainerCallback):
         if step and not (self.checkpoint_folder() / checkpoint.MEASURED).exists():  # interrupted in its evaluations
             due = args.eval_strategy == "steps" and (step % state.eval_steps == 0 or step >= state.max_steps)
             self.measure_after_step(due)
-        name, quiet = Path(args.output_dir).parent.name, not state.is_world_process_zero
-        if not quiet:
+        if state.is_world_process_zero:
             print(self.overview())
-        self.bar = tqdm(total=state.max_steps, initial=step, unit="step", desc=name, disable=quiet)
+        self.progress = Progress(Path(args.output_dir).parent.name, state.max_steps, step)
 
     def overview(self) -> str:
         """What the stage is about to do, as `nanochat plan` prints it."""
         args, model, device = self.args, self.accelerator.unwrap_model(self.model), self.accelerator.device
-        rows, steps = f"{len(self.train_dataset):,} rows", f"{self.state.max_steps:,}"
+        rows, steps = f"{len(self.train_dataset):,} {self.unit}", f"{self.state.max_steps:,}"
         batch = batch_text(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps)
         data = f"{data_text(self.stage)}: {rows}"
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 empties its own
@@ -343,16 +347,21 @@ class StageTrainer(TrainerCallback):
         self.step_seconds += time.time() - self.step_start
         if state.global_step == self.first_step + 1 and cuda:  # it compiled
             self.step_tokens, self.step_seconds, self.generation_seconds = 0, 0.0, 0.0
-        self.bar.update(state.global_step - self.bar.n)
+        peak = self.optimizer_options()["lora" if self.stage.lora_r > 0 else "matrix"]["lr"]
+        self.numbers["lr"] = peak * self.schedule.lr(state.global_step - 1)
+        self.progress.update(state.global_step, in_words(self.numbers, self.shown))
         if self.signals:
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is not None:
-            self.bar.set_postfix({BAR[key]: f"{value:,.4g}" for key, value in logs.items() if key in BAR})
+        numbers = {HISTORY.get(key, key): value for key, value in logs.items()}
+        self.numbers |= {name: value for name, value in numbers.items() if name in self.shown}
+        if (words := in_words(numbers, self.measured)) and state.is_world_process_zero:
+            tqdm.write(f"[{Path(args.output_dir).parent.name}] step {state.global_step}: {words}")
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+        self.progress.close()
+        self.measured = ()  # the stage ends with a line about its result
 
     def train_with_resume(self, data: dict[str, str]) -> None:
         """Train, from the last complete checkpoint if there is one; `data` are fingerprints of the data, by name.

@@ -1,0 +1,123 @@
+"""What a run says: one format of progress in a terminal and in a file, the outline of a recipe, a pipe that closes."""
+
+import io
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from nanochat_hf import run
+from nanochat_hf.run import Progress, duration, in_words, track
+from nanochat_hf.stage_configs import find_recipe, read_recipe
+
+STEP = {"train_loss": 2.34567, "lr": 0.04, "tokens_per_second": 11_940.0, "mfu": 0.4512, "val_bpb": None}
+PIPED = "from nanochat_hf.cli import main; main()"
+ECHO = """
+import sys
+from nanochat_hf.serve.chunks import StreamChunk
+from nanochat_hf.serve.terminal_chat import Chat, Options
+class Echo:
+    name, count = "echo", 1
+    def answer(self, messages, options):
+        yield StreamChunk(repr(messages[-1]["content"]) + f" at {options.temperature}")
+Chat(Echo(), Options()).run()
+"""
+
+
+def test_numbers_are_in_the_same_words_everywhere():
+    assert in_words(STEP, STEP) == "loss 2.346, lr 0.04, 11.9K tok/s, MFU 45.1%"
+    assert in_words(STEP, ["mfu", "train_loss", "reward"]) == "MFU 45.1%, loss 2.346"
+    numbers = {"reward": 0.5, "completion_length": 17.6, "tool_use": 0.25, "pass@1": 0.25, "val_loss": 1.5}
+    words = "reward 0.500, 18 tokens per completion, tool use 25%, pass@1 0.2500, val loss 1.5000"
+    assert in_words(numbers, numbers) == words
+    assert [duration(seconds) for seconds in (8, 75, 5000)] == ["8 s", "1 min 15 s", "1 h 23 min"]
+
+
+def test_a_file_gets_a_line_every_30_seconds(monkeypatch, capsys):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock.now)
+    progress = Progress("base", 1000, first=100)
+    for step in range(101, 201):
+        clock.now += 1
+        progress.update(step, "loss 2.346")
+    progress.close()
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert not out and lines[0] == "[base] 130/1000 steps, loss 2.346, ETA 14:30"  # 870 s: one step per second
+    assert [re.search(r"\d+/", line)[0] for line in lines] == ["130/", "160/", "190/"]
+
+
+def test_a_terminal_gets_one_bar_and_other_ranks_nothing(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(run.sys, "stderr", screen)
+    assert list(track("abc", "sft", 3, "conversations")) == ["a", "b", "c"]
+    assert "[sft]" in screen.getvalue() and "/3 conversations" in screen.getvalue() and "\n" not in screen.getvalue()
+    monkeypatch.setenv("RANK", "1")
+    before = screen.getvalue()
+    assert list(track("abc", "sft", 3, "conversations")) == ["a", "b", "c"] and screen.getvalue() == before
+
+
+def test_the_outline_has_numbers_steps_and_estimates_where_they_can_be_known():
+    from nanochat_hf.stages import outline
+
+    stages, configs = read_recipe(find_recipe("cpu-demo"), None, ["sft.num_iterations=-1"])
+    lines = outline(stages, configs, ranks=1)
+    assert list(lines) == stages and lines["tokenizer"] == "[1/7] tokenizer" and lines["report"] == "[7/7] report"
+    assert re.fullmatch(r"\[2/7\] base: 700 steps, about \d+ min", lines["base"])
+    assert re.fullmatch(r"\[5/7\] rl: 50 steps, about \d+ min", lines["rl"])
+    assert lines["sft"] == "[4/7] sft: 1 x the data"  # whose size is not known yet
+
+
+@pytest.mark.parametrize("words", ["--help", "pretrain --help", "recipes", "run --bogus"])
+def test_a_reader_that_leaves_ends_a_command_without_a_traceback(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", PIPED, *words.split()], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert done.returncode in (2 if "bogus" in words else 0, 141), (
+        done.stderr
+    )  # argparse ignores that its help is lost
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def at_terminal(state, *steps: tuple[str, str]) -> str:
+    """What a terminal shows of a chat with an echo; each step is (keys, pattern to wait for then)."""
+    main, side = pty.openpty()
+    environment = os.environ | {"XDG_STATE_HOME": str(state), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    child = subprocess.Popen([sys.executable, "-c", ECHO], stdin=side, stdout=side, stderr=side, env=environment)
+    os.close(side)
+    shown, deadline = "", time.monotonic() + 60
+    for keys, awaited in (("", "›"), *steps, ("\x04", "never")):
+        start = len(shown)
+        os.write(main, keys.encode())
+        while not re.search(awaited, shown[start:]) and time.monotonic() < deadline:
+            if select.select([main], [], [], 1)[0]:
+                try:
+                    text = os.read(main, 65536).decode(errors="replace")
+                except OSError:  # the child has ended
+                    break
+                shown += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    child.wait(10)
+    os.close(main)
+    return shown
+
+
+def test_pasted_lines_are_one_message_and_tab_and_history_work(tmp_path):
+    pytest.importorskip("prompt_toolkit")
+    paste = "\x1b[200~one\ntwo\x1b[201~\r"
+    answer, prompt = r"'one\ntwo' at 0.6", r"1 tokens[\s\S]+you ›"
+    retry = [("/ret\t", "/retry"), ("\r", prompt)]
+    shown = at_terminal(tmp_path, (paste, prompt), ('"""three\rfour"""\r', prompt), *retry)
+    assert answer in shown and r"'three\nfour' at 0.6" in shown.split("/retry")[-1]
+    history = tmp_path / "nanochat" / "history"
+    assert history.stat().st_mode & 0o077 == 0 and "+one\n+two\n" in history.read_text()
+    assert answer in at_terminal(tmp_path, ("\x1b[A" * 4 + "\r", prompt))  # /retry, four, three, one two
