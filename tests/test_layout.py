@@ -51,6 +51,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
         "eval.report",
         "eval.weights",
         "loading",
+        "model",
         "run",
         "stage_configs",
         "tool_loop",
