@@ -51,7 +51,7 @@ SECRET = re.compile(  # Hugging Face, OpenAI and others, GitHub, AWS, Google, Sl
 CODE = {path.name: path for path in Path(configuration_nanochat.__file__).parent.glob("*_nanochat.py")}
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+    "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", *CODE,
 )  # fmt: skip
 
 
