@@ -42,7 +42,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "demo": {"run"},
     "data": {"config", "demo", "run", "stage_configs"},
     "eval": {"data", "demo", "loading", "run", "sandbox", "stage_configs", "tools", "tool_loop", "distributed"},
-    "train": {"data", "demo", "distributed", "eval.bpb", "kernels", "loading", "model", "optim", "run"},
+    "train": {"data", "demo", "distributed", "eval.bpb", "kernels", "loading", "metrics", "model", "optim", "run"},
     "serve": {"data", "loading", "run", "kernels", "model", "tools", "tool_loop"},
     "hub": {
         "config",
