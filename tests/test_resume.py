@@ -456,7 +456,9 @@ def test_a_damaged_file_of_a_chat_stages_state_is_one_line(half_done, tmp_path, 
     monkeypatch.setattr(ChatTrainer, "train_with_resume", attack)
     with pytest.raises(KeyboardInterrupt):
         half_done()
-    assert len(outcomes) == 30 and all(re.search(f"^resumed$|{CHECKED[file]}", line) for line in outcomes), [line[-300:] for line in outcomes]
+    assert len(outcomes) == 30 and all(re.search(f"^resumed$|{CHECKED[file]}", line) for line in outcomes), [
+        line[-300:] for line in outcomes
+    ]
 
 
 @pytest.mark.parametrize("file", ["measured.json", "manifest.json", "progress.pt", "rank_00000.pt", "model.pt"])
@@ -478,7 +480,7 @@ def test_a_damaged_file_of_base_is_one_line(train_base, tmp_path, monkeypatch, f
     with pytest.raises(KeyboardInterrupt):
         train_base(tmp_path / "out")
     words = "^resumed$|delete it to repeat that evaluation"
-    assert len(outcomes) == 30 and all(re.search(words, line) for line in outcomes), [line[-300:] for line in outcomes]
+    assert len(outcomes) == 30 and all(re.search(words, line) for line in outcomes), outcomes
 
 
 def test_a_source_whose_weights_are_not_those_of_its_metrics_is_refused(train, tiny_folder, tmp_path):

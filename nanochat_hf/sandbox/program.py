@@ -29,8 +29,26 @@ CONTAINERS = {
     "list": list, "tuple": tuple, "frozenset": frozenset, "set": collections.abc.Set, "deque": collections.deque
 }  # fmt: skip
 MUTABLE = (list, dict, set, collections.deque)
-ERRORS = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)}
-BINARY = ("lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
+ERRORS = {
+    name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)
+}
+BINARY = (
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "xor",
+)
 
 
 def pack(value, other):
@@ -56,7 +74,7 @@ def pack(value, other):
         return {"range": [value.start, value.stop, value.step]}
     if isinstance(value, tuple(EXACT.values())):
         return {type(value).__name__: str(value)}
-    if hasattr(value, "item") and not getattr(value, "shape", ()):  # numbers of numpy
+    if type(value).__module__ == "numpy" and not value.shape:
         return pack(value.item(), other)
     return other(value)
 
@@ -105,7 +123,7 @@ def describe(value) -> list:
     kind, contents = type(value), getattr(value, "__dict__", None)
     if kind.__eq__ is object.__eq__ or isinstance(value, type | types.FunctionType):
         return ["identity", kind, None]
-    if dataclasses.is_dataclass(kind) and kind.__eq__.__qualname__.startswith("__create_fn__"):
+    if dataclasses.is_dataclass(kind) and kind.__eq__.__code__.co_filename == "<string>":  # its own, not the program's
         names = [field.name for field in dataclasses.fields(kind) if field.compare]
         return ["fields", kind, {name: getattr(value, name) for name in names}]
     return ["own", kind, contents]
@@ -129,150 +147,173 @@ def serve(code: str, channel: Channel) -> None:
 
     def keep(value) -> dict:
         if isinstance(value, type) and issubclass(value, Exception):
-            return {"exception": [value.__name__, builtin_base(value)]}
+            return {"exception": lineage(value)}
         if id(value) not in numbers:
             numbers[id(value)] = len(objects)
             objects.append(value)
         return {"object": numbers[id(value)]}
 
     def fetch(kind: str, items):
-        return objects[items] if kind == "object" else iter([unpack(item, fetch) for item in items])
+        if kind == "object":
+            return objects[items]
+        return getattr(builtins, items) if kind == "builtin" else iter([unpack(item, fetch) for item in items])
 
     channel.send("ready")
     while request := channel.receive():
         name, arguments, options = request
         try:
             values, named = unpack(arguments, fetch), unpack(options, fetch)
+            before = pack([*values, *named.values()], keep)
             result = OPERATIONS[name](*values, **named)
             reply = {"value": keep(result) if name == "iterator" else pack(result, keep)}
-            if name == "call" and (changed := pack(values, keep)) != arguments:
-                reply["arguments"] = changed
+            after = pack([*values, *named.values()], keep)
+            reply |= {"arguments": after} if after != before else {}
         except BaseException as error:
-            state = {key: item for key, item in vars(error).items() if key != "__notes__"}
-            reply = {"error": [type(error).__name__, builtin_base(type(error)), pack([error.args, state], keep)]}
+            reply = {"error": lineage(type(error)), "details": pack([error.args, vars(error)], keep)}
         sys.stdout.flush()
         channel.send(reply)
 
 
-def builtin_base(kind: type) -> str:
-    return next(filter(ERRORS.get, (base.__name__ for base in kind.__mro__)), "RuntimeError")
+def lineage(kind: type) -> list[str]:
+    """The names of an exception's class and its bases up to the first one of Python."""
+    names = [base.__name__ for base in kind.__mro__]
+    end = next((i for i, name in enumerate(names) if name in ERRORS), None)
+    return ["RuntimeError"] if end is None else names[: end + 1]
 
 
 # ---- the side of the tests -----------------------------------------------------------------------------------------
 
 
 class CannotBeCheckedError(BaseException):
-    """The test needs an object of the solution as if it were data, or the other way round."""
+    """The test would need to trust an object of the solution, or the solution one of the tests."""
 
 
-def refuse(what: str):
-    Remote.unchecked = what  # also if the test catches the exception
-    raise CannotBeCheckedError(what)
+class Session:
+    channel: Channel
+    unchecked = ""  # why the tests cannot be checked
+    exceptions: dict[str, type] = {}  # classes of the tests for those of the solution
 
 
-def stand_in(name: str, base: str) -> type:
-    """A class for an exception of the solution, one per name."""
-    if name != base and name not in Remote.exceptions:
-        Remote.exceptions[name] = type(name, (ERRORS[base],), {})
-    return Remote.exceptions.get(name) or ERRORS[base]
+def refuse(what: str, *_):
+    Session.unchecked = f"{what}, with an object of the solution"  # also if the test catches the exception
+    raise CannotBeCheckedError
+
+
+def exception_class(names: list[str]) -> type:
+    kind = ERRORS[names[-1]]
+    for name in reversed(names[:-1]):
+        kind = Session.exceptions.setdefault(name, type(name, (kind,), {}))
+    return kind
+
+
+def receive_object(kind: str, items):
+    return Remote(items) if kind == "object" else exception_class(items)
+
+
+def send_object(value) -> dict:
+    if isinstance(value, Remote):
+        return {"object": value._number}
+    if isinstance(value, collections.abc.Iterable):
+        return {"iterator": [pack(item, send_object) for item in value]}
+    name = getattr(value, "__name__", "")
+    return (
+        {"builtin": name}
+        if getattr(builtins, name, None) is value
+        else refuse(f"a {type(value).__name__} as argument")
+    )
+
+
+def ask(operation: str, *arguments, **options):
+    """The result of an operation on the other side; lists and others that it changed there are changed here, too."""
+    Session.channel.send([operation, pack(arguments, send_object), pack(options, send_object)])
+    reply = Session.channel.receive()
+    if not reply:  # no exception, which the tests might expect
+        print("the solution has ended", flush=True)
+        os._exit(1)
+    if "error" in reply:
+        kind = exception_class(reply["error"])
+        error = kind.__new__(kind)
+        error.args, state = unpack(reply["details"], receive_object)
+        vars(error).update(state)
+        raise error
+    for before, after in zip([*arguments, *options.values()], unpack(reply.get("arguments"), receive_object) or ()):
+        if isinstance(before, MUTABLE) and before != after:
+            before.clear()
+            (before.extend if isinstance(before, list | collections.deque) else before.update)(after)
+    return unpack(reply["value"], receive_object)
 
 
 class Remote:
     """An object of the solution, for the tests."""
 
-    channel, unchecked, exceptions = None, "", {}
-
     def __init__(self, number: int):
         object.__setattr__(self, "_number", number)
 
-    @staticmethod
-    def ask(operation: str, *arguments, **options):
-        """The result of an operation on the other side; lists and others that a call changed are changed here, too."""
-
-        def fetch(kind, items):
-            return Remote(items) if kind == "object" else stand_in(*items)
-
-        def send(value):
-            if isinstance(value, Remote):
-                return {"object": value._number}
-            if isinstance(value, collections.abc.Iterable):
-                return {"iterator": [pack(item, send) for item in value]}
-            return refuse(f"a {type(value).__name__} of the tests as an argument")
-
-        Remote.channel.send([operation, pack(arguments, send), pack(options, send)])
-        reply = Remote.channel.receive()
-        if not reply:  # no exception, which the tests might expect
-            print("the solution has ended", flush=True)
-            os._exit(1)
-        if "error" in reply:
-            name, base, details = reply["error"]
-            arguments, state = unpack(details, fetch)
-            kind = stand_in(name, base)
-            error = kind.__new__(kind)
-            error.args = arguments
-            vars(error).update(state)
-            raise error
-        for before, after in zip(arguments, unpack(reply.get("arguments", {"tuple": []}), fetch)):
-            if isinstance(before, MUTABLE) and before != after:
-                before.clear()
-                (before.extend if isinstance(before, list | collections.deque) else before.update)(after)
-        return unpack(reply["value"], fetch)
-
     def __call__(self, *arguments, **options):
-        return Remote.ask("call", self, *arguments, **options)
+        return ask("call", self, *arguments, **options)
 
     def __eq__(self, other):
         if isinstance(other, Remote) and other._number == self._number:
             return True
-        how, *mine = Remote.ask("describe", self)
-        if isinstance(other, Remote) and how != "identity" and mine[1] and Remote.ask("describe", other)[1:] == mine:
+        how, *mine = ask("describe", self)
+        known = isinstance(other, Remote) and how != "identity" and mine[1] is not None
+        if known and ask("describe", other)[1:] == mine:
             return True
         if other is Remote or (how == "own" and other is not None):
-            refuse("an object of the solution that is compared")
+            refuse("==")
         return False
 
     def __hash__(self):
         return self._number
 
     def __iter__(self):
-        return Remote.ask("iterator", self)
+        return ask("iterator", self)
 
     def __contains__(self, value):
-        if Remote.ask("hasattr", self, "__contains__"):
-            refuse("`in` with an object of the solution")
+        if ask("hasattr", self, "__contains__"):
+            refuse("in")
         return any(item == value for item in self)
 
     def __instancecheck__(self, value):
-        return isinstance(value, Remote) and Remote.ask("isinstance", value, self)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            refuse("isinstance of a named tuple")
+        return isinstance(value, Remote) and ask("isinstance", value, self)
 
-    def refuse(self, *_):
-        refuse("an operation on an object of the solution")
+    def __subclasscheck__(self, kind):
+        return ask("issubclass", kind, self)
+
+    def __format__(self, form):
+        return format(str(self), form)
 
 
 def forward(operation: str):
-    return lambda self, *arguments: Remote.ask(operation, self, *arguments)
+    return lambda self, *arguments: ask(operation, self, *arguments)
 
 
 def combine(operation: str):
-    return lambda self, other: Remote.ask(operation, self, other) if isinstance(other, Remote) else self.refuse()
+    return lambda self, other: (ask if isinstance(other, Remote) else refuse)(operation, self, other)
+
+
+def refusal(operation: str):
+    return lambda *_: refuse(operation)
 
 
 for name in ("getattr", "setattr", "delattr", "len", "str", "repr", "bool", "next", "getitem", "setitem", "delitem"):
     setattr(Remote, f"__{name}__", forward(name))
 for name in BINARY:
     setattr(Remote, f"__{name.strip('_')}__", combine(name))
-    setattr(Remote, f"__r{name.strip('_')}__", Remote.refuse)
-for name in ("abs", "neg", "pos", "invert", "round", "int", "float", "index", "enter", "exit", "format"):
-    setattr(Remote, f"__{name}__", Remote.refuse)
+    setattr(Remote, f"__r{name.strip('_')}__", refusal(name))
+for name in ("abs", "neg", "pos", "invert", "round", "int", "float", "index", "enter", "exit"):
+    setattr(Remote, f"__{name}__", refusal(name))
 
 
 class Names(dict):
     """The namespace of the tests: names that they do not define are the solution's; Python's stay Python's."""
 
     def __missing__(self, name):
-        if hasattr(builtins, name) or not Remote.ask("hasattr", Remote(0), name):
+        if hasattr(builtins, name) or not ask("hasattr", Remote(0), name):
             raise KeyError(name)
-        value = Remote.ask("getattr", Remote(0), name)
+        value = ask("getattr", Remote(0), name)
         if isinstance(value, Remote | type):
             self[name] = value
         return value
@@ -280,15 +321,17 @@ class Names(dict):
 
 def check(code: str, channel: Channel) -> int:
     """Run tests of the solution behind the channel. Returns: ENDED or UNCHECKED."""
-    Remote.channel = channel
+    Session.channel = channel
     if channel.receive() != "ready":
         return 1
-    with contextlib.suppress(CannotBeCheckedError):
+    try:
         exec(compile(code, "<tests>", "exec"), Names(__name__="tests"))
-    if Remote.unchecked:
-        print(f"cannot be checked: {Remote.unchecked}")
-        return UNCHECKED
-    return ENDED
+    except BaseException:
+        if not Session.unchecked:
+            raise
+    if Session.unchecked:
+        print(f"cannot be checked: {Session.unchecked}")
+    return UNCHECKED if Session.unchecked else ENDED
 
 
 def main(role: str, number: str) -> None:
