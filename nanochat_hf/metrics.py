@@ -133,28 +133,20 @@ def check_steps(log: list[dict]) -> list[dict]:
 Log = Annotated[list[dict[str, OptionalNumber]], AfterValidator(check_steps)]
 
 
-class Measured(TypedDict):
-    """measured.json in a checkpoint of base."""
-
+class Measured(TypedDict):  # measured.json in a checkpoint of base
     history: list[dict[str, OptionalNumber]]
     samples: list[Sample]
 
 
-class ChatMeasured(TypedDict):
-    """measured.json in a checkpoint of a chat stage."""
-
+class ChatMeasured(TypedDict):  # and in one of a chat stage
     log: Log
 
 
-class TrainerState(TypedDict):
-    """Of transformers' trainer_state.json, what is read here."""
-
+class TrainerState(TypedDict):  # what is read of transformers' trainer_state.json
     log_history: Log
 
 
-class Skipped(TypedDict):
-    """skipped.json beside the checkpoints of a chat stage."""
-
+class Skipped(TypedDict):  # skipped.json beside the checkpoints of a chat stage
     steps: list[int]
 
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
+import psutil
 from accelerate.utils import gather_object
 from fsspec.core import url_to_fs
 from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -156,13 +157,7 @@ def parse_mark(data: bytes | None, stage: str) -> dict | None:
         inside = all(len(parts) > 1 and parts[0] == stage and ".." not in parts for parts in paths)
         typed = isinstance(mark["time"], float) and mark["run"].isalnum()
         return mark if inside and paths and typed else None
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # it, or a part of it, has another type
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # of another type
         return None
 
 
@@ -420,15 +415,7 @@ def host_name() -> str:
 def is_dead(owner: str) -> bool:
     """Whether `owner` was a process of this machine that has ended."""
     parts = re.fullmatch(r"process (\d{1,9}) on (.*)", owner)
-    if not parts or parts[2] != host_name():
-        return False
-    try:
-        os.kill(int(parts[1]), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False
+    return bool(parts) and parts[2] == host_name() and not psutil.pid_exists(int(parts[1]))
 
 
 def is_intact(path: Path, checksum: str | None) -> bool:

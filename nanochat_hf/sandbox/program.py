@@ -4,8 +4,9 @@
 
 CHANNEL is a socket. The tests send operations (OPERATIONS: a call, an attribute, an item ...), the solution sends the
 result or the exception. Only plain data travels, as JSON; any other object stays where it is, and the tests hold its
-number (`Remote`). So no object of the solution compares itself with what the tests expect: one that equals everything
-is not equal. Tests that would need that (`Money(5) == 5`, `3 * vector`, a callback) end with "cannot be checked".
+number (`Remote`). No object of the solution is asked about what the tests expect: one that equals everything equals no
+data. Tests that would need that (`Money(5) == 5`, `3 * vector`, a callback) end with "cannot be checked". Two objects
+of the solution are equal if it reports equal types and contents.
 """
 
 import ast
@@ -25,30 +26,12 @@ import types
 ENDED, UNCHECKED = 77, 78  # exit codes: of tests that ran to their last line, or that cannot be checked
 MAX_MESSAGE = 1 << 22  # bytes
 EXACT = {"Decimal": decimal.Decimal, "Fraction": fractions.Fraction}
-CONTAINERS = {
-    "list": list, "tuple": tuple, "frozenset": frozenset, "set": collections.abc.Set, "deque": collections.deque
-}  # fmt: skip
+CONTAINERS = {"list": list, "tuple": tuple, "frozenset": frozenset, "set": collections.abc.Set}
+CONTAINERS["deque"] = collections.deque
 MUTABLE = (list, dict, set, collections.deque)
-ERRORS = {
-    name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)
-}
-BINARY = (
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and_",
-    "or_",
-    "xor",
-)
+TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
+ERRORS = {name: kind for name, kind in TYPES.items() if issubclass(kind, Exception)}
+BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
 
 
 def pack(value, other):
@@ -120,13 +103,13 @@ def call(function, *arguments, **options):
 
 def describe(value) -> list:
     """How objects of this type are equal ("identity", "fields" or "own": by a method of theirs), type and contents."""
-    kind, contents = type(value), getattr(value, "__dict__", None)
+    kind = type(value)
     if kind.__eq__ is object.__eq__ or isinstance(value, type | types.FunctionType):
         return ["identity", kind, None]
     if dataclasses.is_dataclass(kind) and kind.__eq__.__code__.co_filename == "<string>":  # its own, not the program's
         names = [field.name for field in dataclasses.fields(kind) if field.compare]
         return ["fields", kind, {name: getattr(value, name) for name in names}]
-    return ["own", kind, contents]
+    return ["own", kind, getattr(value, "__dict__", None) if kind.__module__ == "solution" else None]
 
 
 OPERATIONS = {function.__name__: function for function in (
@@ -195,7 +178,7 @@ class Session:
 
 
 def refuse(what: str, *_):
-    Session.unchecked = f"{what}, with an object of the solution"  # also if the test catches the exception
+    Session.unchecked = f"{what}, with an object of one side"  # also if the test catches the exception
     raise CannotBeCheckedError
 
 
@@ -216,11 +199,9 @@ def send_object(value) -> dict:
     if isinstance(value, collections.abc.Iterable):
         return {"iterator": [pack(item, send_object) for item in value]}
     name = getattr(value, "__name__", "")
-    return (
-        {"builtin": name}
-        if getattr(builtins, name, None) is value
-        else refuse(f"a {type(value).__name__} as argument")
-    )
+    if getattr(builtins, name, None) is not value:
+        refuse(f"{type(value).__name__} as an argument")
+    return {"builtin": name}
 
 
 def ask(operation: str, *arguments, **options):
