@@ -179,6 +179,7 @@ def test_a_chat_template_of_others_gives_what_it_gives_without_limits(tiny_folde
     ):
         assert theirs.apply_chat_template(chats, **options) == ours.apply_chat_template(chats, **options)
         assert theirs.apply_chat_template(chats[0], **options) == ours.apply_chat_template(chats[0], **options)
+    assert limited(tiny_folder, "{{ '\\ud800' }}").apply_chat_template(chats[0], tokenize=False) == "?"
     theirs.save_pretrained(tiny_folder / "again")
     assert load_tokenizer(tiny_folder / "again").chat_template == text
 

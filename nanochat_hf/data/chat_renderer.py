@@ -82,6 +82,7 @@ def main() -> None:
     for line in sys.stdin:
         try:
             texts = render_jinja_template(**json.loads(line))[0]
+            texts = [text.encode(errors="replace").decode() for text in texts]  # half a pair of surrogates is "?"
             long = max(map(len, texts), default=0) > MAX_CHARS
             reply = {"limit": f"it writes more than {MAX_CHARS:,} characters"} if long else {"texts": texts}
         except MemoryError:
