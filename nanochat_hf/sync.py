@@ -58,14 +58,10 @@ class FileStore:
 
     def marks(self, work: Path) -> dict[str, bytes | None]:
         """{name: content of sync.json or None} of all uploads, half ones included; `work` is an empty folder."""
-        names, marks = [], {}
+        names = []
         with suppress(FileNotFoundError):
             names = [PurePosixPath(path).name for path in self.fs.ls(self.root, detail=False)]
-        for name in filter(NAME.fullmatch, names):
-            marks[name] = None
-            with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                marks[name] = self.fs.cat_file(f"{self.root}/{name}/{MARK}")
-        return marks
+        return {name: self.read(f"{name}/{MARK}") for name in filter(NAME.fullmatch, names)}
 
     def put(self, folder: Path, name: str) -> None:
         files = [path for path in folder.rglob("*") if path.is_file() and path != folder / MARK]
@@ -73,7 +69,7 @@ class FileStore:
         for parent in {str(PurePosixPath(target).parent) for target in targets}:
             self.fs.makedirs(parent, exist_ok=True)
         self.fs.put(list(map(str, files)), targets)
-        self.fs.pipe_file(f"{self.root}/{name}/{MARK}", (folder / MARK).read_bytes())
+        self.write(f"{name}/{MARK}", (folder / MARK).read_bytes())
 
     def get(self, name: str, files: list[str], folder: Path) -> None:
         """Download `files` of an upload into `folder`; absent ones may raise FileNotFoundError."""
@@ -82,7 +78,7 @@ class FileStore:
         self.fs.get([f"{self.root}/{name}/{file}" for file in files], [str(folder / file) for file in files])
 
     def read(self, file: str) -> bytes | None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return self.fs.cat_file(f"{self.root}/{file}")
 
     def write(self, file: str, data: bytes) -> None:
@@ -90,14 +86,11 @@ class FileStore:
         self.fs.pipe_file(f"{self.root}/{file}", data)
 
     def remove(self, file: str) -> None:
-        self.fs.rm_file(f"{self.root}/{file}")
-
-    def unmark(self, name: str) -> None:
-        if self.fs.exists(f"{self.root}/{name}/{MARK}"):
-            self.fs.rm_file(f"{self.root}/{name}/{MARK}")
+        if self.fs.exists(f"{self.root}/{file}"):
+            self.fs.rm_file(f"{self.root}/{file}")
 
     def delete(self, name: str) -> None:
-        self.unmark(name)  # first: an interruption must not leave a half upload that counts as whole
+        self.remove(f"{name}/{MARK}")  # first: an interruption must not leave a half upload that counts as whole
         if self.fs.exists(f"{self.root}/{name}"):
             self.fs.rm(f"{self.root}/{name}", recursive=True)
 
@@ -133,10 +126,7 @@ class HubStore:
         self.api.upload_file(path_or_fileobj=data, path_in_repo=file, repo_id=self.repo)
 
     def remove(self, file: str) -> None:
-        self.api.delete_file(file, self.repo)
-
-    def unmark(self, name: str) -> None:
-        self.api.delete_files(self.repo, [f"{name}/{MARK}"])
+        self.api.delete_files(self.repo, [file])
 
     def delete(self, name: str) -> None:
         self.api.delete_files(self.repo, [f"{name}/*"])
@@ -273,7 +263,7 @@ class Sync:
         listed = any(Path(file).is_relative_to(last) for file in files)
         for file, checksum in files.items() if listed else ((last, None),):
             if not is_intact(folder / file, checksum):
-                self.repeated(self.store.unmark, name)
+                self.repeated(self.store.remove, f"{name}/{MARK}")
                 self.uploads[name] = None
                 print(f"{self.url}: {name}/{file} is damaged; set aside, using the upload before it, if any")
                 return False

@@ -237,8 +237,8 @@ class Remote:
         if isinstance(other, Remote) and other._number == self._number:
             return True
         how, *mine = ask("describe", self)
-        known = isinstance(other, Remote) and how != "identity" and mine[1] is not None
-        if known and ask("describe", other)[1:] == mine:
+        comparable = isinstance(other, Remote) and how != "identity" and mine[1] is not None
+        if comparable and ask("describe", other)[1:] == mine:
             return True
         if other is Remote or (how == "own" and other is not None):
             refuse("==")
