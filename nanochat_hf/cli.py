@@ -370,6 +370,8 @@ def push(words: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="prepare everything, send nothing")
     parser.option("--revision", Place, help="push to this branch")
     parser.add_argument("--force", action="store_true", help="replace other contents of the repo")
+    what = "where the model's code comes from, if the folder's is not this version's"
+    parser.option("--model-code", Literal["package", "folder"], help=what)
     parser.option("--license", Place, default="mit")
     parser.option("--language", list[Place], default=["en"], help="comma-separated ISO codes")
     parser.option("--base-model", RepoId, help="Hub id of the model that this one continues")

@@ -1,13 +1,14 @@
-"""The shape of metrics.json: what the report, the evaluation, a push and a rerun read from it; it may have more keys.
+"""The shape of metrics.json, and of what a resume reads from JSON files; each may have more keys.
 
 `StageMetrics` is what tokenizer, base and chat stages write, `Evaluation` what the evaluation writes. A key may be
 absent or null, as an older version wrote it, where its type says `| None`.
 """
 
+from functools import cache
 from typing import Annotated, Any, Literal, NotRequired
 
 from annotated_types import Ge, Le
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 Stage = Literal["base", "mid", "sft", "rl", "dpo"]
@@ -122,13 +123,40 @@ class Evaluation(Record, total=False):
     bloat: dict[str, OptionalNumber] | None
 
 
-SHAPES = {kind: TypeAdapter(kind) for kind in (StageMetrics, Evaluation)}
+def check_steps(log: list[dict]) -> list[dict]:
+    for entry in log:
+        if entry.get("step") is None or entry.get("time", 0.0) is None:
+            raise ValueError("an entry has no step, or its time is null")
+    return log
 
 
-def problem(record: dict, evaluation: bool = False) -> str | None:
-    """What is wrong with the first key of a metrics.json that has another shape, in words; None if all are right."""
+Log = Annotated[list[dict[str, OptionalNumber]], AfterValidator(check_steps)]
+
+
+class Measured(TypedDict):  # measured.json in a checkpoint of base
+    history: list[dict[str, OptionalNumber]]
+    samples: list[Sample]
+
+
+class ChatMeasured(TypedDict):  # and in one of a chat stage
+    log: Log
+
+
+class TrainerState(TypedDict):  # what is read of transformers' trainer_state.json
+    log_history: Log
+
+
+class Skipped(TypedDict):  # skipped.json beside the checkpoints of a chat stage
+    steps: list[int]
+
+
+adapter = cache(TypeAdapter)
+
+
+def problem(record: dict, kind: type) -> str | None:
+    """What is wrong with the first key of a record that has another shape than `kind`; None if all are right."""
     try:
-        SHAPES[Evaluation if evaluation else StageMetrics].validate_python(record, strict=True)
+        adapter(kind).validate_python(record, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     else:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from .errors import InputError
-from .metrics import problem
+from .metrics import Evaluation, StageMetrics, problem
 
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "dpo", "eval", "report")
 MODEL_STAGES = ("base", "mid", "sft", "rl", "dpo")
@@ -132,7 +132,8 @@ def nearest(name, names) -> str:
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(map(str, names))
 
 
-def load_json(path: str | Path) -> dict | None:
+def load_json(path: str | Path, remedy: str = "delete it to run that stage again") -> dict | None:
+    """The object in a JSON file, None if there is no file. Raises InputError, which ends with `remedy`."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -140,28 +141,28 @@ def load_json(path: str | Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError, RecursionError) as error:  # no JSON, no UTF-8; a folder, no permission
-        raise InputError(f"{path} is not valid JSON ({error}); delete it to run that stage again") from None
+        raise InputError(f"{path} is not valid JSON ({error}); {remedy}") from None
     return value
 
 
-def load_metrics(folder: str | Path, evaluation: bool = False) -> dict | None:
-    """metrics.json of a stage's folder, None for NaN in it; None if there is none. Raises InputError if it is damaged.
-
-    Args:
-        evaluation: whether the folder is that of the evaluation.
-    """
-    path = Path(folder) / "metrics.json"
-    record = load_json(path)
+def load_record(path: str | Path, kind: type, remedy: str = "delete it to run that stage again") -> dict | None:
+    """As `load_json`, with None for NaN; raises InputError, too, if the record is not of the shape `kind`."""
+    record = load_json(path, remedy)
     if record is None:
         return None
     try:
         record = without_nan(record)
         json.dumps(record, ensure_ascii=False).encode()
     except (RecursionError, UnicodeError) as error:  # half a pair of surrogates
-        raise InputError(f"{path} is not valid JSON ({error}); delete it to run that stage again") from None
-    if reason := problem(record, evaluation):
-        raise InputError(f"{path}: {reason}; delete it to run that stage again")
+        raise InputError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    if reason := problem(record, kind):
+        raise InputError(f"{path}: {reason}; {remedy}")
     return record
+
+
+def load_metrics(folder: str | Path, evaluation: bool = False) -> dict | None:
+    """metrics.json of a stage's folder, or of the evaluation's; as `load_record`."""
+    return load_record(Path(folder) / "metrics.json", Evaluation if evaluation else StageMetrics)
 
 
 def without_nan(value):

@@ -35,7 +35,7 @@ from .eval.weights import origin, renewal, replaced
 from .hub.push import checkpoint_pusher
 from .optim import scaling
 from .optim.overview import gpu_here
-from .run import MODEL_STAGES, STAGES, Run, duration, in_words, load_json, load_metrics, renamed_keys
+from .run import MODEL_STAGES, Run, duration, in_words, load_json, load_metrics, renamed_keys
 from .serve.engine import Engine
 from .serve.terminal_chat import Chat, LocalModel, Options
 from .stage_configs import ChatConfig, DPOStageConfig, EvalConfig, PretrainConfig, RLConfig, TokenizerConfig

@@ -6,7 +6,8 @@
 On entry what the URL has beyond the run folder is downloaded. Inside, a thread uploads each finished stage and the
 newest checkpoint, one at a time, and retries what fails; training does not wait. Each upload has a folder of its own,
 `<stage>--<checkpoint or "finished">--<fingerprint>`, in which sync.json with the checksums is written last: a folder
-without it counts as absent. Older checkpoints are deleted there as in the run folder. One machine at a time.
+without it counts as absent. Older checkpoints are deleted there as in the run folder. One process at a time: `owner`
+names it and is renewed while it lives; another one is refused, and takes over what is not renewed any more.
 """
 
 import json
@@ -14,6 +15,8 @@ import math
 import os
 import re
 import shutil
+import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -21,8 +24,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
+import psutil
 from accelerate.utils import gather_object
 from fsspec.core import url_to_fs
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from .distributed import broadcast_from_main, get_dist_info, main_process_first, partial_state
 from .errors import InputError
@@ -33,6 +38,7 @@ from .train.checkpoint import complete_checkpoints, damage, manifest_of, sha256
 SYNCED = STAGES[:-1]  # all but the report
 NAME = re.compile(r"(\w+)--(finished|step_\d+(?:\.\d+)?|checkpoint-\d+)--[0-9a-f]{16}")
 MARK = "sync.json"  # {"run": its id, "time": seconds, "files": {path below the run folder: its SHA-256}}
+OWNER = "owner"  # "process 123 on HOST" and seconds
 POLL = 1.0  # seconds between looks at the run folder
 PAUSES = (1, 2, 4, 8)  # seconds before a failed transfer is tried again; longer ones follow during training
 LONGEST_PAUSE = 60
@@ -42,6 +48,8 @@ AFTER_SIGNAL = 20  # seconds for uploads after SIGTERM and a checkpoint: cloud p
 class FileStore:
     """Uploads below a URL of any file system that fsspec supports."""
 
+    renewal = 15.0  # seconds between renewals of OWNER
+
     def __init__(self, url: str):
         try:
             self.fs, self.root = url_to_fs(url, use_listings_cache=False)
@@ -50,14 +58,10 @@ class FileStore:
 
     def marks(self, work: Path) -> dict[str, bytes | None]:
         """{name: content of sync.json or None} of all uploads, half ones included; `work` is an empty folder."""
-        names, marks = [], {}
+        names = []
         with suppress(FileNotFoundError):
             names = [PurePosixPath(path).name for path in self.fs.ls(self.root, detail=False)]
-        for name in filter(NAME.fullmatch, names):
-            marks[name] = None
-            with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                marks[name] = self.fs.cat_file(f"{self.root}/{name}/{MARK}")
-        return marks
+        return {name: self.read(f"{name}/{MARK}") for name in filter(NAME.fullmatch, names)}
 
     def put(self, folder: Path, name: str) -> None:
         files = [path for path in folder.rglob("*") if path.is_file() and path != folder / MARK]
@@ -65,7 +69,7 @@ class FileStore:
         for parent in {str(PurePosixPath(target).parent) for target in targets}:
             self.fs.makedirs(parent, exist_ok=True)
         self.fs.put(list(map(str, files)), targets)
-        self.fs.pipe_file(f"{self.root}/{name}/{MARK}", (folder / MARK).read_bytes())
+        self.write(f"{name}/{MARK}", (folder / MARK).read_bytes())
 
     def get(self, name: str, files: list[str], folder: Path) -> None:
         """Download `files` of an upload into `folder`; absent ones may raise FileNotFoundError."""
@@ -73,18 +77,28 @@ class FileStore:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
         self.fs.get([f"{self.root}/{name}/{file}" for file in files], [str(folder / file) for file in files])
 
-    def unmark(self, name: str) -> None:
-        if self.fs.exists(f"{self.root}/{name}/{MARK}"):
-            self.fs.rm_file(f"{self.root}/{name}/{MARK}")
+    def read(self, file: str) -> bytes | None:
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return self.fs.cat_file(f"{self.root}/{file}")
+
+    def write(self, file: str, data: bytes) -> None:
+        self.fs.makedirs(self.root, exist_ok=True)
+        self.fs.pipe_file(f"{self.root}/{file}", data)
+
+    def remove(self, file: str) -> None:
+        if self.fs.exists(f"{self.root}/{file}"):
+            self.fs.rm_file(f"{self.root}/{file}")
 
     def delete(self, name: str) -> None:
-        self.unmark(name)  # first: an interruption must not leave a half upload that counts as whole
+        self.remove(f"{name}/{MARK}")  # first: an interruption must not leave a half upload that counts as whole
         if self.fs.exists(f"{self.root}/{name}"):
             self.fs.rm(f"{self.root}/{name}", recursive=True)
 
 
 class HubStore:
     """Uploads as folders of a private model repository, one commit each; as FileStore."""
+
+    renewal = 300.0  # each is a commit
 
     def __init__(self, url: str):
         self.repo, self.api = url.removeprefix("hf://"), log_in()
@@ -104,8 +118,15 @@ class HubStore:
     def get(self, name: str, files: list[str], folder: Path) -> None:
         self.api.snapshot_download(self.repo, local_dir=folder.parent, allow_patterns=f"{name}/*")
 
-    def unmark(self, name: str) -> None:
-        self.api.delete_files(self.repo, [f"{name}/{MARK}"])
+    def read(self, file: str) -> bytes | None:
+        with suppress(RemoteEntryNotFoundError), tempfile.TemporaryDirectory() as cache:  # never an older copy
+            return Path(self.api.hf_hub_download(self.repo, file, cache_dir=cache)).read_bytes()
+
+    def write(self, file: str, data: bytes) -> None:
+        self.api.upload_file(path_or_fileobj=data, path_in_repo=file, repo_id=self.repo)
+
+    def remove(self, file: str) -> None:
+        self.api.delete_files(self.repo, [file])
 
     def delete(self, name: str) -> None:
         self.api.delete_files(self.repo, [f"{name}/*"])
@@ -126,13 +147,7 @@ def parse_mark(data: bytes | None, stage: str) -> dict | None:
         inside = all(len(parts) > 1 and parts[0] == stage and ".." not in parts for parts in paths)
         typed = isinstance(mark["time"], float) and mark["run"].isalnum()
         return mark if inside and paths and typed else None
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # it, or a part of it, has another type
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # of another type
         return None
 
 
@@ -147,6 +162,48 @@ class Sync:
         self.run_id, self.error = "", ""  # error: of the last upload, if it failed
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.keep_up, daemon=True)
+        self.me, self.other = f"process {os.getpid()} on {host_name()}", ""  # other: who took the URL over
+        self.owner_thread = threading.Thread(target=self.keep_owner, daemon=True)
+        self.released = threading.Event()
+
+    # --- the owner of the URL
+
+    def owner(self) -> tuple[str, bytes]:
+        """(who has the URL, the content of OWNER), empty if nobody has it."""
+        data = self.store.read(OWNER) or b""
+        return data.decode(errors="replace").partition(";")[0][:200], data
+
+    def claim(self) -> None:
+        """Become the owner. Raises InputError if another process that still runs is it."""
+        owner, before = self.repeated(self.owner)
+        if owner and owner != self.me:
+            if not is_dead(owner):
+                print(f"{self.url}: {owner} has it; looking {2 * self.store.renewal:g} s whether that still runs")
+                time.sleep(2 * self.store.renewal)
+                if self.repeated(self.owner) not in ((owner, before), ("", b"")):
+                    raise InputError(f"{self.url} is in use by {owner}: stop that, or give another URL")
+            print(f"{self.url}: taken over from {owner}, which has ended")
+        self.repeated(self.renew)
+        self.owner_thread.start()
+
+    def renew(self) -> None:
+        self.store.write(OWNER, f"{self.me}; {time.time()}".encode())
+
+    def keep_owner(self) -> None:
+        """The second thread: renew OWNER, also during long uploads, until `release` or until another has the URL."""
+        while not self.released.wait(self.store.renewal) and not self.other:
+            with suppress(Exception):  # of any kind: tried again; if it keeps failing, uploads fail, too
+                owner, _ = self.owner()
+                self.other = owner if owner != self.me else ""
+                if not self.other:
+                    self.renew()
+
+    def release(self) -> None:
+        self.released.set()
+        self.owner_thread.join(5)  # else it may renew what is removed here
+        with suppress(Exception):  # then the next one has to wait until it is not renewed
+            if self.owner()[0] == self.me:
+                self.store.remove(OWNER)
 
     def marker(self, stage: str, place: str) -> Path:
         """The file that is written last in a finished stage or a checkpoint, with checksums of the others."""
@@ -206,7 +263,7 @@ class Sync:
         listed = any(Path(file).is_relative_to(last) for file in files)
         for file, checksum in files.items() if listed else ((last, None),):
             if not is_intact(folder / file, checksum):
-                self.repeated(self.store.unmark, name)
+                self.repeated(self.store.remove, f"{name}/{MARK}")
                 self.uploads[name] = None
                 print(f"{self.url}: {name}/{file} is damaged; set aside, using the upload before it, if any")
                 return False
@@ -271,6 +328,8 @@ class Sync:
     def upload(self, stage: str, place: str, changed: int) -> None:
         """Upload a finished stage or a checkpoint, unless it is there, and delete what it supersedes."""
         marker, folder = self.marker(stage, place), self.work / "upload"
+        if self.other:
+            raise RuntimeError(f"{self.other} took it over")
         name = f"{stage}--{place}--{fingerprint(sha256(marker) if marker.is_file() else changed)}"
         if not self.uploads.get(name):
             shutil.rmtree(folder, ignore_errors=True)
@@ -325,6 +384,7 @@ class Sync:
         """Wait, at most `limit` seconds, until all is uploaded. Returns: what is missing and why, or None."""
         self.closing.set()
         self.thread.join(limit)
+        self.release()
         try:
             due = self.next_due()
         except InputError as error:  # a damaged metrics.json: what ended the job must stay visible
@@ -334,6 +394,18 @@ class Sync:
             return f"{self.url} is behind: it lacks {due[0]}, {due[1]} ({reason}); run the same command again to sync"
         shutil.rmtree(self.work, ignore_errors=True)
         return None
+
+
+def host_name() -> str:
+    """This machine or container: process numbers mean the same wherever it is equal."""
+    space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+    return f"{socket.gethostname()} {space}".strip()
+
+
+def is_dead(owner: str) -> bool:
+    """Whether `owner` was a process of this machine that has ended."""
+    parts = re.fullmatch(r"process (\d{1,9}) on (.*)", owner)
+    return bool(parts) and parts[2] == host_name() and not psutil.pid_exists(int(parts[1]))
 
 
 def is_intact(path: Path, checksum: str | None) -> bool:
@@ -380,7 +452,12 @@ def syncing(url: str | None, run: Run) -> Iterator[None]:
     with main_process_first(f"fetching {url}") as main:
         if main:
             sync = Sync(url, run)
-            sync.fetch()
+            sync.claim()
+            try:
+                sync.fetch()
+            except BaseException:
+                sync.release()
+                raise
             sync.thread.start()
     try:
         yield

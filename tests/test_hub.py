@@ -132,6 +132,24 @@ def test_an_old_folder_goes_up_with_todays_names_and_template_and_stays_as_it_is
     assert {path.name: path.read_bytes() for path in (run / "sft").iterdir()} == before
 
 
+def test_model_code_of_others_is_refused_or_named_by_a_flag(hub, run, no_check):
+    shutil.copytree(run / "sft", run / "copy")  # the fixture's files are links to those of other tests
+    shutil.rmtree(run / "sft")
+    (run / "copy").rename(run / "sft")
+    changed, extra = run / "sft" / "modeling_nanochat.py", run / "sft" / "evil_nanochat.py"
+    ours = changed.read_bytes()
+    for path in (changed, extra):
+        path.write_bytes((path.read_bytes() if path.exists() else b"") + b"\n# changed\n")
+        with pytest.raises(InputError, match=f"{path.name} is not this version's code: --model-code folder pushes it"):
+            push(run, Push("you/small"))
+        push(run, Push("you/small", model_code="package", force=True))
+        assert pushed(hub)["modeling_nanochat.py"] == ours and extra.name not in pushed(hub)
+        push(run, Push("you/small", model_code="folder", force=True))
+        assert pushed(hub)[path.name] == path.read_bytes()
+        changed.write_bytes(ours)
+    assert set(os.listdir(run / "sft")) - set(pushed(hub)) <= {"state"}
+
+
 def test_other_contents_are_refused_but_a_branch_and_force_work(hub, run, no_check):
     api = HfApi(token=TOKEN)
     api.create_repo("you/small")

@@ -67,7 +67,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
         "distributed",
         "optim.scaling",
     },
-    "train": {"data", "demo", "distributed", "eval.bpb", "kernels", "loading", "model", "optim", "run"},
+    "train": {"data", "demo", "distributed", "eval.bpb", "kernels", "loading", "metrics", "model", "optim", "run"},
     "serve": {"config", "data", "loading", "run", "stage_configs", "kernels", "model", "tools", "tool_loop"},
     "hub": {
         "config",
@@ -77,6 +77,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
         "eval.report",
         "eval.weights",
         "loading",
+        "model",
         "run",
         "stage_configs",
         "tool_loop",

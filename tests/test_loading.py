@@ -1,23 +1,27 @@
 """One loader for training, evaluation and serving: whatever is wrong with a model folder is the same single line."""
 
 import json
+import pickle
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat_hf.cli import dispatch
-from nanochat_hf.data import tokenizer as tokenizers
-from nanochat_hf.data.tokenizer import load_tokenizer
+from nanochat_hf.data import chat_renderer
+from nanochat_hf.data.tokenizer import TEMPLATE, load_tokenizer
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.lm_eval_model import load
+from nanochat_hf.eval.lm_eval_model import LocalLM, load
 from nanochat_hf.loading import load_model
 from nanochat_hf.run import save_json
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.worker import open_workers
+from nanochat_hf.stage_configs import EvalConfig
 from nanochat_hf.train.model_setup import read_model
+from nanochat_hf.train.sft import encode
 
 LOADERS = {
     "training": read_model,
@@ -103,10 +107,81 @@ SERVER = partial(open_workers, max_batch_size=1, max_queue_size=1, device="cpu")
 
 @pytest.mark.parametrize("read", [load_tokenizer, LOADERS["serving"], SERVER])
 def test_a_chat_template_that_does_not_end_is_one_line(tiny_folder, monkeypatch, read):
-    monkeypatch.setattr(tokenizers, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(chat_renderer, "SECONDS", 0.2)
     endless_template(tiny_folder / "model.safetensors")
     with pytest.raises(InputError, match=r"the chat template of .* fails: it takes more than 0\.2 s"):
         read(str(tiny_folder))
+
+
+ENDLESS = (
+    "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}"
+)
+ON_HI = "{{% if messages[-1]['content'] == 'Hi' %}}{}{{% endif %}}{{{{ bos_token }}}}{{{{ messages[0]['content'] }}}}"
+LIMITS = {  # what a template does on the message "Hi" only -> what the line says
+    ENDLESS: "it takes more than",
+    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+    '{{ "x" * 10**10 }}': "it takes more than 1024 MiB",
+    '{{ "%1000000000d" % 1 }}{{ "%1000000000d" % 1 }}': "it takes more than",
+    '{{ "x".center(10**9) ~ "x".center(10**9) }}': "it takes more than",
+    '{{ "x" * 2 * 10**7 }}': "it (writes more than 16,777,216 characters|takes more than 1 s)",
+    "{{ 10**(10**10) }}": "it takes more than",
+    "{{ range(10**9) }}": "Range too big",
+    "{{ raise_exception('no Hi') }}": "TemplateError: no Hi",
+    "{{ ''.__class__.__mro__ }}": "SecurityError",
+}
+
+
+def chat(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def python(expression: str) -> str:
+    """Compute.
+
+    Args:
+        expression: in Python.
+    """
+
+
+def limited(folder: Path, template: str):
+    (folder / "chat_template.jinja").write_text(template)
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("template", LIMITS)
+def test_a_chat_template_of_others_has_limits_on_every_message(tiny_folder, monkeypatch, template):
+    monkeypatch.setattr(chat_renderer, "SECONDS", 1.0)
+    with pytest.raises(InputError, match=f"the chat template of .* fails: .*{LIMITS[template]}"):
+        tokenizer = pickle.loads(pickle.dumps(limited(tiny_folder, ON_HI.format(template))))
+        assert tokenizer.apply_chat_template(chat("Hello"), tokenize=False) == "<|bos|>Hello"
+        encode(tokenizer, [chat("Hello"), chat("Hi")], True)
+
+
+def test_serving_and_evaluation_keep_the_limits_of_chat_templates(tiny_folder, tiny_model, monkeypatch):
+    monkeypatch.setattr(chat_renderer, "SECONDS", 0.5)
+    tokenizer = limited(tiny_folder, ON_HI.format(ENDLESS))
+    for reader in (
+        Engine(tiny_model, tokenizer).encode,
+        LocalLM(tiny_model, tokenizer, EvalConfig()).apply_chat_template,
+    ):
+        with pytest.raises(InputError, match=r"the chat template of .* fails: it takes more than 0\.5 s"):
+            reader(chat("Hi"))
+
+
+def test_a_chat_template_of_others_gives_what_it_gives_without_limits(tiny_folder, tokenizer):
+    text = "{# others #}" + TEMPLATE.read_text()
+    ours, theirs = load_tokenizer(tiny_folder), limited(tiny_folder, text)
+    chats = [[*chat("é <|bos|>"), {"role": "assistant", "content": "b", "tool_calls": None}], chat("two")]
+    for options in (
+        {"return_dict": True, "padding": True},
+        {"tokenize": False, "add_generation_prompt": True},
+        {"return_dict": False, "tools": [python], "x": 1},
+    ):
+        assert theirs.apply_chat_template(chats, **options) == ours.apply_chat_template(chats, **options)
+        assert theirs.apply_chat_template(chats[0], **options) == ours.apply_chat_template(chats[0], **options)
+    assert limited(tiny_folder, "{{ '\\ud800' }}").apply_chat_template(chats[0], tokenize=False) == "?"
+    theirs.save_pretrained(tiny_folder / "again")
+    assert load_tokenizer(tiny_folder / "again").chat_template == text
 
 
 def test_a_device_that_is_not_there_or_full_is_named(tiny_folder, monkeypatch):

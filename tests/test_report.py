@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from finished_run import COMMON, finished_run, result  # noqa: F401
+from mutations import mutations
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import report
@@ -247,3 +249,20 @@ def test_bytes_per_token_are_compared_with_the_tokenizers_in_the_cache(tokenizer
         text = (report.ROOT / "evals" / "texts" / f"{name}.txt").read_text(encoding="utf-8")
         expected = len(text.encode()) / len(tokenizer(text, add_special_tokens=False)["input_ids"])
         assert row == {"ours": expected, "GPT-2": expected, "GPT-4": None}
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "base", "sft", "rl", "eval"])
+def test_a_damaged_metrics_json_is_one_line_or_a_report(run, tmp_path_factory, stage):
+    """Scripts of the whole commands found no traceback in 406 more."""
+    path, other = run / stage / "metrics.json", tmp_path_factory.mktemp("other")
+    shutil.copytree(run, other / "run")
+    refusals = 0
+    for data in mutations(path.read_bytes(), 40):
+        path.write_bytes(data)
+        try:
+            facts = collect(Run(run))
+            assert markdown(facts, {}) and results_row(facts) and compare(run, other / "run")
+        except InputError as error:
+            assert "metrics.json" in str(error) and "\n" not in str(error)
+            refusals += 1
+    assert 10 < refusals < 40

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mutations import mutations
 from safetensors.torch import load_file, save_file
 from test_optim import OPTIONS
 from transformers import Trainer
@@ -24,7 +27,7 @@ from nanochat_hf.train.checkpoint import complete_checkpoints, damage
 from nanochat_hf.train.dpo import DPOStageConfig, PreferenceTrainer, train_dpo
 from nanochat_hf.train.grpo import RLConfig, RLTrainer, train_rl
 from nanochat_hf.train.model_setup import read_model
-from nanochat_hf.train.pretrain import PretrainConfig, pretrain
+from nanochat_hf.train.pretrain import PretrainConfig, Pretraining, pretrain
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -411,6 +414,79 @@ def test_a_damaged_checkpoint_of_base_is_set_aside(train_base, tmp_path, capsys,
     again = train_base(tmp_path / "out")
     assert f"{newest.name}/{file}" in capsys.readouterr().out
     assert [row["train_loss"] for row in again["history"]] == [row["train_loss"] for row in whole["history"]]
+
+
+def restore_damaged(state: Path, file: str, restore, count: int = 30) -> list[str]:
+    """What happened to `count` damaged versions of a file of a stage's state: "resumed", or the line of an error."""
+    outcomes, intact = [], shutil.copytree(state, state.with_name("intact"))
+    for data in mutations((state / file).read_bytes(), count):
+        (state / file).write_bytes(data)
+        try:
+            restore()
+            outcomes.append("resumed")
+        except InputError as error:
+            outcomes.append(str(error))
+        shutil.rmtree(state)
+        shutil.copytree(intact, state)
+    assert not [line for line in outcomes if "\n" in line or len(line) > 3000]
+    return outcomes
+
+
+CHECKED = {  # file of a chat stage's state -> what a refusal says
+    "config.json": "config.json is not valid JSON|written with another recipe",
+    "skipped.json": "skipped.json.*delete it to count none as skipped",
+    "checkpoint-3/measured.json": "measured.json.*delete it to repeat that evaluation",
+    "checkpoint-3/manifest.json": "resumed",
+    "checkpoint-3/trainer_state.json": "resumed",  # from the checkpoint before it, as the others in the manifest
+    "checkpoint-3/rng_state.pth": "resumed",
+    "checkpoint-3/optimizer.pt": "resumed",
+}
+
+
+@pytest.mark.parametrize("file", CHECKED)
+def test_a_damaged_file_of_a_chat_stages_state_is_one_line(half_done, tmp_path, monkeypatch, file):
+    state, real, outcomes = tmp_path / "out" / "state", ChatTrainer.train_with_resume, []
+    save_json(state / "skipped.json", {"steps": [1]})
+    log = [{"step": 1, "time": 0.5, "loss": 2.0, "epoch": 0.1}, {"step": 3, "time": 1.0, "eval_loss": 2.0}]
+    save_json(state / "checkpoint-3" / "measured.json", {"log": log})
+
+    def attack(trainer, data):
+        def train(resume_from_checkpoint):
+            trainer.state.log_history, trainer.schedule = trainer.resumed_log, SimpleNamespace(lr=lambda step: 1.0)
+            trainer.history()
+
+        trainer.train = train
+        outcomes.extend(restore_damaged(state, file, lambda: real(trainer, data)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ChatTrainer, "train_with_resume", attack)
+    with pytest.raises(KeyboardInterrupt):
+        half_done()
+    assert len(outcomes) == 30 and all(re.search(f"^resumed$|{CHECKED[file]}", line) for line in outcomes), [
+        line[-300:] for line in outcomes
+    ]
+
+
+@pytest.mark.parametrize("file", ["measured.json", "manifest.json", "progress.pt", "rank_00000.pt", "model.pt"])
+def test_a_damaged_file_of_base_is_one_line(train_base, tmp_path, monkeypatch, file):
+    with pytest.raises(InputError, match="copa"):
+        train_base(tmp_path / "out", core=stop_core, core_metric_every=5)
+    state, real, outcomes = tmp_path / "out" / "state", Pretraining.restore, []
+    newest = max(state.glob("step_*"))
+    row = {"step": 1, "train_loss": 2.0}
+    save_json(newest / "measured.json", {"history": [row], "samples": [{"prompt": "a", "text": "b"}]})
+
+    def attack(training, path):
+        outcomes.extend(
+            restore_damaged(state, f"{newest.name}/{file}", lambda: real(training, checkpoint.latest(state)))
+        )
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pretraining, "restore", attack)
+    with pytest.raises(KeyboardInterrupt):
+        train_base(tmp_path / "out")
+    words = "^resumed$|delete it to repeat that evaluation"
+    assert len(outcomes) == 30 and all(re.search(words, line) for line in outcomes), outcomes
 
 
 def test_a_source_whose_weights_are_not_those_of_its_metrics_is_refused(train, tiny_folder, tmp_path):

@@ -29,8 +29,10 @@ isolated = pytest.mark.skipif(
 
 PROGRAMS = yaml.safe_load(Path(__file__).with_name("programs.yaml").read_text())
 RIGHT = [(case["program"], case["tests"]) for case in PROGRAMS["right"]]
-WRONG, HOSTILE = PROGRAMS["wrong"], PROGRAMS["hostile"]
+HOSTILE = PROGRAMS["hostile"]
 ADD = "assert add(1, 2) == 3\nassert add('a', 'b') == 'ab'"
+WRONG = [(code, ADD) for code in PROGRAMS["wrong"]]
+WRONG += [(case["program"], case["tests"]) for case in PROGRAMS["wrong with objects"]]
 ENDS = [  # program, passed, part of its output
     ("import math\nprint(math.gcd(12, 18))", True, "6\n"),
     ("import os\nassert not {'SECRET_OF_THE_PARENT', 'HOME'} & set(os.environ)", True, ""),
@@ -57,8 +59,14 @@ def test_right_solutions_pass():
 
 
 def test_no_solution_reports_its_own_success():
-    table = [(code, ADD) for code in WRONG]
-    assert len(table) >= 20 and [case[0] for case, result in in_parallel(table, run_sandboxed) if result.passed] == []
+    assert len(WRONG) >= 34 and [case for case, result in in_parallel(WRONG, run_sandboxed) if result.passed] == []
+
+
+def test_tests_that_would_trust_an_object_of_the_solution_are_not_checked():
+    table = [(case["program"], case["tests"]) for case in PROGRAMS["unchecked"]]
+    for case, result in in_parallel(table, run_sandboxed):
+        assert not result.passed and not result.checked and "cannot be checked: " in result.output, case
+    assert all(run_sandboxed(code, "assert f()").checked for code in ("def f(): return 1", "def f(): return 0", "1/0"))
 
 
 def test_a_program_without_tests_passes_if_it_runs_to_its_last_line(monkeypatch):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -278,7 +280,7 @@ def test_uploads_cut_off_at_random_moments_leave_a_whole_one(remote, tmp_path, m
         step = checkpoint.step_of(latest) if latest else 0
         assert step >= (reached[-1] if reached else 0)
         assert all_marked_are_whole(remote)
-        Cut.left = numbers.randint(1, 40)
+        Cut.left = numbers.randint(1, 50)
         for _ in range(4):  # by hand in place of the thread: the machine dies at the cut
             step += 1
             write_checkpoint(run, step)
@@ -509,3 +511,70 @@ def test_sigterm_saves_and_syncs_and_the_same_command_resumes_elsewhere(tokenize
     process = start("two")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and f"took base, {name.split('/')[1]}" in output and "resuming at step" in output
+
+
+STRANGER = f"process 77 on elsewhere; {time.time()}".encode()
+
+
+def test_a_second_process_is_refused_while_the_first_lives_and_takes_over_when_it_has_ended(
+    url, tmp_path, monkeypatch, capsys
+):
+    for store in (module.FileStore, module.HubStore):
+        monkeypatch.setattr(store, "renewal", 0.3)
+    run, bare = Run(tmp_path / "run"), Run(tmp_path / "bare")
+    with syncing(url, run):
+        store = (module.HubStore if url.startswith("hf") else FileStore)(url)
+        first = store.read(module.OWNER)
+        assert first.startswith(f"process {os.getpid()} on ".encode())
+        write_checkpoint(run, 2)
+        for _ in range(200):
+            if renewed := store.read(module.OWNER) != first:
+                break
+            time.sleep(0.05)
+        assert renewed
+        second = Sync(url, bare)
+        second.store.renewal = 1.5  # time enough for the first one to renew it on a busy machine
+        second.me = "process 88 on elsewhere"
+        with pytest.raises(InputError, match=f"{re.escape(url)} is in use by process {os.getpid()} on .*: stop that"):
+            second.claim()
+    assert store.read(module.OWNER) is None and not contents(bare)  # released
+    store.write(module.OWNER, STRANGER)
+    with syncing(url, bare):
+        assert (bare.path / "base" / "state" / "step_000002").exists()
+        assert "process 77 on elsewhere has it; looking 0.6 s whether that still runs" in capsys.readouterr().out
+
+
+def test_an_ended_process_of_this_machine_is_replaced_at_once(remote, tmp_path, capsys):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for owner in (
+        f"process {ended.pid} on {module.host_name()}; 1.0",
+        f"process {os.getpid()} on {module.host_name()}",
+    ):
+        FileStore(remote).write(module.OWNER, owner.encode())
+        with syncing(remote, Run(tmp_path / "run")):
+            assert ("taken over from" in capsys.readouterr().out) is (str(ended.pid) in owner)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"process x on y; z", b"x" * 10**6, STRANGER])
+def test_a_damaged_owner_is_one_that_may_be_replaced(remote, tmp_path, monkeypatch, data):
+    monkeypatch.setattr(FileStore, "renewal", 0.01)
+    FileStore(remote).write(module.OWNER, data)
+    with syncing(remote, run := Run(tmp_path / "run")):
+        write_stage(run, "base")
+    assert names_at(remote) == ["base/finished"]
+
+
+def test_whoever_lost_the_url_uploads_no_more_and_says_so(remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(FileStore, "renewal", 0.05)
+    run, store = Run(tmp_path / "run"), FileStore(remote)
+    with (
+        pytest.raises(
+            InputError, match=r"is behind: it lacks base, finished \(RuntimeError: process 77 .* took it over"
+        ),
+        syncing(remote, run),
+    ):
+        store.write(module.OWNER, STRANGER)
+        time.sleep(0.5)
+        write_stage(run, "base")
+    assert store.read(module.OWNER) == STRANGER and names_at(remote) == []

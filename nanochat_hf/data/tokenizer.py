@@ -10,23 +10,26 @@ chat template, and both treat `<|bos|>` in somebody's text as seven ordinary cha
 """
 
 import hashlib
-import signal
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, suppress
+from functools import partial
+from inspect import signature
 from itertools import chain, islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import yaml
+from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils import get_json_schema
 
 from ..errors import InputError
 from ..stage_configs import MIN_VOCAB_SIZE, TokenizerConfig
+from .chat_renderer import RENDERER
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # begins every document and every conversation
@@ -39,7 +42,6 @@ SPECIAL_TOKENS = (
     "<|output_start|>",  # ... and its result
     "<|output_end|>",
 )
-TEMPLATE_SECONDS = 10.0  # for one conversation
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 RESPONSE_TEMPLATE = yaml.safe_load(Path(__file__).with_name("response_template.yaml").read_text())
 # Beginnings of the SHA-256 of older ones: text split over parts became special tokens there, JSON text became a call,
@@ -60,6 +62,10 @@ SPLIT_PATTERN = "|".join(
         r"\s+",
     ]
 )
+
+
+class ChatTemplateError(InputError, TemplateError):
+    """A chat template of others refuses messages, or fails."""
 
 
 def new_backend(digit_group: int = 2, normalization: str | None = None) -> Tokenizer:
@@ -126,9 +132,9 @@ def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or a Hub id; older templates of this project are renewed.
+    """The tokenizer of a folder or a Hub id; older templates of this project are renewed, those of others limited.
 
-    Raises InputError when there is none, or when its chat template does not end (seen in the main thread only).
+    Raises InputError when there is none, or when its chat template reaches a limit on one short message.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
@@ -138,33 +144,41 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
             reason = "it has no tokenizer.json"
         raise InputError(f"no tokenizer in {name}: {reason}") from None
     tokenizer = with_todays_templates(tokenizer)
-    try:
-        with template_limit():
+    if tokenizer.chat_template and tokenizer.chat_template != TEMPLATE.read_text():
+        tokenizer.apply_chat_template = partial(apply_chat_template, tokenizer)  # for every caller
+        with suppress(ChatTemplateError):  # it refuses this message
             tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
-    except TimeoutError as error:
-        raise InputError(f"the chat template of {name} fails: {error}") from None
-    except Exception:  # it has none, or refuses these messages
-        pass
     return tokenizer
 
 
-@contextmanager
-def template_limit() -> Iterator[None]:
-    """Raises TimeoutError after TEMPLATE_SECONDS, in the main thread: templates are programs of who made the model."""
+def apply_chat_template(tokenizer, conversation, tools=None, documents=None, chat_template=None, **options):
+    """`tokenizer.apply_chat_template` for a template of others, which is a program: in a process with limits.
 
-    def stop(*_):
-        raise TimeoutError(f"it takes more than {TEMPLATE_SECONDS:g} s")
-
-    if threading.current_thread() is not threading.main_thread():  # signals reach that one only
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+    Raises InputError at a limit, ChatTemplateError with the template's own error.
+    """
+    own = type(tokenizer).apply_chat_template
+    for name in ("return_assistant_tokens_mask", "sanitize_control_tokens"):
+        if options.get(name):
+            raise InputError(f"{name} is not supported for a chat template of others")
+    batched = bool(conversation) and not isinstance(conversation[0], dict)
+    chats = [
+        [{key: value for key, value in message.items() if value is not None} for message in chat]
+        for chat in (conversation if batched else [conversation])
+    ]
+    encoding = set(signature(own).parameters) - {"add_generation_prompt", "continue_final_message"}
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        texts = RENDERER.render(
+            conversations=chats,
+            tools=tools and [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools],
+            documents=documents,
+            chat_template=tokenizer.get_chat_template(chat_template, tools),
+            **tokenizer.special_tokens_map | {name: options.pop(name) for name in set(options) - encoding},
+        )
+    except (TemplateError, ValueError) as error:
+        kind = ChatTemplateError if isinstance(error, TemplateError) else InputError
+        raise kind(f"the chat template of {tokenizer.name_or_path} fails: {error}") from None
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    return own(tokenizer, chats if batched else chats[0], chat_template="{{ messages[0]['content'] }}", **options)
 
 
 def with_todays_templates(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

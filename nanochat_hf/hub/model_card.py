@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -33,6 +34,7 @@ class Push:
     dry_run: bool = False
     revision: str | None = None
     force: bool = False
+    model_code: Literal["package", "folder"] | None = None  # for a folder whose model code is not this version's
     license: str = "mit"
     language: tuple[str, ...] = ("en",)  # ISO codes
     base_model: str | None = None  # Hub id of the model that this one continues

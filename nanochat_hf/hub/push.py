@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
-from transformers import AutoModelForCausalLM
 
 from .. import tool_loop
 from ..config import check_value
@@ -39,7 +38,9 @@ from ..eval.plots import plots
 from ..eval.report import MODEL_STAGES, markdown
 from ..eval.weights import refuse_non_finite, replaced
 from ..loading import load_config
-from ..run import Run, nearest, project_folder, save_json, writing
+from ..model import configuration_nanochat
+from ..model.configuration_nanochat import update_class_names
+from ..run import Run, load_json, nearest, project_folder, save_json, writing
 from ..stage_configs import RepoId
 from .model_card import Push, render_model_card, report_facts, without_local_paths
 
@@ -48,9 +49,10 @@ SECRET = re.compile(  # Hugging Face, OpenAI and others, GitHub, AWS, Google, Sl
     rb"\b(hf_[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)[\w-]{20,}|gh[a-z]_\w{30,}|github_pat_\w{20,}|A[KS]IA[A-Z0-9]{16}"
     rb"|AIza[\w-]{35}|xox[a-z]-[\w-]{20,}|glpat-[\w-]{20,}|npm_\w{30,}|pypi-[\w-]{40,})|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
+CODE = {path.name: path for path in Path(configuration_nanochat.__file__).parent.glob("*_nanochat.py")}
 MODEL_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*_nanochat.py",
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", *CODE,
 )  # fmt: skip
 
 
@@ -84,7 +86,7 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
         what = {"folder_path": folder, "delete_patterns": delete, "revision": options.revision}
         what["commit_message"] = f"Upload {stage} of {run.path.resolve().name}"
         commit = with_retries(log, api.upload_folder, repo_id=repo, **what)
-        difference = check_loaded_back(repo, commit.oid, run.folder(stage), api.token)
+        difference = check_loaded_back(repo, commit.oid, folder, api.token)
         log(f"loaded back in a clean process: largest difference of a logit {difference:.1e}")
         if options.space:
             log(f"Space: {push_space(api, options, log)}")
@@ -108,6 +110,10 @@ def prepare(run: Run, options: Push) -> Path:
         raise InputError(f"{source} lacks safetensors or tokenizer.json: run stage {stage!r} again")
     load_config(source)  # damaged ones are refused here
     load_tokenizer(source)
+    code = own_files(source, ["*_nanochat.py"], run.path)
+    config = load_json(source / "config.json")
+    if not options.model_code and update_class_names(config) is config:  # else an older version's, which is renewed
+        refuse_changed_code(code)
     if replaced(run, stage):
         raise InputError(
             f"the weights in {source} are not those that its metrics.json describes: run stage {stage!r} again, or "
@@ -125,8 +131,20 @@ def prepare(run: Run, options: Push) -> Path:
     if stage != "base":
         tool_loop.ship(folder)
     renew(folder)  # an older version may have written it
+    for path in code if options.model_code == "folder" else ():
+        (folder / path.name).unlink(missing_ok=True)
+        link(path, folder / path.name)
     (folder / "README.md").write_text(f"{render_model_card(run, options)}\n", encoding="utf-8")
     return folder
+
+
+def refuse_changed_code(files: Iterable[Path]) -> None:
+    for path in files:
+        if path.name not in CODE or path.read_bytes() != CODE[path.name].read_bytes():
+            raise InputError(
+                f"{path} is not this version's code: --model-code folder pushes it as it is, --model-code package "
+                "pushes this version's in its place"
+            )
 
 
 def own_files(folder: Path, patterns: Iterable[str], run: Path) -> list[Path]:
@@ -182,27 +200,31 @@ with torch.no_grad():
 PROBE = "The sky is blue because 12 * 34 is 408, and that is all there is to say."
 
 
-def check_loaded_back(repo: str, revision: str, local: Path, token: str) -> float:
-    """Loads `repo` at `revision` in a clean process with an empty cache. Returns: the largest difference of a logit.
+def load_in_clean_process(name: str | Path, revision: str, token: str) -> dict[str, torch.Tensor]:
+    """{"ids", "logits"} of PROBE by a repo or a folder that is loaded with an empty cache and without this package.
 
-    Raises InputError if it does not load, or if ids or logits differ from the local folder's (by more than 1e-3).
+    Raises InputError with the last line of the error if it does not load.
     """
     with tempfile.TemporaryDirectory() as work:
         env = os.environ | {"HF_TOKEN": token, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "0", "PYTHONPATH": ""}
         env |= {"HF_HUB_CACHE": f"{work}/hub", "HF_MODULES_CACHE": f"{work}/modules"}
-        command = [sys.executable, "-c", LOAD, repo, revision, PROBE, f"{work}/out.pt"]
+        command = [sys.executable, "-c", LOAD, str(name), revision, PROBE, f"{work}/out.pt"]
         process = subprocess.run(command, cwd=work, env=env, check=False, capture_output=True, text=True)
         if process.returncode:
             last = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            raise InputError(f"{repo} is uploaded but does not load in a clean process: {last}")
-        loaded = torch.load(f"{work}/out.pt")
-    ids = load_tokenizer(local)(PROBE, return_tensors="pt").input_ids
-    model = AutoModelForCausalLM.from_pretrained(local, dtype=torch.float32, trust_remote_code=False).eval()
-    with torch.no_grad():
-        expected = model(ids).logits
-    if not torch.equal(ids, loaded["ids"]):
+            raise InputError(f"{name} does not load in a clean process: {last}")
+        return torch.load(f"{work}/out.pt")
+
+
+def check_loaded_back(repo: str, revision: str, local: Path, token: str) -> float:
+    """Loads `repo` at `revision` as a user does. Returns: the largest difference of a logit from the local folder's.
+
+    Raises InputError if it does not load, or if ids or logits differ (by more than 1e-3).
+    """
+    loaded, expected = (load_in_clean_process(name, revision, token) for name in (repo, local.resolve()))
+    if not torch.equal(expected["ids"], loaded["ids"]):
         raise InputError(f"{repo} is uploaded but its tokenizer gives other ids than {local}")
-    difference = (expected - loaded["logits"]).abs().max().item()
+    difference = (expected["logits"] - loaded["logits"]).abs().max().item()
     if not difference <= 1e-3:  # NaN too
         raise InputError(f"{repo} is uploaded but its logits differ from those of {local} by {difference:.2g}")
     return difference

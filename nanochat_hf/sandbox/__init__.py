@@ -20,13 +20,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 from ..errors import InputError
 from . import guard as guard_script
-from .guard import ENDED, TIMED_OUT
+from .guard import ENDED, TIMED_OUT, UNCHECKED
 
 MAX_OUTPUT = 64 * 1024  # bytes of a program's output that are returned
 MEMORY_BYTES = 512 << 20
@@ -40,6 +41,7 @@ class SandboxResult:
     passed: bool
     output: str  # the first MAX_OUTPUT bytes of stdout and stderr together
     timed_out: bool
+    checked: bool = True  # False: the tests are of a kind that cannot be checked, which `output` names
 
 
 def run_sandboxed(
@@ -58,32 +60,56 @@ def run_sandboxed(
     """
     check_layers()
     ours, theirs = socket.socketpair()
-    with tempfile.TemporaryFile() as output, working_folder() as folder, ours, theirs:
-        guards = [start_guard("solution", program, theirs, folder, output, timeout, memory_bytes)]
+    with collected() as output, working_folder() as folder, ours, theirs:
+        guards = [start_guard("solution", program, theirs, folder, output.writer, timeout, memory_bytes)]
         if tests:
-            guards.append(start_guard("tests", tests, ours, folder, output, timeout, memory_bytes))
+            guards.append(start_guard("tests", tests, ours, folder, output.writer, timeout, memory_bytes))
             ours.close()
             theirs.close()  # else neither side would see the other one end
-            passed = wait(guards[1], timeout) == ENDED
+            code = wait(guards[1], timeout)
             guards[0].terminate()  # nobody calls it any more
         else:
             theirs.close()
-            passed = first_byte(ours, timeout) == b"["
+            began = first_byte(ours, timeout)
             ours.close()
-            passed = wait(guards[0], timeout) == 0 and passed
+            code = ENDED if wait(guards[0], timeout) == 0 and began else 1
         codes = [wait(guard, timeout) for guard in guards]
-        output.seek(0)
-        text = output.read(MAX_OUTPUT).decode("utf-8", "replace")
-    return SandboxResult(passed, text, timed_out=not passed and TIMED_OUT in codes)
+    timed_out = code not in (ENDED, UNCHECKED) and TIMED_OUT in codes
+    return SandboxResult(code == ENDED, output.text, timed_out, code != UNCHECKED)
+
+
+class Output:
+    """What is written to a pipe: `writer`, and at the end `text`, its first MAX_OUTPUT bytes; the rest is dropped."""
+
+    writer, text = -1, ""
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[Output]:
+    output, data = Output(), bytearray()
+    reader, output.writer = os.pipe()
+
+    def read() -> None:
+        while part := os.read(reader, 1 << 16):
+            data.extend(part[: MAX_OUTPUT - len(data)])
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        yield output
+    finally:
+        os.close(output.writer)
+        thread.join(10)  # all that wrote have ended
+        os.close(reader)
+        output.text = data.decode("utf-8", "replace")
 
 
 @cache
 def layers() -> tuple[str, ...]:
     """What protects this machine from generated code, found by starting a sandbox once."""
-    with tempfile.TemporaryFile() as output:
-        wait(start_guard("layers", "", None, "/", output, 20, MEMORY_BYTES), 20)
-        output.seek(0)
-        lines = output.read().decode().splitlines()
+    with collected() as output:
+        wait(start_guard("layers", "", None, "/", output.writer, 20, MEMORY_BYTES), 20)
+    lines = output.text.splitlines()
     if "ready" not in lines:
         raise InputError(
             f"the sandbox for generated code does not start ({(lines or ['no output'])[-1]}): install Python where "
@@ -113,7 +139,7 @@ def check_layers() -> None:
 
 
 def start_guard(
-    role: str, code: str, channel: socket.socket | None, folder: str, output, timeout: float, memory_bytes: int
+    role: str, code: str, channel: socket.socket | None, folder: str, output: int, timeout: float, memory_bytes: int
 ) -> subprocess.Popen:
     number = channel.fileno() if channel else 2
     command = [sys.executable, "-I", "-S", guard_script.__file__, role, str(number), str(timeout), str(memory_bytes)]
@@ -134,6 +160,7 @@ def wait(guard: subprocess.Popen, timeout: float) -> int:
 
 
 def first_byte(channel: socket.socket, timeout: float) -> bytes:
+    """What a solution that ran to its last line sends first, or nothing."""
     channel.settimeout(timeout + 10)
     with contextlib.suppress(OSError):
         return channel.recv(1)

@@ -22,7 +22,8 @@ MAX_PROCESSES = 64  # and threads, of one program
 FOLDER_BYTES = 16 << 20
 FILE_BYTES = 1 << 20
 UNPRIVILEGED = range(61184, 65520)  # user ids; systemd has the same range for short-lived users
-ENDED, TIMED_OUT, OVER_LIMIT = 77, 124, 125  # exit codes: tests that reached their end; what the guard ended
+# Exit codes: tests that reached their end or cannot be checked (by program.py); what the guard ended.
+ENDED, UNCHECKED, TIMED_OUT, OVER_LIMIT = 77, 78, 124, 125
 NEW_MOUNTS, NEW_USERS, NEW_OTHERS = 0x00020000, 0x10000000, 0x6C000000  # others: pid, network, IPC, UTS
 BIND, RECURSIVE, PRIVATE, NO_SUID, NO_DEVICES = 1 << 12, 1 << 14, 1 << 18, 2, 4  # flags of mount
 

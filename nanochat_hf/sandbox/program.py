@@ -1,66 +1,83 @@
-"""What runs inside a sandbox (nanochat_hf/sandbox.py starts it): a solution that serves calls, or the tests that call.
+"""What runs inside a sandbox (nanochat_hf/sandbox starts it): a solution that serves requests, or the tests.
 
     python -c THIS_FILE solution|tests CHANNEL < CODE
 
-CHANNEL is a socket. The solution writes the names that it defines; after that each request is a call and each reply
-its result, or one of Python's own exceptions. Only plain data travels, as JSON: an object that equals everything never
-reaches the tests.
+CHANNEL is a socket. The tests send operations (OPERATIONS: a call, an attribute, an item ...), the solution sends the
+result or the exception. Only plain data travels, as JSON; any other object stays where it is, and the tests hold its
+number (`Remote`). No object of the solution is asked about what the tests expect: one that equals everything equals no
+data. Tests that would need that (`Money(5) == 5`, `3 * vector`, a callback) end with "cannot be checked". Two objects
+of the solution are equal if it reports equal types and contents.
 """
 
 import ast
 import builtins
-import collections.abc
+import collections
 import contextlib
+import dataclasses
 import decimal
 import fractions
 import json
+import operator
 import os
 import sys
 import traceback
 import types
 
-ENDED = 77  # exit code of tests that ran to their last line
+ENDED, UNCHECKED = 77, 78  # exit codes: of tests that ran to their last line, or that cannot be checked
 MAX_MESSAGE = 1 << 22  # bytes
 EXACT = {"Decimal": decimal.Decimal, "Fraction": fractions.Fraction}
 CONTAINERS = {"list": list, "tuple": tuple, "frozenset": frozenset, "set": collections.abc.Set}
+CONTAINERS["deque"] = collections.deque
+MUTABLE = (list, dict, set, collections.deque)
 TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 ERRORS = {name: kind for name, kind in TYPES.items() if issubclass(kind, Exception)}
+BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
 
 
-def pack(value):
-    """A value as JSON can hold it. Subclasses become their base, so that they compare as plain data do."""
+def pack(value, other):
+    """A value as JSON can hold it. Subclasses become their base, so that they compare as plain data do.
+
+    `other(value)` packs what is no plain data.
+    """
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, dict):
-        return {"dict": [[pack(key), pack(item)] for key, item in value.items()]}
+        return {"dict": [[pack(key, other), pack(item, other)] for key, item in value.items()]}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {"named": [type(value).__name__, list(value._fields), [pack(item, other) for item in value]]}
     for kind, base in CONTAINERS.items():
         if isinstance(value, base):
-            return {kind: [pack(item) for item in value]}
+            return {kind: [pack(item, other) for item in value]}
     for base in (int, float, str):
         if isinstance(value, base):
             return base(value)
     if isinstance(value, bytes | complex):
         return {"literal": repr(value)}
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
     if isinstance(value, tuple(EXACT.values())):
         return {type(value).__name__: str(value)}
-    if hasattr(value, "item"):  # numbers of numpy
-        return pack(value.item())
-    if isinstance(value, collections.abc.Iterable):
-        return {"iterator": [pack(item) for item in value]}
-    raise TypeError(f"a {type(value).__name__} cannot leave the sandbox")
+    if type(value).__module__ == "numpy" and not value.shape:
+        return pack(value.item(), other)
+    return other(value)
 
 
-def unpack(value):
+def unpack(value, other):
+    """The opposite: `other(kind, items)` gives what is no plain data."""
     if not isinstance(value, dict):
         return value
     ((kind, items),) = value.items()
     if kind == "dict":
-        return {unpack(key): unpack(item) for key, item in items}
+        return {unpack(key, other): unpack(item, other) for key, item in items}
     if kind in CONTAINERS:
-        return (CONTAINERS | {"set": set})[kind](map(unpack, items))
-    if kind == "iterator":
-        return map(unpack, items)
-    return ast.literal_eval(items) if kind == "literal" else EXACT[kind](items)
+        return (CONTAINERS | {"set": set})[kind](unpack(item, other) for item in items)
+    if kind == "named":
+        return collections.namedtuple(*items[:2])(*(unpack(item, other) for item in items[2]))
+    if kind == "range":
+        return range(*items)
+    if kind == "literal":
+        return ast.literal_eval(items)
+    return EXACT[kind](items) if kind in EXACT else other(kind, items)
 
 
 class Channel:
@@ -77,60 +94,240 @@ class Channel:
             return json.loads(self.reader.readline(MAX_MESSAGE) or b"null")
 
 
+# ---- the side of the solution --------------------------------------------------------------------------------------
+
+
+def call(function, *arguments, **options):
+    return function(*arguments, **options)
+
+
+def describe(value) -> list:
+    """How objects of this type are equal ("identity", "fields" or "own": by a method of theirs), type and contents."""
+    kind = type(value)
+    if kind.__eq__ is object.__eq__ or isinstance(value, type | types.FunctionType):
+        return ["identity", kind, None]
+    if dataclasses.is_dataclass(kind) and kind.__eq__.__code__.co_filename == "<string>":  # its own, not the program's
+        names = [field.name for field in dataclasses.fields(kind) if field.compare]
+        return ["fields", kind, {name: getattr(value, name) for name in names}]
+    return ["own", kind, getattr(value, "__dict__", None) if kind.__module__ == "solution" else None]
+
+
+OPERATIONS = {function.__name__: function for function in (
+    call, describe, getattr, setattr, delattr, hasattr, len, str, repr, bool, next, isinstance, issubclass,
+    operator.getitem, operator.setitem, operator.delitem, *(getattr(operator, name) for name in BINARY),
+)} | {"iterator": iter}  # fmt: skip
+
+
 def serve(code: str, channel: Channel) -> None:
-    """Run a solution, then answer calls until the other side closes."""
+    """Run a solution, then answer requests until the other side closes."""
     process, module = os.getpid(), types.ModuleType("solution")
     sys.modules["solution"] = module  # so that its classes can be pickled
     exec(compile(code, "<program>", "exec"), module.__dict__)
     sys.stdout.flush()
     if os.getpid() != process:  # a fork of the program, which has ended
         return
-    channel.send([name for name, value in vars(module).items() if callable(value)])
+    objects, numbers = [module], {id(module): 0}
+
+    def keep(value) -> dict:
+        if isinstance(value, type) and issubclass(value, Exception):
+            return {"exception": lineage(value)}
+        if id(value) not in numbers:
+            numbers[id(value)] = len(objects)
+            objects.append(value)
+        return {"object": numbers[id(value)]}
+
+    def fetch(kind: str, items):
+        if kind == "object":
+            return objects[items]
+        return getattr(builtins, items) if kind == "builtin" else iter([unpack(item, fetch) for item in items])
+
+    channel.send("ready")
     while request := channel.receive():
         name, arguments, options = request
         try:
-            reply = {"value": pack(getattr(module, name)(*unpack(arguments), **unpack(options)))}
+            values, named = unpack(arguments, fetch), unpack(options, fetch)
+            before = pack([*values, *named.values()], keep)
+            result = OPERATIONS[name](*values, **named)
+            reply = {"value": keep(result) if name == "iterator" else pack(result, keep)}
+            after = pack([*values, *named.values()], keep)
+            reply |= {"arguments": after} if after != before else {}
         except BaseException as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__]
-            reply = {"error": [next(filter(ERRORS.get, kinds), "RuntimeError"), f"{kinds[0]}: {error}"]}
+            reply = {"error": lineage(type(error)), "details": pack([error.args, vars(error)], keep)}
         sys.stdout.flush()
         channel.send(reply)
 
 
-def check(code: str, channel: Channel) -> None:
-    """Run tests in which the names of the solution are calls to it. Names of Python itself stay Python's."""
+def lineage(kind: type) -> list[str]:
+    """The names of an exception's class and its bases up to the first one of Python."""
+    names = [base.__name__ for base in kind.__mro__]
+    end = next((i for i, name in enumerate(names) if name in ERRORS), None)
+    return ["RuntimeError"] if end is None else names[: end + 1]
 
-    def remote(name):
-        def call(*arguments, **options):
-            channel.send([name, pack(arguments), pack(options)])
-            reply = channel.receive()
-            if "value" not in reply:
-                kind, text = reply["error"]
-                raise ERRORS[kind](f"{name}: {text}")
-            return unpack(reply["value"])
 
-        return call
+# ---- the side of the tests -----------------------------------------------------------------------------------------
 
-    names = {str(name) for name in channel.receive()} - set(dir(builtins))
-    namespace = {name: remote(name) for name in names}
-    exec(compile(code, "<tests>", "exec"), namespace | {"__name__": "tests"})
+
+class CannotBeCheckedError(BaseException):
+    """The test would need to trust an object of the solution, or the solution one of the tests."""
+
+
+class Session:
+    channel: Channel
+    unchecked = ""  # why the tests cannot be checked
+    exceptions: dict[str, type] = {}  # classes of the tests for those of the solution
+
+
+def refuse(what: str, *_):
+    Session.unchecked = f"{what}, with an object of one side"  # also if the test catches the exception
+    raise CannotBeCheckedError
+
+
+def exception_class(names: list[str]) -> type:
+    kind = ERRORS[names[-1]]
+    for name in reversed(names[:-1]):
+        kind = Session.exceptions.setdefault(name, type(name, (kind,), {}))
+    return kind
+
+
+def receive_object(kind: str, items):
+    return Remote(items) if kind == "object" else exception_class(items)
+
+
+def send_object(value) -> dict:
+    if isinstance(value, Remote):
+        return {"object": value._number}
+    if isinstance(value, collections.abc.Iterable):
+        return {"iterator": [pack(item, send_object) for item in value]}
+    name = getattr(value, "__name__", "")
+    if getattr(builtins, name, None) is not value:
+        refuse(f"{type(value).__name__} as an argument")
+    return {"builtin": name}
+
+
+def ask(operation: str, *arguments, **options):
+    """The result of an operation on the other side; lists and others that it changed there are changed here, too."""
+    Session.channel.send([operation, pack(arguments, send_object), pack(options, send_object)])
+    reply = Session.channel.receive()
+    if not reply:  # no exception, which the tests might expect
+        print("the solution has ended", flush=True)
+        os._exit(1)
+    if "error" in reply:
+        kind = exception_class(reply["error"])
+        error = kind.__new__(kind)
+        error.args, state = unpack(reply["details"], receive_object)
+        vars(error).update(state)
+        raise error
+    for before, after in zip([*arguments, *options.values()], unpack(reply.get("arguments"), receive_object) or ()):
+        if isinstance(before, MUTABLE) and before != after:
+            before.clear()
+            (before.extend if isinstance(before, list | collections.deque) else before.update)(after)
+    return unpack(reply["value"], receive_object)
+
+
+class Remote:
+    """An object of the solution, for the tests."""
+
+    def __init__(self, number: int):
+        object.__setattr__(self, "_number", number)
+
+    def __call__(self, *arguments, **options):
+        return ask("call", self, *arguments, **options)
+
+    def __eq__(self, other):
+        if isinstance(other, Remote) and other._number == self._number:
+            return True
+        how, *mine = ask("describe", self)
+        comparable = isinstance(other, Remote) and how != "identity" and mine[1] is not None
+        if comparable and ask("describe", other)[1:] == mine:
+            return True
+        if other is Remote or (how == "own" and other is not None):
+            refuse("==")
+        return False
+
+    def __hash__(self):
+        return self._number
+
+    def __iter__(self):
+        return ask("iterator", self)
+
+    def __contains__(self, value):
+        if ask("hasattr", self, "__contains__"):
+            refuse("in")
+        return any(item == value for item in self)
+
+    def __instancecheck__(self, value):
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            refuse("isinstance of a named tuple")
+        return isinstance(value, Remote) and ask("isinstance", value, self)
+
+    def __subclasscheck__(self, kind):
+        return ask("issubclass", kind, self)
+
+    def __format__(self, form):
+        return format(str(self), form)
+
+
+def forward(operation: str):
+    return lambda self, *arguments: ask(operation, self, *arguments)
+
+
+def combine(operation: str):
+    return lambda self, other: (ask if isinstance(other, Remote) else refuse)(operation, self, other)
+
+
+def refusal(operation: str):
+    return lambda *_: refuse(operation)
+
+
+for name in ("getattr", "setattr", "delattr", "len", "str", "repr", "bool", "next", "getitem", "setitem", "delitem"):
+    setattr(Remote, f"__{name}__", forward(name))
+for name in BINARY:
+    setattr(Remote, f"__{name.strip('_')}__", combine(name))
+    setattr(Remote, f"__r{name.strip('_')}__", refusal(name))
+for name in ("abs", "neg", "pos", "invert", "round", "int", "float", "index", "enter", "exit"):
+    setattr(Remote, f"__{name}__", refusal(name))
+
+
+class Names(dict):
+    """The namespace of the tests: names that they do not define are the solution's; Python's stay Python's."""
+
+    def __missing__(self, name):
+        if hasattr(builtins, name) or not ask("hasattr", Remote(0), name):
+            raise KeyError(name)
+        value = ask("getattr", Remote(0), name)
+        if isinstance(value, Remote | type):
+            self[name] = value
+        return value
+
+
+def check(code: str, channel: Channel) -> int:
+    """Run tests of the solution behind the channel. Returns: ENDED or UNCHECKED."""
+    Session.channel = channel
+    if channel.receive() != "ready":
+        return 1
+    try:
+        exec(compile(code, "<tests>", "exec"), Names(__name__="tests"))
+    except BaseException:
+        if not Session.unchecked:
+            raise
+    if Session.unchecked:
+        print(f"cannot be checked: {Session.unchecked}")
+    return UNCHECKED if Session.unchecked else ENDED
 
 
 def main(role: str, number: str) -> None:
     if role == "layers":
         print("ready", flush=True)
         return
-    code = sys.stdin.read()
+    code, result = sys.stdin.read(), 1
     sys.set_int_max_str_digits(0)  # of what travels
     sys.argv, sys.stdin = [""], open(os.devnull)  # noqa: SIM115
     try:
-        {"solution": serve, "tests": check}[role](code, Channel(int(number)))
-        sys.stdout.flush()
+        result = {"solution": serve, "tests": check}[role](code, Channel(int(number))) or 0
     except BaseException:
         traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)
-    os._exit(ENDED if role == "tests" else 0)
+    sys.stdout.flush()
+    os._exit(result)
 
 
 main(*sys.argv[1:])

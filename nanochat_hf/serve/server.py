@@ -152,12 +152,17 @@ class ChatBody(OpenAIBody):
             raise InputError('tool_choice can be "auto" or "none": the model cannot be made to call a tool')
 
 
+def is_batch(prompt: Any) -> bool:
+    """Whether a prompt of /v1/completions is a list of prompts, each a text or a list of token ids."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+
+
 class CompletionBody(OpenAIBody):
-    prompt: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[list[int], Field(min_length=1, fail_fast=True)]
-        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
-    )
+    prompt: Annotated[
+        list[Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1, fail_fast=True)]],
+        Field(max_length=64),
+        BeforeValidator(lambda prompt: prompt if is_batch(prompt) else [prompt]),
+    ]
 
 
 class TGIParameters(Sampling):
@@ -276,18 +281,21 @@ class Server:
         ids, bos = self.engine.encode_text(text), self.tokenizer.bos_token_id
         return (ids if ids[:1] == [bos] else [bos, *ids])[-truncate:]
 
-    def start(self, prompt: list[int], body: Sampling, n: int = 1, **options) -> list[Completion]:
-        """Start `n` completions of one prompt, all or none; raises as `Worker.submit` does."""
+    def start(self, prompts: list[list[int]], body: Sampling, n: int = 1, **options) -> list[Completion]:
+        """Start `n` completions of each prompt, all or none; raises as `Worker.submit` does."""
         options = {"temperature": self.temperature, "top_k": self.top_k, **options}
         options |= body.model_dump(include={"temperature", "top_k", "top_p"}, exclude_none=True)
         options["max_new_tokens"] = min(options.get("max_new_tokens") or self.max_new_tokens, self.max_new_tokens)
         seed = time.time_ns() % 2**31 if body.seed is None else body.seed % 2**63
+        capacity = sum(worker.capacity for worker in self.workers)
+        if n * len(prompts) > capacity:
+            raise InputError(f"{n * len(prompts)} completions in one request: this server takes at most {capacity}")
         completions: list[Completion] = []
         try:
-            for i in range(n):
-                request = Request(prompt, seed=seed + i, **options)
+            for i in range(n * len(prompts)):
+                request = Request(prompts[i // n], seed=seed + i, **options)
                 completions.append(Completion(self.workers, request, body.stop or (), self.request_timeout))
-        except (QueueFullError, WorkerDiedError):
+        except (InputError, QueueFullError, WorkerDiedError):
             for completion in completions:
                 completion.end()
             raise
@@ -299,7 +307,7 @@ class Server:
         body, prompt, dropped = await self.read(self.read_chat, http)
         tools = body.tool_choice != "none"
         head = {"dropped_messages": dropped} if dropped else {}
-        return await self.reply(http, body, prompt, head, stop_at_call=bool(body.tools) and tools, tools=tools)
+        return await self.reply(http, body, [prompt], head, stop_at_call=bool(body.tools) and tools, tools=tools)
 
     def read_chat(self, raw: bytes) -> tuple[ChatBody, list[int], int]:
         body = parse(ChatBody, raw)
@@ -313,20 +321,16 @@ class Server:
     async def completions(self, http: HTTPRequest):
         return await self.reply(http, *await self.read(self.read_completion, http), {})
 
-    def read_completion(self, raw: bytes) -> tuple[CompletionBody, list[int]]:
+    def read_completion(self, raw: bytes) -> tuple[CompletionBody, list[list[int]]]:
         body = parse(CompletionBody, raw)
-        prompt = body.prompt
-        if isinstance(prompt, list) and isinstance(prompt[0], str):
-            if len(prompt) > 1:
-                raise InputError("send one prompt at a time")
-            prompt = prompt[0]
-        return body, self.encode_text(prompt) if isinstance(prompt, str) else prompt
+        return body, [self.encode_text(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
 
-    async def reply(self, http: HTTPRequest, body: OpenAIBody, prompt: list[int], head: dict, **options):
+    async def reply(self, http: HTTPRequest, body: OpenAIBody, prompts: list[list[int]], head: dict, **options):
         """What OpenAI's routes have in common: `head` is part of every chunk, `options` are those of `Request`."""
-        if body.stream and (body.n or 1) > 1:
-            raise InputError("streaming gives one completion: leave n out")
-        completions = self.start(prompt, body, body.n or 1, max_new_tokens=body.limit, **options)
+        n = body.n or 1
+        if body.stream and n * len(prompts) > 1:
+            raise InputError("streaming gives one completion: send one prompt, and leave n out")
+        completions = self.start(prompts, body, n, max_new_tokens=body.limit, **options)
         chat = isinstance(body, ChatBody)
         head |= {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
         head |= {"model": self.name, "object": "chat.completion" if chat else "text_completion"}
@@ -338,13 +342,13 @@ class Server:
             await asyncio.gather(*(completion.whole(http.is_disconnected) for completion in completions))
             contents = [{"message": message_of(c)} if chat else {"text": text_of(c.chunks)} for c in completions]
             choices = [choice(x, c.finish_reason, i) for i, (x, c) in enumerate(zip(contents, completions))]
-            return JSONResponse({**head, "choices": choices, "usage": usage(completions)})
+            return JSONResponse({**head, "choices": choices, "usage": usage(completions, n)})
 
         async def chunks() -> AsyncIterator[dict]:
             async for content, reason in deltas(completions[0], chat):
                 yield {**head, "choices": [choice(content, reason)]}
             if (body.stream_options or {}).get("include_usage"):
-                yield {**head, "choices": [], "usage": usage(completions)}
+                yield {**head, "choices": [], "usage": usage(completions, n)}
 
         head["object"] += ".chunk" if chat else ""
         return stream(chunks(), http)
@@ -356,9 +360,8 @@ class Server:
         body, prompt = await self.read(self.read_generate, http)
         parameters, path = body.parameters or TGIParameters(), http.url.path
         options = {"temperature": 1.0 if parameters.do_sample else 0.0, "top_k": 0}
-        (completion,) = self.start(
-            prompt, parameters, max_new_tokens=parameters.limit or 20, **options
-        )  # 20 as in TGI
+        options["max_new_tokens"] = parameters.limit or 20  # as in TGI
+        (completion,) = self.start([prompt], parameters, **options)
         if path == "/generate_stream" or (path == "/" and body.stream):
             return stream(self.tgi_events(completion), http)
         text = text_of(await completion.whole(http.is_disconnected))
@@ -431,10 +434,10 @@ def message_of(completion: Completion) -> dict:
     return {**message, **({"tool_steps": steps} if steps else {})}
 
 
-def usage(completions: list[Completion]) -> dict:
-    """Tokens of completions of one prompt, which is counted once."""
+def usage(completions: list[Completion], n: int) -> dict:
+    """Tokens of `n` completions of each prompt, which is counted once."""
     new = sum(len(completion.request.tokens) for completion in completions)
-    prompt = len(completions[0].request.prompt)
+    prompt = sum(len(completion.request.prompt) for completion in completions[::n])
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 

@@ -93,14 +93,13 @@ def damage(folder: Path) -> str | None:
     if manifest is None or (manifest.name == OLD_MANIFEST and not manifest.stat().st_size):
         return None
     try:
-        files = load_json(manifest)
-    except InputError:
+        for file, checksum in load_json(manifest).items():
+            if not (folder / file).is_file():
+                return f"{folder / file} is missing"
+            if sha256(folder / file) != checksum:
+                return f"{folder / file} is damaged: its checksum differs"
+    except (InputError, OSError):  # OSError: a name that no disk allows
         return f"{manifest} is damaged"
-    for file, checksum in files.items():
-        if not (folder / file).is_file():
-            return f"{folder / file} is missing"
-        if sha256(folder / file) != checksum:
-            return f"{folder / file} is damaged: its checksum differs"
     return None
 
 

@@ -25,10 +25,11 @@ from .. import tool_loop
 from ..data.tokenizer import load_tokenizer
 from ..distributed import main_process_first, monitored_barrier, on_cpu, partial_state
 from ..errors import InputError
+from ..metrics import ChatMeasured, Skipped, TrainerState
 from ..optim.muon_adamw import MuonAdamW, deepspeed_optimizer, param_groups
 from ..optim.overview import batch_text, block, data_text, stage_rows
 from ..optim.scaling import DEFAULTS, Schedule, split_global_batch, stage_groups
-from ..run import Progress, in_words, load_json, model_fingerprint, save_json, without_nan, write_metrics
+from ..run import Progress, in_words, load_json, load_record, model_fingerprint, save_json, without_nan, write_metrics
 from ..stage_configs import StageConfig
 from . import checkpoint
 from .model_setup import compute_dtype, load_chat_model, lora
@@ -405,7 +406,7 @@ class StageTrainer(TrainerCallback):
 
     def compare_settings(self, state: Path, settings: dict) -> None:
         """Raise InputError if the checkpoints in `state` were written with other `settings`."""
-        before = load_json(state / "config.json")
+        before = load_json(state / "config.json", f"restore it, or delete {state} to start anew")
         if before is None:
             raise InputError(f"{state / 'config.json'} is missing: restore it, or delete {state} to start anew")
         if unknown := [key for key in ("model", "data") if key in settings and key not in before]:
@@ -415,10 +416,12 @@ class StageTrainer(TrainerCallback):
 
     def restore_records(self, folder: Path) -> None:
         """Take over what transformers does not restore: skipped steps, the log, and where optimizer state lies."""
-        self.skipped = (load_json(folder.parent / checkpoint.SKIPPED) or {}).get("steps", [])
-        measured, written = load_json(folder / checkpoint.MEASURED), load_json(folder / "trainer_state.json")
+        skipped, older = folder.parent / checkpoint.SKIPPED, f"delete {folder} to use an older checkpoint"
+        self.skipped = (load_record(skipped, Skipped, "delete it to count none as skipped") or {"steps": []})["steps"]
+        written = load_record(folder / "trainer_state.json", TrainerState, older)
+        measured = load_record(folder / checkpoint.MEASURED, ChatMeasured, "delete it to repeat that evaluation")
         log = measured["log"] if measured else written["log_history"]
-        self.earlier_seconds, self.resumed_log = log[-1]["time"] if log else 0.0, log
+        self.earlier_seconds, self.resumed_log = log[-1].get("time", 0.0) if log else 0.0, log
         self.optimizer_shards = list(folder.glob("optimizer-*.pt"))  # none if one rank wrote the whole state
         if len(self.optimizer_shards) == self.args.world_size:
             self.optimizer_shards = [folder / f"optimizer-{self.args.process_index}.pt"]
