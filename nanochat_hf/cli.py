@@ -410,10 +410,7 @@ def export(words: list[str]) -> None:
     if args.to not in ("native", "nanochat"):
         today = "a stage's folder loads in transformers as it is, and `nanochat serve` has OpenAI's routes"
         raise InputError(f"--to {args.to} is not built yet; today: {targets}; {today}")
-    source = chosen_model(args, "the model")
-    if not Path(source).is_dir():
-        raise InputError(f"--model {source} is no folder: download it first, with hf download {source}")
-    convert(["--source", source, "--output", args.output, "--to", args.to])
+    convert(["--source", chosen_model(args, "the model"), "--output", args.output, "--to", args.to])
 
 
 def report(words: list[str]) -> None:
@@ -547,8 +544,8 @@ def completions(words: list[str]) -> list[str]:
     """What may stand in the place of the last word: commands, recipes, and what `--help` lists."""
     *before, current = words
     recipes = [path.parent.name for path in RECIPES.glob("*/base.yaml")]
-    values = {"--recipe": recipes, "--config-file": [path.stem for path in ACCELERATE.glob("*.yaml")]}
-    values |= {"--stage": MODEL_STAGES}
+    values = {"--recipe": recipes, "--stage": MODEL_STAGES}
+    values["--config-file"] = [path.stem for path in ACCELERATE.glob("*.yaml")]
     if not before:
         names = [*COMMANDS, *STAGE_COMMANDS]
     elif before[-1] in values:

@@ -32,13 +32,9 @@ def job_options(parser: Parser) -> None:
 
 
 def make_job(recipe: Path, configs: dict, words: list[str], arguments) -> None:
-    """Print the job; with --submit hand it to its program.
+    """Print the job, in which `nanochat speedrun` gets `words`; with --submit hand it to its program.
 
-    Args:
-        words: of `nanochat speedrun`, for the same pipeline. arguments: values of `job_options`, and of the command.
-
-    Raises:
-        InputError: no such machine, a recipe that the image lacks, or no program to submit with.
+    Raises InputError: no such machine, a recipe that the image lacks, or no program to submit with.
     """
     kind, gpu, gpus = arguments.job, arguments.gpu or "H200", arguments.num_processes or NODE
     if arguments.config_file or arguments.dry_run:
