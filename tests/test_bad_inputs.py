@@ -222,7 +222,7 @@ COMMANDS = [
     ("export --run-dir {here} --to native", "required: --output"),
     ("export --run-dir {here} --to native --output out", "no finished stage"),
     ("export --to native --output out", "name the model"),
-    ("export --model me/x --to native --output out", "is no folder: download it first, with hf download me/x"),
+    ("export --model me/x --to native --output out", "me/x has neither model_NNNNNN.pt"),
     ("export --model {here} --to gguf --output out", "--to gguf is not built yet; today: native"),
     ("export --model {here} --to ggml --output out", "it must be native, nanochat, mlx, vllm, onnx or gguf"),
     ("convert --source {here} --output {here}/out --step 3", "--step chooses among model_NNNNNN.pt files"),
