@@ -530,7 +530,7 @@ def bench(words: list[str]) -> None:
 
 
 def completion(words: list[str]) -> None:
-    """Complete commands, flags and keys in a shell: `source <(nanochat completion bash)` (or zsh; fish: `... | source`)."""
+    """Complete commands, flags and keys in a shell: `source <(nanochat completion bash)`; fish: `... | source`."""
     if words[:1] == ["words"] and "COMP_LINE" in os.environ:  # a shell's question
         print(*completions(os.environ["COMP_LINE"].split(" ")[1:]), sep="\n")
         return
