@@ -108,6 +108,8 @@ def run_stage_command(command: str, words: list[str]) -> None:
     if "eval" in given:
         given["tasks"] = given.pop("eval")
         parse_config(EvalConfig, given["tasks"])
+        if config.chatcore_every < 1:
+            raise InputError("--eval is measured every chatcore_every steps: give that, too")
     refuse_unused_words(config, keys)
     if dry_run:
         _, configs = read_recipe(find_recipe(str(Path(path).parent)), None, [])  # base.yaml has the model's shape

@@ -133,6 +133,10 @@ COMMANDS = [
     ("run cpu-demo --depth 3", "unknown flag '--depth'; known: --help"),
     ("chat runs/d12", "unrecognized arguments: runs/d12; --help lists the flags"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages sft --model x", "leave --stages out"),
+    (
+        f"sft {CONFIG}sft.yaml --run-dir {{run}} --eval {{root}}/recipes/cpu-demo/eval.yaml",
+        "chatcore_every steps: give",
+    ),
     ("run d24 --job slurm --image me/x", "--image is for hf and sky"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --sed 3", "unknown flag '--sed'; did you mean '--seed'"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --depth", "expected one argument"),
