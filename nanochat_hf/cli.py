@@ -25,9 +25,8 @@ from pydantic import StringConstraints
 
 from .config import Parser, keys_help, parse_config, read_yaml
 from .errors import InputError, guarded
-from .jobs import job_options, make_job
+from .jobs import check_gpus, job_options, make_job, speedrun_words
 from .run import (
-    BOOLEANS,
     MODEL_STAGES,
     Run,
     hardware,
@@ -211,7 +210,7 @@ def run(words: list[str]) -> None:
     job_options(parser)
     recipe, stages, configs, arguments = read_speedrun(parser, recipe_first(words))
     if arguments.job:
-        return make_job(recipe, configs, speedrun_words(arguments), arguments)
+        return make_job(recipe, configs, arguments)
     if unused := [name for name in ("submit", "gpu", "hours", "image") if getattr(arguments, name)]:
         raise InputError(f"--{unused[0]} is for a job: name --job hf, sky or slurm")
     command, launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"], {}  # no traceback of its own
@@ -231,29 +230,6 @@ def run(words: list[str]) -> None:
     check_gpus(arguments.num_processes, launch)
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
     os.execv(sys.executable, [*command, "--module", "nanochat_hf.cli", "speedrun", *speedrun_words(arguments)])
-
-
-def speedrun_words(arguments) -> list[str]:
-    """The words of `nanochat speedrun` for the same pipeline."""
-    words = [f"--recipe={arguments.recipe}", *arguments.overrides]
-    for name in ("run_dir", "repo", "sync", "node_hourly_rate"):
-        if (value := getattr(arguments, name)) is not None:
-            words.append(f"--{name.replace('_', '-')}={value}")
-    return words + ([f"--stages={','.join(arguments.stages)}"] if arguments.stages else [])
-
-
-def check_gpus(num_processes: int | None, launch: dict) -> None:
-    """Refuse more processes than this machine has GPUs, and several where Accelerate would start one."""
-    ranks = (num_processes or launch.get("num_processes", 1)) // launch.get("num_machines", 1)
-    use_cpu = launch.get("use_cpu") or BOOLEANS.get(os.environ.get("ACCELERATE_USE_CPU", "").lower())
-    if ranks > 1 and (launch.get("distributed_type") == "NO" or (use_cpu and not launch)):
-        raise InputError(f"one process would start, not {ranks}: name --config-file multi_gpu, for example")
-    if ranks > 1 and not use_cpu:
-        import torch  # takes seconds
-
-        if ranks > (gpus := torch.cuda.device_count()):
-            advice = "lower --num-processes, or set ACCELERATE_USE_CPU=true"
-            raise InputError(f"{ranks} processes need {ranks} GPUs, and this machine has {gpus}: {advice}")
 
 
 def check_device(name: str | None) -> None:
