@@ -25,9 +25,8 @@ from pydantic import StringConstraints
 
 from .config import Parser, keys_help, parse_config, read_yaml
 from .errors import InputError, guarded
-from .jobs import job_options, make_job
+from .jobs import check_gpus, job_options, make_job, speedrun_words
 from .run import (
-    BOOLEANS,
     MODEL_STAGES,
     Run,
     hardware,
@@ -108,6 +107,8 @@ def run_stage_command(command: str, words: list[str]) -> None:
     if "eval" in given:
         given["tasks"] = given.pop("eval")
         parse_config(EvalConfig, given["tasks"])
+        if config.chatcore_every < 1:
+            raise InputError("--eval is measured every chatcore_every steps: give that, too")
     refuse_unused_words(config, keys)
     if dry_run:
         _, configs = read_recipe(find_recipe(str(Path(path).parent)), None, [])  # base.yaml has the model's shape
@@ -211,7 +212,7 @@ def run(words: list[str]) -> None:
     job_options(parser)
     recipe, stages, configs, arguments = read_speedrun(parser, recipe_first(words))
     if arguments.job:
-        return make_job(recipe, configs, speedrun_words(arguments), arguments)
+        return make_job(recipe, configs, arguments)
     if unused := [name for name in ("submit", "gpu", "hours", "image") if getattr(arguments, name)]:
         raise InputError(f"--{unused[0]} is for a job: name --job hf, sky or slurm")
     command, launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"], {}  # no traceback of its own
@@ -231,29 +232,6 @@ def run(words: list[str]) -> None:
     check_gpus(arguments.num_processes, launch)
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
     os.execv(sys.executable, [*command, "--module", "nanochat_hf.cli", "speedrun", *speedrun_words(arguments)])
-
-
-def speedrun_words(arguments) -> list[str]:
-    """The words of `nanochat speedrun` for the same pipeline."""
-    words = [f"--recipe={arguments.recipe}", *arguments.overrides]
-    for name in ("run_dir", "repo", "sync", "node_hourly_rate"):
-        if (value := getattr(arguments, name)) is not None:
-            words.append(f"--{name.replace('_', '-')}={value}")
-    return words + ([f"--stages={','.join(arguments.stages)}"] if arguments.stages else [])
-
-
-def check_gpus(num_processes: int | None, launch: dict) -> None:
-    """Refuse more processes than this machine has GPUs, and several where Accelerate would start one."""
-    ranks = (num_processes or launch.get("num_processes", 1)) // launch.get("num_machines", 1)
-    use_cpu = launch.get("use_cpu") or BOOLEANS.get(os.environ.get("ACCELERATE_USE_CPU", "").lower())
-    if ranks > 1 and (launch.get("distributed_type") == "NO" or (use_cpu and not launch)):
-        raise InputError(f"one process would start, not {ranks}: name --config-file multi_gpu, for example")
-    if ranks > 1 and not use_cpu:
-        import torch  # takes seconds
-
-        if ranks > (gpus := torch.cuda.device_count()):
-            advice = "lower --num-processes, or set ACCELERATE_USE_CPU=true"
-            raise InputError(f"{ranks} processes need {ranks} GPUs, and this machine has {gpus}: {advice}")
 
 
 def check_device(name: str | None) -> None:
@@ -422,10 +400,7 @@ def export(words: list[str]) -> None:
     if args.to not in ("native", "nanochat"):
         today = "a stage's folder loads in transformers as it is, and `nanochat serve` has OpenAI's routes"
         raise InputError(f"--to {args.to} is not built yet; today: {targets}; {today}")
-    source = chosen_model(args, "the model")
-    if not Path(source).is_dir():
-        raise InputError(f"--model {source} is no folder: download it first, with hf download {source}")
-    convert(["--source", source, "--output", args.output, "--to", args.to])
+    convert(["--source", chosen_model(args, "the model"), "--output", args.output, "--to", args.to])
 
 
 def report(words: list[str]) -> None:
@@ -546,7 +521,7 @@ def bench(words: list[str]) -> None:
 
 
 def completion(words: list[str]) -> None:
-    """Complete commands, flags and keys in a shell: `source <(nanochat completion bash)`, zsh or fish likewise."""
+    """Complete commands, flags and keys in a shell: `source <(nanochat completion bash)`; fish: `... | source`."""
     if words[:1] == ["words"] and "COMP_LINE" in os.environ:  # a shell's question
         print(*completions(os.environ["COMP_LINE"].split(" ")[1:]), sep="\n")
         return
@@ -560,8 +535,8 @@ def completions(words: list[str]) -> list[str]:
     """What may stand in the place of the last word: commands, recipes, and what `--help` lists."""
     *before, current = words
     recipes = [path.parent.name for path in RECIPES.glob("*/base.yaml")]
-    values = {"--recipe": recipes, "--config-file": [path.stem for path in ACCELERATE.glob("*.yaml")]}
-    values |= {"--stage": MODEL_STAGES}
+    values = {"--recipe": recipes, "--stage": MODEL_STAGES}
+    values["--config-file"] = [path.stem for path in ACCELERATE.glob("*.yaml")]
     if not before:
         names = [*COMMANDS, *STAGE_COMMANDS]
     elif before[-1] in values:

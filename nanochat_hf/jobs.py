@@ -1,10 +1,11 @@
-"""`nanochat run NAME --job hf|sky|slurm`: a job that runs the recipe on rented GPUs or a cluster, as text.
+"""What `nanochat run` starts: processes on this machine, or with --job hf|sky|slurm a job elsewhere, as text.
 
 hf is a command line of Hugging Face Jobs, sky a task of SkyPilot, slurm a script for one or more nodes. The texts
 are templates in configs/jobs; docs/cloud.md says which of them were run.
 """
 
 import math
+import os
 import shlex
 import shutil
 import subprocess
@@ -16,11 +17,34 @@ from typing import Literal
 
 from .config import Parser, read_yaml
 from .errors import InputError
-from .run import project_folder
+from .run import BOOLEANS, project_folder
 from .stage_configs import RECIPES, Count, Place
 
 NODE = 8  # GPUs
 SUBMIT = {"hf": ("hf", "bash"), "sky": ("sky", "sky jobs launch --yes --secret HF_TOKEN"), "slurm": ("sbatch",) * 2}
+
+
+def speedrun_words(arguments) -> list[str]:
+    """The words of `nanochat speedrun` for the same pipeline."""
+    words = [f"--recipe={arguments.recipe}", *arguments.overrides]
+    for name in ("run_dir", "repo", "sync", "node_hourly_rate"):
+        if (value := getattr(arguments, name)) is not None:
+            words.append(f"--{name.replace('_', '-')}={value}")
+    return words + ([f"--stages={','.join(arguments.stages)}"] if arguments.stages else [])
+
+
+def check_gpus(num_processes: int | None, launch: dict) -> None:
+    """Refuse more processes than this machine has GPUs, and several where Accelerate would start one."""
+    ranks = (num_processes or launch.get("num_processes", 1)) // launch.get("num_machines", 1)
+    use_cpu = launch.get("use_cpu") or BOOLEANS.get(os.environ.get("ACCELERATE_USE_CPU", "").lower())
+    if ranks > 1 and (launch.get("distributed_type") == "NO" or (use_cpu and not launch)):
+        raise InputError(f"one process would start, not {ranks}: name --config-file multi_gpu, for example")
+    if ranks > 1 and not use_cpu:
+        import torch  # takes seconds
+
+        if ranks > (gpus := torch.cuda.device_count()):
+            advice = "lower --num-processes, or set ACCELERATE_USE_CPU=true"
+            raise InputError(f"{ranks} processes need {ranks} GPUs, and this machine has {gpus}: {advice}")
 
 
 def job_options(parser: Parser) -> None:
@@ -31,14 +55,10 @@ def job_options(parser: Parser) -> None:
     parser.option("--image", Place, help="container of a job, from the Dockerfile (default: you/nanochat_hf)")
 
 
-def make_job(recipe: Path, configs: dict, words: list[str], arguments) -> None:
-    """Print the job; with --submit hand it to its program.
+def make_job(recipe: Path, configs: dict, arguments) -> None:
+    """Print the job, by the arguments of `nanochat run`; with --submit hand it to its program.
 
-    Args:
-        words: of `nanochat speedrun`, for the same pipeline. arguments: values of `job_options`, and of the command.
-
-    Raises:
-        InputError: no such machine, a recipe that the image lacks, or no program to submit with.
+    Raises InputError: no such machine, a recipe that the image lacks, or no program to submit with.
     """
     kind, gpu, gpus = arguments.job, arguments.gpu or "H200", arguments.num_processes or NODE
     if arguments.config_file or arguments.dry_run:
@@ -47,6 +67,9 @@ def make_job(recipe: Path, configs: dict, words: list[str], arguments) -> None:
         raise InputError("--image is for hf and sky: a Slurm job runs in the environment that submits it")
     if kind != "slurm" and recipe.parent.resolve() != RECIPES.resolve():
         raise InputError(f"the image has no {recipe}: put it into recipes/ before docker build, or use --job slurm")
+    if kind != "slurm":
+        arguments.recipe = recipe.name  # its path may be another there
+    words = speedrun_words(arguments)
     folder, config = project_folder("configs", "jobs"), "multi_gpu" if gpus > 1 else "single_gpu"
     command = ["nanochat", "run", *words, f"--config-file={config}", f"--num-processes={gpus}"]
     values = {
@@ -69,6 +92,8 @@ def projected_hours(configs: dict, gpu: str, gpus: int) -> int:
     """1 + twice the projected hours of pretraining in bf16. Raises InputError for an unknown GPU."""
     from .optim.scaling import estimate_speed, plan  # which import torch
 
+    if "tokenizer" not in configs:
+        raise InputError("give --hours: the recipe has no tokenizer.yaml, whose vocabulary an estimate needs")
     size = plan(configs["base"], configs["tokenizer"].vocab_size)
     speed, source = estimate_speed(size, gpu, gpus, False)
     if speed is None:

@@ -15,7 +15,7 @@ from nanochat_hf import cli, stages
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import Run, load_json, save_json, start_record, write_metrics
-from nanochat_hf.stage_configs import EvalConfig, find_recipe, read_recipe
+from nanochat_hf.stage_configs import EvalConfig, PretrainConfig, find_recipe, read_recipe
 from nanochat_hf.train import dpo
 from nanochat_hf.train.dpo import DPOStageConfig, load_pairs, mask_completions, read_pair, train_dpo
 
@@ -154,7 +154,7 @@ def test_dpo_is_a_stage_like_the_others(tiny_folder, config, tmp_path, capsys):
     run, words = Run(tmp_path / "run"), ["--run-dir", str(tmp_path / "run")]
     shutil.copytree(tiny_folder, run.folder("rl"))
     write_metrics(run.folder("rl"), start_record(config))
-    stages.run_stages(run, ["dpo"], {"dpo": config})
+    stages.run_stages(run, ["dpo"], {"base": PretrainConfig(), "dpo": config})
     few = {"tasks": ["nanochat_demo_facts"], "max_per_task": 2, "max_new_tokens": 4, "bpb_tokens": 512}
     stages.run_eval(EvalConfig(**few), run, ["dpo"])
     results = run.metrics("eval")["results"]

@@ -107,6 +107,11 @@ def test_a_recipe_that_the_image_lacks_is_refused(tmp_path, capsys):
     shutil.copytree(ROOT / "recipes" / "d12", tmp_path / "mine")
     with pytest.raises(InputError, match=r"the image has no .*mine"):
         job(capsys, str(tmp_path / "mine"), "--job", "hf")
+    assert "--recipe=d12 " in job(capsys, str(ROOT / "recipes" / "d12"), "--job", "hf")
+    (tmp_path / "mine" / "tokenizer.yaml").unlink()
+    with pytest.raises(InputError, match="give --hours: the recipe has no"):
+        job(capsys, str(tmp_path / "mine"), "--job", "slurm")
+    shutil.copy(ROOT / "recipes" / "d12" / "tokenizer.yaml", tmp_path / "mine")
     assert f"--recipe={tmp_path}/mine" in job(capsys, str(tmp_path / "mine"), "--job", "slurm")
 
 
