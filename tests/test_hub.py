@@ -370,6 +370,7 @@ def test_push_load_back_and_the_cards_own_code_in_clean_processes(hub, run, tmp_
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     outputs = [subprocess.check_output([sys.executable, "-c", c], cwd=tmp_path, env=env, text=True) for c in blocks]
     assert "'content': 'It is 408.'" in outputs[0] and outputs[1] == "It is 408.\n"
+    assert "trainable params: " in outputs[2]
     unfinished = subprocess.run([*script, "--stage", "rl"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert unfinished.returncode == 2 and "not finished" in unfinished.stderr.splitlines()[-1]
 

@@ -160,7 +160,7 @@ def test_the_result_is_a_model_folder_with_its_metrics(straight, world):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["finished"] and metrics["history"] == returned["history"] and not (folder / "state").exists()
     assert metrics["total_tokens"] == 20 * 512 and metrics["gradient_accumulation"] == 1
-    assert metrics["val_bpb"] < metrics["history"][9]["val_bpb"] and metrics["core"] is None
+    assert metrics["val_bpb"] < metrics["history"][9]["val_bpb"] < metrics["start_val_bpb"] and metrics["core"] is None
     assert metrics["tokens_per_second"] > 0 and metrics["mfu"] is None
     assert [point["lr_multiplier"] for point in metrics["history"]][:3] == [0.5, 1, 1]
     model, tokenizer = NanoChatForCausalLM.from_pretrained(folder), load_tokenizer(folder)

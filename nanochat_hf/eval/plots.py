@@ -39,7 +39,8 @@ def plots(facts: dict, folder: Path) -> dict[str, list[str]]:
     with matplotlib.rc_context(STYLE):
         for stage, metrics in facts["stages"].items():
             for name in CURVES.get(stage, ("train_loss", "val_loss", "chatcore")):
-                points = [(row.get("step"), row.get(name)) for row in metrics.get("history") or []]
+                start = {"step": 0, name: metrics.get(f"start_{name}")}
+                points = [(row.get("step"), row.get(name)) for row in (start, *(metrics.get("history") or []))]
                 points = [point for point in points if None not in point]
                 if len(points) > 1:
                     path = folder / f"{stage}-{name}.png"

@@ -39,11 +39,7 @@ def block(rows: dict[str, str | None]) -> str:
 
 
 def stage_rows(config, model_config, parameters: int, groups: dict, data: str, steps: str, batch: str) -> dict:
-    """The rows that all training stages have.
-
-    Args:
-        config: of the stage. groups: role -> options of its parameter group. batch: what `batch_text` returns.
-    """
+    """The rows that all training stages have; `groups`: role -> options of its group, `batch`: `batch_text`."""
     heads, width = model_config.num_attention_heads, model_config.hidden_size
     shape = f"{model_config.num_hidden_layers} layers, width {width:,}, {heads} heads"
     muon, *adamw = (f"{groups[role]['lr']:.3g}{word}" for role, word in LEARNING_RATES.items())
@@ -120,10 +116,7 @@ def stage_batch(config, ranks: int, length: int) -> tuple[int, int]:
 
 
 def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
-    """The totals of pretraining, then a block per stage of a recipe.
-
-    Raises InputError for an unknown GPU, and a batch that cannot be divided.
-    """
+    """Totals of pretraining, and a block per stage. InputError for an unknown GPU or a batch of another size."""
     base, ranks, cuda = configs["base"], devices.ranks, find_gpu(devices.name)
     if not cuda and devices.name not in ("CPU", gpu_here()):
         raise InputError(f"--gpu: no data sheet of {devices.name!r}; {nearest(devices.name, GPUS)}")

@@ -189,6 +189,10 @@ class Pretraining:
         with closing(Progress(self.output.name, total, self.step)) as progress, shutdown, runtime.gc_disabled():
             if self.unmeasured:
                 self.measure(self.unmeasured)
+            if self.step == 0 and self.config.eval_every > 0:  # the learning curve begins before the first step
+                self.loss_model.eval()
+                self.record["start_val_bpb"] = self.evaluator.bpb()
+                model_setup.reshard(self.loss_model)
             self.loss_model.train()
             while self.step < total:
                 metrics = self.train_step()
@@ -364,6 +368,7 @@ class Pretraining:
             "unmeasured": unmeasured, "rows": self.micro_batch_size, "wall_time_s": wall_time,
             "timed": self.timer.steps, "seconds": self.timer.seconds, "history": self.history,
             "samples": self.samples, "recent": list(self.spikes.recent), "loss_scale": self.loss_scale.item(),
+            "start_val_bpb": self.record.get("start_val_bpb"),
         }  # fmt: skip
         return checkpoint.save(
             self.output / "state", self.step, self.model, self.optimizer.optimizer, self.loader.state_dict(), progress,
@@ -384,6 +389,7 @@ class Pretraining:
         self.spikes.recent.extend(progress["recent"])
         self.loss_scale.fill_(progress["loss_scale"])
         self.record["earlier_wall_time_s"] = progress["wall_time_s"]
+        self.record["start_val_bpb"] = progress.get("start_val_bpb")
         self.record["changes"] = progress.get("changes", [])
         if changed:
             self.record["changes"].append({"after step": self.step, "keys": list(changed.values())})
