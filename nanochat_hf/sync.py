@@ -69,7 +69,7 @@ class FileStore:
         for parent in {str(PurePosixPath(target).parent) for target in targets}:
             self.fs.makedirs(parent, exist_ok=True)
         self.fs.put(list(map(str, files)), targets)
-        self.write(f"{name}/{MARK}", (folder / MARK).read_bytes())
+        self.fs.pipe_file(f"{self.root}/{name}/{MARK}", (folder / MARK).read_bytes())
 
     def get(self, name: str, files: list[str], folder: Path) -> None:
         """Download `files` of an upload into `folder`; absent ones may raise FileNotFoundError."""

@@ -148,6 +148,11 @@ def test_model_code_of_others_is_refused_or_named_by_a_flag(hub, run, no_check):
         assert pushed(hub)[path.name] == path.read_bytes()
         changed.write_bytes(ours)
     assert set(os.listdir(run / "sft")) - set(pushed(hub)) <= {"state"}
+    for file, key in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
+        change(run / "sft" / file, auto_map={key: ["me/other--evil.M", None]})
+        with pytest.raises(InputError, match=f"{file} names code of another repository, me/other--evil.M"):
+            push(run, Push("you/small", model_code="package"))
+        change(run / "sft" / file, auto_map={})
 
 
 def test_other_contents_are_refused_but_a_branch_and_force_work(hub, run, no_check):

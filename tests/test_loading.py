@@ -148,7 +148,9 @@ def limited(folder: Path, template: str):
     return load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("template", LIMITS)
+@pytest.mark.parametrize(
+    "template", [*list(LIMITS)[:3], *(pytest.param(t, marks=pytest.mark.slow) for t in list(LIMITS)[3:])]
+)
 def test_a_chat_template_of_others_has_limits_on_every_message(tiny_folder, monkeypatch, template):
     monkeypatch.setattr(chat_renderer, "SECONDS", 1.0)
     with pytest.raises(InputError, match=f"the chat template of .* fails: .*{LIMITS[template]}"):

@@ -280,7 +280,7 @@ def test_uploads_cut_off_at_random_moments_leave_a_whole_one(remote, tmp_path, m
         step = checkpoint.step_of(latest) if latest else 0
         assert step >= (reached[-1] if reached else 0)
         assert all_marked_are_whole(remote)
-        Cut.left = numbers.randint(1, 50)
+        Cut.left = numbers.randint(1, 40)
         for _ in range(4):  # by hand in place of the thread: the machine dies at the cut
             step += 1
             write_checkpoint(run, step)

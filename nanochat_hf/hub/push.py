@@ -49,6 +49,7 @@ SECRET = re.compile(  # Hugging Face, OpenAI and others, GitHub, AWS, Google, Sl
     rb"\b(hf_[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)[\w-]{20,}|gh[a-z]_\w{30,}|github_pat_\w{20,}|A[KS]IA[A-Z0-9]{16}"
     rb"|AIza[\w-]{35}|xox[a-z]-[\w-]{20,}|glpat-[\w-]{20,}|npm_\w{30,}|pypi-[\w-]{40,})|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
+CODE_OF_OTHERS = re.compile(r"[\w.-]+/[\w.-]+--[\w.]+")  # such as owner/name--module.Class
 CODE = {path.name: path for path in Path(configuration_nanochat.__file__).parent.glob("*_nanochat.py")}
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
@@ -114,6 +115,9 @@ def prepare(run: Run, options: Push) -> Path:
     config = load_json(source / "config.json")
     if not options.model_code and update_class_names(config) is config:  # else an older version's, which is renewed
         refuse_changed_code(code)
+    for path in files if options.model_code != "folder" else ():
+        if path.match("*config.json") and (match := CODE_OF_OTHERS.search(path.read_text(encoding="utf-8"))):
+            raise InputError(f"{path} names code of another repository, {match[0]}: remove it from there")
     if replaced(run, stage):
         raise InputError(
             f"the weights in {source} are not those that its metrics.json describes: run stage {stage!r} again, or "

@@ -184,7 +184,7 @@ class Completion:
 
 def open_workers(name: str, max_batch_size: int, max_queue_size: int, device: str | None = None) -> list[Worker]:
     """Started workers with the model `name`, one on each GPU, or one on `device`."""
-    load_tokenizer(name)  # in this thread a chat template that does not end is stopped
+    load_tokenizer(name)  # one that cannot be used fails before a model is loaded
     devices = [device] if device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 
     def engine_on(device: str) -> Engine:
