@@ -288,18 +288,6 @@ def test_bad_folders_leave_nothing_behind(tokenizer, tmp_path, tmp_path_factory)
     refused("not a file of plain weights")
 
 
-@pytest.mark.slow
-def test_the_script_converts_and_reports_errors_in_one_line(tmp_path):
-    source = write_checkpoint(tmp_path / "source", OCTOBER)
-    command = [sys.executable, str(SCRIPT), "--source", str(source), "--output", str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent)}
-    run = subprocess.run([*command, "--to", "native"], capture_output=True, text=True, env=environment, check=True)
-    assert "generation 1, 40,192 parameters, step 21" in run.stdout and "weights only" in run.stdout
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is NativeModel
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert again.returncode == 2 and again.stderr.strip().splitlines()[-1].startswith("error: ")
-
-
 @pytest.mark.parametrize("recorded", [None, "0" * 16])
 def test_the_script_renews_a_stage_and_its_record_names_the_new_content(recorded, chat_folder, tmp_path, monkeypatch):  # noqa: F811
     older = "{# older #}"
