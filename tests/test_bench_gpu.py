@@ -51,6 +51,7 @@ def backward(q, k, v, out, grad, lse, scale, dq, dk, dv, causal=False, window_si
     dk.copy_(torch.einsum("bhts,bthd->bshd", inner, q))
 
 
+@pytest.mark.slow
 def test_flash_attention_4_replaces_3_in_a_whole_compiled_graph(monkeypatch):
     install(monkeypatch, flash_attn__cute__interface={"_flash_attn_fwd": forward, "_flash_attn_bwd": backward})
     flash, (q, k, v, grad) = bench.flash4(), torch.randn(4, 2, 12, 3, 8)
