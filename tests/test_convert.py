@@ -234,6 +234,7 @@ def test_an_old_folder_is_renewed_in_place_and_files_that_share_its_bytes_stay(c
     (old / "custom_generate" / "generate.py").write_text("# old")
     settings = json.loads((old / "tokenizer_config.json").read_text())
     settings["response_template"]["fields"]["content"].pop("close_pattern")
+    settings["chat_template"] = "{# before it had a file of its own #}"
     (old / "tokenizer_config.json").write_text(json.dumps(settings))
     before = content(old)
     shutil.copytree(old, tmp_path / "links", copy_function=os.link)

@@ -271,6 +271,7 @@ def test_paths_of_this_machine_are_shortened_to_names(hub, run, monkeypatch):
     skipped = [{"dataset": paths[2], "row": 3, "reason": "no a/b column"}]
     mixture.append({"dataset": "openai/gsm8k", "rows": 3, "tokens": 4})
     config = {"mixture": [{"dataset": path} for path in paths], "words": "/home/alice/a:b/words"}
+    config["core_bundle"] = "~/alice/bundle"
     record = {"config": config, "mixture": mixture, "skipped_rows": skipped}
     change(run / "sft" / "metrics.json", **record, weights=model_fingerprint(run / "sft"))
     change(run / "eval" / "metrics.json", models={"sft": "sft", "base": "/home/alice/models/first"})
