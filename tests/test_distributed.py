@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from workers import ROOT, command, environment, launch, launch_zero
 
 from nanochat_hf.data.tokenizer import train_bpe
 from nanochat_hf.demo import corpus as primer
-from nanochat_hf.distributed import main_process_first, monitored_barrier
+from nanochat_hf.distributed import BarrierTimeoutError, main_process_first, monitored_barrier
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.run import load_json
@@ -224,6 +226,18 @@ def test_a_rank_does_not_go_on_where_the_main_process_failed(monkeypatch):
         1 / 0  # noqa: B018
     with pytest.raises(InputError, match="the main process failed at 'a division'"), main_process_first("a division"):
         pytest.fail("the other rank went on")
+
+
+def test_a_rank_waits_for_the_main_process_each_time(monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    for rank in (0, 1):
+        monkeypatch.setattr("nanochat_hf.distributed.get_dist_info", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr("nanochat_hf.distributed._passed", Counter())  # each process has its own
+        with main_process_first("loading") as main:
+            assert main == (rank == 0)
+    with pytest.raises(BarrierTimeoutError), main_process_first("loading", timedelta(seconds=0.01)):
+        pytest.fail("the main process is not there yet")
 
 
 def test_one_rank_waits_for_nobody():

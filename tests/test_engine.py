@@ -267,12 +267,6 @@ def test_text_held_back_for_a_stop_string_comes_before_the_call_that_follows_it(
         assert join_chunks(chunks) == [("text", "a b"), ("call", "1+1 bc"), ("text", "c ")] and detokenizer.stopped
 
 
-def test_of_two_stop_strings_the_earlier_one_counts(tokenizer):
-    detokenizer = IncrementalDetokenizer(tokenizer, ["late", "early"])
-    ids = tokenizer.encode("x early and late", add_special_tokens=False)
-    assert join_chunks(detokenizer.push(ids, last=True)) == [("text", "x ")]
-
-
 def test_the_token_table_is_what_the_tokenizer_says(talker):  # noqa: F811
     _, tokenizer = talker
     table = token_table(tokenizer)
@@ -282,12 +276,3 @@ def test_the_token_table_is_what_the_tokenizer_says(talker):  # noqa: F811
     assert all(table[i].decode(errors="replace") == tokenizer.decode([i]) for i in set(table) - specials)
     kinds = [table[token] for token in tokenizer.convert_tokens_to_ids(list(MARKS))]
     assert kinds == ["call", "text", "result", "text"] and table[tokenizer.bos_token_id] == ""
-
-
-def test_the_system_message_counts_when_a_conversation_is_shortened(engine):
-    system = {"role": "system", "content": "be brief, be kind, " * 4}
-    turns = [{"role": role, "content": "?"} for _ in range(200) for role in ("user", "assistant")]
-    messages = [system, *turns, {"role": "user", "content": "last"}]
-    ids, dropped = engine.encode_last(messages, room=60)
-    assert ids == engine.encode([system, *messages[1 + dropped :]])
-    assert engine.length - 20 < len(ids) + 60 <= engine.length

@@ -224,7 +224,7 @@ def test_answers_come_from_the_adapters_too(tiny_model, tokenizer, engine):
         torch.testing.assert_close(value, weights[name], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("engine", [None, Generator, Engine])
+@pytest.mark.parametrize("engine", [None, Engine])
 def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path, engine):
     out = tmp_path / "rl"
     train_rl(config(save_every=1, eval_every=1), tiny_folder, out, engine=engine)

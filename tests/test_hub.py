@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hub_standin import Hub
 from huggingface_hub import HfApi, close_session, constants, hf_hub_download
@@ -293,6 +294,7 @@ def test_paths_of_this_machine_are_shortened_to_names(hub, run, monkeypatch):
     skipped = [{"dataset": paths[2], "row": 3, "reason": "no a/b column"}]
     mixture.append({"dataset": "openai/gsm8k", "rows": 3, "tokens": 4})
     config = {"mixture": [{"dataset": path} for path in paths], "words": "/home/alice/a:b/words"}
+    config["core_bundle"] = "~/alice/bundle"
     record = {"config": config, "mixture": mixture, "skipped_rows": skipped}
     change(run / "sft" / "metrics.json", **record, weights=model_fingerprint(run / "sft"))
     change(run / "eval" / "metrics.json", models={"sft": "sft", "base": "/home/alice/models/first"})
@@ -394,6 +396,17 @@ def test_a_broken_upload_is_noticed(hub, run, monkeypatch):
     monkeypatch.setattr(push_module, "prepare", spoil)
     with pytest.raises(InputError, match="logits differ"):
         push(run, Push("you/small"))
+
+
+def test_a_copy_whose_logits_are_nan_is_noticed(run, monkeypatch):
+    def load_back(command, **options):
+        ids = tokenizer.load_tokenizer(run / "sft")(push_module.PROBE, return_tensors="pt").input_ids
+        torch.save({"ids": ids, "logits": torch.tensor(float("nan"))}, command[-1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(push_module.subprocess, "run", load_back)
+    with pytest.raises(InputError, match=r"logits differ from those of .* by nan"):
+        push_module.check_loaded_back("you/small", "main", run / "sft", "hf_token")
 
 
 def test_a_dataset_that_cannot_exist_or_is_refused_is_asked_for_once(hub, monkeypatch):

@@ -203,6 +203,9 @@ def test_the_script_fills_templates_without_an_endpoint_and_names_one_that_is_no
     facts, out = ROOT / "recipes" / "identity.yaml", tmp_path / "me.jsonl"
     make_identity("--identity", facts, "--output", out, "--rows", 30)
     assert len(out.read_text().splitlines()) == 30 and [path.name for path in tmp_path.iterdir()] == ["me.jsonl"]
+    make_identity("--identity", facts, "--output", out, "--rows", 5, "--split", "test")
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert written == list(conversations(identity.read_identity(facts), "test", 0, 5))
     with pytest.raises(InputError, match="does not answer"):
         make_identity("--identity", facts, "--output", out, "--rows", 1, "--endpoint", "http://127.0.0.1:9")
 

@@ -147,6 +147,13 @@ def test_the_result_of_a_call_is_forced_into_the_answer(tiny_model, tokenizer, m
         assert Generator(tiny_model, tokenizer).generate([[5, 6]], max_new_tokens=length) == [[answer[:length]]]
 
 
+def test_an_answer_ends_where_the_next_document_begins(tiny_model, tokenizer, monkeypatch):
+    sampled = iter([5, tokenizer.bos_token_id, 6])
+    monkeypatch.setattr(lm_eval_model, "_sample", lambda *args: [next(sampled)])
+    answer = [5, tokenizer.bos_token_id]
+    assert Generator(tiny_model, tokenizer).generate([[7]], max_new_tokens=3) == [[answer]]
+
+
 def test_a_tokenizer_without_the_tokens_of_calls_generates_without_tools(tiny_model):
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), bos_token="<s>")
     [[answer]] = Generator(tiny_model, plain).generate([[5, 6]], max_new_tokens=4)

@@ -88,8 +88,6 @@ def test_the_primer_has_a_test_split_and_can_leave_its_identity_to_another_entry
         ({"instruction": "Say", "output": "x"}, "no column 'messages'; its columns are instruction, output; transf"),
         ({"messages": [*chat("a", "b")["messages"], {"role": "user", "content": "c"}]}, "last message is not the"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]}, "but of role 'model'"),
-        ([], "no messages$"),
-        ("{", "not JSON$"),
     ],
 )
 def test_an_entry_without_a_usable_row_is_refused_with_the_reason(tmp_path, row, reason):

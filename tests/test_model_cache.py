@@ -26,15 +26,6 @@ def test_cached_logits_equal_uncached_ones(generation, kind, chunks):
     close(torch.cat(logits, dim=1), model(ids, use_cache=False).logits)
 
 
-def test_the_smear_is_what_the_cache_test_can_see():
-    model, ids = make_model(), make_ids(1, 12)
-    cache = make_cache("dynamic", model.config)
-    model(ids[:, :6], past_key_values=cache)
-    cache.layers[-1].has_previous_state[0] = False  # a cache that forgets the previous embedding
-    wrong = model(ids[:, 6:], past_key_values=cache).logits
-    assert (wrong - model(ids, use_cache=False).logits[:, 6:]).abs().max() > 0.01
-
-
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}], ids=str)
 def test_generate_equals_running_everything_again_for_each_token(generation, options):

@@ -83,6 +83,10 @@ def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path):
     cli.speedrun(["--recipe", "cpu-demo", "--run-dir", str(tmp_path), *words])
     [(run, names, configs, repo, rate)] = calls
     assert (run.path, names, configs["base"].depth, repo, rate) == (tmp_path, ["base"], 3, "me/x", 24.0)
+    monkeypatch.setattr(cli.os, "execv", lambda python, command: calls.append(set(command)))
+    cli.run(["cpu-demo", "--run-dir", "x", "--sync", "memory://y", *words])
+    passed_on = {"--run_dir=x", "--sync=memory://y", "--repo=me/x", "--node_hourly_rate=24.0", "--stages=base"}
+    assert passed_on | {"base.depth=3", "base.push_every=5"} <= calls[1]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +191,8 @@ def test_a_plan_has_the_projected_figures_of_the_readme_and_a_dry_run_prints_the
     assert "measured on 1 x H200 in" in shown(capsys, cli.plan, "d24", "--gpu", "H200")
     assert "measured" not in shown(capsys, cli.plan, "d24", "--gpu", "H200", "base.max_seq_len=1024")
     assert "$10.00" in shown(capsys, cli.plan, "d24", "--gpu", "A100", "--node-hourly-rate", "10")
+    twelve = ["--gpus", "12", "base.total_batch_size=786432", "sft.total_batch_size=786432"]  # two nodes
+    assert "$20.00" in shown(capsys, cli.plan, "d24", "--gpu", "A100", "--node-hourly-rate", "10", *twelve)
     words = ["cpu-demo", "--run-dir", str(tmp_path / "run"), "--dry-run"]
     plans = {shown(capsys, cli.run, *words), shown(capsys, cli.speedrun, "--recipe", *words)}
     assert plans == {shown(capsys, cli.demo, *words[1:])} and not (tmp_path / "run").exists()

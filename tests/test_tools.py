@@ -241,6 +241,14 @@ def test_an_answer_ends_whatever_eos_the_caller_passes(how, run_tools, model, ta
     assert options.get("generation_config", GenerationConfig()).to_dict() == own  # the caller's own object
 
 
+def test_an_answer_ends_at_the_eos_of_the_caller(model, talker):  # noqa: F811
+    inputs, eos = prompt(talker[1]), talker[1].convert_tokens_to_ids("<|output_end|>")
+    options = {"eos_token_id": eos, **GREEDY}
+    for given in (options, {"generation_config": GenerationConfig(**options)}):
+        out = model.generate(**inputs, **given)[0, inputs["input_ids"].shape[1] :]
+        assert talker[1].decode(out) == f"{CALL}<|output_start|>408<|output_end|>"
+
+
 def test_an_eos_that_names_no_end_of_an_answer_gives_way_to_the_models():
     assert stop_ids([21], None, [19, 21], 19, without=21) == [19]
     assert stop_ids(None, torch.tensor(5), [19], 19, without=21) == [5]

@@ -164,22 +164,6 @@ def test_the_source_of_a_stage_is_one_line_that_names_what_is_passed_over(run):
     assert origin(run, "dpo", run.folder("rl")) == f"[dpo] starts from {run.folder('rl')}"
 
 
-@pytest.mark.parametrize(
-    "runner,trainer,stage,source",
-    [
-        ("run_chat", "train_chat", "sft", "base"),
-        ("run_rl", "train_rl", "rl", "sft"),
-        ("run_dpo", "train_dpo", "dpo", "rl"),
-    ],
-)
-def test_the_stages_say_which_model_they_start_from(run, monkeypatch, capsys, runner, trainer, stage, source):
-    monkeypatch.setattr(pipeline, trainer, lambda *args, **keys: None)
-    if stage != "dpo":
-        (run.folder(stage) / "metrics.json").unlink()
-    getattr(pipeline, runner)(None, run)
-    assert capsys.readouterr().out == f"[{stage}] starts from {run.folder(source)}\n"
-
-
 def test_the_pipeline_refuses_a_stage_whose_weights_were_replaced(run):
     configs = {stage: STAGE_CONFIGS[stage]() for stage in ("base", "sft")}
     pipeline.check_run_folder(run, ["base", "sft"], configs)
