@@ -568,7 +568,11 @@ def test_an_ended_process_of_this_machine_is_replaced_at_once(remote, tmp_path, 
             assert ("taken over from" in capsys.readouterr().out) is (str(ended.pid) in owner)
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"process x on y; z", b"x" * 10**6, STRANGER])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff\xfe", b"process x on y; z", b"x" * 10**6, STRANGER],
+    ids=["empty", "binary", "words", "large", "ended"],
+)
 def test_a_damaged_owner_is_one_that_may_be_replaced(remote, tmp_path, monkeypatch, data):
     monkeypatch.setattr(FileStore, "renewal", 0.01)
     FileStore(remote).write(module.OWNER, data)
