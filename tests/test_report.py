@@ -66,11 +66,10 @@ def test_the_environment_has_machine_commit_cost_and_energy_where_known(run):
     assert "$3.00 at $3.00 per hour" in text and "deepspeed" not in text and "16 direct dependencies" in text
     text = markdown(collect(Run(run)))
     assert "**Cost**" not in text and "**Energy**" not in text
-    edit(run / "eval" / "metrics.json", hardware={"device": "NVIDIA H200", "num_processes": 2}, started=9)
-    assert "**Energy**: at most 1.40 kWh" in markdown(collect(Run(run)))  # 2 x 700 W for an hour
-    edit(run / "rl" / "metrics.json", started=10, hardware={"device": "Kettle", "num_processes": 1})
-    later = markdown(collect(Run(run)))  # the machine is that of the last stage
-    assert "Kettle" in later and "Toaster" not in later and "H200" not in later
+    edit(run / "rl" / "metrics.json", hardware={"device": "NVIDIA H200", "num_processes": 2}, started=9)
+    text = markdown(collect(Run(run)))  # the machine is that of the last stage
+    assert "2 x NVIDIA H200" in text and "Toaster" not in text
+    assert "**Energy**: at most 1.40 kWh" in text  # 2 x 700 W for an hour
 
 
 def test_the_command_is_the_nearest_recipe_with_the_keys_that_differ(run):
@@ -87,14 +86,21 @@ def test_the_command_is_the_nearest_recipe_with_the_keys_that_differ(run):
 
 
 def test_the_sections_show_numbers_and_literal_samples_once(run):
+    wrong = {"question": "3+3?", "expected": "6", "answer": "5", "correct": 0.0}
+    right = {"question": "2+2?", "expected": "4", "answer": "4", "correct": 1.0}
+    edit(
+        run / "eval" / "metrics.json",
+        examples={"rl": [right, wrong, wrong, {**right, "question": "?", "correct": None}]},
+    )
     text = markdown(collect(Run(run)))
+    answers = "- **2+2?** 4 (right)\n- **3+3?** 5 (wrong, expected 6)\n- **?** 4 (not graded)\n\n"
+    assert f"## Answers of RL\n\n{answers}## Continuations by BASE\n" in text
     assert "- **Base model**, 1 min 40 s: depth 4, 1,234,567 parameters\n" in text
     assert re.search(r"- \*\*SFT\*\*, .*50 s: 3,000 rows, 90,000 tokens; data: primer\n", text)
     assert (
         "; arithmetic 0.5000 -> 0.7500\n" in text
         and "**Bytes per token** of evals/texts: korean 1.5000 (ours)" in text
     )
-    assert "- **2+2?** 4 (right)" in text
     assert re.search(r"counting\s+\| -\s+\| 0.8000 ± 0.0100\s+\| 0.8500 ± 0.0100 \| 0.2500\s+\| 200", text)
     assert re.search(r"counting, tool called\s+\| -\s+\| 99.0%", text)
     assert re.search(r"counting, pass@2\s+\| -\s+\| 0.9000", text)
