@@ -64,7 +64,8 @@ def test_hidden_states_loss_and_gradients_are_the_models(generation, path):
     ids, targets = torch.randint(0, 300, (2, 2, 200))
     targets[0, :7] = -100
     fused = FusedTransformer(model)
-    assert torch.allclose(fused(ids), model.model(ids, use_cache=False).last_hidden_state, atol=1e-5)
+    for part in (ids[:, :120], ids):  # each length has its own tables
+        assert torch.allclose(fused(part), model.model(part, use_cache=False).last_hidden_state, atol=1e-5)
     loss = fused(ids, targets)
     loss.backward()
     grads = gradients(model)

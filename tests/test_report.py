@@ -123,6 +123,11 @@ def test_small_helpers():
     assert [short(n) for n in (None, 12, 1000, 65_536_000, 10**9)] == ["-", "12", "1.0K", "65.5M", "1.0B"]
 
 
+def test_an_answer_right_in_one_of_four_samples_is_not_shown_as_right(run):
+    (line,) = [line for line in markdown(collect(Run(run))).splitlines() if "3+3?" in line]
+    assert "wrong" in line and "right" not in line
+
+
 def test_report_json_holds_the_same_facts_and_damaged_results_are_one_line(run):
     make_report(run)
     facts = load_json(run / "report.json")

@@ -142,6 +142,12 @@ def test_old_checkpoints_are_deleted_as_in_the_run_folder(remote, tmp_path):
             write_checkpoint(run, step)
             wait_for(lambda: f"base/step_{step:06d}" in names_at(remote))  # noqa: B023
     assert names_at(remote) == ["base/step_000004", "base/step_000005"]
+    last = run.path / "base" / "state" / "step_000005"
+    (last / "model.pt").write_bytes(b"saved again")
+    checkpoint.write_manifest(last)
+    with syncing(remote, run):
+        pass
+    assert names_at(remote) == ["base/step_000004", "base/step_000005"]
     with syncing(remote, run):
         write_stage(run, "base")
     assert names_at(remote) == ["base/finished"] and len(list((tmp_path / "remote").iterdir())) == 1
