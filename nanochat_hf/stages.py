@@ -247,7 +247,7 @@ def run_stages(
     state = partial_state()
     check_run_folder(run, stages, configs)
     lines = outline(stages, configs, state.num_processes)
-    state.print(f"{len(stages)} stages into {run.path}:", *lines.values(), sep="\n  ")
+    state.print(f"{len(stages)} stage{'s' * (len(stages) > 1)} into {run.path}:", *lines.values(), sep="\n  ")
     for stage in stages:
         if stage == "report":
             continue

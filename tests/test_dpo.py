@@ -161,7 +161,7 @@ def test_dpo_is_a_stage_like_the_others(tiny_folder, config, tmp_path, capsys):
     assert set(results) == {"dpo"} and {"val_bpb", "facts"} <= set(results["dpo"])
     cli.report(words)
     text = (run.path / "report.md").read_text()
-    assert "## DPO" in text and re.search(r"\| Metric +\|.*\| DPO +\|", text)
+    assert "**DPO**" in text and re.search(r"\| Metric +\|.*\| DPO +\|", text)
     cli.push([*words, "--repo", "me/x", "--stage", "dpo", "--dry-run"])
     card = (run.path / "hub" / "dpo" / "README.md").read_text()
     assert "stage: DPO" in card and "- dpo\n" in card and "name: facts" in card and "| DPO " in card

@@ -258,8 +258,8 @@ def test_no_piece_ends_inside_a_character(talker, talker_folder, monkeypatch):  
     seen = [answer[-1]["content"] for answer in app.respond("Hello", [], "", 0.0, 0, 120) if answer]
     assert seen[-1] == QUESTIONS["Hello"][0][1] and len(set(seen)) > 20
     assert all(seen[-1].startswith(text) for text in seen)  # every state is whole characters of the answer
-    # A Space of one language shows it to every browser, and asks its examples in it.
-    assert app.demo.examples == [[text] for text in app.EXAMPLES["ko"]]
+    # A Space of one language shows it to every browser.
+    assert app.demo.examples == [[text] for text in app.EXAMPLES]
     assert app.TEXTS["ko"].keys() == app.TEXTS["en"].keys()
     assert {texts["settings"] for texts in app.i18n.translations.values()} == {"설정"}
     monkeypatch.setenv("SPACE_LANGUAGE", "kr")
