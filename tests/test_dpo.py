@@ -1,5 +1,6 @@
 """DPO: pairs from a file, which tokens are compared, the paper's loss, and what a run leaves behind."""
 
+import io
 import json
 import math
 import re
@@ -149,7 +150,7 @@ def test_two_processes_learn_what_one_does(tiny_folder, config, tmp_path, rank):
     assert two["after"] == pytest.approx(one["after"], abs=1e-5)
 
 
-def test_dpo_is_a_stage_like_the_others(tiny_folder, config, tmp_path, capsys):
+def test_dpo_is_a_stage_like_the_others(tiny_folder, config, tmp_path, capsys, monkeypatch):
     """Trained after the newest stage, evaluated, in the report, pushed, and the one to chat with."""
     run, words = Run(tmp_path / "run"), ["--run-dir", str(tmp_path / "run")]
     shutil.copytree(tiny_folder, run.folder("rl"))
@@ -161,12 +162,13 @@ def test_dpo_is_a_stage_like_the_others(tiny_folder, config, tmp_path, capsys):
     assert set(results) == {"dpo"} and {"val_bpb", "facts"} <= set(results["dpo"])
     cli.report(words)
     text = (run.path / "report.md").read_text()
-    assert "**DPO**" in text and re.search(r"\| Metric +\|.*\| DPO +\|", text)
+    assert "**DPO**" in text and re.search(r"\| Metric +\|.*DPO +\|", text)
     cli.push([*words, "--repo", "me/x", "--stage", "dpo", "--dry-run"])
     card = (run.path / "hub" / "dpo" / "README.md").read_text()
     assert "stage: DPO" in card and "- dpo\n" in card and "name: facts" in card and "| DPO " in card
     for chosen in ([], ["--stage", "dpo"]):
         capsys.readouterr()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
         cli.chat([*words, *chosen, "-p", "Is it?", "--max-new-tokens", "3", "--device", "cpu"])
     with pytest.raises(InputError, match=r"stage 'sft' of .* is not finished; finished: rl, dpo"):
         cli.serve([*words, "--stage", "sft"])

@@ -85,7 +85,7 @@ def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path):
     assert (run.path, names, configs["base"].depth, repo, rate) == (tmp_path, ["base"], 3, "me/x", 24.0)
     monkeypatch.setattr(cli.os, "execv", lambda python, command: calls.append(set(command)))
     cli.run(["cpu-demo", "--run-dir", "x", "--sync", "memory://y", *words])
-    passed_on = {"--run_dir=x", "--sync=memory://y", "--repo=me/x", "--node_hourly_rate=24.0", "--stages=base"}
+    passed_on = {"--run-dir=x", "--sync=memory://y", "--repo=me/x", "--node-hourly-rate=24.0", "--stages=base"}
     assert passed_on | {"base.depth=3", "base.push_every=5"} <= calls[1]
 
 

@@ -39,8 +39,8 @@ class GPU(NamedTuple):
     auto_fp8: bool = True  # compute capability 9.0 or newer
 
 
-# By a part of the device's name; longer names first. Compared with pages that quote the data sheets (2026-11-29), but for the
-# A10G's FLOPs and watts and the RTX 3090's watts, which were not found. The GH200's watts include its CPU.
+# By a part of the device's name; longer names first. Compared with pages that quote the data sheets (2026-11-29); the
+# A10G's FLOPs and watts and the RTX 3090's watts were not found. The GH200's watts include its CPU.
 GPUS = {
     "H100 PCIe": GPU(756e12, 80e9, 350), "H100 NVL": GPU(835e12, 94e9, 400), "H100": GPU(989e12, 80e9, 700),
     "GH200": GPU(989e12, 96e9, 1000), "H200": GPU(989e12, 141e9, 700), "B200": GPU(2250e12, 180e9, 1000),
