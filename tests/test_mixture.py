@@ -165,7 +165,7 @@ def test_words_are_split_and_come_from_files_or_from_text(tmp_path):
     train, test = ({r["messages"][0]["content"] for r in Mixture([entry | {"split": s}])} for s in ("train", "test"))
     assert len(train | test) == 100 and not train & test and 1 <= len(test) <= 15
     assert first_texts(entry | {"split": "validation"}) == sorted(test)
-    text = write(tmp_path / "text.jsonl", [{"text": "the owl and the duck and the owl"}] * 40 + [{"text": "once"}])
+    text = write(tmp_path / "text.jsonl", [{"text": "once"}] + [{"text": "the owl and the duck and the owl"}] * 40)
     words = {r["messages"][1]["content"] for r in Mixture([{"dataset": text, "transform": "simple_spelling"}])}
     assert words == {"t,h,e", "o,w,l", "a,n,d", "d,u,c,k"}
 

@@ -155,14 +155,15 @@ def test_old_checkpoints_are_deleted_as_in_the_run_folder(remote, tmp_path):
 
 def test_the_newest_of_several_uploads_is_taken_and_hidden_files_are_not(remote, tmp_path, monkeypatch):
     monkeypatch.setattr(FileStore, "delete", lambda *args: None)  # as where the old ones could not be deleted
-    run, bare = Run(tmp_path / "run"), Run(tmp_path / "bare")
+    run = Run(tmp_path / "run")
     for text in ("one", "two", "three", "four"):
         write_stage(run, "base", text)
         (run.path / "base" / ".model.safetensors").write_text("half")  # as of an interrupted write
         with syncing(remote, run):
             pass
-    with syncing(remote, bare):
-        assert contents(bare) == {file: data for file, data in contents(run).items() if "/." not in file}
+        bare = Run(tmp_path / text)
+        with syncing(remote, bare):
+            assert contents(bare) == {file: data for file, data in contents(run).items() if "/." not in file}
 
 
 def test_a_damaged_upload_is_set_aside_and_the_one_before_used(remote, tmp_path, capsys):
