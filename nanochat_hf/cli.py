@@ -505,9 +505,11 @@ def env(words: list[str]) -> None:
     facts["training"] = describe_machine()
     facts |= {"recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
     for name, value in facts.items():
-        print(f"{name:<20} {str(value).replace(str(Path.home()), '~')}")
+        if value is not None:
+            print(f"{name:<20} {str(value).replace(str(Path.home()), '~')}")
     for requirement in missing_packages():
-        print(f'{"missing":<20} {requirement}: pip install "{requirement.partition(";")[0]}"')
+        name, _, extra = requirement.partition("; extra == ")
+        print(f'{"missing":<20} {"of the extra " + extra if extra else "needed"}: pip install "{name}"')
 
 
 def bench(words: list[str]) -> None:
