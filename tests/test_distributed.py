@@ -203,7 +203,7 @@ def test_the_slurm_script_runs_the_pipeline_on_two_nodes(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     metrics = load_json(tmp_path / "run" / "base" / "metrics.json")
     assert metrics["finished"] and metrics["hardware"]["num_processes"] == 2
-    assert done.stdout.count("[tokenizer] /") == 2  # one process of each node prints
+    assert done.stdout.count("\n[1/2] tokenizer") == 2  # one process of each node prints
 
 
 @pytest.mark.slow
