@@ -112,7 +112,6 @@ def at_terminal(state, *steps: tuple[str, str]) -> str:
 
 
 def test_pasted_lines_are_one_message_and_tab_and_history_work(tmp_path):
-    pytest.importorskip("prompt_toolkit")
     paste = "\x1b[200~one\ntwo\x1b[201~\r"
     answer, prompt = r"'one\ntwo' at 0.6", r"1 tokens[\s\S]+you ›"
     retry = [("/ret\t", "/retry"), ("\r", prompt)]
