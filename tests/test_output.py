@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanochat_hf import run
+from nanochat_hf.cli import dispatch
 from nanochat_hf.run import Progress, duration, in_words, track
 from nanochat_hf.stage_configs import find_recipe, read_recipe
 
@@ -87,6 +88,13 @@ def test_a_reader_that_leaves_ends_a_command_without_a_traceback(words):
         done.stderr
     )  # argparse ignores that its help is lost
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["chat", "sft", "run"])
+def test_the_usage_line_names_the_subcommand(command, capsys):
+    with pytest.raises(SystemExit):
+        dispatch(command, ["--help"])
+    assert capsys.readouterr().out.startswith(f"usage: nanochat {command} ")
 
 
 def at_terminal(state, *steps: tuple[str, str]) -> str:
