@@ -88,7 +88,7 @@ STAGE_COMMANDS = {  # subcommand -> its stage, text, and options
 def run_stage_command(command: str, words: list[str]) -> None:
     """`--config YAML --run-dir DIR [--key value ...]`: read the config, then call the stage's runner."""
     stage, text, options = STAGE_COMMANDS[command]
-    parser = new_parser(text)
+    parser = new_parser(command, text)
     parser.option("--config", Place, required=True, help=f"YAML of this stage, for example recipes/d12/{stage}.yaml")
     parser.option("--run-dir", Place, required=True, help="run folder, for example runs/d12")
     for name in options:
@@ -121,11 +121,11 @@ def run_stage_command(command: str, words: list[str]) -> None:
         stages.RUNNERS[stage](config, run, **given)
 
 
-def new_parser(text: str) -> Parser:
-    """A parser described by the docstring of the script that was started, or by `text`."""
+def new_parser(command: str, text: str) -> Parser:
+    """The parser of a subcommand, described by `text`, or of a script that was started, by its docstring."""
     main = sys.modules["__main__"]
     is_script = Path(getattr(main, "__file__", None) or "").parent.name in ("scripts", "recipes")
-    return Parser(main.__doc__ if is_script else text)
+    return Parser(main.__doc__) if is_script else Parser(text, prog=f"nanochat {command}")
 
 
 def check_push(config, repo: str | None) -> None:
@@ -135,7 +135,7 @@ def check_push(config, repo: str | None) -> None:
 
 def speedrun(words: list[str]) -> None:
     """The whole pipeline of a recipe, from text to a chat model with its report card."""
-    recipe, stages, configs, arguments = read_speedrun(new_parser(speedrun.__doc__), words)
+    recipe, stages, configs, arguments = read_speedrun(new_parser("speedrun", speedrun.__doc__), words)
     if arguments.dry_run:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         return show_plan(stages, configs, ranks, rate=arguments.node_hourly_rate)
@@ -175,7 +175,7 @@ def read_pipeline(parser: Parser, words: list[str]) -> tuple:
 
 def plan(words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
-    parser = new_parser(plan.__doc__)
+    parser = new_parser("plan", plan.__doc__)
     parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
     parser.option("--gpu", help="their name, for example H100; default: this machine's, or H200 with --gpus")
     parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
@@ -205,7 +205,7 @@ SHARDING = {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO; pretraining: FSDP2"}  # distrib
 
 def run(words: list[str]) -> None:
     """Run a recipe on all devices: `nanochat run NAME [--config-file multi_gpu] [--num-processes N] [...]`."""
-    parser = Parser(run.__doc__)
+    parser = Parser(run.__doc__, prog="nanochat run")
     names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
     parser.option("--num-processes", Count, "--gpus", help="ranks; default: as the config file says; of a job: 8")
@@ -266,7 +266,7 @@ def chosen_model(args, what: str) -> str:
 
 def chat(words: list[str]) -> None:
     """Chat in the terminal with a trained model, or with any TGI or OpenAI-compatible server."""
-    parser = new_parser(chat.__doc__)
+    parser = new_parser("chat", chat.__doc__)
     model_options(parser)
     parser.option("--endpoint", help="URL of a server to talk to instead; --model is then a name there")
     parser.option("--prompt", str, "-p", help="answer this, with what is piped in below it, and leave")
@@ -301,7 +301,7 @@ def chat(words: list[str]) -> None:
 
 def serve(words: list[str]) -> None:
     """Serve a trained model over HTTP: a chat page for browsers, OpenAI's and TGI's routes for programs."""
-    parser = new_parser(serve.__doc__)
+    parser = new_parser("serve", serve.__doc__)
     model_options(parser)
     parser.option("--host", Place, default="127.0.0.1", help="0.0.0.0 lets the network in")
     parser.option("--port", Annotated[int, Ge(1), Le(65535)], default=8000, help="(default: %(default)s)")
@@ -339,7 +339,7 @@ def serve(words: list[str]) -> None:
 
 def push(words: list[str]) -> None:
     """Push a finished stage of a run to the Hub, with its card, and check it by loading it back."""
-    parser = new_parser(push.__doc__)
+    parser = new_parser("push", push.__doc__)
     parser.option("--run-dir", Place, required=True)
     parser.option("--repo", RepoId, required=True, help="owner/name on the Hub")
     parser.option("--stage", Literal[MODEL_STAGES], default="sft", help=f"{', '.join(MODEL_STAGES)} (default: sft)")
@@ -362,7 +362,7 @@ def push(words: list[str]) -> None:
 
 def convert(words: list[str]) -> None:
     """Convert checkpoints between karpathy/nanochat, this project and transformers' own `nanochat`."""
-    parser = new_parser(convert.__doc__)
+    parser = new_parser("convert", convert.__doc__)
     parser.option("--source", Place, required=True)
     parser.option("--output", Place, required=True)
     parser.option("--tokenizer", Place)
@@ -391,21 +391,18 @@ def convert(words: list[str]) -> None:
 
 def export(words: list[str]) -> None:
     """Write a model for other software: `nanochat export --run-dir RUN --to native --output FOLDER`."""
-    parser = new_parser(export.__doc__)
+    parser = new_parser("export", export.__doc__)
     model_options(parser)
     parser.option("--output", Place, required=True, help="folder to write; must not exist")
     targets = "native (transformers' own nanochat, generation 1), nanochat (files of karpathy/nanochat)"
-    parser.option("--to", Literal["native", "nanochat", "mlx", "vllm", "onnx", "gguf"], required=True, help=targets)
+    parser.option("--to", Literal["native", "nanochat"], required=True, help=targets)
     args = parser.parse_args(words)
-    if args.to not in ("native", "nanochat"):
-        today = "a stage's folder loads in transformers as it is, and `nanochat serve` has OpenAI's routes"
-        raise InputError(f"--to {args.to} is not built yet; today: {targets}; {today}")
     convert(["--source", chosen_model(args, "the model"), "--output", args.output, "--to", args.to])
 
 
 def report(words: list[str]) -> None:
     """Write a run's report card (report.md, report.html, report.json, plots/), or compare two runs."""
-    parser = new_parser(report.__doc__)
+    parser = new_parser("report", report.__doc__)
     parser.option("--run-dir", Place, help="run folder, for example runs/d12")
     price = "price of the machine in dollars per hour"
     parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", dest="hourly_rate", help=price)
@@ -438,7 +435,7 @@ def report(words: list[str]) -> None:
 
 def identity(words: list[str]) -> None:
     """Write conversations of an identity to a .jsonl that a recipe can mix in."""
-    parser = new_parser(identity.__doc__)
+    parser = new_parser("identity", identity.__doc__)
     parser.option("--identity", Place, "--facts", required=True, help="YAML such as recipes/identity.yaml")
     parser.option("--output", Place, required=True, help="the .jsonl to write")
     parser.option("--rows", Count, help="conversations (default: 1000)")
@@ -482,7 +479,7 @@ def demo(words: list[str]) -> None:
 
 def recipes(words: list[str]) -> None:
     """List the recipes; `nanochat recipes --copy d24 mine/` copies one to edit, for `nanochat run mine/`."""
-    parser = new_parser(recipes.__doc__)
+    parser = new_parser("recipes", recipes.__doc__)
     parser.option("--copy", Place, nargs=2, metavar=("NAME", "FOLDER"), help="copy a recipe into a new folder")
     if copy := parser.parse_args(words).copy:
         source, target = find_recipe(copy[0]), Path(copy[1])
@@ -498,7 +495,7 @@ def recipes(words: list[str]) -> None:
 
 def env(words: list[str]) -> None:
     """Print what is installed, which kernels this machine gets and what is missing, for a bug report."""
-    new_parser(env.__doc__).parse_args(words)
+    new_parser("env", env.__doc__).parse_args(words)
     from .train.model_setup import describe_machine
 
     facts = {"nanochat_hf": metadata.version("nanochat_hf"), **source(), **versions(), **hardware()}
@@ -527,7 +524,7 @@ def completion(words: list[str]) -> None:
     if words[:1] == ["words"] and "COMP_LINE" in os.environ:  # a shell's question
         print(*completions(os.environ["COMP_LINE"].split(" ")[1:]), sep="\n")
         return
-    parser = new_parser(completion.__doc__)
+    parser = new_parser("completion", completion.__doc__)
     parser.option("shell", Literal["bash", "zsh", "fish"])
     shell = parser.parse_args(words).shell
     print(project_folder("configs", "completion", shell).read_text(encoding="utf-8"), end="")
@@ -565,8 +562,8 @@ def main(command: str | None = None) -> None:
 
 
 def dispatch(command: str | None, words: list[str]) -> None:
-    texts = {name: text for name, (_, text, _) in STAGE_COMMANDS.items()}
-    texts = {name: function.__doc__ for name, function in COMMANDS.items()} | texts
+    texts = {name: function.__doc__ for name, function in COMMANDS.items()}
+    texts |= {name: text for name, (_, text, _) in STAGE_COMMANDS.items()}
     if command is None:
         parser = Parser(__doc__, prog="nanochat", usage="nanochat COMMAND [--help] [...]")
         parser.epilog = "\n".join(f"  {name:<12} {text}" for name, text in texts.items())

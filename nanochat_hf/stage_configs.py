@@ -404,21 +404,21 @@ class EvalConfig:
     chat_stages: Stages = field(default_factory=lambda: ["mid", "sft", "rl", "dpo"])
     """Stages that answer `tasks`; those that a run does not have are left out."""
     text_stages: Stages | None = None
-    """Stages that answer those of `tasks` that are plain text, such as the Korean ones; None: chat_stages."""
+    """Stages that answer those of `tasks` that are plain text, such as the Korean ones; null: chat_stages."""
     max_per_task: Count | None = None
-    """Questions per chat task; None for all."""
+    """Questions per chat task; null for all."""
     chat_data: Place | None = None
     """Folder with local files of the chat tasks (gsm8k_test.jsonl, ...); other files come from the Hub."""
     words: Place | None = None
-    """Words for SpellingBee: a .txt file with one word per line, or a dataset of text; None: `dataset`."""
+    """Words for SpellingBee: a .txt file with one word per line, or a dataset of text; null: `dataset`."""
     core_bundle: Place | None = None
-    """CORE's data: a folder, `download` for the official bundle (cached), None for no CORE."""
+    """CORE's data: a folder, `download` for the official bundle (cached), null for no CORE."""
     core_stages: Stages = field(default_factory=lambda: ["base"])
     """Stages that CORE is computed for."""
     core_max_per_task: Count | None = None
-    """Examples per CORE task; None for all."""
+    """Examples per CORE task; null for all."""
     dataset: Place | TextMixture | None = "primer"
-    """Text for bits per byte, its validation split; None for none. Parts of a mixture are also measured alone."""
+    """Text for bits per byte, its validation split; null for none. Parts of a mixture are also measured alone."""
     bpb_tokens: Count = 65536
     """Tokens of it."""
     bpb_stages: Stages = field(default_factory=lambda: ["base", "mid", "sft", "rl", "dpo"])
@@ -426,9 +426,9 @@ class EvalConfig:
     batch_size: Count = 128
     """Answers generated together."""
     batch_tokens: Count | None = None
-    """Positions per batch (CORE, multiple choice, bits per byte); None for what fits into memory."""
+    """Positions per batch (CORE, multiple choice, bits per byte); null for what fits into memory."""
     max_new_tokens: Count | None = None
-    """Longest answer; None: the task's own limit."""
+    """Longest answer; null: the task's own limit."""
     num_samples: Count = 1
     """Answers per question; more than 1 gives pass@k and needs a temperature."""
     temperature: Annotated[float, Ge(0), Le(5)] = 0.0

@@ -62,22 +62,16 @@ def new_folder(run: Run, stage: str) -> Path:
     return folder
 
 
-def source_of(stage: str, run: Run) -> str:
-    """The newest finished model before a stage. Raises InputError if there is none."""
-    folder = run.latest_model(before=stage)
-    if folder is None:
+def start(stage: str, run: Run, model: str | None) -> tuple[Path, str]:
+    """The folder of a chat stage and the model that it starts from, which is printed: `model`, or the run's newest."""
+    folder, source = new_folder(run, stage), model or run.latest_model(before=stage)
+    if source is None:
         raise InputError(
             f"stage {stage!r} starts from a finished earlier stage and {run.path} has none: run base first, "
-            "or run the stage's script with --model"
+            "or run the stage alone with --model"
         )
-    return str(folder)
-
-
-def start(stage: str, run: Run, model: str | None) -> tuple[Path, str]:
-    """The folder of a chat stage and the model that it starts from, which is printed."""
-    folder, source = new_folder(run, stage), model or source_of(stage, run)
-    partial_state().print(origin(run, stage, source))
-    return folder, source
+    partial_state().print(origin(run, stage, str(source)))
+    return folder, str(source)
 
 
 def show_result(folder: Path) -> None:
@@ -118,7 +112,7 @@ def run_base(
 ) -> None:
     """Pretrain, with CORE on the way if `tasks` name a bundle, and checkpoints pushed to the Hub repository `repo`."""
     if not tokenizer and not run.finished("tokenizer"):
-        raise InputError(f"{run.path} has no finished tokenizer: run scripts/tok_train.py first, or give --tokenizer")
+        raise InputError(f"{run.path} has no finished tokenizer: run `nanochat tokenizer` first, or give --tokenizer")
     folder, tokenizer, core, push = new_folder(run, "base"), tokenizer or str(run.folder("tokenizer")), None, None
     if tasks and tasks.core_bundle and config.core_metric_every > 0:
         core = core_metric(load_tokenizer(tokenizer), tasks.core_bundle)

@@ -262,7 +262,10 @@ class Sync:
         last = Path(stage, "metrics.json") if place == "finished" else Path(stage, "state", place)
         listed = any(Path(file).is_relative_to(last) for file in files)
         for file, checksum in files.items() if listed else ((last, None),):
-            if not is_intact(folder / file, checksum):
+            intact = False
+            with suppress(OSError):  # a name that this disk does not allow
+                intact = (folder / file).is_file() and sha256(folder / file) == checksum
+            if not intact:
                 self.repeated(self.store.remove, f"{name}/{MARK}")
                 self.uploads[name] = None
                 print(f"{self.url}: {name}/{file} is damaged; set aside, using the upload before it, if any")
@@ -406,13 +409,6 @@ def is_dead(owner: str) -> bool:
     """Whether `owner` was a process of this machine that has ended."""
     parts = re.fullmatch(r"process (\d{1,9}) on (.*)", owner)
     return bool(parts) and parts[2] == host_name() and not psutil.pid_exists(int(parts[1]))
-
-
-def is_intact(path: Path, checksum: str | None) -> bool:
-    try:
-        return path.is_file() and sha256(path) == checksum
-    except OSError:  # a name that this disk does not allow
-        return False
 
 
 def one_line(error: Exception) -> str:

@@ -31,7 +31,13 @@ PAGES = sorted([*ROOT.glob("*.md"), *(page for name in FOLDERS for page in (ROOT
 KOREAN = ("README.md", "recipes/README.md")  # pages with a translation beside them
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 MONTHS = [datetime.date(2000, month, 1).strftime("%B") for month in range(1, 13)]
-NEEDS = ("# needs a GPU", "# needs the Hub", "# needs a trained model", "# needs a running server")
+NEEDS = (
+    "# needs a GPU",
+    "# needs the Hub",
+    "# needs a trained model",
+    "# needs a running server",
+    "# needs bitsandbytes",
+)
 SHELL = {"cd", "cp", "curl", "docker", "git", "hf", "nvidia-smi", "pip", "pytest", "sky", "source"}  # not parsed
 PLACEHOLDERS = {
     "configs/accelerate/X.yaml": "configs/accelerate/cpu.yaml",

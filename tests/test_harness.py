@@ -328,7 +328,7 @@ def test_the_pipeline_gives_chatcore_to_sft_and_does_without_where_the_questions
 ):
     metrics = []
     monkeypatch.setattr(pipeline, "train_chat", lambda config, model, output, chatcore: metrics.append(chatcore))
-    monkeypatch.setattr(pipeline, "source_of", lambda stage, run: str(tiny_folder))
+    monkeypatch.setattr(Run, "latest_model", lambda run, before: tiny_folder)
     tasks = EvalConfig(tasks=TASKS, max_new_tokens=4)
     for every, evaluation in ((-1, tasks), (200, tasks), (200, replace(tasks, chat_data="/no/such/folder"))):
         configs = {"sft": ChatConfig(chatcore_every=every), "eval": evaluation}

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanochat_hf import run
+from nanochat_hf.cli import dispatch
 from nanochat_hf.run import Progress, duration, in_words, track
 from nanochat_hf.stage_configs import find_recipe, read_recipe
 
@@ -89,6 +90,13 @@ def test_a_reader_that_leaves_ends_a_command_without_a_traceback(words):
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["chat", "sft", "run"])
+def test_the_usage_line_names_the_subcommand(command, capsys):
+    with pytest.raises(SystemExit):
+        dispatch(command, ["--help"])
+    assert capsys.readouterr().out.startswith(f"usage: nanochat {command} ")
+
+
 def at_terminal(state, *steps: tuple[str, str]) -> str:
     """What a terminal shows of a chat with an echo; each step is (keys, pattern to wait for then)."""
     main, side = pty.openpty()
@@ -112,7 +120,6 @@ def at_terminal(state, *steps: tuple[str, str]) -> str:
 
 
 def test_pasted_lines_are_one_message_and_tab_and_history_work(tmp_path):
-    pytest.importorskip("prompt_toolkit")
     paste = "\x1b[200~one\ntwo\x1b[201~\r"
     answer, prompt = r"'one\ntwo' at 0.6", r"1 tokens[\s\S]+you ›"
     retry = [("/ret\t", "/retry"), ("\r", prompt)]

@@ -102,7 +102,7 @@ def test_given_weights_bring_their_shape_and_need_their_tokenizer(tiny_model, to
 
 def test_another_model_type_is_refused_in_one_line(tmp_path):
     for content, words in (
-        ('{"model_type": "gpt2", "n_layer": 2}', r"a model of type 'gpt2'.*convert_checkpoint"),
+        ('{"model_type": "gpt2", "n_layer": 2}', r"a model of type 'gpt2'.*nanochat convert"),
         ('{"n_layer": 2}', "no model in .* that can be read"),
     ):
         (tmp_path / "config.json").write_text(content)

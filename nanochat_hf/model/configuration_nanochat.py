@@ -190,7 +190,7 @@ class NanoChatHFConfig(PreTrainedConfig):
             folder = kwargs.get("name_or_path", "FOLDER")
             logger.warning_once(
                 f"{folder} has class names that other tools silently take for transformers' own nanochat; renew it: "
-                f"python scripts/convert_checkpoint.py --source {folder} --output {folder}"
+                f"nanochat convert --source {folder} --output {folder}"
             )
             config_dict = updated
         if not __name__.startswith("transformers_modules."):  # transformers loads it with trust_remote_code only

@@ -1,8 +1,8 @@
 """Chat in the terminal, with a model on this machine or with any TGI or OpenAI-compatible server, on the same screen.
 
-    python scripts/chat_cli.py --run-dir runs/cpu-demo                  # the newest finished stage of a run
-    python scripts/chat_cli.py --model you/nanochat-d24 -p "Why is the sky blue?"
-    python scripts/chat_cli.py --endpoint http://127.0.0.1:8000
+    nanochat chat --run-dir runs/cpu-demo                               # the newest finished stage of a run
+    nanochat chat --model you/nanochat-d24 -p "Why is the sky blue?"
+    nanochat chat --endpoint http://127.0.0.1:8000
 
 Answers stream as Markdown: finished blocks are printed for good, only the one being written is redrawn, so the
 scrollback stays clean however long the answer. Ctrl-C stops an answer; at the prompt, Ctrl-D or /quit leaves. The
@@ -26,6 +26,9 @@ import yaml
 from annotated_types import Ge, Le
 from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HTTPError  # httpx's or httpx2's, whichever this version of the hub's client uses
+from prompt_toolkit import ANSI, PromptSession
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.history import FileHistory
 from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
@@ -366,15 +369,6 @@ def quoted(line: str, read: Callable[[], str]) -> str:
 
 def line_reader(prompt: str, words: list[str], note: Callable) -> Callable[[], str]:
     """What reads from the terminal: pasted lines are one text, Tab completes `words`, the history stays on disk."""
-    try:
-        from prompt_toolkit import ANSI, PromptSession
-        from prompt_toolkit.completion import WordCompleter
-        from prompt_toolkit.history import FileHistory
-    except ImportError:
-        with suppress(ImportError):
-            import readline  # noqa: F401  (line editing for input())
-        note("no history, no completion, and a pasted line is a message: pip install prompt_toolkit")
-        return lambda: input(prompt)
     path = Path(os.path.expanduser(os.environ.get("XDG_STATE_HOME") or "~/.local/state"), "nanochat", "history")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

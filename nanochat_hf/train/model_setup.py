@@ -64,7 +64,7 @@ def plan_overrides_from(source: str) -> dict:
     if not isinstance(config, NanoChatConfig):
         raise InputError(
             f"{source} holds a model of type {config.model_type!r} and pretraining can start from "
-            f"{NanoChatConfig.model_type!r} only; scripts/convert_checkpoint.py converts a nanochat model"
+            f"{NanoChatConfig.model_type!r} only; `nanochat convert` converts a nanochat model"
         )
     return {
         "depth": config.num_hidden_layers,
