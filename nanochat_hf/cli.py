@@ -54,6 +54,7 @@ from .stage_configs import (
     Stages,
     SyncUrl,
     TopK,
+    Word,
     find_recipe,
     read_recipe,
     refuse_unused_words,
@@ -177,7 +178,7 @@ def plan(words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
     parser = new_parser(plan.__doc__)
     parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
-    parser.option("--gpu", help="their name, for example H100; default: this machine's, or H200 with --gpus")
+    parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
     parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
     _, stages, configs, arguments = read_pipeline(parser, recipe_first(words))
     otherwise = "H200" if arguments.gpus else "CPU"
