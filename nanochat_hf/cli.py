@@ -309,10 +309,8 @@ def serve(words: list[str]) -> None:
     parser.option("--max-batch-size", Count, "--rows", default=16, help="requests that run at once per GPU")
     parser.option("--max-queue-size", Count, "--max-waiting", default=64, help="that wait; more get a 429")
     parser.option("--max-new-tokens", Count, default=512, help="of a completion (default: %(default)s)")
-    timeout = "seconds, then a completion is cut (default: %(default)s)"
-    parser.option(
-        "--request-timeout", Annotated[float, Gt(0), Le(10**6)], "--max-seconds", default=120.0, help=timeout
-    )
+    seconds, timeout = Annotated[float, Gt(0), Le(10**6)], "seconds, then a completion is cut (default: %(default)s)"
+    parser.option("--request-timeout", seconds, "--max-seconds", default=120.0, help=timeout)
     parser.option("--temperature", Temperature, default=0.6, help="where a request has none (default: %(default)s)")
     parser.option("--top-k", TopK, default=50, help="likewise (default: %(default)s)")
     parser.option("--device", Device, help="one device; by default a replica on each GPU, else the CPU")

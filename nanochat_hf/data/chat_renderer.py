@@ -88,8 +88,7 @@ def main() -> None:
         except MemoryError:
             reply = {"limit": f"it takes more than {MEMORY_BYTES >> 20} MiB"}
         except Exception as error:  # of any kind: it is a program
-            text = f"{type(error).__name__}: {error}"[:1000]
-            reply = {"error": text.encode(errors="replace").decode()}
+            reply = {"error": f"{type(error).__name__}: {error}"[:1000].encode(errors="replace").decode()}
         print(json.dumps(reply), flush=True)
 
 
