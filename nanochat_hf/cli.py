@@ -54,6 +54,7 @@ from .stage_configs import (
     Stages,
     SyncUrl,
     TopK,
+    Word,
     find_recipe,
     read_recipe,
     refuse_unused_words,
@@ -177,7 +178,7 @@ def plan(words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
     parser = new_parser("plan", plan.__doc__)
     parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
-    parser.option("--gpu", help="their name, for example H100; default: this machine's, or H200 with --gpus")
+    parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
     parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
     _, stages, configs, arguments = read_pipeline(parser, recipe_first(words))
     otherwise = "H200" if arguments.gpus else "CPU"
@@ -308,10 +309,8 @@ def serve(words: list[str]) -> None:
     parser.option("--max-batch-size", Count, "--rows", default=16, help="requests that run at once per GPU")
     parser.option("--max-queue-size", Count, "--max-waiting", default=64, help="that wait; more get a 429")
     parser.option("--max-new-tokens", Count, default=512, help="of a completion (default: %(default)s)")
-    timeout = "seconds, then a completion is cut (default: %(default)s)"
-    parser.option(
-        "--request-timeout", Annotated[float, Gt(0), Le(10**6)], "--max-seconds", default=120.0, help=timeout
-    )
+    seconds, timeout = Annotated[float, Gt(0), Le(10**6)], "seconds, then a completion is cut (default: %(default)s)"
+    parser.option("--request-timeout", seconds, "--max-seconds", default=120.0, help=timeout)
     parser.option("--temperature", Temperature, default=0.6, help="where a request has none (default: %(default)s)")
     parser.option("--top-k", TopK, default=50, help="likewise (default: %(default)s)")
     parser.option("--device", Device, help="one device; by default a replica on each GPU, else the CPU")

@@ -18,7 +18,7 @@ from typing import Literal
 from .config import Parser, read_yaml
 from .errors import InputError
 from .run import BOOLEANS, project_folder
-from .stage_configs import RECIPES, Count, Place
+from .stage_configs import RECIPES, Hours, Word
 
 NODE = 8  # GPUs
 SUBMIT = {"hf": ("hf", "bash"), "sky": ("sky", "sky jobs launch --yes --secret HF_TOKEN"), "slurm": ("sbatch",) * 2}
@@ -50,9 +50,9 @@ def check_gpus(num_processes: int | None, launch: dict) -> None:
 def job_options(parser: Parser) -> None:
     parser.option("--job", Literal["hf", "sky", "slurm"], help="print a job for Hugging Face Jobs, SkyPilot or Slurm")
     parser.add_argument("--submit", action="store_true", help="also hand the job to hf, sky or sbatch")
-    parser.option("--gpu", help="of a job (default: H200)")
-    parser.option("--hours", Count, help="time limit of a job; default: 1 + twice the projected pretraining")
-    parser.option("--image", Place, help="container of a job, from the Dockerfile (default: you/nanochat_hf)")
+    parser.option("--gpu", Word, help="of a job (default: H200)")
+    parser.option("--hours", Hours, help="time limit of a job; default: 1 + twice the projected pretraining")
+    parser.option("--image", Word, help="container of a job, from the Dockerfile (default: you/nanochat_hf)")
 
 
 def make_job(recipe: Path, configs: dict, arguments) -> None:

@@ -127,6 +127,7 @@ LIMITS = {  # what a template does on the message "Hi" only -> what the line say
     "{{ 10**(10**10) }}": "it takes more than",
     "{{ range(10**9) }}": "Range too big",
     "{{ raise_exception('no Hi') }}": "TemplateError: no Hi",
+    "{{ raise_exception('\\ud800') }}": r"TemplateError: \?",
     "{{ ''.__class__.__mro__ }}": "SecurityError",
 }
 

@@ -88,7 +88,7 @@ def main() -> None:
         except MemoryError:
             reply = {"limit": f"it takes more than {MEMORY_BYTES >> 20} MiB"}
         except Exception as error:  # of any kind: it is a program
-            reply = {"error": f"{type(error).__name__}: {error}"[:1000]}
+            reply = {"error": f"{type(error).__name__}: {error}"[:1000].encode(errors="replace").decode()}
         print(json.dumps(reply), flush=True)
 
 

@@ -24,11 +24,12 @@ import traceback
 import types
 
 ENDED, UNCHECKED = 77, 78  # exit codes: of tests that ran to their last line, or that cannot be checked
-MAX_MESSAGE = 1 << 22  # bytes
+MAX_MESSAGE = 1 << 25  # bytes
 EXACT = {"Decimal": decimal.Decimal, "Fraction": fractions.Fraction}
-CONTAINERS = {"list": list, "tuple": tuple, "frozenset": frozenset, "set": collections.abc.Set}
-CONTAINERS["deque"] = collections.deque
-MUTABLE = (list, dict, set, collections.deque)
+VIEWS = {"keys": type({}.keys()), "items": type({}.items())}  # of a dict: sets in its order
+CONTAINERS = VIEWS | {"list": list, "tuple": tuple, "frozenset": frozenset, "set": collections.abc.Set}
+CONTAINERS |= {"deque": collections.deque, "bytearray": bytearray}
+MUTABLE = (list, dict, set, collections.deque, bytearray)
 TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 ERRORS = {name: kind for name, kind in TYPES.items() if issubclass(kind, Exception)}
 BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
@@ -48,9 +49,9 @@ def pack(value, other):
     for kind, base in CONTAINERS.items():
         if isinstance(value, base):
             return {kind: [pack(item, other) for item in value]}
-    for base in (int, float, str):
+    for base, plain in ((int, int.__int__), (float, float.__float__), (str, str.__str__)):
         if isinstance(value, base):
-            return base(value)
+            return plain(value)
     if isinstance(value, bytes | complex):
         return {"literal": repr(value)}
     if isinstance(value, range):
@@ -69,6 +70,9 @@ def unpack(value, other):
     ((kind, items),) = value.items()
     if kind == "dict":
         return {unpack(key, other): unpack(item, other) for key, item in items}
+    if kind in VIEWS:
+        parts = [unpack(item, other) for item in items]
+        return dict(parts).items() if kind == "items" else dict.fromkeys(parts).keys()
     if kind in CONTAINERS:
         return (CONTAINERS | {"set": set})[kind](unpack(item, other) for item in items)
     if kind == "named":
@@ -97,10 +101,6 @@ class Channel:
 # ---- the side of the solution --------------------------------------------------------------------------------------
 
 
-def call(function, *arguments, **options):
-    return function(*arguments, **options)
-
-
 def describe(value) -> list:
     """How objects of this type are equal ("identity", "fields" or "own": by a method of theirs), type and contents."""
     kind = type(value)
@@ -113,7 +113,7 @@ def describe(value) -> list:
 
 
 OPERATIONS = {function.__name__: function for function in (
-    call, describe, getattr, setattr, delattr, hasattr, len, str, repr, bool, next, isinstance, issubclass,
+    operator.call, describe, getattr, setattr, delattr, hasattr, len, str, repr, bool, next, isinstance, issubclass,
     operator.getitem, operator.setitem, operator.delitem, *(getattr(operator, name) for name in BINARY),
 )} | {"iterator": iter}  # fmt: skip
 
@@ -212,15 +212,14 @@ def ask(operation: str, *arguments, **options):
         print("the solution has ended", flush=True)
         os._exit(1)
     if "error" in reply:
-        kind = exception_class(reply["error"])
-        error = kind.__new__(kind)
-        error.args, state = unpack(reply["details"], receive_object)
+        arguments, state = unpack(reply["details"], receive_object)
+        error = exception_class(reply["error"])(*arguments)
         vars(error).update(state)
         raise error
     for before, after in zip([*arguments, *options.values()], unpack(reply.get("arguments"), receive_object) or ()):
         if isinstance(before, MUTABLE) and before != after:
             before.clear()
-            (before.extend if isinstance(before, list | collections.deque) else before.update)(after)
+            (before.extend if isinstance(before, list | collections.deque | bytearray) else before.update)(after)
     return unpack(reply["value"], receive_object)
 
 
