@@ -407,6 +407,8 @@ def test_a_damaged_download_is_one_clear_line_and_leaves_nothing(
 def test_a_missing_bundle_or_file_is_named(core_bundle, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no CORE bundle"):
         core_bundle(str(tmp_path))
+    with pytest.raises(InputError, match="no CORE bundle"):  # before training, not at the first measurement
+        core_metric(None, str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
         core_bundle()

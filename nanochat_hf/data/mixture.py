@@ -174,11 +174,12 @@ class Mixture:
         ]
 
     def table(self) -> str:
-        """`summary` as a table to print."""
+        """`summary` as a table to print, with the first bad row of each entry."""
         rows = self.summary()
         rows.append({"dataset": "total"} | {k: sum(r[k] for r in rows) for k in ("rows", "tokens", "bad")})
         width = max(len(r["dataset"]) for r in rows)
         lines = [f"{r['dataset']:<{width}}  {r['rows']:>9,}  {r['tokens']:>13,}  {r['bad']:>6,}" for r in rows]
+        lines += [f"{e.name}: row {e.first_bad['row']}: {e.first_bad['reason']}" for e in self.entries if e.num_bad]
         return "\n".join([f"{'dataset':<{width}}  {'rows':>9}  {'tokens':>13}  {'bad':>6}", *lines])
 
 
@@ -299,7 +300,6 @@ def _words(entry: DatasetConfig, path: Path) -> list[str]:
             num_chars += len(text)
             if num_chars > MAX_WORD_CHARS:
                 break
-        # Words that occur once are too often names and misprints.
-        words = (word for word, count in counts.most_common(MAX_WORDS) if count > 1)
+        words = (word for word, count in counts.most_common(MAX_WORDS) if count > 1)  # once: names, misprints
     words = dict.fromkeys(w for w in words if re.fullmatch("[a-z]{3,15}", w))
     return [w for w in words if (crc32(w.encode()) % 20 == 0) == (entry.split != "train")]

@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..run import MODEL_STAGES, Run, fingerprint, load_metrics, save_json, start_record, track, write_metrics
 from ..stage_configs import EvalConfig
 from .bpb import held_out_bpb
-from .core import centered_mean, evaluate_core, quiet
+from .core import GROUP, centered_mean, evaluate_core, input_error, load_tasks, quiet
 from .lm_eval_model import Generator, LocalLM, load
 from .report import compression, repository_size, with_error
 from .tasks import EVALS, MEANS, Tasks, task_manager, write_jsonl
@@ -219,12 +219,12 @@ def format_result(result: dict) -> str:
 
 
 def core_metric(tokenizer, bundle: str) -> Callable[[torch.nn.Module, int], float]:
-    """CORE during training: (model in eval mode, examples per task) -> centered mean, the same on every rank.
+    """CORE in training: (model in eval mode, examples per task) -> centered mean of the bundle's tasks, on every rank.
 
-    A bundle that lacks tasks gives the mean over those it has.
+    Raises InputError at once, not at the first measurement, for a bundle that is missing.
     """
-    config = EvalConfig(core_bundle=bundle)
-    manager = task_manager(config)
+    manager = task_manager(config := EvalConfig(core_bundle=bundle))
+    input_error(lambda: next(iter(load_tasks(manager, [GROUP]).values())).file)
 
     def measure(model, max_per_task: int) -> float:
         with quiet():
