@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import decimal
 import fractions
+import importlib
 import json
 import operator
 import os
@@ -32,6 +33,8 @@ CONTAINERS |= {"deque": collections.deque, "bytearray": bytearray}
 MUTABLE = (list, dict, set, collections.deque, bytearray)
 TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 ERRORS = {name: kind for name, kind in TYPES.items() if issubclass(kind, Exception)}
+MODULES = {name: name for name in "math cmath collections decimal fractions functools itertools re numpy".split()}  # noqa: SIM905
+MODULES["np"] = "numpy"
 BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
 
 
@@ -113,8 +116,8 @@ def describe(value) -> list:
 
 
 OPERATIONS = {function.__name__: function for function in (
-    operator.call, describe, getattr, setattr, delattr, hasattr, len, str, repr, bool, next, isinstance, issubclass,
-    operator.getitem, operator.setitem, operator.delitem, *(getattr(operator, name) for name in BINARY),
+    operator.call, describe, getattr, setattr, delattr, hasattr, len, str, repr, bool, next, type, isinstance,
+    issubclass,    operator.getitem, operator.setitem, operator.delitem, *(getattr(operator, name) for name in BINARY),
 )} | {"iterator": iter}  # fmt: skip
 
 
@@ -175,6 +178,7 @@ class Session:
     channel: Channel
     unchecked = ""  # why the tests cannot be checked
     exceptions: dict[str, type] = {}  # classes of the tests for those of the solution
+    objects: dict[int, "Remote"] = {}  # by number, so that `is` holds
 
 
 def refuse(what: str, *_):
@@ -190,7 +194,7 @@ def exception_class(names: list[str]) -> type:
 
 
 def receive_object(kind: str, items):
-    return Remote(items) if kind == "object" else exception_class(items)
+    return Session.objects.setdefault(items, Remote(items)) if kind == "object" else exception_class(items)
 
 
 def send_object(value) -> dict:
@@ -287,10 +291,26 @@ for name in ("abs", "neg", "pos", "invert", "round", "int", "float", "index", "e
     setattr(Remote, f"__{name}__", refusal(name))
 
 
+class KindOf(type):
+    """Makes `type` of the tests, which gives the solution's classes for its objects."""
+
+    def __call__(cls, *arguments):
+        return ask("type", *arguments) if isinstance(arguments[0], Remote) else type(*arguments)
+
+    def __instancecheck__(cls, value):
+        return isinstance(value, type)
+
+
 class Names(dict):
-    """The namespace of the tests: names that they do not define are the solution's; Python's stay Python's."""
+    """The namespace of the tests: names that they do not define are the solution's; Python's stay Python's.
+
+    So do modules that solutions import: a solution's own `math` would be asked about what the tests expect.
+    """
 
     def __missing__(self, name):
+        if name in MODULES:
+            with contextlib.suppress(ImportError):
+                return importlib.import_module(MODULES[name])
         if hasattr(builtins, name) or not ask("hasattr", Remote(0), name):
             raise KeyError(name)
         value = ask("getattr", Remote(0), name)
@@ -305,7 +325,7 @@ def check(code: str, channel: Channel) -> int:
     if channel.receive() != "ready":
         return 1
     try:
-        exec(compile(code, "<tests>", "exec"), Names(__name__="tests"))
+        exec(compile(code, "<tests>", "exec"), Names(__name__="tests", type=KindOf("type", (), {})))
     except BaseException:
         if not Session.unchecked:
             raise
