@@ -137,8 +137,7 @@ def speedrun(words: list[str]) -> None:
     """The whole pipeline of a recipe, from text to a chat model with its report card."""
     recipe, stages, configs, arguments = read_speedrun(new_parser(speedrun.__doc__), words)
     if arguments.dry_run:
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        return show_plan(stages, configs, ranks, rate=arguments.node_hourly_rate)
+        return show_plan(stages, configs, int(os.environ.get("WORLD_SIZE", "1")), rate=arguments.node_hourly_rate)
     if os.environ.get("RANK", "0") == "0":
         print(f"recipe {recipe.name}: loading PyTorch ...", file=sys.stderr, flush=True)
     from .stages import run_stages
@@ -153,8 +152,7 @@ def read_speedrun(parser: Parser, words: list[str]) -> tuple:
     """Returns: the recipe's folder, the stages to run, each stage's config, the arguments."""
     parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
     parser.add_argument("--dry-run", **DRY_RUN)
-    rate = "dollars per hour of this machine, for the report"
-    parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help=rate)
+    parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help="dollars per hour, for the report")
     for name in ("repo", "sync"):
         parser.option(f"--{name}", OPTIONS[name][0], help=OPTIONS[name][1])
     recipe, stages, configs, arguments = read_pipeline(parser, words)
@@ -196,7 +194,9 @@ def show_plan(stages, configs, ranks: int, otherwise="CPU", device=None, shardin
 
 
 def recipe_first(words: list[str]) -> list[str]:
-    """`NAME ...` as `--recipe NAME ...`."""
+    """`NAME ...` as `--recipe NAME ...`. Raises InputError if there are no words."""
+    if not words:
+        raise InputError("name a recipe, for example cpu-demo; nanochat recipes lists them")
     return ["--recipe", *words] if words[:1] and not words[0].startswith("-") else words
 
 
@@ -227,8 +227,7 @@ def run(words: list[str]) -> None:
     if arguments.dry_run:
         ranks, kind = arguments.num_processes or launch.get("num_processes", 1), launch.get("distributed_type")
         otherwise, device = "H200" if launch else "CPU", "CPU" if launch.get("use_cpu") else None
-        sharding, rate = SHARDING.get(kind), arguments.node_hourly_rate
-        return show_plan(stages, configs, ranks, otherwise, device, sharding, rate)
+        return show_plan(stages, configs, ranks, otherwise, device, SHARDING.get(kind), arguments.node_hourly_rate)
     check_gpus(arguments.num_processes, launch)
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
     os.execv(sys.executable, [*command, "--module", "nanochat_hf.cli", "speedrun", *speedrun_words(arguments)])
@@ -442,8 +441,7 @@ def identity(words: list[str]) -> None:
     parser.option("--identity", Place, "--facts", required=True, help="YAML such as recipes/identity.yaml")
     parser.option("--output", Place, required=True, help="the .jsonl to write")
     parser.option("--rows", Count, help="conversations (default: 1000)")
-    split = "from phrasings: train, or test for the held-out ones"
-    parser.option("--split", Literal["train", "test"], default="train", help=split)
+    parser.option("--split", Literal["train", "test"], default="train", help="of the phrasings; test: held out")
     parser.option("--endpoint", help="URL of a server whose model writes them")
     parser.option("--model", help="the model's name there")
     parser.option("--seed", Seed, default=0)
@@ -502,8 +500,7 @@ def env(words: list[str]) -> None:
     from .train.model_setup import describe_machine
 
     facts = {"nanochat_hf": metadata.version("nanochat_hf"), **source(), **versions(), **hardware()}
-    facts["training"] = describe_machine()
-    facts |= {"recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
+    facts |= {"training": describe_machine(), "recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
     for name, value in facts.items():
         print(f"{name:<20} {str(value).replace(str(Path.home()), '~')}")
     for requirement in missing_packages():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 
 from nanochat_hf import cli, stages
@@ -87,6 +88,13 @@ def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path):
     cli.run(["cpu-demo", "--run-dir", "x", "--sync", "memory://y", *words])
     passed_on = {"--run-dir=x", "--sync=memory://y", "--repo=me/x", "--node-hourly-rate=24.0", "--stages=base"}
     assert passed_on | {"base.depth=3", "base.push_every=5"} <= calls[1]
+
+
+def test_a_recipe_for_gpus_is_refused_before_its_tokenizer_is_trained(monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "partial_state", lambda: PartialState(cpu=True))
+    with pytest.raises(InputError, match="no GPU found"):
+        stages.run_stages(Run(tmp_path), *read("d12"))
+    assert not Run(tmp_path).folder("tokenizer").exists()
 
 
 @pytest.mark.parametrize(
@@ -209,7 +217,10 @@ def test_measured_speeds_are_those_of_the_results():
 def test_a_copied_recipe_is_one_to_run(capsys, tmp_path):
     assert "edit its YAML files" in shown(capsys, cli.recipes, "--copy", "cpu-demo", str(tmp_path / "mine"))
     assert read_recipe(tmp_path / "mine", None, []) == read("cpu-demo")
-    assert "cpu-demo" in shown(capsys, cli.recipes)
+    lines = shown(capsys, cli.recipes).splitlines()
+    assert [line.split()[0] for line in lines] == RECIPES and all(line.endswith(".") for line in lines)
+    with pytest.raises(InputError, match="name a recipe"):
+        cli.run([])
 
 
 def test_the_environment_names_versions_kernels_folders_and_what_is_missing(capsys, monkeypatch):
