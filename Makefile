@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: setup ## train a chat model from nothing on this CPU, print its scores (minutes)
-	$(BIN)/accelerate launch -q --config_file configs/accelerate/cpu.yaml recipes/speedrun.py --recipe cpu-demo --run-dir $(RUN)
+	$(BIN)/nanochat demo --run-dir $(RUN)
 	@echo 'or:  make chat    make web    make space$(if $(filter-out runs/cpu-demo,$(RUN)),    each with RUN=$(RUN))'
 
 chat: setup ## chat in the terminal with the model of $(RUN)

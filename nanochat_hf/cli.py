@@ -62,6 +62,8 @@ from .stage_configs import (
 ACCELERATE = project_folder("configs", "accelerate")
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
+LAUNCH = """import logging, signal; logging.disable(logging.WARNING); signal.signal(signal.SIGINT, lambda *_: None)
+from accelerate.commands.launch import main; main()"""  # Ctrl-C is for the rank, which saves; defaults are no warning
 DRY_RUN = {"action": "store_true", "help": "print the plan and start nothing"}
 SYNC = "URL (s3://, gs://, file://, any of fsspec, or hf://owner/name) that keeps checkpoints and finished stages; "
 OPTIONS = {  # of stages, besides their keys: name -> (kind, text)
@@ -215,15 +217,14 @@ def run(words: list[str]) -> None:
         return make_job(recipe, configs, arguments)
     if unused := [name for name in ("submit", "gpu", "hours", "image") if getattr(arguments, name)]:
         raise InputError(f"--{unused[0]} is for a job: name --job hf, sky or slurm")
-    command, launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"], {}  # no traceback of its own
+    command, launch = [sys.executable, "-c", LAUNCH, "--quiet"], {}  # no traceback of its own
     if arguments.config_file:
         places = [Path(arguments.config_file), ACCELERATE / f"{arguments.config_file}.yaml"]
         if not (files := [str(place) for place in places if place.is_file()]):
             raise InputError(
                 f"no Accelerate config file {arguments.config_file}; {nearest(arguments.config_file, names)}"
             )
-        command += ["--config_file", files[0]]
-        launch = read_yaml(files[0])
+        command, launch = [*command, "--config_file", files[0]], read_yaml(files[0])
     if arguments.dry_run:
         ranks, kind = arguments.num_processes or launch.get("num_processes", 1), launch.get("distributed_type")
         otherwise, device = "H200" if launch else "CPU", "CPU" if launch.get("use_cpu") else None

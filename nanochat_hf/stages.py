@@ -296,7 +296,7 @@ def show_answers(run: Run, dataset) -> None:
         return
     texts = ["Who are you?", "Why is the sky blue?", "What is 317 times 24?"]
     if dataset == "primer":
-        rows = [primer.questions(kind, num=1)[0] for kind in ("fact", "arithmetic", "counting")]
+        rows = (primer.questions(kind, num=1)[0] for kind in ("fact", "arithmetic", "counting"))
         texts = [row["messages"][0]["content"] for row in rows]
     model = LocalModel(Engine.from_pretrained(str(folder)), str(folder))
     chat = Chat(model, Options(temperature=0.0, max_new_tokens=256))

@@ -167,7 +167,7 @@ COMMANDS = [
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages bas", r"--stages: \[0\] is 'bas': it must be base, mid"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages=", r"--stages: \[0\] is '': it must be base, mid"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --temperature hot", "eval.temperature is 'hot'"),
-    ("speedrun", "name a recipe"),
+    ("speedrun", "required: --recipe"),
     ("speedrun --recipe cpu-dmo --run-dir {run}", "no recipe 'cpu-dmo'.*did you mean 'cpu-demo'"),
     ("speedrun --recipe d25 --run-dir {run}", "--recipe d24 base.depth=25"),
     ("speedrun --recipe {here} --run-dir {run}", "no recipe"),

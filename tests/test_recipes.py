@@ -1,6 +1,8 @@
 """Every recipe and Accelerate config file is read by the parser of real runs; the pipeline refuses what is wrong."""
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -240,3 +242,15 @@ def test_accelerate_reads_every_config_file(path):
     assert config.num_processes >= 1 and str(config.compute_environment).endswith("LOCAL_MACHINE")
     assert set(keys) >= {"distributed_type", "mixed_precision", "num_processes"}
     assert keys.get("gpu_ids", "all") == "all"  # any other value would silently overrule CUDA_VISIBLE_DEVICES
+
+
+def test_the_launcher_leaves_ctrl_c_to_the_rank(tmp_path):
+    (tmp_path / "accelerate" / "commands").mkdir(parents=True)
+    launcher = (
+        "import os, signal\ndef main():\n    os.kill(os.getpid(), signal.SIGINT)\n    print('waits for the rank')\n"
+    )
+    for name, text in (("__init__", ""), ("commands/__init__", ""), ("commands/launch", launcher)):
+        (tmp_path / "accelerate" / f"{name}.py").write_text(text)
+    command = [sys.executable, "-c", cli.LAUNCH]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "waits for the rank\n", "")
