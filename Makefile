@@ -20,12 +20,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed ($$($(PYTHON) --version) found); try make PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing torch and the pinned stack: minutes, without output'
 	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(STAMP)
 
 demo: setup ## train a chat model from nothing on this CPU, print its scores (minutes)
-	$(BIN)/accelerate launch -q --config_file configs/accelerate/cpu.yaml recipes/speedrun.py --recipe cpu-demo --run-dir $(RUN)
+	$(BIN)/nanochat demo --run-dir $(RUN)
 	@echo 'or:  make chat    make web    make space$(if $(filter-out runs/cpu-demo,$(RUN)),    each with RUN=$(RUN))'
 
 chat: setup ## chat in the terminal with the model of $(RUN)

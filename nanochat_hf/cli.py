@@ -63,6 +63,8 @@ from .stage_configs import (
 ACCELERATE = project_folder("configs", "accelerate")
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
+LAUNCH = """import logging, signal; logging.disable(logging.WARNING); signal.signal(signal.SIGINT, lambda *_: None)
+from accelerate.commands.launch import main; main()"""  # Ctrl-C is for the rank, which saves; defaults are no warning
 DRY_RUN = {"action": "store_true", "help": "print the plan and start nothing"}
 SYNC = "URL (s3://, gs://, file://, any of fsspec, or hf://owner/name) that keeps checkpoints and finished stages; "
 OPTIONS = {  # of stages, besides their keys: name -> (kind, text)
@@ -138,8 +140,7 @@ def speedrun(words: list[str]) -> None:
     """The whole pipeline of a recipe, from text to a chat model with its report card."""
     recipe, stages, configs, arguments = read_speedrun(new_parser("speedrun", speedrun.__doc__), words)
     if arguments.dry_run:
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        return show_plan(stages, configs, ranks, rate=arguments.node_hourly_rate)
+        return show_plan(stages, configs, int(os.environ.get("WORLD_SIZE", "1")), rate=arguments.node_hourly_rate)
     if os.environ.get("RANK", "0") == "0":
         print(f"recipe {recipe.name}: loading PyTorch ...", file=sys.stderr, flush=True)
     from .stages import run_stages
@@ -154,8 +155,7 @@ def read_speedrun(parser: Parser, words: list[str]) -> tuple:
     """Returns: the recipe's folder, the stages to run, each stage's config, the arguments."""
     parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
     parser.add_argument("--dry-run", **DRY_RUN)
-    rate = "dollars per hour of this machine, for the report"
-    parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help=rate)
+    parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help="dollars per hour, for the report")
     for name in ("repo", "sync"):
         parser.option(f"--{name}", OPTIONS[name][0], help=OPTIONS[name][1])
     recipe, stages, configs, arguments = read_pipeline(parser, words)
@@ -197,7 +197,9 @@ def show_plan(stages, configs, ranks: int, otherwise="CPU", device=None, shardin
 
 
 def recipe_first(words: list[str]) -> list[str]:
-    """`NAME ...` as `--recipe NAME ...`."""
+    """`NAME ...` as `--recipe NAME ...`. Raises InputError if there are no words."""
+    if not words:
+        raise InputError("name a recipe, for example cpu-demo; nanochat recipes lists them")
     return ["--recipe", *words] if words[:1] and not words[0].startswith("-") else words
 
 
@@ -216,20 +218,18 @@ def run(words: list[str]) -> None:
         return make_job(recipe, configs, arguments)
     if unused := [name for name in ("submit", "gpu", "hours", "image") if getattr(arguments, name)]:
         raise InputError(f"--{unused[0]} is for a job: name --job hf, sky or slurm")
-    command, launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"], {}  # no traceback of its own
+    command, launch = [sys.executable, "-c", LAUNCH, "--quiet"], {}  # no traceback of its own
     if arguments.config_file:
         places = [Path(arguments.config_file), ACCELERATE / f"{arguments.config_file}.yaml"]
         if not (files := [str(place) for place in places if place.is_file()]):
             raise InputError(
                 f"no Accelerate config file {arguments.config_file}; {nearest(arguments.config_file, names)}"
             )
-        command += ["--config_file", files[0]]
-        launch = read_yaml(files[0])
+        command, launch = [*command, "--config_file", files[0]], read_yaml(files[0])
     if arguments.dry_run:
         ranks, kind = arguments.num_processes or launch.get("num_processes", 1), launch.get("distributed_type")
         otherwise, device = "H200" if launch else "CPU", "CPU" if launch.get("use_cpu") else None
-        sharding, rate = SHARDING.get(kind), arguments.node_hourly_rate
-        return show_plan(stages, configs, ranks, otherwise, device, sharding, rate)
+        return show_plan(stages, configs, ranks, otherwise, device, SHARDING.get(kind), arguments.node_hourly_rate)
     check_gpus(arguments.num_processes, launch)
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
     os.execv(sys.executable, [*command, "--module", "nanochat_hf.cli", "speedrun", *speedrun_words(arguments)])
@@ -438,8 +438,7 @@ def identity(words: list[str]) -> None:
     parser.option("--identity", Place, "--facts", required=True, help="YAML such as recipes/identity.yaml")
     parser.option("--output", Place, required=True, help="the .jsonl to write")
     parser.option("--rows", Count, help="conversations (default: 1000)")
-    split = "from phrasings: train, or test for the held-out ones"
-    parser.option("--split", Literal["train", "test"], default="train", help=split)
+    parser.option("--split", Literal["train", "test"], default="train", help="of the phrasings; test: held out")
     parser.option("--endpoint", help="URL of a server whose model writes them")
     parser.option("--model", help="the model's name there")
     parser.option("--seed", Seed, default=0)
@@ -498,8 +497,7 @@ def env(words: list[str]) -> None:
     from .train.model_setup import describe_machine
 
     facts = {"nanochat_hf": metadata.version("nanochat_hf"), **source(), **versions(), **hardware()}
-    facts["training"] = describe_machine()
-    facts |= {"recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
+    facts |= {"training": describe_machine(), "recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
     for name, value in facts.items():
         if value is not None:
             print(f"{name:<20} {str(value).replace(str(Path.home()), '~')}")

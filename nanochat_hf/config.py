@@ -224,11 +224,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, **options):
         options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options
+        if Path(sys.argv[0]).name in ("nanochat", "cli.py"):
+            options = {"prog": " ".join(["nanochat", *sys.argv[1:2]])} | options
         super().__init__(description=description, **options)
 
     def error(self, message: str):
-        advice = "; --help lists the flags" if "unrecognized" in message else ""
-        raise InputError(message.removeprefix("argument ") + advice)
+        raise InputError(message.removeprefix("argument ") + "; --help lists the flags" * ("unrecognized" in message))
 
     def option(self, name: str, kind: Any = str, *names: str, **options) -> None:
         """`add_argument` with an annotation in place of argparse's type."""

@@ -118,8 +118,7 @@ def submit(text: str, program: str, command: str) -> None:
     if shutil.which(program) is None:
         raise InputError(f"--submit: this machine has no program {program!r}; the job above is complete without it")
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".yaml" if program == "sky" else ".sh") as file:
-        file.write(text)
-        file.flush()
+        print(text, end="", file=file, flush=True)
         code = subprocess.run([*command.split(), file.name], check=False).returncode
     if code:
         raise InputError(f"{program} did not take the job: exit code {code}")

@@ -496,7 +496,7 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
         key, equals, value = word.partition("=")
         stage, dot, key = key.partition(".")
         if not (equals and dot):
-            raise InputError(f"expected STAGE.KEY=VALUE, got {word!r}")
+            raise InputError(f"expected STAGE.KEY=VALUE, for example base.depth=6, got {word!r}")
         check(stage, present)
         values[stage][key] = value
     for stage in stages or []:

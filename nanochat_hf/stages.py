@@ -42,6 +42,7 @@ from .stage_configs import ChatConfig, DPOStageConfig, EvalConfig, PretrainConfi
 from .train.dpo import train_dpo
 from .train.grpo import train_rl
 from .train.pretrain import pretrain
+from .train.runtime import check_cost
 from .train.sft import train_chat
 
 datasets.disable_progress_bars()  # around internal work; our own lines say what happens
@@ -242,9 +243,9 @@ def run_stages(
     check_run_folder(run, stages, configs)
     lines = outline(stages, configs, state.num_processes)
     state.print(f"{len(stages)} stage{'s' * (len(stages) > 1)} into {run.path}:", *lines.values(), sep="\n  ")
-    for stage in stages:
-        if stage == "report":
-            continue
+    if {"tokenizer", "base"} <= {*stages} and not run.finished("base"):  # before hours of work on the tokenizer
+        check_cost(scaling.plan(configs["base"], configs["tokenizer"].vocab_size), state.device)
+    for stage in (name for name in stages if name != "report"):
         again = stage == "eval" and state.is_main_process and renewal(run, definition_of(configs[stage]))
         again = broadcast_from_main(again)
         if run.finished(stage) and not again:
@@ -289,7 +290,7 @@ def show_answers(run: Run, dataset) -> None:
         return
     texts = ["Who are you?", "Why is the sky blue?", "What is 317 times 24?"]
     if dataset == "primer":
-        rows = [primer.questions(kind, num=1)[0] for kind in ("fact", "arithmetic", "counting")]
+        rows = (primer.questions(kind, num=1)[0] for kind in ("fact", "arithmetic", "counting"))
         texts = [row["messages"][0]["content"] for row in rows]
     model = LocalModel(Engine.from_pretrained(str(folder)), str(folder))
     chat = Chat(model, Options(temperature=0.0, max_new_tokens=256))

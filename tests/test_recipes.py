@@ -1,6 +1,8 @@
 """Every recipe and Accelerate config file is read by the parser of real runs; the pipeline refuses what is wrong."""
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 
 from nanochat_hf import cli, stages
@@ -87,6 +90,13 @@ def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path):
     cli.run(["cpu-demo", "--run-dir", "x", "--sync", "memory://y", *words])
     passed_on = {"--run-dir=x", "--sync=memory://y", "--repo=me/x", "--node-hourly-rate=24.0", "--stages=base"}
     assert passed_on | {"base.depth=3", "base.push_every=5"} <= calls[1]
+
+
+def test_a_recipe_for_gpus_is_refused_before_its_tokenizer_is_trained(monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "partial_state", lambda: PartialState(cpu=True))
+    with pytest.raises(InputError, match="no GPU found"):
+        stages.run_stages(Run(tmp_path), *read("d12"))
+    assert not Run(tmp_path).folder("tokenizer").exists()
 
 
 @pytest.mark.parametrize(
@@ -209,7 +219,10 @@ def test_measured_speeds_are_those_of_the_results():
 def test_a_copied_recipe_is_one_to_run(capsys, tmp_path):
     assert "edit its YAML files" in shown(capsys, cli.recipes, "--copy", "cpu-demo", str(tmp_path / "mine"))
     assert read_recipe(tmp_path / "mine", None, []) == read("cpu-demo")
-    assert "cpu-demo" in shown(capsys, cli.recipes)
+    lines = shown(capsys, cli.recipes).splitlines()
+    assert [line.split()[0] for line in lines] == RECIPES and all(line.endswith(".") for line in lines)
+    with pytest.raises(InputError, match="name a recipe"):
+        cli.run([])
 
 
 def test_the_environment_names_versions_kernels_folders_and_what_is_missing(capsys, monkeypatch):
@@ -229,3 +242,15 @@ def test_accelerate_reads_every_config_file(path):
     assert config.num_processes >= 1 and str(config.compute_environment).endswith("LOCAL_MACHINE")
     assert set(keys) >= {"distributed_type", "mixed_precision", "num_processes"}
     assert keys.get("gpu_ids", "all") == "all"  # any other value would silently overrule CUDA_VISIBLE_DEVICES
+
+
+def test_the_launcher_leaves_ctrl_c_to_the_rank(tmp_path):
+    (tmp_path / "accelerate" / "commands").mkdir(parents=True)
+    launcher = (
+        "import os, signal\ndef main():\n    os.kill(os.getpid(), signal.SIGINT)\n    print('waits for the rank')\n"
+    )
+    for name, text in (("__init__", ""), ("commands/__init__", ""), ("commands/launch", launcher)):
+        (tmp_path / "accelerate" / f"{name}.py").write_text(text)
+    command = [sys.executable, "-c", cli.LAUNCH]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "waits for the rank\n", "")

@@ -314,6 +314,7 @@ class Chat:
             self.ask(self.messages[turns[-1]]["content"], self.messages[: turns[-1]])
         elif word in ("/set", "/temp"):
             rest = f"temperature={rest}" if word == "/temp" and rest else rest
+            rest = rest if "=" in rest else rest.replace(" ", "=")  # /set temperature 0
             self.options = replace(self.options, **dict(pair.partition("=")[::2] for pair in rest.split()))
             self.note(" ".join(f"{name}={value}" for name, value in vars(self.options).items()))
         elif word == "/save" and not rest:
