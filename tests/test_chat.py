@@ -295,6 +295,7 @@ def answer(url, **options):
     return "".join(RemoteModel(url, **options).answer([{"role": "user", "content": "?"}], Options()))
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line():
     with HTTPServer(("127.0.0.1", 0), BusyHandler) as server:
         url = f"http://127.0.0.1:{server.server_port}"

@@ -187,6 +187,7 @@ def answer(folder, tokenizer) -> str:
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
 
 
+@pytest.mark.slow
 def test_a_chat_model_answers_its_calls_after_every_conversion(chat_folder, talker, tmp_path):  # noqa: F811
     """Through upstream's files, which do not say that it is a chat model; by the loop, or by ending at the call."""
     shutil.copytree(chat_folder, tmp_path / "chat")

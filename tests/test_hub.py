@@ -344,6 +344,7 @@ def test_each_refusal_of_the_hub_is_one_line_of_advice(hub, run, no_check, monke
     assert all(not files for name in hub.repos for files in [pushed(hub, name[1])])  # a commit or nothing
 
 
+@pytest.mark.slow
 def test_an_interrupted_upload_is_resumed_without_sending_the_weights_again(hub, run, no_check, capsys):
     for status in (500, None, 429):
         hub.fail("POST", "/commit/", status)

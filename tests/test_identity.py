@@ -199,6 +199,7 @@ def test_the_script_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_na
     assert len({messages[1]["content"] for messages in FakeModel.prompts}) > 6
 
 
+@pytest.mark.slow
 def test_the_script_fills_templates_without_an_endpoint_and_names_one_that_is_not_there(tmp_path, make_identity):
     facts, out = ROOT / "recipes" / "identity.yaml", tmp_path / "me.jsonl"
     make_identity("--identity", facts, "--output", out, "--rows", 30)

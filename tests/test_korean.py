@@ -86,7 +86,7 @@ def requests(task):
 LM_EVAL = ["kobest_copa", "kobest_hellaswag", "kobest_boolq", "kmmlu_accounting", "haerae_history"]
 
 
-@pytest.mark.parametrize("theirs", LM_EVAL)
+@pytest.mark.parametrize("theirs", [LM_EVAL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LM_EVAL[1:])])
 def test_korean_tasks_ask_in_the_words_of_lm_evals_own(monkeypatch, theirs):
     ours = next(name for name in HUB if name in theirs)
     tasks = load(monkeypatch, [f"nanochat_ko_{ours}", theirs], HUB[ours])

@@ -160,6 +160,7 @@ def test_a_chat_template_of_others_has_limits_on_every_message(tiny_folder, monk
         encode(tokenizer, [chat("Hello"), chat("Hi")], True)
 
 
+@pytest.mark.slow
 def test_serving_and_evaluation_keep_the_limits_of_chat_templates(tiny_folder, tiny_model, monkeypatch):
     monkeypatch.setattr(chat_renderer, "SECONDS", 0.5)
     tokenizer = limited(tiny_folder, ON_HI.format(ENDLESS))

@@ -205,6 +205,7 @@ def test_accumulated_micro_batches_equal_one_batch(straight, world, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"attn_implementation": "eager"}, {"generation": 1}])
+@pytest.mark.slow
 def test_other_attention_and_the_first_generation_train_too(straight, world, tmp_path, changes):
     metrics = run(world, tmp_path, num_iterations=12, **changes)
     assert losses(metrics)[-1] < losses(metrics)[0] - 1
@@ -229,7 +230,7 @@ def test_training_can_start_from_given_weights(straight, world, tmp_path):
         ("error", [10, 15]),
         (signal.SIGTERM, [5]),
         pytest.param(signal.SIGINT, [5], marks=pytest.mark.slow),
-        ("in a step", [7]),
+        pytest.param("in a step", [7], marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_run_resumes_bit_for_bit(straight, world, tmp_path, monkeypatch, how, steps):
@@ -423,6 +424,7 @@ def test_float16_skips_steps_until_its_loss_scale_fits(straight, world, tmp_path
     assert steps == 12 - skipped
 
 
+@pytest.mark.slow
 def test_float16_stops_when_there_is_no_loss_scale_left(world, tmp_path, monkeypatch):
     norms = iter([float("inf")] * 3 + [1.0])  # at scales 4, 2 and 1; the last is of the next step, already enqueued
     monkeypatch.setattr(model_setup, "compute_dtype", lambda device, half=False: torch.float16)
@@ -456,6 +458,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_run_continues(
     assert losses(metrics) == pytest.approx(losses(straight[1]), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_trackers_get_all_metrics_and_the_terminal_a_line_per_step(world, tmp_path, monkeypatch, capsys):
     real, logged = importlib.util.find_spec, {}
 

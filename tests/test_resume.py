@@ -169,8 +169,8 @@ PLACES = {  # place -> (owner, method, the error, when, further keys, last check
     ),
 }  # fmt: skip
 QUICK = [
-    *(("sft", place) for place in list(PLACES)[:2] + list(PLACES)[4:]),
-    *[("rl", "a step"), ("rl", "the final evaluation"), ("dpo", "an evaluation without memory")],
+    *(("sft", place) for place in ("a step", "a signal", "writing the model", "writing the mark of a checkpoint")),
+    *[("rl", "a step"), ("dpo", "an evaluation without memory")],
 ]
 
 
@@ -217,6 +217,7 @@ def stop_core(model, limit):
 
 
 @pytest.mark.parametrize("step,save_every", [(8, -1), *slowly((3, -1), (3, 3), (8, 3))])
+@pytest.mark.slow
 def test_a_failing_core_costs_no_pretraining(train_base, tmp_path, step, save_every):
     keys = {"core_metric_every": 3, "save_every": save_every}
     calls = iter([0.1] * {3: 0, 8: 2}[step])

@@ -452,7 +452,7 @@ def stop_at(owner, name: str, step: int, number) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize(
-    "stage,rounds", [("base", 1), *(pytest.param(stage, 20, marks=pytest.mark.slow) for stage in ("base", "sft"))]
+    "stage,rounds", [pytest.param(stage, 20, marks=pytest.mark.slow) for stage in ("base", "sft")]
 )
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_fresh_folders_resume_to_equal_losses(tiny_folder, tokenizer, tmp_path, remote, stage, rounds):
@@ -536,6 +536,7 @@ def test_sigterm_saves_and_syncs_and_the_same_command_resumes_elsewhere(tokenize
 STRANGER = f"process 77 on elsewhere; {time.time()}".encode()
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_while_the_first_lives_and_takes_over_when_it_has_ended(
     url, tmp_path, monkeypatch, capsys
 ):

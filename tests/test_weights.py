@@ -228,6 +228,7 @@ def test_numbers_that_were_nan_are_a_dash_and_null(run):
     assert collect(run)["table"]["facts"]["sft"]["value"] is None
 
 
+@pytest.mark.slow
 def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(tmp_path, tiny_model, tokenizer, capsys):
     recipe, run = tmp_path / "recipe", Run(tmp_path / "run")
     recipe.mkdir()
