@@ -49,6 +49,18 @@ def test_any_batch_and_order_gives_the_values_of_one_forward_per_request(lively_
         assert [total for total, _ in scores] == pytest.approx([expected[i][0] for i in order], abs=1e-3)
 
 
+def test_prefixes_and_suffixes_of_a_batch_stay_within_what_the_model_counts(lively_model):
+    limit, rng = 10 * lively_model.config.max_position_embeddings, np.random.default_rng(0)
+    requests = [
+        (rng.integers(0, 300, context), rng.integers(0, 300, n))
+        for context, lengths in ((limit - 4, (3, 4)), (30, (limit - 40, limit - 41)))
+        for n in lengths
+    ]
+    requests = [(requests[i - i % 2][0], continuation) for i, (_, continuation) in enumerate(requests)]
+    expected = [reference(lively_model, *request)[0] for request in requests]
+    assert [total for total, _ in loglikelihoods(lively_model, requests, 10**7)] == pytest.approx(expected, abs=1e-2)
+
+
 def test_choices_share_their_context_and_those_of_one_token_the_whole_row(lively_model):
     shapes, context = [], np.arange(5, 60)
     lively_model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))

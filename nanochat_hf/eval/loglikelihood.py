@@ -11,6 +11,7 @@ of float32 sums).
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 import torch
@@ -66,7 +67,10 @@ def loglikelihoods(
             single += [[row] for row in rows]
     with sdpa_kernel(BACKENDS):
         scores = [_score(model, batch, share_prefix=False) for batch in _batches(single, batch_tokens)]
-        scores += [_score(model, batch, share_prefix=True) for batch in _batches(shared, batch_tokens)]
+        # As many as every row fits into, or a few contexts: a model may count no further.
+        positions = max((len(row.tokens) for rows in shared for row in rows), default=0)
+        positions = max(positions, 4 * (getattr(model.config, "max_position_embeddings", None) or inf))
+        scores += [_score(model, batch, share_prefix=True) for batch in _batches(shared, batch_tokens, positions)]
 
     totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
     for numbers, log_probs, hits in scores:
@@ -91,19 +95,24 @@ def max_batch_tokens(model) -> int:
     return min(max(torch.cuda.mem_get_info(model.device)[0] // 2 // position_bytes, 16_384), 131_072)
 
 
-def _batches(groups: list[list[_Row]], budget: int) -> Iterator[list[list[_Row]]]:
-    """Groups in batches of similar length, longest first, each within the budget (or a single group)."""
+def _batches(groups: list[list[_Row]], budget: int, positions: float = inf) -> Iterator[list[list[_Row]]]:
+    """Groups in batches of similar length, longest first, each within the budget (or a single group).
+
+    positions: that the longest prefix and the longest suffix of a batch may have together.
+    """
 
     def sizes(group):
-        return len(group), max(len(row.tokens) for row in group), max(row.num_scored for row in group)
+        length, prefix = max(len(row.tokens) for row in group), group[0].context - 1
+        return length, max(row.num_scored for row in group), prefix, length - prefix
 
-    batch, count, width, scored = [], 0, 0, 0
-    for group in sorted(groups, key=lambda group: -sizes(group)[1]):
-        size = sizes(group)
-        count, width, scored = count + size[0], max(width, size[1]), max(scored, size[2])
-        if batch and count * (width + LOGIT_COST * min(count * scored, width)) > budget:
+    batch, count, largest = [], 0, (0, 0, 0, 0)
+    for group in sorted(groups, key=lambda group: -sizes(group)[0]):
+        count, largest = count + len(group), tuple(map(max, largest, sizes(group)))
+        width, scored, prefix, suffix = largest
+        cost = count * (width + LOGIT_COST * min(count * scored, width))
+        if batch and (cost > budget or prefix + suffix > positions):
             yield batch
-            batch, (count, width, scored) = [], size
+            batch, count, largest = [], len(group), sizes(group)
         batch.append(group)
     if batch:
         yield batch
