@@ -155,7 +155,7 @@ def serve(code: str, channel: Channel) -> None:
             after = pack([*values, *named.values()], keep)
             reply |= {"arguments": after} if after != before else {}
         except BaseException as error:
-            reply = {"error": lineage(type(error)), "details": pack([error.args, vars(error)], keep)}
+            reply = {"error": lineage(type(error)), "state": pack([error.args, vars(error)], keep)}
         sys.stdout.flush()
         channel.send(reply)
 
@@ -216,7 +216,7 @@ def ask(operation: str, *arguments, **options):
         print("the solution has ended", flush=True)
         os._exit(1)
     if "error" in reply:
-        arguments, state = unpack(reply["details"], receive_object)
+        arguments, state = unpack(reply["state"], receive_object)
         error = exception_class(reply["error"])(*arguments)
         vars(error).update(state)
         raise error
