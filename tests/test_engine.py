@@ -157,7 +157,7 @@ def test_steps_launched_ahead_and_read_late_give_the_same_answers(talker, monkey
         (answer,) = Engine(*talker).generate([request.prompt], max_new_tokens=request.max_new_tokens)[0]
         assert request.tokens == answer
     needed = sum(len(request.tokens) for request in requests)
-    assert needed / 2 <= decoder.steps <= needed
+    assert needed / 2 <= decoder.steps <= needed + 2 * MAX_CHUNK * len(requests)  # ahead of ends that are read late
 
 
 def test_the_same_seed_gives_the_same_answer_in_any_company(talker):  # noqa: F811
