@@ -261,12 +261,8 @@ class Sync:
         folder = self.work / name
         self.repeated(self.store.get, name, list(files), folder)
         last = Path(stage, "metrics.json") if place == "finished" else Path(stage, "state", place)
-        listed = any(Path(file).is_relative_to(last) for file in files)
-        for file, checksum in files.items() if listed else ((last, None),):
-            intact = False
-            with suppress(OSError):  # a name that this disk does not allow
-                intact = (folder / file).is_file() and sha256(folder / file) == checksum
-            if not intact:
+        for file, checksum in files.items():
+            if not (folder / file).is_file() or sha256(folder / file) != checksum:
                 self.repeated(self.store.remove, f"{name}/{MARK}")
                 self.uploads[name] = None
                 print(f"{self.url}: {name}/{file} is damaged; set aside, using the upload before it, if any")

@@ -2,7 +2,6 @@
 
 import io
 import threading
-import time
 from collections import Counter
 from itertools import cycle, islice, pairwise
 
@@ -21,7 +20,7 @@ from nanochat_hf.errors import InputError
 BOS, UNSET = 0, 65535
 STRATEGIES = ["bfd", "bfd_split"]
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=80)
-slowly = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+slowly = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def documents_of(sizes: list[int], first: int = 1) -> list[np.ndarray]:
@@ -169,18 +168,19 @@ def test_ranks_share_the_rows_of_one_rank_whatever_the_threads(
 
 
 @pytest.mark.parametrize("packing_strategy", STRATEGIES)
-@pytest.mark.parametrize("taken", [0, 1, 7, 40])
+@pytest.mark.parametrize("taken", [0, 7, 40])
 def test_a_resumed_loader_gives_the_batches_that_would_have_come(folder, tokenizer, taken, packing_strategy):
     whole = list(islice(loader(folder, tokenizer, packing_strategy=packing_strategy), taken + 10))
     first, second = (loader(folder, tokenizer, packing_strategy=packing_strategy) for _ in range(2))
     list(islice(first, taken))
     state = saved_and_loaded(first.state_dict())
-    second.load_state_dict({key.replace("shards", "lanes"): value for key, value in state.items()})  # as of old
+    second.load_state_dict(state)
     assert all((batch == expected).all() for batch, expected in zip(islice(second, 10), whole[taken:]))
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("before,after,batch_size", [(1, 4, 4), (4, 1, 1), (2, 4, 2), (4, 2, 1), (1, 4, 3), (2, 4, 3)])
+@pytest.mark.parametrize(
+    ("before", "after", "batch_size", "mixed"), [(1, 4, 3, True), (4, 1, 1, False), (4, 2, 1, True), (2, 4, 3, False)]
+)
 def test_a_run_resumes_on_another_number_of_ranks_without_losing_or_repeating_a_row(
     folder, tokenizer, before, after, batch_size, mixed
 ):
@@ -205,7 +205,6 @@ def test_the_state_is_that_of_the_last_batch_handed_out_and_not_of_the_thread(fo
     ahead = loader(folder, tokenizer, prefetch=6)
     list(islice(ahead, 2))
     before = ahead.state_dict()
-    time.sleep(0.2)  # the thread works meanwhile
     assert ahead.state_dict()["rows"] == before["rows"] == 4
     ahead.close()
     later = loader(folder, tokenizer)

@@ -63,22 +63,17 @@ def test_the_test_asks_in_phrasings_that_no_training_has():
         list(conversations(mute, num=500))
 
 
-@pytest.mark.parametrize(
-    "text,particles,written",
-    [
-        ("모델", "이에요/예요", "모델이에요"),
-        ("오필리아", "이에요/예요", "오필리아예요"),
-        ("Ophelia", "은/는", "Ophelia는"),
-        ("nanochat", "이/가", "nanochat이"),
-        ("로봇 7", "이/가", "로봇 7이"),
-        ("로봇 0", "은/는", "로봇 0은"),
-        ("로봇 2 (새것!)", "이/가", "로봇 2 (새것!)이"),
-        ("?!", "이/가", "?!가"),
-        ("모델", "", "모델"),
-    ],
-)
-def test_korean_particles_follow_the_sound_before_them(text, particles, written):
-    assert format(Word(text), particles) == written
+def test_korean_particles_follow_the_sound_before_them():
+    for text, particles, written in (
+        *(("모델", "이에요/예요", "모델이에요"), ("오필리아", "이에요/예요", "오필리아예요"), ("모델", "", "모델")),
+        *(("Ophelia", "은/는", "Ophelia는"), ("nanochat", "이/가", "nanochat이"), ("?!", "이/가", "?!가")),
+        *(
+            ("로봇 7", "이/가", "로봇 7이"),
+            ("로봇 0", "은/는", "로봇 0은"),
+            ("로봇 2 (새것!)", "이/가", "로봇 2 (새것!)이"),
+        ),
+    ):
+        assert format(Word(text), particles) == written
 
 
 def test_a_korean_identity_speaks_korean_with_the_right_particles():
@@ -129,6 +124,7 @@ def turn(question: str, answer: str) -> str:
     ],
 )
 def test_what_a_model_wrote_is_taken_out_of_its_fence_and_checked(text, reason):
+    assert parse(turn("Are you ChatGPT?", "No, I am Ophelia, not ChatGPT."), OPHELIA)  # the user asked about it
     fenced = f"Here you are:\n```json\n{turn('Hi', 'I am Ophelia.')}\n```"
     assert parse(fenced, OPHELIA)[1]["content"] == "I am Ophelia."
     with pytest.raises(BadRow, match=reason):
@@ -228,7 +224,3 @@ def test_a_model_trained_on_an_identity_says_its_name_when_asked_in_other_words(
             answer = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
         named += "Ophelia" in tokenizer.decode(answer)
     assert named >= 0.9 * len(prompts)
-
-
-def test_the_assistant_may_deny_a_name_that_the_user_asked_about():
-    assert parse(turn("Are you ChatGPT?", "No, I am Ophelia, not ChatGPT."), OPHELIA)[0]["role"] == "user"

@@ -219,13 +219,12 @@ def test_suffixes_have_any_case_and_what_is_not_read_is_named(tmp_path, capsys):
         Mixture([{"dataset": str(tmp_path), "split": "validation"}])
 
 
-@pytest.mark.parametrize("name", ["v[2]", "star*", "what?", "a{b}", "x,y", "hash#1", "100%", "~tilde", "a=b", "한 국"])
+@pytest.mark.parametrize("name", ["v[2]", "star*", "a{b} 100%#, 한 국?"])
 def test_names_of_folders_are_no_patterns(tmp_path, name):
-    for folder in (name, "v2", "starfish", "whatX"):  # what the names would match as patterns
+    for folder in (name, "v2", "starfish"):  # what the names would match as patterns
         (tmp_path / folder).mkdir()
         pq.write_table(pa.Table.from_pylist([chat(folder, "b")]), tmp_path / folder / "train.parquet")
-    for dataset in (tmp_path / name, tmp_path / name / "train.parquet"):
-        assert first_texts({"dataset": str(dataset)}) == [name]
+    assert first_texts({"dataset": str(tmp_path / name)}) == [name]
 
 
 def test_an_id_of_the_hub_may_have_a_dot(monkeypatch):

@@ -29,7 +29,7 @@ from nanochat_hf.tools import calculate
 
 @cache
 def training_texts() -> list[str]:
-    """What a demo run trains on, as text: documents, and each message of the conversations (a quarter of the rounds)."""
+    """A quarter of what a demo run trains on: documents, and each message of the conversations."""
     texts = list(documents("train", rounds=corpus.DOCUMENT_ROUNDS // 4))
     for row in conversations("train", rounds=corpus.CONVERSATION_ROUNDS // 4):
         for message in row["messages"]:
