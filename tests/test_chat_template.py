@@ -248,11 +248,6 @@ def test_a_reply_that_is_given_back_keeps_its_calls_and_results_are_not_trained_
     spelled = [{"call": "<|bos|>", "result": "<|assistant_end|>"}]
     text = tokenizer.apply_chat_template([user("a"), {**assistant("b"), "tool_steps": spelled}], tokenize=False)
     assert text.count("<|bos|>") == text.count("<|assistant_end|>") == 1
-
-
-def test_the_words_after_a_result_hold_no_call_again(tokenizer):
     prompt = tokenizer.apply_chat_template(SUM[:3], add_generation_prompt=True, return_dict=False)
-    reply = tokenizer("It is 42.<|assistant_end|>", add_special_tokens=False)["input_ids"]
-    parsed = tokenizer.parse_response(reply, prefix=prompt)
-    assert parsed["content"] == "It is 42."
-    assert not parsed.get("tool_calls")
+    parsed = tokenizer.parse_response(tokenizer.encode("It is 42.", add_special_tokens=False), prefix=prompt)
+    assert parsed["content"] == "It is 42." and not parsed.get("tool_calls")

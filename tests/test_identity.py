@@ -3,7 +3,6 @@
 import json
 import re
 import threading
-import unicodedata
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
@@ -76,13 +75,6 @@ def test_korean_particles_follow_the_sound_before_them():
         assert format(Word(text), particles) == written
 
 
-def test_a_korean_identity_speaks_korean_with_the_right_particles():
-    answers = texts_of(conversations(Identity("하늘", "서점 사람들", "ko"), num=300), "assistant")
-    assert any("저는 하늘이에요" in a for a in answers) and any("서점 사람들이 저를 만들었어요" in a for a in answers)
-    assert not any(re.search("[A-Za-z{]", a) or "하늘예요" in a for a in answers)
-    assert all(unicodedata.is_normalized("NFC", a) for a in answers)
-
-
 @pytest.mark.parametrize("language", identity.LANGUAGES)
 def test_a_language_has_all_intents_and_its_phrasings_can_be_filled(language):
     me = Identity("Ophelia", "the club", language)
@@ -94,6 +86,8 @@ def test_a_language_has_all_intents_and_its_phrasings_can_be_filled(language):
         for text in (*ask, *test, *say):
             assert not set("{}/") & set(me.fill(text, "Siri"))
         assert all("{name" in text for text in say), "the assistant says its name"
+    answers = texts_of(conversations(Identity("하늘", "서점 사람들", "ko"), num=100), "assistant")
+    assert any("저는 하늘이에요" in a for a in answers) and any("서점 사람들이 저를 만들었어요" in a for a in answers)
 
 
 @pytest.mark.parametrize("name", ["identity", "identity-ko"])
@@ -193,18 +187,6 @@ def test_the_script_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_na
     system, order = FakeModel.prompts[0]
     assert "JSON" in system["content"] and "the club" in order["content"] and "Ahoy!" in order["content"]
     assert len({messages[1]["content"] for messages in FakeModel.prompts}) > 6
-
-
-@pytest.mark.slow
-def test_the_script_fills_templates_without_an_endpoint_and_names_one_that_is_not_there(tmp_path, make_identity):
-    facts, out = ROOT / "recipes" / "identity.yaml", tmp_path / "me.jsonl"
-    make_identity("--identity", facts, "--output", out, "--rows", 30)
-    assert len(out.read_text().splitlines()) == 30 and [path.name for path in tmp_path.iterdir()] == ["me.jsonl"]
-    make_identity("--identity", facts, "--output", out, "--rows", 5, "--split", "test")
-    written = [json.loads(line) for line in out.read_text().splitlines()]
-    assert written == list(conversations(identity.read_identity(facts), "test", 0, 5))
-    with pytest.raises(InputError, match="does not answer"):
-        make_identity("--identity", facts, "--output", out, "--rows", 1, "--endpoint", "http://127.0.0.1:9")
 
 
 @pytest.mark.slow

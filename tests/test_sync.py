@@ -254,7 +254,7 @@ def test_an_upload_cut_off_anywhere_leaves_a_whole_one(remote, tmp_path, monkeyp
         sync = Sync(place, bare)
         sync.fetch()
         steps.append(checkpoint.step_of(checkpoint.latest(bare.path / "base" / "state")))
-        write_checkpoint(bare, 3)
+        write_checkpoint(bare, 3, keep=1)
         sync.upload(*sync.next_due())
         assert names_at(place) == ["base/step_000003"]
     assert steps == sorted(steps) and set(steps) == {1, 2} and "set aside" not in capsys.readouterr().out
