@@ -50,7 +50,7 @@ REDUCED = {  # those that travel as what pickle would make them of
 }
 
 
-class Peer:
+class Endpoint:
     """One end of the channel: asks the other one, and answers it meanwhile."""
 
     operations: dict  # that the other side may ask for
@@ -245,7 +245,7 @@ OPERATIONS = {function.__name__: function for function in (
 )}  # fmt: skip
 
 
-class Solution(Peer):
+class Solution(Endpoint):
     operations, builtins = OPERATIONS, vars(builtins)
 
     def refer(self, value) -> dict:
@@ -294,7 +294,7 @@ class CannotBeCheckedError(BaseException):
     """The test would need to trust an object of the solution, or the solution one of the tests."""
 
 
-class Tests(Peer):
+class Tests(Endpoint):
     operations, builtins = {"call": operator.call, "next": next}, TYPES
     unchecked = ""  # why the tests cannot be checked
 
@@ -352,11 +352,11 @@ def refuse(what: str, *_):
 
 
 def forward(operation: str):
-    return lambda self, *arguments: PEER.ask(operation, self, *arguments)
+    return lambda self, *arguments: ENDPOINT.ask(operation, self, *arguments)
 
 
 def combine(operation: str):
-    return lambda self, other: (PEER.ask if isinstance(other, Remote) else refuse)(operation, self, other)
+    return lambda self, other: (ENDPOINT.ask if isinstance(other, Remote) else refuse)(operation, self, other)
 
 
 def refusal(operation: str):
@@ -366,14 +366,14 @@ def refusal(operation: str):
 def attribute(self, name: str):
     if name.startswith("__array"):
         raise AttributeError(name)  # numpy would read the memory at an address
-    return PEER.ask("getattr", self, name)
+    return ENDPOINT.ask("getattr", self, name)
 
 
 class TheirException(type):
     """The type of exception classes that stand for one of the other side."""
 
     def __call__(cls, *arguments, **options):
-        return PEER.ask("call", cls, *arguments, **options)
+        return ENDPOINT.ask("call", cls, *arguments, **options)
 
     __getattr__ = attribute
 
@@ -381,16 +381,16 @@ class TheirException(type):
 class Remote:  # noqa: PLW1641  (its __hash__ is below)
     # An object of the solution, for the tests. It has no attributes of its own, not even a docstring.
     __slots__ = ("__weakref__",)
-    __doc__ = property(lambda self: PEER.ask("getattr", self, "__doc__"))
+    __doc__ = property(lambda self: ENDPOINT.ask("getattr", self, "__doc__"))
 
     def __call__(self, *arguments, **options):
-        return PEER.ask("call", self, *arguments, **options)
+        return ENDPOINT.ask("call", self, *arguments, **options)
 
     def __eq__(self, other):
         if other is self:
             return True
-        how, *mine = PEER.ask("describe", self)
-        theirs = PEER.ask("describe", other)[1:] if isinstance(other, Remote) else None
+        how, *mine = ENDPOINT.ask("describe", self)
+        theirs = ENDPOINT.ask("describe", other)[1:] if isinstance(other, Remote) else None
         if how == "data":
             return mine[1] == (theirs[1] if theirs else other)
         if theirs and how != "identity" and mine[1] is not None and theirs == mine:
@@ -400,24 +400,24 @@ class Remote:  # noqa: PLW1641  (its __hash__ is below)
         return False
 
     def __contains__(self, value):
-        how, _, contents = PEER.ask("describe", self)
+        how, _, contents = ENDPOINT.ask("describe", self)
         if how == "data":
             return value in contents
-        if PEER.ask("hasattr", self, "__contains__"):
+        if ENDPOINT.ask("hasattr", self, "__contains__"):
             refuse("in")
         return any(item == value for item in self)
 
     def __instancecheck__(self, value):
-        return id(value) in PEER.theirs and PEER.ask("isinstance", value, self)
+        return id(value) in ENDPOINT.theirs and ENDPOINT.ask("isinstance", value, self)
 
     def __subclasscheck__(self, kind):
-        return PEER.ask("issubclass", kind, self)
+        return ENDPOINT.ask("issubclass", kind, self)
 
     def __format__(self, form):
         return format(str(self), form)
 
     def __deepcopy__(self, memo):
-        return PEER.ask("deepcopy", self)
+        return ENDPOINT.ask("deepcopy", self)
 
     __getattr__, __copy__, __hash__ = attribute, forward("copy"), forward("hash")
 
@@ -442,8 +442,8 @@ class KindOf(type):
     """Makes `type` of the tests, which gives the solution's classes for its objects."""
 
     def __call__(cls, *arguments):
-        ours = isinstance(arguments[0], type | BaseException) or id(arguments[0]) not in PEER.theirs
-        return type(*arguments) if ours else PEER.ask("type", *arguments)
+        ours = isinstance(arguments[0], type | BaseException) or id(arguments[0]) not in ENDPOINT.theirs
+        return type(*arguments) if ours else ENDPOINT.ask("type", *arguments)
 
     def __instancecheck__(cls, value):
         return isinstance(value, type)
@@ -455,24 +455,24 @@ class Names(dict):
     So do modules that solutions import: a solution's own `math` would be asked about what the tests expect.
     """
 
-    def __init__(self, peer: Tests):
+    def __init__(self, endpoint: Tests):
         super().__init__(__name__="tests", type=KindOf("type", (), {}))
-        self.module = peer.unpack({"object": [0]})
+        self.module = endpoint.unpack({"object": [0]})
 
     def __missing__(self, name):
         if name in MODULES:
             with contextlib.suppress(ImportError):
                 return importlib.import_module(MODULES[name])
-        if hasattr(builtins, name) or not PEER.ask("hasattr", self.module, name):
+        if hasattr(builtins, name) or not ENDPOINT.ask("hasattr", self.module, name):
             raise KeyError(name)
-        value = PEER.ask("getattr", self.module, name)
+        value = ENDPOINT.ask("getattr", self.module, name)
         if isinstance(value, Remote | type):
             self[name] = value
         return value
 
 
 def main(role: str, number: str) -> None:
-    global PEER
+    global ENDPOINT
     if role == "layers":
         print("ready", flush=True)
         return
@@ -480,8 +480,8 @@ def main(role: str, number: str) -> None:
     sys.set_int_max_str_digits(0)  # of what travels
     sys.argv, sys.stdin = [""], open(os.devnull)  # noqa: SIM115
     try:
-        PEER = (Solution if role == "solution" else Tests)(int(number))
-        result = (PEER.serve if role == "solution" else PEER.check)(code) or 0
+        ENDPOINT = (Solution if role == "solution" else Tests)(int(number))
+        result = (ENDPOINT.serve if role == "solution" else ENDPOINT.check)(code) or 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
     flush()
