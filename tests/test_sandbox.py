@@ -129,7 +129,7 @@ def attack(name: str) -> list[str]:
         group = Path("/proc/self/cgroup").read_text()
         left = [path for path in Path("/proc").glob("[0-9]*/cgroup") if path.parent.name != str(os.getpid())
                 and read(path) == group]  # fmt: skip
-        if "WROTE" in result.output or seconds > 8 or left:
+        if "WROTE" in result.output or seconds > 30 or left:
             fallen.append(f"{name} {number}: {seconds:.1f} s, {len(left)} processes left, {result}")
     return fallen
 
