@@ -108,6 +108,7 @@ def test_the_table_shows_rows_and_tokens(tmp_path):
 
 
 @real_data
+@pytest.mark.slow
 def test_the_real_data_gives_conversations_without_a_bad_row():
     parts = (
         ("conversations_train.jsonl", {}, 2109), ("identity_conversations.jsonl", {"epochs": 2}, 2 * 91),
