@@ -10,7 +10,6 @@ without it counts as absent. Older checkpoints are deleted there as in the run f
 names it and is renewed while it lives; another one is refused, and takes over what is not renewed any more.
 """
 
-import json
 import math
 import os
 import re
@@ -28,6 +27,8 @@ import psutil
 from accelerate.utils import gather_object
 from fsspec.core import url_to_fs
 from huggingface_hub.errors import RemoteEntryNotFoundError
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from .distributed import broadcast_from_main, get_dist_info, main_process_first, partial_state
 from .errors import InputError
@@ -37,7 +38,7 @@ from .train.checkpoint import complete_checkpoints, damage, manifest_of, sha256
 
 SYNCED = STAGES[:-1]  # all but the report
 NAME = re.compile(r"(\w+)--(finished|step_\d+(?:\.\d+)?|checkpoint-\d+)--[0-9a-f]{16}")
-MARK = "sync.json"  # {"run": its id, "time": seconds, "files": {path below the run folder: its SHA-256}}
+MARK = "sync.json"
 OWNER = "owner"  # "process 123 on HOST" and seconds
 POLL = 1.0  # seconds between looks at the run folder
 PAUSES = (1, 2, 4, 8)  # seconds before a failed transfer is tried again; longer ones follow during training
@@ -56,26 +57,27 @@ class FileStore:
         except Exception as error:  # no such protocol, its package is not installed, or it needs more than a URL
             raise InputError(f"--sync {url}: {one_line(error)}") from None
 
-    def marks(self, work: Path) -> dict[str, bytes | None]:
-        """{name: content of sync.json or None} of all uploads, half ones included; `work` is an empty folder."""
-        names = []
+    def names(self) -> set[str]:
+        """The folders at the URL."""
         with suppress(FileNotFoundError):
-            names = [PurePosixPath(path).name for path in self.fs.ls(self.root, detail=False)]
-        return {name: self.read(f"{name}/{MARK}") for name in filter(NAME.fullmatch, names)}
+            return {PurePosixPath(path).name for path in self.fs.ls(self.root, detail=False)}
+        return set()
 
     def put(self, folder: Path, name: str) -> None:
+        """Upload a folder, MARK last."""
         files = [path for path in folder.rglob("*") if path.is_file() and path != folder / MARK]
         targets = [f"{self.root}/{name}/{path.relative_to(folder).as_posix()}" for path in files]
         for parent in {str(PurePosixPath(target).parent) for target in targets}:
             self.fs.makedirs(parent, exist_ok=True)
         self.fs.put(list(map(str, files)), targets)
-        self.fs.pipe_file(f"{self.root}/{name}/{MARK}", (folder / MARK).read_bytes())
+        self.write(f"{name}/{MARK}", (folder / MARK).read_bytes())
 
     def get(self, name: str, files: list[str], folder: Path) -> None:
-        """Download `files` of an upload into `folder`; absent ones may raise FileNotFoundError."""
+        """Download `files` of an upload into `folder`; absent ones may be left out."""
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        self.fs.get([f"{self.root}/{name}/{file}" for file in files], [str(folder / file) for file in files])
+        with suppress(FileNotFoundError):
+            self.fs.get([f"{self.root}/{name}/{file}" for file in files], [str(folder / file) for file in files])
 
     def read(self, file: str) -> bytes | None:
         with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -86,12 +88,12 @@ class FileStore:
         self.fs.pipe_file(f"{self.root}/{file}", data)
 
     def remove(self, file: str) -> None:
-        if self.fs.exists(f"{self.root}/{file}"):
+        with suppress(FileNotFoundError):
             self.fs.rm_file(f"{self.root}/{file}")
 
     def delete(self, name: str) -> None:
         self.remove(f"{name}/{MARK}")  # first: an interruption must not leave a half upload that counts as whole
-        if self.fs.exists(f"{self.root}/{name}"):
+        with suppress(FileNotFoundError):
             self.fs.rm(f"{self.root}/{name}", recursive=True)
 
 
@@ -105,11 +107,8 @@ class HubStore:
         with friendly_hub_errors(self.repo):
             self.api.create_repo(self.repo, private=True, exist_ok=True)
 
-    def marks(self, work: Path) -> dict[str, bytes | None]:
-        names = {file.split("/")[0] for file in self.api.list_repo_files(self.repo)}
-        self.api.snapshot_download(self.repo, local_dir=work, allow_patterns=f"*/{MARK}")
-        paths = {name: work / name / MARK for name in filter(NAME.fullmatch, names)}
-        return {name: path.read_bytes() if path.exists() else None for name, path in paths.items()}
+    def names(self) -> set[str]:
+        return {file.split("/")[0] for file in self.api.list_repo_files(self.repo)}
 
     def put(self, folder: Path, name: str) -> None:
         message = f"Upload {name.rpartition('--')[0]}"
@@ -137,18 +136,23 @@ def order(place: str) -> list[float]:
     return [math.inf] if place == "finished" else [int(number) for number in re.findall(r"\d+", place)]
 
 
-def parse_mark(data: bytes | None, stage: str) -> dict | None:
+class Mark(TypedDict):
+    """The content of sync.json."""
+
+    run: str  # its id
+    time: float  # seconds
+    files: dict[str, str]  # path below the run folder -> SHA-256
+
+
+def parse_mark(data: bytes | None, stage: str) -> Mark | None:
     """The content of sync.json, or None if it is absent, cut off, or names files outside of the stage's folder."""
     try:
-        mark = json.loads(data or b"")
-        paths = [PurePosixPath(file).parts for file in mark["files"]]
-        json.dumps(mark, ensure_ascii=False).encode()  # half a pair of surrogates raises ValueError
-        list(mark["files"].items())
-        inside = all(len(parts) > 1 and parts[0] == stage and ".." not in parts for parts in paths)
-        typed = isinstance(mark["time"], float) and mark["run"].isalnum()
-        return mark if inside and paths and typed else None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # of another type
+        mark = TypeAdapter(Mark).validate_json(data or b"")
+    except ValueError:
         return None
+    paths = [PurePosixPath(file).parts for file in mark["files"]]
+    inside = all(len(parts) > 1 and parts[0] == stage and ".." not in parts for parts in paths)
+    return mark if inside and mark["run"].isalnum() else None
 
 
 class Sync:
@@ -159,7 +163,7 @@ class Sync:
         self.store = (HubStore if url.startswith("hf://") else FileStore)(url)
         self.uploads: dict[str, dict | None] = {}  # name of an upload -> its sync.json, None for a half one
         self.synced: set[tuple] = set()  # (stage, place, time of change) of what needs no upload any more
-        self.run_id, self.error = "", ""  # error: of the last upload, if it failed
+        self.run_id, self.error = "", ""  # error: why the last uploads failed
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.keep_up, daemon=True)
         self.me, self.other = f"process {os.getpid()} on {host_name()}", ""  # other: who took the URL over
@@ -226,17 +230,15 @@ class Sync:
         """
         with writing(self.work):
             shutil.rmtree(self.work, ignore_errors=True)
-            (self.work / "marks").mkdir(parents=True)
-        marks = self.repeated(self.store.marks, self.work / "marks")
-        self.uploads = {name: parse_mark(data, NAME.fullmatch(name)[1]) for name, data in marks.items()}
+            self.work.mkdir(parents=True)
+        for name in filter(NAME.fullmatch, self.repeated(self.store.names)):
+            data = self.repeated(self.store.read, f"{name}/{MARK}")
+            self.uploads[name] = parse_mark(data, NAME.fullmatch(name)[1])
         self.join_run()
-        for stage in SYNCED:
-            whole = [(*NAME.fullmatch(name).groups(), name, mark) for name, mark in self.uploads.items() if mark]
-            whole = [(place, name, mark) for its_stage, place, name, mark in whole if its_stage == stage]
-            local = self.local(stage)
-            for place, name, mark in sorted(whole, key=lambda one: (order(one[0]), one[2]["time"]), reverse=True):
-                if order(place) <= order(local) or self.download(stage, place, name, mark["files"]):
-                    break
+        whole = [(*NAME.fullmatch(name).groups(), name, mark) for name, mark in self.uploads.items() if mark]
+        for stage, place, name, mark in sorted(whole, key=lambda one: (order(one[1]), one[3]["time"]), reverse=True):
+            if order(place) > order(self.local(stage)):
+                self.download(stage, place, name, mark["files"])
 
     def join_run(self) -> None:
         """Take over the run's id from the URL into an empty run folder. Raises InputError if it holds another run."""
@@ -254,22 +256,17 @@ class Sync:
         with writing(path):
             path.write_text(self.run_id)
 
-    def download(self, stage: str, place: str, name: str, files: dict[str, str]) -> bool:
-        """Take over an upload if its checksums are right, else set it aside; returns whether they were."""
+    def download(self, stage: str, place: str, name: str, files: dict[str, str]) -> None:
+        """Take over an upload if its checksums are right, else set it aside."""
         folder = self.work / name
-        with suppress(FileNotFoundError):  # named below
-            self.repeated(self.store.get, name, list(files), folder)
+        self.repeated(self.store.get, name, list(files), folder)
         last = Path(stage, "metrics.json") if place == "finished" else Path(stage, "state", place)
-        listed = any(Path(file).is_relative_to(last) for file in files)
-        for file, checksum in files.items() if listed else ((last, None),):
-            intact = False
-            with suppress(OSError):  # a name that this disk does not allow
-                intact = (folder / file).is_file() and sha256(folder / file) == checksum
-            if not intact:
+        for file, checksum in files.items():
+            if not (folder / file).is_file() or sha256(folder / file) != checksum:
                 self.repeated(self.store.remove, f"{name}/{MARK}")
                 self.uploads[name] = None
                 print(f"{self.url}: {name}/{file} is damaged; set aside, using the upload before it, if any")
-                return False
+                return
         with writing(self.run.path):
             (self.run.path / last).parent.mkdir(parents=True, exist_ok=True)
             for file in (Path(file) for file in files if not Path(file).is_relative_to(last)):
@@ -278,15 +275,12 @@ class Sync:
             shutil.rmtree(self.run.path / last, ignore_errors=True)  # a chat stage's half checkpoint
             os.replace(folder / last, self.run.path / last)
         print(f"{self.url}: took {stage}, {place}")
-        return True
 
     def repeated(self, action: Callable, *args):
         """action(*args), tried again with pauses. Raises InputError when it keeps failing."""
         for pause in (*PAUSES, None):
             try:
                 return action(*args)
-            except FileNotFoundError:
-                raise
             except Exception as error:  # each file system has its own
                 if pause is None:
                     raise InputError(f"--sync {self.url}: {one_line(error)}") from None
@@ -295,27 +289,24 @@ class Sync:
     # --- from the run folder to the URL
 
     def keep_up(self) -> None:
-        """The thread: upload what is due, until `close`; then until nothing is left or it keeps failing."""
-        failures, was_closing = 0, False
-        while True:
-            closing, due = self.closing.is_set(), None
-            failures, was_closing = (0 if closing and not was_closing else failures), closing
+        """The thread: upload what is due, until `close`; then once more, with a few attempts."""
+        failures = 0
+        while not self.closing.wait(min(PAUSES[0] * 2 ** (failures - 1), LONGEST_PAUSE) if failures else POLL):
             try:
-                due = self.next_due()
-                if due:
-                    self.upload(*due)
-                failures, self.error = 0, ""
+                self.upload_due()
+                failures = 0
             except Exception as error:  # of any kind, also a checkpoint that a newer one replaced meanwhile
-                failures, self.error = failures + 1, one_line(error)
-                if failures == len(PAUSES) and not closing:
-                    print(f"warning: {self.url} is behind: {self.error}; training continues, the upload is retried")
-            if closing and (failures > len(PAUSES) or not (due or failures)):
-                return
-            if failures:
-                pause = min(PAUSES[0] * 2 ** (failures - 1), LONGEST_PAUSE)
-                time.sleep(pause) if closing else self.closing.wait(pause)
-            elif not due:
-                self.closing.wait(POLL)
+                failures += 1
+                if failures == len(PAUSES):
+                    print(f"warning: {self.url} is behind: {one_line(error)}; training continues, it is retried")
+        try:
+            self.repeated(self.upload_due)
+        except InputError as error:
+            self.error = str(error)
+
+    def upload_due(self) -> None:
+        while due := self.next_due():
+            self.upload(*due)
 
     def next_due(self) -> tuple | None:
         """(stage, place, time of change) of what to upload next: finished stages in order, then a checkpoint."""

@@ -2,7 +2,6 @@
 
 import io
 import threading
-import time
 from collections import Counter
 from itertools import cycle, islice, pairwise
 
@@ -21,7 +20,7 @@ from nanochat_hf.errors import InputError
 BOS, UNSET = 0, 65535
 STRATEGIES = ["bfd", "bfd_split"]
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=80)
-slowly = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+slowly = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def documents_of(sizes: list[int], first: int = 1) -> list[np.ndarray]:
@@ -111,13 +110,6 @@ def test_only_the_last_document_of_a_row_is_cut():
         packer([], strategy="wrapped")
 
 
-def test_what_waits_does_not_keep_the_memory_of_a_long_document():
-    one = packer([np.zeros(1_000_000, np.uint16)], 101, strategy="bfd_split")
-    for _ in range(9990):
-        one.take(101)
-    assert sum(len(piece if piece.base is None else piece.base) for piece in one.waiting()) < 2000
-
-
 # The loader
 
 NUM_DOCUMENTS = 150
@@ -169,18 +161,19 @@ def test_ranks_share_the_rows_of_one_rank_whatever_the_threads(
 
 
 @pytest.mark.parametrize("packing_strategy", STRATEGIES)
-@pytest.mark.parametrize("taken", [0, 1, 7, 40])
+@pytest.mark.parametrize("taken", [0, 7, 40])
 def test_a_resumed_loader_gives_the_batches_that_would_have_come(folder, tokenizer, taken, packing_strategy):
     whole = list(islice(loader(folder, tokenizer, packing_strategy=packing_strategy), taken + 10))
     first, second = (loader(folder, tokenizer, packing_strategy=packing_strategy) for _ in range(2))
     list(islice(first, taken))
     state = saved_and_loaded(first.state_dict())
-    second.load_state_dict({key.replace("shards", "lanes"): value for key, value in state.items()})  # as of old
+    second.load_state_dict(state)
     assert all((batch == expected).all() for batch, expected in zip(islice(second, 10), whole[taken:]))
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("before,after,batch_size", [(1, 4, 4), (4, 1, 1), (2, 4, 2), (4, 2, 1), (1, 4, 3), (2, 4, 3)])
+@pytest.mark.parametrize(
+    ("before", "after", "batch_size", "mixed"), [(1, 4, 3, True), (4, 1, 1, False), (4, 2, 1, True), (2, 4, 3, False)]
+)
 def test_a_run_resumes_on_another_number_of_ranks_without_losing_or_repeating_a_row(
     folder, tokenizer, before, after, batch_size, mixed
 ):
@@ -205,7 +198,6 @@ def test_the_state_is_that_of_the_last_batch_handed_out_and_not_of_the_thread(fo
     ahead = loader(folder, tokenizer, prefetch=6)
     list(islice(ahead, 2))
     before = ahead.state_dict()
-    time.sleep(0.2)  # the thread works meanwhile
     assert ahead.state_dict()["rows"] == before["rows"] == 4
     ahead.close()
     later = loader(folder, tokenizer)
@@ -258,18 +250,7 @@ def test_every_token_comes_once_in_an_epoch_of_interruptions_by_other_numbers_of
     assert len(again) < NUM_DOCUMENTS / 2
 
 
-def test_few_documents_wait_where_they_are_long(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("nanochat_hf.data.dataloader.CHUNK_CHARS", 1000)
-    write(tmp_path, ["zq " * 3000] * 40)
-    one = loader(tmp_path, tokenizer, num_shards=1, buffer_size=8)
-    read, longest = len(tokenizer("zq " * 3000)["input_ids"]), 0
-    for _ in range(400):
-        next(one)
-        longest = max(longest, len(one.state_dict()["shards"][0]["tokens"]))
-    assert read // 2 < longest < read * 1.04 + 8 * 33  # a bos per row
-
-
-def test_states_that_do_not_fit_are_refused(folder, tokenizer):
+def test_states_that_do_not_fit_and_errors_of_the_thread_are_refused(folder, tokenizer, tmp_path):
     assert loader(folder, tokenizer, 0, 3).num_shards == 6
     ranks = [loader(folder, tokenizer, rank, 2) for rank in range(2)]
     states = [next(rank) is not None and rank.state_dict() for rank in ranks]
@@ -280,14 +261,9 @@ def test_states_that_do_not_fit_are_refused(folder, tokenizer):
     next(ranks[1])
     with pytest.raises(InputError, match="different steps"):
         loader(folder, tokenizer).load_state_dict([states[0], ranks[1].state_dict()])
-
-
-def test_an_error_of_the_thread_reaches_the_caller(tmp_path, tokenizer):
     write(tmp_path, [])
-    one = loader(tmp_path, tokenizer)
-    for _ in range(2):
-        with pytest.raises(InputError, match="has no documents"):
-            next(one)
+    with pytest.raises(InputError, match="has no documents"):  # of the thread
+        next(loader(tmp_path, tokenizer))
 
 
 def test_the_epoch_is_counted_and_validation_is_its_own_data(folder, tokenizer):

@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import _import_func_in_yml, load_yaml
 
 from nanochat_hf.eval.core import load_tasks, run_lm_eval
-from nanochat_hf.eval.harness import EvalConfig
+from nanochat_hf.eval.harness import EvalConfig, format_result
 from nanochat_hf.eval.lm_eval_model import LocalLM
 from nanochat_hf.eval.tasks import Tasks, majority, sample_row, standard_error, write_jsonl
 
@@ -172,7 +172,16 @@ HUMANEVAL = {
     ],
 )
 def test_humaneval_answers_are_run_with_the_tests(text, passed):
-    assert function("utils.humaneval_results")(HUMANEVAL, [text])["acc"] == passed
+    results = function("utils.humaneval_results")(HUMANEVAL, [text])
+    assert (results["acc"], results["unchecked"]) == (passed, 0.0)
+
+
+def test_tests_of_humaneval_that_cannot_be_checked_are_counted_and_said():
+    doc = HUMANEVAL | {"test": "class Own: pass\ndef check(f):\n    f([Own()])\n"}
+    results = function("utils.humaneval_results")(doc, [["def double(xs):\n    return xs", "no program"]])
+    assert (results["acc"], results["unchecked"]) == (0.0, 0.5)
+    result = {"value": 0.5, "n": 4, "unchecked": 2}
+    assert format_result(result).endswith(", 2 of 4 tests cannot be checked and count as wrong")
 
 
 def test_words_of_a_docstring_are_no_imports():

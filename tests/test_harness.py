@@ -126,7 +126,7 @@ def test_generated_code_needs_a_sandbox_before_a_model_is_loaded(run, loads, mon
     keys = {"tasks": ["nanochat_humaneval"], "chat_data": str(tmp_path), "dataset": None}
     assert measure(run, engine=None, **keys)["results"]["sft"]["HumanEval"]["n"] == 1
     assert f"[eval] sandbox of generated code: {', '.join(sandbox.layers())}" in capsys.readouterr().out
-    monkeypatch.setattr(sandbox, "layers", lambda: ("cgroups",))
+    monkeypatch.setattr(sandbox, "layers", lambda: ("namespaces",))
     monkeypatch.setenv(sandbox.ALLOW, "")
     assert loads() == ["base", "sft"]
     with pytest.raises(InputError, match="as root with all files"):

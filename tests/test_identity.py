@@ -3,7 +3,6 @@
 import json
 import re
 import threading
-import unicodedata
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
@@ -63,29 +62,17 @@ def test_the_test_asks_in_phrasings_that_no_training_has():
         list(conversations(mute, num=500))
 
 
-@pytest.mark.parametrize(
-    "text,particles,written",
-    [
-        ("모델", "이에요/예요", "모델이에요"),
-        ("오필리아", "이에요/예요", "오필리아예요"),
-        ("Ophelia", "은/는", "Ophelia는"),
-        ("nanochat", "이/가", "nanochat이"),
-        ("로봇 7", "이/가", "로봇 7이"),
-        ("로봇 0", "은/는", "로봇 0은"),
-        ("로봇 2 (새것!)", "이/가", "로봇 2 (새것!)이"),
-        ("?!", "이/가", "?!가"),
-        ("모델", "", "모델"),
-    ],
-)
-def test_korean_particles_follow_the_sound_before_them(text, particles, written):
-    assert format(Word(text), particles) == written
-
-
-def test_a_korean_identity_speaks_korean_with_the_right_particles():
-    answers = texts_of(conversations(Identity("하늘", "서점 사람들", "ko"), num=300), "assistant")
-    assert any("저는 하늘이에요" in a for a in answers) and any("서점 사람들이 저를 만들었어요" in a for a in answers)
-    assert not any(re.search("[A-Za-z{]", a) or "하늘예요" in a for a in answers)
-    assert all(unicodedata.is_normalized("NFC", a) for a in answers)
+def test_korean_particles_follow_the_sound_before_them():
+    for text, particles, written in (
+        *(("모델", "이에요/예요", "모델이에요"), ("오필리아", "이에요/예요", "오필리아예요"), ("모델", "", "모델")),
+        *(("Ophelia", "은/는", "Ophelia는"), ("nanochat", "이/가", "nanochat이"), ("?!", "이/가", "?!가")),
+        *(
+            ("로봇 7", "이/가", "로봇 7이"),
+            ("로봇 0", "은/는", "로봇 0은"),
+            ("로봇 2 (새것!)", "이/가", "로봇 2 (새것!)이"),
+        ),
+    ):
+        assert format(Word(text), particles) == written
 
 
 @pytest.mark.parametrize("language", identity.LANGUAGES)
@@ -99,6 +86,8 @@ def test_a_language_has_all_intents_and_its_phrasings_can_be_filled(language):
         for text in (*ask, *test, *say):
             assert not set("{}/") & set(me.fill(text, "Siri"))
         assert all("{name" in text for text in say), "the assistant says its name"
+    answers = texts_of(conversations(Identity("하늘", "서점 사람들", "ko"), num=100), "assistant")
+    assert any("저는 하늘이에요" in a for a in answers) and any("서점 사람들이 저를 만들었어요" in a for a in answers)
 
 
 @pytest.mark.parametrize("name", ["identity", "identity-ko"])
@@ -129,6 +118,7 @@ def turn(question: str, answer: str) -> str:
     ],
 )
 def test_what_a_model_wrote_is_taken_out_of_its_fence_and_checked(text, reason):
+    assert parse(turn("Are you ChatGPT?", "No, I am Ophelia, not ChatGPT."), OPHELIA)  # the user asked about it
     fenced = f"Here you are:\n```json\n{turn('Hi', 'I am Ophelia.')}\n```"
     assert parse(fenced, OPHELIA)[1]["content"] == "I am Ophelia."
     with pytest.raises(BadRow, match=reason):
@@ -200,18 +190,6 @@ def test_the_script_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_na
 
 
 @pytest.mark.slow
-def test_the_script_fills_templates_without_an_endpoint_and_names_one_that_is_not_there(tmp_path, make_identity):
-    facts, out = ROOT / "recipes" / "identity.yaml", tmp_path / "me.jsonl"
-    make_identity("--identity", facts, "--output", out, "--rows", 30)
-    assert len(out.read_text().splitlines()) == 30 and [path.name for path in tmp_path.iterdir()] == ["me.jsonl"]
-    make_identity("--identity", facts, "--output", out, "--rows", 5, "--split", "test")
-    written = [json.loads(line) for line in out.read_text().splitlines()]
-    assert written == list(conversations(identity.read_identity(facts), "test", 0, 5))
-    with pytest.raises(InputError, match="does not answer"):
-        make_identity("--identity", facts, "--output", out, "--rows", 1, "--endpoint", "http://127.0.0.1:9")
-
-
-@pytest.mark.slow
 def test_a_model_trained_on_an_identity_says_its_name_when_asked_in_other_words(
     tiny_folder, tokenizer, tmp_path, fresh_accelerator
 ):
@@ -228,7 +206,3 @@ def test_a_model_trained_on_an_identity_says_its_name_when_asked_in_other_words(
             answer = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
         named += "Ophelia" in tokenizer.decode(answer)
     assert named >= 0.9 * len(prompts)
-
-
-def test_the_assistant_may_deny_a_name_that_the_user_asked_about():
-    assert parse(turn("Are you ChatGPT?", "No, I am Ophelia, not ChatGPT."), OPHELIA)[0]["role"] == "user"

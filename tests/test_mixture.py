@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_hf.data import mixture as module
 from nanochat_hf.data.mixture import DatasetConfig, JsonLines, Mixture, open_rows, shared
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
@@ -44,9 +43,6 @@ def test_bad_rows_are_skipped_and_counted_with_number_and_reason(tmp_path):
     assert len(list(twice)) == 4 and len(twice.skipped) == 4 and twice.summary()[0]["bad"] == 8
     with pytest.raises(InputError, match=r"row \d of .*; mend it or set on_bad_example: skip"):
         list(Mixture([{"dataset": str(tmp_path / "chat.jsonl")}], on_bad_example="error"))
-    mixture.skipped.clear()
-    mixture.skip(0, 9, "300 tokens, the context has 256")  # as the trainer does
-    assert [(bad["row"], bad["reason"]) for bad in mixture.skipped] == [(9, "300 tokens, the context has 256")]
 
 
 def test_the_same_seed_gives_the_same_stream_and_another_seed_another_order(tmp_path):
@@ -97,14 +93,9 @@ def test_an_entry_without_a_usable_row_is_refused_with_the_reason(tmp_path, row,
             list(Mixture(entries))
 
 
-def test_an_entry_with_one_usable_row_is_not_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_LISTED_REASONS", 0)
-    path = write(tmp_path / "some.jsonl", [{"no": 1}] * 20 + [chat("a", "b")])
-    mixture = Mixture([{"dataset": path}])
+def test_an_entry_with_one_usable_row_is_not_refused(tmp_path):
+    mixture = Mixture([{"dataset": write(tmp_path / "some.jsonl", [{"no": 1}] * 20 + [chat("a", "b")])}])
     assert len(list(mixture)) == len(list(mixture)) == 1 and mixture.entries[0].num_bad == 20
-    bad = write(tmp_path / "bad.jsonl", [{"no": 1}] * 20)
-    with pytest.raises(InputError, match="no column"):  # also when no more reasons are kept
-        list(Mixture([{"dataset": bad}]))
 
 
 def test_the_table_shows_rows_and_tokens(tmp_path):
@@ -117,6 +108,7 @@ def test_the_table_shows_rows_and_tokens(tmp_path):
 
 
 @real_data
+@pytest.mark.slow
 def test_the_real_data_gives_conversations_without_a_bad_row():
     parts = (
         ("conversations_train.jsonl", {}, 2109), ("identity_conversations.jsonl", {"epochs": 2}, 2 * 91),
@@ -219,13 +211,12 @@ def test_suffixes_have_any_case_and_what_is_not_read_is_named(tmp_path, capsys):
         Mixture([{"dataset": str(tmp_path), "split": "validation"}])
 
 
-@pytest.mark.parametrize("name", ["v[2]", "star*", "what?", "a{b}", "x,y", "hash#1", "100%", "~tilde", "a=b", "한 국"])
+@pytest.mark.parametrize("name", ["v[2]", "star*", "a{b} 100%#, 한 국?"])
 def test_names_of_folders_are_no_patterns(tmp_path, name):
-    for folder in (name, "v2", "starfish", "whatX"):  # what the names would match as patterns
+    for folder in (name, "v2", "starfish"):  # what the names would match as patterns
         (tmp_path / folder).mkdir()
         pq.write_table(pa.Table.from_pylist([chat(folder, "b")]), tmp_path / folder / "train.parquet")
-    for dataset in (tmp_path / name, tmp_path / name / "train.parquet"):
-        assert first_texts({"dataset": str(dataset)}) == [name]
+    assert first_texts({"dataset": str(tmp_path / name)}) == [name]
 
 
 def test_an_id_of_the_hub_may_have_a_dot(monkeypatch):

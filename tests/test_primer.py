@@ -28,10 +28,10 @@ from nanochat_hf.tools import calculate
 
 
 @cache
-def training_texts(seed: int = 0) -> list[str]:
-    """Everything that a demo run may train on, as text: all documents, and each message of all conversations."""
-    texts = list(documents("train", seed))
-    for row in conversations("train", seed):
+def training_texts() -> list[str]:
+    """A quarter of what a demo run trains on: documents, and each message of the conversations."""
+    texts = list(documents("train", rounds=corpus.DOCUMENT_ROUNDS // 4))
+    for row in conversations("train", rounds=corpus.CONVERSATION_ROUNDS // 4):
         for message in row["messages"]:
             calls = [call["function"]["arguments"]["expression"] for call in message.get("tool_calls", [])]
             texts += [message["content"], *calls]
@@ -74,22 +74,14 @@ def test_no_test_question_stands_in_training():
                 assert question not in everything, question
 
 
-def test_no_held_out_pair_of_operands_stands_in_training():
+def test_no_held_out_pair_of_operands_and_no_held_out_word_stands_in_training_and_no_rude_one():
     for text in training_texts():
         for a, b in re.findall(r"(\d+) ?(?:[-+*]|plus|minus|times|and|by|from|away from) ?(?=(\d+))", text):
             assert not corpus.held_out_pair(int(a), int(b)), text
-
-
-def test_no_held_out_word_stands_in_training():
     held_out = {word for word in (*WORDS, *TRIPLE_WORDS) if corpus.held_out_word(word)}
-    assert len(held_out) >= 150
-    used = {word for text in training_texts() for word in re.findall(r"[a-z]+", text.lower())}
-    assert not held_out & used
-
-
-def test_spliced_training_words_are_never_rude():
     spelled = {word for text in training_texts() for word in re.findall(r'"(\w+)"', text)}
-    assert len(spelled) > 5000
+    used = {word for text in training_texts() for word in re.findall(r"[a-z]+", text.lower())}
+    assert len(held_out) >= 150 and not held_out & used and len(spelled) > 2000
     assert not [word for word in spelled - {*WORDS, *TRIPLE_WORDS} if corpus.RUDE.search(word)]
 
 
@@ -125,16 +117,13 @@ def test_the_assistants_own_words_are_graded_as_correct():
 
 
 def test_the_tool_gives_what_the_conversations_say_it_gave():
-    for row in islice(conversations("train", 1), 3000):
+    for row in conversations("train", 1, rounds=1):
         for before, after in zip(row["messages"], row["messages"][1:], strict=False):
             for call in before.get("tool_calls", []):
                 assert calculate(call["function"]["arguments"]["expression"]) == after["content"]
 
 
-DIGESTS = {
-    documents: "3ccadee372f9fe78",
-    conversations: "fddfb248513275e5",
-}  # checkpoints of the demo resume on this text
+DIGESTS = {documents: "3ccadee372f9fe78", conversations: "fddfb248513275e5"}  # on which checkpoints of the demo resume
 
 
 @pytest.mark.parametrize("make", DIGESTS)
@@ -144,22 +133,21 @@ def test_the_text_follows_from_the_seed_and_is_that_of_every_version(make):
     assert sha256(json.dumps(first).encode()).hexdigest()[:16] == DIGESTS[make]
 
 
-def test_pairs_are_held_out_in_either_order_and_words_by_their_letters():
+def test_pairs_are_held_out_in_either_order():
     pairs = [(a, b) for a in range(1, 60) for b in range(a, 60)]
     assert all(corpus.held_out_pair(a, b) == corpus.held_out_pair(b, a) for a, b in pairs)
     assert 0.07 < sum(corpus.held_out_pair(*pair) for pair in pairs) / len(pairs) < 0.13  # a tenth
-    assert 0.15 < sum(map(corpus.held_out_word, WORDS)) / len(WORDS) < 0.25  # a fifth
 
 
 def test_conversations_fit_in_the_context_of_the_demo_model():
-    tokenizer = train_bpe(documents("train", rounds=4), 1024, digit_group=1)
+    tokenizer = train_bpe(documents("train", rounds=1), 1024, digit_group=1)
     for split in ("train", "test"):
-        for row in islice(conversations(split), 1000):
+        for row in islice(conversations(split), 300):
             assert len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) <= 128
 
 
 def test_rows_are_messages_in_order_and_can_be_of_some_kinds_only():
-    for row in islice(conversations("train"), 2000):
+    for row in islice(conversations("train"), 500):
         roles = [message["role"] for message in row["messages"]]
         assert roles[0] == "user" and roles[-1] == "assistant" and len(roles) >= 2
         assert row["kind"] in (*corpus.CHAT_KINDS, "mixed")
@@ -184,12 +172,6 @@ def test_questions_are_rows_to_grade(kind):
         assert asked_for == sorted((r.name, entity) for r in RELATIONS for entity in r.facts)
 
 
-def test_the_corpus_is_large_enough_for_the_demo():
-    one = sum(map(len, documents("train", rounds=1)))
-    assert one * corpus.DOCUMENT_ROUNDS > 2_500_000  # characters, about a million tokens
-    assert sum(1 for _ in conversations("train", rounds=1)) * corpus.CONVERSATION_ROUNDS > 20_000
-
-
 def test_an_unknown_split_or_kind_is_named():
     for make, word in (
         (lambda: next(documents("dev")), "dev"),
@@ -200,68 +182,3 @@ def test_an_unknown_split_or_kind_is_named():
     ):
         with pytest.raises(InputError, match=word):
             make()
-
-
-# The tables of world.yaml
-
-
-def test_the_world_has_at_least_400_facts_in_many_phrasings():
-    assert sum(len(relation.facts) for relation in RELATIONS) >= 400
-    for relation in RELATIONS:
-        phrasings = {*relation.questions, *(f.format(n=n) for f in WORLD["frames"] for n in relation.nouns)}
-        assert len(phrasings) >= 16 and len(relation.test_questions) >= 2
-        assert len(set(relation.statements)) >= 5
-
-
-def test_no_single_value_answers_many_facts_of_a_relation():
-    most, total = 0, 0
-    for relation in RELATIONS:
-        counts = Counter(relation.facts.values())
-        assert max(counts.values()) - min(counts.values()) <= 1, relation.name
-        most, total = most + max(counts.values()), total + len(relation.facts)
-    assert most / total < 0.08  # the majority baseline over all facts
-
-
-def test_no_name_of_the_world_means_two_things():
-    names = [name for relation in RELATIONS[:9:3] for name in relation.facts]
-    assert len(names) == len(set(names))
-    for relation in RELATIONS:
-        assert all(relation.facts[e] != e for e in relation.facts)
-
-
-def test_no_test_phrasing_is_a_training_phrasing_of_any_relation():
-    for relation in RELATIONS:
-        train = {normal(q) for q in relation.questions}
-        train |= {normal(f.format(n=n)) for f in WORLD["frames"] for n in relation.nouns}
-        test = {normal(q) for q in relation.test_questions}
-        test |= {normal(f.format(n=n)) for f in WORLD["test_frames"] for n in relation.nouns}
-        assert not train & test
-    train, test = ({normal(q) for t in WORLD["identity"] for q in t[key]} for key in ("questions", "test_questions"))
-    assert not train & test
-
-
-def test_every_phrasing_has_the_places_that_are_filled():
-    for relation in RELATIONS:
-        for text in (*relation.nouns, *relation.questions, *relation.test_questions):
-            assert text.count("{e}") == 1 and "{v}" not in text
-        for text in (relation.answer, *relation.statements):
-            assert text.count("{e}") == 1 and text.count("{v}") == 1
-    for text in (*WORLD["frames"], *WORLD["test_frames"]):
-        assert text.count("{n}") == 1
-    for sign, phrasings in WORLD["sum_questions"].items():
-        assert len(phrasings) >= 8 and all("{a}" in q and "{b}" in q for q in phrasings), sign
-
-
-def test_hard_problems_are_worded_unlike_the_taught_ones():
-    assert not {normal(text) for _, text in WORLD["problems"]} & {normal(text) for _, text in WORLD["hard_problems"]}
-    for sign in "+-*":
-        assert sum(s == sign for s, _ in WORLD["problems"]) == sum(s == sign for s, _ in WORLD["hard_problems"]) == 2
-
-
-def test_words_come_once_with_all_letters_and_triple_words_have_a_letter_three_times():
-    words = [*WORDS, *TRIPLE_WORDS]
-    assert len(words) == len(set(words)) > 800 and len(TRIPLE_WORDS) > 150
-    assert all(re.fullmatch("[a-z]{3,12}", word) for word in words)
-    assert all(3 in Counter(word).values() for word in TRIPLE_WORDS)
-    counts = Counter("".join(words))
-    assert all(counts[letter] >= 5 for letter in "abcdefghijklmnopqrstuvwxyz")

@@ -30,7 +30,7 @@ any_text = st.lists(st.one_of(parts, st.text())).map("".join)
 
 
 @given(any_text)
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_text_comes_back_byte_for_byte_and_holds_no_special_token_but_the_first(tokenizer, text):
     (ids,) = encode_documents(tokenizer, [text])
     assert tokenizer.decode(ids[1:]).encode() == text.encode()
@@ -39,14 +39,9 @@ def test_any_text_comes_back_byte_for_byte_and_holds_no_special_token_but_the_fi
     assert np.array(module.token_byte_lengths(tokenizer))[ids].sum() == len(text.encode())
     assert tokenizer("<|assistant_end|>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
 
-
-@given(any_text)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_stripped_text_spells_no_special_token_and_other_text_stays(text):
     stripped = module.strip_special_tokens(text)
     assert not any(token in stripped for token in SPECIAL_TOKENS)
-    if not any(token in text for token in SPECIAL_TOKENS):
-        assert stripped == text
+    assert stripped == text or any(token in text for token in SPECIAL_TOKENS)
     for nested in ("<|bo<|bos|>s|>", "<|<|bos|>bos|>"):
         assert "<|bos|>" not in module.strip_special_tokens(nested)
 
@@ -57,12 +52,8 @@ def test_special_tokens_stand_last_and_in_order(tokenizer):
     assert set(tokenizer.all_special_tokens) == set(SPECIAL_TOKENS) and tokenizer.padding_side == "left"
     marks = tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token
     assert marks == ("<|bos|>", "<|assistant_end|>", "<|bos|>")
-
-
-def test_every_byte_is_a_token(tokenizer):
     lengths = np.array(module.token_byte_lengths(tokenizer))
-    assert (lengths == 1).sum() == 256
-    assert (lengths[-9:] == 0).all() and (lengths[:-9] > 0).all()
+    assert (lengths == 1).sum() == 256 and (lengths[-9:] == 0).all() and (lengths[:-9] > 0).all()
 
 
 def test_a_saved_tokenizer_loads_with_the_auto_class_and_is_the_same(tokenizer, tmp_path):

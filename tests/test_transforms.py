@@ -109,17 +109,13 @@ def test_spelling_separates_letters_by_commas_and_the_bee_counts_by_hand_and_che
         ([USER, {**REPLY, "content": " \n"}], "message 2 is empty"),
         ([USER, {**REPLY, "content": None}], "message 2 has no text"),
         ([{"role": "user"}, REPLY], "message 1 has no text"),
-        ([{**USER, "content": 5}, REPLY], "message 1 has no text"),
         ([{"role": "system", "content": 5}, USER, REPLY], "message 1 has no text"),
         ([{"role": "system", "content": "a"}, REPLY], "message 2 is of role"),
         ([{**USER, "content": [{"type": "image", "text": "x"}]}, REPLY], "unknown part"),
         ([{**USER, "content": [{"type": "text"}]}, REPLY], "without text"),
         ([{**USER, "content": [{"type": "python", "text": "1"}]}, REPLY], "not the assistant's"),
-        ([USER, {"role": "tool", "content": "b"}, REPLY], "tool"),
         ([USER, {**REPLY, "tool_calls": [{"x": 1}]}], "none"),
-        ([USER, {**REPLY, "tool_calls": [{"function": {"arguments": {}}}]}], "none"),
         ([{**USER, "tool_calls": [call("1")]}, REPLY], "message 1 has a tool call and is not"),
-        ([USER, calling(call("1")), USER, REPLY], "message 3 is of role 'user', expected tool"),
         ([USER, calling(call("1")), REPLY], "message 3 is of role 'assistant', expected tool"),
         ([USER, calling(call("1")), result(), result(), REPLY], "message 4 is of role 'tool', expected assistant"),
         ([USER, calling(call("1"), call("2")), result(), REPLY], "message 2 has 2 calls"),
@@ -132,12 +128,6 @@ def test_spelling_separates_letters_by_commas_and_the_bee_counts_by_hand_and_che
 def test_what_is_no_conversation_is_named(messages, reason):
     with pytest.raises(BadRow, match=re.escape(reason)):
         check(messages)
-
-
-def test_conversations_with_a_system_message_parts_or_tools_are_fine():
-    check([{"role": "system", "content": "Be brief."}, USER, REPLY, USER, REPLY])
-    check([USER, {"role": "assistant", "content": PARTS}])
-    check(transforms.spelling_bee({"word": "owl"}, Random(1)))
 
 
 @pytest.mark.parametrize(
@@ -181,18 +171,13 @@ def test_expressions_that_look_like_json_stay_expressions(expression):
         (call({"expression": "1", "digits": 3}), "not expression, digits"),
         (call({"expression": 5}), "python takes one text"),
         (call({}), "not nothing"),
-        (call(None), "not nothing"),
-        (call(""), "not nothing"),
         (call("[1, 2]"), "no JSON object: [1, 2]"),
         (call("[" * 100_000), "no JSON object: [["),
         (call('"1+1"'), 'no JSON object: "1+1"'),
-        (call("true"), "no JSON object: true"),
-        (call("null"), "no JSON object: null"),
         (call('{"expression": "1'), "no JSON object"),
         (call([1]), "no mapping: [1]"),
         (call("Ulm", "weather"), "no JSON object: Ulm"),
         (call("1", ""), "names no function"),
-        ("python", "names no function"),
         ({"function": "python"}, "names no function"),
     ],
 )
@@ -251,6 +236,7 @@ def test_results_without_an_id_answer_the_calls_that_are_left(ids, answered, ord
 
 
 def test_a_reply_that_is_not_to_be_learned_is_named():
+    check([{"role": "system", "content": "Be brief."}, USER, REPLY, USER, {"role": "assistant", "content": PARTS}])
     check([USER, {**REPLY, "weight": 1}, {**USER, "weight": 0}, {**REPLY, "weight": None}])
     for weight in (0, 0.5, False):
         with pytest.raises(BadRow, match=f"message 2 has the weight {weight}"):
@@ -266,6 +252,7 @@ def test_a_reply_that_is_not_to_be_learned_is_named():
         ("messages", {"messages": [USER, REPLY]}),
         ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
         ("instruction", {"instruction": "a", "output": "b"}),
+        ("instruction", {"instruction": "", "input": "a", "output": "b"}),
     ],
 )
 def test_a_system_message_beside_the_messages_comes_first_and_a_history_is_refused(transform, row):
@@ -322,9 +309,3 @@ def test_texts_of_neighboring_parts_are_joined():
         assert normalize([{"role": "user", "content": odd}]) == [{"role": "user", "content": odd}]
     for odd in ("text", None, ["a"], {"role": "user"}):
         assert normalize(odd) == odd
-
-
-def test_an_instruction_is_followed_by_its_input():
-    row = {"id": "1", "instruction": "번역하세요.", "input": "hello", "output": "안녕"}
-    assert [m["content"] for m in TRANSFORMS["instruction"](row, RNG)] == ["번역하세요.\n\nhello", "안녕"]
-    assert TRANSFORMS["instruction"]({**row, "input": ""}, RNG)[0]["content"] == "번역하세요."

@@ -111,8 +111,17 @@ def hash_results(doc: dict, results: list) -> dict[str, float]:
 
 
 def humaneval_results(doc: dict, results: list) -> dict[str, float]:
-    """Runs the answer's first code block (or all of it) and the tests, in two sandboxes."""
-    return _graded(results[0], lambda text: run_sandboxed(*humaneval_program(doc, text)).passed)
+    """Runs the answer's first code block (or all of it) and the tests, in two sandboxes.
+
+    unchecked = share of answers whose tests cannot be checked there; they count as wrong.
+    """
+    runs = []
+
+    def passes(text: str) -> bool:
+        runs.append(run_sandboxed(*humaneval_program(doc, text)))
+        return runs[-1].passed
+
+    return {**_graded(results[0], passes), "unchecked": sum(not run.checked for run in runs) / len(runs)}
 
 
 def humaneval_program(doc: dict, text: str) -> tuple[str, str]:

@@ -191,8 +191,6 @@ class PackedLoader:
     def load_state_dict(self, state: dict | list[dict]) -> None:
         """Resume from a state of this rank, or from those of all ranks of a run that had another number."""
         states = state if isinstance(state, list) else [state]
-        # Checkpoints from before December 2026 call virtual shards lanes.
-        states = [{key.replace("lanes", "shards"): value for key, value in one.items()} for one in states]
         rows, num_shards, world_size = states[0]["rows"], states[0]["num_shards"], self.stream.world_size
         if num_shards % world_size:
             raise InputError(

@@ -23,24 +23,23 @@ import os
 import random
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock, Thread
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import HfApi, errors, hf_hub_download
 
 from ..config import check_value
 from ..demo import corpus as primer
 from ..errors import InputError
 from ..run import fingerprint, project_folder
 from ..stage_configs import TextMixture
+from .hub_files import hub_files
 from .splits import SUFFIXES, has_suffix, is_visible, listed, text_files, unread_files
 
 COLUMN = "text"
@@ -48,7 +47,6 @@ SINGLE_FILE_VALIDATION = 16  # a dataset of one file gives its last 1/16 to vali
 JSONL_UNIT = 1 << 20  # bytes
 HASH_LIMIT = 1 << 26  # bytes of a dataset that its content hash reads
 CACHE_LIMIT = 1 << 28  # bytes of decoded row groups; the newest stays whatever its size
-RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between attempts to download
 
 
 def open_documents(dataset: str | list[dict], *arguments, **options) -> "DocumentStream | MixtureStream":
@@ -85,8 +83,7 @@ def text_fingerprint(dataset: str | list[dict]) -> str:
         elif not local_path(name).exists() and is_hub_id(name):
             content = name
         else:
-            _, *files, _ = find_files(name)
-            content = content_hash(*files)
+            content = content_hash(*find_files(name)[:3])
         hashes.append((content, weight))
     return fingerprint(hashes)
 
@@ -243,14 +240,12 @@ class DatasetSplit:
             self.files, self.revision = [Memory(documents)], None
             self.identity = {"revision": None, "files and bytes": [1, None], "split": self.split, "content": content}
             return
-        names, train, validation, self.locate, self.revision = find_files(self.dataset, revision)
+        train, validation, self.locate, self.revision = find_files(self.dataset, revision)
         self.single, read = train == validation, {*train, *validation}
-        kind = Parquet if has_suffix(names[0], SUFFIXES[0]) else Jsonl
+        kind = Parquet if has_suffix(train[0], SUFFIXES[0]) else Jsonl
         self.files = [kind(self, name) for name in (train if self.split == "train" else validation)]
         # Of the Hub's files the revision says more than their size.
         self.identity = {"revision": self.revision, "files and bytes": [len(read), None], "split": self.split}
-        if len(names) > 1 and (train, validation) != (names[:-1], names[-1:]):
-            self.identity["training files"] = len(train)  # states of older versions, which read others
         if self.revision is None:
             self.identity["files and bytes"][1] = sum(self.locate(name).stat().st_size for name in read)
             self.identity["content"] = content_hash(train, validation, self.locate)
@@ -261,8 +256,7 @@ class DatasetSplit:
         """Make sure that states saved with `identity` mean the same documents here. Raises InputError if not."""
         if identity["revision"] and identity["revision"] != self.revision:
             self._open(identity["revision"])  # the Hub keeps the commit that the run began with
-        # States of older versions have no content hash.
-        if identity != {key: value for key, value in self.identity.items() if key != "content" or key in identity}:
+        if any(identity.get(key) != value for key, value in self.identity.items()):
             raise InputError(
                 f"dataset {self.dataset} changed since this run began ({identity}, now {self.identity}); "
                 "bring back the old files, or begin again in another --run-dir"
@@ -318,7 +312,7 @@ def log(line: str) -> None:
 def find_files(dataset: str, revision: str | None = None) -> tuple:
     """The files of a dataset; logs what no name decided.
 
-    Returns: the names of one kind of file in order, those for training, those for validation, a function from name to
+    Returns: the names of the files for training and of those for validation, of one kind, a function from name to
     path, the Hub's commit or None.
     """
     path, commit = local_path(dataset), None
@@ -340,28 +334,7 @@ def find_files(dataset: str, revision: str | None = None) -> tuple:
     train, validation, decision = (names, names, "") if path.is_file() else text_files(dataset, names, unread)
     if decision:
         log(f"dataset {dataset}: {decision}")
-    return names, train, validation, locate, commit
-
-
-def hub_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[[str], Path], str]:
-    """The names of a Hub dataset's files, a function that downloads one and gives its path, and the commit."""
-    owner, name, *folder = dataset.split("/")
-    name, _, tag = name.partition("@")
-    repo, prefix = f"{owner}/{name}", "".join(f"{part}/" for part in folder)
-    info = with_retry(
-        lambda: HfApi().dataset_info(repo, revision=revision or tag or None, timeout=30),
-        f"dataset {dataset} (not a folder here)",
-    )
-    # The cache's lock lets the processes of one machine take turns, so each file is fetched once. Whatever is pushed
-    # later, this run reads the commit that it began with.
-    fetch = partial(hf_hub_download, repo, repo_type="dataset", revision=info.sha)
-    names = sorted(file.rfilename for file in info.siblings if file.rfilename.startswith(prefix))
-    names = [name for name in (name.removeprefix(prefix) for name in names) if is_visible(name)]
-
-    def download(name: str) -> Path:
-        return Path(with_retry(lambda: fetch(prefix + name), f"file {prefix}{name} of dataset {repo}"))
-
-    return names, download, info.sha
+    return train, validation, locate, commit
 
 
 def content_hash(train: list[str], validation: list[str], locate: Callable[[str], Path]) -> str:
@@ -373,12 +346,11 @@ def content_hash(train: list[str], validation: list[str], locate: Callable[[str]
     stats = {name: locate(name).stat() for name in {*train, *validation}}
     whole = sum(stat.st_size for stat in stats.values()) <= HASH_LIMIT
     part = None if whole else max(HASH_LIMIT // (2 * len(stats)), 1)
-
-    def summary(name: str) -> tuple[str, int, str]:
-        stat = stats[name]
-        return name, stat.st_size, _bytes_hash(locate(name), stat.st_size, stat.st_mtime_ns, stat.st_ino, part)
-
-    return fingerprint([list(map(summary, split)) for split in (train, validation)])
+    hashes = {
+        name: (name, stat.st_size, _bytes_hash(locate(name), stat.st_size, stat.st_mtime_ns, stat.st_ino, part))
+        for name, stat in stats.items()
+    }
+    return fingerprint([[hashes[name] for name in split] for split in (train, validation)])
 
 
 @lru_cache(maxsize=1 << 16)
@@ -393,28 +365,6 @@ def _bytes_hash(path: Path, size: int, changed: int, inode: int, part: int | Non
             return hashlib.sha256(head + file.read(part)).hexdigest()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-
-
-def with_retry(action: Callable, what: str):
-    """Call `action`; failures of network and server are retried with growing delays, others become an InputError."""
-    for attempt, delay in enumerate((*RETRY_DELAYS, None), start=1):
-        try:
-            return action()
-        except errors.OfflineModeIsEnabled:
-            raise InputError(f"{what}: the Hub cannot be reached, because HF_HUB_OFFLINE is set") from None
-        except errors.GatedRepoError:
-            raise InputError(f"{what}: accept its terms on the Hub, then `hf auth login`") from None
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
-            raise InputError(f"{what}: the Hub has no such dataset or revision, or it is private") from None
-        except Exception as error:  # httpx, xet and the file system each have their own
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 500
-            if status < 500 and status not in (408, 429):
-                raise InputError(f"{what}: the Hub refuses it with {reason}") from None
-            if delay is None:
-                raise InputError(f"{what}: failed {attempt} times, last with {reason}; run again to resume") from error
-            warnings.warn(f"{what}: attempt {attempt} failed with {reason}; again in {delay} s", stacklevel=2)
-            time.sleep(delay)
 
 
 class File:

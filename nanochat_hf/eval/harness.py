@@ -215,6 +215,8 @@ def format_result(result: dict) -> str:
     text = with_error(result["value"], result.get("stderr"))
     if result.get("baseline"):
         text += f" (random baseline {result['baseline']:.2f})"
+    if result.get("unchecked"):
+        text += f", {result['unchecked']} of {result['n']} tests cannot be checked and count as wrong"
     return text + (f", tool use {result['tool_use']:.0%}" if "tool_use" in result else "")
 
 

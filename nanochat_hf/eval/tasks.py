@@ -124,6 +124,8 @@ class Tasks:
         }
         result |= {k: v for k, v in numbers.items() if k.startswith(("tool_use", "pass@")) and "stderr" not in k}
         result |= {"cropped": num_cropped} if num_cropped else {}
+        if unchecked := round(numbers.get("unchecked", 0) * len(samples)):
+            result["unchecked"] = unchecked
         result |= {kind: True for kind in MEANS if name in self.members(kind)}
         return {task.config.task_alias or name: result}, samples
 

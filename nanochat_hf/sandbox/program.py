@@ -3,93 +3,63 @@
     python -c THIS_FILE solution|tests CHANNEL < CODE
 
 CHANNEL is a socket. The tests send operations (OPERATIONS: a call, an attribute, an item ...), the solution sends the
-result or the exception. Only plain data travels, as JSON; any other object stays where it is, and the tests hold its
-number (`Remote`). No object of the solution is asked about what the tests expect: one that equals everything equals no
-data. Tests that would need that (`Money(5) == 5`, `3 * vector`, a callback) end with "cannot be checked". Two objects
-of the solution are equal if it reports equal types and contents.
+result or the exception. Data (ITEMS, REDUCED) travels as JSON; any other object stays where it is, and the other side
+holds a proxy. The solution may call functions and read iterators that the tests gave it. No object of the solution is
+asked about what the tests expect: one that equals everything equals no data. Tests that would need that
+(`Money(5) == 5`, `3 * vector`) end with "cannot be checked". Two objects of the solution are equal if it reports equal
+types and contents.
 """
 
-import ast
 import builtins
-import collections
+import collections.abc
 import contextlib
-import dataclasses
-import decimal
-import fractions
+import copy
+import copyreg
+import functools
 import importlib
+import io
 import json
 import operator
 import os
+import random
 import sys
-import traceback
 import types
 
 ENDED, UNCHECKED = 77, 78  # exit codes: of tests that ran to their last line, or that cannot be checked
 MAX_MESSAGE = 1 << 25  # bytes
-EXACT = {"Decimal": decimal.Decimal, "Fraction": fractions.Fraction}
-VIEWS = {"keys": type({}.keys()), "items": type({}.items())}  # of a dict: sets in its order
-CONTAINERS = VIEWS | {"list": list, "tuple": tuple, "frozenset": frozenset, "set": collections.abc.Set}
-CONTAINERS |= {"deque": collections.deque, "bytearray": bytearray}
-MUTABLE = (list, dict, set, collections.deque, bytearray)
 TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
-ERRORS = {name: kind for name, kind in TYPES.items() if issubclass(kind, Exception)}
+DATA = (int, float, str, bytes, tuple)  # a solution's subclasses of these are data with an object behind it
+MUTABLE = (list, dict, set, collections.deque, bytearray)
 MODULES = {name: name for name in "math cmath collections decimal fractions functools itertools re numpy".split()}  # noqa: SIM905
 MODULES["np"] = "numpy"
 BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
+ITEMS = {  # types that travel by value -> how to make one of its items
+    "builtins.list": list,
+    "builtins.tuple": tuple,
+    "builtins.dict": dict,
+    "builtins.bytes": bytes,
+    "builtins.dict_keys": lambda items: dict.fromkeys(items).keys(),
+    "builtins.dict_values": lambda items: dict(enumerate(items)).values(),
+    "builtins.dict_items": lambda items: dict(items).items(),
+}
+REDUCED = {  # those that travel as what pickle would make them of
+    *(f"builtins.{name}" for name in ("set", "frozenset", "bytearray", "complex", "range", "slice")),
+    *(f"collections.{name}" for name in ("OrderedDict", "Counter", "defaultdict", "deque")),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    *("decimal.Decimal", "fractions.Fraction", "pathlib.PosixPath"),
+}
 
 
-def pack(value, other):
-    """A value as JSON can hold it. Subclasses become their base, so that they compare as plain data do.
+class Endpoint:
+    """One end of the channel: asks the other one, and answers it meanwhile."""
 
-    `other(value)` packs what is no plain data.
-    """
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, dict):
-        return {"dict": [[pack(key, other), pack(item, other)] for key, item in value.items()]}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {"named": [type(value).__name__, list(value._fields), [pack(item, other) for item in value]]}
-    for kind, base in CONTAINERS.items():
-        if isinstance(value, base):
-            return {kind: [pack(item, other) for item in value]}
-    for base, plain in ((int, int.__int__), (float, float.__float__), (str, str.__str__)):
-        if isinstance(value, base):
-            return plain(value)
-    if isinstance(value, bytes | complex):
-        return {"literal": repr(value)}
-    if isinstance(value, range):
-        return {"range": [value.start, value.stop, value.step]}
-    if isinstance(value, tuple(EXACT.values())):
-        return {type(value).__name__: str(value)}
-    if type(value).__module__ == "numpy" and not value.shape:
-        return pack(value.item(), other)
-    return other(value)
+    operations: dict  # that the other side may ask for
+    builtins: dict  # names that the other side may send
 
-
-def unpack(value, other):
-    """The opposite: `other(kind, items)` gives what is no plain data."""
-    if not isinstance(value, dict):
-        return value
-    ((kind, items),) = value.items()
-    if kind == "dict":
-        return {unpack(key, other): unpack(item, other) for key, item in items}
-    if kind in VIEWS:
-        parts = [unpack(item, other) for item in items]
-        return dict(parts).items() if kind == "items" else dict.fromkeys(parts).keys()
-    if kind in CONTAINERS:
-        return (CONTAINERS | {"set": set})[kind](unpack(item, other) for item in items)
-    if kind == "named":
-        return collections.namedtuple(*items[:2])(*(unpack(item, other) for item in items[2]))
-    if kind == "range":
-        return range(*items)
-    if kind == "literal":
-        return ast.literal_eval(items)
-    return EXACT[kind](items) if kind in EXACT else other(kind, items)
-
-
-class Channel:
     def __init__(self, number: int):
         self.reader, self.writer = os.fdopen(number, "rb"), os.fdopen(os.dup(number), "wb")
+        self.objects, self.numbers = [], {}  # of this side, for the other one; their numbers by id
+        self.proxies, self.theirs = {}, {}  # of the other side's objects, by number; those numbers by the proxy's id
 
     def send(self, message) -> None:
         self.writer.write(json.dumps(message).encode() + b"\n")
@@ -100,71 +70,221 @@ class Channel:
         with contextlib.suppress(ConnectionError):
             return json.loads(self.reader.readline(MAX_MESSAGE) or b"null")
 
+    def pack(self, value):
+        """A value as JSON can hold it."""
+        kind = type(value)
+        if value is None or kind in (bool, int, float, str):
+            return value
+        if id(value) in self.theirs:
+            return {"yours": self.theirs[id(value)]}
+        if (name := f"{kind.__module__}.{kind.__qualname__}") in ITEMS:
+            items = value.items() if kind is dict else value
+            return {name: [item if type(item) in (int, str) else self.pack(item) for item in items]}
+        if name in REDUCED:
+            make, arguments, _, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
+            arguments = arguments[make is copyreg.__newobj__ :]  # its first one is the type
+            return {name: [self.pack(part) for part in (arguments, list(items or ()), list(pairs or ()))]}
+        if name == "numpy.ndarray":
+            return {name: [value.dtype.str, self.pack(value.shape), self.pack(value.ravel().tolist())]}
+        if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
+            return self.pack(value.item())
+        if isinstance(value, type) and TYPES.get(value.__name__) is value:
+            return {"builtin": value.__name__}
+        if isinstance(value, type) and issubclass(value, BaseException):
+            return {"exception": [self.number(value), value.__name__, self.pack(value.__bases__)]}
+        if isinstance(value, BaseException):
+            value.__traceback__ = None  # it would keep all that its frames hold
+            arguments = value.__reduce__()[1] if kind.__module__ == "builtins" else value.args
+            parts = [kind, arguments, vars(value), value.__cause__]
+            return {"error": [self.number(value), *map(self.pack, parts)]}
+        return self.refer(value)
+
+    def unpack(self, value):
+        """The opposite of `pack`."""
+        if not isinstance(value, dict):
+            return value
+        ((name, parts),) = value.items()
+        if name == "yours":
+            return self.objects[parts]
+        if name == "builtin":
+            return self.builtins[parts]
+        parts = [self.unpack(part) if type(part) is dict else part for part in parts]
+        if name in ITEMS:
+            return ITEMS[name](parts)
+        if name == "numpy.ndarray":
+            return importlib.import_module("numpy").array(parts[2], parts[0]).reshape(parts[1])
+        if name in REDUCED:
+            module, _, kind = name.rpartition(".")
+            value = getattr(importlib.import_module(module), kind)(*parts[0])
+            for item in parts[1]:
+                value.append(item)
+            for key, item in parts[2]:
+                value[key] = item
+            return value
+        number, *parts = parts
+        if number not in self.proxies:
+            proxy = self.proxy(name, number, *parts)
+            self.proxies[number], self.theirs[id(proxy)] = proxy, number
+        return self.proxies[number]
+
+    def number(self, value) -> int:
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return self.numbers[id(value)]
+
+    def refer(self, value) -> dict:
+        """What is sent for an object that stays here."""
+        raise NotImplementedError
+
+    def proxy(self, name: str, number: int, *parts):
+        """What stands for an object of the other side: here, for an exception or its class."""
+        if name == "exception":
+            bases = tuple(base for base in parts[1] if isinstance(base, type) and issubclass(base, BaseException))
+            return TheirException(parts[0], bases, {"__str__": forward("str"), "__getattr__": attribute})
+        kind, arguments, state, cause = parts
+        error = type.__call__(kind, *arguments)
+        vars(error).update(state)
+        error.__cause__ = cause
+        return error
+
+    def ask(self, operation: str, *arguments, **options):
+        """The result of an operation on the other side; lists and the like that it changes change here, too."""
+        self.send([operation, self.pack(arguments), self.pack(options)])
+        while isinstance(reply := self.receive(), list):
+            self.answer(*reply)
+        if not reply:  # no exception, which the tests might expect
+            print("the solution has ended", flush=True)
+            os._exit(1)
+        values = (*arguments, *options.values())
+        renewed(values, self.unpack(reply.get("changed")))
+        if "error" in reply:
+            raise self.unpack(reply["error"])
+        return values[reply["argument"]] if "argument" in reply else self.unpack(reply["value"])
+
+    def answer(self, operation: str, arguments, options) -> None:
+        values, before = (), None
+        try:
+            arguments, options = self.unpack(arguments), self.unpack(options)
+            values = (*arguments, *options.values())
+            before = self.pack(values)
+            result = self.operations[operation](*arguments, **options)
+            same = [n for n, value in enumerate(values) if value is result and isinstance(value, MUTABLE)]
+            reply = {"argument": same[0]} if same else {"value": self.pack(result)}
+        except BaseException as error:
+            reply = {"error": self.pack(error)}
+        if (after := self.pack(values)) != before:
+            reply["changed"] = after
+        flush()
+        self.send(reply)
+
+
+def renewed(before, after):
+    """`after`, as the object `before` if that can be changed in place; so are the objects in it."""
+    if type(before) is not type(after):
+        return after
+    if isinstance(before, tuple):
+        return tuple(map(renewed, before, after))
+    if isinstance(before, dict):
+        items = {key: renewed(before.get(key), value) for key, value in after.items()}
+        before.clear()
+        before.update(items)
+    elif isinstance(before, list | collections.deque):
+        items = [*map(renewed, before, after), *list(after)[len(before) :]]
+        before.clear()
+        before.extend(items)
+    elif isinstance(before, set):
+        before.clear()
+        before.update(after)
+    elif isinstance(before, bytearray) or type(before).__module__ == "numpy":
+        before[:] = after
+    else:
+        return after
+    return before
+
+
+def flush() -> None:
+    with contextlib.suppress(Exception):  # a program may have closed or replaced it
+        sys.stdout.flush()
+
 
 # ---- the side of the solution --------------------------------------------------------------------------------------
 
 
 def describe(value) -> list:
-    """How objects of this type are equal ("identity", "fields" or "own": by a method of theirs), type and contents."""
+    """How objects of this type are equal, their type and contents.
+
+    "data" (as the list or other container that it is), "identity", "fields", or "own" by a method of theirs.
+    """
     kind = type(value)
+    for base in (list, collections.OrderedDict, dict, set, collections.deque):
+        if isinstance(value, base) and kind.__eq__ is base.__eq__:
+            return ["data", kind, base(base.items(value) if issubclass(base, dict) else base.__iter__(value))]
     if kind.__eq__ is object.__eq__ or isinstance(value, type | types.FunctionType):
         return ["identity", kind, None]
-    if dataclasses.is_dataclass(kind) and kind.__eq__.__code__.co_filename == "<string>":  # its own, not the program's
-        names = [field.name for field in dataclasses.fields(kind) if field.compare]
+    if hasattr(kind, "__dataclass_fields__") and kind.__eq__.__code__.co_filename == "<string>":  # not the program's
+        names = [field.name for field in sys.modules["dataclasses"].fields(kind) if field.compare]
         return ["fields", kind, {name: getattr(value, name) for name in names}]
     return ["own", kind, getattr(value, "__dict__", None) if kind.__module__ == "solution" else None]
 
 
+def printing(operation: str, *arguments, **options) -> tuple:
+    """The result of an operation and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        return OPERATIONS[operation](*arguments, **options), output.getvalue()
+
+
+def run(coroutine):
+    return importlib.import_module("asyncio").run(coroutine)
+
+
 OPERATIONS = {function.__name__: function for function in (
-    operator.call, describe, getattr, setattr, delattr, hasattr, len, str, repr, bool, next, type, isinstance,
-    issubclass,    operator.getitem, operator.setitem, operator.delitem, *(getattr(operator, name) for name in BINARY),
-)} | {"iterator": iter}  # fmt: skip
+    operator.call, describe, printing, run, random.seed, copy.copy, copy.deepcopy, getattr, setattr, delattr, hasattr,
+    len, str, repr, bool, hash, iter, next, type, isinstance, issubclass, operator.getitem, operator.setitem,
+    operator.delitem, *(getattr(operator, name) for name in BINARY),
+)}  # fmt: skip
 
 
-def serve(code: str, channel: Channel) -> None:
-    """Run a solution, then answer requests until the other side closes."""
-    process, module = os.getpid(), types.ModuleType("solution")
-    sys.modules["solution"] = module  # so that its classes can be pickled
-    exec(compile(code, "<program>", "exec"), module.__dict__)
-    sys.stdout.flush()
-    if os.getpid() != process:  # a fork of the program, which has ended
-        return
-    objects, numbers = [module], {id(module): 0}
+class Solution(Endpoint):
+    operations, builtins = OPERATIONS, vars(builtins)
 
-    def keep(value) -> dict:
-        if isinstance(value, type) and issubclass(value, Exception):
-            return {"exception": lineage(value)}
-        if id(value) not in numbers:
-            numbers[id(value)] = len(objects)
-            objects.append(value)
-        return {"object": numbers[id(value)]}
+    def refer(self, value) -> dict:
+        for base in DATA:
+            if isinstance(value, base):
+                return {"data": [self.number(value), self.pack(base.__getnewargs__(value)[0])]}
+        return {"coroutine" if isinstance(value, types.CoroutineType) else "object": [self.number(value)]}
 
-    def fetch(kind: str, items):
-        if kind == "object":
-            return objects[items]
-        return getattr(builtins, items) if kind == "builtin" else iter([unpack(item, fetch) for item in items])
+    def proxy(self, name: str, number: int, *parts):
+        if name == "named":
+            return collections.namedtuple(*parts[:2])(*parts[2])
+        if name == "iterator":
+            return self.items(number)
+        if name != "function":
+            return super().proxy(name, number, *parts)
 
-    channel.send("ready")
-    while request := channel.receive():
-        name, arguments, options = request
-        try:
-            values, named = unpack(arguments, fetch), unpack(options, fetch)
-            before = pack([*values, *named.values()], keep)
-            result = OPERATIONS[name](*values, **named)
-            reply = {"value": keep(result) if name == "iterator" else pack(result, keep)}
-            after = pack([*values, *named.values()], keep)
-            reply |= {"arguments": after} if after != before else {}
-        except BaseException as error:
-            reply = {"error": lineage(type(error)), "state": pack([error.args, vars(error)], keep)}
-        sys.stdout.flush()
-        channel.send(reply)
+        def function(*arguments, **options):
+            return self.ask("call", function, *arguments, **options)
 
+        function.__name__ = parts[0]
+        return function
 
-def lineage(kind: type) -> list[str]:
-    """The names of an exception's class and its bases up to the first one of Python."""
-    names = [base.__name__ for base in kind.__mro__]
-    end = next((i for i, name in enumerate(names) if name in ERRORS), None)
-    return ["RuntimeError"] if end is None else names[: end + 1]
+    def items(self, number: int):
+        with contextlib.suppress(StopIteration):
+            while True:
+                yield self.ask("next", self.proxies[number])
+
+    def serve(self, code: str) -> None:
+        """Run a solution, then answer requests until the other side closes."""
+        process, module = os.getpid(), types.ModuleType("solution")
+        sys.modules["solution"] = module  # so that its classes can be pickled
+        self.number(module)
+        exec(compile(code, "<program>", "exec"), module.__dict__)
+        flush()
+        if os.getpid() != process:  # a fork of the program, which has ended
+            return
+        self.send("ready")
+        while request := self.receive():
+            self.answer(*request)
 
 
 # ---- the side of the tests -----------------------------------------------------------------------------------------
@@ -174,128 +294,156 @@ class CannotBeCheckedError(BaseException):
     """The test would need to trust an object of the solution, or the solution one of the tests."""
 
 
-class Session:
-    channel: Channel
+class Tests(Endpoint):
+    operations, builtins = {"call": operator.call, "next": next}, TYPES
     unchecked = ""  # why the tests cannot be checked
-    exceptions: dict[str, type] = {}  # classes of the tests for those of the solution
-    objects: dict[int, "Remote"] = {}  # by number, so that `is` holds
+
+    def refer(self, value) -> dict:
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return {"named": [self.number(value), type(value).__name__, self.pack(value._fields), self.pack([*value])]}
+        for base in DATA:
+            if isinstance(value, base):
+                return self.pack(base.__getnewargs__(value)[0])
+        name = getattr(value, "__name__", "")
+        if getattr(builtins, name, None) is value:
+            return {"builtin": name}
+        if callable(value) and not isinstance(value, type):
+            return {"function": [self.number(value), name]}
+        if isinstance(value, collections.abc.Iterable) and not isinstance(value, io.IOBase):
+            return {"iterator": [self.number(iter(value))]}
+        refuse(f"{type(value).__name__} as an argument")
+
+    def proxy(self, name: str, number: int, *parts):
+        if name == "data":
+            return data_type(type(parts[0]))(*parts)
+        if name == "coroutine":
+            return self.result(number)
+        return Remote() if name == "object" else super().proxy(name, number, *parts)
+
+    async def result(self, number: int):
+        return self.ask("run", self.proxies[number])
+
+    def ask(self, operation: str, *arguments, **options):
+        if sys.stdout is sys.__stdout__:
+            return super().ask(operation, *arguments, **options)
+        result, output = super().ask("printing", operation, *arguments, **options)
+        sys.stdout.write(output)
+        return result
+
+    def check(self, code: str) -> int:
+        """Run tests of the solution behind the channel. Returns: ENDED or UNCHECKED."""
+        if self.receive() != "ready":
+            return 1
+        seed = random.seed
+        random.seed = lambda *arguments: (seed(*arguments), self.ask("seed", *arguments))
+        try:
+            exec(compile(code, "<tests>", "exec"), Names(self))
+        except BaseException:
+            if not self.unchecked:
+                raise
+        if self.unchecked:
+            print(f"cannot be checked: {self.unchecked}")
+        return UNCHECKED if self.unchecked else ENDED
 
 
 def refuse(what: str, *_):
-    Session.unchecked = f"{what}, with an object of one side"  # also if the test catches the exception
+    Tests.unchecked = f"{what}, with an object of one side"  # also if the test catches the exception
     raise CannotBeCheckedError
 
 
-def exception_class(names: list[str]) -> type:
-    kind = ERRORS[names[-1]]
-    for name in reversed(names[:-1]):
-        kind = Session.exceptions.setdefault(name, type(name, (kind,), {}))
-    return kind
-
-
-def receive_object(kind: str, items):
-    return Session.objects.setdefault(items, Remote(items)) if kind == "object" else exception_class(items)
-
-
-def send_object(value) -> dict:
-    if isinstance(value, Remote):
-        return {"object": value._number}
-    if isinstance(value, collections.abc.Iterable):
-        return {"iterator": [pack(item, send_object) for item in value]}
-    name = getattr(value, "__name__", "")
-    if getattr(builtins, name, None) is not value:
-        refuse(f"{type(value).__name__} as an argument")
-    return {"builtin": name}
-
-
-def ask(operation: str, *arguments, **options):
-    """The result of an operation on the other side; lists and others that it changed there are changed here, too."""
-    Session.channel.send([operation, pack(arguments, send_object), pack(options, send_object)])
-    reply = Session.channel.receive()
-    if not reply:  # no exception, which the tests might expect
-        print("the solution has ended", flush=True)
-        os._exit(1)
-    if "error" in reply:
-        arguments, state = unpack(reply["state"], receive_object)
-        error = exception_class(reply["error"])(*arguments)
-        vars(error).update(state)
-        raise error
-    for before, after in zip([*arguments, *options.values()], unpack(reply.get("arguments"), receive_object) or ()):
-        if isinstance(before, MUTABLE) and before != after:
-            before.clear()
-            (before.extend if isinstance(before, list | collections.deque | bytearray) else before.update)(after)
-    return unpack(reply["value"], receive_object)
-
-
-class Remote:
-    """An object of the solution, for the tests."""
-
-    def __init__(self, number: int):
-        object.__setattr__(self, "_number", number)
-
-    def __call__(self, *arguments, **options):
-        return ask("call", self, *arguments, **options)
-
-    def __eq__(self, other):
-        if isinstance(other, Remote) and other._number == self._number:
-            return True
-        how, *mine = ask("describe", self)
-        comparable = isinstance(other, Remote) and how != "identity" and mine[1] is not None
-        if comparable and ask("describe", other)[1:] == mine:
-            return True
-        if other is Remote or (how == "own" and other is not None):
-            refuse("==")
-        return False
-
-    def __hash__(self):
-        return self._number
-
-    def __iter__(self):
-        return ask("iterator", self)
-
-    def __contains__(self, value):
-        if ask("hasattr", self, "__contains__"):
-            refuse("in")
-        return any(item == value for item in self)
-
-    def __instancecheck__(self, value):
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            refuse("isinstance of a named tuple")
-        return isinstance(value, Remote) and ask("isinstance", value, self)
-
-    def __subclasscheck__(self, kind):
-        return ask("issubclass", kind, self)
-
-    def __format__(self, form):
-        return format(str(self), form)
-
-
 def forward(operation: str):
-    return lambda self, *arguments: ask(operation, self, *arguments)
+    return lambda self, *arguments: ENDPOINT.ask(operation, self, *arguments)
 
 
 def combine(operation: str):
-    return lambda self, other: (ask if isinstance(other, Remote) else refuse)(operation, self, other)
+    return lambda self, other: (ENDPOINT.ask if isinstance(other, Remote) else refuse)(operation, self, other)
 
 
 def refusal(operation: str):
     return lambda *_: refuse(operation)
 
 
-for name in ("getattr", "setattr", "delattr", "len", "str", "repr", "bool", "next", "getitem", "setitem", "delitem"):
+def attribute(self, name: str):
+    if name.startswith("__array"):
+        raise AttributeError(name)  # numpy would read the memory at an address
+    return ENDPOINT.ask("getattr", self, name)
+
+
+class TheirException(type):
+    """The type of exception classes that stand for one of the other side."""
+
+    def __call__(cls, *arguments, **options):
+        return ENDPOINT.ask("call", cls, *arguments, **options)
+
+    __getattr__ = attribute
+
+
+class Remote:  # noqa: PLW1641  (its __hash__ is below)
+    # An object of the solution, for the tests. It has no attributes of its own, not even a docstring.
+    __slots__ = ("__weakref__",)
+    __doc__ = property(lambda self: ENDPOINT.ask("getattr", self, "__doc__"))
+
+    def __call__(self, *arguments, **options):
+        return ENDPOINT.ask("call", self, *arguments, **options)
+
+    def __eq__(self, other):
+        if other is self:
+            return True
+        how, *mine = ENDPOINT.ask("describe", self)
+        theirs = ENDPOINT.ask("describe", other)[1:] if isinstance(other, Remote) else None
+        if how == "data":
+            return mine[1] == (theirs[1] if theirs else other)
+        if theirs and how != "identity" and mine[1] is not None and theirs == mine:
+            return True
+        if other is Remote or (how == "own" and other is not None):
+            refuse("==")
+        return False
+
+    def __contains__(self, value):
+        how, _, contents = ENDPOINT.ask("describe", self)
+        if how == "data":
+            return value in contents
+        if ENDPOINT.ask("hasattr", self, "__contains__"):
+            refuse("in")
+        return any(item == value for item in self)
+
+    def __instancecheck__(self, value):
+        return id(value) in ENDPOINT.theirs and ENDPOINT.ask("isinstance", value, self)
+
+    def __subclasscheck__(self, kind):
+        return ENDPOINT.ask("issubclass", kind, self)
+
+    def __format__(self, form):
+        return format(str(self), form)
+
+    def __deepcopy__(self, memo):
+        return ENDPOINT.ask("deepcopy", self)
+
+    __getattr__, __copy__, __hash__ = attribute, forward("copy"), forward("hash")
+
+
+for name in "setattr delattr len str repr bool iter next getitem setitem delitem".split():  # noqa: SIM905
     setattr(Remote, f"__{name}__", forward(name))
 for name in BINARY:
     setattr(Remote, f"__{name.strip('_')}__", combine(name))
     setattr(Remote, f"__r{name.strip('_')}__", refusal(name))
-for name in ("abs", "neg", "pos", "invert", "round", "int", "float", "index", "enter", "exit"):
+for name in "abs neg pos invert round int float index enter exit mro_entries".split():  # noqa: SIM905
     setattr(Remote, f"__{name}__", refusal(name))
+
+
+@functools.cache
+def data_type(base: type) -> type:
+    """Of data that is of a class of the solution, whose other attributes and methods are asked for there."""
+    names = {"__getattr__": attribute, "__str__": forward("str"), "__repr__": forward("repr")}
+    return type(base.__name__, (base,), names)
 
 
 class KindOf(type):
     """Makes `type` of the tests, which gives the solution's classes for its objects."""
 
     def __call__(cls, *arguments):
-        return ask("type", *arguments) if isinstance(arguments[0], Remote) else type(*arguments)
+        ours = isinstance(arguments[0], type | BaseException) or id(arguments[0]) not in ENDPOINT.theirs
+        return type(*arguments) if ours else ENDPOINT.ask("type", *arguments)
 
     def __instancecheck__(cls, value):
         return isinstance(value, type)
@@ -307,34 +455,24 @@ class Names(dict):
     So do modules that solutions import: a solution's own `math` would be asked about what the tests expect.
     """
 
+    def __init__(self, endpoint: Tests):
+        super().__init__(__name__="tests", type=KindOf("type", (), {}))
+        self.module = endpoint.unpack({"object": [0]})
+
     def __missing__(self, name):
         if name in MODULES:
             with contextlib.suppress(ImportError):
                 return importlib.import_module(MODULES[name])
-        if hasattr(builtins, name) or not ask("hasattr", Remote(0), name):
+        if hasattr(builtins, name) or not ENDPOINT.ask("hasattr", self.module, name):
             raise KeyError(name)
-        value = ask("getattr", Remote(0), name)
+        value = ENDPOINT.ask("getattr", self.module, name)
         if isinstance(value, Remote | type):
             self[name] = value
         return value
 
 
-def check(code: str, channel: Channel) -> int:
-    """Run tests of the solution behind the channel. Returns: ENDED or UNCHECKED."""
-    Session.channel = channel
-    if channel.receive() != "ready":
-        return 1
-    try:
-        exec(compile(code, "<tests>", "exec"), Names(__name__="tests", type=KindOf("type", (), {})))
-    except BaseException:
-        if not Session.unchecked:
-            raise
-    if Session.unchecked:
-        print(f"cannot be checked: {Session.unchecked}")
-    return UNCHECKED if Session.unchecked else ENDED
-
-
 def main(role: str, number: str) -> None:
+    global ENDPOINT
     if role == "layers":
         print("ready", flush=True)
         return
@@ -342,10 +480,11 @@ def main(role: str, number: str) -> None:
     sys.set_int_max_str_digits(0)  # of what travels
     sys.argv, sys.stdin = [""], open(os.devnull)  # noqa: SIM115
     try:
-        result = {"solution": serve, "tests": check}[role](code, Channel(int(number))) or 0
+        ENDPOINT = (Solution if role == "solution" else Tests)(int(number))
+        result = (ENDPOINT.serve if role == "solution" else ENDPOINT.check)(code) or 0
     except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
+        sys.excepthook(*sys.exc_info())
+    flush()
     os._exit(result)
 
 
