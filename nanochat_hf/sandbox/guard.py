@@ -33,15 +33,16 @@ def guard(role: str, channel: int, timeout: float, memory_bytes: int) -> int:
 
     Returns: the program's exit code, or TIMED_OUT or OVER_LIMIT.
     """
-    deadline, child = time.monotonic() + timeout, 0
+    deadline, child, groups = time.monotonic() + timeout, 0, []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         user, namespaces = new_namespaces()
-        names = ["unprivileged user"] * (user != 0) + ["namespaces"] * namespaces
+        groups = control_groups(memory_bytes)
+        names = ["unprivileged user"] * (user != 0) + ["namespaces"] * namespaces + ["cgroups"] * bool(groups)
         child = os.fork()
         if child == 0:
             try:
-                os._exit(first_process(role, channel, timeout, memory_bytes, user, names))
+                os._exit(first_process(role, channel, timeout, memory_bytes, user, names, groups))
             except BaseException as error:
                 os.write(2, f"{error}\n".encode())
                 os._exit(1)
@@ -58,7 +59,41 @@ def guard(role: str, channel: int, timeout: float, memory_bytes: int) -> int:
             time.sleep(0.005)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the reason stays what it is
-        end_all(child)
+        end_all(child, groups)
+
+
+def control_groups(memory_bytes: int) -> list[Path]:
+    """New cgroups with the limits (one of version 2, or two of version 1) where they may be written, else none."""
+    root, name = Path("/sys/fs/cgroup"), f"nanochat-{os.getpid()}"
+    limits = {"pids.max": MAX_PROCESSES + 1, "memory.max": memory_bytes + FOLDER_BYTES}
+    if (root / "cgroup.controllers").exists():
+        plan = {root / name: limits}
+    else:
+        plan = {
+            root / "pids" / name: {"pids.max": limits["pids.max"]},
+            root / "memory" / name: {"memory.limit_in_bytes": limits["memory.max"]},
+        }
+    groups = []
+    try:
+        for folder, values in plan.items():
+            folder.mkdir()
+            groups.append(folder)
+            for file, value in values.items():
+                (folder / file).write_text(str(value))
+    except OSError:
+        remove_groups(groups)
+        return []
+    return groups
+
+
+def remove_groups(groups) -> None:
+    for folder in groups:
+        for _ in range(100):  # a process that was killed leaves its group a little later
+            try:
+                folder.rmdir()
+                break
+            except OSError:
+                time.sleep(0.01)
 
 
 def system_call(name: str, *arguments) -> None:
@@ -104,12 +139,16 @@ def become(user: int) -> None:
         system_call("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: else /proc/self stays root's
 
 
-def first_process(role: str, channel: int, timeout: float, memory_bytes: int, user: int, names: list[str]) -> int:
+def first_process(
+    role: str, channel: int, timeout: float, memory_bytes: int, user: int, names: list[str], groups: list[Path]
+) -> int:
     """Start the program and wait for it: process 1 of the namespaces, with which all others end. Returns its code."""
     os.setsid()
     with contextlib.suppress(OSError):
         system_call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: this one ends with the guard
         system_call("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER: without namespaces, orphans stay below this one
+    for group in groups:
+        (group / "cgroup.procs").write_text("0")
     script = PROGRAM.read_text()
     if "namespaces" in names:
         with contextlib.suppress(OSError):
@@ -221,7 +260,7 @@ def usage(process: int) -> dict[int, int]:
     return memory
 
 
-def end_all(process: int) -> None:
+def end_all(process: int, groups: list[Path]) -> None:
     """Kill a process and its descendants. In a namespace all end with the first; elsewhere new ones are looked for."""
     for _ in range(50):
         descendants = [process, *usage(process)] if process else []
@@ -235,6 +274,7 @@ def end_all(process: int) -> None:
             os.killpg(process, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(process, 0)
+    remove_groups(groups)
 
 
 if __name__ == "__main__":
