@@ -314,7 +314,7 @@ class Pretraining:
         try:
             self.measure(metrics)
         except Exception:
-            if saved is None and self.world == 1:
+            if saved is None and self.world == 1 and not self.pending_step:  # whose update may be in the weights
                 saved = self.save(metrics)
             if saved:
                 self.print(

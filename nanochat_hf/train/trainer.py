@@ -380,8 +380,6 @@ class StageTrainer(TrainerCallback):
         zero = f"ZeRO over {args.world_size} processes"  # its checkpoints fit no other number of ranks
         settings["sharding"] = zero if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else "none"
         latest = checkpoint.latest(state, log)
-        if latest and (name := checkpoint.missing_file(latest)):
-            raise InputError(f"{latest / name} is missing: bring it back, or delete {latest} to do without it")
         with main_process_first("preparing the checkpoints' folder") as main:
             if latest:
                 self.compare_settings(state, settings)
@@ -409,9 +407,6 @@ class StageTrainer(TrainerCallback):
         before = load_json(state / "config.json", f"restore it, or delete {state} to start anew")
         if before is None:
             raise InputError(f"{state / 'config.json'} is missing: restore it, or delete {state} to start anew")
-        if unknown := [key for key in ("model", "data") if key in settings and key not in before]:
-            names = " and ".join(unknown)
-            self.accelerator.print(f"not verified, because an older version wrote {state}: whether {names} changed")
         checkpoint.refuse_changes(state, checkpoint.changed_keys(before, settings).values())
 
     def restore_records(self, folder: Path) -> None:
