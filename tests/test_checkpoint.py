@@ -174,14 +174,6 @@ def test_the_optimizer_state_reaches_sharded_parameters_as_shards(training, tiny
     assert all(torch.equal(value, again[name][key]) for name in first for key, value in first[name].items())
 
 
-def test_states_of_several_ranks_become_one():
-    groups = [{"params": [0, 1, 2]}]
-    first = {"state": {0: {"a": 1, "shared": 5}, 1: {"shared": 6}}, "param_groups": groups}
-    second = {"state": {0: {"shared": 5}, 1: {"a": 2, "shared": 6}, 2: {"b": 3}}, "param_groups": groups}
-    state = {0: {"a": 1, "shared": 5}, 1: {"a": 2, "shared": 6}, 2: {"b": 3}}
-    assert checkpoint.merged([first, second]) == {"state": state, "param_groups": groups}
-
-
 def test_a_model_folder_is_complete_float32_and_nothing_is_left_beside_it(training, tokenizer, tmp_path):
     model, _ = training
     model.model.embed_tokens.to(torch.bfloat16)

@@ -139,6 +139,8 @@ def test_what_a_format_cannot_express_is_named():
         (lambda state, fields: [state.pop(n) for n in list(state) if "smear" in n], "two generations.*lacks smear"),
         (lambda state, fields: state.pop("transformer.wte.weight"), "no checkpoint of karpathy/nanochat"),
         (lambda state, fields: fields.update(n_embd=64), "size mismatch"),
+        (lambda state, fields: [state.pop(n) for n in upstream_state(JULY).keys() - upstream_state(OCTOBER).keys()],
+         "no new parameter and window_pattern SSL, and lacks value_embeds"),
     ],
 )  # fmt: skip
 def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason(change, message):
@@ -290,16 +292,15 @@ def test_bad_folders_leave_nothing_behind(tokenizer, tmp_path, tmp_path_factory)
     refused("not a file of plain weights")
 
 
-@pytest.mark.parametrize("recorded", [None, "0" * 16])
-def test_the_script_renews_a_stage_and_its_record_names_the_new_content(recorded, chat_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_the_script_renews_a_stage_and_its_record_names_the_new_content(chat_folder, tmp_path, monkeypatch):  # noqa: F811
     older = "{# older #}"
     monkeypatch.setattr(tokenizer_module, "OLD_TEMPLATES", (sha256(older.encode()).hexdigest()[:16],))
     folder = shutil.copytree(chat_folder, tmp_path / "stage")
     (folder / "chat_template.jinja").write_text(older)
-    save_json(folder / "metrics.json", {"weights": recorded or model_fingerprint(folder)})
+    save_json(folder / "metrics.json", {"weights": model_fingerprint(folder)})
     cli.dispatch("convert", ["--source", str(folder), "--output", str(folder)])
     assert (folder / "chat_template.jinja").read_text() == TEMPLATE.read_text()
-    assert load_json(folder / "metrics.json") == {"weights": recorded or model_fingerprint(folder)}
+    assert load_json(folder / "metrics.json") == {"weights": model_fingerprint(folder)}
 
 
 # ---- tokenizers ---------------------------------------------------------------------------------------------------
@@ -357,14 +358,10 @@ class Evil:
     ("content", "reason"),
     [
         (pickle.dumps(Evil()), r"(posix|nt).system"),
-        (b"", ""),
         (b"not a pickle", ""),
         (b"\x80\x03ctiktoken.core\nEncoding\n)R}b.", ""),  # no fields
         (pickle.dumps({"mergeable_ranks": {}}), ""),
-        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xff.", ""),  # a frame longer than the file
         (({"a": 0}, PATTERN), "of other types"),
-        (({b"a": "0"}, PATTERN), "of other types"),
-        (({b"a": 0}, b"x"), "of other types"),
     ],
 )
 def test_what_is_no_tiktoken_encoding_is_refused(content, reason, tmp_path):
@@ -417,11 +414,6 @@ def test_logits_equal_those_of_the_original_code(tmp_path):
     subprocess.run(command, check=True, env=os.environ | {"NANOCHAT_DTYPE": "float32"})
     ours = logits(from_upstream(state, {"model_config": fields}), ids)
     close(ours, torch.load(tmp_path / "out.pt"), atol=5e-5)
-
-
-def test_october_with_windows_is_between_the_generations():
-    with pytest.raises(ValueError, match=r"no new parameter and window_pattern SSL, and lacks value_embeds"):
-        from_upstream(upstream_state(OCTOBER), {"model_config": JULY})
 
 
 def test_embeddings_that_bfloat16_cannot_hold_are_written_in_float32():

@@ -75,20 +75,6 @@ def test_hidden_states_loss_and_gradients_are_the_models(generation, path):
     assert_close(grads, gradients(model))
 
 
-@pytest.mark.parametrize("flash, quack, fp8, kinds", [
-    (False, False, False, ("plain_weight", "plain_weight")), (True, False, False, ("plain_weight", "plain_weight")),
-    (False, True, False, ("plain_weight", "plain_weight")),
-    (True, True, False, ("bf16_weight", "bf16_weight")), (True, True, True, ("fp8_weight", "bf16_weight")),
-    (True, False, True, ("fp8_weight", "plain_weight")),
-])  # fmt: skip
-def test_the_kind_of_block_is_chosen_when_the_module_is_made(flash, quack, fp8, kinds, monkeypatch):
-    monkeypatch.setattr(fused_model, "uses_flash", lambda x: flash)
-    monkeypatch.setattr(fused_model, "uses_quack", lambda x: quack)
-    fused = FusedTransformer(random_model(2), fp8=fp8)
-    assert (fused.train_kind.weight.__name__, fused.eval_kind.weight.__name__) == kinds
-    assert fused.train_kind.flash == (flash and (quack or fp8)) and fused.eval_kind.flash == (flash and quack)
-
-
 def test_the_plain_block_is_one_graph_for_the_compiler():
     model = random_model(2, num_hidden_layers=2)
     fused, ids = FusedTransformer(model), torch.randint(0, 300, (2, 200))

@@ -80,25 +80,6 @@ def test_a_kernel_that_is_wrong_is_not_used_and_one_line_says_so(kernel, capsys,
     assert f"torch {torch.__version__.split('+')[0]}" in line
 
 
-def test_without_a_gpu_nothing_is_checked(kernel, monkeypatch):
-    _, calls = kernel(1)
-    monkeypatch.setattr(checks, "INTERPRETED", False)
-    assert verify() == frozenset() and not calls
-
-
-def test_a_package_that_is_not_installed_differs_from_one_that_does_not_fit(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(checks, "unloaded", {})
-    assert checks.unavailable("no-such-package", ImportError("x")) is None
-    checks.unavailable("torch", AttributeError("module has no attribute 'flash_attn_func'\nmore"))
-    assert checks.unloaded == {
-        "no-such-package": "not installed", "torch": "AttributeError: module has no attribute 'flash_attn_func'",
-    }  # fmt: skip
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and line.startswith("torch is not used: AttributeError") and "a GPU" in line
-
-
 def test_fp8_that_is_wrong_is_bf16_training(tiny_model, monkeypatch):
     assert FusedTransformer(tiny_model, fp8=True).fp8
     monkeypatch.setattr(checks, "disabled", {"FP8"})
