@@ -328,16 +328,3 @@ def test_two_ranks_stream_from_the_hub_through_a_stalled_and_a_failing_download(
     assert sorted(fetched) == ["0.jsonl", "0.jsonl", "1.jsonl", "1.jsonl", "2.jsonl"]
     launch(1, "", [job(place, "folder", dataset=str(folder), **keys)])
     assert losses(place / "hub") == pytest.approx(losses(place / "folder"), abs=1e-5)
-
-
-@pytest.mark.slow
-def test_the_scaling_benchmark_prints_its_table(tmp_path):
-    words = [sys.executable, str(ROOT / "scripts" / "bench_scaling.py"), "--cpu", "--steps", "3", "--warmup", "1"]
-    words += ["--configs", "fsdp2", "--work", str(tmp_path)]
-    done = subprocess.run(words, env=environment(), capture_output=True, check=False, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "fp32" in line]
-    assert [row[:2] for row in rows] == [["one GPU, fp32", "1"], ["fsdp2, fp32", "2"]]
-    one, two = (float(row[2].replace(",", "")) for row in rows)
-    assert rows[0][4] == "100.0%" and float(rows[1][4][:-1]) == pytest.approx(50 * two / one, abs=0.5)
-    assert "projected, not run" in done.stdout

@@ -86,24 +86,15 @@ def test_primer_prompts_come_with_what_a_grader_needs(tokenizer):
     assert not {row["prompt"][0]["content"] for row in rows} & {row["prompt"][0]["content"] for row in test}
 
 
-def test_gsm8k_prompts_are_read_from_the_file_of_the_split(tokenizer, tmp_path):
-    for split, result in (("train", 7), ("test", 1200)):
-        row = {"question": f"{split}?", "answer": f"It is <<1+6=7>>7.\n#### {result:,}"}
-        (tmp_path / f"gsm_{split}.jsonl").write_text(json.dumps(row) + "\n")
-    stage = config(dataset=str(tmp_path / "gsm_{split}.jsonl"))
-    for split, answer in (("train", "7"), ("test", "1200")):
-        [row], skipped = load_prompts(stage, split, tokenizer, 100)
-        assert (row["prompt"][0]["content"], row["answer"], row["kind"]) == (f"{split}?", answer, "gsm8k")
-        assert not skipped
-
-
 def test_prompts_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer, tmp_path):
     texts = ["How much?", "word " * 200, "How many?"]
-    rows = [{"question": text, "answer": "#### 5" if i < 2 else "five"} for i, text in enumerate(texts)]
-    (tmp_path / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stage = config(dataset=str(tmp_path / "gsm.jsonl"))
+    answers = ["It is <<1000+200=1200>>1,200.\n#### 1,200", "#### 5", "five"]
+    rows = [{"question": text, "answer": answer} for text, answer in zip(texts, answers)]
+    (tmp_path / "gsm_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = config(dataset=str(tmp_path / "gsm_{split}.jsonl"))
     rows, skipped = load_prompts(stage, "train", tokenizer, 100)
-    assert [row["prompt"][0]["content"] for row in rows] == ["How much?"]
+    [row] = rows
+    assert (row["prompt"][0]["content"], row["answer"], row["kind"]) == ("How much?", "1200", "gsm8k")
     reasons = {row["row"]: row["reason"] for row in skipped}
     assert reasons.keys() == {1, 2} and "100 leave room" in reasons[1] and "####" in reasons[2]
     with pytest.raises(InputError, match=r"row [12] of .* cannot be used"):
