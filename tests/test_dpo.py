@@ -50,7 +50,6 @@ def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenize
     [
         ({"text": "x"}, "needs chosen and rejected"),
         ({"chosen": "yes", "rejected": "no"}, "needs chosen and rejected|no messages"),
-        ({"prompt": [USER], "chosen": [], "rejected": []}, "last message"),
         ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}, "same"),
         ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY, USER, REPLY]}, "continues"),
         *(

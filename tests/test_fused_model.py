@@ -145,23 +145,6 @@ def kernels(request, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_packed_documents_on_a_gpu_are_near_the_model_in_float32(kernels):
-    model = random_model(2, 0.02, **GPU_SHAPE, sliding_window=129).cuda()
-    ids, labels = torch.randint(0, 300, (2, 2, 1024), device="cuda")
-    positions = [torch.cat([torch.arange(n) for n in part]) for part in ((500, 7, 517), (1, 1023))]
-    inputs = {"input_ids": ids, "labels": labels, "position_ids": torch.stack(positions).cuda()}
-    labels[inputs["position_ids"] == 0] = -100
-    exact = model(**inputs, use_cache=False).loss
-    exact.backward()
-    expected = gradients(model)
-    use_fused_forward(model, torch.bfloat16, documents=20, compile=True)
-    loss = model(**inputs).loss
-    loss.backward()
-    assert abs(loss - exact) / exact < 2e-3
-    near(gradients(model), expected)
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("generation", [1, 2])
 def test_training_on_a_gpu_is_near_the_model_in_float32(generation, kernels):
     model = random_model(generation, 0.02, **GPU_SHAPE, **({} if generation == 1 else {"sliding_window": None})).cuda()

@@ -93,17 +93,6 @@ def test_positions_restart_in_each_conversation_and_in_the_padding():
     assert PackedCollator(pad=9, length=None)(rows)["input_ids"].shape == (2, 5)
 
 
-def test_a_packed_conversation_does_not_attend_to_its_neighbors(lively_model, tokenizer):
-    lively_model.model.smear_lambda.data.fill_(1.0)
-    (ids, _), (other, _) = encode(tokenizer, [CHAT, PLAIN], True)
-    ids, other = ids.tolist(), other.tolist()
-    row = {"input_ids": other + ids, "labels": other + ids, "seq_lengths": [len(other), len(ids)]}
-    batch = PackedCollator(tokenizer.pad_token_id, len(ids) + len(other) + 5)([row])
-    packed = lively_model(batch["input_ids"], position_ids=batch["position_ids"]).logits
-    alone = lively_model(torch.tensor([ids])).logits
-    torch.testing.assert_close(packed[:, len(other) : len(other) + len(ids)], alone, atol=1e-4, rtol=1e-4)
-
-
 def test_conversations_that_do_not_fit_are_counted_with_row_and_reason(tokenizer, tmp_path, entries):
     mixture = entries(CHAT, [CHAT[0], {"role": "assistant", "content": "word " * 90}], [])
 
