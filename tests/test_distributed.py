@@ -237,7 +237,7 @@ def test_zero_trains_sft_like_one_rank_and_leaves_a_folder_that_loads(chat, conf
         assert torch.nn.functional.cosine_similarity(step.flatten(), ours.flatten(), dim=0) > 0.85, name
 
 
-DPO = {"do": "dpo", "examples_per_step": 8, "num_eval_pairs": 8, "num_iterations": 6, "init_lr_frac": 0.1}
+DPO = {"do": "dpo", "examples_per_step": 8, "num_eval_pairs": 8, "num_iterations": 6, "init_lr_frac": 0.02}
 MATRIX = {  # (stage, Accelerate config file): columns of the history that two ranks have as one
     ("sft", "multi_gpu"): ("train_loss", "val_loss", "grad_norm"),
     ("sft", "fsdp2"): ("train_loss", "val_loss"),
@@ -255,20 +255,19 @@ def test_chat_stages_on_two_ranks_equal_one_also_after_a_stop(chat):
     lines = [json.dumps(pair | {"chosen": answers[0], "rejected": answers[1]}) + "\n" for pair in pairs]
     (chat / "pairs.jsonl").write_text("".join(lines))
     sft = {**SFT, "num_iterations": 8, "save_every": 2, "eval_every": 2, "total_batch_size": 8 * 128}
-    stages = {
-        "sft": sft | {"validation": [{"dataset": "primer", "rows": 10}]}
-    }  # three epochs, which end in half a step
+    stages = {"sft": sft | {"validation": [{"dataset": "primer", "rows": 10}]}}
     stages |= {"dpo": DPO | {"dataset": chat / "pairs.jsonl"}}
     stages |= {"lora": stages["dpo"] | {"lora_r": 4}, "rl": {"do": "rl", **untrained(chat / "sft", chat)}}
     stages["rl"] |= {"model": chat / "guesses", "num_iterations": 12, "examples_per_step": 8, "num_samples": 4}
 
     def run(ranks: int, config: str, *names: str, ok: bool = True, **more):
-        size = {"rl": 32}
-        jobs = [
-            {"model": chat / "sft", **stages[name.split("-")[0]], "output": chat / name, **more}
-            | {"device_batch_size": size.get(name.split("-")[0], 8) // ranks}
-            for name in names
-        ]
+        jobs = []
+        for name in names:
+            stage = name.partition("-")[0]
+            size = (32 if stage == "rl" else 8) // ranks
+            jobs.append(
+                {"model": chat / "sft", **stages[stage], "output": chat / name, "device_batch_size": size, **more}
+            )
         launch(ranks, config, jobs, ok=ok)
 
     run(1, "", *(f"{stage}-1" for stage in stages))
@@ -284,9 +283,10 @@ def test_chat_stages_on_two_ranks_equal_one_also_after_a_stop(chat):
         one, two = (load_json(chat / f"{stage}-{name}" / "metrics.json") for name in ("1", config))
         for column in columns:
             values = [[row.get(column) for row in metrics["history"]] for metrics in (one, two)]
-            assert any(values[0]) and values[1] == pytest.approx(values[0], abs=1e-4), (stage, config, column)
+            near = pytest.approx(values[0], rel=1e-3, abs=1e-4)
+            assert any(values[0]) and values[1] == near, (stage, config, column)
         for end in ("before", "after", "val_loss"):
-            assert two.get(end) == pytest.approx(one.get(end), abs=1e-4), (stage, config, end)
+            assert two.get(end) == pytest.approx(one.get(end), rel=1e-3, abs=1e-3), (stage, config, end)
     assert two["before"]["loss"] > two["after"]["loss"]
 
 
