@@ -1,11 +1,6 @@
 """Checks of hand-written kernels: a wrong one is disabled with one line; each kernel has a check, and passes it."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -113,38 +108,6 @@ def test_the_decoders_check_leaves_it_as_it_was():
     assert "off by" in checks.fault("decoding", decode_kernels._cases(draw(), decoder))
     assert all(torch.equal(getattr(decoder.state, name), value) for name, value in before.items())
     assert not any(cache.any() for cache in decoder.k + decoder.v)
-
-
-def interpreted() -> None:
-    """In a process with TRITON_INTERPRET=1: all checks pass but those that need a GPU, and find a fault."""
-    for name in set(TRAINING) - {"fused cross-entropy", *FLASH_KERNELS}:
-        cases = checks.CHECKS[name].cases(draw(), CONFIG)
-        if name == "FP8":
-            cases = ((0.15, run) for _, run in cases)  # the interpreter cuts digits off
-        assert checks.fault(name, cases) is None, name
-    decoder = Decoder(lively("cpu"), 4, 60, [1, 2])
-    with torch.inference_mode():
-        assert checks.fault("decoding", decode_kernels._cases(draw(dtype=torch.float32), decoder)) is None
-        assert checks.fault("fused decoding", fused_decode._cases(draw(dtype=torch.float32), decoder)) is None
-        fast, scale = decoder.fast_step, decoder.scale
-
-        def wrong(rows):
-            decoder.scale = 3 * scale
-            logits = fast(rows)
-            decoder.scale = scale
-            return logits
-
-        decoder.fast_step = wrong
-        assert "off by" in checks.fault("decoding", decode_kernels._cases(draw(dtype=torch.float32), decoder))
-
-
-@pytest.mark.slow
-def test_the_kernels_pass_their_checks_in_the_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed (CPU builds of torch come without it)")
-    code = "import test_kernel_checks as t; t.interpreted()"
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=Path(__file__).parent)
 
 
 @pytest.mark.gpu
