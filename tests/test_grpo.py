@@ -249,15 +249,6 @@ def untrained(tiny_folder, tmp_path) -> dict:
     return {**KEYS, **rl, "init_lr_frac": 0.2}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", [None, Generator])
-def test_a_model_that_guesses_learns_what_is_rewarded(tiny_folder, tmp_path, engine):
-    rl = untrained(tiny_folder, tmp_path) | {"num_iterations": 12, "device_batch_size": 32}
-    train_rl(RLConfig(**rl), str(tmp_path / "guesses"), tmp_path / "rl", engine=engine)
-    metrics = load_json(tmp_path / "rl" / "metrics.json")
-    assert metrics["before"]["pass@1"] < 0.45 and metrics["after"]["pass@1"] > 0.65
-
-
 def test_trl_gets_the_algorithm_that_the_module_describes(tiny_folder, tmp_path):
     arguments = grpo_arguments(config(temperature=0.7, num_samples=4, eval_samples=2), tmp_path)
     assert (arguments.beta, arguments.loss_type, arguments.scale_rewards) == (0.0, "dapo", "none")

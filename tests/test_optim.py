@@ -178,16 +178,6 @@ def test_every_parameter_is_in_one_group_by_role(tiny_model):
     }  # fmt: skip
 
 
-def test_lora_matrices_have_their_own_role_and_frozen_ones_none(tiny_model):
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(tiny_model, LoraConfig(r=4, target_modules=["q_proj", "fc1"], modules_to_save=["lm_head"]))
-    groups = {group["role"]: group["params"] for group in param_groups(model, OPTIONS)}
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    assert set(groups) == {"lora", "head"} and len(groups["lora"]) == 8
-    assert {id(p) for params in groups.values() for p in params} == trainable
-
-
 def test_unknown_roles_and_flat_partitions_are_refused():
     with pytest.raises(InputError, match="no optimizer role for parameter 'weight'"):
         param_groups(torch.nn.Linear(2, 2, bias=False), OPTIONS)

@@ -84,6 +84,8 @@ def sha256(path: Path) -> str:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with the first file that differs from the manifest, or None."""
+    if not manifest_of(folder):
+        return f"{folder / MANIFEST} is missing"
     try:
         for file, checksum in load_json(folder / MANIFEST).items():
             if not (folder / file).is_file():

@@ -132,7 +132,8 @@ class Pretraining:
         if self.accelerator.is_main_process:
             print(self.overview(kernels))
         if saved is not None:
-            self.restore(saved)
+            with checkpoint.reading(saved):
+                self.restore(saved)
 
     def overview(self, kernels: str) -> str:
         """What the run is about to do, as `nanochat plan` prints it."""
@@ -249,8 +250,7 @@ class Pretraining:
     def accumulate_gradients(self) -> Tensor:
         """Forward and backward of the next micro-batches of this rank; returns their mean loss, () on the device."""
         loss = torch.zeros((), device=self.device)
-        # the reducer adds gradients up, FSDP2 takes means
-        factor = self.loss_scale / (self.world if self.reducer else 1)
+        factor = self.loss_scale / (self.world if self.reducer else 1)  # the reducer adds up, FSDP2 takes means
         for left in reversed(range(self.grad_accum_steps)):
             ids, targets = runtime.to_device(next(self.loader), self.device)
             if self.sharded and not self.accelerator.state.fsdp_plugin.reshard_after_forward:
