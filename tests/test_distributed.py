@@ -282,11 +282,12 @@ def test_chat_stages_on_two_ranks_equal_one_also_after_a_stop(chat):
     for (stage, config), columns in MATRIX.items():
         one, two = (load_json(chat / f"{stage}-{name}" / "metrics.json") for name in ("1", config))
         for column in columns:
-            values = [[row.get(column) for row in metrics["history"]] for metrics in (one, two)]
-            near = pytest.approx(values[0], rel=1e-3, abs=1e-4)
-            assert any(values[0]) and values[1] == near, (stage, config, column)
+            expected, values = ([row[column] for row in metrics["history"] if column in row] for metrics in (one, two))
+            near = pytest.approx(expected, rel=1e-3, abs=1e-4)
+            assert any(expected) and values == near, (stage, config, column)
         for end in ("before", "after", "val_loss"):
-            assert two.get(end) == pytest.approx(one.get(end), rel=1e-3, abs=1e-3), (stage, config, end)
+            if one.get(end) is not None:
+                assert two[end] == pytest.approx(one[end], rel=1e-3, abs=1e-3), (stage, config, end)
     before, after = (load_json(chat / "rl-multi_gpu" / "metrics.json")[end]["pass@1"] for end in ("before", "after"))
     assert before < 0.45 and after > 0.65  # it learned what is rewarded
 
