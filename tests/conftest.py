@@ -6,13 +6,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
+from functools import cache
+
 import pytest
 import torch
 
 import nanochat_hf  # noqa: F401  (registers the model)
+from nanochat_hf import run
 from nanochat_hf.kernels import backend as kernel_checks
 
 torch.set_num_threads(1)
+run.versions = cache(run.versions)  # read from two hundred packages in every stage
+
+
+def pytest_collection_finish():
+    gc.freeze()  # each collection would take seconds to look through the libraries
 
 
 def pytest_collection_modifyitems(items):

@@ -1,17 +1,25 @@
 """Checkpoints of pretraining: complete or absent, rotated, merged over ranks, with the random state."""
 
 import random
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mutations import mutations
 from test_optim import OPTIONS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from nanochat_hf.errors import InputError
+from nanochat_hf.metrics import Measured
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
+from nanochat_hf.optim.scaling import Schedule
+from nanochat_hf.run import load_record, save_json
 from nanochat_hf.train import checkpoint
+from nanochat_hf.train.sft import ChatTrainer
 
 
 def names(folder):
@@ -166,14 +174,6 @@ def test_the_optimizer_state_reaches_sharded_parameters_as_shards(training, tiny
     assert all(torch.equal(value, again[name][key]) for name in first for key, value in first[name].items())
 
 
-def test_states_of_several_ranks_become_one():
-    groups = [{"params": [0, 1, 2]}]
-    first = {"state": {0: {"a": 1, "shared": 5}, 1: {"shared": 6}}, "param_groups": groups}
-    second = {"state": {0: {"shared": 5}, 1: {"a": 2, "shared": 6}, 2: {"b": 3}}, "param_groups": groups}
-    state = {0: {"a": 1, "shared": 5}, 1: {"a": 2, "shared": 6}, 2: {"b": 3}}
-    assert checkpoint.merged([first, second]) == {"state": state, "param_groups": groups}
-
-
 def test_a_model_folder_is_complete_float32_and_nothing_is_left_beside_it(training, tokenizer, tmp_path):
     model, _ = training
     model.model.embed_tokens.to(torch.bfloat16)
@@ -194,3 +194,37 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
                 (tmp_path / kind / name).mkdir()
         checkpoints = checkpoint.all_checkpoints(tmp_path / kind)
         assert [path.name for path in checkpoints] == [name for name in order if name.startswith(kind)]
+
+
+LOG = [{"step": 1, "time": 0.5, "loss": 2.0, "epoch": 0.1}, {"step": 3, "time": 1.0, "eval_loss": 2.0}]
+POINTS = {"history": [{"step": 1, "train_loss": 2.0}], "samples": [{"prompt": "a", "text": "b"}]}
+READ = {  # file of a stage's state -> (its content, what reads it, what a refusal says)
+    "config.json": ({"matrix_lr": None}, ChatTrainer.compare_settings, "is not valid JSON|with another recipe"),
+    "skipped.json": ({"steps": [1]}, ChatTrainer.restore_records, "delete it to count none as skipped"),
+    "c/measured.json": ({"log": LOG}, ChatTrainer.restore_records, "delete it to repeat that evaluation"),
+    "c/trainer_state.json": ({"log_history": LOG}, ChatTrainer.restore_records, "to use an older checkpoint"),
+    "measured.json": (POINTS, None, "delete it to repeat"),
+}
+
+
+@pytest.mark.parametrize("file", READ)
+def test_a_damaged_record_is_one_line(tmp_path, file):
+    (content, read, words), outcomes = READ[file], []
+    save_json(tmp_path / "c" / "trainer_state.json", {"log_history": LOG})
+    save_json(tmp_path / file, content)
+    for data in mutations((tmp_path / file).read_bytes(), 60):
+        (tmp_path / file).write_bytes(data)
+        ranks = SimpleNamespace(world_size=1, process_index=0)
+        trainer = SimpleNamespace(args=ranks, schedule=Schedule(4), state=SimpleNamespace(log_history=[]))
+        try:
+            if read is ChatTrainer.compare_settings:
+                read(trainer, tmp_path, content)
+            elif read:
+                read(trainer, tmp_path / "c")
+                trainer.state.log_history = trainer.resumed_log
+                ChatTrainer.history(trainer)
+            else:
+                load_record(tmp_path / file, Measured, "delete it to repeat")
+        except InputError as error:
+            outcomes.append(str(error))
+    assert len(outcomes) > 20 and all(re.search(words, line) and "\n" not in line for line in outcomes), outcomes

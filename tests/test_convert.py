@@ -139,6 +139,8 @@ def test_what_a_format_cannot_express_is_named():
         (lambda state, fields: [state.pop(n) for n in list(state) if "smear" in n], "two generations.*lacks smear"),
         (lambda state, fields: state.pop("transformer.wte.weight"), "no checkpoint of karpathy/nanochat"),
         (lambda state, fields: fields.update(n_embd=64), "size mismatch"),
+        (lambda state, fields: [state.pop(n) for n in upstream_state(JULY).keys() - upstream_state(OCTOBER).keys()],
+         "no new parameter and window_pattern SSL, and lacks value_embeds"),
     ],
 )  # fmt: skip
 def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason(change, message):
@@ -177,31 +179,6 @@ def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, 
     lengths = torch.load(tmp_path / "back" / "token_bytes.pt", weights_only=True)
     assert len(lengths) == len(tokenizer) and lengths[tokenizer.bos_token_id] == 0
     assert lengths[tokenizer("capital", add_special_tokens=False)["input_ids"]].sum() == 7
-
-
-def answer(folder, tokenizer) -> str:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    question = [{"role": "user", "content": "What is 12 * 34?"}]
-    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = model.generate(**inputs, max_new_tokens=60, do_sample=False)
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
-
-
-@pytest.mark.slow
-def test_a_chat_model_answers_its_calls_after_every_conversion(chat_folder, talker, tmp_path):  # noqa: F811
-    """Through upstream's files, which do not say that it is a chat model; by the loop, or by ending at the call."""
-    shutil.copytree(chat_folder, tmp_path / "chat")
-    config = (tmp_path / "chat" / "config.json").read_text()
-    assert '"sliding_window": 33' in config  # upstream has windows of whole tiles only; the answers stay the same
-    (tmp_path / "chat" / "config.json").write_text(config.replace('"sliding_window": 33', '"sliding_window": 129'))
-    convert(tmp_path / "chat", tmp_path / "theirs", "nanochat")
-    convert(tmp_path / "theirs", tmp_path / "ours")
-    convert(chat_folder, tmp_path / "copy")
-    for folder in ("ours", "copy"):
-        result = "<|python_start|>12*34<|python_end|><|output_start|>408<|output_end|>It is 408.<|assistant_end|>"
-        assert answer(tmp_path / folder, talker[1]) == result
-        shutil.rmtree(tmp_path / folder / "custom_generate")
-        assert answer(tmp_path / folder, talker[1]) == "<|python_start|>12*34<|python_end|>"
 
 
 def test_native_folders_end_at_a_call_and_base_models_of_ours_get_no_loop(tokenizer, tmp_path):
@@ -257,10 +234,12 @@ def test_templates_of_a_renewed_or_converted_folder_are_todays_unless_they_are_n
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"response_template": {"fields": {}}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     expected = (TEMPLATE.read_text(), tokenizer_module.RESPONSE_TEMPLATE) if older else (text, {"fields": {}})
+    save_json(folder / "metrics.json", {"weights": model_fingerprint(folder)})
     for output in (tmp_path / "copy", folder):
-        convert(folder, output)
+        cli.dispatch("convert", ["--source", str(folder), "--output", str(output)])
         loaded = AutoTokenizer.from_pretrained(output)  # as the Space does
         assert (loaded.chat_template, loaded.response_template) == expected, output
+    assert load_json(folder / "metrics.json") == {"weights": model_fingerprint(folder)}  # of the new content
 
 
 def test_bad_folders_leave_nothing_behind(tokenizer, tmp_path, tmp_path_factory):
@@ -288,18 +267,6 @@ def test_bad_folders_leave_nothing_behind(tokenizer, tmp_path, tmp_path_factory)
     refused(r"not a file of plain weights \(it asks for (posix|nt).system\)")
     (source / "model_000021.pt").write_bytes(b"broken")
     refused("not a file of plain weights")
-
-
-@pytest.mark.parametrize("recorded", [None, "0" * 16])
-def test_the_script_renews_a_stage_and_its_record_names_the_new_content(recorded, chat_folder, tmp_path, monkeypatch):  # noqa: F811
-    older = "{# older #}"
-    monkeypatch.setattr(tokenizer_module, "OLD_TEMPLATES", (sha256(older.encode()).hexdigest()[:16],))
-    folder = shutil.copytree(chat_folder, tmp_path / "stage")
-    (folder / "chat_template.jinja").write_text(older)
-    save_json(folder / "metrics.json", {"weights": recorded or model_fingerprint(folder)})
-    cli.dispatch("convert", ["--source", str(folder), "--output", str(folder)])
-    assert (folder / "chat_template.jinja").read_text() == TEMPLATE.read_text()
-    assert load_json(folder / "metrics.json") == {"weights": recorded or model_fingerprint(folder)}
 
 
 # ---- tokenizers ---------------------------------------------------------------------------------------------------
@@ -357,14 +324,10 @@ class Evil:
     ("content", "reason"),
     [
         (pickle.dumps(Evil()), r"(posix|nt).system"),
-        (b"", ""),
         (b"not a pickle", ""),
         (b"\x80\x03ctiktoken.core\nEncoding\n)R}b.", ""),  # no fields
         (pickle.dumps({"mergeable_ranks": {}}), ""),
-        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xff.", ""),  # a frame longer than the file
         (({"a": 0}, PATTERN), "of other types"),
-        (({b"a": "0"}, PATTERN), "of other types"),
-        (({b"a": 0}, b"x"), "of other types"),
     ],
 )
 def test_what_is_no_tiktoken_encoding_is_refused(content, reason, tmp_path):
@@ -417,11 +380,6 @@ def test_logits_equal_those_of_the_original_code(tmp_path):
     subprocess.run(command, check=True, env=os.environ | {"NANOCHAT_DTYPE": "float32"})
     ours = logits(from_upstream(state, {"model_config": fields}), ids)
     close(ours, torch.load(tmp_path / "out.pt"), atol=5e-5)
-
-
-def test_october_with_windows_is_between_the_generations():
-    with pytest.raises(ValueError, match=r"no new parameter and window_pattern SSL, and lacks value_embeds"):
-        from_upstream(upstream_state(OCTOBER), {"model_config": JULY})
 
 
 def test_embeddings_that_bfloat16_cannot_hold_are_written_in_float32():

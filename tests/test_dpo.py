@@ -1,21 +1,18 @@
 """DPO: pairs from a file, which tokens are compared, the paper's loss, and what a run leaves behind."""
 
-import io
 import json
 import math
-import re
 import shutil
 from dataclasses import asdict
 
 import pytest
 from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from workers import launch
 
 from nanochat_hf import cli, stages
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
-from nanochat_hf.run import Run, load_json, save_json, start_record, write_metrics
+from nanochat_hf.run import Run, load_json, start_record, write_metrics
 from nanochat_hf.stage_configs import EvalConfig, PretrainConfig, find_recipe, read_recipe
 from nanochat_hf.train import dpo
 from nanochat_hf.train.dpo import DPOStageConfig, load_pairs, mask_completions, read_pair, train_dpo
@@ -53,7 +50,6 @@ def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenize
     [
         ({"text": "x"}, "needs chosen and rejected"),
         ({"chosen": "yes", "rejected": "no"}, "needs chosen and rejected|no messages"),
-        ({"prompt": [USER], "chosen": [], "rejected": []}, "last message"),
         ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}, "same"),
         ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY, USER, REPLY]}, "continues"),
         *(
@@ -137,21 +133,8 @@ def test_the_loss_is_that_of_the_papers_formula_with_the_configs_beta(tiny_folde
         assert after["loss"] == pytest.approx(math.log1p(math.exp(-after["margin"])), rel=0.01)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 4])
-def test_two_processes_learn_what_one_does(tiny_folder, config, tmp_path, rank):
-    config.lora_r, config.device_batch_size = rank, 4
-    for number, launch_config in ((1, ""), (2, "multi_gpu")):
-        job = {"do": "dpo", "model": tiny_folder, "output": tmp_path / str(number), **asdict(config)}
-        assert launch(number, launch_config, [job]).returncode == 0
-    one, two = (load_json(tmp_path / name / "metrics.json") for name in ("1", "2"))
-    for key in ("train_loss", "grad_norm"):
-        assert [row[key] for row in two["history"]] == pytest.approx([row[key] for row in one["history"]], abs=1e-5)
-    assert two["after"] == pytest.approx(one["after"], abs=1e-5)
-
-
-def test_dpo_is_a_stage_like_the_others(tiny_folder, config, tmp_path, capsys, monkeypatch):
-    """Trained after the newest stage, evaluated, in the report, pushed, and the one to chat with."""
+def test_dpo_is_a_stage_like_the_others(tiny_folder, config, tmp_path):
+    """Trained after the newest stage, evaluated, in the report, pushed."""
     run, words = Run(tmp_path / "run"), ["--run-dir", str(tmp_path / "run")]
     shutil.copytree(tiny_folder, run.folder("rl"))
     write_metrics(run.folder("rl"), start_record(config))
@@ -161,26 +144,12 @@ def test_dpo_is_a_stage_like_the_others(tiny_folder, config, tmp_path, capsys, m
     results = run.metrics("eval")["results"]
     assert set(results) == {"dpo"} and {"val_bpb", "facts"} <= set(results["dpo"])
     cli.report(words)
-    text = (run.path / "report.md").read_text()
-    assert "**DPO**" in text and re.search(r"\| Metric +\|.*DPO +\|", text)
+    assert "**DPO**" in (run.path / "report.md").read_text()
     cli.push([*words, "--repo", "me/x", "--stage", "dpo", "--dry-run"])
     card = (run.path / "hub" / "dpo" / "README.md").read_text()
     assert "stage: DPO" in card and "- dpo\n" in card and "name: facts" in card and "| DPO " in card
-    for chosen in ([], ["--stage", "dpo"]):
-        capsys.readouterr()
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
-        cli.chat([*words, *chosen, "-p", "Is it?", "--max-new-tokens", "3", "--device", "cpu"])
     with pytest.raises(InputError, match=r"stage 'sft' of .* is not finished; finished: rl, dpo"):
         cli.serve([*words, "--stage", "sft"])
-    changed = {"dpo": config, "eval": EvalConfig(**few, chat_stages=["mid", "sft", "rl", "dpo"])}
-    stages.check_run_folder(run, ["dpo", "eval"], changed)
-    record = load_json(run.folder("eval") / "metrics.json")  # of before DPO was a stage of its own
-    record["config"]["chat_stages"].remove("dpo")
-    save_json(run.folder("eval") / "metrics.json", record)
-    shutil.rmtree(run.folder("dpo"))
-    stages.check_run_folder(run, ["eval"], changed)
-    with pytest.raises(InputError, match=r"recipe changed since .*eval finished \(max_per_task: 2 -> 3\)"):
-        stages.check_run_folder(run, ["eval"], {"eval": EvalConfig(**few | {"max_per_task": 3})})
 
 
 def test_a_recipe_runs_dpo_after_rl_when_named_or_enabled():

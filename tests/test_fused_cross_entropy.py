@@ -1,11 +1,7 @@
 """Fused linear cross-entropy against its definition: the reference on any machine, the kernel on a GPU."""
 
-import pytest
 import torch
-import torch.nn.functional as F
-from tiny import LOW, relative
 
-from nanochat_hf.kernels import fused_cross_entropy
 from nanochat_hf.kernels.fused_cross_entropy import fused_linear_cross_entropy
 
 
@@ -17,19 +13,3 @@ def test_the_loss_is_softcapped_cross_entropy_without_the_padding_rows():
     assert torch.allclose(fused_linear_cross_entropy(hidden, weight, targets, 15.0, 7), losses.sum() / 5)
     assert torch.allclose(fused_linear_cross_entropy(hidden, weight, targets, 15.0, 7, "none"), losses, atol=1e-6)
     assert fused_linear_cross_entropy(hidden, weight, torch.full((6,), -100), 15.0, 7) == 0
-
-
-@pytest.mark.gpu
-def test_the_kernel_and_its_gradients_equal_the_definition(monkeypatch):
-    hidden = torch.randn(300, 128, **LOW, requires_grad=True)
-    weight = (0.1 * torch.randn(1024, 128, device="cuda")).requires_grad_()
-    targets = torch.randint(0, 1000, (300,), device="cuda")
-    targets[::7] = -100
-    monkeypatch.setattr(fused_cross_entropy, "MAX_LOGITS_BYTES", 2 * 1024 * 128)  # three chunks, the last one short
-    loss = fused_linear_cross_entropy(hidden, weight, targets, 15.0, 1000)
-    exact = F.cross_entropy(15 * torch.tanh(hidden.float() @ weight[:1000].T / 15), targets, ignore_index=-100)
-    assert abs(loss - exact) < 1e-3
-    grads = torch.autograd.grad(loss, (hidden, weight))
-    for a, b in zip(grads, torch.autograd.grad(exact, (hidden, weight))):
-        assert relative(a, b) < 1e-2
-    assert not grads[1][1000:].any()

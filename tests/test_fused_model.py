@@ -75,20 +75,6 @@ def test_hidden_states_loss_and_gradients_are_the_models(generation, path):
     assert_close(grads, gradients(model))
 
 
-@pytest.mark.parametrize("flash, quack, fp8, kinds", [
-    (False, False, False, ("plain_weight", "plain_weight")), (True, False, False, ("plain_weight", "plain_weight")),
-    (False, True, False, ("plain_weight", "plain_weight")),
-    (True, True, False, ("bf16_weight", "bf16_weight")), (True, True, True, ("fp8_weight", "bf16_weight")),
-    (True, False, True, ("fp8_weight", "plain_weight")),
-])  # fmt: skip
-def test_the_kind_of_block_is_chosen_when_the_module_is_made(flash, quack, fp8, kinds, monkeypatch):
-    monkeypatch.setattr(fused_model, "uses_flash", lambda x: flash)
-    monkeypatch.setattr(fused_model, "uses_quack", lambda x: quack)
-    fused = FusedTransformer(random_model(2), fp8=fp8)
-    assert (fused.train_kind.weight.__name__, fused.eval_kind.weight.__name__) == kinds
-    assert fused.train_kind.flash == (flash and (quack or fp8)) and fused.eval_kind.flash == (flash and quack)
-
-
 def test_the_plain_block_is_one_graph_for_the_compiler():
     model = random_model(2, num_hidden_layers=2)
     fused, ids = FusedTransformer(model), torch.randint(0, 300, (2, 200))
@@ -156,23 +142,6 @@ def kernels(request, monkeypatch):
         monkeypatch.setattr(attention, "flash_attn_func", None)
         monkeypatch.setattr(block_matmuls, "gemm_epilogue", None)
     return request.param
-
-
-@pytest.mark.gpu
-def test_packed_documents_on_a_gpu_are_near_the_model_in_float32(kernels):
-    model = random_model(2, 0.02, **GPU_SHAPE, sliding_window=129).cuda()
-    ids, labels = torch.randint(0, 300, (2, 2, 1024), device="cuda")
-    positions = [torch.cat([torch.arange(n) for n in part]) for part in ((500, 7, 517), (1, 1023))]
-    inputs = {"input_ids": ids, "labels": labels, "position_ids": torch.stack(positions).cuda()}
-    labels[inputs["position_ids"] == 0] = -100
-    exact = model(**inputs, use_cache=False).loss
-    exact.backward()
-    expected = gradients(model)
-    use_fused_forward(model, torch.bfloat16, documents=20, compile=True)
-    loss = model(**inputs).loss
-    loss.backward()
-    assert abs(loss - exact) / exact < 2e-3
-    near(gradients(model), expected)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,6 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
-from workers import launch
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import Generator
@@ -87,24 +86,15 @@ def test_primer_prompts_come_with_what_a_grader_needs(tokenizer):
     assert not {row["prompt"][0]["content"] for row in rows} & {row["prompt"][0]["content"] for row in test}
 
 
-def test_gsm8k_prompts_are_read_from_the_file_of_the_split(tokenizer, tmp_path):
-    for split, result in (("train", 7), ("test", 1200)):
-        row = {"question": f"{split}?", "answer": f"It is <<1+6=7>>7.\n#### {result:,}"}
-        (tmp_path / f"gsm_{split}.jsonl").write_text(json.dumps(row) + "\n")
-    stage = config(dataset=str(tmp_path / "gsm_{split}.jsonl"))
-    for split, answer in (("train", "7"), ("test", "1200")):
-        [row], skipped = load_prompts(stage, split, tokenizer, 100)
-        assert (row["prompt"][0]["content"], row["answer"], row["kind"]) == (f"{split}?", answer, "gsm8k")
-        assert not skipped
-
-
 def test_prompts_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer, tmp_path):
     texts = ["How much?", "word " * 200, "How many?"]
-    rows = [{"question": text, "answer": "#### 5" if i < 2 else "five"} for i, text in enumerate(texts)]
-    (tmp_path / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stage = config(dataset=str(tmp_path / "gsm.jsonl"))
+    answers = ["It is <<1000+200=1200>>1,200.\n#### 1,200", "#### 5", "five"]
+    rows = [{"question": text, "answer": answer} for text, answer in zip(texts, answers)]
+    (tmp_path / "gsm_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = config(dataset=str(tmp_path / "gsm_{split}.jsonl"))
     rows, skipped = load_prompts(stage, "train", tokenizer, 100)
-    assert [row["prompt"][0]["content"] for row in rows] == ["How much?"]
+    [row] = rows
+    assert (row["prompt"][0]["content"], row["answer"], row["kind"]) == ("How much?", "1200", "gsm8k")
     reasons = {row["row"]: row["reason"] for row in skipped}
     assert reasons.keys() == {1, 2} and "100 leave room" in reasons[1] and "####" in reasons[2]
     with pytest.raises(InputError, match=r"row [12] of .* cannot be used"):
@@ -224,10 +214,9 @@ def test_answers_come_from_the_adapters_too(tiny_model, tokenizer, engine):
         torch.testing.assert_close(value, weights[name], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("engine", [None, Engine])
-def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path, engine):
+def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path):
     out = tmp_path / "rl"
-    train_rl(config(save_every=1, eval_every=1), tiny_folder, out, engine=engine)
+    train_rl(config(save_every=1, eval_every=1), tiny_folder, out)
     metrics = load_json(out / "metrics.json")
     assert metrics["finished"] and metrics["task"] == "primer:problem" and 0 < metrics["generation_share"] < 1
     assert metrics["before"].keys() == metrics["after"].keys() == {"pass@1", "pass@2", "questions"}
@@ -258,30 +247,6 @@ def untrained(tiny_folder, tmp_path) -> dict:
     train_chat(sft, tiny_folder, tmp_path / "guesses")
     rl = {"dataset": str(tmp_path / "{split}.jsonl"), "num_samples": 16, "eval_samples": 64, "max_new_tokens": 24}
     return {**KEYS, **rl, "init_lr_frac": 0.2}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", [None, Generator])
-def test_a_model_that_guesses_learns_what_is_rewarded(tiny_folder, tmp_path, engine):
-    rl = untrained(tiny_folder, tmp_path) | {"num_iterations": 12, "device_batch_size": 32}
-    train_rl(RLConfig(**rl), str(tmp_path / "guesses"), tmp_path / "rl", engine=engine)
-    metrics = load_json(tmp_path / "rl" / "metrics.json")
-    assert metrics["before"]["pass@1"] < 0.45 and metrics["after"]["pass@1"] > 0.65
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_does_though_they_leave_out_different_rows(tiny_folder, tmp_path):
-    """Each has 4 of a step's 8 questions with all their answers; a question may have none that is right, or all."""
-    rl = untrained(tiny_folder, tmp_path) | {"num_iterations": 12, "examples_per_step": 8, "num_samples": 4}
-    rl |= {"device_batch_size": 16}
-    for number, config in ((1, ""), (2, "multi_gpu")):
-        job = {"do": "rl", "model": tmp_path / "guesses", "output": tmp_path / str(number), **rl}
-        assert launch(number, config, [job]).returncode == 0
-    one, two = (load_json(tmp_path / name / "metrics.json") for name in ("1", "2"))
-    assert two["before"]["pass@1"] < 0.45 and two["after"]["pass@1"] > 0.65
-    for key in ("train_loss", "grad_norm", "reward"):
-        assert [row[key] for row in two["history"]] == pytest.approx([row[key] for row in one["history"]], abs=1e-4)
-    assert [two[key] for key in ("before", "after")] == [one[key] for key in ("before", "after")]
 
 
 def test_trl_gets_the_algorithm_that_the_module_describes(tiny_folder, tmp_path):

@@ -1,19 +1,13 @@
 """Checks of hand-written kernels: a wrong one is disabled with one line; each kernel has a check, and passes it."""
 
-import importlib.util
-import os
-import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import make_config
 from torch import nn
 
-from nanochat_hf.kernels import attention, fused_decode, muon
+from nanochat_hf.kernels import attention, fused_decode
 from nanochat_hf.kernels import backend as checks
 from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
@@ -80,41 +74,11 @@ def test_a_kernel_that_is_wrong_is_not_used_and_one_line_says_so(kernel, capsys,
     assert f"torch {torch.__version__.split('+')[0]}" in line
 
 
-def test_without_a_gpu_nothing_is_checked(kernel, monkeypatch):
-    _, calls = kernel(1)
-    monkeypatch.setattr(checks, "INTERPRETED", False)
-    assert verify() == frozenset() and not calls
-
-
-def test_a_package_that_is_not_installed_differs_from_one_that_does_not_fit(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(checks, "unloaded", {})
-    assert checks.unavailable("no-such-package", ImportError("x")) is None
-    checks.unavailable("torch", AttributeError("module has no attribute 'flash_attn_func'\nmore"))
-    assert checks.unloaded == {
-        "no-such-package": "not installed", "torch": "AttributeError: module has no attribute 'flash_attn_func'",
-    }  # fmt: skip
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and line.startswith("torch is not used: AttributeError") and "a GPU" in line
-
-
 def test_fp8_that_is_wrong_is_bf16_training(tiny_model, monkeypatch):
     assert FusedTransformer(tiny_model, fp8=True).fp8
     monkeypatch.setattr(checks, "disabled", {"FP8"})
     monkeypatch.setattr("nanochat_hf.train.fused_model.disabled", checks.disabled)
     assert not FusedTransformer(tiny_model, fp8=True).fp8
-
-
-def test_every_kernel_of_triton_has_a_check():
-    package = Path(checks.__file__).parent
-    assert set(muon.MUON_KERNELS) <= set(TRAINING)
-    for path in package.rglob("*.py"):
-        text = path.read_text()
-        if "@triton.jit" in text:
-            assert "@check(" in text, f"{path.name} has kernels and no check"
-        for name in re.findall(r'usable\("([^"]+)", ', text):
-            assert name in checks.CHECKS or path.stem == "backend", name
 
 
 def draw(device: str = "cpu", dtype: torch.dtype = torch.bfloat16):
@@ -144,38 +108,6 @@ def test_the_decoders_check_leaves_it_as_it_was():
     assert "off by" in checks.fault("decoding", decode_kernels._cases(draw(), decoder))
     assert all(torch.equal(getattr(decoder.state, name), value) for name, value in before.items())
     assert not any(cache.any() for cache in decoder.k + decoder.v)
-
-
-def interpreted() -> None:
-    """In a process with TRITON_INTERPRET=1: all checks pass but those that need a GPU, and find a fault."""
-    for name in set(TRAINING) - {"fused cross-entropy", *FLASH_KERNELS}:
-        cases = checks.CHECKS[name].cases(draw(), CONFIG)
-        if name == "FP8":
-            cases = ((0.15, run) for _, run in cases)  # the interpreter cuts digits off
-        assert checks.fault(name, cases) is None, name
-    decoder = Decoder(lively("cpu"), 4, 60, [1, 2])
-    with torch.inference_mode():
-        assert checks.fault("decoding", decode_kernels._cases(draw(dtype=torch.float32), decoder)) is None
-        assert checks.fault("fused decoding", fused_decode._cases(draw(dtype=torch.float32), decoder)) is None
-        fast, scale = decoder.fast_step, decoder.scale
-
-        def wrong(rows):
-            decoder.scale = 3 * scale
-            logits = fast(rows)
-            decoder.scale = scale
-            return logits
-
-        decoder.fast_step = wrong
-        assert "off by" in checks.fault("decoding", decode_kernels._cases(draw(dtype=torch.float32), decoder))
-
-
-@pytest.mark.slow
-def test_the_kernels_pass_their_checks_in_the_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed (CPU builds of torch come without it)")
-    code = "import test_kernel_checks as t; t.interpreted()"
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=Path(__file__).parent)
 
 
 @pytest.mark.gpu

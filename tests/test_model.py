@@ -55,10 +55,7 @@ def test_fields_are_derived_and_survive_saving(config, expected, tmp_path):
         ({"hidden_size": 100, "num_attention_heads": 3}, "not divisible by num_attention_heads 3"),
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "not divisible by num_key_value_heads 4"),
         ({"hidden_size": 66, "num_attention_heads": 2}, "head_dim is 33: RoPE rotates pairs"),
-        ({"head_dim": 7}, "head_dim is 7: RoPE rotates pairs"),
         ({"window_pattern": "SXL"}, "window_pattern 'SXL': write a word of the letters S"),
-        ({"window_pattern": ""}, "window_pattern ''"),
-        ({"window_pattern": 3}, "window_pattern"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_tokens": 40000}, "num_tokens 40000 must lie between 1 and vocab_size 32768"),
         ({"layer_types": ["full_attention"] * 12}, "layer_types .* do not follow from window_pattern 'SSSL'"),
@@ -297,17 +294,6 @@ def test_the_gradient_reaches_every_parameter_and_checkpointing_gives_the_same(g
         close(gradient, expected[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_training_compiles_as_one_graph_with_equal_gradients(generation):
-    model, ids = make_model(generation).train(), make_ids(2, 16)
-    expected = gradients(model, ids)
-    torch._dynamo.reset()
-    torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids).loss.backward()
-    for name, gradient in expected.items():
-        close(model.get_parameter(name).grad, 2 * gradient, atol=2e-4)  # added to the first
-
-
 def test_the_loss_is_the_shifted_cross_entropy_over_the_given_number_of_items():
     model, ids = make_model(), make_ids(2, 12)
     labels = ids.clone()
@@ -317,17 +303,6 @@ def test_the_loss_is_the_shifted_cross_entropy_over_the_given_number_of_items():
     close(out.loss, nll / (labels[:, 1:] != -100).sum())
     close(model(ids, labels=labels, num_items_in_batch=50).loss, nll / 50)
     assert out.logits.shape == (2, 12, 100) and out.logits.dtype == torch.float32 and out.logits.abs().max() < 15
-
-
-def test_float32_masters_run_in_the_dtype_of_the_embeddings():
-    model, ids = make_model(), make_ids(1, 12)
-    reference = model(ids).logits
-    model.model.embed_tokens.bfloat16()
-    model.model.value_embeds.bfloat16()
-    out = model.model(ids).last_hidden_state
-    assert out.dtype == torch.bfloat16 and model.model.layers[0].mlp.fc1.weight.dtype == torch.float32
-    assert model(ids).logits.dtype == torch.float32
-    assert (model(ids).logits - reference).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

@@ -65,31 +65,3 @@ def test_a_returned_cache_continues_into_a_second_turn(generation):
     second = torch.cat([turn.sequences, make_ids(1, 6, seed=5)], dim=1)
     continued = greedy(model, second, 9, past_key_values=turn.past_key_values)
     assert continued.tolist() == uncached_greedy(model, second, 9).tolist()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_the_decoding_step_compiles_whole_and_not_again_as_lengths_grow(generation):
-    model = make_model(generation)
-    torch._dynamo.reset()
-    step = torch.compile(model, fullgraph=True, backend="aot_eager")
-    ids, cache, logits, graphs = make_ids(1, 30), make_cache("static", model.config), [], []
-    model(ids[:, :10], past_key_values=cache)
-    torch._dynamo.utils.counters.clear()
-    for t in range(10, 30):
-        mask = torch.ones(1, t + 1, dtype=torch.long)  # as generate does: masks are made outside of the compiled step
-        masks = model.create_masks_for_generate(model.config, torch.empty(1, 1, 0), mask, cache, torch.tensor([[t]]))
-        out = step(ids[:, t : t + 1], attention_mask=masks, past_key_values=cache, position_ids=torch.tensor([[t]]))
-        logits.append(out.logits)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    close(torch.cat(logits, dim=1), model(ids, use_cache=False).logits[:, 10:])
-    # transformers' static window layer counts in a Python int: seen to change once, it becomes a symbol, for good.
-    assert graphs[-1] == graphs[1] <= generation
-    assert not torch._dynamo.utils.counters["graph_break"]
-
-
-@pytest.mark.slow
-def test_the_model_can_be_exported():
-    model, ids = make_model(), make_ids(1, 16)
-    exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
-    close(exported.module()(ids, use_cache=False).logits, model(ids).logits)

@@ -28,20 +28,15 @@ def layers(mixer, x0, ys, scalars):
 
 
 @pytest.mark.parametrize("mixed", [True, False])
-@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32)] + [
-    pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float32, torch.bfloat16)
-])  # fmt: skip
-def test_the_mix_and_its_gradients_equal_the_definition(mixed, device, dtype):
+def test_the_mix_and_its_gradients_equal_the_definition(mixed):
     torch.manual_seed(0)
-    columns = 1000 if device == "cuda" else 40
-    values = torch.randn(2, 5, columns), torch.randn(LAYERS, 2, 5, columns), 0.5 + torch.rand(2, LAYERS)
-    leaves = [value.to(device).requires_grad_() for value in values[: 3 if mixed else 2]]
+    values = torch.randn(2, 5, 40), torch.randn(LAYERS, 2, 5, 40), 0.5 + torch.rand(2, LAYERS)
+    leaves = [value.requires_grad_() for value in values[: 3 if mixed else 2]]
     scalars = leaves[2] if mixed else None
     exact = layers(reference_mix, *leaves[:2], scalars)
     grads = torch.autograd.grad(exact.square().sum(), leaves)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for _ in range(2):  # nothing of one pass is left for the next
-        out = layers(residual_mix, leaves[0].to(dtype), leaves[1].to(dtype), scalars)
-        assert relative(out, exact) < tolerance
-        for a, b in zip(torch.autograd.grad(out.float().square().sum(), leaves), grads):
-            assert relative(a, b) < tolerance
+        out = layers(residual_mix, *leaves[:2], scalars)
+        assert relative(out, exact) < 1e-5
+        for a, b in zip(torch.autograd.grad(out.square().sum(), leaves), grads):
+            assert relative(a, b) < 1e-5

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_the_loss_of_sft_is_on_assistant_tokens_that_of_mid_training_on_all_and_
     assert learned(tokenizer, CHAT, assistant_only_loss=False) == expected
 
 
-@pytest.mark.parametrize("reply", ["Sure 😊", "좋아요", "好", "café", "fine 👍🏽", "plain"])
+@pytest.mark.parametrize("reply", ["Sure 😊", "좋아요", "plain"])
 def test_all_bytes_of_a_last_character_are_learned_whatever_the_folders_template_marks(tokenizer, reply):
     tokenizer = copy.deepcopy(tokenizer)
     # A template of older folders, whose block ends with the text: transformers' mask then lacks the last bytes.
@@ -90,17 +91,6 @@ def test_positions_restart_in_each_conversation_and_in_the_padding():
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 9], [6, 7, 9, 9, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5, -100], [-100, 7, -100, -100, -100, -100]]
     assert PackedCollator(pad=9, length=None)(rows)["input_ids"].shape == (2, 5)
-
-
-def test_a_packed_conversation_does_not_attend_to_its_neighbors(lively_model, tokenizer):
-    lively_model.model.smear_lambda.data.fill_(1.0)
-    (ids, _), (other, _) = encode(tokenizer, [CHAT, PLAIN], True)
-    ids, other = ids.tolist(), other.tolist()
-    row = {"input_ids": other + ids, "labels": other + ids, "seq_lengths": [len(other), len(ids)]}
-    batch = PackedCollator(tokenizer.pad_token_id, len(ids) + len(other) + 5)([row])
-    packed = lively_model(batch["input_ids"], position_ids=batch["position_ids"]).logits
-    alone = lively_model(torch.tensor([ids])).logits
-    torch.testing.assert_close(packed[:, len(other) : len(other) + len(ids)], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_conversations_that_do_not_fit_are_counted_with_row_and_reason(tokenizer, tmp_path, entries):
@@ -162,6 +152,8 @@ def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path):
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     assert model.generation_config.eos_token_id == ends and model.dtype == torch.float32
     assert not (out / "state").exists() and tokenizer.chat_template and tokenizer.response_template
+    os.umask(mask := os.umask(0))
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir() if path.is_file()} == {0o666 & ~mask}
 
 
 def test_mid_training_then_sft_in_one_process(tiny_folder, tmp_path):
@@ -171,15 +163,6 @@ def test_mid_training_then_sft_in_one_process(tiny_folder, tmp_path):
     train_chat(unpacked, str(tmp_path / "mid"), tmp_path / "sft")
     assert AutoTokenizer.from_pretrained(tmp_path / "sft").init_kwargs["examples"] == examples
     assert history(tmp_path / "sft")[0]["train_loss"] < 6 and history(tmp_path / "mid")[-1]["step"] == 4
-
-
-def test_one_batch_of_eight_trains_like_eight_batches_of_one(tiny_folder, tmp_path):
-    train_chat(config(device_batch_size=8, num_iterations=3), tiny_folder, tmp_path / "whole")
-    train_chat(config(device_batch_size=1, total_batch_size=1024, num_iterations=3), tiny_folder, tmp_path / "parts")
-    whole, parts = history(tmp_path / "whole"), history(tmp_path / "parts")
-    assert whole[0]["grad_norm"] == pytest.approx(parts[0]["grad_norm"], rel=1e-4)
-    losses = [[row["train_loss"] for row in rows] for rows in (whole, parts)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # Adam makes much of a rounding error in a tiny gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,22 +181,19 @@ def test_lora_trains_adapters_only_in_the_devices_dtype_and_leaves_a_plain_float
     assert not torch.equal(value.bfloat16().float(), value)
 
 
-def test_chatcore_is_measured_on_the_way(tiny_folder, tmp_path):
+def test_chatcore_is_measured_and_validation_on_rows_of_the_mixture_is_said(tiny_folder, tmp_path, capsys):
     calls = []
 
     def measure(model, limit):
         calls.append((model.training, limit))
         return 0.25
 
-    train_chat(config(chatcore_every=2, chatcore_max_per_task=5), tiny_folder, tmp_path / "sft", chatcore=measure)
+    both = [{"dataset": "primer", "rows": 20}]
+    keys = {"mixture": both, "validation": both, "chatcore_every": 2, "chatcore_max_per_task": 5}
+    train_chat(config(**keys), tiny_folder, tmp_path / "sft", chatcore=measure)
+    assert "both take rows of primer::train: its validation loss is of rows trained on" in capsys.readouterr().err
     assert [row.get("chatcore") for row in history(tmp_path / "sft")] == [None, 0.25, None, 0.25]
     assert calls == [(False, 5)] * 2
-
-
-def test_validation_on_rows_that_are_trained_on_is_said(tiny_folder, tmp_path, capsys):
-    both = [{"dataset": "primer", "rows": 20}]
-    train_chat(config(mixture=both, validation=both, num_iterations=1), tiny_folder, tmp_path / "sft")
-    assert "both take rows of primer::train: its validation loss is of rows trained on" in capsys.readouterr().err
 
 
 def test_the_validation_loss_is_the_mean_over_tokens_of_unequal_batches(tiny_folder, tmp_path, entries):

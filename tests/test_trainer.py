@@ -1,18 +1,18 @@
 """What the chat stages share: optimizer options by role, steps split among ranks, warm starts, several processes."""
 
-import shutil
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from workers import launch
+from safetensors.torch import load_file
+from transformers import Trainer
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import DEFAULTS, optimizer_groups
-from nanochat_hf.run import load_json
-from nanochat_hf.train.checkpoint import save_optimizer_state
+from nanochat_hf.train.checkpoint import complete_checkpoints, save_optimizer_state
 from nanochat_hf.train.dpo import DPOStageConfig, train_dpo
 from nanochat_hf.train.grpo import RLConfig, train_rl
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
@@ -115,28 +115,49 @@ def test_optimizer_state_of_the_source_is_taken_over_and_its_learning_rates_are_
         assert seen["lr"] == [group["lr"] for group in param_groups(tiny_model, options(tiny_model))]
 
 
-@pytest.mark.slow
-def test_two_processes_train_like_one_and_resume_as_two_or_one(tiny_folder, tmp_path):
-    keys = {"mixture": CONFIG.mixture, "num_iterations": 8, "save_every": 2, "init_lr_frac": 0.02}
-    keys |= {"total_batch_size": 8 * 128}
+# --- losses and weights that are not finite ----------------------------------------------------------------------
 
-    def start(name: str, processes: int, batch: int, die_at: int | None = None) -> int:
-        job = {"do": "sft", "model": tiny_folder, "output": tmp_path / name, "device_batch_size": batch, **keys}
-        job |= {"die_at": die_at} if die_at else {}
-        return launch(processes, "" if processes == 1 else "multi_gpu", [job], ok=not die_at).returncode
 
-    assert start("one", 1, 8) == start("two", 2, 4) == 0
-    assert start("interrupted", 2, 4, die_at=3) != 0
-    checkpoint = tmp_path / "interrupted" / "state" / "checkpoint-2"
-    assert (checkpoint / "manifest.json").exists() and (checkpoint / "optimizer-1.pt").exists()
-    shutil.copytree(tmp_path / "interrupted", tmp_path / "fewer")
-    assert start("interrupted", 2, 4) == start("fewer", 1, 4) == 0
-    assert start("more", 1, 4, die_at=6) != 0  # of two micro-batches per step
-    assert start("more", 2, 4) == 0
-    one, *others = (
-        [row["train_loss"] for row in load_json(tmp_path / name / "metrics.json")["history"]]
-        for name in ("one", "two", "interrupted", "fewer", "more")
-    )
-    assert len(one) == 8  # through three epochs, which end in half a step
-    for losses in others:
-        assert losses == pytest.approx(one, rel=1e-5)
+@pytest.mark.parametrize("rank, value", [(0, float("inf")), pytest.param(4, float("nan"), marks=pytest.mark.slow)])
+def test_a_step_that_is_not_finite_stops_the_stage_and_a_rerun_skips_it(tiny_folder, tmp_path, rank, value):
+    config, real, out = replace(CONFIG, lora_r=rank, save_every=-1), ChatTrainer.training_step, tmp_path / "sft"
+
+    def spoiled(self, model, *args, **kwargs):
+        loss = real(self, model, *args, **kwargs)
+        if self.state.global_step == 2:
+            next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = value
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChatTrainer, "training_step", spoiled)
+        with pytest.raises(FloatingPointError, match=r"sft: the gradients of step 3 are not finite.*checkpoint-3"):
+            train_chat(config, str(tiny_folder), out)
+    [saved] = (out / "state" / "checkpoint-3").glob("*.safetensors")
+    assert all(value.isfinite().all() for value in load_file(saved).values())
+    assert not (out / "metrics.json").exists()
+    train_chat(config, str(tiny_folder), out)  # with the data after it
+    metrics = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert metrics["finished"] and metrics["skipped_steps"] == [3]
+
+
+def test_a_validation_loss_that_is_not_finite_is_no_result(tiny_folder, tmp_path, monkeypatch):
+    real = Trainer.compute_loss
+
+    def loss(self, model, inputs, *args, **kwargs):
+        return real(self, model, inputs, *args, **kwargs) * (1 if model.training else float("nan"))
+
+    monkeypatch.setattr(Trainer, "compute_loss", loss)
+    held_out = [{"dataset": "primer", "split": "test", "rows": 8}]
+    with pytest.raises(FloatingPointError, match=r"the validation loss is nan at step 2.*checkpoint-2"):
+        train_chat(replace(CONFIG, validation=held_out, eval_every=2), str(tiny_folder), tmp_path / "sft")
+
+
+def test_a_run_that_diverged_is_never_finished_by_running_it_again(tiny_folder, tmp_path):
+    """Every rerun would skip one step more, up to the end."""
+    config, out = replace(CONFIG, num_iterations=4, save_every=1, matrix_lr=1e14, embedding_lr=1e14), tmp_path / "sft"
+    for _ in range(3):
+        with pytest.raises(FloatingPointError, match="checkpoint"):
+            train_chat(config, str(tiny_folder), out)
+        assert not (out / "metrics.json").exists()
+        for folder in complete_checkpoints(out / "state"):
+            assert all(value.isfinite().all() for value in load_file(folder / "model.safetensors").values())

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -90,41 +89,6 @@ def pretrain(
         assert stop_at and stopped.code == 128 + signal.SIGTERM
 
 
-def count(output: str, tokenizer: str, accumulations: list[int], **keys) -> None:
-    """Write the names and numbers of communications of one step to count.json, by its micro-batches."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    from nanochat_hf.optim import muon_adamw
-    from nanochat_hf.train import pretrain as module
-
-    order, counted = [], {}
-
-    def note(place, name, word):
-        real = getattr(place, name)
-        setattr(place, name, lambda *a, **k: (order.append(word), real(*a, **k))[1])
-
-    note(muon_adamw, "orthogonalize", "compute")
-    note(muon_adamw, "all_gather", "send")
-    note(muon_adamw.MuonAdamW, "_apply", "apply")
-    for accumulation in accumulations:
-        config = module.PretrainConfig(**keys, total_batch_size=2 * 2 * 64 * accumulation)
-        run = module.Pretraining(config, tokenizer, Path(output), None, None, None)
-        assert run.grad_accum_steps == accumulation
-        run.finalize_step(run.enqueue_step(0))
-        order.clear()
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            run.finalize_step(run.enqueue_step(1))
-        events = [event.name for event in recorded.events() if event.name.startswith("gloo:")]
-        counted[accumulation] = {name: events.count(name) for name in sorted(set(events))}
-        owned = sum(owner is not None for owner in run.optimizer.optimizer.owners().values())
-        run.loader.close()
-        reset()
-    if torch.distributed.get_rank() == 0:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        (Path(output) / "count.json").write_text(json.dumps({"counted": counted, "order": order, "owned": owned}))
-
-
 def sft(output: str, model: str, die_at: int | None = None, **keys) -> None:
     from nanochat_hf.train import sft as module
     from nanochat_hf.train import trainer
@@ -162,33 +126,6 @@ def evaluate(output: str, models: dict, **keys) -> None:
     from nanochat_hf.eval.harness import EvalConfig, evaluate
 
     evaluate(EvalConfig(**keys), models, Path(output))
-
-
-def wait(output: str, missing: int, seconds: float) -> None:
-    """All ranks but one pass barriers; each writes what happened to RANK.json."""
-    from datetime import timedelta
-
-    from nanochat_hf.distributed import BarrierTimeoutError, get_dist_info, main_process_first, monitored_barrier
-
-    rank, events = get_dist_info()[0], []
-    monitored_barrier("the start")
-    monitored_barrier("the start")
-    with main_process_first("the order") as main:
-        events.append([main, time.time()])
-        time.sleep(0.5)
-    try:
-        with main_process_first("a failure") as main:
-            if main:
-                raise ValueError("of the main process")
-    except ValueError as error:  # InputError is one
-        events.append(str(error))
-    try:
-        if rank != missing:
-            monitored_barrier("the end", timedelta(seconds=seconds))
-    except BarrierTimeoutError as error:
-        events.append(str(error))
-    Path(output, f"{rank}.json").write_text(json.dumps(events))
-    time.sleep(seconds + 1 if rank == 0 else 0)  # it holds the store
 
 
 def sync(run: str, url: str, tokenizer: str, own_disks: bool = False, die_at: int | None = None, **keys) -> None:

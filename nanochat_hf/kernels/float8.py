@@ -98,6 +98,10 @@ class Float8Pair(NamedTuple):
     transposed: Tensor | None
     scale: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return (self.transposed if self.row_major is None else self.row_major).dtype
+
 
 def empty(shape: tuple, device, dtype: torch.dtype, row_major: bool = True, transposed: bool = True) -> Float8Pair:
     """Uninitialized memory for a matrix of this shape."""
@@ -126,23 +130,9 @@ def cast_to_fp8(
     SQUARED: relu(x)^2 instead. SQUARED_GRAD: grad (N, C), of magnitudes up to the largest of `grad_bound` (n,), times
     the derivative of relu(x)^2; relu(x)^2 goes transposed to the pair `squares`.
     """
-    dtype = (out.transposed if out.row_major is None else out.row_major).dtype
-    top, is_number = torch.finfo(dtype).max, not isinstance(amax_bound, Tensor)
     if not usable("FP8", x):
-        value, limit = x.float(), torch.as_tensor(amax_bound, dtype=torch.float32).amax()
-        if kind != PLAIN:
-            value = value.relu()
-        if kind == SQUARED_GRAD:
-            cast_to_fp8(squares, value, limit, SQUARED)
-            value, limit = 2 * value * grad.float(), 2 * limit * grad_bound.amax()
-        if kind == SQUARED:
-            value, limit = value.square(), limit.square()
-        out.scale.copy_(limit.clamp_min(1e-24) / top)
-        value = (value / out.scale).clamp(-top, top).to(dtype)
-        for layout, written in ((out.row_major, value), (out.transposed, value.t())):
-            if layout is not None:
-                layout.copy_(written)
-        return
+        return _cast_reference(out, x, amax_bound, kind, grad, grad_bound, squares)
+    top, is_number = torch.finfo(out.dtype).max, not isinstance(amax_bound, Tensor)
     (rows, columns), number = x.shape, 1 if is_number else len(amax_bound)
     stride = rows if out.transposed is None else out.transposed.stride(0)
     squares = squares if kind == SQUARED_GRAD else None
@@ -161,6 +151,23 @@ def cast_to_fp8(
         squares and squares.transposed, squares and squares.scale, rows, columns, stride, KIND=kind, LARGEST=top,
         SQUARES_LARGEST=torch.finfo(E4M3).max, NUMBER=triton.next_power_of_2(number), **CAST_TILE,
     )  # fmt: skip
+
+
+def _cast_reference(out: Float8Pair, x: Tensor, amax_bound, kind: int, grad, grad_bound, squares) -> None:
+    value, limit = x.float(), torch.as_tensor(amax_bound, dtype=torch.float32).amax()
+    if kind != PLAIN:
+        value = value.relu()
+    if kind == SQUARED_GRAD:
+        cast_to_fp8(squares, value, limit, SQUARED)
+        value, limit = 2 * value * grad.float(), 2 * limit * grad_bound.amax()
+    if kind == SQUARED:
+        value, limit = value.square(), limit.square()
+    top = torch.finfo(out.dtype).max
+    out.scale.copy_(limit.clamp_min(1e-24) / top)
+    value = (value / out.scale).clamp(-top, top).to(out.dtype)
+    for layout, written in ((out.row_major, value), (out.transposed, value.t())):
+        if layout is not None:
+            layout.copy_(written)
 
 
 def quantize(x: Tensor, dtype: torch.dtype, amax_bound: Tensor | float | None = None) -> Float8Pair:

@@ -9,16 +9,13 @@ On compute capability 9.0 and newer a kernel starts before the one ahead of it h
 launch) and reads its weights meanwhile. `serve/decoder.py` calls `step`, and records it as a CUDA graph.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
 from . import decode
 from .backend import INTERPRETED, check, disabled, triton
 
-MAX_SLOTS = int(os.environ.get("NANOCHAT_FUSED_DECODE", "4"))  # more slots use cuBLAS; 0: always
-OVERLAP = os.environ.get("NANOCHAT_DECODE_OVERLAP", "1") == "1"  # programmatic dependent launch
+MAX_SLOTS = 4  # more slots use cuBLAS
 # Measured on an H200: programs per multiprocessor and weights, warps of a program of a matrix; keys and warps of a
 # program of attention, and into how many parts the keys are split.
 TUNING = {"programs": 2, "linear values": 4096, "linear warps": 1, "keys": (128, 8), "splits": 4}
@@ -208,8 +205,8 @@ class Launcher:
         self.decoder, self.slots, self.size = decoder, slots, decoder.config.hidden_size
         self.none = decoder.state.stops  # a pointer for arguments that a kernel without the feature never reads
         modern = decoder.device.type == "cuda" and torch.cuda.get_device_capability(decoder.device) >= (9, 0)
-        self.overlap = OVERLAP and modern and not INTERPRETED
-        self.launch = {"OVERLAP": self.overlap} | ({"launch_pdl": True} if self.overlap else {})
+        overlap = modern and not INTERPRETED  # programmatic dependent launch
+        self.launch = {"OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
 
     def linear(
         self,

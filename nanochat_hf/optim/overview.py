@@ -5,6 +5,7 @@ pipeline_text(*read_recipe(find_recipe("d24"), None, []), Devices("H200", 8))
 
 import os
 import textwrap
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -103,8 +104,11 @@ def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool
     return rows
 
 
-def stage_batch(config, ranks: int, length: int) -> tuple[int, int]:
-    """Micro-batch size and gradient accumulation steps of a chat stage; InputError if its step cannot be divided."""
+def stage_batch(config, ranks: int, length: int = 1, log: Callable = lambda text: None) -> tuple[int, int]:
+    """Micro-batch size and gradient accumulation steps of a chat stage; InputError if its step cannot be divided.
+
+    length: of a packed sequence in tokens, in which the recipe counts such a step.
+    """
     name, total, unit = "examples_per_step", getattr(config, "examples_per_step", 0), 1
     if hasattr(config, "mixture"):
         name, total, unit = "total_batch_size", config.total_batch_size, length if config.packing else 1
@@ -112,7 +116,7 @@ def stage_batch(config, ranks: int, length: int) -> tuple[int, int]:
         name, total = "examples_per_step x num_samples", total * config.num_samples
     if total < 0:
         return config.device_batch_size, 1
-    return split_global_batch(name, total, unit, config.device_batch_size, ranks)
+    return split_global_batch(name, total, unit, config.device_batch_size, ranks, log)
 
 
 def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:

@@ -40,7 +40,6 @@ from ..optim.gradient_reduction import LARGE
 from ..run import apply_umask, first_non_finite, load_json, load_metrics, renamed_keys, save_json, writing
 
 MANIFEST = "manifest.json"
-OLD_MANIFEST = "complete"  # that of chat stages before December 2026; empty in the oldest ones
 SKIPPED = "skipped.json"  # beside a chat stage's checkpoints: {"steps": those whose gradients were not finite}
 MEASURED = "measured.json"  # in a checkpoint: results of the evaluations after its step
 
@@ -61,12 +60,11 @@ def all_checkpoints(state: Path) -> list[Path]:
 
 def complete_checkpoints(state: Path) -> list[Path]:
     """The complete checkpoints in `state`, the newest last."""
-    return [path for path in all_checkpoints(state) if path.name.startswith("step") or manifest_of(path)]
+    return [path for path in all_checkpoints(state) if manifest_of(path)]
 
 
 def manifest_of(checkpoint: Path) -> Path | None:
-    names = (MANIFEST, OLD_MANIFEST)
-    return next((checkpoint / name for name in names if (checkpoint / name).is_file()), None)
+    return checkpoint / MANIFEST if (checkpoint / MANIFEST).is_file() else None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -85,21 +83,17 @@ def sha256(path: Path) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the first file that differs from the manifest, or None.
-
-    Folders of older versions, without a manifest or with an empty one, are not checked.
-    """
-    manifest = manifest_of(folder)
-    if manifest is None or (manifest.name == OLD_MANIFEST and not manifest.stat().st_size):
-        return None
+    """What is wrong with the first file that differs from the manifest, or None."""
+    if not manifest_of(folder):
+        return f"{folder / MANIFEST} is missing"
     try:
-        for file, checksum in load_json(manifest).items():
+        for file, checksum in load_json(folder / MANIFEST).items():
             if not (folder / file).is_file():
                 return f"{folder / file} is missing"
             if sha256(folder / file) != checksum:
                 return f"{folder / file} is damaged: its checksum differs"
     except (InputError, OSError):  # OSError: a name that no disk allows
-        return f"{manifest} is damaged"
+        return f"{folder / MANIFEST} is damaged"
     return None
 
 
@@ -219,7 +213,7 @@ def save(
     if not sharded:
         refuse_nan(model.state_dict(), "the model")
     aside, final = folder / f".step_{step:06d}", folder / f"step_{step:06d}"
-    if numbers := [int(path.suffix[1:] or 0) for path in complete_checkpoints(folder) if path.stem == final.name]:
+    if numbers := [int(path.suffix[1:] or 0) for path in all_checkpoints(folder) if path.stem == final.name]:
         final = final.with_name(f"{final.name}.{numbers[-1] + 1}")
     own = {"position": position, "random": random_state()}
     with writing_checkpoint(aside):
@@ -344,15 +338,6 @@ def load_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Op
             if isinstance(p, DTensor) and value.shape == p.shape:
                 value = distribute_tensor(value, p.device_mesh, p.placements)
             optimizer.state[p][key] = value
-
-
-def missing_file(checkpoint: Path) -> str | None:
-    """The name of an absent file without which transformers would silently restore only a part."""
-    names = ("trainer_state.json", "scheduler.pt")
-    absent = [name for name in names if not (checkpoint / name).exists()]
-    if not (any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))):
-        absent.append("optimizer.pt")
-    return absent[0] if absent else None
 
 
 def changed_keys(before: dict, now: dict) -> dict[str, str]:

@@ -87,7 +87,7 @@ def train_dpo(config: DPOStageConfig, model: str, output: Path) -> None:
     record, output = start_record(config), Path(output)
     tokenizer, network = load_source(model, config)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
-    config, accumulation = split_step(config, "examples_per_step", config.examples_per_step)
+    config, accumulation = split_step(config)
     rows, eval_rows, skipped = load_pairs(config, tokenizer, length)
     trainer = PreferenceTrainer(
         model=network,

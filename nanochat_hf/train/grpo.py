@@ -143,8 +143,7 @@ def load_prompts(
 
 def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
     """TRL's arguments of the stage. Raises InputError when a step's completions cannot be divided evenly."""
-    completions = config.examples_per_step * config.num_samples
-    config, accumulation = split_step(config, "examples_per_step x num_samples", completions)
+    config, accumulation = split_step(config)
     return GRPOConfig(
         **trainer_arguments(config, output),
         gradient_accumulation_steps=accumulation,

@@ -132,7 +132,8 @@ class Pretraining:
         if self.accelerator.is_main_process:
             print(self.overview(kernels))
         if saved is not None:
-            self.restore(saved)
+            with checkpoint.reading(saved):
+                self.restore(saved)
 
     def overview(self, kernels: str) -> str:
         """What the run is about to do, as `nanochat plan` prints it."""
@@ -226,24 +227,8 @@ class Pretraining:
     def enqueue_step(self, number: int, previous: Step | None = None) -> Step:
         """Enqueue forward, backward and update; the device skips the update if this or the previous step diverged."""
         self.plan.schedule.apply(self.optimizer, self.plan.groups, number)
-        loss, loss_scale = torch.zeros((), device=self.device), self.loss_scale
-        factor = loss_scale / (self.world if self.reducer else 1)  # the reducer adds gradients up, FSDP2 takes means
-        for left in reversed(range(self.grad_accum_steps)):
-            ids, targets = runtime.to_device(next(self.loader), self.device)
-            if self.sharded and not self.accelerator.state.fsdp_plugin.reshard_after_forward:
-                self.loss_model.set_reshard_after_backward(left == 0)
-            reducing = self.reducer if self.reducer and left == 0 else nullcontext()
-            with self.accelerator.accumulate(self.loss_model), reducing:
-                micro_loss = self.loss_model(ids, targets)
-                self.accelerator.backward(micro_loss * factor)
-            loss += micro_loss.detach() / self.grad_accum_steps
-        if self.reducer:
-            square = self.reducer.squared_norm() * self.world
-        else:
-            square = model_setup.gradient_norm(self.model).square()
-        signals = torch.full_like(loss, float(bool(self.signal)))  # torch.tensor would wait for the device
-        loss, signals, square = self.accelerator.reduce(torch.stack((loss, signals, square)), "mean").unbind()
-        norm, limit = square.sqrt() / loss_scale, self.spikes.limit()
+        loss, norm, signals = self.reduce(self.accumulate_gradients())
+        loss_scale, limit = self.loss_scale, self.spikes.limit()
         # A norm that is not finite skips a step of float16 and halves its loss scale, as in torch's GradScaler; with
         # no scale left to halve, and in other dtypes, it is divergence.
         healthy = loss.isfinite() & (loss <= limit) & (norm.isfinite() | (loss_scale > 1))
@@ -261,6 +246,31 @@ class Pretraining:
         self.optimizer.zero_grad(set_to_none=True)
         read = runtime.copy_to_host_async(torch.stack((loss, norm, loss_scale, signals)))
         return Step(limit, healthy, read)
+
+    def accumulate_gradients(self) -> Tensor:
+        """Forward and backward of the next micro-batches of this rank; returns their mean loss, () on the device."""
+        loss = torch.zeros((), device=self.device)
+        factor = self.loss_scale / (self.world if self.reducer else 1)  # the reducer adds up, FSDP2 takes means
+        for left in reversed(range(self.grad_accum_steps)):
+            ids, targets = runtime.to_device(next(self.loader), self.device)
+            if self.sharded and not self.accelerator.state.fsdp_plugin.reshard_after_forward:
+                self.loss_model.set_reshard_after_backward(left == 0)
+            reducing = self.reducer if self.reducer and left == 0 else nullcontext()
+            with self.accelerator.accumulate(self.loss_model), reducing:
+                micro_loss = self.loss_model(ids, targets)
+                self.accelerator.backward(micro_loss * factor)
+            loss += micro_loss.detach() / self.grad_accum_steps
+        return loss
+
+    def reduce(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, norm of the gradients, and fraction of ranks with a signal, over all ranks: () on the device each."""
+        if self.reducer:
+            square = self.reducer.squared_norm() * self.world
+        else:
+            square = model_setup.gradient_norm(self.model).square()
+        signals = torch.full_like(loss, float(bool(self.signal)))  # torch.tensor would wait for the device
+        loss, signals, square = self.accelerator.reduce(torch.stack((loss, signals, square)), "mean").unbind()
+        return loss, square.sqrt() / self.loss_scale, signals
 
     def finalize_step(self, step: Step) -> dict:
         """Wait for step number `self.step`; returns its metrics. Raises FloatingPointError if it diverged."""
@@ -314,7 +324,7 @@ class Pretraining:
         try:
             self.measure(metrics)
         except Exception:
-            if saved is None and self.world == 1:
+            if saved is None and self.world == 1 and not self.pending_step:  # whose update may be in the weights
                 saved = self.save(metrics)
             if saved:
                 self.print(
@@ -378,19 +388,19 @@ class Pretraining:
     def restore(self, path: Path) -> None:
         progress = checkpoint.read_progress(path)
         changed = checkpoint.changed_keys(progress["config"], asdict(self.config))
-        inputs = checkpoint.changed_keys(progress.get("inputs", {}), self.record["inputs"])
+        inputs = checkpoint.changed_keys(progress["inputs"], self.record["inputs"])
         binding = [changed[key] for key in (*SHAPE_KEYS, "dataset", "seed") if key in changed]
         checkpoint.refuse_changes(path.parent, [*binding, *inputs.values()])
         self.loader.load_state_dict(checkpoint.load(path, self.model, self.optimizer.optimizer))
         measured = load_record(path / checkpoint.MEASURED, Measured, "delete it to repeat that evaluation")
         self.history, self.samples = (measured or progress)["history"], (measured or progress)["samples"]
-        self.unmeasured = None if measured else progress.get("unmeasured")
+        self.unmeasured = None if measured else progress["unmeasured"]
         self.step, self.timer.seconds, self.timer.steps = progress["step"], progress["seconds"], progress["timed"]
         self.spikes.recent.extend(progress["recent"])
         self.loss_scale.fill_(progress["loss_scale"])
         self.record["earlier_wall_time_s"] = progress["wall_time_s"]
-        self.record["start_val_bpb"] = progress.get("start_val_bpb")
-        self.record["changes"] = progress.get("changes", [])
+        self.record["start_val_bpb"] = progress["start_val_bpb"]
+        self.record["changes"] = progress["changes"]
         if changed:
             self.record["changes"].append({"after step": self.step, "keys": list(changed.values())})
         changes = f" (changed: {', '.join(changed.values())})" if changed else ""

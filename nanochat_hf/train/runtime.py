@@ -166,13 +166,11 @@ def graceful_shutdown(note: Callable[[int], None]):
 def gc_disabled():
     """No garbage collection between steps: it takes half a second per scan (karpathy/nanochat)."""
     gc.collect()
-    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 def free_memory(device: torch.device) -> float:

@@ -201,10 +201,7 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     if config.examples:
         tokenizer.init_kwargs["examples"] = config.examples
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
-    accumulation = 1
-    if config.total_batch_size > 0:
-        unit = length if config.packing else 1
-        config, accumulation = split_step(config, "total_batch_size", config.total_batch_size, unit)
+    config, accumulation = split_step(config, length)
     rows, summary = build_packed_dataset(config, config.mixture, tokenizer, length, output / "state" / "rows")
     inputs, eval_rows = {"data": summary.pop("content")}, None
     micro_batch = config.device_batch_size * partial_state().num_processes

@@ -27,8 +27,8 @@ from ..distributed import main_process_first, monitored_barrier, on_cpu, partial
 from ..errors import InputError
 from ..metrics import ChatMeasured, Skipped, TrainerState
 from ..optim.muon_adamw import MuonAdamW, deepspeed_optimizer, param_groups
-from ..optim.overview import batch_text, block, data_text, stage_rows
-from ..optim.scaling import DEFAULTS, Schedule, split_global_batch, stage_groups
+from ..optim.overview import batch_text, block, data_text, stage_batch, stage_rows
+from ..optim.scaling import DEFAULTS, Schedule, stage_groups
 from ..run import Progress, in_words, load_json, load_record, model_fingerprint, save_json, without_nan, write_metrics
 from ..stage_configs import StageConfig
 from . import checkpoint
@@ -69,14 +69,13 @@ def tool_result_mask(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list
     return mask
 
 
-def split_step(config: StageConfig, name: str, total: int, unit: int = 1) -> tuple[StageConfig, int]:
-    """Divide a step of `total` (in sequences of size `unit`) among the ranks.
+def split_step(config: StageConfig, length: int = 1) -> tuple[StageConfig, int]:
+    """The config, with device_batch_size lowered if a step has fewer sequences per rank, and its accumulation steps.
 
-    Returns the config, with device_batch_size lowered if a step has fewer sequences per rank, and the gradient
-    accumulation steps. Raises InputError, which calls the total `name`, if the step cannot be divided evenly.
+    length: as in `stage_batch`. Raises InputError if the ranks cannot divide the step evenly.
     """
     state = partial_state()
-    size, steps = split_global_batch(name, total, unit, config.device_batch_size, state.num_processes, state.print)
+    size, steps = stage_batch(config, state.num_processes, length, state.print)
     return replace(config, device_batch_size=size), steps
 
 
@@ -370,27 +369,16 @@ class StageTrainer(TrainerCallback):
         Raises InputError if the checkpoint belongs to another recipe, model, data or launch, or is damaged; and
         FloatingPointError if loss or gradients are not finite, with a checkpoint from before that step on disk.
         """
-        state, args, log = Path(self.args.output_dir), self.args, self.accelerator.print
+        state, log = Path(self.args.output_dir), self.accelerator.print
         self.inputs = {"model": model_fingerprint(self.source) or str(self.source), **data}
         if self.loads_optimizer():
             self.inputs["optimizer"] = checkpoint.sha256(Path(self.source) / "optimizer.pt")
-        settings = {key: value for key, value in asdict(self.stage).items() if key not in MAY_CHANGE} | self.inputs
-        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        settings["sequences per step"] = per_step
-        zero = f"ZeRO over {args.world_size} processes"  # its checkpoints fit no other number of ranks
-        settings["sharding"] = zero if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else "none"
         latest = checkpoint.latest(state, log)
-        if latest and (name := checkpoint.missing_file(latest)):
-            raise InputError(f"{latest / name} is missing: bring it back, or delete {latest} to do without it")
         with main_process_first("preparing the checkpoints' folder") as main:
             if latest:
-                self.compare_settings(state, settings)
+                self.compare_settings(state, self.settings())
             if main:
-                # A half written checkpoint would be in the way of a new one of its step.
-                for folder in set(checkpoint.all_checkpoints(state)) - set(checkpoint.complete_checkpoints(state)):
-                    checkpoint.remove(folder)
-                save_json(state / "config.json", settings)
-                self.discard_after(checkpoint.step_of(latest) if latest else 0)
+                self.prepare_state_folder(state, checkpoint.step_of(latest) if latest else 0)
         if latest:
             log(f"[{state.parent.name}] resuming at step {checkpoint.step_of(latest)}")
             self.restore_records(latest)
@@ -398,20 +386,32 @@ class StageTrainer(TrainerCallback):
         prepared = self.accelerator._models
         prepared[:] = [model for model in prepared if model is not self.model]
         self.model._is_accelerate_prepared = False
-        with graceful_shutdown(self.signals.append) if args.world_size == 1 else nullcontext():
+        with graceful_shutdown(self.signals.append) if self.args.world_size == 1 else nullcontext():
             self.train(resume_from_checkpoint=str(latest) if latest else None)
         if self.signals and self.state.global_step < self.state.max_steps:
             log(f"stopped by a signal after step {self.state.global_step}; run again to resume")
             raise SystemExit(128 + self.signals[-1])
+
+    def settings(self) -> dict:
+        """What must not change between the parts of an interrupted run, for config.json in `state/`."""
+        args, settings = self.args, {k: v for k, v in asdict(self.stage).items() if k not in MAY_CHANGE} | self.inputs
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        zero = f"ZeRO over {args.world_size} processes"  # its checkpoints fit no other number of ranks
+        sharding = zero if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else "none"
+        return settings | {"sequences per step": per_step, "sharding": sharding}
+
+    def prepare_state_folder(self, state: Path, step: int) -> None:
+        """Write the settings, and delete what an interruption after `step` steps left half done."""
+        for folder in set(checkpoint.all_checkpoints(state)) - set(checkpoint.complete_checkpoints(state)):
+            checkpoint.remove(folder)
+        save_json(state / "config.json", self.settings())
+        self.discard_after(step)
 
     def compare_settings(self, state: Path, settings: dict) -> None:
         """Raise InputError if the checkpoints in `state` were written with other `settings`."""
         before = load_json(state / "config.json", f"restore it, or delete {state} to start anew")
         if before is None:
             raise InputError(f"{state / 'config.json'} is missing: restore it, or delete {state} to start anew")
-        if unknown := [key for key in ("model", "data") if key in settings and key not in before]:
-            names = " and ".join(unknown)
-            self.accelerator.print(f"not verified, because an older version wrote {state}: whether {names} changed")
         checkpoint.refuse_changes(state, checkpoint.changed_keys(before, settings).values())
 
     def restore_records(self, folder: Path) -> None:
