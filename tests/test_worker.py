@@ -45,7 +45,7 @@ async def never():
 
 
 def gather(completions):
-    return asyncio.gather(*(completion.whole(never) for completion in completions))
+    return asyncio.gather(*(completion.read() for completion in completions))
 
 
 def ask(worker, text="Hello", stop=(), timeout=60.0):
@@ -53,7 +53,7 @@ def ask(worker, text="Hello", stop=(), timeout=60.0):
 
     async def run():
         completion = Completion([worker], request(worker, text), stop, timeout)
-        answer = text_of(await completion.whole(never))
+        answer = text_of(await completion.read())
         while worker.load:  # until the engine has closed the request, too
             await asyncio.sleep(0.01)
         return answer, completion.finish_reason

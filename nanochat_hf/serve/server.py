@@ -39,12 +39,14 @@ from ..data.transforms import BadRow, normalize
 from ..errors import InputError
 from .chunks import join_chunks, text_of
 from .engine import IncrementalDetokenizer, Request
-from .limits import BodyLimit, TooLargeError
+from .limits import MAX_BODY, TooLargeError
 from .worker import Completion, QueueFullError, Worker, WorkerDiedError
 
 PAGE = Path(__file__).with_name("ui.html")
 MAX_PARTS = 100_000  # of a body; making Python's objects of more would take a tenth of a second
+SURROGATES = re.compile(rb"\\u[dD](?:[89abAB]..\\u[dD][c-fC-F]..|[89a-fA-F][0-9a-fA-F]{2})")  # a pair, or one alone
 RETRY_AFTER = "2"  # seconds, for clients of a full queue
+
 FAILURES = {  # exception -> status, and its name in the reply; HTTPException has a status of its own
     InputError: (422, "validation"),
     ValidationError: (422, "validation"),
@@ -182,9 +184,8 @@ def parse(model: type[BaseModel], body: bytes) -> Any:
     """A body as one of the models; half of a surrogate pair becomes "?", as in text. Raises ValidationError."""
     if body.count(b"{") + body.count(b"[") > MAX_PARTS:
         raise InputError(f"the body has more than {MAX_PARTS} lists and objects")
-    if re.search(rb"\\u[dD][89a-fA-F]", body):
-        with contextlib.suppress(ValueError, RecursionError):  # the model says what is wrong
-            body = json.dumps(json.loads(body), ensure_ascii=False).encode(errors="replace")
+    body = body.replace(rb"\\", rb"\u005c")  # now each backslash begins an escape
+    body = SURROGATES.sub(lambda match: match[0] if len(match[0]) == 12 else b"?", body)
     return model.model_validate_json(body)
 
 
@@ -220,7 +221,6 @@ class Server:
         self.readers = concurrent.futures.ThreadPoolExecutor(2, "reader")  # more would compete for Python's lock
         handlers = dict.fromkeys(FAILURES, failure)
         app = self.app = FastAPI(title="nanochat", lifespan=self.lifespan, exception_handlers=handlers)
-        app.add_middleware(BodyLimit, failure=failure)
         app.get("/", response_class=HTMLResponse)(lambda: PAGE.read_text(encoding="utf-8"))
         app.get("/health")(self.health)
         app.get("/info")(self.info)
@@ -271,7 +271,11 @@ class Server:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "nanochat_hf", **examples}
 
     async def read(self, reader: Callable[[bytes], tuple], http: HTTPRequest) -> tuple:
-        """What `reader` makes of the body, in another thread: long prompts take a while."""
+        """What `reader` makes of the body, in another thread: long prompts take a while. Raises TooLargeError."""
+        size = http.headers.get("content-length", "")
+        chunked = "transfer-encoding" in http.headers  # its length would count in place of the one that is said
+        if chunked or not size.isdecimal() or len(size) > 9 or int(size) > MAX_BODY:
+            raise TooLargeError(f"a request may have {MAX_BODY} bytes and must say its length")
         return await asyncio.get_running_loop().run_in_executor(self.readers, reader, await http.body())
 
     def encode_text(self, text: str, truncate: int = 0) -> list[int]:
@@ -339,7 +343,7 @@ class Server:
             return {"index": index, **content, "finish_reason": reason, "logprobs": None}
 
         if not body.stream:
-            await asyncio.gather(*(completion.whole(http.is_disconnected) for completion in completions))
+            await whole(completions, http)
             contents = [{"message": message_of(c)} if chat else {"text": text_of(c.chunks)} for c in completions]
             choices = [choice(x, c.finish_reason, i) for i, (x, c) in enumerate(zip(contents, completions))]
             return JSONResponse({**head, "choices": choices, "usage": usage(completions, n)})
@@ -364,7 +368,8 @@ class Server:
         (completion,) = self.start([prompt], parameters, **options)
         if path == "/generate_stream" or (path == "/" and body.stream):
             return stream(self.tgi_events(completion), http)
-        text = text_of(await completion.whole(http.is_disconnected))
+        await whole([completion], http)
+        text = text_of(completion.chunks)
         reply = {"generated_text": body.inputs + text if parameters.return_full_text else text}
         if parameters.details:
             detokenizer = IncrementalDetokenizer(self.tokenizer)
@@ -434,6 +439,16 @@ def message_of(completion: Completion) -> dict:
     return {**message, **({"tool_steps": steps} if steps else {})}
 
 
+async def whole(completions: list[Completion], http: HTTPRequest) -> None:
+    """Wait for all of them; when the client leaves they end."""
+    left = asyncio.create_task(http.receive())  # after the body, nothing else can come
+    left.add_done_callback(lambda _: [completion.end() for completion in completions])
+    try:
+        await asyncio.gather(*(completion.read() for completion in completions))
+    finally:
+        left.cancel()
+
+
 def usage(completions: list[Completion], n: int) -> dict:
     """Tokens of `n` completions of each prompt, which is counted once."""
     new = sum(len(completion.request.tokens) for completion in completions)
@@ -472,6 +487,7 @@ async def failure(http: HTTPRequest, error: Exception) -> JSONResponse:
         message = str(cause) if isinstance(cause, InputError) else f"{param or 'the body'}: {first['msg']}"
     elif status == 500:
         message = "the server failed; its log says why"
+    message = message[:500]  # it may quote the request
     if http.url.path in TGI_PATHS:
         return JSONResponse({"error": message, "error_type": kind}, status, headers)
     body = {"message": message, "type": kind, "param": param or None, "code": None}
