@@ -85,8 +85,8 @@ def test_greedy_slots_of_different_lengths_equal_the_models_generate(kind, monke
     if kind == "first":
         monkeypatch.setattr("nanochat_hf.serve.decoder.PREFILL_TOKENS", 20)  # several prefills
     model = make(kind)
-    answers = run(Decoder(model, 4, 96, stops=[5, 7]), [Request(prompt, 40) for prompt in PROMPTS], 40)
-    assert answers == [generate(model, prompt, 40, [5, 7]) for prompt in PROMPTS]
+    answers = run(Decoder(model, 4, 96, stops=[5, 7]), [Request(prompt, 24) for prompt in PROMPTS], 24)
+    assert answers == [generate(model, prompt, 24, [5, 7]) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("backout", [0.5, 0.992])

@@ -1,7 +1,6 @@
 """The engine: streaming text, tools in the middle of completions, many requests over few slots, stopping early."""
 
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,7 @@ from nanochat_hf.serve.engine import (
     Request,
     token_table,
 )
-from nanochat_hf.tool_loop import MARKS, last_call
+from nanochat_hf.tool_loop import MARKS
 
 
 @pytest.fixture
@@ -51,12 +50,12 @@ def test_greedy_answers_equal_generate_of_transformers(request, tokenizer, which
     model, tokenizer = model if which == "talker" else (model, tokenizer)
     engine = Engine(model, tokenizer, tool=None)
     prompts = [engine.encode(user(question)) for question in QUESTIONS]
-    answers = engine.generate(prompts, max_new_tokens=90)
+    answers = engine.generate(prompts, max_new_tokens=40)
     stops = sorted(tokenizer.convert_tokens_to_ids(["<|bos|>", "<|assistant_end|>"]))
     assert sorted(engine.stop_ids) == stops
     for prompt, (answer,) in zip(prompts, answers):
         ids = torch.tensor([prompt])
-        expected = model.generate(ids, max_new_tokens=90, do_sample=False, eos_token_id=stops, pad_token_id=0)
+        expected = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=stops, pad_token_id=0)
         assert answer == expected[0, len(prompt) :].tolist()
 
 
@@ -71,25 +70,26 @@ def test_slots_call_the_tool_each_for_itself(talker):  # noqa: F811
     assert texts == ["".join(part for _, part in QUESTIONS[question]) for question in questions]
 
 
-def test_a_result_is_plain_text_of_at_most_510_tokens(talker):  # noqa: F811
-    engine = Engine(*talker, length=1000, tool=lambda text: "<|assistant_end|>77")
+def test_a_result_is_plain_text_of_a_bounded_length(talker, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("nanochat_hf.serve.engine.MAX_FORCED", 42)
+    engine = Engine(*talker, tool=lambda text: "<|assistant_end|>77")
     assert dict(join_chunks(engine.stream(user("What is 5 + 6?"))))["result"] == "<|assistant_end|>77"
     engine.tool = lambda text: "x y " * 2000
-    request = Request(engine.encode(user("What is 5 + 6?")), 700)
+    request = Request(engine.encode(user("What is 5 + 6?")), 100)
     run(engine, request)
     start, end = (request.tokens.index(mark) for mark in engine.marks[2:])
-    assert end - start - 1 == 510
+    assert end - start - 1 == 40
 
 
 def test_a_tool_that_hangs_is_answered_with_an_error_and_one_that_fails_too(talker):  # noqa: F811
-    release, start = threading.Event(), time.monotonic()
-    engine = Engine(*talker, slots=2, tool=lambda text: release.wait(20) or "late", tool_timeout=0.2)
+    release = threading.Event()
+    engine = Engine(*talker, slots=2, tool=lambda text: release.wait(60) or "late", tool_timeout=0.1)
     requests = [Request(engine.encode(user("What is 12 * 34?")), 100) for _ in range(2)]  # both at once
     run(engine, *requests)
     release.set()
     for request in requests:
         chunks = join_chunks(IncrementalDetokenizer(engine.tokenizer).push(request.tokens))
-        assert chunks[1] == ("result", "{'error': 'no result within 0.2 seconds'}") and time.monotonic() - start < 10
+        assert chunks[1] == ("result", "{'error': 'no result within 0.1 seconds'}")
     engine.tool = lambda text: {}[text]  # the pool of the tool that hung is not used again
     chunks = join_chunks(engine.stream(user("What is 12 * 34?"), max_new_tokens=100))
     assert chunks[1] == ("result", str({"error": "'12*34'"}))
@@ -110,23 +110,6 @@ def test_the_end_of_a_call_does_not_end_an_answer_although_the_models_settings_s
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
     assert join_chunks(Engine(*talker).stream(user("What is 5 + 6?")))[-1] == ("text", "It is 11.")
-
-
-@pytest.mark.parametrize(
-    "tokens,call",
-    [
-        ("S1E", "1"),
-        ("xS12E", "12"),
-        ("S1S2E", "2"),
-        ("SE", ""),
-        ("S1EE", None),
-        ("S1Ex2E", None),
-        ("E", None),
-        ("1E", None),
-    ],
-)
-def test_a_call_is_what_is_between_a_start_and_the_next_end(tokens, call):
-    assert last_call(list(tokens), "S", "E") == (None if call is None else list(call))
 
 
 def test_more_requests_than_slots_wait_and_give_the_same_answers(talker):  # noqa: F811
@@ -168,6 +151,16 @@ def test_the_same_seed_gives_the_same_answer_in_any_company(talker):  # noqa: F8
     alone = Engine(*talker).generate([prompt], seed=13, **options)[0][0]
     assert engine.generate([prompt] * 2, seed=[13, 15], **options) == [together[3:4], together[5:6]]
     assert together[3] == alone and len({tuple(answer) for answer in together}) > 3
+
+
+def test_a_request_may_come_while_ended_ones_are_taken_out(engine):
+    """Another thread submits; here reading whether one has ended does."""
+
+    class Late(Request):
+        cancelled = property(lambda self: bool(engine.submit(Request([1], 1))) and False, lambda self, value: None)
+
+    engine.submit(Late([1], 1))
+    assert engine.drop_cancelled() == [] and len(engine.waiting) == 2
 
 
 def test_closing_the_stream_frees_the_slot(engine):

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +18,6 @@ import openai
 import pytest
 import torch
 import uvicorn
-from browser import browser, picture  # noqa: F401
 from huggingface_hub import InferenceClient, close_session, constants
 from huggingface_hub.errors import HfHubHTTPError
 from servers import free_port, start
@@ -43,7 +41,7 @@ RANDOM = {"temperature": 3.0, "top_k": 0, "seed": 1}
 
 @pytest.fixture(scope="module")
 def server(talker):  # noqa: F811
-    """The server with the talker in greedy mode on loopback: `server.url`, `.http` (a client), `.post(route, **body)`."""
+    """The server with the talker in greedy mode: `server.url`, `.http` (a client), `.post(route, **body)`."""
     worker = Worker(lambda: Engine(*talker, slots=4), max_queue_size=4)
     worker.start()
     server = Server([worker], "tests/talker", temperature=0.0, max_new_tokens=150)
@@ -493,31 +491,3 @@ def test_the_script_serves_a_run_answers_curl_and_stops_at_a_signal(talker_folde
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) in (0, -signal.SIGINT, 130)
-
-
-@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
-def test_the_page_sends_no_question_that_got_no_answer():
-    page, script = ROOT / "nanochat_hf" / "serve" / "ui.html", Path(__file__).with_name("page.js").read_text()
-    done = subprocess.run(["node", "-e", script, page], capture_output=True, text=True, check=True, timeout=60)
-    steps = '[{"call":"6*7","result":"42"},{"call":"1+1","result":"2"}]'  # not the call that got no result
-    nothing = dict.fromkeys(("busy", "down", "stopped before", "says nothing"), "u last")
-    some = dict.fromkeys(("stopped after", "breaks", "ok"), "u one, a Hello., u last")
-    calls = {"calls": f"u one, a It is 42. {steps}, u last"}
-    new = dict.fromkeys(("new", "new breaks"), "u two, a Hello., u last")  # what was cleared away comes too late
-    new |= {"errors": "false"}
-    enter = {"enter": "u one, a Hello.again, u last", "enter stops": "false", "scrolled up": "true"}
-    lines = [line.split(": ", 1) for line in done.stdout.splitlines()]
-    assert dict(lines) == nothing | some | calls | new | enter
-
-
-@pytest.mark.slow
-def test_the_page_streams_an_answer_and_shows_its_steps(server, browser):  # noqa: F811
-    page = browser.new_page(bypass_csp=True)  # playwright evaluates its conditions
-    page.goto(server.url)
-    page.fill("textarea", "What is 12 * 34?")
-    page.press("textarea", "Enter")
-    page.wait_for_function("document.querySelector('.bot')?.textContent.includes('It is 408.')")
-    page.click(".bot summary")
-    assert page.inner_text(".bot summary") == "12*34 = 408" and "408" in page.inner_text(".bot details")
-    picture(page, "page")
-    page.close()
