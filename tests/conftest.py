@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from talker import chat_folder, talker, talker_folder  # noqa: F401  (trained once for all files)
 
 import nanochat_hf  # noqa: F401  (registers the model)
 from nanochat_hf.kernels import backend as kernel_checks

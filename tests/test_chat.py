@@ -17,7 +17,6 @@ from huggingface_hub import ChatCompletionStreamOutputDelta, get_session
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from rich.console import Console
 from rich.markdown import Markdown
-from talker import talker, talker_folder  # noqa: F401
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve.chunks import StreamChunk
@@ -37,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def chat(talker):  # noqa: F811
+def chat(talker):
     """A chat on a plain terminal of 80 columns that writes into `chat.console.file`."""
     console = Console(file=io.StringIO(), width=80, highlight=False)
     return Chat(LocalModel(Engine(*talker), "test"), Options(temperature=0.0, max_new_tokens=120), console=console)
@@ -323,7 +322,7 @@ def test_a_server_that_says_nothing_runs_into_the_time_limit_and_one_that_is_not
 
 
 @pytest.mark.slow
-def test_the_script_answers_one_prompt_and_reads_a_pipe(talker_folder):  # noqa: F811
+def test_the_script_answers_one_prompt_and_reads_a_pipe(talker_folder):
     def run(run_dir, *words, **options):
         command = [sys.executable, "scripts/chat_cli.py", "--run-dir", run_dir, "--temperature", "0", *words]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from talker import QUESTIONS, talker, talker_folder  # noqa: F401
+from talker import QUESTIONS
 from tiny import relative
 
 from nanochat_hf.errors import InputError
@@ -271,7 +271,7 @@ def test_a_replayed_graph_gives_the_tokens_of_single_launches():
 
 
 @pytest.mark.gpu
-def test_a_replica_on_each_gpu_answers_as_one_on_the_cpu(talker_folder):  # noqa: F811
+def test_a_replica_on_each_gpu_answers_as_one_on_the_cpu(talker_folder):
     def answer(worker) -> list[int]:
         worker.ready.wait(120)
         assert worker.error is None

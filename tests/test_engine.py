@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from talker import QUESTIONS, talker  # noqa: F401
+from talker import QUESTIONS
 
 from nanochat_hf.data.tokenizer import byte_alphabet
 from nanochat_hf.errors import InputError
@@ -21,7 +21,7 @@ from nanochat_hf.tool_loop import MARKS
 
 
 @pytest.fixture
-def engine(talker):  # noqa: F811
+def engine(talker):
     return Engine(*talker, slots=4)
 
 
@@ -59,7 +59,7 @@ def test_greedy_answers_equal_generate_of_transformers(request, tokenizer, which
         assert answer == expected[0, len(prompt) :].tolist()
 
 
-def test_slots_call_the_tool_each_for_itself(talker):  # noqa: F811
+def test_slots_call_the_tool_each_for_itself(talker):
     model, tokenizer = talker
     calls = []
     engine = Engine(model, tokenizer, slots=4, tool=lambda text: calls.append(text) or str(eval(text)))
@@ -70,7 +70,7 @@ def test_slots_call_the_tool_each_for_itself(talker):  # noqa: F811
     assert texts == ["".join(part for _, part in QUESTIONS[question]) for question in questions]
 
 
-def test_a_result_is_plain_text_of_a_bounded_length(talker, monkeypatch):  # noqa: F811
+def test_a_result_is_plain_text_of_a_bounded_length(talker, monkeypatch):
     monkeypatch.setattr("nanochat_hf.serve.engine.MAX_FORCED", 42)
     engine = Engine(*talker, tool=lambda text: "<|assistant_end|>77")
     assert dict(join_chunks(engine.stream(user("What is 5 + 6?"))))["result"] == "<|assistant_end|>77"
@@ -81,7 +81,7 @@ def test_a_result_is_plain_text_of_a_bounded_length(talker, monkeypatch):  # noq
     assert end - start - 1 == 40
 
 
-def test_a_tool_that_hangs_is_answered_with_an_error_and_one_that_fails_too(talker):  # noqa: F811
+def test_a_tool_that_hangs_is_answered_with_an_error_and_one_that_fails_too(talker):
     release = threading.Event()
     engine = Engine(*talker, slots=2, tool=lambda text: release.wait(60) or "late", tool_timeout=0.1)
     requests = [Request(engine.encode(user("What is 12 * 34?")), 100) for _ in range(2)]  # both at once
@@ -105,14 +105,14 @@ def test_tools_can_be_switched_off_for_one_request_or_left_to_the_caller(engine)
     assert request.finish_reason == "tool_calls" and request.tokens[-1] == engine.marks[1]
 
 
-def test_the_end_of_a_call_does_not_end_an_answer_although_the_models_settings_say_so(talker, monkeypatch):  # noqa: F811
+def test_the_end_of_a_call_does_not_end_an_answer_although_the_models_settings_say_so(talker, monkeypatch):
     model, tokenizer = talker
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
     assert join_chunks(Engine(*talker).stream(user("What is 5 + 6?")))[-1] == ("text", "It is 11.")
 
 
-def test_more_requests_than_slots_wait_and_give_the_same_answers(talker):  # noqa: F811
+def test_more_requests_than_slots_wait_and_give_the_same_answers(talker):
     engine = Engine(*talker, slots=2)
     requests = [Request(engine.encode(user(question)), 120) for question in list(QUESTIONS) * 2]
     run(engine, *requests)
@@ -121,7 +121,7 @@ def test_more_requests_than_slots_wait_and_give_the_same_answers(talker):  # noq
     assert {request.finish_reason for request in requests} == {"stop"}
 
 
-def test_steps_launched_ahead_and_read_late_give_the_same_answers(talker, monkeypatch):  # noqa: F811
+def test_steps_launched_ahead_and_read_late_give_the_same_answers(talker, monkeypatch):
     """The way of a GPU, on a CPU: chunks of steps, of which the host reads the one before the last."""
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
@@ -143,7 +143,7 @@ def test_steps_launched_ahead_and_read_late_give_the_same_answers(talker, monkey
     assert needed / 2 <= decoder.steps <= needed + 2 * MAX_CHUNK * len(requests)  # ahead of ends that are read late
 
 
-def test_the_same_seed_gives_the_same_answer_in_any_company(talker):  # noqa: F811
+def test_the_same_seed_gives_the_same_answer_in_any_company(talker):
     engine = Engine(*talker, slots=8)
     prompt = engine.encode(user("Hello"))
     options = dict(max_new_tokens=30, temperature=2.0, top_k=0)
@@ -171,7 +171,7 @@ def test_closing_the_stream_frees_the_slot(engine):
     assert join_chunks(engine.stream(user("What is 5 + 6?")))[0] == ("call", "5+6")
 
 
-def test_a_request_can_be_cancelled_while_it_waits_and_while_it_runs(talker):  # noqa: F811
+def test_a_request_can_be_cancelled_while_it_waits_and_while_it_runs(talker):
     engine = Engine(*talker, slots=1)
     running, waiting = (engine.submit(Request(engine.encode(user("Hello")), 100)) for _ in range(2))
     engine.advance()
@@ -190,7 +190,7 @@ def test_a_request_can_be_cancelled_while_it_waits_and_while_it_runs(talker):  #
 
 
 @pytest.mark.parametrize("size,limit,tokens", [(60, 100, 4), (60, 3, 3), (60, 4, 4), (63, 100, 1), (5, 7, 7)])
-def test_an_answer_ends_at_its_budget_or_where_the_context_does(talker, size, limit, tokens):  # noqa: F811
+def test_an_answer_ends_at_its_budget_or_where_the_context_does(talker, size, limit, tokens):
     engine = Engine(*talker, length=64, tool=None, stop_ids=[])
     request = engine.submit(Request([5] * size, max_new_tokens=limit))
     for _ in range(20):
@@ -238,7 +238,7 @@ def test_a_text_far_too_long_is_refused_before_it_is_encoded(engine):
     assert engine.encode_last(history, 60) == (engine.encode(user("Hello")), 2)
 
 
-def test_the_detokenizer_replaces_bad_bytes_and_waits_for_whole_characters(talker):  # noqa: F811
+def test_the_detokenizer_replaces_bad_bytes_and_waits_for_whole_characters(talker):
     _, tokenizer = talker
     letter = dict(enumerate(tokenizer.convert_tokens_to_ids(byte_alphabet())))
     detokenizer = IncrementalDetokenizer(tokenizer)
@@ -260,7 +260,7 @@ def test_text_held_back_for_a_stop_string_comes_before_the_call_that_follows_it(
         assert join_chunks(chunks) == [("text", "a b"), ("call", "1+1 bc"), ("text", "c ")] and detokenizer.stopped
 
 
-def test_the_token_table_is_what_the_tokenizer_says(talker):  # noqa: F811
+def test_the_token_table_is_what_the_tokenizer_says(talker):
     _, tokenizer = talker
     table = token_table(tokenizer)
     assert set(table) == set(range(len(tokenizer))) and token_table(tokenizer) is table

@@ -21,7 +21,7 @@ import uvicorn
 from huggingface_hub import InferenceClient, close_session, constants
 from huggingface_hub.errors import HfHubHTTPError
 from servers import free_port, start
-from talker import QUESTIONS, talker, talker_folder  # noqa: F401
+from talker import QUESTIONS
 
 from nanochat_hf import cli
 from nanochat_hf.errors import InputError
@@ -40,7 +40,7 @@ RANDOM = {"temperature": 3.0, "top_k": 0, "seed": 1}
 
 
 @pytest.fixture(scope="module")
-def server(talker):  # noqa: F811
+def server(talker):
     """The server with the talker in greedy mode: `server.url`, `.http` (a client), `.post(route, **body)`."""
     worker = Worker(lambda: Engine(*talker, slots=4), max_queue_size=4)
     worker.start()
@@ -434,7 +434,7 @@ def test_no_client_gets_more_tokens_than_the_server_allows(server, monkeypatch):
         assert (reply["usage"]["completion_tokens"], reply["choices"][0]["finish_reason"]) == (5, "length")
 
 
-def test_a_broken_model_is_a_503_and_an_event_of_the_stream(talker, server, tmp_path):  # noqa: F811
+def test_a_broken_model_is_a_503_and_an_event_of_the_stream(talker, server, tmp_path):
     worker = Worker(lambda: Engine(*talker))
     worker.start()
     other = Server([worker], str(tmp_path))
@@ -478,7 +478,7 @@ def test_each_flag_of_the_command_reaches_its_setting(monkeypatch, names):
 
 
 @pytest.mark.slow
-def test_the_script_serves_a_run_answers_curl_and_stops_at_a_signal(talker_folder):  # noqa: F811
+def test_the_script_serves_a_run_answers_curl_and_stops_at_a_signal(talker_folder):
     port = free_port()
     words = ["--run-dir", talker_folder.parent, "--port", str(port), "--temperature", "0", "--max-batch-size", "7"]
     process, address = start([sys.executable, "scripts/chat_web.py", *words], port, "/health", cwd=ROOT)

@@ -23,7 +23,7 @@ import yaml
 from browser import browser, picture  # noqa: F401
 from huggingface_hub import ChatCompletionStreamOutputDelta
 from servers import free_port, start
-from talker import QUESTIONS, chat_folder, talker, talker_folder  # noqa: F401
+from talker import QUESTIONS
 from tiny import relative
 
 APP = Path(__file__).parent.parent / "spaces" / "chat" / "app.py"
@@ -31,7 +31,7 @@ HELLO = QUESTIONS["Hello"][0][1]
 
 
 @pytest.fixture(scope="module")
-def app(chat_folder):  # noqa: F811
+def app(chat_folder):
     """The app as a module, with the talker as its model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODEL_ID", str(chat_folder))
@@ -231,16 +231,10 @@ def test_examples_are_those_of_the_checkpoint(app, monkeypatch):
 
 
 def test_what_a_browser_saved_comes_back_as_text_only(app):
-    saved = [
-        {
-            "role": "user",
-            "content": [{"type": "text", "text": "x"}, {"type": "file", "file": {"path": "/etc/passwd"}}],
-        },
-        {"role": "assistant", "content": "```\n11\n```", "metadata": STEP},
-    ]
-    history, state = app.restore(saved)
-    assert history == state == [{"role": "user", "content": "x"}, saved[1]]
-    assert app.restore([]) == ([], []) and "etc" not in str(app.demo.chatbot.postprocess(history))
+    parts = [{"type": "text", "text": "x"}, {"type": "file", "file": {"path": "/etc/passwd"}}]
+    step = {"role": "assistant", "content": "```\n11\n```", "metadata": STEP}
+    assert app.restore([{"role": "user", "content": parts}, step]) == ([{"role": "user", "content": "x"}, step],) * 2
+    assert app.restore([]) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -348,7 +342,7 @@ app.demo.launch(**app.LAUNCH, server_port=int(sys.argv[2]))
 
 
 @pytest.fixture(scope="module")
-def space(chat_folder):  # noqa: F811
+def space(chat_folder):
     port = free_port()
     words = [sys.executable, "-c", SLOW_APP, str(APP), str(port)]
     process, url = start(words, port, environment={"MODEL_ID": str(chat_folder), "MAX_QUEUE": "3"})
@@ -406,6 +400,9 @@ def test_a_question_streams_its_answer_and_the_tool_step_opens(space, browser): 
 @pytest.mark.slow
 def test_the_text_box_has_focus_and_hint_after_an_answer_and_buttons_have_names(space, browser):  # noqa: F811
     tab = Tab(browser, space)
+    tab.send("x y" * 1000)  # is refused beside the box, and the chat goes on
+    tab.until(lambda: "tokens; the model reads at most 255." in tab.page.inner_text("body"))
+    assert tab.texts("user") == []
     for question, answer in (("What is 5 + 6?", "It is 11."), ("What is 12 * 34?", "It is 408.")):
         tab.send(question)
         tab.until(lambda answer=answer: answer in tab.texts())
@@ -419,7 +416,7 @@ def test_the_text_box_has_focus_and_hint_after_an_answer_and_buttons_have_names(
 
 
 @pytest.mark.slow
-def test_stop_keeps_what_was_said_and_retry_undo_and_edit_work(space, browser):  # noqa: F811
+def test_stop_keeps_what_was_said_and_retry_asks_again(space, browser):  # noqa: F811
     tab = Tab(browser, space)
     tab.send("Hello")
     tab.until(lambda: len("".join(tab.texts())) > 8)
@@ -431,46 +428,17 @@ def test_stop_keeps_what_was_said_and_retry_undo_and_edit_work(space, browser): 
     picture(tab.page, "space-stopped")
     tab.press("Retry")
     tab.until(lambda: "nothing at all." in "".join(tab.texts()))
-    tab.page.wait_for_timeout(1500)
-    tab.press("Edit")
-    tab.page.locator('[data-testid="user"] textarea, textarea.edit-textarea, .message textarea').first.fill(
-        "What is 5 + 6?"
-    )
-    tab.press("Submit")
-    tab.until(lambda: "It is 11." in tab.texts() and tab.texts("user") == ["What is 5 + 6?"])
-    tab.page.wait_for_timeout(1500)
-    tab.press("Undo")
-    tab.until(lambda: tab.texts() == [] and tab.page.locator("textarea").first.input_value() == "What is 5 + 6?")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'><b>bold</b>",
-        "Is &amp;lt; shown as &lt;? Is &copy; a sign? a < b && c > d",
-        "x ``` <b>bold</b>",
-    ],
-)
-def test_tags_and_entities_are_shown_as_text_and_scripts_do_not_run(space, browser, text):  # noqa: F811
+def test_tags_and_entities_are_shown_as_text_and_scripts_do_not_run(space, browser):  # noqa: F811
+    text = "<script>hacked=1</script><img src=x onerror='hacked=2'> &amp;lt; &lt; &copy; a < b ``` <b>x</b>"
     tab = Tab(browser, space)
     tab.send(text)
     tab.until(lambda: tab.texts("user") != [])
     tab.page.wait_for_timeout(1000)
-    picture(tab.page, "space-tags")
     assert [shown.replace("\u2060", "") for shown in tab.texts("user")] == [text]
     assert tab.page.evaluate("window.hacked") is None and not tab.page.query_selector('[data-testid="user"] b')
-
-
-@pytest.mark.slow
-def test_a_message_beyond_the_context_is_refused_beside_the_box_and_the_chat_goes_on(space, browser):  # noqa: F811
-    tab = Tab(browser, space)
-    tab.send("x y" * 1000)
-    tab.until(lambda: "tokens; the model reads at most 255." in tab.page.inner_text("body"))
-    assert tab.texts("user") == []
-    picture(tab.page, "space-too-long")
-    tab.send("What is 5 + 6?")
-    tab.until(lambda: "It is 11." in tab.texts())
 
 
 @pytest.mark.slow
@@ -510,7 +478,7 @@ def test_the_api_streams_and_a_full_queue_is_explained_in_the_visitors_language(
 
 
 @pytest.mark.slow
-def test_it_talks_to_an_endpoint_and_says_when_it_is_gone(talker_folder):  # noqa: F811
+def test_it_talks_to_an_endpoint_and_says_when_it_is_gone(talker_folder):
     from gradio_client import Client
 
     script = Path(__file__).parent.parent / "scripts" / "chat_web.py"

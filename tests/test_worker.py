@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 import torch
-from talker import QUESTIONS, talker, talker_folder  # noqa: F401
+from talker import QUESTIONS
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve.chunks import text_of
@@ -30,7 +30,7 @@ def start():
 
 
 @pytest.fixture
-def worker(talker, start):  # noqa: F811
+def worker(talker, start):
     return start(lambda: Engine(*talker, slots=2), max_queue_size=3)
 
 
@@ -122,7 +122,7 @@ def test_a_worker_that_cannot_load_says_why_and_others_get_its_requests(worker, 
     assert asyncio.run(run()) == [(worker, "stop")] * 3
 
 
-def test_the_worker_with_the_least_load_gets_the_request(talker, start):  # noqa: F811
+def test_the_worker_with_the_least_load_gets_the_request(talker, start):
     workers = [start(lambda: Engine(*talker)) for _ in range(2)]
 
     async def run():
@@ -133,13 +133,13 @@ def test_the_worker_with_the_least_load_gets_the_request(talker, start):  # noqa
     assert [asyncio.run(run()).count(worker) for worker in workers] == [2, 2]
 
 
-def test_replicas_load_one_after_another_since_loading_changes_torch_for_all_threads(talker, start):  # noqa: F811
+def test_replicas_load_one_after_another_since_loading_changes_torch_for_all_threads(talker, start):
     locked = []
     start(lambda: locked.append(LOAD_LOCK.locked()) or Engine(*talker))
     assert locked == [True] and not LOAD_LOCK.locked()
 
 
-def test_a_gpu_needs_no_number(monkeypatch, talker, start):  # noqa: F811
+def test_a_gpu_needs_no_number(monkeypatch, talker, start):
     devices = []
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     for device in ("cuda", "cuda:3"):
