@@ -220,7 +220,7 @@ def test_long_conversations_lose_their_oldest_turns_but_not_the_system_message(e
     turns = [{"role": role, "content": f"turn {i}"} for i in range(800) for role in ("user", "assistant")]
     turns.append({"role": "user", "content": "last"})
     ids, dropped = engine.encode_last(system + turns, room=60)
-    assert len(lengths) < 12 and max(lengths) < 100  # never as a whole
+    assert len(lengths) < 12 and max(lengths) <= 128  # never as a whole
     assert ids == engine.encode(system + turns[dropped:]) and turns[dropped]["role"] == "user"
     longer = engine.encode(system + turns[dropped - 2 :])  # with the turn before, which would not have fit
     assert len(longer) + 60 > engine.length >= len(ids) + 60

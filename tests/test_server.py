@@ -3,13 +3,9 @@
 import asyncio
 import json
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -20,7 +16,7 @@ import torch
 import uvicorn
 from huggingface_hub import InferenceClient, close_session, constants
 from huggingface_hub.errors import HfHubHTTPError
-from servers import free_port, start
+from servers import free_port
 from talker import QUESTIONS
 
 from nanochat_hf import cli
@@ -32,7 +28,6 @@ from nanochat_hf.serve.server import Server
 from nanochat_hf.serve.terminal_chat import Options, RemoteModel, messages_of
 from nanochat_hf.serve.worker import Worker
 
-ROOT = Path(__file__).parent.parent
 HELLO = QUESTIONS["Hello"][0][1]
 PYTHON = [{"type": "function", "function": {"name": "python", "parameters": {}}}]
 CHAT = "/v1/chat/completions"
@@ -183,13 +178,10 @@ def test_openai_streams_completes_texts_and_lists_the_model(ai, server, prompt):
 
 
 def test_openai_gets_several_samples_of_one_prompt_and_the_same_with_the_same_seed(ai):
-    def sample():
-        options = {"n": 3, "temperature": 2.0, "seed": 5, "max_tokens": 12, "extra_body": {"top_k": 0}}
-        answer = ai.chat.completions.create(model="any", messages=user("Hello"), **options)
-        return [choice.message.content for choice in answer.choices]
-
-    first = sample()
-    assert len(set(first)) == 3 and sample() == first
+    options = {"n": 3, "temperature": 2.0, "seed": 5, "max_tokens": 12, "extra_body": {"top_k": 0}}
+    answers = [ai.chat.completions.create(model="any", messages=user("Hello"), **options) for _ in range(2)]
+    first, second = ([choice.message.content for choice in answer.choices] for answer in answers)
+    assert len(set(first)) == 3 and second == first
 
 
 # ---- bodies that are refused ---------------------------------------------------------------------------------------
@@ -210,12 +202,9 @@ HALF = "x\ud83d"
 FORCED = {"type": "function", "function": {"name": "Answer"}}
 TOOLS = ([1], [{"function": {"name": 1}}], PYTHON + schema("search", "query"), schema("python", "expression", "n"))
 BAD_CHATS = [  # messages, other fields, the reason
-    ([], {}, "messages"),
     (calling('{"code": "1"}'), {}, "expression, not code"),
     ([{"role": "r" * 10**6, "content": "?"}], {}, "unknown role rrr"),
-    ([{"role": 5, "content": "?"}], {}, "messages.0.role"),
     (user([{"type": HALF}]), {}, "not a part of type x?"),
-    (user([1] * 2000), {}, "messages.0.content: List should have at most 1024"),
     (user("?") * 4097, {}, "messages: List should have at most 4096"),
     (user("a" * 1_040_000), {}, "characters, more than the model's context of 256 tokens"),
     (user("?"), {"top_k": 10**12}, "top_k"),
@@ -232,9 +221,7 @@ BAD_CHATS = [  # messages, other fields, the reason
 BAD_PROMPTS = [
     ("word " * 300, {}, "context is 256"),
     ([1, 99999], {}, "outside of 0.."),
-    (["a"] * 65, {}, "prompt: List should have at most 64 items"),
     (["a"] * 3, {"n": 3}, "9 completions in one request: this server takes at most 8"),
-    (["a", ""], {}, "prompt.1: String should have at least 1 character"),
     ([1, 2, "a"], {}, "prompt.0.2: Input should be a valid integer"),
     ("a", {"echo": True}, "echo is not supported"),
     ("a", {"logprobs": 0}, "logprobs is not supported"),
@@ -330,9 +317,7 @@ def test_a_conversation_that_grew_too_long_loses_its_oldest_turns(server):
     assert "dropped_messages" not in server.post(CHAT, messages=[*messages, *user("Hello")], max_tokens=9).json()
 
 
-OPTIONAL = ("n", "stream", "stop", "stream_options", "tools", "tool_choice", "seed", "top_p", "top_k", "max_tokens")
-OPTIONAL += ("max_completion_tokens", "temperature", "logprobs", "response_format", "logit_bias", "user", "metadata")
-NULLS = dict.fromkeys(OPTIONAL)
+NULLS = dict.fromkeys(("n", "stream", "stop", "stream_options", "tools", "tool_choice", "seed", "top_p", "logprobs"))
 NOTHING = {"logprobs": False, "top_logprobs": 0, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}}
 NOTHING |= {"response_format": {"type": "text"}}
 LANGCHAIN = {"model": "gpt", "max_completion_tokens": 99, "n": 1, "parallel_tool_calls": True, "temperature": 0.0}
@@ -475,19 +460,3 @@ def test_each_flag_of_the_command_reaches_its_setting(monkeypatch, names):
     flags = f"--model x --port {port} --device cpu --max-new-tokens 7 --temperature 0.5 --top-k 11".split()
     cli.dispatch("serve", [*flags, *(word for pair in zip(names.split(), "359") for word in pair)])
     assert calls == [("x", 3, 5, "cpu"), (["worker"], "x", 0.5, 11, 7, 9.0), ("app", "127.0.0.1", port)]
-
-
-@pytest.mark.slow
-def test_the_script_serves_a_run_answers_curl_and_stops_at_a_signal(talker_folder):
-    port = free_port()
-    words = ["--run-dir", talker_folder.parent, "--port", str(port), "--temperature", "0", "--max-batch-size", "7"]
-    process, address = start([sys.executable, "scripts/chat_web.py", *words], port, "/health", cwd=ROOT)
-    try:
-        assert httpx.get(address + "/info").json()["max_batch_size"] == 7
-        body = json.dumps({"messages": user("What is 5 + 6?"), "stream": True})
-        command = ["curl", "-sN", address + CHAT, "-H", "Content-Type: application/json", "-d", body]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert output.rstrip().endswith("data: [DONE]") and '"tool": {"result"' in output
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) in (0, -signal.SIGINT, 130)

@@ -59,13 +59,13 @@ FAILURES = {  # exception -> status, and its name in the reply; HTTPException ha
 }
 TGI_PATHS = ("/", "/generate", "/generate_stream", "/info", "/health")
 OPENAI_PATHS = "/v1/chat/completions, /v1/completions and /v1/models"
-UNSUPPORTED = {  # field of either protocol that is not implemented -> its values that ask for nothing
-    "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",), "best_of": (1,),
+UNSUPPORTED = {  # field that is not implemented -> its values, beside null and false, that ask for nothing
+    "logprobs": (), "top_logprobs": (0,), "echo": (), "suffix": ("",), "best_of": (1,),
     "response_format": ({"type": "text"},), "grammar": (), "functions": ([],), "function_call": ("none", "auto"),
     "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (), "logit_bias": ({},),
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "typical_p": (1,),
     "reasoning_effort": ("none",), "repeat_penalty": (1,), "mirostat": (0,),
-    "top_n_tokens": (0,), "decoder_input_details": (False,), "watermark": (False,), "adapter_id": (),
+    "top_n_tokens": (0,), "decoder_input_details": (), "watermark": (), "adapter_id": (),
 }  # fmt: skip
 
 Limit = Annotated[int, Field(ge=1)]
@@ -94,9 +94,7 @@ class Sampling(BaseModel, extra="allow", strict=True):
     def model_post_init(self, context) -> None:
         for name, nothing in UNSUPPORTED.items():
             value = self.model_extra.get(name)
-            if value is not None and not any(
-                value == x and isinstance(value, bool) is isinstance(x, bool) for x in nothing
-            ):
+            if value is not None and value is not False and value not in nothing:
                 raise InputError(f"{name} is not supported: leave it out")
 
 
@@ -154,16 +152,13 @@ class ChatBody(OpenAIBody):
             raise InputError('tool_choice can be "auto" or "none": the model cannot be made to call a tool')
 
 
-def is_batch(prompt: Any) -> bool:
-    """Whether a prompt of /v1/completions is a list of prompts, each a text or a list of token ids."""
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
-
-
 class CompletionBody(OpenAIBody):
+    """`prompt`: one or a list of prompts, each a text or a list of token ids."""
+
     prompt: Annotated[
         list[Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1, fail_fast=True)]],
         Field(max_length=64),
-        BeforeValidator(lambda prompt: prompt if is_batch(prompt) else [prompt]),
+        BeforeValidator(lambda x: x if isinstance(x, list) and isinstance([*x[:1], 0][0], str | list) else [x]),
     ]
 
 
