@@ -243,14 +243,14 @@ def test_a_refused_question_can_be_tried_again_and_replaces_nothing(visit):
     tab.page.wait_for_selector(".error")
     assert tab.texts(".bot") == ["first", "second"]  # the old answer is still there
     tab.page.evaluate("failing = null")
-    for pieces, remembered in (
+    for words, remembered in (
         ([], []),
         (["ha", "lf"], ["u last", "a x", "u broken", "a half"]),
     ):  # an error that ends a stream
         tab.ask("broken")
         tab.page.wait_for_function("!!window.put")
-        for piece in pieces:
-            tab.page.evaluate("text => put({content: text})", piece)
+        for word in words:
+            tab.page.evaluate("text => put({content: text})", word)
         tab.page.evaluate("fail('the model stopped')")
         tab.page.wait_for_function("document.querySelector('.error')?.textContent.includes('the model stopped')")
         tab.answer()

@@ -213,7 +213,7 @@ BAD_CHATS = [  # messages, other fields, the reason
     (user("?"), {"stream": True, "n": 2}, "leave n out"),
     (user("?"), {"response_format": {"type": "json_object"}}, "response_format is not supported"),
     (user("?"), {"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
-    *((user("?"), {"tools": PYTHON, "tool_choice": c}, "cannot be made to call") for c in ("required", FORCED)),
+    *((user("?"), {"tools": PYTHON, "tool_choice": c}, "tool_choice") for c in ("required", FORCED)),
     *((user("?"), {"tools": tools}, "tool") for tools in TOOLS),
     (user("?"), {"stop": ["x"] * 17}, "stop: List should have at most 16"),
     (user("?"), {"x": [[]] * 200_000}, "more than 100000 lists"),

@@ -248,8 +248,8 @@ def test_what_is_too_long_or_empty_is_refused_beside_the_box_and_in_the_api(app,
 
 
 def test_numbers_of_the_api_are_brought_into_the_sliders_ranges(app, monkeypatch):
-    calls, answer = [], app.local_answer
-    monkeypatch.setattr(app, "local_answer", lambda *args: calls.append(args[1:]) or answer(*args))
+    calls = []
+    monkeypatch.setattr(app, "local_answer", lambda *args: calls.append(args[1:]) or [])
     for numbers in ((-1, -5, -3), (None, None, None), (99, 0, 10**9)):
         list(app.respond("Hello", [], None, *numbers))
     assert calls == [(0.0, 0, 1), (0.0, 0, 1024), (2.0, 0, 1024)]

@@ -84,7 +84,7 @@ def test_a_question_streams_its_answer_and_the_tool_step_opens(space, browser): 
 
 def test_the_text_box_has_focus_and_hint_after_an_answer_and_buttons_have_names(space, browser):  # noqa: F811
     tab = Tab(browser, space)
-    tab.send("x y" * 1000)  # is refused beside the box, and the chat goes on
+    tab.send("x y" * 1000)  # is refused beside the box
     tab.until(lambda: "tokens; the model reads at most 255." in tab.page.inner_text("body"))
     assert tab.texts("user") == []
     for question, answer in (("What is 5 + 6?", "It is 11."), ("What is 12 * 34?", "It is 408.")):

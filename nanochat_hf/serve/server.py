@@ -25,7 +25,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import FastAPI
@@ -119,14 +119,13 @@ class Message(BaseModel):
 
 
 class Parameters(BaseModel):
-    """Of the JSON Schema of a function's arguments, what a call without some of them would lack."""
-
-    properties: dict | None = None
-    required: list[str] | None = None
+    required: list[Literal["expression"]] | None = None
 
 
 class Function(BaseModel):
-    name: str
+    """The model's only tool; another one would never be called."""
+
+    name: Literal["python"]
     parameters: Parameters | None = None
 
 
@@ -137,19 +136,7 @@ class Tool(BaseModel):
 class ChatBody(OpenAIBody):
     messages: list[Message] = Field(min_length=1, max_length=4096)
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: str | dict | None = None
-
-    def model_post_init(self, context) -> None:
-        """Refuses foreign tools, which the model would never call, and a call that is forced."""
-        super().model_post_init(context)
-        for tool in (self.tools or []) if self.tool_choice != "none" else []:
-            schema = tool.function.parameters or Parameters()
-            unknown = schema.properties and "expression" not in schema.properties
-            if tool.function.name != "python" or unknown or {*(schema.required or [])} - {"expression"}:
-                reason = "a function named python with one argument, expression"
-                raise InputError(f"this model has one tool, {reason}: {tool.function.name[:60]} is not that")
-        if self.tool_choice not in (None, "auto", "none"):
-            raise InputError('tool_choice can be "auto" or "none": the model cannot be made to call a tool')
+    tool_choice: Literal["auto", "none"] | None = None  # the model cannot be made to call
 
 
 class CompletionBody(OpenAIBody):
@@ -202,7 +189,6 @@ class Server:
     def __post_init__(self):
         for worker in self.workers:
             worker.ready.wait()
-        for worker in self.workers:
             if isinstance(worker.error, torch.OutOfMemoryError):
                 reason = f"the memory of {worker.device} is full: lower --max-batch-size, or free it"
                 raise InputError(reason) from worker.error
@@ -289,15 +275,13 @@ class Server:
         capacity = sum(worker.capacity for worker in self.workers)
         if n * len(prompts) > capacity:
             raise InputError(f"{n * len(prompts)} completions in one request: this server takes at most {capacity}")
-        completions: list[Completion] = []
-        try:
+        completions = []
+        with contextlib.ExitStack() as ends:
             for i in range(n * len(prompts)):
                 request = Request(prompts[i // n], seed=seed + i, **options)
                 completions.append(Completion(self.workers, request, body.stop or (), self.request_timeout))
-        except (InputError, QueueFullError, WorkerDiedError):
-            for completion in completions:
-                completion.end()
-            raise
+                ends.callback(completions[-1].end)
+            ends.pop_all()
         return completions
 
     # ---- OpenAI ----------------------------------------------------------------------------------------------------
