@@ -14,7 +14,7 @@ import openai
 import pytest
 import torch
 import uvicorn
-from huggingface_hub import InferenceClient, close_session, constants
+from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from servers import free_port
 from talker import QUESTIONS
@@ -25,7 +25,7 @@ from nanochat_hf.serve import limits
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.limits import LimitedProtocol
 from nanochat_hf.serve.server import Server
-from nanochat_hf.serve.terminal_chat import Options, RemoteModel, messages_of
+from nanochat_hf.serve.terminal_chat import Options, RemoteModel, messages_of, reach_offline
 from nanochat_hf.serve.worker import Worker
 
 HELLO = QUESTIONS["Hello"][0][1]
@@ -57,11 +57,9 @@ def server(talker):
 
 
 @pytest.fixture
-def hf(server, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    close_session()
-    yield InferenceClient(base_url=server.url, timeout=30)
-    close_session()
+def hf(server):
+    reach_offline(server.url)
+    return InferenceClient(base_url=server.url, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +117,6 @@ def test_inference_client_generates_text_plain_detailed_and_streamed(hf, prompt)
     stopped = hf.text_generation(prompt, max_new_tokens=120, stop=["small"], details=True)
     assert stopped.generated_text.endswith("**") and stopped.details.finish_reason == "stop_sequence"
     assert hf.text_generation(prompt, max_new_tokens=3, return_full_text=True).startswith(prompt)
-
-
-# ---- openai --------------------------------------------------------------------------------------------------------
 
 
 def test_an_answer_sent_back_as_it_came_keeps_its_calls(ai, server):
@@ -199,7 +194,6 @@ def schema(name, *arguments):
 
 
 HALF = "x\ud83d"
-FORCED = {"type": "function", "function": {"name": "Answer"}}
 TOOLS = ([1], [{"function": {"name": 1}}], PYTHON + schema("search", "query"), schema("python", "expression", "n"))
 BAD_CHATS = [  # messages, other fields, the reason
     (calling('{"code": "1"}'), {}, "expression, not code"),
@@ -213,7 +207,7 @@ BAD_CHATS = [  # messages, other fields, the reason
     (user("?"), {"stream": True, "n": 2}, "leave n out"),
     (user("?"), {"response_format": {"type": "json_object"}}, "response_format is not supported"),
     (user("?"), {"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
-    *((user("?"), {"tools": PYTHON, "tool_choice": c}, "tool_choice") for c in ("required", FORCED)),
+    *((user("?"), {"tools": PYTHON, "tool_choice": c}, "tool_choice") for c in ("required", {"type": "function"})),
     *((user("?"), {"tools": tools}, "tool") for tools in TOOLS),
     (user("?"), {"stop": ["x"] * 17}, "stop: List should have at most 16"),
     (user("?"), {"x": [[]] * 200_000}, "more than 100000 lists"),
@@ -259,10 +253,7 @@ def test_bodies_too_large_broken_or_sent_elsewhere_are_refused(server):
         assert reply.status_code in (404, 405) and reply.json()["error"]["message"]
 
 
-# ---- bodies that are answered --------------------------------------------------------------------------------------
-
-
-def test_tgi_routes_answer_as_documented(server):
+def test_tgi_routes_answer_as_documented(server, monkeypatch):
     body = {"inputs": "Hello", "parameters": {"max_new_tokens": 5}}
     assert set(server.post("/generate", **body).json()) == {"generated_text"}
     assert isinstance(server.post("/", **body).json(), list)
@@ -277,10 +268,7 @@ def test_tgi_routes_answer_as_documented(server):
     assert (info["model_id"], info["max_total_tokens"], info["num_replicas"]) == ("tests/talker", 256, 1)
     assert info["max_input_tokens"] == 255  # leaves one for the answer
     assert (info["max_batch_size"], info["max_concurrent_requests"]) == (4, 8)
-
-
-def test_tgi_samples_among_all_tokens_and_greedily_unless_the_request_says_otherwise(server, monkeypatch):
-    requests, submit = [], server.engine.submit
+    requests, submit = [], server.engine.submit  # it samples among all tokens, and greedily unless asked to sample
     monkeypatch.setattr(server.engine, "submit", lambda request: requests.append(request) or submit(request))
     for parameters in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 7}):
         server.post("/generate", inputs="Hello", parameters={**parameters, "max_new_tokens": 1})
@@ -442,9 +430,6 @@ def test_a_broken_model_is_a_503_and_an_event_of_the_stream(talker, server, tmp_
     small.start()
     with pytest.raises(InputError, match="memory of cpu is full: lower --max-batch-size"):
         Server([small], "x")
-
-
-# ---- the whole program ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
