@@ -91,7 +91,7 @@ def test_a_time_limit_cuts_the_answer_and_frees_the_slot(worker):
 
     async def run():
         completion.append(Completion([worker], request(worker), timeout=0.01))
-        return text_of(await completion[0].read()), completion[0].finish_reason
+        return text_of(await asyncio.wait_for(completion[0].read(), 60)), completion[0].finish_reason
 
     assert asyncio.run(run()) == ("", "length") and completion[0].request.cancelled
     worker.engine.advance = real
