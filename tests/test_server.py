@@ -210,7 +210,7 @@ BAD_CHATS = [  # messages, other fields, the reason
     *((user("?"), {"tools": PYTHON, "tool_choice": c}, "tool_choice") for c in ("required", {"type": "function"})),
     *((user("?"), {"tools": tools}, "tool") for tools in TOOLS),
     (user("?"), {"stop": ["x"] * 17}, "stop: List should have at most 16"),
-    (user("?"), {"x": [[]] * 200_000}, "more than 100000 lists"),
+    *((user("?"), {"x": [value] * 250_000}, "more than 100000 lists") for value in ([], 1)),
 ]
 BAD_PROMPTS = [
     ("word " * 300, {}, "context is 256"),

@@ -164,8 +164,8 @@ class TGIBody(BaseModel, strict=True):
 
 def parse(model: type[BaseModel], body: bytes) -> Any:
     """A body as one of the models; half of a surrogate pair becomes "?", as in text. Raises ValidationError."""
-    if body.count(b"{") + body.count(b"[") > MAX_PARTS:
-        raise InputError(f"the body has more than {MAX_PARTS} lists and objects")
+    if body.count(b"{") + body.count(b"[") + body.count(b",") // 2 > MAX_PARTS:
+        raise InputError(f"the body has more than {MAX_PARTS} lists, objects and pairs of values")
     body = body.replace(rb"\\", rb"\u005c")  # now each backslash begins an escape
     body = SURROGATES.sub(lambda match: match[0] if len(match[0]) == 12 else b"?", body)
     return model.model_validate_json(body)
