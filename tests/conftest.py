@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 import torch
+from talker import chat_folder, talker, talker_folder  # noqa: F401  (trained once for all files)
 
 import nanochat_hf  # noqa: F401  (registers the model)
 from nanochat_hf import run

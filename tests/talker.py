@@ -1,7 +1,7 @@
 """A model that has learned four conversations by heart, for the tests of serving: real weights, real tool calls.
 
-`from talker import talker, talker_folder` gives the session fixtures: (model, tokenizer), and a folder that looks like
-a finished SFT stage.
+conftest.py makes its session fixtures known: `talker` (model, tokenizer), `talker_folder`, which looks like a finished
+SFT stage, and `chat_folder`.
 """
 
 import shutil

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from talker import QUESTIONS, talker, talker_folder  # noqa: F401
+from talker import QUESTIONS
 from tiny import relative
 
 from nanochat_hf.errors import InputError
@@ -85,8 +85,8 @@ def test_greedy_slots_of_different_lengths_equal_the_models_generate(kind, monke
     if kind == "first":
         monkeypatch.setattr("nanochat_hf.serve.decoder.PREFILL_TOKENS", 20)  # several prefills
     model = make(kind)
-    answers = run(Decoder(model, 4, 96, stops=[5, 7]), [Request(prompt, 40) for prompt in PROMPTS], 40)
-    assert answers == [generate(model, prompt, 40, [5, 7]) for prompt in PROMPTS]
+    answers = run(Decoder(model, 4, 96, stops=[5, 7]), [Request(prompt, 24) for prompt in PROMPTS], 24)
+    assert answers == [generate(model, prompt, 24, [5, 7]) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("backout", [0.5, 0.992])
@@ -271,7 +271,7 @@ def test_a_replayed_graph_gives_the_tokens_of_single_launches():
 
 
 @pytest.mark.gpu
-def test_a_replica_on_each_gpu_answers_as_one_on_the_cpu(talker_folder):  # noqa: F811
+def test_a_replica_on_each_gpu_answers_as_one_on_the_cpu(talker_folder):
     def answer(worker) -> list[int]:
         worker.ready.wait(120)
         assert worker.error is None

@@ -1,12 +1,11 @@
 """The engine: streaming text, tools in the middle of completions, many requests over few slots, stopping early."""
 
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from talker import QUESTIONS, talker  # noqa: F401
+from talker import QUESTIONS
 
 from nanochat_hf.data.tokenizer import byte_alphabet
 from nanochat_hf.errors import InputError
@@ -18,11 +17,11 @@ from nanochat_hf.serve.engine import (
     Request,
     token_table,
 )
-from nanochat_hf.tool_loop import MARKS, last_call
+from nanochat_hf.tool_loop import MARKS
 
 
 @pytest.fixture
-def engine(talker):  # noqa: F811
+def engine(talker):
     return Engine(*talker, slots=4)
 
 
@@ -51,16 +50,16 @@ def test_greedy_answers_equal_generate_of_transformers(request, tokenizer, which
     model, tokenizer = model if which == "talker" else (model, tokenizer)
     engine = Engine(model, tokenizer, tool=None)
     prompts = [engine.encode(user(question)) for question in QUESTIONS]
-    answers = engine.generate(prompts, max_new_tokens=90)
+    answers = engine.generate(prompts, max_new_tokens=40)
     stops = sorted(tokenizer.convert_tokens_to_ids(["<|bos|>", "<|assistant_end|>"]))
     assert sorted(engine.stop_ids) == stops
     for prompt, (answer,) in zip(prompts, answers):
         ids = torch.tensor([prompt])
-        expected = model.generate(ids, max_new_tokens=90, do_sample=False, eos_token_id=stops, pad_token_id=0)
+        expected = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=stops, pad_token_id=0)
         assert answer == expected[0, len(prompt) :].tolist()
 
 
-def test_slots_call_the_tool_each_for_itself(talker):  # noqa: F811
+def test_slots_call_the_tool_each_for_itself(talker):
     model, tokenizer = talker
     calls = []
     engine = Engine(model, tokenizer, slots=4, tool=lambda text: calls.append(text) or str(eval(text)))
@@ -71,25 +70,26 @@ def test_slots_call_the_tool_each_for_itself(talker):  # noqa: F811
     assert texts == ["".join(part for _, part in QUESTIONS[question]) for question in questions]
 
 
-def test_a_result_is_plain_text_of_at_most_510_tokens(talker):  # noqa: F811
-    engine = Engine(*talker, length=1000, tool=lambda text: "<|assistant_end|>77")
+def test_a_result_is_plain_text_of_a_bounded_length(talker, monkeypatch):
+    monkeypatch.setattr("nanochat_hf.serve.engine.MAX_FORCED", 42)
+    engine = Engine(*talker, tool=lambda text: "<|assistant_end|>77")
     assert dict(join_chunks(engine.stream(user("What is 5 + 6?"))))["result"] == "<|assistant_end|>77"
     engine.tool = lambda text: "x y " * 2000
-    request = Request(engine.encode(user("What is 5 + 6?")), 700)
+    request = Request(engine.encode(user("What is 5 + 6?")), 100)
     run(engine, request)
     start, end = (request.tokens.index(mark) for mark in engine.marks[2:])
-    assert end - start - 1 == 510
+    assert end - start - 1 == 40
 
 
-def test_a_tool_that_hangs_is_answered_with_an_error_and_one_that_fails_too(talker):  # noqa: F811
-    release, start = threading.Event(), time.monotonic()
-    engine = Engine(*talker, slots=2, tool=lambda text: release.wait(20) or "late", tool_timeout=0.2)
+def test_a_tool_that_hangs_is_answered_with_an_error_and_one_that_fails_too(talker):
+    release = threading.Event()
+    engine = Engine(*talker, slots=2, tool=lambda text: release.wait(60) or "late", tool_timeout=0.1)
     requests = [Request(engine.encode(user("What is 12 * 34?")), 100) for _ in range(2)]  # both at once
     run(engine, *requests)
     release.set()
     for request in requests:
         chunks = join_chunks(IncrementalDetokenizer(engine.tokenizer).push(request.tokens))
-        assert chunks[1] == ("result", "{'error': 'no result within 0.2 seconds'}") and time.monotonic() - start < 10
+        assert chunks[1] == ("result", "{'error': 'no result within 0.1 seconds'}")
     engine.tool = lambda text: {}[text]  # the pool of the tool that hung is not used again
     chunks = join_chunks(engine.stream(user("What is 12 * 34?"), max_new_tokens=100))
     assert chunks[1] == ("result", str({"error": "'12*34'"}))
@@ -105,40 +105,24 @@ def test_tools_can_be_switched_off_for_one_request_or_left_to_the_caller(engine)
     assert request.finish_reason == "tool_calls" and request.tokens[-1] == engine.marks[1]
 
 
-def test_the_end_of_a_call_does_not_end_an_answer_although_the_models_settings_say_so(talker, monkeypatch):  # noqa: F811
+def test_the_end_of_a_call_does_not_end_an_answer_although_the_models_settings_say_so(talker, monkeypatch):
     model, tokenizer = talker
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
     assert join_chunks(Engine(*talker).stream(user("What is 5 + 6?")))[-1] == ("text", "It is 11.")
 
 
-@pytest.mark.parametrize(
-    "tokens,call",
-    [
-        ("S1E", "1"),
-        ("xS12E", "12"),
-        ("S1S2E", "2"),
-        ("SE", ""),
-        ("S1EE", None),
-        ("S1Ex2E", None),
-        ("E", None),
-        ("1E", None),
-    ],
-)
-def test_a_call_is_what_is_between_a_start_and_the_next_end(tokens, call):
-    assert last_call(list(tokens), "S", "E") == (None if call is None else list(call))
-
-
-def test_more_requests_than_slots_wait_and_give_the_same_answers(talker):  # noqa: F811
+def test_more_requests_than_slots_wait_and_give_the_same_answers(talker):
     engine = Engine(*talker, slots=2)
     requests = [Request(engine.encode(user(question)), 120) for question in list(QUESTIONS) * 2]
     run(engine, *requests)
-    alone = [Engine(*talker).generate([r.prompt], max_new_tokens=120)[0][0] for r in requests[:4]]
+    engine = Engine(*talker)
+    alone = [engine.generate([r.prompt], max_new_tokens=120)[0][0] for r in requests[:4]]
     assert [request.tokens for request in requests] == alone * 2
     assert {request.finish_reason for request in requests} == {"stop"}
 
 
-def test_steps_launched_ahead_and_read_late_give_the_same_answers(talker, monkeypatch):  # noqa: F811
+def test_steps_launched_ahead_and_read_late_give_the_same_answers(talker, monkeypatch):
     """The way of a GPU, on a CPU: chunks of steps, of which the host reads the one before the last."""
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
@@ -153,14 +137,14 @@ def test_steps_launched_ahead_and_read_late_give_the_same_answers(talker, monkey
     engine.advance()
     assert [len(steps.log) for steps in engine.pending] == [1]  # the first token comes quickly
     run(engine)
+    alone = Engine(*talker)
     for request in requests:
-        (answer,) = Engine(*talker).generate([request.prompt], max_new_tokens=request.max_new_tokens)[0]
-        assert request.tokens == answer
+        assert alone.generate([request.prompt], max_new_tokens=request.max_new_tokens) == [[request.tokens]]
     needed = sum(len(request.tokens) for request in requests)
     assert needed / 2 <= decoder.steps <= needed + 2 * MAX_CHUNK * len(requests)  # ahead of ends that are read late
 
 
-def test_the_same_seed_gives_the_same_answer_in_any_company(talker):  # noqa: F811
+def test_the_same_seed_gives_the_same_answer_in_any_company(talker):
     engine = Engine(*talker, slots=8)
     prompt = engine.encode(user("Hello"))
     options = dict(max_new_tokens=30, temperature=2.0, top_k=0)
@@ -168,6 +152,16 @@ def test_the_same_seed_gives_the_same_answer_in_any_company(talker):  # noqa: F8
     alone = Engine(*talker).generate([prompt], seed=13, **options)[0][0]
     assert engine.generate([prompt] * 2, seed=[13, 15], **options) == [together[3:4], together[5:6]]
     assert together[3] == alone and len({tuple(answer) for answer in together}) > 3
+
+
+def test_a_request_may_come_while_ended_ones_are_taken_out(engine):
+    """Another thread submits; here reading whether one has ended does."""
+
+    class Late(Request):
+        cancelled = property(lambda self: bool(engine.submit(Request([1], 1))) and False, lambda self, value: None)
+
+    engine.submit(Late([1], 1))
+    assert engine.drop_cancelled() == [] and len(engine.waiting) == 2
 
 
 def test_closing_the_stream_frees_the_slot(engine):
@@ -178,7 +172,7 @@ def test_closing_the_stream_frees_the_slot(engine):
     assert join_chunks(engine.stream(user("What is 5 + 6?")))[0] == ("call", "5+6")
 
 
-def test_a_request_can_be_cancelled_while_it_waits_and_while_it_runs(talker):  # noqa: F811
+def test_a_request_can_be_cancelled_while_it_waits_and_while_it_runs(talker):
     engine = Engine(*talker, slots=1)
     running, waiting = (engine.submit(Request(engine.encode(user("Hello")), 100)) for _ in range(2))
     engine.advance()
@@ -197,7 +191,7 @@ def test_a_request_can_be_cancelled_while_it_waits_and_while_it_runs(talker):  #
 
 
 @pytest.mark.parametrize("size,limit,tokens", [(60, 100, 4), (60, 3, 3), (60, 4, 4), (63, 100, 1), (5, 7, 7)])
-def test_an_answer_ends_at_its_budget_or_where_the_context_does(talker, size, limit, tokens):  # noqa: F811
+def test_an_answer_ends_at_its_budget_or_where_the_context_does(talker, size, limit, tokens):
     engine = Engine(*talker, length=64, tool=None, stop_ids=[])
     request = engine.submit(Request([5] * size, max_new_tokens=limit))
     for _ in range(20):
@@ -227,7 +221,7 @@ def test_long_conversations_lose_their_oldest_turns_but_not_the_system_message(e
     turns = [{"role": role, "content": f"turn {i}"} for i in range(800) for role in ("user", "assistant")]
     turns.append({"role": "user", "content": "last"})
     ids, dropped = engine.encode_last(system + turns, room=60)
-    assert len(lengths) < 12 and max(lengths) < 100  # never as a whole
+    assert len(lengths) < 12 and max(lengths) <= 128  # never as a whole
     assert ids == engine.encode(system + turns[dropped:]) and turns[dropped]["role"] == "user"
     longer = engine.encode(system + turns[dropped - 2 :])  # with the turn before, which would not have fit
     assert len(longer) + 60 > engine.length >= len(ids) + 60
@@ -245,7 +239,7 @@ def test_a_text_far_too_long_is_refused_before_it_is_encoded(engine):
     assert engine.encode_last(history, 60) == (engine.encode(user("Hello")), 2)
 
 
-def test_the_detokenizer_replaces_bad_bytes_and_waits_for_whole_characters(talker):  # noqa: F811
+def test_the_detokenizer_replaces_bad_bytes_and_waits_for_whole_characters(talker):
     _, tokenizer = talker
     letter = dict(enumerate(tokenizer.convert_tokens_to_ids(byte_alphabet())))
     detokenizer = IncrementalDetokenizer(tokenizer)
@@ -267,7 +261,7 @@ def test_text_held_back_for_a_stop_string_comes_before_the_call_that_follows_it(
         assert join_chunks(chunks) == [("text", "a b"), ("call", "1+1 bc"), ("text", "c ")] and detokenizer.stopped
 
 
-def test_the_token_table_is_what_the_tokenizer_says(talker):  # noqa: F811
+def test_the_token_table_is_what_the_tokenizer_says(talker):
     _, tokenizer = talker
     table = token_table(tokenizer)
     assert set(table) == set(range(len(tokenizer))) and token_table(tokenizer) is table

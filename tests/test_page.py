@@ -22,6 +22,7 @@ window.fetch = async (url, options) => {
   return new Response(new ReadableStream({start(stream) {
     const write = value => stream.enqueue(new TextEncoder().encode("data: " + JSON.stringify(value) + "\\n\\n"));
     window.put = (delta, more = {}) => write({choices: [{delta, ...more}]});
+    window.fail = message => write({error: {message}});
     window.end = () => stream.close();
     options.signal.onabort = () => stream.error(new DOMException("", "AbortError"));
   }}));
@@ -241,6 +242,20 @@ def test_a_refused_question_can_be_tried_again_and_replaces_nothing(visit):
     tab.page.click("button.last >> visible=true")
     tab.page.wait_for_selector(".error")
     assert tab.texts(".bot") == ["first", "second"]  # the old answer is still there
+    tab.page.evaluate("failing = null")
+    for words, remembered in (
+        ([], []),
+        (["ha", "lf"], ["u last", "a x", "u broken", "a half"]),
+    ):  # an error that ends a stream
+        tab.ask("broken")
+        tab.page.wait_for_function("!!window.put")
+        for word in words:
+            tab.page.evaluate("text => put({content: text})", word)
+        tab.page.evaluate("fail('the model stopped')")
+        tab.page.wait_for_function("document.querySelector('.error')?.textContent.includes('the model stopped')")
+        tab.answer()
+        tab.ask("last", "x")
+        assert tab.sent()[4:] == [*remembered, "u last"]
 
 
 def test_commands(visit):

@@ -10,6 +10,7 @@ The terminal chat streams one request, the server's threads submit them as they 
     engine.generate([prompt_ids], num_samples=8, temperature=1.0)  # -> [[ids, ...]]
 """
 
+import bisect
 import codecs
 import concurrent.futures
 import time
@@ -365,22 +366,18 @@ class Engine:
         turns = messages[len(system) :]
         starts = [0, *(i for i, m in enumerate(turns) if m["role"] == "user" and i > 0)]
 
-        def encode(size: int) -> list[int] | None:
-            """The ids of the last `size` turns, or None if they are too long."""
-            text = self.render(system + turns[starts[-size] :])
+        def encode(start: int) -> list[int] | None:
+            """The ids from the turn at `start` on, or None if they are too long."""
+            if 2 * (len(turns) - start) > self.length:  # a message has two special tokens
+                return None
+            text = self.render(system + turns[start:])
             ids = self.encode_text(text) if len(text) <= self.max_chars else None
             return ids if ids is not None and len(ids) + room <= self.length else None
 
-        size = len(starts)
-        ids = encode(size) if 2 * len(messages) < self.length else None  # a message has two special tokens
-        if ids is None:  # longer and longer ends of it, so that a very long conversation is never encoded whole
-            size = step = 1
-            while size + step < len(starts) and encode(size + step):
-                size, step = size + step, 2 * step
-            while step := step // 2:
-                size += step if size + step < len(starts) and encode(size + step) else 0
-            ids = self.encode(system + turns[starts[-size] :])
-        return ids, starts[-size]
+        if (ids := encode(0)) is not None:
+            return ids, 0
+        first = starts[bisect.bisect_left(starts[:-1], True, key=lambda start: encode(start) is not None)]
+        return self.encode(system + turns[first:]), first
 
     def stream(self, messages: list[dict], **options) -> Iterator[StreamChunk]:
         """Answer a conversation in chunks of text, calls and results. Closing the iterator stops it."""

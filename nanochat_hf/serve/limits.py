@@ -5,7 +5,6 @@ import time
 
 import h11
 import uvicorn
-from starlette.requests import Request as HTTPRequest
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_BODY = 1 << 20  # bytes of a request
@@ -17,27 +16,6 @@ BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nConnection: close
 
 class TooLargeError(Exception):
     """A body of more than MAX_BODY bytes, or of unknown length."""
-
-
-class BodyLimit:
-    """Refuses bodies that are too large before they are read; `failure(http, error)` makes the reply.
-
-    Plain ASGI: a function given to `app.middleware` would hide from the routes that a client hung up.
-    """
-
-    def __init__(self, app, failure):
-        self.app, self.failure = app, failure
-
-    async def __call__(self, scope, receive, send) -> None:
-        app = self.app
-        if scope["type"] == "http" and scope["method"] == "POST":
-            http = HTTPRequest(scope)
-            size = http.headers.get("content-length", "")
-            chunked = "transfer-encoding" in http.headers  # its length would count in place of the one that is said
-            if chunked or not size.isdecimal() or len(size) > 9 or int(size) > MAX_BODY:
-                error = TooLargeError(f"a request may have {MAX_BODY} bytes and must say its length")
-                app = await self.failure(http, error)
-        await app(scope, receive, send)
 
 
 class LimitedProtocol(H11Protocol):
@@ -56,6 +34,15 @@ class LimitedProtocol(H11Protocol):
     def end_if_waiting(self) -> None:
         if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
             self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Of a client that broke the protocol: the request ends, with this answer if none has begun."""
+        if self.cycle:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         self.deadline.cancel()

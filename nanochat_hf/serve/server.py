@@ -25,7 +25,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import FastAPI
@@ -39,12 +39,14 @@ from ..data.transforms import BadRow, normalize
 from ..errors import InputError
 from .chunks import join_chunks, text_of
 from .engine import IncrementalDetokenizer, Request
-from .limits import BodyLimit, TooLargeError
+from .limits import MAX_BODY, TooLargeError
 from .worker import Completion, QueueFullError, Worker, WorkerDiedError
 
 PAGE = Path(__file__).with_name("ui.html")
 MAX_PARTS = 100_000  # of a body; making Python's objects of more would take a tenth of a second
+SURROGATES = re.compile(rb"\\u[dD](?:[89abAB]..\\u[dD][c-fC-F]..|[89a-fA-F][0-9a-fA-F]{2})")  # a pair, or one alone
 RETRY_AFTER = "2"  # seconds, for clients of a full queue
+
 FAILURES = {  # exception -> status, and its name in the reply; HTTPException has a status of its own
     InputError: (422, "validation"),
     ValidationError: (422, "validation"),
@@ -57,13 +59,13 @@ FAILURES = {  # exception -> status, and its name in the reply; HTTPException ha
 }
 TGI_PATHS = ("/", "/generate", "/generate_stream", "/info", "/health")
 OPENAI_PATHS = "/v1/chat/completions, /v1/completions and /v1/models"
-UNSUPPORTED = {  # field of either protocol that is not implemented -> its values that ask for nothing
-    "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",), "best_of": (1,),
+UNSUPPORTED = {  # field that is not implemented -> its values, beside null and false, that ask for nothing
+    "logprobs": (), "top_logprobs": (0,), "echo": (), "suffix": ("",), "best_of": (1,),
     "response_format": ({"type": "text"},), "grammar": (), "functions": ([],), "function_call": ("none", "auto"),
     "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (), "logit_bias": ({},),
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "typical_p": (1,),
     "reasoning_effort": ("none",), "repeat_penalty": (1,), "mirostat": (0,),
-    "top_n_tokens": (0,), "decoder_input_details": (False,), "watermark": (False,), "adapter_id": (),
+    "top_n_tokens": (0,), "decoder_input_details": (), "watermark": (), "adapter_id": (),
 }  # fmt: skip
 
 Limit = Annotated[int, Field(ge=1)]
@@ -92,9 +94,7 @@ class Sampling(BaseModel, extra="allow", strict=True):
     def model_post_init(self, context) -> None:
         for name, nothing in UNSUPPORTED.items():
             value = self.model_extra.get(name)
-            if value is not None and not any(
-                value == x and isinstance(value, bool) is isinstance(x, bool) for x in nothing
-            ):
+            if value is not None and value is not False and value not in nothing:
                 raise InputError(f"{name} is not supported: leave it out")
 
 
@@ -119,14 +119,13 @@ class Message(BaseModel):
 
 
 class Parameters(BaseModel):
-    """Of the JSON Schema of a function's arguments, what a call without some of them would lack."""
-
-    properties: dict | None = None
-    required: list[str] | None = None
+    required: list[Literal["expression"]] | None = None
 
 
 class Function(BaseModel):
-    name: str
+    """The model's only tool; another one would never be called."""
+
+    name: Literal["python"]
     parameters: Parameters | None = None
 
 
@@ -137,31 +136,16 @@ class Tool(BaseModel):
 class ChatBody(OpenAIBody):
     messages: list[Message] = Field(min_length=1, max_length=4096)
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: str | dict | None = None
-
-    def model_post_init(self, context) -> None:
-        """Refuses foreign tools, which the model would never call, and a call that is forced."""
-        super().model_post_init(context)
-        for tool in (self.tools or []) if self.tool_choice != "none" else []:
-            schema = tool.function.parameters or Parameters()
-            unknown = schema.properties and "expression" not in schema.properties
-            if tool.function.name != "python" or unknown or {*(schema.required or [])} - {"expression"}:
-                reason = "a function named python with one argument, expression"
-                raise InputError(f"this model has one tool, {reason}: {tool.function.name[:60]} is not that")
-        if self.tool_choice not in (None, "auto", "none"):
-            raise InputError('tool_choice can be "auto" or "none": the model cannot be made to call a tool')
-
-
-def is_batch(prompt: Any) -> bool:
-    """Whether a prompt of /v1/completions is a list of prompts, each a text or a list of token ids."""
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+    tool_choice: Literal["auto", "none"] | None = None  # the model cannot be made to call
 
 
 class CompletionBody(OpenAIBody):
+    """`prompt`: one or a list of prompts, each a text or a list of token ids."""
+
     prompt: Annotated[
         list[Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1, fail_fast=True)]],
         Field(max_length=64),
-        BeforeValidator(lambda prompt: prompt if is_batch(prompt) else [prompt]),
+        BeforeValidator(lambda x: x if isinstance(x, list) and isinstance([*x[:1], 0][0], str | list) else [x]),
     ]
 
 
@@ -180,11 +164,10 @@ class TGIBody(BaseModel, strict=True):
 
 def parse(model: type[BaseModel], body: bytes) -> Any:
     """A body as one of the models; half of a surrogate pair becomes "?", as in text. Raises ValidationError."""
-    if body.count(b"{") + body.count(b"[") > MAX_PARTS:
-        raise InputError(f"the body has more than {MAX_PARTS} lists and objects")
-    if re.search(rb"\\u[dD][89a-fA-F]", body):
-        with contextlib.suppress(ValueError, RecursionError):  # the model says what is wrong
-            body = json.dumps(json.loads(body), ensure_ascii=False).encode(errors="replace")
+    if body.count(b"{") + body.count(b"[") + body.count(b",") // 2 > MAX_PARTS:
+        raise InputError(f"the body has more than {MAX_PARTS} lists, objects and pairs of values")
+    body = body.replace(rb"\\", rb"\u005c")  # now each backslash begins an escape
+    body = SURROGATES.sub(lambda match: match[0] if len(match[0]) == 12 else b"?", body)
     return model.model_validate_json(body)
 
 
@@ -206,7 +189,6 @@ class Server:
     def __post_init__(self):
         for worker in self.workers:
             worker.ready.wait()
-        for worker in self.workers:
             if isinstance(worker.error, torch.OutOfMemoryError):
                 reason = f"the memory of {worker.device} is full: lower --max-batch-size, or free it"
                 raise InputError(reason) from worker.error
@@ -220,7 +202,6 @@ class Server:
         self.readers = concurrent.futures.ThreadPoolExecutor(2, "reader")  # more would compete for Python's lock
         handlers = dict.fromkeys(FAILURES, failure)
         app = self.app = FastAPI(title="nanochat", lifespan=self.lifespan, exception_handlers=handlers)
-        app.add_middleware(BodyLimit, failure=failure)
         app.get("/", response_class=HTMLResponse)(lambda: PAGE.read_text(encoding="utf-8"))
         app.get("/health")(self.health)
         app.get("/info")(self.info)
@@ -271,7 +252,11 @@ class Server:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "nanochat_hf", **examples}
 
     async def read(self, reader: Callable[[bytes], tuple], http: HTTPRequest) -> tuple:
-        """What `reader` makes of the body, in another thread: long prompts take a while."""
+        """What `reader` makes of the body, in another thread: long prompts take a while. Raises TooLargeError."""
+        size = http.headers.get("content-length", "")
+        chunked = "transfer-encoding" in http.headers  # its length would count in place of the one that is said
+        if chunked or not size.isdecimal() or len(size) > 9 or int(size) > MAX_BODY:
+            raise TooLargeError(f"a request may have {MAX_BODY} bytes and must say its length")
         return await asyncio.get_running_loop().run_in_executor(self.readers, reader, await http.body())
 
     def encode_text(self, text: str, truncate: int = 0) -> list[int]:
@@ -290,15 +275,13 @@ class Server:
         capacity = sum(worker.capacity for worker in self.workers)
         if n * len(prompts) > capacity:
             raise InputError(f"{n * len(prompts)} completions in one request: this server takes at most {capacity}")
-        completions: list[Completion] = []
-        try:
+        completions = []
+        with contextlib.ExitStack() as ends:
             for i in range(n * len(prompts)):
                 request = Request(prompts[i // n], seed=seed + i, **options)
                 completions.append(Completion(self.workers, request, body.stop or (), self.request_timeout))
-        except (InputError, QueueFullError, WorkerDiedError):
-            for completion in completions:
-                completion.end()
-            raise
+                ends.callback(completions[-1].end)
+            ends.pop_all()
         return completions
 
     # ---- OpenAI ----------------------------------------------------------------------------------------------------
@@ -339,7 +322,7 @@ class Server:
             return {"index": index, **content, "finish_reason": reason, "logprobs": None}
 
         if not body.stream:
-            await asyncio.gather(*(completion.whole(http.is_disconnected) for completion in completions))
+            await whole(completions, http)
             contents = [{"message": message_of(c)} if chat else {"text": text_of(c.chunks)} for c in completions]
             choices = [choice(x, c.finish_reason, i) for i, (x, c) in enumerate(zip(contents, completions))]
             return JSONResponse({**head, "choices": choices, "usage": usage(completions, n)})
@@ -364,7 +347,8 @@ class Server:
         (completion,) = self.start([prompt], parameters, **options)
         if path == "/generate_stream" or (path == "/" and body.stream):
             return stream(self.tgi_events(completion), http)
-        text = text_of(await completion.whole(http.is_disconnected))
+        await whole([completion], http)
+        text = text_of(completion.chunks)
         reply = {"generated_text": body.inputs + text if parameters.return_full_text else text}
         if parameters.details:
             detokenizer = IncrementalDetokenizer(self.tokenizer)
@@ -434,6 +418,16 @@ def message_of(completion: Completion) -> dict:
     return {**message, **({"tool_steps": steps} if steps else {})}
 
 
+async def whole(completions: list[Completion], http: HTTPRequest) -> None:
+    """Wait for all of them; when the client leaves they end."""
+    left = asyncio.create_task(http.receive())  # after the body, nothing else can come
+    left.add_done_callback(lambda _: [completion.end() for completion in completions])
+    try:
+        await asyncio.gather(*(completion.read() for completion in completions))
+    finally:
+        left.cancel()
+
+
 def usage(completions: list[Completion], n: int) -> dict:
     """Tokens of `n` completions of each prompt, which is counted once."""
     new = sum(len(completion.request.tokens) for completion in completions)
@@ -472,6 +466,7 @@ async def failure(http: HTTPRequest, error: Exception) -> JSONResponse:
         message = str(cause) if isinstance(cause, InputError) else f"{param or 'the body'}: {first['msg']}"
     elif status == 500:
         message = "the server failed; its log says why"
+    message = message[:500]  # it may quote the request
     if http.url.path in TGI_PATHS:
         return JSONResponse({"error": message, "error_type": kind}, status, headers)
     body = {"message": message, "type": kind, "param": param or None, "code": None}

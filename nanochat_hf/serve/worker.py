@@ -19,7 +19,6 @@ from .engine import Engine, IncrementalDetokenizer, Request
 # One engine is built at a time: transformers sets torch's default dtype, which all threads share, while it loads, and
 # the second engine reuses the kernels that the first one compiled.
 LOAD_LOCK = threading.Lock()
-HANG_UP_CHECK = 0.5  # seconds between two checks whether the client of a whole completion is still connected
 
 TokenCallback = Callable[[list[int] | None], None]  # gets lists of new tokens, then None
 
@@ -158,21 +157,10 @@ class Completion:
         finally:
             self.end()
 
-    async def whole(self, is_disconnected: Callable) -> list[StreamChunk]:
-        """All chunks; gives up when `await is_disconnected()`, checked now and then, says that the client left."""
-
-        async def read() -> None:
-            async for _ in self.batches():
-                pass
-
-        reader = asyncio.create_task(read())
-        try:
-            while not (await asyncio.wait([reader], timeout=HANG_UP_CHECK))[0]:
-                if await is_disconnected():
-                    self.end()
-            await reader
-        finally:
-            reader.cancel()
+    async def read(self) -> list[StreamChunk]:
+        """All chunks, at the end."""
+        async for _ in self.batches():
+            pass
         return self.chunks
 
     @property

@@ -9,6 +9,7 @@ on the GPU if there is one (ZeroGPU too); on a CPU a large one gets int8 weights
 the browser's language, English or Korean; SPACE_LANGUAGE=ko or en fixes it.
 """
 
+import itertools
 import json
 import os
 import queue
@@ -182,20 +183,11 @@ def parts_of(text: str) -> list[tuple[str, str]]:
     return [("text", first), *((KINDS.get(token, "text"), part) for token, part in zip(rest[::2], rest[1::2]))]
 
 
-def add_delta(parts: list[tuple[str, str]], delta) -> list[tuple[str, str]]:
-    """The parts with what a chunk adds: text, or a bit of a call or of a result (our server's extra field)."""
-    for kind, text in {**(delta.get("tool") or {}), "text": delta.content or ""}.items():
-        if text and parts and parts[-1][0] == kind:
-            parts = [*parts[:-1], (kind, parts[-1][1] + text)]
-        elif text:
-            parts = [*parts, (kind, text)]
-    return parts
-
-
 def show(parts: list[tuple[str, str]]) -> list[dict]:
     """An answer so far as Gradio's messages: text, and tool steps, which are pending until their result begins."""
     messages = []
-    for kind, text in parts:
+    for kind, group in itertools.groupby(parts, lambda part: part[0]):
+        text = "".join(part[1] for part in group)
         if kind == "call":
             call, metadata = text, {"title": f"{STEP}`{text}`", "status": "pending"}  # as code: 2*3*4 has no emphasis
             messages.append({"role": "assistant", "content": "```\n\n```", "metadata": metadata})
@@ -296,7 +288,8 @@ def remote_answer(messages: list[dict], temperature: float, max_tokens: int):
         try:
             for chunk in client.chat_completion(messages, max_tokens=max_tokens, temperature=temperature, stream=True):
                 for choice in chunk.choices or []:
-                    parts = add_delta(parts, choice.delta)
+                    tool = choice.delta.get("tool") or {}  # our server's extra field: a bit of a call or of its result
+                    parts += [(kind, text) for kind, text in [*tool.items(), ("text", choice.delta.content)] if text]
                     yield parts
                 if time.monotonic() > deadline:
                     break

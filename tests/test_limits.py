@@ -1,0 +1,103 @@
+"""Connections to the server: half requests, broken ones, too many; the test fires the timers, so no time passes."""
+
+import asyncio
+import logging
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import uvicorn
+
+from nanochat_hf.serve import limits
+from nanochat_hf.serve.limits import LimitedProtocol, OncePerMinute
+
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+
+
+class Connection:
+    """A connection whose timers fire when the test says so, to an app that answers when it says so."""
+
+    def __init__(self):
+        self.timers, self.go, self.transport = [], asyncio.Event(), MagicMock()
+        self.transport.get_extra_info.return_value = None
+        self.transport.is_closing = lambda: self.closed
+        loop = SimpleNamespace(call_later=self.call_later, create_task=asyncio.get_running_loop().create_task)
+        state = uvicorn.server.ServerState()
+        self.protocol = LimitedProtocol(
+            uvicorn.Config(self.app, interface="asgi3", log_level="critical"), state, {}, loop
+        )
+        self.protocol.connection_made(self.transport)
+
+    def call_later(self, seconds, function):
+        self.timers.append(function)
+        return SimpleNamespace(cancel=lambda: function in self.timers and self.timers.remove(function))
+
+    @property
+    def sent(self) -> bytes:
+        return b"".join(call.args[0] for call in self.transport.write.mock_calls)
+
+    @property
+    def closed(self) -> bool:
+        return self.transport.close.called or self.transport.abort.called
+
+    async def app(self, scope, receive, send):
+        await self.go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    def time_is_up(self) -> bool:
+        """Whether the limit of the request's arrival ends the connection."""
+        (timer,) = [timer for timer in self.timers if timer == self.protocol.end_if_waiting]
+        timer()
+        return self.closed
+
+
+def test_half_requests_are_hung_up_on_and_there_are_only_so_many_connections(monkeypatch):
+    async def run():
+        for before in (None, HEAD + b"{}"):  # also as the second request of a connection
+            for half in (None, HEAD[:9], HEAD + b"{"):
+                connection = Connection()
+                for data in filter(None, (before, half)):
+                    connection.go.set() if data is before else connection.go.clear()
+                    connection.protocol.data_received(data)
+                    await asyncio.sleep(0)
+                assert connection.sent.endswith(b"ok") == bool(before) and not connection.closed
+                assert connection.time_is_up()
+        connection = Connection()
+        connection.protocol.data_received(HEAD + b"{}")
+        assert not connection.time_is_up()  # it has come, and its answer may take longer
+        connection.protocol.connection_lost(None)
+        assert connection.protocol.end_if_waiting not in connection.timers
+        monkeypatch.setattr(limits, "connection_limit", lambda: 0)
+        connection = Connection()
+        assert connection.sent.startswith(b"HTTP/1.1 503 ") and connection.closed
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_client_that_breaks_the_protocol_is_hung_up_on_without_a_traceback(monkeypatch, answered):
+    """Before and after the answer; with uvicorn alone h11 raises a LocalProtocolError."""
+    errors = []
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "error", lambda *args, **options: errors.append(options))
+
+    async def run():
+        connection = Connection()
+        connection.go.set()
+        connection.protocol.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(2 * answered):
+            await asyncio.sleep(0)
+        connection.protocol.data_received(b"no chunk\r\n")
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert connection.sent.startswith(b"HTTP/1.1 200" if answered else b"HTTP/1.1 400")
+        assert connection.closed and errors == []
+
+    asyncio.run(run())
+
+
+def test_a_flood_of_broken_requests_is_one_line_of_the_log_per_minute():
+    once, record = OncePerMinute(), logging.LogRecord("uvicorn.error", 30, "", 1, "Invalid HTTP request", (), None)
+    assert [once.filter(record) for _ in range(3)] == [True, False, False]
+    once.times.clear()
+    assert once.filter(record)
