@@ -1,13 +1,15 @@
 """Checks of hand-written kernels: a wrong one is disabled with one line; each kernel has a check, and passes it."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import make_config
 from torch import nn
 
-from nanochat_hf.kernels import attention, fused_decode
+from nanochat_hf.kernels import attention, fused_decode, muon
 from nanochat_hf.kernels import backend as checks
 from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
@@ -131,3 +133,27 @@ def test_the_decoder_passes_its_check_on_a_gpu():
         fast, plain = decoder.fast_step, decoder.w["o0"] / 1.3
         decoder.fast_step = lambda rows: (fast(rows), decoder.w["o0"].copy_(plain))[0]
         assert "off by" in checks.fault("decoding", decode_kernels._cases(draw("cuda"), decoder))
+
+
+def test_a_package_that_is_not_installed_differs_from_one_that_does_not_fit(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(checks, "unloaded", {})
+    assert checks.unavailable("no-such-package", ImportError("x")) is None
+    checks.unavailable("torch", AttributeError("module has no attribute 'flash_attn_func'\nmore"))
+    assert checks.unloaded == {
+        "no-such-package": "not installed", "torch": "AttributeError: module has no attribute 'flash_attn_func'",
+    }  # fmt: skip
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith("torch is not used: AttributeError") and "a GPU" in line
+
+
+def test_every_kernel_of_triton_has_a_check():
+    package = Path(checks.__file__).parent
+    assert set(muon.MUON_KERNELS) <= set(TRAINING)
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        if "@triton.jit" in text:
+            assert "@check(" in text, f"{path.name} has kernels and no check"
+        for name in re.findall(r'usable\("([^"]+)", ', text):
+            assert name in checks.CHECKS or path.stem == "backend", name

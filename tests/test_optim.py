@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from nanochat_hf.errors import InputError
 from nanochat_hf.kernels.muon import POLAR_EXPRESS
 from nanochat_hf.optim import gradient_reduction, muon_adamw
-from nanochat_hf.optim.gradient_reduction import OwnerGradientReducer
+from nanochat_hf.optim.gradient_reduction import OwnerGradientReducer, assign_matrices_to_ranks
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import plan
 from nanochat_hf.stage_configs import PretrainConfig
@@ -163,6 +163,14 @@ def test_a_skipped_step_leaves_weights_and_state_alone_whatever_the_gradients_ho
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_gradients_are_left_as_they_were():
+    optimizer = MuonAdamW(toy_groups())
+    toy_gradients(optimizer, 0)
+    before = [p.grad.clone() for p in parameters(optimizer)]
+    optimizer.step()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(parameters(optimizer), before))
+
+
 OPTIONS = {**plan(PretrainConfig(2, max_seq_len=128, total_batch_size=128), 512).groups, "lora": ADAMW}
 
 
@@ -176,6 +184,16 @@ def test_every_parameter_is_in_one_group_by_role(tiny_model):
     assert {named[id(p)] for p in groups["smear"]["params"]} == {
         "model.smear_gate.weight", "model.smear_lambda", "model.backout_lambda"
     }  # fmt: skip
+
+
+def test_lora_matrices_have_their_own_role_and_frozen_ones_none(tiny_model):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model, LoraConfig(r=4, target_modules=["q_proj", "fc1"], modules_to_save=["lm_head"]))
+    groups = {group["role"]: group["params"] for group in param_groups(model, OPTIONS)}
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert set(groups) == {"lora", "head"} and len(groups["lora"]) == 8
+    assert {id(p) for params in groups.values() for p in params} == trainable
 
 
 def test_unknown_roles_and_flat_partitions_are_refused():
@@ -197,28 +215,31 @@ def start(rank, world, port, device="cpu"):
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
-def sharded_worker(rank, world, port, expected):
+def equal_worker(rank, world, port, sharded, expected):
     start(rank, world, port)
     mesh, optimizer = init_device_mesh("cpu", (world,)), MuonAdamW(toy_groups())
-
-    def place(x):
-        return distribute_tensor(x, mesh, [Shard(0)])
-
+    place = (lambda x: distribute_tensor(x, mesh, [Shard(0)])) if sharded else (lambda x: x)
     for group in optimizer.param_groups:  # as FSDP2 does: in place, after construction
         group["params"][:] = [torch.nn.Parameter(place(p.data)) for p in group["params"]]
     toy_run(optimizer, 4, place=place)
     for p, whole in zip(parameters(optimizer), expected):
-        torch.testing.assert_close(p.full_tensor().detach(), whole, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close((p.full_tensor() if sharded else p).detach(), whole, atol=1e-6, rtol=1e-5)
     buffers = [optimizer.state[p].get("momentum_buffer") for p in optimizer.param_groups[0]["params"]]
-    assert all(buffer.placements == (Shard(0),) for buffer in buffers)
+    if sharded:
+        assert all(buffer.placements == (Shard(0),) for buffer in buffers)
+    else:  # each matrix has one owner
+        total = torch.tensor(owned := sum(buffer is not None for buffer in buffers))
+        dist.all_reduce(total)
+        assert total == len(buffers) and owned < total
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_three_shards_of_uneven_rows_equal_the_whole():
+@pytest.mark.parametrize("world,sharded", [(2, False), (4, False), (3, True)])
+def test_several_ranks_equal_one(world, sharded):
     alone = MuonAdamW(toy_groups())
     toy_run(alone, 4)
-    mp.spawn(sharded_worker, (3, free_port(), copy.deepcopy(values(alone))), nprocs=3)
+    mp.spawn(equal_worker, (world, free_port(), sharded, copy.deepcopy(values(alone))), nprocs=world)
 
 
 class Net(torch.nn.Module):
@@ -289,6 +310,13 @@ def test_large_tensors_have_alternating_owner_ranks_and_small_ones_none(monkeypa
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("number, world, parts", [
+    (6, 2, [[0, 2, 4], [1, 3, 5]]), (5, 4, [[0, 4], [1, 2], [3], []]), (3, 1, [[0, 1, 2]]), (1, 3, [[0], [], []]),
+])  # fmt: skip
+def test_matrices_are_assigned_so_that_neighbors_have_different_owners(number, world, parts):
+    assert assign_matrices_to_ranks(list(range(number)), world) == parts
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (16, 8), (8, 16)])
 def test_rows_of_a_matrix_take_the_step_that_they_take_in_the_whole(shape, monkeypatch):
     torch.manual_seed(0)
@@ -300,6 +328,22 @@ def test_rows_of_a_matrix_take_the_step_that_they_take_in_the_whole(shape, monke
     MuonAdamW([{"params": part, **MUON}])._apply(MUON, part, x[:, rows], squares, rows)
     for p, expected in zip(part, whole):
         torch.testing.assert_close(p[rows], expected[rows])
+
+
+@pytest.mark.gpu
+def test_bf16_on_a_gpu_stays_near_float32():
+    grads = gradients((512, 256), 3)
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(512, 256).to(device)) for _ in range(4)]
+        optimizer = MuonAdamW([{"params": params, **MUON}])
+        for g in grads:
+            for p in params:
+                p.grad = g.to(device)
+            optimizer.step()
+        results.append(torch.stack([p.detach().cpu() for p in params]))
+    assert (results[0] - results[1]).norm() / (results[0].std() * results[0].numel() ** 0.5) < 2e-3
 
 
 def test_the_squared_norm_counts_each_gradient_on_one_rank(monkeypatch):
