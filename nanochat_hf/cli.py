@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import StringConstraints
+from pydantic import AfterValidator, StringConstraints
 
 from .config import Parser, keys_help, parse_config, read_yaml
 from .errors import InputError, guarded
-from .jobs import check_gpus, job_options, make_job, speedrun_words
+from .jobs import check_gpus, job_options, launch, make_job, speedrun_words
 from .run import (
     MODEL_STAGES,
     Run,
@@ -55,6 +55,7 @@ from .stage_configs import (
     SyncUrl,
     TopK,
     Word,
+    each_once,
     find_recipe,
     read_recipe,
     refuse_unused_words,
@@ -63,8 +64,6 @@ from .stage_configs import (
 ACCELERATE = project_folder("configs", "accelerate")
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
-LAUNCH = """import logging, signal; logging.disable(logging.WARNING); signal.signal(signal.SIGINT, lambda *_: None)
-from accelerate.commands.launch import main; main()"""  # Ctrl-C is for the rank, which saves; defaults are no warning
 DRY_RUN = {"action": "store_true", "help": "print the plan and start nothing"}
 SYNC = "URL (s3://, gs://, file://, any of fsspec, or hf://owner/name) that keeps checkpoints and finished stages; "
 OPTIONS = {  # of stages, besides their keys: name -> (kind, text)
@@ -166,7 +165,7 @@ def read_speedrun(parser: Parser, words: list[str]) -> tuple:
 def read_pipeline(parser: Parser, words: list[str]) -> tuple:
     """As `read_speedrun`, without its options."""
     parser.option("--recipe", Place, required=True, help="a name under recipes/ or the path of a recipe folder")
-    parser.option("--stages", list[Place], help="comma-separated; default: the enabled ones of the recipe, and report")
+    parser.option("--stages", Annotated[list[Place], AfterValidator(each_once)], help="comma-separated; default: the enabled ones of the recipe, and report")
     parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
     parser.epilog = "\n\n".join(keys_help(cls, f"{stage}.") for stage, cls in STAGE_CONFIGS.items())
     arguments = parser.parse_intermixed_args(words)
@@ -181,6 +180,8 @@ def plan(words: list[str]) -> None:
     parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
     parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
     _, stages, configs, arguments = read_pipeline(parser, recipe_first(words))
+    if arguments.gpus and arguments.gpu == "CPU":
+        raise InputError("--gpus counts GPUs: leave it out with --gpu CPU")
     otherwise = "H200" if arguments.gpus else "CPU"
     show_plan(stages, configs, arguments.gpus or 1, otherwise, arguments.gpu, rate=arguments.node_hourly_rate)
 
@@ -206,9 +207,9 @@ def recipe_first(words: list[str]) -> list[str]:
 SHARDING = {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO; pretraining: FSDP2"}  # distributed_type -> words
 
 
-def run(words: list[str]) -> None:
+def run(words: list[str], parser: Parser | None = None) -> None:
     """Run a recipe on all devices: `nanochat run NAME [--config-file multi_gpu] [--num-processes N] [...]`."""
-    parser = Parser(run.__doc__, prog="nanochat run")
+    parser = parser or new_parser("run", run.__doc__)
     names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
     parser.option("--num-processes", Count, "--gpus", help="ranks; default: as the config file says; of a job: 8")
@@ -218,21 +219,21 @@ def run(words: list[str]) -> None:
         return make_job(recipe, configs, arguments)
     if unused := [name for name in ("submit", "gpu", "hours", "image") if getattr(arguments, name)]:
         raise InputError(f"--{unused[0]} is for a job: name --job hf, sky or slurm")
-    command, launch = [sys.executable, "-c", LAUNCH, "--quiet"], {}  # no traceback of its own
+    command, accelerate = [], {}
     if arguments.config_file:
         places = [Path(arguments.config_file), ACCELERATE / f"{arguments.config_file}.yaml"]
         if not (files := [str(place) for place in places if place.is_file()]):
             raise InputError(
                 f"no Accelerate config file {arguments.config_file}; {nearest(arguments.config_file, names)}"
             )
-        command, launch = [*command, "--config_file", files[0]], read_yaml(files[0])
+        command, accelerate = ["--config_file", files[0]], read_yaml(files[0])
     if arguments.dry_run:
-        ranks, kind = arguments.num_processes or launch.get("num_processes", 1), launch.get("distributed_type")
-        otherwise, device = "H200" if launch else "CPU", "CPU" if launch.get("use_cpu") else None
+        ranks, kind = arguments.num_processes or accelerate.get("num_processes", 1), accelerate.get("distributed_type")
+        otherwise, device = "H200" if accelerate else "CPU", "CPU" if accelerate.get("use_cpu") else None
         return show_plan(stages, configs, ranks, otherwise, device, SHARDING.get(kind), arguments.node_hourly_rate)
-    check_gpus(arguments.num_processes, launch)
+    check_gpus(arguments.num_processes, accelerate)
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
-    os.execv(sys.executable, [*command, "--module", "nanochat_hf.cli", "speedrun", *speedrun_words(arguments)])
+    launch([*command, "--module", "nanochat_hf.cli", "speedrun", *speedrun_words(arguments)])
 
 
 def check_device(name: str | None) -> None:
@@ -412,6 +413,7 @@ def report(words: list[str]) -> None:
     named = [word.partition("=") for word in args.collection or ()]
     if not all(folder for _, _, folder in named):
         raise InputError("--collection expects REPO=RUN, for example you/nanochat-d12=runs/d12")
+    each_once([repo for repo, _, _ in named])
     if [bool(args.run_dir), bool(args.compare), bool(named)].count(True) != 1:
         raise InputError("name one run with --run-dir, or two with --compare")
     if (args.row or args.hourly_rate is not None) and not args.run_dir:
@@ -471,8 +473,10 @@ def compare(words: list[str]) -> None:
 
 
 def demo(words: list[str]) -> None:
-    """Run the demo on this CPU: `nanochat run cpu-demo --config-file cpu`."""
-    run(["cpu-demo", "--config-file=cpu", *words])
+    """Train a small chat model from nothing on this CPU, in minutes: `nanochat run cpu-demo --config-file cpu`."""
+    parser = new_parser("demo", demo.__doc__)
+    parser.usage = "nanochat demo [--run-dir DIR] [...] [STAGE.KEY=VALUE ...]"
+    run(["cpu-demo", "--config-file=cpu", *words], parser)
 
 
 def recipes(words: list[str]) -> None:

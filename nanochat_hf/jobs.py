@@ -4,16 +4,20 @@ hf is a command line of Hugging Face Jobs, sky a task of SkyPilot, slurm a scrip
 are templates in configs/jobs; docs/cloud.md says which of them were run.
 """
 
+import logging
 import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from string import Template
 from typing import Literal
+
+import psutil
 
 from .config import Parser, read_yaml
 from .errors import InputError
@@ -47,6 +51,39 @@ def check_gpus(num_processes: int | None, launch: dict) -> None:
             raise InputError(f"{ranks} processes need {ranks} GPUs, and this machine has {gpus}: {advice}")
 
 
+def launch(words: list[str]) -> None:
+    """Accelerate's launcher with these words, which ends with the exit code of a rank and without a traceback.
+
+    Ctrl-C reaches a rank from the terminal; other signals are passed on, so that the rank can save.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser  # which imports torch
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    def pass_on(number, frame):
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    logging.disable(logging.ERROR)  # that defaults are used, and what the lines below say
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, pass_on)
+    try:
+        return launch_command(launch_command_parser().parse_args(words))
+    except subprocess.CalledProcessError as error:  # of one rank
+        rank, code = 0, error.returncode
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+    except SignalException as error:
+        rank, code = 0, -error.sigval
+    code = 128 - code if code < 0 else code
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        print("stopped by a signal: the same command resumes the run", file=sys.stderr)
+    elif code != 2:  # whose reason the rank has shown
+        print(f"error: rank {rank} ended with exit code {code}: see what it printed above", file=sys.stderr)
+    sys.exit(code)
+
+
 def job_options(parser: Parser) -> None:
     parser.option("--job", Literal["hf", "sky", "slurm"], help="print a job for Hugging Face Jobs, SkyPilot or Slurm")
     parser.add_argument("--submit", action="store_true", help="also hand the job to hf, sky or sbatch")
@@ -67,6 +104,9 @@ def make_job(recipe: Path, configs: dict, arguments) -> None:
         raise InputError("--image is for hf and sky: a Slurm job runs in the environment that submits it")
     if kind != "slurm" and recipe.parent.resolve() != RECIPES.resolve():
         raise InputError(f"the image has no {recipe}: put it into recipes/ before docker build, or use --job slurm")
+    scheme = (arguments.sync or "hf").partition("://")[0]
+    if scheme in (("memory",) if kind == "slurm" else ("memory", "file", "local")):
+        raise InputError(f"--sync: another machine cannot reach {arguments.sync}: take s3://, gs:// or hf://owner/name")
     if kind != "slurm":
         arguments.recipe = recipe.name  # its path may be another there
     words = speedrun_words(arguments)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Required
 
 from annotated_types import Ge, Gt, Le, MinLen, MultipleOf
+from fsspec import available_protocols
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import AfterValidator, StringConstraints, model_validator
@@ -60,7 +61,16 @@ def sync_url(text: str) -> str:
         raise ValueError("no URL, as s3://bucket/folder, gs://bucket/folder, file:///folder or hf://owner/name")
     elif re.match(r"file://(?!/+[^/])", text):
         raise ValueError("a file URL names a whole path with a folder, as file:///mnt/runs")
+    elif (scheme := text.partition("://")[0]) not in available_protocols():
+        raise ValueError(f"no file system of fsspec is called {scheme}; take s3://, gs:// or hf://owner/name")
     return text
+
+
+def each_once(names: list[str]) -> list[str]:
+    """Raises InputError for a list that has a name twice."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{twice[0]} is named twice")
+    return names
 
 
 def installed(tracker: str) -> str:
@@ -111,7 +121,7 @@ Word = Annotated[str, StringConstraints(pattern=r"^[\w.][\w.:/@+-]*$")]  # that 
 SyncUrl = Annotated[str, AfterValidator(sync_url)]
 Hours = Annotated[int, Ge(1), Le(8760)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
-Stages = list[Literal[MODEL_STAGES]]
+Stages = Annotated[list[Literal[MODEL_STAGES]], AfterValidator(each_once)]
 TopK = Annotated[int, Ge(0), Le(2**24)]
 Tracker = Annotated[Literal["none", "trackio", "wandb", "tensorboard"], AfterValidator(installed)]
 Attention = Annotated[str, AfterValidator(known_attention)]
@@ -476,7 +486,8 @@ def find_recipe(name: str) -> Path:
             return folder
     names = sorted(path.parent.name for path in RECIPES.glob("*/base.yaml"))
     if depth := re.fullmatch(r"d(\d+)", name):
-        raise InputError(f"no recipe {name!r}; any depth is one key of another: --recipe d24 base.depth={depth[1]}")
+        near = min(filter(re.compile(r"d\d+").fullmatch, names), key=lambda recipe: abs(int(recipe[1:]) - int(depth[1])))
+        raise InputError(f"no recipe {name!r}: take {near}, the nearest one, with base.depth={depth[1]}")
     raise InputError(f"no recipe {name!r} (a folder with base.yaml); {nearest(name, names)}")
 
 

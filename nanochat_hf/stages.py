@@ -28,7 +28,7 @@ from .distributed import (
     reset_accelerate_state,
 )
 from .errors import InputError
-from .eval.harness import chatcore_metric, core_metric, definition_of, evaluate
+from .eval.harness import chatcore_metric, check_tasks, core_metric, definition_of, evaluate
 from .eval.lm_eval_model import Generator
 from .eval.report import make_report, summary
 from .eval.weights import origin, renewal, replaced
@@ -245,6 +245,9 @@ def run_stages(
     state.print(f"{len(stages)} stage{'s' * (len(stages) > 1)} into {run.path}:", *lines.values(), sep="\n  ")
     if {"tokenizer", "base"} <= {*stages} and not run.finished("base"):  # before hours of work on the tokenizer
         check_cost(scaling.plan(configs["base"], configs["tokenizer"].vocab_size), state.device)
+    if "eval" in stages and not run.finished("eval"):
+        present = [stage for stage in MODEL_STAGES if stage in stages or run.finished(stage)]
+        check_tasks(configs["eval"], present, run.folder("eval"))
     for stage in (name for name in stages if name != "report"):
         again = stage == "eval" and state.is_main_process and renewal(run, definition_of(configs[stage]))
         again = broadcast_from_main(again)

@@ -12,7 +12,8 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -218,13 +219,31 @@ def format_result(result: dict) -> str:
     return text + (f", tool use {result['tool_use']:.0%}" if "tool_use" in result else "")
 
 
+def check_tasks(config: EvalConfig, stages: Collection[str], output: Path) -> None:
+    """Raise InputError if the data of a task cannot be had for an evaluation of `stages`; hours before it runs."""
+    try:
+        with quiet():
+            tasks = Tasks(config, dict.fromkeys(stages, ""), output)
+            if config.core_bundle and {*config.core_stages} & {*stages}:
+                check_bundle(tasks.manager)
+    except InputError:  # refused input leaves nothing
+        shutil.rmtree(output / "questions", ignore_errors=True)
+        with suppress(OSError):  # it holds more
+            output.rmdir()
+        raise
+
+
+def check_bundle(manager) -> None:
+    input_error(lambda: next(iter(load_tasks(manager, [GROUP]).values())).file)
+
+
 def core_metric(tokenizer, bundle: str) -> Callable[[torch.nn.Module, int], float]:
     """CORE in training: (model in eval mode, examples per task) -> centered mean of the bundle's tasks, on every rank.
 
     Raises InputError at once, not at the first measurement, for a bundle that is missing.
     """
     manager = task_manager(config := EvalConfig(core_bundle=bundle))
-    input_error(lambda: next(iter(load_tasks(manager, [GROUP]).values())).file)
+    check_bundle(manager)
 
     def measure(model, max_per_task: int) -> float:
         with quiet():
