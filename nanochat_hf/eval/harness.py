@@ -1,6 +1,6 @@
 """Evaluate the models of a run with lm-eval: CORE, bits per byte, chat tasks; also CORE and ChatCORE during training.
 
-    python scripts/run_evals.py --config recipes/cpu-demo/eval.yaml --run-dir runs/cpu-demo
+    nanochat eval --config recipes/cpu-demo/eval.yaml --run-dir runs/cpu-demo
 
 All tasks are the YAMLs of evals/tasks, which the lm-eval CLI runs, too. This runner is faster (shared prefixes,
 batches of equal work, requests divided among ranks) and runs tools inside answers. Results go to eval/metrics.json,

@@ -1,6 +1,6 @@
 """Puts a trained model on the Hub, with a card that says only what was measured, and checks the uploaded copy.
 
-    python scripts/push_to_hub.py --run-dir runs/d24 --repo you/nanochat-d24 [--stage sft] [--space] [--dry-run]
+    nanochat push --run-dir runs/d24 --repo you/nanochat-d24 [--stage sft] [--space] [--dry-run]
 
 `push` uploads weights, configuration, model code, tokenizer with chat template, the tool loop (`custom_generate/`),
 metrics.json, the report with its plots, and a card whose metadata holds every result of the evaluation. An upload is
