@@ -33,11 +33,10 @@ NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 def settings(cls):
     """A dataclass whose values are converted and checked; wrong ones raise InputError in one line."""
     cls = dataclass(config=STRICT)(cls)
-    construct, names, kinds = cls.__init__, [f.name for f in fields(cls)], get_type_hints(cls, include_extras=True)
+    construct, kinds = cls.__init__, get_type_hints(cls, include_extras=True)
 
     @wraps(construct)
-    def __init__(self, *arguments, **values):
-        values |= dict(zip(names, arguments))
+    def __init__(self, **values):
         values = {key: convert(value, kinds[key]) if key in kinds else value for key, value in values.items()}
         try:
             construct(self, **values)

@@ -82,9 +82,7 @@ class Run:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise InputError(
-                    f"another process works on {self.path}: wait until it ends, or choose another --run-dir"
-                ) from None
+                raise InputError(f"another process works on {self.path}: wait, or choose another --run-dir") from None
         try:
             yield
         finally:
@@ -134,9 +132,10 @@ def nearest(name, names) -> str:
 
 
 def load_json(path: str | Path, remedy: str = "delete it to run that stage again") -> dict | None:
-    """The object in a JSON file, None if there is no file. Raises InputError, which ends with `remedy`."""
+    """The object in a JSON file, NaN as None; None if there is no file. Raises InputError that ends with `remedy`."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = without_nan(json.loads(Path(path).read_text(encoding="utf-8")))
+        json.dumps(value, ensure_ascii=False).encode()  # not of half a pair of surrogates
         if not isinstance(value, dict):
             raise ValueError("no object")
     except FileNotFoundError:
@@ -147,16 +146,9 @@ def load_json(path: str | Path, remedy: str = "delete it to run that stage again
 
 
 def load_record(path: str | Path, kind: type, remedy: str = "delete it to run that stage again") -> dict | None:
-    """As `load_json`, with None for NaN; raises InputError, too, if the record is not of the shape `kind`."""
+    """As `load_json`; raises InputError, too, if the record is not of the shape `kind`."""
     record = load_json(path, remedy)
-    if record is None:
-        return None
-    try:
-        record = without_nan(record)
-        json.dumps(record, ensure_ascii=False).encode()
-    except (RecursionError, UnicodeError) as error:  # half a pair of surrogates
-        raise InputError(f"{path} is not valid JSON ({error}); {remedy}") from None
-    if reason := problem(record, kind):
+    if record is not None and (reason := problem(record, kind)):
         raise InputError(f"{path}: {reason}; {remedy}")
     return record
 

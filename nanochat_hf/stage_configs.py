@@ -193,7 +193,28 @@ class TokenizerConfig:
 
 
 @settings
-class PretrainConfig:
+class TrainingConfig:
+    """Keys of all stages that train a model."""
+
+    embedding_lr: NotNegative | None = None
+    """AdamW learning rate of the embedding at width 768 and the reference batch size; the next three likewise. null:
+    the default of the model's generation."""
+    unembedding_lr: NotNegative | None = None
+    """AdamW learning rate of the head."""
+    matrix_lr: NotNegative | None = None
+    """Muon learning rate of the matrices."""
+    scalar_lr: NotNegative | None = None
+    """AdamW learning rate of the per-layer scalars."""
+    keep_checkpoints: Count = 2
+    """Checkpoints that stay on disk while the stage trains."""
+    seed: Seed = 0
+    """Seed of all that is drawn at random, in base of the weights and of the data order after the first epoch."""
+    report_to: Tracker = "none"
+    """Experiment tracker."""
+
+
+@settings
+class PretrainConfig(TrainingConfig):
     """Keys of base.yaml. An empty value means the default of the model's generation (scaling.DEFAULTS)."""
 
     depth: Annotated[int, Ge(1), Le(1000)] = 12
@@ -218,14 +239,6 @@ class PretrainConfig:
     """Sequences per micro-batch on each device; -1: as free memory allows."""
     total_batch_size: OptionalCount = -1
     """Tokens per optimizer step, over all devices; -1: from the depth."""
-    embedding_lr: NotNegative | None = None
-    """AdamW learning rate of the embedding at width 768 and the reference batch size; the next three likewise."""
-    unembedding_lr: NotNegative | None = None
-    """AdamW learning rate of the head."""
-    matrix_lr: NotNegative | None = None
-    """Muon learning rate of the matrices."""
-    scalar_lr: NotNegative | None = None
-    """AdamW learning rate of the per-layer scalars."""
     weight_decay: NotNegative | None = None
     """Cautious weight decay of the matrices at the reference depth and batch size."""
     warmup_steps: Annotated[int, Ge(0), Le(MOST)] | None = None
@@ -246,8 +259,6 @@ class PretrainConfig:
     """Steps between text samples; -1: only at the end."""
     save_every: Interval = 1000
     """Steps between checkpoints; -1: only when the run is interrupted."""
-    keep_checkpoints: Count = 2
-    """Checkpoints that stay on disk during the run."""
     save_optimizer: bool = False
     """Write the optimizer state to optimizer.pt, from which SFT can start (d24: 4 GB)."""
     push_every: Interval = -1
@@ -259,8 +270,6 @@ class PretrainConfig:
     [{dataset: ..., weight: 0.5}, ...] (data/documents.py)."""
     skip_bad_files: bool = False
     """Skip files that cannot be read instead of stopping."""
-    seed: Seed = 0
-    """Seed of the weights and of the data order after the first epoch."""
     compile: bool = True
     """Compile with torch.compile (CUDA only)."""
     attn_implementation: Attention = "auto"
@@ -269,14 +278,12 @@ class PretrainConfig:
     """Nats above the median of the last steps at which a loss stops the run (LossSpikeDetector); 0: never."""
     log_every: Interval = -1
     """Steps between log lines, 1 for every step; -1: progress bar only."""
-    report_to: Tracker = "none"
-    """Experiment tracker."""
 
     step_is_whole_sequences = model_validator(mode="after")(whole_sequences)
 
 
 @settings
-class StageConfig:
+class StageConfig(TrainingConfig):
     """Keys that mid.yaml, sft.yaml, rl.yaml and dpo.yaml have in common."""
 
     num_iterations: OptionalCount = -1
@@ -287,14 +294,6 @@ class StageConfig:
     """Micro-batch size: sequences per device and forward pass; lowered where a step has fewer per device."""
     on_bad_example: Literal["skip", "error"] = "skip"
     """What to do with examples that cannot be used: `skip` and count them, or `error`."""
-    embedding_lr: NotNegative | None = None
-    """This and the next three: learning rates at width 768, as in base.yaml; null: the generation's defaults."""
-    unembedding_lr: NotNegative | None = None
-    """AdamW learning rate of the head."""
-    matrix_lr: NotNegative | None = None
-    """Muon learning rate of the matrices."""
-    scalar_lr: NotNegative | None = None
-    """AdamW learning rate of the per-layer scalars."""
     init_lr_frac: NotNegative = 1.0
     """Factor on these learning rates."""
     warmup_ratio: Fraction = 0.0
@@ -317,14 +316,8 @@ class StageConfig:
     """Steps between evaluations; -1: only at the ends."""
     save_every: Interval = -1
     """Steps between checkpoints; -1: only one after the last step, before the final evaluation."""
-    keep_checkpoints: Count = 2
-    """Checkpoints that stay on disk while the stage trains."""
     attn_implementation: Attention | None = None
     """null: the fused forward where it can be, else sdpa; or an attention of transformers."""
-    seed: Seed = 0
-    """Seed of all that is drawn at random."""
-    report_to: Tracker = "none"
-    """Experiment tracker."""
 
 
 @settings
@@ -461,9 +454,7 @@ class EvalConfig:
         if isinstance(self.dataset, list) and not self.words and SPELLING & set(self.tasks):
             raise ValueError("words is null: SpellingBee takes words from one dataset, and dataset is a mixture")
         if self.num_samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"num_samples is {self.num_samples}: it needs a temperature above 0, greedy answers are all the same"
-            )
+            raise ValueError(f"num_samples is {self.num_samples}: it needs a temperature above 0")
         return self
 
 
@@ -486,7 +477,8 @@ def find_recipe(name: str) -> Path:
             return folder
     names = sorted(path.parent.name for path in RECIPES.glob("*/base.yaml"))
     if depth := re.fullmatch(r"d(\d+)", name):
-        near = min(filter(re.compile(r"d\d+").fullmatch, names), key=lambda recipe: abs(int(recipe[1:]) - int(depth[1])))
+        others = filter(re.compile(r"d\d+").fullmatch, names)
+        near = min(others, key=lambda other: abs(int(other[1:]) - int(depth[1])))
         raise InputError(f"no recipe {name!r}: take {near}, the nearest one, with base.depth={depth[1]}")
     raise InputError(f"no recipe {name!r} (a folder with base.yaml); {nearest(name, names)}")
 
@@ -515,10 +507,6 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
     configs = {stage: parse_config(STAGE_CONFIGS[stage], recipe / f"{stage}.yaml", values[stage]) for stage in present}
     chosen = stages or [*(stage for stage in present if getattr(configs[stage], "enabled", True)), "report"]
     refuse_unused_words(configs.get("eval"), values.get("eval", ()))
-    context = configs["base"].max_seq_len
-    if "rl" in chosen and configs["rl"].max_new_tokens >= context:
-        raise InputError(
-            f"rl.max_new_tokens is {configs['rl'].max_new_tokens}: it must leave room for a prompt in the context of "
-            f"base.max_seq_len, {context} tokens"
-        )
+    if "rl" in chosen and (length := configs["rl"].max_new_tokens) >= (context := configs["base"].max_seq_len):
+        raise InputError(f"rl.max_new_tokens is {length}: a prompt needs room, too, in base.max_seq_len, {context}")
     return [stage for stage in STAGES if stage in chosen], configs

@@ -112,7 +112,7 @@ def run_lm_eval(lm, tasks: dict, limit: int | None, chat: bool, log_samples: boo
 
 
 def load_tasks(manager: TaskManager, names: list[str]) -> dict:
-    """Name -> task, with its rows. Raises InputError for what stops that: no network, no such dataset, a wrong YAML."""
+    """Name -> task, with its rows. Raises InputError: no network, no such dataset, a wrong YAML."""
     try:
         tasks = input_error(manager.load, names)["tasks"]
     except InputError:

@@ -32,7 +32,7 @@ from .core import GROUP, centered_mean, evaluate_core, input_error, load_tasks, 
 from .lm_eval_model import Generator, LocalLM, load
 from .report import compression, repository_size, with_error
 from .tasks import EVALS, MEANS, Tasks, task_manager, write_jsonl
-from .weights import measurements, model_id
+from .weights import model_id, outdated
 
 PACKAGE = Path(__file__).parents[1]
 CODE = ("eval/bpb", "eval/core", "eval/lm_eval_model", "eval/loglikelihood", "eval/tasks", "data/grading")
@@ -144,13 +144,11 @@ def other_stages(output: Path, models: dict[str, str], definition: str) -> dict[
     """
     record, run, lost = load_metrics(output, evaluation=True) or {}, Run(output.parent), []
     results = by_stage(record, definition)
-    for stage, measurement in measurements(run, record).items():
-        if stage in models:
-            continue
-        model, weights = measurement.model, (record.get("weights") or {}).get(stage)
-        if measurement.outdated or not weights or (model and model_id(model) not in (None, weights)):
+    for stage, reason in outdated(run, record).items():
+        model, weights = record["models"][stage], (record.get("weights") or {}).get(stage)
+        if reason or not weights or (model != stage and model_id(model) not in (None, weights)):
             results.pop(stage, None)
-        if stage not in results and (model or run.finished(stage)):
+        if stage not in {*results, *models} and (model != stage or run.finished(stage)):
             lost.append(stage)
     if lost:
         print(f"[eval] results of {', '.join(lost)} are left out: weights, config, tasks or data changed since")

@@ -36,7 +36,7 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.plots import plots
 from ..eval.report import MODEL_STAGES, markdown
-from ..eval.weights import refuse_non_finite, replaced
+from ..eval.weights import REPLACED, refuse_non_finite, replaced
 from ..loading import load_config
 from ..model import configuration_nanochat
 from ..model.configuration_nanochat import update_class_names
@@ -119,10 +119,7 @@ def prepare(run: Run, options: Push) -> Path:
         if path.match("*config.json") and (match := CODE_OF_OTHERS.search(path.read_text(encoding="utf-8"))):
             raise InputError(f"{path} names code of another repository, {match[0]}: remove it from there")
     if replaced(run, stage):
-        raise InputError(
-            f"the weights in {source} are not those that its metrics.json describes: run stage {stage!r} again, or "
-            "restore them"
-        )
+        raise InputError(f"{source}: {REPLACED}; run stage {stage!r} again, or restore them")
     facts = report_facts(run)
     shutil.rmtree(folder, ignore_errors=True)
     with writing(folder):  # also where a link or another's file is in the way: all below it is uploaded
@@ -145,10 +142,8 @@ def prepare(run: Run, options: Push) -> Path:
 def refuse_changed_code(files: Iterable[Path]) -> None:
     for path in files:
         if path.name not in CODE or path.read_bytes() != CODE[path.name].read_bytes():
-            raise InputError(
-                f"{path} is not this version's code: --model-code folder pushes it as it is, --model-code package "
-                "pushes this version's in its place"
-            )
+            advice = "--model-code folder pushes it as it is, --model-code package this version's in its place"
+            raise InputError(f"{path} is not this version's code: {advice}")
 
 
 def own_files(folder: Path, patterns: Iterable[str], run: Path) -> list[Path]:
