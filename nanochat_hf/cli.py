@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import StringConstraints
 
-from .config import Parser
+from .config import Count, Fraction, NotNegative, Parser, Place, RepoId, Seed, TopK, each_once
 from .errors import InputError, guarded
 from .jobs import ACCELERATE, STAGE_COMMANDS, demo, new_parser, plan, run, run_stage_command, speedrun
 from .run import (
@@ -41,7 +41,7 @@ from .run import (
     versions,
     writing,
 )  # fmt: skip
-from .stage_configs import RECIPES, Count, Fraction, NotNegative, Place, RepoId, Seed, TopK, each_once, find_recipe
+from .stage_configs import RECIPES, find_recipe
 
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
@@ -60,12 +60,9 @@ def chosen_model(args, what: str) -> str:
     if args.model:
         return args.model
     run = Run(args.run_dir)
-    finished = [stage for stage in MODEL_STAGES if run.finished(stage)]
-    if not finished:
+    if (newest := run.latest_model()) is None:
         raise InputError(f"{run.path} has no finished stage with a model; train one, for example by nanochat demo")
-    if args.stage and args.stage not in finished:
-        raise InputError(f"stage {args.stage!r} of {run.path} is not finished; finished: {', '.join(finished)}")
-    return str(run.folder(args.stage or finished[-1]))
+    return str(run.model(args.stage) if args.stage else newest)
 
 
 def chat(words: list[str]) -> None:

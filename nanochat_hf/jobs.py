@@ -20,26 +20,23 @@ from typing import Annotated, Literal
 import psutil
 from pydantic import AfterValidator
 
-from .config import Parser, keys_help, parse_config, read_yaml
-from .errors import InputError
-from .run import BOOLEANS, MODEL_STAGES, Run, nearest, project_folder
-from .stage_configs import (
-    RECIPES,
-    STAGE_CONFIGS,
+from .config import (
     Count,
-    EvalConfig,
     Hours,
     NotNegative,
+    Parser,
     Place,
     RepoId,
-    Stages,
     SyncUrl,
     Word,
     each_once,
-    find_recipe,
-    read_recipe,
-    refuse_unused_words,
+    keys_help,
+    parse_config,
+    read_yaml,
 )
+from .errors import InputError
+from .run import BOOLEANS, MODEL_STAGES, Run, nearest, project_folder
+from .stage_configs import RECIPES, STAGE_CONFIGS, EvalConfig, Stages, find_recipe, read_recipe, refuse_unused_words
 
 NODE = 8  # GPUs
 SUBMIT = {"hf": ("hf", "bash"), "sky": ("sky", "sky jobs launch --yes --secret HF_TOKEN"), "slurm": ("sbatch",) * 2}

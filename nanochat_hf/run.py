@@ -90,6 +90,14 @@ class Run:
                 shutil.rmtree(self.path)
             lock.release()
 
+    def model(self, stage: str) -> Path:
+        """The folder of a finished stage with weights. Raises InputError for another stage."""
+        finished = [name for name in MODEL_STAGES if self.finished(name)]
+        if stage not in finished:
+            finished = ", ".join(finished) or "none"
+            raise InputError(f"stage {stage!r} of {self.folder(stage).parent} is not finished; finished: {finished}")
+        return self.folder(stage)
+
     def latest_model(self, before: str = "eval") -> Path | None:
         """The folder of the newest finished stage with weights that comes before stage `before`, or None."""
         stages = [stage for stage in MODEL_STAGES if STAGES.index(stage) < STAGES.index(before)]

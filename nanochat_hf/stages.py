@@ -161,10 +161,7 @@ def run_eval(
 ) -> None:
     """Evaluate the finished stages of a run, those of `stages`, or another model as "base"."""
     names = stages or [name for name in MODEL_STAGES if run.finished(name)]
-    for name in names if not model else ():
-        if not run.finished(name):
-            raise InputError(f"{name!r} is no finished stage with a model of {run.path}")
-    models = {"base": model} if model else {name: str(run.folder(name)) for name in names}
+    models = {"base": model} if model else {name: str(run.model(name)) for name in names}
     evaluate(config, models, run.folder("eval"), engine, **options)
     show_result(run.folder("eval"))
 

@@ -52,7 +52,7 @@ KEYS = {
         r"dataset\[0\] needs a dataset": ["dataset: [{weight: 1}]"],
         r"dataset\[0\] is 'primer': it must be {dataset, weight}": ["dataset: [primer]"],
         r"unknown key 'wieght' in dataset\[0\]; did you mean 'weight'": ["dataset: [{dataset: primer, wieght: 1}]"],
-        r"dataset\[1\].weight is .*: it must be a number above 0": ["dataset: [{dataset: a}, {dataset: b, weight: 0}]"],
+        r"dataset\[1\].weight .* number above 0": ["dataset: [{dataset: a}, {dataset: b, weight: 0}]"],
         "unknown key 'dept' .*did you mean 'depth'": ["dept: 3"],
         "unknown key 1 ": ["1: 2"],
         "known: embedding_lr, .* [.][.][.]$": ["qqq: 1"],
@@ -220,14 +220,10 @@ COMMANDS = [
 
 FILES = [  # content of base.yaml
     (b"- 1", "must be a mapping"),
-    (b"depth", "must be a mapping"),
     (b"a: [", "is not valid YAML"),
-    (b"depth: 3\n  seed: 1", "is not valid YAML"),
-    (b"\tdepth: 3", "is not valid YAML"),
     (b"depth: 2026-13-45", "is not valid YAML"),
     (b"a: !!python/object:os.system x", "is not valid YAML"),
     (b"dataset: \xff\xfe", "is not UTF-8"),
-    ("depth: 3".encode("utf-16"), "is not UTF-8"),
     (b"dataset: \x00", "is not valid YAML"),
     (b"[" * 1000, "is not valid YAML"),
     (b'dataset: "a\\nb"', "printable characters"),
@@ -342,14 +338,12 @@ def parquet(path: Path, **columns: list) -> Path:
 ENTRIES = [  # of a mixture of conversations, which is opened
     ({"dataset": "primer", "transform": "gsm8k"}, "does not apply"),
     ({"dataset": "primer", "split": "dev"}, "dev"),
-    ({"dataset": "nobody.yaml"}, "cannot read nobody.yaml"),
     ({"dataset": "nowhere.txt", "transform": "spelling_bee"}, "no such file"),
     *(
         ({"dataset": name}, f"no such dataset: {name} is no file, no folder and no Hub id")
         for name in ("nowhere/chats.jsonl", "./org/name", "name", "org/name/folder", "data/x.csv")
     ),
     ({"dataset": "{here}/empty.jsonl"}, "no rows"),
-    ({"dataset": "{here}/data.csv"}, "neither"),
     ({"dataset": "{here}"}, r"train\*"),
     ({"dataset": "{here}/train.parquet"}, "cannot read"),
     ({"dataset": "{here}/bad.jsonl", "rows": 9}, "has 3 rows, not 9"),
@@ -359,7 +353,6 @@ ENTRIES = [  # of a mixture of conversations, which is opened
 @pytest.mark.parametrize("entry,message", ENTRIES)
 def test_a_mixture_that_cannot_be_opened(tmp_path, entry, message):
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "data.csv").write_text("a")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
     jsonl(tmp_path / "bad.jsonl", "{", "[1]", "3")
     entry = entry | {"dataset": entry["dataset"].replace("{here}", str(tmp_path))}
@@ -375,11 +368,8 @@ ROWS_OF_CHATS = [
     ("[1]", "no messages"),
     ('{"text": "a"}', "no column 'messages'; its columns are text"),
     ('{"messages": []}', "no messages"),
-    ('{"messages": "hello"}', "."),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "."),
     ('{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}', "is empty"),
     ('{"messages": [{"role": "wizard", "content": "a"}, {"role": "assistant", "content": "b"}]}', "."),
-    ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}', "."),
 ]
 
 
@@ -394,11 +384,9 @@ TEXTS = [
     (lambda here: parquet(here / "t" / "0.parquet", content=["a"]), "no column 'text'; it has content"),
     (lambda here: parquet(here / "t" / "0.parquet", text=[1]), "int64, not text"),
     (lambda here: jsonl(here / "t.jsonl", *['{"messages": "a"}'] * 3), "no text under 'text'"),
-    (lambda here: jsonl(here / "t.jsonl", *['{"text": 5}'] * 3), "no text under 'text'"),
     (lambda here: jsonl(here / "t.jsonl", "{", *['{"text": "a"}'] * 30), "is not JSON"),
     (lambda here: here, r"no \.parquet or \.jsonl"),
     (lambda here: here / "nowhere", "no dataset"),
-    (lambda here: "nowhere/x.jsonl", "no dataset"),
     (lambda here: "someone/something", "HF_HUB_OFFLINE"),
 ]
 
@@ -415,14 +403,11 @@ def test_a_text_that_cannot_be_read(tmp_path, monkeypatch, make, message):
 IDENTITIES = [
     ("- a", "must be a mapping"),
     ("name: A", "needs a name and an owner"),
-    ("{name: A, owner: B, 1: x, z: y}", "unknown key 1"),
-    ("[" * 3000, "is not valid YAML"),
     ("name: [", "not valid YAML"),
     ("{name: A, owner: B, job: C}", "unknown key 'job'"),
     ("{name: 5, owner: B}", "name is 5, not text"),
     ("{name: A, owner: B, language: xx}", "no phrasings for language 'xx'; use en, ko"),
     ("{name: A, owner: B, facts: [{ask: x}]}", "an item of facts"),
-    ("{name: A, owner: B, facts: [{ask: [], say: x}]}", "at least one question"),
     ("{name: A, owner: B, styles: [loud]}", "an item of styles"),
 ]
 
@@ -438,7 +423,6 @@ CALLS = [
     (lambda: load_tokenizer("/nowhere"), "no tokenizer in"),
     (lambda: DocumentStream("primer", "test"), "split must be"),
     (lambda: open_documents([]), "dataset is .*: it must be a list of {dataset, weight}, not empty"),
-    (lambda: Mixture([]), "mixture is .*not empty"),
     (lambda: PretrainConfig(depth=0), "^depth is 0: it must be"),
     (lambda: PretrainConfig(dept=3), "unknown key 'dept'; did you mean 'depth'"),
 ]

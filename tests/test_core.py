@@ -328,19 +328,6 @@ def test_a_cropped_prompt_scores_the_same_tokens_as_a_whole_one(core_task, longe
     assert task._scored[0] == [len(request.continuation)] and task.num_long == bool(longest)
 
 
-def test_the_lm_eval_cli_warns_of_prompts_that_it_would_crop(core_task, tiny_folder, caplog):
-    task = core_task([{"query": "the owl " * 200, "choices": ["a", "b"], "gold": 0}] * 3)
-    task.metadata["pretrained"] = str(tiny_folder)
-    task.build_all_requests(limit=3)
-    longest = max(len(request.context) + len(request.continuation) - 1 for request in task.instances)
-    assert "6 of 6 prompts are longer than the backend's max_length of 128" in caplog.text
-    assert f"add max_length={longest} to --model_args" in caplog.text
-    caplog.clear()
-    task.metadata["max_length"] = longest
-    task.build_all_requests(limit=3)
-    assert not caplog.text
-
-
 # ---- the bundle -----------------------------------------------------------------------------------------------------
 
 

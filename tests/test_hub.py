@@ -442,34 +442,6 @@ def test_the_text_shows_the_stages_up_to_this_one_and_no_number_that_was_not_mea
     assert "$40.46 at $24.00 per hour" in str(render_model_card(measured, Push("you/c", "sft")))
 
 
-def test_only_hub_ids_that_are_no_folder_here_become_dataset_metadata(measured, tmp_path, monkeypatch):
-    card = render_model_card(measured, Push("you/c", "sft"))
-    assert card.data.datasets == ["karpathy/climbmix", "openai/gsm8k"]
-    assert "Data: `karpathy/climbmix`, `openai/gsm8k`, `mine.jsonl`." in str(card)
-    monkeypatch.chdir(tmp_path)
-    change(measured.folder("base") / "metrics.json", config={"dataset": "mine/text"})
-    assert render_model_card(measured, Push("you/b", "base")).data.datasets == ["mine/text"]
-    (tmp_path / "mine" / "text").mkdir(parents=True)
-    assert render_model_card(measured, Push("you/b", "base")).data.datasets is None
-
-
-def test_results_of_other_weights_are_not_published_and_card_and_log_say_so(hub, run, no_check, capsys):
-    weights = model_fingerprint(run / "sft")
-    change(run / "eval" / "metrics.json", models={"sft": "sft"}, weights={"sft": weights})
-    (run / "plots").mkdir()
-    (run / "plots" / "rl.png").write_bytes(b"of a stage that is gone")
-    push(run, Push("you/small"))
-    assert "0.9100" in pushed(hub)["README.md"].decode() and "plots/rl.png" not in pushed(hub)
-    change_weights(run / "sft", 0.5)
-    capsys.readouterr()
-    push(run, Push("you/new"))
-    files = pushed(hub, "you/new")
-    for name in ("README.md", "report.md"):
-        assert "0.9100" not in files[name].decode() and "results are left out for sft" in files[name].decode()
-    assert "model-index" not in yaml.safe_load(files["README.md"].decode().split("---\n")[1])
-    assert "note: the evaluation is older than the models" in capsys.readouterr().out
-
-
 def test_a_collections_text_has_a_row_for_each_model_and_dashes_for_what_is_missing(measured, tmp_path):
     save_json(tmp_path / "other" / "sft" / "metrics.json", {"finished": True, "started": 1.0, "wall_time_s": 60.0})
     first, second = collection_table({"you/a": measured, "you/b": Run(tmp_path / "other")}).splitlines()[2:]

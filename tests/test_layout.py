@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ EVAL_HELPERS |= {"eval", "eval.bpb", "eval.core", "sandbox", "tools"}
 BUDGET = 600  # lines
 
 
+@cache
 def project_imports(path: Path) -> set[str]:
     """The project's modules that a file imports, as dotted names below nanochat_hf."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]

@@ -30,18 +30,17 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
 
 from .. import tool_loop
-from ..config import check_value
+from ..config import RepoId, check_value
 from ..convert.native import renew
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.plots import plots
-from ..eval.report import MODEL_STAGES, markdown
+from ..eval.report import markdown
 from ..eval.weights import REPLACED, refuse_non_finite, replaced
 from ..loading import load_config
 from ..model import configuration_nanochat
 from ..model.configuration_nanochat import update_class_names
-from ..run import Run, load_json, nearest, project_folder, save_json, writing
-from ..stage_configs import RepoId
+from ..run import Run, load_json, project_folder, save_json, writing
 from .model_card import Push, render_model_card, report_facts, without_local_paths
 
 SPACE = project_folder("spaces", "chat")
@@ -98,12 +97,7 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
 def prepare(run: Run, options: Push) -> Path:
     """Collects what is uploaded in <run>/hub/<stage>; files are hard links where the disk allows it."""
     stage = options.stage
-    if stage not in MODEL_STAGES:
-        raise InputError(f"stage {stage!r} has no model to push; {nearest(stage, MODEL_STAGES)}")
-    if not run.finished(stage):
-        done = [name for name in MODEL_STAGES if run.finished(name)]
-        raise InputError(f"stage {stage!r} of {run.path} is not finished; finished: {', '.join(done) or 'none'}")
-    source, folder = run.folder(stage), run.path / "hub" / stage
+    source, folder = run.model(stage), run.path / "hub" / stage
     if folder.parent.is_symlink():
         raise InputError(f"{folder.parent} is a link: delete it, or all that is where it points would be replaced")
     files = own_files(source, MODEL_FILES, run.path)
