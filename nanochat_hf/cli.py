@@ -7,7 +7,6 @@ A subcommand checks all its arguments before it imports anything large. `--help`
 """
 
 import io
-import json
 import os
 import re
 import shutil
@@ -36,11 +35,11 @@ from .run import (
     nearest,
     project_folder,
     save_json,
-    save_text,
+    save_jsonl,
     source,
     versions,
     writing,
-)  # fmt: skip
+)
 from .stage_configs import RECIPES, find_recipe
 
 Temperature = Annotated[float, Ge(0), Le(5)]
@@ -80,23 +79,18 @@ def chat(words: list[str]) -> None:
     parser.option("--device", Device, help="cuda, cpu, ...; the GPU if there is one")
     parser.option("--language", Literal["en", "ko"], help="of the interface; default: of the terminal")
     args = parser.parse_args(words)
+    name = args.model
     if args.endpoint is None:
         name = chosen_model(args, "what to talk to (or --endpoint URL)")
+        print(f"loading {name} ...", file=sys.stderr, flush=True)
     elif args.run_dir or args.stage or args.device:
         raise InputError("--endpoint names what to talk to: leave --run-dir, --stage and --device out")
-    else:
-        name = args.model
-    if args.endpoint is None:
-        print(f"loading {name} ...", file=sys.stderr, flush=True)
     from .serve.terminal_chat import Chat, Options, open_model, system_language, with_piped
 
     model = open_model(name, args.endpoint, args.device)
     options = Options(args.temperature, args.top_k, args.top_p, args.max_new_tokens, args.seed)
     conversation = Chat(model, options, args.system, language=args.language or system_language())
-    if args.prompt is not None:
-        conversation.ask(with_piped(args.prompt))
-    else:
-        conversation.run()
+    conversation.run() if args.prompt is None else conversation.ask(with_piped(args.prompt))
 
 
 def serve(words: list[str]) -> None:
@@ -260,7 +254,7 @@ def identity(words: list[str]) -> None:
             print(f"left out {count}: {reason}")
     else:
         rows = list(library.conversations(person, args.split, args.seed, num))
-    save_text(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    save_jsonl(args.output, rows)
     print(f"{len(rows)} conversations of {person.name} in {args.output}; mix them in: {{dataset: {args.output}}}")
 
 

@@ -200,6 +200,12 @@ def save_json(path: str | Path, value) -> None:
     save_text(path, f"{text}\n")
 
 
+def save_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """As `save_json`, one row per line."""
+    lines = (json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False) for row in rows)
+    save_text(path, "".join(f"{line}\n" for line in lines))
+
+
 def save_text(path: str | Path, text: str) -> None:
     """Write a file beside the target and rename it, so that no reader sees half of it."""
     path = Path(path)

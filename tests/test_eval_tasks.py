@@ -15,7 +15,8 @@ from lm_eval.tasks._yaml_loader import _import_func_in_yml, load_yaml
 from nanochat_hf.eval.core import load_tasks, run_lm_eval
 from nanochat_hf.eval.harness import EvalConfig
 from nanochat_hf.eval.lm_eval_model import LocalLM
-from nanochat_hf.eval.tasks import Tasks, majority, sample_row, standard_error, write_jsonl
+from nanochat_hf.eval.tasks import Tasks, majority, sample_row, standard_error
+from nanochat_hf.run import save_jsonl
 
 TASKS = Path(__file__).parent.parent / "evals" / "tasks"
 
@@ -240,7 +241,7 @@ def test_the_majority_baseline_the_error_of_a_mean_and_samples_that_are_not_fini
     assert majority([{"expected": word} for word in "aab"]) == pytest.approx(2 / 3)
     assert standard_error([0, 1, 0, 1]) == pytest.approx((1 / 3) ** 0.5 / 2)
     assert standard_error([1.0]) is standard_error([1.0, None]) is None
-    write_jsonl(tmp_path / "a" / "b.jsonl", [{"answer": {"A": float("nan"), "B": -float("inf")}}, {"answer": "é"}])
+    save_jsonl(tmp_path / "a" / "b.jsonl", [{"answer": {"A": float("nan"), "B": -float("inf")}}, {"answer": "é"}])
     assert (tmp_path / "a" / "b.jsonl").read_text("utf-8") == '{"answer": {"A": null, "B": null}}\n{"answer": "é"}\n'
 
 

@@ -25,13 +25,23 @@ from ..data.documents import local_path
 from ..data.tokenizer import load_tokenizer
 from ..distributed import broadcast_from_main, monitored_barrier, partial_state
 from ..errors import InputError
-from ..run import MODEL_STAGES, Run, fingerprint, load_metrics, save_json, start_record, track, write_metrics
+from ..run import (
+    MODEL_STAGES,
+    Run,
+    fingerprint,
+    load_metrics,
+    save_json,
+    save_jsonl,
+    start_record,
+    track,
+    write_metrics,
+)
 from ..stage_configs import EvalConfig
 from .bpb import held_out_bpb
 from .core import GROUP, centered_mean, evaluate_core, input_error, load_tasks, quiet
 from .lm_eval_model import Generator, LocalLM, load
 from .report import compression, repository_size, with_error
-from .tasks import EVALS, MEANS, Tasks, task_manager, write_jsonl
+from .tasks import EVALS, MEANS, Tasks, task_manager
 from .weights import model_id, outdated
 
 PACKAGE = Path(__file__).parents[1]
@@ -192,7 +202,7 @@ def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, 
             log(key, f"{format_result(result)}, {seconds[name]:.1f} s")
         results, examples = results | task_results, examples + samples[:2]
         if samples and config.log_samples:
-            write_jsonl(output / "samples" / stage / f"{name}.jsonl", samples)
+            save_jsonl(output / "samples" / stage / f"{name}.jsonl", samples)
     means = {}
     for kind, (_, label, part) in MEANS.items():
         members = {name: result for name, result in results.items() if result.get(kind)}
