@@ -23,7 +23,7 @@ from ..optim.scaling import GPUS, find_gpu
 from ..run import MODEL_STAGES, STAGES, TITLES, Run, duration, project_folder, renamed_keys, save_json, short, writing
 from ..stage_configs import RECIPES, read_recipe
 from .plots import GPT2_XL, WORDS, page, plots
-from .weights import REPLACED, outdated, refuse_non_finite, replaced
+from .weights import REPLACED, outdated, replaced
 
 ROOT = Path(__file__).parents[2]
 OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
@@ -39,7 +39,7 @@ def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
         hourly_rate: price of the whole machine in dollars per hour, for the cost.
 
     Raises:
-        InputError: the folder has no finished stage, or weights that are not finite.
+        InputError: the folder has no finished stage.
     """
     path = Path(run_path)
     facts = collect(Run(path), hourly_rate)
@@ -56,16 +56,13 @@ def collect(run: Run, hourly_rate: float | None = None, last: str | None = None)
     """All facts of the report, up to stage `last` if that is named, as plain values: the content of report.json.
 
     Results of other weights than the run folder's are left out, and "notes" says so. Raises InputError for a folder
-    without a finished stage, and for weights that are not finite.
+    without a finished stage.
     """
     later = MODEL_STAGES[MODEL_STAGES.index(last) + 1 :] if last else ()
     stages = {stage: run.metrics(stage) or {} for stage in (*TITLES, "eval") if stage not in later}
     stages = {stage: metrics for stage, metrics in stages.items() if metrics.get("finished")}
     if not stages:
         raise InputError(f"{run.path} holds no finished stage to report on")
-    for stage in MODEL_STAGES:
-        if stage in stages:
-            refuse_non_finite(run.folder(stage))
     seconds = {stage: metrics.get("wall_time_s") for stage, metrics in stages.items()}
     total = sum(filter(None, seconds.values()))
     newest = max(stages.values(), key=lambda metrics: metrics.get("started") or 0)

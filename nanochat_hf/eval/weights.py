@@ -31,8 +31,14 @@ def model_id(model: str | Path) -> str | None:
 
 def refuse_non_finite(folder: str | Path) -> None:
     """Raise InputError if a safetensors file of `folder` holds NaN or infinity, or cannot be read."""
-    if reason := _damage(str(folder), _stamp(folder)):
-        raise InputError(f"{folder}: {reason}; train that stage again, or restore its weights")
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                name = first_non_finite((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:120]})") from None
+        if name:
+            raise InputError(f"{folder}: the weights are not finite (NaN or infinity in {name} of {path.name})")
 
 
 def _stamp(folder: str | Path) -> tuple:
@@ -45,19 +51,6 @@ def _stamp(folder: str | Path) -> tuple:
 @lru_cache(maxsize=64)
 def _fingerprint(folder: str, stamp: tuple) -> str | None:
     return model_fingerprint(folder)
-
-
-@lru_cache(maxsize=64)
-def _damage(folder: str, stamp: tuple) -> str | None:
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                name = first_non_finite((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            return f"{path.name} cannot be read ({' '.join(str(error).split())[:120]})"
-        if name:
-            return f"the weights are not finite (NaN or infinity in {name} of {path.name})"
-    return None
 
 
 REPLACED = "the weights are not those that its metrics.json describes"
