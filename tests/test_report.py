@@ -146,7 +146,9 @@ def test_two_runs_are_compared_with_the_error_of_the_difference(run, tmp_path):
     other = tmp_path / "other"
     save_json(other / "sft" / "metrics.json", {**COMMON, "wall_time_s": 0})
     results = {"sft": {"facts": result(0.97)}}
-    save_json(other / "eval" / "metrics.json", {**COMMON, "results": results, "wall_time_s": 60})
+    save_json(
+        other / "eval" / "metrics.json", {**COMMON, "results": results, "wall_time_s": 60, "models": {"sft": "sft"}}
+    )
     text = compare(run, other)
     assert re.search(r"facts\s+\| SFT\s+\| 0.9300\s+\| 0.9700\s+\| \+0.0400 ± 0.0141 \| yes\s+\| two-sample", text)
     assert re.search(r"counting\s+\| RL\s+\| 0.8500\s+\| -\s+\| -", text)
@@ -160,6 +162,7 @@ def test_the_same_questions_are_compared_in_pairs(tmp_path):
         numbers = {
             "results": {"sft": {"sums": result(sum(outcomes) / 4, n=4)}},
             "seconds": {"sft": {"t": 1, "all": 2}},
+            "models": {"sft": "sft"},
         }
         save_json(tmp_path / name / "eval" / "metrics.json", {**COMMON, **numbers})
         samples = tmp_path / name / "eval" / "samples" / "sft" / "t.jsonl"
