@@ -44,6 +44,11 @@ from .stage_configs import RECIPES, find_recipe
 
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
+ENGINES = {  # nanochat export --to: what is written
+    "native": "transformers' own nanochat, generation 1",
+    "nanochat": "files of karpathy/nanochat",
+    "mlx": "for mlx-lm on a Mac",
+}
 
 
 def model_options(parser: Parser) -> None:
@@ -185,10 +190,16 @@ def export(words: list[str]) -> None:
     parser = new_parser("export", export.__doc__)
     model_options(parser)
     parser.option("--output", Place, required=True, help="folder to write; must not exist")
-    targets = "native (transformers' own nanochat, generation 1), nanochat (files of karpathy/nanochat)"
-    parser.option("--to", Literal["native", "nanochat"], required=True, help=targets)
+    targets = "; ".join(f"{name}: {what}" for name, what in ENGINES.items())
+    parser.option("--to", Literal[tuple(ENGINES)], required=True, help=targets)
     args = parser.parse_args(words)
-    convert(["--source", chosen_model(args, "the model"), "--output", args.output, "--to", args.to])
+    source = chosen_model(args, "the model")
+    if args.to in ("native", "nanochat"):
+        convert(["--source", source, "--output", args.output, "--to", args.to])
+    else:
+        from .export import export as export_model
+
+        print(args.output, *export_model(source, args.output, args.to), sep="\n")
 
 
 def report(words: list[str]) -> None:

@@ -13,7 +13,6 @@ Uploaded with every checkpoint: imports nothing of the project.
 import math
 from typing import ClassVar
 
-import torch
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
@@ -99,7 +98,7 @@ class NanoChatHFConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = torch.finfo(torch.float32).eps
+    rms_norm_eps: float = 2.0**-23  # of float32; no torch here: mlx-lm reads this file where torch is absent
     rope_parameters: dict | None = None
     final_logit_softcapping: float | int | None = 15.0
     qk_scale: float | int = 1.2

@@ -1,0 +1,56 @@
+"""Checkpoints for other engines: `nanochat export --to mlx`, one module per engine.
+
+A module of this folder has `write(source, folder)`: it fills the empty `folder` from the checkpoint folder `source`,
+and returns lines that say how to use the result. It raises InputError for a checkpoint that the engine cannot express;
+the line names what can. `export` sees to it that the output appears whole or not at all.
+"""
+
+import os
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+from ..convert.native import renew
+from ..errors import InputError
+from ..loading import load_config
+from ..run import writing
+
+
+def export(source: str | Path, output: str | Path, engine: str) -> list[str]:
+    """Writes the checkpoint folder `source` for `engine` into `output`, which must not exist.
+
+    Returns: lines that say how to use it. Raises InputError if it cannot be expressed there, or cannot be read.
+    """
+    source, output = Path(source), Path(output)
+    if os.path.lexists(output):
+        raise InputError(f"{output} exists: remove it or choose another output")
+    part = output.with_name(f".{output.name}.part")
+    with writing(part):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    try:
+        lines = import_module(f".{engine}", __package__).write(source, part)
+        os.replace(part, output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return [line.format(folder=output) for line in lines]
+
+
+def copy_checkpoint(source: Path, folder: Path) -> None:
+    """Copies a checkpoint folder of ours, without records of training, with today's model code and templates.
+
+    Raises InputError if `source` is no checkpoint folder of ours with a tokenizer, or is quantized.
+    """
+    if not all((source / name).is_file() for name in ("config.json", "configuration_nanochat.py", "tokenizer.json")):
+        raise InputError(
+            f"{source} is no checkpoint folder of nanochat_hf with a tokenizer: name a stage's folder, or convert it "
+            "with nanochat convert"
+        )
+    if hasattr(load_config(source), "quantization_config"):
+        raise InputError(f"{source} is quantized: export the unquantized model")
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja", ".py", ".safetensors") and path.name != "metrics.json":
+            shutil.copyfile(path, folder / path.name)
+    if (source / "custom_generate").is_dir():
+        shutil.copytree(source / "custom_generate", folder / "custom_generate")
+    renew(folder)

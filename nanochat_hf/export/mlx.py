@@ -1,0 +1,36 @@
+"""A folder for mlx-lm: the checkpoint as it is, and beside it the model in MLX (mlx_nanochat.py).
+
+mlx-lm runs the file that config.json names as `model_file`, with `--trust-remote-code`. transformers ignores the
+field, so the folder still loads there. An answer ends at a tool call: both stop tokens are in generation_config.json.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from ..errors import InputError
+from . import copy_checkpoint
+
+MODEL = Path(__file__).with_name("mlx_nanochat.py")
+
+
+def write(source: Path, folder: Path) -> list[str]:
+    """Fills `folder`; returns lines with the commands. Raises InputError as `add` does, or for no checkpoint."""
+    copy_checkpoint(source, folder)
+    add(folder)
+    return [
+        "chat:     mlx_lm.chat --trust-remote-code --model {folder}",
+        "serve:    mlx_lm.server --trust-remote-code --model {folder}",
+        "quantize: mlx_lm.convert --trust-remote-code --hf-path {folder} --mlx-path {folder}-4bit -q --q-bits 4",
+    ]
+
+
+def add(folder: Path) -> None:
+    """Adds what mlx-lm needs to a checkpoint folder. Raises InputError for RoPE that is scaled."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kind = config["rope_parameters"].get("rope_type", "default")
+    if kind != "default":
+        raise InputError(f"there is no RoPE of type {kind!r} for MLX: export a model with rope_type default")
+    path.write_text(json.dumps(config | {"model_file": MODEL.name}, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(MODEL, folder / MODEL.name)
