@@ -169,7 +169,7 @@ COMMANDS = [
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --words words.txt", "eval.words: none of its tasks uses it"),
     ("bench what", "no benchmark 'what'; known: cpu, gpu"),
     ("export --model me/x --to native --output out", "me/x has neither model_NNNNNN.pt"),
-    ("export --model {here} --to ggml --output out", "it must be native or nanochat"),
+    ("export --model {here} --to ggml --output out", "it must be native, nanochat"),
     ("convert --source {here} --output {here}/out --step 3", "--step chooses among model_NNNNNN.pt files"),
     ("chat --run-dir {here} --stage stf", "it must be base, mid, sft, rl or dpo"),
     ("chat --endpoint http://127.0.0.1:8000 --stage sft", "leave --run-dir, --stage and --device out"),
