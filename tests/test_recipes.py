@@ -16,6 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from nanochat_hf import cli, jobs, stages
 from nanochat_hf.data.documents import text_fingerprint
 from nanochat_hf.errors import InputError
+from nanochat_hf.eval.core import load_tasks
 from nanochat_hf.optim.scaling import MEASURED, Plan, plan
 from nanochat_hf.run import Run, save_json, start_record, write_metrics
 from nanochat_hf.stage_configs import read_recipe
@@ -257,9 +258,15 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
     monkeypatch.setattr(stages, "check_cost", lambda *_: None)
     monkeypatch.setattr(stages, "run_stage", lambda *_: pytest.fail("trains"))
     for keys, message in (
-        (["eval.tasks=[arc_easy]"], "arc_easy of lm-eval cannot be loaded: .*OfflineModeIsEnabled"),
+        (["eval.tasks=[nanochat_gsm8k]"], "no file gsm8k_test.jsonl in chat_data and no openai/gsm8k from the Hub"),
         (["eval.core_bundle=/nowhere"], "/nowhere is no CORE bundle"),
     ):
         with pytest.raises(InputError, match=message):
             stages.run_stages(Run(tmp_path / "run"), *read("cpu-demo", None, keys))
     assert not (tmp_path / "run" / "eval").exists()
+
+    def load(names):
+        raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub\n(OfflineModeIsEnabled)")  # of datasets
+
+    with pytest.raises(InputError, match="^arc_easy of lm-eval cannot be loaded: Couldn't reach .* on the Hub [(]Off"):
+        load_tasks(SimpleNamespace(load=load), ["arc_easy"])
