@@ -90,9 +90,11 @@ def settings(cls):
     """A dataclass whose values are converted and checked; wrong ones raise InputError in one line."""
     cls = dataclass(config=STRICT)(cls)
     construct, kinds = cls.__init__, get_type_hints(cls, include_extras=True)
+    names = sorted((f.name for f in fields(cls)), key=lambda name: name not in cls.__annotations__)  # its own first
 
     @wraps(construct)
-    def __init__(self, **values):
+    def __init__(self, *arguments, **values):
+        values |= dict(zip(names, arguments))
         values = {key: convert(value, kinds[key]) if key in kinds else value for key, value in values.items()}
         try:
             construct(self, **values)

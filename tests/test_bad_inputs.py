@@ -415,6 +415,7 @@ CALLS = [
     (lambda: DocumentStream("primer", "test"), "split must be"),
     (lambda: open_documents([]), "dataset is .*: it must be a list of {dataset, weight}, not empty"),
     (lambda: PretrainConfig(depth=0), "^depth is 0: it must be"),
+    (lambda: PretrainConfig(0), "^depth is 0: it must be"),
     (lambda: PretrainConfig(dept=3), "unknown key 'dept'; did you mean 'depth'"),
 ]
 

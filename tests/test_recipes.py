@@ -268,5 +268,5 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
     def load(names):
         raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub\n(OfflineModeIsEnabled)")  # of datasets
 
-    with pytest.raises(InputError, match="^arc_easy of lm-eval cannot be loaded: Couldn't reach .* on the Hub [(]Off"):
+    with pytest.raises(InputError, match=r"^arc_easy of lm-eval cannot be loaded: Couldn't reach .* on the Hub \(Off"):
         load_tasks(SimpleNamespace(load=load), ["arc_easy"])
