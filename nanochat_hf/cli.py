@@ -7,7 +7,6 @@ A subcommand checks all its arguments before it imports anything large. `--help`
 """
 
 import io
-import json
 import os
 import re
 import shutil
@@ -23,9 +22,9 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import StringConstraints
 
-from .config import Parser, keys_help, parse_config, read_yaml
+from .config import Count, Fraction, NotNegative, Parser, Place, RepoId, Seed, TopK, each_once
 from .errors import InputError, guarded
-from .jobs import check_gpus, job_options, make_job, speedrun_words
+from .jobs import ACCELERATE, STAGE_COMMANDS, demo, new_parser, plan, run, run_stage_command, speedrun
 from .run import (
     MODEL_STAGES,
     Run,
@@ -36,217 +35,20 @@ from .run import (
     nearest,
     project_folder,
     save_json,
-    save_text,
+    save_jsonl,
     source,
     versions,
     writing,
 )
-from .stage_configs import (
-    RECIPES,
-    STAGE_CONFIGS,
-    Count,
-    EvalConfig,
-    Fraction,
-    NotNegative,
-    Place,
-    RepoId,
-    Seed,
-    Stages,
-    SyncUrl,
-    TopK,
-    Word,
-    find_recipe,
-    read_recipe,
-    refuse_unused_words,
-)
+from .stage_configs import RECIPES, find_recipe
 
-ACCELERATE = project_folder("configs", "accelerate")
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
-LAUNCH = """import logging, signal; logging.disable(logging.WARNING); signal.signal(signal.SIGINT, lambda *_: None)
-from accelerate.commands.launch import main; main()"""  # Ctrl-C is for the rank, which saves; defaults are no warning
 ENGINES = {  # nanochat export --to: what is written
     "native": "transformers' own nanochat, generation 1",
     "nanochat": "files of karpathy/nanochat",
     "mlx": "for mlx-lm on a Mac",
 }
-DRY_RUN = {"action": "store_true", "help": "print the plan and start nothing"}
-SYNC = "URL (s3://, gs://, file://, any of fsspec, or hf://owner/name) that keeps checkpoints and finished stages; "
-OPTIONS = {  # of stages, besides their keys: name -> (kind, text)
-    "tokenizer": (Place, "folder or Hub id of a tokenizer (default: that of the run folder)"),
-    "model": (Place, "folder or Hub id of the model to begin with or to evaluate (default: of the run; base: none)"),
-    "repo": (RepoId, "Hub repository for a branch step-NNNNNN every push_every steps"),
-    "stage": (Literal["mid", "sft"], "mid or sft: the folder that the result goes to"),
-    "stages": (Stages, f"comma-separated, of {', '.join(MODEL_STAGES)}; default: all finished ones"),
-    "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps"),
-    "sync": (SyncUrl, SYNC + "the same command resumes from it on another machine"),
-}
-CHAT = ("model", "stage", "eval", "sync")
-STAGE_COMMANDS = {  # subcommand -> its stage, text, and options
-    "tokenizer": ("tokenizer", "Train a tokenizer, the first stage of a recipe.", ()),
-    "pretrain": ("base", "Pretrain a base model; run again to resume.", ("tokenizer", "model", "repo", "sync")),
-    "midtrain": ("mid", "Mid-training of the newest model of a run; run again to resume.", CHAT),
-    "sft": ("sft", "SFT of the newest model of a run; run again to resume.", CHAT),
-    "rl": ("rl", "RL with verifiable rewards; run again to resume.", ("model", "sync")),
-    "dpo": ("dpo", "Direct preference optimization; run again to resume.", ("model", "sync")),
-    "eval": ("eval", "Evaluate stages of a run, or any causal LM of the Hub, with lm-eval.", ("stages", "model")),
-}
-
-
-def run_stage_command(command: str, words: list[str]) -> None:
-    """`--config YAML --run-dir DIR [--key value ...]`: read the config, then call the stage's runner."""
-    stage, text, options = STAGE_COMMANDS[command]
-    parser = new_parser(command, text)
-    parser.option("--config", Place, required=True, help=f"YAML of this stage, for example recipes/d12/{stage}.yaml")
-    parser.option("--run-dir", Place, required=True, help="run folder, for example runs/d12")
-    for name in options:
-        parser.option(f"--{name}", OPTIONS[name][0], help=OPTIONS[name][1])
-    parser.add_argument("--dry-run", **DRY_RUN)
-    parser.add_keys(STAGE_CONFIGS[stage])
-    keys = vars(parser.parse_args(words))
-    path, run_dir, dry_run = keys.pop("config"), keys.pop("run_dir"), keys.pop("dry_run")
-    given = {name: value for name in options if (value := keys.pop(name)) is not None}
-    given |= {"stage": stage} if "stage" in options and "stage" not in given else {}
-    config = parse_config(STAGE_CONFIGS[stage], path, keys)
-    if stage == "base":
-        check_push(config, given.get("repo"))
-    if "stages" in given and "model" in given:
-        raise InputError("--model is evaluated in place of the run's stages: leave --stages out")
-    if "eval" in given:
-        given["tasks"] = given.pop("eval")
-        parse_config(EvalConfig, given["tasks"])
-        if config.chatcore_every < 1:
-            raise InputError("--eval is measured every chatcore_every steps: give that, too")
-    refuse_unused_words(config, keys)
-    if dry_run:
-        _, configs = read_recipe(find_recipe(str(Path(path).parent)), None, [])  # base.yaml has the model's shape
-        return show_plan([stage], configs | {stage: config}, int(os.environ.get("WORLD_SIZE", "1")))
-    from . import stages
-    from .sync import syncing
-
-    run = Run(run_dir)
-    with run.lock(), syncing(given.pop("sync", None), run):
-        stages.RUNNERS[stage](config, run, **given)
-
-
-def new_parser(command: str, text: str) -> Parser:
-    """The parser of a subcommand, described by `text`, or of a script that was started, by its docstring."""
-    main = sys.modules["__main__"]
-    is_script = Path(getattr(main, "__file__", None) or "").parent.name in ("scripts", "recipes")
-    return Parser(main.__doc__) if is_script else Parser(text, prog=f"nanochat {command}")
-
-
-def check_push(config, repo: str | None) -> None:
-    if (config.push_every > 0) != bool(repo):
-        raise InputError("base.push_every and --repo go together: give both, or neither")
-
-
-def speedrun(words: list[str]) -> None:
-    """The whole pipeline of a recipe, from text to a chat model with its report card."""
-    recipe, stages, configs, arguments = read_speedrun(new_parser("speedrun", speedrun.__doc__), words)
-    if arguments.dry_run:
-        return show_plan(stages, configs, int(os.environ.get("WORLD_SIZE", "1")), rate=arguments.node_hourly_rate)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"recipe {recipe.name}: loading PyTorch ...", file=sys.stderr, flush=True)
-    from .stages import run_stages
-    from .sync import syncing
-
-    run = Run(arguments.run_dir or Path("runs") / recipe.name)
-    with run.lock(), syncing(arguments.sync, run):
-        run_stages(run, stages, configs, arguments.repo, arguments.node_hourly_rate)
-
-
-def read_speedrun(parser: Parser, words: list[str]) -> tuple:
-    """Returns: the recipe's folder, the stages to run, each stage's config, the arguments."""
-    parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
-    parser.add_argument("--dry-run", **DRY_RUN)
-    parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help="dollars per hour, for the report")
-    for name in ("repo", "sync"):
-        parser.option(f"--{name}", OPTIONS[name][0], help=OPTIONS[name][1])
-    recipe, stages, configs, arguments = read_pipeline(parser, words)
-    check_push(configs["base"], arguments.repo)
-    return recipe, stages, configs, arguments
-
-
-def read_pipeline(parser: Parser, words: list[str]) -> tuple:
-    """As `read_speedrun`, without its options."""
-    parser.option("--recipe", Place, required=True, help="a name under recipes/ or the path of a recipe folder")
-    parser.option("--stages", list[Place], help="comma-separated; default: the enabled ones of the recipe, and report")
-    parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
-    parser.epilog = "\n\n".join(keys_help(cls, f"{stage}.") for stage, cls in STAGE_CONFIGS.items())
-    arguments = parser.parse_intermixed_args(words)
-    recipe = find_recipe(arguments.recipe)
-    return recipe, *read_recipe(recipe, arguments.stages, arguments.overrides), arguments
-
-
-def plan(words: list[str]) -> None:
-    """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
-    parser = new_parser("plan", plan.__doc__)
-    parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
-    parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
-    parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
-    _, stages, configs, arguments = read_pipeline(parser, recipe_first(words))
-    otherwise = "H200" if arguments.gpus else "CPU"
-    show_plan(stages, configs, arguments.gpus or 1, otherwise, arguments.gpu, rate=arguments.node_hourly_rate)
-
-
-def show_plan(stages, configs, ranks: int, otherwise="CPU", device=None, sharding=None, rate=None) -> None:
-    """Print a pipeline's plan for a GPU or CPU: `device`, or the GPU of this machine, or `otherwise`."""
-    if "tokenizer" not in configs:
-        raise InputError("a plan needs the vocabulary size: the recipe has no tokenizer.yaml")
-    from .optim.overview import Devices, gpu_here, pipeline_text
-
-    devices = Devices(device or gpu_here() or otherwise, ranks, rate, sharding)
-    if os.environ.get("RANK", "0") == "0":
-        print(pipeline_text(stages, configs, devices))
-
-
-def recipe_first(words: list[str]) -> list[str]:
-    """`NAME ...` as `--recipe NAME ...`. Raises InputError if there are no words."""
-    if not words:
-        raise InputError("name a recipe, for example cpu-demo; nanochat recipes lists them")
-    return ["--recipe", *words] if words[:1] and not words[0].startswith("-") else words
-
-
-SHARDING = {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO; pretraining: FSDP2"}  # distributed_type -> words
-
-
-def run(words: list[str]) -> None:
-    """Run a recipe on all devices: `nanochat run NAME [--config-file multi_gpu] [--num-processes N] [...]`."""
-    parser = Parser(run.__doc__, prog="nanochat run")
-    names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
-    parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
-    parser.option("--num-processes", Count, "--gpus", help="ranks; default: as the config file says; of a job: 8")
-    job_options(parser)
-    recipe, stages, configs, arguments = read_speedrun(parser, recipe_first(words))
-    if arguments.job:
-        return make_job(recipe, configs, arguments)
-    if unused := [name for name in ("submit", "gpu", "hours", "image") if getattr(arguments, name)]:
-        raise InputError(f"--{unused[0]} is for a job: name --job hf, sky or slurm")
-    command, launch = [sys.executable, "-c", LAUNCH, "--quiet"], {}  # no traceback of its own
-    if arguments.config_file:
-        places = [Path(arguments.config_file), ACCELERATE / f"{arguments.config_file}.yaml"]
-        if not (files := [str(place) for place in places if place.is_file()]):
-            raise InputError(
-                f"no Accelerate config file {arguments.config_file}; {nearest(arguments.config_file, names)}"
-            )
-        command, launch = [*command, "--config_file", files[0]], read_yaml(files[0])
-    if arguments.dry_run:
-        ranks, kind = arguments.num_processes or launch.get("num_processes", 1), launch.get("distributed_type")
-        otherwise, device = "H200" if launch else "CPU", "CPU" if launch.get("use_cpu") else None
-        return show_plan(stages, configs, ranks, otherwise, device, SHARDING.get(kind), arguments.node_hourly_rate)
-    check_gpus(arguments.num_processes, launch)
-    command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
-    os.execv(sys.executable, [*command, "--module", "nanochat_hf.cli", "speedrun", *speedrun_words(arguments)])
-
-
-def check_device(name: str | None) -> None:
-    if not (name and name.startswith("cuda")):
-        return
-    import torch  # takes seconds
-
-    if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device: this machine has no {name}; leave --device out, or say cpu")
 
 
 def model_options(parser: Parser) -> None:
@@ -262,12 +64,9 @@ def chosen_model(args, what: str) -> str:
     if args.model:
         return args.model
     run = Run(args.run_dir)
-    finished = [stage for stage in MODEL_STAGES if run.finished(stage)]
-    if not finished:
+    if (newest := run.latest_model()) is None:
         raise InputError(f"{run.path} has no finished stage with a model; train one, for example by nanochat demo")
-    if args.stage and args.stage not in finished:
-        raise InputError(f"stage {args.stage!r} of {run.path} is not finished; finished: {', '.join(finished)}")
-    return str(run.folder(args.stage or finished[-1]))
+    return str(run.model(args.stage) if args.stage else newest)
 
 
 def chat(words: list[str]) -> None:
@@ -285,24 +84,18 @@ def chat(words: list[str]) -> None:
     parser.option("--device", Device, help="cuda, cpu, ...; the GPU if there is one")
     parser.option("--language", Literal["en", "ko"], help="of the interface; default: of the terminal")
     args = parser.parse_args(words)
+    name = args.model
     if args.endpoint is None:
         name = chosen_model(args, "what to talk to (or --endpoint URL)")
+        print(f"loading {name} ...", file=sys.stderr, flush=True)
     elif args.run_dir or args.stage or args.device:
         raise InputError("--endpoint names what to talk to: leave --run-dir, --stage and --device out")
-    else:
-        name = args.model
-    if args.endpoint is None:
-        print(f"loading {name} ...", file=sys.stderr, flush=True)
-    check_device(args.device)
     from .serve.terminal_chat import Chat, Options, open_model, system_language, with_piped
 
     model = open_model(name, args.endpoint, args.device)
     options = Options(args.temperature, args.top_k, args.top_p, args.max_new_tokens, args.seed)
     conversation = Chat(model, options, args.system, language=args.language or system_language())
-    if args.prompt is not None:
-        conversation.ask(with_piped(args.prompt))
-    else:
-        conversation.run()
+    conversation.run() if args.prompt is None else conversation.ask(with_piped(args.prompt))
 
 
 def serve(words: list[str]) -> None:
@@ -327,7 +120,6 @@ def serve(words: list[str]) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"cannot listen on {args.host}, port {args.port}: {reason}; choose another --port") from None
-    check_device(args.device)
     print(f"loading {name} ...", file=sys.stderr, flush=True)
     from .serve.limits import run as serve_app
     from .serve.server import Server
@@ -423,6 +215,7 @@ def report(words: list[str]) -> None:
     named = [word.partition("=") for word in args.collection or ()]
     if not all(folder for _, _, folder in named):
         raise InputError("--collection expects REPO=RUN, for example you/nanochat-d12=runs/d12")
+    each_once([repo for repo, _, _ in named])
     if [bool(args.run_dir), bool(args.compare), bool(named)].count(True) != 1:
         raise InputError("name one run with --run-dir, or two with --compare")
     if (args.row or args.hourly_rate is not None) and not args.run_dir:
@@ -472,18 +265,13 @@ def identity(words: list[str]) -> None:
             print(f"left out {count}: {reason}")
     else:
         rows = list(library.conversations(person, args.split, args.seed, num))
-    save_text(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    save_jsonl(args.output, rows)
     print(f"{len(rows)} conversations of {person.name} in {args.output}; mix them in: {{dataset: {args.output}}}")
 
 
 def compare(words: list[str]) -> None:
     """Compare two runs: `nanochat compare runs/a runs/b`."""
     report(words if {"-h", "--help"} & {*words} else ["--compare", *words])
-
-
-def demo(words: list[str]) -> None:
-    """Run the demo on this CPU: `nanochat run cpu-demo --config-file cpu`."""
-    run(["cpu-demo", "--config-file=cpu", *words])
 
 
 def recipes(words: list[str]) -> None:

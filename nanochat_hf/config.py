@@ -17,8 +17,11 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Required, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from annotated_types import MinLen, MultipleOf
-from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from annotated_types import Ge, Le, MinLen, MultipleOf
+from fsspec import available_protocols
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import AfterValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import is_typeddict
 
@@ -30,10 +33,64 @@ BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: of a date
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
+def name_of_place(text: str) -> str:
+    """A file, folder or Hub id, as text; raises ValueError for what no file system and no Hub can have."""
+    if not text.strip():
+        raise ValueError("it is empty; leave the key out for its default")
+    if not text.isprintable() or max(len(part.encode(errors="replace")) for part in text.split("/")) > 255:
+        raise ValueError("a name has printable characters only, and at most 255 bytes")
+    return text
+
+
+def repo_id(text: str) -> str:
+    """A repository of the Hub. Raises ValueError for a name that it cannot have."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise ValueError(f"no repo name: {error}") from None
+    if "/" not in text:
+        raise ValueError(f"write the repo with its owner, as in you/{text}")
+    return text
+
+
+def sync_url(text: str) -> str:
+    """A place for checkpoints. Raises ValueError for what is neither a URL nor hf://owner/name."""
+    if text.startswith("hf://"):
+        repo_id(text.removeprefix("hf://"))
+    elif not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", text):
+        raise ValueError("no URL, as s3://bucket/folder, gs://bucket/folder, file:///folder or hf://owner/name")
+    elif re.match(r"file://(?!/+[^/])", text):
+        raise ValueError("a file URL names a whole path with a folder, as file:///mnt/runs")
+    elif (scheme := text.partition("://")[0]) not in available_protocols():
+        raise ValueError(f"no file system of fsspec is called {scheme}; take s3://, gs:// or hf://owner/name")
+    return text
+
+
+def each_once(names: list[str]) -> list[str]:
+    """Raises InputError for a list that has a name twice."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{twice[0]} is named twice")
+    return names
+
+
+MOST = 10**15  # of any number of things
+Count = Annotated[int, Ge(1), Le(MOST)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+NotNegative = Annotated[float, Ge(0), Le(MOST)]
+Place = Annotated[str, AfterValidator(name_of_place)]
+RepoId = Annotated[str, AfterValidator(repo_id)]
+Word = Annotated[str, StringConstraints(pattern=r"^[\w.][\w.:/@+-]*$")]  # that means the same in YAML and a shell
+SyncUrl = Annotated[str, AfterValidator(sync_url)]
+Hours = Annotated[int, Ge(1), Le(8760)]
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
+TopK = Annotated[int, Ge(0), Le(2**24)]
+
+
 def settings(cls):
     """A dataclass whose values are converted and checked; wrong ones raise InputError in one line."""
     cls = dataclass(config=STRICT)(cls)
-    construct, names, kinds = cls.__init__, [f.name for f in fields(cls)], get_type_hints(cls, include_extras=True)
+    construct, kinds = cls.__init__, get_type_hints(cls, include_extras=True)
+    names = sorted((f.name for f in fields(cls)), key=lambda name: name not in cls.__annotations__)  # its own first
 
     @wraps(construct)
     def __init__(self, *arguments, **values):

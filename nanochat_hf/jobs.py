@@ -1,27 +1,222 @@
-"""What `nanochat run` starts: processes on this machine, or with --job hf|sky|slurm a job elsewhere, as text.
+"""The commands that train: a recipe or one stage, on this machine or, with --job hf|sky|slurm, as a job elsewhere.
 
 hf is a command line of Hugging Face Jobs, sky a task of SkyPilot, slurm a script for one or more nodes. The texts
 are templates in configs/jobs; docs/cloud.md says which of them were run.
 """
 
+import logging
 import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from string import Template
-from typing import Literal
+from typing import Annotated, Literal
 
-from .config import Parser, read_yaml
+import psutil
+from pydantic import AfterValidator
+
+from .config import (
+    Count,
+    Hours,
+    NotNegative,
+    Parser,
+    Place,
+    RepoId,
+    SyncUrl,
+    Word,
+    each_once,
+    keys_help,
+    parse_config,
+    read_yaml,
+)
 from .errors import InputError
-from .run import BOOLEANS, project_folder
-from .stage_configs import RECIPES, Hours, Word
+from .run import BOOLEANS, MODEL_STAGES, Run, nearest, project_folder
+from .stage_configs import RECIPES, STAGE_CONFIGS, EvalConfig, Stages, find_recipe, read_recipe, refuse_unused_words
 
 NODE = 8  # GPUs
 SUBMIT = {"hf": ("hf", "bash"), "sky": ("sky", "sky jobs launch --yes --secret HF_TOKEN"), "slurm": ("sbatch",) * 2}
+ACCELERATE = project_folder("configs", "accelerate")
+SHARDING = {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO; pretraining: FSDP2"}  # distributed_type -> words
+OPTIONS = {  # of stages, besides their keys: name -> (kind, text)
+    "tokenizer": (Place, "folder or Hub id of a tokenizer (default: that of the run folder)"),
+    "model": (Place, "folder or Hub id of the model to begin with or to evaluate (default: of the run; base: none)"),
+    "repo": (RepoId, "Hub repository for a branch step-NNNNNN every push_every steps"),
+    "stage": (Literal["mid", "sft"], "mid or sft: the folder that the result goes to"),
+    "stages": (Stages, f"comma-separated, of {', '.join(MODEL_STAGES)}; default: all finished ones"),
+    "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps"),
+    "sync": (SyncUrl, "URL (any of fsspec, or hf://owner/name) from which the same command resumes elsewhere"),
+}
+CHAT = ("model", "stage", "eval", "sync")
+STAGE_COMMANDS = {  # subcommand -> its stage, text, and options
+    "tokenizer": ("tokenizer", "Train a tokenizer, the first stage of a recipe.", ()),
+    "pretrain": ("base", "Pretrain a base model; run again to resume.", ("tokenizer", "model", "repo", "sync")),
+    "midtrain": ("mid", "Mid-training of the newest model of a run; run again to resume.", CHAT),
+    "sft": ("sft", "SFT of the newest model of a run; run again to resume.", CHAT),
+    "rl": ("rl", "RL with verifiable rewards; run again to resume.", ("model", "sync")),
+    "dpo": ("dpo", "Direct preference optimization; run again to resume.", ("model", "sync")),
+    "eval": ("eval", "Evaluate stages of a run, or any causal LM of the Hub, with lm-eval.", ("stages", "model")),
+}
+
+
+def run_stage_command(command: str, words: list[str]) -> None:
+    """`--config YAML --run-dir DIR [--key value ...]`: read the config, then call the stage's runner."""
+    stage, text, options = STAGE_COMMANDS[command]
+    parser = new_parser(command, text)
+    parser.option("--config", Place, required=True, help=f"YAML of this stage, for example recipes/d12/{stage}.yaml")
+    parser.option("--run-dir", Place, required=True, help="run folder, for example runs/d12")
+    add_options(parser, *options)
+    parser.add_keys(STAGE_CONFIGS[stage])
+    keys = vars(parser.parse_args(words))
+    path, run_dir, dry_run = keys.pop("config"), keys.pop("run_dir"), keys.pop("dry_run")
+    given = {name: value for name in options if (value := keys.pop(name)) is not None}
+    config = parse_config(STAGE_CONFIGS[stage], path, keys)
+    if "stage" in options:
+        given.setdefault("stage", stage)
+    if stage == "base":
+        check_push(config, given.get("repo"))
+    if "stages" in given and "model" in given:
+        raise InputError("--model is evaluated in place of the run's stages: leave --stages out")
+    if "eval" in given:
+        given["tasks"] = given.pop("eval")
+        parse_config(EvalConfig, given["tasks"])
+        if config.chatcore_every < 1:
+            raise InputError("--eval is measured every chatcore_every steps: give that, too")
+    refuse_unused_words(config, keys)
+    if dry_run:
+        _, configs = read_recipe(find_recipe(str(Path(path).parent)), None, [])  # base.yaml has the model's shape
+        return show_plan([stage], configs | {stage: config})
+    from . import stages
+    from .sync import syncing
+
+    run = Run(run_dir)
+    with run.lock(), syncing(given.pop("sync", None), run):
+        stages.RUNNERS[stage](config, run, **given)
+
+
+def new_parser(command: str, text: str) -> Parser:
+    """The parser of a subcommand, described by `text`, or of a script that was started, by its docstring."""
+    main = sys.modules["__main__"]
+    is_script = Path(getattr(main, "__file__", None) or "").parent.name in ("scripts", "recipes")
+    return Parser(main.__doc__) if is_script else Parser(text, prog=f"nanochat {command}")
+
+
+def add_options(parser: Parser, *names: str) -> None:
+    for name in names:
+        parser.option(f"--{name}", OPTIONS[name][0], help=OPTIONS[name][1])
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+
+
+def check_push(config, repo: str | None) -> None:
+    if (config.push_every > 0) != bool(repo):
+        raise InputError("base.push_every and --repo go together: give both, or neither")
+
+
+def speedrun(words: list[str]) -> None:
+    """The whole pipeline of a recipe, from text to a chat model with its report card."""
+    recipe, stages, configs, arguments = read_speedrun(new_parser("speedrun", speedrun.__doc__), words)
+    if arguments.dry_run:
+        return show_plan(stages, configs, rate=arguments.node_hourly_rate)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"recipe {recipe.name}: loading PyTorch ...", file=sys.stderr, flush=True)
+    from .stages import run_stages
+    from .sync import syncing
+
+    run = Run(arguments.run_dir or Path("runs") / recipe.name)
+    with run.lock(), syncing(arguments.sync, run):
+        run_stages(run, stages, configs, arguments.repo, arguments.node_hourly_rate)
+
+
+def read_speedrun(parser: Parser, words: list[str]) -> tuple:
+    """Returns: the recipe's folder, the stages to run, each stage's config, the arguments."""
+    parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
+    parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help="dollars per hour, for the report")
+    add_options(parser, "repo", "sync")
+    recipe, stages, configs, arguments = read_pipeline(parser, words)
+    check_push(configs["base"], arguments.repo)
+    return recipe, stages, configs, arguments
+
+
+def read_pipeline(parser: Parser, words: list[str]) -> tuple:
+    """As `read_speedrun`, without its options."""
+    named = "comma-separated; default: the enabled ones of the recipe, and report"
+    parser.option("--recipe", Place, required=True, help="a name under recipes/ or the path of a recipe folder")
+    parser.option("--stages", Annotated[list[Place], AfterValidator(each_once)], help=named)
+    parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
+    parser.epilog = "\n\n".join(keys_help(cls, f"{stage}.") for stage, cls in STAGE_CONFIGS.items())
+    arguments = parser.parse_intermixed_args(words)
+    recipe = find_recipe(arguments.recipe)
+    return recipe, *read_recipe(recipe, arguments.stages, arguments.overrides), arguments
+
+
+def plan(words: list[str]) -> None:
+    """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
+    parser = new_parser("plan", plan.__doc__)
+    parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
+    parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
+    parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
+    _, stages, configs, arguments = read_pipeline(parser, recipe_first(words))
+    if arguments.gpus and arguments.gpu == "CPU":
+        raise InputError("--gpus counts GPUs: leave it out with --gpu CPU")
+    otherwise, rate = "H200" if arguments.gpus else "CPU", arguments.node_hourly_rate
+    show_plan(stages, configs, arguments.gpus or 1, otherwise, arguments.gpu, rate=rate)
+
+
+def show_plan(stages, configs, ranks: int | None = None, otherwise="CPU", device=None, sharding=None, rate=None):
+    """Print a pipeline's plan for `ranks` GPUs or CPUs: `device`, or the GPU of this machine, or `otherwise`."""
+    if "tokenizer" not in configs:
+        raise InputError("a plan needs the vocabulary size: the recipe has no tokenizer.yaml")
+    from .optim.overview import Devices, gpu_here, pipeline_text
+
+    ranks = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    text = pipeline_text(stages, configs, Devices(device or gpu_here() or otherwise, ranks, rate, sharding))
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
+def recipe_first(words: list[str]) -> list[str]:
+    """`NAME ...` as `--recipe NAME ...`. Raises InputError if there are no words."""
+    if not words:
+        raise InputError("name a recipe, for example cpu-demo; nanochat recipes lists them")
+    return words if words[0].startswith("-") else ["--recipe", *words]
+
+
+def run(words: list[str], parser: Parser | None = None) -> None:
+    """Run a recipe on all devices: `nanochat run NAME [--config-file multi_gpu] [--num-processes N] [...]`."""
+    parser = parser or new_parser("run", run.__doc__)
+    names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
+    parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
+    parser.option("--num-processes", Count, "--gpus", help="ranks; default: as the config file says; of a job: 8")
+    job_options(parser)
+    recipe, stages, configs, arguments = read_speedrun(parser, recipe_first(words))
+    if arguments.job:
+        return make_job(recipe, configs, arguments)
+    if unused := [name for name in ("submit", "gpu", "hours", "image") if getattr(arguments, name)]:
+        raise InputError(f"--{unused[0]} is for a job: name --job hf, sky or slurm")
+    command, accelerate, name = [], {}, arguments.config_file
+    if name:
+        files = [str(file) for file in (Path(name), ACCELERATE / f"{name}.yaml") if file.is_file()]
+        if not files:
+            raise InputError(f"no Accelerate config file {name}; {nearest(name, names)}")
+        command, accelerate = ["--config_file", files[0]], read_yaml(files[0])
+    if arguments.dry_run:
+        ranks, kind = arguments.num_processes or accelerate.get("num_processes", 1), accelerate.get("distributed_type")
+        otherwise, device = "H200" if accelerate else "CPU", "CPU" if accelerate.get("use_cpu") else None
+        return show_plan(stages, configs, ranks, otherwise, device, SHARDING.get(kind), arguments.node_hourly_rate)
+    check_gpus(arguments.num_processes, accelerate)
+    command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
+    launch([*command, "--module", "nanochat_hf.cli", "speedrun", *speedrun_words(arguments)])
+
+
+def demo(words: list[str]) -> None:
+    """Train a small chat model from nothing on this CPU, in minutes: `nanochat run cpu-demo --config-file cpu`."""
+    parser = new_parser("demo", demo.__doc__)
+    parser.usage = "nanochat demo [--run-dir DIR] [...] [STAGE.KEY=VALUE ...]"
+    run(["cpu-demo", "--config-file=cpu", *words], parser)
 
 
 def speedrun_words(arguments) -> list[str]:
@@ -47,6 +242,39 @@ def check_gpus(num_processes: int | None, launch: dict) -> None:
             raise InputError(f"{ranks} processes need {ranks} GPUs, and this machine has {gpus}: {advice}")
 
 
+def launch(words: list[str]) -> None:
+    """Accelerate's launcher with these words, which ends with the exit code of a rank and without a traceback.
+
+    Ctrl-C reaches a rank from the terminal; other signals are passed on, so that the rank can save.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser  # which imports torch
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    def pass_on(number, frame):
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    logging.disable(logging.ERROR)  # that defaults are used, and what the lines below say
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, pass_on)
+    try:
+        return launch_command(launch_command_parser().parse_args(words))
+    except subprocess.CalledProcessError as error:  # of one rank
+        rank, code = 0, error.returncode
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+    except SignalException as error:
+        rank, code = 0, -error.sigval
+    code = 128 - code if code < 0 else code
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        print("stopped by a signal: the same command resumes the run", file=sys.stderr)
+    elif code != 2:  # whose reason the rank has shown
+        print(f"error: rank {rank} ended with exit code {code}: see what it printed above", file=sys.stderr)
+    sys.exit(code)
+
+
 def job_options(parser: Parser) -> None:
     parser.option("--job", Literal["hf", "sky", "slurm"], help="print a job for Hugging Face Jobs, SkyPilot or Slurm")
     parser.add_argument("--submit", action="store_true", help="also hand the job to hf, sky or sbatch")
@@ -67,16 +295,25 @@ def make_job(recipe: Path, configs: dict, arguments) -> None:
         raise InputError("--image is for hf and sky: a Slurm job runs in the environment that submits it")
     if kind != "slurm" and recipe.parent.resolve() != RECIPES.resolve():
         raise InputError(f"the image has no {recipe}: put it into recipes/ before docker build, or use --job slurm")
+    scheme = (arguments.sync or "hf").partition("://")[0]
+    if scheme in (("memory",) if kind == "slurm" else ("memory", "file", "local")):
+        raise InputError(f"--sync: another machine cannot reach {arguments.sync}: take s3://, gs:// or hf://you/name")
     if kind != "slurm":
         arguments.recipe = recipe.name  # its path may be another there
     words = speedrun_words(arguments)
     folder, config = project_folder("configs", "jobs"), "multi_gpu" if gpus > 1 else "single_gpu"
     command = ["nanochat", "run", *words, f"--config-file={config}", f"--num-processes={gpus}"]
     values = {
-        "name": recipe.name, "image": arguments.image or "you/nanochat_hf", "command": shlex.join(command),
-        "hours": arguments.hours or projected_hours(configs, gpu, gpus), "words": shlex.join(words),
-        "root": shlex.quote(str(project_folder())), "gpu": gpu, "gpus": gpus, **machine(kind, gpu, gpus, folder),
-    }  # fmt: skip
+        "name": recipe.name,
+        "image": arguments.image or "you/nanochat_hf",
+        "command": shlex.join(command),
+        "hours": arguments.hours or projected_hours(configs, gpu, gpus),
+        "words": shlex.join(words),
+        "root": shlex.quote(str(project_folder())),
+        "gpu": gpu,
+        "gpus": gpus,
+        **machine(kind, gpu, gpus, folder),
+    }
     text = Template((folder / kind).read_text(encoding="utf-8")).substitute(values)
     print(text, end="", flush=True)
     if kind != "slurm" and not arguments.sync:

@@ -68,8 +68,5 @@ def load_model(
     if not all(isinstance(token, int | None) for token in (eos if isinstance(eos, list) else [eos])):
         raise InputError(f"generation_config.json of {source} is damaged: eos_token_id is {eos!r}")
     if not is_quantized(model) and (name := first_non_finite(model.named_parameters())):
-        raise InputError(
-            f"the weights of {source} are not finite (NaN or infinity in {name}): go back to an earlier stage or "
-            "checkpoint"
-        )
+        raise InputError(f"the weights of {source} are not finite (NaN or infinity in {name}): take earlier ones")
     return model

@@ -16,64 +16,24 @@ Number = Annotated[float, Ge(-1e100), Le(1e100)]  # whole or not; sums and squar
 OptionalNumber = Number | None
 
 
-class Result(TypedDict):
-    value: OptionalNumber
-    stderr: NotRequired[OptionalNumber]
-    n: NotRequired[OptionalNumber]
-    baseline: NotRequired[OptionalNumber]
-    tool_use: NotRequired[OptionalNumber]
-    higher_is_better: NotRequired[bool]
+def record(name: str, numbers: str = "", **keys) -> type:
+    """A TypedDict of these keys and of the numbers of these names, which may be absent or null."""
+    return TypedDict(name, dict.fromkeys(numbers.split(), NotRequired[OptionalNumber]) | keys)
 
 
-class Score(TypedDict):
-    acc: OptionalNumber
-    centered: NotRequired[OptionalNumber]
-    stderr: NotRequired[OptionalNumber]
-    n: NotRequired[OptionalNumber]
-
-
-class Mean(TypedDict):
-    label: str
-    value: OptionalNumber
-    per_task: NotRequired[dict[str, Score]]
-    stderr: NotRequired[OptionalNumber]
-    seconds: NotRequired[OptionalNumber]
-    model_seconds: NotRequired[OptionalNumber]
-    missing: NotRequired[list[str] | None]
-
-
-class Core(Mean):
-    per_task: dict[str, Score]
-
-
-class Example(TypedDict):
-    question: Any
-    expected: Any
-    answer: Any
-    correct: NotRequired[OptionalNumber | bool]
-
-
-class Part(TypedDict):
-    """Of a mixture."""
-
-    dataset: str
-    rows: Number
-    tokens: Number
-    bad: NotRequired[Number]
-
-
-class Sample(TypedDict):
-    prompt: Any
-    text: Any
+Result = record("Result", "stderr n baseline tool_use", value=OptionalNumber, higher_is_better=NotRequired[bool])
+Score = record("Score", "centered stderr n", acc=OptionalNumber)
+MEAN = {"label": str, "value": OptionalNumber, "missing": NotRequired[list[str] | None]}
+Mean = record("Mean", "stderr seconds model_seconds", per_task=NotRequired[dict[str, Score]], **MEAN)
+Core = record("Core", "stderr seconds model_seconds", per_task=dict[str, Score], **MEAN)
+Example = record("Example", question=Any, expected=Any, answer=Any, correct=NotRequired[OptionalNumber | bool])
+Part = record("Part", dataset=str, rows=Number, tokens=Number, bad=NotRequired[Number])  # of a mixture
+Sample = record("Sample", prompt=Any, text=Any)
+Hardware = record("Hardware", "device_memory_bytes memory_bytes")
 
 
 class Config(TypedDict, total=False):
     dataset: str | list[dict[str, Any]] | None
-
-
-class Hardware(TypedDict, total=False):
-    device_memory_bytes: OptionalNumber
-    memory_bytes: OptionalNumber
 
 
 class Record(TypedDict, total=False):
@@ -88,13 +48,12 @@ class Record(TypedDict, total=False):
     hardware: Hardware | None
 
 
-NUMBERS = (
-    "vocab_size", "bytes_per_token", "train_chars", "depth", "num_parameters", "num_matmul_parameters",
-    "flops_per_token", "num_iterations", "total_batch_size", "total_tokens", "total_flops", "rows", "tokens",
-    "tokens_per_second", "mfu", "peak_memory_bytes", "start_val_bpb", "val_bpb", "val_loss", "core",
-    "generation_share",
-)  # fmt: skip
-Numbers = TypedDict("Numbers", dict.fromkeys(NUMBERS, OptionalNumber), total=False)
+Numbers = record(
+    "Numbers",
+    "vocab_size bytes_per_token train_chars depth num_parameters num_matmul_parameters flops_per_token "
+    "num_iterations total_batch_size total_tokens total_flops rows tokens tokens_per_second mfu peak_memory_bytes "
+    "start_val_bpb val_bpb val_loss core generation_share",
+)
 
 
 class StageMetrics(Record, Numbers, total=False):

@@ -82,15 +82,21 @@ class Run:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise InputError(
-                    f"another process works on {self.path}: wait until it ends, or choose another --run-dir"
-                ) from None
+                raise InputError(f"another process works on {self.path}: wait, or choose another --run-dir") from None
         try:
             yield
         finally:
             if os.listdir(self.path) == [".lock"]:  # refused input leaves nothing
                 shutil.rmtree(self.path)
             lock.release()
+
+    def model(self, stage: str) -> Path:
+        """The folder of a finished stage with weights. Raises InputError for another stage."""
+        finished = [name for name in MODEL_STAGES if self.finished(name)]
+        if stage not in finished:
+            finished = ", ".join(finished) or "none"
+            raise InputError(f"stage {stage!r} of {self.folder(stage).parent} is not finished; finished: {finished}")
+        return self.folder(stage)
 
     def latest_model(self, before: str = "eval") -> Path | None:
         """The folder of the newest finished stage with weights that comes before stage `before`, or None."""
@@ -129,13 +135,15 @@ def nearest(name, names) -> str:
     word = str(name).strip("-").replace("-", "_")
     close = [SYNONYMS[word]] if SYNONYMS.get(word) in plain else difflib.get_close_matches(word, plain, n=1)
     close = [plain[word] for word in close]
-    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(map(str, names))
+    few = [*map(str, names)][:30]  # lm-eval has 14,000 tasks
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(few) + " ..." * (len(few) < len(names))
 
 
 def load_json(path: str | Path, remedy: str = "delete it to run that stage again") -> dict | None:
-    """The object in a JSON file, None if there is no file. Raises InputError, which ends with `remedy`."""
+    """The object in a JSON file, NaN as None; None if there is no file. Raises InputError that ends with `remedy`."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = without_nan(json.loads(Path(path).read_text(encoding="utf-8")))
+        json.dumps(value, ensure_ascii=False).encode()  # not of half a pair of surrogates
         if not isinstance(value, dict):
             raise ValueError("no object")
     except FileNotFoundError:
@@ -146,16 +154,9 @@ def load_json(path: str | Path, remedy: str = "delete it to run that stage again
 
 
 def load_record(path: str | Path, kind: type, remedy: str = "delete it to run that stage again") -> dict | None:
-    """As `load_json`, with None for NaN; raises InputError, too, if the record is not of the shape `kind`."""
+    """As `load_json`; raises InputError, too, if the record is not of the shape `kind`."""
     record = load_json(path, remedy)
-    if record is None:
-        return None
-    try:
-        record = without_nan(record)
-        json.dumps(record, ensure_ascii=False).encode()
-    except (RecursionError, UnicodeError) as error:  # half a pair of surrogates
-        raise InputError(f"{path} is not valid JSON ({error}); {remedy}") from None
-    if reason := problem(record, kind):
+    if record is not None and (reason := problem(record, kind)):
         raise InputError(f"{path}: {reason}; {remedy}")
     return record
 
@@ -197,6 +198,12 @@ def save_json(path: str | Path, value) -> None:
     """Write JSON by `save_text`; NaN becomes null."""
     text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, default=str, allow_nan=False)
     save_text(path, f"{text}\n")
+
+
+def save_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """As `save_json`, one row per line."""
+    lines = (json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False) for row in rows)
+    save_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def save_text(path: str | Path, text: str) -> None:

@@ -15,12 +15,23 @@ from pathlib import Path
 from typing import Annotated, Literal, Required
 
 from annotated_types import Ge, Gt, Le, MinLen, MultipleOf
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from pydantic import AfterValidator, StringConstraints, model_validator
 from typing_extensions import TypedDict
 
-from .config import STRICT, parse_config, settings
+from .config import (
+    MOST,
+    STRICT,
+    Count,
+    Fraction,
+    NotNegative,
+    Place,
+    Seed,
+    TopK,
+    each_once,
+    name_of_place,
+    parse_config,
+    settings,
+)
 from .data.transforms import TRANSFORMS
 from .demo.corpus import CHAT_KINDS, KINDS
 from .errors import InputError
@@ -30,37 +41,6 @@ RECIPES = project_folder("recipes")
 SHAPE_KEYS = ("generation", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "total_batch_size")
 SPELLING = {"nanochat_spellingbee", "nanochat_chatcore"}  # tasks whose words are of the text, or of `words`
 MIN_VOCAB_SIZE = 256 + 9  # every byte is a token, so that any text can be encoded; and the special tokens
-
-
-def name_of_place(text: str) -> str:
-    """A file, folder or Hub id, as text; raises ValueError for what no file system and no Hub can have."""
-    if not text.strip():
-        raise ValueError("it is empty; leave the key out for its default")
-    if not text.isprintable() or max(len(part.encode(errors="replace")) for part in text.split("/")) > 255:
-        raise ValueError("a name has printable characters only, and at most 255 bytes")
-    return text
-
-
-def repo_id(text: str) -> str:
-    """A repository of the Hub. Raises ValueError for a name that it cannot have."""
-    try:
-        validate_repo_id(text)
-    except HFValidationError as error:
-        raise ValueError(f"no repo name: {error}") from None
-    if "/" not in text:
-        raise ValueError(f"write the repo with its owner, as in you/{text}")
-    return text
-
-
-def sync_url(text: str) -> str:
-    """A place for checkpoints. Raises ValueError for what is neither a URL nor hf://owner/name."""
-    if text.startswith("hf://"):
-        repo_id(text.removeprefix("hf://"))
-    elif not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", text):
-        raise ValueError("no URL, as s3://bucket/folder, gs://bucket/folder, file:///folder or hf://owner/name")
-    elif re.match(r"file://(?!/+[^/])", text):
-        raise ValueError("a file URL names a whole path with a folder, as file:///mnt/runs")
-    return text
 
 
 def installed(tracker: str) -> str:
@@ -99,20 +79,9 @@ def known_attention(name: str) -> str:
     return name
 
 
-MOST = 10**15  # of any number of things
-Count = Annotated[int, Ge(1), Le(MOST)]
 OptionalCount = Literal[-1] | Count
 Interval = Annotated[int, Ge(-1), Le(MOST)]
-Fraction = Annotated[float, Ge(0), Le(1)]
-NotNegative = Annotated[float, Ge(0), Le(MOST)]
-Place = Annotated[str, AfterValidator(name_of_place)]
-RepoId = Annotated[str, AfterValidator(repo_id)]
-Word = Annotated[str, StringConstraints(pattern=r"^[\w.][\w.:/@+-]*$")]  # that means the same in YAML and a shell
-SyncUrl = Annotated[str, AfterValidator(sync_url)]
-Hours = Annotated[int, Ge(1), Le(8760)]
-Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
-Stages = list[Literal[MODEL_STAGES]]
-TopK = Annotated[int, Ge(0), Le(2**24)]
+Stages = Annotated[list[Literal[MODEL_STAGES]], AfterValidator(each_once)]
 Tracker = Annotated[Literal["none", "trackio", "wandb", "tensorboard"], AfterValidator(installed)]
 Attention = Annotated[str, AfterValidator(known_attention)]
 
@@ -183,7 +152,28 @@ class TokenizerConfig:
 
 
 @settings
-class PretrainConfig:
+class TrainingConfig:
+    """Keys of all stages that train a model."""
+
+    embedding_lr: NotNegative | None = None
+    """AdamW learning rate of the embedding at width 768 and the reference batch size; the next three likewise. null:
+    the default of the model's generation."""
+    unembedding_lr: NotNegative | None = None
+    """AdamW learning rate of the head."""
+    matrix_lr: NotNegative | None = None
+    """Muon learning rate of the matrices."""
+    scalar_lr: NotNegative | None = None
+    """AdamW learning rate of the per-layer scalars."""
+    keep_checkpoints: Count = 2
+    """Checkpoints that stay on disk while the stage trains."""
+    seed: Seed = 0
+    """Seed of all that is drawn at random, in base of the weights and of the data order after the first epoch."""
+    report_to: Tracker = "none"
+    """Experiment tracker."""
+
+
+@settings
+class PretrainConfig(TrainingConfig):
     """Keys of base.yaml. An empty value means the default of the model's generation (scaling.DEFAULTS)."""
 
     depth: Annotated[int, Ge(1), Le(1000)] = 12
@@ -208,14 +198,6 @@ class PretrainConfig:
     """Sequences per micro-batch on each device; -1: as free memory allows."""
     total_batch_size: OptionalCount = -1
     """Tokens per optimizer step, over all devices; -1: from the depth."""
-    embedding_lr: NotNegative | None = None
-    """AdamW learning rate of the embedding at width 768 and the reference batch size; the next three likewise."""
-    unembedding_lr: NotNegative | None = None
-    """AdamW learning rate of the head."""
-    matrix_lr: NotNegative | None = None
-    """Muon learning rate of the matrices."""
-    scalar_lr: NotNegative | None = None
-    """AdamW learning rate of the per-layer scalars."""
     weight_decay: NotNegative | None = None
     """Cautious weight decay of the matrices at the reference depth and batch size."""
     warmup_steps: Annotated[int, Ge(0), Le(MOST)] | None = None
@@ -236,8 +218,6 @@ class PretrainConfig:
     """Steps between text samples; -1: only at the end."""
     save_every: Interval = 1000
     """Steps between checkpoints; -1: only when the run is interrupted."""
-    keep_checkpoints: Count = 2
-    """Checkpoints that stay on disk during the run."""
     save_optimizer: bool = False
     """Write the optimizer state to optimizer.pt, from which SFT can start (d24: 4 GB)."""
     push_every: Interval = -1
@@ -249,8 +229,6 @@ class PretrainConfig:
     [{dataset: ..., weight: 0.5}, ...] (data/documents.py)."""
     skip_bad_files: bool = False
     """Skip files that cannot be read instead of stopping."""
-    seed: Seed = 0
-    """Seed of the weights and of the data order after the first epoch."""
     compile: bool = True
     """Compile with torch.compile (CUDA only)."""
     attn_implementation: Attention = "auto"
@@ -259,14 +237,12 @@ class PretrainConfig:
     """Nats above the median of the last steps at which a loss stops the run (LossSpikeDetector); 0: never."""
     log_every: Interval = -1
     """Steps between log lines, 1 for every step; -1: progress bar only."""
-    report_to: Tracker = "none"
-    """Experiment tracker."""
 
     step_is_whole_sequences = model_validator(mode="after")(whole_sequences)
 
 
 @settings
-class StageConfig:
+class StageConfig(TrainingConfig):
     """Keys that mid.yaml, sft.yaml, rl.yaml and dpo.yaml have in common."""
 
     num_iterations: OptionalCount = -1
@@ -277,14 +253,6 @@ class StageConfig:
     """Micro-batch size: sequences per device and forward pass; lowered where a step has fewer per device."""
     on_bad_example: Literal["skip", "error"] = "skip"
     """What to do with examples that cannot be used: `skip` and count them, or `error`."""
-    embedding_lr: NotNegative | None = None
-    """This and the next three: learning rates at width 768, as in base.yaml; null: the generation's defaults."""
-    unembedding_lr: NotNegative | None = None
-    """AdamW learning rate of the head."""
-    matrix_lr: NotNegative | None = None
-    """Muon learning rate of the matrices."""
-    scalar_lr: NotNegative | None = None
-    """AdamW learning rate of the per-layer scalars."""
     init_lr_frac: NotNegative = 1.0
     """Factor on these learning rates."""
     warmup_ratio: Fraction = 0.0
@@ -307,14 +275,8 @@ class StageConfig:
     """Steps between evaluations; -1: only at the ends."""
     save_every: Interval = -1
     """Steps between checkpoints; -1: only one after the last step, before the final evaluation."""
-    keep_checkpoints: Count = 2
-    """Checkpoints that stay on disk while the stage trains."""
     attn_implementation: Attention | None = None
     """null: the fused forward where it can be, else sdpa; or an attention of transformers."""
-    seed: Seed = 0
-    """Seed of all that is drawn at random."""
-    report_to: Tracker = "none"
-    """Experiment tracker."""
 
 
 @settings
@@ -451,9 +413,7 @@ class EvalConfig:
         if isinstance(self.dataset, list) and not self.words and SPELLING & set(self.tasks):
             raise ValueError("words is null: SpellingBee takes words from one dataset, and dataset is a mixture")
         if self.num_samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"num_samples is {self.num_samples}: it needs a temperature above 0, greedy answers are all the same"
-            )
+            raise ValueError(f"num_samples is {self.num_samples}: it needs a temperature above 0")
         return self
 
 
@@ -476,7 +436,9 @@ def find_recipe(name: str) -> Path:
             return folder
     names = sorted(path.parent.name for path in RECIPES.glob("*/base.yaml"))
     if depth := re.fullmatch(r"d(\d+)", name):
-        raise InputError(f"no recipe {name!r}; any depth is one key of another: --recipe d24 base.depth={depth[1]}")
+        others = filter(re.compile(r"d\d+").fullmatch, names)
+        near = min(others, key=lambda other: abs(int(other[1:]) - int(depth[1])))
+        raise InputError(f"no recipe {name!r}: take {near}, the nearest one, with base.depth={depth[1]}")
     raise InputError(f"no recipe {name!r} (a folder with base.yaml); {nearest(name, names)}")
 
 
@@ -504,10 +466,6 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
     configs = {stage: parse_config(STAGE_CONFIGS[stage], recipe / f"{stage}.yaml", values[stage]) for stage in present}
     chosen = stages or [*(stage for stage in present if getattr(configs[stage], "enabled", True)), "report"]
     refuse_unused_words(configs.get("eval"), values.get("eval", ()))
-    context = configs["base"].max_seq_len
-    if "rl" in chosen and configs["rl"].max_new_tokens >= context:
-        raise InputError(
-            f"rl.max_new_tokens is {configs['rl'].max_new_tokens}: it must leave room for a prompt in the context of "
-            f"base.max_seq_len, {context} tokens"
-        )
+    if "rl" in chosen and (length := configs["rl"].max_new_tokens) >= (context := configs["base"].max_seq_len):
+        raise InputError(f"rl.max_new_tokens is {length}: a prompt needs room, too, in base.max_seq_len, {context}")
     return [stage for stage in STAGES if stage in chosen], configs

@@ -28,10 +28,10 @@ from .distributed import (
     reset_accelerate_state,
 )
 from .errors import InputError
-from .eval.harness import chatcore_metric, core_metric, definition_of, evaluate
+from .eval.harness import chatcore_metric, check_tasks, core_metric, definition_of, evaluate
 from .eval.lm_eval_model import Generator
 from .eval.report import make_report, summary
-from .eval.weights import origin, renewal, replaced
+from .eval.weights import REPLACED, origin, renewal, replaced
 from .hub.push import checkpoint_pusher
 from .optim import scaling
 from .optim.overview import gpu_here
@@ -68,8 +68,7 @@ def start(stage: str, run: Run, model: str | None) -> tuple[Path, str]:
     folder, source = new_folder(run, stage), model or run.latest_model(before=stage)
     if source is None:
         raise InputError(
-            f"stage {stage!r} starts from a finished earlier stage and {run.path} has none: run base first, "
-            "or run the stage alone with --model"
+            f"stage {stage!r} starts from a finished earlier stage of {run.path}: run base first, or give --model"
         )
     partial_state().print(origin(run, stage, str(source)))
     return folder, str(source)
@@ -162,10 +161,7 @@ def run_eval(
 ) -> None:
     """Evaluate the finished stages of a run, those of `stages`, or another model as "base"."""
     names = stages or [name for name in MODEL_STAGES if run.finished(name)]
-    for name in names if not model else ():
-        if not run.finished(name):
-            raise InputError(f"{name!r} is no finished stage with a model of {run.path}")
-    models = {"base": model} if model else {name: str(run.folder(name)) for name in names}
+    models = {"base": model} if model else {name: str(run.model(name)) for name in names}
     evaluate(config, models, run.folder("eval"), engine, **options)
     show_result(run.folder("eval"))
 
@@ -186,10 +182,7 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
     last = max((MODEL_STAGES.index(stage) for stage in stages if stage in MODEL_STAGES), default=-1)
     for stage in MODEL_STAGES[: last + 1]:
         if run.finished(stage) and broadcast_from_main(partial_state().is_main_process and replaced(run, stage)):
-            raise InputError(
-                f"the weights in {run.folder(stage)} are not those that its metrics.json describes; "
-                "restore them, or delete that folder"
-            )
+            raise InputError(f"{run.folder(stage)}: {REPLACED}; restore them, or delete that folder")
     redone = None
     for stage in stages:
         metrics = run.metrics(stage) if stage in configs else None
@@ -197,16 +190,12 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
             redone = redone or stage
             continue
         if redone and stage != "eval":
-            raise InputError(
-                f"{run.folder(stage)} is finished but was made before {redone!r}, which runs again; delete it"
-            )
+            raise InputError(f"{run.folder(stage)} was made before {redone!r}, which runs again; delete it")
         now, before = compared(run, vars(configs[stage])), compared(run, renamed_keys(metrics.get("config") or {}))
         changes = [f"{key}: {old!r} -> {now.get(key)!r}" for key, old in before.items() if now.get(key) != old]
         if changes:
-            raise InputError(
-                f"the recipe changed since {run.folder(stage)} finished ({', '.join(changes[:3])}); "
-                "use another --run-dir or delete that folder"
-            )
+            changed = f"the recipe changed since {run.folder(stage)} finished ({', '.join(changes[:3])})"
+            raise InputError(f"{changed}; use another --run-dir or delete that folder")
         check_inputs(run, stage, metrics.get("inputs") or {}, configs[stage])
 
 
@@ -222,10 +211,8 @@ def check_inputs(run: Run, stage: str, inputs: dict, config) -> None:
     """Refuse a finished stage whose tokenizer, starting model or local text is no longer that of today."""
     data = inputs.get("data") if stage in ("tokenizer", "base") and is_local(config.dataset) else None
     if data and text_fingerprint(config.dataset) != data:
-        raise InputError(
-            f"the text of {config.dataset} changed since {run.folder(stage)} finished; "
-            "bring back the old files, use another --run-dir or delete that folder"
-        )
+        changed = f"the text of {config.dataset} changed since {run.folder(stage)} finished"
+        raise InputError(f"{changed}; restore it, use another --run-dir or delete that folder")
     folder, tokenizer = run.folder("tokenizer"), inputs.get("tokenizer")
     if tokenizer and run.finished("tokenizer") and tokenizer_fingerprint(load_tokenizer(folder)) != tokenizer:
         raise InputError(f"{run.folder(stage)} was trained with another tokenizer than that in {folder}; delete it")
@@ -245,6 +232,9 @@ def run_stages(
     state.print(f"{len(stages)} stage{'s' * (len(stages) > 1)} into {run.path}:", *lines.values(), sep="\n  ")
     if {"tokenizer", "base"} <= {*stages} and not run.finished("base"):  # before hours of work on the tokenizer
         check_cost(scaling.plan(configs["base"], configs["tokenizer"].vocab_size), state.device)
+    if "eval" in stages and not run.finished("eval"):
+        present = [stage for stage in MODEL_STAGES if stage in stages or run.finished(stage)]
+        check_tasks(configs["eval"], present, run.folder("eval"))
     for stage in (name for name in stages if name != "report"):
         again = stage == "eval" and state.is_main_process and renewal(run, definition_of(configs[stage]))
         again = broadcast_from_main(again)

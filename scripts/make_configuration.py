@@ -12,6 +12,7 @@ from nanochat_hf.stage_configs import (
     RLConfig,
     StageConfig,
     TokenizerConfig,
+    TrainingConfig,
 )
 
 
@@ -26,7 +27,12 @@ def markdown() -> str:
     ]
     lines += ["All are checked before anything runs."]
     stages = {"tokenizer": TokenizerConfig, "base": PretrainConfig, "mid, sft": ChatConfig, "rl": RLConfig}
-    stages |= {"dpo": DPOStageConfig, "mid, sft, rl, dpo": StageConfig, "eval": EvalConfig}
+    stages |= {
+        "dpo": DPOStageConfig,
+        "mid, sft, rl, dpo": StageConfig,
+        "all but tokenizer": TrainingConfig,
+        "eval": EvalConfig,
+    }
     for names, cls in stages.items():
         lines += ["", f"## {names}", "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
         for owner, key, default, values, text in keys_of(cls):

@@ -44,6 +44,7 @@ def finished_run(tmp_path):
     write(
         "eval",
         wall_time_s=3400,
+        models={stage: stage for stage in ("base", "sft", "rl")},
         results={
             "base": {"val_bpb": result(1.1, stderr=None, higher_is_better=False)},
             "sft": {"facts": result(0.93), "counting": result(0.8, baseline=0.25, tool_use=0.99, **{"pass@2": 0.9})},

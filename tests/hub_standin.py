@@ -3,7 +3,6 @@
     with Hub(token="hf_...") as hub:
         hub.url                                   # HF_ENDPOINT
         hub.fail("POST", "/commit/", status=500)  # the next matching request fails; status None cuts the connection
-        hub.ranges                                # Range headers of downloads
 
 It has repositories of the three kinds, private ones, branches, regular and LFS files, downloads with ranges, Space
 variables and card validation, and records what it was sent.
@@ -56,7 +55,6 @@ class Hub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}  # sha256 -> content of LFS files
         self.requests: list[str] = []
-        self.ranges: list[str] = []
         self.faults: list[tuple[str, str, int | None]] = []
         self.app = FastAPI()
         self.app.middleware("http")(self.guard)
@@ -243,7 +241,6 @@ class Hub:
             if is_lfs(path):
                 headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{tag}"'}
             if match := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", "")):
-                self.ranges.append(match[0])
                 first, last = int(match[1]), int(match[2] or len(data) - 1)
                 if first >= len(data):
                     return Response(status_code=416, headers={"Content-Range": f"bytes */{len(data)}"})

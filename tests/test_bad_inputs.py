@@ -27,94 +27,76 @@ WHOLE, COUNT, OPTIONAL = "a whole number from 1 to 1000", "a whole number from 1
 
 KEYS = {
     "base": {
-        WHOLE: ["depth: 0", "depth: -3", "depth: null", "depth: [4]", "depth: {a: 1}", "depth: 4.5", "depth: true",
-                "depth: many", "depth: .nan", "depth: .inf", "depth: 1e9", "depth: 2026-01-01", "depth:", "depth: ''",
-                "depth: '010'", "depth: '1:30'"],
-        OPTIONAL: ["num_iterations: 0", "num_iterations: -2", "num_iterations: true", "total_batch_size: 0",
-                   "device_batch_size: 0", "device_batch_size: auto", "core_metric_max_per_task: 0"],
-        "a number from 0 to 1e": ["matrix_lr: -1", "embedding_lr: -1e-3", "unembedding_lr: .nan", "scalar_lr: .inf",
-                                   "weight_decay: high", "matrix_lr: true", "max_loss_spike: -1"],
-        "a number from 0 to 1": ["warmdown_ratio: 2", "warmdown_ratio: -0.1", "final_lr_frac: 1.5"],
-        "must be 1 or 2": ["generation: 3", "generation: true", "generation: two"],
-        "a multiple of 2 from 2": ["head_dim: 7", "head_dim: 0"],
-        "a whole number from 2 to": ["max_seq_len: 1", "max_seq_len: -1"],
-        COUNT: ["eval_tokens: 0", "keep_checkpoints: 0", "keep_checkpoints: 1.5"],
-        "a whole number from -1 to": ["save_every: -2", "eval_every: 2.5", "push_every: often", "log_every: null"],
-        "a whole number from 0 to 4294967295": ["seed: -1", "seed: 1e12", "seed: x"],
-        "a number above 0": ["target_flops: 0", "target_flops: -2", "target_param_data_ratio: -1"],
-        r"text that matches .*SL": ["window_pattern: SX", "window_pattern: ''", "window_pattern: [S]"],
-        "true or false": ["fp8: 2", "fp8: maybe", "compile: 3", "compile: null", "save_optimizer: perhaps"],
-        "none, trackio": ["report_to: paper", "report_to: null"],
+        WHOLE: ["depth: 0", "depth: null", "depth: [4]", "depth: 4.5", "depth: true", "depth: .nan", "depth: ''",
+                "depth: 2026-01-01", "depth: '010'", "depth: '1:30'"],
+        OPTIONAL: ["num_iterations: 0", "total_batch_size: true", "device_batch_size: auto"],
+        "a number from 0 to 1e": ["matrix_lr: -1e-3", "unembedding_lr: .nan", "scalar_lr: .inf", "weight_decay: high"],
+        "a number from 0 to 1": ["warmdown_ratio: 2", "final_lr_frac: -0.1"],
+        "must be 1 or 2": ["generation: 3", "generation: true"],
+        "a multiple of 2 from 2": ["head_dim: 7"],
+        "a whole number from 2 to": ["max_seq_len: 1"],
+        COUNT: ["eval_tokens: 0", "keep_checkpoints: 1.5"],
+        "a whole number from -1 to": ["save_every: -2", "eval_every: 2.5", "log_every: null"],
+        "a whole number from 0 to 4294967295": ["seed: -1", "seed: 1e12"],
+        "a number above 0": ["target_flops: 0", "target_param_data_ratio: -1"],
+        r"text that matches .*SL": ["window_pattern: SX", "window_pattern: ''"],
+        "true or false": ["fp8: 2", "compile: null"],
+        "none, trackio": ["report_to: paper"],
         "is not installed; pip install": ["report_to: wandb"],
         "no such attention; did you mean 'sdpa'": ["attn_implementation: sdpaa"],
-        "no such attention; known": ["attn_implementation: ../..", "attn_implementation: /"],
+        "no such attention; known": ["attn_implementation: ../.."],
         "multiple of max_seq_len": ["total_batch_size: 1000"],
-        "must be text or a list": ["dataset: 3", "dataset: null", "dataset: []", "dataset: {dataset: x}"],
+        "must be text or a list": ["dataset: 3", "dataset: []", "dataset: {dataset: x}"],
         "it is empty": ["dataset: ''"],
         "at most 255 bytes": [f"dataset: {LONG}"],
         r"dataset\[0\] needs a dataset": ["dataset: [{weight: 1}]"],
         r"dataset\[0\] is 'primer': it must be {dataset, weight}": ["dataset: [primer]"],
         r"unknown key 'wieght' in dataset\[0\]; did you mean 'weight'": ["dataset: [{dataset: primer, wieght: 1}]"],
-        r"dataset\[1\].weight is .*: it must be a number above 0": [
-            f"dataset: [{{dataset: a/b}}, {{dataset: x, weight: {w}}}]" for w in ("0", "-1", "half", ".nan", "true")
-        ],
+        r"dataset\[1\].weight .* number above 0": ["dataset: [{dataset: a}, {dataset: b, weight: 0}]"],
         "unknown key 'dept' .*did you mean 'depth'": ["dept: 3"],
         "unknown key 1 ": ["1: 2"],
-        "known: depth": ["qqq: 1"],
+        "known: embedding_lr, .* [.][.][.]$": ["qqq: 1"],
         "occurs twice": ["depth: 3\ndepth: 4"],
     },
     "tokenizer": {
-        "a whole number from 265": ["vocab_size: 100", "vocab_size: 1e9", "vocab_size: big"],
-        "must be 1, 2 or 3": ["digit_group: 4", "digit_group: 0"],
-        "must be empty or nfc": ["normalization: nfd", "normalization: true"],
-        COUNT: ["max_chars: 0", "doc_cap: -1"],
+        "a whole number from 265": ["vocab_size: 100"],
+        "must be 1, 2 or 3": ["digit_group: 4"],
+        "must be empty or nfc": ["normalization: nfd"],
+        COUNT: ["doc_cap: -1"],
     },
     "sft": {
-        "must be a list of": ["mixture: []", "mixture: primer", "mixture: null", "validation: primer"],
+        "must be a list of": ["mixture: []", "mixture: primer", "validation: primer"],
         r"mixture\[0\] needs a dataset": ["mixture: [{split: train}]"],
         r"unknown key 'row' in mixture\[0\]; did you mean 'rows'": ["mixture: [{dataset: primer, row: 5}]"],
         r"mixture\[0\].transform is 'gsm9k': it must be messages": ["mixture: [{dataset: x, transform: gsm9k}]"],
         "give rows or epochs, not both": ["mixture: [{dataset: primer, rows: 5, epochs: 1}]"],
-        r"rows is .*: it must be a whole number from 1 to": [
-            f"mixture: [{{dataset: primer, rows: {n}}}]" for n in ("0", "-5", "many", "2.5")
-        ],
-        r"epochs is .*: it must be a number above 0": [
-            f"mixture: [{{dataset: primer, epochs: {n}}}]" for n in ("0", "many", ".inf")
-        ],
-        "no kind 'poetry'": ["mixture: [{dataset: 'primer:poetry'}]", "validation: [{dataset: 'primer:poetry'}]"],
-        COUNT: ["device_batch_size: 0", "lora_alpha: 0"],
-        "a number above 0": ["num_epochs: 0", "num_epochs: -1"],
+        r"rows is .*: it must be a whole number from 1 to": ["mixture: [{dataset: primer, rows: 0}]"],
+        r"epochs is .*: it must be a number above 0": ["mixture: [{dataset: primer, epochs: .inf}]"],
+        "no kind 'poetry'": ["mixture: [{dataset: 'primer:poetry'}]"],
+        "a number above 0": ["num_epochs: 0"],
         "must be skip or error": ["on_bad_example: stop", "bad_rows: stop"],
-        "a number from 0 to 1": ["warmup_ratio: 2", "warmdown_ratio: -1"],
         "with packing it must be a multiple": ["max_seq_len: 128\ntotal_batch_size: 1000"],
-        "true or false": ["packing: 2", "load_optimizer: x"],
-        "a whole number from 0 to 10000": ["lora_r: -1", "lora_rank: x"],
+        "a whole number from 0 to 10000": ["lora_rank: x"],
     },
     "rl": {
-        "a whole number from 2 to": ["num_samples: 1", "num_samples: 0"],
+        "a whole number from 2 to": ["num_samples: 1"],
         "top_k is 50: it must be 0": ["top_k: 50"],
-        "above 0 and of at most 5": ["temperature: 0", "temperature: 9", "temperature: -1"],
-        COUNT: ["examples_per_step: 0", "max_new_tokens: 0", "eval_examples: -1", "eval_samples: 0"],
+        "above 0 and of at most 5": ["temperature: 0"],
         "no kind 'problm'; did you mean 'problem'": ["dataset: 'primer:problm'"],
         "no kind ''": ["dataset: primer"],
         "enabled is": ["enabled: perhaps", "opt_in: perhaps"],
     },
-    "dpo": {
-        "a number above 0": ["beta: 0", "beta: -1"],
-        COUNT: ["num_eval_pairs: 0", "examples_per_step: 0"],
-        "it is empty": ["split: ''", "dataset: ' '"],
-    },
+    "dpo": {"a number above 0": ["beta: 0"], "it is empty": ["split: ''"]},
     "eval": {
-        "must be a list of text": ["tasks: nanochat_demo", "tasks: 3", "tasks: null"],
+        "must be a list of text": ["tasks: nanochat_demo"],
         r"tasks\[0\] is 3: it must be text": ["tasks: [3]"],
         "unknown task; did you mean 'nanochat_demo_facts'": ["tasks: [nanochat_gsm8k, nanochat_demo_fact]"],
         "words is null: SpellingBee": ["tasks: [nanochat_chatcore]\ndataset: [{dataset: primer}]"],
         r"chat_stages\[1\] is 'stf': it must be base, mid, sft, rl or dpo": ["chat_stages: [mid, stf]"],
-        "must be a list of base": ["core_stages: base", "bpb_stages: all"],
+        "sft is named twice": ["chat_stages: [sft, sft]"],
         "it needs a temperature": ["num_samples: 2"],
         "auto, float32 or bfloat16": ["dtype: float12"],
-        COUNT: ["max_per_task: 0", "limit: 0", "core_max_per_task: -1", "batch_size: 0", "bpb_tokens: 0",
-                "batch_tokens: 0", "max_new_tokens: 0"],
+        COUNT: ["max_per_task: 0", "limit: 0", "batch_tokens: 0"],
     },
 }  # fmt: skip
 
@@ -122,42 +104,28 @@ CONFIG = "--config {root}/recipes/cpu-demo/"
 COMMANDS = [
     ("pretrian", "no command 'pretrian'; did you mean 'pretrain'"),
     ("grpo", "no command 'grpo'; did you mean 'rl'"),
-    ("help chatt", "did you mean 'chat'"),
     (f"sft {CONFIG}sft.yaml --output_dir {{run}}", "did you mean '--run-dir'"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --model_name_or_path x", "did you mean '--model'"),
-    (f"sft {CONFIG}sft.yaml --run-dir {{run}} --max_steps 3", "did you mean '--num-iterations'"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --use-peft", "did you mean '--lora-r'"),
-    (f"rl {CONFIG}rl.yaml --run-dir {{run}} --num_generations 3", "did you mean '--num-samples'"),
     ("run cpu-demo sft.learning_rate=1e-5", "unknown key 'learning_rate' .*did you mean 'matrix_lr'"),
     ("run cpu-demo --base.depth 3", "no dashes: base.depth=VALUE"),
     ("run cpu-demo --depth 3", "unknown flag '--depth'; known: --help"),
     ("chat runs/d12", "unrecognized arguments: runs/d12; --help lists the flags"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages sft --model x", "leave --stages out"),
-    (
-        f"sft {CONFIG}sft.yaml --run-dir {{run}} --eval {{root}}/recipes/cpu-demo/eval.yaml",
-        "chatcore_every steps: give",
-    ),
+    (f"sft {CONFIG}sft.yaml --run-dir {{run}} --eval {CONFIG[9:]}eval.yaml", "chatcore_every steps: give"),
     ("run d24 --job slurm --image me/x", "--image is for hf and sky"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --sed 3", "unknown flag '--sed'; did you mean '--seed'"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --depth", "expected one argument"),
-    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --depth many", "base.depth is 'many': it must be a whole number"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --matrix_lr -1e-3", "base.matrix_lr is -0.001: .*from 0 to"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --dataset [{{{{dataset:", "no valid YAML list or mapping"),
-    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} depth 4", "unrecognized arguments: depth 4"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --repo me/x", "push_every and --repo go together"),
-    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --push_every 3", "push_every and --repo go together"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --push_every 3 --repo x", "owner, as in you/x"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --sync bucket", "--sync: 'bucket'.*no URL"),
-    (f"sft {CONFIG}sft.yaml --run-dir {{run}} --sync hf://x", "owner, as in you/x"),
     ("run cpu-demo --run-dir {run} --sync hf://me/x/y", "no repo name"),
     ("run cpu-demo --run-dir {run} --sync file:///", "as file:///mnt/runs"),
-    ("run cpu-demo --run-dir {run} --sync file://runs/x", "as file:///mnt/runs"),
     (f"pretrain {CONFIG}base.yaml", "required: --run-dir"),
-    ("pretrain --run-dir {run}", "required: --config"),
     ("pretrain --config {here}/none.yaml --run-dir {run}", "cannot read .*none.yaml: No such file"),
-    ("pretrain --config {here} --run-dir {run}", "cannot read .*: Is a directory"),
     (f"pretrain --config {LONG} --run-dir {{run}}", "at most 255 bytes"),
-    (f"pretrain {CONFIG}base.yaml --run-dir {LONG}", "at most 255 bytes"),
     (f"pretrain {CONFIG}sft.yaml --run-dir {{run}}", "unknown key 'mixture'"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --stage rl", "--stage: 'rl': it must be mid or sft"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --eval {{here}}/none.yaml", "cannot read .*none.yaml"),
@@ -165,168 +133,95 @@ COMMANDS = [
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --model {{here}}", "it has no tokenizer.json"),
     (f"rl {CONFIG}rl.yaml --run-dir=~/run", "--run-dir: write the home folder out"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages bas", r"--stages: \[0\] is 'bas': it must be base, mid"),
-    (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages=", r"--stages: \[0\] is '': it must be base, mid"),
-    (f"eval {CONFIG}eval.yaml --run-dir {{run}} --temperature hot", "eval.temperature is 'hot'"),
-    ("speedrun", "required: --recipe"),
     ("speedrun --recipe cpu-dmo --run-dir {run}", "no recipe 'cpu-dmo'.*did you mean 'cpu-demo'"),
-    ("speedrun --recipe d25 --run-dir {run}", "--recipe d24 base.depth=25"),
-    ("speedrun --recipe {here} --run-dir {run}", "no recipe"),
-    ("speedrun --recipe= --run-dir {run}", "it is empty"),
-    (f"speedrun --recipe {LONG}", "at most 255 bytes"),
+    ("speedrun --recipe d25 --run-dir {run}", "take d24, the nearest one, with base.depth=25"),
     ("speedrun --recipe cpu-demo --run-dir {run} --stages bas", "no stage 'bas'; did you mean 'base'"),
-    ("speedrun --recipe cpu-demo --run-dir {run} --stages mid,repor", "no stage 'repor'; did you mean 'report'"),
     ("speedrun --recipe cpu-demo --run-dir {run} --stages=", "--stages: .*it is empty"),
-    ("speedrun --recipe cpu-demo --run-dir {run} --stages mid,,sft", "--stages: .*it is empty"),
-    ("speedrun --recipe cpu-demo --run-dir {run} base.dept=3", "did you mean 'depth'"),
     ("speedrun --recipe cpu-demo --run-dir {run} bse.depth=3", "no stage 'bse'; did you mean 'base'"),
     ("speedrun --recipe cpu-demo --run-dir {run} depth=3", "expected STAGE.KEY=VALUE, .*, got 'depth=3'"),
-    ("speedrun --recipe cpu-demo --run-dir {run} base.depth", "expected STAGE.KEY=VALUE"),
     ("speedrun --recipe cpu-demo --run-dir {run} base.depth=", "base.depth is"),
-    ("speedrun --recipe cpu-demo --run-dir {run} base.depth=[4]", "base.depth is"),
     ("speedrun --recipe cpu-demo --run-dir {run} rl.max_new_tokens=128", "rl.max_new_tokens is 128.*base.max_seq_len"),
-    ("speedrun --recipe cpu-demo --run-dir {run} base.push_every=3", "push_every and --repo go together"),
     ("speedrun --recipe cpu-demo --run-dir {run} --repo me/x", "push_every and --repo go together"),
-    ("speedrun --recipe cpu-demo --run-dir {run} --repo me/x/y base.push_every=3", "no repo name"),
     ("speedrun --recipe cpu-demo --run-dir {run} --hourly-rate cheap", "it must be a number from 0 to"),
-    ("speedrun --recipe cpu-demo --run-dir {run} --node-hourly-rate -3", "it must be a number from 0 to"),
-    ("speedrun --recipe cpu-demo --run-dir {run} --no-such-flag", "unknown flag '--no-such-flag'"),
-    (
-        "run cpu-demo --run-dir {run} --config-file multigpu",
-        "no Accelerate config file multigpu; did you mean 'multi_gpu'",
-    ),
-    ("run cpu-demo --run-dir {run} --num-processes 0", "it must be a whole number from 1 to"),
-    ("run cpu-demo --run-dir {run} base.depth=x", "base.depth is 'x'"),
+    ("run cpu-demo --config-file multigpu", "no Accelerate config file multigpu; did you mean 'multi_gpu'"),
     ("run cpu-demo --run-dir {run} --num-processes 64", "64 processes need 64 GPUs, and this machine has"),
-    ("run cpu-demo --run-dir {run} --config-file multi_gpu --gpus 64", "64 processes need 64 GPUs"),
-    (
-        "run cpu-demo --config-file cpu --num-processes 2",
-        "one process would start, not 2: name --config-file multi_gpu",
-    ),
+    ("run cpu-demo --config-file cpu --num-processes 2", "one process would start, not 2: name --config-file multi"),
     ("run cpu-demo --submit", "--submit is for a job: name --job"),
     ("run cpu-demo --gpu H100", "--gpu is for a job"),
-    ("run cpu-demo --hours 3", "--hours is for a job"),
     ("run d24 --job k8s", "--job: 'k8s': it must be hf, sky or slurm"),
     ("run d24 --job hf --dry-run", "leave --config-file and --dry-run out"),
-    ("run d24 --job hf --config-file fsdp2", "leave --config-file and --dry-run out"),
+    ("run d24 --job hf --hours 3 --sync file:///runs", "another machine cannot reach file:///runs"),
+    ("run d24 --job slurm --hours 3 --sync memory://runs", "another machine cannot reach memory://runs"),
+    ("run d24 --job hf --hours 3 --sync nfs4://runs", "no file system of fsspec is called nfs4"),
+    ("run cpu-demo --run-dir {run} --stages tokenizer,tokenizer", "tokenizer is named twice"),
+    ("plan d24 --gpu CPU --gpus 8", "--gpus counts GPUs: leave it out"),
+    ("report --collection me/x=a me/x=b", "me/x is named twice"),
     ("run d24 --job hf --gpus 16", "no machine of 16 x H200; it has 1 x H200, 2 x H200"),
     ("run d24 --job sky --gpus 16", "one machine of up to 8 GPUs; for several nodes use --job slurm"),
-    ("run d24 --job hf --gpus 3", "no machine of 3 x H200; it has 1 x H200"),
     ("run d24 --job sky --gpu H300", "no estimate for H300; give --hours"),
     ("run d24 --job slurm --gpus 12", "12 GPUs are no whole nodes"),
     ("run d24 --job sky --submit", "the run folder is lost with the machine: add --sync"),
-    ("run d25 --job sky", "--recipe d24 base.depth=25"),
-    ("run {here}/mine --job sky --sync s3://a/b", "no recipe"),
+    ("run d25 --job sky", "take d24, the nearest one, with base.depth=25"),
     ("run d24 --job sky --hours 3 --gpu H100:{{}}", "--gpu: .*: it must be text that matches"),
-    ("run d24 --job slurm --hours 3 --gpu H100;reboot", "--gpu: .*: it must be text that matches"),
-    ("run d24 --job hf --gpu=", "--gpu: '': it must be text that matches"),
     ("run d24 --job hf --image $(id)", "--image: .*: it must be text that matches"),
-    ("run d24 --job hf --image=--rm", "--image: .*: it must be text that matches"),
-    ("run d24 --job slurm --hours 9000", "a whole number from 1 to 8760"),
-    ("run d24 --job slurm --submit --hours 0", "a whole number from 1 to"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --dry", "did you mean '--dry-run'"),
     (f"dpo {CONFIG}dpo.yaml --run-dir {{run}}", "cannot read .*dpo.yaml"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --words words.txt", "eval.words: none of its tasks uses it"),
-    ("run cpu-demo --run-dir {run} eval.words=words.txt", "eval.words: none of its tasks uses it"),
-    ("completion tcsh", "it must be bash, zsh or fish"),
     ("bench what", "no benchmark 'what'; known: cpu, gpu"),
-    ("export --run-dir {here} --to native", "required: --output"),
-    ("export --run-dir {here} --to native --output out", "no finished stage"),
-    ("export --to native --output out", "name the model"),
     ("export --model me/x --to native --output out", "me/x has neither model_NNNNNN.pt"),
-    ("export --model {here} --to ggml --output out", "it must be native or nanochat"),
+    ("export --model {here} --to ggml --output out", "it must be native, nanochat"),
     ("convert --source {here} --output {here}/out --step 3", "--step chooses among model_NNNNNN.pt files"),
     ("chat --run-dir {here} --stage stf", "it must be base, mid, sft, rl or dpo"),
-    ("chat --model x --stage sft", "name what to talk to"),
     ("chat --endpoint http://127.0.0.1:8000 --stage sft", "leave --run-dir, --stage and --device out"),
     ("chat", "name what to talk to"),
-    ("chat --run-dir {here} --endpoint http://127.0.0.1:8000", "leave --run-dir"),
-    ("chat --run-dir {here} --model x", "name what to talk to"),
-    ("chat --run-dir {here}", "no finished stage"),
     ("chat --model {here}", "no model in"),
     ("chat --endpoint localhost:8000", "must be a URL"),
-    ("chat --endpoint=", "must be a URL"),
     ("chat --model x --max-new-tokens 0", "a whole number from 1 to"),
     ("chat --model x --temperature 9", "a number from 0 to 5"),
-    ("chat --model x --temperature nan", "a number from 0 to 5"),
-    ("chat --model x --top-k -1", "a whole number from 0 to"),
-    ("chat --model x --top-p 2", "a number from 0 to 1"),
-    ("chat --model x --seed -1", "a whole number from 0"),
     ("chat --model x --language fr", "it must be en or ko"),
-    ("chat --model x --promt hello", "did you mean '--prompt'"),
     ("chat --model x --device gpu", "text that matches"),
-    ("chat --model x --device cuda:99", "this machine has no cuda:99; leave --device out"),
-    ("serve --model x --device cuda:x", "text that matches"),
     ("serve --model x --host 192.0.2.1", "cannot listen on 192.0.2.1, port 8000: .*choose another --port"),
     ("chat --endpoint http://[::1", "must be a URL"),
-    ("chat --endpoint http://:80", "must be a URL"),
-    ("chat --endpoint http://a:99999", "must be a URL"),
     ("serve --model x --host=", "--host: .*it is empty"),
     ("serve --model x --host a\0b", "printable characters"),
-    ("serve", "name the model"),
     ("serve --run-dir {here}", "no finished stage"),
-    ("serve --run-dir {here} --model x", "name the model"),
     ("serve --model x --port 99999", "a whole number from 1 to 65535"),
-    ("serve --model x --port 0", "a whole number from 1 to 65535"),
-    ("serve --model x --port http", "a whole number from 1 to 65535"),
     ("serve --model x --max-batch-size 0", "a whole number from 1 to"),
-    ("serve --model x --rows -1", "a whole number from 1 to"),
-    ("serve --model x --max-queue-size 0", "a whole number from 1 to"),
-    ("serve --model x --max-new-tokens 0", "a whole number from 1 to"),
     ("serve --model x --request-timeout -5", "a number above 0"),
-    ("serve --model x --request-timeout inf", "a number above 0"),
     ("push --run-dir {here} --repo x", "owner, as in you/x"),
-    ("push --run-dir {here} --repo a/b/c", "no repo name"),
     ("push --run-dir {here} --repo a/b --stage dpo2", "it must be base, mid, sft, rl or dpo"),
     ("push --run-dir {here} --repo a/b", "'sft' of .* is not finished; finished: none"),
-    ("push --repo a/b", "required: --run-dir"),
     ("convert --source {here} --output {here}/out --to gguf", "it must be hf, native or nanochat"),
-    ("convert --source {here} --output {here}/out --step -1", "a whole number from 0 to"),
     ("convert --source {here}/none --output {here}/out", "."),
     ("report", "name one run with --run-dir, or two with --compare"),
-    ("report --run-dir {here} --compare a b", "name one run"),
     ("report --compare a", "expected 2 arguments"),
     ("report --row --compare a b", "--row and --node-hourly-rate are about one run"),
-    ("report --compare a b --node-hourly-rate 3", "are about one run"),
-    ("report --run-dir a --collection me/x=a", "name one run"),
     ("identity --identity x --output y --split test --endpoint http://127.0.0.1:9", "leave one of them out"),
     ("report --collection x", "expects REPO=RUN"),
     ("report --run-dir {here}", "holds no finished stage"),
-    ("report --run-dir {here} --hourly-rate -1", "a number from 0 to"),
-    ("identity --identity {here}/none.yaml --output {here}/out.jsonl", "cannot read"),
-    ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --rows 0", "from 1 to"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --split dev", "train or test"),
     ("identity --identity {root}/recipes/identity.yaml --output /proc/out.jsonl --rows 2", "cannot write"),
     ("plan", "name a recipe"),
     ("plan d24 --gpus 3", "total_batch_size = 1048576 must be a positive multiple of 6144"),
-    ("plan d24 --gpus 0", "a whole number from 1 to"),
     ("plan d24 --gpu V100", "--gpu: no data sheet of 'V100'; did you mean 'H100'"),
-    ("plan d24 base.depth=x", "base.depth is 'x'"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --model x", "give that, too"),
-    ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --endpoint=", "must be a URL"),
-    ("recipes --all", "unknown flag '--all'"),
     ("recipes --copy d24", "expected 2 arguments"),
-    ("recipes --copy d25 {here}/mine", "base.depth=25"),
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
-    ("env x", "unrecognized arguments: x"),
 ]
 
 FILES = [  # content of base.yaml
     (b"- 1", "must be a mapping"),
-    (b"depth", "must be a mapping"),
     (b"a: [", "is not valid YAML"),
-    (b"depth: 3\n  seed: 1", "is not valid YAML"),
-    (b"\tdepth: 3", "is not valid YAML"),
     (b"depth: 2026-13-45", "is not valid YAML"),
     (b"a: !!python/object:os.system x", "is not valid YAML"),
     (b"dataset: \xff\xfe", "is not UTF-8"),
-    ("depth: 3".encode("utf-16"), "is not UTF-8"),
     (b"dataset: \x00", "is not valid YAML"),
     (b"[" * 1000, "is not valid YAML"),
     (b'dataset: "a\\nb"', "printable characters"),
     (b"dataset: [{dataset: a, dataset: b}]", "occurs twice"),
 ]
 
-METRICS = [b'{"finished": ', b"[1]", b"", b"\xff\xfe{", b"\x00", b"[" * 100_000]
+METRICS = {b'{"finished": ': "chat", b"[1]": "serve", b"": "report", b"\xff\xfe{": "chat", b"[" * 100_000: "report"}
 
 
 def files_below(folder: Path) -> list[str]:
@@ -383,9 +278,8 @@ def test_a_broken_yaml(refuse, content, message):
     refuse(["pretrain", "--config", f"{refuse.here}/base.yaml", "--run-dir", "run"], message)
 
 
-@pytest.mark.parametrize("command", ["chat", "serve", "report"])
-@pytest.mark.parametrize("content", METRICS)
-def test_a_damaged_metrics_json(refuse, command, content):
+@pytest.mark.parametrize("content,command", METRICS.items(), ids=METRICS.values())
+def test_a_damaged_metrics_json(refuse, content, command):
     (refuse.here / "base").mkdir()
     (refuse.here / "base" / "metrics.json").write_bytes(content)
     refuse([command, "--run-dir", "{here}"], r"metrics\.json is not valid JSON .*delete it to run that stage again")
@@ -394,46 +288,31 @@ def test_a_damaged_metrics_json(refuse, command, content):
 SHAPES = [  # a finished stage, what is wrong in its metrics.json, and what is said of it
     ("base", {"history": 3}, "history is 3: input should be a valid list"),
     ("base", {"history": [{"step": 1}, {"step": "a"}]}, r"history\[1\].step is 'a': input should be a valid number"),
-    ("base", {"started": "today"}, "started is 'today'"),
     ("base", {"wall_time_s": 1e300}, "wall_time_s is 1e.300: input should be a number from"),
-    ("base", {"wall_time_s": 10**400}, "wall_time_s is 1000"),
-    ("base", {"config": [1]}, r"config is \[1\]"),
     ("base", {"config": {"dataset": [None]}}, r"config.dataset is \[None\]"),
     ("base", {"weights": ["a"]}, r"weights is \['a'\]"),
-    ("base", {"commit": 5}, "commit is 5"),
     ("base", {"hardware": {"memory_bytes": "8"}}, "hardware.memory_bytes is '8'"),
     ("base", {"samples": [{"prompt": "a"}]}, r"samples\[0\] has no text"),
     ("base", {"mixture": [{"dataset": "a", "rows": None, "tokens": 1}]}, r"mixture\[0\].rows is null"),
     ("base", {"task": "\ud800"}, "is not valid JSON .*surrogates"),
-    ("eval", {"results": 5}, "results is 5"),
     ("eval", {"results": {"bse": {}}}, "results.bse is no valid key"),
     ("eval", {"results": {"base": {"facts": {}}}}, "results.base.facts has no value"),
     ("eval", {"core": {"base": None}}, "core.base is null"),
-    ("eval", {"weights": "abc"}, "weights is 'abc'"),
     ("eval", {"models": {"base": None}}, "models.base is null"),
     ("eval", {"examples": {"base": [5]}}, r"examples.base\[0\] is 5"),
 ]
 
 
-COMMANDS_OF_RUNS = {
-    "report": ["report", "--run-dir", "{here}"],
-    "compare": ["report", "--compare", "{here}", "{here}"],
-    "push": ["push", "--run-dir", "{here}", "--repo", "a/b", "--stage", "base", "--dry-run"],
-    "chat": ["chat", "--run-dir", "{here}"],
-}
-
-
-@pytest.mark.parametrize("command", COMMANDS_OF_RUNS)
 @pytest.mark.parametrize("stage,keys,message", SHAPES)
-def test_a_metrics_json_of_another_shape(refuse, command, stage, keys, message):
+def test_a_metrics_json_of_another_shape(refuse, stage, keys, message):
     for name in ("base", "eval"):
         (refuse.here / name).mkdir()
         record = {"finished": name == "eval", "started": 1.0} | (keys if name == stage else {})
         (refuse.here / name / "metrics.json").write_text(json.dumps(record))
     refused = rf"{stage}/metrics\.json:? {message}.*; delete it to run that stage again"
-    if stage == "eval" and command in ("push", "chat"):  # which look for a model first
-        refused = "finished"
-    refuse(COMMANDS_OF_RUNS[command], refused)
+    refuse(["report", "--run-dir", "{here}"], refused)
+    if stage == "base":
+        refuse(["push", "--run-dir", "{here}", "--repo", "a/b", "--stage", "base", "--dry-run"], refused)
 
 
 def jsonl(path: Path, *lines: str) -> str:
@@ -450,14 +329,12 @@ def parquet(path: Path, **columns: list) -> Path:
 ENTRIES = [  # of a mixture of conversations, which is opened
     ({"dataset": "primer", "transform": "gsm8k"}, "does not apply"),
     ({"dataset": "primer", "split": "dev"}, "dev"),
-    ({"dataset": "nobody.yaml"}, "cannot read nobody.yaml"),
     ({"dataset": "nowhere.txt", "transform": "spelling_bee"}, "no such file"),
     *(
         ({"dataset": name}, f"no such dataset: {name} is no file, no folder and no Hub id")
         for name in ("nowhere/chats.jsonl", "./org/name", "name", "org/name/folder", "data/x.csv")
     ),
     ({"dataset": "{here}/empty.jsonl"}, "no rows"),
-    ({"dataset": "{here}/data.csv"}, "neither"),
     ({"dataset": "{here}"}, r"train\*"),
     ({"dataset": "{here}/train.parquet"}, "cannot read"),
     ({"dataset": "{here}/bad.jsonl", "rows": 9}, "has 3 rows, not 9"),
@@ -467,7 +344,6 @@ ENTRIES = [  # of a mixture of conversations, which is opened
 @pytest.mark.parametrize("entry,message", ENTRIES)
 def test_a_mixture_that_cannot_be_opened(tmp_path, entry, message):
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "data.csv").write_text("a")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
     jsonl(tmp_path / "bad.jsonl", "{", "[1]", "3")
     entry = entry | {"dataset": entry["dataset"].replace("{here}", str(tmp_path))}
@@ -483,11 +359,8 @@ ROWS_OF_CHATS = [
     ("[1]", "no messages"),
     ('{"text": "a"}', "no column 'messages'; its columns are text"),
     ('{"messages": []}', "no messages"),
-    ('{"messages": "hello"}', "."),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "."),
     ('{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}', "is empty"),
     ('{"messages": [{"role": "wizard", "content": "a"}, {"role": "assistant", "content": "b"}]}', "."),
-    ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}', "."),
 ]
 
 
@@ -502,11 +375,9 @@ TEXTS = [
     (lambda here: parquet(here / "t" / "0.parquet", content=["a"]), "no column 'text'; it has content"),
     (lambda here: parquet(here / "t" / "0.parquet", text=[1]), "int64, not text"),
     (lambda here: jsonl(here / "t.jsonl", *['{"messages": "a"}'] * 3), "no text under 'text'"),
-    (lambda here: jsonl(here / "t.jsonl", *['{"text": 5}'] * 3), "no text under 'text'"),
     (lambda here: jsonl(here / "t.jsonl", "{", *['{"text": "a"}'] * 30), "is not JSON"),
     (lambda here: here, r"no \.parquet or \.jsonl"),
     (lambda here: here / "nowhere", "no dataset"),
-    (lambda here: "nowhere/x.jsonl", "no dataset"),
     (lambda here: "someone/something", "HF_HUB_OFFLINE"),
 ]
 
@@ -523,14 +394,11 @@ def test_a_text_that_cannot_be_read(tmp_path, monkeypatch, make, message):
 IDENTITIES = [
     ("- a", "must be a mapping"),
     ("name: A", "needs a name and an owner"),
-    ("{name: A, owner: B, 1: x, z: y}", "unknown key 1"),
-    ("[" * 3000, "is not valid YAML"),
     ("name: [", "not valid YAML"),
     ("{name: A, owner: B, job: C}", "unknown key 'job'"),
     ("{name: 5, owner: B}", "name is 5, not text"),
     ("{name: A, owner: B, language: xx}", "no phrasings for language 'xx'; use en, ko"),
     ("{name: A, owner: B, facts: [{ask: x}]}", "an item of facts"),
-    ("{name: A, owner: B, facts: [{ask: [], say: x}]}", "at least one question"),
     ("{name: A, owner: B, styles: [loud]}", "an item of styles"),
 ]
 
@@ -546,7 +414,6 @@ CALLS = [
     (lambda: load_tokenizer("/nowhere"), "no tokenizer in"),
     (lambda: DocumentStream("primer", "test"), "split must be"),
     (lambda: open_documents([]), "dataset is .*: it must be a list of {dataset, weight}, not empty"),
-    (lambda: Mixture([]), "mixture is .*not empty"),
     (lambda: PretrainConfig(depth=0), "^depth is 0: it must be"),
     (lambda: PretrainConfig(0), "^depth is 0: it must be"),
     (lambda: PretrainConfig(dept=3), "unknown key 'dept'; did you mean 'depth'"),

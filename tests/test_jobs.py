@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nanochat_hf import cli
+from nanochat_hf import cli, jobs
 from nanochat_hf.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -43,21 +43,13 @@ def test_hugging_faces_own_parser_takes_the_command_line_and_has_every_flavor(ca
 def test_the_command_of_a_job_is_one_of_this_program(capsys, monkeypatch):
     task = yaml.safe_load(job(capsys, "d24", "--job", "sky", "--sync", "s3://b/x", "sft.mixture=[{dataset: a b}]"))
     calls = []
-    monkeypatch.setattr(os, "execv", lambda path, command: calls.append(command))
+    monkeypatch.setattr(jobs, "launch", calls.append)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     limit, hours, program, *words = shlex.split(task["run"])
     assert (limit, hours, program) == ("timeout", "5h", "nanochat")
     cli.dispatch(None, words)
     assert calls[0][-4:] == ["speedrun", "--recipe=d24", "sft.mixture=[{dataset: a b}]", "--sync=s3://b/x"]
     assert calls[0][calls[0].index("--num_processes") + 1] == "8" and "multi_gpu.yaml" in " ".join(calls[0])
-
-
-def test_a_sky_task_has_documented_keys(capsys):
-    """Those of https://docs.skypilot.co/en/latest/reference/yaml-spec.html; SkyPilot 0.14.1 itself read it, too."""
-    task = yaml.safe_load(job(capsys, "d12", "--job", "sky", "--gpu", "H100", "--gpus", "1", "--hours", "2"))
-    assert set(task) == {"name", "resources", "secrets", "run"}
-    resources = {"accelerators": {"H100": 1}, "image_id": "docker:you/nanochat_hf", "disk_size": 512}
-    assert task["resources"] == resources and "--config-file=single_gpu" in task["run"]
 
 
 @pytest.mark.parametrize("gpus,nodes,per_node", [(1, 1, 1), (8, 1, 8), (16, 2, 8)])
@@ -94,13 +86,6 @@ def test_a_job_is_submitted_by_its_own_program_or_refused(capsys, tmp_path, monk
     monkeypatch.setenv("CODE", "3")
     with pytest.raises(InputError, match="did not take the job: exit code"):
         job(capsys, *words)
-
-
-def test_a_job_without_sync_is_printed_with_a_note_and_not_submitted(capsys):
-    cli.run(["d12", "--job", "hf", "--hours", "3"])
-    assert "add --sync" in capsys.readouterr().err
-    with pytest.raises(InputError, match="add --sync"):
-        cli.run(["d12", "--job", "hf", "--hours", "3", "--submit"])
 
 
 def test_a_recipe_that_the_image_lacks_is_refused(tmp_path, capsys):

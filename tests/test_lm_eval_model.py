@@ -70,11 +70,6 @@ def test_a_long_context_of_a_choice_keeps_its_end_and_is_counted(tiny_model, tok
     assert long == cropped and lm.num_cropped == 1 and lm.model_seconds > 0
 
 
-def test_a_wrong_folder_is_named(tmp_path):
-    with pytest.raises(InputError, match="missing"):
-        load(str(tmp_path / "missing"), "auto", torch.device("cpu"))
-
-
 FOREIGN = {"auto_map": {"AutoConfig": "other.Config", "AutoTokenizer": ["other.Tokenizer", None]}}
 
 
@@ -82,16 +77,11 @@ FOREIGN = {"auto_map": {"AutoConfig": "other.Config", "AutoTokenizer": ["other.T
     "file,content",
     [
         ("model.safetensors", b""),
-        ("model.safetensors", b"\xff" * 100),
-        ("tokenizer.json", b"{}"),
         ("tokenizer.json", b"[" * 100_000),
         ("tokenizer_config.json", {"tokenizer_class": "Other", **FOREIGN}),
         ("config.json", b"[" * 100_000),
-        ("config.json", b"[]"),
         ("config.json", {"model_type": "other", **FOREIGN}),
-        ("config.json", {"num_hidden_layers": "four"}),
         ("config.json", {"num_hidden_layers": 10**9, "layer_types": None}),
-        ("config.json", {"model_type": "llama", "num_hidden_layers": 10**9}),
         ("config.json", {"model_type": "gpt2", "n_layer": 10**9}),
         ("config.json", {"hidden_size": 10**12}),
     ],

@@ -61,8 +61,6 @@ def endless_template(path):
 
 BROKEN = {  # what happened to model.safetensors, and what the line says
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-7]), "no model in .* that can be read"),
-    "empty": (lambda path: path.write_bytes(b""), "no model in .* that can be read"),
-    "gone": (lambda path: path.unlink(), "no model in .* that can be read"),
     "other shape": (other_shape, "no model in .* that can be read"),
     "not finite": (not_finite, r"not finite \(NaN or infinity in model\.layers\.0\.mlp\.fc1\.weight\)"),
     "foreign code": (foreign_code, "no model in .* that can be read"),
@@ -85,9 +83,8 @@ def test_what_is_wrong_with_a_model_is_the_same_line_for_all(tiny_folder, monkey
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("config.json", "[]"), ("config.json", '{"model_type": "nanochat_hf", "hidden_size": "x"}'), ("config.json", "["),
-     ("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("model.safetensors", ""), ("tokenizer_config.json", "[]")],
-)  # fmt: skip
+    [("config.json", "["), ("tokenizer.json", "{}"), ("model.safetensors", "")],
+)
 def test_a_damaged_file_is_one_line_of_conversion_and_push(tiny_folder, tmp_path, file, content):
     (tiny_folder / file).write_text(content)
     with pytest.raises(InputError):

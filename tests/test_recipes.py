@@ -1,9 +1,8 @@
 """Every recipe and Accelerate config file is read by the parser of real runs; the pipeline refuses what is wrong."""
 
 import re
+import signal
 import subprocess
-import sys
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +13,13 @@ import yaml
 from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 
-from nanochat_hf import cli, stages
-from nanochat_hf.config import parse_config
+from nanochat_hf import cli, jobs, stages
 from nanochat_hf.data.documents import text_fingerprint
 from nanochat_hf.errors import InputError
+from nanochat_hf.eval.core import load_tasks
 from nanochat_hf.optim.scaling import MEASURED, Plan, plan
 from nanochat_hf.run import Run, save_json, start_record, write_metrics
-from nanochat_hf.stage_configs import DPOStageConfig, read_recipe
+from nanochat_hf.stage_configs import read_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/base.yaml"))
@@ -60,14 +59,6 @@ def test_the_example_numbers_of_the_readme_are_the_plans():
         assert (f"{millions / 1e3:.2f}B" if millions >= 1000 else f"{millions:.0f}M") in row
 
 
-def test_the_dpo_recipe_is_read_by_the_parser_of_real_runs():
-    path = ROOT / "recipes" / "d12" / "dpo.yaml"
-    keys = yaml.safe_load(path.read_text())
-    config = parse_config(DPOStageConfig, path, {"beta": "0.25"})
-    assert {key: getattr(config, key) for key in keys} == keys and config.beta == 0.25
-    assert len(keys) >= 8 and set(keys) <= {field.name for field in fields(DPOStageConfig)}
-
-
 def test_overrides_reach_their_stage_and_another_depth_is_planned_from_the_other_keys():
     overrides = ["base.depth=6", "sft.num_iterations=5", "eval.tasks=[nanochat_gsm8k]"]
     names, configs = read("cpu-demo", ["sft", "base"], overrides)
@@ -86,7 +77,7 @@ def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path):
     cli.speedrun(["--recipe", "cpu-demo", "--run-dir", str(tmp_path), *words])
     [(run, names, configs, repo, rate)] = calls
     assert (run.path, names, configs["base"].depth, repo, rate) == (tmp_path, ["base"], 3, "me/x", 24.0)
-    monkeypatch.setattr(cli.os, "execv", lambda python, command: calls.append(set(command)))
+    monkeypatch.setattr(jobs, "launch", lambda command: calls.append({*command}))
     cli.run(["cpu-demo", "--run-dir", "x", "--sync", "memory://y", *words])
     passed_on = {"--run-dir=x", "--sync=memory://y", "--repo=me/x", "--node-hourly-rate=24.0", "--stages=base"}
     assert passed_on | {"base.depth=3", "base.push_every=5"} <= calls[1]
@@ -106,7 +97,7 @@ def test_a_recipe_for_gpus_is_refused_before_its_tokenizer_is_trained(monkeypatc
         (stages.run_rl, stages.RLConfig, {}, "stage 'rl' starts from a finished"),
         (stages.run_dpo, stages.DPOStageConfig, {}, "stage 'dpo' starts from a finished"),
         (stages.run_base, stages.PretrainConfig, {}, "no finished tokenizer"),
-        (stages.run_eval, stages.EvalConfig, {"stages": ["sft"]}, "'sft' is no finished stage"),
+        (stages.run_eval, stages.EvalConfig, {"stages": ["sft"]}, "'sft' of .* is not finished"),
     ],
 )
 def test_a_stage_without_what_it_starts_from_is_refused_and_so_is_a_finished_one(tmp_path, runner, cls, keys, message):
@@ -118,17 +109,6 @@ def test_a_stage_without_what_it_starts_from_is_refused_and_so_is_a_finished_one
             save_json(tmp_path / stage / "metrics.json", {"finished": True})
         with pytest.raises(InputError, match="is finished already; delete it or choose another --run-dir"):
             runner(cls(), run)
-
-
-@pytest.mark.parametrize(
-    "device,kind,name",
-    [("cuda", "nanochat_hf", "Engine"), ("cuda", "gpt2", "Generator"), ("cpu", "nanochat_hf", "Generator")],
-)
-def test_the_engine_generates_for_nanochat_models_on_a_gpu(monkeypatch, device, kind, name):
-    for cls in ("Engine", "Generator"):
-        monkeypatch.setattr(stages, cls, lambda model, tokenizer, cls=cls: cls)
-    model = SimpleNamespace(device=SimpleNamespace(type=device), config=SimpleNamespace(model_type=kind))
-    assert stages.engine(model, None) == name
 
 
 def finished(run: Run, configs: dict, *names: str, **numbers) -> None:
@@ -145,7 +125,7 @@ def test_a_changed_recipe_and_a_source_that_runs_again_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"recipe changed since .*base finished \(depth: 4 -> 5\)"):
         stages.check_run_folder(run, names, changed)
     (run.folder("tokenizer") / "metrics.json").unlink()
-    with pytest.raises(InputError, match="base is finished but was made before 'tokenizer', which runs again"):
+    with pytest.raises(InputError, match="base was made before 'tokenizer', which runs again"):
         stages.check_run_folder(run, names, configs)
     finished(run, configs, "eval")
     stages.check_run_folder(run, ["tokenizer", "eval"], configs)  # an evaluation finds out by itself what changed
@@ -244,13 +224,49 @@ def test_accelerate_reads_every_config_file(path):
     assert keys.get("gpu_ids", "all") == "all"  # any other value would silently overrule CUDA_VISIBLE_DEVICES
 
 
-def test_the_launcher_leaves_ctrl_c_to_the_rank(tmp_path):
-    (tmp_path / "accelerate" / "commands").mkdir(parents=True)
-    launcher = (
-        "import os, signal\ndef main():\n    os.kill(os.getpid(), signal.SIGINT)\n    print('waits for the rank')\n"
-    )
-    for name, text in (("__init__", ""), ("commands/__init__", ""), ("commands/launch", launcher)):
-        (tmp_path / "accelerate" / f"{name}.py").write_text(text)
-    command = [sys.executable, "-c", cli.LAUNCH]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "waits for the rank\n", "")
+STOPPED = "stopped by a signal: the same command resumes the run"
+
+
+@pytest.mark.parametrize(
+    "code,ends,line",
+    [
+        (-15, 143, STOPPED),
+        (130, 130, STOPPED),
+        (2, 2, ""),
+        (7, 7, "error: rank 0 ended with exit code 7: .*"),
+    ],
+)
+def test_a_launch_ends_as_its_rank_does_with_one_line_and_passes_signals_on(monkeypatch, capsys, code, ends, line):
+    def rank(arguments):
+        raise subprocess.CalledProcessError(code, "rank")
+
+    handlers, signals = {}, []
+    children = SimpleNamespace(children=lambda: [SimpleNamespace(send_signal=signals.append)])
+    monkeypatch.setattr("nanochat_hf.jobs.logging.disable", lambda level: None)
+    monkeypatch.setattr("nanochat_hf.jobs.signal.signal", handlers.__setitem__)
+    monkeypatch.setattr("nanochat_hf.jobs.psutil.Process", lambda: children)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", rank)
+    with pytest.raises(SystemExit) as caught:
+        jobs.launch(["--cpu", "rank.py"])
+    assert caught.value.code == ends and re.fullmatch(line, capsys.readouterr().err.strip())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number](number, None)
+    assert signals == [signal.SIGTERM]  # a terminal sends Ctrl-C to the rank itself
+
+
+def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "check_cost", lambda *_: None)
+    monkeypatch.setattr(stages, "run_stage", lambda *_: pytest.fail("trains"))
+    for keys, message in (
+        (["eval.tasks=[nanochat_gsm8k]"], "no file gsm8k_test.jsonl in chat_data and no openai/gsm8k from the Hub"),
+        (["eval.core_bundle=/nowhere"], "/nowhere is no CORE bundle"),
+    ):
+        with pytest.raises(InputError, match=message):
+            stages.run_stages(Run(tmp_path / "run"), *read("cpu-demo", None, keys))
+    assert not (tmp_path / "run" / "eval").exists()
+
+    def load(names):
+        raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub\n(OfflineModeIsEnabled)")  # of datasets
+
+    with pytest.raises(InputError, match=r"^arc_easy of lm-eval cannot be loaded: Couldn't reach .* on the Hub \(Off"):
+        load_tasks(SimpleNamespace(load=load), ["arc_easy"])

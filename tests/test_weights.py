@@ -44,10 +44,6 @@ def change(run, **keys):
     save_json(run.path / "eval" / "metrics.json", {**run.metrics("eval"), **keys})
 
 
-def forget_weights(run):
-    change(run, weights=None, models={stage: f"runs/d4/{stage}" for stage in ("base", "sft", "rl")})
-
-
 def retrain(run, stage="sft", started=1.5):
     write_stage(run.folder(stage), 0.75, started)
 
@@ -58,11 +54,6 @@ def change_template(run):
 
 def begin_again(run):
     save_json(run.folder("sft") / "metrics.json", {"started": 1.0})
-
-
-def forget_and_retrain(run):
-    forget_weights(run)
-    retrain(run, started=10.0)
 
 
 def remove_rl_add_mid(run):
@@ -88,8 +79,7 @@ def measure_another(run):
 
 
 OLDER = "the evaluation is older than the models, its results are left out for {}; run it again"
-UNVERIFIED = "not verified: the evaluation does not say which weights of {} it measured"
-REPLACED = "the weights of base are not those that its metrics.json describes, so its numbers are left out"
+REPLACED = "base: the weights are not those that its metrics.json describes, so its numbers are left out"
 
 
 @pytest.mark.parametrize(
@@ -104,9 +94,6 @@ REPLACED = "the weights of base are not those that its metrics.json describes, s
         (retrain_and_delete_weights, "rl sft", OLDER, "base (has other weights now)"),
         (replace_by_hand, "rl sft", REPLACED, "base (has other weights now)"),
         (measure_another, "rl sft", OLDER, "base (org/other was measured in its place)"),
-        (forget_weights, "base rl sft", UNVERIFIED.format("base, sft, rl"), ""),
-        (forget_and_retrain, "base rl", OLDER, "sft (trained after the evaluation)"),
-        (forget_and_retrain, "base rl", "rl was trained before today's sft", None),
     ],
 )
 def test_results_of_other_weights_are_left_out_with_a_note_and_measured_again(run, edit, stages, note, again):
@@ -169,7 +156,7 @@ def test_the_pipeline_refuses_a_stage_whose_weights_were_replaced(run):
     pipeline.check_run_folder(run, ["base", "sft"], configs)
     save_file({"a": torch.ones(3)}, run.folder("base") / "model.safetensors")
     for stages in (["base"], ["sft"], ["base", "sft", "report"]):
-        with pytest.raises(InputError, match=r"weights in .*base are not those that its metrics\.json describes"):
+        with pytest.raises(InputError, match=r"base: the weights are not those that its metrics\.json describes"):
             pipeline.check_run_folder(run, stages, configs)
     pipeline.check_run_folder(run, ["report"], configs)  # leaves its numbers out and says so
 
@@ -185,8 +172,7 @@ def test_a_hub_ids_weights_are_its_commit(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "value,dtype",
-    [(float(value), dtype) for value in ("nan", "inf", "-inf") for dtype in (torch.float32, torch.bfloat16)]
-    + [(float("inf"), torch.float16), (float("nan"), torch.float8_e4m3fn)],
+    [(float("nan"), torch.float32), (float("-inf"), torch.bfloat16), (float("nan"), torch.float8_e4m3fn)],
 )
 def test_a_value_that_is_not_finite_is_found_in_any_shard_and_named(tmp_path, value, dtype):
     good = {"fine": torch.ones(5, 4).to(dtype), "count": torch.tensor(3), "none": torch.zeros(0, 3)}
@@ -200,16 +186,6 @@ def test_a_value_that_is_not_finite_is_found_in_any_shard_and_named(tmp_path, va
         refuse_non_finite(tmp_path)
     assert "\n" not in str(error.value)
     assert first_non_finite([("s", torch.tensor(value))]) == "s"
-
-
-def test_weights_that_are_cut_off_or_not_finite_make_no_report(run):
-    path = run.folder("sft") / "model.safetensors"
-    save_file({"a": torch.zeros(3), "b": torch.tensor([1.0, float("nan")])}, path)
-    with pytest.raises(InputError, match=r"NaN or infinity in b of model\.safetensors"):
-        make_report(run.path)
-    os.truncate(path, 100)
-    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
-        make_report(run.path)
 
 
 def test_numbers_that_were_nan_are_a_dash_and_null(run):
@@ -234,8 +210,6 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(tm
     recipe.mkdir()
     (recipe / "base.yaml").write_text("dataset: primer\n")
     keys = "tasks: [nanochat_demo_spelling]\nlimit: 2\nbpb_tokens: 128\nmax_new_tokens: 4\n"
-    (tmp_path / "rows").mkdir()
-    keys += f"chat_data: {tmp_path / 'rows'}\n"
     (recipe / "eval.yaml").write_text(keys)
     for number, stage in enumerate(("base", "sft")):
         tiny_model.save_pretrained(run.folder(stage))
@@ -257,11 +231,6 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(tm
     assert ": finished earlier, runs again for sft (has other weights now)" in output
     assert "[eval] base: measured earlier, with the same weights" in output and "[eval] sft: val bpb" in output
     assert run.metrics("eval")["weights"] == {stage: model_fingerprint(run.folder(stage)) for stage in ("base", "sft")}
-    assert "[eval] already finished, skipping: " in again()
-    (tmp_path / "rows" / "gsm8k_test.jsonl").write_text("")
-    output = again()
-    assert "runs again for all stages (its config, tasks, code or data changed)" in output
-    assert "[eval] base: val bpb" in output and "[eval] sft: val bpb" in output
     assert "[eval] already finished, skipping: " in again()
 
 

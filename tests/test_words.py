@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,20 +48,23 @@ PRIVATE_NAMES = re.compile(  # identifiers of before that have a standard name
 FILLERS = {"found", "asked", "told", "made", "kept", "said", "wanted", "known"}
 
 
-def tracked(*suffixes: str) -> list[Path]:
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    return [ROOT / name for name in names if name.endswith(suffixes) and not name.startswith(EXEMPT)]
+@cache
+def tracked(*suffixes: str) -> dict[str, str]:
+    """Name -> text of the files of this checkout."""
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = [name for name in listing.splitlines() if name.endswith(suffixes) and not name.startswith(EXEMPT)]
+    return {name: (ROOT / name).read_text() for name in names if (ROOT / name).exists()}
 
 
 @pytest.mark.parametrize("word", PRIVATE)
 def test_no_private_word(word):
     places = []
-    for path in tracked(".py", ".md", ".yaml", ".toml", ".html", "Makefile", ".jinja"):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if re.search(word, line) and not OLD_NAMES.search(line):
-                places.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:90]}")
+    for name, text in tracked(".py", ".md", ".yaml", ".toml", ".html", "Makefile", ".jinja").items():
+        if re.search(word, text):
+            lines = enumerate(text.splitlines(), 1)
+            places += [
+                f"{name}:{n}: {line}" for n, line in lines if re.search(word, line) and not OLD_NAMES.search(line)
+            ]
     assert not places, f"say {PRIVATE[word]!r}:\n" + "\n".join(places)
 
 
@@ -75,9 +79,8 @@ def names_of(node) -> list[str]:
 
 def test_names_are_the_fields_and_variables_name_the_thing():
     places = []
-    for path in tracked(".py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            for name in names_of(node):
-                if name in FILLERS or PRIVATE_NAMES.fullmatch(name):
-                    places.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    for path, text in tracked(".py").items():
+        for node in ast.walk(ast.parse(text)):
+            names = [name for name in names_of(node) if name in FILLERS or PRIVATE_NAMES.fullmatch(name)]
+            places += [f"{path}:{node.lineno}: {name}" for name in names]
     assert not places, f"{len(places)} names that say too little, or are private:\n" + "\n".join(places)

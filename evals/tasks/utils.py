@@ -4,7 +4,7 @@
         --include_path evals --apply_chat_template
 
 Multiple choice gives the same results in the lm-eval CLI. Generated answers (GSM8K, HumanEval, SpellingBee, the demo)
-do, too, as long as the model calls no tool: the CLI answers no calls, `scripts/run_evals.py` does.
+do, too, as long as the model calls no tool: the CLI answers no calls, `nanochat eval` does.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Checkpoints of karpathy/nanochat (October 2025 and July 2026) <-> ours <-> transformers' own `nanochat`.
 
 Upstream keeps `model_NNNNNN.pt` and `meta_NNNNNN.json` in one folder, its tokenizer in another. `convert` turns them
-into a folder for `from_pretrained`, tokenizer included, and back; `scripts/convert_checkpoint.py` is its command line.
+into a folder for `from_pretrained`, tokenizer included, and back; `nanochat convert` is its command line.
 Weight files are read as plain weights, never as code.
 
 Sources: karpathy/nanochat, gpt.py and checkpoint_manager.py at b399e43 (2025-11) and 92d63d4 (2026-07).

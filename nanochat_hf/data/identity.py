@@ -13,7 +13,7 @@
 
 Only name and owner are required. `conversations` fills the phrasings of data/identities/<language>.yaml; a mixture
 does so for any .yaml that it names. `generate_with_model` has a better model write the conversations
-(scripts/make_identity.py). The test split asks in phrasings that no training row has.
+(`nanochat identity`). The test split asks in phrasings that no training row has.
 """
 
 import json

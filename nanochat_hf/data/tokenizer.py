@@ -3,7 +3,7 @@
 The split pattern is GPT-4's with shorter groups of digits, and the nine special tokens come after the merges, both
 as in karpathy/nanochat. What is saved is an ordinary `PreTrainedTokenizerFast` folder for `AutoTokenizer`.
 
-    python scripts/tok_train.py --config recipes/d12/tokenizer.yaml --run-dir runs/d12
+    nanochat tokenizer --config recipes/d12/tokenizer.yaml --run-dir runs/d12
 
 Text never turns into a special token by spelling it: documents go through `encode_documents`, messages through the
 chat template, and both treat `<|bos|>` in somebody's text as seven ordinary characters.

@@ -112,7 +112,14 @@ def run_lm_eval(lm, tasks: dict, limit: int | None, chat: bool, log_samples: boo
 
 
 def load_tasks(manager: TaskManager, names: list[str]) -> dict:
-    tasks = input_error(manager.load, names)["tasks"]
+    """Name -> task, with its rows. Raises InputError: no network, no such dataset, a wrong YAML."""
+    try:
+        tasks = input_error(manager.load, names)["tasks"]
+    except InputError:
+        raise
+    except Exception as error:  # of datasets and of a task's own code: no common type
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{', '.join(names)} of lm-eval cannot be loaded: {reason}") from error
     for task in tasks.values():
         task.set_fewshot_seed(1234)
         task.config.num_fewshot = task.config.num_fewshot or 0

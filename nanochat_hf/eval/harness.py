@@ -1,6 +1,6 @@
 """Evaluate the models of a run with lm-eval: CORE, bits per byte, chat tasks; also CORE and ChatCORE during training.
 
-    python scripts/run_evals.py --config recipes/cpu-demo/eval.yaml --run-dir runs/cpu-demo
+    nanochat eval --config recipes/cpu-demo/eval.yaml --run-dir runs/cpu-demo
 
 All tasks are the YAMLs of evals/tasks, which the lm-eval CLI runs, too. This runner is faster (shared prefixes,
 batches of equal work, requests divided among ranks) and runs tools inside answers. Results go to eval/metrics.json,
@@ -12,7 +12,8 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -24,14 +25,24 @@ from ..data.documents import local_path
 from ..data.tokenizer import load_tokenizer
 from ..distributed import broadcast_from_main, monitored_barrier, partial_state
 from ..errors import InputError
-from ..run import MODEL_STAGES, Run, fingerprint, load_metrics, save_json, start_record, track, write_metrics
+from ..run import (
+    MODEL_STAGES,
+    Run,
+    fingerprint,
+    load_metrics,
+    save_json,
+    save_jsonl,
+    start_record,
+    track,
+    write_metrics,
+)
 from ..stage_configs import EvalConfig
 from .bpb import held_out_bpb
 from .core import GROUP, centered_mean, evaluate_core, input_error, load_tasks, quiet
 from .lm_eval_model import Generator, LocalLM, load
 from .report import compression, repository_size, with_error
-from .tasks import EVALS, MEANS, Tasks, task_manager, write_jsonl
-from .weights import measurements, model_id
+from .tasks import EVALS, MEANS, Tasks, task_manager
+from .weights import model_id, outdated
 
 PACKAGE = Path(__file__).parents[1]
 CODE = ("eval/bpb", "eval/core", "eval/lm_eval_model", "eval/loglikelihood", "eval/tasks", "data/grading")
@@ -143,13 +154,11 @@ def other_stages(output: Path, models: dict[str, str], definition: str) -> dict[
     """
     record, run, lost = load_metrics(output, evaluation=True) or {}, Run(output.parent), []
     results = by_stage(record, definition)
-    for stage, measurement in measurements(run, record).items():
-        if stage in models:
-            continue
-        model, weights = measurement.model, (record.get("weights") or {}).get(stage)
-        if measurement.outdated or not weights or (model and model_id(model) not in (None, weights)):
+    for stage, reason in outdated(run, record).items():
+        model, weights = record["models"][stage], (record.get("weights") or {}).get(stage)
+        if reason or not weights or (model != stage and model_id(model) not in (None, weights)):
             results.pop(stage, None)
-        if stage not in results and (model or run.finished(stage)):
+        if stage not in {*results, *models} and (model != stage or run.finished(stage)):
             lost.append(stage)
     if lost:
         print(f"[eval] results of {', '.join(lost)} are left out: weights, config, tasks or data changed since")
@@ -193,7 +202,7 @@ def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, 
             log(key, f"{format_result(result)}, {seconds[name]:.1f} s")
         results, examples = results | task_results, examples + samples[:2]
         if samples and config.log_samples:
-            write_jsonl(output / "samples" / stage / f"{name}.jsonl", samples)
+            save_jsonl(output / "samples" / stage / f"{name}.jsonl", samples)
     means = {}
     for kind, (_, label, part) in MEANS.items():
         members = {name: result for name, result in results.items() if result.get(kind)}
@@ -220,13 +229,31 @@ def format_result(result: dict) -> str:
     return text + (f", tool use {result['tool_use']:.0%}" if "tool_use" in result else "")
 
 
+def check_tasks(config: EvalConfig, stages: Collection[str], output: Path) -> None:
+    """Raise InputError if the data of a task cannot be had for an evaluation of `stages`; hours before it runs."""
+    try:
+        with quiet():
+            tasks = Tasks(config, dict.fromkeys(stages, ""), output)
+            if config.core_bundle and {*config.core_stages} & {*stages}:
+                check_bundle(tasks.manager)
+    except InputError:  # refused input leaves nothing
+        shutil.rmtree(output / "questions", ignore_errors=True)
+        with suppress(OSError):  # it holds more
+            output.rmdir()
+        raise
+
+
+def check_bundle(manager) -> None:
+    input_error(lambda: next(iter(load_tasks(manager, [GROUP]).values())).file)
+
+
 def core_metric(tokenizer, bundle: str) -> Callable[[torch.nn.Module, int], float]:
     """CORE in training: (model in eval mode, examples per task) -> centered mean of the bundle's tasks, on every rank.
 
     Raises InputError at once, not at the first measurement, for a bundle that is missing.
     """
     manager = task_manager(config := EvalConfig(core_bundle=bundle))
-    input_error(lambda: next(iter(load_tasks(manager, [GROUP]).values())).file)
+    check_bundle(manager)
 
     def measure(model, max_per_task: int) -> float:
         with quiet():

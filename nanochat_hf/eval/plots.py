@@ -87,11 +87,8 @@ def draw_bars(groups: dict[str, dict[str, dict]], path: Path, title: str) -> str
         cells = {i + number * height: group.get(name, {}) for i, group in enumerate(groups.values())}
         cells = {place: cell for place, cell in cells.items() if cell.get("value") is not None}
         values, errors = ([cell.get(key) or 0 for cell in cells.values()] for key in ("value", "stderr"))
-        options = {
-            "color": COLORS[name],
-            "label": name if name == GPT2 else name.upper(),
-            "error_kw": {"ecolor": GRAY},
-        }
+        label = name if name == GPT2 else name.upper()
+        options = {"color": COLORS[name], "label": label, "error_kw": {"ecolor": GRAY}}
         drawn = axes.barh(list(cells), values, height, xerr=errors, **options)
         axes.bar_label(drawn, fmt=" {:.3f}", fontsize=9, color=GRAY)
         for place, cell in cells.items():

@@ -23,7 +23,7 @@ from ..optim.scaling import GPUS, find_gpu
 from ..run import MODEL_STAGES, STAGES, TITLES, Run, duration, project_folder, renamed_keys, save_json, short, writing
 from ..stage_configs import RECIPES, read_recipe
 from .plots import GPT2_XL, WORDS, page, plots
-from .weights import measurements, refuse_non_finite, replaced
+from .weights import REPLACED, outdated, replaced
 
 ROOT = Path(__file__).parents[2]
 OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
@@ -39,7 +39,7 @@ def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
         hourly_rate: price of the whole machine in dollars per hour, for the cost.
 
     Raises:
-        InputError: the folder has no finished stage, or weights that are not finite.
+        InputError: the folder has no finished stage.
     """
     path = Path(run_path)
     facts = collect(Run(path), hourly_rate)
@@ -56,16 +56,13 @@ def collect(run: Run, hourly_rate: float | None = None, last: str | None = None)
     """All facts of the report, up to stage `last` if that is named, as plain values: the content of report.json.
 
     Results of other weights than the run folder's are left out, and "notes" says so. Raises InputError for a folder
-    without a finished stage, and for weights that are not finite.
+    without a finished stage.
     """
     later = MODEL_STAGES[MODEL_STAGES.index(last) + 1 :] if last else ()
     stages = {stage: run.metrics(stage) or {} for stage in (*TITLES, "eval") if stage not in later}
     stages = {stage: metrics for stage, metrics in stages.items() if metrics.get("finished")}
     if not stages:
         raise InputError(f"{run.path} holds no finished stage to report on")
-    for stage in MODEL_STAGES:
-        if stage in stages:
-            refuse_non_finite(run.folder(stage))
     seconds = {stage: metrics.get("wall_time_s") for stage, metrics in stages.items()}
     total = sum(filter(None, seconds.values()))
     newest = max(stages.values(), key=lambda metrics: metrics.get("started") or 0)
@@ -104,27 +101,19 @@ def current_results(run: Run, stages: dict, later: Collection[str] = ()) -> tupl
         later: names of stages that are left out.
     """
     record, notes, names = stages.get("eval", {}), [], [name for name in stages if name in TITLES]
-    measured = {stage: value for stage, value in measurements(run, record).items() if stage not in later}
-    reasons = {stage: measurement.outdated for stage, measurement in measured.items() if measurement.outdated}
-    if reasons:
+    measured = {stage: reason for stage, reason in outdated(run, record).items() if stage not in later}
+    if reasons := {stage: reason for stage, reason in measured.items() if reason}:
         why = ", ".join(f"{stage} ({reason})" for stage, reason in reasons.items())
         notes.append(f"the evaluation is older than the models, its results are left out for {why}; run it again")
-    if unknown := [stage for stage in measured if not measured[stage].verified and stage not in reasons]:
-        notes.append(f"not verified: the evaluation does not say which weights of {', '.join(unknown)} it measured")
-    notes += [f"{stage} is {m.model}" for stage, m in measured.items() if m.model and stage not in reasons]
-    problem = (
-        "are not those that its metrics.json describes, so its numbers are left out; train it again, or restore them"
-    )
-    notes += [f"the weights of {name} {problem}" for name in names if replaced(run, name)]
+    models = {stage: record["models"][stage] for stage in measured if stage not in reasons}
+    notes += [f"{stage} is {model}" for stage, model in models.items() if model != stage]
+    notes += [f"{name}: {REPLACED}, so its numbers are left out" for name in names if replaced(run, name)]
     for before, after in pairwise(names):
         weights, source = stages[before].get("weights"), (stages[after].get("inputs") or {}).get("model")
-        if before in MODEL_STAGES and weights and source:
-            if source != weights:
-                notes.append(f"{after} was trained from another model than today's {before}")
-        elif (stages[before].get("started") or 0) > (stages[after].get("started") or 0):
-            notes.append(f"{after} was trained before today's {before}, so not from it")
-    current, keys = measured.keys() - reasons.keys(), ("results", "core", "chatcore", "kocore", "examples")
-    evaluation = {key: {s: v for s, v in (record.get(key) or {}).items() if s in current} for key in keys}
+        if before in MODEL_STAGES and None not in (weights, source) and source != weights:
+            notes.append(f"{after} was trained from another model than today's {before}")
+    keys = ("results", "core", "chatcore", "kocore", "examples")
+    evaluation = {key: {s: v for s, v in (record.get(key) or {}).items() if s in models} for key in keys}
     same_tokenizer = not reasons or next(iter(measured)) not in reasons  # it is that of the first model
     return notes, evaluation | {"bytes_per_token": (record.get("bytes_per_token") or {}) if same_tokenizer else {}}
 

@@ -4,7 +4,6 @@ tasks = Tasks(EvalConfig(tasks=["nanochat_demo"]), {"sft": "runs/d12/sft"}, Path
 results, samples = tasks.run("nanochat_demo_facts", lm)
 """
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..data.mixture import Mixture
 from ..demo import corpus as primer
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
-from ..run import nearest, project_folder, without_nan, writing
+from ..run import nearest, project_folder, save_jsonl
 from ..stage_configs import SPELLING
 from .core import load_tasks, run_lm_eval
 from .lm_eval_model import LocalLM
@@ -92,14 +91,14 @@ class Tasks:
             if not main:
                 return
             for kind in DEMO_KINDS:
-                write_jsonl(folder / f"primer_{kind}.jsonl", primer.questions(kind))
+                save_jsonl(folder / f"primer_{kind}.jsonl", primer.questions(kind))
             source = self.config.words or self.config.dataset
             if source and SPELLING & set(self.config.tasks):
                 bee = {"dataset": source, "split": "test", "transform": "spelling_bee"}
                 mixture = Mixture([bee | {"rows": NUM_SPELLING_QUESTIONS}], seed=self.config.seed)
                 rows = [(row["messages"][:1], row["messages"][-1]["content"]) for row in mixture]
                 rows = [{"messages": question, "answer": answer} for question, answer in rows]
-                write_jsonl(folder / "spellingbee_test.jsonl", rows)
+                save_jsonl(folder / "spellingbee_test.jsonl", rows)
 
     def run(self, name: str, lm: LocalLM) -> tuple[dict, list[dict]]:
         """Returns ({short name: result}, samples) of one task; both empty on ranks other than the first."""
@@ -135,14 +134,6 @@ def task_manager(config, chat_data: list[str | None] | None = None, include_defa
     bundle = None if config.core_bundle in (None, "download") else str(local_path(config.core_bundle))
     metadata = {"core_bundle": bundle, "chat_data": chat_data}
     return TaskManager(include_path=str(EVALS), include_defaults=include_defaults, metadata=metadata)
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Write one row per line; NaN and infinities, which JSON does not have, become null."""
-    text = "".join(json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
 
 
 def sample_row(sample: dict) -> dict:

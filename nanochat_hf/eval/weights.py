@@ -2,12 +2,11 @@
 
 model_id("runs/d12/sft")                # "3f0a.." of a folder, the commit of a Hub id; None if it cannot be determined
 refuse_non_finite("runs/d12/sft")       # InputError that names the first tensor with NaN or infinity
-measurements(Run("runs/d12"), metrics)  # {"sft": Measurement(outdated="has other weights now", ...)}
+outdated(Run("runs/d12"), metrics)      # {"sft": "has other weights now", "rl": ""}
 """
 
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -32,8 +31,14 @@ def model_id(model: str | Path) -> str | None:
 
 def refuse_non_finite(folder: str | Path) -> None:
     """Raise InputError if a safetensors file of `folder` holds NaN or infinity, or cannot be read."""
-    if reason := _damage(str(folder), _stamp(folder)):
-        raise InputError(f"{folder}: {reason}; train that stage again, or restore its weights")
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                name = first_non_finite((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:120]})") from None
+        if name:
+            raise InputError(f"{folder}: the weights are not finite (NaN or infinity in {name} of {path.name})")
 
 
 def _stamp(folder: str | Path) -> tuple:
@@ -48,17 +53,7 @@ def _fingerprint(folder: str, stamp: tuple) -> str | None:
     return model_fingerprint(folder)
 
 
-@lru_cache(maxsize=64)
-def _damage(folder: str, stamp: tuple) -> str | None:
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                name = first_non_finite((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            return f"{path.name} cannot be read ({' '.join(str(error).split())[:120]})"
-        if name:
-            return f"the weights are not finite (NaN or infinity in {name} of {path.name})"
-    return None
+REPLACED = "the weights are not those that its metrics.json describes"
 
 
 def replaced(run: Run, stage: str) -> bool:
@@ -67,34 +62,18 @@ def replaced(run: Run, stage: str) -> bool:
     return None not in (recorded, current) and recorded != current
 
 
-class Measurement(NamedTuple):
-    """What the results of a stage in eval/metrics.json are of."""
-
-    model: str | None  # the model that was measured as this stage; None for the stage's own folder
-    outdated: str  # why they are not of the model that the run holds now; "" if they are
-    verified: bool  # False where the weights of the stage's own folder were not recorded
-
-
-def measurements(run: Run, evaluation: dict) -> dict[str, Measurement]:
-    """What each stage's results in `evaluation`, the content of eval/metrics.json, are of."""
-    weights, measured = evaluation.get("weights"), {}
-    stages = {stage for key in ("results", "core", "chatcore", "kocore") for stage in evaluation.get(key) or {}}
-    models = evaluation.get("models") or {stage: stage for stage in MODEL_STAGES if stage in stages}
-    for stage, model in models.items():
-        metrics, recorded, reason = run.metrics(stage) or {}, (weights or {}).get(stage), ""
-        # Before weights were recorded, models were paths.
-        is_own = model == stage or (weights is None and Path(model).name == stage)
-        if not is_own:
-            reason = f"{model} was measured in its place" if metrics.get("finished") else ""
+def outdated(run: Run, evaluation: dict) -> dict[str, str]:
+    """Each stage in `evaluation`, that of eval/metrics.json -> why its results are not of today's model, or ""."""
+    weights, reasons = evaluation.get("weights") or {}, {}
+    for stage, model in (evaluation.get("models") or {}).items():
+        metrics, recorded, reasons[stage] = run.metrics(stage) or {}, weights.get(stage), ""
+        if model != stage:
+            reasons[stage] = f"{model} was measured in its place" if metrics.get("finished") else ""
         elif not metrics.get("finished"):
-            reason = "no finished stage of this run"
-        elif weights is None:
-            later = (metrics.get("started") or 0) > (evaluation.get("started") or 0)
-            reason = "trained after the evaluation" if later else ""
+            reasons[stage] = "no finished stage of this run"
         elif recorded and (model_id(run.folder(stage)) or metrics.get("weights")) not in (None, recorded):
-            reason = "has other weights now"
-        measured[stage] = Measurement(None if is_own else model, reason, not is_own or bool(recorded))
-    return measured
+            reasons[stage] = "has other weights now"
+    return reasons
 
 
 def origin(run: Run, stage: str, source: str | Path) -> str:
@@ -116,8 +95,8 @@ def renewal(run: Run, definition: str | None = None) -> str:
     evaluation = run.metrics("eval") or {}
     if not evaluation.get("finished"):
         return ""
-    measured = measurements(run, evaluation)
-    reasons = {stage: measurement.outdated for stage, measurement in measured.items() if measurement.outdated}
+    measured = outdated(run, evaluation)
+    reasons = {stage: reason for stage, reason in measured.items() if reason}
     reasons |= {stage: "not measured yet" for stage in MODEL_STAGES if run.finished(stage) and stage not in measured}
     if definition and evaluation.get("definition") not in (None, definition):
         reasons = {"all stages": "its config, tasks, code or data changed"} | reasons

@@ -48,29 +48,16 @@ def render_model_card(run: Run, options: Push) -> ModelCard:
     results = metrics_by_stage(facts["table"], errors=True) or "No evaluation was run."
     sources = datasets(facts)
     data = ModelCardData(
-        license=options.license,
-        language=list(options.language),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["nanochat", "nanochat-hf", stage],
-        datasets=list(filter(HUB_ID.fullmatch, sources)) or None,
-        base_model=options.base_model,
-        model_name=name,
-        eval_results=eval_results(facts, stage) or None,
-    )
-    return ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        name=name,
-        repo=options.repo,
-        stage=stage,
-        title=TITLES[stage],
-        headline=markdown(facts, macro="headline").strip(),
-        results="\n\n".join([results, *(f"Note: {note}." for note in facts["notes"])]),
-        training=markdown(facts, macro="stages") + markdown(facts, macro="environment").rstrip(),
-        command=facts["command"],
-        sources=", ".join(f"`{d}`" for d in sources) or "not recorded",
-    )
+        license=options.license, language=list(options.language), base_model=options.base_model, model_name=name,
+        library_name="transformers", pipeline_tag="text-generation", tags=["nanochat", "nanochat-hf", stage],
+        datasets=list(filter(HUB_ID.fullmatch, sources)) or None, eval_results=eval_results(facts, stage) or None,
+    )  # fmt: skip
+    texts = {"name": name, "repo": options.repo, "stage": stage, "title": TITLES[stage], "command": facts["command"]}
+    texts["headline"] = markdown(facts, macro="headline").strip()
+    texts["results"] = "\n\n".join([results, *(f"Note: {note}." for note in facts["notes"])])
+    texts["training"] = markdown(facts, macro="stages") + markdown(facts, macro="environment").rstrip()
+    texts["sources"] = ", ".join(f"`{d}`" for d in sources) or "not recorded"
+    return ModelCard.from_template(data, template_path=str(TEMPLATE), **texts)
 
 
 def report_facts(run: Run, last: str | None = None) -> dict:

@@ -1,6 +1,6 @@
 """Puts a trained model on the Hub, with a card that says only what was measured, and checks the uploaded copy.
 
-    python scripts/push_to_hub.py --run-dir runs/d24 --repo you/nanochat-d24 [--stage sft] [--space] [--dry-run]
+    nanochat push --run-dir runs/d24 --repo you/nanochat-d24 [--stage sft] [--space] [--dry-run]
 
 `push` uploads weights, configuration, model code, tokenizer with chat template, the tool loop (`custom_generate/`),
 metrics.json, the report with its plots, and a card whose metadata holds every result of the evaluation. An upload is
@@ -30,18 +30,17 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
 
 from .. import tool_loop
-from ..config import check_value
+from ..config import RepoId, check_value
 from ..convert.native import renew
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.plots import plots
-from ..eval.report import MODEL_STAGES, markdown
-from ..eval.weights import refuse_non_finite, replaced
+from ..eval.report import markdown
+from ..eval.weights import REPLACED, refuse_non_finite, replaced
 from ..loading import load_config
 from ..model import configuration_nanochat
 from ..model.configuration_nanochat import update_class_names
-from ..run import Run, load_json, nearest, project_folder, save_json, writing
-from ..stage_configs import RepoId
+from ..run import Run, load_json, project_folder, save_json, writing
 from .model_card import Push, render_model_card, report_facts, without_local_paths
 
 SPACE = project_folder("spaces", "chat")
@@ -98,12 +97,7 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
 def prepare(run: Run, options: Push) -> Path:
     """Collects what is uploaded in <run>/hub/<stage>; files are hard links where the disk allows it."""
     stage = options.stage
-    if stage not in MODEL_STAGES:
-        raise InputError(f"stage {stage!r} has no model to push; {nearest(stage, MODEL_STAGES)}")
-    if not run.finished(stage):
-        done = [name for name in MODEL_STAGES if run.finished(name)]
-        raise InputError(f"stage {stage!r} of {run.path} is not finished; finished: {', '.join(done) or 'none'}")
-    source, folder = run.folder(stage), run.path / "hub" / stage
+    source, folder = run.model(stage), run.path / "hub" / stage
     if folder.parent.is_symlink():
         raise InputError(f"{folder.parent} is a link: delete it, or all that is where it points would be replaced")
     files = own_files(source, MODEL_FILES, run.path)
@@ -119,10 +113,7 @@ def prepare(run: Run, options: Push) -> Path:
         if path.match("*config.json") and (match := CODE_OF_OTHERS.search(path.read_text(encoding="utf-8"))):
             raise InputError(f"{path} names code of another repository, {match[0]}: remove it from there")
     if replaced(run, stage):
-        raise InputError(
-            f"the weights in {source} are not those that its metrics.json describes: run stage {stage!r} again, or "
-            "restore them"
-        )
+        raise InputError(f"{source}: {REPLACED}; run stage {stage!r} again, or restore them")
     facts = report_facts(run)
     shutil.rmtree(folder, ignore_errors=True)
     with writing(folder):  # also where a link or another's file is in the way: all below it is uploaded
@@ -145,10 +136,8 @@ def prepare(run: Run, options: Push) -> Path:
 def refuse_changed_code(files: Iterable[Path]) -> None:
     for path in files:
         if path.name not in CODE or path.read_bytes() != CODE[path.name].read_bytes():
-            raise InputError(
-                f"{path} is not this version's code: --model-code folder pushes it as it is, --model-code package "
-                "pushes this version's in its place"
-            )
+            advice = "--model-code folder pushes it as it is, --model-code package this version's in its place"
+            raise InputError(f"{path} is not this version's code: {advice}")
 
 
 def own_files(folder: Path, patterns: Iterable[str], run: Path) -> list[Path]:

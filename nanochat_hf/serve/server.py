@@ -1,6 +1,6 @@
 """An HTTP server over the fast generator that speaks the protocols of OpenAI and text-generation-inference.
 
-    python scripts/chat_web.py --run-dir runs/d24            # a chat page on http://127.0.0.1:8000
+    nanochat serve --run-dir runs/d24            # a chat page on http://127.0.0.1:8000
     InferenceClient(base_url="http://127.0.0.1:8000").chat_completion([{"role": "user", "content": "Hello"}])
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-").chat.completions.create(model="-", messages=[...])
 

@@ -12,6 +12,7 @@ and notes go to stderr.
 
 import itertools
 import os
+import select
 import signal
 import sys
 import time
@@ -52,6 +53,7 @@ HELP = """/help             this list
 /quit             leave (so does Ctrl-D); Ctrl-C stops an answer
 \"""               begins and ends a message of several lines; pasted lines are one message"""
 COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
+PIPE_SECONDS = 3  # that the first byte of a pipe is waited for
 KOREAN = yaml.safe_load(Path(__file__).with_name("terminal_ko.yaml").read_text(encoding="utf-8"))
 
 
@@ -382,8 +384,13 @@ def line_reader(prompt: str, words: list[str], note: Callable) -> Callable[[], s
 
 
 def with_piped(prompt: str) -> str:
-    """The prompt and, below it, the text that is piped in."""
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode(errors="replace").strip()
+    """The prompt and, below it, the text that is piped in; a pipe that stays silent is left alone."""
+    piped = ""
+    if sys.stdin is not None and not sys.stdin.isatty():
+        if select.select([sys.stdin], [], [], PIPE_SECONDS)[0]:
+            piped = sys.stdin.buffer.read().decode(errors="replace").strip()
+        else:
+            print("note: nothing came from the pipe, the prompt is asked alone", file=sys.stderr)
     return f"{prompt}\n\n{piped}" if piped else prompt
 
 

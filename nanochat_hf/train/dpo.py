@@ -1,6 +1,6 @@
 """Direct preference optimization on TRL's DPOTrainer: an optional stage, which karpathy/nanochat does not have.
 
-    python scripts/chat_dpo.py --config recipes/d12/dpo.yaml --run-dir runs/d12
+    nanochat dpo --config recipes/d12/dpo.yaml --run-dir runs/d12
 
 DPO (arXiv:2305.18290) needs no reward model and no sampling. The implicit reward is beta x the log-ratio of the model
 to the reference model, which is the one it starts from; a logistic loss separates chosen from rejected completions.

@@ -1,6 +1,6 @@
 """RL with verifiable rewards (RLVR) on TRL's GRPOTrainer, with the calculator tool.
 
-    python scripts/chat_rl.py --config recipes/cpu-demo/rl.yaml --run-dir runs/cpu-demo
+    nanochat rl --config recipes/cpu-demo/rl.yaml --run-dir runs/cpu-demo
 
 As in karpathy/nanochat this is GRPO (arXiv:2402.03300) reduced to nearly REINFORCE: on-policy with one update per
 batch (the ratio is 1, clipping never acts), no KL term and no reference model, advantage = reward - mean reward of the

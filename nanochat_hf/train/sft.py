@@ -1,6 +1,6 @@
 """Mid-training and SFT on TRL's SFTTrainer: one function, two YAML files.
 
-    python scripts/chat_sft.py --config recipes/cpu-demo/sft.yaml --run-dir runs/cpu-demo
+    nanochat sft --config recipes/cpu-demo/sft.yaml --run-dir runs/cpu-demo
 
 The main process renders the mixture with the tokenizer's chat template, packs the conversations (best-fit decreasing)
 and writes them to `state/`, where all ranks read them. The loss of SFT is on assistant tokens, that of mid-training on
