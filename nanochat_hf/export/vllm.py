@@ -1,4 +1,4 @@
-"""vLLM takes a stage's folder as it is: `pip install nanochat_hf` beside vLLM brings a plugin.
+"""vLLM takes a stage's folder as it is, by a plugin: `pip install --no-deps nanochat_hf` beside vLLM.
 
 vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). It makes the model of
 vllm_nanochat.py and the tool parser of vllm_tool_parser.py known by name, and imports neither.
@@ -25,4 +25,5 @@ def register() -> None:
 
 def write(source: Path, folder: Path) -> list[str]:
     """Raises InputError: there is nothing to write."""
-    raise InputError(f"vLLM takes the folder itself: pip install nanochat_hf beside vllm, then vllm serve {source}")
+    plugin = "pip install --no-deps nanochat_hf beside vllm"
+    raise InputError(f"vLLM takes the folder itself, by a plugin: {plugin}, then vllm serve {source}")
