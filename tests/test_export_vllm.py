@@ -17,17 +17,16 @@ from tiny import make_ids, make_model
 from nanochat_hf.cli import dispatch
 from nanochat_hf.errors import InputError
 
-# In vLLM's environment: {"folders": [...], "prompts": [ids, ...], "texts": [...]} -> answers of each folder, all at once
+# In vLLM's environment: {"folders": [...], "prompts": [ids, ...], "texts": [...]} -> answers of each folder, at once
 # and one by one; and what the tool parser makes of each text, at once and in pieces.
 ASK = r"""
 import json, re, sys
-from types import SimpleNamespace
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 from nanochat_hf.export.vllm_tool_parser import NanoChatToolParser
 
 def answers(folder, prompts):
-    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=160, kv_cache_memory_bytes=64 << 20,
+    llm = LLM(folder, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20,
               block_size=32, max_num_batched_tokens=32, max_num_seqs=3)
     greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
     at_once = llm.generate([{"prompt_token_ids": ids} for ids in prompts], greedy, use_tqdm=False)
@@ -71,6 +70,7 @@ def test_an_export_for_vllm_is_refused_because_the_folder_works(tmp_path):
 def test_vllm_answers_as_our_model_does(tmp_path, tokenizer):
     """Both generations, windows, shared heads, padding rows; prompts in pieces, batched and with cached starts."""
     shape = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape["max_position_embeddings"] = 160
     models = [
         make_model(1, **shape, window_pattern="SSL", sliding_window=9),
         make_model(2, **shape, window_pattern="SSL", sliding_window=9),

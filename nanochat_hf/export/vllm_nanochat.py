@@ -125,6 +125,8 @@ class NanoChatModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
+        if (kind := config.rope_parameters.get("rope_type", "default")) in ("dynamic", "longrope"):
+            raise ValueError(f"RoPE of type {kind!r} changes with a text's length, which vLLM's rows do not have")
         names = [f"{prefix}.layers.{i}" for i in range(config.num_hidden_layers + 1)]
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         layers = [NanoChatDecoderLayer(config, i, vllm_config, name) for i, name in enumerate(names[:-1])]
