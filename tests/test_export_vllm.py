@@ -18,7 +18,7 @@ from nanochat_hf.cli import dispatch
 from nanochat_hf.errors import InputError
 
 # In vLLM's environment: {"folders": [...], "prompts": [ids, ...], "texts": [...]} -> answers of each folder, at once
-# and one by one; and what the tool parser makes of each text, at once and in pieces.
+# and one by one; and what the tool parser makes of each text, whole and streamed.
 ASK = r"""
 import json, re, sys
 from transformers import AutoTokenizer
@@ -68,7 +68,7 @@ def test_an_export_for_vllm_is_refused_because_the_folder_works(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no Python with vLLM 0.32")
 def test_vllm_answers_as_our_model_does(tmp_path, tokenizer):
-    """Both generations, windows, shared heads, padding rows; prompts in pieces, batched and with cached starts."""
+    """Both generations, windows, shared heads, padding rows; chunked prefill, batches, prefix caching."""
     shape = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     shape["max_position_embeddings"] = 160
     models = [
@@ -102,5 +102,5 @@ def test_vllm_answers_as_our_model_does(tmp_path, tokenizer):
                 assert logprob == pytest.approx(logprobs[int(token)].item(), abs=1e-4)
         assert answers["cached"] >= 64
     call = '{"expression": "12*34"}'
-    whole_and_pieces = [[["It is ", [call]], ["It is ", [call]]], [["Fine.", []]] * 2, [[None, []], ["", []]]]
-    assert result["parsed"] == whole_and_pieces
+    whole_and_streamed = [[["It is ", [call]], ["It is ", [call]]], [["Fine.", []]] * 2, [[None, []], ["", []]]]
+    assert result["parsed"] == whole_and_streamed
