@@ -3,7 +3,7 @@
 What the network computes, and the sources, stand at the head of modeling_nanochat.py; here only what vLLM differs in:
 - The tokens of all requests stand in one row (T), prompts in chunks; vLLM keeps only keys and values per layer.
 - So the smear gets the id of the previous token from one more attention layer, which copies it: see `PreviousToken`.
-- Tensor parallel: heads, MLP, embedding and head are split over the ranks (written, not run). No pipeline parallel.
+- Tensor parallel: heads, MLP, embedding and head are split over the ranks. No pipeline parallel.
 """
 
 from collections.abc import Iterable
