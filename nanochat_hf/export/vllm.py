@@ -1,4 +1,4 @@
-"""vLLM takes a stage's folder as it is, by a plugin: `pip install --no-deps nanochat_hf` beside vLLM.
+"""vLLM takes a stage's folder as it is, by a plugin: `pip install --no-deps -e .` in vLLM's environment.
 
 vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). It makes the model of
 vllm_nanochat.py and the tool parser of vllm_tool_parser.py known by name, and imports neither.
@@ -25,5 +25,5 @@ def register() -> None:
 
 def write(source: Path, folder: Path) -> list[str]:
     """Raises InputError: there is nothing to write."""
-    plugin = "pip install --no-deps nanochat_hf beside vllm"
+    plugin = "pip install --no-deps -e . in vLLM's environment"
     raise InputError(f"vLLM takes the folder itself, by a plugin: {plugin}, then vllm serve {source}")
