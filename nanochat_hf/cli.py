@@ -48,6 +48,7 @@ ENGINES = {  # nanochat export --to: what is written
     "native": "transformers' own nanochat, generation 1",
     "nanochat": "files of karpathy/nanochat",
     "mlx": "for mlx-lm on a Mac",
+    "vllm": "nothing, vLLM takes the folder itself",
 }
 
 

@@ -32,7 +32,20 @@ KOREAN = ("README.md", "recipes/README.md")  # pages with a translation beside t
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 MONTHS = [datetime.date(2000, month, 1).strftime("%B") for month in range(1, 13)]
 NEEDS = ("a GPU", "the Hub", "a trained model", "a running server", "bitsandbytes")
-SHELL = {"cd", "cp", "curl", "docker", "git", "hf", "nvidia-smi", "pip", "pytest", "sky", "source"}  # not parsed
+SHELL = {
+    "cd",
+    "cp",
+    "curl",
+    "docker",
+    "git",
+    "hf",
+    "nvidia-smi",
+    "pip",
+    "pytest",
+    "sky",
+    "source",
+    "vllm",
+}  # not parsed
 PLACEHOLDERS = {
     "configs/accelerate/X.yaml": "configs/accelerate/cpu.yaml",
     "DOLLARS": "24",

@@ -20,7 +20,7 @@ from old_folder import make_old
 from safetensors.torch import load_file, save_file
 from talker import talker, talker_folder  # noqa: F401
 
-from nanochat_hf.data import documents, tokenizer
+from nanochat_hf.data import documents, hub_files, tokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.hub import push as push_module
 from nanochat_hf.hub.model_card import Push, collection_table, render_model_card
@@ -371,7 +371,7 @@ def test_a_copy_whose_logits_are_nan_is_noticed(run, monkeypatch):
 
 
 def test_a_dataset_that_cannot_exist_or_is_refused_is_asked_for_once(hub, monkeypatch):
-    monkeypatch.setattr(documents.time, "sleep", lambda seconds: pytest.fail("tries again"))
+    monkeypatch.setattr(hub_files.time, "sleep", lambda seconds: pytest.fail("tries again"))
     for name in ("you/a--b", "you/b..c", "you/" + "c" * 200):
         with pytest.raises(InputError, match=f"dataset {name} .*: the Hub has no such dataset"):
             documents.open_documents(name)

@@ -10,9 +10,7 @@ import shutil
 from importlib import import_module
 from pathlib import Path
 
-from ..convert.native import renew
 from ..errors import InputError
-from ..loading import load_config
 from ..run import writing
 
 
@@ -41,6 +39,9 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
 
     Raises InputError if `source` is no checkpoint folder of ours with a tokenizer, or is quantized.
     """
+    from ..convert.native import renew  # imported here: vLLM imports this package in each of its processes
+    from ..loading import load_config
+
     if not all((source / name).is_file() for name in ("config.json", "configuration_nanochat.py", "tokenizer.json")):
         raise InputError(
             f"{source} is no checkpoint folder of nanochat_hf with a tokenizer: name a stage's folder, or convert it "

@@ -262,7 +262,8 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             if config._attn_implementation in ("vllm", "tgi", "sglang"):  # they would silently drop the smear
                 raise ValueError(
                     f"{config._attn_implementation} keeps keys and values only, and the smear needs the token before: "
-                    "serve this checkpoint with `nanochat serve`; the first generation works there"
+                    "serve this checkpoint with `nanochat serve`, or with vLLM and the plugin of the package "
+                    "nanochat_hf; the first generation works as it is"
                 )
             self.smear_gate = Gate(SMEAR_GATE_CHANNELS, 1)
             self.smear_lambda = nn.Parameter(torch.zeros(1))
