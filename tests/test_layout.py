@@ -78,6 +78,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
         "eval.plots",
         "eval.report",
         "eval.weights",
+        "export",
         "loading",
         "model",
         "run",
