@@ -42,6 +42,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
         "eval",
         "export",
         "hub",
+        "loading",
         "optim",
         "serve",
     },

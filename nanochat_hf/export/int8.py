@@ -26,4 +26,4 @@ def write(source: Path, folder: Path) -> list[str]:
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     model.save_pretrained(folder)
-    return ["chat: nanochat chat --model {folder}"]
+    return ["serve: transformers serve {folder} --trust-remote-code"]

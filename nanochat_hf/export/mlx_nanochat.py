@@ -4,7 +4,7 @@ config.json of an exported folder names this file as `model_file`, so that mlx-l
 What the network computes, and the sources, stand at the head of modeling_nanochat.py; here only what MLX differs in:
 - The cache has one entry per layer, and a last one with the previous token's embedding for the smear.
 - `sanitize` moves each table of value embeddings into its layer: MLX reads a number in a name as an index of a list.
-- Masks come from the caches of mlx-lm, so prompts in pieces, batches with padding and prompt caches work.
+- Masks come from the caches of mlx-lm, so prompts in chunks, batches with padding and prompt caches work.
 
 This file imports only mlx and mlx-lm.
 """
