@@ -407,4 +407,4 @@ def test_quantized_models_answer_the_same_and_take_lora(talker, chat_folder, tmp
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import gradio as gr
 import httpx
 import pytest
+import torch
 import yaml
 from browser import browser, picture  # noqa: F401
 from huggingface_hub import ChatCompletionStreamOutputDelta
@@ -296,6 +297,12 @@ def test_eight_hundred_turns_are_shortened_at_once(app, monkeypatch):
     texts.clear()
     app.encode([{"role": "user", "content": "x" * 10**6}, *turns[-2:]], 8)
     assert all(len(str(messages)) < 1000 for messages in texts)  # a turn of megabytes is not even encoded
+
+
+def test_a_large_model_runs_in_bfloat16_on_a_cpu_too(app, monkeypatch):
+    assert app.model.dtype == torch.float32
+    monkeypatch.setattr(app, "LARGE", 0)
+    assert app.load()[0].dtype == torch.bfloat16
 
 
 def test_a_generation_that_breaks_is_a_warning_and_one_that_is_left_ends(app, monkeypatch):
