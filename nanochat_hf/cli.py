@@ -49,6 +49,7 @@ ENGINES = {  # nanochat export --to: what is written
     "nanochat": "files of karpathy/nanochat",
     "mlx": "for mlx-lm on a Mac",
     "vllm": "nothing, vLLM takes the folder itself",
+    "int8": "for transformers with int8 weights",
 }
 
 
@@ -150,11 +151,12 @@ def push(words: list[str]) -> None:
     parser.option("--license", Place, default="mit")
     parser.option("--language", list[Place], default=["en"], help="comma-separated ISO codes")
     parser.option("--base-model", RepoId, help="Hub id of the model that this one continues")
+    engines = "comma-separated engines of nanochat export, for example mlx: their files go beside the weights"
+    parser.option("--with", list[Literal[tuple(ENGINES)]], default=[], dest="engines", help=engines)
     args = vars(parser.parse_args(words))
     from .hub import push as hub
 
-    run_dir, language = args.pop("run_dir"), tuple(args.pop("language"))
-    hub.push(run_dir, hub.Push(language=language, **args))
+    hub.push(args.pop("run_dir"), hub.Push(**args))
 
 
 def convert(words: list[str]) -> None:
@@ -194,7 +196,9 @@ def export(words: list[str]) -> None:
     targets = "; ".join(f"{name}: {what}" for name, what in ENGINES.items())
     parser.option("--to", Literal[tuple(ENGINES)], required=True, help=targets)
     args = parser.parse_args(words)
-    source = chosen_model(args, "the model")
+    from .loading import download
+
+    source = download(chosen_model(args, "the model"))
     if args.to in ("native", "nanochat"):
         convert(["--source", source, "--output", args.output, "--to", args.to])
     else:

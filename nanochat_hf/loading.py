@@ -1,9 +1,12 @@
 """Reads a model for training, evaluation and serving alike: from a folder or the Hub, or one clear error."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -19,23 +22,36 @@ if not quiet_downloads:
     enable_progress_bars()
 
 
-def refuse_many_layers(source: str | Path) -> None:
-    """Raises ValueError: building the layers would fill the memory before any weight is read."""
+def read_config(source: str | Path) -> dict:
+    """Returns config.json, {} if there is none. Raises ValueError for layers that would fill the memory when built."""
+    config = {}
     with suppress(OSError):  # no config.json, as in an adapter's folder
         config, _ = PreTrainedConfig.get_config_dict(source)
-        config = config.get("text_config") or config
-        for name in ("num_hidden_layers", "n_layer", "num_layers"):
-            if isinstance(config.get(name), int) and config[name] > MAX_LAYERS:
-                raise ValueError(f"{name} is {config[name]}: at most {MAX_LAYERS}")
+    layers = config.get("text_config") or config
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        if isinstance(layers.get(name), int) and layers[name] > MAX_LAYERS:
+            raise ValueError(f"{name} is {layers[name]}: at most {MAX_LAYERS}")
+    return config
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:
     """The config of a folder or Hub id. Raises InputError when there is none that can be read."""
     try:
-        refuse_many_layers(source)
+        read_config(source)
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # json's and the config's have no common type
         raise unreadable(source, error) from None
+
+
+def download(source: str) -> str:
+    """A folder as it is; for a Hub id, its model files in the cache. Raises InputError if there is neither."""
+    if os.path.isdir(source):
+        return source
+    try:
+        return snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.py"])
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:  # of the Hub, the network, the cache, the name
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{source} is no folder, and cannot be downloaded from the Hub: {reason}") from None
 
 
 def unreadable(source: str | Path, error: Exception) -> InputError:
@@ -50,11 +66,12 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal LM of folder or Hub id `source`, in eval mode, on `device` (None: where transformers puts it).
 
-    Code from `source` is not executed. Raises InputError when there is no model, when its files are damaged, when it
-    does not fit into the device's memory, or when weights are not finite.
+    A quantized one keeps its own dtype. Code from `source` is not executed. Raises InputError when there is no model,
+    when its files are damaged, when it does not fit into the device's memory, or when weights are not finite.
     """
     try:
-        refuse_many_layers(source)
+        if read_config(source).get("quantization_config"):
+            dtype = "auto"  # as its kernels expect
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )

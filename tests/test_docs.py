@@ -7,6 +7,7 @@ import ast
 import datetime
 import json
 import re
+import runpy
 import shlex
 from functools import cache
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from lm_eval._cli import HarnessCLI
 from markdown_it import MarkdownIt
@@ -120,6 +122,15 @@ def test_the_module_tree_is_true():
                 folders.append(word.rstrip("/"))
     modules = {name_of(path) for path in (ROOT / "nanochat_hf").rglob("*.py") if path.name != "__init__.py"}
     assert not modules - named, f"the tree misses {sorted(modules - named)}"
+
+
+def test_the_works_with_page_is_its_table_and_names_tests_that_exist():
+    text = (ROOT / "docs" / "works-with.md").read_text()
+    script = runpy.run_path(str(ROOT / "scripts" / "make_works_with.py"))
+    assert text == script["markdown"](), "run: python scripts/make_works_with.py > docs/works-with.md"
+    for row in (row for rows in yaml.safe_load(script["TABLE"].read_text()).values() for row in rows):
+        assert set(row) == set(script["FIELDS"]) and re.match(r"(tested|ran): .|(read|not run)$", row["shown"]), row
+        assert all((ROOT / name).is_file() for name in re.findall(r"tests/\w+\.py", row["shown"])), row["shown"]
 
 
 # --- commands

@@ -20,6 +20,7 @@ from old_folder import make_old
 from safetensors.torch import load_file, save_file
 from talker import talker, talker_folder  # noqa: F401
 
+from nanochat_hf import cli
 from nanochat_hf.data import documents, hub_files, tokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.hub import push as push_module
@@ -132,6 +133,26 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check)
     assert "License of the weights: mit" in text
     push(run, Push("you/small", language=("en", "ko"), base_model="you/base"))
     assert len(hub.repos["models", "you/small"].commits) == 2  # nothing new to send
+
+
+def test_files_of_other_engines_go_up_beside_the_weights_and_come_back(hub, run, no_check, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="native needs a folder of its own: nanochat export --to native"):
+        push(run, Push("you/small", engines=["native"]))
+    push(run, Push("you/small", engines=["mlx"]))
+    files = pushed(hub)
+    config, card = json.loads(files["config.json"]), files["README.md"].decode()
+    assert config["model_file"] in files and "mlx" in yaml.safe_load(card.split("---\n")[1])["tags"]
+    assert "mlx_lm.server --trust-remote-code --model you/small" in card
+    assert "model_file" not in load_json(run / "sft" / "config.json")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    cli.dispatch("export", ["--model", "you/small", "--to", "mlx", "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert {"generate.py", "tools.py"} == {path.name for path in (tmp_path / "out" / "custom_generate").iterdir()}
+    with pytest.raises(
+        InputError, match="you/none is no folder, and cannot be downloaded from the Hub: 404"
+    ) as caught:
+        cli.dispatch("export", ["--model", "you/none", "--to", "mlx", "--output", str(tmp_path / "no")])
+    assert "\n" not in str(caught.value) and not (tmp_path / "no").exists()
 
 
 def test_an_old_folder_goes_up_with_todays_names_and_template_and_stays_as_it_is(hub, run, no_check, monkeypatch):
@@ -355,6 +376,10 @@ def test_push_load_back_and_the_cards_own_code_in_clean_processes(hub, run, tmp_
     outputs = [subprocess.check_output([sys.executable, "-c", c], cwd=tmp_path, env=env, text=True) for c in blocks]
     assert "'content': 'It is 408.'" in outputs[0] and outputs[1] == "It is 408.\n"
     assert "trainable params: " in outputs[2]
+    hf = [str(Path(sys.executable).with_name("hf")), "download", "you/small", "--local-dir", "copy"]
+    subprocess.run(hf, cwd=tmp_path, env=env, check=True, capture_output=True)
+    copy = {path.relative_to(tmp_path / "copy").as_posix(): path for path in (tmp_path / "copy").rglob("*")}
+    assert all(copy[name].read_bytes() == data for name, data in pushed(hub).items())
     unfinished = subprocess.run([*script, "--stage", "rl"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert unfinished.returncode == 2 and "not finished" in unfinished.stderr.splitlines()[-1]
 

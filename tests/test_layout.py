@@ -19,7 +19,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "stages": "config stage_configs run distributed data demo eval hub optim serve train",
     "sync": "run distributed hub.push train.checkpoint",
     "jobs": "config run stage_configs stages sync optim",
-    "cli": "config stage_configs run jobs convert data demo eval export hub serve train.model_setup",
+    "cli": "config stage_configs run jobs convert data demo eval export hub loading serve train.model_setup",
     "tools": "",
     "tool_loop": "tools",
     "sandbox": "",
@@ -34,7 +34,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "eval": "data demo loading run sandbox stage_configs tools tool_loop distributed optim.scaling",
     "train": "data demo distributed eval.bpb kernels loading metrics model optim run stage_configs tools tool_loop",
     "serve": "config data loading run stage_configs kernels model tools tool_loop",
-    "hub": "config convert data eval.plots eval.report eval.weights loading model run stage_configs tool_loop",
+    "hub": "config convert data eval.plots eval.report eval.weights export loading model run stage_configs tool_loop",
 }
 EVAL_HELPERS = {"data", "data.grading", "data.jsonl", "data.tokenizer", "data.transforms"}  # what evals/ may import
 EVAL_HELPERS |= {"eval", "eval.bpb", "eval.core", "sandbox", "tools"}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .. import tool_loop
 from ..data.tokenizer import with_todays_templates
-from ..model.configuration_nanochat import NanoChatConfig, update_class_names
+from ..model.configuration_nanochat import AUTO_MAP, NanoChatConfig, update_class_names
 from ..model.modeling_nanochat import NanoChatForCausalLM
 
 NATIVE_FIELDS = (
@@ -82,7 +82,8 @@ def renew(folder: Path) -> None:
 
     Files are replaced, never written to: a folder of hard links leaves the originals alone.
     """
-    config = NanoChatConfig.from_dict(update_class_names(NanoChatConfig.get_config_dict(folder)[0]))
+    config = update_class_names(NanoChatConfig.get_config_dict(folder)[0])
+    config = NanoChatConfig.from_dict(config | {"auto_map": dict(AUTO_MAP)})
     with tempfile.TemporaryDirectory(prefix=".renew-", dir=folder) as temporary:
         part = Path(temporary)
         config.save_pretrained(part)

@@ -3,11 +3,15 @@
 A module of this folder has `write(source, folder)`: it fills the empty `folder` from the checkpoint folder `source`,
 and returns lines that say how to use the result. It raises InputError for a checkpoint that the engine cannot express;
 the line names what can. `export` sees to it that the output appears whole or not at all.
+
+Where the engine's files do not disturb others, the module also has `add(folder)`: it puts them beside the weights of a
+checkpoint folder, and returns the same lines. `nanochat push --with mlx` does so.
 """
 
 import os
 import shutil
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import InputError
@@ -34,6 +38,18 @@ def export(source: str | Path, output: str | Path, engine: str) -> list[str]:
     return [line.format(folder=output) for line in lines]
 
 
+def add(folder: Path, engine: str) -> list[str]:
+    """Adds the files of `engine` to a checkpoint folder. Returns: lines that say how to use them, with {folder}.
+
+    Raises InputError as the engine's module does, or if it needs a folder of its own.
+    """
+    name = f"{__package__}.{engine}"
+    module = import_module(name) if find_spec(name) else None
+    if not hasattr(module, "add"):
+        raise InputError(f"{engine} needs a folder of its own: nanochat export --to {engine}, then hf upload")
+    return module.add(folder)
+
+
 def copy_checkpoint(source: Path, folder: Path) -> None:
     """Copies a checkpoint folder of ours, without records of training, with today's model code and templates.
 
@@ -50,7 +66,7 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
     if hasattr(load_config(source), "quantization_config"):
         raise InputError(f"{source} is quantized: export the unquantized model")
     for path in source.iterdir():
-        if path.suffix in (".json", ".jinja", ".py", ".safetensors") and path.name != "metrics.json":
+        if path.suffix in (".json", ".jinja", ".safetensors") and path.name != "metrics.json":
             shutil.copyfile(path, folder / path.name)
     if (source / "custom_generate").is_dir():
         shutil.copytree(source / "custom_generate", folder / "custom_generate")

@@ -17,16 +17,11 @@ MODEL = Path(__file__).with_name("mlx_nanochat.py")
 def write(source: Path, folder: Path) -> list[str]:
     """Fills `folder`; returns lines with the commands. Raises InputError as `add` does, or for no checkpoint."""
     copy_checkpoint(source, folder)
-    add(folder)
-    return [
-        "chat:     mlx_lm.chat --trust-remote-code --model {folder}",
-        "serve:    mlx_lm.server --trust-remote-code --model {folder}",
-        "quantize: mlx_lm.convert --trust-remote-code --hf-path {folder} --mlx-path {folder}-4bit -q --q-bits 4",
-    ]
+    return add(folder)
 
 
-def add(folder: Path) -> None:
-    """Adds what mlx-lm needs to a checkpoint folder. Raises InputError for RoPE that is scaled."""
+def add(folder: Path) -> list[str]:
+    """Adds what mlx-lm needs to a checkpoint folder; returns lines. Raises InputError for RoPE that is scaled."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     kind = config["rope_parameters"].get("rope_type", "default")
@@ -34,3 +29,8 @@ def add(folder: Path) -> None:
         raise InputError(f"there is no RoPE of type {kind!r} for MLX: export a model with rope_type default")
     path.write_text(json.dumps(config | {"model_file": MODEL.name}, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(MODEL, folder / MODEL.name)
+    return [
+        "chat:     mlx_lm.chat --trust-remote-code --model {folder}",
+        "serve:    mlx_lm.server --trust-remote-code --model {folder}",
+        "quantize: mlx_lm.convert --trust-remote-code --hf-path {folder} --mlx-path {folder}-4bit -q --q-bits 4",
+    ]

@@ -7,6 +7,7 @@ report; `collection_table` is the text of a Hub collection. The tests run the co
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,12 +37,16 @@ class Push:
     force: bool = False
     model_code: Literal["package", "folder"] | None = None  # for a folder whose model code is not this version's
     license: str = "mit"
-    language: tuple[str, ...] = ("en",)  # ISO codes
+    language: Sequence[str] = ("en",)  # ISO codes
     base_model: str | None = None  # Hub id of the model that this one continues
+    engines: Sequence[str] = ()  # of export/, whose files go beside the weights
 
 
-def render_model_card(run: Run, options: Push) -> ModelCard:
-    """Returns the card of `options.stage`: metadata with its measured results, and the facts of the run as text."""
+def render_model_card(run: Run, options: Push, uses: Sequence[str] = ()) -> ModelCard:
+    """Returns the card of `options.stage`: metadata with its measured results, and the facts of the run as text.
+
+    `uses` are lines with commands of other engines.
+    """
     stage, name = options.stage, options.repo.split("/")[-1]
     facts = report_facts(run, stage)
     facts |= {key: facts["stages"].get(stage, {}).get(key) for key in ("hardware", "versions")}
@@ -49,10 +54,12 @@ def render_model_card(run: Run, options: Push) -> ModelCard:
     sources = datasets(facts)
     data = ModelCardData(
         license=options.license, language=list(options.language), base_model=options.base_model, model_name=name,
-        library_name="transformers", pipeline_tag="text-generation", tags=["nanochat", "nanochat-hf", stage],
+        library_name="transformers", pipeline_tag="text-generation",
+        tags=["nanochat", "nanochat-hf", stage, *options.engines],
         datasets=list(filter(HUB_ID.fullmatch, sources)) or None, eval_results=eval_results(facts, stage) or None,
     )  # fmt: skip
     texts = {"name": name, "repo": options.repo, "stage": stage, "title": TITLES[stage], "command": facts["command"]}
+    texts["uses"] = uses
     texts["headline"] = markdown(facts, macro="headline").strip()
     texts["results"] = "\n\n".join([results, *(f"Note: {note}." for note in facts["notes"])])
     texts["training"] = markdown(facts, macro="stages") + markdown(facts, macro="environment").rstrip()

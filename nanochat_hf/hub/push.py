@@ -37,6 +37,7 @@ from ..errors import InputError
 from ..eval.plots import plots
 from ..eval.report import markdown
 from ..eval.weights import REPLACED, refuse_non_finite, replaced
+from ..export import add
 from ..loading import load_config
 from ..model import configuration_nanochat
 from ..model.configuration_nanochat import update_class_names
@@ -129,7 +130,8 @@ def prepare(run: Run, options: Push) -> Path:
     for path in code if options.model_code == "folder" else ():
         (folder / path.name).unlink(missing_ok=True)
         link(path, folder / path.name)
-    (folder / "README.md").write_text(f"{render_model_card(run, options)}\n", encoding="utf-8")
+    uses = [line.format(folder=options.repo) for engine in options.engines for line in add(folder, engine)]
+    (folder / "README.md").write_text(f"{render_model_card(run, options, uses)}\n", encoding="utf-8")
     return folder
 
 

@@ -40,6 +40,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_nanochat.NanoChatHFConfig",
     "AutoModel": "modeling_nanochat.NanoChatHFModel",
     "AutoModelForCausalLM": "modeling_nanochat.NanoChatHFForCausalLM",
+    "AutoModelForDecision": "modeling_nanochat.NanoChatHFForCausalLM",  # `transformers serve` tries it, and no other
 }
 PIPELINE = {"impl": "generation_nanochat.NanoChatHFTextGenerationPipeline", "pt": ["AutoModelForCausalLM"]}
 OLD_NAMES = {"NanoChatModel": "NanoChatHFModel", "NanoChatForCausalLM": "NanoChatHFForCausalLM"}  # until 2026-11
@@ -192,8 +193,10 @@ class NanoChatHFConfig(PreTrainedConfig):
                 f"nanochat convert --source {folder} --output {folder}"
             )
             config_dict = updated
+        left_out = {"model_file"}  # of an export for MLX: a copy has not got the file
         if not __name__.startswith("transformers_modules."):  # transformers loads it with trust_remote_code only
-            config_dict = {name: value for name, value in config_dict.items() if name != "custom_pipelines"}
+            left_out.add("custom_pipelines")
+        config_dict = {name: value for name, value in config_dict.items() if name not in left_out}
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict:

@@ -4,7 +4,7 @@
     ENDPOINT_URL=http://127.0.0.1:8000 python app.py   # a TGI or OpenAI-compatible server does the work instead
 
 On Spaces, MODEL_ID is a variable of the Space; without it the first of `models:` in README.md is taken. The model runs
-on the GPU if there is one (ZeroGPU too); on a CPU a large one gets int8 weights. Its calls are answered inside
+on the GPU if there is one (ZeroGPU too), there and if it is large in bfloat16. Its calls are answered inside
 `generate` by the code beside the weights (`custom_generate/`), and shown as steps that can be opened. The page speaks
 the browser's language, English or Korean; SPACE_LANGUAGE=ko or en fixes it.
 """
@@ -23,7 +23,6 @@ import gradio as gr
 import torch
 import yaml
 from huggingface_hub import InferenceClient
-from torch import nn
 
 HERE = Path(__file__).parent
 ENDPOINT_URL = os.environ.get("ENDPOINT_URL")
@@ -34,7 +33,7 @@ MAX_CHARS = int(os.environ.get("MAX_CHARS", "100000"))  # of one message; the to
 MAX_NEW_TOKENS = int(os.environ.get("MAX_NEW_TOKENS", "1024"))  # of one answer, the slider's end
 MAX_SECONDS = float(os.environ.get("MAX_SECONDS", "120"))  # of one answer
 MAX_QUEUE = int(os.environ.get("MAX_QUEUE", "16"))  # visitors who may wait; the next one reads that the queue is full
-LARGE = 300_000_000  # parameters above which the weights are quantized to int8 on a CPU
+LARGE = 300_000_000  # parameters above which a model runs in bfloat16 on a CPU
 STEP = "🧮 "  # begins the title of a tool step
 
 LANGUAGE = os.environ.get("SPACE_LANGUAGE")  # "en" or "ko"; by default the browser's (LANGUAGE itself is gettext's)
@@ -55,32 +54,6 @@ except ImportError:
         return function
 
 
-class Int8WeightOnlyLinear(nn.Module):
-    """A linear map with int8 weights and one scale per row, in the form that PyTorch's CPU kernel reads."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight = linear.weight.detach().float()
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
-        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale[:, 0].bfloat16())
-
-    def forward(self, x):
-        rows = x.flatten(0, -2)
-        if len(rows) < 16:
-            return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
-        return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale  # a prompt: a plain matmul is faster
-
-
-def quantize_int8(model: nn.Module) -> None:
-    """Cast to bfloat16, and matrices to int8: not embeddings, of which a token reads one row, nor small ones."""
-    model.to(torch.bfloat16)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and min(child.weight.shape) >= 64:
-                setattr(module, name, Int8WeightOnlyLinear(child))
-
-
 def load():
     """(model, tokenizer) of MODEL_ID; ends the program with one line if there is none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -94,11 +67,10 @@ def load():
         sys.exit(f"error: no model in {MODEL_ID}: {' '.join(str(error).split())[:300]}")
     if not tokenizer.chat_template:
         sys.exit(f"error: {MODEL_ID} has no chat template: take a model that was trained to chat (stage sft or rl)")
-    if torch.cuda.is_available():
-        model = model.to("cuda", torch.bfloat16)
-    elif model.num_parameters() > LARGE:
-        quantize_int8(model)
-    return model.eval(), tokenizer
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not hasattr(model.config, "quantization_config") and (device == "cuda" or model.num_parameters() > LARGE):
+        model = model.to(torch.bfloat16)
+    return model.to(device).eval(), tokenizer
 
 
 model, tokenizer = (None, None) if ENDPOINT_URL else load()

@@ -1,0 +1,59 @@
+"""`nanochat export --to int8`: smaller folders that answer as before; `pip install torchao` runs the slow tests."""
+
+import copy
+import json
+
+import pytest
+import torch
+from talker import QUESTIONS, chat_folder, talker, talker_folder  # noqa: F401
+from test_model_folder import run_without_the_package
+from tiny import GENERATIONS, make_ids, make_model, relative
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.export import export, int8
+from nanochat_hf.loading import load_model
+
+
+def test_without_torchao_one_line_says_what_to_install(chat_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(int8, "is_torchao_available", lambda: False)
+    with pytest.raises(InputError, match="pip install torchao"):
+        export(chat_folder, tmp_path / "out", "int8")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_matrices_are_int8_and_logits_close(generation, tokenizer, tmp_path):
+    pytest.importorskip("torchao", reason="needs torchao")
+    model = make_model(generation, vocab_size=len(tokenizer) + 64, num_tokens=len(tokenizer), hidden_size=64)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "int8", "int8")
+    loaded, ids = load_model(tmp_path / "int8"), make_ids(2, 40)
+    matrices = {name for name, p in loaded.named_parameters() if hasattr(p, "__tensor_flatten__")}
+    assert len(matrices) == 6 * 5 and all(name.endswith("proj.weight") or ".mlp.fc" in name for name in matrices)
+    for inference in (torch.no_grad, torch.inference_mode):  # `nanochat eval` has the second
+        with inference():
+            logits, low = model(ids).logits, copy.deepcopy(model).bfloat16()(ids).logits
+            assert relative(loaded(ids).logits, logits) < relative(low, logits) + 0.05
+    with pytest.raises(InputError, match="is quantized: export the unquantized model"):
+        export(tmp_path / "int8", tmp_path / "mlx", "mlx")
+
+
+CODE = """
+import json
+from transformers import pipeline
+chat = pipeline("text-generation", model="int8", trust_remote_code=True)
+chats = [[dict(role="user", content=question)] for question in json.load(open("questions.json"))]
+print(json.dumps([chat(c, max_new_tokens=120, do_sample=False)[0]["generated_text"][-1]["content"] for c in chats]))
+"""
+
+
+@pytest.mark.slow
+def test_the_folder_answers_and_calls_its_tool_without_this_package(chat_folder, tmp_path):  # noqa: F811
+    pytest.importorskip("torchao", reason="needs torchao")
+    export(chat_folder, tmp_path / "int8", "int8")
+    small, large = ((folder / "model.safetensors").stat().st_size for folder in (tmp_path / "int8", chat_folder))
+    assert small < 0.45 * large  # of float32; half of the weights are embeddings, which stay bfloat16
+    (tmp_path / "questions.json").write_text(json.dumps([*QUESTIONS]))
+    assert json.loads(run_without_the_package(CODE, tmp_path)) == [parts[-1][1] for parts in QUESTIONS.values()]
