@@ -60,8 +60,8 @@ def test_the_plugin_costs_nothing_where_vllm_runs_other_models():
 
 
 def test_an_export_for_vllm_is_refused_because_the_folder_works(tmp_path):
-    with pytest.raises(InputError, match=r"vLLM takes the folder itself.*vllm serve FOLDER"):
-        dispatch("export", ["--model", "FOLDER", "--to", "vllm", "--output", str(tmp_path / "out")])
+    with pytest.raises(InputError, match=r"vLLM takes the folder itself.*vllm serve /"):
+        dispatch("export", ["--model", str(tmp_path), "--to", "vllm", "--output", str(tmp_path / "out")])
     assert not any(tmp_path.iterdir())
 
 
