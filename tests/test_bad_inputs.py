@@ -233,7 +233,7 @@ COMMANDS = [
     ("export --run-dir {here} --to native --output out", "no finished stage"),
     ("export --to native --output out", "name the model"),
     ("export --model me/x --to native --output out", "me/x has neither model_NNNNNN.pt"),
-    ("export --model {here} --to ggml --output out", "it must be native or nanochat"),
+    ("export --model {here} --to ggml --output out", "it must be native, nanochat"),
     ("convert --source {here} --output {here}/out --step 3", "--step chooses among model_NNNNNN.pt files"),
     ("chat --run-dir {here} --stage stf", "it must be base, mid, sft, rl or dpo"),
     ("chat --model x --stage sft", "name what to talk to"),
