@@ -38,7 +38,7 @@ NEEDS = (
     "# needs a running server",
     "# needs bitsandbytes",
 )
-SHELL = {"cd", "cp", "curl", "docker", "git", "hf", "npx", "nvidia-smi", "pip", "pytest", "sky", "source"}  # not parsed
+SHELL = {"cd", "cp", "curl", "docker", "git", "hf", "npx", "nvidia-smi", "pip", "pytest", "sky", "source"}  # unparsed
 PLACEHOLDERS = {
     "configs/accelerate/X.yaml": "configs/accelerate/cpu.yaml",
     "DOLLARS": "24",

@@ -38,13 +38,14 @@ MODELFILE = r'''TEMPLATE """{{- $system := "" }}{{- range $i, $_ := .Messages }}
 PARAMETER stop <|assistant_end|>
 PARAMETER stop <|python_end|>
 PARAMETER num_ctx '''
+CHAT = 'npx node-llama-cpp chat --systemPrompt "" --repeatPenalty 1 --model'
 CARD = """---
 library_name: gguf
 pipeline_tag: text-generation
 ---
 A nanochat model of generation 1, written as the Qwen3 that computes the same by `nanochat export --to gguf`.
 
-    npx node-llama-cpp chat --model {file}
+    {command}
 
 `Modelfile` is for Ollama. The calculator does not run in these engines: an answer ends where it is called.
 """
@@ -83,8 +84,8 @@ def write(source: Path, folder: Path, outtype: str = "f16", allow_inexact: bool 
     writer.close()
     text = f"FROM ./{file}\n{MODELFILE}{config.max_position_embeddings}\n"
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text("\n".join([CARD.format(file=file), *notes]), encoding="utf-8")
-    return [*notes, f"chat: npx node-llama-cpp chat --model {{folder}}/{file}"]
+    (folder / "README.md").write_text("\n".join([CARD.format(command=f"{CHAT} {file}"), *notes]), encoding="utf-8")
+    return [*notes, f"chat: {CHAT} {{folder}}/{file}"]
 
 
 def refuse_impossible(config: NanoChatConfig) -> None:
