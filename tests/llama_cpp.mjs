@@ -4,7 +4,7 @@ import {getLlama} from "node-llama-cpp";
 
 const [input, output] = process.argv.slice(2);
 const {model: modelPath, prompts, length, forced, strings} = JSON.parse(readFileSync(input, "utf8"));
-const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
+const llama = await getLlama({gpu: false, build: "never", logLevel: "error", maxThreads: 1});
 const model = await llama.loadModel({modelPath});
 const cache = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
 const sequence = (await model.createContext({contextSize: 512, ...cache})).getSequence();

@@ -137,10 +137,10 @@ def test_llama_cpp_computes_the_same_on_a_model_of_the_recipe_key(tmp_path):
     os.symlink(modules, tmp_path / "node_modules")
     shutil.copy(Path(__file__).with_name("llama_cpp.mjs"), tmp_path)
     subprocess.run(["node", "llama_cpp.mjs", "in.json", "out.json"], cwd=tmp_path, check=True)
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found["answers"] == answers and {*forced[-2:]} <= {*found["ends"]}
-    assert found["ids"] == [e.ids for e in plain_backend(tokenizer).encode_batch(strings, add_special_tokens=False)]
+    reply = json.loads((tmp_path / "out.json").read_text())
+    assert reply["answers"] == answers and {*forced[-2:]} <= {*reply["ends"]}
+    assert reply["ids"] == [e.ids for e in plain_backend(tokenizer).encode_batch(strings, add_special_tokens=False)]
     expected = model(torch.tensor([forced])).logits[0].log_softmax(-1)
-    for log_p, pairs in zip(expected, found["probabilities"]):
+    for log_p, pairs in zip(expected, reply["probabilities"]):
         q = torch.tensor([p for _, p in sorted(pairs)]).clamp(min=1e-30)
         assert (log_p.exp() * (log_p - (q / q.sum()).log())).sum() < 1e-5
