@@ -50,6 +50,7 @@ ENGINES = {  # nanochat export --to: what is written
     "mlx": "for mlx-lm on a Mac",
     "vllm": "nothing, vLLM takes the folder itself",
     "int8": "for transformers with int8 weights",
+    "gguf": "for llama.cpp, Ollama and LM Studio, generation 1",
 }
 
 
@@ -195,16 +196,23 @@ def export(words: list[str]) -> None:
     parser.option("--output", Place, required=True, help="folder to write; must not exist")
     targets = "; ".join(f"{name}: {what}" for name, what in ENGINES.items())
     parser.option("--to", Literal[tuple(ENGINES)], required=True, help=targets)
+    parser.option("--outtype", Literal["f32", "f16", "bf16", "q8_0"], help="of --to gguf: the matrices (default: f16)")
+    inexact = "of --to gguf: write also a model that is sampled or tokenized otherwise there; the card says how"
+    parser.add_argument("--allow-inexact", action="store_const", const=True, help=inexact)
     args = parser.parse_args(words)
+    source = chosen_model(args, "the model")
+    options = {name: value for name in ("outtype", "allow_inexact") if (value := getattr(args, name)) is not None}
+    if options and args.to != "gguf":
+        raise InputError("--outtype and --allow-inexact are of --to gguf")
     from .loading import download
 
-    source = download(chosen_model(args, "the model"))
+    source = download(source)
     if args.to in ("native", "nanochat"):
         convert(["--source", source, "--output", args.output, "--to", args.to])
     else:
         from .export import export as export_model
 
-        print(args.output, *export_model(source, args.output, args.to), sep="\n")
+        print(args.output, *export_model(source, args.output, args.to, **options), sep="\n")
 
 
 def report(words: list[str]) -> None:

@@ -38,7 +38,8 @@ from .errors import InputError
 from .run import MODEL_STAGES, STAGES, nearest, project_folder
 
 RECIPES = project_folder("recipes")
-SHAPE_KEYS = ("generation", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "total_batch_size")
+SHAPE_KEYS = ("generation", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "total_batch_size",
+              "final_logit_softcapping")  # fmt: skip
 SPELLING = {"nanochat_spellingbee", "nanochat_chatcore"}  # tasks whose words are of the text, or of `words`
 MIN_VOCAB_SIZE = 256 + 9  # every byte is a token, so that any text can be encoded; and the special tokens
 
@@ -174,7 +175,7 @@ class TrainingConfig:
 
 @settings
 class PretrainConfig(TrainingConfig):
-    """Keys of base.yaml. An empty value means the default of the model's generation (scaling.DEFAULTS)."""
+    """Keys of base.yaml. null, where it is the default, means that of the model's generation (scaling.DEFAULTS)."""
 
     depth: Annotated[int, Ge(1), Le(1000)] = 12
     """Number of layers; everything that is not set follows from it."""
@@ -188,6 +189,8 @@ class PretrainConfig(TrainingConfig):
     """Tokens per sequence."""
     window_pattern: Annotated[str, StringConstraints(pattern="^[SL]+$")] | None = None
     """Attention tiled over the layers: S sliding window of a quarter of the sequence, L full."""
+    final_logit_softcapping: Annotated[float, Gt(0)] | None = 15.0
+    """Logits are c * tanh(logits / c); null: not softcapped, as llama.cpp needs them (docs/checkpoints.md)."""
     num_iterations: OptionalCount = -1
     """Optimizer steps; -1: from target_flops or the ratio."""
     target_flops: Literal[-1] | Annotated[float, Gt(0)] = -1

@@ -34,20 +34,7 @@ KOREAN = ("README.md", "recipes/README.md")  # pages with a translation beside t
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 MONTHS = [datetime.date(2000, month, 1).strftime("%B") for month in range(1, 13)]
 NEEDS = ("a GPU", "the Hub", "a trained model", "a running server", "bitsandbytes")
-SHELL = {
-    "cd",
-    "cp",
-    "curl",
-    "docker",
-    "git",
-    "hf",
-    "nvidia-smi",
-    "pip",
-    "pytest",
-    "sky",
-    "source",
-    "vllm",
-}  # not parsed
+SHELL = set("cd cp curl docker git hf npx nvidia-smi pip pytest sky source vllm".split())  # noqa: SIM905  (not parsed)
 PLACEHOLDERS = {
     "configs/accelerate/X.yaml": "configs/accelerate/cpu.yaml",
     "DOLLARS": "24",

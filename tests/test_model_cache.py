@@ -49,6 +49,21 @@ def test_a_left_padded_batch_generates_what_each_row_generates_alone(generation)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
+def test_without_a_mask_generate_reads_the_bos_of_each_prompt_and_no_padding(generation):
+    model, (bos, eos) = make_model(generation), (5, 6)
+    model.config.bos_token_id = model.generation_config.bos_token_id = model.generation_config.pad_token_id = bos
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": eos}
+    first, second = [bos, 9, 11, 14, 13, 12], [bos, 20, 7]
+    alone = []
+    for row in (first, second):
+        ids = torch.tensor([row])
+        alone.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(row) :].tolist())
+        assert model.generate(ids, **options)[0, len(row) :].tolist() == alone[-1]
+    batch = model.generate(torch.tensor([first, [bos] * 3 + second]), **options)[:, 6:]
+    assert [row[: len(one)] for row, one in zip(batch.tolist(), alone)] == alone
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_beams_and_assistants_see_the_same_model_with_and_without_cache(generation):
     model, prompt = make_model(generation, num_tokens=None), make_ids(2, 7)
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8, "do_sample": False}

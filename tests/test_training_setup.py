@@ -90,7 +90,8 @@ def test_the_models_own_forward_gives_the_loss_and_the_gradient_of_the_logits(to
 def test_given_weights_bring_their_shape_and_need_their_tokenizer(tiny_model, tokenizer, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     shape = plan_overrides_from(str(tmp_path))
-    assert shape == {"depth": 2, "generation": 2, "head_dim": 32, "aspect_ratio": 32, "window_pattern": "SSSL"}
+    expected = {"depth": 2, "generation": 2, "head_dim": 32, "aspect_ratio": 32, "window_pattern": "SSSL"}
+    assert shape == expected | {"final_logit_softcapping": 15.0}
     model = build_model(tiny_plan(len(tokenizer), **shape), str(tmp_path), tokenizer, CPU, False)
     assert torch.equal(model.lm_head.weight, tiny_model.lm_head.weight)
     with pytest.raises(InputError, match="512 rows of embeddings and the tokenizer needs 320"):

@@ -4,6 +4,7 @@
 code, templates and tool loop of a folder that an older version saved; the weights stay.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -59,7 +60,12 @@ def to_native(model: NanoChatForCausalLM) -> NativeModel:
         fields["head_dim"] = config.head_dim
     rows = config.num_tokens or config.vocab_size
     native = NativeModel(NativeConfig(vocab_size=rows, **fields))
-    native.generation_config = model.generation_config
+    native.generation_config = generation = copy.deepcopy(model.generation_config)
+    if generation.eos_token_id and generation.pad_token_id == config.bos_token_id:
+        # else its `generate` masks the bos of a prompt that comes without an attention mask
+        generation.pad_token_id = (
+            [generation.eos_token_id] if isinstance(generation.eos_token_id, int) else generation.eos_token_id
+        )[0]
     state = model.state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = state[name][:rows]

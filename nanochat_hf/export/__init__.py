@@ -1,8 +1,8 @@
 """Checkpoints for other engines: `nanochat export --to mlx`, one module per engine.
 
-A module of this folder has `write(source, folder)`: it fills the empty `folder` from the checkpoint folder `source`,
-and returns lines that say how to use the result. It raises InputError for a checkpoint that the engine cannot express;
-the line names what can. `export` sees to it that the output appears whole or not at all.
+A module of this folder has `write(source, folder, **options)`: it fills the empty `folder` from the checkpoint folder
+`source`, and returns lines that say how to use the result. It raises InputError for a checkpoint that the engine
+cannot express; the line names what can. `export` sees to it that the output appears whole or not at all.
 
 Where the engine's files do not disturb others, the module also has `add(folder)`: it puts them beside the weights of a
 checkpoint folder, and returns the same lines. `nanochat push --with mlx` does so.
@@ -18,8 +18,8 @@ from ..errors import InputError
 from ..run import writing
 
 
-def export(source: str | Path, output: str | Path, engine: str) -> list[str]:
-    """Writes the checkpoint folder `source` for `engine` into `output`, which must not exist.
+def export(source: str | Path, output: str | Path, engine: str, **options) -> list[str]:
+    """Writes the checkpoint folder `source` for `engine` into `output`, which must not exist; options: as `write`'s.
 
     Returns: lines that say how to use it. Raises InputError if it cannot be expressed there, or cannot be read.
     """
@@ -31,8 +31,10 @@ def export(source: str | Path, output: str | Path, engine: str) -> list[str]:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     try:
-        lines = import_module(f".{engine}", __package__).write(source, part)
+        lines = import_module(f".{engine}", __package__).write(source, part, **options)
         os.replace(part, output)
+    except ModuleNotFoundError as error:
+        raise InputError(f"--to {engine} needs the package {error.name}: pip install {error.name}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return [line.format(folder=output) for line in lines]
@@ -50,21 +52,29 @@ def add(folder: Path, engine: str) -> list[str]:
     return module.add(folder)
 
 
-def copy_checkpoint(source: Path, folder: Path) -> None:
-    """Copies a checkpoint folder of ours, without records of training, with today's model code and templates.
-
-    Raises InputError if `source` is no checkpoint folder of ours with a tokenizer, or is quantized.
-    """
-    from ..convert.native import renew  # imported here: vLLM imports this package in each of its processes
-    from ..loading import load_config
+def checkpoint_config(source: Path):
+    """Its config. Raises InputError if `source` is no checkpoint folder of ours with a tokenizer, or is quantized."""
+    from ..loading import load_config  # imported here: vLLM imports this package in each of its processes
 
     if not all((source / name).is_file() for name in ("config.json", "configuration_nanochat.py", "tokenizer.json")):
         raise InputError(
             f"{source} is no checkpoint folder of nanochat_hf with a tokenizer: name a stage's folder, or convert it "
             "with nanochat convert"
         )
-    if hasattr(load_config(source), "quantization_config"):
+    config = load_config(source)
+    if hasattr(config, "quantization_config"):
         raise InputError(f"{source} is quantized: export the unquantized model")
+    return config
+
+
+def copy_checkpoint(source: Path, folder: Path) -> None:
+    """Copies a checkpoint folder of ours, without records of training, with today's model code and templates.
+
+    Raises InputError as `checkpoint_config`.
+    """
+    from ..convert.native import renew
+
+    checkpoint_config(source)
     for path in source.iterdir():
         if path.suffix in (".json", ".jinja", ".safetensors") and path.name != "metrics.json":
             shutil.copyfile(path, folder / path.name)

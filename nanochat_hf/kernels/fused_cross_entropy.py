@@ -2,8 +2,9 @@
 
 At 32K tokens per micro-batch the float32 logits of a 32K vocabulary take 4 GB and are read and written several times.
 Here the logits exist in bf16, one chunk at a time, and one Triton kernel replaces them by their own gradient in a
-single pass: softcapping bounds the logits, so the softmax needs no running maximum, and the matmuls that follow apply
-its denominator. (Gradients computed in the forward pass are Liger Kernel's idea, arXiv:2410.10989.)
+single pass: softcapping bounds the logits, so the softmax needs no maximum (without it one more pass finds that), and
+the matmuls that follow apply its denominator. (Gradients computed in the forward pass are Liger Kernel's idea,
+arXiv:2410.10989.)
 """
 
 import torch
@@ -19,7 +20,7 @@ if triton is not None:
     @triton.jit
     def _softcap_nll(
         logits, targets, losses, scales, inverse_count, num_tokens, stride, cap,
-        GRAD: tl.constexpr, BLOCK: tl.constexpr,
+        CAPPED: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One row: loss of its target and, in place, the gradient of the mean loss with respect to the raw logits.
 
@@ -31,23 +32,40 @@ if triton is not None:
         valid = target >= 0
         base = logits + row * stride
         target_logit = tl.load(base + tl.maximum(target, 0)).to(tl.float32)
-        target_logit = 1.0 - 2.0 / (tl.exp(target_logit * (2.0 / cap)) + 1.0)
+        target_slope = 1.0
+        maximum = 0.0
+        if CAPPED:
+            target_logit = 1.0 - 2.0 / (tl.exp(target_logit * (2.0 / cap)) + 1.0)
+            target_logit, target_slope = target_logit * cap, 1.0 - target_logit * target_logit
+        else:
+            highest = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+            for start in range(0, stride, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                raw = tl.load(base + columns, mask=columns < num_tokens, other=float("-inf")).to(tl.float32)
+                highest = tl.maximum(highest, raw)
+            maximum = tl.max(highest, 0)
+            target_logit -= maximum
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(0, stride, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             inside = columns < num_tokens
             raw = tl.load(base + columns, mask=inside, other=0.0).to(tl.float32)
-            squashed = 1.0 - 2.0 / (tl.exp(raw * (2.0 / cap)) + 1.0)  # tanh(raw / cap); the exponential may be inf
-            exponential = tl.where(inside, tl.exp(squashed * cap), 0.0)  # at most e^15: no overflow without a maximum
+            if CAPPED:
+                squashed = 1.0 - 2.0 / (tl.exp(raw * (2.0 / cap)) + 1.0)  # tanh(raw / cap); the exponential may be inf
+                exponential = tl.where(inside, tl.exp(squashed * cap), 0.0)  # e^15 at most: no overflow
+                slope = exponential * (1.0 - squashed * squashed)
+            else:
+                exponential = tl.where(inside, tl.exp(raw - maximum), 0.0)
+                slope = exponential
             total += exponential
             if GRAD:
-                slope = tl.where(valid, exponential * (1.0 - squashed * squashed), 0.0)
+                slope = tl.where(valid, slope, 0.0)
                 tl.store(base + columns, slope.to(logits.dtype.element_ty), mask=columns < stride)
         mass = tl.sum(total, 0)
-        tl.store(losses + row, tl.where(valid, tl.log(mass) - target_logit * cap, 0.0))
+        tl.store(losses + row, tl.where(valid, tl.log(mass) - target_logit, 0.0))
         if GRAD:
             tl.debug_barrier()  # the target's own gradient comes after what the loop wrote there
-            slope = (tl.exp(target_logit * cap) - mass) * (1.0 - target_logit * target_logit)
+            slope = (tl.exp(target_logit) - mass) * target_slope
             tl.store(base + target, slope.to(logits.dtype.element_ty), mask=valid)
             tl.store(scales + row, tl.load(inverse_count) / mass)
 
@@ -68,7 +86,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             logits = hidden[part] @ bf16_weight.t()  # (rows, V)
             _softcap_nll[(len(logits),)](
                 logits, targets[part], losses[part], scales[part], inverse_count, num_tokens, logits.stride(0),
-                float(softcap), GRAD=training, BLOCK=min(4096, triton.next_power_of_2(len(bf16_weight))), num_warps=8,
+                softcap or 0.0, CAPPED=softcap is not None, GRAD=training,
+                BLOCK=min(4096, triton.next_power_of_2(len(bf16_weight))), num_warps=8,
             )  # fmt: skip
             if training:
                 torch.mm(logits, bf16_weight, out=hidden_grad[part])
@@ -90,9 +109,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
 
 def fused_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, num_tokens: int, reduction="mean"
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, num_tokens: int, reduction="mean"
 ) -> Tensor:
-    """Cross-entropy of softcap * tanh(hidden @ weight.T / softcap), in nats.
+    """Cross-entropy of softcap * tanh(hidden @ weight.T / softcap), or with None of hidden @ weight.T, in nats.
 
     Args:
         hidden: (N, C) normed hidden states, bf16 or fp32.
@@ -103,7 +122,8 @@ def fused_linear_cross_entropy(
     if hidden.dtype == torch.bfloat16 and usable("fused cross-entropy", hidden):
         return _FusedLinearCrossEntropy.apply(hidden, weight, targets, softcap, num_tokens, reduction)
     logits = F.linear(hidden, weight.to(hidden.dtype))[..., :num_tokens].float()
-    logits, reduce = softcap * torch.tanh(logits / softcap), "sum" if reduction == "mean" else reduction
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    reduce = "sum" if reduction == "mean" else reduction
     loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduce)
     return loss / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss
 
@@ -111,12 +131,13 @@ def fused_linear_cross_entropy(
 @check("fused cross-entropy", instead="PyTorch's operations, which take more memory")
 def _cases(draw, config):
     size = min(config.vocab_size, 4224)  # more columns than one program reads at once
+    cap = config.final_logit_softcapping
     hidden, weight = draw(80, config.hidden_size), draw(size, config.hidden_size, dtype=torch.float32) * 0.05
     targets = torch.arange(80, device=hidden.device) * 37 % (size - 3)
     targets[::7] = -100
 
     def loss(hidden, weight, reduction="mean"):
-        return [fused_linear_cross_entropy(hidden, weight, targets, 15.0, size - 3, reduction)]
+        return [fused_linear_cross_entropy(hidden, weight, targets, cap, size - 3, reduction)]
 
     yield 0.02, lambda: with_gradients(loss, (hidden, weight))
     yield 0.01, lambda: loss(hidden, weight, "none")

@@ -443,6 +443,20 @@ class NanoChatHFForCausalLM(ToolLoopMixin, NanoChatHFPreTrainedModel, Generation
 
     create_masks_for_generate = staticmethod(NanoChatHFModel.create_masks_for_generate)
 
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
+        """The mask of `generate` without one: all but left padding, whose token is the bos that a prompt begins with.
+
+        transformers' own masks that bos, too, and answers change.
+        """
+        if self.config.bos_token_id is None or generation_config.pad_token_id != self.config.bos_token_id:
+            return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        ids = model_kwargs.get("input_ids")
+        ids = inputs_tensor if ids is None or not ids.numel() else ids
+        if ids.is_floating_point():  # embeddings
+            return ids.new_ones(ids.shape[:2], dtype=torch.long)
+        leading = ids.eq(generation_config.pad_token_id).long().cumprod(1)
+        return 1 - F.pad(leading[:, 1:], (0, 1))  # the last of them is the bos
+
     @can_return_tuple
     def forward(
         self,

@@ -262,6 +262,7 @@ def plan(config, vocab_size: int) -> Plan:
             hidden_size=heads * config.head_dim, num_hidden_layers=depth, num_attention_heads=heads,
             head_dim=config.head_dim, vocab_size=padded, num_tokens=vocab_size if vocab_size != padded else None,
             max_position_embeddings=max_seq_len, window_pattern=defaults.window_pattern,
+            final_logit_softcapping=config.final_logit_softcapping,
         )  # fmt: skip
 
     def scaled_by(counts: Counter) -> int:

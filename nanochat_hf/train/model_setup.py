@@ -72,6 +72,7 @@ def plan_overrides_from(source: str) -> dict:
         "head_dim": config.head_dim,
         "aspect_ratio": config.hidden_size / config.num_hidden_layers,
         "window_pattern": config.window_pattern,
+        "final_logit_softcapping": config.final_logit_softcapping,
     }
 
 
