@@ -69,6 +69,7 @@ ENGINES = {  # nanochat export --to: what is written
     "native": "transformers' own nanochat, generation 1",
     "nanochat": "files of karpathy/nanochat",
     "mlx": "for mlx-lm on a Mac",
+    "onnx": "for onnxruntime, transformers.js and browsers",
 }
 DRY_RUN = {"action": "store_true", "help": "print the plan and start nothing"}
 SYNC = "URL (s3://, gs://, file://, any of fsspec, or hf://owner/name) that keeps checkpoints and finished stages; "
