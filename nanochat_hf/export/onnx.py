@@ -6,9 +6,9 @@
     past_key_values.I.key and .value (B, H_kv, P, D) of each layer, past_conv.L (B, C, 1) for the smear
     -> logits (B, kept, num_tokens), present.I.key and .value (B, H_kv, P + T, D), present_conv.L
 
-A sliding window is part of the mask, so all layers keep the keys of all P positions. transformers.js creates the
-caches from the config that it finds: generation 1 is its `nanochat`; generation 2 is described as `lfm2`, a family with
-convolution states, one of which carries the embedding of the token before: an empty one is zero, and so no smear.
+A sliding window is part of the mask, so all layers keep the keys of all P positions. transformers.js creates the cache
+from config.json: generation 1 is its `nanochat`; generation 2 is described as `lfm2`, a family with convolution states.
+One carries the previous token's embedding; it begins with zeros, so that nothing is smeared into the first token.
 """
 
 import json
@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..loading import load_model
+from ..loading import load_config, load_model
 from ..model.modeling_nanochat import NanoChatForCausalLM, project, rms_norm
+from ..run import save_json
 from . import copy_checkpoint
 
 try:
@@ -152,20 +153,16 @@ def write_config(model: NanoChatForCausalLM, folder: Path) -> None:
         layer_types = ["full_attention"] * config.num_hidden_layers + ["conv"]
         kind = {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], "layer_types": layer_types}
     values = {name: getattr(config, name) for name in fields}
-    write_json(folder / "config.json", {**kind, **values, "vocab_size": config.num_tokens or config.vocab_size})
+    save_json(folder / "config.json", {**kind, **values, "vocab_size": config.num_tokens or config.vocab_size})
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     template = folder / "chat_template.jinja"
     if template.exists():
         settings["chat_template"] = template.read_text(encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", settings)
+    save_json(folder / "tokenizer_config.json", settings)
     for path in folder.iterdir():
         if path.suffix in (".py", ".jinja", ".safetensors") or path.name.endswith(".index.json"):
             path.unlink()
     shutil.rmtree(folder / "custom_generate", ignore_errors=True)
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def next_tokens(path: Path, ids: np.ndarray) -> np.ndarray:
@@ -182,15 +179,15 @@ def next_tokens(path: Path, ids: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def write(source: Path, folder: Path) -> list[str]:
-    """Fills `folder`. Raises InputError as `copy_checkpoint` does, for scaled RoPE and for more than 2 GB in float32.
+    """Fills `folder`; returns lines with each file's size, on how many tokens it agrees with torch, and how to use it.
 
-    Returns: lines with the size of each file, on how many tokens of a sample it agrees with torch, and how to use them.
+    Raises InputError for no checkpoint, for RoPE that is scaled, and for more than 2 GB in float32.
     """
     copy_checkpoint(source, folder)
-    model = load_model(str(folder), attn_implementation="eager")
-    kind = model.config.rope_parameters.get("rope_type", "default")
+    kind = load_config(folder).rope_parameters.get("rope_type", "default")
     if kind != "default":
         raise InputError(f"there is no RoPE of type {kind!r} for ONNX: export a model with rope_type default")
+    model = load_model(str(folder), attn_implementation="eager")
     if (size := 4 * model.num_parameters()) > MAX_BYTES:
         raise InputError(f"{source} is {size / 1e9:.1f} GB in float32 and an ONNX file holds 2: export it --to mlx")
     torch.manual_seed(0)
@@ -210,8 +207,5 @@ def write(source: Path, folder: Path) -> list[str]:
             raise InputError(f"{path.name} does not compute what torch does for {source}: export it --to mlx")
         agree = f"{(tokens == expected).sum()} of {len(tokens)} tokens as torch"
         lines.append(f"onnx/{path.name}: {path.stat().st_size / 1e6:.1f} MB, {agree}")
-    return [
-        *lines,
-        "chat in a browser: copy {folder} to spaces/browser/model, then python -m http.server -d spaces/browser",
-        "publish:           hf upload you/NAME {folder}",
-    ]
+    page = "python -m http.server -d spaces/browser (its folder model: a copy of {folder})"
+    return [*lines, f"page:    {page}", "publish: hf upload you/NAME {folder}"]
