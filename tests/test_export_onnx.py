@@ -176,15 +176,10 @@ def test_page_chats_calls_the_calculator_and_begins_anew(chat_export, browser): 
             path = chat_export / url.path.removeprefix("/model/")
         else:
             path = SITE / (url.path[1:] or "index.html")
-        kinds = {
-            ".js": "text/javascript",
-            ".mjs": "text/javascript",
-            ".wasm": "application/wasm",
-            ".html": "text/html",
-        }
         headers = {"access-control-allow-origin": "*"}
         if path.is_file():
-            route.fulfill(path=path, content_type=kinds.get(path.suffix, "application/octet-stream"), headers=headers)
+            kind = "text/javascript" if path.suffix in (".js", ".mjs") else mimetypes.guess_type(path)[0]
+            route.fulfill(path=path, content_type=kind or "application/octet-stream", headers=headers)
         else:
             route.fulfill(status=404)
 

@@ -7,7 +7,7 @@
     -> logits (B, kept, num_tokens), present.I.key and .value (B, H_kv, P + T, D), present_conv.L
 
 A sliding window is part of the mask, so all layers keep the keys of all P positions. transformers.js creates the cache
-from config.json: generation 1 is its `nanochat`; generation 2 is described as `lfm2`, a family with convolution states.
+from config.json: generation 1 is its `nanochat`, generation 2 as `lfm2`, a family with convolution states.
 One carries the previous token's embedding; it begins with zeros, so that nothing is smeared into the first token.
 """
 
@@ -140,6 +140,7 @@ def write_graph(model: NanoChatForCausalLM, path: Path) -> None:
         )
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces with paths of this machine
+    program.model.metadata_props["onnx.quant.pre_process"] = "onnxruntime.quant"  # quantization would warn: no shapes
     program.save(path)
 
 
