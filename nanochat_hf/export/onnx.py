@@ -32,7 +32,7 @@ try:
     import onnxscript  # noqa: F401  (torch.onnx needs it)
     from onnxruntime.quantization import QuantType, quantize_dynamic
 except ImportError:
-    raise InputError("ONNX needs three packages: pip install onnx onnxscript onnxruntime") from None
+    raise InputError("ONNX needs three more packages: pip install onnx onnxscript onnxruntime") from None
 
 MASKED = -1e4  # added to scores; float16 can hold it, and its exponential is zero
 END = 2**62  # of a slice that has none
