@@ -81,9 +81,14 @@ def exported(request, tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def chat_export(talker_folder, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    lines = export(talker_folder, folder, "onnx")
+def chat_export(talker_folder, tokenizer, tmp_path_factory):  # noqa: F811
+    root = tmp_path_factory.mktemp("chat")
+    folder = root / "model"
+    shutil.copytree(talker_folder, root / "torch")
+    path = root / "torch" / "generation_config.json"
+    stops = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])  # as a chat stage writes them
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": stops}))
+    lines = export(root / "torch", folder, "onnx")
     assert re.match(r"onnx/model.onnx: \S+ MB, (\d+) of \1 tokens as torch", lines[0])
     return folder
 
@@ -155,10 +160,10 @@ def test_the_calculator_of_the_page_equals_ours():
         console.log(JSON.stringify(values));
     """
     refused = [text for text in REFUSED if isinstance(text, str)]
-    made = ["7/3*3/3", "2e-60/3", "100/7", "123456789012/7", "2/3*10", "-1e-30*1e-30", "9" * 60 + "/8", "1e100/3"]
-    results = node(script, texts=[*(text for text, _ in RESULTS), *made, *refused])
+    computed = ["7/3*3/3", "2e-60/3", "100/7", "123456789012/7", "2/3*10", "-1e-30*1e-30", "9" * 60 + "/8", "1e100/3"]
+    results = node(script, texts=[*(text for text, _ in RESULTS), *computed, *refused])
     assert results[: len(RESULTS)] == [result for _, result in RESULTS]
-    assert results[len(RESULTS) : -len(refused)] == [calculate(text) for text in made]
+    assert results[len(RESULTS) : -len(refused)] == [calculate(text) for text in computed]
     assert all(set(result) == {"error"} for result in results[-len(refused) :])
 
 

@@ -50,7 +50,7 @@ async function answer(messages, temperature) {
     if (!reused) { await cache.past?.dispose(); cache = { ids: [] } }
     const { sequences, past_key_values } = await model.generate({
       inputs: tensor(ids), attention_mask: tensor(ids.map(() => 1)), past_key_values: cache.past ?? null,
-      max_new_tokens: end - ids.length, do_sample: temperature > 0, temperature, top_k: 50,
+      max_new_tokens: end - ids.length, eos_token_id: ["assistant_end", "python_end"].map(mark), do_sample: temperature > 0, temperature, top_k: 50,
       streamer, stopping_criteria: stop, return_dict_in_generate: true,
     });
     ids = sequences.tolist()[0].map(Number);
