@@ -27,7 +27,7 @@ function literal(text) {
   return digits ? fraction(digits * power(Math.max(shift, 0)), power(Math.max(-shift, 0))) : [0n, 1n];
 }
 
-function format([n, d]) { // in full if the decimal fraction ends within 100 digits, else 10 digits and at least 2 decimals
+function format([n, d]) { // in full if it ends within 100 digits, else 10 digits, but at least 2 decimals
   if (d === 1n) return String(n);
   const size = abs(n), whole = size > d ? String(size / d).length : 1 - String(d / size).length;
   let decimals = 0;

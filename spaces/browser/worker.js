@@ -18,6 +18,15 @@ async function load(name, device) { // "model" is the folder beside this file, a
   tokenizer = await AutoTokenizer.from_pretrained(name);
   model = await AutoModelForCausalLM.from_pretrained(
     name, { device: adapter ? "webgpu" : "wasm", dtype, progress_callback });
+  const forward = model.forward.bind(model);
+  let pause = 0;
+  model.forward = async inputs => { // WebAssembly does not return to the event loop by itself, and Stop is an event
+    if (performance.now() - pause > 50) {
+      await new Promise(resolve => setTimeout(resolve));
+      pause = performance.now();
+    }
+    return forward(inputs);
+  };
   mark = text => tokenizer.encode(`<|${text}|>`, { add_special_tokens: false })[0];
   postMessage({ ready: `${adapter ? "WebGPU" : "WebAssembly"}, ${dtype}`, examples: tokenizer.config?.examples });
 }
@@ -42,7 +51,8 @@ function result(call) {
 async function answer(messages, temperature) {
   let ids = encode(messages), tokens = 0;
   const start = ids.length, begin = performance.now(), end = start + 512, reply = [];
-  const show = () => postMessage({ reply: tokenizer.decode(reply), speed: tokens / (performance.now() - begin) * 1e3 });
+  const speed = () => tokens / (performance.now() - begin) * 1e3;
+  const show = () => postMessage({ reply: tokenizer.decode(reply), speed: speed() });
   const streamer = { put: ([row]) => row.length === 1 && (reply.push(row[0]), tokens++, show()), end() {} };
   stop.reset();
   while (ids.length < end && !stop.interrupted) {
@@ -50,14 +60,15 @@ async function answer(messages, temperature) {
     if (!reused) { await cache.past?.dispose(); cache = { ids: [] } }
     const { sequences, past_key_values } = await model.generate({
       inputs: tensor(ids), attention_mask: tensor(ids.map(() => 1)), past_key_values: cache.past ?? null,
-      max_new_tokens: end - ids.length, eos_token_id: ["assistant_end", "python_end"].map(mark), do_sample: temperature > 0, temperature, top_k: 50,
-      streamer, stopping_criteria: stop, return_dict_in_generate: true,
+      max_new_tokens: end - ids.length, eos_token_id: ["assistant_end", "python_end"].map(mark), streamer,
+      do_sample: temperature > 0, temperature, top_k: 50, stopping_criteria: stop, return_dict_in_generate: true,
     });
     ids = sequences.tolist()[0].map(Number);
     cache = { ids: ids.slice(0, -1), past: past_key_values }; // the last token was not read yet
     if (ids.at(-1) !== mark("python_end")) break;
-    const call = tokenizer.decode(ids.slice(ids.lastIndexOf(mark("python_start")) + 1, -1));
-    const text = tokenizer.encode(result(call), { add_special_tokens: false });
+    const from = ids.lastIndexOf(mark("python_start"));
+    if (from < start || from < ids.lastIndexOf(mark("python_end"), -2)) continue; // the end of no call
+    const text = tokenizer.encode(result(tokenizer.decode(ids.slice(from + 1, -1))), { add_special_tokens: false });
     const output = [mark("output_start"), ...text, mark("output_end")];
     ids.push(...output); reply.push(...output); show();
   }
