@@ -184,7 +184,12 @@ def test_page_chats_calls_the_calculator_and_begins_anew(chat_export, browser): 
         headers = {"access-control-allow-origin": "*"}
         if path.is_file():
             kind = "text/javascript" if path.suffix in (".js", ".mjs") else mimetypes.guess_type(path)[0]
-            route.fulfill(path=path, content_type=kind or "application/octet-stream", headers=headers)
+            headers["content-type"] = kind or "application/octet-stream"
+            if path.name == "calculator.js":  # results get a mark: the model has learned those without it by heart
+                marked = "export const calculate = text => `#${value(text)}`;\nfunction value"
+                route.fulfill(body=path.read_text().replace("export function calculate", marked), headers=headers)
+            else:
+                route.fulfill(path=path, headers=headers)
         else:
             route.fulfill(status=404)
 
@@ -199,9 +204,12 @@ def test_page_chats_calls_the_calculator_and_begins_anew(chat_export, browser): 
         page.fill("#text", question)
         page.press("#text", "Enter")
         page.wait_for_function("document.querySelector('#send').textContent === 'Send'")
-        texts = {"python": "{}", "python_output": "= {}", "text": "{}"}
-        expected = "".join(texts[kind].format(text) for kind, text in parts)
-        assert page.text_content(".bot") == expected
+        if len(parts) == 1:
+            assert page.text_content(".bot") == parts[0][1]
+        else:
+            (_, call), (_, result), _ = parts
+            result = f"= {result}" if "error" in result else f"= #{result}"
+            assert [box.text_content() for box in page.query_selector_all(".call")] == [call, result]
         picture(page, "browser-dark")
         page.click("#new")
         assert page.query_selector(".bot") is None
