@@ -51,6 +51,7 @@ ENGINES = {  # nanochat export --to: what is written
     "vllm": "nothing, vLLM takes the folder itself",
     "int8": "for transformers with int8 weights",
     "gguf": "for llama.cpp, Ollama and LM Studio, generation 1",
+    "onnx": "for onnxruntime, transformers.js and browsers",
 }
 
 

@@ -61,11 +61,8 @@ def to_native(model: NanoChatForCausalLM) -> NativeModel:
     rows = config.num_tokens or config.vocab_size
     native = NativeModel(NativeConfig(vocab_size=rows, **fields))
     native.generation_config = generation = copy.deepcopy(model.generation_config)
-    if generation.eos_token_id and generation.pad_token_id == config.bos_token_id:
-        # else its `generate` masks the bos of a prompt that comes without an attention mask
-        generation.pad_token_id = (
-            [generation.eos_token_id] if isinstance(generation.eos_token_id, int) else generation.eos_token_id
-        )[0]
+    if generation.pad_token_id == config.bos_token_id:  # its `generate` would mask the bos of prompts without a mask
+        generation.pad_token_id = config.eos_token_id
     state = model.state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = state[name][:rows]

@@ -1,0 +1,226 @@
+"""The ONNX files in onnxruntime, in transformers.js under Node, and in the page of spaces/browser in Chromium.
+
+The last two need Node, and transformers.js in TRANSFORMERS_JS/node_modules:
+
+    npm install --ignore-scripts --prefix $TRANSFORMERS_JS @huggingface/transformers@4.3.2
+"""
+
+import json
+import mimetypes
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import pytest
+import torch
+from browser import browser, picture  # noqa: F401
+from talker import QUESTIONS, talker, talker_folder  # noqa: F401
+from test_tools import REFUSED, RESULTS
+from tiny import close, make_ids, make_model, uncached_greedy
+
+from nanochat_hf.errors import InputError
+from nanochat_hf.export import export
+from nanochat_hf.tools import calculate
+
+ort = pytest.importorskip("onnxruntime", reason="exports to ONNX need onnx, onnxscript and onnxruntime")
+pytest.importorskip("onnxscript")
+SITE = Path(__file__).parents[1] / "spaces" / "browser"
+LIBRARY = Path(os.environ.get("TRANSFORMERS_JS", "/nowhere")) / "node_modules"
+VERSION = re.search(r"/npm/@huggingface/transformers@([\d.]+)", (SITE / "worker.js").read_text())[1]
+GENERATE = """
+import fs from "node:fs";
+const { AutoModelForCausalLM, AutoTokenizer, Tensor, env } = await import(process.argv[1]);
+const { root, name, dtype, prompts, chat, length } = JSON.parse(fs.readFileSync(0));
+env.localModelPath = root;
+env.allowRemoteModels = false;
+const model = await AutoModelForCausalLM.from_pretrained(name, { dtype });
+const tokenizer = await AutoTokenizer.from_pretrained(name);
+const options = { add_generation_prompt: true, return_tensor: false, return_dict: false };
+if (chat) prompts.push(tokenizer.apply_chat_template(chat, options));
+const rows = [];
+for (const ids of prompts) {
+  const inputs = new Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
+  const sequences = await model.generate({ inputs, max_new_tokens: length, do_sample: false });
+  rows.push(sequences.tolist()[0].map(Number));
+}
+console.log(JSON.stringify(rows));
+"""
+
+
+def node(script: str, *words: str, **values):
+    """What the module prints as JSON, given `values` as JSON; skipped without Node."""
+    if shutil.which("node") is None:
+        pytest.skip("transformers.js and the page's calculator need Node")
+    command = ["node", "--input-type=module", "-e", script, *words]
+    output = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, check=True)
+    return json.loads(output.stdout)
+
+
+def generate(folder: Path, prompts: list, length: int, chat=None, dtype: str = "fp32") -> list[list[int]]:
+    package = LIBRARY / "@huggingface" / "transformers"
+    if not package.is_dir():
+        pytest.skip(f"needs transformers.js {VERSION}: see the head of this file")
+    assert json.loads((package / "package.json").read_text())["version"] == VERSION
+    values = {"root": f"{folder.parent}/", "name": folder.name, "dtype": dtype, "prompts": prompts, "chat": chat}
+    return node(GENERATE, str(package / "dist" / "transformers.node.mjs"), **values, length=length)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def exported(request, tokenizer, tmp_path_factory):
+    """(model with sliding windows, exported folder) of a generation."""
+    root = tmp_path_factory.mktemp("onnx")
+    model = make_model(request.param, window_pattern="SSL", sliding_window=5)
+    model.save_pretrained(root / "torch")
+    tokenizer.save_pretrained(root / "torch")
+    export(root / "torch", root / "onnx", "onnx")
+    return model, root / "onnx"
+
+
+@pytest.fixture(scope="module")
+def chat_export(talker_folder, tokenizer, tmp_path_factory):  # noqa: F811
+    root = tmp_path_factory.mktemp("chat")
+    folder = root / "model"
+    shutil.copytree(talker_folder, root / "torch")
+    path = root / "torch" / "generation_config.json"
+    stops = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])  # as a chat stage writes them
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": stops}))
+    lines = export(root / "torch", folder, "onnx")
+    assert re.match(r"onnx/model.onnx: \S+ MB, (\d+) of \1 tokens as torch", lines[0])
+    return folder
+
+
+def step(session, ids, mask, cache=None):
+    """Logits of all positions of ids (B, T), and the cache after them."""
+    if cache is None:
+        inputs = [entry for entry in session.get_inputs() if entry.name.startswith("past")]
+        batch = {"batch_size": len(ids)}
+        sizes = [[n if isinstance(n, int) else batch.get(n, 0) for n in entry.shape] for entry in inputs]
+        cache = {entry.name: np.zeros(size, np.float32) for entry, size in zip(inputs, sizes)}
+    positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "num_logits_to_keep": np.array(0)}
+    names = [entry.name for entry in session.get_outputs()]
+    logits, *after = session.run(names, {**feeds, **cache})
+    renamed = [n.replace("present_conv", "past_conv").replace("present.", "past_key_values.") for n in names[1:]]
+    return torch.from_numpy(logits), dict(zip(renamed, after))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_logits_equal_torch_whole_in_pieces_and_padded(exported):
+    model, folder = exported
+    session = ort.InferenceSession(folder / "onnx" / "model.onnx")
+    ids = make_ids(2, 60)
+    mask = torch.ones_like(ids)
+    expected = model(ids).logits
+    close(step(session, ids.numpy(), mask.numpy())[0], expected)
+    cache, parts = None, []
+    for end, part in zip((20, 21, 60), ids.split([20, 1, 39], dim=1)):
+        logits, cache = step(session, part.numpy(), mask[:, :end].numpy(), cache)
+        parts.append(logits)
+    close(torch.cat(parts, 1), expected)
+    mask[0, :9] = 0
+    padded = step(session, ids.numpy(), mask.numpy())[0]
+    close(padded[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "q8"])
+def test_node_generates_the_same_tokens(exported, dtype):
+    model, folder = exported
+    prompts = [make_ids(1, length, seed=length) for length in (1, 12)]
+    rows = generate(folder, [ids[0].tolist() for ids in prompts], 30, dtype=dtype)
+    assert [len(row) for row in rows] == [31, 42]
+    if dtype == "fp32":  # the others round
+        assert rows == [uncached_greedy(model, ids, 30)[0].tolist() for ids in prompts]
+
+
+@pytest.mark.slow
+def test_node_has_the_chat_template_and_stops_at_a_call(chat_export, talker):  # noqa: F811
+    _, tokenizer = talker
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+    chat.append({"role": "user", "content": "What is 12 * 34?"})
+    (row,) = generate(chat_export, [], 5, chat)
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert row[: len(prompt)] == prompt
+    (row,) = generate(chat_export, [], 60, chat[2:])
+    assert tokenizer.decode(row).endswith("<|python_start|>12*34<|python_end|>")
+
+
+def test_the_calculator_of_the_page_equals_ours():
+    script = f"""
+        import fs from "node:fs";
+        import {{ calculate }} from "{SITE.as_uri()}/calculator.js";
+        const values = JSON.parse(fs.readFileSync(0)).texts.map(text => {{
+          try {{ return calculate(text) }} catch (error) {{ return {{ error: error.message }} }}
+        }});
+        console.log(JSON.stringify(values));
+    """
+    refused = [text for text in REFUSED if isinstance(text, str)]
+    computed = ["7/3*3/3", "2e-60/3", "100/7", "123456789012/7", "2/3*10", "-1e-30*1e-30", "9" * 60 + "/8", "1e100/3"]
+    results = node(script, texts=[*(text for text, _ in RESULTS), *computed, *refused])
+    assert results[: len(RESULTS)] == [result for _, result in RESULTS]
+    assert results[len(RESULTS) : -len(refused)] == [calculate(text) for text in computed]
+    assert all(set(result) == {"error"} for result in results[-len(refused) :])
+
+
+@pytest.mark.slow
+def test_page_chats_calls_the_calculator_and_begins_anew(chat_export, browser):  # noqa: F811
+    if not LIBRARY.is_dir():
+        pytest.skip(f"needs transformers.js {VERSION}: see the head of this file")
+
+    def serve(route):
+        url = urlparse(route.request.url)
+        if url.netloc == "cdn.jsdelivr.net":
+            name, rest = re.fullmatch(r"/npm/((?:@\w+/)?[\w-]+)@[^/]+/?(.*)", url.path).groups()
+            path = LIBRARY / name / (rest or "dist/transformers.min.js")
+        elif url.path.startswith("/model/"):
+            path = chat_export / url.path.removeprefix("/model/")
+        else:
+            path = SITE / (url.path[1:] or "index.html")
+        headers = {"access-control-allow-origin": "*"}
+        if path.is_file():
+            kind = "text/javascript" if path.suffix in (".js", ".mjs") else mimetypes.guess_type(path)[0]
+            headers["content-type"] = kind or "application/octet-stream"
+            if path.name == "calculator.js":  # results get a mark: the model has learned those without it by heart
+                marked = "export const calculate = text => `#${value(text)}`;\nfunction value"
+                route.fulfill(body=path.read_text().replace("export function calculate", marked), headers=headers)
+            else:
+                route.fulfill(path=path, headers=headers)
+        else:
+            route.fulfill(status=404)
+
+    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark")
+    context.set_default_timeout(300_000)
+    context.route("**/*", serve)
+    page, errors = context.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto("https://page.test/?device=wasm&temperature=0")
+    page.wait_for_selector("#send:not([disabled])")
+    for question, parts in QUESTIONS.items():  # one conversation would be longer than the model's memory of four
+        page.fill("#text", question)
+        page.press("#text", "Enter")
+        page.wait_for_function("document.querySelector('#send').textContent === 'Send'")
+        if len(parts) == 1:
+            assert page.text_content(".bot") == parts[0][1]
+        else:
+            (_, call), (_, result), _ = parts
+            result = f"= {result}" if "error" in result else f"= #{result}"
+            assert [box.text_content() for box in page.query_selector_all(".call")] == [call, result]
+        picture(page, "browser-dark")
+        page.click("#new")
+        assert page.query_selector(".bot") is None
+    assert errors == [] and "tokens/s" in page.text_content("#status")
+    context.close()
+
+
+def test_scaled_rope_is_refused(tokenizer, tmp_path):
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    make_model(1, rope_parameters=rope).save_pretrained(tmp_path / "torch")
+    tokenizer.save_pretrained(tmp_path / "torch")
+    with pytest.raises(InputError, match="RoPE of type 'linear'"):
+        export(tmp_path / "torch", tmp_path / "onnx", "onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["torch"]
