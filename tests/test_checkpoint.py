@@ -228,3 +228,12 @@ def test_a_damaged_record_is_one_line(tmp_path, file):
         except InputError as error:
             outcomes.append(str(error))
     assert len(outcomes) > 20 and all(re.search(words, line) and "\n" not in line for line in outcomes), outcomes
+
+
+@pytest.mark.parametrize("name, file", [("step_000010", "model.safetensors"), ("checkpoint-10", "complete")])
+def test_a_checkpoint_of_an_old_version_is_refused_and_stays(tmp_path, name, file):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / file).touch()
+    with pytest.raises(InputError, match=f"{name} has no manifest.json, as those of versions before December 2026"):
+        checkpoint.latest(tmp_path)
+    assert (tmp_path / name / file).exists()

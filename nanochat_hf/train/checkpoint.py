@@ -100,11 +100,16 @@ def damage(folder: Path) -> str | None:
 def latest(state: Path, log: Callable[[str], None] = print) -> Path | None:
     """The newest complete and undamaged checkpoint in `state`, or None if there are none. Every rank calls this.
 
-    Damaged ones after it are renamed to damaged_*. Raises InputError when all are damaged.
+    Damaged ones after it are renamed to damaged_*. Raises InputError when all are damaged or one is of an old version.
     """
-    checkpoints = complete_checkpoints(state)
+    checkpoints, reasons = complete_checkpoints(state), []
     with main_process_first("checking the last checkpoint") as main:
-        reasons: list[str] = []
+        for path in set(all_checkpoints(state)) - set(checkpoints):
+            if path.name.startswith("step") or (path / "complete").exists():  # else one that was cut off
+                raise InputError(
+                    f"{path} has no {MANIFEST}, as those of versions before December 2026: finish the stage with such "
+                    f"a version, or delete {state} to start it anew"
+                )
         while main and checkpoints and (reason := damage(checkpoints[-1 - len(reasons)])):
             reasons.append(reason)
             if len(reasons) == len(checkpoints):
