@@ -21,9 +21,10 @@ from browser import browser, picture  # noqa: F401
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 from test_tools import REFUSED, RESULTS
 from tiny import close, make_ids, make_model, uncached_greedy
+from transformers import AutoModelForCausalLM
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.export import export
+from nanochat_hf.export import add, export
 from nanochat_hf.tools import calculate
 
 ort = pytest.importorskip("onnxruntime", reason="exports to ONNX need onnx, onnxscript and onnxruntime")
@@ -37,7 +38,9 @@ const { AutoModelForCausalLM, AutoTokenizer, Tensor, env } = await import(proces
 const { root, name, dtype, prompts, chat, length } = JSON.parse(fs.readFileSync(0));
 env.localModelPath = root;
 env.allowRemoteModels = false;
-const model = await AutoModelForCausalLM.from_pretrained(name, { dtype });
+const beside = `${root}${name}/onnx/config.json`;
+const config = fs.existsSync(beside) ? JSON.parse(fs.readFileSync(beside)) : null;
+const model = await AutoModelForCausalLM.from_pretrained(name, { dtype, config });
 const tokenizer = await AutoTokenizer.from_pretrained(name);
 const options = { add_generation_prompt: true, return_tensor: false, return_dict: false };
 if (chat) prompts.push(tokenizer.apply_chat_template(chat, options));
@@ -136,6 +139,18 @@ def test_node_generates_the_same_tokens(exported, dtype):
     assert [len(row) for row in rows] == [31, 42]
     if dtype == "fp32":  # the others round
         assert rows == [uncached_greedy(model, ids, 30)[0].tolist() for ids in prompts]
+
+
+@pytest.mark.slow
+def test_files_beside_the_weights_leave_these_alone_and_run_with_the_config_there(exported, tmp_path):
+    model, folder = exported
+    beside = tmp_path / "model"
+    shutil.copytree(folder.parent / "torch", beside)
+    assert "onnx/config.json" in add(beside, "onnx")[0]
+    ids = make_ids(1, 12)
+    loaded = AutoModelForCausalLM.from_pretrained(beside)
+    assert type(loaded) is type(model) and torch.equal(loaded(ids).logits, model(ids).logits)
+    assert generate(beside, ids.tolist(), 30) == [uncached_greedy(model, ids, 30)[0].tolist()]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ A module of this folder has `write(source, folder, **options)`: it fills the emp
 cannot express; the line names what can. `export` sees to it that the output appears whole or not at all.
 
 Where the engine's files do not disturb others, the module also has `add(folder)`: it puts them beside the weights of a
-checkpoint folder, and returns the same lines. `nanochat push --with mlx` does so.
+checkpoint folder, and returns the same lines. `nanochat push --with mlx,onnx` does so.
 """
 
 import os

@@ -14,6 +14,7 @@ One carries the previous token's embedding; it begins with zeros, so that nothin
 import json
 import logging
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -203,3 +204,17 @@ def write(source: Path, folder: Path) -> list[str]:
         lines.append(f"onnx/{path.name}: {path.stat().st_size / 1e6:.1f} MB, {agree}")
     page = "python -m http.server -d spaces/browser (its folder model: a copy of {folder})"
     return [*lines, f"page:    {page}", "publish: hf upload you/NAME {folder}"]
+
+
+def add(folder: Path) -> list[str]:
+    """Adds onnx/ with its own config.json to a checkpoint folder, and the chat template to tokenizer_config.json."""
+    with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder.parent) as temporary:
+        part = Path(temporary)
+        write(folder, part)
+        shutil.copyfile(part / "config.json", part / "onnx" / "config.json")
+        shutil.copytree(part / "onnx", folder / "onnx", dirs_exist_ok=True)
+        shutil.copyfile(part / "tokenizer_config.json", folder / "tokenizer_config.json")
+    return [
+        'config = await (await fetch("https://huggingface.co/{folder}/resolve/main/onnx/config.json")).json()',
+        'chat = await pipeline("text-generation", "{folder}", {{ config, dtype: "q8" }})  // transformers.js 4',
+    ]
