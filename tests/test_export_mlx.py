@@ -62,6 +62,13 @@ def test_a_model_that_mlx_cannot_express_is_refused_and_nothing_is_left(chat_fol
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="RoPE of type 'linear'"):
         export(folder, tmp_path / "out", "mlx")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1])
+    with pytest.raises(InputError, match="is damaged"):
+        export(folder, tmp_path / "out", "mlx")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="has no weights"):
+        export(folder, tmp_path / "out", "mlx")
     with pytest.raises(InputError, match="no checkpoint folder"):
         export(tmp_path, tmp_path / "out", "mlx")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -213,6 +213,11 @@ def test_page_chats_calls_the_calculator_and_begins_anew(chat_export, browser): 
     context.route("**/*", serve)
     page, errors = context.new_page(), []
     page.on("pageerror", lambda error: errors.append(str(error)))
+    context.route("**/model/config.json", lambda route: route.fulfill(status=404))
+    page.goto("https://page.test/?device=wasm")
+    assert page.text_content(".error").startswith("no folder of nanochat export --to onnx can be read in model: ")
+    assert page.text_content("#status") == "Not loaded"
+    context.unroute("**/model/config.json")
     page.goto("https://page.test/?device=wasm&temperature=0")
     page.wait_for_selector("#send:not([disabled])")
     for question, parts in QUESTIONS.items():  # one conversation would be longer than the model's memory of four

@@ -60,7 +60,7 @@ def test_fields_are_derived_and_survive_saving(config, expected, tmp_path):
         ({"num_tokens": 40000}, "num_tokens 40000 must lie between 1 and vocab_size 32768"),
         ({"layer_types": ["full_attention"] * 12}, "layer_types .* do not follow from window_pattern 'SSSL'"),
         ({"n_layer": 4, "n_embd": 64}, r"upstream's names: n_layer \(write num_hidden_layers\), n_embd"),
-        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"sliding_window": 1}, "sliding_window is 1"),
         ({"hidden_size": 16, "num_attention_heads": 2}, "the smear needs hidden_size >= 24"),
         ({"hidden_size": 8, "num_attention_heads": 2, "smear": False}, "value embeddings need hidden_size >= 12"),
     ],

@@ -56,6 +56,7 @@ def to_native(model: NanoChatForCausalLM) -> NativeModel:
     target = NanoChatConfig.first_generation(**{name: getattr(config, name) for name in same})
     refuse_differences(config, target, "transformers' nanochat (the first generation)")
     fields = {name: getattr(config, name) for name in NATIVE_FIELDS}
+    fields["final_logit_softcapping"] = (cap := config.final_logit_softcapping) and float(cap)  # it takes no int
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         fields["head_dim"] = config.head_dim
     rows = config.num_tokens or config.vocab_size

@@ -14,6 +14,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from ..errors import InputError
 from ..run import writing
 
@@ -70,11 +72,18 @@ def checkpoint_config(source: Path):
 def copy_checkpoint(source: Path, folder: Path) -> None:
     """Copies a checkpoint folder of ours, without records of training, with today's model code and templates.
 
-    Raises InputError as `checkpoint_config`.
+    Raises InputError as `checkpoint_config`, and for weights that are missing or damaged.
     """
     from ..convert.native import renew
 
     checkpoint_config(source)
+    if not (files := [*source.glob("*.safetensors")]):
+        raise InputError(f"{source} has no weights (*.safetensors)")
+    for path in files:
+        try:
+            safe_open(path, "numpy")  # reads the header, and compares the file's length with it
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is damaged: {error}") from None
     for path in source.iterdir():
         if path.suffix in (".json", ".jinja", ".safetensors") and path.name != "metrics.json":
             shutil.copyfile(path, folder / path.name)

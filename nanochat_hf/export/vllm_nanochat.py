@@ -46,8 +46,7 @@ class PreviousToken(nn.Module):
     def __init__(self, config: NanoChatHFConfig, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         self.bits, self.max_id = min(config.head_dim, 31), config.vocab_size - 1
-        window = config.sliding_window if (config.sliding_window or 0) > 1 else None
-        self.attn = new_attention(SHARPNESS, window, vllm_config, prefix)
+        self.attn = new_attention(SHARPNESS, config.sliding_window, vllm_config, prefix)
 
     def to_signs(self, numbers: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
         """Integers (T,) -> their bits as +1 and -1, for each head (T, heads * D)."""

@@ -159,8 +159,8 @@ class NanoChatHFConfig(PreTrainedConfig):
             return (
                 f"window_pattern {self.window_pattern!r}: write a word of the letters S (sliding window) and L (full)"
             )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            return f"sliding_window is {self.sliding_window}: a layer must see at least its own token"
+        if self.sliding_window is not None and self.sliding_window < 2:  # transformers' cache would keep all keys
+            return f"sliding_window is {self.sliding_window}: a layer must see its own token and the one before"
         if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
             return f"num_tokens {self.num_tokens} must lie between 1 and vocab_size {self.vocab_size}"
         if self.smear and width < SMEAR_GATE_CHANNELS:

@@ -8,7 +8,7 @@ const stop = new InterruptableStoppingCriteria();
 let model, tokenizer, mark, cache = { ids: [] };
 
 async function load(name, device) { // "model" is the folder beside this file, any other a repository of the Hub
-  env.allowLocalModels = name === "model";
+  env.allowRemoteModels = !(env.allowLocalModels = name === "model");
   env.localModelPath = new URL(".", location.href).pathname;
   const adapter = device === "wasm" ? null : await navigator.gpu?.requestAdapter();
   const dtype = !adapter ? "q8" : adapter.features.has("shader-f16") ? "fp16" : "fp32";
@@ -77,6 +77,7 @@ async function answer(messages, temperature) {
 
 self.onmessage = ({ data }) => {
   if (data.stop) return stop.interrupt();
+  const what = data.load ? `no folder of nanochat export --to onnx can be read in ${data.load}: ` : "";
   (data.load ? load(data.load, data.device) : answer(data.messages, data.temperature))
-    .catch(error => postMessage({ error: error.message ?? String(error) }));
+    .catch(error => postMessage({ error: what + (error.message ?? error) }));
 };
