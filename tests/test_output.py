@@ -90,10 +90,10 @@ def test_a_reader_that_leaves_ends_a_command_without_a_traceback(words):
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["chat", "sft", "run"])
+@pytest.mark.parametrize("command", ["chat", "sft", "run NAME", "plan NAME", "compare"])
 def test_the_usage_line_names_the_subcommand(command, capsys):
     with pytest.raises(SystemExit):
-        dispatch(command, ["--help"])
+        dispatch(command.split()[0], ["--help"])
     assert capsys.readouterr().out.startswith(f"usage: nanochat {command} ")
 
 
