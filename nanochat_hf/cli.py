@@ -285,7 +285,9 @@ def identity(words: list[str]) -> None:
 
 def compare(words: list[str]) -> None:
     """Compare two runs: `nanochat compare runs/a runs/b`."""
-    report(words if {"-h", "--help"} & {*words} else ["--compare", *words])
+    parser = new_parser("compare", compare.__doc__)
+    parser.option("runs", Place, nargs=2, metavar="RUN", help="a run folder, for example runs/d12")
+    report(["--compare", *parser.parse_args(words).runs])
 
 
 def recipes(words: list[str]) -> None:

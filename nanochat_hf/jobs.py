@@ -144,7 +144,8 @@ def read_speedrun(parser: Parser, words: list[str]) -> tuple:
 def read_pipeline(parser: Parser, words: list[str]) -> tuple:
     """As `read_speedrun`, without its options."""
     named = "comma-separated; default: the enabled ones of the recipe, and report"
-    parser.option("--recipe", Place, required=True, help="a name under recipes/ or the path of a recipe folder")
+    text = "a name under recipes/ or the path of a recipe folder"
+    parser.option("--recipe", Place, required=True, metavar="NAME", help=text)
     parser.option("--stages", Annotated[list[Place], AfterValidator(each_once)], help=named)
     parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
     parser.epilog = "\n\n".join(keys_help(cls, f"{stage}.") for stage, cls in STAGE_CONFIGS.items())
@@ -159,7 +160,7 @@ def plan(words: list[str]) -> None:
     parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
     parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
     parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
-    _, stages, configs, arguments = read_pipeline(parser, recipe_first(words))
+    _, stages, configs, arguments = read_pipeline(parser, recipe_first(parser, words))
     if arguments.gpus and arguments.gpu == "CPU":
         raise InputError("--gpus counts GPUs: leave it out with --gpu CPU")
     otherwise, rate = "H200" if arguments.gpus else "CPU", arguments.node_hourly_rate
@@ -178,8 +179,9 @@ def show_plan(stages, configs, ranks: int | None = None, otherwise="CPU", device
         print(text)
 
 
-def recipe_first(words: list[str]) -> list[str]:
-    """`NAME ...` as `--recipe NAME ...`. Raises InputError if there are no words."""
+def recipe_first(parser: Parser, words: list[str]) -> list[str]:
+    """`NAME ...` as `--recipe NAME ...`, and the usage line. Raises InputError if there are no words."""
+    parser.usage = parser.usage or f"{parser.prog} NAME [...] [STAGE.KEY=VALUE ...]"
     if not words:
         raise InputError("name a recipe, for example cpu-demo; nanochat recipes lists them")
     return words if words[0].startswith("-") else ["--recipe", *words]
@@ -192,7 +194,7 @@ def run(words: list[str], parser: Parser | None = None) -> None:
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
     parser.option("--num-processes", Count, "--gpus", help="ranks; default: as the config file says; of a job: 8")
     job_options(parser)
-    recipe, stages, configs, arguments = read_speedrun(parser, recipe_first(words))
+    recipe, stages, configs, arguments = read_speedrun(parser, recipe_first(parser, words))
     if arguments.job:
         return make_job(recipe, configs, arguments)
     if unused := [name for name in ("submit", "gpu", "hours", "image") if getattr(arguments, name)]:

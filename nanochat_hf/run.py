@@ -263,7 +263,7 @@ def in_words(numbers: dict, names: Iterable[str]) -> str:
 
 
 class Progress:
-    """Progress of `total` steps: a bar in a terminal, else a line every LOG_SECONDS; of the main process only.
+    """Progress of `total` steps: a bar in a terminal with a width, else a line every LOG_SECONDS; of the main rank.
 
     `first`: steps that were done before. Print other lines with `tqdm.write`, which leaves the bar whole.
     """
@@ -272,6 +272,7 @@ class Progress:
 
     def __init__(self, name: str, total: int, first: int = 0, unit: str = "steps"):
         main, terminal = os.environ.get("RANK", "0") == "0", sys.stderr.isatty()
+        terminal = terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0  # else tqdm prints nothing
         self.name, self.start = name, time.monotonic()
         self.due = self.start + LOG_SECONDS if main and not terminal else math.inf
         self.static = {"initial": first, "total": total, "unit": unit, "unit_scale": total >= 10**6}

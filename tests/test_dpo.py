@@ -40,7 +40,8 @@ def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenize
     texts = [{row["prompt"][0]["content"] for row in rows} for rows in (train, held_out)]
     assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 40
     assert [row["row"] for row in skipped] == [40] and "a sequence holds 64" in skipped[0]["reason"]
-    for keys, words in (({"on_bad_example": "error"}, "row 40 of"), ({"num_eval_pairs": 40}, "has 40 pairs.*row 40")):
+    few = "has 40 pairs.*=40: lower it; row 40"
+    for keys, words in (({"on_bad_example": "error"}, "row 40 of"), ({"num_eval_pairs": 40}, few)):
         with pytest.raises(InputError, match=words):
             load_pairs(DPOStageConfig(**asdict(config) | keys), tokenizer, 64)
 

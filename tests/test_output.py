@@ -54,12 +54,17 @@ def test_a_file_gets_a_line_every_30_seconds(monkeypatch, capsys):
     assert [re.search(r"\d+/", line)[0] for line in lines] == ["130/", "160/", "190/"]
 
 
-def test_a_terminal_gets_one_bar_and_other_ranks_nothing(monkeypatch):
-    screen = io.StringIO()
-    screen.isatty = lambda: True
+def test_a_terminal_gets_one_bar_one_without_a_width_lines_and_other_ranks_nothing(monkeypatch):
+    screen, size = io.StringIO(), [80, 24]
+    screen.isatty, screen.fileno = lambda: True, lambda: 2
     monkeypatch.setattr(run.sys, "stderr", screen)
+    monkeypatch.setattr(run.os, "get_terminal_size", lambda _: os.terminal_size(size))
+    monkeypatch.setattr(run, "LOG_SECONDS", 0)
     assert list(track("abc", "sft", 3, "conversations")) == ["a", "b", "c"]
     assert "[sft]" in screen.getvalue() and "/3 conversations" in screen.getvalue() and "\n" not in screen.getvalue()
+    size[:] = 0, 0  # as under script without a terminal
+    list(track("abc", "rl", 3, "prompts"))
+    assert screen.getvalue().count("\n") == 3 and "[rl] 3/3 prompts" in screen.getvalue()
     monkeypatch.setenv("RANK", "1")
     before = screen.getvalue()
     assert list(track("abc", "sft", 3, "conversations")) == ["a", "b", "c"] and screen.getvalue() == before
@@ -90,10 +95,10 @@ def test_a_reader_that_leaves_ends_a_command_without_a_traceback(words):
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["chat", "sft", "run"])
+@pytest.mark.parametrize("command", ["chat", "sft", "run NAME", "plan NAME", "compare"])
 def test_the_usage_line_names_the_subcommand(command, capsys):
     with pytest.raises(SystemExit):
-        dispatch(command, ["--help"])
+        dispatch(command.split()[0], ["--help"])
     assert capsys.readouterr().out.startswith(f"usage: nanochat {command} ")
 
 

@@ -60,7 +60,8 @@ def load_pairs(config: DPOStageConfig, tokenizer, length: int) -> tuple[Dataset,
     num = config.num_eval_pairs
     if len(pairs) <= num:
         why = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
-        raise InputError(f"{config.dataset} has {len(pairs)} pairs that can be used, too few for num_eval_pairs{why}")
+        few = f"{len(pairs)} pairs that can be used, too few for num_eval_pairs={num}: lower it"
+        raise InputError(f"{config.dataset} has {few}{why}")
     pairs = Dataset.from_list(pairs).shuffle(config.seed)
     return pairs.select(range(num, len(pairs))), pairs.select(range(num)), skipped
 

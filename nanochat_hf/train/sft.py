@@ -156,7 +156,7 @@ def build_packed_dataset(
                 shutil.rmtree(folder, ignore_errors=True)
                 rows.save_to_disk(folder)
             part = "training" if folder.name == "rows" else folder.name
-            print(f"[{folder.parents[1].name}] {part}: {len(rows):,} sequences of\n{mixture.table()}")
+            print(f"[{folder.parents[1].name}] {part}: {len(rows):,} sequences from\n{mixture.table()}")
             total = {key: sum(entry[key] for entry in mixture.summary()) for key in ("rows", "tokens")}
             summary = {**total, "mixture": mixture.summary(), "skipped_rows": mixture.skipped}
             save_json(folder / "summary.json", summary | {"content": digest.hexdigest()[:16]})
