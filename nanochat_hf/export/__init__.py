@@ -10,6 +10,7 @@ checkpoint folder, and returns the same lines. `nanochat push --with mlx` does s
 
 import os
 import shutil
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,11 +46,16 @@ def add(folder: Path, engine: str) -> list[str]:
 
     Raises InputError as the engine's module does, or if it needs a folder of its own.
     """
+    return adder(engine)(folder)
+
+
+def adder(engine: str):
+    """The `add` of an engine's module. Raises InputError if it needs a folder of its own."""
     name = f"{__package__}.{engine}"
     module = import_module(name) if find_spec(name) else None
     if not hasattr(module, "add"):
         raise InputError(f"{engine} needs a folder of its own: nanochat export --to {engine}, then hf upload")
-    return module.add(folder)
+    return module.add
 
 
 def checkpoint_config(source: Path):
@@ -70,12 +76,22 @@ def checkpoint_config(source: Path):
 def copy_checkpoint(source: Path, folder: Path) -> None:
     """Copies a checkpoint folder of ours, without records of training, with today's model code and templates.
 
-    Raises InputError as `checkpoint_config`.
+    Raises InputError as `checkpoint_config`, or if tokenizer or weights are damaged.
     """
+    from safetensors import safe_open
+
     from ..convert.native import renew
+    from ..data.tokenizer import load_tokenizer
+    from ..loading import unreadable
 
     checkpoint_config(source)
+    load_tokenizer(source)
     for path in source.iterdir():
+        try:
+            with safe_open(path, "pt") if path.suffix == ".safetensors" else nullcontext():
+                pass
+        except Exception as error:
+            raise unreadable(source, error) from None
         if path.suffix in (".json", ".jinja", ".safetensors") and path.name != "metrics.json":
             shutil.copyfile(path, folder / path.name)
     if (source / "custom_generate").is_dir():
