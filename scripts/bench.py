@@ -15,6 +15,7 @@ import torch
 from nanochat_hf.data.dataloader import PackedLoader
 from nanochat_hf.data.documents import DocumentStream
 from nanochat_hf.data.tokenizer import train_bpe
+from nanochat_hf.errors import guarded
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import plan
@@ -26,7 +27,7 @@ def repeat(function, seconds: float) -> float:
     """Runs of `function` per second, after one to warm up."""
     function()
     start, runs = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    while not runs or time.perf_counter() - start < seconds:
         function()
         runs += 1
     return runs / (time.perf_counter() - start)
@@ -45,7 +46,7 @@ def main() -> None:
     loader = PackedLoader(DocumentStream(arguments.dataset, "train"), tokenizer, 8, 2048)
     next(loader)
     wall, cpu, rows = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - wall < arguments.seconds:
+    while not rows or time.perf_counter() - wall < arguments.seconds:
         rows += len(next(loader))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     loader.close()
@@ -67,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -67,10 +67,17 @@ def test_a_model_that_mlx_cannot_express_is_refused_and_nothing_is_left(chat_fol
     with pytest.raises(InputError, match="is damaged"):
         export(folder, tmp_path / "out", "mlx")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="has no weights"):
+    with pytest.raises(InputError, match="model.safetensors is missing"):
         export(folder, tmp_path / "out", "mlx")
     with pytest.raises(InputError, match="no checkpoint folder"):
         export(tmp_path, tmp_path / "out", "mlx")
+    for name, message in {
+        "model.safetensors": "no model in .* that can be read",
+        "tokenizer.json": "no tokenizer",
+    }.items():
+        (folder / name).write_bytes(b"{}")
+        with pytest.raises(InputError, match=message):
+            export(folder, tmp_path / "out", "mlx")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -138,6 +138,7 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check)
 def test_files_of_other_engines_go_up_beside_the_weights_and_come_back(hub, run, no_check, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="native needs a folder of its own: nanochat export --to native"):
         push(run, Push("you/small", engines=["native"]))
+    assert not (run / "hub").exists()
     push(run, Push("you/small", engines=["mlx"]))
     files = pushed(hub)
     config, card = json.loads(files["config.json"]), files["README.md"].decode()

@@ -142,7 +142,8 @@ def test_replicas_load_one_after_another_since_loading_changes_torch_for_all_thr
 def test_a_gpu_needs_no_number(monkeypatch, talker, start):
     devices = []
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
-    for device in ("cuda", "cuda:3"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for device in ("cuda", "cuda:3", "cuda:4"):  # the last one does not exist: loading refuses it
         assert start(lambda: Engine(*talker), device).error is None
     assert devices == [0, 3]
 

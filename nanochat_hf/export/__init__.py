@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
-from ..run import writing
+from ..run import load_json, writing
 
 
 def export(source: str | Path, output: str | Path, engine: str, **options) -> list[str]:
@@ -47,11 +47,16 @@ def add(folder: Path, engine: str) -> list[str]:
 
     Raises InputError as the engine's module does, or if it needs a folder of its own.
     """
+    return adder(engine)(folder)
+
+
+def adder(engine: str):
+    """The `add` of an engine's module. Raises InputError if it needs a folder of its own."""
     name = f"{__package__}.{engine}"
     module = import_module(name) if find_spec(name) else None
     if not hasattr(module, "add"):
         raise InputError(f"{engine} needs a folder of its own: nanochat export --to {engine}, then hf upload")
-    return module.add(folder)
+    return module.add
 
 
 def checkpoint_config(source: Path):
@@ -72,18 +77,22 @@ def checkpoint_config(source: Path):
 def copy_checkpoint(source: Path, folder: Path) -> None:
     """Copies a checkpoint folder of ours, without records of training, with today's model code and templates.
 
-    Raises InputError as `checkpoint_config`, and for weights that are missing or damaged.
+    Raises InputError as `checkpoint_config`, and for a tokenizer or weights that are missing or damaged.
     """
     from ..convert.native import renew
+    from ..data.tokenizer import load_tokenizer
 
     checkpoint_config(source)
-    if not (files := [*source.glob("*.safetensors")]):
-        raise InputError(f"{source} has no weights (*.safetensors)")
-    for path in files:
+    load_tokenizer(source)
+    files = {path.name: path for path in source.glob("*.safetensors")}
+    index = load_json(source / "model.safetensors.index.json") or {}
+    for name in {*files, *index.get("weight_map", {}).values()} or {"model.safetensors"}:
+        if name not in files:
+            raise InputError(f"{source / name} is missing")
         try:
-            safe_open(path, "numpy")  # reads the header, and compares the file's length with it
+            safe_open(files[name], "numpy")  # reads the header, and compares the file's length with it
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is damaged: {error}") from None
+            raise InputError(f"{files[name]} is damaged: {error}") from None
     for path in source.iterdir():
         if path.suffix in (".json", ".jinja", ".safetensors") and path.name != "metrics.json":
             shutil.copyfile(path, folder / path.name)

@@ -37,7 +37,7 @@ from ..errors import InputError
 from ..eval.plots import plots
 from ..eval.report import markdown
 from ..eval.weights import REPLACED, refuse_non_finite, replaced
-from ..export import add
+from ..export import add, adder
 from ..loading import load_config
 from ..model import configuration_nanochat
 from ..model.configuration_nanochat import update_class_names
@@ -65,6 +65,8 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
     """
     run, stage, repo = Run(run_path), options.stage, options.repo
     check_value(RepoId, repo, "repo")
+    for engine in options.engines:
+        adder(engine)  # refuses before anything is written
     folder = prepare(run, options)
     for note in report_facts(run)["notes"]:
         log(f"note: {note}")

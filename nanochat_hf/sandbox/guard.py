@@ -235,6 +235,7 @@ def isolate_files() -> None:
         else:
             target.touch()
         system_call("mount", source, str(target), None, BIND | RECURSIVE, None)
+    os.symlink("/tmp", "/sys/new/dev/shm")  # multiprocessing's locks are files there
     read_only = struct.pack("QQQQ", 1 | 2, 0, 0, 0)  # MOUNT_ATTR_RDONLY, _NOSUID
     system_call("syscall", 442, -100, "/sys", 0x8000, read_only, len(read_only))  # mount_setattr, AT_RECURSIVE
     writable = struct.pack("QQQQ", 0, 1, 0, 0)

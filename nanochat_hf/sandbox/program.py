@@ -30,8 +30,8 @@ MAX_MESSAGE = 1 << 25  # bytes
 TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 DATA = (int, float, str, bytes, tuple)  # a solution's subclasses of these are data with an object behind it
 MUTABLE = (list, dict, set, collections.deque, bytearray)
-MODULES = {name: name for name in "math cmath collections decimal fractions functools itertools re numpy".split()}  # noqa: SIM905
-MODULES["np"] = "numpy"
+MODULES = "cmath collections decimal fractions functools heapq itertools json math numpy operator random re sys"
+MODULES = {name: name for name in MODULES.split()} | {"np": "numpy"}
 BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
 ITEMS = {  # types that travel by value -> how to make one of its items
     "builtins.list": list,

@@ -45,8 +45,9 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            if self.device and self.device.startswith("cuda"):
-                torch.cuda.set_device(torch.device(self.device).index or 0)  # where the thread's kernels go
+            device = torch.device(self.device or "cpu")
+            if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():  # else loading says why
+                torch.cuda.set_device(device.index or 0)  # where the thread's kernels go
             with LOAD_LOCK:
                 self.engine = self.make_engine()
             self.ready.set()
