@@ -45,9 +45,8 @@ def test_a_uniform_model_costs_the_entropy_of_its_vocabulary(tiny_model, tokeniz
 
 
 def test_held_out_text_does_not_depend_on_the_batch_size(tiny_model, tokenizer):
-    one, many = (
-        held_out_bpb(tiny_model, tokenizer, "primer", 2100, batch_tokens=n) for n in (1536, 1 << 16)
-    )  # 3 and 16 rows
+    sizes = (1536, 1 << 16)  # 3 and 16 rows
+    one, many = (held_out_bpb(tiny_model, tokenizer, "primer", 2100, batch_tokens=n) for n in sizes)
     assert one["n"] == many["n"] == 2048
     assert one["value"] == pytest.approx(many["value"], rel=1e-6)
     assert 3 < one["value"] < 9  # untrained: 9 bits per token of 1 to 3 bytes

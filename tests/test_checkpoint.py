@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.metrics import Measured
+from nanochat_hf.metrics import ChatMeasured, Measured
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import Schedule
@@ -228,3 +228,10 @@ def test_a_damaged_record_is_one_line(tmp_path, file):
         except InputError as error:
             outcomes.append(str(error))
     assert len(outcomes) > 20 and all(re.search(words, line) and "\n" not in line for line in outcomes), outcomes
+
+
+@pytest.mark.parametrize("entry", [{"time": 1.0}, {"step": None}, {"step": 1, "time": None}])
+def test_an_entry_of_a_log_has_a_step_and_no_null_as_its_time(tmp_path, entry):
+    save_json(tmp_path / "measured.json", {"log": [*LOG, entry]})
+    with pytest.raises(InputError, match=r"log is .*an entry has no step, or its time is null; repeat it"):
+        load_record(tmp_path / "measured.json", ChatMeasured, "repeat it")

@@ -105,7 +105,7 @@ def test_parameters_land_where_they_belong():
 
 def test_october_becomes_native_without_remote_code_or_padding_rows_and_returns(tmp_path):
     padded = NanoChatConfig.first_generation(
-        vocab_size=128, num_tokens=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=128, num_tokens=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=24
     )
     for model in (from_upstream(upstream_state(OCTOBER), {"model_config": OCTOBER}), NanoChatForCausalLM(padded)):
         to_native(model).save_pretrained(tmp_path)

@@ -73,9 +73,8 @@ def test_a_file_without_pairs_is_named(config, tokenizer, tmp_path, row, reason)
 
 def test_a_pair_is_cut_where_its_conversations_differ(tokenizer):
     expected = {"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}
-    assert (
-        read_pair({"prompt": "Is it?", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, tokenizer, 64) == expected
-    )
+    row = {"prompt": "Is it?", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}
+    assert read_pair(row, tokenizer, 64) == expected
     longer = {"prompt": [USER], "chosen": [REPLY, USER, REPLY], "rejected": [REPLY, USER, OTHER]}
     assert read_pair(longer, tokenizer, 64)["prompt"] == [USER, REPLY, USER]
     size = len(tokenizer.apply_chat_template([USER, REPLY], return_dict=False))

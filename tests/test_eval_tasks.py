@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -199,11 +200,8 @@ def both(model, tokenizer, task_manager, name, chat):
 def test_bits_per_byte_are_the_same_by_hand_by_our_runner_and_by_the_lm_eval_cli(
     tmp_path, tiny_folder, tiny_model, tokenizer
 ):
-    texts, nats, size = (
-        ["The owl lives in the old tree.", "안녕하세요", "word " * 300, " \n"],
-        0.0,
-        0,
-    )  # third: too long
+    texts = ["The owl lives in the old tree.", "안녕하세요", "word " * 300, " \n"]  # third: too long
+    nats = size = 0
     for text in texts[:3]:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids = torch.tensor([tokenizer.bos_token_id, *ids])
@@ -237,6 +235,14 @@ def test_multiple_choice_is_the_same_by_our_runner_and_by_the_lm_eval_cli(tmp_pa
     assert np.allclose(*scores, atol=1e-4)
     for metric in ("acc,none", "centered,none"):
         assert ours["results"]["nanochat_arc_easy"][metric] == cli["results"]["nanochat_arc_easy"][metric]
+    [task] = load_tasks(task_manager, ["nanochat_arc_easy"]).values()
+    assert task.fewshot_rnd.random() == Random(1234).random()  # the CLI's seed: the same few-shot examples
+
+
+@pytest.mark.parametrize("text_stages, tasks", [(None, ["chat", "text"]), ([], ["chat"]), (["base"], ["chat"])])
+def test_tasks_of_plain_text_have_stages_of_their_own_or_those_of_the_chat_tasks(text_stages, tasks):
+    config = SimpleNamespace(chat_stages=["sft"], text_stages=text_stages)
+    assert Tasks.of(SimpleNamespace(config=config, loaded=["chat", "text"], chat=["chat"]), "sft") == tasks
 
 
 def test_a_multiple_choice_sample_shows_the_score_of_each_letter():
