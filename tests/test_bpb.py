@@ -1,6 +1,7 @@
 """Bits per byte against computation by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,9 +11,21 @@ from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nanochat_hf.data.tokenizer import token_byte_lengths
+from nanochat_hf.eval import bpb
 from nanochat_hf.eval.bpb import bits_per_byte, evaluate_bpb, held_out_bpb, losses_of
 
 LENGTHS = torch.tensor([0, 1, 3, 2])  # id 0 is special
+
+
+def test_ranks_share_the_rows(tiny_model, tokenizer, monkeypatch):
+    rows = []
+    count = lambda losses, batches, lengths: rows.append(sum(len(inputs) for inputs, _ in batches))  # noqa: E731
+    monkeypatch.setattr(bpb, "evaluate_bpb", count)
+    for rank in (0, 1):
+        state = SimpleNamespace(process_index=rank, num_processes=2)
+        monkeypatch.setattr(bpb, "partial_state", lambda state=state: state)
+        assert held_out_bpb(tiny_model, tokenizer, "primer", 5 * 128)["n"] == 5 * 128
+    assert rows == [3, 2]
 
 
 @pytest.mark.parametrize(
