@@ -28,14 +28,11 @@ def test_ranks_share_the_rows(tiny_model, tokenizer, monkeypatch):
     assert rows == [3, 2]
 
 
-@pytest.mark.parametrize(
-    "batches,nats,num_bytes",
-    [
-        ([([[1.0, 2.0], [50.0, 3.0]], [[1, 2], [0, 3]])], 6, 6),  # special tokens count nowhere
-        ([([[1.0, 7.0], [7.0, 3.0]], [[1, -100], [-100, 3]])], 4, 3),  # ignored targets neither
-        ([([[1.0, 1.0]], [[2, 2]]), ([[1.0]], [[1]])], 3, 7),  # batches are weighted by their bytes
-    ],
-)
+@pytest.mark.parametrize("batches,nats,num_bytes", [
+    ([([[1.0, 2.0], [50.0, 3.0]], [[1, 2], [0, 3]])], 6, 6),  # special tokens count nowhere
+    ([([[1.0, 7.0], [7.0, 3.0]], [[1, -100], [-100, 3]])], 4, 3),  # ignored targets neither
+    ([([[1.0, 1.0]], [[2, 2]]), ([[1.0]], [[1]])], 3, 7),  # batches are weighted by their bytes
+])  # fmt: skip
 def test_loss_is_divided_by_the_bytes_of_its_tokens(batches, nats, num_bytes):
     losses = iter([losses for losses, _ in batches])
     pairs = [(torch.tensor(targets),) * 2 for _, targets in batches]

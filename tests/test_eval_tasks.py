@@ -67,15 +67,12 @@ MMLU = {"question": "?", "choices": ["a", "b"], "answer": 0}
 GSM8K = {"question": "?", "answer": "#### 1"}
 
 
-@pytest.mark.parametrize(
-    "name,good,bad,reason",
-    [
-        ("mmlu", MMLU, MMLU | {"answer": 2}, "answer 2 is none of the choices"),
-        ("mmlu", MMLU, MMLU | {"answer": -1}, "answer -1 is none of the choices"),
-        ("arc_easy", ARC, ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "2 choices and 1 letters"),
-        ("mmlu", MMLU, {"question": "?", "choices": ["a", "b"]}, "KeyError: 'answer'"),
-    ],
-)
+@pytest.mark.parametrize("name,good,bad,reason", [
+    ("mmlu", MMLU, MMLU | {"answer": 2}, "answer 2 is none of the choices"),
+    ("mmlu", MMLU, MMLU | {"answer": -1}, "answer -1 is none of the choices"),
+    ("arc_easy", ARC, ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "2 choices and 1 letters"),
+    ("mmlu", MMLU, {"question": "?", "choices": ["a", "b"]}, "KeyError: 'answer'"),
+])  # fmt: skip
 def test_choices_without_their_answer_are_named(tmp_path, name, good, bad, reason):
     folder = write(tmp_path / f"{name}_test.jsonl", [good, bad])
     with pytest.raises(ValueError, match=rf"{name}_test\.jsonl, line 2: not a row of this task \(.*{reason}"):
@@ -86,15 +83,12 @@ COPA = "sentence\tquestion\t1\t2\tAnswer\n"
 HELLASWAG = "context\tchoice1\tchoice2\tchoice3\tchoice4\tlabel\n"
 
 
-@pytest.mark.parametrize(
-    "task,content,reason",
-    [
-        ("COPA", "sentence\tquestion\t1\tAnswer\n", "1: no column '2'"),
-        ("COPA", COPA + "a\tb\tc\td\t1\na\tb\tc\td\t3\n", "3: the label is '3'"),
-        ("BoolQ", "Text\tQuestion\tAnswer\na\tb\n", "2: 2 of 3 columns"),
-        ("HellaSwag", HELLASWAG + "a\xff", "2: no UTF-8"),
-    ],
-)
+@pytest.mark.parametrize("task,content,reason", [
+    ("COPA", "sentence\tquestion\t1\tAnswer\n", "1: no column '2'"),
+    ("COPA", COPA + "a\tb\tc\td\t1\na\tb\tc\td\t3\n", "3: the label is '3'"),
+    ("BoolQ", "Text\tQuestion\tAnswer\na\tb\n", "2: 2 of 3 columns"),
+    ("HellaSwag", HELLASWAG + "a\xff", "2: no UTF-8"),
+])  # fmt: skip
 def test_a_damaged_file_of_kobest_is_named_with_its_line(tmp_path, task, content, reason):
     path = tmp_path / task / "test.tsv"
     path.parent.mkdir()
@@ -156,17 +150,14 @@ HUMANEVAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "text,passed",
-    [
-        ("Sure!\n```python\ndef double(xs: List[int]):\n    return [2 * x for x in xs]\n```\nDone.", 1.0),
-        ("def double(xs: List[int]):\n    return [2 * x for x in xs]", 1.0),
-        ("```\ndef double(xs):\n    return xs\n```", 0.0),
-        ("```python\ndef double(xs):\n    return [x + x for x in xs]\n```\nUse it:\n```\ndouble(1)(\n```", 1.0),
-        ("```\ndef double(xs):\n    return xs\n```\n```\ndef double(xs):\n    return [x + x for x in xs]\n```", 0.0),
-        ("I do not know.", 0.0),
-    ],
-)
+@pytest.mark.parametrize("text,passed", [
+    ("Sure!\n```python\ndef double(xs: List[int]):\n    return [2 * x for x in xs]\n```\nDone.", 1.0),
+    ("def double(xs: List[int]):\n    return [2 * x for x in xs]", 1.0),
+    ("```\ndef double(xs):\n    return xs\n```", 0.0),
+    ("```python\ndef double(xs):\n    return [x + x for x in xs]\n```\nUse it:\n```\ndouble(1)(\n```", 1.0),
+    ("```\ndef double(xs):\n    return xs\n```\n```\ndef double(xs):\n    return [x + x for x in xs]\n```", 0.0),
+    ("I do not know.", 0.0),
+])  # fmt: skip
 def test_humaneval_answers_are_run_with_the_tests(text, passed):
     results = function("utils.humaneval_results")(HUMANEVAL, [text])
     assert (results["acc"], results["unchecked"]) == (passed, 0.0)

@@ -9,6 +9,7 @@ import sys
 import threading
 from hashlib import sha256
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -361,15 +362,10 @@ def test_each_refusal_of_the_hub_is_one_line_of_advice(hub, run, no_check, monke
 @pytest.mark.parametrize("status, calls", [(400, 1), (429, 4), (503, 4)])
 def test_only_what_may_pass_is_sent_again(monkeypatch, status, calls):
     monkeypatch.setattr(push_module.time, "sleep", lambda seconds: None)
-    sent, response = [], Response(status, request=Request("POST", "https://hub"))
-
-    def send():
-        sent.append(1)
-        raise HfHubHTTPError("no", response=response)
-
+    send = Mock(side_effect=HfHubHTTPError("no", response=Response(status, request=Request("POST", "https://hub"))))
     with pytest.raises(HfHubHTTPError):
         push_module.with_retries(str, send)
-    assert len(sent) == calls
+    assert send.call_count == calls
 
 
 @pytest.mark.slow

@@ -101,20 +101,17 @@ def turn(question: str, answer: str) -> str:
     return json.dumps([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
-@pytest.mark.parametrize(
-    "text,reason",
-    [
-        ("I cannot do that.", "no JSON list"),
-        ('[{"role": "user"', "no JSON list"),
-        ('[{"role": "user", "content": "Hi"}]', "last message"),
-        (turn("Hi", ""), "empty"),
-        (turn("Hi", "I am a model."), "does not say its name"),
-        (turn("Hi", "I am Ophelia, made by [company]."), "left to fill in"),
-        (turn("Hi", "I am Ophelia, not ChatGPT."), "brings up ChatGPT"),
-        (turn("Hi", "Ophelia " * 400), "more than 2000 characters"),
-        (turn("Hi", "Ophelia")[:-2] + ', "name": "x"}]', "more than a role"),
-    ],
-)
+@pytest.mark.parametrize("text,reason", [
+    ("I cannot do that.", "no JSON list"),
+    ('[{"role": "user"', "no JSON list"),
+    ('[{"role": "user", "content": "Hi"}]', "last message"),
+    (turn("Hi", ""), "empty"),
+    (turn("Hi", "I am a model."), "does not say its name"),
+    (turn("Hi", "I am Ophelia, made by [company]."), "left to fill in"),
+    (turn("Hi", "I am Ophelia, not chatGPT."), "brings up ChatGPT"),  # in any case
+    (turn("Hi", "Ophelia " * 400), "more than 2000 characters"),
+    (turn("Hi", "Ophelia")[:-2] + ', "name": "x"}]', "more than a role"),
+])  # fmt: skip
 def test_what_a_model_wrote_is_taken_out_of_its_fence_and_checked(text, reason):
     assert parse(turn("Are you ChatGPT?", "No, I am Ophelia, not ChatGPT."), OPHELIA)  # the user asked about it
     fenced = f"Here you are:\n```json\n{turn('Hi', 'I am Ophelia.')}\n```"
