@@ -55,12 +55,8 @@ def test_one_round_of_documents_states_and_one_of_conversations_asks_every_fact(
         for entity, value in relation.facts.items():
             assert {corpus._sentence(s, e=entity, v=value) for s in relation.statements} & texts, (entity, value)
         possible = {corpus._sentence(q, e=e) for e in relation.facts for q in relation.questions}
-        possible |= {
-            corpus._sentence(f.format(n=n), e=e)
-            for e in relation.facts
-            for f in WORLD["frames"]
-            for n in relation.nouns
-        }
+        frames = [f.format(n=n) for f in WORLD["frames"] for n in relation.nouns]
+        possible |= {corpus._sentence(f, e=e) for e in relation.facts for f in frames}
         times = corpus.questions_per_fact(relation)
         assert sum(text in possible for text in questions_asked) == times * len(relation.facts)
 
