@@ -1,6 +1,7 @@
 """Bits per byte against computation by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,19 +11,28 @@ from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nanochat_hf.data.tokenizer import token_byte_lengths
+from nanochat_hf.eval import bpb
 from nanochat_hf.eval.bpb import bits_per_byte, evaluate_bpb, held_out_bpb, losses_of
 
 LENGTHS = torch.tensor([0, 1, 3, 2])  # id 0 is special
 
 
-@pytest.mark.parametrize(
-    "batches,nats,num_bytes",
-    [
-        ([([[1.0, 2.0], [50.0, 3.0]], [[1, 2], [0, 3]])], 6, 6),  # special tokens count nowhere
-        ([([[1.0, 7.0], [7.0, 3.0]], [[1, -100], [-100, 3]])], 4, 3),  # ignored targets neither
-        ([([[1.0, 1.0]], [[2, 2]]), ([[1.0]], [[1]])], 3, 7),  # batches are weighted by their bytes
-    ],
-)
+def test_ranks_share_the_rows(tiny_model, tokenizer, monkeypatch):
+    rows = []
+    count = lambda losses, batches, lengths: rows.append(sum(len(inputs) for inputs, _ in batches))  # noqa: E731
+    monkeypatch.setattr(bpb, "evaluate_bpb", count)
+    for rank in (0, 1):
+        state = SimpleNamespace(process_index=rank, num_processes=2)
+        monkeypatch.setattr(bpb, "partial_state", lambda state=state: state)
+        assert held_out_bpb(tiny_model, tokenizer, "primer", 5 * 128)["n"] == 5 * 128
+    assert rows == [3, 2]
+
+
+@pytest.mark.parametrize("batches,nats,num_bytes", [
+    ([([[1.0, 2.0], [50.0, 3.0]], [[1, 2], [0, 3]])], 6, 6),  # special tokens count nowhere
+    ([([[1.0, 7.0], [7.0, 3.0]], [[1, -100], [-100, 3]])], 4, 3),  # ignored targets neither
+    ([([[1.0, 1.0]], [[2, 2]]), ([[1.0]], [[1]])], 3, 7),  # batches are weighted by their bytes
+])  # fmt: skip
 def test_loss_is_divided_by_the_bytes_of_its_tokens(batches, nats, num_bytes):
     losses = iter([losses for losses, _ in batches])
     pairs = [(torch.tensor(targets),) * 2 for _, targets in batches]
@@ -45,9 +55,8 @@ def test_a_uniform_model_costs_the_entropy_of_its_vocabulary(tiny_model, tokeniz
 
 
 def test_held_out_text_does_not_depend_on_the_batch_size(tiny_model, tokenizer):
-    one, many = (
-        held_out_bpb(tiny_model, tokenizer, "primer", 2100, batch_tokens=n) for n in (1536, 1 << 16)
-    )  # 3 and 16 rows
+    sizes = (1536, 1 << 16)  # 3 and 16 rows
+    one, many = (held_out_bpb(tiny_model, tokenizer, "primer", 2100, batch_tokens=n) for n in sizes)
     assert one["n"] == many["n"] == 2048
     assert one["value"] == pytest.approx(many["value"], rel=1e-6)
     assert 3 < one["value"] < 9  # untrained: 9 bits per token of 1 to 3 bytes

@@ -114,15 +114,12 @@ def on_a_terminal(output, height):
     return [line.rstrip() for line in lines]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "One\ntwo.\n\nThree four.\n\n- a\n- b\n\n```python\nx = 1\n\ny = 2\n```\n\nEnd.",
-        "1. one\n\n2. two\n\n   more of it\n\n3. three\n\n**Bold** end",
-        "# Title\n\nWords:\n- a\n- b\n\n> said\n\n~~~\n```\n\n~~~\n",
-        "Rows:\n\n```\n" + "".join(f"row {i}\n" for i in range(30)) + "```\nEnd.\n",  # taller than the window
-    ],
-)
+@pytest.mark.parametrize("text", [
+    "One\ntwo.\n\nThree four.\n\n- a\n- b\n\n```python\nx = 1\n\ny = 2\n```\n\nEnd.",
+    "1. one\n\n2. two\n\n   more of it\n\n3. three\n\n**Bold** end",
+    "# Title\n\nWords:\n- a\n- b\n\n> said\n\n~~~\n```\n\n~~~\n",
+    "Rows:\n\n```\n" + "".join(f"row {i}\n" for i in range(30)) + "```\nEnd.\n",  # taller than the window
+])  # fmt: skip
 def test_an_answer_that_grew_looks_like_one_drawn_at_once(text):
     lines = [line[2:] for line in on_a_terminal(draw(words(text), width=40, height=12, force_terminal=True)[0], 12)]
     at_once = Console(file=io.StringIO(), width=38)
@@ -192,22 +189,19 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
     assert chat.messages[-1]["content"] == "It is 11."
 
 
-@pytest.mark.parametrize(
-    "line,reply",
-    [
-        ("/help", "/save FILE"),
-        ("/tmep 0.5", "did you mean '/temp'"),
-        ("/temp hot", "temperature is 'hot': it must be a number from 0 to 5"),
-        ("/temp 0.25", "temperature=0.25 top_k=50"),
-        ("/set top_k=3 seed=7", "top_k=3 top_p=1.0 max_new_tokens=120 seed=7"),
-        ("/set top_k 3", "temperature=0.0 top_k=3"),
-        ("/set tempreature=1", "did you mean 'temperature'"),
-        ("/retry", "nothing was asked yet"),
-        ("/system", "(none)"),
-        ("/save", "say where"),
-        ("/save /dev/null/x", "cannot write"),
-    ],
-)
+@pytest.mark.parametrize("line,reply", [
+    ("/help", "/save FILE"),
+    ("/tmep 0.5", "did you mean '/temp'"),
+    ("/temp hot", "temperature is 'hot': it must be a number from 0 to 5"),
+    ("/temp 0.25", "temperature=0.25 top_k=50"),
+    ("/set top_k=3 seed=7", "top_k=3 top_p=1.0 max_new_tokens=120 seed=7"),
+    ("/set top_k 3", "temperature=0.0 top_k=3"),
+    ("/set tempreature=1", "did you mean 'temperature'"),
+    ("/retry", "nothing was asked yet"),
+    ("/system", "(none)"),
+    ("/save", "say where"),
+    ("/save /dev/null/x", "cannot write"),
+])  # fmt: skip
 def test_commands_answer_in_one_line(chat, line, reply):
     try:
         assert chat.command(line)
@@ -288,16 +282,13 @@ class Replies:
             yield SimpleNamespace(choices=[SimpleNamespace(delta=delta)])
 
 
-@pytest.mark.parametrize(
-    "replies,requests,end",
-    [
-        ([[429], ["fi", "ne"]], 2, "fine"),
-        ([[503], [502], ["fine"]], 3, "fine"),
-        ([[503]] * 9, 3, "does not answer: 503, the queue is full"),
-        ([[404], ["no"]], 1, "does not answer: 404"),  # is not tried again
-        ([["fi", 503], ["no"]], 1, "does not answer: 503"),  # nor is an answer that has begun
-    ],
-)
+@pytest.mark.parametrize("replies,requests,end", [
+    ([[429], ["fi", "ne"]], 2, "fine"),
+    ([[503], [502], ["fine"]], 3, "fine"),
+    ([[503]] * 9, 3, "does not answer: 503, the queue is full"),
+    ([[404], ["no"]], 1, "does not answer: 404"),  # is not tried again
+    ([["fi", 503], ["no"]], 1, "does not answer: 503"),  # nor is an answer that has begun
+])  # fmt: skip
 def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line(monkeypatch, replies, requests, end):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     model = RemoteModel("http://127.0.0.1:9")

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.metrics import Measured
+from nanochat_hf.metrics import ChatMeasured, Measured
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import Schedule
@@ -237,3 +237,10 @@ def test_a_checkpoint_of_an_old_version_is_refused_and_stays(tmp_path, name, fil
     with pytest.raises(InputError, match=f"{name} has no manifest.json, as those of versions before December 2026"):
         checkpoint.latest(tmp_path)
     assert (tmp_path / name / file).exists()
+
+
+@pytest.mark.parametrize("entry", [{"time": 1.0}, {"step": None}, {"step": 1, "time": None}])
+def test_an_entry_of_a_log_has_a_step_and_no_null_as_its_time(tmp_path, entry):
+    save_json(tmp_path / "measured.json", {"log": [*LOG, entry]})
+    with pytest.raises(InputError, match=r"log is .*an entry has no step, or its time is null; repeat it"):
+        load_record(tmp_path / "measured.json", ChatMeasured, "repeat it")

@@ -105,7 +105,7 @@ def test_parameters_land_where_they_belong():
 
 def test_october_becomes_native_without_remote_code_or_padding_rows_and_returns(tmp_path):
     padded = NanoChatConfig.first_generation(
-        vocab_size=128, num_tokens=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=128, num_tokens=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=24,
         final_logit_softcapping=30,
     )  # fmt: skip
     for model in (from_upstream(upstream_state(OCTOBER), {"model_config": OCTOBER}), NanoChatForCausalLM(padded)):
@@ -131,19 +131,16 @@ def test_what_a_format_cannot_express_is_named():
         from_native(native)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda state, fields: fields.pop("n_head"), r"missing \['n_head'\]"),
-        (lambda state, fields: fields.update(n_expert=8), r"unknown \['n_expert'\]"),
-        (lambda state, fields: state.pop("smear_lambda"), "Missing key.*smear_lambda"),
-        (lambda state, fields: [state.pop(n) for n in list(state) if "smear" in n], "two generations.*lacks smear"),
-        (lambda state, fields: state.pop("transformer.wte.weight"), "no checkpoint of karpathy/nanochat"),
-        (lambda state, fields: fields.update(n_embd=64), "size mismatch"),
-        (lambda state, fields: [state.pop(n) for n in upstream_state(JULY).keys() - upstream_state(OCTOBER).keys()],
-         "no new parameter and window_pattern SSL, and lacks value_embeds"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda state, fields: fields.pop("n_head"), r"missing \['n_head'\]"),
+    (lambda state, fields: fields.update(n_expert=8), r"unknown \['n_expert'\]"),
+    (lambda state, fields: state.pop("smear_lambda"), "Missing key.*smear_lambda"),
+    (lambda state, fields: [state.pop(n) for n in list(state) if "smear" in n], "two generations.*lacks smear"),
+    (lambda state, fields: state.pop("transformer.wte.weight"), "no checkpoint of karpathy/nanochat"),
+    (lambda state, fields: fields.update(n_embd=64), "size mismatch"),
+    (lambda state, fields: [state.pop(n) for n in upstream_state(JULY).keys() - upstream_state(OCTOBER).keys()],
+     "no new parameter and window_pattern SSL, and lacks value_embeds"),
+])  # fmt: skip
 def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason(change, message):
     state, fields = upstream_state(JULY), dict(JULY)
     change(state, fields)
@@ -321,16 +318,13 @@ class Evil:
         return os.system, ("exit 1",)
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (pickle.dumps(Evil()), r"(posix|nt).system"),
-        (b"not a pickle", ""),
-        (b"\x80\x03ctiktoken.core\nEncoding\n)R}b.", ""),  # no fields
-        (pickle.dumps({"mergeable_ranks": {}}), ""),
-        (({"a": 0}, PATTERN), "of other types"),
-    ],
-)
+@pytest.mark.parametrize(("content", "reason"), [
+    (pickle.dumps(Evil()), r"(posix|nt).system"),
+    (b"not a pickle", ""),
+    (b"\x80\x03ctiktoken.core\nEncoding\n)R}b.", ""),  # no fields
+    (pickle.dumps({"mergeable_ranks": {}}), ""),
+    (({"a": 0}, PATTERN), "of other types"),
+])  # fmt: skip
 def test_what_is_no_tiktoken_encoding_is_refused(content, reason, tmp_path):
     path = tmp_path / "tokenizer.pkl"
     if isinstance(content, bytes):

@@ -46,21 +46,18 @@ def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenize
             load_pairs(DPOStageConfig(**asdict(config) | keys), tokenizer, 64)
 
 
-@pytest.mark.parametrize(
-    "row,reason",
-    [
-        ({"text": "x"}, "needs chosen and rejected"),
-        ({"chosen": "yes", "rejected": "no"}, "needs chosen and rejected|no messages"),
-        ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}, "same"),
-        ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY, USER, REPLY]}, "continues"),
-        *(
-            ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]} | {side: [{**REPLY, "content": text}]}, reason)
-            for side in ("chosen", "rejected")
-            for text, reason in (("word " * 200, "a sequence holds 64"), (None, "content|text|message"))
-        ),
-        (None, "no such dataset"),
-    ],
-)
+@pytest.mark.parametrize("row,reason", [
+    ({"text": "x"}, "needs chosen and rejected"),
+    ({"chosen": "yes", "rejected": "no"}, "needs chosen and rejected|no messages"),
+    ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}, "same"),
+    ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY, USER, REPLY]}, "continues"),
+    *(
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]} | {side: [{**REPLY, "content": text}]}, reason)
+        for side in ("chosen", "rejected")
+        for text, reason in (("word " * 200, "a sequence holds 64"), (None, "content|text|message"))
+    ),
+    (None, "no such dataset"),
+])  # fmt: skip
 def test_a_file_without_pairs_is_named(config, tokenizer, tmp_path, row, reason):
     config.dataset = str(tmp_path / "other.jsonl")
     if row:
@@ -74,9 +71,8 @@ def test_a_file_without_pairs_is_named(config, tokenizer, tmp_path, row, reason)
 
 def test_a_pair_is_cut_where_its_conversations_differ(tokenizer):
     expected = {"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}
-    assert (
-        read_pair({"prompt": "Is it?", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, tokenizer, 64) == expected
-    )
+    row = {"prompt": "Is it?", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}
+    assert read_pair(row, tokenizer, 64) == expected
     longer = {"prompt": [USER], "chosen": [REPLY, USER, REPLY], "rejected": [REPLY, USER, OTHER]}
     assert read_pair(longer, tokenizer, 64)["prompt"] == [USER, REPLY, USER]
     size = len(tokenizer.apply_chat_template([USER, REPLY], return_dict=False))

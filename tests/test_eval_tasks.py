@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,15 +67,12 @@ MMLU = {"question": "?", "choices": ["a", "b"], "answer": 0}
 GSM8K = {"question": "?", "answer": "#### 1"}
 
 
-@pytest.mark.parametrize(
-    "name,good,bad,reason",
-    [
-        ("mmlu", MMLU, MMLU | {"answer": 2}, "answer 2 is none of the choices"),
-        ("mmlu", MMLU, MMLU | {"answer": -1}, "answer -1 is none of the choices"),
-        ("arc_easy", ARC, ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "2 choices and 1 letters"),
-        ("mmlu", MMLU, {"question": "?", "choices": ["a", "b"]}, "KeyError: 'answer'"),
-    ],
-)
+@pytest.mark.parametrize("name,good,bad,reason", [
+    ("mmlu", MMLU, MMLU | {"answer": 2}, "answer 2 is none of the choices"),
+    ("mmlu", MMLU, MMLU | {"answer": -1}, "answer -1 is none of the choices"),
+    ("arc_easy", ARC, ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "2 choices and 1 letters"),
+    ("mmlu", MMLU, {"question": "?", "choices": ["a", "b"]}, "KeyError: 'answer'"),
+])  # fmt: skip
 def test_choices_without_their_answer_are_named(tmp_path, name, good, bad, reason):
     folder = write(tmp_path / f"{name}_test.jsonl", [good, bad])
     with pytest.raises(ValueError, match=rf"{name}_test\.jsonl, line 2: not a row of this task \(.*{reason}"):
@@ -85,15 +83,12 @@ COPA = "sentence\tquestion\t1\t2\tAnswer\n"
 HELLASWAG = "context\tchoice1\tchoice2\tchoice3\tchoice4\tlabel\n"
 
 
-@pytest.mark.parametrize(
-    "task,content,reason",
-    [
-        ("COPA", "sentence\tquestion\t1\tAnswer\n", "1: no column '2'"),
-        ("COPA", COPA + "a\tb\tc\td\t1\na\tb\tc\td\t3\n", "3: the label is '3'"),
-        ("BoolQ", "Text\tQuestion\tAnswer\na\tb\n", "2: 2 of 3 columns"),
-        ("HellaSwag", HELLASWAG + "a\xff", "2: no UTF-8"),
-    ],
-)
+@pytest.mark.parametrize("task,content,reason", [
+    ("COPA", "sentence\tquestion\t1\tAnswer\n", "1: no column '2'"),
+    ("COPA", COPA + "a\tb\tc\td\t1\na\tb\tc\td\t3\n", "3: the label is '3'"),
+    ("BoolQ", "Text\tQuestion\tAnswer\na\tb\n", "2: 2 of 3 columns"),
+    ("HellaSwag", HELLASWAG + "a\xff", "2: no UTF-8"),
+])  # fmt: skip
 def test_a_damaged_file_of_kobest_is_named_with_its_line(tmp_path, task, content, reason):
     path = tmp_path / task / "test.tsv"
     path.parent.mkdir()
@@ -155,17 +150,14 @@ HUMANEVAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "text,passed",
-    [
-        ("Sure!\n```python\ndef double(xs: List[int]):\n    return [2 * x for x in xs]\n```\nDone.", 1.0),
-        ("def double(xs: List[int]):\n    return [2 * x for x in xs]", 1.0),
-        ("```\ndef double(xs):\n    return xs\n```", 0.0),
-        ("```python\ndef double(xs):\n    return [x + x for x in xs]\n```\nUse it:\n```\ndouble(1)(\n```", 1.0),
-        ("```\ndef double(xs):\n    return xs\n```\n```\ndef double(xs):\n    return [x + x for x in xs]\n```", 0.0),
-        ("I do not know.", 0.0),
-    ],
-)
+@pytest.mark.parametrize("text,passed", [
+    ("Sure!\n```python\ndef double(xs: List[int]):\n    return [2 * x for x in xs]\n```\nDone.", 1.0),
+    ("def double(xs: List[int]):\n    return [2 * x for x in xs]", 1.0),
+    ("```\ndef double(xs):\n    return xs\n```", 0.0),
+    ("```python\ndef double(xs):\n    return [x + x for x in xs]\n```\nUse it:\n```\ndouble(1)(\n```", 1.0),
+    ("```\ndef double(xs):\n    return xs\n```\n```\ndef double(xs):\n    return [x + x for x in xs]\n```", 0.0),
+    ("I do not know.", 0.0),
+])  # fmt: skip
 def test_humaneval_answers_are_run_with_the_tests(text, passed):
     results = function("utils.humaneval_results")(HUMANEVAL, [text])
     assert (results["acc"], results["unchecked"]) == (passed, 0.0)
@@ -199,11 +191,8 @@ def both(model, tokenizer, task_manager, name, chat):
 def test_bits_per_byte_are_the_same_by_hand_by_our_runner_and_by_the_lm_eval_cli(
     tmp_path, tiny_folder, tiny_model, tokenizer
 ):
-    texts, nats, size = (
-        ["The owl lives in the old tree.", "안녕하세요", "word " * 300, " \n"],
-        0.0,
-        0,
-    )  # third: too long
+    texts = ["The owl lives in the old tree.", "안녕하세요", "word " * 300, " \n"]  # third: too long
+    nats = size = 0
     for text in texts[:3]:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids = torch.tensor([tokenizer.bos_token_id, *ids])
@@ -237,6 +226,14 @@ def test_multiple_choice_is_the_same_by_our_runner_and_by_the_lm_eval_cli(tmp_pa
     assert np.allclose(*scores, atol=1e-4)
     for metric in ("acc,none", "centered,none"):
         assert ours["results"]["nanochat_arc_easy"][metric] == cli["results"]["nanochat_arc_easy"][metric]
+    [task] = load_tasks(task_manager, ["nanochat_arc_easy"]).values()
+    assert task.fewshot_rnd.random() == Random(1234).random()  # the CLI's seed: the same few-shot examples
+
+
+@pytest.mark.parametrize("text_stages, tasks", [(None, ["chat", "text"]), ([], ["chat"]), (["base"], ["chat"])])
+def test_tasks_of_plain_text_have_stages_of_their_own_or_those_of_the_chat_tasks(text_stages, tasks):
+    config = SimpleNamespace(chat_stages=["sft"], text_stages=text_stages)
+    assert Tasks.of(SimpleNamespace(config=config, loaded=["chat", "text"], chat=["chat"]), "sft") == tasks
 
 
 def test_a_multiple_choice_sample_shows_the_score_of_each_letter():

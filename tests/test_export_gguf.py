@@ -64,22 +64,21 @@ def test_the_file_is_a_qwen3_with_the_same_logits(tmp_path, fields):
     token = {name: facts[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "eom")}
     tokenizer = load_tokenizer(source)
     assert tokenizer.convert_ids_to_tokens(token.values()) == ["<|bos|>", "<|assistant_end|>", "<|python_end|>"]
+    control = [i for i, kind in enumerate(facts["tokenizer.ggml.token_type"]) if kind == 3]  # no text spells these
+    assert control == sorted(tokenizer.all_special_ids)
     assert facts["tokenizer.chat_template"] == tokenizer.chat_template and facts["qwen3.context_length"] == 64
     assert (tmp_path / "f16" / "Modelfile").read_text().startswith("FROM ./model-F16.gguf\nTEMPLATE")
 
 
-@pytest.mark.parametrize(
-    "options, fields, words",
-    [
-        ({}, {"generation": 2}, "generation 1 only.*mlx, onnx"),
-        ({}, {"window_pattern": "SL"}, "train with window_pattern L"),
-        ({}, {"final_logit_softcapping": 15.0}, "greedy answers are right.*final_logit_softcapping: null"),
-        ({}, {"digit_group": 2}, "pairs of digits.*digit_group: 1"),
-        ({}, {"normalization": "nfc"}, "not normalized"),
-        ({"allow_inexact": True}, {"num_tokens": 300}, "tokenizer of 270 tokens and a model of 300"),
-        ({"outtype": "q8_0"}, {"hidden_size": 48}, "rows of 48.*--outtype f16"),
-    ],
-)
+@pytest.mark.parametrize("options, fields, words", [
+    ({}, {"generation": 2}, "generation 1 only.*mlx, onnx"),
+    ({}, {"window_pattern": "SL"}, "train with window_pattern L"),
+    ({}, {"final_logit_softcapping": 15.0}, "greedy answers are right.*final_logit_softcapping: null"),
+    ({}, {"digit_group": 2}, "pairs of digits.*digit_group: 1"),
+    ({}, {"normalization": "nfc"}, "not normalized"),
+    ({"allow_inexact": True}, {"num_tokens": 300}, "tokenizer of 270 tokens and a model of 300"),
+    ({"outtype": "q8_0"}, {"hidden_size": 48}, "rows of 48.*--outtype f16"),
+])  # fmt: skip
 def test_what_llama_cpp_cannot_carry_is_refused(tmp_path, options, fields, words):
     source = make_folder(tmp_path / "model", **fields)
     with pytest.raises(InputError, match=words):

@@ -80,9 +80,8 @@ def test_primer_prompts_come_with_what_a_grader_needs(tokenizer):
     (rows, _), (test, _) = (load_prompts(stage, split, tokenizer, 100) for split in ("train", "test"))
     assert {row["kind"] for row in rows} == {row["kind"] for row in test} == {"problem", "spelling"}
     assert len(test) == 30 and len(rows) > 4000
-    assert (
-        rows[0].keys() == {"prompt", "kind", "answer", "entity", "rivals"} and rows[0]["prompt"][0]["role"] == "user"
-    )
+    assert rows[0].keys() == {"prompt", "kind", "answer", "entity", "rivals"}
+    assert rows[0]["prompt"][0]["role"] == "user"
     assert not {row["prompt"][0]["content"] for row in rows} & {row["prompt"][0]["content"] for row in test}
 
 
@@ -126,11 +125,8 @@ def test_rows_without_advantage_are_left_out_and_nothing_changes(tiny_folder, to
     trainer = new_trainer(tiny_folder, tokenizer, tmp_path)
     trainer.current_gradient_accumulation_steps = 1
     sizes, real = [], GRPOTrainer._compute_loss
-    monkeypatch.setattr(
-        GRPOTrainer,
-        "_compute_loss",
-        lambda self, model, x: (sizes.append(len(x["advantages"])), real(self, model, x))[1],
-    )
+    note = lambda self, model, x: (sizes.append(len(x["advantages"])), real(self, model, x))[1]  # noqa: E731
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", note)
     model, batch = trainer.model.train(), graded_batch(trainer)
     losses = [trainer.compute_loss(model, batch), GRPOTrainer.compute_loss(trainer, model, batch)]
     assert sizes == [4, 8] and losses[0].item() == pytest.approx(losses[1].item(), abs=1e-7)

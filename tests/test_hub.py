@@ -9,12 +9,15 @@ import sys
 import threading
 from hashlib import sha256
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
+from httpx import Request, Response
 from hub_standin import Hub
 from huggingface_hub import HfApi, close_session, constants
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from old_folder import make_old
 from safetensors.torch import load_file, save_file
@@ -255,6 +258,10 @@ def test_secrets_are_known_by_their_form_and_not_shown(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="text contains a token or a private key") as error:
             push_module.refuse_secrets([path])
         assert secret not in str(error.value)
+    monkeypatch.setattr(push_module, "get_token", lambda: "of-another-form")  # this login's own
+    path.write_text("key=of-another-form")
+    with pytest.raises(InputError, match="text contains a token"):
+        push_module.refuse_secrets([path])
 
 
 def test_a_secret_in_a_text_or_in_the_header_of_weights_is_never_sent(hub, run, log):
@@ -351,6 +358,15 @@ def test_each_refusal_of_the_hub_is_one_line_of_advice(hub, run, no_check, monke
         push(run, Push(repo))
     assert TOKEN not in str(caught.value) and "\n" not in str(caught.value)
     assert all(not files for name in hub.repos for files in [pushed(hub, name[1])])  # a commit or nothing
+
+
+@pytest.mark.parametrize("status, calls", [(400, 1), (429, 4), (503, 4)])
+def test_only_what_may_pass_is_sent_again(monkeypatch, status, calls):
+    monkeypatch.setattr(push_module.time, "sleep", lambda seconds: None)
+    send = Mock(side_effect=HfHubHTTPError("no", response=Response(status, request=Request("POST", "https://hub"))))
+    with pytest.raises(HfHubHTTPError):
+        push_module.with_retries(str, send)
+    assert send.call_count == calls
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ def test_the_test_asks_in_phrasings_that_no_training_has():
         return {re.sub(r"\W+", " ", q).strip().lower() for q in texts_of(rows, "user")}
 
     train, test = words(conversations(OPHELIA, num=1000)), words(conversations(OPHELIA, "test", num=60))
+    assert words(conversations(OPHELIA, "validation", num=60)) == test
     assert not train & test and not train & {re.sub(r"\W+", " ", q).strip().lower() for q in questions(OPHELIA)}
     with pytest.raises(InputError, match="no split 'dev'"):
         next(conversations(OPHELIA, "dev"))
@@ -66,11 +67,8 @@ def test_korean_particles_follow_the_sound_before_them():
     for text, particles, written in (
         *(("모델", "이에요/예요", "모델이에요"), ("오필리아", "이에요/예요", "오필리아예요"), ("모델", "", "모델")),
         *(("Ophelia", "은/는", "Ophelia는"), ("nanochat", "이/가", "nanochat이"), ("?!", "이/가", "?!가")),
-        *(
-            ("로봇 7", "이/가", "로봇 7이"),
-            ("로봇 0", "은/는", "로봇 0은"),
-            ("로봇 2 (새것!)", "이/가", "로봇 2 (새것!)이"),
-        ),
+        *(("로봇 7", "이/가", "로봇 7이"), ("로봇 0", "은/는", "로봇 0은")),
+        ("로봇 2 (새것!)", "이/가", "로봇 2 (새것!)이"),
     ):
         assert format(Word(text), particles) == written
 
@@ -103,20 +101,17 @@ def turn(question: str, answer: str) -> str:
     return json.dumps([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
-@pytest.mark.parametrize(
-    "text,reason",
-    [
-        ("I cannot do that.", "no JSON list"),
-        ('[{"role": "user"', "no JSON list"),
-        ('[{"role": "user", "content": "Hi"}]', "last message"),
-        (turn("Hi", ""), "empty"),
-        (turn("Hi", "I am a model."), "does not say its name"),
-        (turn("Hi", "I am Ophelia, made by [company]."), "left to fill in"),
-        (turn("Hi", "I am Ophelia, not ChatGPT."), "brings up ChatGPT"),
-        (turn("Hi", "Ophelia " * 400), "more than 2000 characters"),
-        (turn("Hi", "Ophelia")[:-2] + ', "name": "x"}]', "more than a role"),
-    ],
-)
+@pytest.mark.parametrize("text,reason", [
+    ("I cannot do that.", "no JSON list"),
+    ('[{"role": "user"', "no JSON list"),
+    ('[{"role": "user", "content": "Hi"}]', "last message"),
+    (turn("Hi", ""), "empty"),
+    (turn("Hi", "I am a model."), "does not say its name"),
+    (turn("Hi", "I am Ophelia, made by [company]."), "left to fill in"),
+    (turn("Hi", "I am Ophelia, not chatGPT."), "brings up ChatGPT"),  # in any case
+    (turn("Hi", "Ophelia " * 400), "more than 2000 characters"),
+    (turn("Hi", "Ophelia")[:-2] + ', "name": "x"}]', "more than a role"),
+])  # fmt: skip
 def test_what_a_model_wrote_is_taken_out_of_its_fence_and_checked(text, reason):
     assert parse(turn("Are you ChatGPT?", "No, I am Ophelia, not ChatGPT."), OPHELIA)  # the user asked about it
     fenced = f"Here you are:\n```json\n{turn('Hi', 'I am Ophelia.')}\n```"

@@ -234,7 +234,8 @@ def test_a_spike_stops_before_the_weights_and_a_rerun_skips_its_data(world, tmp_
         monkeypatch.undo()
     assert same(*saved) and times[0] < times[1]  # that of the process before counts, too
     on_batch(monkeypatch.setattr, 0, noise)
-    assert run(world, tmp_path, num_iterations=40, max_loss_spike=0)["history"][-1]["step"] == 40
+    metrics = run(world, tmp_path, num_iterations=40, max_loss_spike=0)
+    assert metrics["history"][-1]["step"] == 40 and metrics["start_val_bpb"] == progress["start_val_bpb"] > 0
 
 
 def test_large_gradients_are_clipped_and_small_ones_never_scaled_up(world, tmp_path, monkeypatch):

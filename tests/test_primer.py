@@ -18,7 +18,6 @@ from nanochat_hf.demo.corpus import (
     TRIPLE_WORDS,
     WORDS,
     WORLD,
-    _sentence,
     conversations,
     documents,
     questions,
@@ -54,11 +53,10 @@ def test_one_round_of_documents_states_and_one_of_conversations_asks_every_fact(
     questions_asked = [text for row in conversations("train", 0, rounds=1) for text in user_texts(row)]
     for relation in RELATIONS:
         for entity, value in relation.facts.items():
-            assert {_sentence(s, e=entity, v=value) for s in relation.statements} & texts, (entity, value)
-        possible = {_sentence(q, e=e) for e in relation.facts for q in relation.questions}
-        possible |= {
-            _sentence(f.format(n=n), e=e) for e in relation.facts for f in WORLD["frames"] for n in relation.nouns
-        }
+            assert {corpus._sentence(s, e=entity, v=value) for s in relation.statements} & texts, (entity, value)
+        possible = {corpus._sentence(q, e=e) for e in relation.facts for q in relation.questions}
+        frames = [f.format(n=n) for f in WORLD["frames"] for n in relation.nouns]
+        possible |= {corpus._sentence(f, e=e) for e in relation.facts for f in frames}
         times = corpus.questions_per_fact(relation)
         assert sum(text in possible for text in questions_asked) == times * len(relation.facts)
 
@@ -182,3 +180,12 @@ def test_an_unknown_split_or_kind_is_named():
     ):
         with pytest.raises(InputError, match=word):
             make()
+
+
+def test_the_problems_of_rl_are_phrased_as_in_no_conversation():
+    def phrasings(rows):
+        words = "|".join([*corpus.PEOPLE, *WORLD["objects"], r"\d+"])
+        return {re.sub(rf"\b({words})\b", "_", row["messages"][0]["content"]) for row in rows}
+
+    talked = phrasings(conversations(kinds=["problem"]))
+    assert talked and not talked & phrasings(questions("problem", "train"))

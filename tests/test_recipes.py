@@ -229,12 +229,7 @@ STOPPED = "stopped by a signal: the same command resumes the run"
 
 @pytest.mark.parametrize(
     "code,ends,line",
-    [
-        (-15, 143, STOPPED),
-        (130, 130, STOPPED),
-        (2, 2, ""),
-        (7, 7, "error: rank 0 ended with exit code 7: .*"),
-    ],
+    [(-15, 143, STOPPED), (130, 130, STOPPED), (2, 2, ""), (7, 7, "error: rank 0 ended with exit code 7: .*")],
 )
 def test_a_launch_ends_as_its_rank_does_with_one_line_and_passes_signals_on(monkeypatch, capsys, code, ends, line):
     def rank(arguments):

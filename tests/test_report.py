@@ -145,12 +145,12 @@ def test_report_json_holds_the_same_facts_and_damaged_results_are_one_line(run):
 def test_two_runs_are_compared_with_the_error_of_the_difference(run, tmp_path):
     other = tmp_path / "other"
     save_json(other / "sft" / "metrics.json", {**COMMON, "wall_time_s": 0})
-    results = {"sft": {"facts": result(0.97)}}
-    save_json(
-        other / "eval" / "metrics.json", {**COMMON, "results": results, "wall_time_s": 60, "models": {"sft": "sft"}}
-    )
-    text = compare(run, other)
-    assert re.search(r"facts\s+\| SFT\s+\| 0.9300\s+\| 0.9700\s+\| \+0.0400 ± 0.0141 \| yes\s+\| two-sample", text)
+    evaluation = {**COMMON, "wall_time_s": 60, "models": {"sft": "sft"}}
+    for value, more, word in ((0.95, "0.0200", "no"), (0.97, "0.0400", "yes")):  # 1.4 and 2.8 errors
+        save_json(other / "eval" / "metrics.json", {**evaluation, "results": {"sft": {"facts": result(value)}}})
+        text = compare(run, other)
+        row = rf"facts\s+\| SFT\s+\| 0.9300\s+\| {value:.4f}\s+\| \+{more} ± 0.0141 \| {word}\s+\| two-sample"
+        assert re.search(row, text)
     assert re.search(r"counting\s+\| RL\s+\| 0.8500\s+\| -\s+\| -", text)
     assert re.search(r"total wall time\s+\|\s+\| 1 h 00 min\s+\| 1 min 00 s\s+\| -59.0 min", text)
 
@@ -159,11 +159,8 @@ def test_the_same_questions_are_compared_in_pairs(tmp_path):
     """Outcomes 1 1 0 0 and 1 1 1 0: the differences 0 0 1 0 have the mean 1/4 and the standard deviation 1/2."""
     for name, outcomes in (("a", (1, 1, 0, 0)), ("b", (1, 1, 1, 0))):
         save_json(tmp_path / name / "sft" / "metrics.json", COMMON)
-        numbers = {
-            "results": {"sft": {"sums": result(sum(outcomes) / 4, n=4)}},
-            "seconds": {"sft": {"t": 1, "all": 2}},
-            "models": {"sft": "sft"},
-        }
+        numbers = {"seconds": {"sft": {"t": 1, "all": 2}}, "models": {"sft": "sft"}}
+        numbers["results"] = {"sft": {"sums": result(sum(outcomes) / 4, n=4)}}
         save_json(tmp_path / name / "eval" / "metrics.json", {**COMMON, **numbers})
         samples = tmp_path / name / "eval" / "samples" / "sft" / "t.jsonl"
         samples.parent.mkdir(parents=True)

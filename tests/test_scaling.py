@@ -8,6 +8,7 @@ from torch import nn
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
+from nanochat_hf.optim import scaling
 from nanochat_hf.optim.scaling import DEFAULTS, Schedule, estimate_memory, estimate_micro_batch_size, peak_flops, plan
 from nanochat_hf.stage_configs import PretrainConfig
 
@@ -117,6 +118,11 @@ def test_the_estimated_micro_batch_fits_the_memory():
     assert estimate_micro_batch_size(d24, 12e9) == 1  # too little by the estimate: try the least
     assert estimate_micro_batch_size(d12, 80e9, largest=48) == 32
     assert estimate_micro_batch_size(d12, 80e9, bytes_per_value=4) < 64
+
+
+def test_a_cpu_is_as_fast_as_its_cores_together():
+    speed, _ = scaling.estimate_speed(planned(4), "CPU", 8, False)
+    assert speed == pytest.approx(8 * 5e10 / 80_216_496)  # FLOPs per second and core, over those of a token
 
 
 SHAPE = Schedule(num_iterations=1000, warmup_steps=40, warmdown_ratio=0.65, final_lr_frac=0.05)

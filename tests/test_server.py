@@ -273,6 +273,8 @@ def test_tgi_routes_answer_as_documented(server, monkeypatch):
     for parameters in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 7}):
         server.post("/generate", inputs="Hello", parameters={**parameters, "max_new_tokens": 1})
     assert [(request.temperature, request.top_k) for request in requests] == [(0.0, 0), (1.0, 0), (1.0, 7)]
+    server.post("/generate", inputs="How are you?", parameters={"truncate": 2, "max_new_tokens": 1})
+    assert requests[-1].prompt == server.engine.encode_text("How are you?")[-2:]
 
 
 @pytest.mark.parametrize("text,read", [(HALF, "x?"), ("🙂\ud83d\ud83d🙂", "🙂??🙂"), ("\\ud83d", "\\ud83d")])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
-from nanochat_hf.train import model_setup, sft
+from nanochat_hf.train import checkpoint, model_setup, sft
 from nanochat_hf.train.sft import ChatConfig, PackedCollator, build_packed_dataset, encode, pad_to_multiple, train_chat
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -136,9 +136,12 @@ def test_padding_rows_have_no_loss():
     assert len(pad_to_multiple(rows, 1, pad=9)) == 1
 
 
-def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path):
+def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path, monkeypatch):
     out, held_out = tmp_path / "sft", [{"dataset": "primer", "split": "test", "rows": 20}]
+    saved, real = [], checkpoint.write_manifest
+    monkeypatch.setattr(checkpoint, "write_manifest", lambda folder: saved.append(folder.name) or real(folder))
     train_chat(config(num_iterations=12, validation=held_out, eval_every=6), tiny_folder, out)
+    assert saved == ["checkpoint-12"]  # none for the evaluation after six steps
     metrics = load_json(out / "metrics.json")
     assert metrics["finished"] and metrics["rows"] + len(metrics["skipped_rows"]) == 60
     assert metrics["mixture"][0]["tokens"] == metrics["tokens"] > 1000 and metrics["tokens_per_second"] > 0

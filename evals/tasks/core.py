@@ -395,9 +395,8 @@ def encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     else:  # twice as fast as the call above: no offsets
-        rows = [
-            encoding.ids for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        encodings = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+        rows = [encoding.ids for encoding in encodings]
     return [np.array([bos, *row], dtype=np.int32) for row in rows]
 
 

@@ -133,9 +133,7 @@ class Engine:
         self.max_chars = 0  # a text with more characters has more than `length` tokens
         if tokenizer is not None:
             longest = max(map(len, [*token_table(tokenizer).values(), *tokenizer.all_special_tokens]))
-            composes = (
-                tokenizer.backend_tokenizer.normalizer is not None
-            )  # Unicode's NFC makes one of up to 4 characters
+            composes = tokenizer.backend_tokenizer.normalizer is not None  # NFC makes one of up to 4 characters
             self.max_chars = self.length * longest * (4 if composes else 1)
         self.waiting: deque[Request] = deque()
         self.calls: dict[Request, tuple[concurrent.futures.Future, float]] = {}  # running tool calls, their deadlines
