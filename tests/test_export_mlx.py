@@ -62,22 +62,18 @@ def test_a_model_that_mlx_cannot_express_is_refused_and_nothing_is_left(chat_fol
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="RoPE of type 'linear'"):
         export(folder, tmp_path / "out", "mlx")
-    weights = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(weights[:-1])
-    with pytest.raises(InputError, match="is damaged"):
-        export(folder, tmp_path / "out", "mlx")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="safetensors is missing"):
-        export(folder, tmp_path / "out", "mlx")
     with pytest.raises(InputError, match="no checkpoint folder"):
         export(tmp_path, tmp_path / "out", "mlx")
-    for name, message in {
-        "model.safetensors": "no model in .* that can be read",
-        "tokenizer.json": "no tokenizer",
-    }.items():
-        (folder / name).write_bytes(b"{}")
+    weights = (folder / "model.safetensors").read_bytes()
+    damaged = [("model.safetensors", weights[:-1], "is damaged"), ("model.safetensors", b"{}", "is damaged")]
+    damaged.append(
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "b.safetensors is missing")
+    )
+    for name, content, message in [*damaged, ("tokenizer.json", b"{}", "no tokenizer")]:
+        (folder / name).write_bytes(content)
         with pytest.raises(InputError, match=message):
             export(folder, tmp_path / "out", "mlx")
+        (folder / "model.safetensors").write_bytes(weights)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
