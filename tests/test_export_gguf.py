@@ -71,7 +71,7 @@ def test_the_file_is_a_qwen3_with_the_same_logits(tmp_path, fields):
 
 
 @pytest.mark.parametrize("options, fields, words", [
-    ({}, {"generation": 2}, "generation 1 only.*mlx, onnx"),
+    ({}, {"generation": 2}, "generation 1 only.*mlx or onnx"),
     ({}, {"window_pattern": "SL"}, "train with window_pattern L"),
     ({}, {"final_logit_softcapping": 15.0}, "greedy answers are right.*final_logit_softcapping: null"),
     ({}, {"digit_group": 2}, "pairs of digits.*digit_group: 1"),

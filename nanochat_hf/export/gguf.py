@@ -99,7 +99,7 @@ def refuse_impossible(config: NanoChatConfig) -> None:
         reason = f"there is no RoPE of type {kind!r} for a .gguf"
     else:
         return
-    raise InputError(f"{reason}; the nearest roads for this model are --to mlx, onnx and vllm")
+    raise InputError(f"{reason}; export it --to mlx or onnx, or serve the folder with vLLM")
 
 
 def compare_tokenizer(tokenizer) -> tuple[str, list[str]]:
@@ -110,7 +110,7 @@ def compare_tokenizer(tokenizer) -> tuple[str, list[str]]:
         if json.loads(new_backend(digits).to_str())["pre_tokenizer"] == state["pre_tokenizer"]:
             pairs = ["numbers are split into pairs of digits, and there into single ones"] if digits == 2 else []
             return name, pairs + caveats
-    raise InputError("llama.cpp does not split text as this tokenizer does; the nearest roads are --to mlx and onnx")
+    raise InputError("llama.cpp does not split text as this tokenizer does: export it --to mlx or onnx")
 
 
 def add_config(writer: gguf.GGUFWriter, config: NanoChatConfig) -> None:
