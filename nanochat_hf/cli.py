@@ -44,6 +44,7 @@ from .stage_configs import RECIPES, find_recipe
 
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
+STAGE_HELP = f"of the run folder, one of {', '.join(MODEL_STAGES)}; default: the last of these that is finished"
 ENGINES = {  # nanochat export --to: what is written
     "native": "transformers' own nanochat, generation 1",
     "nanochat": "files of karpathy/nanochat",
@@ -56,8 +57,8 @@ ENGINES = {  # nanochat export --to: what is written
 
 
 def model_options(parser: Parser) -> None:
-    parser.option("--run-dir", Place, help="run folder: its newest finished stage, or --stage")
-    parser.option("--stage", Literal[MODEL_STAGES], help=f"of the run folder: {', '.join(MODEL_STAGES)}")
+    parser.option("--run-dir", Place, help="run folder, for example runs/cpu-demo")
+    parser.option("--stage", Literal[MODEL_STAGES], help=STAGE_HELP)
     parser.option("--model", Place, help="checkpoint folder or Hub id instead")
 
 
@@ -65,12 +66,7 @@ def chosen_model(args, what: str) -> str:
     """The folder or Hub id that `model_options` name. Raises InputError, with `what` to name, if there is none."""
     if bool(args.model) == bool(args.run_dir) or (args.stage and args.model):
         raise InputError(f"name {what}: --run-dir DIR [--stage STAGE] or --model FOLDER_OR_HUB_ID")
-    if args.model:
-        return args.model
-    run = Run(args.run_dir)
-    if (newest := run.latest_model()) is None:
-        raise InputError(f"{run.path} has no finished stage with a model; train one, for example by nanochat demo")
-    return str(run.model(args.stage) if args.stage else newest)
+    return args.model or str(Run(args.run_dir).model(args.stage))
 
 
 def chat(words: list[str]) -> None:
@@ -142,7 +138,7 @@ def push(words: list[str]) -> None:
     parser = new_parser("push", push.__doc__)
     parser.option("--run-dir", Place, required=True)
     parser.option("--repo", RepoId, required=True, help="owner/name on the Hub")
-    parser.option("--stage", Literal[MODEL_STAGES], default="sft", help=f"{', '.join(MODEL_STAGES)} (default: sft)")
+    parser.option("--stage", Literal[MODEL_STAGES], help=STAGE_HELP)
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--space", action="store_true", help="also make a Gradio Space that talks to the model")
     parser.add_argument("--dry-run", action="store_true", help="prepare everything, send nothing")
@@ -370,6 +366,8 @@ COMMANDS: dict[str, Callable] = {
 
 def main(command: str | None = None) -> None:
     """Run a subcommand with the words of the command line, after its name where it stands there."""
+    if "OMP_WAIT_POLICY" not in os.environ:  # else a thread that waits keeps the core that another one needs
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     guarded(lambda: dispatch(command, sys.argv[1:]))
 
 

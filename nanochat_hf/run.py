@@ -90,13 +90,15 @@ class Run:
                 shutil.rmtree(self.path)
             lock.release()
 
-    def model(self, stage: str) -> Path:
-        """The folder of a finished stage with weights. Raises InputError for another stage."""
+    def model(self, stage: str | None) -> Path:
+        """The folder of a finished stage with weights, None: of the newest. Raises InputError if there is none."""
         finished = [name for name in MODEL_STAGES if self.finished(name)]
-        if stage not in finished:
+        if not (stage or finished):
+            raise InputError(f"{self.path} has no finished stage with a model: run nanochat demo, for example")
+        if stage and stage not in finished:
             finished = ", ".join(finished) or "none"
             raise InputError(f"stage {stage!r} of {self.folder(stage).parent} is not finished; finished: {finished}")
-        return self.folder(stage)
+        return self.folder(stage or finished[-1])
 
     def latest_model(self, before: str = "eval") -> Path | None:
         """The folder of the newest finished stage with weights that comes before stage `before`, or None."""

@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import re
+import runpy
 import select
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanochat_hf import run
+from nanochat_hf import cli, run
 from nanochat_hf.cli import dispatch
-from nanochat_hf.run import Progress, duration, in_words, track
+from nanochat_hf.run import Progress, duration, in_words, project_folder, track
 from nanochat_hf.stage_configs import find_recipe, read_recipe
 
 STEP = {"train_loss": 2.34567, "lr": 0.04, "tokens_per_second": 11_940.0, "mfu": 0.4512, "val_bpb": None}
@@ -93,6 +94,24 @@ def test_a_reader_that_leaves_ends_a_command_without_a_traceback(words):
         done.stderr
     )  # argparse ignores that its help is lost
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_waiting_threads_do_not_spin_unless_the_user_says_how_they_wait(monkeypatch):
+    monkeypatch.setattr(cli, "guarded", lambda command: None)
+    for policy, spins in ((None, "1000"), ("ACTIVE", None)):
+        environment = {"OMP_WAIT_POLICY": policy} if policy else {}
+        monkeypatch.setattr(cli.os, "environ", environment)
+        cli.main()
+        assert environment.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.parametrize("name", ["bench", "bench_gpu", "bench_decoding", "bench_scaling"])
+def test_the_help_of_a_benchmark_waits_for_no_large_import(name, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(project_folder("scripts", f"{name}.py")), run_name="__main__")
+    assert "--" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["chat", "sft", "run NAME", "plan NAME", "compare"])
