@@ -7,6 +7,7 @@ A subcommand checks all its arguments before it imports anything large. `--help`
 """
 
 import io
+import logging
 import os
 import re
 import shutil
@@ -170,6 +171,7 @@ def convert(words: list[str]) -> None:
     from .demo import corpus as primer
 
     texts = islice(primer.documents("train", seed=0), 5000)
+    logging.getLogger("DeepSpeed").disabled = True  # which transformers imports
     try:
         record = Path(args.output) / "metrics.json"  # of a run's stage, with the fingerprint of the folder
         describes = record.exists() and load_json(record).get("weights") == model_fingerprint(args.output)

@@ -80,7 +80,7 @@ def show_result(folder: Path) -> None:
     if not metrics:
         return
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
-    figures = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in ("pass@1", "accuracy") if name in after]
+    figures = [f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in ("pass@1", "accuracy") if name in after]
     numbers = {key: value for row in [*(metrics.get("history") or ()), metrics] for key, value in row.items()}
     losses = [name for name in ("val_bpb", "val_loss", "train_loss") if numbers.get(name) is not None]
     figures += [in_words(numbers, losses[:1])] if losses and not figures else []
@@ -90,7 +90,7 @@ def show_result(folder: Path) -> None:
         figures += [f"{part['label']} {part['value']:.4f}" for part in mean]
     for stage, results in list((metrics.get("results") or {}).items())[-1:]:
         values = [result["value"] for result in results.values() if result.get("higher_is_better", True)]
-        figures += [f"mean of {len(values)} tasks {sum(values) / len(values):.3f} ({stage})"] if values else []
+        figures += [f"mean of {len(values)} tasks {sum(values) / len(values):.4f} ({stage})"] if values else []
     print(", ".join([f"[{folder.name}] done in {duration(metrics['wall_time_s'])}", *figures, str(folder)]))
 
 

@@ -119,7 +119,7 @@ class StageTrainer(TrainerCallback):
     progress, `measured` those of an evaluation that get a line.
     """
 
-    unit = "rows"
+    unit, padding = "rows", 0  # what an item of the training set is; items that only make up whole steps
     shown: tuple[str, ...] = ("train_loss", "lr", "tokens_per_second")
     measured: tuple[str, ...] = ("val_loss", "eval_rewards/accuracies", "chatcore", "pass@1")
 
@@ -323,7 +323,7 @@ class StageTrainer(TrainerCallback):
     def overview(self) -> str:
         """What the stage is about to do, as `nanochat plan` prints it."""
         args, model, device = self.args, self.accelerator.unwrap_model(self.model), self.accelerator.device
-        rows, steps = f"{len(self.train_dataset):,} {self.unit}", f"{self.state.max_steps:,}"
+        rows, steps = f"{len(self.train_dataset) - self.padding:,} {self.unit}", f"{self.state.max_steps:,}"
         batch = batch_text(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps)
         data = f"{data_text(self.stage)}: {rows}"
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 empties its own
