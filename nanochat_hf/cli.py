@@ -25,7 +25,7 @@ from pydantic import StringConstraints
 
 from .config import Count, Fraction, NotNegative, Parser, Place, RepoId, Seed, TopK, each_once
 from .errors import InputError, guarded
-from .jobs import ACCELERATE, STAGE_COMMANDS, demo, new_parser, plan, run, run_stage_command, speedrun
+from .jobs import ACCELERATE, STAGE_COMMANDS, demo, plan, run, run_stage_command, speedrun
 from .run import (
     MODEL_STAGES,
     Run,
@@ -70,9 +70,8 @@ def chosen_model(args, what: str) -> str:
     return args.model or str(Run(args.run_dir).model(args.stage))
 
 
-def chat(words: list[str]) -> None:
+def chat(parser: Parser, words: list[str]) -> None:
     """Chat in the terminal with a trained model, or with any TGI or OpenAI-compatible server."""
-    parser = new_parser("chat", chat.__doc__)
     model_options(parser)
     parser.option("--endpoint", help="URL of a server to talk to instead; --model is then a name there")
     parser.option("--prompt", str, "-p", help="answer this, with what is piped in below it, and leave")
@@ -99,9 +98,8 @@ def chat(words: list[str]) -> None:
     conversation.run() if args.prompt is None else conversation.ask(with_piped(args.prompt))
 
 
-def serve(words: list[str]) -> None:
+def serve(parser: Parser, words: list[str]) -> None:
     """Serve a trained model over HTTP: a chat page for browsers, OpenAI's and TGI's routes for programs."""
-    parser = new_parser("serve", serve.__doc__)
     model_options(parser)
     parser.option("--host", Place, default="127.0.0.1", help="0.0.0.0 lets the network in")
     parser.option("--port", Annotated[int, Ge(1), Le(65535)], default=8000, help="(default: %(default)s)")
@@ -134,9 +132,8 @@ def serve(words: list[str]) -> None:
     serve_app(server.app, args.host, args.port)
 
 
-def push(words: list[str]) -> None:
+def push(parser: Parser, words: list[str]) -> None:
     """Push a finished stage of a run to the Hub, with its card, and check it by loading it back."""
-    parser = new_parser("push", push.__doc__)
     parser.option("--run-dir", Place, required=True)
     parser.option("--repo", RepoId, required=True, help="owner/name on the Hub")
     parser.option("--stage", Literal[MODEL_STAGES], help=STAGE_HELP)
@@ -158,9 +155,8 @@ def push(words: list[str]) -> None:
     hub.push(args.pop("run_dir"), hub.Push(**args))
 
 
-def convert(words: list[str]) -> None:
+def convert(parser: Parser, words: list[str]) -> None:
     """Convert checkpoints between karpathy/nanochat, this project and transformers' own `nanochat`."""
-    parser = new_parser("convert", convert.__doc__)
     parser.option("--source", Place, required=True)
     parser.option("--output", Place, required=True)
     parser.option("--tokenizer", Place)
@@ -188,9 +184,8 @@ def convert(words: list[str]) -> None:
         print(f"tokenizer: {info['tokenizer_ids']:,} ids compared, all equal")
 
 
-def export(words: list[str]) -> None:
+def export(parser: Parser, words: list[str]) -> None:
     """Write a model for other software: `nanochat export --run-dir RUN --to native --output FOLDER`."""
-    parser = new_parser("export", export.__doc__)
     model_options(parser)
     parser.option("--output", Place, required=True, help="folder to write; must not exist")
     targets = "; ".join(f"{name}: {what}" for name, what in ENGINES.items())
@@ -207,16 +202,15 @@ def export(words: list[str]) -> None:
 
     source = download(source)
     if args.to in ("native", "nanochat"):
-        convert(["--source", source, "--output", args.output, "--to", args.to])
+        dispatch("convert", ["--source", source, "--output", args.output, "--to", args.to])
     else:
         from .export import export as export_model
 
         print(args.output, *export_model(source, args.output, args.to, **options), sep="\n")
 
 
-def report(words: list[str]) -> None:
+def report(parser: Parser, words: list[str]) -> None:
     """Write a run's report card (report.md, report.html, report.json, plots/), or compare two runs."""
-    parser = new_parser("report", report.__doc__)
     parser.option("--run-dir", Place, help="run folder, for example runs/d12")
     price = "price of the machine in dollars per hour"
     parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", dest="hourly_rate", help=price)
@@ -248,9 +242,8 @@ def report(words: list[str]) -> None:
         print(summary(load_json(path.with_suffix(".json"))), path, path.with_suffix(".html"), sep="\n")
 
 
-def identity(words: list[str]) -> None:
+def identity(parser: Parser, words: list[str]) -> None:
     """Write conversations of an identity to a .jsonl that a recipe can mix in."""
-    parser = new_parser("identity", identity.__doc__)
     parser.option("--identity", Place, "--facts", required=True, help="YAML such as recipes/identity.yaml")
     parser.option("--output", Place, required=True, help="the .jsonl to write")
     parser.option("--rows", Count, help="conversations (default: 1000)")
@@ -281,16 +274,14 @@ def identity(words: list[str]) -> None:
     print(f"{len(rows)} conversations of {person.name} in {args.output}; mix them in: {{dataset: {args.output}}}")
 
 
-def compare(words: list[str]) -> None:
+def compare(parser: Parser, words: list[str]) -> None:
     """Compare two runs: `nanochat compare runs/a runs/b`."""
-    parser = new_parser("compare", compare.__doc__)
     parser.option("runs", Place, nargs=2, metavar="RUN", help="a run folder, for example runs/d12")
-    report(["--compare", *parser.parse_args(words).runs])
+    dispatch("report", ["--compare", *parser.parse_args(words).runs])
 
 
-def recipes(words: list[str]) -> None:
+def recipes(parser: Parser, words: list[str]) -> None:
     """List the recipes; `nanochat recipes --copy d24 mine/` copies one to edit, for `nanochat run mine/`."""
-    parser = new_parser("recipes", recipes.__doc__)
     parser.option("--copy", Place, nargs=2, metavar=("NAME", "FOLDER"), help="copy a recipe into a new folder")
     if copy := parser.parse_args(words).copy:
         source, target = find_recipe(copy[0]), Path(copy[1])
@@ -304,9 +295,9 @@ def recipes(words: list[str]) -> None:
         print(f"{path.parent.name:<12} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
-def env(words: list[str]) -> None:
+def env(parser: Parser, words: list[str]) -> None:
     """Print what is installed, which kernels this machine gets and what is missing, for a bug report."""
-    new_parser("env", env.__doc__).parse_args(words)
+    parser.parse_args(words)
     from .train.model_setup import describe_machine
 
     facts = {"nanochat_hf": metadata.version("nanochat_hf"), **source(), **versions(), **hardware()}
@@ -319,7 +310,7 @@ def env(words: list[str]) -> None:
         print(f'{"missing":<20} {"of the extra " + extra if extra else "needed"}: pip install "{name}"')
 
 
-def bench(words: list[str]) -> None:
+def bench(_: Parser, words: list[str]) -> None:
     """Measure this machine: `nanochat bench [cpu|gpu|decoding|scaling] [...]` runs scripts/bench*.py."""
     kinds = {"cpu": "bench", "gpu": "bench_gpu", "decoding": "bench_decoding", "scaling": "bench_scaling"}
     kind, words = (words[0], words[1:]) if words and not words[0].startswith("-") else ("cpu", words)
@@ -329,12 +320,11 @@ def bench(words: list[str]) -> None:
     os.execv(sys.executable, [sys.executable, str(script), *words])
 
 
-def completion(words: list[str]) -> None:
+def completion(parser: Parser, words: list[str]) -> None:
     """Complete commands, flags and keys in a shell: `source <(nanochat completion bash)`; fish: `... | source`."""
     if words[:1] == ["words"] and "COMP_LINE" in os.environ:  # a shell's question
         print(*completions(os.environ["COMP_LINE"].split(" ")[1:]), sep="\n")
         return
-    parser = new_parser("completion", completion.__doc__)
     parser.option("shell", Literal["bash", "zsh", "fish"])
     shell = parser.parse_args(words).shell
     print(project_folder("configs", "completion", shell).read_text(encoding="utf-8"), end="")
@@ -384,12 +374,17 @@ def dispatch(command: str | None, words: list[str]) -> None:
         if not words or words in (["-h"], ["--help"], ["help"]):
             return parser.print_help()
         command, words = (words[1], ["--help"]) if words[0] == "help" else (words[0], words[1:])
-    if command in STAGE_COMMANDS:
-        run_stage_command(command, words)
-    elif command in COMMANDS:
-        COMMANDS[command](words)
-    else:
+    if command not in texts:
         raise InputError(f"no command {command!r}; {nearest(command, texts)}")
+    script = sys.modules["__main__"]
+    if Path(getattr(script, "__file__", None) or "").parent.name in ("scripts", "recipes"):
+        parser = Parser(script.__doc__)
+    else:
+        parser = Parser(texts[command], prog=f"nanochat {command}")
+    if command in COMMANDS:
+        COMMANDS[command](parser, words)
+    else:
+        run_stage_command(parser, command, words)
 
 
 if __name__ == "__main__":

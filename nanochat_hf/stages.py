@@ -99,7 +99,6 @@ def run_tokenizer(config: TokenizerConfig, run: Run) -> None:
     with main_process_first("the tokenizer") as main:
         if main:
             train_tokenizer(config, folder)
-    show_result(folder)
 
 
 def run_base(
@@ -119,7 +118,6 @@ def run_base(
     if repo:  # all ranks take part in writing the folder, one uploads it
         push = checkpoint_pusher(repo) if partial_state().is_main_process else lambda folder, step: None
     pretrain(config, tokenizer, folder, model, core=core, push=push)
-    show_result(folder)
 
 
 def run_chat(
@@ -141,19 +139,16 @@ def run_chat(
                 raise
             partial_state().print(f"no ChatCORE on the way: {error}")
     train_chat(config, source, folder, chatcore)
-    show_result(folder)
 
 
 def run_rl(config: RLConfig, run: Run, model: str | None = None) -> None:
     folder, source = start("rl", run, model)
     train_rl(config, source, folder, engine)
-    show_result(folder)
 
 
 def run_dpo(config: DPOStageConfig, run: Run, model: str | None = None) -> None:
     folder, source = start("dpo", run, model)
     train_dpo(config, source, folder)
-    show_result(folder)
 
 
 def run_eval(
@@ -163,18 +158,17 @@ def run_eval(
     names = stages or [name for name in MODEL_STAGES if run.finished(name)]
     models = {"base": model} if model else {name: str(run.model(name)) for name in names}
     evaluate(config, models, run.folder("eval"), engine, **options)
-    show_result(run.folder("eval"))
 
 
 RUNNERS = {"tokenizer": run_tokenizer, "base": run_base, "mid": run_chat, "sft": run_chat, "rl": run_rl}
 RUNNERS |= {"dpo": run_dpo, "eval": run_eval}
 
 
-def run_stage(stage: str, configs: dict, run: Run, repo: str | None = None) -> None:
-    tasks = configs.get("eval")
-    options = {"base": {"repo": repo, "tasks": tasks}, "eval": {"keep_unchanged": True}}
-    options |= {name: {"stage": name, "tasks": tasks} for name in ("mid", "sft")}
-    RUNNERS[stage](configs[stage], run, **options.get(stage, {}))
+def run_stage(stage: str, config, run: Run, **options) -> None:
+    """Run one stage; print a line about its result."""
+    options |= {"stage": stage} if stage in ("mid", "sft") else {}
+    RUNNERS[stage](config, run, **options)
+    show_result(run.folder(stage))
 
 
 def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
@@ -228,7 +222,9 @@ def run_stages(
     """Run the stages that are not finished, on all ranks, then write the report and show a few answers."""
     state = partial_state()
     check_run_folder(run, stages, configs)
-    lines = outline(stages, configs, state.num_processes)
+    lines, tasks = outline(stages, configs, state.num_processes), configs.get("eval")
+    options = {"base": {"repo": repo, "tasks": tasks}, "eval": {"keep_unchanged": True}}
+    options |= {stage: {"tasks": tasks} for stage in ("mid", "sft")}
     state.print(f"{len(stages)} stage{'s' * (len(stages) > 1)} into {run.path}:", *lines.values(), sep="\n  ")
     if {"tokenizer", "base"} <= {*stages} and not run.finished("base"):  # before hours of work on the tokenizer
         check_cost(scaling.plan(configs["base"], configs["tokenizer"].vocab_size), state.device)
@@ -242,7 +238,7 @@ def run_stages(
             state.print(f"[{stage}] already finished, skipping: {run.folder(stage)}")
             continue
         state.print(f"\n{lines[stage]}" + (f": finished earlier, runs again for {again}" if again else ""))
-        run_stage(stage, configs, run, repo)
+        run_stage(stage, configs[stage], run, **options.get(stage, {}))
         reset_accelerate_state()
         monitored_barrier(f"the end of stage {stage}")
     if "report" in stages and state.is_main_process:
