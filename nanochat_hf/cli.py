@@ -1,9 +1,11 @@
-"""The command `nanochat`; scripts/*.py and recipes/speedrun.py are one of its subcommands each.
+"""Train a small ChatGPT from nothing, measure it, talk to it, share it.
 
-    nanochat run d24 --config-file multi_gpu base.depth=18
+    nanochat demo                                              # a model in minutes, on this CPU
+    nanochat plan d24 --gpus 8                                 # what a recipe would do and cost
+    nanochat run d24 --config-file multi_gpu base.depth=18     # the whole recipe, with one key changed
     nanochat chat --run-dir runs/d24
 
-A subcommand checks all its arguments before it imports anything large. `--help` of a stage lists its keys.
+`nanochat COMMAND --help` explains the flags, and all keys of a recipe or stage.
 """
 
 import io
@@ -45,7 +47,7 @@ from .stage_configs import RECIPES, find_recipe
 
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
-STAGE_HELP = f"of the run folder, one of {', '.join(MODEL_STAGES)}; default: the last of these that is finished"
+STAGE_HELP = "of the run folder; default: the last of these that is finished"
 ENGINES = {  # nanochat export --to: what is written
     "native": "transformers' own nanochat, generation 1",
     "nanochat": "files of karpathy/nanochat",
@@ -134,18 +136,18 @@ def serve(parser: Parser, words: list[str]) -> None:
 
 def push(parser: Parser, words: list[str]) -> None:
     """Push a finished stage of a run to the Hub, with its card, and check it by loading it back."""
-    parser.option("--run-dir", Place, required=True)
+    parser.option("--run-dir", Place, required=True, help="run folder, for example runs/cpu-demo")
     parser.option("--repo", RepoId, required=True, help="owner/name on the Hub")
     parser.option("--stage", Literal[MODEL_STAGES], help=STAGE_HELP)
-    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--private", action="store_true", help="make a new repo private")
     parser.add_argument("--space", action="store_true", help="also make a Gradio Space that talks to the model")
     parser.add_argument("--dry-run", action="store_true", help="prepare everything, send nothing")
     parser.option("--revision", Place, help="push to this branch")
     parser.add_argument("--force", action="store_true", help="replace other contents of the repo")
     what = "where the model's code comes from, if the folder's is not this version's"
     parser.option("--model-code", Literal["package", "folder"], help=what)
-    parser.option("--license", Place, default="mit")
-    parser.option("--language", list[Place], default=["en"], help="comma-separated ISO codes")
+    parser.option("--license", Place, default="mit", help="of the model, for its card (default: %(default)s)")
+    parser.option("--language", list[Place], default=["en"], help="comma-separated ISO codes (default: en)")
     parser.option("--base-model", RepoId, help="Hub id of the model that this one continues")
     engines = "comma-separated engines of nanochat export, for example mlx: their files go beside the weights"
     parser.option("--with", list[Literal[tuple(ENGINES)]], default=[], dest="engines", help=engines)
@@ -157,11 +159,12 @@ def push(parser: Parser, words: list[str]) -> None:
 
 def convert(parser: Parser, words: list[str]) -> None:
     """Convert checkpoints between karpathy/nanochat, this project and transformers' own `nanochat`."""
-    parser.option("--source", Place, required=True)
-    parser.option("--output", Place, required=True)
-    parser.option("--tokenizer", Place)
-    parser.option("--step", Annotated[int, Ge(0), Le(10**9)])
-    parser.option("--to", Literal["hf", "native", "nanochat"], default="hf", help="(default: %(default)s)")
+    parser.option("--source", Place, required=True, help="folder of any of the three")
+    parser.option("--output", Place, required=True, help="folder to write; must not exist")
+    parser.option("--tokenizer", Place, help="its folder (default: --source)")
+    parser.option("--step", Annotated[int, Ge(0), Le(10**9)], help="of model_NNNNNN.pt (default: the last)")
+    kinds = "hf: this project's, native: transformers' own, nanochat: karpathy's (default: %(default)s)"
+    parser.option("--to", Literal["hf", "native", "nanochat"], default="hf", help=kinds)
     args = parser.parse_args(words)
     from .convert import upstream
     from .demo import corpus as primer
@@ -304,7 +307,10 @@ def env(parser: Parser, words: list[str]) -> None:
     facts |= {"training": describe_machine(), "recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
     for name, value in facts.items():
         if value is not None:
-            print(f"{name:<20} {str(value).replace(str(Path.home()), '~')}")
+            value = (
+                f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else str(value).replace(str(Path.home()), "~")
+            )
+            print(f"{name.removesuffix('_bytes'):<20} {value}")
     for requirement in missing_packages():
         name, _, extra = requirement.partition("; extra == ")
         print(f'{"missing":<20} {"of the extra " + extra if extra else "needed"}: pip install "{name}"')
@@ -350,9 +356,9 @@ def completions(words: list[str]) -> list[str]:
 
 
 COMMANDS: dict[str, Callable] = {
-    "run": run, "plan": plan, "speedrun": speedrun, "chat": chat, "serve": serve, "push": push, "export": export,
-    "convert": convert, "report": report, "compare": compare, "identity": identity, "bench": bench, "demo": demo,
-    "recipes": recipes, "env": env, "completion": completion,
+    "demo": demo, "plan": plan, "run": run, "recipes": recipes, "chat": chat, "serve": serve, "report": report,
+    "compare": compare, "push": push, "export": export, "convert": convert, "identity": identity, "env": env,
+    "bench": bench, "completion": completion, "speedrun": speedrun,
 }  # fmt: skip
 
 

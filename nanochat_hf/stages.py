@@ -244,7 +244,7 @@ def run_stages(
     if "report" in stages and state.is_main_process:
         report = make_report(run.path, hourly_rate=hourly_rate)
         print(f"\n{lines['report']}: {report.with_suffix('.html')} and {report}\n")
-        print(summary(load_json(report.with_suffix(".json"))))
+        print(summary(load_json(report.with_suffix(".json"))), end="")
         show_answers(run, configs["base"].dataset)
 
 

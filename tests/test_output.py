@@ -39,6 +39,7 @@ def test_numbers_are_in_the_same_words_everywhere():
     words = "reward 0.500, 18 tokens per completion, tool use 25%, pass@1 0.2500, val loss 1.5000"
     assert in_words(numbers, numbers) == words
     assert [duration(seconds) for seconds in (8, 75, 5000)] == ["8 s", "1 min 15 s", "1 h 23 min"]
+    assert duration(77_444.5 * 3600) == "77,444 h"
 
 
 def test_a_file_gets_a_line_every_30_seconds(monkeypatch, capsys):

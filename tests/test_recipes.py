@@ -211,7 +211,7 @@ def test_the_environment_names_versions_kernels_folders_and_what_is_missing(caps
     )
     text = shown(capsys, "env")
     assert f"torch                {torch.__version__}" in text and "precision" in text
-    assert re.search(r"lm-eval tasks +\S*evals\n", text)
+    assert re.search(r"lm-eval tasks +\S*evals\n", text) and re.search(r"^memory +[\d.]+ GiB$", text, re.M)
     commands = re.findall(r"missing .*: pip install (.*)", text)
     assert commands == ['"torch>=99"', '"no-such>1"']
 
