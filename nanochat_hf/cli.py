@@ -229,7 +229,7 @@ def report(parser: Parser, words: list[str]) -> None:
         raise InputError("name one run with --run-dir, or two with --compare")
     if (args.row or args.hourly_rate is not None) and not args.run_dir:
         raise InputError("--row and --node-hourly-rate are about one run: name it with --run-dir")
-    from .eval.report import collect, compare, make_report, results_row, summary
+    from .eval.report import collect, compare, make_report, markdown, results_row
     from .hub.model_card import collection_table
 
     if named:
@@ -242,7 +242,8 @@ def report(parser: Parser, words: list[str]) -> None:
         print(results_row(facts, f"[report]({path})" if path.is_file() else "-"))
     else:
         path = make_report(args.run_dir, args.hourly_rate)
-        print(summary(load_json(path.with_suffix(".json"))), path, path.with_suffix(".html"), sep="\n")
+        text = markdown(load_json(path.with_suffix(".json")), macro="summary")
+        print(text, path, path.with_suffix(".html"), sep="\n")
 
 
 def identity(parser: Parser, words: list[str]) -> None:

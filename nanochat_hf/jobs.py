@@ -79,8 +79,7 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
     if "stages" in given and "model" in given:
         raise InputError("--model is evaluated in place of the run's stages: leave --stages out")
     if "eval" in given:
-        given["tasks"] = given.pop("eval")
-        parse_config(EvalConfig, given["tasks"])
+        given |= {"tasks": parse_config(EvalConfig, given.pop("eval")), "required": True}
         if config.chatcore_every < 1:
             raise InputError("--eval is measured every chatcore_every steps: give that, too")
     refuse_unused_words(config, keys)

@@ -1,6 +1,6 @@
-"""One runner per stage, for the speedrun, the scripts and later commands alike; and the pipeline of a recipe's stages.
+"""One runner per stage, and the pipeline of a recipe's stages.
 
-    run_chat(parse_config(ChatConfig, "recipes/d12/sft.yaml"), Run("runs/d12"))     # one stage
+    run_stage("sft", parse_config(ChatConfig, "recipes/d12/sft.yaml"), Run("runs/d12"))     # one stage
     stages, configs = read_recipe(find_recipe("d12"), None, ["base.depth=10"])      # all of them
     run_stages(Run("runs/d12"), stages, configs)
 
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import datasets
 
-from .config import parse_config
 from .data.documents import is_local, text_fingerprint
 from .data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from .demo import corpus as primer
@@ -30,11 +29,11 @@ from .distributed import (
 from .errors import InputError
 from .eval.harness import chatcore_metric, check_tasks, core_metric, definition_of, evaluate
 from .eval.lm_eval_model import Generator
-from .eval.report import make_report, summary
+from .eval.report import make_report, markdown
 from .eval.weights import REPLACED, origin, renewal, replaced
 from .hub.push import checkpoint_pusher
 from .optim import scaling
-from .optim.overview import gpu_here
+from .optim.overview import gpu_here, uses_fp8
 from .run import MODEL_STAGES, Run, duration, in_words, load_json, load_metrics, renamed_keys
 from .serve.engine import Engine
 from .serve.terminal_chat import Chat, LocalModel, Options
@@ -121,21 +120,24 @@ def run_base(
 
 
 def run_chat(
-    config: ChatConfig, run: Run, stage: str = "sft", model: str | None = None, tasks: EvalConfig | str | None = None
+    config: ChatConfig,
+    run: Run,
+    stage: str = "sft",
+    model: str | None = None,
+    tasks: EvalConfig | None = None,
+    required: bool = False,
 ) -> None:
     """Mid-training or SFT, with ChatCORE on the way on `tasks`.
 
-    Where the data of a recipe's own tasks are missing, the stage runs without them and prints why; an eval.yaml that
-    was named, which is a str, raises InputError.
+    Where the data of the tasks are missing, the stage runs without them and prints why, or raises InputError if they
+    are `required`.
     """
     (folder, source), chatcore = start(stage, run, model), None
-    named = isinstance(tasks, str)
-    tasks = parse_config(EvalConfig, tasks) if named else tasks
     if tasks and config.chatcore_every > 0:
         try:
             chatcore = chatcore_metric(tasks, load_tokenizer(source), folder / "state", engine)
         except InputError as error:
-            if named:
+            if required:
                 raise
             partial_state().print(f"no ChatCORE on the way: {error}")
     train_chat(config, source, folder, chatcore)
@@ -244,7 +246,7 @@ def run_stages(
     if "report" in stages and state.is_main_process:
         report = make_report(run.path, hourly_rate=hourly_rate)
         print(f"\n{lines['report']}: {report.with_suffix('.html')} and {report}\n")
-        print(summary(load_json(report.with_suffix(".json"))), end="")
+        print(markdown(load_json(report.with_suffix(".json")), macro="summary"), end="")
         show_answers(run, configs["base"].dataset)
 
 
@@ -253,7 +255,7 @@ def outline(stages: list[str], configs: dict, ranks: int) -> dict[str, str]:
     base, gpu, lines = configs["base"], gpu_here(), {}
     size = scaling.plan(base, getattr(configs.get("tokenizer"), "vocab_size", 2**15))
     device, units = gpu or ("CPU" if on_cpu() else "MPS"), ranks if gpu else os.cpu_count() or 1
-    speed, _ = scaling.estimate_speed(size, device, units, base.fp8 is True)  # tokens per second
+    speed, _ = scaling.estimate_speed(size, device, units, uses_fp8(base, gpu))  # tokens per second
     for number, stage in enumerate(stages, 1):
         config, lines[stage] = configs.get(stage), f"[{number}/{len(stages)}] {stage}"
         steps, tokens = getattr(config, "num_iterations", None), getattr(config, "total_batch_size", 0)

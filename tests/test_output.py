@@ -72,7 +72,7 @@ def test_a_terminal_gets_one_bar_one_without_a_width_lines_and_other_ranks_nothi
     assert list(track("abc", "sft", 3, "conversations")) == ["a", "b", "c"] and screen.getvalue() == before
 
 
-def test_the_outline_has_numbers_steps_and_estimates_where_they_can_be_known():
+def test_the_outline_has_numbers_steps_and_estimates_where_they_can_be_known(monkeypatch):
     from nanochat_hf.stages import outline
 
     stages, configs = read_recipe(find_recipe("cpu-demo"), None, ["sft.num_iterations=-1"])
@@ -81,6 +81,9 @@ def test_the_outline_has_numbers_steps_and_estimates_where_they_can_be_known():
     assert re.fullmatch(r"\[2/7\] base: 700 steps, about \d+ min", lines["base"])
     assert re.fullmatch(r"\[5/7\] rl: 50 steps, about \d+ min", lines["rl"])
     assert lines["sft"] == "[4/7] sft: 1 x the data"  # whose size is not known yet
+    monkeypatch.setattr("nanochat_hf.stages.gpu_here", lambda: "NVIDIA H200")
+    line = outline(*read_recipe(find_recipe("d24"), None, []), ranks=8)["base"]
+    assert line == "[2/5] base: 5,568 steps, about 1 h 22 min"  # in FP8, as nanochat plan has it
 
 
 @pytest.mark.parametrize("words", ["--help", "run --bogus"])
