@@ -160,7 +160,7 @@ def push(parser: Parser, words: list[str]) -> None:
 def convert(parser: Parser, words: list[str]) -> None:
     """Convert checkpoints between karpathy/nanochat, this project and transformers' own `nanochat`."""
     parser.option("--source", Place, required=True, help="folder of any of the three")
-    parser.option("--output", Place, required=True, help="folder to write; must not exist")
+    parser.option("--output", Place, required=True, help="folder to write: a new one, or --source, to renew it")
     parser.option("--tokenizer", Place, help="its folder (default: --source)")
     parser.option("--step", Annotated[int, Ge(0), Le(10**9)], help="of model_NNNNNN.pt (default: the last)")
     kinds = "hf: this project's, native: transformers' own, nanochat: karpathy's (default: %(default)s)"

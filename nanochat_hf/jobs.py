@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 from typing import Annotated, Literal
@@ -86,12 +88,22 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
     if dry_run:
         _, configs = read_recipe(find_recipe(str(Path(path).parent)), None, [])  # base.yaml has the model's shape
         return show_plan([stage], configs | {stage: config})
-    from . import stages
+    with working(command, run_dir, given.pop("sync", None)) as run:
+        from .stages import run_stage
+
+        run_stage(given.pop("stage", stage), config, run, **given)
+
+
+@contextmanager
+def working(name: str, folder: str | Path, sync: str | None) -> Iterator[Run]:
+    """A run folder that this process alone works on, and its copy at `sync`. Says that the imports take seconds."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name}: loading PyTorch ...", file=sys.stderr, flush=True)
     from .sync import syncing
 
-    run = Run(run_dir)
-    with run.lock(), syncing(given.pop("sync", None), run):
-        stages.run_stage(given.pop("stage", stage), config, run, **given)
+    run = Run(folder)
+    with run.lock(), syncing(sync, run):
+        yield run
 
 
 def add_options(parser: Parser, *names: str) -> None:
@@ -110,13 +122,10 @@ def speedrun(parser: Parser, words: list[str]) -> None:
     recipe, stages, configs, arguments = read_speedrun(parser, words)
     if arguments.dry_run:
         return show_plan(stages, configs, rate=arguments.node_hourly_rate)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"recipe {recipe.name}: loading PyTorch ...", file=sys.stderr, flush=True)
-    from .stages import run_stages
-    from .sync import syncing
+    folder = arguments.run_dir or Path("runs") / recipe.name
+    with working(f"recipe {recipe.name}", folder, arguments.sync) as run:
+        from .stages import run_stages
 
-    run = Run(arguments.run_dir or Path("runs") / recipe.name)
-    with run.lock(), syncing(arguments.sync, run):
         run_stages(run, stages, configs, arguments.repo, arguments.node_hourly_rate)
 
 

@@ -1,11 +1,10 @@
 """One runner per stage, and the pipeline of a recipe's stages.
 
-    run_stage("sft", parse_config(ChatConfig, "recipes/d12/sft.yaml"), Run("runs/d12"))     # one stage
-    stages, configs = read_recipe(find_recipe("d12"), None, ["base.depth=10"])      # all of them
-    run_stages(Run("runs/d12"), stages, configs)
+    run_stage("sft", parse_config(ChatConfig, "recipes/d12/sft.yaml"), Run("runs/d12"))
+    run_stages(Run("runs/d12"), *read_recipe(find_recipe("d12"), None, ["base.depth=10"]))
 
-A recipe is a folder with one YAML per stage. The pipeline skips a finished stage, resumes an interrupted one, and
-refuses a run folder whose stages were made by another recipe or from other inputs.
+The pipeline skips a finished stage, resumes an interrupted one, and refuses a run folder whose stages were made by
+another recipe or from other inputs. A `model` or `tokenizer` is a folder or a Hub id; default: those of the run.
 """
 
 import math
@@ -100,15 +99,8 @@ def run_tokenizer(config: TokenizerConfig, run: Run) -> None:
             train_tokenizer(config, folder)
 
 
-def run_base(
-    config: PretrainConfig,
-    run: Run,
-    tokenizer: str | None = None,
-    model: str | None = None,
-    repo: str | None = None,
-    tasks: EvalConfig | None = None,
-) -> None:
-    """Pretrain, with CORE on the way if `tasks` name a bundle, and checkpoints pushed to the Hub repository `repo`."""
+def run_base(config: PretrainConfig, run: Run, tokenizer=None, model=None, repo=None, tasks=None) -> None:
+    """Pretrain; with CORE on the way if `tasks`, an EvalConfig, names a bundle; checkpoints go to the Hub's `repo`."""
     if not tokenizer and not run.finished("tokenizer"):
         raise InputError(f"{run.path} has no finished tokenizer: run `nanochat tokenizer` first, or give --tokenizer")
     folder, tokenizer, core, push = new_folder(run, "base"), tokenizer or str(run.folder("tokenizer")), None, None
@@ -119,15 +111,8 @@ def run_base(
     pretrain(config, tokenizer, folder, model, core=core, push=push)
 
 
-def run_chat(
-    config: ChatConfig,
-    run: Run,
-    stage: str = "sft",
-    model: str | None = None,
-    tasks: EvalConfig | None = None,
-    required: bool = False,
-) -> None:
-    """Mid-training or SFT, with ChatCORE on the way on `tasks`.
+def run_chat(config: ChatConfig, run: Run, stage="sft", model=None, tasks=None, required=False) -> None:
+    """Mid-training or SFT, with ChatCORE on the way on `tasks`, an EvalConfig.
 
     Where the data of the tasks are missing, the stage runs without them and prints why, or raises InputError if they
     are `required`.
@@ -153,9 +138,7 @@ def run_dpo(config: DPOStageConfig, run: Run, model: str | None = None) -> None:
     train_dpo(config, source, folder)
 
 
-def run_eval(
-    config: EvalConfig, run: Run, stages: list[str] | None = None, model: str | None = None, **options
-) -> None:
+def run_eval(config: EvalConfig, run: Run, stages=None, model=None, **options) -> None:
     """Evaluate the finished stages of a run, those of `stages`, or another model as "base"."""
     names = stages or [name for name in MODEL_STAGES if run.finished(name)]
     models = {"base": model} if model else {name: str(run.model(name)) for name in names}
@@ -218,9 +201,7 @@ def check_inputs(run: Run, stage: str, inputs: dict, config) -> None:
         raise InputError(f"{run.folder(stage)} was made from another model than the one in {source} now; delete it")
 
 
-def run_stages(
-    run: Run, stages: list[str], configs: dict, repo: str | None = None, hourly_rate: float | None = None
-) -> None:
+def run_stages(run: Run, stages: list[str], configs: dict, repo=None, hourly_rate: float | None = None) -> None:
     """Run the stages that are not finished, on all ranks, then write the report and show a few answers."""
     state = partial_state()
     check_run_folder(run, stages, configs)

@@ -19,7 +19,7 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import load_tasks
 from nanochat_hf.optim.scaling import MEASURED, Plan, plan
 from nanochat_hf.run import Run, save_json, start_record, write_metrics
-from nanochat_hf.stage_configs import read_recipe
+from nanochat_hf.stage_configs import find_recipe, read_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/base.yaml"))
@@ -70,7 +70,7 @@ def test_overrides_reach_their_stage_and_another_depth_is_planned_from_the_other
     assert "rl" in read("d12", None, ["rl.enabled=true"])[0] and "rl" in read("d12", ["rl"])[0]
 
 
-def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path):
+def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path, capsys):
     calls = []
     monkeypatch.setattr(stages, "run_stages", lambda *arguments: calls.append(arguments))
     words = ["base.push_every=5", "--repo", "me/x", "--hourly-rate", "24", "--stages", "base", "base.depth=3"]
@@ -81,6 +81,12 @@ def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path):
     cli.dispatch("run", ["cpu-demo", "--run-dir", "x", "--sync", "memory://y", *words])
     passed_on = {"--run-dir=x", "--sync=memory://y", "--repo=me/x", "--node-hourly-rate=24.0", "--stages=base"}
     assert passed_on | {"base.depth=3", "base.push_every=5"} <= calls[1]
+    monkeypatch.setattr(stages, "run_stage", lambda *arguments, **options: calls.append((arguments, options)))
+    config = str(find_recipe("cpu-demo") / "mid.yaml")
+    cli.dispatch("sft", ["--config", config, "--run-dir", str(tmp_path), "--stage", "mid", "--seed", "7"])
+    (stage, config, _), options = calls[2]
+    assert (stage, config.seed, options) == ("mid", 7, {})
+    assert "sft: loading PyTorch ..." in capsys.readouterr().err  # which takes seconds
 
 
 def test_a_recipe_for_gpus_is_refused_before_its_tokenizer_is_trained(monkeypatch, tmp_path):
