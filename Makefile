@@ -36,7 +36,8 @@ web: setup ## the server with its chat page on http://127.0.0.1:8000 with the mo
 	$(BIN)/nanochat serve --run-dir $(RUN)
 
 space: setup ## the Gradio Space on http://127.0.0.1:7860 with the model of $(RUN)
-	MODEL_ID=$$(ls -d $(RUN)/rl $(RUN)/sft 2>/dev/null | head -1) $(BIN)/python spaces/chat/app.py
+	MODEL_ID=$$($(BIN)/python -c 'from nanochat_hf.run import Run; print(Run("$(RUN)").model(None))') && export MODEL_ID && \
+		$(BIN)/python spaces/chat/app.py
 
 test: setup ## quick offline tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n 2

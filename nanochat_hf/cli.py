@@ -1,12 +1,15 @@
-"""The command `nanochat`; scripts/*.py and recipes/speedrun.py are one of its subcommands each.
+"""Train a small ChatGPT from nothing, measure it, talk to it, share it.
 
-    nanochat run d24 --config-file multi_gpu base.depth=18
+    nanochat demo                                              # a model in minutes, on this CPU
+    nanochat plan d24 --gpus 8                                 # what a recipe would do and cost
+    nanochat run d24 --config-file multi_gpu base.depth=18     # the whole recipe, with one key changed
     nanochat chat --run-dir runs/d24
 
-A subcommand checks all its arguments before it imports anything large. `--help` of a stage lists its keys.
+`nanochat COMMAND --help` explains the flags, and all keys of a recipe or stage.
 """
 
 import io
+import logging
 import os
 import re
 import shutil
@@ -24,7 +27,7 @@ from pydantic import StringConstraints
 
 from .config import Count, Fraction, NotNegative, Parser, Place, RepoId, Seed, TopK, each_once
 from .errors import InputError, guarded
-from .jobs import ACCELERATE, STAGE_COMMANDS, demo, new_parser, plan, run, run_stage_command, speedrun
+from .jobs import ACCELERATE, STAGE_COMMANDS, demo, plan, run, run_stage_command, speedrun
 from .run import (
     MODEL_STAGES,
     Run,
@@ -44,6 +47,7 @@ from .stage_configs import RECIPES, find_recipe
 
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
+STAGE_HELP = "of the run folder; default: the last of these that is finished"
 ENGINES = {  # nanochat export --to: what is written
     "native": "transformers' own nanochat, generation 1",
     "nanochat": "files of karpathy/nanochat",
@@ -56,8 +60,8 @@ ENGINES = {  # nanochat export --to: what is written
 
 
 def model_options(parser: Parser) -> None:
-    parser.option("--run-dir", Place, help="run folder: its newest finished stage, or --stage")
-    parser.option("--stage", Literal[MODEL_STAGES], help=f"of the run folder: {', '.join(MODEL_STAGES)}")
+    parser.option("--run-dir", Place, help="run folder, for example runs/cpu-demo")
+    parser.option("--stage", Literal[MODEL_STAGES], help=STAGE_HELP)
     parser.option("--model", Place, help="checkpoint folder or Hub id instead")
 
 
@@ -65,17 +69,11 @@ def chosen_model(args, what: str) -> str:
     """The folder or Hub id that `model_options` name. Raises InputError, with `what` to name, if there is none."""
     if bool(args.model) == bool(args.run_dir) or (args.stage and args.model):
         raise InputError(f"name {what}: --run-dir DIR [--stage STAGE] or --model FOLDER_OR_HUB_ID")
-    if args.model:
-        return args.model
-    run = Run(args.run_dir)
-    if (newest := run.latest_model()) is None:
-        raise InputError(f"{run.path} has no finished stage with a model; train one, for example by nanochat demo")
-    return str(run.model(args.stage) if args.stage else newest)
+    return args.model or str(Run(args.run_dir).model(args.stage))
 
 
-def chat(words: list[str]) -> None:
+def chat(parser: Parser, words: list[str]) -> None:
     """Chat in the terminal with a trained model, or with any TGI or OpenAI-compatible server."""
-    parser = new_parser("chat", chat.__doc__)
     model_options(parser)
     parser.option("--endpoint", help="URL of a server to talk to instead; --model is then a name there")
     parser.option("--prompt", str, "-p", help="answer this, with what is piped in below it, and leave")
@@ -102,9 +100,8 @@ def chat(words: list[str]) -> None:
     conversation.run() if args.prompt is None else conversation.ask(with_piped(args.prompt))
 
 
-def serve(words: list[str]) -> None:
+def serve(parser: Parser, words: list[str]) -> None:
     """Serve a trained model over HTTP: a chat page for browsers, OpenAI's and TGI's routes for programs."""
-    parser = new_parser("serve", serve.__doc__)
     model_options(parser)
     parser.option("--host", Place, default="127.0.0.1", help="0.0.0.0 lets the network in")
     parser.option("--port", Annotated[int, Ge(1), Le(65535)], default=8000, help="(default: %(default)s)")
@@ -137,21 +134,20 @@ def serve(words: list[str]) -> None:
     serve_app(server.app, args.host, args.port)
 
 
-def push(words: list[str]) -> None:
+def push(parser: Parser, words: list[str]) -> None:
     """Push a finished stage of a run to the Hub, with its card, and check it by loading it back."""
-    parser = new_parser("push", push.__doc__)
-    parser.option("--run-dir", Place, required=True)
+    parser.option("--run-dir", Place, required=True, help="run folder, for example runs/cpu-demo")
     parser.option("--repo", RepoId, required=True, help="owner/name on the Hub")
-    parser.option("--stage", Literal[MODEL_STAGES], default="sft", help=f"{', '.join(MODEL_STAGES)} (default: sft)")
-    parser.add_argument("--private", action="store_true")
+    parser.option("--stage", Literal[MODEL_STAGES], help=STAGE_HELP)
+    parser.add_argument("--private", action="store_true", help="make a new repo private")
     parser.add_argument("--space", action="store_true", help="also make a Gradio Space that talks to the model")
     parser.add_argument("--dry-run", action="store_true", help="prepare everything, send nothing")
     parser.option("--revision", Place, help="push to this branch")
     parser.add_argument("--force", action="store_true", help="replace other contents of the repo")
     what = "where the model's code comes from, if the folder's is not this version's"
     parser.option("--model-code", Literal["package", "folder"], help=what)
-    parser.option("--license", Place, default="mit")
-    parser.option("--language", list[Place], default=["en"], help="comma-separated ISO codes")
+    parser.option("--license", Place, default="mit", help="of the model, for its card (default: %(default)s)")
+    parser.option("--language", list[Place], default=["en"], help="comma-separated ISO codes (default: en)")
     parser.option("--base-model", RepoId, help="Hub id of the model that this one continues")
     engines = "comma-separated engines of nanochat export, for example mlx: their files go beside the weights"
     parser.option("--with", list[Literal[tuple(ENGINES)]], default=[], dest="engines", help=engines)
@@ -161,19 +157,20 @@ def push(words: list[str]) -> None:
     hub.push(args.pop("run_dir"), hub.Push(**args))
 
 
-def convert(words: list[str]) -> None:
+def convert(parser: Parser, words: list[str]) -> None:
     """Convert checkpoints between karpathy/nanochat, this project and transformers' own `nanochat`."""
-    parser = new_parser("convert", convert.__doc__)
-    parser.option("--source", Place, required=True)
-    parser.option("--output", Place, required=True)
-    parser.option("--tokenizer", Place)
-    parser.option("--step", Annotated[int, Ge(0), Le(10**9)])
-    parser.option("--to", Literal["hf", "native", "nanochat"], default="hf", help="(default: %(default)s)")
+    parser.option("--source", Place, required=True, help="folder of any of the three")
+    parser.option("--output", Place, required=True, help="folder to write: a new one, or --source, to renew it")
+    parser.option("--tokenizer", Place, help="its folder (default: --source)")
+    parser.option("--step", Annotated[int, Ge(0), Le(10**9)], help="of model_NNNNNN.pt (default: the last)")
+    kinds = "hf: this project's, native: transformers' own, nanochat: karpathy's (default: %(default)s)"
+    parser.option("--to", Literal["hf", "native", "nanochat"], default="hf", help=kinds)
     args = parser.parse_args(words)
     from .convert import upstream
     from .demo import corpus as primer
 
     texts = islice(primer.documents("train", seed=0), 5000)
+    logging.getLogger("DeepSpeed").disabled = True  # which transformers imports
     try:
         record = Path(args.output) / "metrics.json"  # of a run's stage, with the fingerprint of the folder
         describes = record.exists() and load_json(record).get("weights") == model_fingerprint(args.output)
@@ -190,9 +187,8 @@ def convert(words: list[str]) -> None:
         print(f"tokenizer: {info['tokenizer_ids']:,} ids compared, all equal")
 
 
-def export(words: list[str]) -> None:
+def export(parser: Parser, words: list[str]) -> None:
     """Write a model for other software: `nanochat export --run-dir RUN --to native --output FOLDER`."""
-    parser = new_parser("export", export.__doc__)
     model_options(parser)
     parser.option("--output", Place, required=True, help="folder to write; must not exist")
     targets = "; ".join(f"{name}: {what}" for name, what in ENGINES.items())
@@ -209,16 +205,15 @@ def export(words: list[str]) -> None:
 
     source = download(source)
     if args.to in ("native", "nanochat"):
-        convert(["--source", source, "--output", args.output, "--to", args.to])
+        dispatch("convert", ["--source", source, "--output", args.output, "--to", args.to])
     else:
         from .export import export as export_model
 
         print(args.output, *export_model(source, args.output, args.to, **options), sep="\n")
 
 
-def report(words: list[str]) -> None:
+def report(parser: Parser, words: list[str]) -> None:
     """Write a run's report card (report.md, report.html, report.json, plots/), or compare two runs."""
-    parser = new_parser("report", report.__doc__)
     parser.option("--run-dir", Place, help="run folder, for example runs/d12")
     price = "price of the machine in dollars per hour"
     parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", dest="hourly_rate", help=price)
@@ -234,7 +229,7 @@ def report(words: list[str]) -> None:
         raise InputError("name one run with --run-dir, or two with --compare")
     if (args.row or args.hourly_rate is not None) and not args.run_dir:
         raise InputError("--row and --node-hourly-rate are about one run: name it with --run-dir")
-    from .eval.report import collect, compare, make_report, results_row, summary
+    from .eval.report import collect, compare, make_report, markdown, results_row
     from .hub.model_card import collection_table
 
     if named:
@@ -247,12 +242,12 @@ def report(words: list[str]) -> None:
         print(results_row(facts, f"[report]({path})" if path.is_file() else "-"))
     else:
         path = make_report(args.run_dir, args.hourly_rate)
-        print(summary(load_json(path.with_suffix(".json"))), path, path.with_suffix(".html"), sep="\n")
+        text = markdown(load_json(path.with_suffix(".json")), macro="summary")
+        print(text, path, path.with_suffix(".html"), sep="\n")
 
 
-def identity(words: list[str]) -> None:
+def identity(parser: Parser, words: list[str]) -> None:
     """Write conversations of an identity to a .jsonl that a recipe can mix in."""
-    parser = new_parser("identity", identity.__doc__)
     parser.option("--identity", Place, "--facts", required=True, help="YAML such as recipes/identity.yaml")
     parser.option("--output", Place, required=True, help="the .jsonl to write")
     parser.option("--rows", Count, help="conversations (default: 1000)")
@@ -283,16 +278,14 @@ def identity(words: list[str]) -> None:
     print(f"{len(rows)} conversations of {person.name} in {args.output}; mix them in: {{dataset: {args.output}}}")
 
 
-def compare(words: list[str]) -> None:
+def compare(parser: Parser, words: list[str]) -> None:
     """Compare two runs: `nanochat compare runs/a runs/b`."""
-    parser = new_parser("compare", compare.__doc__)
     parser.option("runs", Place, nargs=2, metavar="RUN", help="a run folder, for example runs/d12")
-    report(["--compare", *parser.parse_args(words).runs])
+    dispatch("report", ["--compare", *parser.parse_args(words).runs])
 
 
-def recipes(words: list[str]) -> None:
+def recipes(parser: Parser, words: list[str]) -> None:
     """List the recipes; `nanochat recipes --copy d24 mine/` copies one to edit, for `nanochat run mine/`."""
-    parser = new_parser("recipes", recipes.__doc__)
     parser.option("--copy", Place, nargs=2, metavar=("NAME", "FOLDER"), help="copy a recipe into a new folder")
     if copy := parser.parse_args(words).copy:
         source, target = find_recipe(copy[0]), Path(copy[1])
@@ -306,22 +299,25 @@ def recipes(words: list[str]) -> None:
         print(f"{path.parent.name:<12} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
-def env(words: list[str]) -> None:
+def env(parser: Parser, words: list[str]) -> None:
     """Print what is installed, which kernels this machine gets and what is missing, for a bug report."""
-    new_parser("env", env.__doc__).parse_args(words)
+    parser.parse_args(words)
     from .train.model_setup import describe_machine
 
     facts = {"nanochat_hf": metadata.version("nanochat_hf"), **source(), **versions(), **hardware()}
     facts |= {"training": describe_machine(), "recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
     for name, value in facts.items():
         if value is not None:
-            print(f"{name:<20} {str(value).replace(str(Path.home()), '~')}")
+            value = (
+                f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else str(value).replace(str(Path.home()), "~")
+            )
+            print(f"{name.removesuffix('_bytes'):<20} {value}")
     for requirement in missing_packages():
         name, _, extra = requirement.partition("; extra == ")
         print(f'{"missing":<20} {"of the extra " + extra if extra else "needed"}: pip install "{name}"')
 
 
-def bench(words: list[str]) -> None:
+def bench(_: Parser, words: list[str]) -> None:
     """Measure this machine: `nanochat bench [cpu|gpu|decoding|scaling] [...]` runs scripts/bench*.py."""
     kinds = {"cpu": "bench", "gpu": "bench_gpu", "decoding": "bench_decoding", "scaling": "bench_scaling"}
     kind, words = (words[0], words[1:]) if words and not words[0].startswith("-") else ("cpu", words)
@@ -331,12 +327,11 @@ def bench(words: list[str]) -> None:
     os.execv(sys.executable, [sys.executable, str(script), *words])
 
 
-def completion(words: list[str]) -> None:
+def completion(parser: Parser, words: list[str]) -> None:
     """Complete commands, flags and keys in a shell: `source <(nanochat completion bash)`; fish: `... | source`."""
     if words[:1] == ["words"] and "COMP_LINE" in os.environ:  # a shell's question
         print(*completions(os.environ["COMP_LINE"].split(" ")[1:]), sep="\n")
         return
-    parser = new_parser("completion", completion.__doc__)
     parser.option("shell", Literal["bash", "zsh", "fish"])
     shell = parser.parse_args(words).shell
     print(project_folder("configs", "completion", shell).read_text(encoding="utf-8"), end="")
@@ -362,14 +357,16 @@ def completions(words: list[str]) -> list[str]:
 
 
 COMMANDS: dict[str, Callable] = {
-    "run": run, "plan": plan, "speedrun": speedrun, "chat": chat, "serve": serve, "push": push, "export": export,
-    "convert": convert, "report": report, "compare": compare, "identity": identity, "bench": bench, "demo": demo,
-    "recipes": recipes, "env": env, "completion": completion,
+    "demo": demo, "plan": plan, "run": run, "recipes": recipes, "chat": chat, "serve": serve, "report": report,
+    "compare": compare, "push": push, "export": export, "convert": convert, "identity": identity, "env": env,
+    "bench": bench, "completion": completion, "speedrun": speedrun,
 }  # fmt: skip
 
 
 def main(command: str | None = None) -> None:
     """Run a subcommand with the words of the command line, after its name where it stands there."""
+    if "OMP_WAIT_POLICY" not in os.environ:  # else a thread that waits keeps the core that another one needs
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     guarded(lambda: dispatch(command, sys.argv[1:]))
 
 
@@ -384,12 +381,17 @@ def dispatch(command: str | None, words: list[str]) -> None:
         if not words or words in (["-h"], ["--help"], ["help"]):
             return parser.print_help()
         command, words = (words[1], ["--help"]) if words[0] == "help" else (words[0], words[1:])
-    if command in STAGE_COMMANDS:
-        run_stage_command(command, words)
-    elif command in COMMANDS:
-        COMMANDS[command](words)
-    else:
+    if command not in texts:
         raise InputError(f"no command {command!r}; {nearest(command, texts)}")
+    script = sys.modules["__main__"]
+    if Path(getattr(script, "__file__", None) or "").parent.name in ("scripts", "recipes"):
+        parser = Parser(script.__doc__)
+    else:
+        parser = Parser(texts[command], prog=f"nanochat {command}")
+    if command in COMMANDS:
+        COMMANDS[command](parser, words)
+    else:
+        run_stage_command(parser, command, words)
 
 
 if __name__ == "__main__":

@@ -280,9 +280,7 @@ class Parser(argparse.ArgumentParser):
     """Its errors are an InputError; an unknown flag is named with the nearest; --a-b and --a_b are the same."""
 
     def __init__(self, description: str, **options):
-        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options
-        if Path(sys.argv[0]).name in ("nanochat", "cli.py"):
-            options = {"prog": " ".join(["nanochat", *sys.argv[1:2]])} | options
+        options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(description=description, **options)
 
     def error(self, message: str):
@@ -301,6 +299,8 @@ class Parser(argparse.ArgumentParser):
             except InputError as error:
                 raise argparse.ArgumentTypeError(str(error)) from None
 
+        if get_origin(kind) is Literal:
+            options.setdefault("metavar", f"{{{','.join(get_args(kind))}}}")
         self.add_argument(name, *names, type=parse, **options)
 
     def add_keys(self, cls, prefix: str = "--") -> None:

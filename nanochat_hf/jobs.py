@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 from typing import Annotated, Literal
@@ -63,10 +65,9 @@ STAGE_COMMANDS = {  # subcommand -> its stage, text, and options
 }
 
 
-def run_stage_command(command: str, words: list[str]) -> None:
+def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
     """`--config YAML --run-dir DIR [--key value ...]`: read the config, then call the stage's runner."""
-    stage, text, options = STAGE_COMMANDS[command]
-    parser = new_parser(command, text)
+    stage, _, options = STAGE_COMMANDS[command]
     parser.option("--config", Place, required=True, help=f"YAML of this stage, for example recipes/d12/{stage}.yaml")
     parser.option("--run-dir", Place, required=True, help="run folder, for example runs/d12")
     add_options(parser, *options)
@@ -75,34 +76,34 @@ def run_stage_command(command: str, words: list[str]) -> None:
     path, run_dir, dry_run = keys.pop("config"), keys.pop("run_dir"), keys.pop("dry_run")
     given = {name: value for name in options if (value := keys.pop(name)) is not None}
     config = parse_config(STAGE_CONFIGS[stage], path, keys)
-    if "stage" in options:
-        given.setdefault("stage", stage)
     if stage == "base":
         check_push(config, given.get("repo"))
     if "stages" in given and "model" in given:
         raise InputError("--model is evaluated in place of the run's stages: leave --stages out")
     if "eval" in given:
-        given["tasks"] = given.pop("eval")
-        parse_config(EvalConfig, given["tasks"])
+        given |= {"tasks": parse_config(EvalConfig, given.pop("eval")), "required": True}
         if config.chatcore_every < 1:
             raise InputError("--eval is measured every chatcore_every steps: give that, too")
     refuse_unused_words(config, keys)
     if dry_run:
         _, configs = read_recipe(find_recipe(str(Path(path).parent)), None, [])  # base.yaml has the model's shape
         return show_plan([stage], configs | {stage: config})
-    from . import stages
+    with working(command, run_dir, given.pop("sync", None)) as run:
+        from .stages import run_stage
+
+        run_stage(given.pop("stage", stage), config, run, **given)
+
+
+@contextmanager
+def working(name: str, folder: str | Path, sync: str | None) -> Iterator[Run]:
+    """A run folder that this process alone works on, and its copy at `sync`. Says that the imports take seconds."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name}: loading PyTorch ...", file=sys.stderr, flush=True)
     from .sync import syncing
 
-    run = Run(run_dir)
-    with run.lock(), syncing(given.pop("sync", None), run):
-        stages.RUNNERS[stage](config, run, **given)
-
-
-def new_parser(command: str, text: str) -> Parser:
-    """The parser of a subcommand, described by `text`, or of a script that was started, by its docstring."""
-    main = sys.modules["__main__"]
-    is_script = Path(getattr(main, "__file__", None) or "").parent.name in ("scripts", "recipes")
-    return Parser(main.__doc__) if is_script else Parser(text, prog=f"nanochat {command}")
+    run = Run(folder)
+    with run.lock(), syncing(sync, run):
+        yield run
 
 
 def add_options(parser: Parser, *names: str) -> None:
@@ -116,18 +117,15 @@ def check_push(config, repo: str | None) -> None:
         raise InputError("base.push_every and --repo go together: give both, or neither")
 
 
-def speedrun(words: list[str]) -> None:
+def speedrun(parser: Parser, words: list[str]) -> None:
     """The whole pipeline of a recipe, from text to a chat model with its report card."""
-    recipe, stages, configs, arguments = read_speedrun(new_parser("speedrun", speedrun.__doc__), words)
+    recipe, stages, configs, arguments = read_speedrun(parser, words)
     if arguments.dry_run:
         return show_plan(stages, configs, rate=arguments.node_hourly_rate)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"recipe {recipe.name}: loading PyTorch ...", file=sys.stderr, flush=True)
-    from .stages import run_stages
-    from .sync import syncing
+    folder = arguments.run_dir or Path("runs") / recipe.name
+    with working(f"recipe {recipe.name}", folder, arguments.sync) as run:
+        from .stages import run_stages
 
-    run = Run(arguments.run_dir or Path("runs") / recipe.name)
-    with run.lock(), syncing(arguments.sync, run):
         run_stages(run, stages, configs, arguments.repo, arguments.node_hourly_rate)
 
 
@@ -154,9 +152,8 @@ def read_pipeline(parser: Parser, words: list[str]) -> tuple:
     return recipe, *read_recipe(recipe, arguments.stages, arguments.overrides), arguments
 
 
-def plan(words: list[str]) -> None:
+def plan(parser: Parser, words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
-    parser = new_parser("plan", plan.__doc__)
     parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
     parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
     parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
@@ -187,9 +184,8 @@ def recipe_first(parser: Parser, words: list[str]) -> list[str]:
     return words if words[0].startswith("-") else ["--recipe", *words]
 
 
-def run(words: list[str], parser: Parser | None = None) -> None:
+def run(parser: Parser, words: list[str]) -> None:
     """Run a recipe on all devices: `nanochat run NAME [--config-file multi_gpu] [--num-processes N] [...]`."""
-    parser = parser or new_parser("run", run.__doc__)
     names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
     parser.option("--num-processes", Count, "--gpus", help="ranks; default: as the config file says; of a job: 8")
@@ -214,11 +210,10 @@ def run(words: list[str], parser: Parser | None = None) -> None:
     launch([*command, "--module", "nanochat_hf.cli", "speedrun", *speedrun_words(arguments)])
 
 
-def demo(words: list[str]) -> None:
+def demo(parser: Parser, words: list[str]) -> None:
     """Train a small chat model from nothing on this CPU, in minutes: `nanochat run cpu-demo --config-file cpu`."""
-    parser = new_parser("demo", demo.__doc__)
     parser.usage = "nanochat demo [--run-dir DIR] [...] [STAGE.KEY=VALUE ...]"
-    run(["cpu-demo", "--config-file=cpu", *words], parser)
+    run(parser, ["cpu-demo", "--config-file=cpu", *words])
 
 
 def speedrun_words(arguments) -> list[str]:

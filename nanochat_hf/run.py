@@ -90,13 +90,15 @@ class Run:
                 shutil.rmtree(self.path)
             lock.release()
 
-    def model(self, stage: str) -> Path:
-        """The folder of a finished stage with weights. Raises InputError for another stage."""
+    def model(self, stage: str | None) -> Path:
+        """The folder of a finished stage with weights, None: of the newest. Raises InputError if there is none."""
         finished = [name for name in MODEL_STAGES if self.finished(name)]
-        if stage not in finished:
+        if not (stage or finished):
+            raise InputError(f"{self.path} has no finished stage with a model: run nanochat demo, for example")
+        if stage and stage not in finished:
             finished = ", ".join(finished) or "none"
             raise InputError(f"stage {stage!r} of {self.folder(stage).parent} is not finished; finished: {finished}")
-        return self.folder(stage)
+        return self.folder(stage or finished[-1])
 
     def latest_model(self, before: str = "eval") -> Path | None:
         """The folder of the newest finished stage with weights that comes before stage `before`, or None."""
@@ -139,8 +141,11 @@ def nearest(name, names) -> str:
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(few) + " ..." * (len(few) < len(names))
 
 
-def load_json(path: str | Path, remedy: str = "delete it to run that stage again") -> dict | None:
-    """The object in a JSON file, NaN as None; None if there is no file. Raises InputError that ends with `remedy`."""
+def load_json(path: str | Path, remedy: str = "delete it to run that stage again", kind=None) -> dict | None:
+    """The object in a JSON file, NaN as None; None if there is no file.
+
+    Raises InputError that ends with `remedy` for what is no object of JSON, or not of the TypedDict `kind`.
+    """
     try:
         value = without_nan(json.loads(Path(path).read_text(encoding="utf-8")))
         json.dumps(value, ensure_ascii=False).encode()  # not of half a pair of surrogates
@@ -150,20 +155,14 @@ def load_json(path: str | Path, remedy: str = "delete it to run that stage again
         return None
     except (ValueError, OSError, RecursionError) as error:  # no JSON, no UTF-8; a folder, no permission
         raise InputError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    if kind and (reason := problem(value, kind)):
+        raise InputError(f"{path}: {reason}; {remedy}")
     return value
 
 
-def load_record(path: str | Path, kind: type, remedy: str = "delete it to run that stage again") -> dict | None:
-    """As `load_json`; raises InputError, too, if the record is not of the shape `kind`."""
-    record = load_json(path, remedy)
-    if record is not None and (reason := problem(record, kind)):
-        raise InputError(f"{path}: {reason}; {remedy}")
-    return record
-
-
 def load_metrics(folder: str | Path, evaluation: bool = False) -> dict | None:
-    """metrics.json of a stage's folder, or of the evaluation's; as `load_record`."""
-    return load_record(Path(folder) / "metrics.json", Evaluation if evaluation else StageMetrics)
+    """metrics.json of a stage's folder, or of the evaluation's."""
+    return load_json(Path(folder) / "metrics.json", kind=Evaluation if evaluation else StageMetrics)
 
 
 def without_nan(value):
@@ -254,6 +253,8 @@ def duration(seconds: float | None) -> str:
     minutes, hours = round(seconds) // 60, round(seconds) // 3600
     if not minutes:
         return f"{round(seconds)} s"
+    if hours > 99:
+        return f"{hours:,} h"
     return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {round(seconds) % 60:02d} s"
 
 

@@ -1,11 +1,10 @@
-"""One runner per stage, for the speedrun, the scripts and later commands alike; and the pipeline of a recipe's stages.
+"""One runner per stage, and the pipeline of a recipe's stages.
 
-    run_chat(parse_config(ChatConfig, "recipes/d12/sft.yaml"), Run("runs/d12"))     # one stage
-    stages, configs = read_recipe(find_recipe("d12"), None, ["base.depth=10"])      # all of them
-    run_stages(Run("runs/d12"), stages, configs)
+    run_stage("sft", parse_config(ChatConfig, "recipes/d12/sft.yaml"), Run("runs/d12"))
+    run_stages(Run("runs/d12"), *read_recipe(find_recipe("d12"), None, ["base.depth=10"]))
 
-A recipe is a folder with one YAML per stage. The pipeline skips a finished stage, resumes an interrupted one, and
-refuses a run folder whose stages were made by another recipe or from other inputs.
+The pipeline skips a finished stage, resumes an interrupted one, and refuses a run folder whose stages were made by
+another recipe or from other inputs. A `model` or `tokenizer` is a folder or a Hub id; default: those of the run.
 """
 
 import math
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import datasets
 
-from .config import parse_config
 from .data.documents import is_local, text_fingerprint
 from .data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from .demo import corpus as primer
@@ -30,11 +28,11 @@ from .distributed import (
 from .errors import InputError
 from .eval.harness import chatcore_metric, check_tasks, core_metric, definition_of, evaluate
 from .eval.lm_eval_model import Generator
-from .eval.report import make_report, summary
+from .eval.report import make_report, markdown
 from .eval.weights import REPLACED, origin, renewal, replaced
 from .hub.push import checkpoint_pusher
 from .optim import scaling
-from .optim.overview import gpu_here
+from .optim.overview import gpu_here, uses_fp8
 from .run import MODEL_STAGES, Run, duration, in_words, load_json, load_metrics, renamed_keys
 from .serve.engine import Engine
 from .serve.terminal_chat import Chat, LocalModel, Options
@@ -80,7 +78,7 @@ def show_result(folder: Path) -> None:
     if not metrics:
         return
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
-    figures = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in ("pass@1", "accuracy") if name in after]
+    figures = [f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in ("pass@1", "accuracy") if name in after]
     numbers = {key: value for row in [*(metrics.get("history") or ()), metrics] for key, value in row.items()}
     losses = [name for name in ("val_bpb", "val_loss", "train_loss") if numbers.get(name) is not None]
     figures += [in_words(numbers, losses[:1])] if losses and not figures else []
@@ -90,7 +88,7 @@ def show_result(folder: Path) -> None:
         figures += [f"{part['label']} {part['value']:.4f}" for part in mean]
     for stage, results in list((metrics.get("results") or {}).items())[-1:]:
         values = [result["value"] for result in results.values() if result.get("higher_is_better", True)]
-        figures += [f"mean of {len(values)} tasks {sum(values) / len(values):.3f} ({stage})"] if values else []
+        figures += [f"mean of {len(values)} tasks {sum(values) / len(values):.4f} ({stage})"] if values else []
     print(", ".join([f"[{folder.name}] done in {duration(metrics['wall_time_s'])}", *figures, str(folder)]))
 
 
@@ -99,18 +97,10 @@ def run_tokenizer(config: TokenizerConfig, run: Run) -> None:
     with main_process_first("the tokenizer") as main:
         if main:
             train_tokenizer(config, folder)
-    show_result(folder)
 
 
-def run_base(
-    config: PretrainConfig,
-    run: Run,
-    tokenizer: str | None = None,
-    model: str | None = None,
-    repo: str | None = None,
-    tasks: EvalConfig | None = None,
-) -> None:
-    """Pretrain, with CORE on the way if `tasks` name a bundle, and checkpoints pushed to the Hub repository `repo`."""
+def run_base(config: PretrainConfig, run: Run, tokenizer=None, model=None, repo=None, tasks=None) -> None:
+    """Pretrain; with CORE on the way if `tasks`, an EvalConfig, names a bundle; checkpoints go to the Hub's `repo`."""
     if not tokenizer and not run.finished("tokenizer"):
         raise InputError(f"{run.path} has no finished tokenizer: run `nanochat tokenizer` first, or give --tokenizer")
     folder, tokenizer, core, push = new_folder(run, "base"), tokenizer or str(run.folder("tokenizer")), None, None
@@ -119,62 +109,51 @@ def run_base(
     if repo:  # all ranks take part in writing the folder, one uploads it
         push = checkpoint_pusher(repo) if partial_state().is_main_process else lambda folder, step: None
     pretrain(config, tokenizer, folder, model, core=core, push=push)
-    show_result(folder)
 
 
-def run_chat(
-    config: ChatConfig, run: Run, stage: str = "sft", model: str | None = None, tasks: EvalConfig | str | None = None
-) -> None:
-    """Mid-training or SFT, with ChatCORE on the way on `tasks`.
+def run_chat(config: ChatConfig, run: Run, stage="sft", model=None, tasks=None, required=False) -> None:
+    """Mid-training or SFT, with ChatCORE on the way on `tasks`, an EvalConfig.
 
-    Where the data of a recipe's own tasks are missing, the stage runs without them and prints why; an eval.yaml that
-    was named, which is a str, raises InputError.
+    Where the data of the tasks are missing, the stage runs without them and prints why, or raises InputError if they
+    are `required`.
     """
     (folder, source), chatcore = start(stage, run, model), None
-    named = isinstance(tasks, str)
-    tasks = parse_config(EvalConfig, tasks) if named else tasks
     if tasks and config.chatcore_every > 0:
         try:
             chatcore = chatcore_metric(tasks, load_tokenizer(source), folder / "state", engine)
         except InputError as error:
-            if named:
+            if required:
                 raise
             partial_state().print(f"no ChatCORE on the way: {error}")
     train_chat(config, source, folder, chatcore)
-    show_result(folder)
 
 
 def run_rl(config: RLConfig, run: Run, model: str | None = None) -> None:
     folder, source = start("rl", run, model)
     train_rl(config, source, folder, engine)
-    show_result(folder)
 
 
 def run_dpo(config: DPOStageConfig, run: Run, model: str | None = None) -> None:
     folder, source = start("dpo", run, model)
     train_dpo(config, source, folder)
-    show_result(folder)
 
 
-def run_eval(
-    config: EvalConfig, run: Run, stages: list[str] | None = None, model: str | None = None, **options
-) -> None:
+def run_eval(config: EvalConfig, run: Run, stages=None, model=None, **options) -> None:
     """Evaluate the finished stages of a run, those of `stages`, or another model as "base"."""
     names = stages or [name for name in MODEL_STAGES if run.finished(name)]
     models = {"base": model} if model else {name: str(run.model(name)) for name in names}
     evaluate(config, models, run.folder("eval"), engine, **options)
-    show_result(run.folder("eval"))
 
 
 RUNNERS = {"tokenizer": run_tokenizer, "base": run_base, "mid": run_chat, "sft": run_chat, "rl": run_rl}
 RUNNERS |= {"dpo": run_dpo, "eval": run_eval}
 
 
-def run_stage(stage: str, configs: dict, run: Run, repo: str | None = None) -> None:
-    tasks = configs.get("eval")
-    options = {"base": {"repo": repo, "tasks": tasks}, "eval": {"keep_unchanged": True}}
-    options |= {name: {"stage": name, "tasks": tasks} for name in ("mid", "sft")}
-    RUNNERS[stage](configs[stage], run, **options.get(stage, {}))
+def run_stage(stage: str, config, run: Run, **options) -> None:
+    """Run one stage; print a line about its result."""
+    options |= {"stage": stage} if stage in ("mid", "sft") else {}
+    RUNNERS[stage](config, run, **options)
+    show_result(run.folder(stage))
 
 
 def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
@@ -222,13 +201,13 @@ def check_inputs(run: Run, stage: str, inputs: dict, config) -> None:
         raise InputError(f"{run.folder(stage)} was made from another model than the one in {source} now; delete it")
 
 
-def run_stages(
-    run: Run, stages: list[str], configs: dict, repo: str | None = None, hourly_rate: float | None = None
-) -> None:
+def run_stages(run: Run, stages: list[str], configs: dict, repo=None, hourly_rate: float | None = None) -> None:
     """Run the stages that are not finished, on all ranks, then write the report and show a few answers."""
     state = partial_state()
     check_run_folder(run, stages, configs)
-    lines = outline(stages, configs, state.num_processes)
+    lines, tasks = outline(stages, configs, state.num_processes), configs.get("eval")
+    options = {"base": {"repo": repo, "tasks": tasks}, "eval": {"keep_unchanged": True}}
+    options |= {stage: {"tasks": tasks} for stage in ("mid", "sft")}
     state.print(f"{len(stages)} stage{'s' * (len(stages) > 1)} into {run.path}:", *lines.values(), sep="\n  ")
     if {"tokenizer", "base"} <= {*stages} and not run.finished("base"):  # before hours of work on the tokenizer
         check_cost(scaling.plan(configs["base"], configs["tokenizer"].vocab_size), state.device)
@@ -242,13 +221,13 @@ def run_stages(
             state.print(f"[{stage}] already finished, skipping: {run.folder(stage)}")
             continue
         state.print(f"\n{lines[stage]}" + (f": finished earlier, runs again for {again}" if again else ""))
-        run_stage(stage, configs, run, repo)
+        run_stage(stage, configs[stage], run, **options.get(stage, {}))
         reset_accelerate_state()
         monitored_barrier(f"the end of stage {stage}")
     if "report" in stages and state.is_main_process:
         report = make_report(run.path, hourly_rate=hourly_rate)
         print(f"\n{lines['report']}: {report.with_suffix('.html')} and {report}\n")
-        print(summary(load_json(report.with_suffix(".json"))))
+        print(markdown(load_json(report.with_suffix(".json")), macro="summary"), end="")
         show_answers(run, configs["base"].dataset)
 
 
@@ -257,7 +236,7 @@ def outline(stages: list[str], configs: dict, ranks: int) -> dict[str, str]:
     base, gpu, lines = configs["base"], gpu_here(), {}
     size = scaling.plan(base, getattr(configs.get("tokenizer"), "vocab_size", 2**15))
     device, units = gpu or ("CPU" if on_cpu() else "MPS"), ranks if gpu else os.cpu_count() or 1
-    speed, _ = scaling.estimate_speed(size, device, units, base.fp8 is True)  # tokens per second
+    speed, _ = scaling.estimate_speed(size, device, units, uses_fp8(base, gpu))  # tokens per second
     for number, stage in enumerate(stages, 1):
         config, lines[stage] = configs.get(stage), f"[{number}/{len(stages)}] {stage}"
         steps, tokens = getattr(config, "num_iterations", None), getattr(config, "total_batch_size", 0)

@@ -10,6 +10,13 @@ N cores give N times the figure per core (tokens per second of processor time). 
 import argparse
 import time
 
+if __name__ == "__main__":  # --help is shown before the large imports
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="primer")
+    parser.add_argument("--vocab-size", type=int, default=1024, help="32768 for the tokens of real recipes")
+    parser.add_argument("--seconds", type=float, default=10)
+    ARGUMENTS = parser.parse_args()
+
 import torch
 
 from nanochat_hf.data.dataloader import PackedLoader
@@ -33,13 +40,7 @@ def repeat(function, seconds: float) -> float:
     return runs / (time.perf_counter() - start)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="primer")
-    parser.add_argument("--vocab-size", type=int, default=1024, help="32768 for the tokens of real recipes")
-    parser.add_argument("--seconds", type=float, default=10)
-    arguments = parser.parse_args()
-
+def main(arguments: argparse.Namespace) -> None:
     stream = DocumentStream(arguments.dataset, "train")
     texts = (text for text, _ in zip(stream, range(20000)))
     tokenizer = train_bpe(texts, vocab_size=arguments.vocab_size)
@@ -68,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(lambda: main(ARGUMENTS))

@@ -11,6 +11,18 @@ import json
 import re
 import time
 
+if __name__ == "__main__":  # --help is shown before the large imports
+    parser = argparse.ArgumentParser(description="Measure the decoding speed of a random or a given model.")
+    parser.add_argument("--depth", type=int, default=12, help="layers of a random model, width 64 x depth")
+    parser.add_argument("--model", help="a checkpoint folder or Hub id instead")
+    parser.add_argument("--batches", default="1,8,32,128")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--length", type=int, help="tokens allocated per slot (prompt + new + 1)")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of 16 steps of the largest batch")
+    ARGUMENTS = parser.parse_args()
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -102,17 +114,7 @@ def profile_steps(model, batch: int, prompt_length: int, steps: int = 16) -> str
     return profile.key_averages().table(sort_by=order, row_limit=16, max_name_column_width=60)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the decoding speed of a random or a given model.")
-    parser.add_argument("--depth", type=int, default=12, help="layers of a random model, width 64 x depth")
-    parser.add_argument("--model", help="a checkpoint folder or Hub id instead")
-    parser.add_argument("--batches", default="1,8,32,128")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--length", type=int, help="tokens allocated per slot (prompt + new + 1)")
-    parser.add_argument("--profile", action="store_true", help="list the kernels of 16 steps of the largest batch")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.model:
         model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True)
@@ -137,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(lambda: main(ARGUMENTS))

@@ -25,6 +25,20 @@ import tempfile
 import time
 from functools import partial
 
+if __name__ == "__main__":  # --help is shown before the large imports
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", default="d24x16,d12x32")
+    parser.add_argument(
+        "--contenders", help="default: ours,ours:fp8 and, with --baseline, baseline:fa4,baseline:fa4+fp8"
+    )
+    parser.add_argument("--baseline", "--peer", help="path of a karpathy/nanochat checkout")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=float, default=12, help="seconds of steps before the timed ones")
+    parser.add_argument("--rounds", type=int, default=0, help="time all in turn, so often; 0: each alone, once")
+    parser.add_argument("--budget", type=float, default=3600, help="seconds after which no round begins")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    ARGUMENTS = parser.parse_args()
+
 import torch
 from torch import Tensor
 
@@ -331,19 +345,7 @@ def ratios(rows: list[tuple[str, str, dict]]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", default="d24x16,d12x32")
-    parser.add_argument(
-        "--contenders", help="default: ours,ours:fp8 and, with --baseline, baseline:fa4,baseline:fa4+fp8"
-    )
-    parser.add_argument("--baseline", "--peer", help="path of a karpathy/nanochat checkout")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warmup", type=float, default=12, help="seconds of steps before the timed ones")
-    parser.add_argument("--rounds", type=int, default=0, help="time all in turn, so often; 0: each alone, once")
-    parser.add_argument("--budget", type=float, default=3600, help="seconds after which no round begins")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+def main(arguments: argparse.Namespace) -> None:
     if arguments.one:
         sys.path.insert(0, arguments.baseline or ".")
         serve(*arguments.one, arguments.steps, arguments.warmup, arguments.rounds > 0)
@@ -372,4 +374,4 @@ def table(rows: list[tuple[str, str, dict]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -23,6 +23,30 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+if __name__ == "__main__":  # --help is shown before the large imports
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--recipe", default="d24")
+    add("--gpus", default="1,2,4,8", help="numbers of GPUs; those that the machine lacks are left out")
+    add("--configs", default="multi_gpu,fsdp2")
+    add("--precisions", default="bf16,fp8")
+    add("--micro-batch-size", "--rows", type=int, default=16, help="sequences per GPU")
+    add("--total-batch-size", "--tokens", type=int, default=2**20, help="tokens per step")
+    add("--grad-accum-steps", "--accumulation", type=int, help="micro-batches per step, instead of --total-batch-size")
+    add("--steps", type=int, default=30)
+    add("--warmup", type=int, default=3, help="steps that are not timed")
+    add("--depths", help="find the largest of these depths that fits, instead")
+    add("--dataset", help="text, as in base.yaml")
+    add("--tokenizer")
+    add("--baseline", "--peer", help="path of a karpathy/nanochat checkout, to run beside ours")
+    add("--attention", default="flex", help="of the baseline without FlashAttention-3: flex, fa4 or sdpa")
+    add("--gpu-hourly-rate", "--rate", type=float, default=3.0, help="dollars per GPU and hour")
+    add("--work", type=Path, default=Path("runs/bench-scaling"))
+    add("--timeout", "--patience", type=float, default=900, help="seconds that one run may take")
+    add("--cpu", action="store_true", help="a tiny model on this CPU, to try the script")
+    add("--one", help=argparse.SUPPRESS)
+    ARGUMENTS = parser.parse_args()
+
 import torch
 
 from nanochat_hf.config import parse_config
@@ -238,29 +262,7 @@ def find_depths(options, counts: list[int]) -> None:
     print(grid(("config", "GPUs", "depth", "parameters", "GiB", "tok/s"), rows))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--recipe", default="d24")
-    add("--gpus", default="1,2,4,8", help="numbers of GPUs; those that the machine lacks are left out")
-    add("--configs", default="multi_gpu,fsdp2")
-    add("--precisions", default="bf16,fp8")
-    add("--micro-batch-size", "--rows", type=int, default=16, help="sequences per GPU")
-    add("--total-batch-size", "--tokens", type=int, default=2**20, help="tokens per step")
-    add("--grad-accum-steps", "--accumulation", type=int, help="micro-batches per step, instead of --total-batch-size")
-    add("--steps", type=int, default=30)
-    add("--warmup", type=int, default=3, help="steps that are not timed")
-    add("--depths", help="find the largest of these depths that fits, instead")
-    add("--dataset", help="text, as in base.yaml")
-    add("--tokenizer")
-    add("--baseline", "--peer", help="path of a karpathy/nanochat checkout, to run beside ours")
-    add("--attention", default="flex", help="of the baseline without FlashAttention-3: flex, fa4 or sdpa")
-    add("--gpu-hourly-rate", "--rate", type=float, default=3.0, help="dollars per GPU and hour")
-    add("--work", type=Path, default=Path("runs/bench-scaling"))
-    add("--timeout", "--patience", type=float, default=900, help="seconds that one run may take")
-    add("--cpu", action="store_true", help="a tiny model on this CPU, to try the script")
-    add("--one", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     if options.one:
         settings = json.loads(options.one)
         results = (baseline if settings["kind"] == "baseline" else ours)(settings)
@@ -279,4 +281,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -192,7 +192,7 @@ COMMANDS = [
     ("serve --model x --request-timeout -5", "a number above 0"),
     ("push --run-dir {here} --repo x", "owner, as in you/x"),
     ("push --run-dir {here} --repo a/b --stage dpo2", "it must be base, mid, sft, rl or dpo"),
-    ("push --run-dir {here} --repo a/b", "'sft' of .* is not finished; finished: none"),
+    ("push --run-dir {here} --repo a/b", "no finished stage with a model"),
     ("convert --source {here} --output {here}/out --to gguf", "it must be hf, native or nanochat"),
     ("convert --source {here}/none --output {here}/out", "."),
     ("report", "name one run with --run-dir, or two with --compare"),

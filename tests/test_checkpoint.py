@@ -17,7 +17,7 @@ from nanochat_hf.metrics import ChatMeasured, Measured
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import Schedule
-from nanochat_hf.run import load_record, save_json
+from nanochat_hf.run import load_json, save_json
 from nanochat_hf.train import checkpoint
 from nanochat_hf.train.sft import ChatTrainer
 
@@ -224,7 +224,7 @@ def test_a_damaged_record_is_one_line(tmp_path, file):
                 trainer.state.log_history = trainer.resumed_log
                 ChatTrainer.history(trainer)
             else:
-                load_record(tmp_path / file, Measured, "delete it to repeat")
+                load_json(tmp_path / file, "delete it to repeat", Measured)
         except InputError as error:
             outcomes.append(str(error))
     assert len(outcomes) > 20 and all(re.search(words, line) and "\n" not in line for line in outcomes), outcomes
@@ -243,4 +243,4 @@ def test_a_checkpoint_of_an_old_version_is_refused_and_stays(tmp_path, name, fil
 def test_an_entry_of_a_log_has_a_step_and_no_null_as_its_time(tmp_path, entry):
     save_json(tmp_path / "measured.json", {"log": [*LOG, entry]})
     with pytest.raises(InputError, match=r"log is .*an entry has no step, or its time is null; repeat it"):
-        load_record(tmp_path / "measured.json", ChatMeasured, "repeat it")
+        load_json(tmp_path / "measured.json", "repeat it", ChatMeasured)

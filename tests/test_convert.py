@@ -179,6 +179,19 @@ def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, 
     assert lengths[tokenizer("capital", add_special_tokens=False)["input_ids"]].sum() == 7
 
 
+@pytest.mark.slow
+def test_the_command_shows_nothing_of_other_libraries(tmp_path):
+    source, target = write_checkpoint(tmp_path / "source", OCTOBER), tmp_path / "hf"
+    words = ["convert", "--source", str(source), "--output", str(target)]
+    done = subprocess.run(
+        [sys.executable, "-m", "nanochat_hf.cli", *words], capture_output=True, text=True, check=True
+    )
+    assert not done.stderr and [line.split(":")[0] for line in done.stdout.splitlines()] == [
+        str(target),
+        "weights only",
+    ]
+
+
 def test_native_folders_end_at_a_call_and_base_models_of_ours_get_no_loop(tokenizer, tmp_path):
     fields = OCTOBER | {"vocab_size": len(tokenizer)}
     source = write_checkpoint(tmp_path / "source", fields)

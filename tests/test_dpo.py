@@ -140,13 +140,13 @@ def test_dpo_is_a_stage_like_the_others(tiny_folder, config, tmp_path):
     stages.run_eval(EvalConfig(**few), run, ["dpo"])
     results = run.metrics("eval")["results"]
     assert set(results) == {"dpo"} and {"val_bpb", "facts"} <= set(results["dpo"])
-    cli.report(words)
+    cli.dispatch("report", words)
     assert "**DPO**" in (run.path / "report.md").read_text()
-    cli.push([*words, "--repo", "me/x", "--stage", "dpo", "--dry-run"])
+    cli.dispatch("push", [*words, "--repo", "me/x", "--stage", "dpo", "--dry-run"])
     card = (run.path / "hub" / "dpo" / "README.md").read_text()
     assert "stage: DPO" in card and "- dpo\n" in card and "name: facts" in card and "| DPO " in card
     with pytest.raises(InputError, match=r"stage 'sft' of .* is not finished; finished: rl, dpo"):
-        cli.serve([*words, "--stage", "sft"])
+        cli.dispatch("serve", [*words, "--stage", "sft"])
 
 
 def test_a_recipe_runs_dpo_after_rl_when_named_or_enabled():

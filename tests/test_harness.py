@@ -298,14 +298,12 @@ def test_the_pipeline_gives_chatcore_to_sft_and_does_without_where_the_questions
     monkeypatch.setattr(Run, "latest_model", lambda run, before: tiny_folder)
     tasks = EvalConfig(tasks=TASKS, max_new_tokens=4)
     for every, evaluation in ((-1, tasks), (200, tasks), (200, replace(tasks, chat_data="/no/such/folder"))):
-        configs = {"sft": ChatConfig(chatcore_every=every), "eval": evaluation}
-        pipeline.run_stage("sft", configs, Run(tmp_path), None)
+        pipeline.run_stage("sft", ChatConfig(chatcore_every=every), Run(tmp_path), tasks=evaluation)
     never, chatcore, without = metrics
     assert never is without is None and 0 <= chatcore(tiny_model, 2) < 1
     assert "no ChatCORE on the way: chat_data: no folder /no/such/folder" in capsys.readouterr().out
-    (tmp_path / "eval.yaml").write_text(f"tasks: [{TASKS[0]}]\nchat_data: /no/such/folder\n")
     with pytest.raises(InputError, match="no folder /no/such/folder"):  # named with --eval
-        pipeline.run_chat(ChatConfig(chatcore_every=200), Run(tmp_path), tasks=str(tmp_path / "eval.yaml"))
+        pipeline.run_chat(ChatConfig(chatcore_every=200), Run(tmp_path), tasks=evaluation, required=True)
 
 
 @pytest.mark.slow

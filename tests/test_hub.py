@@ -116,6 +116,12 @@ def change_weights(folder, value) -> str:
     return name
 
 
+def test_without_a_stage_the_newest_finished_one_is_pushed(run, no_check):
+    for stage in ("base", "rl"):
+        shutil.copytree(run / "sft", run / stage, copy_function=os.link, dirs_exist_ok=True)
+    assert push(run, Push("you/small", dry_run=True)) == str(run / "hub" / "rl")
+
+
 def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check):
     push(run, Push("you/small", language=("en", "ko"), base_model="you/base"))
     files = pushed(hub)

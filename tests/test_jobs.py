@@ -19,7 +19,7 @@ HF = Path(sys.executable).parent / "hf"
 
 
 def job(capsys, *words: str) -> str:
-    cli.run([*words])
+    cli.dispatch("run", [*words])
     return capsys.readouterr().out
 
 

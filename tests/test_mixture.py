@@ -104,7 +104,7 @@ def test_the_table_shows_rows_and_tokens(tmp_path):
     mixture = Mixture([{"dataset": path}, {"dataset": "primer", "rows": 7}])
     for row in mixture:
         mixture.entries[row["entry"]].num_tokens += 20
-    assert re.search(r"jsonl +60 +1,200 +1\nprimer +7 +140 +0\ntotal +67 +1,340 +1\n", mixture.table())
+    assert re.search(r"jsonl +60 +1,200 +1\n  primer +7 +140 +0\n  total +67 +1,340 +1\n", mixture.table())
     assert re.search(r"chat\.jsonl: row 60: .+$", mixture.table())  # why a row is bad
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import re
+import runpy
 import select
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanochat_hf import run
+from nanochat_hf import cli, run
 from nanochat_hf.cli import dispatch
-from nanochat_hf.run import Progress, duration, in_words, track
+from nanochat_hf.run import Progress, duration, in_words, project_folder, track
 from nanochat_hf.stage_configs import find_recipe, read_recipe
 
 STEP = {"train_loss": 2.34567, "lr": 0.04, "tokens_per_second": 11_940.0, "mfu": 0.4512, "val_bpb": None}
@@ -38,6 +39,7 @@ def test_numbers_are_in_the_same_words_everywhere():
     words = "reward 0.500, 18 tokens per completion, tool use 25%, pass@1 0.2500, val loss 1.5000"
     assert in_words(numbers, numbers) == words
     assert [duration(seconds) for seconds in (8, 75, 5000)] == ["8 s", "1 min 15 s", "1 h 23 min"]
+    assert duration(77_444.5 * 3600) == "77,444 h"
 
 
 def test_a_file_gets_a_line_every_30_seconds(monkeypatch, capsys):
@@ -70,7 +72,7 @@ def test_a_terminal_gets_one_bar_one_without_a_width_lines_and_other_ranks_nothi
     assert list(track("abc", "sft", 3, "conversations")) == ["a", "b", "c"] and screen.getvalue() == before
 
 
-def test_the_outline_has_numbers_steps_and_estimates_where_they_can_be_known():
+def test_the_outline_has_numbers_steps_and_estimates_where_they_can_be_known(monkeypatch):
     from nanochat_hf.stages import outline
 
     stages, configs = read_recipe(find_recipe("cpu-demo"), None, ["sft.num_iterations=-1"])
@@ -79,6 +81,9 @@ def test_the_outline_has_numbers_steps_and_estimates_where_they_can_be_known():
     assert re.fullmatch(r"\[2/7\] base: 700 steps, about \d+ min", lines["base"])
     assert re.fullmatch(r"\[5/7\] rl: 50 steps, about \d+ min", lines["rl"])
     assert lines["sft"] == "[4/7] sft: 1 x the data"  # whose size is not known yet
+    monkeypatch.setattr("nanochat_hf.stages.gpu_here", lambda: "NVIDIA H200")
+    line = outline(*read_recipe(find_recipe("d24"), None, []), ranks=8)["base"]
+    assert line == "[2/5] base: 5,568 steps, about 1 h 22 min"  # in FP8, as nanochat plan has it
 
 
 @pytest.mark.parametrize("words", ["--help", "run --bogus"])
@@ -93,6 +98,24 @@ def test_a_reader_that_leaves_ends_a_command_without_a_traceback(words):
         done.stderr
     )  # argparse ignores that its help is lost
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_waiting_threads_do_not_spin_unless_the_user_says_how_they_wait(monkeypatch):
+    monkeypatch.setattr(cli, "guarded", lambda command: None)
+    for policy, spins in ((None, "1000"), ("ACTIVE", None)):
+        environment = {"OMP_WAIT_POLICY": policy} if policy else {}
+        monkeypatch.setattr(cli.os, "environ", environment)
+        cli.main()
+        assert environment.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.parametrize("name", ["bench", "bench_gpu", "bench_decoding", "bench_scaling"])
+def test_the_help_of_a_benchmark_waits_for_no_large_import(name, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(project_folder("scripts", f"{name}.py")), run_name="__main__")
+    assert "--" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["chat", "sft", "run NAME", "plan NAME", "compare"])

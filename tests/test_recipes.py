@@ -19,7 +19,7 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import load_tasks
 from nanochat_hf.optim.scaling import MEASURED, Plan, plan
 from nanochat_hf.run import Run, save_json, start_record, write_metrics
-from nanochat_hf.stage_configs import read_recipe
+from nanochat_hf.stage_configs import find_recipe, read_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/base.yaml"))
@@ -70,17 +70,23 @@ def test_overrides_reach_their_stage_and_another_depth_is_planned_from_the_other
     assert "rl" in read("d12", None, ["rl.enabled=true"])[0] and "rl" in read("d12", ["rl"])[0]
 
 
-def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path):
+def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path, capsys):
     calls = []
     monkeypatch.setattr(stages, "run_stages", lambda *arguments: calls.append(arguments))
     words = ["base.push_every=5", "--repo", "me/x", "--hourly-rate", "24", "--stages", "base", "base.depth=3"]
-    cli.speedrun(["--recipe", "cpu-demo", "--run-dir", str(tmp_path), *words])
+    cli.dispatch("speedrun", ["--recipe", "cpu-demo", "--run-dir", str(tmp_path), *words])
     [(run, names, configs, repo, rate)] = calls
     assert (run.path, names, configs["base"].depth, repo, rate) == (tmp_path, ["base"], 3, "me/x", 24.0)
     monkeypatch.setattr(jobs, "launch", lambda command: calls.append({*command}))
-    cli.run(["cpu-demo", "--run-dir", "x", "--sync", "memory://y", *words])
+    cli.dispatch("run", ["cpu-demo", "--run-dir", "x", "--sync", "memory://y", *words])
     passed_on = {"--run-dir=x", "--sync=memory://y", "--repo=me/x", "--node-hourly-rate=24.0", "--stages=base"}
     assert passed_on | {"base.depth=3", "base.push_every=5"} <= calls[1]
+    monkeypatch.setattr(stages, "run_stage", lambda *arguments, **options: calls.append((arguments, options)))
+    config = str(find_recipe("cpu-demo") / "mid.yaml")
+    cli.dispatch("sft", ["--config", config, "--run-dir", str(tmp_path), "--stage", "mid", "--seed", "7"])
+    (stage, config, _), options = calls[2]
+    assert (stage, config.seed, options) == ("mid", 7, {})
+    assert "sft: loading PyTorch ..." in capsys.readouterr().err  # which takes seconds
 
 
 def test_a_recipe_for_gpus_is_refused_before_its_tokenizer_is_trained(monkeypatch, tmp_path):
@@ -164,12 +170,12 @@ def test_a_finished_stage_whose_local_text_changed_is_refused(tmp_path):
 
 
 def shown(capsys, command, *words: str) -> str:
-    command(list(words))
+    cli.dispatch(command, list(words))
     return capsys.readouterr().out
 
 
 def test_a_plan_has_the_projected_figures_of_the_readme_and_a_dry_run_prints_the_same(capsys, tmp_path):
-    text = shown(capsys, cli.plan, "d24", "--gpus", "8", "--gpu", "H200", "base.fp8=false")
+    text = shown(capsys, "plan", "d24", "--gpus", "8", "--gpu", "H200", "base.fp8=false")
     figures = [
         "1.4B parameters",
         "5.8B tokens: 5,568 steps x 1,048,576 tokens, 2.8e19 FLOPs",
@@ -178,15 +184,15 @@ def test_a_plan_has_the_projected_figures_of_the_readme_and_a_dry_run_prints_the
     figures += ["1 h 39 min at 975.9K tok/s (projected in bf16", "$39.88 at $24.00 per hour", "at most 9.3 kWh"]
     assert text.startswith("pretraining on 8 x H200\n  model ") and max(map(len, text.splitlines())) <= 100
     assert [figure for figure in figures if figure not in text] == []
-    assert "measured on 1 x H200 in" in shown(capsys, cli.plan, "d24", "--gpu", "H200")
-    assert "measured" not in shown(capsys, cli.plan, "d24", "--gpu", "H200", "base.max_seq_len=1024")
-    assert "$10.00" in shown(capsys, cli.plan, "d24", "--gpu", "A100", "--node-hourly-rate", "10")
+    assert "measured on 1 x H200 in" in shown(capsys, "plan", "d24", "--gpu", "H200")
+    assert "measured" not in shown(capsys, "plan", "d24", "--gpu", "H200", "base.max_seq_len=1024")
+    assert "$10.00" in shown(capsys, "plan", "d24", "--gpu", "A100", "--node-hourly-rate", "10")
     twelve = ["--gpus", "12", "base.total_batch_size=786432", "sft.total_batch_size=786432"]  # two nodes
-    assert "$20.00" in shown(capsys, cli.plan, "d24", "--gpu", "A100", "--node-hourly-rate", "10", *twelve)
+    assert "$20.00" in shown(capsys, "plan", "d24", "--gpu", "A100", "--node-hourly-rate", "10", *twelve)
     words = ["cpu-demo", "--run-dir", str(tmp_path / "run"), "--dry-run"]
-    plans = {shown(capsys, cli.run, *words), shown(capsys, cli.speedrun, "--recipe", *words)}
-    assert plans == {shown(capsys, cli.demo, *words[1:])} and not (tmp_path / "run").exists()
-    sharded = shown(capsys, cli.run, "d24", "--config-file", "fsdp2", "--dry-run")
+    plans = {shown(capsys, "run", *words), shown(capsys, "speedrun", "--recipe", *words)}
+    assert plans == {shown(capsys, "demo", *words[1:])} and not (tmp_path / "run").exists()
+    sharded = shown(capsys, "run", "d24", "--config-file", "fsdp2", "--dry-run")
     assert "sharding     FSDP2" in sharded and "MFU of 0.66" in sharded
 
 
@@ -197,21 +203,21 @@ def test_measured_speeds_are_those_of_the_results():
 
 
 def test_a_copied_recipe_is_one_to_run(capsys, tmp_path):
-    assert "edit its YAML files" in shown(capsys, cli.recipes, "--copy", "cpu-demo", str(tmp_path / "mine"))
+    assert "edit its YAML files" in shown(capsys, "recipes", "--copy", "cpu-demo", str(tmp_path / "mine"))
     assert read_recipe(tmp_path / "mine", None, []) == read("cpu-demo")
-    lines = shown(capsys, cli.recipes).splitlines()
+    lines = shown(capsys, "recipes").splitlines()
     assert [line.split()[0] for line in lines] == RECIPES and all(line.endswith(".") for line in lines)
     with pytest.raises(InputError, match="name a recipe"):
-        cli.run([])
+        cli.dispatch("run", [])
 
 
 def test_the_environment_names_versions_kernels_folders_and_what_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(
         metadata, "requires", lambda name: ["torch>=99", "no-such>1; extra == 'gpu'", "pyyaml", "b; extra == 'dev'"]
     )
-    text = shown(capsys, cli.env)
+    text = shown(capsys, "env")
     assert f"torch                {torch.__version__}" in text and "precision" in text
-    assert re.search(r"lm-eval tasks +\S*evals\n", text)
+    assert re.search(r"lm-eval tasks +\S*evals\n", text) and re.search(r"^memory +[\d.]+ GiB$", text, re.M)
     commands = re.findall(r"missing .*: pip install (.*)", text)
     assert commands == ['"torch>=99"', '"no-such>1"']
 
@@ -251,7 +257,7 @@ def test_a_launch_ends_as_its_rank_does_with_one_line_and_passes_signals_on(monk
 
 def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(monkeypatch, tmp_path):
     monkeypatch.setattr(stages, "check_cost", lambda *_: None)
-    monkeypatch.setattr(stages, "run_stage", lambda *_: pytest.fail("trains"))
+    monkeypatch.setattr(stages, "run_stage", lambda *_, **__: pytest.fail("trains"))
     for keys, message in (
         (["eval.tasks=[nanochat_gsm8k]"], "no file gsm8k_test.jsonl in chat_data and no openai/gsm8k from the Hub"),
         (["eval.core_bundle=/nowhere"], "/nowhere is no CORE bundle"),

@@ -124,6 +124,7 @@ def test_a_stage_counts_as_finished_only_with_its_metrics(tmp_path):
     for stage in ("sft", "rl"):
         write_metrics(run.folder(stage), record)
     assert run.latest_model() == run.folder("rl") and run.latest_model(before="rl") == run.folder("sft")
+    assert run.model(None) == run.folder("rl")
     with pytest.raises(InputError, match="unknown stage 'bas'; did you mean 'base'"):
         run.folder("bas")
 

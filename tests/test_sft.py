@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -194,7 +195,10 @@ def test_chatcore_is_measured_and_validation_on_rows_of_the_mixture_is_said(tiny
     both = [{"dataset": "primer", "rows": 20}]
     keys = {"mixture": both, "validation": both, "chatcore_every": 2, "chatcore_max_per_task": 5}
     train_chat(config(**keys), tiny_folder, tmp_path / "sft", chatcore=measure)
-    assert "both take rows of primer::train: its validation loss is of rows trained on" in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert "both take rows of primer::train: its validation loss is of rows trained on" in output.err
+    number = re.search(r"training: (\d+) sequences\n", output.out)[1]
+    assert f"data         primer: {number} sequences\n" in output.out  # without those that only make up whole steps
     assert [row.get("chatcore") for row in history(tmp_path / "sft")] == [None, 0.25, None, 0.25]
     assert calls == [(False, 5)] * 2
 

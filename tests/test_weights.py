@@ -218,7 +218,7 @@ def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(tm
 
     def again():
         words = ["--recipe", str(recipe), "--run-dir", str(run.path), "--stages", "eval"]
-        cli.speedrun(words)
+        cli.dispatch("speedrun", words)
         return capsys.readouterr().out
 
     again()

@@ -20,6 +20,7 @@ from transformers import NanoChatForCausalLM as NativeModel
 
 from .. import tool_loop
 from ..data.tokenizer import with_todays_templates, wrap
+from ..loading import read_config
 from ..model.configuration_nanochat import SWITCHES, UPSTREAM_FIELDS, NanoChatConfig, update_class_names
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from ..model.quantization import is_quantized
@@ -177,7 +178,7 @@ def load_model(source: Path, step: int | None) -> tuple[NanoChatForCausalLM, int
         return from_upstream(state, meta), step
     if not (source / "config.json").exists():
         raise ValueError(f"{source} has neither model_NNNNNN.pt (karpathy/nanochat) nor config.json (transformers)")
-    fields = NanoChatConfig.get_config_dict(source)[0]
+    fields = read_config(source)
     kind = fields.get("model_type")
     if kind == "nanochat":
         return from_native(NativeModel.from_pretrained(source, dtype=torch.float32)), step or 0

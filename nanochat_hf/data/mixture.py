@@ -176,11 +176,12 @@ class Mixture:
     def table(self) -> str:
         """`summary` as a table to print, with the first bad row of each entry."""
         rows = self.summary()
-        rows.append({"dataset": "total"} | {k: sum(r[k] for r in rows) for k in ("rows", "tokens", "bad")})
+        if len(rows) > 1:
+            rows.append({"dataset": "total"} | {k: sum(r[k] for r in rows) for k in ("rows", "tokens", "bad")})
         width = max(len(r["dataset"]) for r in rows)
-        lines = [f"{r['dataset']:<{width}}  {r['rows']:>9,}  {r['tokens']:>13,}  {r['bad']:>6,}" for r in rows]
-        lines += [f"{e.name}: row {e.first_bad['row']}: {e.first_bad['reason']}" for e in self.entries if e.num_bad]
-        return "\n".join([f"{'dataset':<{width}}  {'rows':>9}  {'tokens':>13}  {'bad':>6}", *lines])
+        lines = [f"  {r['dataset']:<{width}}  {r['rows']:>9,}  {r['tokens']:>13,}  {r['bad']:>6,}" for r in rows]
+        lines += [f"  {e.name}: row {e.first_bad['row']}: {e.first_bad['reason']}" for e in self.entries if e.num_bad]
+        return "\n".join([f"  {'dataset':<{width}}  {'rows':>9}  {'tokens':>13}  {'bad':>6}", *lines])
 
 
 class JsonLines(Sequence):

@@ -28,7 +28,7 @@ from .weights import REPLACED, outdated, replaced
 ROOT = Path(__file__).parents[2]
 OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
 SOURCES = (".py", ".md", ".yaml", ".toml", ".jinja", ".html")
-NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.]+)?( GiB| min)?")
+NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.]+)?( GiB)?|[-+]?\d+ .*\b(min|s)")
 CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.S)
 
 
@@ -207,7 +207,7 @@ def compare(first: str | Path, second: str | Path) -> str:
             significant = "-" if "-" in (difference, test) else "yes" if abs(b - a) > 1.96 * error else "no"
             rows.append([name, stage.upper(), show(a), show(b), difference, significant, test])
     a, b = (each["total_seconds"] for each in facts)
-    rows.append(["total wall time", "", duration(a), duration(b), f"{(b - a) / 60:+.1f} min", "-", "-"])
+    rows.append(["total wall time", "", duration(a), duration(b), "-+"[b > a] + duration(abs(b - a)), "-", "-"])
     names = [each["run"] for each in facts]
     names = names if names[0] != names[1] else [str(first), str(second)]
     notes = [f"{name}: {note}" for name, each in zip(names, facts) for note in each["notes"]]
@@ -279,13 +279,8 @@ def compression(tokenizer) -> dict[str, dict[str, float | None]]:
 # ---- text ----
 
 
-def summary(facts: dict) -> str:
-    """A sentence of result, the table Metric | BASE | MID | SFT | RL, and the total wall time."""
-    return markdown(facts, macro="summary")
-
-
 def markdown(facts: dict, pictures: dict[str, list[str]] | None = None, macro: str = "report") -> str:
-    """The report, or another macro of report.jinja; pictures: section -> paths of plots, relative to the report."""
+    """The report, or another macro of report.jinja, such as its "summary"; pictures: section -> paths of plots."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
     functions = (short, duration, machine, of_last_stage, with_error, show, one_line, core_table)
     environment.filters |= {function.__name__: function for function in functions}

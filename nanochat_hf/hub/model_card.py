@@ -29,7 +29,7 @@ class Push:
     """What to push where (see push.py), and what no run records about its model; the fields are the command line's."""
 
     repo: str
-    stage: str = "sft"
+    stage: str | None = None  # the newest that is finished
     private: bool = False
     space: bool = False
     dry_run: bool = False

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
     Raises InputError, with nothing half done: stage not finished, bad repo name, no token or permission, other
     contents in the repo, a secret in a file, a rejected card, weights not finite or not the stage's, network gone.
     """
-    run, stage, repo = Run(run_path), options.stage, options.repo
+    run, repo = Run(run_path), options.repo
+    stage = run.model(options.stage).name
+    options = replace(options, stage=stage)
     check_value(RepoId, repo, "repo")
     for engine in options.engines:
         adder(engine)  # refuses before anything is written

@@ -33,6 +33,12 @@ def gpu_here() -> str | None:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
+def uses_fp8(config, gpu: str | None) -> bool:
+    """Whether pretraining computes in FP8 on a GPU of this name; False on a CPU."""
+    name = find_gpu(gpu or "")
+    return config.fp8 is True or (config.fp8 == "auto" and bool(name) and GPUS[name].auto_fp8)
+
+
 def block(rows: dict[str, str | None]) -> str:
     """One indented line per row that has a text, in lines of at most 100 characters."""
     lines = [f"  {name:<12} {text}" for name, text in rows.items() if text]
@@ -138,7 +144,7 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
                 memory = 0.95 * GPUS[cuda].memory if cuda else 8e9
                 requested = scaling.estimate_micro_batch_size(size, memory, 2 if cuda else 4)
             batch = split_global_batch("total_batch_size", total, size.max_seq_len, requested, ranks)
-            fp8 = base.fp8 is True or (base.fp8 == "auto" and bool(cuda) and GPUS[cuda].auto_fp8)
+            fp8 = uses_fp8(base, cuda)
             precision = ("bfloat16 with FP8 blocks" if fp8 else "bfloat16") if cuda else "float32"
             rows = base_rows(base, size, devices, batch, fp8, {"precision": precision})
             totals = {name: rows.pop(name) for name in TOTALS if name in rows}

@@ -36,7 +36,7 @@ from ..optim.gradient_reduction import OwnerGradientReducer
 from ..optim.muon_adamw import MuonAdamW, param_groups
 from ..optim.overview import Devices, base_rows, block
 from ..optim.scaling import peak_flops, plan
-from ..run import WORDS, Progress, in_words, load_record, model_fingerprint, save_json, start_record, write_metrics
+from ..run import WORDS, Progress, in_words, load_json, model_fingerprint, save_json, start_record, write_metrics
 from ..stage_configs import SHAPE_KEYS, PretrainConfig
 from . import checkpoint, model_setup, runtime
 from .monitoring import Evaluator, LossSpikeDetector, StepTimer
@@ -392,7 +392,7 @@ class Pretraining:
         binding = [changed[key] for key in (*SHAPE_KEYS, "dataset", "seed") if key in changed]
         checkpoint.refuse_changes(path.parent, [*binding, *inputs.values()])
         self.loader.load_state_dict(checkpoint.load(path, self.model, self.optimizer.optimizer))
-        measured = load_record(path / checkpoint.MEASURED, Measured, "delete it to repeat that evaluation")
+        measured = load_json(path / checkpoint.MEASURED, "delete it to repeat that evaluation", Measured)
         self.history, self.samples = (measured or progress)["history"], (measured or progress)["samples"]
         self.unmeasured = None if measured else progress["unmeasured"]
         self.step, self.timer.seconds, self.timer.steps = progress["step"], progress["seconds"], progress["timed"]

@@ -156,7 +156,7 @@ def build_packed_dataset(
                 shutil.rmtree(folder, ignore_errors=True)
                 rows.save_to_disk(folder)
             part = "training" if folder.name == "rows" else folder.name
-            print(f"[{folder.parents[1].name}] {part}: {len(rows):,} sequences from\n{mixture.table()}")
+            print(f"[{folder.parents[1].name}] {part}: {len(rows):,} sequences\n{mixture.table()}")
             total = {key: sum(entry[key] for entry in mixture.summary()) for key in ("rows", "tokens")}
             summary = {**total, "mixture": mixture.summary(), "skipped_rows": mixture.skipped}
             save_json(folder / "summary.json", summary | {"content": digest.hexdigest()[:16]})
@@ -212,7 +212,7 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
         eval_rows, eval_summary = build_packed_dataset(config, config.validation, tokenizer, length, folder)
         inputs["validation data"] = eval_summary["content"]
         eval_rows = pad_to_multiple(eval_rows, micro_batch, tokenizer.pad_token_id)
-    rows = pad_to_multiple(rows, micro_batch * accumulation, tokenizer.pad_token_id)
+    padded = pad_to_multiple(rows, micro_batch * accumulation, tokenizer.pad_token_id)
     trainer = ChatTrainer(
         model=network,
         args=SFTConfig(
@@ -221,13 +221,14 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
             per_device_eval_batch_size=config.device_batch_size,
             max_length=None,  # the rows have their length already
         ),
-        train_dataset=rows,
+        train_dataset=padded,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         data_collator=PackedCollator(tokenizer.pad_token_id, length if config.packing else None),
         stage=config,
         source=model,
     )
+    trainer.padding = len(padded) - len(rows)
     trainer.chatcore = None if trainer.is_sharded() else chatcore
     if chatcore and trainer.is_sharded():  # each rank would ask questions of its own
         trainer.accelerator.print("chatcore_every is left out: this Accelerate config file shards the weights")

@@ -29,7 +29,7 @@ from ..metrics import ChatMeasured, Skipped, TrainerState
 from ..optim.muon_adamw import MuonAdamW, deepspeed_optimizer, param_groups
 from ..optim.overview import batch_text, block, data_text, stage_batch, stage_rows
 from ..optim.scaling import DEFAULTS, Schedule, stage_groups
-from ..run import Progress, in_words, load_json, load_record, model_fingerprint, save_json, without_nan, write_metrics
+from ..run import Progress, in_words, load_json, model_fingerprint, save_json, without_nan, write_metrics
 from ..stage_configs import StageConfig
 from . import checkpoint
 from .model_setup import compute_dtype, load_chat_model, lora
@@ -119,7 +119,7 @@ class StageTrainer(TrainerCallback):
     progress, `measured` those of an evaluation that get a line.
     """
 
-    unit = "rows"
+    unit, padding = "rows", 0  # what an item of the training set is; items that only make up whole steps
     shown: tuple[str, ...] = ("train_loss", "lr", "tokens_per_second")
     measured: tuple[str, ...] = ("val_loss", "eval_rewards/accuracies", "chatcore", "pass@1")
 
@@ -323,7 +323,7 @@ class StageTrainer(TrainerCallback):
     def overview(self) -> str:
         """What the stage is about to do, as `nanochat plan` prints it."""
         args, model, device = self.args, self.accelerator.unwrap_model(self.model), self.accelerator.device
-        rows, steps = f"{len(self.train_dataset):,} {self.unit}", f"{self.state.max_steps:,}"
+        rows, steps = f"{len(self.train_dataset) - self.padding:,} {self.unit}", f"{self.state.max_steps:,}"
         batch = batch_text(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps)
         data = f"{data_text(self.stage)}: {rows}"
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 empties its own
@@ -417,9 +417,9 @@ class StageTrainer(TrainerCallback):
     def restore_records(self, folder: Path) -> None:
         """Take over what transformers does not restore: skipped steps, the log, and where optimizer state lies."""
         skipped, older = folder.parent / checkpoint.SKIPPED, f"delete {folder} to use an older checkpoint"
-        self.skipped = (load_record(skipped, Skipped, "delete it to count none as skipped") or {"steps": []})["steps"]
-        written = load_record(folder / "trainer_state.json", TrainerState, older)
-        measured = load_record(folder / checkpoint.MEASURED, ChatMeasured, "delete it to repeat that evaluation")
+        self.skipped = (load_json(skipped, "delete it to count none as skipped", Skipped) or {"steps": []})["steps"]
+        written = load_json(folder / "trainer_state.json", older, TrainerState)
+        measured = load_json(folder / checkpoint.MEASURED, "delete it to repeat that evaluation", ChatMeasured)
         log = measured["log"] if measured else written["log_history"]
         self.earlier_seconds, self.resumed_log = log[-1].get("time", 0.0) if log else 0.0, log
         self.optimizer_shards = list(folder.glob("optimizer-*.pt"))  # none if one rank wrote the whole state
