@@ -28,5 +28,4 @@ def add(folder: Path) -> list[str]:
     """Adds the whole folder as `int8/`; returns a line. Raises InputError as `write`."""
     (folder / "int8").mkdir()
     write(folder, folder / "int8")
-    options = 'subfolder="int8", trust_remote_code=True'
-    return [f'int8:     AutoModelForCausalLM.from_pretrained("{{folder}}", {options})  # pip install torchao']
+    return ['AutoModelForCausalLM.from_pretrained("{folder}", subfolder="int8", trust_remote_code=True)  # torchao']
