@@ -9,6 +9,7 @@ checkpoint folder, and returns such lines, with {folder} in them. `nanochat push
 """
 
 import os
+import shlex
 import shutil
 from importlib import import_module
 from importlib.util import find_spec
@@ -37,7 +38,7 @@ def export(source: str | Path, output: str | Path, engine: str, **options) -> li
         os.replace(part, output)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return [line.format(folder=output) for line in lines]
+    return [line.format(folder=shlex.quote(str(output))) for line in lines]
 
 
 def module_of(engine: str):
@@ -59,13 +60,12 @@ def adder(engine: str):
 def checkpoint_config(source: Path):
     """Its config. Raises InputError if `source` is no checkpoint folder of ours with a tokenizer, or is quantized."""
     from ..loading import load_config  # imported here: vLLM imports this package in each of its processes
+    from ..model.configuration_nanochat import NanoChatConfig
 
-    if not all((source / name).is_file() for name in ("config.json", "configuration_nanochat.py", "tokenizer.json")):
-        raise InputError(
-            f"{source} is no checkpoint folder of nanochat_hf with a tokenizer: name a stage's folder, or convert it "
-            "with nanochat convert"
-        )
-    config = load_config(source)
+    files = all((source / name).is_file() for name in ("config.json", "tokenizer.json"))
+    if not files or not isinstance(config := load_config(source), NanoChatConfig):
+        advice = "name a stage's folder, or convert it with nanochat convert"
+        raise InputError(f"{source} is no checkpoint folder of nanochat_hf with a tokenizer: {advice}")
     if hasattr(config, "quantization_config"):
         raise InputError(f"{source} is quantized: export the unquantized model")
     return config
