@@ -197,13 +197,14 @@ def export(parser: Parser, words: list[str]) -> None:
     inexact = "of --to gguf: write also a model that is sampled or tokenized otherwise there; the card says how"
     parser.add_argument("--allow-inexact", action="store_const", const=True, help=inexact)
     args = parser.parse_args(words)
-    source = chosen_model(args, "the model")
     options = {name: value for name in ("outtype", "allow_inexact") if (value := getattr(args, name)) is not None}
     if options and args.to != "gguf":
         raise InputError("--outtype and --allow-inexact are of --to gguf")
     from .loading import download
 
-    source = download(source)
+    source = download(chosen_model(args, "the model"))
+    if Path(source, "adapter_config.json").is_file():
+        raise InputError(f"{source} is an adapter: merge it first, with PEFT's merge_and_unload, and save the model")
     if args.to in ("native", "nanochat"):
         dispatch("convert", ["--source", source, "--output", args.output, "--to", args.to])
     else:

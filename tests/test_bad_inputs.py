@@ -170,7 +170,7 @@ COMMANDS = [
     ("bench what", "no benchmark 'what'; known: cpu, gpu"),
     ("export --model me/x --to native --output out", "me/x is no folder, and cannot be downloaded from the Hub"),
     ("push --run-dir x --repo you/x --with mlx,mxl", "mxl"),
-    ("export --model {here} --to int8 --output out", "needs torchao: pip install torchao|is no checkpoint folder"),
+    ("export --model {here} --to int8 --output out", "needs the package torchao: pip install torchao|no checkpoint"),
     ("export --model {here} --to ggml --output out", "it must be native, nanochat"),
     ("convert --source {here} --output {here}/out --step 3", "--step chooses among model_NNNNNN.pt files"),
     ("chat --run-dir {here} --stage stf", "it must be base, mid, sft, rl or dpo"),

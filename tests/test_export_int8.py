@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -10,14 +11,16 @@ from test_model_folder import run_without_the_package
 from tiny import GENERATIONS, make_ids, make_model, relative
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.export import export, int8
+from nanochat_hf.export import adder, export
 from nanochat_hf.loading import load_model
 
 
 def test_without_torchao_one_line_says_what_to_install(chat_folder, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(int8, "is_torchao_available", lambda: False)
-    with pytest.raises(InputError, match="pip install torchao"):
-        export(chat_folder, tmp_path / "out", "int8")
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    monkeypatch.delitem(sys.modules, "nanochat_hf.export.int8", raising=False)
+    for refused in (lambda: export(chat_folder, tmp_path / "out", "int8"), lambda: adder("int8")):
+        with pytest.raises(InputError, match="int8 needs the package torchao"):
+            refused()
     assert not list(tmp_path.iterdir())
 
 

@@ -15,6 +15,7 @@ from test_model_folder import run_without_the_package
 from tiny import GENERATIONS, close, greedy, make_ids, make_model
 from transformers import AutoModelForCausalLM
 
+from nanochat_hf import cli
 from nanochat_hf.errors import InputError
 from nanochat_hf.export import export
 
@@ -62,8 +63,16 @@ def test_a_model_that_mlx_cannot_express_is_refused_and_nothing_is_left(chat_fol
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="RoPE of type 'linear'"):
         export(folder, tmp_path / "out", "mlx")
-    with pytest.raises(InputError, match="no checkpoint folder"):
-        export(tmp_path, tmp_path / "out", "mlx")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for engine in ("mlx", "native", "gguf"):
+        with pytest.raises(InputError, match=f"{tmp_path} is an adapter: merge it first"):
+            cli.dispatch("export", ["--model", str(tmp_path), "--output", str(tmp_path / "out"), "--to", engine])
+    (tmp_path / "adapter_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    for place in (tmp_path, folder):
+        with pytest.raises(InputError, match=f"{place} is no checkpoint folder"):
+            export(place, tmp_path / "out", "mlx")
+    shutil.copyfile(chat_folder / "config.json", folder / "config.json")
     weights = (folder / "model.safetensors").read_bytes()
     damaged = [("model.safetensors", weights[:-1], "is damaged"), ("model.safetensors", b"{}", "is damaged")]
     damaged.append(
@@ -75,6 +84,7 @@ def test_a_model_that_mlx_cannot_express_is_refused_and_nothing_is_left(chat_fol
             export(folder, tmp_path / "out", "mlx")
         (folder / "model.safetensors").write_bytes(weights)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert all(f"'{tmp_path}/a b'" in line for line in export(chat_folder, tmp_path / "a b", "mlx"))
 
 
 def mlx_lm_command(name: str, *words) -> list[str]:

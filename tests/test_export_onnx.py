@@ -24,7 +24,7 @@ from tiny import close, make_ids, make_model, uncached_greedy
 from transformers import AutoModelForCausalLM
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.export import add, export
+from nanochat_hf.export import adder, export
 from nanochat_hf.tools import calculate
 
 ort = pytest.importorskip("onnxruntime", reason="exports to ONNX need onnx, onnxscript and onnxruntime")
@@ -146,7 +146,7 @@ def test_files_beside_the_weights_leave_these_alone_and_run_with_the_config_ther
     model, folder = exported
     beside = tmp_path / "model"
     shutil.copytree(folder.parent / "torch", beside)
-    assert "onnx/config.json" in add(beside, "onnx")[0]
+    assert "onnx/config.json" in adder("onnx")(beside)[0]
     ids = make_ids(1, 12)
     loaded = AutoModelForCausalLM.from_pretrained(beside)
     assert type(loaded) is type(model) and torch.equal(loaded(ids).logits, model(ids).logits)

@@ -21,7 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from old_folder import make_old
 from safetensors.torch import load_file, save_file
-from talker import talker, talker_folder  # noqa: F401
+from talker import QUESTIONS, talker, talker_folder  # noqa: F401
+from test_model_folder import run_without_the_package
 
 from nanochat_hf import cli
 from nanochat_hf.data import documents, hub_files, tokenizer
@@ -145,14 +146,16 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, no_check)
 
 
 def test_files_of_other_engines_go_up_beside_the_weights_and_come_back(hub, run, no_check, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="native needs a folder of its own: nanochat export --to native"):
-        push(run, Push("you/small", engines=["native"]))
+    own = "native needs a folder of its own: nanochat export --to native"
+    for engines, message in ((["native"], own), (["mlx", "vllm", "mlx"], "mlx is named twice")):
+        with pytest.raises(InputError, match=message):
+            push(run, Push("you/small", engines=engines))
     assert not (run / "hub").exists()
-    push(run, Push("you/small", engines=["mlx"]))
+    push(run, Push("you/small", engines=["mlx", "vllm"]))
     files = pushed(hub)
     config, card = json.loads(files["config.json"]), files["README.md"].decode()
     assert config["model_file"] in files and "mlx" in yaml.safe_load(card.split("---\n")[1])["tags"]
-    assert "mlx_lm.server --trust-remote-code --model you/small" in card
+    assert "mlx_lm.server --trust-remote-code --model you/small" in card and "vllm serve you/small" in card
     assert "model_file" not in load_json(run / "sft" / "config.json")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     cli.dispatch("export", ["--model", "you/small", "--to", "mlx", "--output", str(tmp_path / "out")])
@@ -163,6 +166,27 @@ def test_files_of_other_engines_go_up_beside_the_weights_and_come_back(hub, run,
     ) as caught:
         cli.dispatch("export", ["--model", "you/none", "--to", "mlx", "--output", str(tmp_path / "no")])
     assert "\n" not in str(caught.value) and not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_int8_weights_go_up_in_a_folder_that_loads_as_the_card_says(hub, run, no_check, tmp_path):
+    """In a process without this package, from the Hub; the calculator answers there, too."""
+    pytest.importorskip("torchao", reason="needs torchao")
+    push(run, Push("you/small", engines=["int8"]))
+    files = pushed(hub)
+    assert len(files["int8/model.safetensors"]) < 0.45 * len(files["model.safetensors"])
+    (line,) = (line for line in files["README.md"].decode().splitlines() if "int8" in line and "from_" in line)
+    question, parts = next(iter(QUESTIONS.items()))
+    code = f"""
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+model = {line}
+assert sum(hasattr(p, "__tensor_flatten__") for p in model.parameters())
+tokenizer = AutoTokenizer.from_pretrained("you/small", trust_remote_code=True)
+chat = pipeline("text-generation", model=model, tokenizer=tokenizer, trust_remote_code=True)
+question = [{{"role": "user", "content": {question!r}}}]
+print(chat(question, max_new_tokens=120, do_sample=False)[0]["generated_text"][-1]["content"])
+"""
+    assert run_without_the_package(code, tmp_path, HF_HUB_OFFLINE="0") == parts[-1][1]
 
 
 def test_an_old_folder_goes_up_with_todays_names_and_template_and_stays_as_it_is(hub, run, no_check, monkeypatch):

@@ -26,7 +26,7 @@ NATIVE_FIELDS = (
     "max_position_embeddings", "rms_norm_eps", "rope_parameters", "final_logit_softcapping", "attention_dropout",
     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
 )  # fmt: skip
-NO_EFFECT = {"use_cache", "dtype", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "architectures"}
+NO_EFFECT = {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "layer_types"}  # the last is derived
 
 
 def load_strictly(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:

@@ -5,10 +5,11 @@ A module of this folder has `write(source, folder, **options)`: it fills the emp
 cannot express; the line names what can. `export` sees to it that the output appears whole or not at all.
 
 Where the engine's files do not disturb others, the module also has `add(folder)`: it puts them beside the weights of a
-checkpoint folder, and returns the same lines. `nanochat push --with mlx,onnx` does so.
+checkpoint folder, and returns such lines, with {folder} in them. `nanochat push --with mlx,onnx` does so.
 """
 
 import os
+import shlex
 import shutil
 from importlib import import_module
 from importlib.util import find_spec
@@ -33,27 +34,24 @@ def export(source: str | Path, output: str | Path, engine: str, **options) -> li
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     try:
-        lines = import_module(f".{engine}", __package__).write(source, part, **options)
+        lines = module_of(engine).write(source, part, **options)
         os.replace(part, output)
-    except ModuleNotFoundError as error:
-        raise InputError(f"--to {engine} needs the package {error.name}: pip install {error.name}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return [line.format(folder=output) for line in lines]
+    return [line.format(folder=shlex.quote(str(output))) for line in lines]
 
 
-def add(folder: Path, engine: str) -> list[str]:
-    """Adds the files of `engine` to a checkpoint folder. Returns: lines that say how to use them, with {folder}.
-
-    Raises InputError as the engine's module does, or if it needs a folder of its own.
-    """
-    return adder(engine)(folder)
+def module_of(engine: str):
+    """Its module of this folder. Raises InputError if a package is missing that it needs."""
+    try:
+        return import_module(f".{engine}", __package__)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{engine} needs the package {error.name}: pip install {error.name}") from None
 
 
 def adder(engine: str):
     """The `add` of an engine's module. Raises InputError if it needs a folder of its own."""
-    name = f"{__package__}.{engine}"
-    module = import_module(name) if find_spec(name) else None
+    module = module_of(engine) if find_spec(f"{__package__}.{engine}") else None
     if not hasattr(module, "add"):
         raise InputError(f"{engine} needs a folder of its own: nanochat export --to {engine}, then hf upload")
     return module.add
@@ -62,13 +60,12 @@ def adder(engine: str):
 def checkpoint_config(source: Path):
     """Its config. Raises InputError if `source` is no checkpoint folder of ours with a tokenizer, or is quantized."""
     from ..loading import load_config  # imported here: vLLM imports this package in each of its processes
+    from ..model.configuration_nanochat import NanoChatConfig
 
-    if not all((source / name).is_file() for name in ("config.json", "configuration_nanochat.py", "tokenizer.json")):
-        raise InputError(
-            f"{source} is no checkpoint folder of nanochat_hf with a tokenizer: name a stage's folder, or convert it "
-            "with nanochat convert"
-        )
-    config = load_config(source)
+    files = all((source / name).is_file() for name in ("config.json", "tokenizer.json"))
+    if not files or not isinstance(config := load_config(source), NanoChatConfig):
+        advice = "name a stage's folder, or convert it with nanochat convert"
+        raise InputError(f"{source} is no checkpoint folder of nanochat_hf with a tokenizer: {advice}")
     if hasattr(config, "quantization_config"):
         raise InputError(f"{source} is quantized: export the unquantized model")
     return config

@@ -7,19 +7,14 @@ the folder as any other, and the model answers its calls.
 from pathlib import Path
 
 import torch
+from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
-from transformers.utils import is_torchao_available
 
-from ..errors import InputError
 from . import copy_checkpoint
 
 
 def write(source: Path, folder: Path) -> list[str]:
-    """Fills `folder`; returns lines with the commands. Raises InputError without torchao, or for no checkpoint."""
-    if not is_torchao_available():
-        raise InputError("--to int8 needs torchao: pip install torchao")
-    from torchao.quantization import Int8WeightOnlyConfig
-
+    """Fills `folder`; returns lines with the commands. Raises InputError for no checkpoint."""
     copy_checkpoint(source, folder)
     config = TorchAoConfig(Int8WeightOnlyConfig())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
@@ -27,3 +22,10 @@ def write(source: Path, folder: Path) -> list[str]:
         path.unlink()
     model.save_pretrained(folder)
     return ["serve: transformers serve {folder} --trust-remote-code"]
+
+
+def add(folder: Path) -> list[str]:
+    """Adds the whole folder as `int8/`; returns a line. Raises InputError as `write`."""
+    (folder / "int8").mkdir()
+    write(folder, folder / "int8")
+    return ['AutoModelForCausalLM.from_pretrained("{folder}", subfolder="int8", trust_remote_code=True)  # torchao']

@@ -24,8 +24,7 @@ def add(folder: Path) -> list[str]:
     """Adds what mlx-lm needs to a checkpoint folder; returns lines. Raises InputError for RoPE that is scaled."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    kind = config["rope_parameters"].get("rope_type", "default")
-    if kind != "default":
+    if (kind := config["rope_parameters"].get("rope_type", "default")) != "default":
         raise InputError(f"there is no RoPE of type {kind!r} for MLX: export a model with rope_type default")
     path.write_text(json.dumps(config | {"model_file": MODEL.name}, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(MODEL, folder / MODEL.name)

@@ -179,8 +179,7 @@ def write(source: Path, folder: Path) -> list[str]:
     Raises InputError for no checkpoint, for RoPE that is scaled, and for more than 2 GB in float32.
     """
     copy_checkpoint(source, folder)
-    kind = load_config(folder).rope_parameters.get("rope_type", "default")
-    if kind != "default":
+    if (kind := load_config(folder).rope_parameters.get("rope_type", "default")) != "default":
         raise InputError(f"there is no RoPE of type {kind!r} for ONNX: export a model with rope_type default")
     model = load_model(str(folder), attn_implementation="eager")
     if (size := 4 * model.num_parameters()) > MAX_BYTES:

@@ -27,3 +27,8 @@ def write(source: Path, folder: Path) -> list[str]:
     """Raises InputError: there is nothing to write."""
     plugin = "pip install --no-deps -e . in vLLM's environment"
     raise InputError(f"vLLM takes the folder itself, by a plugin: {plugin}, then vllm serve {source}")
+
+
+def add(folder: Path) -> list[str]:
+    """Adds nothing; returns a line for the card."""
+    return ["serve:    vllm serve {folder}  # with nanochat_hf in vLLM's environment"]

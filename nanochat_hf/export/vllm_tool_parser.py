@@ -50,10 +50,7 @@ class NanoChatToolParser(ToolParser):
         self, previous_text, current_text, delta_text, previous_token_ids, current_token_ids, delta_token_ids, request
     ) -> DeltaMessage | None:
         before, now = (self.extract_tool_calls(text, request) for text in (previous_text, current_text))
-        calls = [
-            DeltaToolCall(index=index, **call.model_dump())
-            for index, call in enumerate(now.tool_calls)
-            if index >= len(before.tool_calls)
-        ]
+        done = len(before.tool_calls)
+        calls = [DeltaToolCall(index=i, **call.model_dump()) for i, call in enumerate(now.tool_calls[done:], done)]
         text = (now.content or "")[len(before.content or "") :]
         return DeltaMessage(content=text or None, tool_calls=calls) if text or calls else None

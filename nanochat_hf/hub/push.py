@@ -31,14 +31,14 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
 
 from .. import tool_loop
-from ..config import RepoId, check_value
+from ..config import RepoId, check_value, each_once
 from ..convert.native import renew
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.plots import plots
 from ..eval.report import markdown
 from ..eval.weights import REPLACED, refuse_non_finite, replaced
-from ..export import add, adder
+from ..export import adder
 from ..loading import load_config
 from ..model import configuration_nanochat
 from ..model.configuration_nanochat import update_class_names
@@ -68,7 +68,7 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
     stage = run.model(options.stage).name
     options = replace(options, stage=stage)
     check_value(RepoId, repo, "repo")
-    for engine in options.engines:
+    for engine in each_once(options.engines):
         adder(engine)  # refuses before anything is written
     folder = prepare(run, options)
     for note in report_facts(run)["notes"]:
@@ -135,7 +135,7 @@ def prepare(run: Run, options: Push) -> Path:
     for path in code if options.model_code == "folder" else ():
         (folder / path.name).unlink(missing_ok=True)
         link(path, folder / path.name)
-    uses = [line.format(folder=options.repo) for engine in options.engines for line in add(folder, engine)]
+    uses = [line.format(folder=options.repo) for engine in options.engines for line in adder(engine)(folder)]
     (folder / "README.md").write_text(f"{render_model_card(run, options, uses)}\n", encoding="utf-8")
     return folder
 
