@@ -253,6 +253,8 @@ def test_text_held_back_for_a_stop_string_comes_before_the_call_that_follows_it(
         ids = [*tokenizer.encode(text, add_special_tokens=False), *end]
         chunks = [chunk for token in ids for chunk in detokenizer.push([token])] + detokenizer.push([], last=True)
         assert join_chunks(chunks) == [("text", "a b"), ("call", "1+1 bc"), ("text", "c ")] and detokenizer.stopped
+    first = IncrementalDetokenizer(tokenizer, stop=["d", "b"])  # whichever comes first in the text
+    assert first.push(tokenizer.encode("a b c d", add_special_tokens=False), last=True) == ["a "]
 
 
 def test_the_token_table_is_what_the_tokenizer_says(talker):

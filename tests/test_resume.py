@@ -242,6 +242,12 @@ def test_an_interruption_anywhere_changes_nothing(train, tmp_path, monkeypatch, 
     assert len(steps) == steps_after and result(out) == uninterrupted[stage]
 
 
+def test_a_signal_in_the_last_step_loses_nothing(train, tmp_path, monkeypatch):
+    fail(monkeypatch, ChatTrainer, "training_step", SystemExit(), terminate(3))
+    train("sft", tmp_path / "out", validation=[], **RARE)
+    assert load_json(tmp_path / "out" / "metrics.json")["finished"]
+
+
 # --- what changed under a half-done stage ------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat_hf.config import Parser, keys_of, parse_config, settings
+from nanochat_hf.config import Parser, Place, keys_of, parse_config, settings
 from nanochat_hf.errors import InputError, guarded
 from nanochat_hf.run import (
     KEY_ALIASES,
@@ -25,6 +25,7 @@ from nanochat_hf.run import (
 from nanochat_hf.stage_configs import STAGE_CONFIGS, ChatDataset
 
 ROOT = Path(__file__).parent.parent
+PATH = "/".join(["x" * 200] * 3)
 
 
 @settings
@@ -32,7 +33,7 @@ class Config:
     depth: int = 4
     rate: float = 0.1
     fast: bool = False
-    name: str | None = None
+    name: Place | None = None
     parts: list[ChatDataset] = field(default_factory=list)
     seed: int = 3
     on_bad_example: str = "skip"
@@ -51,6 +52,7 @@ def parse(folder: Path, text: str, overrides: dict | None = None) -> Config:
         ("", {}, Config()),
         ("depth: 12\nrate: 2e-5", {"depth": "7", "fast": "true"}, Config(depth=7, rate=2e-5, fast=True)),
         ("parts:\n- {dataset: a, rows: 3}", {}, Config(parts=[{"dataset": "a", "rows": 3}])),
+        (f"name: {PATH}", {}, Config(name=PATH)),  # long as a whole, and each part is a name that a disk may have
         ("parts: [{dataset: a}]", {"parts": "[{dataset: b}]"}, Config(parts=[{"dataset": "b"}])),
         (
             "bad_rows: refuse\nopt_in: true\nlimit: 5",
@@ -73,8 +75,8 @@ def test_flags_become_keys_and_no_alias_is_a_name_of_today():
     for words, keys in (
         (["--depth", "4", "--max-per-task=1"], {"depth": "4", "max_per_task": "1"}),
         (
-            ["--max_per_task", "-1", "--rate", "-1e-3", "--fast"],
-            {"max_per_task": "-1", "rate": "-1e-3", "fast": "true"},
+            ["--max_per_task", "-1", "--rate", "-.5", "--fast"],
+            {"max_per_task": "-1", "rate": "-.5", "fast": "true"},
         ),
         (["--fast", "--limit", "3"], {"fast": "true", "limit": "3"}),
     ):
