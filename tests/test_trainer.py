@@ -1,7 +1,6 @@
 """What the chat stages share: optimizer options by role, steps split among ranks, warm starts, several processes."""
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,16 +157,6 @@ def test_a_second_skipped_step_in_a_row_or_the_last_one_leaves_no_checkpoint(tmp
     with pytest.raises(FloatingPointError, match="Lower the" if ends else "Run again to resume"):
         trainer.check_finite()
     assert saved == [] if ends else [step]
-
-
-def test_evaluations_leave_the_random_state_of_training_as_it_was(tmp_path):
-    trainer = StageTrainer.__new__(StageTrainer)
-    trainer.args, trainer.last_measured_step = SimpleNamespace(output_dir=str(tmp_path), world_size=1), 0
-    trainer.state, trainer.is_measurement_due = SimpleNamespace(global_step=2), lambda: True
-    trainer.measure, trainer.is_world_process_zero = lambda: (torch.rand(1), random.random()), lambda: True
-    before = torch.get_rng_state(), random.getstate()
-    trainer.measure_after_step(False)
-    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
 
 
 def test_a_validation_loss_that_is_not_finite_is_no_result(tiny_folder, tmp_path, monkeypatch):
