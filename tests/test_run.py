@@ -1,6 +1,7 @@
 """Run folders, metrics.json, the way from a YAML and flags to a config, and errors in one line."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from nanochat_hf.errors import InputError, guarded
 from nanochat_hf.run import (
     KEY_ALIASES,
     Run,
+    apply_umask,
     load_json,
     model_fingerprint,
     save_json,
@@ -153,6 +155,16 @@ def test_only_failures_to_write_become_input_errors(tmp_path):
             raise error
     with pytest.raises(RuntimeError, match="shapes"), writing(tmp_path):
         raise RuntimeError("shapes differ")
+
+
+def test_files_below_a_folder_get_the_permissions_of_the_umask(tmp_path):
+    (tmp_path / "file").touch(0o600)
+    before = os.umask(0o027)
+    try:
+        apply_umask(tmp_path)
+        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640 and os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
 
 
 def test_a_models_fingerprint_follows_its_weights_and_its_tokenizer_but_not_its_metrics(tmp_path):
