@@ -13,7 +13,6 @@ from transformers import Trainer
 from nanochat_hf.errors import InputError
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import DEFAULTS, optimizer_groups
-from nanochat_hf.run import load_json
 from nanochat_hf.train.checkpoint import complete_checkpoints, save_optimizer_state
 from nanochat_hf.train.dpo import DPOStageConfig, train_dpo
 from nanochat_hf.train.grpo import RLConfig, train_rl
@@ -56,9 +55,7 @@ def test_warmup_decay_and_muon_momentum_follow_the_schedule(tiny_folder, tmp_pat
     keys = {"num_iterations": 8, "warmup_ratio": 0.2, "warmdown_ratio": 0.5, "final_lr_frac": 0.2}
     train_chat(replace(CONFIG, **keys, device_batch_size=1), str(tiny_folder), tmp_path / "sft")
     # 1.6 steps of warmup are two whole ones
-    factors = pytest.approx([0.5, 1, 1, 1, 1, 0.8, 0.6, 0.4])
-    assert [factor for factor, _ in steps] == factors
-    assert [row["lr_multiplier"] for row in load_json(tmp_path / "sft" / "metrics.json")["history"]] == factors
+    assert [factor for factor, _ in steps] == pytest.approx([0.5, 1, 1, 1, 1, 0.8, 0.6, 0.4])
     start, peak, _ = DEFAULTS[2].momentum
     slope = (peak - start) / DEFAULTS[2].momentum_steps
     for number, (_, values) in enumerate(steps):
