@@ -77,8 +77,8 @@ def test_flags_become_keys_and_no_alias_is_a_name_of_today():
     for words, keys in (
         (["--depth", "4", "--max-per-task=1"], {"depth": "4", "max_per_task": "1"}),
         (
-            ["--max_per_task", "-1", "--rate", "-.5", "--fast"],
-            {"max_per_task": "-1", "rate": "-.5", "fast": "true"},
+            ["--max_per_task", "-1", "--rate", "-.5e-3", "--fast"],
+            {"max_per_task": "-1", "rate": "-.5e-3", "fast": "true"},
         ),
         (["--fast", "--limit", "3"], {"fast": "true", "limit": "3"}),
     ):
