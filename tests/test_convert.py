@@ -28,7 +28,7 @@ from nanochat_hf import cli
 from nanochat_hf.convert import tokenizer as convert_tokenizer
 from nanochat_hf.convert.native import from_native, to_native
 from nanochat_hf.convert.tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, write_tiktoken
-from nanochat_hf.convert.upstream import convert, from_upstream, to_upstream
+from nanochat_hf.convert.upstream import convert, from_upstream, read_upstream, to_upstream
 from nanochat_hf.data import tokenizer as tokenizer_module
 from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, TEMPLATE, wrap
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, configuration_nanochat
@@ -155,7 +155,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason(change, mess
 def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, tokenizer, tmp_path):
     fields = fields | {"vocab_size": len(tokenizer)}
     source = write_checkpoint(tmp_path / "source", fields, prefix="_orig_mod.")
-    write_checkpoint(source, fields, step=5)
+    write_checkpoint(source, fields, step=0)
+    assert [read_upstream(source, step)[2] for step in (0, None)] == [0, 21]
     (tmp_path / "tok").mkdir()
     write_tiktoken(tmp_path / "tok" / "tokenizer.pkl", *ranks_from_backend(tokenizer.backend_tokenizer))
     summary = convert(source, tmp_path / "hf", "hf", tmp_path / "tok", texts=["a text"])
