@@ -316,7 +316,7 @@ def test_a_half_done_base_refuses_another_tokenizer_shape_or_seed_and_notes_anot
     train_bpe(iter(["other words " * 50]), vocab_size=300).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match=OTHER + "tokenizer:"):
         resume(source=tmp_path / "other")
-    for changes in ({"depth": 3}, {"seed": 1}, {"total_batch_size": 1024}):
+    for changes in ({"depth": 3}, {"seed": 1}, {"total_batch_size": 1024}, {"window_pattern": "L"}):
         with pytest.raises(InputError, match=rf"{OTHER}{next(iter(changes))}: .* -> "):
             resume(**changes)
     resume(matrix_lr=0.3)
