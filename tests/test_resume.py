@@ -283,7 +283,7 @@ REFUSED = {  # what differs -> (change of the world, changes of the config, the 
     "conversations": (lambda files, *_: write_chats(files / "chats.jsonl", "gamma"), {}, OTHER + "data:"),
     "validation": (lambda files, *_: write_chats(files / "val.jsonl", "gamma", 8), {}, OTHER + "validation data:"),
     "model": (lambda files, state, model: change_weights(model), {}, OTHER + "model:"),
-    "a learning rate": (None, {"matrix_lr": 0.001}, OTHER + "matrix_lr: None -> 0.001"),
+    "a rate and the seed": (None, {"matrix_lr": 0.001, "seed": 1}, OTHER + "matrix_lr: None -> 0.001, seed: 0 -> 1"),
     "sequences per step": (None, {"device_batch_size": 2}, OTHER + "sequences per step: 4 -> 2"),
     "settings cut": (lambda _, state, model: (state / "config.json").write_bytes(b"{"), {}, "is not valid JSON"),
     "settings gone": (lambda _, state, model: (state / "config.json").unlink(), {}, r"config\.json is missing"),
