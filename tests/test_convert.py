@@ -106,7 +106,7 @@ def test_parameters_land_where_they_belong():
 def test_october_becomes_native_without_remote_code_or_padding_rows_and_returns(tmp_path):
     padded = NanoChatConfig.first_generation(
         vocab_size=128, num_tokens=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=24,
-        final_logit_softcapping=30,
+        final_logit_softcapping=30, bos_token_id=1, eos_token_id=2, pad_token_id=1,
     )  # fmt: skip
     for model in (from_upstream(upstream_state(OCTOBER), {"model_config": OCTOBER}), NanoChatForCausalLM(padded)):
         to_native(model).save_pretrained(tmp_path)
@@ -116,6 +116,7 @@ def test_october_becomes_native_without_remote_code_or_padding_rows_and_returns(
         assert type(loaded) is NativeModel and loaded.config.vocab_size == 100
         for copied in (loaded, from_native(loaded)):
             close(logits(copied, ids), logits(model, ids), atol=1e-5)
+    assert loaded.generation_config.pad_token_id == 2  # its `generate` masks padding, and a prompt's bos with it
 
 
 def test_what_a_format_cannot_express_is_named():
