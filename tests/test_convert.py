@@ -28,7 +28,7 @@ from nanochat_hf import cli
 from nanochat_hf.convert import tokenizer as convert_tokenizer
 from nanochat_hf.convert.native import from_native, to_native
 from nanochat_hf.convert.tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, write_tiktoken
-from nanochat_hf.convert.upstream import convert, from_upstream, to_upstream
+from nanochat_hf.convert.upstream import convert, from_upstream, read_upstream, to_upstream
 from nanochat_hf.data import tokenizer as tokenizer_module
 from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, TEMPLATE, wrap
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, configuration_nanochat
@@ -106,7 +106,7 @@ def test_parameters_land_where_they_belong():
 def test_october_becomes_native_without_remote_code_or_padding_rows_and_returns(tmp_path):
     padded = NanoChatConfig.first_generation(
         vocab_size=128, num_tokens=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=24,
-        final_logit_softcapping=30,
+        final_logit_softcapping=30, bos_token_id=1, eos_token_id=2, pad_token_id=1,
     )  # fmt: skip
     for model in (from_upstream(upstream_state(OCTOBER), {"model_config": OCTOBER}), NanoChatForCausalLM(padded)):
         to_native(model).save_pretrained(tmp_path)
@@ -116,6 +116,7 @@ def test_october_becomes_native_without_remote_code_or_padding_rows_and_returns(
         assert type(loaded) is NativeModel and loaded.config.vocab_size == 100
         for copied in (loaded, from_native(loaded)):
             close(logits(copied, ids), logits(model, ids), atol=1e-5)
+    assert loaded.generation_config.pad_token_id == 2  # its `generate` masks padding, and a prompt's bos with it
 
 
 def test_what_a_format_cannot_express_is_named():
@@ -155,7 +156,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason(change, mess
 def test_a_folder_converts_to_one_that_loads_and_back_to_the_same_files(fields, tokenizer, tmp_path):
     fields = fields | {"vocab_size": len(tokenizer)}
     source = write_checkpoint(tmp_path / "source", fields, prefix="_orig_mod.")
-    write_checkpoint(source, fields, step=5)
+    write_checkpoint(source, fields, step=0)
+    assert [read_upstream(source, step)[2] for step in (0, None)] == [0, 21]
     (tmp_path / "tok").mkdir()
     write_tiktoken(tmp_path / "tok" / "tokenizer.pkl", *ranks_from_backend(tokenizer.backend_tokenizer))
     summary = convert(source, tmp_path / "hf", "hf", tmp_path / "tok", texts=["a text"])

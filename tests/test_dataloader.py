@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat_hf.data.dataloader import BestFitPacker, PackedLoader
+from nanochat_hf.data.dataloader import BestFitPacker, PackedLoader, token_chunks
 from nanochat_hf.data.documents import DocumentStream, open_documents
 from nanochat_hf.errors import InputError
 
@@ -94,6 +94,12 @@ def test_a_packer_rebuilt_from_its_waiting_documents_packs_the_same_rows(first, 
     two.add(one.waiting())
     one.chunks = iter(rest)
     assert rows_of(one) == rows_of(two)
+
+
+@pytest.mark.parametrize("size, max_chars, number", [(3, 100, 3), (8, 5, 3), (8, 4, 2), (1, 1, 1)])
+def test_documents_are_tokenized_together_up_to_a_number_or_a_length(tokenizer, size, max_chars, number):
+    chunks = token_chunks(["ab"] * 7, tokenizer, size, max_chars)
+    assert [len(chunk) for chunk in islice(chunks, 5)] == [number] * 5
 
 
 def test_only_the_last_document_of_a_row_is_cut():

@@ -135,16 +135,17 @@ def test_a_state_holds_for_one_seed_one_mixture_and_a_rank_that_exists(folder, t
         DocumentStream(folder, rank=3, world_size=3)
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize("change", ["nothing", "training text", "validation text", "order", "one more file"])
-def test_a_state_holds_for_the_same_text_only_wherever_it_lies(tmp_path, change):
+def test_a_state_holds_for_the_same_text_only_wherever_it_lies(tmp_path, change, split):
     names = ("train-0", "train-1", "validation-0")
     for name in names:
         write(tmp_path / "a" / f"{name}.jsonl", [f"{name} {i}" for i in range(9)])
-    saved = DocumentStream(tmp_path / "a").state_dict()
+    saved = DocumentStream(tmp_path / "a", split).state_dict()
     first, second, validation = (tmp_path / "b" / f"{name}.jsonl" for name in names)
     (tmp_path / "a").rename(tmp_path / "b")
     if change == "nothing":
-        return DocumentStream(tmp_path / "b").load_state_dict(saved)
+        return DocumentStream(tmp_path / "b", split).load_state_dict(saved)
     if change == "one more file":
         write(first.with_name("train-2.jsonl"), ["new"])
     elif change == "order":
@@ -155,7 +156,7 @@ def test_a_state_holds_for_the_same_text_only_wherever_it_lies(tmp_path, change)
         path = second if change == "training text" else validation
         path.write_text(path.read_text().replace(" 5", " 6"))  # of the same size
     with pytest.raises(InputError, match="changed since this run began"):
-        DocumentStream(tmp_path / "b").load_state_dict(saved)
+        DocumentStream(tmp_path / "b", split).load_state_dict(saved)
 
 
 def test_the_primer_is_a_dataset_whose_states_stay_valid():

@@ -1,13 +1,14 @@
 """The engine: streaming text, tools in the middle of completions, many requests over few slots, stopping early."""
 
 import threading
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
 import torch
 from talker import QUESTIONS
 
-from nanochat_hf.data.tokenizer import byte_alphabet
+from nanochat_hf.data.tokenizer import byte_alphabet, train_bpe
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve.chunks import join_chunks
 from nanochat_hf.serve.engine import MAX_CHUNK, Engine, IncrementalDetokenizer, Request, token_table
@@ -229,6 +230,9 @@ def test_a_text_far_too_long_is_refused_before_it_is_encoded(engine):
     assert engine.max_chars == engine.length * longest
     with pytest.raises(InputError, match=f"has {engine.max_chars + 1} characters.* of 256 tokens"):
         engine.encode_text("x" * (engine.max_chars + 1))
+    word = " " + "\u1f82" * 8  # NFC makes one letter of four characters
+    composing = Engine(engine.model, train_bpe([word] * 99, 300, normalization="nfc"), length=16)
+    assert len(composing.encode_text(unicodedata.normalize("NFD", word) * 15)) == 15
     history = [{"role": "user", "content": "x" * 10**6}, {"role": "assistant", "content": "?"}, *user("Hello")]
     assert engine.encode_last(history, 60) == (engine.encode(user("Hello")), 2)
 
@@ -253,6 +257,8 @@ def test_text_held_back_for_a_stop_string_comes_before_the_call_that_follows_it(
         ids = [*tokenizer.encode(text, add_special_tokens=False), *end]
         chunks = [chunk for token in ids for chunk in detokenizer.push([token])] + detokenizer.push([], last=True)
         assert join_chunks(chunks) == [("text", "a b"), ("call", "1+1 bc"), ("text", "c ")] and detokenizer.stopped
+    first = IncrementalDetokenizer(tokenizer, stop=["d", "b"])  # whichever comes first in the text
+    assert first.push(tokenizer.encode("a b c d", add_special_tokens=False), last=True) == ["a "]
 
 
 def test_the_token_table_is_what_the_tokenizer_says(talker):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from test_model_folder import run_without_the_package
 from tiny import GENERATIONS, make_ids, make_model, relative
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.export import adder, export
+from nanochat_hf.export import adder, copy_checkpoint, export, int8
 from nanochat_hf.loading import load_model
 
 
@@ -22,6 +23,16 @@ def test_without_torchao_one_line_says_what_to_install(chat_folder, tmp_path, mo
         with pytest.raises(InputError, match="int8 needs the package torchao"):
             refused()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_copied_checkpoint_has_no_records_of_its_training(chat_folder, tmp_path):  # noqa: F811
+    source = shutil.copytree(chat_folder, tmp_path / "source")
+    for name in ("metrics.json", "optimizer.pt", "samples.jsonl"):
+        (source / name).write_text("{}")
+    (tmp_path / "copy").mkdir()
+    copy_checkpoint(source, tmp_path / "copy")
+    copied = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert "model.safetensors" in copied and copied.isdisjoint({"metrics.json", "optimizer.pt", "samples.jsonl"})
 
 
 @pytest.mark.slow

@@ -111,6 +111,16 @@ def step(session, ids, mask, cache=None):
     return torch.from_numpy(logits), dict(zip(renamed, after))
 
 
+def test_masks_show_the_window_and_no_padding():
+    from nanochat_hf.export.onnx import Step
+
+    tokens = torch.tensor([[0, *[1] * 8]])  # one of padding
+    masks = Step(make_model(sliding_window=5)).masks(tokens, 3, 6, torch.float32)
+    seen = {kind: [row.nonzero()[:, 0].tolist() for row in mask[0, 0] == 0] for kind, mask in masks.items()}
+    assert seen["full_attention"] == [list(range(1, query + 1)) for query in (6, 7, 8)]
+    assert seen["sliding_attention"] == [list(range(query - 4, query + 1)) for query in (6, 7, 8)]
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_logits_equal_torch_whole_in_pieces_and_padded(exported):

@@ -1,10 +1,13 @@
 """One loader for training, evaluation and serving: whatever is wrong with a model folder is the same single line."""
 
 import json
+import os
 import pickle
 import sys
 from functools import partial
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +158,21 @@ def test_a_chat_template_of_others_has_limits_on_every_message(tiny_folder, monk
         tokenizer = pickle.loads(pickle.dumps(limited(tiny_folder, ON_HI.format(template))))
         assert tokenizer.apply_chat_template(chat("Hello"), tokenize=False) == "<|bos|>Hello"
         encode(tokenizer, [chat("Hello"), chat("Hi")], True)
+
+
+def test_a_forked_process_renders_in_a_process_of_its_own(monkeypatch):
+    renderer, started = chat_renderer.Renderer(), []
+
+    def start():
+        started.append(os.getpid())
+        streams = {"stdin": BytesIO(), "stdout": BytesIO(b'{"texts": ["a"]}\n' * 2)}
+        renderer.process, renderer.owner = SimpleNamespace(**streams, kill=lambda: None), os.getpid()
+
+    monkeypatch.setattr(renderer, "start", start)
+    for process in (1, 1, 2):
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
+        assert renderer.render(conversations=[]) == ["a"]
+    assert started == [1, 2]
 
 
 @pytest.mark.slow

@@ -106,6 +106,7 @@ def test_the_table_shows_rows_and_tokens(tmp_path):
         mixture.entries[row["entry"]].num_tokens += 20
     assert re.search(r"jsonl +60 +1,200 +1\n  primer +7 +140 +0\n  total +67 +1,340 +1\n", mixture.table())
     assert re.search(r"chat\.jsonl: row 60: .+$", mixture.table())  # why a row is bad
+    assert len(list(mixture)) == 67 and [entry["tokens"] for entry in mixture.summary()] == [0, 0]  # counted anew
 
 
 @real_data
@@ -153,11 +154,11 @@ def test_a_yaml_of_facts_is_a_data_set(tmp_path):
 
 
 def test_words_are_split_and_come_from_files_or_from_text(tmp_path):
-    words = [f"{a}{b}cd" for a in "abcdefghij" for b in "abcdefghij"]
+    words = [f"{a}{b}{c}d" for a in "abcdefghij" for b in "abcdefghij" for c in "abcdefghij"]
     path = write(tmp_path / "words.txt", [*words, "No", "x1", "ab"])
     entry = {"dataset": path, "transform": "simple_spelling"}
     train, test = ({r["messages"][0]["content"] for r in Mixture([entry | {"split": s}])} for s in ("train", "test"))
-    assert len(train | test) == 100 and not train & test and 1 <= len(test) <= 15
+    assert len(train | test) == 1000 and not train & test and 35 <= len(test) <= 65  # one in twenty
     assert first_texts(entry | {"split": "validation"}) == sorted(test)
     text = write(tmp_path / "text.jsonl", [{"text": "once"}] + [{"text": "the owl and the duck and the owl"}] * 40)
     words = {r["messages"][1]["content"] for r in Mixture([{"dataset": text, "transform": "simple_spelling"}])}

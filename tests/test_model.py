@@ -70,7 +70,7 @@ def test_a_wrong_field_is_named(fields, message):
         NanoChatConfig(**fields)
 
 
-@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "window_pattern", "rope_parameters", "smear"])
+@pytest.mark.parametrize("name", ["hidden_size", "qk_scale", "window_pattern", "rope_parameters", "smear"])
 def test_a_config_file_that_lacks_a_field_is_refused(name, tmp_path):
     NanoChatConfig().save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
@@ -238,6 +238,7 @@ def test_optional_inputs_and_outputs():
     assert out.attentions[0].shape == (2, 4, 9, 9)
     assert out.attentions[0][0, 0, 8, :4].sum() == 0 and out.attentions[3][0, 0, 8, :4].sum() > 0  # window of 5
     assert isinstance(model(ids, return_dict=False), tuple)
+    assert model(ids).past_key_values is not None and model.train()(ids).past_key_values is None
 
 
 FOREIGN, TOO_LONG = "not one of this model: create it as DynamicCache", "641 positions are too many, .* counts to 640"

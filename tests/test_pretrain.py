@@ -161,8 +161,12 @@ def test_the_result_is_a_model_folder_with_its_metrics(straight, world):
     assert tokenizer.decode(new) == sample["text"]
 
 
-def test_each_step_is_enqueued_before_the_one_before_is_finalized_and_none_beyond_the_last(world, tmp_path, trace):
-    run(world, tmp_path, num_iterations=8, eval_every=5)
+def test_each_step_is_enqueued_before_the_one_before_is_finalized_and_none_beyond_the_last(
+    world, tmp_path, trace, monkeypatch
+):
+    monkeypatch.setattr(module, "HISTORY", 2)  # points of the curve, besides the first and evaluations
+    metrics = run(world, tmp_path, num_iterations=8, eval_every=5)
+    assert [point["step"] for point in metrics["history"]] == [1, 4, 5, 8]
     expected = []
     for first, last in ((0, 4), (5, 7)):  # the evaluation after five steps needs their weights, and has its own time
         expected += ["start", ("enqueue", first)]

@@ -242,6 +242,12 @@ def test_an_interruption_anywhere_changes_nothing(train, tmp_path, monkeypatch, 
     assert len(steps) == steps_after and result(out) == uninterrupted[stage]
 
 
+def test_a_signal_in_the_last_step_loses_nothing(train, tmp_path, monkeypatch):
+    fail(monkeypatch, ChatTrainer, "training_step", SystemExit(), terminate(3))
+    train("sft", tmp_path / "out", validation=[], **RARE)
+    assert load_json(tmp_path / "out" / "metrics.json")["finished"]
+
+
 # --- what changed under a half-done stage ------------------------------------------------------------------------
 
 
@@ -277,7 +283,7 @@ REFUSED = {  # what differs -> (change of the world, changes of the config, the 
     "conversations": (lambda files, *_: write_chats(files / "chats.jsonl", "gamma"), {}, OTHER + "data:"),
     "validation": (lambda files, *_: write_chats(files / "val.jsonl", "gamma", 8), {}, OTHER + "validation data:"),
     "model": (lambda files, state, model: change_weights(model), {}, OTHER + "model:"),
-    "a learning rate": (None, {"matrix_lr": 0.001}, OTHER + "matrix_lr: None -> 0.001"),
+    "a rate and the seed": (None, {"matrix_lr": 0.001, "seed": 1}, OTHER + "matrix_lr: None -> 0.001, seed: 0 -> 1"),
     "sequences per step": (None, {"device_batch_size": 2}, OTHER + "sequences per step: 4 -> 2"),
     "settings cut": (lambda _, state, model: (state / "config.json").write_bytes(b"{"), {}, "is not valid JSON"),
     "settings gone": (lambda _, state, model: (state / "config.json").unlink(), {}, r"config\.json is missing"),
@@ -310,7 +316,7 @@ def test_a_half_done_base_refuses_another_tokenizer_shape_or_seed_and_notes_anot
     train_bpe(iter(["other words " * 50]), vocab_size=300).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match=OTHER + "tokenizer:"):
         resume(source=tmp_path / "other")
-    for changes in ({"depth": 3}, {"seed": 1}, {"total_batch_size": 1024}):
+    for changes in ({"depth": 3}, {"seed": 1}, {"total_batch_size": 1024}, {"window_pattern": "L"}):
         with pytest.raises(InputError, match=rf"{OTHER}{next(iter(changes))}: .* -> "):
             resume(**changes)
     resume(matrix_lr=0.3)

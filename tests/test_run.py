@@ -1,6 +1,7 @@
 """Run folders, metrics.json, the way from a YAML and flags to a config, and errors in one line."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat_hf.config import Parser, keys_of, parse_config, settings
+from nanochat_hf.config import Parser, Place, keys_of, parse_config, settings
 from nanochat_hf.errors import InputError, guarded
 from nanochat_hf.run import (
     KEY_ALIASES,
     Run,
+    apply_umask,
     load_json,
     model_fingerprint,
     save_json,
@@ -25,6 +27,7 @@ from nanochat_hf.run import (
 from nanochat_hf.stage_configs import STAGE_CONFIGS, ChatDataset
 
 ROOT = Path(__file__).parent.parent
+PATH = "/".join(["x" * 200] * 3)
 
 
 @settings
@@ -32,7 +35,7 @@ class Config:
     depth: int = 4
     rate: float = 0.1
     fast: bool = False
-    name: str | None = None
+    name: Place | None = None
     parts: list[ChatDataset] = field(default_factory=list)
     seed: int = 3
     on_bad_example: str = "skip"
@@ -51,6 +54,7 @@ def parse(folder: Path, text: str, overrides: dict | None = None) -> Config:
         ("", {}, Config()),
         ("depth: 12\nrate: 2e-5", {"depth": "7", "fast": "true"}, Config(depth=7, rate=2e-5, fast=True)),
         ("parts:\n- {dataset: a, rows: 3}", {}, Config(parts=[{"dataset": "a", "rows": 3}])),
+        (f"name: {PATH}", {}, Config(name=PATH)),  # long as a whole, and each part is a name that a disk may have
         ("parts: [{dataset: a}]", {"parts": "[{dataset: b}]"}, Config(parts=[{"dataset": "b"}])),
         (
             "bad_rows: refuse\nopt_in: true\nlimit: 5",
@@ -73,8 +77,8 @@ def test_flags_become_keys_and_no_alias_is_a_name_of_today():
     for words, keys in (
         (["--depth", "4", "--max-per-task=1"], {"depth": "4", "max_per_task": "1"}),
         (
-            ["--max_per_task", "-1", "--rate", "-1e-3", "--fast"],
-            {"max_per_task": "-1", "rate": "-1e-3", "fast": "true"},
+            ["--max_per_task", "-1", "--rate", "-.5e-3", "--fast"],
+            {"max_per_task": "-1", "rate": "-.5e-3", "fast": "true"},
         ),
         (["--fast", "--limit", "3"], {"fast": "true", "limit": "3"}),
     ):
@@ -152,6 +156,16 @@ def test_only_failures_to_write_become_input_errors(tmp_path):
             raise error
     with pytest.raises(RuntimeError, match="shapes"), writing(tmp_path):
         raise RuntimeError("shapes differ")
+
+
+def test_files_below_a_folder_get_the_permissions_of_the_umask(tmp_path):
+    (tmp_path / "file").touch(0o600)
+    before = os.umask(0o027)
+    try:
+        apply_umask(tmp_path)
+        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640 and os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
 
 
 def test_a_models_fingerprint_follows_its_weights_and_its_tokenizer_but_not_its_metrics(tmp_path):

@@ -144,6 +144,7 @@ def test_momentum_warms_up_for_400_steps_and_ends_lower_and_weight_decay_follows
 def test_the_first_generation_is_constant_then_linear_to_zero():
     shape = Schedule(100, warmdown_ratio=0.2, momentum=(0.85, 0.95, 0.95), momentum_steps=300)
     assert [shape.lr(step) for step in (0, 79, 80, 90, 99, 100)] == pytest.approx([1, 1, 1, 0.5, 0.05, 0])
+    assert Schedule(11, warmdown_ratio=0.7).warmdown_steps == 8  # 7.7, rounded as upstream
     flat = Schedule(10)  # no decay, and no division by zero
     assert (flat.lr(10), flat.weight_decay(10), flat.muon_momentum(10)) == (1.0, 0.0, pytest.approx(0.853))
 

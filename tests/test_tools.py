@@ -81,6 +81,12 @@ def test_everything_else_is_refused_with_one_line_and_no_warning_of_the_parser(e
     assert not caught
 
 
+@pytest.mark.parametrize(("expression", "size"), [("1e999", "large"), ("1e-999", "small"), ("9e99*9e99", "large")])
+def test_a_number_out_of_range_is_called_what_it_is(expression, size):
+    with pytest.raises(ValueError, match=f"^number too {size}$"):
+        calculate(expression)
+
+
 def test_the_worst_accepted_expressions_give_short_results():
     small = "1/9e99" + "/9e99" * 38  # denominators of thousands of digits
     for expression in ("9*" * 99 + "1", "+".join("9" * 99), "-" * 90 + "1", "(" * 60 + "1" + ")" * 60, small):

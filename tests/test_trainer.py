@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nanochat_hf.optim.scaling import DEFAULTS, optimizer_groups
 from nanochat_hf.train.checkpoint import complete_checkpoints, save_optimizer_state
 from nanochat_hf.train.dpo import DPOStageConfig, train_dpo
 from nanochat_hf.train.grpo import RLConfig, train_rl
+from nanochat_hf.train.model_setup import lora
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
 from nanochat_hf.train.trainer import StageConfig, StageTrainer, tool_result_mask, trainer_arguments
 
@@ -69,6 +71,8 @@ def test_keys_of_the_yaml_reach_the_library(tmp_path, monkeypatch):
     expected = {"max_steps": 11, "num_train_epochs": 3, "per_device_train_batch_size": 2, "max_grad_norm": 0.7}
     expected |= {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 7, "report_to": "wandb", "seed": 9}
     assert expected.items() <= arguments.items()
+    adapters = lora(StageConfig(lora_r=4, lora_alpha=8))
+    assert (adapters.r, adapters.lora_alpha) == (4, 8) and lora(StageConfig()) is None
     arguments = trainer_arguments(StageConfig(), tmp_path)
     assert arguments["eval_strategy"] == "no" and arguments["save_steps"] > 1e6 and arguments["max_grad_norm"] == 0
 
@@ -138,6 +142,18 @@ def test_a_step_that_is_not_finite_stops_the_stage_and_a_rerun_skips_it(tiny_fol
     train_chat(config, str(tiny_folder), out)  # with the data after it
     metrics = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert metrics["finished"] and metrics["skipped_steps"] == [3]
+
+
+@pytest.mark.parametrize("step, skipped, ends", [(3, [], False), (3, [1], False), (3, [2], True), (8, [], True)])
+def test_a_second_skipped_step_in_a_row_or_the_last_one_leaves_no_checkpoint(tmp_path, step, skipped, ends):
+    trainer, saved = StageTrainer.__new__(StageTrainer), []
+    trainer.args, trainer.state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(max_steps=8)
+    trainer.pending_checks, trainer.skipped = [(step, lambda: [0.0])], list(skipped)
+    trainer.optimizer = SimpleNamespace(optimizer=SimpleNamespace(rollback_step_count=lambda: None))
+    trainer.is_world_process_zero, trainer._save_checkpoint = lambda: True, lambda: saved.append(step)
+    with pytest.raises(FloatingPointError, match="Lower the" if ends else "Run again to resume"):
+        trainer.check_finite()
+    assert saved == [] if ends else [step]
 
 
 def test_a_validation_loss_that_is_not_finite_is_no_result(tiny_folder, tmp_path, monkeypatch):

@@ -65,13 +65,15 @@ def test_an_answer_that_is_no_choice_is_a_bad_row(answer):
 
 
 def test_gsm8k_turns_each_calculation_into_a_tool_call():
-    row = {"question": "How much?", "answer": "She earns 12/60 = $<<12/60=0.2>>0.2.\nSo $<<0.2*50=10>>10.\n#### 10"}
-    prompt, first, result, second, _, last = transforms.gsm8k(row, RNG)
+    row = {"question": "How much?", "answer": "She earns 12/60 = $<<12/60=0.2>>0.2.\nSo $<<.2*50=5*2=10>>10.\n#### 10"}
+    prompt, first, result, second, product, last = transforms.gsm8k(row, RNG)
     assert prompt["content"] == "How much?"
     assert first["content"] == "She earns 12/60 = $"
     assert first["tool_calls"][0]["function"] == {"name": "python", "arguments": {"expression": "12/60"}}
     assert result == {"role": "tool", "name": "python", "content": "0.2"}
     assert second["content"] == "0.2.\nSo $"
+    assert second["tool_calls"][0]["function"]["arguments"] == {"expression": ".2*50=5*2"}  # as upstream cuts it
+    assert product["content"] == "10"
     assert last == {"role": "assistant", "content": "10.\n#### 10"}
 
 
