@@ -44,6 +44,9 @@ from .stage_configs import RECIPES, find_recipe
 
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
+Branch = Annotated[str, StringConstraints(pattern=r"^(?!.*(\.\.|//|@\{|\.lock$|[/.]$))[\w][\w./@+-]*$")]
+LowerId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+LanguageCode = Annotated[str, StringConstraints(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]+)*$")]
 ENGINES = {  # nanochat export --to: what is written
     "native": "transformers' own nanochat, generation 1",
     "nanochat": "files of karpathy/nanochat",
@@ -146,12 +149,12 @@ def push(words: list[str]) -> None:
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--space", action="store_true", help="also make a Gradio Space that talks to the model")
     parser.add_argument("--dry-run", action="store_true", help="prepare everything, send nothing")
-    parser.option("--revision", Place, help="push to this branch")
+    parser.option("--revision", Branch, help="push to this branch")
     parser.add_argument("--force", action="store_true", help="replace other contents of the repo")
     what = "where the model's code comes from, if the folder's is not this version's"
     parser.option("--model-code", Literal["package", "folder"], help=what)
-    parser.option("--license", Place, default="mit")
-    parser.option("--language", list[Place], default=["en"], help="comma-separated ISO codes")
+    parser.option("--license", LowerId, default="mit", help="as the Hub writes it (default: %(default)s)")
+    parser.option("--language", list[LanguageCode], default=["en"], help="comma-separated ISO codes")
     parser.option("--base-model", RepoId, help="Hub id of the model that this one continues")
     engines = "comma-separated engines of nanochat export, for example mlx: their files go beside the weights"
     parser.option("--with", list[Literal[tuple(ENGINES)]], default=[], dest="engines", help=engines)

@@ -463,6 +463,8 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
         if not (equals and dot):
             raise InputError(f"expected STAGE.KEY=VALUE, for example base.depth=6, got {word!r}")
         check(stage, present)
+        if key in values[stage]:
+            raise InputError(f"{stage}.{key} is given twice")
         values[stage][key] = value
     for stage in stages or []:
         check(stage, [*present, "report"])

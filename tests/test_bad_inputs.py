@@ -57,6 +57,7 @@ KEYS = {
         "unknown key 1 ": ["1: 2"],
         "known: embedding_lr, .* [.][.][.]$": ["qqq: 1"],
         "occurs twice": ["depth: 3\ndepth: 4"],
+        "max_loss_spike is named twice": ["max_spike: 1\nmax_loss_spike: 2"],
     },
     "tokenizer": {
         "a whole number from 265": ["vocab_size: 100"],
@@ -209,6 +210,22 @@ COMMANDS = [
     ("plan d24 --gpu V100", "--gpu: no data sheet of 'V100'; did you mean 'H100'"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --model x", "give that, too"),
     ("recipes --copy d24", "expected 2 arguments"),
+    ("run cpu-demo base.depth=12 base.depth=16 --dry-run", "base.depth is given twice"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --depth 4 --depth=5", "--depth is given twice"),
+    (f"sft {CONFIG}sft.yaml --run-dir {{run}} --lora-rank 4 --lora-r 8", "lora_r is named twice"),
+    pytest.param(
+        f"eval {CONFIG}eval.yaml --run-dir {{run}} --tasks [nope] --dry-run",
+        "unknown task 'nope'",
+        marks=pytest.mark.slow,
+    ),  # reads all of lm-eval's
+    (
+        "speedrun --recipe cpu-demo --run-dir {run} --stages tokenizer,sft",
+        "'sft' starts from a finished earlier stage",
+    ),
+    ("speedrun --recipe cpu-demo --run-dir {run} --stages base", "has no finished tokenizer"),
+    ("push --run-dir {here} --repo a/b --license M,IT --dry-run", "--license: 'M,IT': it must be text that matches"),
+    ("push --run-dir {here} --repo a/b --language english --dry-run", r"--language: \[0\] is 'english'"),
+    ("push --run-dir {here} --repo a/b --revision a..b --dry-run", "--revision: 'a..b'"),
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
 ]
 
