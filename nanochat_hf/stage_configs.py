@@ -366,7 +366,9 @@ class DPOStageConfig(StageConfig):
 class EvalConfig:
     """Keys of eval.yaml."""
 
-    tasks: list[Annotated[str, AfterValidator(known_task)]] = field(default_factory=lambda: ["nanochat_demo"])
+    tasks: Annotated[list[Annotated[str, AfterValidator(known_task)]], AfterValidator(each_once)] = field(
+        default_factory=lambda: ["nanochat_demo"]
+    )
     """Tasks or groups for the chat stages: ours (evals/tasks) or any of lm-eval's."""
     chat_stages: Stages = field(default_factory=lambda: ["mid", "sft", "rl", "dpo"])
     """Stages that answer `tasks`; those that a run does not have are left out."""

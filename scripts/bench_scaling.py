@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -272,6 +273,8 @@ def main() -> None:
         options.micro_batch_size, options.precisions, options.baseline = 2, "fp32", None
         options.total_batch_size, options.gpus = 2 * 64 * 4, "1,2"
     available = 2 if options.cpu else torch.cuda.device_count()
+    if not re.fullmatch(r"\d+(,\d+)*", options.gpus):
+        fail(f"--gpus: {options.gpus!r}: it must be numbers, as 1,2,4")
     if not (counts := [n for n in map(int, options.gpus.split(",")) if n <= available]):
         fail(f"{available} GPUs here; --gpus {options.gpus} needs more (--cpu tries the script without one)")
     (find_depths if options.depths else measure_speeds)(options, counts)

@@ -95,6 +95,7 @@ KEYS = {
         "words is null: SpellingBee": ["tasks: [nanochat_chatcore]\ndataset: [{dataset: primer}]"],
         r"chat_stages\[1\] is 'stf': it must be base, mid, sft, rl or dpo": ["chat_stages: [mid, stf]"],
         "sft is named twice": ["chat_stages: [sft, sft]"],
+        "nanochat_demo is named twice": ["tasks: [nanochat_demo, nanochat_demo]"],
         "it needs a temperature": ["num_samples: 2"],
         "auto, float32 or bfloat16": ["dtype: float12"],
         COUNT: ["max_per_task: 0", "limit: 0", "batch_tokens: 0"],
@@ -223,9 +224,10 @@ COMMANDS = [
         "'sft' starts from a finished earlier stage",
     ),
     ("speedrun --recipe cpu-demo --run-dir {run} --stages base", "has no finished tokenizer"),
-    ("push --run-dir {here} --repo a/b --license M,IT --dry-run", "--license: 'M,IT': it must be text that matches"),
-    ("push --run-dir {here} --repo a/b --language english --dry-run", r"--language: \[0\] is 'english'"),
-    ("push --run-dir {here} --repo a/b --revision a..b --dry-run", "--revision: 'a..b'"),
+    ("push --run-dir {here} --repo a/b --license M,IT --dry-run", "--license: 'M,IT': no license"),
+    ("push --run-dir {here} --repo a/b --with mlx,mlx --dry-run", "mlx is named twice"),
+    ("push --run-dir {here} --repo a/b --language english --dry-run", r"--language: \[0\] is 'english': no ISO code"),
+    ("push --run-dir {here} --repo a/b --revision a..b --dry-run", "--revision: 'a..b': no name of a branch"),
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
 ]
 

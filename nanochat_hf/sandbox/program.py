@@ -321,7 +321,7 @@ class Tests(Endpoint):
             result, output = super().ask("printing", operation, *arguments, **options)
             sys.stdout.write(output)
         if operation in ("getattr", "getitem") and isinstance(result, MUTABLE):
-            self.lent[id(arguments[0]), repr(arguments[1])] = result, self.pack(result)
+            self.lent[id(arguments[0]), str(self.pack(arguments[1]))] = result, self.pack(result)
         return result
 
     def check(self, code: str) -> int:

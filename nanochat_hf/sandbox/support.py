@@ -60,9 +60,8 @@ def imported(node: ast.Import | ast.ImportFrom, alias: ast.alias, name: str):
         value = getattr(value, alias.name) if source else value if alias.asname else sys.modules[name]
     except (ImportError, AttributeError):
         return alias
-    if renamed and isinstance(value, types.ModuleType):
-        return None if importlib.util.find_spec(name) else value
-    return None if renamed else value
+    plain = isinstance(value, types.ModuleType) and not importlib.util.find_spec(name)
+    return value if plain or not renamed else None
 
 
 def renewed(before, after):
