@@ -211,7 +211,7 @@ BAD_CHATS = [  # messages, other fields, the reason
     *((user("?"), {"tools": tools}, "tool") for tools in TOOLS),
     *(
         (user("?"), {key: value}, key)
-        for key in ("model", "user", "parallel_tool_calls", "metadata")
+        for key in ("model", "parallel_tool_calls", "stream_options")
         for value in ([], 3)
     ),
     (user("?"), {"stop": ["x"] * 17}, "stop: List should have at most 16"),

@@ -24,20 +24,20 @@ def used(code: str) -> set[str]:
 
 def bindings(nodes: list[ast.AST], name: str) -> list:
     """What statements of a module bind to a name: what an import gives here, None for any other statement."""
-    found, nodes = [], list(nodes)
+    bound, nodes = [], list(nodes)
     for node in nodes:  # which grows
         if isinstance(node, ast.Import | ast.ImportFrom):
-            found += [value for alias in node.names if (value := imported(node, alias, name)) is not alias]
+            bound += [value for alias in node.names if (value := imported(node, alias, name)) is not alias]
         elif isinstance(node, ast.Try) and any(value is not None for value in bindings(node.body, name)):
             nodes += node.body + node.orelse + node.finalbody  # the import works, its handlers do not run
         else:
             names = (getattr(node, "name", ""), getattr(node, "rest", ""), *getattr(node, "names", ()))
             stored = getattr(node, "id", "") == name and not isinstance(node.ctx, ast.Load)
-            found += [None] * (stored or name in names)
+            bound += [None] * (stored or name in names)
             own = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda)
             inner = ast.walk(node) if own else ast.iter_child_nodes(node)
             nodes += [child for child in inner if not own or isinstance(child, ast.Global)]
-    return found
+    return bound
 
 
 def imported(node: ast.Import | ast.ImportFrom, alias: ast.alias, name: str):

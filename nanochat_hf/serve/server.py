@@ -100,8 +100,6 @@ class Sampling(BaseModel, extra="allow", strict=True):
 
 class OpenAIBody(Sampling):
     model: str | None = None  # any name; there is one model
-    user: str | None = None
-    metadata: dict | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     stream_options: dict | None = None
