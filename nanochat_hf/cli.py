@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import StringConstraints
+from pydantic import AfterValidator, StringConstraints
 
 from .config import Count, Fraction, NotNegative, Parser, Place, RepoId, Seed, TopK, each_once
 from .errors import InputError, guarded
@@ -57,6 +57,25 @@ ENGINES = {  # nanochat export --to: what is written
     "gguf": "for llama.cpp, Ollama and LM Studio, generation 1",
     "onnx": "for onnxruntime, transformers.js and browsers",
 }
+
+
+def matching(what: str, pattern: str):
+    """The annotation of text that is all of a pattern; `what` it is follows "no"."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"no {what}")
+        return text
+
+    return Annotated[str, AfterValidator(check)]
+
+
+Branch = matching("name of a branch", r"(?!.*(\.\.|//|@\{|\.lock$|[/.]$))\w[\w./@+-]*")
+License = matching("license of the Hub, as apache-2.0", "[a-z0-9][a-z0-9.-]*")
+Languages = Annotated[
+    list[matching("ISO code, as en or pt-BR", "[a-z]{2,3}(-[A-Za-z0-9]+)*")], AfterValidator(each_once)
+]
+Engines = Annotated[list[Literal[tuple(ENGINES)]], AfterValidator(each_once)]
 
 
 def model_options(parser: Parser) -> None:
@@ -142,15 +161,16 @@ def push(parser: Parser, words: list[str]) -> None:
     parser.add_argument("--private", action="store_true", help="make a new repo private")
     parser.add_argument("--space", action="store_true", help="also make a Gradio Space that talks to the model")
     parser.add_argument("--dry-run", action="store_true", help="prepare everything, send nothing")
-    parser.option("--revision", Place, help="push to this branch")
+    parser.option("--revision", Branch, help="push to this branch")
     parser.add_argument("--force", action="store_true", help="replace other contents of the repo")
     what = "where the model's code comes from, if the folder's is not this version's"
     parser.option("--model-code", Literal["package", "folder"], help=what)
-    parser.option("--license", Place, default="mit", help="of the model, for its card (default: %(default)s)")
-    parser.option("--language", list[Place], default=["en"], help="comma-separated ISO codes (default: en)")
+    license_help = "of the model, as the Hub writes it (default: %(default)s)"
+    parser.option("--license", License, default="mit", help=license_help)
+    parser.option("--language", Languages, default=["en"], help="comma-separated ISO codes (default: en)")
     parser.option("--base-model", RepoId, help="Hub id of the model that this one continues")
     engines = "comma-separated engines of nanochat export, for example mlx: their files go beside the weights"
-    parser.option("--with", list[Literal[tuple(ENGINES)]], default=[], dest="engines", help=engines)
+    parser.option("--with", Engines, default=[], dest="engines", help=engines)
     args = vars(parser.parse_args(words))
     from .hub import push as hub
 

@@ -263,8 +263,11 @@ def parse_config(cls, path: str | Path, overrides: dict[str, str] | None = None)
     Raises:
         InputError: a file that cannot be read, an unknown key (it names the nearest one), a value that is not allowed.
     """
-    values, overrides = renamed_keys(read_yaml(path)), renamed_keys(overrides or {})
     kinds = get_type_hints(cls, include_extras=True)
+    values, overrides = read_yaml(path), overrides or {}
+    for given in (values, overrides):
+        each_once([KEY_ALIASES.get(key, key) for key in given])
+    values, overrides = renamed_keys(values), renamed_keys(overrides)
     for key in [*values, *overrides]:
         if key not in kinds:
             raise InputError(f"unknown key {key!r} for {path}; {nearest(key, kinds)}")
@@ -321,6 +324,8 @@ class Parser(argparse.ArgumentParser):
                 name = name.replace("_", "-")
                 if "." in name:
                     raise InputError(f"keys of a recipe have no dashes: {name.strip('-')}=VALUE")
+                if any(other.partition("=")[0] == name for other in words):
+                    raise InputError(f"{name} is given twice")
                 if name not in self._option_string_actions:
                     flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
                     raise InputError(f"unknown flag {name!r}; {nearest(name, flags)}")

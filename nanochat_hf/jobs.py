@@ -168,6 +168,10 @@ def show_plan(stages, configs, ranks: int | None = None, otherwise="CPU", device
     """Print a pipeline's plan for `ranks` GPUs or CPUs: `device`, or the GPU of this machine, or `otherwise`."""
     if "tokenizer" not in configs:
         raise InputError("a plan needs the vocabulary size: the recipe has no tokenizer.yaml")
+    if "eval" in stages and any(not name.startswith("nanochat_") for name in configs["eval"].tasks):
+        from .eval.tasks import known_tasks  # which imports lm-eval
+
+        known_tasks(configs["eval"])
     from .optim.overview import Devices, gpu_here, pipeline_text
 
     ranks = ranks or int(os.environ.get("WORLD_SIZE", "1"))
@@ -213,7 +217,8 @@ def run(parser: Parser, words: list[str]) -> None:
 def demo(parser: Parser, words: list[str]) -> None:
     """Train a small chat model from nothing on this CPU, in minutes: `nanochat run cpu-demo --config-file cpu`."""
     parser.usage = "nanochat demo [--run-dir DIR] [...] [STAGE.KEY=VALUE ...]"
-    run(parser, ["cpu-demo", "--config-file=cpu", *words])
+    chosen = any(word.replace("_", "-").startswith("--config-file") for word in words)
+    run(parser, ["cpu-demo", *["--config-file=cpu"] * (not chosen), *words])
 
 
 def speedrun_words(arguments) -> list[str]:

@@ -366,7 +366,9 @@ class DPOStageConfig(StageConfig):
 class EvalConfig:
     """Keys of eval.yaml."""
 
-    tasks: list[Annotated[str, AfterValidator(known_task)]] = field(default_factory=lambda: ["nanochat_demo"])
+    tasks: Annotated[list[Annotated[str, AfterValidator(known_task)]], AfterValidator(each_once)] = field(
+        default_factory=lambda: ["nanochat_demo"]
+    )
     """Tasks or groups for the chat stages: ours (evals/tasks) or any of lm-eval's."""
     chat_stages: Stages = field(default_factory=lambda: ["mid", "sft", "rl", "dpo"])
     """Stages that answer `tasks`; those that a run does not have are left out."""
@@ -463,6 +465,8 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
         if not (equals and dot):
             raise InputError(f"expected STAGE.KEY=VALUE, for example base.depth=6, got {word!r}")
         check(stage, present)
+        if key in values[stage]:
+            raise InputError(f"{stage}.{key} is given twice")
         values[stage][key] = value
     for stage in stages or []:
         check(stage, [*present, "report"])

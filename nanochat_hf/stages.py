@@ -44,6 +44,8 @@ from .train.runtime import check_cost
 from .train.sft import train_chat
 
 datasets.disable_progress_bars()  # around internal work; our own lines say what happens
+NO_MODEL = "stage {!r} starts from a finished earlier stage of {}: run base first, or give --model"
+NO_TOKENIZER = "{} has no finished tokenizer: run `nanochat tokenizer` first, or give --tokenizer"
 RL_COST = 2.6  # seconds per sampled token on a CPU, over those per trained token; the demo's, up to max_new_tokens
 
 
@@ -65,9 +67,7 @@ def start(stage: str, run: Run, model: str | None) -> tuple[Path, str]:
     """The folder of a chat stage and the model that it starts from, which is printed: `model`, or the run's newest."""
     folder, source = new_folder(run, stage), model or run.latest_model(before=stage)
     if source is None:
-        raise InputError(
-            f"stage {stage!r} starts from a finished earlier stage of {run.path}: run base first, or give --model"
-        )
+        raise InputError(NO_MODEL.format(stage, run.path))
     partial_state().print(origin(run, stage, str(source)))
     return folder, str(source)
 
@@ -102,7 +102,7 @@ def run_tokenizer(config: TokenizerConfig, run: Run) -> None:
 def run_base(config: PretrainConfig, run: Run, tokenizer=None, model=None, repo=None, tasks=None) -> None:
     """Pretrain; with CORE on the way if `tasks`, an EvalConfig, names a bundle; checkpoints go to the Hub's `repo`."""
     if not tokenizer and not run.finished("tokenizer"):
-        raise InputError(f"{run.path} has no finished tokenizer: run `nanochat tokenizer` first, or give --tokenizer")
+        raise InputError(NO_TOKENIZER.format(run.path))
     folder, tokenizer, core, push = new_folder(run, "base"), tokenizer or str(run.folder("tokenizer")), None, None
     if tasks and tasks.core_bundle and config.core_metric_every > 0:
         core = core_metric(load_tokenizer(tokenizer), tasks.core_bundle)
@@ -178,6 +178,17 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
         check_inputs(run, stage, metrics.get("inputs") or {}, configs[stage])
 
 
+def check_sources(run: Run, stages: list[str]) -> None:
+    """Refuse a stage whose tokenizer or starting model neither exists nor is made by an earlier one of `stages`."""
+    done = [stage for stage in ("tokenizer", *MODEL_STAGES) if run.finished(stage)]
+    for stage in (name for name in stages if name not in ("report", "eval") and name not in done):
+        if stage == "base" and "tokenizer" not in done:
+            raise InputError(NO_TOKENIZER.format(run.path))
+        if stage in MODEL_STAGES[1:] and not {*MODEL_STAGES[: MODEL_STAGES.index(stage)]} & {*done}:
+            raise InputError(NO_MODEL.format(stage, run.path))
+        done.append(stage)
+
+
 def compared(run: Run, config: dict) -> dict:
     """`config`, whose lists of stages to evaluate keep only those that the run has."""
     return {
@@ -205,6 +216,7 @@ def run_stages(run: Run, stages: list[str], configs: dict, repo=None, hourly_rat
     """Run the stages that are not finished, on all ranks, then write the report and show a few answers."""
     state = partial_state()
     check_run_folder(run, stages, configs)
+    check_sources(run, stages)
     lines, tasks = outline(stages, configs, state.num_processes), configs.get("eval")
     options = {"base": {"repo": repo, "tasks": tasks}, "eval": {"keep_unchanged": True}}
     options |= {stage: {"tasks": tasks} for stage in ("mid", "sft")}

@@ -42,6 +42,7 @@ if __name__ == "__main__":  # --help is shown before the large imports
 import torch
 from torch import Tensor
 
+from nanochat_hf.errors import fail
 from nanochat_hf.optim.scaling import peak_flops
 
 LENGTH, GRAD_ACCUM_STEPS = 2048, 4
@@ -226,7 +227,7 @@ def contender(name: str, config: str) -> Contender:
     kind, _, words = name.partition(":")
     options, valid = set(words.split("+")) - {""}, OPTIONS.get(kind, set())
     if kind not in OPTIONS or options - valid:
-        sys.exit(f"error: {name!r} is no contender; ours takes L, fp8, plain and baseline fa4, flex, fp8, sdpa")
+        fail(f"{name!r} is no contender; ours takes L, fp8, plain and baseline fa4, flex, fp8, sdpa")
     if "plain" in options:
         sys.meta_path.insert(0, Hidden())
     pattern, fp8 = "L" if options & {"sdpa", "L"} else "SSSL", "fp8" in options
@@ -351,7 +352,7 @@ def main(arguments: argparse.Namespace) -> None:
         serve(*arguments.one, arguments.steps, arguments.warmup, arguments.rounds > 0)
         return
     if not torch.cuda.is_available():
-        sys.exit("error: bench_gpu needs a CUDA device; make bench measures a CPU")
+        fail("bench_gpu needs a CUDA device; make bench measures a CPU")
     default = "ours,ours:fp8" + (",baseline:fa4,baseline:fa4+fp8" if arguments.baseline else "")
     names = (arguments.contenders or default).replace("peer", "baseline").split(",")
     pairs = list(itertools.product(arguments.configs.split(","), dict.fromkeys(names)))

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -51,6 +52,7 @@ import torch
 
 from nanochat_hf.config import parse_config
 from nanochat_hf.data.tokenizer import train_bpe
+from nanochat_hf.errors import fail
 from nanochat_hf.eval.report import grid
 from nanochat_hf.optim.scaling import peak_flops, plan
 from nanochat_hf.train.pretrain import PretrainConfig, Pretraining
@@ -273,10 +275,10 @@ def main(options: argparse.Namespace) -> None:
         options.micro_batch_size, options.precisions, options.baseline = 2, "fp32", None
         options.total_batch_size, options.gpus = 2 * 64 * 4, "1,2"
     available = 2 if options.cpu else torch.cuda.device_count()
+    if not re.fullmatch(r"\d+(,\d+)*", options.gpus):
+        fail(f"--gpus: {options.gpus!r}: it must be numbers, as 1,2,4")
     if not (counts := [n for n in map(int, options.gpus.split(",")) if n <= available]):
-        sys.exit(
-            f"error: {available} GPUs here; --gpus {options.gpus} needs more (--cpu tries the script without one)"
-        )
+        fail(f"{available} GPUs here; --gpus {options.gpus} needs more (--cpu tries the script without one)")
     (find_depths if options.depths else measure_speeds)(options, counts)
 
 

@@ -25,7 +25,10 @@ def markdown() -> str:
     lines += [
         "In a YAML: `depth: 12`; for recipes/speedrun.py: `base.depth=12`; for a script of one stage: `--depth 12`."
     ]
-    lines += ["All are checked before anything runs."]
+    lines += [
+        "All are checked before anything runs. true and false may be written yes and no, on and off, or 1 and 0;",
+        "a whole number also as in YAML, 0x10 or 1_000.",
+    ]
     stages = {"tokenizer": TokenizerConfig, "base": PretrainConfig, "mid, sft": ChatConfig, "rl": RLConfig}
     stages |= {
         "dpo": DPOStageConfig,

@@ -57,6 +57,7 @@ KEYS = {
         "unknown key 1 ": ["1: 2"],
         "known: embedding_lr, .* [.][.][.]$": ["qqq: 1"],
         "occurs twice": ["depth: 3\ndepth: 4"],
+        "max_loss_spike is named twice": ["max_spike: 1\nmax_loss_spike: 2"],
     },
     "tokenizer": {
         "a whole number from 265": ["vocab_size: 100"],
@@ -94,6 +95,7 @@ KEYS = {
         "words is null: SpellingBee": ["tasks: [nanochat_chatcore]\ndataset: [{dataset: primer}]"],
         r"chat_stages\[1\] is 'stf': it must be base, mid, sft, rl or dpo": ["chat_stages: [mid, stf]"],
         "sft is named twice": ["chat_stages: [sft, sft]"],
+        "nanochat_demo is named twice": ["tasks: [nanochat_demo, nanochat_demo]"],
         "it needs a temperature": ["num_samples: 2"],
         "auto, float32 or bfloat16": ["dtype: float12"],
         COUNT: ["max_per_task: 0", "limit: 0", "batch_tokens: 0"],
@@ -209,6 +211,23 @@ COMMANDS = [
     ("plan d24 --gpu V100", "--gpu: no data sheet of 'V100'; did you mean 'H100'"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --model x", "give that, too"),
     ("recipes --copy d24", "expected 2 arguments"),
+    ("run cpu-demo base.depth=12 base.depth=16 --dry-run", "base.depth is given twice"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --depth 4 --depth=5", "--depth is given twice"),
+    (f"sft {CONFIG}sft.yaml --run-dir {{run}} --lora-rank 4 --lora-r 8", "lora_r is named twice"),
+    pytest.param(
+        f"eval {CONFIG}eval.yaml --run-dir {{run}} --tasks [nope] --dry-run",
+        "unknown task 'nope'",
+        marks=pytest.mark.slow,
+    ),  # reads all of lm-eval's
+    (
+        "speedrun --recipe cpu-demo --run-dir {run} --stages tokenizer,sft",
+        "'sft' starts from a finished earlier stage",
+    ),
+    ("speedrun --recipe cpu-demo --run-dir {run} --stages base", "has no finished tokenizer"),
+    ("push --run-dir {here} --repo a/b --license M,IT --dry-run", "--license: 'M,IT': no license"),
+    ("push --run-dir {here} --repo a/b --with mlx,mlx --dry-run", "mlx is named twice"),
+    ("push --run-dir {here} --repo a/b --language english --dry-run", r"--language: \[0\] is 'english': no ISO code"),
+    ("push --run-dir {here} --repo a/b --revision a..b --dry-run", "--revision: 'a..b': no name of a branch"),
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
 ]
 

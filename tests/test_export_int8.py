@@ -12,7 +12,7 @@ from test_model_folder import run_without_the_package
 from tiny import GENERATIONS, make_ids, make_model, relative
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.export import adder, copy_checkpoint, export, int8
+from nanochat_hf.export import adder, copy_checkpoint, export
 from nanochat_hf.loading import load_model
 
 

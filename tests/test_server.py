@@ -209,6 +209,11 @@ BAD_CHATS = [  # messages, other fields, the reason
     (user("?"), {"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
     *((user("?"), {"tools": PYTHON, "tool_choice": c}, "tool_choice") for c in ("required", {"type": "function"})),
     *((user("?"), {"tools": tools}, "tool") for tools in TOOLS),
+    *(
+        (user("?"), {key: value}, key)
+        for key in ("model", "parallel_tool_calls", "stream_options")
+        for value in ([], 3)
+    ),
     (user("?"), {"stop": ["x"] * 17}, "stop: List should have at most 16"),
     *((user("?"), {"x": [value] * 250_000}, "more than 100000 lists") for value in ([], 1)),
 ]

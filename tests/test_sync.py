@@ -362,8 +362,12 @@ def losses(folder: Path) -> tuple:
     return rows, {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()}
 
 
+STOPS = [(3, 5), (4, 4)]  # and with these 20 more resumes
+STOPS += [(*sorted(random.Random(seed).choices(range(1, 6), k=4)), 5) for seed in (0, 1)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stops", [(3, 5), (4, 4)])
+@pytest.mark.parametrize("stops", STOPS)
 @pytest.mark.parametrize("stage", ["base", "sft"])
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_fresh_folders_resume_to_equal_losses(tiny_folder, tokenizer, tmp_path, remote, stage, stops):

@@ -41,11 +41,7 @@ class Tasks:
         chat_data = config.chat_data and str(local_path(config.chat_data))
         if chat_data and not Path(chat_data).is_dir():
             raise InputError(f"chat_data: no folder {config.chat_data}")
-        own_only = all(name.startswith("nanochat_") for name in config.tasks)  # reading all of lm-eval's takes seconds
-        self.manager = task_manager(config, [chat_data, str(output / "questions")], include_defaults=not own_only)
-        for name in config.tasks:
-            if name not in self.manager.all_tasks:
-                raise InputError(f"unknown task {name!r}; {nearest(name, self.manager.all_tasks)}")
+        self.manager = known_tasks(config, [chat_data, str(output / "questions")])
         if set(models) & {*config.chat_stages, *(config.text_stages or [])}:
             self.write_questions(output / "questions")
             self.load()
@@ -134,6 +130,16 @@ def task_manager(config, chat_data: list[str | None] | None = None, include_defa
     bundle = None if config.core_bundle in (None, "download") else str(local_path(config.core_bundle))
     metadata = {"core_bundle": bundle, "chat_data": chat_data}
     return TaskManager(include_path=str(EVALS), include_defaults=include_defaults, metadata=metadata)
+
+
+def known_tasks(config, chat_data: list[str | None] | None = None) -> TaskManager:
+    """The index that has all tasks of a config. Raises InputError for a name that it lacks."""
+    own_only = all(name.startswith("nanochat_") for name in config.tasks)  # reading all of lm-eval's takes seconds
+    manager = task_manager(config, chat_data, include_defaults=not own_only)
+    for name in config.tasks:
+        if name not in manager.all_tasks:
+            raise InputError(f"unknown task {name!r}; {nearest(name, manager.all_tasks)}")
+    return manager
 
 
 def sample_row(sample: dict) -> dict:

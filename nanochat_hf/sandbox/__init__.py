@@ -15,6 +15,7 @@ what they allow: `layers` says what this machine gives.
 """
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -63,7 +64,8 @@ def run_sandboxed(
     with collected() as output, working_folder() as folder, ours, theirs:
         guards = [start_guard("solution", program, theirs, folder, output.writer, timeout, memory_bytes)]
         if tests:
-            guards.append(start_guard("tests", tests, ours, folder, output.writer, timeout, memory_bytes))
+            both = json.dumps([tests, program], ensure_ascii=False)
+            guards.append(start_guard("tests", both, ours, folder, output.writer, timeout, memory_bytes))
             ours.close()
             theirs.close()  # else neither side would see the other one end
             code = wait(guards[1], timeout)

@@ -149,7 +149,7 @@ def first_process(
         system_call("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER: without namespaces, orphans stay below this one
     for group in groups:
         (group / "cgroup.procs").write_text("0")
-    script = PROGRAM.read_text()
+    script, support = PROGRAM.read_text(), PROGRAM.with_name("support.py").read_text()
     if "namespaces" in names:
         with contextlib.suppress(OSError):
             Path("/proc/sys/kernel/shmall").write_text("0")  # System V memory would count for no process
@@ -179,7 +179,7 @@ def first_process(
             system_call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
             filter_calls()
         threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        os.execve(sys.executable, [sys.executable, "-I", "-B", "-c", script, role, str(channel)], threads)
+        os.execve(sys.executable, [sys.executable, "-I", "-B", "-c", script, role, str(channel), support], threads)
     os.close(channel)
     while True:  # also for orphans
         done, status = os.wait()

@@ -1,6 +1,6 @@
 """What runs inside a sandbox (nanochat_hf/sandbox starts it): a solution that serves requests, or the tests.
 
-    python -c THIS_FILE solution|tests CHANNEL < CODE
+    python -c THIS_FILE solution|tests CHANNEL SOURCE_OF_SUPPORT < CODE
 
 CHANNEL is a socket. The tests send operations (OPERATIONS: a call, an attribute, an item ...), the solution sends the
 result or the exception. Data (ITEMS, REDUCED) travels as JSON; any other object stays where it is, and the other side
@@ -16,7 +16,7 @@ import contextlib
 import copy
 import copyreg
 import functools
-import importlib
+import importlib.util
 import io
 import json
 import operator
@@ -25,13 +25,12 @@ import random
 import sys
 import types
 
+support = types.ModuleType("support")  # support.py, whose source is an argument: a sandbox may not read the file
 ENDED, UNCHECKED = 77, 78  # exit codes: of tests that ran to their last line, or that cannot be checked
 MAX_MESSAGE = 1 << 25  # bytes
 TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 DATA = (int, float, str, bytes, tuple)  # a solution's subclasses of these are data with an object behind it
 MUTABLE = (list, dict, set, collections.deque, bytearray)
-MODULES = "cmath collections decimal fractions functools heapq itertools json math numpy operator random re sys"
-MODULES = {name: name for name in MODULES.split()} | {"np": "numpy"}
 BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
 ITEMS = {  # types that travel by value -> how to make one of its items
     "builtins.list": list,
@@ -90,8 +89,10 @@ class Endpoint:
             return self.pack(value.item())
         if isinstance(value, type) and TYPES.get(value.__name__) is value:
             return {"builtin": value.__name__}
+        if isinstance(value, type) and (name := f"{value.__module__}.{value.__qualname__}") in REDUCED:
+            return {"builtin": name}
         if isinstance(value, type) and issubclass(value, BaseException):
-            return {"exception": [self.number(value), value.__name__, self.pack(value.__bases__)]}
+            return {"exception": [self.number(value), value.__name__, self.pack(value.__bases__), value.__module__]}
         if isinstance(value, BaseException):
             value.__traceback__ = None  # it would keep all that its frames hold
             arguments = value.__reduce__()[1] if kind.__module__ == "builtins" else value.args
@@ -107,7 +108,8 @@ class Endpoint:
         if name == "yours":
             return self.objects[parts]
         if name == "builtin":
-            return self.builtins[parts]
+            module, _, kind = parts.rpartition(".")
+            return getattr(importlib.import_module(module), kind) if parts in REDUCED else self.builtins[parts]
         parts = [self.unpack(part) if type(part) is dict else part for part in parts]
         if name in ITEMS:
             return ITEMS[name](parts)
@@ -140,10 +142,17 @@ class Endpoint:
     def proxy(self, name: str, number: int, *parts):
         """What stands for an object of the other side: here, for an exception or its class."""
         if name == "exception":
+            if parts[2].partition(".")[0] in sys.stdlib_module_names:
+                importlib.import_module(parts[2])
+            real = getattr(sys.modules.get(parts[2]), parts[0], None)
+            if isinstance(real, type) and issubclass(real, BaseException):  # of a library: the same here
+                return real
             bases = tuple(base for base in parts[1] if isinstance(base, type) and issubclass(base, BaseException))
             return TheirException(parts[0], bases, {"__str__": forward("str"), "__getattr__": attribute})
         kind, arguments, state, cause = parts
-        error = type.__call__(kind, *arguments)
+        error = kind.__new__(kind, *arguments)
+        if kind.__module__ == "builtins":  # others, made of `args`, may take other arguments
+            error.__init__(*arguments)
         vars(error).update(state)
         error.__cause__ = cause
         return error
@@ -157,7 +166,7 @@ class Endpoint:
             print("the solution has ended", flush=True)
             os._exit(1)
         values = (*arguments, *options.values())
-        renewed(values, self.unpack(reply.get("changed")))
+        support.renewed(values, self.unpack(reply.get("changed")))
         if "error" in reply:
             raise self.unpack(reply["error"])
         return values[reply["argument"]] if "argument" in reply else self.unpack(reply["value"])
@@ -177,30 +186,6 @@ class Endpoint:
             reply["changed"] = after
         flush()
         self.send(reply)
-
-
-def renewed(before, after):
-    """`after`, as the object `before` if that can be changed in place; so are the objects in it."""
-    if type(before) is not type(after):
-        return after
-    if isinstance(before, tuple):
-        return tuple(map(renewed, before, after))
-    if isinstance(before, dict):
-        items = {key: renewed(before.get(key), value) for key, value in after.items()}
-        before.clear()
-        before.update(items)
-    elif isinstance(before, list | collections.deque):
-        items = [*map(renewed, before, after), *list(after)[len(before) :]]
-        before.clear()
-        before.extend(items)
-    elif isinstance(before, set):
-        before.clear()
-        before.update(after)
-    elif isinstance(before, bytearray) or type(before).__module__ == "numpy":
-        before[:] = after
-    else:
-        return after
-    return before
 
 
 def flush() -> None:
@@ -298,6 +283,10 @@ class Tests(Endpoint):
     operations, builtins = {"call": operator.call, "next": next}, TYPES
     unchecked = ""  # why the tests cannot be checked
 
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.lent = {}  # lists and the like that the solution has, too: (id of object, name) -> value, as packed
+
     def refer(self, value) -> dict:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return {"named": [self.number(value), type(value).__name__, self.pack(value._fields), self.pack([*value])]}
@@ -324,20 +313,26 @@ class Tests(Endpoint):
         return self.ask("run", self.proxies[number])
 
     def ask(self, operation: str, *arguments, **options):
+        if any(self.pack(value) != before for value, before in self.lent.values()):
+            refuse("a changed list or the like")
         if sys.stdout is sys.__stdout__:
-            return super().ask(operation, *arguments, **options)
-        result, output = super().ask("printing", operation, *arguments, **options)
-        sys.stdout.write(output)
+            result = super().ask(operation, *arguments, **options)
+        else:
+            result, output = super().ask("printing", operation, *arguments, **options)
+            sys.stdout.write(output)
+        if operation in ("getattr", "getitem") and isinstance(result, MUTABLE):
+            self.lent[id(arguments[0]), str(self.pack(arguments[1]))] = result, self.pack(result)
         return result
 
     def check(self, code: str) -> int:
-        """Run tests of the solution behind the channel. Returns: ENDED or UNCHECKED."""
+        """Run [tests, source of the solution behind the channel], as JSON. Returns: ENDED or UNCHECKED."""
+        code, solution = json.loads(code)
         if self.receive() != "ready":
             return 1
         seed = random.seed
         random.seed = lambda *arguments: (seed(*arguments), self.ask("seed", *arguments))
         try:
-            exec(compile(code, "<tests>", "exec"), Names(self))
+            exec(compile(code, "<tests>", "exec"), Names(self, code, solution))
         except BaseException:
             if not self.unchecked:
                 raise
@@ -378,7 +373,14 @@ class TheirException(type):
     __getattr__ = attribute
 
 
-class Remote:  # noqa: PLW1641  (its __hash__ is below)
+class KindOfRemote(type):
+    def __getattr__(cls, name: str):
+        if name == "__dataclass_fields__":  # dataclasses looks for it in the type
+            refuse("dataclasses")
+        raise AttributeError(name)
+
+
+class Remote(metaclass=KindOfRemote):  # noqa: PLW1641  (its __hash__ is below)
     # An object of the solution, for the tests. It has no attributes of its own, not even a docstring.
     __slots__ = ("__weakref__",)
     __doc__ = property(lambda self: ENDPOINT.ask("getattr", self, "__doc__"))
@@ -452,27 +454,33 @@ class KindOf(type):
 class Names(dict):
     """The namespace of the tests: names that they do not define are the solution's; Python's stay Python's.
 
-    So do modules that solutions import: a solution's own `math` would be asked about what the tests expect.
+    So do those that the solution imports. A `math` or `np` of its own would be asked about what the tests expect: they
+    may only call it.
     """
 
-    def __init__(self, endpoint: Tests):
+    def __init__(self, endpoint: Tests, tests: str, solution: str):
         super().__init__(__name__="tests", type=KindOf("type", (), {}))
         self.module = endpoint.unpack({"object": [0]})
+        self.bindings, self.used = support.statements(solution), support.used(tests)
 
     def __missing__(self, name):
-        if name in MODULES:
-            with contextlib.suppress(ImportError):
-                return importlib.import_module(MODULES[name])
         if hasattr(builtins, name) or not ENDPOINT.ask("hasattr", self.module, name):
             raise KeyError(name)
+        value, *others = support.bindings(self.bindings, name) or [None]
+        if value is not None and all(other is value for other in others):
+            self[name] = value
+            return value
+        if name in self.used and (name in ("np", "pd") or importlib.util.find_spec(name)):
+            refuse(name)
         value = ENDPOINT.ask("getattr", self.module, name)
         if isinstance(value, Remote | type):
             self[name] = value
         return value
 
 
-def main(role: str, number: str) -> None:
+def main(role: str, number: str, source: str) -> None:
     global ENDPOINT
+    exec(source, vars(support))
     if role == "layers":
         print("ready", flush=True)
         return

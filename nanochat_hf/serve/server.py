@@ -99,6 +99,8 @@ class Sampling(BaseModel, extra="allow", strict=True):
 
 
 class OpenAIBody(Sampling):
+    model: str | None = None  # any name; there is one model
+    parallel_tool_calls: bool | None = None
     stream: bool | None = None
     stream_options: dict | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
