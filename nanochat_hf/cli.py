@@ -75,7 +75,6 @@ License = matching("license of the Hub, as apache-2.0", "[a-z0-9][a-z0-9.-]*")
 Languages = Annotated[
     list[matching("ISO code, as en or pt-BR", "[a-z]{2,3}(-[A-Za-z0-9]+)*")], AfterValidator(each_once)
 ]
-Engines = Annotated[list[Literal[tuple(ENGINES)]], AfterValidator(each_once)]
 
 
 def model_options(parser: Parser) -> None:
@@ -170,7 +169,13 @@ def push(parser: Parser, words: list[str]) -> None:
     parser.option("--language", Languages, default=["en"], help="comma-separated ISO codes (default: en)")
     parser.option("--base-model", RepoId, help="Hub id of the model that this one continues")
     engines = "comma-separated engines of nanochat export, for example mlx: their files go beside the weights"
-    parser.option("--with", Engines, default=[], dest="engines", help=engines)
+    parser.option(
+        "--with",
+        Annotated[list[Literal[tuple(ENGINES)]], AfterValidator(each_once)],
+        default=[],
+        dest="engines",
+        help=engines,
+    )
     args = vars(parser.parse_args(words))
     from .hub import push as hub
 

@@ -31,7 +31,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
 
 from .. import tool_loop
-from ..config import RepoId, check_value
+from ..config import RepoId, check_value, each_once
 from ..convert.native import renew
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
@@ -68,7 +68,7 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
     stage = run.model(options.stage).name
     options = replace(options, stage=stage)
     check_value(RepoId, repo, "repo")
-    for engine in options.engines:
+    for engine in each_once(options.engines):
         adder(engine)  # refuses before anything is written
     folder = prepare(run, options)
     for note in report_facts(run)["notes"]:
