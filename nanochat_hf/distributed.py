@@ -55,6 +55,7 @@ def reset_accelerate_state() -> None:
     gc.collect()  # a stage's model and optimizer are in reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # each stage reports its own
     AcceleratorState._reset_state()
     GradientState._reset_state()
     unset_hf_deepspeed_config()  # after ZeRO-3 transformers would load every model partitioned

@@ -101,13 +101,18 @@ def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool
     seconds = size.total_tokens / speed
     rows["time"] = f"{duration(seconds)} at {short(round(speed))} tok/s ({source}); without evaluations"
     if name:
-        gpu, hours, needed = GPUS[name], seconds / 3600, estimate_memory(size, micro_batch_size) / 1e9
-        sharded = ", without sharding" if devices.sharding else ""
-        rows["memory"] = f"about {needed:.0f} of {gpu.memory / 1e9:.0f} GB per GPU{sharded}"
+        gpu, hours = GPUS[name], seconds / 3600
+        rows["memory"] = memory_text(estimate_memory(size, micro_batch_size), devices)
         rate = RATE * ranks if devices.hourly_rate is None else devices.hourly_rate * -(-ranks // 8)
         rows["cost"] = f"${hours * rate:,.2f} at ${rate:,.2f} per hour"
         rows["energy"] = f"at most {hours * ranks * gpu.watts / 1000:,.1f} kWh: GPUs of {gpu.watts:,.0f} W"
     return rows
+
+
+def memory_text(needed: float, devices: Devices) -> str:
+    """`needed` bytes beside what a GPU has."""
+    has, sharded = GPUS[find_gpu(devices.name)].memory, ", without sharding" if devices.sharding else ""
+    return f"about {needed / 1e9:.0f} of {has / 1e9:.0f} GB per GPU{sharded}"
 
 
 def stage_batch(config, ranks: int, length: int = 1, log: Callable = lambda text: None) -> tuple[int, int]:
@@ -151,11 +156,15 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
             parts.insert(0, f"pretraining on {f'{ranks} x {devices.name}' if cuda else devices.name}\n{block(totals)}")
         else:
             length = getattr(config, "max_seq_len", -1)
-            batch = stage_batch(config, ranks, length if length > 0 else size.max_seq_len)
+            length = length if length > 0 else size.max_seq_len
+            batch = stage_batch(config, ranks, length)
             steps = f"{config.num_iterations:,}" if config.num_iterations > 0 else f"{config.num_epochs:g} x the data"
             groups = scaling.stage_groups(config, size.model_config)
             shape = size.model_config, size.num_parameters
             rows = stage_rows(config, *shape, groups, data_text(config), steps, batch_text(ranks, *batch))
             del rows["model"]
+            if cuda and stage in ("mid", "sft") and not config.lora_r:
+                needed = estimate_memory(size, batch[0] * length / size.max_seq_len)
+                rows["memory"] = memory_text(needed + scaling.SFT_BYTES * size.num_parameters, devices)
         parts.append(f"{stage}\n{block(rows)}")
     return "\n\n".join(parts)

@@ -51,6 +51,7 @@ GPUS = {
 }  # fmt: skip
 CPU_FLOPS = 5e10  # per second and core, roughly
 MFU = {"bf16": 0.589, "FP8": 0.722}  # of recipe d24 on one H200 (docs/costs.md)
+SFT_BYTES = 1.8  # per parameter, beside pretraining's estimate: within 2 % of six peaks (docs/experiments/scaling.md)
 NODE_EFFICIENCY = 0.9  # of more than 8 GPUs: assumed
 FSDP2_EFFICIENCY = {"bf16": 0.97, "FP8": 0.92}  # beside replicated parameters (docs/parallelism.md)
 MEASURED = {  # tokens per second in evals/RESULTS.md: (GPU, how many, depth, precision), rest as in d24
@@ -339,7 +340,7 @@ def estimate_micro_batch_size(plan: Plan, memory_bytes: float, bytes_per_value: 
     return next((size for size in sizes if estimate_memory(plan, size, bytes_per_value) <= memory_bytes), 1)
 
 
-def estimate_memory(plan: Plan, micro_batch_size: int, bytes_per_value: int = 2) -> float:
+def estimate_memory(plan: Plan, micro_batch_size: float, bytes_per_value: int = 2) -> float:
     """Peak bytes of pretraining on one device, weights and optimizer state included.
 
     bfloat16: within 6 % of the peaks that d8 to d40 had on an H200 (docs/experiments/scaling.md). Bytes per value: 12

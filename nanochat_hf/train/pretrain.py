@@ -415,7 +415,7 @@ class Pretraining:
             checkpoint.save_optimizer_state(optimizer_state, self.model, self.optimizer.optimizer)
         elif self.accelerator.is_main_process:
             optimizer_state.unlink(missing_ok=True)  # of an earlier run
-        cuda, last = self.device.type == "cuda", {k: v for point in self.history for k, v in point.items()}
+        last = {k: v for point in self.history for k, v in point.items()}
         speed = self.timer.steps * self.plan.total_batch_size / self.timer.seconds if self.timer.steps else None
         numbers = self.plan.summary() | {
             "device_batch_size": self.micro_batch_size,
@@ -425,7 +425,7 @@ class Pretraining:
             "tokens_per_second": speed,
             "mfu": self.mfu(speed),
             "fp8": self.fp8,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
+            "peak_memory_bytes": runtime.peak_memory(self.device),
             "val_bpb": last.get("val_bpb"),
             "core": last.get("core"),
             "samples": self.samples,

@@ -182,6 +182,11 @@ def free_memory(device: torch.device) -> float:
     return 0.5 * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes of tensors on a GPU since the stage began; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def choose_micro_batch_size(
     plan: Plan, requested: int, accelerator: Accelerator, fits: Callable | None, log: Callable
 ) -> int:

@@ -33,7 +33,7 @@ from ..run import Progress, in_words, load_json, model_fingerprint, save_json, w
 from ..stage_configs import StageConfig
 from . import checkpoint
 from .model_setup import compute_dtype, load_chat_model, lora
-from .runtime import copy_to_host_async, graceful_shutdown, shard_on_cpu
+from .runtime import copy_to_host_async, graceful_shutdown, peak_memory, shard_on_cpu
 
 # Keys that may differ between the parts of an interrupted run.
 MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to")
@@ -458,5 +458,6 @@ class StageTrainer(TrainerCallback):
             speed = self.step_tokens / self.step_seconds if self.step_seconds else (speeds or [None])[-1]
             record |= {"earlier_wall_time_s": self.earlier_seconds, "weights": model_fingerprint(output)}
             record |= {"inputs": self.inputs, "skipped_steps": self.skipped}
-            write_metrics(output, record, tokens_per_second=speed, history=history, **numbers)
+            numbers |= {"tokens_per_second": speed, "peak_memory_bytes": peak_memory(self.args.device)}
+            write_metrics(output, record, history=history, **numbers)
             shutil.rmtree(output / "state", ignore_errors=True)
