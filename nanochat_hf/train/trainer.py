@@ -458,5 +458,6 @@ class StageTrainer(TrainerCallback):
             speed = self.step_tokens / self.step_seconds if self.step_seconds else (speeds or [None])[-1]
             record |= {"earlier_wall_time_s": self.earlier_seconds, "weights": model_fingerprint(output)}
             record |= {"inputs": self.inputs, "skipped_steps": self.skipped}
-            write_metrics(output, record, tokens_per_second=speed, history=history, **numbers)
+            numbers |= {"num_iterations": self.state.max_steps, "num_epochs": self.state.epoch, "history": history}
+            write_metrics(output, record, tokens_per_second=speed, **numbers)
             shutil.rmtree(output / "state", ignore_errors=True)
