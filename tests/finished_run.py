@@ -35,7 +35,7 @@ def finished_run(tmp_path):
     samples = [{"prompt": "The owl", "text": "is *big* | and\n<b>old"}] * 2
     write("base", depth=4, num_parameters=1_234_567, wall_time_s=100, mfu=None, history=history, samples=samples)
     mixture = [{"dataset": "primer", "rows": 3000, "tokens": 90_000}]
-    write("sft", rows=3000, tokens=90_000, wall_time_s=50, mixture=mixture)
+    write("sft", num_iterations=30, num_epochs=0.75, rows=3000, tokens=90_000, wall_time_s=50, mixture=mixture)
     rl = [{"step": s, "reward": s / 10} for s in range(5)]
     write("rl", history=rl, before={"arithmetic": 0.5}, after={"arithmetic": 0.75}, wall_time_s=40)
     core = {"value": 0.01, "stderr": 0.02, "label": "2/22 tasks", "tasks": "2/22", "missing": ["squad"], "limit": 50}

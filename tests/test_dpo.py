@@ -113,7 +113,8 @@ def test_the_chosen_completion_becomes_likelier(tiny_folder, config, tmp_path, m
     assert metrics["before"]["margin"] == 0 and metrics["before"]["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert metrics["after"]["accuracy"] == 1.0 and metrics["after"]["margin"] > 0.01
     assert metrics["finished"] and metrics["rows"] == 32 and metrics["bad"] == len(metrics["skipped_rows"]) == 1
-    assert len(metrics["history"]) == 6 and metrics["tokens_per_second"] > 0
+    assert len(metrics["history"]) == metrics["num_iterations"] == 6 and metrics["tokens_per_second"] > 0
+    assert metrics["num_epochs"] == 6 * config.examples_per_step / metrics["rows"]
     assert len(calls) > 6 and AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
 
 

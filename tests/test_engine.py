@@ -270,3 +270,10 @@ def test_the_token_table_is_what_the_tokenizer_says(talker):
     assert all(table[i].decode(errors="replace") == tokenizer.decode([i]) for i in set(table) - specials)
     kinds = [table[token] for token in tokenizer.convert_tokens_to_ids(list(MARKS))]
     assert kinds == ["call", "text", "result", "text"] and table[tokenizer.bos_token_id] == ""
+
+
+def test_a_prompt_has_its_special_tokens_also_after_text_was_encoded_without(model, tokenizer):
+    engine, chat = Engine(model, tokenizer), [{"role": "user", "content": "What is 2 + 3?"}]
+    before = engine.encode(chat)
+    tokenizer.encode("5", add_special_tokens=False, split_special_tokens=True)  # as the tool loop does
+    assert engine.encode(chat) == before and before[0] == tokenizer.bos_token_id

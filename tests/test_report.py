@@ -93,7 +93,8 @@ def test_the_sections_show_numbers_and_literal_samples_once(run):
     answers = "- **2+2?** 4 (right)\n- **3+3?** 5 (wrong, expected 6)\n- **?** 4 (not graded)\n\n"
     assert f"## Answers of RL\n\n{answers}## Continuations by BASE\n" in text
     assert "- **Base model**, 1 min 40 s: depth 4, 1,234,567 parameters\n" in text
-    assert re.search(r"- \*\*SFT\*\*, .*50 s: 3,000 rows, 90,000 tokens; data: primer\n", text)
+    done = "30 steps, 0.7500 passes over the data, 3,000 rows, 90,000 tokens"
+    assert re.search(rf"- \*\*SFT\*\*, .*50 s: {done}; data: primer\n", text)
     assert (
         "; arithmetic 0.5000 -> 0.7500\n" in text
         and "**Bytes per token** of evals/texts: korean 1.5000 (ours)" in text

@@ -352,7 +352,9 @@ class Engine:
                 f"the prompt has {len(text)} characters, more than the model's context of {self.length} tokens can "
                 "hold: shorten it"
             )
-        return self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        backend = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = False  # transformers leaves it as its last call has set it
+        return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_last(self, messages: list[dict], room: int) -> tuple[list[int], int]:
         """The ids of a conversation to which `room` more tokens fit, and how many of its oldest messages that cost.
