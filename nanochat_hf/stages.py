@@ -26,7 +26,7 @@ from .distributed import (
     reset_accelerate_state,
 )
 from .errors import InputError
-from .eval.harness import chatcore_metric, check_tasks, core_metric, definition_of, evaluate
+from .eval.harness import chatcore_metric, check_bundle, check_tasks, core_metric, definition_of, evaluate
 from .eval.lm_eval_model import Generator
 from .eval.report import make_report, markdown
 from .eval.weights import REPLACED, origin, renewal, replaced
@@ -223,6 +223,8 @@ def run_stages(run: Run, stages: list[str], configs: dict, repo=None, hourly_rat
     state.print(f"{len(stages)} stage{'s' * (len(stages) > 1)} into {run.path}:", *lines.values(), sep="\n  ")
     if {"tokenizer", "base"} <= {*stages} and not run.finished("base"):  # before hours of work on the tokenizer
         check_cost(scaling.plan(configs["base"], configs["tokenizer"].vocab_size), state.device)
+    if "base" in stages and not run.finished("base") and tasks and configs["base"].core_metric_every > 0:
+        check_bundle(tasks)
     if "eval" in stages and not run.finished("eval"):
         present = [stage for stage in MODEL_STAGES if stage in stages or run.finished(stage)]
         check_tasks(configs["eval"], present, run.folder("eval"))

@@ -23,7 +23,7 @@ from transformers import GPT2Config, LlamaConfig
 from nanochat_hf import NanoChatConfig
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import centered_mean, evaluate_core, quiet
-from nanochat_hf.eval.harness import EvalConfig, core_metric
+from nanochat_hf.eval.harness import EvalConfig, check_bundle, core_metric
 from nanochat_hf.eval.lm_eval_model import LocalLM
 from nanochat_hf.eval.loglikelihood import loglikelihoods
 
@@ -391,7 +391,7 @@ def test_a_missing_bundle_or_file_is_named(core_bundle, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no CORE bundle"):
         core_bundle(str(tmp_path))
     with pytest.raises(InputError, match="no CORE bundle"):  # before training, not at the first measurement
-        core_metric(None, str(tmp_path))
+        check_bundle(EvalConfig(core_bundle=str(tmp_path)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
         core_bundle()

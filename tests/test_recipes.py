@@ -18,7 +18,7 @@ from nanochat_hf.data.documents import text_fingerprint
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import load_tasks
 from nanochat_hf.optim.scaling import MEASURED, Plan, plan
-from nanochat_hf.run import Run, save_json, start_record, write_metrics
+from nanochat_hf.run import Run, save_json, save_jsonl, start_record, write_metrics
 from nanochat_hf.stage_configs import find_recipe, read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -258,12 +258,16 @@ def test_a_launch_ends_as_its_rank_does_with_one_line_and_passes_signals_on(monk
 def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(monkeypatch, tmp_path):
     monkeypatch.setattr(stages, "check_cost", lambda *_: None)
     monkeypatch.setattr(stages, "run_stage", lambda *_, **__: pytest.fail("trains"))
-    for keys, message in (
-        (["eval.tasks=[nanochat_gsm8k]"], "no file gsm8k_test.jsonl in chat_data and no openai/gsm8k from the Hub"),
-        (["eval.core_bundle=/nowhere"], "/nowhere is no CORE bundle"),
+    save_jsonl(text := tmp_path / "text.jsonl", [{"text": "가나다 라마바"}] * 9)
+    early = ["tokenizer", "base"]  # base measures CORE on the way
+    for names, keys, message in (
+        (None, ["eval.tasks=[nanochat_gsm8k]"], "no file gsm8k_test.jsonl in chat_data and no openai/gsm8k from the"),
+        (None, ["eval.core_bundle=/nowhere"], "/nowhere is no CORE bundle"),
+        (early, ["eval.core_bundle=/nowhere", "base.core_metric_every=9"], "/nowhere is no CORE bundle"),
+        (None, ["eval.tasks=[nanochat_spellingbee]", f"eval.dataset={text}"], "no words of 3 to 15 letters .*words"),
     ):
         with pytest.raises(InputError, match=message):
-            stages.run_stages(Run(tmp_path / "run"), *read("cpu-demo", None, keys))
+            stages.run_stages(Run(tmp_path / "run"), *read("cpu-demo", names, keys))
     assert not (tmp_path / "run" / "eval").exists()
 
     def load(names):

@@ -56,7 +56,7 @@ def core_bundle(folder: str | None = None) -> Path:
         return Path(folder)
     target = CACHE / "eval_bundle"
     if not target.exists() and os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        raise ValueError(f"no CORE bundle in {target} and HF_HUB_OFFLINE is set; name one: [eval.]core_bundle=DIR")
+        raise ValueError(f"no CORE bundle in {target}, and HF_HUB_OFFLINE is set: [eval.]core_bundle=DIR, or null")
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "eval_bundle.lock"):
         if not target.exists():

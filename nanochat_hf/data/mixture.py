@@ -71,7 +71,9 @@ class DatasetConfig:
     def count(self, source: Sequence) -> int:
         """How many of the rows of `source` it takes. Raises InputError when there are too few."""
         if not len(source):
-            raise InputError(f"dataset {self.dataset} has no rows in split {self.split}")
+            words = ": no words of 3 to 15 letters a-z; name a .txt of words (SpellingBee: eval.words)"
+            words *= self.transform in WORD_TRANSFORMS
+            raise InputError(f"dataset {self.dataset} has no rows in split {self.split}{words}")
         if self.rows is None:
             return round(len(source) * (1 if self.epochs is None else self.epochs))
         if self.rows > len(source) and self.transform not in WORD_TRANSFORMS:

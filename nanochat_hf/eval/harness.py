@@ -233,9 +233,9 @@ def check_tasks(config: EvalConfig, stages: Collection[str], output: Path) -> No
     """Raise InputError if the data of a task cannot be had for an evaluation of `stages`; hours before it runs."""
     try:
         with quiet():
-            tasks = Tasks(config, dict.fromkeys(stages, ""), output)
-            if config.core_bundle and {*config.core_stages} & {*stages}:
-                check_bundle(tasks.manager)
+            Tasks(config, dict.fromkeys(stages, ""), output)
+            if {*config.core_stages} & {*stages}:
+                check_bundle(config)
     except InputError:  # refused input leaves nothing
         shutil.rmtree(output / "questions", ignore_errors=True)
         with suppress(OSError):  # it holds more
@@ -243,17 +243,14 @@ def check_tasks(config: EvalConfig, stages: Collection[str], output: Path) -> No
         raise
 
 
-def check_bundle(manager) -> None:
-    input_error(lambda: next(iter(load_tasks(manager, [GROUP]).values())).file)
+def check_bundle(config: EvalConfig) -> None:
+    if config.core_bundle:
+        input_error(lambda: next(iter(load_tasks(task_manager(config), [GROUP]).values())).file)
 
 
 def core_metric(tokenizer, bundle: str) -> Callable[[torch.nn.Module, int], float]:
-    """CORE in training: (model in eval mode, examples per task) -> centered mean of the bundle's tasks, on every rank.
-
-    Raises InputError at once, not at the first measurement, for a bundle that is missing.
-    """
+    """CORE in training: (model in eval mode, examples per task) -> mean of the bundle's tasks, on every rank."""
     manager = task_manager(config := EvalConfig(core_bundle=bundle))
-    check_bundle(manager)
 
     def measure(model, max_per_task: int) -> float:
         with quiet():

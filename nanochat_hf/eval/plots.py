@@ -99,7 +99,7 @@ def draw_bars(groups: dict[str, dict[str, dict]], path: Path, title: str) -> str
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_title(title)
-    axes.set_xlabel("white line: random baseline, where known")
+    axes.set_xlabel("double line: random baseline, where known")
     axes.margins(x=0.1)
     if len(bars) > 1:
         figure.legend(loc="outside lower center", ncols=len(bars))
