@@ -59,8 +59,6 @@ def write(source: Path, folder: Path, outtype: str = "f16", allow_inexact: bool 
     """
     config, tokenizer = checkpoint_config(source), load_tokenizer(source)
     refuse_impossible(config)
-    if (rows := config.num_tokens or config.vocab_size) != len(tokenizer):
-        raise InputError(f"{source} has a tokenizer of {len(tokenizer)} tokens and a model of {rows}")
     pre_tokenizer, caveats = compare_tokenizer(tokenizer)
     if (cap := config.final_logit_softcapping) is not None:
         caveats.append(
