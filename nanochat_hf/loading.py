@@ -1,5 +1,6 @@
 """Reads a model for training, evaluation and serving alike: from a folder or the Hub, or one clear error."""
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from .errors import InputError
-from .model.configuration_nanochat import MAX_LAYERS
+from .model.configuration_nanochat import MAX_LAYERS, NanoChatConfig
 from .model.quantization import is_quantized
 from .run import first_non_finite
 
@@ -20,6 +21,8 @@ quiet_downloads = are_progress_bars_disabled()
 disable_progress_bar()  # of files on this disk, and of downloads, which stay
 if not quiet_downloads:
     enable_progress_bars()
+reports = logging.getLogger("transformers.modeling_utils")
+reports.addFilter(lambda record: "LOAD REPORT" not in str(record.msg))  # load_model says it in a line
 
 
 def read_config(source: str | Path) -> dict:
@@ -63,20 +66,25 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The causal LM of folder or Hub id `source`, in eval mode, on `device` (None: where transformers puts it).
 
-    A quantized one keeps its own dtype. Code from `source` is not executed. Raises InputError when there is no model,
-    when its files are damaged, when it does not fit into the device's memory, or when weights are not finite.
+    `config` stands for the folder's. A quantized model keeps its own dtype. Code from `source` is not executed. Raises
+    InputError when there is no model, when its files are damaged or do not fit each other, when it does not fit into
+    the device's memory, or when weights are not finite.
     """
     try:
         if read_config(source).get("quantization_config"):
             dtype = "auto"  # as its kernels expect
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
-        )
+        options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # what does not fit is named below
+        model, info = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # safetensors', json's and the config's have no common type
         raise unreadable(source, error) from None
+    wrong = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]  # which have random numbers
+    if wrong := wrong + [*(info["unexpected_keys"] if isinstance(model.config, NanoChatConfig) else ())]:
+        raise InputError(f"config.json and weights of {source} do not belong together: see {min(wrong)}")
     try:
         model = model if device is None else model.to(device)
     except (RuntimeError, AssertionError) as error:  # out of memory, no such device

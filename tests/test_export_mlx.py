@@ -74,15 +74,17 @@ def test_a_model_that_mlx_cannot_express_is_refused_and_nothing_is_left(chat_fol
             export(place, tmp_path / "out", "mlx")
     shutil.copyfile(chat_folder / "config.json", folder / "config.json")
     weights = (folder / "model.safetensors").read_bytes()
-    damaged = [("model.safetensors", weights[:-1], "is damaged"), ("model.safetensors", b"{}", "is damaged")]
-    damaged.append(
-        ("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "b.safetensors is missing")
-    )
+    wider = {"head_dim": 64}, "do not belong together: see model.layers.0.self_attn.k_proj.weight"
+    fewer = {"num_tokens": 99}, r"a tokenizer of \d+ tokens and a model of 99: see num_tokens"
+    config = json.loads((folder / "config.json").read_text())
+    damaged = [("config.json", json.dumps(config | fields).encode(), message) for fields, message in (wider, fewer)]
+    damaged += [("model.safetensors", text, "no model in .* that can be read") for text in (weights[:-1], b"{}")]
     for name, content, message in [*damaged, ("tokenizer.json", b"{}", "no tokenizer")]:
         (folder / name).write_bytes(content)
         with pytest.raises(InputError, match=message):
             export(folder, tmp_path / "out", "mlx")
         (folder / "model.safetensors").write_bytes(weights)
+        (folder / "config.json").write_text(json.dumps(config))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert all(f"'{tmp_path}/a b'" in line for line in export(chat_folder, tmp_path / "a b", "mlx"))
 

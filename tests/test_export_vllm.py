@@ -21,6 +21,7 @@ from nanochat_hf.errors import InputError
 # and one by one; and what the tool parser makes of each text, whole and streamed.
 ASK = r"""
 import json, re, sys
+from types import SimpleNamespace as Object
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 from nanochat_hf.export.vllm_tool_parser import NanoChatToolParser
@@ -49,6 +50,12 @@ task = json.load(sys.stdin)
 parser = NanoChatToolParser(AutoTokenizer.from_pretrained(task["folders"][0]))
 result = {"answers": [answers(folder, task["prompts"]) for folder in task["folders"]]}
 result["parsed"] = [parsed(parser, text) for text in task["texts"]]
+tools = [Object(function=Object(name=name)) for name in ("python", "weather")]
+try:
+    result["refused"] = parser.adjust_request(Object(tools=tools[:1], tool_choice="auto")) and None
+    parser.adjust_request(Object(tools=tools, tool_choice="auto"))
+except Exception as error:
+    result["refused"] = str(error)
 print("RESULT" + json.dumps(result))
 """
 
@@ -101,6 +108,7 @@ def test_vllm_answers_as_our_model_does(tmp_path, tokenizer):
             for token, logprob in answers["first"][i].items():
                 assert logprob == pytest.approx(logprobs[int(token)].item(), abs=1e-4)
         assert answers["cached"] >= 64
+    assert 'the function "python" only' in result["refused"]
     call = '{"expression": "12*34"}'
     whole_and_streamed = [[["It is ", [call]], ["It is ", [call]]], [["Fine.", []]] * 2, [[None, []], ["", []]]]
     assert result["parsed"] == whole_and_streamed

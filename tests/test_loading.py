@@ -45,6 +45,11 @@ def other_shape(path):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def set_fields(path, **fields):
+    config = json.loads((path.parent / "config.json").read_text())
+    (path.parent / "config.json").write_text(json.dumps(config | fields))
+
+
 def foreign_code(path):
     """A model of a type that nobody knows: its own code would have to be executed."""
     config = json.loads((path.parent / "config.json").read_text())
@@ -64,7 +69,9 @@ def endless_template(path):
 
 BROKEN = {  # what happened to model.safetensors, and what the line says
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-7]), "no model in .* that can be read"),
-    "other shape": (other_shape, "no model in .* that can be read"),
+    "other shape": (other_shape, "config.json and weights of .* do not belong together: see lm_head.weight"),
+    "more layers": (partial(set_fields, num_hidden_layers=9, layer_types=None), r"see model\.layers\.[0-9]\."),
+    "fewer layers": (partial(set_fields, num_hidden_layers=1, layer_types=None), r"see model\.layers\.[0-9]\."),
     "not finite": (not_finite, r"not finite \(NaN or infinity in model\.layers\.0\.mlp\.fc1\.weight\)"),
     "foreign code": (foreign_code, "no model in .* that can be read"),
     "damaged end": (damaged_end, "generation_config.json of .* is damaged: eos_token_id is 'x'"),

@@ -61,6 +61,9 @@ def test_fields_are_derived_and_survive_saving(config, expected, tmp_path):
         ({"layer_types": ["full_attention"] * 12}, "layer_types .* do not follow from window_pattern 'SSSL'"),
         ({"n_layer": 4, "n_embd": 64}, r"upstream's names: n_layer \(write num_hidden_layers\), n_embd"),
         ({"sliding_window": 1}, "sliding_window is 1"),
+        ({"head_dim": -2}, "head_dim is -2"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0: write a number above 0"),
+        ({"final_logit_softcapping": 0}, "final_logit_softcapping is 0: write null to turn it off"),
         ({"hidden_size": 16, "num_attention_heads": 2}, "the smear needs hidden_size >= 24"),
         ({"hidden_size": 8, "num_attention_heads": 2, "smear": False}, "value embeddings need hidden_size >= 12"),
     ],
@@ -70,13 +73,19 @@ def test_a_wrong_field_is_named(fields, message):
         NanoChatConfig(**fields)
 
 
-@pytest.mark.parametrize("name", ["hidden_size", "qk_scale", "window_pattern", "rope_parameters", "smear"])
-def test_a_config_file_that_lacks_a_field_is_refused(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        *((name, {}) for name in ("hidden_size", "qk_scale", "window_pattern", "rope_parameters", "smear")),
+        *(("rope_parameters", {"rope_parameters": empty}) for empty in (None, {}, {"rope_type": "default"})),
+    ],
+)
+def test_a_config_file_that_lacks_a_field_is_refused(name, left, tmp_path):
     NanoChatConfig().save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     value = fields.pop(name)
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=f"the config lacks {name}: write the values of the trained model"):
+    (tmp_path / "config.json").write_text(json.dumps(fields | left))
+    with pytest.raises(ValueError, match=rf"the config lacks {name}(\.rope_theta)?: write the values of the tr"):
         AutoConfig.from_pretrained(tmp_path)
     assert getattr(AutoConfig.from_pretrained(tmp_path, **{name: value}), name) == value
 

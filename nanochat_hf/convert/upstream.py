@@ -16,14 +16,11 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
-from transformers import NanoChatForCausalLM as NativeModel
 
-from .. import tool_loop
+from .. import loading, tool_loop
 from ..data.tokenizer import with_todays_templates, wrap
-from ..loading import read_config
 from ..model.configuration_nanochat import SWITCHES, UPSTREAM_FIELDS, NanoChatConfig, update_class_names
 from ..model.modeling_nanochat import NanoChatForCausalLM
-from ..model.quantization import is_quantized
 from .native import from_native, load_strictly, refuse_differences, renew, to_native
 from .tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, read_tiktoken, write_tiktoken
 
@@ -178,17 +175,16 @@ def load_model(source: Path, step: int | None) -> tuple[NanoChatForCausalLM, int
         return from_upstream(state, meta), step
     if not (source / "config.json").exists():
         raise ValueError(f"{source} has neither model_NNNNNN.pt (karpathy/nanochat) nor config.json (transformers)")
-    fields = read_config(source)
+    fields = loading.read_config(source)
     kind = fields.get("model_type")
-    if kind == "nanochat":
-        return from_native(NativeModel.from_pretrained(source, dtype=torch.float32)), step or 0
-    if kind != NanoChatConfig.model_type:
+    if kind not in ("nanochat", NanoChatConfig.model_type):
         raise ValueError(f"{source} holds a model of type {kind}, not nanochat")
-    config = NanoChatConfig.from_dict(update_class_names(fields))
-    model = NanoChatForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
-    if is_quantized(model):
+    if fields.get("quantization_config"):
         raise ValueError(f"{source} is quantized: convert the unquantized model")
-    return model, step or 0
+    if kind == "nanochat":
+        return from_native(loading.load_model(str(source))), step or 0
+    config = NanoChatConfig.from_dict(update_class_names(fields))  # without the advice to renew the folder
+    return loading.load_model(str(source), config=config), step or 0
 
 
 def write_upstream(folder: Path, model, tokenizer, step: int, texts: Iterable[str]) -> int | None:

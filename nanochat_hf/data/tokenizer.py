@@ -45,8 +45,8 @@ SPECIAL_TOKENS = (
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 RESPONSE_TEMPLATE = yaml.safe_load(Path(__file__).with_name("response_template.yaml").read_text())
 # Beginnings of the SHA-256 of older ones: text split over parts became special tokens there, JSON text became a call,
-# a reply that was given back lost its `tool_steps`.
-OLD_TEMPLATES = ("55bb7e10abbffda5", "b1658c1843ab4305", "fa6171ba5fe4ac1d", "d8b31d21e6e23a4c")
+# a reply that was given back lost its `tool_steps`, an empty system message put empty lines before the question.
+OLD_TEMPLATES = ("55bb7e10abbffda5", "b1658c1843ab4305", "fa6171ba5fe4ac1d", "d8b31d21e6e23a4c", "4a391466a79d6cf5")
 VALIDATION_CHARS = 4_000_000  # how much of the validation split bytes per token are measured on
 
 # GPT-4's pattern (openai/tiktoken, cl100k_base); GROUP is how many digits may share a token. Upstream measured 2 as

@@ -15,10 +15,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from ..errors import InputError
-from ..run import load_json, writing
+from ..run import writing
 
 
 def export(source: str | Path, output: str | Path, engine: str, **options) -> list[str]:
@@ -58,7 +56,8 @@ def adder(engine: str):
 
 
 def checkpoint_config(source: Path):
-    """Its config. Raises InputError if `source` is no checkpoint folder of ours with a tokenizer, or is quantized."""
+    """Its config. Raises InputError if `source` is no checkpoint folder of ours with its tokenizer or is quantized."""
+    from ..data.tokenizer import load_tokenizer
     from ..loading import load_config  # imported here: vLLM imports this package in each of its processes
     from ..model.configuration_nanochat import NanoChatConfig
 
@@ -66,30 +65,26 @@ def checkpoint_config(source: Path):
     if not files or not isinstance(config := load_config(source), NanoChatConfig):
         advice = "name a stage's folder, or convert it with nanochat convert"
         raise InputError(f"{source} is no checkpoint folder of nanochat_hf with a tokenizer: {advice}")
-    if hasattr(config, "quantization_config"):
+    if getattr(config, "quantization_config", None):
         raise InputError(f"{source} is quantized: export the unquantized model")
+    tokens, rows = len(load_tokenizer(source)), config.num_tokens or config.vocab_size
+    if tokens != rows:
+        raise InputError(f"{source} has a tokenizer of {tokens} tokens and a model of {rows}: see num_tokens")
     return config
 
 
 def copy_checkpoint(source: Path, folder: Path) -> None:
     """Copies a checkpoint folder of ours, without records of training, with today's model code and templates.
 
-    Raises InputError as `checkpoint_config`, and for a tokenizer or weights that are missing or damaged.
+    Raises InputError as `checkpoint_config` and `load_model`.
     """
+    import torch
+
     from ..convert.native import renew
-    from ..data.tokenizer import load_tokenizer
+    from ..loading import load_model
 
     checkpoint_config(source)
-    load_tokenizer(source)
-    files = {path.name: path for path in source.glob("*.safetensors")}
-    index = load_json(source / "model.safetensors.index.json") or {}
-    for name in {*files, *index.get("weight_map", {}).values()} or {"model.safetensors"}:
-        if name not in files:
-            raise InputError(f"{source / name} is missing")
-        try:
-            safe_open(files[name], "numpy")  # reads the header, and compares the file's length with it
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{files[name]} is damaged: {error}") from None
+    load_model(str(source), torch.bfloat16)  # to refuse weights that are damaged or that the config does not fit
     for path in source.iterdir():
         if path.suffix in (".json", ".jinja", ".safetensors") and path.name != "metrics.json":
             shutil.copyfile(path, folder / path.name)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.tokenizer import load_tokenizer, new_backend
+from ..data.tokenizer import load_tokenizer, new_backend, with_todays_templates
 from ..errors import InputError
 from ..loading import load_model
 from ..model.configuration_nanochat import NanoChatConfig
@@ -57,10 +57,8 @@ def write(source: Path, folder: Path, outtype: str = "f16", allow_inexact: bool 
     Returns: what is not exact, and a command. Raises InputError for a model that llama.cpp's Qwen3 cannot express; if
     it differs in sampling or in the tokens of some texts only, not with `allow_inexact`.
     """
-    config, tokenizer = checkpoint_config(source), load_tokenizer(source)
+    config, tokenizer = checkpoint_config(source), with_todays_templates(load_tokenizer(source))
     refuse_impossible(config)
-    if (rows := config.num_tokens or config.vocab_size) != len(tokenizer):
-        raise InputError(f"{source} has a tokenizer of {len(tokenizer)} tokens and a model of {rows}")
     pre_tokenizer, caveats = compare_tokenizer(tokenizer)
     if (cap := config.final_logit_softcapping) is not None:
         caveats.append(

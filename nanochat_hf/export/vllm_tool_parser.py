@@ -31,6 +31,8 @@ class NanoChatToolParser(ToolParser):
             if request.tool_choice not in (None, "auto"):
                 reason = 'tool_choice can be "auto" or "none": the model cannot be made to call a tool'
                 raise VLLMValidationError(reason, parameter="tool_choice")
+            if any(getattr(getattr(tool, "function", tool), "name", None) != "python" for tool in request.tools):
+                raise VLLMValidationError('the model calls the function "python" only', parameter="tools")
             request.skip_special_tokens, request.include_stop_str_in_output = False, True
         return request
 

@@ -125,7 +125,7 @@ class NanoChatHFConfig(PreTrainedConfig):
         if error := self.shape_error():
             raise ValueError(error)
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.head_dim % 2:
+        if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: RoPE rotates pairs of channels, choose an even number")
         pattern, last = self.window_pattern, self.num_hidden_layers - 1
         derived = ["sliding_attention" if pattern[i % len(pattern)] == "S" else "full_attention" for i in range(last)]
@@ -142,6 +142,9 @@ class NanoChatHFConfig(PreTrainedConfig):
             self.sliding_window = math.ceil(self.max_position_embeddings / 4 / 128) * 128 + 1
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
+        theta = self.rope_parameters.get("rope_theta")
+        if not (isinstance(theta, int | float) and theta > 0):
+            raise ValueError(f"rope_theta is {theta!r}: write a number above 0")
 
     def shape_error(self) -> str | None:
         """Returns one clear line on the first field that is out of range, or None."""
@@ -163,6 +166,8 @@ class NanoChatHFConfig(PreTrainedConfig):
             return f"sliding_window is {self.sliding_window}: a layer must see its own token and the one before"
         if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
             return f"num_tokens {self.num_tokens} must lie between 1 and vocab_size {self.vocab_size}"
+        if self.final_logit_softcapping == 0:
+            return "final_logit_softcapping is 0: write null to turn it off"
         if self.smear and width < SMEAR_GATE_CHANNELS:
             return f"the smear needs hidden_size >= {SMEAR_GATE_CHANNELS}: set smear=False or widen the model"
         if self.value_embeds and width < VALUE_GATE_CHANNELS:
@@ -183,8 +188,10 @@ class NanoChatHFConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """Reads config.json. Raises ValueError if it lacks a field whose default would silently change the model."""
-        required = (*SIZES, *SWITCHES, "qk_scale", "window_pattern", "rope_parameters")
-        if missing := [name for name in required if name not in config_dict and name not in kwargs]:
+        given = {**config_dict, **kwargs}
+        given["rope_parameters.rope_theta"] = (given.get("rope_parameters") or {}).get("rope_theta")
+        required = (*SIZES, *SWITCHES, "qk_scale", "window_pattern", "rope_parameters.rope_theta")
+        if missing := [name for name in required if given.get(name) is None]:
             raise ValueError(f"the config lacks {', '.join(missing)}: write the values of the trained model")
         if (updated := update_class_names(config_dict)) is not config_dict:
             folder = kwargs.get("name_or_path", "FOLDER")
