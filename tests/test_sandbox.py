@@ -179,8 +179,8 @@ def attack_without_cgroups(name: str) -> list[str]:
     """As `attack`, on a machine where no cgroup may be written."""
     source, guard = Path(sandbox.guard_script.__file__), Path(tempfile.mkdtemp()) / "guard.py"
     guard.write_text(source.read_text().replace("/sys/fs/cgroup", "/nowhere"))
-    for name in ("program.py", "support.py"):
-        shutil.copy(source.with_name(name), guard.parent)
+    for other in ("program.py", "support.py"):
+        shutil.copy(source.with_name(other), guard.parent)
     sandbox.guard_script.__file__ = str(guard)
     layers.cache_clear()
     return attack(name) + ["cgroups"] * ("cgroups" in layers())
