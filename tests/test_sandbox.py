@@ -71,6 +71,13 @@ def test_tests_that_would_trust_an_object_of_the_solution_are_not_checked():
     assert run_sandboxed("def f(): return 0", "assert f()").checked
 
 
+def test_tests_do_not_run_in_a_folder_that_the_solution_may_write(monkeypatch):
+    start, folders = sandbox.start_guard, []
+    monkeypatch.setattr(sandbox, "start_guard", lambda *words: folders.append(words[3]) or start(*words))
+    assert run_sandboxed("def f(): return 1", "assert f() == 1").passed
+    assert folders[1] == "/" != folders[0]
+
+
 def test_a_program_without_tests_passes_if_it_runs_to_its_last_line(monkeypatch):
     monkeypatch.setenv("SECRET_OF_THE_PARENT", "1")
     table = [(code,) for code, _, _ in ENDS]
