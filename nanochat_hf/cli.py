@@ -72,9 +72,12 @@ def matching(what: str, pattern: str):
 
 Branch = matching("name of a branch", r"(?!.*(\.\.|//|@\{|\.lock$|[/.]$))\w[\w./@+-]*")
 License = matching("license of the Hub, as apache-2.0", "[a-z0-9][a-z0-9.-]*")
-Languages = Annotated[
-    list[matching("ISO code, as en or pt-BR", "[a-z]{2,3}(-[A-Za-z0-9]+)*")], AfterValidator(each_once)
-]
+Language = matching("ISO code, as en or pt-BR", "[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
+
+
+def unique(kind):
+    """The annotation of a list in which nothing is named twice."""
+    return Annotated[list[kind], AfterValidator(each_once)]
 
 
 def model_options(parser: Parser) -> None:
@@ -166,16 +169,10 @@ def push(parser: Parser, words: list[str]) -> None:
     parser.option("--model-code", Literal["package", "folder"], help=what)
     license_help = "of the model, as the Hub writes it (default: %(default)s)"
     parser.option("--license", License, default="mit", help=license_help)
-    parser.option("--language", Languages, default=["en"], help="comma-separated ISO codes (default: en)")
+    parser.option("--language", unique(Language), default=["en"], help="comma-separated ISO codes (default: en)")
     parser.option("--base-model", RepoId, help="Hub id of the model that this one continues")
     engines = "comma-separated engines of nanochat export, for example mlx: their files go beside the weights"
-    parser.option(
-        "--with",
-        Annotated[list[Literal[tuple(ENGINES)]], AfterValidator(each_once)],
-        default=[],
-        dest="engines",
-        help=engines,
-    )
+    parser.option("--with", unique(Literal[tuple(ENGINES)]), default=[], dest="engines", help=engines)
     args = vars(parser.parse_args(words))
     from .hub import push as hub
 

@@ -153,7 +153,9 @@ def load_json(path: str | Path, remedy: str = "delete it to run that stage again
             raise ValueError("no object")
     except FileNotFoundError:
         return None
-    except (ValueError, OSError, RecursionError) as error:  # no JSON, no UTF-8; a folder, no permission
+    except OSError as error:  # a folder, below a file, no permission
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
         raise InputError(f"{path} is not valid JSON ({error}); {remedy}") from None
     if kind and (reason := problem(value, kind)):
         raise InputError(f"{path}: {reason}; {remedy}")

@@ -203,6 +203,7 @@ COMMANDS = [
     ("identity --identity x --output y --split test --endpoint http://127.0.0.1:9", "leave one of them out"),
     ("report --collection x", "expects REPO=RUN"),
     ("report --run-dir {here}", "holds no finished stage"),
+    ("chat --run-dir {root}/README.md", "cannot read .*README.md/base/metrics.json: Not a directory$"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --split dev", "train or test"),
     ("identity --identity {root}/recipes/identity.yaml --output {here} --rows 2", "cannot write .*Is a directory"),
     ("identity --identity {root}/recipes/identity.yaml --output /proc/out.jsonl --rows 2", "cannot write"),
@@ -228,6 +229,10 @@ COMMANDS = [
     ("push --run-dir {here} --repo a/b --with mlx,mlx --dry-run", "mlx is named twice"),
     ("push --run-dir {here} --repo a/b --language english --dry-run", r"--language: \[0\] is 'english': no ISO code"),
     ("push --run-dir {here} --repo a/b --revision a..b --dry-run", "--revision: 'a..b': no name of a branch"),
+    (
+        "push --run-dir {here} --repo a/b --language multilingual,code --license llama3.1 --revision refs/pr/1",
+        "no finished stage",
+    ),
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
 ]
 

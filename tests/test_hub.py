@@ -233,7 +233,11 @@ def test_other_contents_are_refused_but_a_branch_and_force_work(hub, run, no_che
     api.upload_file(path_or_fileobj=b"other", path_in_repo="config.json", repo_id="you/small")
     with pytest.raises(InputError, match=r"another config.json already: .*--revision NAME.*--force"):
         push(run, Push("you/small"))
-    push(run, Push("you/small", revision="step-000100"))
+    hub.repos["models", "you/small"].branches["refs/pr/1"] = hub.repos["models", "you/small"].branches["main"]
+    for branch in ("step-000100", "refs/pr/1"):
+        push(run, Push("you/small", revision=branch))
+    assert "model.safetensors" in pushed(hub, branch="refs/pr/1")
+    assert not any("branch/refs" in str(request) for request in hub.requests)
     assert "model.safetensors" in pushed(hub, branch="step-000100") and set(pushed(hub)) == {"config.json"}
     api.upload_file(path_or_fileobj=b"left over", path_in_repo="old.txt", repo_id="you/small")
     push(run, Push("you/small", force=True))
@@ -260,12 +264,16 @@ def test_a_space_points_at_the_model_and_is_as_private(hub, run, no_check, capsy
         ({"repo": "you/sm all"}, "no repo name"),
         ({"results": float("nan")}, "run the evaluation again"),
         ({"config": {"report_to": "hf_" + "x" * 34}}, r"metrics\.json contains a token"),
+        ({"weights": None, "file": b""}, r"model\.safetensors cannot be read"),
         ({"weights": "0" * 16}, r"are not those that its metrics\.json describes; run stage 'sft' again"),
     ],
 )
 def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, run, options, message):
     record = {name: options.pop(name) for name in ("config", "weights") if name in options}
     change(run / "sft" / "metrics.json", **record)
+    if "file" in options:
+        (run / "sft" / "model.safetensors").unlink()  # a link
+        (run / "sft" / "model.safetensors").write_bytes(options.pop("file"))
     if "results" in options:
         change(run / "eval" / "metrics.json", results={"sft": {"facts": {"value": options.pop("results"), "n": 1}}})
     with pytest.raises(InputError, match=message) as error:

@@ -71,6 +71,13 @@ def test_tests_that_would_trust_an_object_of_the_solution_are_not_checked():
     assert run_sandboxed("def f(): return 0", "assert f()").checked
 
 
+def test_tests_do_not_run_in_a_folder_that_the_solution_may_write(monkeypatch):
+    start, folders = sandbox.start_guard, []
+    monkeypatch.setattr(sandbox, "start_guard", lambda *words: folders.append(words[3]) or start(*words))
+    assert run_sandboxed("def f(): return 1", "assert f() == 1").passed
+    assert folders[1] == "/" != folders[0]
+
+
 def test_a_program_without_tests_passes_if_it_runs_to_its_last_line(monkeypatch):
     monkeypatch.setenv("SECRET_OF_THE_PARENT", "1")
     table = [(code,) for code, _, _ in ENDS]
@@ -179,8 +186,8 @@ def attack_without_cgroups(name: str) -> list[str]:
     """As `attack`, on a machine where no cgroup may be written."""
     source, guard = Path(sandbox.guard_script.__file__), Path(tempfile.mkdtemp()) / "guard.py"
     guard.write_text(source.read_text().replace("/sys/fs/cgroup", "/nowhere"))
-    for name in ("program.py", "support.py"):
-        shutil.copy(source.with_name(name), guard.parent)
+    for other in ("program.py", "support.py"):
+        shutil.copy(source.with_name(other), guard.parent)
     sandbox.guard_script.__file__ = str(guard)
     layers.cache_clear()
     return attack(name) + ["cgroups"] * ("cgroups" in layers())

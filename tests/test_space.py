@@ -253,6 +253,11 @@ def test_numbers_of_the_api_are_brought_into_the_sliders_ranges(app, monkeypatch
     assert calls == [(0.0, 0, 1), (0.0, 0, 1024), (2.0, 0, 1024)]
 
 
+def test_half_of_a_surrogate_pair_is_a_question_mark(app):
+    (system, user) = app.messages_of([], "x\ud83d", "\ud800", with_tools=True)
+    assert (system["content"], user["content"]) == ("?", "x?") and app.encode([system, user], 8)
+
+
 def test_eight_hundred_turns_are_shortened_at_once(app, monkeypatch):
     texts, apply = [], app.tokenizer.apply_chat_template
     monkeypatch.setattr(app.tokenizer, "apply_chat_template", lambda m, **o: texts.append(m) or apply(m, **o))

@@ -84,9 +84,9 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
     with friendly_hub_errors(repo):
         ModelCard.load(folder / "README.md").validate()
         url = api.create_repo(repo, private=options.private, exist_ok=True)
-        if options.revision:
+        if options.revision and not options.revision.startswith("refs/"):  # refs/pr/1 is there
             api.create_branch(repo, branch=options.revision, exist_ok=True)
-        elif not options.force:
+        elif not options.revision and not options.force:
             refuse_others(api, repo, folder)
         delete = "*" if options.force else None
         what = {"folder_path": folder, "delete_patterns": delete, "revision": options.revision}
@@ -120,6 +120,7 @@ def prepare(run: Run, options: Push) -> Path:
             raise InputError(f"{path} names code of another repository, {match[0]}: remove it from there")
     if replaced(run, stage):
         raise InputError(f"{source}: {REPLACED}; run stage {stage!r} again, or restore them")
+    refuse_non_finite(source)
     facts = report_facts(run)
     shutil.rmtree(folder, ignore_errors=True)
     with writing(folder):  # also where a link or another's file is in the way: all below it is uploaded

@@ -65,7 +65,8 @@ def run_sandboxed(
         guards = [start_guard("solution", program, theirs, folder, output.writer, timeout, memory_bytes)]
         if tests:
             both = json.dumps([tests, program], ensure_ascii=False)
-            guards.append(start_guard("tests", both, ours, folder, output.writer, timeout, memory_bytes))
+            # Not in the folder: unittest, which a solution can make the tests import, would run what it wrote there.
+            guards.append(start_guard("tests", both, ours, "/", output.writer, timeout, memory_bytes))
             ours.close()
             theirs.close()  # else neither side would see the other one end
             code = wait(guards[1], timeout)

@@ -285,6 +285,7 @@ class Tests(Endpoint):
 
     def __init__(self, number: int):
         super().__init__(number)
+        self.python = sys.stdin, dict(vars(builtins))
         self.lent = {}  # lists and the like that the solution has, too: (id of object, name) -> value, as packed
 
     def refer(self, value) -> dict:
@@ -315,6 +316,8 @@ class Tests(Endpoint):
     def ask(self, operation: str, *arguments, **options):
         if any(self.pack(value) != before for value, before in self.lent.values()):
             refuse("a changed list or the like")
+        if self.python != (sys.stdin, vars(builtins)):
+            refuse("a replaced input or builtin")
         if sys.stdout is sys.__stdout__:
             result = super().ask(operation, *arguments, **options)
         else:
@@ -329,8 +332,7 @@ class Tests(Endpoint):
         code, solution = json.loads(code)
         if self.receive() != "ready":
             return 1
-        seed = random.seed
-        random.seed = lambda *arguments: (seed(*arguments), self.ask("seed", *arguments))
+        random.seed = lambda *arguments, seed=random.seed: (seed(*arguments), self.ask("seed", *arguments))
         try:
             exec(compile(code, "<tests>", "exec"), Names(self, code, solution))
         except BaseException:
@@ -482,8 +484,7 @@ def main(role: str, number: str, source: str) -> None:
     global ENDPOINT
     exec(source, vars(support))
     if role == "layers":
-        print("ready", flush=True)
-        return
+        return print("ready", flush=True)
     code, result = sys.stdin.read(), 1
     sys.set_int_max_str_digits(0)  # of what travels
     sys.argv, sys.stdin = [""], open(os.devnull)  # noqa: SIM115

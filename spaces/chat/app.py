@@ -100,6 +100,7 @@ def escape(text: str) -> str:
 
 
 def unescape(text: str) -> str:
+    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair becomes "?", as in nanochat serve
     return outside_code(text, f"([<&]){JOINER}", r"\1")
 
 
@@ -125,7 +126,7 @@ def text_of(content) -> str:
 
 def messages_of(history: list[dict], message: str, system: str, with_tools: bool) -> list[dict]:
     """Gradio's history and the new message as a conversation; tool steps become calls and results again."""
-    messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    messages = [{"role": "system", "content": unescape(system.strip())}] if system.strip() else []
     for entry in history:
         text, title = text_of(entry["content"]), (entry.get("metadata") or {}).get("title") or ""
         if title.startswith(STEP):
