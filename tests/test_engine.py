@@ -272,8 +272,8 @@ def test_the_token_table_is_what_the_tokenizer_says(talker):
     assert kinds == ["call", "text", "result", "text"] and table[tokenizer.bos_token_id] == ""
 
 
-def test_a_prompt_has_its_special_tokens_also_after_text_was_encoded_without(model, tokenizer):
-    engine, chat = Engine(model, tokenizer), [{"role": "user", "content": "What is 2 + 3?"}]
+def test_a_prompt_has_its_special_tokens_also_after_text_was_encoded_without(tiny_folder):
+    engine, chat = Engine.from_pretrained(tiny_folder, device="cpu"), [{"role": "user", "content": "What is 2 + 3?"}]
     before = engine.encode(chat)
-    tokenizer.encode("5", add_special_tokens=False, split_special_tokens=True)  # as the tool loop does
-    assert engine.encode(chat) == before and before[0] == tokenizer.bos_token_id
+    engine.tokenizer.encode("5", add_special_tokens=False, split_special_tokens=True)  # as the tool loop does
+    assert engine.encode(chat) == before and before[0] == engine.tokenizer.bos_token_id

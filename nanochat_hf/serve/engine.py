@@ -353,7 +353,7 @@ class Engine:
                 "hold: shorten it"
             )
         backend = self.tokenizer.backend_tokenizer
-        backend.encode_special_tokens = False  # transformers leaves it as its last call has set it
+        backend.encode_special_tokens = False  # a call with split_special_tokens leaves it set
         return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_last(self, messages: list[dict], room: int) -> tuple[list[int], int]:
