@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 
 from .data.documents import is_local, text_fingerprint
+from .data.mixture import refuse_missing
 from .data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from .demo import corpus as primer
 from .distributed import (
@@ -178,14 +179,18 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
         check_inputs(run, stage, metrics.get("inputs") or {}, configs[stage])
 
 
-def check_sources(run: Run, stages: list[str]) -> None:
-    """Refuse a stage whose tokenizer or starting model neither exists nor is made by an earlier one of `stages`."""
+def check_sources(run: Run, stages: list[str], configs: dict) -> None:
+    """Refuse a stage without its data, or without a tokenizer or model to start from, of the run or of `stages`."""
     done = [stage for stage in ("tokenizer", *MODEL_STAGES) if run.finished(stage)]
     for stage in (name for name in stages if name not in ("report", "eval") and name not in done):
         if stage == "base" and "tokenizer" not in done:
             raise InputError(NO_TOKENIZER.format(run.path))
         if stage in MODEL_STAGES[1:] and not {*MODEL_STAGES[: MODEL_STAGES.index(stage)]} & {*done}:
             raise InputError(NO_MODEL.format(stage, run.path))
+        for part in getattr(configs[stage], "mixture", []) + getattr(configs[stage], "validation", []):
+            refuse_missing(part["dataset"])
+        if stage in ("rl", "dpo"):
+            refuse_missing(configs[stage].dataset)
         done.append(stage)
 
 
@@ -216,7 +221,7 @@ def run_stages(run: Run, stages: list[str], configs: dict, repo=None, hourly_rat
     """Run the stages that are not finished, on all ranks, then write the report and show a few answers."""
     state = partial_state()
     check_run_folder(run, stages, configs)
-    check_sources(run, stages)
+    check_sources(run, stages, configs)
     lines, tasks = outline(stages, configs, state.num_processes), configs.get("eval")
     options = {"base": {"repo": repo, "tasks": tasks}, "eval": {"keep_unchanged": True}}
     options |= {stage: {"tasks": tasks} for stage in ("mid", "sft")}

@@ -77,7 +77,7 @@ TURN = "^u(What is 6*7?)ua(I compute:p(6*7)po(42)oIt is 42.)a"
         (DIALOGUE, {}, "^u(Hi)ua(Yes?)au(Bye)u"),
         (DIALOGUE, {"add_generation_prompt": True}, "^u(Hi)ua(Yes?)au(Bye)ua("),
         ([system("Be brief."), *DIALOGUE], {}, "^u(Be brief.\n\nHi)ua(Yes?)au(Bye)u"),
-        ([system(""), *DIALOGUE], {}, "^u(Hi)ua(Yes?)au(Bye)u"),  # as node-llama-cpp sends it
+        ([system(""), *DIALOGUE], {}, "^u(Hi)ua(Yes?)au(Bye)u"),
         (SUM, {}, TURN),
         (SUM[:2], {}, "^u(What is 6*7?)ua(I compute:p(6*7)p"),
         (SUM[:3], {"add_generation_prompt": True}, "^u(What is 6*7?)ua(I compute:p(6*7)po(42)o"),

@@ -249,7 +249,7 @@ def test_page_chats_calls_the_calculator_and_begins_anew(chat_export, browser): 
 
 def test_scaled_rope_is_refused(tokenizer, tmp_path):
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
-    make_model(1, rope_parameters=rope).save_pretrained(tmp_path / "torch")
+    make_model(1, rope_parameters=rope, vocab_size=512, num_tokens=None).save_pretrained(tmp_path / "torch")
     tokenizer.save_pretrained(tmp_path / "torch")
     with pytest.raises(InputError, match="RoPE of type 'linear'"):
         export(tmp_path / "torch", tmp_path / "onnx", "onnx")

@@ -307,9 +307,15 @@ def test_code_that_reads_weights_refuses_quantized_ones(talker, chat_folder, tmp
     assert is_quantized(packed)
     with pytest.raises(InputError, match="this model is quantized, and fast generation needs the weights themselves"):
         Engine(packed, tokenizer)
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *args, **kwargs: packed)
+    shutil.copytree(chat_folder, tmp_path / "quantized")
+    config = json.loads((chat_folder / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "quanto"}
+    }
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="is quantized: convert the unquantized model"):
-        convert(chat_folder, tmp_path / "out", "nanochat")
+        convert(tmp_path / "quantized", tmp_path / "out", "nanochat")
+    info = dict.fromkeys(("missing_keys", "mismatched_keys", "unexpected_keys"), ())
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *args, **kwargs: (packed, info))
     with pytest.raises(InputError, match="is quantized and cannot be trained"):
         load_chat_model(str(chat_folder), ChatConfig(), tokenizer)
     plan = SimpleNamespace(generation=2, vocab_size=packed.config.vocab_size)

@@ -265,6 +265,9 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
         (None, ["eval.core_bundle=/nowhere"], "/nowhere is no CORE bundle"),
         (early, ["eval.core_bundle=/nowhere", "base.core_metric_every=9"], "/nowhere is no CORE bundle"),
         (None, ["eval.tasks=[nanochat_spellingbee]", f"eval.dataset={text}"], "no words of 3 to 15 letters .*words"),
+        (None, ["sft.mixture=[{dataset: nowhere.jsonl}]"], "no such dataset: nowhere.jsonl"),
+        (None, ["mid.validation=[{dataset: recipes/nope.yaml}]"], "no such dataset: recipes/nope.yaml"),
+        (None, ["rl.dataset=of_{split}.jsonl"], "no such dataset: of_{split}.jsonl"),
     ):
         with pytest.raises(InputError, match=message):
             stages.run_stages(Run(tmp_path / "run"), *read("cpu-demo", names, keys))

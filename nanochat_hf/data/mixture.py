@@ -227,16 +227,22 @@ def open_rows(entry: DatasetConfig, seed: int) -> Sequence:
             raise InputError(f"{path} is neither .jsonl nor .parquet (a folder must hold one kind only)")
         # The library takes names for patterns: star* would be starfish, too.
         arguments = {"path": "parquet", "data_files": [escape(str(p.absolute())) for p in files], "split": "train"}
-    elif is_hub_id(entry.dataset) and entry.dataset.count("/") == 1:
-        arguments = {"path": entry.dataset, "name": entry.subset, "split": entry.split}
     else:
-        raise InputError(f"no such dataset: {entry.dataset} is no file, no folder and no Hub id")
+        refuse_missing(entry.dataset)
+        arguments = {"path": entry.dataset, "name": entry.subset, "split": entry.split}
     from datasets import load_dataset  # takes a second to import, and the demo does without
 
     try:
         return load_dataset(**arguments)
     except Exception as error:  # its errors have no common type: missing, offline, no such split, broken file
         raise InputError(f"cannot read dataset {entry.dataset}: {str(error).splitlines()[0][:200]}") from error
+
+
+def refuse_missing(dataset: str) -> None:
+    """Raises InputError for a dataset that is nothing on this disk and has no Hub id's form."""
+    hub = is_hub_id(dataset) and dataset.count("/") == 1 and not dataset.endswith((".yaml", ".yml"))
+    if not (hub or dataset.partition(":")[0] == "primer" or local_path(dataset.replace("{split}", "train")).exists()):
+        raise InputError(f"no such dataset: {dataset} is no file, no folder and no Hub id")
 
 
 def _files(entry: DatasetConfig, path: Path) -> list[Path]:
