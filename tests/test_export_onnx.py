@@ -76,7 +76,7 @@ def generate(folder: Path, prompts: list, length: int, chat=None, dtype: str = "
 def exported(request, tokenizer, tmp_path_factory):
     """(model with sliding windows, exported folder) of a generation."""
     root = tmp_path_factory.mktemp("onnx")
-    model = make_model(request.param, window_pattern="SSL", sliding_window=5)
+    model = make_model(request.param, vocab_size=512, num_tokens=None, window_pattern="SSL", sliding_window=5)
     model.save_pretrained(root / "torch")
     tokenizer.save_pretrained(root / "torch")
     export(root / "torch", root / "onnx", "onnx")
