@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -83,8 +84,11 @@ def load_model(
     except Exception as error:  # safetensors', json's and the config's have no common type
         raise unreadable(source, error) from None
     wrong = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]  # which have random numbers
-    if wrong := wrong + [*(info["unexpected_keys"] if isinstance(model.config, NanoChatConfig) else ())]:
+    unused = [*info["unexpected_keys"]]
+    if wrong := wrong + unused * isinstance(model.config, NanoChatConfig):
         raise InputError(f"config.json and weights of {source} do not belong together: see {min(wrong)}")
+    if unused:
+        print(f"warning: {source} has weights that its model does not use, such as {min(unused)}", file=sys.stderr)
     try:
         model = model if device is None else model.to(device)
     except (RuntimeError, AssertionError) as error:  # out of memory, no such device

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanochat_hf.cli import dispatch
 from nanochat_hf.data import chat_renderer
@@ -217,3 +218,12 @@ def test_a_device_that_is_not_there_or_full_is_named(tiny_folder, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     with pytest.raises(InputError, match=r"model cannot be used on cpu: full; try cpu"):
         load_model(str(tiny_folder), device="cpu")
+
+
+def test_weights_that_another_kind_of_model_does_not_use_are_named(tmp_path, capsys):
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "extra.weight": torch.zeros(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    load_model(str(tmp_path))
+    assert "weights that its model does not use, such as extra.weight" in capsys.readouterr().err

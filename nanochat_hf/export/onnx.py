@@ -1,6 +1,6 @@
 """ONNX files in the layout of transformers.js 4, for browsers, Node and onnxruntime: both generations.
 
-`onnx/model.onnx` (float32), `onnx/model_fp16.onnx` and `onnx/model_quantized.onnx` (8 bits) contain one decoding step:
+`onnx/model.onnx` (float32), `onnx/model_fp16.onnx` and `onnx/model_quantized.onnx` (int8) contain one decoding step:
 
     input_ids (B, T), attention_mask (B, P + T), position_ids (B, T), num_logits_to_keep (0: all)
     past_key_values.I.key and .value (B, H_kv, P, D) of each layer, past_conv.L (B, C, 1) for the smear
