@@ -15,7 +15,6 @@ what they allow: `layers` says what this machine gives.
 """
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -64,9 +63,8 @@ def run_sandboxed(
     with collected() as output, working_folder() as folder, ours, theirs:
         guards = [start_guard("solution", program, theirs, folder, output.writer, timeout, memory_bytes)]
         if tests:
-            both = json.dumps([tests, program], ensure_ascii=False)
             # Not in the folder: unittest, which a solution can make the tests import, would run what it wrote there.
-            guards.append(start_guard("tests", both, ours, "/", output.writer, timeout, memory_bytes))
+            guards.append(start_guard("tests", tests, ours, "/", output.writer, timeout, memory_bytes))
             ours.close()
             theirs.close()  # else neither side would see the other one end
             code = wait(guards[1], timeout)
