@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 
 from .data.documents import is_local, text_fingerprint
-from .data.mixture import refuse_missing
+from .data.mixture import check_data
 from .data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from .demo import corpus as primer
 from .distributed import (
@@ -187,11 +187,10 @@ def check_sources(run: Run, stages: list[str], configs: dict) -> None:
             raise InputError(NO_TOKENIZER.format(run.path))
         if stage in MODEL_STAGES[1:] and not {*MODEL_STAGES[: MODEL_STAGES.index(stage)]} & {*done}:
             raise InputError(NO_MODEL.format(stage, run.path))
-        for part in getattr(configs[stage], "mixture", []) + getattr(configs[stage], "validation", []):
-            refuse_missing(part["dataset"])
-        if stage in ("rl", "dpo"):
-            refuse_missing(configs[stage].dataset)
+        check_data(stage, configs[stage])
         done.append(stage)
+    if "eval" in stages and not run.finished("eval"):
+        check_data("eval", configs["eval"])
 
 
 def compared(run: Run, config: dict) -> dict:

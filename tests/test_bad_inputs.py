@@ -365,12 +365,18 @@ ENTRIES = [  # of a mixture of conversations, which is opened
     ({"dataset": "{here}"}, r"train\*"),
     ({"dataset": "{here}/train.parquet"}, "cannot read"),
     ({"dataset": "{here}/bad.jsonl", "rows": 9}, "has 3 rows, not 9"),
+    ({"dataset": "primer", "rows": 10**9}, "primer gives at most 200,000 rows, not 1,000,000,000: use epochs"),
+    (
+        {"dataset": "{here}/words.txt", "transform": "spelling_bee", "rows": 10**9},
+        "has 1,000,000,000 rows, more than 100,",
+    ),
 ]
 
 
 @pytest.mark.parametrize("entry,message", ENTRIES)
 def test_a_mixture_that_cannot_be_opened(tmp_path, entry, message):
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "words.txt").write_text("apple\nberry\n")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
     jsonl(tmp_path / "bad.jsonl", "{", "[1]", "3")
     entry = entry | {"dataset": entry["dataset"].replace("{here}", str(tmp_path))}

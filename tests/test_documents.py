@@ -420,6 +420,12 @@ def test_a_hub_dataset_is_read_by_the_names_of_its_splits_and_stays_at_its_commi
         DocumentStream("org/nothing")
 
 
+def test_folders_that_are_nested_too_deeply_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "rglob", Mock(side_effect=RecursionError))  # as for the dataset /
+    with pytest.raises(InputError, match="nested too deeply: name the folder that holds the files"):
+        DocumentStream(str(tmp_path))
+
+
 def test_files_of_the_hub_are_fetched_once_each_through_failures(hub):
     names = [f"{i}.jsonl" for i in range(4)]
     hub.repos["datasets", "me/books"] = pushed(names)

@@ -268,9 +268,15 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
         (None, ["sft.mixture=[{dataset: nowhere.jsonl}]"], "no such dataset: nowhere.jsonl"),
         (None, ["mid.validation=[{dataset: recipes/nope.yaml}]"], "no such dataset: recipes/nope.yaml"),
         (None, ["rl.dataset=of_{split}.jsonl"], "no such dataset: of_{split}.jsonl"),
+        (None, ["base.dataset=/nowhere"], "no such dataset: /nowhere"),
+        (None, ["tokenizer.dataset=[{dataset: primer}, {dataset: no.jsonl}]"], "no such dataset: no.jsonl"),
+        (None, ["eval.dataset=/nowhere"], "no such dataset: /nowhere"),
     ):
         with pytest.raises(InputError, match=message):
             stages.run_stages(Run(tmp_path / "run"), *read("cpu-demo", names, keys))
+        if message.startswith(("no such", "/nowhere")):  # which needs no network
+            with pytest.raises(InputError, match=message):
+                jobs.dry_run(*read("cpu-demo", names, keys))
     assert not (tmp_path / "run" / "eval").exists()
 
     def load(names):

@@ -214,6 +214,12 @@ BAD_CHATS = [  # messages, other fields, the reason
         for key in ("model", "parallel_tool_calls", "stream_options")
         for value in ([], 3)
     ),
+    (user("?"), {"stream_options": {"include_usage": "x"}}, "stream_options.include_usage: Input should be a valid b"),
+    *(
+        ([{"role": role, **rest}], {}, f"a message of role {role} needs content")
+        for role in ("user", "system", "assistant")
+        for rest in ({}, {"content": None})
+    ),
     (user("?"), {"stop": ["x"] * 17}, "stop: List should have at most 16"),
     *((user("?"), {"x": [value] * 250_000}, "more than 100000 lists") for value in ([], 1)),
 ]
@@ -229,6 +235,14 @@ WRONG = [
     *((CHAT, {"messages": messages, **more}, reason) for messages, more, reason in BAD_CHATS),
     *(("/v1/completions", {"prompt": prompt, **more}, reason) for prompt, more, reason in BAD_PROMPTS),
     ("/generate", {"inputs": "?", "stream": 1}, "stream"),
+    *(
+        (
+            "/generate",
+            {"inputs": "?", "parameters": {"do_sample": sample, "temperature": 0}},
+            "temperature: Input should",
+        )
+        for sample in (True, False)
+    ),
     ("/generate", {"inputs": "?", "parameters": {"repetition_penalty": 1.2}}, "repetition_penalty is not supp"),
     *((path, {}, f"no route {path}; those of OpenAI are /v1/chat") for path in ("/chat/completions", "/v1/responses")),
 ]

@@ -297,7 +297,10 @@ def files_below(folder: Path) -> list[str]:
 
     Links to folders are not followed, since they may lead in a circle; their names end with "/".
     """
-    paths = [(path, path.is_dir()) for path in sorted(folder.rglob("*"))]
+    try:
+        paths = [(path, path.is_dir()) for path in sorted(folder.rglob("*"))]
+    except RecursionError:
+        raise InputError(f"{folder} has folders nested too deeply: name the folder that holds the files") from None
     names = (p.relative_to(folder).as_posix() + "/" * is_dir for p, is_dir in paths if not is_dir or p.is_symlink())
     return [name for name in names if is_visible(name)]
 

@@ -40,13 +40,14 @@ from ..demo import corpus as primer
 from ..errors import InputError
 from ..stage_configs import ChatMixture
 from . import identity
-from .documents import DocumentStream, files_below, is_hub_id, local_path, log
+from .documents import DocumentStream, files_below, is_hub_id, local_path, log, parts_of
 from .splits import SUFFIXES, has_suffix, listed, row_files, split_of, tells, unread_files
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow, check, normalize
 
 MAX_LISTED_REASONS = 1000  # bad rows that are listed one by one; more are only counted
 MAX_WORD_CHARS = 20_000_000  # of a text that a spelling transform takes its words from
 MAX_WORDS = 200_000
+MAX_ROWS, MAX_GENERATED = 10**8, 200_000  # of a mixture; of what is made in memory, in 20 s
 
 
 @dataclass
@@ -114,6 +115,8 @@ class Mixture:
         self.skipped: list[dict] = []
         self.sources = [open_rows(entry, seed) for entry in self.entries]
         self.counts = [entry.count(source) for entry, source in zip(self.entries, self.sources, strict=True)]
+        if len(self) > MAX_ROWS:
+            raise InputError(f"the mixture has {len(self):,} rows, more than {MAX_ROWS:,}: lower rows or epochs")
 
     def __len__(self) -> int:
         """Rows of the mixture, the bad ones included."""
@@ -238,9 +241,18 @@ def open_rows(entry: DatasetConfig, seed: int) -> Sequence:
         raise InputError(f"cannot read dataset {entry.dataset}: {str(error).splitlines()[0][:200]}") from error
 
 
-def refuse_missing(dataset: str) -> None:
+def check_data(stage: str, config) -> None:
+    """Raises InputError if a dataset of a stage's config is missing, as `refuse_missing`."""
+    for part in getattr(config, "mixture", []) + getattr(config, "validation", []):
+        refuse_missing(part["dataset"])
+    if dataset := getattr(config, "dataset", None):
+        for name, _ in parts_of(dataset):
+            refuse_missing(name, stage in ("tokenizer", "base", "eval"))
+
+
+def refuse_missing(dataset: str, is_text: bool = False) -> None:
     """Raises InputError for a dataset that is nothing on this disk and has no Hub id's form."""
-    hub = is_hub_id(dataset) and dataset.count("/") == 1 and not dataset.endswith((".yaml", ".yml"))
+    hub = is_hub_id(dataset) and (is_text or dataset.count("/") == 1) and not dataset.endswith((".yaml", ".yml"))
     if not (hub or dataset.partition(":")[0] == "primer" or local_path(dataset.replace("{split}", "train")).exists()):
         raise InputError(f"no such dataset: {dataset} is no file, no folder and no Hub id")
 
@@ -283,6 +295,8 @@ def _generated_rows(entry: DatasetConfig, seed: int) -> list[dict]:
     """The conversations of the primer or of an identity."""
     if entry.transform != "messages":
         raise InputError(f"{entry.dataset} has messages; the transform {entry.transform} does not apply to it")
+    if (entry.rows or 0) > MAX_GENERATED:
+        raise InputError(f"{entry.dataset} gives at most {MAX_GENERATED:,} rows, not {entry.rows:,}: use epochs")
     name, _, kinds = entry.dataset.partition(":")
     if name != "primer":
         num = entry.rows or identity.NUM_CONVERSATIONS

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -143,8 +144,11 @@ class NanoChatHFConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
         theta = self.rope_parameters.get("rope_theta")
-        if not (isinstance(theta, int | float) and theta > 0):
+        if not (isinstance(theta, int | float) and 0 < theta < math.inf):
             raise ValueError(f"rope_theta is {theta!r}: write a number above 0")
+        kind, kinds = self.rope_parameters.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]
+        if kind not in kinds:
+            raise ValueError(f"rope_type is {kind!r}: write one of {', '.join(kinds)}")
 
     def shape_error(self) -> str | None:
         """Returns one clear line on the first field that is out of range, or None."""
@@ -166,6 +170,11 @@ class NanoChatHFConfig(PreTrainedConfig):
             return f"sliding_window is {self.sliding_window}: a layer must see its own token and the one before"
         if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
             return f"num_tokens {self.num_tokens} must lie between 1 and vocab_size {self.vocab_size}"
+        for name in ("qk_scale", "rms_norm_eps", "final_logit_softcapping", "attention_dropout"):
+            if not math.isfinite(getattr(self, name) or 0):
+                return f"{name} is {getattr(self, name)}: write a finite number"
+        if self.tie_word_embeddings:
+            return "tie_word_embeddings is true: the head has weights of its own, write false"
         if self.final_logit_softcapping == 0:
             return "final_logit_softcapping is 0: write null to turn it off"
         if self.smear and width < SMEAR_GATE_CHANNELS:

@@ -476,7 +476,7 @@ class Names(dict):
             if isinstance(value, Remote) and (name in ("np", "pd") or importlib.util.find_spec(name)):
                 refuse(name)
         if len(self.free) > 1:  # the only one is what the tests are about, not what they compare it with
-            value = support.agreed(name, value, refuse)
+            value = support.confirmed(name, value, refuse)
         if callable(value) or isinstance(value, types.ModuleType):
             self[name] = value
         return value

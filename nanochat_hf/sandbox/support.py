@@ -34,7 +34,7 @@ def library_module(name: str, claimed: str | None):
         return importlib.import_module(claimed)
 
 
-def agreed(name: str, value, refuse):
+def confirmed(name: str, value, refuse):
     """`value`, the solution's; where a module of LIBRARY has such a name that one's, with which it must agree."""
     for module in map(importlib.import_module, LIBRARY):
         if not isinstance(library := getattr(module, name, value), types.ModuleType) and library is not value:

@@ -98,11 +98,15 @@ class Sampling(BaseModel, extra="allow", strict=True):
                 raise InputError(f"{name} is not supported: leave it out")
 
 
+class StreamOptions(BaseModel, strict=True):
+    include_usage: bool | None = None
+
+
 class OpenAIBody(Sampling):
     model: str | None = None  # any name; there is one model
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
-    stream_options: dict | None = None
+    stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
 
 
@@ -118,6 +122,10 @@ class Message(BaseModel):
     tool_calls: Annotated[list[dict], Field(max_length=128)] | None = None
     tool_call_id: str | None = None
     function_call: dict | None = None
+
+    def model_post_init(self, context) -> None:
+        if self.content is None and not (self.tool_calls or self.tool_steps or self.function_call):
+            raise InputError(f"a message of role {self.role} needs content")
 
 
 class Parameters(BaseModel):
@@ -152,6 +160,7 @@ class CompletionBody(OpenAIBody):
 
 
 class TGIParameters(Sampling):
+    temperature: Annotated[float, Field(gt=0, le=5)] | None = None  # greedy is `do_sample: false`
     do_sample: bool | None = None
     return_full_text: bool | None = None
     truncate: Limit | None = None
@@ -332,7 +341,7 @@ class Server:
         async def chunks() -> AsyncIterator[dict]:
             async for content, reason in deltas(completions[0], chat):
                 yield {**head, "choices": [choice(content, reason)]}
-            if (body.stream_options or {}).get("include_usage"):
+            if body.stream_options and body.stream_options.include_usage:
                 yield {**head, "choices": [], "usage": usage(completions, n)}
 
         head["object"] += ".chunk" if chat else ""
