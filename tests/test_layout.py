@@ -25,7 +25,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "sandbox": "",
     "distributed": "",
     "model": "",
-    "convert": "data loading model tool_loop",
+    "convert": "data loading model run tool_loop",
     "export": "convert data loading model run",
     "kernels": "",
     "optim": "model kernels distributed run",
