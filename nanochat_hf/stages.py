@@ -182,15 +182,13 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
 def check_sources(run: Run, stages: list[str], configs: dict) -> None:
     """Refuse a stage without its data, or without a tokenizer or model to start from, of the run or of `stages`."""
     done = [stage for stage in ("tokenizer", *MODEL_STAGES) if run.finished(stage)]
-    for stage in (name for name in stages if name not in ("report", "eval") and name not in done):
+    for stage in (name for name in stages if name != "report" and not run.finished(name)):
         if stage == "base" and "tokenizer" not in done:
             raise InputError(NO_TOKENIZER.format(run.path))
         if stage in MODEL_STAGES[1:] and not {*MODEL_STAGES[: MODEL_STAGES.index(stage)]} & {*done}:
             raise InputError(NO_MODEL.format(stage, run.path))
         check_data(stage, configs[stage])
         done.append(stage)
-    if "eval" in stages and not run.finished("eval"):
-        check_data("eval", configs["eval"])
 
 
 def compared(run: Run, config: dict) -> dict:

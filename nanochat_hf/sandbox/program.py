@@ -98,7 +98,7 @@ class Endpoint:
             arguments = value.__reduce__()[1] if kind.__module__ == "builtins" else value.args
             parts = [kind, arguments, vars(value), value.__cause__]
             return {"error": [self.number(value), *map(self.pack, parts)]}
-        return self.refer(value)
+        return self.refer(value)  # it stays here
 
     def unpack(self, value):
         """The opposite of `pack`."""
@@ -134,10 +134,6 @@ class Endpoint:
             self.numbers[id(value)] = len(self.objects)
             self.objects.append(value)
         return self.numbers[id(value)]
-
-    def refer(self, value) -> dict:
-        """What is sent for an object that stays here."""
-        raise NotImplementedError
 
     def proxy(self, name: str, number: int, *parts):
         """What stands for an object of the other side: here, for an exception or its class."""
@@ -475,9 +471,10 @@ class Names(dict):
             value = support.library_module(name, ENDPOINT.ask("module_name", value)) or value
             if isinstance(value, Remote) and (name in ("np", "pd") or importlib.util.find_spec(name)):
                 refuse(name)
-        if len(self.free) > 1:  # the only one is what the tests are about, not what they compare it with
+        is_module = isinstance(value, types.ModuleType)
+        if len(self.free) > 1 and not is_module:  # the only one is what the tests are about
             value = support.confirmed(name, value, refuse)
-        if callable(value) or isinstance(value, types.ModuleType):
+        if callable(value) or is_module:
             self[name] = value
         return value
 

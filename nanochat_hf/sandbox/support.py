@@ -6,7 +6,6 @@ import collections
 import contextlib
 import importlib.util
 import symtable
-import types
 
 # Modules whose functions and constants tests use to say what is right: `isclose(root(2), 1.414)`.
 LIBRARY = "math cmath collections copy decimal fractions statistics string".split()  # noqa: SIM905
@@ -36,17 +35,15 @@ def library_module(name: str, claimed: str | None):
 
 def confirmed(name: str, value, refuse):
     """`value`, the solution's; where a module of LIBRARY has such a name that one's, with which it must agree."""
-    for module in map(importlib.import_module, LIBRARY):
-        if not isinstance(library := getattr(module, name, value), types.ModuleType) and library is not value:
-            break
-    else:
-        return value
+    modules = map(importlib.import_module, LIBRARY)
+    module = next((module for module in modules if name in getattr(module, "__all__", vars(module))), None)
+    library = getattr(module, name, value)
 
     def call(*arguments, **options):
         result = library(*arguments, **options)
         return result if result == value(*arguments, **options) else refuse(f"{name} of its own")
 
-    if callable(library) and callable(value):
+    if library is not value and callable(library) and callable(value):
         return call
     return library if library == value else refuse(f"{name} of its own")
 
