@@ -87,7 +87,7 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
     refuse_unused_words(config, keys)
     if dry_run:
         _, configs = read_recipe(find_recipe(str(Path(path).parent)), None, [])  # base.yaml has the model's shape
-        return dry_run([stage], configs | {stage: config})
+        return print_dry_run([stage], configs | {stage: config})
     with working(command, run_dir, given.pop("sync", None)) as run:
         from .stages import run_stage
 
@@ -121,7 +121,7 @@ def speedrun(parser: Parser, words: list[str]) -> None:
     """The whole pipeline of a recipe, from text to a chat model with its report card."""
     recipe, stages, configs, arguments = read_speedrun(parser, words)
     if arguments.dry_run:
-        return dry_run(stages, configs, rate=arguments.node_hourly_rate)
+        return print_dry_run(stages, configs, rate=arguments.node_hourly_rate)
     folder = arguments.run_dir or Path("runs") / recipe.name
     with working(f"recipe {recipe.name}", folder, arguments.sync) as run:
         from .stages import run_stages
@@ -164,7 +164,7 @@ def plan(parser: Parser, words: list[str]) -> None:
     show_plan(stages, configs, arguments.gpus or 1, otherwise, arguments.gpu, rate=rate)
 
 
-def dry_run(stages: list[str], configs: dict, *arguments, **options) -> None:
+def print_dry_run(stages: list[str], configs: dict, *arguments, **options) -> None:
     """Print the plan, with the arguments of `show_plan`. Raises InputError for missing data, as a run does."""
     from .data.mixture import check_data
 
@@ -221,7 +221,7 @@ def run(parser: Parser, words: list[str]) -> None:
     if arguments.dry_run:
         ranks, kind = arguments.num_processes or accelerate.get("num_processes", 1), accelerate.get("distributed_type")
         otherwise, device = "H200" if accelerate else "CPU", "CPU" if accelerate.get("use_cpu") else None
-        return dry_run(stages, configs, ranks, otherwise, device, SHARDING.get(kind), arguments.node_hourly_rate)
+        return print_dry_run(stages, configs, ranks, otherwise, device, SHARDING.get(kind), arguments.node_hourly_rate)
     check_gpus(arguments.num_processes, accelerate)
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
     launch([*command, "--module", "nanochat_hf.cli", "speedrun", *speedrun_words(arguments)])

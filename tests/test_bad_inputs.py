@@ -234,6 +234,8 @@ COMMANDS = [
         "no finished stage",
     ),
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --dataset none --dry-run", "no such dataset: none is no file"),
+    ("run cpu-demo eval.core_bundle=none --dry-run", "none is no CORE bundle"),
 ]
 
 FILES = [  # content of base.yaml

@@ -276,7 +276,7 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
             stages.run_stages(Run(tmp_path / "run"), *read("cpu-demo", names, keys))
         if message.startswith(("no such", "/nowhere")):  # which needs no network
             with pytest.raises(InputError, match=message):
-                jobs.dry_run(*read("cpu-demo", names, keys))
+                jobs.print_dry_run(*read("cpu-demo", names, keys))
     assert not (tmp_path / "run" / "eval").exists()
 
     def load(names):
