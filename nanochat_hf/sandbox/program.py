@@ -459,7 +459,7 @@ class Names(dict):
     """
 
     def __init__(self, endpoint: Tests, tests: str):
-        super().__init__(__name__="tests", type=KindOf("type", (), {}))
+        super().__init__(__name__="tests", __annotations__={}, type=KindOf("type", (), {}))
         self.module = endpoint.unpack({"object": [0]})
         self.used, self.free = support.names(tests)
 
