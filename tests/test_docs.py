@@ -219,8 +219,8 @@ def workplace(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Parser, "parse_args", stop)
-    monkeypatch.setattr("nanochat_hf.jobs.print_dry_run", lambda *_, **__: None)  # all was read
-    monkeypatch.setattr("nanochat_hf.jobs.show_plan", lambda *_, **__: None)
+    for end in ("print_dry_run", "show_plan"):  # all was read
+        monkeypatch.setattr(f"nanochat_hf.jobs.{end}", lambda *_, **__: None)
     return tmp_path
 
 

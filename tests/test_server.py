@@ -215,11 +215,7 @@ BAD_CHATS = [  # messages, other fields, the reason
         for value in ([], 3)
     ),
     (user("?"), {"stream_options": {"include_usage": "x"}}, "stream_options.include_usage: Input should be a valid b"),
-    *(
-        ([{"role": role, **rest}], {}, f"a message of role {role} needs content")
-        for role in ("user", "system", "assistant")
-        for rest in ({}, {"content": None})
-    ),
+    *(([{"role": x, "content": None}], {}, f"role {x} needs content") for x in ("user", "system", "assistant")),
     (user("?"), {"stop": ["x"] * 17}, "stop: List should have at most 16"),
     *((user("?"), {"x": [value] * 250_000}, "more than 100000 lists") for value in ([], 1)),
 ]
@@ -235,14 +231,7 @@ WRONG = [
     *((CHAT, {"messages": messages, **more}, reason) for messages, more, reason in BAD_CHATS),
     *(("/v1/completions", {"prompt": prompt, **more}, reason) for prompt, more, reason in BAD_PROMPTS),
     ("/generate", {"inputs": "?", "stream": 1}, "stream"),
-    *(
-        (
-            "/generate",
-            {"inputs": "?", "parameters": {"do_sample": sample, "temperature": 0}},
-            "temperature: Input should",
-        )
-        for sample in (True, False)
-    ),
+    ("/generate", {"inputs": "?", "parameters": {"do_sample": True, "temperature": 0}}, "temperature: Input should"),
     ("/generate", {"inputs": "?", "parameters": {"repetition_penalty": 1.2}}, "repetition_penalty is not supp"),
     *((path, {}, f"no route {path}; those of OpenAI are /v1/chat") for path in ("/chat/completions", "/v1/responses")),
 ]
