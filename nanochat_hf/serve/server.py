@@ -98,15 +98,11 @@ class Sampling(BaseModel, extra="allow", strict=True):
                 raise InputError(f"{name} is not supported: leave it out")
 
 
-class StreamOptions(BaseModel, strict=True):
-    include_usage: bool | None = None
-
-
 class OpenAIBody(Sampling):
     model: str | None = None  # any name; there is one model
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: dict[str, bool | None] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
 
 
@@ -341,7 +337,7 @@ class Server:
         async def chunks() -> AsyncIterator[dict]:
             async for content, reason in deltas(completions[0], chat):
                 yield {**head, "choices": [choice(content, reason)]}
-            if body.stream_options and body.stream_options.include_usage:
+            if (body.stream_options or {}).get("include_usage"):
                 yield {**head, "choices": [], "usage": usage(completions, n)}
 
         head["object"] += ".chunk" if chat else ""
