@@ -27,7 +27,7 @@ from pydantic import AfterValidator, StringConstraints
 
 from .config import Count, Fraction, NotNegative, Parser, Place, RepoId, Seed, TopK, each_once
 from .errors import InputError, guarded
-from .jobs import ACCELERATE, STAGE_COMMANDS, demo, plan, run, run_stage_command, speedrun
+from .jobs import ACCELERATE, STAGE_COMMANDS, demo, keys_by_name, plan, run, run_stage_command, speedrun
 from .run import (
     MODEL_STAGES,
     Run,
@@ -355,7 +355,7 @@ def completion(parser: Parser, words: list[str]) -> None:
     if words[:1] == ["words"] and "COMP_LINE" in os.environ:  # a shell's question
         print(*completions(os.environ["COMP_LINE"].split(" ")[1:]), sep="\n")
         return
-    parser.option("shell", Literal["bash", "zsh", "fish"])
+    parser.option("shell", Literal["bash", "zsh", "fish"], help="bash, zsh or fish")
     shell = parser.parse_args(words).shell
     print(project_folder("configs", "completion", shell).read_text(encoding="utf-8"), end="")
 
@@ -372,10 +372,11 @@ def completions(words: list[str]) -> list[str]:
         names = values[before[-1]]
     else:
         names = recipes if before in (["run"], ["plan"]) else []
+        if before[0] in ("demo", "run", "plan", "speedrun"):
+            names = [*names, *(f"{name}=" for places in keys_by_name().values() for name in places)]
         with redirect_stdout(io.StringIO()) as output, suppress(SystemExit, InputError):
             dispatch(before[0], ["--help"])
         names = [*names, *re.findall(r"(?<![\w-])--[a-z][\w-]*", output.getvalue())]
-        names += [f"{key}=" for key in re.findall(r"^  (\w+\.\w+) \(", output.getvalue(), re.M)]
     return sorted({name for name in names if name.startswith(current)})
 
 

@@ -32,7 +32,6 @@ from .config import (
     SyncUrl,
     Word,
     each_once,
-    keys_help,
     parse_config,
     read_yaml,
 )
@@ -146,10 +145,22 @@ def read_pipeline(parser: Parser, words: list[str]) -> tuple:
     parser.option("--recipe", Place, required=True, metavar="NAME", help=text)
     parser.option("--stages", Annotated[list[Place], AfterValidator(each_once)], help=named)
     parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
-    parser.epilog = "\n\n".join(keys_help(cls, f"{stage}.") for stage, cls in STAGE_CONFIGS.items())
+    parser.epilog = "keys, explained in docs/configuration.md and by the command of their stage:\n"
+    for command, (stage, _, _) in STAGE_COMMANDS.items():
+        parser.epilog += f"  {f'{stage}.KEY':<15} nanochat {command} --help\n"
+    parser.keys = keys_by_name()
     arguments = parser.parse_intermixed_args(words)
     recipe = find_recipe(arguments.recipe)
     return recipe, *read_recipe(recipe, arguments.stages, arguments.overrides), arguments
+
+
+def keys_by_name() -> dict[str, list[str]]:
+    """Key -> its names with the stages, as eval.seed."""
+    names: dict[str, list[str]] = {}
+    for stage, cls in STAGE_CONFIGS.items():
+        for key in cls.__dataclass_fields__:
+            names.setdefault(key, []).append(f"{stage}.{key}")
+    return names
 
 
 def plan(parser: Parser, words: list[str]) -> None:
