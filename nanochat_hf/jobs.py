@@ -118,7 +118,7 @@ def check_push(config, repo: str | None) -> None:
 
 def speedrun(parser: Parser, words: list[str]) -> None:
     """The whole pipeline of a recipe, from text to a chat model with its report card."""
-    recipe, stages, configs, arguments = read_speedrun(parser, words)
+    recipe, stages, configs, arguments = read_pipeline(parser, words)
     if arguments.dry_run:
         return show_plan(stages, configs, rate=arguments.node_hourly_rate)
     folder = arguments.run_dir or Path("runs") / recipe.name
@@ -128,18 +128,12 @@ def speedrun(parser: Parser, words: list[str]) -> None:
         run_stages(run, stages, configs, arguments.repo, arguments.node_hourly_rate)
 
 
-def read_speedrun(parser: Parser, words: list[str]) -> tuple:
-    """Returns: the recipe's folder, the stages to run, each stage's config, the arguments."""
-    parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
-    parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help="dollars per hour, for the report")
-    add_options(parser, "repo", "sync")
-    recipe, stages, configs, arguments = read_pipeline(parser, words)
-    check_push(configs["base"], arguments.repo)
-    return recipe, stages, configs, arguments
-
-
-def read_pipeline(parser: Parser, words: list[str]) -> tuple:
-    """As `read_speedrun`, without its options."""
+def read_pipeline(parser: Parser, words: list[str], runs: bool = True) -> tuple:
+    """Returns: the recipe's folder, the stages to run, each stage's config, the arguments, also those of a run."""
+    if runs:
+        parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
+        parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help="dollars per hour, for the report")
+        add_options(parser, "repo", "sync")
     named = "comma-separated; default: the enabled ones of the recipe, and report"
     text = "a name under recipes/ or the path of a recipe folder"
     parser.option("--recipe", Place, required=True, metavar="NAME", help=text)
@@ -151,7 +145,10 @@ def read_pipeline(parser: Parser, words: list[str]) -> tuple:
     parser.keys = keys_by_name()
     arguments = parser.parse_intermixed_args(words)
     recipe = find_recipe(arguments.recipe)
-    return recipe, *read_recipe(recipe, arguments.stages, arguments.overrides), arguments
+    stages, configs = read_recipe(recipe, arguments.stages, arguments.overrides)
+    if runs:
+        check_push(configs["base"], arguments.repo)
+    return recipe, stages, configs, arguments
 
 
 def keys_by_name() -> dict[str, list[str]]:
@@ -168,7 +165,7 @@ def plan(parser: Parser, words: list[str]) -> None:
     parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
     parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
     parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
-    _, stages, configs, arguments = read_pipeline(parser, recipe_first(parser, words))
+    _, stages, configs, arguments = read_pipeline(parser, recipe_first(parser, words), runs=False)
     if arguments.gpus and arguments.gpu == "CPU":
         raise InputError("--gpus counts GPUs: leave it out with --gpu CPU")
     otherwise, rate = "H200" if arguments.gpus else "CPU", arguments.node_hourly_rate
@@ -205,7 +202,7 @@ def run(parser: Parser, words: list[str]) -> None:
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
     parser.option("--num-processes", Count, "--gpus", help="ranks; default: as the config file says; of a job: 8")
     job_options(parser)
-    recipe, stages, configs, arguments = read_speedrun(parser, recipe_first(parser, words))
+    recipe, stages, configs, arguments = read_pipeline(parser, recipe_first(parser, words))
     if arguments.job:
         return make_job(recipe, configs, arguments)
     if unused := [name for name in ("submit", "gpu", "hours", "image") if getattr(arguments, name)]:
@@ -297,10 +294,7 @@ def job_options(parser: Parser) -> None:
 
 
 def make_job(recipe: Path, configs: dict, arguments) -> None:
-    """Print the job, by the arguments of `nanochat run`; with --submit hand it to its program.
-
-    Raises InputError: no such machine, a recipe that the image lacks, or no program to submit with.
-    """
+    """Print the job, by the arguments of `nanochat run`; with --submit hand it to its program."""
     kind, gpu, gpus = arguments.job, arguments.gpu or "H200", arguments.num_processes or NODE
     if arguments.config_file or arguments.dry_run:
         raise InputError("a job chooses its config file and starts nothing: leave --config-file and --dry-run out")

@@ -113,11 +113,7 @@ def run_base(config: PretrainConfig, run: Run, tokenizer=None, model=None, repo=
 
 
 def run_chat(config: ChatConfig, run: Run, stage="sft", model=None, tasks=None, required=False) -> None:
-    """Mid-training or SFT, with ChatCORE on the way on `tasks`, an EvalConfig.
-
-    Where the data of the tasks are missing, the stage runs without them and prints why, or raises InputError if they
-    are `required`.
-    """
+    """Mid-training or SFT, with ChatCORE on `tasks`, an EvalConfig; without it if their data are not `required`."""
     (folder, source), chatcore = start(stage, run, model), None
     if tasks and config.chatcore_every > 0:
         try:

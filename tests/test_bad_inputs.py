@@ -427,10 +427,12 @@ IDENTITIES = [
     ("name: A", "needs a name and an owner"),
     ("name: [", "not valid YAML"),
     ("{name: A, owner: B, job: C}", "unknown key 'job'"),
-    ("{name: 5, owner: B}", "name is 5, not text"),
-    ("{name: A, owner: B, language: xx}", "no phrasings for language 'xx'; use en, ko"),
-    ("{name: A, owner: B, facts: [{ask: x}]}", "an item of facts"),
-    ("{name: A, owner: B, styles: [loud]}", "an item of styles"),
+    ("{name: 5, owner: B}", "name is 5: it must be text"),
+    ("{name: A, owner: B, language: xx}", "language is 'xx': it must be en or ko"),
+    ("{name: A, owner: B, facts: [{ask: x}]}", r"facts\[0\] needs a say"),
+    ("{name: A, owner: B, facts: [{ask: x, say: []}]}", r"facts\[0\].say is \[\]: it must be text"),
+    ("{name: A, owner: B, styles: [loud]}", r"styles\[0\] is 'loud': it must be {before, after}"),
+    ("{name: A, owner: B, styles: [{befor: x}]}", r"unknown key 'befor' in styles\[0\]; did you mean 'before'"),
 ]
 
 

@@ -416,7 +416,7 @@ def test_a_hub_dataset_is_read_by_the_names_of_its_splits_and_stays_at_its_commi
     assert set(stream) == {"train.jsonl"}
     stream.load_state_dict(saved)
     assert stream.state_dict() == saved and set(stream) == {*names[1:3], "data/eng/train/0.jsonl"}
-    with pytest.raises(InputError, match="the Hub has no such dataset"):
+    with pytest.raises(InputError, match="the Hub has no such repository"):
         DocumentStream("org/nothing")
 
 

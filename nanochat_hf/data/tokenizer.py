@@ -92,13 +92,10 @@ def train_bpe(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer of `vocab_size` tokens, the nine special ones included and last. Deterministic.
 
-    Fewer tokens come out, with a warning, when the text has no more pairs to merge. Raises InputError when
-    `vocab_size` cannot hold the 256 bytes and the special tokens, or when there is no text.
+    Fewer tokens come out, with a warning, when the text has no more pairs to merge. Raises InputError without text.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise InputError(
-            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and 9 special tokens), not {vocab_size}"
-        )
+    if vocab_size < MIN_VOCAB_SIZE:  # 256 bytes and 9 special tokens
+        raise InputError(f"vocab_size is {vocab_size}: it must be at least {MIN_VOCAB_SIZE}")
     backend, texts = new_backend(digit_group, normalization), filter(None, texts)
     if (first := next(texts, None)) is None:
         raise InputError("there is no text to train a tokenizer on: the dataset is empty")
@@ -134,7 +131,7 @@ def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or a Hub id; older templates of this project are renewed, those of others limited.
 
-    Raises InputError when there is none, or when its chat template reaches a limit on one short message.
+    Raises InputError when there is none, or its template reaches a limit on a short message.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)

@@ -66,19 +66,12 @@ def held_out_pair(a: int, b: int) -> bool:
 
 
 def questions_per_fact(relation: Relation) -> int:
-    """How often a round of `conversations` asks for each fact of a relation.
-
-    Order is learned more slowly than names, so listed facts come more often, and most so where they are few.
-    """
+    """How often a round of `conversations` asks for each fact: order is learned more slowly than names."""
     return 1 if relation not in LISTED else 4 if len(relation.facts) < 15 else 2
 
 
 def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS) -> Iterator[str]:
-    """Documents for pretraining, which follow from the split and the seed.
-
-    Both splits describe the same world in other words; "validation" (or "test") is a twentieth of the rounds.
-    Neither has a held-out word or pair, nor a test phrasing.
-    """
+    """Documents for pretraining; "validation" or "test": the same world in other words, a twentieth of the rounds."""
     validation = _is_test(split)
     rng = Random(f"documents {validation} {seed}")
     for _ in range(max(1, rounds // 20) if validation else rounds):
