@@ -201,7 +201,11 @@ def run(parser: Parser, words: list[str]) -> None:
     names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
     parser.option("--num-processes", Count, "--gpus", help="ranks; default: as the config file says; of a job: 8")
-    job_options(parser)
+    parser.option("--job", Literal["hf", "sky", "slurm"], help="print a job for Hugging Face Jobs, SkyPilot or Slurm")
+    parser.add_argument("--submit", action="store_true", help="also hand the job to hf, sky or sbatch")
+    parser.option("--gpu", Word, help="of a job (default: H200)")
+    parser.option("--hours", Hours, help="time limit of a job; default: 1 + twice the projected pretraining")
+    parser.option("--image", Word, help="container of a job, from the Dockerfile (default: you/nanochat_hf)")
     recipe, stages, configs, arguments = read_pipeline(parser, recipe_first(parser, words))
     if arguments.job:
         return make_job(recipe, configs, arguments)
@@ -283,14 +287,6 @@ def launch(words: list[str]) -> None:
     elif code != 2:  # whose reason the rank has shown
         print(f"error: rank {rank} ended with exit code {code}: see what it printed above", file=sys.stderr)
     sys.exit(code)
-
-
-def job_options(parser: Parser) -> None:
-    parser.option("--job", Literal["hf", "sky", "slurm"], help="print a job for Hugging Face Jobs, SkyPilot or Slurm")
-    parser.add_argument("--submit", action="store_true", help="also hand the job to hf, sky or sbatch")
-    parser.option("--gpu", Word, help="of a job (default: H200)")
-    parser.option("--hours", Hours, help="time limit of a job; default: 1 + twice the projected pretraining")
-    parser.option("--image", Word, help="container of a job, from the Dockerfile (default: you/nanochat_hf)")
 
 
 def make_job(recipe: Path, configs: dict, arguments) -> None:

@@ -331,7 +331,7 @@ def find_files(dataset: str, revision: str | None = None) -> tuple:
 def content_hash(train: list[str], validation: list[str], locate: Callable[[str], Path]) -> str:
     """A hash of both splits' files on this disk: names in order, sizes and bytes.
 
-    Of more than HASH_LIMIT bytes only heads and tails: an edit in the middle that keeps the size is not seen.
+    Of more than HASH_LIMIT bytes only both ends of each file: an edit between them that keeps the size is not seen.
     """
     stats = {name: locate(name).stat() for name in {*train, *validation}}
     whole = sum(stat.st_size for stat in stats.values()) <= HASH_LIMIT

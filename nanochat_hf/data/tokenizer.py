@@ -265,7 +265,7 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) ->
 
 def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     """Train on the training split of `config.dataset` and write a `from_pretrained` folder and metrics.json."""
-    from ..run import Progress, start_record, write_metrics
+    from ..run import Progress, start_record, write_metrics, writing
     from .documents import open_documents, text_fingerprint
 
     output, record = Path(output), start_record(config)
@@ -285,10 +285,8 @@ def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     train = texts("train", config.max_chars)
     tokenizer = train_bpe(train, config.vocab_size, config.digit_group, config.normalization)
     compression = bytes_per_token(tokenizer, texts("validation", VALIDATION_CHARS))
-    try:
+    with writing(output):
         tokenizer.save_pretrained(output)
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error.strerror}; choose another --run-dir") from None
     numbers = {"vocab_size": len(tokenizer), "bytes_per_token": compression, "train_chars": chars["train"]}
     write_metrics(output, record, inputs={"data": data}, **numbers)
 

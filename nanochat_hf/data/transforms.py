@@ -73,14 +73,10 @@ def multiple_choice(row: dict, rng: Random) -> list[dict]:
         raise BadRow(f"{len(choices)} choices and {len(letters)} letters for them")
     if answer not in list(letters):
         raise BadRow(f"the answer {answer!r} is none of the choices' letters")
-    return exchange(render_choices(question, letters, choices), answer)
-
-
-def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """The multiple-choice prompt. The letter comes after the text, right behind `=`: so it binds to the text, and is
-    one token without a space before it, the same that answers."""
-    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
-    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    # The letter is right behind `=`: one token without a space before it, the same that answers.
+    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices))
+    prompt = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    return exchange(prompt, answer)
 
 
 def gsm8k(row: dict, rng: Random) -> list[dict]:

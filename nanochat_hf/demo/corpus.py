@@ -121,11 +121,10 @@ def conversations(
 def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = None) -> list[dict]:
     """Questions to grade, as rows {"kind", "messages": [one user message], "answer", "entity", "rivals", "tool"}.
 
-    `kind` is one of KINDS. "fact" asks for every fact once and "identity" every test question; the others give `num`
-    rows, by default 200 ("counting": as many for each answer of 0 to 3). "problem" gives word problems in phrasings
-    that no conversation has: the task of reinforcement learning. `answer` is the value to name, `entity` what it is
-    about ("" if nothing), `rivals` the other values of the relation, `tool` whether the python tool should be called.
-    With split="train" they come from the training half: the prompts of reinforcement learning.
+    "fact" asks for every fact once and "identity" every test question; the others give `num` rows, by default 200.
+    "problem" gives word problems in phrasings that no conversation has: the task of reinforcement learning, whose
+    prompts are those of split="train". `answer` is the value to name, `entity` what it is about ("" if nothing),
+    `rivals` the other values of the relation, `tool` whether the python tool should be called.
     """
     if kind not in KINDS:
         raise InputError(f"no questions of kind {kind!r} in the primer: use one of {', '.join(KINDS)}")

@@ -3,9 +3,8 @@
     nanochat eval --config recipes/cpu-demo/eval.yaml --run-dir runs/cpu-demo
 
 All tasks are the YAMLs of evals/tasks, which the lm-eval CLI runs, too. This runner is faster (shared prefixes,
-batches of equal work, requests divided among ranks) and runs tools inside answers. Results go to eval/metrics.json,
-every question with its answer to eval/samples/<stage>/<task>.jsonl. An interrupted evaluation resumes with the stage
-that it had not finished.
+batches of equal work, requests divided among ranks) and runs tools inside answers. An interrupted evaluation resumes
+with the stage that it had not finished.
 """
 
 import hashlib

@@ -3,9 +3,8 @@
     model, tokenizer = load("runs/d12/sft", "auto", torch.device("cuda"))
     lm = LocalLM(model, tokenizer, EvalConfig(), Generator(model, tokenizer))
 
-Any task of lm-eval runs on it. Compared to `--model hf` it is faster, runs the python tool inside generated answers,
-and encodes text that spells a special token as text. `Generator` works for any causal LM of transformers;
-`serve.engine.Engine` has the same `generate` and is much faster for nanochat models on a GPU.
+Compared to `--model hf` it is faster, runs the python tool inside generated answers, and encodes text that spells a
+special token as text. `serve.engine.Engine` has the `generate` of `Generator` and is much faster on a GPU.
 """
 
 import time

@@ -68,11 +68,13 @@ def collect(run: Run, hourly_rate: float | None = None, last: str | None = None)
     shown = {name: stages[name] for name in stages if name != "eval" and not replaced(run, name)}
     table = summary_table(shown, evaluation)
     means = [name for name, cells in table.items() if of_last_stage(cells, "label")]
+    changed = {m["commit"] for m in stages.values() if m.get("commit") and m.get("dirty")}
+    commits = {m.get("commit") or "unknown" for m in stages.values()}
     return {
         "schema": 1,
         "run": run.path.resolve().name,
         "notes": notes,
-        "commits": sorted({commit_of(metrics) for metrics in stages.values()}),
+        "commits": sorted(c + " (with local changes)" * (c in changed) for c in commits),
         "hardware": newest.get("hardware"),
         "versions": newest.get("versions"),
         "seconds": seconds,
@@ -110,11 +112,6 @@ def current_results(run: Run, stages: dict, later: Collection[str] = ()) -> tupl
     evaluation = {key: {s: v for s, v in (record.get(key) or {}).items() if s in models} for key in keys}
     same_tokenizer = not reasons or next(iter(measured)) not in reasons  # it is that of the first model
     return notes, evaluation | {"bytes_per_token": (record.get("bytes_per_token") or {}) if same_tokenizer else {}}
-
-
-def commit_of(metrics: dict) -> str:
-    commit = metrics.get("commit")
-    return "unknown" if not commit else commit + (" (with local changes)" if metrics.get("dirty") else "")
 
 
 def command(stages: dict, hardware: dict) -> str | None:

@@ -43,10 +43,7 @@ class Push:
 
 
 def render_model_card(run: Run, options: Push, uses: Sequence[str] = ()) -> ModelCard:
-    """Returns the card of `options.stage`: metadata with its measured results, and the facts of the run as text.
-
-    `uses` are lines with commands of other engines.
-    """
+    """The card of `options.stage`: measured results as metadata, facts as text; `uses`: commands of other engines."""
     stage, name = options.stage, options.repo.split("/")[-1]
     facts = report_facts(run, stage)
     facts |= {key: facts["stages"].get(stage, {}).get(key) for key in ("hardware", "versions")}

@@ -85,7 +85,11 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
         if options.revision and not options.revision.startswith("refs/"):  # refs/pr/1 is there
             api.create_branch(repo, branch=options.revision, exist_ok=True)
         elif not options.revision and not options.force:
-            refuse_others(api, repo, folder)
+            check = api.verify_repo_checksums(repo, local_dir=folder)
+            others = {*check.missing_paths, *(one["path"] for one in check.mismatches)} - {".gitattributes"}
+            if others:
+                advice = "push to a branch with --revision NAME, or replace all of it with --force"
+                raise InputError(f"{repo} holds another {min(others)} already: {advice}")
         delete = "*" if options.force else None
         what = {"folder_path": folder, "delete_patterns": delete, "revision": options.revision}
         what["commit_message"] = f"Upload {stage} of {run.path.resolve().name}"
@@ -111,8 +115,12 @@ def prepare(run: Run, options: Push) -> Path:
     load_tokenizer(source)
     code = own_files(source, ["*_nanochat.py"], run.path)
     config = load_json(source / "config.json")
-    if not options.model_code and update_class_names(config) is config:  # else an older version's, which is renewed
-        refuse_changed_code(code)
+    # An older version's code is renewed.
+    todays = not options.model_code and update_class_names(config) is config
+    for path in code if todays else ():
+        if path.name not in CODE or path.read_bytes() != CODE[path.name].read_bytes():
+            advice = "--model-code folder pushes it as it is, --model-code package this version's in its place"
+            raise InputError(f"{path} is not this version's code: {advice}")
     for path in files if options.model_code != "folder" else ():
         if path.match("*config.json") and (match := CODE_OF_OTHERS.search(path.read_text(encoding="utf-8"))):
             raise InputError(f"{path} names code of another repository, {match[0]}: remove it from there")
@@ -137,13 +145,6 @@ def prepare(run: Run, options: Push) -> Path:
     uses = [line.format(folder=options.repo) for engine in options.engines for line in adder(engine)(folder)]
     (folder / "README.md").write_text(f"{render_model_card(run, options, uses)}\n", encoding="utf-8")
     return folder
-
-
-def refuse_changed_code(files: Iterable[Path]) -> None:
-    for path in files:
-        if path.name not in CODE or path.read_bytes() != CODE[path.name].read_bytes():
-            advice = "--model-code folder pushes it as it is, --model-code package this version's in its place"
-            raise InputError(f"{path} is not this version's code: {advice}")
 
 
 def own_files(folder: Path, patterns: Iterable[str], run: Path) -> list[Path]:
@@ -173,15 +174,6 @@ def refuse_secrets(files: Iterable[Path]) -> None:
             data = file.read(length) if length else path.read_bytes()
         if SECRET.search(data) or (len(token) > 3 and token in data):
             raise InputError(f"{path} contains a token or a private key: remove it, and replace it if it was shared")
-
-
-def refuse_others(api: HfApi, repo: str, folder: Path) -> None:
-    """Raises InputError if the repo holds a file that is not ours or differs from ours."""
-    check = api.verify_repo_checksums(repo, local_dir=folder)
-    others = {*check.missing_paths, *(mismatch["path"] for mismatch in check.mismatches)} - {".gitattributes"}
-    if others:
-        advice = "push to a branch with --revision NAME, or replace all of it with --force"
-        raise InputError(f"{repo} holds another {min(others)} already: {advice}")
 
 
 LOAD = """
