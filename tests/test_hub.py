@@ -9,16 +9,12 @@ import sys
 import threading
 from hashlib import sha256
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
-from httpx import Request, Response
-from hub_standin import Hub
-from huggingface_hub import HfApi, close_session, constants
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.repocard_data import model_index_to_eval_results
+from hub_standin import TOKEN
+from huggingface_hub import HfApi
 from old_folder import make_old
 from safetensors.torch import load_file, save_file
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
@@ -28,12 +24,11 @@ from nanochat_hf import cli
 from nanochat_hf.data import documents, hub_files, tokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.hub import push as push_module
-from nanochat_hf.hub.model_card import Push, collection_table, render_model_card
+from nanochat_hf.hub.model_card import Push
 from nanochat_hf.hub.push import checkpoint_pusher, push
-from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
+from nanochat_hf.run import load_json, model_fingerprint, save_json
 
 ROOT = Path(__file__).parent.parent
-TOKEN = "hf_" + "Secret" * 6
 
 
 @pytest.fixture
@@ -50,30 +45,6 @@ def run(talker_folder, tmp_path):  # noqa: F811
     evaluation = {"finished": True, "started": 2.0, "wall_time_s": 5.0, "results": results, "models": {"sft": "sft"}}
     save_json(folder / "eval" / "metrics.json", evaluation)
     return folder
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Hub(token=TOKEN) as server:
-        yield server
-
-
-@pytest.fixture
-def hub(server, monkeypatch):
-    """The stand-in, empty, with this process's client and its children pointed at it and logged in."""
-    for contents in (server.repos, server.blobs, server.requests, server.faults):
-        contents.clear()
-    environment = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
-    downloads = constants.HUGGINGFACE_CO_URL_TEMPLATE.split("/", 3)[3]
-    settings = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.url}/{downloads}"}
-    for name, value in {**settings, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(hub_files.time, "sleep", lambda seconds: None)
-    close_session()
-    yield server
-    close_session()
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +128,6 @@ def test_files_of_other_engines_go_up_beside_the_weights_and_come_back(hub, run,
     assert config["model_file"] in files and "mlx" in yaml.safe_load(card.split("---\n")[1])["tags"]
     assert "mlx_lm.server --trust-remote-code --model you/small" in card and "vllm serve you/small" in card
     assert "model_file" not in load_json(run / "sft" / "config.json")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     cli.dispatch("export", ["--model", "you/small", "--to", "mlx", "--output", str(tmp_path / "out")])
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == files["model.safetensors"]
     assert {"generate.py", "tools.py"} == {path.name for path in (tmp_path / "out" / "custom_generate").iterdir()}
@@ -398,15 +368,6 @@ def test_each_refusal_of_the_hub_is_one_line_of_advice(hub, run, no_check, monke
     assert all(not files for name in hub.repos for files in [pushed(hub, name[1])])  # a commit or nothing
 
 
-@pytest.mark.parametrize("status, calls", [(400, 1), (429, 6), (503, 6)])
-def test_only_what_may_pass_is_sent_again(monkeypatch, status, calls):
-    monkeypatch.setattr(hub_files.time, "sleep", lambda seconds: None)
-    send = Mock(side_effect=HfHubHTTPError("no", response=Response(status, request=Request("POST", "https://hub"))))
-    with pytest.raises(InputError, match=r"you/small: .*HfHubHTTPError"):
-        hub_files.with_retry(send, "you/small", str)
-    assert send.call_count == calls
-
-
 @pytest.mark.slow
 def test_an_interrupted_upload_is_resumed_without_sending_the_weights_again(hub, run, no_check, capsys):
     for status in (500, None, 429):
@@ -460,59 +421,6 @@ def test_a_dataset_that_cannot_exist_or_is_refused_is_asked_for_once(hub, monkey
     with pytest.raises(InputError, match=r"the token may not write there"):
         documents.open_documents("you/secret")
     assert len(hub.requests) == 1
-
-
-@pytest.fixture
-def measured(tmp_path):
-    """A finished base and SFT stage with CORE and ChatCORE, in metrics.json files alone."""
-    stage = {"finished": True, "commit": "abc", "versions": {"torch": "2.13"}, "hardware": {"device": "H100"}}
-    base = {**stage, "started": 1.0, "wall_time_s": 6000.0, "total_tokens": 5e9, "depth": 24, "val_bpb": 0.72}
-    base |= {"num_parameters": 1_400_000, "config": {"dataset": "karpathy/climbmix"}}
-    save_json(tmp_path / "base" / "metrics.json", base)
-    mixture = [{"dataset": name, "rows": 1, "tokens": 2} for name in ("openai/gsm8k:main", "./mine.jsonl")]
-    save_json(tmp_path / "sft" / "metrics.json", {**stage, "started": 2.0, "wall_time_s": 60.0, "mixture": mixture})
-    tasks = {"piqa": {"acc": 0.7, "centered": 0.4, "n": 100}, "copa": {"acc": 0.6, "centered": 0.2, "n": 50}}
-    core = {"value": 0.3, "stderr": 0.01, "label": "CORE (2/22 tasks)", "tasks": "2/22", "per_task": tasks}
-    chat = {"value": 0.1, "stderr": None, "label": "ChatCORE (1/6 tasks)", "tasks": "1/6", "limit": None}
-    gsm = {"GSM8K": {"value": 0.05, "stderr": 0.002, "n": 1319, "baseline": 0.0, "higher_is_better": True}}
-    evaluation = {**stage, "started": 3.0, "wall_time_s": 9.0, "results": {"sft": gsm}, "chatcore": {"sft": chat}}
-    evaluation |= {"core": {"base": {**core, "limit": None}}, "models": {"base": "base", "sft": "sft"}}
-    save_json(tmp_path / "eval" / "metrics.json", evaluation)
-    return Run(tmp_path)
-
-
-def test_every_result_of_the_stage_is_in_the_model_index(measured):
-    data = render_model_card(measured, Push("you/b", "base")).data
-    _, results = model_index_to_eval_results(data.to_dict()["model-index"])
-    assert {(r.dataset_name, r.metric_type): r.metric_value for r in results} == {
-        ("val bpb", "bits_per_byte"): 0.72,
-        ("CORE (2/22 tasks)", "centered_accuracy"): 0.3,
-        ("piqa (core)", "accuracy"): 0.7,
-        ("copa (core)", "accuracy"): 0.6,
-    }
-    chat = render_model_card(measured, Push("you/c", "sft")).data
-    assert {r.dataset_name: r.metric_value for r in chat.eval_results} == {"ChatCORE (1/6 tasks)": 0.1, "GSM8K": 0.05}
-
-
-def test_the_text_shows_the_stages_up_to_this_one_and_no_number_that_was_not_measured(measured):
-    text = str(render_model_card(measured, Push("you/c", "sft")))
-    assert "\n# c\n\nA chat model of 1.4M parameters, trained and evaluated in 1 h 41 min on " in text
-    assert re.search(r"BASE\s+\| SFT\s+\| Random baseline", text)
-    assert "1 h 40 min" in text and "5,000,000,000 tokens" in text and "1 x H100" in text
-    assert "Cost" not in text and re.search(r"GSM8K .*\| 0.0500 ± 0.0020", text) and "tool_steps" in text
-    base = str(render_model_card(measured, Push("you/b", "base")))
-    assert "does not follow instructions" in base and "GSM8K" not in base
-    save_json(measured.path / "report.json", {"hourly_rate": 24.0})
-    assert "$40.46 at $24.00 per hour" in str(render_model_card(measured, Push("you/c", "sft")))
-
-
-def test_a_collections_text_has_a_row_for_each_model_and_dashes_for_what_is_missing(measured, tmp_path):
-    save_json(tmp_path / "other" / "sft" / "metrics.json", {"finished": True, "started": 1.0, "wall_time_s": 60.0})
-    first, second = collection_table({"you/a": measured, "you/b": Run(tmp_path / "other")}).splitlines()[2:]
-    cells = [cell.strip() for cell in first.split("|")[1:-1]]
-    assert cells[0] == "[you/a](https://huggingface.co/you/a)" and cells[1:4] == ["24", "1,400,000", "5,000,000,000"]
-    assert cells[4:8] == ["0.7200", "0.3000", "0.1000", "1 h 41 min"]
-    assert [cell.strip() for cell in second.split("|")[2:8]] == ["-"] * 6
 
 
 @pytest.fixture

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from hub_standin import Hub
-from huggingface_hub import close_session, constants
 from safetensors.torch import load_file
 from workers import launch
 
@@ -31,7 +29,6 @@ from nanochat_hf.train.pretrain import Pretraining, pretrain
 from nanochat_hf.train.sft import ChatTrainer, train_chat
 
 ROOT = Path(__file__).parent.parent
-TOKEN = "hf_" + "a" * 34
 BASE = PretrainConfig(
     dataset="primer", depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, num_iterations=8, total_batch_size=512,
     device_batch_size=8, warmup_steps=2, eval_every=-1, eval_tokens=256, sample_every=-1, save_every=2,
@@ -49,19 +46,6 @@ def fast(monkeypatch):
     monkeypatch.setattr(module, "LONGEST_PAUSE", 0.05)
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with Hub(token=TOKEN) as server:
-        downloads = constants.HUGGINGFACE_CO_URL_TEMPLATE.split("/", 3)[3]
-        settings = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.url}/{downloads}"}
-        for name, value in {**settings, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        close_session()
-        yield server
-    close_session()
 
 
 @pytest.fixture(params=["file", "memory", "hf"])
