@@ -409,8 +409,14 @@ def test_a_hub_dataset_is_read_by_the_names_of_its_splits_and_stays_at_its_commi
     assert set(stream) == {"train.jsonl"}
     stream.load_state_dict(saved)
     assert stream.state_dict() == saved and set(stream) == {*names[1:3], "data/eng/train/0.jsonl"}
-    with pytest.raises(InputError, match="the Hub has no such repository"):
-        DocumentStream("org/nothing")
+    requests = len(hub.requests)
+    for name in ("org/nothing", "you/a--b", "you/b..c", "you/" + "c" * 200):  # the last three cannot be
+        with pytest.raises(InputError, match=f"dataset {name} .*: the Hub has no such repository"):
+            DocumentStream(name)
+    hub.fail("GET", "/api/datasets/", 403)
+    with pytest.raises(InputError, match="the token may not write there"):
+        DocumentStream("you/secret")
+    assert len(hub.requests) == requests + 2
 
 
 def test_files_of_the_hub_are_fetched_once_each_through_failures(hub):

@@ -22,20 +22,14 @@ from workers import launch
 from nanochat_hf import sync as module
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import Run, load_json, save_json
-from nanochat_hf.stage_configs import ChatConfig, PretrainConfig
+from nanochat_hf.stage_configs import PretrainConfig
 from nanochat_hf.sync import MARK, FileStore, Sync, parse_mark, syncing
 from nanochat_hf.train import checkpoint
-from nanochat_hf.train.pretrain import Pretraining, pretrain
-from nanochat_hf.train.sft import ChatTrainer, train_chat
 
 ROOT = Path(__file__).parent.parent
 BASE = PretrainConfig(
     dataset="primer", depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, num_iterations=8, total_batch_size=512,
     device_batch_size=8, warmup_steps=2, eval_every=-1, eval_tokens=256, sample_every=-1, save_every=2,
-)  # fmt: skip
-SFT = ChatConfig(
-    mixture=[{"dataset": "primer", "rows": 60}], device_batch_size=4, num_iterations=6, save_every=2, eval_every=2,
-    validation=[{"dataset": "primer", "split": "test", "rows": 8}],
 )  # fmt: skip
 
 
@@ -344,47 +338,6 @@ def losses(folder: Path) -> tuple:
     history = load_json(folder / "metrics.json")["history"]
     rows = [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second", "mfu")} for row in history]
     return rows, {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()}
-
-
-STOPS = [(3, 5), (4, 4)]  # and with these 20 more resumes
-STOPS += [(*sorted(random.Random(seed).choices(range(1, 6), k=4)), 5) for seed in (0, 1)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stops", STOPS)
-@pytest.mark.parametrize("stage", ["base", "sft"])
-@pytest.mark.usefixtures("fresh_accelerator")
-def test_fresh_folders_resume_to_equal_losses(tiny_folder, tokenizer, tmp_path, remote, stage, stops):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    owner, name = {"base": (Pretraining, "save_and_measure"), "sft": (ChatTrainer, "training_step")}[stage]
-    real = getattr(owner, name)
-
-    def train(folder: Path, stop: int = -1, **changes) -> None:
-        """Until a step at which the machine is lost."""
-
-        def method(self, *args, **kwargs):
-            if (self.step if stage == "base" else self.state.global_step) == stop:
-                raise KeyboardInterrupt
-            return real(self, *args, **kwargs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(owner, name, method)
-            if stage == "base":
-                pretrain(dataclasses.replace(BASE, **changes), str(tmp_path / "tokenizer"), folder / "base")
-            else:
-                train_chat(dataclasses.replace(SFT, **changes), str(tiny_folder), folder / "sft")
-
-    train(tmp_path / "whole")
-    for machine, stop in enumerate(stops):
-        with pytest.raises(KeyboardInterrupt), syncing(remote, run := Run(tmp_path / f"{machine}")):
-            train(run.path, stop)
-    with pytest.raises(InputError, match="written with another recipe"), syncing(remote, Run(tmp_path / "other")):
-        train(tmp_path / "other", seed=7)
-    with syncing(remote, run := Run(tmp_path / "last")):
-        assert checkpoint.latest(run.path / stage / "state") is not None
-        train(run.path)
-    assert losses(run.path / stage) == losses(tmp_path / "whole" / stage)
-    assert names_at(remote) == [f"{stage}/finished"]
 
 
 @pytest.mark.slow
