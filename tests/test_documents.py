@@ -414,7 +414,7 @@ def test_a_hub_dataset_is_read_by_the_names_of_its_splits_and_stays_at_its_commi
         with pytest.raises(InputError, match=f"dataset {name} .*: the Hub has no such repository"):
             DocumentStream(name)
     hub.fail("GET", "/api/datasets/", 403)
-    with pytest.raises(InputError, match="the token may not write there"):
+    with pytest.raises(InputError, match="the token has no right to this"):
         DocumentStream("you/secret")
     assert len(hub.requests) == requests + 2
 

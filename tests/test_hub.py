@@ -328,10 +328,10 @@ SMALL = {"repo": "you/small"}
     ("fault", "options", "token", "message"),
     [
         (("POST", "repos/create", 401), SMALL, TOKEN, "hf auth login"),
-        (("POST", "repos/create", 403), SMALL, TOKEN, "you/small: the token may not write"),
+        (("POST", "repos/create", 403), SMALL, TOKEN, "you/small: the token has no right"),
         (("POST", "commit", 429), SMALL, TOKEN, "run the same command again"),
         (("POST", "commit", None), SMALL, TOKEN, "run the same command again"),
-        (None, {"repo": "somebody/small"}, TOKEN, "somebody/small: the token may not write"),
+        (None, {"repo": "somebody/small"}, TOKEN, "somebody/small: the token has no right"),
         (None, SMALL, "hf_wrong", "does not accept the token"),
         (None, SMALL, None, "no Hub token"),
         (None, SMALL | {"license": "mitt"}, TOKEN, 'rejects the card: .*"license" must be one of'),

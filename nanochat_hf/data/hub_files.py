@@ -16,7 +16,7 @@ from .splits import is_visible
 RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between attempts
 LOGIN = "the Hub does not accept the token: log in again with `hf auth login`"
 ABSENT = "the Hub has no such repository or revision, or the token may not see it"
-NO_WRITE = "the token may not write there: use one with write access, or another owner"
+NO_RIGHT = "the token has no right to this: use another one (to push, with write access), or another owner"
 GATED = "accept its terms on the Hub, then `hf auth login`"
 OFFLINE = "the Hub cannot be reached, because HF_HUB_OFFLINE is set"
 
@@ -54,7 +54,7 @@ def refusal(error: Exception) -> str | None:
         return ABSENT
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 500
     passes = status >= 500 or status in (408, 429)
-    return None if passes else {401: LOGIN, 403: NO_WRITE, 404: ABSENT}.get(status, f"refused with {reason_of(error)}")
+    return None if passes else {401: LOGIN, 403: NO_RIGHT, 404: ABSENT}.get(status, f"refused with {reason_of(error)}")
 
 
 @contextmanager
