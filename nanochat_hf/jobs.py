@@ -22,19 +22,7 @@ from typing import Annotated, Literal
 import psutil
 from pydantic import AfterValidator
 
-from .config import (
-    Count,
-    Hours,
-    NotNegative,
-    Parser,
-    Place,
-    RepoId,
-    SyncUrl,
-    Word,
-    each_once,
-    parse_config,
-    read_yaml,
-)
+from .config import Count, Hours, NotNegative, Parser, Place, RepoId, SyncUrl, Word, each_once, parse_config, read_yaml
 from .errors import InputError
 from .run import BOOLEANS, MODEL_STAGES, Run, nearest, project_folder
 from .stage_configs import RECIPES, STAGE_CONFIGS, EvalConfig, Stages, find_recipe, read_recipe, refuse_unused_words

@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -29,7 +30,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from .data.hub_files import hub_errors, reason_of
+from .data.hub_files import hub_errors, reason_of, with_retry
 from .distributed import broadcast_from_main, get_dist_info, main_process_first, partial_state
 from .errors import InputError
 from .hub.push import link, log_in
@@ -41,8 +42,7 @@ NAME = re.compile(r"(\w+)--(finished|step_\d+(?:\.\d+)?|checkpoint-\d+)--[0-9a-f
 MARK = "sync.json"
 OWNER = "owner"  # "process 123 on HOST" and seconds
 POLL = 1.0  # seconds between looks at the run folder
-PAUSES = (1, 2, 4, 8)  # seconds before a failed transfer is tried again; longer ones follow during training
-LONGEST_PAUSE = 60
+PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds before a failed upload is tried again; the last one repeats
 AFTER_SIGNAL = 20  # seconds for uploads after SIGTERM and a checkpoint: cloud providers give 30 in all
 
 
@@ -275,26 +275,20 @@ class Sync:
 
     def repeated(self, action: Callable, *args):
         """action(*args), tried again with pauses. Raises InputError when it keeps failing."""
-        for pause in (*PAUSES, None):
-            try:
-                return action(*args)
-            except Exception as error:  # each file system has its own
-                if pause is None:
-                    raise InputError(f"--sync {self.url}: {reason_of(error)}") from None
-                time.sleep(pause)
+        return with_retry(partial(action, *args), f"--sync {self.url}", say=lambda _: None)
 
     # --- from the run folder to the URL
 
     def keep_up(self) -> None:
         """The thread: upload what is due, until `close`; then once more, with a few attempts."""
         failures = 0
-        while not self.closing.wait(min(PAUSES[0] * 2 ** (failures - 1), LONGEST_PAUSE) if failures else POLL):
+        while not self.closing.wait(PAUSES[min(failures, len(PAUSES)) - 1] if failures else POLL):
             try:
                 self.upload_due()
                 failures = 0
             except Exception as error:  # of any kind, also a checkpoint that a newer one replaced meanwhile
                 failures += 1
-                if failures == len(PAUSES):
+                if failures == 4:
                     print(f"warning: {self.url} is behind: {reason_of(error)}; training continues, it is retried")
         try:
             self.repeated(self.upload_due)

@@ -291,6 +291,10 @@ def test_every_result_of_the_stage_is_in_the_model_index(measured):
     }
     chat = render_model_card(measured, Push("you/c", "sft")).data
     assert {r.dataset_name: r.metric_value for r in chat.eval_results} == {"ChatCORE (1/6 tasks)": 0.1, "GSM8K": 0.05}
+    mean = load_json(measured.path / "eval" / "metrics.json")["core"]["base"] | {"label": "2/22 tasks"}  # of today
+    edit(measured.path / "eval" / "metrics.json", core={"base": mean})
+    data = render_model_card(measured, Push("you/b", "base")).data
+    assert [r.metric_type for r in data.eval_results if r.dataset_name == "2/22 tasks"] == ["centered_accuracy"]
 
 
 def test_the_text_shows_the_stages_up_to_this_one_and_no_number_that_was_not_measured(measured):

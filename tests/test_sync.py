@@ -35,9 +35,9 @@ BASE = PretrainConfig(
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(module, "PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("nanochat_hf.data.hub_files.RETRY_DELAYS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(module, "PAUSES", (0.01, 0.05))
     monkeypatch.setattr(module, "POLL", 0.02)
-    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.05)
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
