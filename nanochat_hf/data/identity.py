@@ -140,12 +140,6 @@ def conversations(
     )
 
 
-def questions(identity: Identity) -> list[str]:
-    """Every question of the test split, once."""
-    texts = [text for intent in identity.phrasings["intents"].values() for text in intent["test"]]
-    return [identity.fill(text, identity.others[number % 3]) for number, text in enumerate(texts)]
-
-
 def fingerprint(messages: list[dict]) -> str:
     """The words of a conversation, whatever the case and the punctuation: equal ones are duplicates."""
     return re.sub(r"\W+", " ", " | ".join(message["content"] for message in messages)).lower()
