@@ -28,21 +28,7 @@ from pydantic import AfterValidator, StringConstraints
 from .config import Count, Fraction, NotNegative, Parser, Place, RepoId, Seed, TopK, each_once
 from .errors import InputError, guarded
 from .jobs import ACCELERATE, STAGE_COMMANDS, demo, keys_by_name, plan, run, run_stage_command, speedrun
-from .run import (
-    MODEL_STAGES,
-    Run,
-    hardware,
-    load_json,
-    missing_packages,
-    model_fingerprint,
-    nearest,
-    project_folder,
-    save_json,
-    save_jsonl,
-    source,
-    versions,
-    writing,
-)
+from .run import MODEL_STAGES, Run, load_json, nearest, project_folder, save_json, save_jsonl, writing
 from .stage_configs import RECIPES, find_recipe
 
 Temperature = Annotated[float, Ge(0), Le(5)]
@@ -190,6 +176,7 @@ def convert(parser: Parser, words: list[str]) -> None:
     args = parser.parse_args(words)
     from .convert import upstream
     from .demo import corpus as primer
+    from .run import model_fingerprint
 
     texts = islice(primer.documents("train", seed=0), 5000)
     logging.getLogger("DeepSpeed").disabled = True  # which transformers imports
@@ -325,6 +312,7 @@ def recipes(parser: Parser, words: list[str]) -> None:
 def env(parser: Parser, words: list[str]) -> None:
     """Print what is installed, which kernels this machine gets and what is missing, for a bug report."""
     parser.parse_args(words)
+    from .run import hardware, missing_packages, source, versions
     from .train.model_setup import describe_machine
 
     facts = {"nanochat_hf": metadata.version("nanochat_hf"), **source(), **versions(), **hardware()}

@@ -20,19 +20,7 @@ from transformers import AutoTokenizer
 
 from ..errors import InputError
 from ..optim.scaling import GPUS, find_gpu
-from ..run import (
-    MODEL_STAGES,
-    STAGES,
-    TITLES,
-    Run,
-    duration,
-    project_folder,
-    renamed_keys,
-    save_json,
-    save_text,
-    short,
-    writing,
-)
+from ..run import MODEL_STAGES, STAGES, TITLES, Run, duration, project_folder, renamed_keys, save_json, short, writing
 from ..stage_configs import RECIPES, read_recipe
 from .plots import GPT2_XL, WORDS, page, plots
 from .weights import REPLACED, outdated, replaced
@@ -55,7 +43,8 @@ def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
         text = markdown(facts, plots(facts, path / "plots"))
     save_json(path / "report.json", facts)
     for name, content in (("report.html", page(text, path)), ("report.md", text)):
-        save_text(path / name, content)
+        with writing(path / name):
+            (path / name).write_text(content, encoding="utf-8")
     return path / "report.md"
 
 
