@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from .backend import check, tl, triton, unavailable, usable
+from .backend import check, compiled, tl, triton, unavailable, usable
 from .float8 import Float8Relu2MLP, Float8Weight
-from .residual import residual_mix
 from .weight_cache import accumulate_grad_
 
 
@@ -124,6 +124,31 @@ def relu2_mlp(x: Tensor, w1: Float8Weight | Tensor, w2: Float8Weight | Tensor, a
         y = Float8Relu2MLP.apply(x.flatten(0, -2), amax_bound, w1, w2, *w1.parts, *w2.parts)
         return y.unflatten(0, x.shape[:-1])
     return F.linear(F.relu(F.linear(x, w1)).square(), w2)
+
+
+def residual_mix(
+    x: Tensor, y: Tensor | None, x0: Tensor | None, lambdas: tuple[Tensor, Tensor] | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual stream s = a (x + y) + b x0 before a block, and its RMS norm: (B, T, C) each, as x, y and x0.
+
+    lambdas: the scalars a and b; None: s = x + y. y: None before the first block.
+    """
+    inputs = x, y, x0, lambdas, eps
+    if x.is_cuda and not torch.compiler.is_compiling():
+        return compiled(_mix if lambdas is None else _recomputed_mix)(*inputs)
+    return _mix(*inputs)
+
+
+def _mix(x, y, x0, lambdas, eps):
+    x = x if y is None else x + y
+    if lambdas is not None:
+        x = lambdas[0] * x + lambdas[1] * x0
+    return x, F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def _recomputed_mix(*inputs):
+    """Keeps its inputs alone, of which x and x0 are kept anyway; the compiler would keep x + y and s beside x0."""
+    return checkpoint(_mix, *inputs, use_reentrant=False)
 
 
 def residual_mlp(x: Tensor, attn_out: Tensor, wo, w1, w2, eps: float) -> tuple[Tensor, Tensor]:
