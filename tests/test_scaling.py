@@ -12,7 +12,7 @@ from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim import scaling
 from nanochat_hf.optim.overview import Devices, pipeline_text
 from nanochat_hf.optim.scaling import DEFAULTS, Schedule, estimate_memory, estimate_micro_batch_size, peak_flops, plan
-from nanochat_hf.stage_configs import ChatConfig, PretrainConfig, TokenizerConfig
+from nanochat_hf.stage_configs import ChatConfig, PretrainConfig, RLConfig, TokenizerConfig
 
 # depth: width, heads, parameters, FLOPs per token, tokens per step, steps, learning rates of Muon, embedding and
 # head, weight decay of Muon; vocabulary 32,768, 2,048 tokens per sequence
@@ -108,6 +108,8 @@ def test_a_horizon_shorter_than_a_step_is_refused():
 PEAKS = [(8, 4, 3.11), (12, 2, 4.92), (12, 32, 21.9), (14, 1, 5.86), (18, 1, 10.04), (20, 1, 12.71), (24, 1, 19.37)]
 PEAKS += [(24, 16, 50.7), (32, 1, 39.82), (40, 1, 71.80)]
 SFT_PEAKS = [(14, 6.73), (16, 8.89), (20, 14.43), (24, 21.80), (32, 44.07), (38, 68.54)]  # micro-batch size 1
+RL_PEAKS = [(12, 7.0), (14, 9.8), (16, 12.7), (20, 20.5)]
+STAGE_PEAKS = [("sft", *peak) for peak in SFT_PEAKS] + [("rl", *peak) for peak in RL_PEAKS]
 
 
 @pytest.mark.parametrize("depth, size, peak", PEAKS)
@@ -115,11 +117,11 @@ def test_the_estimated_memory_is_within_a_tenth_of_the_measured_peak(depth, size
     assert estimate_memory(planned(depth), size) / 2**30 == pytest.approx(peak, rel=0.1)
 
 
-@pytest.mark.parametrize("depth, peak", SFT_PEAKS)
-def test_the_plan_has_the_memory_of_sft_within_a_tenth(depth, peak):
+@pytest.mark.parametrize("stage, depth, peak", STAGE_PEAKS)
+def test_the_plan_has_the_memory_of_sft_and_rl_within_a_tenth(stage, depth, peak):
     configs = {"base": PretrainConfig(depth=depth), "tokenizer": TokenizerConfig("primer", 2**15)}
-    configs["sft"] = ChatConfig(device_batch_size=1, total_batch_size=2048)
-    text = pipeline_text(["sft"], configs, Devices("H200", 1))
+    configs |= {"sft": ChatConfig(device_batch_size=1, total_batch_size=2048), "rl": RLConfig(device_batch_size=1)}
+    text = pipeline_text([stage], configs, Devices("H200", 1))
     assert int(re.search(r"memory +about (\d+) of 141 GB", text)[1]) * 1e9 / 2**30 == pytest.approx(peak, rel=0.1)
 
 
