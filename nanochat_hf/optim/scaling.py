@@ -336,9 +336,9 @@ def estimate_speed(
     return mfu * ranks * GPUS[name].flops / plan.flops_per_token, source
 
 
-def estimate_micro_batch_size(plan: Plan, memory_bytes: float, bytes_per_value: int = 2, largest: int = 64) -> int:
-    """Largest power of two of sequences whose `estimate_memory` a device has, at least 1."""
-    sizes = [2**k for k in range(int(math.log2(largest)), 0, -1)]
+def estimate_micro_batch_size(plan: Plan, memory_bytes: float, bytes_per_value: int = 2) -> int:
+    """Largest power of two of sequences, from 1 to 64, whose `estimate_memory` a device has."""
+    sizes = (64, 32, 16, 8, 4, 2)
     return next((size for size in sizes if estimate_memory(plan, size, bytes_per_value) <= memory_bytes), 1)
 
 
