@@ -125,7 +125,8 @@ def residual_mix(
     """
     inputs = x, y, x0, lambdas, eps
     if x.is_cuda and not torch.compiler.is_compiling():
-        return compiled(_mix if lambdas is None else _recomputed_mix)(*inputs)
+        run = _mix if lambdas is None else _recomputed_mix
+        return compiled(run, dynamic=None)(*inputs)  # SFT without packing has a new length in every batch
     return _mix(*inputs)
 
 
