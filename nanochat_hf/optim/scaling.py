@@ -51,9 +51,9 @@ GPUS = {
 }  # fmt: skip
 CPU_FLOPS = 5e10  # per second and core, roughly
 MFU = {"bf16": 0.589, "FP8": 0.722}  # of recipe d24 on one H200 (docs/costs.md)
-# Bytes per parameter beside pretraining's estimate, at micro-batch size 1 (docs/experiments/scaling.md): within 2 % of
-# six peaks of SFT, 3 % of four of RL.
-STAGE_BYTES = {"mid": 1.8, "sft": 1.8, "rl": 9.4}
+# Bytes per parameter beside pretraining's estimate at the same tokens (docs/experiments/scaling.md): within 3 % of
+# eight peaks of SFT, 6 % of eight of RL.
+STAGE_BYTES = {"mid": 1.8, "sft": 1.8, "rl": 10.2}
 NODE_EFFICIENCY = 0.9  # of more than 8 GPUs: assumed
 FSDP2_EFFICIENCY = {"bf16": 0.97, "FP8": 0.92}  # beside replicated parameters (docs/parallelism.md)
 MEASURED = {  # tokens per second in evals/RESULTS.md: (GPU, how many, depth, precision), rest as in d24
