@@ -168,8 +168,9 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
             shape = size.model_config, size.num_parameters
             rows = stage_rows(config, *shape, groups, data_text(config), steps, batch_text(ranks, *batch))
             del rows["model"]
-            if cuda and stage in ("mid", "sft") and not config.lora_r:
-                needed = estimate_memory(size, batch[0] * length / size.max_seq_len)
-                rows["memory"] = memory_text(needed + scaling.SFT_BYTES * size.num_parameters, devices)
+            if cuda and stage in scaling.STAGE_BYTES and not config.lora_r:
+                trained = 2 * config.max_new_tokens if stage == "rl" else length  # a prompt as long as its completion
+                needed = estimate_memory(size, batch[0] * trained / size.max_seq_len)
+                rows["memory"] = memory_text(needed + scaling.STAGE_BYTES[stage] * size.num_parameters, devices)
         parts.append(f"{stage}\n{block(rows)}")
     return "\n\n".join(parts)
