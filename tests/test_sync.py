@@ -274,7 +274,7 @@ def test_after_a_signal_the_wait_is_bounded(remote, tmp_path, monkeypatch, capsy
     end.set()  # it was still on its way
 
 
-def test_another_run_damaged_checkpoints_links_and_wrong_urls_are_refused(remote, tmp_path):
+def test_another_run_damaged_checkpoints_links_and_wrong_urls_are_refused(remote, tmp_path, monkeypatch):
     run, other = Run(tmp_path / "run"), Run(tmp_path / "other")
     for url in ("reference://x", "nosuch://x"):
         with pytest.raises(InputError, match=f"^--sync {url}: "), syncing(url, run):
@@ -297,7 +297,8 @@ def test_another_run_damaged_checkpoints_links_and_wrong_urls_are_refused(remote
     assert names_at(remote) == ["tokenizer/finished"]
     write_stage(run, "base")
     (run.path / "base" / "key.pem").symlink_to("/etc/hostname")
-    with pytest.raises(InputError, match=r"key\.pem is a link"), syncing(remote, run):
+    monkeypatch.setattr("nanochat_hf.data.hub_files.time.sleep", lambda seconds: pytest.fail("it tries again"))
+    with pytest.raises(InputError, match=r"lacks base, finished \(\S+key\.pem is a link"), syncing(remote, run):
         pass
 
 

@@ -72,6 +72,8 @@ def with_retry(action: Callable, what: str, say: Callable[[str], None] = warning
     for attempt, delay in enumerate((*RETRY_DELAYS, None), start=1):
         try:
             return action()
+        except InputError:
+            raise
         except Exception as error:  # httpx, xet and the file system each have their own
             if advice := refusal(error):
                 raise InputError(f"{what}: {advice}") from None
