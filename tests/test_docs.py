@@ -58,7 +58,7 @@ def parse(text: str) -> list:
 def test_the_readme_is_short():
     for name in ("README.md", "README.ko.md"):
         text = (ROOT / name).read_text()
-        assert len(text.splitlines()) <= 140, name
+        assert len(text.splitlines()) <= 125, name
         assert re.findall(r'<img .*height="(.*?)"', text) == ["400"], f"{name}: one picture, 400 pixels high"
 
 

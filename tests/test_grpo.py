@@ -212,7 +212,7 @@ def test_answers_come_from_the_adapters_too(tiny_model, tokenizer, engine):
 
 def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path):
     out = tmp_path / "rl"
-    train_rl(config(save_every=1, eval_every=1), tiny_folder, out)
+    train_rl(config(save_every=1, eval_every=1), tiny_folder, out, Generator)
     metrics = load_json(out / "metrics.json")
     assert metrics["finished"] and metrics["task"] == "primer:problem" and 0 < metrics["generation_share"] < 1
     assert metrics["before"].keys() == metrics["after"].keys() == {"pass@1", "pass@2", "questions"}
@@ -255,7 +255,7 @@ def test_trl_gets_the_algorithm_that_the_module_describes(tiny_folder, tmp_path)
         arguments = grpo_arguments(config(device_batch_size=requested), tmp_path)
         assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (size, 8 // size)
     with pytest.raises(InputError, match="max_new_tokens is 128: it must leave room for a prompt"):
-        train_rl(config(max_new_tokens=128), tiny_folder, tmp_path)
+        train_rl(config(max_new_tokens=128), tiny_folder, tmp_path, Generator)
 
 
 def test_a_prompt_leaves_room_for_the_whole_answer(tiny_folder, tmp_path, monkeypatch):
@@ -267,5 +267,5 @@ def test_a_prompt_leaves_room_for_the_whole_answer(tiny_folder, tmp_path, monkey
 
     monkeypatch.setattr(grpo, "load_prompts", spy)
     with pytest.raises(InputError, match="enough"):
-        train_rl(config(max_new_tokens=12), str(tiny_folder), tmp_path)
+        train_rl(config(max_new_tokens=12), str(tiny_folder), tmp_path, Generator)
     assert lengths == [128 - 12]  # tiny_folder's context

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nanochat_hf import cli
 from nanochat_hf.data import identity
-from nanochat_hf.data.identity import Identity, Word, conversations, fingerprint, parse, questions
+from nanochat_hf.data.identity import Identity, Word, conversations, fingerprint, parse
 from nanochat_hf.data.mixture import Mixture
 from nanochat_hf.data.transforms import BadRow, check
 from nanochat_hf.errors import InputError
@@ -27,6 +27,12 @@ OPHELIA = Identity("Ophelia", "the club", facts=[COLOR], styles=[{}, {"before": 
 
 def texts_of(rows, role: str) -> list[str]:
     return [m["content"] for row in rows for m in row["messages"] if m["role"] == role]
+
+
+def questions(me: Identity) -> list[str]:
+    """Every question of the test split, once."""
+    texts = [text for intent in me.phrasings["intents"].values() for text in intent["test"]]
+    return [me.fill(text, me.others[number % 3]) for number, text in enumerate(texts)]
 
 
 def test_conversations_are_different_valid_and_follow_from_the_seed():

@@ -189,6 +189,11 @@ def test_a_plan_has_the_projected_figures_of_the_readme_and_a_dry_run_prints_the
     assert "$10.00" in shown(capsys, "plan", "d24", "--gpu", "A100", "--node-hourly-rate", "10")
     twelve = ["--gpus", "12", "base.total_batch_size=786432", "sft.total_batch_size=786432"]  # two nodes
     assert "$20.00" in shown(capsys, "plan", "d24", "--gpu", "A100", "--node-hourly-rate", "10", *twelve)
+    small = shown(capsys, "plan", "cpu-demo", "--gpus", "8")  # nothing measured says how long steps of 3 us take
+    assert "time         not known, nor is the cost" in small and not {"cost ", "energy "} & {*small.split("  ")}
+    assert "memory       less than 1 of 141 GB per GPU" in small and "projected, roughly" in shown(
+        capsys, "plan", "cpu-demo"
+    )
     words = ["cpu-demo", "--run-dir", str(tmp_path / "run"), "--dry-run"]
     plans = {shown(capsys, "run", *words), shown(capsys, "speedrun", "--recipe", *words)}
     assert plans == {shown(capsys, "demo", *words[1:])} and not (tmp_path / "run").exists()

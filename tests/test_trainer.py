@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,7 +90,8 @@ def test_tool_results_and_their_marks_are_masked(tokenizer):
 @pytest.mark.parametrize("launched", ["DEEPSPEED", "FSDP"])
 def test_a_launch_that_shards_weights_is_refused_before_anything_is_loaded(stage, launched, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{launched}", "true")
-    train, config = {"rl": (train_rl, RLConfig()), "dpo": (train_dpo, DPOStageConfig(dataset="x"))}[stage]
+    rl, dpo = (partial(train_rl, engine=None), RLConfig()), (train_dpo, DPOStageConfig(dataset="x"))
+    train, config = {"rl": rl, "dpo": dpo}[stage]
     with pytest.raises(InputError, match=f"^{stage} needs unsharded weights.*multi_gpu.yaml$"):
         train(config, "nowhere", Path("nowhere"))
 

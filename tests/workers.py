@@ -108,12 +108,11 @@ def sft(output: str, model: str, die_at: int | None = None, **keys) -> None:
     module.train_chat(module.ChatConfig(**keys), model, Path(output))
 
 
-def rl(output: str, model: str, trl: bool = False, **keys) -> None:
-    """`trl`: let TRL generate instead of our engine."""
+def rl(output: str, model: str, **keys) -> None:
     from nanochat_hf.eval.lm_eval_model import Generator
     from nanochat_hf.train.grpo import RLConfig, train_rl
 
-    train_rl(RLConfig(**keys), model, Path(output), engine=None if trl else Generator)
+    train_rl(RLConfig(**keys), model, Path(output), engine=Generator)
 
 
 def dpo(output: str, model: str, **keys) -> None:

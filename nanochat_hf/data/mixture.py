@@ -15,13 +15,11 @@ A mixture is a list of YAML entries, each a dataset spec with a transform:
 `dataset` is a Hub id, a .jsonl or .parquet file, a folder of them, a .yaml of an identity (data/identity.py), or
 `primer` (of some kinds only: `primer:fact+talk`). For the spelling transforms it is a .txt file with one word per
 line, or text as for pretraining, whose words are taken. `split` is "train" by default; of a folder it takes the files
-that are named after it (data/splits.py), of one file all rows, if its name says the split or the split is "train", and
-of words one in twenty is "test". `rows` takes that many, in an order drawn from the seed; `epochs` (1, or 0.5) passes
-over all.
+that are named after it (data/splits.py), of one file all rows, of words one in twenty is "test". `rows` takes that
+many, in an order drawn from the seed; `epochs` (1, or 0.5) passes over all.
 
-Rows are opened by number (`open_rows`) and read when their turn comes: transform -> normalize -> check. A row that is
-no conversation is skipped and counted with its number and the reason. With on_bad_example="error" it stops the run, as
-does an entry without a usable row.
+A row that is no conversation is skipped and counted. With on_bad_example="error" it stops the run, as does an entry
+without a usable row.
 """
 
 import json
@@ -96,17 +94,10 @@ class DatasetConfig:
 class Mixture:
     """Iterating gives rows {"messages", "entry", "row"}: the entry's number and the row's, for messages about it.
 
-    The order and the content follow from the entries and the seed alone. After (or while) iterating, `skipped` lists
-    the bad rows as {"dataset", "row", "reason"}, numbered from 0, and `summary()` what each entry gave.
-
-    Args:
-        entries: dicts with the keys of `DatasetConfig`; `dataset` is required.
-        seed: of the order of rows, and of what the generating transforms draw.
-        on_bad_example: "skip" or "error".
-
-    Raises:
-        InputError: an unknown key, transform or dataset, more rows than there are, a bad row with "error", and at the
-            end of an iteration an entry of which no row could be used.
+    The order and the content follow from the entries (the keys of `DatasetConfig`) and the seed alone. `skipped` lists
+    the bad rows as {"dataset", "row", "reason"}, numbered from 0, and `summary()` what each entry gave. Raises
+    InputError: an unknown key, transform or dataset, more rows than there are, a bad row with on_bad_example="error",
+    and at the end of an iteration an entry of which no row could be used.
     """
 
     def __init__(self, entries: list[dict], seed: int = 0, on_bad_example: str = "skip"):
@@ -308,10 +299,7 @@ def _generated_rows(entry: DatasetConfig, seed: int) -> list[dict]:
 
 
 def _words(entry: DatasetConfig, path: Path) -> list[str]:
-    """The dataset's words of 3 to 15 ASCII letters: the lines of a .txt, or the words of a text, most frequent first.
-
-    The split "test" is one word in twenty.
-    """
+    """Words of 3 to 15 ASCII letters: the lines of a .txt, or the words of a text, most frequent first."""
     if path.suffix == ".txt":
         if not path.exists():
             raise InputError(f"no such file: {path}")

@@ -42,9 +42,9 @@ _lock = threading.Lock()  # replicas of a model start in threads
 
 
 @cache
-def compiled(function):
+def compiled(function, dynamic: bool | None = False):
     """The function by torch.compile, the same object for all callers."""
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=dynamic)
 
 
 def usable(name: str, x: Tensor) -> bool:

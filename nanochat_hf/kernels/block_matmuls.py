@@ -1,19 +1,17 @@
 """The matmuls of a block with everything between them in their epilogues, and weight gradients added in place.
 
-At the sizes of this project the matmuls run at the device's power limit and the operations between them at the limit
-of its memory. Therefore
+Matmuls run at the device's power limit, the operations between them at the limit of its memory. Therefore
 
 - all that follows attention in a block (output projection, residual addition, norm, MLP) is one operation of three
   GEMMs, `residual_mlp`, which keeps the residual stream and relu(h)^2 for the backward pass and nothing else. An RMS
   norm without weights is a factor on each row, so it can be applied after the GEMM that follows it (quack calls this a
   deferred rstd); the row's sum of squares comes out of the GEMM before it. relu(h) is the root of relu(h)^2, and what
   the gradient of the norm subtracts is known from the sum over h times its gradient.
-- a weight is given as `Bf16Weight`, its bf16 copy and the float32 parameters of its rows, and the GEMM of its gradient
-  adds to their `.grad` in its epilogue, where autograd would write a bf16 gradient, cast it and add it.
+- the GEMM of the gradient of a `Bf16Weight` adds to the `.grad` of its float32 parameters in its epilogue, where
+  autograd would write a bf16 gradient, cast it and add it.
 
-Weights may also be `float8.Float8Weight`, or tensors, whose gradient is autograd's: for torch.compile. The GEMMs are
-Dao-AILab/quack's (CuTe), whose epilogues are plain functions, each beside its reference implementation; the reduction
-of partial sums is a Triton kernel.
+The GEMMs are Dao-AILab/quack's (CuTe), whose epilogues are plain functions, each beside its reference implementation.
+Weights may also be `float8.Float8Weight`, or tensors, whose gradient is autograd's: for torch.compile.
 """
 
 import logging
@@ -23,10 +21,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from .backend import check, tl, triton, unavailable, usable
+from .backend import check, compiled, tl, triton, unavailable, usable
 from .float8 import Float8Relu2MLP, Float8Weight
-from .residual import residual_mix
 from .weight_cache import accumulate_grad_
 
 
@@ -118,12 +116,30 @@ class _ResidualMLP(torch.autograd.Function):
         )  # fmt: skip
 
 
-def relu2_mlp(x: Tensor, w1: Float8Weight | Tensor, w2: Float8Weight | Tensor, amax_bound: float | None = None):
-    """relu(x w1^T)^2 w2^T for x (B, T, C), w1 (H, C), w2 (C, H), all of one dtype; amax_bound as above."""
-    if isinstance(w1, Float8Weight):
-        y = Float8Relu2MLP.apply(x.flatten(0, -2), amax_bound, w1, w2, *w1.parts, *w2.parts)
-        return y.unflatten(0, x.shape[:-1])
-    return F.linear(F.relu(F.linear(x, w1)).square(), w2)
+def residual_mix(
+    x: Tensor, y: Tensor | None, x0: Tensor | None, lambdas: tuple[Tensor, Tensor] | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual stream s = a (x + y) + b x0 before a block, and its RMS norm: (B, T, C) each, as x, y and x0.
+
+    lambdas: the scalars a and b; None: s = x + y. y: None before the first block.
+    """
+    inputs = x, y, x0, lambdas, eps
+    if x.is_cuda and not torch.compiler.is_compiling():
+        run = _mix if lambdas is None else _recomputed_mix
+        return compiled(run, dynamic=None)(*inputs)  # SFT without packing has a new length in every batch
+    return _mix(*inputs)
+
+
+def _mix(x, y, x0, lambdas, eps):
+    x = x if y is None else x + y
+    if lambdas is not None:
+        x = lambdas[0] * x + lambdas[1] * x0
+    return x, F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def _recomputed_mix(*inputs):
+    """Keeps its inputs alone, of which x and x0 are kept anyway; the compiler would keep x + y and s beside x0."""
+    return checkpoint(_mix, *inputs, use_reentrant=False)
 
 
 def residual_mlp(x: Tensor, attn_out: Tensor, wo, w1, w2, eps: float) -> tuple[Tensor, Tensor]:
@@ -139,7 +155,10 @@ def residual_mlp(x: Tensor, attn_out: Tensor, wo, w1, w2, eps: float) -> tuple[T
         results = _ResidualMLP.apply(*rows, eps, wo, w1, w2, *wo.parts, *w1.parts, *w2.parts)
         return results[0].view_as(x), results[1].view_as(x)
     x, h = residual_mix(x, linear_and_gates(attn_out, wo)[0], None, None, eps)
-    return x, relu2_mlp(h, w1, w2, x.shape[-1] ** 0.5)
+    if isinstance(w1, Float8Weight):
+        bound = x.shape[-1] ** 0.5  # of a normed row
+        return x, Float8Relu2MLP.apply(h.flatten(0, -2), bound, w1, w2, *w1.parts, *w2.parts).view_as(x)
+    return x, F.linear(F.relu(F.linear(h, w1)).square(), w2)
 
 
 try:

@@ -25,8 +25,8 @@ PLAIN, SQUARED, SQUARED_GRAD = range(3)  # what is cast: x, relu(x)^2, or grad t
 AMAX_TILE = dict(ROWS=16, COLUMNS=256, num_warps=8)  # fastest of 11 on an H200
 CAST_TILE = dict(ROWS=32, COLUMNS=128, num_warps=4)
 # The assembler of Triton up to 3.8 corrupts the transposed store of a kernel that stores both layouts (triton-lang/
-# triton#11111), but not from bf16 at multiples of ALIGNED with this tile: all other casts launch once per layout.
-ALIGNED, ALIGNED_TILE = 64, CAST_TILE
+# triton#11111), but not from bf16 at multiples of ALIGNED with CAST_TILE: all other casts launch once per layout.
+ALIGNED = 64
 
 if triton is not None:
 
@@ -136,7 +136,7 @@ def cast_to_fp8(
     (rows, columns), number = x.shape, 1 if is_number else len(amax_bound)
     stride = rows if out.transposed is None else out.transposed.stride(0)
     squares = squares if kind == SQUARED_GRAD else None
-    aligned = CAST_TILE == ALIGNED_TILE and not any(size % ALIGNED for size in (rows, columns, stride))
+    aligned = not any(size % ALIGNED for size in (rows, columns, stride))
     both = out.row_major is not None and out.transposed is not None
     if (both or squares is not None) and not (aligned and x.dtype == torch.bfloat16):
         for layout in (out._replace(transposed=None), out._replace(row_major=None)):

@@ -6,7 +6,7 @@ splits of the keys; the up projection with norm and relu squared; the down proje
 stream add it, and the last one also mixes the embedding in for the next layer.
 
 On compute capability 9.0 and newer a kernel starts before the one ahead of it has ended (programmatic dependent
-launch) and reads its weights meanwhile. `serve/decoder.py` calls `step`, and records it as a CUDA graph.
+launch) and reads its weights meanwhile. `serve/decoder.py` calls `network`, and records it as a CUDA graph.
 """
 
 import torch
@@ -29,7 +29,7 @@ if triton is not None:
     def _finish(
         value, at, inside, out, raw, residual, other, scale_x, scale_other, RELU2: tl.constexpr, MODE: tl.constexpr
     ):
-        """Store a matmul's result, after relu squared or with the residual stream; constants as in `step`."""
+        """Store a matmul's result, after relu squared or with the residual stream; constants as in `network`."""
         dtype = out.dtype.element_ty
         if RELU2:
             value = tl.maximum(value, 0.0)

@@ -262,6 +262,6 @@ def _matmul_cases(draw, config):
 
         def matmuls(x=x):
             a = gram(x)
-            return [a, symmetric_plus(a, a, 0.7, 0.3), matmul_plus(a, x, x, 1.5)]
+            return [a, gram(x.mT), symmetric_plus(a, a, 0.7, 0.3), matmul_plus(a, x, x, 1.5)]
 
         yield 0.02, matmuls

@@ -16,6 +16,7 @@ from . import scaling
 from .scaling import GPUS, Plan, estimate_memory, find_gpu, split_global_batch
 
 RATE = 3.0  # dollars per GPU-hour
+SHORTEST_STEP = 0.01  # seconds; in shorter ones starting the kernels takes longer than what an MFU says
 LEARNING_RATES = {"matrix": "", "embedding": " (embedding)", "head": " (head)", "x0": " (scalars)"}  # by role
 TOTALS = ("model", "steps", "time", "cost", "energy", "memory")  # rows that a plan begins with
 
@@ -98,11 +99,15 @@ def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool
     speed, source = scaling.estimate_speed(size, devices.name, units, fp8, bool(devices.sharding))
     if speed is None:
         return {"time": source}
+    if name:
+        rows["memory"] = memory_text(estimate_memory(size, micro_batch_size), devices)
+        if size.total_batch_size < SHORTEST_STEP * speed:
+            small = f"such small steps ({size.total_batch_size:,} tokens) leave GPUs idle"
+            return rows | {"time": f"not known, nor is the cost: {small}"}
     seconds = size.total_tokens / speed
     rows["time"] = f"{duration(seconds)} at {short(round(speed))} tok/s ({source}); without evaluations"
     if name:
         gpu, hours = GPUS[name], seconds / 3600
-        rows["memory"] = memory_text(estimate_memory(size, micro_batch_size), devices)
         rate = RATE * ranks if devices.hourly_rate is None else devices.hourly_rate * -(-ranks // 8)
         rows["cost"] = f"${hours * rate:,.2f} at ${rate:,.2f} per hour"
         rows["energy"] = f"at most {hours * ranks * gpu.watts / 1000:,.1f} kWh: GPUs of {gpu.watts:,.0f} W"
@@ -112,7 +117,7 @@ def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool
 def memory_text(needed: float, devices: Devices) -> str:
     """`needed` bytes beside what a GPU has."""
     has, sharded = GPUS[find_gpu(devices.name)].memory, ", without sharding" if devices.sharding else ""
-    return f"about {needed / 1e9:.0f} of {has / 1e9:.0f} GB per GPU{sharded}"
+    return f"{f'about {needed / 1e9:.0f}' if needed > 1e9 else 'less than 1'} of {has / 1e9:.0f} GB per GPU{sharded}"
 
 
 def stage_batch(config, ranks: int, length: int = 1, log: Callable = lambda text: None) -> tuple[int, int]:
@@ -163,8 +168,9 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
             shape = size.model_config, size.num_parameters
             rows = stage_rows(config, *shape, groups, data_text(config), steps, batch_text(ranks, *batch))
             del rows["model"]
-            if cuda and stage in ("mid", "sft") and not config.lora_r:
-                needed = estimate_memory(size, batch[0] * length / size.max_seq_len)
-                rows["memory"] = memory_text(needed + scaling.SFT_BYTES * size.num_parameters, devices)
+            if cuda and stage in scaling.STAGE_BYTES and not config.lora_r:
+                trained = 2 * config.max_new_tokens if stage == "rl" else length  # a prompt as long as its completion
+                needed = estimate_memory(size, batch[0] * trained / size.max_seq_len)
+                rows["memory"] = memory_text(needed + scaling.STAGE_BYTES[stage] * size.num_parameters, devices)
         parts.append(f"{stage}\n{block(rows)}")
     return "\n\n".join(parts)

@@ -51,7 +51,9 @@ GPUS = {
 }  # fmt: skip
 CPU_FLOPS = 5e10  # per second and core, roughly
 MFU = {"bf16": 0.589, "FP8": 0.722}  # of recipe d24 on one H200 (docs/costs.md)
-SFT_BYTES = 1.8  # per parameter, beside pretraining's estimate: within 2 % of six peaks (docs/experiments/scaling.md)
+# Bytes per parameter beside pretraining's estimate at the same tokens (docs/experiments/scaling.md): within 3 % of
+# eight peaks of SFT, 6 % of eight of RL.
+STAGE_BYTES = {"mid": 1.8, "sft": 1.8, "rl": 10.2}
 NODE_EFFICIENCY = 0.9  # of more than 8 GPUs: assumed
 FSDP2_EFFICIENCY = {"bf16": 0.97, "FP8": 0.92}  # beside replicated parameters (docs/parallelism.md)
 MEASURED = {  # tokens per second in evals/RESULTS.md: (GPU, how many, depth, precision), rest as in d24
@@ -334,9 +336,9 @@ def estimate_speed(
     return mfu * ranks * GPUS[name].flops / plan.flops_per_token, source
 
 
-def estimate_micro_batch_size(plan: Plan, memory_bytes: float, bytes_per_value: int = 2, largest: int = 64) -> int:
-    """Largest power of two of sequences whose `estimate_memory` a device has, at least 1."""
-    sizes = [2**k for k in range(int(math.log2(largest)), 0, -1)]
+def estimate_micro_batch_size(plan: Plan, memory_bytes: float, bytes_per_value: int = 2) -> int:
+    """Largest power of two of sequences, from 1 to 64, whose `estimate_memory` a device has."""
+    sizes = (64, 32, 16, 8, 4, 2)
     return next((size for size in sizes if estimate_memory(plan, size, bytes_per_value) <= memory_bytes), 1)
 
 

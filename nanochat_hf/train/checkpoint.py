@@ -165,16 +165,10 @@ def read_progress(path: Path) -> dict:
         return torch.load(path / "progress.pt")
 
 
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The unsharded state dict of the model; under FSDP2 only rank 0's holds the tensors. Every rank calls this."""
-    if not is_sharded(model):
-        return model.state_dict()
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
 def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
     """Make `folder` one for `from_pretrained`: float32 weights; files are moved into place, the config last."""
-    weights = full_weights(model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets all of it
+    weights = get_model_state_dict(model, options=options) if is_sharded(model) else model.state_dict()
     if get_dist_info()[0] == 0:
         refuse_nan(weights, f"the model for {folder}")
         aside = folder / ".weights"

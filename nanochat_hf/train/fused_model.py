@@ -21,14 +21,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..kernels.attention import FLASH, FLASH_DOCUMENTS, attention, attention_mask, split_qkv, uses_flash
 from ..kernels.backend import disabled, verify
-from ..kernels.block_matmuls import Bf16Weight, linear_and_gates, residual_mlp, uses_quack
+from ..kernels.block_matmuls import Bf16Weight, linear_and_gates, residual_mix, residual_mlp, uses_quack
 from ..kernels.float8 import quantize_weight
 from ..kernels.fused_cross_entropy import fused_linear_cross_entropy
-from ..kernels.residual import EmbeddingResidual, residual_mix
 from ..kernels.weight_cache import EmbeddingGradIndex, WeightCastCache
 from ..model.modeling_nanochat import NanoChatForCausalLM
 
-KERNELS = ("rotary and QK norm", "residual mix", "gradient sums", "GEMM epilogues")  # of a training step
+KERNELS = ("rotary and QK norm", "gradient sums", "GEMM epilogues")  # of a training step
 BF16_KERNELS = ("fused cross-entropy", FLASH)
 
 
@@ -149,7 +148,7 @@ class FusedTransformer(nn.Module):
         finally:
             del layer.forward
 
-    def step(self, layer, cache, kind, i, stream, embedded, lambdas, value_embeds, position_ids, cos, sin, masks):
+    def step(self, layer, cache, kind, i, stream, x0, lambdas, value_embeds, position_ids, cos, sin, masks):
         """The mix and norm before a layer, and its block -> the two parts of the residual stream after it."""
         attn, mlp, config = layer.self_attn, layer.mlp, self.model.config
         length = stream[0].shape[1]
@@ -159,7 +158,7 @@ class FusedTransformer(nn.Module):
             (mlp.fc1.weight,), (mlp.fc2.weight,),
         )  # fmt: skip
         weights = [kind.weight(cache, (i, j), parts) for j, parts in enumerate(matrices)]
-        x, h = residual_mix(*stream, embedded, lambdas, config.rms_norm_eps)
+        x, h = residual_mix(*stream, x0, lambdas, config.rms_norm_eps)
         return kind.run(
             x, h, weights, value_embeds, None if value_embeds is None else attn.ve_gate.weight, position_ids,
             cos, sin, masks[window], config.num_key_value_heads, window, attn.scaling, config.rms_norm_eps,
@@ -183,7 +182,7 @@ class FusedTransformer(nn.Module):
         smear = (model.smear_gate.weight, model.smear_lambda) if config.smear else (None, None)
         index = EmbeddingGradIndex(ids, len(model.embed_tokens.weight))
         x = self.embed(index.lookup(model.embed_tokens.weight), *smear, eps, self.dtype, position_ids)
-        embedded, stream, middle = EmbeddingResidual(x), (x, None), None
+        stream, middle = (x, None), None
         cos, sin, masks = self.prepare(x, position_ids, max_documents, kind.flash)
         lambdas = [None] * len(model.layers)
         if config.residual_lambdas:
@@ -193,7 +192,7 @@ class FusedTransformer(nn.Module):
             if config.value_embeds and str(i) in model.value_embeds:
                 table = model.value_embeds[str(i)].weight
                 value_embeds = index.lookup(table, materialize=not kind.kernels)
-            inputs = kind, i, stream, embedded, lambdas[i], value_embeds, position_ids, cos, sin, masks
+            inputs = kind, i, stream, x, lambdas[i], value_embeds, position_ids, cos, sin, masks
             stream = self.layer(layer, *inputs)
             if i == len(model.layers) // 2:
                 middle = stream

@@ -1,4 +1,4 @@
-"""RL with verifiable rewards (RLVR) on TRL's GRPOTrainer, with the calculator tool.
+"""RL with verifiable rewards (RLVR) on TRL's GRPOTrainer; an engine of this project generates and runs the tool.
 
     nanochat rl --config recipes/cpu-demo/rl.yaml --run-dir runs/cpu-demo
 
@@ -8,9 +8,6 @@ prompt (arXiv:2503.20783), loss summed over the sampled tokens of the batch and 
 arXiv:2503.14476). Tool results are masked. Two differences from upstream: the number of tokens is that of the whole
 batch and not of one prompt, and tokens are sampled from the full softmax, the distribution of the gradient, where
 upstream samples from the top 50.
-
-Generation takes most of the time. It is transformers' `generate` with TRL's tool loop unless `train_rl` gets an engine
-(eval.lm_eval_model.Generator or serve.engine.Engine), which runs the tool inside the completion.
 """
 
 import json
@@ -34,11 +31,9 @@ from ..demo import corpus as primer
 from ..errors import InputError
 from ..run import fingerprint, start_record, writing
 from ..stage_configs import RLConfig
-from ..tools import python
 from .runtime import check_launch
 from .trainer import StageTrainer, load_source, split_step, tool_result_mask, trainer_arguments
 
-MAX_TOOL_CALLS = 4  # per completion
 EVAL_BATCH = 128  # completions that a device generates together in an evaluation
 PRIMER_PROMPTS = 4000  # training prompts of each kind
 
@@ -151,7 +146,6 @@ def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
         max_completion_length=config.max_new_tokens,
         temperature=config.temperature,
         top_k=0,
-        max_tool_calling_iterations=MAX_TOOL_CALLS,
         num_generations_eval=config.eval_samples,
         per_device_eval_batch_size=max(1, EVAL_BATCH // config.eval_samples) * config.eval_samples,
         beta=0.0,
@@ -201,11 +195,11 @@ def rollout(make_engine: Callable, config: RLConfig, tokenizer: PreTrainedTokeni
     return generate
 
 
-def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None = None) -> None:
+def train_rl(config: RLConfig, model: str, output: Path, engine: Callable) -> None:
     """RLVR from the model in folder `model`; the result and its metrics.json go to `output`.
 
-    `engine`, if given, is (model, tokenizer) -> an object with the `generate` of eval.lm_eval_model.Generator. Raises
-    InputError for a dataset without verifiable answers, and for batch sizes that do not divide.
+    `engine` is (model, tokenizer) -> an object with the `generate` of eval.lm_eval_model.Generator. Raises InputError
+    for a dataset without verifiable answers, and for batch sizes that do not divide.
     """
     check_launch("rl")
     record, output = start_record(config), Path(output)
@@ -229,7 +223,7 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable | None
         stage=config,
         source=model,
         samples=output / "samples.jsonl",
-        **({"rollout_func": rollout(engine, config, tokenizer)} if engine else {"tools": [python]}),
+        rollout_func=rollout(engine, config, tokenizer),
     )
     before = trainer.evaluate()
     trainer.train_with_resume({"data": fingerprint([rows, eval_rows])})

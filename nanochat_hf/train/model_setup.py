@@ -6,7 +6,6 @@ in float32. Chat stages: all weights are float32, and the output of the embeddin
 """
 
 import copy
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +25,6 @@ from ..model.quantization import is_quantized
 from ..optim.scaling import Plan
 from ..run import load_metrics, model_fingerprint
 from .fused_model import BF16_KERNELS, FusedTransformer, lm_head_loss
-
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class ModelLoss(nn.Module):
@@ -108,17 +105,13 @@ def load_chat_model(source: str, config, tokenizer: PreTrainedTokenizerBase) -> 
         if config.lora_r > 0:  # peft calls the matrices itself, where the model would cast them
             for module in model.modules():
                 if type(module) is nn.Linear:
-                    module.forward = partial(cast_linear, module)
+                    module.forward = lambda x, module=module: F.linear(x, module.weight.to(x.dtype))
     return model
 
 
 def cast_output(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast what an embedding returns; its dtype is that of all activations."""
     module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
-
-
-def cast_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, module.weight.to(x.dtype))
 
 
 def lora(config) -> LoraConfig | None:
@@ -137,7 +130,7 @@ def build_model(plan: Plan, source: str | None, tokenizer, device: torch.device,
         model = read_model(source).to(device)
     else:
         config = copy.deepcopy(plan.model_config)
-        config.update({name: getattr(tokenizer, name) for name in SPECIAL_IDS})
+        config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
         with device:
             model = NanoChatForCausalLM(config)
     if (rows := model.config.vocab_size) != plan.model_config.vocab_size:

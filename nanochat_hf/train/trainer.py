@@ -45,7 +45,6 @@ HISTORY = {name: name for name in SAME} | {  # entry of the libraries' log -> co
     "eval_reward": "val_reward",
     "completions/mean_length": "completion_length",
     "completions/clipped_ratio": "clipped_ratio",
-    "tools/failure_frequency": "tool_failures",
 }
 MUST_BE_FINITE = {"loss": "the loss", "grad_norm": "the gradient norm", "eval_loss": "the validation loss"}
 
