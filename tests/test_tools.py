@@ -78,7 +78,8 @@ def test_everything_else_is_refused_with_one_line_and_no_warning_of_the_parser(e
     with warnings.catch_warnings(record=True) as caught, pytest.raises(ValueError, match=r"\A[^\n]+\Z"):
         warnings.simplefilter("always")
         calculate(expression)
-    assert not caught
+    # a collected socket of another test may warn here, too
+    assert not [warning for warning in caught if issubclass(warning.category, SyntaxWarning | DeprecationWarning)]
 
 
 @pytest.mark.parametrize(("expression", "size"), [("1e999", "large"), ("1e-999", "small"), ("9e99*9e99", "large")])
