@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -170,7 +171,7 @@ def test_a_damaged_upload_is_set_aside_and_the_one_before_used(remote, tmp_path,
     assert "step_000002" in capsys.readouterr().out and names_at(remote) == ["base/step_000001"]
 
 
-def test_a_half_upload_is_ignored_and_deleted(remote, tmp_path):
+def test_a_half_upload_is_ignored_and_deleted_also_that_of_an_interrupted_deletion(remote, tmp_path):
     run, bare = Run(tmp_path / "run"), Run(tmp_path / "bare")
     with syncing(remote, run):
         write_checkpoint(run, 1)
@@ -182,6 +183,11 @@ def test_a_half_upload_is_ignored_and_deleted(remote, tmp_path):
         assert [path.name for path in (bare.path / "base" / "state").iterdir()] == ["step_000001"]
         write_checkpoint(bare, 2)
     assert not any(half.exists() for half in halves)
+    store = FileStore(remote)
+    store.fs = Mock(wraps=store.fs, rm=Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.delete(whole.name)
+    assert names_at(remote) == ["base/step_000002"]
 
 
 def test_a_mark_of_another_shape_or_with_files_outside_of_the_stage_counts_as_absent():
