@@ -172,9 +172,11 @@ def test_a_resumed_loader_gives_the_batches_that_would_have_come(folder, tokeniz
     whole = list(islice(loader(folder, tokenizer, packing_strategy=packing_strategy), taken + 10))
     first, second = (loader(folder, tokenizer, packing_strategy=packing_strategy) for _ in range(2))
     list(islice(first, taken))
-    state = saved_and_loaded(first.state_dict())
+    state = saved_and_loaded(first.state_dict())  # of the last batch handed out, and not of the thread, which is ahead
     second.load_state_dict(state)
-    assert all((batch == expected).all() for batch, expected in zip(islice(second, 10), whole[taken:]))
+    first.close()
+    for one in (first, second):
+        assert all((batch == expected).all() for batch, expected in zip(islice(one, 10), whole[taken:]))
 
 
 @pytest.mark.parametrize(
@@ -197,19 +199,6 @@ def test_a_run_resumes_on_another_number_of_ranks_without_losing_or_repeating_a_
         rank.load_state_dict(states)
         expected = alone[next(n for n in range(done, 64) if n % after == number) :: after]
         assert (np.concatenate(list(islice(rank, len(expected)))) == expected).all()
-
-
-def test_the_state_is_that_of_the_last_batch_handed_out_and_not_of_the_thread(folder, tokenizer):
-    whole = list(islice(loader(folder, tokenizer), 6))
-    ahead = loader(folder, tokenizer, prefetch=6)
-    list(islice(ahead, 2))
-    before = ahead.state_dict()
-    assert ahead.state_dict()["rows"] == before["rows"] == 4
-    ahead.close()
-    later = loader(folder, tokenizer)
-    later.load_state_dict(before)
-    for one in (ahead, later):
-        assert all((a == b).all() for a, b in zip(islice(one, 4), whole[2:]))
 
 
 def test_a_long_document_fills_rows_or_waits_to_be_a_rows_end(tmp_path, tokenizer):

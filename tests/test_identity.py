@@ -157,24 +157,15 @@ class FakeModel(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def make_identity(monkeypatch):
-    """The command that scripts/make_identity.py is, as a function of its arguments."""
+def test_the_command_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_name(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the hub's client may talk to this machine
     close_session()
-
-    def call(*words):
-        cli.dispatch("identity", [*map(str, words)])
-
-    return call
-
-
-def test_the_script_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_name(tmp_path, make_identity, capsys):
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeModel)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (tmp_path / "me.yaml").write_text('{name: Ophelia, owner: the club, styles: [{before: "Ahoy! "}]}')
     url = f"http://127.0.0.1:{server.server_port}"
-    make_identity("--facts", tmp_path / "me.yaml", "--output", tmp_path / "me.jsonl", "--rows", 12, "--endpoint", url)
+    words = ["--facts", f"{tmp_path}/me.yaml", "--output", f"{tmp_path}/me.jsonl", "--rows", "12", "--endpoint", url]
+    cli.dispatch("identity", words)
     server.shutdown()
     rows = list(Mixture([{"dataset": str(tmp_path / "me.jsonl")}], on_bad_example="error"))
     assert len(rows) == 12 and "12 conversations of Ophelia" in (out := capsys.readouterr().out)

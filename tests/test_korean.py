@@ -11,7 +11,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 from rich.cells import cell_len
 from rich.console import Console
-from talker import QUESTIONS, talker, talker_folder  # noqa: F401
+from talker import QUESTIONS
 
 from nanochat_hf.data.transforms import TRANSFORMS
 from nanochat_hf.errors import InputError
@@ -155,7 +155,7 @@ def test_the_recipes_mix_languages_and_compose_hangul():
     assert [entry["weight"] for entry in configs["base"].dataset] == [0.8, 0.2]
 
 
-def test_the_terminal_speaks_korean_and_wraps_hangul_by_its_width(talker, monkeypatch, tmp_path):  # noqa: F811
+def test_the_terminal_speaks_korean_and_wraps_hangul_by_its_width(talker, monkeypatch, tmp_path):
     model = LocalModel(Engine(*talker), "시험")
     for forced in (False, True):
         console = Console(file=io.StringIO(), width=30, highlight=False, force_terminal=forced, legacy_windows=False)
@@ -175,7 +175,7 @@ def test_the_terminal_speaks_korean_and_wraps_hangul_by_its_width(talker, monkey
         assert system_language() == language
 
 
-def test_no_piece_ends_inside_a_character(talker, talker_folder, monkeypatch):  # noqa: F811
+def test_no_piece_ends_inside_a_character(talker, talker_folder, monkeypatch):
     class Screen(io.StringIO):
         def write(self, text):
             assert "\ufffd" not in text

@@ -165,15 +165,6 @@ def test_words_are_split_and_come_from_files_or_from_text(tmp_path):
     assert words == {"t,h,e", "o,w,l", "a,n,d", "d,u,c,k"}
 
 
-def test_a_folder_gives_the_files_of_its_split(tmp_path):
-    names = ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-0", ".ipynb_checkpoints/train-0")
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write(tmp_path / f"{name}.jsonl", [chat(name, "b")])
-    assert first_texts({"dataset": str(tmp_path)}) == [*names[:2]]
-    assert first_texts({"dataset": str(tmp_path), "split": "test"}) == [names[2]]
-
-
 def test_one_file_gives_its_rows_only_as_the_split_in_its_name(tmp_path):
     good = "chats train;chats train_prefs;chats_test train;chats_test test;test_sft test_sft"
     bad = "chats test;chats dev;latest test;chats_test val;chats x"
