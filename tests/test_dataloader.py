@@ -2,8 +2,7 @@
 
 import io
 import threading
-from collections import Counter
-from itertools import cycle, islice, pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -82,18 +81,6 @@ def test_packing_equals_a_plain_search_through_the_list(sizes, row_length, buffe
         piece = row[begin + 1 : end]
         assert piece == list(range(piece[0], piece[0] + len(piece))), "a run of one document, in its order"
         assert piece[0] % 100 == 1 or strategy == "bfd_split", "only what is split begins inside a document"
-
-
-@given(lengths, lengths, st.sampled_from(STRATEGIES))
-@slowly
-def test_a_packer_rebuilt_from_its_waiting_documents_packs_the_same_rows(first, second, strategy):
-    documents = documents_of([*first, *second])
-    one = packer(documents, 16, 10, strategy)
-    one.fill(np.empty(16, np.uint16)) if sum(first) > 200 else one.add([next(one.chunks)[0]])
-    two = BestFitPacker(iter(rest := list(one.chunks)), 16, 10, strategy)
-    two.add(one.waiting())
-    one.chunks = iter(rest)
-    assert rows_of(one) == rows_of(two)
 
 
 @pytest.mark.parametrize("size, max_chars, number", [(3, 100, 3), (8, 5, 3), (8, 4, 2), (1, 1, 1)])
@@ -209,40 +196,6 @@ def test_a_long_document_fills_rows_or_waits_to_be_a_rows_end(tmp_path, tokenize
     rows = next(loader(tmp_path, tokenizer, num_shards=1, buffer_size=8, packing_strategy="bfd"))
     assert not (rows[:, 1] == mark).any()
     assert (rows == mark).any()
-
-
-@pytest.mark.parametrize("seq_len", [8, 32])
-def test_every_token_comes_once_in_an_epoch_of_interruptions_by_other_numbers_of_ranks(
-    folder, tokenizer, monkeypatch, seq_len
-):
-    bos = 65535
-
-    def numbered(tokenizer, texts):  # a token tells its document and its place in it
-        numbers = [int(text[1:4]) for text in texts]
-        return [np.array([bos, *range(n * 100, n * 100 + LENGTH[n])], np.uint16) for n in numbers]
-
-    monkeypatch.setattr("nanochat_hf.data.dataloader.encode_documents", numbered)
-    tokens, epoch, states, sizes = Counter(), 0, None, cycle([1, 4, 2])
-    while epoch == 0:  # until every shard has read its documents
-        world_size = next(sizes)
-        ranks = [
-            loader(folder, tokenizer, rank, world_size, batch_size=3, seq_len=seq_len) for rank in range(world_size)
-        ]
-        for rank in ranks:
-            if states:
-                rank.load_state_dict(states)
-            tokens.update(np.concatenate([next(rank), next(rank)]).ravel().tolist())
-        states = [saved_and_loaded(rank.state_dict()) for rank in ranks]
-        shards = [shard for state in states for shard in state["shards"].values()]
-        epoch = min(shard["stream"]["position"][0] for shard in shards)
-    tokens.update(token for shard in shards for token in shard["tokens"].tolist())
-    del tokens[bos]
-    assert set(tokens) == {n * 100 + place for n in range(NUM_DOCUMENTS) for place in range(LENGTH[n])}
-    # Where a shard is ahead in the second epoch, documents came again, but as whole as the first time.
-    assert set(tokens.values()) <= {1, 2}
-    again = {token // 100 for token, count in tokens.items() if count == 2}
-    assert sum(tokens.values()) == sum(LENGTH) + sum(LENGTH[n] for n in again)
-    assert len(again) < NUM_DOCUMENTS / 2
 
 
 def test_states_that_do_not_fit_and_errors_of_the_thread_are_refused(folder, tokenizer, tmp_path):

@@ -93,12 +93,6 @@ def test_an_entry_without_a_usable_row_is_refused_with_the_reason(tmp_path, row,
             list(Mixture(entries))
 
 
-def test_an_entry_with_one_usable_row_is_not_refused(tmp_path):
-    mixture = Mixture([{"dataset": write(tmp_path / "some.jsonl", [{"no": 1}] * 20 + [chat("a", "b")])}])
-    assert len(list(mixture)) == len(list(mixture)) == mixture.entries[0].num_rows == 1
-    assert mixture.entries[0].num_bad == 20
-
-
 def test_the_table_shows_rows_and_tokens(tmp_path):
     path = write(tmp_path / "chat.jsonl", [chat(str(n), "b") for n in range(60)] + ["{"])
     mixture = Mixture([{"dataset": path}, {"dataset": "primer", "rows": 7}])
