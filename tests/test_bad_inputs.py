@@ -234,6 +234,8 @@ COMMANDS = [
         "no finished stage",
     ),
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
+    ("chat --model {here} --stage sft", r"name what to talk to .*: --run-dir"),
+    ("export --model {here} --to mlx --outtype f16 --output {here}/x", "--outtype and --allow-inexact are of --to"),
 ]
 
 FILES = [  # content of base.yaml
