@@ -272,6 +272,9 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
         with pytest.raises(InputError, match=message):
             stages.run_stages(Run(tmp_path / "run"), *read("cpu-demo", names, keys))
     assert not (tmp_path / "run" / "eval").exists()
+    save_json(tmp_path / "half" / "base" / "metrics.json", {"finished": True})
+    with pytest.raises(InputError, match="/nowhere is no CORE bundle"):  # for a stage that is finished already
+        stages.run_stages(Run(tmp_path / "half"), *read("cpu-demo", ["sft", "eval"], ["eval.core_bundle=/nowhere"]))
 
     def load(names):
         raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub\n(OfflineModeIsEnabled)")  # of datasets

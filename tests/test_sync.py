@@ -190,6 +190,15 @@ def test_a_half_upload_is_ignored_and_deleted_also_that_of_an_interrupted_deleti
     assert names_at(remote) == ["base/step_000002"]
 
 
+def test_a_file_that_grows_during_its_upload_is_uploaded_as_it_was(remote, tmp_path):
+    run, samples = Run(tmp_path / "run"), tmp_path / "run" / "rl" / "samples.jsonl"
+    write_checkpoint(run, 1, "rl")
+    samples.write_text("one\n")
+    Sync(remote, run).snapshot("rl", "step_000001", tmp_path / "upload")
+    samples.open("a").write("two\n")
+    assert (tmp_path / "upload" / "rl" / "samples.jsonl").read_text() == "one\n"
+
+
 def test_a_mark_of_another_shape_or_with_files_outside_of_the_stage_counts_as_absent():
     whole = {"run": "a", "time": 1.0, "files": {"base/x": "0"}}
     assert parse_mark(json.dumps(whole).encode(), "base") == whole
@@ -497,6 +506,12 @@ def test_an_ended_process_of_this_machine_is_replaced_at_once_and_a_damaged_owne
         out = capsys.readouterr().out
         assert ("taken over from" in out) is (owner != names[os.getpid()])
         assert ("looking" in out) is (owner not in names.values())
+    FileStore(remote).write(module.OWNER, elsewhere)
+    with monkeypatch.context() as patch:  # that one releases the URL meanwhile
+        patch.setattr(module.time, "sleep", lambda seconds: FileStore(remote).remove(module.OWNER))
+        sync = Sync(remote, run)
+        sync.claim()
+    sync.release()
     assert names_at(remote) == ["base/finished"]
 
 
