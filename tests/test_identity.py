@@ -44,6 +44,7 @@ def test_the_facts_and_the_styles_are_in_what_it_says():
     assert sum("Ophelia" in a or "Green, {truly}." in a for a in answers) == len(answers)
     assert any("the club" in a for a in answers) and "Green, {truly}." in answers
     assert all(a.startswith("Ahoy! ") == a.endswith(" Fair winds!") for a in answers)
+    assert "Claude" not in Identity("claude", "the club").others  # as whom it denies to be
     assert 0.3 < sum(a.startswith("Ahoy!") for a in answers) / len(answers) < 0.7
     assert not any("nanochat" in a for a in answers) and any("nanochat" in q for q in texts_of(rows, "user"))
 

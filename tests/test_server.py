@@ -141,6 +141,7 @@ def test_openai_clients_may_run_the_tool_themselves(ai, streamed):
         reason, (call,) = chunks[-1].choices[0].finish_reason, chunks[-2].choices[0].delta.tool_calls
     else:
         reason, (call,) = reply.choices[0].finish_reason, reply.choices[0].message.tool_calls
+        assert reply.choices[0].message.content is None  # as OpenAI has it beside calls
     assert reason == "tool_calls" and json.loads(call.function.arguments) == {"expression": "5+6"}
     called = {"id": call.id, "type": "function", "function": call.function.model_dump()}
     messages += [{"role": "assistant", "content": None, "tool_calls": [called]}]
