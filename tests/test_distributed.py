@@ -293,17 +293,11 @@ def test_chat_stages_on_two_ranks_equal_one_also_after_a_stop(chat):
 
 
 @pytest.mark.slow
-def test_evaluation_on_two_ranks_gives_the_numbers_of_one_and_trl_generates_on_both(chat):
-    evaluation = {"do": "evaluate", "models": {"sft": chat / "sft"}, **EVAL}
+def test_trl_generates_on_two_ranks(chat):
     rl = {"dataset": "primer:problem", "examples_per_step": 4, "num_samples": 4, "device_batch_size": 8}
     rl |= {"max_new_tokens": 8, "eval_examples": 5, "eval_samples": 2, "num_iterations": 2, "trl": True}
-    launch(1, "", [{**evaluation, "output": chat / "one"}])
     rl |= {"do": "rl", "model": chat / "sft", "output": chat / "rl"}
-    launch(2, "multi_gpu", [{**evaluation, "output": chat / "two"}, rl])
-    one, two = (load_json(chat / name / "metrics.json")["results"]["sft"] for name in ("one", "two"))
-    assert len(one) == 6 and {name: value["n"] for name, value in two.items()} == {n: v["n"] for n, v in one.items()}
-    for name in one:
-        assert two[name]["value"] == pytest.approx(one[name]["value"], abs=1e-6), name
+    launch(2, "multi_gpu", [rl])
     metrics = load_json(chat / "rl" / "metrics.json")
     assert metrics["before"]["questions"] == metrics["after"]["questions"] == 5 and len(metrics["history"]) == 2
 
