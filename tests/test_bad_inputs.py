@@ -48,7 +48,7 @@ KEYS = {
         "multiple of max_seq_len": ["total_batch_size: 1000"],
         "must be text or a list": ["dataset: 3", "dataset: []", "dataset: {dataset: x}"],
         "it is empty": ["dataset: ''"],
-        r"dataset is 'x{75} [.]{3}: .* at most 255 bytes": [f"dataset: {LONG}"],
+        r"dataset is '[x가]{75} [.]{3}: .* at most 255 bytes": [f"dataset: {LONG}", "dataset: " + "가" * 86],
         r"dataset\[0\] needs a dataset": ["dataset: [{weight: 1}]"],
         r"dataset\[0\] is 'primer': it must be {dataset, weight}": ["dataset: [primer]"],
         r"unknown key 'wieght' in dataset\[0\]; did you mean 'weight'": ["dataset: [{dataset: primer, wieght: 1}]"],
