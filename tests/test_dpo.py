@@ -13,7 +13,7 @@ from nanochat_hf import cli, stages
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import Run, load_json, start_record, write_metrics
-from nanochat_hf.stage_configs import EvalConfig, PretrainConfig, find_recipe, read_recipe
+from nanochat_hf.stage_configs import EvalConfig, PretrainConfig
 from nanochat_hf.train import dpo
 from nanochat_hf.train.dpo import DPOStageConfig, load_pairs, mask_completions, read_pair, train_dpo
 
@@ -148,10 +148,3 @@ def test_dpo_is_a_stage_like_the_others(tiny_folder, config, tmp_path):
     assert "stage: DPO" in card and "- dpo\n" in card and "name: facts" in card and "| DPO " in card
     with pytest.raises(InputError, match=r"stage 'sft' of .* is not finished; finished: rl, dpo"):
         cli.dispatch("serve", [*words, "--stage", "sft"])
-
-
-def test_a_recipe_runs_dpo_after_rl_when_named_or_enabled():
-    recipe = find_recipe("d12")
-    assert "dpo" not in read_recipe(recipe, None, [])[0]
-    assert read_recipe(recipe, ["dpo", "rl", "eval"], [])[0] == ["rl", "dpo", "eval"]
-    assert "dpo" in read_recipe(recipe, None, ["dpo.enabled=true"])[0]
