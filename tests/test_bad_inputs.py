@@ -234,6 +234,8 @@ COMMANDS = [
         "no finished stage",
     ),
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
+    ("run d12 --run-dir {run} --hours 3", "--hours is for a job: name --job"),
+    ("report --compare {here} {here} --hourly-rate 3", "are about one run"),
     ("chat --model {here} --stage sft", r"name what to talk to .*: --run-dir"),
     ("export --model {here} --to mlx --outtype f16 --output {here}/x", "--outtype and --allow-inexact are of --to"),
 ]
