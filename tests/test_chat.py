@@ -286,7 +286,7 @@ class Replies:
         self.replies, self.requests = list(replies), 0
 
     def chat_completion(self, *args, **options):
-        self.requests += 1
+        self.requests, self.options = self.requests + 1, options
         for word in self.replies.pop(0):
             if isinstance(word, int):
                 request = httpx.Request("POST", "http://x")
@@ -312,6 +312,8 @@ def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line(monkeypatch,
     except InputError as error:
         result = str(error)
     assert end in result and model.client.requests == requests
+    sampling = {"temperature": 0.6, "top_p": None, "seed": None, "max_tokens": 512}
+    assert sampling.items() <= model.client.options.items()
 
 
 def test_an_endpoint_is_reached_in_offline_mode_and_the_hub_is_not():
