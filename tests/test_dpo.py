@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -39,6 +39,8 @@ def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenize
     assert (len(train), len(held_out)) == (32, 8)
     texts = [{row["prompt"][0]["content"] for row in rows} for rows in (train, held_out)]
     assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 40
+    again, other = (load_pairs(replace(config, seed=seed), tokenizer, 64)[0] for seed in (config.seed, 1))
+    assert again.to_list() == train.to_list() != other.to_list()
     assert [row["row"] for row in skipped] == [40] and "a sequence holds 64" in skipped[0]["reason"]
     few = "has 40 pairs.*=40: lower it; row 40"
     for keys, words in (({"on_bad_example": "error"}, "row 40 of"), ({"num_eval_pairs": 40}, few)):
