@@ -234,6 +234,7 @@ COMMANDS = [
         "no finished stage",
     ),
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
+    ("run d12 --run-dir {run} base.push_every=5", "base.push_every and --repo go together"),
     ("run d12 --run-dir {run} --hours 3", "--hours is for a job: name --job"),
     ("report --compare {here} {here} --hourly-rate 3", "are about one run"),
     ("chat --model {here} --stage sft", r"name what to talk to .*: --run-dir"),

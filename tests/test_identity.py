@@ -165,8 +165,11 @@ def test_the_command_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_n
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (tmp_path / "me.yaml").write_text('{name: Ophelia, owner: the club, styles: [{before: "Ahoy! "}]}')
     url = f"http://127.0.0.1:{server.server_port}"
+    seen, real = [], identity.generate_with_model
+    monkeypatch.setattr(identity, "generate_with_model", lambda *words: seen.append(words[2:]) or real(*words))
     words = ["--facts", f"{tmp_path}/me.yaml", "--output", f"{tmp_path}/me.jsonl", "--rows", "12", "--endpoint", url]
-    cli.dispatch("identity", words)
+    cli.dispatch("identity", [*words, "--seed", "3"])
+    assert seen == [(12, 3)]
     server.shutdown()
     rows = list(Mixture([{"dataset": str(tmp_path / "me.jsonl")}], on_bad_example="error"))
     assert len(rows) == 12 and "12 conversations of Ophelia" in (out := capsys.readouterr().out)
