@@ -1,7 +1,4 @@
-"""The calculator and every known escape from such evaluators; calls in `generate`.
-
-NANOCHAT_GSM8K=gsm8k_train.jsonl also checks the calls of GSM8K's rows.
-"""
+"""The calculator and every known escape from such evaluators; calls in `generate`."""
 
 import operator
 import os
