@@ -48,7 +48,7 @@ KEYS = {
         "multiple of max_seq_len": ["total_batch_size: 1000"],
         "must be text or a list": ["dataset: 3", "dataset: []", "dataset: {dataset: x}"],
         "it is empty": ["dataset: ''"],
-        r"dataset is 'x{75} [.]{3}: .* at most 255 bytes": [f"dataset: {LONG}"],
+        r"dataset is '[x가]{75} [.]{3}: .* at most 255 bytes": [f"dataset: {LONG}", "dataset: " + "가" * 86],
         r"dataset\[0\] needs a dataset": ["dataset: [{weight: 1}]"],
         r"dataset\[0\] is 'primer': it must be {dataset, weight}": ["dataset: [primer]"],
         r"unknown key 'wieght' in dataset\[0\]; did you mean 'weight'": ["dataset: [{dataset: primer, wieght: 1}]"],
@@ -240,6 +240,11 @@ COMMANDS = [
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --dataset none --dry-run", "no such dataset: none is no file"),
     ("run cpu-demo eval.core_bundle=none --dry-run", "none is no CORE bundle"),
+    ("run d12 --run-dir {run} base.push_every=5", "base.push_every and --repo go together"),
+    ("run d12 --run-dir {run} --hours 3", "--hours is for a job: name --job"),
+    ("report --compare {here} {here} --hourly-rate 3", "are about one run"),
+    ("chat --model {here} --stage sft", r"name what to talk to .*: --run-dir"),
+    ("export --model {here} --to mlx --outtype f16 --output {here}/x", "--outtype and --allow-inexact are of --to"),
 ]
 
 FILES = [  # content of base.yaml

@@ -67,7 +67,10 @@ def test_overrides_reach_their_stage_and_another_depth_is_planned_from_the_other
     size = planned(read("d24", None, ["base.depth=18"])[1])
     shape = size.model_config.num_hidden_layers, size.model_config.hidden_size
     assert (*shape, size.total_batch_size, size.num_iterations) == (18, 1152, 2**20, 2475)
-    assert "rl" in read("d12", None, ["rl.enabled=true"])[0] and "rl" in read("d12", ["rl"])[0]
+    assert read("cpu-demo", None, ["eval.dataset=null"])[1]["eval"].dataset is None
+    for stage in ("rl", "dpo"):
+        assert stage in read("d12", None, [f"{stage}.enabled=true"])[0] and stage not in read("d12")[0]
+    assert read("d12", ["dpo", "rl", "eval"])[0] == ["rl", "dpo", "eval"]
 
 
 def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path, capsys):
@@ -283,6 +286,9 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
             with pytest.raises(InputError, match=message):
                 jobs.print_dry_run(*read("cpu-demo", names, keys))
     assert not (tmp_path / "run" / "eval").exists()
+    save_json(tmp_path / "half" / "base" / "metrics.json", {"finished": True})
+    with pytest.raises(InputError, match="/nowhere is no CORE bundle"):  # for a stage that is finished already
+        stages.run_stages(Run(tmp_path / "half"), *read("cpu-demo", ["sft", "eval"], ["eval.core_bundle=/nowhere"]))
 
     def load(names):
         raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub\n(OfflineModeIsEnabled)")  # of datasets

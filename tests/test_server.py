@@ -141,6 +141,7 @@ def test_openai_clients_may_run_the_tool_themselves(ai, streamed):
         reason, (call,) = chunks[-1].choices[0].finish_reason, chunks[-2].choices[0].delta.tool_calls
     else:
         reason, (call,) = reply.choices[0].finish_reason, reply.choices[0].message.tool_calls
+        assert reply.choices[0].message.content is None  # as OpenAI has it beside calls
     assert reason == "tool_calls" and json.loads(call.function.arguments) == {"expression": "5+6"}
     called = {"id": call.id, "type": "function", "function": call.function.model_dump()}
     messages += [{"role": "assistant", "content": None, "tool_calls": [called]}]
@@ -310,6 +311,8 @@ def test_a_conversation_that_grew_too_long_loses_its_oldest_turns(server):
     assert answer["usage"]["prompt_tokens"] + 60 <= server.engine.length
     huge = server.post(CHAT, messages=[*user("b" * 1_040_000), *user("Hello")]).json()
     assert huge["dropped_messages"] == 1
+    two = [*user("Hello"), {"role": "assistant", "content": "Hi"}, *user("What is 5 + 6?")]
+    assert "dropped_messages" not in server.post(CHAT, messages=two, max_tokens=10**6).json()  # half of the context
     while len(server.engine.encode([*messages, *user("Hello")])) + 9 > server.engine.length:
         messages = messages[2:]
     assert "dropped_messages" not in server.post(CHAT, messages=[*messages, *user("Hello")], max_tokens=9).json()

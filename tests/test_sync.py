@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -148,7 +149,7 @@ def test_a_damaged_upload_is_set_aside_and_the_one_before_used(remote, tmp_path,
     assert "step_000002" in capsys.readouterr().out and names_at(remote) == ["base/step_000001"]
 
 
-def test_a_half_upload_is_ignored_and_deleted(remote, tmp_path):
+def test_a_half_upload_is_ignored_and_deleted_also_that_of_an_interrupted_deletion(remote, tmp_path):
     run, bare = Run(tmp_path / "run"), Run(tmp_path / "bare")
     with syncing(remote, run):
         write_checkpoint(run, 1)
@@ -160,6 +161,20 @@ def test_a_half_upload_is_ignored_and_deleted(remote, tmp_path):
         assert [path.name for path in (bare.path / "base" / "state").iterdir()] == ["step_000001"]
         write_checkpoint(bare, 2)
     assert not any(half.exists() for half in halves)
+    store = FileStore(remote)
+    store.fs = Mock(wraps=store.fs, rm=Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.delete(whole.name)
+    assert names_at(remote) == ["base/step_000002"]
+
+
+def test_a_file_that_grows_during_its_upload_is_uploaded_as_it_was(remote, tmp_path):
+    run, samples = Run(tmp_path / "run"), tmp_path / "run" / "rl" / "samples.jsonl"
+    write_checkpoint(run, 1, "rl")
+    samples.write_text("one\n")
+    Sync(remote, run).snapshot("rl", "step_000001", tmp_path / "upload")
+    samples.open("a").write("two\n")
+    assert (tmp_path / "upload" / "rl" / "samples.jsonl").read_text() == "one\n"
 
 
 def test_a_mark_of_another_shape_or_with_files_outside_of_the_stage_counts_as_absent():
@@ -421,13 +436,20 @@ def test_an_ended_process_of_this_machine_is_replaced_at_once_and_a_damaged_owne
     ended = subprocess.Popen(["true"])
     ended.wait()
     names = {pid: f"process {pid} on {module.host_name()}; 1.0".encode() for pid in (ended.pid, os.getpid())}
-    for owner in (*names.values(), b"\xff\xfe", b"x" * 10**6, STRANGER):
+    elsewhere = names[ended.pid].replace(b" on ", b" on other-")  # whether that has ended is not known here
+    for owner in (*names.values(), b"\xff\xfe", b"x" * 10**6, elsewhere):
         FileStore(remote).write(module.OWNER, owner)
         with syncing(remote, run := Run(tmp_path / "run")):
             write_stage(run, "base")
         out = capsys.readouterr().out
         assert ("taken over from" in out) is (owner != names[os.getpid()])
         assert ("looking" in out) is (owner not in names.values())
+    FileStore(remote).write(module.OWNER, elsewhere)
+    with monkeypatch.context() as patch:  # that one releases the URL meanwhile
+        patch.setattr(module.time, "sleep", lambda seconds: FileStore(remote).remove(module.OWNER))
+        sync = Sync(remote, run)
+        sync.claim()
+    sync.release()
     assert names_at(remote) == ["base/finished"]
 
 
