@@ -167,7 +167,7 @@ def test_the_primer_is_a_dataset_whose_states_stay_valid():
     stream.load_state_dict({"reader": [0, 1, 0], "source": source, "position": [1, 0, 1, 0, 3]})
     Random("0 1 rows 0 0").shuffle(texts := list(texts))  # seed, epoch, file and unit
     assert list(islice(stream, 5)) == texts[3:8] and stream.state_dict()["position"] == [1, 0, 1, 0, 8]
-    assert len({*validation} - {*texts}) > 0.8 * len({*validation}) and set(DocumentStream("primer", "validation"))
+    assert len(validation) > 1700 and not {*validation} & {*texts} and set(DocumentStream("primer", "validation"))
 
 
 def test_of_more_text_than_the_limit_both_ends_of_each_file_are_hashed(tmp_path, monkeypatch):
