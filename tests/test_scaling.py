@@ -99,7 +99,9 @@ def test_a_given_value_wins_and_none_means_the_default():
     assert p.groups["matrix"]["weight_decay"] == 0 and (p.schedule.warmup_steps, p.schedule.final_lr_frac) == (0, 0)
 
 
-def test_a_horizon_shorter_than_a_step_is_refused():
+def test_a_horizon_shorter_than_a_step_and_a_width_that_no_model_has_are_refused():
+    with pytest.raises(InputError, match="give no model: the smear needs hidden_size >= 24"):
+        planned(depth=1, aspect_ratio=1, head_dim=2)
     with pytest.raises(InputError, match="shorter than one step"):
         planned(depth=4, vocab_size=1024, target_flops=1.0)
 

@@ -272,7 +272,10 @@ def plan(config, vocab_size: int) -> Plan:
     def scaled_by(counts: Counter) -> int:
         return counts["matrix"] + counts["head"] if generation == 2 else counts.total()
 
-    model_config = shape(config.depth)
+    try:
+        model_config = shape(config.depth)
+    except ValueError as error:  # of the model's own check
+        raise InputError(f"depth, aspect_ratio and head_dim give no model: {error}") from None
     counts, matmul = count_parameters(model_config)
     size, width, window = scaled_by(counts), model_config.hidden_size, model_config.sliding_window
     growth = size / scaled_by(count_parameters(shape(REFERENCE_DEPTH))[0])  # D / D_ref: tokens per parameter cancel
