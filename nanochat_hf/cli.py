@@ -27,22 +27,8 @@ from pydantic import AfterValidator, StringConstraints
 
 from .config import Count, Fraction, NotNegative, Parser, Place, RepoId, Seed, TopK, each_once
 from .errors import InputError, guarded
-from .jobs import ACCELERATE, STAGE_COMMANDS, demo, plan, run, run_stage_command, speedrun
-from .run import (
-    MODEL_STAGES,
-    Run,
-    hardware,
-    load_json,
-    missing_packages,
-    model_fingerprint,
-    nearest,
-    project_folder,
-    save_json,
-    save_jsonl,
-    source,
-    versions,
-    writing,
-)
+from .jobs import ACCELERATE, STAGE_COMMANDS, demo, keys_by_name, plan, run, run_stage_command, speedrun
+from .run import MODEL_STAGES, Run, load_json, nearest, project_folder, save_json, save_jsonl, writing
 from .stage_configs import RECIPES, find_recipe
 
 Temperature = Annotated[float, Ge(0), Le(5)]
@@ -190,6 +176,7 @@ def convert(parser: Parser, words: list[str]) -> None:
     args = parser.parse_args(words)
     from .convert import upstream
     from .demo import corpus as primer
+    from .run import model_fingerprint
 
     texts = islice(primer.documents("train", seed=0), 5000)
     logging.getLogger("DeepSpeed").disabled = True  # which transformers imports
@@ -325,6 +312,7 @@ def recipes(parser: Parser, words: list[str]) -> None:
 def env(parser: Parser, words: list[str]) -> None:
     """Print what is installed, which kernels this machine gets and what is missing, for a bug report."""
     parser.parse_args(words)
+    from .run import hardware, missing_packages, source, versions
     from .train.model_setup import describe_machine
 
     facts = {"nanochat_hf": metadata.version("nanochat_hf"), **source(), **versions(), **hardware()}
@@ -355,7 +343,7 @@ def completion(parser: Parser, words: list[str]) -> None:
     if words[:1] == ["words"] and "COMP_LINE" in os.environ:  # a shell's question
         print(*completions(os.environ["COMP_LINE"].split(" ")[1:]), sep="\n")
         return
-    parser.option("shell", Literal["bash", "zsh", "fish"])
+    parser.option("shell", Literal["bash", "zsh", "fish"], help="bash, zsh or fish")
     shell = parser.parse_args(words).shell
     print(project_folder("configs", "completion", shell).read_text(encoding="utf-8"), end="")
 
@@ -372,10 +360,11 @@ def completions(words: list[str]) -> list[str]:
         names = values[before[-1]]
     else:
         names = recipes if before in (["run"], ["plan"]) else []
+        if before[0] in ("demo", "run", "plan", "speedrun"):
+            names = [*names, *(f"{name}=" for places in keys_by_name().values() for name in places)]
         with redirect_stdout(io.StringIO()) as output, suppress(SystemExit, InputError):
             dispatch(before[0], ["--help"])
         names = [*names, *re.findall(r"(?<![\w-])--[a-z][\w-]*", output.getvalue())]
-        names += [f"{key}=" for key in re.findall(r"^  (\w+\.\w+) \(", output.getvalue(), re.M)]
     return sorted({name for name in names if name.startswith(current)})
 
 

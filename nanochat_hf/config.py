@@ -213,7 +213,9 @@ def first_error(error: ValidationError, kinds: dict, name: str | None = None) ->
         if inner not in keys:
             return f"unknown key {inner!r} in {key}; {nearest(inner, keys)}"
         key, kind = f"{key}.{inner}", keys[inner]
-    reason = worst["ctx"]["error"] if worst["type"] == "value_error" else f"it must be {allowed(kind)}"
+    near = nearest(worst["input"], leaves(kind)[1])
+    reason = f"it must be {allowed(kind)}" + f"; {near}" * near.startswith("did")
+    reason = worst["ctx"]["error"] if worst["type"] == "value_error" else reason
     return f"{key} is {value}: {reason}" if key else f"{value}: {reason}"
 
 
@@ -280,7 +282,12 @@ def parse_config(cls, path: str | Path, overrides: dict[str, str] | None = None)
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are an InputError; an unknown flag is named with the nearest; --a-b and --a_b are the same."""
+    """Its errors are an InputError; an unknown flag is named with the nearest; --a-b and --a_b are the same.
+
+    `keys`: key of a recipe -> its names with the stages, for somebody who writes it as a flag.
+    """
+
+    keys: dict[str, list[str]] = {}
 
     def __init__(self, description: str, **options):
         options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -302,7 +309,7 @@ class Parser(argparse.ArgumentParser):
             except InputError as error:
                 raise argparse.ArgumentTypeError(str(error)) from None
 
-        if get_origin(kind) is Literal:
+        if get_origin(kind) is Literal and name.startswith("-"):
             options.setdefault("metavar", f"{{{','.join(get_args(kind))}}}")
         self.add_argument(name, *names, type=parse, **options)
 
@@ -322,11 +329,14 @@ class Parser(argparse.ArgumentParser):
             name, equals, value = word.partition("=")
             if name.startswith("--") and name != "--":
                 name = name.replace("_", "-")
-                if "." in name:
-                    raise InputError(f"keys of a recipe have no dashes: {name.strip('-')}=VALUE")
                 if any(other.partition("=")[0] == name for other in words):
                     raise InputError(f"{name} is given twice")
                 if name not in self._option_string_actions:
+                    key = name[2:].replace("-", "_")
+                    if places := [key] if "." in key else self.keys.get(KEY_ALIASES.get(key, key)):
+                        value = value or (left[0] if left and not left[0].startswith("--") else "VALUE")
+                        given = " or ".join(f"{place}={value}" for place in places)
+                        raise InputError(f"keys of a recipe have no dashes: {given}")
                     flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
                     raise InputError(f"unknown flag {name!r}; {nearest(name, flags)}")
                 word = name + equals + value

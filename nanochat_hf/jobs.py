@@ -22,20 +22,7 @@ from typing import Annotated, Literal
 import psutil
 from pydantic import AfterValidator
 
-from .config import (
-    Count,
-    Hours,
-    NotNegative,
-    Parser,
-    Place,
-    RepoId,
-    SyncUrl,
-    Word,
-    each_once,
-    keys_help,
-    parse_config,
-    read_yaml,
-)
+from .config import Count, Hours, NotNegative, Parser, Place, RepoId, SyncUrl, Word, each_once, parse_config, read_yaml
 from .errors import InputError
 from .run import BOOLEANS, MODEL_STAGES, Run, nearest, project_folder
 from .stage_configs import RECIPES, STAGE_CONFIGS, EvalConfig, Stages, find_recipe, read_recipe, refuse_unused_words
@@ -87,7 +74,7 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
     refuse_unused_words(config, keys)
     if dry_run:
         _, configs = read_recipe(find_recipe(str(Path(path).parent)), None, [])  # base.yaml has the model's shape
-        return show_plan([stage], configs | {stage: config})
+        return print_dry_run([stage], configs | {stage: config})
     with working(command, run_dir, given.pop("sync", None)) as run:
         from .stages import run_stage
 
@@ -119,9 +106,9 @@ def check_push(config, repo: str | None) -> None:
 
 def speedrun(parser: Parser, words: list[str]) -> None:
     """The whole pipeline of a recipe, from text to a chat model with its report card."""
-    recipe, stages, configs, arguments = read_speedrun(parser, words)
+    recipe, stages, configs, arguments = read_pipeline(parser, words)
     if arguments.dry_run:
-        return show_plan(stages, configs, rate=arguments.node_hourly_rate)
+        return print_dry_run(stages, configs, rate=arguments.node_hourly_rate)
     folder = arguments.run_dir or Path("runs") / recipe.name
     with working(f"recipe {recipe.name}", folder, arguments.sync) as run:
         from .stages import run_stages
@@ -129,27 +116,36 @@ def speedrun(parser: Parser, words: list[str]) -> None:
         run_stages(run, stages, configs, arguments.repo, arguments.node_hourly_rate)
 
 
-def read_speedrun(parser: Parser, words: list[str]) -> tuple:
-    """Returns: the recipe's folder, the stages to run, each stage's config, the arguments."""
-    parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
-    parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help="dollars per hour, for the report")
-    add_options(parser, "repo", "sync")
-    recipe, stages, configs, arguments = read_pipeline(parser, words)
-    check_push(configs["base"], arguments.repo)
-    return recipe, stages, configs, arguments
-
-
-def read_pipeline(parser: Parser, words: list[str]) -> tuple:
-    """As `read_speedrun`, without its options."""
+def read_pipeline(parser: Parser, words: list[str], runs: bool = True) -> tuple:
+    """Returns: the recipe's folder, the stages to run, each stage's config, the arguments, also those of a run."""
+    if runs:
+        parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
+        parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help="dollars per hour, for the report")
+        add_options(parser, "repo", "sync")
     named = "comma-separated; default: the enabled ones of the recipe, and report"
     text = "a name under recipes/ or the path of a recipe folder"
     parser.option("--recipe", Place, required=True, metavar="NAME", help=text)
     parser.option("--stages", Annotated[list[Place], AfterValidator(each_once)], help=named)
     parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
-    parser.epilog = "\n\n".join(keys_help(cls, f"{stage}.") for stage, cls in STAGE_CONFIGS.items())
+    parser.epilog = "keys, explained in docs/configuration.md and by the command of their stage:\n"
+    for command, (stage, _, _) in STAGE_COMMANDS.items():
+        parser.epilog += f"  {f'{stage}.KEY':<15} nanochat {command} --help\n"
+    parser.keys = keys_by_name()
     arguments = parser.parse_intermixed_args(words)
     recipe = find_recipe(arguments.recipe)
-    return recipe, *read_recipe(recipe, arguments.stages, arguments.overrides), arguments
+    stages, configs = read_recipe(recipe, arguments.stages, arguments.overrides)
+    if runs:
+        check_push(configs["base"], arguments.repo)
+    return recipe, stages, configs, arguments
+
+
+def keys_by_name() -> dict[str, list[str]]:
+    """Key -> its names with the stages, as eval.seed."""
+    names: dict[str, list[str]] = {}
+    for stage, cls in STAGE_CONFIGS.items():
+        for key in cls.__dataclass_fields__:
+            names.setdefault(key, []).append(f"{stage}.{key}")
+    return names
 
 
 def plan(parser: Parser, words: list[str]) -> None:
@@ -157,11 +153,24 @@ def plan(parser: Parser, words: list[str]) -> None:
     parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
     parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
     parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
-    _, stages, configs, arguments = read_pipeline(parser, recipe_first(parser, words))
+    _, stages, configs, arguments = read_pipeline(parser, recipe_first(parser, words), runs=False)
     if arguments.gpus and arguments.gpu == "CPU":
         raise InputError("--gpus counts GPUs: leave it out with --gpu CPU")
     otherwise, rate = "H200" if arguments.gpus else "CPU", arguments.node_hourly_rate
     show_plan(stages, configs, arguments.gpus or 1, otherwise, arguments.gpu, rate=rate)
+
+
+def print_dry_run(stages: list[str], configs: dict, *arguments, **options) -> None:
+    """Print the plan, with the arguments of `show_plan`. Raises InputError for missing data, as a run does."""
+    from .data.mixture import check_data
+
+    for stage in stages:
+        check_data(stage, configs.get(stage))
+    if {"base", "eval"} & {*stages} and "eval" in configs and configs["eval"].core_bundle not in (None, "download"):
+        from .eval.harness import check_bundle  # which imports lm-eval
+
+        check_bundle(configs["eval"])
+    show_plan(stages, configs, *arguments, **options)
 
 
 def show_plan(stages, configs, ranks: int | None = None, otherwise="CPU", device=None, sharding=None, rate=None):
@@ -193,8 +202,12 @@ def run(parser: Parser, words: list[str]) -> None:
     names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
     parser.option("--num-processes", Count, "--gpus", help="ranks; default: as the config file says; of a job: 8")
-    job_options(parser)
-    recipe, stages, configs, arguments = read_speedrun(parser, recipe_first(parser, words))
+    parser.option("--job", Literal["hf", "sky", "slurm"], help="print a job for Hugging Face Jobs, SkyPilot or Slurm")
+    parser.add_argument("--submit", action="store_true", help="also hand the job to hf, sky or sbatch")
+    parser.option("--gpu", Word, help="of a job (default: H200)")
+    parser.option("--hours", Hours, help="time limit of a job; default: 1 + twice the projected pretraining")
+    parser.option("--image", Word, help="container of a job, from the Dockerfile (default: you/nanochat_hf)")
+    recipe, stages, configs, arguments = read_pipeline(parser, recipe_first(parser, words))
     if arguments.job:
         return make_job(recipe, configs, arguments)
     if unused := [name for name in ("submit", "gpu", "hours", "image") if getattr(arguments, name)]:
@@ -208,7 +221,7 @@ def run(parser: Parser, words: list[str]) -> None:
     if arguments.dry_run:
         ranks, kind = arguments.num_processes or accelerate.get("num_processes", 1), accelerate.get("distributed_type")
         otherwise, device = "H200" if accelerate else "CPU", "CPU" if accelerate.get("use_cpu") else None
-        return show_plan(stages, configs, ranks, otherwise, device, SHARDING.get(kind), arguments.node_hourly_rate)
+        return print_dry_run(stages, configs, ranks, otherwise, device, SHARDING.get(kind), arguments.node_hourly_rate)
     check_gpus(arguments.num_processes, accelerate)
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
     launch([*command, "--module", "nanochat_hf.cli", "speedrun", *speedrun_words(arguments)])
@@ -277,19 +290,8 @@ def launch(words: list[str]) -> None:
     sys.exit(code)
 
 
-def job_options(parser: Parser) -> None:
-    parser.option("--job", Literal["hf", "sky", "slurm"], help="print a job for Hugging Face Jobs, SkyPilot or Slurm")
-    parser.add_argument("--submit", action="store_true", help="also hand the job to hf, sky or sbatch")
-    parser.option("--gpu", Word, help="of a job (default: H200)")
-    parser.option("--hours", Hours, help="time limit of a job; default: 1 + twice the projected pretraining")
-    parser.option("--image", Word, help="container of a job, from the Dockerfile (default: you/nanochat_hf)")
-
-
 def make_job(recipe: Path, configs: dict, arguments) -> None:
-    """Print the job, by the arguments of `nanochat run`; with --submit hand it to its program.
-
-    Raises InputError: no such machine, a recipe that the image lacks, or no program to submit with.
-    """
+    """Print the job, by the arguments of `nanochat run`; with --submit hand it to its program."""
     kind, gpu, gpus = arguments.job, arguments.gpu or "H200", arguments.num_processes or NODE
     if arguments.config_file or arguments.dry_run:
         raise InputError("a job chooses its config file and starts nothing: leave --config-file and --dry-run out")

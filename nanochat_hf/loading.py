@@ -72,8 +72,7 @@ def load_model(
     """The causal LM of folder or Hub id `source`, in eval mode, on `device` (None: where transformers puts it).
 
     `config` stands for the folder's. A quantized model keeps its own dtype. Code from `source` is not executed. Raises
-    InputError when there is no model, when its files are damaged or do not fit each other, when it does not fit into
-    the device's memory, or when weights are not finite.
+    InputError: no model, damaged files or weights that are not finite, too little memory on the device.
     """
     try:
         if read_config(source).get("quantization_config"):

@@ -57,8 +57,6 @@ class Run:
         self.path = Path(path)
 
     def folder(self, stage: str) -> Path:
-        if stage not in STAGES:
-            raise InputError(f"unknown stage {stage!r}; {nearest(stage, STAGES)}")
         return self.path / stage
 
     def metrics(self, stage: str) -> dict | None:
@@ -69,10 +67,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other jobs out of the run folder, on the main process; raises InputError if another job holds the lock.
-
-        The kernel drops it when the process ends, however it ends.
-        """
+        """Keep other jobs out of the run folder, on the main process; the kernel drops the lock with the process."""
         if int(os.environ.get("RANK", "0")) > 0:
             yield
             return
@@ -222,10 +217,7 @@ def save_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def writing(path: str | Path, hint: str = "") -> Iterator[None]:
-    """Turn a failure to write below `path` (full disk, no permission) into an InputError that ends with `hint`.
-
-    safetensors and torch's zip writer have their own exceptions for such failures.
-    """
+    """Turn a failure to write below `path` (full disk, no permission) into an InputError that ends with `hint`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -269,10 +261,7 @@ def in_words(numbers: dict, names: Iterable[str]) -> str:
 
 
 class Progress:
-    """Progress of `total` steps: a bar in a terminal with a width, else a line every LOG_SECONDS; of the main rank.
-
-    `first`: steps that were done before. Print other lines with `tqdm.write`, which leaves the bar whole.
-    """
+    """A bar in a terminal with a width, else a line every LOG_SECONDS, on the main rank; `first`: steps done."""
 
     FORMAT = "{n_fmt}/{total_fmt} {unit}{postfix}, ETA {remaining}"
 

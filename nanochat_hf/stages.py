@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 
 from .data.documents import is_local, text_fingerprint
-from .data.mixture import refuse_missing
+from .data.mixture import check_data
 from .data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from .demo import corpus as primer
 from .distributed import (
@@ -87,7 +87,7 @@ def show_result(folder: Path) -> None:
         figures.append(f"{metrics['vocab_size']:,} tokens, {metrics['bytes_per_token']:.2f} bytes per token")
     for mean in (list((metrics.get(kind) or {}).values())[-1:] for kind in ("core", "chatcore", "kocore")):
         figures += [f"{part['label']} {part['value']:.4f}" for part in mean]
-    for stage, results in list((metrics.get("results") or {}).items())[-1:]:
+    for stage, results in [] if figures else list((metrics.get("results") or {}).items())[-1:]:
         values = [result["value"] for result in results.values() if result.get("higher_is_better", True)]
         figures += [f"mean of {len(values)} tasks {sum(values) / len(values):.4f} ({stage})"] if values else []
     print(", ".join([f"[{folder.name}] done in {duration(metrics['wall_time_s'])}", *figures, str(folder)]))
@@ -113,11 +113,7 @@ def run_base(config: PretrainConfig, run: Run, tokenizer=None, model=None, repo=
 
 
 def run_chat(config: ChatConfig, run: Run, stage="sft", model=None, tasks=None, required=False) -> None:
-    """Mid-training or SFT, with ChatCORE on the way on `tasks`, an EvalConfig.
-
-    Where the data of the tasks are missing, the stage runs without them and prints why, or raises InputError if they
-    are `required`.
-    """
+    """Mid-training or SFT, with ChatCORE on `tasks`, an EvalConfig; without it if their data are not `required`."""
     (folder, source), chatcore = start(stage, run, model), None
     if tasks and config.chatcore_every > 0:
         try:
@@ -182,15 +178,12 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
 def check_sources(run: Run, stages: list[str], configs: dict) -> None:
     """Refuse a stage without its data, or without a tokenizer or model to start from, of the run or of `stages`."""
     done = [stage for stage in ("tokenizer", *MODEL_STAGES) if run.finished(stage)]
-    for stage in (name for name in stages if name not in ("report", "eval") and name not in done):
+    for stage in (name for name in stages if name != "report" and not run.finished(name)):
         if stage == "base" and "tokenizer" not in done:
             raise InputError(NO_TOKENIZER.format(run.path))
         if stage in MODEL_STAGES[1:] and not {*MODEL_STAGES[: MODEL_STAGES.index(stage)]} & {*done}:
             raise InputError(NO_MODEL.format(stage, run.path))
-        for part in getattr(configs[stage], "mixture", []) + getattr(configs[stage], "validation", []):
-            refuse_missing(part["dataset"])
-        if stage in ("rl", "dpo"):
-            refuse_missing(configs[stage].dataset)
+        check_data(stage, configs[stage])
         done.append(stage)
 
 

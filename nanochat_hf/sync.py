@@ -4,10 +4,9 @@
         run_stages(run, stages, configs)
 
 On entry what the URL has beyond the run folder is downloaded. Inside, a thread uploads each finished stage and the
-newest checkpoint, one at a time, and retries what fails; training does not wait. Each upload has a folder of its own,
+newest checkpoint, one at a time; training does not wait. Each upload has a folder of its own,
 `<stage>--<checkpoint or "finished">--<fingerprint>`, in which sync.json with the checksums is written last: a folder
-without it counts as absent. Older checkpoints are deleted there as in the run folder. One process at a time: `owner`
-names it and is renewed while it lives; another one is refused, and takes over what is not renewed any more.
+without it counts as absent. One process at a time: `owner` names it and is renewed while it lives.
 """
 
 import math
@@ -21,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -30,9 +30,10 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
+from .data.hub_files import hub_errors, reason_of, with_retry
 from .distributed import broadcast_from_main, get_dist_info, main_process_first, partial_state
 from .errors import InputError
-from .hub.push import friendly_hub_errors, link, log_in
+from .hub.push import link, log_in
 from .run import STAGES, Run, fingerprint, load_metrics, save_json, writing
 from .train.checkpoint import complete_checkpoints, damage, manifest_of, sha256
 
@@ -41,8 +42,7 @@ NAME = re.compile(r"(\w+)--(finished|step_\d+(?:\.\d+)?|checkpoint-\d+)--[0-9a-f
 MARK = "sync.json"
 OWNER = "owner"  # "process 123 on HOST" and seconds
 POLL = 1.0  # seconds between looks at the run folder
-PAUSES = (1, 2, 4, 8)  # seconds before a failed transfer is tried again; longer ones follow during training
-LONGEST_PAUSE = 60
+PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds before a failed upload is tried again; the last one repeats
 AFTER_SIGNAL = 20  # seconds for uploads after SIGTERM and a checkpoint: cloud providers give 30 in all
 
 
@@ -55,7 +55,7 @@ class FileStore:
         try:
             self.fs, self.root = url_to_fs(url, use_listings_cache=False)
         except Exception as error:  # no such protocol, its package is not installed, or it needs more than a URL
-            raise InputError(f"--sync {url}: {one_line(error)}") from None
+            raise InputError(f"--sync {url}: {reason_of(error)}") from None
 
     def names(self) -> set[str]:
         """The folders at the URL."""
@@ -104,7 +104,7 @@ class HubStore:
 
     def __init__(self, url: str):
         self.repo, self.api = url.removeprefix("hf://"), log_in()
-        with friendly_hub_errors(self.repo):
+        with hub_errors(self.repo):
             self.api.create_repo(self.repo, private=True, exist_ok=True)
 
     def names(self) -> set[str]:
@@ -224,10 +224,7 @@ class Sync:
     # --- from the URL into the run folder
 
     def fetch(self) -> None:
-        """Download of each stage the newest undamaged upload, if it is further than the run folder.
-
-        Raises InputError if the URL cannot be read, or holds another run.
-        """
+        """Download of each stage the newest undamaged upload, if it is further than the run folder."""
         with writing(self.work):
             shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir(parents=True)
@@ -278,27 +275,21 @@ class Sync:
 
     def repeated(self, action: Callable, *args):
         """action(*args), tried again with pauses. Raises InputError when it keeps failing."""
-        for pause in (*PAUSES, None):
-            try:
-                return action(*args)
-            except Exception as error:  # each file system has its own
-                if pause is None:
-                    raise InputError(f"--sync {self.url}: {one_line(error)}") from None
-                time.sleep(pause)
+        return with_retry(partial(action, *args), f"--sync {self.url}", say=print)
 
     # --- from the run folder to the URL
 
     def keep_up(self) -> None:
         """The thread: upload what is due, until `close`; then once more, with a few attempts."""
         failures = 0
-        while not self.closing.wait(min(PAUSES[0] * 2 ** (failures - 1), LONGEST_PAUSE) if failures else POLL):
+        while not self.closing.wait(PAUSES[min(failures, len(PAUSES)) - 1] if failures else POLL):
             try:
                 self.upload_due()
                 failures = 0
             except Exception as error:  # of any kind, also a checkpoint that a newer one replaced meanwhile
                 failures += 1
-                if failures == len(PAUSES):
-                    print(f"warning: {self.url} is behind: {one_line(error)}; training continues, it is retried")
+                if failures == 4:
+                    print(f"warning: {self.url} is behind: {reason_of(error)}; training continues, it is retried")
         try:
             self.repeated(self.upload_due)
         except InputError as error:
@@ -337,10 +328,7 @@ class Sync:
         self.delete_superseded(stage, place, name)
 
     def snapshot(self, stage: str, place: str, folder: Path) -> dict[str, str]:
-        """Links (or copies) in `folder` of what belongs to an upload; returns {path: SHA-256}.
-
-        Raises InputError for links and damaged files, FileNotFoundError for a checkpoint that was just deleted.
-        """
+        """Links (or copies) in `folder` of what belongs to an upload; returns {path: SHA-256}. Refuses damage."""
         source, state = self.run.path / stage, self.run.path / stage / "state"
         if place == "finished":
             tops = [path for path in source.iterdir() if path != state and not path.name.startswith(".")]
@@ -372,7 +360,7 @@ class Sync:
                     self.store.delete(other)
                     del self.uploads[other]
                 except Exception as error:  # tried again after the next upload
-                    print(f"warning: {self.url}: the old {other} could not be deleted: {one_line(error)}")
+                    print(f"warning: {self.url}: the old {other} could not be deleted: {reason_of(error)}")
 
     def close(self, limit: float | None = None) -> str | None:
         """Wait, at most `limit` seconds, until all is uploaded. Returns: what is missing and why, or None."""
@@ -402,15 +390,8 @@ def is_dead(owner: str) -> bool:
     return bool(parts) and parts[2] == host_name() and not psutil.pid_exists(int(parts[1]))
 
 
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def refuse_local_disks(run: Run) -> None:
-    """Raise InputError, on every rank, if the nodes of a job do not share the run folder.
-
-    The checkpoint of a pretraining run has a file per rank, and the main process uploads all of them.
-    """
+    """Raise InputError, on every rank, if the nodes do not share the run folder: one process uploads every rank's."""
     if get_dist_info()[1] == 1:
         return
     path = run.path / f".sync-{broadcast_from_main(uuid.uuid4().hex)}"

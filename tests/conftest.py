@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 import torch
+from huggingface_hub import close_session
 from talker import chat_folder, talker, talker_folder  # noqa: F401  (trained once for all files)
 
 import nanochat_hf  # noqa: F401  (registers the model)
@@ -94,6 +95,23 @@ def tiny_folder(tiny_model, tokenizer, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    from hub_standin import Hub
+
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server, monkeypatch, tmp_path):
+    """A small Hub over HTTP (hub_standin.py), empty and logged in; failed requests are repeated at once."""
+    monkeypatch.setattr("nanochat_hf.data.hub_files.RETRY_DELAYS", (0, 0, 0))
+    hub_server.connect(monkeypatch, str(tmp_path / "cache"))
+    yield hub_server
+    close_session()
 
 
 @pytest.fixture

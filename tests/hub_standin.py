@@ -22,6 +22,9 @@ import uvicorn
 import yaml
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from huggingface_hub import close_session, constants
+
+TOKEN = "hf_" + "Secret" * 6
 
 
 @dataclass
@@ -50,7 +53,7 @@ def git_id(data: bytes) -> str:
 class Hub:
     """`repos` maps (kind, id) to Repo, kind being models, datasets or spaces."""
 
-    def __init__(self, token: str = "hf_" + "a" * 34, user: str = "you"):
+    def __init__(self, token: str = TOKEN, user: str = "you"):
         self.token, self.user = token, user
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}  # sha256 -> content of LFS files
@@ -74,6 +77,19 @@ class Hub:
     def __exit__(self, *_):
         self.server.should_exit = True
         self.thread.join(10)
+
+    def connect(self, monkeypatch, cache) -> None:
+        """Empty it, and point this process's client and its children at it, logged in."""
+        for contents in (self.repos, self.blobs, self.requests, self.faults):
+            contents.clear()
+        environment = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        settings = {"ENDPOINT": self.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": cache}
+        settings["HUGGINGFACE_CO_URL_TEMPLATE"] = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        close_session()
 
     def fail(self, method: str, pattern: str, status: int | None, times: int = 1) -> None:
         """The next `times` requests whose path matches fail with `status`; None: connection cut; 0: stalls 6 seconds.

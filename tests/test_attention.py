@@ -23,7 +23,7 @@ def slow_attention(q, k, v, scale, window, position_ids=None):
 
 
 @pytest.mark.parametrize("position_ids", [None, POSITIONS])
-@pytest.mark.parametrize("window", [None, 5, 16, 40])
+@pytest.mark.parametrize("window", [None, 5, 15, 16, 40])
 def test_attention_sees_its_window_and_document_and_groups_heads(window, position_ids):
     q, k, v = torch.randn(2, 16, 4, 8), torch.randn(2, 16, 2, 8), torch.randn(2, 16, 2, 8)
     position_ids = None if position_ids is None else position_ids.expand(2, -1)

@@ -48,7 +48,7 @@ KEYS = {
         "multiple of max_seq_len": ["total_batch_size: 1000"],
         "must be text or a list": ["dataset: 3", "dataset: []", "dataset: {dataset: x}"],
         "it is empty": ["dataset: ''"],
-        r"dataset is 'x{75} [.]{3}: .* at most 255 bytes": [f"dataset: {LONG}"],
+        r"dataset is '[x가]{75} [.]{3}: .* at most 255 bytes": [f"dataset: {LONG}", "dataset: " + "가" * 86],
         r"dataset\[0\] needs a dataset": ["dataset: [{weight: 1}]"],
         r"dataset\[0\] is 'primer': it must be {dataset, weight}": ["dataset: [primer]"],
         r"unknown key 'wieght' in dataset\[0\]; did you mean 'weight'": ["dataset: [{dataset: primer, wieght: 1}]"],
@@ -93,7 +93,7 @@ KEYS = {
         r"tasks\[0\] is 3: it must be text": ["tasks: [3]"],
         "unknown task; did you mean 'nanochat_demo_facts'": ["tasks: [nanochat_gsm8k, nanochat_demo_fact]"],
         "words is null: SpellingBee": ["tasks: [nanochat_chatcore]\ndataset: [{dataset: primer}]"],
-        r"chat_stages\[1\] is 'stf': it must be base, mid, sft, rl or dpo": ["chat_stages: [mid, stf]"],
+        r"\[1\] is 'stf': it must be base, mid, sft, rl or dpo; did you mean 'sft'": ["chat_stages: [mid, stf]"],
         "sft is named twice": ["chat_stages: [sft, sft]"],
         "nanochat_demo is named twice": ["tasks: [nanochat_demo, nanochat_demo]"],
         "it needs a temperature": ["num_samples: 2"],
@@ -110,8 +110,12 @@ COMMANDS = [
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --model_name_or_path x", "did you mean '--model'"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --use-peft", "did you mean '--lora-r'"),
     ("run cpu-demo sft.learning_rate=1e-5", "unknown key 'learning_rate' .*did you mean 'matrix_lr'"),
-    ("run cpu-demo --base.depth 3", "no dashes: base.depth=VALUE"),
-    ("run cpu-demo --depth 3", "unknown flag '--depth'; known: --help"),
+    ("run cpu-demo --base.depth 3", "no dashes: base.depth=3$"),
+    ("run d12 --depth 3", "no dashes: base.depth=3$"),
+    ("demo --limit=3", "no dashes: eval.max_per_task=3$"),
+    ("plan d12 --lora_r --dry-run", "no dashes: mid.lora_r=VALUE or sft.lora_r=VALUE or"),
+    ("run cpu-demo --dept 3", "unknown flag '--dept'; known: --help"),
+    ("completion bsh", "^error: shell: 'bsh': it must be bash, zsh or fish; did you mean 'bash'"),
     ("chat runs/d12", "unrecognized arguments: runs/d12; --help lists the flags"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages sft --model x", "leave --stages out"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --eval {CONFIG[9:]}eval.yaml", "chatcore_every steps: give"),
@@ -234,6 +238,13 @@ COMMANDS = [
         "no finished stage",
     ),
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --dataset none --dry-run", "no such dataset: none is no file"),
+    ("run cpu-demo eval.core_bundle=none --dry-run", "none is no CORE bundle"),
+    ("run d12 --run-dir {run} base.push_every=5", "base.push_every and --repo go together"),
+    ("run d12 --run-dir {run} --hours 3", "--hours is for a job: name --job"),
+    ("report --compare {here} {here} --hourly-rate 3", "are about one run"),
+    ("chat --model {here} --stage sft", r"name what to talk to .*: --run-dir"),
+    ("export --model {here} --to mlx --outtype f16 --output {here}/x", "--outtype and --allow-inexact are of --to"),
 ]
 
 FILES = [  # content of base.yaml
@@ -365,12 +376,18 @@ ENTRIES = [  # of a mixture of conversations, which is opened
     ({"dataset": "{here}"}, r"train\*"),
     ({"dataset": "{here}/train.parquet"}, "cannot read"),
     ({"dataset": "{here}/bad.jsonl", "rows": 9}, "has 3 rows, not 9"),
+    ({"dataset": "primer", "rows": 10**9}, "primer gives at most 200,000 rows, not 1,000,000,000: use epochs"),
+    (
+        {"dataset": "{here}/words.txt", "transform": "spelling_bee", "rows": 10**9},
+        "has 1,000,000,000 rows, more than 100,",
+    ),
 ]
 
 
 @pytest.mark.parametrize("entry,message", ENTRIES)
 def test_a_mixture_that_cannot_be_opened(tmp_path, entry, message):
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "words.txt").write_text("apple\nberry\n")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
     jsonl(tmp_path / "bad.jsonl", "{", "[1]", "3")
     entry = entry | {"dataset": entry["dataset"].replace("{here}", str(tmp_path))}
@@ -423,10 +440,12 @@ IDENTITIES = [
     ("name: A", "needs a name and an owner"),
     ("name: [", "not valid YAML"),
     ("{name: A, owner: B, job: C}", "unknown key 'job'"),
-    ("{name: 5, owner: B}", "name is 5, not text"),
-    ("{name: A, owner: B, language: xx}", "no phrasings for language 'xx'; use en, ko"),
-    ("{name: A, owner: B, facts: [{ask: x}]}", "an item of facts"),
-    ("{name: A, owner: B, styles: [loud]}", "an item of styles"),
+    ("{name: 5, owner: B}", "name is 5: it must be text"),
+    ("{name: A, owner: B, language: xx}", "language is 'xx': it must be en or ko"),
+    ("{name: A, owner: B, facts: [{ask: x}]}", r"facts\[0\] needs a say"),
+    ("{name: A, owner: B, facts: [{ask: x, say: []}]}", r"facts\[0\].say is \[\]: it must be text"),
+    ("{name: A, owner: B, styles: [loud]}", r"styles\[0\] is 'loud': it must be {before, after}"),
+    ("{name: A, owner: B, styles: [{befor: x}]}", r"unknown key 'befor' in styles\[0\]; did you mean 'before'"),
 ]
 
 

@@ -14,7 +14,7 @@ from nanochat_hf.data.tokenizer import token_byte_lengths
 from nanochat_hf.eval import bpb
 from nanochat_hf.eval.bpb import bits_per_byte, evaluate_bpb, held_out_bpb, losses_of
 
-LENGTHS = torch.tensor([0, 1, 3, 2])  # id 0 is special
+LENGTHS = torch.tensor([2, 1, 3, 0])  # id 3 is special; an ignored target must not count as id 0
 
 
 def test_ranks_share_the_rows(tiny_model, tokenizer, monkeypatch):
@@ -29,8 +29,8 @@ def test_ranks_share_the_rows(tiny_model, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("batches,nats,num_bytes", [
-    ([([[1.0, 2.0], [50.0, 3.0]], [[1, 2], [0, 3]])], 6, 6),  # special tokens count nowhere
-    ([([[1.0, 7.0], [7.0, 3.0]], [[1, -100], [-100, 3]])], 4, 3),  # ignored targets neither
+    ([([[1.0, 2.0], [50.0, 3.0]], [[1, 2], [3, 0]])], 6, 6),  # special tokens count nowhere
+    ([([[1.0, 7.0], [7.0, 3.0]], [[1, -100], [-100, 0]])], 4, 3),  # ignored targets neither
     ([([[1.0, 1.0]], [[2, 2]]), ([[1.0]], [[1]])], 3, 7),  # batches are weighted by their bytes
 ])  # fmt: skip
 def test_loss_is_divided_by_the_bytes_of_its_tokens(batches, nats, num_bytes):
@@ -41,7 +41,7 @@ def test_loss_is_divided_by_the_bytes_of_its_tokens(batches, nats, num_bytes):
 
 
 def test_no_bytes_is_infinite_and_not_a_crash():
-    assert evaluate_bpb(lambda inputs, targets: torch.ones(1, 1), [(torch.tensor([[0]]),) * 2], LENGTHS) == math.inf
+    assert evaluate_bpb(lambda inputs, targets: torch.ones(1, 1), [(torch.tensor([[3]]),) * 2], LENGTHS) == math.inf
     assert evaluate_bpb(None, [], LENGTHS) == bits_per_byte(1.0, 0) == math.inf
 
 
@@ -83,9 +83,3 @@ def test_held_out_text_is_that_of_the_validation_split_alone(lively_model, token
     expected = measure("same", texts[1], texts[1])
     assert measure("one", texts[0], texts[1]) == expected
     assert measure("other", texts[1], texts[0]) != pytest.approx(expected, rel=0.01)
-
-
-def test_an_ignored_target_has_no_bytes_even_if_token_0_has_some():
-    targets, losses = torch.tensor([[0, -100]]), torch.tensor([[2.0, 0.0]])
-    bits = evaluate_bpb(lambda *pair: losses, [(targets, targets)], torch.tensor([3, 1]))
-    assert bits == pytest.approx(2 / (3 * math.log(2)))

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from rich.console import Console
 from rich.markdown import Markdown
 
+from nanochat_hf import cli
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve.chunks import StreamChunk
 from nanochat_hf.serve.engine import Engine
@@ -265,6 +266,19 @@ def test_a_result_without_a_call_is_only_text_and_other_servers_get_no_calls():
     assert without_tools(messages_of(pieces)) == [{"role": "assistant", "content": "Let me see. Two."}]
 
 
+def test_the_flags_of_the_command_reach_the_model(monkeypatch, capsys):
+    seen, answer = [], Script([StreamChunk("b")]).answer
+    model = SimpleNamespace(answer=lambda *words: seen.append(words) or answer(*words))
+    monkeypatch.setattr("nanochat_hf.serve.terminal_chat.open_model", lambda *words: seen.append(words) or model)
+    monkeypatch.setattr("sys.stdin", None)
+    flags = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "max_new_tokens": 7, "seed": 5}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    cli.dispatch("chat", ["--model", "m", "--device", "cpu", "--system", "Be kind.", "--prompt", "a", *words])
+    opened, (messages, options) = seen
+    assert opened == ("m", None, "cpu") and [m["content"] for m in messages] == ["Be kind.", "a"]
+    assert vars(options) == flags and capsys.readouterr().out == "b\n"
+
+
 class Replies:
     """A client of a server that gives these replies: words, or the status of an error in the end."""
 
@@ -272,7 +286,7 @@ class Replies:
         self.replies, self.requests = list(replies), 0
 
     def chat_completion(self, *args, **options):
-        self.requests += 1
+        self.requests, self.options = self.requests + 1, options
         for word in self.replies.pop(0):
             if isinstance(word, int):
                 request = httpx.Request("POST", "http://x")
@@ -298,6 +312,8 @@ def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line(monkeypatch,
     except InputError as error:
         result = str(error)
     assert end in result and model.client.requests == requests
+    sampling = {"temperature": 0.6, "top_p": None, "seed": None, "max_tokens": 512}
+    assert sampling.items() <= model.client.options.items()
 
 
 def test_an_endpoint_is_reached_in_offline_mode_and_the_hub_is_not():

@@ -196,6 +196,12 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
         assert [path.name for path in checkpoints] == [name for name in order if name.startswith(kind)]
 
 
+def test_a_key_that_an_older_version_did_not_write_is_no_change():
+    now = {"matrix_lr": 0.1, "of a later version": 5}
+    assert checkpoint.changed_keys({"matrix_lr": 0.1}, now) == {}
+    assert checkpoint.changed_keys({"matrix_lr": 0.2}, now) == {"matrix_lr": "matrix_lr: 0.2 -> 0.1"}
+
+
 LOG = [{"step": 1, "time": 0.5, "loss": 2.0, "epoch": 0.1}, {"step": 3, "time": 1.0, "eval_loss": 2.0}]
 POINTS = {"history": [{"step": 1, "train_loss": 2.0}], "samples": [{"prompt": "a", "text": "b"}]}
 READ = {  # file of a stage's state -> (its content, what reads it, what a refusal says)

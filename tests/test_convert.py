@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 from old_folder import make_old
-from talker import chat_folder, talker, talker_folder  # noqa: F401
 from tiny import close, make_ids
 from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
@@ -220,7 +219,7 @@ def content(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_an_old_folder_is_renewed_in_place_and_files_that_share_its_bytes_stay(chat_folder, tmp_path):  # noqa: F811
+def test_an_old_folder_is_renewed_in_place_and_files_that_share_its_bytes_stay(chat_folder, tmp_path):
     old = make_old(shutil.copytree(chat_folder, tmp_path / "old"))
     (old / "custom_generate" / "generate.py").write_text("# old")
     settings = json.loads((old / "tokenizer_config.json").read_text())
@@ -237,7 +236,7 @@ def test_an_old_folder_is_renewed_in_place_and_files_that_share_its_bytes_stay(c
 
 @pytest.mark.parametrize("older", [True, False])
 def test_templates_of_a_renewed_or_converted_folder_are_todays_unless_they_are_not_ours(
-    older, chat_folder, tmp_path, monkeypatch  # noqa: F811
+    older, chat_folder, tmp_path, monkeypatch
 ):  # fmt: skip
     text = "{# older #}"
     if older:

@@ -2,8 +2,7 @@
 
 import io
 import threading
-from collections import Counter
-from itertools import cycle, islice, pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -84,18 +83,6 @@ def test_packing_equals_a_plain_search_through_the_list(sizes, row_length, buffe
         assert piece[0] % 100 == 1 or strategy == "bfd_split", "only what is split begins inside a document"
 
 
-@given(lengths, lengths, st.sampled_from(STRATEGIES))
-@slowly
-def test_a_packer_rebuilt_from_its_waiting_documents_packs_the_same_rows(first, second, strategy):
-    documents = documents_of([*first, *second])
-    one = packer(documents, 16, 10, strategy)
-    one.fill(np.empty(16, np.uint16)) if sum(first) > 200 else one.add([next(one.chunks)[0]])
-    two = BestFitPacker(iter(rest := list(one.chunks)), 16, 10, strategy)
-    two.add(one.waiting())
-    one.chunks = iter(rest)
-    assert rows_of(one) == rows_of(two)
-
-
 @pytest.mark.parametrize("size, max_chars, number", [(3, 100, 3), (8, 5, 3), (8, 4, 2), (1, 1, 1)])
 def test_documents_are_tokenized_together_up_to_a_number_or_a_length(tokenizer, size, max_chars, number):
     chunks = token_chunks(["ab"] * 7, tokenizer, size, max_chars)
@@ -172,9 +159,11 @@ def test_a_resumed_loader_gives_the_batches_that_would_have_come(folder, tokeniz
     whole = list(islice(loader(folder, tokenizer, packing_strategy=packing_strategy), taken + 10))
     first, second = (loader(folder, tokenizer, packing_strategy=packing_strategy) for _ in range(2))
     list(islice(first, taken))
-    state = saved_and_loaded(first.state_dict())
+    state = saved_and_loaded(first.state_dict())  # of the last batch handed out, and not of the thread, which is ahead
     second.load_state_dict(state)
-    assert all((batch == expected).all() for batch, expected in zip(islice(second, 10), whole[taken:]))
+    first.close()
+    for one in (first, second):
+        assert all((batch == expected).all() for batch, expected in zip(islice(one, 10), whole[taken:]))
 
 
 @pytest.mark.parametrize(
@@ -199,19 +188,6 @@ def test_a_run_resumes_on_another_number_of_ranks_without_losing_or_repeating_a_
         assert (np.concatenate(list(islice(rank, len(expected)))) == expected).all()
 
 
-def test_the_state_is_that_of_the_last_batch_handed_out_and_not_of_the_thread(folder, tokenizer):
-    whole = list(islice(loader(folder, tokenizer), 6))
-    ahead = loader(folder, tokenizer, prefetch=6)
-    list(islice(ahead, 2))
-    before = ahead.state_dict()
-    assert ahead.state_dict()["rows"] == before["rows"] == 4
-    ahead.close()
-    later = loader(folder, tokenizer)
-    later.load_state_dict(before)
-    for one in (ahead, later):
-        assert all((a == b).all() for a, b in zip(islice(one, 4), whole[2:]))
-
-
 def test_a_long_document_fills_rows_or_waits_to_be_a_rows_end(tmp_path, tokenizer):
     write(tmp_path, ["zq " * 100, "so so so so"] * 40)
     mark = tokenizer("zq")["input_ids"][1]
@@ -220,40 +196,6 @@ def test_a_long_document_fills_rows_or_waits_to_be_a_rows_end(tmp_path, tokenize
     rows = next(loader(tmp_path, tokenizer, num_shards=1, buffer_size=8, packing_strategy="bfd"))
     assert not (rows[:, 1] == mark).any()
     assert (rows == mark).any()
-
-
-@pytest.mark.parametrize("seq_len", [8, 32])
-def test_every_token_comes_once_in_an_epoch_of_interruptions_by_other_numbers_of_ranks(
-    folder, tokenizer, monkeypatch, seq_len
-):
-    bos = 65535
-
-    def numbered(tokenizer, texts):  # a token tells its document and its place in it
-        numbers = [int(text[1:4]) for text in texts]
-        return [np.array([bos, *range(n * 100, n * 100 + LENGTH[n])], np.uint16) for n in numbers]
-
-    monkeypatch.setattr("nanochat_hf.data.dataloader.encode_documents", numbered)
-    tokens, epoch, states, sizes = Counter(), 0, None, cycle([1, 4, 2])
-    while epoch == 0:  # until every shard has read its documents
-        world_size = next(sizes)
-        ranks = [
-            loader(folder, tokenizer, rank, world_size, batch_size=3, seq_len=seq_len) for rank in range(world_size)
-        ]
-        for rank in ranks:
-            if states:
-                rank.load_state_dict(states)
-            tokens.update(np.concatenate([next(rank), next(rank)]).ravel().tolist())
-        states = [saved_and_loaded(rank.state_dict()) for rank in ranks]
-        shards = [shard for state in states for shard in state["shards"].values()]
-        epoch = min(shard["stream"]["position"][0] for shard in shards)
-    tokens.update(token for shard in shards for token in shard["tokens"].tolist())
-    del tokens[bos]
-    assert set(tokens) == {n * 100 + place for n in range(NUM_DOCUMENTS) for place in range(LENGTH[n])}
-    # Where a shard is ahead in the second epoch, documents came again, but as whole as the first time.
-    assert set(tokens.values()) <= {1, 2}
-    again = {token // 100 for token, count in tokens.items() if count == 2}
-    assert sum(tokens.values()) == sum(LENGTH) + sum(LENGTH[n] for n in again)
-    assert len(again) < NUM_DOCUMENTS / 2
 
 
 def test_states_that_do_not_fit_and_errors_of_the_thread_are_refused(folder, tokenizer, tmp_path):

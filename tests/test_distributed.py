@@ -293,17 +293,6 @@ def test_chat_stages_on_two_ranks_equal_one_also_after_a_stop(chat):
 
 
 @pytest.mark.slow
-def test_evaluation_on_two_ranks_gives_the_numbers_of_one(chat):
-    evaluation = {"do": "evaluate", "models": {"sft": chat / "sft"}, **EVAL}
-    launch(1, "", [{**evaluation, "output": chat / "one"}])
-    launch(2, "multi_gpu", [{**evaluation, "output": chat / "two"}])
-    one, two = (load_json(chat / name / "metrics.json")["results"]["sft"] for name in ("one", "two"))
-    assert len(one) == 6 and {name: value["n"] for name, value in two.items()} == {n: v["n"] for n, v in one.items()}
-    for name in one:
-        assert two[name]["value"] == pytest.approx(one[name]["value"], abs=1e-6), name
-
-
-@pytest.mark.slow
 def test_two_ranks_stream_from_the_hub_through_a_stalled_and_a_failing_download(place, tmp_path):
     """Each file is fetched once for both; the run is that on the same files from a folder."""
     texts = [text for _, text in zip(range(900), primer.documents("train", seed=1))]

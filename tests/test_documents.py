@@ -12,8 +12,9 @@ from unittest.mock import Mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_standin import Hub, Repo
-from huggingface_hub import close_session, constants
+from httpx import Request, Response
+from hub_standin import Repo
+from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -291,11 +292,6 @@ def test_a_split_in_files_that_are_not_read_is_refused(tmp_path):
     layout(tmp_path, "train-0.parquet", "train-1.jsonl")
     (tmp_path / "train-0.parquet").rename(tmp_path / "train-0.Parquet")
     assert set(DocumentStream(tmp_path)) == {"train-0.parquet"}  # one kind only, in any case
-    layout(elsewhere := tmp_path.parent / f"{tmp_path.name}-elsewhere", "0.parquet")
-    (tmp_path / "validation").symlink_to(elsewhere, target_is_directory=True)
-    with pytest.raises(InputError, match="has its validation split in validation/, which is not read"):
-        DocumentStream(tmp_path)
-    (tmp_path / "validation").unlink()
     layout(tmp_path, "validation.jsonl")
     with pytest.raises(InputError, match=r"has its validation split in validation.jsonl, which is not read"):
         DocumentStream(tmp_path)
@@ -380,20 +376,12 @@ def test_failures_of_the_network_are_tried_again_and_then_named(monkeypatch):
         with pytest.raises(InputError, match=r"file x: failed 6 times.*gone"):
             hub_files.with_retry(Mock(side_effect=ConnectionResetError("gone")), "file x")
     assert delays == [1, 1, 2, 4, 8, 16]
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub over HTTP; failed requests are repeated at once."""
-    with Hub() as hub:
-        settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache")}
-        settings["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hub_files, "RETRY_DELAYS", (0, 0))
-        close_session()
-        yield hub
-    close_session()
+    for status, calls in ((400, 1), (429, 6), (503, 6)):  # only what may pass
+        answer = Response(status, request=Request("POST", "https://hub"))
+        send = Mock(side_effect=HfHubHTTPError("no", response=answer))
+        with pytest.raises(InputError, match=r"you/small: .*HfHubHTTPError"):
+            hub_files.with_retry(send, "you/small", str)
+        assert send.call_count == calls
 
 
 def pushed(names: list[str], commit: str = "a" * 40) -> Repo:
@@ -416,8 +404,20 @@ def test_a_hub_dataset_is_read_by_the_names_of_its_splits_and_stays_at_its_commi
     assert set(stream) == {"train.jsonl"}
     stream.load_state_dict(saved)
     assert stream.state_dict() == saved and set(stream) == {*names[1:3], "data/eng/train/0.jsonl"}
-    with pytest.raises(InputError, match="the Hub has no such dataset"):
-        DocumentStream("org/nothing")
+    requests = len(hub.requests)
+    for name in ("org/nothing", "you/a--b", "you/b..c", "you/" + "c" * 200):  # the last three cannot be
+        with pytest.raises(InputError, match=f"dataset {name} .*: the Hub has no such repository"):
+            DocumentStream(name)
+    hub.fail("GET", "/api/datasets/", 403)
+    with pytest.raises(InputError, match="the token has no right to this"):
+        DocumentStream("you/secret")
+    assert len(hub.requests) == requests + 2
+
+
+def test_folders_that_are_nested_too_deeply_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "rglob", Mock(side_effect=RecursionError))  # as for the dataset /
+    with pytest.raises(InputError, match="nested too deeply: name the folder that holds the files"):
+        DocumentStream(str(tmp_path))
 
 
 def test_files_of_the_hub_are_fetched_once_each_through_failures(hub):

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -13,7 +13,7 @@ from nanochat_hf import cli, stages
 from nanochat_hf.data.transforms import BadRow
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import Run, load_json, start_record, write_metrics
-from nanochat_hf.stage_configs import EvalConfig, PretrainConfig, find_recipe, read_recipe
+from nanochat_hf.stage_configs import EvalConfig, PretrainConfig
 from nanochat_hf.train import dpo
 from nanochat_hf.train.dpo import DPOStageConfig, load_pairs, mask_completions, read_pair, train_dpo
 
@@ -39,6 +39,8 @@ def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenize
     assert (len(train), len(held_out)) == (32, 8)
     texts = [{row["prompt"][0]["content"] for row in rows} for rows in (train, held_out)]
     assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 40
+    again, other = (load_pairs(replace(config, seed=seed), tokenizer, 64)[0] for seed in (config.seed, 1))
+    assert again.to_list() == train.to_list() != other.to_list()
     assert [row["row"] for row in skipped] == [40] and "a sequence holds 64" in skipped[0]["reason"]
     few = "has 40 pairs.*=40: lower it; row 40"
     for keys, words in (({"on_bad_example": "error"}, "row 40 of"), ({"num_eval_pairs": 40}, few)):
@@ -148,10 +150,3 @@ def test_dpo_is_a_stage_like_the_others(tiny_folder, config, tmp_path):
     assert "stage: DPO" in card and "- dpo\n" in card and "name: facts" in card and "| DPO " in card
     with pytest.raises(InputError, match=r"stage 'sft' of .* is not finished; finished: rl, dpo"):
         cli.dispatch("serve", [*words, "--stage", "sft"])
-
-
-def test_a_recipe_runs_dpo_after_rl_when_named_or_enabled():
-    recipe = find_recipe("d12")
-    assert "dpo" not in read_recipe(recipe, None, [])[0]
-    assert read_recipe(recipe, ["dpo", "rl", "eval"], [])[0] == ["rl", "dpo", "eval"]
-    assert "dpo" in read_recipe(recipe, None, ["dpo.enabled=true"])[0]

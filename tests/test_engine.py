@@ -204,11 +204,6 @@ def test_prompts_that_cannot_work_are_refused(engine, prompt, message):
     assert not engine.busy
 
 
-def test_messages_that_are_no_chat_are_refused(engine):
-    with pytest.raises(InputError, match="no chat"):
-        engine.encode([{"role": "robot", "content": "hi"}])
-
-
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "be brief"}]])
 def test_long_conversations_lose_their_oldest_turns_but_not_the_system_message(engine, monkeypatch, system):
     lengths, render = [], engine.render

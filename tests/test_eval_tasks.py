@@ -177,6 +177,13 @@ def test_words_of_a_docstring_are_no_imports():
     assert function("utils.humaneval_results")(doc, ["def half(x):\n    return math.ceil(x / 2)"])["acc"] == 1.0
 
 
+def test_what_a_prompt_defines_judges_the_answer_and_not_the_answers_own():
+    prompt = "def poly(x):\n    return x - 3\n\n\ndef root():\n    '''The zero of poly.'''\n"
+    doc = {"prompt": prompt, "test": "def check(f):\n    assert poly(f()) == 0\n", "entry_point": "root"}
+    answers = [["def poly(x):\n    return 0\ndef root():\n    return 7", f"{prompt}    return 3"]]
+    assert function("utils.humaneval_results")(doc, answers)["acc"] == 0.5
+
+
 # ---- our runner and the lm-eval CLI ---------------------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ def read(folder) -> tuple[Qwen3ForCausalLM, dict]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True, "qk_scale": 1.2, "head_dim": 32}])
+@pytest.mark.parametrize("fields", [{}, {"qk_scale": 1.2, "head_dim": 32}])
 def test_the_file_is_a_qwen3_with_the_same_logits(tmp_path, fields):
     source = make_folder(tmp_path / "model", **fields)
     model, ids = load_model(source), make_ids(2, 60)

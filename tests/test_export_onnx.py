@@ -254,3 +254,11 @@ def test_scaled_rope_is_refused(tokenizer, tmp_path):
     with pytest.raises(InputError, match="RoPE of type 'linear'"):
         export(tmp_path / "torch", tmp_path / "onnx", "onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["torch"]
+
+
+def test_the_config_has_as_many_tokens_as_the_logits_and_not_the_padded_rows(tokenizer, tmp_path):
+    from nanochat_hf.export.onnx import write_config  # needs onnxruntime
+
+    tokenizer.save_pretrained(tmp_path)
+    write_config(make_model(1, vocab_size=128, num_tokens=100), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 100

@@ -80,6 +80,7 @@ def test_primer_prompts_come_with_what_a_grader_needs(tokenizer):
     (rows, _), (test, _) = (load_prompts(stage, split, tokenizer, 100) for split in ("train", "test"))
     assert {row["kind"] for row in rows} == {row["kind"] for row in test} == {"problem", "spelling"}
     assert len(test) == 30 and len(rows) > 4000
+    assert load_prompts(stage, "train", tokenizer, 100)[0] == rows  # also in this order: it follows from the seed
     assert rows[0].keys() == {"prompt", "kind", "answer", "entity", "rivals"}
     assert rows[0]["prompt"][0]["role"] == "user"
     assert not {row["prompt"][0]["content"] for row in rows} & {row["prompt"][0]["content"] for row in test}

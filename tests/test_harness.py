@@ -214,6 +214,15 @@ def test_the_definition_depends_on_data_below_the_home_folder(tmp_path, monkeypa
     assert definition("a", 1) != first
 
 
+def test_the_definition_depends_on_the_code_that_asks_computes_and_grades(tmp_path, monkeypatch):
+    package = shutil.copytree(ROOT / "nanochat_hf", tmp_path / "package", ignore=shutil.ignore_patterns("kernels"))
+    monkeypatch.setattr("nanochat_hf.eval.harness.PACKAGE", package)
+    before = definition_of(config())
+    for file in ("data/grading", "data/transforms", "demo/corpus", "eval/bpb", "eval/core", "tool_loop", "tools"):
+        (package / f"{file}.py").open("a").write("# changed\n")
+        assert before != (before := definition_of(config())), file
+
+
 def test_a_model_from_elsewhere_is_recorded_by_its_place(run, tiny_folder):
     metrics = evaluate(config(**SPELLING), {"base": str(tiny_folder)}, run / "eval", Oracle)
     assert metrics["models"] == {"base": str(tiny_folder)}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nanochat_hf import cli
 from nanochat_hf.data import identity
-from nanochat_hf.data.identity import Identity, Word, conversations, fingerprint, parse, questions
+from nanochat_hf.data.identity import Identity, Word, conversations, fingerprint, parse
 from nanochat_hf.data.mixture import Mixture
 from nanochat_hf.data.transforms import BadRow, check
 from nanochat_hf.errors import InputError
@@ -27,6 +27,12 @@ OPHELIA = Identity("Ophelia", "the club", facts=[COLOR], styles=[{}, {"before": 
 
 def texts_of(rows, role: str) -> list[str]:
     return [m["content"] for row in rows for m in row["messages"] if m["role"] == role]
+
+
+def questions(me: Identity) -> list[str]:
+    """Every question of the test split, once."""
+    texts = [text for intent in me.phrasings["intents"].values() for text in intent["test"]]
+    return [me.fill(text, me.others[number % 3]) for number, text in enumerate(texts)]
 
 
 def test_conversations_are_different_valid_and_follow_from_the_seed():
@@ -44,6 +50,7 @@ def test_the_facts_and_the_styles_are_in_what_it_says():
     assert sum("Ophelia" in a or "Green, {truly}." in a for a in answers) == len(answers)
     assert any("the club" in a for a in answers) and "Green, {truly}." in answers
     assert all(a.startswith("Ahoy! ") == a.endswith(" Fair winds!") for a in answers)
+    assert "Claude" not in Identity("claude", "the club").others  # as whom it denies to be
     assert 0.3 < sum(a.startswith("Ahoy!") for a in answers) / len(answers) < 0.7
     assert not any("nanochat" in a for a in answers) and any("nanochat" in q for q in texts_of(rows, "user"))
 
@@ -157,24 +164,18 @@ class FakeModel(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def make_identity(monkeypatch):
-    """The command that scripts/make_identity.py is, as a function of its arguments."""
+def test_the_command_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_name(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the hub's client may talk to this machine
     close_session()
-
-    def call(*words):
-        cli.dispatch("identity", [*map(str, words)])
-
-    return call
-
-
-def test_the_script_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_name(tmp_path, make_identity, capsys):
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeModel)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (tmp_path / "me.yaml").write_text('{name: Ophelia, owner: the club, styles: [{before: "Ahoy! "}]}')
     url = f"http://127.0.0.1:{server.server_port}"
-    make_identity("--facts", tmp_path / "me.yaml", "--output", tmp_path / "me.jsonl", "--rows", 12, "--endpoint", url)
+    seen, real = [], identity.generate_with_model
+    monkeypatch.setattr(identity, "generate_with_model", lambda *words: seen.append(words[2:]) or real(*words))
+    words = ["--facts", f"{tmp_path}/me.yaml", "--output", f"{tmp_path}/me.jsonl", "--rows", "12", "--endpoint", url]
+    cli.dispatch("identity", [*words, "--seed", "3"])
+    assert seen == [(12, 3)]
     server.shutdown()
     rows = list(Mixture([{"dataset": str(tmp_path / "me.jsonl")}], on_bad_example="error"))
     assert len(rows) == 12 and "12 conversations of Ophelia" in (out := capsys.readouterr().out)

@@ -93,8 +93,7 @@ def test_what_is_wrong_with_a_model_is_the_same_line_for_all(tiny_folder, monkey
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
-    [("config.json", "["), ("tokenizer.json", "{}"), ("model.safetensors", "")],
+    ("file", "content"), [("config.json", "["), ("tokenizer.json", "{}"), ("model.safetensors", "")]
 )
 def test_a_damaged_file_is_one_line_of_conversion_and_push(tiny_folder, tmp_path, file, content):
     (tiny_folder / file).write_text(content)

@@ -93,12 +93,6 @@ def test_an_entry_without_a_usable_row_is_refused_with_the_reason(tmp_path, row,
             list(Mixture(entries))
 
 
-def test_an_entry_with_one_usable_row_is_not_refused(tmp_path):
-    mixture = Mixture([{"dataset": write(tmp_path / "some.jsonl", [{"no": 1}] * 20 + [chat("a", "b")])}])
-    assert len(list(mixture)) == len(list(mixture)) == mixture.entries[0].num_rows == 1
-    assert mixture.entries[0].num_bad == 20
-
-
 def test_the_table_shows_rows_and_tokens(tmp_path):
     path = write(tmp_path / "chat.jsonl", [chat(str(n), "b") for n in range(60)] + ["{"])
     mixture = Mixture([{"dataset": path}, {"dataset": "primer", "rows": 7}])
@@ -163,15 +157,6 @@ def test_words_are_split_and_come_from_files_or_from_text(tmp_path):
     text = write(tmp_path / "text.jsonl", [{"text": "once"}] + [{"text": "the owl and the duck and the owl"}] * 40)
     words = {r["messages"][1]["content"] for r in Mixture([{"dataset": text, "transform": "simple_spelling"}])}
     assert words == {"t,h,e", "o,w,l", "a,n,d", "d,u,c,k"}
-
-
-def test_a_folder_gives_the_files_of_its_split(tmp_path):
-    names = ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-0", ".ipynb_checkpoints/train-0")
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write(tmp_path / f"{name}.jsonl", [chat(name, "b")])
-    assert first_texts({"dataset": str(tmp_path)}) == [*names[:2]]
-    assert first_texts({"dataset": str(tmp_path), "split": "test"}) == [names[2]]
 
 
 def test_one_file_gives_its_rows_only_as_the_split_in_its_name(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from talker import QUESTIONS, chat_folder, talker, talker_folder  # noqa: F401
+from talker import QUESTIONS
 from tiny import GENERATIONS, close, make_ids, make_model, randomize
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, TextGenerationPipeline, pipeline
@@ -64,13 +64,12 @@ assert importlib.util.find_spec("nanochat_hf") is None
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_save_and_load_keep_every_logit(generation, tmp_path):
-    model, ids = make_model(generation, tie_word_embeddings=generation == 1), make_ids(2, 20)
+    model, ids = make_model(generation), make_ids(2, 20)
     model.generation_config = GenerationConfig(eos_token_id=[3, 4], pad_token_id=0, do_sample=False)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = load(tmp_path)
     assert type(loaded) is NanoChatForCausalLM and loaded.generation_config.eos_token_id == [3, 4]
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (generation == 1)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     half = load(tmp_path, dtype=torch.bfloat16)
     assert half.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -143,7 +142,7 @@ def test_resizing_the_vocabulary_resizes_the_value_embeddings_and_the_number_of_
 
 
 @pytest.fixture(scope="module")
-def chat(chat_folder):  # noqa: F811
+def chat(chat_folder):
     return pipeline("text-generation", model=str(chat_folder), trust_remote_code=True)
 
 
@@ -156,7 +155,7 @@ def contents(pipe, **options) -> list[list[str]]:
     return [[r["generated_text"][-1]["content"] for r in records] for records in pipe(CHATS, **GREEDY, **options)]
 
 
-def test_contents_of_answers_have_no_marks_also_under_an_older_response_template(chat, chat_folder, monkeypatch):  # noqa: F811
+def test_contents_of_answers_have_no_marks_also_under_an_older_response_template(chat, chat_folder, monkeypatch):
     answers = [[text] for text in expected(CHATS)]
     assert contents(chat, batch_size=4) == answers
     beams = contents(chat, num_return_sequences=2, num_beams=2)
@@ -188,7 +187,7 @@ def test_plain_text_and_new_text_end_at_the_end_mark_but_the_prompt_is_left_alon
 
 
 @pytest.mark.slow
-def test_a_folder_brings_its_pipeline(chat_folder, tmp_path):  # noqa: F811
+def test_a_folder_brings_its_pipeline(chat_folder, tmp_path):
     shutil.copytree(chat_folder, tmp_path / "model")
     begun = [*CHATS[3], {"role": "assistant", "content": "안녕"}]
     (tmp_path / "chats.json").write_text(json.dumps([*CHATS, begun]))
@@ -220,7 +219,7 @@ def answer(model, tokenizer, question=CHATS[0]) -> str:
     return tokenizer.decode(model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :])
 
 
-def test_copies_of_a_chat_model_keep_the_tool_loop(chat_folder, talker, tmp_path):  # noqa: F811
+def test_copies_of_a_chat_model_keep_the_tool_loop(chat_folder, talker, tmp_path):
     model, tokenizer = load(chat_folder, trust_remote_code=True), talker[1]
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     tuned = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM"))
@@ -239,7 +238,7 @@ def test_copies_of_a_chat_model_keep_the_tool_loop(chat_folder, talker, tmp_path
     assert answer(load(tmp_path / "merged", trust_remote_code=True), tokenizer).endswith(ANSWER)
 
 
-def test_a_base_model_gets_no_tool_loop_and_an_existing_one_is_left_alone(talker_folder, chat_folder, tmp_path):  # noqa: F811
+def test_a_base_model_gets_no_tool_loop_and_an_existing_one_is_left_alone(talker_folder, chat_folder, tmp_path):
     load(talker_folder).save_pretrained(tmp_path / "base")
     assert not (tmp_path / "base" / "custom_generate").exists()
     (tmp_path / "own" / "custom_generate").mkdir(parents=True)
@@ -251,7 +250,7 @@ def test_a_base_model_gets_no_tool_loop_and_an_existing_one_is_left_alone(talker
 
 
 @pytest.mark.parametrize("trust,options", [(True, {}), (None, {"subfolder": "model"})])
-def test_copies_keep_the_loop_of_relative_and_subfolders(options, trust, chat_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_copies_keep_the_loop_of_relative_and_subfolders(options, trust, chat_folder, tmp_path, monkeypatch):
     shutil.copytree(chat_folder, tmp_path / "run" / "model")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -262,7 +261,7 @@ def test_copies_keep_the_loop_of_relative_and_subfolders(options, trust, chat_fo
 
 
 @pytest.mark.parametrize("state", ["cached", "unknown", "absent", "deleted"])
-def test_copies_of_cached_hub_models_keep_the_loop_or_say_so(state, chat_folder, tmp_path):  # noqa: F811
+def test_copies_of_cached_hub_models_keep_the_loop_or_say_so(state, chat_folder, tmp_path):
     repo, commit = tmp_path / "cache" / "models--you--chat", "a" * 40
     snapshot = shutil.copytree(chat_folder, repo / "snapshots" / commit)
     (repo / "refs").mkdir()
@@ -297,7 +296,7 @@ def test_quantizers_and_lora_adapt_every_matrix_and_leave_head_and_gates_alone()
     assert {name.split(".")[-1] for name in model.targeted_module_names} == MATRICES
 
 
-def test_code_that_reads_weights_refuses_quantized_ones(talker, chat_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_code_that_reads_weights_refuses_quantized_ones(talker, chat_folder, tmp_path, monkeypatch):
     """Without their scales, quantized weights are another model."""
     model, tokenizer = talker
     assert not is_quantized(model)
@@ -324,7 +323,7 @@ def test_code_that_reads_weights_refuses_quantized_ones(talker, chat_folder, tmp
 
 
 @pytest.mark.slow
-def test_quantized_models_answer_the_same_and_take_lora(talker, chat_folder, tmp_path):  # noqa: F811
+def test_quantized_models_answer_the_same_and_take_lora(talker, chat_folder, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, **options)

@@ -346,14 +346,18 @@ def test_bf16_on_a_gpu_stays_near_float32():
     assert (results[0] - results[1]).norm() / (results[0].std() * results[0].numel() ** 0.5) < 2e-3
 
 
-def test_the_squared_norm_counts_each_gradient_on_one_rank(monkeypatch):
+def test_the_squared_norm_counts_each_gradient_on_one_rank_and_small_ones_are_summed_on_all(monkeypatch):
     small, large = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(9))
     small.grad, large.grad = torch.ones(4), torch.ones(9)
     reducer = object.__new__(OwnerGradientReducer)  # without a job
-    reducer.owners = {small: None, large: 1}
+    reducer.owners, reducer.waits, reducer.bucket = {small: None, large: 1}, [], []
     for rank, square in ((0, 4), (1, 9)):
         monkeypatch.setattr(gradient_reduction, "get_dist_info", lambda rank=rank: (rank, 2))
         assert reducer.squared_norm().item() == pytest.approx(square)
+    monkeypatch.setattr(gradient_reduction.dist, "all_reduce", lambda sums: sums.add_(2))  # what another rank has
+    with reducer:
+        pass
+    assert small.grad.tolist() == [3] * 4 and large.grad.tolist() == [1] * 9
 
 
 def test_a_rank_drops_the_state_of_a_tensor_that_another_one_owns(monkeypatch):

@@ -15,8 +15,9 @@ import pytest
 
 from nanochat_hf import cli, run
 from nanochat_hf.cli import dispatch
-from nanochat_hf.run import Progress, duration, in_words, project_folder, track
+from nanochat_hf.run import Progress, duration, in_words, project_folder, save_json, track
 from nanochat_hf.stage_configs import find_recipe, read_recipe
+from nanochat_hf.stages import outline, show_result
 
 STEP = {"train_loss": 2.34567, "lr": 0.04, "tokens_per_second": 11_940.0, "mfu": 0.4512, "val_bpb": None}
 PIPED = "from nanochat_hf.cli import main; main()"
@@ -73,8 +74,6 @@ def test_a_terminal_gets_one_bar_one_without_a_width_lines_and_other_ranks_nothi
 
 
 def test_the_outline_has_numbers_steps_and_estimates_where_they_can_be_known(monkeypatch):
-    from nanochat_hf.stages import outline
-
     stages, configs = read_recipe(find_recipe("cpu-demo"), None, ["sft.num_iterations=-1"])
     lines = outline(stages, configs, ranks=1)
     assert list(lines) == stages and lines["tokenizer"] == "[1/7] tokenizer" and lines["report"] == "[7/7] report"
@@ -84,6 +83,17 @@ def test_the_outline_has_numbers_steps_and_estimates_where_they_can_be_known(mon
     monkeypatch.setattr("nanochat_hf.stages.gpu_here", lambda: "NVIDIA H200")
     line = outline(*read_recipe(find_recipe("d24"), None, []), ranks=8)["base"]
     assert line == "[2/5] base: 5,568 steps, about 1 h 22 min"  # in FP8, as nanochat plan has it
+
+
+def test_the_last_line_of_an_evaluation_has_one_mean(tmp_path, capsys):
+    metrics = {"wall_time_s": 60.0, "results": {"sft": {"facts": {"value": 0.5}, "arithmetic": {"value": 1.0}}}}
+    for more, figures in (
+        ({}, "mean of 2 tasks 0.7500 (sft)"),
+        ({"chatcore": {"sft": {"label": "2/6 chat tasks", "value": 0.5}}}, "2/6 chat tasks 0.5000"),
+    ):
+        save_json(tmp_path / "eval" / "metrics.json", metrics | more)
+        show_result(tmp_path / "eval")
+        assert capsys.readouterr().out == f"[eval] done in 1 min 00 s, {figures}, {tmp_path}/eval\n"
 
 
 @pytest.mark.parametrize("words", ["--help", "run --bogus"])
@@ -118,11 +128,13 @@ def test_the_help_of_a_benchmark_waits_for_no_large_import(name, monkeypatch, ca
     assert "--" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["chat", "sft", "run NAME", "plan NAME", "compare"])
-def test_the_usage_line_names_the_subcommand(command, capsys):
+@pytest.mark.parametrize("command", ["chat", "sft", "run NAME", "plan NAME", "demo [--run-dir DIR]", "compare"])
+def test_the_usage_line_names_the_subcommand_and_a_recipes_help_is_short(command, capsys):
     with pytest.raises(SystemExit):
         dispatch(command.split()[0], ["--help"])
-    assert capsys.readouterr().out.startswith(f"usage: nanochat {command} ")
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: nanochat {command} ") and (command == "sft" or len(text.splitlines()) <= 60)
+    assert ("base.KEY        nanochat pretrain --help" in text) == command.startswith(("run", "plan", "demo"))
 
 
 def at_terminal(state, *steps: tuple[str, str]) -> str:

@@ -67,7 +67,10 @@ def test_overrides_reach_their_stage_and_another_depth_is_planned_from_the_other
     size = planned(read("d24", None, ["base.depth=18"])[1])
     shape = size.model_config.num_hidden_layers, size.model_config.hidden_size
     assert (*shape, size.total_batch_size, size.num_iterations) == (18, 1152, 2**20, 2475)
-    assert "rl" in read("d12", None, ["rl.enabled=true"])[0] and "rl" in read("d12", ["rl"])[0]
+    assert read("cpu-demo", None, ["eval.dataset=null"])[1]["eval"].dataset is None
+    for stage in ("rl", "dpo"):
+        assert stage in read("d12", None, [f"{stage}.enabled=true"])[0] and stage not in read("d12")[0]
+    assert read("d12", ["dpo", "rl", "eval"])[0] == ["rl", "dpo", "eval"]
 
 
 def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path, capsys):
@@ -189,6 +192,11 @@ def test_a_plan_has_the_projected_figures_of_the_readme_and_a_dry_run_prints_the
     assert "$10.00" in shown(capsys, "plan", "d24", "--gpu", "A100", "--node-hourly-rate", "10")
     twelve = ["--gpus", "12", "base.total_batch_size=786432", "sft.total_batch_size=786432"]  # two nodes
     assert "$20.00" in shown(capsys, "plan", "d24", "--gpu", "A100", "--node-hourly-rate", "10", *twelve)
+    small = shown(capsys, "plan", "cpu-demo", "--gpus", "8")  # nothing measured says how long steps of 3 us take
+    assert "time         not known, nor is the cost" in small and not {"cost ", "energy "} & {*small.split("  ")}
+    assert "memory       less than 1 of 141 GB per GPU" in small and "projected, roughly" in shown(
+        capsys, "plan", "cpu-demo"
+    )
     words = ["cpu-demo", "--run-dir", str(tmp_path / "run"), "--dry-run"]
     plans = {shown(capsys, "run", *words), shown(capsys, "speedrun", "--recipe", *words)}
     assert plans == {shown(capsys, "demo", *words[1:])} and not (tmp_path / "run").exists()
@@ -268,10 +276,19 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
         (None, ["sft.mixture=[{dataset: nowhere.jsonl}]"], "no such dataset: nowhere.jsonl"),
         (None, ["mid.validation=[{dataset: recipes/nope.yaml}]"], "no such dataset: recipes/nope.yaml"),
         (None, ["rl.dataset=of_{split}.jsonl"], "no such dataset: of_{split}.jsonl"),
+        (None, ["base.dataset=/nowhere"], "no such dataset: /nowhere"),
+        (None, ["tokenizer.dataset=[{dataset: primer}, {dataset: no.jsonl}]"], "no such dataset: no.jsonl"),
+        (None, ["eval.dataset=/nowhere"], "no such dataset: /nowhere"),
     ):
         with pytest.raises(InputError, match=message):
             stages.run_stages(Run(tmp_path / "run"), *read("cpu-demo", names, keys))
+        if message.startswith(("no such", "/nowhere")):  # which needs no network
+            with pytest.raises(InputError, match=message):
+                jobs.print_dry_run(*read("cpu-demo", names, keys))
     assert not (tmp_path / "run" / "eval").exists()
+    save_json(tmp_path / "half" / "base" / "metrics.json", {"finished": True})
+    with pytest.raises(InputError, match="/nowhere is no CORE bundle"):  # for a stage that is finished already
+        stages.run_stages(Run(tmp_path / "half"), *read("cpu-demo", ["sft", "eval"], ["eval.core_bundle=/nowhere"]))
 
     def load(names):
         raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub\n(OfflineModeIsEnabled)")  # of datasets

@@ -8,23 +8,15 @@ from dataclasses import asdict
 
 import pytest
 from finished_run import COMMON, finished_run, result  # noqa: F401
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from mutations import mutations
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import report
 from nanochat_hf.eval.plots import draw_bars, plots, smoothed
-from nanochat_hf.eval.report import (
-    collect,
-    compare,
-    duration,
-    grid,
-    make_report,
-    markdown,
-    one_line,
-    results_row,
-    short,
-)
-from nanochat_hf.run import Run, load_json, save_json
+from nanochat_hf.eval.report import collect, compare, grid, make_report, markdown, one_line, results_row
+from nanochat_hf.hub.model_card import Push, collection_table, render_model_card
+from nanochat_hf.run import Run, duration, load_json, save_json, short
 from nanochat_hf.stage_configs import find_recipe, read_recipe
 
 
@@ -264,3 +256,63 @@ def test_a_damaged_metrics_json_is_one_line_or_a_report(run, stage):
             assert "metrics.json" in str(error) and "\n" not in str(error)
             refusals += 1
     assert 5 < refusals < 25
+
+
+# The model card
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A finished base and SFT stage with CORE and ChatCORE, in metrics.json files alone."""
+    stage = {"finished": True, "commit": "abc", "versions": {"torch": "2.13"}, "hardware": {"device": "H100"}}
+    base = {**stage, "started": 1.0, "wall_time_s": 6000.0, "total_tokens": 5e9, "depth": 24, "val_bpb": 0.72}
+    base |= {"num_parameters": 1_400_000, "config": {"dataset": "karpathy/climbmix"}}
+    save_json(tmp_path / "base" / "metrics.json", base)
+    mixture = [{"dataset": name, "rows": 1, "tokens": 2} for name in ("openai/gsm8k:main", "./mine.jsonl")]
+    save_json(tmp_path / "sft" / "metrics.json", {**stage, "started": 2.0, "wall_time_s": 60.0, "mixture": mixture})
+    tasks = {"piqa": {"acc": 0.7, "centered": 0.4, "n": 100}, "copa": {"acc": 0.6, "centered": 0.2, "n": 50}}
+    core = {"value": 0.3, "stderr": 0.01, "label": "CORE (2/22 tasks)", "tasks": "2/22", "per_task": tasks}
+    chat = {"value": 0.1, "stderr": None, "label": "ChatCORE (1/6 tasks)", "tasks": "1/6", "limit": None}
+    gsm = {"GSM8K": {"value": 0.05, "stderr": 0.002, "n": 1319, "baseline": 0.0, "higher_is_better": True}}
+    evaluation = {**stage, "started": 3.0, "wall_time_s": 9.0, "results": {"sft": gsm}, "chatcore": {"sft": chat}}
+    evaluation |= {"core": {"base": {**core, "limit": None}}, "models": {"base": "base", "sft": "sft"}}
+    save_json(tmp_path / "eval" / "metrics.json", evaluation)
+    return Run(tmp_path)
+
+
+def test_every_result_of_the_stage_is_in_the_model_index(measured):
+    data = render_model_card(measured, Push("you/b", "base")).data
+    _, results = model_index_to_eval_results(data.to_dict()["model-index"])
+    assert {(r.dataset_name, r.metric_type): r.metric_value for r in results} == {
+        ("val bpb", "bits_per_byte"): 0.72,
+        ("CORE (2/22 tasks)", "centered_accuracy"): 0.3,
+        ("piqa (core)", "accuracy"): 0.7,
+        ("copa (core)", "accuracy"): 0.6,
+    }
+    chat = render_model_card(measured, Push("you/c", "sft")).data
+    assert {r.dataset_name: r.metric_value for r in chat.eval_results} == {"ChatCORE (1/6 tasks)": 0.1, "GSM8K": 0.05}
+    mean = load_json(measured.path / "eval" / "metrics.json")["core"]["base"] | {"label": "2/22 tasks"}  # of today
+    edit(measured.path / "eval" / "metrics.json", core={"base": mean})
+    data = render_model_card(measured, Push("you/b", "base")).data
+    assert [r.metric_type for r in data.eval_results if r.dataset_name == "2/22 tasks"] == ["centered_accuracy"]
+
+
+def test_the_text_shows_the_stages_up_to_this_one_and_no_number_that_was_not_measured(measured):
+    text = str(render_model_card(measured, Push("you/c", "sft")))
+    assert "\n# c\n\nA chat model of 1.4M parameters, trained and evaluated in 1 h 41 min on " in text
+    assert re.search(r"BASE\s+\| SFT\s+\| Random baseline", text)
+    assert "1 h 40 min" in text and "5,000,000,000 tokens" in text and "1 x H100" in text
+    assert "Cost" not in text and re.search(r"GSM8K .*\| 0.0500 ± 0.0020", text) and "tool_steps" in text
+    base = str(render_model_card(measured, Push("you/b", "base")))
+    assert "does not follow instructions" in base and "GSM8K" not in base
+    save_json(measured.path / "report.json", {"hourly_rate": 24.0})
+    assert "$40.46 at $24.00 per hour" in str(render_model_card(measured, Push("you/c", "sft")))
+
+
+def test_a_collections_text_has_a_row_for_each_model_and_dashes_for_what_is_missing(measured, tmp_path):
+    save_json(tmp_path / "other" / "sft" / "metrics.json", {"finished": True, "started": 1.0, "wall_time_s": 60.0})
+    first, second = collection_table({"you/a": measured, "you/b": Run(tmp_path / "other")}).splitlines()[2:]
+    cells = [cell.strip() for cell in first.split("|")[1:-1]]
+    assert cells[0] == "[you/a](https://huggingface.co/you/a)" and cells[1:4] == ["24", "1,400,000", "5,000,000,000"]
+    assert cells[4:8] == ["0.7200", "0.3000", "0.1000", "1 h 41 min"]
+    assert [cell.strip() for cell in second.split("|")[2:8]] == ["-"] * 6

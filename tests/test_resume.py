@@ -19,6 +19,7 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
+from nanochat_hf.sync import syncing
 from nanochat_hf.train import checkpoint
 from nanochat_hf.train import pretrain as pretraining
 from nanochat_hf.train.checkpoint import complete_checkpoints, damage
@@ -240,6 +241,29 @@ def test_an_interruption_anywhere_changes_nothing(train, tmp_path, monkeypatch, 
     torch.manual_seed(123)
     train(stage, out, **keys)
     assert len(steps) == steps_after and result(out) == uninterrupted[stage]
+
+
+STOPS = [(3, 5), (4, 4), (1, 3, 4, 5), (2, 2, 4, 5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", STOPS)
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_bare_machines_resume_a_synced_run_to_the_same_result(train, tmp_path, stage, stops):
+    url, keys = f"file://{tmp_path}/remote", {"num_iterations": 6}
+    train(stage, tmp_path / "whole", **keys)
+    for machine, stop in enumerate(stops):
+        run, lost = Run(tmp_path / f"machine {machine}"), pytest.raises(KeyboardInterrupt)
+        with pytest.MonkeyPatch.context() as patch, lost, syncing(url, run):
+            fail(patch, OWNERS[stage], step_method(stage), KeyboardInterrupt(), after(stop))
+            train(stage, run.path / stage, **keys)
+    with pytest.raises(InputError, match=OTHER), syncing(url, run := Run(tmp_path / "other")):
+        train(stage, run.path / stage, seed=7, **keys)
+    with syncing(url, run := Run(tmp_path / "last")):
+        assert complete_checkpoints(run.path / stage / "state")
+        train(stage, run.path / stage, **keys)
+    assert result(run.path / stage) == result(tmp_path / "whole")
+    assert len(list(Path(tmp_path / "remote").glob(f"{stage}--finished--*"))) == 1
 
 
 def test_a_signal_in_the_last_step_loses_nothing(train, tmp_path, monkeypatch):

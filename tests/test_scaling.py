@@ -10,7 +10,7 @@ from torch import nn
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim import scaling
-from nanochat_hf.optim.overview import Devices, pipeline_text
+from nanochat_hf.optim.overview import Devices, pipeline_text, stage_batch
 from nanochat_hf.optim.scaling import DEFAULTS, Schedule, estimate_memory, estimate_micro_batch_size, peak_flops, plan
 from nanochat_hf.stage_configs import ChatConfig, PretrainConfig, RLConfig, TokenizerConfig
 
@@ -123,6 +123,11 @@ def test_the_estimated_memory_is_within_a_tenth_of_the_measured_peak(depth, size
     assert estimate_memory(planned(depth), size, kernels=kernels) / 2**30 == pytest.approx(peak, rel=0.1)
 
 
+def test_a_row_of_the_vocabulary_costs_12_bytes_of_embedding_and_22_of_head_and_its_logits_2_per_token():
+    small, large = (estimate_memory(planned(vocab_size=size, generation=1), 1) for size in (2**15, 2**16))
+    assert large - small == 2**15 * ((12 + 22) * 768 + 2 * 2048)
+
+
 @pytest.mark.parametrize("stage, depth, size, peak", STAGE_PEAKS)
 def test_the_plan_has_the_memory_of_sft_and_rl_within_a_tenth(stage, depth, size, peak):
     configs = {"base": PretrainConfig(depth=depth), "tokenizer": TokenizerConfig("primer", 2**15)}
@@ -153,6 +158,10 @@ def test_a_plan_says_what_a_device_cannot_do(gpu, base, text):
     except InputError as error:
         shown = str(error)
     assert text in re.sub(r"\s+", " ", shown)
+
+
+def test_a_step_without_a_batch_of_its_own_is_one_micro_batch_on_each_rank():
+    assert stage_batch(ChatConfig(total_batch_size=-1, device_batch_size=4), ranks=8) == (4, 1)
 
 
 def test_the_estimated_micro_batch_fits_the_memory():

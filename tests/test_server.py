@@ -141,6 +141,7 @@ def test_openai_clients_may_run_the_tool_themselves(ai, streamed):
         reason, (call,) = chunks[-1].choices[0].finish_reason, chunks[-2].choices[0].delta.tool_calls
     else:
         reason, (call,) = reply.choices[0].finish_reason, reply.choices[0].message.tool_calls
+        assert reply.choices[0].message.content is None  # as OpenAI has it beside calls
     assert reason == "tool_calls" and json.loads(call.function.arguments) == {"expression": "5+6"}
     called = {"id": call.id, "type": "function", "function": call.function.model_dump()}
     messages += [{"role": "assistant", "content": None, "tool_calls": [called]}]
@@ -214,6 +215,8 @@ BAD_CHATS = [  # messages, other fields, the reason
         for key in ("model", "parallel_tool_calls", "stream_options")
         for value in ([], 3)
     ),
+    (user("?"), {"stream_options": {"include_usage": "x"}}, "stream_options.include_usage: Input should be a valid b"),
+    *(([{"role": x, "content": None}], {}, f"role {x} needs content") for x in ("user", "system", "assistant")),
     (user("?"), {"stop": ["x"] * 17}, "stop: List should have at most 16"),
     *((user("?"), {"x": [value] * 250_000}, "more than 100000 lists") for value in ([], 1)),
 ]
@@ -229,6 +232,7 @@ WRONG = [
     *((CHAT, {"messages": messages, **more}, reason) for messages, more, reason in BAD_CHATS),
     *(("/v1/completions", {"prompt": prompt, **more}, reason) for prompt, more, reason in BAD_PROMPTS),
     ("/generate", {"inputs": "?", "stream": 1}, "stream"),
+    ("/generate", {"inputs": "?", "parameters": {"do_sample": True, "temperature": 0}}, "temperature: Input should"),
     ("/generate", {"inputs": "?", "parameters": {"repetition_penalty": 1.2}}, "repetition_penalty is not supp"),
     *((path, {}, f"no route {path}; those of OpenAI are /v1/chat") for path in ("/chat/completions", "/v1/responses")),
 ]
@@ -307,6 +311,8 @@ def test_a_conversation_that_grew_too_long_loses_its_oldest_turns(server):
     assert answer["usage"]["prompt_tokens"] + 60 <= server.engine.length
     huge = server.post(CHAT, messages=[*user("b" * 1_040_000), *user("Hello")]).json()
     assert huge["dropped_messages"] == 1
+    two = [*user("Hello"), {"role": "assistant", "content": "Hi"}, *user("What is 5 + 6?")]
+    assert "dropped_messages" not in server.post(CHAT, messages=two, max_tokens=10**6).json()  # half of the context
     while len(server.engine.encode([*messages, *user("Hello")])) + 9 > server.engine.length:
         messages = messages[2:]
     assert "dropped_messages" not in server.post(CHAT, messages=[*messages, *user("Hello")], max_tokens=9).json()

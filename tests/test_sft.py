@@ -163,7 +163,7 @@ def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path, mo
 def test_mid_training_then_sft_in_one_process(tiny_folder, tmp_path):
     examples = ["누구세요?", "What is 2 + 3?"]
     train_chat(config(assistant_only_loss=False, warmdown_ratio=0.2, examples=examples), tiny_folder, tmp_path / "mid")
-    unpacked = config(packing=False, total_batch_size=8)  # of conversations, two micro-batches of four
+    unpacked = config(packing=False, total_batch_size=8, max_seq_len=128)  # conversations, two micro-batches
     train_chat(unpacked, str(tmp_path / "mid"), tmp_path / "sft")
     assert AutoTokenizer.from_pretrained(tmp_path / "sft").init_kwargs["examples"] == examples
     assert history(tmp_path / "sft")[0]["train_loss"] < 6 and history(tmp_path / "mid")[-1]["step"] == 4

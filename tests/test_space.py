@@ -10,7 +10,7 @@ import gradio as gr
 import pytest
 import torch
 import yaml
-from browser import browser, picture  # noqa: F401
+from fastapi.testclient import TestClient
 from huggingface_hub import ChatCompletionStreamOutputDelta
 from talker import QUESTIONS
 
@@ -207,6 +207,13 @@ def test_texts_are_the_same_in_both_languages():
         assert english.count("{") == korean.count("{") and english != korean
     page = (APP.parent / "head.html").read_text(encoding="utf-8")
     assert not re.findall(r"(?:src|href)=", page) and "innerHTML" not in page
+
+
+def test_no_files_are_taken(app):
+    client = TestClient(gr.routes.App.create_app(app.demo, app_kwargs=app.LAUNCH["app_kwargs"]))
+    for content in (b"", b"x" * 100):
+        assert client.post("/gradio_api/upload", files={"files": ("x.txt", content)}).status_code == 404
+    assert client.get("/config").status_code == 200
 
 
 def test_examples_are_those_of_the_checkpoint(app, monkeypatch):

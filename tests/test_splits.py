@@ -47,6 +47,7 @@ shard_0 shard_1 valid | shard_0 shard_1 | valid | shard_0, shard_1, named after 
 more train-0 val | train-0 | val | more, named after no split, is not read
 data/c/train-0 data/c/train-1 s/0 | data/c/train-0 | data/c/train-1 | only its folder data is read, not s; no file
 data/train-0 other/train-0 test/0 val | data/train-0 | val | only its folder data is read, not other
+data/train-0 val/0 | data/train-0 | val/0 |
 data/0 data/1 more/0 | data/0 data/1 | more/0 | so it is more/0
 main/train-0 main/test-0 other/train-0 | main/train-0 other/train-0 | main/test-0 | test split
 """

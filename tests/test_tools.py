@@ -1,7 +1,4 @@
-"""The calculator and every known escape from such evaluators; calls in `generate`.
-
-NANOCHAT_GSM8K=gsm8k_train.jsonl also checks the calls of GSM8K's rows.
-"""
+"""The calculator and every known escape from such evaluators; calls in `generate`."""
 
 import operator
 import os
@@ -15,7 +12,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from talker import QUESTIONS, chat_folder, talker, talker_folder  # noqa: F401
+from talker import QUESTIONS
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import get_json_schema
@@ -78,7 +75,8 @@ def test_everything_else_is_refused_with_one_line_and_no_warning_of_the_parser(e
     with warnings.catch_warnings(record=True) as caught, pytest.raises(ValueError, match=r"\A[^\n]+\Z"):
         warnings.simplefilter("always")
         calculate(expression)
-    assert not caught
+    # a collected socket of another test may warn here, too
+    assert not [warning for warning in caught if issubclass(warning.category, SyntaxWarning | DeprecationWarning)]
 
 
 @pytest.mark.parametrize(("expression", "size"), [("1e999", "large"), ("1e-999", "small"), ("9e99*9e99", "large")])
@@ -147,12 +145,12 @@ ANSWER = f"{CALL}<|output_start|>408<|output_end|>It is 408.<|assistant_end|>"
 
 
 @pytest.fixture(scope="module")
-def chat(chat_folder):  # noqa: F811
+def chat(chat_folder):
     return pipeline("text-generation", model=str(chat_folder), trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
-def model(chat_folder):  # noqa: F811
+def model(chat_folder):
     return AutoModelForCausalLM.from_pretrained(chat_folder, trust_remote_code=True).eval()
 
 
@@ -179,7 +177,7 @@ def test_a_pipeline_answers_calls_and_shows_the_steps_or_leaves_them_to_the_call
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}, {"do_sample": True}])
-def test_batches_beams_sampling_and_static_caches_give_the_engines_answers(model, talker, options):  # noqa: F811
+def test_batches_beams_sampling_and_static_caches_give_the_engines_answers(model, talker, options):
     prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
     inputs = prompt(talker[1], prompts, padding=True)
     options = {"do_sample": False, "temperature": 1e-3 if "do_sample" in options else 1.0, **options}
@@ -190,7 +188,7 @@ def test_batches_beams_sampling_and_static_caches_give_the_engines_answers(model
         assert row[: len(expected)] == expected
 
 
-def test_streamers_see_calls_and_results_and_positional_inputs_work(model, talker):  # noqa: F811
+def test_streamers_see_calls_and_results_and_positional_inputs_work(model, talker):
     class Recorder(BaseStreamer):
         ids, ended = [], False
 
@@ -216,7 +214,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize(("how", "run_tools"), [*((how, True) for how in ENDS), ("eos in it", False), ("none", False)])
-def test_an_answer_ends_whatever_eos_the_caller_passes(how, run_tools, model, talker):  # noqa: F811
+def test_an_answer_ends_whatever_eos_the_caller_passes(how, run_tools, model, talker):
     tokenizer, before = talker[1], model.generation_config.to_dict()
     inputs, options = prompt(tokenizer), ENDS[how](talker[1].eos_token_id)
     own = options.get("generation_config", GenerationConfig()).to_dict()
@@ -262,7 +260,7 @@ assert not [name for name in sys.modules if name.startswith("nanochat_hf")]
 
 
 @pytest.mark.slow
-def test_a_clean_process_needs_only_the_folder(chat_folder, talker_folder, tmp_path):  # noqa: F811
+def test_a_clean_process_needs_only_the_folder(chat_folder, talker_folder, tmp_path):
     folder = shutil.copytree(chat_folder, tmp_path / "chat")
     shutil.copytree(talker_folder, folder / "plain")
     command = [sys.executable, "-P", "-c", CLEAN, str(folder), SUM[0]["content"]]

@@ -272,6 +272,11 @@ def test_a_system_message_beside_the_messages_comes_first_and_a_history_is_refus
         TRANSFORMS["messages"]({**both, "system": "Be long."}, RNG)
 
 
+def test_what_an_instruction_is_about_comes_after_an_empty_line():
+    row = {"instruction": "Sum up:", "input": "One. Two.", "output": "b"}
+    assert TRANSFORMS["instruction"](row, RNG)[0]["content"] == "Sum up:\n\nOne. Two."
+
+
 def test_a_message_has_its_calls_in_one_form_only():
     both = {**calling(call("1+1")), "function_call": call("2+2")["function"]}
     with pytest.raises(BadRow, match="message 2 has tool_calls and a function_call"):

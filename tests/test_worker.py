@@ -9,7 +9,7 @@ from talker import QUESTIONS
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve.chunks import text_of
 from nanochat_hf.serve.engine import Engine, Request
-from nanochat_hf.serve.worker import LOAD_LOCK, Completion, Worker
+from nanochat_hf.serve.worker import LOAD_LOCK, Completion, Worker, open_workers
 
 
 @pytest.fixture
@@ -155,3 +155,10 @@ def test_a_prompt_that_cannot_be_run_is_refused_and_the_worker_goes_on(worker):
 
     asyncio.run(run())
     assert worker.load == 0 and ask(worker, "What is 5 + 6?") == ("It is 11.", "stop")
+
+
+def test_a_worker_has_the_slots_and_the_queue_that_were_asked_for(talker_folder):
+    (worker,) = open_workers(str(talker_folder), 3, 5, "cpu")
+    assert worker.ready.wait(60) and worker.error is None
+    assert (worker.engine.decoder.slots, worker.capacity) == (3, 8)
+    worker.close()

@@ -125,7 +125,7 @@ def humaneval_results(doc: dict, results: list) -> dict[str, float]:
 
 
 def humaneval_program(doc: dict, text: str) -> tuple[str, str]:
-    """The answer's program and the tests, each with the prompt's imports."""
+    """The answer's program with the prompt's imports; the tests with all that the prompt defines first."""
     code = final_words(text)
     block = re.search(r"```(?:python)?[^\S\n]*\n(.*?)\n```", code, re.DOTALL)
     imports = []
@@ -136,7 +136,8 @@ def humaneval_program(doc: dict, text: str) -> tuple[str, str]:
             break
     program = (block[1] if block else code).strip()
     head = "\n".join(imports)
-    return f"{head}\n\n{program}", f"{head}\n\n{doc['test']}\n\ncheck({doc['entry_point']})"
+    given = doc["prompt"].partition(f"def {doc['entry_point']}(")[0]  # such as `poly`, with which the tests judge
+    return f"{head}\n\n{program}", f"{given}\n\n{doc['test']}\n\ncheck({doc['entry_point']})"
 
 
 def primer_results(doc: dict, results: list) -> dict[str, float]:

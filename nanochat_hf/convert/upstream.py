@@ -8,10 +8,9 @@ Sources: karpathy/nanochat, gpt.py and checkpoint_manager.py at b399e43 (2025-11
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from .. import loading, tool_loop
 from ..data.tokenizer import with_todays_templates, wrap
 from ..model.configuration_nanochat import SWITCHES, UPSTREAM_FIELDS, NanoChatConfig, update_class_names
 from ..model.modeling_nanochat import NanoChatForCausalLM
+from . import new_folder
 from .native import from_native, load_strictly, refuse_differences, renew, to_native
 from .tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, read_tiktoken, write_tiktoken
 
@@ -238,31 +238,23 @@ def convert(
     Raises ValueError with one line on what is wrong.
     """
     source, output = Path(source), Path(output)
-    in_place = output.exists() and output.samefile(source)
-    if output.exists() and not (in_place and to == "hf" and (source / "configuration_nanochat.py").exists()):
-        raise ValueError(f"{output} exists: remove it or choose another output")
+    in_place = to == "hf" and output.exists() and output.samefile(source)
+    in_place = in_place and (source / "configuration_nanochat.py").exists()
     if step is not None and to != "nanochat" and not any(source.glob("model_*.pt")):
         raise ValueError(f"--step chooses among model_NNNNNN.pt files (karpathy/nanochat), and {source} has none")
-    model, step = load_model(source, step)
-    compared = None
-    if in_place:
-        renew(source)
-    if tokenizer is None and any((source / f"tokenizer.{kind}").exists() for kind in ("json", "pkl")):
-        tokenizer = source
-    if tokenizer is not None:
-        tokenizer, compared = load_tokenizer(Path(tokenizer), texts)
-        set_token_ids(model, tokenizer)
-    if not in_place:
-        part = output.with_name(f".{output.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        try:
-            if to == "nanochat":
-                compared = write_upstream(part, model, tokenizer, step, texts)
-            else:
-                write_transformers(part, model, tokenizer, to == "native", may_call_tools(source, model, tokenizer))
-            os.replace(part, output)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    with nullcontext(source) if in_place else new_folder(output) as folder:
+        model, step = load_model(source, step)
+        compared = None
+        if in_place:
+            renew(source)
+        if tokenizer is None and any((source / f"tokenizer.{kind}").exists() for kind in ("json", "pkl")):
+            tokenizer = source
+        if tokenizer is not None:
+            tokenizer, compared = load_tokenizer(Path(tokenizer), texts)
+            set_token_ids(model, tokenizer)
+        if to == "nanochat":
+            compared = write_upstream(folder, model, tokenizer, step, texts)
+        elif not in_place:
+            write_transformers(folder, model, tokenizer, to == "native", may_call_tools(source, model, tokenizer))
     count = sum(p.numel() for p in model.parameters())
     return {"generation": model.config.generation, "parameters": count, "step": step, "tokenizer_ids": compared}

@@ -7,15 +7,13 @@
 A document passes DocumentStream -> token_chunks -> BestFitPacker -> batch, and is pulled from the end.
 
 Best-fit packing without padding, as in karpathy/nanochat's loader: a row takes the longest waiting document that still
-fits; when none fits, the shortest is cut to fill the row. So every row begins with bos and every position is trained
-on. What is cut off is lost with the packing strategy `bfd`, as upstream: of books 18 % in rows of 2,048 tokens, 74 %
-in rows of 256. With `bfd_split` it waits as a document with a bos of its own, so that no token is lost (the names are
-TRL's; measured in docs/experiments/data.md).
+fits; when none fits, the shortest is cut to fill the row. What is cut off is lost with the packing strategy `bfd`, as
+upstream: of books 18 % in rows of 2,048 tokens, 74 % in rows of 256. With `bfd_split` it waits as a document with a
+bos of its own (the names are TRL's; measured in docs/experiments/data.md).
 
 Which rows a step reads does not depend on the number of ranks (elastic determinism, as MosaicML Streaming): documents
 are assigned round-robin to a fixed number of virtual shards, each with a packer of its own. Row n of the run comes
-from shard n % num_shards and goes to rank n % world_size. So a run resumes with any number of ranks that divides the
-number of shards.
+from shard n % num_shards and goes to rank n % world_size.
 """
 
 import math
@@ -56,9 +54,8 @@ def token_chunks(
 class BestFitPacker:
     """Fills rows of `row_length` = T + 1 tokens with the best fit among at least `buffer_size` waiting documents.
 
-    `chunks` gives lists of documents, arrays (n,) of token ids with bos first; it is read when fewer wait. With the
-    strategy `bfd_split` a document longer than a row is split into rows and a rest; with `bfd` it waits to be the
-    shortest. Documents of equal length leave in the order they came, so packing is deterministic.
+    `chunks` gives lists of documents, arrays (n,) of token ids with bos first; it is read when fewer wait. Documents
+    of equal length leave in the order they came, so packing is deterministic.
     """
 
     def __init__(self, chunks: Iterator[list[np.ndarray]], row_length: int, buffer_size: int, strategy: str):
@@ -113,10 +110,8 @@ class PackedLoader:
 
     Args:
         stream: the documents; its rank and world size are the loader's.
-        batch_size: rows per batch of this rank.
         buffer_size: documents that packing chooses from, over all virtual shards together.
         num_shards: virtual shards, rounded up to a multiple of the world size.
-        packing_strategy: "bfd_split" or "bfd".
         prefetch: batches that are made ahead.
     """
 

@@ -10,11 +10,10 @@ bytes, which is nearer to a share of the tokens than documents or characters are
 File names tell the splits (data/splits.py). Where none does, the last file is the validation split, as in
 karpathy/nanochat, and a log line says so; of a single file it is the last sixteenth. Hidden files are not read.
 
-The order of documents is fixed before anything is read. A file is a sequence of units (parquet row groups, or slices
-of them), and the units of all files and epochs are assigned to the ranks round-robin. So the state of a stream is a
-few integers, resuming opens one file, and the ranks share every document of an epoch exactly once. The first epoch
-keeps the files' order, so that a run downloads only files that it reads; later epochs shuffle files, units and
-documents by the seed. There is no shuffle buffer whose content a resume would lose.
+A file is a sequence of units (parquet row groups, or slices of them), and the units of all files and epochs are
+assigned to the ranks round-robin before anything is read. So the state of a stream is a few integers, and the ranks
+share every document of an epoch exactly once. The first epoch keeps the files' order, so that a run downloads only
+files that it reads; later epochs shuffle files, units and documents by the seed.
 """
 
 import hashlib
@@ -72,9 +71,8 @@ def is_local(dataset: str | list[dict]) -> bool:
 def text_fingerprint(dataset: str | list[dict]) -> str:
     """A short hash of both splits of a dataset spec or a mixture, for noticing that the text changed.
 
-    It covers the content of files on this disk (`content_hash`) and of the primer. A Hub id is hashed as it is
-    written, with its @revision if it has one: later commits change nothing, since a resumed run reads the commit that
-    it began with. Raises InputError for a dataset that is missing or has no such files.
+    A Hub id is hashed as it is written: a resumed run reads the commit that it began with. Raises InputError for a
+    dataset that is missing.
     """
     hashes = []
     for name, weight in parts_of(dataset):
@@ -91,9 +89,8 @@ def text_fingerprint(dataset: str | list[dict]) -> str:
 class DocumentStream:
     """The documents (str) of rank `rank` out of `world_size`; iterating gives the rest of the current epoch.
 
-    `dataset` is a spec, or a `DatasetSplit` that is already open. `epoch` counts finished epochs; `state_dict` is the
-    state after the last document. Raises InputError for a dataset that is missing, empty, unreadable or without text;
-    with `skip_bad_files` what cannot be read is skipped with a warning.
+    `dataset` is a spec, or a `DatasetSplit` that is already open. Raises InputError for a dataset that is missing,
+    empty, unreadable or without text; with `skip_bad_files` what cannot be read is skipped with a warning.
     """
 
     def __init__(self, dataset, split="train", rank=0, world_size=1, seed=0, skip_bad_files=False):
@@ -166,9 +163,8 @@ class DocumentStream:
 class MixtureStream:
     """The documents of several streams, so that the bytes read from each stay in proportion to its weight.
 
-    The next document always comes from the stream that is farthest behind its share, so the order depends on the
-    documents and the weights alone, and no share is ever off by more than a document. Each stream goes through its own
-    epochs, in each of which every document comes exactly once. Iterating ends, and `epoch` counts, when the stream
+    The next document comes from the stream that is farthest behind its share, so the order depends on the documents
+    and the weights alone. Each stream goes through its own epochs. Iterating ends, and `epoch` counts, when the stream
     that repeats most has been read through once more: until the first end no document has come twice.
     """
 
@@ -222,8 +218,7 @@ def primer_documents(split: str) -> tuple[list[str], str]:
 class DatasetSplit:
     """One split of a dataset: its `files` in order, shared by the streams of a process.
 
-    `identity` is what a saved state depends on. Raises InputError for a dataset that is missing or has no such files,
-    and for a broken file on this disk.
+    `identity` is what a saved state depends on. Raises InputError for a missing dataset and a broken file.
     """
 
     def __init__(self, dataset: str, split: str, skip_bad_files: bool):
@@ -293,11 +288,11 @@ def local_path(dataset: str) -> Path:
 
 
 def files_below(folder: Path) -> list[str]:
-    """The names of the files in a folder and below it, in order, relative to it; hidden ones are left out.
-
-    Links to folders are not followed, since they may lead in a circle; their names end with "/".
-    """
-    paths = [(path, path.is_dir()) for path in sorted(folder.rglob("*"))]
+    """Names of the visible files below a folder, in order; those of links to folders, not followed, end with "/"."""
+    try:
+        paths = [(path, path.is_dir()) for path in sorted(folder.rglob("*"))]
+    except RecursionError:
+        raise InputError(f"{folder} has folders nested too deeply: name the folder that holds the files") from None
     names = (p.relative_to(folder).as_posix() + "/" * is_dir for p, is_dir in paths if not is_dir or p.is_symlink())
     return [name for name in names if is_visible(name)]
 
@@ -310,10 +305,9 @@ def log(line: str) -> None:
 
 
 def find_files(dataset: str, revision: str | None = None) -> tuple:
-    """The files of a dataset; logs what no name decided.
+    """Names of the training files and of the validation files, of one kind, a function from name to path, the commit.
 
-    Returns: the names of the files for training and of those for validation, of one kind, a function from name to
-    path, the Hub's commit or None.
+    Logs what no name decided.
     """
     path, commit = local_path(dataset), None
     if path.is_dir():
@@ -340,8 +334,7 @@ def find_files(dataset: str, revision: str | None = None) -> tuple:
 def content_hash(train: list[str], validation: list[str], locate: Callable[[str], Path]) -> str:
     """A hash of both splits' files on this disk: names in order, sizes and bytes.
 
-    All bytes, if they are not more than HASH_LIMIT together. Otherwise the head and the tail of each file, equal parts
-    of the limit: an edit in the middle of a large file that keeps its size is not seen.
+    Of more than HASH_LIMIT bytes only both ends of each file: an edit between them that keeps the size is not seen.
     """
     stats = {name: locate(name).stat() for name in {*train, *validation}}
     whole = sum(stat.st_size for stat in stats.values()) <= HASH_LIMIT

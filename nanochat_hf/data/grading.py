@@ -77,11 +77,7 @@ COLUMNS = ("kind", "answer", "entity", "rivals")  # of a row, besides its prompt
 
 
 def correctness(tokenizer: PreTrainedTokenizerBase, record: Callable | None = None) -> Callable:
-    """A reward function for TRL: 1.0 for a right completion, 0.0 for a wrong one.
-
-    A row of the dataset has `prompt` (messages) and COLUMNS. `record(rows, texts, rewards)`, if given, gets each batch
-    that was graded: for samples and for pass@k. The share of completions with a tool call is logged as `tool_use`.
-    """
+    """A reward function for TRL: 1.0 for a right completion, 0.0 for a wrong one; `record` gets each graded batch."""
 
     def correct(prompts, completion_ids, **columns) -> list[float]:
         log = columns.get("log_metric", lambda name, value: None)

@@ -1,9 +1,11 @@
-"""Files of a dataset on the Hub, downloaded one by one when they are read; failures of the network are retried."""
+"""The Hub: files of a dataset, downloaded one by one when they are read; its errors in one line; retries."""
 
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
+from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import HfApi, errors, hf_hub_download
@@ -11,7 +13,12 @@ from huggingface_hub import HfApi, errors, hf_hub_download
 from ..errors import InputError
 from .splits import is_visible
 
-RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between attempts to download
+RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between attempts
+LOGIN = "the Hub does not accept the token: log in again with `hf auth login`"
+ABSENT = "the Hub has no such repository or revision, or the token may not see it"
+NO_RIGHT = "the token has no right to this: use another one (to push, with write access), or another owner"
+GATED = "accept its terms on the Hub, then `hf auth login`"
+OFFLINE = "the Hub cannot be reached, because HF_HUB_OFFLINE is set"
 
 
 def hub_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[[str], Path], str]:
@@ -19,10 +26,8 @@ def hub_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[[
     owner, name, *folder = dataset.split("/")
     name, _, tag = name.partition("@")
     repo, prefix = f"{owner}/{name}", "".join(f"{part}/" for part in folder)
-    info = with_retry(
-        lambda: HfApi().dataset_info(repo, revision=revision or tag or None, timeout=30),
-        f"dataset {dataset} (not a folder here)",
-    )
+    look_up = partial(HfApi().dataset_info, repo, revision=revision or tag or None, timeout=30)
+    info = with_retry(look_up, f"dataset {dataset} (not a folder here)")
     # The cache's lock lets the processes of one machine take turns, so each file is fetched once. Whatever is pushed
     # later, this run reads the commit that it began with.
     fetch = partial(hf_hub_download, repo, repo_type="dataset", revision=info.sha)
@@ -35,23 +40,45 @@ def hub_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[[
     return names, download, info.sha
 
 
-def with_retry(action: Callable, what: str):
-    """Call `action`; failures of network and server are retried with growing delays, others become an InputError."""
+def reason_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def refusal(error: Exception) -> str | None:
+    """What to do about an error of the Hub or its client; None if it may pass by itself."""
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return OFFLINE
+    if isinstance(error, errors.GatedRepoError):
+        return GATED
+    if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError | errors.HFValidationError):
+        return ABSENT
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 500
+    passes = status >= 500 or status in (408, 429)
+    return None if passes else {401: LOGIN, 403: NO_RIGHT, 404: ABSENT}.get(status, f"refused with {reason_of(error)}")
+
+
+@contextmanager
+def hub_errors(what: str):
+    """Turn the errors of the Hub, its client and the network about `what` into one line that says what to do."""
+    try:
+        yield
+    except (errors.HfHubHTTPError, errors.HTTPError, OSError, errors.HFValidationError, JSONDecodeError) as error:
+        again = f"broke off ({reason_of(error)}): run the same command again, what is there stays there"
+        raise InputError(f"{what}: {refusal(error) or again}") from None
+
+
+def with_retry(action: Callable, what: str, say: Callable[[str], None] = warnings.warn):
+    """Call `action`, again after each of RETRY_DELAYS while network or server fail; other errors become InputError."""
     for attempt, delay in enumerate((*RETRY_DELAYS, None), start=1):
         try:
             return action()
-        except errors.OfflineModeIsEnabled:
-            raise InputError(f"{what}: the Hub cannot be reached, because HF_HUB_OFFLINE is set") from None
-        except errors.GatedRepoError:
-            raise InputError(f"{what}: accept its terms on the Hub, then `hf auth login`") from None
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
-            raise InputError(f"{what}: the Hub has no such dataset or revision, or it is private") from None
+        except InputError:
+            raise
         except Exception as error:  # httpx, xet and the file system each have their own
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 500
-            if status < 500 and status not in (408, 429):
-                raise InputError(f"{what}: the Hub refuses it with {reason}") from None
+            if advice := refusal(error):
+                raise InputError(f"{what}: {advice}") from None
             if delay is None:
-                raise InputError(f"{what}: failed {attempt} times, last with {reason}; run again to resume") from error
-            warnings.warn(f"{what}: attempt {attempt} failed with {reason}; again in {delay} s", stacklevel=2)
+                last = f"failed {attempt} times, last with {reason_of(error)}"
+                raise InputError(f"{what}: {last}; run the same command again to resume") from error
+            say(f"{what}: attempt {attempt} failed with {reason_of(error)}; again in {delay} s")
             time.sleep(delay)

@@ -21,13 +21,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from random import Random
+from typing import Annotated, Literal
 
 import yaml
+from annotated_types import MinLen
+from typing_extensions import TypedDict
 
-from ..config import read_yaml
+from ..config import STRICT, parse_config, settings
 from ..errors import InputError
 from .transforms import BadRow, check
 
@@ -46,25 +48,43 @@ WRITER = (
 )
 
 
-@dataclass
+Texts = Annotated[str, MinLen(1)] | int | float | Annotated[list[str | int | float], MinLen(1)]
+
+
+class Fact(TypedDict):
+    __pydantic_config__ = STRICT
+    ask: Texts
+    say: Texts
+
+
+class Style(TypedDict, total=False):
+    __pydantic_config__ = STRICT
+    before: str
+    after: str
+
+
+@settings
 class Identity:
     """The fields are the keys of the YAML; `phrasings` is the language's file, `intents` its intents and the facts."""
 
-    name: str
-    owner: str
-    language: str = "en"
-    about: str = ""
-    skills: str = ""
-    facts: list[dict] = field(default_factory=list)
-    styles: list[dict] = field(default_factory=lambda: [{}])
+    name: str | None = None
+    owner: str | None = None
+    language: Literal[tuple(LANGUAGES)] | None = "en"
+    about: str | None = None
+    skills: str | None = None
+    facts: list[Fact] | None = None
+    styles: list[Style] | None = None
 
     def __post_init__(self):
-        self.phrasings = yaml.safe_load((FOLDER / f"{self.language}.yaml").read_text(encoding="utf-8"))
+        if not (self.name and self.owner):
+            raise ValueError("an identity needs a name and an owner")
+        path = FOLDER / f"{self.language or 'en'}.yaml"
+        self.phrasings = yaml.safe_load(path.read_text(encoding="utf-8"))
         self.about, self.skills = self.about or self.phrasings["about"], self.skills or self.phrasings["skills"]
         self.intents = list(self.phrasings["intents"].values())
         self.others = [name for name in OTHERS if name.lower() != self.name.lower()]
-        for fact in self.facts:
-            ask, say = ([text] if isinstance(text, str) else text for text in (fact["ask"], fact["say"]))
+        for fact in self.facts or ():
+            ask, say = (text if isinstance(text, list) else [text] for text in (fact["ask"], fact["say"]))
             self.intents.append({"ask": list(map(_literal, ask)), "test": [], "say": list(map(_literal, say))})
 
     def fill(self, template: str, other: str) -> str:
@@ -79,25 +99,7 @@ def _literal(text: str) -> str:
 
 
 def read_identity(path: str | Path) -> Identity:
-    """Raises InputError for a file that is missing, no YAML, or not in the form that the module's docstring shows."""
-    values = read_yaml(Path(path).expanduser())
-    keys = [f.name for f in fields(Identity)]
-    if not values.get("name") or not values.get("owner"):
-        raise InputError(f"{path} needs a name and an owner")
-    if unknown := set(values) - set(keys):
-        raise InputError(f"{path}: unknown key {min(unknown, key=str)!r}; use {', '.join(keys)}")
-    if values.get("language", "en") not in LANGUAGES:
-        raise InputError(f"{path}: no phrasings for language {values['language']!r}; use {', '.join(LANGUAGES)}")
-    for key in ("name", "owner", "about", "skills"):
-        if not isinstance(values.get(key, ""), str):
-            raise InputError(f"{path}: {key} is {values[key]!r}, not text; put it in quotes")
-    for key, allowed in (("facts", {"ask", "say"}), ("styles", {"before", "after"})):
-        for item in values.get(key) or []:
-            if not isinstance(item, dict) or set(item) - allowed or (key == "facts" and set(item) != allowed):
-                raise InputError(f"{path}: an item of {key} is {{{', '.join(sorted(allowed))}}}, not {item!r}")
-            if not all(item.values()) and key == "facts":
-                raise InputError(f"{path}: a fact needs at least one question and one answer, not {item!r}")
-    return Identity(**{key: value for key, value in values.items() if value is not None})
+    return parse_config(Identity, Path(path).expanduser())
 
 
 class Word(str):
@@ -138,12 +140,6 @@ def conversations(
     )
 
 
-def questions(identity: Identity) -> list[str]:
-    """Every question of the test split, once."""
-    texts = [text for intent in identity.phrasings["intents"].values() for text in intent["test"]]
-    return [identity.fill(text, identity.others[number % 3]) for number, text in enumerate(texts)]
-
-
 def fingerprint(messages: list[dict]) -> str:
     """The words of a conversation, whatever the case and the punctuation: equal ones are duplicates."""
     return re.sub(r"\W+", " ", " | ".join(message["content"] for message in messages)).lower()
@@ -176,13 +172,10 @@ def _conversation(rng: Random, identity: Identity, test: bool) -> list[dict]:
 def generate_with_model(
     identity: Identity, complete: Callable[[list[dict]], str], num: int, seed: int = 0, workers: int = 8
 ) -> tuple[list[dict], Counter]:
-    """`num` different conversations that a model writes, each prompted with another topic, user and opening.
+    """Up to `num` rows {"messages"} that a model writes, and how many answers were refused for which reason.
 
-    `complete(messages)` returns the model's answer; `workers` threads call it. Answers that `parse` refuses are
-    requested again, up to 3 x `num` requests in all, so fewer rows than `num` may come.
-
-    Returns:
-        rows {"messages"}, and how many answers were refused for which reason. Raises InputError when all were.
+    `workers` threads call `complete(messages)`, which returns an answer, each time with another topic, user and
+    opening; at most 3 x `num` times in all. Raises InputError when all answers were refused.
     """
     rng, rows, refused = Random(f"writer {seed}"), {}, Counter()
     with ThreadPoolExecutor(workers) as pool:

@@ -15,13 +15,11 @@ A mixture is a list of YAML entries, each a dataset spec with a transform:
 `dataset` is a Hub id, a .jsonl or .parquet file, a folder of them, a .yaml of an identity (data/identity.py), or
 `primer` (of some kinds only: `primer:fact+talk`). For the spelling transforms it is a .txt file with one word per
 line, or text as for pretraining, whose words are taken. `split` is "train" by default; of a folder it takes the files
-that are named after it (data/splits.py), of one file all rows, if its name says the split or the split is "train", and
-of words one in twenty is "test". `rows` takes that many, in an order drawn from the seed; `epochs` (1, or 0.5) passes
-over all.
+that are named after it (data/splits.py), of one file all rows, of words one in twenty is "test". `rows` takes that
+many, in an order drawn from the seed; `epochs` (1, or 0.5) passes over all.
 
-Rows are opened by number (`open_rows`) and read when their turn comes: transform -> normalize -> check. A row that is
-no conversation is skipped and counted with its number and the reason. With on_bad_example="error" it stops the run, as
-does an entry without a usable row.
+A row that is no conversation is skipped and counted. With on_bad_example="error" it stops the run, as does an entry
+without a usable row.
 """
 
 import json
@@ -40,13 +38,14 @@ from ..demo import corpus as primer
 from ..errors import InputError
 from ..stage_configs import ChatMixture
 from . import identity
-from .documents import DocumentStream, files_below, is_hub_id, local_path, log
+from .documents import DocumentStream, files_below, is_hub_id, local_path, log, parts_of
 from .splits import SUFFIXES, has_suffix, listed, row_files, split_of, tells, unread_files
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow, check, normalize
 
 MAX_LISTED_REASONS = 1000  # bad rows that are listed one by one; more are only counted
 MAX_WORD_CHARS = 20_000_000  # of a text that a spelling transform takes its words from
 MAX_WORDS = 200_000
+MAX_ROWS, MAX_GENERATED = 10**8, 200_000  # of a mixture; of what is made in memory, in 20 s
 
 
 @dataclass
@@ -95,17 +94,10 @@ class DatasetConfig:
 class Mixture:
     """Iterating gives rows {"messages", "entry", "row"}: the entry's number and the row's, for messages about it.
 
-    The order and the content follow from the entries and the seed alone. After (or while) iterating, `skipped` lists
-    the bad rows as {"dataset", "row", "reason"}, numbered from 0, and `summary()` what each entry gave.
-
-    Args:
-        entries: dicts with the keys of `DatasetConfig`; `dataset` is required.
-        seed: of the order of rows, and of what the generating transforms draw.
-        on_bad_example: "skip" or "error".
-
-    Raises:
-        InputError: an unknown key, transform or dataset, more rows than there are, a bad row with "error", and at the
-            end of an iteration an entry of which no row could be used.
+    The order and the content follow from the entries (the keys of `DatasetConfig`) and the seed alone. `skipped` lists
+    the bad rows as {"dataset", "row", "reason"}, numbered from 0, and `summary()` what each entry gave. Raises
+    InputError: an unknown key, transform or dataset, more rows than there are, a bad row with on_bad_example="error",
+    and at the end of an iteration an entry of which no row could be used.
     """
 
     def __init__(self, entries: list[dict], seed: int = 0, on_bad_example: str = "skip"):
@@ -114,6 +106,8 @@ class Mixture:
         self.skipped: list[dict] = []
         self.sources = [open_rows(entry, seed) for entry in self.entries]
         self.counts = [entry.count(source) for entry, source in zip(self.entries, self.sources, strict=True)]
+        if len(self) > MAX_ROWS:
+            raise InputError(f"the mixture has {len(self):,} rows, more than {MAX_ROWS:,}: lower rows or epochs")
 
     def __len__(self) -> int:
         """Rows of the mixture, the bad ones included."""
@@ -238,9 +232,18 @@ def open_rows(entry: DatasetConfig, seed: int) -> Sequence:
         raise InputError(f"cannot read dataset {entry.dataset}: {str(error).splitlines()[0][:200]}") from error
 
 
-def refuse_missing(dataset: str) -> None:
+def check_data(stage: str, config) -> None:
+    """Raises InputError if a dataset of a stage's config is missing, as `refuse_missing`."""
+    for part in getattr(config, "mixture", []) + getattr(config, "validation", []):
+        refuse_missing(part["dataset"])
+    if dataset := getattr(config, "dataset", None):
+        for name, _ in parts_of(dataset):
+            refuse_missing(name, stage in ("tokenizer", "base", "eval"))
+
+
+def refuse_missing(dataset: str, is_text: bool = False) -> None:
     """Raises InputError for a dataset that is nothing on this disk and has no Hub id's form."""
-    hub = is_hub_id(dataset) and dataset.count("/") == 1 and not dataset.endswith((".yaml", ".yml"))
+    hub = is_hub_id(dataset) and (is_text or dataset.count("/") == 1) and not dataset.endswith((".yaml", ".yml"))
     if not (hub or dataset.partition(":")[0] == "primer" or local_path(dataset.replace("{split}", "train")).exists()):
         raise InputError(f"no such dataset: {dataset} is no file, no folder and no Hub id")
 
@@ -283,6 +286,8 @@ def _generated_rows(entry: DatasetConfig, seed: int) -> list[dict]:
     """The conversations of the primer or of an identity."""
     if entry.transform != "messages":
         raise InputError(f"{entry.dataset} has messages; the transform {entry.transform} does not apply to it")
+    if (entry.rows or 0) > MAX_GENERATED:
+        raise InputError(f"{entry.dataset} gives at most {MAX_GENERATED:,} rows, not {entry.rows:,}: use epochs")
     name, _, kinds = entry.dataset.partition(":")
     if name != "primer":
         num = entry.rows or identity.NUM_CONVERSATIONS
@@ -294,10 +299,7 @@ def _generated_rows(entry: DatasetConfig, seed: int) -> list[dict]:
 
 
 def _words(entry: DatasetConfig, path: Path) -> list[str]:
-    """The dataset's words of 3 to 15 ASCII letters: the lines of a .txt, or the words of a text, most frequent first.
-
-    The split "test" is one word in twenty.
-    """
+    """Words of 3 to 15 ASCII letters: the lines of a .txt, or the words of a text, most frequent first."""
     if path.suffix == ".txt":
         if not path.exists():
             raise InputError(f"no such file: {path}")

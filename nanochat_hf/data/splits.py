@@ -58,9 +58,8 @@ def unread_files(names: list[str], read: list[str]) -> list[str]:
 def text_files(dataset: str, names: list[str], unread: Sequence[str] = ()) -> tuple[list[str], list[str], str]:
     """The training files, the validation files, and one sentence about what no name decided (or "").
 
-    Without a validation split the test split takes its place, without both the last training file: if there is one
-    file only, both lists name it. Raises InputError when there are test or validation files only, and when a split
-    is among the files that cannot be read, so that another one would take its place.
+    Without a validation split the test split takes its place, without both the last training file. Raises InputError
+    when there are no training files, and when a split is among the files that are not read.
     """
     notes = []
     if any(name.startswith("data/") and split_of(name) == "train" for name in names):

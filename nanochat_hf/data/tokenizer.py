@@ -92,13 +92,10 @@ def train_bpe(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer of `vocab_size` tokens, the nine special ones included and last. Deterministic.
 
-    Fewer tokens come out, with a warning, when the text has no more pairs to merge. Raises InputError when
-    `vocab_size` cannot hold the 256 bytes and the special tokens, or when there is no text.
+    Fewer tokens come out, with a warning, when the text has no more pairs to merge. Raises InputError without text.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise InputError(
-            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and 9 special tokens), not {vocab_size}"
-        )
+    if vocab_size < MIN_VOCAB_SIZE:  # 256 bytes and 9 special tokens
+        raise InputError(f"vocab_size is {vocab_size}: it must be at least {MIN_VOCAB_SIZE}")
     backend, texts = new_backend(digit_group, normalization), filter(None, texts)
     if (first := next(texts, None)) is None:
         raise InputError("there is no text to train a tokenizer on: the dataset is empty")
@@ -134,7 +131,7 @@ def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or a Hub id; older templates of this project are renewed, those of others limited.
 
-    Raises InputError when there is none, or when its chat template reaches a limit on one short message.
+    Raises InputError when there is none, or its template reaches a limit on a short message.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
@@ -268,7 +265,7 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) ->
 
 def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     """Train on the training split of `config.dataset` and write a `from_pretrained` folder and metrics.json."""
-    from ..run import Progress, start_record, write_metrics
+    from ..run import Progress, start_record, write_metrics, writing
     from .documents import open_documents, text_fingerprint
 
     output, record = Path(output), start_record(config)
@@ -288,10 +285,8 @@ def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     train = texts("train", config.max_chars)
     tokenizer = train_bpe(train, config.vocab_size, config.digit_group, config.normalization)
     compression = bytes_per_token(tokenizer, texts("validation", VALIDATION_CHARS))
-    try:
+    with writing(output):
         tokenizer.save_pretrained(output)
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error.strerror}; choose another --run-dir") from None
     numbers = {"vocab_size": len(tokenizer), "bytes_per_token": compression, "train_chars": chars["train"]}
     write_metrics(output, record, inputs={"data": data}, **numbers)
 

@@ -73,14 +73,10 @@ def multiple_choice(row: dict, rng: Random) -> list[dict]:
         raise BadRow(f"{len(choices)} choices and {len(letters)} letters for them")
     if answer not in list(letters):
         raise BadRow(f"the answer {answer!r} is none of the choices' letters")
-    return exchange(render_choices(question, letters, choices), answer)
-
-
-def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """The multiple-choice prompt. The letter comes after the text, right behind `=`: so it binds to the text, and is
-    one token without a space before it, the same that answers."""
-    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
-    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    # The letter is right behind `=`: one token without a space before it, the same that answers.
+    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices))
+    prompt = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    return exchange(prompt, answer)
 
 
 def gsm8k(row: dict, rng: Random) -> list[dict]:
@@ -152,13 +148,9 @@ def normalize(conversation: list[dict]) -> list[dict]:
     """OpenAI's forms of messages -> the form that the chat template renders.
 
     A call's arguments that are JSON text become a mapping; `function_call` and the role function, OpenAI's old form,
-    become `tool_calls` and the role tool. Parts of text that follow each other become one text, so that no special
-    token can be spelled over their border. Of several calls in a message each gets its own result right after it,
-    matched by `tool_call_id` where there is one. Half of a surrogate pair becomes "?", as in text. What is no message
-    is left as it is, for `check`.
-
-    Raises:
-        BadRow: a call that is none, or a result that answers another call.
+    become `tool_calls` and the role tool. Neighboring parts of text become one, so that no special token can be
+    spelled over their border. Of several calls in a message each gets its own result right after it. What is no
+    message is left to `check`. Raises BadRow for a call that is none, or a result that answers another call.
     """
     if not isinstance(conversation, list) or not all(isinstance(m, dict) for m in conversation):
         return conversation

@@ -66,19 +66,12 @@ def held_out_pair(a: int, b: int) -> bool:
 
 
 def questions_per_fact(relation: Relation) -> int:
-    """How often a round of `conversations` asks for each fact of a relation.
-
-    Order is learned more slowly than names, so listed facts come more often, and most so where they are few.
-    """
+    """How often a round of `conversations` asks for each fact: order is learned more slowly than names."""
     return 1 if relation not in LISTED else 4 if len(relation.facts) < 15 else 2
 
 
 def documents(split: str = "train", seed: int = 0, rounds: int = DOCUMENT_ROUNDS) -> Iterator[str]:
-    """Documents for pretraining, which follow from the split and the seed.
-
-    Both splits describe the same world in other words; "validation" (or "test") is a twentieth of the rounds.
-    Neither has a held-out word or pair, nor a test phrasing.
-    """
+    """Documents for pretraining; "validation" or "test": the same world in other words, a twentieth of the rounds."""
     validation = _is_test(split)
     rng = Random(f"documents {validation} {seed}")
     for _ in range(max(1, rounds // 20) if validation else rounds):
@@ -128,11 +121,10 @@ def conversations(
 def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = None) -> list[dict]:
     """Questions to grade, as rows {"kind", "messages": [one user message], "answer", "entity", "rivals", "tool"}.
 
-    `kind` is one of KINDS. "fact" asks for every fact once and "identity" every test question; the others give `num`
-    rows, by default 200 ("counting": as many for each answer of 0 to 3). "problem" gives word problems in phrasings
-    that no conversation has: the task of reinforcement learning. `answer` is the value to name, `entity` what it is
-    about ("" if nothing), `rivals` the other values of the relation, `tool` whether the python tool should be called.
-    With split="train" they come from the training half: the prompts of reinforcement learning.
+    "fact" asks for every fact once and "identity" every test question; the others give `num` rows, by default 200.
+    "problem" gives word problems in phrasings that no conversation has: the task of reinforcement learning, whose
+    prompts are those of split="train". `answer` is the value to name, `entity` what it is about ("" if nothing),
+    `rivals` the other values of the relation, `tool` whether the python tool should be called.
     """
     if kind not in KINDS:
         raise InputError(f"no questions of kind {kind!r} in the primer: use one of {', '.join(KINDS)}")

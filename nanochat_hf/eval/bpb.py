@@ -38,10 +38,8 @@ def evaluate_bpb(
 ) -> float:
     """Bits per byte over all batches of all ranks; every rank gets the same figure.
 
-    Args:
-        token_losses: (inputs (B, T), targets (B, T)) -> losses (B, T) in nats.
-        batches: pairs of inputs and targets, each (B, T) int64; targets of -100 are ignored.
-        byte_lengths: (V,) bytes that each token id stands for, 0 for special tokens.
+    `token_losses`: (inputs (B, T), targets (B, T)) -> losses (B, T) in nats; targets of -100 are ignored.
+    `byte_lengths`: (V,) bytes that each token id stands for, 0 for special tokens.
     """
     sums = []  # one (2,) per batch, left on the device so that no batch waits for the one before
     for inputs, targets in batches:
@@ -67,18 +65,10 @@ def losses_of(model) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def held_out_bpb(model, tokenizer, dataset, num_tokens: int, batch_tokens: int | None = None) -> dict | None:
-    """Bits per byte of a dataset's validation split, in packed rows of the model's context.
+    """Bits per byte of a dataset's validation split, in packed rows of the model's context: a result of metrics.json.
 
-    The rows depend on `num_tokens` alone, not on the batch size or on the number of ranks (1, 2, 4 or 8).
-
-    Args:
-        dataset: what `open_documents` takes.
-        num_tokens: tokens to read, rounded to whole rows, at least one per rank.
-        batch_tokens: positions per batch; None for what fits.
-
-    Returns:
-        A result as in metrics.json, "n" in tokens; None for a tokenizer that is not byte-level: how many bytes a token
-        stands for is unknown.
+    The rows depend on `num_tokens` alone, not on `batch_tokens` (positions per batch; None for what fits) or on the
+    number of ranks (1, 2, 4 or 8). None for a tokenizer that is not byte-level: the bytes of a token are unknown.
     """
     lengths = token_byte_lengths(tokenizer)
     if sum(lengths[i] for i in tokenizer(PROBE, add_special_tokens=False)["input_ids"]) != len(PROBE.encode()):

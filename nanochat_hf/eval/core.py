@@ -25,17 +25,9 @@ NUM_CORE = 22
 def evaluate_core(lm, manager: TaskManager, max_per_task: int | None = None, log: Callable = print) -> dict | None:
     """CORE of a model, or the mean over those of its tasks that the bundle has; the label says which.
 
-    Args:
-        lm: a `LocalLM`.
-        max_per_task: examples per task, drawn as the definition says; None for all.
-        log: called with a line per task.
-
-    Returns:
-        On the main process: {"value", "stderr", "label", "tasks", "missing", "limit", "long_prompts", "seconds",
-        "model_seconds", "per_task": {label: {"acc", "centered", "stderr", "n"}}}. None elsewhere.
-
-    Raises:
-        InputError: no bundle, one with none of the tasks, a damaged line.
+    `lm` is a `LocalLM`, `max_per_task` examples are drawn as the definition says. Returns on the main process what
+    `centered_mean` does, with "missing", "limit", "long_prompts", "seconds" and "model_seconds". Raises InputError: no
+    bundle, one with none of the tasks, a damaged line.
     """
     start, model_seconds, results, long_prompts = time.time(), lm.model_seconds, {}, 0
     tasks = load_tasks(manager, [GROUP])

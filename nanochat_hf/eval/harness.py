@@ -3,9 +3,8 @@
     nanochat eval --config recipes/cpu-demo/eval.yaml --run-dir runs/cpu-demo
 
 All tasks are the YAMLs of evals/tasks, which the lm-eval CLI runs, too. This runner is faster (shared prefixes,
-batches of equal work, requests divided among ranks) and runs tools inside answers. Results go to eval/metrics.json,
-every question with its answer to eval/samples/<stage>/<task>.jsonl. An interrupted evaluation resumes with the stage
-that it had not finished.
+batches of equal work, requests divided among ranks) and runs tools inside answers. An interrupted evaluation resumes
+with the stage that it had not finished.
 """
 
 import hashlib
@@ -58,20 +57,14 @@ def evaluate(
     engine: Callable | None = None,
     keep_unchanged: bool = False,
 ) -> dict | None:
-    """Evaluate each stage's model and write output/metrics.json.
+    """Evaluate each stage's model and write output/metrics.json; returns its content on the main process.
 
     Args:
         models: stage -> folder or Hub id, for example {"base": "runs/d12/base", "sft": "runs/d12/sft"}.
-        output: the eval folder of the run.
         engine: (model, tokenizer) -> object with the `generate` of `Generator`, which is the default.
-        keep_unchanged: reuse results of an earlier output/metrics.json for stages whose weights, config, tasks and
-            data are the same.
+        keep_unchanged: reuse earlier results of stages whose weights, config, tasks and data are the same.
 
-    Returns:
-        The content of metrics.json on the main process, None elsewhere.
-
-    Raises:
-        InputError: unknown task, no chat template, no bundle, no such model, weights that are not finite.
+    Raises InputError: unknown task, no chat template, no bundle, no such model, weights that are not finite.
     """
     state, output, record = partial_state(), Path(output), start_record(config)
     check_counts(config, state.num_processes)
@@ -148,10 +141,7 @@ def by_number(stages: dict[str, dict]) -> dict[str, dict]:
 
 
 def other_stages(output: Path, models: dict[str, str], definition: str) -> dict[str, dict]:
-    """Earlier results of stages that were not measured now, if weights and definition are still the same.
-
-    A line names those of the run's stages whose results are left out.
-    """
+    """Earlier results of stages that were not measured now, if still true; a line names those that are left out."""
     record, run, lost = load_metrics(output, evaluation=True) or {}, Run(output.parent), []
     results = by_stage(record, definition)
     for stage, reason in outdated(run, record).items():
@@ -265,11 +255,8 @@ def chatcore_metric(config: EvalConfig, tokenizer, output: Path, engine: Callabl
     """ChatCORE during training: (model in eval mode, questions per task) -> centered mean, the same on every rank.
 
     The mean is over ChatCORE's tasks, where `config.tasks` has some, and over all its accuracies otherwise; NaN if the
-    questions of every task have one answer. Generated questions are written below `output`. `engine`, as in
-    `evaluate`, is built once; its weights are synced.
-
-    Raises:
-        InputError: a task that is unknown or whose questions are missing, or no chat task at all.
+    questions of every task have one answer. `engine` is built once; its weights are synced. Raises InputError for a
+    task that is unknown or whose questions are missing, or no chat task at all.
     """
     config = replace(config, chat_stages=["sft"], num_samples=1, temperature=0.0)
     with quiet():

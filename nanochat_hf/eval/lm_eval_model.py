@@ -3,9 +3,8 @@
     model, tokenizer = load("runs/d12/sft", "auto", torch.device("cuda"))
     lm = LocalLM(model, tokenizer, EvalConfig(), Generator(model, tokenizer))
 
-Any task of lm-eval runs on it. Compared to `--model hf` it is faster, runs the python tool inside generated answers,
-and encodes text that spells a special token as text. `Generator` works for any causal LM of transformers;
-`serve.engine.Engine` has the same `generate` and is much faster for nanochat models on a GPU.
+Compared to `--model hf` it is faster, runs the python tool inside generated answers, and encodes text that spells a
+special token as text. `serve.engine.Engine` has the `generate` of `Generator` and is much faster on a GPU.
 """
 
 import time
@@ -29,11 +28,7 @@ REPACK = 0.75  # finished rows leave the batch when fewer than this share still 
 class LocalLM(HFLM):
     """lm-eval's model; each rank of the process group computes a share of the requests.
 
-    Args:
-        model: causal LM of transformers, in eval mode.
-        tokenizer: its tokenizer.
-        config: an `EvalConfig`: batch sizes and sampling.
-        engine: has the `generate` of `Generator`; None where nothing is generated.
+    `config`: an `EvalConfig` with batch sizes and sampling; `engine` has the `generate` of `Generator`.
     """
 
     def __init__(self, model, tokenizer, config, engine=None):
@@ -114,14 +109,7 @@ def load(folder: str, dtype: str, device: torch.device):
 
 
 class Generator:
-    """Batched generation with the model's forward; the results of tool calls are forced into the answers.
-
-    Args:
-        model: a causal LM in eval mode.
-        tokenizer: its tokenizer; without the four special tokens of tool calls no tool runs.
-        batch_size: prompts generated together.
-        run_tools: answer the calls of the model.
-    """
+    """Batched generation with the model's forward; the results of tool calls are forced into the answers."""
 
     def __init__(self, model, tokenizer, batch_size: int = 128, run_tools: bool = True):
         self.model, self.batch_size = model, batch_size

@@ -41,15 +41,10 @@ class _Row:
 def loglikelihoods(
     model, requests: Sequence[tuple[np.ndarray, np.ndarray]], batch_tokens: int | None = None
 ) -> list[tuple[float, bool]]:
-    """Sum of log-probabilities of each continuation, and whether each of its tokens was the argmax.
+    """(sum of log-probabilities in nats, whether each token was the argmax) of each request, summed in float64.
 
-    Args:
-        model: a causal LM of transformers in eval mode.
-        requests: (context, continuation) token ids, both at least one token long.
-        batch_tokens: positions per batch, which bounds the memory; None for `max_batch_tokens`.
-
-    Returns:
-        (sum in nats, all argmax) per request, in the order of `requests`. Sums are taken in float64.
+    `requests`: (context, continuation) token ids, both at least one token long; `batch_tokens`: positions per batch,
+    which bounds the memory; None for `max_batch_tokens`.
     """
     batch_tokens = batch_tokens or max_batch_tokens(model)
     groups: dict[bytes, dict[bytes, _Row]] = {}  # by context, then by all tokens of the input

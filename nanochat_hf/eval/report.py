@@ -35,11 +35,7 @@ CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>
 def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
     """Write report.md, report.json, report.html and plots/ into the run folder; returns the path of report.md.
 
-    Args:
-        hourly_rate: price of the whole machine in dollars per hour, for the cost.
-
-    Raises:
-        InputError: the folder has no finished stage.
+    `hourly_rate`: price of the whole machine in dollars per hour, for the cost.
     """
     path = Path(run_path)
     facts = collect(Run(path), hourly_rate)
@@ -72,11 +68,13 @@ def collect(run: Run, hourly_rate: float | None = None, last: str | None = None)
     shown = {name: stages[name] for name in stages if name != "eval" and not replaced(run, name)}
     table = summary_table(shown, evaluation)
     means = [name for name, cells in table.items() if of_last_stage(cells, "label")]
+    changed = {m["commit"] for m in stages.values() if m.get("commit") and m.get("dirty")}
+    commits = {m.get("commit") or "unknown" for m in stages.values()}
     return {
         "schema": 1,
         "run": run.path.resolve().name,
         "notes": notes,
-        "commits": sorted({commit_of(metrics) for metrics in stages.values()}),
+        "commits": sorted(c + " (with local changes)" * (c in changed) for c in commits),
         "hardware": newest.get("hardware"),
         "versions": newest.get("versions"),
         "seconds": seconds,
@@ -96,9 +94,7 @@ def collect(run: Run, hourly_rate: float | None = None, last: str | None = None)
 def current_results(run: Run, stages: dict, later: Collection[str] = ()) -> tuple[list[str], dict]:
     """Notes on what is left out or uncertain, and the evaluation without results of other weights.
 
-    Args:
-        stages: the metrics.json of each finished stage.
-        later: names of stages that are left out.
+    `stages`: the metrics.json of each finished stage; `later`: names of stages that are left out.
     """
     record, notes, names = stages.get("eval", {}), [], [name for name in stages if name in TITLES]
     measured = {stage: reason for stage, reason in outdated(run, record).items() if stage not in later}
@@ -116,11 +112,6 @@ def current_results(run: Run, stages: dict, later: Collection[str] = ()) -> tupl
     evaluation = {key: {s: v for s, v in (record.get(key) or {}).items() if s in models} for key in keys}
     same_tokenizer = not reasons or next(iter(measured)) not in reasons  # it is that of the first model
     return notes, evaluation | {"bytes_per_token": (record.get("bytes_per_token") or {}) if same_tokenizer else {}}
-
-
-def commit_of(metrics: dict) -> str:
-    commit = metrics.get("commit")
-    return "unknown" if not commit else commit + (" (with local changes)" if metrics.get("dirty") else "")
 
 
 def command(stages: dict, hardware: dict) -> str | None:
@@ -296,10 +287,7 @@ def by_text(rows: list[dict], key: str) -> dict[str, dict]:
 
 
 def metrics_by_stage(table: dict, errors: bool = False) -> str:
-    """A row per metric, a column per stage that has one, and the random baseline.
-
-    With `errors` also standard errors, the number of questions, how many called a tool, and pass@k.
-    """
+    """A row per metric, a column per stage; with `errors` also standard errors, questions, tool calls and pass@k."""
     rows, counts = [], ("baseline", "n") if errors else ("baseline",)
     stages = [stage for stage in MODEL_STAGES if any(stage in named for named in table.values())]
     for metric, named in table.items():

@@ -1,7 +1,5 @@
 """Which weights a result belongs to, and whether weights are finite.
 
-model_id("runs/d12/sft")                # "3f0a.." of a folder, the commit of a Hub id; None if it cannot be determined
-refuse_non_finite("runs/d12/sft")       # InputError that names the first tensor with NaN or infinity
 outdated(Run("runs/d12"), metrics)      # {"sft": "has other weights now", "rl": ""}
 """
 
@@ -16,11 +14,7 @@ from ..run import MODEL_STAGES, Run, first_non_finite, model_fingerprint
 
 
 def model_id(model: str | Path) -> str | None:
-    """Identifies the weights that are in `model`, a folder or a Hub id, now.
-
-    Returns:
-        A folder's fingerprint, a Hub id's commit; None for a folder without safetensors and for an unknown id.
-    """
+    """A folder's fingerprint or a Hub id's commit; None for a folder without safetensors and for an unknown id."""
     if Path(model).is_dir():
         return _fingerprint(str(model), _stamp(model))
     try:
@@ -89,8 +83,7 @@ def origin(run: Run, stage: str, source: str | Path) -> str:
 def renewal(run: Run, definition: str | None = None) -> str:
     """What a finished evaluation must be run again for: stages that changed, came or went, or all; "" for nothing.
 
-    Args:
-        definition: today's `harness.definition_of`; None not to compare it.
+    `definition` is today's `harness.definition_of`; None not to compare it.
     """
     evaluation = run.metrics("eval") or {}
     if not evaluation.get("finished"):

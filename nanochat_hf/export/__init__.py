@@ -8,15 +8,14 @@ Where the engine's files do not disturb others, the module also has `add(folder)
 checkpoint folder, and returns such lines, with {folder} in them. `nanochat push --with mlx,onnx` does so.
 """
 
-import os
 import shlex
 import shutil
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..convert import new_folder
 from ..errors import InputError
-from ..run import writing
 
 
 def export(source: str | Path, output: str | Path, engine: str, **options) -> list[str]:
@@ -24,18 +23,8 @@ def export(source: str | Path, output: str | Path, engine: str, **options) -> li
 
     Returns: lines that say how to use it. Raises InputError if it cannot be expressed there, or cannot be read.
     """
-    source, output = Path(source), Path(output)
-    if os.path.lexists(output):
-        raise InputError(f"{output} exists: remove it or choose another output")
-    part = output.with_name(f".{output.name}.part")
-    with writing(part):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    try:
-        lines = module_of(engine).write(source, part, **options)
-        os.replace(part, output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with new_folder(Path(output)) as folder:
+        lines = module_of(engine).write(Path(source), folder, **options)
     return [line.format(folder=shlex.quote(str(output))) for line in lines]
 
 

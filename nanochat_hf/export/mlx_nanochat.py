@@ -47,7 +47,6 @@ class ModelArgs(BaseModelArgs):
     num_tokens: int | None = None
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None
-    tie_word_embeddings: bool = False
 
     def has_value_embed(self, layer: int) -> bool:
         return self.value_embeds and (self.num_hidden_layers - 1 - layer) % 2 == 0
@@ -181,13 +180,10 @@ class Model(nn.Module):
         super().__init__()
         self.args, self.model_type = args, args.model_type
         self.model = NanoChatModel(args)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+        self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
     def __call__(self, inputs: mx.array, cache=None) -> mx.array:
-        hidden = self.model(inputs, cache)
-        head = self.model.embed_tokens.as_linear if self.args.tie_word_embeddings else self.lm_head
-        logits = head(hidden)[..., : self.args.num_tokens].astype(mx.float32)
+        logits = self.lm_head(self.model(inputs, cache))[..., : self.args.num_tokens].astype(mx.float32)
         cap = self.args.final_logit_softcapping
         return logits if cap is None else cap * mx.tanh(logits / cap)
 

@@ -175,8 +175,7 @@ class NanoChatForVllm(nn.Module, SupportsLoRA):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
         self.model = NanoChatModel(vllm_config=vllm_config, prefix=f"{prefix}model")
-        tied, sizes = config.tie_word_embeddings, (config.vocab_size, config.hidden_size)
-        self.lm_head = self.model.embed_tokens if tied else ParallelLMHead(*sizes, prefix=f"{prefix}lm_head")
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=f"{prefix}lm_head")
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

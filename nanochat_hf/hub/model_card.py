@@ -43,10 +43,7 @@ class Push:
 
 
 def render_model_card(run: Run, options: Push, uses: Sequence[str] = ()) -> ModelCard:
-    """Returns the card of `options.stage`: metadata with its measured results, and the facts of the run as text.
-
-    `uses` are lines with commands of other engines.
-    """
+    """The card of `options.stage`: measured results as metadata, facts as text; `uses`: commands of other engines."""
     stage, name = options.stage, options.repo.split("/")[-1]
     facts = report_facts(run, stage)
     facts |= {key: facts["stages"].get(stage, {}).get(key) for key in ("hardware", "versions")}
@@ -105,18 +102,18 @@ def datasets(facts: dict) -> list[str]:
 
 def eval_results(facts: dict, stage: str) -> list[EvalResult]:
     """Every result of this stage as the Hub's model-index has it. Raises InputError for a result that is NaN."""
-    values = {metric: cells[stage]["value"] for metric, cells in facts["table"].items() if stage in cells}
+    cells = {metric: named[stage] for metric, named in facts["table"].items() if stage in named}
     for mean in ("core", "chatcore", "kocore"):
         tasks = facts["evaluation"][mean].get(stage, {}).get("per_task", {})
-        values |= {f"{label} ({mean})": task["acc"] for label, task in tasks.items()}
+        cells |= {f"{label} ({mean})": {"value": task["acc"]} for label, task in tasks.items()}
     results = []
-    for metric, value in values.items():
-        if value is None:
+    for metric, cell in cells.items():
+        if cell["value"] is None:
             raise InputError(f"the result of {metric} is no number: run the evaluation again")
-        kind = "bits_per_byte" if "bpb" in metric else "centered_accuracy" if "CORE" in metric else "accuracy"
+        kind = "bits_per_byte" if "bpb" in metric else "centered_accuracy" if "tasks" in cell else "accuracy"
         slug = re.sub(r"[^a-z0-9]+", "-", metric.lower()).strip("-")
         names = {"task_name": "Text Generation", "metric_name": kind.replace("_", " ")}
-        results.append(EvalResult("text-generation", slug, metric, kind, round(float(value), 6), **names))
+        results.append(EvalResult("text-generation", slug, metric, kind, round(float(cell["value"]), 6), **names))
     return results
 
 

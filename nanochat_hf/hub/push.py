@@ -2,12 +2,9 @@
 
     nanochat push --run-dir runs/d24 --repo you/nanochat-d24 [--stage sft] [--space] [--dry-run]
 
-`push` uploads weights, configuration, model code, tokenizer with chat template, the tool loop (`custom_generate/`),
-metrics.json, the report with its plots, and a card whose metadata holds every result of the evaluation. An upload is
-one commit: an interrupted push leaves no half model, and the next one sends only what is missing. At the end a process
-without this package loads the uploaded commit, and its logits are compared. The token is the one that huggingface_hub
-finds. What is private stays here: a link out of the run folder and a file with a token are refused, and paths of local
-data are shortened to names.
+An upload is one commit: an interrupted push leaves no half model, and the next one sends only what is missing. At the
+end a process without this package loads the uploaded commit, and its logits are compared. What is private stays here:
+a link out of the run folder and a file with a token are refused, and paths of local data are shortened to names.
 
 `checkpoint_pusher` uploads checkpoints of a running job, each to a branch of its own: `push_every` of base.yaml.
 """
@@ -18,21 +15,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import replace
-from json import JSONDecodeError
+from functools import partial
 from pathlib import Path
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
-from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
 
 from .. import tool_loop
 from ..config import RepoId, check_value, each_once
 from ..convert.native import renew
+from ..data.hub_files import hub_errors, with_retry
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..eval.plots import plots
@@ -81,17 +76,24 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
         log(f"dry run: nothing was sent; the files and the card are in {folder}")
         return str(folder)
     api = log_in()
-    with friendly_hub_errors(repo):
-        ModelCard.load(folder / "README.md").validate()
+    with hub_errors(repo):
+        try:
+            ModelCard.load(folder / "README.md").validate()
+        except ValueError as error:
+            raise InputError(f"the Hub rejects the card: {' '.join(str(error).split())[:300]}") from None
         url = api.create_repo(repo, private=options.private, exist_ok=True)
         if options.revision and not options.revision.startswith("refs/"):  # refs/pr/1 is there
             api.create_branch(repo, branch=options.revision, exist_ok=True)
         elif not options.revision and not options.force:
-            refuse_others(api, repo, folder)
+            check = api.verify_repo_checksums(repo, local_dir=folder)
+            others = {*check.missing_paths, *(one["path"] for one in check.mismatches)} - {".gitattributes"}
+            if others:
+                advice = "push to a branch with --revision NAME, or replace all of it with --force"
+                raise InputError(f"{repo} holds another {min(others)} already: {advice}")
         delete = "*" if options.force else None
         what = {"folder_path": folder, "delete_patterns": delete, "revision": options.revision}
         what["commit_message"] = f"Upload {stage} of {run.path.resolve().name}"
-        commit = with_retries(log, api.upload_folder, repo_id=repo, **what)
+        commit = with_retry(partial(api.upload_folder, repo_id=repo, **what), repo, log)
         difference = check_loaded_back(repo, commit.oid, folder, api.token)
         log(f"loaded back in a clean process: largest difference of a logit {difference:.1e}")
         if options.space:
@@ -113,8 +115,12 @@ def prepare(run: Run, options: Push) -> Path:
     load_tokenizer(source)
     code = own_files(source, ["*_nanochat.py"], run.path)
     config = load_json(source / "config.json")
-    if not options.model_code and update_class_names(config) is config:  # else an older version's, which is renewed
-        refuse_changed_code(code)
+    # An older version's code is renewed.
+    todays = not options.model_code and update_class_names(config) is config
+    for path in code if todays else ():
+        if path.name not in CODE or path.read_bytes() != CODE[path.name].read_bytes():
+            advice = "--model-code folder pushes it as it is, --model-code package this version's in its place"
+            raise InputError(f"{path} is not this version's code: {advice}")
     for path in files if options.model_code != "folder" else ():
         if path.match("*config.json") and (match := CODE_OF_OTHERS.search(path.read_text(encoding="utf-8"))):
             raise InputError(f"{path} names code of another repository, {match[0]}: remove it from there")
@@ -139,13 +145,6 @@ def prepare(run: Run, options: Push) -> Path:
     uses = [line.format(folder=options.repo) for engine in options.engines for line in adder(engine)(folder)]
     (folder / "README.md").write_text(f"{render_model_card(run, options, uses)}\n", encoding="utf-8")
     return folder
-
-
-def refuse_changed_code(files: Iterable[Path]) -> None:
-    for path in files:
-        if path.name not in CODE or path.read_bytes() != CODE[path.name].read_bytes():
-            advice = "--model-code folder pushes it as it is, --model-code package this version's in its place"
-            raise InputError(f"{path} is not this version's code: {advice}")
 
 
 def own_files(folder: Path, patterns: Iterable[str], run: Path) -> list[Path]:
@@ -177,15 +176,6 @@ def refuse_secrets(files: Iterable[Path]) -> None:
             raise InputError(f"{path} contains a token or a private key: remove it, and replace it if it was shared")
 
 
-def refuse_others(api: HfApi, repo: str, folder: Path) -> None:
-    """Raises InputError if the repo holds a file that is not ours or differs from ours."""
-    check = api.verify_repo_checksums(repo, local_dir=folder)
-    others = {*check.missing_paths, *(mismatch["path"] for mismatch in check.mismatches)} - {".gitattributes"}
-    if others:
-        advice = "push to a branch with --revision NAME, or replace all of it with --force"
-        raise InputError(f"{repo} holds another {min(others)} already: {advice}")
-
-
 LOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -202,10 +192,7 @@ PROBE = "The sky is blue because 12 * 34 is 408, and that is all there is to say
 
 
 def load_in_clean_process(name: str | Path, revision: str, token: str) -> dict[str, torch.Tensor]:
-    """{"ids", "logits"} of PROBE by a repo or a folder that is loaded with an empty cache and without this package.
-
-    Raises InputError with the last line of the error if it does not load.
-    """
+    """{"ids", "logits"} of PROBE by a repo or a folder that is loaded with an empty cache and without this package."""
     with tempfile.TemporaryDirectory() as work:
         env = os.environ | {"HF_TOKEN": token, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "0", "PYTHONPATH": ""}
         env |= {"HF_HUB_CACHE": f"{work}/hub", "HF_MODULES_CACHE": f"{work}/modules"}
@@ -218,10 +205,7 @@ def load_in_clean_process(name: str | Path, revision: str, token: str) -> dict[s
 
 
 def check_loaded_back(repo: str, revision: str, local: Path, token: str) -> float:
-    """Loads `repo` at `revision` as a user does. Returns: the largest difference of a logit from the local folder's.
-
-    Raises InputError if it does not load, or if ids or logits differ (by more than 1e-3).
-    """
+    """Loads `repo` at `revision` as a user does; returns the largest difference of a logit, refused above 1e-3."""
     loaded, expected = (load_in_clean_process(name, revision, token) for name in (repo, local.resolve()))
     if not torch.equal(expected["ids"], loaded["ids"]):
         raise InputError(f"{repo} is uploaded but its tokenizer gives other ids than {local}")
@@ -240,8 +224,8 @@ def push_space(api: HfApi, options: Push, log: Callable[[str], None]) -> str:
         CommitOperationAdd(file, (SPACE / file).read_bytes().replace(b"you/nanochat-d24", options.repo.encode()))
         for file in ("app.py", "head.html", "texts.yaml", "README.md", "requirements.txt")
     ]
-    message = f"Chat with {options.repo}"
-    with_retries(log, api.create_commit, repo_id=name, repo_type="space", operations=files, commit_message=message)
+    what = {"operations": files, "commit_message": f"Chat with {options.repo}"}
+    with_retry(partial(api.create_commit, repo_id=name, repo_type="space", **what), name, log)
     if options.private:
         log(f"the model is private: give the Space a read token as the secret HF_TOKEN, in the settings of {name}")
     return f"{api.endpoint}/spaces/{name}"
@@ -253,46 +237,6 @@ def log_in() -> HfApi:
     return HfApi(token=token)
 
 
-@contextmanager
-def friendly_hub_errors(repo: str):
-    """Turns the client's errors into one line that says what to do."""
-    try:
-        yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        advice = {
-            401: "the Hub does not accept the token: log in again with `hf auth login`",
-            403: f"the token may not write to {repo}: use one with write access, or another owner",
-            404: f"{repo} is not there, or the token may not see it",
-            429: "the Hub asks to slow down: run the same command again in a few minutes; uploaded files are kept",
-        }
-        other = f"the Hub answered {status}: {error.server_message or 'no reason given'}; run the same command again"
-        raise InputError(advice.get(status, other)) from None
-    except (HTTPError, OSError, JSONDecodeError) as error:  # httpx, hf_xet (which sends the weights), a proxy's page
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the push broke off ({reason}): run the same command again, what is up stays up") from None
-    except ValueError as error:  # of the card's validation
-        if not isinstance(error.__context__, BadRequestError):
-            raise
-        raise InputError(f"the Hub rejects the card: {' '.join(str(error).split())[:300]}") from None
-
-
-def with_retries(log: Callable[[str], None], send: Callable, **arguments):
-    """Calls send(**arguments); repeats it after a broken connection or a server error, which resumes an upload.
-
-    huggingface_hub retries every request but the last one, the commit.
-    """
-    for pause in (1, 2, 4, None):
-        try:
-            return send(**arguments)
-        except (HTTPError, OSError) as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
-            if pause is None or (status < 500 and status != 429):
-                raise
-            log(f"interrupted ({type(error).__name__}); trying again, what is up stays up")
-            time.sleep(pause)
-
-
 COPIES = ".push-"  # prefix of the folders that checkpoints are uploaded from
 MAX_UPLOADS = 2  # checkpoints that are uploaded or queued; each takes a model's size on the disk
 
@@ -300,13 +244,12 @@ MAX_UPLOADS = 2  # checkpoints that are uploaded or queued; each takes a model's
 def checkpoint_pusher(repo: str, log: Callable[[str], None] = print) -> Callable[[Path, int], Future | None]:
     """Returns what `pretrain(..., push=)` takes: it uploads a folder to branch `step-NNNNNN`, as Pythia and SmolLM do.
 
-    A thread uploads a copy while training continues; the interpreter waits for it at its end. The repo is private. A
-    failing Hub must not end a training run: errors are logged, and the next checkpoint is tried. The upload is
-    returned as a Future, or None if it is left out: too many are under way, or there is no room for its copy.
-    Raises InputError at once if there is no token or the repo cannot be created.
+    A thread uploads a copy while training continues; the interpreter waits for it at its end. A failing Hub must not
+    end a training run: errors are logged. The upload is returned as a Future, or None if it is left out: too many are
+    under way, or there is no room for its copy. Raises InputError without a token or a private repo.
     """
     api = log_in()
-    with friendly_hub_errors(repo):
+    with hub_errors(repo):
         api.create_repo(repo, private=True, exist_ok=True)
     uploads: list[Future] = []
 
@@ -319,9 +262,9 @@ def checkpoint_pusher(repo: str, log: Callable[[str], None] = print) -> Callable
         try:
             refuse_non_finite(copy)
             refuse_secrets(Path(copy).iterdir())
-            with friendly_hub_errors(repo):
+            with hub_errors(repo):
                 api.create_branch(repo, branch=branch, exist_ok=True)
-                with_retries(log, api.upload_folder, **where, commit_message=f"Step {step}")
+            with_retry(partial(api.upload_folder, **where, commit_message=f"Step {step}"), repo, log)
             log(f"step {step} is on {repo} as branch {branch}")
         except Exception as error:  # of any kind: a thread's error would be lost
             warn(step, error)

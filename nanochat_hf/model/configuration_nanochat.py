@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -143,8 +144,11 @@ class NanoChatHFConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
         theta = self.rope_parameters.get("rope_theta")
-        if not (isinstance(theta, int | float) and theta > 0):
+        if not (isinstance(theta, int | float) and 0 < theta < math.inf):
             raise ValueError(f"rope_theta is {theta!r}: write a number above 0")
+        kind, kinds = self.rope_parameters.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]
+        if kind not in kinds:
+            raise ValueError(f"rope_type is {kind!r}: write one of {', '.join(kinds)}")
 
     def shape_error(self) -> str | None:
         """Returns one clear line on the first field that is out of range, or None."""
@@ -168,6 +172,11 @@ class NanoChatHFConfig(PreTrainedConfig):
             return f"num_tokens {self.num_tokens} must lie between 1 and vocab_size {self.vocab_size}"
         if self.final_logit_softcapping == 0:
             return "final_logit_softcapping is 0: write null to turn it off"
+        for name in ("qk_scale", "rms_norm_eps", "final_logit_softcapping"):
+            if (value := getattr(self, name)) is not None and not 0 < value < 1e9:
+                return f"{name} is {value}: write a number above 0"
+        if self.tie_word_embeddings:
+            return "tie_word_embeddings is true: the head has weights of its own, write false"
         if self.smear and width < SMEAR_GATE_CHANNELS:
             return f"the smear needs hidden_size >= {SMEAR_GATE_CHANNELS}: set smear=False or widen the model"
         if self.value_embeds and width < VALUE_GATE_CHANNELS:

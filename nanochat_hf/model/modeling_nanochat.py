@@ -432,8 +432,6 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
 class NanoChatHFForCausalLM(ToolLoopMixin, NanoChatHFPreTrainedModel, GenerationMixin):
     """The language model: `NanoChatHFModel` and a head with softcapped float32 logits."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # only if the config asks for tying
-
     def __init__(self, config: NanoChatHFConfig):
         super().__init__(config)
         self.model = NanoChatHFModel(config)

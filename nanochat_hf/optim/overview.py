@@ -16,6 +16,7 @@ from . import scaling
 from .scaling import GPUS, Plan, estimate_memory, find_gpu, split_global_batch
 
 RATE = 3.0  # dollars per GPU-hour
+SHORTEST_STEP = 0.01  # seconds; in shorter ones starting the kernels takes longer than what an MFU says
 LEARNING_RATES = {"matrix": "", "embedding": " (embedding)", "head": " (head)", "x0": " (scalars)"}  # by role
 TOTALS = ("model", "steps", "time", "cost", "energy", "memory")  # rows that a plan begins with
 
@@ -98,12 +99,16 @@ def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool
     speed, source = scaling.estimate_speed(size, devices.name, units, fp8, bool(devices.sharding))
     if speed is None:
         return {"time": source}
+    if name:
+        needed = estimate_memory(size, micro_batch_size, kernels=fp8 or scaling.has_kernels(name))
+        rows["memory"] = memory_text(needed, devices, "base", micro_batch_size)
+        if size.total_batch_size < SHORTEST_STEP * speed:
+            small = f"such small steps ({size.total_batch_size:,} tokens) leave GPUs idle"
+            return rows | {"time": f"not known, nor is the cost: {small}"}
     seconds = size.total_tokens / speed
     rows["time"] = f"{duration(seconds)} at {short(round(speed))} tok/s ({source}); without evaluations"
     if name:
         gpu, hours = GPUS[name], seconds / 3600
-        needed = estimate_memory(size, micro_batch_size, kernels=fp8 or scaling.has_kernels(name))
-        rows["memory"] = memory_text(needed, devices, "base", micro_batch_size)
         rate = RATE * ranks if devices.hourly_rate is None else devices.hourly_rate * -(-ranks // 8)
         rows["cost"] = f"${hours * rate:,.2f} at ${rate:,.2f} per hour"
         rows["energy"] = f"at most {hours * ranks * gpu.watts / 1000:,.1f} kWh: GPUs of {gpu.watts:,.0f} W"
@@ -116,7 +121,7 @@ def memory_text(needed: float, devices: Devices, stage: str, micro_batch_size: i
     if needed > has and not more:
         key = f"{stage}.device_batch_size" if micro_batch_size > 1 else "base.depth"
         more = f": too much, lower {key}"
-    return f"about {needed / 1e9:.0f} of {has / 1e9:.0f} GB per GPU{more}"
+    return f"{f'about {needed / 1e9:.0f}' if needed > 1e9 else 'less than 1'} of {has / 1e9:.0f} GB per GPU{more}"
 
 
 def stage_batch(config, ranks: int, length: int = 1, log: Callable = lambda text: None) -> tuple[int, int]:

@@ -5,8 +5,8 @@
     layers()                                                                -> ("unprivileged user", "namespaces", ...)
 
 Solution and tests run in two sandboxes. The tests call the solution over a socket that carries plain data only
-(program.py), so a solution can neither read what is expected nor report success. Without tests a program
-passes if it ran to its last line; that it says itself.
+(program.py), so a solution can neither read what is expected nor report success. Without tests a program passes if it
+ran to its last line; that it says itself.
 
 A sandbox is three processes. The guard (guard.py, a script) stays outside and watches time, processes and memory.
 Its child is process 1 of new namespaces: no network, no foreign process, a read-only view of the Python installation
@@ -15,7 +15,6 @@ what they allow: `layers` says what this machine gives.
 """
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -61,36 +60,23 @@ def run_sandboxed(
     """
     check_layers()
     ours, theirs = socket.socketpair()
-    with collected() as output, working_folder() as folder, ours, theirs:
-        guards = [start_guard("solution", program, theirs, folder, output.writer, timeout, memory_bytes)]
-        if tests:
-            both = json.dumps([tests, program], ensure_ascii=False)
-            # Not in the folder: unittest, which a solution can make the tests import, would run what it wrote there.
-            guards.append(start_guard("tests", both, ours, "/", output.writer, timeout, memory_bytes))
-            ours.close()
-            theirs.close()  # else neither side would see the other one end
-            code = wait(guards[1], timeout)
-            guards[0].terminate()  # nobody calls it any more
-        else:
-            theirs.close()
-            began = first_byte(ours, timeout)
-            ours.close()
-            code = ENDED if wait(guards[0], timeout) == 0 and began else 1
-        codes = [wait(guard, timeout) for guard in guards]
+    with collected() as (pipe, output), working_folder() as folder, ours, theirs:
+        solution = start_guard("solution", program, theirs, folder, pipe, timeout, memory_bytes)
+        # Not in the folder: unittest, which a solution can make the tests import, would run what it wrote there.
+        checker = start_guard("tests", tests, ours, "/", pipe, timeout, memory_bytes)
+        ours.close()
+        theirs.close()  # else neither side would see the other one end
+        code = wait(checker, timeout)
+        solution.terminate()  # nobody calls it any more
+        codes = code, wait(solution, timeout)
     timed_out = code not in (ENDED, UNCHECKED) and TIMED_OUT in codes
-    return SandboxResult(code == ENDED, output.text, timed_out, code != UNCHECKED)
-
-
-class Output:
-    """What is written to a pipe: `writer`, and at the end `text`, its first MAX_OUTPUT bytes; the rest is dropped."""
-
-    writer, text = -1, ""
+    return SandboxResult(code == ENDED, output.decode("utf-8", "replace"), timed_out, code != UNCHECKED)
 
 
 @contextlib.contextmanager
-def collected() -> Iterator[Output]:
-    output, data = Output(), bytearray()
-    reader, output.writer = os.pipe()
+def collected() -> Iterator[tuple[int, bytearray]]:
+    """A pipe to write to, and what came through it, at the end whole: MAX_OUTPUT bytes; the rest is dropped."""
+    data, (reader, writer) = bytearray(), os.pipe()
 
     def read() -> None:
         while part := os.read(reader, 1 << 16):
@@ -99,20 +85,19 @@ def collected() -> Iterator[Output]:
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     try:
-        yield output
+        yield writer, data
     finally:
-        os.close(output.writer)
+        os.close(writer)
         thread.join(10)  # all that wrote have ended
         os.close(reader)
-        output.text = data.decode("utf-8", "replace")
 
 
 @cache
 def layers() -> tuple[str, ...]:
     """What protects this machine from generated code, found by starting a sandbox once."""
-    with collected() as output:
-        wait(start_guard("layers", "", None, "/", output.writer, 20, MEMORY_BYTES), 20)
-    lines = output.text.splitlines()
+    with collected() as (pipe, output):
+        wait(start_guard("layers", "", None, "/", pipe, 20, MEMORY_BYTES), 20)
+    lines = output.decode("utf-8", "replace").splitlines()
     if "ready" not in lines:
         raise InputError(
             f"the sandbox for generated code does not start ({(lines or ['no output'])[-1]}): install Python where "
@@ -160,11 +145,3 @@ def wait(guard: subprocess.Popen, timeout: float) -> int:
     except subprocess.TimeoutExpired:
         guard.kill()
         return guard.wait()
-
-
-def first_byte(channel: socket.socket, timeout: float) -> bytes:
-    """What a solution that ran to its last line sends first, or nothing."""
-    channel.settimeout(timeout + 10)
-    with contextlib.suppress(OSError):
-        return channel.recv(1)
-    return b""

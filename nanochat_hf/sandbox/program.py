@@ -98,7 +98,7 @@ class Endpoint:
             arguments = value.__reduce__()[1] if kind.__module__ == "builtins" else value.args
             parts = [kind, arguments, vars(value), value.__cause__]
             return {"error": [self.number(value), *map(self.pack, parts)]}
-        return self.refer(value)
+        return self.refer(value)  # it stays here
 
     def unpack(self, value):
         """The opposite of `pack`."""
@@ -134,10 +134,6 @@ class Endpoint:
             self.numbers[id(value)] = len(self.objects)
             self.objects.append(value)
         return self.numbers[id(value)]
-
-    def refer(self, value) -> dict:
-        """What is sent for an object that stays here."""
-        raise NotImplementedError
 
     def proxy(self, name: str, number: int, *parts):
         """What stands for an object of the other side: here, for an exception or its class."""
@@ -213,6 +209,10 @@ def describe(value) -> list:
     return ["own", kind, getattr(value, "__dict__", None) if kind.__module__ == "solution" else None]
 
 
+def module_name(value) -> str | None:
+    return value.__name__ if isinstance(value, types.ModuleType) else None
+
+
 def printing(operation: str, *arguments, **options) -> tuple:
     """The result of an operation and what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -224,9 +224,9 @@ def run(coroutine):
 
 
 OPERATIONS = {function.__name__: function for function in (
-    operator.call, describe, printing, run, random.seed, copy.copy, copy.deepcopy, getattr, setattr, delattr, hasattr,
-    len, str, repr, bool, hash, iter, next, type, isinstance, issubclass, operator.getitem, operator.setitem,
-    operator.delitem, *(getattr(operator, name) for name in BINARY),
+    operator.call, describe, module_name, printing, run, random.seed, copy.copy, copy.deepcopy, getattr, setattr,
+    delattr, hasattr, len, str, repr, bool, hash, iter, next, type, isinstance, issubclass, operator.getitem,
+    operator.setitem, operator.delitem, *(getattr(operator, name) for name in BINARY),
 )}  # fmt: skip
 
 
@@ -328,13 +328,12 @@ class Tests(Endpoint):
         return result
 
     def check(self, code: str) -> int:
-        """Run [tests, source of the solution behind the channel], as JSON. Returns: ENDED or UNCHECKED."""
-        code, solution = json.loads(code)
+        """Run the tests of the solution behind the channel. Returns: ENDED or UNCHECKED."""
         if self.receive() != "ready":
             return 1
         random.seed = lambda *arguments, seed=random.seed: (seed(*arguments), self.ask("seed", *arguments))
         try:
-            exec(compile(code, "<tests>", "exec"), Names(self, code, solution))
+            exec(compile(code, "<tests>", "exec"), Names(self, code))
         except BaseException:
             if not self.unchecked:
                 raise
@@ -456,26 +455,26 @@ class KindOf(type):
 class Names(dict):
     """The namespace of the tests: names that they do not define are the solution's; Python's stay Python's.
 
-    So do those that the solution imports. A `math` or `np` of its own would be asked about what the tests expect: they
-    may only call it.
+    So do those of libraries. Another `math` or `np` would be asked about what the tests expect: they may only call it.
     """
 
-    def __init__(self, endpoint: Tests, tests: str, solution: str):
-        super().__init__(__name__="tests", type=KindOf("type", (), {}))
+    def __init__(self, endpoint: Tests, tests: str):
+        super().__init__(__name__="tests", __annotations__={}, type=KindOf("type", (), {}))
         self.module = endpoint.unpack({"object": [0]})
-        self.bindings, self.used = support.statements(solution), support.used(tests)
+        self.used, self.free = support.names(tests)
 
     def __missing__(self, name):
         if hasattr(builtins, name) or not ENDPOINT.ask("hasattr", self.module, name):
             raise KeyError(name)
-        value, *others = support.bindings(self.bindings, name) or [None]
-        if value is not None and all(other is value for other in others):
-            self[name] = value
-            return value
-        if name in self.used and (name in ("np", "pd") or importlib.util.find_spec(name)):
-            refuse(name)
         value = ENDPOINT.ask("getattr", self.module, name)
-        if isinstance(value, Remote | type):
+        if isinstance(value, Remote) and name in self.used:
+            value = support.library_module(name, ENDPOINT.ask("module_name", value)) or value
+            if isinstance(value, Remote) and (name in ("np", "pd") or importlib.util.find_spec(name)):
+                refuse(name)
+        is_module = isinstance(value, types.ModuleType)
+        if len(self.free) > 1 and not is_module:  # the only one is what the tests are about
+            value = support.confirmed(name, value, refuse)
+        if callable(value) or is_module:
             self[name] = value
         return value
 

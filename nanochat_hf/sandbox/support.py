@@ -1,67 +1,52 @@
-"""What program.py needs that asks no other process: what a solution's imports bind, by reading it; changed lists."""
+"""What program.py needs that asks no other process: names of the tests, what a library has by them, changed lists."""
 
 import ast
+import builtins
 import collections
 import contextlib
 import importlib.util
-import sys
-import types
+import symtable
+
+# Modules whose functions and constants tests use to say what is right: `isclose(root(2), 1.414)`.
+LIBRARY = "math cmath collections copy decimal fractions statistics string".split()  # noqa: SIM905
 
 
-def statements(code: str) -> list[ast.AST]:
-    """Of a module; none of one that does not compile, which says so itself."""
-    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-        return ast.parse(code).body
-    return []
-
-
-def used(code: str) -> set[str]:
-    """The names that a module does more with than call them."""
-    nodes = [*ast.walk(ast.Module(statements(code)))]
+def names(tests: str) -> tuple[set[str], set[str]]:
+    """The names with which tests do more than call them; those that tests use and do not define."""
+    nodes, tables = [*ast.walk(ast.parse(tests))], [symtable.symtable(tests, "<tests>", "exec")]
     called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
-    return {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in called}
+    used = {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in called}
+    for table in tables:  # which grows
+        tables += table.get_children()
+    own = {x.get_name() for x in tables[0].get_symbols() if x.is_assigned() or x.is_imported()}
+    free = {x.get_name() for table in tables for x in table.get_symbols() if table is tables[0] or x.is_global()}
+    return used, free - own - vars(builtins).keys()
 
 
-def bindings(nodes: list[ast.AST], name: str) -> list:
-    """What statements of a module bind to a name: what an import gives here, None for any other statement."""
-    bound, nodes = [], list(nodes)
-    for node in nodes:  # which grows
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            bound += [value for alias in node.names if (value := imported(node, alias, name)) is not alias]
-        elif isinstance(node, ast.Try) and any(value is not None for value in bindings(node.body, name)):
-            nodes += node.body + node.orelse + node.finalbody  # the import works, its handlers do not run
-        else:
-            names = (getattr(node, "name", ""), getattr(node, "rest", ""), *getattr(node, "names", ()))
-            stored = getattr(node, "id", "") == name and not isinstance(node.ctx, ast.Load)
-            bound += [None] * (stored or name in names)
-            own = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda)
-            inner = ast.walk(node) if own else ast.iter_child_nodes(node)
-            nodes += [child for child in inner if not own or isinstance(child, ast.Global)]
-    return bound
+def library_module(name: str, claimed: str | None):
+    """The module that a solution says it has as `name`, from here; None if it is none, or another one than `name`."""
+    if not isinstance(claimed, str) or claimed in ("__main__", "solution"):
+        return None
+    if claimed.rpartition(".")[2] != name and importlib.util.find_spec(name):  # np is the name of no module
+        return None
+    with contextlib.suppress(ImportError, ValueError):
+        return importlib.import_module(claimed)
 
 
-def imported(node: ast.Import | ast.ImportFrom, alias: ast.alias, name: str):
-    """What a part of an import binds to a name here; `alias` if nothing.
+def confirmed(name: str, value, refuse):
+    """`value`, the solution's; where a module of LIBRARY has such a name that one's, with which it must agree."""
+    modules = map(importlib.import_module, LIBRARY)
+    module = next((module for module in modules if name in getattr(module, "__all__", vars(module))), None)
+    library = getattr(module, name, value)
 
-    None where that may be a lie: a module as another module, or anything else under another name
-    (`from os import _exit as add`).
-    """
-    source, renamed = getattr(node, "module", None), alias.asname not in (None, alias.name)
-    bound = alias.asname or (alias.name if source else alias.name.partition(".")[0])
-    if bound not in (name, "*") or getattr(node, "level", 0) or (source or alias.name) in ("__main__", "solution"):
-        return None if bound == name else alias
-    try:
-        value = importlib.import_module(source or alias.name)
-        if bound == "*":
-            names = getattr(value, "__all__", None) or [key for key in vars(value) if key[0] != "_"]
-            return getattr(value, name) if name in names else alias
-        if source and not hasattr(value, alias.name):
-            importlib.import_module(f"{source}.{alias.name}")
-        value = getattr(value, alias.name) if source else value if alias.asname else sys.modules[name]
-    except (ImportError, AttributeError):
-        return alias
-    plain = isinstance(value, types.ModuleType) and not importlib.util.find_spec(name)
-    return value if plain or not renamed else None
+    def call(*arguments, **options):
+        result = library(*arguments, **options)
+        comparable = type(result) is not type(value) and type(result).__eq__ is not object.__eq__
+        return refuse(f"{name} of its own") if comparable and result != value(*arguments, **options) else result
+
+    if library is not value and callable(library) and callable(value):
+        return call
+    return library if library == value else refuse(f"{name} of its own")
 
 
 def renewed(before, after):

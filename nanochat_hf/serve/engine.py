@@ -32,8 +32,6 @@ from .decoder import MAX_FORCED, Decoder, Request
 
 MAX_BATCH_SIZE = 128  # slots that `generate` allocates; further prompts wait for a free slot
 MAX_CHUNK = 8  # steps launched between two readings of the log
-
-
 _token_tables: WeakKeyDictionary = WeakKeyDictionary()
 
 

@@ -102,7 +102,7 @@ class OpenAIBody(Sampling):
     model: str | None = None  # any name; there is one model
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
-    stream_options: dict | None = None
+    stream_options: dict[str, bool | None] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
 
 
@@ -118,6 +118,10 @@ class Message(BaseModel):
     tool_calls: Annotated[list[dict], Field(max_length=128)] | None = None
     tool_call_id: str | None = None
     function_call: dict | None = None
+
+    def model_post_init(self, context) -> None:
+        if self.content is None and not (self.tool_calls or self.tool_steps or self.function_call):
+            raise InputError(f"a message of role {self.role} needs content")
 
 
 class Parameters(BaseModel):
@@ -152,6 +156,7 @@ class CompletionBody(OpenAIBody):
 
 
 class TGIParameters(Sampling):
+    temperature: Annotated[float, Field(gt=0, le=5)] | None = None  # greedy is `do_sample: false`
     do_sample: bool | None = None
     return_full_text: bool | None = None
     truncate: Limit | None = None

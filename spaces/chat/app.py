@@ -22,6 +22,7 @@ from pathlib import Path
 import gradio as gr
 import torch
 import yaml
+from fastapi import Depends, HTTPException, Request
 from huggingface_hub import InferenceClient
 
 HERE = Path(__file__).parent
@@ -372,8 +373,15 @@ def build() -> gr.Blocks:
 demo = build()
 demo.queue(max_size=MAX_QUEUE)
 
+
+def no_uploads(request: Request) -> None:
+    if request.url.path.rstrip("/").endswith("/upload"):  # even of empty files: nothing here needs one
+        raise HTTPException(404)
+
+
 head = (HERE / "head.html").read_text(encoding="utf-8").replace("TEXTS", json.dumps(TEXTS), 1)
-LAUNCH = {"i18n": i18n, "head": head, "show_error": True, "footer_links": [], "max_file_size": 0}  # no uploads
+LAUNCH = {"i18n": i18n, "head": head, "show_error": True, "footer_links": []}
+LAUNCH |= {"app_kwargs": {"dependencies": [Depends(no_uploads)]}}
 
 if __name__ == "__main__":
     demo.launch(**LAUNCH)
