@@ -19,6 +19,7 @@ MFU is counted as upstream counts it: 6 FLOPs per matrix parameter plus attentio
 import argparse
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -221,13 +222,20 @@ class Hidden:
             raise ImportError("hidden by the benchmark")
 
 
+def parse(name: str, config: str) -> tuple[str, set[str], int, int]:
+    """Kind, options, depth and micro-batch size of a contender, or one line that says what is wrong."""
+    kind, _, words = name.partition(":")
+    options, shape = set(words.split("+")) - {""}, re.fullmatch(r"d([1-9]\d*)x([1-9]\d*)", config)
+    if kind not in OPTIONS or options - OPTIONS[kind] or len(options & {"fa4", "flex", "sdpa"}) > 1:
+        fail(f"{name!r} is no contender; ours takes L, fp8, plain and baseline fp8 and one of fa4, flex, sdpa")
+    if not shape:
+        fail(f"{config!r} is no configuration; say d24x16 for depth 24 and micro-batch size 16")
+    return kind, options, int(shape[1]), int(shape[2])
+
+
 def contender(name: str, config: str) -> Contender:
     """Build one in this process, and take its first step."""
-    depth, batch = map(int, config[1:].split("x"))
-    kind, _, words = name.partition(":")
-    options, valid = set(words.split("+")) - {""}, OPTIONS.get(kind, set())
-    if kind not in OPTIONS or options - valid:
-        fail(f"{name!r} is no contender; ours takes L, fp8, plain and baseline fa4, flex, fp8, sdpa")
+    kind, options, depth, batch = parse(name, config)
     if "plain" in options:
         sys.meta_path.insert(0, Hidden())
     pattern, fp8 = "L" if options & {"sdpa", "L"} else "SSSL", "fp8" in options
@@ -351,16 +359,20 @@ def main(arguments: argparse.Namespace) -> None:
         sys.path.insert(0, arguments.baseline or ".")
         serve(*arguments.one, arguments.steps, arguments.warmup, arguments.rounds > 0)
         return
-    if not torch.cuda.is_available():
-        fail("bench_gpu needs a CUDA device; make bench measures a CPU")
     default = "ours,ours:fp8" + (",baseline:fa4,baseline:fa4+fp8" if arguments.baseline else "")
     names = (arguments.contenders or default).replace("peer", "baseline").split(",")
     pairs = list(itertools.product(arguments.configs.split(","), dict.fromkeys(names)))
+    for config, name in pairs:
+        parse(name, config)
+    if not torch.cuda.is_available():
+        fail("bench_gpu needs a CUDA device; make bench measures a CPU")
     command = [sys.executable, __file__, "--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
     command += ["--rounds", str(arguments.rounds)]
     command += ["--baseline", arguments.baseline] if arguments.baseline else []
     end = BEGUN + arguments.budget
     rows = interleave(command, pairs, arguments.rounds, end) if arguments.rounds else one_by_one(command, pairs)
+    if not rows:
+        fail("no contender was timed: see above")
     table(rows)
 
 

@@ -11,11 +11,15 @@ bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
 
-@pytest.mark.parametrize("name", ["ours:fa4", "baseline:L", "theirs"])
-def test_an_unknown_contender_is_an_error(name, capsys):
+@pytest.mark.parametrize(
+    "name, config, words",
+    [(name, "d12x1", "is no contender") for name in ("ours:fa4", "baseline:L", "baseline:fa4+flex", "theirs")]
+    + [("ours", config, "is no configuration") for config in ("d12", "d12x0", "12x1", "x")],
+)
+def test_an_unknown_contender_or_configuration_is_an_error(name, config, words, capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.contender(name, "d12x1")
-    assert "is no contender" in capsys.readouterr().err
+        bench.parse(name, config)
+    assert words in capsys.readouterr().err
 
 
 def test_ratios_are_ours_over_the_fastest_baseline_by_precision():

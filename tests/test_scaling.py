@@ -99,7 +99,9 @@ def test_a_given_value_wins_and_none_means_the_default():
     assert p.groups["matrix"]["weight_decay"] == 0 and (p.schedule.warmup_steps, p.schedule.final_lr_frac) == (0, 0)
 
 
-def test_a_horizon_shorter_than_a_step_is_refused():
+def test_a_horizon_shorter_than_a_step_and_a_width_that_no_model_has_are_refused():
+    with pytest.raises(InputError, match="give no model: the smear needs hidden_size >= 24"):
+        planned(depth=1, aspect_ratio=1, head_dim=2)
     with pytest.raises(InputError, match="shorter than one step"):
         planned(depth=4, vocab_size=1024, target_flops=1.0)
 
@@ -107,6 +109,7 @@ def test_a_horizon_shorter_than_a_step_is_refused():
 # peaks in GiB that runs had on an H200: depth, micro-batch size, peak
 PEAKS = [(8, 4, 3.11), (12, 2, 4.92), (12, 32, 21.9), (14, 1, 5.86), (18, 1, 10.04), (20, 1, 12.71), (24, 1, 19.37)]
 PEAKS += [(24, 16, 50.7), (32, 1, 39.82), (40, 1, 71.80)]
+PLAIN_PEAKS = [(12, 32, 29.1, False), (24, 16, 64.8, False)]  # without the kernels extra
 # (depth, micro-batch size, GiB), measured on an H200; RL with 256 new tokens
 SFT_PEAKS = [(d, 1, peak) for d, peak in [(14, 6.73), (16, 8.89), (20, 14.43), (24, 21.80), (32, 44.07), (38, 68.54)]]
 SFT_PEAKS += [(12, 32, 22.22), (24, 8, 36.30)]
@@ -115,9 +118,9 @@ RL_PEAKS += [(12, 8, 8.06), (24, 8, 34.62)]
 STAGE_PEAKS = [("sft", *peak) for peak in SFT_PEAKS] + [("rl", *peak) for peak in RL_PEAKS]
 
 
-@pytest.mark.parametrize("depth, size, peak", PEAKS)
-def test_the_estimated_memory_is_within_a_tenth_of_the_measured_peak(depth, size, peak):
-    assert estimate_memory(planned(depth), size) / 2**30 == pytest.approx(peak, rel=0.1)
+@pytest.mark.parametrize("depth, size, peak, kernels", [(*row, True) for row in PEAKS] + PLAIN_PEAKS)
+def test_the_estimated_memory_is_within_a_tenth_of_the_measured_peak(depth, size, peak, kernels):
+    assert estimate_memory(planned(depth), size, kernels=kernels) / 2**30 == pytest.approx(peak, rel=0.1)
 
 
 def test_a_row_of_the_vocabulary_costs_12_bytes_of_embedding_and_22_of_head_and_its_logits_2_per_token():
@@ -132,6 +135,29 @@ def test_the_plan_has_the_memory_of_sft_and_rl_within_a_tenth(stage, depth, size
     configs["rl"] = RLConfig(device_batch_size=size)
     text = pipeline_text([stage], configs, Devices("H200", 1))
     assert int(re.search(r"memory +about (\d+) of 141 GB", text)[1]) * 1e9 / 2**30 == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "gpu, base, text",
+    [
+        ("L4", {"depth": 24, "device_batch_size": 8}, "of 24 GB per GPU: too much, lower base.device_batch_size"),
+        ("L4", {"depth": 32}, "of 24 GB per GPU: too much, lower base.depth"),
+        ("L4", {"depth": 12}, "of 24 GB per GPU: too much, lower sft.device_batch_size"),  # 29 GB: it has no kernels
+        ("H100", {"depth": 12}, "of 80 GB per GPU base"),
+        ("A100", {"fp8": True}, "base.fp8 is true: A100 has no FP8"),
+        ("CPU", {"fp8": True}, "base.fp8 is true: CPU has no FP8"),
+        ("cpu", {}, "MI300X, CPU"),
+        ("RTX 4090", {"fp8": True}, "bfloat16 with FP8 blocks"),
+    ],
+)
+def test_a_plan_says_what_a_device_cannot_do(gpu, base, text):
+    configs = {"base": PretrainConfig(**base), "tokenizer": TokenizerConfig("primer", 2**15)}
+    configs["sft"] = ChatConfig(device_batch_size=32, total_batch_size=2**16)
+    try:
+        shown = pipeline_text(["base", "sft"], configs, Devices(gpu, 1))
+    except InputError as error:
+        shown = str(error)
+    assert text in re.sub(r"\s+", " ", shown)
 
 
 def test_a_step_without_a_batch_of_its_own_is_one_micro_batch_on_each_rank():
@@ -192,3 +218,5 @@ def test_the_schedule_is_applied_to_each_group_from_its_peak():
 def test_a_longer_name_of_a_device_comes_before_its_part():
     names = ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "Radeon VII")
     assert [peak_flops(name) for name in names] == [756e12, 835e12, 989e12, 989e12, None]
+    others = {"A100-SXM4-40GB": "A100 40GB", "A100 80GB PCIe": "A100", "L40": None, "RTX A1000": None, "GB200": "B200"}
+    assert {name: scaling.find_gpu(f"NVIDIA {name}") for name in others} == others

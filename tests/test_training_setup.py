@@ -110,7 +110,7 @@ def test_another_model_type_is_refused_in_one_line(tmp_path):
 
 
 def test_fp8_auto_is_off_where_it_cannot_work_and_the_first_line_says_so(tiny_model, monkeypatch):
-    for fp8, hint in (("auto", "; no FP8: it needs a CUDA device"), (False, "")):
+    for fp8, hint in (("auto", "; no FP8: it needs an NVIDIA GPU of compute capability 9.0 or newer"), (False, "")):
         network = build_loss_module(tiny_model, "auto", True, fp8)
         assert not network.fp8
         assert describe(network, fp8).startswith("PyTorch on cpu; precision float32" + hint)
@@ -123,6 +123,13 @@ def test_fp8_auto_is_off_where_it_cannot_work_and_the_first_line_says_so(tiny_mo
     assert "multiples of 16" in why_not_fp8(tiny_model, "auto", cuda, (9, 0))
     capability = (8, 9)
     assert "newer" in why_not_fp8(tiny_model, "auto", cuda, (9, 0))
+
+
+@pytest.mark.parametrize("name, words", [("flash_attention_3", "installed"), ("flex_attention", "take sdpa")])
+def test_an_attention_that_is_not_here_is_refused_in_one_line(tiny_model, name, words):
+    with pytest.raises(InputError, match=words) as error:
+        build_loss_module(tiny_model, name, True, False)
+    assert name in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.gpu

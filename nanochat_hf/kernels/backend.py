@@ -18,12 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # CPU and Apple builds of torch come without Triton
-    triton = tl = None
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, in Python
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl")
 Cases = Iterator[tuple[float, Callable[[], Sequence[Tensor]]]]
@@ -43,8 +37,8 @@ _lock = threading.Lock()  # replicas of a model start in threads
 
 @cache
 def compiled(function, dynamic: bool | None = False):
-    """The function by torch.compile, the same object for all callers."""
-    return torch.compile(function, dynamic=dynamic)
+    """The function by torch.compile, the same object for all callers; without Triton itself."""
+    return function if triton is None else torch.compile(function, dynamic=dynamic)
 
 
 def usable(name: str, x: Tensor) -> bool:
@@ -124,10 +118,10 @@ def fault(name: str, cases: Cases) -> str | None:
 
 
 def unavailable(package: str, error: Exception) -> None:
-    """Note why a package's kernels cannot be loaded; warn if it is installed."""
+    """Note why a package's kernels cannot be loaded; warn once if it is installed."""
+    if version(package) and torch.cuda.is_available() and package not in unloaded:
+        warn(f"{package} is not used: {first_line(error)} ({versions()}); PyTorch instead")
     unloaded[package] = first_line(error) if version(package) else "not installed"
-    if version(package) and torch.cuda.is_available():
-        warn(f"{package} is not used: {unloaded[package]} ({versions()}); PyTorch instead")
 
 
 def warn(line: str) -> None:
@@ -149,6 +143,13 @@ def versions() -> str:
     """The installed kernel packages and the GPU."""
     installed = [f"{package} {version(package)}" for package in PACKAGES if version(package)]
     return ", ".join([*installed, *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])])
+
+
+try:
+    import triton
+    import triton.language as tl
+except Exception as error:  # CPU and Apple builds of torch come without Triton; a damaged one may raise anything
+    triton = tl = unavailable("triton", error)
 
 
 def _draw(generator: torch.Generator, default: torch.dtype, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

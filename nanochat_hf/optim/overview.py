@@ -36,8 +36,8 @@ def gpu_here() -> str | None:
 
 def uses_fp8(config, gpu: str | None) -> bool:
     """Whether pretraining computes in FP8 on a GPU of this name; False on a CPU."""
-    name = find_gpu(gpu or "")
-    return config.fp8 is True or (config.fp8 == "auto" and bool(name) and GPUS[name].auto_fp8)
+    name, least = find_gpu(gpu or ""), {True: 8.9, "auto": 9.0}
+    return config.fp8 in least and bool(name) and GPUS[name].capability >= least[config.fp8]
 
 
 def block(rows: dict[str, str | None]) -> str:
@@ -100,7 +100,8 @@ def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool
     if speed is None:
         return {"time": source}
     if name:
-        rows["memory"] = memory_text(estimate_memory(size, micro_batch_size), devices)
+        needed = estimate_memory(size, micro_batch_size, kernels=fp8 or scaling.has_kernels(name))
+        rows["memory"] = memory_text(needed, devices, "base", micro_batch_size)
         if size.total_batch_size < SHORTEST_STEP * speed:
             small = f"such small steps ({size.total_batch_size:,} tokens) leave GPUs idle"
             return rows | {"time": f"not known, nor is the cost: {small}"}
@@ -114,10 +115,13 @@ def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool
     return rows
 
 
-def memory_text(needed: float, devices: Devices) -> str:
-    """`needed` bytes beside what a GPU has."""
-    has, sharded = GPUS[find_gpu(devices.name)].memory, ", without sharding" if devices.sharding else ""
-    return f"{f'about {needed / 1e9:.0f}' if needed > 1e9 else 'less than 1'} of {has / 1e9:.0f} GB per GPU{sharded}"
+def memory_text(needed: float, devices: Devices, stage: str, micro_batch_size: int) -> str:
+    """`needed` bytes beside what a GPU has, and what to lower where that is too little."""
+    has, more = GPUS[find_gpu(devices.name)].memory, ", without sharding" if devices.sharding else ""
+    if needed > has and not more:
+        key = f"{stage}.device_batch_size" if micro_batch_size > 1 else "base.depth"
+        more = f": too much, lower {key}"
+    return f"{f'about {needed / 1e9:.0f}' if needed > 1e9 else 'less than 1'} of {has / 1e9:.0f} GB per GPU{more}"
 
 
 def stage_batch(config, ranks: int, length: int = 1, log: Callable = lambda text: None) -> tuple[int, int]:
@@ -139,7 +143,11 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
     """Totals of pretraining, and a block per stage. InputError for an unknown GPU or a batch of another size."""
     base, ranks, cuda = configs["base"], devices.ranks, find_gpu(devices.name)
     if not cuda and devices.name not in ("CPU", gpu_here()):
-        raise InputError(f"--gpu: no data sheet of {devices.name!r}; {nearest(devices.name, GPUS)}")
+        raise InputError(f"--gpu: no data sheet of {devices.name!r}; {nearest(devices.name, [*GPUS, 'CPU'])}")
+    fp8 = uses_fp8(base, cuda)
+    if base.fp8 is True and not fp8 and (cuda or devices.name == "CPU"):
+        raise InputError(f"base.fp8 is true: {devices.name} has no FP8; leave it out, or say base.fp8=auto")
+    kernels = scaling.has_kernels(devices.name)
     size, parts = scaling.plan(base, configs["tokenizer"].vocab_size), []
     for stage in (name for name in stages if name != "report"):
         config = configs[stage]
@@ -152,9 +160,8 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
             requested, total = base.device_batch_size, size.total_batch_size
             if requested == -1:
                 memory = 0.95 * GPUS[cuda].memory if cuda else 8e9
-                requested = scaling.estimate_micro_batch_size(size, memory, 2 if cuda else 4)
+                requested = scaling.estimate_micro_batch_size(size, memory, 2 if cuda else 4, fp8 or kernels)
             batch = split_global_batch("total_batch_size", total, size.max_seq_len, requested, ranks)
-            fp8 = uses_fp8(base, cuda)
             precision = ("bfloat16 with FP8 blocks" if fp8 else "bfloat16") if cuda else "float32"
             rows = base_rows(base, size, devices, batch, fp8, {"precision": precision})
             totals = {name: rows.pop(name) for name in TOTALS if name in rows}
@@ -170,7 +177,8 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
             del rows["model"]
             if cuda and stage in scaling.STAGE_BYTES and not config.lora_r:
                 trained = 2 * config.max_new_tokens if stage == "rl" else length  # a prompt as long as its completion
-                needed = estimate_memory(size, batch[0] * trained / size.max_seq_len)
-                rows["memory"] = memory_text(needed + scaling.STAGE_BYTES[stage] * size.num_parameters, devices)
+                needed = estimate_memory(size, batch[0] * trained / size.max_seq_len, kernels=kernels)
+                needed += scaling.STAGE_BYTES[stage] * size.num_parameters
+                rows["memory"] = memory_text(needed, devices, stage, batch[0])
         parts.append(f"{stage}\n{block(rows)}")
     return "\n\n".join(parts)

@@ -13,6 +13,7 @@ head_dim x (keys visible to a query) per layer; embedding lookups, norms and sof
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -36,18 +37,18 @@ class GPU(NamedTuple):
     flops: float  # dense bf16, per second
     memory: float  # bytes
     watts: float  # of the board, at most
-    auto_fp8: bool = True  # compute capability 9.0 or newer
+    capability: float = 9.0  # CUDA's compute capability
 
 
-# By a part of the device's name; longer names first. Compared with pages that quote the data sheets (2026-11-29); the
+# By words of the device's name; longer names first. Compared with pages that quote the data sheets (2026-11-29); the
 # A10G's FLOPs and watts and the RTX 3090's watts were not found. The GH200's watts include its CPU.
 GPUS = {
     "H100 PCIe": GPU(756e12, 80e9, 350), "H100 NVL": GPU(835e12, 94e9, 400), "H100": GPU(989e12, 80e9, 700),
-    "GH200": GPU(989e12, 96e9, 1000), "H200": GPU(989e12, 141e9, 700), "B200": GPU(2250e12, 180e9, 1000),
-    "B300": GPU(2250e12, 288e9, 1400), "A100": GPU(312e12, 80e9, 400, False), "A10G": GPU(70e12, 24e9, 300, False),
-    "L40S": GPU(362e12, 48e9, 350, False), "L4": GPU(121e12, 24e9, 72, False),
-    "RTX 3090": GPU(71e12, 24e9, 350, False), "RTX 4090": GPU(165e12, 24e9, 450, False),
-    "RTX 5090": GPU(210e12, 32e9, 575), "MI300X": GPU(1307e12, 192e9, 750, False),
+    "GH200": GPU(989e12, 96e9, 1000), "H200": GPU(989e12, 141e9, 700), "B200": GPU(2250e12, 180e9, 1000, 10.0),
+    "B300": GPU(2250e12, 288e9, 1400, 10.3), "A100 40GB": GPU(312e12, 40e9, 400, 8.0),
+    "A100": GPU(312e12, 80e9, 400, 8.0), "A10G": GPU(70e12, 24e9, 300, 8.6), "L40S": GPU(362e12, 48e9, 350, 8.9),
+    "L4": GPU(121e12, 24e9, 72, 8.9), "RTX 3090": GPU(71e12, 24e9, 350, 8.6), "RTX 4090": GPU(165e12, 24e9, 450, 8.9),
+    "RTX 5090": GPU(210e12, 32e9, 575, 12.0), "MI300X": GPU(1307e12, 192e9, 750, 0),
 }  # fmt: skip
 CPU_FLOPS = 5e10  # per second and core, roughly
 MFU = {"bf16": 0.589, "FP8": 0.722}  # of recipe d24 on one H200 (docs/costs.md)
@@ -271,7 +272,10 @@ def plan(config, vocab_size: int) -> Plan:
     def scaled_by(counts: Counter) -> int:
         return counts["matrix"] + counts["head"] if generation == 2 else counts.total()
 
-    model_config = shape(config.depth)
+    try:
+        model_config = shape(config.depth)
+    except ValueError as error:  # of the model's own check
+        raise InputError(f"depth, aspect_ratio and head_dim give no model: {error}") from None
     counts, matmul = count_parameters(model_config)
     size, width, window = scaled_by(counts), model_config.hidden_size, model_config.sliding_window
     growth = size / scaled_by(count_parameters(shape(REFERENCE_DEPTH))[0])  # D / D_ref: tokens per parameter cancel
@@ -306,7 +310,7 @@ def horizon(config, ratio_tokens: float, flops_per_token: int, batch: int) -> in
 
 def find_gpu(device_name: str) -> str | None:
     """The key of GPUS for a device, or None."""
-    return next((name for name in GPUS if name in device_name), None)
+    return next((name for name in GPUS if re.search(rf"\bG?{name.replace(' ', '.*')}\b", device_name)), None)
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -336,17 +340,23 @@ def estimate_speed(
     return mfu * ranks * GPUS[name].flops / plan.flops_per_token, source
 
 
-def estimate_micro_batch_size(plan: Plan, memory_bytes: float, bytes_per_value: int = 2) -> int:
+def estimate_micro_batch_size(plan: Plan, memory_bytes: float, bytes_per_value: int = 2, kernels: bool = True) -> int:
     """Largest power of two of sequences, from 1 to 64, whose `estimate_memory` a device has."""
     sizes = (64, 32, 16, 8, 4, 2)
-    return next((size for size in sizes if estimate_memory(plan, size, bytes_per_value) <= memory_bytes), 1)
+    return next((size for size in sizes if estimate_memory(plan, size, bytes_per_value, kernels) <= memory_bytes), 1)
 
 
-def estimate_memory(plan: Plan, micro_batch_size: float, bytes_per_value: int = 2) -> float:
+def has_kernels(device_name: str) -> bool:
+    """Whether quack's matmuls run there, whose tiles are Hopper's: a bf16 step keeps as little as on an H200."""
+    return (name := find_gpu(device_name)) is None or GPUS[name].capability == 9
+
+
+def estimate_memory(plan: Plan, micro_batch_size: float, bytes_per_value: int = 2, kernels: bool = True) -> float:
     """Peak bytes of pretraining on one device, weights and optimizer state included.
 
     bfloat16: within 6 % of the peaks that d8 to d40 had on an H200 (docs/experiments/scaling.md). Bytes per value: 12
-    of the embeddings, 22 of the head, 14 of the matrices; 29 per token, layer and channel; the head's chunk of logits.
+    of the embeddings, 22 of the head, 14 of the matrices; 29 per token, layer and channel, 42 without kernels (within
+    3 % of d12's and d24's peaks without the kernels extra); the head's chunk of logits.
     float32, a guess: 16 per parameter, 20 values per token, layer and channel, 4 copies of the logits.
     """
     config, tokens = plan.model_config, micro_batch_size * plan.max_seq_len
@@ -355,7 +365,7 @@ def estimate_memory(plan: Plan, micro_batch_size: float, bytes_per_value: int = 
         return 16 * plan.num_parameters + bytes_per_value * (20 * channels + 4 * tokens * config.vocab_size)
     counts, _ = count_parameters(config)
     weights = 12 * (counts["embedding"] + counts["value_embeds"]) + 22 * counts["head"] + 14 * counts["matrix"]
-    return weights + 29 * channels + min(2**30, 2 * tokens * config.vocab_size) + 0.3e9
+    return weights + (29 if kernels else 42) * channels + min(2**30, 2 * tokens * config.vocab_size) + 0.3e9
 
 
 def split_global_batch(

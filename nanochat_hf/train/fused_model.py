@@ -99,9 +99,10 @@ class FusedTransformer(nn.Module):
         names += [FLASH_DOCUMENTS] if documents and self.dtype == torch.bfloat16 else []
         verify(names, model.config, device, self.dtype)
         self.fp8 = fp8 and "FP8" not in disabled
+        # Four kinds of blocks, each for training, evaluating and SFT; and a residual mix per kind of batch.
+        torch._dynamo.config.recompile_limit = 64
         if compile:
             torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: DDP overlaps without its help
-            torch._dynamo.config.recompile_limit = 64  # four kinds of blocks, each for training, evaluating and SFT
         wrap = torch.compile(dynamic=False, fullgraph=True) if compile else lambda function: function
         self.embed, self.finish = wrap(embed), wrap(finish)
         self.cache = WeightCastCache()

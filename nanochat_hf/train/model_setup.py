@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..distributed import get_dist_info, partial_state
 from ..errors import InputError
-from ..kernels.backend import triton, unloaded, verify, version
+from ..kernels.backend import first_line, triton, unloaded, verify, version
 from ..loading import load_model
 from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
@@ -96,6 +96,7 @@ def load_chat_model(source: str, config, tokenizer: PreTrainedTokenizerBase) -> 
 
     Its generation config stops at assistant_end and at python_end, where a tool has to run.
     """
+    check_attention(config.attn_implementation, partial_state().device)
     model = read_model(source, config.attn_implementation)
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     model.generation_config.update(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
@@ -155,7 +156,7 @@ def why_not_fp8(
 ) -> str | None:
     """Why a model cannot use FP8 on a device, which needs at least the compute capability `minimum`; or None."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < minimum:
-        return "needs a CUDA device of the H100's generation or newer"
+        return "needs an NVIDIA GPU of compute capability {}.{} or newer".format(*minimum)
     if attention != "auto":
         return "works with attn_implementation auto only"
     if any(size % 16 for size in (model.config.hidden_size, model.config.max_position_embeddings)):
@@ -163,17 +164,26 @@ def why_not_fp8(
     return None
 
 
+def check_attention(name: str | None, device: torch.device) -> None:
+    if name == "flex_attention" and device.type == "cpu":
+        raise InputError(f"attn_implementation {name}: PyTorch has no gradient of it on a CPU; take sdpa")
+
+
 def build_loss_module(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bool | str) -> nn.Module:
     """Module (ids (B, T), targets (B, T), reduction) -> loss in nats; see `PretrainConfig` for the options."""
     device = next(model.parameters()).device
-    compile &= device.type == "cuda"
+    compile &= device.type == "cuda" and triton is not None
     missing = why_not_fp8(model, attention, device, (9, 0) if fp8 == "auto" else (8, 9)) if fp8 else None
     if missing and fp8 != "auto":
         raise InputError(f"fp8 {missing}; leave it out, or say fp8=auto")
     if attention == "auto":
         dtype = compute_dtype(device, half=True)
         return FusedTransformer(model, compile=compile, fp8=bool(fp8) and not missing, dtype=dtype)
-    model.set_attn_implementation(attention)
+    check_attention(attention, device)
+    try:
+        model.set_attn_implementation(attention)
+    except Exception as error:  # of its package, which may raise anything
+        raise InputError(f"attn_implementation {attention}: {first_line(error)}") from None
     if compile:
         for layer in model.model.layers:  # their forward and not the layers: FSDP2's hooks stay outside
             layer.forward = torch.compile(layer.forward, dynamic=False)
