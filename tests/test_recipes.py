@@ -195,7 +195,7 @@ def test_a_plan_has_the_projected_figures_of_the_readme_and_a_dry_run_prints_the
         capsys, "plan", "cpu-demo"
     )
     words = ["cpu-demo", "--run-dir", str(tmp_path / "run"), "--dry-run"]
-    plans = {shown(capsys, "run", *words), shown(capsys, "speedrun", "--recipe", *words)}
+    plans = {shown(capsys, "run", *words[1:], words[0]), shown(capsys, "speedrun", "--recipe", *words)}
     assert plans == {shown(capsys, "demo", *words[1:])} and not (tmp_path / "run").exists()
     sharded = shown(capsys, "run", "d24", "--config-file", "fsdp2", "--dry-run")
     assert "sharding     FSDP2" in sharded and "MFU of 0.66" in sharded
