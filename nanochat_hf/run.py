@@ -159,7 +159,11 @@ def load_json(path: str | Path, remedy: str = "delete it to run that stage again
 
 def load_metrics(folder: str | Path, evaluation: bool = False) -> dict | None:
     """metrics.json of a stage's folder, or of the evaluation's."""
-    return load_json(Path(folder) / "metrics.json", kind=Evaluation if evaluation else StageMetrics)
+    record = load_json(Path(folder) / "metrics.json", kind=Evaluation if evaluation else StageMetrics)
+    if evaluation and record and not record.get("weights"):  # before weights were recorded, models were paths
+        models = record.get("models") or {}
+        record["models"] = {stage: stage if Path(model).name == stage else model for stage, model in models.items()}
+    return record
 
 
 def without_nan(value):
