@@ -24,7 +24,7 @@ from pydantic import AfterValidator
 
 from .config import Count, Hours, NotNegative, Parser, Place, RepoId, SyncUrl, Word, each_once, parse_config, read_yaml
 from .errors import InputError
-from .run import BOOLEANS, MODEL_STAGES, Run, nearest, project_folder
+from .run import BOOLEANS, MODEL_STAGES, Run, nearest, or_shipped, project_folder
 from .stage_configs import RECIPES, STAGE_CONFIGS, EvalConfig, Stages, find_recipe, read_recipe, refuse_unused_keys
 
 NODE = 8  # GPUs
@@ -73,7 +73,8 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
             raise InputError("--eval is measured every chatcore_every steps: give that, too")
     refuse_unused_keys(stage, config, keys)
     if dry_run:
-        _, configs = read_recipe(find_recipe(str(Path(path).parent)), None, [])  # base.yaml has the model's shape
+        recipe = find_recipe(str(or_shipped(path).parent))  # its base.yaml has the model's shape
+        _, configs = read_recipe(recipe, None, [])
         return print_dry_run([stage], configs | {stage: config})
     with working(command, run_dir, given.pop("sync", None)) as run:
         from .stages import run_stage

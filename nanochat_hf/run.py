@@ -108,6 +108,12 @@ def project_folder(*names: str) -> Path:
     return (inside if inside.is_dir() else package.parent).joinpath(*names)
 
 
+def or_shipped(path: str | Path) -> Path:
+    """The path; for a recipe's file outside of a checkout, as recipes/d12/sft.yaml, the project's own."""
+    own = project_folder(str(path)) if str(path).startswith("recipes/") and not Path(path).exists() else Path(path)
+    return own if own.is_file() else Path(path)
+
+
 def first_non_finite(tensors) -> str | None:
     """Name of the first of (name, tensor) pairs that holds NaN or infinity."""
     for name, tensor in tensors:

@@ -428,21 +428,21 @@ STAGE_CONFIGS = {
 }  # fmt: skip
 
 
-UNUSED = {  # key -> those that win over it
-    "num_epochs": ("num_iterations",),
-    "target_flops": ("num_iterations",),
-    "target_param_data_ratio": ("num_iterations", "target_flops"),
-}
+UNUSED = (  # a key, and one that wins over it
+    ("num_epochs", "num_iterations"),
+    ("target_flops", "num_iterations"),
+    ("target_param_data_ratio", "num_iterations"),
+    ("target_param_data_ratio", "target_flops"),
+)
 
 
 def refuse_unused_keys(stage: str, config, keys: Collection[str]) -> None:
     """Raise InputError if a command line names a key that its config does not use."""
     if "words" in keys and not SPELLING & set(config.tasks):
         raise InputError(f"eval.words: none of its tasks uses it; those that do: {', '.join(sorted(SPELLING))}")
-    for key in keys:
-        for other in UNUSED.get(key, ()):
-            if (value := getattr(config, other)) > 0 and getattr(config, key) not in (-1, None):
-                raise InputError(f"{stage}.{key} is not used, as {other} is {value:g}: give {stage}.{other}=-1, too")
+    for key, other in UNUSED:
+        if key in keys and getattr(config, key) not in (-1, None) and (value := getattr(config, other)) > 0:
+            raise InputError(f"{stage}.{key} is not used, as {other} is {value:g}: give {stage}.{other}=-1, too")
 
 
 def find_recipe(name: str) -> Path:

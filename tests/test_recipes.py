@@ -207,13 +207,16 @@ def test_measured_speeds_are_those_of_the_results():
         assert f"| {speed:,.0f} |" in text or f"| {speed / 1e3:.1f}K |" in text, speed
 
 
-def test_a_copied_recipe_is_one_to_run(capsys, tmp_path):
+def test_a_copied_recipe_is_one_to_run(capsys, tmp_path, monkeypatch):
     assert "edit its YAML files" in shown(capsys, "recipes", "--copy", "cpu-demo", str(tmp_path / "mine"))
     assert read_recipe(tmp_path / "mine", None, []) == read("cpu-demo")
     lines = shown(capsys, "recipes").splitlines()
     assert [line.split()[0] for line in lines] == RECIPES and all(line.endswith(".") for line in lines)
     with pytest.raises(InputError, match="name a recipe"):
         cli.dispatch("run", [])
+    monkeypatch.chdir(tmp_path)  # without a checkout the project's own files are meant
+    assert "primer" in shown(capsys, "sft", "--config", "recipes/cpu-demo/sft.yaml", "--run-dir", "x", "--dry-run")
+    cli.dispatch("identity", ["--identity", "recipes/identity.yaml", "--output", "y.jsonl", "--rows", "2"])
 
 
 def test_the_environment_names_versions_kernels_folders_and_what_is_missing(capsys, monkeypatch):
