@@ -143,7 +143,7 @@ def convert(value, kind):
 
 
 def from_command_line(text: str, key: str, kind):
-    """As `convert`, of what stands on a command line, where lists may be written a,b or [a, b]."""
+    """As `convert`, for text from a command line, where lists may be written a,b or [a, b]."""
     types, _ = leaves(kind)
     if list in types and text[:1] in ("[", "{"):
         try:

@@ -42,6 +42,6 @@ def test_pipeline_runs_skips_what_is_finished_and_reports_a_changed_recipe(tmp_p
     again = speedrun(run)
     assert again.returncode == 0 and again.stdout.count("already finished, skipping") == 6
     assert before == {path: path.stat().st_mtime for path in run.glob("*/metrics.json")}
-    changed = speedrun(run, "base.num_iterations=13")
+    changed = speedrun(run, "base.matrix_lr=0.03")
     assert changed.returncode == 2
     assert changed.stderr.strip().splitlines()[-1].startswith("error: the recipe changed since")
