@@ -349,7 +349,7 @@ def completion(parser: Parser, words: list[str]) -> None:
 
 
 def completions(words: list[str]) -> list[str]:
-    """What may stand in the place of the last word: commands, recipes, and what `--help` lists."""
+    """Candidates for the last word: commands, recipes, and what `--help` lists."""
     *before, current = words
     recipes = [path.parent.name for path in RECIPES.glob("*/base.yaml")]
     values = {"--recipe": recipes, "--stage": MODEL_STAGES}
@@ -359,7 +359,7 @@ def completions(words: list[str]) -> list[str]:
     elif before[-1] in values:
         names = values[before[-1]]
     else:
-        names = recipes if before in (["run"], ["plan"]) else []
+        names = recipes if before[0] in ("run", "plan") and not {*recipes} & {*before} else []
         if before[0] in ("demo", "run", "plan", "speedrun"):
             names = [*names, *(f"{name}=" for places in keys_by_name().values() for name in places)]
         with redirect_stdout(io.StringIO()) as output, suppress(SystemExit, InputError):
@@ -376,7 +376,7 @@ COMMANDS: dict[str, Callable] = {
 
 
 def main(command: str | None = None) -> None:
-    """Run a subcommand with the words of the command line, after its name where it stands there."""
+    """Run `command` with the words of the command line; None: the first of them is the command."""
     if "OMP_WAIT_POLICY" not in os.environ:  # else a thread that waits keeps the core that another one needs
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     guarded(lambda: dispatch(command, sys.argv[1:]))

@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import is_typeddict
 
 from .errors import InputError
-from .run import BOOLEANS, KEY_ALIASES, nearest, renamed_keys
+from .run import BOOLEANS, KEY_ALIASES, nearest, or_shipped, renamed_keys
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: of a date, say
@@ -143,7 +143,7 @@ def convert(value, kind):
 
 
 def from_command_line(text: str, key: str, kind):
-    """As `convert`, of what stands on a command line, where lists may be written a,b or [a, b]."""
+    """As `convert`, for text from a command line, where lists may be written a,b or [a, b]."""
     types, _ = leaves(kind)
     if list in types and text[:1] in ("[", "{"):
         try:
@@ -247,7 +247,7 @@ Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.va
 def read_yaml(path: str | Path) -> dict:
     """The mapping in a file. Raises InputError: no such file, not UTF-8, no valid YAML, no mapping."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader)
+        values = yaml.load(or_shipped(path).read_text(encoding="utf-8-sig"), Loader)
     except OSError as error:
         raise InputError(f"cannot read {str(path)[:200]}: {error.strerror}") from None
     except UnicodeDecodeError:

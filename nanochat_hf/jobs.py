@@ -24,8 +24,8 @@ from pydantic import AfterValidator
 
 from .config import Count, Hours, NotNegative, Parser, Place, RepoId, SyncUrl, Word, each_once, parse_config, read_yaml
 from .errors import InputError
-from .run import BOOLEANS, MODEL_STAGES, Run, nearest, project_folder
-from .stage_configs import RECIPES, STAGE_CONFIGS, EvalConfig, Stages, find_recipe, read_recipe, refuse_unused_words
+from .run import BOOLEANS, MODEL_STAGES, Run, nearest, or_shipped, project_folder
+from .stage_configs import RECIPES, STAGE_CONFIGS, EvalConfig, Stages, find_recipe, read_recipe, refuse_unused_keys
 
 NODE = 8  # GPUs
 SUBMIT = {"hf": ("hf", "bash"), "sky": ("sky", "sky jobs launch --yes --secret HF_TOKEN"), "slurm": ("sbatch",) * 2}
@@ -71,9 +71,10 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
         given |= {"tasks": parse_config(EvalConfig, given.pop("eval")), "required": True}
         if config.chatcore_every < 1:
             raise InputError("--eval is measured every chatcore_every steps: give that, too")
-    refuse_unused_words(config, keys)
+    refuse_unused_keys(stage, config, keys)
     if dry_run:
-        _, configs = read_recipe(find_recipe(str(Path(path).parent)), None, [])  # base.yaml has the model's shape
+        recipe = find_recipe(str(or_shipped(path).parent))  # its base.yaml has the model's shape
+        _, configs = read_recipe(recipe, None, [])
         return print_dry_run([stage], configs | {stage: config})
     with working(command, run_dir, given.pop("sync", None)) as run:
         from .stages import run_stage
@@ -122,16 +123,22 @@ def read_pipeline(parser: Parser, words: list[str], runs: bool = True) -> tuple:
         parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
         parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help="dollars per hour, for the report")
         add_options(parser, "repo", "sync")
-    named = "comma-separated; default: the enabled ones of the recipe, and report"
-    text = "a name under recipes/ or the path of a recipe folder"
-    parser.option("--recipe", Place, required=True, metavar="NAME", help=text)
-    parser.option("--stages", Annotated[list[Place], AfterValidator(each_once)], help=named)
+    parser.option("--recipe", Place, metavar="NAME", help="a name under recipes/ or the path of a recipe folder")
+    names = Annotated[list[Place], AfterValidator(each_once)]
+    parser.option("--stages", names, help="comma-separated; default: the enabled ones of the recipe, and report")
     parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
+    parser.usage = parser.usage or f"{parser.prog} NAME [...] [STAGE.KEY=VALUE ...]"
     parser.epilog = "keys, explained in docs/configuration.md and by the command of their stage:\n"
     for command, (stage, _, _) in STAGE_COMMANDS.items():
         parser.epilog += f"  {f'{stage}.KEY':<15} nanochat {command} --help\n"
     parser.keys = keys_by_name()
     arguments = parser.parse_intermixed_args(words)
+    if arguments.recipe is None:
+        name = next((word for word in arguments.overrides if "=" not in word), None)
+        if name is None:
+            raise InputError("name a recipe, for example cpu-demo; nanochat recipes lists them")
+        arguments.overrides.remove(name)
+        arguments.recipe = name
     recipe = find_recipe(arguments.recipe)
     stages, configs = read_recipe(recipe, arguments.stages, arguments.overrides)
     if runs:
@@ -153,7 +160,7 @@ def plan(parser: Parser, words: list[str]) -> None:
     parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
     parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
     parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
-    _, stages, configs, arguments = read_pipeline(parser, recipe_first(parser, words), runs=False)
+    _, stages, configs, arguments = read_pipeline(parser, words, runs=False)
     if arguments.gpus and arguments.gpu == "CPU":
         raise InputError("--gpus counts GPUs: leave it out with --gpu CPU")
     otherwise, rate = "H200" if arguments.gpus else "CPU", arguments.node_hourly_rate
@@ -189,14 +196,6 @@ def show_plan(stages, configs, ranks: int | None = None, otherwise="CPU", device
         print(text)
 
 
-def recipe_first(parser: Parser, words: list[str]) -> list[str]:
-    """`NAME ...` as `--recipe NAME ...`, and the usage line. Raises InputError if there are no words."""
-    parser.usage = parser.usage or f"{parser.prog} NAME [...] [STAGE.KEY=VALUE ...]"
-    if not words:
-        raise InputError("name a recipe, for example cpu-demo; nanochat recipes lists them")
-    return words if words[0].startswith("-") else ["--recipe", *words]
-
-
 def run(parser: Parser, words: list[str]) -> None:
     """Run a recipe on all devices: `nanochat run NAME [--config-file multi_gpu] [--num-processes N] [...]`."""
     names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
@@ -207,7 +206,7 @@ def run(parser: Parser, words: list[str]) -> None:
     parser.option("--gpu", Word, help="of a job (default: H200)")
     parser.option("--hours", Hours, help="time limit of a job; default: 1 + twice the projected pretraining")
     parser.option("--image", Word, help="container of a job, from the Dockerfile (default: you/nanochat_hf)")
-    recipe, stages, configs, arguments = read_pipeline(parser, recipe_first(parser, words))
+    recipe, stages, configs, arguments = read_pipeline(parser, words)
     if arguments.job:
         return make_job(recipe, configs, arguments)
     if unused := [name for name in ("submit", "gpu", "hours", "image") if getattr(arguments, name)]:
@@ -231,7 +230,7 @@ def demo(parser: Parser, words: list[str]) -> None:
     """Train a small chat model from nothing on this CPU, in minutes: `nanochat run cpu-demo --config-file cpu`."""
     parser.usage = "nanochat demo [--run-dir DIR] [...] [STAGE.KEY=VALUE ...]"
     chosen = any(word.replace("_", "-").startswith("--config-file") for word in words)
-    run(parser, ["cpu-demo", *["--config-file=cpu"] * (not chosen), *words])
+    run(parser, ["--recipe=cpu-demo", *["--config-file=cpu"] * (not chosen), *words])
 
 
 def speedrun_words(arguments) -> list[str]:

@@ -108,6 +108,12 @@ def project_folder(*names: str) -> Path:
     return (inside if inside.is_dir() else package.parent).joinpath(*names)
 
 
+def or_shipped(path: str | Path) -> Path:
+    """The path; for a recipe's file outside of a checkout, as recipes/d12/sft.yaml, the project's own."""
+    own = project_folder(str(path)) if str(path).startswith("recipes/") and not Path(path).exists() else Path(path)
+    return own if own.is_file() else Path(path)
+
+
 def first_non_finite(tensors) -> str | None:
     """Name of the first of (name, tensor) pairs that holds NaN or infinity."""
     for name, tensor in tensors:
@@ -159,7 +165,11 @@ def load_json(path: str | Path, remedy: str = "delete it to run that stage again
 
 def load_metrics(folder: str | Path, evaluation: bool = False) -> dict | None:
     """metrics.json of a stage's folder, or of the evaluation's."""
-    return load_json(Path(folder) / "metrics.json", kind=Evaluation if evaluation else StageMetrics)
+    record = load_json(Path(folder) / "metrics.json", kind=Evaluation if evaluation else StageMetrics)
+    if evaluation and record and not record.get("weights"):  # before weights were recorded, models were paths
+        models = record.get("models") or {}
+        record["models"] = {stage: stage if Path(model).name == stage else model for stage, model in models.items()}
+    return record
 
 
 def without_nan(value):

@@ -428,10 +428,21 @@ STAGE_CONFIGS = {
 }  # fmt: skip
 
 
-def refuse_unused_words(config, keys: Collection[str]) -> None:
-    """Raise InputError if a command line names `words`, which is among `keys`, for tasks that use none."""
+UNUSED = (  # a key, and one that wins over it
+    ("num_epochs", "num_iterations"),
+    ("target_flops", "num_iterations"),
+    ("target_param_data_ratio", "num_iterations"),
+    ("target_param_data_ratio", "target_flops"),
+)
+
+
+def refuse_unused_keys(stage: str, config, keys: Collection[str]) -> None:
+    """Raise InputError if a command line names a key that its config does not use."""
     if "words" in keys and not SPELLING & set(config.tasks):
         raise InputError(f"eval.words: none of its tasks uses it; those that do: {', '.join(sorted(SPELLING))}")
+    for key, other in UNUSED:
+        if key in keys and getattr(config, key) not in (-1, None) and (value := getattr(config, other)) > 0:
+            raise InputError(f"{stage}.{key} is not used, as {other} is {value:g}: give {stage}.{other}=-1, too")
 
 
 def find_recipe(name: str) -> Path:
@@ -472,7 +483,8 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
         check(stage, [*present, "report"])
     configs = {stage: parse_config(STAGE_CONFIGS[stage], recipe / f"{stage}.yaml", values[stage]) for stage in present}
     chosen = stages or [*(stage for stage in present if getattr(configs[stage], "enabled", True)), "report"]
-    refuse_unused_words(configs.get("eval"), values.get("eval", ()))
+    for stage, config in configs.items():
+        refuse_unused_keys(stage, config, values[stage])
     if "rl" in chosen and (length := configs["rl"].max_new_tokens) >= (context := configs["base"].max_seq_len):
         raise InputError(f"rl.max_new_tokens is {length}: a prompt needs room, too, in base.max_seq_len, {context}")
     return [stage for stage in STAGES if stage in chosen], configs

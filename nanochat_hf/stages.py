@@ -9,6 +9,7 @@ another recipe or from other inputs. A `model` or `tokenizer` is a folder or a H
 
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -282,4 +283,5 @@ def show_answers(run: Run, dataset) -> None:
     command = Path(sys.executable).with_name("nanochat")  # works outside of the virtual environment, too
     command = command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else command
     print("\nTalk to it, here or in a browser:")
-    print(*(f"  {command} {word} --run-dir {run.path}" for word in ("chat", "serve")), sep="\n")
+    for word in ("chat", "serve"):
+        print(" ", shlex.join([str(command), word, "--run-dir", str(run.path)]))

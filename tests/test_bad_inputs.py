@@ -212,6 +212,13 @@ COMMANDS = [
     ("identity --identity {root}/recipes/identity.yaml --output {here} --rows 2", "cannot write .*Is a directory"),
     ("identity --identity {root}/recipes/identity.yaml --output /proc/out.jsonl --rows 2", "cannot write"),
     ("plan", "name a recipe"),
+    ("run --dry-run base.depth=4", "name a recipe"),
+    ("demo --recipe d12", "--recipe is given twice"),
+    (
+        "plan cpu-demo sft.num_epochs=1",
+        "sft.num_epochs is not used, as num_iterations is 300: give sft.num_iterations=-1",
+    ),
+    ("plan d12 base.target_flops=1e18 base.target_param_data_ratio=8", "not used, as target_flops is 1e.18"),
     ("plan d24 --gpus 3", "total_batch_size = 1048576 must be a positive multiple of 6144"),
     ("plan d24 --gpu V100", "--gpu: no data sheet of 'V100'; did you mean 'H100'"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --model x", "give that, too"),

@@ -124,6 +124,8 @@ def test_the_image_gets_every_folder_that_a_wheel_ships_and_the_pins():
         ("nanochat chat --stage ", ["base", "dpo", "mid", "rl", "sft"]),
         ("nanochat serve --max-b", ["--max-batch-size"]),
         ("nanochat nosuch --x", []),
+        ("nanochat run --dry-run d3", ["d32"]),
+        ("nanochat run d12 --dry-run d3", []),
     ],
 )
 def test_completions(line, expected):

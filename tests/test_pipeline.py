@@ -24,7 +24,7 @@ def speedrun(run: Path, *words: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_pipeline_runs_skips_what_is_finished_and_reports_a_changed_recipe(tmp_path):
-    run = tmp_path / "run"
+    run = tmp_path / "a run"
     done = speedrun(run)
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("tokenizer", "base", "mid", "sft", "rl", "eval"):
@@ -37,10 +37,11 @@ def test_pipeline_runs_skips_what_is_finished_and_reports_a_changed_recipe(tmp_p
     assert "| Metric" in report and "BASE" in report and "Total wall time" in report and str(run) in done.stdout
     answers = done.stdout.split("Three questions to")[1]  # the report above quotes samples in the same way
     assert answers.count("\n> ") == 3  # each followed by an answer
+    assert f"nanochat chat --run-dir '{run}'\n" in answers
     before = {path: path.stat().st_mtime for path in run.glob("*/metrics.json")}
     again = speedrun(run)
     assert again.returncode == 0 and again.stdout.count("already finished, skipping") == 6
     assert before == {path: path.stat().st_mtime for path in run.glob("*/metrics.json")}
-    changed = speedrun(run, "base.num_iterations=13")
+    changed = speedrun(run, "base.matrix_lr=0.03")
     assert changed.returncode == 2
     assert changed.stderr.strip().splitlines()[-1].startswith("error: the recipe changed since")

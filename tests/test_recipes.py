@@ -198,7 +198,7 @@ def test_a_plan_has_the_projected_figures_of_the_readme_and_a_dry_run_prints_the
         capsys, "plan", "cpu-demo"
     )
     words = ["cpu-demo", "--run-dir", str(tmp_path / "run"), "--dry-run"]
-    plans = {shown(capsys, "run", *words), shown(capsys, "speedrun", "--recipe", *words)}
+    plans = {shown(capsys, "run", *words[1:], words[0]), shown(capsys, "speedrun", "--recipe", *words)}
     assert plans == {shown(capsys, "demo", *words[1:])} and not (tmp_path / "run").exists()
     sharded = shown(capsys, "run", "d24", "--config-file", "fsdp2", "--dry-run")
     assert "sharding     FSDP2" in sharded and "MFU of 0.66" in sharded
@@ -210,13 +210,16 @@ def test_measured_speeds_are_those_of_the_results():
         assert f"| {speed:,.0f} |" in text or f"| {speed / 1e3:.1f}K |" in text, speed
 
 
-def test_a_copied_recipe_is_one_to_run(capsys, tmp_path):
+def test_a_copied_recipe_is_one_to_run(capsys, tmp_path, monkeypatch):
     assert "edit its YAML files" in shown(capsys, "recipes", "--copy", "cpu-demo", str(tmp_path / "mine"))
     assert read_recipe(tmp_path / "mine", None, []) == read("cpu-demo")
     lines = shown(capsys, "recipes").splitlines()
     assert [line.split()[0] for line in lines] == RECIPES and all(line.endswith(".") for line in lines)
     with pytest.raises(InputError, match="name a recipe"):
         cli.dispatch("run", [])
+    monkeypatch.chdir(tmp_path)  # without a checkout the project's own files are meant
+    assert "primer" in shown(capsys, "sft", "--config", "recipes/cpu-demo/sft.yaml", "--run-dir", "x", "--dry-run")
+    cli.dispatch("identity", ["--identity", "recipes/identity.yaml", "--output", "y.jsonl", "--rows", "2"])
 
 
 def test_the_environment_names_versions_kernels_folders_and_what_is_missing(capsys, monkeypatch):

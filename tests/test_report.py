@@ -146,6 +146,7 @@ def test_two_runs_are_compared_with_the_error_of_the_difference(run, tmp_path):
         assert re.search(row, text)
     assert re.search(r"counting\s+\| RL\s+\| 0.8500\s+\| -\s+\| -", text)
     assert re.search(r"total wall time\s+\|\s+\| 1 h 00 min\s+\| 1 min 00 s\s+\| -59 min 00 s", text)
+    assert re.search(r"total wall time.*\| \+0 s ", compare(run, run))
 
 
 def test_the_same_questions_are_compared_in_pairs(tmp_path):

@@ -343,6 +343,9 @@ def test_a_half_done_base_refuses_another_tokenizer_shape_or_seed_and_notes_anot
     for changes in ({"depth": 3}, {"seed": 1}, {"total_batch_size": 1024}, {"window_pattern": "L"}):
         with pytest.raises(InputError, match=rf"{OTHER}{next(iter(changes))}: .* -> "):
             resume(**changes)
+    for steps in (2, 3):  # which are done, without decay
+        with pytest.raises(InputError, match=f"{OTHER}num_iterations: 6 -> {steps}"):
+            resume(num_iterations=steps)
     resume(matrix_lr=0.3)
     [change] = load_json(tmp_path / "out" / "metrics.json")["changes"]
     assert change["after step"] == 3 and any("matrix_lr: None -> 0.3" in words for words in change["keys"])

@@ -114,6 +114,9 @@ def test_a_note_is_in_the_report_and_a_moved_run_or_one_without_stages_has_resul
     assert facts["notes"] == ["base is org/other"] and "base" in facts["table"]["facts"]
     assert "> Note: the evaluation is older than the models" in make_report(run.path).read_text()
     change(run, models={stage: stage for stage in ("base", "sft", "rl")})
+    paths = {stage: f"runs/elsewhere/{stage}" for stage in ("base", "sft", "rl")}
+    change(run, models=paths, weights=None)  # a run of November 2026
+    assert collect(run)["notes"] == [] and sorted(collect(run)["table"]["facts"]) == ["base", "rl", "sft"]
     moved = Run(run.path.rename(tmp_path.parent / f"{tmp_path.name}-moved"))
     assert collect(moved)["notes"] == []
 

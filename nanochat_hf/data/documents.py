@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from ..config import check_value
 from ..demo import corpus as primer
 from ..errors import InputError
-from ..run import fingerprint, project_folder
+from ..run import fingerprint, or_shipped
 from ..stage_configs import TextMixture
 from .hub_files import hub_files
 from .splits import SUFFIXES, has_suffix, is_visible, listed, text_files, unread_files
@@ -281,11 +281,8 @@ def is_hub_id(dataset: str) -> bool:
 
 def local_path(dataset: str) -> Path:
     """Where the dataset is if it is on this disk, with ~ for the home folder."""
-    shipped = project_folder(dataset) if dataset.startswith("recipes/") else None
-    if shipped and shipped.is_file() and not Path(dataset).exists():  # a recipe's own file, outside of a checkout
-        return shipped
     try:
-        return Path(dataset).expanduser()
+        return or_shipped(dataset).expanduser()
     except RuntimeError:  # ~name, and nobody has that name
         return Path(dataset)
 

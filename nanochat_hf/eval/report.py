@@ -198,7 +198,7 @@ def compare(first: str | Path, second: str | Path) -> str:
             significant = "-" if "-" in (difference, test) else "yes" if abs(b - a) > 1.96 * error else "no"
             rows.append([name, stage.upper(), show(a), show(b), difference, significant, test])
     a, b = (each["total_seconds"] for each in facts)
-    rows.append(["total wall time", "", duration(a), duration(b), "-+"[b > a] + duration(abs(b - a)), "-", "-"])
+    rows.append(["total wall time", "", duration(a), duration(b), "-+"[b >= a] + duration(abs(b - a)), "-", "-"])
     names = [each["run"] for each in facts]
     names = names if names[0] != names[1] else [str(first), str(second)]
     notes = [f"{name}: {note}" for name, each in zip(names, facts) for note in each["notes"]]

@@ -7,8 +7,8 @@
     -> logits (B, kept, num_tokens), present.I.key and .value (B, H_kv, P + T, D), present_conv.L
 
 A sliding window is part of the mask, so all layers keep the keys of all P positions. transformers.js creates the cache
-from config.json: generation 1 is its `nanochat`, generation 2 as `lfm2`, a family with convolution states.
-One carries the previous token's embedding; it begins with zeros, so that nothing is smeared into the first token.
+by the model type in config.json: `nanochat` for generation 1; for generation 2 `lfm2`, which has convolution states,
+too. `past_conv.L` is one: the previous token's embedding, zeros at first, so the first token gets no smear.
 """
 
 import json

@@ -2,7 +2,8 @@
 
     python -I -S guard.py solution|tests|layers CHANNEL SECONDS MEMORY_BYTES < CODE
 
-It imports the standard library only. Its exit code is the program's, or TIMED_OUT or OVER_LIMIT.
+CODE is a solution or its tests; `layers` runs nothing and prints what isolates a program on this machine. It imports
+the standard library only. Its exit code is the program's, or TIMED_OUT or OVER_LIMIT.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Models for training: built or read, checked, on their device in their precision, as a module that returns a loss.
 
 Pretraining: float32 master weights everywhere but in the embeddings, which are bf16 on devices that compute in it;
-their dtype is the network's (no autocast). GPUs without bf16 compute in float16 from float32 embeddings, other devices
-in float32. Chat stages: all weights are float32, and the output of the embedding is cast.
+layers compute in the embeddings' dtype (no autocast). GPUs without bf16 compute in float16 from float32 embeddings,
+other devices in float32. Chat stages: all weights are float32, and the output of the embedding is cast.
 """
 
 import copy

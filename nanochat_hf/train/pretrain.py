@@ -389,7 +389,10 @@ class Pretraining:
         progress = checkpoint.read_progress(path)
         changed = checkpoint.changed_keys(progress["config"], asdict(self.config))
         inputs = checkpoint.changed_keys(progress["inputs"], self.record["inputs"])
-        binding = [changed[key] for key in (*SHAPE_KEYS, "dataset", "seed") if key in changed]
+        # The learning rate of steps that are done did not decay for a shorter length.
+        length = ("num_iterations", "target_flops", "target_param_data_ratio")
+        past = length if progress["step"] >= self.plan.num_iterations else ()
+        binding = [changed[key] for key in (*SHAPE_KEYS, "dataset", "seed", *past) if key in changed]
         checkpoint.refuse_changes(path.parent, [*binding, *inputs.values()])
         self.loader.load_state_dict(checkpoint.load(path, self.model, self.optimizer.optimizer))
         measured = load_json(path / checkpoint.MEASURED, "delete it to repeat that evaluation", Measured)
