@@ -190,7 +190,9 @@ def test_measuring_one_stage_again_keeps_what_is_still_true_of_the_others(run, l
             change_weights(run / "sft")
         after = measure(run, ["base"], **({"bpb_tokens": 128} if what == "config" else {}))
         assert set(after["results"]) == set(after["weights"]) == set(after["models"]) == {"base"}
-        assert left_out in capsys.readouterr().out and samples.is_dir()  # the stage is still there
+        out = capsys.readouterr().out
+        assert left_out in out and samples.is_dir()  # the stage is still there
+        assert load_json(out.split("are kept in ")[1].split("\n")[0]) == before
     shutil.rmtree(run / "sft")
     measure(run, ["base"])
     assert not samples.exists()

@@ -141,7 +141,7 @@ def by_number(stages: dict[str, dict]) -> dict[str, dict]:
 
 
 def other_stages(output: Path, models: dict[str, str], definition: str) -> dict[str, dict]:
-    """Earlier results of stages that were not measured now, if still true; a line names those that are left out."""
+    """Earlier results of stages that were not measured now, if still true; others stay in a file that a line names."""
     record, run, lost = load_metrics(output, evaluation=True) or {}, Run(output.parent), []
     results = by_stage(record, definition)
     for stage, reason in outdated(run, record).items():
@@ -151,7 +151,9 @@ def other_stages(output: Path, models: dict[str, str], definition: str) -> dict[
         if stage not in {*results, *models} and (model != stage or run.finished(stage)):
             lost.append(stage)
     if lost:
-        print(f"[eval] results of {', '.join(lost)} are left out: weights, config, tasks or data changed since")
+        kept = shutil.copy(output / "metrics.json", output / f"metrics-{str(record.get('definition'))[:8]}.json")
+        reason = "weights, config, tasks or data changed since"
+        print(f"[eval] results of {', '.join(lost)} are left out: {reason}; all earlier ones are kept in {kept}")
     return {stage: numbers for stage, numbers in results.items() if stage not in models}
 
 
