@@ -8,8 +8,8 @@ import json
 import shutil
 from pathlib import Path
 
-from ..errors import InputError
-from . import copy_checkpoint
+from ..loading import load_config
+from . import copy_checkpoint, refuse_scaled_rope
 
 MODEL = Path(__file__).with_name("mlx_nanochat.py")
 
@@ -22,10 +22,9 @@ def write(source: Path, folder: Path) -> list[str]:
 
 def add(folder: Path) -> list[str]:
     """Adds what mlx-lm needs to a checkpoint folder; returns lines. Raises InputError for RoPE that is scaled."""
+    refuse_scaled_rope(load_config(folder), "MLX")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if (kind := config["rope_parameters"].get("rope_type", "default")) != "default":
-        raise InputError(f"there is no RoPE of type {kind!r} for MLX: export a model with rope_type default")
     path.write_text(json.dumps(config | {"model_file": MODEL.name}, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(MODEL, folder / MODEL.name)
     return [
