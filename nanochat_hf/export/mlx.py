@@ -4,11 +4,11 @@ mlx-lm runs the file that config.json names as `model_file`, with `--trust-remot
 field, so the folder still loads there. An answer ends at a tool call: both stop tokens are in generation_config.json.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 from ..loading import load_config
+from ..run import load_json, save_json
 from . import copy_checkpoint, refuse_scaled_rope
 
 MODEL = Path(__file__).with_name("mlx_nanochat.py")
@@ -24,8 +24,7 @@ def add(folder: Path) -> list[str]:
     """Adds what mlx-lm needs to a checkpoint folder; returns lines. Raises InputError for RoPE that is scaled."""
     refuse_scaled_rope(load_config(folder), "MLX")
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | {"model_file": MODEL.name}, indent=2) + "\n", encoding="utf-8")
+    save_json(path, load_json(path) | {"model_file": MODEL.name})
     shutil.copyfile(MODEL, folder / MODEL.name)
     return [
         "chat:     mlx_lm.chat --trust-remote-code --model {folder}",
