@@ -118,9 +118,17 @@ def test_october_becomes_native_without_remote_code_or_padding_rows_and_returns(
     assert loaded.generation_config.pad_token_id == 2  # its `generate` masks padding, and a prompt's bos with it
 
 
+@pytest.mark.parametrize("config, words", [('{"model_type": "llama"}', "of a llama"), ('{"model_type', "damaged")])
+def test_a_folder_of_another_model_is_refused(config, words, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no nanochat: its config.json is {words}"):
+        convert(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_format_cannot_express_is_named():
     july = from_upstream(upstream_state(JULY), {"model_config": JULY})
-    with pytest.raises(ValueError, match=r"cannot express qk_scale=1.2, window_pattern=\w+, [^\[]*smear=True"):
+    with pytest.raises(ValueError, match=r"cannot express qk_scale=1.2, window_pattern=\w+, [^\[]*smear.*--to mlx"):
         to_native(july)
     july.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"generation 2 cannot express final_logit_softcapping=30.0"):

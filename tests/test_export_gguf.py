@@ -73,6 +73,7 @@ def test_the_file_is_a_qwen3_with_the_same_logits(tmp_path, fields):
 @pytest.mark.parametrize("options, fields, words", [
     ({}, {"generation": 2}, "generation 1 only.*mlx or onnx"),
     ({}, {"window_pattern": "SL"}, "train with window_pattern L"),
+    ({}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "RoPE .* the folder itself"),
     ({}, {"final_logit_softcapping": 15.0}, "greedy answers are right.*final_logit_softcapping: null"),
     ({}, {"digit_group": 2}, "pairs of digits.*digit_group: 1"),
     ({}, {"normalization": "nfc"}, "not normalized"),

@@ -20,7 +20,7 @@ import torch
 from browser import browser, picture  # noqa: F401
 from talker import QUESTIONS, talker, talker_folder  # noqa: F401
 from test_tools import REFUSED, RESULTS
-from tiny import close, make_ids, make_model, uncached_greedy
+from tiny import close, make_ids, make_model, relative, uncached_greedy
 from transformers import AutoModelForCausalLM
 
 from nanochat_hf.errors import InputError
@@ -29,6 +29,8 @@ from nanochat_hf.tools import calculate
 
 ort = pytest.importorskip("onnxruntime", reason="exports to ONNX need onnx, onnxscript and onnxruntime")
 pytest.importorskip("onnxscript")
+from nanochat_hf.export.onnx import Step, run_graph  # noqa: E402
+
 SITE = Path(__file__).parents[1] / "spaces" / "browser"
 LIBRARY = Path(os.environ.get("TRANSFORMERS_JS", "/nowhere")) / "node_modules"
 VERSION = re.search(r"/npm/@huggingface/transformers@([\d.]+)", (SITE / "worker.js").read_text())[1]
@@ -112,8 +114,6 @@ def step(session, ids, mask, cache=None):
 
 
 def test_masks_show_the_window_and_no_padding():
-    from nanochat_hf.export.onnx import Step
-
     tokens = torch.tensor([[0, *[1] * 8]])  # one of padding
     masks = Step(make_model(sliding_window=5)).masks(tokens, 3, 6, torch.float32)
     seen = {kind: [row.nonzero()[:, 0].tolist() for row in mask[0, 0] == 0] for kind, mask in masks.items()}
@@ -138,6 +138,20 @@ def test_logits_equal_torch_whole_in_pieces_and_padded(exported):
     mask[0, :9] = 0
     padded = step(session, ids.numpy(), mask.numpy())[0]
     close(padded[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_float16_holds_logits_of_a_residual_stream_beyond_its_range(tokenizer, tmp_path):
+    model, ids = make_model(1, vocab_size=512, num_tokens=None), make_ids(1, 60)
+    for layer in model.model.layers:
+        layer.mlp.fc2.weight *= 2.0**13
+    assert model.model(ids, output_hidden_states=True).hidden_states[-2].abs().max() > torch.finfo(torch.float16).max
+    model.save_pretrained(tmp_path / "torch")
+    tokenizer.save_pretrained(tmp_path / "torch")
+    export(tmp_path / "torch", tmp_path / "onnx", "onnx")
+    logits = torch.from_numpy(run_graph(tmp_path / "onnx" / "onnx" / "model_fp16.onnx", ids.numpy()))
+    assert relative(logits, model(ids).logits[0]) < 0.01
 
 
 @pytest.mark.slow
@@ -251,8 +265,9 @@ def test_scaled_rope_is_refused(tokenizer, tmp_path):
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
     make_model(1, rope_parameters=rope, vocab_size=512, num_tokens=None).save_pretrained(tmp_path / "torch")
     tokenizer.save_pretrained(tmp_path / "torch")
-    with pytest.raises(InputError, match="RoPE of type 'linear'"):
-        export(tmp_path / "torch", tmp_path / "onnx", "onnx")
+    for engine in ("onnx", "mlx"):
+        with pytest.raises(InputError, match=r"RoPE of type 'linear'.*use the folder itself"):
+            export(tmp_path / "torch", tmp_path / "out", engine)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["torch"]
 
 

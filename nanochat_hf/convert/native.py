@@ -43,7 +43,7 @@ def refuse_differences(config: NanoChatConfig, target: NanoChatConfig, name: str
     fields = [field for field in NanoChatConfig.__annotations__ if field not in NO_EFFECT]
     different = [f"{f}={getattr(config, f)}" for f in fields if getattr(config, f) != getattr(target, f)]
     if different:
-        raise ValueError(f"{name} cannot express {', '.join(different)}")
+        raise ValueError(f"{name} cannot express {', '.join(different)}; nearest: nanochat export --to mlx or onnx")
 
 
 def to_native(model: NanoChatForCausalLM) -> NativeModel:

@@ -178,7 +178,7 @@ def load_model(source: Path, step: int | None) -> tuple[NanoChatForCausalLM, int
     fields = loading.read_config(source)
     kind = fields.get("model_type")
     if kind not in ("nanochat", NanoChatConfig.model_type):
-        raise ValueError(f"{source} holds a model of type {kind}, not nanochat")
+        raise ValueError(f"{source} holds no nanochat: its config.json {f'is of a {kind}' if kind else 'is damaged'}")
     if fields.get("quantization_config"):
         raise ValueError(f"{source} is quantized: convert the unquantized model")
     if kind == "nanochat":

@@ -62,6 +62,11 @@ def checkpoint_config(source: Path):
     return config
 
 
+def refuse_scaled_rope(config, engine: str) -> None:
+    if (kind := config.rope_parameters.get("rope_type", "default")) != "default":
+        raise InputError(f"there is no RoPE of type {kind!r} for {engine}: use the folder itself, in transformers")
+
+
 def copy_checkpoint(source: Path, folder: Path) -> None:
     """Copies a checkpoint folder of ours, without records of training, with today's model code and templates.
 

@@ -25,7 +25,7 @@ from ..data.tokenizer import load_tokenizer, new_backend, with_todays_templates
 from ..errors import InputError
 from ..loading import load_model
 from ..model.configuration_nanochat import NanoChatConfig
-from . import checkpoint_config
+from . import checkpoint_config, refuse_scaled_rope
 
 SHARPNESS, NORM = 2.0**8, 2.0**-5  # S above, and the weight of the norm before the MLP; powers of two lose no bits
 PRE_TOKENIZERS = {1: "bailingmoe", 3: "dbrx", 2: "bailingmoe"}  # digits per token: llama.cpp's name; none has pairs
@@ -88,13 +88,11 @@ def write(source: Path, folder: Path, outtype: str = "f16", allow_inexact: bool 
 
 def refuse_impossible(config: NanoChatConfig) -> None:
     """Raises InputError for a model that no weights make a Qwen3."""
-    kind = config.rope_parameters.get("rope_type", "default")
+    refuse_scaled_rope(config, "a .gguf")
     if config.generation == 2:
         reason = "llama.cpp has no smear, value embeddings or backout: a .gguf holds generation 1 only"
     elif "sliding_attention" in config.layer_types:
         reason = "llama.cpp's Qwen3 has no sliding windows: train with window_pattern L"
-    elif kind != "default":
-        reason = f"there is no RoPE of type {kind!r} for a .gguf"
     else:
         return
     raise InputError(f"{reason}; export it --to mlx or onnx, or serve the folder with vLLM")

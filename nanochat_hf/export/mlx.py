@@ -4,12 +4,12 @@ mlx-lm runs the file that config.json names as `model_file`, with `--trust-remot
 field, so the folder still loads there. An answer ends at a tool call: both stop tokens are in generation_config.json.
 """
 
-import json
 import shutil
 from pathlib import Path
 
-from ..errors import InputError
-from . import copy_checkpoint
+from ..loading import load_config
+from ..run import load_json, save_json
+from . import copy_checkpoint, refuse_scaled_rope
 
 MODEL = Path(__file__).with_name("mlx_nanochat.py")
 
@@ -22,11 +22,9 @@ def write(source: Path, folder: Path) -> list[str]:
 
 def add(folder: Path) -> list[str]:
     """Adds what mlx-lm needs to a checkpoint folder; returns lines. Raises InputError for RoPE that is scaled."""
+    refuse_scaled_rope(load_config(folder), "MLX")
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if (kind := config["rope_parameters"].get("rope_type", "default")) != "default":
-        raise InputError(f"there is no RoPE of type {kind!r} for MLX: export a model with rope_type default")
-    path.write_text(json.dumps(config | {"model_file": MODEL.name}, indent=2) + "\n", encoding="utf-8")
+    save_json(path, load_json(path) | {"model_file": MODEL.name})
     shutil.copyfile(MODEL, folder / MODEL.name)
     return [
         "chat:     mlx_lm.chat --trust-remote-code --model {folder}",

@@ -19,27 +19,21 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
+import onnxscript  # noqa: F401  (torch.onnx needs it)
 import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
 from ..errors import InputError
-from ..loading import load_config, load_model
+from ..loading import load_model
 from ..model.modeling_nanochat import NanoChatForCausalLM, project, rms_norm
 from ..run import save_json
-from . import copy_checkpoint
-
-try:
-    import onnxruntime
-    import onnxscript  # noqa: F401  (torch.onnx needs it)
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-except ImportError:
-    raise InputError("ONNX needs three more packages: pip install onnx onnxscript onnxruntime") from None
+from . import copy_checkpoint, refuse_scaled_rope
 
 MASKED = -1e4  # added to scores; float16 can hold it, and its exponential is zero
 END = 2**62  # of a slice that has none
 MAX_BYTES = 2**31 - 2**24  # of the weights in one file
-PROBE = 64  # tokens with which the files are compared
-TOLERANCE = 0.01  # of a logit in float32
 
 
 class GraphCache:
@@ -70,6 +64,11 @@ class Step(nn.Module):
     def __init__(self, model: NanoChatForCausalLM):
         super().__init__()
         self.model, self.config = model, model.config
+        # float16 ends at 65504, and the residual stream of generation 1 may not: the norms take the factor out again
+        self.share = 2**-4 if model.dtype == torch.float16 else 1
+        for layer in model.model.layers:
+            for matrix in (layer.self_attn.o_proj, layer.mlp.fc2):
+                matrix.weight.data *= self.share
 
     def masks(self, attention_mask: torch.Tensor, length: int, past: int, dtype: torch.dtype) -> dict:
         """Returns what is added to the scores, (B, 1, T, P + T), for both kinds of layers."""
@@ -90,6 +89,7 @@ class Step(nn.Module):
         cache = GraphCache(cache, config.num_hidden_layers)
         if config.smear:
             x = core.apply_smear(x, position_ids, None, cache)
+        x = x * self.share
         x = core.run_layers(x, input_ids, core.rotary_emb(x, position_ids), masks, cache)
         # x[:, -n:] for an n of the input, in ONNX itself: torch would not export the case 0, all positions
         shape = (x.shape[0], num_logits_to_keep.item(), x.shape[2])
@@ -179,14 +179,13 @@ def write(source: Path, folder: Path) -> list[str]:
     Raises InputError for no checkpoint, for RoPE that is scaled, and for more than 2 GB in float32.
     """
     copy_checkpoint(source, folder)
-    if (kind := load_config(folder).rope_parameters.get("rope_type", "default")) != "default":
-        raise InputError(f"there is no RoPE of type {kind!r} for ONNX: export a model with rope_type default")
     model = load_model(str(folder), attn_implementation="eager")
+    refuse_scaled_rope(model.config, "ONNX")
     if (size := 4 * model.num_parameters()) > MAX_BYTES:
         raise InputError(f"{source} is {size / 1e9:.1f} GB in float32 and an ONNX file holds 2: export it --to mlx")
     torch.manual_seed(0)
     start = torch.tensor([[model.config.bos_token_id or 0]])
-    text = model.generate(start, max_new_tokens=PROBE, eos_token_id=None, do_sample=True)
+    text = model.generate(start, max_new_tokens=64, eos_token_id=None, do_sample=True)
     expected = model(text).logits[0].numpy()
     write_config(model, folder)
     files = [folder / "onnx" / f"model{suffix}.onnx" for suffix in ("", "_quantized", "_fp16")]
@@ -197,7 +196,7 @@ def write(source: Path, folder: Path) -> list[str]:
     lines = []
     for path in files:
         logits = run_graph(path, text.numpy())
-        if not np.isfinite(logits).all() or (path == files[0] and np.abs(logits - expected).max() > TOLERANCE):
+        if not np.isfinite(logits).all() or (path == files[0] and np.abs(logits - expected).max() > 0.01):
             raise InputError(f"{path.name} does not compute what torch does for {source}: export it --to mlx")
         agree = f"{(logits.argmax(-1) == expected.argmax(-1)).sum()} of {len(logits)} tokens as torch"
         lines.append(f"onnx/{path.name}: {path.stat().st_size / 1e6:.1f} MB, {agree}")
