@@ -1,8 +1,12 @@
-"""Prints docs/works-with.md, where checkpoints run, from the table docs/works-with.yaml.
+"""Writes docs/works-with.md, where checkpoints run, from the table docs/works-with.yaml.
 
-python scripts/make_works_with.py > docs/works-with.md
+python scripts/make_works_with.py [--run]    # --run: first the tests that the table names; those that pass date it
 """
 
+import re
+import subprocess
+import sys
+from datetime import date
 from pathlib import Path
 
 import yaml
@@ -15,7 +19,7 @@ Made by `python scripts/make_works_with.py` from [works-with.yaml](works-with.ya
 
 - Generation 1 is of October 2025, generation 2 of 2026; it needs the token before (smear), which few engines keep.
 - tools: what becomes of the model's calls of the calculator.
-- shown: *tested* names a test that runs the engine itself, on a CPU; *ran* says what was run once; *read*: its source.
+- shown: *tested* names a test that runs the engine itself, on a CPU, and that passed on the date (`--run`); *ran* says what was run once; *read*: its source.
 """
 
 
@@ -31,5 +35,20 @@ def markdown() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def run_tests() -> None:
+    """Run each test file that a row names, slow ones too; where it passed, today is the row's date."""
+    for name in sorted(set(re.findall(r"tests/test_\w+\.py", TABLE.read_text(encoding="utf-8")))):
+        pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-m", "not gpu", name]
+        result = subprocess.run(pytest, cwd=TABLE.parents[1], capture_output=True, text=True, check=False)
+        summary = result.stdout.strip().rpartition("\n")[2]
+        print(f"{name}: {summary}", flush=True)
+        if result.returncode == 0 and " passed" in summary:
+            text = TABLE.read_text(encoding="utf-8")
+            dated = re.sub(rf"({re.escape(name)}[^}}]*date: )[\d-]+", rf"\g<1>{date.today()}", text)
+            TABLE.write_text(dated, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print(markdown(), end="")
+    if "--run" in sys.argv:
+        run_tests()
+    TABLE.with_suffix(".md").write_text(markdown(), encoding="utf-8")
