@@ -19,7 +19,8 @@ Made by `python scripts/make_works_with.py` from [works-with.yaml](works-with.ya
 
 - Generation 1 is of October 2025, generation 2 of 2026; it needs the token before (smear), which few engines keep.
 - tools: what becomes of the model's calls of the calculator.
-- shown: *tested* names a test that runs the engine itself, on a CPU, and that passed on the date (`--run`); *ran* says what was run once; *read*: its source.
+- shown: *tested* names a test that runs the engine itself, on a CPU, and passed on the date;
+  *ran* says what was run once; *read*: its source.
 """
 
 
