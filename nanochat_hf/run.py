@@ -184,7 +184,7 @@ def model_fingerprint(folder: str | Path) -> str | None:
         return None
     digest = hashlib.sha256()
     for path in [*files, Path(folder) / "tokenizer.json", Path(folder) / "chat_template.jinja"]:
-        if path.exists():
+        if path.is_file():
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

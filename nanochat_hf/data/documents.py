@@ -312,7 +312,7 @@ def find_files(dataset: str, revision: str | None = None) -> tuple:
     path, commit = local_path(dataset), None
     if path.is_dir():
         everything, locate = files_below(path), path.joinpath
-    elif path.exists():
+    elif path.is_file():  # no pipe, on which reading would wait
         everything, locate = [path.name], path.parent.joinpath
     elif is_hub_id(dataset):
         everything, locate, commit = hub_files(dataset, revision)
