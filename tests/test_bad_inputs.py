@@ -372,6 +372,9 @@ ENTRIES = [  # of a mixture of conversations, which is opened
     ),
     ({"dataset": "{here}/empty.jsonl"}, "no rows"),
     ({"dataset": "{here}/pipe.jsonl"}, "is no file"),
+    ({"dataset": "{here}/links"}, "cannot read .*train.jsonl: No such file"),
+    ({"dataset": "primer", "subset": "main"}, "primer has no subsets"),
+    ({"dataset": "{here}/bad.jsonl", "subset": "main"}, "has no subsets"),
     ({"dataset": "{here}"}, r"train\*"),
     ({"dataset": "{here}/train.parquet"}, "cannot read"),
     ({"dataset": "{here}/bad.jsonl", "rows": 9}, "has 3 rows, not 9"),
@@ -387,6 +390,9 @@ ENTRIES = [  # of a mixture of conversations, which is opened
 def test_a_mixture_that_cannot_be_opened(tmp_path, entry, message):
     (tmp_path / "empty.jsonl").touch()
     os.mkfifo(tmp_path / "pipe.jsonl")
+    if "links" in entry["dataset"]:
+        (tmp_path / "links").mkdir()
+        (tmp_path / "links" / "train.jsonl").symlink_to("gone")
     (tmp_path / "words.txt").write_text("apple\nberry\n")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
     jsonl(tmp_path / "bad.jsonl", "{", "[1]", "3")
@@ -422,6 +428,7 @@ TEXTS = [
     (lambda here: jsonl(here / "t.jsonl", "{", *['{"text": "a"}'] * 30), "is not JSON"),
     (lambda here: here, r"no \.parquet or \.jsonl"),
     (lambda here: here / "nowhere", "no dataset"),
+    (lambda here: (here / "t.jsonl").symlink_to("t.jsonl") or here, r"cannot read .*t\.jsonl"),
     (lambda here: os.mkfifo(here / "pipe.jsonl") or here / "pipe.jsonl", "no dataset"),
     (lambda here: "someone/something", "HF_HUB_OFFLINE"),
 ]

@@ -185,7 +185,10 @@ class JsonLines(Sequence):
 
     def __init__(self, paths: list[Path]):
         self.places: list[tuple[int, int]] = []  # (file, byte)
-        self.files = [path.open("rb") for path in paths]
+        try:
+            self.files = [path.open("rb") for path in paths]
+        except OSError as error:  # a link to nothing, no permission
+            raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
         for number, file in enumerate(self.files):
             position = 0
             for line in file:
@@ -208,7 +211,10 @@ class JsonLines(Sequence):
 def open_rows(entry: DatasetConfig, seed: int) -> Sequence:
     """The rows of an entry's dataset, by number. Raises InputError when it is missing or cannot be read."""
     path = local_path(entry.dataset)
-    if entry.dataset.partition(":")[0] == "primer" or path.suffix in (".yaml", ".yml"):
+    generated = entry.dataset.partition(":")[0] == "primer" or path.suffix in (".yaml", ".yml")
+    if entry.subset and (generated or path.is_file()):
+        raise InputError(f"{entry.dataset} has no subsets: leave subset out")
+    if generated:
         return _generated_rows(entry, seed)
     if entry.transform in WORD_TRANSFORMS:
         return [{"word": word} for word in _words(entry, path)]
