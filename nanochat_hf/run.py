@@ -205,7 +205,7 @@ def save_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 def save_text(path: str | Path, text: str) -> None:
     """Write a file beside the target and rename it, so that no reader sees half of it."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.parent / f".{path.name}.{os.getpid()}"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -211,6 +211,7 @@ COMMANDS = [
     ("chat --run-dir {root}/README.md", "cannot read .*README.md/base/metrics.json: Not a directory$"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --split dev", "train or test"),
     ("identity --identity {root}/recipes/identity.yaml --output {here} --rows 2", "cannot write .*Is a directory"),
+    ("identity --identity {root}/recipes/identity.yaml --output . --rows 2", "cannot write [.]:"),
     ("identity --identity {root}/recipes/identity.yaml --output /proc/out.jsonl --rows 2", "cannot write"),
     ("plan", "name a recipe"),
     ("plan d24 --gpus 3", "total_batch_size = 1048576 must be a positive multiple of 6144"),
