@@ -29,7 +29,7 @@ from .errors import InputError
 from .run import BOOLEANS, KEY_ALIASES, nearest, or_shipped, renamed_keys
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: of a date, say
+BAD_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError)  # of a date or `!!bool x`, say
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 

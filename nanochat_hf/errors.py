@@ -16,21 +16,26 @@ def guarded(main: Callable) -> None:
     Only the main rank shows what all ranks raise. Exit code 141 is that of SIGPIPE: the reader of the output has gone.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file is read while it is written
+        # A log file is read while it is written; a terminal may not know all characters.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         try:
             main()
         finally:
-            sys.stdout.flush()
+            if sys.stdout:  # None if it was closed
+                sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         sys.exit(141)
     except (InputError, FloatingPointError) as error:  # all ranks raise it, the main one shows it
         fail(str(error), show=os.environ.get("RANK", "0") == "0")
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno == errno.ENAMETOOLONG:
+            fail(f"a name is longer than this disk allows: {str(error.filename)[:60]}...")
+        if error.errno != errno.ENOSPC:
             raise
-        fail(f"a name is longer than this disk allows: {str(error.filename)[:60]}...")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # as above
+        fail(f"no space left on the disk of {error.filename or 'the output'}")
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -194,7 +194,7 @@ def model_fingerprint(folder: str | Path) -> str | None:
         return None
     digest = hashlib.sha256()
     for path in [*files, Path(folder) / "tokenizer.json", Path(folder) / "chat_template.jinja"]:
-        if path.exists():
+        if path.is_file():
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -215,7 +215,7 @@ def save_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 def save_text(path: str | Path, text: str) -> None:
     """Write a file beside the target and rename it, so that no reader sees half of it."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.parent / f".{path.name}.{os.getpid()}"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

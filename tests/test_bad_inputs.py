@@ -5,6 +5,7 @@ folders, and data that cannot be read. In a command, {run} is a folder that does
 """
 
 import json
+import os
 import re
 import socket
 from pathlib import Path
@@ -210,6 +211,7 @@ COMMANDS = [
     ("chat --run-dir {root}/README.md", "cannot read .*README.md/base/metrics.json: Not a directory$"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --split dev", "train or test"),
     ("identity --identity {root}/recipes/identity.yaml --output {here} --rows 2", "cannot write .*Is a directory"),
+    ("identity --identity {root}/recipes/identity.yaml --output . --rows 2", "cannot write [.]:"),
     ("identity --identity {root}/recipes/identity.yaml --output /proc/out.jsonl --rows 2", "cannot write"),
     ("plan", "name a recipe"),
     ("run --dry-run base.depth=4", "name a recipe"),
@@ -259,6 +261,8 @@ FILES = [  # content of base.yaml
     (b"a: [", "is not valid YAML"),
     (b"depth: 2026-13-45", "is not valid YAML"),
     (b"a: !!python/object:os.system x", "is not valid YAML"),
+    (b"fp8: !!bool perhaps", "is not valid YAML"),
+    (b"depth: !!timestamp x", "is not valid YAML"),
     (b"dataset: \xff\xfe", "is not UTF-8"),
     (b"dataset: \x00", "is not valid YAML"),
     (b"[" * 1000, "is not valid YAML"),
@@ -380,6 +384,10 @@ ENTRIES = [  # of a mixture of conversations, which is opened
         for name in ("nowhere/chats.jsonl", "./org/name", "name", "org/name/folder", "data/x.csv")
     ),
     ({"dataset": "{here}/empty.jsonl"}, "no rows"),
+    ({"dataset": "{here}/pipe.jsonl"}, "is no file"),
+    ({"dataset": "{here}/links"}, "cannot read .*train.jsonl: No such file"),
+    ({"dataset": "primer", "subset": "main"}, "primer has no subsets"),
+    ({"dataset": "{here}/bad.jsonl", "subset": "main"}, "has no subsets"),
     ({"dataset": "{here}"}, r"train\*"),
     ({"dataset": "{here}/train.parquet"}, "cannot read"),
     ({"dataset": "{here}/bad.jsonl", "rows": 9}, "has 3 rows, not 9"),
@@ -394,6 +402,10 @@ ENTRIES = [  # of a mixture of conversations, which is opened
 @pytest.mark.parametrize("entry,message", ENTRIES)
 def test_a_mixture_that_cannot_be_opened(tmp_path, entry, message):
     (tmp_path / "empty.jsonl").touch()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    if "links" in entry["dataset"]:
+        (tmp_path / "links").mkdir()
+        (tmp_path / "links" / "train.jsonl").symlink_to("gone")
     (tmp_path / "words.txt").write_text("apple\nberry\n")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
     jsonl(tmp_path / "bad.jsonl", "{", "[1]", "3")
@@ -429,6 +441,8 @@ TEXTS = [
     (lambda here: jsonl(here / "t.jsonl", "{", *['{"text": "a"}'] * 30), "is not JSON"),
     (lambda here: here, r"no \.parquet or \.jsonl"),
     (lambda here: here / "nowhere", "no dataset"),
+    (lambda here: (here / "t.jsonl").symlink_to("t.jsonl") or here, r"cannot read .*t\.jsonl"),
+    (lambda here: os.mkfifo(here / "pipe.jsonl") or here / "pipe.jsonl", "no dataset"),
     (lambda here: "someone/something", "HF_HUB_OFFLINE"),
 ]
 

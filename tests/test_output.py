@@ -110,6 +110,20 @@ def test_a_reader_that_leaves_ends_a_command_without_a_traceback(words):
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("where", "code"),
+    [("> /dev/full", 2), (">&-", 0), ("> /dev/null; LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {} | cat", 0)],
+)
+def test_an_output_that_takes_no_text_or_no_letters_gives_no_traceback(where, code):
+    program = "from nanochat_hf.errors import guarded; guarded(lambda: print(chr(44032)))"
+    command = f'{sys.executable} -c "{program}"'
+    done = subprocess.run(
+        f"{command} {where.format(command)}", shell=True, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
+    assert "no space left" in done.stderr if code else done.stdout in ("", "\\uac00\n")
+
+
 def test_waiting_threads_do_not_spin_unless_the_user_says_how_they_wait(monkeypatch):
     monkeypatch.setattr(cli, "guarded", lambda command: None)
     for policy, spins in ((None, "1000"), ("ACTIVE", None)):

@@ -137,6 +137,12 @@ def test_padding_rows_have_no_loss():
     assert len(pad_to_multiple(rows, 1, pad=9)) == 1
 
 
+def test_a_wrong_validation_set_is_noticed_before_the_mixture_is_encoded(tiny_folder, tmp_path):
+    with pytest.raises(InputError, match="no split 'dev'"):
+        train_chat(config(validation=[{"dataset": "primer", "split": "dev"}]), tiny_folder, tmp_path / "sft")
+    assert not (tmp_path / "sft" / "state" / "rows").exists()
+
+
 def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path, monkeypatch):
     out, held_out = tmp_path / "sft", [{"dataset": "primer", "split": "test", "rows": 20}]
     saved, real = [], checkpoint.write_manifest

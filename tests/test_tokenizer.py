@@ -66,6 +66,9 @@ def test_a_saved_tokenizer_loads_with_the_auto_class_and_is_the_same(tokenizer, 
     assert again.response_template == module.RESPONSE_TEMPLATE
     assert (again.padding_side, again.pad_token_id, len(again)) == ("left", tokenizer.pad_token_id, len(tokenizer))
     assert all((a == b).all() for a, b in zip(encode_documents(again, TEXTS), encode_documents(tokenizer, TEXTS)))
+    again.bos_token = None
+    with pytest.raises(InputError, match="no bos token"):
+        encode_documents(again, TEXTS)
 
 
 def test_the_split_pattern_is_that_of_upstream_with_digits_in_groups():

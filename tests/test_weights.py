@@ -244,3 +244,11 @@ def test_weights_written_in_place_are_other_weights(run):
         target.write(b"\x01")
     os.utime(file, ns=(1, 1))
     assert model_id(run.folder("sft")) not in (None, before)
+
+
+def test_a_folder_in_the_place_of_a_file_has_no_part_in_the_fingerprint(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"x")
+    before = model_fingerprint(tmp_path)
+    for name in ("b.safetensors", "tokenizer.json"):
+        (tmp_path / name).mkdir()
+    assert model_id(tmp_path) == before

@@ -312,7 +312,7 @@ def find_files(dataset: str, revision: str | None = None) -> tuple:
     path, commit = local_path(dataset), None
     if path.is_dir():
         everything, locate = files_below(path), path.joinpath
-    elif path.exists():
+    elif path.is_file():  # no pipe, on which reading would wait
         everything, locate = [path.name], path.parent.joinpath
     elif is_hub_id(dataset):
         everything, locate, commit = hub_files(dataset, revision)
@@ -325,6 +325,8 @@ def find_files(dataset: str, revision: str | None = None) -> tuple:
     if not names:
         others = f", only {listed(unread)}" if unread else ""
         raise InputError(f"dataset {dataset} has no .parquet or .jsonl files{others}")
+    if path.is_dir() and (gone := next((name for name in names if not locate(name).exists()), None)):
+        raise InputError(f"cannot read {locate(gone)}: a link to nothing")
     train, validation, decision = (names, names, "") if path.is_file() else text_files(dataset, names, unread)
     if decision:
         log(f"dataset {dataset}: {decision}")

@@ -185,7 +185,10 @@ class JsonLines(Sequence):
 
     def __init__(self, paths: list[Path]):
         self.places: list[tuple[int, int]] = []  # (file, byte)
-        self.files = [path.open("rb") for path in paths]
+        try:
+            self.files = [path.open("rb") for path in paths]
+        except OSError as error:  # a link to nothing, no permission
+            raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
         for number, file in enumerate(self.files):
             position = 0
             for line in file:
@@ -208,11 +211,14 @@ class JsonLines(Sequence):
 def open_rows(entry: DatasetConfig, seed: int) -> Sequence:
     """The rows of an entry's dataset, by number. Raises InputError when it is missing or cannot be read."""
     path = local_path(entry.dataset)
-    if entry.dataset.partition(":")[0] == "primer" or path.suffix in (".yaml", ".yml"):
+    generated = entry.dataset.partition(":")[0] == "primer" or path.suffix in (".yaml", ".yml")
+    if entry.subset and (generated or path.is_file()):
+        raise InputError(f"{entry.dataset} has no subsets: leave subset out")
+    if generated:
         return _generated_rows(entry, seed)
     if entry.transform in WORD_TRANSFORMS:
         return [{"word": word} for word in _words(entry, path)]
-    if path.exists():
+    if path.is_file() or path.is_dir():  # no pipe, on which reading would wait
         files = _files(entry, path)
         kinds = {p.suffix.lower() for p in files}
         if kinds == {".jsonl"}:
@@ -244,7 +250,8 @@ def check_data(stage: str, config) -> None:
 def refuse_missing(dataset: str, is_text: bool = False) -> None:
     """Raises InputError for a dataset that is nothing on this disk and has no Hub id's form."""
     hub = is_hub_id(dataset) and (is_text or dataset.count("/") == 1) and not dataset.endswith((".yaml", ".yml"))
-    if not (hub or dataset.partition(":")[0] == "primer" or local_path(dataset.replace("{split}", "train")).exists()):
+    path = local_path(dataset.replace("{split}", "train"))
+    if not (hub or dataset.partition(":")[0] == "primer" or path.is_file() or path.is_dir()):
         raise InputError(f"no such dataset: {dataset} is no file, no folder and no Hub id")
 
 
@@ -301,7 +308,7 @@ def _generated_rows(entry: DatasetConfig, seed: int) -> list[dict]:
 def _words(entry: DatasetConfig, path: Path) -> list[str]:
     """Words of 3 to 15 ASCII letters: the lines of a .txt, or the words of a text, most frequent first."""
     if path.suffix == ".txt":
-        if not path.exists():
+        if not path.is_file():
             raise InputError(f"no such file: {path}")
         words = (line.strip() for line in path.open(encoding="utf-8", errors="replace"))
     else:

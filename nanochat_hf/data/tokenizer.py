@@ -213,6 +213,8 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> li
     The texts are spread over all cores unless TOKENIZERS_PARALLELISM=false.
     """
     bos, dtype = tokenizer.bos_token_id, token_dtype(tokenizer)
+    if bos is None:
+        raise InputError("the tokenizer has no bos token, which begins each text: an evaluation leaves dataset out")
     encodings = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
     return [np.array([bos, *encoding.ids], dtype) for encoding in encodings]
 

@@ -40,7 +40,13 @@ def confirmed(name: str, value, refuse):
     library = getattr(module, name, value)
 
     def call(*arguments, **options):
-        result = library(*arguments, **options)
+        try:
+            result = library(*arguments, **options)
+        except Exception as error:
+            with contextlib.suppress(type(error)):
+                value(*arguments, **options)
+                refuse(f"{name} of its own")
+            raise
         comparable = type(result) is not type(value) and type(result).__eq__ is not object.__eq__
         return refuse(f"{name} of its own") if comparable and result != value(*arguments, **options) else result
 

@@ -202,16 +202,17 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
         tokenizer.init_kwargs["examples"] = config.examples
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
     config, accumulation = split_step(config, length)
-    rows, summary = build_packed_dataset(config, config.mixture, tokenizer, length, output / "state" / "rows")
-    inputs, eval_rows = {"data": summary.pop("content")}, None
+    inputs, eval_rows = {}, None
     micro_batch = config.device_batch_size * partial_state().num_processes
-    if config.validation:
+    if config.validation:  # first: it is small, and may be wrong
         if both := shared(config.mixture, config.validation):
             log(f"mixture and validation both take rows of {listed(both)}: its validation loss is of rows trained on")
         folder = output / "state" / "validation"
         eval_rows, eval_summary = build_packed_dataset(config, config.validation, tokenizer, length, folder)
         inputs["validation data"] = eval_summary["content"]
         eval_rows = pad_to_multiple(eval_rows, micro_batch, tokenizer.pad_token_id)
+    rows, summary = build_packed_dataset(config, config.mixture, tokenizer, length, output / "state" / "rows")
+    inputs["data"] = summary.pop("content")
     padded = pad_to_multiple(rows, micro_batch * accumulation, tokenizer.pad_token_id)
     trainer = ChatTrainer(
         model=network,
