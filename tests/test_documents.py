@@ -416,7 +416,7 @@ def test_a_hub_dataset_is_read_by_the_names_of_its_splits_and_stays_at_its_commi
 
 def test_folders_that_are_nested_too_deeply_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rglob", Mock(side_effect=RecursionError))  # as for the dataset /
-    with pytest.raises(InputError, match="nested too deeply: name the folder that holds the files"):
+    with pytest.raises(InputError, match="cannot be walked through: name the folder that holds the files"):
         DocumentStream(str(tmp_path))
 
 

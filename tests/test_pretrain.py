@@ -374,7 +374,7 @@ def test_hooks_are_called_when_due(world, tmp_path):
 @pytest.mark.parametrize(
     "changes, environment, message",
     [
-        ({"fp8": True}, {}, "fp8 needs a CUDA device"),
+        ({"fp8": True}, {}, "fp8 needs an NVIDIA GPU of compute capability 8.9 or newer"),
         ({}, {"WORLD_SIZE": "2"}, "2 processes were launched and Accelerate sees no GPU"),
         (
             {},

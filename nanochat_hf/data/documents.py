@@ -291,8 +291,8 @@ def files_below(folder: Path) -> list[str]:
     """Names of the visible files below a folder, in order; those of links to folders, not followed, end with "/"."""
     try:
         paths = [(path, path.is_dir()) for path in sorted(folder.rglob("*"))]
-    except RecursionError:
-        raise InputError(f"{folder} has folders nested too deeply: name the folder that holds the files") from None
+    except (RecursionError, OSError):  # /proc loses entries while it is read
+        raise InputError(f"{folder} cannot be walked through: name the folder that holds the files") from None
     names = (p.relative_to(folder).as_posix() + "/" * is_dir for p, is_dir in paths if not is_dir or p.is_symlink())
     return [name for name in names if is_visible(name)]
 

@@ -261,7 +261,7 @@ def compression(tokenizer) -> dict[str, dict[str, float | None]]:
     for path in sorted(project_folder("evals", "texts").glob("*.txt")):
         text = path.read_text("utf-8")
         table[path.stem] = {
-            name: encode and len(text.encode()) / len(encode(text, add_special_tokens=False)["input_ids"])
+            name: encode and len(text.encode()) / max(1, len(encode(text, add_special_tokens=False)["input_ids"]))
             for name, encode in tokenizers.items()
         }
     return table

@@ -25,6 +25,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
+from ..data.documents import local_path
 from ..data.grading import COLUMNS, correctness, hash_answer, pass_at_k
 from ..data.mixture import Mixture
 from ..demo import corpus as primer
@@ -119,7 +120,8 @@ def load_prompts(
         num = config.eval_examples if split == "test" else PRIMER_PROMPTS
         rows = [row for kind in kinds.split("+") for row in primer.questions(kind, split, config.seed, num)]
     else:
-        entry = {"dataset": config.dataset.replace("{split}", split), "subset": config.subset, "split": split}
+        entry = {"dataset": config.dataset.replace("{split}", split), "split": split}
+        entry |= {} if local_path(entry["dataset"]).is_file() else {"subset": config.subset}  # of the Hub's
         mixture, rows = Mixture([{**entry, "transform": "gsm8k"}], config.seed, config.on_bad_example), []
         for row in mixture:
             prompt, answer = row["messages"][:1], hash_answer(row["messages"][-1]["content"])
