@@ -61,7 +61,9 @@ def sync_url(text: str) -> str:
         raise ValueError("no URL, as s3://bucket/folder, gs://bucket/folder, file:///folder or hf://owner/name")
     elif re.match(r"file://(?!/+[^/])", text):
         raise ValueError("a file URL names a whole path with a folder, as file:///mnt/runs")
-    elif (scheme := text.partition("://")[0]) not in available_protocols():
+    elif (scheme := text.partition("://")[0]) in ("http", "https"):
+        raise ValueError("nothing can be written to a web page: take s3://, gs:// or hf://owner/name")
+    elif scheme not in available_protocols():
         raise ValueError(f"no file system of fsspec is called {scheme}; take s3://, gs:// or hf://owner/name")
     return text
 

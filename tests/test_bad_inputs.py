@@ -130,6 +130,7 @@ COMMANDS = [
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --sync bucket", "--sync: 'bucket'.*no URL"),
     ("run cpu-demo --run-dir {run} --sync hf://me/x/y", "no repo name"),
     ("run cpu-demo --run-dir {run} --sync file:///", "as file:///mnt/runs"),
+    ("run cpu-demo --run-dir {run} --sync https://example.com/runs", "nothing can be written to a web page"),
     (f"pretrain {CONFIG}base.yaml", "required: --run-dir"),
     ("pretrain --config {here}/none.yaml --run-dir {run}", "cannot read .*none.yaml: No such file"),
     (f"pretrain --config {LONG} --run-dir {{run}}", "at most 255 bytes"),
