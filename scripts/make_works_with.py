@@ -37,13 +37,13 @@ def markdown() -> str:
 
 
 def run_tests() -> None:
-    """Run each test file that a row names, slow ones too; where it passed, today is the row's date."""
+    """Run each test file that a row names, slow ones too; where all of it passed, today is the row's date."""
     for name in sorted(set(re.findall(r"tests/test_\w+\.py", TABLE.read_text(encoding="utf-8")))):
         pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-m", "not gpu", name]
         result = subprocess.run(pytest, cwd=TABLE.parents[1], capture_output=True, text=True, check=False)
         summary = result.stdout.strip().rpartition("\n")[2]
         print(f"{name}: {summary}", flush=True)
-        if result.returncode == 0 and " passed" in summary:
+        if result.returncode == 0 and "skipped" not in summary:  # what lacks its engine skips
             text = TABLE.read_text(encoding="utf-8")
             dated = re.sub(rf"({re.escape(name)}[^}}]*date: )[\d-]+", rf"\g<1>{date.today()}", text)
             TABLE.write_text(dated, encoding="utf-8")
