@@ -18,6 +18,11 @@ def guarded(main: Callable) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         # A log file is read while it is written; a terminal may not know all characters.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+
+    def drop_output():  # the flush at exit must not fail again
+        if sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
     try:
         try:
             main()
@@ -25,7 +30,7 @@ def guarded(main: Callable) -> None:
             if sys.stdout:  # None if it was closed
                 sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        drop_output()
         sys.exit(141)
     except (InputError, FloatingPointError) as error:  # all ranks raise it, the main one shows it
         fail(str(error), show=os.environ.get("RANK", "0") == "0")
@@ -34,7 +39,7 @@ def guarded(main: Callable) -> None:
             fail(f"a name is longer than this disk allows: {str(error.filename)[:60]}...")
         if error.errno != errno.ENOSPC:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # as above
+        drop_output()
         fail(f"no space left on the disk of {error.filename or 'the output'}")
     except KeyboardInterrupt:
         sys.exit(130)

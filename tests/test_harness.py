@@ -184,7 +184,8 @@ def test_measuring_one_stage_again_keeps_what_is_still_true_of_the_others(run, l
     for key in ("results", "examples", "weights", "models", "definition"):
         assert after[key] == before[key], key
     left_out = "[eval] results of sft are left out: weights, config, tasks or data changed since"
-    for what in ("config", "weights"):
+    for number, what in enumerate(("config", "weights"), start=1):
+        before |= {"started": 1e9 + number}  # a second loss does not replace what the first one kept
         save_json(run / "eval" / "metrics.json", before)
         if what == "weights":
             change_weights(run / "sft")
@@ -193,6 +194,7 @@ def test_measuring_one_stage_again_keeps_what_is_still_true_of_the_others(run, l
         out = capsys.readouterr().out
         assert left_out in out and samples.is_dir()  # the stage is still there
         assert load_json(out.split("are kept in ")[1].split("\n")[0]) == before
+        assert len(list((run / "eval").glob("metrics-*.json"))) == number
     shutil.rmtree(run / "sft")
     measure(run, ["base"])
     assert not samples.exists()

@@ -151,7 +151,9 @@ def other_stages(output: Path, models: dict[str, str], definition: str) -> dict[
         if stage not in {*results, *models} and (model != stage or run.finished(stage)):
             lost.append(stage)
     if lost:
-        backup = shutil.copy(output / "metrics.json", output / f"metrics-{str(record.get('definition'))[:8]}.json")
+        # A name of its own for each evaluation: a second loss must not replace what the first one kept.
+        backup = output / f"metrics-{record.get('started') or 0:.0f}.json"
+        shutil.copy(output / "metrics.json", backup)
         reason = "weights, config, tasks or data changed since"
         print(f"[eval] results of {', '.join(lost)} are left out: {reason}; all earlier ones are kept in {backup}")
     return {stage: numbers for stage, numbers in results.items() if stage not in models}

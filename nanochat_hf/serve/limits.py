@@ -1,7 +1,6 @@
 """What one client may cost the server: bytes of a body, seconds to send it, connections, lines of the log."""
 
 import logging
-import resource
 import time
 
 import h11
@@ -57,6 +56,10 @@ class LimitedProtocol(H11Protocol):
 
 def connection_limit() -> int:
     """Half of the descriptors that the process may open, at most MAX_CONNECTIONS."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return MAX_CONNECTIONS
     return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
