@@ -38,7 +38,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
 }
 EVAL_HELPERS = {"data", "data.grading", "data.jsonl", "data.tokenizer", "data.transforms"}  # what evals/ may import
 EVAL_HELPERS |= {"eval", "eval.bpb", "eval.core", "sandbox", "tools"}
-BUDGET = 600  # lines
+BUDGET = 500  # lines
 
 
 @cache
