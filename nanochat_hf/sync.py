@@ -275,7 +275,7 @@ class Sync:
 
     def repeated(self, action: Callable, *args):
         """action(*args), tried again with pauses. Raises InputError when it keeps failing."""
-        return with_retry(partial(action, *args), f"--sync {self.url}", say=print)
+        return with_retry(partial(action, *args), f"--sync {self.url}", log=print)
 
     # --- from the run folder to the URL
 

@@ -8,7 +8,7 @@ from nanochat_hf.kernels import attention, block_matmuls, float8
 from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.train import fused_model
-from nanochat_hf.train.fused_model import FusedTransformer, finish, use_fused_forward
+from nanochat_hf.train.fused_model import FusedTransformer, final_norm, use_fused_forward
 
 SHAPE = {
     "vocab_size": 320, "num_tokens": 300, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -88,7 +88,7 @@ def test_backout_in_bfloat16_keeps_its_digits_where_it_leaves_little():
     x, y = torch.randn(2, 40, 64).bfloat16()
     exact, middle = (x + y).float(), (x, y)  # the last value is the middle one: the norm undoes a factor of .008
     exact = torch.nn.functional.rms_norm(exact, (64,), eps=1e-6)
-    assert relative(finish(x, y, middle, torch.tensor([0.992]), 1e-12), exact) < 0.005
+    assert relative(final_norm(x, y, middle, torch.tensor([0.992]), 1e-12), exact) < 0.005
 
 
 def test_losses_of_single_tokens_average_to_the_mean():

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nanochat_hf import cli
 from nanochat_hf.data import identity
-from nanochat_hf.data.identity import Identity, Word, conversations, fingerprint, parse
+from nanochat_hf.data.identity import Identity, Word, conversations, parse_messages, words_of
 from nanochat_hf.data.mixture import Mixture
 from nanochat_hf.data.transforms import BadRow, check
 from nanochat_hf.errors import InputError
@@ -37,7 +37,7 @@ def questions(me: Identity) -> list[str]:
 
 def test_conversations_are_different_valid_and_follow_from_the_seed():
     rows = list(conversations(OPHELIA, num=500))
-    assert len({fingerprint(row["messages"]) for row in rows}) == 500
+    assert len({words_of(row["messages"]) for row in rows}) == 500
     for row in rows:
         check(row["messages"])
     assert rows == list(conversations(OPHELIA, num=500)) != list(conversations(OPHELIA, seed=1, num=500))
@@ -120,11 +120,11 @@ def turn(question: str, answer: str) -> str:
     (turn("Hi", "Ophelia")[:-2] + ', "name": "x"}]', "more than a role"),
 ])  # fmt: skip
 def test_what_a_model_wrote_is_taken_out_of_its_fence_and_checked(text, reason):
-    assert parse(turn("Are you ChatGPT?", "No, I am Ophelia, not ChatGPT."), OPHELIA)  # the user asked about it
+    assert parse_messages(turn("Are you ChatGPT?", "No, I am Ophelia, not ChatGPT."), OPHELIA)  # the user asked
     fenced = f"Here you are:\n```json\n{turn('Hi', 'I am Ophelia.')}\n```"
-    assert parse(fenced, OPHELIA)[1]["content"] == "I am Ophelia."
+    assert parse_messages(fenced, OPHELIA)[1]["content"] == "I am Ophelia."
     with pytest.raises(BadRow, match=reason):
-        parse(text, OPHELIA)
+        parse_messages(text, OPHELIA)
 
 
 def test_what_is_refused_is_requested_again_and_counted():
@@ -135,7 +135,7 @@ def test_what_is_refused_is_requested_again_and_counted():
         return turn(f"Hi {number // 2}", "I am Ophelia.") if number % 3 else "no"
 
     rows, refused = identity.generate_with_model(OPHELIA, ask, 8)
-    assert len(rows) == 8 == len({fingerprint(row["messages"]) for row in rows}) and next(numbers) <= 25
+    assert len(rows) == 8 == len({words_of(row["messages"]) for row in rows}) and next(numbers) <= 25
     assert set(refused) == {"no JSON list", "written before"}
     with pytest.raises(InputError, match=r"no conversation that can be used: no JSON list \(12\)"):
         identity.generate_with_model(OPHELIA, lambda messages: "no", 4)

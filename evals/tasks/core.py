@@ -36,7 +36,7 @@ from lm_eval.models.utils import resolve_max_length
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from nanochat_hf.data.jsonl import damaged, numbered_lines, parse, read_jsonl
+from nanochat_hf.data.jsonl import damaged, numbered_lines, parse_row, read_jsonl
 from nanochat_hf.data.tokenizer import plain_backend
 from nanochat_hf.eval import bpb
 from nanochat_hf.eval.core import centered, find_file
@@ -119,7 +119,7 @@ class Rows(Sequence):
     def __getitem__(self, number: int) -> dict:
         if number not in self.parsed:
             line, data = self.lines[number]
-            row = parse(self.file, line, data, self.fields)
+            row = parse_row(self.file, line, data, self.fields)
             if self.options:
                 texts = row[self.options]
                 if not texts or not all(isinstance(text, str) for text in texts):

@@ -15,7 +15,7 @@ import datasets
 from lm_eval.api.metrics import mean
 
 from nanochat_hf.data.grading import final_words, hash_answer, is_correct, pass_at_k, used_tool
-from nanochat_hf.data.jsonl import damaged, numbered_lines, parse
+from nanochat_hf.data.jsonl import damaged, numbered_lines, parse_row
 from nanochat_hf.data.transforms import multiple_choice
 from nanochat_hf.eval.core import centered, find_file
 from nanochat_hf.sandbox import run_sandboxed
@@ -51,7 +51,7 @@ def read_rows(path: Path, fields: list[str]) -> datasets.Dataset:
     """The file's rows; questions with choices in the form of `choice_doc`."""
     docs, types = [], {name: TYPES.get(name, str) for name in fields}
     for number, line in numbered_lines(path):
-        row = parse(path, number, line, types)
+        row = parse_row(path, number, line, types)
         try:
             if "messages" in row:
                 question(row).strip()

@@ -130,7 +130,7 @@ def to_upstream(model: NanoChatForCausalLM) -> tuple[dict[str, torch.Tensor], di
     return state, fields
 
 
-def load_tokenizer(folder: Path, texts: Iterable[str]) -> tuple[PreTrainedTokenizerFast, int]:
+def read_tokenizer(folder: Path, texts: Iterable[str]) -> tuple[PreTrainedTokenizerFast, int]:
     """Reads tokenizer.pkl or tokenizer.json. Returns: (tokenizer, ids on which it was compared with upstream's)."""
     if (folder / "tokenizer.pkl").exists():
         ranks, pattern, special = read_tiktoken(folder / "tokenizer.pkl")
@@ -168,7 +168,7 @@ def may_call_tools(source: Path, model: NanoChatForCausalLM, tokenizer: PreTrain
     return end in model.generation_config.eos_token_id or not (source / "configuration_nanochat.py").exists()
 
 
-def load_model(source: Path, step: int | None) -> tuple[NanoChatForCausalLM, int]:
+def read_checkpoint(source: Path, step: int | None) -> tuple[NanoChatForCausalLM, int]:
     """Reads any of the three kinds of checkpoint folder. Returns: (our model, step)."""
     if any(source.glob("model_*.pt")):
         state, meta, step = read_upstream(source, step)
@@ -243,14 +243,14 @@ def convert(
     if step is not None and to != "nanochat" and not any(source.glob("model_*.pt")):
         raise ValueError(f"--step chooses among model_NNNNNN.pt files (karpathy/nanochat), and {source} has none")
     with nullcontext(source) if in_place else new_folder(output) as folder:
-        model, step = load_model(source, step)
+        model, step = read_checkpoint(source, step)
         compared = None
         if in_place:
             renew(source)
         if tokenizer is None and any((source / f"tokenizer.{kind}").exists() for kind in ("json", "pkl")):
             tokenizer = source
         if tokenizer is not None:
-            tokenizer, compared = load_tokenizer(Path(tokenizer), texts)
+            tokenizer, compared = read_tokenizer(Path(tokenizer), texts)
             set_token_ids(model, tokenizer)
         if to == "nanochat":
             compared = write_upstream(folder, model, tokenizer, step, texts)

@@ -67,7 +67,7 @@ def hub_errors(what: str):
         raise InputError(f"{what}: {refusal(error) or again}") from None
 
 
-def with_retry(action: Callable, what: str, say: Callable[[str], None] = warnings.warn):
+def with_retry(action: Callable, what: str, log: Callable[[str], None] = warnings.warn):
     """Call `action`, again after each of RETRY_DELAYS while network or server fail; other errors become InputError."""
     for attempt, delay in enumerate((*RETRY_DELAYS, None), start=1):
         try:
@@ -80,5 +80,5 @@ def with_retry(action: Callable, what: str, say: Callable[[str], None] = warning
             if delay is None:
                 last = f"failed {attempt} times, last with {reason_of(error)}"
                 raise InputError(f"{what}: {last}; run the same command again to resume") from error
-            say(f"{what}: attempt {attempt} failed with {reason_of(error)}; again in {delay} s")
+            log(f"{what}: attempt {attempt} failed with {reason_of(error)}; again in {delay} s")
             time.sleep(delay)

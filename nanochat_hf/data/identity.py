@@ -130,7 +130,7 @@ def conversations(
     rng = Random(f"personality {test} {seed}")  # the name of former versions, so that their rows stay
     for _ in range(40 * num + 400):
         messages = _conversation(rng, identity, test)
-        if (key := fingerprint(messages)) not in seen:
+        if (key := words_of(messages)) not in seen:
             seen.add(key)
             yield {"messages": messages}
             if len(seen) == num:
@@ -140,7 +140,7 @@ def conversations(
     )
 
 
-def fingerprint(messages: list[dict]) -> str:
+def words_of(messages: list[dict]) -> str:
     """The words of a conversation, whatever the case and the punctuation: equal ones are duplicates."""
     return re.sub(r"\W+", " ", " | ".join(message["content"] for message in messages)).lower()
 
@@ -182,10 +182,10 @@ def generate_with_model(
         while len(rows) < num and len(rows) + refused.total() < 3 * num:
             for text in pool.map(complete, [_prompt(rng, identity) for _ in range(num - len(rows))]):
                 try:
-                    messages = parse(text, identity)
-                    if fingerprint(messages) in rows:
+                    messages = parse_messages(text, identity)
+                    if words_of(messages) in rows:
                         raise BadRow("written before")
-                    rows[fingerprint(messages)] = {"messages": messages}
+                    rows[words_of(messages)] = {"messages": messages}
                 except BadRow as error:
                     refused[str(error)] += 1
     if not rows:
@@ -209,7 +209,7 @@ def _prompt(rng: Random, identity: Identity) -> list[dict]:
     return [{"role": "system", "content": WRITER}, {"role": "user", "content": text}]
 
 
-def parse(text: str, identity: Identity) -> list[dict]:
+def parse_messages(text: str, identity: Identity) -> list[dict]:
     """The messages in what a model wrote. Raises BadRow, with the reason, unless this assistant could speak so."""
     match = re.search(r"\[.*\]", text, re.DOTALL)  # some put the list into a fence, or talk before it
     try:

@@ -26,7 +26,7 @@ def decode(path: Path, number: int, line: bytes) -> str:
         raise damaged(path, number, f"no UTF-8 at byte {error.start + 1}") from None
 
 
-def parse(path: Path, number: int, line: bytes, fields: dict[str, type | tuple[type, ...]]) -> dict:
+def parse_row(path: Path, number: int, line: bytes, fields: dict[str, type | tuple[type, ...]]) -> dict:
     """The row of one line; `fields` names what it must have, and of which type."""
     try:
         row = json.loads(decode(path, number, line))
@@ -49,4 +49,4 @@ def damaged(path: Path, number: int, reason: str) -> DamagedFile:
 
 
 def read_jsonl(path: Path, fields: dict[str, type | tuple[type, ...]]) -> list[dict]:
-    return [parse(path, number, line, fields) for number, line in numbered_lines(path)]
+    return [parse_row(path, number, line, fields) for number, line in numbered_lines(path)]

@@ -118,10 +118,10 @@ class Mixture:
         for entry in self.entries:
             entry.num_rows = entry.num_bad = entry.num_tokens = 0
             entry.first_bad = None
-        turns = [number for number, count in enumerate(self.counts) for _ in range(count)]
-        Random(f"mixture {self.seed}").shuffle(turns)
+        order = [number for number, count in enumerate(self.counts) for _ in range(count)]
+        Random(f"mixture {self.seed}").shuffle(order)
         streams = [self._rows(number) for number in range(len(self.entries))]
-        for number in turns:
+        for number in order:
             if (row := next(streams[number])) is not None:
                 yield row
         for entry, source in zip(self.entries, self.sources):

@@ -103,9 +103,9 @@ class LocalLM(HFLM):
 
 def load(folder: str, dtype: str, device: torch.device):
     """Returns the model in eval mode on `device`, and its tokenizer. Raises InputError if that is impossible."""
-    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    bf16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     tokenizer = load_tokenizer(folder)
-    return load_model(folder, torch.bfloat16 if low else torch.float32, device), tokenizer
+    return load_model(folder, torch.bfloat16 if bf16 else torch.float32, device), tokenizer
 
 
 class Generator:

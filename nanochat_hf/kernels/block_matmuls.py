@@ -204,8 +204,8 @@ try:
         return {"D": grad * scale, "along": (grad, h)}
 
     @gemm_epilogue(ops={"factor": ColVecLoad("factor")})
-    def _matmul_norm_grad(acc, c, stream, factor):
-        return {"D": acc + c - stream * factor}
+    def _matmul_norm_grad(acc, c, residual, factor):
+        return {"D": acc + c - residual * factor}
 
     def _run(epilogue, a: Tensor, b: Tensor, c: Tensor | None = None, **operands) -> Tensor:
         config = _tiles(b.shape[1], heavy=epilogue is not _matmul)
@@ -266,11 +266,11 @@ def matmul_residual(a: Tensor, b: Tensor, x: Tensor, eps: float) -> tuple[Tensor
     """s = x + a b (N, M), and (1, N) float32: the factors by which RMS norm multiplies its rows."""
     if uses_quack(a):
         parts = _partials(*x.shape, x.device)
-        stream = _run(_matmul_residual, a, b, x, squares=parts)
+        residual = _run(_matmul_residual, a, b, x, squares=parts)
     else:
-        stream = x + a @ b
-        parts = stream.float().square().sum(1, keepdim=True)
-    return stream, row_factor(parts, x.shape[1], eps)
+        residual = x + a @ b
+        parts = residual.float().square().sum(1, keepdim=True)
+    return residual, row_factor(parts, x.shape[1], eps)
 
 
 def matmul_relu2(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -297,11 +297,11 @@ def matmul_relu2_grad(a: Tensor, b: Tensor, squared: Tensor, scale: Tensor, colu
     return grad, row_factor(parts, columns, scale=scale)
 
 
-def matmul_norm_grad(a: Tensor, b: Tensor, grad: Tensor, stream: Tensor, factor: Tensor) -> Tensor:
-    """grad + a b - factor (1, N) on the rows of stream, all (N, M): the gradient of the stream before its norm."""
+def matmul_norm_grad(a: Tensor, b: Tensor, grad: Tensor, residual: Tensor, factor: Tensor) -> Tensor:
+    """grad + a b - factor (1, N) on the rows of residual, all (N, M): the gradient of the residual before its norm."""
     if uses_quack(a):
-        return _run(_matmul_norm_grad, a, b, grad, stream=stream, factor=factor)
-    return grad + a @ b - factor.t().to(a.dtype) * stream
+        return _run(_matmul_norm_grad, a, b, grad, residual=residual, factor=factor)
+    return grad + a @ b - factor.t().to(a.dtype) * residual
 
 
 @check("GEMM epilogues", instead="PyTorch's matmuls")
@@ -320,10 +320,10 @@ def _cases(draw, config):
     squared, scale = draw(rows, 4 * width).relu().square(), draw(1, rows, dtype=torch.float32).abs() + 0.5
 
     def matmuls():
-        stream, inverse = matmul_residual(attn_out, wo.t(), x, 1e-6)
+        residual, inverse = matmul_residual(attn_out, wo.t(), x, 1e-6)
         grad, factor = matmul_relu2_grad(dy, w2, squared, scale, width)
         return [
-            matmul(attn_out, wo.t()), stream, inverse, matmul_relu2(x, w1.t(), scale), grad, factor,
+            matmul(attn_out, wo.t()), residual, inverse, matmul_relu2(x, w1.t(), scale), grad, factor,
             matmul_norm_grad(squared, w1, dy, x, scale),
         ]  # fmt: skip
 

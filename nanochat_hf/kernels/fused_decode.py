@@ -116,8 +116,8 @@ if triton is not None:
         value = tl.load(source + dim).to(tl.float32)
         if VALUES:
             channel = tl.arange(0, WIDTH)
-            stream = tl.load(x + channel, mask=channel < size, other=0.0).to(tl.float32)
-            factor = tl.rsqrt(tl.sum(stream * stream, axis=0) / size + eps)
+            residual = tl.load(x + channel, mask=channel < size, other=0.0).to(tl.float32)
+            factor = tl.rsqrt(tl.sum(residual * residual, axis=0) / size + eps)
             channel = tl.arange(0, GATE)
             left = tl.load(x + channel, mask=channel < gate_size, other=0.0).to(tl.float32) * factor
             right = tl.load(weight + kv * gate_size + channel, mask=channel < gate_size, other=0.0).to(tl.float32)

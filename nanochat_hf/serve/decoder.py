@@ -158,9 +158,9 @@ class Decoder:
 
     def cast_weights(self) -> dict[str, torch.Tensor]:
         """The model's weights in the decoder's dtype; q, k and v become one matrix."""
-        trunk, cast = self.model.model, lambda w: w.detach().to(self.dtype)
-        weights = {"embed": cast(trunk.embed_tokens.weight), "head": cast(self.model.lm_head.weight)}
-        for i, layer in enumerate(trunk.layers):
+        network, cast = self.model.model, lambda w: w.detach().to(self.dtype)
+        weights = {"embed": cast(network.embed_tokens.weight), "head": cast(self.model.lm_head.weight)}
+        for i, layer in enumerate(network.layers):
             attention = layer.self_attn
             joined = [cast(p.weight) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
             weights[f"qkv{i}"] = torch.cat(joined)
@@ -168,12 +168,12 @@ class Decoder:
             weights[f"fc1{i}"], weights[f"fc2{i}"] = cast(layer.mlp.fc1.weight), cast(layer.mlp.fc2.weight)
             if hasattr(attention, "ve_gate"):
                 weights[f"gate{i}"] = cast(attention.ve_gate.weight)
-                weights[f"values{i}"] = cast(trunk.value_embeds[str(i)].weight)
+                weights[f"values{i}"] = cast(network.value_embeds[str(i)].weight)
         for name in ("resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda"):
-            if hasattr(trunk, name):
-                weights[name] = getattr(trunk, name).detach().float()
-        if hasattr(trunk, "smear_gate"):
-            weights["smear_gate"] = cast(trunk.smear_gate.weight)
+            if hasattr(network, name):
+                weights[name] = getattr(network, name).detach().float()
+        if hasattr(network, "smear_gate"):
+            weights["smear_gate"] = cast(network.smear_gate.weight)
         return weights
 
     @torch.inference_mode()

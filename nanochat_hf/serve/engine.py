@@ -206,7 +206,7 @@ class Engine:
         for slot, request in enumerate(self.owners):
             if request is not None and request.cancelled:
                 self.decoder.release(slot)
-                self.finish(slot, "cancelled")
+                self.end_request(slot, "cancelled")
                 ended.append((request, []))
         for request in [request for request in list(self.waiting) if request.cancelled]:
             self.waiting.remove(request)
@@ -231,8 +231,8 @@ class Engine:
         for slot, request in occupied:
             bound = max(bound, len(request.prompt) + len(request.tokens))  # exact without a GPU
             if request not in self.calls:
-                ahead = sum(len(steps.log) for steps in self.pending if steps.owners[slot] is request)
-                remaining = max(remaining, decoder.budget(request) - len(request.tokens) - ahead)
+                in_flight = sum(len(steps.log) for steps in self.pending if steps.owners[slot] is request)
+                remaining = max(remaining, decoder.budget(request) - len(request.tokens) - in_flight)
         if remaining <= 0:
             return False
         steps = min(self.chunk, remaining, LOG_STEPS - decoder.steps % LOG_STEPS) if self.host_buffers else 1
@@ -263,17 +263,17 @@ class Engine:
             request.tokens += new
             events.append((request, new))
             if new[-1] in self.stop_ids:  # never a result's token: it is encoded as plain text
-                self.finish(slot, "stop")
+                self.end_request(slot, "stop")
             elif len(request.tokens) >= self.decoder.budget(request):
-                self.finish(slot, "length")
+                self.end_request(slot, "length")
             elif self.tool and new[-1] == self.marks[1]:
                 if request.stop_at_call:
-                    self.finish(slot, "tool_calls")
+                    self.end_request(slot, "tool_calls")
                 else:
                     self.start_call(slot)
         return events
 
-    def finish(self, slot: int, reason: str) -> None:
+    def end_request(self, slot: int, reason: str) -> None:
         self.owners[slot].finish_reason = reason
         self.calls.pop(self.owners[slot], None)
         self.owners[slot] = None

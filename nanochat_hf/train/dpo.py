@@ -88,14 +88,14 @@ def train_dpo(config: DPOStageConfig, model: str, output: Path) -> None:
     record, output = start_record(config), Path(output)
     tokenizer, network = load_source(model, config)
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
-    config, accumulation = split_step(config)
+    config, grad_accum_steps = split_step(config)
     rows, eval_rows, skipped = load_pairs(config, tokenizer, length)
     trainer = PreferenceTrainer(
         model=network,
         ref_model=None if config.lora_r > 0 else load_chat_model(model, config, tokenizer),
         args=DPOConfig(
             **trainer_arguments(config, output),
-            gradient_accumulation_steps=accumulation,
+            gradient_accumulation_steps=grad_accum_steps,
             per_device_eval_batch_size=config.device_batch_size,
             max_length=length,
             beta=config.beta,

@@ -60,7 +60,7 @@ def block(x, h, weights, value_embeds, gate, position_ids, cos, sin, mask, kv_he
     return residual_mlp(x, attn_out.flatten(-2), wo, w1, w2, eps)
 
 
-def finish(x: Tensor, y: Tensor, middle: Tensor | None, backout_lambda: Tensor | None, eps: float) -> Tensor:
+def final_norm(x: Tensor, y: Tensor, middle: Tensor | None, backout_lambda: Tensor | None, eps: float) -> Tensor:
     """The final norm of x + y, less the backout of the middle layer's two parts if there is one."""
     x = x + y
     if backout_lambda is not None:
@@ -104,9 +104,9 @@ class FusedTransformer(nn.Module):
         if compile:
             torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: DDP overlaps without its help
         wrap = torch.compile(dynamic=False, fullgraph=True) if compile else lambda function: function
-        self.embed, self.finish = wrap(embed), wrap(finish)
+        self.embed, self.final_norm = wrap(embed), wrap(final_norm)
         self.cache = WeightCastCache()
-        self.tables: dict = {}  # (length, device, dtype, flash) -> what `prepare` returns without position_ids
+        self.tables: dict = {}  # (length, device, dtype, flash) -> what `rope_and_masks` returns without position_ids
 
         x = torch.empty((), device=device, dtype=self.dtype)
         flash = uses_flash(x)
@@ -125,7 +125,7 @@ class FusedTransformer(nn.Module):
     def fp8_weight(self, cache: WeightCastCache, name, parts: tuple):
         return cache.lookup((name, "fp8"), quantize_weight, *parts)
 
-    def prepare(self, x: Tensor, position_ids: Tensor | None, max_documents: int, flash: bool) -> tuple:
+    def rope_and_masks(self, x: Tensor, position_ids: Tensor | None, max_documents: int, flash: bool) -> tuple:
         """x (B, T, C) -> cos, sin (T, 1, D/2) and the attention masks by window."""
         length, config = x.shape[1], self.model.config
         key = (length, x.device, x.dtype, flash)
@@ -138,28 +138,28 @@ class FusedTransformer(nn.Module):
             masks = {window: attention_mask(x, window, position_ids, max_documents, flash=flash) for window in masks}
         return cos, sin, masks
 
-    def layer(self, layer: nn.Module, *inputs) -> tuple[Tensor, Tensor]:
-        """`step` of a layer; under FSDP2 through the layer's own call, whose hooks gather its unsharded weights."""
+    def call_layer(self, layer: nn.Module, *inputs) -> tuple[Tensor, Tensor]:
+        """`mix_and_block` of a layer. Under FSDP2 the layer is called, whose hooks gather unsharded weights."""
         if not isinstance(layer, FSDPModule):
-            return self.step(layer, self.cache, *inputs)
+            return self.mix_and_block(layer, self.cache, *inputs)
         # FSDP2 fills unsharded weights without a new version, so a cache could not tell that a cast is out of date.
-        layer.forward = partial(self.step, layer, WeightCastCache())
+        layer.forward = partial(self.mix_and_block, layer, WeightCastCache())
         try:
             return layer(*inputs)
         finally:
             del layer.forward
 
-    def step(self, layer, cache, kind, i, stream, x0, lambdas, value_embeds, position_ids, cos, sin, masks):
+    def mix_and_block(self, layer, cache, kind, i, residual, x0, lambdas, value_embeds, position_ids, cos, sin, masks):
         """The mix and norm before a layer, and its block -> the two parts of the residual stream after it."""
         attn, mlp, config = layer.self_attn, layer.mlp, self.model.config
-        length = stream[0].shape[1]
+        length = residual[0].shape[1]
         window = attn.sliding_window if (attn.sliding_window or length) < length else None
         matrices = (
             (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight), (attn.o_proj.weight,),
             (mlp.fc1.weight,), (mlp.fc2.weight,),
         )  # fmt: skip
         weights = [kind.weight(cache, (i, j), parts) for j, parts in enumerate(matrices)]
-        x, h = residual_mix(*stream, x0, lambdas, config.rms_norm_eps)
+        x, h = residual_mix(*residual, x0, lambdas, config.rms_norm_eps)
         return kind.run(
             x, h, weights, value_embeds, None if value_embeds is None else attn.ve_gate.weight, position_ids,
             cos, sin, masks[window], config.num_key_value_heads, window, attn.scaling, config.rms_norm_eps,
@@ -183,8 +183,8 @@ class FusedTransformer(nn.Module):
         smear = (model.smear_gate.weight, model.smear_lambda) if config.smear else (None, None)
         index = EmbeddingGradIndex(ids, len(model.embed_tokens.weight))
         x = self.embed(index.lookup(model.embed_tokens.weight), *smear, eps, self.dtype, position_ids)
-        stream, middle = (x, None), None
-        cos, sin, masks = self.prepare(x, position_ids, max_documents, kind.flash)
+        residual, middle = (x, None), None
+        cos, sin, masks = self.rope_and_masks(x, position_ids, max_documents, kind.flash)
         lambdas = [None] * len(model.layers)
         if config.residual_lambdas:
             lambdas = list(zip(model.resid_lambdas.unbind(), model.x0_lambdas.unbind()))
@@ -193,11 +193,11 @@ class FusedTransformer(nn.Module):
             if config.value_embeds and str(i) in model.value_embeds:
                 table = model.value_embeds[str(i)].weight
                 value_embeds = index.lookup(table, materialize=not kind.kernels)
-            inputs = kind, i, stream, x, lambdas[i], value_embeds, position_ids, cos, sin, masks
-            stream = self.layer(layer, *inputs)
+            inputs = kind, i, residual, x, lambdas[i], value_embeds, position_ids, cos, sin, masks
+            residual = self.call_layer(layer, *inputs)
             if i == len(model.layers) // 2:
-                middle = stream
-        hidden = self.finish(*stream, middle, model.backout_lambda if config.backout else None, eps)
+                middle = residual
+        hidden = self.final_norm(*residual, middle, model.backout_lambda if config.backout else None, eps)
         if targets is None:
             return hidden
         return lm_head_loss(self.model, hidden, targets, reduction)

@@ -140,10 +140,10 @@ def load_prompts(
 
 def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
     """TRL's arguments of the stage. Raises InputError when a step's completions cannot be divided evenly."""
-    config, accumulation = split_step(config)
+    config, grad_accum_steps = split_step(config)
     return GRPOConfig(
         **trainer_arguments(config, output),
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=grad_accum_steps,
         num_generations=config.num_samples,
         max_completion_length=config.max_new_tokens,
         temperature=config.temperature,

@@ -209,7 +209,7 @@ class Pretraining:
                 if self.stopping and not self.pending_step and self.step < total:
                     self.print(f"stopped by a signal after step {self.step}; run again to resume from {self.save()}")
                     raise SystemExit(128 + (self.signal or signal.SIGTERM))
-        return self.finish()
+        return self.save_result()
 
     def train_step(self) -> dict:
         """Enqueue the next step, then wait for the current one; returns its metrics."""
@@ -409,7 +409,7 @@ class Pretraining:
         changes = f" (changed: {', '.join(changed.values())})" if changed else ""
         self.print(f"resuming at step {self.step}{changes}")
 
-    def finish(self) -> dict:
+    def save_result(self) -> dict:
         """Write the model folder and metrics.json, delete the checkpoints."""
         self.loader.close()
         checkpoint.save_model(self.output, self.model, self.tokenizer)

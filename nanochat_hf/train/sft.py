@@ -201,7 +201,7 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
     if config.examples:
         tokenizer.init_kwargs["examples"] = config.examples
     length = config.max_seq_len if config.max_seq_len > 0 else network.config.max_position_embeddings
-    config, accumulation = split_step(config, length)
+    config, grad_accum_steps = split_step(config, length)
     inputs, eval_rows = {}, None
     micro_batch = config.device_batch_size * partial_state().num_processes
     if config.validation:  # first: it is small, and may be wrong
@@ -213,12 +213,12 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
         eval_rows = pad_to_multiple(eval_rows, micro_batch, tokenizer.pad_token_id)
     rows, summary = build_packed_dataset(config, config.mixture, tokenizer, length, output / "state" / "rows")
     inputs["data"] = summary.pop("content")
-    padded = pad_to_multiple(rows, micro_batch * accumulation, tokenizer.pad_token_id)
+    padded = pad_to_multiple(rows, micro_batch * grad_accum_steps, tokenizer.pad_token_id)
     trainer = ChatTrainer(
         model=network,
         args=SFTConfig(
             **trainer_arguments(config, output) | ({} if eval_rows else {"eval_strategy": "no"}),
-            gradient_accumulation_steps=accumulation,
+            gradient_accumulation_steps=grad_accum_steps,
             per_device_eval_batch_size=config.device_batch_size,
             max_length=None,  # the rows have their length already
         ),
