@@ -196,6 +196,8 @@ def test_sampling_follows_its_distribution_beside_greedy_slots(temperature, top_
     frequency = torch.bincount(picked[:n], minlength=40).double() / n
     assert (frequency - reference_distribution(logits, temperature, top_k, top_p)).abs().max() < 1e-3
     assert picked[n] == logits.argmax()
+    certain, ends = torch.tensor([[-torch.inf, 0.0, -torch.inf]] * 2), torch.tensor([0.0, 1 - 2**-24])
+    assert kernels.sample_next_token(certain, ends, *(values[:2] for values in settings)).tolist() == [1, 1]
 
 
 # ---- the kernels ---------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "optim": "model kernels distributed run",
     "demo": "run",
     "data": "config demo run stage_configs",
-    "eval": "data demo loading run sandbox stage_configs tools tool_loop distributed optim.scaling",
+    "eval": "data demo kernels.decode loading run sandbox stage_configs tools tool_loop distributed optim.scaling",
     "train": "data demo distributed eval.bpb kernels loading metrics model optim run stage_configs tools tool_loop",
     "serve": "config data loading run stage_configs kernels model tools tool_loop",
     "hub": "config convert data eval.plots eval.report eval.weights export loading model run stage_configs tool_loop",

@@ -1,6 +1,7 @@
 """lm-eval's model: questions stay text, long prompts are cropped and counted; generation equals transformers'."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import lm_eval_model
 from nanochat_hf.eval.harness import EvalConfig
-from nanochat_hf.eval.lm_eval_model import Generator, LocalLM, _sample, load
+from nanochat_hf.eval.lm_eval_model import Generator, LocalLM, load
 
 
 class Echo:
@@ -133,13 +134,14 @@ def test_the_result_of_a_call_is_forced_into_the_answer(tiny_model, tokenizer, m
     answer = call + result + rest
     for length in (99, len(call) + 1):  # the limit includes results
         sampled = iter(call + [9] * len(result) + rest)  # what the model would say in the place of the result is lost
-        monkeypatch.setattr(lm_eval_model, "_sample", lambda *args, sampled=sampled: [next(sampled)])
+        pick = partial(lambda sampled, *args: torch.tensor([next(sampled)]), sampled)
+        monkeypatch.setattr(lm_eval_model, "sample_next_token", pick)
         assert Generator(tiny_model, tokenizer).generate([[5, 6]], max_new_tokens=length) == [[answer[:length]]]
 
 
 def test_an_answer_ends_where_the_next_document_begins(tiny_model, tokenizer, monkeypatch):
     sampled = iter([5, tokenizer.bos_token_id, 6])
-    monkeypatch.setattr(lm_eval_model, "_sample", lambda *args: [next(sampled)])
+    monkeypatch.setattr(lm_eval_model, "sample_next_token", lambda *args: torch.tensor([next(sampled)]))
     answer = [5, tokenizer.bos_token_id]
     assert Generator(tiny_model, tokenizer).generate([[7]], max_new_tokens=3) == [[answer]]
 
@@ -163,15 +165,11 @@ def test_samples_differ_and_a_seed_repeats_them_in_any_company(lively_model, tok
     assert draw(prompts[1:], [15, 21]) == [several[1][1:2], several[2][3:4]]
 
 
-def test_tokens_are_sampled_as_often_as_they_are_likely():
-    logits = torch.tensor([[0.0, -torch.inf, 1.0, 2.0]]).expand(4000, 4)
-    draws = (torch.arange(4000) + 0.5) / 4000
-    for temperature, top_k in ((1.0, 0), (0.5, 0), (1.0, 2)):
-        expected = logits[0] / temperature
-        if top_k:
-            expected = expected.masked_fill(expected < 1, -torch.inf)
-        shares = torch.tensor(_sample(logits, draws, temperature, top_k)).bincount(minlength=4) / 4000
-        assert torch.allclose(shares, expected.softmax(0), atol=1e-3)
-    assert _sample(torch.tensor([[0.0, 3.0], [5.0, 1.0]]), draws[:2], 0.0, 0) == [1, 0]
-    one = torch.tensor([[-torch.inf, 0.0, -torch.inf]] * 2)
-    assert _sample(one, torch.tensor([0.0, 1 - 2**-24]), 1.0, 0) == [1, 1]
+def test_temperature_and_top_k_reach_the_sampler(lively_model, tokenizer):
+    def draw(**options):
+        return Generator(lively_model, tokenizer).generate([[tokenizer.bos_token_id, 9]] * 6, seed=3, **options)
+
+    greedy = draw(max_new_tokens=8)
+    assert draw(max_new_tokens=8, temperature=1.0, top_k=1) == draw(max_new_tokens=8, temperature=1e-4) == greedy
+    hot, few = (draw(max_new_tokens=1, temperature=9.0, top_k=top_k) for top_k in (0, 2))
+    assert len({answer[0] for [answer] in hot}) > 2 >= len({answer[0] for [answer] in few})

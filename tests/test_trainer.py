@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from nanochat_hf.data.tokenizer import tool_result_mask
 from nanochat_hf.errors import InputError
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import DEFAULTS, optimizer_groups
@@ -19,7 +20,7 @@ from nanochat_hf.train.dpo import DPOStageConfig, train_dpo
 from nanochat_hf.train.grpo import RLConfig, train_rl
 from nanochat_hf.train.model_setup import lora
 from nanochat_hf.train.sft import ChatConfig, ChatTrainer, train_chat
-from nanochat_hf.train.trainer import StageConfig, StageTrainer, tool_result_mask, trainer_arguments
+from nanochat_hf.train.trainer import StageConfig, StageTrainer, trainer_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

@@ -219,19 +219,27 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> li
     return [np.array([bos, *encoding.ids], dtype) for encoding in encodings]
 
 
+def tool_result_mask(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
+    """0 for the tokens of tool results, their marks included, else 1."""
+    opens, closes = tokenizer.convert_tokens_to_ids(["<|output_start|>", "<|output_end|>"])
+    inside, mask = False, []
+    for token in ids:
+        inside = inside or token == opens
+        mask.append(int(not inside))
+        inside = inside and token != closes
+    return mask
+
+
 def assistant_mask(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
     """1 for each token of a rendered conversation that the assistant writes (text, calls, end of turn), else 0.
 
-    Tool results are 0. transformers' own mask goes by characters: where a template's block ends with a character of
-    several tokens (an emoji, a syllable of Hangul), it has the first of them only.
+    transformers' own mask counts characters. Where a block of the template ends with a character of several tokens
+    (an emoji, a Hangul syllable), it has only the first of them.
     """
-    marks = ["<|assistant_start|>", "<|assistant_end|>", "<|output_start|>", "<|output_end|>"]
-    start, end, opens, closes = tokenizer.convert_tokens_to_ids(marks)
-    mask, turn, result = [], False, False
-    for token in ids:
-        result = result or token == opens
-        mask.append(int(turn and not result))
-        result = result and token != closes
+    start, end = tokenizer.convert_tokens_to_ids(["<|assistant_start|>", "<|assistant_end|>"])
+    mask, turn = [], False
+    for token, no_result in zip(ids, tool_result_mask(tokenizer, ids)):
+        mask.append(int(turn and no_result))
         turn = token == start or (turn and token != end)
     return mask
 

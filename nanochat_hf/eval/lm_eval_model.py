@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from ..data.tokenizer import load_tokenizer, strip_special_tokens
 from ..distributed import monitored_barrier, partial_state
 from ..errors import InputError
+from ..kernels.decode import sample_next_token
 from ..loading import load_model
 from ..tool_loop import MARKS, ToolResultProcessor
 from .loglikelihood import loglikelihoods
@@ -155,11 +156,13 @@ class Generator:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         positions, draws = (mask.cumsum(-1) - 1).clamp(min=0), draws.to(device)
         cache, answers = DynamicCache(config=self.model.config), [[] for _ in prompts]
+        sampling = [torch.full(draws.shape[:1], value, device=device) for value in (float(temperature), top_k, 1.0)]
         rows = list(answers)  # of the batch; finished ones leave it now and then
         for step in count():
             inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
             logits = self.model(ids, logits_to_keep=1, **inputs).logits[:, -1].float()  # (rows, V)
-            for row, token in zip(rows, _sample(logits, draws[:, step], temperature, top_k)):
+            tokens = sample_next_token(logits, draws[:, step], *(values[: len(rows)] for values in sampling))
+            for row, token in zip(rows, tokens.tolist()):
                 if not self._is_finished(row, max_new_tokens):
                     row.append(self._next_token(row, token))
             running = [i for i, row in enumerate(rows) if not self._is_finished(row, max_new_tokens)]
@@ -181,14 +184,3 @@ class Generator:
         has_call = self.results and self.results.end in answer
         forced = self.results.next(answer) if has_call else None
         return sampled if forced is None else forced
-
-
-def _sample(logits: torch.Tensor, draws: torch.Tensor, temperature: float, top_k: int) -> list[int]:
-    """The next token of each row of logits (B, V), by the row's own number (B,) between 0 and 1."""
-    if temperature == 0:
-        return logits.argmax(-1).tolist()
-    if top_k:
-        lowest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
-    cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0].tolist()

@@ -28,12 +28,13 @@ from trl import GRPOConfig, GRPOTrainer
 from ..data.documents import local_path
 from ..data.grading import COLUMNS, correctness, hash_answer, pass_at_k
 from ..data.mixture import Mixture
+from ..data.tokenizer import tool_result_mask
 from ..demo import corpus as primer
 from ..errors import InputError
 from ..run import fingerprint, start_record, writing
 from ..stage_configs import RLConfig
 from .runtime import check_launch
-from .trainer import StageTrainer, load_source, split_step, tool_result_mask, trainer_arguments
+from .trainer import StageTrainer, load_source, split_step, trainer_arguments
 
 EVAL_BATCH = 128  # completions that a device generates together in an evaluation
 PRIMER_PROMPTS = 4000  # training prompts of each kind

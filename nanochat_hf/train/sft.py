@@ -27,14 +27,14 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from ..data.documents import log
 from ..data.mixture import Mixture, shared
 from ..data.splits import listed
-from ..data.tokenizer import assistant_mask
+from ..data.tokenizer import assistant_mask, tool_result_mask
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
 from ..run import load_json, save_json, start_record, track, writing
 from ..stage_configs import ChatConfig
 from .fused_model import use_fused_forward
 from .model_setup import compute_dtype, reshard
-from .trainer import StageTrainer, load_source, split_step, tool_result_mask, trainer_arguments
+from .trainer import StageTrainer, load_source, split_step, trainer_arguments
 
 ENCODE_BATCH = 4000  # conversations; with each the tokenizer goes to another process
 PARALLEL_FROM = 20_000  # conversations from which several processes encode them

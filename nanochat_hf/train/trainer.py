@@ -57,17 +57,6 @@ def load_source(model: str, config: StageConfig) -> tuple[PreTrainedTokenizerBas
         return tokenizer, load_chat_model(model, config, tokenizer)
 
 
-def tool_result_mask(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """0 for the tokens of tool results, their marks included, else 1."""
-    opens, closes = tokenizer.convert_tokens_to_ids(["<|output_start|>", "<|output_end|>"])
-    inside, mask = False, []
-    for token in ids:
-        inside = inside or token == opens
-        mask.append(int(not inside))
-        inside = inside and token != closes
-    return mask
-
-
 def split_step(config: StageConfig, length: int = 1) -> tuple[StageConfig, int]:
     """The config, with device_batch_size lowered if a step has fewer sequences per rank, and its accumulation steps.
 
