@@ -1,8 +1,8 @@
-"""nanochat_hf: the best ChatGPT that little money can buy, made of Hugging Face parts.
+"""nanochat_hf: train a small ChatGPT with Hugging Face libraries.
 
-Importing the package takes no time and yet registers `model_type` "nanochat_hf" with the Auto classes: transformers
-imports the model when a folder of ours is loaded. Importing the model makes `pipeline("text-generation")` end its
-texts at the end mark; peft, whenever it is imported, gets the default LoRA targets of these models.
+Importing the package takes no time, but registers `model_type` "nanochat_hf" with the Auto classes. They import the
+model when a folder of ours is loaded. Importing the model installs our text pipeline, which ends texts at the end
+mark. Importing peft adds the default LoRA targets of these models.
 """
 
 import importlib
@@ -46,7 +46,7 @@ _AFTER_IMPORT = {
 
 
 class _AfterImport:
-    """An import hook: modules of _AFTER_IMPORT are loaded as ever, then their function is called with the module."""
+    """An import hook: calls the functions of _AFTER_IMPORT with their module, after it was loaded."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):

@@ -3,8 +3,8 @@
     run_stage("sft", parse_config(ChatConfig, "recipes/d12/sft.yaml"), Run("runs/d12"))
     run_stages(Run("runs/d12"), *read_recipe(find_recipe("d12"), None, ["base.depth=10"]))
 
-The pipeline skips a finished stage, resumes an interrupted one, and refuses a run folder whose stages were made by
-another recipe or from other inputs. A `model` or `tokenizer` is a folder or a Hub id; default: those of the run.
+The pipeline skips a finished stage and resumes an interrupted one. It refuses a run folder whose stages have another
+recipe or other inputs. A `model` or `tokenizer` is a folder or a Hub id; default: those of the run.
 """
 
 import math

@@ -4,8 +4,8 @@
         run_stages(run, stages, configs)
 
 On entry what the URL has beyond the run folder is downloaded. Inside, a thread uploads each finished stage and the
-newest checkpoint, one at a time; training does not wait. Each upload has a folder of its own,
-`<stage>--<checkpoint or "finished">--<fingerprint>`, in which sync.json with the checksums is written last: a folder
+newest checkpoint, one at a time; training does not wait. Each upload has its own folder,
+`<stage>--<checkpoint or "finished">--<fingerprint>`. Its sync.json with the checksums is written last: a folder
 without it counts as absent. One process at a time: `owner` names it and is renewed while it lives.
 """
 

@@ -1,8 +1,8 @@
 """The tool that the chat model may call: a calculator.
 
 `calculate` evaluates what the model writes between <|python_start|> and <|python_end|>: arithmetic on numbers and
-`'word'.count('l')`, nothing else. It walks the syntax tree with a list of allowed nodes; there is no `eval`, no name
-lookup and no attribute access, so there is nothing to escape to.
+`'word'.count('l')`, nothing else. It walks the syntax tree with a list of allowed nodes, without `eval`, name lookup
+or attribute access.
 
     calculate("12*(3+4)")            -> "84"
     calculate("'castle'.count('t')") -> "1"

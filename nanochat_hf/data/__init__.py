@@ -1,1 +1,1 @@
-"""Text to tensors (tokenizer, corpus, packing, loader) and messages (primer, conversations, answers)."""
+"""Text to tensors (documents, tokenizer, data loader), and conversations (mixtures, transforms, grading)."""

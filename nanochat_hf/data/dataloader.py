@@ -1,19 +1,19 @@
-"""Batches of packed sequences for pretraining, made in background threads, with a data-loader state that is exact.
+"""Batches of packed sequences for pretraining, made in background threads, with an exact data-loader state.
 
     loader = PackedLoader(DocumentStream("primer", rank=rank, world_size=world), tokenizer, batch_size=16, seq_len=128)
     batch = next(loader)             # (B, T + 1) int32: inputs are batch[:, :-1], targets batch[:, 1:]
     state = loader.state_dict()      # save one per rank; a resumed run loads its own, or those of all ranks
 
-A document passes DocumentStream -> token_chunks -> BestFitPacker -> batch, and is pulled from the end.
+A document passes DocumentStream -> token_chunks -> BestFitPacker -> batch.
 
-Best-fit packing without padding, as in karpathy/nanochat's loader: a row takes the longest waiting document that still
-fits; when none fits, the shortest is cut to fill the row. What is cut off is lost with the packing strategy `bfd`, as
-upstream: of books 18 % in rows of 2,048 tokens, 74 % in rows of 256. With `bfd_split` it waits as a document with a
-bos of its own (the names are TRL's; measured in docs/experiments/data.md).
+Best-fit packing without padding, as in karpathy/nanochat: a row takes the longest waiting document that fits. When
+none fits, the shortest one is cut to fill the row. With the packing strategy `bfd` the rest is lost, as upstream: of
+books 18 % in rows of 2,048 tokens, 74 % in rows of 256. With `bfd_split` it becomes a document with its own bos
+(TRL's names; measured in docs/experiments/data.md).
 
-Which rows a step reads does not depend on the number of ranks (elastic determinism, as MosaicML Streaming): documents
-are assigned round-robin to a fixed number of virtual shards, each with a packer of its own. Row n of the run comes
-from shard n % num_shards and goes to rank n % world_size.
+The rows of a step do not depend on the number of ranks (elastic determinism, as MosaicML Streaming). Documents are
+assigned round-robin to a fixed number of virtual shards, each with its own packer. Row n of the run comes from shard
+n % num_shards and goes to rank n % world_size.
 """
 
 import math
@@ -32,8 +32,8 @@ from ..errors import InputError
 from .documents import DocumentStream, MixtureStream
 from .tokenizer import encode_documents
 
-CHUNK_CHARS = 1 << 20  # enough to tokenize at once; bounds what waits where documents are as long as books
-# Of validation rows: packed by upstream's rule, so that bits per byte compare; the same for 1, 2, 4 and 8 ranks.
+CHUNK_CHARS = 1 << 20  # characters tokenized at once; bounds the memory where documents are as long as books
+# Validation rows are packed by upstream's rule, so that bits per byte compare, and alike for 1, 2, 4 and 8 ranks.
 VALIDATION = {"num_shards": 8, "packing_strategy": "bfd"}
 
 
@@ -54,8 +54,8 @@ def token_chunks(
 class BestFitPacker:
     """Fills rows of `row_length` = T + 1 tokens with the best fit among at least `buffer_size` waiting documents.
 
-    `chunks` gives lists of documents, arrays (n,) of token ids with bos first; it is read when fewer wait. Documents
-    of equal length leave in the order they came, so packing is deterministic.
+    `chunks` yields lists of documents: arrays (n,) of token ids, bos first. Documents of equal length are taken in
+    the order they came, so packing is deterministic.
     """
 
     def __init__(self, chunks: Iterator[list[np.ndarray]], row_length: int, buffer_size: int, strategy: str):
@@ -159,7 +159,7 @@ class PackedLoader:
     def _batches_from(self, rows: int, snapshots: dict) -> Iterator:
         rank, world_size = self.stream.rank, self.stream.world_size
         buffer_size = math.ceil(self.buffer_size / self.num_shards)
-        # With `bfd` upstream's rule is there to compare validation with, so its choice counts documents only.
+        # `bfd` is upstream's rule, whose chunks count documents only.
         max_chars = CHUNK_CHARS if self.packing_strategy == "bfd_split" else math.inf
         shards = {}
         for number in range(rank, self.num_shards, world_size):
@@ -239,6 +239,5 @@ def make_batches(shards: dict[int, tuple], rows: int, rank: int, world_size: int
 
 
 def num_threads() -> int:
-    """Shards worked on at once. Tokenizing, 95 % of the work, runs without the interpreter's lock, so threads are as
-    good as processes here, and share files and tokenizer."""
+    """Shards filled at once. Tokenizing, 95 % of the work, runs without Python's lock, so threads suffice."""
     return min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

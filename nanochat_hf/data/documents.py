@@ -1,19 +1,21 @@
 """Pretraining text as a stream of documents: any dataset spec, split in two, shared by ranks, resumable exactly.
 
 A dataset spec is one of
+
     org/name, org/name@revision, org/name/folder   a dataset of the Hub: parquet or .jsonl files with a column `text`
     path/to/folder                                 such files on this disk
     path/to/file.jsonl                             one such file (.parquet too)
     primer                                         the demo's embedded corpus
-or, for `open_documents`, a mixture: a list of {dataset: one of these, weight: 0.5}. A weight is a share of the UTF-8
-bytes, which is nearer to a share of the tokens than documents or characters are (a Hangul syllable has 3 bytes).
-File names tell the splits (data/splits.py). Where none does, the last file is the validation split, as in
-karpathy/nanochat, and a log line says so; of a single file it is the last sixteenth. Hidden files are not read.
 
-A file is a sequence of units (parquet row groups, or slices of them), and the units of all files and epochs are
-assigned to the ranks round-robin before anything is read. So the state of a stream is a few integers, and the ranks
-share every document of an epoch exactly once. The first epoch keeps the files' order, so that a run downloads only
-files that it reads; later epochs shuffle files, units and documents by the seed.
+`open_documents` also takes a mixture, a list of {dataset: SPEC, weight: 0.5}. A weight is a share of the UTF-8 bytes.
+That is nearer to a share of the tokens than a share of documents or characters is.
+File names give the splits (data/splits.py). If none does, the last file is the validation split, as in
+karpathy/nanochat, or the last sixteenth of a single file. Hidden files are not read.
+
+A file is a sequence of units: parquet row groups, or slices of files. The units of all files and epochs are assigned
+to the ranks round-robin before anything is read. So a stream's state is a few integers, and the ranks read each
+document of an epoch exactly once. The first epoch keeps the order of the files, so that a run downloads only files
+that it reads. Later epochs shuffle files, units and documents by the seed.
 """
 
 import hashlib
@@ -69,10 +71,10 @@ def is_local(dataset: str | list[dict]) -> bool:
 
 
 def text_fingerprint(dataset: str | list[dict]) -> str:
-    """A short hash of both splits of a dataset spec or a mixture, for noticing that the text changed.
+    """A short hash of both splits of a dataset spec or a mixture, which shows whether the text changed.
 
-    A Hub id is hashed as it is written: a resumed run reads the commit that it began with. Raises InputError for a
-    dataset that is missing.
+    Of a Hub id only the name is hashed: a resumed run reads the commit that it began with. Raises InputError for a
+    missing dataset.
     """
     hashes = []
     for name, weight in parts_of(dataset):
@@ -164,8 +166,8 @@ class MixtureStream:
     """The documents of several streams, so that the bytes read from each stay in proportion to its weight.
 
     The next document comes from the stream that is farthest behind its share, so the order depends on the documents
-    and the weights alone. Each stream goes through its own epochs. Iterating ends, and `epoch` counts, when the stream
-    that repeats most has been read through once more: until the first end no document has come twice.
+    and the weights alone. Each stream has its own epochs. An epoch of the mixture ends with that of the stream which
+    repeats most, so that no document is read twice in the first one.
     """
 
     def __init__(self, streams: list[DocumentStream], weights: list[float]):
@@ -221,7 +223,7 @@ def primer_documents(split: str) -> tuple[list[str], str]:
 class DatasetSplit:
     """One split of a dataset: its `files` in order, shared by the streams of a process.
 
-    `identity` is what a saved state depends on. Raises InputError for a missing dataset and a broken file.
+    `identity` is what a saved state depends on. Raises InputError for a missing dataset or a broken file.
     """
 
     def __init__(self, dataset: str, split: str, skip_bad_files: bool):

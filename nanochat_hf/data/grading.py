@@ -1,7 +1,6 @@
-"""Grade a reply: the pure functions that evaluation and the rewards of reinforcement learning share.
+"""Grades a reply. Evaluation and the rewards of RL share these functions, so RL trains what is measured.
 
-A reward that differs from the benchmark teaches something else than what is measured. All functions take the text of
-the assistant's turn as decoded with its special tokens, which mark tool calls.
+All functions take the text of the assistant's turn, decoded with its special tokens, which mark tool calls.
 
     hash_answer("She earns 10 dollars.\n#### 10")                    -> "10"
     is_correct({"kind": "spelling", "answer": "o w l", ...}, text)   -> True or False
@@ -58,9 +57,8 @@ def says(text: str, phrase: str) -> bool:
 def is_correct(row: dict, text: str) -> bool:
     """Whether the reply answers a row: of GSM8K ("kind": "gsm8k"), or of the demo's `questions`.
 
-    GSM8K's answer follows `####`. A sum's result must be the last number; a spelling must have exactly the word's
-    letters; a fact must name the value and the entity and none of the relation's other values, so that neither a list
-    of guesses nor a fact about another entity counts.
+    GSM8K's answer follows `####`. A sum's result must be the last number. A spelling must have exactly the letters of
+    the word. A fact must name its value and its entity, and none of the relation's other values.
     """
     kind, words = row["kind"], final_words(text)
     if kind == "gsm8k":

@@ -28,8 +28,7 @@ def hub_files(dataset: str, revision: str | None) -> tuple[list[str], Callable[[
     repo, prefix = f"{owner}/{name}", "".join(f"{part}/" for part in folder)
     look_up = partial(HfApi().dataset_info, repo, revision=revision or tag or None, timeout=30)
     info = with_retry(look_up, f"dataset {dataset} (not a folder here)")
-    # The cache's lock lets the processes of one machine take turns, so each file is fetched once. Whatever is pushed
-    # later, this run reads the commit that it began with.
+    # The cache has a lock, so the processes of a machine fetch each file once. The commit stays that of the start.
     fetch = partial(hf_hub_download, repo, repo_type="dataset", revision=info.sha)
     names = sorted(file.rfilename for file in info.siblings if file.rfilename.startswith(prefix))
     names = [name for name in (name.removeprefix(prefix) for name in names) if is_visible(name)]

@@ -12,11 +12,11 @@ A mixture is a list of YAML entries, each a dataset spec with a transform:
 
     for row in Mixture(entries, seed=0): row["messages"]
 
-`dataset` is a Hub id, a .jsonl or .parquet file, a folder of them, a .yaml of an identity (data/identity.py), or
-`primer` (of some kinds only: `primer:fact+talk`). For the spelling transforms it is a .txt file with one word per
-line, or text as for pretraining, whose words are taken. `split` is "train" by default; of a folder it takes the files
-that are named after it (data/splits.py), of one file all rows, of words one in twenty is "test". `rows` takes that
-many, in an order drawn from the seed; `epochs` (1, or 0.5) passes over all.
+`dataset` is a Hub id, a .jsonl or .parquet file, a folder of them, an identity's .yaml (data/identity.py) or `primer`;
+`primer:fact+talk` takes only some kinds. For the spelling transforms it is a .txt file with one word per line, or
+text as for pretraining, whose words are taken. `split` is "train" by default. In a folder it selects files by their
+names (data/splits.py); of one file it means all rows; of words one in twenty is "test". `rows` takes that many, in an
+order drawn from the seed; `epochs` (1, or 0.5) passes over all.
 
 A row that is no conversation is skipped and counted. With on_bad_example="error" it stops the run, as does an entry
 without a usable row.
@@ -92,12 +92,12 @@ class DatasetConfig:
 
 
 class Mixture:
-    """Iterating gives rows {"messages", "entry", "row"}: the entry's number and the row's, for messages about it.
+    """Iterating yields rows {"messages", "entry", "row"}; the last two are numbers, for reports about a row.
 
-    The order and the content follow from the entries (the keys of `DatasetConfig`) and the seed alone. `skipped` lists
-    the bad rows as {"dataset", "row", "reason"}, numbered from 0, and `summary()` what each entry gave. Raises
-    InputError: an unknown key, transform or dataset, more rows than there are, a bad row with on_bad_example="error",
-    and at the end of an iteration an entry of which no row could be used.
+    Order and content follow from the entries (the keys of `DatasetConfig`) and the seed alone. `skipped` lists the bad
+    rows as {"dataset", "row", "reason"}, numbered from 0. `summary()` counts the rows of each entry. Raises InputError
+    for an unknown key, transform or dataset, for more rows than there are, and for a bad row if on_bad_example is
+    "error". An entry without a usable row raises it at the end of the iteration.
     """
 
     def __init__(self, entries: list[dict], seed: int = 0, on_bad_example: str = "skip"):

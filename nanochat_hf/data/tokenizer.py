@@ -5,8 +5,8 @@ as in karpathy/nanochat. What is saved is an ordinary `PreTrainedTokenizerFast` 
 
     nanochat tokenizer --config recipes/d12/tokenizer.yaml --run-dir runs/d12
 
-Text never turns into a special token by spelling it: documents go through `encode_documents`, messages through the
-chat template, and both treat `<|bos|>` in somebody's text as seven ordinary characters.
+Text that spells a special token never becomes one: `encode_documents` and the chat template both treat `<|bos|>` in a
+text as seven ordinary characters.
 """
 
 import hashlib
@@ -44,8 +44,7 @@ SPECIAL_TOKENS = (
 )
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 RESPONSE_TEMPLATE = yaml.safe_load(Path(__file__).with_name("response_template.yaml").read_text())
-# Beginnings of the SHA-256 of older ones: text split over parts became special tokens there, JSON text became a call,
-# a reply that was given back lost its `tool_steps`, an empty system message put empty lines before the question.
+# First digits of the SHA-256 of our older chat templates, whose faults are mended in today's.
 OLD_TEMPLATES = ("55bb7e10abbffda5", "b1658c1843ab4305", "fa6171ba5fe4ac1d", "d8b31d21e6e23a4c", "4a391466a79d6cf5")
 VALIDATION_CHARS = 4_000_000  # how much of the validation split bytes per token are measured on
 

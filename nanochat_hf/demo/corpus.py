@@ -1,10 +1,9 @@
 """The embedded corpus of the demo: text, conversations and test questions about one small world, made from a seed.
 
-Why: `make demo` downloads nothing, and what the model learned must be measurable. `documents` is text for pretraining
-(facts in varied sentences, stories, worked sums, spelling), `conversations` are chats for SFT, and `questions` are the
-rows of the test. Three things keep the test honest: facts are asked in phrasings that no training text has, operands
-of sums occur together in no training text, and one word in five is held out. The facts and phrasings are in
-world.yaml, the words in words.txt.
+`make demo` downloads nothing, and what the model learned must be measurable. `documents` is text for pretraining:
+facts in varied sentences, stories, worked sums, spelling. `conversations` are chats for SFT, `questions` the rows of
+the test. Test questions have phrasings, pairs of operands and words (one in five) that no training text has. The
+facts and phrasings are in world.yaml, the words in words.txt.
 
     for text in documents("train", seed=0): ...
     for row in conversations("train", seed=0): row["messages"]
@@ -121,10 +120,10 @@ def conversations(
 def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = None) -> list[dict]:
     """Questions to grade, as rows {"kind", "messages": [one user message], "answer", "entity", "rivals", "tool"}.
 
-    "fact" asks for every fact once and "identity" every test question; the others give `num` rows, by default 200.
-    "problem" gives word problems in phrasings that no conversation has: the task of reinforcement learning, whose
-    prompts are those of split="train". `answer` is the value to name, `entity` what it is about ("" if nothing),
-    `rivals` the other values of the relation, `tool` whether the python tool should be called.
+    "fact" has every fact once, "identity" every test question, the others `num` rows (default 200). "problem" has word
+    problems in phrasings that no conversation has; those of split="train" are the prompts of RL. `answer` is the
+    value to name, `entity` what it is about ("" if nothing), `rivals` are the relation's other values, and `tool`
+    says whether the python tool should be called.
     """
     if kind not in KINDS:
         raise InputError(f"no questions of kind {kind!r} in the primer: use one of {', '.join(KINDS)}")
@@ -219,8 +218,10 @@ def _worked_sums(rng: Random) -> str:
 
 
 def _word(rng: Random, test: bool) -> str:
-    """A word to spell: those of the test are real and never seen; most of the training's are made of pieces of words
-    and names, since a token can only be spelled in a new word by a model that has met it in many."""
+    """A word to spell: in the test a real one that is held out, in training mostly pieces of words and names.
+
+    The model spells a token in a new word only if it has seen it in many words.
+    """
     while True:
         if test or rng.random() < 0.4:
             word = rng.choice(WORDS if test or rng.random() < 0.85 else TRIPLE_WORDS)
@@ -316,8 +317,11 @@ def _ask(rng: Random, kind: str, test: bool, problems: str = "problems") -> dict
 
 
 def _counting(rng: Random, test: bool, count: int) -> dict:
-    """Spells, counts by hand, then checks with the tool. The call's double quotes are those of the question, so that
-    the word is the same tokens in both: after a single quote "door" would be cut as in "he'd"."""
+    """Spells, counts by hand, then checks with the tool.
+
+    Call and question have double quotes, so that the word has the same tokens in both: after a single quote "door"
+    would be cut as in "he'd".
+    """
     word, letter, count = _countable(rng, test, count)
     question = rng.choice(WORLD["count_questions"]).format(w=word, l=letter)
     before, after = f"Letters: {' '.join(word)}. So {count}? ", f" The letter {letter} stands {TIMES[count]}."

@@ -1,7 +1,7 @@
 """Bits per byte of text: the loss of a language model, independent of its tokenizer.
 
-The summed loss in nats of all target tokens that stand for text, over ln 2 times the bytes that they stand for.
-Special tokens have no bytes and count on neither side (karpathy/nanochat's definition).
+The summed loss in nats of all target tokens, over ln 2 times the bytes of their text. Special tokens have no bytes and
+count on neither side (karpathy/nanochat's definition).
 
     evaluate_bpb(losses_of(model), batches, torch.tensor(token_byte_lengths(tokenizer)))
     held_out_bpb(model, tokenizer, "primer", 65536)["value"]

@@ -131,9 +131,9 @@ class Generator:
     ) -> list[list[list[int]]]:
         """`num_samples` answers to each prompt of token ids, as lists of new ids, a stop token included.
 
-        max_new_tokens includes tool results. temperature 0 is greedy; top_k 0 samples among all tokens. seed is that
-        of the first answer, the others count on from it; or a list, one per answer. The same seed gives the same
-        answer, whatever is generated in the same batch.
+        max_new_tokens includes tool results. temperature 0 is greedy, top_k 0 samples among all tokens. seed: of the
+        first answer, the next ones count up; or a list, one per answer. An answer depends on its own seed, not on the
+        rest of the batch.
         """
         prompts = [prompt for prompt in prompts for _ in range(num_samples)]
         seeds = seed if isinstance(seed, list) else range(seed, seed + len(prompts))
@@ -164,7 +164,9 @@ class Generator:
             tokens = sample_next_token(logits, draws[:, step], *(values[: len(rows)] for values in sampling))
             for row, token in zip(rows, tokens.tolist()):
                 if not self._is_finished(row, max_new_tokens):
-                    row.append(self._next_token(row, token))
+                    has_call = self.results and self.results.end in row
+                    forced = self.results.next(row) if has_call else None  # a token of the call's result
+                    row.append(token if forced is None else forced)
             running = [i for i, row in enumerate(rows) if not self._is_finished(row, max_new_tokens)]
             if not running:
                 return answers
@@ -178,9 +180,3 @@ class Generator:
 
     def _is_finished(self, answer: list[int], max_new_tokens: int) -> bool:
         return bool(answer) and (answer[-1] in self.stops or len(answer) >= max_new_tokens)
-
-    def _next_token(self, answer: list[int], sampled: int) -> int:
-        """The next token of the result of a call in `answer`, else the sampled one."""
-        has_call = self.results and self.results.end in answer
-        forced = self.results.next(answer) if has_call else None
-        return sampled if forced is None else forced

@@ -1,9 +1,8 @@
 """Fast loglikelihoods of continuations: the same predictions as one question at a time, many times faster.
 
 Requests are sorted by length into batches of equal work. The prefix that all choices of a question share is computed
-once and kept in the KV cache. Logits are computed only where a token is scored, and the results are copied to the host
-at the end, so the device never waits for Python. Neither batch size nor order changes a prediction (up to the rounding
-of float32 sums).
+once and kept in the KV cache. Logits are computed only where a token is scored. Results are copied to the host at the
+end, so the device never waits for Python. Batch size and order change predictions by rounding only.
 
     [(total, greedy)] = loglikelihoods(model, [(context_ids, continuation_ids)])
 """

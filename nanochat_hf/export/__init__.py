@@ -1,11 +1,11 @@
 """Checkpoints for other engines: `nanochat export --to mlx`, one module per engine.
 
-A module of this folder has `write(source, folder, **options)`: it fills the empty `folder` from the checkpoint folder
-`source`, and returns lines that say how to use the result. It raises InputError for a checkpoint that the engine
-cannot express; the line names what can. `export` sees to it that the output appears whole or not at all.
+Each module has `write(source, folder, **options)`, which fills the empty `folder` from the checkpoint folder `source`.
+It returns lines that say how to use the result, with {folder} in them. It raises InputError for a checkpoint that the
+engine cannot express. `export` makes the output appear whole or not at all.
 
-Where the engine's files do not disturb others, the module also has `add(folder)`: it puts them beside the weights of a
-checkpoint folder, and returns such lines, with {folder} in them. `nanochat push --with mlx,onnx` does so.
+Some also have `add(folder)`, which puts the engine's files beside the weights of a checkpoint folder, for
+`nanochat push --with mlx,onnx`.
 """
 
 import shlex

@@ -3,10 +3,10 @@
 llama.cpp has no nanochat. Where its Qwen3 differs, the weights make up for it:
 - It does not norm the embedding: the rows are normed here, and the head is a tensor of its own.
 - Its norms have weights: ones, and `qk_scale` for q and k. It norms q and k before RoPE, which keeps their lengths.
-- It rotates by +theta: with the second half of each head of q and k negated that is our rotation by -theta, mirrored,
-  and the products of q and k stay.
-- Its MLP is W_down (silu(W_gate x) * (W_up x)): W_gate = S W1 and W_up = W1 / S give u^2 sigmoid(S u) for u = W1 x,
-  which is relu(u)^2 but for 0.48 / S^2 at most. The norm before takes a factor of both: f16 and q8_0 hold them.
+- It rotates by +theta. With the second half of each head of q and k negated that is our rotation by -theta, mirrored,
+  and products of q and k stay the same.
+- Its MLP is W_down (silu(W_gate x) * (W_up x)). For u = W1 x, W_gate = S W1 and W_up = W1 / S give u^2 sigmoid(S u).
+  That is relu(u)^2 up to 0.48 / S^2. The norm before takes a factor of both, so that f16 and q8_0 hold them.
 It has no logit softcapping, sliding windows, smear or value embeddings, and splits numbers into one or three digits.
 
 Source: ggml-org/llama.cpp, src/models/qwen3.cpp and src/llama-vocab.cpp.
@@ -54,8 +54,8 @@ A nanochat model of generation 1, written as the Qwen3 that computes the same by
 def write(source: Path, folder: Path, outtype: str = "f16", allow_inexact: bool = False) -> list[str]:
     """Fills `folder` with the .gguf, a Modelfile and a card. `outtype`, of the matrices: f32, f16, bf16 or q8_0.
 
-    Returns: what is not exact, and a command. Raises InputError for a model that llama.cpp's Qwen3 cannot express; if
-    it differs in sampling or in the tokens of some texts only, not with `allow_inexact`.
+    Returns: what is not exact, and a command. Raises InputError for a model that llama.cpp's Qwen3 cannot express.
+    With `allow_inexact` sampling and the tokens of some texts may differ.
     """
     config, tokenizer = checkpoint_config(source), with_todays_templates(load_tokenizer(source))
     refuse_impossible(config)

@@ -7,8 +7,8 @@
     -> logits (B, kept, num_tokens), present.I.key and .value (B, H_kv, P + T, D), present_conv.L
 
 A sliding window is part of the mask, so all layers keep the keys of all P positions. transformers.js creates the cache
-by the model type in config.json: `nanochat` for generation 1; for generation 2 `lfm2`, which has convolution states,
-too. `past_conv.L` is one: the previous token's embedding, zeros at first, so the first token gets no smear.
+by the model type in config.json: `nanochat` for generation 1, `lfm2` for generation 2. The latter has convolution
+states: `past_conv.L` is the previous token's embedding, zeros at first, so the first token gets no smear.
 """
 
 import json

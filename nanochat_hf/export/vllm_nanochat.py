@@ -38,9 +38,9 @@ def new_attention(scale: float, window: int | None, vllm_config: VllmConfig, pre
 class PreviousToken(nn.Module):
     """Token ids (T,) -> ids of the tokens before, by an attention layer without parameters.
 
-    The query is the previous position in bits of +1 and -1, the key the own position, the value the own id: exact in
-    every dtype, so an id comes back unchanged. Window and sizes are those of the model's own layers, because vLLM
-    allocates the cache in groups of equal layers. The first token of a sequence gets its own id.
+    In bits of +1 and -1, the query is the previous position, the key the own position, the value the own id. They are
+    exact in every dtype. Window and sizes are those of the model's layers, because vLLM allocates the cache in groups
+    of equal layers. The first token of a sequence gets its own id.
     """
 
     def __init__(self, config: NanoChatHFConfig, vllm_config: VllmConfig, prefix: str):

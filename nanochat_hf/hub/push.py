@@ -56,8 +56,8 @@ MODEL_FILES = (
 def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print) -> str:
     """Pushes a finished stage. Returns: the URL of the commit, or the prepared folder for a dry run.
 
-    Raises InputError, with nothing half done: stage not finished, bad repo name, no token or permission, other
-    contents in the repo, a secret in a file, a rejected card, weights not finite or not the stage's, network gone.
+    Raises InputError, with nothing half done: an unfinished stage, a bad repo name, no token or permission, other
+    contents in the repo. Also for a secret in a file, a rejected card, weights that are not finite or not the stage's.
     """
     run, repo = Run(run_path), options.repo
     stage = run.model(options.stage).name
@@ -244,9 +244,9 @@ MAX_UPLOADS = 2  # checkpoints that are uploaded or queued; each takes a model's
 def checkpoint_pusher(repo: str, log: Callable[[str], None] = print) -> Callable[[Path, int], Future | None]:
     """Returns what `pretrain(..., push=)` takes: it uploads a folder to branch `step-NNNNNN`, as Pythia and SmolLM do.
 
-    A thread uploads a copy while training continues; the interpreter waits for it at its end. A failing Hub must not
-    end a training run: errors are logged. The upload is returned as a Future, or None if it is left out: too many are
-    under way, or there is no room for its copy. Raises InputError without a token or a private repo.
+    A thread uploads a copy while training continues; the interpreter waits for it at its end. Errors of the Hub are
+    logged, because they must not end a training run. Returns a Future, or None if the upload is left out: too many
+    are under way, or its copy has no room. Raises InputError without a token or a private repo.
     """
     api = log_in()
     with hub_errors(repo):

@@ -1,8 +1,8 @@
 """Attention of the training step: RoPE, QK norm and the gated value embedding in one Triton kernel, then attention.
 
 - `split_qkv`: one pass over the joint output of the q, k and v projections, one more backward.
-- `attention`: FlashAttention-4 (Dao-AILab/flash-attention, package flash-attn-4), whose cost in a sliding-window layer
-  is that of its window; without it FlexAttention (arXiv:2412.05496) with a block mask; on CPUs SDPA.
+- `attention`: FlashAttention-4 (package flash-attn-4); a sliding-window layer costs what its window costs. Without it
+  FlexAttention (arXiv:2412.05496) with a block mask; on CPUs SDPA.
 """
 
 import os

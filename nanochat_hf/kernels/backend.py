@@ -1,9 +1,9 @@
 """Whether hand-written kernels are right on this machine: each is compared with its reference before its first use.
 
 Compilers have faults (triton-lang/triton#11111: FP8 stored transposed), and a wrong kernel trains wrong numbers
-without an error. So each kernel has a check beside it, and `verify` runs the checks of the kernels that a process is
-about to use: once, at the model's width, on few tokens, in milliseconds besides the compilation that the first step
-needs anyway. A kernel that differs from its reference, or fails, is disabled, and one line says which and why.
+without an error. So each kernel has a check beside it. `verify` runs the checks of the kernels that a process is about
+to use, once, at the model's width, on few tokens. That takes milliseconds, besides the compilation. A kernel that
+differs from its reference, or fails, is disabled, and one line says which and why.
 """
 
 import os
@@ -49,8 +49,8 @@ def usable(name: str, x: Tensor) -> bool:
 def check(name: str, instead: str):
     """Register the decorated function (draw, config) -> pairs of a tolerance and a function that returns results.
 
-    That function is called twice, first with the kernel `name` and then with it disabled, when it must return the
-    results of the reference. draw(*shape, dtype=) returns normal random numbers, by default of the network's dtype.
+    That function is called twice: with the kernel `name`, and with it disabled, so that it returns the results of the
+    reference. draw(*shape, dtype=) returns normal random numbers, by default of the network's dtype.
     """
 
     def register(cases):

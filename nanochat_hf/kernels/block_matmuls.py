@@ -1,17 +1,16 @@
 """The matmuls of a block with everything between them in their epilogues, and weight gradients added in place.
 
-Matmuls run at the device's power limit, the operations between them at the limit of its memory. Therefore
+Matmuls are bound by the device's power, the operations between them by its memory bandwidth.
 
-- all that follows attention in a block (output projection, residual addition, norm, MLP) is one operation of three
-  GEMMs, `residual_mlp`, which keeps the residual stream and relu(h)^2 for the backward pass and nothing else. An RMS
-  norm without weights is a factor on each row, so it can be applied after the GEMM that follows it (quack calls this a
-  deferred rstd); the row's sum of squares comes out of the GEMM before it. relu(h) is the root of relu(h)^2, and what
-  the gradient of the norm subtracts is known from the sum over h times its gradient.
-- the GEMM of the gradient of a `Bf16Weight` adds to the `.grad` of its float32 parameters in its epilogue, where
-  autograd would write a bf16 gradient, cast it and add it.
+- `residual_mlp` is all that follows attention in a block: output projection, residual addition, norm and MLP, in three
+  GEMMs. For the backward pass it keeps only the residual stream and relu(h)^2, whose root is relu(h). An RMS norm
+  without weights is a factor on each row. It is applied after the next GEMM (quack: deferred rstd), and the GEMM
+  before computes each row's sum of squares. The norm's gradient needs only the sum over h times its gradient.
+- The GEMM of the gradient of a `Bf16Weight` adds to the `.grad` of its float32 parameters in its epilogue. Autograd
+  would write a bf16 gradient, cast it and add it.
 
-The GEMMs are Dao-AILab/quack's (CuTe), whose epilogues are plain functions, each beside its reference implementation.
-Weights may also be `float8.Float8Weight`, or tensors, whose gradient is autograd's: for torch.compile.
+The GEMMs are those of Dao-AILab/quack (CuTe). Their epilogues are plain functions, each beside its reference.
+Weights may also be `float8.Float8Weight`, or, for torch.compile, tensors, whose gradient is autograd's.
 """
 
 import logging
@@ -283,8 +282,8 @@ def matmul_relu2(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 def matmul_relu2_grad(a: Tensor, b: Tensor, squared: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """From the gradient a b (N, M) of squared = relu(h)^2: that of the matmul h / scale, and a factor (1, N) float32.
 
-    The factor is scale^2 / columns times the sum over h and its gradient: what the gradient of the norm, which gave
-    scale, subtracts of each row of the residual stream with so many columns.
+    The factor is scale^2 / columns times the sum over h and its gradient. Times a row of the residual stream, of so
+    many columns, it is what the gradient of the norm subtracts.
     """
     if uses_quack(a):
         parts = _partials(*squared.shape, a.device)

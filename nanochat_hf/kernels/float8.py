@@ -1,13 +1,12 @@
 """FP8 matmuls of the blocks, on Hopper GPUs and newer: E4M3 forward, E5M2 gradients, tensorwise dynamic scaling.
 
 `base.fp8=true`; the recipe is that of arXiv:2209.05433 and torchao. FP8 matmuls need both operands contiguous along
-the summed dimension, so whatever a gradient needs again is needed transposed as well. To make that cheap
+the summed dimension, so a gradient needs them transposed as well. To make that cheap
 
 - one pass reads a tensor and writes it in FP8 row-major and transposed, relu squared and its gradient included;
 - a weight is quantized once per step, not once per micro-batch (`WeightCastCache`);
-- a scale may come from an upper bound of the magnitudes (`amax_bound`), which costs a few of the exponents that the
-  format has to spare: a normed row is at most sqrt(C), and a matmul's result at most the largest norm of a row times
-  the largest norm of a column (Cauchy-Schwarz).
+- a scale may come from an upper bound of the magnitudes (`amax_bound`), since the format has exponents to spare. A
+  normed row is at most sqrt(C). A matmul's result is at most the largest row norm times the largest column norm.
 
 Each kernel has a reference implementation that runs on any device; `usable("FP8", x)` chooses.
 """

@@ -1,10 +1,9 @@
 """Fused linear cross-entropy with logit softcapping: the head and its loss in one operation.
 
 At 32K tokens per micro-batch the float32 logits of a 32K vocabulary take 4 GB and are read and written several times.
-Here the logits exist in bf16, one chunk at a time, and one Triton kernel replaces them by their own gradient in a
-single pass: softcapping bounds the logits, so the softmax needs no maximum (without it one more pass finds that), and
-the matmuls that follow apply its denominator. (Gradients computed in the forward pass are Liger Kernel's idea,
-arXiv:2410.10989.)
+Here the logits exist in bf16, one chunk at a time, and one Triton kernel replaces them by their gradient in one pass.
+Softcapping bounds the logits, so the softmax needs no maximum; without it one more pass finds that. The matmuls that
+follow apply the denominator. (Gradients in the forward pass: Liger Kernel, arXiv:2410.10989.)
 """
 
 import torch
@@ -24,8 +23,8 @@ if triton is not None:
     ):  # fmt: skip
         """One row: loss of its target and, in place, the gradient of the mean loss with respect to the raw logits.
 
-        The gradient lacks the row's factor 1 / (sum of exponentials * number of targets), which goes to `scales`: so
-        one pass over the row is enough, and the matmuls that follow apply the factor.
+        The row's factor 1 / (sum of exponentials * number of targets) goes to `scales`, for the matmuls that follow:
+        so one pass over the row is enough.
         """
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)

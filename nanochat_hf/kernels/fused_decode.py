@@ -1,9 +1,12 @@
 """Few, larger kernels of one decoding step on CUDA: five per layer, for at most `MAX_SLOTS` slots.
 
-At few slots a step is bound by the number of kernels that wait for each other, not by bytes. Per layer there are:
-q, k, v with the norm before; RoPE, QK norm, cache write and attention; the output projection, which also joins the
-splits of the keys; the up projection with norm and relu squared; the down projection. Projections back to the residual
-stream add it, and the last one also mixes the embedding in for the next layer.
+At few slots a step is bound by the number of kernels that wait for each other, not by bytes. Per layer:
+
+1. q, k and v, with the norm before them
+2. RoPE, QK norm, cache write and attention
+3. the output projection, which joins the splits of the keys and adds the residual stream
+4. the up projection with norm and relu squared
+5. the down projection, which adds the residual stream and mixes the embedding in for the next layer
 
 On compute capability 9.0 and newer a kernel starts before the one ahead of it has ended (programmatic dependent
 launch) and reads its weights meanwhile. `serve/decoder.py` calls `network`, and records it as a CUDA graph.
@@ -144,8 +147,8 @@ if triton is not None:
     ):  # fmt: skip
         """One program per (slot and head, split): softmax(q k) v over this split's share of the keys that exist.
 
-        The first split also has the new key and value, in registers, and writes them to the cache, where no program
-        reads them. x: the residual stream before the norm, for the gate of the value embedding.
+        The first split has the new key and value in registers and writes them to the cache; no program reads them
+        there. x: the residual stream before the norm, for the gate of the value embedding.
         """
         slot = (tl.program_id(0) // HEADS).to(tl.int64)
         head, split = tl.program_id(0) % HEADS, tl.program_id(1)

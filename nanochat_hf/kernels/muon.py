@@ -9,9 +9,9 @@ A stack (K, m, n) of matrices of one shape is updated by
 4. `apply_updates`: the step, at learning rate x max(1, m / n)^0.5, with cautious weight decay (arXiv:2510.12402).
 
 The choice and its order are karpathy/nanochat's. All state is float32; step 2 runs in half precision where the device
-has bf16. Polar Express multiplies matrices by their own transposes, of which only half need be computed: on GPUs by
-the symmetric GEMM of Dao-AILab/quack. Steps 1 and 4 read and write every parameter, gradient and momentum: on GPUs one
-Triton kernel takes the addresses of all matrices of a shape, where foreach operations make several passes.
+has bf16. Products of a matrix and its transpose are symmetric: quack's GEMM on GPUs computes half of them. Steps 1 and
+4 read and write every parameter. On GPUs one Triton kernel takes the addresses of all matrices of a shape; foreach
+operations would make several passes.
 """
 
 from functools import partial
@@ -75,10 +75,9 @@ def orthogonalize(x: Tensor) -> Tensor:
 
     Rows are first scaled to their mean norm. The result's norm misses sqrt(min(m, n)) a little: see `update_scale`.
 
-    Oblong matrices take the Gram form (Dao-AILab's Gram Newton-Schulz): the steps multiply x by a polynomial in x x^T,
-    so that most matmuls are of small matrices. Rounding makes some eigenvalues of x x^T negative, and further steps
-    amplify those: hence x and x x^T are computed anew after the second step. bfloat16 comes back as float16, whose
-    three additional bits (nothing here is large) leave the result nearer the exact one than five steps on bfloat16.
+    Oblong matrices take the Gram form (Dao-AILab's Gram Newton-Schulz): x times a polynomial in x x^T, so that most
+    matmuls are of small matrices. Rounding makes some eigenvalues of x x^T negative, and further steps amplify those.
+    Hence x and x x^T are computed anew after the second step. bfloat16 comes back as float16: three more bits.
     """
     m, n = x.shape[-2:]
     tall, oblong = m > n, max(m, n) >= OBLONG * min(m, n)

@@ -2,12 +2,12 @@
 
 - `WeightCastCache`: the bf16 or FP8 copy of a weight is made once and kept until the weight changes.
 - `accumulate_grad_`: adds a bf16 gradient to a float32 `.grad` in one pass, where autograd would cast it first.
-- `EmbeddingGradIndex`: the gradient of an embedding is added to only those rows of `.grad` that occur, one program per
-  token id, in a fixed order (a rerun gives the same bits), where PyTorch fills a table of zeros and adds it. The token
-  ids are sorted once per micro-batch for all tables.
+- `EmbeddingGradIndex`: the gradient of an embedding is added only to the rows of `.grad` that occur. PyTorch would
+  fill a table of zeros and add it. The order is fixed, so a rerun gives the same bits. The token ids are sorted once
+  per micro-batch for all tables.
 
-A gradient that was added in place is not returned to autograd. Hooks that wait for the parameter (DDP) still run, and
-find it in `.grad`. On other devices everything is as in plain PyTorch.
+A gradient that was added in place is not returned to autograd. Hooks of the parameter still run. On other devices
+everything is as in plain PyTorch.
 """
 
 from collections.abc import Callable

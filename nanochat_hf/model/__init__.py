@@ -1,7 +1,7 @@
 """The model: what is trained. Its files stand alone, because they are uploaded to the Hub beside every checkpoint.
 
-Importing it registers the classes with transformers' Auto classes and for `save_pretrained`, which then writes the
-code with which others load the folder (`trust_remote_code=True`), and installs the text pipeline.
+Importing it registers the classes with transformers' Auto classes and installs the text pipeline. `save_pretrained`
+then also writes the code with which others load the folder (`trust_remote_code=True`).
 """
 
 from transformers import AutoModel, AutoModelForCausalLM

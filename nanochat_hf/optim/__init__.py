@@ -1,1 +1,1 @@
-"""Muon and AdamW, who updates what, and the numbers that follow from the depth."""
+"""Muon and AdamW, sharded over the ranks, and the hyperparameters that follow from the depth."""

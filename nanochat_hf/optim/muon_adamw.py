@@ -90,8 +90,8 @@ def param_groups(model: nn.Module, options: Mapping[str, Mapping]) -> list[dict]
 class MuonAdamW(torch.optim.Optimizer):
     """See the module's docstring. The options are those of each group, as `param_groups` returns them.
 
-    State of a Muon parameter: `momentum_buffer` (m, n), on its owner rank only, and `second_momentum` (m, 1) or
-    (1, n); of an AdamW parameter: `step`, `exp_avg`, `exp_avg_sq`. All of it is float32.
+    State of Muon parameters: `momentum_buffer` (m, n), on the owner rank only, and `second_momentum` (m, 1) or (1, n).
+    State of AdamW parameters: `step`, `exp_avg`, `exp_avg_sq`. All of it is float32.
 
     `step_factor`: None, or a () float32 tensor on the parameters' device. Where it is 0 the step is skipped on the
     device: weights and moments stay as they are, whatever the gradients hold (as OLMo-core's SkipStepOptimizer). The

@@ -3,13 +3,13 @@
     plan(PretrainConfig(depth=12), vocab_size=32768) -> Plan
 
 What a recipe sets wins; everything else follows from its depth. `DEFAULTS` has both generations of karpathy/nanochat:
-- 2 (2026), reference d12 at 524,288 tokens per step: horizon D = ratio x (matrix + head parameters); batch size B
-  ~ D^0.383, rounded to a power of two (arXiv:2505.13738); learning rates ~ sqrt(B / B_ref), those of AdamW's wide
-  parameters also ~ (d_model / 768)^-0.5; Muon's weight decay ~ sqrt(B / B_ref) x D_ref / D (arXiv:2405.13698).
-- 1 (October 2025): 20 tokens per parameter of any kind, 524,288 tokens per step at every depth, learning rates
-  independent of the batch size, no weight decay, gradient clipping at norm 1.
-FLOPs are counted as upstream counts them, so that MFU is comparable: 6 per parameter of a matmul and 12 x heads x
-head_dim x (keys visible to a query) per layer; embedding lookups, norms and softmax are not counted.
+- 2 (2026), relative to d12 at 524,288 tokens per step. Horizon D = ratio x (matrix + head parameters). Batch size B
+  ~ D^0.383, rounded to a power of two (arXiv:2505.13738). Learning rates ~ sqrt(B / B_ref), those of embeddings and
+  head also ~ (d_model / 768)^-0.5. Muon's weight decay ~ sqrt(B / B_ref) x D_ref / D (arXiv:2405.13698).
+- 1 (October 2025): 20 tokens per parameter, 524,288 tokens per step at every depth. Learning rates do not depend on
+  the batch size; no weight decay; gradient clipping at norm 1.
+FLOPs per token as upstream counts them: 6 per parameter of a matmul, and 12 x heads x head_dim x (keys visible to a
+query) per layer. Embedding lookups, norms and softmax are not counted.
 """
 
 import math
@@ -70,8 +70,8 @@ class Schedule:
 
         schedule.apply(optimizer, plan.groups, step)     # before every optimizer step; schedule = plan(...).schedule
 
-    The shape is karpathy/nanochat's: linear warmup, constant, linear decay (warmdown) over the last part of the run.
-    torch's LR schedulers have state; here a resumed run needs only its step.
+    The shape is karpathy/nanochat's: linear warmup, constant, linear decay (warmdown). It has no state, so a resumed
+    run needs only its step.
 
     Args:
         warmup_steps: the learning rate rises linearly and reaches its peak at the last of these steps.
@@ -354,10 +354,10 @@ def has_kernels(device_name: str) -> bool:
 def estimate_memory(plan: Plan, micro_batch_size: float, bytes_per_value: int = 2, kernels: bool = True) -> float:
     """Peak bytes of pretraining on one device, weights and optimizer state included.
 
-    bfloat16: within 6 % of the peaks that d8 to d40 had on an H200 (docs/experiments/scaling.md). Bytes per value: 12
-    of the embeddings, 22 of the head, 14 of the matrices; 29 per token, layer and channel, 42 without kernels (within
-    3 % of d12's and d24's peaks without the kernels extra); the head's chunk of logits.
-    float32, a guess: 16 per parameter, 20 values per token, layer and channel, 4 copies of the logits.
+    bfloat16: within 6 % of the peaks that d8 to d40 had on an H200, within 3 % of d12's and d24's without the kernels
+    extra (docs/experiments/scaling.md). Bytes: 12 per value of embeddings, 22 of the head, 14 of matrices; 29 per
+    token, layer and channel (42 without kernels); and the head's chunk of logits.
+    float32, a guess. Bytes: 16 per parameter, 20 values per token, layer and channel, 4 copies of the logits.
     """
     config, tokens = plan.model_config, micro_batch_size * plan.max_seq_len
     channels = tokens * config.hidden_size * config.num_hidden_layers

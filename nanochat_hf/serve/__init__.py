@@ -1,1 +1,1 @@
-"""WEIGHTS -> PEOPLE: fast generation, terminal chat, HTTP server, and the Hub."""
+"""Weights to people: fast generation, HTTP server, terminal chat."""

@@ -1,14 +1,13 @@
 """Batched decoding of a nanochat model: weights, KV caches and sampling state of many slots, one step for all at once.
 
 `model.generate` launches about 400 kernels per token and synchronizes with the device after each one. Here a step on
-CUDA replays one CUDA graph of five to ten kernels per layer (`kernels/decode.py`), sampling included; all state is on
-the device, and the host reads a log of tokens a few steps later. Elsewhere `plain_step` computes the same in PyTorch.
+CUDA replays one CUDA graph of five to ten kernels per layer (`kernels/decode.py`), sampling included. All state is on
+the device; the host reads a log of tokens a few steps later. Elsewhere `plain_step` computes the same in PyTorch.
 
-A slot is the place of one request in the batch. Its KV cache is a ring buffer of the window's size in a sliding-window
-layer and holds `length` keys in a full-attention layer; keys are stored rotated, so their order does not matter. An
-active slot feeds `token` at `pos` and takes its next forced token if there is one, else samples. It becomes inactive
-after a stop token or at position `last`. An inactive slot repeats its last step without effect: the shapes of a step
-never change. `Engine` assigns requests to slots.
+A slot is the place of one request in the batch. In a sliding-window layer its KV cache is a ring buffer of the
+window's size, in a full-attention layer it has `length` entries. Keys are stored rotated, so their order does not
+matter. An active slot feeds `token` at `pos` and takes its next forced token, or samples. It becomes inactive after a
+stop token or at position `last`. An inactive slot repeats its last step without effect: shapes never change.
 """
 
 import threading
@@ -447,9 +446,8 @@ class Decoder:
     def capture(self, slots: int) -> None:
         """Record one step of `slots` slots as a CUDA graph. The trial steps before it leave no trace in the state.
 
-        Replicas on other GPUs work in other threads at the same time, and a process may capture one graph at a time:
-        hence the lock, a stream of this device's own (PyTorch's default stream for captures belongs to the first
-        device), and the capture error mode, which looks at this thread only.
+        Replicas on other GPUs work in other threads, and a process may capture one graph at a time: hence the lock and
+        the capture error mode. The stream is of this device: PyTorch's default for captures is of the first one.
         """
         before = {name: tensor.clone() for name, tensor in vars(self.state).items()}
         stream = torch.cuda.Stream(self.device)

@@ -1,8 +1,7 @@
 """Streaming generation with continuous batching: many requests, each with its own length, sampling and tool calls.
 
-`Engine` drives a `Decoder`. It puts requests into free slots, launches steps ahead of the tokens that it has read,
-answers the calls that the model makes between <|python_start|> and <|python_end|>, and refills slots that are done.
-The terminal chat streams one request, the server's threads submit them as they come, evaluation submits thousands.
+`Engine` drives a `Decoder`. It puts requests into free slots and enqueues steps before it reads the tokens of those
+before. It answers the model's calls, between <|python_start|> and <|python_end|>.
 
     engine = Engine(model, tokenizer)
     for chunk in engine.stream([{"role": "user", "content": "What is 12 * 34?"}]):

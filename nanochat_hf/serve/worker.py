@@ -1,8 +1,7 @@
 """Threads that own an engine, and completions that an event loop reads from them.
 
-A `Worker` runs one `Engine` on one device, with continuous batching and a bounded queue. A `Completion` is one request
-as the event loop sees it: chunks of text as they come, cut at stop strings and at a time limit. `server` builds its
-routes on them.
+A `Worker` runs one `Engine` on one device, with a bounded queue. A `Completion` is one request for the event loop:
+chunks of text as they come, cut at stop strings and at a time limit.
 """
 
 import asyncio

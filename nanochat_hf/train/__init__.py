@@ -1,1 +1,1 @@
-"""Tensors to weights: scaling, schedule, optimizer, pretraining, fine-tuning, RL."""
+"""Tensors to weights: pretraining, mid-training, SFT, RL, DPO."""

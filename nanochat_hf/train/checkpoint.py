@@ -1,16 +1,13 @@
 """Checkpoints: complete or absent, verified by checksums, the last few kept, exact for any number of ranks.
 
-`state/step_000100/` of a pretraining run holds the weights once and one file per rank (optimizer state, data-loader
-state, random state); under FSDP2 torch.distributed.checkpoint writes weights and optimizer state as shards. A hidden
-folder is renamed when every rank has written, so an interruption at any moment leaves the checkpoint before it. A
-second checkpoint of one step (a stop at a loss spike, with the data one step on) is `step_000100.1`. Chat stages use
-transformers' own checkpoints, `state/checkpoint-100`.
+`state/step_000100/` of a pretraining run holds the weights once, and per rank a file with optimizer state, data-loader
+state and random state. Under FSDP2 torch.distributed.checkpoint writes weights and optimizer state as shards. A hidden
+folder is renamed when every rank has written, so an interruption leaves the checkpoint before it. A second checkpoint
+of one step (after a loss spike, with later data) is `step_000100.1`. Chat stages use transformers' own checkpoints,
+`state/checkpoint-100`.
 
-In both `manifest.json` is written last. It has every file's checksum: a damaged checkpoint is set aside and the one
-before it used.
-
-`Accelerator.save_state` saves the optimizer state of rank 0 only, but each rank of MuonAdamW owns a part of it, and it
-has no place for a data-loader state per rank.
+In both `manifest.json`, with every file's checksum, is written last. A damaged checkpoint is set aside and the one
+before it is used. `Accelerator.save_state` would save the optimizer state of rank 0 only.
 """
 
 import hashlib
@@ -42,10 +39,6 @@ from ..run import apply_umask, first_non_finite, load_json, load_metrics, rename
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.json"  # beside a chat stage's checkpoints: {"steps": those whose gradients were not finite}
 MEASURED = "measured.json"  # in a checkpoint: results of the evaluations after its step
-
-
-def barrier() -> None:
-    monitored_barrier("a checkpoint")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -181,7 +174,7 @@ def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
             for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, folder / path.name)
             aside.rmdir()
-    barrier()
+    monitored_barrier("a checkpoint")
 
 
 def refuse_nan(weights: dict[str, Tensor], owner: str) -> None:
@@ -219,7 +212,7 @@ def save(
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        barrier()
+        monitored_barrier("a checkpoint")
         if sharded:
             weights, state = get_state_dict(model, optimizer)
             dcp.save({"model": weights, "optimizer": state}, checkpoint_id=aside / "shards")
@@ -230,13 +223,13 @@ def save(
         write(own, aside / f"rank_{rank:05d}.pt")
         if rank == 0:
             write({**progress, "step": step, "world_size": world}, aside / "progress.pt")
-        barrier()
+        monitored_barrier("a checkpoint")
         if rank == 0:
             write_manifest(aside)
     if rank == 0:
         os.replace(aside, final)
         delete_superseded(folder, keep)
-    barrier()
+    monitored_barrier("a checkpoint")
     return final
 
 
@@ -262,8 +255,8 @@ def remove(path: Path) -> None:
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
     """Restore model, optimizer and random state; returns the data-loader states for `load_state_dict`.
 
-    With another number of ranks than the checkpoint's, each one gets all the optimizer state (MuonAdamW drops what it
-    does not own) and all data-loader states; the random state is then not restored.
+    With another number of ranks than the checkpoint's, each gets all optimizer and data-loader states, and the random
+    state is not restored. MuonAdamW drops the state that its rank does not own.
     """
     rank, world = get_dist_info()
     saved_world = read_progress(path)["world_size"]
@@ -312,13 +305,13 @@ def save_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Op
     parts = [path.with_name(f".{path.name}.{number}") for number in range(world)]
     with writing(path):
         write(own, parts[rank])
-        barrier()
+        monitored_barrier("a checkpoint")
         if rank == 0:
             write(merged_state([own, *map(torch.load, parts[1:])]), parts[0])
             os.replace(parts[0], path)
             for part in parts[1:]:
                 part.unlink()
-    barrier()
+    monitored_barrier("a checkpoint")
 
 
 def load_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

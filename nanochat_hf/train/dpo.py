@@ -3,7 +3,7 @@
     nanochat dpo --config recipes/d12/dpo.yaml --run-dir runs/d12
 
 DPO (arXiv:2305.18290) needs no reward model and no sampling. The implicit reward is beta x the log-ratio of the model
-to the reference model, which is the one it starts from; a logistic loss separates chosen from rejected completions.
+to the reference model, from which it starts. A logistic loss separates chosen from rejected completions.
 """
 
 from collections.abc import Callable

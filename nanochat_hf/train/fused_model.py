@@ -1,8 +1,8 @@
-"""The training step's forward pass: the parameters and the numbers of model/, with fewer bytes moved.
+"""The training step's forward pass: the parameters and results of model/, with fewer bytes moved.
 
 `FusedTransformer(model)(input_ids)` equals `model.model(input_ids).last_hidden_state` for whole, unpadded sequences
-without a cache (pretraining), and for packed documents with their `position_ids` (SFT, `use_fused_forward`); q, k and
-v come out of one matmul. Which way a block is computed is chosen once, when the module is made:
+(pretraining), and for packed documents with their `position_ids` (SFT, `use_fused_forward`). q, k and v come out of
+one matmul. How a block is computed is chosen once, when the module is made:
 
 - bf16 with FlashAttention-4 and quack, eager: every operation between the matmuls is in a hand-written kernel;
 - FP8, eager, while training;
@@ -46,8 +46,8 @@ def block(x, h, weights, value_embeds, gate, position_ids, cos, sin, mask, kv_he
     """One decoder layer over the residual stream x and its norm h, (B, T, C) each.
 
     Args:
-        weights: of q, k and v together, of the output projection, and both of the MLP: all `Bf16Weight`,
-            `Float8Weight` or tensors of the dtype of x.
+        weights: of q, k and v together, of the output projection, and the two of the MLP. All are `Bf16Weight`,
+            `Float8Weight`, or tensors of the dtype of x.
         value_embeds, gate: as in `split_qkv`, and (K, G); None in a layer without.
 
     Returns:
@@ -80,8 +80,8 @@ class BlockKind(NamedTuple):
 class FusedTransformer(nn.Module):
     """NanoChatModel's forward over the parameters of `model`, and with targets the loss of the head as well.
 
-    compile: use torch.compile where no kernels are. fp8: FP8 matmuls in the blocks while training; the head stays in
-    bf16. dtype: in which the network computes; None: that of the embeddings. documents: packed documents will come.
+    compile: use torch.compile where no kernels are. fp8: FP8 matmuls in the blocks while training. dtype: of all that
+    the network computes; None: that of the embeddings. documents: also for packed documents.
     """
 
     def __init__(
@@ -214,9 +214,9 @@ def lm_head_loss(model: NanoChatForCausalLM, hidden: Tensor, targets: Tensor, re
 def use_fused_forward(model: NanoChatForCausalLM, dtype: torch.dtype, documents: int, compile: bool = False) -> None:
     """Let `model(input_ids, labels=, position_ids=)` run `FusedTransformer`, which returns a loss and no logits.
 
-    For a trainer that packs documents: `labels` (B, T) are those of the inputs (-100 ignored), `position_ids` (B, T)
-    begin at 0 in each of at most `documents` documents of a batch, padding included. Without labels (generation,
-    evaluation) the model stays as it is.
+    For a trainer that packs documents. `labels` (B, T) are those of the inputs (-100 ignored). `position_ids` (B, T)
+    begin at 0 in each of the batch's documents, at most `documents` with the padding. Without labels (generation,
+    evaluation) the model's own forward runs.
     """
     fused, original = FusedTransformer(model, compile=compile, dtype=dtype, documents=True), model.forward
 

@@ -2,12 +2,11 @@
 
     nanochat rl --config recipes/cpu-demo/rl.yaml --run-dir runs/cpu-demo
 
-As in karpathy/nanochat this is GRPO (arXiv:2402.03300) reduced to nearly REINFORCE: on-policy with one update per
-batch (the ratio is 1, clipping never acts), no KL term and no reference model, advantage = reward - mean reward of the
-prompt (arXiv:2503.20783), loss summed over the sampled tokens of the batch and divided by their number (DAPO,
-arXiv:2503.14476). Tool results are masked. Two differences from upstream: the number of tokens is that of the whole
-batch and not of one prompt, and tokens are sampled from the full softmax, the distribution of the gradient, where
-upstream samples from the top 50.
+As in karpathy/nanochat this is GRPO (arXiv:2402.03300) reduced to nearly REINFORCE. It is on-policy with one update
+per batch, so the ratio is 1 and clipping never acts. There is no KL term and no reference model. The advantage is the
+reward minus the prompt's mean reward (arXiv:2503.20783). The loss is the mean over all sampled tokens of the batch
+(DAPO, arXiv:2503.14476), tool results masked; upstream takes the mean per prompt. Tokens are sampled from the full
+softmax, as the gradient assumes; upstream samples from the top 50.
 """
 
 import json

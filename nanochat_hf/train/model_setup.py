@@ -1,8 +1,8 @@
 """Models for training: built or read, checked, on their device in their precision, as a module that returns a loss.
 
-Pretraining: float32 master weights everywhere but in the embeddings, which are bf16 on devices that compute in it;
-layers compute in the embeddings' dtype (no autocast). GPUs without bf16 compute in float16 from float32 embeddings,
-other devices in float32. Chat stages: all weights are float32, and the output of the embedding is cast.
+Pretraining: weights are float32, but embeddings bf16 on devices that compute in it. Layers compute in the embeddings'
+dtype (no autocast). GPUs without bf16 compute in float16 from float32 embeddings, other devices in float32.
+Chat stages: all weights are float32, and the output of the embedding is cast.
 """
 
 import copy
@@ -200,11 +200,12 @@ def describe(network: nn.Module, fp8: bool | str) -> str:
     precision = f"precision {str(dtype).removeprefix('torch.')}{' with FP8 blocks' if uses_fp8 else ''}"
     kernels, hints = [f"PyTorch on {device.type}"], []
     if device.type == "cuda":
-        attention = package_version("flash-attn-4") if fused_step and network.train_kind.flash else "PyTorch"
-        matmuls = package_version("quack-kernels") if fused_step and network.train_kind.kernels else "PyTorch"
+        names = {name: f"{name} {version(name)}" for name in ("flash-attn-4", "quack-kernels", "triton")}
+        attention = names["flash-attn-4"] if fused_step and network.train_kind.flash else "PyTorch"
+        matmuls = names["quack-kernels"] if fused_step and network.train_kind.kernels else "PyTorch"
         matmuls = "PyTorch's FP8" if uses_fp8 else matmuls
         kernels = [f"attention {attention}", f"matmuls {matmuls}"]
-        kernels += [package_version("triton")] if triton is not None else []
+        kernels += [names["triton"]] if triton is not None else []
         hints = [f"{name} {reason}" for name, reason in unloaded.items() if fused_step and reason == "not installed"]
         modern = torch.cuda.get_device_capability(device) >= (9, 0)
         if hints and modern:
@@ -224,10 +225,6 @@ def describe_machine() -> str:
     with device:
         model = NanoChatForCausalLM(NanoChatConfig(**shape, head_dim=128, max_position_embeddings=2048))
     return describe(build_loss_module(model, "auto", True, "auto"), "auto")
-
-
-def package_version(package: str) -> str:
-    return f"{package} {version(package)}"
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -25,8 +25,8 @@ class LossSpikeDetector:
     """Finds losses far above those of the last 64 steps; none while fewer than 32 are known.
 
     A spike is above their median by more than `nats` (0: no detection) and by more than ten standard deviations of
-    the noise. These are estimated as 1.4826 x the median absolute difference between neighbors / sqrt(2), so that the
-    fast decrease at the beginning does not count as noise.
+    the noise. One is estimated as 1.4826 x the median absolute difference between neighbors / sqrt(2): the fast
+    decrease at the beginning is no noise.
     """
 
     WINDOW, FIRST, DEVIATIONS = 64, 32, 10

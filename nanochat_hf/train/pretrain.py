@@ -2,12 +2,13 @@
 
     pretrain(PretrainConfig(depth=12, dataset="books/"), tokenizer="runs/d12/tokenizer", output=Path("runs/d12/base"))
 
-`scaling.plan` says what follows from the size. Accelerate launches the ranks, shards the model (FSDP2) and reports to
-trackers; the loop is our own. Compared with karpathy/nanochat's base_train it resumes exactly (weights, optimizer,
-data-loader state, random state; also with another number of ranks), chooses the micro-batch size, evaluates on
-sequences kept in memory, stops at a loss spike or a loss that is not finite before that reaches the weights, and saves
-a checkpoint on SIGTERM. Each step is enqueued before the metrics of the one before are read, so that a GPU never waits
-for the host; whether to skip a step is decided on the device.
+`scaling.plan` gives the hyperparameters. Accelerate launches the ranks, shards the model (FSDP2) and reports to
+trackers; the loop is our own. Beyond karpathy/nanochat's base_train it
+- resumes exactly (weights, optimizer, data-loader state, random state), also with another number of ranks,
+- chooses the micro-batch size, and saves a checkpoint on SIGTERM,
+- stops at a loss spike or a loss that is not finite, before that reaches the weights.
+Each step is enqueued before the metrics of the one before are read, so that a GPU never waits for the host. The device
+decides whether to skip a step.
 """
 
 import math
@@ -67,8 +68,8 @@ def pretrain(
 
     Raises:
         InputError: a config, dataset or device with which this cannot work.
-        FloatingPointError: loss or gradient is not finite, or the loss spikes. A checkpoint with the weights before
-            that step is on disk; a rerun skips the step's data and those of the next step, which was enqueued.
+        FloatingPointError: loss or gradient is not finite, or the loss spikes. A checkpoint has the weights before
+            that step; a rerun skips the data of this step and of the next one, which was enqueued.
         SystemExit: SIGTERM or SIGINT; a checkpoint is on disk, the exit code is 128 + the signal's number.
     """
     return Pretraining(config, tokenizer, Path(output), model, core, push).run()

@@ -2,10 +2,10 @@
 
     nanochat sft --config recipes/cpu-demo/sft.yaml --run-dir runs/cpu-demo
 
-The main process renders the mixture with the tokenizer's chat template, packs the conversations (best-fit decreasing)
-and writes them to `state/`, where all ranks read them. The loss of SFT is on assistant tokens, that of mid-training on
-all tokens, neither on tool results. Unlike karpathy/nanochat, a conversation does not attend to the others of its
-packed sequence, and one that is longer than a sequence is skipped and counted.
+The main process renders the mixture with the chat template, packs the conversations (best-fit decreasing) and writes
+them to `state/`, where all ranks read them. The loss of SFT is on assistant tokens, that of mid-training on all tokens
+but tool results. Unlike in karpathy/nanochat, conversations of a packed sequence do not attend to each other. One
+that is longer than a sequence is skipped and counted.
 """
 
 import hashlib
@@ -91,8 +91,8 @@ class ChatTrainer(StageTrainer, SFTTrainer):
 class PackedCollator:
     """Packed sequences -> input_ids, labels and position_ids, each (B, length or that of the longest sequence).
 
-    TRL's own collator would flatten the batch to one sequence; without a variable-length attention kernel that costs B
-    times as much. position_ids restart where a conversation begins; the padding counts as one.
+    TRL's own collator flattens the batch to one sequence, which without variable-length attention costs B times as
+    much. position_ids restart where a conversation begins; the padding counts as one.
     """
 
     def __init__(self, pad: int, length: int | None):
@@ -140,9 +140,9 @@ def build_packed_dataset(
 ) -> tuple[Dataset, dict]:
     """Encode and pack the mixture `entries` into `folder`, on the main process; all ranks read it.
 
-    Returns rows {"input_ids", "labels"} of at most `length` tokens and, with packing, "seq_lengths"; and a summary
-    {"rows", "tokens", "mixture", "skipped_rows", "content"}, of which the last is a fingerprint of the rows. Raises
-    InputError if no conversation can be used.
+    Returns rows {"input_ids", "labels"} of at most `length` tokens, with packing also "seq_lengths". And a summary
+    {"rows", "tokens", "mixture", "skipped_rows", "content"}; content is a fingerprint of the rows. Raises InputError
+    if no conversation can be used.
     """
     with main_process_first(f"making {folder}") as main:
         if main:

@@ -102,9 +102,9 @@ def trainer_arguments(config: StageConfig, output: Path) -> dict:
 class StageTrainer(TrainerCallback):
     """Mixin before a TRL trainer, and a callback of that trainer.
 
-    `stage` is the stage's config. `source` is the folder or Hub id that the model was loaded from; with the key
-    `load_optimizer` training begins with the optimizer state in its optimizer.pt. `shown` names the numbers of the
-    progress, `measured` those of an evaluation that get a line.
+    `stage` is the stage's config, `source` the folder or Hub id of the model. With the key `load_optimizer` training
+    begins with the optimizer state in its optimizer.pt. `shown` names the numbers of the progress, `measured` those
+    of an evaluation that get a line.
     """
 
     unit, padding = "rows", 0  # what an item of the training set is; items that only make up whole steps
@@ -183,7 +183,7 @@ class StageTrainer(TrainerCallback):
         """Check the steps up to the last `lag` ones; if one was not finite, save and raise FloatingPointError.
 
         The checkpoint has the weights before that step and the data position after it. None is written if the step
-        before was skipped, too, or the step is the last: a diverged run would skip its way to the end.
+        before was skipped, too, or the step is the last: else a diverged run would reach its end.
         """
         while len(self.pending_checks) > lag:
             step, read = self.pending_checks.pop(0)
@@ -354,8 +354,8 @@ class StageTrainer(TrainerCallback):
     def train_with_resume(self, data: dict[str, str]) -> None:
         """Train, from the last complete checkpoint if there is one; `data` are fingerprints of the data, by name.
 
-        Raises InputError if the checkpoint belongs to another recipe, model, data or launch, or is damaged; and
-        FloatingPointError if loss or gradients are not finite, with a checkpoint from before that step on disk.
+        Raises InputError if the checkpoint is damaged, or of another recipe, model, data or launch. Raises
+        FloatingPointError if loss or gradients are not finite; a checkpoint from before that step is on disk.
         """
         state, log = Path(self.args.output_dir), self.accelerator.print
         self.inputs = {"model": model_fingerprint(self.source) or str(self.source), **data}
