@@ -10,12 +10,12 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from .errors import InputError
 from .model.configuration_nanochat import MAX_LAYERS, NanoChatConfig
-from .model.quantization import is_quantized
 from .run import first_non_finite
 
 quiet_downloads = are_progress_bars_disabled()
@@ -56,6 +56,17 @@ def download(source: str) -> str:
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:  # of the Hub, the network, the cache, the name
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{source} is no folder, and cannot be downloaded from the Hub: {reason}") from None
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether a weight is an integer tensor (bitsandbytes) or a packed tensor subclass (torchao, optimum-quanto).
+
+    Code that reads weights instead of calling modules must refuse such a model.
+    """
+    return any(
+        not p.is_floating_point() or (hasattr(p, "__tensor_flatten__") and not isinstance(p, DTensor))
+        for p in model.parameters()
+    )
 
 
 def unreadable(source: str | Path, error: Exception) -> InputError:

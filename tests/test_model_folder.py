@@ -26,8 +26,8 @@ from transformers.testing_utils import CaptureLogger
 
 from nanochat_hf.convert.upstream import convert
 from nanochat_hf.errors import InputError
+from nanochat_hf.loading import is_quantized
 from nanochat_hf.model import NanoChatForCausalLM, generation_nanochat
-from nanochat_hf.model.quantization import is_quantized
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.train.model_setup import build_model, load_chat_model
 from nanochat_hf.train.sft import ChatConfig

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..kernels import decode as kernels
 from ..kernels import fused_decode
 from ..kernels.backend import verify
-from ..model.quantization import is_quantized
+from ..loading import is_quantized
 
 MAX_FORCED = 512  # tokens that can wait to be put into a slot (a tool's result)
 MAX_STOPS = 8

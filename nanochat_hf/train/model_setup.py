@@ -18,10 +18,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..distributed import get_dist_info, partial_state
 from ..errors import InputError
 from ..kernels.backend import first_line, triton, unloaded, verify, version
-from ..loading import load_model
+from ..loading import is_quantized, load_model
 from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
-from ..model.quantization import is_quantized
 from ..optim.scaling import Plan
 from ..run import load_metrics, model_fingerprint
 from .fused_model import BF16_KERNELS, FusedTransformer, lm_head_loss
