@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nanochat_hf.data.jsonl import read_jsonl
+from nanochat_hf.eval.core import read_jsonl
 
 FIELDS = {"text": str, "gold": int}
 GOOD = b'{"text": "a", "gold": 1}\n'

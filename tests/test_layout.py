@@ -36,7 +36,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "serve": "config data loading run stage_configs kernels model tools tool_loop",
     "hub": "config convert data eval.plots eval.report eval.weights export loading model run stage_configs tool_loop",
 }
-EVAL_HELPERS = {"data", "data.grading", "data.jsonl", "data.tokenizer", "data.transforms"}  # what evals/ may import
+EVAL_HELPERS = {"data", "data.grading", "data.tokenizer", "data.transforms"}  # what evals/ may import
 EVAL_HELPERS |= {"eval", "eval.bpb", "eval.core", "sandbox", "tools"}
 BUDGET = 500  # lines
 

@@ -36,10 +36,9 @@ from lm_eval.models.utils import resolve_max_length
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from nanochat_hf.data.jsonl import damaged, numbered_lines, parse_row, read_jsonl
 from nanochat_hf.data.tokenizer import plain_backend
 from nanochat_hf.eval import bpb
-from nanochat_hf.eval.core import centered, find_file
+from nanochat_hf.eval.core import centered, damaged, find_file, numbered_lines, parse_row, read_jsonl
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanochat_hf"

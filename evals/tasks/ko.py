@@ -15,8 +15,7 @@ import datasets
 import lm_eval.tasks
 from lm_eval.tasks.kobest.utils import copa_doc_to_choice, copa_doc_to_text
 
-from nanochat_hf.data.jsonl import damaged, decode, numbered_lines
-from nanochat_hf.eval.core import find_file
+from nanochat_hf.eval.core import damaged, decode, find_file, numbered_lines
 
 COLUMNS = {  # of the files -> of the Hub
     "COPA": {"sentence": "premise", "question": "question", "Answer": "label"}

@@ -15,9 +15,8 @@ import datasets
 from lm_eval.api.metrics import mean
 
 from nanochat_hf.data.grading import final_words, hash_answer, is_correct, pass_at_k, used_tool
-from nanochat_hf.data.jsonl import damaged, numbered_lines, parse_row
 from nanochat_hf.data.transforms import multiple_choice
-from nanochat_hf.eval.core import centered, find_file
+from nanochat_hf.eval.core import centered, damaged, find_file, numbered_lines, parse_row
 from nanochat_hf.sandbox import run_sandboxed
 
 TYPES = {"messages": list, "choices": (list, dict), "rivals": list}  # of fields; the others are text

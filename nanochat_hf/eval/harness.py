@@ -45,7 +45,7 @@ from .weights import model_id, outdated
 
 PACKAGE = Path(__file__).parents[1]
 CODE = ("eval/bpb", "eval/core", "eval/lm_eval_model", "eval/loglikelihood", "eval/tasks", "data/grading")
-CODE += ("data/jsonl", "data/transforms", "kernels/decode", "tools", "tool_loop")  # decides results
+CODE += ("data/transforms", "kernels/decode", "tools", "tool_loop")  # decides results
 OF_ALL = ("examples", "seconds", "weights", "models")  # keys of metrics.json that hold a value for every stage
 NUMBERS = ("results", "core", *MEANS, *OF_ALL)  # all keys that hold values by stage
 

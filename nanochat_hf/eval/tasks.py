@@ -14,14 +14,13 @@ from lm_eval.tasks import TaskManager
 
 from .. import sandbox
 from ..data.documents import local_path
-from ..data.jsonl import DamagedFile
 from ..data.mixture import Mixture
 from ..demo import corpus as primer
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
 from ..run import nearest, project_folder, save_jsonl
 from ..stage_configs import SPELLING
-from .core import load_tasks, run_lm_eval
+from .core import DamagedFile, load_tasks, run_lm_eval
 from .lm_eval_model import LocalLM
 
 EVALS = project_folder("evals")
