@@ -14,9 +14,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.kernels.muon import POLAR_EXPRESS
-from nanochat_hf.optim import gradient_reduction, muon_adamw
-from nanochat_hf.optim.gradient_reduction import OwnerGradientReducer, assign_matrices_to_ranks
-from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
+from nanochat_hf.optim import muon_adamw
+from nanochat_hf.optim.muon_adamw import MuonAdamW, OwnerGradientReducer, assign_matrices_to_ranks, param_groups
 from nanochat_hf.optim.scaling import plan
 from nanochat_hf.stage_configs import PretrainConfig
 
@@ -268,7 +267,7 @@ def reduction_worker(rank: int, world: int, port: int, device: str):
     expected = [p.grad.float() for p in alone.parameters()]
     if rank:
         net.scale.data.zero_()  # every rank gets the main process's weights
-    gradient_reduction.BUCKET_BYTES = 1 << 18  # a matrix
+    muon_adamw.BUCKET_BYTES = 1 << 18  # a matrix
     rest = [net.table.weight, net.scale]
     optimizer = MuonAdamW([{"params": list(net.matrices), **MUON}, {"params": rest, **ADAMW}])
     reducer = OwnerGradientReducer(optimizer.owners())
@@ -322,7 +321,7 @@ def test_rows_of_a_matrix_take_the_step_that_they_take_in_the_whole(shape, monke
     torch.manual_seed(0)
     whole = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
     x, part, rows = torch.randn(2, *shape), copy.deepcopy(whole), slice(shape[0] // 2, None)
-    squares = muon_adamw.mean_squares(x)
+    squares = muon_adamw.muon.mean_squares(x)
     MuonAdamW([{"params": whole, **MUON}])._apply(MUON, whole, x, squares)
     monkeypatch.setattr(muon_adamw, "local", lambda p: p[rows])  # as on the second of two ranks of FSDP2
     MuonAdamW([{"params": part, **MUON}])._apply(MUON, part, x[:, rows], squares, rows)
@@ -352,16 +351,16 @@ def test_the_squared_norm_counts_each_gradient_on_one_rank_and_small_ones_are_su
     reducer = object.__new__(OwnerGradientReducer)  # without a job
     reducer.owners, reducer.waits, reducer.bucket = {small: None, large: 1}, [], []
     for rank, square in ((0, 4), (1, 9)):
-        monkeypatch.setattr(gradient_reduction, "get_dist_info", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(muon_adamw, "get_dist_info", lambda rank=rank: (rank, 2))
         assert reducer.squared_norm().item() == pytest.approx(square)
-    monkeypatch.setattr(gradient_reduction.dist, "all_reduce", lambda sums: sums.add_(2))  # what another rank has
+    monkeypatch.setattr(muon_adamw.dist, "all_reduce", lambda sums: sums.add_(2))  # what another rank has
     with reducer:
         pass
     assert small.grad.tolist() == [3] * 4 and large.grad.tolist() == [1] * 9
 
 
 def test_a_rank_drops_the_state_of_a_tensor_that_another_one_owns(monkeypatch):
-    p = torch.nn.Parameter(torch.zeros(gradient_reduction.LARGE))
+    p = torch.nn.Parameter(torch.zeros(muon_adamw.LARGE))
     p.grad = torch.ones_like(p)
     optimizer = MuonAdamW([{"params": [p], **ADAMW}])
     optimizer.step()

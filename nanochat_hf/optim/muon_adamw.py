@@ -26,26 +26,17 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor, Shard
 
 from ..distributed import coalesce_collectives, get_dist_info
 from ..errors import InputError
+from ..kernels import muon
 from ..kernels.backend import verify
-from ..kernels.muon import (
-    MUON_KERNELS,
-    adamw,
-    apply_updates,
-    maybe_compiled,
-    mean_squares,
-    nesterov,
-    orthogonal_dtype,
-    orthogonalize,
-    scalar,
-    update_scale,
-)
-from .gradient_reduction import adamw_owner_rank, assign_matrices_to_ranks
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+BUCKET_BYTES = 512 << 20  # of gradients that are sent at once: several layers, whose owners use all links
+LARGE = 1 << 16  # elements from which an AdamW tensor has an owner rank, instead of a copy of its state on every rank
 ROLES = {  # part of a parameter's name -> its role; the first that matches counts
     "lora_": "lora",
     "embed_tokens": "embedding",
@@ -87,6 +78,20 @@ def param_groups(model: nn.Module, options: Mapping[str, Mapping]) -> list[dict]
     return [{"role": role, "params": params, **options[role]} for role, params in groups.items()]
 
 
+def adamw_owner_rank(p: Tensor, index: int, world: int) -> int | None:
+    """The rank that updates p, the index-th parameter by size; None: every rank does."""
+    return index % world if p.numel() >= LARGE else None
+
+
+def assign_matrices_to_ranks(params: list, world: int) -> list[list]:
+    """The matrices that each rank updates: equally many, fewer on the last ranks where they do not divide.
+
+    They alternate in the order of the model, so that gradients which are ready at the same time go to all ranks.
+    """
+    size, interleaved = -(-len(params) // world), [p for first in range(world) for p in params[first::world]]
+    return [interleaved[rank * size : (rank + 1) * size] for rank in range(world)]
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """See the module's docstring. The options are those of each group, as `param_groups` returns them.
 
@@ -106,7 +111,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 check_matrices(group["params"])
                 for p in group["params"][:1]:
                     sizes = SimpleNamespace(hidden_size=min(p.shape))
-                    verify(MUON_KERNELS, sizes, p.device, orthogonal_dtype(p.device))
+                    verify(muon.MUON_KERNELS, sizes, p.device, muon.orthogonal_dtype(p.device))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -182,13 +187,13 @@ class MuonAdamW(torch.optim.Optimizer):
         else:
             state = self.state[p]
             if not state:
-                state["step"] = scalar(0)
+                state["step"] = muon.scalar(0)
                 state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
             state["step"] += 1
             tensors = local(p.grad), local(state["exp_avg"]), local(state["exp_avg_sq"]), state["step"]
             options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-            maybe_compiled(adamw, weight)(weight, *tensors, self._factor(weight), *map(scalar, options))
+            muon.maybe_compiled(muon.adamw, weight)(weight, *tensors, self._factor(weight), *map(muon.scalar, options))
         if world == 1 or owner is None:
             return None
         return partial(dist.broadcast, weight, owner, async_op=True)
@@ -202,16 +207,16 @@ class MuonAdamW(torch.optim.Optimizer):
             self.state[p].pop("momentum_buffer", None)  # as above
         (m, n), device = params[0].shape, params[0].device
         make = torch.empty if len(own) == size else torch.zeros
-        x = make(size, m, n, dtype=orthogonal_dtype(device), device=device)
+        x = make(size, m, n, dtype=muon.orthogonal_dtype(device), device=device)
         self._directions(group, own, x)
-        x = orthogonalize(x)
+        x = muon.orthogonalize(x)
         if world > 1:
             gathered = x.new_empty(world * size, m, n)
             transfer = all_gather(gathered, x, async_op=True)
             yield
             transfer.wait()
             x = gathered[: len(params)]
-        self._apply(group, params, x, maybe_compiled(mean_squares, x)(x))
+        self._apply(group, params, x, muon.maybe_compiled(muon.mean_squares, x)(x))
 
     def _update_sharded(self, group: dict, params: list) -> Iterator[None]:
         """FSDP2: send rows to the owner ranks of their matrices and back (all-to-all of equal, padded blocks)."""
@@ -220,7 +225,7 @@ class MuonAdamW(torch.optim.Optimizer):
         (m, n), device = params[0].shape, params[0].device
         block = -(-m // world)  # rows of a shard as torch.chunk cuts them; the last ones may have fewer, or none
         rows = slice(min(rank * block, m), min((rank + 1) * block, m))
-        x = torch.zeros(world, size, block, n, dtype=orthogonal_dtype(device), device=device)
+        x = torch.zeros(world, size, block, n, dtype=muon.orthogonal_dtype(device), device=device)
         shards = x.view(world * size, block, n)[: len(params), : rows.stop - rows.start]
         self._directions(group, params, shards)
         received = torch.empty_like(x)
@@ -228,8 +233,8 @@ class MuonAdamW(torch.optim.Optimizer):
         yield
         transfer.wait()
         whole = received.transpose(0, 1).reshape(size, world * block, n)[:, :m]
-        whole = orthogonalize(whole.contiguous())
-        squares = mean_squares(whole)
+        whole = muon.orthogonalize(whole.contiguous())
+        squares = muon.mean_squares(whole)
         back = torch.zeros(size, world * block, n, dtype=x.dtype, device=device)
         back[:, :m] = whole
         back = back.view(size, world, block, n).transpose(0, 1).contiguous()
@@ -251,7 +256,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if params:
             grads = [local(p.grad) for p in params]
             buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
-            nesterov(grads, buffers, group["momentum"], out, self._factor(out))
+            muon.nesterov(grads, buffers, group["momentum"], out, self._factor(out))
 
     def _apply(self, group: dict, params: list, x: Tensor, squares: Tensor, rows: slice = slice(None)) -> None:
         """Scale orthogonal factors x (K, m or the local rows, n) with `mean_squares` and step the parameters."""
@@ -260,7 +265,9 @@ class MuonAdamW(torch.optim.Optimizer):
             if "second_momentum" not in self.state[p]:
                 self.state[p]["second_momentum"] = torch.zeros_like(squares[0])
         second = torch.stack([self.state[p]["second_momentum"] for p in params])  # (K, m, 1) or (K, 1, n)
-        scale = maybe_compiled(update_scale, x)(squares, second, scalar(group["beta2"]), self._factor(x), (m, n))
+        scale = muon.maybe_compiled(muon.update_scale, x)(
+            squares, second, muon.scalar(group["beta2"]), self._factor(x), (m, n)
+        )
         torch._foreach_copy_([self.state[p]["second_momentum"] for p in params], list(second.unbind()))
         if m >= n:
             scale = scale[:, rows]
@@ -268,7 +275,65 @@ class MuonAdamW(torch.optim.Optimizer):
         if weights[0].numel() == 0:  # fewer rows than ranks
             return
         lr = group["lr"] * max(1.0, m / n) ** 0.5
-        apply_updates(weights, x, scale.contiguous(), lr, group["weight_decay"], self._factor(x))
+        muon.apply_updates(weights, x, scale.contiguous(), lr, group["weight_decay"], self._factor(x))
+
+
+class OwnerGradientReducer:
+    """Gradients summed, not averaged, over the ranks: at their owner, or everywhere if they have none.
+
+        with OwnerGradientReducer(optimizer.owners()) as reducer:      # all ranks get the main process's parameters
+            loss.backward()                                            # the last one of a step
+
+    DDP all-reduces every gradient to every rank. Reducing to the owner moves half the bytes, as in ZeRO stage 2
+    (arXiv:1910.02054). The reduction overlaps the backward pass and takes gradients where they are: DDP copies them
+    into buckets, whose addresses fit neither our kernels nor cuBLAS's fastest. Afterwards the gradients that a rank
+    does not own are partial sums.
+    """
+
+    def __init__(self, owners: dict[nn.Parameter, int | None]):
+        self.owners, self.active, self.bucket, self.waits = owners, False, [], []
+        for p in owners:  # one by one: `coalesce_collectives` needs NCCL connected already
+            dist.broadcast(p.detach(), 0)
+        self.nodes = [get_gradient_edge(p).node for p in owners]  # the hooks live as long as these
+        for p, node in zip(owners, self.nodes):
+            node.register_hook(partial(self._add, p))  # runs for a gradient that was added in place as well
+
+    def __enter__(self) -> None:
+        self.active = True
+
+    def __exit__(self, kind, *_) -> None:
+        """Wait for the transfers, and all-reduce the small gradients that every rank needs."""
+        self.active = False
+        if kind is None:
+            self._send()
+            for wait in self.waits:
+                wait()
+            if small := [p.grad for p, owner in self.owners.items() if owner is None and p.grad is not None]:
+                flat = torch.cat([grad.flatten().float() for grad in small])
+                dist.all_reduce(flat)
+                parts = flat.split([grad.numel() for grad in small])
+                torch._foreach_copy_(small, [part.view_as(grad) for part, grad in zip(parts, small)])
+        self.waits.clear()
+        self.bucket.clear()
+
+    def _add(self, p: nn.Parameter, *_) -> None:
+        if self.active and self.owners[p] is not None and p.grad is not None:
+            self.bucket.append((p.grad, self.owners[p]))
+            if sum(grad.nbytes for grad, _ in self.bucket) >= BUCKET_BYTES:
+                self._send()
+
+    def _send(self) -> None:
+        if self.bucket:
+            reductions = [partial(dist.reduce, grad, owner, async_op=True) for grad, owner in self.bucket]
+            self.waits.append(coalesce_collectives(reductions, self.bucket[0][0].device))
+            self.bucket.clear()
+
+    def squared_norm(self) -> Tensor:
+        """() float32, this rank's share of the squared norm of all gradients: that of the ones it counts alone."""
+        rank, _ = get_dist_info()
+        counted = [p.grad for p, owner in self.owners.items() if (owner or 0) == rank and p.grad is not None]
+        device = next(iter(self.owners)).device
+        return torch.nn.utils.get_total_norm(counted).float().square() if counted else torch.zeros((), device=device)
 
 
 def local(x: Tensor) -> Tensor:

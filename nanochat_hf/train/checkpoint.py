@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..distributed import get_dist_info, main_process_first, monitored_barrier
 from ..errors import InputError
-from ..optim.gradient_reduction import LARGE
+from ..optim.muon_adamw import LARGE
 from ..run import apply_umask, first_non_finite, load_json, load_metrics, renamed_keys, save_json, writing
 
 MANIFEST = "manifest.json"

@@ -33,8 +33,7 @@ from ..data.documents import open_documents, text_fingerprint
 from ..data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ..distributed import main_process_first, monitored_barrier
 from ..metrics import Measured
-from ..optim.gradient_reduction import OwnerGradientReducer
-from ..optim.muon_adamw import MuonAdamW, param_groups
+from ..optim.muon_adamw import MuonAdamW, OwnerGradientReducer, param_groups
 from ..optim.overview import Devices, base_rows, block
 from ..optim.scaling import peak_flops, plan
 from ..run import WORDS, Progress, in_words, load_json, model_fingerprint, save_json, start_record, write_metrics
@@ -106,7 +105,7 @@ class Pretraining:
         optimizer, self.reducer = MuonAdamW(param_groups(self.model, self.plan.groups)), None
         if self.sharded:
             self.loss_model, self.optimizer = self.accelerator.prepare(network, optimizer)
-        else:  # replicated parameters without DDP, see optim/gradient_reduction.py
+        else:  # replicated parameters without DDP, see `OwnerGradientReducer`
             self.loss_model, self.optimizer = network, self.accelerator.prepare(optimizer)
             self.reducer = OwnerGradientReducer(optimizer.owners()) if self.world > 1 else None
 
