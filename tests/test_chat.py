@@ -20,7 +20,7 @@ from rich.markdown import Markdown
 
 from nanochat_hf import cli
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.chunks import StreamChunk
+from nanochat_hf.serve import StreamChunk
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.terminal_chat import (
     Chat,

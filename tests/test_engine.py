@@ -10,7 +10,7 @@ from talker import QUESTIONS
 
 from nanochat_hf.data.tokenizer import byte_alphabet, train_bpe
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.chunks import join_chunks
+from nanochat_hf.serve import join_chunks
 from nanochat_hf.serve.engine import MAX_CHUNK, Engine, IncrementalDetokenizer, Request, token_table
 from nanochat_hf.tool_loop import MARKS
 

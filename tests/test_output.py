@@ -23,7 +23,7 @@ STEP = {"train_loss": 2.34567, "lr": 0.04, "tokens_per_second": 11_940.0, "mfu":
 PIPED = "from nanochat_hf.cli import main; main()"
 ECHO = """
 import sys
-from nanochat_hf.serve.chunks import StreamChunk
+from nanochat_hf.serve import StreamChunk
 from nanochat_hf.serve.terminal_chat import Chat, Options
 class Echo:
     name, count = "echo", 1

@@ -7,7 +7,7 @@ import torch
 from talker import QUESTIONS
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve.chunks import text_of
+from nanochat_hf.serve import text_of
 from nanochat_hf.serve.engine import Engine, Request
 from nanochat_hf.serve.worker import LOAD_LOCK, Completion, Worker, open_workers
 

@@ -26,7 +26,7 @@ from ..kernels.decode import LOG_STEPS
 from ..loading import load_model
 from ..tool_loop import MARKS, last_call, run_tool
 from ..tools import calculate
-from .chunks import StreamChunk
+from . import StreamChunk
 from .decoder import MAX_FORCED, Decoder, Request
 
 MAX_BATCH_SIZE = 128  # slots that `generate` allocates; further prompts wait for a free slot

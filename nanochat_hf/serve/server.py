@@ -37,7 +37,7 @@ from starlette.requests import ClientDisconnect
 
 from ..data.transforms import BadRow, normalize
 from ..errors import InputError
-from .chunks import join_chunks, text_of
+from . import join_chunks, text_of
 from .engine import IncrementalDetokenizer, Request
 from .limits import MAX_BODY, TooLargeError
 from .worker import Completion, QueueFullError, Worker, WorkerDiedError

@@ -40,7 +40,7 @@ from ..config import settings
 from ..errors import InputError
 from ..run import load_metrics, nearest, save_json
 from ..stage_configs import Count, Fraction, Seed, TopK
-from .chunks import StreamChunk, join_chunks
+from . import StreamChunk, join_chunks
 
 HELP = """/help             this list
 /retry            answer the last message again

@@ -12,7 +12,7 @@ from contextlib import suppress
 import torch
 
 from ..data.tokenizer import load_tokenizer
-from .chunks import StreamChunk
+from . import StreamChunk
 from .engine import Engine, IncrementalDetokenizer, Request
 
 # One engine is built at a time: transformers sets torch's default dtype, which all threads share, while it loads, and
