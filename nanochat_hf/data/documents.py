@@ -119,16 +119,12 @@ class DocumentStream:
             for following in files[self._file + 1 : self._file + 2]:
                 following.prefetch()
             units = file.units(self.world_size)
-            unit_order = self._order(len(units), f"units {self._file}")
+            order = self._order(len(units), f"units {self._file}")
             while self._unit < len(units):
                 if (self._start + self._unit) % self.world_size == self.rank:
-                    rows = file.read(units[unit_order[self._unit]])
-                    row_order = self._order(len(rows), f"rows {self._file} {self._unit}")
-                    while self._row < len(rows):
-                        self._row += 1
-                        if text := rows[row_order[self._row - 1]]:
-                            has_text = True
-                            yield text
+                    for text in self._rest_of_unit(file.read(units[order[self._unit]])):
+                        has_text = True
+                        yield text
                 self._unit, self._row = self._unit + 1, 0
             self._file, self._unit, self._start = self._file + 1, 0, self._start + len(units)
         if self._start == 0:
@@ -139,6 +135,14 @@ class DocumentStream:
             raise InputError(
                 f"{self.source.split} split of dataset {self.source.dataset} has no text: it is empty or unreadable"
             )
+
+    def _rest_of_unit(self, rows: list[str | None]) -> Iterator[str]:
+        """The texts of the current unit that were not handed out yet."""
+        order = self._order(len(rows), f"rows {self._file} {self._unit}")
+        while self._row < len(rows):
+            self._row += 1
+            if text := rows[order[self._row - 1]]:
+                yield text
 
     def _order(self, count: int, name: str) -> range | list[int]:
         if self.epoch == 0:

@@ -245,20 +245,21 @@ def _decoded(call) -> dict:
 
 def _in_order(calls: list[dict], results: list[dict]) -> list[dict]:
     """The results in the order of their calls. Raises BadRow when one answers another call, or any of several."""
-    ids, answered = (
+    call_ids, answered = (
         [None if one.get(key) in (None, "") else str(one[key]) for one in ones]
         for ones, key in ((calls, "id"), (results, "tool_call_id"))
     )
-    numbers = {n: ids.index(one) for n, one in enumerate(answered) if one is not None and one in ids}  # result -> call
-    late = [n for n in range(len(results)) if n not in numbers]
-    open_calls = [n for n in range(len(calls)) if n not in numbers.values()]
-    repeated = any(len(set(given)) < len(given) for given in ([i for i in ones if i] for ones in (ids, answered)))
-    if repeated or any(None not in (answered[n], ids[m]) for n, m in zip(late, open_calls)):
-        raise BadRow(f"the results of {', '.join(map(str, answered))} do not answer {', '.join(map(str, ids))}")
-    if len(late) > 1 and any(n != m for n, m in numbers.items()):  # the others changed places, so these may have, too
-        raise BadRow(f"{len(late)} results have no id, and the others are not in the order of their calls")
-    numbers.update(zip(late, open_calls))
-    return [results[n] for n in sorted(numbers, key=numbers.get)]
+    call_of = {n: call_ids.index(one) for n, one in enumerate(answered) if one and one in call_ids}  # of result n
+    # The other results take the other calls in order; where both have an id, the ids differ.
+    others = [n for n in range(len(results)) if n not in call_of]
+    open_calls = [n for n in range(len(calls)) if n not in call_of.values()]
+    differ = any(answered[n] and call_ids[m] for n, m in zip(others, open_calls))
+    if differ or any(len(set(given)) < len(given) for given in (list(filter(None, i)) for i in (call_ids, answered))):
+        raise BadRow(f"the results of {', '.join(map(str, answered))} do not answer {', '.join(map(str, call_ids))}")
+    if len(others) > 1 and any(n != m for n, m in call_of.items()):  # the named ones changed places: so may these
+        raise BadRow(f"{len(others)} results have no id, and the others are not in the order of their calls")
+    call_of |= zip(others, open_calls)
+    return [results[n] for n in sorted(call_of, key=call_of.get)]
 
 
 def check(conversation: list[dict]) -> None:

@@ -75,12 +75,8 @@ def without(name: str):
 def verify(names: Sequence[str], config, device: torch.device, dtype: torch.dtype, subject=None) -> frozenset[str]:
     """Run those checks of `names` that this process has not run for such a model; disable kernels that fail.
 
-    Args:
-        config: of the model, whose sizes decide which variants of the kernels are compiled.
-        subject: passed to the checks in place of `config`.
-
-    Returns:
-        The names of all disabled kernels.
+    The sizes of `config`, the model's, decide which variants of the kernels are compiled. Checks get `subject` in its
+    place if that is given. Returns: the names of all disabled kernels.
     """
     with _lock:
         for name in names if triton is not None and (device.type == "cuda" or INTERPRETED) else ():

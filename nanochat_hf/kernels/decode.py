@@ -29,13 +29,9 @@ def available(device: torch.device, head_dim: int) -> bool:
 def sample_next_token(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """The next token of each slot: greedy where temperature is 0, else top-k, then top-p, then one draw.
 
-    Args:
-        logits: (B, V), softcapped.
-        uniform, temperature, top_k, top_p: (B,) each; uniform in [0, 1), top_k 0 for all tokens, top_p 1 for all.
-
-    Returns:
-        (B,) int64. Ties at the k-th logit are all eligible. The draw inverts the cumulative sum in token order, so one
-        uniform number per token decides, the same way on every device.
+    logits: (B, V), softcapped. uniform, temperature, top_k, top_p: (B,) each; uniform in [0, 1), top_k 0 and top_p 1
+    for all tokens. Returns: (B,) int64. Ties at the k-th logit are all eligible. The draw inverts the cumulative sum
+    in token order, so one uniform number per token decides, the same way on every device.
     """
     greedy = logits.argmax(-1)
     if not bool((temperature > 0).any()):
@@ -46,11 +42,12 @@ def sample_next_token(logits: Tensor, uniform: Tensor, temperature: Tensor, top_
     if bool((top_k > 0).any()) or bool((top_p < 1).any()):
         k = torch.where(top_k > 0, top_k, size).clamp(max=size).long()[:, None]
         ordered = value.topk(int(k.max()), sorted=True).values
-        low = ordered.gather(1, k - 1)
+        low = ordered.gather(1, k - 1)  # the log weight of the k-th token, the lowest one that top-k allows
         mass = torch.where(value >= low, value.exp(), 0.0).sum(-1, keepdim=True)
         above = torch.where(ordered >= low, ordered.exp(), 0.0).cumsum(-1)
-        inside = (above < mass * top_p[:, None]).sum(-1, keepdim=True).clamp(max=ordered.shape[-1] - 1)
-        low = torch.where(top_p[:, None] < 1, torch.maximum(low, ordered.gather(1, inside)), low)
+        last = (above < mass * top_p[:, None]).sum(-1, keepdim=True)  # the token with which the mass reaches top_p
+        nucleus = ordered.gather(1, last.clamp(max=ordered.shape[-1] - 1))
+        low = torch.where(top_p[:, None] < 1, torch.maximum(low, nucleus), low)
         value = torch.where(value >= low, value, -torch.inf)
     mass = value.exp().cumsum(-1, dtype=torch.float64)
     drawn = (mass <= mass[:, -1:] * uniform.double()[:, None]).sum(-1).clamp(max=size - 1)

@@ -182,9 +182,8 @@ def apply_updates(
 ) -> None:
     """p -= lr (u + decay p [u p >= 0]), u = scale x, in place: decay only where the update agrees (cautious).
 
-    Args:
-        params: K float32 matrices (m, n). x: (K, m, n). scale: (K, m, 1) or (K, 1, n).
-        step_factor: () on their device, a factor on the learning rate; 0: p stays as it is.
+    params: K float32 matrices (m, n). x: (K, m, n). scale: (K, m, 1) or (K, 1, n). step_factor: () on their device, a
+    factor on the learning rate; 0: p stays as it is.
     """
     if fits_pointer_kernels(params) and x.is_contiguous() and scale.is_contiguous():
         numel, columns = params[0].numel(), params[0].shape[1]

@@ -61,12 +61,8 @@ def role_of(name: str) -> str:
 def param_groups(model: nn.Module, options: Mapping[str, Mapping]) -> list[dict]:
     """One group per role over all trainable parameters, each parameter in exactly one.
 
-    Args:
-        options: {role: {"kind": "muon" or "adamw", "lr", "weight_decay", and "momentum", "beta2" or "betas", "eps"}},
-            as `scaling.optimizer_groups` returns them.
-
-    Raises:
-        InputError: a parameter whose role is unknown or has no options.
+    options: {role: {"kind": "muon" or "adamw", "lr", "weight_decay", and "momentum", "beta2" or "betas", "eps"}}, from
+    `scaling.optimizer_groups`. Raises InputError for a parameter whose role is unknown or has no options.
     """
     groups: dict[str, list] = defaultdict(list)
     for name, parameter in model.named_parameters():

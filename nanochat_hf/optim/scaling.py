@@ -203,9 +203,7 @@ def optimizer_groups(
 ) -> dict[str, dict]:
     """Options of each parameter group of `MuonAdamW`: {role: {"kind", "lr", "weight_decay", ...}}.
 
-    Args:
-        lr_scale: factor on all learning rates but the smear's, for the batch size.
-        decay_scale: factor on Muon's weight decay.
+    lr_scale: factor on all learning rates but the smear's, for the batch size. decay_scale: on Muon's weight decay.
     """
     wide = lr_scale * (width / REFERENCE_WIDTH) ** -0.5
 
@@ -245,14 +243,10 @@ def stage_groups(stage, model_config) -> dict[str, dict]:
 
 
 def plan(config, vocab_size: int) -> Plan:
-    """Everything that follows from the depth.
+    """Everything that follows from the depth; config: a `PretrainConfig`, or an object with its fields.
 
-    Args:
-        config: a `PretrainConfig`, or an object with its fields.
-        vocab_size: the tokenizer's size; generation 2 pads embedding and head to a multiple of 64 rows.
-
-    Raises:
-        InputError: a total_batch_size or horizon that no run can have.
+    Generation 2 pads embedding and head to a multiple of 64 rows. Raises InputError for a total_batch_size or horizon
+    that no run can have.
     """
     given = {f.name: getattr(config, f.name, None) for f in fields(HyperparameterDefaults)}
     defaults = replace(DEFAULTS[config.generation], **{name: v for name, v in given.items() if v is not None})
@@ -374,9 +368,7 @@ def split_global_batch(
     """Returns: (micro-batch size, gradient accumulation steps) of a global batch on `world` ranks.
 
     The micro-batch size is the largest divisor of a rank's part up to `requested`: it changes speed, not the result.
-
-    Args:
-        name, total: the config's key for the global batch size and its value, in units of which a sequence has `unit`.
+    name, total: the config's key for the global batch size and its value, in units of which a sequence has `unit`.
     """
     per_rank, rest = divmod(total, unit * world)
     if rest or per_rank < 1:

@@ -93,8 +93,7 @@ class Decoder:
         stops: at most 8 token ids that end or pause a slot.
         dtype: bfloat16 on CUDA unless given, else the model's. Weights already in it are shared, not copied.
 
-    Raises:
-        InputError: another architecture, quantized weights, or the caches do not fit into memory.
+    Raises InputError for another architecture, quantized weights, or caches that do not fit into memory.
     """
 
     @torch.inference_mode()

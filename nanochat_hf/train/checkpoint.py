@@ -197,9 +197,7 @@ def save(
         progress: the rest of the loop's state, plain values that are equal on every rank.
         keep: number of steps whose checkpoints stay, this one included.
 
-    Raises:
-        InputError: the folder cannot be written to.
-        FloatingPointError: weights are not finite.
+    Raises InputError if the folder cannot be written to, FloatingPointError if weights are not finite.
     """
     sharded, (rank, world) = is_sharded(model), get_dist_info()
     if not sharded:

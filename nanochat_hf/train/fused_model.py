@@ -50,8 +50,7 @@ def block(x, h, weights, value_embeds, gate, position_ids, cos, sin, mask, kv_he
             `Float8Weight`, or tensors of the dtype of x.
         value_embeds, gate: as in `split_qkv`, and (K, G); None in a layer without.
 
-    Returns:
-        The two parts of the residual stream after the block, (B, T, C) each: the next layer's mix and norm add them.
+    Returns: the two parts of the residual stream after it, (B, T, C) each, which the next layer's mix and norm add.
     """
     wqkv, wo, w1, w2 = weights
     qkv, gates = linear_and_gates(h, wqkv, gate, h.shape[-1] ** 0.5)  # the bound of a normed row

@@ -62,8 +62,7 @@ def pretrain(
         core: (model, examples per task) -> CORE, called on every rank every `core_metric_every` steps.
         push: (folder, step), called on rank 0 every `push_every` steps with a complete model folder.
 
-    Returns:
-        The content of metrics.json.
+    Returns: the content of metrics.json.
 
     Raises:
         InputError: a config, dataset or device with which this cannot work.

@@ -26,11 +26,7 @@ ZERO_OPTIONS = ("OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE", "CONFIG_FILE
 
 
 def start_accelerator(report_to: str, output: Path) -> Accelerator:
-    """Accelerate for a pretraining run into `output`; compiled programs are cached beside it.
-
-    Raises:
-        InputError: a launch that does not work.
-    """
+    """Accelerate for a pretraining run into `output`, compiled programs beside it; InputError for a wrong launch."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
     if torch.cuda.is_available():
         compiled = output.resolve().parent / ".compiled"
