@@ -28,7 +28,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import get_json_schema
 
 from ..errors import InputError
-from ..stage_configs import MIN_VOCAB_SIZE, TokenizerConfig
+from ..run import Progress, start_record, write_metrics, writing
+from ..stage_configs import TokenizerConfig
 from .chat_renderer import RENDERER
 
 SPECIAL_TOKENS = (
@@ -93,8 +94,6 @@ def train_bpe(
 
     Fewer tokens come out, with a warning, when the text has no more pairs to merge. Raises InputError without text.
     """
-    if vocab_size < MIN_VOCAB_SIZE:  # 256 bytes and 9 special tokens
-        raise InputError(f"vocab_size is {vocab_size}: it must be at least {MIN_VOCAB_SIZE}")
     backend, texts = new_backend(digit_group, normalization), filter(None, texts)
     if (first := next(texts, None)) is None:
         raise InputError("there is no text to train a tokenizer on: the dataset is empty")
@@ -274,7 +273,6 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) ->
 
 def train_tokenizer(config: TokenizerConfig, output: str | Path) -> None:
     """Train on the training split of `config.dataset` and write a `from_pretrained` folder and metrics.json."""
-    from ..run import Progress, start_record, write_metrics, writing
     from .documents import open_documents, text_fingerprint
 
     output, record = Path(output), start_record(config)

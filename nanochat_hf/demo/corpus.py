@@ -120,10 +120,10 @@ def conversations(
 def questions(kind: str, split: str = "test", seed: int = 0, num: int | None = None) -> list[dict]:
     """Questions to grade, as rows {"kind", "messages": [one user message], "answer", "entity", "rivals", "tool"}.
 
-    "fact" has every fact once, "identity" every test question, the others `num` rows (default 200). "problem" has word
-    problems in phrasings that no conversation has; those of split="train" are the prompts of RL. `answer` is the
-    value to name, `entity` what it is about ("" if nothing), `rivals` are the relation's other values, and `tool`
-    says whether the python tool should be called.
+    Kind "fact" has every fact once, "identity" every test question, the others `num` rows (default 200). "problem" has
+    word problems in phrasings that no conversation has. Those of split="train" are the prompts of RL. `answer` is the
+    value to name, `entity` what it is about or "", `rivals` are the relation's other values. `tool`: whether the
+    python tool should be called.
     """
     if kind not in KINDS:
         raise InputError(f"no questions of kind {kind!r} in the primer: use one of {', '.join(KINDS)}")
@@ -319,7 +319,7 @@ def _ask(rng: Random, kind: str, test: bool, problems: str = "problems") -> dict
 def _counting(rng: Random, test: bool, count: int) -> dict:
     """Spells, counts by hand, then checks with the tool.
 
-    Call and question have double quotes, so that the word has the same tokens in both: after a single quote "door"
+    Call and question have double quotes, so that the word has the same tokens in both. After a single quote "door"
     would be cut as in "he'd".
     """
     word, letter, count = _countable(rng, test, count)

@@ -3,8 +3,8 @@
 llama.cpp has no nanochat. Where its Qwen3 differs, the weights make up for it:
 - It does not norm the embedding: the rows are normed here, and the head is a tensor of its own.
 - Its norms have weights: ones, and `qk_scale` for q and k. It norms q and k before RoPE, which keeps their lengths.
-- It rotates by +theta. With the second half of each head of q and k negated that is our rotation by -theta, mirrored,
-  and products of q and k stay the same.
+- It rotates by +theta. With the second half of each head of q and k negated that is our rotation by -theta, mirrored.
+  Products of q and k stay the same.
 - Its MLP is W_down (silu(W_gate x) * (W_up x)). For u = W1 x, W_gate = S W1 and W_up = W1 / S give u^2 sigmoid(S u).
   That is relu(u)^2 up to 0.48 / S^2. The norm before takes a factor of both, so that f16 and q8_0 hold them.
 It has no logit softcapping, sliding windows, smear or value embeddings, and splits numbers into one or three digits.

@@ -50,7 +50,7 @@ def check(name: str, instead: str):
     """Register the decorated function (draw, config) -> pairs of a tolerance and a function that returns results.
 
     That function is called twice: with the kernel `name`, and with it disabled, so that it returns the results of the
-    reference. draw(*shape, dtype=) returns normal random numbers, by default of the network's dtype.
+    reference. `draw(*shape, dtype=)` returns normal random numbers, by default of the network's dtype.
     """
 
     def register(cases):

@@ -8,8 +8,8 @@ What a recipe sets wins; everything else follows from its depth. `DEFAULTS` has 
   head also ~ (d_model / 768)^-0.5. Muon's weight decay ~ sqrt(B / B_ref) x D_ref / D (arXiv:2405.13698).
 - 1 (October 2025): 20 tokens per parameter, 524,288 tokens per step at every depth. Learning rates do not depend on
   the batch size; no weight decay; gradient clipping at norm 1.
-FLOPs per token as upstream counts them: 6 per parameter of a matmul, and 12 x heads x head_dim x (keys visible to a
-query) per layer. Embedding lookups, norms and softmax are not counted.
+FLOPs per token are counted as upstream does: 6 per parameter of a matmul. Attention adds 12 x heads x head_dim x (keys
+visible to a query) per layer. Embedding lookups, norms and softmax are not counted.
 """
 
 import math

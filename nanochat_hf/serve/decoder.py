@@ -445,7 +445,7 @@ class Decoder:
     def capture(self, slots: int) -> None:
         """Record one step of `slots` slots as a CUDA graph. The trial steps before it leave no trace in the state.
 
-        Replicas on other GPUs work in other threads, and a process may capture one graph at a time: hence the lock and
+        Replicas on other GPUs work in other threads, and a process may capture one graph at a time. Hence the lock and
         the capture error mode. The stream is of this device: PyTorch's default for captures is of the first one.
         """
         before = {name: tensor.clone() for name, tensor in vars(self.state).items()}

@@ -1,8 +1,8 @@
 """The training step's forward pass: the parameters and results of model/, with fewer bytes moved.
 
 `FusedTransformer(model)(input_ids)` equals `model.model(input_ids).last_hidden_state` for whole, unpadded sequences
-(pretraining), and for packed documents with their `position_ids` (SFT, `use_fused_forward`). q, k and v come out of
-one matmul. How a block is computed is chosen once, when the module is made:
+(pretraining). With `position_ids` also for packed documents (SFT, `use_fused_forward`). q, k and v come out of one
+matmul. How a block is computed is chosen once, when the module is made:
 
 - bf16 with FlashAttention-4 and quack, eager: every operation between the matmuls is in a hand-written kernel;
 - FP8, eager, while training;
