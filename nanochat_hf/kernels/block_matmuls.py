@@ -203,8 +203,8 @@ try:
         return {"D": grad * scale, "along": (grad, h)}
 
     @gemm_epilogue(ops={"factor": ColVecLoad("factor")})
-    def _matmul_norm_grad(acc, c, residual, factor):
-        return {"D": acc + c - residual * factor}
+    def _matmul_norm_grad(acc, c, stream, factor):
+        return {"D": acc + c - stream * factor}
 
     def _run(epilogue, a: Tensor, b: Tensor, c: Tensor | None = None, **operands) -> Tensor:
         config = _tiles(b.shape[1], heavy=epilogue is not _matmul)
@@ -299,7 +299,7 @@ def matmul_relu2_grad(a: Tensor, b: Tensor, squared: Tensor, scale: Tensor, colu
 def matmul_norm_grad(a: Tensor, b: Tensor, grad: Tensor, residual: Tensor, factor: Tensor) -> Tensor:
     """grad + a b - factor (1, N) on the rows of residual, all (N, M): the gradient of the residual before its norm."""
     if uses_quack(a):
-        return _run(_matmul_norm_grad, a, b, grad, residual=residual, factor=factor)
+        return _run(_matmul_norm_grad, a, b, grad, stream=residual, factor=factor)
     return grad + a @ b - factor.t().to(a.dtype) * residual
 
 

@@ -49,8 +49,9 @@ def sample_next_token(logits: Tensor, uniform: Tensor, temperature: Tensor, top_
         nucleus = ordered.gather(1, last.clamp(max=ordered.shape[-1] - 1))
         low = torch.where(top_p[:, None] < 1, torch.maximum(low, nucleus), low)
         value = torch.where(value >= low, value, -torch.inf)
-    mass = value.exp().cumsum(-1, dtype=torch.float64)
-    drawn = (mass <= mass[:, -1:] * uniform.double()[:, None]).sum(-1).clamp(max=size - 1)
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs lack it
+    mass = value.exp().cumsum(-1, dtype=exact)
+    drawn = (mass <= mass[:, -1:] * uniform.to(exact)[:, None]).sum(-1).clamp(max=size - 1)
     return torch.where(temperature > 0, drawn, greedy)
 
 
