@@ -59,10 +59,7 @@ def download(source: str) -> str:
 
 
 def is_quantized(model: torch.nn.Module) -> bool:
-    """Whether a weight is an integer tensor (bitsandbytes) or a packed tensor subclass (torchao, optimum-quanto).
-
-    Code that reads weights instead of calling modules must refuse such a model.
-    """
+    """Whether a weight is an integer (bitsandbytes) or packed tensor (torchao, quanto), which only its module reads."""
     return any(
         not p.is_floating_point() or (hasattr(p, "__tensor_flatten__") and not isinstance(p, DTensor))
         for p in model.parameters()

@@ -47,10 +47,7 @@ def refuse_differences(config: NanoChatConfig, target: NanoChatConfig, name: str
 
 
 def to_native(model: NanoChatForCausalLM) -> NativeModel:
-    """Converts a model of the first generation to transformers' own `nanochat`; padding rows are dropped.
-
-    Raises ValueError naming the fields that `nanochat` does not have.
-    """
+    """Converts a generation-1 model to transformers' own `nanochat`; ValueError names the fields that this lacks."""
     config = model.config
     same = (*NATIVE_FIELDS, "vocab_size", "num_tokens", "head_dim")
     target = NanoChatConfig.first_generation(**{name: getattr(config, name) for name in same})

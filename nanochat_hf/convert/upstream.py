@@ -73,10 +73,7 @@ def read_upstream(folder: Path, step: int | None = None) -> tuple[dict[str, torc
 
 
 def config_from_upstream(fields: dict, state: dict[str, torch.Tensor]) -> NanoChatConfig:
-    """Returns our config of an upstream checkpoint; its parameters tell the generation.
-
-    Raises ValueError when a field is missing or unknown, or when the checkpoint is of neither generation.
-    """
+    """Our config of an upstream checkpoint, whose parameters tell the generation; ValueError if it is of neither."""
     missing = [name for name in UPSTREAM_FIELDS if name not in fields and name != "window_pattern"]
     unknown = [name for name in fields if name not in UPSTREAM_FIELDS]
     if missing or unknown:
@@ -106,10 +103,7 @@ def from_upstream(state: dict[str, torch.Tensor], meta: dict) -> NanoChatForCaus
 
 
 def to_upstream(model: NanoChatForCausalLM) -> tuple[dict[str, torch.Tensor], dict]:
-    """Converts our model to (state dict, model_config), as upstream's `build_model` loads them.
-
-    Raises ValueError for a model that upstream's code, where most numbers are constants, cannot express.
-    """
+    """Our model as (state dict, model_config) for upstream's `build_model`; ValueError if that cannot express it."""
     config = model.config
     fields = {name: getattr(config, ours) for name, ours in UPSTREAM_FIELDS.items()}
     rows = fields["vocab_size"] = config.num_tokens or config.vocab_size

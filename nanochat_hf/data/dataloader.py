@@ -74,10 +74,7 @@ class BestFitPacker:
                 insort(self._waiting, (len(part), next(self._arrivals), part))
 
     def take(self, space: int) -> np.ndarray:
-        """Remove and return the longest document of at most `space` tokens, or the shortest cut to `space`.
-
-        Raises IndexError when no documents wait and `chunks` has ended.
-        """
+        """Remove and return the longest document of at most `space` tokens, or the shortest cut to `space`."""
         while len(self._waiting) < self.buffer_size and (documents := next(self.chunks, None)) is not None:
             self.add(documents)
         longer = bisect_left(self._waiting, (space + 1,))  # the documents from here on do not fit

@@ -311,10 +311,7 @@ def log(line: str) -> None:
 
 
 def find_files(dataset: str, revision: str | None = None) -> tuple:
-    """Names of the training files and of the validation files, of one kind, a function from name to path, the commit.
-
-    Logs what no name decided.
-    """
+    """Names of the training and validation files, a function from name to path, the commit; logs what was guessed."""
     path, commit = local_path(dataset), None
     if path.is_dir():
         everything, locate = files_below(path), path.joinpath

@@ -206,10 +206,7 @@ def token_dtype(tokenizer: PreTrainedTokenizerFast) -> type:
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
-    """Each text as an array of ids, bos first, and no other special token whatever the text spells.
-
-    The texts are spread over all cores unless TOKENIZERS_PARALLELISM=false.
-    """
+    """Each text as an array of ids, bos first, and no other special token whatever the text spells."""
     bos, dtype = tokenizer.bos_token_id, token_dtype(tokenizer)
     if bos is None:
         raise InputError("the tokenizer has no bos token, which begins each text: an evaluation leaves dataset out")

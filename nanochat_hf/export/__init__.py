@@ -68,10 +68,7 @@ def refuse_scaled_rope(config, engine: str) -> None:
 
 
 def copy_checkpoint(source: Path, folder: Path) -> None:
-    """Copies a checkpoint folder of ours, without records of training, with today's model code and templates.
-
-    Raises InputError as `checkpoint_config` and `load_model`.
-    """
+    """Copies a checkpoint folder of ours, without records of training, with today's model code and templates."""
     import torch
 
     from ..convert.native import renew

@@ -276,10 +276,7 @@ if triton is not None:
         stops, log, counter, vocab, stride, softcap, forced_capacity, uniform_capacity, log_slots,
         CAPPED: tl.constexpr, STOPS: tl.constexpr, STEPS: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One program per slot: pick the next token, prefer a forced one, log it, advance the slot's state.
-
-        All logits of the slot are in registers.
-        """
+        """One program per slot, logits in registers: pick the next token or a forced one, log it, advance the slot."""
         slot = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK)
         value = tl.load(logits + slot * stride + at, mask=at < vocab, other=-float("inf")).to(tl.float32)

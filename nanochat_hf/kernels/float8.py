@@ -182,10 +182,7 @@ def scaled_mm(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.
 
 
 class Float8Weight(NamedTuple):
-    """A matrix (sum of N_i, C) in E4M3, its largest column norm, and the parameters (N_i, C) it was made from.
-
-    Methods as those of `block_matmuls.Bf16Weight`.
-    """
+    """A matrix (sum of N_i, C) in E4M3, its largest column norm, its parameters (N_i, C); methods as `Bf16Weight`."""
 
     pair: Float8Pair
     column_norm: Tensor

@@ -77,10 +77,7 @@ def batch_text(ranks: int, size: int, grad_accum_steps: int) -> str:
 
 
 def base_rows(config, size: Plan, devices: Devices, batch: tuple[int, int], fp8: bool, more: dict) -> dict:
-    """The rows of pretraining, with `more` before the estimates.
-
-    batch: micro-batch size and gradient accumulation steps. fp8: whether the blocks compute in FP8.
-    """
+    """The rows of pretraining, `more` before the estimates; batch: micro-batch size and accumulation steps."""
     steps = f"{short(size.total_tokens)} tokens: {size.num_iterations:,} steps x {size.total_batch_size:,} tokens, "
     steps += f"{size.total_flops:.1e} FLOPs".replace("e+", "e")
     sequences = f"{batch_text(devices.ranks, *batch)}, {size.max_seq_len:,} tokens each"

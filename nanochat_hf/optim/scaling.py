@@ -230,10 +230,7 @@ def optimizer_groups(
 
 
 def stage_groups(stage, model_config) -> dict[str, dict]:
-    """Options per parameter role in a chat stage: the generation's defaults, or the recipe's, x init_lr_frac.
-
-    stage: a `StageConfig`.
-    """
+    """Options per parameter role in a chat stage: the generation's defaults, or the recipe's, x init_lr_frac."""
     names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")
     recipe = {name: value for name in names if (value := getattr(stage, name)) is not None}
     generation = model_config.generation
@@ -316,10 +313,7 @@ def peak_flops(device_name: str) -> float | None:
 def estimate_speed(
     plan: Plan, device_name: str, ranks: int, fp8: bool, sharded: bool = False
 ) -> tuple[float | None, str]:
-    """Tokens per second of pretraining on `ranks` GPUs, and how that is known, or why it is not.
-
-    On a CPU `ranks` is the number of cores.
-    """
+    """Tokens per second of pretraining on `ranks` GPUs or CPU cores, and how that is known, or why it is not."""
     name, precision, config = find_gpu(device_name), "FP8" if fp8 else "bf16", plan.model_config
     if name is None:
         if device_name != "CPU":

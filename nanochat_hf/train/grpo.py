@@ -110,10 +110,7 @@ class RLTrainer(StageTrainer, GRPOTrainer):
 def load_prompts(
     config: RLConfig, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[dict], list[dict]]:
-    """Prompts of one split, shuffled by the seed: rows {"prompt", "kind", "answer", "entity", "rivals"}.
-
-    Also returns the skipped ones with their reasons, among them prompts of more than `max_length` tokens.
-    """
+    """Prompts of a split, shuffled by the seed: rows {"prompt", *COLUMNS}; and the skipped ones with their reasons."""
     name, _, kinds = config.dataset.partition(":")
     defaults, skipped = dict.fromkeys(COLUMNS, "") | {"rivals": []}, []
     if name == "primer":

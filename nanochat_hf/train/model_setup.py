@@ -27,10 +27,7 @@ from .fused_model import BF16_KERNELS, FusedTransformer, lm_head_loss
 
 
 class ModelLoss(nn.Module):
-    """The model's own forward with the fused loss, for an attention implementation that the user chose.
-
-    Signature as `FusedTransformer`: (ids (B, T), targets (B, T), reduction) -> loss in nats.
-    """
+    """The model's own forward with the fused loss, for an attention that users choose; called as `FusedTransformer`."""
 
     def __init__(self, model: NanoChatForCausalLM):
         super().__init__()
@@ -73,10 +70,7 @@ def plan_overrides_from(source: str) -> dict:
 
 
 def read_model(source: str, attn_implementation: str | None = None) -> PreTrainedModel:
-    """The float32 model of folder (or Hub id) `source`.
-
-    Raises InputError as `load_model`, when its files are not those that its stage wrote, and when it is quantized.
-    """
+    """The float32 model of `source`. InputError as `load_model`, for quantized weights, and for replaced files."""
     weights = (load_metrics(source) or {}).get("weights")
     if weights and get_dist_info()[0] == 0 and model_fingerprint(source) != weights:
         raise InputError(
@@ -190,10 +184,7 @@ def build_loss_module(model: NanoChatForCausalLM, attention: str, compile: bool,
 
 
 def describe(network: nn.Module, fp8: bool | str) -> str:
-    """The kernels and the precision of a training step, and what would make it faster here, in one line.
-
-    network: from `build_loss_module`, with the same `fp8`.
-    """
+    """The kernels and the precision of a module of `build_loss_module`, and what would be faster here, in one line."""
     device, uses_fp8 = network.model.lm_head.weight.device, getattr(network, "fp8", False)
     dtype, fused_step = compute_dtype(device, half=True), isinstance(network, FusedTransformer)
     precision = f"precision {str(dtype).removeprefix('torch.')}{' with FP8 blocks' if uses_fp8 else ''}"

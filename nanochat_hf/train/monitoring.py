@@ -49,10 +49,7 @@ class LossSpikeDetector:
 
 
 class StepTimer:
-    """Seconds spent in training steps, without evaluations and checkpoints.
-
-    skip_first: do not count the first step of this process, which compiles kernels.
-    """
+    """Seconds in training steps, without evaluations and checkpoints; skip_first: without the one that compiles."""
 
     def __init__(self, skip_first: bool):
         self.seconds, self.steps, self.skip = 0.0, 0, skip_first

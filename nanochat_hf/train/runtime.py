@@ -212,10 +212,7 @@ def choose_micro_batch_size(
 def micro_batch_fits(
     plan: Plan, network: nn.Module, groups: list[dict], accelerator: Accelerator, size: int, steps: int
 ) -> bool:
-    """Whether `steps` micro-batches of `size` sequences fit on every device beside the optimizer state.
-
-    network: (ids, targets) -> loss; groups: the optimizer's parameter groups.
-    """
+    """Whether `steps` micro-batches of `size` sequences fit on every device beside the optimizer state of `groups`."""
     device, failed = accelerator.device, torch.zeros((), device=accelerator.device)
     num_tokens = plan.model_config.num_tokens or plan.model_config.vocab_size
     ids = torch.arange(size * plan.max_seq_len, device=device).view(size, -1) % num_tokens

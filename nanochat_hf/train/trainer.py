@@ -227,10 +227,7 @@ class StageTrainer(TrainerCallback):
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     def _save_checkpoint(self, model=None, trial=None):
-        """As transformers', but only of finite weights, with each rank's optimizer state; the manifest comes last.
-
-        A full disk is one line and leaves no half checkpoint.
-        """
+        """As transformers', but only of finite weights, with each rank's optimizer state; the manifest comes last."""
         self.check_finite()
         if not self.is_sharded():
             try:
@@ -426,10 +423,7 @@ class StageTrainer(TrainerCallback):
         return list(rows.values())
 
     def save_stage(self, record: dict, **numbers) -> None:
-        """Write the stage's result: model (adapters merged in), tokenizer, tool loop, metrics.json. All ranks call it.
-
-        `record` is what run.start_record returned; state/ with the checkpoints is deleted.
-        """
+        """Write the stage's result (adapters merged in), with metrics.json; delete checkpoints. All ranks call it."""
         output = Path(self.args.output_dir).parent
         monitored_barrier("the end of training")
         if self.is_world_process_zero():
