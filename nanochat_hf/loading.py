@@ -59,7 +59,7 @@ def download(source: str) -> str:
 
 
 def is_quantized(model: torch.nn.Module) -> bool:
-    """Whether a weight is an integer (bitsandbytes) or packed tensor (torchao, quanto), which only its module reads."""
+    """Whether a weight is an integer (bitsandbytes) or packed tensor (torchao, quanto) that only modules read."""
     return any(
         not p.is_floating_point() or (hasattr(p, "__tensor_flatten__") and not isinstance(p, DTensor))
         for p in model.parameters()

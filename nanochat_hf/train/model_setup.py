@@ -27,7 +27,7 @@ from .fused_model import BF16_KERNELS, FusedTransformer, lm_head_loss
 
 
 class ModelLoss(nn.Module):
-    """The model's own forward with the fused loss, for an attention that users choose; called as `FusedTransformer`."""
+    """The model's own forward with the fused loss, for an attention of users; called as `FusedTransformer`."""
 
     def __init__(self, model: NanoChatForCausalLM):
         super().__init__()
