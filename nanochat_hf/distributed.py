@@ -100,8 +100,7 @@ def monitored_barrier(where: str, timeout: timedelta = BARRIER_TIMEOUT) -> None:
 def main_process_first(where: str, timeout: timedelta = LONG_TIMEOUT) -> Iterator[bool]:
     """Run the block on rank 0, then on the other ranks; yields whether this is rank 0.
 
-    Raises BarrierTimeoutError when rank 0 takes longer than `timeout`; and on the other ranks InputError when it
-    fails, because only rank 0 shows its error.
+    Raises BarrierTimeoutError when rank 0 takes longer than `timeout`, on other ranks InputError when it fails.
     """
     rank, world = get_dist_info()
     if rank > 0:

@@ -73,8 +73,7 @@ def is_local(dataset: str | list[dict]) -> bool:
 def text_fingerprint(dataset: str | list[dict]) -> str:
     """A short hash of both splits of a dataset spec or a mixture, which shows whether the text changed.
 
-    Of a Hub id only the name is hashed: a resumed run reads the commit that it began with. Raises InputError for a
-    missing dataset.
+    Of a Hub id only the name is hashed: a resumed run keeps its commit. Raises InputError for a missing dataset.
     """
     hashes = []
     for name, weight in parts_of(dataset):

@@ -228,8 +228,7 @@ def tool_result_mask(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list
 def assistant_mask(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
     """1 for each token of a rendered conversation that the assistant writes (text, calls, end of turn), else 0.
 
-    transformers' own mask counts characters. Where a block of the template ends with a character of several tokens
-    (an emoji, a Hangul syllable), it has only the first of them.
+    transformers' own mask counts characters: of one with several tokens (emoji, Hangul) it may have only the first.
     """
     start, end = tokenizer.convert_tokens_to_ids(["<|assistant_start|>", "<|assistant_end|>"])
     mask, turn = [], False

@@ -319,8 +319,7 @@ def _ask(rng: Random, kind: str, test: bool, problems: str = "problems") -> dict
 def _counting(rng: Random, test: bool, count: int) -> dict:
     """Spells, counts by hand, then checks with the tool.
 
-    Call and question have double quotes, so that the word has the same tokens in both. After a single quote "door"
-    would be cut as in "he'd".
+    Call and question have double quotes, so that the word has the same tokens in both.
     """
     word, letter, count = _countable(rng, test, count)
     question = rng.choice(WORLD["count_questions"]).format(w=word, l=letter)

@@ -42,8 +42,7 @@ def loglikelihoods(
 ) -> list[tuple[float, bool]]:
     """(sum of log-probabilities in nats, whether each token was the argmax) of each request, summed in float64.
 
-    `requests`: (context, continuation) token ids, both at least one token long; `batch_tokens`: positions per batch,
-    which bounds the memory; None for `max_batch_tokens`.
+    `requests`: (context, continuation), token ids, at least one each; `batch_tokens`: positions per batch.
     """
     batch_tokens = batch_tokens or max_batch_tokens(model)
     groups: dict[bytes, dict[bytes, _Row]] = {}  # by context, then by all tokens of the input
@@ -76,8 +75,7 @@ def loglikelihoods(
 def max_batch_tokens(model) -> int:
     """A batch size in positions: half of a GPU's free memory, between 16,384 and 131,072; 8,192 without a GPU.
 
-    A position takes its keys and values, about sixteen vectors of the model's width, and its share of the logits,
-    whose bytes LOGIT_COST bounds.
+    A position takes its keys and values, about sixteen vectors of the model's width, and a share of the logits.
     """
     if model.device.type != "cuda":
         return 8192  # larger ones leave the processor's cache
@@ -141,8 +139,7 @@ def _score(model, groups: list[list[_Row]], share_prefix: bool):
 def _prefix_cache(model, groups: list[list[_Row]]) -> tuple[DynamicCache, np.ndarray]:
     """KV cache of each group's prefix, once per row of the group, and its attention mask (rows, T).
 
-    Padding is on the left, so that the distance from prefix to suffix, on which sliding windows depend, is the same as
-    without padding.
+    Padding is on the left, so that distances from prefix to suffix, as of sliding windows, are those without it.
     """
     prefixes = [group[0].tokens[: group[0].context - 1] for group in groups]
     ids = np.zeros((len(groups), _padded_width(model, max(map(len, prefixes)))), np.int64)

@@ -23,8 +23,7 @@ if triton is not None:
     ):  # fmt: skip
         """One row: loss of its target and, in place, the gradient of the mean loss with respect to the raw logits.
 
-        The row's factor 1 / (sum of exponentials * number of targets) goes to `scales`, for the matmuls that follow:
-        so one pass over the row is enough.
+        The row's factor 1 / (sum of exponentials * number of targets) goes to `scales`, for the matmuls after it.
         """
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)

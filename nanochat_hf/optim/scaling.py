@@ -242,8 +242,7 @@ def stage_groups(stage, model_config) -> dict[str, dict]:
 def plan(config, vocab_size: int) -> Plan:
     """Everything that follows from the depth; config: a `PretrainConfig`, or an object with its fields.
 
-    Generation 2 pads embedding and head to a multiple of 64 rows. Raises InputError for a total_batch_size or horizon
-    that no run can have.
+    Generation 2 pads embedding and head to a multiple of 64 rows. InputError for a batch or horizon no run can have.
     """
     given = {f.name: getattr(config, f.name, None) for f in fields(HyperparameterDefaults)}
     defaults = replace(DEFAULTS[config.generation], **{name: v for name, v in given.items() if v is not None})

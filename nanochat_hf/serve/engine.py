@@ -356,8 +356,7 @@ class Engine:
     def encode_last(self, messages: list[dict], room: int) -> tuple[list[int], int]:
         """The ids of a conversation to which `room` more tokens fit, and how many of its oldest messages that cost.
 
-        Whole turns are dropped; the system message stays. The last question stays, too: `submit` refuses it if it is
-        too long for the context.
+        Whole turns are dropped, but not the system message nor the last question (`submit` refuses a long one).
         """
         system = [m for m in messages[:1] if m["role"] == "system"]
         turns = messages[len(system) :]

@@ -55,8 +55,7 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
 def fsdp2_for_zero() -> Iterator[None]:
     """Inside, a job launched with DeepSpeed ZeRO uses FSDP2, which leaves Muon the matrices that ZeRO would flatten.
 
-    ZeRO-2 becomes FSDP2 with reshard_after_forward=False, ZeRO-3 with True; ZeRO-1, sharded optimizer state, is what
-    MuonAdamW does with replicated parameters.
+    ZeRO-2 becomes FSDP2 with reshard_after_forward=False, ZeRO-3 with True; ZeRO-1 is what MuonAdamW does anyway.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         yield
