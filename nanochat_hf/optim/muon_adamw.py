@@ -277,8 +277,9 @@ class MuonAdamW(torch.optim.Optimizer):
 class OwnerGradientReducer:
     """Gradients summed, not averaged, over the ranks: at their owner, or everywhere if they have none.
 
-        with OwnerGradientReducer(optimizer.owners()) as reducer:      # all ranks get the main process's parameters
-            loss.backward()                                            # the last one of a step
+        reducer = OwnerGradientReducer(optimizer.owners())  # once; all ranks get the parameters of the main process
+        with reducer:  # around the last backward pass of a step
+            loss.backward()
 
     DDP all-reduces every gradient to every rank. Reducing to the owner moves half the bytes, as in ZeRO stage 2
     (arXiv:1910.02054). The reduction overlaps the backward pass and takes gradients where they are: DDP copies them
