@@ -359,7 +359,7 @@ def completions(words: list[str]) -> list[str]:
     elif before[-1] in values:
         names = values[before[-1]]
     else:
-        names = recipes if before[0] in ("run", "plan") and not {*recipes} & {*before} else []
+        names = recipes if before[0] in ("run", "plan", *STAGE_COMMANDS) and not {*recipes} & {*before} else []
         if before[0] in ("demo", "run", "plan", "speedrun"):
             names = [*names, *(f"{name}=" for places in keys_by_name().values() for name in places)]
         with redirect_stdout(io.StringIO()) as output, suppress(SystemExit, InputError):

@@ -296,6 +296,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, **options)
 
     def error(self, message: str):
+        flag = re.sub(r"^unrecognized arguments: (\w+\.)?", "--", message)
+        if flag.partition("=")[0].replace("_", "-") in self._option_string_actions:
+            raise InputError(f"keys of one stage are flags: {flag}")
         raise InputError(message.removeprefix("argument ") + "; --help lists the flags" * ("unrecognized" in message))
 
     def option(self, name: str, kind: Any = str, *names: str, **options) -> None:

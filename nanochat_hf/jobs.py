@@ -53,33 +53,43 @@ STAGE_COMMANDS = {  # subcommand -> its stage, text, and options
 
 
 def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
-    """`--config YAML --run-dir DIR [--key value ...]`: read the config, then call the stage's runner."""
+    """`RECIPE [--key value ...]`, or `--config YAML --run-dir DIR` in its place: read the config, run the stage."""
     stage, _, options = STAGE_COMMANDS[command]
-    parser.option("--config", Place, required=True, help=f"YAML of this stage, for example recipes/d12/{stage}.yaml")
-    parser.option("--run-dir", Place, required=True, help="run folder, for example runs/d12")
+    parser.option("recipe", Place, nargs="?", help="a name under recipes/ or the path of a recipe folder")
+    parser.option("--config", Place, help=f"YAML of this stage instead, for example recipes/d12/{stage}.yaml")
+    parser.option("--run-dir", Place, help="run folder (default: runs/<recipe>)")
     add_options(parser, *options)
     parser.add_keys(STAGE_CONFIGS[stage])
-    keys = vars(parser.parse_args(words))
-    path, run_dir, dry_run = keys.pop("config"), keys.pop("run_dir"), keys.pop("dry_run")
+    keys = vars(parser.parse_intermixed_args(words))
+    name, path, run_dir, dry_run = (keys.pop(key) for key in ("recipe", "config", "run_dir", "dry_run"))
     given = {name: value for name in options if (value := keys.pop(name)) is not None}
-    config = parse_config(STAGE_CONFIGS[stage], path, keys)
-    if stage == "base":
-        check_push(config, given.get("repo"))
+    stage = given.pop("stage", stage)
+    if bool(name) == bool(path) or not (name or run_dir):
+        raise InputError(f"name a recipe, as in nanochat {command} d12, or --config YAML and --run-dir DIR")
     if "stages" in given and "model" in given:
         raise InputError("--model is evaluated in place of the run's stages: leave --stages out")
+    if name:
+        recipe = find_recipe(name)
+        _, configs = read_recipe(recipe, [stage], [f"{stage}.{key}={value}" for key, value in keys.items()])
+        config, run_dir = configs[stage], run_dir or Path("runs") / recipe.name
+        given |= {"tasks": configs.get("eval")} if stage in ("base", "mid", "sft") else {}
+    else:
+        config = parse_config(STAGE_CONFIGS[stage], path, keys)
+        refuse_unused_keys(stage, config, keys)
+    if stage == "base":
+        check_push(config, given.get("repo"))
     if "eval" in given:
         given |= {"tasks": parse_config(EvalConfig, given.pop("eval")), "required": True}
         if config.chatcore_every < 1:
             raise InputError("--eval is measured every chatcore_every steps: give that, too")
-    refuse_unused_keys(stage, config, keys)
     if dry_run:
-        recipe = find_recipe(str(or_shipped(path).parent))  # its base.yaml has the model's shape
+        recipe = find_recipe(name or str(or_shipped(path).parent))  # its base.yaml has the model's shape
         _, configs = read_recipe(recipe, None, [])
         return print_dry_run([stage], configs | {stage: config})
     with working(command, run_dir, given.pop("sync", None)) as run:
         from .stages import run_stage
 
-        run_stage(given.pop("stage", stage), config, run, **given)
+        run_stage(stage, config, run, **given)
 
 
 @contextmanager
