@@ -179,7 +179,6 @@ def convert(parser: Parser, words: list[str]) -> None:
     from .run import model_fingerprint
 
     texts = islice(primer.documents("train", seed=0), 5000)
-    logging.getLogger("DeepSpeed").disabled = True  # which transformers imports
     try:
         record = Path(args.output) / "metrics.json"  # of a run's stage, with the fingerprint of the folder
         describes = record.exists() and load_json(record).get("weights") == model_fingerprint(args.output)
@@ -379,6 +378,8 @@ def main(command: str | None = None) -> None:
     """Run `command` with the words of the command line; None: the first of them is the command."""
     if "OMP_WAIT_POLICY" not in os.environ:  # else a thread that waits keeps the core that another one needs
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        logging.getLogger("DeepSpeed").disabled = True  # Accelerate and transformers import it also where unused
     guarded(lambda: dispatch(command, sys.argv[1:]))
 
 

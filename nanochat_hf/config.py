@@ -343,7 +343,7 @@ class Parser(argparse.ArgumentParser):
                         given = " or ".join(f"{place}={value}" for place in places)
                         raise InputError(f"keys of a recipe have no dashes: {given}")
                     flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-                    raise InputError(f"unknown flag {name!r}; {nearest(name, flags)}")
+                    raise InputError(f"unknown flag {name!r}; {nearest(name, [*flags, *self.keys])}")
                 word = name + equals + value
                 if not equals and left and re.match(r"-(\.?\d|inf|nan)", left[0]):  # argparse takes -1e-3 for a flag
                     word = f"{name}={left.pop(0)}"
