@@ -316,6 +316,8 @@ class Parser(argparse.ArgumentParser):
 
         if get_origin(kind) is Literal and name.startswith("-"):
             options.setdefault("metavar", f"{{{','.join(get_args(kind))}}}")
+        if isinstance(options.get("default"), int | float) or options.get("default"):
+            options["help"] += " (default: %(default)s)" * ("(default" not in options["help"])
         self.add_argument(name, *names, type=parse, **options)
 
     def add_keys(self, cls, prefix: str = "--") -> None:

@@ -34,11 +34,11 @@ SHARDING = {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO; pretraining: FSDP2"}  # distrib
 OPTIONS = {  # of stages, besides their keys: name -> (kind, text)
     "tokenizer": (Place, "folder or Hub id of a tokenizer (default: that of the run folder)"),
     "model": (Place, "folder or Hub id of the model to begin with or to evaluate (default: of the run; base: none)"),
-    "repo": (RepoId, "Hub repository for a branch step-NNNNNN every push_every steps"),
+    "repo": (RepoId, "Hub repository that gets a branch step-NNNNNN every push_every steps"),
     "stage": (Literal["mid", "sft"], "mid or sft: the folder that the result goes to"),
     "stages": (Stages, f"comma-separated, of {', '.join(MODEL_STAGES)}; default: all finished ones"),
     "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps"),
-    "sync": (SyncUrl, "URL (any of fsspec, or hf://owner/name) from which the same command resumes elsewhere"),
+    "sync": (SyncUrl, "URL of fsspec, or hf://owner/name: the same command resumes from it on another machine"),
 }
 CHAT = ("model", "stage", "eval", "sync")
 STAGE_COMMANDS = {  # subcommand -> its stage, text, and options
@@ -135,8 +135,8 @@ def read_pipeline(parser: Parser, words: list[str], runs: bool = True) -> tuple:
         add_options(parser, "repo", "sync")
     parser.option("--recipe", Place, metavar="NAME", help="a name under recipes/ or the path of a recipe folder")
     names = Annotated[list[Place], AfterValidator(each_once)]
-    parser.option("--stages", names, help="comma-separated; default: the enabled ones of the recipe, and report")
-    parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
+    parser.option("--stages", names, help="comma-separated (default: those that the recipe enables, and report)")
+    parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE", help="for example base.depth=10")
     parser.usage = parser.usage or f"{parser.prog} NAME [...] [STAGE.KEY=VALUE ...]"
     parser.epilog = "keys, explained in docs/configuration.md and by the command of their stage:\n"
     for command, (stage, _, _) in STAGE_COMMANDS.items():
@@ -167,9 +167,9 @@ def keys_by_name() -> dict[str, list[str]]:
 
 def plan(parser: Parser, words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
-    parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
-    parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
-    parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
+    parser.option("--gpus", Count, "--num-processes", help="number of GPUs (default: 1)")
+    parser.option("--gpu", Word, help="for example H100 (default: that of this machine; H200 with --gpus)")
+    parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node (default: 3 per GPU)")
     _, stages, configs, arguments = read_pipeline(parser, words, runs=False)
     if arguments.gpus and arguments.gpu == "CPU":
         raise InputError("--gpus counts GPUs: leave it out with --gpu CPU")
@@ -210,12 +210,12 @@ def run(parser: Parser, words: list[str]) -> None:
     """Run a recipe on all devices: `nanochat run NAME [--config-file multi_gpu] [--num-processes N] [...]`."""
     names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
-    parser.option("--num-processes", Count, "--gpus", help="ranks; default: as the config file says; of a job: 8")
+    parser.option("--num-processes", Count, "--gpus", help="ranks (default: as the config file says; of a job: 8)")
     parser.option("--job", Literal["hf", "sky", "slurm"], help="print a job for Hugging Face Jobs, SkyPilot or Slurm")
     parser.add_argument("--submit", action="store_true", help="also hand the job to hf, sky or sbatch")
-    parser.option("--gpu", Word, help="of a job (default: H200)")
-    parser.option("--hours", Hours, help="time limit of a job; default: 1 + twice the projected pretraining")
-    parser.option("--image", Word, help="container of a job, from the Dockerfile (default: you/nanochat_hf)")
+    parser.option("--gpu", Word, help="GPU of a job (default: H200)")
+    parser.option("--hours", Hours, help="time limit of a job (default: 1 + twice the projected pretraining)")
+    parser.option("--image", Word, help="container image of a job (default: you/nanochat_hf)")
     recipe, stages, configs, arguments = read_pipeline(parser, words)
     if arguments.job:
         return make_job(recipe, configs, arguments)
