@@ -88,7 +88,7 @@ def chat(parser: Parser, words: list[str]) -> None:
     parser.option("--temperature", Temperature, default=0.6, help="from 0, which is greedy, to 5")
     parser.option("--top-k", TopK, default=50, help="sample among this many tokens; 0: all")
     parser.option("--top-p", Fraction, default=1.0, help="sample among the tokens of this total probability")
-    parser.option("--max-new-tokens", Count, default=512, help="longest answer")
+    parser.option("--max-new-tokens", Count, default=512, help="most tokens of an answer")
     parser.option("--seed", Seed, help="seed of sampling (default: another one each time)")
     parser.option("--device", Device, help="cpu, mps, cuda or cuda:N (default: the GPU if there is one)")
     parser.option("--language", Literal["en", "ko"], help="language of the interface (default: that of the terminal)")
@@ -114,11 +114,13 @@ def serve(parser: Parser, words: list[str]) -> None:
     parser.option("--port", Annotated[int, Ge(1), Le(65535)], default=8000, help="port to listen on")
     parser.option("--max-batch-size", Count, "--rows", default=16, help="requests at a time on each GPU")
     parser.option("--max-queue-size", Count, "--max-waiting", default=64, help="requests that may wait")
-    parser.option("--max-new-tokens", Count, default=512, help="longest completion")
+    parser.option("--max-new-tokens", Count, default=512, help="most tokens of a completion")
     seconds = Annotated[float, Gt(0), Le(10**6)]
-    parser.option("--request-timeout", seconds, "--max-seconds", default=120.0, help="seconds of a completion")
-    parser.option("--temperature", Temperature, default=0.6, help="of a request without one")
-    parser.option("--top-k", TopK, default=50, help="of a request without one")
+    parser.option(
+        "--request-timeout", seconds, "--max-seconds", default=120.0, help="longest time of a completion, in s"
+    )
+    parser.option("--temperature", Temperature, default=0.6, help="temperature of a request without one")
+    parser.option("--top-k", TopK, default=50, help="top-k of a request without one")
     parser.option("--device", Device, help="one device (default: a replica on each GPU, else the CPU)")
     args = parser.parse_args(words)
     name = chosen_model(args, "the model")
