@@ -321,10 +321,8 @@ def env(parser: Parser, words: list[str]) -> None:
     facts |= {"training": describe_machine(), "recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
     for name, value in facts.items():
         if value is not None:
-            value = (
-                f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else str(value).replace(str(Path.home()), "~")
-            )
-            print(f"{name.removesuffix('_bytes'):<20} {value}")
+            text = f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else str(value)
+            print(f"{name.removesuffix('_bytes'):<20} {text.replace(str(Path.home()), '~')}")
     for requirement in missing_packages():
         name, _, extra = requirement.partition("; extra == ")
         print(f'{"missing":<20} {"of the extra " + extra if extra else "needed"}: pip install "{name}"')
@@ -399,11 +397,7 @@ def dispatch(command: str | None, words: list[str]) -> None:
         command, words = (words[1], ["--help"]) if words[0] == "help" else (words[0], words[1:])
     if command not in texts:
         raise InputError(f"no command {command!r}; {nearest(command, texts)}")
-    script = sys.modules["__main__"]
-    if Path(getattr(script, "__file__", None) or "").parent.name in ("scripts", "recipes"):
-        parser = Parser(script.__doc__)
-    else:
-        parser = Parser(texts[command], prog=f"nanochat {command}")
+    parser = Parser(texts[command], prog=f"nanochat {command}")
     if command in COMMANDS:
         COMMANDS[command](parser, words)
     else:

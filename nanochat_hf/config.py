@@ -7,6 +7,7 @@ number is no text and true is no number. What YAML and flags write as text ("1e-
 """
 
 import argparse
+import os
 import re
 import sys
 import textwrap
@@ -264,8 +265,7 @@ def read_yaml(path: str | Path) -> dict:
 def parse_config(cls, path: str | Path, overrides: dict[str, str] | None = None):
     """Read a flat YAML into the dataclass `cls`; `overrides` (key -> text, as typed) win. Old names of keys are valid.
 
-    Raises:
-        InputError: a file that cannot be read, an unknown key (it names the nearest one), a value that is not allowed.
+    Raises InputError: a file that cannot be read, an unknown key (it names the nearest), a value that is not allowed.
     """
     kinds = get_type_hints(cls, include_extras=True)
     values, overrides = read_yaml(path), overrides or {}
@@ -305,10 +305,7 @@ class Parser(argparse.ArgumentParser):
         """`add_argument` with an annotation in place of argparse's type."""
 
         def parse(text: str):
-            if text.startswith("~"):  # of --run-dir=~/run, say; keys of a recipe may begin so
-                raise argparse.ArgumentTypeError(
-                    "write the home folder out: shells replace ~ only where a word begins"
-                )
+            text = os.path.expanduser(text) if kind is Place else text  # of --run-dir=~/run, which shells leave alone
             try:
                 return check_value(kind, convert(from_command_line(text, name, kind), kind), "")
             except InputError as error:

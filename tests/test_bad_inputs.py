@@ -145,7 +145,6 @@ COMMANDS = [
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --eval {{here}}/none.yaml", "cannot read .*none.yaml"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}}", "starts from a finished earlier stage"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --model {{here}}", "it has no tokenizer.json"),
-    (f"rl {CONFIG}rl.yaml --run-dir=~/run", "--run-dir: write the home folder out"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages bas", r"--stages: \[0\] is 'bas': it must be base, mid"),
     ("speedrun --recipe cpu-dmo --run-dir {run}", "no recipe 'cpu-dmo'.*did you mean 'cpu-demo'"),
     ("speedrun --recipe d25 --run-dir {run}", "take d24, the nearest one, with base.depth=25"),
