@@ -266,9 +266,6 @@ def compression(tokenizer) -> dict[str, dict[str, float | None]]:
     return table
 
 
-# ---- text ----
-
-
 def markdown(facts: dict, pictures: dict[str, list[str]] | None = None, macro: str = "report") -> str:
     """The report, or another macro of report.jinja, such as its "summary"; pictures: section -> paths of plots."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
