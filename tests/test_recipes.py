@@ -232,7 +232,9 @@ def test_a_copied_recipe_is_one_to_run(capsys, tmp_path, monkeypatch):
 
 def test_the_environment_names_versions_kernels_folders_and_what_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(
-        metadata, "requires", lambda name: ["torch>=99", "no-such>1; extra == 'gpu'", "pyyaml", "b; extra == 'dev'"]
+        metadata,
+        "requires",
+        lambda name: ["torch>=99", "no-such>1; extra == 'gpu'", "pyyaml", "b; extra == 'dev'", "c; extra == 'vllm'"],
     )
     text = shown(capsys, "env")
     assert f"torch                {torch.__version__}" in text and "precision" in text
