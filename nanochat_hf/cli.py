@@ -210,7 +210,7 @@ def export(parser: Parser, words: list[str]) -> None:
     args = parser.parse_args(words)
     options = {name: value for name in ("outtype", "allow_inexact") if (value := getattr(args, name)) is not None}
     if options and args.to != "gguf":
-        raise InputError("--outtype and --allow-inexact are of --to gguf")
+        raise InputError("--outtype and --allow-inexact are for --to gguf only")
     from .loading import download
 
     source = download(chosen_model(args, "the model"))
@@ -240,7 +240,7 @@ def report(parser: Parser, words: list[str]) -> None:
     if [bool(args.run_dir), bool(args.compare), bool(named)].count(True) != 1:
         raise InputError("name one run with --run-dir, or two with --compare")
     if (args.row or args.hourly_rate is not None) and not args.run_dir:
-        raise InputError("--row and --node-hourly-rate are about one run: name it with --run-dir")
+        raise InputError("--row and --node-hourly-rate are for one run: name it with --run-dir")
     from .eval.report import collect, compare, make_report, markdown, results_row
     from .hub.model_card import collection_table
 
@@ -271,7 +271,7 @@ def identity(parser: Parser, words: list[str]) -> None:
     if args.model and args.endpoint is None:
         raise InputError("--model is the name of a model at --endpoint: give that, too")
     if args.split == "test" and args.endpoint is not None:
-        raise InputError("--split is of the phrasings, which --endpoint does without: leave one of them out")
+        raise InputError("--split selects phrasings, and --endpoint uses none: leave one of them out")
     from .data import identity as library
 
     person, num = library.read_identity(args.identity), args.rows or library.NUM_CONVERSATIONS

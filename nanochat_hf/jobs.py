@@ -371,4 +371,4 @@ def submit(text: str, program: str, command: str) -> None:
         print(text, end="", file=file, flush=True)
         code = subprocess.run([*command.split(), file.name], check=False).returncode
     if code:
-        raise InputError(f"{program} did not take the job: exit code {code}")
+        raise InputError(f"{program} refused the job: exit code {code}")

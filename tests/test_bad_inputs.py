@@ -210,7 +210,7 @@ COMMANDS = [
     ("convert --source {here}/none --output {here}/out", "."),
     ("report", "name one run with --run-dir, or two with --compare"),
     ("report --compare a", "expected 2 arguments"),
-    ("report --row --compare a b", "--row and --node-hourly-rate are about one run"),
+    ("report --row --compare a b", "--row and --node-hourly-rate are for one run"),
     ("identity --identity x --output y --split test --endpoint http://127.0.0.1:9", "leave one of them out"),
     ("report --collection x", "expects REPO=RUN"),
     ("report --run-dir {here}", "holds no finished stage"),
@@ -257,9 +257,9 @@ COMMANDS = [
     ("run cpu-demo eval.core_bundle=none --dry-run", "none is no CORE bundle"),
     ("run d12 --run-dir {run} base.push_every=5", "base.push_every and --repo go together"),
     ("run d12 --run-dir {run} --hours 3", "--hours is for a job: name --job"),
-    ("report --compare {here} {here} --hourly-rate 3", "are about one run"),
+    ("report --compare {here} {here} --hourly-rate 3", "are for one run"),
     ("chat --model {here} --stage sft", r"name what to talk to .*: --run-dir"),
-    ("export --model {here} --to mlx --outtype f16 --output {here}/x", "--outtype and --allow-inexact are of --to"),
+    ("export --model {here} --to mlx --outtype f16 --output {here}/x", "--outtype and --allow-inexact are for --to"),
 ]
 
 FILES = [  # content of base.yaml
