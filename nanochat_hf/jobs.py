@@ -37,7 +37,7 @@ OPTIONS = {  # of stages, besides their keys: name -> (kind, text)
     "repo": (RepoId, "Hub repository that gets a branch step-NNNNNN every push_every steps"),
     "stage": (Literal["mid", "sft"], "mid or sft: the folder that the result goes to"),
     "stages": (Stages, f"comma-separated, of {', '.join(MODEL_STAGES)}; default: all finished ones"),
-    "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps"),
+    "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, every chatcore_every steps (default: of the recipe)"),
     "sync": (SyncUrl, "URL of fsspec, or hf://owner/name: the same command resumes from it on another machine"),
 }
 CHAT = ("model", "stage", "eval", "sync")
@@ -53,13 +53,14 @@ STAGE_COMMANDS = {  # subcommand -> its stage, text, and options
 
 
 def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
-    """`RECIPE [--key value ...]`, or `--config YAML --run-dir DIR` in its place: read the config, run the stage."""
+    """Read the config of RECIPE, or of `--config YAML --run-dir DIR`, and run the stage."""
     stage, _, options = STAGE_COMMANDS[command]
     parser.option("recipe", Place, nargs="?", help="a name under recipes/ or the path of a recipe folder")
     parser.option("--config", Place, help=f"YAML of this stage instead, for example recipes/d12/{stage}.yaml")
     parser.option("--run-dir", Place, help="run folder (default: runs/<recipe>)")
     add_options(parser, *options)
     parser.add_keys(STAGE_CONFIGS[stage])
+    parser.usage = f"{parser.prog} RECIPE [...] [--KEY VALUE ...]"
     keys = vars(parser.parse_intermixed_args(words))
     name, path, run_dir, dry_run = (keys.pop(key) for key in ("recipe", "config", "run_dir", "dry_run"))
     given = {name: value for name in options if (value := keys.pop(name)) is not None}
