@@ -33,7 +33,7 @@ from .stage_configs import RECIPES, find_recipe
 
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
-STAGE_HELP = "of the run folder; default: the last of these that is finished"
+STAGE_HELP = "stage of the run folder whose model is taken (default: the last finished one)"
 ENGINES = {  # nanochat export --to: what is written
     "native": "transformers' own nanochat, generation 1",
     "nanochat": "files of karpathy/nanochat",
@@ -69,7 +69,7 @@ def unique(kind):
 def model_options(parser: Parser) -> None:
     parser.option("--run-dir", Place, help="run folder, for example runs/cpu-demo")
     parser.option("--stage", Literal[MODEL_STAGES], help=STAGE_HELP)
-    parser.option("--model", Place, help="checkpoint folder or Hub id instead")
+    parser.option("--model", Place, help="checkpoint folder or Hub id, in place of --run-dir")
 
 
 def chosen_model(args, what: str) -> str:
@@ -82,16 +82,16 @@ def chosen_model(args, what: str) -> str:
 def chat(parser: Parser, words: list[str]) -> None:
     """Chat in the terminal with a trained model, or with any TGI or OpenAI-compatible server."""
     model_options(parser)
-    parser.option("--endpoint", help="URL of a server to talk to instead; --model is then a name there")
-    parser.option("--prompt", str, "-p", help="answer this, with what is piped in below it, and leave")
+    parser.option("--endpoint", help="URL of a server to talk to; --model is then a name there")
+    parser.option("--prompt", str, "-p", help="answer this message and leave; text from a pipe is put below it")
     parser.option("--system", default="", help="system message")
-    parser.option("--temperature", Temperature, default=0.6, help="0 to 5, 0 is greedy (default: %(default)s)")
-    parser.option("--top-k", TopK, default=50, help="0 keeps every token (default: %(default)s)")
-    parser.option("--top-p", Fraction, default=1.0, help="0 to 1 (default: %(default)s)")
-    parser.option("--max-new-tokens", Count, default=512, help="of an answer (default: %(default)s)")
-    parser.option("--seed", Seed, help="the same answers every time")
-    parser.option("--device", Device, help="cuda, cpu, ...; the GPU if there is one")
-    parser.option("--language", Literal["en", "ko"], help="of the interface; default: of the terminal")
+    parser.option("--temperature", Temperature, default=0.6, help="from 0, which is greedy, to 5")
+    parser.option("--top-k", TopK, default=50, help="sample among this many tokens; 0: all")
+    parser.option("--top-p", Fraction, default=1.0, help="sample among the tokens of this total probability")
+    parser.option("--max-new-tokens", Count, default=512, help="most tokens of an answer")
+    parser.option("--seed", Seed, help="seed of sampling (default: another one each time)")
+    parser.option("--device", Device, help="cpu, mps, cuda or cuda:N (default: the GPU if there is one)")
+    parser.option("--language", Literal["en", "ko"], help="language of the interface (default: that of the terminal)")
     args = parser.parse_args(words)
     name = args.model
     if args.endpoint is None:
@@ -110,16 +110,18 @@ def chat(parser: Parser, words: list[str]) -> None:
 def serve(parser: Parser, words: list[str]) -> None:
     """Serve a trained model over HTTP: a chat page for browsers, OpenAI's and TGI's routes for programs."""
     model_options(parser)
-    parser.option("--host", Place, default="127.0.0.1", help="0.0.0.0 lets the network in")
-    parser.option("--port", Annotated[int, Ge(1), Le(65535)], default=8000, help="(default: %(default)s)")
-    parser.option("--max-batch-size", Count, "--rows", default=16, help="requests that run at once per GPU")
-    parser.option("--max-queue-size", Count, "--max-waiting", default=64, help="that wait; more get a 429")
-    parser.option("--max-new-tokens", Count, default=512, help="of a completion (default: %(default)s)")
-    seconds, timeout = Annotated[float, Gt(0), Le(10**6)], "seconds, then a completion is cut (default: %(default)s)"
-    parser.option("--request-timeout", seconds, "--max-seconds", default=120.0, help=timeout)
-    parser.option("--temperature", Temperature, default=0.6, help="where a request has none (default: %(default)s)")
-    parser.option("--top-k", TopK, default=50, help="likewise (default: %(default)s)")
-    parser.option("--device", Device, help="one device; by default a replica on each GPU, else the CPU")
+    parser.option("--host", Place, default="127.0.0.1", help="address; 0.0.0.0 admits the network")
+    parser.option("--port", Annotated[int, Ge(1), Le(65535)], default=8000, help="port to listen on")
+    parser.option("--max-batch-size", Count, "--rows", default=16, help="requests at a time on each GPU")
+    parser.option("--max-queue-size", Count, "--max-waiting", default=64, help="requests that may wait")
+    parser.option("--max-new-tokens", Count, default=512, help="most tokens of a completion")
+    seconds = Annotated[float, Gt(0), Le(10**6)]
+    parser.option(
+        "--request-timeout", seconds, "--max-seconds", default=120.0, help="longest time of a completion, in s"
+    )
+    parser.option("--temperature", Temperature, default=0.6, help="temperature of a request without one")
+    parser.option("--top-k", TopK, default=50, help="top-k of a request without one")
+    parser.option("--device", Device, help="one device (default: a replica on each GPU, else the CPU)")
     args = parser.parse_args(words)
     name = chosen_model(args, "the model")
     try:
@@ -151,10 +153,9 @@ def push(parser: Parser, words: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="prepare everything, send nothing")
     parser.option("--revision", Branch, help="push to this branch")
     parser.add_argument("--force", action="store_true", help="replace other contents of the repo")
-    what = "where the model's code comes from, if the folder's is not this version's"
+    what = "whose model code to push, where the folder's differs from this version's"
     parser.option("--model-code", Literal["package", "folder"], help=what)
-    license_help = "of the model, as the Hub writes it (default: %(default)s)"
-    parser.option("--license", License, default="mit", help=license_help)
+    parser.option("--license", License, default="mit", help="license of the model, as the Hub writes it")
     parser.option("--language", unique(Language), default=["en"], help="comma-separated ISO codes (default: en)")
     parser.option("--base-model", RepoId, help="Hub id of the model that this one continues")
     engines = "comma-separated engines of nanochat export, for example mlx: their files go beside the weights"
@@ -169,9 +170,9 @@ def convert(parser: Parser, words: list[str]) -> None:
     """Convert checkpoints between karpathy/nanochat, this project and transformers' own `nanochat`."""
     parser.option("--source", Place, required=True, help="folder of any of the three")
     parser.option("--output", Place, required=True, help="folder to write: a new one, or --source, to renew it")
-    parser.option("--tokenizer", Place, help="its folder (default: --source)")
-    parser.option("--step", Annotated[int, Ge(0), Le(10**9)], help="of model_NNNNNN.pt (default: the last)")
-    kinds = "hf: this project's, native: transformers' own, nanochat: karpathy's (default: %(default)s)"
+    parser.option("--tokenizer", Place, help="folder of the tokenizer (default: --source)")
+    parser.option("--step", Annotated[int, Ge(0), Le(10**9)], help="which model_NNNNNN.pt to take (default: the last)")
+    kinds = "hf: this project's, native: transformers' own, nanochat: karpathy's"
     parser.option("--to", Literal["hf", "native", "nanochat"], default="hf", help=kinds)
     args = parser.parse_args(words)
     from .convert import upstream
@@ -179,7 +180,6 @@ def convert(parser: Parser, words: list[str]) -> None:
     from .run import model_fingerprint
 
     texts = islice(primer.documents("train", seed=0), 5000)
-    logging.getLogger("DeepSpeed").disabled = True  # which transformers imports
     try:
         record = Path(args.output) / "metrics.json"  # of a run's stage, with the fingerprint of the folder
         describes = record.exists() and load_json(record).get("weights") == model_fingerprint(args.output)
@@ -202,13 +202,15 @@ def export(parser: Parser, words: list[str]) -> None:
     parser.option("--output", Place, required=True, help="folder to write; must not exist")
     targets = "; ".join(f"{name}: {what}" for name, what in ENGINES.items())
     parser.option("--to", Literal[tuple(ENGINES)], required=True, help=targets)
-    parser.option("--outtype", Literal["f32", "f16", "bf16", "q8_0"], help="of --to gguf: the matrices (default: f16)")
-    inexact = "of --to gguf: write also a model that is sampled or tokenized otherwise there; the card says how"
+    parser.option(
+        "--outtype", Literal["f32", "f16", "bf16", "q8_0"], help="of gguf: type of its matrices (default: f16)"
+    )
+    inexact = "of gguf: write a model also where sampling or tokens differ there; its card says how"
     parser.add_argument("--allow-inexact", action="store_const", const=True, help=inexact)
     args = parser.parse_args(words)
     options = {name: value for name in ("outtype", "allow_inexact") if (value := getattr(args, name)) is not None}
     if options and args.to != "gguf":
-        raise InputError("--outtype and --allow-inexact are of --to gguf")
+        raise InputError("--outtype and --allow-inexact are for --to gguf only")
     from .loading import download
 
     source = download(chosen_model(args, "the model"))
@@ -238,7 +240,7 @@ def report(parser: Parser, words: list[str]) -> None:
     if [bool(args.run_dir), bool(args.compare), bool(named)].count(True) != 1:
         raise InputError("name one run with --run-dir, or two with --compare")
     if (args.row or args.hourly_rate is not None) and not args.run_dir:
-        raise InputError("--row and --node-hourly-rate are about one run: name it with --run-dir")
+        raise InputError("--row and --node-hourly-rate are for one run: name it with --run-dir")
     from .eval.report import collect, compare, make_report, markdown, results_row
     from .hub.model_card import collection_table
 
@@ -260,16 +262,16 @@ def identity(parser: Parser, words: list[str]) -> None:
     """Write conversations of an identity to a .jsonl that a recipe can mix in."""
     parser.option("--identity", Place, "--facts", required=True, help="YAML such as recipes/identity.yaml")
     parser.option("--output", Place, required=True, help="the .jsonl to write")
-    parser.option("--rows", Count, help="conversations (default: 1000)")
-    parser.option("--split", Literal["train", "test"], default="train", help="of the phrasings; test: held out")
+    parser.option("--rows", Count, help="number of conversations (default: 1000)")
+    parser.option("--split", Literal["train", "test"], default="train", help="phrasings; those of test are held out")
     parser.option("--endpoint", help="URL of a server whose model writes them")
     parser.option("--model", help="the model's name there")
-    parser.option("--seed", Seed, default=0)
+    parser.option("--seed", Seed, default=0, help="seed of all that is drawn at random")
     args = parser.parse_args(words)
     if args.model and args.endpoint is None:
         raise InputError("--model is the name of a model at --endpoint: give that, too")
     if args.split == "test" and args.endpoint is not None:
-        raise InputError("--split is of the phrasings, which --endpoint does without: leave one of them out")
+        raise InputError("--split selects phrasings, and --endpoint uses none: leave one of them out")
     from .data import identity as library
 
     person, num = library.read_identity(args.identity), args.rows or library.NUM_CONVERSATIONS
@@ -319,10 +321,8 @@ def env(parser: Parser, words: list[str]) -> None:
     facts |= {"training": describe_machine(), "recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
     for name, value in facts.items():
         if value is not None:
-            value = (
-                f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else str(value).replace(str(Path.home()), "~")
-            )
-            print(f"{name.removesuffix('_bytes'):<20} {value}")
+            text = f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else str(value)
+            print(f"{name.removesuffix('_bytes'):<20} {text.replace(str(Path.home()), '~')}")
     for requirement in missing_packages():
         name, _, extra = requirement.partition("; extra == ")
         print(f'{"missing":<20} {"of the extra " + extra if extra else "needed"}: pip install "{name}"')
@@ -359,7 +359,7 @@ def completions(words: list[str]) -> list[str]:
     elif before[-1] in values:
         names = values[before[-1]]
     else:
-        names = recipes if before[0] in ("run", "plan") and not {*recipes} & {*before} else []
+        names = recipes if before[0] in ("run", "plan", *STAGE_COMMANDS) and not {*recipes} & {*before} else []
         if before[0] in ("demo", "run", "plan", "speedrun"):
             names = [*names, *(f"{name}=" for places in keys_by_name().values() for name in places)]
         with redirect_stdout(io.StringIO()) as output, suppress(SystemExit, InputError):
@@ -379,6 +379,8 @@ def main(command: str | None = None) -> None:
     """Run `command` with the words of the command line; None: the first of them is the command."""
     if "OMP_WAIT_POLICY" not in os.environ:  # else a thread that waits keeps the core that another one needs
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        logging.getLogger("DeepSpeed").disabled = True  # Accelerate and transformers import it also where unused
     guarded(lambda: dispatch(command, sys.argv[1:]))
 
 
@@ -395,11 +397,7 @@ def dispatch(command: str | None, words: list[str]) -> None:
         command, words = (words[1], ["--help"]) if words[0] == "help" else (words[0], words[1:])
     if command not in texts:
         raise InputError(f"no command {command!r}; {nearest(command, texts)}")
-    script = sys.modules["__main__"]
-    if Path(getattr(script, "__file__", None) or "").parent.name in ("scripts", "recipes"):
-        parser = Parser(script.__doc__)
-    else:
-        parser = Parser(texts[command], prog=f"nanochat {command}")
+    parser = Parser(texts[command], prog=f"nanochat {command}")
     if command in COMMANDS:
         COMMANDS[command](parser, words)
     else:

@@ -7,6 +7,7 @@ number is no text and true is no number. What YAML and flags write as text ("1e-
 """
 
 import argparse
+import os
 import re
 import sys
 import textwrap
@@ -264,8 +265,7 @@ def read_yaml(path: str | Path) -> dict:
 def parse_config(cls, path: str | Path, overrides: dict[str, str] | None = None):
     """Read a flat YAML into the dataclass `cls`; `overrides` (key -> text, as typed) win. Old names of keys are valid.
 
-    Raises:
-        InputError: a file that cannot be read, an unknown key (it names the nearest one), a value that is not allowed.
+    Raises InputError: a file that cannot be read, an unknown key (it names the nearest), a value that is not allowed.
     """
     kinds = get_type_hints(cls, include_extras=True)
     values, overrides = read_yaml(path), overrides or {}
@@ -296,16 +296,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, **options)
 
     def error(self, message: str):
+        flag = re.sub(r"^unrecognized arguments: (\w+\.)?", "--", message)
+        if flag.partition("=")[0].replace("_", "-") in self._option_string_actions:
+            raise InputError(f"keys of one stage are flags: {flag}")
         raise InputError(message.removeprefix("argument ") + "; --help lists the flags" * ("unrecognized" in message))
 
     def option(self, name: str, kind: Any = str, *names: str, **options) -> None:
         """`add_argument` with an annotation in place of argparse's type."""
 
         def parse(text: str):
-            if text.startswith("~"):  # of --run-dir=~/run, say; keys of a recipe may begin so
-                raise argparse.ArgumentTypeError(
-                    "write the home folder out: shells replace ~ only where a word begins"
-                )
+            text = os.path.expanduser(text) if kind is Place else text  # of --run-dir=~/run, which shells leave alone
             try:
                 return check_value(kind, convert(from_command_line(text, name, kind), kind), "")
             except InputError as error:
@@ -313,6 +313,8 @@ class Parser(argparse.ArgumentParser):
 
         if get_origin(kind) is Literal and name.startswith("-"):
             options.setdefault("metavar", f"{{{','.join(get_args(kind))}}}")
+        if isinstance(options.get("default"), int | float) or options.get("default"):
+            options["help"] += " (default: %(default)s)" * ("(default" not in options["help"])
         self.add_argument(name, *names, type=parse, **options)
 
     def add_keys(self, cls, prefix: str = "--") -> None:
@@ -340,7 +342,7 @@ class Parser(argparse.ArgumentParser):
                         given = " or ".join(f"{place}={value}" for place in places)
                         raise InputError(f"keys of a recipe have no dashes: {given}")
                     flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-                    raise InputError(f"unknown flag {name!r}; {nearest(name, flags)}")
+                    raise InputError(f"unknown flag {name!r}; {nearest(name, [*flags, *self.keys])}")
                 word = name + equals + value
                 if not equals and left and re.match(r"-(\.?\d|inf|nan)", left[0]):  # argparse takes -1e-3 for a flag
                     word = f"{name}={left.pop(0)}"

@@ -34,11 +34,11 @@ SHARDING = {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO; pretraining: FSDP2"}  # distrib
 OPTIONS = {  # of stages, besides their keys: name -> (kind, text)
     "tokenizer": (Place, "folder or Hub id of a tokenizer (default: that of the run folder)"),
     "model": (Place, "folder or Hub id of the model to begin with or to evaluate (default: of the run; base: none)"),
-    "repo": (RepoId, "Hub repository for a branch step-NNNNNN every push_every steps"),
+    "repo": (RepoId, "Hub repository that gets a branch step-NNNNNN every push_every steps"),
     "stage": (Literal["mid", "sft"], "mid or sft: the folder that the result goes to"),
     "stages": (Stages, f"comma-separated, of {', '.join(MODEL_STAGES)}; default: all finished ones"),
-    "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, measured every chatcore_every steps"),
-    "sync": (SyncUrl, "URL (any of fsspec, or hf://owner/name) from which the same command resumes elsewhere"),
+    "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, every chatcore_every steps (default: of the recipe)"),
+    "sync": (SyncUrl, "URL of fsspec, or hf://owner/name: the same command resumes from it on another machine"),
 }
 CHAT = ("model", "stage", "eval", "sync")
 STAGE_COMMANDS = {  # subcommand -> its stage, text, and options
@@ -53,33 +53,44 @@ STAGE_COMMANDS = {  # subcommand -> its stage, text, and options
 
 
 def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
-    """`--config YAML --run-dir DIR [--key value ...]`: read the config, then call the stage's runner."""
+    """Read the config of RECIPE, or of `--config YAML --run-dir DIR`, and run the stage."""
     stage, _, options = STAGE_COMMANDS[command]
-    parser.option("--config", Place, required=True, help=f"YAML of this stage, for example recipes/d12/{stage}.yaml")
-    parser.option("--run-dir", Place, required=True, help="run folder, for example runs/d12")
+    parser.option("recipe", Place, nargs="?", help="a name under recipes/ or the path of a recipe folder")
+    parser.option("--config", Place, help=f"YAML of this stage instead, for example recipes/d12/{stage}.yaml")
+    parser.option("--run-dir", Place, help="run folder (default: runs/<recipe>)")
     add_options(parser, *options)
     parser.add_keys(STAGE_CONFIGS[stage])
-    keys = vars(parser.parse_args(words))
-    path, run_dir, dry_run = keys.pop("config"), keys.pop("run_dir"), keys.pop("dry_run")
+    parser.usage = f"{parser.prog} RECIPE [...] [--KEY VALUE ...]"
+    keys = vars(parser.parse_intermixed_args(words))
+    name, path, run_dir, dry_run = (keys.pop(key) for key in ("recipe", "config", "run_dir", "dry_run"))
     given = {name: value for name in options if (value := keys.pop(name)) is not None}
-    config = parse_config(STAGE_CONFIGS[stage], path, keys)
-    if stage == "base":
-        check_push(config, given.get("repo"))
+    stage = given.pop("stage", stage)
+    if bool(name) == bool(path) or not (name or run_dir):
+        raise InputError(f"name a recipe, as in nanochat {command} d12, or --config YAML and --run-dir DIR")
     if "stages" in given and "model" in given:
         raise InputError("--model is evaluated in place of the run's stages: leave --stages out")
+    if name:
+        recipe = find_recipe(name)
+        _, configs = read_recipe(recipe, [stage], [f"{stage}.{key}={value}" for key, value in keys.items()])
+        config, run_dir = configs[stage], run_dir or Path("runs") / recipe.name
+        given |= {"tasks": configs.get("eval")} if stage in ("base", "mid", "sft") else {}
+    else:
+        config = parse_config(STAGE_CONFIGS[stage], path, keys)
+        refuse_unused_keys(stage, config, keys)
+    if stage == "base":
+        check_push(config, given.get("repo"))
     if "eval" in given:
         given |= {"tasks": parse_config(EvalConfig, given.pop("eval")), "required": True}
         if config.chatcore_every < 1:
             raise InputError("--eval is measured every chatcore_every steps: give that, too")
-    refuse_unused_keys(stage, config, keys)
     if dry_run:
-        recipe = find_recipe(str(or_shipped(path).parent))  # its base.yaml has the model's shape
+        recipe = find_recipe(name or str(or_shipped(path).parent))  # its base.yaml has the model's shape
         _, configs = read_recipe(recipe, None, [])
         return print_dry_run([stage], configs | {stage: config})
     with working(command, run_dir, given.pop("sync", None)) as run:
         from .stages import run_stage
 
-        run_stage(given.pop("stage", stage), config, run, **given)
+        run_stage(stage, config, run, **given)
 
 
 @contextmanager
@@ -125,8 +136,8 @@ def read_pipeline(parser: Parser, words: list[str], runs: bool = True) -> tuple:
         add_options(parser, "repo", "sync")
     parser.option("--recipe", Place, metavar="NAME", help="a name under recipes/ or the path of a recipe folder")
     names = Annotated[list[Place], AfterValidator(each_once)]
-    parser.option("--stages", names, help="comma-separated; default: the enabled ones of the recipe, and report")
-    parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE")
+    parser.option("--stages", names, help="comma-separated (default: those that the recipe enables, and report)")
+    parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE", help="for example base.depth=10")
     parser.usage = parser.usage or f"{parser.prog} NAME [...] [STAGE.KEY=VALUE ...]"
     parser.epilog = "keys, explained in docs/configuration.md and by the command of their stage:\n"
     for command, (stage, _, _) in STAGE_COMMANDS.items():
@@ -157,9 +168,9 @@ def keys_by_name() -> dict[str, list[str]]:
 
 def plan(parser: Parser, words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
-    parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
-    parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
-    parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
+    parser.option("--gpus", Count, "--num-processes", help="number of GPUs (default: 1)")
+    parser.option("--gpu", Word, help="for example H100 (default: that of this machine; H200 with --gpus)")
+    parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node (default: 3 per GPU)")
     _, stages, configs, arguments = read_pipeline(parser, words, runs=False)
     if arguments.gpus and arguments.gpu == "CPU":
         raise InputError("--gpus counts GPUs: leave it out with --gpu CPU")
@@ -200,12 +211,12 @@ def run(parser: Parser, words: list[str]) -> None:
     """Run a recipe on all devices: `nanochat run NAME [--config-file multi_gpu] [--num-processes N] [...]`."""
     names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
-    parser.option("--num-processes", Count, "--gpus", help="ranks; default: as the config file says; of a job: 8")
+    parser.option("--num-processes", Count, "--gpus", help="ranks (default: as the config file says; of a job: 8)")
     parser.option("--job", Literal["hf", "sky", "slurm"], help="print a job for Hugging Face Jobs, SkyPilot or Slurm")
     parser.add_argument("--submit", action="store_true", help="also hand the job to hf, sky or sbatch")
-    parser.option("--gpu", Word, help="of a job (default: H200)")
-    parser.option("--hours", Hours, help="time limit of a job; default: 1 + twice the projected pretraining")
-    parser.option("--image", Word, help="container of a job, from the Dockerfile (default: you/nanochat_hf)")
+    parser.option("--gpu", Word, help="GPU of a job (default: H200)")
+    parser.option("--hours", Hours, help="time limit of a job (default: 1 + twice the projected pretraining)")
+    parser.option("--image", Word, help="container image of a job (default: you/nanochat_hf)")
     recipe, stages, configs, arguments = read_pipeline(parser, words)
     if arguments.job:
         return make_job(recipe, configs, arguments)
@@ -361,4 +372,4 @@ def submit(text: str, program: str, command: str) -> None:
         print(text, end="", file=file, flush=True)
         code = subprocess.run([*command.split(), file.name], check=False).returncode
     if code:
-        raise InputError(f"{program} did not take the job: exit code {code}")
+        raise InputError(f"{program} refused the job: exit code {code}")

@@ -17,10 +17,11 @@ INTRO = """# Works with
 
 Made by `python scripts/make_works_with.py` from [works-with.yaml](works-with.yaml).
 
-- Generation 1 is of October 2025, generation 2 of 2026; it needs the token before (smear), which few engines keep.
+- Generation 1 is of October 2025, generation 2 of 2026.
+- Generation 2 needs the token before (smear), which few engines keep.
 - tools: what becomes of the model's calls of the calculator.
-- shown: *tested* names a test that runs the engine itself, on a CPU, and passed on the date;
-  *ran* says what was run once; *read*: its source.
+- shown: *tested* names a test that runs the engine itself, on a CPU. It passed on the date.
+  *ran* says what was run once. *read*: only its source was read.
 """
 
 

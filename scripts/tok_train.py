@@ -1,6 +1,6 @@
 """Train a tokenizer, the first stage of a recipe.
 
-    python scripts/tok_train.py --config recipes/d12/tokenizer.yaml --run-dir runs/d12 [--vocab_size 65536]
+    python scripts/tok_train.py d12 [--vocab_size 65536]
 
 It is written to RUN_DIR/tokenizer and loads with `AutoTokenizer.from_pretrained`.
 """

@@ -9,6 +9,7 @@ import json
 import re
 import runpy
 import shlex
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -23,9 +24,8 @@ from markdown_it import MarkdownIt
 from talker import chat_folder, talker, talker_folder  # noqa: F401  (fixtures)
 
 from nanochat_hf import cli
-from nanochat_hf.config import Parser, parse_config
+from nanochat_hf.config import Parser
 from nanochat_hf.errors import InputError
-from nanochat_hf.stage_configs import STAGE_CONFIGS
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("configs", "docs", "evals", "recipes", "scripts", "spaces", "tests")
@@ -92,6 +92,11 @@ def test_the_site_lists_every_page_once():
     assert len(listed) == len(set(listed)) and set(listed) <= set(map(name_of, PAGES))
     missing = set(map(name_of, PAGES)) - set(listed) - {"docs/cloud.md"}
     assert not missing, f"mkdocs.yml: nav lacks {sorted(missing)}"
+    files = {file for name in listed if (ROOT / (file := name.replace("README.md", "index.html"))).is_file()} - {
+        *listed
+    }
+    hidden = [file for file in files if f"\n  {file}\n" not in text.partition("\nexclude_docs:")[2]]
+    assert not hidden, f"mkdocs takes {hidden} in place of a page: exclude_docs must name it"
 
 
 def test_the_module_tree_is_true():
@@ -163,14 +168,9 @@ def run_nanochat(words: list[str]) -> None:
     if words[0] == "bench":  # it would replace this process
         return
     is_printed = {"--dry-run", "--job"} & {*words}
-    plans = words[0] in ("run", "speedrun", "demo") and not is_printed
-    try:
+    plans = words[0] in ("run", "speedrun", "demo", *cli.STAGE_COMMANDS) and not is_printed
+    with suppress(ParsedError):
         cli.dispatch(None, words + ["--dry-run"] * plans)
-    except ParsedError as parsed:
-        [arguments] = parsed.args
-        if words[0] in cli.STAGE_COMMANDS:
-            kind, keys = STAGE_CONFIGS[cli.STAGE_COMMANDS[words[0]][0]], vars(arguments)
-            parse_config(kind, arguments.config, {key: keys[key] for key in keys if hasattr(kind, key)})
 
 
 def run_python(words: list[str]) -> None:

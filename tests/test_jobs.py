@@ -87,7 +87,7 @@ def test_a_job_is_submitted_by_its_own_program_or_refused(capsys, tmp_path, monk
     submitted = (tmp_path / "out").read_text()
     assert ("jobs run --detach --flavor h200x8" in submitted) if kind == "hf" else submitted.endswith(text)
     monkeypatch.setenv("CODE", "3")
-    with pytest.raises(InputError, match="did not take the job: exit code"):
+    with pytest.raises(InputError, match="refused the job: exit code"):
         job(capsys, *words)
 
 
@@ -121,6 +121,7 @@ def test_the_image_gets_every_folder_that_a_wheel_ships_and_the_pins():
         ("nanochat run d24 dpo.be", ["dpo.beta="]),
         ("nanochat run d24 --config-file m", ["mps", "multi_gpu", "multi_node"]),
         ("nanochat pretrain --tot", ["--total_batch_size"]),
+        ("nanochat sft cpu", ["cpu-demo", "cpu-demo-ko"]),
         ("nanochat chat --stage ", ["base", "dpo", "mid", "rl", "sft"]),
         ("nanochat serve --max-b", ["--max-batch-size"]),
         ("nanochat nosuch --x", []),

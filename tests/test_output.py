@@ -1,6 +1,7 @@
 """What a run says: one format of progress in a terminal and in a file, the outline of a recipe, a pipe that closes."""
 
 import io
+import logging
 import os
 import pty
 import re
@@ -131,6 +132,15 @@ def test_waiting_threads_do_not_spin_unless_the_user_says_how_they_wait(monkeypa
         monkeypatch.setattr(cli.os, "environ", environment)
         cli.main()
         assert environment.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.parametrize("launch,disabled", [({"ACCELERATE_USE_DEEPSPEED": "true"}, False), ({}, True)])
+def test_deepspeed_warns_only_where_it_is_used(launch, disabled, monkeypatch):
+    monkeypatch.setattr(cli, "guarded", lambda command: None)
+    monkeypatch.setattr(logging.getLogger("DeepSpeed"), "disabled", False)
+    monkeypatch.setattr(cli.os, "environ", launch)
+    cli.main()
+    assert logging.getLogger("DeepSpeed").disabled == disabled
 
 
 @pytest.mark.parametrize("name", ["bench", "bench_gpu", "bench_decoding", "bench_scaling"])

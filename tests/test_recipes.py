@@ -19,7 +19,7 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import load_tasks
 from nanochat_hf.optim.scaling import MEASURED, Plan, plan
 from nanochat_hf.run import Run, save_json, save_jsonl, start_record, write_metrics
-from nanochat_hf.stage_configs import find_recipe, read_recipe
+from nanochat_hf.stage_configs import STAGE_CONFIGS, find_recipe, read_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/base.yaml"))
@@ -89,6 +89,14 @@ def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path, capsys):
     cli.dispatch("sft", ["--config", config, "--run-dir", str(tmp_path), "--stage", "mid", "--seed", "7"])
     (stage, config, _), options = calls[2]
     assert (stage, config.seed, options) == ("mid", 7, {})
+    tmp_path.mkdir(exist_ok=True)  # a run that left nothing in its folder has deleted it
+    monkeypatch.chdir(tmp_path)
+    for command, expected in (("tokenizer", "tokenizer"), ("pretrain", "base"), ("midtrain", "mid"), ("eval", "eval")):
+        cli.dispatch(command, ["--seed", "7", "cpu-demo"])  # as `nanochat run cpu-demo` does this stage
+        (stage, config, run), options = calls[-1]
+        assert (stage, config.seed, str(run.path)) == (expected, 7, "runs/cpu-demo")
+        tasks = {"tasks": read("cpu-demo")[1]["eval"]} if stage in ("base", "mid") else {}
+        assert (type(config), options) == (STAGE_CONFIGS[stage], tasks)
     assert "sft: loading PyTorch ..." in capsys.readouterr().err  # which takes seconds
 
 
@@ -224,7 +232,9 @@ def test_a_copied_recipe_is_one_to_run(capsys, tmp_path, monkeypatch):
 
 def test_the_environment_names_versions_kernels_folders_and_what_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(
-        metadata, "requires", lambda name: ["torch>=99", "no-such>1; extra == 'gpu'", "pyyaml", "b; extra == 'dev'"]
+        metadata,
+        "requires",
+        lambda name: ["torch>=99", "no-such>1; extra == 'gpu'", "pyyaml", "b; extra == 'dev'", "c; extra == 'vllm'"],
     )
     text = shown(capsys, "env")
     assert f"torch                {torch.__version__}" in text and "precision" in text

@@ -86,6 +86,15 @@ def test_flags_become_keys_and_no_alias_is_a_name_of_today():
     assert not set(KEY_ALIASES.values()) & set(KEY_ALIASES)
 
 
+def test_a_flag_of_a_place_has_its_home_folder_written_out_and_help_shows_defaults(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = Parser("")
+    parser.option("--run-dir", Place)
+    parser.option("--system", default="~", help="a text")
+    assert vars(parser.parse_args(["--run-dir=~/run"])) == {"run_dir": "/home/me/run", "system": "~"}
+    assert parser.parse_args(["--system=~/run"]).system == "~/run" and "a text (default: ~)" in parser.format_help()
+
+
 def test_documentation_and_help_list_every_key_in_step():
     text = (ROOT / "docs" / "configuration.md").read_text()
     script = runpy.run_path(str(ROOT / "scripts" / "make_configuration.py"))

@@ -232,17 +232,16 @@ def difference_error(outcomes_of: list, results: list[dict]) -> tuple[str, float
 
 def repository_size(root: Path = ROOT) -> dict[str, int] | None:
     """Size of the project's own sources: what a newcomer has to read. None outside of a git checkout."""
-    project = root / "pyproject.toml"
     try:
         listing = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False).stdout
-    except OSError:  # no git on this machine
+        dependencies = len(tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"])
+    except OSError:  # no git on this machine, or no checkout
         return None
     paths = [root / name for name in listing.splitlines() if name.endswith(SOURCES)]
     texts = [path.read_text("utf-8", "replace") for path in paths if path.is_file()]
-    if not texts or not project.is_file():
+    if not texts:
         return None
     characters, lines = sum(map(len, texts)), sum(text.count("\n") for text in texts)
-    dependencies = len(tomllib.loads(project.read_text())["project"]["dependencies"])
     sizes = {"characters": characters, "lines": lines, "files": len(texts), "tokens": characters // 4}
     return sizes | {"dependencies": dependencies}
 
@@ -265,9 +264,6 @@ def compression(tokenizer) -> dict[str, dict[str, float | None]]:
             for name, encode in tokenizers.items()
         }
     return table
-
-
-# ---- text ----
 
 
 def markdown(facts: dict, pictures: dict[str, list[str]] | None = None, macro: str = "report") -> str:

@@ -4,10 +4,8 @@
     nanochat chat --model you/nanochat-d24 -p "Why is the sky blue?"
     nanochat chat --endpoint http://127.0.0.1:8000
 
-Answers stream as Markdown: finished blocks are printed for good, only the one being written is redrawn, so the
-scrollback stays clean however long the answer. Ctrl-C stops an answer; at the prompt, Ctrl-D or /quit leaves. The
-interface speaks English or Korean, by `--language` or the locale. In a pipe, stdout has the answers only; tool steps
-and notes go to stderr.
+Answers stream as Markdown: finished blocks are printed for good, and only the block being written is redrawn, which
+keeps the scrollback clean. In a pipe, stdout has the answers only; tool steps and notes go to stderr.
 """
 
 import itertools
