@@ -134,7 +134,7 @@ def humaneval_program(doc: dict, text: str) -> tuple[str, str]:
             imports.append(line.strip())
         elif line.strip() and not line.strip().startswith("#"):
             break
-    program = (block[1] if block else code).strip()
+    program = (block[1] if block else code).strip().removeprefix("\ufeff")  # a byte order mark
     head = "\n".join(imports)
     given = doc["prompt"].partition(f"def {doc['entry_point']}(")[0]  # such as `poly`, with which the tests judge
     return f"{head}\n\n{program}", f"{given}\n\n{doc['test']}\n\ncheck({doc['entry_point']})"
