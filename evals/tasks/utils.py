@@ -14,7 +14,7 @@ from string import ascii_uppercase
 import datasets
 from lm_eval.api.metrics import mean
 
-from nanochat_hf.data.grading import final_words, hash_answer, is_correct, pass_at_k, used_tool
+from nanochat_hf.data.grading import final_words, hash_answer, is_correct, pass_at_k
 from nanochat_hf.data.jsonl import damaged, numbered_lines, parse
 from nanochat_hf.data.transforms import multiple_choice
 from nanochat_hf.eval.core import centered, find_file
@@ -141,8 +141,7 @@ def humaneval_program(doc: dict, text: str) -> tuple[str, str]:
 
 
 def primer_results(doc: dict, results: list) -> dict[str, float]:
-    """The demo's questions: graded as RL rewards them, and the share of answers that called the tool."""
+    """The demo's questions, graded as RL rewards them."""
     graded = _graded(results[0], lambda text: is_correct(doc, text))
     del graded["centered"]  # it has no place in a mean of centered accuracies
-    first = results[0] if isinstance(results[0], str) else results[0][0]
-    return {**graded, "tool_use": float(used_tool(first))}
+    return graded
