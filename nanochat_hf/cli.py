@@ -58,7 +58,8 @@ def matching(what: str, pattern: str):
 
 Branch = matching("name of a branch", r"(?!.*(\.\.|//|@\{|\.lock$|[/.]$))\w[\w./@+-]*")
 License = matching("license of the Hub, as apache-2.0", "[a-z0-9][a-z0-9.-]*")
-Language = matching("ISO code, as en or pt-BR", "[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
+LANGUAGE = r"[a-z]{2,3}(-[A-Za-z]{4})?(-([A-Za-z]{2}|\d{3}))?(-[A-Za-z\d]{5,8})*"  # -script, -region, -variant
+Language = matching("ISO code, as en or pt-BR", f"{LANGUAGE}|multilingual|code")
 
 
 def unique(kind):

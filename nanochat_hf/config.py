@@ -7,6 +7,7 @@ number is no text and true is no number. What YAML and flags write as text ("1e-
 """
 
 import argparse
+import os
 import re
 import sys
 import textwrap
@@ -39,6 +40,14 @@ def name_of_place(text: str) -> str:
         raise ValueError("it is empty; leave the key out for its default")
     if not text.isprintable() or max(len(part.encode(errors="replace")) for part in text.split("/")) > 255:
         raise ValueError("a name has printable characters only, and at most 255 bytes")
+    return text
+
+
+def folder_to_write(text: str) -> str:
+    """A place, as text. Raises ValueError for one that is a file, or lies below one."""
+    path = next(path for path in (Path(text), *Path(text).parents) if os.path.lexists(path))
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder")
     return text
 
 
@@ -78,12 +87,13 @@ def each_once(names: list[str]) -> list[str]:
 MOST = 10**15  # of any number of things
 Count = Annotated[int, Ge(1), Le(MOST)]
 Fraction = Annotated[float, Ge(0), Le(1)]
-NotNegative = Annotated[float, Ge(0), Le(MOST)]
+NotNegative = Price = Annotated[float, Ge(0), Le(MOST)]
 Place = Annotated[str, AfterValidator(name_of_place)]
+Dir = Annotated[Place, AfterValidator(folder_to_write)]
 RepoId = Annotated[str, AfterValidator(repo_id)]
 Word = Annotated[str, StringConstraints(pattern=r"^[\w.][\w.:/@+-]*$")]  # that means the same in YAML and a shell
-SyncUrl = Annotated[str, AfterValidator(sync_url)]
 Hours = Annotated[int, Ge(1), Le(8760)]
+SyncUrl = Annotated[str, AfterValidator(sync_url)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 TopK = Annotated[int, Ge(0), Le(2**24)]
 

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 import psutil
 from pydantic import AfterValidator
 
-from .config import Count, Hours, NotNegative, Parser, Place, RepoId, SyncUrl, Word, each_once, parse_config, read_yaml
+from .config import Count, Dir, Hours, Parser, Place, Price, RepoId, SyncUrl, Word, each_once, parse_config, read_yaml
 from .errors import InputError
 from .run import BOOLEANS, MODEL_STAGES, Run, nearest, or_shipped, project_folder
 from .stage_configs import RECIPES, STAGE_CONFIGS, EvalConfig, Stages, find_recipe, read_recipe, refuse_unused_keys
@@ -56,7 +56,7 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
     """`--config YAML --run-dir DIR [--key value ...]`: read the config, then call the stage's runner."""
     stage, _, options = STAGE_COMMANDS[command]
     parser.option("--config", Place, required=True, help=f"YAML of this stage, for example recipes/d12/{stage}.yaml")
-    parser.option("--run-dir", Place, required=True, help="run folder, for example runs/d12")
+    parser.option("--run-dir", Dir, required=True, help="run folder, for example runs/d12")
     add_options(parser, *options)
     parser.add_keys(STAGE_CONFIGS[stage])
     keys = vars(parser.parse_args(words))
@@ -120,8 +120,8 @@ def speedrun(parser: Parser, words: list[str]) -> None:
 def read_pipeline(parser: Parser, words: list[str], runs: bool = True) -> tuple:
     """Returns: the recipe's folder, the stages to run, each stage's config, the arguments, also those of a run."""
     if runs:
-        parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
-        parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help="dollars per hour, for the report")
+        parser.option("--run-dir", Dir, help="where results go (default: runs/<recipe>)")
+        parser.option("--node-hourly-rate", Price, "--hourly-rate", help="dollars per hour, for the report")
         add_options(parser, "repo", "sync")
     parser.option("--recipe", Place, metavar="NAME", help="a name under recipes/ or the path of a recipe folder")
     names = Annotated[list[Place], AfterValidator(each_once)]
@@ -159,7 +159,7 @@ def plan(parser: Parser, words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
     parser.option("--gpus", Count, "--num-processes", help="how many (default: 1)")
     parser.option("--gpu", Word, help="their name, for example H100; default: this machine's, or H200 with --gpus")
-    parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
+    parser.option("--node-hourly-rate", Price, help="dollars per hour of a node of up to 8 (default: 3 per GPU)")
     _, stages, configs, arguments = read_pipeline(parser, words, runs=False)
     if arguments.gpus and arguments.gpu == "CPU":
         raise InputError("--gpus counts GPUs: leave it out with --gpu CPU")
