@@ -18,7 +18,6 @@ import copyreg
 import functools
 import importlib.util
 import io
-import itertools
 import json
 import operator
 import os
@@ -336,6 +335,13 @@ def combine(operation: str):
     return lambda self, other: (ENDPOINT.ask if isinstance(other, Remote) else refuse)(operation, self, other)
 
 
+def contents_of(container):
+    if id(container) not in ENDPOINT.contents:
+        classes = [x for name, x in ENDPOINT.names.items() if name[:1].isupper() and type(x) is Remote]
+        ENDPOINT.contents[id(container)] = ENDPOINT.ask("contents", container, classes)
+    return ENDPOINT.contents[id(container)]
+
+
 def reading(operation: str):
     """Asks a container, and compares the answer with all its contents: its methods must not contradict each other.
 
@@ -343,17 +349,8 @@ def reading(operation: str):
     """
 
     def read(self, *key):
-        result = ENDPOINT.ask(operation, self, *key)
-        if id(self) not in ENDPOINT.contents:
-            classes = [x for name, x in ENDPOINT.names.items() if name[:1].isupper() and type(x) is Remote]
-            ENDPOINT.contents[id(self)] = ENDPOINT.ask("contents", self, classes)
-        if (contents := ENDPOINT.contents[id(self)]) is None:
-            return result
-        if operation == "iter":
-            result = [*itertools.islice(result, len(contents) + 1)]
-        if not support.agrees(operation, contents, key, ENDPOINT.pack(result), ENDPOINT.pack):
-            refuse(f"a container with a {operation} of its own")
-        return iter(result) if operation == "iter" else result
+        result, contents = ENDPOINT.ask(operation, self, *key), contents_of(self)
+        return result if contents is None else support.checked(operation, contents, key, result, ENDPOINT.pack, refuse)
 
     return read
 
@@ -363,6 +360,8 @@ def attribute(self, name: str):
         raise AttributeError(name)  # numpy would read the memory at an address
     if name == "__signature__":  # inspect looks for it
         return ENDPOINT.ask("signature", self)
+    if name in ("items", "keys", "values", "get") and type(self) is Remote and isinstance(contents_of(self), dict):
+        return getattr(contents_of(self), name)
     return ENDPOINT.ask("getattr", self, name)
 
 

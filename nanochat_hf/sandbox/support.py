@@ -71,6 +71,9 @@ def names(tests: str) -> tuple[set[str], set[str], set[str]]:
             about += operands
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) in own:
             about += node.args
+        said = [getattr(node, "test", None), getattr(node, "operand", None), *getattr(node, "values", ())]
+        calls = [x for x in said if isinstance(x, ast.Call)]  # as in `assert is_prime(7) and not is_prime(8)`
+        about += [x for x in calls if len(names_in(x) - vars(builtins).keys()) == 1]
     subjects = set()
     for names in map(names_in, about):
         subjects |= names & free if len(names & free) == 1 else set() if names & free else names
@@ -113,9 +116,12 @@ def confirmed(name: str, value, is_from, refuse):
                 refuse(f"{name} of its own")
             raise
         theirs, ours = value(*arguments, **options), result
-        if isinstance(result, collections.abc.Iterator) and isinstance(theirs, collections.abc.Iterable):
-            first = [*itertools.islice(result, 10_000)]
-            result, ours, theirs = itertools.chain(first, result), first, [*itertools.islice(theirs, 10_000)]
+        if callable(ours) and module.__name__ == "functools":  # a decorator is about the function that it gets
+            return theirs
+        if isinstance(ours, collections.abc.Iterator) and isinstance(theirs, collections.abc.Iterable):
+            ours = [*itertools.islice(ours, 10_000)]
+            first = [*itertools.islice(theirs, 10_000)]
+            result, theirs = (itertools.chain(first, theirs) if hasattr(theirs, "__next__") else theirs), first
         if type(ours).__eq__ is object.__eq__ or ours != theirs:
             refuse(f"{name} of its own")
         return result
@@ -166,20 +172,24 @@ def contents(value, classes=()):
     for base in (list, set, frozenset, collections.deque, bytearray):
         if isinstance(value, base):
             return base(base.__iter__(value))
-    if hasattr(kind, "__len__") and hasattr(kind, "__iter__") and not hasattr(kind, "keys"):
-        return [*itertools.islice(value, 10_000_000)]
+    if hasattr(kind, "__len__") and hasattr(kind, "__iter__"):
+        return (tuple if hasattr(kind, "keys") else list)(itertools.islice(value, 10_000_000))  # tuple: of keys
     return None
 
 
-def agrees(operation: str, contents, key: tuple, packed, pack) -> bool:
-    """Whether a result, packed, is what the operation gives on the contents."""
-    if operation == "getitem" and isinstance(contents, list) and not isinstance(key[0], int | slice):
-        return True  # a list of what is no sequence
-    try:
-        expected = {"len": len, "bool": bool, "iter": list, "getitem": operator.getitem}[operation](contents, *key)
-    except (LookupError, TypeError):
-        return False
-    return pack(expected) == packed
+def checked(operation: str, contents, key: tuple, result, pack, refuse):
+    """The result of an operation on a container, if it is what the operation gives on its contents."""
+    if operation == "getitem":
+        is_list = isinstance(contents, list | collections.deque)
+        if not isinstance(contents, dict) and not (is_list and isinstance(key[0], int | slice)):
+            return result  # of what is no sequence
+    elif operation == "iter":
+        result = [*itertools.islice(result, len(contents) + 1)]
+    functions = {"len": len, "bool": bool, "iter": list, "getitem": operator.getitem}
+    with contextlib.suppress(LookupError, TypeError):
+        if pack(functions[operation](contents, *key)) == pack(result):
+            return iter(result) if operation == "iter" else result
+    return refuse(f"a container with a {operation} of its own")
 
 
 def describe(value) -> list:
