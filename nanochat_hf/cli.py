@@ -233,7 +233,7 @@ def report(parser: Parser, words: list[str]) -> None:
     parser.option("--collection", nargs="+", metavar="REPO=RUN", help="print a Hub collection's text instead")
     args = parser.parse_args(words)
     named = [word.partition("=") for word in args.collection or ()]
-    if not all(folder for _, _, folder in named):
+    if not all(repo and folder for repo, _, folder in named):
         raise InputError("--collection expects REPO=RUN, for example you/nanochat-d12=runs/d12")
     each_once([repo for repo, _, _ in named])
     if [bool(args.run_dir), bool(args.compare), bool(named)].count(True) != 1:

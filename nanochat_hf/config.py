@@ -34,6 +34,9 @@ BAD_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
+READ_ONLY = "http https data git github gist zip tar libarchive reference cached simplecache".split()  # noqa: SIM905
+
+
 def name_of_place(text: str) -> str:
     """A file, folder or Hub id, as text; raises ValueError for what no file system and no Hub can have."""
     if not text.strip():
@@ -68,10 +71,10 @@ def sync_url(text: str) -> str:
         repo_id(text.removeprefix("hf://"))
     elif not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", text):
         raise ValueError("no URL, as s3://bucket/folder, gs://bucket/folder, file:///folder or hf://owner/name")
-    elif re.match(r"file://(?!/+[^/])", text):
+    elif re.match(r"(file|local)://(?!/+[^/])", text):
         raise ValueError("a file URL names a whole path with a folder, as file:///mnt/runs")
-    elif (scheme := text.partition("://")[0]) in ("http", "https"):
-        raise ValueError("nothing can be written to a web page: take s3://, gs:// or hf://owner/name")
+    elif (scheme := text.partition("://")[0]) in READ_ONLY:
+        raise ValueError("nothing can be written to a web page or archive: take s3://, gs:// or hf://owner/name")
     elif scheme not in available_protocols():
         raise ValueError(f"no file system of fsspec is called {scheme}; take s3://, gs:// or hf://owner/name")
     return text

@@ -130,7 +130,16 @@ COMMANDS = [
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --sync bucket", "--sync: 'bucket'.*no URL"),
     ("run cpu-demo --run-dir {run} --sync hf://me/x/y", "no repo name"),
     ("run cpu-demo --run-dir {run} --sync file:///", "as file:///mnt/runs"),
-    ("run cpu-demo --run-dir {run} --sync https://example.com/runs", "nothing can be written to a web page"),
+    *(
+        (
+            f"run cpu-demo --run-dir {{run}} --sync {kind}://example.com/runs",
+            "nothing can be written to a web page or ar",
+        )
+        for kind in ("https", "github", "zip", "data", "simplecache")
+    ),
+    ("run cpu-demo --run-dir {run} --sync local://runs", "as file:///mnt/runs"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --dataset {{here}} --dry-run", "has no .parquet or .jsonl files"),
+    ("report --collection =runs/x", "--collection expects REPO=RUN"),
     (f"pretrain {CONFIG}base.yaml", "required: --run-dir"),
     ("run cpu-demo --run-dir /dev/null --dry-run", "--run-dir: '/dev/null': /dev/null is no folder"),
     (f"pretrain {CONFIG}base.yaml --run-dir /dev/null/x/y --dry-run", "/dev/null is no folder"),
