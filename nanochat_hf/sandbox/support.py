@@ -71,8 +71,8 @@ def names(tests: str) -> tuple[set[str], set[str], set[str]]:
             about += operands
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) in own:
             about += node.args
-        said = [getattr(node, "test", None), getattr(node, "operand", None), *getattr(node, "values", ())]
-        calls = [x for x in said if isinstance(x, ast.Call)]  # as in `assert is_prime(7) and not is_prime(8)`
+        operands = [getattr(node, "test", None), getattr(node, "operand", None), *getattr(node, "values", ())]
+        calls = [x for x in operands if isinstance(x, ast.Call)]  # as in `assert is_prime(7) and not is_prime(8)`
         about += [x for x in calls if len(names_in(x) - vars(builtins).keys()) == 1]
     subjects = set()
     for names in map(names_in, about):
