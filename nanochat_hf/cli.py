@@ -58,7 +58,8 @@ def matching(what: str, pattern: str):
 
 Branch = matching("name of a branch", r"(?!.*(\.\.|//|@\{|\.lock$|[/.]$))\w[\w./@+-]*")
 License = matching("license of the Hub, as apache-2.0", "[a-z0-9][a-z0-9.-]*")
-Language = matching("ISO code, as en or pt-BR", "[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
+LANGUAGE = r"[a-z]{2,3}(-[A-Za-z]{4})?(-([A-Za-z]{2}|\d{3}))?(-[A-Za-z\d]{5,8})*"  # -script, -region, -variant
+Language = matching("ISO code, as en or pt-BR", f"{LANGUAGE}|multilingual|code")
 
 
 def unique(kind):
@@ -234,7 +235,7 @@ def report(parser: Parser, words: list[str]) -> None:
     parser.option("--collection", nargs="+", metavar="REPO=RUN", help="print a Hub collection's text instead")
     args = parser.parse_args(words)
     named = [word.partition("=") for word in args.collection or ()]
-    if not all(folder for _, _, folder in named):
+    if not all(repo and folder for repo, _, folder in named):
         raise InputError("--collection expects REPO=RUN, for example you/nanochat-d12=runs/d12")
     each_once([repo for repo, _, _ in named])
     if [bool(args.run_dir), bool(args.compare), bool(named)].count(True) != 1:

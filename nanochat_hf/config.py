@@ -34,12 +34,23 @@ BAD_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
+READ_ONLY = "http https data git github gist zip tar libarchive reference cached simplecache".split()  # noqa: SIM905
+
+
 def name_of_place(text: str) -> str:
     """A file, folder or Hub id, as text; raises ValueError for what no file system and no Hub can have."""
     if not text.strip():
         raise ValueError("it is empty; leave the key out for its default")
     if not text.isprintable() or max(len(part.encode(errors="replace")) for part in text.split("/")) > 255:
         raise ValueError("a name has printable characters only, and at most 255 bytes")
+    return text
+
+
+def folder_to_write(text: str) -> str:
+    """A place, as text. Raises ValueError for one that is a file, or lies below one."""
+    path = next(path for path in (Path(text), *Path(text).parents) if os.path.lexists(path))
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder")
     return text
 
 
@@ -60,10 +71,10 @@ def sync_url(text: str) -> str:
         repo_id(text.removeprefix("hf://"))
     elif not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", text):
         raise ValueError("no URL, as s3://bucket/folder, gs://bucket/folder, file:///folder or hf://owner/name")
-    elif re.match(r"file://(?!/+[^/])", text):
+    elif re.match(r"(file|local)://(?!/+[^/])", text):
         raise ValueError("a file URL names a whole path with a folder, as file:///mnt/runs")
-    elif (scheme := text.partition("://")[0]) in ("http", "https"):
-        raise ValueError("nothing can be written to a web page: take s3://, gs:// or hf://owner/name")
+    elif (scheme := text.partition("://")[0]) in READ_ONLY:
+        raise ValueError("nothing can be written to a web page or archive: take s3://, gs:// or hf://owner/name")
     elif scheme not in available_protocols():
         raise ValueError(f"no file system of fsspec is called {scheme}; take s3://, gs:// or hf://owner/name")
     return text
@@ -79,12 +90,13 @@ def each_once(names: list[str]) -> list[str]:
 MOST = 10**15  # of any number of things
 Count = Annotated[int, Ge(1), Le(MOST)]
 Fraction = Annotated[float, Ge(0), Le(1)]
-NotNegative = Annotated[float, Ge(0), Le(MOST)]
+NotNegative = Price = Annotated[float, Ge(0), Le(MOST)]
 Place = Annotated[str, AfterValidator(name_of_place)]
+Dir = Annotated[Place, AfterValidator(folder_to_write)]
 RepoId = Annotated[str, AfterValidator(repo_id)]
 Word = Annotated[str, StringConstraints(pattern=r"^[\w.][\w.:/@+-]*$")]  # that means the same in YAML and a shell
-SyncUrl = Annotated[str, AfterValidator(sync_url)]
 Hours = Annotated[int, Ge(1), Le(8760)]
+SyncUrl = Annotated[str, AfterValidator(sync_url)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 TopK = Annotated[int, Ge(0), Le(2**24)]
 

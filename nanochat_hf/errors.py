@@ -40,7 +40,7 @@ def guarded(main: Callable) -> None:
         if error.errno != errno.ENOSPC:
             raise
         drop_output()
-        fail(f"no space left on the disk of {error.filename or 'the output'}")
+        fail(f"no space left on the disk of {error.filename2 or error.filename or 'the output'}")
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

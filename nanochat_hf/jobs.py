@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 import psutil
 from pydantic import AfterValidator
 
-from .config import Count, Hours, NotNegative, Parser, Place, RepoId, SyncUrl, Word, each_once, parse_config, read_yaml
+from .config import Count, Dir, Hours, Parser, Place, Price, RepoId, SyncUrl, Word, each_once, parse_config, read_yaml
 from .errors import InputError
 from .run import BOOLEANS, MODEL_STAGES, Run, nearest, or_shipped, project_folder
 from .stage_configs import RECIPES, STAGE_CONFIGS, EvalConfig, Stages, find_recipe, read_recipe, refuse_unused_keys
@@ -57,7 +57,7 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
     stage, _, options = STAGE_COMMANDS[command]
     parser.option("recipe", Place, nargs="?", help="a name under recipes/ or the path of a recipe folder")
     parser.option("--config", Place, help=f"YAML of this stage instead, for example recipes/d12/{stage}.yaml")
-    parser.option("--run-dir", Place, help="run folder (default: runs/<recipe>)")
+    parser.option("--run-dir", Dir, help="run folder (default: runs/<recipe>)")
     add_options(parser, *options)
     parser.add_keys(STAGE_CONFIGS[stage])
     parser.usage = f"{parser.prog} RECIPE [...] [--KEY VALUE ...]"
@@ -131,8 +131,8 @@ def speedrun(parser: Parser, words: list[str]) -> None:
 def read_pipeline(parser: Parser, words: list[str], runs: bool = True) -> tuple:
     """Returns: the recipe's folder, the stages to run, each stage's config, the arguments, also those of a run."""
     if runs:
-        parser.option("--run-dir", Place, help="where results go (default: runs/<recipe>)")
-        parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", help="dollars per hour, for the report")
+        parser.option("--run-dir", Dir, help="where results go (default: runs/<recipe>)")
+        parser.option("--node-hourly-rate", Price, "--hourly-rate", help="dollars per hour, for the report")
         add_options(parser, "repo", "sync")
     parser.option("--recipe", Place, metavar="NAME", help="a name under recipes/ or the path of a recipe folder")
     names = Annotated[list[Place], AfterValidator(each_once)]
@@ -170,7 +170,7 @@ def plan(parser: Parser, words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
     parser.option("--gpus", Count, "--num-processes", help="number of GPUs (default: 1)")
     parser.option("--gpu", Word, help="for example H100 (default: that of this machine; H200 with --gpus)")
-    parser.option("--node-hourly-rate", NotNegative, help="dollars per hour of a node (default: 3 per GPU)")
+    parser.option("--node-hourly-rate", Price, help="dollars per hour of a node (default: 3 per GPU)")
     _, stages, configs, arguments = read_pipeline(parser, words, runs=False)
     if arguments.gpus and arguments.gpu == "CPU":
         raise InputError("--gpus counts GPUs: leave it out with --gpu CPU")

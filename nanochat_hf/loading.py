@@ -5,18 +5,22 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated, NotRequired
 
 import torch
+from annotated_types import MinLen
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from .errors import InputError
+from .metrics import record
 from .model.configuration_nanochat import MAX_LAYERS, NanoChatConfig
-from .run import first_non_finite
+from .run import first_non_finite, load_json
 
 quiet_downloads = are_progress_bars_disabled()
 disable_progress_bar()  # of files on this disk, and of downloads, which stay
@@ -26,15 +30,40 @@ reports = logging.getLogger("transformers.modeling_utils")
 reports.addFilter(lambda record: "LOAD REPORT" not in str(record.msg))  # load_model says it in a line
 
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION = "temperature top_p top_k max_length max_new_tokens min_length num_beams repetition_penalty"
+GenerationFields = record(  # of generation_config.json
+    "GenerationFields",
+    GENERATION,
+    eos_token_id=NotRequired[int | Annotated[list[int], MinLen(1)] | None],
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), NotRequired[int | None]),
+    **dict.fromkeys(("do_sample", "use_cache"), NotRequired[bool | None]),
+)
+
+
 def read_config(source: str | Path) -> dict:
-    """Returns config.json, {} if there is none. Raises ValueError for layers that would fill the memory when built."""
-    config = {}
+    """Returns config.json, {} if there is none.
+
+    Raises ValueError for what transformers would take or replace silently: layers that fill the memory when built, a
+    damaged generation_config.json, token ids that a model of ours lacks, two values of rope_theta.
+    """
+    config, generation = {}, None
     with suppress(OSError):  # no config.json, as in an adapter's folder
         config, _ = PreTrainedConfig.get_config_dict(source)
+        path = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+        generation = load_json(path, "copy it again", GenerationFields) if path else None
     layers = config.get("text_config") or config
     for name in ("num_hidden_layers", "n_layer", "num_layers"):
         if isinstance(layers.get(name), int) and layers[name] > MAX_LAYERS:
             raise ValueError(f"{name} is {layers[name]}: at most {MAX_LAYERS}")
+    num_ids = config.get("vocab_size") if "nanochat" in str(config.get("model_type")) else None
+    for name in TOKEN_IDS if isinstance(num_ids, int) else ():
+        for ids in (config.get(name), (generation or {}).get(name)):
+            if any(isinstance(i, int) and not 0 <= i < num_ids for i in (ids if isinstance(ids, list) else [ids])):
+                raise ValueError(f"{name} is {ids}: the model has {num_ids} tokens")
+    theta, inner = config.get("rope_theta"), config.get("rope_parameters")
+    if theta is not None and isinstance(inner, dict) and inner.get("rope_theta", theta) != theta:
+        raise ValueError(f"rope_theta is {theta!r}, and in rope_parameters {inner['rope_theta']!r}: leave one out")
     return config
 
 
@@ -100,9 +129,6 @@ def load_model(
         model = model if device is None else model.to(device)
     except (RuntimeError, AssertionError) as error:  # out of memory, no such device
         raise InputError(f"{source} cannot be used on {device}: {str(error).splitlines()[0]}; try cpu") from None
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    if not all(isinstance(token, int | None) for token in (eos if isinstance(eos, list) else [eos])):
-        raise InputError(f"generation_config.json of {source} is damaged: eos_token_id is {eos!r}")
     if not is_quantized(model) and (name := first_non_finite(model.named_parameters())):
         raise InputError(f"the weights of {source} are not finite (NaN or infinity in {name}): take earlier ones")
     return model

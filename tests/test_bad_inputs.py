@@ -131,13 +131,27 @@ COMMANDS = [
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --sync bucket", "--sync: 'bucket'.*no URL"),
     ("run cpu-demo --run-dir {run} --sync hf://me/x/y", "no repo name"),
     ("run cpu-demo --run-dir {run} --sync file:///", "as file:///mnt/runs"),
-    ("run cpu-demo --run-dir {run} --sync https://example.com/runs", "nothing can be written to a web page"),
+    *(
+        (
+            f"run cpu-demo --run-dir {{run}} --sync {kind}://example.com/runs",
+            "nothing can be written to a web page or ar",
+        )
+        for kind in ("https", "github", "zip", "data", "simplecache")
+    ),
+    ("run cpu-demo --run-dir {run} --sync local://runs", "as file:///mnt/runs"),
     (f"pretrain {CONFIG}base.yaml", "name a recipe, as in nanochat pretrain d12, or --config YAML and --run-dir DIR"),
     (f"pretrain cpu-demo {CONFIG}base.yaml", "name a recipe, .* or --config YAML"),
     ("midtrain d12", "recipe d12 has no stage 'mid'; known: tokenizer, base, sft"),
     ("pretrain d25", "take d24, the nearest one"),
     ("pretrain d12 base.depth=3", "keys of one stage are flags: --depth=3$"),
     ("sft cpu-demo --run-dir {run}", "starts from a finished earlier stage"),
+    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --dataset {{here}} --dry-run", "has no .parquet or .jsonl files"),
+    ("report --collection =runs/x", "--collection expects REPO=RUN"),
+    ("run cpu-demo --run-dir /dev/null --dry-run", "--run-dir: '/dev/null': /dev/null is no folder"),
+    (f"pretrain {CONFIG}base.yaml --run-dir /dev/null/x/y --dry-run", "/dev/null is no folder"),
+    ("push --run-dir x --repo you/x --language xx-YY-zz-9", "no ISO code, as en or pt-BR"),
+    ("push --run-dir x --repo you/x --language en,e1", "no ISO code, as en or pt-BR"),
+    ("convert --source {here} --output {here}/a/b", "lies inside of .*: choose a folder beside it"),
     ("pretrain --config {here}/none.yaml --run-dir {run}", "cannot read .*none.yaml: No such file"),
     (f"pretrain --config {LONG} --run-dir {{run}}", "at most 255 bytes"),
     (f"pretrain {CONFIG}sft.yaml --run-dir {{run}}", "unknown key 'mixture'"),

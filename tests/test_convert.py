@@ -13,6 +13,7 @@ import sys
 import types
 from hashlib import sha256
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -120,10 +121,21 @@ def test_october_becomes_native_without_remote_code_or_padding_rows_and_returns(
 
 @pytest.mark.parametrize("config, words", [('{"model_type": "llama"}', "of a llama"), ('{"model_type', "damaged")])
 def test_a_folder_of_another_model_is_refused(config, words, tmp_path):
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ValueError, match=f"{tmp_path} holds no nanochat: its config.json is {words}"):
-        convert(tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=f"{source} holds no nanochat: its config.json is {words}"):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_full_disk_is_that_of_the_output(tmp_path, monkeypatch):
+    from_upstream(upstream_state(OCTOBER), {"model_config": OCTOBER}).save_pretrained(tmp_path / "source")
+    for full in (OSError(28, "No space left on device"), RuntimeError("basic_ios::clear: iostream error")):
+        monkeypatch.setattr(torch, "save", MagicMock(side_effect=full))
+        with pytest.raises(ValueError, match=f"cannot write {tmp_path}/out: .*; make room there"):
+            convert(tmp_path / "source", tmp_path / "out", "nanochat")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_what_a_format_cannot_express_is_named():

@@ -95,6 +95,9 @@ def test_only_empty_texts_end_a_stream_and_a_share_that_is_empty_in_some_epochs_
     for rank in range(3):
         with pytest.raises(InputError, match=r"train split of .*empty\.jsonl has no text"):
             epochs(DocumentStream(tmp_path / "empty.jsonl", rank=rank, world_size=3), 62)
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\nhello')  # no line begins in the last sixteenth
+    with pytest.raises(InputError, match=r"broken\.jsonl cannot be read \(the line at byte 14 is not JSON"):
+        epochs(DocumentStream(tmp_path / "broken.jsonl", "validation"), 22)
     layout(tmp_path / "one", "0.parquet", "1.parquet")
     write(tmp_path / "one" / "0.parquet", ["one"])
     shares = [epochs(DocumentStream(tmp_path / "one", rank=rank, world_size=8), 40) for rank in range(8)]

@@ -136,11 +136,11 @@ def test_hash_answers_are_compared_as_text():
     assert grade({"answer": "3"}, samples) == pytest.approx(expected)
 
 
-def test_answers_of_the_demo_are_graded_with_their_tool_use():
+def test_the_lm_eval_cli_reports_no_tool_use_of_the_demo_since_it_cannot_see_the_calls():
     grade, doc = function("utils.primer_results"), {"kind": "arithmetic", "answer": "4"}
     call = "<|python_start|>2+2<|python_end|><|output_start|>4<|output_end|>4"
-    assert grade(doc, [call]) == {"acc": 1, "tool_use": 1}
-    assert grade(doc, [["It is 4.", call]]) == {"acc": 1, "tool_use": 0, "pass@2": 1}
+    assert grade(doc, [call]) == {"acc": 1}
+    assert grade(doc, [["It is 4.", call]]) == {"acc": 1, "pass@2": 1}
 
 
 HUMANEVAL = {

@@ -14,7 +14,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "metrics": "",
     "run": "metrics",
     "config": "run",
-    "loading": "run model",
+    "loading": "metrics run model",
     "stage_configs": "config run data.transforms demo",
     "stages": "config stage_configs run distributed data demo eval hub optim serve train",
     "sync": "run data.hub_files distributed hub.push train.checkpoint",

@@ -59,8 +59,8 @@ def foreign_code(path):
     (path.parent / "config.json").write_text(json.dumps(config))
 
 
-def damaged_end(path):
-    (path.parent / "generation_config.json").write_text('{"eos_token_id": "x"}')
+def generation(text):
+    return lambda path: (path.parent / "generation_config.json").write_text(text)
 
 
 def endless_template(path):
@@ -75,7 +75,14 @@ BROKEN = {  # what happened to model.safetensors, and what the line says
     "fewer layers": (partial(set_fields, num_hidden_layers=1, layer_types=None), r"see model\.layers\.[0-9]\."),
     "not finite": (not_finite, r"not finite \(NaN or infinity in model\.layers\.0\.mlp\.fc1\.weight\)"),
     "foreign code": (foreign_code, "no model in .* that can be read"),
-    "damaged end": (damaged_end, "generation_config.json of .* is damaged: eos_token_id is 'x'"),
+    "generation: end": (generation('{"eos_token_id": "x"}'), "generation_config.json: eos_token_id is 'x'"),
+    "generation: no end": (generation('{"eos_token_id": []}'), "generation_config.json: eos_token_id is "),
+    "generation: no JSON": (generation("{"), "generation_config.json is not valid JSON"),
+    "generation: no object": (generation("[]"), "generation_config.json is not valid JSON"),
+    "generation: id": (generation('{"eos_token_id": [1, 9999]}'), "eos_token_id is .*: the model has "),
+    "generation: type": (generation('{"temperature": "hot"}'), "generation_config.json: temperature is 'hot'"),
+    "token id": (partial(set_fields, bos_token_id=10**9), "bos_token_id is 1000000000: the model has"),
+    "rope_theta": (partial(set_fields, rope_theta="x"), "rope_theta is 'x', and in rope_parameters .*: leave one out"),
 }
 
 
@@ -93,7 +100,8 @@ def test_what_is_wrong_with_a_model_is_the_same_line_for_all(tiny_folder, monkey
 
 
 @pytest.mark.parametrize(
-    ("file", "content"), [("config.json", "["), ("tokenizer.json", "{}"), ("model.safetensors", "")]
+    ("file", "content"),
+    [("config.json", "["), ("generation_config.json", "{"), ("tokenizer.json", "{}"), ("model.safetensors", "")],
 )
 def test_a_damaged_file_is_one_line_of_conversion_and_push(tiny_folder, tmp_path, file, content):
     (tiny_folder / file).write_text(content)

@@ -16,6 +16,7 @@ import torch
 import uvicorn
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
+from pydantic import ValidationError
 from servers import free_port
 from talker import QUESTIONS
 
@@ -24,7 +25,7 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.serve import limits
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.limits import LimitedProtocol
-from nanochat_hf.serve.server import Server
+from nanochat_hf.serve.server import ChatBody, Server, parse
 from nanochat_hf.serve.terminal_chat import Options, RemoteModel, messages_of, reach_offline
 from nanochat_hf.serve.worker import Worker
 
@@ -218,7 +219,8 @@ BAD_CHATS = [  # messages, other fields, the reason
     (user("?"), {"stream_options": {"include_usage": "x"}}, "stream_options.include_usage: Input should be a valid b"),
     *(([{"role": x, "content": None}], {}, f"role {x} needs content") for x in ("user", "system", "assistant")),
     (user("?"), {"stop": ["x"] * 17}, "stop: List should have at most 16"),
-    *((user("?"), {"x": [value] * 250_000}, "more than 100000 lists") for value in ([], 1)),
+    *((user("?"), {"x": [value] * 250_000}, "more than 40000 lists") for value in ([], 1)),
+    (user("?"), {f"k{number}": 1 for number in range(50_000)}, "more than 40000 lists, objects and keys"),
 ]
 BAD_PROMPTS = [
     ("word " * 300, {}, "context is 256"),
@@ -247,6 +249,21 @@ def test_a_wrong_body_gets_one_reason_in_the_words_of_its_protocol(server, route
     else:
         assert reply.status_code == (404 if "no route" in reason else 400)
         assert reason in error["message"] and len(error["message"]) < 1000
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"messages": [{"role": 3, "content": 5, "tool_steps": [{}]}] * 4000},
+        {"messages": [{"role": "user", "content": [1] * 1000}]},
+        {"messages": user("?"), "tools": [{}] * 100},
+        {"messages": user("?"), "stop": [1] * 1000},
+    ],
+)
+def test_the_first_wrong_part_ends_the_reading_of_a_body_since_errors_are_made_in_the_event_loop(part):
+    with pytest.raises(ValidationError) as error:
+        parse(ChatBody, json.dumps(part).encode())
+    assert error.value.error_count() < 10
 
 
 def test_bodies_too_large_broken_or_sent_elsewhere_are_refused(server):

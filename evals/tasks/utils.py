@@ -14,7 +14,7 @@ from string import ascii_uppercase
 import datasets
 from lm_eval.api.metrics import mean
 
-from nanochat_hf.data.grading import final_words, hash_answer, is_correct, pass_at_k, used_tool
+from nanochat_hf.data.grading import final_words, hash_answer, is_correct, pass_at_k
 from nanochat_hf.data.transforms import multiple_choice
 from nanochat_hf.eval.core import centered, damaged, find_file, numbered_lines, parse_row
 from nanochat_hf.sandbox import run_sandboxed
@@ -133,15 +133,14 @@ def humaneval_program(doc: dict, text: str) -> tuple[str, str]:
             imports.append(line.strip())
         elif line.strip() and not line.strip().startswith("#"):
             break
-    program = (block[1] if block else code).strip()
+    program = (block[1] if block else code).strip().removeprefix("\ufeff")  # a byte order mark
     head = "\n".join(imports)
     given = doc["prompt"].partition(f"def {doc['entry_point']}(")[0]  # such as `poly`, with which the tests judge
     return f"{head}\n\n{program}", f"{given}\n\n{doc['test']}\n\ncheck({doc['entry_point']})"
 
 
 def primer_results(doc: dict, results: list) -> dict[str, float]:
-    """The demo's questions: graded as RL rewards them, and the share of answers that called the tool."""
+    """The demo's questions, graded as RL rewards them."""
     graded = _graded(results[0], lambda text: is_correct(doc, text))
     del graded["centered"]  # it has no place in a mean of centered accuracies
-    first = results[0] if isinstance(results[0], str) else results[0][0]
-    return {**graded, "tool_use": float(used_tool(first))}
+    return graded

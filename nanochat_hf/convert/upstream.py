@@ -20,6 +20,7 @@ from .. import loading, tool_loop
 from ..data.tokenizer import with_todays_templates, wrap
 from ..model.configuration_nanochat import SWITCHES, UPSTREAM_FIELDS, NanoChatConfig, update_class_names
 from ..model.modeling_nanochat import NanoChatForCausalLM
+from ..run import writing
 from . import new_folder
 from .native import from_native, load_strictly, refuse_differences, renew, to_native
 from .tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, read_tiktoken, write_tiktoken
@@ -236,6 +237,8 @@ def convert(
     in_place = in_place and (source / "configuration_nanochat.py").exists()
     if step is not None and to != "nanochat" and not any(source.glob("model_*.pt")):
         raise ValueError(f"--step chooses among model_NNNNNN.pt files (karpathy/nanochat), and {source} has none")
+    if source.resolve() in output.resolve().parents:
+        raise ValueError(f"{output} lies inside of {source}: choose a folder beside it")
     with nullcontext(source) if in_place else new_folder(output) as folder:
         model, step = read_checkpoint(source, step)
         compared = None
@@ -246,9 +249,10 @@ def convert(
         if tokenizer is not None:
             tokenizer, compared = read_tokenizer(Path(tokenizer), texts)
             set_token_ids(model, tokenizer)
-        if to == "nanochat":
-            compared = write_upstream(folder, model, tokenizer, step, texts)
-        elif not in_place:
-            write_transformers(folder, model, tokenizer, to == "native", may_call_tools(source, model, tokenizer))
+        with writing(output):
+            if to == "nanochat":
+                compared = write_upstream(folder, model, tokenizer, step, texts)
+            elif not in_place:
+                write_transformers(folder, model, tokenizer, to == "native", may_call_tools(source, model, tokenizer))
     count = sum(p.numel() for p in model.parameters())
     return {"generation": model.config.generation, "parameters": count, "step": step, "tokenizer_ids": compared}

@@ -131,9 +131,11 @@ class DocumentStream:
         self.epoch, self._file, self._idle = self.epoch + 1, 0, 0 if has_text else self._idle + 1
         # A share of an epoch may well be empty (a slice in which no line begins), but not so often by chance.
         if self._idle > 20 * self.world_size:
-            raise InputError(
-                f"{self.source.split} split of dataset {self.source.dataset} has no text: it is empty or unreadable"
-            )
+            for file in files:
+                if isinstance(file, Jsonl):
+                    file.read((0, file.path.stat().st_size))  # of both splits: an error says more
+            reason = "its one file has too few texts for two splits" if self.source.single else "all texts are empty"
+            raise InputError(f"{self.source.split} split of dataset {self.source.dataset} has no text: {reason}")
 
     def _rest_of_unit(self, rows: list[str | None]) -> Iterator[str]:
         """The texts of the current unit that were not handed out yet."""

@@ -38,7 +38,7 @@ from ..demo import corpus as primer
 from ..errors import InputError
 from ..stage_configs import ChatMixture
 from . import identity
-from .documents import DocumentStream, files_below, is_hub_id, local_path, log, parts_of
+from .documents import DocumentStream, files_below, find_files, is_hub_id, local_path, log, parts_of
 from .splits import SUFFIXES, has_suffix, listed, row_files, split_of, tells, unread_files
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow, check, normalize
 
@@ -253,6 +253,8 @@ def refuse_missing(dataset: str, is_text: bool = False) -> None:
     path = local_path(dataset.replace("{split}", "train"))
     if not (hub or dataset.partition(":")[0] == "primer" or path.is_file() or path.is_dir()):
         raise InputError(f"no such dataset: {dataset} is no file, no folder and no Hub id")
+    if is_text and path.exists() and dataset != "primer":
+        find_files(dataset)  # which refuses a folder or a file of another kind
 
 
 def _files(entry: DatasetConfig, path: Path) -> list[Path]:

@@ -26,27 +26,14 @@ import sys
 import types
 
 support = types.ModuleType("support")  # support.py, whose source is an argument: a sandbox may not read the file
+exec(sys.argv[3], vars(support))
+ITEMS, REDUCED, TYPES = support.ITEMS, support.REDUCED, support.TYPES
 ENDED, UNCHECKED = 77, 78  # exit codes: of tests that ran to their last line, or that cannot be checked
 MAX_MESSAGE = 1 << 25  # bytes
-TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 DATA = (int, float, str, bytes, tuple)  # a solution's subclasses of these are data with an object behind it
 MUTABLE = (list, dict, set, collections.deque, bytearray)
+READING = "len bool iter getitem contents".split()  # noqa: SIM905  (operations)
 BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
-ITEMS = {  # types that travel by value -> how to make one of its items
-    "builtins.list": list,
-    "builtins.tuple": tuple,
-    "builtins.dict": dict,
-    "builtins.bytes": bytes,
-    "builtins.dict_keys": lambda items: dict.fromkeys(items).keys(),
-    "builtins.dict_values": lambda items: dict(enumerate(items)).values(),
-    "builtins.dict_items": lambda items: dict(items).items(),
-}
-REDUCED = {  # those that travel as what pickle would make them of
-    *(f"builtins.{name}" for name in ("set", "frozenset", "bytearray", "complex", "range", "slice")),
-    *(f"collections.{name}" for name in ("OrderedDict", "Counter", "defaultdict", "deque")),
-    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
-    *("decimal.Decimal", "fractions.Fraction", "pathlib.PosixPath"),
-}
 
 
 class Endpoint:
@@ -66,7 +53,7 @@ class Endpoint:
 
     def receive(self):
         """The next message, or None at the end."""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError), support.deep():
             return json.loads(self.reader.readline(MAX_MESSAGE) or b"null")
 
     def pack(self, value):
@@ -74,15 +61,17 @@ class Endpoint:
         kind = type(value)
         if value is None or kind in (bool, int, float, str):
             return value
+        if value is ... or value is NotImplemented:
+            return {"builtin": repr(value)}
         if id(value) in self.theirs:
             return {"yours": self.theirs[id(value)]}
         if (name := f"{kind.__module__}.{kind.__qualname__}") in ITEMS:
             items = value.items() if kind is dict else value
             return {name: [item if type(item) in (int, str) else self.pack(item) for item in items]}
         if name in REDUCED:
-            make, arguments, _, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
+            make, arguments, state, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
             arguments = arguments[make is copyreg.__newobj__ :]  # its first one is the type
-            return {name: [self.pack(part) for part in (arguments, list(items or ()), list(pairs or ()))]}
+            return {name: [self.pack(part) for part in (arguments, list(items or ()), list(pairs or ()), state)]}
         is_scalar = kind.__module__ == "numpy" and getattr(value, "shape", None) == ()
         if (name == "numpy.ndarray" or is_scalar) and value.dtype.names is None:  # others stay here
             return {"numpy.ndarray": [value.dtype.str, self.pack(value.shape), self.pack(value.ravel().tolist())]}
@@ -121,6 +110,8 @@ class Endpoint:
                 value.append(item)
             for key, item in parts[2]:
                 value[key] = item
+            if parts[3]:  # of inspect's
+                value.__setstate__(parts[3])
             return value
         number, *parts = parts
         if number not in self.proxies:
@@ -140,9 +131,10 @@ class Endpoint:
             if parts[2].partition(".")[0] in sys.stdlib_module_names:
                 importlib.import_module(parts[2])
             real = getattr(sys.modules.get(parts[2]), parts[0], None)
-            if isinstance(real, type) and issubclass(real, BaseException) and parts[0] != "SkipTest":
-                return real  # of a library: the same here; but one that skips tests would let them pass
-            bases = tuple(base for base in parts[1] if isinstance(base, type) and issubclass(base, BaseException))
+            ends_tests = parts[2].partition(".")[0] in ("unittest", "_pytest", "doctest")  # without a failure
+            if isinstance(real, type) and issubclass(real, BaseException) and not ends_tests:
+                return real  # of a library: the same here
+            bases = tuple(x for x in parts[1] if issubclass(type(x), type) and issubclass(x, BaseException))
             return TheirException(parts[0], bases, {"__str__": forward("str"), "__getattr__": attribute})
         kind, arguments, state, cause = parts
         error = kind.__new__(kind, *arguments)
@@ -169,47 +161,24 @@ class Endpoint:
     def answer(self, operation: str, arguments, options) -> None:
         values, before = (), None
         try:
-            arguments, options = self.unpack(arguments), self.unpack(options)
-            values = (*arguments, *options.values())
-            before = self.pack(values)
+            with support.deep():
+                arguments, options = self.unpack(arguments), self.unpack(options)
+                values = (*arguments, *options.values())
+                before = self.pack(values)
             result = self.operations[operation](*arguments, **options)
-            same = [n for n, value in enumerate(values) if value is result and isinstance(value, MUTABLE)]
-            reply = {"argument": same[0]} if same else {"value": self.pack(result)}
+            same = [n for n, value in enumerate(values) if value is result]
+            with support.deep():
+                reply = {"argument": same[0]} if same else {"value": self.pack(result)}
         except BaseException as error:
             reply = {"error": self.pack(error)}
-        if (after := self.pack(values)) != before:
-            reply["changed"] = after
-        flush()
-        self.send(reply)
-
-
-def flush() -> None:
-    with contextlib.suppress(Exception):  # a program may have closed or replaced it
-        sys.stdout.flush()
+        support.flush()
+        with support.deep():
+            if (after := self.pack(values)) != before:
+                reply["changed"] = after
+            self.send(reply)
 
 
 # ---- the side of the solution --------------------------------------------------------------------------------------
-
-
-def describe(value) -> list:
-    """How objects of this type are equal, their type and contents.
-
-    "data" (as the list or other container that it is), "identity", "fields", or "own" by a method of theirs.
-    """
-    kind = type(value)
-    for base in (list, collections.OrderedDict, dict, set, collections.deque):
-        if isinstance(value, base) and kind.__eq__ is base.__eq__:
-            return ["data", kind, base(base.items(value) if issubclass(base, dict) else base.__iter__(value))]
-    if kind.__eq__ is object.__eq__ or isinstance(value, type | types.FunctionType):
-        return ["identity", kind, None]
-    if hasattr(kind, "__dataclass_fields__") and kind.__eq__.__code__.co_filename == "<string>":  # not the program's
-        names = [field.name for field in sys.modules["dataclasses"].fields(kind) if field.compare]
-        return ["fields", kind, {name: getattr(value, name) for name in names}]
-    return ["own", kind, getattr(value, "__dict__", None) if kind.__module__ == "solution" else None]
-
-
-def module_name(value) -> str | None:
-    return value.__name__ if isinstance(value, types.ModuleType) else None
 
 
 def printing(operation: str, *arguments, **options) -> tuple:
@@ -218,19 +187,15 @@ def printing(operation: str, *arguments, **options) -> tuple:
         return OPERATIONS[operation](*arguments, **options), output.getvalue()
 
 
-def run(coroutine):
-    return importlib.import_module("asyncio").run(coroutine)
-
-
 OPERATIONS = {function.__name__: function for function in (
-    operator.call, describe, module_name, printing, run, random.seed, copy.copy, copy.deepcopy, getattr, setattr,
-    delattr, hasattr, len, str, repr, bool, hash, iter, next, type, isinstance, issubclass, operator.getitem,
-    operator.setitem, operator.delitem, *(getattr(operator, name) for name in BINARY),
+    operator.call, printing, random.seed, copy.copy, copy.deepcopy, getattr, setattr, delattr, hasattr, len, str,
+    repr, bool, hash, iter, next, type, isinstance, issubclass, operator.getitem, operator.setitem, operator.delitem,
+    *(getattr(operator, name) for name in BINARY), *(getattr(support, name) for name in support.OPERATIONS),
 )}  # fmt: skip
 
 
 class Solution(Endpoint):
-    operations, builtins = OPERATIONS, vars(builtins)
+    operations, builtins = OPERATIONS, TYPES | vars(builtins)
 
     def refer(self, value) -> dict:
         for base in DATA:
@@ -241,8 +206,8 @@ class Solution(Endpoint):
     def proxy(self, name: str, number: int, *parts):
         if name == "named":
             return collections.namedtuple(*parts[:2])(*parts[2])
-        if name == "iterator":
-            return self.items(number)
+        if name in ("iterator", "object"):
+            return self.items(number) if name == "iterator" else object()
         if name != "function":
             return super().proxy(name, number, *parts)
 
@@ -263,7 +228,7 @@ class Solution(Endpoint):
         sys.modules["solution"] = module  # so that its classes can be pickled
         self.number(module)
         exec(compile(code, "<program>", "exec"), module.__dict__)
-        flush()
+        support.flush()
         if os.getpid() != process:  # a fork of the program, which has ended
             return
         self.send("ready")
@@ -287,6 +252,7 @@ class Tests(Endpoint):
         self.python = sys.stdin, dict(vars(builtins))
         self.operations = {"call": self.call, "next": next}
         self.lent = {}  # lists and the like that the solution has, too: (id of object, name) -> value, as packed
+        self.contents = {}  # of containers of the solution, by id, until it is asked for what may change them
 
     def refer(self, value) -> dict:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -297,6 +263,8 @@ class Tests(Endpoint):
         name = getattr(value, "__name__", "")
         if getattr(builtins, name, None) is value:
             return {"builtin": name}
+        if type(value) is object:  # a sentinel, of which nothing can be asked
+            return {"object": [self.number(value)]}
         if callable(value) and not isinstance(value, type):
             return {"function": [self.number(value), name]}
         if isinstance(value, collections.abc.Iterable) and not isinstance(value, io.IOBase):
@@ -322,10 +290,17 @@ class Tests(Endpoint):
             refuse("a changed list or the like")
         if self.python != (sys.stdin, vars(builtins)):
             refuse("a replaced input or builtin")
-        if sys.stdout is sys.__stdout__:
-            result = super().ask(operation, *arguments, **options)
-        else:
-            result, output = super().ask("printing", operation, *arguments, **options)
+        if operation not in READING:
+            self.contents.clear()
+        shown = sys.stdout is sys.__stdout__
+        try:
+            result = super().ask(*(operation,) if shown else ("printing", operation), *arguments, **options)
+        except (StopIteration, StopAsyncIteration) as error:
+            if operation == "next" or type(error).__name__ in self.names.used:
+                raise
+            raise RuntimeError("the solution raised StopIteration") from error  # it would end loops of the tests
+        if not shown:
+            result, output = result
             sys.stdout.write(output)
         if operation in ("getattr", "getitem") and isinstance(result, MUTABLE):
             self.lent[id(arguments[0]), str(self.pack(arguments[1]))] = result, self.pack(result)
@@ -337,7 +312,8 @@ class Tests(Endpoint):
             return 1
         random.seed = lambda *arguments, seed=random.seed: (seed(*arguments), self.ask("seed", *arguments))
         try:
-            exec(compile(code, "<tests>", "exec"), Names(self, code))
+            self.names = Names(self, code)
+            exec(compile(code, "<tests>", "exec"), self.names)
         except BaseException:
             if not self.unchecked:
                 raise
@@ -359,13 +335,33 @@ def combine(operation: str):
     return lambda self, other: (ENDPOINT.ask if isinstance(other, Remote) else refuse)(operation, self, other)
 
 
-def refusal(operation: str):
-    return lambda *_: refuse(operation)
+def contents_of(container):
+    if id(container) not in ENDPOINT.contents:
+        classes = [x for name, x in ENDPOINT.names.items() if name[:1].isupper() and type(x) is Remote]
+        ENDPOINT.contents[id(container)] = ENDPOINT.ask("contents", container, classes)
+    return ENDPOINT.contents[id(container)]
+
+
+def reading(operation: str):
+    """Asks a container, and compares the answer with all its contents: its methods must not contradict each other.
+
+    Not for objects of a class that the tests name, with a capital as in `Stack()`: they are about that one.
+    """
+
+    def read(self, *key):
+        result, contents = ENDPOINT.ask(operation, self, *key), contents_of(self)
+        return result if contents is None else support.checked(operation, contents, key, result, ENDPOINT.pack, refuse)
+
+    return read
 
 
 def attribute(self, name: str):
     if name.startswith("__array"):
         raise AttributeError(name)  # numpy would read the memory at an address
+    if name == "__signature__":  # inspect looks for it
+        return ENDPOINT.ask("signature", self)
+    if name in ("items", "keys", "values", "get") and type(self) is Remote and isinstance(contents_of(self), dict):
+        return getattr(contents_of(self), name)
     return ENDPOINT.ask("getattr", self, name)
 
 
@@ -386,6 +382,7 @@ class Remote(metaclass=KindOfRemote):  # noqa: PLW1641  (its __hash__ is below)
     # An object of the solution, for the tests. It has no attributes of its own, not even a docstring.
     __slots__ = ("__weakref__",)
     __doc__ = property(lambda self: ENDPOINT.ask("getattr", self, "__doc__"))
+    __class__ = property(lambda self: ENDPOINT.ask("known_class", self))  # for isinstance
 
     def __eq__(self, other):
         if other is self:
@@ -423,13 +420,15 @@ class Remote(metaclass=KindOfRemote):  # noqa: PLW1641  (its __hash__ is below)
     __getattr__, __call__, __copy__, __hash__ = attribute, *map(forward, ("call", "copy", "hash"))
 
 
-for name in "setattr delattr len str repr bool iter next getitem setitem delitem".split():  # noqa: SIM905
+for name in "setattr delattr str repr next setitem delitem".split():  # noqa: SIM905
     setattr(Remote, f"__{name}__", forward(name))
+for name in READING[:4]:
+    setattr(Remote, f"__{name}__", reading(name))
 for name in BINARY:
     setattr(Remote, f"__{name.strip('_')}__", combine(name))
-    setattr(Remote, f"__r{name.strip('_')}__", refusal(name))
+    setattr(Remote, f"__r{name.strip('_')}__", staticmethod(functools.partial(refuse, name)))
 for name in "abs neg pos invert round int float index enter exit mro_entries".split():  # noqa: SIM905
-    setattr(Remote, f"__{name}__", refusal(name))
+    setattr(Remote, f"__{name}__", staticmethod(functools.partial(refuse, name)))
 
 
 @functools.cache
@@ -443,7 +442,7 @@ class KindOf(type):
     """Makes `type` of the tests, which gives the solution's classes for its objects."""
 
     def __call__(cls, *arguments):
-        ours = isinstance(arguments[0], type | BaseException) or id(arguments[0]) not in ENDPOINT.theirs
+        ours = issubclass(type(arguments[0]), type | BaseException) or id(arguments[0]) not in ENDPOINT.theirs
         return type(*arguments) if ours else ENDPOINT.ask("type", *arguments)
 
     def __instancecheck__(cls, value):
@@ -454,15 +453,17 @@ class Names(dict):
     """The namespace of the tests: names that they do not define are the solution's; Python's stay Python's.
 
     So do those of libraries. Another `math` or `np` would be asked about what the tests expect: they may only call it.
+    A name that they compare with what they spell out, as in `gcd(4, 6) == 2`, is the solution's: a subject.
     """
 
     def __init__(self, endpoint: Tests, tests: str):
         super().__init__(__name__="tests", __annotations__={}, type=KindOf("type", (), {}))
         self.module = endpoint.unpack({"object": [0]})
-        self.used, self.free = support.names(tests)
+        self.used, self.free, self.subjects = support.names(tests)
 
     def __missing__(self, name):
-        if hasattr(builtins, name) or not ENDPOINT.ask("hasattr", self.module, name):
+        is_ours = hasattr(builtins, name) and (self.free or name not in self.subjects)
+        if is_ours or not ENDPOINT.ask("hasattr", self.module, name):
             raise KeyError(name)
         value = ENDPOINT.ask("getattr", self.module, name)
         if isinstance(value, Remote) and name in self.used:
@@ -470,27 +471,27 @@ class Names(dict):
             if isinstance(value, Remote) and (name in ("np", "pd") or importlib.util.find_spec(name)):
                 refuse(name)
         is_module = isinstance(value, types.ModuleType)
-        if len(self.free) > 1 and not is_module:  # the only one is what the tests are about
-            value = support.confirmed(name, value, refuse)
+        if len(self.free) > 1 and name not in self.subjects and not is_module:  # the only one is a subject, too
+            value = support.confirmed(name, value, lambda *where: ENDPOINT.ask("is_from", value, *where), refuse)
         if callable(value) or is_module:
             self[name] = value
         return value
 
 
-def main(role: str, number: str, source: str) -> None:
+def main(role: str, number: str, _: str) -> None:
     global ENDPOINT
-    exec(source, vars(support))
     if role == "layers":
         return print("ready", flush=True)
-    code, result = sys.stdin.read(), 1
+    code, result = sys.stdin.read().removeprefix("\ufeff"), 1  # a byte order mark
     sys.set_int_max_str_digits(0)  # of what travels
+    sys.setrecursionlimit(support.DEEP if role == "tests" else sys.getrecursionlimit())
     sys.argv, sys.stdin = [""], open(os.devnull)  # noqa: SIM115
     try:
         ENDPOINT = (Solution if role == "solution" else Tests)(int(number))
         result = (ENDPOINT.serve if role == "solution" else ENDPOINT.check)(code) or 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    flush()
+    support.flush()
     os._exit(result)
 
 

@@ -1,18 +1,61 @@
-"""What program.py needs that asks no other process: names of the tests, what a library has by them, changed lists."""
+"""What program.py needs that asks no other process: names of the tests, what a library has by them, changed lists,
+and operations on objects of the solution (OPERATIONS).
+"""
 
 import ast
 import builtins
-import collections
+import collections.abc
 import contextlib
 import importlib.util
+import itertools
+import operator
 import symtable
+import sys
+import types
 
 # Modules whose functions and constants tests use to say what is right: `isclose(root(2), 1.414)`.
-LIBRARY = "math cmath collections copy decimal fractions statistics string".split()  # noqa: SIM905
+LIBRARY = "cmath collections copy decimal fractions functools itertools json math operator re".split()  # noqa: SIM905
+LIBRARY += ["statistics", "string"]
+DEEP = 20_000  # limit of recursion; values may be nested half as deep
+OPERATIONS = "contents describe is_from known_class module_name run signature".split()  # noqa: SIM905
+TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
+TYPES |= {kind.__name__: kind for kind in (types.FunctionType, types.MethodType, types.GeneratorType, type(None))}
+TYPES |= {"Ellipsis": ..., "NotImplemented": NotImplemented}  # those have one object each
+ITEMS = {  # types that travel by value -> how to make one of its items
+    "builtins.list": list,
+    "builtins.tuple": tuple,
+    "builtins.dict": dict,
+    "builtins.bytes": bytes,
+    "builtins.dict_keys": lambda items: dict.fromkeys(items).keys(),
+    "builtins.dict_values": lambda items: dict(enumerate(items)).values(),
+    "builtins.dict_items": lambda items: dict(items).items(),
+}
+REDUCED = {  # those that travel as what pickle would make them of
+    *(f"builtins.{name}" for name in ("set", "frozenset", "bytearray", "complex", "range", "slice")),
+    *(f"collections.{name}" for name in ("OrderedDict", "Counter", "defaultdict", "deque")),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    *("decimal.Decimal", "fractions.Fraction", "pathlib.PosixPath"),
+    *("inspect.Signature", "inspect.Parameter", "inspect._empty"),
+}
 
 
-def names(tests: str) -> tuple[set[str], set[str]]:
-    """The names with which tests do more than call them; those that tests use and do not define."""
+@contextlib.contextmanager
+def deep():
+    """Allows values that are nested deeper than calls may be. No code of a program runs meanwhile."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, DEEP))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def names(tests: str) -> tuple[set[str], set[str], set[str]]:
+    """Names with which tests do more than call them; those that they use and do not define; subjects.
+
+    Subjects are what tests are about: without another undefined name they are compared with what is spelled out, or
+    called as a statement; or they are given to the tests' own functions, as in `check(f)`.
+    """
     nodes, tables = [*ast.walk(ast.parse(tests))], [symtable.symtable(tests, "<tests>", "exec")]
     called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
     used = {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in called}
@@ -20,7 +63,25 @@ def names(tests: str) -> tuple[set[str], set[str]]:
         tables += table.get_children()
     own = {x.get_name() for x in tables[0].get_symbols() if x.is_assigned() or x.is_imported()}
     free = {x.get_name() for table in tables for x in table.get_symbols() if table is tables[0] or x.is_global()}
-    return used, free - own - vars(builtins).keys()
+    free -= own | vars(builtins).keys()
+    about = [node.value for node in nodes if isinstance(node, ast.Expr)]
+    for node in nodes:
+        operands = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        if any(names_in(operand) <= vars(builtins).keys() for operand in operands):
+            about += operands
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) in own:
+            about += node.args
+        operands = [getattr(node, "test", None), getattr(node, "operand", None), *getattr(node, "values", ())]
+        calls = [x for x in operands if isinstance(x, ast.Call)]  # as in `assert is_prime(7) and not is_prime(8)`
+        about += [x for x in calls if len(names_in(x) - vars(builtins).keys()) == 1]
+    subjects = set()
+    for names in map(names_in, about):
+        subjects |= names & free if len(names & free) == 1 else set() if names & free else names
+    return used, free, subjects
+
+
+def names_in(node) -> set[str]:
+    return {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
 
 
 def library_module(name: str, claimed: str | None):
@@ -33,11 +94,18 @@ def library_module(name: str, claimed: str | None):
         return importlib.import_module(claimed)
 
 
-def confirmed(name: str, value, refuse):
-    """`value`, the solution's; where a module of LIBRARY has such a name that one's, with which it must agree."""
+def confirmed(name: str, value, is_from, refuse):
+    """`value`, the solution's; where a module of LIBRARY has such a name that one's, with which it must agree.
+
+    A function that the solution has from there (`is_from` says so) need not: that one's is called instead.
+    """
     modules = map(importlib.import_module, LIBRARY)
     module = next((module for module in modules if name in getattr(module, "__all__", vars(module))), None)
     library = getattr(module, name, value)
+    if library is value or callable(library) != callable(value):
+        return value
+    if not callable(library) or is_from(module.__name__, name):
+        return library if callable(library) or library == value else refuse(f"{name} of its own")
 
     def call(*arguments, **options):
         try:
@@ -47,12 +115,18 @@ def confirmed(name: str, value, refuse):
                 value(*arguments, **options)
                 refuse(f"{name} of its own")
             raise
-        comparable = type(result) is not type(value) and type(result).__eq__ is not object.__eq__
-        return refuse(f"{name} of its own") if comparable and result != value(*arguments, **options) else result
+        theirs, ours = value(*arguments, **options), result
+        if callable(ours) and module.__name__ == "functools":  # a decorator is about the function that it gets
+            return theirs
+        if isinstance(ours, collections.abc.Iterator) and isinstance(theirs, collections.abc.Iterable):
+            ours = [*itertools.islice(ours, 10_000)]
+            first = [*itertools.islice(theirs, 10_000)]
+            result, theirs = (itertools.chain(first, theirs) if hasattr(theirs, "__next__") else theirs), first
+        if type(ours).__eq__ is object.__eq__ or ours != theirs:
+            refuse(f"{name} of its own")
+        return result
 
-    if library is not value and callable(library) and callable(value):
-        return call
-    return library if library == value else refuse(f"{name} of its own")
+    return call
 
 
 def renewed(before, after):
@@ -77,3 +151,81 @@ def renewed(before, after):
     else:
         return after
     return before
+
+
+def flush() -> None:
+    with contextlib.suppress(Exception):  # a program may have closed or replaced it
+        sys.stdout.flush()
+
+
+# ---- operations on objects of the solution -------------------------------------------------------------------------
+
+
+def contents(value, classes=()):
+    """What is in a container, as plain data, whatever its methods say; None of what is none or of `classes`."""
+    kind = type(value)
+    if isinstance(value, tuple(kind for kind in classes if isinstance(kind, type))):
+        return None
+    if isinstance(value, dict):
+        bases = collections.OrderedDict, collections.Counter, dict
+        return next(base for base in bases if isinstance(value, base))(dict(dict.items(value)))
+    for base in (list, set, frozenset, collections.deque, bytearray):
+        if isinstance(value, base):
+            return base(base.__iter__(value))
+    if hasattr(kind, "__len__") and hasattr(kind, "__iter__"):
+        return (tuple if hasattr(kind, "keys") else list)(itertools.islice(value, 10_000_000))  # tuple: of keys
+    return None
+
+
+def checked(operation: str, contents, key: tuple, result, pack, refuse):
+    """The result of an operation on a container, if it is what the operation gives on its contents."""
+    if operation == "getitem":
+        is_list = isinstance(contents, list | collections.deque)
+        if not isinstance(contents, dict) and not (is_list and isinstance(key[0], int | slice)):
+            return result  # of what is no sequence
+    elif operation == "iter":
+        result = [*itertools.islice(result, len(contents) + 1)]
+    functions = {"len": len, "bool": bool, "iter": list, "getitem": operator.getitem}
+    with contextlib.suppress(LookupError, TypeError):
+        if pack(functions[operation](contents, *key)) == pack(result):
+            return iter(result) if operation == "iter" else result
+    return refuse(f"a container with a {operation} of its own")
+
+
+def describe(value) -> list:
+    """How objects of this type are equal, their type and contents.
+
+    "data" (as the list or other container that it is), "identity", "fields", or "own" by a method of theirs.
+    """
+    kind = type(value)
+    for base in (list, collections.OrderedDict, dict, set, frozenset, collections.deque, bytearray):
+        if isinstance(value, base) and kind.__eq__ is base.__eq__:
+            return ["data", kind, contents(value)]
+    if kind.__eq__ is object.__eq__ or isinstance(value, type | types.FunctionType):
+        return ["identity", kind, None]
+    if hasattr(kind, "__dataclass_fields__") and kind.__eq__.__code__.co_filename == "<string>":  # not the program's
+        names = [field.name for field in sys.modules["dataclasses"].fields(kind) if field.compare]
+        return ["fields", kind, {name: getattr(value, name) for name in names}]
+    attributes = getattr(value, "__dict__", None) if kind.__module__ == "solution" else None
+    return ["own", kind, attributes or None]  # without any, all would be equal
+
+
+def is_from(value, module: str, name: str) -> bool:
+    return getattr(importlib.import_module(module), name) is value
+
+
+def known_class(value) -> type:
+    """The first class of an object that both sides have, else its own."""
+    return next((kind for kind in type(value).__mro__[:-1] if TYPES.get(kind.__name__) is kind), type(value))
+
+
+def module_name(value) -> str | None:
+    return value.__name__ if isinstance(value, types.ModuleType) else None
+
+
+def run(coroutine):
+    return importlib.import_module("asyncio").run(coroutine)
+
+
+def signature(value):
+    return importlib.import_module("inspect").signature(value)

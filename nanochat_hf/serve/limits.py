@@ -1,6 +1,7 @@
 """What one client may cost the server: bytes of a body, seconds to send it, connections, lines of the log."""
 
 import logging
+import sys
 import time
 
 import h11
@@ -81,6 +82,7 @@ class OncePerMinute(logging.Filter):
 def run(app, host: str, port: int) -> None:
     """Serve until a signal comes; streams that run then get five seconds to end."""
     once = OncePerMinute()
+    sys.setswitchinterval(0.001)  # seconds that the event loop may wait for a thread that reads a request
     options = {"timeout_graceful_shutdown": 5, "timeout_keep_alive": KEEP_ALIVE, "backlog": 128, "ws": "none"}
     config = uvicorn.Config(app, host, port, http=LimitedProtocol, log_level="warning", **options)
     for name in ("uvicorn.error", "asyncio"):

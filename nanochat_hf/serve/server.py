@@ -43,7 +43,7 @@ from .limits import MAX_BODY, TooLargeError
 from .worker import Completion, QueueFullError, Worker, WorkerDiedError
 
 PAGE = Path(__file__).with_name("ui.html")
-MAX_PARTS = 100_000  # of a body; making Python's objects of more would take a tenth of a second
+MAX_PARTS = 40_000  # of a body; Python's objects of more are made, and freed, too long without a break
 SURROGATES = re.compile(rb"\\u[dD](?:[89abAB]..\\u[dD][c-fC-F]..|[89a-fA-F][0-9a-fA-F]{2})")  # a pair, or one alone
 RETRY_AFTER = "2"  # seconds, for clients of a full queue
 
@@ -83,7 +83,7 @@ class Sampling(BaseModel, extra="allow", strict=True):
     max_completion_tokens: Limit | None = None
     max_new_tokens: Limit | None = None
     stop: Annotated[
-        Annotated[list[StopString], Field(max_length=16)] | None,
+        Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None,
         BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
     ] = Field(None, validation_alias=AliasChoices("stop", "stop_sequences"))
 
@@ -113,9 +113,10 @@ class ToolStep(BaseModel):
 
 class Message(BaseModel):
     role: Annotated[str, BeforeValidator(lambda role: "system" if role == "developer" else role)]  # its newer name
-    content: str | Annotated[list[dict], Field(max_length=1024)] | None = None
-    tool_steps: Annotated[list[ToolStep], Field(max_length=1024)] | None = None  # of a completion that is sent back
-    tool_calls: Annotated[list[dict], Field(max_length=128)] | None = None
+    content: str | Annotated[list[dict], Field(max_length=1024, fail_fast=True)] | None = None
+    # Of a completion that is sent back.
+    tool_steps: Annotated[list[ToolStep], Field(max_length=1024, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[dict], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     function_call: dict | None = None
 
@@ -140,8 +141,8 @@ class Tool(BaseModel):
 
 
 class ChatBody(OpenAIBody):
-    messages: list[Message] = Field(min_length=1, max_length=4096)
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    messages: list[Message] = Field(min_length=1, max_length=4096, fail_fast=True)
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none"] | None = None  # the model cannot be made to call
 
 
@@ -150,7 +151,7 @@ class CompletionBody(OpenAIBody):
 
     prompt: Annotated[
         list[Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1, fail_fast=True)]],
-        Field(max_length=64),
+        Field(max_length=64, fail_fast=True),
         BeforeValidator(lambda x: x if isinstance(x, list) and isinstance([*x[:1], 0][0], str | list) else [x]),
     ]
 
@@ -171,8 +172,8 @@ class TGIBody(BaseModel, strict=True):
 
 def parse(model: type[BaseModel], body: bytes) -> Any:
     """A body as one of the models; half of a surrogate pair becomes "?", as in text. Raises ValidationError."""
-    if body.count(b"{") + body.count(b"[") + body.count(b",") // 2 > MAX_PARTS:
-        raise InputError(f"the body has more than {MAX_PARTS} lists, objects and pairs of values")
+    if sum(map(body.count, (b"{", b"[", b'":', b'" :'))) + body.count(b",") // 5 > MAX_PARTS:
+        raise InputError(f"the body has more than {MAX_PARTS} lists, objects and keys")
     body = body.replace(rb"\\", rb"\u005c")  # now each backslash begins an escape
     body = SURROGATES.sub(lambda match: match[0] if len(match[0]) == 12 else b"?", body)
     return model.model_validate_json(body)
