@@ -18,7 +18,6 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from rich.console import Console
 from rich.markdown import Markdown
 
-from nanochat_hf import cli
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve.chunks import StreamChunk
 from nanochat_hf.serve.engine import Engine
@@ -264,19 +263,6 @@ def test_a_result_without_a_call_is_only_text_and_other_servers_get_no_calls():
     assert call["tool_calls"] and last == {"role": "assistant", "content": "So 7!"}
     pieces = [StreamChunk("Let me see. "), StreamChunk("1+1", "call"), StreamChunk("2", "result"), StreamChunk("Two.")]
     assert without_tools(messages_of(pieces)) == [{"role": "assistant", "content": "Let me see. Two."}]
-
-
-def test_the_flags_of_the_command_reach_the_model(monkeypatch, capsys):
-    seen, answer = [], Script([StreamChunk("b")]).answer
-    model = SimpleNamespace(answer=lambda *words: seen.append(words) or answer(*words))
-    monkeypatch.setattr("nanochat_hf.serve.terminal_chat.open_model", lambda *words: seen.append(words) or model)
-    monkeypatch.setattr("sys.stdin", None)
-    flags = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "max_new_tokens": 7, "seed": 5}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    cli.dispatch("chat", ["--model", "m", "--device", "cpu", "--system", "Be kind.", "--prompt", "a", *words])
-    opened, (messages, options) = seen
-    assert opened == ("m", None, "cpu") and [m["content"] for m in messages] == ["Be kind.", "a"]
-    assert vars(options) == flags and capsys.readouterr().out == "b\n"
 
 
 class Replies:

@@ -224,6 +224,9 @@ def test_a_command_line_leads_to_these_calls(record, line):
         if name in ("run_stage", "run_stages"):
             (run,) = (one for one in arguments if isinstance(one, Run))
             assert str(run.path) in (record.run, "runs/cpu-demo")
+            config = arguments[2]["base"] if name == "run_stages" else arguments[1]
+            for key, value in re.findall(r"(?:--|base\.)(vocab.size|push.every|chatcore.every)[ =](\d+)", line):
+                assert getattr(config, key.replace("-", "_")) == int(value)
         elif name == "convert":
             assert sum(1 for _ in arguments[-1]) == 5000  # texts to compare the tokenizers on
 

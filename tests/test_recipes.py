@@ -19,7 +19,7 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import load_tasks
 from nanochat_hf.optim.scaling import MEASURED, Plan, plan
 from nanochat_hf.run import Run, save_json, save_jsonl, start_record, write_metrics
-from nanochat_hf.stage_configs import find_recipe, read_recipe
+from nanochat_hf.stage_configs import read_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/base.yaml"))
@@ -71,25 +71,6 @@ def test_overrides_reach_their_stage_and_another_depth_is_planned_from_the_other
     for stage in ("rl", "dpo"):
         assert stage in read("d12", None, [f"{stage}.enabled=true"])[0] and stage not in read("d12")[0]
     assert read("d12", ["dpo", "rl", "eval"])[0] == ["rl", "dpo", "eval"]
-
-
-def test_the_command_line_reaches_the_pipeline(monkeypatch, tmp_path, capsys):
-    calls = []
-    monkeypatch.setattr(stages, "run_stages", lambda *arguments: calls.append(arguments))
-    words = ["base.push_every=5", "--repo", "me/x", "--hourly-rate", "24", "--stages", "base", "base.depth=3"]
-    cli.dispatch("speedrun", ["--recipe", "cpu-demo", "--run-dir", str(tmp_path), *words])
-    [(run, names, configs, repo, rate)] = calls
-    assert (run.path, names, configs["base"].depth, repo, rate) == (tmp_path, ["base"], 3, "me/x", 24.0)
-    monkeypatch.setattr(jobs, "launch", lambda command: calls.append({*command}))
-    cli.dispatch("run", ["cpu-demo", "--run-dir", "x", "--sync", "memory://y", *words])
-    passed_on = {"--run-dir=x", "--sync=memory://y", "--repo=me/x", "--node-hourly-rate=24.0", "--stages=base"}
-    assert passed_on | {"base.depth=3", "base.push_every=5"} <= calls[1]
-    monkeypatch.setattr(stages, "run_stage", lambda *arguments, **options: calls.append((arguments, options)))
-    config = str(find_recipe("cpu-demo") / "mid.yaml")
-    cli.dispatch("sft", ["--config", config, "--run-dir", str(tmp_path), "--stage", "mid", "--seed", "7"])
-    (stage, config, _), options = calls[2]
-    assert (stage, config.seed, options) == ("mid", 7, {})
-    assert "sft: loading PyTorch ..." in capsys.readouterr().err  # which takes seconds
 
 
 def test_a_recipe_for_gpus_is_refused_before_its_tokenizer_is_trained(monkeypatch, tmp_path):

@@ -6,7 +6,6 @@ import re
 import socket
 import threading
 import time
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import httpx
@@ -16,12 +15,9 @@ import torch
 import uvicorn
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
-from servers import free_port
 from talker import QUESTIONS
 
-from nanochat_hf import cli
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve import limits
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.limits import LimitedProtocol
 from nanochat_hf.serve.server import Server
@@ -443,18 +439,3 @@ def test_a_broken_model_is_a_503_and_an_event_of_the_stream(talker, server, tmp_
     small.start()
     with pytest.raises(InputError, match="memory of cpu is full: lower --max-batch-size"):
         Server([small], "x")
-
-
-@pytest.mark.parametrize(
-    "names", ["--max-batch-size --max-queue-size --request-timeout", "--rows --max-waiting --max-seconds"]
-)
-def test_each_flag_of_the_command_reaches_its_setting(monkeypatch, names):
-    calls, port = [], free_port()
-    monkeypatch.setattr("nanochat_hf.serve.worker.open_workers", lambda *values: calls.append(values) or ["worker"])
-    monkeypatch.setattr(
-        "nanochat_hf.serve.server.Server", lambda *values: calls.append(values) or SimpleNamespace(app="app")
-    )
-    monkeypatch.setattr(limits, "run", lambda *values: calls.append(values))
-    flags = f"--model x --port {port} --device cpu --max-new-tokens 7 --temperature 0.5 --top-k 11".split()
-    cli.dispatch("serve", [*flags, *(word for pair in zip(names.split(), "359") for word in pair)])
-    assert calls == [("x", 3, 5, "cpu"), (["worker"], "x", 0.5, 11, 7, 9.0), ("app", "127.0.0.1", port)]
