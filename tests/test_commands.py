@@ -104,8 +104,10 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
     "identity --identity {me} --output o --endpoint http://h --model n --seed 4": [
         ("RemoteModel", ("http://h", "n"), {}),
         ("generate_with_model", (ANY, ANY, 1000, 4), {}),
+        ("answer", ([{"role": "user"}], Options(temperature=1.0, max_new_tokens=1024)), {}),
     ],
     "compare {run} b": [("compare", ("{run}", "b"), {})],
+    "bench": script("bench"),
     "bench --seconds 2": script("bench", "--seconds", "2"),
     "bench cpu": script("bench"),
     "bench gpu": script("bench_gpu"),
@@ -145,7 +147,7 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
     "run cpu-demo --gpus 1 --node-hourly-rate 2": launched(
         ["--num_processes", "1"], "--recipe=cpu-demo --node-hourly-rate=2.0"
     ),
-    "plan cpu-demo": shown(ALL, 1, "CPU", None, rate=None),
+    "plan --recipe cpu-demo": shown(ALL, 1, "CPU", None, rate=None),
     "plan cpu-demo --stages base --gpus 8 --node-hourly-rate 9": shown(["base"], 8, "H200", None, rate=9.0),
     "plan cpu-demo --num-processes 2 --gpu L4": shown(ALL, 2, "H200", "L4", rate=None),
     "run cpu-demo --dry-run --hourly-rate 3": shown(ALL, 1, "CPU", None, None, 3.0),
@@ -179,6 +181,8 @@ def record(monkeypatch, tmp_path):
     counts = SimpleNamespace(most_common=list)
     results = {"convert": INFO | {"tokenizer_ids": 300}, "conversations": [], "generate_with_model": ([], counts)}
     results["create_server"] = SimpleNamespace(close=lambda: None)
+    answer = lambda *words: calls.append(("answer", words, {})) or ["a", "b"]  # noqa: E731
+    results["RemoteModel"] = SimpleNamespace(answer=answer)
     results["Server"], results["syncing"] = SimpleNamespace(app="app"), nullcontext()
     results["Chat"] = SimpleNamespace(
         ask=lambda *words: calls.append(("ask", words, {})), run=lambda: calls.append(("run", (), {}))
@@ -219,16 +223,18 @@ def filled(value, run: str):
 @pytest.mark.parametrize("line", CALLS)
 def test_a_command_line_leads_to_these_calls(record, line):
     calls = record(line)
-    assert calls == filled(CALLS[line], record.run)
-    for name, arguments, _ in calls:
+    for name, arguments, _ in list(calls):
         if name in ("run_stage", "run_stages"):
             (run,) = (one for one in arguments if isinstance(one, Run))
             assert str(run.path) in (record.run, "runs/cpu-demo")
             config = arguments[2]["base"] if name == "run_stages" else arguments[1]
             for key, value in re.findall(r"(?:--|base\.)(vocab.size|push.every|chatcore.every)[ =](\d+)", line):
                 assert getattr(config, key.replace("-", "_")) == int(value)
+        elif name == "generate_with_model":
+            assert arguments[1]([{"role": "user"}]) == "ab"
         elif name == "convert":
             assert sum(1 for _ in arguments[-1]) == 5000  # texts to compare the tokenizers on
+    assert calls == filled(CALLS[line], record.run)
 
 
 def test_every_flag_is_in_the_table():
@@ -288,6 +294,8 @@ def test_help_version_and_completion_are_what_the_program_has(capsys, monkeypatc
     monkeypatch.setenv("COMP_LINE", "nanochat exp")
     assert output("completion", "words") == "export\n"
     assert cli.completions(["run", "--recipe", "d2"]) == ["d20", "d20-ko", "d24", "d26"]
+    for command in ("demo", "run", "plan", "speedrun", "chat"):
+        assert cli.completions([command, "dpo.be"]) == ["dpo.beta="] * (command != "chat")
 
 
 DEVICES = [  # of show_plan: arguments, environment, GPU of this machine -> the plan's devices, and whether it is shown
@@ -316,6 +324,16 @@ def test_a_plan_is_for_these_devices(monkeypatch, capsys, options, environment, 
     assert capsys.readouterr().out == (f"['base'] {devices}\n" if is_shown else "")
     with pytest.raises(InputError, match="recipe has no tokenizer"):
         jobs.show_plan(["base"], {})
+    monkeypatch.setattr(
+        "nanochat_hf.eval.tasks.known_tasks", lambda config: capsys.readouterr() and print("looked up")
+    )
+    for stages, task, looked_up in (
+        (["eval"], "arc_easy", True),
+        (["eval"], "nanochat_x", False),
+        ([], "arc_easy", False),
+    ):
+        jobs.show_plan(stages, {"tokenizer": None, "eval": SimpleNamespace(tasks=[task])}, **options)
+        assert ("looked up" in capsys.readouterr().out) == looked_up
 
 
 ONE, NINE = {"num_processes": 1}, {"num_processes": 9}

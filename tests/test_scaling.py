@@ -93,7 +93,8 @@ def test_a_chat_stage_has_the_defaults_or_its_own_rates_times_one_factor():
 # device, how many, FP8, sharded, keys of the recipe -> MFU x efficiencies that multiply its peak, or measured tokens/s
 SPEEDS = [
     ("H100", 8, False, False, {}, 0.589), ("H100", 9, False, False, {}, 0.589 * 0.9),
-    ("H100", 8, True, False, {}, 0.722),    ("H100", 8, False, True, {}, 0.589 * 0.97), ("H200", 16, True, True, {}, 0.722 * 0.9 * 0.92),
+    ("H100", 8, True, False, {}, 0.722), ("H100", 8, False, True, {}, 0.589 * 0.97),
+    ("H200", 16, True, True, {}, 0.722 * 0.9 * 0.92),
     ("H200", 1, False, False, {}, 121_948), ("H200", 2, True, False, {}, 299_263),
     ("H200", 1, False, True, {}, 0.589 * 0.97), ("H200", 1, False, False, {"generation": 1}, 0.589),
     ("H200", 1, False, False, {"aspect_ratio": 128}, 0.589), ("H200", 1, False, False, {"window_pattern": "L"}, 0.589),

@@ -118,6 +118,9 @@ GIVEN = [  # stage, config, options of `run_stage` -> the last call
     ("base", BASE, {"tokenizer": "t", "model": "m", "repo": "me/x", "tasks": BUNDLE},
      ("pretrain", (BASE, "t", "{run}/base", "m"), {"core": "core_metric", "push": "checkpoint_pusher"})),
     ("base", PretrainConfig(), {"tasks": BUNDLE}, ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
+    ("base", PretrainConfig(core_metric_every=0), {"tasks": BUNDLE},
+     ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
+    ("sft", ChatConfig(chatcore_every=0), {"tasks": BUNDLE}, ("train_chat", (ANY, ANY, "{run}/sft", None), {})),
     ("base", BASE, {"tasks": EvalConfig()}, ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
     ("mid", CHAT, {}, ("train_chat", (CHAT, "{run}/base", "{run}/mid", None), {})),
     ("sft", CHAT, {"tasks": BUNDLE, "model": "m"}, ("train_chat", (CHAT, "m", "{run}/sft", "chatcore_metric"), {})),
@@ -262,6 +265,17 @@ def test_the_newest_chat_model_answers_three_questions_and_a_base_model_none(mon
         out = capsys.readouterr().out
         assert out.startswith(f"\nThree questions to {folder}:\n\n> {texts[0]}\n\n> {texts[1]}\n\n> {texts[2]}\n")
         assert re.search(rf"nanochat chat --run-dir {tmp_path}\n  \S*nanochat serve --run-dir {tmp_path}\n$", out)
+
+
+def test_the_fast_engine_is_for_our_models_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(stages, "Engine", lambda *words: ("engine", *words))
+    monkeypatch.setattr(stages, "Generator", lambda *words: ("generator", *words))
+    for device, kind, name in (
+        ("cuda", "nanochat", "engine"), ("cuda", "nanochat_hf", "engine"), ("cuda", "gpt2", "generator"),
+        ("cpu", "nanochat_hf", "generator"),
+    ):  # fmt: skip
+        model = SimpleNamespace(device=SimpleNamespace(type=device), config=SimpleNamespace(model_type=kind))
+        assert stages.engine(model, "t") == (name, model, "t")
 
 
 def test_stages_to_evaluate_that_a_run_does_not_have_are_no_change_of_the_recipe(tmp_path):
