@@ -240,12 +240,13 @@ def test_a_command_line_leads_to_these_calls(record, line):
 def test_every_flag_is_in_the_table():
     """But those of jobs (test_jobs.py), of the report (test_report.py), of copies, and keys of stages."""
     elsewhere = {"--help", "--job", "--submit", "--gpu", "--hours", "--image", "--copy", "--dry-run"}
-    for command in {*cli.COMMANDS, *jobs.STAGE_COMMANDS} - {"report", "demo"}:
+    for command in sorted({*cli.COMMANDS, *jobs.STAGE_COMMANDS} - {"report", "demo"}):
         used = {word.partition("=")[0] for line in CALLS if line.split()[0] == command for word in line.split()}
         flags = {flag for flag in cli.completions([command, "--"]) if "_" not in flag}
         keys = STAGE_CONFIGS[jobs.STAGE_COMMANDS[command][0]] if command in jobs.STAGE_COMMANDS else None
         keys = {f"--{field.name}" for field in fields(keys)} if keys else set()
         assert flags <= elsewhere | used | keys, command
+        assert flags or command in ("bench", "completion"), command
 
 
 def test_what_is_converted_is_said_and_the_record_of_a_stage_follows_its_folder(record, capsys, monkeypatch):
@@ -294,6 +295,8 @@ def test_help_version_and_completion_are_what_the_program_has(capsys, monkeypatc
     monkeypatch.setenv("COMP_LINE", "nanochat exp")
     assert output("completion", "words") == "export\n"
     assert cli.completions(["run", "--recipe", "d2"]) == ["d20", "d20-ko", "d24", "d26"]
+    monkeypatch.setattr(cli.os, "execv", lambda *_: pytest.fail("completion starts another program"))
+    assert cli.completions(["bench", "--s"]) == []
     for command in ("demo", "run", "plan", "speedrun", "chat"):
         assert cli.completions([command, "dpo.be"]) == ["dpo.beta="] * (command != "chat")
 
