@@ -30,6 +30,7 @@ class Connection:
 
     def call_later(self, seconds, function):
         self.timers.append(function)
+        self.seconds = seconds
         return SimpleNamespace(cancel=lambda: function in self.timers and self.timers.remove(function))
 
     @property
@@ -68,9 +69,11 @@ def test_half_requests_are_hung_up_on_and_there_are_only_so_many_connections(mon
         assert not connection.time_is_up()  # it has come, and its answer may take longer
         connection.protocol.connection_lost(None)
         assert connection.protocol.end_if_waiting not in connection.timers
-        monkeypatch.setattr(limits, "connection_limit", lambda: 0)
-        connection = Connection()
-        assert connection.sent.startswith(b"HTTP/1.1 503 ") and connection.closed
+        for limit, refused in ((1, False), (0, True)):
+            monkeypatch.setattr(limits, "connection_limit", lambda limit=limit: limit)
+            connection = Connection()
+            assert connection.seconds == 20 and connection.closed == refused
+            assert connection.sent.startswith(b"HTTP/1.1 503 ") == refused
 
     asyncio.run(run())
 
@@ -96,8 +99,32 @@ def test_a_client_that_breaks_the_protocol_is_hung_up_on_without_a_traceback(mon
     asyncio.run(run())
 
 
-def test_a_flood_of_broken_requests_is_one_line_of_the_log_per_minute():
+def test_a_flood_of_broken_requests_is_one_line_of_the_log_per_minute(monkeypatch):
+    start = limits.time.monotonic()
+    monkeypatch.setattr(limits.time, "monotonic", lambda: start)
     once, record = OncePerMinute(), logging.LogRecord("uvicorn.error", 30, "", 1, "Invalid HTTP request", (), None)
     assert [once.filter(record) for _ in range(3)] == [True, False, False]
-    once.times.clear()
-    assert once.filter(record)
+    for seconds, passes in ((59, False), (61, True)):
+        monkeypatch.setattr(limits.time, "monotonic", lambda seconds=seconds: start + seconds)
+        assert once.filter(record) == passes
+
+
+def test_half_of_the_descriptors_and_at_most_512_are_for_connections(monkeypatch):
+    for descriptors, connections in ((100, 50), (1024, 512), (10**6, 512)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, descriptors=descriptors: (descriptors, 10**6))
+        assert limits.connection_limit() == connections
+
+
+def test_the_server_listens_where_it_was_told_with_its_limits(monkeypatch):
+    configs, ran = [], []
+    monkeypatch.setattr(
+        limits.uvicorn, "Config", lambda *words, **options: configs.append((words, options)) or "config"
+    )
+    monkeypatch.setattr(limits.uvicorn, "Server", lambda config: SimpleNamespace(run=lambda: ran.append(config)))
+    limits.run("app", "::1", 8001)
+    [(words, options)] = configs
+    assert (words, ran, options["http"]) == (("app", "::1", 8001), ["config"], LimitedProtocol)
+    assert options["timeout_graceful_shutdown"] == 5 and 5 < options["timeout_keep_alive"] < 20
+    for name in ("uvicorn.error", "asyncio"):
+        logger = logging.getLogger(name)
+        assert isinstance(logger.filters.pop(), OncePerMinute)
