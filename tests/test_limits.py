@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from datetime import timedelta
+from importlib import import_module
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -128,3 +130,38 @@ def test_the_server_listens_where_it_was_told_with_its_limits(monkeypatch):
     for name in ("uvicorn.error", "asyncio"):
         logger = logging.getLogger(name)
         assert isinstance(logger.filters.pop(), OncePerMinute)
+
+
+SIZES = {  # module -> bytes, counts and seconds that its users meet
+    "serve.limits": {"MAX_BODY": 2**20, "RECEIVE_TIMEOUT": 20, "KEEP_ALIVE": 15, "MAX_CONNECTIONS": 512},
+    "serve.server": {"MAX_PARTS": 100_000, "RETRY_AFTER": "2"},
+    "serve.decoder": {"MAX_FORCED": 512, "MAX_STOPS": 8, "PREFILL_TOKENS": 32_768},
+    "serve.engine": {"MAX_BATCH_SIZE": 128, "MAX_CHUNK": 8},
+    "serve.terminal_chat": {"PIPE_SECONDS": 3},
+    "sandbox": {"MAX_OUTPUT": 64 * 2**10, "MEMORY_BYTES": 512 * 2**20},
+    "data.chat_renderer": {"SECONDS": 10, "MEMORY_BYTES": 2**30, "MAX_CHARS": 2**24},
+    "data.hub_files": {"RETRY_DELAYS": (1, 2, 4, 8, 16)},
+    "data.identity": {"NUM_CONVERSATIONS": 1000, "MAX_CHARS": 2000},
+    "tools": {"MAX_CHARS": 200, "MAX_VALUE": 10**100, "MAX_DIGITS": 100},
+    "distributed": {"BARRIER_TIMEOUT": timedelta(minutes=30), "LONG_TIMEOUT": timedelta(hours=6)},
+    "tool_loop": {"MAX_TOKENS": 512},
+    "data.mixture": {"MAX_LISTED_REASONS": 1000, "MAX_WORD_CHARS": 20_000_000, "MAX_WORDS": 200_000,
+                     "MAX_ROWS": 10**8, "MAX_GENERATED": 200_000},
+    "data.documents": {"SINGLE_FILE_VALIDATION": 16, "JSONL_UNIT": 2**20, "HASH_LIMIT": 2**26, "CACHE_LIMIT": 2**28},
+    "data.dataloader": {"CHUNK_CHARS": 2**20, "VALIDATION": {"num_shards": 8, "packing_strategy": "bfd"}},
+    "data.tokenizer": {"VALIDATION_CHARS": 4_000_000},
+    "model.configuration_nanochat": {"SMEAR_GATE_CHANNELS": 24, "VALUE_GATE_CHANNELS": 12, "ROPE_RANGE": 10},
+    "sync": {"POLL": 1.0, "PAUSES": (1, 2, 4, 8, 16, 32, 60), "AFTER_SIGNAL": 20},
+    "hub.push": {"MAX_UPLOADS": 2},
+    "train.monitoring": {"NUM_SAMPLES": 4, "PROMPT_TOKENS": 8, "NEW_TOKENS": 32},
+    "train.pretrain": {"HISTORY": 1000},
+    "train.grpo": {"PRIMER_PROMPTS": 4000},
+    "eval.tasks": {"NUM_SPELLING_QUESTIONS": 256},
+    "run": {"LOG_SECONDS": 30},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", SIZES)
+def test_the_sizes_counts_and_seconds_that_users_meet_stay(module):
+    found = import_module(f"nanochat_hf.{module}")
+    assert {name: getattr(found, name) for name in SIZES[module]} == SIZES[module]
