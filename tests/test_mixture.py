@@ -43,6 +43,8 @@ def test_bad_rows_are_skipped_and_counted_with_number_and_reason(tmp_path):
     assert sorted(row["row"] for row in good) == [0, 5]
     reasons = {1: "not JSON", 2: "message 1 is empty", 3: "no column 'messages'", 4: "no messages"}
     assert {bad["row"]: bad["reason"] for bad in mixture.skipped} == reasons
+    summary = mixture.summary()
+    assert list(mixture) == good and mixture.summary() == summary  # counted anew
     assert mixture.summary()[0]["bad"] == 4 and mixture.summary()[0]["rows"] == 2
     twice = Mixture([{"dataset": str(tmp_path / "chat.jsonl"), "epochs": 2}])
     assert len(list(twice)) == 4 and len(twice.skipped) == 4 and twice.summary()[0]["bad"] == 8

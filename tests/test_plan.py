@@ -95,3 +95,20 @@ def test_every_line_of_a_plan(words, capsys, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     cli.dispatch("plan", list(words))
     assert capsys.readouterr().out == PLANS[words]
+
+
+TWO_NODES = "base.total_batch_size=786432 sft.total_batch_size=786432"
+PARTS = {  # of d24 in the README; of two nodes; of steps of 3 us, of which nothing measured says how long they are
+    "d24 --gpus 8 --gpu H200 base.fp8=false": "5.8B tokens: 5,568 steps x 1,048,576 tokens, 2.8e19 FLOPs|1 h 39 min "
+    "at 975.9K tok/s (projected in bf16|$39.88 at $24.00 per hour|at most 9.3 kWh|ranks 8 x micro-batch 32|1.4B param",
+    f"d24 --gpus 12 --gpu A100 --node-hourly-rate 10 {TWO_NODES}": "at $20.00",
+    "cpu-demo --gpus 8 --gpu H200": "time         not known, nor is the cost|less than 1 of 141 GB per GPU",
+}
+
+
+@pytest.mark.parametrize("words", PARTS)
+def test_a_plan_has_these_figures_in_short_lines(words, capsys):
+    cli.dispatch("plan", words.split())
+    text = capsys.readouterr().out
+    assert [part for part in PARTS[words].split("|") if part not in text] == []
+    assert max(map(len, text.splitlines())) <= 100 and ("not known" in text) != ("  cost " in text)

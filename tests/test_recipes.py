@@ -158,26 +158,7 @@ def shown(capsys, command, *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_plan_has_the_projected_figures_of_the_readme_and_a_dry_run_prints_the_same(capsys, tmp_path):
-    text = shown(capsys, "plan", "d24", "--gpus", "8", "--gpu", "H200", "base.fp8=false")
-    figures = [
-        "1.4B parameters",
-        "5.8B tokens: 5,568 steps x 1,048,576 tokens, 2.8e19 FLOPs",
-        "ranks 8 x micro-batch 32",
-    ]
-    figures += ["1 h 39 min at 975.9K tok/s (projected in bf16", "$39.88 at $24.00 per hour", "at most 9.3 kWh"]
-    assert text.startswith("pretraining on 8 x H200\n  model ") and max(map(len, text.splitlines())) <= 100
-    assert [figure for figure in figures if figure not in text] == []
-    assert "measured on 1 x H200 in" in shown(capsys, "plan", "d24", "--gpu", "H200")
-    assert "measured" not in shown(capsys, "plan", "d24", "--gpu", "H200", "base.max_seq_len=1024")
-    assert "$10.00" in shown(capsys, "plan", "d24", "--gpu", "A100", "--node-hourly-rate", "10")
-    twelve = ["--gpus", "12", "base.total_batch_size=786432", "sft.total_batch_size=786432"]  # two nodes
-    assert "$20.00" in shown(capsys, "plan", "d24", "--gpu", "A100", "--node-hourly-rate", "10", *twelve)
-    small = shown(capsys, "plan", "cpu-demo", "--gpus", "8")  # nothing measured says how long steps of 3 us take
-    assert "time         not known, nor is the cost" in small and not {"cost ", "energy "} & {*small.split("  ")}
-    assert "memory       less than 1 of 141 GB per GPU" in small and "projected, roughly" in shown(
-        capsys, "plan", "cpu-demo"
-    )
+def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys, tmp_path):
     words = ["cpu-demo", "--run-dir", str(tmp_path / "run"), "--dry-run"]
     plans = {shown(capsys, "run", *words[1:], words[0]), shown(capsys, "speedrun", "--recipe", *words)}
     assert plans == {shown(capsys, "demo", *words[1:])} and not (tmp_path / "run").exists()

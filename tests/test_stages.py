@@ -112,6 +112,7 @@ def test_core_on_the_way_is_checked_before_base_and_only_then(calls, tmp_path):
 
 BASE, BUNDLE = PretrainConfig(core_metric_every=5), EvalConfig(core_bundle="b")
 CHAT = ChatConfig(chatcore_every=5)
+BOTH = {"base": "{run}/base", "dpo": "{run}/dpo"}
 GIVEN = [  # stage, config, options of `run_stage` -> the last call
     ("tokenizer", TokenizerConfig(), {}, ("train_tokenizer", (ANY, "{run}/tokenizer"), {})),
     ("base", BASE, {}, ("pretrain", (BASE, "{run}/tokenizer", "{run}/base", None), {"core": None, "push": None})),
@@ -129,7 +130,7 @@ GIVEN = [  # stage, config, options of `run_stage` -> the last call
     ("rl", RLConfig(), {"model": "m"}, ("train_rl", (ANY, "m", "{run}/rl", stages.engine), {})),
     ("dpo", DPOStageConfig(), {"model": "m"}, ("train_dpo", (DPOStageConfig(), "m", "{run}/dpo"), {})),
     ("eval", BUNDLE, {"keep_unchanged": True},
-     ("evaluate", (BUNDLE, {"base": "{run}/base"}, "{run}/eval", stages.engine), {"keep_unchanged": True})),
+     ("evaluate", (BUNDLE, BOTH, "{run}/eval", stages.engine), {"keep_unchanged": True})),
     ("eval", BUNDLE, {"stages": ["base"]}, ("evaluate", (ANY, {"base": "{run}/base"}, ANY, ANY), {})),
     ("eval", BUNDLE, {"model": "org/x"}, ("evaluate", (ANY, {"base": "org/x"}, ANY, ANY), {})),
 ]  # fmt: skip
@@ -137,7 +138,7 @@ GIVEN = [  # stage, config, options of `run_stage` -> the last call
 
 @pytest.mark.parametrize("stage,config,options,expected", GIVEN)
 def test_a_stage_is_given_its_config_source_folder_and_measurements(calls, tmp_path, stage, config, options, expected):
-    for name in {"tokenizer", "base"} - {stage}:
+    for name in {"tokenizer", "base", "dpo"} - {stage}:  # nothing starts from a later stage
         save_json(tmp_path / name / "metrics.json", {"finished": True})
     runner = {"mid": lambda *words, **more: stages.run_chat(*words, "mid", **more)}.get(stage, stages.RUNNERS[stage])
     runner(config, Run(tmp_path), **options)
