@@ -178,6 +178,7 @@ def test_a_given_value_wins_and_none_means_the_default():
     assert p.groups["matrix"]["weight_decay"] == pytest.approx(0.05)
     assert p.schedule == Schedule(500, 40, 0.65, 0.05, DEFAULTS[2].momentum, 400)
     assert planned(target_flops=1e18).total_flops == pytest.approx(1e18, rel=1e-3)
+    assert [planned(target_flops=steps * 759_696_048 * 2**19).num_iterations for steps in (2.4, 2.6)] == [2, 3]
     caps = [planned(**given).model_config.final_logit_softcapping for given in ({}, {"final_logit_softcapping": None})]
     assert caps == [15.0, None]
     p = planned(weight_decay=0.0, warmup_steps=0, final_lr_frac=0.0)  # a zero is a value, too
