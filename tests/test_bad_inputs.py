@@ -241,7 +241,10 @@ COMMANDS = [
         "speedrun --recipe cpu-demo --run-dir {run} --stages tokenizer,sft",
         "'sft' starts from a finished earlier stage",
     ),
-    ("speedrun --recipe cpu-demo --run-dir {run} --stages mid", "'mid' starts from a finished earlier stage"),
+    (
+        "speedrun --recipe cpu-demo --run-dir {run} --stages tokenizer,mid",
+        "'mid' starts from a finished earlier stage",
+    ),
     ("speedrun --recipe cpu-demo --run-dir {run} --stages base", "has no finished tokenizer"),
     ("env x", "unrecognized arguments: x"),
     ("push --run-dir {here} --repo a/b --license M,IT --dry-run", "--license: 'M,IT': no license"),
