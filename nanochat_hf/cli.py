@@ -322,8 +322,8 @@ def env(parser: Parser, words: list[str]) -> None:
     facts |= {"training": describe_machine(), "recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
     for name, value in facts.items():
         if value is not None:
-            text = f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else str(value)
-            print(f"{name.removesuffix('_bytes'):<20} {text.replace(str(Path.home()), '~')}")
+            value = f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else str(value)
+            print(f"{name.removesuffix('_bytes'):<20} {value.replace(str(Path.home()), '~')}")
     for requirement in missing_packages():
         name, _, extra = requirement.partition("; extra == ")
         print(f'{"missing":<20} {"of the extra " + extra if extra else "needed"}: pip install "{name}"')
@@ -364,8 +364,9 @@ def completions(words: list[str]) -> list[str]:
         if before[0] in ("demo", "run", "plan", "speedrun"):
             names = [*names, *(f"{name}=" for places in keys_by_name().values() for name in places)]
         with redirect_stdout(io.StringIO()) as output, suppress(SystemExit, InputError):
-            dispatch(before[0], ["--help"])
-        names = [*names, *re.findall(r"(?<![\w-])--[a-z][\w-]*", output.getvalue())]
+            dispatch(before[0], ["--help"] if before[0] != "bench" else ["help"])  # else another program takes over
+        listed = " ".join(re.findall("^ +-.*", output.getvalue(), re.M))  # texts name flags of other commands
+        names = [*names, *re.findall(r"(?<![\w-])--[a-z][\w-]*", listed)]
     return sorted({name for name in names if name.startswith(current)})
 
 

@@ -130,6 +130,7 @@ COMMANDS = [
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --push_every 3 --repo x", "owner, as in you/x"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --sync bucket", "--sync: 'bucket'.*no URL"),
     ("run cpu-demo --run-dir {run} --sync hf://me/x/y", "no repo name"),
+    ("run cpu-demo --run-dir {run} --sync s3://", "no URL, as s3://bucket/folder"),
     ("run cpu-demo --run-dir {run} --sync file:///", "as file:///mnt/runs"),
     *(
         (
@@ -240,6 +241,8 @@ COMMANDS = [
         "plan cpu-demo sft.num_epochs=1",
         "sft.num_epochs is not used, as num_iterations is 300: give sft.num_iterations=-1",
     ),
+    ("plan d12 base.num_iterations=5 base.target_param_data_ratio=8", "not used, as num_iterations is 5: give base"),
+    ("plan d12 base.num_iterations=1 base.target_flops=1e18", "base.target_flops is not used, as num_iterations is 1"),
     ("plan d12 base.target_flops=1e18 base.target_param_data_ratio=8", "not used, as target_flops is 1e.18"),
     ("plan d24 --gpus 3", "total_batch_size = 1048576 must be a positive multiple of 6144"),
     ("plan d24 --gpu V100", "--gpu: no data sheet of 'V100'; did you mean 'H100'"),
@@ -257,7 +260,12 @@ COMMANDS = [
         "speedrun --recipe cpu-demo --run-dir {run} --stages tokenizer,sft",
         "'sft' starts from a finished earlier stage",
     ),
+    (
+        "speedrun --recipe cpu-demo --run-dir {run} --stages tokenizer,mid",
+        "'mid' starts from a finished earlier stage",
+    ),
     ("speedrun --recipe cpu-demo --run-dir {run} --stages base", "has no finished tokenizer"),
+    ("env x", "unrecognized arguments: x"),
     ("push --run-dir {here} --repo a/b --license M,IT --dry-run", "--license: 'M,IT': no license"),
     ("push --run-dir {here} --repo a/b --with mlx,mlx --dry-run", "mlx is named twice"),
     ("push --run-dir {here} --repo a/b --language english --dry-run", r"--language: \[0\] is 'english': no ISO code"),

@@ -18,7 +18,6 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from rich.console import Console
 from rich.markdown import Markdown
 
-from nanochat_hf import cli
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve import StreamChunk
 from nanochat_hf.serve.engine import Engine
@@ -266,19 +265,6 @@ def test_a_result_without_a_call_is_only_text_and_other_servers_get_no_calls():
     assert without_tools(messages_of(pieces)) == [{"role": "assistant", "content": "Let me see. Two."}]
 
 
-def test_the_flags_of_the_command_reach_the_model(monkeypatch, capsys):
-    seen, answer = [], Script([StreamChunk("b")]).answer
-    model = SimpleNamespace(answer=lambda *words: seen.append(words) or answer(*words))
-    monkeypatch.setattr("nanochat_hf.serve.terminal_chat.open_model", lambda *words: seen.append(words) or model)
-    monkeypatch.setattr("sys.stdin", None)
-    flags = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "max_new_tokens": 7, "seed": 5}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    cli.dispatch("chat", ["--model", "m", "--device", "cpu", "--system", "Be kind.", "--prompt", "a", *words])
-    opened, (messages, options) = seen
-    assert opened == ("m", None, "cpu") and [m["content"] for m in messages] == ["Be kind.", "a"]
-    assert vars(options) == flags and capsys.readouterr().out == "b\n"
-
-
 class Replies:
     """A client of a server that gives these replies: words, or the status of an error in the end."""
 
@@ -300,20 +286,26 @@ class Replies:
     ([[429], ["fi", "ne"]], 2, "fine"),
     ([[503], [502], ["fine"]], 3, "fine"),
     ([[503]] * 9, 3, "does not answer: 503, the queue is full"),
-    ([[404], ["no"]], 1, "does not answer: 404"),  # is not tried again
+    *(([[status], ["no"]], 1, f"does not answer: {status}") for status in (400, 401, 404, 413, 422)),  # not again
+    *(([[status], ["fine"]], 2, "fine") for status in (500, 502, 503, 504)),
     ([["fi", 503], ["no"]], 1, "does not answer: 503"),  # nor is an answer that has begun
 ])  # fmt: skip
 def test_a_busy_server_is_tried_again_and_a_dead_one_gives_one_line(monkeypatch, replies, requests, end):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    model = RemoteModel("http://127.0.0.1:9")
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    model = RemoteModel("http://127.0.0.1:9", "name")
     model.client = Replies(*replies)
     try:
         result = "".join(model.answer([{"role": "user", "content": "?"}], Options()))
     except InputError as error:
         result = str(error)
-    assert end in result and model.client.requests == requests
-    sampling = {"temperature": 0.6, "top_p": None, "seed": None, "max_tokens": 512}
-    assert sampling.items() <= model.client.options.items()
+    assert end in result and model.client.requests == requests and pauses == [0.5, 1.0][: requests - 1]
+    sampling = {"temperature": 0.6, "top_p": None, "seed": None, "max_tokens": 512, "model": "name", "stream": True}
+    assert model.client.options == sampling
+    model.client = Replies(["a", "", "b"])
+    assert "".join(model.answer([{"role": "user", "content": "?"}], Options(0.0, 3, 0.5, 9, 4))) == "ab"
+    sampling |= {"temperature": 0.0, "top_p": 0.5, "seed": 4, "max_tokens": 9}
+    assert (model.client.options, model.count) == (sampling, 2)
 
 
 def test_an_endpoint_is_reached_in_offline_mode_and_the_hub_is_not():

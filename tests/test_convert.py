@@ -272,6 +272,10 @@ def test_templates_of_a_renewed_or_converted_folder_are_todays_unless_they_are_n
         loaded = AutoTokenizer.from_pretrained(output)  # as the Space does
         assert (loaded.chat_template, loaded.response_template) == expected, output
     assert load_json(folder / "metrics.json") == {"weights": model_fingerprint(folder)}  # of the new content
+    if older:
+        save_json(folder / "metrics.json", {"weights": "of others"})
+        cli.dispatch("convert", ["--source", str(folder), "--output", str(folder)])
+        assert load_json(folder / "metrics.json") == {"weights": "of others"}  # still not those of this folder
 
 
 def test_bad_folders_leave_nothing_behind(tokenizer, tmp_path, tmp_path_factory):

@@ -188,7 +188,7 @@ def test_of_more_text_than_the_limit_both_ends_of_each_file_are_hashed(tmp_path,
     assert content(middle) != content(text)
 
 
-def test_a_fingerprint_of_text_covers_both_splits_and_every_part(tmp_path):
+def test_a_fingerprint_of_text_covers_both_splits_and_every_part(tmp_path, monkeypatch):
     for part in "ab":
         for split in ("train", "validation"):
             write(tmp_path / part / f"{split}.jsonl", [f"{split} {i}" for i in range(5)])
@@ -203,6 +203,12 @@ def test_a_fingerprint_of_text_covers_both_splits_and_every_part(tmp_path):
     assert text_fingerprint(mixture) == before[1]
     mixture[1]["weight"] = 3
     assert text_fingerprint(mixture) != before[1]
+    real, before = module.primer_documents, text_fingerprint("primer")
+    for changed in ("train", "validation"):
+        monkeypatch.setattr(
+            module, "primer_documents", lambda s, changed=changed: ([], real(s)[1] + "x" * (s == changed))
+        )
+        assert text_fingerprint("primer") != before
 
 
 def test_a_fingerprint_of_a_hub_id_needs_no_network_and_missing_text_is_refused(tmp_path):

@@ -32,6 +32,7 @@ END = "<|assistant_end|>"
         (grading.used_tool, "5", False),
         (grading.spelled_word, '"owl": o w l', "owl"),
         (grading.spelled_word, "o, w, l.", "owl"),
+        (grading.spelled_word, "It is: , o w l ,.", "owl"),
         (grading.spelled_word, "Here it is:\nO w l", "owl"),
         (grading.spelled_word, 'Here: "owl": o w l', "owl"),  # after the last colon
         (grading.spelled_word, "owl", ""),
@@ -64,6 +65,7 @@ def test_a_phrase_must_occur_as_whole_words():
         ("fact", "red", "Red is the fox.", True),
         ("fact", "red", "The owl is red.", False),  # the right value about another entity
         ("fact", "red", "The fox is blue.", False),
+        ("fact", "red", "The fox is here.", False),
         ("fact", "red", "The fox is red or blue.", False),  # a list of guesses
         ("fact", "red", "", False),
     ],

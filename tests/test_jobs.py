@@ -85,6 +85,9 @@ def test_a_job_is_submitted_by_its_own_program_or_refused(capsys, tmp_path, monk
     monkeypatch.setenv("CODE", "0")
     text = job(capsys, *words)
     submitted = (tmp_path / "out").read_text()
+    assert re.search(r"timeout 3h|--time=0?3:", text) and submitted.splitlines()[0].endswith(
+        (".yaml" if kind == "sky" else ".sh") if kind != "hf" else ""
+    )
     assert ("jobs run --detach --flavor h200x8" in submitted) if kind == "hf" else submitted.endswith(text)
     monkeypatch.setenv("CODE", "3")
     with pytest.raises(InputError, match="refused the job: exit code"):

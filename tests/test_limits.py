@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from datetime import timedelta
+from importlib import import_module
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -30,6 +32,7 @@ class Connection:
 
     def call_later(self, seconds, function):
         self.timers.append(function)
+        self.seconds = seconds
         return SimpleNamespace(cancel=lambda: function in self.timers and self.timers.remove(function))
 
     @property
@@ -68,9 +71,11 @@ def test_half_requests_are_hung_up_on_and_there_are_only_so_many_connections(mon
         assert not connection.time_is_up()  # it has come, and its answer may take longer
         connection.protocol.connection_lost(None)
         assert connection.protocol.end_if_waiting not in connection.timers
-        monkeypatch.setattr(limits, "connection_limit", lambda: 0)
-        connection = Connection()
-        assert connection.sent.startswith(b"HTTP/1.1 503 ") and connection.closed
+        for limit, refused in ((1, False), (0, True)):
+            monkeypatch.setattr(limits, "connection_limit", lambda limit=limit: limit)
+            connection = Connection()
+            assert connection.seconds == 20 and connection.closed == refused
+            assert connection.sent.startswith(b"HTTP/1.1 503 ") == refused
 
     asyncio.run(run())
 
@@ -96,8 +101,67 @@ def test_a_client_that_breaks_the_protocol_is_hung_up_on_without_a_traceback(mon
     asyncio.run(run())
 
 
-def test_a_flood_of_broken_requests_is_one_line_of_the_log_per_minute():
+def test_a_flood_of_broken_requests_is_one_line_of_the_log_per_minute(monkeypatch):
+    start = 5.0  # soon after the machine began
+    monkeypatch.setattr(limits.time, "monotonic", lambda: start)
     once, record = OncePerMinute(), logging.LogRecord("uvicorn.error", 30, "", 1, "Invalid HTTP request", (), None)
     assert [once.filter(record) for _ in range(3)] == [True, False, False]
-    once.times.clear()
-    assert once.filter(record)
+    for seconds, passes in ((59, False), (61, True)):
+        monkeypatch.setattr(limits.time, "monotonic", lambda seconds=seconds: start + seconds)
+        assert once.filter(record) == passes
+
+
+def test_half_of_the_descriptors_and_at_most_512_are_for_connections(monkeypatch):
+    for descriptors, connections in ((100, 50), (1024, 512), (10**6, 512)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, descriptors=descriptors: (descriptors, 10**6))
+        assert limits.connection_limit() == connections
+
+
+def test_the_server_listens_where_it_was_told_with_its_limits(monkeypatch):
+    configs, ran = [], []
+    monkeypatch.setattr(
+        limits.uvicorn, "Config", lambda *words, **options: configs.append((words, options)) or "config"
+    )
+    monkeypatch.setattr(limits.uvicorn, "Server", lambda config: SimpleNamespace(run=lambda: ran.append(config)))
+    limits.run("app", "::1", 8001)
+    [(words, options)] = configs
+    assert (words, ran, options["http"]) == (("app", "::1", 8001), ["config"], LimitedProtocol)
+    assert options["timeout_graceful_shutdown"] == 5 and 5 < options["timeout_keep_alive"] < 20
+    for name in ("uvicorn.error", "asyncio"):
+        logger = logging.getLogger(name)
+        assert isinstance(logger.filters.pop(), OncePerMinute)
+
+
+SIZES = {  # module -> bytes, counts and seconds that its users meet
+    "serve.limits": {"MAX_BODY": 2**20, "RECEIVE_TIMEOUT": 20, "KEEP_ALIVE": 15, "MAX_CONNECTIONS": 512},
+    "serve.server": {"MAX_PARTS": 100_000, "RETRY_AFTER": "2"},
+    "serve.decoder": {"MAX_FORCED": 512, "MAX_STOPS": 8, "PREFILL_TOKENS": 32_768},
+    "serve.engine": {"MAX_BATCH_SIZE": 128, "MAX_CHUNK": 8},
+    "serve.terminal_chat": {"PIPE_SECONDS": 3},
+    "sandbox": {"MAX_OUTPUT": 64 * 2**10, "MEMORY_BYTES": 512 * 2**20},
+    "data.chat_renderer": {"SECONDS": 10, "MEMORY_BYTES": 2**30, "MAX_CHARS": 2**24},
+    "data.hub_files": {"RETRY_DELAYS": (1, 2, 4, 8, 16)},
+    "data.identity": {"NUM_CONVERSATIONS": 1000, "MAX_CHARS": 2000},
+    "tools": {"MAX_CHARS": 200, "MAX_VALUE": 10**100, "MAX_DIGITS": 100},
+    "distributed": {"BARRIER_TIMEOUT": timedelta(minutes=30), "LONG_TIMEOUT": timedelta(hours=6)},
+    "tool_loop": {"MAX_TOKENS": 512},
+    "data.mixture": {"MAX_LISTED_REASONS": 1000, "MAX_WORD_CHARS": 20_000_000, "MAX_WORDS": 200_000,
+                     "MAX_ROWS": 10**8, "MAX_GENERATED": 200_000},
+    "data.documents": {"SINGLE_FILE_VALIDATION": 16, "JSONL_UNIT": 2**20, "HASH_LIMIT": 2**26, "CACHE_LIMIT": 2**28},
+    "data.dataloader": {"CHUNK_CHARS": 2**20, "VALIDATION": {"num_shards": 8, "packing_strategy": "bfd"}},
+    "data.tokenizer": {"VALIDATION_CHARS": 4_000_000},
+    "model.configuration_nanochat": {"SMEAR_GATE_CHANNELS": 24, "VALUE_GATE_CHANNELS": 12, "ROPE_RANGE": 10},
+    "sync": {"POLL": 1.0, "PAUSES": (1, 2, 4, 8, 16, 32, 60), "AFTER_SIGNAL": 20},
+    "hub.push": {"MAX_UPLOADS": 2},
+    "train.monitoring": {"NUM_SAMPLES": 4, "PROMPT_TOKENS": 8, "NEW_TOKENS": 32},
+    "train.pretrain": {"HISTORY": 1000},
+    "train.grpo": {"PRIMER_PROMPTS": 4000},
+    "eval.tasks": {"NUM_SPELLING_QUESTIONS": 256},
+    "run": {"LOG_SECONDS": 30},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", SIZES)
+def test_the_sizes_counts_and_seconds_that_users_meet_stay(module):
+    values = import_module(f"nanochat_hf.{module}")
+    assert {name: getattr(values, name) for name in SIZES[module]} == SIZES[module]

@@ -4,14 +4,19 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_hf.data.mixture import DatasetConfig, JsonLines, Mixture, open_rows, shared
-from nanochat_hf.data.transforms import BadRow
+from nanochat_hf.data import identity, mixture
+from nanochat_hf.data.identity import Identity
+from nanochat_hf.data.mixture import DatasetConfig, JsonLines, Mixture, open_rows, refuse_missing, shared
+from nanochat_hf.data.transforms import BadRow, spelling_bee
+from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
+from nanochat_hf.run import fingerprint
 from nanochat_hf.tools import calculate
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "chat"
@@ -38,6 +43,8 @@ def test_bad_rows_are_skipped_and_counted_with_number_and_reason(tmp_path):
     assert sorted(row["row"] for row in good) == [0, 5]
     reasons = {1: "not JSON", 2: "message 1 is empty", 3: "no column 'messages'", 4: "no messages"}
     assert {bad["row"]: bad["reason"] for bad in mixture.skipped} == reasons
+    summary = mixture.summary()
+    assert list(mixture) == good and mixture.summary() == summary  # counted anew
     assert mixture.summary()[0]["bad"] == 4 and mixture.summary()[0]["rows"] == 2
     twice = Mixture([{"dataset": str(tmp_path / "chat.jsonl"), "epochs": 2}])
     assert len(list(twice)) == 4 and len(twice.skipped) == 4 and twice.summary()[0]["bad"] == 8
@@ -211,3 +218,50 @@ def test_an_id_of_the_hub_may_have_a_dot(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda **arguments: calls.append(arguments) or [{"n": 1}])
     assert open_rows(DatasetConfig("teknium/OpenHermes-2.5", transform="sharegpt"), seed=0) == [{"n": 1}]
     assert calls == [{"path": "teknium/OpenHermes-2.5", "name": None, "split": "train"}]
+
+
+STYLES = [{}, {"before": "x"}]
+TWO = [{"dataset": "primer", "rows": 60}, {"dataset": "primer:talk", "rows": 9}]
+ROWS = {  # what is generated from a seed -> its hash: another one means that every run from now on has other data
+    "spelling": lambda: [spelling_bee({"word": "banana"}, Random(seed)) for seed in range(300)],
+    "identity": lambda: [
+        [*identity.conversations(Identity("A", "B", language, styles=STYLES), split, 1, 80)]
+        for language in identity.LANGUAGES for split in ("train", "test")
+    ],
+    "questions": lambda: [primer.questions(kind, num=20) for kind in primer.KINDS],
+    "prompts": lambda: [identity._prompt(Random(seed), Identity("A", "B", styles=STYLES)) for seed in range(50)],
+    "mixture": lambda: [*Mixture(TWO, seed=3)],
+}  # fmt: skip
+HASHES = {
+    "spelling": "1fd81ba6f781021e",
+    "identity": "35e3353bb7d525ce",
+    "questions": "c9848dfeb95ae389",
+    "prompts": "33c4727d7ba7ccfb",
+    "mixture": "daff3f6a254f7899",
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_a_seed_generates_is_what_it_was(name):
+    assert fingerprint(ROWS[name]()) == HASHES[name]
+
+
+def test_a_file_for_each_split_words_of_the_beginning_and_a_row_of_another_form(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        write(tmp_path / f"of_{split}.jsonl", [chat(split, "b")])
+    refuse_missing(f"{tmp_path}/of_{{split}}.jsonl")
+    text = write(tmp_path / "text.jsonl", [{"text": f"{word} {word}"} for word in ("owl", "duck", "hen")])
+    monkeypatch.setattr(mixture, "MAX_WORD_CHARS", 8)  # the second text exceeds it, and is the last
+    words = {row["word"] for row in open_rows(DatasetConfig(text, transform="simple_spelling"), 0)}
+    assert words == {"owl", "duck"}
+    for transform, row, reason in (
+        ("messages", {"messages": 5, "system": "x"}, "its system message is no text beside messages"),
+        (
+            "multiple_choice",
+            {"question": "a", "choices": 5, "answer": 0},
+            "not in the form that .*; its columns are question",
+        ),
+    ):
+        odd = {"dataset": write(tmp_path / "odd.jsonl", [row]), "transform": transform}
+        with pytest.raises(InputError, match=f"no row of .* can be used; row 0: {reason}"):
+            list(Mixture([odd]))

@@ -16,9 +16,9 @@ import pytest
 
 from nanochat_hf import cli, run
 from nanochat_hf.cli import dispatch
-from nanochat_hf.run import Progress, duration, in_words, project_folder, save_json, track
+from nanochat_hf.run import Progress, duration, in_words, project_folder, track
 from nanochat_hf.stage_configs import find_recipe, read_recipe
-from nanochat_hf.stages import outline, show_result
+from nanochat_hf.stages import outline
 
 STEP = {"train_loss": 2.34567, "lr": 0.04, "tokens_per_second": 11_940.0, "mfu": 0.4512, "val_bpb": None}
 PIPED = "from nanochat_hf.cli import main; main()"
@@ -74,27 +74,10 @@ def test_a_terminal_gets_one_bar_one_without_a_width_lines_and_other_ranks_nothi
     assert list(track("abc", "sft", 3, "conversations")) == ["a", "b", "c"] and screen.getvalue() == before
 
 
-def test_the_outline_has_numbers_steps_and_estimates_where_they_can_be_known(monkeypatch):
-    stages, configs = read_recipe(find_recipe("cpu-demo"), None, ["sft.num_iterations=-1"])
-    lines = outline(stages, configs, ranks=1)
-    assert list(lines) == stages and lines["tokenizer"] == "[1/7] tokenizer" and lines["report"] == "[7/7] report"
-    assert re.fullmatch(r"\[2/7\] base: 700 steps, about \d+ min", lines["base"])
-    assert re.fullmatch(r"\[5/7\] rl: 50 steps, about \d+ min", lines["rl"])
-    assert lines["sft"] == "[4/7] sft: 1 x the data"  # whose size is not known yet
+def test_the_outline_of_a_gpu_run_has_the_time_of_its_plan(monkeypatch):
     monkeypatch.setattr("nanochat_hf.stages.gpu_here", lambda: "NVIDIA H200")
     line = outline(*read_recipe(find_recipe("d24"), None, []), ranks=8)["base"]
     assert line == "[2/5] base: 5,568 steps, about 1 h 22 min"  # in FP8, as nanochat plan has it
-
-
-def test_the_last_line_of_an_evaluation_has_one_mean(tmp_path, capsys):
-    metrics = {"wall_time_s": 60.0, "results": {"sft": {"facts": {"value": 0.5}, "arithmetic": {"value": 1.0}}}}
-    for more, figures in (
-        ({}, "mean of 2 tasks 0.7500 (sft)"),
-        ({"chatcore": {"sft": {"label": "2/6 chat tasks", "value": 0.5}}}, "2/6 chat tasks 0.5000"),
-    ):
-        save_json(tmp_path / "eval" / "metrics.json", metrics | more)
-        show_result(tmp_path / "eval")
-        assert capsys.readouterr().out == f"[eval] done in 1 min 00 s, {figures}, {tmp_path}/eval\n"
 
 
 @pytest.mark.parametrize("words", ["--help", "run --bogus"])

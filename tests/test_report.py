@@ -11,6 +11,7 @@ from finished_run import COMMON, finished_run, result  # noqa: F401
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from mutations import mutations
 
+from nanochat_hf import cli
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import report
 from nanochat_hf.eval.plots import draw_bars, plots, smoothed
@@ -180,6 +181,28 @@ def test_the_row_of_the_results_has_a_dash_for_what_was_not_measured(run):
     row = cells(results_row(collect(Run(run)), report="[json](results/a.json)"))
     assert row[2] == "2 CPU cores"
     assert row[4:9] == ["1.4M", "1.1000", "0.2612", "0.2000 (50 examples each)", "[json](results/a.json)"]
+
+
+def test_the_command_prints_the_summary_a_row_a_comparison_or_a_collection(run, capsys, tmp_path):
+    def output(*words) -> tuple[str, str]:
+        cli.dispatch("report", list(map(str, words)))
+        return capsys.readouterr()
+
+    row = output("--run-dir", run, "--row")
+    facts = collect(Run(run))
+    assert row == (results_row(facts, "-") + "\n", "") and not (run / "report.md").exists()
+    text = output("--run-dir", run, "--node-hourly-rate", "3").out
+    assert text.endswith(f"\n{run}/report.md\n{run}/report.html\n") and "## Evaluation" not in text
+    assert text.startswith(markdown(load_json(run / "report.json"), macro="summary"))
+    assert load_json(run / "report.json")["hourly_rate"] == 3.0
+    edit(run / "sft" / "metrics.json", inputs={"model": "another"}, weights="w")
+    edit(run / "base" / "metrics.json", weights="v")
+    out, err = output("--run-dir", run, "--row")
+    assert f"| [report]({run}/report.md) |" in out
+    assert err == "".join(f"note: {note}\n" for note in collect(Run(run))["notes"]) != ""
+    assert output("--compare", run, run).out == compare(run, run) + "\n"
+    table = output("--collection", f"me/a={run}", f"me/b={tmp_path}").out
+    assert table == collection_table({"me/a": Run(run), "me/b": Run(tmp_path)}) + "\n"
 
 
 @pytest.mark.parametrize("name", ["report.html", "plots"])

@@ -46,6 +46,37 @@ ENDS = [  # program, passed, part of its output
     ("import os\nfor _ in range(1200): os.mkdir('d'); os.chdir('d')", True, ""),
     ("with open('big', 'wb') as f:\n for _ in range(2): f.write(bytes(1 << 20)); f.flush()", False, ""),
 ]  # fmt: skip
+FILL = "for i in range({}):\n with open(str(i), 'wb') as f: f.write(bytes(1 << 20))"  # 1 MiB each
+EMPTY = "[open(str(i), 'w').close() for i in range"
+LIMITS = {
+    "AS": 256 << 20,
+    "CPU": 31,
+    "FSIZE": 1 << 20,
+    "NPROC": 64,
+    "NOFILE": 64,
+    "CORE": 0,
+    "MEMLOCK": 0,
+    "MSGQUEUE": 0,
+}
+HAS_LIMITS = f"""import resource
+for name, limit in {LIMITS}.items():
+    soft, hard = resource.getrlimit(getattr(resource, 'RLIMIT_' + name))
+    assert soft == hard == limit, (name, soft, hard)"""
+REFUSED = "try:\n    {}\nexcept (OSError, ValueError) as error: pass\nelse: raise SystemExit('allowed')"
+EDGES = [  # program, passed: just below and just above a limit
+    (HAS_LIMITS, True),
+    (FILL.format(1) + "; f.write(b'')", True), (FILL.format(1) + "; f.write(b'x')", False),
+    (FILL.format(15), True), (FILL.format(17), False), (f"{EMPTY}(4000)]", True), (f"{EMPTY}(4100)]", False),
+    ("x = [open('/dev/null') for _ in range(40)]", True), ("x = [open('/dev/null') for _ in range(64)]", False),
+    (f"import os\nassert os.getuid() in {range(61184, 65520) if os.getuid() == 0 else [os.getuid()]}", True),
+    ("import os\nassert {*os.environ} - {'LC_CTYPE'} == {'OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS'}", True),
+    ("import ctypes\nassert ctypes.CDLL(None).prctl(39, 0, 0, 0, 0) == 1", True),  # no new privileges
+    *[(REFUSED.format(code), True) for code in (
+        "import socket; socket.socket(40, socket.SOCK_STREAM)", "import socket; socket.socket(17, socket.SOCK_RAW)",
+        "open('/usr/x', 'w')", "open('/etc/passwd')", "import os; os.setuid(0)",
+        f"import os; os.listdir({str(Path(__file__).parent)!r})",
+    )],
+]  # fmt: skip
 
 
 def in_parallel(table, run):
@@ -83,6 +114,13 @@ def test_a_program_without_tests_passes_if_it_runs_to_its_last_line(monkeypatch)
     table = [(code,) for code, _, _ in ENDS]
     for (code, passed, output), (_, result) in zip(ENDS, in_parallel(table, run_sandboxed)):
         assert (result.passed, result.timed_out) == (passed, False) and output in result.output, (code, result)
+
+
+@isolated
+def test_each_limit_lets_through_what_it_allows_and_no_more():
+    run = lambda program, passed: run_sandboxed(program, timeout=30, memory_bytes=256 << 20)  # noqa: E731
+    for (program, passed), result in in_parallel(EDGES, run):
+        assert result.passed == passed, (program, result)
 
 
 @isolated

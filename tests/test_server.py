@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from types import SimpleNamespace
+from contextlib import nullcontext
 from unittest.mock import MagicMock
 
 import httpx
@@ -17,15 +17,12 @@ import uvicorn
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from pydantic import ValidationError
-from servers import free_port
 from talker import QUESTIONS
 
-from nanochat_hf import cli
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve import limits
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.limits import LimitedProtocol
-from nanochat_hf.serve.server import ChatBody, Server, parse
+from nanochat_hf.serve.server import UNSUPPORTED, ChatBody, CompletionBody, Server, TGIParameters, parse
 from nanochat_hf.serve.terminal_chat import Options, RemoteModel, messages_of, reach_offline
 from nanochat_hf.serve.worker import Worker
 
@@ -462,16 +459,40 @@ def test_a_broken_model_is_a_503_and_an_event_of_the_stream(talker, server, tmp_
         Server([small], "x")
 
 
-@pytest.mark.parametrize(
-    "names", ["--max-batch-size --max-queue-size --request-timeout", "--rows --max-waiting --max-seconds"]
-)
-def test_each_flag_of_the_command_reaches_its_setting(monkeypatch, names):
-    calls, port = [], free_port()
-    monkeypatch.setattr("nanochat_hf.serve.worker.open_workers", lambda *values: calls.append(values) or ["worker"])
-    monkeypatch.setattr(
-        "nanochat_hf.serve.server.Server", lambda *values: calls.append(values) or SimpleNamespace(app="app")
-    )
-    monkeypatch.setattr(limits, "run", lambda *values: calls.append(values))
-    flags = f"--model x --port {port} --device cpu --max-new-tokens 7 --temperature 0.5 --top-k 11".split()
-    cli.dispatch("serve", [*flags, *(word for pair in zip(names.split(), "359") for word in pair)])
-    assert calls == [("x", 3, 5, "cpu"), (["worker"], "x", 0.5, 11, 7, 9.0), ("app", "127.0.0.1", port)]
+U, PARTS = {"role": "user", "content": "a"}, [{"type": "text", "text": "a"}]
+EDGES = [  # route, field: values that are taken | values that are refused
+    ("chat", "temperature", [0, 5], [-0.1, 5.1]), ("tgi", "temperature", [0.01, 5], [0, 5.1]),
+    ("chat", "top_p", [0.01, 1], [0, 1.1]), ("chat", "top_k", [0, 2**31 - 1], [-1, 2**31, 1.5]),
+    ("chat", "max_tokens", [1, 10**9], [0, "1"]), ("chat", "max_completion_tokens", [1], [0]),
+    ("tgi", "max_new_tokens", [1], [0]), ("chat", "n", [1, 16], [0, 17]), ("tgi", "truncate", [1], [0]),
+    ("chat", "stop", ["a", ["a"] * 16, "a" * 1000], [["a"] * 17, "a" * 1001, 5]),
+    ("chat", "messages", [[U], [U] * 4096], [[], [U] * 4097]), ("chat", "seed", [-1, 2**70], [1.5]),
+    ("chat", "messages", [[{**U, "content": PARTS * 1024}]], [[{**U, "content": PARTS * 1025}]]),
+    ("chat", "messages", [[{"role": "assistant", "tool_calls": [{}] * 128}]], [[{"role": "assistant"}]]),
+    ("chat", "messages", [], [[{"role": "assistant", "tool_calls": [{}] * 129}]]),
+    ("chat", "tools", [[], PYTHON * 128], [PYTHON * 129, [{"type": "function", "function": {"name": "sql"}}]]),
+    ("chat", "tool_choice", ["auto", "none"], ["required"]),
+    ("text", "prompt", ["a", [1], ["a"] * 64], ["", [], ["a"] * 65]),
+    *(("chat", name, [None, False, *nothing], ["x", 7]) for name, nothing in UNSUPPORTED.items()),
+]  # fmt: skip
+BODIES = {"chat": (ChatBody, {"messages": [U]}), "text": (CompletionBody, {}), "tgi": (TGIParameters, {})}
+
+
+@pytest.mark.parametrize("route, field, taken, refused", EDGES)
+def test_each_field_of_a_request_takes_what_is_within_its_limits(route, field, taken, refused):
+    model, others = BODIES[route]
+    for value in taken:
+        parse(model, json.dumps(others | {field: value}).encode())
+    for value in refused:
+        with pytest.raises((InputError, ValidationError)):
+            parse(model, json.dumps(others | {field: value}).encode())
+
+
+def test_the_newest_name_of_a_limit_wins_and_a_body_has_only_so_many_parts():
+    names = ("max_completion_tokens", "max_tokens", "max_new_tokens")
+    for first in range(3):
+        body = {"messages": [U]} | {name: number for number, name in enumerate(names) if number >= first and number}
+        assert parse(ChatBody, json.dumps(body).encode()).limit == max(first, 1)
+    for commas, message in ((2 * 99_990, ""), (2 * 100_010, "more than 100000 lists")):
+        with pytest.raises(InputError, match=message) if message else nullcontext():
+            parse(CompletionBody, b'{"prompt": ["' + b"," * commas + b'"]}')

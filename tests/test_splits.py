@@ -105,6 +105,8 @@ trainA.x trainB.x testA.x | train |  | trainA.x trainB.x
 v1/a/train-0 v1/b/train-0 | train | v1/b | v1/b/train-0
 v1/train/a/0 v1/train/b/0 | train | v1/a | v1/train/a/0
 data/train-0 other/train-0 | train |  | data/train-0
+train_sft-00001-of-00002 train_gen.x | train_sft |  | train_sft-00001-of-00002
+more/train_part.x | train |  | more/train_part.x
 """
 
 
@@ -123,6 +125,8 @@ train_sft.jsonl train_gen.jsonl | train |  | take one of train_gen, train_sft
 v1/a/train-0 v1/b/train-0 | train | v1 | subsets v1/a, v1/b
 main/train-0 socratic/train-0 | train |  | subsets main, socratic
 main/train-0 | train | socratic | subsets main: name one of them with subset, not socratic
+train-0 main/train-0 | train | socratic | subsets \\(none\\), main: name one of them
+d c b a | train |  | it has a, b, c and 1 more
 """
 
 

@@ -42,6 +42,7 @@ def test_any_text_comes_back_byte_for_byte_and_holds_no_special_token_but_the_fi
     stripped = module.strip_special_tokens(text)
     assert not any(token in stripped for token in SPECIAL_TOKENS)
     assert stripped == text or any(token in text for token in SPECIAL_TOKENS)
+    assert module.strip_special_tokens("a<|bos|>b") == "a<| bos |>b"
     for nested in ("<|bo<|bos|>s|>", "<|<|bos|>bos|>"):
         assert "<|bos|>" not in module.strip_special_tokens(nested)
 
@@ -169,6 +170,9 @@ def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
     assert metrics["inputs"] == {"data": text_fingerprint(config.dataset)}
     assert metrics["finished"] and metrics["vocab_size"] == len(tokenizer) == 300
     assert metrics["train_chars"] == 9010  # the last document is cut
+    exact = TokenizerConfig(dataset=str(tmp_path / "d.jsonl"), vocab_size=300, max_chars=9000, doc_cap=40)
+    module.train_tokenizer(exact, tmp_path / "exact")
+    assert load_json(tmp_path / "exact" / "metrics.json")["train_chars"] == 9000
     validation = [text[:40] for text in texts[300:]]
     assert metrics["bytes_per_token"] == pytest.approx(module.bytes_per_token(tokenizer, validation), rel=0.05)
     with pytest.raises(InputError):  # a stage that fails leaves nothing that looks finished
@@ -188,3 +192,5 @@ def test_bytes_per_token_counts_no_bos(tokenizer):
     texts = ["가나다 abc", "x" * 50]
     num_tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     assert module.bytes_per_token(tokenizer, texts) == (13 + 50) / num_tokens
+    with pytest.raises(InputError, match="no text to measure"):
+        module.bytes_per_token(tokenizer, [])

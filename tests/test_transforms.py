@@ -140,6 +140,7 @@ def test_what_is_no_conversation_is_named(messages, reason):
         ' {"expression":"12*34"}\n',
         json.dumps({"expression": "12*34"}, indent=2),
         "12*34",
+        " 12*34\n",
         {"expression": "12*34", "city": None},  # Arrow gives all calls of a column the same keys
     ],
 )
@@ -252,7 +253,10 @@ def test_a_reply_that_is_not_to_be_learned_is_named():
     ("transform", "row"),
     [
         ("messages", {"messages": [USER, REPLY]}),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
+        *(
+            ("sharegpt", {"conversations": [{"from": user, "value": "a"}, {"from": name, "value": "b"}]})
+            for user, name in (("human", "gpt"), ("human", "chatgpt"), ("human", "bot"), ("user", "assistant"))
+        ),
         ("instruction", {"instruction": "a", "output": "b"}),
         ("instruction", {"instruction": "", "input": "a", "output": "b"}),
     ],

@@ -7,9 +7,8 @@ import re
 import pytest
 import torch
 from finished_run import COMMON, result
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from nanochat_hf import cli
 from nanochat_hf import stages as pipeline
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import weights
@@ -205,36 +204,6 @@ def test_numbers_that_were_nan_are_a_dash_and_null(run):
     assert not re.search(r"\bnan\b", text, re.I) and "None" not in text
     assert "NaN" not in (run.path / "report.json").read_text()
     assert collect(run)["table"]["facts"]["sft"]["value"] is None
-
-
-@pytest.mark.slow
-def test_the_pipeline_measures_again_only_the_stages_that_changed_and_says_so(tmp_path, tiny_model, tokenizer, capsys):
-    recipe, run = tmp_path / "recipe", Run(tmp_path / "run")
-    recipe.mkdir()
-    (recipe / "base.yaml").write_text("dataset: primer\n")
-    keys = "tasks: [nanochat_demo_spelling]\nlimit: 2\nbpb_tokens: 128\nmax_new_tokens: 4\n"
-    (recipe / "eval.yaml").write_text(keys)
-    for number, stage in enumerate(("base", "sft")):
-        tiny_model.save_pretrained(run.folder(stage))
-        tokenizer.save_pretrained(run.folder(stage))
-        save_json(run.folder(stage) / "metrics.json", {**COMMON, "started": float(number)})
-
-    def again():
-        words = ["--recipe", str(recipe), "--run-dir", str(run.path), "--stages", "eval"]
-        cli.dispatch("speedrun", words)
-        return capsys.readouterr().out
-
-    again()
-    assert "[eval] already finished, skipping: " in again()
-    path = run.folder("sft") / "model.safetensors"
-    values = load_file(path)
-    values[min(values)] += 1
-    save_file(values, path, metadata={"format": "pt"})
-    output = again()
-    assert ": finished earlier, runs again for sft (has other weights now)" in output
-    assert "[eval] base: measured earlier, with the same weights" in output and "[eval] sft: val bpb" in output
-    assert run.metrics("eval")["weights"] == {stage: model_fingerprint(run.folder(stage)) for stage in ("base", "sft")}
-    assert "[eval] already finished, skipping: " in again()
 
 
 def test_weights_written_in_place_are_other_weights(run):
