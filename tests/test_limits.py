@@ -134,7 +134,7 @@ def test_the_server_listens_where_it_was_told_with_its_limits(monkeypatch):
 
 SIZES = {  # module -> bytes, counts and seconds that its users meet
     "serve.limits": {"MAX_BODY": 2**20, "RECEIVE_TIMEOUT": 20, "KEEP_ALIVE": 15, "MAX_CONNECTIONS": 512},
-    "serve.server": {"MAX_PARTS": 100_000, "RETRY_AFTER": "2"},
+    "serve.server": {"MAX_PARTS": 40_000, "RETRY_AFTER": "2"},
     "serve.decoder": {"MAX_FORCED": 512, "MAX_STOPS": 8, "PREFILL_TOKENS": 32_768},
     "serve.engine": {"MAX_BATCH_SIZE": 128, "MAX_CHUNK": 8},
     "serve.terminal_chat": {"PIPE_SECONDS": 3},
