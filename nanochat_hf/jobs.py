@@ -229,7 +229,7 @@ def run(parser: Parser, words: list[str]) -> None:
         command, accelerate = ["--config_file", files[0]], read_yaml(files[0])
     if arguments.dry_run:
         ranks, kind = arguments.num_processes or accelerate.get("num_processes", 1), accelerate.get("distributed_type")
-        otherwise, device = "H200" if accelerate else "CPU", "CPU" if accelerate.get("use_cpu") else None
+        otherwise, device = "H200" if accelerate or ranks > 1 else "CPU", "CPU" if accelerate.get("use_cpu") else None
         return print_dry_run(stages, configs, ranks, otherwise, device, SHARDING.get(kind), arguments.node_hourly_rate)
     check_gpus(arguments.num_processes, accelerate)
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []

@@ -152,6 +152,7 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
     "plan cpu-demo --stages base --gpus 8 --node-hourly-rate 9": shown(["base"], 8, "H200", None, rate=9.0),
     "plan cpu-demo --num-processes 2 --gpu L4": shown(ALL, 2, "H200", "L4", rate=None),
     "run cpu-demo --dry-run --hourly-rate 3": shown(ALL, 1, "CPU", None, None, 3.0),
+    "run cpu-demo --dry-run --gpus 8": shown(ALL, 8, "H200", None, None, None),
     "run cpu-demo --dry-run --config-file cpu": shown(ALL, 1, "H200", "CPU", None, None),
     "run cpu-demo --dry-run --config-file multi_node": shown(ALL, 16, "H200", None, None, None),
     "run cpu-demo --dry-run --config-file zero2": shown(ALL, 8, "H200", None, "ZeRO; pretraining: FSDP2", None),
