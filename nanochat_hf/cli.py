@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from importlib import metadata
@@ -25,7 +26,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import AfterValidator, StringConstraints
 
-from .config import Count, Fraction, NotNegative, Parser, Place, RepoId, Seed, TopK, each_once
+from .config import Count, Fraction, NotNegative, Parser, Place, RepoId, Seed, TopK, Unique, each_once
 from .errors import InputError, guarded
 from .jobs import ACCELERATE, STAGE_COMMANDS, demo, keys_by_name, plan, run, run_stage_command, speedrun
 from .run import MODEL_STAGES, Run, load_json, nearest, project_folder, save_json, save_jsonl, writing
@@ -60,11 +61,6 @@ Branch = matching("name of a branch", r"(?!.*(\.\.|//|@\{|\.lock$|[/.]$))\w[\w./
 License = matching("license of the Hub, as apache-2.0", "[a-z0-9][a-z0-9.-]*")
 LANGUAGE = r"[a-z]{2,3}(-[A-Za-z]{4})?(-([A-Za-z]{2}|\d{3}))?(-[A-Za-z\d]{5,8})*"  # -script, -region, -variant
 Language = matching("ISO code, as en or pt-BR", f"{LANGUAGE}|multilingual|code")
-
-
-def unique(kind):
-    """The annotation of a list in which nothing is named twice."""
-    return Annotated[list[kind], AfterValidator(each_once)]
 
 
 def model_options(parser: Parser) -> None:
@@ -117,9 +113,7 @@ def serve(parser: Parser, words: list[str]) -> None:
     parser.option("--max-queue-size", Count, "--max-waiting", default=64, help="requests that may wait")
     parser.option("--max-new-tokens", Count, default=512, help="most tokens of a completion")
     seconds = Annotated[float, Gt(0), Le(10**6)]
-    parser.option(
-        "--request-timeout", seconds, "--max-seconds", default=120.0, help="longest time of a completion, in s"
-    )
+    parser.option("--request-timeout", seconds, "--max-seconds", default=120.0, help="seconds of a completion at most")
     parser.option("--temperature", Temperature, default=0.6, help="temperature of a request without one")
     parser.option("--top-k", TopK, default=50, help="top-k of a request without one")
     parser.option("--device", Device, help="one device (default: a replica on each GPU, else the CPU)")
@@ -157,10 +151,10 @@ def push(parser: Parser, words: list[str]) -> None:
     what = "whose model code to push, where the folder's differs from this version's"
     parser.option("--model-code", Literal["package", "folder"], help=what)
     parser.option("--license", License, default="mit", help="license of the model, as the Hub writes it")
-    parser.option("--language", unique(Language), default=["en"], help="comma-separated ISO codes (default: en)")
+    parser.option("--language", Unique[Language], default=["en"], help="comma-separated ISO codes (default: en)")
     parser.option("--base-model", RepoId, help="Hub id of the model that this one continues")
     engines = "comma-separated engines of nanochat export, for example mlx: their files go beside the weights"
-    parser.option("--with", unique(Literal[tuple(ENGINES)]), default=[], dest="engines", help=engines)
+    parser.option("--with", Unique[Literal[tuple(ENGINES)]], default=[], dest="engines", help=engines)
     args = vars(parser.parse_args(words))
     from .hub import push as hub
 
@@ -190,7 +184,8 @@ def convert(parser: Parser, words: list[str]) -> None:
     except Exception as error:  # of damaged files: safetensors', json's, tokenizers' have no common type
         reason = str(error) if isinstance(error, ValueError | OSError) else f"{args.source} cannot be read: {error!r}"
         raise InputError(reason.splitlines()[0]) from None
-    print(f"{args.output}: generation {info['generation']}, {info['parameters']:,} parameters, step {info['step']}")
+    step = f", step {info['step']}" if info["step"] else ""  # a folder of transformers names none
+    print(f"{args.output}: generation {info['generation']}, {info['parameters']:,} parameters{step}")
     if info["tokenizer_ids"] is None:
         print("weights only: give --tokenizer DIR to convert the tokenizer too")
     elif info["tokenizer_ids"]:
@@ -198,14 +193,12 @@ def convert(parser: Parser, words: list[str]) -> None:
 
 
 def export(parser: Parser, words: list[str]) -> None:
-    """Write a model for other software: `nanochat export --run-dir RUN --to native --output FOLDER`."""
+    """Write a model for other software: `nanochat export --run-dir RUN --to mlx --output FOLDER`."""
     model_options(parser)
     parser.option("--output", Place, required=True, help="folder to write; must not exist")
     targets = "; ".join(f"{name}: {what}" for name, what in ENGINES.items())
     parser.option("--to", Literal[tuple(ENGINES)], required=True, help=targets)
-    parser.option(
-        "--outtype", Literal["f32", "f16", "bf16", "q8_0"], help="of gguf: type of its matrices (default: f16)"
-    )
+    parser.option("--outtype", Literal["f32", "f16", "bf16", "q8_0"], help="of gguf: type of matrices (default: f16)")
     inexact = "of gguf: write a model also where sampling or tokens differ there; its card says how"
     parser.add_argument("--allow-inexact", action="store_const", const=True, help=inexact)
     args = parser.parse_args(words)
@@ -381,6 +374,7 @@ def main(command: str | None = None) -> None:
     """Run `command` with the words of the command line; None: the first of them is the command."""
     if "OMP_WAIT_POLICY" not in os.environ:  # else a thread that waits keeps the core that another one needs
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         logging.getLogger("DeepSpeed").disabled = True  # Accelerate and transformers import it also where unused
     guarded(lambda: dispatch(command, sys.argv[1:]))

@@ -15,7 +15,7 @@ from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Required, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Required, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from annotated_types import Ge, Le, MinLen, MultipleOf
@@ -87,6 +87,7 @@ def each_once(names: list[str]) -> list[str]:
     return names
 
 
+Unique = Annotated[list[TypeVar("T")], AfterValidator(each_once)]
 MOST = 10**15  # of any number of things
 Count = Annotated[int, Ge(1), Le(MOST)]
 Fraction = Annotated[float, Ge(0), Le(1)]

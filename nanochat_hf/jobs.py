@@ -17,14 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from string import Template
-from typing import Annotated, Literal
+from typing import Literal
 
 import psutil
-from pydantic import AfterValidator
 
-from .config import Count, Dir, Hours, Parser, Place, Price, RepoId, SyncUrl, Word, each_once, parse_config, read_yaml
+from .config import Count, Dir, Hours, Parser, Place, Price, RepoId, SyncUrl, Unique, Word, parse_config, read_yaml
 from .errors import InputError
-from .run import BOOLEANS, MODEL_STAGES, Run, nearest, or_shipped, project_folder
+from .run import BOOLEANS, MODEL_STAGES, STAGES, Run, nearest, or_shipped, project_folder
 from .stage_configs import RECIPES, STAGE_CONFIGS, EvalConfig, Stages, find_recipe, read_recipe, refuse_unused_keys
 
 NODE = 8  # GPUs
@@ -135,8 +134,8 @@ def read_pipeline(parser: Parser, words: list[str], runs: bool = True) -> tuple:
         parser.option("--node-hourly-rate", Price, "--hourly-rate", help="dollars per hour, for the report")
         add_options(parser, "repo", "sync")
     parser.option("--recipe", Place, metavar="NAME", help="a name under recipes/ or the path of a recipe folder")
-    names = Annotated[list[Place], AfterValidator(each_once)]
-    parser.option("--stages", names, help="comma-separated (default: those that the recipe enables, and report)")
+    which = f"comma-separated, of {', '.join(STAGES)} (default: those that the recipe enables, and report)"
+    parser.option("--stages", Unique[Place], help=which)
     parser.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE", help="for example base.depth=10")
     parser.usage = parser.usage or f"{parser.prog} NAME [...] [STAGE.KEY=VALUE ...]"
     parser.epilog = "keys, explained in docs/configuration.md and by the command of their stage:\n"
@@ -230,7 +229,7 @@ def run(parser: Parser, words: list[str]) -> None:
         command, accelerate = ["--config_file", files[0]], read_yaml(files[0])
     if arguments.dry_run:
         ranks, kind = arguments.num_processes or accelerate.get("num_processes", 1), accelerate.get("distributed_type")
-        otherwise, device = "H200" if accelerate else "CPU", "CPU" if accelerate.get("use_cpu") else None
+        otherwise, device = "H200" if accelerate or ranks > 1 else "CPU", "CPU" if accelerate.get("use_cpu") else None
         return print_dry_run(stages, configs, ranks, otherwise, device, SHARDING.get(kind), arguments.node_hourly_rate)
     check_gpus(arguments.num_processes, accelerate)
     command += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
@@ -263,7 +262,7 @@ def check_gpus(num_processes: int | None, launch: dict) -> None:
         import torch  # takes seconds
 
         if ranks > (gpus := torch.cuda.device_count()):
-            advice = "lower --num-processes, or set ACCELERATE_USE_CPU=true"
+            advice = f"{'lower --num-processes' if gpus else 'take --config-file cpu'}, or set ACCELERATE_USE_CPU=true"
             raise InputError(f"{ranks} processes need {ranks} GPUs, and this machine has {gpus}: {advice}")
 
 

@@ -27,7 +27,7 @@ from .config import (
     Place,
     Seed,
     TopK,
-    each_once,
+    Unique,
     name_of_place,
     parse_config,
     settings,
@@ -82,7 +82,7 @@ def known_attention(name: str) -> str:
 
 OptionalCount = Literal[-1] | Count
 Interval = Annotated[int, Ge(-1), Le(MOST)]
-Stages = Annotated[list[Literal[MODEL_STAGES]], AfterValidator(each_once)]
+Stages = Unique[Literal[MODEL_STAGES]]
 Tracker = Annotated[Literal["none", "trackio", "wandb", "tensorboard"], AfterValidator(installed)]
 Attention = Annotated[str, AfterValidator(known_attention)]
 
@@ -366,9 +366,7 @@ class DPOStageConfig(StageConfig):
 class EvalConfig:
     """Keys of eval.yaml."""
 
-    tasks: Annotated[list[Annotated[str, AfterValidator(known_task)]], AfterValidator(each_once)] = field(
-        default_factory=lambda: ["nanochat_demo"]
-    )
+    tasks: Unique[Annotated[str, AfterValidator(known_task)]] = field(default_factory=lambda: ["nanochat_demo"])
     """Tasks or groups for the chat stages: ours (evals/tasks) or any of lm-eval's."""
     chat_stages: Stages = field(default_factory=lambda: ["mid", "sft", "rl", "dpo"])
     """Stages that answer `tasks`; those that a run does not have are left out."""
@@ -467,7 +465,9 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
 
     def check(stage: str, names: list[str]) -> None:
         if stage not in names:
-            raise InputError(f"recipe {recipe.name} has no stage {stage!r}; {nearest(stage, names)}")
+            others = [path.parent.name for path in sorted(RECIPES.glob(f"*/{stage}.yaml"))]
+            advice = f"; {others[0]} has one: copy its {stage}.yaml, or run that with --run-dir" if others else ""
+            raise InputError(f"recipe {recipe.name} has no stage {stage!r}; {nearest(stage, names)}{advice}")
 
     values: dict[str, dict] = {stage: {} for stage in present}
     for word in overrides:

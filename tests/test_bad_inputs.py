@@ -143,6 +143,7 @@ COMMANDS = [
     (f"pretrain {CONFIG}base.yaml", "name a recipe, as in nanochat pretrain d12, or --config YAML and --run-dir DIR"),
     (f"pretrain cpu-demo {CONFIG}base.yaml", "name a recipe, .* or --config YAML"),
     ("midtrain d12", "recipe d12 has no stage 'mid'; known: tokenizer, base, sft"),
+    ("dpo cpu-demo", "no stage 'dpo'; .*; d12 has one: copy its dpo.yaml, or run that with --run-dir$"),
     ("pretrain d25", "take d24, the nearest one"),
     ("pretrain d12 base.depth=3", "keys of one stage are flags: --depth=3$"),
     ("sft cpu-demo --run-dir {run}", "starts from a finished earlier stage"),

@@ -152,6 +152,7 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
     "plan cpu-demo --stages base --gpus 8 --node-hourly-rate 9": shown(["base"], 8, "H200", None, rate=9.0),
     "plan cpu-demo --num-processes 2 --gpu L4": shown(ALL, 2, "H200", "L4", rate=None),
     "run cpu-demo --dry-run --hourly-rate 3": shown(ALL, 1, "CPU", None, None, 3.0),
+    "run cpu-demo --dry-run --gpus 8": shown(ALL, 8, "H200", None, None, None),
     "run cpu-demo --dry-run --config-file cpu": shown(ALL, 1, "H200", "CPU", None, None),
     "run cpu-demo --dry-run --config-file multi_node": shown(ALL, 16, "H200", None, None, None),
     "run cpu-demo --dry-run --config-file zero2": shown(ALL, 8, "H200", None, "ZeRO; pretraining: FSDP2", None),
@@ -260,6 +261,9 @@ def test_what_is_converted_is_said_and_the_record_of_a_stage_follows_its_folder(
         monkeypatch.setattr("nanochat_hf.convert.upstream.convert", lambda *_, info=info: info)
         record("convert --source s --output o")
         assert re.fullmatch(r"o: generation 2, 1,234 parameters, step 7\n" + line, capsys.readouterr().out)
+    info["step"] = 0  # unknown
+    record("convert --source s --output o")
+    assert capsys.readouterr().out.startswith("o: generation 2, 1,234 parameters\n")
 
 
 def test_an_adapter_is_refused_by_export(record, tmp_path):
@@ -293,6 +297,7 @@ def test_help_version_and_completion_are_what_the_program_has(capsys, monkeypatc
     assert output("help", "chat") == output("chat", "--help") and re.fullmatch(r"\d+\.\d+.*\n", output("--version"))
     for shell in ("bash", "zsh", "fish"):
         assert output("completion", shell) == (ROOT / "configs" / "completion" / shell).read_text()
+    assert "of tokenizer, base, mid, sft, rl, dpo, eval, report (default" in " ".join(output("plan", "--help").split())
     monkeypatch.setenv("COMP_LINE", "nanochat exp")
     assert output("completion", "words") == "export\n"
     assert cli.completions(["run", "--recipe", "d2"]) == ["d20", "d20-ko", "d24", "d26"]
@@ -347,6 +352,7 @@ PROCESSES = [  # --num-processes, keys of the config file, GPUs, ACCELERATE_USE_
     (2, {"use_cpu": True, **ONE}, 0, "", ""), (2, {"distributed_type": "NO"}, 2, "", "not 2: name --config"),
     (1, {"distributed_type": "NO"}, 0, "", ""), (2, {}, 0, "true", "not 2: name"), (2, ONE, 0, "yes", ""),
     (2, ONE, 1, "no", "2 processes need 2 GPUs, and this machine has 1: lower --num-processes"),
+    (8, {}, 0, "", "this machine has 0: take --config-file cpu"),
 ]  # fmt: skip
 
 

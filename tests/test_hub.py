@@ -107,7 +107,9 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run):
     assert len(hub.repos["models", "you/small"].commits) == 2  # nothing new to send
     for stage in ("base", "rl"):
         shutil.copytree(run / "sft", run / stage, copy_function=os.link, dirs_exist_ok=True)
-    assert push(run, Push("you/small", dry_run=True)) == str(run / "hub" / "rl")  # the newest that is finished
+    lines, options = [], Push("you/small", dry_run=True, space=True)
+    assert push(run, options, lines.append) == str(run / "hub" / "rl")  # the newest that is finished
+    assert "and the Space you/small-chat, which talks to it" in lines
 
 
 def test_files_of_other_engines_go_up_beside_the_weights_and_come_back(hub, run, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import select
 import subprocess
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +116,13 @@ def test_waiting_threads_do_not_spin_unless_the_user_says_how_they_wait(monkeypa
         monkeypatch.setattr(cli.os, "environ", environment)
         cli.main()
         assert environment.get("GOMP_SPINCOUNT") == spins
+
+
+def test_a_warning_is_one_line_without_the_line_of_code(monkeypatch):
+    monkeypatch.setattr(cli, "guarded", lambda command: None)
+    monkeypatch.setattr(warnings, "formatwarning", None)
+    cli.main()
+    assert warnings.formatwarning("x cannot be read", UserWarning, "documents.py", 7) == "warning: x cannot be read\n"
 
 
 @pytest.mark.parametrize("launch,disabled", [({"ACCELERATE_USE_DEEPSPEED": "true"}, False), ({}, True)])

@@ -85,7 +85,7 @@ dpo
 
 eval
   data         karpathy/climbmix-400b-shuffle
-  tasks        nanochat_chatcore
+  tasks        nanochat_chatcore, CORE
 """,
 }  # fmt: skip
 

@@ -352,6 +352,7 @@ def test_trackers_get_all_metrics_and_the_terminal_a_line_per_step(world, tmp_pa
     every |= {"tokens_per_second", "mfu"}
     assert set(logged[1]) == set(logged[3]) == every
     assert set(logged[2]) == every | {"val_bpb", "samples"} and set(logged[4]) == set(logged[2]) | {"core"}
+    assert re.match(r"(['\"]).+\1 -> ['\"]", logged[2]["samples"])
     lines = [line for line in capsys.readouterr().out.splitlines() if "grad norm" in line]
     words = r"step 3/4: loss \d\.\d{3}, lr 0\.0\S+, momentum 0\.85\d, grad norm \S+, [\d.]+K? tok/s, MFU \S+%"
     assert len(lines) == 4 and re.fullmatch(re.escape(f"[{tmp_path.name}] ") + words, lines[2])

@@ -139,6 +139,7 @@ def test_report_json_holds_the_same_facts_and_damaged_results_are_one_line(run):
 def test_two_runs_are_compared_with_the_error_of_the_difference(run, tmp_path):
     other = tmp_path / "other"
     save_json(other / "sft" / "metrics.json", {**COMMON, "wall_time_s": 0})
+    assert "ignificant" not in compare(run, other)  # neither the column nor what it means
     evaluation = {**COMMON, "wall_time_s": 60, "models": {"sft": "sft"}}
     for value, more, word in ((0.95, "0.0200", "no"), (0.97, "0.0400", "yes")):  # 1.4 and 2.8 errors
         save_json(other / "eval" / "metrics.json", {**evaluation, "results": {"sft": {"facts": result(value)}}})

@@ -203,7 +203,8 @@ def compare(first: str | Path, second: str | Path) -> str:
     names = names if names[0] != names[1] else [str(first), str(second)]
     notes = [f"{name}: {note}" for name, each in zip(names, facts) for note in each["notes"]]
     head = ["Metric", "Stage", *names, "Difference", "Significant", "Test"]
-    return "\n\n".join([grid(head, rows), WORDS["tests"], *notes]) + "\n"
+    tests = [WORDS["tests"]] if {row[-1] for row in rows} != {"-"} else []  # they explain two columns
+    return "\n\n".join([grid(head, rows), *tests, *notes]) + "\n"
 
 
 def outcomes(run: Run, stage: str, metric: str, result: dict) -> list[tuple[str, float]] | None:

@@ -72,6 +72,8 @@ def push(run_path: str | Path, options: Push, log: Callable[[str], None] = print
     refuse_secrets(files)
     log(f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB, for {repo}:")
     log("\n".join(f"  {path.stat().st_size:>13,}  {path.relative_to(folder).as_posix()}" for path in files))
+    if options.space:
+        log(f"and the Space {repo}-chat, which talks to it")
     if options.dry_run:
         log(f"dry run: nothing was sent; the files and the card are in {folder}")
         return str(folder)

@@ -150,7 +150,7 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
         if stage == "tokenizer":
             rows["vocabulary"] = f"{config.vocab_size:,} tokens"
         elif stage == "eval":
-            rows["tasks"] = ", ".join(config.tasks)
+            rows["tasks"] = ", ".join([*config.tasks, *["CORE"] * bool(config.core_bundle)])
         elif stage == "base":
             requested, total = base.device_batch_size, size.total_batch_size
             if requested == -1:

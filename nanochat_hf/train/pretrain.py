@@ -347,7 +347,7 @@ class Pretraining:
             results["core"] = self.core(self.model, config.core_metric_max_per_task)
         if self.due(config.sample_every, at_end=True):
             self.samples = self.evaluator.samples(self.step)
-            texts = [f"{sample['prompt']} ->{sample['text']!r}" for sample in self.samples]
+            texts = [f"{sample['prompt']!r} -> {sample['text']!r}" for sample in self.samples]
         self.loss_model.train()
         for text in filter(None, [*texts, in_words(results, results)]):
             self.print(f"step {self.step}: {text}")
