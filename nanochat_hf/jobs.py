@@ -84,7 +84,10 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
         if config.chatcore_every < 1:
             raise InputError("--eval is measured every chatcore_every steps: give that, too")
     if dry_run:
-        check_sources(**given)
+        if {"model", "tokenizer"} & given.keys():
+            from .stages import check_given
+
+            check_given(**given)
         recipe = find_recipe(name or str(or_shipped(path).parent))  # its base.yaml has the model's shape
         _, configs = read_recipe(recipe, None, [])
         return print_dry_run([stage], configs | {stage: config})
@@ -177,18 +180,6 @@ def plan(parser: Parser, words: list[str]) -> None:
         raise InputError("--gpus counts GPUs: leave it out with --gpu CPU")
     otherwise, rate = "H200" if arguments.gpus else "CPU", arguments.node_hourly_rate
     show_plan(stages, configs, arguments.gpus or 1, otherwise, arguments.gpu, rate=rate)
-
-
-def check_sources(model: str | None = None, tokenizer: str | None = None, **_) -> None:
-    """Raises InputError for a model (an adapter has no config) or tokenizer that cannot be read."""
-    if model and not Path(model, "adapter_config.json").is_file():
-        from .loading import load_config
-
-        load_config(model)
-    if tokenizer:
-        from .data.tokenizer import load_tokenizer
-
-        load_tokenizer(tokenizer)
 
 
 def print_dry_run(stages: list[str], configs: dict, *arguments, **options) -> None:

@@ -340,7 +340,7 @@ def contents_of(container) -> tuple:
     return ENDPOINT.contents[id(container)]
 
 
-def agreed(operation: str, container, result, *key):
+def consistent_result(operation: str, container, result, *key):
     """The result of an operation on a container that agrees with all its contents. What is of BINARY has two sides."""
     if operation in BINARY and isinstance(key[0], Remote):
         return result
@@ -362,7 +362,7 @@ def attribute(self, name: str):
         return getattr(contents_of(self)[0], name)
     value = ENDPOINT.ask("getattr", self, name)
     if name in support.ABOUT and type(self) is type(value) is Remote:
-        return lambda *key: agreed(name, self, value(*key), *key)
+        return lambda *key: consistent_result(name, self, value(*key), *key)
     return value
 
 
@@ -425,7 +425,7 @@ class Remote(metaclass=KindOfRemote):  # noqa: PLW1641  (its __hash__ is below)
 for name in "setattr delattr str repr next setitem delitem".split():  # noqa: SIM905
     setattr(Remote, f"__{name}__", forward(name))
 for name in READING[:4] + BINARY:
-    answer = lambda self, *key, name=name: agreed(name, self, ENDPOINT.ask(name, self, *key), *key)  # noqa: E731
+    answer = lambda self, *key, name=name: consistent_result(name, self, ENDPOINT.ask(name, self, *key), *key)  # noqa: E731
     setattr(Remote, f"__{name.strip('_')}__", answer)
 for name in BINARY:
     setattr(Remote, f"__r{name.strip('_')}__", staticmethod(functools.partial(refuse, name)))
