@@ -349,9 +349,12 @@ def test_a_wrong_command_line(refuse, line, message):
     refuse(line.split(), message)
 
 
-def test_a_mixture_with_an_empty_folder(refuse):
+def test_a_mixture_of_a_dry_run_that_no_run_can_open(refuse):
     words = ["sft", "cpu-demo", "--run-dir", "run", "--dry-run", "--mixture"]
     refuse([*words, f"[{{dataset: {refuse.here}}}]"], "here has no .parquet or .jsonl files")
+    refuse([*words, "[{dataset: primer, split: nope}]"], "nope")
+    refuse([*words, "[{dataset: primer, subset: x}]"], "primer has no subsets")
+    refuse([*words, "[{dataset: primer, transform: gsm8k}]"], "does not apply")
 
 
 def test_a_port_that_is_taken(refuse):

@@ -244,6 +244,8 @@ def check_data(stage: str, config) -> None:
         raise InputError(f"chat_data: no folder {folder}")
     for part in getattr(config, "mixture", []) + getattr(config, "validation", []):
         refuse_missing(part["dataset"])
+        if part["dataset"].partition(":")[0] == "primer":
+            open_rows(DatasetConfig(**part | {"rows": 1}), 0)  # which refuses a subset, split or transform
     if dataset := getattr(config, "dataset", None):
         for name, _ in parts_of(dataset):
             refuse_missing(name, stage in ("tokenizer", "base", "eval"))
