@@ -83,6 +83,10 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
         if config.chatcore_every < 1:
             raise InputError("--eval is measured every chatcore_every steps: give that, too")
     if dry_run:
+        if {"model", "tokenizer"} & given.keys():
+            from .stages import check_given
+
+            check_given(**given)
         recipe = find_recipe(name or str(or_shipped(path).parent))  # its base.yaml has the model's shape
         _, configs = read_recipe(recipe, None, [])
         return print_dry_run([stage], configs | {stage: config})

@@ -45,13 +45,17 @@ def read_config(source: str | Path) -> dict:
     """Returns config.json, {} if there is none.
 
     Raises ValueError for what transformers would take or replace silently: layers that fill the memory when built, a
-    damaged generation_config.json, token ids that a model of ours lacks, two values of rope_theta.
+    damaged generation_config.json, token ids that a model of ours lacks, two values of rope_theta; and other outputs
+    than usual, with which a training would fail, at its end.
     """
     config, generation = {}, None
     with suppress(OSError):  # no config.json, as in an adapter's folder
         config, _ = PreTrainedConfig.get_config_dict(source)
         path = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False)
         generation = load_json(path, "copy it again", GenerationFields) if path else None
+    for name, usual in (("return_dict", True), ("output_hidden_states", False), ("output_attentions", False)):
+        if config.get(name, usual) not in (usual, None):
+            raise ValueError(f"{name} is {config[name]!r}: it must be {str(usual).lower()}")
     layers = config.get("text_config") or config
     for name in ("num_hidden_layers", "n_layer", "num_layers"):
         if isinstance(layers.get(name), int) and layers[name] > MAX_LAYERS:

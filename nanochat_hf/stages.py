@@ -33,6 +33,7 @@ from .eval.lm_eval_model import Generator
 from .eval.report import make_report, markdown
 from .eval.weights import REPLACED, origin, renewal, replaced
 from .hub.push import checkpoint_pusher
+from .loading import load_config
 from .optim import scaling
 from .optim.overview import gpu_here, uses_fp8
 from .run import MODEL_STAGES, Run, duration, in_words, load_json, load_metrics, renamed_keys
@@ -174,6 +175,14 @@ def check_run_folder(run: Run, stages: list[str], configs: dict) -> None:
             changed = f"the recipe changed since {run.folder(stage)} finished ({', '.join(changes[:3])})"
             raise InputError(f"{changed}; use another --run-dir or delete that folder")
         check_inputs(run, stage, metrics.get("inputs") or {}, configs[stage])
+
+
+def check_given(model: str | None = None, tokenizer: str | None = None, **_) -> None:
+    """Refuse a model (an adapter has no config) or tokenizer that cannot be read, by InputError."""
+    if model and not Path(model, "adapter_config.json").is_file():
+        load_config(model)
+    if tokenizer:
+        load_tokenizer(tokenizer)
 
 
 def check_sources(run: Run, stages: list[str], configs: dict) -> None:

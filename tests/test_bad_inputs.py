@@ -275,6 +275,11 @@ COMMANDS = [
         "push --run-dir {here} --repo a/b --language multilingual,code --license llama3.1 --revision refs/pr/1",
         "no finished stage",
     ),
+    ("pretrain cpu-demo --run-dir {run} --model {here} --dry-run", "no model in .*here"),
+    ("pretrain cpu-demo --run-dir {run} --tokenizer {here} --dry-run", "no tokenizer in .*here"),
+    ("eval cpu-demo --run-dir {run} --model {here} --dry-run", "no model in .*here"),
+    ("eval cpu-demo --run-dir {run} --chat_data {root}/README.md --dry-run", "chat_data: no folder .*README.md"),
+    ("rl cpu-demo --run-dir {run} --dataset {here} --dry-run", "here has no .parquet or .jsonl files"),
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --dataset none --dry-run", "no such dataset: none is no file"),
     ("run cpu-demo eval.core_bundle=none --dry-run", "none is no CORE bundle"),
@@ -343,6 +348,14 @@ def test_a_wrong_key_or_value_in_a_yaml(refuse, stage, text, message):
 @pytest.mark.parametrize("line,message", COMMANDS)
 def test_a_wrong_command_line(refuse, line, message):
     refuse(line.split(), message)
+
+
+def test_a_mixture_of_a_dry_run_that_no_run_can_open(refuse):
+    words = ["sft", "cpu-demo", "--run-dir", "run", "--dry-run", "--mixture"]
+    refuse([*words, f"[{{dataset: {refuse.here}}}]"], "here has no .parquet or .jsonl files")
+    refuse([*words, "[{dataset: primer, split: nope}]"], "nope")
+    refuse([*words, "[{dataset: primer, subset: x}]"], "primer has no subsets")
+    refuse([*words, "[{dataset: primer, transform: gsm8k}]"], "does not apply")
 
 
 def test_a_port_that_is_taken(refuse):

@@ -16,7 +16,7 @@ MAY_IMPORT = {  # folder or file below nanochat_hf -> what of the project it may
     "config": "run",
     "loading": "metrics run model",
     "stage_configs": "config run data.transforms demo",
-    "stages": "config stage_configs run distributed data demo eval hub optim serve train",
+    "stages": "loading config stage_configs run distributed data demo eval hub optim serve train",
     "sync": "run data.hub_files distributed hub.push train.checkpoint",
     "jobs": "config data run stage_configs stages sync optim eval",
     "cli": "config stage_configs run jobs convert data demo eval export hub loading serve train.model_setup",

@@ -82,6 +82,9 @@ BROKEN = {  # what happened to model.safetensors, and what the line says
     "generation: id": (generation('{"eos_token_id": [1, 9999]}'), "eos_token_id is .*: the model has "),
     "generation: type": (generation('{"temperature": "hot"}'), "generation_config.json: temperature is 'hot'"),
     "token id": (partial(set_fields, bos_token_id=10**9), "bos_token_id is 1000000000: the model has"),
+    "return_dict": (partial(set_fields, return_dict=False), "return_dict is False: it must be true"),
+    "hidden states": (partial(set_fields, output_hidden_states="x"), "output_hidden_states is 'x': it must be false"),
+    "attentions": (partial(set_fields, output_attentions=True), "output_attentions is True: it must be false"),
     "rope_theta": (partial(set_fields, rope_theta="x"), "rope_theta is 'x', and in rope_parameters .*: leave one out"),
 }
 
@@ -159,6 +162,40 @@ def python(expression: str) -> str:
     """
 
 
+def of_tokenizer(path, change):
+    parts = json.loads(path.read_text())
+    change(parts)
+    path.write_text(json.dumps(parts))
+
+
+TOKENIZERS = {  # of a folder, damaged, and what is said of it
+    "special token is missing": lambda folder: (folder / "tokenizer_config.json").unlink(),
+    "another place": lambda folder: of_tokenizer(folder / "tokenizer.json", lambda x: x.update(added_tokens=[])),
+    "slice index": lambda folder: of_tokenizer(
+        folder / "tokenizer.json", lambda x: x["model"].update(continuing_subword_prefix="##")
+    ),
+    "out of vocabulary": lambda folder: of_tokenizer(
+        folder / "tokenizer.json", lambda x: x["model"]["vocab"].update(a=x["model"]["vocab"]["b"])
+    ),
+    "leaves out what the user says": lambda folder: (folder / "chat_template.jinja").write_text("null"),
+}
+
+
+@pytest.mark.parametrize("message", TOKENIZERS)
+def test_a_damaged_tokenizer_is_one_line(tiny_folder, message):
+    TOKENIZERS[message](tiny_folder)
+    with pytest.raises(InputError, match=message) as caught:
+        load_tokenizer(tiny_folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncation_in_tokenizer_json_cuts_no_prompt(tiny_folder):
+    engine = Engine.from_pretrained(tiny_folder, device="cpu")
+    whole = engine.encode_text("one two three four")
+    engine.tokenizer.backend_tokenizer.enable_truncation(2)
+    assert engine.encode_text("one two three four") == whole and len(whole) > 2
+
+
 def limited(folder: Path, template: str):
     (folder / "chat_template.jinja").write_text(template)
     return load_tokenizer(folder)
@@ -213,7 +250,10 @@ def test_a_chat_template_of_others_gives_what_it_gives_without_limits(tiny_folde
     ):
         assert theirs.apply_chat_template(chats, **options) == ours.apply_chat_template(chats, **options)
         assert theirs.apply_chat_template(chats[0], **options) == ours.apply_chat_template(chats[0], **options)
-    assert limited(tiny_folder, "{{ '\\ud800' }}").apply_chat_template(chats[0], tokenize=False) == "?"
+    assert (
+        limited(tiny_folder, "{{ '\\ud800' ~ messages[0].content }}").apply_chat_template(chats[1], tokenize=False)
+        == "?two"
+    )
     theirs.save_pretrained(tiny_folder / "again")
     assert load_tokenizer(tiny_folder / "again").chat_template == text
 

@@ -131,7 +131,7 @@ def test_training_is_deterministic_and_composes_letters_on_request():
 
 
 def test_an_older_chat_template_of_ours_is_renewed_and_another_stays(tokenizer, tmp_path, monkeypatch):
-    older, other = "{# older #}", "{# somebody's own #}"
+    older, other = "{# older #}", "{# somebody's own #}{{ messages[0].content }}"
     monkeypatch.setattr(module, "OLD_TEMPLATES", (sha256(older.encode()).hexdigest()[:16],))
     for template, expected in ((older, tokenizer.chat_template), (other, other), (None, None)):
         tokenizer.save_pretrained(tmp_path)

@@ -239,9 +239,13 @@ def open_rows(entry: DatasetConfig, seed: int) -> Sequence:
 
 
 def check_data(stage: str, config) -> None:
-    """Raises InputError if a dataset of a stage's config is missing, as `refuse_missing`."""
+    """Raises InputError if a dataset of a stage's config is missing, as `refuse_missing`, or its `chat_data`."""
+    if (folder := getattr(config, "chat_data", None)) and not local_path(folder).is_dir():
+        raise InputError(f"chat_data: no folder {folder}")
     for part in getattr(config, "mixture", []) + getattr(config, "validation", []):
         refuse_missing(part["dataset"])
+        if part["dataset"].partition(":")[0] == "primer":
+            open_rows(DatasetConfig(**part | {"rows": 1}), 0)  # which refuses a subset, split or transform
     if dataset := getattr(config, "dataset", None):
         for name, _ in parts_of(dataset):
             refuse_missing(name, stage in ("tokenizer", "base", "eval"))
@@ -255,6 +259,10 @@ def refuse_missing(dataset: str, is_text: bool = False) -> None:
         raise InputError(f"no such dataset: {dataset} is no file, no folder and no Hub id")
     if is_text and path.exists() and dataset != "primer":
         find_files(dataset)  # which refuses a folder or a file of another kind
+    elif path.exists():
+        names, kinds = files_below(path) if path.is_dir() else [path.name], (*SUFFIXES, ".txt", ".yaml", ".yml")
+        if not any(has_suffix(name, *kinds) for name in names):
+            raise InputError(f"dataset {dataset} has no .parquet or .jsonl files")
 
 
 def _files(entry: DatasetConfig, path: Path) -> list[Path]:

@@ -129,20 +129,30 @@ def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or a Hub id; older templates of this project are renewed, those of others limited.
 
-    Raises InputError when there is none, or its template reaches a limit on a short message.
+    Raises InputError when there is none, its special tokens are not where our template needs them, or the template of
+    others reaches a limit on a short message or leaves it out.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
-    except Exception as error:  # of damaged files: json's, tokenizers' and the config's have no common type
+        if tokenizer.is_fast:
+            plain_backend(tokenizer)  # of two names with one id fails here
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of damaged files: json's, tokenizers' (a panic) and the config's
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "backend tokenizer" in reason:  # followed by a list of all the ways to have one
             reason = "it has no tokenizer.json"
         raise InputError(f"no tokenizer in {name}: {reason}") from None
     tokenizer = with_todays_templates(tokenizer)
-    if tokenizer.chat_template and tokenizer.chat_template != TEMPLATE.read_text():
+    if tokenizer.chat_template == TEMPLATE.read_text():
+        ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+        if tokenizer.eos_token != "<|assistant_end|>" or np.any(np.diff(ids) != 1):
+            raise InputError(f"no tokenizer in {name}: a special token is missing or has another place; copy it again")
+    elif tokenizer.chat_template:
         tokenizer.apply_chat_template = partial(apply_chat_template, tokenizer)  # for every caller
         with suppress(ChatTemplateError):  # it refuses this message
-            tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
+            if "?!" not in tokenizer.apply_chat_template([{"role": "user", "content": "?!"}], tokenize=False):
+                raise InputError(f"the chat template of {name} leaves out what the user says")
     return tokenizer
 
 

@@ -24,6 +24,7 @@ import os
 import random
 import sys
 import types
+from collections import deque
 
 support = types.ModuleType("support")  # support.py, whose source is an argument: a sandbox may not read the file
 exec(sys.argv[3], vars(support))
@@ -31,7 +32,6 @@ ITEMS, REDUCED, TYPES = support.ITEMS, support.REDUCED, support.TYPES
 ENDED, UNCHECKED = 77, 78  # exit codes: of tests that ran to their last line, or that cannot be checked
 MAX_MESSAGE = 1 << 25  # bytes
 DATA = (int, float, str, bytes, tuple)  # a solution's subclasses of these are data with an object behind it
-MUTABLE = (list, dict, set, collections.deque, bytearray)
 READING = "len bool iter getitem contents".split()  # noqa: SIM905  (operations)
 BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
 
@@ -190,7 +190,7 @@ def printing(operation: str, *arguments, **options) -> tuple:
 OPERATIONS = {function.__name__: function for function in (
     operator.call, printing, random.seed, copy.copy, copy.deepcopy, getattr, setattr, delattr, hasattr, len, str,
     repr, bool, hash, iter, next, type, isinstance, issubclass, operator.getitem, operator.setitem, operator.delitem,
-    *(getattr(operator, name) for name in BINARY), *(getattr(support, name) for name in support.OPERATIONS),
+    *(getattr(operator, name) for name in ["eq", *BINARY]), *(getattr(support, name) for name in support.OPERATIONS),
 )}  # fmt: skip
 
 
@@ -253,6 +253,7 @@ class Tests(Endpoint):
         self.operations = {"call": self.call, "next": next}
         self.lent = {}  # lists and the like that the solution has, too: (id of object, name) -> value, as packed
         self.contents = {}  # of containers of the solution, by id, until it is asked for what may change them
+        self.first = {}  # operation on what says that it is none, by id: a length, or items
 
     def refer(self, value) -> dict:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -302,7 +303,7 @@ class Tests(Endpoint):
         if not shown:
             result, output = result
             sys.stdout.write(output)
-        if operation in ("getattr", "getitem") and isinstance(result, MUTABLE):
+        if operation in ("getattr", "getitem") and isinstance(result, list | dict | set | deque | bytearray):
             self.lent[id(arguments[0]), str(self.pack(arguments[1]))] = result, self.pack(result)
         return result
 
@@ -331,28 +332,25 @@ def forward(operation: str):
     return lambda self, *arguments, **options: ENDPOINT.ask(operation, self, *arguments, **options)
 
 
-def combine(operation: str):
-    return lambda self, other: (ENDPOINT.ask if isinstance(other, Remote) else refuse)(operation, self, other)
-
-
-def contents_of(container):
+def contents_of(container) -> tuple:
+    """What is in a container (None: it is none, or of a class that the tests name as `Stack()`), and those classes."""
     if id(container) not in ENDPOINT.contents:
         classes = [x for name, x in ENDPOINT.names.items() if name[:1].isupper() and type(x) is Remote]
-        ENDPOINT.contents[id(container)] = ENDPOINT.ask("contents", container, classes)
+        ENDPOINT.contents[id(container)] = ENDPOINT.ask("contents", container, classes), classes
     return ENDPOINT.contents[id(container)]
 
 
-def reading(operation: str):
-    """Asks a container, and compares the answer with all its contents: its methods must not contradict each other.
-
-    Not for objects of a class that the tests name, with a capital as in `Stack()`: they are about that one.
-    """
-
-    def read(self, *key):
-        result, contents = ENDPOINT.ask(operation, self, *key), contents_of(self)
-        return result if contents is None else support.checked(operation, contents, key, result, ENDPOINT.pack, refuse)
-
-    return read
+def consistent_result(operation: str, container, result, *key):
+    """The result of an operation on a container that agrees with all its contents. What is of BINARY has two sides."""
+    if operation in BINARY and isinstance(key[0], Remote):
+        return result
+    contents, classes = contents_of(container)
+    if contents is not None:
+        return support.checked(operation, contents, key, result, ENDPOINT.pack, refuse)
+    first = ENDPOINT.first.setdefault(id(container), operation) if operation in ("len", "iter") else operation
+    if operation in BINARY or (not classes and (operation in support.ABOUT or first != operation)):
+        refuse(operation)
+    return result
 
 
 def attribute(self, name: str):
@@ -360,9 +358,12 @@ def attribute(self, name: str):
         raise AttributeError(name)  # numpy would read the memory at an address
     if name == "__signature__":  # inspect looks for it
         return ENDPOINT.ask("signature", self)
-    if name in ("items", "keys", "values", "get") and type(self) is Remote and isinstance(contents_of(self), dict):
-        return getattr(contents_of(self), name)
-    return ENDPOINT.ask("getattr", self, name)
+    if name in ("items", "keys", "values", "get") and type(self) is Remote and isinstance(contents_of(self)[0], dict):
+        return getattr(contents_of(self)[0], name)
+    value = ENDPOINT.ask("getattr", self, name)
+    if name in support.ABOUT and type(self) is type(value) is Remote:
+        return lambda *key: consistent_result(name, self, value(*key), *key)
+    return value
 
 
 class TheirException(type):
@@ -393,7 +394,8 @@ class Remote(metaclass=KindOfRemote):  # noqa: PLW1641  (its __hash__ is below)
             return mine[1] == (theirs[1] if theirs else other)
         if theirs and how != "identity" and mine[1] is not None and theirs == mine:
             return True
-        if other is Remote or (how == "own" and other is not None):
+        agree = theirs and ENDPOINT.ask("eq", self, other) is False  # that they are not
+        if other is Remote or (how == "own" and other is not None and not agree):
             refuse("==")
         return False
 
@@ -422,10 +424,10 @@ class Remote(metaclass=KindOfRemote):  # noqa: PLW1641  (its __hash__ is below)
 
 for name in "setattr delattr str repr next setitem delitem".split():  # noqa: SIM905
     setattr(Remote, f"__{name}__", forward(name))
-for name in READING[:4]:
-    setattr(Remote, f"__{name}__", reading(name))
+for name in READING[:4] + BINARY:
+    answer = lambda self, *key, name=name: consistent_result(name, self, ENDPOINT.ask(name, self, *key), *key)  # noqa: E731
+    setattr(Remote, f"__{name.strip('_')}__", answer)
 for name in BINARY:
-    setattr(Remote, f"__{name.strip('_')}__", combine(name))
     setattr(Remote, f"__r{name.strip('_')}__", staticmethod(functools.partial(refuse, name)))
 for name in "abs neg pos invert round int float index enter exit mro_entries".split():  # noqa: SIM905
     setattr(Remote, f"__{name}__", staticmethod(functools.partial(refuse, name)))

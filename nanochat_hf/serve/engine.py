@@ -351,6 +351,7 @@ class Engine:
             )
         backend = self.tokenizer.backend_tokenizer
         backend.encode_special_tokens = False  # a call with split_special_tokens leaves it set
+        backend.no_truncation()  # of tokenizer.json
         return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_last(self, messages: list[dict], room: int) -> tuple[list[int], int]:
