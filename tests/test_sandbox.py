@@ -72,7 +72,7 @@ EDGES = [  # program, passed: just below and just above a limit
     ("import os\nassert {*os.environ} - {'LC_CTYPE'} == {'OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS'}", True),
     ("import ctypes\nassert ctypes.CDLL(None).prctl(39, 0, 0, 0, 0) == 1", True),  # no new privileges
     *[(REFUSED.format(code), True) for code in (
-        "import socket; socket.socket(40, socket.SOCK_STREAM)", "import socket; socket.socket(17, socket.SOCK_RAW)",
+        "import socket; socket.socket(40, socket.SOCK_STREAM)", "import socket; socket.socket(16, 3)",
         "open('/usr/x', 'w')", "open('/etc/passwd')", "import os; os.setuid(0)",
         f"import os; os.listdir({str(Path(__file__).parent)!r})",
     )],
