@@ -20,6 +20,7 @@ from nanochat_hf import sandbox
 from nanochat_hf.errors import InputError
 from nanochat_hf.sandbox import MAX_OUTPUT, layers, run_sandboxed
 from nanochat_hf.sandbox.guard import MAX_PROCESSES
+from nanochat_hf.sandbox.support import names
 
 LINUX = sys.platform == "linux"
 fork = multiprocessing.get_context("fork")
@@ -100,6 +101,10 @@ def test_tests_that_would_trust_an_object_of_the_solution_are_not_checked():
     for case, result in in_parallel(table, run_sandboxed):
         assert not result.passed and not result.checked and "cannot be checked: " in result.output, case
     assert run_sandboxed("def f(): return 0", "assert f()").checked
+
+
+def test_what_tests_import_is_not_the_solutions():
+    assert names("from math import sqrt\nassert f(sqrt(4)) == 2")[1] == {"f"}
 
 
 def test_tests_do_not_run_in_a_folder_that_the_solution_may_write(monkeypatch):
