@@ -18,9 +18,8 @@ import yaml
 
 from nanochat_hf import sandbox
 from nanochat_hf.errors import InputError
-from nanochat_hf.sandbox import MAX_OUTPUT, layers, run_sandboxed
+from nanochat_hf.sandbox import MAX_OUTPUT, layers, run_sandboxed, support
 from nanochat_hf.sandbox.guard import MAX_PROCESSES
-from nanochat_hf.sandbox.support import names
 
 LINUX = sys.platform == "linux"
 fork = multiprocessing.get_context("fork")
@@ -104,7 +103,7 @@ def test_tests_that_would_trust_an_object_of_the_solution_are_not_checked():
 
 
 def test_what_tests_import_is_not_the_solutions():
-    assert names("from math import sqrt\nassert f(sqrt(4)) == 2")[1] == {"f"}
+    assert support.names("from math import sqrt\nassert f(sqrt(4)) == 2")[1] == {"f"}
 
 
 def test_tests_do_not_run_in_a_folder_that_the_solution_may_write(monkeypatch):
