@@ -285,7 +285,7 @@ COMMANDS = [
     ("run cpu-demo eval.core_bundle=none --dry-run", "none is no CORE bundle"),
     ("run d12 --run-dir {run} base.push_every=5", "base.push_every and --repo go together"),
     ("run d12 --run-dir {run} --hours 3", "--hours is for a job: name --job"),
-    ("report --compare {here} {here} --hourly-rate 3", "are for one run"),
+    ("report --compare {here} {here} --hourly-rate 0", "are for one run"),
     ("chat --model {here} --stage sft", r"name what to talk to .*: --run-dir"),
     ("export --model {here} --to mlx --outtype f16 --output {here}/x", "--outtype and --allow-inexact are for --to"),
 ]

@@ -233,6 +233,8 @@ def test_a_retry_replaces_the_last_answer_and_keeps_it_where_there_is_no_new_one
     assert [message["content"] for message in chat.messages] == ["a", "b", "c", "d"]
     chat.model.chunks = []  # stopped before its first word
     assert chat.command("/retry") and chat.messages[-1]["content"] == "d"
+    chat.ask("e", before=[])
+    assert chat.model.prompts[-1] == ["e"]
 
 
 def test_beside_a_pipe_stdout_has_the_answer_and_stderr_the_rest(capsys, monkeypatch):

@@ -28,7 +28,7 @@ from nanochat_hf import cli
 from nanochat_hf.convert import tokenizer as convert_tokenizer
 from nanochat_hf.convert.native import from_native, to_native
 from nanochat_hf.convert.tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, write_tiktoken
-from nanochat_hf.convert.upstream import convert, from_upstream, read_upstream, to_upstream
+from nanochat_hf.convert.upstream import convert, from_upstream, read_upstream, set_token_ids, to_upstream
 from nanochat_hf.data import tokenizer as tokenizer_module
 from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, TEMPLATE, wrap
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, configuration_nanochat
@@ -218,6 +218,7 @@ def test_native_folders_end_at_a_call_and_base_models_of_ours_get_no_loop(tokeni
     source = write_checkpoint(tmp_path / "source", fields)
     write_tiktoken(source / "tokenizer.pkl", *ranks_from_backend(tokenizer.backend_tokenizer))
     convert(source, tmp_path / "native", "native")
+    assert AutoTokenizer.from_pretrained(tmp_path / "native").response_template
     end = tokenizer.convert_tokens_to_ids("<|python_end|>")
     loaded = NativeModel.from_pretrained(tmp_path / "native")
     assert end in loaded.generation_config.eos_token_id and (tmp_path / "native" / "custom_generate").exists()
@@ -233,6 +234,17 @@ def test_native_folders_end_at_a_call_and_base_models_of_ours_get_no_loop(tokeni
     pipe = pipeline("text-generation", model=str(tmp_path / "base-native"))
     options = {"batch_size": 2, "max_new_tokens": 40, "do_sample": False, "eos_token_id": list(range(400))}
     assert all("<|bos|>" not in text["generated_text"] for (text,) in pipe(["An owl", "A dog is here"], **options))
+
+
+def test_the_tokens_of_a_tokenizer_are_counted_without_padding_rows(tokenizer):
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    size = len(tokenizer)
+    model = NanoChatForCausalLM(NanoChatConfig(**shape, vocab_size=size + 64, num_tokens=size))
+    set_token_ids(model, tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    model.config.num_tokens += 1
+    with pytest.raises(ValueError, match="do not belong together"):
+        set_token_ids(model, tokenizer)
 
 
 def content(folder: Path) -> dict[Path, bytes]:

@@ -11,7 +11,7 @@ from talker import QUESTIONS
 from nanochat_hf.data.tokenizer import byte_alphabet, train_bpe
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve import join_chunks
-from nanochat_hf.serve.engine import MAX_CHUNK, Engine, IncrementalDetokenizer, Request, token_table
+from nanochat_hf.serve.engine import MAX_CHUNK, Engine, IncrementalDetokenizer, PendingSteps, Request, token_table
 from nanochat_hf.tool_loop import MARKS
 
 
@@ -174,6 +174,8 @@ def test_a_request_can_be_cancelled_while_it_waits_and_while_it_runs(talker):
     running.cancelled = waiting.cancelled = True
     assert engine.advance()[:2] == [(running, []), (waiting, [])] and not engine.busy
     assert (running.finish_reason, waiting.finish_reason, waiting.tokens) == ("cancelled", "cancelled", [])
+    engine.pending.append(PendingSteps(torch.tensor([[7]]), [running], None))  # what it said meanwhile
+    assert engine.collect_outputs() == []
     release = threading.Event()
     engine.tool = lambda text: release.wait(5) and text
     calling = engine.submit(Request(engine.encode(user("What is 5 + 6?")), 100))

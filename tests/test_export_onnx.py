@@ -271,6 +271,13 @@ def test_scaled_rope_is_refused(tokenizer, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["torch"]
 
 
+def test_a_model_of_more_than_two_gigabytes_is_refused(exported, tmp_path, monkeypatch):
+    model, folder = exported
+    monkeypatch.setattr("nanochat_hf.export.onnx.MAX_BYTES", 4 * model.num_parameters() - 1)
+    with pytest.raises(InputError, match="an ONNX file holds 2"):
+        export(folder, tmp_path / "out", "onnx")
+
+
 def test_the_config_has_as_many_tokens_as_the_logits_and_not_the_padded_rows(tokenizer, tmp_path):
     from nanochat_hf.export.onnx import write_config  # needs onnxruntime
 

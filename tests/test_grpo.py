@@ -229,6 +229,16 @@ def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path):
     assert not (out / "state").exists() and AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id
 
 
+def test_only_new_tokens_of_training_count_for_the_speed(monkeypatch):
+    monkeypatch.setattr(GRPOTrainer, "_generate", lambda trainer, prompts: ([[1] * 5], [[1, 2], [3]]))
+    trainer = RLTrainer.__new__(RLTrainer)
+    trainer.accelerator, trainer.generation_seconds, trainer.step_tokens = SimpleNamespace(num_processes=2), 0, 0
+    for training in (True, False):
+        trainer.model = SimpleNamespace(training=training)
+        trainer._generate([])
+        assert trainer.step_tokens == 6
+
+
 def untrained(tiny_folder, tmp_path) -> dict:
     """SFT teaches to answer one of four numbers, equally often; returns the keys of an RL that rewards one of them."""
     choices = [f"It is so.\n#### {number}" for number in (1, 2, 3, 4)]

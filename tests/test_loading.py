@@ -51,6 +51,10 @@ def set_fields(path, **fields):
     (path.parent / "config.json").write_text(json.dumps(config | fields))
 
 
+def next_id(path):
+    set_fields(path, bos_token_id=json.loads((path.parent / "config.json").read_text())["vocab_size"])
+
+
 def foreign_code(path):
     """A model of a type that nobody knows: its own code would have to be executed."""
     config = json.loads((path.parent / "config.json").read_text())
@@ -81,7 +85,7 @@ BROKEN = {  # what happened to model.safetensors, and what the line says
     "generation: no object": (generation("[]"), "generation_config.json is not valid JSON"),
     "generation: id": (generation('{"eos_token_id": [1, 9999]}'), "eos_token_id is .*: the model has "),
     "generation: type": (generation('{"temperature": "hot"}'), "generation_config.json: temperature is 'hot'"),
-    "token id": (partial(set_fields, bos_token_id=10**9), "bos_token_id is 1000000000: the model has"),
+    "token id": (next_id, r"bos_token_id is (\d+): the model has \1 tokens"),
     "return_dict": (partial(set_fields, return_dict=False), "return_dict is False: it must be true"),
     "hidden states": (partial(set_fields, output_hidden_states="x"), "output_hidden_states is 'x': it must be false"),
     "attentions": (partial(set_fields, output_attentions=True), "output_attentions is True: it must be false"),

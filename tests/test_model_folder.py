@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, TextGenerationPipeline, pipeline
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.testing_utils import CaptureLogger
+from transformers.utils import PushToHubMixin
 
 from nanochat_hf.convert.upstream import convert
 from nanochat_hf.errors import InputError
@@ -219,14 +220,17 @@ def answer(model, tokenizer, question=CHATS[0]) -> str:
     return tokenizer.decode(model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :])
 
 
-def test_copies_of_a_chat_model_keep_the_tool_loop(chat_folder, talker, tmp_path):
+def test_copies_of_a_chat_model_keep_the_tool_loop(chat_folder, talker, tmp_path, monkeypatch):
     model, tokenizer = load(chat_folder, trust_remote_code=True), talker[1]
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     tuned = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM"))
     tuned.save_pretrained(tmp_path / "adapter")
     tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
     load(tmp_path / "merged").bfloat16().save_pretrained(tmp_path / "again")
-    for copied in ("sharded", "merged", "again"):
+    (tmp_path / "pushed").mkdir()
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", lambda *words: None)
+    model._upload_modified_files(tmp_path / "pushed")
+    for copied in ("sharded", "merged", "again", "pushed"):
         assert files(tmp_path / copied) == LOOP, copied
     source = chat_folder / "custom_generate" / "generate.py"
     assert (tmp_path / "again" / "custom_generate" / "generate.py").read_bytes() == source.read_bytes()

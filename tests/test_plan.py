@@ -15,7 +15,7 @@ from nanochat_hf import cli
 
 WORDS = "--gpus 2 --gpu A100 --node-hourly-rate 2 --stages tokenizer,base,sft,rl,dpo,eval rl.num_iterations=7 "
 WORDS += "dpo.lora_r=8 sft.num_epochs=2.5 sft.packing=false sft.total_batch_size=64 rl.max_new_tokens=512 "
-WORDS += "base.save_every=-1"
+WORDS += "base.save_every=0"
 DATA = ["base.keep_checkpoints=5", "base.dataset=[{dataset: primer}, {dataset: x/y, weight: 2}]"]
 PLANS = {
     ("cpu-demo", "--gpu", "CPU", "--stages", "base,rl"): """\

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import pytest
 from finished_run import COMMON, finished_run, result  # noqa: F401
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from matplotlib.axes import Axes
 from mutations import mutations
 
 from nanochat_hf import cli
@@ -228,7 +229,8 @@ def test_metrics_that_say_nothing_but_finished_make_a_report_and_unfinished_ones
         make_report(run)
 
 
-def test_there_is_a_plot_of_every_curve_and_the_html_page_embeds_them(run):
+def test_there_is_a_plot_of_every_curve_and_the_html_page_embeds_them(run, monkeypatch):
+    lines = []
     (run / "plots").mkdir()
     (run / "plots" / "sft.png").touch()  # of an earlier report
     drawn = plots(collect(Run(run)), run / "plots")
@@ -242,7 +244,9 @@ def test_there_is_a_plot_of_every_curve_and_the_html_page_embeds_them(run):
     assert len(embedded) == 5
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in embedded)
     bars = {"boolq": {"base": {"value": 0.2, "stderr": 0.1, "baseline": 0}, "sft": {"value": None}}}
+    monkeypatch.setattr(Axes, "vlines", lambda axes, x, *_, **options: lines.append(x))
     draw_bars(bars, run / "one.png", "")
+    assert lines == [0, 0]  # a black line, and a white one in it
     assert (run / "one.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from nanochat_hf import sandbox
 from nanochat_hf.errors import InputError
-from nanochat_hf.sandbox import MAX_OUTPUT, layers, run_sandboxed
+from nanochat_hf.sandbox import MAX_OUTPUT, layers, run_sandboxed, support
 from nanochat_hf.sandbox.guard import MAX_PROCESSES
 
 LINUX = sys.platform == "linux"
@@ -72,7 +72,7 @@ EDGES = [  # program, passed: just below and just above a limit
     ("import os\nassert {*os.environ} - {'LC_CTYPE'} == {'OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS'}", True),
     ("import ctypes\nassert ctypes.CDLL(None).prctl(39, 0, 0, 0, 0) == 1", True),  # no new privileges
     *[(REFUSED.format(code), True) for code in (
-        "import socket; socket.socket(40, socket.SOCK_STREAM)", "import socket; socket.socket(17, socket.SOCK_RAW)",
+        "import socket; socket.socket(40, socket.SOCK_STREAM)", "import socket; socket.socket(16, 3)",
         "open('/usr/x', 'w')", "open('/etc/passwd')", "import os; os.setuid(0)",
         f"import os; os.listdir({str(Path(__file__).parent)!r})",
     )],
@@ -100,6 +100,10 @@ def test_tests_that_would_trust_an_object_of_the_solution_are_not_checked():
     for case, result in in_parallel(table, run_sandboxed):
         assert not result.passed and not result.checked and "cannot be checked: " in result.output, case
     assert run_sandboxed("def f(): return 0", "assert f()").checked
+
+
+def test_what_tests_import_is_not_the_solutions():
+    assert support.names("from math import sqrt\nassert f(sqrt(4)) == 2")[1] == {"f"}
 
 
 def test_tests_do_not_run_in_a_folder_that_the_solution_may_write(monkeypatch):

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +225,16 @@ def test_the_validation_loss_is_the_mean_over_tokens_of_unequal_batches(tiny_fol
                 total, count = total - logp[position, label].item(), count + 1
     val_loss = load_json(tmp_path / "sft" / "metrics.json")["val_loss"]
     assert count > 40 and val_loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_batch_of_padding_alone_leaves_the_validation_loss_as_it_is():
+    trainer, none = sft.ChatTrainer.__new__(sft.ChatTrainer), torch.full((1, 4), -100)
+    batches = [{"labels": none}, {"labels": torch.arange(4)[None]}]
+    trainer.model, trainer._prepare_inputs, trainer.log = torch.nn.Linear(1, 1), dict, dict
+    trainer.accelerator = SimpleNamespace(device="cpu", reduce=lambda sums, how: sums)
+    trainer.get_eval_dataloader = lambda: batches
+    trainer.compute_loss = lambda model, batch: torch.tensor(float("nan") if batch["labels"] is none else 2.0)
+    assert trainer.evaluate() == {"eval_loss": 2.0}
 
 
 def test_a_packed_conversation_does_not_attend_to_its_neighbors(lively_model, tokenizer):

@@ -140,6 +140,7 @@ GIVEN = [  # stage, config, options of `run_stage` -> the last call
 def test_a_stage_is_given_its_config_source_folder_and_measurements(calls, tmp_path, stage, config, options, expected):
     for name in {"tokenizer", "base", "dpo"} - {stage}:  # nothing starts from a later stage
         save_json(tmp_path / name / "metrics.json", {"finished": True})
+    (tmp_path / "rl").mkdir(exist_ok=True)  # not finished: nobody evaluates it
     runner = {"mid": lambda *words, **more: stages.run_chat(*words, "mid", **more)}.get(stage, stages.RUNNERS[stage])
     runner(config, Run(tmp_path), **options)
     name, arguments, more = calls[-1]

@@ -302,6 +302,10 @@ def test_another_run_damaged_checkpoints_links_and_wrong_urls_are_refused(remote
             pass
     with syncing(f"{remote}2", other):  # its own place
         write_checkpoint(other, 1)
+    (tmp_path / "empty").mkdir()  # of another run, but with nothing to lose
+    (tmp_path / "empty" / ".sync-id").write_text("old")
+    with syncing(remote, Run(tmp_path / "empty")):
+        assert (tmp_path / "empty" / ".sync-id").read_text() == (run.path / ".sync-id").read_text()
     for url, folder in ((remote, other), (f"{remote}2", run)):
         with pytest.raises(InputError, match="holds another run"), syncing(url, folder):
             pass

@@ -1,6 +1,7 @@
 """Worker threads: many requests at once, stop strings, time limits; test_server has a full queue and lost clients."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from talker import QUESTIONS
 
 from nanochat_hf.errors import InputError
 from nanochat_hf.serve import text_of
+from nanochat_hf.serve import worker as workers
 from nanochat_hf.serve.engine import Engine, Request
 from nanochat_hf.serve.worker import LOAD_LOCK, Completion, Worker, open_workers
 
@@ -96,6 +98,27 @@ def test_a_time_limit_cuts_the_answer_and_frees_the_slot(worker):
     assert asyncio.run(run()) == ("", "length") and completion[0].request.cancelled
     worker.engine.advance = real
     assert ask(worker, "What is 5 + 6?") == ("It is 11.", "stop")
+
+
+def test_an_answer_that_is_complete_outlives_its_worker_and_each_gpu_has_a_worker(worker, monkeypatch):
+    async def run():
+        completion = Completion([worker], request(worker))
+        while not completion.request.finish_reason:
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(worker, "error", MemoryError("later"))
+        return text_of(await completion.read())
+
+    assert asyncio.run(run()) == QUESTIONS["Hello"][0][1]
+    devices, makers = [], []
+    engine = SimpleNamespace(encode=list, warm_up=list)
+    monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(workers, "load_tokenizer", str)
+    monkeypatch.setattr(
+        workers.Engine, "from_pretrained", lambda name, device, slots: devices.append(device) or engine
+    )
+    monkeypatch.setattr(workers, "Worker", lambda make, *_: makers.append(make) or SimpleNamespace(start=list))
+    workers.open_workers("x", 1, 1)
+    assert [make() for make in makers] == [engine] * 2 and devices == ["cuda:0", "cuda:1"]
 
 
 def test_a_reader_slower_than_the_model_gets_everything(worker):
