@@ -9,7 +9,7 @@ import torch
 from tiny import make_config
 from torch import nn
 
-from nanochat_hf.kernels import attention, fused_decode, muon
+from nanochat_hf.kernels import attention, float8, fused_decode, muon
 from nanochat_hf.kernels import backend as checks
 from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
@@ -58,15 +58,19 @@ def test_a_kernel_that_is_right_is_used_and_checked_once(kernel, capsys):
     assert verify() == verify() == frozenset() and len(calls) == 1
     ones()
     assert len(calls) == 2 and capsys.readouterr().err == ""
-    verify(make_config())  # another width is another variant
-    assert len(calls) == 3
+    verify(make_config())  # another width is another variant, and so are other heads
+    verify(NanoChatConfig(**CONFIG.to_diff_dict() | {"num_key_value_heads": 3}))
+    assert len(calls) == 4
 
 
 def fails():
     raise TypeError("flash_attn_func() got an unexpected keyword\nand more")
 
 
-@pytest.mark.parametrize("error, reason", [(0.5, "off by 0.5 of"), (torch.nan, "off by nan"), (fails, "keyword")])
+@pytest.mark.parametrize("error, reason", [
+    (0.5, "off by 0.5 of"), (torch.nan, "off by nan"), (fails, "keyword"),
+    (lambda: torch.ones(1, 2), "is (1, 2), not (2,)"),
+])  # fmt: skip
 def test_a_kernel_that_is_wrong_is_not_used_and_one_line_says_so(kernel, capsys, error, reason):
     ones, calls = kernel(error)
     assert verify() == verify() == {"adder"}
@@ -90,6 +94,16 @@ def draw(device: str = "cpu", dtype: torch.dtype = torch.bfloat16):
 @pytest.mark.parametrize("name", TRAINING)
 def test_each_check_runs_its_reference_anywhere(name):
     assert checks.fault(name, checks.CHECKS[name].cases(draw(), CONFIG)) is None
+
+
+def test_the_check_of_fp8_finds_a_largest_magnitude_that_leaves_out_negative_numbers(monkeypatch):
+    right = float8.compute_amax
+
+    def wrong(x, norms=False):
+        return right(x, norms) if "FP8" in checks.disabled else (x.amax().float()[None], *right(x, norms)[1:])
+
+    monkeypatch.setattr(float8, "compute_amax", wrong)
+    assert "off by" in checks.fault("FP8", checks.CHECKS["FP8"].cases(draw(), CONFIG))
 
 
 def lively(device: str, **sizes) -> nn.Module:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .backend import check, disabled, triton, without
+from .backend import check, disabled, tl, triton, without
 
 FUSED = "fused decoding"  # the check of kernels/fused_decode.py
 LOG_STEPS = 64  # steps whose tokens the device keeps until the host has read them
@@ -56,7 +56,6 @@ def sample_next_token(logits: Tensor, uniform: Tensor, temperature: Tensor, top_
 
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def _normed(x, size, eps):

@@ -33,6 +33,7 @@ if triton is not None:
         target_slope = 1.0
         maximum = 0.0
         if CAPPED:
+            tl.debug_barrier()  # every warp has read the target's logit before one of them overwrites it
             target_logit = 1.0 - 2.0 / (tl.exp(target_logit * (2.0 / cap)) + 1.0)
             target_logit, target_slope = target_logit * cap, 1.0 - target_logit * target_logit
         else:

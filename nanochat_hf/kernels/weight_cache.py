@@ -68,7 +68,7 @@ class EmbeddingGradIndex:
     RARE = 4  # most token ids of a batch occur once or twice and a few a thousand times: one kernel for each kind
 
     def __init__(self, ids: Tensor, vocab_size: int):
-        self.ids = ids
+        self.ids = ids.contiguous()  # kernels count on it
         self.sorted = usable("gradient sums", ids) and torch.is_grad_enabled()
         if self.sorted:
             tokens, self.order = ids.flatten().sort(stable=True)

@@ -324,11 +324,8 @@ def estimate_speed(
     if key in MEASURED and not sharded and standard == (2, 2048, "SSSL") and config.hidden_size == 64 * depth:
         return MEASURED[key], f"measured on {ranks} x {name} in {precision}"
     plain = "" if fp8 or has_kernels(name) else PLAIN
-    mfu = (
-        MFU[precision + plain]
-        * (NODE_EFFICIENCY if ranks > 8 else 1)
-        * (FSDP2_EFFICIENCY[precision] if sharded else 1)
-    )
+    mfu = MFU[precision + plain] * (FSDP2_EFFICIENCY[precision] if sharded else 1)
+    mfu *= NODE_EFFICIENCY if ranks > 8 else 1
     source = f"projected in {precision} at an MFU of {mfu:.2f}, from d24 on one H200{plain}"
     return mfu * ranks * GPUS[name].flops / plan.flops_per_token, source
 

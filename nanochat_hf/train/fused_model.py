@@ -178,6 +178,7 @@ class FusedTransformer(nn.Module):
         """
         model, config = self.model.model, self.model.config
         kind = self.train_kind if torch.is_grad_enabled() else self.eval_kind
+        position_ids = None if position_ids is None else position_ids.contiguous()  # kernels count on it
         eps = config.rms_norm_eps
         smear = (model.smear_gate.weight, model.smear_lambda) if config.smear else (None, None)
         index = EmbeddingGradIndex(ids, len(model.embed_tokens.weight))
