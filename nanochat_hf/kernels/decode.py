@@ -21,11 +21,6 @@ ATTENTION = {"block": 32, "warps": 2, "programs": 4, "split": 64}
 NEGLIGIBLE = -32.0  # log weight, relative to the best token, below which sampling ignores a token: e^-32 = 1e-14
 
 
-def available(device: torch.device, head_dim: int) -> bool:
-    """Whether the kernels can run for tensors on `device`; head_dim must be a power of two."""
-    return triton is not None and device.type == "cuda" and head_dim & (head_dim - 1) == 0
-
-
 def sample_next_token(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """The next token of each slot: greedy where temperature is 0, else top-k, then top-p, then one draw.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import decode
-from .backend import INTERPRETED, check, disabled, tl, triton
+from .backend import INTERPRETED, check, tl, triton
 
 MAX_SLOTS = 4  # more slots use cuBLAS
 # Measured on an H200: programs per multiprocessor and weights, warps of a program of a matrix; keys and warps of a
@@ -256,10 +256,6 @@ class Launcher:
             VALUES=gate is not None, GATE=16, WIDTH=triton.next_power_of_2(self.size), num_warps=warps, **self.launch,
         )  # fmt: skip
         return (part, (sums, bests)) if splits > 1 else (y, None)
-
-
-def usable(slots: int) -> bool:
-    return slots <= MAX_SLOTS and decode.FUSED not in disabled
 
 
 @check(decode.FUSED, instead="one kernel per operation, which is slower for few requests")

@@ -1,7 +1,4 @@
-"""What a stage does, as a block of text: printed when it begins, and by `nanochat plan`, which starts nothing.
-
-pipeline_text(*read_recipe(find_recipe("d24"), None, []), Devices("H200", 8))
-"""
+"""What a stage does, as a block of text: printed when it begins, and by `nanochat plan`, which starts nothing."""
 
 import os
 import textwrap
