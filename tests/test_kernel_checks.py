@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import make_config
 from torch import nn
 
-from nanochat_hf.kernels import attention, float8, fused_decode, muon
+from nanochat_hf.kernels import attention, float8, fused_cross_entropy, fused_decode, muon
 from nanochat_hf.kernels import backend as checks
 from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
@@ -96,14 +97,34 @@ def test_each_check_runs_its_reference_anywhere(name):
     assert checks.fault(name, checks.CHECKS[name].cases(draw(), CONFIG)) is None
 
 
-def test_the_check_of_fp8_finds_a_largest_magnitude_that_leaves_out_negative_numbers(monkeypatch):
-    right = float8.compute_amax
+AMAX, LOSS = float8.compute_amax, fused_cross_entropy.fused_linear_cross_entropy
 
-    def wrong(x, norms=False):
-        return right(x, norms) if "FP8" in checks.disabled else (x.amax().float()[None], *right(x, norms)[1:])
 
-    monkeypatch.setattr(float8, "compute_amax", wrong)
-    assert "off by" in checks.fault("FP8", checks.CHECKS["FP8"].cases(draw(), CONFIG))
+def signed_amax(x, norms=False):
+    return x.amax().float()[None], *AMAX(x, norms)[1:]
+
+
+def loss_of_padding_too(hidden, weight, targets, cap, num_tokens, reduction):
+    return LOSS(hidden, weight, targets, cap, len(weight), reduction)
+
+
+def loss_without_the_softcaps_slope(hidden, weight, targets, cap, num_tokens, reduction):
+    logits = F.linear(hidden, weight.to(hidden.dtype))[:, :num_tokens].float()
+    logits = logits + (cap * torch.tanh(logits / cap) - logits).detach()
+    return F.cross_entropy(logits, targets, reduction=reduction)
+
+
+@pytest.mark.parametrize("name, module, right, wrong", [
+    ("FP8", float8, AMAX, signed_amax),
+    ("fused cross-entropy", fused_cross_entropy, LOSS, loss_of_padding_too),
+    ("fused cross-entropy", fused_cross_entropy, LOSS, loss_without_the_softcaps_slope),
+])  # fmt: skip
+def test_a_check_finds_a_kernel_that_is_a_little_wrong(monkeypatch, name, module, right, wrong):
+    def run(*arguments, **options):
+        return (right if name in checks.disabled else wrong)(*arguments, **options)
+
+    monkeypatch.setattr(module, right.__name__, run)
+    assert "off by" in checks.fault(name, checks.CHECKS[name].cases(draw(), CONFIG))
 
 
 def lively(device: str, **sizes) -> nn.Module:
