@@ -147,9 +147,10 @@ def _cast(dtype: torch.dtype, *weights: Tensor) -> Tensor:
 
 @check("gradient sums", instead="PyTorch's operations")
 def _cases(draw, config):
-    table, grad = draw(60, config.hidden_size), draw(3, 200, config.hidden_size)
-    ids = (torch.arange(600, device=table.device) ** 2 % 47).view(3, 200)  # some once, some often, some never
-    ids[0, :150] = 3
+    table, grad = draw(60, config.hidden_size), draw(3, 265, config.hidden_size)
+    occur = torch.tensor([*range(35), 200], device=table.device)  # each token id as often as its number, one 200 times
+    ids = torch.arange(36, device=table.device).repeat_interleave(occur)
+    ids = ids[torch.arange(795, device=table.device) * 17 % 795].view(3, 265)
 
     def rows():
         leaf = table.clone().requires_grad_()
