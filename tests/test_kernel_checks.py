@@ -97,7 +97,7 @@ def test_each_check_runs_its_reference_anywhere(name):
     assert checks.fault(name, checks.CHECKS[name].cases(draw(), CONFIG)) is None
 
 
-AMAX, LOSS = float8.compute_amax, fused_cross_entropy.fused_linear_cross_entropy
+AMAX, LOSS, NESTEROV = float8.compute_amax, fused_cross_entropy.fused_linear_cross_entropy, muon.nesterov
 
 
 def signed_amax(x, norms=False):
@@ -114,7 +114,12 @@ def loss_without_the_softcaps_slope(hidden, weight, targets, cap, num_tokens, re
     return F.cross_entropy(logits, targets, reduction=reduction)
 
 
+def nesterov_of_skipped_steps_too(grads, buffers, mu, out, step_factor):
+    NESTEROV(grads, buffers, mu, out, torch.ones(()))
+
+
 @pytest.mark.parametrize("name, module, right, wrong", [
+    ("Muon passes", muon, NESTEROV, nesterov_of_skipped_steps_too),
     ("FP8", float8, AMAX, signed_amax),
     ("fused cross-entropy", fused_cross_entropy, LOSS, loss_of_padding_too),
     ("fused cross-entropy", fused_cross_entropy, LOSS, loss_without_the_softcaps_slope),
