@@ -172,7 +172,7 @@ def keys_by_name() -> dict[str, list[str]]:
 def plan(parser: Parser, words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
     parser.option("--gpus", Count, "--num-processes", help="number of GPUs (default: 1)")
-    parser.option("--gpu", Word, help="for example H100 (default: that of this machine; H200 with --gpus)")
+    parser.option("--gpu", help="for example H100 (default: that of this machine; H200 with --gpus)")
     parser.option("--node-hourly-rate", Price, help="dollars per hour of a node (default: 3 per GPU)")
     _, stages, configs, arguments = read_pipeline(parser, words, runs=False)
     if arguments.gpus and arguments.gpu == "CPU":
@@ -205,7 +205,8 @@ def show_plan(stages, configs, ranks: int | None = None, otherwise="CPU", device
     from .optim.overview import Devices, gpu_here, pipeline_text
 
     ranks = ranks or int(os.environ.get("WORLD_SIZE", "1"))
-    text = pipeline_text(stages, configs, Devices(device or gpu_here() or otherwise, ranks, rate, sharding))
+    name = gpu_here() or otherwise if device is None else device
+    text = pipeline_text(stages, configs, Devices(name, ranks, rate, sharding))
     if os.environ.get("RANK", "0") == "0":
         print(text)
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import make_config
 from torch import nn
 
-from nanochat_hf.kernels import attention, fused_decode, muon
+from nanochat_hf.kernels import attention, float8, fused_cross_entropy, fused_decode, muon
 from nanochat_hf.kernels import backend as checks
 from nanochat_hf.kernels import decode as decode_kernels
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
@@ -58,15 +59,19 @@ def test_a_kernel_that_is_right_is_used_and_checked_once(kernel, capsys):
     assert verify() == verify() == frozenset() and len(calls) == 1
     ones()
     assert len(calls) == 2 and capsys.readouterr().err == ""
-    verify(make_config())  # another width is another variant
-    assert len(calls) == 3
+    verify(make_config())  # another width is another variant, and so are other heads
+    verify(NanoChatConfig(**CONFIG.to_diff_dict() | {"num_key_value_heads": 3}))
+    assert len(calls) == 4
 
 
 def fails():
     raise TypeError("flash_attn_func() got an unexpected keyword\nand more")
 
 
-@pytest.mark.parametrize("error, reason", [(0.5, "off by 0.5 of"), (torch.nan, "off by nan"), (fails, "keyword")])
+@pytest.mark.parametrize("error, reason", [
+    (0.5, "off by 0.5 of"), (torch.nan, "off by nan"), (fails, "keyword"),
+    (lambda: torch.ones(1, 2), "is (1, 2), not (2,)"),
+])  # fmt: skip
 def test_a_kernel_that_is_wrong_is_not_used_and_one_line_says_so(kernel, capsys, error, reason):
     ones, calls = kernel(error)
     assert verify() == verify() == {"adder"}
@@ -90,6 +95,41 @@ def draw(device: str = "cpu", dtype: torch.dtype = torch.bfloat16):
 @pytest.mark.parametrize("name", TRAINING)
 def test_each_check_runs_its_reference_anywhere(name):
     assert checks.fault(name, checks.CHECKS[name].cases(draw(), CONFIG)) is None
+
+
+AMAX, LOSS, NESTEROV = float8.compute_amax, fused_cross_entropy.fused_linear_cross_entropy, muon.nesterov
+
+
+def signed_amax(x, norms=False):
+    return x.amax().float()[None], *AMAX(x, norms)[1:]
+
+
+def loss_of_padding_too(hidden, weight, targets, cap, num_tokens, reduction):
+    return LOSS(hidden, weight, targets, cap, len(weight), reduction)
+
+
+def loss_without_the_softcaps_slope(hidden, weight, targets, cap, num_tokens, reduction):
+    logits = F.linear(hidden, weight.to(hidden.dtype))[:, :num_tokens].float()
+    logits = logits + (cap * torch.tanh(logits / cap) - logits).detach()
+    return F.cross_entropy(logits, targets, reduction=reduction)
+
+
+def nesterov_of_skipped_steps_too(grads, buffers, mu, out, step_factor):
+    NESTEROV(grads, buffers, mu, out, torch.ones(()))
+
+
+@pytest.mark.parametrize("name, module, right, wrong", [
+    ("Muon passes", muon, NESTEROV, nesterov_of_skipped_steps_too),
+    ("FP8", float8, AMAX, signed_amax),
+    ("fused cross-entropy", fused_cross_entropy, LOSS, loss_of_padding_too),
+    ("fused cross-entropy", fused_cross_entropy, LOSS, loss_without_the_softcaps_slope),
+])  # fmt: skip
+def test_a_check_finds_a_kernel_that_is_a_little_wrong(monkeypatch, name, module, right, wrong):
+    def run(*arguments, **options):
+        return (right if name in checks.disabled else wrong)(*arguments, **options)
+
+    monkeypatch.setattr(module, right.__name__, run)
+    assert "off by" in checks.fault(name, checks.CHECKS[name].cases(draw(), CONFIG))
 
 
 def lively(device: str, **sizes) -> nn.Module:

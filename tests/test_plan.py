@@ -1,13 +1,14 @@
 """Every line of `nanochat plan` for two recipes and two devices: each number follows from docs/costs.md by hand.
 
 cpu-demo: 6.29e6 FLOPs per token on 2 cores of 5e10 per second are 15.9K tokens per second, 1.4336M tokens 90 s.
-d12 on two A100: .589 x 2 x 312e12 / 759,696,048 = 483.8K tokens per second; 1.321e9 tokens are 2,731 s, $1.52
-at $2, and 2 x 400 W for that time .61 kWh. Bytes without kernels: 42 x 64 sequences x 2,048 x 768 x 12 = 50.7e9,
+d12 on two A100: .518 x 2 x 312e12 / 759,696,048 = 425.5K tokens per second; 1.321e9 tokens are 3,105 s, $1.73
+at $2, and 2 x 400 W for that time .69 kWh. Bytes without kernels: 42 x 64 sequences x 2,048 x 768 x 12 = 50.7e9,
 weights 3.9e9, logits 1.07e9, and .3e9. SFT: half of the first for 32 sequences, and 1.8 per parameter. RL: 8
 sequences of 1,024 tokens 3.2e9, logits .5e9, and 10.2 per parameter.
 """
 
 import os
+import shlex
 
 import pytest
 
@@ -42,10 +43,10 @@ rl
 pretraining on 2 x A100
   model        286.3M parameters: 12 layers, width 768, 6 heads
   steps        1.3B tokens: 2,520 steps x 524,288 tokens, 1.0e18 FLOPs
-  time         45 min 31 s at 483.8K tok/s (projected in bf16 at an MFU of 0.59, from d24 on one
-               H200); without evaluations
-  cost         $1.52 at $2.00 per hour
-  energy       at most 0.6 kWh: GPUs of 400 W
+  time         51 min 45 s at 425.5K tok/s (projected in bf16 at an MFU of 0.52, from d24 on one
+               H200 without the fast kernels); without evaluations
+  cost         $1.73 at $2.00 per hour
+  energy       at most 0.7 kWh: GPUs of 400 W
   memory       about 56 of 80 GB per GPU
 
 tokenizer
@@ -98,10 +99,11 @@ def test_every_line_of_a_plan(words, capsys, monkeypatch):
 
 
 TWO_NODES = "base.total_batch_size=786432 sft.total_batch_size=786432"
-PARTS = {  # of d24 in the README; of two nodes; of steps of 3 us, of which nothing measured says how long they are
+PARTS = {  # d24 of the README; two nodes; a name with a space; steps of 3 us, which nothing measured was
     "d24 --gpus 8 --gpu H200 base.fp8=false": "5.8B tokens: 5,568 steps x 1,048,576 tokens, 2.8e19 FLOPs|1 h 39 min "
     "at 975.9K tok/s (projected in bf16|$39.88 at $24.00 per hour|at most 9.3 kWh|ranks 8 x micro-batch 32|1.4B param",
     f"d24 --gpus 12 --gpu A100 --node-hourly-rate 10 {TWO_NODES}": "at $20.00",
+    "d12 --gpu 'RTX 4090' base.depth=14 base.device_batch_size=1": "pretraining on 1 x RTX 4090|about 6.9 of 24 GB",
     "d12 --gpu H200 sft.max_seq_len=1024": "512 sequences per step (ranks 1 x micro-batch 32 x accumulation 16)\n",
     "d24 --gpu H100 base.depth=28 base.fp8=false": "micro-batch 8 x accumulation 64",  # 16 need 96 %
     "cpu-demo --gpus 8 --gpu H200": "time         not known, nor is the cost|less than 1 of 141 GB per GPU",
@@ -110,7 +112,7 @@ PARTS = {  # of d24 in the README; of two nodes; of steps of 3 us, of which noth
 
 @pytest.mark.parametrize("words", PARTS)
 def test_a_plan_has_these_figures_in_short_lines(words, capsys):
-    cli.dispatch("plan", words.split())
+    cli.dispatch("plan", shlex.split(words))
     text = capsys.readouterr().out
     assert [part for part in PARTS[words].split("|") if part not in text] == []
     assert max(map(len, text.splitlines())) <= 100 and ("not known" in text) != ("  cost " in text)

@@ -259,19 +259,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None,
 
 
 def _joint_inputs(draw, config, length: int) -> tuple:
-    """qkv (1, T, (H + 2K) D), cos, sin, K, eps, and of the value embedding index, table, gates."""
+    """qkv (2, T, (H + 2K) D), cos, sin, K, eps, and of the value embedding index, table, gates."""
     dim, kv_heads = config.head_dim, config.num_key_value_heads
-    qkv = draw(1, length, (config.num_attention_heads + 2 * kv_heads) * dim)
+    qkv = draw(2, length, (config.num_attention_heads + 2 * kv_heads) * dim)
     angle = draw(length, 1, dim // 2, dtype=torch.float32)
-    index = EmbeddingGradIndex(torch.arange(length, device=qkv.device)[None] * 7 % 60, 60)
-    value = index, draw(60, kv_heads * dim), draw(1, length, kv_heads)
+    index = EmbeddingGradIndex(torch.arange(2 * length, device=qkv.device).view(2, length) * 7 % 60, 60)
+    value = index, draw(60, kv_heads * dim), draw(2, length, kv_heads)
     return qkv, angle.cos().to(qkv.dtype), angle.sin().to(qkv.dtype), kv_heads, 1e-6, *value
 
 
 @check("rotary and QK norm", instead="PyTorch's operations")
 def _qkv_cases(draw, config):
     qkv, *angles, index, table, gates = _joint_inputs(draw, config, 48)
-    position_ids = torch.arange(48, device=qkv.device)[None] % 31
+    position_ids = torch.arange(48, device=qkv.device).repeat(2, 1) % 31
 
     def gated(qkv, table, gates):
         return split_qkv(qkv, *angles, EmbeddingRows(index, table), gates)
@@ -283,13 +283,13 @@ def _qkv_cases(draw, config):
 def _attention_cases(draw, config, documents: bool = False):
     length, scale = 320, config.head_dim**-0.5
     qkv, *angles, index, table, gates = _joint_inputs(draw, config, length)
-    position_ids = torch.arange(length, device=qkv.device)[None] % 130 if documents else None
+    position_ids = torch.arange(length, device=qkv.device).repeat(2, 1) % 130 if documents else None
 
     def attend(window, qkv, gates=None):
         value = () if gates is None else (EmbeddingRows(index, table), gates)
         q, k, v = split_qkv(qkv, *angles, *value, position_ids=position_ids)
         if uses_flash(q):
-            mask = attention_mask(q, window, position_ids, 3, flash=True)
+            mask = attention_mask(q, window, position_ids, 6, flash=True)
         else:
             mask = boolean_mask(length, window, position_ids, q.device)
         return [attention(q, k, v, scale, window, mask)]

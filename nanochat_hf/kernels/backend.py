@@ -20,6 +20,7 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, in Python
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl")
+SIZES = ("hidden_size", "head_dim", "num_key_value_heads", "final_logit_softcapping")  # of a kernel's variants
 Cases = Iterator[tuple[float, Callable[[], Sequence[Tensor]]]]
 
 
@@ -80,7 +81,7 @@ def verify(names: Sequence[str], config, device: torch.device, dtype: torch.dtyp
     """
     with _lock:
         for name in names if triton is not None and (device.type == "cuda" or INTERPRETED) else ():
-            key = name, device, dtype, config.hidden_size, getattr(config, "head_dim", None)
+            key = name, device, dtype, *(getattr(config, size, None) for size in SIZES)
             if key in _verified or name in disabled:
                 continue
             _verified.add(key)
@@ -102,6 +103,8 @@ def fault(name: str, cases: Cases) -> str | None:
             with without(name):
                 references = run()
             for result, reference in zip(results, references, strict=True):
+                if result.shape != reference.shape:
+                    return f"a result is {tuple(result.shape)}, not {tuple(reference.shape)}"
                 scale = reference.float().norm().clamp_min(1e-30)
                 error = ((result.float() - reference.float()).norm() / scale).item()
                 if not error <= tolerance:  # NaN fails, too

@@ -12,18 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .backend import check, disabled, triton, without
+from .backend import check, disabled, tl, triton, without
 
 FUSED = "fused decoding"  # the check of kernels/fused_decode.py
 LOG_STEPS = 64  # steps whose tokens the device keeps until the host has read them
 # Attention, measured on an H200: keys of a block, warps, programs per multiprocessor, fewest keys of a split.
 ATTENTION = {"block": 32, "warps": 2, "programs": 4, "split": 64}
 NEGLIGIBLE = -32.0  # log weight, relative to the best token, below which sampling ignores a token: e^-32 = 1e-14
-
-
-def available(device: torch.device, head_dim: int) -> bool:
-    """Whether the kernels can run for tensors on `device`; head_dim must be a power of two."""
-    return triton is not None and device.type == "cuda" and head_dim & (head_dim - 1) == 0
 
 
 def sample_next_token(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -56,7 +51,6 @@ def sample_next_token(logits: Tensor, uniform: Tensor, temperature: Tensor, top_
 
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def _normed(x, size, eps):

@@ -33,6 +33,7 @@ if triton is not None:
         target_slope = 1.0
         maximum = 0.0
         if CAPPED:
+            tl.debug_barrier()  # every warp has read the target's logit before one of them overwrites it
             target_logit = 1.0 - 2.0 / (tl.exp(target_logit * (2.0 / cap)) + 1.0)
             target_logit, target_slope = target_logit * cap, 1.0 - target_logit * target_logit
         else:
@@ -128,14 +129,16 @@ def fused_linear_cross_entropy(
 
 @check("fused cross-entropy", instead="PyTorch's operations, which take more memory")
 def _cases(draw, config):
-    size = min(config.vocab_size, 4224)  # more columns than one program reads at once
-    cap = config.final_logit_softcapping
-    hidden, weight = draw(80, config.hidden_size), draw(size, config.hidden_size, dtype=torch.float32) * 0.05
-    targets = torch.arange(80, device=hidden.device) * 37 % (size - 3)
+    """Logits large enough for the softcap, and enough rows of padding, that a kernel without them is off by more."""
+    size, cap = min(config.vocab_size, 5632), config.final_logit_softcapping
+    num_tokens = size * 3 // 4  # of 5632: more columns than one program reads at once
+    hidden, weight = draw(80, config.hidden_size), draw(size, config.hidden_size, dtype=torch.float32)
+    weight *= 4 / config.hidden_size**0.5
+    targets = torch.arange(80, device=hidden.device) * 37 % num_tokens
     targets[::7] = -100
 
     def loss(hidden, weight, reduction="mean"):
-        return [fused_linear_cross_entropy(hidden, weight, targets, cap, size - 3, reduction)]
+        return [fused_linear_cross_entropy(hidden, weight, targets, cap, num_tokens, reduction)]
 
     yield 0.02, lambda: with_gradients(loss, (hidden, weight))
     yield 0.01, lambda: loss(hidden, weight, "none")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import decode
-from .backend import INTERPRETED, check, disabled, triton
+from .backend import INTERPRETED, check, tl, triton
 
 MAX_SLOTS = 4  # more slots use cuBLAS
 # Measured on an H200: programs per multiprocessor and weights, warps of a program of a matrix; keys and warps of a
@@ -25,7 +25,6 @@ TUNING = {"programs": 2, "linear values": 4096, "linear warps": 1, "keys": (128,
 PLAIN, ADD, MIX, BACKOUT, BACKOUT_ITSELF = range(5)  # what a projection does with the residual stream
 
 if triton is not None:
-    import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     @triton.jit
@@ -212,17 +211,9 @@ class Launcher:
         self.launch = {"OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
 
     def linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        mode: int = PLAIN,
-        residual=None,
-        other=None,
-        scales=(None, None),
-        norm: bool = False,
-        relu2: bool = False,
-        parts: tuple | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, weight: Tensor, mode: int = PLAIN, residual=None, other=None, scales=(None, None),
+        norm: bool = False, relu2: bool = False, parts: tuple | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """[norm](x) weight^T (slots, N) -> what `mode` makes of it, and, for the modes from MIX on, x + its result.
 
         parts: attention's sums and maxima by split, if x is not finished.
@@ -265,10 +256,6 @@ class Launcher:
             VALUES=gate is not None, GATE=16, WIDTH=triton.next_power_of_2(self.size), num_warps=warps, **self.launch,
         )  # fmt: skip
         return (part, (sums, bests)) if splits > 1 else (y, None)
-
-
-def usable(slots: int) -> bool:
-    return slots <= MAX_SLOTS and decode.FUSED not in disabled
 
 
 @check(decode.FUSED, instead="one kernel per operation, which is slower for few requests")

@@ -238,17 +238,18 @@ def matmul_plus(a: Tensor, b: Tensor, c: Tensor, factor: float) -> Tensor:
 @check("Muon passes", instead="PyTorch's foreach operations")
 def _cases(draw, config):
     draw = partial(draw, dtype=torch.float32)
-    grads, buffers, x, factor = draw(3, 96, 100), draw(3, 96, 100), draw(3, 96, 100), draw(1).new_ones(())
+    grads, buffers, x = draw(3, 96, 100), draw(3, 96, 100), draw(3, 96, 100)
     scales = [draw(3, 96, 1).abs(), draw(3, 1, 100).abs()]
 
-    def passes():
+    def passes(factor):
         new, out, weights = list(buffers.clone().unbind()), torch.zeros_like(x), [x.clone() for _ in scales]
         nesterov(list(grads.unbind()), new, 0.9, out, factor)
         for weight, scale in zip(weights, scales):
             apply_updates(list(weight.unbind()), out, scale, 0.1, 0.5, factor)
         return [torch.stack(new), out, *weights]
 
-    yield 1e-4, passes
+    for step_factor in (1.0, 0.0):  # a step, and one that is skipped
+        yield 1e-4, partial(passes, x.new_full((), step_factor))
 
 
 @check("Muon matmuls", instead="PyTorch's matmuls of whole matrices")

@@ -68,7 +68,7 @@ class EmbeddingGradIndex:
     RARE = 4  # most token ids of a batch occur once or twice and a few a thousand times: one kernel for each kind
 
     def __init__(self, ids: Tensor, vocab_size: int):
-        self.ids = ids
+        self.ids = ids.contiguous()  # kernels count on it
         self.sorted = usable("gradient sums", ids) and torch.is_grad_enabled()
         if self.sorted:
             tokens, self.order = ids.flatten().sort(stable=True)
@@ -147,9 +147,10 @@ def _cast(dtype: torch.dtype, *weights: Tensor) -> Tensor:
 
 @check("gradient sums", instead="PyTorch's operations")
 def _cases(draw, config):
-    table, grad = draw(60, config.hidden_size), draw(3, 200, config.hidden_size)
-    ids = (torch.arange(600, device=table.device) ** 2 % 47).view(3, 200)  # some once, some often, some never
-    ids[0, :150] = 3
+    table, grad = draw(60, config.hidden_size), draw(3, 265, config.hidden_size)
+    occur = torch.tensor([*range(35), 200], device=table.device)  # each token id as often as its number, one 200 times
+    ids = torch.arange(36, device=table.device).repeat_interleave(occur)
+    ids = ids[torch.arange(795, device=table.device) * 17 % 795].view(3, 265)
 
     def rows():
         leaf = table.clone().requires_grad_()

@@ -1,7 +1,4 @@
-"""What a stage does, as a block of text: printed when it begins, and by `nanochat plan`, which starts nothing.
-
-pipeline_text(*read_recipe(find_recipe("d24"), None, []), Devices("H200", 8))
-"""
+"""What a stage does, as a block of text: printed when it begins, and by `nanochat plan`, which starts nothing."""
 
 import os
 import textwrap
@@ -116,7 +113,8 @@ def memory_text(needed: float, devices: Devices, stage: str, micro_batch_size: i
     if needed > has and not more:
         key = f"{stage}.device_batch_size" if micro_batch_size > 1 else "base.depth"
         more = f": too much, lower {key}"
-    return f"{f'about {needed / 1e9:.0f}' if needed > 1e9 else 'less than 1'} of {has / 1e9:.0f} GB per GPU{more}"
+    size = f"about {needed / 1e9:.{int(needed < 1e10)}f}" if needed > 1e9 else "less than 1"
+    return f"{size} of {has / 1e9:.0f} GB per GPU{more}"
 
 
 def stage_batch(config, ranks: int, length: int = 1, log: Callable = lambda text: None) -> tuple[int, int]:

@@ -51,7 +51,8 @@ GPUS = {
     "RTX 5090": GPU(210e12, 32e9, 575, 12.0), "MI300X": GPU(1307e12, 192e9, 750, 0),
 }  # fmt: skip
 CPU_FLOPS = 5e10  # per second and core, roughly
-MFU = {"bf16": 0.589, "FP8": 0.722}  # of recipe d24 on one H200 (docs/costs.md)
+PLAIN = " without the fast kernels"
+MFU = {"bf16": 0.589, "bf16" + PLAIN: 0.518, "FP8": 0.722}  # of recipe d24 on one H200 (docs/costs.md)
 # Bytes per parameter beside pretraining's estimate at the same tokens (docs/experiments/scaling.md): within 3 % of
 # eight peaks of SFT, 6 % of eight of RL.
 STAGE_BYTES = {"mid": 1.8, "sft": 1.8, "rl": 10.2}
@@ -322,8 +323,10 @@ def estimate_speed(
     key = (name, ranks, depth, precision)
     if key in MEASURED and not sharded and standard == (2, 2048, "SSSL") and config.hidden_size == 64 * depth:
         return MEASURED[key], f"measured on {ranks} x {name} in {precision}"
-    mfu = MFU[precision] * (NODE_EFFICIENCY if ranks > 8 else 1) * (FSDP2_EFFICIENCY[precision] if sharded else 1)
-    source = f"projected in {precision} at an MFU of {mfu:.2f}, from d24 on one H200"
+    plain = "" if fp8 or has_kernels(name) else PLAIN
+    mfu = MFU[precision + plain] * (FSDP2_EFFICIENCY[precision] if sharded else 1)
+    mfu *= NODE_EFFICIENCY if ranks > 8 else 1
+    source = f"projected in {precision} at an MFU of {mfu:.2f}, from d24 on one H200{plain}"
     return mfu * ranks * GPUS[name].flops / plan.flops_per_token, source
 
 

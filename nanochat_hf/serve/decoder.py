@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ..errors import InputError
 from ..kernels import decode as kernels
 from ..kernels import fused_decode
-from ..kernels.backend import verify
+from ..kernels.backend import disabled, triton, verify
 from ..loading import is_quantized
 
 MAX_FORCED = 512  # tokens that can wait to be put into a slot (a tool's result)
@@ -129,7 +129,7 @@ class Decoder:
         self.steps = 0  # the counter on the host
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.pool = None
-        self.fast = kernels.available(self.device, self.head_dim)
+        self.fast = triton is not None and cuda and self.head_dim & (self.head_dim - 1) == 0  # a power of two
         if self.fast:
             names = ["decoding", *([kernels.FUSED] if fused_decode.MAX_SLOTS else [])]
             self.fast = "decoding" not in verify(names, config, self.device, self.dtype, subject=self)
@@ -366,7 +366,8 @@ class Decoder:
             w.get("x0_lambdas", none), x, x0, h, size, 0 if smear is None else smear.shape[1], self.eps,
             SMEAR=smear is not None, LAMBDAS="resid_lambdas" in w, **row_block(size),
         )  # fmt: skip
-        logits = fused_decode.network(self, x, x0, slots) if fused_decode.usable(slots) else self._network(x, x0, h)
+        fused = slots <= fused_decode.MAX_SLOTS and kernels.FUSED not in disabled
+        logits = fused_decode.network(self, x, x0, slots) if fused else self._network(x, x0, h)
         block = 1 << (self.vocab - 1).bit_length()
         k.sample_kernel[(slots,)](
             logits, s.token, s.prev, s.pos, s.last, s.active, s.forced, s.forced_at, s.forced_size, s.temperature,

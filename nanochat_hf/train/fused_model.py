@@ -84,13 +84,9 @@ class FusedTransformer(nn.Module):
     """
 
     def __init__(
-        self,
-        model: NanoChatForCausalLM,
-        compile: bool = False,
-        fp8: bool = False,
-        dtype: torch.dtype | None = None,
+        self, model: NanoChatForCausalLM, compile: bool = False, fp8: bool = False, dtype: torch.dtype | None = None,
         documents: bool = False,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.model, device = model, model.lm_head.weight.device
         self.dtype = dtype or model.model.embed_tokens.weight.dtype
@@ -165,19 +161,16 @@ class FusedTransformer(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor | None = None,
-        reduction: str = "mean",
-        position_ids: Tensor | None = None,
-        max_documents: int = 0,
-    ) -> Tensor:
+        self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean",
+        position_ids: Tensor | None = None, max_documents: int = 0,
+    ) -> Tensor:  # fmt: skip
         """ids (B, T) -> hidden states (B, T, C); with targets (B, T; -100 ignored) their loss in nats instead.
 
         position_ids, max_documents: as in `attention_mask`, for packed documents.
         """
         model, config = self.model.model, self.model.config
         kind = self.train_kind if torch.is_grad_enabled() else self.eval_kind
+        position_ids = None if position_ids is None else position_ids.contiguous()  # kernels count on it
         eps = config.rms_norm_eps
         smear = (model.smear_gate.weight, model.smear_lambda) if config.smear else (None, None)
         index = EmbeddingGradIndex(ids, len(model.embed_tokens.weight))
