@@ -225,7 +225,8 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "experiments" not in page.parts], ids=name_of)
-def test_commands_are_accepted_by_the_real_parsers(page, workplace):
+def test_commands_are_accepted_by_the_real_parsers(page, workplace, monkeypatch):
+    monkeypatch.setattr("nanochat_hf.stages.check_given", lambda **_: None)  # it reads the config of Hub ids
     for line in commands_of(page):
         words = words_of(line)
         files = [word for word in words if re.match(rf"({'|'.join(FOLDERS)})/.*\.\w+$", word)]

@@ -275,7 +275,7 @@ def test_a_model_of_more_than_two_gigabytes_is_refused(exported, tmp_path, monke
     model, folder = exported
     monkeypatch.setattr("nanochat_hf.export.onnx.MAX_BYTES", 4 * model.num_parameters() - 1)
     with pytest.raises(InputError, match="an ONNX file holds 2"):
-        export(folder, tmp_path / "out", "onnx")
+        export(folder.parent / "torch", tmp_path / "out", "onnx")
 
 
 def test_the_config_has_as_many_tokens_as_the_logits_and_not_the_padded_rows(tokenizer, tmp_path):
