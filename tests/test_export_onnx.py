@@ -271,11 +271,13 @@ def test_scaled_rope_is_refused(tokenizer, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["torch"]
 
 
-def test_a_model_of_more_than_two_gigabytes_is_refused(exported, tmp_path, monkeypatch):
-    model, folder = exported
+def test_a_model_of_more_than_two_gigabytes_is_refused(tokenizer, tmp_path, monkeypatch):
+    model = make_model(1, vocab_size=512, num_tokens=None)
+    model.save_pretrained(tmp_path / "torch")
+    tokenizer.save_pretrained(tmp_path / "torch")
     monkeypatch.setattr("nanochat_hf.export.onnx.MAX_BYTES", 4 * model.num_parameters() - 1)
     with pytest.raises(InputError, match="an ONNX file holds 2"):
-        export(folder.parent / "torch", tmp_path / "out", "onnx")
+        export(tmp_path / "torch", tmp_path / "out", "onnx")
 
 
 def test_the_config_has_as_many_tokens_as_the_logits_and_not_the_padded_rows(tokenizer, tmp_path):
