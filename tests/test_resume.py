@@ -152,7 +152,8 @@ def result(folder: Path) -> tuple:
         assert metrics["tokens_per_second"] == pytest.approx(metrics["total_tokens"] / times[-1])
     drop = ("time", "tokens_per_second")
     history = [{k: v for k, v in row.items() if k not in drop} for row in metrics["history"]]
-    ends = {key: metrics.get(key) for key in ("val_loss", "before", "after", "val_bpb", "skipped_steps", "samples")}
+    names = ("start_val_loss", "val_loss", "before", "after", "val_bpb", "skipped_steps", "samples")
+    ends = {name: metrics.get(name) for name in names}
     weights = {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()}
     return history, ends, samples.read_text() if samples.exists() else None, weights
 

@@ -155,7 +155,7 @@ def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path, mo
     assert metrics["mixture"][0]["tokens"] == metrics["tokens"] > 1000 and metrics["tokens_per_second"] > 0
     losses = [row["train_loss"] for row in metrics["history"]]
     assert len(losses) == 12 and losses[-1] < losses[0] - 1
-    assert metrics["history"][5]["val_loss"] > metrics["val_loss"] > 0
+    assert metrics["start_val_loss"] > metrics["history"][5]["val_loss"] > metrics["val_loss"] > 0
     # 6 steps at the peak, then 6, 5 ... 1 sixths of it
     multipliers = [row["lr_multiplier"] for row in metrics["history"]]
     assert multipliers == pytest.approx([1.0] * 7 + [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])

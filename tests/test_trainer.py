@@ -171,7 +171,8 @@ def test_a_validation_loss_that_is_not_finite_is_no_result(tiny_folder, tmp_path
     real = Trainer.compute_loss
 
     def loss(self, model, inputs, *args, **kwargs):
-        return real(self, model, inputs, *args, **kwargs) * (1 if model.training else float("nan"))
+        after_training = not model.training and self.state.global_step
+        return real(self, model, inputs, *args, **kwargs) * (float("nan") if after_training else 1)
 
     monkeypatch.setattr(Trainer, "compute_loss", loss)
     held_out = [{"dataset": "primer", "split": "test", "rows": 8}]

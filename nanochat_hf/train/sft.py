@@ -235,6 +235,8 @@ def train_chat(config: ChatConfig, model: str, output: Path, chatcore: Callable 
         trainer.accelerator.print("chatcore_every is left out: this Accelerate config file shards the weights")
     most = max(len(n) for part in (rows, eval_rows) if part for n in part["seq_lengths"]) if config.packing else 1
     trainer.enable_fused_forward(config.device_batch_size * (most + 1))  # and one for a sequence's padding
+    # Of the source's weights, also in a resumed run; sharded ones are not wrapped yet.
+    before = trainer.evaluate()["eval_loss"] if eval_rows and not trainer.is_sharded() else None
     trainer.train_with_resume(inputs)
     val_loss = trainer.evaluate()["eval_loss"] if eval_rows else None
-    trainer.save_stage(record, **summary, val_loss=val_loss)
+    trainer.save_stage(record, **summary, start_val_loss=before, val_loss=val_loss)
