@@ -80,3 +80,11 @@ def test_a_returned_cache_continues_into_a_second_turn(generation):
     second = torch.cat([turn.sequences, make_ids(1, 6, seed=5)], dim=1)
     continued = greedy(model, second, 9, past_key_values=turn.past_key_values)
     assert continued.tolist() == uncached_greedy(model, second, 9).tolist()
+
+
+def test_the_cache_may_have_its_name_of_transformers_5_24():
+    model, ids = make_model(2), make_ids(1, 8)
+    past = model(ids[:, :7], use_cache=True).past_key_values
+    masks = model.model.create_masks_for_generate(model.config, ids[:, 7:, None], None, cache=past)
+    assert masks.keys() == {"full_attention", "sliding_attention", "padding"}
+    torch.testing.assert_close(model(ids[:, 7:], cache=past).logits[:, -1], model(ids).logits[:, -1])

@@ -273,7 +273,9 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         self.post_init()
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, **_):
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, cache=None, **_
+    ):
         """Returns the masks of one forward pass: {"full_attention", "sliding_attention", "padding"}.
 
         `generate` calls this outside of the compiled step; a training loop may pass the result as `attention_mask`.
@@ -281,6 +283,7 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         token before them, for the smear, or None. `inputs_embeds` (B, T, any): only shape, dtype and device are read.
         `attention_mask`: None, (B, S) with 1 for tokens and 0 for padding, or (B, 1, T, S) used as it is.
         """
+        past_key_values = cache if past_key_values is None else past_key_values  # its name from transformers 5.24 on
         # The layers are named because transformers would take the first full one, and does not count a static hybrid.
         inputs = (config, inputs_embeds, attention_mask)
         kwargs = {"past_key_values": past_key_values, "position_ids": position_ids}
@@ -408,6 +411,7 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             raise ValueError(f"pass input_ids: {reason}")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
+        past_key_values = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         past, masks = self.past_length(past_key_values, x.shape[1]), attention_mask
         if not isinstance(masks, dict):
             masks = self.create_masks_for_generate(config, x, attention_mask, past_key_values, position_ids)
