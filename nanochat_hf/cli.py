@@ -375,6 +375,7 @@ def main(command: str | None = None) -> None:
     if "OMP_WAIT_POLICY" not in os.environ:  # else a thread that waits keeps the core that another one needs
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code
+    warnings.filterwarnings("ignore", "Argument .* JitArgument")  # of FlashAttention-4 about itself, 300 characters
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         logging.getLogger("DeepSpeed").disabled = True  # Accelerate and transformers import it also where unused
     guarded(lambda: dispatch(command, sys.argv[1:]))

@@ -348,7 +348,8 @@ def source() -> dict:
 
 
 def versions() -> dict:
-    installed = {package.name.lower().replace("-", "_"): package.version for package in metadata.distributions()}
+    packages = reversed([*metadata.distributions()])  # of two on sys.path the first is imported
+    installed = {package.name.lower().replace("-", "_"): package.version for package in packages}
     return {"python": platform.python_version()} | {name: installed.get(name) for name in PACKAGES}
 
 

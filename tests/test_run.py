@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat_hf import run
 from nanochat_hf.config import Parser, Place, keys_of, parse_config, settings
 from nanochat_hf.errors import InputError, guarded
 from nanochat_hf.run import (
@@ -215,3 +216,12 @@ def test_expected_errors_end_a_script_in_one_line(capsys, monkeypatch, error, ra
     with pytest.raises(SystemExit) as caught:
         guarded(main)
     assert caught.value.code == code and capsys.readouterr().err == line
+
+
+def test_the_recorded_version_is_of_the_package_that_is_imported(tmp_path, monkeypatch):
+    for number in (1, 2):  # as a virtual environment with --system-site-packages has some twice
+        information = tmp_path / str(number) / f"torch-{number}.0.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {number}.0\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "2"), str(tmp_path / "1"), *sys.path])
+    assert run.versions.__wrapped__()["torch"] == "2.0"
