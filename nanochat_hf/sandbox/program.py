@@ -65,8 +65,9 @@ class Endpoint:
             return {"builtin": repr(value)}
         if id(value) in self.theirs:
             return {"yours": self.theirs[id(value)]}
-        if (name := f"{kind.__module__}.{kind.__qualname__}") in ITEMS:
-            items = value.items() if kind is dict else value
+        if (name := f"{kind.__module__}.{kind.__qualname__}") in ITEMS and getattr(value, "format", "B") == "B":
+            items = getattr(value, ITEMS[name][0], value)
+            items = items() if callable(items) else items
             return {name: [item if type(item) in (int, str) else self.pack(item) for item in items]}
         if name in REDUCED:
             make, arguments, state, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
@@ -100,19 +101,11 @@ class Endpoint:
             return getattr(importlib.import_module(module), kind) if parts in REDUCED else self.builtins[parts]
         parts = [self.unpack(part) if type(part) is dict else part for part in parts]
         if name in ITEMS:
-            return ITEMS[name](parts)
+            return ITEMS[name][1](parts)
         if name == "numpy.ndarray":
             return importlib.import_module("numpy").array(parts[2], parts[0]).reshape(parts[1])[()]
         if name in REDUCED:
-            module, _, kind = name.rpartition(".")
-            value = getattr(importlib.import_module(module), kind)(*parts[0])
-            for item in parts[1]:
-                value.append(item)
-            for key, item in parts[2]:
-                value[key] = item
-            if parts[3]:  # of inspect's
-                value.__setstate__(parts[3])
-            return value
+            return support.made_again(name, *parts)
         number, *parts = parts
         if number not in self.proxies:
             proxy = self.proxy(name, number, *parts)
@@ -323,8 +316,8 @@ class Tests(Endpoint):
         return UNCHECKED if self.unchecked else ENDED
 
 
-def refuse(what: str, *_):
-    Tests.unchecked = f"{what}, with an object of one side"  # also if the test catches the exception
+def refuse(what: str, *_, why=", with an object of one side"):
+    Tests.unchecked = f"{what}{why}"  # also if the test catches the exception
     raise CannotBeCheckedError
 
 
@@ -461,7 +454,8 @@ class Names(dict):
     def __init__(self, endpoint: Tests, tests: str):
         super().__init__(__name__="tests", __annotations__={}, type=KindOf("type", (), {}))
         self.module = endpoint.unpack({"object": [0]})
-        self.used, self.free, self.subjects = support.names(tests)
+        is_object = lambda name: isinstance(endpoint.ask("getattr", self.module, name, None), Remote)  # noqa: E731
+        self.used, self.free, self.subjects, self.helpers = support.names(tests, is_object)
 
     def __missing__(self, name):
         is_ours = hasattr(builtins, name) and (self.free or name not in self.subjects)
@@ -473,6 +467,8 @@ class Names(dict):
             if isinstance(value, Remote) and (name in ("np", "pd") or importlib.util.find_spec(name)):
                 refuse(name)
         is_module = isinstance(value, types.ModuleType)
+        if name in self.helpers and len(self.free) > 1:
+            refuse(f"{name} in no test without another function of the solution", why="")
         if len(self.free) > 1 and name not in self.subjects and not is_module:  # the only one is a subject, too
             value = support.confirmed(name, value, lambda *where: ENDPOINT.ask("is_from", value, *where), refuse)
         if callable(value) or is_module:

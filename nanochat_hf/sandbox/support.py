@@ -23,20 +23,29 @@ ABOUT = "count index isdisjoint issubset issuperset startswith endswith equals".
 TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 TYPES |= {kind.__name__: kind for kind in (types.FunctionType, types.MethodType, types.GeneratorType, type(None))}
 TYPES |= {"Ellipsis": ..., "NotImplemented": NotImplemented}  # those have one object each
-ITEMS = {  # types that travel by value -> how to make one of its items
-    "builtins.list": list,
-    "builtins.tuple": tuple,
-    "builtins.dict": dict,
-    "builtins.bytes": bytes,
-    "builtins.dict_keys": lambda items: dict.fromkeys(items).keys(),
-    "builtins.dict_values": lambda items: dict(enumerate(items)).values(),
-    "builtins.dict_items": lambda items: dict(items).items(),
+ITEMS = {  # types that travel by value: the attribute that has what is in one ("": itself), how to make it again
+    "builtins.list": ("", list),
+    "builtins.tuple": ("", tuple),
+    "builtins.bytes": ("", bytes),
+    "builtins.memoryview": ("tobytes", lambda items: memoryview(bytearray(items))),
+    "builtins.dict": ("items", dict),
+    "builtins.mappingproxy": ("items", lambda items: types.MappingProxyType(dict(items))),
+    "collections.ChainMap": ("items", lambda items: collections.ChainMap(dict(items))),
+    "collections.UserDict": ("items", lambda items: collections.UserDict(dict(items))),
+    "collections.UserList": ("data", collections.UserList),
+    "uuid.UUID": ("bytes", lambda items: importlib.import_module("uuid").UUID(bytes=bytes(items))),
+    "zoneinfo.ZoneInfo": ("key", lambda items: importlib.import_module("zoneinfo").ZoneInfo("".join(items))),
 }
+for kind in ("builtins.dict", "builtins.odict"):
+    ITEMS[f"{kind}_keys"] = "", lambda items: dict.fromkeys(items).keys()
+    ITEMS[f"{kind}_values"] = "", lambda items: dict(enumerate(items)).values()
+    ITEMS[f"{kind}_items"] = "", lambda items: dict(items).items()
 REDUCED = {  # those that travel as what pickle would make them of
     *(f"builtins.{name}" for name in ("set", "frozenset", "bytearray", "complex", "range", "slice")),
     *(f"collections.{name}" for name in ("OrderedDict", "Counter", "defaultdict", "deque")),
     *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
-    *("decimal.Decimal", "fractions.Fraction", "pathlib.PosixPath"),
+    *(f"ipaddress.IPv{version}{what}" for version in "46" for what in ("Address", "Network", "Interface")),
+    *("array.array", "decimal.Decimal", "fractions.Fraction", "pathlib.PosixPath", "pathlib.PurePosixPath"),
     *("inspect.Signature", "inspect.Parameter", "inspect._empty"),
 }
 
@@ -52,38 +61,80 @@ def deep():
         sys.setrecursionlimit(limit)
 
 
-def names(tests: str) -> tuple[set[str], set[str], set[str]]:
-    """Names with which tests do more than call them; those that they use and do not define; subjects.
+def names(tests: str, is_object=lambda name: True) -> tuple[set[str], set[str], set[str], set[str]]:
+    """Names with which tests do more than call them; those that they use and do not define; subjects; helpers.
 
-    Subjects are what tests are about: without another undefined name they are compared with what is spelled out, or
-    called as a statement; or they are given to the tests' own functions, as in `check(f)`.
+    Subjects are what tests are about: judged without another undefined name, or given to the tests' own functions, as
+    in `check(f)`. Helpers are judged together with another one only, and no library has them, so that a solution
+    could make both agree: `poly` in `assert poly(root(2)) == 0`. `is_object`: whether a name is the solution's object.
     """
     nodes, tables = [*ast.walk(ast.parse(tests))], [symtable.symtable(tests, "<tests>", "exec")]
-    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
-    used = {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in called}
+    functions = {id(node.func): getattr(node.func, "id", "") for node in nodes if isinstance(node, ast.Call)}
+    used, called = {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in functions}, set()
     for table in tables:  # which grows
         tables += table.get_children()
     own = {x.get_name() for x in tables[0].get_symbols() if x.is_assigned() or x.is_imported()}
     free = {x.get_name() for table in tables for x in table.get_symbols() if table is tables[0] or x.is_global()}
-    free -= own | vars(builtins).keys()
-    about = [node.value for node in nodes if isinstance(node, ast.Expr)]
+    free, called = free - own - vars(builtins).keys(), {*functions.values()} - own - {""}  # also of parameters
+    subjects = set() if free else called
     for node in nodes:
-        operands = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
-        if any(names_in(operand) <= vars(builtins).keys() for operand in operands):
-            about += operands
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) in own:
-            about += node.args
-        operands = [getattr(node, "test", None), getattr(node, "operand", None), *getattr(node, "values", ())]
-        calls = [x for x in operands if isinstance(x, ast.Call)]  # as in `assert is_prime(7) and not is_prime(8)`
-        about += [x for x in calls if len(names_in(x) - vars(builtins).keys()) == 1]
-    subjects = set()
-    for names in map(names_in, about):
-        subjects |= names & free if len(names & free) == 1 else set() if names & free else names
-    return used, free, subjects
+            subjects = subjects | {x.id for x in node.args if isinstance(x, ast.Name)}
+    library = {name for name in free if library_of(name)}
+    called = {x for x in called - vars(builtins).keys() if not x[0].isupper() and (x not in free or is_object(x))}
+    subjects |= judged_alone(nodes, called | library)
+    return used, free, subjects, (called - library - judged_alone(nodes, called - (library - subjects))) & free
 
 
 def names_in(node) -> set[str]:
     return {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+
+
+def judged_alone(nodes: list, names: set[str]) -> set[str]:
+    """Those of the names that tests judge without another one that is not judged alone itself.
+
+    They judge what they compare or assert, and calls as statements, except `x.append(f(1))`. What is judged also has
+    the names that its variables and the tests' own functions are made of.
+    """
+    made_of, judged, alone = collections.defaultdict(set), [], set()
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            made_of[node.name] |= names_in(node)
+        value = next((x for key in ("value", "iter", "context_expr") if (x := getattr(node, key, None))), None)
+        targets = [*getattr(node, "targets", ()), getattr(node, "target", getattr(node, "optional_vars", None))]
+        pairs = [(target, value) for target in targets if target and value]
+        if pairs and isinstance(value, ast.Tuple) and isinstance(targets[0], ast.Tuple):  # as in a, b = f(1), g(2)
+            pairs = zip(targets[0].elts, value.elts)
+        for target, value in pairs:
+            for name in names_in(target):
+                made_of[name] |= names_in(value)
+        match node:
+            case ast.Compare():
+                judged.append(node)
+            case ast.Assert() | ast.If():
+                judged.append(node.test)
+            case ast.BoolOp():
+                judged += node.values
+            case ast.UnaryOp(op=ast.Not()):
+                judged.append(node.operand)
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=receiver)))) if receiver != "self":
+                pass
+            case ast.Expr():
+                judged.append(node.value)
+    groups = []
+    for group in map(names_in, judged):
+        while more := set().union(*(made_of[name] for name in group)) - group:
+            group |= more
+        groups.append(group & names)
+    while new := set().union(*(left for group in groups if len(left := group - alone) == 1)):
+        alone |= new
+    return alone
+
+
+def library_of(name: str):
+    """The module of LIBRARY that has a name, or None."""
+    modules = map(importlib.import_module, LIBRARY)
+    return next((module for module in modules if name in getattr(module, "__all__", vars(module))), None)
 
 
 def library_module(name: str, claimed: str | None):
@@ -101,8 +152,7 @@ def confirmed(name: str, value, is_from, refuse):
 
     A function that the solution has from there (`is_from` says so) need not: that one's is called instead.
     """
-    modules = map(importlib.import_module, LIBRARY)
-    module = next((module for module in modules if name in getattr(module, "__all__", vars(module))), None)
+    module = library_of(name)
     library = getattr(module, name, value)
     if library is value or callable(library) != callable(value):
         return value
@@ -131,6 +181,19 @@ def confirmed(name: str, value, is_from, refuse):
     return call
 
 
+def made_again(name: str, arguments, items, pairs, state):
+    """What pickle would make of the parts of an object of REDUCED."""
+    module, _, kind = name.rpartition(".")
+    value = getattr(importlib.import_module(module), kind)(*arguments)
+    for item in items:
+        value.append(item)
+    for key, item in pairs:
+        value[key] = item
+    if state:  # of inspect's
+        value.__setstate__(state)
+    return value
+
+
 def renewed(before, after):
     """`after`, as the object `before` if that can be changed in place; so are the objects in it."""
     if type(before) is not type(after):
@@ -148,7 +211,7 @@ def renewed(before, after):
     elif isinstance(before, set):
         before.clear()
         before.update(after)
-    elif isinstance(before, bytearray) or type(before).__module__ == "numpy":
+    elif isinstance(before, bytearray | memoryview) or type(before).__module__ in ("array", "numpy"):
         before[:] = after
     else:
         return after
