@@ -90,6 +90,8 @@ def each_once(names: list[str]) -> list[str]:
 Unique = Annotated[list[TypeVar("T")], AfterValidator(each_once)]
 MOST = 10**15  # of any number of things
 Count = Annotated[int, Ge(1), Le(MOST)]
+Size = Annotated[int, Ge(1), Le(10**5)]  # of what a device or a run has at once
+Length = Annotated[int, Ge(1), Le(2**24)]  # tokens
 Fraction = Annotated[float, Ge(0), Le(1)]
 NotNegative = Price = Annotated[float, Ge(0), Le(MOST)]
 Place = Annotated[str, AfterValidator(name_of_place)]

@@ -23,9 +23,11 @@ from .config import (
     STRICT,
     Count,
     Fraction,
+    Length,
     NotNegative,
     Place,
     Seed,
+    Size,
     TopK,
     Unique,
     name_of_place,
@@ -41,6 +43,7 @@ RECIPES = project_folder("recipes")
 SHAPE_KEYS = ("generation", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "total_batch_size",
               "final_logit_softcapping")  # fmt: skip
 SPELLING = {"nanochat_spellingbee", "nanochat_chatcore"}  # tasks whose words are of the text, or of `words`
+MAX_STEPS = 10**9
 MIN_VOCAB_SIZE = 256 + 9  # every byte is a token, so that any text can be encoded; and the special tokens
 
 
@@ -81,7 +84,11 @@ def known_attention(name: str) -> str:
 
 
 OptionalCount = Literal[-1] | Count
-Interval = Annotated[int, Ge(-1), Le(MOST)]
+OptionalSteps = Literal[-1] | Annotated[int, Ge(1), Le(MAX_STEPS)]
+OptionalBatch = Literal[-1] | Annotated[int, Ge(1), Le(10**9)]  # tokens
+Tokens = Annotated[int, Ge(1), Le(10**11)]  # of an evaluation
+Rate = Annotated[float, Ge(0), Le(1000)]
+Interval = Annotated[int, Ge(-1), Le(MAX_STEPS)]
 Stages = Unique[Literal[MODEL_STAGES]]
 Tracker = Annotated[Literal["none", "trackio", "wandb", "tensorboard"], AfterValidator(installed)]
 Attention = Annotated[str, AfterValidator(known_attention)]
@@ -92,7 +99,7 @@ class TextDataset(TypedDict, total=False):
 
     __pydantic_config__ = STRICT
     dataset: Required[Place]
-    weight: Annotated[float, Gt(0)]
+    weight: Annotated[float, Gt(0), Le(MOST)]
 
 
 TextMixture = Annotated[list[TextDataset], MinLen(1)]
@@ -106,7 +113,7 @@ class ChatDataset(TypedDict, total=False):
     split: Place
     subset: Place | None
     transform: Literal[tuple(TRANSFORMS)]
-    rows: Count | None
+    rows: Annotated[int, Ge(1), Le(10**8)] | None
     epochs: Annotated[float, Gt(0), Le(1000)] | None
 
 
@@ -156,16 +163,16 @@ class TokenizerConfig:
 class TrainingConfig:
     """Keys of all stages that train a model."""
 
-    embedding_lr: NotNegative | None = None
+    embedding_lr: Rate | None = None
     """AdamW learning rate of the embedding at width 768 and the reference batch size; the next three likewise. null:
     the default of the model's generation."""
-    unembedding_lr: NotNegative | None = None
+    unembedding_lr: Rate | None = None
     """AdamW learning rate of the head."""
-    matrix_lr: NotNegative | None = None
+    matrix_lr: Rate | None = None
     """Muon learning rate of the matrices."""
-    scalar_lr: NotNegative | None = None
+    scalar_lr: Rate | None = None
     """AdamW learning rate of the per-layer scalars."""
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Size = 2
     """Checkpoints that stay on disk while the stage trains."""
     seed: Seed = 0
     """Seed of all that is drawn at random, in base of the weights and of the data order after the first epoch."""
@@ -189,21 +196,21 @@ class PretrainConfig(TrainingConfig):
     """Tokens per sequence."""
     window_pattern: Annotated[str, StringConstraints(pattern="^[SL]+$")] | None = None
     """Attention tiled over the layers: S sliding window of a quarter of the sequence, L full."""
-    final_logit_softcapping: Annotated[float, Gt(0)] | None = 15.0
+    final_logit_softcapping: Annotated[float, Gt(0), Le(10**6)] | None = 15.0
     """Logits are c * tanh(logits / c); null: not softcapped, as llama.cpp needs them (docs/checkpoints.md)."""
-    num_iterations: OptionalCount = -1
+    num_iterations: OptionalSteps = -1
     """Optimizer steps; -1: from target_flops or the ratio."""
-    target_flops: Literal[-1] | Annotated[float, Gt(0)] = -1
+    target_flops: Literal[-1] | Annotated[float, Gt(0), Le(1e30)] = -1
     """Training FLOPs; -1: from the ratio."""
-    target_param_data_ratio: Annotated[float, Gt(0)] | None = None
+    target_param_data_ratio: Annotated[float, Gt(0), Le(10**6)] | None = None
     """Tokens per parameter (generation 2: of matrices and head)."""
-    device_batch_size: OptionalCount = -1
+    device_batch_size: Literal[-1] | Size = -1
     """Sequences per micro-batch on each device; -1: as free memory allows."""
-    total_batch_size: OptionalCount = -1
+    total_batch_size: OptionalBatch = -1
     """Tokens per optimizer step, over all devices; -1: from the depth."""
-    weight_decay: NotNegative | None = None
+    weight_decay: Rate | None = None
     """Cautious weight decay of the matrices at the reference depth and batch size."""
-    warmup_steps: Annotated[int, Ge(0), Le(MOST)] | None = None
+    warmup_steps: Annotated[int, Ge(0), Le(MAX_STEPS)] | None = None
     """Steps of linear learning-rate warmup."""
     warmdown_ratio: Fraction | None = None
     """Fraction of the steps, at the end, of linear learning-rate decay."""
@@ -211,7 +218,7 @@ class PretrainConfig(TrainingConfig):
     """Final learning rate as a fraction of the peak."""
     eval_every: Interval = 250
     """Steps between evaluations of validation bits per byte; -1: only at the end, 0: never."""
-    eval_tokens: Count = 80 * 524288
+    eval_tokens: Tokens = 80 * 524288
     """Tokens of validation text per evaluation."""
     core_metric_every: Interval = -1
     """Steps between evaluations of CORE; -1: never."""
@@ -248,15 +255,15 @@ class PretrainConfig(TrainingConfig):
 class StageConfig(TrainingConfig):
     """Keys that mid.yaml, sft.yaml, rl.yaml and dpo.yaml have in common."""
 
-    num_iterations: OptionalCount = -1
+    num_iterations: OptionalSteps = -1
     """Optimizer steps; -1: `num_epochs` passes over the data."""
     num_epochs: Annotated[float, Gt(0), Le(1000)] = 1
     """Passes over the data."""
-    device_batch_size: Count = 16
+    device_batch_size: Size = 16
     """Micro-batch size: sequences per device and forward pass; lowered where a step has fewer per device."""
     on_bad_example: Literal["skip", "error"] = "skip"
     """What to do with examples that cannot be used: `skip` and count them, or `error`."""
-    init_lr_frac: NotNegative = 1.0
+    init_lr_frac: Rate = 1.0
     """Factor on these learning rates."""
     warmup_ratio: Fraction = 0.0
     """Fraction of the steps with linear warmup."""
@@ -264,15 +271,15 @@ class StageConfig(TrainingConfig):
     """Fraction of the steps, at the end, with linear decay."""
     final_lr_frac: Fraction = 0.0
     """Fraction of the peak learning rate that the decay ends at."""
-    weight_decay: NotNegative = 0.0
+    weight_decay: Rate = 0.0
     """Cautious weight decay of the matrices."""
     max_grad_norm: NotNegative = 0.0
     """Gradient clipping norm; 0: no clipping."""
     lora_r: Annotated[int, Ge(0), Le(10_000)] = 0
     """Rank of LoRA adapters, merged into the weights at the end; 0: train all weights."""
-    lora_alpha: Count = 32
+    lora_alpha: Size = 32
     """Scale of the adapters: lora_alpha / lora_r."""
-    lora_lr: NotNegative = 1e-3
+    lora_lr: Rate = 1e-3
     """AdamW learning rate of the adapters."""
     eval_every: Interval = -1
     """Steps between evaluations; -1: only at the ends."""
@@ -296,7 +303,7 @@ class ChatConfig(StageConfig):
     """Tokens per sequence; -1: as the model was pretrained."""
     packing: bool = True
     """Pack whole conversations into a sequence; false: one conversation per sequence."""
-    total_batch_size: OptionalCount = -1
+    total_batch_size: OptionalBatch = -1
     """Global batch size in tokens (without packing: in conversations); -1: one micro-batch per device."""
     load_optimizer: bool = True
     """Begin with the optimizer state in the source's optimizer.pt, if there is one."""
@@ -320,11 +327,11 @@ class RLConfig(StageConfig):
     """Prompts: `primer:KIND` (or KIND+KIND), or GSM8K's format as a Hub id, a folder or `path/of_{split}.jsonl`."""
     subset: Place | None = "main"
     """Subset of a Hub dataset."""
-    examples_per_step: Count = 16
+    examples_per_step: Size = 16
     """Prompts per step, over all devices."""
     num_samples: Annotated[int, Ge(2), Le(10_000)] = 16
     """Completions sampled per prompt, two at least: the advantage is against their mean reward."""
-    max_new_tokens: Count = 256
+    max_new_tokens: Length = 256
     """Tokens per completion, tool results included."""
     temperature: Annotated[float, Gt(0), Le(5)] = 1.0
     """Of sampling."""
@@ -332,10 +339,10 @@ class RLConfig(StageConfig):
     """0 only, which samples among all tokens: the gradient is that of the full softmax."""
     eval_examples: Count = 400
     """Test prompts of the evaluations."""
-    eval_samples: Count = 4
+    eval_samples: Annotated[int, Ge(1), Le(10_000)] = 4
     """Completions per test prompt, for pass@k."""
     warmdown_ratio: Fraction = 1.0
-    init_lr_frac: NotNegative = 0.05
+    init_lr_frac: Rate = 0.05
     enabled: bool = True
     """false: run this stage only when --stages names it."""
 
@@ -350,13 +357,13 @@ class DPOStageConfig(StageConfig):
     """Split of a Hub dataset."""
     num_eval_pairs: Count = 200
     """Pairs held out for validation."""
-    examples_per_step: Count = 32
+    examples_per_step: Size = 32
     """Pairs per step, over all devices."""
     max_seq_len: Literal[-1] | Annotated[int, Ge(2), Le(2**24)] = -1
     """Tokens per conversation; longer ones cannot be used. -1: as the model was pretrained."""
-    beta: Annotated[float, Gt(0)] = 0.1
+    beta: Annotated[float, Gt(0), Le(1000)] = 0.1
     """DPO's beta: the higher, the closer the model stays to the reference model."""
-    init_lr_frac: NotNegative = 0.02
+    init_lr_frac: Rate = 0.02
     warmdown_ratio: Fraction = 1.0
     enabled: bool = False
     """true: run this stage also when --stages does not name it."""
@@ -386,17 +393,17 @@ class EvalConfig:
     """Examples per CORE task; null for all."""
     dataset: Place | TextMixture | None = "primer"
     """Text for bits per byte, its validation split; null for none. Parts of a mixture are also measured alone."""
-    bpb_tokens: Count = 65536
+    bpb_tokens: Tokens = 65536
     """Tokens of it."""
     bpb_stages: Stages = field(default_factory=lambda: ["base", "mid", "sft", "rl", "dpo"])
     """Stages that bits per byte are computed for."""
-    batch_size: Count = 128
+    batch_size: Size = 128
     """Answers generated together."""
     batch_tokens: Count | None = None
     """Positions per batch (CORE, multiple choice, bits per byte); null for what fits into memory."""
-    max_new_tokens: Count | None = None
+    max_new_tokens: Length | None = None
     """Longest answer; null: the task's own limit."""
-    num_samples: Count = 1
+    num_samples: Annotated[int, Ge(1), Le(10_000)] = 1
     """Answers per question; more than 1 gives pass@k and needs a temperature."""
     temperature: Annotated[float, Ge(0), Le(5)] = 0.0
     """Of sampling; 0: greedy."""
@@ -438,6 +445,9 @@ def refuse_unused_keys(stage: str, config, keys: Collection[str]) -> None:
     """Raise InputError if a command line names a key that its config does not use."""
     if "words" in keys and not SPELLING & set(config.tasks):
         raise InputError(f"eval.words: none of its tasks uses it; those that do: {', '.join(sorted(SPELLING))}")
+    steps = getattr(config, "num_iterations", -1)
+    if "warmup_steps" in keys and 0 < steps < config.warmup_steps:
+        raise InputError(f"{stage}.warmup_steps is {config.warmup_steps}, and the run has {steps} steps: lower it")
     for key, other in UNUSED:
         if key in keys and getattr(config, key) not in (-1, None) and (value := getattr(config, other)) > 0:
             raise InputError(f"{stage}.{key} is not used, as {other} is {value:g}: give {stage}.{other}=-1, too")

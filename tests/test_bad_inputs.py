@@ -22,18 +22,23 @@ ROOT = Path(__file__).parent.parent
 COMMAND = {"tokenizer": "tokenizer", "base": "pretrain", "sft": "sft", "rl": "rl", "dpo": "dpo", "eval": "eval"}
 LONG = "x" * 300
 WHOLE, COUNT, OPTIONAL = "a whole number from 1 to 1000", "a whole number from 1 to 1e", "-1 or a whole number from"
+BATCH, STEPS, TEXT = "a whole number from 1 to 100000$", "from 1 to 1000000000$", "from 1 to 100000000000$"
 
 KEYS = {
     "base": {
         WHOLE: ["depth: 0", "depth: null", "depth: [4]", "depth: 4.5", "depth: true", "depth: .nan", "depth: ''",
                 "depth: 2026-01-01", "depth: '010'", "depth: '1:30'"],
         OPTIONAL: ["num_iterations: 0", "total_batch_size: true", "device_batch_size: auto"],
-        "a number from 0 to 1e": ["matrix_lr: -1e-3", "unembedding_lr: .nan", "scalar_lr: .inf", "weight_decay: high"],
+        "a number from 0 to 1000 or null": ["matrix_lr: -1e-3", "unembedding_lr: .nan", "scalar_lr: .inf",
+                                            "weight_decay: high", "embedding_lr: 1e15"],
+        BATCH: ["device_batch_size: 1e15", "keep_checkpoints: 1.5"],
+        STEPS: ["num_iterations: 1e10", "total_batch_size: 2048e11"],
+        TEXT: ["eval_tokens: 0", "eval_tokens: 1e15"],
+        "from 0 to 1000000000 or null": ["warmup_steps: 1e15"],
         "a number from 0 to 1": ["warmdown_ratio: 2", "final_lr_frac: -0.1"],
         "must be 1 or 2": ["generation: 3", "generation: true"],
         "a multiple of 2 from 2": ["head_dim: 7"],
         "a whole number from 2 to": ["max_seq_len: 1"],
-        COUNT: ["eval_tokens: 0", "keep_checkpoints: 1.5"],
         "a whole number from -1 to": ["save_every: -2", "eval_every: 2.5", "log_every: null"],
         "a whole number from 0 to 4294967295": ["seed: -1", "seed: 1e12"],
         "a number above 0": ["target_flops: 0", "target_param_data_ratio: -1"],
@@ -79,13 +84,16 @@ KEYS = {
     },
     "rl": {
         "a whole number from 2 to": ["num_samples: 1"],
+        BATCH: ["examples_per_step: 1e9", "device_batch_size: 1e15"],
+        "from 1 to 10000$": ["eval_samples: 1e9"],
+        "from 1 to 16777216$": ["max_new_tokens: 1e9"],
         "top_k is 50: it must be 0": ["top_k: 50"],
         "above 0 and of at most 5": ["temperature: 0"],
         "no kind 'problm'; did you mean 'problem'": ["dataset: 'primer:problm'"],
         "no kind ''": ["dataset: primer"],
         "enabled is": ["enabled: perhaps", "opt_in: perhaps"],
     },
-    "dpo": {"a number above 0": ["beta: 0"], "it is empty": ["split: ''"]},
+    "dpo": {"a number above 0": ["beta: 0", "beta: 1e9"], "it is empty": ["split: ''"]},
     "eval": {
         "must be a list of text": ["tasks: nanochat_demo"],
         r"tasks\[0\] is 3: it must be text": ["tasks: [3]"],
@@ -97,6 +105,8 @@ KEYS = {
         "it needs a temperature": ["num_samples: 2"],
         "auto, float32 or bfloat16": ["dtype: float12"],
         COUNT: ["max_per_task: 0", "limit: 0", "batch_tokens: 0"],
+        BATCH: ["batch_size: 1e15"],
+        TEXT: ["bpb_tokens: 1e15"],
     },
 }  # fmt: skip
 
@@ -242,6 +252,9 @@ COMMANDS = [
     ("plan d12 base.num_iterations=5 base.target_param_data_ratio=8", "not used, as num_iterations is 5: give base"),
     ("plan d12 base.num_iterations=1 base.target_flops=1e18", "base.target_flops is not used, as num_iterations is 1"),
     ("plan d12 base.target_flops=1e18 base.target_param_data_ratio=8", "not used, as target_flops is 1e.18"),
+    ("run d12 --dry-run base.warmup_steps=3000", "warmup_steps is 3000, and the horizon is 2520 steps: lower it"),
+    ("plan d12 base.num_iterations=9 base.warmup_steps=10", "base.warmup_steps is 10, and the run has 9 steps"),
+    ("plan d12 base.target_flops=1e29", "the horizon is longer than 1,000,000,000 steps"),
     ("plan d24 --gpus 3", "total_batch_size = 1048576 must be a positive multiple of 6144"),
     ("plan d24 --gpu V100", "--gpu: no data sheet of 'V100'; did you mean 'H100'"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --model x", "give that, too"),

@@ -29,6 +29,7 @@ from .muon_adamw import role_of
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens per step, the best at d12 (upstream)
 REFERENCE_WIDTH = 768
+MAX_STEPS = 10**9  # as for the keys of a recipe
 
 
 class GPU(NamedTuple):
@@ -279,6 +280,8 @@ def plan(config, vocab_size: int) -> Plan:
         raise InputError(f"total_batch_size is {batch}: it must be a multiple of max_seq_len, {max_seq_len} tokens")
     steps = horizon(config, defaults.target_param_data_ratio * size, flops, batch)
     lr_scale = (batch / REFERENCE_BATCH) ** 0.5 if generation == 2 else 1.0
+    if config.num_iterations < 1 and (config.warmup_steps or 0) > steps:  # who names the steps may want a short trial
+        raise InputError(f"warmup_steps is {config.warmup_steps}, and the horizon is {steps} steps: lower it")
     schedule = {f.name: getattr(defaults, f.name) for f in fields(Schedule) if f.name != "num_iterations"}
     return Plan(
         model_config, counts.total(), matmul, flops, steps, batch, Schedule(steps, **schedule), defaults.max_grad_norm,
@@ -294,8 +297,9 @@ def horizon(config, ratio_tokens: float, flops_per_token: int, batch: int) -> in
         steps = round(config.target_flops / (flops_per_token * batch))
     else:
         steps = int(ratio_tokens) // batch
-    if steps < 1:
-        raise InputError(f"the horizon is shorter than one step of {batch} tokens: lower total_batch_size")
+    if not 1 <= steps <= MAX_STEPS:
+        how = "shorter than one step" if steps < 1 else f"longer than {MAX_STEPS:,} steps"
+        raise InputError(f"the horizon is {how} of {batch} tokens: change total_batch_size or the horizon")
     return steps
 
 
