@@ -246,7 +246,12 @@ def element(kind):
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which a key occurs once and 1e-3 is a number."""
+    """YAML in which a key occurs once, texts have UTF-8 and 1e-3 is a number."""
+
+    def construct_scalar(self, node):
+        value = super().construct_scalar(node)
+        value.encode()  # raises ValueError for half of a surrogate pair, as "\\ud800"
+        return value
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]

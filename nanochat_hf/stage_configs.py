@@ -113,7 +113,7 @@ class ChatDataset(TypedDict, total=False):
     split: Place
     subset: Place | None
     transform: Literal[tuple(TRANSFORMS)]
-    rows: Annotated[int, Ge(1), Le(10**8)] | None
+    rows: Annotated[int, Ge(1), Le(10**9)] | None
     epochs: Annotated[float, Gt(0), Le(1000)] | None
 
 

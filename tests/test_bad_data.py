@@ -71,6 +71,7 @@ ROWS_OF_CHATS = [
     ('{"text": "a"}', "no column 'messages'; its columns are text"),
     ('{"messages": []}', "no messages"),
     ('{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}', "is empty"),
+    ('{"messages": [{"role": "user", "content": "a\\ud800"}]}', "half of a surrogate pair"),
     ('{"messages": [{"role": "wizard", "content": "a"}, {"role": "assistant", "content": "b"}]}', "."),
 ]
 

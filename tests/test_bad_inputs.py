@@ -312,6 +312,7 @@ FILES = [  # content of base.yaml
     (b"[" * 1000, "is not valid YAML"),
     (b'dataset: "a\\nb"', "printable characters"),
     (b"dataset: [{dataset: a, dataset: b}]", "occurs twice"),
+    (b'dataset: "\\ud800"', "is not valid YAML: .*surrogates not allowed"),
 ]
 
 METRICS = {b'{"finished": ': "chat", b"[1]": "serve", b"": "report", b"\xff\xfe{": "chat", b"[" * 100_000: "report"}
@@ -421,6 +422,7 @@ IDENTITIES = [
     ("name: A", "needs a name and an owner"),
     ("name: [", "not valid YAML"),
     ("{name: A, owner: B, job: C}", "unknown key 'job'"),
+    ('{name: "\\ud800", owner: B}', "surrogates not allowed"),
     ("{name: 5, owner: B}", "name is 5: it must be text"),
     ("{name: A, owner: B, language: xx}", "language is 'xx': it must be en or ko"),
     ("{name: A, owner: B, facts: [{ask: x}]}", r"facts\[0\] needs a say"),

@@ -289,18 +289,23 @@ def test_a_message_has_its_calls_in_one_form_only():
         assert steps(normalize([USER, {**both, "tool_calls": empty}, result(), REPLY])) == ["a", "2+2", "2", "b"]
 
 
-def test_half_of_a_surrogate_pair_becomes_a_question_mark():
+def test_half_of_a_surrogate_pair_is_no_row_and_becomes_a_question_mark_for_the_server():
     half = json.loads('"x\\ud83d"')
     parts = [{**part, "text": half} for part in PARTS]
     calls = calling(call('{"expression": "\'\\ud83d\'.count(1)"}'))
-    conversation = normalize([{**USER, "content": half}, calls, result(half), {**REPLY, "content": parts}])
+    messages = [{**USER, "content": half}, calls, result(half), {**REPLY, "content": parts}]
+    conversation = normalize(messages, "replace")
+    for bad in (messages[:1], [USER, calls, result(), REPLY], [USER, {**REPLY, "content": parts}]):
+        with pytest.raises(BadRow, match="half of a surrogate pair"):
+            normalize(bad)
     assert [conversation[0]["content"], conversation[2]["content"]] == ["x?", "x?"]
     assert [part["text"] for part in conversation[3]["content"]] == ["x?", "x?", "x?"]
     assert steps(conversation)[1] == "'?'.count(1)" and json.dumps(conversation, ensure_ascii=False).encode()
     assert normalize([{"role": "user", "content": "😀 é"}])[0]["content"] == "😀 é"
     for arguments in ('["\\ud83d"]', half, '{"\\ud83d": 1}'):
         with pytest.raises(BadRow) as caught:  # the server sends the reason
-            normalize([USER, calling(call(arguments, "python" if "{" in arguments else "weather")), result(), REPLY])
+            name = "python" if "{" in arguments else "weather"
+            normalize([USER, calling(call(arguments, name)), result(), REPLY], "replace")
         assert str(caught.value).encode()
     deep: dict = {}
     for _ in range(100_000):

@@ -31,7 +31,7 @@ from typing_extensions import TypedDict
 
 from ..config import STRICT, parse_config, settings
 from ..errors import InputError
-from .transforms import BadRow, check
+from .transforms import BadRow, check, normalize
 
 FOLDER = Path(__file__).with_name("identities")
 LANGUAGES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -218,7 +218,7 @@ def parse_messages(text: str, identity: Identity) -> list[dict]:
         messages = None
     if messages is None:
         raise BadRow("no JSON list")
-    check(messages)
+    check(normalize(messages))
     if any(set(m) != {"role", "content"} or not isinstance(m["content"], str) for m in messages):
         raise BadRow("messages with more than a role and text")
     if messages[0]["role"] != "user" or sum(len(m["content"]) for m in messages) > MAX_CHARS:

@@ -144,22 +144,23 @@ TRANSFORMS: dict[str, Callable[[dict, Random], list[dict]]] = {
 WORD_TRANSFORMS = ("simple_spelling", "spelling_bee")
 
 
-def normalize(conversation: list[dict]) -> list[dict]:
+def normalize(conversation: list[dict], errors: str = "strict") -> list[dict]:
     """OpenAI's forms of messages -> the form that the chat template renders.
 
     A call's arguments that are JSON text become a mapping; `function_call` and the role function, OpenAI's old form,
     become `tool_calls` and the role tool. Neighboring parts of text become one, so that no special token can be
     spelled over their border. Of several calls in a message each gets its own result right after it. What is no
-    message is left to `check`. Raises BadRow for a call that is none, or a result that answers another call.
+    message is left to `check`. Raises BadRow for a call that is none, a result that answers another call, or half of
+    a surrogate pair, which JSON may spell and no tokenizer takes; `errors` "replace" makes it "?", as in `str.encode`.
     """
     if not isinstance(conversation, list) or not all(isinstance(m, dict) for m in conversation):
         return conversation
     try:
-        conversation = _encodable(conversation)
+        conversation = _encodable(conversation, errors)
     except RecursionError:
         raise BadRow("the messages are nested too deeply") from None
     normalized: list[dict] = []
-    rest = [_with_calls(message, number) for number, message in enumerate(conversation, 1)]
+    rest = [_with_calls(message, number, errors) for number, message in enumerate(conversation, 1)]
     while rest:
         message, rest = rest[0], rest[1:]
         calls = message.get("tool_calls") or []
@@ -176,16 +177,19 @@ def normalize(conversation: list[dict]) -> list[dict]:
     return normalized
 
 
-def _encodable(value):
-    """The value with texts that have UTF-8: JSON may spell half of a surrogate pair, which no tokenizer takes."""
+def _encodable(value, errors: str):
+    """The value with texts that have UTF-8."""
     if isinstance(value, str):
-        return value.encode(errors="replace").decode()
+        try:
+            return value.encode(errors=errors).decode()
+        except UnicodeEncodeError:
+            raise BadRow("half of a surrogate pair, which is no character") from None
     if isinstance(value, dict):
-        return {_encodable(key): _encodable(one) for key, one in value.items()}
-    return [_encodable(one) for one in value] if isinstance(value, list) else value
+        return {_encodable(key, errors): _encodable(one, errors) for key, one in value.items()}
+    return [_encodable(one, errors) for one in value] if isinstance(value, list) else value
 
 
-def _with_calls(message: dict, number: int) -> dict:
+def _with_calls(message: dict, number: int, errors: str = "strict") -> dict:
     """The message with its parts of text joined and its calls as `tool_calls` with mappings."""
     message = {**message, "content": _joined(message.get("content"))}
     if call := message.pop("function_call", None):
@@ -196,7 +200,7 @@ def _with_calls(message: dict, number: int) -> dict:
         message["role"] = "tool"
     if calls := message.get("tool_calls"):
         try:
-            message["tool_calls"] = [_decoded(call) for call in calls]
+            message["tool_calls"] = [_decoded(call, errors) for call in calls]
         except BadRow as error:
             raise BadRow(f"message {number} has a tool call that is none: {error}") from None
     return message
@@ -217,7 +221,7 @@ def _joined(content):
     return only["text"] if only.get("type") == "text" and isinstance(only.get("text"), str) else parts
 
 
-def _decoded(call) -> dict:
+def _decoded(call, errors: str) -> dict:
     """A call whose arguments are a mapping: {"expression": text} for python. Raises BadRow."""
     function = (call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
@@ -226,7 +230,9 @@ def _decoded(call) -> dict:
     if isinstance(arguments, str):
         text = arguments.strip()
         try:
-            arguments = _encodable(json.loads(text)) if text else {}
+            arguments = _encodable(json.loads(text), errors) if text else {}
+        except BadRow:
+            raise
         except (ValueError, RecursionError):
             arguments = text
         bare = arguments is text or (isinstance(arguments, int | float) and not isinstance(arguments, bool))

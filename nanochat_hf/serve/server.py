@@ -303,7 +303,9 @@ class Server:
     def read_chat(self, raw: bytes) -> tuple[ChatBody, list[int], int]:
         body = parse(ChatBody, raw)
         try:
-            messages = normalize([{"content": "", **m.model_dump(exclude_none=True)} for m in body.messages])
+            messages = normalize(
+                [{"content": "", **m.model_dump(exclude_none=True)} for m in body.messages], "replace"
+            )
         except BadRow as error:
             raise InputError(f"these messages are no chat: {error}") from None
         room = min(body.limit or self.max_new_tokens, self.engine.length // 2)
