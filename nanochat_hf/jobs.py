@@ -177,6 +177,10 @@ def plan(parser: Parser, words: list[str]) -> None:
     _, stages, configs, arguments = read_pipeline(parser, words, runs=False)
     if arguments.gpus and arguments.gpu == "CPU":
         raise InputError("--gpus counts GPUs: leave it out with --gpu CPU")
+    from .data.mixture import check_data
+
+    for stage in stages:
+        check_data(stage, configs.get(stage), elsewhere=True)
     otherwise, rate = "H200" if arguments.gpus else "CPU", arguments.node_hourly_rate
     show_plan(stages, configs, arguments.gpus or 1, otherwise, arguments.gpu, rate=rate)
 

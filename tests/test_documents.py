@@ -424,7 +424,7 @@ def test_a_hub_dataset_is_read_by_the_names_of_its_splits_and_stays_at_its_commi
 
 
 def test_folders_that_are_nested_too_deeply_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "rglob", Mock(side_effect=RecursionError))  # as for the dataset /
+    monkeypatch.setattr("os.walk", Mock(side_effect=RecursionError))  # as for the dataset /
     with pytest.raises(InputError, match="cannot be walked through: name the folder that holds the files"):
         DocumentStream(str(tmp_path))
 
@@ -439,3 +439,11 @@ def test_files_of_the_hub_are_fetched_once_each_through_failures(hub):
     list(DocumentStream("me/books"))
     fetched = [line.rsplit("/", 1)[-1] for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
     assert sorted(fetched) == ["0.jsonl", "1.jsonl", "1.jsonl", "2.jsonl"]
+
+
+def test_a_folder_with_more_files_than_a_dataset_has_is_not_walked_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochat_hf.data.documents.MAX_FILES", 10)
+    for number in range(12):
+        (tmp_path / "ab"[number // 6] / str(number)).mkdir(parents=True)
+    with pytest.raises(InputError, match="has more than 10 files: name the folder of the dataset"):
+        open_documents(str(tmp_path))

@@ -238,17 +238,27 @@ def open_rows(entry: DatasetConfig, seed: int) -> Sequence:
         raise InputError(f"cannot read dataset {entry.dataset}: {str(error).splitlines()[0][:200]}") from error
 
 
-def check_data(stage: str, config) -> None:
-    """Raises InputError if a dataset of a stage's config is missing, as `refuse_missing`, or its `chat_data`."""
-    if (folder := getattr(config, "chat_data", None)) and not local_path(folder).is_dir():
+def check_data(stage: str, config, elsewhere: bool = False) -> None:
+    """Raises InputError if a dataset of a stage's config is missing, as `refuse_missing`, or its `chat_data`.
+
+    elsewhere: only what is on this disk is checked, as for a plan of another machine.
+    """
+
+    def check(name: str, *is_text: bool) -> None:
+        if not elsewhere or local_path(name).exists():
+            refuse_missing(name, *is_text)
+
+    folder = getattr(config, "chat_data", None)
+    if folder and not elsewhere and not local_path(folder).is_dir():
         raise InputError(f"chat_data: no folder {folder}")
     for part in getattr(config, "mixture", []) + getattr(config, "validation", []):
-        refuse_missing(part["dataset"])
+        check(part["dataset"])
         if part["dataset"].partition(":")[0] == "primer":
             open_rows(DatasetConfig(**part | {"rows": 1}), 0)  # which refuses a subset, split or transform
-    if dataset := getattr(config, "dataset", None):
-        for name, _ in parts_of(dataset):
-            refuse_missing(name, stage in ("tokenizer", "base", "eval"))
+    if (words := getattr(config, "words", None)) and not local_path(words).is_file():
+        check(words, True)
+    for name, _ in parts_of(dataset) if (dataset := getattr(config, "dataset", None)) else ():
+        check(name, stage in ("tokenizer", "base", "eval"))
 
 
 def refuse_missing(dataset: str, is_text: bool = False) -> None:

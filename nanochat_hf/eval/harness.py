@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..data.documents import local_path
+from ..data.documents import files_below, local_path
 from ..data.tokenizer import load_tokenizer
 from ..distributed import broadcast_from_main, monitored_barrier, partial_state
 from ..errors import InputError
@@ -119,8 +119,8 @@ def definition_of(config: EvalConfig) -> str:
     places = [config.chat_data, config.words, config.core_bundle, *(str(part.get("dataset")) for part in parts)]
     data = [
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-        for place in filter(None, places)
-        for path in sorted([local_path(place), *local_path(place).rglob("*")])
+        for place in map(local_path, filter(None, places))
+        for path in [place, *(map(place.joinpath, files_below(place)) if place.is_dir() else ())]
         if path.is_file()
     ]
     return fingerprint([asdict(config), code, data, metadata.version("lm_eval")])
