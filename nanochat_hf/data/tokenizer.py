@@ -22,7 +22,17 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import yaml
 from jinja2 import TemplateError
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import get_json_schema
@@ -148,6 +158,12 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
         if tokenizer.eos_token != "<|assistant_end|>" or np.any(np.diff(ids) != 1):
             raise InputError(f"no tokenizer in {name}: a special token is missing or has another place; copy it again")
+        ours = {index: repr(AddedToken(token, special=True)) for index, token in zip(ids, SPECIAL_TOKENS)}
+        for index, token in tokenizer.added_tokens_decoder.items():
+            if index <= ids[-1] and repr(token) != ours.get(index):  # later ones may be those of a larger model
+                raise InputError(
+                    f"no tokenizer in {name}: its added token {token.content!r} is not ours; copy it again"
+                )
     elif tokenizer.chat_template:
         tokenizer.apply_chat_template = partial(apply_chat_template, tokenizer)  # for every caller
         with suppress(ChatTemplateError):  # it refuses this message
