@@ -3,7 +3,9 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, NotRequired
 
@@ -12,6 +14,7 @@ from annotated_types import MinLen
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -20,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from .errors import InputError
 from .metrics import record
 from .model.configuration_nanochat import MAX_LAYERS, NanoChatConfig
+from .model.modeling_nanochat import ZEROS
 from .run import first_non_finite, load_json
 
 quiet_downloads = are_progress_bars_disabled()
@@ -113,7 +117,7 @@ def load_model(
     """The causal LM of folder or Hub id `source`, in eval mode, on `device` (None: where transformers puts it).
 
     `config` stands for the folder's. A quantized model keeps its own dtype. Code from `source` is not executed. Raises
-    InputError: no model, damaged files or weights that are not finite, too little memory on the device.
+    InputError: no model, damaged files, weights that are not finite, integers or zeros, too little memory on `device`.
     """
     try:
         if read_config(source).get("quantization_config"):
@@ -133,6 +137,28 @@ def load_model(
         model = model if device is None else model.to(device)
     except (RuntimeError, AssertionError) as error:  # out of memory, no such device
         raise InputError(f"{source} cannot be used on {device}: {str(error).splitlines()[0]}; try cpu") from None
-    if not is_quantized(model) and (name := first_non_finite(model.named_parameters())):
-        raise InputError(f"the weights of {source} are not finite (NaN or infinity in {name}): take earlier ones")
+    if not is_quantized(model):
+        if name := first_non_finite(model.named_parameters()):
+            raise InputError(f"the weights of {source} are not finite (NaN or infinity in {name}): take earlier ones")
+        if damage := next(chain(integers(source, model), zeros(model)), None):
+            raise InputError(f"the weights of {source} are damaged: {damage}; copy them again")
     return model
+
+
+def integers(source: str, model: PreTrainedModel) -> Iterator[str]:
+    """The parameters that are integers in the files, which transformers converts."""
+    names = dict(model.named_parameters())
+    config = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)  # None of an adapter
+    for path in Path(config).parent.glob("*.safetensors") if config else ():
+        with safe_open(path, "pt") as file:
+            for name in names.keys() & {*file.keys()}:
+                if (dtype := file.get_slice(name).get_dtype()).startswith(("I", "U", "BOOL")):
+                    yield f"{name} is {dtype}"
+
+
+def zeros(model: PreTrainedModel) -> Iterator[str]:
+    """The matrices without any value but zero that do not begin as zeros, as output projections do."""
+    for name, module in model.named_modules():
+        begins = module is model.get_input_embeddings() or getattr(module, "init_fn", ZEROS) is not ZEROS
+        if begins and not module.weight.any():
+            yield f"{name} is all zero"

@@ -46,6 +46,12 @@ def other_shape(path):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def changed(name, change, path):
+    tensors = load_file(path)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def set_fields(path, **fields):
     config = json.loads((path.parent / "config.json").read_text())
     (path.parent / "config.json").write_text(json.dumps(config | fields))
@@ -78,6 +84,14 @@ BROKEN = {  # what happened to model.safetensors, and what the line says
     "more layers": (partial(set_fields, num_hidden_layers=9, layer_types=None), r"see model\.layers\.[0-9]\."),
     "fewer layers": (partial(set_fields, num_hidden_layers=1, layer_types=None), r"see model\.layers\.[0-9]\."),
     "not finite": (not_finite, r"not finite \(NaN or infinity in model\.layers\.0\.mlp\.fc1\.weight\)"),
+    "integers": (
+        partial(changed, "model.layers.1.mlp.fc2.weight", lambda x: (100 * x).to(torch.int8)),
+        r"are damaged: model\.layers\.1\.mlp\.fc2\.weight is I8",
+    ),
+    "zeros": (
+        partial(changed, "model.layers.1.mlp.fc1.weight", torch.zeros_like),
+        r"are damaged: model\.layers\.1\.mlp\.fc1 is all zero",
+    ),
     "foreign code": (foreign_code, "no model in .* that can be read"),
     "generation: end": (generation('{"eos_token_id": "x"}'), "generation_config.json: eos_token_id is 'x'"),
     "generation: no end": (generation('{"eos_token_id": []}'), "generation_config.json: eos_token_id is "),
