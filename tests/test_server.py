@@ -205,7 +205,7 @@ BAD_CHATS = [  # messages, other fields, the reason
     *((user("?"), {key: float("nan")}, key) for key in ("temperature", "top_p")),
     (user("?"), {"stream": True, "n": 2}, "leave n out"),
     (user("?"), {"response_format": {"type": "json_object"}}, "response_format is not supported"),
-    (user("?"), {"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+    *((user("?"), {key: 0.5}, f"{key} is not supported: l") for key in ("frequency_penalty", "temprature", "store")),
     *((user("?"), {"tools": PYTHON, "tool_choice": c}, "tool_choice") for c in ("required", {"type": "function"})),
     *((user("?"), {"tools": tools}, "tool") for tools in TOOLS),
     *(
@@ -213,6 +213,7 @@ BAD_CHATS = [  # messages, other fields, the reason
         for key in ("model", "parallel_tool_calls", "stream_options")
         for value in ([], 3)
     ),
+    (user("?"), {"stream_options": {"x": True}}, "stream_options.x: Extra inputs are not permitted"),
     (user("?"), {"stream_options": {"include_usage": "x"}}, "stream_options.include_usage: Input should be a valid b"),
     *(([{"role": x, "content": None}], {}, f"role {x} needs content") for x in ("user", "system", "assistant")),
     (user("?"), {"stop": ["x"] * 17}, "stop: List should have at most 16"),
@@ -232,7 +233,7 @@ WRONG = [
     *(("/v1/completions", {"prompt": prompt, **more}, reason) for prompt, more, reason in BAD_PROMPTS),
     ("/generate", {"inputs": "?", "stream": 1}, "stream"),
     ("/generate", {"inputs": "?", "parameters": {"do_sample": True, "temperature": 0}}, "temperature: Input should"),
-    ("/generate", {"inputs": "?", "parameters": {"repetition_penalty": 1.2}}, "repetition_penalty is not supp"),
+    *(("/generate", {"inputs": "?", "parameters": {key: 9}}, f"{key} is not s") for key in ("typical_p", "max_tokns")),
     *((path, {}, f"no route {path}; those of OpenAI are /v1/chat") for path in ("/chat/completions", "/v1/responses")),
 ]
 
@@ -474,6 +475,7 @@ EDGES = [  # route, field: values that are taken | values that are refused
     ("chat", "tool_choice", ["auto", "none"], ["required"]),
     ("text", "prompt", ["a", [1], ["a"] * 64], ["", [], ["a"] * 65]),
     *(("chat", name, [None, False, *nothing], ["x", 7]) for name, nothing in UNSUPPORTED.items()),
+    ("chat", "store", [None, False, "", [], {}], [True, 7, "x", [1]]), ("chat", "metadata", [{"a": "b"}], []),
 ]  # fmt: skip
 BODIES = {"chat": (ChatBody, {"messages": [U]}), "text": (CompletionBody, {}), "tgi": (TGIParameters, {})}
 

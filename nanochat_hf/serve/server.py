@@ -66,13 +66,25 @@ UNSUPPORTED = {  # field that is not implemented -> its values, beside null and 
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "typical_p": (1,),
     "reasoning_effort": ("none",), "repeat_penalty": (1,), "mirostat": (0,),
     "top_n_tokens": (0,), "decoder_input_details": (), "watermark": (), "adapter_id": (),
+    "service_tier": ("auto", "default"), "verbosity": ("medium",),
 }  # fmt: skip
+LABELS = {"chat_id", "metadata", "model", "options", "prompt_cache_key", "safety_identifier", "session_id", "user"}
 
 Limit = Annotated[int, Field(ge=1)]
 StopString = Annotated[str, Field(max_length=1000)]
 
 
-class Sampling(BaseModel, extra="allow", strict=True):
+class Body(BaseModel, extra="allow", strict=True):
+    """Refuses fields that it lacks, as OpenAI does, unless they are empty, a default of UNSUPPORTED, or LABELS."""
+
+    def model_post_init(self, context) -> None:
+        for name, value in self.model_extra.items():
+            nothing = UNSUPPORTED.get(name, ("", [], {}))
+            if not (value is None or value is False or value in nothing or name in LABELS):
+                raise InputError(f"{name[:80]} is not supported: leave it out")
+
+
+class Sampling(Body):
     """What both protocols share. null, which clients send as null, takes the server's default."""
 
     temperature: Annotated[float, Field(ge=0, le=5)] | None = None
@@ -91,18 +103,17 @@ class Sampling(BaseModel, extra="allow", strict=True):
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens or self.max_new_tokens
 
-    def model_post_init(self, context) -> None:
-        for name, nothing in UNSUPPORTED.items():
-            value = self.model_extra.get(name)
-            if value is not None and value is not False and value not in nothing:
-                raise InputError(f"{name} is not supported: leave it out")
+
+class StreamOptions(BaseModel, extra="forbid", strict=True):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # of the sizes of chunks; there is none
 
 
 class OpenAIBody(Sampling):
     model: str | None = None  # any name; there is one model
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
-    stream_options: dict[str, bool | None] | None = None
+    stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
 
 
@@ -164,7 +175,7 @@ class TGIParameters(Sampling):
     details: bool | None = None
 
 
-class TGIBody(BaseModel, strict=True):
+class TGIBody(Body):
     inputs: str = Field(min_length=1)
     parameters: TGIParameters | None = None
     stream: bool | None = None
@@ -340,7 +351,7 @@ class Server:
         async def chunks() -> AsyncIterator[dict]:
             async for content, reason in deltas(completions[0], chat):
                 yield {**head, "choices": [choice(content, reason)]}
-            if (body.stream_options or {}).get("include_usage"):
+            if body.stream_options and body.stream_options.include_usage:
                 yield {**head, "choices": [], "usage": usage(completions, n)}
 
         head["object"] += ".chunk" if chat else ""
