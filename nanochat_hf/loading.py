@@ -140,19 +140,19 @@ def load_model(
     if not is_quantized(model):
         if name := first_non_finite(model.named_parameters()):
             raise InputError(f"the weights of {source} are not finite (NaN or infinity in {name}): take earlier ones")
-        if damage := next(chain(integers(source, model), zeros(model)), None):
+        if damage := next(chain(no_floats(source, model), zeros(model)), None):
             raise InputError(f"the weights of {source} are damaged: {damage}; copy them again")
     return model
 
 
-def integers(source: str, model: PreTrainedModel) -> Iterator[str]:
-    """The parameters that are integers in the files, which transformers converts."""
+def no_floats(source: str, model: PreTrainedModel) -> Iterator[str]:
+    """The parameters that are integers or complex in the files, which transformers converts."""
     names = dict(model.named_parameters())
     config = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)  # None of an adapter
     for path in Path(config).parent.glob("*.safetensors") if config else ():
         with safe_open(path, "pt") as file:
             for name in names.keys() & {*file.keys()}:
-                if (dtype := file.get_slice(name).get_dtype()).startswith(("I", "U", "BOOL")):
+                if not (dtype := file.get_slice(name).get_dtype()).startswith(("F", "BF")):
                     yield f"{name} is {dtype}"
 
 

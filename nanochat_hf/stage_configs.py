@@ -311,7 +311,7 @@ class ChatConfig(StageConfig):
     """Steps between measurements of ChatCORE on the tasks of eval.yaml; -1: never."""
     chatcore_max_per_task: OptionalCount = 32
     """Questions per task of such a measurement; -1: all."""
-    examples: list[str] = field(default_factory=list)
+    examples: list[Annotated[str, StringConstraints(pattern=r"\S")]] = field(default_factory=list)
     """Questions that chat pages offer to begin with; the tokenizer of this and of later stages keeps them."""
     compile: bool = False
     """Compile the network with torch.compile (CUDA)."""
@@ -446,7 +446,7 @@ def refuse_unused_keys(stage: str, config, keys: Collection[str]) -> None:
     if "words" in keys and not SPELLING & set(config.tasks):
         raise InputError(f"eval.words: none of its tasks uses it; those that do: {', '.join(sorted(SPELLING))}")
     steps = getattr(config, "num_iterations", -1)
-    if "warmup_steps" in keys and 0 < steps < config.warmup_steps:
+    if "warmup_steps" in keys and 0 < steps < (config.warmup_steps or 0):
         raise InputError(f"{stage}.warmup_steps is {config.warmup_steps}, and the run has {steps} steps: lower it")
     for key, other in UNUSED:
         if key in keys and getattr(config, key) not in (-1, None) and (value := getattr(config, other)) > 0:

@@ -78,6 +78,7 @@ KEYS = {
         r"epochs is .*: it must be a number above 0": ["mixture: [{dataset: primer, epochs: .inf}]"],
         "no kind 'poetry'": ["mixture: [{dataset: 'primer:poetry'}]"],
         "a number above 0": ["num_epochs: 0"],
+        "text that matches": ["examples: ['']", "examples: [a, ' ']"],
         "must be skip or error": ["on_bad_example: stop", "bad_rows: stop"],
         "with packing it must be a multiple": ["max_seq_len: 128\ntotal_batch_size: 1000"],
         "a whole number from 0 to 10000": ["lora_rank: x"],

@@ -88,6 +88,7 @@ BROKEN = {  # what happened to model.safetensors, and what the line says
         partial(changed, "model.layers.1.mlp.fc2.weight", lambda x: (100 * x).to(torch.int8)),
         r"are damaged: model\.layers\.1\.mlp\.fc2\.weight is I8",
     ),
+    "complex": (partial(changed, "lm_head.weight", lambda x: x.to(torch.complex64)), r"lm_head\.weight is C64"),
     "zeros": (
         partial(changed, "model.layers.1.mlp.fc1.weight", torch.zeros_like),
         r"are damaged: model\.layers\.1\.mlp\.fc1 is all zero",
@@ -198,6 +199,15 @@ TOKENIZERS = {  # of a folder, damaged, and what is said of it
     "added token 't' is not ours": lambda folder: of_tokenizer(
         folder / "tokenizer.json",
         lambda x: x["added_tokens"].append({**x["added_tokens"][0], "content": "t", "id": x["model"]["vocab"]["t"]}),
+    ),
+    "it has no pre-tokenizer, or no dec": lambda folder: of_tokenizer(
+        folder / "tokenizer.json", lambda x: x.update(pre_tokenizer=None)
+    ),
+    "pre-tokenizer, or no decoder": lambda folder: of_tokenizer(
+        folder / "tokenizer.json", lambda x: x.update(decoder=None)
+    ),
+    "token is missing or has": lambda folder: of_tokenizer(
+        folder / "tokenizer_config.json", lambda x: x.update(bos_token=None)
     ),
     "slice index": lambda folder: of_tokenizer(
         folder / "tokenizer.json", lambda x: x["model"].update(continuing_subword_prefix="##")

@@ -474,8 +474,8 @@ EDGES = [  # route, field: values that are taken | values that are refused
     ("chat", "tools", [[], PYTHON * 128], [PYTHON * 129, [{"type": "function", "function": {"name": "sql"}}]]),
     ("chat", "tool_choice", ["auto", "none"], ["required"]),
     ("text", "prompt", ["a", [1], ["a"] * 64], ["", [], ["a"] * 65]),
-    *(("chat", name, [None, False, *nothing], ["x", 7]) for name, nothing in UNSUPPORTED.items()),
-    ("chat", "store", [None, False, "", [], {}], [True, 7, "x", [1]]), ("chat", "metadata", [{"a": "b"}], []),
+    *(("chat", name, [None, False, ""], ["x", 7]) for name in (*UNSUPPORTED, "logprobs", "grammar", "echo", "audio")),
+    ("chat", "service_tier", ["auto", "default"], ["flex", "auto default"]), ("chat", "store", [[], {}], [True]),
 ]  # fmt: skip
 BODIES = {"chat": (ChatBody, {"messages": [U]}), "text": (CompletionBody, {}), "tgi": (TGIParameters, {})}
 

@@ -156,8 +156,11 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     tokenizer = with_todays_templates(tokenizer)
     if tokenizer.chat_template == TEMPLATE.read_text():
         ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
-        if tokenizer.eos_token != "<|assistant_end|>" or np.any(np.diff(ids) != 1):
+        ends = tokenizer.bos_token, tokenizer.eos_token
+        if ends != ("<|bos|>", "<|assistant_end|>") or np.any(np.diff(ids) != 1):
             raise InputError(f"no tokenizer in {name}: a special token is missing or has another place; copy it again")
+        if None in (tokenizer.backend_tokenizer.pre_tokenizer, tokenizer.backend_tokenizer.decoder):
+            raise InputError(f"no tokenizer in {name}: it has no pre-tokenizer, or no decoder; copy it again")
         ours = {index: repr(AddedToken(token, special=True)) for index, token in zip(ids, SPECIAL_TOKENS)}
         for index, token in tokenizer.added_tokens_decoder.items():
             if index <= ids[-1] and repr(token) != ours.get(index):  # later ones may be those of a larger model

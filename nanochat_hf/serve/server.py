@@ -59,14 +59,11 @@ FAILURES = {  # exception -> status, and its name in the reply; HTTPException ha
 }
 TGI_PATHS = ("/", "/generate", "/generate_stream", "/info", "/health")
 OPENAI_PATHS = "/v1/chat/completions, /v1/completions and /v1/models"
-UNSUPPORTED = {  # field that is not implemented -> its values, beside null and false, that ask for nothing
-    "logprobs": (), "top_logprobs": (0,), "echo": (), "suffix": ("",), "best_of": (1,),
-    "response_format": ({"type": "text"},), "grammar": (), "functions": ([],), "function_call": ("none", "auto"),
-    "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (), "logit_bias": ({},),
-    "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "typical_p": (1,),
-    "reasoning_effort": ("none",), "repeat_penalty": (1,), "mirostat": (0,),
-    "top_n_tokens": (0,), "decoder_input_details": (), "watermark": (), "adapter_id": (),
-    "service_tier": ("auto", "default"), "verbosity": ("medium",),
+UNSUPPORTED = {  # field that is not implemented -> its values, beside null, false and empty, that ask for nothing
+    "top_logprobs": 0, "best_of": 1, "response_format": {"type": "text"}, "function_call": "auto none",
+    "modalities": ["text"], "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_p": 0,
+    "typical_p": 1, "reasoning_effort": "none", "repeat_penalty": 1, "mirostat": 0, "top_n_tokens": 0,
+    "service_tier": "auto default", "verbosity": "medium",
 }  # fmt: skip
 LABELS = {"chat_id", "metadata", "model", "options", "prompt_cache_key", "safety_identifier", "session_id", "user"}
 
@@ -79,8 +76,9 @@ class Body(BaseModel, extra="allow", strict=True):
 
     def model_post_init(self, context) -> None:
         for name, value in self.model_extra.items():
-            nothing = UNSUPPORTED.get(name, ("", [], {}))
-            if not (value is None or value is False or value in nothing or name in LABELS):
+            nothing = UNSUPPORTED.get(name)
+            nothing = nothing.split() if isinstance(nothing, str) else [nothing]
+            if not (value is False or value in (None, "", [], {}, *nothing) or name in LABELS):
                 raise InputError(f"{name[:80]} is not supported: leave it out")
 
 
