@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import AfterValidator, StringConstraints
 
-from .config import Count, Fraction, NotNegative, Parser, Place, RepoId, Seed, TopK, Unique, each_once
+from .config import Fraction, Length, NotNegative, Parser, Place, RepoId, Seed, Size, TopK, Unique, each_once
 from .errors import InputError, guarded
 from .jobs import ACCELERATE, STAGE_COMMANDS, demo, keys_by_name, plan, run, run_stage_command, speedrun
 from .run import MODEL_STAGES, Run, load_json, nearest, project_folder, save_json, save_jsonl, writing
@@ -85,7 +85,7 @@ def chat(parser: Parser, words: list[str]) -> None:
     parser.option("--temperature", Temperature, default=0.6, help="from 0, which is greedy, to 5")
     parser.option("--top-k", TopK, default=50, help="sample among this many tokens; 0: all")
     parser.option("--top-p", Fraction, default=1.0, help="sample among the tokens of this total probability")
-    parser.option("--max-new-tokens", Count, default=512, help="most tokens of an answer")
+    parser.option("--max-new-tokens", Length, default=512, help="most tokens of an answer")
     parser.option("--seed", Seed, help="seed of sampling (default: another one each time)")
     parser.option("--device", Device, help="cpu, mps, cuda or cuda:N (default: the GPU if there is one)")
     parser.option("--language", Literal["en", "ko"], help="language of the interface (default: that of the terminal)")
@@ -109,9 +109,9 @@ def serve(parser: Parser, words: list[str]) -> None:
     model_options(parser)
     parser.option("--host", Place, default="127.0.0.1", help="address; 0.0.0.0 admits the network")
     parser.option("--port", Annotated[int, Ge(1), Le(65535)], default=8000, help="port to listen on")
-    parser.option("--max-batch-size", Count, "--rows", default=16, help="requests at a time on each GPU")
-    parser.option("--max-queue-size", Count, "--max-waiting", default=64, help="requests that may wait")
-    parser.option("--max-new-tokens", Count, default=512, help="most tokens of a completion")
+    parser.option("--max-batch-size", Size, "--rows", default=16, help="requests at a time on each GPU")
+    parser.option("--max-queue-size", Size, "--max-waiting", default=64, help="requests that may wait")
+    parser.option("--max-new-tokens", Length, default=512, help="most tokens of a completion")
     seconds = Annotated[float, Gt(0), Le(10**6)]
     parser.option("--request-timeout", seconds, "--max-seconds", default=120.0, help="seconds of a completion at most")
     parser.option("--temperature", Temperature, default=0.6, help="temperature of a request without one")
@@ -256,7 +256,7 @@ def identity(parser: Parser, words: list[str]) -> None:
     """Write conversations of an identity to a .jsonl that a recipe can mix in."""
     parser.option("--identity", Place, "--facts", required=True, help="YAML such as recipes/identity.yaml")
     parser.option("--output", Place, required=True, help="the .jsonl to write")
-    parser.option("--rows", Count, help="number of conversations (default: 1000)")
+    parser.option("--rows", Size, help="number of conversations (default: 1000)")
     parser.option("--split", Literal["train", "test"], default="train", help="phrasings; those of test are held out")
     parser.option("--endpoint", help="URL of a server whose model writes them")
     parser.option("--model", help="the model's name there")

@@ -21,7 +21,7 @@ from typing import Literal
 
 import psutil
 
-from .config import Count, Dir, Hours, Parser, Place, Price, RepoId, SyncUrl, Unique, Word, parse_config, read_yaml
+from .config import Dir, Hours, Parser, Place, Price, RepoId, Size, SyncUrl, Unique, Word, parse_config, read_yaml
 from .errors import InputError
 from .run import BOOLEANS, MODEL_STAGES, STAGES, Run, nearest, or_shipped, project_folder
 from .stage_configs import RECIPES, STAGE_CONFIGS, EvalConfig, Stages, find_recipe, read_recipe, refuse_unused_keys
@@ -171,7 +171,7 @@ def keys_by_name() -> dict[str, list[str]]:
 
 def plan(parser: Parser, words: list[str]) -> None:
     """Say what a recipe would do and cost, and start nothing: `nanochat plan d24 --gpus 8 [STAGE.KEY=VALUE ...]`."""
-    parser.option("--gpus", Count, "--num-processes", help="number of GPUs (default: 1)")
+    parser.option("--gpus", Size, "--num-processes", help="number of GPUs (default: 1)")
     parser.option("--gpu", help="for example H100 (default: that of this machine; H200 with --gpus)")
     parser.option("--node-hourly-rate", Price, help="dollars per hour of a node (default: 3 per GPU)")
     _, stages, configs, arguments = read_pipeline(parser, words, runs=False)
@@ -219,7 +219,7 @@ def run(parser: Parser, words: list[str]) -> None:
     """Run a recipe on all devices: `nanochat run NAME [--config-file multi_gpu] [--num-processes N] [...]`."""
     names = sorted(path.stem for path in ACCELERATE.glob("*.yaml"))
     parser.option("--config-file", Place, help=f"Accelerate config file, or one of {', '.join(names)}")
-    parser.option("--num-processes", Count, "--gpus", help="ranks (default: as the config file says; of a job: 8)")
+    parser.option("--num-processes", Size, "--gpus", help="ranks (default: as the config file says; of a job: 8)")
     parser.option("--job", Literal["hf", "sky", "slurm"], help="print a job for Hugging Face Jobs, SkyPilot or Slurm")
     parser.add_argument("--submit", action="store_true", help="also hand the job to hf, sky or sbatch")
     parser.option("--gpu", Word, help="GPU of a job (default: H200)")
