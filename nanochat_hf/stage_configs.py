@@ -311,7 +311,7 @@ class ChatConfig(StageConfig):
     """Steps between measurements of ChatCORE on the tasks of eval.yaml; -1: never."""
     chatcore_max_per_task: OptionalCount = 32
     """Questions per task of such a measurement; -1: all."""
-    examples: list[Annotated[str, StringConstraints(pattern=r"\S")]] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
     """Questions that chat pages offer to begin with; the tokenizer of this and of later stages keeps them."""
     compile: bool = False
     """Compile the network with torch.compile (CUDA)."""

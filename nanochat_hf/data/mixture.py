@@ -265,7 +265,8 @@ def refuse_missing(dataset: str, is_text: bool = False) -> None:
     """Raises InputError for a dataset that is nothing on this disk and has no Hub id's form."""
     hub = is_hub_id(dataset) and (is_text or dataset.count("/") == 1) and not dataset.endswith((".yaml", ".yml"))
     path = local_path(dataset.replace("{split}", "train"))
-    if not (hub or dataset.partition(":")[0] == "primer" or path.is_file() or path.is_dir()):
+    primer_kinds = dataset.partition(":")[0] == "primer" and not is_text
+    if not (hub or dataset == "primer" or primer_kinds or path.is_file() or path.is_dir()):
         raise InputError(f"no such dataset: {dataset} is no file, no folder and no Hub id")
     if is_text and path.exists() and dataset != "primer":
         find_files(dataset)  # which refuses a folder or a file of another kind
