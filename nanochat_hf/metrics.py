@@ -29,7 +29,8 @@ Core = record("Core", "stderr seconds model_seconds", per_task=dict[str, Score],
 Example = record("Example", question=Any, expected=Any, answer=Any, correct=NotRequired[OptionalNumber | bool])
 Part = record("Part", dataset=str, rows=Number, tokens=Number, bad=NotRequired[Number])  # of a mixture
 Sample = record("Sample", prompt=Any, text=Any)
-Hardware = record("Hardware", "device_memory_bytes memory_bytes")
+DEVICE = dict.fromkeys(("device", "device_type"), NotRequired[str | None])
+Hardware = record("Hardware", "device_memory_bytes memory_bytes num_processes cpu_cores", **DEVICE)
 
 
 class Config(TypedDict, total=False):

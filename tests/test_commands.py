@@ -107,7 +107,8 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
         ("generate_with_model", (ANY, ANY, 1000, 4), {}),
         ("answer", ([{"role": "user"}], Options(temperature=1.0, max_new_tokens=1024)), {}),
     ],
-    "compare {run} b": [("compare", ("{run}", "b"), {})],
+    "compare a b": [("compare", (["a", "b"], None), {})],
+    "compare a b c --output o": [("compare", (["a", "b", "c"], "o"), {})],
     "bench": script("bench"),
     "bench --seconds 2": script("bench", "--seconds", "2"),
     "bench cpu": script("bench"),
@@ -162,7 +163,7 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
 }  # fmt: skip
 TARGETS = "serve.terminal_chat.open_model serve.terminal_chat.Chat serve.terminal_chat.RemoteModel jobs.show_plan "
 TARGETS += "serve.worker.open_workers serve.server.Server serve.limits.run hub.push.push convert.upstream.convert "
-TARGETS += "export.export data.identity.conversations data.identity.generate_with_model eval.report.compare "
+TARGETS += "export.export data.identity.conversations data.identity.generate_with_model eval.compare.compare "
 TARGETS += "stages.run_stage stages.run_stages sync.syncing jobs.launch cli.os.execv cli.socket.create_server"
 
 

@@ -12,7 +12,6 @@ from ..run import duration, nearest, short
 from . import scaling
 from .scaling import GPUS, Plan, estimate_memory, find_gpu, split_global_batch
 
-RATE = 3.0  # dollars per GPU-hour
 SHORTEST_STEP = 0.01  # seconds; in shorter ones starting the kernels takes longer than what an MFU says
 LEARNING_RATES = {"matrix": "", "embedding": " (embedding)", "head": " (head)", "x0": " (scalars)"}  # by role
 TOTALS = ("model", "steps", "time", "cost", "energy", "memory")  # rows that a plan begins with
@@ -101,7 +100,7 @@ def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool
     rows["time"] = f"{duration(seconds)} at {short(round(speed))} tok/s ({source}); without evaluations"
     if name:
         gpu, hours = GPUS[name], seconds / 3600
-        rate = RATE * ranks if devices.hourly_rate is None else devices.hourly_rate * -(-ranks // 8)
+        rate = scaling.RATE * ranks if devices.hourly_rate is None else devices.hourly_rate * -(-ranks // 8)
         rows["cost"] = f"${hours * rate:,.2f} at ${rate:,.2f} per hour"
         rows["energy"] = f"at most {hours * ranks * gpu.watts / 1000:,.1f} kWh: GPUs of {gpu.watts:,.0f} W"
     return rows

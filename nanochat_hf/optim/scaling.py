@@ -50,6 +50,7 @@ GPUS = {
     "L4": GPU(121e12, 24e9, 72, 8.9), "RTX 3090": GPU(71e12, 24e9, 350, 8.6), "RTX 4090": GPU(165e12, 24e9, 450, 8.9),
     "RTX 5090": GPU(210e12, 32e9, 575, 12.0), "MI300X": GPU(1307e12, 192e9, 750, 0),
 }  # fmt: skip
+RATE = 3.0  # dollars per GPU-hour: assumed where no price is given
 CPU_FLOPS = 5e10  # per second and core, roughly
 PLAIN = " without the fast kernels"
 MFU = {"bf16": 0.589, "bf16" + PLAIN: 0.518, "FP8": 0.722}  # of recipe d24 on one H200 (docs/costs.md)
