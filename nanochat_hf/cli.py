@@ -223,8 +223,7 @@ def report(parser: Parser, words: list[str]) -> None:
     parser.option("--run-dir", Place, help="run folder, for example runs/d12")
     price = "price of the machine in dollars per hour"
     parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", dest="hourly_rate", help=price)
-    parser.option("--compare", Place, nargs="+", metavar="RUN", help="run folders; the first is the reference")
-    parser.option("--output", Place, help="of --compare: folder for the comparison as a page with curves")
+    parser.option("--compare", Place, nargs="+", metavar="RUN", help="as nanochat compare: two run folders or more")
     parser.add_argument("--row", action="store_true", help="only print the run's row of evals/RESULTS.md")
     parser.option("--collection", nargs="+", metavar="REPO=RUN", help="print a Hub collection's text instead")
     args = parser.parse_args(words)
@@ -236,16 +235,13 @@ def report(parser: Parser, words: list[str]) -> None:
         raise InputError("name one run with --run-dir, or two or more with --compare")
     if (args.row or args.hourly_rate is not None) and not args.run_dir:
         raise InputError("--row and --node-hourly-rate are for one run: name it with --run-dir")
-    if len(args.compare or [1, 2]) < 2 or (args.output and not args.compare):
-        raise InputError("a comparison needs two runs or more, and --output a comparison")
-    from .eval.compare import compare
+    if args.compare:
+        return dispatch("compare", args.compare)
     from .eval.report import collect, make_report, markdown, results_row
     from .hub.model_card import collection_table
 
     if named:
         print(collection_table({repo: Run(folder) for repo, _, folder in named}))
-    elif args.compare:
-        print(compare(args.compare, args.output))
     elif args.row:
         path, facts = Path(args.run_dir) / "report.md", collect(Run(args.run_dir))
         print(*(f"note: {note}\n" for note in facts["notes"]), sep="", end="", file=sys.stderr)
@@ -293,7 +289,11 @@ def compare(parser: Parser, words: list[str]) -> None:
     parser.option("runs", Place, nargs="+", metavar="RUN", help="two run folders or more; the first is the reference")
     parser.option("--output", Place, help="folder for the comparison as a page with curves")
     args = parser.parse_args(words)
-    dispatch("report", ["--compare", *args.runs, *(["--output", args.output] if args.output else [])])
+    if len(args.runs) < 2:
+        raise InputError("a comparison needs two runs or more")
+    from .eval.compare import compare as compare_runs
+
+    print(compare_runs(args.runs, args.output))
 
 
 def recipes(parser: Parser, words: list[str]) -> None:

@@ -224,7 +224,6 @@ COMMANDS = [
     ("report", "name one run with --run-dir, or two or more with --compare"),
     ("report --compare a", "a comparison needs two runs or more"),
     ("compare a --output b", "a comparison needs two runs or more"),
-    ("report --run-dir a --output b", "--output a comparison"),
     ("report --row --compare a b", "--row and --node-hourly-rate are for one run"),
     ("identity --identity x --output y --split test --endpoint http://127.0.0.1:9", "leave one of them out"),
     ("report --collection x", "expects REPO=RUN"),

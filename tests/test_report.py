@@ -214,11 +214,11 @@ def test_what_cannot_be_compared_is_named_and_not_subtracted(run, tmp_path):
     edit(other / "eval" / "metrics.json", config={"dataset": "x", "seed": 2})
     text = compare([run, other], tmp_path / "page")
     for note in (
-        r"other numbers of examples or tokens \(1,000 and 200\); not subtracted: facts of SFT",
-        "other tasks in a mean, or numbers of their examples; not subtracted: 2/22 tasks, 50 examples each of BASE",
-        "other validation texts; not subtracted: val bpb of BASE",
-        "other stages or metrics; not subtracted: ChatCORE of RL",
-        "other tokenizers: losses per token are not drawn together",
+        r"other numbers of examples or tokens \(1,000 and 200\); not compared: facts \(SFT\)",
+        r"other tasks in a mean, or numbers of their examples; not compared: 2/22 tasks, 50 examples each \(BASE\)",
+        r"other validation texts; not compared: val bpb \(BASE\)",
+        r"other stages or metrics; not compared: ChatCORE \(RL\)",
+        r"other tokenizers; not compared: loss per token \(BASE\)",
     ):
         assert len(re.findall(rf"> Note: other and {run.name} have {note}\n", text)) == 1, note
     table = text[text.index("## other minus") : text.index("## Curves")]

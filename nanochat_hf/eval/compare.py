@@ -13,7 +13,10 @@ from statistics import NormalDist, mean, stdev
 
 from ..run import MODEL_STAGES, STAGES, Run, duration, renamed_keys, writing
 from .plots import draw_curves, page
-from .report import collect, grid, machine, markdown, mean_name, show, with_error
+from .report import collect, grid, machine, markdown, mean_name, one_line, show, with_error
+
+# Value that cannot be compared -> curves that are not drawn over each other then.
+CURVES = {("val bpb", "base"): {"val_bpb"}, ("loss per token", "base"): {"train_loss", "val_loss"}}
 
 
 def compare(paths: list[str | Path], folder: str | Path | None = None) -> str:
@@ -25,16 +28,15 @@ def compare(paths: list[str | Path], folder: str | Path | None = None) -> str:
     notes = [f"{name}: {note}" for name, each in zip(names, facts) for note in each["notes"]]
     tables, left_out = {}, set()
     for name, run, each in list(zip(names, runs, facts))[1:]:
-        pair, reasons = [facts[0], each], obstacles([runs[0], run], [facts[0], each])
-        tables[name] = differences([runs[0], run], pair, reasons)
+        reasons = obstacles([runs[0], run], [facts[0], each])
+        tables[name] = differences([runs[0], run], [facts[0], each], reasons)
         for reason in dict.fromkeys(reasons.values()):
-            of = ", ".join(" of ".join((key[0], key[1].upper())) for key, why in reasons.items() if why == reason)
-            notes.append(f"{name} and {names[0]} have other {reason}; not subtracted: {of}")
-        left_out |= {"val_bpb"} if ("val bpb", "base") in reasons else set()
-        tokenizers = [(facts["stages"].get("base", {}).get("inputs") or {}).get("tokenizer") for facts in pair]
-        if differ(*tokenizers):
-            notes.append(f"{name} and {names[0]} have other tokenizers: losses per token are not drawn together")
-            left_out |= {"train_loss", "val_loss"}
+            stages: dict[str, list[str]] = {}
+            for metric, stage in (key for key, why in reasons.items() if why == reason):
+                stages.setdefault(metric, []).append(stage.upper())
+            of = ", ".join(f"{metric} ({' '.join(each)})" for metric, each in stages.items())
+            notes.append(f"{name} and {names[0]} have other {reason}; not compared: {of}")
+        left_out = left_out.union(*(CURVES.get(key, ()) for key in reasons))
     words = {"names": names, "notes": notes, "differences": tables, "drawn": folder is not None}
     words |= {"values": values(names, facts), "settings": changed_settings(names, runs, facts)}
     if folder is None:
@@ -59,23 +61,17 @@ def values(names: list[str], facts: list[dict]) -> str:
     return grid(["Metric", "Stage", *names], [*rows, ["total wall time", "", *times]])
 
 
-def differ(first, second) -> bool:
-    """Whether both are known and not equal."""
-    return None not in (first, second) and first != second
-
-
 def measured_on(run: Run, facts: dict) -> dict[tuple[str, str], dict]:
     """(metric, stage) -> what the value was measured on, None where that is not known."""
     base, evaluation = (run.metrics(stage) or {} for stage in ("base", "eval"))
     measured = evaluation if "val_bpb" in (evaluation.get("results") or {}).get("base", {}) else base
     text, trained = ((record.get("config") or {}).get("dataset") for record in (measured, base))
-    if text == trained:
-        text = (base.get("inputs") or {}).get("data") or text  # the fingerprint of its files
-    on = {}
-    for metric, cells in facts["table"].items():
-        for stage, cell in cells.items():
-            on[metric, stage] = {"numbers of examples or tokens": cell.get("n")}
-            on[metric, stage] |= {"validation texts": text} if metric == "val bpb" else {}
+    inputs = base.get("inputs") or {}
+    text = (text == trained and inputs.get("data")) or text  # the fingerprint of its files, where there is one
+    cells = {(metric, stage): cell for metric, row in facts["table"].items() for stage, cell in row.items()}
+    on = {key: {"numbers of examples or tokens": cell.get("n")} for key, cell in cells.items()}
+    on |= {key: of | {"validation texts": text} for key, of in on.items() if key[0] == "val bpb"}
+    on |= {("loss per token", "base"): {"tokenizers": inputs.get("tokenizer")}} if "base" in facts["stages"] else {}
     for kind in ("core", "chatcore", "kocore"):
         for stage, each in facts["evaluation"][kind].items():
             tasks = {name: row.get("n") for name, row in (each.get("per_task") or {}).items()}
@@ -89,7 +85,8 @@ def obstacles(runs: list[Run], facts: list[dict]) -> dict[tuple[str, str], str]:
     reasons = {key: "stages or metrics" for key in first | second if (key in first) != (key in second)}
     for key in (key for key in first if key in second):
         for what, value in first[key].items():
-            if differ(value, other := second[key].get(what)):
+            other = second[key].get(what)
+            if None not in (value, other) and value != other:
                 reasons[key] = what + f" ({show(other)} and {show(value)})" * isinstance(value, int)
     return reasons
 
@@ -143,7 +140,11 @@ def changed_settings(names: list[str], runs: list[Run], facts: list[dict]) -> st
     columns = []
     for run, each in zip(runs, facts):
         configs = {stage: renamed_keys((run.metrics(stage) or {}).get("config") or {}) for stage in STAGES[:-1]}
-        keys = {f"{stage}.{key}": show(value) for stage, config in configs.items() for key, value in config.items()}
+        keys = {
+            f"{stage}.{key}": "-" if value is None else one_line(value)
+            for stage, config in configs.items()
+            for key, value in config.items()
+        }
         keys |= {"commit": ", ".join(each["commits"]), "machine": machine(each["hardware"] or {})}
         columns.append(keys | {name: show(version) for name, version in (each["versions"] or {}).items()})
     every = dict.fromkeys(key for column in columns for key in column)

@@ -208,11 +208,9 @@ def repository_size(root: Path = ROOT) -> dict[str, int] | None:
         return None
     paths = [root / name for name in listing.splitlines() if name.endswith(SOURCES)]
     texts = [path.read_text("utf-8", "replace") for path in paths if path.is_file()]
-    if not texts:
-        return None
     characters, lines = sum(map(len, texts)), sum(text.count("\n") for text in texts)
     sizes = {"characters": characters, "lines": lines, "files": len(texts), "tokens": characters // 4}
-    return sizes | {"dependencies": dependencies}
+    return sizes | {"dependencies": dependencies} if texts else None
 
 
 def compression(tokenizer) -> dict[str, dict[str, float | None]]:
