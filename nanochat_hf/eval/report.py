@@ -113,14 +113,14 @@ def current_results(run: Run, stages: dict, later: Collection[str] = ()) -> tupl
 
 
 def gpu_use(stages: dict, seconds: dict) -> dict[str, float | None]:
-    """GPU-hours of these stages, 0 on CPUs, and kWh at the GPUs' rated power; None for what is not known."""
+    """GPU-hours of these stages, 0 on CPUs and Macs, and kWh at the GPUs' rated power; None for what is not known."""
     hours, kwh = 0.0, 0.0
     for stage, metrics in stages.items():
         hardware = metrics.get("hardware") or {}
         device, ranks = hardware.get("device"), hardware.get("num_processes") or 1
         if not device or seconds[stage] is None:
             return {"gpu_hours": None, "max_kwh": None}
-        if hardware.get("device_type") != "cpu":
+        if hardware.get("device_type") not in ("cpu", "mps"):
             gpu, used = find_gpu(device), ranks * seconds[stage] / 3600
             hours, kwh = hours + used, kwh + used * GPUS[gpu].watts / 1000 if gpu and kwh is not None else None
     return {"gpu_hours": hours, "max_kwh": kwh or None}
