@@ -224,6 +224,7 @@ def test_what_cannot_be_compared_is_named_and_not_subtracted(run, tmp_path):
     assert re.findall(r"^\| (\S.*?\S)  ", table, re.M) == ["Metric", "counting", "counting", "total wall time |"]
     assert re.findall(r"^!\[.*\]\((.*)\)$", text, re.M) == ["plots/rl-reward.png"]  # neither loss nor val bpb
     assert re.findall(r"^\| eval.seed\s+\| 1\s+\| 2\s+\|$", text, re.M) and "| x " not in text
+    assert re.search(r"^- \*\*other\*\*: `nanochat run .*base.dataset=x.*`$", text, re.M)
     page = (tmp_path / "page" / "comparison.html").read_text()
     assert (tmp_path / "page" / "comparison.md").read_text() == text and page.count("data:image/png") == 1
 

@@ -39,6 +39,7 @@ def compare(paths: list[str | Path], folder: str | Path | None = None) -> str:
         left_out = left_out.union(*(CURVES.get(key, ()) for key in reasons))
     words = {"names": names, "notes": notes, "differences": tables, "drawn": folder is not None}
     words |= {"values": values(names, facts), "settings": changed_settings(names, runs, facts)}
+    words["commands"] = {name: each["command"] for name, each in zip(names, facts)}
     if folder is None:
         return markdown(words, macro="comparison")
     with writing(folder):

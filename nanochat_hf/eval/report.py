@@ -27,7 +27,7 @@ from .weights import REPLACED, outdated, replaced
 ROOT = Path(__file__).parents[2]
 OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
 SOURCES = (".py", ".md", ".yaml", ".toml", ".jinja", ".html")
-NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.]+)?( GiB)?|[-+]?\d+ .*\b(min|s)")
+NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( (±|to) [-+]?[\d.]+)?( GiB)?|<0.001|[-+]?\d+ .*\b(min|s)")
 CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.S)
 
 
