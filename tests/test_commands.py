@@ -253,11 +253,7 @@ def test_every_flag_is_in_the_table():
 
 
 def test_what_is_converted_is_said_and_the_record_of_a_stage_follows_its_folder(record, capsys, monkeypatch):
-    for ids, line in (
-        (300, "tokenizer: 300 ids compared, all equal\n"),
-        (0, ""),
-        (None, "weights only: give --token.*\n"),
-    ):
+    for ids, line in ((300, "tokenizer: 300 ids compared, .*\n"), (0, ""), (None, "weights only: give --token.*\n")):
         info = INFO | {"tokenizer_ids": ids}
         monkeypatch.setattr("nanochat_hf.convert.upstream.convert", lambda *_, info=info: info)
         record("convert --source s --output o")
@@ -334,16 +330,10 @@ def test_a_plan_is_for_these_devices(monkeypatch, capsys, options, environment, 
     assert capsys.readouterr().out == (f"['base'] {devices}\n" if is_shown else "")
     with pytest.raises(InputError, match="recipe has no tokenizer"):
         jobs.show_plan(["base"], {})
-    monkeypatch.setattr(
-        "nanochat_hf.eval.tasks.known_tasks", lambda config: capsys.readouterr() and print("looked up")
-    )
-    for stages, task, looked_up in (
-        (["eval"], "arc_easy", True),
-        (["eval"], "nanochat_x", False),
-        ([], "arc_easy", False),
-    ):
-        jobs.show_plan(stages, {"tokenizer": None, "eval": SimpleNamespace(tasks=[task])}, **options)
-        assert ("looked up" in capsys.readouterr().out) == looked_up
+    monkeypatch.setattr("nanochat_hf.eval.tasks.known_tasks", lambda _: capsys.readouterr() and print("looked up"))
+    for names, task, shown in ((["eval"], "arc_easy", True), (["eval"], "nanochat_x", False), ([], "arc_easy", False)):
+        jobs.show_plan(names, {"tokenizer": None, "eval": SimpleNamespace(tasks=[task])}, **options)
+        assert ("looked up" in capsys.readouterr().out) == shown
 
 
 ONE, NINE = {"num_processes": 1}, {"num_processes": 9}

@@ -92,9 +92,7 @@ def test_the_site_lists_every_page_once():
     assert len(listed) == len(set(listed)) and set(listed) <= set(map(name_of, PAGES))
     missing = set(map(name_of, PAGES)) - set(listed) - {"docs/cloud.md"}
     assert not missing, f"mkdocs.yml: nav lacks {sorted(missing)}"
-    files = {file for name in listed if (ROOT / (file := name.replace("README.md", "index.html"))).is_file()} - {
-        *listed
-    }
+    files = {x for name in listed if (ROOT / (x := name.replace("README.md", "index.html"))).is_file()} - {*listed}
     hidden = [file for file in files if f"\n  {file}\n" not in text.partition("\nexclude_docs:")[2]]
     assert not hidden, f"mkdocs takes {hidden} in place of a page: exclude_docs must name it"
 

@@ -283,9 +283,7 @@ def write_copa(folder):
     (folder / "core.yaml").write_text("icl_tasks: []")
 
 
-def test_chatcore_has_one_engine_and_is_nan_where_questions_have_one_answer(
-    tiny_model, tokenizer, tmp_path, monkeypatch
-):
+def test_chatcore_has_one_engine_and_is_nan_if_questions_have_one_answer(tiny_model, tokenizer, tmp_path, monkeypatch):
     Oracle.built = Oracle.synced = 0
     chatcore = chatcore_metric(EvalConfig(tasks=TASKS, batch_size=4), tokenizer, tmp_path, Oracle)
     assert chatcore(tiny_model, 3) == chatcore(tiny_model, 5) == 1.0

@@ -235,10 +235,8 @@ def test_a_forked_process_renders_in_a_process_of_its_own(monkeypatch):
 def test_serving_and_evaluation_keep_the_limits_of_chat_templates(tiny_folder, tiny_model, monkeypatch):
     monkeypatch.setattr(chat_renderer, "SECONDS", 0.5)
     tokenizer = limited(tiny_folder, ON_HI.format(ENDLESS))
-    for reader in (
-        Engine(tiny_model, tokenizer).encode,
-        LocalLM(tiny_model, tokenizer, EvalConfig()).apply_chat_template,
-    ):
+    lm = LocalLM(tiny_model, tokenizer, EvalConfig())
+    for reader in (Engine(tiny_model, tokenizer).encode, lm.apply_chat_template):
         with pytest.raises(InputError, match=r"the chat template of .* fails: it takes more than 0\.5 s"):
             reader(chat("Hi"))
 
@@ -254,10 +252,8 @@ def test_a_chat_template_of_others_gives_what_it_gives_without_limits(tiny_folde
     ):
         assert theirs.apply_chat_template(chats, **options) == ours.apply_chat_template(chats, **options)
         assert theirs.apply_chat_template(chats[0], **options) == ours.apply_chat_template(chats[0], **options)
-    assert (
-        limited(tiny_folder, "{{ '\\ud800' ~ messages[0].content }}").apply_chat_template(chats[1], tokenize=False)
-        == "?two"
-    )
+    half = limited(tiny_folder, "{{ '\\ud800' ~ messages[0].content }}")
+    assert half.apply_chat_template(chats[1], tokenize=False) == "?two"
     theirs.save_pretrained(tiny_folder / "again")
     assert load_tokenizer(tiny_folder / "again").chat_template == text
 

@@ -160,9 +160,7 @@ def test_second_generation_equals_a_plain_reading_of_its_definition():
         name = f"model.layers.{i}."
         x = weights["model.resid_lambdas"][i] * x + weights["model.x0_lambdas"][i] * x0
         h = norm(x)
-        q, k, v = (
-            (h @ weights[f"{name}self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, head_dim)) for p in ("q", "k", "v")
-        )
+        q, k, v = ((h @ weights[f"{name}self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, head_dim)) for p in "qkv")
         if i % 2 == 0:  # five layers: the last is 4, so 0, 2 and 4 have value embeddings
             gates = 3 * torch.sigmoid(h[:, :12] @ weights[f"{name}self_attn.ve_gate.weight"].T)
             v = v + gates[..., None] * weights[f"model.value_embeds.{i}.weight"][ids[0]].unflatten(-1, (-1, head_dim))

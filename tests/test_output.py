@@ -119,9 +119,12 @@ def test_waiting_threads_do_not_spin_unless_the_user_says_how_they_wait(monkeypa
 
 
 def test_a_warning_is_one_line_without_the_line_of_code(monkeypatch):
-    monkeypatch.setattr(cli, "guarded", lambda command: None)
+    dispatched = []
+    monkeypatch.setattr(cli, "dispatch", lambda *words: dispatched.append(words))
+    monkeypatch.setattr(sys, "argv", ["nanochat", "chat", "--model", "x"])
     monkeypatch.setattr(warnings, "formatwarning", None)
     cli.main()
+    assert dispatched == [(None, ["chat", "--model", "x"])]
     assert warnings.formatwarning("x cannot be read", UserWarning, "documents.py", 7) == "warning: x cannot be read\n"
 
 
@@ -179,6 +182,7 @@ def test_pasted_lines_are_one_message_and_tab_and_history_work(tmp_path):
     answer, prompt = r"'one\ntwo' at 0.6", r"1 tokens[\s\S]+you ›"
     retry = [("/ret\t", "/retry"), ("\r", prompt)]
     shown = at_terminal(tmp_path, (paste, prompt), ('"""three\rfour"""\r', prompt), *retry)
+    assert "nanochat echo · /help for commands" in shown
     assert answer in shown and r"'three\nfour' at 0.6" in shown.split("/retry")[-1]
     history = tmp_path / "nanochat" / "history"
     assert history.stat().st_mode & 0o077 == 0 and "+one\n+two\n" in history.read_text()

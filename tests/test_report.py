@@ -121,10 +121,8 @@ def test_the_command_is_the_nearest_recipe_with_the_keys_that_differ(run):
 def test_the_sections_show_numbers_and_literal_samples_once(run):
     wrong = {"question": "3+3?", "expected": "6", "answer": "5", "correct": 0.0}
     right = {"question": "2+2?", "expected": "4", "answer": "4", "correct": 1.0}
-    edit(
-        run / "eval" / "metrics.json",
-        examples={"rl": [right, wrong, wrong, {**right, "question": "?", "correct": None}]},
-    )
+    other = {**right, "question": "?", "correct": None}
+    edit(run / "eval" / "metrics.json", examples={"rl": [right, wrong, wrong, other]})
     text = markdown(collect(Run(run)))
     answers = "- **2+2?** 4 (right)\n- **3+3?** 5 (wrong, expected 6)\n- **?** 4 (not graded)\n\n"
     assert f"## Conversations with RL\n\n{answers}## Continuations by BASE\n" in text

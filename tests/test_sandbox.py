@@ -23,9 +23,7 @@ from nanochat_hf.sandbox.guard import MAX_PROCESSES
 
 LINUX = sys.platform == "linux"
 fork = multiprocessing.get_context("fork")
-isolated = pytest.mark.skipif(
-    not (LINUX and {"namespaces", "read-only files"} <= set(layers())), reason="this kernel allows no namespaces"
-)
+isolated = pytest.mark.skipif(not (LINUX and {"namespaces", "read-only files"} <= {*layers()}), reason="no namespaces")
 
 PROGRAMS = yaml.safe_load(Path(__file__).with_name("programs.yaml").read_text())
 HOSTILE = PROGRAMS["hostile"]

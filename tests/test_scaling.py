@@ -204,9 +204,7 @@ SFT_PEAKS = [(d, 1, peak) for d, peak in [(14, 6.73), (16, 8.89), (20, 14.43), (
 SFT_PEAKS += [(12, 32, 22.22), (24, 8, 36.30)]
 RL_PEAKS = [(d, 1, peak) for d, peak in [(12, 7.0), (14, 9.8), (16, 12.7), (20, 20.5), (28, 44.02), (34, 70.21)]]
 RL_PEAKS += [(12, 8, 8.06), (24, 8, 34.62)]
-STAGE_PEAKS = (
-    [("base", *peak) for peak in PEAKS] + [("sft", *peak) for peak in SFT_PEAKS] + [("rl", *peak) for peak in RL_PEAKS]
-)
+STAGE_PEAKS = [("base", *p) for p in PEAKS] + [("sft", *p) for p in SFT_PEAKS] + [("rl", *p) for p in RL_PEAKS]
 
 
 @pytest.mark.parametrize("depth, size, peak, kernels", [(*row, True) for row in PEAKS] + PLAIN_PEAKS)
@@ -216,10 +214,7 @@ def test_the_estimated_memory_is_within_a_tenth_of_the_measured_peak(depth, size
 
 @pytest.mark.parametrize("stage, depth, size, peak", STAGE_PEAKS)
 def test_the_plan_has_the_memory_of_a_stage_within_a_tenth(stage, depth, size, peak):
-    configs = {
-        "base": PretrainConfig(depth=depth, device_batch_size=size),
-        "tokenizer": TokenizerConfig("primer", 2**15),
-    }
+    configs = {"base": PretrainConfig(depth=depth, device_batch_size=size), "tokenizer": TokenizerConfig()}
     configs["sft"] = ChatConfig(device_batch_size=size, total_batch_size=2048 * size)
     configs["rl"] = RLConfig(device_batch_size=size)
     text = pipeline_text([stage], configs, Devices("H200", 1))

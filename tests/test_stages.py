@@ -81,9 +81,7 @@ def test_the_pipeline_runs_each_stage_once_with_its_options(calls, tmp_path, cap
     present = ["base", "mid", "sft", "rl"]
     assert took(calls, "check_tasks") == [("check_tasks", (configs["eval"], present, run.folder("eval")), {})]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"7 stages into {run.path}:" and [line[2:7] for line in lines[1:8]] == [
-        f"[{number}/7]" for number in range(1, 8)
-    ]
+    assert lines[0] == f"7 stages into {run.path}:" and [x[2:5] for x in lines[1:8]] == [f"[{n}/" for n in range(1, 8)]
     assert lines[8:10] == ["", "[1/7] tokenizer"] and lines[-2:] == ["", "{'facts': 1} as a summary"]
     assert f"[7/7] report: {run.path}/report.html and {run.path}/report.md" in lines
     calls.clear()
@@ -162,9 +160,7 @@ def test_a_stage_is_given_its_config_source_folder_and_measurements(calls, tmp_p
     assert {key: words for key, words in first.items() if key in measures}.items() <= measures.items()
 
 
-def test_chatcore_without_its_data_is_left_out_with_a_line_or_refused_where_it_was_asked_for(
-    calls, tmp_path, monkeypatch, capsys
-):
+def test_chatcore_without_its_data_is_left_out_or_refused_where_it_was_asked_for(calls, tmp_path, monkeypatch, capsys):
     def missing(*_):
         raise InputError("no gsm8k")
 
@@ -188,9 +184,7 @@ def test_a_stage_is_named_to_its_runner_and_its_result_is_shown(monkeypatch, tmp
 
 
 HISTORY = [{"step": 1, "train_loss": 3.0, "val_bpb": 1.5}, {"step": 2, "train_loss": 2.0, "val_bpb": None}]
-RESULTS = {
-    "sft": {"facts": {"value": 0.5}, "arithmetic": {"value": 1.0}, "bpb": {"value": 9, "higher_is_better": False}}
-}
+RESULTS = {"sft": {"facts": {"value": 0.5}, "sums": {"value": 1.0}, "bpb": {"value": 9, "higher_is_better": False}}}
 FIGURES = [  # metrics.json of a stage, the figures of its last line
     ("tokenizer", {"vocab_size": 1024, "bytes_per_token": 2.5}, "1,024 tokens, 2.50 bytes per token"),
     ("base", {"history": HISTORY[:1], "val_bpb": 1.25}, "val bpb 1.2500"),
@@ -285,9 +279,7 @@ def test_stages_to_evaluate_that_a_run_does_not_have_are_no_change_of_the_recipe
         for stage in ["sft", *["rl"] * has_rl]:
             run.folder(stage).mkdir(exist_ok=True)
         save_json(run.folder("eval") / "metrics.json", record)
-        refused = pytest.raises(
-            InputError, match=r"recipe changed since .*eval finished \(chat_stages: \['sft'\] -> \['sf"
-        )
+        refused = pytest.raises(InputError, match=r"changed since .*eval finished \(chat_stages: \['sft'\] -> \['sf")
         with refused if has_rl else nullcontext():
             stages.check_run_folder(run, ["eval"], configs)
     changed = {"eval": replace(configs["eval"], chat_stages=["sft"], max_per_task=3)}

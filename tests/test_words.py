@@ -34,7 +34,7 @@ PRIVATE = {  # a private word -> the standard one
     r"(?i)orthogonalis|tokenis|normalis|initialis|serialis|quantis|recognis": "American spelling",
     r"(?i)behaviour|neighbour|favourite|licen[c]e|colour|practise": "American spelling",
 }
-OLD_NAMES = re.compile(  # of flags and stored keys, which stay valid
+OLD = re.compile(  # of flags and stored keys, which stay valid
     r'"--(peer|patience)"|replace\("peer"|"lanes"|virtual shards lanes|Random\(f"personality|_ALIASES'
 )
 PRIVATE_NAMES = re.compile(  # identifiers of before that have a standard name
@@ -62,9 +62,7 @@ def test_no_private_word(word):
     for name, text in tracked(".py", ".md", ".yaml", ".toml", ".html", "Makefile", ".jinja").items():
         if re.search(word, text):
             lines = enumerate(text.splitlines(), 1)
-            places += [
-                f"{name}:{n}: {line}" for n, line in lines if re.search(word, line) and not OLD_NAMES.search(line)
-            ]
+            places += [f"{name}:{n}: {line}" for n, line in lines if re.search(word, line) and not OLD.search(line)]
     assert not places, f"say {PRIVATE[word]!r}:\n" + "\n".join(places)
 
 

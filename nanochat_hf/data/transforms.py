@@ -106,10 +106,8 @@ def spelling_bee(row: dict, rng: Random) -> list[dict]:
     """{"word"} -> how often a letter occurs in it: spelled and counted by hand, checked with the tool, `#### n`."""
     word = row["word"]
     letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
-    quote_letter, quote_word = rng.choice(("", "'", '"')), rng.choice(("", "'", '"'))
-    question = rng.choice(COUNT_QUESTIONS).format(
-        l=f"{quote_letter}{letter}{quote_letter}", w=f"{quote_word}{word}{quote_word}"
-    )
+    a, b = rng.choice(("", "'", '"')), rng.choice(("", "'", '"'))  # around the letter, around the word
+    question = rng.choice(COUNT_QUESTIONS).format(l=f"{a}{letter}{a}", w=f"{b}{word}{b}")
     if rng.random() < 0.3:
         question = question.lower()
     if rng.random() < 0.5:

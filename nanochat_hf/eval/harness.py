@@ -112,9 +112,7 @@ def check_counts(config: EvalConfig, num_processes: int) -> None:
 def definition_of(config: EvalConfig) -> str:
     """A hash of all that decides a result besides the weights: config, tasks, code that measures, local data."""
     files = [*EVALS.glob("tasks/*.*"), *PACKAGE.glob("demo/*.*"), *(PACKAGE / f"{name}.py" for name in CODE)]
-    code = [
-        (path.parts[-2:], hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(files) if path.is_file()
-    ]
+    code = [(p.parts[-2:], hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(files) if p.is_file()]
     parts = config.dataset if isinstance(config.dataset, list) else [{"dataset": config.dataset}]
     places = [config.chat_data, config.words, config.core_bundle, *(str(part.get("dataset")) for part in parts)]
     data = [

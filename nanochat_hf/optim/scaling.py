@@ -369,9 +369,7 @@ def split_global_batch(
     """
     per_rank, rest = divmod(total, unit * world)
     if rest or per_rank < 1:
-        raise InputError(
-            f"{name} = {total} must be a positive multiple of {unit * world}, one sequence on each of {world} ranks"
-        )
+        raise InputError(f"{name} = {total} must be a positive multiple of {unit * world}, for {world} ranks")
     size = max(size for size in range(1, min(requested, per_rank) + 1) if per_rank % size == 0)
     if size < requested:
         log(f"device_batch_size: {size} instead of {requested}, to divide {name} evenly")

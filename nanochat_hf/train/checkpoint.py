@@ -99,17 +99,13 @@ def latest(state: Path, log: Callable[[str], None] = print) -> Path | None:
     with main_process_first("checking the last checkpoint") as main:
         for path in set(all_checkpoints(state)) - set(checkpoints):
             if path.name.startswith("step") or (path / "complete").exists():  # else one that was cut off
-                raise InputError(
-                    f"{path} has no {MANIFEST}, as those of versions before December 2026: finish the stage with such "
-                    f"a version, or delete {state} to start it anew"
-                )
+                advice = f"finish the stage with such a version, or delete {state} to start it anew"
+                raise InputError(f"{path} has no {MANIFEST}, as those of versions before December 2026: {advice}")
         while main and checkpoints and (reason := damage(checkpoints[-1 - len(reasons)])):
             reasons.append(reason)
             if len(reasons) == len(checkpoints):
-                raise InputError(
-                    f"{reasons[0]}, and there is no older undamaged checkpoint: bring that file back, or delete "
-                    f"{state} to start this stage anew"
-                )
+                advice = f"bring that file back, or delete {state} to start this stage anew"
+                raise InputError(f"{reasons[0]}, and there is no older undamaged checkpoint: {advice}")
         for reason, path in zip(reasons, reversed(checkpoints)):
             names = (path.with_name(f"damaged_{path.name}" + (f".{n}" if n else "")) for n in count())
             aside = next(name for name in names if not name.exists())
@@ -127,10 +123,8 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # pickle, zip, safetensors, missing keys, shapes
         reason = " ".join(str(error).split())[:150]
-        raise InputError(
-            f"{path} cannot be read ({type(error).__name__}: {reason}): restore it, or delete it to use an older "
-            "checkpoint or start this stage anew"
-        ) from error
+        advice = "restore it, or delete it to use an older checkpoint or start this stage anew"
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {reason}): {advice}") from error
 
 
 def write(value, path: Path) -> None:
@@ -180,10 +174,8 @@ def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
 def refuse_nan(weights: dict[str, Tensor], owner: str) -> None:
     """Raise FloatingPointError that names the first of `weights` with a NaN or infinity."""
     if name := first_non_finite(weights.items()):
-        raise FloatingPointError(
-            f"{owner} has values in {name} that are not finite: it is of no use; go back to an earlier stage or "
-            "checkpoint, and lower the learning rates"
-        )
+        advice = "go back to an earlier stage or checkpoint, and lower the learning rates"
+        raise FloatingPointError(f"{owner} has values in {name} that are not finite: {advice}")
 
 
 def save(
@@ -339,10 +331,8 @@ def changed_keys(before: dict, now: dict) -> dict[str, str]:
 def refuse_changes(state: Path, changes: Iterable[str]) -> None:
     """Raise InputError if anything changed since the checkpoints in `state` were written."""
     if words := ", ".join(changes):
-        raise InputError(
-            f"{state} was written with another recipe, input or launch ({words}): resume with that, use another "
-            "--run-dir, or delete it to start this stage anew"
-        )
+        advice = "resume with that, use another --run-dir, or delete it to start this stage anew"
+        raise InputError(f"{state} was written with another recipe, input or launch ({words}): {advice}")
 
 
 def random_state() -> dict:

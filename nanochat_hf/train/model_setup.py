@@ -55,10 +55,7 @@ def plan_overrides_from(source: str) -> dict:
     except (OSError, ValueError) as error:
         raise InputError(f"no model in {source} that can be read: {str(error).splitlines()[0]}") from None
     if not isinstance(config, NanoChatConfig):
-        raise InputError(
-            f"{source} holds a model of type {config.model_type!r} and pretraining can start from "
-            f"{NanoChatConfig.model_type!r} only; `nanochat convert` converts a nanochat model"
-        )
+        raise InputError(f"{source} holds a model of type {config.model_type!r}, no nanochat: see nanochat convert")
     return {
         "depth": config.num_hidden_layers,
         "generation": config.generation,
@@ -73,11 +70,8 @@ def read_model(source: str, attn_implementation: str | None = None) -> PreTraine
     """The float32 model of `source`. InputError as `load_model`, for quantized weights, and for replaced files."""
     weights = (load_metrics(source) or {}).get("weights")
     if weights and get_dist_info()[0] == 0 and model_fingerprint(source) != weights:
-        raise InputError(
-            f"the weights or the tokenizer in {source} are not those that its metrics.json names: they are damaged "
-            "or were replaced. Run that stage again; if it was on purpose, delete its metrics.json and give the "
-            "folder with --model"
-        )
+        advice = "run that stage again; if it was on purpose, delete its metrics.json and give --model"
+        raise InputError(f"weights or tokenizer in {source} are not those that its metrics.json names: {advice}")
     model = load_model(source, attn_implementation=attn_implementation)
     if is_quantized(model):
         raise InputError(f"{source} is quantized and cannot be trained: take the model that it was made from")
@@ -128,10 +122,8 @@ def build_model(plan: Plan, source: str | None, tokenizer, device: torch.device,
         with device:
             model = NanoChatForCausalLM(config)
     if (rows := model.config.vocab_size) != plan.model_config.vocab_size:
-        raise InputError(
-            f"{source} has {rows} rows of embeddings and the tokenizer needs {plan.model_config.vocab_size}: give the "
-            "tokenizer that the model was trained with"
-        )
+        size = plan.model_config.vocab_size
+        raise InputError(f"{source} has {rows} rows of embeddings and the tokenizer needs {size}: give the model's")
     # A document ends where the next one would begin.
     model.generation_config.update(eos_token_id=[tokenizer.eos_token_id, tokenizer.bos_token_id])
     dtype = compute_dtype(device, half=True)
