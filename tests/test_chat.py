@@ -190,16 +190,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
 
 
 @pytest.mark.parametrize("line,reply", [
-    ("/help", "/save FILE"),
-    ("/tmep 0.5", "did you mean '/temp'"),
+    ("/help", "/save FILE"), ("/tmep 0.5", "did you mean '/temp'"),
     ("/temp hot", "temperature is 'hot': it must be a number from 0 to 5"),
     ("/temp 0.25", "temperature=0.25 top_k=50"),
     ("/set top_k=3 seed=7", "top_k=3 top_p=1.0 max_new_tokens=120 seed=7"),
-    ("/set top_k 3", "temperature=0.0 top_k=3"),
-    ("/set tempreature=1", "did you mean 'temperature'"),
-    ("/retry", "nothing was asked yet"),
-    ("/system", "(none)"),
-    ("/save", "say where"),
+    ("/set top_k 3", "temperature=0.0 top_k=3"), ("/set tempreature=1", "did you mean 'temperature'"),
+    ("/retry", "nothing was asked yet"), ("/system", "(none)"), ("/save", "say where"),
     ("/save /dev/null/x", "cannot write"),
 ])  # fmt: skip
 def test_commands_answer_in_one_line(chat, line, reply):

@@ -36,12 +36,9 @@ MONTHS = [datetime.date(2000, month, 1).strftime("%B") for month in range(1, 13)
 NEEDS = ("a GPU", "the Hub", "a trained model", "a running server", "bitsandbytes")
 SHELL = set("cd cp curl docker git hf npx nvidia-smi pip pytest sky source vllm".split())  # noqa: SIM905  (not parsed)
 PLACEHOLDERS = {
-    "configs/accelerate/X.yaml": "configs/accelerate/cpu.yaml",
-    "DOLLARS": "24",
-    "NAME_OR_PATH": "cpu-demo",
-    "STAGE.KEY=VALUE": None,
-    "...": None,
-}
+    "configs/accelerate/X.yaml": "configs/accelerate/cpu.yaml", "DOLLARS": "24", "NAME_OR_PATH": "cpu-demo",
+    "STAGE.KEY=VALUE": None, "...": None,
+}  # fmt: skip
 
 
 def name_of(page: Path) -> str:
@@ -256,13 +253,10 @@ def run_make(words: list[str]) -> None:
 
 
 RUNNERS = {  # program -> what parses its words
-    "nanochat": run_nanochat,
-    "python": run_python,
-    "accelerate": run_accelerate,
-    "make": run_make,
+    "nanochat": run_nanochat, "python": run_python, "accelerate": run_accelerate, "make": run_make,
     "lm_eval": HarnessCLI()._parser.parse_args,
     "sbatch": lambda words: run_nanochat(["speedrun", *words[words.index("recipes/slurm.sh") + 1 :]]),
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -300,14 +294,11 @@ def test_commands_are_accepted_by_the_real_parsers(page, workplace, monkeypatch)
 
 def test_a_wrong_command_is_not_accepted(workplace):
     for line in (
-        "nanochat run d24 base.dept=4",
-        "nanochat run nothing",
-        "nanochat chat --run-dirr x",
+        "nanochat run d24 base.dept=4", "nanochat run nothing", "nanochat chat --run-dirr x",
         "nanochat sft --config recipes/d12/sft.yaml --run-dir x --num-epoch 2",
-        "accelerate launch recipes/speedrun.py --recipe d24 [base.depth=ten ...]",
-        "make nothing",
+        "accelerate launch recipes/speedrun.py --recipe d24 [base.depth=ten ...]", "make nothing",
         "python scripts/bench_gpu.py --nothing",
-    ):
+    ):  # fmt: skip
         program, *words = words_of(line)
         with pytest.raises((InputError, AssertionError)):
             RUNNERS[program](words)

@@ -140,18 +140,15 @@ ENDLESS = (
 )
 ON_HI = "{{% if messages[-1]['content'] == 'Hi' %}}{}{{% endif %}}{{{{ bos_token }}}}{{{{ messages[0]['content'] }}}}"
 LIMITS = {  # what a template does on the message "Hi" only -> what the line says
-    ENDLESS: "it takes more than",
-    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+    ENDLESS: "it takes more than", "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
     '{{ "x" * 10**10 }}': "it takes more than 1024 MiB",
     '{{ "%1000000000d" % 1 }}{{ "%1000000000d" % 1 }}': "it takes more than",
     '{{ "x".center(10**9) ~ "x".center(10**9) }}': "it takes more than",
     '{{ "x" * 2 * 10**7 }}': "it (writes more than 16,777,216 characters|takes more than 1 s)",
-    "{{ 10**(10**10) }}": "it takes more than",
-    "{{ range(10**9) }}": "Range too big",
-    "{{ raise_exception('no Hi') }}": "TemplateError: no Hi",
-    "{{ raise_exception('\\ud800') }}": r"TemplateError: \?",
+    "{{ 10**(10**10) }}": "it takes more than", "{{ range(10**9) }}": "Range too big",
+    "{{ raise_exception('no Hi') }}": "TemplateError: no Hi", "{{ raise_exception('\\ud800') }}": r"TemplateError: \?",
     "{{ ''.__class__.__mro__ }}": "SecurityError",
-}
+}  # fmt: skip
 
 
 def chat(text: str) -> list[dict]:

@@ -233,12 +233,9 @@ ROWS = {  # what is generated from a seed -> its hash: another one means that ev
     "mixture": lambda: [*Mixture(TWO, seed=3)],
 }  # fmt: skip
 HASHES = {
-    "spelling": "1fd81ba6f781021e",
-    "identity": "35e3353bb7d525ce",
-    "questions": "c9848dfeb95ae389",
-    "prompts": "33c4727d7ba7ccfb",
-    "mixture": "daff3f6a254f7899",
-}
+    "spelling": "1fd81ba6f781021e", "identity": "35e3353bb7d525ce", "questions": "c9848dfeb95ae389",
+    "prompts": "33c4727d7ba7ccfb", "mixture": "daff3f6a254f7899",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -171,10 +171,7 @@ def shown(capsys, command, *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys, tmp_path):
-    words = ["cpu-demo", "--run-dir", str(tmp_path / "run"), "--dry-run"]
-    plans = {shown(capsys, "run", *words[1:], words[0]), shown(capsys, "speedrun", "--recipe", *words)}
-    assert plans == {shown(capsys, "demo", *words[1:])} and not (tmp_path / "run").exists()
+def test_a_dry_run_prints_the_plan_of_its_launch(capsys):
     sharded = shown(capsys, "run", "d24", "--config-file", "fsdp2", "--dry-run")
     assert "sharding     FSDP2" in sharded and "MFU of 0.66" in sharded
 

@@ -47,15 +47,8 @@ ENDS = [  # program, passed, part of its output
 FILL = "for i in range({}):\n with open(str(i), 'wb') as f: f.write(bytes(1 << 20))"  # 1 MiB each
 EMPTY = "[open(str(i), 'w').close() for i in range"
 LIMITS = {
-    "AS": 256 << 20,
-    "CPU": 31,
-    "FSIZE": 1 << 20,
-    "NPROC": 64,
-    "NOFILE": 64,
-    "CORE": 0,
-    "MEMLOCK": 0,
-    "MSGQUEUE": 0,
-}
+    "AS": 256 << 20, "CPU": 31, "FSIZE": 1 << 20, "NPROC": 64, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0,
+}  # fmt: skip
 HAS_LIMITS = f"""import resource
 for name, limit in {LIMITS}.items():
     soft, hard = resource.getrlimit(getattr(resource, 'RLIMIT_' + name))

@@ -228,6 +228,8 @@ def test_the_outline_estimates_each_stage_of_a_cpu_by_its_tokens(monkeypatch):
     assert stages.outline(names, configs, 1)["base"] == "[2/7] base: 70,000 steps"
     monkeypatch.setattr(stages, "gpu_here", lambda: "NVIDIA H200")
     assert stages.outline(names, configs, 1)["rl"] == "[5/7] rl: 50 steps"  # of which nothing was measured on GPUs
+    line = stages.outline(*read_recipe(find_recipe("d24"), None, []), ranks=8)["base"]
+    assert line == "[2/5] base: 5,568 steps, about 1 h 22 min"  # in FP8, as nanochat plan has it
     _, configs = read_recipe(find_recipe("d12"), None, ["sft.num_epochs=0.5"])
     assert stages.outline(["sft"], configs, 8)["sft"] == "[1/1] sft: 0.5 x the data"
 

@@ -40,10 +40,6 @@ def request(worker, text="Hello", max_new_tokens=120):
     return Request(worker.engine.encode([{"role": "user", "content": text}]), max_new_tokens)
 
 
-async def never():
-    return False
-
-
 def gather(completions):
     return asyncio.gather(*(completion.read() for completion in completions))
 
