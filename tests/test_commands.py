@@ -120,7 +120,7 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
         "base", tokenizer="t", model="m", repo="me/x"
     ),
     f"pretrain --config {DEMO}/base.yaml --run-dir {{run}} --sync s3://b": staged("base", sync="s3://b"),
-    f"midtrain --config {DEMO}/mid.yaml --run-dir {{run}} --eval {DEMO}/eval.yaml --chatcore-every 9": staged(
+    f"midtrain --config {DEMO}/mid.yaml --run-dir {{run}} --eval {DEMO}/eval.yaml --chatcore-every 1": staged(
         "mid", tasks=ANY, required=True
     ),
     f"midtrain --config {DEMO}/mid.yaml --run-dir {{run}} --sync s3://b": staged("mid", sync="s3://b"),
@@ -308,14 +308,11 @@ DEVICES = [  # of show_plan: arguments, environment, GPU of this machine -> the 
     ({}, {}, None, ("CPU", 1, None, None), True),
     ({}, {"WORLD_SIZE": "4"}, "NVIDIA H100", ("NVIDIA H100", 4, None, None), True),
     (
-        {"ranks": 2, "device": "L4", "rate": 5.0, "sharding": "FSDP2"},
-        {"WORLD_SIZE": "4"},
-        "X",
-        ("L4", 2, 5.0, "FSDP2"),
-        True,
+        {"ranks": 2, "device": "L4", "rate": 5.0, "sharding": "FSDP2"}, {"WORLD_SIZE": "4"}, "X",
+        ("L4", 2, 5.0, "FSDP2"), True,
     ),
     ({"otherwise": "H200"}, {"RANK": "1"}, None, ("H200", 1, None, None), False),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("options,environment,gpu,devices,is_shown", DEVICES)

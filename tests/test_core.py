@@ -208,10 +208,7 @@ def test_the_lm_eval_cli_gives_the_same_numbers(lively_model, tokenizer, bundle,
         model_args={"pretrained": metadata["pretrained"], "dtype": "float32", **length},
         tasks=[f"nanochat_core_{label}" for label in KINDS],
         task_manager=TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata),
-        device="cpu",
-        batch_size=3,
-        limit=15,
-        bootstrap_iters=0,
+        **{"device": "cpu", "batch_size": 3, "limit": 15, "bootstrap_iters": 0},
     )["results"]
     for label, row in result["per_task"].items():
         assert cli[f"nanochat_core_{label}"]["acc,none"] == row["acc"]
@@ -267,10 +264,8 @@ def test_core_files_say_what_the_bundle_says():
 
 
 ROOF, NORMANS, KITTEN = (
-    "He sits on a roof. he",
-    "Question: In what centuries?\nAnswer: ",
-    "Question: What color?\nAnswer:",
-)
+    "He sits on a roof. he", "Question: In what centuries?\nAnswer: ", "Question: What color?\nAnswer:",
+)  # fmt: skip
 HELLASWAG = {"query": ROOF, "choices": ["is using wrap.", "starts."], "gold": 1}
 SQUAD = {"context": NORMANS, "continuation": "10th and 11th"}
 COQA = {"context": KITTEN, "continuation": "white"}

@@ -174,7 +174,20 @@ DEFAULTS = {  # of functions and classes that users call -> values of what they 
     "data.mixture.Mixture": {"seed": 0, "on_bad_example": "skip"},
     "data.tokenizer.train_bpe": {"digit_group": 2, "normalization": None},
     "optim.scaling.estimate_micro_batch_size": {"bytes_per_value": 2, "kernels": True},
-}
+    "stage_configs.PretrainConfig": {
+        "eval_every": 250, "eval_tokens": 80 * 524288, "core_metric_max_per_task": 500, "sample_every": 2000,
+        "save_every": 1000, "save_optimizer": False, "fp8": False, "max_loss_spike": 2.0,
+    },
+    "stage_configs.ChatConfig": {
+        "num_epochs": 1, "device_batch_size": 16, "init_lr_frac": 1.0, "warmup_ratio": 0.0, "warmdown_ratio": 0.5,
+        "weight_decay": 0.0, "lora_r": 0, "lora_alpha": 32, "lora_lr": 1e-3, "chatcore_max_per_task": 32,
+    },
+    "stage_configs.RLConfig": {
+        "examples_per_step": 16, "num_samples": 16, "max_new_tokens": 256, "temperature": 1.0, "eval_examples": 400,
+        "eval_samples": 4, "warmdown_ratio": 1.0, "init_lr_frac": 0.05,
+    },
+    "stage_configs.DPOStageConfig": {"num_eval_pairs": 200, "examples_per_step": 32, "beta": 0.1},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DEFAULTS)

@@ -253,11 +253,7 @@ def test_a_file_for_each_split_words_of_the_beginning_and_a_row_of_another_form(
     assert words == {"owl", "duck"}
     for transform, row, reason in (
         ("messages", {"messages": 5, "system": "x"}, "its system message is no text beside messages"),
-        (
-            "multiple_choice",
-            {"question": "a", "choices": 5, "answer": 0},
-            "not in the form that .*; its columns are question",
-        ),
+        ("multiple_choice", {"question": "a", "choices": 5, "answer": 0}, "not in the form that .*; its columns are"),
     ):
         odd = {"dataset": write(tmp_path / "odd.jsonl", [row]), "transform": transform}
         with pytest.raises(InputError, match=f"no row of .* can be used; row 0: {reason}"):

@@ -176,5 +176,6 @@ def test_pasted_lines_are_one_message_and_tab_and_history_work(tmp_path):
     assert "nanochat echo · /help for commands" in shown
     assert answer in shown and r"'three\nfour' at 0.6" in shown.split("/retry")[-1]
     history = tmp_path / "nanochat" / "history"
-    assert history.stat().st_mode & 0o077 == 0 and "+one\n+two\n" in history.read_text()
+    assert (history.stat().st_mode | history.parent.stat().st_mode) & 0o077 == 0
+    assert "+one\n+two\n" in history.read_text()
     assert answer in at_terminal(tmp_path, ("\x1b[A" * 4 + "\r", prompt))  # /retry, four, three, one two

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
-from nanochat_hf.distributed import reset_accelerate_state
+from nanochat_hf.distributed import reset_state
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.train import checkpoint, model_setup, runtime
@@ -185,7 +185,7 @@ def test_training_can_start_from_given_weights_and_leaves_nothing_to_the_next(st
     monkeypatch.setattr(model_setup, "build_model", lambda *a: models.append(weakref.ref(m := real(*a))) or m)
     metrics = run(world, tmp_path, num_iterations=2, depth=7, model=str(straight[0]), eval_every=0)
     assert metrics["depth"] == 2 and metrics["val_bpb"] is None and losses(metrics)[0] < losses(straight[1])[-1] + 0.5
-    reset_accelerate_state()
+    reset_state()
     assert len(models) == 1 and models[0]() is None
 
 
@@ -364,16 +364,15 @@ def test_hooks_are_called_when_due(world, tmp_path):
 # --- keys and bad input
 
 
+OFFLOAD = {"USE_DEEPSPEED": "true", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+
+
 @pytest.mark.parametrize(
     "changes, environment, message",
     [
         ({"fp8": True}, {}, "fp8 needs an NVIDIA GPU of compute capability 8.9 or newer"),
         ({}, {"WORLD_SIZE": "2"}, "2 processes were launched and Accelerate sees no GPU"),
-        (
-            {},
-            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
-            "config file has offload_optimizer_device: .*fsdp2.yaml",
-        ),
+        ({}, {f"ACCELERATE_{key}": value for key, value in OFFLOAD.items()}, "offload_optimizer_device: .*fsdp2.yaml"),
     ],
 )
 def test_bad_input_is_one_clear_line(world, tmp_path, monkeypatch, changes, environment, message):

@@ -389,11 +389,9 @@ def test_every_result_of_the_stage_is_in_the_model_index(measured):
     data = render_model_card(measured, Push("you/b", "base")).data
     _, results = model_index_to_eval_results(data.to_dict()["model-index"])
     assert {(r.dataset_name, r.metric_type): r.metric_value for r in results} == {
-        ("val bpb", "bits_per_byte"): 0.72,
-        ("CORE (2/22 tasks)", "centered_accuracy"): 0.3,
-        ("piqa (core)", "accuracy"): 0.7,
-        ("copa (core)", "accuracy"): 0.6,
-    }
+        ("val bpb", "bits_per_byte"): 0.72, ("CORE (2/22 tasks)", "centered_accuracy"): 0.3,
+        ("piqa (core)", "accuracy"): 0.7, ("copa (core)", "accuracy"): 0.6,
+    }  # fmt: skip
     chat = render_model_card(measured, Push("you/c", "sft")).data
     assert {r.dataset_name: r.metric_value for r in chat.eval_results} == {"ChatCORE (1/6 tasks)": 0.1, "GSM8K": 0.05}
     mean = load_json(measured.path / "eval" / "metrics.json")["core"]["base"] | {"label": "2/22 tasks"}  # of today

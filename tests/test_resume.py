@@ -385,11 +385,9 @@ FILES = {
     "base": ["model.pt", "rank_00000.pt", "progress.pt"],
 }
 DAMAGE = {
-    "a flipped bit": flip_bit,
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
-    "empty": lambda path: path.write_bytes(b""),
-    "gone": Path.unlink,
-}
+    "a flipped bit": flip_bit, "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "empty": lambda path: path.write_bytes(b""), "gone": Path.unlink,
+}  # fmt: skip
 DAMAGED = [(stage, file, kind) for stage, files in FILES.items() for file in files for kind in DAMAGE]
 DAMAGED += [("base", "manifest.json", "empty"), ("base", "manifest.json", "cut")]
 SOME = [("base", "rank_00000.pt", "a flipped bit"), ("sft", "optimizer.pt", "gone"), ("sft", "config.json", "cut")]

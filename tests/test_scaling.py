@@ -191,6 +191,8 @@ def test_a_given_value_wins_and_none_means_the_default():
 def test_a_horizon_shorter_than_a_step_and_a_width_that_no_model_has_are_refused():
     with pytest.raises(InputError, match="give no model: the smear needs hidden_size >= 24"):
         planned(depth=1, aspect_ratio=1, head_dim=2)
+    with pytest.raises(InputError, match="is 524288: it must be a multiple of max_seq_len, 1000"):
+        planned(max_seq_len=1000)
     with pytest.raises(InputError, match="shorter than one step"):
         planned(depth=4, vocab_size=1024, target_flops=1.0)
 

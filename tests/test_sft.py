@@ -20,11 +20,9 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 CALL = [{"type": "function", "function": {"name": "python", "arguments": {"expression": "2+3"}}}]
 CHAT = [
-    {"role": "user", "content": "What is 2 + 3?"},
-    {"role": "assistant", "content": "", "tool_calls": CALL},
-    {"role": "tool", "name": "python", "content": "5"},
-    {"role": "assistant", "content": "2 + 3 = 5"},
-]
+    {"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "", "tool_calls": CALL},
+    {"role": "tool", "name": "python", "content": "5"}, {"role": "assistant", "content": "2 + 3 = 5"},
+]  # fmt: skip
 PLAIN = [CHAT[0], CHAT[3]]
 
 

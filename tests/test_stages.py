@@ -13,16 +13,7 @@ from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import Run, save_json
 from nanochat_hf.serve.terminal_chat import Options
-from nanochat_hf.stage_configs import (
-    ChatConfig,
-    DPOStageConfig,
-    EvalConfig,
-    PretrainConfig,
-    RLConfig,
-    TokenizerConfig,
-    find_recipe,
-    read_recipe,
-)
+from nanochat_hf.stage_configs import find_recipe, read_recipe
 
 RATE = 24.0
 
@@ -108,25 +99,25 @@ def test_core_on_the_way_is_checked_before_base_and_only_then(calls, tmp_path):
         (run.folder("base") / "metrics.json").unlink(missing_ok=True)
 
 
-BASE, BUNDLE = PretrainConfig(core_metric_every=5), EvalConfig(core_bundle="b")
-CHAT = ChatConfig(chatcore_every=5)
+BASE, BUNDLE = stages.PretrainConfig(core_metric_every=5), stages.EvalConfig(core_bundle="b")
+CHAT = stages.ChatConfig(chatcore_every=5)
 BOTH = {"base": "{run}/base", "dpo": "{run}/dpo"}
 GIVEN = [  # stage, config, options of `run_stage` -> the last call
-    ("tokenizer", TokenizerConfig(), {}, ("train_tokenizer", (ANY, "{run}/tokenizer"), {})),
+    ("tokenizer", stages.TokenizerConfig(), {}, ("train_tokenizer", (ANY, "{run}/tokenizer"), {})),
     ("base", BASE, {}, ("pretrain", (BASE, "{run}/tokenizer", "{run}/base", None), {"core": None, "push": None})),
     ("base", BASE, {"tokenizer": "t", "model": "m", "repo": "me/x", "tasks": BUNDLE},
      ("pretrain", (BASE, "t", "{run}/base", "m"), {"core": "core_metric", "push": "checkpoint_pusher"})),
-    ("base", PretrainConfig(), {"tasks": BUNDLE}, ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
-    ("base", PretrainConfig(core_metric_every=0), {"tasks": BUNDLE},
+    ("base", stages.PretrainConfig(), {"tasks": BUNDLE}, ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
+    ("base", stages.PretrainConfig(core_metric_every=0), {"tasks": BUNDLE},
      ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
-    ("sft", ChatConfig(chatcore_every=0), {"tasks": BUNDLE}, ("train_chat", (ANY, ANY, "{run}/sft", None), {})),
-    ("base", BASE, {"tasks": EvalConfig()}, ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
+    ("sft", stages.ChatConfig(chatcore_every=0), {"tasks": BUNDLE}, ("train_chat", (ANY, ANY, "{run}/sft", None), {})),
+    ("base", BASE, {"tasks": stages.EvalConfig()}, ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
     ("mid", CHAT, {}, ("train_chat", (CHAT, "{run}/base", "{run}/mid", None), {})),
     ("sft", CHAT, {"tasks": BUNDLE, "model": "m"}, ("train_chat", (CHAT, "m", "{run}/sft", "chatcore_metric"), {})),
-    ("sft", ChatConfig(), {"tasks": BUNDLE}, ("train_chat", (ANY, "{run}/base", "{run}/sft", None), {})),
-    ("rl", RLConfig(), {}, ("train_rl", (RLConfig(), "{run}/base", "{run}/rl", stages.engine), {})),
-    ("rl", RLConfig(), {"model": "m"}, ("train_rl", (ANY, "m", "{run}/rl", stages.engine), {})),
-    ("dpo", DPOStageConfig(), {"model": "m"}, ("train_dpo", (DPOStageConfig(), "m", "{run}/dpo"), {})),
+    ("sft", stages.ChatConfig(), {"tasks": BUNDLE}, ("train_chat", (ANY, "{run}/base", "{run}/sft", None), {})),
+    ("rl", stages.RLConfig(), {}, ("train_rl", (stages.RLConfig(), "{run}/base", "{run}/rl", stages.engine), {})),
+    ("rl", stages.RLConfig(), {"model": "m"}, ("train_rl", (ANY, "m", "{run}/rl", stages.engine), {})),
+    ("dpo", stages.DPOStageConfig(), {"model": "m"}, ("train_dpo", (stages.DPOStageConfig(), "m", "{run}/dpo"), {})),
     ("eval", BUNDLE, {"keep_unchanged": True},
      ("evaluate", (BUNDLE, BOTH, "{run}/eval", stages.engine), {"keep_unchanged": True})),
     ("eval", BUNDLE, {"stages": ["base"]}, ("evaluate", (ANY, {"base": "{run}/base"}, ANY, ANY), {})),
@@ -248,10 +239,7 @@ def test_the_newest_chat_model_answers_three_questions_and_a_base_model_none(mon
     folder, kinds = f"{tmp_path}/sft", ("fact", "arithmetic", "counting")
     for dataset, texts in (
         ("x", ["Who are you?", "Why is the sky blue?", "What is 317 times 24?"]),
-        (
-            "primer",
-            [primer.questions(kind, num=1)[0]["messages"][0]["content"] for kind in kinds],
-        ),
+        ("primer", [primer.questions(kind, num=1)[0]["messages"][0]["content"] for kind in kinds]),
     ):
         noted.clear()
         stages.show_answers(Run(tmp_path), dataset)
@@ -275,7 +263,7 @@ def test_the_fast_engine_is_for_our_models_on_a_gpu(monkeypatch):
 
 def test_stages_to_evaluate_that_a_run_does_not_have_are_no_change_of_the_recipe(tmp_path):
     run = Run(tmp_path)
-    configs = {"eval": EvalConfig(chat_stages=["sft", "rl"])}
+    configs = {"eval": stages.EvalConfig(chat_stages=["sft", "rl"])}
     record = {"finished": True, "config": {"chat_stages": ["sft"], "max_per_task": None}}
     for has_rl in (False, True):
         for stage in ["sft", *["rl"] * has_rl]:

@@ -113,6 +113,7 @@ def test_spelling_separates_letters_by_commas_and_the_bee_counts_by_hand_and_che
         ([{**USER, "content": [{"type": "text"}]}, REPLY], "without text"),
         ([{**USER, "content": [{"type": "python", "text": "1"}]}, REPLY], "not the assistant's"),
         ([USER, {**REPLY, "tool_calls": [{"x": 1}]}], "none"),
+        ([USER, calling(call(None)), result(), REPLY], "nothing"),
         ([{**USER, "tool_calls": [call("1")]}, REPLY], "message 1 has a tool call and is not"),
         ([USER, calling(call("1")), REPLY], "message 3 is of role 'assistant', expected tool"),
         ([USER, calling(call("1")), result(), result(), REPLY], "message 4 is of role 'tool', expected assistant"),
@@ -244,14 +245,12 @@ def test_a_reply_that_is_not_to_be_learned_is_named():
     ("transform", "row"),
     [
         ("messages", {"messages": [USER, REPLY]}),
-        *(
-            ("sharegpt", {"conversations": [{"from": user, "value": "a"}, {"from": name, "value": "b"}]})
-            for user, name in (("human", "gpt"), ("human", "chatgpt"), ("human", "bot"), ("user", "assistant"))
-        ),
         ("instruction", {"instruction": "a", "output": "b"}),
         ("instruction", {"instruction": "", "input": "a", "output": "b"}),
+        *(("sharegpt", {"conversations": [{"from": user, "value": "a"}, {"from": name, "value": "b"}]})
+          for user, name in (("human", "gpt"), ("human", "chatgpt"), ("human", "bot"), ("user", "assistant"))),
     ],
-)
+)  # fmt: skip
 def test_a_system_message_beside_the_messages_comes_first_and_a_history_is_refused(transform, row):
     read, system = TRANSFORMS[transform], {"role": "system", "content": "Be brief."}
     for key in ("system", "system_prompt"):

@@ -87,9 +87,7 @@ def byte_alphabet() -> list[str]:
     return [letters[byte] for byte in range(256)]
 
 
-def train_bpe(
-    texts: Iterable[str], vocab_size: int, digit_group: int = 2, normalization: str | None = None
-) -> PreTrainedTokenizerFast:
+def train_bpe(texts: Iterable[str], vocab_size: int, digit_group=2, normalization=None) -> PreTrainedTokenizerFast:
     """Train a tokenizer of `vocab_size` tokens, the nine special ones included and last. Deterministic.
 
     Fewer tokens come out, with a warning, when the text has no more pairs to merge. Raises InputError without text.
@@ -166,10 +164,8 @@ def apply_chat_template(tokenizer, conversation, tools=None, documents=None, cha
         if options.get(name):
             raise InputError(f"{name} is not supported for a chat template of others")
     batched = bool(conversation) and not isinstance(conversation[0], dict)
-    chats = [
-        [{key: value for key, value in message.items() if value is not None} for message in chat]
-        for chat in (conversation if batched else [conversation])
-    ]
+    chats = conversation if batched else [conversation]
+    chats = [[{key: value for key, value in message.items() if value is not None} for message in c] for c in chats]
     encoding = set(signature(own).parameters) - {"add_generation_prompt", "continue_final_message"}
     try:
         texts = RENDERER.render(

@@ -243,10 +243,8 @@ def _decoded(call) -> dict:
 
 def _in_order(calls: list[dict], results: list[dict]) -> list[dict]:
     """The results in the order of their calls. Raises BadRow when one answers another call, or any of several."""
-    call_ids, answered = (
-        [None if one.get(key) in (None, "") else str(one[key]) for one in ones]
-        for ones, key in ((calls, "id"), (results, "tool_call_id"))
-    )
+    kinds = (calls, "id"), (results, "tool_call_id")
+    call_ids, answered = ([None if x.get(key) in (None, "") else str(x[key]) for x in ones] for ones, key in kinds)
     call_of = {n: call_ids.index(one) for n, one in enumerate(answered) if one and one in call_ids}  # of result n
     # The other results take the other calls in order; where both have an id, the ids differ.
     others = [n for n in range(len(results)) if n not in call_of]

@@ -52,13 +52,9 @@ def stage_rows(config, model_config, parameters: int, groups: dict, data: str, s
         optimizer = f"AdamW, learning rate {config.lora_lr:.3g}, on LoRA adapters of rank {lora}"
     every = f"every {config.save_every:,} steps" if config.save_every > 0 else "at the end, or when interrupted"
     return {
-        "model": f"{short(parameters)} parameters: {shape}",
-        "data": data,
-        "steps": steps,
-        "batch": batch,
-        "optimizer": optimizer,
-        "checkpoints": f"{every}; the last {config.keep_checkpoints} are kept",
-    }
+        "model": f"{short(parameters)} parameters: {shape}", "data": data, "steps": steps, "batch": batch,
+        "optimizer": optimizer, "checkpoints": f"{every}; the last {config.keep_checkpoints} are kept",
+    }  # fmt: skip
 
 
 def data_text(config) -> str:

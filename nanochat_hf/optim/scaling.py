@@ -222,13 +222,10 @@ def optimizer_groups(
         "x0": adamw(defaults.scalar_lr * lr_scale, (0.96, 0.95)),
         "smear": adamw(0.2, (0.8, 0.95)),
         "matrix": {
-            "kind": "muon",
-            "lr": defaults.matrix_lr * lr_scale,
-            "weight_decay": defaults.weight_decay * decay_scale,
-            "momentum": defaults.momentum[1],
-            "beta2": 0.9,
+            "kind": "muon", "lr": defaults.matrix_lr * lr_scale, "weight_decay": defaults.weight_decay * decay_scale,
+            "momentum": defaults.momentum[1], "beta2": 0.9,
         },
-    }
+    }  # fmt: skip
 
 
 def stage_groups(stage, model_config) -> dict[str, dict]:
@@ -311,14 +308,12 @@ def peak_flops(device_name: str) -> float | None:
     return name and GPUS[name].flops
 
 
-def estimate_speed(
-    plan: Plan, device_name: str, ranks: int, fp8: bool, sharded: bool = False
-) -> tuple[float | None, str]:
+def estimate_speed(plan: Plan, device: str, ranks: int, fp8: bool, sharded=False) -> tuple[float | None, str]:
     """Tokens per second of pretraining on `ranks` GPUs or CPU cores, and how that is known, or why it is not."""
-    name, precision, config = find_gpu(device_name), "FP8" if fp8 else "bf16", plan.model_config
+    name, precision, config = find_gpu(device), "FP8" if fp8 else "bf16", plan.model_config
     if name is None:
-        if device_name != "CPU":
-            return None, f"no estimate for {device_name}"
+        if device != "CPU":
+            return None, f"no estimate for {device}"
         return ranks * CPU_FLOPS / plan.flops_per_token, "projected, roughly"
     depth, standard = config.num_hidden_layers, (config.generation, plan.max_seq_len, config.window_pattern)
     key = (name, ranks, depth, precision)

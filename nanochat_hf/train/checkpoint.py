@@ -23,12 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..distributed import get_dist_info, main_process_first, monitored_barrier
@@ -154,8 +149,8 @@ def read_progress(path: Path) -> dict:
 
 def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
     """Make `folder` one for `from_pretrained`: float32 weights; files are moved into place, the config last."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets all of it
-    weights = get_model_state_dict(model, options=options) if is_sharded(model) else model.state_dict()
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets all of it
+    weights = dcp_state.get_model_state_dict(model, options=options) if is_sharded(model) else model.state_dict()
     if get_dist_info()[0] == 0:
         refuse_nan(weights, f"the model for {folder}")
         aside = folder / ".weights"
@@ -204,7 +199,7 @@ def save(
             aside.mkdir(parents=True)
         monitored_barrier("a checkpoint")
         if sharded:
-            weights, state = get_state_dict(model, optimizer)
+            weights, state = dcp_state.get_state_dict(model, optimizer)
             dcp.save({"model": weights, "optimizer": state}, checkpoint_id=aside / "shards")
         else:
             own["optimizer"] = optimizer.state_dict()
@@ -256,9 +251,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list
     with reading(path):
         parts = [torch.load(path / f"rank_{number:05d}.pt", map_location="cpu") for number in numbers]
         if is_sharded(model):
-            weights, state = get_state_dict(model, optimizer)
+            weights, state = dcp_state.get_state_dict(model, optimizer)
             dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path / "shards")
-            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+            dcp_state.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
         else:
             model.load_state_dict(torch.load(path / "model.pt", map_location="cpu"))
             optimizer.load_state_dict(merged([part["optimizer"] for part in parts]))

@@ -107,9 +107,7 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         return {**metrics, "questions": len(merged)}
 
 
-def load_prompts(
-    config: RLConfig, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[dict], list[dict]]:
+def load_prompts(config: RLConfig, split: str, tokenizer, max_length: int) -> tuple[list[dict], list[dict]]:
     """Prompts of a split, shuffled by the seed: rows {"prompt", *COLUMNS}; and the skipped ones with their reasons."""
     name, _, kinds = config.dataset.partition(":")
     defaults, skipped = dict.fromkeys(COLUMNS, "") | {"rivals": []}, []

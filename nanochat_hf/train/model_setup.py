@@ -56,14 +56,9 @@ def plan_overrides_from(source: str) -> dict:
         raise InputError(f"no model in {source} that can be read: {str(error).splitlines()[0]}") from None
     if not isinstance(config, NanoChatConfig):
         raise InputError(f"{source} holds a model of type {config.model_type!r}, no nanochat: see nanochat convert")
-    return {
-        "depth": config.num_hidden_layers,
-        "generation": config.generation,
-        "head_dim": config.head_dim,
-        "aspect_ratio": config.hidden_size / config.num_hidden_layers,
-        "window_pattern": config.window_pattern,
-        "final_logit_softcapping": config.final_logit_softcapping,
-    }
+    same = ("generation", "head_dim", "window_pattern", "final_logit_softcapping")
+    shape = {"depth": config.num_hidden_layers, "aspect_ratio": config.hidden_size / config.num_hidden_layers}
+    return shape | {name: getattr(config, name) for name in same}
 
 
 def read_model(source: str, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -136,9 +131,7 @@ def build_model(plan: Plan, source: str | None, tokenizer, device: torch.device,
     return model
 
 
-def why_not_fp8(
-    model: NanoChatForCausalLM, attention: str, device: torch.device, minimum: tuple[int, int]
-) -> str | None:
+def why_not_fp8(model: NanoChatForCausalLM, attention: str, device: torch.device, minimum: tuple) -> str | None:
     """Why a model cannot use FP8 on a device, which needs at least the compute capability `minimum`; or None."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < minimum:
         return "needs an NVIDIA GPU of compute capability {}.{} or newer".format(*minimum)
