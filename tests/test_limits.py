@@ -154,7 +154,7 @@ SIZES = {  # module -> bytes, counts and seconds that its users meet
     "hub.push": {"MAX_UPLOADS": 2},
     "train.monitoring": {"NUM_SAMPLES": 4, "PROMPT_TOKENS": 8, "NEW_TOKENS": 32},
     "train.pretrain": {"HISTORY": 1000},
-    "train.grpo": {"PRIMER_PROMPTS": 4000},
+    "train.grpo": {"PRIMER_PROMPTS": 4000}, "optim.overview": {"SHORTEST_STEP": 0.01},
     "eval.tasks": {"NUM_SPELLING_QUESTIONS": 256},
     "run": {"LOG_SECONDS": 30},
 }  # fmt: skip
