@@ -50,7 +50,7 @@ def partial_state() -> PartialState:
     return state
 
 
-def reset_state() -> None:
+def reset_accelerate_state() -> None:
     """Let the next stage in this process choose precision, gradient accumulation and DDP or FSDP2, and free memory."""
     gc.collect()  # a stage's model and optimizer are in reference cycles
     if torch.cuda.is_available():

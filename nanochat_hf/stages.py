@@ -19,7 +19,14 @@ from .data.documents import is_local, text_fingerprint
 from .data.mixture import check_data
 from .data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from .demo import corpus as primer
-from .distributed import broadcast_from_main, main_process_first, monitored_barrier, on_cpu, partial_state, reset_state
+from .distributed import (
+    broadcast_from_main,
+    main_process_first,
+    monitored_barrier,
+    on_cpu,
+    partial_state,
+    reset_accelerate_state,
+)
 from .errors import InputError
 from .eval.harness import chatcore_metric, check_bundle, check_tasks, core_metric, definition_of, evaluate
 from .eval.lm_eval_model import Generator
@@ -237,7 +244,7 @@ def run_stages(run: Run, stages: list[str], configs: dict, repo=None, hourly_rat
             continue
         state.print(f"\n{lines[stage]}" + (f": finished earlier, runs again for {again}" if again else ""))
         run_stage(stage, configs[stage], run, **options.get(stage, {}))
-        reset_state()
+        reset_accelerate_state()
         monitored_barrier(f"the end of stage {stage}")
     if "report" in stages and state.is_main_process:
         report = make_report(run.path, hourly_rate=hourly_rate)

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
-from nanochat_hf.distributed import reset_state
+from nanochat_hf.distributed import reset_accelerate_state
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.train import checkpoint, model_setup, runtime
@@ -185,7 +185,7 @@ def test_training_can_start_from_given_weights_and_leaves_nothing_to_the_next(st
     monkeypatch.setattr(model_setup, "build_model", lambda *a: models.append(weakref.ref(m := real(*a))) or m)
     metrics = run(world, tmp_path, num_iterations=2, depth=7, model=str(straight[0]), eval_every=0)
     assert metrics["depth"] == 2 and metrics["val_bpb"] is None and losses(metrics)[0] < losses(straight[1])[-1] + 0.5
-    reset_state()
+    reset_accelerate_state()
     assert len(models) == 1 and models[0]() is None
 
 

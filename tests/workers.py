@@ -153,9 +153,9 @@ def sync(run: str, url: str, tokenizer: str, own_disks: bool = False, die_at: in
 
 
 def reset() -> None:
-    from nanochat_hf.distributed import reset_state
+    from nanochat_hf.distributed import reset_accelerate_state
 
-    reset_state()
+    reset_accelerate_state()
 
 
 def main() -> None:

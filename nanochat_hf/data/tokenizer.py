@@ -87,7 +87,9 @@ def byte_alphabet() -> list[str]:
     return [letters[byte] for byte in range(256)]
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, digit_group=2, normalization=None) -> PreTrainedTokenizerFast:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, digit_group: int = 2, normalization: str | None = None
+) -> PreTrainedTokenizerFast:
     """Train a tokenizer of `vocab_size` tokens, the nine special ones included and last. Deterministic.
 
     Fewer tokens come out, with a warning, when the text has no more pairs to merge. Raises InputError without text.

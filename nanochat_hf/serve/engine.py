@@ -308,7 +308,9 @@ class Engine:
 
     # ---- what callers use ------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: list, num_samples=1, seed: int | list[int] = 0, **options) -> list[list[list[int]]]:
+    def generate(
+        self, prompts: list[list[int]], num_samples: int = 1, seed: int | list[int] = 0, **options
+    ) -> list[list[list[int]]]:
         """`num_samples` completions of each prompt of token ids, as lists of new ids, the stop token included.
 
         seed is that of the first completion, the others count up; or a list of all. `options` are those of Request.
