@@ -219,11 +219,11 @@ def export(parser: Parser, words: list[str]) -> None:
 
 
 def report(parser: Parser, words: list[str]) -> None:
-    """Write a run's report card (report.md, report.html, report.json, plots/), or compare two runs."""
+    """Write a run's report card (report.md, report.html, report.json, plots/), or compare runs."""
     parser.option("--run-dir", Place, help="run folder, for example runs/d12")
     price = "price of the machine in dollars per hour"
     parser.option("--node-hourly-rate", NotNegative, "--hourly-rate", dest="hourly_rate", help=price)
-    parser.option("--compare", Place, nargs=2, metavar="RUN", help="two run folders")
+    parser.option("--compare", Place, nargs="+", metavar="RUN", help="as nanochat compare: two run folders or more")
     parser.add_argument("--row", action="store_true", help="only print the run's row of evals/RESULTS.md")
     parser.option("--collection", nargs="+", metavar="REPO=RUN", help="print a Hub collection's text instead")
     args = parser.parse_args(words)
@@ -232,16 +232,16 @@ def report(parser: Parser, words: list[str]) -> None:
         raise InputError("--collection expects REPO=RUN, for example you/nanochat-d12=runs/d12")
     each_once([repo for repo, _, _ in named])
     if [bool(args.run_dir), bool(args.compare), bool(named)].count(True) != 1:
-        raise InputError("name one run with --run-dir, or two with --compare")
+        raise InputError("name one run with --run-dir, or two or more with --compare")
     if (args.row or args.hourly_rate is not None) and not args.run_dir:
         raise InputError("--row and --node-hourly-rate are for one run: name it with --run-dir")
-    from .eval.report import collect, compare, make_report, markdown, results_row
+    if args.compare:
+        return dispatch("compare", args.compare)
+    from .eval.report import collect, make_report, markdown, results_row
     from .hub.model_card import collection_table
 
     if named:
         print(collection_table({repo: Run(folder) for repo, _, folder in named}))
-    elif args.compare:
-        print(compare(*args.compare))
     elif args.row:
         path, facts = Path(args.run_dir) / "report.md", collect(Run(args.run_dir))
         print(*(f"note: {note}\n" for note in facts["notes"]), sep="", end="", file=sys.stderr)
@@ -285,9 +285,15 @@ def identity(parser: Parser, words: list[str]) -> None:
 
 
 def compare(parser: Parser, words: list[str]) -> None:
-    """Compare two runs: `nanochat compare runs/a runs/b`."""
-    parser.option("runs", Place, nargs=2, metavar="RUN", help="a run folder, for example runs/d12")
-    dispatch("report", ["--compare", *parser.parse_args(words).runs])
+    """Compare runs: `nanochat compare runs/a runs/b [runs/c ...] [--output FOLDER]`."""
+    parser.option("runs", Place, nargs="+", metavar="RUN", help="two run folders or more; the first is the reference")
+    parser.option("--output", Place, help="folder for the comparison as a page with curves")
+    args = parser.parse_args(words)
+    if len(args.runs) < 2:
+        raise InputError("a comparison needs two runs or more")
+    from .eval.compare import compare as compare_runs
+
+    print(compare_runs(args.runs, args.output))
 
 
 def recipes(parser: Parser, words: list[str]) -> None:

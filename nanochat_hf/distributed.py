@@ -130,10 +130,8 @@ def _wait_for(ranks, where: str, timeout: timedelta) -> None:
     deadline, pause = time.monotonic() + timeout.total_seconds(), 0.002
     while missing := [rank for rank, key in keys.items() if not store.check([key])]:
         if time.monotonic() > deadline:
-            raise BarrierTimeoutError(
-                f"rank {get_dist_info()[0]} waited {timeout} at {where!r} for rank {', '.join(map(str, missing))}; "
-                "see their output"
-            )
+            names, rank = ", ".join(map(str, missing)), get_dist_info()[0]
+            raise BarrierTimeoutError(f"rank {rank} waited {timeout} at {where!r} for rank {names}; see their output")
         time.sleep(pause)
         pause = min(2 * pause, 0.25)
     if any(store.get(key) == b"failed" for key in keys.values()):

@@ -29,11 +29,9 @@ Core = record("Core", "stderr seconds model_seconds", per_task=dict[str, Score],
 Example = record("Example", question=Any, expected=Any, answer=Any, correct=NotRequired[OptionalNumber | bool])
 Part = record("Part", dataset=str, rows=Number, tokens=Number, bad=NotRequired[Number])  # of a mixture
 Sample = record("Sample", prompt=Any, text=Any)
-Hardware = record("Hardware", "device_memory_bytes memory_bytes")
-
-
-class Config(TypedDict, total=False):
-    dataset: str | list[dict[str, Any]] | None
+DEVICE = dict.fromkeys(("device", "device_type"), NotRequired[str | None])
+Hardware = record("Hardware", "device_memory_bytes memory_bytes num_processes cpu_cores", **DEVICE)
+Config = record("Config", dataset=NotRequired[str | list[dict[str, Any]] | None])
 
 
 class Record(TypedDict, total=False):
@@ -91,24 +89,12 @@ def check_steps(log: list[dict]) -> list[dict]:
 
 
 Log = Annotated[list[dict[str, OptionalNumber]], AfterValidator(check_steps)]
-
-
-class Measured(TypedDict):  # measured.json in a checkpoint of base
-    history: list[dict[str, OptionalNumber]]
-    samples: list[Sample]
-
-
-class ChatMeasured(TypedDict):  # and in one of a chat stage
-    log: Log
-
-
-class TrainerState(TypedDict):  # what is read of transformers' trainer_state.json
-    log_history: Log
-
-
-class Skipped(TypedDict):  # skipped.json beside the checkpoints of a chat stage
-    steps: list[int]
-
+# measured.json in a checkpoint of base, and in one of a chat stage; what is read of transformers' trainer_state.json;
+# and skipped.json beside the checkpoints of a chat stage
+Measured = record("Measured", history=list[dict[str, OptionalNumber]], samples=list[Sample])
+ChatMeasured = record("ChatMeasured", log=Log)
+TrainerState = record("TrainerState", log_history=Log)
+Skipped = record("Skipped", steps=list[int])
 
 adapter = cache(TypeAdapter)
 

@@ -35,19 +35,11 @@ PACKAGES = ("torch", "transformers", "accelerate", "trl", "datasets", "tokenizer
 
 LOG_SECONDS = 30  # between two lines of progress in a file
 WORDS = {  # number of a step or a measurement -> how every log line and bar says it; others by name
-    "train_loss": "loss {:.3f}",
-    "reward": "reward {:.3f}",
-    "completion_length": "{:.0f} tokens per completion",
-    "tool_use": "tool use {:.0%}",
-    "core": "CORE {:.4f}",
-    "chatcore": "ChatCORE {:.4f}",
-    "eval_rewards/accuracies": "accuracy {:.4f}",
-    "lr": "lr {:.3g}",
-    "momentum": "momentum {:.3f}",
-    "grad_norm": "grad norm {:.3g}",
-    "tokens_per_second": "{} tok/s",
-    "mfu": "MFU {:.1%}",
-}
+    "train_loss": "loss {:.3f}", "reward": "reward {:.3f}", "completion_length": "{:.0f} tokens per completion",
+    "tool_use": "tool use {:.0%}", "core": "CORE {:.4f}", "chatcore": "ChatCORE {:.4f}",
+    "eval_rewards/accuracies": "accuracy {:.4f}", "lr": "lr {:.3g}", "momentum": "momentum {:.3f}",
+    "grad_norm": "grad norm {:.3g}", "tokens_per_second": "{} tok/s", "mfu": "MFU {:.1%}",
+}  # fmt: skip
 
 
 class Run:
@@ -382,17 +374,11 @@ def write_metrics(folder: Path, record: dict, **numbers) -> dict:
 
 
 KEY_ALIASES = {  # keys of recipes, flags and finished runs from before December 2026 -> those of today
-    "assistant_only": "assistant_only_loss",
-    "lora_rank": "lora_r",
-    "adamw_lr": "lora_lr",
-    "test_rows": "num_eval_pairs",
-    "bad_rows": "on_bad_example",
-    "limit": "max_per_task",
-    "core_limit": "core_max_per_task",
-    "max_spike": "max_loss_spike",
-    "opt_in": "enabled",
+    "assistant_only": "assistant_only_loss", "lora_rank": "lora_r", "adamw_lr": "lora_lr",
+    "test_rows": "num_eval_pairs", "bad_rows": "on_bad_example", "limit": "max_per_task",
+    "core_limit": "core_max_per_task", "max_spike": "max_loss_spike", "opt_in": "enabled",
     "rows of a step": "sequences per step",
-}
+}  # fmt: skip
 VALUE_ALIASES = {"bad_rows": {"refuse": "error"}}  # the same of values, by their old key
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "y", "t", "1"), True)  # what flags and YAML may say
 BOOLEANS |= dict.fromkeys(("false", "no", "off", "n", "f", "0"), False)

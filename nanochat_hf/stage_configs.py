@@ -30,7 +30,6 @@ from .config import (
     Size,
     TopK,
     Unique,
-    name_of_place,
     parse_config,
     settings,
 )
@@ -57,7 +56,7 @@ def of_kinds(kinds: tuple[str, ...]):
     """A check of names such as primer:fact+talk: the parts after the colon are among `kinds`."""
 
     def check(text: str) -> str:
-        name, colon, parts = name_of_place(text).partition(":")
+        name, colon, parts = text.partition(":")
         for part in parts.split("+") if name == "primer" and (colon or kinds is KINDS) else ():
             if part not in kinds:
                 raise ValueError(f"the primer has no kind {part!r}; {nearest(part, kinds)}")
@@ -73,7 +72,7 @@ def known_task(name: str) -> str:
              if line.startswith(("task: ", "group: "))]  # fmt: skip
     if names and name not in names:
         raise ValueError(f"unknown task; {nearest(name, names)}")
-    return name_of_place(name)
+    return name
 
 
 def known_attention(name: str) -> str:
@@ -109,7 +108,7 @@ class ChatDataset(TypedDict, total=False):
     """An entry of a mixture of conversations; data/mixture.py describes it."""
 
     __pydantic_config__ = STRICT
-    dataset: Required[Annotated[str, AfterValidator(of_kinds(CHAT_KINDS))]]
+    dataset: Required[Annotated[Place, AfterValidator(of_kinds(CHAT_KINDS))]]
     split: Place
     subset: Place | None
     transform: Literal[tuple(TRANSFORMS)]
@@ -323,7 +322,7 @@ class ChatConfig(StageConfig):
 class RLConfig(StageConfig):
     """Keys of rl.yaml, besides those of StageConfig."""
 
-    dataset: Annotated[str, AfterValidator(of_kinds(KINDS))] = "openai/gsm8k"
+    dataset: Annotated[Place, AfterValidator(of_kinds(KINDS))] = "openai/gsm8k"
     """Prompts: `primer:KIND` (or KIND+KIND), or GSM8K's format as a Hub id, a folder or `path/of_{split}.jsonl`."""
     subset: Place | None = "main"
     """Subset of a Hub dataset."""
@@ -373,7 +372,7 @@ class DPOStageConfig(StageConfig):
 class EvalConfig:
     """Keys of eval.yaml."""
 
-    tasks: Unique[Annotated[str, AfterValidator(known_task)]] = field(default_factory=lambda: ["nanochat_demo"])
+    tasks: Unique[Annotated[Place, AfterValidator(known_task)]] = field(default_factory=lambda: ["nanochat_demo"])
     """Tasks or groups for the chat stages: ours (evals/tasks) or any of lm-eval's."""
     chat_stages: Stages = field(default_factory=lambda: ["mid", "sft", "rl", "dpo"])
     """Stages that answer `tasks`; those that a run does not have are left out."""
@@ -434,11 +433,9 @@ STAGE_CONFIGS = {
 
 
 UNUSED = (  # a key, and one that wins over it
-    ("num_epochs", "num_iterations"),
-    ("target_flops", "num_iterations"),
-    ("target_param_data_ratio", "num_iterations"),
-    ("target_param_data_ratio", "target_flops"),
-)
+    ("num_epochs", "num_iterations"), ("target_flops", "num_iterations"),
+    ("target_param_data_ratio", "num_iterations"), ("target_param_data_ratio", "target_flops"),
+)  # fmt: skip
 
 
 def refuse_unused_keys(stage: str, config, keys: Collection[str]) -> None:

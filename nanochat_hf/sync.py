@@ -245,10 +245,8 @@ class Sync:
         except (OSError, ValueError):
             raise InputError(f"{path} cannot be read: delete it, or give an empty run folder") from None
         if ids and own not in ids and any(map(self.local, SYNCED)):
-            raise InputError(
-                f"{self.url} holds another run than {self.run.path}: give another URL, or an empty run folder to "
-                "continue the run of that URL"
-            )
+            advice = "give another URL, or an empty run folder to resume that run"
+            raise InputError(f"{self.url} holds another run than {self.run.path}: {advice}")
         self.run_id = own if own and (own in ids or not ids) else min(ids, default=uuid.uuid4().hex)
         with writing(path):
             path.write_text(self.run_id)

@@ -99,11 +99,8 @@ def generate(inputs=None, generation_config=None, logits_processor=None, *, mode
         revision = getattr(model.config, "_commit_hash", None)
         tokenizer = kwargs.get("tokenizer") or tokenizer_of(model.name_or_path, revision)
     except (OSError, ValueError):
-        warnings.warn(
-            f"no tokenizer in {model.name_or_path}: calls are not answered. Save the tokenizer there too, or pass "
-            "tokenizer= to generate",
-            stacklevel=2,
-        )
+        problem = f"no tokenizer in {model.name_or_path}: calls are not answered. Save it there, or pass tokenizer="
+        warnings.warn(problem, stacklevel=2)
         return type(model).generate(model, inputs, generation_config, logits_processor, **kwargs)
     results = ToolResultProcessor(tokenizer)
     given = getattr(generation_config, "eos_token_id", None)

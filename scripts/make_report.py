@@ -1,4 +1,4 @@
-"""Write a run's report card (report.md, report.html, report.json, plots/), or compare two runs.
+"""Write a run's report card (report.md, report.html, report.json, plots/), or compare runs.
 
 python scripts/make_report.py --run-dir runs/d12 --node-hourly-rate 24
 python scripts/make_report.py --compare runs/a runs/b

@@ -19,9 +19,7 @@ def picture(page, name):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="the browser tests need playwright (pip install playwright)"
-    )
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         pytest.skip("the browser tests need Chromium (Debian: apt-get install chromium)")

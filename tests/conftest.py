@@ -58,17 +58,10 @@ def tiny_config(tokenizer):
     from nanochat_hf.model.configuration_nanochat import NanoChatConfig
 
     return NanoChatConfig(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        num_tokens=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        vocab_size=-(-len(tokenizer) // 64) * 64, num_tokens=len(tokenizer), max_position_embeddings=128,
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    )  # fmt: skip
 
 
 @pytest.fixture

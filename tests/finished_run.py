@@ -11,13 +11,9 @@ COMMON = {
     "started": 1.0,
     "versions": {"torch": "2.13.0", "deepspeed": None},
     "hardware": {
-        "device": "Toaster",
-        "num_processes": 2,
-        "cpu_cores": 4,
-        "memory_bytes": 8 * 2**30,
-        "system": "Linux",
+        "device": "Toaster", "num_processes": 2, "cpu_cores": 4, "memory_bytes": 8 * 2**30, "system": "Linux",
     },
-}
+}  # fmt: skip
 
 
 def result(value, **more):

@@ -66,14 +66,12 @@ def test_a_mixture_that_cannot_be_opened(tmp_path, entry, message):
 
 
 ROWS_OF_CHATS = [
-    ("{", "not JSON"),
-    ("[1]", "no messages"),
-    ('{"text": "a"}', "no column 'messages'; its columns are text"),
+    ("{", "not JSON"), ("[1]", "no messages"), ('{"text": "a"}', "no column 'messages'; its columns are text"),
     ('{"messages": []}', "no messages"),
     ('{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}', "is empty"),
     ('{"messages": [{"role": "user", "content": "a\\ud800"}]}', "half of a surrogate pair"),
     ('{"messages": [{"role": "wizard", "content": "a"}, {"role": "assistant", "content": "b"}]}', "."),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("row,message", ROWS_OF_CHATS)

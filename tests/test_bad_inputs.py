@@ -8,6 +8,7 @@ read has test_bad_data.py.
 import json
 import re
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,8 @@ KEYS = {
         "max_loss_spike is named twice": ["max_spike: 1\nmax_loss_spike: 2"],
     },
     "tokenizer": {
-        "a whole number from 265": ["vocab_size: 100"],
-        "must be 1, 2 or 3": ["digit_group: 4"],
-        "must be empty or nfc": ["normalization: nfd"],
-        COUNT: ["doc_cap: -1"],
+        "a whole number from 265": ["vocab_size: 100"], "must be 1, 2 or 3": ["digit_group: 4"],
+        "must be empty or nfc": ["normalization: nfd"], COUNT: ["doc_cap: -1"],
     },
     "sft": {
         "must be a list of": ["mixture: []", "mixture: primer", "validation: primer"],
@@ -89,21 +88,18 @@ KEYS = {
         "from 1 to 16777216$": ["max_new_tokens: 1e9"],
         "top_k is 50: it must be 0": ["top_k: 50"],
         "above 0 and of at most 5": ["temperature: 0"],
-        "no kind 'problm'; did you mean 'problem'": ["dataset: 'primer:problm'"],
-        "no kind ''": ["dataset: primer"],
+        "no kind 'problm'; did you mean 'problem'": ["dataset: 'primer:problm'"], "no kind ''": ["dataset: primer"],
         "enabled is": ["enabled: perhaps", "opt_in: perhaps"],
     },
     "dpo": {"a number above 0": ["beta: 0", "beta: 1e9"], "it is empty": ["split: ''"]},
     "eval": {
-        "must be a list of text": ["tasks: nanochat_demo"],
-        r"tasks\[0\] is 3: it must be text": ["tasks: [3]"],
+        "must be a list of text": ["tasks: nanochat_demo"], r"tasks\[0\] is 3: it must be text": ["tasks: [3]"],
         "unknown task; did you mean 'nanochat_demo_facts'": ["tasks: [nanochat_gsm8k, nanochat_demo_fact]"],
         "words is null: SpellingBee": ["tasks: [nanochat_chatcore]\ndataset: [{dataset: primer}]"],
         r"\[1\] is 'stf': it must be base, mid, sft, rl or dpo; did you mean 'sft'": ["chat_stages: [mid, stf]"],
         "sft is named twice": ["chat_stages: [sft, sft]"],
         "nanochat_demo is named twice": ["tasks: [nanochat_demo, nanochat_demo]"],
-        "it needs a temperature": ["num_samples: 2"],
-        "auto, float32 or bfloat16": ["dtype: float12"],
+        "it needs a temperature": ["num_samples: 2"], "auto, float32 or bfloat16": ["dtype: float12"],
         COUNT: ["max_per_task: 0", "limit: 0", "batch_tokens: 0"],
         BATCH: ["batch_size: 1e15"],
         TEXT: ["bpb_tokens: 1e15"],
@@ -111,6 +107,7 @@ KEYS = {
 }  # fmt: skip
 
 CONFIG = "--config {root}/recipes/cpu-demo/"
+slow = partial(pytest.param, marks=pytest.mark.slow)
 COMMANDS = [
     ("pretrian", "no command 'pretrian'; did you mean 'pretrain'"),
     ("grpo", "no command 'grpo'; did you mean 'rl'"),
@@ -139,26 +136,19 @@ COMMANDS = [
     ("run cpu-demo --run-dir {run} --sync hf://me/x/y", "no repo name"),
     ("run cpu-demo --run-dir {run} --sync s3://", "no URL, as s3://bucket/folder"),
     ("run cpu-demo --run-dir {run} --sync file:///", "as file:///mnt/runs"),
-    *(
-        (
-            f"run cpu-demo --run-dir {{run}} --sync {kind}://example.com/runs",
-            "nothing can be written to a web page or ar",
-        )
-        for kind in ("https", "github", "zip", "data", "simplecache")
-    ),
+    *((f"run cpu-demo --run-dir {{run}} --sync {kind}://x.com/runs", "nothing can be written to a web page")
+      for kind in ("https", "github", "zip", "data", "simplecache")),
     ("run cpu-demo --run-dir {run} --sync local://runs", "as file:///mnt/runs"),
     (f"pretrain {CONFIG}base.yaml", "name a recipe, as in nanochat pretrain d12, or --config YAML and --run-dir DIR"),
     (f"pretrain cpu-demo {CONFIG}base.yaml", "name a recipe, .* or --config YAML"),
     ("midtrain d12", "recipe d12 has no stage 'mid'; known: tokenizer, base, sft"),
     ("dpo cpu-demo", "no stage 'dpo'; .*; d12 has one: copy its dpo.yaml, or run that with --run-dir$"),
-    ("pretrain d25", "take d24, the nearest one"),
     ("pretrain d12 base.depth=3", "keys of one stage are flags: --depth=3$"),
     ("sft cpu-demo --run-dir {run}", "starts from a finished earlier stage"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --dataset {{here}} --dry-run", "has no .parquet or .jsonl files"),
     ("report --collection =runs/x", "--collection expects REPO=RUN"),
     ("run cpu-demo --run-dir /dev/null --dry-run", "--run-dir: '/dev/null': /dev/null is no folder"),
     (f"pretrain {CONFIG}base.yaml --run-dir /dev/null/x/y --dry-run", "/dev/null is no folder"),
-    ("push --run-dir x --repo you/x --language xx-YY-zz-9", "no ISO code, as en or pt-BR"),
     ("push --run-dir x --repo you/x --language en,e1", "no ISO code, as en or pt-BR"),
     ("convert --source {here} --output {here}/a/b", "lies inside of .*: choose a folder beside it"),
     ("pretrain --config {here}/none.yaml --run-dir {run}", "cannot read .*none.yaml: No such file"),
@@ -166,7 +156,6 @@ COMMANDS = [
     (f"pretrain {CONFIG}sft.yaml --run-dir {{run}}", "unknown key 'mixture'"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --stage rl", "--stage: 'rl': it must be mid or sft"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --eval {{here}}/none.yaml", "cannot read .*none.yaml"),
-    (f"sft {CONFIG}sft.yaml --run-dir {{run}}", "starts from a finished earlier stage"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --model {{here}}", "it has no tokenizer.json"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages bas", r"--stages: \[0\] is 'bas': it must be base, mid"),
     ("speedrun --recipe cpu-dmo --run-dir {run}", "no recipe 'cpu-dmo'.*did you mean 'cpu-demo'"),
@@ -177,11 +166,9 @@ COMMANDS = [
     ("speedrun --recipe cpu-demo --run-dir {run} depth=3", "expected STAGE.KEY=VALUE, .*, got 'depth=3'"),
     ("speedrun --recipe cpu-demo --run-dir {run} base.depth=", "base.depth is"),
     ("speedrun --recipe cpu-demo --run-dir {run} rl.max_new_tokens=128", "rl.max_new_tokens is 128.*base.max_seq_len"),
-    ("speedrun --recipe cpu-demo --run-dir {run} --repo me/x", "push_every and --repo go together"),
     ("speedrun --recipe cpu-demo --run-dir {run} --hourly-rate cheap", "it must be a number from 0 to"),
     ("run cpu-demo --config-file multigpu", "no Accelerate config file multigpu; did you mean 'multi_gpu'"),
     ("run cpu-demo --run-dir {run} --num-processes 64", "64 processes need 64 GPUs, and this machine has"),
-    ("run cpu-demo --config-file cpu --num-processes 2", "one process would start, not 2: name --config-file multi"),
     ("run cpu-demo --submit", "--submit is for a job: name --job"),
     ("run cpu-demo --gpu H100", "--gpu is for a job"),
     ("run d24 --job k8s", "--job: 'k8s': it must be hf, sky or slurm"),
@@ -197,7 +184,6 @@ COMMANDS = [
     ("run d24 --job sky --gpu H300", "no estimate for H300; give --hours"),
     ("run d24 --job slurm --gpus 12", "12 GPUs are no whole nodes"),
     ("run d24 --job sky --submit", "the run folder is lost with the machine: add --sync"),
-    ("run d25 --job sky", "take d24, the nearest one, with base.depth=25"),
     ("run d24 --job sky --hours 3 --gpu H100:{{}}", "--gpu: .*: it must be text that matches"),
     ("run d24 --job hf --image $(id)", "--image: .*: it must be text that matches"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --dry", "did you mean '--dry-run'"),
@@ -234,11 +220,11 @@ COMMANDS = [
     ("push --run-dir {here} --repo a/b", "no finished stage with a model"),
     ("convert --source {here} --output {here}/out --to gguf", "it must be hf, native or nanochat"),
     ("convert --source {here}/none --output {here}/out", "."),
-    ("report", "name one run with --run-dir, or two with --compare"),
-    ("report --compare a", "expected 2 arguments"),
+    ("report", "name one run with --run-dir, or two or more with --compare"),
+    ("report --compare a", "a comparison needs two runs or more"),
+    ("compare a --output b", "a comparison needs two runs or more"),
     ("report --row --compare a b", "--row and --node-hourly-rate are for one run"),
     ("identity --identity x --output y --split test --endpoint http://127.0.0.1:9", "leave one of them out"),
-    ("report --collection x", "expects REPO=RUN"),
     ("report --run-dir {here}", "holds no finished stage"),
     ("chat --run-dir {root}/README.md", "cannot read .*README.md/base/metrics.json: Not a directory$"),
     ("identity --identity {root}/recipes/identity.yaml --output {here}/out.jsonl --split dev", "train or test"),
@@ -248,10 +234,7 @@ COMMANDS = [
     ("plan", "name a recipe"),
     ("run --dry-run base.depth=4", "name a recipe"),
     ("demo --recipe d12", "--recipe is given twice"),
-    (
-        "plan cpu-demo sft.num_epochs=1",
-        "sft.num_epochs is not used, as num_iterations is 300: give sft.num_iterations=-1",
-    ),
+    ("plan cpu-demo sft.num_epochs=1", "sft.num_epochs is not used, as num_iterations is 300: give sft.num_iterat"),
     ("plan d12 base.num_iterations=5 base.target_param_data_ratio=8", "not used, as num_iterations is 5: give base"),
     ("plan d12 base.num_iterations=1 base.target_flops=1e18", "base.target_flops is not used, as num_iterations is 1"),
     ("plan d12 base.target_flops=1e18 base.target_param_data_ratio=8", "not used, as target_flops is 1e.18"),
@@ -265,29 +248,15 @@ COMMANDS = [
     ("run cpu-demo base.depth=12 base.depth=16 --dry-run", "base.depth is given twice"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --depth 4 --depth=5", "--depth is given twice"),
     (f"sft {CONFIG}sft.yaml --run-dir {{run}} --lora-rank 4 --lora-r 8", "lora_r is named twice"),
-    pytest.param(
-        f"eval {CONFIG}eval.yaml --run-dir {{run}} --tasks [nope] --dry-run",
-        "unknown task 'nope'",
-        marks=pytest.mark.slow,
-    ),  # reads all of lm-eval's
-    (
-        "speedrun --recipe cpu-demo --run-dir {run} --stages tokenizer,sft",
-        "'sft' starts from a finished earlier stage",
-    ),
-    (
-        "speedrun --recipe cpu-demo --run-dir {run} --stages tokenizer,mid",
-        "'mid' starts from a finished earlier stage",
-    ),
+    slow(f"eval {CONFIG}eval.yaml --run-dir {{run}} --tasks [nope] --dry-run", "unknown task 'nope'"),  # of 14,000
+    ("speedrun --recipe cpu-demo --run-dir {run} --stages tokenizer,sft", "'sft' starts from a finished earlier"),
     ("speedrun --recipe cpu-demo --run-dir {run} --stages base", "has no finished tokenizer"),
     ("env x", "unrecognized arguments: x"),
     ("push --run-dir {here} --repo a/b --license M,IT --dry-run", "--license: 'M,IT': no license"),
     ("push --run-dir {here} --repo a/b --with mlx,mlx --dry-run", "mlx is named twice"),
     ("push --run-dir {here} --repo a/b --language english --dry-run", r"--language: \[0\] is 'english': no ISO code"),
     ("push --run-dir {here} --repo a/b --revision a..b --dry-run", "--revision: 'a..b': no name of a branch"),
-    (
-        "push --run-dir {here} --repo a/b --language multilingual,code --license llama3.1 --revision refs/pr/1",
-        "no finished stage",
-    ),
+    ("push --run-dir {here} --repo a/b --language code --license llama3.1 --revision refs/pr/1", "no finished stage"),
     ("pretrain cpu-demo --run-dir {run} --model {here} --dry-run", "no model in .*here"),
     ("run d12 --dry-run base.dataset=primer:fact", "no such dataset: primer:fact"),
     ("plan d12 base.dataset={here}", "here has no .parquet or .jsonl files"),
@@ -299,29 +268,22 @@ COMMANDS = [
     ("eval cpu-demo --run-dir {run} --chat_data {root}/README.md --dry-run", "chat_data: no folder .*README.md"),
     ("rl cpu-demo --run-dir {run} --dataset {here} --dry-run", "here has no .parquet or .jsonl files"),
     ("recipes --copy d24 {here}", "exists already: choose another folder"),
-    (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --dataset none --dry-run", "no such dataset: none is no file"),
     ("run cpu-demo eval.core_bundle=none --dry-run", "none is no CORE bundle"),
     ("run d12 --run-dir {run} base.push_every=5", "base.push_every and --repo go together"),
     ("run d12 --run-dir {run} --hours 3", "--hours is for a job: name --job"),
     ("report --compare {here} {here} --hourly-rate 0", "are for one run"),
     ("chat --model {here} --stage sft", r"name what to talk to .*: --run-dir"),
     ("export --model {here} --to mlx --outtype f16 --output {here}/x", "--outtype and --allow-inexact are for --to"),
-]
+]  # fmt: skip
 
 FILES = [  # content of base.yaml
-    (b"- 1", "must be a mapping"),
-    (b"a: [", "is not valid YAML"),
-    (b"depth: 2026-13-45", "is not valid YAML"),
-    (b"a: !!python/object:os.system x", "is not valid YAML"),
-    (b"fp8: !!bool perhaps", "is not valid YAML"),
-    (b"depth: !!timestamp x", "is not valid YAML"),
-    (b"dataset: \xff\xfe", "is not UTF-8"),
-    (b"dataset: \x00", "is not valid YAML"),
-    (b"[" * 1000, "is not valid YAML"),
-    (b'dataset: "a\\nb"', "printable characters"),
-    (b"dataset: [{dataset: a, dataset: b}]", "occurs twice"),
+    (b"- 1", "must be a mapping"), (b"a: [", "is not valid YAML"), (b"depth: 2026-13-45", "is not valid YAML"),
+    (b"a: !!python/object:os.system x", "is not valid YAML"), (b"fp8: !!bool perhaps", "is not valid YAML"),
+    (b"depth: !!timestamp x", "is not valid YAML"), (b"dataset: \xff\xfe", "is not UTF-8"),
+    (b"dataset: \x00", "is not valid YAML"), (b"[" * 1000, "is not valid YAML"),
+    (b'dataset: "a\\nb"', "printable characters"), (b"dataset: [{dataset: a, dataset: b}]", "occurs twice"),
     (b'dataset: "\\ud800"', "is not valid YAML: .*surrogates not allowed"),
-]
+]  # fmt: skip
 
 METRICS = {b'{"finished": ': "chat", b"[1]": "serve", b"": "report", b"\xff\xfe{": "chat", b"[" * 100_000: "report"}
 
@@ -339,10 +301,8 @@ def refuse(tmp_path, monkeypatch, capsys):
 
     def check(words: list[str], message: str):
         places = {"run": tmp_path / "run", "here": here, "root": ROOT}
-        words = [
-            word.format(**places) if "{{" in word or re.search(r"\{(run|here|root)\}", word) else word
-            for word in words
-        ]
+        named = re.compile(r"\{(run|here|root)\}|\{\{")
+        words = [word.format(**places) if named.search(word) else word for word in words]
         before = files_below(tmp_path)
         with pytest.raises(SystemExit) as caught:
             guarded(lambda: cli.dispatch(None, words))
@@ -426,18 +386,15 @@ def test_a_metrics_json_of_another_shape(refuse, stage, keys, message):
 
 
 IDENTITIES = [
-    ("- a", "must be a mapping"),
-    ("name: A", "needs a name and an owner"),
-    ("name: [", "not valid YAML"),
-    ("{name: A, owner: B, job: C}", "unknown key 'job'"),
+    ("- a", "must be a mapping"), ("name: A", "needs a name and an owner"), ("name: [", "not valid YAML"),
+    ("{name: A, owner: B, job: C}", "unknown key 'job'"), ("{name: 5, owner: B}", "name is 5: it must be text"),
     ('{name: "\\ud800", owner: B}', "surrogates not allowed"),
-    ("{name: 5, owner: B}", "name is 5: it must be text"),
     ("{name: A, owner: B, language: xx}", "language is 'xx': it must be en or ko"),
     ("{name: A, owner: B, facts: [{ask: x}]}", r"facts\[0\] needs a say"),
     ("{name: A, owner: B, facts: [{ask: x, say: []}]}", r"facts\[0\].say is \[\]: it must be text"),
     ("{name: A, owner: B, styles: [loud]}", r"styles\[0\] is 'loud': it must be {before, after}"),
     ("{name: A, owner: B, styles: [{befor: x}]}", r"unknown key 'befor' in styles\[0\]; did you mean 'before'"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text,message", IDENTITIES)

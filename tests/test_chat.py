@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -19,18 +21,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from nanochat_hf.errors import InputError
-from nanochat_hf.serve import StreamChunk
+from nanochat_hf.serve import StreamChunk, terminal_chat
 from nanochat_hf.serve.engine import Engine
-from nanochat_hf.serve.terminal_chat import (
-    Chat,
-    LocalModel,
-    Options,
-    RemoteModel,
-    Screen,
-    messages_of,
-    with_piped,
-    without_tools,
-)
+from nanochat_hf.serve.terminal_chat import Chat, LocalModel, Options, RemoteModel, messages_of, with_piped
 
 ROOT = Path(__file__).parent.parent
 
@@ -131,7 +124,7 @@ def test_an_answer_that_grew_looks_like_one_drawn_at_once(text):
 
 def test_the_newest_lines_of_a_block_taller_than_the_window_are_in_view():
     console = Console(file=io.StringIO(), width=40, height=12, force_terminal=True)
-    screen = Screen(console)
+    screen = terminal_chat.Screen(console)
     for chunk in words("```\n" + "".join(f"row {i}\n" for i in range(30))):
         screen.show(chunk)
     assert "   row 29" in on_a_terminal(console.file.getvalue(), 12)
@@ -190,16 +183,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
 
 
 @pytest.mark.parametrize("line,reply", [
-    ("/help", "/save FILE"),
-    ("/tmep 0.5", "did you mean '/temp'"),
+    ("/help", "/save FILE"), ("/tmep 0.5", "did you mean '/temp'"),
     ("/temp hot", "temperature is 'hot': it must be a number from 0 to 5"),
     ("/temp 0.25", "temperature=0.25 top_k=50"),
     ("/set top_k=3 seed=7", "top_k=3 top_p=1.0 max_new_tokens=120 seed=7"),
-    ("/set top_k 3", "temperature=0.0 top_k=3"),
-    ("/set tempreature=1", "did you mean 'temperature'"),
-    ("/retry", "nothing was asked yet"),
-    ("/system", "(none)"),
-    ("/save", "say where"),
+    ("/set top_k 3", "temperature=0.0 top_k=3"), ("/set tempreature=1", "did you mean 'temperature'"),
+    ("/retry", "nothing was asked yet"), ("/system", "(none)"), ("/save", "say where"),
     ("/save /dev/null/x", "cannot write"),
 ])  # fmt: skip
 def test_commands_answer_in_one_line(chat, line, reply):
@@ -215,6 +204,7 @@ def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path):
     chat.ask("What is 5 + 6?")
     chat.command(f"/save {tmp_path}/talk.json")
     assert json.loads((tmp_path / "talk.json").read_text())["messages"] == chat.messages
+    assert "4 messages written to" in shown(chat)
     chat.command("/reset")
     assert chat.messages == []
     chat.ask("Hello")
@@ -222,6 +212,15 @@ def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path):
     assert chat.messages == [] and chat.system == "Be kind."
     chat.ask("Hello")  # the system message goes along without being remembered as a turn
     assert chat.messages[0] == {"role": "user", "content": "Hello"}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_wrong_command_ends_a_pipe_and_is_told_on_a_terminal(monkeypatch, terminal):
+    chat = Chat(Script([StreamChunk("b")]), Options(), console=Console(file=io.StringIO(), force_terminal=terminal))
+    monkeypatch.setattr("builtins.input", Mock(side_effect=[" a ", "/nosuch", "c", EOFError]))
+    with nullcontext() if terminal else pytest.raises(InputError, match="no command /nosuch"):
+        chat.run()
+    assert chat.model.prompts == [["a"], ["a", "b", "c"]][: 1 + terminal]
 
 
 def test_a_retry_replaces_the_last_answer_and_keeps_it_where_there_is_no_new_one():
@@ -264,7 +263,7 @@ def test_a_result_without_a_call_is_only_text_and_other_servers_get_no_calls():
     call, last = messages_of([StreamChunk("1", "call"), *chunks])
     assert call["tool_calls"] and last == {"role": "assistant", "content": "So 7!"}
     pieces = [StreamChunk("Let me see. "), StreamChunk("1+1", "call"), StreamChunk("2", "result"), StreamChunk("Two.")]
-    assert without_tools(messages_of(pieces)) == [{"role": "assistant", "content": "Let me see. Two."}]
+    assert terminal_chat.without_tools(messages_of(pieces)) == [{"role": "assistant", "content": "Let me see. Two."}]
 
 
 class Replies:

@@ -5,12 +5,7 @@ from itertools import groupby
 
 import pytest
 from jinja2.exceptions import TemplateError
-from trl.chat_template_utils import (
-    has_generation_markers,
-    is_chat_template_prefix_preserving,
-    is_chat_template_stop_token_trained,
-    supports_tool_calling,
-)
+from trl import chat_template_utils
 
 from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, assistant_mask, train_bpe
 
@@ -109,14 +104,11 @@ def conversations(reply):
     part, called = {"type": "text", "text": reply}, call(f"'{reply}'")
     ran = [{"type": "python", "text": f"'{reply}'"}, {"type": "python_output", "text": reply}]
     turns = [
-        [assistant(reply), user(reply), assistant(reply)],
-        [assistant(reply, called), tool(reply), assistant(reply)],
+        [assistant(reply), user(reply), assistant(reply)], [assistant(reply, called), tool(reply), assistant(reply)],
         [assistant(reply, call("1"), called), tool(reply), tool(reply), assistant(reply)],
         [assistant("", called), tool(reply), assistant("", call("1")), tool("1"), assistant()],
-        [assistant([part, *ran, part, *ran, part, part])],
-        [assistant([*ran, *ran])],
-        [assistant(reply, called)],
-    ]
+        [assistant([part, *ran, part, *ran, part, part])], [assistant([*ran, *ran])], [assistant(reply, called)],
+    ]  # fmt: skip
     return [[user(reply), *turn] for turn in turns]
 
 
@@ -131,10 +123,10 @@ def test_the_mask_holds_all_bytes_of_a_last_character(tokenizer, reply):
 
 
 def test_trl_can_train_with_the_template(tokenizer):
-    assert supports_tool_calling(tokenizer)
-    assert is_chat_template_prefix_preserving(tokenizer)
-    assert is_chat_template_stop_token_trained(tokenizer)
-    assert has_generation_markers(tokenizer.chat_template)
+    assert chat_template_utils.supports_tool_calling(tokenizer)
+    assert chat_template_utils.is_chat_template_prefix_preserving(tokenizer)
+    assert chat_template_utils.is_chat_template_stop_token_trained(tokenizer)
+    assert chat_template_utils.has_generation_markers(tokenizer.chat_template)
 
 
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
@@ -213,18 +205,16 @@ STEP, PADDING = [{"call": "6*7", "result": "42"}], "<|assistant_end|><|bos|><|bo
 @pytest.mark.parametrize(
     ("reply", "content", "rest"),
     [
-        (f"Hello.{PADDING}", "Hello.", {}),
-        (f"{CALL}{RESULT}It is 42.{PADDING}", "It is 42.", {"tool_steps": STEP}),
+        (f"Hello.{PADDING}", "Hello.", {}), (f"{CALL}{RESULT}It is 42.{PADDING}", "It is 42.", {"tool_steps": STEP}),
         ("Hello.<|assistant_end|>Never<|assistant_end|>stopped", "Hello.", {}),
-        (f"Hello.<|bos|>{CALL}{RESULT}", "Hello.", {}),
-        ("Hello.<|user_start|>And you?", "Hello.", {}),
+        (f"Hello.<|bos|>{CALL}{RESULT}", "Hello.", {}), ("Hello.<|user_start|>And you?", "Hello.", {}),
         ("5-5<|python_end|> is<|python_end|> 0", "5-5 is 0", {}),
         (f"I compute:{CALL}{PADDING}", "I compute:", {"tool_calls": [call("6*7")]}),
         (f"<|python_start|>6*7{PADDING}", "", {"tool_calls": [call("6*7")]}),
         (f"{CALL}<|output_start|>42{PADDING}", "", {"tool_steps": STEP}),
         (f"{CALL.replace('6*7', '1<2')}{RESULT}Yes.", "Yes.", {"tool_steps": [{**STEP[0], "call": "1<2"}]}),
     ],
-)
+)  # fmt: skip
 def test_a_content_ends_at_the_first_end_mark_and_holds_no_marks(tokenizer, reply, content, rest):
     parsed = tokenizer.parse_response(reply, prefix="<|assistant_start|>")
     assert parsed == {"role": "assistant", "content": content, **rest}

@@ -126,9 +126,7 @@ def test_weights_that_are_not_finite_are_not_saved_and_push_nothing_out(training
     assert names(tmp_path) == ["step_000001"]
 
 
-def test_the_optimizer_state_continues_in_another_stage_by_name_and_in_float32(
-    training, tiny_config, tmp_path, monkeypatch
-):
+def test_optimizer_state_continues_in_another_stage_by_name_in_float32(training, tiny_config, tmp_path, monkeypatch):
     model, optimizer = training
     monkeypatch.setattr(checkpoint, "LARGE", 1000)
     checkpoint.save_optimizer_state(tmp_path / "optimizer.pt", model, optimizer)

@@ -129,9 +129,7 @@ def test_every_prediction_equals_the_slow_reference(lively_model, tokenizer, bun
     assert len(ours) == limit
 
 
-def test_an_incomplete_bundle_is_labelled_and_its_errors_are_those_of_centered_accuracies(
-    lively_model, tokenizer, bundle
-):
+def test_an_incomplete_bundle_is_labelled_and_its_errors_are_those_of_centered_ones(lively_model, tokenizer, bundle):
     """The error of a task is sqrt(p (1 - p) / (n - 1)), that of a mean of zeros and ones, over 1 - baseline."""
     result = core(lively_model, tokenizer, bundle, 20)
     assert (result["label"], result["tasks"], len(result["missing"])) == ("3/22 tasks", "3/22", 19)
@@ -210,10 +208,7 @@ def test_the_lm_eval_cli_gives_the_same_numbers(lively_model, tokenizer, bundle,
         model_args={"pretrained": metadata["pretrained"], "dtype": "float32", **length},
         tasks=[f"nanochat_core_{label}" for label in KINDS],
         task_manager=TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata),
-        device="cpu",
-        batch_size=3,
-        limit=15,
-        bootstrap_iters=0,
+        **{"device": "cpu", "batch_size": 3, "limit": 15, "bootstrap_iters": 0},
     )["results"]
     for label, row in result["per_task"].items():
         assert cli[f"nanochat_core_{label}"]["acc,none"] == row["acc"]
@@ -269,10 +264,8 @@ def test_core_files_say_what_the_bundle_says():
 
 
 ROOF, NORMANS, KITTEN = (
-    "He sits on a roof. he",
-    "Question: In what centuries?\nAnswer: ",
-    "Question: What color?\nAnswer:",
-)
+    "He sits on a roof. he", "Question: In what centuries?\nAnswer: ", "Question: What color?\nAnswer:",
+)  # fmt: skip
 HELLASWAG = {"query": ROOF, "choices": ["is using wrap.", "starts."], "gold": 1}
 SQUAD = {"context": NORMANS, "continuation": "10th and 11th"}
 COQA = {"context": KITTEN, "continuation": "white"}
@@ -368,9 +361,7 @@ def test_the_bundle_is_fetched_once_with_progress_and_its_checksum_kept(core_bun
     [("cut", "damaged"), ("changed byte", "damaged"), ("missing", "cannot download")]
     + [("no core.yaml", "is no CORE bundle"), ("bomb", r"unpacks to 0\.020 GB, so")],
 )
-def test_a_damaged_download_is_one_clear_line_and_leaves_nothing(
-    core_bundle, published, tmp_path, monkeypatch, harm, words
-):
+def test_a_damaged_download_is_one_line_and_leaves_nothing(core_bundle, published, tmp_path, monkeypatch, harm, words):
     whole = published.read_bytes()
     half = len(whole) // 2
     changed = {"cut": whole[:half], "changed byte": whole[:half] + b"y" + whole[half + 1 :]}

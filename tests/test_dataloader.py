@@ -141,9 +141,7 @@ def saved_and_loaded(state):
 
 @pytest.mark.parametrize("packing_strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_ranks_share_the_rows_of_one_rank_whatever_the_threads(
-    folder, tokenizer, monkeypatch, world_size, packing_strategy
-):
+def test_ranks_share_the_rows_of_one_in_any_threads(folder, tokenizer, monkeypatch, world_size, packing_strategy):
     settings = {"packing_strategy": packing_strategy, "batch_size": 1}
     alone = np.concatenate(list(islice(loader(folder, tokenizer, **settings), 60)))
     assert alone.shape == (60, 33) and alone.dtype == np.int32 and (alone[:, 0] == tokenizer.bos_token_id).all()
@@ -169,9 +167,7 @@ def test_a_resumed_loader_gives_the_batches_that_would_have_come(folder, tokeniz
 @pytest.mark.parametrize(
     ("before", "after", "batch_size", "mixed"), [(1, 4, 3, True), (4, 1, 1, False), (4, 2, 1, True), (2, 4, 3, False)]
 )
-def test_a_run_resumes_on_another_number_of_ranks_without_losing_or_repeating_a_row(
-    folder, tokenizer, before, after, batch_size, mixed
-):
+def test_a_run_resumes_on_other_ranks_without_loss_or_repetition(folder, tokenizer, before, after, batch_size, mixed):
     folder = [{"dataset": str(folder), "weight": 3}, {"dataset": "primer"}] if mixed else folder
     alone = np.concatenate(list(islice(loader(folder, tokenizer, batch_size=1, num_shards=8), 64)))
     ranks = [loader(folder, tokenizer, rank, before, batch_size=batch_size, num_shards=8) for rank in range(before)]

@@ -207,10 +207,8 @@ def compare(device: str, steps: int) -> None:
     """The same slots through `plain_step` and `fast_step`: greedy, nucleus, top-k, forced tokens, a free slot."""
     shape = {"vocab_size": 192, "hidden_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 192}
     second = {"num_tokens": 150, "num_attention_heads": 4, "head_dim": 32, "num_key_value_heads": 2}
-    configs = (
-        NanoChatConfig(**shape, **second, sliding_window=9),
-        NanoChatConfig.first_generation(**shape, num_attention_heads=3),
-    )
+    first = {"num_attention_heads": 3}
+    configs = (NanoChatConfig(**shape, **second, sliding_window=9), NanoChatConfig.first_generation(**shape, **first))
     cases = ((configs[0], 96, 4, 4), (configs[1], 1, 4, 4), (configs[0], 96, 1, 4), (configs[0], 96, 4, 0))
     for config, processors, slots, fused_slots in cases:  # with and without splitting the keys, and fused kernels
         fused_decode.MAX_SLOTS = fused_slots

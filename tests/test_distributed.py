@@ -239,12 +239,10 @@ def test_zero_trains_sft_like_one_rank_and_leaves_a_folder_that_loads(chat, conf
 
 DPO = {"do": "dpo", "examples_per_step": 8, "num_eval_pairs": 8, "num_iterations": 6, "init_lr_frac": 0.02}
 MATRIX = {  # (stage, Accelerate config file): columns of the history that two ranks have as one
-    ("sft", "multi_gpu"): ("train_loss", "val_loss", "grad_norm"),
-    ("sft", "fsdp2"): ("train_loss", "val_loss"),
-    ("rl", "multi_gpu"): ("train_loss", "grad_norm", "reward"),
-    ("dpo", "multi_gpu"): ("train_loss", "grad_norm"),
+    ("sft", "multi_gpu"): ("train_loss", "val_loss", "grad_norm"), ("sft", "fsdp2"): ("train_loss", "val_loss"),
+    ("rl", "multi_gpu"): ("train_loss", "grad_norm", "reward"), ("dpo", "multi_gpu"): ("train_loss", "grad_norm"),
     ("lora", "multi_gpu"): ("train_loss", "grad_norm"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.slow

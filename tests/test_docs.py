@@ -12,7 +12,7 @@ import shlex
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -36,12 +36,9 @@ MONTHS = [datetime.date(2000, month, 1).strftime("%B") for month in range(1, 13)
 NEEDS = ("a GPU", "the Hub", "a trained model", "a running server", "bitsandbytes")
 SHELL = set("cd cp curl docker git hf npx nvidia-smi pip pytest sky source vllm".split())  # noqa: SIM905  (not parsed)
 PLACEHOLDERS = {
-    "configs/accelerate/X.yaml": "configs/accelerate/cpu.yaml",
-    "DOLLARS": "24",
-    "NAME_OR_PATH": "cpu-demo",
-    "STAGE.KEY=VALUE": None,
-    "...": None,
-}
+    "configs/accelerate/X.yaml": "configs/accelerate/cpu.yaml", "DOLLARS": "24", "NAME_OR_PATH": "cpu-demo",
+    "STAGE.KEY=VALUE": None, "...": None,
+}  # fmt: skip
 
 
 def name_of(page: Path) -> str:
@@ -92,9 +89,7 @@ def test_the_site_lists_every_page_once():
     assert len(listed) == len(set(listed)) and set(listed) <= set(map(name_of, PAGES))
     missing = set(map(name_of, PAGES)) - set(listed) - {"docs/cloud.md"}
     assert not missing, f"mkdocs.yml: nav lacks {sorted(missing)}"
-    files = {file for name in listed if (ROOT / (file := name.replace("README.md", "index.html"))).is_file()} - {
-        *listed
-    }
+    files = {x for name in listed if (ROOT / (x := name.replace("README.md", "index.html"))).is_file()} - {*listed}
     hidden = [file for file in files if f"\n  {file}\n" not in text.partition("\nexclude_docs:")[2]]
     assert not hidden, f"mkdocs takes {hidden} in place of a page: exclude_docs must name it"
 
@@ -123,6 +118,67 @@ def test_the_works_with_page_is_its_table_and_names_tests_that_exist():
     for row in (row for rows in yaml.safe_load(script["TABLE"].read_text()).values() for row in rows):
         assert set(row) == set(script["FIELDS"]) and re.match(r"(tested|ran): .|(read|not run)$", row["shown"]), row
         assert all((ROOT / name).is_file() for name in re.findall(r"tests/\w+\.py", row["shown"])), row["shown"]
+
+
+# --- figures
+
+SOURCES = re.compile(r"RESULTS\.md|experiments/[\w-]+\.md|results/|#time-and-cost")
+SPEED = r"tok/s|tokens/s|(?:tokens|answers) per second|GiB|kWh|times"
+NUMBER = r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?|\.\d+)([KMB]?)(?![\w.,]*\d)"
+FIGURE = re.compile(
+    rf"{NUMBER} (?:{SPEED}|MB|ms)\b|bpb {NUMBER}|\${NUMBER}"
+    rf"|\b(?:took|takes?) (?:about )?(?:[\d.]+ to )?{NUMBER} (?:s|min|h|hours|minutes)\b"
+)
+HEAD = re.compile(rf"{SPEED}|\b(?:bpb|GPU-hours|cost|MB|ms|RL)\b|, s\b")  # of a column or row of figures
+LETTERS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
+
+
+def figures_of(page: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """Section -> its figures with a unit, also those of a table's columns and rows, and the links beside them."""
+    sections, figures, links, head, row = {}, [], [], [], []
+    for before, token in pairwise(parse(page.read_text())):
+        text = "".join(child.content if child.type == "text" else " " for child in token.children or ())
+        if before.type == "heading_open":
+            figures, links = sections.setdefault(token.content, ([], []))
+        elif before.type == "th_open":
+            head = [*head, text] if row else [text]
+        elif before.type == "td_open":
+            is_figure = HEAD.search(head[len(row)]) or (row and HEAD.search(row[0]))
+            figures += ["".join(match) for match in re.findall(NUMBER, text)] if is_figure else []
+        elif token.type == "inline":
+            figures += ["".join(match) for match in FIGURE.findall(text)]
+        row = [] if token.type == "tr_open" else [*row, text] if token.type == "inline" else row
+        links += [child.attrs["href"] for child in token.children or () if "href" in child.attrs]
+    return sections
+
+
+def values_of(text: str) -> list[tuple[float, float]]:
+    """(value, half a unit of its last digit) of the numbers in a text, "121.9K" as 121,900 and 50."""
+    numbers = [(digits.replace(",", ""), LETTERS[letter]) for digits, letter in re.findall(NUMBER, text)]
+    return [(float(digits) * size, 0.501 * size / 10 ** len(digits.partition(".")[2])) for digits, size in numbers]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=name_of)
+def test_every_figure_links_to_a_record_that_has_it(page):
+    """In the same section; a figure of three digits or more is in the linked file, rounded or not."""
+    for section, (figures, links) in figures_of(page).items():
+        files = [page.parent / link.partition("#")[0] for link in links if SOURCES.search(link)]
+        assert files or not figures, f"{section}: {figures} and no link to RESULTS.md or an experiment"
+        records = [value for file in files for value, _ in values_of((file if file.name else page).read_text())]
+        long = [figure for figure in figures if len(re.sub(r"^[0.]+|\D", "", figure)) > 2]
+        lost = [f for f in long for value, half in values_of(f) if not any(abs(value - k) <= half for k in records)]
+        assert not lost, f"{section}: {lost} are not in {sorted({file.name for file in files})}"
+
+
+def test_a_figure_without_a_record_is_found(tmp_path):
+    (tmp_path / "RESULTS.md").write_text("121,948 tok/s, 2.7 s")
+    link, table = "[row](RESULTS.md)", "| what | tok/s |\n|---|---|\n| d24 | 121.8K |\n"
+    for text in ("121.9K tok/s", f"121.8K tok/s {link}", f"{table}\n{link}", "It took 2.7 s.", "$40", "val bpb .5"):
+        (tmp_path / "page.md").write_text(f"# A\n\n{text}\n\n# B\n\n{link}\n")
+        with pytest.raises(AssertionError, match=r"no link|are not in"):
+            test_every_figure_links_to_a_record_that_has_it(tmp_path / "page.md")
+    (tmp_path / "page.md").write_text(f"# A\n\n121.9K tok/s {link}, which took 2.7 s\n")
+    test_every_figure_links_to_a_record_that_has_it(tmp_path / "page.md")
 
 
 # --- commands
@@ -197,13 +253,10 @@ def run_make(words: list[str]) -> None:
 
 
 RUNNERS = {  # program -> what parses its words
-    "nanochat": run_nanochat,
-    "python": run_python,
-    "accelerate": run_accelerate,
-    "make": run_make,
+    "nanochat": run_nanochat, "python": run_python, "accelerate": run_accelerate, "make": run_make,
     "lm_eval": HarnessCLI()._parser.parse_args,
     "sbatch": lambda words: run_nanochat(["speedrun", *words[words.index("recipes/slurm.sh") + 1 :]]),
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -241,14 +294,11 @@ def test_commands_are_accepted_by_the_real_parsers(page, workplace, monkeypatch)
 
 def test_a_wrong_command_is_not_accepted(workplace):
     for line in (
-        "nanochat run d24 base.dept=4",
-        "nanochat run nothing",
-        "nanochat chat --run-dirr x",
+        "nanochat run d24 base.dept=4", "nanochat run nothing", "nanochat chat --run-dirr x",
         "nanochat sft --config recipes/d12/sft.yaml --run-dir x --num-epoch 2",
-        "accelerate launch recipes/speedrun.py --recipe d24 [base.depth=ten ...]",
-        "make nothing",
+        "accelerate launch recipes/speedrun.py --recipe d24 [base.depth=ten ...]", "make nothing",
         "python scripts/bench_gpu.py --nothing",
-    ):
+    ):  # fmt: skip
         program, *words = words_of(line)
         with pytest.raises((InputError, AssertionError)):
             RUNNERS[program](words)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from httpx import Request, Response
 from hub_standin import Repo
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -344,12 +344,10 @@ def test_empty_documents_are_passed_over_and_half_a_surrogate_pair_is_no_charact
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        ("empty", "truncated or no parquet"),
-        ("truncated", "truncated or no parquet"),
-        ("overwritten", "row group 0"),
+        ("empty", "truncated or no parquet"), ("truncated", "truncated or no parquet"), ("overwritten", "row group 0"),
         ("no UTF-8", "row group 0: 'utf-8' codec"),
     ],
-)
+)  # fmt: skip
 def test_a_broken_file_is_named_and_skipped_only_on_request(tmp_path, damage, reason):
     texts, path = [f"{i} " + "word " * 50 for i in range(8)], tmp_path / "0.parquet"
     for number in "012":
@@ -385,10 +383,11 @@ def test_failures_of_the_network_are_tried_again_and_then_named(monkeypatch):
         with pytest.raises(InputError, match=r"file x: failed 6 times.*gone"):
             hub_files.with_retry(Mock(side_effect=ConnectionResetError("gone")), "file x")
     assert delays == [1, 1, 2, 4, 8, 16]
-    for status, calls in ((400, 1), (429, 6), (503, 6)):  # only what may pass
-        answer = Response(status, request=Request("POST", "https://hub"))
-        send = Mock(side_effect=HfHubHTTPError("no", response=answer))
-        with pytest.raises(InputError, match=r"you/small: .*HfHubHTTPError"):
+    fails, gated = (HfHubHTTPError, ".*HfHubHTTPError"), (GatedRepoError, "accept its terms")
+    for status, calls, (kind, says) in ((400, 1, fails), (429, 6, fails), (503, 6, fails), (403, 1, gated)):
+        answer = Response(status, request=Request("POST", "https://hub"))  # again only where it may pass
+        send = Mock(side_effect=kind("no", response=answer))
+        with pytest.raises(InputError, match=f"you/small: {says}"):
             hub_files.with_retry(send, "you/small", str)
         assert send.call_count == calls
 

@@ -86,12 +86,10 @@ def test_a_pair_is_cut_where_its_conversations_differ(tokenizer):
 def test_the_loss_is_on_what_the_assistant_says(tokenizer):
     call = [{"type": "function", "function": {"name": "python", "arguments": '{"expression": "1+1"}'}}]
     chosen = [
-        {"role": "assistant", "content": "So 😊", "tool_calls": call},
-        {"role": "tool", "content": "2"},
-        {"role": "assistant", "content": "Two 好"},
-        {"role": "user", "content": "Really?"},
+        {"role": "assistant", "content": "So 😊", "tool_calls": call}, {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "Two 好"}, {"role": "user", "content": "Really?"},
         {"role": "assistant", "content": "Yes é"},
-    ]
+    ]  # fmt: skip
     earlier = [USER, REPLY, USER]  # what was said before is not learned again
     row = read_pair({"prompt": earlier, "chosen": chosen, "rejected": [REPLY]}, tokenizer, 200)
     prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)

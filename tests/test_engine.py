@@ -159,6 +159,12 @@ def test_a_request_may_come_while_ended_ones_are_taken_out(engine):
     assert engine.drop_cancelled() == [] and len(engine.waiting) == 2
 
 
+def test_an_answer_that_is_cut_inside_a_character_ends_with_its_replacement(engine):
+    ids = engine.generate([engine.encode(user("Hello"))], max_new_tokens=9)[0][0]
+    for size in range(1, 9):
+        assert "".join(engine.stream(user("Hello"), max_new_tokens=size)) == engine.tokenizer.decode(ids[:size])
+
+
 def test_closing_the_stream_frees_the_slot(engine):
     stream = engine.stream(user("Hello"))
     first = next(stream)
@@ -225,6 +231,7 @@ def test_long_conversations_lose_their_oldest_turns_but_not_the_system_message(e
 def test_a_text_far_too_long_is_refused_before_it_is_encoded(engine):
     longest = max(map(len, engine.tokenizer.get_vocab()))
     assert engine.max_chars == engine.length * longest
+    assert engine.encode_text("x" * engine.max_chars)
     with pytest.raises(InputError, match=f"has {engine.max_chars + 1} characters.* of 256 tokens"):
         engine.encode_text("x" * (engine.max_chars + 1))
     word = " " + "\u1f82" * 8  # NFC makes one letter of four characters

@@ -195,9 +195,7 @@ def both(model, tokenizer, task_manager, name, chat):
     return ours, simple_evaluate(model=cli, tasks=[name], **options)
 
 
-def test_bits_per_byte_are_the_same_by_hand_by_our_runner_and_by_the_lm_eval_cli(
-    tmp_path, tiny_folder, tiny_model, tokenizer
-):
+def test_bits_per_byte_are_the_same_by_hand_here_and_by_the_lm_eval_cli(tmp_path, tiny_folder, tiny_model, tokenizer):
     texts = ["The owl lives in the old tree.", "안녕하세요", "word " * 300, " \n"]  # third: too long
     nats = size = 0
     for text in texts[:3]:

@@ -67,6 +67,7 @@ def test_the_file_is_a_qwen3_with_the_same_logits(tmp_path, fields):
     control = [i for i, kind in enumerate(facts["tokenizer.ggml.token_type"]) if kind == 3]  # no text spells these
     assert control == sorted(tokenizer.all_special_ids)
     assert facts["tokenizer.chat_template"] == tokenizer.chat_template and facts["qwen3.context_length"] == 64
+    assert facts["general.quantization_version"] == gguf.GGML_QUANT_VERSION
     assert (tmp_path / "f16" / "Modelfile").read_text().startswith("FROM ./model-F16.gguf\nTEMPLATE")
 
 

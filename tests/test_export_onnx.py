@@ -284,5 +284,8 @@ def test_the_config_has_as_many_tokens_as_the_logits_and_not_the_padded_rows(tok
     from nanochat_hf.export.onnx import write_config  # needs onnxruntime
 
     tokenizer.save_pretrained(tmp_path)
+    for name in ("model.safetensors", "model.safetensors.index.json", "modeling_nanochat.py"):
+        (tmp_path / name).touch()
     write_config(make_model(1, vocab_size=128, num_tokens=100), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 100
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "tokenizer.json", "tokenizer_config.json"}

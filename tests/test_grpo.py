@@ -66,13 +66,10 @@ def graded_batch(trainer) -> dict:
     mask = torch.ones(8, 6, dtype=torch.long)
     mask[0, 4:] = mask[5, 3:] = 0
     return {
-        "prompt_ids": torch.randint(size, (8, 5)),
-        "prompt_mask": torch.ones(8, 5, dtype=torch.long),
-        "completion_ids": torch.randint(size, (8, 6)),
-        "completion_mask": mask,
-        "advantages": rewards - rewards.view(2, 4).mean(1).repeat_interleave(4),
-        "num_items_in_batch": mask.sum(),
-    }
+        "prompt_ids": torch.randint(size, (8, 5)), "prompt_mask": torch.ones(8, 5, dtype=torch.long),
+        "completion_ids": torch.randint(size, (8, 6)), "completion_mask": mask,
+        "advantages": rewards - rewards.view(2, 4).mean(1).repeat_interleave(4), "num_items_in_batch": mask.sum(),
+    }  # fmt: skip
 
 
 def test_primer_prompts_come_with_what_a_grader_needs(tokenizer):

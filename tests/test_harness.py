@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from math import isnan
 from pathlib import Path
 
@@ -13,14 +12,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nanochat_hf import sandbox
-from nanochat_hf import stages as pipeline
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, check_counts, core_metric, definition_of, evaluate
 from nanochat_hf.eval.lm_eval_model import load
 from nanochat_hf.eval.tasks import Tasks
-from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
-from nanochat_hf.train.sft import ChatConfig
+from nanochat_hf.run import load_json, model_fingerprint, save_json
 
 ROOT = Path(__file__).parent.parent
 NUM_QUESTIONS = 6
@@ -283,9 +280,7 @@ def write_copa(folder):
     (folder / "core.yaml").write_text("icl_tasks: []")
 
 
-def test_chatcore_has_one_engine_and_is_nan_where_questions_have_one_answer(
-    tiny_model, tokenizer, tmp_path, monkeypatch
-):
+def test_chatcore_has_one_engine_and_is_nan_if_questions_have_one_answer(tiny_model, tokenizer, tmp_path, monkeypatch):
     Oracle.built = Oracle.synced = 0
     chatcore = chatcore_metric(EvalConfig(tasks=TASKS, batch_size=4), tokenizer, tmp_path, Oracle)
     assert chatcore(tiny_model, 3) == chatcore(tiny_model, 5) == 1.0
@@ -301,22 +296,6 @@ def test_chatcore_has_one_engine_and_is_nan_where_questions_have_one_answer(
         chatcore_metric(EvalConfig(tasks=["nanochat_demo_poetry"]), tokenizer, tmp_path)
     with pytest.raises(InputError, match="none of no tasks is a chat task"):
         chatcore_metric(EvalConfig(tasks=[]), tokenizer, tmp_path)
-
-
-def test_the_pipeline_gives_chatcore_to_sft_and_does_without_where_the_questions_are_missing(
-    tiny_model, tiny_folder, tmp_path, monkeypatch, capsys
-):
-    metrics = []
-    monkeypatch.setattr(pipeline, "train_chat", lambda config, model, output, chatcore: metrics.append(chatcore))
-    monkeypatch.setattr(Run, "latest_model", lambda run, before: tiny_folder)
-    tasks = EvalConfig(tasks=TASKS, max_new_tokens=4)
-    for every, evaluation in ((-1, tasks), (200, tasks), (200, replace(tasks, chat_data="/no/such/folder"))):
-        pipeline.run_stage("sft", ChatConfig(chatcore_every=every), Run(tmp_path), tasks=evaluation)
-    never, chatcore, without = metrics
-    assert never is without is None and 0 <= chatcore(tiny_model, 2) < 1
-    assert "no ChatCORE on the way: chat_data: no folder /no/such/folder" in capsys.readouterr().out
-    with pytest.raises(InputError, match="no folder /no/such/folder"):  # named with --eval
-        pipeline.run_chat(ChatConfig(chatcore_every=200), Run(tmp_path), tasks=evaluation, required=True)
 
 
 @pytest.mark.slow

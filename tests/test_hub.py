@@ -218,15 +218,13 @@ def test_a_space_points_at_the_model_and_is_as_private(hub, run, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stage": "rl"}, "'rl' of .* is not finished; finished: sft"),
-        ({"repo": "small"}, "you/small"),
-        ({"repo": "you/sm all"}, "no repo name"),
-        ({"results": float("nan")}, "run the evaluation again"),
+        ({"stage": "rl"}, "'rl' of .* is not finished; finished: sft"), ({"repo": "small"}, "you/small"),
+        ({"repo": "you/sm all"}, "no repo name"), ({"results": float("nan")}, "run the evaluation again"),
         ({"config": {"report_to": "hf_" + "x" * 34}}, r"metrics\.json contains a token"),
         ({"weights": None, "file": b""}, r"model\.safetensors cannot be read"),
         ({"weights": "0" * 16}, r"are not those that its metrics\.json describes; run stage 'sft' again"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, run, options, message):
     record = {name: options.pop(name) for name in ("config", "weights") if name in options}
     change(run / "sft" / "metrics.json", **record)

@@ -186,9 +186,7 @@ def test_the_command_has_an_endpoint_write_and_leaves_a_file_that_a_recipe_can_n
 
 
 @pytest.mark.slow
-def test_a_model_trained_on_an_identity_says_its_name_when_asked_in_other_words(
-    tiny_folder, tokenizer, tmp_path, fresh_accelerator
-):
+def test_a_model_trained_on_an_identity_says_its_name(tiny_folder, tokenizer, tmp_path, fresh_accelerator):
     (tmp_path / "me.yaml").write_text("{name: Ophelia, owner: the club}")
     mixture = [{"dataset": str(tmp_path / "me.yaml"), "rows": 1000}]
     config = ChatConfig(mixture=mixture, device_batch_size=8, num_iterations=150, matrix_lr=0.05)

@@ -13,15 +13,12 @@ GOOD = b'{"text": "a", "gold": 1}\n'
 @pytest.mark.parametrize(
     "line,reason",
     [
-        (b'{,"text": "a"}', "no JSON: .* at column 2"),
-        (b'{"text": "a", "go', "no JSON"),
-        (b'{"text": "a\xff", "gold": 1}', "no UTF-8 at byte 12"),
-        (b"[1]", "no JSON object"),
-        (b'{"text": "a"}', "no field 'gold'"),
-        (b'{"text": null, "gold": 1}', "'text' is null"),
+        (b'{,"text": "a"}', "no JSON: .* at column 2"), (b'{"text": "a", "go', "no JSON"),
+        (b'{"text": "a\xff", "gold": 1}', "no UTF-8 at byte 12"), (b"[1]", "no JSON object"),
+        (b'{"text": "a"}', "no field 'gold'"), (b'{"text": null, "gold": 1}', "'text' is null"),
         (b'{"text": "a", "gold": "1"}', "'gold' is \"1\""),
     ],
-)
+)  # fmt: skip
 def test_a_damaged_line_is_named_with_its_file_and_number(tmp_path, line, reason):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)

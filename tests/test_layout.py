@@ -53,9 +53,8 @@ def project_imports(path: Path) -> set[str]:
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module or "") if part)
             # `from ..data import primer` names a module, `from ..run import Run` a thing inside one
-            names |= {
-                f"{module}.{n.name}" for n in node.names if (ROOT / module.replace(".", "/") / f"{n.name}.py").exists()
-            }
+            folder = ROOT / module.replace(".", "/")
+            names |= {f"{module}.{n.name}" for n in node.names if (folder / f"{n.name}.py").exists()}
             names.add(module)
     return {name.removeprefix("nanochat_hf.") for name in names if name.startswith("nanochat_hf.")}
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from datetime import timedelta
 from importlib import import_module
+from inspect import signature
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -119,9 +120,7 @@ def test_half_of_the_descriptors_and_at_most_512_are_for_connections(monkeypatch
 
 def test_the_server_listens_where_it_was_told_with_its_limits(monkeypatch):
     configs, ran = [], []
-    monkeypatch.setattr(
-        limits.uvicorn, "Config", lambda *words, **options: configs.append((words, options)) or "config"
-    )
+    monkeypatch.setattr(limits.uvicorn, "Config", lambda *words, **more: configs.append((words, more)) or "config")
     monkeypatch.setattr(limits.uvicorn, "Server", lambda config: SimpleNamespace(run=lambda: ran.append(config)))
     limits.run("app", "::1", 8001)
     [(words, options)] = configs
@@ -155,10 +154,47 @@ SIZES = {  # module -> bytes, counts and seconds that its users meet
     "hub.push": {"MAX_UPLOADS": 2},
     "train.monitoring": {"NUM_SAMPLES": 4, "PROMPT_TOKENS": 8, "NEW_TOKENS": 32},
     "train.pretrain": {"HISTORY": 1000},
-    "train.grpo": {"PRIMER_PROMPTS": 4000},
+    "train.grpo": {"PRIMER_PROMPTS": 4000}, "optim.overview": {"SHORTEST_STEP": 0.01},
     "eval.tasks": {"NUM_SPELLING_QUESTIONS": 256},
     "run": {"LOG_SECONDS": 30},
 }  # fmt: skip
+
+
+DEFAULTS = {  # of functions and classes that users call -> values of what they leave out
+    "serve.decoder.Request": {"max_new_tokens": 256, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0},
+    "serve.engine.Engine": {"slots": 1, "tool_timeout": 5.0, "length": None, "stop_ids": None, "dtype": None},
+    "serve.worker.Worker": {"max_queue_size": 64},
+    "serve.worker.Completion": {"timeout": 120.0},
+    "serve.server.Server": {"temperature": 0.6, "top_k": 50, "max_new_tokens": 512, "request_timeout": 120.0},
+    "serve.terminal_chat.RemoteModel": {"timeout": 60.0, "retries": 2},
+    "sandbox.run_sandboxed": {"tests": "", "timeout": 3.0, "memory_bytes": 512 * 2**20},
+    "convert.upstream.convert": {"to": "hf", "tokenizer": None, "step": None},
+    "data.documents.DocumentStream": {"split": "train", "rank": 0, "world_size": 1, "skip_bad_files": False},
+    "data.identity.generate_with_model": {"seed": 0, "workers": 8},
+    "data.mixture.Mixture": {"seed": 0, "on_bad_example": "skip"},
+    "data.tokenizer.train_bpe": {"digit_group": 2, "normalization": None},
+    "optim.scaling.estimate_micro_batch_size": {"bytes_per_value": 2, "kernels": True},
+    "stage_configs.PretrainConfig": {
+        "eval_every": 250, "eval_tokens": 80 * 524288, "core_metric_max_per_task": 500, "sample_every": 2000,
+        "save_every": 1000, "save_optimizer": False, "fp8": False, "max_loss_spike": 2.0,
+    },
+    "stage_configs.ChatConfig": {
+        "num_epochs": 1, "device_batch_size": 16, "init_lr_frac": 1.0, "warmup_ratio": 0.0, "warmdown_ratio": 0.5,
+        "weight_decay": 0.0, "lora_r": 0, "lora_alpha": 32, "lora_lr": 1e-3, "chatcore_max_per_task": 32,
+    },
+    "stage_configs.RLConfig": {
+        "examples_per_step": 16, "num_samples": 16, "max_new_tokens": 256, "temperature": 1.0, "eval_examples": 400,
+        "eval_samples": 4, "warmdown_ratio": 1.0, "init_lr_frac": 0.05,
+    },
+    "stage_configs.DPOStageConfig": {"num_eval_pairs": 200, "examples_per_step": 32, "beta": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_is_left_out_has_these_values(name):
+    module, _, name_there = name.rpartition(".")
+    parameters = signature(getattr(import_module(f"nanochat_hf.{module}"), name_there)).parameters
+    assert {key: parameters[key].default for key in DEFAULTS[name]} == DEFAULTS[name]
 
 
 @pytest.mark.parametrize("module", SIZES)

@@ -77,16 +77,13 @@ FOREIGN = {"auto_map": {"AutoConfig": "other.Config", "AutoTokenizer": ["other.T
 @pytest.mark.parametrize(
     "file,content",
     [
-        ("model.safetensors", b""),
-        ("tokenizer.json", b"[" * 100_000),
-        ("tokenizer_config.json", {"tokenizer_class": "Other", **FOREIGN}),
-        ("config.json", b"[" * 100_000),
+        ("model.safetensors", b""), ("tokenizer.json", b"[" * 100_000),
+        ("tokenizer_config.json", {"tokenizer_class": "Other", **FOREIGN}), ("config.json", b"[" * 100_000),
         ("config.json", {"model_type": "other", **FOREIGN}),
         ("config.json", {"num_hidden_layers": 10**9, "layer_types": None}),
-        ("config.json", {"model_type": "gpt2", "n_layer": 10**9}),
-        ("config.json", {"hidden_size": 10**12}),
+        ("config.json", {"model_type": "gpt2", "n_layer": 10**9}), ("config.json", {"hidden_size": 10**12}),
     ],
-)
+)  # fmt: skip
 def test_a_damaged_or_foreign_folder_is_one_line_and_nothing_is_asked(tiny_folder, monkeypatch, file, content):
     monkeypatch.setattr("builtins.input", lambda text: pytest.fail("asked on standard input"))
     if isinstance(content, dict):

@@ -155,18 +155,15 @@ ENDLESS = (
 )
 ON_HI = "{{% if messages[-1]['content'] == 'Hi' %}}{}{{% endif %}}{{{{ bos_token }}}}{{{{ messages[0]['content'] }}}}"
 LIMITS = {  # what a template does on the message "Hi" only -> what the line says
-    ENDLESS: "it takes more than",
-    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+    ENDLESS: "it takes more than", "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
     '{{ "x" * 10**10 }}': "it takes more than 1024 MiB",
     '{{ "%1000000000d" % 1 }}{{ "%1000000000d" % 1 }}': "it takes more than",
     '{{ "x".center(10**9) ~ "x".center(10**9) }}': "it takes more than",
     '{{ "x" * 2 * 10**7 }}': "it (writes more than 16,777,216 characters|takes more than 1 s)",
-    "{{ 10**(10**10) }}": "it takes more than",
-    "{{ range(10**9) }}": "Range too big",
-    "{{ raise_exception('no Hi') }}": "TemplateError: no Hi",
-    "{{ raise_exception('\\ud800') }}": r"TemplateError: \?",
+    "{{ 10**(10**10) }}": "it takes more than", "{{ range(10**9) }}": "Range too big",
+    "{{ raise_exception('no Hi') }}": "TemplateError: no Hi", "{{ raise_exception('\\ud800') }}": r"TemplateError: \?",
     "{{ ''.__class__.__mro__ }}": "SecurityError",
-}
+}  # fmt: skip
 
 
 def chat(text: str) -> list[dict]:
@@ -269,10 +266,8 @@ def test_a_forked_process_renders_in_a_process_of_its_own(monkeypatch):
 def test_serving_and_evaluation_keep_the_limits_of_chat_templates(tiny_folder, tiny_model, monkeypatch):
     monkeypatch.setattr(chat_renderer, "SECONDS", 0.5)
     tokenizer = limited(tiny_folder, ON_HI.format(ENDLESS))
-    for reader in (
-        Engine(tiny_model, tokenizer).encode,
-        LocalLM(tiny_model, tokenizer, EvalConfig()).apply_chat_template,
-    ):
+    lm = LocalLM(tiny_model, tokenizer, EvalConfig())
+    for reader in (Engine(tiny_model, tokenizer).encode, lm.apply_chat_template):
         with pytest.raises(InputError, match=r"the chat template of .* fails: it takes more than 0\.5 s"):
             reader(chat("Hi"))
 
@@ -288,10 +283,8 @@ def test_a_chat_template_of_others_gives_what_it_gives_without_limits(tiny_folde
     ):
         assert theirs.apply_chat_template(chats, **options) == ours.apply_chat_template(chats, **options)
         assert theirs.apply_chat_template(chats[0], **options) == ours.apply_chat_template(chats[0], **options)
-    assert (
-        limited(tiny_folder, "{{ '\\ud800' ~ messages[0].content }}").apply_chat_template(chats[1], tokenize=False)
-        == "?two"
-    )
+    half = limited(tiny_folder, "{{ '\\ud800' ~ messages[0].content }}")
+    assert half.apply_chat_template(chats[1], tokenize=False) == "?two"
     theirs.save_pretrained(tiny_folder / "again")
     assert load_tokenizer(tiny_folder / "again").chat_template == text
 

@@ -311,10 +311,8 @@ def test_code_that_reads_weights_refuses_quantized_ones(talker, chat_folder, tmp
     with pytest.raises(InputError, match="this model is quantized, and fast generation needs the weights themselves"):
         Engine(packed, tokenizer)
     shutil.copytree(chat_folder, tmp_path / "quantized")
-    config = json.loads((chat_folder / "config.json").read_text()) | {
-        "quantization_config": {"quant_method": "quanto"}
-    }
-    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
+    keys = json.loads((chat_folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "quanto"}}
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(keys))
     with pytest.raises(ValueError, match="is quantized: convert the unquantized model"):
         convert(tmp_path / "quantized", tmp_path / "out", "nanochat")
     info = dict.fromkeys(("missing_keys", "mismatched_keys", "unexpected_keys"), ())

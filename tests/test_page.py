@@ -243,10 +243,8 @@ def test_a_refused_question_can_be_tried_again_and_replaces_nothing(visit):
     tab.page.wait_for_selector(".error")
     assert tab.texts(".bot") == ["first", "second"]  # the old answer is still there
     tab.page.evaluate("failing = null")
-    for words, remembered in (
-        ([], []),
-        (["ha", "lf"], ["u last", "a x", "u broken", "a half"]),
-    ):  # an error that ends a stream
+    # An error that ends a stream.
+    for words, remembered in (([], []), (["ha", "lf"], ["u last", "a x", "u broken", "a half"])):
         tab.ask("broken")
         tab.page.wait_for_function("!!window.put")
         for word in words:

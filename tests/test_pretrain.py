@@ -161,9 +161,7 @@ def test_the_result_is_a_model_folder_with_its_metrics(straight, world):
     assert tokenizer.decode(new) == sample["text"]
 
 
-def test_each_step_is_enqueued_before_the_one_before_is_finalized_and_none_beyond_the_last(
-    world, tmp_path, trace, monkeypatch
-):
+def test_each_step_is_enqueued_before_the_last_is_finalized_and_none_too_many(world, tmp_path, trace, monkeypatch):
     monkeypatch.setattr(module, "HISTORY", 2)  # points of the curve, besides the first and evaluations
     metrics = run(world, tmp_path, num_iterations=8, eval_every=5)
     assert [point["step"] for point in metrics["history"]] == [1, 4, 5, 8]
@@ -182,9 +180,7 @@ def state_of(folder):
     return (torch.load(folder / "model.pt"), own["optimizer"]["state"], recent), own["position"]["rows"]
 
 
-def test_training_can_start_from_given_weights_and_leaves_nothing_for_the_next_stage(
-    straight, world, tmp_path, monkeypatch
-):
+def test_training_can_start_from_given_weights_and_leaves_nothing_to_the_next(straight, world, tmp_path, monkeypatch):
     models, real = [], model_setup.build_model
     monkeypatch.setattr(model_setup, "build_model", lambda *a: models.append(weakref.ref(m := real(*a))) or m)
     metrics = run(world, tmp_path, num_iterations=2, depth=7, model=str(straight[0]), eval_every=0)
@@ -197,9 +193,7 @@ def test_training_can_start_from_given_weights_and_leaves_nothing_for_the_next_s
 
 
 @pytest.mark.parametrize("what, pending", [("gradient", False), ("loss", True)])
-def test_a_diverged_step_leaves_all_as_it_was_also_when_the_next_is_enqueued(
-    world, tmp_path, trace, monkeypatch, what, pending
-):
+def test_a_diverged_step_leaves_all_as_it_was_also_with_a_next_one(world, tmp_path, trace, monkeypatch, what, pending):
     with pytest.raises(Interrupted):
         run(world, tmp_path / "healthy", save_every=6, **interrupt_at(6))
     trace.clear()
@@ -314,9 +308,7 @@ def test_float16_stops_when_there_is_no_loss_scale_left(world, tmp_path, monkeyp
 # --- micro-batches, hooks
 
 
-def test_a_micro_batch_that_does_not_fit_is_halved_and_the_run_continues(
-    straight, world, tmp_path, monkeypatch, capsys
-):
+def test_a_micro_batch_that_does_not_fit_is_halved_and_the_run_goes_on(straight, world, tmp_path, monkeypatch, capsys):
     real = FusedTransformer.forward
 
     def small_device(self, ids, *args, **kwargs):
@@ -372,16 +364,15 @@ def test_hooks_are_called_when_due(world, tmp_path):
 # --- keys and bad input
 
 
+OFFLOAD = {"USE_DEEPSPEED": "true", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+
+
 @pytest.mark.parametrize(
     "changes, environment, message",
     [
         ({"fp8": True}, {}, "fp8 needs an NVIDIA GPU of compute capability 8.9 or newer"),
         ({}, {"WORLD_SIZE": "2"}, "2 processes were launched and Accelerate sees no GPU"),
-        (
-            {},
-            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
-            "config file has offload_optimizer_device: .*fsdp2.yaml",
-        ),
+        ({}, {f"ACCELERATE_{key}": value for key, value in OFFLOAD.items()}, "offload_optimizer_device: .*fsdp2.yaml"),
     ],
 )
 def test_bad_input_is_one_clear_line(world, tmp_path, monkeypatch, changes, environment, message):

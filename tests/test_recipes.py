@@ -171,12 +171,9 @@ def shown(capsys, command, *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys, tmp_path):
-    words = ["cpu-demo", "--run-dir", str(tmp_path / "run"), "--dry-run"]
-    plans = {shown(capsys, "run", *words[1:], words[0]), shown(capsys, "speedrun", "--recipe", *words)}
-    assert plans == {shown(capsys, "demo", *words[1:])} and not (tmp_path / "run").exists()
+def test_a_dry_run_prints_the_plan_of_its_launch(capsys):
     sharded = shown(capsys, "run", "d24", "--config-file", "fsdp2", "--dry-run")
-    assert "sharding     FSDP2" in sharded and "MFU of 0.66" in sharded
+    assert all(part in sharded for part in ("sharding     FSDP2", "MFU of 0.66", "GB per GPU, without sharding"))
 
 
 def test_measured_speeds_are_those_of_the_results():
@@ -205,7 +202,8 @@ def test_the_environment_names_versions_kernels_folders_and_what_is_missing(caps
     )
     text = shown(capsys, "env")
     assert f"torch                {torch.__version__}" in text and "precision" in text
-    assert re.search(r"lm-eval tasks +\S*evals\n", text) and re.search(r"^memory +[\d.]+ GiB$", text, re.M)
+    assert re.search(r"recipes +\S*recipes\nlm-eval tasks +\S*evals\n", text)
+    assert re.search(r"^memory +[\d.]+ GiB$", text, re.M)
     commands = re.findall(r"missing .*: pip install (.*)", text)
     assert commands == ['"torch>=99"', '"no-such>1"']
 

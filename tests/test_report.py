@@ -15,8 +15,9 @@ from mutations import mutations
 from nanochat_hf import cli
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import report
+from nanochat_hf.eval.compare import compare
 from nanochat_hf.eval.plots import draw_bars, plots, smoothed
-from nanochat_hf.eval.report import collect, compare, grid, make_report, markdown, one_line, results_row
+from nanochat_hf.eval.report import collect, grid, make_report, markdown, one_line, results_row
 from nanochat_hf.hub.model_card import Push, collection_table, render_model_card
 from nanochat_hf.run import Run, duration, load_json, save_json, short
 from nanochat_hf.stage_configs import find_recipe, read_recipe
@@ -34,8 +35,8 @@ def test_a_sentence_and_the_summary_come_first_without_empty_columns(run):
     text = markdown(collect(Run(run), hourly_rate=3.0), {"scores": ["plots/scores.png"], "base": ["plots/base.png"]})
     sections = re.findall(r"^## (.+)$", text, re.M)
     assert sections == [
-        "Summary", "Curves", "Answers of RL", "Continuations by BASE", "Evaluation", "Stages",
-        "Reproduction and environment", "Repository size",
+        "Summary", "Curves", "Conversations with RL", "Continuations by BASE", "Evaluation", "CORE by task",
+        "Cost and energy", "Reproduction", "Environment", "Stages", "Repository size",
     ]  # fmt: skip
     sentence = "A chat model of 1.2M parameters, trained and evaluated in 1 h 00 min on 2 x Toaster for $3.00: "
     sentence += "2/22 tasks, 50 examples each 0.0100, val bpb 1.1000 after pretraining.\n"
@@ -50,17 +51,54 @@ def test_a_sentence_and_the_summary_come_first_without_empty_columns(run):
     assert "Total wall time: 1 h 00 min (tokenizer " in summary
 
 
-def test_the_environment_has_machine_commit_cost_and_energy_where_known(run):
-    text = markdown(collect(Run(run), hourly_rate=3.0))
+def test_the_environment_has_machine_and_commit(run):
+    text = markdown(collect(Run(run)))
     for part in ("2 x Toaster", "8.0 GiB memory", "abcdef1234 (with local changes)", "torch 2.13.0"):
         assert part in text
-    assert "$3.00 at $3.00 per hour" in text and "deepspeed" not in text and "16 direct dependencies" in text
-    text = markdown(collect(Run(run)))
-    assert "**Cost**" not in text and "**Energy**" not in text
+    assert "deepspeed" not in text and "16 direct dependencies" in text
     edit(run / "rl" / "metrics.json", hardware={"device": "NVIDIA H200", "num_processes": 2}, started=9)
     text = markdown(collect(Run(run)))  # the machine is that of the last stage
     assert "2 x NVIDIA H200" in text and "Toaster" not in text
-    assert "**Energy**: at most 1.40 kWh" in text  # 2 x 700 W for an hour
+
+
+H200S = {"device": "NVIDIA H200", "device_type": "cuda", "num_processes": 2}
+COSTS = {  # an hour in all: machine, hourly rate -> lines
+    "two H200s": (H200S, 3.0, "2", r"\$3.00: 1 h 00 min at \$3.00 per hour", "at most 1.4 kWh: .* rated"),
+    "no price": (H200S, None, "2", r"\$6.00 at an assumed \$3 per GPU-hour", "at most 1.4 kWh"),
+    "an unknown GPU": ({"device": "Toaster"}, None, "1", r"\$3.00 at an assumed", "not known: .* 1 x Toaster"),
+    "a CPU": (
+        {"device": "x", "device_type": "cpu"},
+        None,
+        "0, all stages",
+        "no price",
+        "not known: it was not measured",
+    ),
+    "a Mac": ({"device": "Apple MPS", "device_type": "mps"}, None, "0, all stages", "no price", "not known"),
+    "no machine": ({}, None, "not known", "no price was given", "not known"),
+}
+
+
+@pytest.mark.parametrize("hardware,rate,gpu_hours,cost,energy", COSTS.values(), ids=COSTS)
+def test_cost_and_energy_say_what_they_are_computed_from(run, hardware, rate, gpu_hours, cost, energy):
+    for path in run.glob("*/metrics.json"):
+        edit(path, hardware=hardware)
+    text = markdown(collect(Run(run), hourly_rate=rate))
+    for name, line in (("GPU-hours", gpu_hours), ("Cost", cost), ("Energy", energy)):
+        assert re.search(rf"- \*\*{name}\*\*: {line}", text), name
+
+
+def test_what_is_missing_is_said(run):
+    """Of a tokenizer alone, and of a run whose evaluation measured nothing."""
+    for stage in ("base", "sft", "rl"):
+        (run / stage / "metrics.json").unlink()
+    edit(run / "eval" / "metrics.json", models={}, results={}, core={}, examples={})
+    reasons = ["nothing was measured", "no stage recorded values", "no chat model was asked", "nothing was measured"]
+    text = markdown(collect(Run(run)))
+    assert re.findall(r"^Missing: (.*?)(?: of several steps)?\.$", text, re.M) == [
+        *reasons, "no bundle of tasks was named (`eval.core_bundle`)", "the run has no base stage with recorded keys",
+    ]  # fmt: skip
+    (run / "eval" / "metrics.json").unlink()
+    assert markdown(collect(Run(run))).count("Missing: the evaluation has not run.") == 4
 
 
 def test_the_command_is_the_nearest_recipe_with_the_keys_that_differ(run):
@@ -72,6 +110,10 @@ def test_the_command_is_the_nearest_recipe_with_the_keys_that_differ(run):
     edit(run / "eval" / "metrics.json", **cpu)
     command = "nanochat run cpu-demo --config-file=cpu base.depth=6 sft.lora_lr=0.5"
     assert collect(Run(run))["command"] == command
+    assert f"\n```bash\n{command}\n```\n" in markdown(collect(Run(run)))  # its commit has local changes
+    for path in run.glob("*/metrics.json"):
+        edit(path, dirty=False)
+    assert f"\n```bash\ngit checkout abcdef1234 && {command}\n```\n" in markdown(collect(Run(run)))
     (run / "rl" / "metrics.json").unlink()
     assert collect(Run(run))["command"] == f"{command} --stages=tokenizer,base,mid,sft,eval,report"
 
@@ -79,13 +121,11 @@ def test_the_command_is_the_nearest_recipe_with_the_keys_that_differ(run):
 def test_the_sections_show_numbers_and_literal_samples_once(run):
     wrong = {"question": "3+3?", "expected": "6", "answer": "5", "correct": 0.0}
     right = {"question": "2+2?", "expected": "4", "answer": "4", "correct": 1.0}
-    edit(
-        run / "eval" / "metrics.json",
-        examples={"rl": [right, wrong, wrong, {**right, "question": "?", "correct": None}]},
-    )
+    other = {**right, "question": "?", "correct": None}
+    edit(run / "eval" / "metrics.json", examples={"rl": [right, wrong, wrong, other]})
     text = markdown(collect(Run(run)))
     answers = "- **2+2?** 4 (right)\n- **3+3?** 5 (wrong, expected 6)\n- **?** 4 (not graded)\n\n"
-    assert f"## Answers of RL\n\n{answers}## Continuations by BASE\n" in text
+    assert f"## Conversations with RL\n\n{answers}## Continuations by BASE\n" in text
     assert "- **Base model**, 1 min 40 s: depth 4, 1,234,567 parameters\n" in text
     done = "30 steps, 0.7500 passes over the data, 3,000 rows, 90,000 tokens"
     assert re.search(rf"- \*\*SFT\*\*, .*50 s: {done}; data: primer\n", text)
@@ -137,19 +177,54 @@ def test_report_json_holds_the_same_facts_and_damaged_results_are_one_line(run):
     assert "\n" not in str(error.value)
 
 
-def test_two_runs_are_compared_with_the_error_of_the_difference(run, tmp_path):
+def test_runs_are_compared_with_the_error_of_the_difference(run, tmp_path):
     other = tmp_path / "other"
     save_json(other / "sft" / "metrics.json", {**COMMON, "wall_time_s": 0})
-    assert "ignificant" not in compare(run, other)  # neither the column nor what it means
+    assert "95 %" not in compare([run, other])  # neither the column nor what it means
     evaluation = {**COMMON, "wall_time_s": 60, "models": {"sft": "sft"}}
-    for value, more, word in ((0.95, "0.0200", "no"), (0.97, "0.0400", "yes")):  # 1.4 and 2.8 errors
+    # The error of the difference is sqrt(.01**2 + .01**2) = .01414; z = 1.414 and 2.828, so p = .157 and .0047.
+    for value, row in ((0.95, r"\+0.0200\s+\| -0.0077 to \+0.0477 \| 0.157"), (0.97, r".* \+0.0677 \| 0.005")):
         save_json(other / "eval" / "metrics.json", {**evaluation, "results": {"sft": {"facts": result(value)}}})
-        text = compare(run, other)
-        row = rf"facts\s+\| SFT\s+\| 0.9300\s+\| {value:.4f}\s+\| \+{more} ± 0.0141 \| {word}\s+\| two-sample"
-        assert re.search(row, text)
-    assert re.search(r"counting\s+\| RL\s+\| 0.8500\s+\| -\s+\| -", text)
-    assert re.search(r"total wall time\s+\|\s+\| 1 h 00 min\s+\| 1 min 00 s\s+\| -59 min 00 s", text)
-    assert re.search(r"total wall time.*\| \+0 s ", compare(run, run))
+        text = compare([run, other])
+        assert re.search(rf"facts\s+\| SFT\s+\| 0.9300 ± 0.0100\s+\| {value:.4f} ± 0.0100 \|", text)
+        assert re.search(rf"facts\s+\| SFT\s+\| {row} \| two-sample", text)
+    assert re.search(r"counting\s+\| RL\s+\| 0.8500 ± 0.0100\s+\| -\s+\|\n", text)
+    assert re.search(r"total wall time\s+\|\s+\| 1 h 00 min\s+\| 1 min 00 s\s+\|\n", text)
+    assert re.search(r"total wall time\s+\|\s+\| -59 min 00 s", text)
+    three = compare([run, other, run])  # names that are not unique are paths
+    assert f"## {other} minus {run}\n" in three and f"## {run} minus {run}\n" in three
+    assert re.search(r"counting\s+\| RL\s+\| \+0.0000\s+\| -0.0277 to \+0.0277 \| 1.000", three)
+
+
+def test_what_cannot_be_compared_is_named_and_not_subtracted(run, tmp_path):
+    other = tmp_path / "other"
+    for stage in ("base", "sft", "rl", "eval"):
+        save_json(other / stage / "metrics.json", load_json(run / stage / "metrics.json"))
+    assert "Note" not in compare([run, other]) and "Nothing." in compare([run, other])
+    for folder, text in ((run, "books"), (other, "mix")):
+        edit(folder / "base" / "metrics.json", inputs={"tokenizer": text, "data": text}, config={"dataset": "x"})
+        edit(folder / "eval" / "metrics.json", config={"dataset": "x", "seed": 1})
+    evaluation = load_json(other / "eval" / "metrics.json")
+    evaluation["results"]["sft"]["facts"]["n"] = 1000
+    evaluation["core"]["base"]["per_task"]["copa"] = {"acc": 0.5, "n": 50}
+    edit(other / "eval" / "metrics.json", **evaluation, chatcore={"rl": {"value": 0.1, "label": "ChatCORE"}})
+    edit(other / "eval" / "metrics.json", config={"dataset": "x", "seed": 2})
+    text = compare([run, other], tmp_path / "page")
+    for note in (
+        r"other numbers of examples or tokens \(1,000 and 200\); not compared: facts \(SFT\)",
+        r"other tasks in a mean, or numbers of their examples; not compared: 2/22 tasks, 50 examples each \(BASE\)",
+        r"other validation texts; not compared: val bpb \(BASE\)",
+        r"other stages or metrics; not compared: ChatCORE \(RL\)",
+        r"other tokenizers; not compared: loss per token \(BASE\)",
+    ):
+        assert len(re.findall(rf"> Note: other and {run.name} have {note}\n", text)) == 1, note
+    table = text[text.index("## other minus") : text.index("## Curves")]
+    assert re.findall(r"^\| (\S.*?\S)  ", table, re.M) == ["Metric", "counting", "counting", "total wall time |"]
+    assert re.findall(r"^!\[.*\]\((.*)\)$", text, re.M) == ["plots/rl-reward.png"]  # neither loss nor val bpb
+    assert re.findall(r"^\| eval.seed\s+\| 1\s+\| 2\s+\|$", text, re.M) and "| x " not in text
+    assert re.search(r"^- \*\*other\*\*: `nanochat run .*base.dataset=x.*`$", text, re.M)
+    page = (tmp_path / "page" / "comparison.html").read_text()
+    assert (tmp_path / "page" / "comparison.md").read_text() == text and page.count("data:image/png") == 1
 
 
 def test_the_same_questions_are_compared_in_pairs(tmp_path):
@@ -162,12 +237,13 @@ def test_the_same_questions_are_compared_in_pairs(tmp_path):
         samples = tmp_path / name / "eval" / "samples" / "sft" / "t.jsonl"
         samples.parent.mkdir(parents=True)
         samples.write_text("".join(json.dumps({"question": i, "correct": c}) + "\n" for i, c in enumerate(outcomes)))
-    paired, independent = r"\+0.2500 ± 0.2500 \| no\s+\| paired", r"\+0.2500 ± 0.0141 \| yes\s+\| two-sample"
-    assert re.search(paired, compare(tmp_path / "a", tmp_path / "b"))
+    # The errors are (1/2) / sqrt(4) = .25, so z = 1 and p = .317, or sqrt(2) x .01.
+    paired, independent = r"-0.2400 to \+0.7400 \| 0.317 \| paired", r"\+0.2777 \| <0.001 \| two-sample"
+    assert re.search(paired, compare([tmp_path / "a", tmp_path / "b"]))
     samples.write_text(samples.read_text().replace('"question": 3', '"question": 4'))
-    assert re.search(independent, compare(tmp_path / "a", tmp_path / "b"))
+    assert re.search(independent, compare([tmp_path / "a", tmp_path / "b"]))
     samples.write_text("{")
-    assert re.search(independent, compare(tmp_path / "a", tmp_path / "b"))
+    assert re.search(independent, compare([tmp_path / "a", tmp_path / "b"]))
 
 
 def test_the_row_of_the_results_has_a_dash_for_what_was_not_measured(run):
@@ -202,7 +278,7 @@ def test_the_command_prints_the_summary_a_row_a_comparison_or_a_collection(run, 
     out, err = output("--run-dir", run, "--row")
     assert f"| [report]({run}/report.md) |" in out
     assert err == "".join(f"note: {note}\n" for note in collect(Run(run))["notes"]) != ""
-    assert output("--compare", run, run).out == compare(run, run) + "\n"
+    assert output("--compare", run, run).out == compare([run, run]) + "\n"
     table = output("--collection", f"me/a={run}", f"me/b={tmp_path}").out
     assert table == collection_table({"me/a": Run(run), "me/b": Run(tmp_path)}) + "\n"
 
@@ -280,7 +356,7 @@ def test_a_damaged_metrics_json_is_one_line_or_a_report(run, stage):
         path.write_bytes(data)
         try:
             facts = collect(Run(run))
-            assert markdown(facts, {}) and results_row(facts) and compare(run, run)
+            assert markdown(facts, {}) and results_row(facts) and compare([run, run])
         except InputError as error:
             assert "metrics.json" in str(error) and "\n" not in str(error)
             refusals += 1
@@ -313,11 +389,9 @@ def test_every_result_of_the_stage_is_in_the_model_index(measured):
     data = render_model_card(measured, Push("you/b", "base")).data
     _, results = model_index_to_eval_results(data.to_dict()["model-index"])
     assert {(r.dataset_name, r.metric_type): r.metric_value for r in results} == {
-        ("val bpb", "bits_per_byte"): 0.72,
-        ("CORE (2/22 tasks)", "centered_accuracy"): 0.3,
-        ("piqa (core)", "accuracy"): 0.7,
-        ("copa (core)", "accuracy"): 0.6,
-    }
+        ("val bpb", "bits_per_byte"): 0.72, ("CORE (2/22 tasks)", "centered_accuracy"): 0.3,
+        ("piqa (core)", "accuracy"): 0.7, ("copa (core)", "accuracy"): 0.6,
+    }  # fmt: skip
     chat = render_model_card(measured, Push("you/c", "sft")).data
     assert {r.dataset_name: r.metric_value for r in chat.eval_results} == {"ChatCORE (1/6 tasks)": 0.1, "GSM8K": 0.05}
     mean = load_json(measured.path / "eval" / "metrics.json")["core"]["base"] | {"label": "2/22 tasks"}  # of today
@@ -335,7 +409,7 @@ def test_the_text_shows_the_stages_up_to_this_one_and_no_number_that_was_not_mea
     base = str(render_model_card(measured, Push("you/b", "base")))
     assert "does not follow instructions" in base and "GSM8K" not in base
     save_json(measured.path / "report.json", {"hourly_rate": 24.0})
-    assert "$40.46 at $24.00 per hour" in str(render_model_card(measured, Push("you/c", "sft")))
+    assert "$40.46: 1 h 41 min at $24.00 per hour" in str(render_model_card(measured, Push("you/c", "sft")))
 
 
 def test_a_collections_text_has_a_row_for_each_model_and_dashes_for_what_is_missing(measured, tmp_path):

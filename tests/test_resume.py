@@ -385,23 +385,15 @@ FILES = {
     "base": ["model.pt", "rank_00000.pt", "progress.pt"],
 }
 DAMAGE = {
-    "a flipped bit": flip_bit,
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
-    "empty": lambda path: path.write_bytes(b""),
-    "gone": Path.unlink,
-}
+    "a flipped bit": flip_bit, "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "empty": lambda path: path.write_bytes(b""), "gone": Path.unlink,
+}  # fmt: skip
 DAMAGED = [(stage, file, kind) for stage, files in FILES.items() for file in files for kind in DAMAGE]
 DAMAGED += [("base", "manifest.json", "empty"), ("base", "manifest.json", "cut")]
-QUICK_DAMAGE = [
-    ("base", "rank_00000.pt", "a flipped bit"),
-    ("sft", "optimizer.pt", "gone"),
-    ("sft", "config.json", "cut"),
-]
+SOME = [("base", "rank_00000.pt", "a flipped bit"), ("sft", "optimizer.pt", "gone"), ("sft", "config.json", "cut")]
 
 
-@pytest.mark.parametrize(
-    "stage, file, kind", QUICK_DAMAGE + slowly(*(case for case in DAMAGED if case not in QUICK_DAMAGE))
-)
+@pytest.mark.parametrize("stage, file, kind", SOME + slowly(*(case for case in DAMAGED if case not in SOME)))
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(half_done, tmp_path, capsys, stage, file, kind):
     resume, state, aside = half_done(stage), tmp_path / "out" / "state", {}
     newest = complete_checkpoints(state)[-1]

@@ -11,20 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat_hf import run
+from nanochat_hf import run as module
 from nanochat_hf.config import Parser, Place, keys_of, parse_config, settings
 from nanochat_hf.errors import InputError, guarded
-from nanochat_hf.run import (
-    KEY_ALIASES,
-    Run,
-    apply_umask,
-    load_json,
-    model_fingerprint,
-    save_json,
-    start_record,
-    write_metrics,
-    writing,
-)
 from nanochat_hf.stage_configs import STAGE_CONFIGS, ChatDataset
 
 ROOT = Path(__file__).parent.parent
@@ -76,15 +65,12 @@ def test_flags_become_keys_and_no_alias_is_a_name_of_today():
     parser = Parser("")
     parser.add_keys(Config)
     for words, keys in (
-        (["--depth", "4", "--max-per-task=1"], {"depth": "4", "max_per_task": "1"}),
-        (
-            ["--max_per_task", "-1", "--rate", "-.5e-3", "--fast"],
-            {"max_per_task": "-1", "rate": "-.5e-3", "fast": "true"},
-        ),
+        (["--depth", "4", "--max-per-task=1", "--fast"], {"depth": "4", "max_per_task": "1", "fast": "true"}),
+        (["--max_per_task", "-1", "--rate", "-.5e-3"], {"max_per_task": "-1", "rate": "-.5e-3"}),
         (["--fast", "--limit", "3"], {"fast": "true", "limit": "3"}),
     ):
         assert vars(parser.parse_args(words)) == keys
-    assert not set(KEY_ALIASES.values()) & set(KEY_ALIASES)
+    assert not set(module.KEY_ALIASES.values()) & set(module.KEY_ALIASES)
 
 
 def test_a_flag_of_a_place_has_its_home_folder_written_out_and_help_shows_defaults(monkeypatch):
@@ -124,45 +110,45 @@ def test_help_imports_nothing_large():
 
 
 def test_a_stage_counts_as_finished_only_with_its_metrics(tmp_path):
-    run, record = Run(tmp_path), start_record(Config())
+    run, record = module.Run(tmp_path), module.start_record(Config())
     record["started"] -= 7
     record["earlier_wall_time_s"] = 100
-    save_json(run.folder("base") / "metrics.json", record)
+    module.save_json(run.folder("base") / "metrics.json", record)
     assert not run.finished("base")
-    write_metrics(run.folder("base"), record, val_bpb=1.5)
+    module.write_metrics(run.folder("base"), record, val_bpb=1.5)
     metrics = run.metrics("base")
     assert run.finished("base") and metrics["val_bpb"] == 1.5 and metrics["seed"] == 3
     assert metrics["config"]["depth"] == 4 and 107 <= metrics["wall_time_s"] < 120
     assert metrics["versions"]["torch"] == torch.__version__ and metrics["versions"]["trl"]
     assert run.latest_model() == run.folder("base") and run.latest_model(before="base") is None
     for stage in ("sft", "rl"):
-        write_metrics(run.folder(stage), record)
+        module.write_metrics(run.folder(stage), record)
     assert run.latest_model() == run.folder("rl") and run.latest_model(before="rl") == run.folder("sft")
     assert run.model(None) == run.folder("rl")
 
 
 def test_json_is_written_aside_without_nan_and_half_files_are_named(tmp_path):
     path = tmp_path / "a.json"
-    save_json(path, {"loss": float("nan"), "rows": [1.5, (float("inf"), {"x": -float("inf")})]})
+    module.save_json(path, {"loss": float("nan"), "rows": [1.5, (float("inf"), {"x": -float("inf")})]})
     text = path.read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"loss": None, "rows": [1.5, [None, {"x": None}]]}
-    assert load_json(tmp_path / "none.json") is None and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert module.load_json(tmp_path / "none.json") is None and [p.name for p in tmp_path.iterdir()] == ["a.json"]
     for content in ('{"x": ', "[1]", "", "\x00"):
         path.write_text(content)
         with pytest.raises(InputError, match=r"a\.json is not valid JSON"):
-            load_json(path)
+            module.load_json(path)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):
-        save_json(tmp_path / "file" / "c.json", {})
+        module.save_json(tmp_path / "file" / "c.json", {})
 
 
 def test_only_failures_to_write_become_input_errors(tmp_path):
     torn = RuntimeError("[enforce fail at inline_container.cc:783] . unexpected pos 64 vs 0")
     for error in (OSError(28, "No space left on device"), torn):
         message = f"cannot write {tmp_path}: .*; make room.*; the last one is here$"
-        with pytest.raises(InputError, match=message), writing(tmp_path, "; the last one is here"):
+        with pytest.raises(InputError, match=message), module.writing(tmp_path, "; the last one is here"):
             raise error
-    with pytest.raises(RuntimeError, match="shapes"), writing(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), module.writing(tmp_path):
         raise RuntimeError("shapes differ")
 
 
@@ -170,22 +156,22 @@ def test_files_below_a_folder_get_the_permissions_of_the_umask(tmp_path):
     (tmp_path / "file").touch(0o600)
     before = os.umask(0o027)
     try:
-        apply_umask(tmp_path)
+        module.apply_umask(tmp_path)
         assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640 and os.umask(0o027) == 0o027
     finally:
         os.umask(before)
 
 
 def test_a_models_fingerprint_follows_its_weights_and_its_tokenizer_but_not_its_metrics(tmp_path):
-    assert model_fingerprint(tmp_path) is None
+    assert module.model_fingerprint(tmp_path) is None
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    first = model_fingerprint(tmp_path)
+    first = module.model_fingerprint(tmp_path)
     (tmp_path / "metrics.json").write_text("{}")
-    assert model_fingerprint(tmp_path) == first
+    assert module.model_fingerprint(tmp_path) == first
     prints = {first}
     for name, content in (("model.safetensors", b"weightz"), ("tokenizer.json", b"{}"), ("chat_template.jinja", b"x")):
         (tmp_path / name).write_bytes(content)
-        prints.add(model_fingerprint(tmp_path))
+        prints.add(module.model_fingerprint(tmp_path))
     assert len(prints) == 4
 
 
@@ -224,4 +210,4 @@ def test_the_recorded_version_is_of_the_package_that_is_imported(tmp_path, monke
         information.mkdir(parents=True)
         (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {number}.0\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "2"), str(tmp_path / "1"), *sys.path])
-    assert run.versions.__wrapped__()["torch"] == "2.0"
+    assert module.versions.__wrapped__()["torch"] == "2.0"

@@ -23,9 +23,7 @@ from nanochat_hf.sandbox.guard import MAX_PROCESSES
 
 LINUX = sys.platform == "linux"
 fork = multiprocessing.get_context("fork")
-isolated = pytest.mark.skipif(
-    not (LINUX and {"namespaces", "read-only files"} <= set(layers())), reason="this kernel allows no namespaces"
-)
+isolated = pytest.mark.skipif(not (LINUX and {"namespaces", "read-only files"} <= {*layers()}), reason="no namespaces")
 
 PROGRAMS = yaml.safe_load(Path(__file__).with_name("programs.yaml").read_text())
 HOSTILE = PROGRAMS["hostile"]
@@ -49,15 +47,8 @@ ENDS = [  # program, passed, part of its output
 FILL = "for i in range({}):\n with open(str(i), 'wb') as f: f.write(bytes(1 << 20))"  # 1 MiB each
 EMPTY = "[open(str(i), 'w').close() for i in range"
 LIMITS = {
-    "AS": 256 << 20,
-    "CPU": 31,
-    "FSIZE": 1 << 20,
-    "NPROC": 64,
-    "NOFILE": 64,
-    "CORE": 0,
-    "MEMLOCK": 0,
-    "MSGQUEUE": 0,
-}
+    "AS": 256 << 20, "CPU": 31, "FSIZE": 1 << 20, "NPROC": 64, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0,
+}  # fmt: skip
 HAS_LIMITS = f"""import resource
 for name, limit in {LIMITS}.items():
     soft, hard = resource.getrlimit(getattr(resource, 'RLIMIT_' + name))

@@ -191,6 +191,8 @@ def test_a_given_value_wins_and_none_means_the_default():
 def test_a_horizon_shorter_than_a_step_and_a_width_that_no_model_has_are_refused():
     with pytest.raises(InputError, match="give no model: the smear needs hidden_size >= 24"):
         planned(depth=1, aspect_ratio=1, head_dim=2)
+    with pytest.raises(InputError, match="is 524288: it must be a multiple of max_seq_len, 1000"):
+        planned(max_seq_len=1000)
     with pytest.raises(InputError, match="shorter than one step"):
         planned(depth=4, vocab_size=1024, target_flops=1.0)
 
@@ -204,9 +206,7 @@ SFT_PEAKS = [(d, 1, peak) for d, peak in [(14, 6.73), (16, 8.89), (20, 14.43), (
 SFT_PEAKS += [(12, 32, 22.22), (24, 8, 36.30)]
 RL_PEAKS = [(d, 1, peak) for d, peak in [(12, 7.0), (14, 9.8), (16, 12.7), (20, 20.5), (28, 44.02), (34, 70.21)]]
 RL_PEAKS += [(12, 8, 8.06), (24, 8, 34.62)]
-STAGE_PEAKS = (
-    [("base", *peak) for peak in PEAKS] + [("sft", *peak) for peak in SFT_PEAKS] + [("rl", *peak) for peak in RL_PEAKS]
-)
+STAGE_PEAKS = [("base", *p) for p in PEAKS] + [("sft", *p) for p in SFT_PEAKS] + [("rl", *p) for p in RL_PEAKS]
 
 
 @pytest.mark.parametrize("depth, size, peak, kernels", [(*row, True) for row in PEAKS] + PLAIN_PEAKS)
@@ -216,10 +216,7 @@ def test_the_estimated_memory_is_within_a_tenth_of_the_measured_peak(depth, size
 
 @pytest.mark.parametrize("stage, depth, size, peak", STAGE_PEAKS)
 def test_the_plan_has_the_memory_of_a_stage_within_a_tenth(stage, depth, size, peak):
-    configs = {
-        "base": PretrainConfig(depth=depth, device_batch_size=size),
-        "tokenizer": TokenizerConfig("primer", 2**15),
-    }
+    configs = {"base": PretrainConfig(depth=depth, device_batch_size=size), "tokenizer": TokenizerConfig()}
     configs["sft"] = ChatConfig(device_batch_size=size, total_batch_size=2048 * size)
     configs["rl"] = RLConfig(device_batch_size=size)
     text = pipeline_text([stage], configs, Devices("H200", 1))

@@ -74,9 +74,7 @@ def test_a_wheel_trains_and_evaluates_far_from_a_checkout(tmp_path):
     assert "nanochat COMMAND" in run(nanochat, "--help") and "cpu-demo" in run(nanochat, "recipes")
     tasks = re.search(r"lm-eval tasks +(\S+)", run(nanochat, "env"))[1]
     assert Path(tasks).expanduser() == site / "nanochat_hf" / "shipped" / "evals"
-    assert "train step" in run(nanochat, "bench", "--seconds", 0.2) and "complete" in run(
-        nanochat, "completion", "fish"
-    )
+    assert "train step" in run(nanochat, "bench", "--seconds=.2") and "complete" in run(nanochat, "completion", "fish")
     assert f"{site}/nanochat_hf/shipped/recipes/slurm.sh" in run(nanochat, "run", "d12", "--job", "slurm")
     run(nanochat, "demo", "--run-dir", "run", "--stages", "tokenizer,base,sft,eval,report", *SHORT)
     assert (elsewhere / "run" / "report.html").is_file()

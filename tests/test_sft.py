@@ -20,11 +20,9 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 CALL = [{"type": "function", "function": {"name": "python", "arguments": {"expression": "2+3"}}}]
 CHAT = [
-    {"role": "user", "content": "What is 2 + 3?"},
-    {"role": "assistant", "content": "", "tool_calls": CALL},
-    {"role": "tool", "name": "python", "content": "5"},
-    {"role": "assistant", "content": "2 + 3 = 5"},
-]
+    {"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "", "tool_calls": CALL},
+    {"role": "tool", "name": "python", "content": "5"}, {"role": "assistant", "content": "2 + 3 = 5"},
+]  # fmt: skip
 PLAIN = [CHAT[0], CHAT[3]]
 
 
@@ -177,9 +175,7 @@ def test_mid_training_then_sft_in_one_process(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lora_trains_adapters_only_in_the_devices_dtype_and_leaves_a_plain_float32_model(
-    tiny_folder, tmp_path, monkeypatch, dtype
-):
+def test_lora_trains_adapters_only_in_the_devices_dtype_and_leaves_float32(tiny_folder, tmp_path, monkeypatch, dtype):
     """peft calls the matrices itself: on a GPU their inputs are bfloat16 and their weights are not."""
     monkeypatch.setattr(model_setup, "compute_dtype", lambda device: dtype)
     train_chat(config(lora_r=4), tiny_folder, tmp_path / "sft")

@@ -191,10 +191,8 @@ def test_a_busy_server_is_named_as_such_in_the_visitors_language(app, monkeypatc
     monkeypatch.setattr(app.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(app, "ENDPOINT_URL", "http://secret")
     for header, words in (
-        ("en-US,en", "Many people are asking"),
-        ("ko-KR,ko", "질문하는 사람이 많습니다"),
-        ("fr", "Many"),
-    ):
+        ("en-US,en", "Many people are asking"), ("ko-KR,ko", "질문하는 사람이 많습니다"), ("fr", "Many"),
+    ):  # fmt: skip
         page = SimpleNamespace(headers={"accept-language": header})
         ((answer,),) = app.respond("Hello", [], "", 0.0, 0, 8, page)
         assert words in answer["content"] and "429" not in answer["content"] and not app.check(" ", page)["is_valid"]
@@ -235,14 +233,12 @@ def test_what_a_browser_saved_comes_back_as_text_only(app):
 @pytest.mark.parametrize(
     "message,system,words",
     [
-        (" ", "", "Write something"),
-        (None, "", "Write something"),
-        ({"text": "x"}, "", "Write something"),
+        (" ", "", "Write something"), (None, "", "Write something"), ({"text": "x"}, "", "Write something"),
         ("x" * 100_001, "", "The message has 100,001 characters; at most 100,000"),
         ("x y" * 300, "", "tokens; the model reads at most 255"),
         ("x", "x y" * 300, "tokens; the model reads at most 255"),
     ],
-)
+)  # fmt: skip
 def test_what_is_too_long_or_empty_is_refused_beside_the_box_and_in_the_api(app, message, system, words):
     assert app.check("x " * 100)["is_valid"]
     if not system:

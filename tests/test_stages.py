@@ -13,16 +13,7 @@ from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
 from nanochat_hf.run import Run, save_json
 from nanochat_hf.serve.terminal_chat import Options
-from nanochat_hf.stage_configs import (
-    ChatConfig,
-    DPOStageConfig,
-    EvalConfig,
-    PretrainConfig,
-    RLConfig,
-    TokenizerConfig,
-    find_recipe,
-    read_recipe,
-)
+from nanochat_hf.stage_configs import find_recipe, read_recipe
 
 RATE = 24.0
 
@@ -81,9 +72,7 @@ def test_the_pipeline_runs_each_stage_once_with_its_options(calls, tmp_path, cap
     present = ["base", "mid", "sft", "rl"]
     assert took(calls, "check_tasks") == [("check_tasks", (configs["eval"], present, run.folder("eval")), {})]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"7 stages into {run.path}:" and [line[2:7] for line in lines[1:8]] == [
-        f"[{number}/7]" for number in range(1, 8)
-    ]
+    assert lines[0] == f"7 stages into {run.path}:" and [x[2:5] for x in lines[1:8]] == [f"[{n}/" for n in range(1, 8)]
     assert lines[8:10] == ["", "[1/7] tokenizer"] and lines[-2:] == ["", "{'facts': 1} as a summary"]
     assert f"[7/7] report: {run.path}/report.html and {run.path}/report.md" in lines
     calls.clear()
@@ -110,25 +99,25 @@ def test_core_on_the_way_is_checked_before_base_and_only_then(calls, tmp_path):
         (run.folder("base") / "metrics.json").unlink(missing_ok=True)
 
 
-BASE, BUNDLE = PretrainConfig(core_metric_every=5), EvalConfig(core_bundle="b")
-CHAT = ChatConfig(chatcore_every=5)
+BASE, BUNDLE = stages.PretrainConfig(core_metric_every=5), stages.EvalConfig(core_bundle="b")
+CHAT = stages.ChatConfig(chatcore_every=5)
 BOTH = {"base": "{run}/base", "dpo": "{run}/dpo"}
 GIVEN = [  # stage, config, options of `run_stage` -> the last call
-    ("tokenizer", TokenizerConfig(), {}, ("train_tokenizer", (ANY, "{run}/tokenizer"), {})),
+    ("tokenizer", stages.TokenizerConfig(), {}, ("train_tokenizer", (ANY, "{run}/tokenizer"), {})),
     ("base", BASE, {}, ("pretrain", (BASE, "{run}/tokenizer", "{run}/base", None), {"core": None, "push": None})),
     ("base", BASE, {"tokenizer": "t", "model": "m", "repo": "me/x", "tasks": BUNDLE},
      ("pretrain", (BASE, "t", "{run}/base", "m"), {"core": "core_metric", "push": "checkpoint_pusher"})),
-    ("base", PretrainConfig(), {"tasks": BUNDLE}, ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
-    ("base", PretrainConfig(core_metric_every=0), {"tasks": BUNDLE},
+    ("base", stages.PretrainConfig(), {"tasks": BUNDLE}, ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
+    ("base", stages.PretrainConfig(core_metric_every=0), {"tasks": BUNDLE},
      ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
-    ("sft", ChatConfig(chatcore_every=0), {"tasks": BUNDLE}, ("train_chat", (ANY, ANY, "{run}/sft", None), {})),
-    ("base", BASE, {"tasks": EvalConfig()}, ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
+    ("sft", stages.ChatConfig(chatcore_every=0), {"tasks": BUNDLE}, ("train_chat", (ANY, ANY, "{run}/sft", None), {})),
+    ("base", BASE, {"tasks": stages.EvalConfig()}, ("pretrain", (ANY,) * 4, {"core": None, "push": None})),
     ("mid", CHAT, {}, ("train_chat", (CHAT, "{run}/base", "{run}/mid", None), {})),
     ("sft", CHAT, {"tasks": BUNDLE, "model": "m"}, ("train_chat", (CHAT, "m", "{run}/sft", "chatcore_metric"), {})),
-    ("sft", ChatConfig(), {"tasks": BUNDLE}, ("train_chat", (ANY, "{run}/base", "{run}/sft", None), {})),
-    ("rl", RLConfig(), {}, ("train_rl", (RLConfig(), "{run}/base", "{run}/rl", stages.engine), {})),
-    ("rl", RLConfig(), {"model": "m"}, ("train_rl", (ANY, "m", "{run}/rl", stages.engine), {})),
-    ("dpo", DPOStageConfig(), {"model": "m"}, ("train_dpo", (DPOStageConfig(), "m", "{run}/dpo"), {})),
+    ("sft", stages.ChatConfig(), {"tasks": BUNDLE}, ("train_chat", (ANY, "{run}/base", "{run}/sft", None), {})),
+    ("rl", stages.RLConfig(), {}, ("train_rl", (stages.RLConfig(), "{run}/base", "{run}/rl", stages.engine), {})),
+    ("rl", stages.RLConfig(), {"model": "m"}, ("train_rl", (ANY, "m", "{run}/rl", stages.engine), {})),
+    ("dpo", stages.DPOStageConfig(), {"model": "m"}, ("train_dpo", (stages.DPOStageConfig(), "m", "{run}/dpo"), {})),
     ("eval", BUNDLE, {"keep_unchanged": True},
      ("evaluate", (BUNDLE, BOTH, "{run}/eval", stages.engine), {"keep_unchanged": True})),
     ("eval", BUNDLE, {"stages": ["base"]}, ("evaluate", (ANY, {"base": "{run}/base"}, ANY, ANY), {})),
@@ -162,9 +151,7 @@ def test_a_stage_is_given_its_config_source_folder_and_measurements(calls, tmp_p
     assert {key: words for key, words in first.items() if key in measures}.items() <= measures.items()
 
 
-def test_chatcore_without_its_data_is_left_out_with_a_line_or_refused_where_it_was_asked_for(
-    calls, tmp_path, monkeypatch, capsys
-):
+def test_chatcore_without_its_data_is_left_out_or_refused_where_it_was_asked_for(calls, tmp_path, monkeypatch, capsys):
     def missing(*_):
         raise InputError("no gsm8k")
 
@@ -188,9 +175,7 @@ def test_a_stage_is_named_to_its_runner_and_its_result_is_shown(monkeypatch, tmp
 
 
 HISTORY = [{"step": 1, "train_loss": 3.0, "val_bpb": 1.5}, {"step": 2, "train_loss": 2.0, "val_bpb": None}]
-RESULTS = {
-    "sft": {"facts": {"value": 0.5}, "arithmetic": {"value": 1.0}, "bpb": {"value": 9, "higher_is_better": False}}
-}
+RESULTS = {"sft": {"facts": {"value": 0.5}, "sums": {"value": 1.0}, "bpb": {"value": 9, "higher_is_better": False}}}
 FIGURES = [  # metrics.json of a stage, the figures of its last line
     ("tokenizer", {"vocab_size": 1024, "bytes_per_token": 2.5}, "1,024 tokens, 2.50 bytes per token"),
     ("base", {"history": HISTORY[:1], "val_bpb": 1.25}, "val bpb 1.2500"),
@@ -234,6 +219,8 @@ def test_the_outline_estimates_each_stage_of_a_cpu_by_its_tokens(monkeypatch):
     assert stages.outline(names, configs, 1)["base"] == "[2/7] base: 70,000 steps"
     monkeypatch.setattr(stages, "gpu_here", lambda: "NVIDIA H200")
     assert stages.outline(names, configs, 1)["rl"] == "[5/7] rl: 50 steps"  # of which nothing was measured on GPUs
+    line = stages.outline(*read_recipe(find_recipe("d24"), None, []), ranks=8)["base"]
+    assert line == "[2/5] base: 5,568 steps, about 1 h 22 min"  # in FP8, as nanochat plan has it
     _, configs = read_recipe(find_recipe("d12"), None, ["sft.num_epochs=0.5"])
     assert stages.outline(["sft"], configs, 8)["sft"] == "[1/1] sft: 0.5 x the data"
 
@@ -252,10 +239,7 @@ def test_the_newest_chat_model_answers_three_questions_and_a_base_model_none(mon
     folder, kinds = f"{tmp_path}/sft", ("fact", "arithmetic", "counting")
     for dataset, texts in (
         ("x", ["Who are you?", "Why is the sky blue?", "What is 317 times 24?"]),
-        (
-            "primer",
-            [primer.questions(kind, num=1)[0]["messages"][0]["content"] for kind in kinds],
-        ),
+        ("primer", [primer.questions(kind, num=1)[0]["messages"][0]["content"] for kind in kinds]),
     ):
         noted.clear()
         stages.show_answers(Run(tmp_path), dataset)
@@ -279,15 +263,13 @@ def test_the_fast_engine_is_for_our_models_on_a_gpu(monkeypatch):
 
 def test_stages_to_evaluate_that_a_run_does_not_have_are_no_change_of_the_recipe(tmp_path):
     run = Run(tmp_path)
-    configs = {"eval": EvalConfig(chat_stages=["sft", "rl"])}
+    configs = {"eval": stages.EvalConfig(chat_stages=["sft", "rl"])}
     record = {"finished": True, "config": {"chat_stages": ["sft"], "max_per_task": None}}
     for has_rl in (False, True):
         for stage in ["sft", *["rl"] * has_rl]:
             run.folder(stage).mkdir(exist_ok=True)
         save_json(run.folder("eval") / "metrics.json", record)
-        refused = pytest.raises(
-            InputError, match=r"recipe changed since .*eval finished \(chat_stages: \['sft'\] -> \['sf"
-        )
+        refused = pytest.raises(InputError, match=r"changed since .*eval finished \(chat_stages: \['sft'\] -> \['sf")
         with refused if has_rl else nullcontext():
             stages.check_run_folder(run, ["eval"], configs)
     changed = {"eval": replace(configs["eval"], chat_stages=["sft"], max_per_task=3)}

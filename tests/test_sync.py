@@ -97,6 +97,9 @@ def test_a_bare_folder_gets_finished_stages_and_the_newest_checkpoint(url, tmp_p
         write_stage(run, "tokenizer")
         for step in (1, 2, 3):
             write_checkpoint(run, step)
+    half = bare.path / "base" / "state" / "step_000003"
+    half.mkdir(parents=True)
+    (half / "half").touch()  # written by a job that was killed
     with syncing(url, bare):
         assert contents(bare) == {path: data for path, data in contents(run).items() if "step_000002" not in path}
         write_checkpoint(bare, 4)
@@ -104,6 +107,7 @@ def test_a_bare_folder_gets_finished_stages_and_the_newest_checkpoint(url, tmp_p
     with syncing(url, again := Run(tmp_path / "again")):
         assert contents(again) == contents(bare) and not (again.path / "base" / "state").exists()
     assert not (again.path / ".sync").exists()
+    assert (module.HubStore if url.startswith("hf") else FileStore)(url).read(module.OWNER) is None  # released
 
 
 def test_old_checkpoints_are_deleted_as_in_the_run_folder(remote, tmp_path):
@@ -325,17 +329,11 @@ def test_another_run_damaged_checkpoints_links_and_wrong_urls_are_refused(remote
 def test_the_hub_failing_at_random_requests(hub, tmp_path, monkeypatch, seed):
     monkeypatch.setattr("time.sleep", lambda seconds, real=time.sleep: real(min(seconds, 0.05)))  # the client's pauses
     numbers, run, bare = random.Random(seed), Run(tmp_path / "run"), Run(tmp_path / "bare")
-    requests = [
-        ("POST", "/preupload/"),
-        ("POST", "/commit/"),
-        ("PUT", "/blobs/"),
-        ("POST", "/batch"),
-        ("GET", "/tree/"),
-    ]
+    calls = [("POST", "/preupload/"), ("POST", "/commit/"), ("PUT", "/blobs/"), ("POST", "/batch"), ("GET", "/tree/")]
     with syncing("hf://you/run", run):
         for step in (1, 2, 3, 4):
             for _ in range(3):
-                hub.fail(*numbers.choice(requests), numbers.choice([500, 503, None]))
+                hub.fail(*numbers.choice(calls), numbers.choice([500, 503, None]))
             write_checkpoint(run, step)
             time.sleep(0.05)
         write_stage(run, "tokenizer")
@@ -405,9 +403,7 @@ STRANGER = f"process 77 on elsewhere; {time.time()}".encode()
 
 
 @pytest.mark.slow
-def test_a_second_process_is_refused_while_the_first_lives_and_takes_over_when_it_has_ended(
-    url, tmp_path, monkeypatch, capsys
-):
+def test_a_second_process_is_refused_while_the_first_lives_and_takes_over_then(url, tmp_path, monkeypatch, capsys):
     for store in (module.FileStore, module.HubStore):
         monkeypatch.setattr(store, "renewal", 0.2)
     run, bare = Run(tmp_path / "run"), Run(tmp_path / "bare")
@@ -433,9 +429,7 @@ def test_a_second_process_is_refused_while_the_first_lives_and_takes_over_when_i
         assert "process 77 on elsewhere has it; looking 0.4 s whether that still runs" in capsys.readouterr().out
 
 
-def test_an_ended_process_of_this_machine_is_replaced_at_once_and_a_damaged_owner_after_a_while(
-    remote, tmp_path, monkeypatch, capsys
-):
+def test_an_ended_process_is_replaced_at_once_and_a_damaged_owner_after_a_while(remote, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(FileStore, "renewal", 0.01)
     ended = subprocess.Popen(["true"])
     ended.wait()

@@ -4,6 +4,7 @@ import copy
 import json
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from hashlib import sha256
 from itertools import islice, pairwise
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+from nanochat_hf.data import documents
 from nanochat_hf.data import tokenizer as module
 from nanochat_hf.data.documents import text_fingerprint
 from nanochat_hf.data.tokenizer import SPECIAL_TOKENS, TokenizerConfig, encode_documents, load_tokenizer, train_bpe
@@ -161,7 +163,9 @@ def test_the_assistants_tokens_are_read_off_the_ids(tokenizer):
     assert [c for c, one in zip(row, mask) if one == "1"] == list("..p.>..((.p.>")
 
 
-def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
+def test_the_stage_writes_a_folder_with_its_figures(tmp_path, monkeypatch):
+    opened, real = [], documents.open_documents
+    monkeypatch.setattr(documents, "open_documents", lambda *a, **keys: opened.append(keys) or real(*a, **keys))
     texts = [f"Document {i} tells that the number {i * i} follows {i * i - 1}." for i in range(320)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = TokenizerConfig(dataset=str(tmp_path / "d.jsonl"), vocab_size=300, max_chars=9010, doc_cap=40)
@@ -170,9 +174,10 @@ def test_the_stage_writes_a_folder_with_its_figures(tmp_path):
     assert metrics["inputs"] == {"data": text_fingerprint(config.dataset)}
     assert metrics["finished"] and metrics["vocab_size"] == len(tokenizer) == 300
     assert metrics["train_chars"] == 9010  # the last document is cut
-    exact = TokenizerConfig(dataset=str(tmp_path / "d.jsonl"), vocab_size=300, max_chars=9000, doc_cap=40)
+    exact = replace(config, max_chars=9000, seed=3, skip_bad_files=True)
     module.train_tokenizer(exact, tmp_path / "exact")
     assert load_json(tmp_path / "exact" / "metrics.json")["train_chars"] == 9000
+    assert opened[::2] == opened[1::2] == [{"seed": s, "skip_bad_files": bool(s)} for s in (0, 3)]  # of both splits
     validation = [text[:40] for text in texts[300:]]
     assert metrics["bytes_per_token"] == pytest.approx(module.bytes_per_token(tokenizer, validation), rel=0.05)
     with pytest.raises(InputError):  # a stage that fails leaves nothing that looks finished

@@ -33,13 +33,6 @@ def options(model, **keys) -> dict[str, dict]:
     return trainer.optimizer_options()
 
 
-def test_learning_rates_are_the_generations_or_the_recipes_times_the_fraction(tiny_model):
-    """Of which test_scaling.py has the numbers."""
-    keys = {"init_lr_frac": 0.5, "matrix_lr": 0.5, "weight_decay": 0.1}
-    groups, usual = options(tiny_model, **keys), options(tiny_model)
-    assert groups["matrix"]["lr"] == 0.25 and groups["head"]["lr"] == 0.5 * usual["head"]["lr"]
-
-
 def test_warmup_decay_and_muon_momentum_follow_the_schedule(tiny_folder, tmp_path, monkeypatch):
     steps, real = [], MuonAdamW.step
 

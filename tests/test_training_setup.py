@@ -25,28 +25,10 @@ from nanochat_hf.kernels.backend import version
 from nanochat_hf.model import NanoChatForCausalLM
 from nanochat_hf.optim.scaling import plan
 from nanochat_hf.stage_configs import PretrainConfig
+from nanochat_hf.train import model_setup as setup
 from nanochat_hf.train import monitoring, runtime
 from nanochat_hf.train.fused_model import FusedTransformer
-from nanochat_hf.train.model_setup import (
-    ModelLoss,
-    build_loss_module,
-    build_model,
-    describe,
-    gradient_norm,
-    plan_overrides_from,
-    scale_gradients,
-    why_not_fp8,
-)
 from nanochat_hf.train.monitoring import Evaluator, LossSpikeDetector, StepTimer
-from nanochat_hf.train.runtime import (
-    check_cost,
-    choose_micro_batch_size,
-    free_memory,
-    graceful_shutdown,
-    micro_batch_fits,
-    split_global_batch,
-    to_device,
-)
 
 CPU = torch.device("cpu")
 FSDP2 = Path(__file__).parent.parent / "configs" / "accelerate" / "fsdp2.yaml"
@@ -64,38 +46,38 @@ def tiny_plan(vocab_size, **values):
 @pytest.mark.parametrize("generation", [1, 2])
 def test_the_models_own_forward_gives_the_loss_and_the_gradient_of_the_logits(tokenizer, generation):
     torch.manual_seed(0)
-    model = build_model(tiny_plan(len(tokenizer), generation=generation), None, tokenizer, CPU, sharded=False)
+    model = setup.build_model(tiny_plan(len(tokenizer), generation=generation), None, tokenizer, CPU, sharded=False)
     assert model.config.bos_token_id == tokenizer.bos_token_id
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.bos_token_id]
     torch.nn.init.normal_(model.lm_head.weight)
     ids = torch.randint(0, len(tokenizer), (2, 65))
-    assert isinstance(build_loss_module(model, "auto", True, False), FusedTransformer)  # see test_fused_model.py
-    module = build_loss_module(model, "sdpa", True, False)
-    assert isinstance(module, ModelLoss) and model.config._attn_implementation == "sdpa"
+    assert isinstance(setup.build_loss_module(model, "auto", True, False), FusedTransformer)  # see test_fused_model.py
+    module = setup.build_loss_module(model, "sdpa", True, False)
+    assert isinstance(module, setup.ModelLoss) and model.config._attn_implementation == "sdpa"
     logits = model(ids[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     expected.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
-    assert gradient_norm(model).item() == pytest.approx(norm.item(), rel=1e-5)
-    scale_gradients(model, torch.tensor(0.5))
-    assert gradient_norm(model).item() == pytest.approx(norm.item() / 2, rel=1e-5)
+    assert setup.gradient_norm(model).item() == pytest.approx(norm.item(), rel=1e-5)
+    setup.scale_gradients(model, torch.tensor(0.5))
+    assert setup.gradient_norm(model).item() == pytest.approx(norm.item() / 2, rel=1e-5)
     model.zero_grad()
     loss = module(ids[:, :-1], ids[:, 1:])
     loss.backward()
-    assert [loss.item(), gradient_norm(model).item()] == pytest.approx([expected.item(), norm.item()], rel=1e-4)
+    assert [loss.item(), setup.gradient_norm(model).item()] == pytest.approx([expected.item(), norm.item()], rel=1e-4)
     per_token = module(ids[:, :-1], ids[:, 1:], reduction="none")
     assert per_token.shape == (2, 64) and per_token.mean().item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_given_weights_bring_their_shape_and_need_their_tokenizer(tiny_model, tokenizer, tmp_path):
     tiny_model.save_pretrained(tmp_path)
-    shape = plan_overrides_from(str(tmp_path))
+    shape = setup.plan_overrides_from(str(tmp_path))
     expected = {"depth": 2, "generation": 2, "head_dim": 32, "aspect_ratio": 32, "window_pattern": "SSSL"}
     assert shape == expected | {"final_logit_softcapping": 15.0}
-    model = build_model(tiny_plan(len(tokenizer), **shape), str(tmp_path), tokenizer, CPU, False)
+    model = setup.build_model(tiny_plan(len(tokenizer), **shape), str(tmp_path), tokenizer, CPU, False)
     assert torch.equal(model.lm_head.weight, tiny_model.lm_head.weight)
     with pytest.raises(InputError, match="512 rows of embeddings and the tokenizer needs 320"):
-        build_model(tiny_plan(300), str(tmp_path), tokenizer, CPU, False)
+        setup.build_model(tiny_plan(300), str(tmp_path), tokenizer, CPU, False)
 
 
 def test_another_model_type_is_refused_in_one_line(tmp_path):
@@ -105,40 +87,40 @@ def test_another_model_type_is_refused_in_one_line(tmp_path):
     ):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(InputError, match=words) as error:
-            plan_overrides_from(str(tmp_path))
+            setup.plan_overrides_from(str(tmp_path))
         assert "\n" not in str(error.value)
 
 
 def test_fp8_auto_is_off_where_it_cannot_work_and_the_first_line_says_so(tiny_model, monkeypatch):
     for fp8, hint in (("auto", "; no FP8: it needs an NVIDIA GPU of compute capability 9.0 or newer"), (False, "")):
-        network = build_loss_module(tiny_model, "auto", True, fp8)
+        network = setup.build_loss_module(tiny_model, "auto", True, fp8)
         assert not network.fp8
-        assert describe(network, fp8).startswith("PyTorch on cpu; precision float32" + hint)
+        assert setup.describe(network, fp8).startswith("PyTorch on cpu; precision float32" + hint)
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     cuda = torch.device("cuda")
-    assert why_not_fp8(tiny_model, "auto", cuda, (9, 0)) is None
-    assert "attn_implementation" in why_not_fp8(tiny_model, "sdpa", cuda, (9, 0))
+    assert setup.why_not_fp8(tiny_model, "auto", cuda, (9, 0)) is None
+    assert "attn_implementation" in setup.why_not_fp8(tiny_model, "sdpa", cuda, (9, 0))
     tiny_model.config.max_position_embeddings = 100  # gradients of weights sum over tokens
-    assert "multiples of 16" in why_not_fp8(tiny_model, "auto", cuda, (9, 0))
+    assert "multiples of 16" in setup.why_not_fp8(tiny_model, "auto", cuda, (9, 0))
     capability = (8, 9)
-    assert "newer" in why_not_fp8(tiny_model, "auto", cuda, (9, 0))
+    assert "newer" in setup.why_not_fp8(tiny_model, "auto", cuda, (9, 0))
 
 
 @pytest.mark.parametrize("name, words", [("flash_attention_3", "installed"), ("flex_attention", "take sdpa")])
 def test_an_attention_that_is_not_here_is_refused_in_one_line(tiny_model, name, words):
     with pytest.raises(InputError, match=words) as error:
-        build_loss_module(tiny_model, name, True, False)
+        setup.build_loss_module(tiny_model, name, True, False)
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.gpu
 def test_the_first_line_names_kernels_and_precision(tiny_config):
     model = NanoChatForCausalLM(tiny_config).to("cuda")
-    line = describe(build_loss_module(model, "auto", True, "auto"), "auto")
+    line = setup.describe(setup.build_loss_module(model, "auto", True, "auto"), "auto")
     assert "matmuls PyTorch's FP8" in line
     assert "precision bfloat16 with FP8 blocks" in line and f"triton {version('triton')}" in line
-    assert "fp8=auto would be faster" in describe(build_loss_module(model, "auto", True, False), False)
+    assert "fp8=auto would be faster" in setup.describe(setup.build_loss_module(model, "auto", True, False), False)
 
 
 # --- the process and its device
@@ -164,19 +146,19 @@ def test_the_micro_batch_size_divides_the_step_and_fits(monkeypatch, requested, 
         return size <= largest
 
     ranks = SimpleNamespace(device=CPU, num_processes=world)
-    assert choose_micro_batch_size(D12, requested, ranks, fits, lines.append) == size
+    assert runtime.choose_micro_batch_size(D12, requested, ranks, fits, lines.append) == size
     assert tried == trials and len(lines) == len(log)
     assert all(text in line for text, line in zip(log, lines))
 
 
 def test_a_global_batch_is_split_into_whole_sequences_of_each_rank():
-    assert split_global_batch("examples", 36, 1, 8, 2) == (6, 3)
-    assert [split_global_batch("tokens", total, 128, 4, 1) for total in (1024, 256)] == [(4, 2), (2, 1)]
+    assert runtime.split_global_batch("examples", 36, 1, 8, 2) == (6, 3)
+    assert [runtime.split_global_batch("tokens", total, 128, 4, 1) for total in (1024, 256)] == [(4, 2), (2, 1)]
     for total in (1000, 0):
         with pytest.raises(InputError, match=f"tokens = {total} must be a positive multiple of 128"):
-            split_global_batch("tokens", total, 128, 4, 1)
+            runtime.split_global_batch("tokens", total, 128, 4, 1)
     with pytest.raises(InputError, match="1 sequence of 2048 tokens does not fit"):
-        choose_micro_batch_size(D12, 2, SimpleNamespace(device=CPU, num_processes=1), lambda *_: False, print)
+        runtime.choose_micro_batch_size(D12, 2, SimpleNamespace(device=CPU, num_processes=1), lambda *_: False, print)
 
 
 @pytest.mark.parametrize("steps, beside", [(1, [False]), (4, [False, True])])
@@ -190,40 +172,42 @@ def test_a_trial_has_gradients_beside_it_only_if_its_step_has(steps, beside, mon
             return self.weight.sum() * ids.shape[0]
 
     loss = Loss(1, 1, bias=False)
-    assert micro_batch_fits(D12, loss, [{"kind": "muon", "params": [loss.weight]}], Accelerator(cpu=True), 2, steps)
+    assert runtime.micro_batch_fits(
+        D12, loss, [{"kind": "muon", "params": [loss.weight]}], Accelerator(cpu=True), 2, steps
+    )
     assert has_gradient == beside and loss.weight.grad is None
     monkeypatch.setattr(Loss, "forward", lambda *args: torch.zeros(1) @ torch.zeros(2))  # no lack of memory
     with pytest.raises(RuntimeError, match="size"):
-        micro_batch_fits(D12, loss, [], Accelerator(cpu=True), 2, steps)
+        runtime.micro_batch_fits(D12, loss, [], Accelerator(cpu=True), 2, steps)
 
 
 def test_a_run_for_gpus_is_refused_on_a_cpu_and_only_there(monkeypatch):
     large = plan(PretrainConfig(24), 32768)
     with pytest.raises(InputError, match=r"no GPU found.*days.*cpu-demo"):
-        check_cost(large, CPU)
-    check_cost(large, torch.device("cuda"))
+        runtime.check_cost(large, CPU)
+    runtime.check_cost(large, torch.device("cuda"))
     small = plan(PretrainConfig(6), 32768)
     a_day = small.total_flops / 86400 / os.cpu_count()
     for speed, words in ((a_day, None), (a_day / 3, "about 3 days")):
         monkeypatch.setattr(runtime, "CPU_FLOPS", speed)
         with pytest.raises(InputError, match=words) if words else nullcontext():
-            check_cost(small, CPU)
+            runtime.check_cost(small, CPU)
 
 
 def test_the_ranks_of_a_node_share_the_memory_of_its_cpu(monkeypatch):
     monkeypatch.setattr(runtime.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
-    assert free_memory(CPU) == 4e9
+    assert runtime.free_memory(CPU) == 4e9
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert free_memory(CPU) == 1e9
+    assert runtime.free_memory(CPU) == 1e9
 
 
 def test_signals_are_noted_a_second_interrupt_stops_at_once_and_the_handlers_return():
     noted, before = [], signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), graceful_shutdown(noted.append):
+    with pytest.raises(KeyboardInterrupt), runtime.graceful_shutdown(noted.append):
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
     assert noted == [signal.SIGTERM] * 2 and signal.getsignal(signal.SIGTERM) is before
-    with graceful_shutdown(noted.append):
+    with runtime.graceful_shutdown(noted.append):
         os.kill(os.getpid(), signal.SIGINT)
     assert noted[2:] == [signal.SIGINT]
 
@@ -321,7 +305,7 @@ def evaluator(tiny_model, tokenizer, tmp_path):
 def test_bits_per_byte_are_those_of_the_batches_which_are_read_once(evaluator, tiny_model, tokenizer):
     first = evaluator.bpb()
     assert evaluator.bpb() == first and next(evaluator.loads) == 1 and len(evaluator.batches) == 2
-    batches = [to_device(batch, CPU) for batch in evaluator.batches]
+    batches = [runtime.to_device(batch, CPU) for batch in evaluator.batches]
     lengths = torch.tensor(token_byte_lengths(tokenizer))
     assert first == pytest.approx(evaluate_bpb(losses_of(tiny_model), batches, lengths), abs=1e-4)
     assert all(p.grad is None for p in tiny_model.parameters())

@@ -102,12 +102,8 @@ def test_spelling_separates_letters_by_commas_and_the_bee_counts_by_hand_and_che
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([], "no messages"),
-        ("text", "no messages"),
-        ([USER], "last message"),
-        ([REPLY], "role 'assistant'"),
-        ([USER, USER, REPLY], "message 2 is of role 'user'"),
-        ([{**USER, "content": ""}, REPLY], "message 1 is empty"),
+        ([], "no messages"), ("text", "no messages"), ([USER], "last message"), ([REPLY], "role 'assistant'"),
+        ([USER, USER, REPLY], "message 2 is of role 'user'"), ([{**USER, "content": ""}, REPLY], "message 1 is empty"),
         ([USER, {**REPLY, "content": " \n"}], "message 2 is empty"),
         ([USER, {**REPLY, "content": None}], "message 2 has no text"),
         ([{"role": "user"}, REPLY], "message 1 has no text"),
@@ -117,6 +113,7 @@ def test_spelling_separates_letters_by_commas_and_the_bee_counts_by_hand_and_che
         ([{**USER, "content": [{"type": "text"}]}, REPLY], "without text"),
         ([{**USER, "content": [{"type": "python", "text": "1"}]}, REPLY], "not the assistant's"),
         ([USER, {**REPLY, "tool_calls": [{"x": 1}]}], "none"),
+        ([USER, calling(call(None)), result(), REPLY], "nothing"),
         ([{**USER, "tool_calls": [call("1")]}, REPLY], "message 1 has a tool call and is not"),
         ([USER, calling(call("1")), REPLY], "message 3 is of role 'assistant', expected tool"),
         ([USER, calling(call("1")), result(), result(), REPLY], "message 4 is of role 'tool', expected assistant"),
@@ -126,7 +123,7 @@ def test_spelling_separates_letters_by_commas_and_the_bee_counts_by_hand_and_che
         ([USER, {**REPLY, "content": [{"type": "python_output", "text": "1"}]}], "result without a call"),
         ([USER, {**REPLY, "content": PARTS[1::-1] + PARTS[2:]}], "call without its result"),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_conversation_is_named(messages, reason):
     with pytest.raises(BadRow, match=re.escape(reason)):
         check(messages)
@@ -172,18 +169,13 @@ def test_expressions_that_look_like_json_stay_expressions(expression):
     [
         (call('{"code": "1+1"}'), "python takes one text, expression, not code"),
         (call({"expression": "1", "digits": 3}), "not expression, digits"),
-        (call({"expression": 5}), "python takes one text"),
-        (call({}), "not nothing"),
-        (call("[1, 2]"), "no JSON object: [1, 2]"),
-        (call("[" * 100_000), "no JSON object: [["),
-        (call('"1+1"'), 'no JSON object: "1+1"'),
-        (call('{"expression": "1'), "no JSON object"),
-        (call([1]), "no mapping: [1]"),
-        (call("Ulm", "weather"), "no JSON object: Ulm"),
-        (call("1", ""), "names no function"),
-        ({"function": "python"}, "names no function"),
+        (call({"expression": 5}), "python takes one text"), (call({}), "not nothing"),
+        (call("[1, 2]"), "no JSON object: [1, 2]"), (call("[" * 100_000), "no JSON object: [["),
+        (call('"1+1"'), 'no JSON object: "1+1"'), (call('{"expression": "1'), "no JSON object"),
+        (call([1]), "no mapping: [1]"), (call("Ulm", "weather"), "no JSON object: Ulm"),
+        (call("1", ""), "names no function"), ({"function": "python"}, "names no function"),
     ],
-)
+)  # fmt: skip
 def test_a_call_that_is_none_is_named(broken, reason):
     with pytest.raises(BadRow, match=re.escape(reason)) as caught:
         normalize([USER, calling(broken), result(), REPLY])
@@ -253,14 +245,12 @@ def test_a_reply_that_is_not_to_be_learned_is_named():
     ("transform", "row"),
     [
         ("messages", {"messages": [USER, REPLY]}),
-        *(
-            ("sharegpt", {"conversations": [{"from": user, "value": "a"}, {"from": name, "value": "b"}]})
-            for user, name in (("human", "gpt"), ("human", "chatgpt"), ("human", "bot"), ("user", "assistant"))
-        ),
         ("instruction", {"instruction": "a", "output": "b"}),
         ("instruction", {"instruction": "", "input": "a", "output": "b"}),
+        *(("sharegpt", {"conversations": [{"from": user, "value": "a"}, {"from": name, "value": "b"}]})
+          for user, name in (("human", "gpt"), ("human", "chatgpt"), ("human", "bot"), ("user", "assistant"))),
     ],
-)
+)  # fmt: skip
 def test_a_system_message_beside_the_messages_comes_first_and_a_history_is_refused(transform, row):
     read, system = TRANSFORMS[transform], {"role": "system", "content": "Be brief."}
     for key in ("system", "system_prompt"):

@@ -89,10 +89,8 @@ def test_sft_dpo_and_grpo_by_name_train_the_model_of_the_folder(package, talker,
         assert by_name[2:] == pytest.approx(by_object[2:], rel=1e-3, abs=1e-4), name
     model, tokenizer = talker
     chat = [question, {"role": "assistant", "content": text}]
-    rendered = tokenizer.apply_chat_template(
-        chat, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
-    )
-    labels = rendered["input_ids"].where(rendered["assistant_masks"].bool(), -100)
+    row = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt")
+    labels = row["input_ids"].where(row["assistant_masks"].bool(), -100)
     with torch.no_grad():
-        loss = model(rendered["input_ids"], labels=labels).loss.item()
+        loss = model(row["input_ids"], labels=labels).loss.item()
     assert results["sft"][0][2] == pytest.approx(loss, abs=1e-3)

@@ -12,29 +12,22 @@ ROOT = Path(__file__).parent.parent
 EXEMPT = ("docs/experiments/", "evals/results/", "README.ko.md", "tests/test_words.py")  # quotes, and other languages
 EXEMPT += ("nanochat_hf/demo/", "nanochat_hf/data/identities/")  # text that is trained on
 PRIVATE = {  # a private word -> the standard one
-    r"whole copies": "replicated parameters",
-    r"gather(s|ing)? again": "reshard_after_forward=True",
-    r"in (flat )?pieces|whole weights": "sharded, unsharded weights",
-    r"launch files?": "Accelerate config file",
+    r"whole copies": "replicated parameters", r"gather(s|ing)? again": "reshard_after_forward=True",
+    r"in (flat )?pieces|whole weights": "sharded, unsharded weights", r"launch files?": "Accelerate config file",
     r"\bpeers?\b": "karpathy/nanochat, baseline",
     r"\b8[- ]bits?\b (products|floats|weights)|in 8 bits": "FP8, int8 weight-only",
-    r"\btwins?\b": "reference implementation",
-    r"\blanes?\b": "virtual shards",
-    r"dealt (over|out)": "assigned round-robin",
-    r"keep_tails|\btails\b": "bfd_split",
-    r"\bpersonalit(y|ies)\b": "identity",
-    r"\bmomenta\b": "optimizer state",
+    r"\btwins?\b": "reference implementation", r"\blanes?\b": "virtual shards",
+    r"dealt (over|out)": "assigned round-robin", r"keep_tails|\btails\b": "bfd_split",
+    r"\bpersonalit(y|ies)\b": "identity", r"\bmomenta\b": "optimizer state",
     r"\bgoes on\b|\bgo on\b|\bgoing on\b": "resumes, continues",
     r"\bstands? in(to)? for\b|\bknows (of )?\b|\bhears\b|\bis told\b": "no personification",
-    r"plain command line": "lm-eval CLI",
-    r"\bguessing\b": "random baseline (chance)",
-    r"patience": "timeout",
+    r"plain command line": "lm-eval CLI", r"\bguessing\b": "random baseline (chance)", r"patience": "timeout",
     r"matrix products?": "matmuls, GEMMs",
     r"\bTrunk\b|\bCopies\(|\bPlaces\(|\bMixedStream\b|\bSpikeAlarm\b|\bWaitedTooLong\b": "see the names of today",
     r"(?i)orthogonalis|tokenis|normalis|initialis|serialis|quantis|recognis": "American spelling",
     r"(?i)behaviour|neighbour|favourite|licen[c]e|colour|practise": "American spelling",
-}
-OLD_NAMES = re.compile(  # of flags and stored keys, which stay valid
+}  # fmt: skip
+OLD = re.compile(  # of flags and stored keys, which stay valid
     r'"--(peer|patience)"|replace\("peer"|"lanes"|virtual shards lanes|Random\(f"personality|_ALIASES'
 )
 PRIVATE_NAMES = re.compile(  # identifiers of before that have a standard name
@@ -62,9 +55,7 @@ def test_no_private_word(word):
     for name, text in tracked(".py", ".md", ".yaml", ".toml", ".html", "Makefile", ".jinja").items():
         if re.search(word, text):
             lines = enumerate(text.splitlines(), 1)
-            places += [
-                f"{name}:{n}: {line}" for n, line in lines if re.search(word, line) and not OLD_NAMES.search(line)
-            ]
+            places += [f"{name}:{n}: {line}" for n, line in lines if re.search(word, line) and not OLD.search(line)]
     assert not places, f"say {PRIVATE[word]!r}:\n" + "\n".join(places)
 
 

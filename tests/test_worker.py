@@ -40,10 +40,6 @@ def request(worker, text="Hello", max_new_tokens=120):
     return Request(worker.engine.encode([{"role": "user", "content": text}]), max_new_tokens)
 
 
-async def never():
-    return False
-
-
 def gather(completions):
     return asyncio.gather(*(completion.read() for completion in completions))
 
@@ -113,9 +109,7 @@ def test_an_answer_that_is_complete_outlives_its_worker_and_each_gpu_has_a_worke
     engine = SimpleNamespace(encode=list, warm_up=list)
     monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(workers, "load_tokenizer", str)
-    monkeypatch.setattr(
-        workers.Engine, "from_pretrained", lambda name, device, slots: devices.append(device) or engine
-    )
+    monkeypatch.setattr(workers.Engine, "from_pretrained", lambda _, device, slots: devices.append(device) or engine)
     monkeypatch.setattr(workers, "Worker", lambda make, *_: makers.append(make) or SimpleNamespace(start=list))
     workers.open_workers("x", 1, 1)
     assert [make() for make in makers] == [engine] * 2 and devices == ["cuda:0", "cuda:1"]

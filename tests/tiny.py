@@ -10,16 +10,9 @@ from transformers import DynamicCache, StaticCache
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
 
 TINY = {
-    "vocab_size": 128,
-    "num_tokens": 100,
-    "hidden_size": 32,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-}
+    "vocab_size": 128, "num_tokens": 100, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": None,
+}  # fmt: skip
 GENERATIONS = [1, 2]
 KINDS = ["plain", "padded", "packed", "cached"]
 LOW = {"device": "cuda", "dtype": torch.bfloat16}  # of the inputs that fused kernels take

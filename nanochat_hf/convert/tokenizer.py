@@ -100,10 +100,8 @@ def sample_texts(ranks: dict[bytes, int], count: int = 300, seed: int = 0) -> It
         yield b"".join(tokens[start : start + 100]).decode(errors="replace")
     for _ in range(count):
         yield b"".join(rng.choices(tokens, k=300)).decode(errors="replace")
-        codes = (
-            rng.choice((rng.randrange(32, 0xD800), rng.randrange(0x1F000, 0x1FAFF), 32, 10, 9)) for _ in range(200)
-        )
-        yield "".join(map(chr, codes))
+        odd = (rng.choice((rng.randrange(32, 0xD800), rng.randrange(0x1F000, 0x1FAFF), 32, 10, 9)) for _ in range(200))
+        yield "".join(map(chr, odd))
     yield "it's IT'S  we'll\r\n\n\n  12345 0,007 -3.14\t\tx=1;;  \n end   "
 
 

@@ -26,16 +26,11 @@ from .native import from_native, load_strictly, refuse_differences, renew, to_na
 from .tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, read_tiktoken, write_tiktoken
 
 NAMES = (  # part of a parameter's name: upstream's, ours
-    ("transformer.wte.", "model.embed_tokens."),
-    ("transformer.h.", "model.layers."),
-    (".attn.c_q.", ".self_attn.q_proj."),
-    (".attn.c_k.", ".self_attn.k_proj."),
-    (".attn.c_v.", ".self_attn.v_proj."),
-    (".attn.c_proj.", ".self_attn.o_proj."),
-    (".attn.ve_gate.", ".self_attn.ve_gate."),
-    (".mlp.c_fc.", ".mlp.fc1."),
+    ("transformer.wte.", "model.embed_tokens."), ("transformer.h.", "model.layers."),
+    (".attn.c_q.", ".self_attn.q_proj."), (".attn.c_k.", ".self_attn.k_proj."), (".attn.c_v.", ".self_attn.v_proj."),
+    (".attn.c_proj.", ".self_attn.o_proj."), (".attn.ve_gate.", ".self_attn.ve_gate."), (".mlp.c_fc.", ".mlp.fc1."),
     (".mlp.c_proj.", ".mlp.fc2."),
-)
+)  # fmt: skip
 FEATURES = {name: name for name in SWITCHES} | {"residual_lambdas": "resid_lambdas"}  # switch: prefix of its names
 
 
@@ -140,9 +135,7 @@ def set_token_ids(model: NanoChatForCausalLM, tokenizer: PreTrainedTokenizerFast
     """Copy the ids of the tokenizer into the model's configs. Raises ValueError if the two differ in size."""
     size = model.config.num_tokens or model.config.vocab_size
     if len(tokenizer) != size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {size}: they do not belong together"
-        )
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens and the model {size}: take the model's own")
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in ids.items():
         setattr(model.config, name, value)

@@ -185,10 +185,8 @@ class PackedLoader:
         states = state if isinstance(state, list) else [state]
         rows, num_shards, world_size = states[0]["rows"], states[0]["num_shards"], self.stream.world_size
         if num_shards % world_size:
-            raise InputError(
-                f"this run's data has {num_shards} virtual shards, which {world_size} ranks cannot share equally; "
-                f"resume with a number of ranks that divides {num_shards}"
-            )
+            advice = f"resume with a number of ranks that divides {num_shards}"
+            raise InputError(f"{world_size} ranks cannot share the {num_shards} virtual shards of this run: {advice}")
         if any(one["rows"] != rows for one in states):
             raise InputError("the ranks' data-loader states are from different steps; resume from another checkpoint")
         shards = {number: shard for one in states for number, shard in one["shards"].items()}

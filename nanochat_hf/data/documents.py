@@ -263,10 +263,8 @@ class DatasetSplit:
         if identity["revision"] and identity["revision"] != self.revision:
             self._open(identity["revision"])  # the Hub keeps the commit that the run began with
         if any(identity.get(key) != value for key, value in self.identity.items()):
-            raise InputError(
-                f"dataset {self.dataset} changed since this run began ({identity}, now {self.identity}); "
-                "bring back the old files, or begin again in another --run-dir"
-            )
+            advice = "bring back the old files, or begin in another --run-dir"
+            raise InputError(f"{self.dataset} changed since this run began ({identity} to {self.identity}): {advice}")
 
     def row_group(self, path: Path, group: int) -> pa.ChunkedArray:
         """The texts of a parquet file's row group, decoded once for the streams that take slices of it."""

@@ -117,9 +117,7 @@ def ends_in_consonant(text: str) -> bool:
     return last != "" and last in "bckglmnpqt013678"  # as these letters and digits are usually read aloud
 
 
-def conversations(
-    identity: Identity, split: str = "train", seed: int = 0, num: int = NUM_CONVERSATIONS
-) -> Iterator[dict]:
+def conversations(identity: Identity, split="train", seed: int = 0, num: int = NUM_CONVERSATIONS) -> Iterator[dict]:
     """`num` different conversations {"messages"} of one to three turns; "test" asks in other phrasings than "train".
 
     Raises InputError for another split, or when the phrasings give too few.
@@ -135,9 +133,7 @@ def conversations(
             yield {"messages": messages}
             if len(seen) == num:
                 return
-    raise InputError(
-        f"only {len(seen)} different conversations of {identity.name}, not {num}: lower rows, or use epochs"
-    )
+    raise InputError(f"only {len(seen)} different conversations of {identity.name}, not {num}: lower rows, use epochs")
 
 
 def words_of(messages: list[dict]) -> str:

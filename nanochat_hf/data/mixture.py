@@ -154,9 +154,7 @@ class Mixture:
         """Note a row that cannot be used (also for the trainer: a conversation longer than the context)."""
         entry = self.entries[number]
         if self.on_bad_example == "error":
-            raise InputError(
-                f"row {row} of {entry.dataset} cannot be used: {reason}; mend it or set on_bad_example: skip"
-            )
+            raise InputError(f"row {row} of {entry.dataset} cannot be used: {reason}; mend it or set on_bad_example")
         entry.num_bad += 1
         bad = {"dataset": entry.name, "row": row, "reason": reason}
         entry.first_bad = entry.first_bad or bad
@@ -287,10 +285,8 @@ def _files(entry: DatasetConfig, path: Path) -> list[Path]:
             log(f"dataset {entry.dataset}: not read: {listed(unread)}")
         return [path / name for name in files]
     if split_of(entry.split) != "train" and not tells(path.name, entry.split):  # train, train_prefs: all rows
-        raise InputError(
-            f"{entry.dataset} is one file, and its name does not say that it is the split {entry.split}: give a file "
-            "of that name, or leave split out to take all its rows"
-        )
+        advice = "give a file of that name, or leave split out to take all its rows"
+        raise InputError(f"{entry.dataset} is one file, and its name does not say it is {entry.split}: {advice}")
     return [path]
 
 

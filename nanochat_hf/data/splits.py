@@ -76,16 +76,12 @@ def text_files(dataset: str, names: list[str], unread: Sequence[str] = ()) -> tu
         splits.setdefault(split_of(name), []).append(name)
     for role in ("train", "validation") if "validation" in splits else ("train", "validation", "test"):
         if role not in splits and (hidden := [name for name in unread if split_of(name) == role]):
-            raise InputError(
-                f"dataset {dataset} has its {role} split in {listed(hidden)}, which is not read: files must be "
-                f"of one kind, here {PurePosixPath(names[0]).suffix}, and folders no links; or give one file"
-            )
+            advice = f"give files of one kind, here {PurePosixPath(names[0]).suffix}, no linked folders; or one file"
+            raise InputError(f"{dataset} has its {role} split in {listed(hidden)}, which is not read: {advice}")
     train = splits.get("train") or splits.get(None)
     if not train:
-        raise InputError(
-            f"dataset {dataset} has {' and '.join(sorted(splits))} files only: name training files train-*, "
-            "or give one file instead of the folder"
-        )
+        advice = "name training files train-*, or give one file instead of the folder"
+        raise InputError(f"dataset {dataset} has {' and '.join(sorted(splits))} files only: {advice}")
     if None in splits and len(splits) > 1:
         use = "not read" if "train" in splits else "the training text"
         notes.append(f"{listed(splits[None])}, named after no split, is {use}")
@@ -115,9 +111,7 @@ def row_files(dataset: str, names: list[str], split: str, subset: str | None, un
     else:
         files = [name for name in files if _is_labelled(name, split)] or files
     if not files:
-        others = ", ".join(
-            f"{what} {listed(some)}" for what, some in (("it has", names), ("not read are", unread)) if some
-        )
+        others = ", ".join(f"{what} {listed(n)}" for what, n in (("it has", names), ("not read are", unread)) if n)
         raise InputError(f"folder {dataset} has no .jsonl or .parquet files named {split}*{others and '; ' + others}")
     subsets: dict[str | None, list[str]] = {}
     for name in files:

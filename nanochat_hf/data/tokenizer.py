@@ -185,10 +185,8 @@ def apply_chat_template(tokenizer, conversation, tools=None, documents=None, cha
         if options.get(name):
             raise InputError(f"{name} is not supported for a chat template of others")
     batched = bool(conversation) and not isinstance(conversation[0], dict)
-    chats = [
-        [{key: value for key, value in message.items() if value is not None} for message in chat]
-        for chat in (conversation if batched else [conversation])
-    ]
+    chats = conversation if batched else [conversation]
+    chats = [[{key: value for key, value in message.items() if value is not None} for message in c] for c in chats]
     encoding = set(signature(own).parameters) - {"add_generation_prompt", "continue_final_message"}
     try:
         texts = RENDERER.render(

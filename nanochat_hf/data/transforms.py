@@ -106,10 +106,8 @@ def spelling_bee(row: dict, rng: Random) -> list[dict]:
     """{"word"} -> how often a letter occurs in it: spelled and counted by hand, checked with the tool, `#### n`."""
     word = row["word"]
     letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
-    quote_letter, quote_word = rng.choice(("", "'", '"')), rng.choice(("", "'", '"'))
-    question = rng.choice(COUNT_QUESTIONS).format(
-        l=f"{quote_letter}{letter}{quote_letter}", w=f"{quote_word}{word}{quote_word}"
-    )
+    a, b = rng.choice(("", "'", '"')), rng.choice(("", "'", '"'))  # around the letter, around the word
+    question = rng.choice(COUNT_QUESTIONS).format(l=f"{a}{letter}{a}", w=f"{b}{word}{b}")
     if rng.random() < 0.3:
         question = question.lower()
     if rng.random() < 0.5:
@@ -251,10 +249,8 @@ def _decoded(call, errors: str) -> dict:
 
 def _in_order(calls: list[dict], results: list[dict]) -> list[dict]:
     """The results in the order of their calls. Raises BadRow when one answers another call, or any of several."""
-    call_ids, answered = (
-        [None if one.get(key) in (None, "") else str(one[key]) for one in ones]
-        for ones, key in ((calls, "id"), (results, "tool_call_id"))
-    )
+    kinds = (calls, "id"), (results, "tool_call_id")
+    call_ids, answered = ([None if x.get(key) in (None, "") else str(x[key]) for x in ones] for ones, key in kinds)
     call_of = {n: call_ids.index(one) for n, one in enumerate(answered) if one and one in call_ids}  # of result n
     # The other results take the other calls in order; where both have an id, the ids differ.
     others = [n for n in range(len(results)) if n not in call_of]

@@ -33,9 +33,7 @@ def bits_per_byte(nats: float, num_bytes: float) -> float:
 
 
 @torch.no_grad()
-def evaluate_bpb(
-    token_losses: Callable[[Tensor, Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], byte_lengths: Tensor
-) -> float:
+def evaluate_bpb(token_losses: Callable, batches: Iterable[tuple[Tensor, Tensor]], byte_lengths: Tensor) -> float:
     """Bits per byte over all batches of all ranks; every rank gets the same figure.
 
     `token_losses`: (inputs (B, T), targets (B, T)) -> losses (B, T) in nats; targets of -100 are ignored.

@@ -24,17 +24,7 @@ from ..data.documents import files_below, local_path
 from ..data.tokenizer import load_tokenizer
 from ..distributed import broadcast_from_main, monitored_barrier, partial_state
 from ..errors import InputError
-from ..run import (
-    MODEL_STAGES,
-    Run,
-    fingerprint,
-    load_metrics,
-    save_json,
-    save_jsonl,
-    start_record,
-    track,
-    write_metrics,
-)
+from ..run import STAGES, Run, fingerprint, load_metrics, save_json, save_jsonl, start_record, track, write_metrics
 from ..stage_configs import EvalConfig
 from .bpb import held_out_bpb
 from .core import GROUP, centered_mean, evaluate_core, input_error, load_tasks, quiet
@@ -97,7 +87,7 @@ def evaluate(
     numbers["bytes_per_token"] = compression(load_tokenizer(next(iter(models.values()))))
     metrics = write_metrics(output, record, definition=definition, bloat=repository_size(), **numbers)
     run, samples = Run(output.parent), [path for path in output.glob("samples/*") if path.name not in stages]
-    gone = [path for path in samples if path.name not in MODEL_STAGES or not run.finished(path.name)]
+    gone = [path for path in samples if path.name not in STAGES or not run.finished(path.name)]
     for folder in [output / "state", *gone]:
         shutil.rmtree(folder, ignore_errors=True)
     return metrics
@@ -112,9 +102,7 @@ def check_counts(config: EvalConfig, num_processes: int) -> None:
 def definition_of(config: EvalConfig) -> str:
     """A hash of all that decides a result besides the weights: config, tasks, code that measures, local data."""
     files = [*EVALS.glob("tasks/*.*"), *PACKAGE.glob("demo/*.*"), *(PACKAGE / f"{name}.py" for name in CODE)]
-    code = [
-        (path.parts[-2:], hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(files) if path.is_file()
-    ]
+    code = [(p.parts[-2:], hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(files) if p.is_file()]
     parts = config.dataset if isinstance(config.dataset, list) else [{"dataset": config.dataset}]
     places = [config.chat_data, config.words, config.core_bundle, *(str(part.get("dataset")) for part in parts)]
     data = [
@@ -136,7 +124,7 @@ def by_stage(record: dict | None, definition: str) -> dict[str, dict]:
 
 def by_number(stages: dict[str, dict]) -> dict[str, dict]:
     """The inverse of `by_stage`: name of a number -> stage -> value, in the order of the stages."""
-    stages = {stage: stages[stage] for stage in sorted(stages, key=MODEL_STAGES.index)}
+    stages = {stage: stages[stage] for stage in sorted(stages, key=STAGES.index)}
     return {key: {s: n[key] for s, n in stages.items() if n[key] or key in OF_ALL} for key in NUMBERS}
 
 

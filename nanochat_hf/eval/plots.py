@@ -1,11 +1,12 @@
-"""The report card's plots, and the page that holds them: facts -> plots/*.png, Markdown -> one HTML file.
+"""The plots of a report card or a comparison, and the page: facts -> plots/*.png, Markdown -> one HTML file.
 
 The plots have no background and gray text, so that they can be read on white and on black.
 """
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import cycle
 from pathlib import Path
 from string import Template
 
@@ -13,6 +14,7 @@ import matplotlib
 import yaml
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..run import MODEL_STAGES, TITLES
 
@@ -21,6 +23,7 @@ GPT2_XL = WORDS["gpt2_xl"]
 CURVES = {"base": ("train_loss", "val_bpb", "core"), "rl": ("reward", "pass@1", "completion_length")}
 GPT2 = "GPT-2 XL (published)"
 COLORS = dict(zip(MODEL_STAGES, ("#4a8fc7", "#d9822b", "#4c9a5f", "#a56fc4", "#c2566b"))) | {GPT2: "#9aa3ad"}
+RUN_COLORS = [*COLORS.values()][:-1]
 GRAY = "#7a7f87"  # contrast of at least 4:1 with white and with the page's black
 STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GRAY) | {
     "axes.axisbelow": True, "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False,
@@ -31,21 +34,11 @@ STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick
 
 def plots(facts: dict, folder: Path) -> dict[str, list[str]]:
     """Draw the plots; section -> paths of its plots below the run folder. Plots of an earlier report are deleted."""
-    folder.mkdir(parents=True, exist_ok=True)
     for section in (*TITLES, "core", "scores"):
         for path in folder.glob(f"{section}*.png"):
             path.unlink()
-    drawn: dict[str, list[str]] = {}
+    drawn = draw_curves({"": facts}, folder)
     with matplotlib.rc_context(STYLE):
-        for stage, metrics in facts["stages"].items():
-            for name in CURVES.get(stage, ("train_loss", "val_loss", "chatcore")):
-                start = {"step": 0, name: metrics.get(f"start_{name}")}
-                points = [(row.get("step"), row.get(name)) for row in (start, *(metrics.get("history") or []))]
-                points = [point for point in points if None not in point]
-                if len(points) > 1:
-                    path = folder / f"{stage}-{name}.png"
-                    title = f"{TITLES[stage]}: {WORDS['curves'][name]}"
-                    drawn.setdefault(stage, []).append(draw_curve(points, path, title, COLORS.get(stage)))
         if scores := {metric: cells for metric, cells in facts["table"].items() if "bpb" not in metric}:
             drawn["scores"] = [draw_bars(scores, folder / "scores.png", "Scores by stage")]
         tasks: dict[str, dict] = {}
@@ -58,18 +51,56 @@ def plots(facts: dict, folder: Path) -> dict[str, list[str]]:
     return drawn
 
 
-def draw_curve(points: list[tuple[int, float]], path: Path, title: str, color: str) -> str:
-    """A curve from step 0; of many points also a smoothed line: a moving average over a fifteenth of them."""
+def draw_curves(runs: dict[str, dict], folder: Path, left_out: Collection[str] = ()) -> dict[str, list[str]]:
+    """Draw the curves of a run, or over each other those that two of several runs have; stage -> paths of its plots.
+
+    `runs`: label -> facts; `left_out`: names of curves.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn: dict[str, list[str]] = {}
+    for stage in TITLES:
+        for name in CURVES.get(stage, ("train_loss", "val_loss", "chatcore")):
+            all_points = {label: curve(facts["stages"].get(stage, {}), name) for label, facts in runs.items()}
+            lines = {label: points for label, points in all_points.items() if len(points) > 1}
+            if len(lines) >= min(2, len(runs)) and name not in left_out:
+                path, colors = folder / f"{stage}-{name}.png", [COLORS[stage]] if len(runs) == 1 else RUN_COLORS
+                with matplotlib.rc_context(STYLE):
+                    draw_lines(lines, path, f"{TITLES[stage]}: {WORDS['curves'][name]}", colors)
+                drawn.setdefault(stage, []).append(f"{folder.name}/{path.name}")
+    return drawn
+
+
+def curve(metrics: dict, name: str) -> list[tuple[float, float]]:
+    """(step, value) of each entry of a stage's history that has both."""
+    start = {"step": 0, name: metrics.get(f"start_{name}")}
+    points = [(row.get("step"), row.get(name)) for row in (start, *(metrics.get("history") or []))]
+    return [point for point in points if None not in point]
+
+
+def draw_lines(lines: dict[str, list[tuple[float, float]]], path: Path, title: str, colors: Sequence[str]) -> None:
+    """Curves from step 0; of many points also a smoothed line: a moving average over a fifteenth of them."""
     figure = Figure(figsize=(4.6, 2.9))
-    axes, many, (steps, values) = figure.subplots(), len(points) >= 30, zip(*points)
-    axes.plot(steps, values, color=color, alpha=0.35 if many else 1, linewidth=1.2, marker=None if many else "o")
-    if many:
-        axes.plot(steps, smoothed(values, len(values) // 30), color=color, linewidth=1.8)
+    axes = figure.subplots()
+    for (label, points), color in zip(lines.items(), cycle(colors)):
+        many, (steps, values) = len(points) >= 30, zip(*points)
+        axes.plot(steps, values, color=color, alpha=0.35 if many else 1, linewidth=1.2, marker=None if many else "o")
+        if many:
+            axes.plot(steps, smoothed(values, len(values) // 30), color=color, linewidth=1.8)
+        axes.lines[-1].set_label(label)
     axes.set_title(title)
     axes.set_xlabel("step")
     axes.set_xlim(left=0)
+    if len(lines) > 1:
+        axes.legend()
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG of at most 64 colors, which has a third of the bytes."""
     figure.savefig(path)
-    return f"{path.parent.name}/{path.name}"
+    with Image.open(path) as picture:
+        small = picture.convert("RGBA").quantize(64, Image.Quantize.FASTOCTREE)
+    small.save(path, optimize=True)
 
 
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
@@ -103,7 +134,7 @@ def draw_bars(groups: dict[str, dict[str, dict]], path: Path, title: str) -> str
     axes.margins(x=0.1)
     if len(bars) > 1:
         figure.legend(loc="outside lower center", ncols=len(bars))
-    figure.savefig(path)
+    save(figure, path)
     return f"{path.parent.name}/{path.name}"
 
 

@@ -1,7 +1,7 @@
 """The report card of a run: report.md with plots, report.json, and report.html as one file, from metrics.json files.
 
-Nothing is measured or estimated here: what no stage wrote is left out, or "-" in a table. `collect` gathers the facts
-(the content of report.json), `markdown` formats them, plots.py draws them; the model card uses the same facts.
+Nothing is measured here: a section says what no stage wrote, a table has "-". `collect` gathers the facts (the content
+of report.json), `markdown` formats them, plots.py draws them; the model card uses the same facts.
 `repository_size` and `compression` are measured by the evaluation, for this report.
 """
 
@@ -13,13 +13,12 @@ import tomllib
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
 
 from jinja2 import Environment, FileSystemLoader
 from transformers import AutoTokenizer
 
 from ..errors import InputError
-from ..optim.scaling import GPUS, find_gpu
+from ..optim.scaling import GPUS, RATE, find_gpu
 from ..run import MODEL_STAGES, STAGES, TITLES, Run, duration, project_folder, renamed_keys, save_json, short, writing
 from ..stage_configs import RECIPES, read_recipe
 from .plots import GPT2_XL, WORDS, page, plots
@@ -28,7 +27,7 @@ from .weights import REPLACED, outdated, replaced
 ROOT = Path(__file__).parents[2]
 OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
 SOURCES = (".py", ".md", ".yaml", ".toml", ".jinja", ".html")
-NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.]+)?( GiB)?|[-+]?\d+ .*\b(min|s)")
+NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( (±|to) [-+]?[\d.]+)?( GiB)?|<0.001|[-+]?\d+ .*\b(min|s)")
 CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.S)
 
 
@@ -63,7 +62,6 @@ def collect(run: Run, hourly_rate: float | None = None, last: str | None = None)
     total = sum(filter(None, seconds.values()))
     newest = max(stages.values(), key=lambda metrics: metrics.get("started") or 0)
     hardware = newest.get("hardware") or {}
-    watts = GPUS[gpu].watts if (gpu := find_gpu(hardware.get("device") or "")) else None
     notes, evaluation = current_results(run, stages, later)
     shown = {name: stages[name] for name in stages if name != "eval" and not replaced(run, name)}
     table = summary_table(shown, evaluation)
@@ -81,7 +79,7 @@ def collect(run: Run, hourly_rate: float | None = None, last: str | None = None)
         "total_seconds": total,
         "hourly_rate": hourly_rate,
         "cost": hourly_rate * total / 3600 if hourly_rate is not None else None,
-        "max_kwh": watts and watts * (hardware.get("num_processes") or 1) * total / 3.6e6,  # GPUs, by their data sheet
+        **gpu_use(stages, seconds),
         "command": command(stages, hardware),
         "bloat": stages.get("eval", {}).get("bloat"),
         "stages": shown,
@@ -112,6 +110,20 @@ def current_results(run: Run, stages: dict, later: Collection[str] = ()) -> tupl
     evaluation = {key: {s: v for s, v in (record.get(key) or {}).items() if s in models} for key in keys}
     same_tokenizer = not reasons or next(iter(measured)) not in reasons  # it is that of the first model
     return notes, evaluation | {"bytes_per_token": (record.get("bytes_per_token") or {}) if same_tokenizer else {}}
+
+
+def gpu_use(stages: dict, seconds: dict) -> dict[str, float | None]:
+    """GPU-hours of these stages, 0 on CPUs and Macs, and kWh at the GPUs' rated power; None for what is not known."""
+    hours, kwh = 0.0, 0.0
+    for stage, metrics in stages.items():
+        hardware = metrics.get("hardware") or {}
+        device, ranks = hardware.get("device"), hardware.get("num_processes") or 1
+        if not device or seconds[stage] is None:
+            return {"gpu_hours": None, "max_kwh": None}
+        if hardware.get("device_type") not in ("cpu", "mps"):
+            gpu, used = find_gpu(device), ranks * seconds[stage] / 3600
+            hours, kwh = hours + used, kwh + used * GPUS[gpu].watts / 1000 if gpu and kwh is not None else None
+    return {"gpu_hours": hours, "max_kwh": kwh or None}
 
 
 def command(stages: dict, hardware: dict) -> str | None:
@@ -148,14 +160,18 @@ def summary_table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
     rows = {"val bpb": bpb} if bpb else {}
     for kind in ("core", "chatcore", "kocore"):
         for stage, mean_result in evaluation[kind].items():
-            limit = f", {mean_result['limit']} examples each" if mean_result.get("limit") else ""
             cell = {key: value for key, value in mean_result.items() if key != "per_task"}
             cell |= {"higher_is_better": True, "baseline": 0}  # of centered accuracies
-            rows.setdefault(mean_result["label"] + limit, {})[stage] = cell
+            rows.setdefault(mean_name(mean_result), {})[stage] = cell
         for stage in MODEL_STAGES if kind == "core" else ():
             for name, result in results.get(stage, {}).items():
                 rows.setdefault(name, {})[stage] = result
     return rows
+
+
+def mean_name(mean: dict) -> str:
+    """For example "18/22 tasks, 100 examples each"."""
+    return mean["label"] + (f", {mean['limit']} examples each" if mean.get("limit") else "")
 
 
 def of_last_stage(cells: dict[str, dict], key: str):
@@ -183,54 +199,6 @@ def results_row(facts: dict, report: str = "-") -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def compare(first: str | Path, second: str | Path) -> str:
-    """Two runs side by side as Markdown: values, difference with its standard error, and whether it is significant."""
-    runs, rows = [Run(path) for path in (first, second)], []
-    facts = [collect(run) for run in runs]
-    for name in dict.fromkeys(name for each in facts for name in each["table"]):
-        for stage in MODEL_STAGES:
-            results = [each["table"].get(name, {}).get(stage) or {} for each in facts]
-            if not any(results):
-                continue
-            a, b = (result.get("value") for result in results)
-            test, error = difference_error([outcomes(run, stage, name, r) for run, r in zip(runs, results)], results)
-            difference = with_error(b - a, error, "+") if None not in (a, b) else "-"
-            significant = "-" if "-" in (difference, test) else "yes" if abs(b - a) > 1.96 * error else "no"
-            rows.append([name, stage.upper(), show(a), show(b), difference, significant, test])
-    a, b = (each["total_seconds"] for each in facts)
-    rows.append(["total wall time", "", duration(a), duration(b), "-+"[b >= a] + duration(abs(b - a)), "-", "-"])
-    names = [each["run"] for each in facts]
-    names = names if names[0] != names[1] else [str(first), str(second)]
-    notes = [f"{name}: {note}" for name, each in zip(names, facts) for note in each["notes"]]
-    head = ["Metric", "Stage", *names, "Difference", "Significant", "Test"]
-    tests = [WORDS["tests"]] if {row[-1] for row in rows} != {"-"} else []  # they explain two columns
-    return "\n\n".join([grid(head, rows), *tests, *notes]) + "\n"
-
-
-def outcomes(run: Run, stage: str, metric: str, result: dict) -> list[tuple[str, float]] | None:
-    """(question, 1 if it was answered right else 0) of each question of a metric; None if they are not stored."""
-    record = run.metrics("eval") or {}
-    metrics = [name for name in (record.get("results") or {}).get(stage) or {} if "bpb" not in name]
-    tasks = [name for name in (record.get("seconds") or {}).get(stage) or {} if name not in ("val_bpb", "core", "all")]
-    path = run.folder("eval") / "samples" / stage / f"{dict(zip(metrics, tasks)).get(metric)}.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        answers = [(str(row["question"]), float(row["correct"])) for row in rows]
-        same = len(answers) == result.get("n") and abs(mean(c for _, c in answers) - result["value"]) < 1e-6
-    except (OSError, ValueError, KeyError, TypeError):  # not there, damaged, or graded by another number
-        return None
-    return answers if same else None
-
-
-def difference_error(outcomes_of: list, results: list[dict]) -> tuple[str, float | None]:
-    """Name of the test and standard error of the difference of two results; "-" and None without errors."""
-    a, b = outcomes_of
-    if a and b and len(a) > 1 and [question for question, _ in a] == [question for question, _ in b]:
-        return "paired", stdev(after - before for (_, before), (_, after) in zip(a, b)) / len(a) ** 0.5
-    errors = [result.get("stderr") for result in results]
-    return ("-", None) if None in errors else ("two-sample", (errors[0] ** 2 + errors[1] ** 2) ** 0.5)
-
-
 def repository_size(root: Path = ROOT) -> dict[str, int] | None:
     """Size of the project's own sources: what a newcomer has to read. None outside of a git checkout."""
     try:
@@ -240,11 +208,9 @@ def repository_size(root: Path = ROOT) -> dict[str, int] | None:
         return None
     paths = [root / name for name in listing.splitlines() if name.endswith(SOURCES)]
     texts = [path.read_text("utf-8", "replace") for path in paths if path.is_file()]
-    if not texts:
-        return None
     characters, lines = sum(map(len, texts)), sum(text.count("\n") for text in texts)
     sizes = {"characters": characters, "lines": lines, "files": len(texts), "tokens": characters // 4}
-    return sizes | {"dependencies": dependencies}
+    return sizes | {"dependencies": dependencies} if texts else None
 
 
 def compression(tokenizer) -> dict[str, dict[str, float | None]]:
@@ -273,7 +239,7 @@ def markdown(facts: dict, pictures: dict[str, list[str]] | None = None, macro: s
     functions = (short, duration, machine, of_last_stage, with_error, show, one_line, core_table)
     environment.filters |= {function.__name__: function for function in functions}
     environment.filters |= {"by_stage": metrics_by_stage, "by": by_text}
-    environment.globals |= {"WORDS": WORDS, "TITLES": TITLES}
+    environment.globals |= {"WORDS": WORDS, "TITLES": TITLES, "RATE": RATE}
     text = getattr(environment.get_template("report.jinja").module, macro)(facts | {"pictures": pictures or {}})
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

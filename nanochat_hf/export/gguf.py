@@ -61,9 +61,7 @@ def write(source: Path, folder: Path, outtype: str = "f16", allow_inexact: bool 
     refuse_impossible(config)
     pre_tokenizer, caveats = compare_tokenizer(tokenizer)
     if (cap := config.final_logit_softcapping) is not None:
-        caveats.append(
-            f"logits are softcapped at {cap:g} and are not there: greedy answers are right, sampled ones not"
-        )
+        caveats.append(f"logits are softcapped at {cap:g}, and not there: greedy answers are right, sampled ones not")
     if caveats and not allow_inexact:
         raise InputError(
             f"{'; '.join(caveats)}. --allow-inexact writes it all the same; --to native, mlx and onnx are exact, and "

@@ -65,9 +65,8 @@ class Attention(nn.Module):
         self._wavelengths = -mx.power(args.rope_parameters["rope_theta"], exponents)  # negative: rotates by -angle
 
     def rotate_and_norm(self, x: mx.array, offset) -> mx.array:
-        x = mx.fast.rope(
-            x, self.args.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._wavelengths
-        )
+        rope = {"traditional": False, "base": None, "scale": 1.0, "freqs": self._wavelengths}
+        x = mx.fast.rope(x, self.args.head_dim, offset=offset, **rope)
         return mx.fast.rms_norm(x, None, self.args.rms_norm_eps)
 
     def __call__(self, x: mx.array, inputs: mx.array, mask, cache) -> mx.array:

@@ -77,10 +77,8 @@ class Step(nn.Module):
         window = self.config.sliding_window
         sliding = hidden if window is None else hidden | (distance >= window)
         zero, masked = torch.zeros((), dtype=dtype), torch.full((), MASKED, dtype=dtype)
-        return {
-            "full_attention": torch.where(hidden, masked, zero),
-            "sliding_attention": torch.where(sliding, masked, zero),
-        }
+        kinds = {"full_attention": hidden, "sliding_attention": sliding}
+        return {kind: torch.where(mask, masked, zero) for kind, mask in kinds.items()}
 
     def forward(self, input_ids, attention_mask, position_ids, num_logits_to_keep, cache):
         config, core = self.config, self.model.model

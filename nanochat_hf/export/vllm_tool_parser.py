@@ -7,13 +7,7 @@ of the function `python`, runs it, and sends the result back in a message of rol
 import json
 import re
 
-from vllm.entrypoints.generate.base.protocol import (
-    DeltaMessage,
-    DeltaToolCall,
-    ExtractedToolCallInformation,
-    FunctionCall,
-    ToolCall,
-)
+from vllm.entrypoints.generate.base import protocol
 from vllm.exceptions import VLLMValidationError
 from vllm.tool_parsers import ToolParser
 
@@ -36,23 +30,24 @@ class NanoChatToolParser(ToolParser):
             request.skip_special_tokens, request.include_stop_str_in_output = False, True
         return request
 
-    def extract_tool_calls(self, model_output: str, request) -> ExtractedToolCallInformation:
+    def extract_tool_calls(self, model_output: str, request) -> protocol.ExtractedToolCallInformation:
         functions = [
-            FunctionCall(name="python", arguments=json.dumps({"expression": call}, ensure_ascii=False))
+            protocol.FunctionCall(name="python", arguments=json.dumps({"expression": call}, ensure_ascii=False))
             for call in CALL.findall(model_output)
         ]
         # True even without a call: else vLLM shows the text with its marks
-        return ExtractedToolCallInformation(
+        return protocol.ExtractedToolCallInformation(
             tools_called=True,
-            tool_calls=[ToolCall(function=function) for function in functions],
+            tool_calls=[protocol.ToolCall(function=function) for function in functions],
             content=MARK.split(model_output, maxsplit=1)[0] or None,
         )
 
     def extract_tool_calls_streaming(
         self, previous_text, current_text, delta_text, previous_token_ids, current_token_ids, delta_token_ids, request
-    ) -> DeltaMessage | None:
+    ) -> protocol.DeltaMessage | None:
         before, now = (self.extract_tool_calls(text, request) for text in (previous_text, current_text))
         done = len(before.tool_calls)
-        calls = [DeltaToolCall(index=i, **call.model_dump()) for i, call in enumerate(now.tool_calls[done:], done)]
+        new = enumerate(now.tool_calls[done:], done)
+        calls = [protocol.DeltaToolCall(index=i, **call.model_dump()) for i, call in new]
         text = (now.content or "")[len(before.content or "") :]
-        return DeltaMessage(content=text or None, tool_calls=calls) if text or calls else None
+        return protocol.DeltaMessage(content=text or None, tool_calls=calls) if text or calls else None

@@ -59,7 +59,8 @@ def render_model_card(run: Run, options: Push, uses: Sequence[str] = ()) -> Mode
     texts["uses"] = uses
     texts["headline"] = markdown(facts, macro="headline").strip()
     texts["results"] = "\n\n".join([results, *(f"Note: {note}." for note in facts["notes"])])
-    texts["training"] = markdown(facts, macro="stages") + markdown(facts, macro="environment").rstrip()
+    parts = ("stages", *["cost"] * (facts["cost"] is not None), "environment")
+    texts["training"] = "".join(markdown(facts, macro=part) for part in parts).rstrip()
     texts["sources"] = ", ".join(f"`{d}`" for d in sources) or "not recorded"
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **texts)
 

@@ -12,7 +12,6 @@ from ..run import duration, nearest, short
 from . import scaling
 from .scaling import GPUS, Plan, estimate_memory, find_gpu, split_global_batch
 
-RATE = 3.0  # dollars per GPU-hour
 SHORTEST_STEP = 0.01  # seconds; in shorter ones starting the kernels takes longer than what an MFU says
 LEARNING_RATES = {"matrix": "", "embedding": " (embedding)", "head": " (head)", "x0": " (scalars)"}  # by role
 TOTALS = ("model", "steps", "time", "cost", "energy", "memory")  # rows that a plan begins with
@@ -53,13 +52,9 @@ def stage_rows(config, model_config, parameters: int, groups: dict, data: str, s
         optimizer = f"AdamW, learning rate {config.lora_lr:.3g}, on LoRA adapters of rank {lora}"
     every = f"every {config.save_every:,} steps" if config.save_every > 0 else "at the end, or when interrupted"
     return {
-        "model": f"{short(parameters)} parameters: {shape}",
-        "data": data,
-        "steps": steps,
-        "batch": batch,
-        "optimizer": optimizer,
-        "checkpoints": f"{every}; the last {config.keep_checkpoints} are kept",
-    }
+        "model": f"{short(parameters)} parameters: {shape}", "data": data, "steps": steps, "batch": batch,
+        "optimizer": optimizer, "checkpoints": f"{every}; the last {config.keep_checkpoints} are kept",
+    }  # fmt: skip
 
 
 def data_text(config) -> str:
@@ -101,7 +96,7 @@ def estimate_rows(size: Plan, devices: Devices, micro_batch_size: int, fp8: bool
     rows["time"] = f"{duration(seconds)} at {short(round(speed))} tok/s ({source}); without evaluations"
     if name:
         gpu, hours = GPUS[name], seconds / 3600
-        rate = RATE * ranks if devices.hourly_rate is None else devices.hourly_rate * -(-ranks // 8)
+        rate = scaling.RATE * ranks if devices.hourly_rate is None else devices.hourly_rate * -(-ranks // 8)
         rows["cost"] = f"${hours * rate:,.2f} at ${rate:,.2f} per hour"
         rows["energy"] = f"at most {hours * ranks * gpu.watts / 1000:,.1f} kWh: GPUs of {gpu.watts:,.0f} W"
     return rows

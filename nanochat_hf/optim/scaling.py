@@ -51,6 +51,7 @@ GPUS = {
     "L4": GPU(121e12, 24e9, 72, 8.9), "RTX 3090": GPU(71e12, 24e9, 350, 8.6), "RTX 4090": GPU(165e12, 24e9, 450, 8.9),
     "RTX 5090": GPU(210e12, 32e9, 575, 12.0), "MI300X": GPU(1307e12, 192e9, 750, 0),
 }  # fmt: skip
+RATE = 3.0  # dollars per GPU-hour: assumed where no price is given
 CPU_FLOPS = 5e10  # per second and core, roughly
 PLAIN = " without the fast kernels"
 MFU = {"bf16": 0.589, "bf16" + PLAIN: 0.518, "FP8": 0.722}  # of recipe d24 on one H200 (docs/costs.md)
@@ -222,13 +223,10 @@ def optimizer_groups(
         "x0": adamw(defaults.scalar_lr * lr_scale, (0.96, 0.95)),
         "smear": adamw(0.2, (0.8, 0.95)),
         "matrix": {
-            "kind": "muon",
-            "lr": defaults.matrix_lr * lr_scale,
-            "weight_decay": defaults.weight_decay * decay_scale,
-            "momentum": defaults.momentum[1],
-            "beta2": 0.9,
+            "kind": "muon", "lr": defaults.matrix_lr * lr_scale, "weight_decay": defaults.weight_decay * decay_scale,
+            "momentum": defaults.momentum[1], "beta2": 0.9,
         },
-    }
+    }  # fmt: skip
 
 
 def stage_groups(stage, model_config) -> dict[str, dict]:
@@ -314,14 +312,12 @@ def peak_flops(device_name: str) -> float | None:
     return name and GPUS[name].flops
 
 
-def estimate_speed(
-    plan: Plan, device_name: str, ranks: int, fp8: bool, sharded: bool = False
-) -> tuple[float | None, str]:
+def estimate_speed(plan: Plan, device: str, ranks: int, fp8: bool, sharded=False) -> tuple[float | None, str]:
     """Tokens per second of pretraining on `ranks` GPUs or CPU cores, and how that is known, or why it is not."""
-    name, precision, config = find_gpu(device_name), "FP8" if fp8 else "bf16", plan.model_config
+    name, precision, config = find_gpu(device), "FP8" if fp8 else "bf16", plan.model_config
     if name is None:
-        if device_name != "CPU":
-            return None, f"no estimate for {device_name}"
+        if device != "CPU":
+            return None, f"no estimate for {device}"
         return ranks * CPU_FLOPS / plan.flops_per_token, "projected, roughly"
     depth, standard = config.num_hidden_layers, (config.generation, plan.max_seq_len, config.window_pattern)
     key = (name, ranks, depth, precision)
@@ -372,9 +368,7 @@ def split_global_batch(
     """
     per_rank, rest = divmod(total, unit * world)
     if rest or per_rank < 1:
-        raise InputError(
-            f"{name} = {total} must be a positive multiple of {unit * world}, one sequence on each of {world} ranks"
-        )
+        raise InputError(f"{name} = {total} must be a positive multiple of {unit * world}, for {world} ranks")
     size = max(size for size in range(1, min(requested, per_rank) + 1) if per_rank % size == 0)
     if size < requested:
         log(f"device_batch_size: {size} instead of {requested}, to divide {name} evenly")

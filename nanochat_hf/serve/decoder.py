@@ -103,10 +103,8 @@ class Decoder:
             reason = f"fast generation supports nanochat models, not {config.model_type!r} with this configuration"
             raise InputError(f"{reason}: use transformers' own generate for it (adapters: merge_and_unload first)")
         if is_quantized(model):
-            raise InputError(
-                "this model is quantized, and fast generation needs the weights themselves: use transformers' own "
-                "generate or `pipeline` for it, or take the model that was quantized"
-            )
+            advice = "use transformers' own generate or `pipeline`, or take the model that was quantized"
+            raise InputError(f"this model is quantized, and fast generation needs the weights themselves: {advice}")
         if len(stops) > MAX_STOPS:
             raise InputError(f"at most {MAX_STOPS} stop tokens, not {len(stops)}")
         self.model, self.slots, self.length = model, slots, length
@@ -147,10 +145,8 @@ class Decoder:
             return [[self.empty(*shape).zero_() for shape in shapes] for _ in range(2)]
         except torch.OutOfMemoryError:
             gib = 2 * sum(sizes) * self.slots * self.kv_heads * self.head_dim * self.dtype.itemsize / 2**30
-            raise InputError(
-                f"the KV caches of {self.slots} slots of {length} tokens need {gib:.1f} GiB, more than the GPU has "
-                "free: lower the batch size or the length"
-            ) from None
+            needed = f"the KV caches of {self.slots} slots of {length} tokens need {gib:.1f} GiB"
+            raise InputError(f"{needed}, more than the GPU has free: lower the batch size or the length") from None
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 

@@ -345,10 +345,8 @@ class Engine:
         Other threads run meanwhile (`encode_batch_fast` releases Python's lock).
         """
         if len(text) > self.max_chars:
-            raise InputError(
-                f"the prompt has {len(text)} characters, more than the model's context of {self.length} tokens can "
-                "hold: shorten it"
-            )
+            size = f"{len(text)} characters, more than the model's context of {self.length} tokens can hold"
+            raise InputError(f"the prompt has {size}: shorten it")
         backend = self.tokenizer.backend_tokenizer
         backend.encode_special_tokens = False  # a call with split_special_tokens leaves it set
         backend.no_truncation()  # of tokenizer.json

@@ -48,15 +48,10 @@ SURROGATES = re.compile(rb"\\u[dD](?:[89abAB]..\\u[dD][c-fC-F]..|[89a-fA-F][0-9a
 RETRY_AFTER = "2"  # seconds, for clients of a full queue
 
 FAILURES = {  # exception -> status, and its name in the reply; HTTPException has a status of its own
-    InputError: (422, "validation"),
-    ValidationError: (422, "validation"),
-    QueueFullError: (429, "overloaded"),
-    WorkerDiedError: (503, "unavailable"),
-    TooLargeError: (413, "too_large"),
-    ClientDisconnect: (499, "closed"),
-    HTTPException: (None, "not_found"),
-    Exception: (500, "internal"),
-}
+    InputError: (422, "validation"), ValidationError: (422, "validation"), QueueFullError: (429, "overloaded"),
+    WorkerDiedError: (503, "unavailable"), TooLargeError: (413, "too_large"), ClientDisconnect: (499, "closed"),
+    HTTPException: (None, "not_found"), Exception: (500, "internal"),
+}  # fmt: skip
 TGI_PATHS = ("/", "/generate", "/generate_stream", "/info", "/health")
 OPENAI_PATHS = "/v1/chat/completions, /v1/completions and /v1/models"
 UNSUPPORTED = {  # field that is not implemented -> its values, beside null, false and empty, that ask for nothing
@@ -247,17 +242,12 @@ class Server:
     async def info(self) -> dict:
         decoder = self.engine.decoder
         return {
-            "model_id": self.name,
-            "model_dtype": str(decoder.dtype).removeprefix("torch."),
-            "model_device_type": decoder.device.type,
-            "model_pipeline_tag": "text-generation",
+            "model_id": self.name, "model_dtype": str(decoder.dtype).removeprefix("torch."), "router": "nanochat_hf",
+            "model_device_type": decoder.device.type, "model_pipeline_tag": "text-generation",
             "max_concurrent_requests": sum(worker.capacity for worker in self.workers),
-            "max_input_tokens": self.engine.length - 1,
-            "max_total_tokens": self.engine.length,
-            "max_batch_size": decoder.slots,
-            "num_replicas": len(self.workers),
-            "router": "nanochat_hf",
-        }
+            "num_replicas": len(self.workers), "max_batch_size": decoder.slots,
+            "max_input_tokens": self.engine.length - 1, "max_total_tokens": self.engine.length,
+        }  # fmt: skip
 
     async def models(self) -> dict:
         return {"object": "list", "data": [await self.model(self.name)]}

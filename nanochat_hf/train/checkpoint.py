@@ -23,12 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..distributed import get_dist_info, main_process_first, monitored_barrier
@@ -99,17 +94,13 @@ def latest(state: Path, log: Callable[[str], None] = print) -> Path | None:
     with main_process_first("checking the last checkpoint") as main:
         for path in set(all_checkpoints(state)) - set(checkpoints):
             if path.name.startswith("step") or (path / "complete").exists():  # else one that was cut off
-                raise InputError(
-                    f"{path} has no {MANIFEST}, as those of versions before December 2026: finish the stage with such "
-                    f"a version, or delete {state} to start it anew"
-                )
+                advice = f"finish the stage with such a version, or delete {state} to start it anew"
+                raise InputError(f"{path} has no {MANIFEST}, as those of versions before December 2026: {advice}")
         while main and checkpoints and (reason := damage(checkpoints[-1 - len(reasons)])):
             reasons.append(reason)
             if len(reasons) == len(checkpoints):
-                raise InputError(
-                    f"{reasons[0]}, and there is no older undamaged checkpoint: bring that file back, or delete "
-                    f"{state} to start this stage anew"
-                )
+                advice = f"bring that file back, or delete {state} to start this stage anew"
+                raise InputError(f"{reasons[0]}, and there is no older undamaged checkpoint: {advice}")
         for reason, path in zip(reasons, reversed(checkpoints)):
             names = (path.with_name(f"damaged_{path.name}" + (f".{n}" if n else "")) for n in count())
             aside = next(name for name in names if not name.exists())
@@ -127,10 +118,8 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # pickle, zip, safetensors, missing keys, shapes
         reason = " ".join(str(error).split())[:150]
-        raise InputError(
-            f"{path} cannot be read ({type(error).__name__}: {reason}): restore it, or delete it to use an older "
-            "checkpoint or start this stage anew"
-        ) from error
+        advice = "restore it, or delete it to use an older checkpoint or start this stage anew"
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {reason}): {advice}") from error
 
 
 def write(value, path: Path) -> None:
@@ -160,8 +149,8 @@ def read_progress(path: Path) -> dict:
 
 def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
     """Make `folder` one for `from_pretrained`: float32 weights; files are moved into place, the config last."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets all of it
-    weights = get_model_state_dict(model, options=options) if is_sharded(model) else model.state_dict()
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets all of it
+    weights = dcp_state.get_model_state_dict(model, options=options) if is_sharded(model) else model.state_dict()
     if get_dist_info()[0] == 0:
         refuse_nan(weights, f"the model for {folder}")
         aside = folder / ".weights"
@@ -180,10 +169,8 @@ def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
 def refuse_nan(weights: dict[str, Tensor], owner: str) -> None:
     """Raise FloatingPointError that names the first of `weights` with a NaN or infinity."""
     if name := first_non_finite(weights.items()):
-        raise FloatingPointError(
-            f"{owner} has values in {name} that are not finite: it is of no use; go back to an earlier stage or "
-            "checkpoint, and lower the learning rates"
-        )
+        advice = "go back to an earlier stage or checkpoint, and lower the learning rates"
+        raise FloatingPointError(f"{owner} has values in {name} that are not finite: {advice}")
 
 
 def save(
@@ -212,7 +199,7 @@ def save(
             aside.mkdir(parents=True)
         monitored_barrier("a checkpoint")
         if sharded:
-            weights, state = get_state_dict(model, optimizer)
+            weights, state = dcp_state.get_state_dict(model, optimizer)
             dcp.save({"model": weights, "optimizer": state}, checkpoint_id=aside / "shards")
         else:
             own["optimizer"] = optimizer.state_dict()
@@ -264,9 +251,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list
     with reading(path):
         parts = [torch.load(path / f"rank_{number:05d}.pt", map_location="cpu") for number in numbers]
         if is_sharded(model):
-            weights, state = get_state_dict(model, optimizer)
+            weights, state = dcp_state.get_state_dict(model, optimizer)
             dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path / "shards")
-            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+            dcp_state.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
         else:
             model.load_state_dict(torch.load(path / "model.pt", map_location="cpu"))
             optimizer.load_state_dict(merged([part["optimizer"] for part in parts]))
@@ -339,10 +326,8 @@ def changed_keys(before: dict, now: dict) -> dict[str, str]:
 def refuse_changes(state: Path, changes: Iterable[str]) -> None:
     """Raise InputError if anything changed since the checkpoints in `state` were written."""
     if words := ", ".join(changes):
-        raise InputError(
-            f"{state} was written with another recipe, input or launch ({words}): resume with that, use another "
-            "--run-dir, or delete it to start this stage anew"
-        )
+        advice = "resume with that, use another --run-dir, or delete it to start this stage anew"
+        raise InputError(f"{state} was written with another recipe, input or launch ({words}): {advice}")
 
 
 def random_state() -> dict:

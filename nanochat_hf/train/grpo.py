@@ -107,9 +107,7 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         return {**metrics, "questions": len(merged)}
 
 
-def load_prompts(
-    config: RLConfig, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[dict], list[dict]]:
+def load_prompts(config: RLConfig, split: str, tokenizer, max_length: int) -> tuple[list[dict], list[dict]]:
     """Prompts of a split, shuffled by the seed: rows {"prompt", *COLUMNS}; and the skipped ones with their reasons."""
     name, _, kinds = config.dataset.partition(":")
     defaults, skipped = dict.fromkeys(COLUMNS, "") | {"rivals": []}, []
@@ -205,10 +203,8 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable) -> No
     tokenizer, network = load_source(model, config)
     max_length = network.config.max_position_embeddings - config.max_new_tokens
     if max_length < 1:
-        raise InputError(
-            f"max_new_tokens is {config.max_new_tokens}: it must leave room for a prompt in the model's context of "
-            f"{network.config.max_position_embeddings} tokens"
-        )
+        context = network.config.max_position_embeddings
+        raise InputError(f"max_new_tokens is {config.max_new_tokens}: it must leave room for a prompt, in {context}")
     rows, skipped = load_prompts(config, "train", tokenizer, max_length)
     eval_rows, eval_skipped = load_prompts(config, "test", tokenizer, max_length)
     output.mkdir(parents=True, exist_ok=True)

@@ -55,29 +55,18 @@ def plan_overrides_from(source: str) -> dict:
     except (OSError, ValueError) as error:
         raise InputError(f"no model in {source} that can be read: {str(error).splitlines()[0]}") from None
     if not isinstance(config, NanoChatConfig):
-        raise InputError(
-            f"{source} holds a model of type {config.model_type!r} and pretraining can start from "
-            f"{NanoChatConfig.model_type!r} only; `nanochat convert` converts a nanochat model"
-        )
-    return {
-        "depth": config.num_hidden_layers,
-        "generation": config.generation,
-        "head_dim": config.head_dim,
-        "aspect_ratio": config.hidden_size / config.num_hidden_layers,
-        "window_pattern": config.window_pattern,
-        "final_logit_softcapping": config.final_logit_softcapping,
-    }
+        raise InputError(f"{source} holds a model of type {config.model_type!r}, no nanochat: see nanochat convert")
+    same = ("generation", "head_dim", "window_pattern", "final_logit_softcapping")
+    shape = {"depth": config.num_hidden_layers, "aspect_ratio": config.hidden_size / config.num_hidden_layers}
+    return shape | {name: getattr(config, name) for name in same}
 
 
 def read_model(source: str, attn_implementation: str | None = None) -> PreTrainedModel:
     """The float32 model of `source`. InputError as `load_model`, for quantized weights, and for replaced files."""
     weights = (load_metrics(source) or {}).get("weights")
     if weights and get_dist_info()[0] == 0 and model_fingerprint(source) != weights:
-        raise InputError(
-            f"the weights or the tokenizer in {source} are not those that its metrics.json names: they are damaged "
-            "or were replaced. Run that stage again; if it was on purpose, delete its metrics.json and give the "
-            "folder with --model"
-        )
+        advice = "run that stage again; if it was on purpose, delete its metrics.json and give --model"
+        raise InputError(f"weights or tokenizer in {source} are not those that its metrics.json names: {advice}")
     model = load_model(source, attn_implementation=attn_implementation)
     if is_quantized(model):
         raise InputError(f"{source} is quantized and cannot be trained: take the model that it was made from")
@@ -128,10 +117,8 @@ def build_model(plan: Plan, source: str | None, tokenizer, device: torch.device,
         with device:
             model = NanoChatForCausalLM(config)
     if (rows := model.config.vocab_size) != plan.model_config.vocab_size:
-        raise InputError(
-            f"{source} has {rows} rows of embeddings and the tokenizer needs {plan.model_config.vocab_size}: give the "
-            "tokenizer that the model was trained with"
-        )
+        size = plan.model_config.vocab_size
+        raise InputError(f"{source} has {rows} rows of embeddings and the tokenizer needs {size}: give the model's")
     # A document ends where the next one would begin.
     model.generation_config.update(eos_token_id=[tokenizer.eos_token_id, tokenizer.bos_token_id])
     dtype = compute_dtype(device, half=True)
@@ -144,9 +131,7 @@ def build_model(plan: Plan, source: str | None, tokenizer, device: torch.device,
     return model
 
 
-def why_not_fp8(
-    model: NanoChatForCausalLM, attention: str, device: torch.device, minimum: tuple[int, int]
-) -> str | None:
+def why_not_fp8(model: NanoChatForCausalLM, attention: str, device: torch.device, minimum: tuple) -> str | None:
     """Why a model cannot use FP8 on a device, which needs at least the compute capability `minimum`; or None."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < minimum:
         return "needs an NVIDIA GPU of compute capability {}.{} or newer".format(*minimum)

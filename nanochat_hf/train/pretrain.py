@@ -173,10 +173,8 @@ class Pretraining:
         return runtime.choose_micro_batch_size(self.plan, requested, self.accelerator, fits, self.print)
 
     def new_loader(self, split: str) -> PackedLoader:
-        config = self.config
-        stream = open_documents(
-            config.dataset, split, self.accelerator.process_index, self.world, config.seed, config.skip_bad_files
-        )
+        config, rank = self.config, self.accelerator.process_index
+        stream = open_documents(config.dataset, split, rank, self.world, config.seed, config.skip_bad_files)
         packing = VALIDATION if split == "validation" else {}
         return PackedLoader(stream, self.tokenizer, self.micro_batch_size, self.plan.max_seq_len, **packing)
 
@@ -326,9 +324,7 @@ class Pretraining:
             if saved is None and self.world == 1 and not self.pending_step:  # whose update may be in the weights
                 saved = self.save(metrics)
             if saved:
-                self.print(
-                    f"an evaluation failed; {saved} holds the training up to step {self.step}, run again to resume"
-                )
+                self.print(f"an evaluation failed; {saved} holds step {self.step}: run again to resume")
             raise
         if saved and self.accelerator.is_main_process:
             save_json(saved / checkpoint.MEASURED, {"history": self.history, "samples": self.samples})
@@ -420,19 +416,12 @@ class Pretraining:
         last = {k: v for point in self.history for k, v in point.items()}
         speed = self.timer.steps * self.plan.total_batch_size / self.timer.seconds if self.timer.steps else None
         numbers = self.plan.summary() | {
-            "device_batch_size": self.micro_batch_size,
-            "gradient_accumulation": self.grad_accum_steps,
-            "epochs": self.loader.epoch,
-            "training_time_s": self.timer.seconds,
-            "tokens_per_second": speed,
-            "mfu": self.mfu(speed),
-            "fp8": self.fp8,
-            "peak_memory_bytes": runtime.peak_memory(self.device),
-            "val_bpb": last.get("val_bpb"),
-            "core": last.get("core"),
-            "samples": self.samples,
-            "history": self.history,
-        }
+            "device_batch_size": self.micro_batch_size, "gradient_accumulation": self.grad_accum_steps,
+            "epochs": self.loader.epoch, "training_time_s": self.timer.seconds, "tokens_per_second": speed,
+            "mfu": self.mfu(speed), "fp8": self.fp8, "peak_memory_bytes": runtime.peak_memory(self.device),
+            "val_bpb": last.get("val_bpb"), "core": last.get("core"),
+            "samples": self.samples, "history": self.history,
+        }  # fmt: skip
         if self.accelerator.is_main_process:
             self.record["weights"] = model_fingerprint(self.output)
             self.record["optimizer"] = checkpoint.sha256(optimizer_state) if optimizer_state.exists() else None

@@ -62,10 +62,8 @@ def fsdp2_for_zero() -> Iterator[None]:
         return
     values = {name.lower(): os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", "none") for name in ZERO_OPTIONS}
     if unsupported := [name for name, value in values.items() if value != "none"]:
-        raise InputError(
-            "pretraining under DeepSpeed takes its stage and nothing else, and the Accelerate config file has "
-            f"{', '.join(unsupported)}: leave it out, or launch this stage with configs/accelerate/fsdp2.yaml"
-        )
+        advice = "leave it out, or launch this stage with configs/accelerate/fsdp2.yaml"
+        raise InputError(f"pretraining under DeepSpeed: the config file has {', '.join(unsupported)}: {advice}")
     stage, state = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), partial_state()
     engine = "FSDP2" if stage > 1 else "MuonAdamW"
     state.print(f"pretraining: {engine} in place of ZeRO-{stage}, which would flatten the matrices that Muon needs")
@@ -94,20 +92,16 @@ def check_launch(stage: str) -> None:
     """Raise InputError if the job was launched with DeepSpeed or FSDP2: `stage` generates with unsharded weights."""
     for name in ("DeepSpeed", "FSDP"):
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
-            raise InputError(
-                f"{stage} needs unsharded weights between its steps, and {name} shards them: launch it with "
-                "configs/accelerate/multi_gpu.yaml"
-            )
+            advice = "launch it with configs/accelerate/multi_gpu.yaml"
+            raise InputError(f"{stage} needs unsharded weights between its steps, and {name} shards them: {advice}")
 
 
 def check_cost(plan: Plan, device: torch.device) -> None:
     """Raise InputError for a run of more than two days on a CPU: it was meant for GPUs."""
     days = plan.total_flops / (CPU_FLOPS * (os.cpu_count() or 1) * 86400)
     if device.type == "cpu" and days > 2:
-        raise InputError(
-            f"no GPU found, and {plan.total_flops:.1e} FLOPs would take this CPU about {days:.0f} days: "
-            "run it on a GPU, take recipe cpu-demo, or lower depth or num_iterations"
-        )
+        work = f"no GPU found, and {plan.total_flops:.1e} FLOPs would take this CPU about {days:.0f} days"
+        raise InputError(f"{work}: run it on a GPU, take recipe cpu-demo, or lower depth or num_iterations")
 
 
 def to_device(batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

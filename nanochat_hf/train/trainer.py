@@ -39,13 +39,10 @@ from .runtime import copy_to_host_async, graceful_shutdown, peak_memory, shard_o
 MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to")
 SAME = ("grad_norm", "time", "tokens_per_second", "chatcore", "reward", "reward_std", "entropy", "tool_use")
 HISTORY = {name: name for name in SAME} | {  # entry of the libraries' log -> column of metrics.json's history
-    "loss": "train_loss",
-    "eval_loss": "val_loss",
-    "mean_token_accuracy": "token_accuracy",
-    "eval_reward": "val_reward",
-    "completions/mean_length": "completion_length",
+    "loss": "train_loss", "eval_loss": "val_loss", "mean_token_accuracy": "token_accuracy",
+    "eval_reward": "val_reward", "completions/mean_length": "completion_length",
     "completions/clipped_ratio": "clipped_ratio",
-}
+}  # fmt: skip
 MUST_BE_FINITE = {"loss": "the loss", "grad_norm": "the gradient norm", "eval_loss": "the validation loss"}
 
 
@@ -205,10 +202,8 @@ class StageTrainer(TrainerCallback):
         state = Path(self.args.output_dir)
         checkpoints = checkpoint.complete_checkpoints(state)
         last = f"the last checkpoint with finite weights is {checkpoints[-1]}" if checkpoints else "no checkpoint yet"
-        raise FloatingPointError(
-            f"{state.parent.name}: {reason}; {last}. {advice} the learning rates or set max_grad_norm, delete {state} "
-            "and start this stage anew"
-        )
+        again = f"{advice} the learning rates or set max_grad_norm, delete {state} and start this stage anew"
+        raise FloatingPointError(f"{state.parent.name}: {reason}; {last}. {again}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for key, name in MUST_BE_FINITE.items():
