@@ -30,6 +30,7 @@ from .config import Fraction, Length, NotNegative, Parser, Place, RepoId, Seed, 
 from .errors import InputError, guarded
 from .jobs import ACCELERATE, STAGE_COMMANDS, demo, keys_by_name, plan, run, run_stage_command, speedrun
 from .run import MODEL_STAGES, Run, load_json, nearest, project_folder, save_json, save_jsonl, writing
+from .series import scaling
 from .stage_configs import RECIPES, find_recipe
 
 Temperature = Annotated[float, Ge(0), Le(5)]
@@ -372,7 +373,7 @@ def completions(words: list[str]) -> list[str]:
 COMMANDS: dict[str, Callable] = {
     "demo": demo, "plan": plan, "run": run, "recipes": recipes, "chat": chat, "serve": serve, "report": report,
     "compare": compare, "push": push, "export": export, "convert": convert, "identity": identity, "env": env,
-    "bench": bench, "completion": completion, "speedrun": speedrun,
+    "scaling": scaling, "bench": bench, "completion": completion, "speedrun": speedrun,
 }  # fmt: skip
 
 

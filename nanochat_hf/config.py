@@ -163,9 +163,9 @@ def convert(value, kind):
 def from_command_line(text: str, key: str, kind):
     """As `convert`, for text from a command line, where lists may be written a,b or [a, b]."""
     types, _ = leaves(kind)
-    if list in types and text[:1] in ("[", "{"):
+    if list in types and (text[:1] in ("[", "{") or leaves(element(kind))[0] & {int, float}):
         try:
-            return yaml.load(text, Loader)
+            return yaml.load(text if text[:1] in ("[", "{") else f"[{text}]", Loader)
         except BAD_YAML:
             raise InputError(f"{key} is no valid YAML list or mapping: {text}") from None
     if list in types and str not in types:
@@ -240,6 +240,8 @@ def first_error(error: ValidationError, kinds: dict, name: str | None = None) ->
 def element(kind):
     """The annotation of what a list holds: TypedDicts without their own checks."""
     origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated and parts[0] in (int, float):
+        return kind  # with its range
     if origin in (Annotated, list):
         return element(parts[0])
     return next(element(part) for part in parts if "list" in str(part)) if origin in (Union, UnionType) else kind

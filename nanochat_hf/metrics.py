@@ -50,7 +50,7 @@ Numbers = record(
     "Numbers",
     "vocab_size bytes_per_token train_chars depth num_parameters num_matmul_parameters flops_per_token "
     "num_iterations num_epochs total_batch_size total_tokens total_flops rows tokens tokens_per_second mfu "
-    "peak_memory_bytes start_val_bpb val_bpb start_val_loss val_loss core generation_share",
+    "num_scaling_parameters peak_memory_bytes start_val_bpb val_bpb start_val_loss val_loss core generation_share",
 )
 
 

@@ -18,6 +18,7 @@ from nanochat_hf.hub.model_card import Push
 from nanochat_hf.optim import overview
 from nanochat_hf.optim.scaling import HyperparameterDefaults
 from nanochat_hf.run import Run, save_json
+from nanochat_hf.series import SeriesConfig
 from nanochat_hf.serve.terminal_chat import Options
 from nanochat_hf.stage_configs import STAGE_CONFIGS
 
@@ -139,6 +140,16 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
         ("syncing", ("memory://y", ANY), {}),
         ("run_stages", (ANY, ["base", "eval"], ANY, "me/x", 24.0), {}),
     ],
+    "scaling scaling/cpu --run-dir s --depths 2,3 --ratios 8 --gpus 1 --tokenizer t base.seed=3": [
+        ("train", (ANY, ANY, SeriesConfig(depths=[2, 3], ratios=[8.0]), "t", 1), {}),
+        ("make_report", (Path("s"), 24, 8.0, ANY), {}),
+    ],
+    "scaling d12 --run-dir s --depths 4 --budgets 1e16,3e16 --dry-run": [
+        ("show_cells", (ANY, SeriesConfig(depths=[4], budgets=[1e16, 3e16]), None, None), {}),
+    ],
+    "scaling --run-dir s --fit-only --predict-depth 20 --predict-ratio 12": [
+        ("make_report", (Path("s"), 20, 12.0, None), {}),
+    ],
     "speedrun cpu-demo": [("syncing", (None, ANY), {}), ("run_stages", (ANY, ALL, ANY, None, None), {})],
     f"run cpu-demo --run-dir {{run}} --hourly-rate 24 {PIPELINE}": launched([], f"--recipe=cpu-demo {PASSED}"),
     "run --recipe cpu-demo --config-file fsdp2 --num-processes 1": launched(
@@ -163,6 +174,7 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
 }  # fmt: skip
 TARGETS = "serve.terminal_chat.open_model serve.terminal_chat.Chat serve.terminal_chat.RemoteModel jobs.show_plan "
 TARGETS += "serve.worker.open_workers serve.server.Server serve.limits.run hub.push.push convert.upstream.convert "
+TARGETS += "series.train series.show_cells eval.scaling_fit.make_report "
 TARGETS += "export.export data.identity.conversations data.identity.generate_with_model eval.compare.compare "
 TARGETS += "stages.run_stage stages.run_stages sync.syncing jobs.launch cli.os.execv cli.socket.create_server"
 
@@ -186,6 +198,7 @@ def record(monkeypatch, tmp_path):
     results["create_server"] = SimpleNamespace(close=lambda: None)
     answer = lambda *words: calls.append(("answer", words, {})) or ["a", "b"]  # noqa: E731
     results["RemoteModel"] = SimpleNamespace(answer=answer)
+    results["train"] = []
     results["Server"], results["syncing"] = SimpleNamespace(app="app"), nullcontext()
     results["Chat"] = SimpleNamespace(
         ask=lambda *words: calls.append(("ask", words, {})), run=lambda: calls.append(("run", (), {}))

@@ -223,8 +223,8 @@ def words_of(line: str) -> list[str]:
 def run_nanochat(words: list[str]) -> None:
     if words[0] == "bench":  # it would replace this process
         return
-    is_printed = {"--dry-run", "--job"} & {*words}
-    plans = words[0] in ("run", "speedrun", "demo", *cli.STAGE_COMMANDS) and not is_printed
+    is_printed = {"--dry-run", "--job", "--fit-only"} & {*words}
+    plans = words[0] in ("run", "speedrun", "demo", "scaling", *cli.STAGE_COMMANDS) and not is_printed
     with suppress(ParsedError):
         cli.dispatch(None, words + ["--dry-run"] * plans)
 
@@ -272,8 +272,8 @@ def workplace(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Parser, "parse_args", stop)
-    for end in ("print_dry_run", "show_plan"):  # all was read
-        monkeypatch.setattr(f"nanochat_hf.jobs.{end}", lambda *_, **__: None)
+    for end in ("jobs.print_dry_run", "jobs.show_plan", "series.show_cells", "series.fit"):  # all was read
+        monkeypatch.setattr(f"nanochat_hf.{end}", lambda *_, **__: None)
     return tmp_path
 
 

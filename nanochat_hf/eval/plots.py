@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 
 import matplotlib
+import numpy as np
 import yaml
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
@@ -135,6 +136,58 @@ def draw_bars(groups: dict[str, dict[str, dict]], path: Path, title: str) -> str
     if len(bars) > 1:
         figure.legend(loc="outside lower center", ncols=len(bars))
     save(figure, path)
+    return f"{path.parent.name}/{path.name}"
+
+
+def draw_scaling(facts: dict, folder: Path) -> dict[str, list[str]]:
+    """The plots of scaling.json: loss and CORE by training FLOPs with published marks, the valley of each budget."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cells, target, law, drawn = facts["cells"], facts["prediction"], facts["law"], {}
+    for key, name, title in (("val_bpb", "loss", "Loss by compute"), ("core", "core", "CORE by compute")):
+        series, marks, level = {}, {}, None
+        for cell in sorted((c for c in cells if c[key] is not None), key=lambda c: (c["depth"], c["C"])):
+            series.setdefault(f"d{cell['depth']}", []).append((cell["C"], cell[key]))
+        if key == "val_bpb" and "prediction" in law:
+            marks[f"d{target['depth']}, predicted"] = [(target["flops"], law["prediction"]["value"])]
+        for mark in (mark for mark in facts["references"] if key in mark):
+            label = ", ".join([mark["name"], *([mark["text"]] if key == "val_bpb" else ())])
+            if mark.get("flops", 1e99) < 1e4 * max(c["C"] for c in cells):  # else the cells would be a spot
+                marks.setdefault(label, []).append((mark["flops"], mark[key]))
+            level = level if "flops" in mark else (mark[key], label)
+        if series:
+            labels = (title, "training FLOPs", key.replace("core", "CORE").replace("_", " "))
+            drawn[name] = [draw_points(series, marks, folder / f"{name}_by_compute.png", labels, level=level)]
+    if valleys := facts["optima"].get("budgets"):
+        groups = {v["budget"]: [(c["N"], c["val_bpb"]) for c in cells if c["budget"] == v["budget"]] for v in valleys}
+        best = [(v["N"]["value"], v["loss"]["value"]) for v in valleys if "N" in v]
+        labels, curves = ("IsoFLOP", "N (matrices and head)", "val bpb"), [v["curve"] for v in valleys]
+        series, marks = {f"{flops:.3g}": points for flops, points in groups.items()}, {"optimum": best} if best else {}
+        drawn["isoflop"] = [draw_points(series, marks, folder / "isoflop.png", labels, curves)]
+    return drawn
+
+
+@matplotlib.rc_context(STYLE)
+def draw_points(series: dict, marks: dict, path: Path, labels: tuple, curves: Sequence = (), level=None) -> str:
+    """Points (x, y) by name; x is logarithmic.
+
+    marks: other points by name. labels: title, x, y. curves: the coefficients of a polynomial in log x for each
+    series; without them lines join its points. level: (y, name) of a horizontal line.
+    """
+    figure = Figure(figsize=(6.4, 3.6))
+    axes, color = figure.subplots(), matplotlib.colormaps["viridis"]
+    axes.set(xscale="log", title=labels[0], xlabel=labels[1], ylabel=labels[2])
+    for i, (name, points) in enumerate(series.items()):
+        (x, y), options = zip(*points), {"color": color(0.1 + 0.8 * i / max(1, len(series) - 1)), "linewidth": 1.2}
+        axes.plot(x, y, "o" if curves else "o-", label=name, markersize=5, **options)
+        if curves:
+            x = np.geomspace(min(x), max(x))
+            axes.plot(x, np.polyval(curves[i], np.log(x)), **options)
+    for i, (name, points) in enumerate(marks.items()):
+        axes.plot(*zip(*points), "D*Xps"[i % 5], color=[*COLORS.values()][i % 6], label=name, markersize=8)
+    if level:
+        axes.axhline(level[0], color=GRAY, linestyle="--", label=level[1])
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path)
     return f"{path.parent.name}/{path.name}"
 
 

@@ -233,14 +233,14 @@ def compression(tokenizer) -> dict[str, dict[str, float | None]]:
     return table
 
 
-def markdown(facts: dict, pictures: dict[str, list[str]] | None = None, macro: str = "report") -> str:
-    """The report, or another macro of report.jinja, such as its "summary"; pictures: section -> paths of plots."""
+def markdown(facts: dict, pictures: dict | None = None, macro: str = "report", template="report.jinja") -> str:
+    """The report, or another macro of the template, such as its "summary"; pictures: section -> paths of plots."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
-    functions = (short, duration, machine, of_last_stage, with_error, show, one_line, core_table)
+    functions = (short, duration, machine, of_last_stage, with_error, show, one_line, core_table, grid)
     environment.filters |= {function.__name__: function for function in functions}
     environment.filters |= {"by_stage": metrics_by_stage, "by": by_text}
     environment.globals |= {"WORDS": WORDS, "TITLES": TITLES, "RATE": RATE}
-    text = getattr(environment.get_template("report.jinja").module, macro)(facts | {"pictures": pictures or {}})
+    text = getattr(environment.get_template(template).module, macro)(facts | {"pictures": pictures or {}})
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

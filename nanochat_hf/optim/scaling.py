@@ -164,6 +164,7 @@ class Plan:
     model_config: NanoChatConfig  # without the ids of special tokens
     num_parameters: int
     num_matmul_parameters: int
+    num_scaling_parameters: int  # N of scaling laws: generation 2 matrices and head, generation 1 all (as upstream)
     flops_per_token: int
     num_iterations: int
     total_batch_size: int  # tokens per step
@@ -186,7 +187,7 @@ class Plan:
     def summary(self) -> dict:
         """The plan's numbers, for metrics.json."""
         names = ("num_parameters", "num_matmul_parameters", "flops_per_token", "total_tokens", "total_flops")
-        names += ("num_iterations", "total_batch_size")
+        names += ("num_iterations", "total_batch_size", "num_scaling_parameters")
         shape = {"generation": self.model_config.generation, "depth": self.model_config.num_hidden_layers}
         return shape | {name: getattr(self, name) for name in names}
 
@@ -282,9 +283,27 @@ def plan(config, vocab_size: int) -> Plan:
         raise InputError(f"warmup_steps is {config.warmup_steps}, and the horizon is {steps} steps: lower it")
     schedule = {f.name: getattr(defaults, f.name) for f in fields(Schedule) if f.name != "num_iterations"}
     return Plan(
-        model_config, counts.total(), matmul, flops, steps, batch, Schedule(steps, **schedule), defaults.max_grad_norm,
-        optimizer_groups(defaults, generation, width, lr_scale, lr_scale / growth),
+        model_config, counts.total(), matmul, size, flops, steps, batch, Schedule(steps, **schedule),
+        defaults.max_grad_norm, optimizer_groups(defaults, generation, width, lr_scale, lr_scale / growth),
     )  # fmt: skip
+
+
+def for_budget(config, flops: float, vocab_size: int):
+    """`config` for a run of `flops`. What it leaves open of batch size and warmup suits as few tokens as that may be.
+
+    Batch size ~ D^0.383 by the run's own tokens; `plan` takes D from the depth, as upstream. Warmup of at most a tenth
+    of the steps: a longer one makes small budgets look worse than they are (arXiv:2406.19146).
+    """
+    config, defaults = replace(config, num_iterations=-1, target_flops=flops), DEFAULTS[config.generation]
+    open_horizon = replace(config, target_flops=-1, target_param_data_ratio=None, total_batch_size=-1)
+    if config.total_batch_size == -1 and config.generation == 2:
+        tokens = flops / plan(replace(open_horizon, num_iterations=1), vocab_size).flops_per_token
+        growth = tokens / plan(replace(open_horizon, depth=REFERENCE_DEPTH), vocab_size).total_tokens
+        config = replace(config, total_batch_size=2 ** round(math.log2(REFERENCE_BATCH * growth**0.383)))
+    if config.warmup_steps is None:
+        steps = plan(config, vocab_size).num_iterations
+        config = replace(config, warmup_steps=min(defaults.warmup_steps, steps // 10))
+    return config
 
 
 def horizon(config, ratio_tokens: float, flops_per_token: int, batch: int) -> int:

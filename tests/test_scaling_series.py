@@ -1,0 +1,247 @@
+"""`nanochat scaling`: cells, the queue, resuming, fits of losses whose law is known, and the report."""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from threading import Timer
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nanochat_hf import cli, series, stages
+from nanochat_hf.errors import InputError
+from nanochat_hf.eval import scaling_fit
+from nanochat_hf.run import Run, load_json, save_json
+from nanochat_hf.series import Cell, SeriesConfig, make_cells, train_cells
+from nanochat_hf.stage_configs import PretrainConfig
+from nanochat_hf.train.pretrain import Pretraining
+
+ROOT = Path(__file__).parent.parent
+LAW = {"E": 0.6, "A": 30.0, "alpha": 0.35, "B": 60.0, "beta": 0.30}
+SIZES, BUDGETS = (1.2e7, 2.3e7, 4.2e7, 7e7, 1.1e8), (1e16, 3e16, 1e17)
+D24 = {"N": 7.3e8, "D": 5.8e9}
+
+
+def loss(n: float, d: float) -> float:
+    return LAW["E"] + LAW["A"] / n ** LAW["alpha"] + LAW["B"] / d ** LAW["beta"]
+
+
+def grid_of_losses(noise: float = 0.0, seed: int = 0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    pairs = [(n, c / 6 / n, c) for c in BUDGETS for n in SIZES]
+    return [
+        {"N": n, "D": d, "C": c, "budget": c, "val_bpb": loss(n, d) * np.exp(noise * rng.normal())}
+        for n, d, c in pairs
+    ]
+
+
+def test_the_fit_finds_the_constants_of_a_law_and_its_intervals_cover_them(monkeypatch):
+    monkeypatch.setattr(scaling_fit, "RESAMPLES", 2)
+    exact = scaling_fit.fit_law(grid_of_losses(), D24)
+    for name, value in LAW.items():
+        assert exact[name]["value"] == pytest.approx(value, rel=0.02), name
+    exponent = LAW["beta"] / (LAW["alpha"] + LAW["beta"])
+    # dL = 0 at 6 N D = C gives alpha A / N^alpha = beta B / D^beta
+    best = (LAW["alpha"] * LAW["A"] / LAW["beta"] / LAW["B"]) ** (1 / (LAW["alpha"] + LAW["beta"]))
+    best *= (1e17 / 6) ** exponent
+    truth = {**LAW, "N exponent": exponent, "D exponent": 1 - exponent, "ratio": 1e17 / 6 / best**2}
+    truth["prediction"] = loss(D24["N"], D24["D"])
+    assert exact["ratio"]["value"] == pytest.approx(truth["ratio"], rel=0.02)
+    monkeypatch.setattr(scaling_fit, "RESAMPLES", 25)
+    fit = scaling_fit.fit_law(grid_of_losses(0.003, seed=1), D24)
+    for name in ("N exponent", "D exponent", "ratio", "prediction"):
+        assert fit[name]["low"] < truth[name] < fit[name]["high"], name
+
+
+def test_the_optimum_of_each_budget_is_that_of_its_parabola(monkeypatch):
+    monkeypatch.setattr(scaling_fit, "RESAMPLES", 40)
+    cells, rng = grid_of_losses(), np.random.default_rng(1)
+    for cell in cells:  # a valley at N = 4e7 (C / 3e16)^.4, the loss there 1 / log C
+        cell["best"] = 4e7 * (cell["C"] / 3e16) ** 0.4
+        cell["val_bpb"] = 30 / np.log(cell["C"]) + 0.01 * np.log(cell["N"] / cell["best"]) ** 2
+    optima = scaling_fit.fit_optima(cells)
+    for row, budget in zip(optima["budgets"], BUDGETS):
+        best = 4e7 * (budget / 3e16) ** 0.4
+        assert row["N"]["value"] == pytest.approx(best) and row["loss"]["value"] == pytest.approx(30 / np.log(budget))
+        assert row["D"]["value"] == pytest.approx(budget / 6 / best) and row["refused"] is None
+        assert row["ratio"]["value"] == pytest.approx(budget / 6 / best**2)
+    assert optima["N exponent"]["value"] == pytest.approx(0.4) and optima["D exponent"]["value"] == pytest.approx(0.6)
+    noisy = [cell | {"val_bpb": cell["val_bpb"] + 3e-4 * rng.normal()} for cell in cells]
+    for row in scaling_fit.fit_optima(noisy)["budgets"]:
+        assert row["N"]["low"] < 4e7 * (row["budget"] / 3e16) ** 0.4 < row["N"]["high"]
+
+
+REFUSED = [  # fit, what is done to the cells, and why they are refused
+    ("law", lambda cells: cells[:6], "6 cells are too few, take at least 7, of 3 depths"),
+    ("law", lambda cells: [c for c in cells if c["N"] in SIZES[:2]] * 2, "too few"),
+    ("law", lambda cells: [c | {"D": 8 * c["N"]} for c in cells], "the same tokens per parameter.*add --ratios"),
+    ("optima", lambda cells: [c | {"budget": None} for c in cells], "at least four depths at one of --budgets"),
+    ("optima", lambda cells: cells[:3] + cells[5:8], "at least four depths"),
+]
+
+
+@pytest.mark.parametrize("name,change,message", REFUSED)
+def test_too_little_for_a_fit_is_refused(name, change, message):
+    with pytest.raises(InputError, match=message):
+        scaling_fit.fit_law(change(grid_of_losses()), D24) if name == "law" else scaling_fit.fit_optima(
+            change(grid_of_losses())
+        )
+
+
+# cell of vocabulary 32,768: tokens per step by 2^19 (D / 1.321e9)^.383, steps = C / FLOPs per token / tokens per step,
+# warmup steps, with the FLOPs per token of test_scaling.SECOND
+BY_BUDGET = {"d4-1e16": (2**18, 476, 40), "d12-1e16": (2**16, 201, 20), "d12-1e17": (2**18, 502, 40)}
+
+
+def test_cells_of_budgets_ratios_and_the_recipes_own_horizon():
+    base = PretrainConfig(num_iterations=7, total_batch_size=-1)
+    cells = {cell.name: cell for cell in make_cells(base, SeriesConfig(depths=[12, 4], budgets=[1e16, 1e17]), 32768)}
+    assert list(cells) == ["d4-1e16", "d12-1e16", "d4-1e17", "d12-1e17"]
+    for name, (batch, steps, warmup) in BY_BUDGET.items():
+        plan = cells[name].plan
+        assert (plan.total_batch_size, plan.num_iterations, plan.schedule.warmup_steps) == (batch, steps, warmup), name
+        assert plan.total_flops == pytest.approx(float(name.partition("-")[2]), rel=0.01)
+    assert cells["d4-1e16"].plan.num_scaling_parameters == 12 * 256**2 * 4 + 2 * 12 * 2 + 256 * 32768  # + gates, head
+    ratio, other = make_cells(base, SeriesConfig(depths=[4], ratios=[8, 10.5]), 32768)
+    assert (ratio.name, other.name) == ("d4-ratio8", "d4-ratio10.5") and ratio.config.num_iterations == -1
+    assert ratio.plan.total_tokens / ratio.plan.num_scaling_parameters == pytest.approx(8, rel=0.01)
+    (own,) = make_cells(base, SeriesConfig(depths=[4]), 32768)
+    assert (own.name, own.plan.num_iterations) == ("d4", 7)
+
+
+class FakeWorker:
+    """A worker whose process ends some milliseconds after it has got its cell."""
+
+    running, log = set(), []
+
+    def __init__(self, device):
+        self.device, (self.read, self.write) = device, os.pipe()
+        stop = lambda: self.log.append("stopped")  # noqa: E731
+        self.process = SimpleNamespace(sentinel=self.read, terminate=stop, join=lambda: None)
+
+    def send(self, cell):
+        assert self.device not in self.running, "two cells on one GPU"
+        self.cell = cell
+        self.running.add(self.device)
+        self.log.append((cell.name, len(self.running)))
+        Timer(0.02, lambda: (self.running.discard(self.device), os.close(self.write))).start()
+
+    def outcome(self):
+        if self.cell.name == "fatal":
+            raise KeyboardInterrupt
+        return self.cell.name != "bad", "done"
+
+
+def test_the_queue_gives_each_free_gpu_the_next_cell_and_a_failure_stops_no_other(capsys):
+    FakeWorker.running, FakeWorker.log = set(), []
+    cells = [Cell(name, None, None) for name in ("a", "bad", "c", "d", "e")]
+    assert train_cells(cells, ["0", "3"], FakeWorker) == ["bad"]
+    sent = [entry for entry in FakeWorker.log if entry != "stopped"]  # a process that imported for no cell
+    assert [name for name, _ in sent] == ["a", "bad", "c", "d", "e"]
+    assert {number for _, number in sent} == {1, 2} and capsys.readouterr().out.count("/5] ") == 5
+    with pytest.raises(KeyboardInterrupt):
+        train_cells([Cell("fatal", None, None), *cells], [None], FakeWorker)
+    assert FakeWorker.log[-1] == "stopped"  # the one that imported
+
+
+def test_devices_are_the_visible_gpus(monkeypatch):
+    assert series.devices_here(None) == [None]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    assert (series.devices_here(None), series.devices_here(2)) == (["4", "5", "7"], ["4", "5"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert series.devices_here(None) == ["0", "1", "2"]
+
+
+TINY = "scaling/cpu --depths 2,3 --budgets 5e9 base.eval_tokens=2048 base.save_every=3 base.max_seq_len=64 "
+TINY += "tokenizer.max_chars=50000 base.total_batch_size=512 base.device_batch_size=8"
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path, fresh_accelerator):
+    """Runs `nanochat scaling` with every cell in this process."""
+
+    class InProcess(series.Worker):
+        def __init__(self, device, run, options):
+            self.device, self.run, self.options = device, run, options
+            sentinel = os.open(os.devnull, os.O_RDONLY)
+            self.process = SimpleNamespace(sentinel=sentinel, join=lambda: None, exitcode=2, terminate=lambda: None)
+
+        def send(self, cell):
+            self.cell, self.folder, self.begin = cell, self.run.path / cell.name, 0
+            stages.run_stage("base", cell.config, Run(self.folder), **self.options)
+
+    monkeypatch.setattr(series, "Worker", InProcess)
+    monkeypatch.setattr(series.connection, "wait", list)
+
+    def scaling(folder: str, *words: str) -> dict:
+        cli.dispatch("scaling", [*TINY.split(), "--run-dir", str(tmp_path / folder), *words])
+        return {name: Run(tmp_path / folder / name).metrics("base") for name in ("d2-5e9", "d3-5e9")}
+
+    return scaling
+
+
+def test_a_series_that_was_killed_equals_one_that_was_not(here, monkeypatch, tmp_path, capsys):
+    whole, step = here("whole"), Pretraining.train_step
+
+    def killed(self):
+        if self.plan.model_config.num_hidden_layers == 3 and self.step == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Pretraining, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        here("killed")
+    assert not (tmp_path / "killed" / "d3-5e9" / "base" / "metrics.json").exists()
+    monkeypatch.setattr(Pretraining, "train_step", step)
+    capsys.readouterr()
+    resumed = here("killed")
+    out = capsys.readouterr().out
+    assert "2 cells, 1 of them finished" in out and "resuming at step 3" in out and "2 cells are too few" in out
+    for name, metrics in whole.items():
+        assert metrics["weights"] == resumed[name]["weights"] and metrics["val_bpb"] == resumed[name]["val_bpb"]
+    with pytest.raises(InputError, match=r"recipe changed since .*d2-5e9/base finished \(seed: 0 -> 1\)"):
+        here("killed", "base.seed=1")
+    assert load_json(tmp_path / "killed" / "scaling.json")["command"].startswith(
+        "nanochat scaling scaling/cpu --depths"
+    )
+    with Run(tmp_path / "killed").lock(), pytest.raises(InputError, match="another process works on"):
+        here("killed")
+
+
+def test_a_report_of_cells_with_core_has_all_plots_and_the_reference_marks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scaling_fit, "RESAMPLES", 10)
+    for cell in make_cells(PretrainConfig(), SeriesConfig(depths=[4, 6, 8, 12], budgets=[1e17, 1e18]), 32768):
+        bpb = loss(cell.plan.num_scaling_parameters, cell.plan.total_tokens)
+        record = {"finished": True, "config": asdict(cell.config), "val_bpb": bpb, "core": 1 - bpb}
+        record |= {"inputs": {"data": "a", "tokenizer": "b"}, **cell.plan.summary()}
+        save_json(tmp_path / cell.name / "base" / "metrics.json", record)
+        save_json(tmp_path / cell.name / "base" / "config.json", {"vocab_size": 32768, "num_tokens": None})
+    cli.dispatch("scaling", ["--run-dir", str(tmp_path), "--fit-only", "--predict-ratio", "8"])
+    assert "**Prediction** for d24 at 8 tokens per parameter (N 729.8M, D 5.8B" in capsys.readouterr().out
+    text, facts = (tmp_path / "scaling.md").read_text(), load_json(tmp_path / "scaling.json")
+    assert facts["law"]["prediction"]["value"] == pytest.approx(
+        loss(facts["prediction"]["N"], facts["prediction"]["D"]), rel=0.01
+    )
+    for part in ("GPT-2 XL", "0.2565", "nanochat d24", "ClimbMix", "| d12-1e18 |", "the best depth is the smallest"):
+        assert part in text, part
+    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert names == {"loss_by_compute.png", "core_by_compute.png", "isoflop.png"}
+    assert (tmp_path / "scaling.html").read_text().count("data:image/png;base64") == 3
+    record["inputs"]["data"] = "other text"
+    save_json(tmp_path / "d4-1e17" / "base" / "metrics.json", record)
+    with pytest.raises(InputError, match="differ in their data"):
+        scaling_fit.read_cells(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_toy_grid_trains_whole_and_its_law_is_fitted(tmp_path):
+    words = [sys.executable, "-m", "nanochat_hf.cli", "scaling", "scaling/cpu", "--run-dir", str(tmp_path / "toy")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = load_json(tmp_path / "toy" / "scaling.json")
+    assert len(facts["cells"]) == 12 and "prediction" in facts["law"] and (tmp_path / "toy" / "scaling.html").is_file()
+    assert "12 of them finished" in subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
