@@ -145,8 +145,8 @@ def seconds_of(cell: Cell, gpu: str | None) -> float:
 def show_cells(configs: dict, grid: SeriesConfig, tokenizer: str | None, gpus: int | None) -> None:
     """Print each cell's size, projected time and cost, and the sum: on this machine's GPUs, H200s or the CPU."""
     from .eval.report import grid as table
-    from .optim.overview import RATE, gpu_here
-    from .optim.scaling import find_gpu
+    from .optim.overview import gpu_here
+    from .optim.scaling import RATE, find_gpu
 
     gpu, count, rows = find_gpu(gpu_here() or ("H200" if gpus else "CPU")), gpus or 1, []
     cells = make_cells(configs["base"], grid, vocabulary(configs, tokenizer))
