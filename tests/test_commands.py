@@ -31,6 +31,15 @@ PUSH += "--base-model me/y --with mlx,vllm"
 PUSHED = Push(
     "me/x", "sft", True, True, True, "b", True, "folder", "apache-2.0", ["en", "ko"], "me/y", ["mlx", "vllm"]
 )
+PREPARE = (
+    "--min-chars 3 --decontaminate arc_easy --core-bundle c --chat-data d --validation .1 --shard-chars 5 --seed 4 "
+)
+PREPARE += "--skip-bad-files --dedup null --licenses mit"
+PREPARED = {
+    "min_chars": 3, "max_chars": 9, "languages": ["en", "ko"], "dedup": None, "decontaminate": ["arc_easy"],
+    "core_bundle": "c", "chat_data": "d", "validation": 0.1, "shard_chars": 5, "seed": 4, "licenses": ["mit"],
+    "skip_bad_files": True,
+}  # fmt: skip
 SERVE = "--port 8001 --device cpu --max-new-tokens 7 --temperature 0.5 --top-k 11"
 
 
@@ -107,6 +116,9 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
         ("generate_with_model", (ANY, ANY, 1000, 4), {}),
         ("answer", ([{"role": "user"}], Options(temperature=1.0, max_new_tokens=1024)), {}),
     ],
+    f"data prepare a b --output o --workers 3 --max-chars 9 --languages en,ko {PREPARE}": [
+        ("prepare", (["a", "b"], PREPARED, Path("o"), 3, ANY), {})
+    ],
     "compare {run} b": [("compare", ("{run}", "b"), {})],
     "bench": script("bench"),
     "bench --seconds 2": script("bench", "--seconds", "2"),
@@ -163,6 +175,7 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
 TARGETS = "serve.terminal_chat.open_model serve.terminal_chat.Chat serve.terminal_chat.RemoteModel jobs.show_plan "
 TARGETS += "serve.worker.open_workers serve.server.Server serve.limits.run hub.push.push convert.upstream.convert "
 TARGETS += "export.export data.identity.conversations data.identity.generate_with_model eval.report.compare "
+TARGETS += "data.prepare.prepare "
 TARGETS += "stages.run_stage stages.run_stages sync.syncing jobs.launch cli.os.execv cli.socket.create_server"
 
 
@@ -182,6 +195,7 @@ def record(monkeypatch, tmp_path):
     monkeypatch.setenv("LC_ALL", "en_US.UTF-8")
     counts = SimpleNamespace(most_common=list)
     results = {"convert": INFO | {"tokenizer_ids": 300}, "conversations": [], "generate_with_model": ([], counts)}
+    results["prepare"] = {"read": [3, 5, 7]}
     results["create_server"] = SimpleNamespace(close=lambda: None)
     answer = lambda *words: calls.append(("answer", words, {})) or ["a", "b"]  # noqa: E731
     results["RemoteModel"] = SimpleNamespace(answer=answer)
