@@ -293,7 +293,9 @@ def data(parser: Parser, words: list[str]) -> None:
     parser.option("--workers", Count, help="processes, which change nothing in the output (default: one per core)")
     parser.option("--min-chars", Count, default=200, help="drop shorter documents")
     parser.option("--max-chars", Count, help="drop longer documents (default: none)")
-    parser.option("--languages", Unique[Word] | None, help="keep these only, as en,ko (default: all)")
+    parser.option(
+        "--languages", Unique[Word] | None, help="keep these only, as en,ko, by 500 characters of each (default: all)"
+    )
     dedup, tasks = Unique[Literal["exact", "near"]] | None, Unique[Place] | None
     parser.option(
         "--dedup", dedup, default=["exact", "near"], help="duplicates to drop (default: exact,near), or null"

@@ -259,7 +259,8 @@ def reason_to_drop(text: str, words: np.ndarray, settings: dict, work: Path) -> 
         return "too short", None
     if settings["max_chars"] and len(text) > settings["max_chars"]:
         return "too long", None
-    if settings["languages"] and identifier().classify(text[:500])[0] not in settings["languages"]:
+    middle = max(len(text) // 2 - 250, 0)  # a text may begin with a title, names and quotations
+    if settings["languages"] and identifier().classify(text[middle : middle + 500])[0] not in settings["languages"]:
         return "other language", None
     if settings["decontaminate"]:
         known, owners, tasks, seen = tests_of(work)
