@@ -310,7 +310,7 @@ def data(parser: Parser, words: list[str]) -> None:
     parser.option("--seed", Seed, default=0, help="seed of the order, and so of the validation split")
     parser.option("--licenses", Unique[License] | None, help="of the sources, for the card, as cc-by-4.0,mit")
     parser.add_argument("--skip-bad-files", action="store_true", help="leave out and name what cannot be read")
-    settings = vars(parser.parse_intermixed_args(words))
+    settings = vars(parser.parse_args(words))
     _, sources, output, workers = (settings.pop(name) for name in ("action", "sources", "output", "workers"))
 
     def eval_rows():

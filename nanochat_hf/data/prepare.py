@@ -174,7 +174,7 @@ def find_sources(sources: list[str], before: list[dict]) -> tuple[Iterator[Path]
     `before` is that list of the run to resume, which keeps the commits. Files named after a validation or test split
     are left out, except of a folder of .txt and .md files. Raises InputError for a source without text.
     """
-    found, records, commits = [], [], {old["name"]: old["commit"] for old in before}
+    groups, records, commits = [], [], {old["name"]: old["commit"] for old in before}
     for source in sources:
         if source == "primer":
             raise InputError("primer is the demo's own text: give a folder, a file or a Hub id")
@@ -189,8 +189,8 @@ def find_sources(sources: list[str], before: list[dict]) -> tuple[Iterator[Path]
                 log(f"source {source}: {listed(unread)}, named after validation or test, is not read")
         records.append({"name": source, "commit": commit, "files": len(texts)})
         records[-1]["content"] = None if commit else content_hash(texts, [], locate)
-        found.append((texts, locate))
-    return (locate(name) for texts, locate in found for name in texts), records
+        groups.append((texts, locate))
+    return (locate(name) for texts, locate in groups for name in texts), records
 
 
 @lru_cache(maxsize=2)
@@ -263,11 +263,11 @@ def reason_to_drop(text: str, words: np.ndarray, settings: dict, work: Path) -> 
     if settings["languages"] and identifier().classify(text[middle : middle + 500])[0] not in settings["languages"]:
         return "other language", None
     if settings["decontaminate"]:
-        known, owners, tasks, seen = tests_of(work)
+        hashes, owners, tasks, seen = tests_of(work)
         runs = shingles(words, NGRAM)
         runs = runs[seen[runs >> np.uint64(40)]]
-        at = np.minimum(np.searchsorted(known, runs), len(known) - 1)
-        if len(hits := at[known[at] == runs]):
+        at = np.minimum(np.searchsorted(hashes, runs), len(hashes) - 1)
+        if len(hits := at[hashes[at] == runs]):
             return "contaminated", tasks[owners[hits[0]]]
     return None, None
 
@@ -317,8 +317,8 @@ def index_tests(work: Path, eval_rows: Callable[[], Iterable[tuple[str, dict | N
             hashes.setdefault(task, []).append(np.unique(np.concatenate(runs)))
             tests[task] = [numbers[0] + (row is not None), numbers[1] + (row is not None and not any(map(len, runs)))]
         hashes = [np.unique(np.concatenate(runs)) for runs in hashes.values()]
-        known, first = np.unique(np.concatenate([*hashes, POWERS[:1]]), return_index=True)  # never empty
-        np.save(work / "known.npy", known)
+        unique, first = np.unique(np.concatenate([*hashes, POWERS[:1]]), return_index=True)  # never empty
+        np.save(work / "hashes.npy", unique)
         np.save(work / "owners.npy", np.repeat(np.arange(len(hashes) + 1), [*map(len, hashes), 1])[first])
         save_json(work / "tests.json", tests)
     return tests
@@ -327,10 +327,10 @@ def index_tests(work: Path, eval_rows: Callable[[], Iterable[tuple[str, dict | N
 @cache
 def tests_of(work: Path) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
     """The hashes in order, the number of the task of each; the tasks; which first 24 bits of a hash occur."""
-    known, owners = (np.load(work / f"{name}.npy", mmap_mode="r") for name in ("known", "owners"))
+    hashes, owners = (np.load(work / f"{name}.npy", mmap_mode="r") for name in ("hashes", "owners"))
     seen = np.zeros(1 << 24, bool)
-    seen[known >> np.uint64(40)] = True
-    return known, owners, list(load_json(work / "tests.json")), seen
+    seen[hashes >> np.uint64(40)] = True
+    return hashes, owners, list(load_json(work / "tests.json")), seen
 
 
 def variants(row: dict) -> set[str]:
