@@ -13,6 +13,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_standin import Repo
 
 from nanochat_hf import cli
 from nanochat_hf.data import prepare as module
@@ -204,3 +205,23 @@ def test_a_kill_leaves_no_process_and_two_workers_write_what_one_does(tmp_path, 
     assert {k: v for k, v in contents(output).items() if k != "README.md"} == {
         k: v for k, v in contents(tmp_path / "one").items() if k != "README.md"
     }
+
+
+def test_a_dataset_of_the_hub_keeps_its_commit_when_a_download_broke_off(tmp_path, hub, capsys, monkeypatch):
+    def rows(first: int) -> bytes:
+        return "".join(json.dumps({"text": document(seed)}) + "\n" for seed in range(first, first + 30)).encode()
+
+    files = {f"{n}.jsonl": rows(30 * n) for n in range(3)} | {"test.jsonl": rows(900)}
+    monkeypatch.setattr(module, "PART_BYTES", 1)
+    hub.repos["datasets", "me/texts"] = repo = Repo(branches={"main": "1" * 40}, commits={"1" * 40: files})
+    words = ["me/texts", "--output", tmp_path / "out", "--decontaminate", "null", "--workers", 1]
+    for _ in range(4):  # all attempts
+        hub.fail("GET", "1.jsonl", status=500)
+    with pytest.raises(InputError, match=r"1\.jsonl .*run the same command again to resume"):
+        run(capsys, *words)
+    assert len(list(tmp_path.glob(".out.prepare/part_*.arrow"))) == 1
+    repo.commits["2" * 40], repo.branches["main"] = {"0.jsonl": rows(0)}, "2" * 40
+    run(capsys, *words)
+    stats = json.loads((tmp_path / "out" / "stats.json").read_text())
+    assert stats["sources"] == [{"name": "me/texts", "commit": "1" * 40, "files": 3, "content": None}]
+    assert stats["counts"]["read"][0] == 90 and stats["timing"]["resumed"]

@@ -151,9 +151,6 @@ def start_worker() -> None:
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-# Sources
-
-
 class Text(File):
     """A text file, which is one document."""
 
@@ -216,9 +213,6 @@ def parts_of(files: Iterable[Path], skip: bool) -> Iterator[list[tuple]]:
                 group, size = [], 0
     if group:
         yield group
-
-
-# Filters and hashes
 
 
 def filter_part(target: Path, units: list[tuple], settings: dict) -> None:
@@ -304,9 +298,6 @@ def band_keys(words: np.ndarray) -> list[int]:
     return (sketch.hashvalues.astype(np.uint64).reshape(NUM_BANDS, BAND) @ POWERS[:BAND]).tolist()
 
 
-# Test rows
-
-
 def index_tests(work: Path, eval_rows: Callable[[], Iterable[tuple[str, dict | None]]]) -> dict[str, list[int]]:
     """Write the hashes of all 13 words in a row of the test rows; returns per task [rows, rows too short for that]."""
     if (tests := load_json(work / "tests.json")) is None:
@@ -345,9 +336,6 @@ def variants(row: dict) -> set[str]:
         return [text for item in items for text in texts(item, number)]
 
     return {" ".join(texts(row, number)) for number in range(16)}
-
-
-# Duplicates, splits and shards
 
 
 def part_table(path: Path) -> pa.Table:
