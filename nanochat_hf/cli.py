@@ -26,7 +26,22 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import AfterValidator, StringConstraints
 
-from .config import Fraction, Length, NotNegative, Parser, Place, RepoId, Seed, Size, TopK, Unique, each_once
+from .config import (
+    Count,
+    Dir,
+    Fraction,
+    Length,
+    NotNegative,
+    Parser,
+    Place,
+    RepoId,
+    Seed,
+    Size,
+    TopK,
+    Unique,
+    Word,
+    each_once,
+)
 from .errors import InputError, guarded
 from .jobs import ACCELERATE, STAGE_COMMANDS, demo, keys_by_name, plan, run, run_stage_command, speedrun
 from .run import MODEL_STAGES, Run, load_json, nearest, project_folder, save_json, save_jsonl, writing
@@ -35,6 +50,7 @@ from .stage_configs import RECIPES, find_recipe
 
 Temperature = Annotated[float, Ge(0), Le(5)]
 Device = Annotated[str, StringConstraints(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
+TEST_TASKS = [f"nanochat_{name}" for name in ("core", "arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")]
 STAGE_HELP = "stage of the run folder whose model is taken (default: the last finished one)"
 ENGINES = {  # nanochat export --to: what is written
     "native": "transformers' own nanochat, generation 1",
@@ -285,6 +301,51 @@ def identity(parser: Parser, words: list[str]) -> None:
     print(f"{len(rows)} conversations of {person.name} in {args.output}; mix them in: {{dataset: {args.output}}}")
 
 
+def data(parser: Parser, words: list[str]) -> None:
+    """Filter, de-duplicate, shuffle and split text: `nanochat data prepare SOURCE [...] --output DIR`."""
+    parser.option("action", Literal["prepare"], help="prepare")
+    parser.option("sources", Place, nargs="+", metavar="SOURCE", help="Hub id, folder or file: parquet, jsonl or text")
+    parser.option("--output", Dir, required=True, help="folder to write; the same command resumes")
+    parser.option("--workers", Size, help="processes, which change nothing in the output (default: one per core)")
+    parser.option("--min-chars", Count, default=200, help="drop shorter documents")
+    parser.option("--max-chars", Count, help="drop longer documents (default: none)")
+    parser.option(
+        "--languages", Unique[Word] | None, help="keep these only, as en,ko, by 500 characters of each (default: all)"
+    )
+    dedup, tasks = Unique[Literal["exact", "near"]] | None, Unique[Place] | None
+    parser.option(
+        "--dedup", dedup, default=["exact", "near"], help="duplicates to drop (default: exact,near), or null"
+    )
+    against = "drop documents that share 13 words in a row with test rows of these tasks, or null"
+    parser.option("--decontaminate", tasks, default=TEST_TASKS, help=f"{against} (default: {','.join(TEST_TASKS)})")
+    parser.option("--core-bundle", Place, default="download", help="folder of CORE's data, or download")
+    parser.option("--chat-data", Place, help="folder with local files of the chat tasks; others come from the Hub")
+    parser.option("--validation", Annotated[float, Gt(0), Le(0.5)], default=0.01, help="share of the documents")
+    shard = Annotated[int, Gt(0), Le(5 * 10**8)]
+    parser.option("--shard-chars", shard, default=10**8, help="characters per shard")
+    parser.option("--seed", Seed, default=0, help="seed of the order, and so of the validation split")
+    parser.option("--licenses", Unique[License] | None, help="of the sources, for the card, as cc-by-4.0,mit")
+    parser.add_argument("--skip-bad-files", action="store_true", help="leave out and name what cannot be read")
+    settings = vars(parser.parse_args(words))
+    _, sources, output, workers = (settings.pop(name) for name in ("action", "sources", "output", "workers"))
+
+    def eval_rows():
+        from .eval.tasks import eval_rows  # which imports lm-eval
+
+        return eval_rows(settings["decontaminate"], settings["core_bundle"], settings["chat_data"])
+
+    from .data.prepare import prepare
+
+    try:
+        workers = workers or len(os.sched_getaffinity(0))
+        counts = prepare(each_once(sources), settings, Path(output), workers, eval_rows)
+    except ModuleNotFoundError as error:
+        raise InputError(f"nanochat data needs the package {error.name}: pip install 'nanochat_hf[data]'") from None
+    for step, (documents, chars, _) in counts.items():
+        print(f"{step:<15} {documents:>12,} documents {chars:>16,} characters")
+    print(f"{output}: finished; train on it with base.dataset={output}")
+
+
 def compare(parser: Parser, words: list[str]) -> None:
     """Compare runs: `nanochat compare runs/a runs/b [runs/c ...] [--output FOLDER]`."""
     parser.option("runs", Place, nargs="+", metavar="RUN", help="two run folders or more; the first is the reference")
@@ -360,7 +421,13 @@ def completions(words: list[str]) -> list[str]:
     elif before[-1] in values:
         names = values[before[-1]]
     else:
-        names = recipes if before[0] in ("run", "plan", *STAGE_COMMANDS) and not {*recipes} & {*before} else []
+        names = (
+            ["prepare"]
+            if before == ["data"]
+            else recipes
+            if before[0] in ("run", "plan", *STAGE_COMMANDS) and not {*recipes} & {*before}
+            else []
+        )
         if before[0] in ("demo", "run", "plan", "speedrun"):
             names = [*names, *(f"{name}=" for places in keys_by_name().values() for name in places)]
         with redirect_stdout(io.StringIO()) as output, suppress(SystemExit, InputError):
@@ -372,8 +439,8 @@ def completions(words: list[str]) -> list[str]:
 
 COMMANDS: dict[str, Callable] = {
     "demo": demo, "plan": plan, "run": run, "recipes": recipes, "chat": chat, "serve": serve, "report": report,
-    "compare": compare, "push": push, "export": export, "convert": convert, "identity": identity, "env": env,
-    "scaling": scaling, "bench": bench, "completion": completion, "speedrun": speedrun,
+    "compare": compare, "push": push, "export": export, "convert": convert, "identity": identity, "data": data,
+    "scaling": scaling, "env": env, "bench": bench, "completion": completion, "speedrun": speedrun,
 }  # fmt: skip
 
 

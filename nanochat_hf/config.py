@@ -163,6 +163,8 @@ def convert(value, kind):
 def from_command_line(text: str, key: str, kind):
     """As `convert`, for text from a command line, where lists may be written a,b or [a, b]."""
     types, _ = leaves(kind)
+    if text == "null" and NoneType in types:
+        return None
     if list in types and (text[:1] in ("[", "{") or leaves(element(kind))[0] & {int, float}):
         try:
             return yaml.load(text if text[:1] in ("[", "{") else f"[{text}]", Loader)
@@ -170,7 +172,7 @@ def from_command_line(text: str, key: str, kind):
             raise InputError(f"{key} is no valid YAML list or mapping: {text}") from None
     if list in types and str not in types:
         return text.split(",")
-    return None if text == "null" and NoneType in types else text
+    return text
 
 
 def allowed(kind, limits: tuple = ()) -> str:

@@ -1,11 +1,13 @@
 """Text and conversations that cannot be read are one line that says which file and why."""
 
+import errno
 import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
 from nanochat_hf.data.documents import open_documents
 from nanochat_hf.data.mixture import Mixture
@@ -101,3 +103,99 @@ def test_a_text_that_cannot_be_read(tmp_path, monkeypatch, make, message):
         next(iter(open_documents(str(make(tmp_path)))))
         next(iter(open_documents(str(make(tmp_path)), "validation")))
     assert "\n" not in str(caught.value)
+
+
+SETTINGS = dict.fromkeys(("max_chars", "languages", "decontaminate", "licenses"))
+SETTINGS |= {
+    "min_chars": 5,
+    "dedup": ["exact"],
+    "validation": 0.01,
+    "shard_chars": 99,
+    "seed": 0,
+    "skip_bad_files": False,
+}
+
+
+def prepared(here: Path, source, eval_rows=list, workers: int = 1, **settings):
+    pytest.importorskip("datasketch", reason="needs the extra data")
+    pytest.importorskip("py3langid", reason="needs the extra data")
+    from nanochat_hf.data.prepare import prepare
+
+    return prepare([str(source)], SETTINGS | settings, here / "new" / "out", workers, eval_rows)
+
+
+@pytest.mark.parametrize("make,message", TEXTS)
+def test_a_source_that_cannot_be_prepared_leaves_nothing(tmp_path, monkeypatch, make, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=message) as caught:
+        prepared(tmp_path, make(tmp_path))
+    assert "\n" not in str(caught.value) and not [*(tmp_path / "new").rglob("*")]
+
+
+LEFT = "1 documents are left, too few for two splits .read 2, too short 1, "
+SOURCES = [  # what is prepared, settings, and what is said
+    (
+        lambda here: parquet(here / "t" / "0.parquet", text=["a", "a text"]),
+        {},
+        LEFT + "validation 1.: lower the filters",
+    ),
+    (lambda here: parquet(here / "t" / "0.parquet", text=["a text"] * 9), {}, "too few .*duplicate 8, validation 1"),
+    (
+        lambda here: parquet(here / "t" / "0.parquet", text=["a text"] * 9),
+        {"dedup": None},
+        "9 documents are left, too",
+    ),
+    (lambda here: parquet(here / "t" / "0.parquet", text=pa.array([], pa.string())), {}, "0 documents are .*read 0"),
+    (lambda here: jsonl(here / "t.jsonl"), {}, "0 documents are left"),
+    (lambda here: jsonl(here / "t.txt", "one text"), {}, "1 documents are left"),
+    (
+        lambda here: (here / "t.txt").write_bytes(b"caf\xe9") and here / "t.txt",
+        {},
+        "cannot be read .no UTF-8: .*get it",
+    ),
+    (
+        lambda here: (here / "t.jsonl").write_bytes(b'{"text": "caf\xe9"}') and here / "t.jsonl",
+        {},
+        "is not JSON: 'utf-8'",
+    ),
+    (lambda here: "primer", {}, "primer is the demo's own text: "),
+    (lambda here: here, {"languages": ["en", "klingon"]}, "--languages: no language 'klingon'; known: "),
+]
+
+
+@pytest.mark.parametrize("make,settings,message", SOURCES)
+def test_a_source_of_which_too_little_is_left(tmp_path, make, settings, message):
+    with pytest.raises(InputError, match=message) as caught:
+        prepared(tmp_path, make(tmp_path), **settings)
+    assert "\n" not in str(caught.value) and not [*(tmp_path / "new").rglob("*")]
+
+
+def test_an_output_that_is_taken_or_has_no_room(tmp_path, monkeypatch):
+    source = parquet(tmp_path / "t" / "0.parquet", text=[f"text number {n}" for n in range(99)])
+    (tmp_path / "new" / "out").mkdir(parents=True)
+    (tmp_path / "new" / "out" / "thesis.txt").touch()
+    with pytest.raises(InputError, match="out is not empty: choose another --output"):
+        prepared(tmp_path, source)
+    (tmp_path / "new" / "out" / "thesis.txt").unlink()  # an empty folder is taken
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", full)
+        with pytest.raises(OSError, match="No space left"):  # one line in a command: test_output.py
+            prepared(tmp_path, source)
+    with pytest.raises(InputError, match=r"the unfinished .*prepare has other settings .*delete it, or choose"):
+        prepared(tmp_path, source, seed=1)
+    with (
+        FileLock(tmp_path / "new" / ".out.prepare" / ".lock"),
+        pytest.raises(InputError, match="another process prep"),
+    ):
+        prepared(tmp_path, source)
+    assert prepared(tmp_path, source)["train"][0] == 98
+
+
+def test_bad_files_are_left_out_and_named_where_that_is_asked_for(tmp_path):
+    source = jsonl(tmp_path / "t.jsonl", '{"text": "first text"}', "{", '{"text": "second text"}')
+    assert prepared(tmp_path, source, skip_bad_files=True)["read"][0] == 2
+    assert "the line at byte 23 is not JSON" in (tmp_path / "new" / "out" / "README.md").read_text()

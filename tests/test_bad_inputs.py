@@ -287,6 +287,15 @@ COMMANDS = [
     ("run d12 --run-dir {run} --hours 3", "--hours is for a job: name --job"),
     ("report --compare {here} {here} --hourly-rate 0", "are for one run"),
     ("chat --model {here} --stage sft", r"name what to talk to .*: --run-dir"),
+    ("data", "the following arguments are required: --output|required: action"),
+    ("data clean {here} --output out", "it must be prepare"),
+    ("data prepare {here}", "required: --output"),
+    ("data prepare {here} {here} --output out", "here is named twice"),
+    ("data prepare x --output {root}/README.md", "README.md is no folder"),
+    ("data prepare x --output out --min-chars -5", "a whole number from 1 to"),
+    ("data prepare x --output out --validation 0", "a number above 0 and of at most 0.5"),
+    ("data prepare x --output out --dedup exact,fuzzy", "it must be exact or near"),
+    ("data prepare x --output out --decontaminat null", "did you mean '--decontaminate'"),
     ("export --model {here} --to mlx --outtype f16 --output {here}/x", "--outtype and --allow-inexact are for --to"),
 ]  # fmt: skip
 

@@ -32,6 +32,15 @@ PUSH += "--base-model me/y --with mlx,vllm"
 PUSHED = Push(
     "me/x", "sft", True, True, True, "b", True, "folder", "apache-2.0", ["en", "ko"], "me/y", ["mlx", "vllm"]
 )
+PREPARE = (
+    "--min-chars 3 --decontaminate arc_easy --core-bundle c --chat-data d --validation .1 --shard-chars 5 --seed 4 "
+)
+PREPARE += "--skip-bad-files --dedup null --licenses mit"
+PREPARED = {
+    "min_chars": 3, "max_chars": 9, "languages": ["en", "ko"], "dedup": None, "decontaminate": ["arc_easy"],
+    "core_bundle": "c", "chat_data": "d", "validation": 0.1, "shard_chars": 5, "seed": 4, "licenses": ["mit"],
+    "skip_bad_files": True,
+}  # fmt: skip
 SERVE = "--port 8001 --device cpu --max-new-tokens 7 --temperature 0.5 --top-k 11"
 
 
@@ -110,6 +119,9 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
     ],
     "compare a b": [("compare", (["a", "b"], None), {})],
     "compare a b c --output o": [("compare", (["a", "b", "c"], "o"), {})],
+    f"data prepare a b --output o --workers 3 --max-chars 9 --languages en,ko {PREPARE}": [
+        ("prepare", (["a", "b"], PREPARED, Path("o"), 3, ANY), {})
+    ],
     "bench": script("bench"),
     "bench --seconds 2": script("bench", "--seconds", "2"),
     "bench cpu": script("bench"),
@@ -176,6 +188,7 @@ TARGETS = "serve.terminal_chat.open_model serve.terminal_chat.Chat serve.termina
 TARGETS += "serve.worker.open_workers serve.server.Server serve.limits.run hub.push.push convert.upstream.convert "
 TARGETS += "series.train series.show_cells eval.scaling_fit.make_report "
 TARGETS += "export.export data.identity.conversations data.identity.generate_with_model eval.compare.compare "
+TARGETS += "data.prepare.prepare "
 TARGETS += "stages.run_stage stages.run_stages sync.syncing jobs.launch cli.os.execv cli.socket.create_server"
 
 
@@ -195,6 +208,7 @@ def record(monkeypatch, tmp_path):
     monkeypatch.setenv("LC_ALL", "en_US.UTF-8")
     counts = SimpleNamespace(most_common=list)
     results = {"convert": INFO | {"tokenizer_ids": 300}, "conversations": [], "generate_with_model": ([], counts)}
+    results["prepare"] = {"read": [3, 5, 7]}
     results["create_server"] = SimpleNamespace(close=lambda: None)
     answer = lambda *words: calls.append(("answer", words, {})) or ["a", "b"]  # noqa: E731
     results["RemoteModel"] = SimpleNamespace(answer=answer)

@@ -122,6 +122,7 @@ def test_the_image_gets_every_folder_that_a_wheel_ships_and_the_pins():
         ("nanochat pretrain --tot", ["--total_batch_size"]), ("nanochat sft cpu", ["cpu-demo", "cpu-demo-ko"]),
         ("nanochat chat --stage ", ["base", "dpo", "mid", "rl", "sft"]),
         ("nanochat serve --max-b", ["--max-batch-size"]), ("nanochat nosuch --x", []),
+        ("nanochat data p", ["prepare"]), ("nanochat data prepare x --wor", ["--workers"]),
         ("nanochat run --dry-run d3", ["d32"]), ("nanochat run d12 --dry-run d3", []),
     ],
 )  # fmt: skip

@@ -68,6 +68,7 @@ def test_overrides_reach_their_stage_and_another_depth_is_planned_from_the_other
     shape = size.model_config.num_hidden_layers, size.model_config.hidden_size
     assert (*shape, size.total_batch_size, size.num_iterations) == (18, 1152, 2**20, 2475)
     assert read("cpu-demo", None, ["eval.dataset=null"])[1]["eval"].dataset is None
+    assert read("cpu-demo", None, ["eval.text_stages=null"])[1]["eval"].text_stages is None  # also of a list
     for stage in ("rl", "dpo"):
         assert stage in read("d12", None, [f"{stage}.enabled=true"])[0] and stage not in read("d12")[0]
     assert read("d12", ["dpo", "rl", "eval"])[0] == ["rl", "dpo", "eval"]

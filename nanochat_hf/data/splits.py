@@ -28,7 +28,7 @@ SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")  # once the Hub put a 
 SUFFIXES = (".parquet", ".jsonl")  # of the files that are read, in any case
 # Of files that hold rows, too, and "/" ends a linked folder.
 UNREAD = (*SUFFIXES, ".json", ".csv", ".tsv", ".arrow", ".feather", ".gz", ".zst", ".bz2", ".xz", ".zip", "/")
-METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "stats.json")
 
 
 def is_visible(name: str) -> bool:

@@ -5,7 +5,9 @@ results, samples = tasks.run("nanochat_demo_facts", lm)
 """
 
 import os
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from lm_eval.api.metrics import mean_stderr
@@ -20,8 +22,8 @@ from ..demo import corpus as primer
 from ..distributed import main_process_first, partial_state
 from ..errors import InputError
 from ..run import nearest, project_folder, save_jsonl
-from ..stage_configs import SPELLING
-from .core import DamagedFile, load_tasks, run_lm_eval
+from ..stage_configs import SPELLING, EvalConfig
+from .core import DamagedFile, input_error, load_tasks, quiet, run_lm_eval
 from .lm_eval_model import LocalLM
 
 EVALS = project_folder("evals")
@@ -38,10 +40,7 @@ class Tasks:
 
     def __init__(self, config, models: dict[str, str], output: Path):
         self.config, self.loaded = config, {}
-        chat_data = config.chat_data and str(local_path(config.chat_data))
-        if chat_data and not Path(chat_data).is_dir():
-            raise InputError(f"chat_data: no folder {config.chat_data}")
-        self.manager = known_tasks(config, [chat_data, str(output / "questions")])
+        self.manager = known_tasks(config, [chat_folder(config), str(output / "questions")])
         if set(models) & {*config.chat_stages, *(config.text_stages or [])}:
             self.write_questions(output / "questions")
             self.load()
@@ -143,6 +142,29 @@ def known_tasks(config, chat_data: list[str | None] | None = None) -> TaskManage
         if name not in manager.all_tasks:
             raise InputError(f"unknown task {name!r}; {nearest(name, manager.all_tasks)}")
     return manager
+
+
+def eval_rows(names: list[str], core_bundle: str, chat_data: str | None) -> Iterator[tuple[str, dict | None]]:
+    """(task, row) of all rows that the tasks are scored on; None for a task whose file the CORE bundle lacks.
+
+    Raises InputError: an unknown task, a wrong bundle, rows that are neither in `chat_data` nor on the Hub.
+    """
+    config = EvalConfig(tasks=names, core_bundle=core_bundle, chat_data=chat_data)
+    with quiet():
+        for name, task in load_tasks(known_tasks(config, [chat_folder(config)]), names).items():
+            if not hasattr(task, "file") or input_error(lambda task: task.file.is_file(), task):
+                yield from ((name, row) for row in input_error(list, task.eval_docs))
+            else:
+                print(f"{name} is not checked against: the CORE bundle has no file of it", file=sys.stderr)
+                yield name, None
+
+
+def chat_folder(config) -> str | None:
+    """The folder of the chat tasks' local files, if one is named."""
+    folder = config.chat_data and str(local_path(config.chat_data))
+    if folder and not Path(folder).is_dir():
+        raise InputError(f"chat_data: no folder {config.chat_data}")
+    return folder
 
 
 def sample_row(sample: dict) -> dict:
