@@ -383,7 +383,10 @@ TRAINING = ("train/trainer.py", "train/model_setup.py", "optim/scaling.py", "opt
 CODE = {  # stage -> the modules in which its keys are read
     "tokenizer": ("data/tokenizer.py",),
     "base": ("train/pretrain.py", "optim/scaling.py"),
-    **{stage: (f"train/{name}.py", *TRAINING) for stage, name in (("sft", "sft"), ("rl", "grpo"), ("dpo", "dpo"))},
+    **{
+        stage: (f"train/{name}.py", "data/mixture.py", *TRAINING)
+        for stage, name in (("sft", "sft"), ("rl", "grpo"), ("dpo", "dpo"))
+    },
     "eval": ("eval/harness.py", "eval/tasks.py", "eval/lm_eval_model.py"),
 }
 

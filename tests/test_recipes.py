@@ -254,14 +254,16 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
         (None, ["eval.tasks=[nanochat_spellingbee]", f"eval.dataset={text}"], "no words of 3 to 15 letters .*words"),
         (None, ["sft.mixture=[{dataset: nowhere.jsonl}]"], "no such dataset: nowhere.jsonl"),
         (None, ["mid.validation=[{dataset: recipes/nope.yaml}]"], "no such dataset: recipes/nope.yaml"),
-        (None, ["rl.dataset=of_{split}.jsonl"], "no such dataset: of_{split}.jsonl"),
+        (None, ["rl.dataset=of_{split}.jsonl"], "no such dataset: of_train.jsonl"),
+        (None, [f"rl.dataset={text}"], "is one file, and its name does not say it is test"),
+        (None, [f"sft.validation=[{{dataset: {text}, split: test}}]"], "is one file, and its name does not say it is"),
         (None, ["base.dataset=/nowhere"], "no such dataset: /nowhere"),
         (None, ["tokenizer.dataset=[{dataset: primer}, {dataset: no.jsonl}]"], "no such dataset: no.jsonl"),
         (None, ["eval.dataset=/nowhere"], "no such dataset: /nowhere"),
     ):
         with pytest.raises(InputError, match=message):
             stages.run_stages(Run(tmp_path / "run"), *read("cpu-demo", names, keys))
-        if message.startswith(("no such", "/nowhere")):  # which needs no network
+        if message.startswith(("no such", "is one", "/nowhere")):  # which needs no network
             with pytest.raises(InputError, match=message):
                 jobs.print_dry_run(*read("cpu-demo", names, keys))
     assert not (tmp_path / "run" / "eval").exists()

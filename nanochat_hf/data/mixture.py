@@ -26,7 +26,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import escape
 from itertools import islice
 from pathlib import Path
@@ -249,14 +249,33 @@ def check_data(stage: str, config, elsewhere: bool = False) -> None:
     folder = getattr(config, "chat_data", None)
     if folder and not elsewhere and not local_path(folder).is_dir():
         raise InputError(f"chat_data: no folder {folder}")
-    for part in getattr(config, "mixture", []) + getattr(config, "validation", []):
-        check(part["dataset"])
-        if part["dataset"].partition(":")[0] == "primer":
-            open_rows(DatasetConfig(**part | {"rows": 1}), 0)  # which refuses a subset, split or transform
+    entries = getattr(config, "mixture", []) + getattr(config, "validation", [])
+    if stage == "rl" and config.dataset.partition(":")[0] != "primer":
+        entries = [prompts_of(config, split) for split in ("train", "test")]
+    elif stage == "dpo":
+        entries = [{"dataset": config.dataset, "split": config.split}]
+    for entry in (DatasetConfig(**part) for part in entries):
+        check(entry.dataset)
+        if entry.dataset.partition(":")[0] == "primer":
+            open_rows(replace(entry, rows=1), 0)  # which refuses a subset, split or transform
+        elif (path := local_path(entry.dataset)).exists() and holds_rows(entry, path):
+            _files(entry, path)  # which refuses a split that no name tells
     if (words := getattr(config, "words", None)) and not local_path(words).is_file():
         check(words, True)
     for name, _ in parts_of(dataset) if (dataset := getattr(config, "dataset", None)) else ():
         check(name, stage in ("tokenizer", "base", "eval"))
+
+
+def prompts_of(config, split: str) -> dict:
+    """The entry of a mixture that gives RL's prompts of a split."""
+    name = config.dataset.replace("{split}", split)
+    subset = None if local_path(name).is_file() else config.subset  # of the Hub's
+    return {"dataset": name, "split": split, "subset": subset, "transform": "gsm8k"}
+
+
+def holds_rows(entry: DatasetConfig, path: Path) -> bool:
+    """Whether an entry's rows are in files, and not made from an identity or from words."""
+    return path.suffix not in (".yaml", ".yml") and entry.transform not in WORD_TRANSFORMS
 
 
 def refuse_missing(dataset: str, is_text: bool = False) -> None:
@@ -297,7 +316,7 @@ def shared(entries: list[dict], others: list[dict]) -> list[str]:
         names: set[str] = set()
         for entry in (DatasetConfig(**entry) for entry in mixture):
             path = local_path(entry.dataset)
-            if path.suffix in (".yaml", ".yml") or entry.transform in WORD_TRANSFORMS or not path.exists():
+            if not (path.exists() and holds_rows(entry, path)):
                 names.add(":".join((entry.dataset, entry.subset or "", entry.split)))
             else:
                 names |= {str(file.resolve()) for file in _files(entry, path)}

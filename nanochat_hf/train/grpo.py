@@ -24,9 +24,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-from ..data.documents import local_path
 from ..data.grading import COLUMNS, correctness, hash_answer, pass_at_k
-from ..data.mixture import Mixture
+from ..data.mixture import Mixture, prompts_of
 from ..data.tokenizer import tool_result_mask
 from ..demo import corpus as primer
 from ..errors import InputError
@@ -115,9 +114,7 @@ def load_prompts(config: RLConfig, split: str, tokenizer, max_length: int) -> tu
         num = config.eval_examples if split == "test" else PRIMER_PROMPTS
         rows = [row for kind in kinds.split("+") for row in primer.questions(kind, split, config.seed, num)]
     else:
-        entry = {"dataset": config.dataset.replace("{split}", split), "split": split}
-        entry |= {} if local_path(entry["dataset"]).is_file() else {"subset": config.subset}  # of the Hub's
-        mixture, rows = Mixture([{**entry, "transform": "gsm8k"}], config.seed, config.on_bad_example), []
+        mixture, rows = Mixture([prompts_of(config, split)], config.seed, config.on_bad_example), []
         for row in mixture:
             prompt, answer = row["messages"][:1], hash_answer(row["messages"][-1]["content"])
             size = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
