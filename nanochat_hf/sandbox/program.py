@@ -292,6 +292,7 @@ class Tests(Endpoint):
         if self.receive() != "ready":
             return 1
         random.seed = lambda *arguments, seed=random.seed: (seed(*arguments), self.ask("seed", *arguments))
+        support.watch_library(Remote, contents_of, refuse)
         try:
             self.names = Names(self, code)
             exec(compile(code, "<tests>", "exec"), self.names)
