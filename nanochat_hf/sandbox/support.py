@@ -280,9 +280,9 @@ def watch_library(remote: type, contents_of, refuse) -> None:
 
     def of_one_side(event: str, arguments) -> None:
         path = arguments[0] if event == "open" and isinstance(arguments[0], str) else "/"
-        if path.startswith("/tmp/") or not path.startswith(("/", "<")):  # others are Python's
-            if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or not os.path.exists(path):
-                refuse("a file", why=", which one side has")
+        is_programs = path.startswith("/tmp/") or not path.startswith(("/", "<"))  # others are Python's
+        if is_programs and (arguments[2] & (os.O_WRONLY | os.O_RDWR) or not os.path.exists(path)):
+            refuse("a file", why=", which one side has")
 
     def check(kind, value):
         try:
