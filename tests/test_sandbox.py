@@ -60,7 +60,8 @@ EDGES = [  # program, passed: just below and just above a limit
     (FILL.format(15), True), (FILL.format(17), False), (f"{EMPTY}(4000)]", True), (f"{EMPTY}(4100)]", False),
     ("x = [open('/dev/null') for _ in range(40)]", True), ("x = [open('/dev/null') for _ in range(64)]", False),
     (f"import os\nassert os.getuid() in {range(61184, 65520) if os.getuid() == 0 else [os.getuid()]}", True),
-    ("import os\nassert {*os.environ} - {'LC_CTYPE'} == {'OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS'}", True),
+    ("import os\nnames = 'OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MALLOC_ARENA_MAX'\n"
+     "assert {*os.environ} - {'LC_CTYPE'} == {*names}", True),
     ("import ctypes\nassert ctypes.CDLL(None).prctl(39, 0, 0, 0, 0) == 1", True),  # no new privileges
     *[(REFUSED.format(code), True) for code in (
         "import socket; socket.socket(40, socket.SOCK_STREAM)", "import socket; socket.socket(16, 3)",

@@ -228,6 +228,9 @@ def test_what_a_browser_saved_comes_back_as_text_only(app):
     step = {"role": "assistant", "content": "```\n11\n```", "metadata": STEP}
     assert app.restore([{"role": "user", "content": parts}, step]) == ([{"role": "user", "content": "x"}, step],) * 2
     assert app.restore([]) == ([], [])
+    broken = [{}, None, 5, {"role": "user"}, {"role": "user", "content": None}, {"role": "x", "content": "y"}]
+    for saved in (None, 5, {"a": 1}, broken, [{"role": [], "content": "y"}]):
+        assert app.restore(saved) == ([], [])
 
 
 @pytest.mark.parametrize(

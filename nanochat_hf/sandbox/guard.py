@@ -179,7 +179,7 @@ def first_process(
         with contextlib.suppress(OSError):
             system_call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
             filter_calls()
-        threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}  # of 64 MiB each
         os.execve(sys.executable, [sys.executable, "-I", "-B", "-c", script, role, str(channel), support], threads)
     os.close(channel)
     while True:  # also for orphans

@@ -14,7 +14,6 @@ import builtins
 import collections.abc
 import contextlib
 import copy
-import copyreg
 import functools
 import importlib.util
 import io
@@ -23,17 +22,17 @@ import operator
 import os
 import random
 import sys
+import threading
 import types
 from collections import deque
+from functools import partial
 
 support = types.ModuleType("support")  # support.py, whose source is an argument: a sandbox may not read the file
 exec(sys.argv[3], vars(support))
-ITEMS, REDUCED, TYPES = support.ITEMS, support.REDUCED, support.TYPES
+ITEMS, REDUCED, TYPES, DATA = support.ITEMS, support.REDUCED, support.TYPES, support.DATA
+READING, BINARY, IN_PLACE = support.READING, support.BINARY, support.IN_PLACE
 ENDED, UNCHECKED = 77, 78  # exit codes: of tests that ran to their last line, or that cannot be checked
 MAX_MESSAGE = 1 << 25  # bytes
-DATA = (int, float, str, bytes, tuple)  # a solution's subclasses of these are data with an object behind it
-READING = "len bool iter getitem contents".split()  # noqa: SIM905  (operations)
-BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
 
 
 class Endpoint:
@@ -45,6 +44,7 @@ class Endpoint:
     def __init__(self, number: int):
         self.reader, self.writer = os.fdopen(number, "rb"), os.fdopen(os.dup(number), "wb")
         self.objects, self.numbers = [], {}  # of this side, for the other one; their numbers by id
+        self.lock = threading.RLock()  # of a request and its reply: threads take turns
         self.proxies, self.theirs = {}, {}  # of the other side's objects, by number; those numbers by the proxy's id
 
     def send(self, message) -> None:
@@ -70,16 +70,11 @@ class Endpoint:
             items = items() if callable(items) else items
             return {name: [item if type(item) in (int, str) else self.pack(item) for item in items]}
         if name in REDUCED:
-            make, arguments, state, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
-            arguments = arguments[make is copyreg.__newobj__ :]  # its first one is the type
-            return {name: [self.pack(part) for part in (arguments, list(items or ()), list(pairs or ()), state)]}
-        is_scalar = kind.__module__ == "numpy" and getattr(value, "shape", None) == ()
-        if (name == "numpy.ndarray" or is_scalar) and value.dtype.names is None:  # others stay here
-            return {"numpy.ndarray": [value.dtype.str, self.pack(value.shape), self.pack(value.ravel().tolist())]}
-        if isinstance(value, type) and TYPES.get(value.__name__) is value:
-            return {"builtin": value.__name__}
-        if isinstance(value, type) and (name := f"{value.__module__}.{value.__qualname__}") in REDUCED:
-            return {"builtin": name}
+            return {name: [*map(self.pack, support.reduced(value))]}
+        if kind.__module__ == "numpy" and (parts := support.array_parts(value)):
+            return {"numpy.ndarray": [*map(self.pack, parts)]}
+        if shared := support.shared_name(value):
+            return {"builtin": shared}
         if isinstance(value, type) and issubclass(value, BaseException):
             return {"exception": [self.number(value), value.__name__, self.pack(value.__bases__), value.__module__]}
         if isinstance(value, BaseException):
@@ -121,27 +116,18 @@ class Endpoint:
     def proxy(self, name: str, number: int, *parts):
         """What stands for an object of the other side: here, for an exception or its class."""
         if name == "exception":
-            if parts[2].partition(".")[0] in sys.stdlib_module_names:
-                importlib.import_module(parts[2])
-            real = getattr(sys.modules.get(parts[2]), parts[0], None)
-            ends_tests = parts[2].partition(".")[0] in ("unittest", "_pytest", "doctest")  # without a failure
-            if isinstance(real, type) and issubclass(real, BaseException) and not ends_tests:
-                return real  # of a library: the same here
+            if real := support.library_exception(parts[0], parts[2]):
+                return real
             bases = tuple(x for x in parts[1] if issubclass(type(x), type) and issubclass(x, BaseException))
             return TheirException(parts[0], bases, {"__str__": forward("str"), "__getattr__": attribute})
-        kind, arguments, state, cause = parts
-        error = kind.__new__(kind, *arguments)
-        if kind.__module__ == "builtins":  # others, made of `args`, may take other arguments
-            error.__init__(*arguments)
-        vars(error).update(state)
-        error.__cause__ = cause
-        return error
+        return support.made_error(*parts)
 
     def ask(self, operation: str, *arguments, **options):
         """The result of an operation on the other side; lists and the like that it changes change here, too."""
-        self.send([operation, self.pack(arguments), self.pack(options)])
-        while isinstance(reply := self.receive(), list):
-            self.answer(*reply)
+        with self.lock:
+            self.send([operation, self.pack(arguments), self.pack(options)])
+            while isinstance(reply := self.receive(), list):
+                self.answer(*reply)
         if not reply:  # no exception, which the tests might expect
             print("the solution has ended", flush=True)
             os._exit(1)
@@ -183,12 +169,13 @@ def printing(operation: str, *arguments, **options) -> tuple:
 OPERATIONS = {function.__name__: function for function in (
     operator.call, printing, random.seed, copy.copy, copy.deepcopy, getattr, setattr, delattr, hasattr, len, str,
     repr, bool, hash, iter, next, type, isinstance, issubclass, operator.getitem, operator.setitem, operator.delitem,
-    *(getattr(operator, name) for name in ["eq", *BINARY]), *(getattr(support, name) for name in support.OPERATIONS),
+    format, *(getattr(operator, name) for name in ["eq", *BINARY, *IN_PLACE]),
+    *(getattr(support, name) for name in support.OPERATIONS),
 )}  # fmt: skip
 
 
 class Solution(Endpoint):
-    operations, builtins = OPERATIONS, TYPES | vars(builtins)
+    operations, builtins = OPERATIONS, TYPES | support.FUNCTIONS | vars(builtins)
 
     def refer(self, value) -> dict:
         for base in DATA:
@@ -207,7 +194,7 @@ class Solution(Endpoint):
         def function(*arguments, **options):
             return self.ask("call", function, *arguments, **options)
 
-        function.__name__ = parts[0]
+        function.__name__, function.__doc__ = parts
         return function
 
     def items(self, number: int):
@@ -237,7 +224,7 @@ class CannotBeCheckedError(BaseException):
 
 
 class Tests(Endpoint):
-    builtins = TYPES
+    builtins = TYPES | support.FUNCTIONS
     unchecked = ""  # why the tests cannot be checked
 
     def __init__(self, number: int):
@@ -260,7 +247,7 @@ class Tests(Endpoint):
         if type(value) is object:  # a sentinel, of which nothing can be asked
             return {"object": [self.number(value)]}
         if callable(value) and not isinstance(value, type):
-            return {"function": [self.number(value), name]}
+            return {"function": [self.number(value), name, str(getattr(value, "__doc__", ""))]}
         if isinstance(value, collections.abc.Iterable) and not isinstance(value, io.IOBase):
             return {"iterator": [self.number(iter(value))]}
         refuse(f"{type(value).__name__} as an argument")
@@ -305,6 +292,7 @@ class Tests(Endpoint):
         if self.receive() != "ready":
             return 1
         random.seed = lambda *arguments, seed=random.seed: (seed(*arguments), self.ask("seed", *arguments))
+        support.watch_library(Remote, contents_of, refuse)
         try:
             self.names = Names(self, code)
             exec(compile(code, "<tests>", "exec"), self.names)
@@ -333,17 +321,27 @@ def contents_of(container) -> tuple:
     return ENDPOINT.contents[id(container)]
 
 
-def consistent_result(operation: str, container, result, *key):
-    """The result of an operation on a container that agrees with all its contents. What is of BINARY has two sides."""
+def consistent_result(operation: str, container, ask, *key):
+    """The result of an operation on a container that agrees with its contents before it. BINARY has two sides."""
     if operation in BINARY and isinstance(key[0], Remote):
-        return result
-    contents, classes = contents_of(container)
+        return ask(*key)
+    before, (contents, classes) = ENDPOINT.pack(key), contents_of(container)
+    result = ask(*key)
+    if ENDPOINT.pack(key) != before:
+        refuse(f"{operation} that changes its argument")
     if contents is not None:
         return support.checked(operation, contents, key, result, ENDPOINT.pack, refuse)
     first = ENDPOINT.first.setdefault(id(container), operation) if operation in ("len", "iter") else operation
     if operation in BINARY or (not classes and (operation in support.ABOUT or first != operation)):
         refuse(operation)
     return result
+
+
+def in_place(name: str, self, other):
+    """`self += other` by a method of the class; NotImplemented is `self + other`, which is checked."""
+    if ENDPOINT.ask("hasattr", self, f"__{name}__") and (isinstance(other, Remote) or contents_of(self)[0] is None):
+        return ENDPOINT.ask(name, self, other) if isinstance(other, Remote) else refuse(name)
+    return NotImplemented
 
 
 def attribute(self, name: str):
@@ -354,8 +352,8 @@ def attribute(self, name: str):
     if name in ("items", "keys", "values", "get") and type(self) is Remote and isinstance(contents_of(self)[0], dict):
         return getattr(contents_of(self)[0], name)
     value = ENDPOINT.ask("getattr", self, name)
-    if name in support.ABOUT and type(self) is type(value) is Remote:
-        return lambda *key: consistent_result(name, self, value(*key), *key)
+    if name in support.ABOUT and type(value) is Remote:
+        return lambda *key: consistent_result(name, self, value, *key)
     return value
 
 
@@ -407,7 +405,7 @@ class Remote(metaclass=KindOfRemote):  # noqa: PLW1641  (its __hash__ is below)
         return ENDPOINT.ask("issubclass", kind, self)
 
     def __format__(self, form):
-        return format(str(self), form)
+        return ENDPOINT.ask("format", self, form) if form else str(self)
 
     def __deepcopy__(self, memo):
         return ENDPOINT.ask("deepcopy", self)
@@ -418,12 +416,15 @@ class Remote(metaclass=KindOfRemote):  # noqa: PLW1641  (its __hash__ is below)
 for name in "setattr delattr str repr next setitem delitem".split():  # noqa: SIM905
     setattr(Remote, f"__{name}__", forward(name))
 for name in READING[:4] + BINARY:
-    answer = lambda self, *key, name=name: consistent_result(name, self, ENDPOINT.ask(name, self, *key), *key)  # noqa: E731
+    answer = lambda self, *key, name=name: consistent_result(name, self, partial(ENDPOINT.ask, name, self), *key)  # noqa: E731
     setattr(Remote, f"__{name.strip('_')}__", answer)
+for name in IN_PLACE:
+    setattr(Remote, f"__{name}__", lambda self, other, name=name: in_place(name, self, other))
 for name in BINARY:
-    setattr(Remote, f"__r{name.strip('_')}__", staticmethod(functools.partial(refuse, name)))
-for name in "abs neg pos invert round int float index enter exit mro_entries".split():  # noqa: SIM905
-    setattr(Remote, f"__{name}__", staticmethod(functools.partial(refuse, name)))
+    setattr(Remote, f"__r{name.strip('_')}__", staticmethod(partial(refuse, name)))
+names = "abs neg pos invert round int float index bytes reversed enter exit aiter anext aenter aexit mro_entries"
+for name in f"{names} lshift rshift rlshift rrshift divmod rdivmod".split():
+    setattr(Remote, f"__{name}__", staticmethod(partial(refuse, name)))
 
 
 @functools.cache
@@ -462,6 +463,9 @@ class Names(dict):
         if is_ours or not ENDPOINT.ask("hasattr", self.module, name):
             raise KeyError(name)
         value = ENDPOINT.ask("getattr", self.module, name)
+        others = self.subjects & vars(builtins).keys() - {name} if hasattr(builtins, name) else ()
+        if any(ENDPOINT.ask("hasattr", self.module, other) for other in others):
+            refuse(f"{name} and another builtin of its own")  # they could agree with each other
         if isinstance(value, Remote) and name in self.used:
             value = support.library_module(name, ENDPOINT.ask("module_name", value)) or value
             if isinstance(value, Remote) and (name in ("np", "pd") or importlib.util.find_spec(name)):

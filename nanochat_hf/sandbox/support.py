@@ -2,13 +2,18 @@
 and operations on objects of the solution (OPERATIONS).
 """
 
+import abc
 import ast
 import builtins
 import collections.abc
 import contextlib
+import copyreg
 import importlib.util
 import itertools
+import json
+import math
 import operator
+import os
 import symtable
 import sys
 import types
@@ -18,11 +23,19 @@ LIBRARY = "cmath collections copy decimal fractions functools itertools json mat
 LIBRARY += ["statistics", "string"]
 DEEP = 20_000  # limit of recursion; values may be nested half as deep
 OPERATIONS = "contents describe is_from known_class module_name run signature".split()  # noqa: SIM905
+DATA = (int, float, str, bytes, tuple)  # a solution's subclasses of these are data with an object behind it
+READING = "len bool iter getitem contents".split()  # noqa: SIM905  (operations)
+BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
+IN_PLACE = [f"i{name.strip('_')}" for name in BINARY[4:]]
 # Methods that are given what the tests expect.
 ABOUT = "count index isdisjoint issubset issuperset startswith endswith equals".split()  # noqa: SIM905
 TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 TYPES |= {kind.__name__: kind for kind in (types.FunctionType, types.MethodType, types.GeneratorType, type(None))}
 TYPES |= {"Ellipsis": ..., "NotImplemented": NotImplemented}  # those have one object each
+# Functions without effects, the same on both sides: `f() is math.sqrt`.
+FUNCTIONS = {f"math.{name}": f for name, f in vars(math).items() if isinstance(f, types.BuiltinFunctionType)}
+for name in "abs all any chr len max min ord pow repr round sorted sum".split():  # noqa: SIM905
+    FUNCTIONS[name] = vars(builtins)[name]
 ITEMS = {  # types that travel by value: the attribute that has what is in one ("": itself), how to make it again
     "builtins.list": ("", list),
     "builtins.tuple": ("", tuple),
@@ -181,6 +194,49 @@ def confirmed(name: str, value, is_from, refuse):
     return call
 
 
+def shared_name(value) -> str | None:
+    """The name of a type or function that is the same on both sides."""
+    if not isinstance(value, type | types.BuiltinFunctionType):
+        return None
+    full = f"{value.__module__}.{value.__qualname__}"
+    if full in REDUCED:
+        return full
+    return next((x for x in (value.__name__, full) if TYPES.get(x, FUNCTIONS.get(x)) is value), None)
+
+
+def reduced(value) -> tuple:
+    """The parts of an object of REDUCED, for `made_again`."""
+    make, arguments, state, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
+    arguments = arguments[make is copyreg.__newobj__ :]  # its first one is the type
+    return arguments, list(items or ()), list(pairs or ()), state
+
+
+def array_parts(value) -> tuple | None:
+    """Type, shape and items of numpy's arrays and scalars; None of others."""
+    if (type(value).__name__ == "ndarray" or getattr(value, "shape", None) == ()) and value.dtype.names is None:
+        return value.dtype.str, value.shape, value.ravel().tolist()
+    return None
+
+
+def library_exception(name: str, module: str) -> type | None:
+    """An exception's class of a library, which is the same here, unless unittest or pytest take it for no failure."""
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        importlib.import_module(module)
+    kind, ends_tests = getattr(sys.modules.get(module), name, None), ("unittest", "_pytest", "doctest")
+    is_real = isinstance(kind, type) and issubclass(kind, BaseException)
+    return kind if is_real and module.partition(".")[0] not in ends_tests else None
+
+
+def made_error(kind, arguments, state, cause):
+    """An exception of the other side."""
+    error = kind.__new__(kind, *arguments)
+    if kind.__module__ == "builtins":  # others, made of `args`, may take other arguments
+        error.__init__(*arguments)
+    vars(error).update(state)
+    error.__cause__ = cause
+    return error
+
+
 def made_again(name: str, arguments, items, pairs, state):
     """What pickle would make of the parts of an object of REDUCED."""
     module, _, kind = name.rpartition(".")
@@ -216,6 +272,31 @@ def renewed(before, after):
     else:
         return after
     return before
+
+
+def watch_library(remote: type, contents_of, refuse) -> None:
+    """Let the library take what stands for objects of the other side, or refuse: JSON, abstract classes and files."""
+    default, is_instance = json.JSONEncoder.default, abc.ABCMeta.__instancecheck__
+
+    def of_one_side(event: str, arguments) -> None:
+        path = arguments[0] if event == "open" and isinstance(arguments[0], str) else "/"
+        is_programs = path.startswith("/tmp/") or not path.startswith(("/", "<"))  # others are Python's
+        if is_programs and (arguments[2] & (os.O_WRONLY | os.O_RDWR) or not os.path.exists(path)):
+            refuse("a file", why=", which one side has")
+
+    def check(kind, value):
+        try:
+            return is_instance(kind, value)
+        except TypeError:
+            return refuse("isinstance") if type(value) is remote else is_instance(kind, value)
+
+    sys.addaudithook(of_one_side)
+    abc.ABCMeta.__instancecheck__ = check
+    json.JSONEncoder.default = lambda encoder, value: (
+        contents_of(value)[0]
+        if type(value) is remote and contents_of(value)[0] is not None
+        else default(encoder, value)
+    )
 
 
 def flush() -> None:

@@ -325,9 +325,11 @@ def respond(
         yield [*now, warning(translate(page, *problem.args))]
 
 
-def restore(saved: list[dict]) -> tuple[list[dict], list[dict]]:
+def restore(saved) -> tuple[list[dict], list[dict]]:
     """The conversation that the browser saved, for chatbot and state; texts only, since a client may send anything."""
-    history = [{**entry, "content": text_of(entry["content"])} for entry in saved]
+    entries = [x for x in (saved if isinstance(saved, list) else []) if isinstance(x, dict)]
+    entries = [x for x in entries if x.get("role") in ("user", "assistant")]
+    history = [{**x, "content": text_of(x["content"])} for x in entries if isinstance(x.get("content"), str | list)]
     return history, history
 
 
