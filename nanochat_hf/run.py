@@ -139,6 +139,8 @@ def load_json(path: str | Path, remedy: str = "delete it to run that stage again
 
     Raises InputError that ends with `remedy` for what is no object of JSON, or not of the TypedDict `kind`.
     """
+    if Path(path).is_fifo():  # on which reading would wait
+        raise InputError(f"{path} is a pipe, no file; {remedy}")
     try:
         value = without_nan(json.loads(Path(path).read_text(encoding="utf-8")))
         json.dumps(value, ensure_ascii=False).encode()  # not of half a pair of surrogates
@@ -209,6 +211,9 @@ def save_text(path: str | Path, text: str) -> None:
     path = Path(path)
     aside = path.parent / f".{path.name}.{os.getpid()}"
     with writing(path):
+        if path.exists() and not path.is_file():  # a device such as /dev/stdout, which must stay, or a folder
+            path.write_text(text, encoding="utf-8")
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             aside.write_text(text, encoding="utf-8")
