@@ -365,7 +365,7 @@ def test_a_mixture_of_a_dry_run_that_no_run_can_open(refuse):
     refuse([*words, "[{dataset: primer, transform: gsm8k}]"], "does not apply")
     refuse([*words, "[{dataset: primer, rows: 200001}]"], "at most 200,000 rows")
     refuse([*words, f"[{{dataset: {ROOT}/recipes/identity.yaml, split: nope}}]"], "no split 'nope'")
-    refuse([*words, f"[{{dataset: {ROOT}/mkdocs.yml}}]"], "unknown key|needs a name")
+    refuse([*words, f"[{{dataset: {ROOT}/mkdocs.yml}}]"], "is not valid YAML")
 
 
 def test_a_stage_whose_yaml_is_a_link_to_nothing(refuse):
