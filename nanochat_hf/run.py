@@ -139,15 +139,17 @@ def load_json(path: str | Path, remedy: str = "delete it to run that stage again
 
     Raises InputError that ends with `remedy` for what is no object of JSON, or not of the TypedDict `kind`.
     """
-    if Path(path).is_fifo():  # on which reading would wait
-        raise InputError(f"{path} is a pipe, no file; {remedy}")
     try:
+        if Path(path).is_fifo():  # on which reading would wait
+            raise InputError(f"{path} is a pipe, no file; {remedy}")
         value = without_nan(json.loads(Path(path).read_text(encoding="utf-8")))
         json.dumps(value, ensure_ascii=False).encode()  # not of half a pair of surrogates
         if not isinstance(value, dict):
             raise ValueError("no object")
     except FileNotFoundError:
         return None
+    except InputError:
+        raise
     except OSError as error:  # a folder, below a file, no permission
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8

@@ -375,6 +375,19 @@ def test_a_stage_whose_yaml_is_a_link_to_nothing(refuse):
     refuse(["run", "{here}/mine", "--dry-run"], "sft.yaml is no file, or a link to none")
 
 
+ERRORS = [
+    (PermissionError(13, "Permission denied", "/root/x"), "no permission for /root/x"),
+    (Exception("No space left on device (os error 28)"), "cannot write: No space left on device"),
+]
+
+
+@pytest.mark.parametrize("error,message", ERRORS)
+def test_a_disk_that_takes_nothing_is_one_line(capsys, error, message):
+    with pytest.raises(SystemExit) as caught:
+        guarded(lambda: (_ for _ in ()).throw(error))
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_a_pipe_in_place_of_metrics_json(refuse):
     (refuse.here / "base").mkdir()
     os.mkfifo(refuse.here / "base" / "metrics.json")
