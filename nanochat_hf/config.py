@@ -351,6 +351,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         words, left = [], list(sys.argv[1:] if args is None else args)
+        if wrong := next((word for word in left if re.search("[\ud800-\udfff]", word)), None):
+            raise InputError(f"{ascii(wrong)[:80]} is not UTF-8: write it in that encoding")
         while left:
             word = left.pop(0)
             name, equals, value = word.partition("=")

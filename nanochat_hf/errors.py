@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left, over a quota or a limit of files
+
 
 class InputError(ValueError):
     """Wrong input from the user; the message says in one line what is wrong and what to do."""
@@ -37,13 +39,17 @@ def guarded(main: Callable) -> None:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             fail(f"a name is longer than this disk allows: {str(error.filename)[:60]}...")
-        if error.errno != errno.ENOSPC:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            fail(f"no permission for {error.filename2 or error.filename}")
+        if error.errno not in FULL:
             raise
         drop_output()
         fail(f"no space left on the disk of {error.filename2 or error.filename or 'the output'}")
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if any(f"(os error {number})" in str(error) for number in FULL):  # of tokenizers
+            fail(f"cannot write: {error}; make room there or choose another place")
         torch = sys.modules.get("torch")  # importing it takes seconds
         if torch is None or not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise

@@ -39,6 +39,7 @@ OPTIONS = {  # of stages, besides their keys: name -> (kind, text)
     "eval": (Place, "eval.yaml with the chat tasks of ChatCORE, every chatcore_every steps (default: of the recipe)"),
     "sync": (SyncUrl, "URL of fsspec, or hf://owner/name: the same command resumes from it on another machine"),
 }
+OF_MODEL = ("depth", "aspect_ratio", "generation", "head_dim", "window_pattern", "final_logit_softcapping")
 CHAT = ("model", "stage", "eval", "sync")
 STAGE_COMMANDS = {  # subcommand -> its stage, text, and options
     "tokenizer": ("tokenizer", "Train a tokenizer, the first stage of a recipe.", ()),
@@ -78,6 +79,8 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
         refuse_unused_keys(stage, config, keys)
     if stage == "base":
         check_push(config, given.get("repo"))
+        if "model" in given and (unused := [key for key in keys if key in OF_MODEL]):
+            raise InputError(f"--{unused[0].replace('_', '-')} is not used, as --model has its own: leave it out")
     if "eval" in given:
         given |= {"tasks": parse_config(EvalConfig, given.pop("eval")), "required": True}
         if config.chatcore_every < 1:

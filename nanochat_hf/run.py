@@ -140,12 +140,16 @@ def load_json(path: str | Path, remedy: str = "delete it to run that stage again
     Raises InputError that ends with `remedy` for what is no object of JSON, or not of the TypedDict `kind`.
     """
     try:
+        if Path(path).is_fifo():  # on which reading would wait
+            raise InputError(f"{path} is a pipe, no file; {remedy}")
         value = without_nan(json.loads(Path(path).read_text(encoding="utf-8")))
         json.dumps(value, ensure_ascii=False).encode()  # not of half a pair of surrogates
         if not isinstance(value, dict):
             raise ValueError("no object")
     except FileNotFoundError:
         return None
+    except InputError:
+        raise
     except OSError as error:  # a folder, below a file, no permission
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
@@ -209,6 +213,9 @@ def save_text(path: str | Path, text: str) -> None:
     path = Path(path)
     aside = path.parent / f".{path.name}.{os.getpid()}"
     with writing(path):
+        if path.exists() and not path.is_file():  # a device such as /dev/stdout, which must stay, or a folder
+            path.write_text(text, encoding="utf-8")
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             aside.write_text(text, encoding="utf-8")

@@ -469,6 +469,9 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
     `stages` None: all of the recipe that are `enabled`, and the report; `overrides` are STAGE.KEY=VALUE.
     """
     present = [stage for stage in STAGES if (recipe / f"{stage}.yaml").is_file()]
+    for path in (recipe / f"{stage}.yaml" for stage in STAGES if stage not in present):
+        if path.is_symlink() or path.exists():  # else its stage would be left out
+            raise InputError(f"{path} is no file, or a link to none")
 
     def check(stage: str, names: list[str]) -> None:
         if stage not in names:

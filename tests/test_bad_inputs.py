@@ -6,7 +6,9 @@ read has test_bad_data.py.
 """
 
 import json
+import os
 import re
+import shutil
 import socket
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from nanochat_hf import cli
 from nanochat_hf.data.documents import DocumentStream, open_documents
 from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
 from nanochat_hf.errors import InputError, guarded
+from nanochat_hf.run import save_text
 from nanochat_hf.stage_configs import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +146,8 @@ COMMANDS = [
     (f"pretrain cpu-demo {CONFIG}base.yaml", "name a recipe, .* or --config YAML"),
     ("midtrain d12", "recipe d12 has no stage 'mid'; known: tokenizer, base, sft"),
     ("dpo cpu-demo", "no stage 'dpo'; .*; d12 has one: copy its dpo.yaml, or run that with --run-dir$"),
+    ("pretrain cpu-demo --run-dir {run} --model {here} --depth 8", "--depth is not used, as --model has its own"),
+    ("chat --model x --prompt \udce9", r"'.udce9' is not UTF-8"),
     ("pretrain d12 base.depth=3", "keys of one stage are flags: --depth=3$"),
     ("sft cpu-demo --run-dir {run}", "starts from a finished earlier stage"),
     (f"pretrain {CONFIG}base.yaml --run-dir {{run}} --dataset {{here}} --dry-run", "has no .parquet or .jsonl files"),
@@ -358,6 +363,43 @@ def test_a_mixture_of_a_dry_run_that_no_run_can_open(refuse):
     refuse([*words, "[{dataset: primer, split: nope}]"], "nope")
     refuse([*words, "[{dataset: primer, subset: x}]"], "primer has no subsets")
     refuse([*words, "[{dataset: primer, transform: gsm8k}]"], "does not apply")
+    refuse([*words, "[{dataset: primer, rows: 200001}]"], "at most 200,000 rows")
+    refuse([*words, f"[{{dataset: {ROOT}/recipes/identity.yaml, split: nope}}]"], "no split 'nope'")
+    refuse([*words, f"[{{dataset: {ROOT}/mkdocs.yml}}]"], "is not valid YAML")
+
+
+def test_a_stage_whose_yaml_is_a_link_to_nothing(refuse):
+    shutil.copytree(ROOT / "recipes" / "cpu-demo", refuse.here / "mine")
+    (refuse.here / "mine" / "sft.yaml").unlink()
+    (refuse.here / "mine" / "sft.yaml").symlink_to("gone")
+    refuse(["run", "{here}/mine", "--dry-run"], "sft.yaml is no file, or a link to none")
+
+
+ERRORS = [
+    (PermissionError(13, "Permission denied", "/root/x"), "no permission for /root/x"),
+    (Exception("No space left on device (os error 28)"), "cannot write: No space left on device"),
+]
+
+
+@pytest.mark.parametrize("error,message", ERRORS)
+def test_a_disk_that_takes_nothing_is_one_line(capsys, error, message):
+    with pytest.raises(SystemExit) as caught:
+        guarded(lambda: (_ for _ in ()).throw(error))
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_pipe_in_place_of_metrics_json(refuse):
+    (refuse.here / "base").mkdir()
+    os.mkfifo(refuse.here / "base" / "metrics.json")
+    refuse(["report", "--run-dir", "{here}"], "metrics.json is a pipe, no file; delete it")
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    save_text(tmp_path / "pipe", "text")
+    assert os.read(reader, 9) == b"text" and not (tmp_path / "pipe").is_file()
+    os.close(reader)
 
 
 def test_a_port_that_is_taken(refuse):

@@ -223,6 +223,13 @@ def test_a_wrong_command_ends_a_pipe_and_is_told_on_a_terminal(monkeypatch, term
     assert chat.model.prompts == [["a"], ["a", "b", "c"]][: 1 + terminal]
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_pipe_that_is_not_utf8_is_one_line(chat, monkeypatch, errors):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))
+    with pytest.raises(InputError, match="the input is not UTF-8"):
+        chat.run()
+
+
 def test_a_retry_replaces_the_last_answer_and_keeps_it_where_there_is_no_new_one():
     chat = Chat(Script([StreamChunk("b")]), Options(), console=Console(file=io.StringIO(), force_terminal=True))
     for text in ("a", "c"):

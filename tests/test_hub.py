@@ -25,7 +25,7 @@ from nanochat_hf.data import tokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.hub import push as push_module
 from nanochat_hf.hub.model_card import Push
-from nanochat_hf.hub.push import checkpoint_pusher, push
+from nanochat_hf.hub.push import checkpoint_pusher, own_files, push
 from nanochat_hf.run import load_json, model_fingerprint, save_json
 
 ROOT = Path(__file__).parent.parent
@@ -184,6 +184,12 @@ def test_model_code_of_others_is_refused_or_named_by_a_flag(hub, run):
         with pytest.raises(InputError, match=f"{file} names code of another repository, me/other--evil.M"):
             push(run, Push("you/small", model_code="package"))
         change(run / "sft" / file, auto_map={})
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+    (tmp_path / "generation_config.json").mkdir()
+    with pytest.raises(InputError, match=r"generation_config\.json is no file"):
+        own_files(tmp_path, ["*.json"], tmp_path)
 
 
 def test_other_contents_are_refused_but_a_branch_and_force_work(hub, run):

@@ -23,8 +23,8 @@ from nanochat_hf.loading import load_model
 from nanochat_hf.run import save_json
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.worker import open_workers
-from nanochat_hf.stage_configs import EvalConfig
-from nanochat_hf.train.model_setup import read_model
+from nanochat_hf.stage_configs import ChatConfig, EvalConfig
+from nanochat_hf.train.model_setup import load_chat_model, read_model
 from nanochat_hf.train.sft import encode
 
 LOADERS = {
@@ -123,10 +123,14 @@ def test_what_is_wrong_with_a_model_is_the_same_line_for_all(tiny_folder, monkey
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("config.json", "["), ("generation_config.json", "{"), ("tokenizer.json", "{}"), ("model.safetensors", "")],
-)
+    [("config.json", "["), ("generation_config.json", "{"), ("tokenizer.json", "{}"), ("model.safetensors", ""),
+     ("config.json", {"hidden_size": 256})],
+)  # fmt: skip
 def test_a_damaged_file_is_one_line_of_conversion_and_push(tiny_folder, tmp_path, file, content):
-    (tiny_folder / file).write_text(content)
+    if isinstance(content, dict):
+        set_fields(tiny_folder / file, **content)
+    else:
+        (tiny_folder / file).write_text(content)
     with pytest.raises(InputError):
         dispatch("convert", ["--source", str(tiny_folder), "--output", str(tmp_path / "out"), "--to", "nanochat"])
     run = tmp_path / "run"
@@ -134,7 +138,7 @@ def test_a_damaged_file_is_one_line_of_conversion_and_push(tiny_folder, tmp_path
     tiny_folder.rename(run / "sft")
     save_json(run / "sft" / "metrics.json", {"finished": True})
     if file != "model.safetensors":  # a push compares weights with their fingerprint
-        with pytest.raises(InputError, match=r"no (model|tokenizer) in"):
+        with pytest.raises(InputError, match=r"no (model|tokenizer) in|do not belong together"):
             dispatch("push", ["--run-dir", str(run), "--repo", "you/x", "--dry-run"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"] and not (run / "hub").exists()
 
@@ -222,6 +226,16 @@ def test_a_damaged_tokenizer_is_one_line(tiny_folder, message):
     with pytest.raises(InputError, match=message) as caught:
         load_tokenizer(tiny_folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reader", ["evaluation", "serving", "training"])
+def test_a_tokenizer_that_lost_a_token_is_not_that_of_the_model(tiny_folder, reader):
+    of_tokenizer(tiny_folder / "tokenizer.json", lambda x: x["model"]["vocab"].pop(min(x["model"]["vocab"])))
+    readers = LOADERS | {"training": lambda folder: load_chat_model(folder, ChatConfig(), load_tokenizer(folder))}
+    with pytest.raises(
+        InputError, match=r"do not belong together: <\|bos\|> is token \d+ in its tokenizer and \d+ in"
+    ):
+        readers[reader](str(tiny_folder))
 
 
 def test_a_truncation_in_tokenizer_json_cuts_no_prompt(tiny_folder):

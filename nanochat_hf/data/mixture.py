@@ -256,9 +256,11 @@ def check_data(stage: str, config, elsewhere: bool = False) -> None:
         entries = [{"dataset": config.dataset, "split": config.split}]
     for entry in (DatasetConfig(**part) for part in entries):
         check(entry.dataset)
-        if entry.dataset.partition(":")[0] == "primer":
-            open_rows(replace(entry, rows=1), 0)  # which refuses a subset, split or transform
-        elif (path := local_path(entry.dataset)).exists() and holds_rows(entry, path):
+        path = local_path(entry.dataset)
+        if entry.dataset.partition(":")[0] == "primer" or (path.suffix in (".yaml", ".yml") and path.exists()):
+            rows = entry.rows if (entry.rows or 0) > MAX_GENERATED else 1
+            open_rows(replace(entry, rows=rows), 0)  # which refuses a subset, split or transform, or too many rows
+        elif path.exists() and holds_rows(entry, path):
             _files(entry, path)  # which refuses a split that no name tells
     if (words := getattr(config, "words", None)) and not local_path(words).is_file():
         check(words, True)

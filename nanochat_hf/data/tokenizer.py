@@ -175,6 +175,14 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def refuse_other_model(tokenizer: PreTrainedTokenizerFast, model) -> None:
+    """Raise InputError if a model of ours begins texts with another token than the tokenizer has for it."""
+    ids = getattr(model.config, "bos_token_id", None), tokenizer.bos_token_id
+    if model.config.model_type == "nanochat_hf" and None not in ids and ids[0] != ids[1]:
+        reason = f"<|bos|> is token {ids[1]} in its tokenizer and {ids[0]} in its config.json"
+        raise InputError(f"model and tokenizer of {model.name_or_path} do not belong together: {reason}")
+
+
 def apply_chat_template(tokenizer, conversation, tools=None, documents=None, chat_template=None, **options):
     """`tokenizer.apply_chat_template` for a template of others, which is a program: in a process with limits.
 

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache
 
-from ..data.tokenizer import load_tokenizer, strip_special_tokens
+from ..data.tokenizer import load_tokenizer, refuse_other_model, strip_special_tokens
 from ..distributed import monitored_barrier, partial_state
 from ..errors import InputError
 from ..kernels.decode import sample_next_token
@@ -106,7 +106,9 @@ def load(folder: str, dtype: str, device: torch.device):
     """Returns the model in eval mode on `device`, and its tokenizer. Raises InputError if that is impossible."""
     bf16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     tokenizer = load_tokenizer(folder)
-    return load_model(folder, torch.bfloat16 if bf16 else torch.float32, device), tokenizer
+    model = load_model(folder, torch.bfloat16 if bf16 else torch.float32, device)
+    refuse_other_model(tokenizer, model)
+    return model, tokenizer
 
 
 class Generator:

@@ -34,7 +34,7 @@ from ..eval.plots import plots
 from ..eval.report import markdown
 from ..eval.weights import REPLACED, refuse_non_finite, replaced
 from ..export import adder
-from ..loading import load_config
+from ..loading import load_model
 from ..model import configuration_nanochat
 from ..model.configuration_nanochat import update_class_names
 from ..run import Run, load_json, project_folder, save_json, writing
@@ -113,7 +113,7 @@ def prepare(run: Run, options: Push) -> Path:
     files = own_files(source, MODEL_FILES, run.path)
     if not any(path.suffix == ".safetensors" for path in files) or source / "tokenizer.json" not in files:
         raise InputError(f"{source} lacks safetensors or tokenizer.json: run stage {stage!r} again")
-    load_config(source)  # damaged ones are refused here
+    load_model(str(source), torch.bfloat16)  # refuses damaged files, and weights that the config does not fit
     load_tokenizer(source)
     code = own_files(source, ["*_nanochat.py"], run.path)
     config = load_json(source / "config.json")
@@ -154,6 +154,8 @@ def own_files(folder: Path, patterns: Iterable[str], run: Path) -> list[Path]:
     entries = folder.iterdir() if folder.exists() else ()
     paths = sorted(path for path in entries if any(path.match(pattern) for pattern in patterns))
     for path in paths:
+        if path.exists() and not path.is_file():  # a folder, or a pipe, on which reading would wait
+            raise InputError(f"{path} is no file: put the file itself there")
         target = Path(os.path.realpath(path))
         if not (target.exists() and any(target.is_relative_to(place.resolve()) for place in (folder, run))):
             raise InputError(f"{path} is a link to {target}, which is no file of the run: put the file itself there")

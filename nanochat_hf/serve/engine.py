@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..data.tokenizer import byte_alphabet, load_tokenizer, plain_backend
+from ..data.tokenizer import byte_alphabet, load_tokenizer, plain_backend, refuse_other_model
 from ..errors import InputError
 from ..kernels.decode import LOG_STEPS
 from ..loading import load_model
@@ -143,7 +143,9 @@ class Engine:
         """The engine of a model folder or Hub id, on the GPU if there is one (bfloat16), else on the CPU (float32)."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        return cls(load_model(name, dtype, device), load_tokenizer(name), **options)
+        model, tokenizer = load_model(name, dtype, device), load_tokenizer(name)
+        refuse_other_model(tokenizer, model)
+        return cls(model, tokenizer, **options)
 
     def resize(self, slots: int) -> None:
         """Allocate at least `slots` slots; only while nothing is being generated."""

@@ -333,7 +333,7 @@ class Chat:
         if terminal:
             title = f"{self.model.name} · {self.translate('/help for commands')}"
             self.console.print(Text.assemble(("nanochat ", "bold"), (title, "dim")))
-        read, more = input, True
+        read, more = utf8_line, True
         if terminal and sys.stdin.isatty():
             keys = [f"/set {name}=" for name in vars(self.options)]
             read = line_reader(f"\033[1;36m{self.translate('you')} ›\033[0m ", COMMANDS + keys, self.note)
@@ -355,6 +355,16 @@ class Chat:
                 if not terminal:
                     raise
                 self.note("\n{}", self.translate("(/quit or Ctrl-D leaves)"))
+
+
+def utf8_line() -> str:
+    """As `input`. Raises InputError for what is not UTF-8, whatever the encoding of the standard input is."""
+    try:
+        line = input()
+        line.encode()
+        return line
+    except UnicodeError:
+        raise InputError("the input is not UTF-8: convert it to that encoding") from None
 
 
 def quoted(line: str, read: Callable[[], str]) -> str:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.tokenizer import refuse_other_model
 from ..distributed import get_dist_info, partial_state
 from ..errors import InputError
 from ..kernels.backend import first_line, triton, unloaded, verify, version
@@ -80,6 +81,7 @@ def load_chat_model(source: str, config, tokenizer: PreTrainedTokenizerBase) -> 
     """
     check_attention(config.attn_implementation, partial_state().device)
     model = read_model(source, config.attn_implementation)
+    refuse_other_model(tokenizer, model)
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     model.generation_config.update(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
     dtype = compute_dtype(partial_state().device)
