@@ -191,6 +191,7 @@ COMMANDS = [
     ("scaling scaling/gpu --run-dir {run} --budgets 1e16 --ratios 8", "give --budgets or --ratios, not both"),
     ("scaling scaling/gpu --run-dir {run} base.depth=4", "base.depth=4: --depths, .* set this key, leave it out"),
     ("scaling scaling/gpu --run-dir {run} base.target_flops=1e9", "base.target_flops=1e9: .* leave it out"),
+    ("scaling scaling/cpu --run-dir {run} base.eval_every=0", "base.eval_every is 0, so that no cell has a val bpb"),
     ("scaling scaling/cpu --run-dir {run} --gpus 9", "--gpus 9: this machine has"),
     ("scaling scaling/gpu --run-dir {run} base.dataset=primer", "no GPU found, and 1.0e.17 FLOPs would take this CPU"),
     ("scaling scaling/cpu --run-dir {run} --budgets 1e6 --dry-run", "d2-1e6: the horizon is shorter than one step"),

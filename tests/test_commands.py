@@ -152,12 +152,12 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
         ("syncing", ("memory://y", ANY), {}),
         ("run_stages", (ANY, ["base", "eval"], ANY, "me/x", 24.0), {}),
     ],
-    "scaling scaling/cpu --run-dir s --depths 2,3 --ratios 8 --gpus 1 --tokenizer t base.seed=3": [
-        ("train", (ANY, ANY, SeriesConfig(depths=[2, 3], ratios=[8.0]), "t", 1), {}),
+    "scaling scaling/cpu --run-dir s --depths 2,3 --ratios 8 --gpus 1 base.seed=3": [
+        ("train", (ANY, ANY, SeriesConfig(depths=[2, 3], ratios=[8.0]), 1), {}),
         ("make_report", (Path("s"), 24, 8.0, ANY), {}),
     ],
     "scaling d12 --run-dir s --depths 4 --budgets 1e16,3e16 --dry-run": [
-        ("show_cells", (ANY, SeriesConfig(depths=[4], budgets=[1e16, 3e16]), None, None), {}),
+        ("show_cells", (ANY, SeriesConfig(depths=[4], budgets=[1e16, 3e16]), None), {}),
     ],
     "scaling --run-dir s --fit-only --predict-depth 20 --predict-ratio 12": [
         ("make_report", (Path("s"), 20, 12.0, None), {}),

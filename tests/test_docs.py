@@ -272,7 +272,12 @@ def workplace(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Parser, "parse_args", stop)
-    for end in ("jobs.print_dry_run", "jobs.show_plan", "series.show_cells", "series.fit"):  # all was read
+    for end in (
+        "jobs.print_dry_run",
+        "jobs.show_plan",
+        "series.show_cells",
+        "eval.scaling_fit.make_report",
+    ):  # all was read
         monkeypatch.setattr(f"nanochat_hf.{end}", lambda *_, **__: None)
     return tmp_path
 

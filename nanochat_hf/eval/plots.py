@@ -139,53 +139,51 @@ def draw_bars(groups: dict[str, dict[str, dict]], path: Path, title: str) -> str
     return f"{path.parent.name}/{path.name}"
 
 
-def draw_scaling(facts: dict, folder: Path) -> dict[str, list[str]]:
+def draw_scaling(facts: dict, folder: Path) -> list[str]:
     """The plots of scaling.json: loss and CORE by training FLOPs with published marks, the valley of each budget."""
     folder.mkdir(parents=True, exist_ok=True)
-    cells, target, law, drawn = facts["cells"], facts["prediction"], facts["law"], {}
-    for key, name, title in (("val_bpb", "loss", "Loss by compute"), ("core", "core", "CORE by compute")):
-        series, marks, level = {}, {}, None
+    cells, target, optima, drawn = facts["cells"], facts["prediction"], facts["optima"].get("budgets", []), []
+    for key, label in (("val_bpb", "val bpb"), ("core", "CORE")):
+        series, marks = {}, {}
         for cell in sorted((c for c in cells if c[key] is not None), key=lambda c: (c["depth"], c["C"])):
             series.setdefault(f"d{cell['depth']}", []).append((cell["C"], cell[key]))
-        if key == "val_bpb" and "prediction" in law:
-            marks[f"d{target['depth']}, predicted"] = [(target["flops"], law["prediction"]["value"])]
-        for mark in (mark for mark in facts["references"] if key in mark):
-            label = ", ".join([mark["name"], *([mark["text"]] if key == "val_bpb" else ())])
-            if mark.get("flops", 1e99) < 1e4 * max(c["C"] for c in cells):  # else the cells would be a spot
-                marks.setdefault(label, []).append((mark["flops"], mark[key]))
-            level = level if "flops" in mark else (mark[key], label)
+        if key == "val_bpb" and "prediction" in facts["law"]:
+            marks[f"d{target['depth']}, predicted"] = [(target["flops"], facts["law"]["prediction"]["value"])]
+        for mark in facts["references"]:
+            if key in mark and mark.get("flops", 0) < 1e4 * max(c["C"] for c in cells):  # else the cells are a spot
+                name = f"{mark['name']}, {mark['text']}" if key == "val_bpb" else mark["name"]
+                marks.setdefault(name, []).append((mark.get("flops"), mark[key]))
         if series:
-            labels = (title, "training FLOPs", key.replace("core", "CORE").replace("_", " "))
-            drawn[name] = [draw_points(series, marks, folder / f"{name}_by_compute.png", labels, level=level)]
-    if valleys := facts["optima"].get("budgets"):
-        groups = {v["budget"]: [(c["N"], c["val_bpb"]) for c in cells if c["budget"] == v["budget"]] for v in valleys}
-        best = [(v["N"]["value"], v["loss"]["value"]) for v in valleys if "N" in v]
-        labels, curves = ("IsoFLOP", "N (matrices and head)", "val bpb"), [v["curve"] for v in valleys]
-        series, marks = {f"{flops:.3g}": points for flops, points in groups.items()}, {"optimum": best} if best else {}
-        drawn["isoflop"] = [draw_points(series, marks, folder / "isoflop.png", labels, curves)]
+            drawn.append(draw_points(series, marks, folder / f"{key}.png", ("training FLOPs", label)))
+    valleys = [(f"{v['budget']:.3g} FLOPs", [c for c in cells if c["budget"] == v["budget"]]) for v in optima]
+    if valleys:
+        series = {name: [(c["N"], c["val_bpb"]) for c in group] for name, group in valleys}
+        best = [(v["N"]["value"], v["loss"]["value"]) for v in optima if "N" in v]
+        labels = "N (matrices and head)", "val bpb"
+        drawn.append(draw_points(series, {"optimum": best}, folder / "isoflop.png", labels, parabolas=True))
     return drawn
 
 
 @matplotlib.rc_context(STYLE)
-def draw_points(series: dict, marks: dict, path: Path, labels: tuple, curves: Sequence = (), level=None) -> str:
-    """Points (x, y) by name; x is logarithmic.
+def draw_points(series: dict, marks: dict, path: Path, labels: tuple[str, str], parabolas=False) -> str:
+    """Points (x, y) by name, joined by lines, or with parabolas in log x through them; x is logarithmic.
 
-    marks: other points by name. labels: title, x, y. curves: the coefficients of a polynomial in log x for each
-    series; without them lines join its points. level: (y, name) of a horizontal line.
+    marks: other points by name; x None: a horizontal line.
     """
     figure = Figure(figsize=(6.4, 3.6))
-    axes, color = figure.subplots(), matplotlib.colormaps["viridis"]
-    axes.set(xscale="log", title=labels[0], xlabel=labels[1], ylabel=labels[2])
+    axes, colors = figure.subplots(), matplotlib.colormaps["viridis"](np.linspace(0.1, 0.9, len(series)))
+    axes.set(xscale="log", xlabel=labels[0], ylabel=labels[1])
     for i, (name, points) in enumerate(series.items()):
-        (x, y), options = zip(*points), {"color": color(0.1 + 0.8 * i / max(1, len(series) - 1)), "linewidth": 1.2}
-        axes.plot(x, y, "o" if curves else "o-", label=name, markersize=5, **options)
-        if curves:
-            x = np.geomspace(min(x), max(x))
-            axes.plot(x, np.polyval(curves[i], np.log(x)), **options)
+        x, y = zip(*points)
+        axes.plot(x, y, "o" if parabolas else "o-", label=name, color=colors[i])
+        if parabolas:
+            line = np.geomspace(x[0], x[-1])
+            axes.plot(line, np.polyval(np.polyfit(np.log(x), y, 2), np.log(line)), color=colors[i])
     for i, (name, points) in enumerate(marks.items()):
-        axes.plot(*zip(*points), "D*Xps"[i % 5], color=[*COLORS.values()][i % 6], label=name, markersize=8)
-    if level:
-        axes.axhline(level[0], color=GRAY, linestyle="--", label=level[1])
+        if points and points[0][0] is None:
+            axes.axhline(points[0][1], color=GRAY, linestyle="--", label=name)
+        elif points:
+            axes.plot(*zip(*points), "D*Xps"[i % 5], color=[*COLORS.values()][i % 6], label=name)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path)
     return f"{path.parent.name}/{path.name}"
