@@ -321,10 +321,7 @@ def data(parser: Parser, words: list[str]) -> None:
     parser.option("--core-bundle", Place, default="download", help="folder of CORE's data, or download")
     parser.option("--chat-data", Place, help="folder with local files of the chat tasks; others come from the Hub")
     parser.option("--validation", Annotated[float, Gt(0), Le(0.5)], default=0.01, help="share of the documents")
-    shard = Annotated[int, Gt(0), Le(5 * 10**8)]
-    parser.option("--shard-chars", shard, default=10**8, help="characters per shard")
     parser.option("--seed", Seed, default=0, help="seed of the order, and so of the validation split")
-    parser.option("--licenses", Unique[License] | None, help="of the sources, for the card, as cc-by-4.0,mit")
     parser.add_argument("--skip-bad-files", action="store_true", help="leave out and name what cannot be read")
     settings = vars(parser.parse_args(words))
     _, sources, output, workers = (settings.pop(name) for name in ("action", "sources", "output", "workers"))

@@ -78,7 +78,6 @@ class Evaluation(Record, total=False):
     examples: dict[Stage, list[Example] | None] | None
     seconds: dict[Stage, dict[str, OptionalNumber] | None] | None
     bytes_per_token: dict[str, dict[str, OptionalNumber]] | None
-    bloat: dict[str, OptionalNumber] | None
 
 
 def check_steps(log: list[dict]) -> list[dict]:

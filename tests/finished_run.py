@@ -48,7 +48,6 @@ def finished_run(tmp_path):
         },
         core={"base": core},
         bytes_per_token={"korean": {"ours": 1.5, "GPT-2": None}},
-        bloat={"characters": 1000, "lines": 20, "files": 2, "tokens": 250, "dependencies": 16},
         examples={
             "rl": [
                 {"question": "2+2?", "expected": "4", "answer": "4", "correct": 1.0},

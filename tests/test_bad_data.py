@@ -105,12 +105,11 @@ def test_a_text_that_cannot_be_read(tmp_path, monkeypatch, make, message):
     assert "\n" not in str(caught.value)
 
 
-SETTINGS = dict.fromkeys(("max_chars", "languages", "decontaminate", "licenses"))
+SETTINGS = dict.fromkeys(("max_chars", "languages", "decontaminate"))
 SETTINGS |= {
     "min_chars": 5,
     "dedup": ["exact"],
     "validation": 0.01,
-    "shard_chars": 99,
     "seed": 0,
     "skip_bad_files": False,
 }
@@ -151,12 +150,17 @@ SOURCES = [  # what is prepared, settings, and what is said
     (
         lambda here: (here / "t.txt").write_bytes(b"caf\xe9") and here / "t.txt",
         {},
-        "cannot be read .no UTF-8: .*get it",
+        "cannot be read .*codec.*get it",
     ),
     (
         lambda here: (here / "t.jsonl").write_bytes(b'{"text": "caf\xe9"}') and here / "t.jsonl",
         {},
         "is not JSON: 'utf-8'",
+    ),
+    (
+        lambda here: (jsonl(here / "t" / "a.txt", "a text") and (here / "t" / "b.txt").symlink_to("no")) or here / "t",
+        {},
+        r"cannot read .*b\.txt: a link to nothing",
     ),
     (lambda here: "primer", {}, "primer is the demo's own text: "),
     (lambda here: here, {"languages": ["en", "klingon"]}, "--languages: no language 'klingon'; known: "),
@@ -192,10 +196,37 @@ def test_an_output_that_is_taken_or_has_no_room(tmp_path, monkeypatch):
         pytest.raises(InputError, match="another process prep"),
     ):
         prepared(tmp_path, source)
-    assert prepared(tmp_path, source)["train"][0] == 98
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "new" / "out").rmdir()
+    (tmp_path / "new" / "out").symlink_to(tmp_path / "elsewhere")  # a link to a folder is followed
+    assert prepared(tmp_path, source)["train"][0] == 98 and (tmp_path / "elsewhere" / "stats.json").exists()
 
 
 def test_bad_files_are_left_out_and_named_where_that_is_asked_for(tmp_path):
     source = jsonl(tmp_path / "t.jsonl", '{"text": "first text"}', "{", '{"text": "second text"}')
     assert prepared(tmp_path, source, skip_bad_files=True)["read"][0] == 2
     assert "the line at byte 23 is not JSON" in (tmp_path / "new" / "out" / "README.md").read_text()
+
+
+def test_a_parquet_file_without_a_footer_is_on_the_card(tmp_path):
+    parquet(tmp_path / "t" / "0.parquet", text=["first text", "second text"])
+    (tmp_path / "t" / "1.parquet").write_bytes(b"PAR1")
+    with pytest.warns(UserWarning, match="1.parquet cannot be read"):
+        assert prepared(tmp_path, tmp_path / "t", skip_bad_files=True)["read"][0] == 2
+    assert "1.parquet cannot be read (truncated" in (tmp_path / "new" / "out" / "README.md").read_text()
+
+
+def test_what_a_source_holds_beside_is_named_and_nothing_else_is_said(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    jsonl(tmp_path / "a" / "1.jsonl", *[f'{{"text": "text number {n}"}}' for n in range(9)])
+    for name in ("2.txt", "3.jsonl.gz", "test.jsonl"):
+        jsonl(tmp_path / "a" / name, '{"text": "text number 10"}')
+    assert prepared(tmp_path, tmp_path / "a")["read"][0] == 9
+    assert capsys.readouterr().err == f"source {tmp_path}/a: not read: 2.txt, 3.jsonl.gz, test.jsonl\n"
+
+
+def test_a_wrong_bundle_of_tests_is_one_line(tmp_path):
+    from nanochat_hf.eval.tasks import eval_rows
+
+    with pytest.raises(InputError, match="is no CORE bundle"):
+        list(eval_rows(["nanochat_core"], str(tmp_path), None))

@@ -32,13 +32,11 @@ PUSH += "--base-model me/y --with mlx,vllm"
 PUSHED = Push(
     "me/x", "sft", True, True, True, "b", True, "folder", "apache-2.0", ["en", "ko"], "me/y", ["mlx", "vllm"]
 )
-PREPARE = (
-    "--min-chars 3 --decontaminate arc_easy --core-bundle c --chat-data d --validation .1 --shard-chars 5 --seed 4 "
-)
-PREPARE += "--skip-bad-files --dedup null --licenses mit"
+PREPARE = "--min-chars 3 --decontaminate arc_easy --core-bundle c --chat-data d --validation .1 --seed 4 "
+PREPARE += "--skip-bad-files --dedup null"
 PREPARED = {
     "min_chars": 3, "max_chars": 9, "languages": ["en", "ko"], "dedup": None, "decontaminate": ["arc_easy"],
-    "core_bundle": "c", "chat_data": "d", "validation": 0.1, "shard_chars": 5, "seed": 4, "licenses": ["mit"],
+    "core_bundle": "c", "chat_data": "d", "validation": 0.1, "seed": 4,
     "skip_bad_files": True,
 }  # fmt: skip
 SERVE = "--port 8001 --device cpu --max-new-tokens 7 --temperature 0.5 --top-k 11"

@@ -108,7 +108,7 @@ def test_every_demo_task_is_graded_and_recorded(run):
         assert (result["value"], result["n"], result["tool_use"], result["stderr"]) == (1.0, NUM_QUESTIONS, 1.0, 0.0)
     assert 0.16 < results["counting"]["baseline"] < 1
     assert set(metrics["results"]["base"]) == {"val_bpb"} and metrics["results"]["base"]["val_bpb"]["n"] == 256
-    assert metrics["bloat"]["files"] > 20 and set(metrics["bytes_per_token"]) == {"books", "code", "korean", "math"}
+    assert set(metrics["bytes_per_token"]) == {"books", "code", "korean", "math"}
     assert metrics["models"] == {"base": "base", "sft": "sft"}
     samples = [json.loads(line) for line in (run / "eval/samples/sft/nanochat_demo_facts.jsonl").open()]
     assert len(samples) == NUM_QUESTIONS and set(samples[0]) == {"question", "expected", "answer", "correct"}

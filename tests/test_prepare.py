@@ -71,12 +71,12 @@ def tests(tmp_path):
     return ["--decontaminate", tasks, "--core-bundle", tmp_path / "bundle", "--chat-data", tmp_path / "chat"]
 
 
-def test_exactly_the_planted_documents_go(tmp_path, capsys, tests):
+def test_exactly_the_planted_documents_go(tmp_path, capsys, monkeypatch, tests):
     good = [document(seed) for seed in range(120)]
     words = good[3].split()
     near = " ".join([*words[:40], "elsewhere", *words[41:]])
     other = " ".join(words[:45] + document(999, 45).split())  # half of it is new
-    shouted = " -- ".join(QUESTION.upper().split()[1:14])  # 13 words
+    shouted = " --_".join(QUESTION.upper().split()[1:14])  # 13 words
     almost = document(500) + " " + " ".join(QUESTION.split()[1:13]) + " " + document(501)  # 12
     answered = (
         document(502) + " animals spends the whole winter asleep under the old red barn, a fish! " + document(503)
@@ -96,18 +96,8 @@ def test_exactly_the_planted_documents_go(tmp_path, capsys, tests):
         (tmp_path / f"c/test {number:02d}.txt").write_text(text)
     output = tmp_path / "out"
     words = [tmp_path / "a.parquet", tmp_path / "b", tmp_path / "c", "--output", output, "--workers", 1, *tests]
-    words += [
-        "--languages",
-        "en",
-        "--max-chars",
-        5000,
-        "--shard-chars",
-        10_000,
-        "--validation",
-        0.1,
-        "--licenses",
-        "mit",
-    ]
+    words += ["--languages", "en", "--max-chars", 5000, "--validation", 0.1]
+    monkeypatch.setattr(module, "SHARD_CHARS", 10_000)
     printed = run(capsys, *words)
     train, validation = texts(output, "train"), texts(output, "validation")
     assert sorted(train + validation) == sorted([*good, other, almost]) and len(validation) == 12
@@ -127,7 +117,7 @@ def test_exactly_the_planted_documents_go(tmp_path, capsys, tests):
         "nanochat_core_arc_easy": [1, 0, 2], "nanochat_core_squad": [0, 0, 0], "nanochat_gsm8k": [2, 1, 1]
     }  # fmt: skip
     card = (output / "README.md").read_text()
-    assert "| duplicate | 3 | " in card and 'license: ["mit"]' in card and "duplicate " in printed
+    assert "| duplicate | 3 | " in card and 'language: ["en"]' in card and "duplicate " in printed
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -139,9 +129,10 @@ def contents(folder: Path) -> dict:
 
 def test_a_run_that_is_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path, capsys, monkeypatch, tests):
     monkeypatch.setattr(module, "PART_BYTES", 4000)
+    monkeypatch.setattr(module, "SHARD_CHARS", 9000)
     source, output = tmp_path / "texts.parquet", tmp_path / "out"
     pq.write_table(pa.table({"text": [document(n % 55) for n in range(60)]}), source, row_group_size=9)
-    words = [source, "--output", output, "--shard-chars", 9000, *tests, "--workers"]
+    words = [source, "--output", output, *tests, "--workers"]
     run(capsys, *words, 1)
     whole, events, kills = contents(output), [], 0
     output.rename(tmp_path / "whole")

@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, cached_property, lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from threading import Lock, Thread
 
@@ -323,8 +323,11 @@ def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def find_files(dataset: str, revision: str | None = None) -> tuple:
-    """Names of the training and validation files, a function from name to path, the commit; logs what was guessed."""
+def list_files(dataset: str, revision: str | None, *kinds: tuple[str, ...]) -> tuple:
+    """Names of all files, of those of the first of the kinds that is there, a function from name to path, the commit.
+
+    One kind decides, so that a stray file of another does not become the validation split.
+    """
     path, commit = local_path(dataset), None
     if path.is_dir():
         everything, locate = files_below(path), path.joinpath
@@ -334,16 +337,22 @@ def find_files(dataset: str, revision: str | None = None) -> tuple:
         everything, locate, commit = hub_files(dataset, revision)
     else:
         raise InputError(f"no dataset {dataset}: give a folder, a .jsonl file, a Hub id or 'primer'")
-    # One kind decides, so that a stray file of the other does not become the validation split.
-    kinds = ([name for name in everything if has_suffix(name, end)] for end in SUFFIXES)
-    names = next(filter(None, kinds), [])
-    unread = unread_files(everything, names)
+    names = next(filter(None, ([n for n in everything if has_suffix(n, *kind)] for kind in kinds)), [])
     if not names:
+        unread = unread_files(everything, names)
         others = f", only {listed(unread)}" if unread else ""
-        raise InputError(f"dataset {dataset} has no .parquet or .jsonl files{others}")
+        raise InputError(f"dataset {dataset} has no {' or '.join(chain(*kinds))} files{others}")
     if path.is_dir() and (gone := next((name for name in names if not locate(name).exists()), None)):
         raise InputError(f"cannot read {locate(gone)}: a link to nothing")
-    train, validation, decision = (names, names, "") if path.is_file() else text_files(dataset, names, unread)
+    return everything, names, locate, commit
+
+
+def find_files(dataset: str, revision: str | None = None) -> tuple:
+    """Names of the training and validation files, a function from name to path, the commit; logs what was guessed."""
+    everything, names, locate, commit = list_files(dataset, revision, *((suffix,) for suffix in SUFFIXES))
+    train, validation, decision = names, names, ""
+    if not local_path(dataset).is_file():
+        train, validation, decision = text_files(dataset, names, unread_files(everything, names))
     if decision:
         log(f"dataset {dataset}: {decision}")
     return train, validation, locate, commit

@@ -13,24 +13,24 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import time
 import warnings
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache, lru_cache
 from hashlib import blake2b
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
@@ -39,18 +39,19 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from ..errors import InputError
 from ..run import load_json, nearest, save_json, save_text, track, writing
-from .documents import DatasetSplit, File, Parquet, content_hash, files_below, find_files, local_path, log
-from .splits import SUFFIXES, has_suffix, listed, split_of
+from .documents import DatasetSplit, File, Parquet, content_hash, list_files, local_path, log
+from .splits import SUFFIXES, UNREAD, has_suffix, listed, split_of, text_files, unread_files
 
-TEXT_SUFFIXES = (".txt", ".md")
+KINDS = *((suffix,) for suffix in SUFFIXES), (".txt", ".md")  # of files; the first that a folder has is read
 PART_BYTES = 1 << 24  # of text that a worker filters at once
+SHARD_CHARS = 10**8
 ROW_GROUP = 1024  # documents
 NGRAM, SHINGLE, NUM_BANDS, BAND = 13, 5, 14, 8
 # Thai to Burmese, Khmer, Japanese, Chinese: scripts without spaces, in which every character is a word
 UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
-WORD = re.compile(rf"[^\W{UNSPACED}]+|[{UNSPACED}]")
+WORD = re.compile(rf"[^\W_{UNSPACED}]+|[{UNSPACED}]")
 POWERS = np.cumprod(np.full(NGRAM, 0x9E3779B97F4A7C15, np.uint64))  # of a polynomial hash modulo 2**64
 BANDS = [f"band_{number}" for number in range(NUM_BANDS)]
 FILTERS = ("without words", "too short", "too long", "other language", "contaminated")
@@ -63,10 +64,12 @@ def prepare(sources: list[str], settings: dict, output: Path, workers: int, eval
     for a task without rows. Raises InputError: a source that is missing, empty or unreadable, an output folder of
     something else, a full disk, too few documents left. Raises ModuleNotFoundError without the extra `data`.
     """
+    output = output.resolve()  # a link to a folder cannot be replaced
     work = output.parent / f".{output.name}.prepare"
     finished, begun = (load_json(path, f"delete {path.parent}") for path in (output / "stats.json", work / "run.json"))
-    if not finished and output.exists() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty: choose another --output")
+    if not finished and output.exists() and (output.is_mount() or any(output.iterdir())):
+        why = "a disk of its own: choose a folder on it" if output.is_mount() else "not empty: choose another --output"
+        raise InputError(f"{output} is {why}")
     versions = {name: metadata.version(name) for name in ("datasketch", "numpy", "py3langid", "pyarrow")}
     for language in settings["languages"] or ():
         if language not in identifier().labels:
@@ -102,29 +105,26 @@ def write_dataset(record: dict, files: Iterable, output: Path, work: Path, worke
         jobs = ((work / f"part_{number:06d}.arrow", units, settings) for number, units in enumerate(groups))
         run_jobs(filter_part, (parts.append(job[0]) or job for job in jobs), workers, "filter")
         facts = [json.loads(part_table(path).schema.metadata[b"facts"]) for path in parts]
-        counts = {
-            name: np.sum([[0] * 3, *(f["counts"][name] for f in facts)], axis=0).tolist()
-            for name in ("read", *FILTERS)
-        }
+        sums = defaultdict(lambda: np.zeros(3, int))
+        for name, numbers in chain.from_iterable(f["counts"].items() for f in facts):
+            sums[name] += numbers
+        counts = {name: sums[name].tolist() for name in ("read", *FILTERS)}
         shards = choose_shards(parts, settings, counts)
     except InputError:
         if not any(source["commit"] for source in record["sources"]):  # else a download may have broken off
             shutil.rmtree(work)  # refused input leaves nothing
         raise
-    tests = {task: [*numbers, sum(f["contaminated"].get(task, 0) for f in facts)] for task, numbers in tests.items()}
+    tests = {task: [*numbers, int(sums[task][0])] for task, numbers in tests.items()}
     stats = record | {"counts": counts, "tests": tests, "unread": [line for f in facts for line in f["unread"]]}
     out.mkdir(exist_ok=True)
     run_jobs(write_shard, [(out / name, parts, ids) for name, ids in shards.items()], workers, "write")
     template = Template(Path(__file__).with_name("data_card.jinja").read_text(encoding="utf-8"))
     save_text(out / "README.md", template.render(**stats, **settings, name=output.name) + "\n")
-    main, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    timing = {"seconds": time.time() - start, "workers": workers, "resumed": resumed}
-    timing["cpu_seconds"] = main.ru_utime + main.ru_stime + children.ru_utime + children.ru_stime
-    timing["megabytes_per_second"] = counts["read"][2] / 1e6 / timing["seconds"]
-    timing["documents_per_second"] = counts["read"][0] / timing["seconds"]
-    timing["peak_megabytes"] = {"main": main.ru_maxrss / 1024, "worker": max(f["megabytes"] for f in facts)}
-    save_json(out / "stats.json", stats | {"timing": timing})
-    os.rename(out, output)
+    seconds = time.time() - start
+    timing = {"seconds": seconds, "megabytes_per_second": counts["read"][2] / 1e6 / seconds}
+    save_json(out / "stats.json", stats | {"timing": timing | {"workers": workers, "resumed": resumed}})
+    with writing(output):
+        os.rename(out, output)
     shutil.rmtree(work)
     return counts
 
@@ -135,8 +135,12 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], workers: int, name: str)
         for job in jobs:
             function(*job)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the workers inherit it: Ctrl-C is for this process
+        for _ in range(workers):
+            pool.submit(int)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         futures = [pool.submit(function, *job) for job in jobs]
         for future in track(futures, name, len(futures), "parts"):
             future.result()
@@ -144,9 +148,7 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], workers: int, name: str)
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker() -> None:
-    """Leave Ctrl-C to the main process, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -161,7 +163,7 @@ class Text(File):
         try:
             return [self.path.read_text(encoding="utf-8-sig")]
         except (OSError, UnicodeDecodeError) as error:
-            self.bad(f"no UTF-8: {error}")
+            self.bad(str(error))
             return []
 
 
@@ -169,45 +171,49 @@ def find_sources(sources: list[str], before: list[dict]) -> tuple[Iterator[Path]
     """The files of all sources, downloaded as they are taken; and what each source is: its commit or content.
 
     `before` is that list of the run to resume, which keeps the commits. Files named after a validation or test split
-    are left out, except of a folder of .txt and .md files. Raises InputError for a source without text.
+    are left out, except of a folder of .txt and .md files. Logs what is not read. Raises InputError for a source
+    without text.
     """
     groups, records, commits = [], [], {old["name"]: old["commit"] for old in before}
     for source in sources:
         if source == "primer":
             raise InputError("primer is the demo's own text: give a folder, a file or a Hub id")
-        path, commit = local_path(source), commits.get(source)
-        names = files_below(path) if path.is_dir() else [path.name] * path.is_file()
-        locate = (path if path.is_dir() else path.parent).joinpath
-        texts = [name for name in names if has_suffix(name, *TEXT_SUFFIXES)]
-        if not texts or any(has_suffix(name, *SUFFIXES) for name in names):
-            train, others, locate, commit = find_files(source, commit)
-            texts = train + [name for name in others if name not in train and split_of(name) in (None, "train")]
-            if unread := {*others} - {*texts}:
-                log(f"source {source}: {listed(unread)}, named after validation or test, is not read")
-        records.append({"name": source, "commit": commit, "files": len(texts)})
-        records[-1]["content"] = None if commit else content_hash(texts, [], locate)
+        everything, texts, locate, commit = list_files(source, commits.get(source), *KINDS)
+        if not local_path(source).is_file() and not has_suffix(texts[0], *KINDS[-1]):
+            train, validation, _ = text_files(source, texts, unread_files(everything, texts))
+            texts = [name for name in sorted({*train, *validation}) if split_of(name) in (None, "train")]
+        if unread := [name for name in {*everything} - {*texts} if has_suffix(name, ".txt", *UNREAD)]:
+            log(f"source {source}: not read: {listed(unread)}")
+        content = None if commit else content_hash(texts, [], locate)
+        records.append({"name": source, "commit": commit, "files": len(texts), "content": content})
         groups.append((texts, locate))
     return (locate(name) for texts, locate in groups for name in texts), records
 
 
 @lru_cache(maxsize=2)
 def opened(path: Path, skip: bool) -> File:
-    if has_suffix(path.name, *TEXT_SUFFIXES):
+    if has_suffix(path.name, *KINDS[-1]):
         return Text(SimpleNamespace(locate=Path, skip_bad_files=skip), str(path))
     dataset = DatasetSplit(str(path), "train", skip)
     dataset.single = False  # no share of it is for validation
     return dataset.files[0]
 
 
+def read_unit(path: Path, unit: tuple | None, skip: bool) -> list[str | None]:
+    """The texts; None: of a file without units, which warns again if it cannot be read."""
+    return opened(path, skip).read(unit) if unit else opened.__wrapped__(path, skip).units(1)
+
+
 def parts_of(files: Iterable[Path], skip: bool) -> Iterator[list[tuple]]:
-    """(path, unit) of all files in order, in groups of about PART_BYTES."""
+    """(path, unit) of all files in order, in groups of about PART_BYTES; (path, None) of a file without units."""
     group, size = [], 0
     for path in files:
         file = opened(path, skip)
-        for unit in file.units(1):
+        for unit in file.units(1) or [None]:
             group.append((path, unit))
-            is_parquet = isinstance(file, Parquet)
-            size += file.footer.row_group(unit[0]).total_byte_size if is_parquet else unit[1] - unit[0]
+            if unit:
+                is_parquet = isinstance(file, Parquet)
+                size += file.footer.row_group(unit[0]).total_byte_size if is_parquet else unit[1] - unit[0]
             if size >= PART_BYTES:
                 yield group
                 group, size = [], 0
@@ -219,25 +225,21 @@ def filter_part(target: Path, units: list[tuple], settings: dict) -> None:
     """Write the documents of the units that pass the filters, with their hashes and the counts, as an Arrow file."""
     if target.exists():
         return
-    counts, contaminated = {name: [0, 0, 0] for name in ("read", *FILTERS)}, {}
+    counts, skip = defaultdict(lambda: np.zeros(3, int)), settings["skip_bad_files"]
     rows = {name: [] for name in ("text", "chars", "bytes", "exact", *BANDS)}
     with warnings.catch_warnings(record=True) as unread:
         warnings.simplefilter("always")
-        for text in (
-            text or "" for path, unit in units for text in opened(path, settings["skip_bad_files"]).read(unit)
-        ):
+        for text in (text or "" for path, unit in units for text in read_unit(path, unit, skip)):
             data, words = text.encode(), word_hashes(text)
-            reason, task = reason_to_drop(text, words, settings, target.parent)
-            for name in ("read", reason) if reason else ("read",):
-                counts[name] = [a + b for a, b in zip(counts[name], (1, len(text), len(data)))]
-            if task:
-                contaminated[task] = contaminated.get(task, 0) + 1
-            if not reason:
+            reasons = reasons_to_drop(text, words, settings, target.parent)
+            for name in ("read", *reasons):
+                counts[name] += (1, len(text), len(data))
+            if not reasons:
                 digest = int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
                 for column, value in zip(rows.values(), (text, len(text), len(data), digest, *band_keys(words))):
                     column.append(value)
-    facts = {"counts": counts, "contaminated": contaminated, "unread": [str(note.message) for note in unread]}
-    facts["megabytes"] = psutil.Process().memory_info().rss / 2**20
+    facts = {"counts": {name: numbers.tolist() for name, numbers in counts.items()}}
+    facts["unread"] = [str(note.message) for note in unread]
     kinds = [(name, pa.uint64() if name != "text" else pa.large_string()) for name in rows]
     aside = target.with_suffix(f".{os.getpid()}")
     with pa.ipc.new_file(aside, schema := pa.schema(kinds, {"facts": json.dumps(facts)})) as file:
@@ -245,25 +247,25 @@ def filter_part(target: Path, units: list[tuple], settings: dict) -> None:
     os.replace(aside, target)
 
 
-def reason_to_drop(text: str, words: np.ndarray, settings: dict, work: Path) -> tuple[str | None, str | None]:
-    """One of FILTERS, or None; and the task of the test row that has words of the text."""
+def reasons_to_drop(text: str, words: np.ndarray, settings: dict, work: Path) -> list[str]:
+    """One of FILTERS or nothing; of a contaminated text also the task of the test row."""
     if not len(words):
-        return "without words", None
+        return ["without words"]
     if len(text) < settings["min_chars"]:
-        return "too short", None
+        return ["too short"]
     if settings["max_chars"] and len(text) > settings["max_chars"]:
-        return "too long", None
+        return ["too long"]
     middle = max(len(text) // 2 - 250, 0)  # a text may begin with a title, names and quotations
     if settings["languages"] and identifier().classify(text[middle : middle + 500])[0] not in settings["languages"]:
-        return "other language", None
+        return ["other language"]
     if settings["decontaminate"]:
         hashes, owners, tasks, seen = tests_of(work)
         runs = shingles(words, NGRAM)
         runs = runs[seen[runs >> np.uint64(40)]]
         at = np.minimum(np.searchsorted(hashes, runs), len(hashes) - 1)
         if len(hits := at[hashes[at] == runs]):
-            return "contaminated", tasks[owners[hits[0]]]
-    return None, None
+            return ["contaminated", tasks[owners[hits[0]]]]
+    return []
 
 
 @cache
@@ -383,7 +385,7 @@ def choose_shards(parts: list[Path], settings: dict, counts: dict) -> dict[str, 
         steps = ", ".join(f"{name} {numbers[0]}" for name, numbers in counts.items() if numbers[0] or name == "read")
         raise InputError(f"{len(order)} documents are left, too few for two splits ({steps}): lower the filters")
     ends = np.cumsum(sizes[train, 1])
-    shard = ends * max(1, round(ends[-1] / settings["shard_chars"])) // (ends[-1] + 1)
+    shard = ends * max(1, round(ends[-1] / SHARD_CHARS)) // (ends[-1] + 1)
     shards = np.split(train, np.flatnonzero(np.diff(shard)) + 1)
     names = [f"train-{number:05d}-of-{len(shards):05d}.parquet" for number in range(len(shards))]
     return dict(zip(names, shards)) | {"validation-00000-of-00001.parquet": validation}

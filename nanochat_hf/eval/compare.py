@@ -4,7 +4,7 @@
 
 The first run is the reference. A difference is tested in pairs where the answers of both runs to the same questions
 are stored, else by the two standard errors: z-tests, as Miller advises (2024, "Adding Error Bars to Evals"). Values
-that were measured on other texts, tasks or numbers of examples are not subtracted, and a note says so.
+that were measured on other texts, tasks or numbers of examples are not subtracted, and their row says so.
 """
 
 import json
@@ -30,12 +30,6 @@ def compare(paths: list[str | Path], folder: str | Path | None = None) -> str:
     for name, run, each in list(zip(names, runs, facts))[1:]:
         reasons = obstacles([runs[0], run], [facts[0], each])
         tables[name] = differences([runs[0], run], [facts[0], each], reasons)
-        for reason in dict.fromkeys(reasons.values()):
-            stages: dict[str, list[str]] = {}
-            for metric, stage in (key for key, why in reasons.items() if why == reason):
-                stages.setdefault(metric, []).append(stage.upper())
-            of = ", ".join(f"{metric} ({' '.join(each)})" for metric, each in stages.items())
-            notes.append(f"{name} and {names[0]} have other {reason}; not compared: {of}")
         left_out = left_out.union(*(CURVES.get(key, ()) for key in reasons))
     words = {"names": names, "notes": notes, "differences": tables, "drawn": folder is not None}
     words |= {"values": values(names, facts), "settings": changed_settings(names, runs, facts)}
@@ -83,7 +77,7 @@ def measured_on(run: Run, facts: dict) -> dict[tuple[str, str], dict]:
 def obstacles(runs: list[Run], facts: list[dict]) -> dict[tuple[str, str], str]:
     """(metric, stage) -> in what two runs differ that makes their values of it not comparable."""
     first, second = (measured_on(run, each) for run, each in zip(runs, facts))
-    reasons = {key: "stages or metrics" for key in first | second if (key in first) != (key in second)}
+    reasons = {}
     for key in (key for key in first if key in second):
         for what, value in first[key].items():
             other = second[key].get(what)
@@ -92,13 +86,20 @@ def obstacles(runs: list[Run], facts: list[dict]) -> dict[tuple[str, str], str]:
     return reasons
 
 
-def differences(runs: list[Run], facts: list[dict], left_out: dict) -> str:
-    """A table of the second run's values minus the first's: difference, 95 % interval, p-value and test."""
+def differences(runs: list[Run], facts: list[dict], reasons: dict) -> str:
+    """A table of the second run's values minus the first's: difference, 95 % interval, p-value and test.
+
+    `reasons`: (metric, stage) -> why it is not compared.
+    """
     rows = []
-    for metric, stage in ((m, s) for m, cells in facts[0]["table"].items() for s in MODEL_STAGES if s in cells):
+    cells = [(metric, stage) for metric in facts[0]["table"] for stage in MODEL_STAGES]
+    for metric, stage in dict.fromkeys([*cells, *reasons]):
+        if (metric, stage) in reasons:
+            rows.append([metric, stage.upper(), "-", "-", "-", f"none: other {reasons[metric, stage]}"])
+            continue
         results = [each["table"].get(metric, {}).get(stage) or {} for each in facts]
         a, b = (result.get("value") for result in results)
-        if None in (a, b) or (metric, stage) in left_out:
+        if None in (a, b):
             continue
         test, error = difference_error([outcomes(run, stage, metric, r) for run, r in zip(runs, results)], results)
         interval, p = "-", "-"

@@ -29,7 +29,7 @@ from ..stage_configs import EvalConfig
 from .bpb import held_out_bpb
 from .core import GROUP, centered_mean, evaluate_core, input_error, load_tasks, quiet
 from .lm_eval_model import Generator, LocalLM, load
-from .report import compression, repository_size, with_error
+from .report import compression, with_error
 from .tasks import EVALS, MEANS, Tasks, task_manager
 from .weights import model_id, outdated
 
@@ -85,7 +85,7 @@ def evaluate(
     stages |= other_stages(output, models, definition)
     numbers = by_number(stages)
     numbers["bytes_per_token"] = compression(load_tokenizer(next(iter(models.values()))))
-    metrics = write_metrics(output, record, definition=definition, bloat=repository_size(), **numbers)
+    metrics = write_metrics(output, record, definition=definition, **numbers)
     run, samples = Run(output.parent), [path for path in output.glob("samples/*") if path.name not in stages]
     gone = [path for path in samples if path.name not in STAGES or not run.finished(path.name)]
     for folder in [output / "state", *gone]:

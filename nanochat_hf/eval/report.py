@@ -2,14 +2,12 @@
 
 Nothing is measured here: a section says what no stage wrote, a table has "-". `collect` gathers the facts (the content
 of report.json), `markdown` formats them, plots.py draws them; the model card uses the same facts.
-`repository_size` and `compression` are measured by the evaluation, for this report.
+`compression` is measured by the evaluation, for this report.
 """
 
 import json
 import re
 import shlex
-import subprocess
-import tomllib
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,9 +22,7 @@ from ..stage_configs import RECIPES, read_recipe
 from .plots import GPT2_XL, WORDS, page, plots
 from .weights import REPLACED, outdated, replaced
 
-ROOT = Path(__file__).parents[2]
 OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
-SOURCES = (".py", ".md", ".yaml", ".toml", ".jinja", ".html")
 NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( (±|to) [-+]?[\d.]+)?( GiB)?|<0.001|[-+]?\d+ .*\b(min|s)")
 CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.S)
 
@@ -81,7 +77,6 @@ def collect(run: Run, hourly_rate: float | None = None, last: str | None = None)
         "cost": hourly_rate * total / 3600 if hourly_rate is not None else None,
         **gpu_use(stages, seconds),
         "command": command(stages, hardware),
-        "bloat": stages.get("eval", {}).get("bloat"),
         "stages": shown,
         "evaluation": evaluation,
         "table": table,
@@ -197,20 +192,6 @@ def results_row(facts: dict, report: str = "-") -> str:
     cells = [facts["run"], ", ".join(facts["commits"]), machine(facts["hardware"] or {})]
     cells += [duration(facts["total_seconds"]), short(tokens), with_error(bpb.get("value")), *means.values(), report]
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
-
-
-def repository_size(root: Path = ROOT) -> dict[str, int] | None:
-    """Size of the project's own sources: what a newcomer has to read. None outside of a git checkout."""
-    try:
-        listing = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False).stdout
-        dependencies = len(tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"])
-    except OSError:  # no git on this machine, or no checkout
-        return None
-    paths = [root / name for name in listing.splitlines() if name.endswith(SOURCES)]
-    texts = [path.read_text("utf-8", "replace") for path in paths if path.is_file()]
-    characters, lines = sum(map(len, texts)), sum(text.count("\n") for text in texts)
-    sizes = {"characters": characters, "lines": lines, "files": len(texts), "tokens": characters // 4}
-    return sizes | {"dependencies": dependencies} if texts else None
 
 
 def compression(tokenizer) -> dict[str, dict[str, float | None]]:

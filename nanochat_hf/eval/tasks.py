@@ -152,7 +152,7 @@ def eval_rows(names: list[str], core_bundle: str, chat_data: str | None) -> Iter
     config = EvalConfig(tasks=names, core_bundle=core_bundle, chat_data=chat_data)
     with quiet():
         for name, task in load_tasks(known_tasks(config, [chat_folder(config)]), names).items():
-            if not hasattr(task, "file") or input_error(lambda task: task.file.is_file(), task):
+            if input_error(lambda task: not hasattr(task, "file") or task.file.is_file(), task):
                 yield from ((name, row) for row in input_error(list, task.eval_docs))
             else:
                 print(f"{name} is not checked against: the CORE bundle has no file of it", file=sys.stderr)
