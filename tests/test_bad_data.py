@@ -158,7 +158,7 @@ SOURCES = [  # what is prepared, settings, and what is said
         "is not JSON: 'utf-8'",
     ),
     (
-        lambda here: (jsonl(here / "t" / "a.txt", "a text") and (here / "t" / "b.txt").symlink_to("no")) or here / "t",
+        lambda here: (jsonl(here / "a.txt", "a text") and (here / "b.txt").symlink_to("no")) or here,
         {},
         r"cannot read .*b\.txt: a link to nothing",
     ),

@@ -148,6 +148,7 @@ def test_a_run_that_is_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path, 
 
     for name in ("replace", "rename"):
         monkeypatch.setattr(module.os, name, killed(getattr(os, name)))
+    monkeypatch.setattr(module.os, "getpid", lambda: 10**6 + kills)  # a run is another process
     for limit in (0, 1, *[2] * 16, 3, 4):  # noqa: B007
         events.clear()
         try:

@@ -144,6 +144,10 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], workers: int, name: str)
         futures = [pool.submit(function, *job) for job in jobs]
         for future in track(futures, name, len(futures), "parts"):
             future.result()
+    except BaseException:  # what a worker writes gets its name when it is complete
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -401,6 +405,7 @@ def write_shard(target: Path, parts: list[Path], ids: np.ndarray) -> None:
         pieces.append(table.column("text").take(pa.array(ids[order[first:end]] - start)).combine_chunks())
         start += len(table)
     texts = pa.concat_arrays(pieces).take(pa.array(np.argsort(order))).cast(pa.string())
-    aside, options = target.with_suffix(f".{os.getpid()}"), {"use_dictionary": False, "write_statistics": False}
+    aside = target.parent.with_name(f"{target.name}.{os.getpid()}")  # a kill leaves it outside of the result
+    options = {"use_dictionary": False, "write_statistics": False}
     pq.write_table(pa.table({"text": texts}), aside, ROW_GROUP, compression="zstd", **options)
     os.replace(aside, target)
