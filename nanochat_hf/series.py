@@ -14,8 +14,9 @@ import signal
 import sys
 import time
 from dataclasses import field, replace
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from multiprocessing.process import BaseProcess
+from threading import Thread
 from typing import Annotated, NamedTuple
 
 from annotated_types import Ge, Gt, Le, MinLen
@@ -218,6 +219,8 @@ def train_cell(run: Run, device: str | None, config: PretrainConfig, options: di
             os.dup2(log.fileno(), stream)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+    command = parent_process()  # if it is killed, the cell saves and ends, so that the next command can have it
+    Thread(target=lambda: (command.join(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
 
     def pretrain():
         from .stages import run_stage

@@ -441,7 +441,7 @@ def test_files_of_the_hub_are_fetched_once_each_through_failures(hub):
 
 
 def test_a_folder_with_more_files_than_a_dataset_has_is_not_walked_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanochat_hf.data.documents.MAX_FILES", 10)
+    monkeypatch.setattr("nanochat_hf.data.splits.MAX_FILES", 10)
     for number in range(12):
         (tmp_path / "ab"[number // 6] / str(number)).mkdir(parents=True)
     with pytest.raises(InputError, match="has more than 10 files: name the folder of the dataset"):

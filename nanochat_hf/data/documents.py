@@ -41,13 +41,12 @@ from ..errors import InputError
 from ..run import fingerprint, or_shipped
 from ..stage_configs import TextMixture
 from .hub_files import hub_files
-from .splits import SUFFIXES, has_suffix, is_visible, listed, text_files, unread_files
+from .splits import SUFFIXES, files_below, has_suffix, listed, text_files, unread_files
 
 COLUMN = "text"
 SINGLE_FILE_VALIDATION = 16  # a dataset of one file gives its last 1/16 to validation
 JSONL_UNIT = 1 << 20  # bytes
 HASH_LIMIT = 1 << 26  # bytes of a dataset that its content hash reads
-MAX_FILES = 100_000  # and folders, below a dataset's
 CACHE_LIMIT = 1 << 28  # bytes of decoded row groups; the newest stays whatever its size
 
 
@@ -291,29 +290,6 @@ def local_path(dataset: str) -> Path:
         return or_shipped(dataset).expanduser()
     except RuntimeError:  # ~name, and nobody has that name
         return Path(dataset)
-
-
-def files_below(folder: Path) -> list[str]:
-    """Names of the visible files below a folder, in order; those of links to folders, not followed, end with "/".
-
-    Raises InputError for a folder with more than MAX_FILES of them, which is no dataset but a disk.
-    """
-
-    def note(error: OSError) -> None:
-        if not isinstance(error, PermissionError):
-            raise error
-
-    paths = []
-    try:
-        for parent, folders, files in os.walk(folder, onerror=note):
-            folders[:] = filter(is_visible, folders)
-            paths += [Path(parent, name) for name in (*files, *folders) if is_visible(name)]
-            if len(paths) > MAX_FILES:
-                raise InputError(f"{folder} has more than {MAX_FILES:,} files: name the folder of the dataset")
-    except (RecursionError, OSError):  # /proc loses entries while it is read
-        raise InputError(f"{folder} cannot be walked through: name the folder that holds the files") from None
-    kinds = [(path, path.is_dir()) for path in sorted(paths)]
-    return [p.relative_to(folder).as_posix() + "/" * is_dir for p, is_dir in kinds if not is_dir or p.is_symlink()]
 
 
 @cache

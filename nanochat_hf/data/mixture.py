@@ -38,8 +38,8 @@ from ..demo import corpus as primer
 from ..errors import InputError
 from ..stage_configs import ChatMixture
 from . import identity
-from .documents import DocumentStream, files_below, find_files, is_hub_id, local_path, log, parts_of
-from .splits import SUFFIXES, has_suffix, listed, row_files, split_of, tells, unread_files
+from .documents import DocumentStream, find_files, is_hub_id, local_path, log, parts_of
+from .splits import SUFFIXES, files_below, has_suffix, listed, row_files, split_of, tells, unread_files
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow, check, normalize
 
 MAX_LISTED_REASONS = 1000  # bad rows that are listed one by one; more are only counted

@@ -8,9 +8,10 @@ the words of KEYWORDS. Names are paths relative to the dataset, with "/" between
     row_files("chats", ["train.jsonl", "test.jsonl"], "test", subset=None)    # ["test.jsonl"]
 """
 
+import os
 import re
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from ..errors import InputError
 
@@ -28,12 +29,36 @@ SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")  # once the Hub put a 
 SUFFIXES = (".parquet", ".jsonl")  # of the files that are read, in any case
 # Of files that hold rows, too, and "/" ends a linked folder.
 UNREAD = (*SUFFIXES, ".json", ".csv", ".tsv", ".arrow", ".feather", ".gz", ".zst", ".bz2", ".xz", ".zip", "/")
+MAX_FILES = 100_000  # and folders, below a dataset's
 METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "stats.json")
 
 
 def is_visible(name: str) -> bool:
     """Whether no part of the name is hidden (`.ipynb_checkpoints/`, `._x`) or private (`__pycache__/`)."""
     return not any(part.startswith((".", "__")) for part in PurePosixPath(name).parts)
+
+
+def files_below(folder: Path) -> list[str]:
+    """Names of the visible files below a folder, in order; those of links to folders, not followed, end with "/".
+
+    Raises InputError for a folder with more than MAX_FILES of them, which is no dataset but a disk.
+    """
+
+    def note(error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            raise error
+
+    paths = []
+    try:
+        for parent, folders, files in os.walk(folder, onerror=note):
+            folders[:] = filter(is_visible, folders)
+            paths += [Path(parent, name) for name in (*files, *folders) if is_visible(name)]
+            if len(paths) > MAX_FILES:
+                raise InputError(f"{folder} has more than {MAX_FILES:,} files: name the folder of the dataset")
+    except (RecursionError, OSError):  # /proc loses entries while it is read
+        raise InputError(f"{folder} cannot be walked through: name the folder that holds the files") from None
+    kinds = [(path, path.is_dir()) for path in sorted(paths)]
+    return [p.relative_to(folder).as_posix() + "/" * is_dir for p, is_dir in kinds if not is_dir or p.is_symlink()]
 
 
 def split_of(name: str) -> str | None:

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..data.documents import files_below, local_path
+from ..data.documents import local_path
+from ..data.splits import files_below
 from ..data.tokenizer import load_tokenizer
 from ..distributed import broadcast_from_main, monitored_barrier, partial_state
 from ..errors import InputError
