@@ -280,7 +280,8 @@ def watch_library(remote: type, contents_of, refuse) -> None:
 
     def of_one_side(event: str, arguments) -> None:
         path = arguments[0] if event == "open" and isinstance(arguments[0], str) else "/"
-        is_programs = path.startswith("/tmp/") or not path.startswith(("/", "<"))  # others are Python's
+        of_python = path.startswith(("<", sys.prefix, sys.base_prefix))  # which may be below /tmp
+        is_programs = (path.startswith("/tmp/") or path[:1] != "/") and not of_python
         if is_programs and (arguments[2] & (os.O_WRONLY | os.O_RDWR) or not os.path.exists(path)):
             refuse("a file", why=", which one side has")
 
