@@ -75,7 +75,10 @@ def prepare(sources: list[str], settings: dict, output: Path, workers: int, eval
         if language not in identifier().labels:
             raise InputError(f"--languages: no language {language!r}; {nearest(language, identifier().labels)}")
     files, records = find_sources(sources, (finished or begun or {}).get("sources", []))
-    record = json.loads(json.dumps({"settings": settings, "sources": records, "versions": versions}))
+    places = {key: settings.get(key) for key in ("core_bundle", "chat_data")}
+    folders = {key: Path(place).resolve().name for key, place in places.items() if place}  # the card may be published
+    record = {"settings": settings | folders, "sources": records, "versions": versions}
+    record = json.loads(json.dumps(record))  # as a finished or an unfinished one is read
     for key in ("settings", "sources", "versions")[: 2 if finished else 3]:
         if (old := finished or begun or record).get(key) != record[key]:
             where = output if finished else f"the unfinished {work}"
@@ -189,7 +192,8 @@ def find_sources(sources: list[str], before: list[dict]) -> tuple[Iterator[Path]
         if unread := [name for name in {*everything} - {*texts} if has_suffix(name, ".txt", *UNREAD)]:
             log(f"source {source}: not read: {listed(unread)}")
         content = None if commit else content_hash(texts, [], locate)
-        records.append({"name": source, "commit": commit, "files": len(texts), "content": content})
+        name = source if commit else local_path(source).resolve().name  # the card may be published
+        records.append({"name": name, "commit": commit, "files": len(texts), "content": content})
         groups.append((texts, locate))
     return (locate(name) for texts, locate in groups for name in texts), records
 
