@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from tiny import make_config
 from torch import nn
 
-from nanochat_hf.kernels import attention, float8, fused_cross_entropy, fused_decode, muon
 from nanochat_hf.kernels import backend as checks
 from nanochat_hf.kernels import decode as decode_kernels
+from nanochat_hf.kernels import float8, fused_cross_entropy, fused_decode, muon
 from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM
 from nanochat_hf.serve.decoder import Decoder
 from nanochat_hf.train.fused_model import FusedTransformer
@@ -22,7 +22,6 @@ CONFIG = NanoChatConfig(
     vocab_size=256, num_tokens=250, hidden_size=96, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
     head_dim=32, max_position_embeddings=64,
 )  # fmt: skip
-FLASH_KERNELS = {attention.FLASH, attention.FLASH_DOCUMENTS}
 TRAINING = [name for name in checks.CHECKS if name not in ("decoding", "fused decoding")]
 
 
