@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .backend import check, tl, triton, usable
-from .weight_cache import accumulate_grad_
+from .weight_cache import accumulate_grad_, cast_weights
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 PLAIN, SQUARED, SQUARED_GRAD = range(3)  # what is cast: x, relu(x)^2, or grad times the derivative of relu(x)^2
@@ -49,10 +49,10 @@ if triton is not None:
     @triton.jit
     def _cast(
         x, grad, bounds, grad_bounds, number, bound, row_major, transposed, scale, squares, squares_scale, rows,
-        columns, stride, KIND: tl.constexpr, LARGEST: tl.constexpr, SQUARES_LARGEST: tl.constexpr, ROWS: tl.constexpr,
+        columns, KIND: tl.constexpr, LARGEST: tl.constexpr, SQUARES_LARGEST: tl.constexpr, ROWS: tl.constexpr,
         COLUMNS: tl.constexpr, NUMBER: tl.constexpr,
     ):  # fmt: skip
-        """A tile of x (rows, columns) in FP8 to row_major, and to transposed, whose rows are `stride` apart.
+        """A tile of x (rows, columns) in FP8 to row_major and to transposed.
 
         KIND as above; SQUARED_GRAD also writes relu(x)^2 transposed to squares. The scale is the largest of `bounds`
         (number) / LARGEST, or bound / LARGEST where bounds is None.
@@ -60,7 +60,7 @@ if triton is not None:
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         inside = (row < rows) & (column < columns)
-        at, across = row.to(tl.int64) * columns + column, column.to(tl.int64) * stride + row
+        at, across = row.to(tl.int64) * columns + column, column.to(tl.int64) * rows + row
         first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
         limit = bound
         which = tl.arange(0, NUMBER)
@@ -133,9 +133,8 @@ def cast_to_fp8(
         return _cast_reference(out, x, amax_bound, kind, grad, grad_bound, squares)
     top, is_number = torch.finfo(out.dtype).max, not isinstance(amax_bound, Tensor)
     (rows, columns), number = x.shape, 1 if is_number else len(amax_bound)
-    stride = rows if out.transposed is None else out.transposed.stride(0)
     squares = squares if kind == SQUARED_GRAD else None
-    aligned = not any(size % ALIGNED for size in (rows, columns, stride))
+    aligned = not any(size % ALIGNED for size in (rows, columns))
     both = out.row_major is not None and out.transposed is not None
     if (both or squares is not None) and not (aligned and x.dtype == torch.bfloat16):
         for layout in (out._replace(transposed=None), out._replace(row_major=None)):
@@ -147,7 +146,7 @@ def cast_to_fp8(
     _cast[(triton.cdiv(rows, CAST_TILE["ROWS"]), triton.cdiv(columns, CAST_TILE["COLUMNS"]))](
         x.contiguous(), grad, None if is_number else amax_bound, grad_bound, number,
         float(amax_bound) if is_number else 0.0, out.row_major, out.transposed, out.scale,
-        squares and squares.transposed, squares and squares.scale, rows, columns, stride, KIND=kind, LARGEST=top,
+        squares and squares.transposed, squares and squares.scale, rows, columns, KIND=kind, LARGEST=top,
         SQUARES_LARGEST=torch.finfo(E4M3).max, NUMBER=triton.next_power_of_2(number), **CAST_TILE,
     )  # fmt: skip
 
@@ -213,15 +212,9 @@ class Float8Weight(NamedTuple):
 
 @torch.no_grad()
 def quantize_weight(*parts: Tensor) -> Float8Weight:
-    sizes, columns = [len(part) for part in parts], parts[0].shape[1]
-    pair = empty((sum(sizes), columns), parts[0].device, E4M3)
-    bf16_parts = [part.bfloat16() for part in parts]  # Triton 3.6 transposes a tile wrongly that was float32
-    bounds = torch.cat([compute_amax(part)[0] for part in bf16_parts])
-    layouts = zip(bf16_parts, pair.row_major.split(sizes), pair.transposed.split(sizes, dim=1))
-    for part, row_major, transposed in layouts:
-        cast_to_fp8(Float8Pair(row_major, transposed, pair.scale), part, bounds)
-    norms = [torch.linalg.vector_norm(part, dim=0, dtype=torch.float32) for part in bf16_parts]
-    return Float8Weight(pair, torch.stack(norms).norm(dim=0).amax(), parts)
+    matrix = cast_weights(torch.bfloat16, *parts)  # Triton 3.6 transposes a tile wrongly that was float32
+    norms = torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float32)
+    return Float8Weight(quantize(matrix, E4M3), norms.amax(), parts)
 
 
 class Float8Relu2MLP(torch.autograd.Function):

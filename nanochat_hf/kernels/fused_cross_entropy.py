@@ -80,9 +80,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if training else None
         weight_grad = None
         rows = max(1, MAX_LOGITS_BYTES // (2 * len(bf16_weight)))
+        buffer = hidden.new_empty(min(rows, len(hidden)), len(bf16_weight))  # one chunk's memory serves all
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = hidden[part] @ bf16_weight.t()  # (rows, V)
+            logits = torch.mm(hidden[part], bf16_weight.t(), out=buffer[: len(hidden[part])])  # (rows, V)
             _softcap_nll[(len(logits),)](
                 logits, targets[part], losses[part], scales[part], inverse_count, num_tokens, logits.stride(0),
                 softcap or 0.0, CAPPED=softcap is not None, GRAD=training,
@@ -94,7 +95,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 if weight_grad is None:
                     weight_grad = torch.mm(logits.t(), scaled, out_dtype=torch.float32)
                 else:
-                    weight_grad = torch.addmm(weight_grad, logits.t(), scaled, out_dtype=torch.float32)
+                    torch.addmm(weight_grad, logits.t(), scaled, out_dtype=torch.float32, out=weight_grad)
         ctx.save_for_backward(hidden_grad, weight_grad, scales)
         return losses.sum() * inverse_count if reduction == "mean" else losses
 

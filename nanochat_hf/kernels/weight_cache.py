@@ -126,8 +126,8 @@ class WeightCastCache:
         self.casts: dict = {}
 
     def cast_detached(self, name, dtype: torch.dtype, *weights: Tensor) -> Tensor:
-        """Weights (N_i, C) -> one (sum N_i, C) of `dtype`; each set of weights has its own `name`."""
-        return self.lookup(name, partial(_cast, dtype), *weights)
+        """`cast_weights`, from the cache; each set of weights has its own `name`."""
+        return self.lookup(name, partial(cast_weights, dtype), *weights)
 
     def lookup(self, name, make: Callable, *weights: Tensor):
         """make(*weights), from the cache if no weight has changed since."""
@@ -138,7 +138,8 @@ class WeightCastCache:
         return self.casts[name][1]
 
 
-def _cast(dtype: torch.dtype, *weights: Tensor) -> Tensor:
+def cast_weights(dtype: torch.dtype, *weights: Tensor) -> Tensor:
+    """Weights (N_i, C) -> one (sum N_i, C) of `dtype`."""
     result = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype, device=weights[0].device)
     for part, weight in zip(result.split([len(weight) for weight in weights]), weights):
         part.copy_(weight)
