@@ -2,6 +2,8 @@
 
 import copy
 import json
+import runpy
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
+from nanochat_hf import stages
+from nanochat_hf.config import parse_config
+from nanochat_hf.data.tokenizer import load_tokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.run import load_json
@@ -277,3 +282,38 @@ def test_a_prompt_leaves_room_for_the_whole_answer(tiny_folder, tmp_path, monkey
     with pytest.raises(InputError, match="enough"):
         train_rl(config(max_new_tokens=12), str(tiny_folder), tmp_path, Generator)
     assert lengths == [128 - 12]  # tiny_folder's context
+
+
+def test_rejection_sampling_keeps_each_right_completion_once(talker_folder, tmp_path, monkeypatch, capsys):
+    """What it writes renders to the tokens that were sampled; wrong, cut off and repeated completions are left out."""
+    run, tokenizer = tmp_path / "run", load_tokenizer(talker_folder)
+    shutil.copytree(talker_folder, run / "sft")
+    (run / "sft" / "metrics.json").write_text('{"finished": true}')
+    stage = parse_config(RLConfig, "recipes/cpu-demo/rl.yaml")
+    rows = load_prompts(stage, "train", tokenizer, 100)[0][:3]
+
+    def generate(prompts, num_samples, **options):
+        assert (len(prompts), num_samples) == (3, 4)
+        sums = [
+            f"<|python_start|>{r['answer']}+0<|python_end|><|output_start|>{r['answer']}<|output_end|>" for r in rows
+        ]
+        texts = [
+            [f"{s}So {r['answer']}.<|assistant_end|>", f"{r['answer']}<|assistant_end|>"] for s, r in zip(sums, rows)
+        ]
+        wrong = ["<|python_start|>0+0<|python_end|><|output_start|>0<|output_end|>0<|assistant_end|>", sums[0]]
+        texts = [texts[0] + wrong, texts[1] + texts[1][:1] * 2, wrong * 2]
+        return [[tokenizer.encode(text, add_special_tokens=False) for text in four] for four in texts]
+
+    monkeypatch.setattr(stages, "engine", lambda model, tokenizer: SimpleNamespace(generate=generate))
+    output = tmp_path / "right.jsonl"
+    words = ["cpu-demo", "--run-dir", str(run), "--num-prompts", "3", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", ["rejection_sampling.py", *words])
+    runpy.run_path("scripts/rejection_sampling.py", run_name="__main__")
+    assert capsys.readouterr().out.startswith("4 different right completions of 12")
+    chats = [json.loads(line)["messages"] for line in output.read_text().splitlines()]
+    rendered = [tokenizer.decode(ids) for ids in tokenizer.apply_chat_template(chats, return_dict=True)["input_ids"]]
+    for text, row, has_call in zip(rendered, [rows[0]] * 2 + [rows[1]] * 2, [True, False] * 2, strict=True):
+        question, answer = row["prompt"][0]["content"], row["answer"]
+        call = f"<|python_start|>{answer}+0<|python_end|><|output_start|>{answer}<|output_end|>So {answer}."
+        turn = f"<|assistant_start|>{call if has_call else answer}<|assistant_end|>"
+        assert text == f"<|bos|><|user_start|>{question}<|user_end|>{turn}"
