@@ -330,6 +330,14 @@ class RLConfig(StageConfig):
     """Prompts per step, over all devices."""
     num_samples: Annotated[int, Ge(2), Le(10_000)] = 16
     """Completions sampled per prompt, two at least: the advantage is against their mean reward."""
+    updates_per_batch: Size = 1
+    """Optimizer steps on each batch of completions, by importance weights; TRL calls it num_iterations."""
+    repeat_share: Fraction = 0.0
+    """Largest share of a step's prompts that were asked before, with a pass rate from min_ to max_pass_rate."""
+    min_pass_rate: Fraction = 0.05
+    """Lowest pass rate of a prompt that is repeated."""
+    max_pass_rate: Fraction = 0.8
+    """Highest pass rate of a prompt that is repeated."""
     max_new_tokens: Length = 256
     """Tokens per completion, tool results included."""
     temperature: Annotated[float, Gt(0), Le(5)] = 1.0
@@ -340,10 +348,21 @@ class RLConfig(StageConfig):
     """Test prompts of the evaluations."""
     eval_samples: Annotated[int, Ge(1), Le(10_000)] = 4
     """Completions per test prompt, for pass@k."""
+    patience: OptionalCount = -1
+    """Evaluations in a row without a better pass@1 that end the training; it keeps the best weights. -1: never."""
     warmdown_ratio: Fraction = 1.0
     init_lr_frac: Rate = 0.05
     enabled: bool = True
     """false: run this stage only when --stages names it."""
+
+    @model_validator(mode="after")
+    def keys_agree(self):
+        if self.patience > 0 and self.eval_every < 1:
+            raise ValueError(f"patience is {self.patience}: give eval_every, too, the steps between evaluations")
+        for key in ("save_every", "eval_every"):
+            if (steps := getattr(self, key)) > 0 and steps % self.updates_per_batch:  # a resume would sample anew
+                raise ValueError(f"{key} is {steps}: give a multiple of updates_per_batch, {self.updates_per_batch}")
+        return self
 
 
 @settings

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from test_optim import OPTIONS
 
+from nanochat_hf.data import grading
 from nanochat_hf.data.tokenizer import train_bpe
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import Generator
@@ -242,6 +243,30 @@ def test_an_interruption_anywhere_changes_nothing(train, tmp_path, monkeypatch, 
     torch.manual_seed(123)
     train(stage, out, **keys)
     assert len(steps) == steps_after and result(out) == uninterrupted[stage]
+
+
+SAMPLES_USED_BETTER = [
+    {"updates_per_batch": 2}, {"updates_per_batch": 2, "save_every": -1, "eval_every": -1}, {"repeat_share": 0.6},
+    {"patience": 1, "eval_every": 1, "keep_checkpoints": 1, "num_iterations": 20},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", SAMPLES_USED_BETTER)
+def test_rl_that_reuses_selects_or_stops_early_resumes_to_the_same_result(train, tmp_path, monkeypatch, keys):
+    monkeypatch.setattr(grading, "is_correct", lambda row, text: sum(map(ord, text)) % 2 == 0)
+    keys = {"num_iterations": 6} | keys
+    train("rl", tmp_path / "whole", **keys)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        fail(patch, RLTrainer, "training_step", SystemExit(), terminate(2))
+        train("rl", tmp_path / "out", **keys)
+    steps = [checkpoint.step_of(path) for path in complete_checkpoints(tmp_path / "out" / "state")]
+    assert steps[-1] == (4 if keys.get("updates_per_batch") == 2 else 3)
+    train("rl", tmp_path / "out", **keys)
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+    metrics = load_json(tmp_path / "out" / "metrics.json")
+    if "patience" in keys:
+        assert metrics["num_iterations"] == metrics["best_step"] + 1 < 20
+        assert metrics["after"]["pass@1"] == max(row["pass@1"] for row in metrics["history"])
 
 
 STOPS = [(3, 5), (4, 4), (1, 3, 4, 5), (2, 2, 4, 5)]

@@ -218,14 +218,14 @@ def save(
     return final
 
 
-def delete_superseded(state: Path, keep: int) -> None:
-    """Delete all checkpoints in `state` but the newest of each of the last `keep` steps.
+def delete_superseded(state: Path, keep: int, best_step: int | None = None) -> None:
+    """Delete all checkpoints in `state` but the newest of each of the last `keep` steps, and that of `best_step`.
 
     So runs that stop at one step repeatedly do not push out the checkpoint of the step before.
     """
     checkpoints = complete_checkpoints(state)
     newest = list({path.stem: path for path in checkpoints}.values())[-max(keep, 1) :]
-    for old in (path for path in checkpoints if path not in newest):
+    for old in (path for path in checkpoints if path not in newest and step_of(path) != best_step):
         hidden = old.with_name(f".{old.name}")  # an interruption must not leave half a checkpoint
         remove(hidden)
         os.replace(old, hidden)

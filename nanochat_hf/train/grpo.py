@@ -31,10 +31,12 @@ from ..demo import corpus as primer
 from ..errors import InputError
 from ..run import fingerprint, start_record, writing
 from ..stage_configs import RLConfig
+from . import checkpoint
 from .runtime import check_launch
 from .trainer import StageTrainer, load_source, split_step, trainer_arguments
 
 EVAL_BATCH = 128  # completions that a device generates together in an evaluation
+ASKED = "asked.pt"  # in a checkpoint: `RLTrainer.asked`
 PRIMER_PROMPTS = 4000  # training prompts of each kind
 
 
@@ -49,6 +51,9 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         self.samples, self.outcomes = samples, defaultdict(list)
         reward = correctness(processing_class, self.record)
         super().__init__(*args, reward_funcs=reward, processing_class=processing_class, **kwargs)
+        self.repeats = self.stage.repeat_share > 0
+        # (prompts, 2): the step that asked a prompt last, -1 for never, and its pass rate then
+        self.asked = torch.tensor([[-1.0, -1.0]]).repeat(len(self.train_dataset), 1)
 
     def _generate(self, prompts: list):
         start = time.perf_counter()
@@ -57,6 +62,83 @@ class RLTrainer(StageTrainer, GRPOTrainer):
             self.generation_seconds += time.perf_counter() - start
             self.step_tokens += sum(map(len, result[1])) * self.accelerator.num_processes
         return result
+
+    def choose_prompts(self) -> list[int]:
+        """The prompts of a step: at most `repeat_share` of informative pass rate, then others; longest not asked first."""
+        stage, (steps, rates) = self.stage, self.asked.unbind(1)
+        order = steps.argsort(stable=True)
+        informative = ((rates >= stage.min_pass_rate) & (rates <= stage.max_pass_rate))[order]
+        repeated = order[informative][: int(stage.repeat_share * stage.examples_per_step)]
+        others = order[~torch.isin(order, repeated)]
+        return [*repeated.tolist(), *others.tolist()][: stage.examples_per_step]
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        if self.model.training and self.repeats:
+            self.chosen = self.choose_prompts()
+            rows, first = self.num_generations, self.args.process_index * len(inputs)
+            places = range(first, first + len(inputs))
+            inputs = [self.train_dataset[self.chosen[place // rows]] for place in places]
+        return super()._generate_and_score_completions(inputs)
+
+    def _calculate_rewards(self, *args) -> torch.Tensor:
+        rewards = super()._calculate_rewards(*args)  # (completions of all ranks, 1)
+        if self.model.training and self.repeats:
+            self.asked[self.chosen, 0] = self.state.global_step
+            self.asked[self.chosen, 1] = rewards.view(-1, self.num_generations).mean(1).cpu()
+        return rewards
+
+    def save_records(self, folder: Path) -> None:
+        if self.repeats and self.is_world_process_zero():
+            torch.save(self.asked, folder / ASKED)
+
+    def restore_records(self, folder: Path) -> None:
+        super().restore_records(folder)
+        if not self.repeats:
+            return
+        with checkpoint.reading(folder):
+            self.asked = torch.load(folder / ASKED, weights_only=True)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self._step = state.global_step * args.gradient_accumulation_steps  # TRL samples when a batch is used up
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if state.global_step % self.num_iterations and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = False  # a resume would sample this batch anew
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the highest pass@1 so far, the first of equals; None without `patience`."""
+        scores = self.scores()
+        return max(scores, key=scores.get) if scores and self.stage.patience > 0 else None
+
+    def scores(self) -> dict[int, float]:
+        """pass@1 by step."""
+        return {entry["step"]: entry["pass@1"] for entry in self.state.log_history if "pass@1" in entry}
+
+    def is_complete(self) -> bool:
+        best = self.best_step
+        stalled = best is not None and sum(step > best for step in self.scores()) >= self.stage.patience
+        return super().is_complete() or stalled
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self.control.should_save |= self.control.should_evaluate and self.stage.patience > 0
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.control.should_training_stop |= self.is_complete()
+
+    def evaluate_result(self) -> dict:
+        """The final evaluation, and with `patience` that of the best weights, which come back. For metrics.json."""
+        best, last, log = self.best_step, self.state.global_step, self.state.log_history
+        if best is None:
+            return {"after": self.evaluate()}
+        if best < last:
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / f"checkpoint-{best}")
+            self._load_best_model()
+        self.accelerator.print(f"[rl] ended after step {last} with the weights of step {best}, the best pass@1")
+        self.state.global_step, self.state.log_history = best, list(log)  # so the same completions are sampled
+        after, self.state.log_history = self.evaluate(), log
+        return {"after": after, "best_step": best, "num_iterations": last}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Leave out completions without advantage (all of a prompt's have one reward): their gradient is zero.
@@ -137,13 +219,15 @@ def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
         **trainer_arguments(config, output),
         gradient_accumulation_steps=grad_accum_steps,
         num_generations=config.num_samples,
+        num_iterations=config.updates_per_batch,
         max_completion_length=config.max_new_tokens,
         temperature=config.temperature,
         top_k=0,
         num_generations_eval=config.eval_samples,
         per_device_eval_batch_size=max(1, EVAL_BATCH // config.eval_samples) * config.eval_samples,
         beta=0.0,
-        loss_type="dapo",
+        loss_type="cispo",
+        epsilon_high=5.0,
         scale_rewards="none",
         log_completions=False,
     )
@@ -219,9 +303,9 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable) -> No
     )
     before = trainer.evaluate()
     trainer.train_with_resume({"data": fingerprint([rows, eval_rows])})
-    after = trainer.evaluate()
+    result = trainer.evaluate_result()
     share = trainer.generation_seconds / max(trainer.step_seconds, 1e-9)
-    numbers = {"before": before, "after": after, "generation_share": share, "skipped_rows": skipped + eval_skipped}
+    numbers = {"before": before, **result, "generation_share": share, "skipped_rows": skipped + eval_skipped}
     if trainer.samples.exists():  # the main process writes them
         last = [json.loads(line) for line in trainer.samples.read_text().splitlines()[-4:]]
         numbers["samples"] = [{"prompt": row["prompt"][-1]["content"], "text": row["text"]} for row in last]

@@ -38,7 +38,7 @@ from .runtime import copy_to_host_async, graceful_shutdown, peak_memory, shard_o
 # Keys that may differ between the parts of an interrupted run.
 MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to")
 SAME = ("grad_norm", "time", "tokens_per_second", "chatcore", "reward", "reward_std", "entropy", "tool_use")
-HISTORY = {name: name for name in SAME} | {  # entry of the libraries' log -> column of metrics.json's history
+HISTORY = {name: name for name in (*SAME, "frac_reward_zero_std")} | {  # entry of the libraries' log -> column of metrics.json's history
     "loss": "train_loss", "eval_loss": "val_loss", "mean_token_accuracy": "token_accuracy",
     "eval_reward": "val_reward", "completions/mean_length": "completion_length",
     "completions/clipped_ratio": "clipped_ratio",
@@ -107,6 +107,7 @@ class StageTrainer(TrainerCallback):
     unit, padding = "rows", 0  # what an item of the training set is; items that only make up whole steps
     shown: tuple[str, ...] = ("train_loss", "lr", "tokens_per_second")
     measured: tuple[str, ...] = ("val_loss", "eval_rewards/accuracies", "chatcore", "pass@1")
+    best_step: int | None = None  # its checkpoint is kept
 
     def __init__(self, *args, stage: StageConfig, source: str = "", **kwargs):
         self.stage, self.source = stage, source
@@ -233,12 +234,13 @@ class StageTrainer(TrainerCallback):
         folder = self.checkpoint_folder()
         with checkpoint.writing_checkpoint(folder):
             super()._save_checkpoint(model or self.model_wrapped, trial)
+            self.save_records(folder)
             if self.args.world_size > 1 and not self.is_sharded():  # DDP: transformers saves only the first rank's
                 torch.save(self.optimizer.state_dict(), folder / f"optimizer-{self.args.process_index}.pt")
         monitored_barrier(f"{folder.name} of {folder.parent.parent.name}")
         if self.is_world_process_zero():
             checkpoint.write_manifest(folder)
-            checkpoint.delete_superseded(folder.parent, self.stage.keep_checkpoints)
+            checkpoint.delete_superseded(folder.parent, self.stage.keep_checkpoints, self.best_step)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """As transformers', but saves before it evaluates: a failing evaluation must not cost the training before."""
@@ -246,6 +248,10 @@ class StageTrainer(TrainerCallback):
         self.control.should_save |= evaluate and self.args.world_size > 1  # ranks cannot save after one has failed
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.measure_after_step(evaluate)
+
+    def is_complete(self) -> bool:
+        """Whether no step is left to take."""
+        return self.state.global_step >= self.state.max_steps
 
     def measure_after_step(self, evaluate: bool) -> None:
         """Run the evaluation, if `evaluate`, and `measure`, if it is due. Random state stays as it was."""
@@ -277,7 +283,7 @@ class StageTrainer(TrainerCallback):
 
     def _run_epoch(self, *args, **kwargs):
         """As transformers', which takes one step too many if a run is resumed after its last step."""
-        if self.state.global_step < self.state.max_steps:
+        if not self.is_complete():
             super()._run_epoch(*args, **kwargs)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -394,6 +400,9 @@ class StageTrainer(TrainerCallback):
             raise InputError(f"{state / 'config.json'} is missing: restore it, or delete {state} to start anew")
         checkpoint.refuse_changes(state, checkpoint.changed_keys(before, settings).values())
 
+    def save_records(self, folder: Path) -> None:
+        """Write into a checkpoint what only the subclass' `restore_records` reads."""
+
     def restore_records(self, folder: Path) -> None:
         """Take over what transformers does not restore: skipped steps, the log, and where optimizer state lies."""
         skipped, older = folder.parent / checkpoint.SKIPPED, f"delete {folder} to use an older checkpoint"
@@ -435,7 +444,8 @@ class StageTrainer(TrainerCallback):
             speed = self.step_tokens / self.step_seconds if self.step_seconds else (speeds or [None])[-1]
             record |= {"earlier_wall_time_s": self.earlier_seconds, "weights": model_fingerprint(output)}
             record |= {"inputs": self.inputs, "skipped_steps": self.skipped}
-            numbers |= {"num_iterations": self.state.max_steps, "num_epochs": self.state.epoch, "history": history}
+            numbers = {"num_iterations": self.state.max_steps} | numbers
+            numbers |= {"num_epochs": self.state.epoch, "history": history}
             numbers |= {"tokens_per_second": speed, "peak_memory_bytes": peak_memory(self.args.device)}
             write_metrics(output, record, **numbers)
             shutil.rmtree(output / "state", ignore_errors=True)
