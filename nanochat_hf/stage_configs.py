@@ -359,6 +359,8 @@ class RLConfig(StageConfig):
     def keys_agree(self):
         if self.patience > 0 and self.eval_every < 1:
             raise ValueError(f"patience is {self.patience}: give eval_every, too, the steps between evaluations")
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError(f"min_pass_rate is {self.min_pass_rate}, above max_pass_rate, {self.max_pass_rate}")
         for key in ("save_every", "eval_every"):
             if (steps := getattr(self, key)) > 0 and steps % self.updates_per_batch:  # a resume would sample anew
                 raise ValueError(f"{key} is {steps}: give a multiple of updates_per_batch, {self.updates_per_batch}")
