@@ -332,12 +332,6 @@ class RLConfig(StageConfig):
     """Completions sampled per prompt, two at least: the advantage is against their mean reward."""
     updates_per_batch: Size = 1
     """Optimizer steps on each batch of completions, by importance weights; TRL calls it num_iterations."""
-    repeat_share: Fraction = 0.0
-    """Largest share of a step's prompts that were asked before, with a pass rate from min_ to max_pass_rate."""
-    min_pass_rate: Fraction = 0.05
-    """Lowest pass rate of a prompt that is repeated."""
-    max_pass_rate: Fraction = 0.8
-    """Highest pass rate of a prompt that is repeated."""
     max_new_tokens: Length = 256
     """Tokens per completion, tool results included."""
     temperature: Annotated[float, Gt(0), Le(5)] = 1.0
@@ -359,8 +353,6 @@ class RLConfig(StageConfig):
     def keys_agree(self):
         if self.patience > 0 and self.eval_every < 1:
             raise ValueError(f"patience is {self.patience}: give eval_every, too, the steps between evaluations")
-        if self.min_pass_rate > self.max_pass_rate:
-            raise ValueError(f"min_pass_rate is {self.min_pass_rate}, above max_pass_rate, {self.max_pass_rate}")
         for key in ("save_every", "eval_every"):
             if (steps := getattr(self, key)) > 0 and steps % self.updates_per_batch:  # a resume would sample anew
                 raise ValueError(f"{key} is {steps}: give a multiple of updates_per_batch, {self.updates_per_batch}")

@@ -257,7 +257,7 @@ def test_chat_stages_on_two_ranks_equal_one_also_after_a_stop(chat):
     stages |= {"dpo": DPO | {"dataset": chat / "pairs.jsonl"}}
     stages |= {"lora": stages["dpo"] | {"lora_r": 4}, "rl": {"do": "rl", **untrained(chat / "sft", chat)}}
     stages["rl"] |= {"model": chat / "guesses", "num_iterations": 12, "examples_per_step": 8, "num_samples": 4}
-    stages["rl"] |= {"updates_per_batch": 2, "repeat_share": 0.5}
+    stages["rl"]["updates_per_batch"] = 2
 
     def run(ranks: int, config: str, *names: str, ok: bool = True, **more):
         jobs = []

@@ -245,14 +245,14 @@ def test_an_interruption_anywhere_changes_nothing(train, tmp_path, monkeypatch, 
     assert len(steps) == steps_after and result(out) == uninterrupted[stage]
 
 
-SAMPLES_USED_BETTER = [
-    {"updates_per_batch": 2}, {"updates_per_batch": 2, "save_every": -1, "eval_every": -1}, {"repeat_share": 0.6},
+REUSE_AND_EARLY_STOP = [
+    {"updates_per_batch": 2}, {"updates_per_batch": 2, "save_every": -1, "eval_every": -1},
     {"patience": 1, "eval_every": 1, "keep_checkpoints": 1, "num_iterations": 20},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("keys", SAMPLES_USED_BETTER)
-def test_rl_that_reuses_selects_or_stops_early_resumes_to_the_same_result(train, tmp_path, monkeypatch, keys):
+@pytest.mark.parametrize("keys", REUSE_AND_EARLY_STOP)
+def test_rl_that_reuses_batches_or_stops_early_resumes_to_the_same_result(train, tmp_path, monkeypatch, keys):
     monkeypatch.setattr(grading, "is_correct", lambda row, text: sum(map(ord, text)) % 2 == 0)
     keys = {"num_iterations": 6} | keys
     train("rl", tmp_path / "whole", **keys)

@@ -2,8 +2,9 @@
 
     nanochat rl --config recipes/cpu-demo/rl.yaml --run-dir runs/cpu-demo
 
-As in karpathy/nanochat this is GRPO (arXiv:2402.03300) reduced to nearly REINFORCE. It is on-policy with one update
-per batch, so the ratio is 1 and clipping never acts. There is no KL term and no reference model. The advantage is the
+As in karpathy/nanochat this is GRPO (arXiv:2402.03300) reduced to nearly REINFORCE. The first update of a batch is
+on-policy: its importance weights are 1. Those of further ones (`updates_per_batch`) are cut at 5, and their gradient
+stays that of REINFORCE (CISPO, arXiv:2506.13585). There is no KL term and no reference model. The advantage is the
 reward minus the prompt's mean reward (arXiv:2503.20783). The loss is the mean over all sampled tokens of the batch
 (DAPO, arXiv:2503.14476), tool results masked; upstream takes the mean per prompt. Tokens are sampled from the full
 softmax, as the gradient assumes; upstream samples from the top 50.
@@ -31,12 +32,10 @@ from ..demo import corpus as primer
 from ..errors import InputError
 from ..run import fingerprint, start_record, writing
 from ..stage_configs import RLConfig
-from . import checkpoint
 from .runtime import check_launch
 from .trainer import StageTrainer, load_source, split_step, trainer_arguments
 
 EVAL_BATCH = 128  # completions that a device generates together in an evaluation
-ASKED = "asked.pt"  # in a checkpoint: `RLTrainer.asked`
 PRIMER_PROMPTS = 4000  # training prompts of each kind
 
 
@@ -51,9 +50,6 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         self.samples, self.outcomes = samples, defaultdict(list)
         reward = correctness(processing_class, self.record)
         super().__init__(*args, reward_funcs=reward, processing_class=processing_class, **kwargs)
-        self.repeats = self.stage.repeat_share > 0
-        # (prompts, 2): the step that asked a prompt last, -1 for never, and its pass rate then
-        self.asked = torch.tensor([[-1.0, -1.0]]).repeat(len(self.train_dataset), 1)
 
     def _generate(self, prompts: list):
         start = time.perf_counter()
@@ -62,41 +58,6 @@ class RLTrainer(StageTrainer, GRPOTrainer):
             self.generation_seconds += time.perf_counter() - start
             self.step_tokens += sum(map(len, result[1])) * self.accelerator.num_processes
         return result
-
-    def choose_prompts(self) -> list[int]:
-        """The prompts of a step: at most `repeat_share` of informative pass rate, then others; longest not asked first."""
-        stage, (steps, rates) = self.stage, self.asked.unbind(1)
-        order = steps.argsort(stable=True)
-        informative = ((rates >= stage.min_pass_rate) & (rates <= stage.max_pass_rate))[order]
-        repeated = order[informative][: int(stage.repeat_share * stage.examples_per_step)]
-        others = order[~torch.isin(order, repeated)]
-        return [*repeated.tolist(), *others.tolist()][: stage.examples_per_step]
-
-    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
-        if self.model.training and self.repeats:
-            self.chosen = self.choose_prompts()
-            rows, first = self.num_generations, self.args.process_index * len(inputs)
-            places = range(first, first + len(inputs))
-            inputs = [self.train_dataset[self.chosen[place // rows]] for place in places]
-        return super()._generate_and_score_completions(inputs)
-
-    def _calculate_rewards(self, *args) -> torch.Tensor:
-        rewards = super()._calculate_rewards(*args)  # (completions of all ranks, 1)
-        if self.model.training and self.repeats:
-            self.asked[self.chosen, 0] = self.state.global_step
-            self.asked[self.chosen, 1] = rewards.view(-1, self.num_generations).mean(1).cpu()
-        return rewards
-
-    def save_records(self, folder: Path) -> None:
-        if self.repeats and self.is_world_process_zero():
-            torch.save(self.asked, folder / ASKED)
-
-    def restore_records(self, folder: Path) -> None:
-        super().restore_records(folder)
-        if not self.repeats:
-            return
-        with checkpoint.reading(folder):
-            self.asked = torch.load(folder / ASKED, weights_only=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

@@ -38,10 +38,10 @@ from .runtime import copy_to_host_async, graceful_shutdown, peak_memory, shard_o
 # Keys that may differ between the parts of an interrupted run.
 MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to")
 SAME = ("grad_norm", "time", "tokens_per_second", "chatcore", "reward", "reward_std", "entropy", "tool_use")
-HISTORY = {name: name for name in (*SAME, "frac_reward_zero_std")} | {  # entry of the libraries' log -> column of metrics.json's history
+HISTORY = {name: name for name in SAME} | {  # entry of the libraries' log -> column of metrics.json's history
     "loss": "train_loss", "eval_loss": "val_loss", "mean_token_accuracy": "token_accuracy",
     "eval_reward": "val_reward", "completions/mean_length": "completion_length",
-    "completions/clipped_ratio": "clipped_ratio",
+    "completions/clipped_ratio": "clipped_ratio", "frac_reward_zero_std": "frac_reward_zero_std",
 }  # fmt: skip
 MUST_BE_FINITE = {"loss": "the loss", "grad_norm": "the gradient norm", "eval_loss": "the validation loss"}
 
@@ -234,7 +234,6 @@ class StageTrainer(TrainerCallback):
         folder = self.checkpoint_folder()
         with checkpoint.writing_checkpoint(folder):
             super()._save_checkpoint(model or self.model_wrapped, trial)
-            self.save_records(folder)
             if self.args.world_size > 1 and not self.is_sharded():  # DDP: transformers saves only the first rank's
                 torch.save(self.optimizer.state_dict(), folder / f"optimizer-{self.args.process_index}.pt")
         monitored_barrier(f"{folder.name} of {folder.parent.parent.name}")
@@ -400,9 +399,6 @@ class StageTrainer(TrainerCallback):
             raise InputError(f"{state / 'config.json'} is missing: restore it, or delete {state} to start anew")
         checkpoint.refuse_changes(state, checkpoint.changed_keys(before, settings).values())
 
-    def save_records(self, folder: Path) -> None:
-        """Write into a checkpoint what only the subclass' `restore_records` reads."""
-
     def restore_records(self, folder: Path) -> None:
         """Take over what transformers does not restore: skipped steps, the log, and where optimizer state lies."""
         skipped, older = folder.parent / checkpoint.SKIPPED, f"delete {folder} to use an older checkpoint"
@@ -444,8 +440,7 @@ class StageTrainer(TrainerCallback):
             speed = self.step_tokens / self.step_seconds if self.step_seconds else (speeds or [None])[-1]
             record |= {"earlier_wall_time_s": self.earlier_seconds, "weights": model_fingerprint(output)}
             record |= {"inputs": self.inputs, "skipped_steps": self.skipped}
-            numbers = {"num_iterations": self.state.max_steps} | numbers
-            numbers |= {"num_epochs": self.state.epoch, "history": history}
-            numbers |= {"tokens_per_second": speed, "peak_memory_bytes": peak_memory(self.args.device)}
+            numbers = {"num_iterations": self.state.max_steps, "num_epochs": self.state.epoch} | numbers
+            numbers |= {"history": history, "tokens_per_second": speed, "peak_memory_bytes": peak_memory(self.args.device)}
             write_metrics(output, record, **numbers)
             shutil.rmtree(output / "state", ignore_errors=True)
