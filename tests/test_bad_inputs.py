@@ -92,7 +92,6 @@ KEYS = {
         "top_k is 50: it must be 0": ["top_k: 50"],
         "above 0 and of at most 5": ["temperature: 0"],
         "give eval_every, too": ["patience: 2"],
-        "eval_every is 15: give a multiple of updates_per_batch, 2": ["updates_per_batch: 2\neval_every: 15"],
         "no kind 'problm'; did you mean 'problem'": ["dataset: 'primer:problm'"], "no kind ''": ["dataset: primer"],
         "enabled is": ["enabled: perhaps", "opt_in: perhaps"],
     },

@@ -124,6 +124,29 @@ def test_the_gradient_is_reinforce_with_the_mean_as_baseline(tiny_folder, tokeni
         torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-3, msg=name)
 
 
+def test_a_second_update_weighs_by_the_weights_that_sampled(tiny_folder, tokenizer, tmp_path):
+    trainer = new_trainer(tiny_folder, tokenizer, tmp_path, config(updates_per_batch=2))
+    trainer.current_gradient_accumulation_steps = 1
+    model, batch = trainer.model.train(), graded_batch(trainer)
+    ids, mask = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1), batch["completion_mask"]
+
+    def logp():
+        return model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, 4:, 0]
+
+    old, first = logp().detach(), trainer.compute_loss(model, batch)
+    assert first.item() == pytest.approx(-(old * mask * batch["advantages"][:, None]).sum().item() / mask.sum().item())
+    model.lm_head.weight.data += torch.randn_like(model.lm_head.weight) * 0.3
+    new = logp()
+    weights = (new - old).exp()
+    assert weights.max() > 5 > weights.min()  # some are cut
+    chosen = weights.clamp(max=5).detach() * new * mask * batch["advantages"][:, None]
+    (-chosen.sum() / mask.sum()).backward()
+    expected = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    trainer.compute_loss(model, batch).backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, expected, atol=1e-6, rtol=1e-3)
+
+
 def test_rows_without_advantage_are_left_out_and_nothing_changes(tiny_folder, tokenizer, tmp_path, monkeypatch):
     trainer = new_trainer(tiny_folder, tokenizer, tmp_path)
     trainer.current_gradient_accumulation_steps = 1
@@ -260,7 +283,7 @@ def untrained(tiny_folder, tmp_path) -> dict:
 
 def test_trl_gets_the_algorithm_that_the_module_describes(tiny_folder, tmp_path):
     arguments = grpo_arguments(config(temperature=0.7, num_samples=4, eval_samples=2), tmp_path)
-    assert (arguments.beta, arguments.loss_type, arguments.scale_rewards) == (0.0, "dapo", "none")
+    assert (arguments.beta, arguments.loss_type, arguments.scale_rewards) == (0.0, "cispo", "none")
     assert arguments.steps_per_generation == arguments.gradient_accumulation_steps and arguments.num_iterations == 1
     assert (arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p) == (0.7, 0, 1.0, None)
     assert (arguments.num_generations, arguments.num_generations_eval, arguments.max_completion_length) == (4, 2, 12)

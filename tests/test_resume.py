@@ -245,22 +245,28 @@ def test_an_interruption_anywhere_changes_nothing(train, tmp_path, monkeypatch, 
     assert len(steps) == steps_after and result(out) == uninterrupted[stage]
 
 
-REUSE_AND_EARLY_STOP = [
-    {"updates_per_batch": 2}, {"updates_per_batch": 2, "save_every": -1, "eval_every": -1},
-    {"patience": 1, "eval_every": 1, "keep_checkpoints": 1, "num_iterations": 20},
-]  # fmt: skip
+STOP_EARLY = {"patience": 1, "eval_every": 1, "keep_checkpoints": 1, "num_iterations": 20}
+IN_A_BATCH = {"updates_per_batch": 2, "save_every": -1, "eval_every": -1}
 
 
-@pytest.mark.parametrize("keys", REUSE_AND_EARLY_STOP)
+@pytest.mark.parametrize("keys", [{"updates_per_batch": 2, "save_every": 1}, STOP_EARLY, *slowly((IN_A_BATCH,))])
 def test_rl_that_reuses_batches_or_stops_early_resumes_to_the_same_result(train, tmp_path, monkeypatch, keys):
     monkeypatch.setattr(grading, "is_correct", lambda row, text: sum(map(ord, text)) % 2 == 0)
-    keys = {"num_iterations": 6} | keys
+    keys, state = {"num_iterations": 6} | keys, tmp_path / "out" / "state"
     train("rl", tmp_path / "whole", **keys)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         fail(patch, RLTrainer, "training_step", SystemExit(), terminate(2))
         train("rl", tmp_path / "out", **keys)
-    steps = [checkpoint.step_of(path) for path in complete_checkpoints(tmp_path / "out" / "state")]
-    assert steps[-1] == (4 if keys.get("updates_per_batch") == 2 else 3)
+    steps = [checkpoint.step_of(path) for path in complete_checkpoints(state)]
+    assert steps[-1] == (4 if "updates_per_batch" in keys else 3)
+    if "patience" in keys:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            fail(patch, RLTrainer, "_load_best_model", KeyboardInterrupt())
+            train("rl", tmp_path / "out", **keys)
+        (state / "checkpoint-3").rename(tmp_path / "best")
+        with pytest.raises(InputError, match=r"checkpoint-3.* is missing; it has the best weights: restore it"):
+            train("rl", tmp_path / "out", **keys)
+        (tmp_path / "best").rename(state / "checkpoint-3")
     train("rl", tmp_path / "out", **keys)
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     metrics = load_json(tmp_path / "out" / "metrics.json")

@@ -16,6 +16,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from ..demo import corpus as primer
 from ..errors import InputError
 from ..run import fingerprint, start_record, writing
 from ..stage_configs import RLConfig
+from . import checkpoint
 from .runtime import check_launch
 from .trainer import StageTrainer, load_source, split_step, trainer_arguments
 
@@ -62,6 +64,8 @@ class RLTrainer(StageTrainer, GRPOTrainer):
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self._step = state.global_step * args.gradient_accumulation_steps  # TRL samples when a batch is used up
+        if self.best_step is not None:
+            self.best_checkpoint()
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
@@ -88,13 +92,20 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.control.should_training_stop |= self.is_complete()
 
+    def best_checkpoint(self) -> Path:
+        """Raises InputError if it is not whole: on a new machine, `--sync` restores the newest checkpoint only."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.best_step}"
+        if reason := checkpoint.damage(folder):
+            raise InputError(f"{reason}; it has the best weights: restore it, or give patience=-1")
+        return folder
+
     def evaluate_result(self) -> dict:
         """The final evaluation, and with `patience` that of the best weights, which come back. For metrics.json."""
         best, last, log = self.best_step, self.state.global_step, self.state.log_history
         if best is None:
             return {"after": self.evaluate()}
         if best < last:
-            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / f"checkpoint-{best}")
+            self.state.best_model_checkpoint = str(self.best_checkpoint())
             self._load_best_model()
         self.accelerator.print(f"[rl] ended after step {last} with the weights of step {best}, the best pass@1")
         self.state.global_step, self.state.log_history = best, list(log)  # so the same completions are sampled
@@ -105,12 +116,24 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         """Leave out completions without advantage (all of a prompt's have one reward): their gradient is zero.
 
         All ranks keep as many as the rank that needs most: TRL gathers metrics per completion from all ranks.
+        The first update of a batch leaves its log-probabilities, those of the weights that sampled, for further ones.
         """
         useful = inputs["advantages"] != 0
         count = int(self.accelerator.gather(useful.sum()).max().clamp(min=1))  # an empty batch could not be gathered
         rows = useful.float().argsort(descending=True, stable=True)[:count].sort().values
-        inputs = {key: value[rows] if value.ndim else value for key, value in inputs.items()}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        kept = {key: value[rows] if value.ndim else value for key, value in inputs.items()}
+        loss = super().compute_loss(model, kept, return_outputs, num_items_in_batch)
+        if "old_per_token_logps" not in inputs:
+            old = inputs["old_per_token_logps"] = torch.zeros_like(inputs["completion_ids"], dtype=torch.float32)
+            old[rows] = self.newest_logps
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        if self.model.training and not torch.is_grad_enabled():  # while TRL samples: see `compute_loss`
+            return None, None, None
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self.newest_logps = result[0].detach()
+        return result
 
     def record(self, rows: list[dict], texts: list[str], rewards: list[float]) -> None:
         """Called with each graded batch: collects the outcomes of an evaluation, else writes two samples."""
@@ -241,7 +264,9 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable) -> No
     for a dataset without verifiable answers, and for batch sizes that do not divide.
     """
     check_launch("rl")
-    record, output = start_record(config), Path(output)
+    record, output, size = start_record(config), Path(output), config.updates_per_batch
+    every = {key: -(-getattr(config, key) // size) * size for key in ("eval_every", "save_every")}
+    config = replace(config, **every)  # a resume within a batch would sample it anew
     tokenizer, network = load_source(model, config)
     max_length = network.config.max_position_embeddings - config.max_new_tokens
     if max_length < 1:

@@ -36,7 +36,7 @@ from .model_setup import compute_dtype, load_chat_model, lora
 from .runtime import copy_to_host_async, graceful_shutdown, peak_memory, shard_on_cpu
 
 # Keys that may differ between the parts of an interrupted run.
-MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to")
+MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to", "patience")
 SAME = ("grad_norm", "time", "tokens_per_second", "chatcore", "reward", "reward_std", "entropy", "tool_use")
 HISTORY = {name: name for name in SAME} | {  # entry of the libraries' log -> column of metrics.json's history
     "loss": "train_loss", "eval_loss": "val_loss", "mean_token_accuracy": "token_accuracy",
@@ -441,6 +441,7 @@ class StageTrainer(TrainerCallback):
             record |= {"earlier_wall_time_s": self.earlier_seconds, "weights": model_fingerprint(output)}
             record |= {"inputs": self.inputs, "skipped_steps": self.skipped}
             numbers = {"num_iterations": self.state.max_steps, "num_epochs": self.state.epoch} | numbers
-            numbers |= {"history": history, "tokens_per_second": speed, "peak_memory_bytes": peak_memory(self.args.device)}
+            numbers |= {"history": history, "tokens_per_second": speed}
+            numbers |= {"peak_memory_bytes": peak_memory(self.args.device)}
             write_metrics(output, record, **numbers)
             shutil.rmtree(output / "state", ignore_errors=True)
