@@ -3,11 +3,10 @@
     nanochat rl --config recipes/cpu-demo/rl.yaml --run-dir runs/cpu-demo
 
 As in karpathy/nanochat this is GRPO (arXiv:2402.03300) reduced to nearly REINFORCE. The first update of a batch is
-on-policy: its importance weights are 1. Those of further ones (`updates_per_batch`) are cut at 5, and their gradient
-stays that of REINFORCE (CISPO, arXiv:2506.13585). There is no KL term and no reference model. The advantage is the
-reward minus the prompt's mean reward (arXiv:2503.20783). The loss is the mean over all sampled tokens of the batch
-(DAPO, arXiv:2503.14476), tool results masked; upstream takes the mean per prompt. Tokens are sampled from the full
-softmax, as the gradient assumes; upstream samples from the top 50.
+on-policy; further ones (`updates_per_batch`) have importance weights, cut at 5 (CISPO, arXiv:2506.13585). There is no
+KL term and no reference model. The advantage is the reward minus the prompt's mean reward (arXiv:2503.20783). The loss
+is the mean over all sampled tokens of the batch (DAPO, arXiv:2503.14476), tool results masked; upstream takes the mean
+per prompt. Tokens are sampled from the full softmax, as the gradient assumes; upstream samples from the top 50.
 """
 
 import json
@@ -76,16 +75,16 @@ class RLTrainer(StageTrainer, GRPOTrainer):
     def best_step(self) -> int | None:
         """The step of the highest pass@1 so far, the first of equals; None without `patience`."""
         scores = self.scores()
-        return max(scores, key=scores.get) if scores and self.stage.patience > 0 else None
+        return max(scores, key=scores.get, default=None)
 
     def scores(self) -> dict[int, float]:
-        """pass@1 by step."""
-        return {entry["step"]: entry["pass@1"] for entry in self.state.log_history if "pass@1" in entry}
+        """pass@1 by step; empty without `patience`."""
+        log = self.state.log_history if self.stage.patience > 0 else ()
+        return {entry["step"]: entry["pass@1"] for entry in log if "pass@1" in entry}
 
     def is_complete(self) -> bool:
-        best = self.best_step
-        stalled = best is not None and sum(step > best for step in self.scores()) >= self.stage.patience
-        return super().is_complete() or stalled
+        worse = sum(step > self.best_step for step in self.scores())
+        return super().is_complete() or 0 < self.stage.patience <= worse
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         self.control.should_save |= self.control.should_evaluate and self.stage.patience > 0
@@ -104,13 +103,12 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         best, last, log = self.best_step, self.state.global_step, self.state.log_history
         if best is None:
             return {"after": self.evaluate()}
-        if best < last:
-            self.state.best_model_checkpoint = str(self.best_checkpoint())
-            self._load_best_model()
+        self.state.best_model_checkpoint = str(self.best_checkpoint())
+        self._load_best_model()
         self.accelerator.print(f"[rl] ended after step {last} with the weights of step {best}, the best pass@1")
         self.state.global_step, self.state.log_history = best, list(log)  # so the same completions are sampled
-        after, self.state.log_history = self.evaluate(), log
-        return {"after": after, "best_step": best, "num_iterations": last}
+        after, self.state.log_history, self.state.max_steps = self.evaluate(), log, last
+        return {"after": after, "best_step": best}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Leave out completions without advantage (all of a prompt's have one reward): their gradient is zero.

@@ -440,8 +440,7 @@ class StageTrainer(TrainerCallback):
             speed = self.step_tokens / self.step_seconds if self.step_seconds else (speeds or [None])[-1]
             record |= {"earlier_wall_time_s": self.earlier_seconds, "weights": model_fingerprint(output)}
             record |= {"inputs": self.inputs, "skipped_steps": self.skipped}
-            numbers = {"num_iterations": self.state.max_steps, "num_epochs": self.state.epoch} | numbers
-            numbers |= {"history": history, "tokens_per_second": speed}
-            numbers |= {"peak_memory_bytes": peak_memory(self.args.device)}
+            numbers |= {"num_iterations": self.state.max_steps, "num_epochs": self.state.epoch, "history": history}
+            numbers |= {"tokens_per_second": speed, "peak_memory_bytes": peak_memory(self.args.device)}
             write_metrics(output, record, **numbers)
             shutil.rmtree(output / "state", ignore_errors=True)
