@@ -35,10 +35,9 @@ from rich.padding import Padding
 from rich.segment import SegmentLines
 from rich.text import Text
 
-from ..config import settings
+from ..config import Count, Fraction, Seed, TopK, settings
 from ..errors import InputError
 from ..run import load_metrics, nearest, save_json
-from ..stage_configs import Count, Fraction, Seed, TopK
 from . import StreamChunk, join_chunks
 
 HELP = """/help             this list
