@@ -265,7 +265,8 @@ def outline(stages: list[str], configs: dict, ranks: int) -> dict[str, str]:
         if stage == "base":
             steps, tokens = size.num_iterations, size.total_batch_size
         elif stage == "rl" and not gpu:
-            tokens = RL_COST * config.examples_per_step * config.num_samples * config.max_new_tokens
+            cost = RL_COST * (0.6 / config.updates_per_batch + 0.4)  # .6 of it samples (docs/experiments/demo.md)
+            tokens = cost * config.examples_per_step * config.num_samples * config.max_new_tokens
         if steps:
             lines[stage] += f": {steps:,} steps" if steps > 0 else f": {config.num_epochs:g} x the data"
         if steps and min(steps, tokens) > 0 and speed:

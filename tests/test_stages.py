@@ -202,23 +202,23 @@ def test_the_last_line_of_a_stage_has_its_time_main_figure_and_folder(tmp_path, 
 
 
 def test_the_outline_estimates_each_stage_of_a_cpu_by_its_tokens(monkeypatch):
-    """Two cores of 5e10 FLOPs: 15,894 tokens per second of cpu-demo; an RL token costs 2.6 of them."""
+    """Two cores of 5e10 FLOPs: 15,894 tokens per second of cpu-demo; an RL token costs 2.6 of them, .6 of it to sample."""
     monkeypatch.setattr(stages.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(stages, "on_cpu", lambda: True)
     names, configs = read_recipe(find_recipe("cpu-demo"), None, ["base.num_iterations=70000"])
     lines = stages.outline(names, configs, 1)
     rl = configs["rl"]
-    sampled = 2.6 * 50 * rl.examples_per_step * rl.num_samples * rl.max_new_tokens
+    sampled = 2.6 * 100 * (0.6 / 4 + 0.4) * rl.examples_per_step * rl.num_samples * rl.max_new_tokens
     minutes = -(-sampled // (15_894 * 60))
     assert list(lines.values()) == [
         "[1/7] tokenizer", "[2/7] base: 70,000 steps, about 2 h 31 min", "[3/7] mid: 150 steps, about 1 min",
-        "[4/7] sft: 300 steps, about 1 min", f"[5/7] rl: 50 steps, about {minutes:.0f} min",
+        "[4/7] sft: 300 steps, about 1 min", f"[5/7] rl: 100 steps, about {minutes:.0f} min",
         "[6/7] eval", "[7/7] report",
     ]  # fmt: skip
     monkeypatch.setattr(stages, "on_cpu", lambda: False)  # MPS, of which nothing is known
     assert stages.outline(names, configs, 1)["base"] == "[2/7] base: 70,000 steps"
     monkeypatch.setattr(stages, "gpu_here", lambda: "NVIDIA H200")
-    assert stages.outline(names, configs, 1)["rl"] == "[5/7] rl: 50 steps"  # of which nothing was measured on GPUs
+    assert stages.outline(names, configs, 1)["rl"] == "[5/7] rl: 100 steps"  # of which nothing was measured on GPUs
     line = stages.outline(*read_recipe(find_recipe("d24"), None, []), ranks=8)["base"]
     assert line == "[2/5] base: 5,568 steps, about 1 h 22 min"  # in FP8, as nanochat plan has it
     _, configs = read_recipe(find_recipe("d12"), None, ["sft.num_epochs=0.5"])
