@@ -142,9 +142,10 @@ def test_a_second_update_weighs_by_the_weights_that_sampled(tiny_folder, tokeniz
     chosen = weights.clamp(max=5).detach() * new * mask * batch["advantages"][:, None]
     (-chosen.sum() / mask.sum()).backward()
     expected = model.lm_head.weight.grad.clone()
-    model.zero_grad()
-    trainer.compute_loss(model, batch).backward()
-    torch.testing.assert_close(model.lm_head.weight.grad, expected, atol=1e-6, rtol=1e-3)
+    for _ in range(2):  # a third one does, too
+        model.zero_grad()
+        trainer.compute_loss(model, batch).backward()
+        torch.testing.assert_close(model.lm_head.weight.grad, expected, atol=1e-6, rtol=1e-3)
 
 
 def test_rows_without_advantage_are_left_out_and_nothing_changes(tiny_folder, tokenizer, tmp_path, monkeypatch):
