@@ -202,7 +202,7 @@ def test_the_last_line_of_a_stage_has_its_time_main_figure_and_folder(tmp_path, 
 
 
 def test_the_outline_estimates_each_stage_of_a_cpu_by_its_tokens(monkeypatch):
-    """Two cores of 5e10 FLOPs: 15,894 tokens per second of cpu-demo; an RL token costs 2.6 of them, .6 of it to sample."""
+    """Two cores of 5e10 FLOPs: 15,894 tokens per second of cpu-demo; an RL token costs 2.6 of them, .6 to sample."""
     monkeypatch.setattr(stages.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(stages, "on_cpu", lambda: True)
     names, configs = read_recipe(find_recipe("cpu-demo"), None, ["base.num_iterations=70000"])
