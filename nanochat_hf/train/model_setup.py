@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokenizer import refuse_other_model
+from ..data.tokenizer import refuse_other_model, token_ids
 from ..distributed import get_dist_info, partial_state
 from ..errors import InputError
 from ..kernels.backend import first_line, triton, unloaded, verify, version
@@ -81,7 +81,7 @@ def load_chat_model(source: str, config, tokenizer: PreTrainedTokenizerBase) -> 
     """
     check_attention(config.attn_implementation, partial_state().device)
     model = read_model(source, config.attn_implementation)
-    refuse_other_model(tokenizer, model)
+    refuse_other_model(tokenizer, model.config)
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     model.generation_config.update(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
     dtype = compute_dtype(partial_state().device)
@@ -113,9 +113,11 @@ def build_model(plan: Plan, source: str | None, tokenizer, device: torch.device,
     """
     if source:
         model = read_model(source).to(device)
+        refuse_other_model(tokenizer, model.config)
     else:
         config = copy.deepcopy(plan.model_config)
         config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+        config.token_ids = token_ids(tokenizer)
         with device:
             model = NanoChatForCausalLM(config)
     if (rows := model.config.vocab_size) != plan.model_config.vocab_size:
