@@ -238,6 +238,8 @@ MC = {"query": "Q", "choices": ["a", "b"], "gold": 0}
     [
         ("multiple_choice", {**MC, "gold": 2}, "'gold' is 2 of 2 choices"),
         ("multiple_choice", {**MC, "gold": None}, "'gold' is null"),
+        ("multiple_choice", {**MC, "gold": True}, "'gold' is true"),
+        ("multiple_choice", {**MC, "query": "\ud800"}, "half of a surrogate pair"),
         ("multiple_choice", {**MC, "choices": ["a", 1]}, "'choices' must be texts"),
         ("schema", MC, "no field 'context_options'"),
         ("language_modeling", {"context": "a"}, "no field 'continuation'"),

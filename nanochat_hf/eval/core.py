@@ -158,8 +158,11 @@ def parse_row(path: Path, number: int, line: bytes, fields: dict[str, type | tup
     """The row of one line; `fields` names what it must have, and of which type."""
     try:
         row = json.loads(decode(path, number, line))
+        json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise damaged(path, number, f"no JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeEncodeError:
+        raise damaged(path, number, "half of a surrogate pair") from None
     except RecursionError:
         raise damaged(path, number, "nested too deeply") from None
     if not isinstance(row, dict):
@@ -167,7 +170,7 @@ def parse_row(path: Path, number: int, line: bytes, fields: dict[str, type | tup
     for name, kind in fields.items():
         if name not in row:
             raise damaged(path, number, f"no field {name!r}")
-        if not isinstance(row[name], kind):
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise damaged(path, number, f"{name!r} is {json.dumps(row[name])[:40]}")
     return row
 

@@ -75,7 +75,9 @@ def damage(folder: Path) -> str | None:
     if not manifest_of(folder):
         return f"{folder / MANIFEST} is missing"
     try:
-        for file, checksum in load_json(folder / MANIFEST).items():
+        if not (checksums := load_json(folder / MANIFEST)):
+            return f"{folder / MANIFEST} names no file"
+        for file, checksum in checksums.items():
             if not (folder / file).is_file():
                 return f"{folder / file} is missing"
             if sha256(folder / file) != checksum:
@@ -144,7 +146,10 @@ def writing_checkpoint(folder: Path) -> Iterator[None]:
 
 def read_progress(path: Path) -> dict:
     with reading(path):
-        return torch.load(path / "progress.pt")
+        progress = torch.load(path / "progress.pt")
+        if progress["step"] != step_of(path):
+            raise ValueError(f"it holds step {progress['step']}")
+        return progress
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer) -> None:
