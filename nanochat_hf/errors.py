@@ -39,6 +39,8 @@ def guarded(main: Callable) -> None:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             fail(f"a name is longer than this disk allows: {str(error.filename)[:60]}...")
+        if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
+            fail(f"cannot use {error.filename}: {error.strerror}")
         if error.errno in (errno.EACCES, errno.EPERM):
             fail(f"no permission for {error.filename2 or error.filename}")
         if error.errno not in FULL:

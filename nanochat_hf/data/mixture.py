@@ -26,6 +26,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from glob import escape
 from itertools import islice
@@ -301,19 +302,13 @@ def refuse_missing(dataset: str, is_text: bool = False) -> None:
 
 
 def refuse_empty(dataset: str, files: Iterable[Path]) -> None:
-    """Raises InputError if no file of a split has a row. A file that cannot be read is left to its reader."""
-    for path in files:
-        try:
-            if path.suffix == ".parquet":
-                is_empty = pq.read_metadata(path).num_rows == 0
-            else:
-                with path.open("rb") as file:
-                    is_empty = not any(map(bytes.strip, file))
-        except (OSError, pa.ArrowException):
-            return
-        if not is_empty:
-            return
-    raise InputError(f"dataset {dataset} is empty: {path.name} has no rows")
+    """Raises InputError if no file of a split has a row. One that cannot be read is left to its reader."""
+    with suppress(OSError, pa.ArrowException):
+        for path in files:
+            with path.open("rb") as file:
+                if pq.read_metadata(file).num_rows if path.suffix == ".parquet" else any(map(bytes.strip, file)):
+                    return
+        raise InputError(f"dataset {dataset} is empty: {path.name} has no rows")
 
 
 def _files(entry: DatasetConfig, path: Path) -> list[Path]:

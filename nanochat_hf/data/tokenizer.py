@@ -145,9 +145,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
-        if tokenizer.is_fast:
-            if getattr(plain_backend(tokenizer).model, "dropout", None):  # of two names with one id fails here
-                raise ValueError("its BPE has dropout, so ids are random: set it to null")
+        if tokenizer.is_fast and getattr(plain_backend(tokenizer).model, "dropout", None):  # two names of one id fail
+            raise ValueError("its BPE has dropout, so ids are random: set it to null")
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # of damaged files: json's, tokenizers' (a panic) and the config's
@@ -179,22 +178,19 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
 
 def refuse_other_model(tokenizer: PreTrainedTokenizerFast, config) -> None:
     """Raise InputError if a model of ours has another bos token, or its config.json the record of other ids."""
-    ids, trained = (config.bos_token_id, tokenizer.bos_token_id), getattr(config, "token_ids", None)
-    if config.model_type != "nanochat_hf":
-        return
-    if None not in ids and ids[0] != ids[1]:
+    ids, reason = (getattr(config, "bos_token_id", None), tokenizer.bos_token_id), None
+    if config.model_type == "nanochat_hf" and None not in ids and ids[0] != ids[1]:
         reason = f"<|bos|> is token {ids[1]} in its tokenizer and {ids[0]} in its config.json"
-    elif trained and trained != token_ids(tokenizer):
+    elif getattr(config, "token_ids", None) not in (None, token_ids(tokenizer)):
         reason = "it was trained with other ids for the same text; copy tokenizer.json of the trained model again"
-    else:
-        return
-    raise InputError(f"model and tokenizer of {config.name_or_path} do not belong together: {reason}")
+    if reason:
+        raise InputError(f"model and tokenizer of {config.name_or_path} do not belong together: {reason}")
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast) -> str:
     """A short hash of the tokens and of the ids that texts with all of them get, for the config of a model.
 
-    Another version of the library may write tokenizer.json in another way. Tokens after ours are a user's: not counted.
+    Another version of the library may write tokenizer.json in another way. Tokens after ours are a user's.
     """
     count = tokenizer.get_vocab().get(SPECIAL_TOKENS[-1], len(tokenizer) - 1) + 1
     names = list(filter(None, tokenizer.convert_ids_to_tokens(list(range(count)))))

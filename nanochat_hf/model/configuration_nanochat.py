@@ -37,7 +37,7 @@ MAX_LAYERS = 10_000  # more would only fill the memory
 LIMITS = {  # least and largest value of numbers that are given
     **dict.fromkeys((*SIZES, "intermediate_size", "num_key_value_heads"), (1, 2**31 - 1)),
     "num_hidden_layers": (1, MAX_LAYERS), "head_dim": (2, 2**20), "attention_dropout": (0, 0.99),
-    "sliding_window": (2, 2**31 - 1),  # its own token and the one before: of 1, transformers' cache would keep all keys
+    "sliding_window": (2, 2**31 - 1),  # of 1, transformers' cache would keep all keys
     "final_logit_softcapping": (0.01, 1e6), "qk_scale": (1e-3, 1e3), "rms_norm_eps": (1e-30, 1),
 }  # fmt: skip
 ROPE_LIMITS = {"rope_theta": (1, 1e12), "factor": (1, 1e6), "partial_rotary_factor": (1, 1)}  # of others: 1e-6, 1e12
@@ -128,8 +128,7 @@ class NanoChatHFConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if foreign := [f"{name} (write {ours})" for name, ours in UPSTREAM_FIELDS.items() if name in kwargs]:
             raise ValueError(f"these are upstream's names: {', '.join(foreign)}")
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
+        self.intermediate_size = 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if error := self.shape_error():
