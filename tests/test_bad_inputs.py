@@ -390,7 +390,7 @@ def test_a_stage_whose_yaml_is_a_link_to_nothing(refuse):
 
 ERRORS = [
     (IsADirectoryError(21, "Is a directory", "m/x.jinja"), "cannot use m/x.jinja: Is a directory"),
-    (PermissionError(13, "Permission denied", "/root/x"), "no permission for /root/x"),
+    (PermissionError(13, "Permission denied", "/root/x"), "cannot use /root/x: Permission denied"),
     (Exception("No space left on device (os error 28)"), "cannot write: No space left on device"),
 ]
 

@@ -120,7 +120,7 @@ def test_damage_is_found_in_subfolders_too(tmp_path):
     assert "names no file" in checkpoint.damage(tmp_path)
 
 
-@pytest.mark.parametrize("progress, message", [({"step": 4}, "it holds step 4"), ([1], "TypeError")])
+@pytest.mark.parametrize("progress, message", [({"step": 4}, "it holds step 4"), ([1], "a value in it is missing")])
 def test_a_checkpoint_holds_the_step_of_its_name(tmp_path, progress, message):
     (path := tmp_path / "step_9").mkdir()
     torch.save(progress, path / "progress.pt")

@@ -251,6 +251,12 @@ def test_a_row_that_is_none_of_its_kind_is_named_on_every_rank(core_task, kind, 
         task.build_all_requests(rank=0, world_size=3)
 
 
+def test_too_few_rows_for_the_examples_are_named(core_task):
+    task = core_task([make_row("multiple_choice", random.Random(0), 0)] * 3, shots=3)
+    with pytest.raises(ValueError, match=r"rows\.jsonl has 3 rows, and each needs 3 others as examples: take"):
+        task.shots(0, 3)
+
+
 @pytest.mark.skipif("NANOCHAT_CORE_BUNDLE" not in os.environ, reason="needs the CORE bundle (NANOCHAT_CORE_BUNDLE)")
 def test_core_files_say_what_the_bundle_says():
     bundle = Path(os.environ["NANOCHAT_CORE_BUNDLE"])

@@ -125,14 +125,14 @@ def test_what_is_wrong_with_a_model_is_the_same_line_for_all(tiny_folder, monkey
 @pytest.mark.parametrize(
     ("file", "content"),
     [("config.json", "["), ("generation_config.json", "{"), ("tokenizer.json", "{}"), ("model.safetensors", ""),
-     ("config.json", {"hidden_size": 256})],
+     ("config.json", {"hidden_size": 256}), ("config.json", {"id2label": 5})],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line_of_conversion_and_push(tiny_folder, tmp_path, file, content):
     if isinstance(content, dict):
         set_fields(tiny_folder / file, **content)
     else:
         (tiny_folder / file).write_text(content)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="^((?!attribute|KeyError).)*$"):  # no words of Python
         dispatch("convert", ["--source", str(tiny_folder), "--output", str(tmp_path / "out"), "--to", "nanochat"])
     run = tmp_path / "run"
     run.mkdir()
@@ -217,6 +217,7 @@ TOKENIZERS = {  # of a folder, damaged, and what is said of it
     "out of vocabulary": lambda folder: of_tokenizer(
         folder / "tokenizer.json", lambda x: x["model"]["vocab"].update(a=x["model"]["vocab"]["b"])
     ),
+    "a value in it is missing": lambda folder: (folder / "tokenizer.json").write_text("{}"),
     "its BPE has dropout": lambda folder: of_tokenizer(
         folder / "tokenizer.json", lambda x: x["model"].update(dropout=0.1)
     ),

@@ -37,7 +37,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import get_json_schema
 
-from ..errors import InputError
+from ..errors import InputError, in_a_line
 from ..run import Progress, fingerprint, start_record, write_metrics, writing
 from ..stage_configs import TokenizerConfig
 from .chat_renderer import RENDERER
@@ -150,9 +150,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # of damaged files: json's, tokenizers' (a panic) and the config's
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "backend tokenizer" in reason:  # followed by a list of all the ways to have one
-            reason = "it has no tokenizer.json"
+        reason = "it has no tokenizer.json" if "backend tokenizer" in str(error) else in_a_line(error)
         raise InputError(f"no tokenizer in {name}: {reason}") from None
     tokenizer = with_todays_templates(tokenizer)
     if tokenizer.chat_template == TEMPLATE.read_text():

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..distributed import get_dist_info, main_process_first, monitored_barrier
-from ..errors import InputError
+from ..errors import InputError, in_a_line
 from ..optim.muon_adamw import LARGE
 from ..run import apply_umask, first_non_finite, load_json, load_metrics, renamed_keys, save_json, writing
 
@@ -119,9 +119,8 @@ def reading(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # pickle, zip, safetensors, missing keys, shapes
-        reason = " ".join(str(error).split())[:150]
         advice = "restore it, or delete it to use an older checkpoint or start this stage anew"
-        raise InputError(f"{path} cannot be read ({type(error).__name__}: {reason}): {advice}") from error
+        raise InputError(f"{path} cannot be read ({in_a_line(error)}): {advice}") from error
 
 
 def write(value, path: Path) -> None:
