@@ -132,7 +132,7 @@ def test_a_damaged_file_is_one_line_of_conversion_and_push(tiny_folder, tmp_path
         set_fields(tiny_folder / file, **content)
     else:
         (tiny_folder / file).write_text(content)
-    with pytest.raises(InputError, match="^((?!attribute|KeyError).)*$"):  # no words of Python
+    with pytest.raises(InputError, match=r"^((?!attribute|KeyError).)*$"):  # no words of Python
         dispatch("convert", ["--source", str(tiny_folder), "--output", str(tmp_path / "out"), "--to", "nanochat"])
     run = tmp_path / "run"
     run.mkdir()
