@@ -42,7 +42,7 @@ from .config import (
     Word,
     each_once,
 )
-from .errors import InputError, guarded
+from .errors import InputError, guarded, in_a_line
 from .jobs import ACCELERATE, STAGE_COMMANDS, demo, keys_by_name, plan, run, run_stage_command, speedrun
 from .run import MODEL_STAGES, Run, load_json, nearest, project_folder, save_json, save_jsonl, writing
 from .series import scaling
@@ -199,8 +199,8 @@ def convert(parser: Parser, words: list[str]) -> None:
         if describes:
             save_json(record, load_json(record) | {"weights": model_fingerprint(args.output)})
     except Exception as error:  # of damaged files: safetensors', json's, tokenizers' have no common type
-        reason = str(error) if isinstance(error, ValueError | OSError) else f"{args.source} cannot be read: {error!r}"
-        raise InputError(reason.splitlines()[0]) from None
+        what = "" if isinstance(error, ValueError | OSError) else f"{args.source} cannot be read: "
+        raise InputError(what + in_a_line(error)) from None
     step = f", step {info['step']}" if info["step"] else ""  # a folder of transformers names none
     print(f"{args.output}: generation {info['generation']}, {info['parameters']:,} parameters{step}")
     if info["tokenizer_ids"] is None:

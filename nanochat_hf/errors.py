@@ -12,6 +12,13 @@ class InputError(ValueError):
     """Wrong input from the user; the message says in one line what is wrong and what to do."""
 
 
+def in_a_line(error: BaseException) -> str:
+    """What a library says of a file that it cannot read; less in place of Python's own words, which are of code."""
+    if isinstance(error, AttributeError | LookupError | TypeError):
+        return "a value in it is missing or of a wrong kind"
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
 def guarded(main: Callable) -> None:
     """Run `main`; wrong input, a loss that is not finite or a device out of memory is one line, Ctrl-C exit code 130.
 
@@ -39,8 +46,8 @@ def guarded(main: Callable) -> None:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             fail(f"a name is longer than this disk allows: {str(error.filename)[:60]}...")
-        if error.errno in (errno.EACCES, errno.EPERM):
-            fail(f"no permission for {error.filename2 or error.filename}")
+        if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM):
+            fail(f"cannot use {error.filename2 or error.filename}: {error.strerror}")
         if error.errno not in FULL:
             raise
         drop_output()

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
-from .errors import InputError
+from .errors import InputError, in_a_line
 from .metrics import record
 from .model.configuration_nanochat import MAX_LAYERS, NanoChatConfig
 from .model.modeling_nanochat import ZEROS
@@ -91,8 +91,7 @@ def download(source: str) -> str:
     try:
         return snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.py"])
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:  # of the Hub, the network, the cache, the name
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source} is no folder, and cannot be downloaded from the Hub: {reason}") from None
+        raise InputError(f"{source} is no folder, and cannot be downloaded from the Hub: {in_a_line(error)}") from None
 
 
 def is_quantized(model: torch.nn.Module) -> bool:
@@ -104,7 +103,7 @@ def is_quantized(model: torch.nn.Module) -> bool:
 
 
 def unreadable(source: str | Path, error: Exception) -> InputError:
-    return InputError(f"no model in {source} that can be read: {' '.join(str(error).split())[:300]}")
+    return InputError(f"no model in {source} that can be read: {in_a_line(error)}")
 
 
 def load_model(

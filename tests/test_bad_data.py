@@ -176,6 +176,8 @@ def test_a_source_of_which_too_little_is_left(tmp_path, make, settings, message)
 
 def test_an_output_that_is_taken_or_has_no_room(tmp_path, monkeypatch):
     source = parquet(tmp_path / "t" / "0.parquet", text=[f"text number {n}" for n in range(99)])
+    with pytest.raises(InputError, match=r"out lies in the source .*: choose another --output, outside of it"):
+        prepared(tmp_path, tmp_path)  # its shards would be sources of the next call
     (tmp_path / "new" / "out").mkdir(parents=True)
     (tmp_path / "new" / "out" / "thesis.txt").touch()
     with pytest.raises(InputError, match="out is not empty: choose another --output"):

@@ -13,6 +13,8 @@ import socket
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanochat_hf import cli
@@ -198,6 +200,8 @@ COMMANDS = [
     ("scaling scaling/cpu --run-dir {run} --budgets 1e6 --dry-run", "d2-1e6: the horizon is shorter than one step"),
     ("scaling scaling/cpu --run-dir {here} --fit-only", "--fit-only takes the cells that --run-dir has"),
     ("scaling --run-dir {here} --fit-only", "has no finished cell: train some first"),
+    ("plan d12 base.dataset=primer:fact", "no such dataset: primer:fact is no file, no folder and no Hub id"),
+    ("plan d12 base.dataset=s3://bucket/texts", "no such dataset: s3://bucket/texts is no file, no folder and no"),
     ("plan d24 --gpu CPU --gpus 8", "--gpus counts GPUs: leave it out"),
     ("report --collection me/x=a me/x=b", "me/x is named twice"),
     ("run d24 --job hf --gpus 16", "no machine of 16 x H200; it has 1 x H200, 2 x H200"),
@@ -368,6 +372,13 @@ def test_a_mixture_of_a_dry_run_that_no_run_can_open(refuse):
     refuse([*words, "[{dataset: primer, rows: 200001}]"], "at most 200,000 rows")
     refuse([*words, f"[{{dataset: {ROOT}/recipes/identity.yaml, split: nope}}]"], "no split 'nope'")
     refuse([*words, f"[{{dataset: {ROOT}/mkdocs.yml}}]"], "is not valid YAML")
+    (refuse.here / "train.jsonl").write_text("\n \n")
+    for dataset in (refuse.here, refuse.here / "train.jsonl"):
+        refuse([*words, f"[{{dataset: {dataset}}}]"], "dataset .* is empty: train.jsonl has no rows")
+    refuse(["tokenizer", "cpu-demo", "--run-dir", "run", "--dry-run", "--dataset", "{here}"], "is empty: train.jsonl")
+    (refuse.here / "train.jsonl").unlink()
+    pq.write_table(pa.table({"messages": pa.array([], pa.string())}), refuse.here / "train.parquet")
+    refuse([*words, f"[{{dataset: {refuse.here}}}]"], "is empty: train.parquet has no rows")
 
 
 def test_a_stage_whose_yaml_is_a_link_to_nothing(refuse):
@@ -378,7 +389,8 @@ def test_a_stage_whose_yaml_is_a_link_to_nothing(refuse):
 
 
 ERRORS = [
-    (PermissionError(13, "Permission denied", "/root/x"), "no permission for /root/x"),
+    (IsADirectoryError(21, "Is a directory", "m/x.jinja"), "cannot use m/x.jinja: Is a directory"),
+    (PermissionError(13, "Permission denied", "/root/x"), "cannot use /root/x: Permission denied"),
     (Exception("No space left on device (os error 28)"), "cannot write: No space left on device"),
 ]
 

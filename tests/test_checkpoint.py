@@ -116,6 +116,16 @@ def test_damage_is_found_in_subfolders_too(tmp_path):
         if not damaged:
             checkpoint.write_manifest(tmp_path)
         assert bool(checkpoint.damage(tmp_path)) is damaged
+    save_json(tmp_path / "manifest.json", {})
+    assert "names no file" in checkpoint.damage(tmp_path)
+
+
+@pytest.mark.parametrize("progress, message", [({"step": 4}, "it holds step 4"), ([1], "a value in it is missing")])
+def test_a_checkpoint_holds_the_step_of_its_name(tmp_path, progress, message):
+    (path := tmp_path / "step_9").mkdir()
+    torch.save(progress, path / "progress.pt")
+    with pytest.raises(InputError, match=rf"step_9 cannot be read .*{message}.*: restore it, or delete it"):
+        checkpoint.read_progress(path)
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_push_nothing_out(training, tmp_path):

@@ -238,6 +238,8 @@ MC = {"query": "Q", "choices": ["a", "b"], "gold": 0}
     [
         ("multiple_choice", {**MC, "gold": 2}, "'gold' is 2 of 2 choices"),
         ("multiple_choice", {**MC, "gold": None}, "'gold' is null"),
+        ("multiple_choice", {**MC, "gold": True}, "'gold' is true"),
+        ("multiple_choice", {**MC, "query": "\ud800"}, "half of a surrogate pair"),
         ("multiple_choice", {**MC, "choices": ["a", 1]}, "'choices' must be texts"),
         ("schema", MC, "no field 'context_options'"),
         ("language_modeling", {"context": "a"}, "no field 'continuation'"),
@@ -247,6 +249,12 @@ def test_a_row_that_is_none_of_its_kind_is_named_on_every_rank(core_task, kind, 
     task = core_task([make_row(kind, random.Random(0), 0)] * 2 + [row], kind=kind)
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line 3: {reason}"):
         task.build_all_requests(rank=0, world_size=3)
+
+
+def test_too_few_rows_for_the_examples_are_named(core_task):
+    task = core_task([make_row("multiple_choice", random.Random(0), 0)] * 3, shots=3)
+    with pytest.raises(ValueError, match=r"rows\.jsonl has 3 rows, and each needs 3 others as examples: take"):
+        task.shots(0, 3)
 
 
 @pytest.mark.skipif("NANOCHAT_CORE_BUNDLE" not in os.environ, reason="needs the CORE bundle (NANOCHAT_CORE_BUNDLE)")

@@ -16,9 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanochat_hf.cli import dispatch
 from nanochat_hf.data import chat_renderer
-from nanochat_hf.data.tokenizer import TEMPLATE, load_tokenizer
+from nanochat_hf.data.tokenizer import TEMPLATE, load_tokenizer, token_ids
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import LocalLM, load
+from nanochat_hf.export import checkpoint_config
 from nanochat_hf.loading import load_model
 from nanochat_hf.run import save_json
 from nanochat_hf.serve.engine import Engine
@@ -124,14 +125,14 @@ def test_what_is_wrong_with_a_model_is_the_same_line_for_all(tiny_folder, monkey
 @pytest.mark.parametrize(
     ("file", "content"),
     [("config.json", "["), ("generation_config.json", "{"), ("tokenizer.json", "{}"), ("model.safetensors", ""),
-     ("config.json", {"hidden_size": 256})],
+     ("config.json", {"hidden_size": 256}), ("config.json", {"id2label": 5})],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line_of_conversion_and_push(tiny_folder, tmp_path, file, content):
     if isinstance(content, dict):
         set_fields(tiny_folder / file, **content)
     else:
         (tiny_folder / file).write_text(content)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"^((?!attribute|KeyError).)*$"):  # no words of Python
         dispatch("convert", ["--source", str(tiny_folder), "--output", str(tmp_path / "out"), "--to", "nanochat"])
     run = tmp_path / "run"
     run.mkdir()
@@ -216,6 +217,10 @@ TOKENIZERS = {  # of a folder, damaged, and what is said of it
     "out of vocabulary": lambda folder: of_tokenizer(
         folder / "tokenizer.json", lambda x: x["model"]["vocab"].update(a=x["model"]["vocab"]["b"])
     ),
+    "a value in it is missing": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    "its BPE has dropout": lambda folder: of_tokenizer(
+        folder / "tokenizer.json", lambda x: x["model"].update(dropout=0.1)
+    ),
     "leaves out what the user says": lambda folder: (folder / "chat_template.jinja").write_text("null"),
 }
 
@@ -236,6 +241,32 @@ def test_a_tokenizer_that_lost_a_token_is_not_that_of_the_model(tiny_folder, rea
         InputError, match=r"do not belong together: <\|bos\|> is token \d+ in its tokenizer and \d+ in"
     ):
         readers[reader](str(tiny_folder))
+
+
+def swap_tokens(parts):
+    vocab = parts["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+
+OTHER_IDS = {  # changes of tokenizer.json after which all names and sizes are as before
+    "merges": lambda parts: parts["model"]["merges"].clear(), "swapped": swap_tokens,
+    **{kind: lambda parts, kind=kind: parts.update(normalizer={"type": kind}) for kind in ("NFC", "Lowercase")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", OTHER_IDS)
+def test_a_tokenizer_with_other_ids_is_not_that_of_the_model(tiny_folder, tokenizer, change):
+    set_fields(tiny_folder / "config.json", token_ids=token_ids(tokenizer))
+    readers = [*LOADERS.values(), checkpoint_config]
+    readers[0] = lambda folder: load_chat_model(folder, ChatConfig(), load_tokenizer(folder))
+    for read in readers:
+        read(tiny_folder)
+    of_tokenizer(tiny_folder / "tokenizer.json", OTHER_IDS[change])
+    for read in readers:
+        with pytest.raises(InputError, match="do not belong together: it was trained with other ids"):
+            read(tiny_folder)
+    set_fields(tiny_folder / "config.json", token_ids=None)  # of a model without the record
+    readers[1](tiny_folder)
 
 
 def test_a_truncation_in_tokenizer_json_cuts_no_prompt(tiny_folder):

@@ -5,6 +5,7 @@ Cached generation is in test_model_cache.py, folders and libraries in test_model
 
 import inspect
 import json
+import math
 import re
 
 import pytest
@@ -22,6 +23,7 @@ from nanochat_hf.model import NanoChatConfig, NanoChatForCausalLM, NanoChatModel
 S, FULL = "sliding_attention", "full_attention"
 DERIVED = {"intermediate_size": 384, "num_key_value_heads": 3, "head_dim": 32}
 FIRST = {"generation": 1, "layer_types": [FULL] * 3, "sliding_window": None, "qk_scale": 1}
+ROPE = {"rope_type": "default", "rope_theta": 1e5}
 FIRST |= {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
 
 
@@ -62,12 +64,42 @@ def test_fields_are_derived_and_survive_saving(config, expected, tmp_path):
         ({"n_layer": 4, "n_embd": 64}, r"upstream's names: n_layer \(write num_hidden_layers\), n_embd"),
         ({"sliding_window": 1}, "sliding_window is 1"),
         ({"head_dim": -2}, "head_dim is -2"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0: write a number above 0"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+            "rope_theta is 0: write a number from 1 to 1e",
+        ),
         ({"rope_parameters": {"rope_type": "yarm", "rope_theta": 1}}, "rope_type is 'yarm': write one of default"),
         ({"rope_parameters": {"rope_type": 5, "rope_theta": 1e5}}, "rope_type is 5: write one of"),
-        ({"qk_scale": float("nan")}, "qk_scale is nan: write a number above 0"),
+        ({"qk_scale": float("nan")}, "qk_scale is nan: write a number from"),
         ({"final_logit_softcapping": float("inf")}, "final_logit_softcapping is inf: write a number"),
-        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0: write a number above 0"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0: write a number from"),
+        *(
+            ({"rope_parameters": ROPE | {name: value}}, rf"{name} is .*: write a number from")
+            for name, value in (
+                ("factor", 0),
+                ("factor", math.nan),
+                ("factor", "a"),
+                ("rope_theta", True),
+                ("partial_rotary_factor", 0.5),
+                ("long_factor", [1, -1]),
+                ("beta_fast", math.inf),
+                ("rope_theta", [1e5]),
+            )
+        ),
+        *(
+            ({name: value}, f"{name} is {value}: write a number from")
+            for name, value in (
+                ("final_logit_softcapping", 1e-30),
+                ("qk_scale", 1e-30),
+                ("rms_norm_eps", 1e8),
+                ("attention_dropout", -1),
+                ("attention_dropout", math.nan),
+                ("vocab_size", 2**63),
+                ("intermediate_size", 0),
+                ("head_dim", 0),
+                ("num_key_value_heads", -1),
+            )
+        ),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is true: the head has weights of its own"),
         ({"final_logit_softcapping": 0}, "final_logit_softcapping is 0: write null to turn it off"),
         ({"hidden_size": 16, "num_attention_heads": 2}, "the smear needs hidden_size >= 24"),

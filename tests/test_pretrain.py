@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
+from nanochat_hf.data.tokenizer import load_tokenizer, token_ids, train_bpe
 from nanochat_hf.distributed import reset_accelerate_state
 from nanochat_hf.errors import InputError
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
@@ -153,6 +153,7 @@ def test_the_result_is_a_model_folder_with_its_metrics(straight, world):
     assert [point["lr_multiplier"] for point in metrics["history"]][:3] == [0.5, 1, 1]
     model, tokenizer = NanoChatForCausalLM.from_pretrained(folder), load_tokenizer(folder)
     assert sum(p.numel() for p in model.parameters()) == metrics["num_parameters"]
+    assert model.config.token_ids == token_ids(tokenizer)
     assert set(torch.load(folder / "optimizer.pt")) == {name for name, _ in model.named_parameters()}
     assert not list(folder.glob(".*"))
     sample = metrics["samples"][0]

@@ -255,6 +255,9 @@ class CoreTask(TokenTask):
         """The few-shot examples of a row, drawn from the other rows below `pool` with the row's own seed."""
         if not self.config.num_fewshot:
             return []
+        if pool <= self.config.num_fewshot:
+            needs = f"each needs {self.config.num_fewshot} others as examples"
+            raise ValueError(f"{self.file} has {pool} rows, and {needs}: take the complete file")
         # Drawing from pool - 1 places and stepping over `row` equals drawing from the list without it, in O(shots).
         picks = random.Random(1234 + row).sample(range(pool - 1), self.config.num_fewshot)
         return [self.test_docs()[pick + (pick >= row)] for pick in picks]

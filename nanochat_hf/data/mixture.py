@@ -25,13 +25,17 @@ without a usable row.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from glob import escape
 from itertools import islice
 from pathlib import Path
 from random import Random
 from zlib import crc32
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..config import check_value
 from ..demo import corpus as primer
@@ -243,7 +247,7 @@ def check_data(stage: str, config, elsewhere: bool = False) -> None:
     """
 
     def check(name: str, *is_text: bool) -> None:
-        if not elsewhere or local_path(name).exists():
+        if not elsewhere or ":" in name or local_path(name).exists():  # no place has a dataset of such a name
             refuse_missing(name, *is_text)
 
     folder = getattr(config, "chat_data", None)
@@ -261,7 +265,7 @@ def check_data(stage: str, config, elsewhere: bool = False) -> None:
             rows = entry.rows if (entry.rows or 0) > MAX_GENERATED else 1
             open_rows(replace(entry, rows=rows), 0)  # which refuses a subset, split or transform, or too many rows
         elif path.exists() and holds_rows(entry, path):
-            _files(entry, path)  # which refuses a split that no name tells
+            refuse_empty(entry.dataset, _files(entry, path))  # which refuses a split that no name tells
     if (words := getattr(config, "words", None)) and not local_path(words).is_file():
         check(words, True)
     for name, _ in parts_of(dataset) if (dataset := getattr(config, "dataset", None)) else ():
@@ -288,11 +292,23 @@ def refuse_missing(dataset: str, is_text: bool = False) -> None:
     if not (hub or dataset == "primer" or primer_kinds or path.is_file() or path.is_dir()):
         raise InputError(f"no such dataset: {dataset} is no file, no folder and no Hub id")
     if is_text and path.exists() and dataset != "primer":
-        find_files(dataset)  # which refuses a folder or a file of another kind
+        train, validation, locate, _ = find_files(dataset)  # which refuses a folder or a file of another kind
+        for names in (train, validation):
+            refuse_empty(dataset, map(locate, names))
     elif path.exists():
         names, kinds = files_below(path) if path.is_dir() else [path.name], (*SUFFIXES, ".txt", ".yaml", ".yml")
         if not any(has_suffix(name, *kinds) for name in names):
             raise InputError(f"dataset {dataset} has no .parquet or .jsonl files")
+
+
+def refuse_empty(dataset: str, files: Iterable[Path]) -> None:
+    """Raises InputError if no file of a split has a row. One that cannot be read is left to its reader."""
+    with suppress(OSError, pa.ArrowException):
+        for path in files:
+            with path.open("rb") as file:
+                if pq.read_metadata(file).num_rows if path.suffix == ".parquet" else any(map(bytes.strip, file)):
+                    return
+        raise InputError(f"dataset {dataset} is empty: {path.name} has no rows")
 
 
 def _files(entry: DatasetConfig, path: Path) -> list[Path]:

@@ -75,6 +75,8 @@ def prepare(sources: list[str], settings: dict, output: Path, workers: int, eval
         if language not in identifier().labels:
             raise InputError(f"--languages: no language {language!r}; {nearest(language, identifier().labels)}")
     files, records = find_sources(sources, (finished or begun or {}).get("sources", []))
+    if around := next((name for name in sources if output.is_relative_to(local_path(name).resolve())), None):
+        raise InputError(f"{output} lies in the source {around}: choose another --output, outside of it")
     places = {key: settings.get(key) for key in ("core_bundle", "chat_data")}
     folders = {key: Path(place).resolve().name for key, place in places.items() if place}  # the card may be published
     record = {"settings": settings | folders, "sources": records, "versions": versions}

@@ -37,8 +37,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import get_json_schema
 
-from ..errors import InputError
-from ..run import Progress, start_record, write_metrics, writing
+from ..errors import InputError, in_a_line
+from ..run import Progress, fingerprint, start_record, write_metrics, writing
 from ..stage_configs import TokenizerConfig
 from .chat_renderer import RENDERER
 
@@ -57,6 +57,7 @@ TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 RESPONSE_TEMPLATE = yaml.safe_load(Path(__file__).with_name("response_template.yaml").read_text())
 # First digits of the SHA-256 of our older chat templates, whose faults are mended in today's.
 OLD_TEMPLATES = ("55bb7e10abbffda5", "b1658c1843ab4305", "fa6171ba5fe4ac1d", "d8b31d21e6e23a4c", "4a391466a79d6cf5")
+ODD_TEXT = "e\u0301 \ufb01 it's IT'S  we'll\r\n\n\n  12345 0,007 x=1;;  \n end   "  # changed by any normalizer
 VALIDATION_CHARS = 4_000_000  # how much of the validation split bytes per token are measured on
 
 # GPT-4's pattern (openai/tiktoken, cl100k_base); GROUP is how many digits may share a token. Upstream measured 2 as
@@ -144,14 +145,12 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
-        if tokenizer.is_fast:
-            plain_backend(tokenizer)  # of two names with one id fails here
+        if tokenizer.is_fast and getattr(plain_backend(tokenizer).model, "dropout", None):  # two names of one id fail
+            raise ValueError("its BPE has dropout, so ids are random: set it to null")
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # of damaged files: json's, tokenizers' (a panic) and the config's
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "backend tokenizer" in reason:  # followed by a list of all the ways to have one
-            reason = "it has no tokenizer.json"
+        reason = "it has no tokenizer.json" if "backend tokenizer" in str(error) else in_a_line(error)
         raise InputError(f"no tokenizer in {name}: {reason}") from None
     tokenizer = with_todays_templates(tokenizer)
     if tokenizer.chat_template == TEMPLATE.read_text():
@@ -175,12 +174,27 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def refuse_other_model(tokenizer: PreTrainedTokenizerFast, model) -> None:
-    """Raise InputError if a model of ours begins texts with another token than the tokenizer has for it."""
-    ids = getattr(model.config, "bos_token_id", None), tokenizer.bos_token_id
-    if model.config.model_type == "nanochat_hf" and None not in ids and ids[0] != ids[1]:
+def refuse_other_model(tokenizer: PreTrainedTokenizerFast, config) -> None:
+    """Raise InputError if a model of ours has another bos token, or its config.json the record of other ids."""
+    ids, reason = (getattr(config, "bos_token_id", None), tokenizer.bos_token_id), None
+    if config.model_type == "nanochat_hf" and None not in ids and ids[0] != ids[1]:
         reason = f"<|bos|> is token {ids[1]} in its tokenizer and {ids[0]} in its config.json"
-        raise InputError(f"model and tokenizer of {model.name_or_path} do not belong together: {reason}")
+    elif getattr(config, "token_ids", None) not in (None, token_ids(tokenizer)):
+        reason = "it was trained with other ids for the same text; copy tokenizer.json of the trained model again"
+    if reason:
+        raise InputError(f"model and tokenizer of {config.name_or_path} do not belong together: {reason}")
+
+
+def token_ids(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A short hash of the tokens and of the ids that texts with all of them get, for the config of a model.
+
+    Another version of the library may write tokenizer.json in another way. Tokens after ours are a user's.
+    """
+    count = tokenizer.get_vocab().get(SPECIAL_TOKENS[-1], len(tokenizer) - 1) + 1
+    names = list(filter(None, tokenizer.convert_ids_to_tokens(list(range(count)))))
+    texts = [tokenizer.convert_tokens_to_string(names[start : start + 100]) for start in range(0, len(names), 100)]
+    encodings = plain_backend(tokenizer).encode_batch_fast([*texts, ODD_TEXT], add_special_tokens=False)
+    return fingerprint([names, [encoding.ids for encoding in encodings]])
 
 
 def apply_chat_template(tokenizer, conversation, tools=None, documents=None, chat_template=None, **options):

@@ -17,7 +17,7 @@ from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 
 from ..distributed import partial_state
-from ..errors import InputError
+from ..errors import InputError, in_a_line
 
 GROUP = "nanochat_core"
 NUM_CORE = 22
@@ -111,8 +111,7 @@ def load_tasks(manager: TaskManager, names: list[str]) -> dict:
     except InputError:
         raise
     except Exception as error:  # of datasets and of a task's own code: no common type
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{', '.join(names)} of lm-eval cannot be loaded: {reason}") from error
+        raise InputError(f"{', '.join(names)} of lm-eval cannot be loaded: {in_a_line(error)}") from error
     for task in tasks.values():
         task.set_fewshot_seed(1234)
         task.config.num_fewshot = task.config.num_fewshot or 0
@@ -126,7 +125,7 @@ def input_error(function, *args, **kwargs):
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(in_a_line(error)) from error
 
 
 def find_file(folders: str | list[str | None] | None, *names: str) -> Path | None:
@@ -158,8 +157,11 @@ def parse_row(path: Path, number: int, line: bytes, fields: dict[str, type | tup
     """The row of one line; `fields` names what it must have, and of which type."""
     try:
         row = json.loads(decode(path, number, line))
+        json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise damaged(path, number, f"no JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeEncodeError:
+        raise damaged(path, number, "half of a surrogate pair") from None
     except RecursionError:
         raise damaged(path, number, "nested too deeply") from None
     if not isinstance(row, dict):
@@ -167,7 +169,7 @@ def parse_row(path: Path, number: int, line: bytes, fields: dict[str, type | tup
     for name, kind in fields.items():
         if name not in row:
             raise damaged(path, number, f"no field {name!r}")
-        if not isinstance(row[name], kind):
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise damaged(path, number, f"{name!r} is {json.dumps(row[name])[:40]}")
     return row
 

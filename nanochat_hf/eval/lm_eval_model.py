@@ -107,7 +107,7 @@ def load(folder: str, dtype: str, device: torch.device):
     bf16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, torch.bfloat16 if bf16 else torch.float32, device)
-    refuse_other_model(tokenizer, model)
+    refuse_other_model(tokenizer, model.config)
     return model, tokenizer
 
 

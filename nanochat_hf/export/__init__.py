@@ -46,7 +46,7 @@ def adder(engine: str):
 
 def checkpoint_config(source: Path):
     """Its config. Raises InputError if `source` is no checkpoint folder of ours with its tokenizer or is quantized."""
-    from ..data.tokenizer import load_tokenizer
+    from ..data.tokenizer import load_tokenizer, refuse_other_model
     from ..loading import load_config  # imported here: vLLM imports this package in each of its processes
     from ..model.configuration_nanochat import NanoChatConfig
 
@@ -56,9 +56,10 @@ def checkpoint_config(source: Path):
         raise InputError(f"{source} is no checkpoint folder of nanochat_hf with a tokenizer: {advice}")
     if getattr(config, "quantization_config", None):
         raise InputError(f"{source} is quantized: export the unquantized model")
-    tokens, rows = len(load_tokenizer(source)), config.num_tokens or config.vocab_size
+    tokens, rows = len(tokenizer := load_tokenizer(source)), config.num_tokens or config.vocab_size
     if tokens != rows:
         raise InputError(f"{source} has a tokenizer of {tokens} tokens and a model of {rows}: see num_tokens")
+    refuse_other_model(tokenizer, config)
     return config
 
 

@@ -28,7 +28,7 @@ from .. import tool_loop
 from ..config import RepoId, check_value, each_once
 from ..convert.native import renew
 from ..data.hub_files import hub_errors, with_retry
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_tokenizer, refuse_other_model
 from ..errors import InputError
 from ..eval.plots import plots
 from ..eval.report import markdown
@@ -113,8 +113,8 @@ def prepare(run: Run, options: Push) -> Path:
     files = own_files(source, MODEL_FILES, run.path)
     if not any(path.suffix == ".safetensors" for path in files) or source / "tokenizer.json" not in files:
         raise InputError(f"{source} lacks safetensors or tokenizer.json: run stage {stage!r} again")
-    load_model(str(source), torch.bfloat16)  # refuses damaged files, and weights that the config does not fit
-    load_tokenizer(source)
+    model = load_model(str(source), torch.bfloat16)  # refuses damaged files, and weights that the config does not fit
+    refuse_other_model(load_tokenizer(source), model.config)
     code = own_files(source, ["*_nanochat.py"], run.path)
     config = load_json(source / "config.json")
     # An older version's code is renewed.

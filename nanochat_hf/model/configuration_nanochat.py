@@ -34,6 +34,13 @@ UPSTREAM_FIELDS = {  # karpathy/nanochat's `GPTConfig`: ours
 }
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 MAX_LAYERS = 10_000  # more would only fill the memory
+LIMITS = {  # least and largest value of numbers that are given
+    **dict.fromkeys((*SIZES, "intermediate_size", "num_key_value_heads"), (1, 2**31 - 1)),
+    "num_hidden_layers": (1, MAX_LAYERS), "head_dim": (2, 2**20), "attention_dropout": (0, 0.99),
+    "sliding_window": (2, 2**31 - 1),  # of 1, transformers' cache would keep all keys
+    "final_logit_softcapping": (0.01, 1e6), "qk_scale": (1e-3, 1e3), "rms_norm_eps": (1e-30, 1),
+}  # fmt: skip
+ROPE_LIMITS = {"rope_theta": (1, 1e12), "factor": (1, 1e6), "partial_rotary_factor": (1, 1)}  # of others: 1e-6, 1e12
 SWITCHES = ("value_embeds", "smear", "residual_lambdas", "backout")  # what the second generation adds
 
 # Saving a model writes the entry of its own class only, and AutoModel needs one too.
@@ -121,12 +128,14 @@ class NanoChatHFConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if foreign := [f"{name} (write {ours})" for name, ours in UPSTREAM_FIELDS.items() if name in kwargs]:
             raise ValueError(f"these are upstream's names: {', '.join(foreign)}")
-        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.intermediate_size = 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         if error := self.shape_error():
             raise ValueError(error)
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.head_dim < 2 or self.head_dim % 2:
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: RoPE rotates pairs of channels, choose an even number")
         pattern, last = self.window_pattern, self.num_hidden_layers - 1
         derived = ["sliding_attention" if pattern[i % len(pattern)] == "S" else "full_attention" for i in range(last)]
@@ -143,20 +152,23 @@ class NanoChatHFConfig(PreTrainedConfig):
             self.sliding_window = math.ceil(self.max_position_embeddings / 4 / 128) * 128 + 1
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
-        theta = self.rope_parameters.get("rope_theta")
-        if not (isinstance(theta, int | float) and 0 < theta < math.inf):
-            raise ValueError(f"rope_theta is {theta!r}: write a number above 0")
+        words = {"rope_type", "type", "truncate"}  # which are no numbers
+        for name in {"rope_theta", *self.rope_parameters} - words:
+            value, (low, high) = self.rope_parameters.get(name), ROPE_LIMITS.get(name, (1e-6, 1e12))
+            values = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
+            if not all(type(item) in (int, float) and low <= item <= high for item in values):
+                raise ValueError(f"{name} is {value!r}: write a number from {low:g} to {high:g}")
         kind, kinds = self.rope_parameters.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]
         if kind not in kinds:
             raise ValueError(f"rope_type is {kind!r}: write one of {', '.join(kinds)}")
 
     def shape_error(self) -> str | None:
         """Returns one clear line on the first field that is out of range, or None."""
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                return f"{name} is {getattr(self, name)}: it must be at least 1"
-        if self.num_hidden_layers > MAX_LAYERS:
-            return f"num_hidden_layers is {self.num_hidden_layers}: at most {MAX_LAYERS}"
+        if self.final_logit_softcapping == 0:
+            return "final_logit_softcapping is 0: write null to turn it off"
+        for name, (low, high) in LIMITS.items():
+            if (value := getattr(self, name)) is not None and not low <= value <= high:
+                return f"{name} is {value}: write a number from {low:g} to {high:g}"
         width, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None and width % heads:
             return f"hidden_size {width} is not divisible by num_attention_heads {heads}"
@@ -166,15 +178,8 @@ class NanoChatHFConfig(PreTrainedConfig):
             return (
                 f"window_pattern {self.window_pattern!r}: write a word of the letters S (sliding window) and L (full)"
             )
-        if self.sliding_window is not None and self.sliding_window < 2:  # transformers' cache would keep all keys
-            return f"sliding_window is {self.sliding_window}: a layer must see its own token and the one before"
         if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
             return f"num_tokens {self.num_tokens} must lie between 1 and vocab_size {self.vocab_size}"
-        if self.final_logit_softcapping == 0:
-            return "final_logit_softcapping is 0: write null to turn it off"
-        for name in ("qk_scale", "rms_norm_eps", "final_logit_softcapping"):
-            if (value := getattr(self, name)) is not None and not 0 < value < 1e9:
-                return f"{name} is {value}: write a number above 0"
         if self.tie_word_embeddings:
             return "tie_word_embeddings is true: the head has weights of its own, write false"
         if self.smear and width < SMEAR_GATE_CHANNELS:

@@ -7,13 +7,16 @@ import ast
 import builtins
 import collections.abc
 import contextlib
+import copy
 import copyreg
 import importlib.util
+import io
 import itertools
 import json
 import math
 import operator
 import os
+import random
 import symtable
 import sys
 import types
@@ -22,7 +25,6 @@ import types
 LIBRARY = "cmath collections copy decimal fractions functools itertools json math operator re".split()  # noqa: SIM905
 LIBRARY += ["statistics", "string"]
 DEEP = 20_000  # limit of recursion; values may be nested half as deep
-OPERATIONS = "contents describe is_from known_class module_name run signature".split()  # noqa: SIM905
 DATA = (int, float, str, bytes, tuple)  # a solution's subclasses of these are data with an object behind it
 READING = "len bool iter getitem contents".split()  # noqa: SIM905  (operations)
 BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
@@ -300,6 +302,13 @@ def watch_library(remote: type, contents_of, refuse) -> None:
     )
 
 
+def uncheckable(error: BaseException, may_be_old: bool) -> str:
+    """Why tests that ended in an error say nothing about the solution, else nothing."""
+    if may_be_old and isinstance(error, AssertionError):
+        return "a list or the like that was fetched before a call, which may have changed it"
+    return "match, with a class of the solution" if type(error) is TypeError and "match pattern" in str(error) else ""
+
+
 def flush() -> None:
     with contextlib.suppress(Exception):  # a program may have closed or replaced it
         sys.stdout.flush()
@@ -380,3 +389,17 @@ def run(coroutine):
 
 def signature(value):
     return importlib.import_module("inspect").signature(value)
+
+
+def printing(operation: str, *arguments, **options) -> tuple:
+    """The result of an operation and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        return OPERATIONS[operation](*arguments, **options), output.getvalue()
+
+
+OPERATIONS = {function.__name__: function for function in (
+    operator.call, printing, random.seed, copy.copy, copy.deepcopy, getattr, setattr, delattr, hasattr, len, str,
+    repr, bool, hash, iter, next, type, isinstance, issubclass, callable, operator.getitem, operator.setitem,
+    operator.delitem, format, *(getattr(operator, name) for name in ["eq", *BINARY, *IN_PLACE]),
+    contents, describe, is_from, known_class, module_name, run, signature,
+)}  # fmt: skip

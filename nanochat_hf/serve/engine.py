@@ -144,7 +144,7 @@ class Engine:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         model, tokenizer = load_model(name, dtype, device), load_tokenizer(name)
-        refuse_other_model(tokenizer, model)
+        refuse_other_model(tokenizer, model.config)
         return cls(model, tokenizer, **options)
 
     def resize(self, slots: int) -> None:

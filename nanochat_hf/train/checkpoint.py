@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..distributed import get_dist_info, main_process_first, monitored_barrier
-from ..errors import InputError
+from ..errors import InputError, in_a_line
 from ..optim.muon_adamw import LARGE
 from ..run import apply_umask, first_non_finite, load_json, load_metrics, renamed_keys, save_json, writing
 
@@ -75,7 +75,9 @@ def damage(folder: Path) -> str | None:
     if not manifest_of(folder):
         return f"{folder / MANIFEST} is missing"
     try:
-        for file, checksum in load_json(folder / MANIFEST).items():
+        if not (checksums := load_json(folder / MANIFEST)):
+            return f"{folder / MANIFEST} names no file"
+        for file, checksum in checksums.items():
             if not (folder / file).is_file():
                 return f"{folder / file} is missing"
             if sha256(folder / file) != checksum:
@@ -117,9 +119,8 @@ def reading(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # pickle, zip, safetensors, missing keys, shapes
-        reason = " ".join(str(error).split())[:150]
         advice = "restore it, or delete it to use an older checkpoint or start this stage anew"
-        raise InputError(f"{path} cannot be read ({type(error).__name__}: {reason}): {advice}") from error
+        raise InputError(f"{path} cannot be read ({in_a_line(error)}): {advice}") from error
 
 
 def write(value, path: Path) -> None:
@@ -144,7 +145,10 @@ def writing_checkpoint(folder: Path) -> Iterator[None]:
 
 def read_progress(path: Path) -> dict:
     with reading(path):
-        return torch.load(path / "progress.pt")
+        progress = torch.load(path / "progress.pt")
+        if progress["step"] != step_of(path):
+            raise ValueError(f"it holds step {progress['step']}")
+        return progress
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer) -> None:

@@ -13,13 +13,13 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokenizer import refuse_other_model
+from ..data.tokenizer import refuse_other_model, token_ids
 from ..distributed import get_dist_info, partial_state
 from ..errors import InputError
 from ..kernels.backend import first_line, triton, unloaded, verify, version
-from ..loading import is_quantized, load_model
+from ..loading import is_quantized, load_config, load_model
 from ..model.configuration_nanochat import NanoChatConfig
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from ..optim.scaling import Plan
@@ -51,10 +51,7 @@ def compute_dtype(device: torch.device, half: bool = False) -> torch.dtype:
 
 def plan_overrides_from(source: str) -> dict:
     """Fields of `PretrainConfig` that describe the model in folder (or Hub id) `source`."""
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model in {source} that can be read: {str(error).splitlines()[0]}") from None
+    config = load_config(source)
     if not isinstance(config, NanoChatConfig):
         raise InputError(f"{source} holds a model of type {config.model_type!r}, no nanochat: see nanochat convert")
     same = ("generation", "head_dim", "window_pattern", "final_logit_softcapping")
@@ -81,7 +78,7 @@ def load_chat_model(source: str, config, tokenizer: PreTrainedTokenizerBase) -> 
     """
     check_attention(config.attn_implementation, partial_state().device)
     model = read_model(source, config.attn_implementation)
-    refuse_other_model(tokenizer, model)
+    refuse_other_model(tokenizer, model.config)
     ends = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
     model.generation_config.update(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
     dtype = compute_dtype(partial_state().device)
@@ -113,9 +110,11 @@ def build_model(plan: Plan, source: str | None, tokenizer, device: torch.device,
     """
     if source:
         model = read_model(source).to(device)
+        refuse_other_model(tokenizer, model.config)
     else:
         config = copy.deepcopy(plan.model_config)
         config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+        config.token_ids = token_ids(tokenizer)
         with device:
             model = NanoChatForCausalLM(config)
     if (rows := model.config.vocab_size) != plan.model_config.vocab_size:
