@@ -241,4 +241,5 @@ def test_a_bomb_of_processes_stays_below_the_limit(small_cgroup):
         "import os, time\nn = 0\nfor _ in range(200):\n    try:\n        if os.fork() == 0: time.sleep(5)\n"
         "        n += 1\n    except OSError: pass\nprint(n)"
     )
-    assert 30 < max(map(int, in_cgroup(small_cgroup, run_sandboxed, program, "", 20).output.split())) < MAX_PROCESSES
+    result = in_cgroup(small_cgroup, run_sandboxed, program, "", 20, 2 << 30)  # of memory, for all of them
+    assert 30 < max(map(int, result.output.split())) < MAX_PROCESSES
