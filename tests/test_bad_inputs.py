@@ -435,6 +435,22 @@ SHAPES = [  # a finished stage, what is wrong in its metrics.json, and what is s
     ("eval", {"results": {"bse": {}}}, "results.bse is no valid key"),
     ("eval", {"results": {"base": {"facts": {}}}}, "results.base.facts has no value"),
     ("eval", {"core": {"base": None}}, "core.base is null"),
+    *(
+        ("eval", {"results": {"base": {"facts": {"value": 1, name: "x"}}}}, f"results.base.facts.{name} is 'x'")
+        for name in ("stderr", "n", "baseline", "tool_use", "higher_is_better", "value")
+    ),
+    *(
+        (
+            "eval",
+            {"core": {"base": {"label": "", "value": 1, "per_task": {"a": {"acc": 1, name: "x"}}}}},
+            f"core.base.per_task.a.{name} is 'x'",
+        )
+        for name in ("centered", "stderr", "n", "acc")
+    ),
+    *(
+        ("eval", {"chatcore": {"base": {"label": "", "value": 1, name: "x"}}}, f"chatcore.base.{name} is 'x'")
+        for name in ("stderr", "seconds", "model_seconds", "value")
+    ),
     ("eval", {"models": {"base": None}}, "models.base is null"),
     ("eval", {"examples": {"base": [5]}}, r"examples.base\[0\] is 5"),
 ]
