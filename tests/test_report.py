@@ -241,6 +241,7 @@ def test_the_same_questions_are_compared_in_pairs(tmp_path):
     # The errors are (1/2) / sqrt(4) = .25, so z = 1 and p = .317, or sqrt(2) x .01.
     paired, independent = r"-0.2400 to \+0.7400 \| 0.317 \| paired", r"\+0.2777 \| <0.001 \| two-sample"
     assert re.search(paired, compare([tmp_path / "a", tmp_path / "b"]))
+    assert re.search(r"\+0.0000 to \+0.0000 \| 1.000 \| paired", compare([tmp_path / "a", tmp_path / "a"]))
     samples.write_text(samples.read_text().replace('"question": 3', '"question": 4'))
     assert re.search(independent, compare([tmp_path / "a", tmp_path / "b"]))
     samples.write_text("{")
