@@ -230,6 +230,9 @@ def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path, monkeyp
     assert chat.messages == [] and chat.system == "Be kind."
     chat.ask("Hello")  # the system message goes along without being remembered as a turn
     assert chat.messages[0] == {"role": "user", "content": "Hello"}
+    before = list(chat.messages)
+    chat.command("/system")  # shows it only
+    assert (chat.system, chat.messages) == ("Be kind.", before) and shown(chat).endswith("system: Be kind.\n")
     chat.command("/save ~/talk.json")
     opening = [{"role": "system", "content": "Be kind."}]
     assert json.loads((tmp_path / "talk.json").read_text())["messages"] == opening + chat.messages
