@@ -125,6 +125,7 @@ COMMANDS = [
     ("plan d12 --lora_r --dry-run", "no dashes: mid.lora_r=VALUE or sft.lora_r=VALUE or"),
     ("run cpu-demo --dept 3", "unknown flag '--dept'; did you mean 'depth'"),
     ("run cpu-demo --qqq 3", "unknown flag '--qqq'; known: --help"),
+    ("completion words", "^error: shell: 'words': it must be bash, zsh or fish"),  # no shell asks
     ("completion bsh", "^error: shell: 'bsh': it must be bash, zsh or fish; did you mean 'bash'"),
     ("chat runs/d12", "unrecognized arguments: runs/d12; --help lists the flags"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages sft --model x", "leave --stages out"),
@@ -493,6 +494,7 @@ CALLS = [
     (lambda: open_documents([]), "dataset is .*: it must be a list of {dataset, weight}, not empty"),
     (lambda: PretrainConfig(depth=0), "^depth is 0: it must be"),
     (lambda: PretrainConfig(0), "^depth is 0: it must be"),
+    (lambda: PretrainConfig(depth=True), "^depth is 'true': it must be"),
     (lambda: PretrainConfig(dept=3), "unknown key 'dept'; did you mean 'depth'"),
 ]
 

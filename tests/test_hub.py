@@ -427,7 +427,7 @@ def test_checkpoints_become_branches_and_a_failing_hub_does_not_stop_training(hu
     assert log[-1].startswith("warning: step 1000 was not pushed") and "run the same command again" in log[-1]
     upload(run / "sft", 1500).result()
     assert "model.safetensors" in pushed(hub, "you/base", branch="step-001500")
-    assert list(run.glob(".push-*")) == []
+    assert list(run.glob(".push-*")) == [] and hub.repos["models", "you/base"].messages == ["Step 500", "Step 1500"]
     name = change_weights(run / "sft", float("inf"))
     upload(run / "sft", 2000).result()
     assert "warning: step 2000 was not pushed" in log[-1] and f"infinity in {name}" in log[-1]
