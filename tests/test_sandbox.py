@@ -92,6 +92,7 @@ def test_tests_that_would_trust_an_object_of_the_solution_are_not_checked():
     for case, result in in_parallel(table, run_sandboxed):
         assert not result.passed and not result.checked and "cannot be checked: " in result.output, case
     assert run_sandboxed("def f(): return 0", "assert f()").checked
+    assert "checked: a file, which one side has\n" in run_sandboxed("def f(): return 0", "open('x', 'w')").output
 
 
 def test_what_tests_import_is_not_the_solutions():
