@@ -52,16 +52,6 @@ def test_an_answer_is_shown_and_remembered_as_the_tokens_that_were_generated(cha
     assert f"<|assistant_start|>{turn}<|user_start|>and?" in prompt
 
 
-def test_markdown_is_drawn_on_a_terminal_and_streamed_raw_elsewhere(chat):
-    chat.ask("Hello")
-    assert "a **small** model" in shown(chat)
-    chat.console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor")
-    chat.messages = []
-    chat.ask("Hello")
-    final = shown(chat).rsplit("\x1b[2K", 1)[-1]
-    assert "\x1b[1msmall\x1b[0m" in final and "**" not in final and "tokens," in final
-
-
 class Script:
     """A model whose answer is these chunks."""
 
@@ -187,21 +177,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
 
 OPTIONS = "temperature={} top_k={} top_p=1.0 max_new_tokens=120 seed={}"
 REPLIES = {  # what a line of the chat shows; options that it shows are those from then on
-    "/help": terminal_chat.HELP,
-    "/tmep 0.5": "no command /tmep; did you mean '/temp'?",
+    "/help": terminal_chat.HELP, "/tmep 0.5": "no command /tmep; did you mean '/temp'?",
     "/temp hot": "temperature is 'hot': it must be a number from 0 to 5",
-    "/temp": OPTIONS.format(0.0, 50, None),
-    "/temp 0.25": OPTIONS.format(0.25, 50, None),
-    "/set": OPTIONS.format(0.0, 50, None),
-    "/set top_k=3 seed=7": OPTIONS.format(0.0, 3, 7),
+    "/temp": OPTIONS.format(0.0, 50, None), "/temp 0.25": OPTIONS.format(0.25, 50, None),
+    "/set": OPTIONS.format(0.0, 50, None), "/set top_k=3 seed=7": OPTIONS.format(0.0, 3, 7),
     "/set top_k 3": OPTIONS.format(0.0, 3, None),
     "/set tempreature=1": "unknown key 'tempreature'; did you mean 'temperature'?",
-    "/retry": "nothing was asked yet",
-    "/system": "system: (none)",
-    "/system  Be kind. ": "system: Be kind. ",
+    "/retry": "nothing was asked yet", "/system": "system: (none)", "/system  Be kind. ": "system: Be kind. ",
     "/save": "say where: /save FILE",
     "/save /dev/null/x": "cannot write /dev/null/x: File exists; make room there or choose another place",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("line", REPLIES)
@@ -290,7 +275,7 @@ def test_a_retry_replaces_the_last_answer_and_keeps_it_where_there_is_no_new_one
 
 
 def test_beside_a_pipe_stdout_has_the_answer_and_stderr_the_rest(capsys, monkeypatch):
-    chat = Chat(Script([StreamChunk("1+1", "call"), StreamChunk("2", "result"), StreamChunk("Two.")]), Options())
+    chat = Chat(Script([StreamChunk("1+1", "call"), StreamChunk("2", "result"), StreamChunk("**Two.**")]), Options())
     reader, writer = os.pipe()
     monkeypatch.setattr("sys.stdin", os.fdopen(reader))
     monkeypatch.setattr("nanochat_hf.serve.terminal_chat.PIPE_SECONDS", 0)
@@ -301,7 +286,7 @@ def test_beside_a_pipe_stdout_has_the_answer_and_stderr_the_rest(capsys, monkeyp
     chat.command("/reset")
     assert chat.model.prompts == [["this\n\nand\nmore \ufffd"]]
     shown = capsys.readouterr()
-    assert shown.out == "Two.\n" and "⚙ python 1+1 → 2" in shown.err and "forgotten" in shown.err
+    assert shown.out == "**Two.**\n" and "⚙ python 1+1 → 2" in shown.err and "forgotten" in shown.err
 
 
 def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns(chat):

@@ -220,17 +220,16 @@ def test_a_record_names_the_commit_and_whether_it_is_what_runs(tmp_path, monkeyp
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     monkeypatch.setattr(module, "__file__", str(tmp_path / "run.py"))
+    (tmp_path / "run.py").write_text("1")
     nothing = {"commit": None, "dirty": None}
     assert module.source() == nothing  # no repository
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "x")
-    (tmp_path / "run.py").write_text("1")
     assert module.source() == nothing  # one of somebody else
     git("add", "run.py")
+    assert module.source() == {"commit": git("rev-parse", "HEAD")[:10], "dirty": True}
     git("commit", "-q", "-m", "y")
     assert module.source() == {"commit": git("rev-parse", "HEAD")[:10], "dirty": False}
-    (tmp_path / "run.py").write_text("2")
-    assert module.source() == {"commit": git("rev-parse", "HEAD")[:10], "dirty": True}
     monkeypatch.setenv("PATH", "")
     assert module.source() == nothing  # no git
 
@@ -238,10 +237,9 @@ def test_a_record_names_the_commit_and_whether_it_is_what_runs(tmp_path, monkeyp
 def test_a_record_names_the_hardware(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    facts = module.hardware()
-    assert facts["num_processes"] == 3 and facts["device_memory_bytes"] is None and facts["cpu_cores"] >= 1
-    assert facts["memory_bytes"] == psutil.virtual_memory().total and facts["device"]
     for mps, device_type in ((False, "cpu"), (True, "mps")):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
         facts = module.hardware()
-        assert facts["device_type"] == device_type and (facts["device"] == "Apple MPS") == mps
+        assert facts["device_type"] == device_type and (facts["device"] == "Apple MPS") == mps and facts["device"]
+        assert facts["num_processes"] == 3 and facts["device_memory_bytes"] is None and facts["cpu_cores"] >= 1
+        assert facts["memory_bytes"] == psutil.virtual_memory().total
