@@ -95,8 +95,10 @@ def test_tests_that_would_trust_an_object_of_the_solution_are_not_checked():
     assert "checked: a file, which one side has\n" in run_sandboxed("def f(): return 0", "open('x', 'w')").output
 
 
-def test_what_tests_import_is_not_the_solutions():
+def test_what_tests_import_is_not_the_solutions_and_what_they_are_given_is_their_subject():
     assert support.names("from math import sqrt\nassert f(sqrt(4)) == 2")[1] == {"f"}
+    subjects, helpers = support.names("def check(x): assert x(g(1)) == 2\ncheck(f)")[2:]
+    assert (subjects, helpers) == ({"f"}, {"g"})
 
 
 def test_tests_do_not_run_in_a_folder_that_the_solution_may_write(monkeypatch):
