@@ -423,6 +423,7 @@ def test_a_damaged_metrics_json(refuse, content, command):
     refuse([command, "--run-dir", "{here}"], r"metrics\.json is not valid JSON .*delete it to run that stage again")
 
 
+MEAN = {"label": "", "value": 1}
 SHAPES = [  # a finished stage, what is wrong in its metrics.json, and what is said of it
     ("base", {"history": 3}, "history is 3: input should be a valid list"),
     ("base", {"history": [{"step": 1}, {"step": "a"}]}, r"history\[1\].step is 'a': input should be a valid number"),
@@ -437,20 +438,13 @@ SHAPES = [  # a finished stage, what is wrong in its metrics.json, and what is s
     ("eval", {"results": {"base": {"facts": {}}}}, "results.base.facts has no value"),
     ("eval", {"core": {"base": None}}, "core.base is null"),
     *(
-        ("eval", {"results": {"base": {"facts": {"value": 1, name: "x"}}}}, f"results.base.facts.{name} is 'x'")
-        for name in ("stderr", "n", "baseline", "tool_use", "higher_is_better", "value")
-    ),
-    *(
-        (
-            "eval",
-            {"core": {"base": {"label": "", "value": 1, "per_task": {"a": {"acc": 1, name: "x"}}}}},
-            f"core.base.per_task.a.{name} is 'x'",
+        ("eval", {place: {"base": record(name)}}, f"{place}.base{inner}.{name} is 'x'")
+        for place, inner, record, names in (
+            ("results", ".facts", lambda name: {"facts": {"value": 1, name: "x"}}, "stderr n baseline tool_use value"),
+            ("core", ".per_task.a", lambda name: MEAN | {"per_task": {"a": {name: "x"}}}, "centered stderr n acc"),
+            ("chatcore", "", lambda name: MEAN | {name: "x"}, "stderr seconds model_seconds value"),
         )
-        for name in ("centered", "stderr", "n", "acc")
-    ),
-    *(
-        ("eval", {"chatcore": {"base": {"label": "", "value": 1, name: "x"}}}, f"chatcore.base.{name} is 'x'")
-        for name in ("stderr", "seconds", "model_seconds", "value")
+        for name in names.split()
     ),
     ("eval", {"models": {"base": None}}, "models.base is null"),
     ("eval", {"examples": {"base": [5]}}, r"examples.base\[0\] is 5"),

@@ -215,9 +215,8 @@ def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path, monkeyp
     assert chat.messages == [] and chat.system == "Be kind."
     chat.ask("Hello")  # the system message goes along without being remembered as a turn
     assert chat.messages[0] == {"role": "user", "content": "Hello"}
-    before = list(chat.messages)
     chat.command("/system")  # shows it only
-    assert (chat.system, chat.messages) == ("Be kind.", before) and shown(chat).endswith("system: Be kind.\n")
+    assert len(chat.messages) == 2 and shown(chat).endswith("system: Be kind.\n")
     chat.command("/save ~/talk.json")
     opening = [{"role": "system", "content": "Be kind."}]
     assert json.loads((tmp_path / "talk.json").read_text())["messages"] == opening + chat.messages
@@ -230,8 +229,7 @@ def test_a_wrong_command_ends_a_pipe_and_is_told_on_a_terminal(monkeypatch, term
     with nullcontext() if terminal else pytest.raises(InputError, match="no command /nosuch"):
         chat.run()
     assert chat.model.prompts == [["a"], ["a", "b", "c"]][: 1 + terminal]
-    if not terminal:
-        assert shown(chat) == "b\n"
+    assert terminal or shown(chat) == "b\n"
 
 
 def test_the_lines_around_an_answer_on_a_terminal(monkeypatch):

@@ -6,8 +6,8 @@ With a checkout of the original at hand the slow test at the end runs it:
 
 import json
 import os
-import re
 import pickle
+import re
 import shutil
 import subprocess
 import sys

@@ -236,15 +236,11 @@ def test_answers_come_from_the_adapters_too(tiny_model, tokenizer, engine):
         torch.testing.assert_close(value, weights[name], atol=1e-5, rtol=1e-5)
 
 
-def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path):
-    out, sampled = tmp_path / "rl", []
-
-    class Noted(Generator):
-        def generate(self, prompts, **options):
-            sampled.append(super().generate(prompts, **options))
-            return sampled[-1]
-
-    train_rl(config(save_every=1, eval_every=1), tiny_folder, out, Noted)
+def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path, monkeypatch):
+    out, sampled, real = tmp_path / "rl", [], Generator.generate
+    note = lambda *prompts, **options: sampled.append(real(*prompts, **options)) or sampled[-1]  # noqa: E731
+    monkeypatch.setattr(Generator, "generate", note)
+    train_rl(config(save_every=1, eval_every=1), tiny_folder, out, Generator)
     metrics = load_json(out / "metrics.json")
     assert metrics["finished"] and metrics["task"] == "primer:problem" and 0 < metrics["generation_share"] < 1
     assert metrics["before"].keys() == metrics["after"].keys() == {"pass@1", "pass@2", "questions"}

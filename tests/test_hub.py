@@ -387,11 +387,12 @@ def test_push_load_back_and_the_cards_own_code_in_clean_processes(hub, run, tmp_
 
 
 LOCAL = {"ids": torch.tensor([[1, 2]]), "logits": torch.tensor([[2.0, -3.0]])}
-NAN = torch.full((1, 2), float("nan"))
 
 
 @pytest.mark.parametrize("copy,message", [
-    ({}, ""), ({"logits": LOCAL["logits"] + 9e-4}, ""), ({"logits": NAN}, "logits differ from those of .* by nan"),
+    ({}, ""), ({"logits": LOCAL["logits"] + 9e-4}, ""),
+    ({"logits": LOCAL["logits"] / 0}, "logits differ from those of .* by inf"),
+    ({"logits": LOCAL["logits"] * float("nan")}, "logits differ from those of .* by nan"),
     ({"logits": LOCAL["logits"] - 2e-3}, "logits differ from those of .* by 0.002$"),
     ({"ids": torch.tensor([[1, 3]])}, "its tokenizer gives other ids than"),
     (None, "you/small does not load in a clean process: no file$"),

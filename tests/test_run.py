@@ -237,9 +237,9 @@ def test_a_record_names_the_commit_and_whether_it_is_what_runs(tmp_path, monkeyp
 def test_a_record_names_the_hardware(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected = {"num_processes": 3, "device_memory_bytes": None, "memory_bytes": psutil.virtual_memory().total}
     for mps, device_type in ((False, "cpu"), (True, "mps")):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
         facts = module.hardware()
-        assert facts["device_type"] == device_type and (facts["device"] == "Apple MPS") == mps and facts["device"]
-        assert facts["num_processes"] == 3 and facts["device_memory_bytes"] is None and facts["cpu_cores"] >= 1
-        assert facts["memory_bytes"] == psutil.virtual_memory().total
+        assert (expected | {"device_type": device_type}).items() <= facts.items() and facts["cpu_cores"] >= 1
+        assert facts["device"] and (facts["device"] == "Apple MPS") == mps
