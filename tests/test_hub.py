@@ -391,7 +391,6 @@ LOCAL = {"ids": torch.tensor([[1, 2]]), "logits": torch.tensor([[2.0, -3.0]])}
 
 @pytest.mark.parametrize("copy,message", [
     ({}, ""), ({"logits": LOCAL["logits"] + 9e-4}, ""),
-    ({"logits": LOCAL["logits"] / 0}, "logits differ from those of .* by inf"),
     ({"logits": LOCAL["logits"] * float("nan")}, "logits differ from those of .* by nan"),
     ({"logits": LOCAL["logits"] - 2e-3}, "logits differ from those of .* by 0.002$"),
     ({"ids": torch.tensor([[1, 3]])}, "its tokenizer gives other ids than"),

@@ -97,15 +97,16 @@ def test_tests_that_would_trust_an_object_of_the_solution_are_not_checked():
 
 def test_what_tests_import_is_not_the_solutions_and_what_they_are_given_is_their_subject():
     assert support.names("from math import sqrt\nassert f(sqrt(4)) == 2")[1] == {"f"}
-    subjects, helpers = support.names("def check(x): assert x(g(1)) == 2\ncheck(f)")[2:]
-    assert (subjects, helpers) == ({"f"}, {"g"})
+    assert support.names("def check(x): assert x(g(1)) == 2\ncheck(f)")[2:] == ({"f"}, {"g"})
 
 
-def test_tests_do_not_run_in_a_folder_that_the_solution_may_write(monkeypatch):
-    start, folders = sandbox.start_guard, []
-    monkeypatch.setattr(sandbox, "start_guard", lambda *words: folders.append(words[3]) or start(*words))
+def test_tests_do_not_run_in_a_folder_that_the_solution_may_write_and_no_cgroup_is_left(monkeypatch):
+    start, calls = sandbox.start_guard, []
+    monkeypatch.setattr(sandbox, "start_guard", lambda *words: calls.append((words[3], start(*words))) or calls[-1][1])
     assert run_sandboxed("def f(): return 1", "assert f() == 1").passed
-    assert folders[1] == "/" != folders[0]
+    (folder, solution), (place, tests) = calls
+    assert place == "/" != folder
+    assert not [path for guard in (solution, tests) for path in Path("/sys/fs").glob(f"**/nanochat-{guard.pid}")]
 
 
 def test_a_program_without_tests_passes_if_it_runs_to_its_last_line(monkeypatch):
