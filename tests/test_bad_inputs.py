@@ -127,6 +127,7 @@ COMMANDS = [
     ("plan d12 --lora_r --dry-run", "no dashes: mid.lora_r=VALUE or sft.lora_r=VALUE or"),
     ("run cpu-demo --dept 3", "unknown flag '--dept'; did you mean 'depth'"),
     ("run cpu-demo --qqq 3", "unknown flag '--qqq'; known: --help"),
+    ("completion words", "^error: shell: 'words': it must be bash, zsh or fish"),  # no shell asks
     ("completion bsh", "^error: shell: 'bsh': it must be bash, zsh or fish; did you mean 'bash'"),
     ("chat runs/d12", "unrecognized arguments: runs/d12; --help lists the flags"),
     (f"eval {CONFIG}eval.yaml --run-dir {{run}} --stages sft --model x", "leave --stages out"),
@@ -434,6 +435,7 @@ def test_a_damaged_metrics_json(refuse, content, command):
     refuse([command, "--run-dir", "{here}"], r"metrics\.json is not valid JSON .*delete it to run that stage again")
 
 
+MEAN = {"label": "", "value": 1}
 SHAPES = [  # a finished stage, what is wrong in its metrics.json, and what is said of it
     ("base", {"history": 3}, "history is 3: input should be a valid list"),
     ("base", {"history": [{"step": 1}, {"step": "a"}]}, r"history\[1\].step is 'a': input should be a valid number"),
@@ -447,6 +449,15 @@ SHAPES = [  # a finished stage, what is wrong in its metrics.json, and what is s
     ("eval", {"results": {"bse": {}}}, "results.bse is no valid key"),
     ("eval", {"results": {"base": {"facts": {}}}}, "results.base.facts has no value"),
     ("eval", {"core": {"base": None}}, "core.base is null"),
+    *(
+        ("eval", {place: {"base": record(name)}}, f"{place}.base{inner}.{name} is 'x'")
+        for place, inner, record, names in (
+            ("results", ".facts", lambda name: {"facts": {"value": 1, name: "x"}}, "stderr n baseline tool_use value"),
+            ("core", ".per_task.a", lambda name: MEAN | {"per_task": {"a": {name: "x"}}}, "centered stderr n acc"),
+            ("chatcore", "", lambda name: MEAN | {name: "x"}, "stderr seconds model_seconds value"),
+        )
+        for name in names.split()
+    ),
     ("eval", {"models": {"base": None}}, "models.base is null"),
     ("eval", {"examples": {"base": [5]}}, r"examples.base\[0\] is 5"),
 ]
@@ -489,6 +500,7 @@ CALLS = [
     (lambda: open_documents([]), "dataset is .*: it must be a list of {dataset, weight}, not empty"),
     (lambda: PretrainConfig(depth=0), "^depth is 0: it must be"),
     (lambda: PretrainConfig(0), "^depth is 0: it must be"),
+    (lambda: PretrainConfig(depth=True), "^depth is 'true': it must be"),
     (lambda: PretrainConfig(dept=3), "unknown key 'dept'; did you mean 'depth'"),
 ]
 

@@ -52,16 +52,6 @@ def test_an_answer_is_shown_and_remembered_as_the_tokens_that_were_generated(cha
     assert f"<|assistant_start|>{turn}<|user_start|>and?" in prompt
 
 
-def test_markdown_is_drawn_on_a_terminal_and_streamed_raw_elsewhere(chat):
-    chat.ask("Hello")
-    assert "a **small** model" in shown(chat)
-    chat.console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor")
-    chat.messages = []
-    chat.ask("Hello")
-    final = shown(chat).rsplit("\x1b[2K", 1)[-1]
-    assert "\x1b[1msmall\x1b[0m" in final and "**" not in final and "tokens," in final
-
-
 class Script:
     """A model whose answer is these chunks."""
 
@@ -155,6 +145,9 @@ def test_a_given_seed_is_used_also_if_it_is_zero_and_else_another_each_time(chat
     for chat.options.seed in (0, 7, None, None):
         chat.ask("Hello")
     assert seeds[:2] == [0, 7] and len(set(seeds)) == 4
+    chat.options.max_new_tokens = 5
+    chat.ask("Hello")
+    assert chat.model.count == 5
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
@@ -182,29 +175,39 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
     assert chat.messages[-1]["content"] == "It is 11."
 
 
-@pytest.mark.parametrize("line,reply", [
-    ("/help", "/save FILE"), ("/tmep 0.5", "did you mean '/temp'"),
-    ("/temp hot", "temperature is 'hot': it must be a number from 0 to 5"),
-    ("/temp 0.25", "temperature=0.25 top_k=50"),
-    ("/set top_k=3 seed=7", "top_k=3 top_p=1.0 max_new_tokens=120 seed=7"),
-    ("/set top_k 3", "temperature=0.0 top_k=3"), ("/set tempreature=1", "did you mean 'temperature'"),
-    ("/retry", "nothing was asked yet"), ("/system", "(none)"), ("/save", "say where"),
-    ("/save /dev/null/x", "cannot write"),
-])  # fmt: skip
-def test_commands_answer_in_one_line(chat, line, reply):
+OPTIONS = "temperature={} top_k={} top_p=1.0 max_new_tokens=120 seed={}"
+REPLIES = {  # what a line of the chat shows; options that it shows are those from then on
+    "/help": terminal_chat.HELP, "/tmep 0.5": "no command /tmep; did you mean '/temp'?",
+    "/temp hot": "temperature is 'hot': it must be a number from 0 to 5",
+    "/temp": OPTIONS.format(0.0, 50, None), "/temp 0.25": OPTIONS.format(0.25, 50, None),
+    "/set": OPTIONS.format(0.0, 50, None), "/set top_k=3 seed=7": OPTIONS.format(0.0, 3, 7),
+    "/set top_k 3": OPTIONS.format(0.0, 3, None),
+    "/set tempreature=1": "unknown key 'tempreature'; did you mean 'temperature'?",
+    "/retry": "nothing was asked yet", "/system": "system: (none)", "/system  Be kind. ": "system: Be kind. ",
+    "/save": "say where: /save FILE",
+    "/save /dev/null/x": "cannot write /dev/null/x: File exists; make room there or choose another place",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", REPLIES)
+def test_commands_answer_in_one_line(chat, line):
+    chat.console.width = 200
     try:
         assert chat.command(line)
     except InputError as error:
         chat.note(str(error))
-    assert reply in shown(chat)
+    assert shown(chat) == f"{REPLIES[line]}\n"
+    options = OPTIONS.format(chat.options.temperature, chat.options.top_k, chat.options.seed)
+    assert options == (REPLIES[line] if "top_p=" in REPLIES[line] else OPTIONS.format(0.0, 50, None))
 
 
-def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path):
+def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert not chat.command("/quit")
     chat.ask("What is 5 + 6?")
-    chat.command(f"/save {tmp_path}/talk.json")
-    assert json.loads((tmp_path / "talk.json").read_text())["messages"] == chat.messages
-    assert "4 messages written to" in shown(chat)
+    chat.command("/save ~/talk.json")
+    assert json.loads((tmp_path / "talk.json").read_text()) == {"model": "test", "messages": chat.messages}
+    assert "4 messages written to ~/talk.json" in shown(chat)
     chat.command("/reset")
     assert chat.messages == []
     chat.ask("Hello")
@@ -212,15 +215,41 @@ def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path):
     assert chat.messages == [] and chat.system == "Be kind."
     chat.ask("Hello")  # the system message goes along without being remembered as a turn
     assert chat.messages[0] == {"role": "user", "content": "Hello"}
+    chat.command("/system")  # shows it only
+    assert len(chat.messages) == 2 and shown(chat).endswith("system: Be kind.\n")
+    chat.command("/save ~/talk.json")
+    opening = [{"role": "system", "content": "Be kind."}]
+    assert json.loads((tmp_path / "talk.json").read_text())["messages"] == opening + chat.messages
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_wrong_command_ends_a_pipe_and_is_told_on_a_terminal(monkeypatch, terminal):
     chat = Chat(Script([StreamChunk("b")]), Options(), console=Console(file=io.StringIO(), force_terminal=terminal))
-    monkeypatch.setattr("builtins.input", Mock(side_effect=[" a ", "/nosuch", "c", EOFError]))
+    monkeypatch.setattr("builtins.input", Mock(side_effect=[" a ", " ", "/nosuch", "c", EOFError]))
     with nullcontext() if terminal else pytest.raises(InputError, match="no command /nosuch"):
         chat.run()
     assert chat.model.prompts == [["a"], ["a", "b", "c"]][: 1 + terminal]
+    assert terminal or shown(chat) == "b\n"
+
+
+def test_the_lines_around_an_answer_on_a_terminal(monkeypatch):
+    """Title, rate, the note about Ctrl-C at the prompt; Ctrl-D ends the line, /quit has done so."""
+    clock = iter(range(0, 99, 3))
+    monkeypatch.setattr(terminal_chat.time, "perf_counter", lambda: next(clock))
+    for last in (EOFError, "/quit"):
+        console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+        chat = Chat(Script([StreamChunk("b")]), Options(), console=console)
+        chat.model.count = 12
+        monkeypatch.setattr("builtins.input", Mock(side_effect=["a", KeyboardInterrupt, last]))
+        chat.run()
+        lines = [line for line in on_a_terminal(shown(chat), 25) if line]
+        assert lines[0] == "nanochat script · /help for commands"
+        assert lines[-2:] == ["  12 tokens, 4 a second", "(/quit or Ctrl-D leaves)"]
+        assert shown(chat).endswith("leaves)\n\n" if last is EOFError else "leaves)\n")
+    with pytest.raises(KeyboardInterrupt):  # in a pipe it ends the program
+        chat.console = Console(file=io.StringIO())
+        monkeypatch.setattr("builtins.input", Mock(side_effect=KeyboardInterrupt))
+        chat.run()
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
@@ -244,7 +273,7 @@ def test_a_retry_replaces_the_last_answer_and_keeps_it_where_there_is_no_new_one
 
 
 def test_beside_a_pipe_stdout_has_the_answer_and_stderr_the_rest(capsys, monkeypatch):
-    chat = Chat(Script([StreamChunk("1+1", "call"), StreamChunk("2", "result"), StreamChunk("Two.")]), Options())
+    chat = Chat(Script([StreamChunk("1+1", "call"), StreamChunk("2", "result"), StreamChunk("**Two.**")]), Options())
     reader, writer = os.pipe()
     monkeypatch.setattr("sys.stdin", os.fdopen(reader))
     monkeypatch.setattr("nanochat_hf.serve.terminal_chat.PIPE_SECONDS", 0)
@@ -255,7 +284,7 @@ def test_beside_a_pipe_stdout_has_the_answer_and_stderr_the_rest(capsys, monkeyp
     chat.command("/reset")
     assert chat.model.prompts == [["this\n\nand\nmore \ufffd"]]
     shown = capsys.readouterr()
-    assert shown.out == "Two.\n" and "⚙ python 1+1 → 2" in shown.err and "forgotten" in shown.err
+    assert shown.out == "**Two.**\n" and "⚙ python 1+1 → 2" in shown.err and "forgotten" in shown.err
 
 
 def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns(chat):

@@ -354,7 +354,7 @@ def test_a_plan_is_for_these_devices(monkeypatch, capsys, options, environment, 
         jobs.show_plan(["base"], {})
     monkeypatch.setattr("nanochat_hf.eval.tasks.known_tasks", lambda _: capsys.readouterr() and print("looked up"))
     for names, task, shown in ((["eval"], "arc_easy", True), (["eval"], "nanochat_x", False), ([], "arc_easy", False)):
-        jobs.show_plan(names, {"tokenizer": None, "eval": SimpleNamespace(tasks=[task])}, **options)
+        jobs.show_plan(names, {"tokenizer": None, "eval": SimpleNamespace(tasks=["nanochat_y", task])}, **options)
         assert ("looked up" in capsys.readouterr().out) == shown
 
 

@@ -7,6 +7,7 @@ With a checkout of the original at hand the slow test at the end runs it:
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 from old_folder import make_old
 from tiny import close, make_ids
 from tokenizers import Tokenizer, models, normalizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 from transformers import NanoChatForCausalLM as NativeModel
 from transformers.testing_utils import CaptureLogger
 
@@ -263,6 +264,10 @@ def test_an_old_folder_is_renewed_in_place_and_files_that_share_its_bytes_stay(c
     with CaptureLogger(configuration_nanochat.logger) as log:
         convert(tmp_path / "links", tmp_path / "links")
     assert log.out == ""  # no advice to do what this does
+    with CaptureLogger(configuration_nanochat.logger) as log:
+        AutoConfig.from_pretrained(old, trust_remote_code=False)
+        NanoChatConfig.from_dict(json.loads((old / "config.json").read_text()))
+    assert re.findall("--output (.+)", log.out) == [str(old), "FOLDER"]
     assert content(old) == before and content(tmp_path / "links") == content(chat_folder)
 
 

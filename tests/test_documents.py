@@ -213,6 +213,7 @@ def test_a_fingerprint_of_text_covers_both_splits_and_every_part(tmp_path, monke
 
 def test_a_fingerprint_of_a_hub_id_needs_no_network_and_missing_text_is_refused(tmp_path):
     names = ["org/name", "org/name@abc", "org/name/folder"]
+    assert text_fingerprint(names[0]) == text_fingerprint([{"dataset": names[0]}])  # the weight that is left out
     assert len({text_fingerprint(name) for name in names}) == 3
     assert not any(map(is_local, [*names, [{"dataset": "primer"}, {"dataset": "org/name"}]])) and is_local("primer")
     with pytest.raises(InputError, match="no dataset"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOTrainer
 
 from nanochat_hf import stages
@@ -237,8 +237,10 @@ def test_answers_come_from_the_adapters_too(tiny_model, tokenizer, engine):
         torch.testing.assert_close(value, weights[name], atol=1e-5, rtol=1e-5)
 
 
-def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path):
-    out = tmp_path / "rl"
+def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path, monkeypatch):
+    out, sampled, real = tmp_path / "rl", [], Generator.generate
+    note = lambda *prompts, **options: sampled.append(real(*prompts, **options)) or sampled[-1]  # noqa: E731
+    monkeypatch.setattr(Generator, "generate", note)
     train_rl(config(save_every=1, eval_every=1), tiny_folder, out, Generator)
     metrics = load_json(out / "metrics.json")
     assert metrics["finished"] and metrics["task"] == "primer:problem" and 0 < metrics["generation_share"] < 1
@@ -251,6 +253,8 @@ def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path):
         assert 0 <= row["pass@1"] <= row["pass@2"] <= 1
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and samples[0].keys() == {"step", "prompt", "text", "reward"}
+    texts = AutoTokenizer.from_pretrained(out).batch_decode([ids for batch in sampled for (ids,) in batch])
+    assert len(sampled) == 6 and all(any(sample["text"] in text for text in texts) for sample in samples)
     assert [sample["text"] for sample in metrics["samples"]] == [sample["text"] for sample in samples]
     assert not (out / "state").exists() and AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id
 

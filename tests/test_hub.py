@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 
@@ -385,15 +386,29 @@ def test_push_load_back_and_the_cards_own_code_in_clean_processes(hub, run, tmp_
     assert unfinished.returncode == 2 and "not finished" in unfinished.stderr.splitlines()[-1]
 
 
-def test_a_copy_whose_logits_are_nan_is_noticed(run, monkeypatch):
-    def load_back(command, **options):
-        ids = tokenizer.load_tokenizer(run / "sft")(push_module.PROBE, return_tensors="pt").input_ids
-        torch.save({"ids": ids, "logits": torch.tensor(float("nan"))}, command[-1])
+LOCAL = {"ids": torch.tensor([[1, 2]]), "logits": torch.tensor([[2.0, -3.0]])}
+
+
+@pytest.mark.parametrize("copy,message", [
+    ({}, ""), ({"logits": LOCAL["logits"] + 9e-4}, ""),
+    ({"logits": LOCAL["logits"] * float("nan")}, "logits differ from those of .* by nan"),
+    ({"logits": LOCAL["logits"] - 2e-3}, "logits differ from those of .* by 0.002$"),
+    ({"ids": torch.tensor([[1, 3]])}, "its tokenizer gives other ids than"),
+    (None, "you/small does not load in a clean process: no file$"),
+])  # fmt: skip
+def test_a_copy_that_does_not_load_or_differs_is_noticed(tmp_path, monkeypatch, copy, message):
+    def load_back(command, env, **options):
+        name, revision, text, out = command[3:]
+        assert (revision, text, env["HF_TOKEN"], env["PYTHONPATH"]) == ("main", push_module.PROBE, "hf_token", "")
+        if name == "you/small" and copy is None:
+            return subprocess.CompletedProcess(command, 1, stderr="Traceback\nno file\n")
+        torch.save(LOCAL | (copy if name == "you/small" else {}), out)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(push_module.subprocess, "run", load_back)
-    with pytest.raises(InputError, match=r"logits differ from those of .* by nan"):
-        CHECK_LOADED_BACK("you/small", "main", run / "sft", "hf_token")
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        difference = CHECK_LOADED_BACK("you/small", "main", tmp_path, "hf_token")
+        assert difference == pytest.approx(9e-4 if copy else 0, rel=1e-2)
 
 
 @pytest.fixture
@@ -412,7 +427,7 @@ def test_checkpoints_become_branches_and_a_failing_hub_does_not_stop_training(hu
     assert log[-1].startswith("warning: step 1000 was not pushed") and "run the same command again" in log[-1]
     upload(run / "sft", 1500).result()
     assert "model.safetensors" in pushed(hub, "you/base", branch="step-001500")
-    assert list(run.glob(".push-*")) == []
+    assert list(run.glob(".push-*")) == [] and hub.repos["models", "you/base"].messages == ["Step 500", "Step 1500"]
     name = change_weights(run / "sft", float("inf"))
     upload(run / "sft", 2000).result()
     assert "warning: step 2000 was not pushed" in log[-1] and f"infinity in {name}" in log[-1]

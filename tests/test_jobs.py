@@ -49,7 +49,7 @@ def test_the_command_of_a_job_is_one_of_this_program(capsys, monkeypatch):
     assert calls[0][-4:] == ["speedrun", "--recipe=d24", "sft.mixture=[{dataset: a b}]", "--sync=s3://b/x"]
     assert calls[0][calls[0].index("--num_processes") + 1] == "8" and "multi_gpu.yaml" in " ".join(calls[0])
     one = job(capsys, "d12", "--job", "hf", "--gpus", "1", "--sync", "hf://me/x")
-    assert "--config-file=single_gpu --num-processes=1" in one
+    assert "--config-file=single_gpu --num-processes=1" in one and " --name d12 you/nanochat_hf \\\n" in one
     jobs.check_gpus(None, {"num_processes": 16, "num_machines": 2})  # 8 on each
 
 

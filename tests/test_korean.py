@@ -169,9 +169,14 @@ def test_the_terminal_speaks_korean_and_wraps_hangul_by_its_width(talker, monkey
             assert "토큰" in shown
             assert all(cell_len(line) <= 30 for line in re.split(r"[\r\n]+", shown))
     assert "{" not in "".join(KOREAN.values()).replace("{}", "")
-    for name, language in (("ko_KR.UTF-8", "ko"), ("en_US.UTF-8", "en"), ("C", "en")):
-        monkeypatch.setenv("LC_ALL", name)
-        assert system_language() == language
+    names = ("LANG", "LC_MESSAGES", "LC_ALL")  # each overrides those before it
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name in names:
+        for value, language in (("ko_KR.UTF-8", "ko"), ("C", "en"), ("ko", "ko"), ("en_US.UTF-8", "en")):
+            monkeypatch.setenv(name, value)
+            assert system_language() == language
+        monkeypatch.setenv(name, "ko" if name == "LANG" else "en")
 
 
 def test_a_space_of_one_language_shows_it_to_every_browser(talker_folder, monkeypatch):

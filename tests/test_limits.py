@@ -169,6 +169,7 @@ DEFAULTS = {  # of functions and classes that users call -> values of what they 
     "serve.terminal_chat.RemoteModel": {"timeout": 60.0, "retries": 2},
     "sandbox.run_sandboxed": {"tests": "", "timeout": 3.0, "memory_bytes": 512 * 2**20},
     "convert.upstream.convert": {"to": "hf", "tokenizer": None, "step": None},
+    "data.dataloader.PackedLoader": {"buffer_size": 1000, "num_shards": 64, "packing_strategy": "bfd_split"},
     "data.documents.DocumentStream": {"split": "train", "rank": 0, "world_size": 1, "skip_bad_files": False},
     "data.identity.generate_with_model": {"seed": 0, "workers": 8},
     "data.mixture.Mixture": {"seed": 0, "on_bad_example": "skip"},

@@ -248,7 +248,7 @@ def test_a_file_for_each_split_words_of_the_beginning_and_a_row_of_another_form(
         write(tmp_path / f"of_{split}.jsonl", [chat(split, "b")])
     refuse_missing(f"{tmp_path}/of_{{split}}.jsonl")
     text = write(tmp_path / "text.jsonl", [{"text": f"{word} {word}"} for word in ("owl", "duck", "hen")])
-    monkeypatch.setattr(mixture, "MAX_WORD_CHARS", 8)  # the second text exceeds it, and is the last
+    monkeypatch.setattr(mixture, "MAX_WORD_CHARS", 7)  # as the first text has; the second exceeds it, and is the last
     words = {row["word"] for row in open_rows(DatasetConfig(text, transform="simple_spelling"), 0)}
     assert words == {"owl", "duck"}
     for transform, row, reason in (

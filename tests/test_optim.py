@@ -64,12 +64,14 @@ def test_muon_equals_its_reference(shape):
         torch.testing.assert_close(p.detach().double(), e, atol=2e-5, rtol=1e-4)
 
 
-def test_a_zero_gradient_moves_nothing_but_the_decay():
-    p = torch.nn.Parameter(torch.ones(4, 8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_zero_gradient_moves_nothing_but_the_decay(dtype):
+    p = torch.nn.Parameter(torch.ones(4, 8, dtype=dtype))
     optimizer = MuonAdamW([{"params": [p], **MUON}])
     p.grad = torch.zeros_like(p)
     optimizer.step()
-    torch.testing.assert_close(p.detach(), torch.full((4, 8), 1 - 0.02 * 0.1))
+    torch.testing.assert_close(p.detach(), torch.full((4, 8), 1 - 0.02 * 0.1, dtype=dtype))
+    assert all(value.dtype == torch.float32 for value in optimizer.state[p].values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

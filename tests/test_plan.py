@@ -104,6 +104,7 @@ PARTS = {  # d24 of the README; two nodes; a name with a space; steps of 3 us, w
     "at 975.9K tok/s (projected in bf16|$39.88 at $24.00 per hour|at most 9.3 kWh|ranks 8 x micro-batch 32|1.4B param",
     f"d24 --gpus 12 --gpu A100 --node-hourly-rate 10 {TWO_NODES}": "at $20.00",
     "d12 --gpu 'RTX 4090' base.depth=14 base.device_batch_size=1": "pretraining on 1 x RTX 4090|about 6.9 of 24 GB",
+    "d12 --gpu H200 base.dataset=/of/another/machine": "\n  data         /of/another/machine\n",
     "d12 --gpu H200 sft.max_seq_len=1024": "512 sequences per step (ranks 1 x micro-batch 32 x accumulation 16)\n",
     "d24 --gpu H100 base.depth=28 base.fp8=false": "micro-batch 8 x accumulation 64",  # 16 need 96 %
     "cpu-demo --gpus 8 --gpu H200": "time         not known, nor is the cost|less than 1 of 141 GB per GPU",

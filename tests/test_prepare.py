@@ -116,6 +116,8 @@ def test_exactly_the_planted_documents_go(tmp_path, capsys, monkeypatch, tests):
     assert stats["tests"] == {
         "nanochat_core_arc_easy": [1, 0, 2], "nanochat_core_squad": [0, 0, 0], "nanochat_gsm8k": [2, 1, 1]
     }  # fmt: skip
+    timing, speed = stats["timing"], stats["counts"]["read"][2] / 1e6 / stats["timing"].pop("seconds")
+    assert timing == {"megabytes_per_second": pytest.approx(speed), "workers": 1, "resumed": False}
     card = (output / "README.md").read_text()
     assert "| duplicate | 3 | " in card and 'language: ["en"]' in card and "duplicate " in printed
     assert not list(tmp_path.glob(".out*"))

@@ -351,15 +351,16 @@ def test_trackers_get_all_metrics_and_the_terminal_a_line_per_step(world, tmp_pa
     assert len(lines) == 4 and re.fullmatch(re.escape(f"[{tmp_path.name}] ") + words, lines[2])
 
 
-def test_hooks_are_called_when_due(world, tmp_path):
+def test_hooks_are_called_and_lines_printed_when_due(world, tmp_path, capsys):
     calls = []
     metrics = run(
-        world, tmp_path, num_iterations=5, core_metric_every=2, core_metric_max_per_task=7, push_every=4,
+        world, tmp_path, num_iterations=5, core_metric_every=2, core_metric_max_per_task=7, push_every=4, log_every=2,
         core=lambda model, limit: calls.append(limit) or 0.25,
         push=lambda folder, step: calls.append((step, NanoChatForCausalLM.from_pretrained(folder).config.vocab_size)),
     )  # fmt: skip
     assert calls == [7, 7, (4, 320), 7] and metrics["core"] == 0.25 and metrics["val_bpb"] > 0  # also at the end
     assert [point["step"] for point in metrics["history"] if "core" in point] == [2, 4, 5]
+    assert re.findall(r"step (\d)/5: loss", capsys.readouterr().out) == ["2", "4"]
 
 
 # --- keys and bad input

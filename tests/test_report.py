@@ -10,6 +10,7 @@ from finished_run import COMMON, finished_run, result  # noqa: F401
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from matplotlib.axes import Axes
 from mutations import mutations
+from PIL import Image
 
 from nanochat_hf import cli
 from nanochat_hf.errors import InputError
@@ -241,6 +242,7 @@ def test_the_same_questions_are_compared_in_pairs(tmp_path):
     # The errors are (1/2) / sqrt(4) = .25, so z = 1 and p = .317, or sqrt(2) x .01.
     paired, independent = r"-0.2400 to \+0.7400 \| 0.317 \| paired", r"\+0.2777 \| <0.001 \| two-sample"
     assert re.search(paired, compare([tmp_path / "a", tmp_path / "b"]))
+    assert re.search(r"\+0.0000 to \+0.0000 \| 1.000 \| paired", compare([tmp_path / "a", tmp_path / "a"]))
     samples.write_text(samples.read_text().replace('"question": 3', '"question": 4'))
     assert re.search(independent, compare([tmp_path / "a", tmp_path / "b"]))
     samples.write_text("{")
@@ -324,7 +326,9 @@ def test_there_is_a_plot_of_every_curve_and_the_html_page_embeds_them(run, monke
     monkeypatch.setattr(Axes, "vlines", lambda axes, x, *_, **options: lines.append(x))
     draw_bars(bars, run / "one.png", "")
     assert lines == [0, 0]  # a black line, and a white one in it
-    assert (run / "one.png").read_bytes().startswith(b"\x89PNG")
+    assert Image.open(run / "one.png").size == (540, 170)  # 5.4 x (.2 per bar and gap + 1.1) inches
+    draw_bars(dict.fromkeys("abcdefghij", bars["boolq"]), run / "ten.png", "")
+    assert Image.open(run / "ten.png").size == (540, 710)
 
 
 def test_bytes_per_token_are_compared_with_the_tokenizers_in_the_cache(tokenizer, tmp_path, monkeypatch):

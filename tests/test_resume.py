@@ -475,6 +475,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(train, tmp_path, 
     state = tmp_path / "out" / "state"
     [left] = [path for path in state.iterdir() if path.name.lstrip(".")[:4] in ("step", "chec")]
     assert checkpoint.step_of(left) == 2 and damage(left) is None
+    with pytest.raises(InputError, match="cannot write"), checkpoint.writing_checkpoint(state / "step_000009"):
+        raise OSError(28, "No space left on device")  # not even for the folder
 
 
 def test_the_second_process_on_a_run_folder_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import sys
 from dataclasses import field
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -211,3 +212,34 @@ def test_the_recorded_version_is_of_the_package_that_is_imported(tmp_path, monke
         (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {number}.0\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "2"), str(tmp_path / "1"), *sys.path])
     assert module.versions.__wrapped__()["torch"] == "2.0"
+
+
+def test_a_record_names_the_commit_and_whether_it_is_what_runs(tmp_path, monkeypatch):
+    def git(*words) -> str:
+        command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "run.py"))
+    (tmp_path / "run.py").write_text("1")
+    nothing = {"commit": None, "dirty": None}
+    assert module.source() == nothing  # no repository
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "x")
+    assert module.source() == nothing  # one of somebody else
+    git("add", "run.py")
+    assert module.source() == {"commit": git("rev-parse", "HEAD")[:10], "dirty": True}
+    git("commit", "-q", "-m", "y")
+    assert module.source() == {"commit": git("rev-parse", "HEAD")[:10], "dirty": False}
+    monkeypatch.setenv("PATH", "")
+    assert module.source() == nothing  # no git
+
+
+def test_a_record_names_the_hardware(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected = {"num_processes": 3, "device_memory_bytes": None, "memory_bytes": psutil.virtual_memory().total}
+    for mps, device_type in ((False, "cpu"), (True, "mps")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        facts = module.hardware()
+        assert (expected | {"device_type": device_type}).items() <= facts.items() and facts["cpu_cores"] >= 1
+        assert facts["device"] and (facts["device"] == "Apple MPS") == mps

@@ -92,17 +92,21 @@ def test_tests_that_would_trust_an_object_of_the_solution_are_not_checked():
     for case, result in in_parallel(table, run_sandboxed):
         assert not result.passed and not result.checked and "cannot be checked: " in result.output, case
     assert run_sandboxed("def f(): return 0", "assert f()").checked
+    assert "checked: a file, which one side has\n" in run_sandboxed("def f(): return 0", "open('x', 'w')").output
 
 
-def test_what_tests_import_is_not_the_solutions():
+def test_what_tests_import_is_not_the_solutions_and_what_they_are_given_is_their_subject():
     assert support.names("from math import sqrt\nassert f(sqrt(4)) == 2")[1] == {"f"}
+    assert support.names("def check(x): assert x(g(1)) == 2\ncheck(f)")[2:] == ({"f"}, {"g"})
 
 
-def test_tests_do_not_run_in_a_folder_that_the_solution_may_write(monkeypatch):
-    start, folders = sandbox.start_guard, []
-    monkeypatch.setattr(sandbox, "start_guard", lambda *words: folders.append(words[3]) or start(*words))
+def test_tests_do_not_run_in_a_folder_that_the_solution_may_write_and_no_cgroup_is_left(monkeypatch):
+    start, calls = sandbox.start_guard, []
+    monkeypatch.setattr(sandbox, "start_guard", lambda *words: calls.append((words[3], start(*words))) or calls[-1][1])
     assert run_sandboxed("def f(): return 1", "assert f() == 1").passed
-    assert folders[1] == "/" != folders[0]
+    (folder, solution), (place, tests) = calls
+    assert place == "/" != folder
+    assert not [path for guard in (solution, tests) for path in Path("/sys/fs").glob(f"**/nanochat-{guard.pid}")]
 
 
 def test_a_program_without_tests_passes_if_it_runs_to_its_last_line(monkeypatch):
@@ -241,4 +245,5 @@ def test_a_bomb_of_processes_stays_below_the_limit(small_cgroup):
         "import os, time\nn = 0\nfor _ in range(200):\n    try:\n        if os.fork() == 0: time.sleep(5)\n"
         "        n += 1\n    except OSError: pass\nprint(n)"
     )
-    assert 30 < max(map(int, in_cgroup(small_cgroup, run_sandboxed, program, "", 20).output.split())) < MAX_PROCESSES
+    result = in_cgroup(small_cgroup, run_sandboxed, program, "", 20, 2 << 30)  # of memory, for all of them
+    assert 30 < max(map(int, result.output.split())) < MAX_PROCESSES

@@ -14,7 +14,7 @@ import pytest
 from nanochat_hf import cli, series, stages
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import scaling_fit
-from nanochat_hf.run import Run, load_json, save_json
+from nanochat_hf.run import Run, duration, load_json, save_json
 from nanochat_hf.series import Cell, SeriesConfig, make_cells, train_cells
 from nanochat_hf.stage_configs import PretrainConfig
 from nanochat_hf.train.pretrain import Pretraining
@@ -124,6 +124,23 @@ def test_cells_of_budgets_ratios_and_the_recipes_own_horizon():
         assert len(make_cells(configs["base"], grid, configs["tokenizer"].vocab_size)) == number
     (own,) = make_cells(base, SeriesConfig(depths=[4]), 32768)
     assert (own.name, own.plan.num_iterations) == ("d4", 7)
+
+
+@pytest.mark.parametrize("gpus, where", [(None, "this CPU"), (1, "1 x H200"), (3, "3 x H200")])
+def test_the_times_of_cells_follow_from_tokens_and_speed(monkeypatch, capsys, gpus, where):
+    """300 steps of 2^18 tokens and 4 evaluations, without backward pass, of 3 x 2^20; 35 s to begin with."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)  # of 5e10 FLOPs per second
+    grid = SeriesConfig(depths=[4, 12])
+    base = PretrainConfig(num_iterations=300, total_batch_size=2**18, eval_every=100, eval_tokens=3 * 2**20)
+    series.show_cells({"base": base, "tokenizer": SimpleNamespace(vocab_size=32768)}, grid, gpus)
+    plans = [cell.plan for cell in make_cells(base, grid, 32768)]
+    speeds = (0.162 * 989e12, 0.515 * 989e12) if gpus else (1e11, 1e11)  # the MFU of d4 and d12 on one H200
+    seconds = [(300 * 2**18 + 4 * 2**20) * p.flops_per_token / speed + 35 for p, speed in zip(plans, speeds)]
+    *rows, _, total = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[-2].strip() for row in rows[-2:]] == [*map(duration, seconds)]
+    longest, flops = duration(max(*seconds, sum(seconds) / (gpus or 1))), sum(plan.total_flops for plan in plans)
+    price = f", ${sum(seconds) / 1200:.2f} at $3 per GPU-hour" if gpus else ""
+    assert total == f"2 cells, {flops:.2e} FLOPs: about {longest} on {where}{price} (projected, roughly)"
 
 
 def test_the_queue_gives_each_free_gpu_the_next_cell_and_a_failure_stops_no_other(capsys, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.run import load_json
 from nanochat_hf.train import checkpoint, model_setup, sft
 from nanochat_hf.train.sft import ChatConfig, PackedCollator, build_packed_dataset, encode, pad_to_multiple, train_chat
+from nanochat_hf.train.trainer import load_source
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -178,6 +179,8 @@ def test_mid_training_then_sft_in_one_process(tiny_folder, tmp_path):
 def test_lora_trains_adapters_only_in_the_devices_dtype_and_leaves_float32(tiny_folder, tmp_path, monkeypatch, dtype):
     """peft calls the matrices itself: on a GPU their inputs are bfloat16 and their weights are not."""
     monkeypatch.setattr(model_setup, "compute_dtype", lambda device: dtype)
+    _, model = load_source(tiny_folder, config(lora_r=4))
+    assert model.model(torch.tensor([[1, 2]])).last_hidden_state.dtype == dtype
     train_chat(config(lora_r=4), tiny_folder, tmp_path / "sft")
     before, after = weights(tiny_folder), weights(tmp_path / "sft")
     changed = {name for name in before if not torch.equal(before[name], after[name])}

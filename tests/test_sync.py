@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -356,6 +356,15 @@ def losses(folder: Path) -> tuple:
     history = load_json(folder / "metrics.json")["history"]
     rows = [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second", "mfu")} for row in history]
     return rows, {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_look_for_disks_of_their_own_leaves_no_file(tmp_path, monkeypatch, shared):
+    monkeypatch.setattr("nanochat_hf.sync.get_dist_info", lambda: (0, 2))
+    monkeypatch.setattr("nanochat_hf.sync.gather_object", lambda here: [*here, shared])
+    with nullcontext() if shared else pytest.raises(InputError, match="on one node's own: move it"):
+        module.refuse_local_disks(Run(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

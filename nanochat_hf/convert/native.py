@@ -69,7 +69,7 @@ def to_native(model: NanoChatForCausalLM) -> NativeModel:
 
 def from_native(native: NativeModel) -> NanoChatForCausalLM:
     """Converts transformers' `nanochat` to our model."""
-    if getattr(native.config, "attention_bias", False) or native.config.hidden_act != "relu2":
+    if native.config.attention_bias or native.config.hidden_act != "relu2":
         raise ValueError("only nanochat models without attention_bias and with hidden_act relu2 can be converted")
     fields = {name: getattr(native.config, name) for name in (*NATIVE_FIELDS, "vocab_size")}
     fields["head_dim"] = getattr(native.config, "head_dim", None)

@@ -285,7 +285,6 @@ class Decoder:
         write("prev", [r.prompt[-2] if len(r.prompt) > 1 else 0 for r in batch])
         write("pos", firsts)
         write("last", lasts)
-        write("forced_at", [0] * len(batch))
         write("forced_size", [0] * len(batch))
         for name in ("temperature", "top_k", "top_p"):
             write(name, [getattr(r, name) for r in batch])

@@ -122,7 +122,7 @@ class StageTrainer(TrainerCallback):
         self.last_measured_step = 0
         self.signals: list[int] = []  # SIGTERM or SIGINT, once received
         self.progress: Progress | None = None
-        self.numbers: dict = {}  # newest ones, for the progress
+        self.numbers: dict = {}  # newest ones, of which the progress shows some
         super().__init__(*args, peft_config=lora(stage), **kwargs)
         self.remove_callback(PrinterCallback)
         self.add_callback(self)
@@ -340,7 +340,7 @@ class StageTrainer(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         numbers = {HISTORY.get(key, key): value for key, value in logs.items()}
-        self.numbers |= {name: value for name, value in numbers.items() if name in self.shown}
+        self.numbers |= numbers
         if (words := in_words(numbers, self.measured)) and state.is_world_process_zero:
             tqdm.write(f"[{Path(args.output_dir).parent.name}] step {state.global_step}: {words}")
 
