@@ -329,7 +329,7 @@ class RLConfig(StageConfig):
     """Test prompts of the evaluations."""
     eval_samples: Annotated[int, Ge(1), Le(10_000)] = 4
     """Completions per test prompt, for pass@k."""
-    patience: OptionalCount = -1
+    early_stopping_patience: OptionalCount = -1
     """Evaluations in a row without a better pass@1 that end the training; it keeps the best weights. -1: never."""
     warmdown_ratio: Fraction = 1.0
     init_lr_frac: Rate = 0.05
@@ -338,8 +338,8 @@ class RLConfig(StageConfig):
 
     @model_validator(mode="after")
     def keys_agree(self):
-        if self.patience > 0 and self.eval_every < 1:
-            raise ValueError(f"patience is {self.patience}: give eval_every, too, the steps between evaluations")
+        if self.early_stopping_patience > 0 and self.eval_every < 1:
+            raise ValueError("early_stopping_patience counts evaluations: give eval_every, too, the steps between")
         return self
 
 

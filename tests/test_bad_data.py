@@ -1,4 +1,4 @@
-"""Text and conversations that cannot be read are one line that says which file and why."""
+"""Text and conversations that cannot be read are one line that says which file and why; so are wrong calls."""
 
 import errno
 import os
@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-from nanochat_hf.data.documents import open_documents
+from nanochat_hf.data.documents import DocumentStream, open_documents
 from nanochat_hf.data.mixture import Mixture
+from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
 from nanochat_hf.errors import InputError
+from nanochat_hf.stage_configs import PretrainConfig
 
 
 def jsonl(path: Path, *lines: str) -> str:
@@ -232,3 +234,22 @@ def test_a_wrong_bundle_of_tests_is_one_line(tmp_path):
 
     with pytest.raises(InputError, match="is no CORE bundle"):
         list(eval_rows(["nanochat_core"], str(tmp_path), None))
+
+
+CALLS = [
+    (lambda: train_bpe([], 300), "no text"),
+    (lambda: load_tokenizer("/nowhere"), "no tokenizer in"),
+    (lambda: DocumentStream("primer", "test"), "split must be"),
+    (lambda: open_documents([]), "dataset is .*: it must be a list of {dataset, weight}, not empty"),
+    (lambda: PretrainConfig(depth=0), "^depth is 0: it must be"),
+    (lambda: PretrainConfig(0), "^depth is 0: it must be"),
+    (lambda: PretrainConfig(depth=True), "^depth is 'true': it must be"),
+    (lambda: PretrainConfig(dept=3), "unknown key 'dept'; did you mean 'depth'"),
+]
+
+
+@pytest.mark.parametrize("call,message", CALLS)
+def test_a_wrong_call_from_python(call, message):
+    with pytest.raises(InputError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)

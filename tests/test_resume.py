@@ -245,7 +245,7 @@ def test_an_interruption_anywhere_changes_nothing(train, tmp_path, monkeypatch, 
     assert len(steps) == steps_after and result(out) == uninterrupted[stage]
 
 
-STOP_EARLY = {"patience": 1, "eval_every": 1, "keep_checkpoints": 1, "num_iterations": 20}
+STOP_EARLY = {"early_stopping_patience": 1, "eval_every": 1, "keep_checkpoints": 1, "num_iterations": 20}
 IN_A_BATCH = {"updates_per_batch": 2, "save_every": -1, "eval_every": -1}
 
 
@@ -259,7 +259,7 @@ def test_rl_that_reuses_batches_or_stops_early_resumes_to_the_same_result(train,
         train("rl", tmp_path / "out", **keys)
     steps = [checkpoint.step_of(path) for path in complete_checkpoints(state)]
     assert steps[-1] == (4 if "updates_per_batch" in keys else 3)
-    if "patience" in keys:
+    if "early_stopping_patience" in keys:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             fail(patch, RLTrainer, "_load_best_model", KeyboardInterrupt())
             train("rl", tmp_path / "out", **keys)
@@ -270,7 +270,7 @@ def test_rl_that_reuses_batches_or_stops_early_resumes_to_the_same_result(train,
     train("rl", tmp_path / "out", **keys)
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     metrics = load_json(tmp_path / "out" / "metrics.json")
-    if "patience" in keys:
+    if "early_stopping_patience" in keys:
         assert metrics["num_iterations"] == metrics["best_step"] + 1 < 20
         assert metrics["after"]["pass@1"] == max(row["pass@1"] for row in metrics["history"])
 

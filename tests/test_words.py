@@ -21,7 +21,7 @@ PRIVATE = {  # a private word -> the standard one
     r"\bpersonalit(y|ies)\b": "identity", r"\bmomenta\b": "optimizer state",
     r"\bgoes on\b|\bgo on\b|\bgoing on\b": "resumes, continues",
     r"\bstands? in(to)? for\b|\bknows (of )?\b|\bhears\b|\bis told\b": "no personification",
-    r"plain command line": "lm-eval CLI", r"\bguessing\b": "random baseline (chance)", r"patience": "timeout",
+    r"plain command line": "lm-eval CLI", r"\bguessing\b": "random baseline (chance)", r"\bpatience": "timeout",
     r"matrix products?": "matmuls, GEMMs",
     r"\bTrunk\b|\bCopies\(|\bPlaces\(|\bMixedStream\b|\bSpikeAlarm\b|\bWaitedTooLong\b": "see the names of today",
     r"(?i)orthogonalis|tokenis|normalis|initialis|serialis|quantis|recognis": "American spelling",

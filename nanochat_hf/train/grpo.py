@@ -73,21 +73,21 @@ class RLTrainer(StageTrainer, GRPOTrainer):
 
     @property
     def best_step(self) -> int | None:
-        """The step of the highest pass@1 so far, the first of equals; None without `patience`."""
+        """The step of the highest pass@1 so far, the first of equals; None without `early_stopping_patience`."""
         scores = self.scores()
         return max(scores, key=scores.get, default=None)
 
     def scores(self) -> dict[int, float]:
-        """pass@1 by step; empty without `patience`."""
-        log = self.state.log_history if self.stage.patience > 0 else ()
+        """pass@1 by step; empty without `early_stopping_patience`."""
+        log = self.state.log_history if self.stage.early_stopping_patience > 0 else ()
         return {entry["step"]: entry["pass@1"] for entry in log if "pass@1" in entry}
 
     def is_complete(self) -> bool:
         worse = sum(step > self.best_step for step in self.scores())
-        return super().is_complete() or 0 < self.stage.patience <= worse
+        return super().is_complete() or 0 < self.stage.early_stopping_patience <= worse
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        self.control.should_save |= self.control.should_evaluate and self.stage.patience > 0
+        self.control.should_save |= self.control.should_evaluate and self.stage.early_stopping_patience > 0
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.control.should_training_stop |= self.is_complete()
 
@@ -95,11 +95,11 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         """Raises InputError if it is not whole: on a new machine, `--sync` restores the newest checkpoint only."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.best_step}"
         if reason := checkpoint.damage(folder):
-            raise InputError(f"{reason}; it has the best weights: restore it, or give patience=-1")
+            raise InputError(f"{reason}; it has the best weights: restore it, or give early_stopping_patience=-1")
         return folder
 
     def evaluate_result(self) -> dict:
-        """The final evaluation, and with `patience` that of the best weights, which come back. For metrics.json."""
+        """For metrics.json: the last evaluation; with early stopping the best weights come back before it."""
         best, last, log = self.best_step, self.state.global_step, self.state.log_history
         if best is None:
             return {"after": self.evaluate()}
@@ -119,8 +119,8 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         useful = inputs["advantages"] != 0
         count = int(self.accelerator.gather(useful.sum()).max().clamp(min=1))  # an empty batch could not be gathered
         rows = useful.float().argsort(descending=True, stable=True)[:count].sort().values
-        kept = {key: value[rows] if value.ndim else value for key, value in inputs.items()}
-        loss = super().compute_loss(model, kept, return_outputs, num_items_in_batch)
+        useful_rows = {key: value[rows] if value.ndim else value for key, value in inputs.items()}
+        loss = super().compute_loss(model, useful_rows, return_outputs, num_items_in_batch)
         if "old_per_token_logps" not in inputs:
             old = inputs["old_per_token_logps"] = torch.zeros_like(inputs["completion_ids"], dtype=torch.float32)
             old[rows] = self.newest_logps

@@ -36,7 +36,8 @@ from .model_setup import compute_dtype, load_chat_model, lora
 from .runtime import copy_to_host_async, graceful_shutdown, peak_memory, shard_on_cpu
 
 # Keys that may differ between the parts of an interrupted run.
-MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to", "patience")
+MAY_CHANGE = ("device_batch_size", "eval_every", "save_every", "keep_checkpoints", "report_to")
+MAY_CHANGE += ("early_stopping_patience",)
 SAME = ("grad_norm", "time", "tokens_per_second", "chatcore", "reward", "reward_std", "entropy", "tool_use")
 HISTORY = {name: name for name in SAME} | {  # entry of the libraries' log -> column of metrics.json's history
     "loss": "train_loss", "eval_loss": "val_loss", "mean_token_accuracy": "token_accuracy",
