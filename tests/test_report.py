@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import shlex
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -116,6 +118,13 @@ def test_the_command_is_the_nearest_recipe_with_the_keys_that_differ(run):
     assert f"\n```bash\ngit checkout abcdef1234 && {command}\n```\n" in markdown(collect(Run(run)))
     (run / "rl" / "metrics.json").unlink()
     assert collect(Run(run))["command"] == f"{command} --stages=tokenizer,base,mid,sft,eval,report"
+    shutil.rmtree(run / "mid")
+    korean, d12 = (read_recipe(find_recipe(name), None, [])[1] for name in ("d20-ko", "d12"))
+    for stage in ("tokenizer", "base", "sft", "eval", "rl"):  # d20-ko, which is nearest, has no RL
+        config = (d12 if stage == "rl" else korean)[stage]
+        save_json(run / stage / "metrics.json", {**COMMON, "config": asdict(config)})
+    words = shlex.split(collect(Run(run))["command"])
+    assert words[2] != "d20-ko" and words[-1] == "--stages=tokenizer,base,sft,rl,eval,report"
 
 
 def test_the_sections_show_numbers_and_literal_samples_once(run):

@@ -122,20 +122,21 @@ def gpu_use(stages: dict, seconds: dict) -> dict[str, float | None]:
 
 
 def command(stages: dict, hardware: dict) -> str | None:
-    """The command with the settings of these stages: the nearest recipe, and each key that differs from it."""
+    """The command with the settings of these stages: the nearest recipe that has all, and each key that differs."""
     configs = {stage: renamed_keys(metrics["config"]) for stage, metrics in stages.items() if metrics.get("config")}
     candidates = []
     for path in sorted(RECIPES.glob("*/base.yaml")) if "base" in configs else ():
         enabled, recipe = read_recipe(path.parent, None, [])
-        pairs = [(stage, key, value) for stage in configs if stage in recipe for key, value in configs[stage].items()]
+        if not configs.keys() <= recipe.keys():  # its command would leave a stage out
+            continue
+        pairs = [(stage, key, value) for stage in configs for key, value in configs[stage].items()]
         changes = [
             f"{stage}.{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
             for stage, key, value in pairs
             if hasattr(recipe[stage], key) and json.dumps(getattr(recipe[stage], key)) != json.dumps(value)
         ]
-        names = [name for name in stages if name in recipe]
-        if set(names) != set(enabled) - {"report"}:
-            changes.append(f"--stages={','.join([*sorted(names, key=STAGES.index), 'report'])}")
+        if stages.keys() != {*enabled} - {"report"}:
+            changes.append(f"--stages={','.join([*sorted(stages, key=STAGES.index), 'report'])}")
         candidates.append((len(changes), path.parent.name, changes))
     if not candidates:
         return None
