@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 if __name__ == "__main__":  # --help is shown before the large imports
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -364,6 +365,11 @@ def main(arguments: argparse.Namespace) -> None:
     pairs = list(itertools.product(arguments.configs.split(","), dict.fromkeys(names)))
     for config, name in pairs:
         parse(name, config)
+    if arguments.steps < 1 or arguments.rounds < 0:
+        fail("--steps must be at least 1, and --rounds at least 0")
+    checkout = Path(arguments.baseline or ".")
+    if any(name.startswith("baseline") for name in names) and not (checkout / "nanochat" / "gpt.py").is_file():
+        fail(f"--baseline: {checkout} is no checkout of karpathy/nanochat: it has no nanochat/gpt.py")
     if not torch.cuda.is_available():
         fail("bench_gpu needs a CUDA device; make bench measures a CPU")
     command = [sys.executable, __file__, "--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]

@@ -1,11 +1,14 @@
 """The training benchmark's own parts: FlashAttention-4 for the baseline, which contenders there are, the ratios."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[1])}
 spec = importlib.util.spec_from_file_location("bench_gpu", Path(__file__).parents[1] / "scripts" / "bench_gpu.py")
 bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
@@ -20,6 +23,18 @@ def test_an_unknown_contender_or_configuration_is_an_error(name, config, words, 
     with pytest.raises(SystemExit, match="2"):
         bench.parse(name, config)
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--steps 0", "--steps must"), ("--rounds -1", "--rounds at least"), ("--baseline none", "none is no checkout"),
+    ("--contenders baseline:fa4", ". is no checkout"), ("", "needs a CUDA device"),
+])  # fmt: skip
+def test_a_wrong_argument_is_an_error_before_anything_is_compiled(words, message, tmp_path):
+    command = [sys.executable, bench.__file__, *words.split()]
+    done = subprocess.run(
+        command, cwd=tmp_path, check=False, capture_output=True, text=True, env={**os.environ, **NO_GPU}
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
 
 
 def test_ratios_are_ours_over_the_fastest_baseline_by_precision():

@@ -113,6 +113,12 @@ def loss_without_the_softcaps_slope(hidden, weight, targets, cap, num_tokens, re
     return F.cross_entropy(logits, targets, reduction=reduction)
 
 
+def loss_without_the_last_token(hidden, weight, targets, cap, num_tokens, reduction):
+    logits = F.linear(hidden, weight.to(hidden.dtype))[:, :num_tokens].float()
+    logits = (cap * torch.tanh(logits / cap)).index_fill(1, torch.tensor([num_tokens - 1]), -torch.inf)
+    return F.cross_entropy(logits, targets, reduction=reduction)
+
+
 def nesterov_of_skipped_steps_too(grads, buffers, mu, out, step_factor):
     NESTEROV(grads, buffers, mu, out, torch.ones(()))
 
@@ -122,6 +128,7 @@ def nesterov_of_skipped_steps_too(grads, buffers, mu, out, step_factor):
     ("FP8", float8, AMAX, signed_amax),
     ("fused cross-entropy", fused_cross_entropy, LOSS, loss_of_padding_too),
     ("fused cross-entropy", fused_cross_entropy, LOSS, loss_without_the_softcaps_slope),
+    ("fused cross-entropy", fused_cross_entropy, LOSS, loss_without_the_last_token),
 ])  # fmt: skip
 def test_a_check_finds_a_kernel_that_is_a_little_wrong(monkeypatch, name, module, right, wrong):
     def run(*arguments, **options):

@@ -34,10 +34,10 @@ base
 
 rl
   data         primer:problem
-  steps        50
+  steps        100
   batch        256 sequences per step (ranks 1 x micro-batch 256 x accumulation 1)
   optimizer    Muon, learning rate 0.002; AdamW, 0.03 (embedding), 0.000801 (head), 0.05 (scalars)
-  checkpoints  every 15 steps; the last 2 are kept
+  checkpoints  every 20 steps; the last 2 are kept
 """,
     ("d12", *WORDS.split(), *DATA): """\
 pretraining on 2 x A100

@@ -120,7 +120,23 @@ def test_the_first_line_names_kernels_and_precision(tiny_config):
     line = setup.describe(setup.build_loss_module(model, "auto", True, "auto"), "auto")
     assert "matmuls PyTorch's FP8" in line
     assert "precision bfloat16 with FP8 blocks" in line and f"triton {version('triton')}" in line
-    assert "fp8=auto would be faster" in setup.describe(setup.build_loss_module(model, "auto", True, False), False)
+
+
+MISSING = '; quack-kernels not installed; for more speed: pip install "nanochat_hf[kernels]"'
+
+
+@pytest.mark.parametrize("capability, width, hints", [
+    ((8, 0), 1536, ""), ((9, 0), 768, MISSING), ((9, 0), 1536, MISSING + "; fp8=auto would be faster"),
+])  # fmt: skip
+def test_the_first_line_names_only_what_would_be_faster_there(tiny_model, monkeypatch, capability, width, hints):
+    network = setup.build_loss_module(tiny_model, "auto", False, False)
+    tiny_model.config.hidden_size = width
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(setup, "unloaded", {"quack-kernels": "not installed", "flash-attn-4": "OSError: -"})
+    weight = SimpleNamespace(device=torch.device("cuda"))
+    model = SimpleNamespace(lm_head=SimpleNamespace(weight=weight), config=tiny_model.config)
+    monkeypatch.setattr(FusedTransformer, "model", model, raising=False)
+    assert setup.describe(network, False).partition("; ")[2] == "precision bfloat16" + hints
 
 
 # --- the process and its device

@@ -26,6 +26,8 @@ from ..optim.scaling import Plan
 from ..run import load_metrics, model_fingerprint
 from .fused_model import BF16_KERNELS, FusedTransformer, lm_head_loss
 
+FP8_PAYS_ABOVE = 768  # the width of d12, where quantization costs what the matmuls save
+
 
 class ModelLoss(nn.Module):
     """The model's own forward with the fused loss, for an attention of users; called as `FusedTransformer`."""
@@ -182,11 +184,12 @@ def describe(network: nn.Module, fp8: bool | str) -> str:
         matmuls = "PyTorch's FP8" if uses_fp8 else matmuls
         kernels = [f"attention {attention}", f"matmuls {matmuls}"]
         kernels += [names["triton"]] if triton is not None else []
-        hints = [f"{name} {reason}" for name, reason in unloaded.items() if fused_step and reason == "not installed"]
-        modern = torch.cuda.get_device_capability(device) >= (9, 0)
+        modern = fused_step and torch.cuda.get_device_capability(device) >= (9, 0)
+        missing = [name for name, reason in unloaded.items() if reason == "not installed"]
+        hints = [f"{name} not installed" for name in missing if modern or (fused_step and name == "triton")]
         if hints and modern:
             hints.append('for more speed: pip install "nanochat_hf[kernels]"')
-        if not fp8 and fused_step and modern:
+        if not fp8 and modern and network.model.config.hidden_size > FP8_PAYS_ABOVE:
             hints.append("fp8=auto would be faster")
     if fp8 == "auto" and not uses_fp8:
         attention = "auto" if fused_step else "another"
