@@ -156,6 +156,9 @@ HUMANEVAL = {
     ("```\ndef double(xs):\n    return xs\n```", 0.0),
     ("```python\ndef double(xs):\n    return [x + x for x in xs]\n```\nUse it:\n```\ndouble(1)(\n```", 1.0),
     ("```\ndef double(xs):\n    return xs\n```\n```\ndef double(xs):\n    return [x + x for x in xs]\n```", 0.0),
+    ("Sure!\n```py\ndef double(xs):\n    return [x + x for x in xs]\n```", 1.0),
+    ("Sure!\n```Python3\ndef double(xs):\n    return [x + x for x in xs]\n```", 1.0),
+    ("'Twice.'\nfrom __future__ import annotations\ndef double(xs: Own): return [2 * x for x in xs]", 1.0),
     ("I do not know.", 0.0),
 ])  # fmt: skip
 def test_humaneval_answers_are_run_with_the_tests(text, passed):

@@ -19,6 +19,7 @@ from nanochat_hf.data.transforms import multiple_choice
 from nanochat_hf.eval.core import centered, damaged, find_file, numbered_lines, parse_row
 from nanochat_hf.sandbox import run_sandboxed
 
+FUTURE = re.compile(r"^from __future__ import [\w, ]+;?", re.MULTILINE)
 TYPES = {"messages": list, "choices": (list, dict), "rivals": list}  # of fields; the others are text
 
 
@@ -126,7 +127,7 @@ def humaneval_results(doc: dict, results: list) -> dict[str, float]:
 def humaneval_program(doc: dict, text: str) -> tuple[str, str]:
     """The answer's program with the prompt's imports; the tests with all that the prompt defines first."""
     code = final_words(text)
-    block = re.search(r"```(?:python)?[^\S\n]*\n(.*?)\n```", code, re.DOTALL)
+    block = re.search(r"```(?i:python3?|py)?[^\S\n]*\n(.*?)\n```", code, re.DOTALL)
     imports = []
     for line in doc["prompt"].splitlines():
         if line.strip().startswith(("import ", "from ")):
@@ -134,9 +135,9 @@ def humaneval_program(doc: dict, text: str) -> tuple[str, str]:
         elif line.strip() and not line.strip().startswith("#"):
             break
     program = (block[1] if block else code).strip().removeprefix("\ufeff")  # a byte order mark
-    head = "\n".join(imports)
+    head = "\n".join([*FUTURE.findall(program), *imports])  # Python takes those of __future__ only first
     given = doc["prompt"].partition(f"def {doc['entry_point']}(")[0]  # such as `poly`, with which the tests judge
-    return f"{head}\n\n{program}", f"{given}\n\n{doc['test']}\n\ncheck({doc['entry_point']})"
+    return f"{head}\n\n{FUTURE.sub('', program)}", f"{given}\n\n{doc['test']}\n\ncheck({doc['entry_point']})"
 
 
 def primer_results(doc: dict, results: list) -> dict[str, float]:

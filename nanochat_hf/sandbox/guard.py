@@ -152,8 +152,9 @@ def first_process(
         (group / "cgroup.procs").write_text("0")
     script, support = PROGRAM.read_text(), PROGRAM.with_name("support.py").read_text()
     if "namespaces" in names:
-        with contextlib.suppress(OSError):
-            Path("/proc/sys/kernel/shmall").write_text("0")  # System V memory would count for no process
+        for name, limit in {"shmall": "0", "msgmni": "0", "sem": "0 0 0 0"}.items():
+            with contextlib.suppress(OSError):
+                Path("/proc/sys/kernel", name).write_text(limit)  # System V memory would count for no process
         with contextlib.suppress(OSError):
             isolate_files()
             names.append("read-only files")

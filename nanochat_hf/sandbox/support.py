@@ -336,19 +336,24 @@ def contents(value, classes=()):
     return None
 
 
-def checked(operation: str, contents, key: tuple, result, pack, refuse):
-    """The result of an operation on a container, if it is what the operation gives on its contents."""
+def applied(operation: str, contents, key: tuple) -> tuple:
+    """What an operation on a container gives on its contents, in a tuple; an empty one if it gives an exception."""
+    function = {"len": len, "bool": bool, "iter": list}.get(operation) or getattr(operator, operation, None)
+    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
+        return (getattr(contents, operation)(*key) if operation in ABOUT else function(contents, *key),)
+    return ()
+
+
+def checked(operation: str, contents, key: tuple, ours: tuple, result, pack, refuse):
+    """The result of an operation on a container, if it is `ours`, what the operation gives on its contents."""
     if operation == "getitem":
         is_list = isinstance(contents, list | collections.deque)
         if not isinstance(contents, dict) and not (is_list and isinstance(key[0], int | slice)):
             return result  # of what is no sequence
     elif operation == "iter":
         result = [*itertools.islice(result, len(contents) + 1)]
-    function = {"len": len, "bool": bool, "iter": list}.get(operation) or getattr(operator, operation, None)
-    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
-        ours = getattr(contents, operation)(*key) if operation in ABOUT else function(contents, *key)
-        if pack(ours) == pack(result):
-            return iter(result) if operation == "iter" else result
+    if ours and pack(ours[0]) == pack(result):
+        return iter(result) if operation == "iter" else result
     return refuse(f"a container with a {operation} of its own")
 
 
