@@ -286,6 +286,8 @@ def identity(parser: Parser, words: list[str]) -> None:
     from .data import identity as library
 
     person, num = library.read_identity(args.identity), args.rows or library.NUM_CONVERSATIONS
+    if Path(args.output).exists() and Path(args.output).samefile(args.identity):
+        raise InputError(f"{args.output} is the identity itself: choose another --output")
     if args.endpoint is not None:
         from .serve.terminal_chat import Options, RemoteModel
 

@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 Stage = Literal["base", "mid", "sft", "rl", "dpo"]
 Number = Annotated[float, Ge(-1e100), Le(1e100)]  # whole or not; sums and squares of them stay finite
 OptionalNumber = Number | None
+ERROR = {"stderr": NotRequired[Annotated[float, Ge(0), Le(1e100)] | None]}
 
 
 def record(name: str, numbers: str = "", **keys) -> type:
@@ -21,11 +22,11 @@ def record(name: str, numbers: str = "", **keys) -> type:
     return TypedDict(name, dict.fromkeys(numbers.split(), NotRequired[OptionalNumber]) | keys)
 
 
-Result = record("Result", "stderr n baseline tool_use", value=OptionalNumber, higher_is_better=NotRequired[bool])
-Score = record("Score", "centered stderr n", acc=OptionalNumber)
-MEAN = {"label": str, "value": OptionalNumber, "missing": NotRequired[list[str] | None]}
-Mean = record("Mean", "stderr seconds model_seconds", per_task=NotRequired[dict[str, Score]], **MEAN)
-Core = record("Core", "stderr seconds model_seconds", per_task=dict[str, Score], **MEAN)
+Result = record("Result", "n baseline tool_use", **ERROR, value=OptionalNumber, higher_is_better=NotRequired[bool])
+Score = record("Score", "centered n", **ERROR, acc=OptionalNumber)
+MEAN = {**ERROR, "label": str, "value": OptionalNumber, "missing": NotRequired[list[str] | None]}
+Mean = record("Mean", "seconds model_seconds", per_task=NotRequired[dict[str, Score]], **MEAN)
+Core = record("Core", "seconds model_seconds", per_task=dict[str, Score], **MEAN)
 Example = record("Example", question=Any, expected=Any, answer=Any, correct=NotRequired[OptionalNumber | bool])
 Part = record("Part", dataset=str, rows=Number, tokens=Number, bad=NotRequired[Number])  # of a mixture
 Sample = record("Sample", prompt=Any, text=Any)
@@ -119,6 +120,6 @@ def problem(record: dict, kind: type) -> str | None:
         return f"{place} is no valid key: {first['msg'].lower()}"
     text = repr(value) if value is not None else "null"
     text = text if len(text) < 80 else text[:76] + " ..."
-    range_errors = ("less_than_equal", "greater_than_equal")  # whose message has all digits of 1e100
-    reason = "input should be a number from -1e100 to 1e100" if first["type"] in range_errors else first["msg"]
+    out_of_range = isinstance(value, int | float) and abs(value) > 1e100  # then the message has all digits of 1e100
+    reason = "input should be a number from -1e100 to 1e100" if out_of_range else first["msg"]
     return f"{place} is {text}: {reason[0].lower()}{reason[1:]}"

@@ -140,8 +140,8 @@ def load_json(path: str | Path, remedy: str = "delete it to run that stage again
     Raises InputError that ends with `remedy` for what is no object of JSON, or not of the TypedDict `kind`.
     """
     try:
-        if Path(path).is_fifo():  # on which reading would wait
-            raise InputError(f"{path} is a pipe, no file; {remedy}")
+        if (place := Path(path)).is_fifo() or place.is_char_device():  # reading one would wait or never end
+            raise InputError(f"{path} is a pipe or a device, no file; {remedy}")
         value = without_nan(json.loads(Path(path).read_text(encoding="utf-8")))
         json.dumps(value, ensure_ascii=False).encode()  # not of half a pair of surrogates
         if not isinstance(value, dict):

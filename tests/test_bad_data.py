@@ -36,7 +36,8 @@ ENTRIES = [  # of a mixture of conversations, which is opened
         for name in ("nowhere/chats.jsonl", "./org/name", "name", "org/name/folder", "data/x.csv")
     ),
     ({"dataset": "{here}/empty.jsonl"}, "no rows"),
-    ({"dataset": "{here}/pipe.jsonl"}, "is no file"),
+    ({"dataset": "{here}/pipes/0.jsonl"}, "is no file"),
+    ({"dataset": "{here}/pipes"}, "0.jsonl is a pipe or a device, no file: take it out"),
     ({"dataset": "{here}/links"}, "cannot read .*train.jsonl: No such file"),
     ({"dataset": "primer", "subset": "main"}, "primer has no subsets"),
     ({"dataset": "{here}/bad.jsonl", "subset": "main"}, "has no subsets"),
@@ -54,7 +55,9 @@ ENTRIES = [  # of a mixture of conversations, which is opened
 @pytest.mark.parametrize("entry,message", ENTRIES)
 def test_a_mixture_that_cannot_be_opened(tmp_path, entry, message):
     (tmp_path / "empty.jsonl").touch()
-    os.mkfifo(tmp_path / "pipe.jsonl")
+    if "pipes" in entry["dataset"]:
+        (tmp_path / "pipes").mkdir()
+        os.mkfifo(tmp_path / "pipes" / "0.jsonl")
     if "links" in entry["dataset"]:
         (tmp_path / "links").mkdir()
         (tmp_path / "links" / "train.jsonl").symlink_to("gone")
@@ -94,6 +97,7 @@ TEXTS = [
     (lambda here: here / "nowhere", "no dataset"),
     (lambda here: (here / "t.jsonl").symlink_to("t.jsonl") or here, r"cannot read .*t\.jsonl"),
     (lambda here: os.mkfifo(here / "pipe.jsonl") or here / "pipe.jsonl", "no dataset"),
+    (lambda here: (here / "t.jsonl").symlink_to("/dev/null") or here, "t.jsonl is a pipe or a device, no file"),
     (lambda here: "someone/something", "HF_HUB_OFFLINE"),
 ]
 

@@ -400,10 +400,11 @@ def test_a_disk_that_takes_nothing_is_one_line(capsys, error, message):
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_pipe_in_place_of_metrics_json(refuse):
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/null")])
+def test_a_pipe_or_a_device_in_place_of_metrics_json(refuse, make):
     (refuse.here / "base").mkdir()
-    os.mkfifo(refuse.here / "base" / "metrics.json")
-    refuse(["report", "--run-dir", "{here}"], "metrics.json is a pipe, no file; delete it")
+    make(refuse.here / "base" / "metrics.json")
+    refuse(["report", "--run-dir", "{here}"], "metrics.json is a pipe or a device, no file; delete it")
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path):
@@ -446,6 +447,7 @@ SHAPES = [  # a finished stage, what is wrong in its metrics.json, and what is s
     ("eval", {"results": {"bse": {}}}, "results.bse is no valid key"),
     ("eval", {"results": {"base": {"facts": {}}}}, "results.base.facts has no value"),
     ("eval", {"core": {"base": None}}, "core.base is null"),
+    ("eval", {"chatcore": {"base": MEAN | {"stderr": -1}}}, "chatcore.base.stderr is -1: input should be greater"),
     *(
         ("eval", {place: {"base": record(name)}}, f"{place}.base{inner}.{name} is 'x'")
         for place, inner, record, names in (
@@ -488,3 +490,8 @@ IDENTITIES = [
 def test_a_wrong_identity(refuse, text, message):
     (refuse.here / "me.yaml").write_text(text)
     refuse(["identity", "--identity", "{here}/me.yaml", "--output", "out.jsonl", "--rows", "3"], message)
+
+
+def test_an_identity_is_not_written_over(refuse):
+    (refuse.here / "me.yaml").write_text("{name: A, owner: B}")
+    refuse(["identity", "--identity", "{here}/me.yaml", "--output", "{here}/me.yaml"], "me.yaml is the identity")

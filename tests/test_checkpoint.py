@@ -159,6 +159,11 @@ def test_optimizer_state_continues_in_another_stage_by_name_in_float32(training,
             torch.testing.assert_close(value, optimizer.state[theirs[name]][key], rtol=2**-8, atol=0)
     train_step(fresh, other)
     assert [group["lr"] for group in other.param_groups] == rates
+    torch.save([1], tmp_path / "optimizer.pt")
+    with pytest.raises(
+        InputError, match=r"optimizer\.pt cannot be read \(a value in it is missing or of a wrong kind"
+    ):
+        checkpoint.load_optimizer_state(tmp_path / "optimizer.pt", fresh, other)
 
 
 def test_the_optimizer_state_reaches_sharded_parameters_as_shards(training, tiny_config, tmp_path, monkeypatch):

@@ -251,6 +251,14 @@ def test_a_row_that_is_none_of_its_kind_is_named_on_every_rank(core_task, kind, 
         task.build_all_requests(rank=0, world_size=3)
 
 
+def test_half_a_last_line_is_named_whichever_rows_are_drawn(core_task, tmp_path):
+    task = core_task([make_row("multiple_choice", random.Random(0), 0)] * 200)
+    path = next(tmp_path.rglob("rows.jsonl"))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 200: no JSON"):
+        task.build_all_requests(limit=2)
+
+
 def test_too_few_rows_for_the_examples_are_named(core_task):
     task = core_task([make_row("multiple_choice", random.Random(0), 0)] * 3, shots=3)
     with pytest.raises(ValueError, match=r"rows\.jsonl has 3 rows, and each needs 3 others as examples: take"):

@@ -53,6 +53,7 @@ def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenize
     ({"chosen": "yes", "rejected": "no"}, "needs chosen and rejected|no messages"),
     ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}, "same"),
     ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY, USER, REPLY]}, "continues"),
+    ({"chosen": [USER, REPLY], "rejected": [{**USER, "content": "Other?"}, OTHER]}, "begin with different messages"),
     *(
         ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]} | {side: [{**REPLY, "content": text}]}, reason)
         for side in ("chosen", "rejected")

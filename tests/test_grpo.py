@@ -89,8 +89,8 @@ def test_primer_prompts_come_with_what_a_grader_needs(tokenizer):
 
 
 def test_prompts_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer, tmp_path):
-    texts = ["How much?", "word " * 200, "How many?"]
-    answers = ["It is <<1000+200=1200>>1,200.\n#### 1,200", "#### 5", "five"]
+    texts = ["How much?", "word " * 200, "How many?", "How many?"]
+    answers = ["It is <<1000+200=1200>>1,200.\n#### 1,200", "#### 5", "five", "#### $5"]
     rows = [{"question": text, "answer": answer} for text, answer in zip(texts, answers)]
     (tmp_path / "gsm_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stage = config(dataset=str(tmp_path / "gsm_{split}.jsonl"))
@@ -98,8 +98,9 @@ def test_prompts_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer,
     [row] = rows
     assert (row["prompt"][0]["content"], row["answer"], row["kind"]) == ("How much?", "1200", "gsm8k")
     reasons = {row["row"]: row["reason"] for row in skipped}
-    assert reasons.keys() == {1, 2} and "100 leave room" in reasons[1] and "####" in reasons[2]
-    with pytest.raises(InputError, match=r"row [12] of .* cannot be used"):
+    assert reasons.keys() == {1, 2, 3} and "100 leave room" in reasons[1] and "####" in reasons[2]
+    assert reasons[3] == "no number follows '#### ' in the answer"
+    with pytest.raises(InputError, match=r"row [123] of .* cannot be used"):
         load_prompts(config(dataset=stage.dataset, on_bad_example="error"), "train", tokenizer, 100)
     size = len(tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=False))
     assert len(load_prompts(stage, "train", tokenizer, size)[0]) == 1

@@ -234,6 +234,7 @@ def test_a_model_from_elsewhere_is_recorded_by_its_place(run, tiny_folder):
     [
         ({"chat_data": "/nowhere"}, "no folder /nowhere"),
         ({"tasks": ["nanochat_mmlu"]}, "no file mmlu_test.jsonl"),
+        ({"tasks": ["nanochat_mmlu"], "break": "samples"}, "no file mmlu_test.jsonl"),
         ({"stages": []}, "no finished model"),
         ({"break": "template"}, "no chat template, so it cannot answer nanochat_demo_spelling"),
         ({"break": "nan"}, r"not finite .NaN or infinity in .*mlp"),
@@ -254,6 +255,18 @@ def test_wrong_input_is_one_clear_line(run, keys, words):
     with pytest.raises(InputError, match=words) as error:
         evaluate(config(**SPELLING | keys), {stage: str(run / stage) for stage in stages}, run / "eval")
     assert "\n" not in str(error.value) and not (run / "eval" / "metrics.json").exists()
+    if "tasks" in keys:
+        assert [path.name for path in run.glob("eval/*")] == [broken] * bool(broken)
+
+
+def test_a_damaged_record_is_refused_before_anything_is_measured(run):
+    (run / "eval").mkdir()
+    (run / "eval" / "metrics.json").write_text('{"results')
+    with pytest.raises(
+        InputError, match=r"eval/metrics\.json is not valid JSON .*; delete it to run that stage again"
+    ):
+        evaluate(config(**SPELLING), {"base": str(run / "base")}, run / "eval")
+    assert [path.name for path in run.glob("eval/*")] == ["metrics.json"]
 
 
 def test_each_process_needs_a_question():

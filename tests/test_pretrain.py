@@ -383,3 +383,10 @@ def test_bad_input_is_one_clear_line(world, tmp_path, monkeypatch, changes, envi
     with pytest.raises(InputError, match=message) as error:
         run(world, tmp_path, **changes)
     assert "\n" not in str(error.value) and not (tmp_path / "metrics.json").exists()
+
+
+def test_a_text_too_short_for_two_splits_is_refused_before_the_first_step(world, tmp_path, trace):
+    (tmp_path / "one.jsonl").write_text('{"text": "The only text there is."}\n')
+    with pytest.raises(InputError, match=r"validation split of .* has no text: its one file has too few texts"):
+        run(world, tmp_path / "out", dataset=str(tmp_path / "one.jsonl"), eval_every=-1)
+    assert not trace

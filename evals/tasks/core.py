@@ -111,6 +111,7 @@ class Rows(Sequence):
         self.options = next((name for name, type_ in self.fields.items() if type_ is list), None)
         self.lines, self.parsed = numbered_lines(file), {}
         random.Random(1337).shuffle(self.lines)
+        self[self.lines.index(max(self.lines))]  # the last line, which a copy that was interrupted has half of
 
     def __len__(self) -> int:
         return len(self.lines)

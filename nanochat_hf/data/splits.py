@@ -41,7 +41,7 @@ def is_visible(name: str) -> bool:
 def files_below(folder: Path) -> list[str]:
     """Names of the visible files below a folder, in order; those of links to folders, not followed, end with "/".
 
-    Raises InputError for a folder with more than MAX_FILES of them, which is no dataset but a disk.
+    Raises InputError for a pipe, or for more than MAX_FILES of them, which is no dataset but a disk.
     """
 
     def note(error: OSError) -> None:
@@ -58,6 +58,8 @@ def files_below(folder: Path) -> list[str]:
     except (RecursionError, OSError):  # /proc loses entries while it is read
         raise InputError(f"{folder} cannot be walked through: name the folder that holds the files") from None
     kinds = [(path, path.is_dir()) for path in sorted(paths)]
+    if odd := next((path for path, is_dir in kinds if not is_dir and path.exists() and not path.is_file()), None):
+        raise InputError(f"{odd} is a pipe or a device, no file: take it out of {folder}")  # reading it may never end
     return [p.relative_to(folder).as_posix() + "/" * is_dir for p, is_dir in kinds if not is_dir or p.is_symlink()]
 
 

@@ -12,7 +12,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -59,6 +58,7 @@ def evaluate(
     """
     state, output, record = partial_state(), Path(output), start_record(config)
     check_counts(config, state.num_processes)
+    load_metrics(output, evaluation=True)  # a damaged one is refused now, not when all is measured
     if not models:
         raise InputError("no finished model to evaluate: run the base stage first")
     with quiet():
@@ -214,16 +214,10 @@ def format_result(result: dict) -> str:
 
 def check_tasks(config: EvalConfig, stages: Collection[str], output: Path) -> None:
     """Raise InputError if the data of a task cannot be had for an evaluation of `stages`; hours before it runs."""
-    try:
-        with quiet():
-            Tasks(config, dict.fromkeys(stages, ""), output)
-            if {*config.core_stages} & {*stages}:
-                check_bundle(config)
-    except InputError:  # refused input leaves nothing
-        shutil.rmtree(output / "questions", ignore_errors=True)
-        with suppress(OSError):  # it holds more
-            output.rmdir()
-        raise
+    with quiet():
+        if {*config.core_stages} & {*stages}:
+            check_bundle(config)
+        Tasks(config, dict.fromkeys(stages, ""), output)
 
 
 def check_bundle(config: EvalConfig) -> None:

@@ -5,9 +5,11 @@ results, samples = tasks.run("nanochat_demo_facts", lm)
 """
 
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from lm_eval.api.metrics import mean_stderr
@@ -42,8 +44,16 @@ class Tasks:
         self.config, self.loaded = config, {}
         self.manager = known_tasks(config, [chat_folder(config), str(output / "questions")])
         if set(models) & {*config.chat_stages, *(config.text_stages or [])}:
-            self.write_questions(output / "questions")
-            self.load()
+            new = not (output / "questions").exists()
+            try:
+                self.write_questions(output / "questions")
+                self.load()
+            except InputError:  # refused input leaves nothing, and what was there
+                if new:
+                    shutil.rmtree(output / "questions", ignore_errors=True)
+                    with suppress(OSError):  # it holds more
+                        output.rmdir()
+                raise
         if any(task.config.unsafe_code for task in self.loaded.values()):
             if config.allow_unsandboxed_code:
                 os.environ[sandbox.ALLOW] = "1"

@@ -313,12 +313,12 @@ def load_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Op
         raise InputError(f"{path} is not what its stage wrote: run that stage again, or set load_optimizer: no")
     with reading(path):
         saved = torch.load(path, map_location="cpu", mmap=True)
-    for name, p in model.named_parameters():
-        for key, value in saved.get(name, {}).items():
-            value = value.to(p.device if value.ndim else "cpu", torch.float32, copy=True)
-            if isinstance(p, DTensor) and value.shape == p.shape:
-                value = distribute_tensor(value, p.device_mesh, p.placements)
-            optimizer.state[p][key] = value
+        for name, p in model.named_parameters():
+            for key, value in saved.get(name, {}).items():
+                value = value.to(p.device if value.ndim else "cpu", torch.float32, copy=True)
+                if isinstance(p, DTensor) and value.shape == p.shape:
+                    value = distribute_tensor(value, p.device_mesh, p.placements)
+                optimizer.state[p][key] = value
 
 
 def changed_keys(before: dict, now: dict) -> dict[str, str]:

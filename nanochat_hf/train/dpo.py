@@ -79,6 +79,8 @@ def read_pair(row: dict, tokenizer, length: int) -> dict[str, list[dict]]:
     same = next((i for i, both in enumerate(zip(chosen, rejected)) if both[0] != both[1]), None)
     if same is None:
         raise BadRow("the completions are the same, or one continues where the other ends")
+    if not prompt and same == 0:
+        raise BadRow("chosen and rejected begin with different messages: both need the same question")
     return {"prompt": prompt + chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
 
 

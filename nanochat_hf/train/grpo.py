@@ -182,7 +182,9 @@ def load_prompts(config: RLConfig, split: str, tokenizer, max_length: int) -> tu
         for row in mixture:
             prompt, answer = row["messages"][:1], hash_answer(row["messages"][-1]["content"])
             size = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-            if size > max_length:
+            if answer is None:  # a reply without one would be right
+                mixture.skip(row["entry"], row["row"], "no number follows '#### ' in the answer")
+            elif size > max_length:
                 mixture.skip(row["entry"], row["row"], f"{size} tokens, and {max_length} leave room for an answer")
             else:
                 rows.append({"kind": "gsm8k", "messages": prompt, "answer": answer})

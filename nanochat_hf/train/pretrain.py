@@ -185,6 +185,7 @@ class Pretraining:
         total, smooth = self.plan.num_iterations, None
         shutdown = runtime.graceful_shutdown(lambda number: setattr(self, "signal", number))
         with closing(Progress(self.output.name, total, self.step)) as progress, shutdown, runtime.gc_disabled():
+            self.evaluator.read_batches(1)  # a validation split without text is refused now, not after the last step
             if self.unmeasured:
                 self.measure(self.unmeasured)
             if self.step == 0 and self.config.eval_every > 0:  # the learning curve begins before the first step
