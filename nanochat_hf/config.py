@@ -272,6 +272,8 @@ Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.va
 
 def read_yaml(path: str | Path) -> dict:
     """The mapping in a file. Raises InputError: no such file, not UTF-8, no valid YAML, no mapping."""
+    if Path(path).is_fifo() and not str(path).startswith("/dev/"):  # where a shell's <(...) is
+        raise InputError(f"{path} is a pipe, no file: reading it would wait")
     try:
         values = yaml.load(or_shipped(path).read_text(encoding="utf-8-sig"), Loader)
     except OSError as error:

@@ -306,6 +306,10 @@ COMMANDS = [
     ("data prepare x --output out --dedup exact,fuzzy", "it must be exact or near"),
     ("data prepare x --output out --decontaminat null", "did you mean '--decontaminate'"),
     ("export --model {here} --to mlx --outtype f16 --output {here}/x", "--outtype and --allow-inexact are for --to"),
+    ("plan cpu-demo sft.lora_lr=0.1", "sft: lora_alpha and lora_lr are of adapters: give sft.lora_r, too"),
+    ("plan cpu-demo rl.lora_r=8 rl.matrix_lr=0.1", "rl.matrix_lr is not used, as lora_r is 8: give rl.lora_r=0, too"),
+    ("speedrun cpu-demo --run-dir {run} base.fp8=true", "base.fp8 is true: .* has no FP8"),
+    ("speedrun cpu-demo --run-dir {run} sft.total_batch_size=32", "sft.total_batch_size = 32 must be a positive mult"),
 ]  # fmt: skip
 
 FILES = [  # content of base.yaml
@@ -404,6 +408,7 @@ def test_a_pipe_in_place_of_metrics_json(refuse):
     (refuse.here / "base").mkdir()
     os.mkfifo(refuse.here / "base" / "metrics.json")
     refuse(["report", "--run-dir", "{here}"], "metrics.json is a pipe, no file; delete it")
+    refuse(["identity", "--identity", "{here}/base/metrics.json", "--output", "x"], "metrics.json is a pipe, no file")
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path):

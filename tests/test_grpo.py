@@ -332,10 +332,15 @@ def test_rejection_sampling_keeps_each_right_completion_once(talker_folder, tmp_
         texts = [texts[0] + wrong, texts[1] + texts[1][:1] * 2, wrong * 2]
         return [[tokenizer.encode(text, add_special_tokens=False) for text in four] for four in texts]
 
-    monkeypatch.setattr(stages, "engine", lambda model, tokenizer: SimpleNamespace(generate=generate))
     output = tmp_path / "right.jsonl"
-    words = ["cpu-demo", "--run-dir", str(run), "--num-prompts", "3", "--output", str(output)]
-    monkeypatch.setattr("sys.argv", ["rejection_sampling.py", *words])
+    words = ["cpu-demo", "--run-dir", str(run), "--num-prompts", "3", "--output"]
+    monkeypatch.setattr(stages, "engine", lambda *_: pytest.fail("samples"))
+    monkeypatch.setattr("sys.argv", ["rejection_sampling.py", *words, str(tmp_path / "no" / "right.jsonl")])
+    with pytest.raises(SystemExit):
+        runpy.run_path("scripts/rejection_sampling.py", run_name="__main__")
+    assert "cannot write" in capsys.readouterr().err
+    monkeypatch.setattr(stages, "engine", lambda model, tokenizer: SimpleNamespace(generate=generate))
+    monkeypatch.setattr("sys.argv", ["rejection_sampling.py", *words, str(output)])
     runpy.run_path("scripts/rejection_sampling.py", run_name="__main__")
     assert capsys.readouterr().out.startswith("4 different right completions of 12")
     chats = [json.loads(line)["messages"] for line in output.read_text().splitlines()]
