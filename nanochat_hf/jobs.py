@@ -239,8 +239,7 @@ def run(parser: Parser, words: list[str]) -> None:
         if not files:
             raise InputError(f"no Accelerate config file {name}; {nearest(name, names)}")
         command, accelerate = ["--config_file", files[0]], read_yaml(files[0])
-        counts = [accelerate.get(key, 1) for key in ("num_processes", "num_machines")]
-        if not all(type(count) is int and count > 0 for count in counts):
+        if any(accelerate.get(key, 1) not in range(1, 10**5) for key in ("num_processes", "num_machines")):
             raise InputError(f"{files[0]}: num_processes and num_machines must be whole numbers of at least 1")
     if arguments.dry_run:
         ranks, kind = arguments.num_processes or accelerate.get("num_processes", 1), accelerate.get("distributed_type")

@@ -312,6 +312,12 @@ def test_a_prompt_leaves_room_for_the_whole_answer(tiny_folder, tmp_path, monkey
     assert lengths == [128 - 12]  # tiny_folder's context
 
 
+def test_fewer_questions_than_a_step_takes_are_refused(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "load_prompts", lambda *_: ([{}] * 3, []))
+    with pytest.raises(InputError, match="has 3 usable questions: lower examples_per_step, 4"):
+        train_rl(config(max_new_tokens=12, examples_per_step=4), str(tiny_folder), tmp_path, Generator)
+
+
 def test_rejection_sampling_keeps_each_right_completion_once(talker_folder, tmp_path, monkeypatch, capsys):
     """What it writes renders to the tokens that were sampled; wrong, cut off and repeated completions are left out."""
     run, tokenizer = tmp_path / "run", load_tokenizer(talker_folder)
