@@ -411,22 +411,18 @@ def completion(parser: Parser, words: list[str]) -> None:
 
 def completions(words: list[str]) -> list[str]:
     """Candidates for the last word: commands, recipes, and what `--help` lists."""
-    *before, current = words
+    *before, current = words or [""]
     recipes = [path.parent.name for path in RECIPES.glob("*/base.yaml")]
-    values = {"--recipe": recipes, "--stage": MODEL_STAGES}
-    values["--config-file"] = [path.stem for path in ACCELERATE.glob("*.yaml")]
+    files = [path.stem for path in ACCELERATE.glob("*.yaml")]
+    values = {"--recipe": recipes, "--stage": MODEL_STAGES, "--config-file": files}
     if not before:
         names = [*COMMANDS, *STAGE_COMMANDS]
     elif before[-1] in values:
         names = values[before[-1]]
     else:
-        names = (
-            ["prepare"]
-            if before == ["data"]
-            else recipes
-            if before[0] in ("run", "plan", *STAGE_COMMANDS) and not {*recipes} & {*before}
-            else []
-        )
+        names = ["prepare"] if before == ["data"] else []
+        if before[0] in ("run", "plan", *STAGE_COMMANDS) and not {*recipes} & {*before}:
+            names = recipes
         if before[0] in ("demo", "run", "plan", "speedrun"):
             names = [*names, *(f"{name}=" for places in keys_by_name().values() for name in places)]
         with redirect_stdout(io.StringIO()) as output, suppress(SystemExit, InputError):

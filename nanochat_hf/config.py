@@ -272,6 +272,9 @@ Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.va
 
 def read_yaml(path: str | Path) -> dict:
     """The mapping in a file. Raises InputError: no such file, not UTF-8, no valid YAML, no mapping."""
+    place, is_from_shell = Path(path), str(path).startswith("/dev/")  # where a shell's <(...) is
+    if (place.is_fifo() or place.is_char_device()) and not is_from_shell:
+        raise InputError(f"{path} is a pipe or a device, no file: reading it might not end")
     try:
         values = yaml.load(or_shipped(path).read_text(encoding="utf-8-sig"), Loader)
     except OSError as error:

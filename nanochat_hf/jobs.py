@@ -22,7 +22,7 @@ from typing import Literal
 import psutil
 
 from .config import Dir, Hours, Parser, Place, Price, RepoId, Size, SyncUrl, Unique, Word, parse_config, read_yaml
-from .errors import InputError
+from .errors import InputError, in_a_line
 from .run import BOOLEANS, MODEL_STAGES, STAGES, Run, nearest, or_shipped, project_folder
 from .stage_configs import RECIPES, STAGE_CONFIGS, EvalConfig, Stages, find_recipe, read_recipe, refuse_unused_keys
 
@@ -239,6 +239,8 @@ def run(parser: Parser, words: list[str]) -> None:
         if not files:
             raise InputError(f"no Accelerate config file {name}; {nearest(name, names)}")
         command, accelerate = ["--config_file", files[0]], read_yaml(files[0])
+        if any(accelerate.get(key, 1) not in range(1, 10**5) for key in ("num_processes", "num_machines")):
+            raise InputError(f"{files[0]}: num_processes and num_machines must be whole numbers of at least 1")
     if arguments.dry_run:
         ranks, kind = arguments.num_processes or accelerate.get("num_processes", 1), accelerate.get("distributed_type")
         otherwise, device = "H200" if accelerate or ranks > 1 else "CPU", "CPU" if accelerate.get("use_cpu") else None
@@ -258,9 +260,8 @@ def demo(parser: Parser, words: list[str]) -> None:
 def speedrun_words(arguments) -> list[str]:
     """The words of `nanochat speedrun` for the same pipeline."""
     words = [f"--recipe={arguments.recipe}", *arguments.overrides]
-    for name in ("run_dir", "repo", "sync", "node_hourly_rate"):
-        if (value := getattr(arguments, name)) is not None:
-            words.append(f"--{name.replace('_', '-')}={value}")
+    given = {name: getattr(arguments, name) for name in ("run_dir", "repo", "sync", "node_hourly_rate")}
+    words += [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     return words + ([f"--stages={','.join(arguments.stages)}"] if arguments.stages else [])
 
 
@@ -301,6 +302,8 @@ def launch(words: list[str]) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
+    except ValueError as error:  # of its config file
+        raise InputError(f"Accelerate cannot launch: {in_a_line(error)}") from None
     except SignalException as error:
         rank, code = 0, -error.sigval
     code = 128 - code if code < 0 else code

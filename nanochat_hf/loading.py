@@ -103,7 +103,8 @@ def is_quantized(model: torch.nn.Module) -> bool:
 
 
 def unreadable(source: str | Path, error: Exception) -> InputError:
-    return InputError(f"no model in {source} that can be read: {in_a_line(error)}")
+    reason = "it is a run folder: add a stage, as in /sft" if Path(source, "tokenizer").is_dir() else in_a_line(error)
+    return InputError(f"no model in {source} that can be read: {reason}")
 
 
 def load_model(

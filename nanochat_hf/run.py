@@ -81,7 +81,8 @@ class Run:
         """The folder of a finished stage with weights, None: of the newest. Raises InputError if there is none."""
         finished = [name for name in MODEL_STAGES if self.finished(name)]
         if not (stage or finished):
-            raise InputError(f"{self.path} has no finished stage with a model: run nanochat demo, for example")
+            advice = "name it as --model" if (self.path / "config.json").is_file() else "run nanochat demo first"
+            raise InputError(f"{self.path} has no finished stage with a model: {advice}")
         if stage and stage not in finished:
             finished = ", ".join(finished) or "none"
             raise InputError(f"stage {stage!r} of {self.folder(stage).parent} is not finished; finished: {finished}")
@@ -148,8 +149,6 @@ def load_json(path: str | Path, remedy: str = "delete it to run that stage again
             raise ValueError("no object")
     except FileNotFoundError:
         return None
-    except InputError:
-        raise
     except OSError as error:  # a folder, below a file, no permission
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8

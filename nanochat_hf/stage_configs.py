@@ -429,9 +429,10 @@ STAGE_CONFIGS = {
 }  # fmt: skip
 
 
-UNUSED = (  # a key, and one that wins over it
-    ("num_epochs", "num_iterations"), ("target_flops", "num_iterations"),
-    ("target_param_data_ratio", "num_iterations"), ("target_param_data_ratio", "target_flops"),
+UNUSED = (  # a key, one that wins over it, and the value that switches that one off
+    ("num_epochs", "num_iterations", -1), ("target_flops", "num_iterations", -1),
+    ("target_param_data_ratio", "num_iterations", -1), ("target_param_data_ratio", "target_flops", -1),
+    *((key, "lora_r", 0) for key in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")),
 )  # fmt: skip
 
 
@@ -442,9 +443,11 @@ def refuse_unused_keys(stage: str, config, keys: Collection[str]) -> None:
     steps = getattr(config, "num_iterations", -1)
     if "warmup_steps" in keys and 0 < steps < (config.warmup_steps or 0):
         raise InputError(f"{stage}.warmup_steps is {config.warmup_steps}, and the run has {steps} steps: lower it")
-    for key, other in UNUSED:
-        if key in keys and getattr(config, key) not in (-1, None) and (value := getattr(config, other)) > 0:
-            raise InputError(f"{stage}.{key} is not used, as {other} is {value:g}: give {stage}.{other}=-1, too")
+    for key, other, off in UNUSED:
+        if key in keys and getattr(config, key) not in (-1, None) and (value := getattr(config, other, -1)) > 0:
+            raise InputError(f"{stage}.{key} is not used, as {other} is {value:g}: give {stage}.{other}={off}, too")
+    if {"lora_alpha", "lora_lr"} & {*keys} and not config.lora_r:
+        raise InputError(f"{stage}: lora_alpha and lora_lr are of adapters: give {stage}.lora_r, too, for example 16")
 
 
 def find_recipe(name: str) -> Path:

@@ -35,7 +35,7 @@ from .eval.weights import REPLACED, origin, renewal, replaced
 from .hub.push import checkpoint_pusher
 from .loading import load_config
 from .optim import scaling
-from .optim.overview import gpu_here, uses_fp8
+from .optim.overview import Devices, gpu_here, pipeline_text, uses_fp8
 from .run import MODEL_STAGES, Run, duration, in_words, load_json, load_metrics, renamed_keys
 from .serve.engine import Engine
 from .serve.terminal_chat import Chat, LocalModel, Options
@@ -109,6 +109,8 @@ def run_base(config: PretrainConfig, run: Run, tokenizer=None, model=None, repo=
     folder, tokenizer, core, push = new_folder(run, "base"), tokenizer or str(run.folder("tokenizer")), None, None
     if tasks and tasks.core_bundle and config.core_metric_every > 0:
         core = core_metric(load_tokenizer(tokenizer), tasks.core_bundle)
+    elif config.core_metric_every > 0:
+        partial_state().print("no CORE on the way: eval.core_bundle is null")
     if repo:  # all ranks take part in writing the folder, one uploads it
         push = checkpoint_pusher(repo) if partial_state().is_main_process else lambda folder, step: None
     pretrain(config, tokenizer, folder, model, core=core, push=push)
@@ -231,6 +233,9 @@ def run_stages(run: Run, stages: list[str], configs: dict, repo=None, hourly_rat
     state.print(f"{len(stages)} stage{'s' * (len(stages) > 1)} into {run.path}:", *lines.values(), sep="\n  ")
     if {"tokenizer", "base"} <= {*stages} and not run.finished("base"):  # before hours of work on the tokenizer
         check_cost(scaling.plan(configs["base"], configs["tokenizer"].vocab_size), state.device)
+    if "tokenizer" in configs:  # the plan refuses batches that the ranks cannot divide, and FP8 without such a GPU
+        left = [stage for stage in stages if stage == "report" or not run.finished(stage)]
+        pipeline_text(left, configs, Devices(gpu_here() or "CPU", state.num_processes, hourly_rate, None))
     if "base" in stages and not run.finished("base") and tasks and configs["base"].core_metric_every > 0:
         check_bundle(tasks)
     if "eval" in stages and not run.finished("eval"):

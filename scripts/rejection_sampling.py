@@ -6,12 +6,11 @@ Samples as RL does: its prompts, completions per prompt and rewards, by the keys
 that of SFT. Of equal completions of a prompt one is kept, cut off ones are left out. (RFT, arXiv:2308.01825.)
 """
 
-import json
 import re
 
 from nanochat_hf.config import Count, Parser, Place, parse_config
 from nanochat_hf.errors import guarded
-from nanochat_hf.run import Run, writing
+from nanochat_hf.run import Run, save_jsonl, writing
 from nanochat_hf.stage_configs import RLConfig, find_recipe
 
 CALL = re.compile(r"(.*?)<\|python_start\|>(.*?)<\|python_end\|><\|output_start\|>(.*?)<\|output_end\|>", re.DOTALL)
@@ -35,13 +34,15 @@ def main() -> None:
     parser.option("--output", Place, default="right.jsonl", help="file to write")
     arguments = parser.parse_args()
     config = parse_config(RLConfig, find_recipe(arguments.recipe) / "rl.yaml")
-    model = Run(arguments.run_dir or f"runs/{arguments.recipe}").model("sft")
+    model = Run(arguments.run_dir or f"runs/{find_recipe(arguments.recipe).name}").model("sft")
     from nanochat_hf import stages  # with the large libraries
     from nanochat_hf.train.grpo import correctness, load_prompts, load_source
 
     tokenizer, network = load_source(str(model), config)
     rows = load_prompts(config, "train", tokenizer, network.config.max_position_embeddings - config.max_new_tokens)[0]
-    rows, grade, right = rows[: arguments.num_prompts], correctness(tokenizer), {}  # right: a line for each
+    rows, grade, right = rows[: arguments.num_prompts], correctness(tokenizer), {}  # right: a row for each
+    with writing(arguments.output), open(arguments.output, "a"):  # refused before the work
+        pass
     prompts = [tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True, return_dict=False) for r in rows]
     options = {"seed": config.seed, "max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     answers = stages.engine(network.eval(), tokenizer).generate(prompts, config.num_samples, **options)
@@ -50,9 +51,8 @@ def main() -> None:
         rewards = grade(columns.pop("prompt"), samples, **columns)
         for text, reward in zip(tokenizer.batch_decode(samples), rewards):
             if reward and text.endswith("<|assistant_end|>"):
-                right[row["prompt"][-1]["content"], text] = json.dumps({"messages": row["prompt"] + messages_of(text)})
-    with writing(arguments.output), open(arguments.output, "w") as file:
-        file.writelines(f"{line}\n" for line in right.values())
+                right[row["prompt"][-1]["content"], text] = {"messages": row["prompt"] + messages_of(text)}
+    save_jsonl(arguments.output, right.values())
     print(f"{len(right):,} different right completions of {len(rows) * config.num_samples:,}: {arguments.output}")
 
 

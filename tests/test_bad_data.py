@@ -10,10 +10,10 @@ import pytest
 from filelock import FileLock
 
 from nanochat_hf.data.documents import DocumentStream, open_documents
-from nanochat_hf.data.mixture import Mixture
+from nanochat_hf.data.mixture import Mixture, check_data
 from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
 from nanochat_hf.errors import InputError
-from nanochat_hf.stage_configs import PretrainConfig
+from nanochat_hf.stage_configs import ChatConfig, PretrainConfig
 
 
 def jsonl(path: Path, *lines: str) -> str:
@@ -50,6 +50,28 @@ ENTRIES = [  # of a mixture of conversations, which is opened
         "has 1,000,000,000 rows, more than 100,",
     ),
 ]
+
+
+REFUSED_AT_ONCE = [  # an entry of a recipe's sft.yaml, before any stage runs
+    ({"dataset": "texts.jsonl"}, "row .: no column 'messages'; its columns are text; transforms: messages, sharegpt"),
+    ({"dataset": "texts"}, "row .: no column 'messages'; its columns are text"),
+    ({"dataset": "chats.jsonl", "transform": "gsm8k"}, "row .: no column 'answer'; its columns are messages"),
+    ({"dataset": "chats.jsonl", "subset": "main"}, "chats.jsonl has no subsets"),
+    ({"dataset": "words.txt"}, "words.txt is neither .jsonl nor .parquet"),
+]
+
+
+@pytest.mark.parametrize("entry,message", REFUSED_AT_ONCE)
+def test_a_mixture_of_another_form_is_refused_before_training(tmp_path, monkeypatch, entry, message):
+    monkeypatch.chdir(tmp_path)
+    chat = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    jsonl(tmp_path / "texts.jsonl", '{"text": "a"}')
+    jsonl(tmp_path / "chats.jsonl", *['{"messages": []}'] * 3, chat)
+    parquet(tmp_path / "texts" / "train.parquet", text=["a"])
+    (tmp_path / "words.txt").write_text("apple\n")
+    check_data("sft", ChatConfig([{"dataset": "chats.jsonl", "rows": 9}]))
+    with pytest.raises(InputError, match=message):
+        check_data("sft", ChatConfig([entry]))
 
 
 @pytest.mark.parametrize("entry,message", ENTRIES)

@@ -80,6 +80,11 @@ def generate(model, prompt, length, stops):
 # ---- in PyTorch ----------------------------------------------------------------------------------------------------
 
 
+def test_caches_larger_than_a_cpus_memory_are_refused(tiny_model):
+    with pytest.raises(InputError, match=r"the KV caches of .* slots of 96 tokens need .* GiB, more than is free"):
+        Decoder(tiny_model, 10**9, 96, [])
+
+
 @pytest.mark.parametrize("kind", [*CONFIGS, "transformers' own"])
 def test_greedy_slots_of_different_lengths_equal_the_models_generate(kind, monkeypatch):
     if kind == "first":

@@ -313,6 +313,12 @@ def test_a_prompt_leaves_room_for_the_whole_answer(tiny_folder, tmp_path, monkey
     assert lengths == [128 - 12]  # tiny_folder's context
 
 
+def test_fewer_questions_than_a_step_takes_are_refused(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "load_prompts", lambda *_: ([{}] * 3, []))
+    with pytest.raises(InputError, match="has 3 usable questions: lower examples_per_step, 4"):
+        train_rl(config(max_new_tokens=12, examples_per_step=4), str(tiny_folder), tmp_path, Generator)
+
+
 def test_rejection_sampling_keeps_each_right_completion_once(talker_folder, tmp_path, monkeypatch, capsys):
     """What it writes renders to the tokens that were sampled; wrong, cut off and repeated completions are left out."""
     run, tokenizer = tmp_path / "run", load_tokenizer(talker_folder)
@@ -333,10 +339,15 @@ def test_rejection_sampling_keeps_each_right_completion_once(talker_folder, tmp_
         texts = [texts[0] + wrong, texts[1] + texts[1][:1] * 2, wrong * 2]
         return [[tokenizer.encode(text, add_special_tokens=False) for text in four] for four in texts]
 
-    monkeypatch.setattr(stages, "engine", lambda model, tokenizer: SimpleNamespace(generate=generate))
     output = tmp_path / "right.jsonl"
-    words = ["cpu-demo", "--run-dir", str(run), "--num-prompts", "3", "--output", str(output)]
-    monkeypatch.setattr("sys.argv", ["rejection_sampling.py", *words])
+    words = ["cpu-demo", "--run-dir", str(run), "--num-prompts", "3", "--output"]
+    monkeypatch.setattr(stages, "engine", lambda *_: pytest.fail("samples"))
+    monkeypatch.setattr("sys.argv", ["rejection_sampling.py", *words, str(tmp_path / "no" / "right.jsonl")])
+    with pytest.raises(SystemExit):
+        runpy.run_path("scripts/rejection_sampling.py", run_name="__main__")
+    assert "cannot write" in capsys.readouterr().err
+    monkeypatch.setattr(stages, "engine", lambda model, tokenizer: SimpleNamespace(generate=generate))
+    monkeypatch.setattr("sys.argv", ["rejection_sampling.py", *words, str(output)])
     runpy.run_path("scripts/rejection_sampling.py", run_name="__main__")
     assert capsys.readouterr().out.startswith("4 different right completions of 12")
     chats = [json.loads(line)["messages"] for line in output.read_text().splitlines()]

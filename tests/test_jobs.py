@@ -23,6 +23,24 @@ def job(capsys, *words: str) -> str:
     return capsys.readouterr().out
 
 
+CONFIG_FILES = [
+    ("num_processes: two", "whole numbers of at least 1"), ("num_machines: 0", "whole numbers of at least 1"),
+    ("use_cpu: true", "Accelerate cannot launch: A .distributed_type. must be"),
+    ("distributed_type: MANY", "Accelerate cannot launch: 'MANY' is not a valid DistributedType"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text,message", CONFIG_FILES)
+def test_a_wrong_accelerate_config_file_is_one_line(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        cli.dispatch("run", ["cpu-demo", f"--config-file={tmp_path}/mine.yaml", f"--run-dir={tmp_path}/run"])
+
+
+def test_completion_of_nothing_is_the_commands():
+    assert "pretrain" in cli.completions([])
+
+
 def test_hugging_faces_own_parser_takes_the_command_line_and_has_every_flavor(capsys, tmp_path):
     text = job(capsys, "d24", "--job", "hf", "--gpus", "4", "--sync", "hf://me/d24", "base.depth=20", "--image=me/x")
     script = text.replace("hf jobs run", f"{shlex.quote(str(HF))} jobs run --dry-run")

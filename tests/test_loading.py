@@ -21,7 +21,7 @@ from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import LocalLM, load
 from nanochat_hf.export import checkpoint_config
 from nanochat_hf.loading import load_model
-from nanochat_hf.run import save_json
+from nanochat_hf.run import Run, save_json
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.worker import open_workers
 from nanochat_hf.stage_configs import ChatConfig, EvalConfig
@@ -332,6 +332,15 @@ def test_a_chat_template_of_others_gives_what_it_gives_without_limits(tiny_folde
     assert half.apply_chat_template(chats[1], tokenize=False) == "?two"
     theirs.save_pretrained(tiny_folder / "again")
     assert load_tokenizer(tiny_folder / "again").chat_template == text
+
+
+def test_a_run_folder_in_place_of_a_model_and_the_other_way_round(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(InputError, match=r"no model in .*: it is a run folder: add a stage, as in /sft"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").touch()
+    with pytest.raises(InputError, match="has no finished stage with a model: name it as --model"):
+        Run(tmp_path).model(None)
 
 
 def test_a_device_that_is_not_there_or_full_is_named(tiny_folder, monkeypatch):

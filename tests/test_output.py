@@ -17,6 +17,7 @@ import pytest
 
 from nanochat_hf import cli, run
 from nanochat_hf.cli import dispatch
+from nanochat_hf.errors import guarded
 from nanochat_hf.run import Progress, duration, in_words, project_folder, track
 
 STEP = {"train_loss": 2.34567, "lr": 0.04, "tokens_per_second": 11_940.0, "mfu": 0.4512, "val_bpb": None}
@@ -179,3 +180,17 @@ def test_pasted_lines_are_one_message_and_tab_and_history_work(tmp_path):
     assert (history.stat().st_mode | history.parent.stat().st_mode) & 0o077 == 0
     assert "+one\n+two\n" in history.read_text()
     assert answer in at_terminal(tmp_path, ("\x1b[A" * 4 + "\r", prompt))  # /retry, four, three, one two
+
+
+ERRORS = [
+    (IsADirectoryError(21, "Is a directory", "m/x.jinja"), "cannot use m/x.jinja: Is a directory"),
+    (PermissionError(13, "Permission denied", "/root/x"), "cannot use /root/x: Permission denied"),
+    (Exception("No space left on device (os error 28)"), "cannot write: No space left on device"),
+]
+
+
+@pytest.mark.parametrize("error,message", ERRORS)
+def test_a_disk_that_takes_nothing_is_one_line(capsys, error, message):
+    with pytest.raises(SystemExit) as caught:
+        guarded(lambda: (_ for _ in ()).throw(error))
+    assert caught.value.code == 2 and message in capsys.readouterr().err

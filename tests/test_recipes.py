@@ -246,6 +246,7 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
     monkeypatch.setattr(stages, "check_cost", lambda *_: None)
     monkeypatch.setattr(stages, "run_stage", lambda *_, **__: pytest.fail("trains"))
     save_jsonl(text := tmp_path / "text.jsonl", [{"text": "가나다 라마바"}] * 9)
+    save_jsonl(sums := tmp_path / "sums.jsonl", [{"question": "1 + 1", "answer": "#### 2"}] * 9)
     early = ["tokenizer", "base"]  # base measures CORE on the way
     for names, keys, message in (
         (None, ["eval.tasks=[nanochat_gsm8k]"], "no file gsm8k_test.jsonl in chat_data and no openai/gsm8k from the"),
@@ -255,7 +256,7 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
         (None, ["sft.mixture=[{dataset: nowhere.jsonl}]"], "no such dataset: nowhere.jsonl"),
         (None, ["mid.validation=[{dataset: recipes/nope.yaml}]"], "no such dataset: recipes/nope.yaml"),
         (None, ["rl.dataset=of_{split}.jsonl"], "no such dataset: of_train.jsonl"),
-        (None, [f"rl.dataset={text}"], "is one file, and its name does not say it is test"),
+        (None, [f"rl.dataset={sums}"], "sums.jsonl would be trained on and tested on: write {split} for train and test"),
         (None, [f"sft.validation=[{{dataset: {text}, split: test}}]"], "is one file, and its name does not say it is"),
         (None, ["base.dataset=/nowhere"], "no such dataset: /nowhere"),
         (None, ["tokenizer.dataset=[{dataset: primer}, {dataset: no.jsonl}]"], "no such dataset: no.jsonl"),
@@ -263,7 +264,7 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
     ):
         with pytest.raises(InputError, match=message):
             stages.run_stages(Run(tmp_path / "run"), *read("cpu-demo", names, keys))
-        if message.startswith(("no such", "is one", "/nowhere")):  # which needs no network
+        if message.startswith(("no such", "is one", "sums", "/nowhere")):  # which needs no network
             with pytest.raises(InputError, match=message):
                 jobs.print_dry_run(*read("cpu-demo", names, keys))
     assert not (tmp_path / "run" / "eval").exists()

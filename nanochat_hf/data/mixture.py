@@ -258,14 +258,16 @@ def check_data(stage: str, config, elsewhere: bool = False) -> None:
         entries = [prompts_of(config, split) for split in ("train", "test")]
     elif stage == "dpo":
         entries = [{"dataset": config.dataset, "split": config.split}]
-    for entry in (DatasetConfig(**part) for part in entries):
+    for part in entries:
+        entry, path = DatasetConfig(**part), local_path(part["dataset"])
         check(entry.dataset)
-        path = local_path(entry.dataset)
         if entry.dataset.partition(":")[0] == "primer" or (path.suffix in (".yaml", ".yml") and path.exists()):
             rows = entry.rows if (entry.rows or 0) > MAX_GENERATED else 1
             open_rows(replace(entry, rows=rows), 0)  # which refuses a subset, split or transform, or too many rows
         elif path.exists() and holds_rows(entry, path):
             refuse_empty(entry.dataset, _files(entry, path))  # which refuses a split that no name tells
+            if stage != "dpo" and not elsewhere:  # the first row that can be used is enough
+                next(iter(Mixture([part | {"rows": None, "epochs": None}])))
     if (words := getattr(config, "words", None)) and not local_path(words).is_file():
         check(words, True)
     for name, _ in parts_of(dataset) if (dataset := getattr(config, "dataset", None)) else ():
@@ -273,8 +275,10 @@ def check_data(stage: str, config, elsewhere: bool = False) -> None:
 
 
 def prompts_of(config, split: str) -> dict:
-    """The entry of a mixture that gives RL's prompts of a split."""
+    """The entry of a mixture that gives RL's prompts of a split. Raises InputError for one file as both splits."""
     name = config.dataset.replace("{split}", split)
+    if name == config.dataset and local_path(name).is_file():
+        raise InputError(f"{name} would be trained on and tested on: write {{split}} for train and test in its name")
     subset = None if local_path(name).is_file() else config.subset  # of the Hub's
     return {"dataset": name, "split": split, "subset": subset, "transform": "gsm8k"}
 

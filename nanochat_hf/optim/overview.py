@@ -112,10 +112,10 @@ def memory_text(needed: float, devices: Devices, stage: str, micro_batch_size: i
     return f"{size} of {has / 1e9:.0f} GB per GPU{more}"
 
 
-def stage_batch(config, ranks: int, length: int = 1, log: Callable = lambda text: None) -> tuple[int, int]:
+def stage_batch(config, ranks: int, length=1, log: Callable = lambda text: None, prefix="") -> tuple[int, int]:
     """Micro-batch size and gradient accumulation steps of a chat stage; InputError if its step cannot be divided.
 
-    length: of a packed sequence in tokens, in which the recipe counts such a step.
+    length: of a packed sequence in tokens, in which the recipe counts such a step; prefix: before its key.
     """
     name, total, unit = "examples_per_step", getattr(config, "examples_per_step", 0), 1
     if hasattr(config, "mixture"):
@@ -124,7 +124,7 @@ def stage_batch(config, ranks: int, length: int = 1, log: Callable = lambda text
         name, total = "examples_per_step x num_samples", total * config.num_samples
     if total < 0:
         return config.device_batch_size, 1
-    return split_global_batch(name, total, unit, config.device_batch_size, ranks, log)
+    return split_global_batch(prefix + name, total, unit, config.device_batch_size, ranks, log)
 
 
 def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
@@ -149,7 +149,7 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
             if requested == -1:
                 memory = 0.95 * GPUS[cuda].memory if cuda else 8e9
                 requested = scaling.estimate_micro_batch_size(size, memory, 2 if cuda else 4, fp8 or kernels)
-            batch = split_global_batch("total_batch_size", total, size.max_seq_len, requested, ranks)
+            batch = split_global_batch("base.total_batch_size", total, size.max_seq_len, requested, ranks)
             precision = ("bfloat16 with FP8 blocks" if fp8 else "bfloat16") if cuda else "float32"
             rows = base_rows(base, size, devices, batch, fp8, {"precision": precision})
             totals = {name: rows.pop(name) for name in TOTALS if name in rows}
@@ -157,7 +157,7 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
         else:
             length = getattr(config, "max_seq_len", -1)
             length = length if length > 0 else size.max_seq_len
-            batch = stage_batch(config, ranks, length)
+            batch = stage_batch(config, ranks, length, prefix=f"{stage}.")
             steps = f"{config.num_iterations:,}" if config.num_iterations > 0 else f"{config.num_epochs:g} x the data"
             groups = scaling.stage_groups(config, size.model_config)
             shape = size.model_config, size.num_parameters

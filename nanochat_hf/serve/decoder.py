@@ -14,6 +14,7 @@ import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import psutil
 import torch
 import torch.nn.functional as F
 
@@ -141,12 +142,14 @@ class Decoder:
         types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         sizes = [min(length, config.sliding_window) if t == "sliding_attention" else length for t in types]
         shapes = [(self.slots, self.kv_heads, size, self.head_dim) for size in sizes]
+        gib = 2 * sum(sizes) * self.slots * self.kv_heads * self.head_dim * self.dtype.itemsize / 2**30
         try:
+            if self.device.type == "cpu" and gib > psutil.virtual_memory().available / 2**30:  # no allocation fails
+                raise torch.OutOfMemoryError
             return [[self.empty(*shape).zero_() for shape in shapes] for _ in range(2)]
         except torch.OutOfMemoryError:
-            gib = 2 * sum(sizes) * self.slots * self.kv_heads * self.head_dim * self.dtype.itemsize / 2**30
             needed = f"the KV caches of {self.slots} slots of {length} tokens need {gib:.1f} GiB"
-            raise InputError(f"{needed}, more than the GPU has free: lower the batch size or the length") from None
+            raise InputError(f"{needed}, more than is free: lower the batch size or the length") from None
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 

@@ -268,12 +268,13 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable) -> No
     every = {key: -(-getattr(config, key) // size) * size for key in ("eval_every", "save_every")}
     config = replace(config, **every)  # a resume within a batch would sample it anew
     tokenizer, network = load_source(model, config)
-    max_length = network.config.max_position_embeddings - config.max_new_tokens
-    if max_length < 1:
-        context = network.config.max_position_embeddings
+    context = network.config.max_position_embeddings
+    if (max_length := context - config.max_new_tokens) < 1:
         raise InputError(f"max_new_tokens is {config.max_new_tokens}: it must leave room for a prompt, in {context}")
     rows, skipped = load_prompts(config, "train", tokenizer, max_length)
     eval_rows, eval_skipped = load_prompts(config, "test", tokenizer, max_length)
+    if len(rows) < (needed := config.examples_per_step):  # TRL would take no step
+        raise InputError(f"{config.dataset} has {len(rows)} usable questions: lower examples_per_step, {needed}")
     output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL warns at every use of rollout_func
     trainer = RLTrainer(
