@@ -256,7 +256,7 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
         (None, ["sft.mixture=[{dataset: nowhere.jsonl}]"], "no such dataset: nowhere.jsonl"),
         (None, ["mid.validation=[{dataset: recipes/nope.yaml}]"], "no such dataset: recipes/nope.yaml"),
         (None, ["rl.dataset=of_{split}.jsonl"], "no such dataset: of_train.jsonl"),
-        (None, [f"rl.dataset={sums}"], "sums.jsonl would be trained on and tested on: write {split} for train and test"),
+        (None, [f"rl.dataset={sums}"], "sums.jsonl would be trained on and tested on: write {split} for"),
         (None, [f"sft.validation=[{{dataset: {text}, split: test}}]"], "is one file, and its name does not say it is"),
         (None, ["base.dataset=/nowhere"], "no such dataset: /nowhere"),
         (None, ["tokenizer.dataset=[{dataset: primer}, {dataset: no.jsonl}]"], "no such dataset: no.jsonl"),

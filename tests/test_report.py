@@ -105,12 +105,12 @@ def test_what_is_missing_is_said(run):
 
 def test_the_command_is_the_nearest_recipe_with_the_keys_that_differ(run):
     assert collect(Run(run))["command"] is None  # no stage has a config
-    stages, configs = read_recipe(find_recipe("cpu-demo"), None, ["base.depth=6", "sft.lora_lr=0.5"])
+    stages, configs = read_recipe(find_recipe("cpu-demo"), None, ["base.depth=6", "sft.matrix_lr=0.5"])
     for stage in stages[:-1]:
         save_json(run / stage / "metrics.json", {**COMMON, "config": asdict(configs[stage])})
     cpu = {"hardware": {"device_type": "cpu"}, "started": 9}
     edit(run / "eval" / "metrics.json", **cpu)
-    command = "nanochat run cpu-demo --config-file=cpu base.depth=6 sft.lora_lr=0.5"
+    command = "nanochat run cpu-demo --config-file=cpu base.depth=6 sft.matrix_lr=0.5"
     assert collect(Run(run))["command"] == command
     assert f"\n```bash\n{command}\n```\n" in markdown(collect(Run(run)))  # its commit has local changes
     for path in run.glob("*/metrics.json"):
