@@ -159,6 +159,8 @@ def test_what_a_format_cannot_express_is_named():
     (lambda state, fields: [state.pop(n) for n in list(state) if "smear" in n], "two generations.*lacks smear"),
     (lambda state, fields: state.pop("transformer.wte.weight"), "no checkpoint of karpathy/nanochat"),
     (lambda state, fields: fields.update(n_embd=64), "size mismatch"),
+    (lambda state, fields: state["lm_head.weight"][0].fill_(torch.nan), "^lm_head.weight has values that are not fin"),
+    (lambda state, fields: state.update({"lm_head.weight": state["lm_head.weight"].int()}), "^lm_head.weight has val"),
     (lambda state, fields: [state.pop(n) for n in upstream_state(JULY).keys() - upstream_state(OCTOBER).keys()],
      "no new parameter and window_pattern SSL, and lacks value_embeds"),
 ])  # fmt: skip

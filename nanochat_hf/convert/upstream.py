@@ -94,6 +94,8 @@ def from_upstream(state: dict[str, torch.Tensor], meta: dict) -> NanoChatForCaus
     """Converts upstream's state dict and meta file to our model, in float32."""
     if not {"transformer.wte.weight", "lm_head.weight"} <= set(state) or "model_config" not in meta:
         raise ValueError("this is no checkpoint of karpathy/nanochat: transformer.wte or model_config is missing")
+    if wrong := [name for name, value in state.items() if not (value.is_floating_point() and value.isfinite().all())]:
+        raise ValueError(f"{wrong[0]} has values that are not finite, or integers: take an earlier checkpoint")
     model = NanoChatForCausalLM(config_from_upstream(meta["model_config"], state))
     return load_strictly(model, {our_name(name): value for name, value in state.items()})
 
