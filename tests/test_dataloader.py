@@ -1,6 +1,7 @@
 """Packing against a slow reference; batches depend on the data only: not on timing, ranks or interruptions."""
 
 import io
+import math
 import threading
 from itertools import islice, pairwise
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nanochat_hf.data import dataloader
 from nanochat_hf.data.dataloader import BestFitPacker, PackedLoader, token_chunks
 from nanochat_hf.data.documents import DocumentStream, open_documents
 from nanochat_hf.errors import InputError
@@ -87,6 +89,18 @@ def test_packing_equals_a_plain_search_through_the_list(sizes, row_length, buffe
 def test_documents_are_tokenized_together_up_to_a_number_or_a_length(tokenizer, size, max_chars, number):
     chunks = token_chunks(["ab"] * 7, tokenizer, size, max_chars)
     assert [len(chunk) for chunk in islice(chunks, 5)] == [number] * 5
+
+
+def test_few_texts_are_tokenized_once_and_many_in_every_epoch(tokenizer, monkeypatch):
+    encode, encoded = dataloader.encode_documents, []
+    monkeypatch.setattr(dataloader, "encode_documents", lambda t, texts: encoded.extend(texts) or encode(t, texts))
+    texts = ["a book", "a tale", "a poem"]
+    for max_chars, number in ((math.inf, 3), (11, 12)):
+        chunks = islice(token_chunks(texts, tokenizer, 2, max_chars), 6)
+        documents = [document.tolist() for chunk in chunks for document in chunk]
+        assert documents == [document.tolist() for document in encode(tokenizer, texts)] * 4
+        assert len(encoded) == number
+        encoded.clear()
 
 
 def test_only_the_last_document_of_a_row_is_cut():

@@ -33,6 +33,7 @@ from .documents import DocumentStream, MixtureStream
 from .tokenizer import encode_documents
 
 CHUNK_CHARS = 1 << 20  # characters tokenized at once; bounds the memory where documents are as long as books
+KEPT_CHARS = 1 << 24  # characters whose tokens a shard keeps, if `max_chars` is not less
 # Validation rows are packed by upstream's rule, so that bits per byte compare, and alike for 1, 2, 4 and 8 ranks.
 VALIDATION = {"num_shards": 8, "packing_strategy": "bfd"}
 
@@ -40,15 +41,24 @@ VALIDATION = {"num_shards": 8, "packing_strategy": "bfd"}
 def token_chunks(
     stream: DocumentStream | MixtureStream, tokenizer: PreTrainedTokenizerFast, size: int, max_chars: float
 ) -> Iterator[list[np.ndarray]]:
-    """Endless lists of tokenized documents, epoch after epoch: `size` each, or fewer where they reach `max_chars`."""
-    texts, chars = [], 0
+    """Endless lists of tokenized documents, epoch after epoch: `size` each, or fewer where they reach `max_chars`.
+
+    Tokens of few texts are kept for the next epoch: `bfd` takes one row of a text as long as a book, so an evaluation
+    on a small split would tokenize all of it hundreds of times.
+    """
+    texts, chars, encoded = [], 0, {}
+    limit = min(max_chars, KEPT_CHARS)
     while True:
         for text in stream:
             texts.append(text)
             chars += len(text)
             if len(texts) == size or chars >= max_chars:
-                yield encode_documents(tokenizer, texts)
+                new = [text for text in texts if text not in encoded]
+                encoded |= zip(new, encode_documents(tokenizer, new))
+                yield [encoded[text] for text in texts]
                 texts, chars = [], 0
+                if sum(map(len, encoded)) > limit:
+                    encoded = {}
 
 
 class BestFitPacker:
