@@ -233,7 +233,7 @@ def test_the_plan_has_the_memory_of_a_stage_within_a_tenth(stage, depth, size, p
         ("A100", {"fp8": True}, "base.fp8 is true: A100 has no FP8"),
         ("CPU", {"fp8": True}, "base.fp8 is true: CPU has no FP8"),
         ("cpu", {}, "MI300X, CPU"),
-        ("RTX 4090", {"fp8": True}, "bfloat16 with FP8 blocks"),
+        ("RTX 4090", {"fp8": True}, "bfloat16 with FP8"),
     ],
 )
 def test_a_plan_says_what_a_device_cannot_do(gpu, base, text):

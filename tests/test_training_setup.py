@@ -119,7 +119,7 @@ def test_the_first_line_names_kernels_and_precision(tiny_config):
     model = NanoChatForCausalLM(tiny_config).to("cuda")
     line = setup.describe(setup.build_loss_module(model, "auto", True, "auto"), "auto")
     assert "matmuls PyTorch's FP8" in line
-    assert "precision bfloat16 with FP8 blocks" in line and f"triton {version('triton')}" in line
+    assert "precision bfloat16 with FP8" in line and f"triton {version('triton')}" in line
 
 
 MISSING = '; quack-kernels not installed; for more speed: pip install "nanochat_hf[kernels]"'

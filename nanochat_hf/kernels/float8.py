@@ -175,9 +175,12 @@ def quantize(x: Tensor, dtype: torch.dtype, amax_bound: Tensor | float | None = 
     return out
 
 
-def scaled_mm(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
+def scaled_mm(
+    a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False, out=None
+) -> Tensor:
     """a (M, K), b (N, K) in FP8 -> a b^T (M, N). fast: sums in the tensor cores' own, less precise accumulator."""
-    return torch._scaled_mm(a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, use_fast_accum=fast)
+    options = dict(scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, use_fast_accum=fast, out=out)
+    return torch._scaled_mm(a, b.t(), **options)
 
 
 class Float8Weight(NamedTuple):
@@ -195,11 +198,11 @@ class Float8Weight(NamedTuple):
         dy8 = quantize(dy, E5M2)
         return self.matmul_grad(dy8, dy.dtype), self.accumulate_grads(dy8, x_transposed, x_scale, dy.dtype)
 
-    def matmul(self, x8: Float8Pair, dtype: torch.dtype) -> Tensor:
-        return scaled_mm(x8.row_major, self.pair.row_major, (x8.scale, self.pair.scale), dtype, fast=True)
+    def matmul(self, x8: Float8Pair, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return scaled_mm(x8.row_major, self.pair.row_major, (x8.scale, self.pair.scale), dtype, fast=True, out=out)
 
-    def matmul_grad(self, dy8: Float8Pair, dtype: torch.dtype) -> Tensor:
-        return scaled_mm(dy8.row_major, self.pair.transposed, (dy8.scale, self.pair.scale), dtype)
+    def matmul_grad(self, dy8: Float8Pair, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return scaled_mm(dy8.row_major, self.pair.transposed, (dy8.scale, self.pair.scale), dtype, out=out)
 
     def accumulate_grads(self, dy8: Float8Pair, x_transposed, x_scale, dtype: torch.dtype) -> list[Tensor | None]:
         """dtype: of what is added to `.grad`."""

@@ -150,7 +150,7 @@ def pipeline_text(stages: list[str], configs: dict, devices: Devices) -> str:
                 memory = 0.95 * GPUS[cuda].memory if cuda else 8e9
                 requested = scaling.estimate_micro_batch_size(size, memory, 2 if cuda else 4, fp8 or kernels)
             batch = split_global_batch("base.total_batch_size", total, size.max_seq_len, requested, ranks)
-            precision = ("bfloat16 with FP8 blocks" if fp8 else "bfloat16") if cuda else "float32"
+            precision = ("bfloat16 with FP8" if fp8 else "bfloat16") if cuda else "float32"
             rows = base_rows(base, size, devices, batch, fp8, {"precision": precision})
             totals = {name: rows.pop(name) for name in TOTALS if name in rows}
             parts.insert(0, f"pretraining on {f'{ranks} x {devices.name}' if cuda else devices.name}\n{block(totals)}")

@@ -5,7 +5,7 @@
 matmul. How a block is computed is chosen once, when the module is made:
 
 - bf16 with FlashAttention-4 and quack, eager: every operation between the matmuls is in a hand-written kernel;
-- FP8, eager, while training;
+- FP8, eager, while training; the head, too;
 - everywhere else PyTorch, on GPUs compiled block by block: all blocks share three programs (regional compilation).
 """
 
@@ -29,6 +29,7 @@ from ..model.modeling_nanochat import NanoChatForCausalLM
 
 KERNELS = ("rotary and QK norm", "gradient sums", "GEMM epilogues")  # of a training step
 BF16_KERNELS = ("fused cross-entropy", FLASH)
+FP8_KERNELS = ("FP8", "FP8 head")
 
 
 def embed(x, gate, smear_lambda, eps: float, dtype: torch.dtype, position_ids: Tensor | None) -> Tensor:
@@ -79,8 +80,8 @@ class BlockKind(NamedTuple):
 class FusedTransformer(nn.Module):
     """NanoChatModel's forward over the parameters of `model`, and with targets the loss of the head as well.
 
-    compile: use torch.compile where no kernels are. fp8: FP8 matmuls in the blocks while training. dtype: of all that
-    the network computes; None: that of the embeddings. documents: also for packed documents.
+    compile: use torch.compile where no kernels are. fp8: FP8 matmuls in blocks and head while training. dtype: of all
+    that the network computes; None: that of the embeddings. documents: also for packed documents.
     """
 
     def __init__(
@@ -90,10 +91,11 @@ class FusedTransformer(nn.Module):
         super().__init__()
         self.model, device = model, model.lm_head.weight.device
         self.dtype = dtype or model.model.embed_tokens.weight.dtype
-        names = [*KERNELS, *(BF16_KERNELS if self.dtype == torch.bfloat16 else ()), *(["FP8"] if fp8 else [])]
+        names = [*KERNELS, *(BF16_KERNELS if self.dtype == torch.bfloat16 else ()), *(FP8_KERNELS if fp8 else ())]
         names += [FLASH_DOCUMENTS] if documents and self.dtype == torch.bfloat16 else []
         verify(names, model.config, device, self.dtype)
         self.fp8 = fp8 and "FP8" not in disabled
+        self.fp8_head = self.fp8 and "FP8 head" not in disabled and len(model.lm_head.weight) % 16 == 0
         # Four kinds of blocks, each for training, evaluating and SFT; and a residual mix per kind of batch.
         torch._dynamo.config.recompile_limit = 64
         if compile:
@@ -192,13 +194,20 @@ class FusedTransformer(nn.Module):
         hidden = self.final_norm(*residual, middle, model.backout_lambda if config.backout else None, eps)
         if targets is None:
             return hidden
-        return lm_head_loss(self.model, hidden, targets, reduction)
+        weight = self.model.lm_head.weight
+        if self.fp8_head and reduction == "mean" and torch.is_grad_enabled():
+            cache = WeightCastCache() if isinstance(self, FSDPModule) else self.cache
+            weight = self.fp8_weight(cache, "head", (weight,))
+        return lm_head_loss(self.model, hidden, targets, reduction, weight)
 
 
-def lm_head_loss(model: NanoChatForCausalLM, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Loss in nats of the head on hidden states (B, T, C) and targets (B, T): () the mean, or (B, T) with "none"."""
+def lm_head_loss(model: NanoChatForCausalLM, hidden: Tensor, targets: Tensor, reduction: str, weight=None) -> Tensor:
+    """Loss in nats of the head on hidden states (B, T, C) and targets (B, T): () the mean, or (B, T) with "none".
+
+    weight: the head's as the matmuls take it; None: the parameter.
+    """
     cap, size = model.config.final_logit_softcapping, model.config.num_tokens or model.config.vocab_size
-    inputs = hidden.flatten(0, 1), model.lm_head.weight, targets.flatten()
+    inputs = hidden.flatten(0, 1), model.lm_head.weight if weight is None else weight, targets.flatten()
     loss = fused_linear_cross_entropy(*inputs, cap, size, reduction)
     return loss if reduction == "mean" else loss.view_as(targets)
 
