@@ -176,7 +176,7 @@ class _Float8LinearCrossEntropy(torch.autograd.Function):
 def softcapped_loss_and_grad(
     out: Float8Pair, logits: Tensor, targets: Tensor, softcap: float | None, num_tokens: int
 ) -> Tensor:
-    """logits (N, V), targets (N,) -> (N,) losses in nats; the gradient of their sum, times E5M2's largest, to `out`."""
+    """logits (N, V), targets (N,) -> losses (N,) in nats; to `out` the gradient of their sum, times E5M2's largest."""
     largest = torch.finfo(E5M2).max
     if not usable("FP8 head", logits):
         capped = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)
