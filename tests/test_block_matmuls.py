@@ -61,22 +61,26 @@ def test_gemm_epilogues_equal_the_definition(shape):
 def test_the_residual_mix_and_what_it_keeps_for_its_gradient(device, mixed):
     """Beside x and x0, which others keep, one tensor of the stream's size: y, or where nothing is scaled the sum."""
     torch.manual_seed(0)
-    x, y, x0 = leaves = [torch.randn(2, 40, 64, device=device, requires_grad=True) for _ in range(3)]
+    x, y, x0 = [torch.randn(2, 40, 64, device=device, requires_grad=True) for _ in range(3)]
     scalars = (0.5 + torch.rand(2, device=device)).requires_grad_()
     s = scalars[0] * (x + y) + scalars[1] * x0 if mixed else x + y
-    exact, leaves = (s, F.rms_norm(s, s.shape[-1:], eps=EPS)), [*leaves, scalars] if mixed else leaves[:2]
+    exact, leaves = (s, F.rms_norm(s, s.shape[-1:], eps=EPS)), [x, y, scalars] if mixed else [x, y]
     grads = [torch.randn_like(part) for part in exact]
-    run = block_matmuls._recomputed_mix if mixed else block_matmuls._mix
-    if device == "cpu":  # with the partition of forward and backward that CUDA gets
-        run = torch.compile(run, backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
-    else:
-        run = block_matmuls.residual_mix
-    results = run(x, y, x0, tuple(scalars.unbind()) if mixed else None, EPS)
+    later = torch.randn_like(x0)  # the gradient of x0 in the layers after this one
+    if device == "cuda":
+        *results, same = block_matmuls.residual_mix(x, y, x0, tuple(scalars.unbind()) if mixed else None, EPS)
+    elif mixed:
+        *results, same = block_matmuls._ResidualMix.apply(x, y, x0, *scalars.unbind(), EPS)
+    else:  # with the partition of forward and backward that CUDA gets
+        run = torch.compile(block_matmuls._mix, backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
+        results, same = run(x, y, None, None, EPS), x0
     saved = {t.data_ptr() for t in results[0].grad_fn.saved_tensors if t.numel() == x.numel()}
     assert len(saved - {x.data_ptr(), x0.data_ptr()}) == 1
     for one, other in zip(results, exact):
         assert relative(one, other) < 1e-5
-    for one, other in zip(*(torch.autograd.grad(values, leaves, grads) for values in (results, exact))):
+    assert torch.equal(same, x0)
+    ends = [*results, same], [*exact, x0]
+    for one, other in zip(*(torch.autograd.grad(end, [*leaves, x0], [*grads, later]) for end in ends)):
         assert relative(one, other) < 1e-5
 
 

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .backend import check, compiled, tl, triton, unavailable, usable
 from .float8 import Float8Relu2MLP, Float8Weight
@@ -115,18 +114,34 @@ class _ResidualMLP(torch.autograd.Function):
         )  # fmt: skip
 
 
+class _ResidualMix(torch.autograd.Function):
+    """`residual_mix` with lambdas. The gradient of x0, which every layer adds to, is added up in the same pass."""
+
+    @staticmethod
+    def forward(ctx, x, y, x0, a, b, eps):
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, y, x0, a, b)
+        return *compiled(_mix, dynamic=None)(x, y, x0, (a, b), eps), x0
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dx, dx0, da, db = compiled(_mix_grad, dynamic=None)(*ctx.saved_tensors, ctx.eps, *grads)
+        return dx, None if ctx.saved_tensors[1] is None else dx, dx0, da, db, None
+
+
 def residual_mix(
     x: Tensor, y: Tensor | None, x0: Tensor | None, lambdas: tuple[Tensor, Tensor] | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The residual stream s = a (x + y) + b x0 before a block, and its RMS norm: (B, T, C) each, as x, y and x0.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The residual stream s = a (x + y) + b x0 before a block, its RMS norm, (B, T, C) each, and x0 for the next one.
 
     lambdas: the scalars a and b; None: s = x + y. y: None before the first block.
     """
-    inputs = x, y, x0, lambdas, eps
     if x.is_cuda and not torch.compiler.is_compiling():
-        run = _mix if lambdas is None else _recomputed_mix
-        return compiled(run, dynamic=None)(*inputs)  # SFT without packing has a new length in every batch
-    return _mix(*inputs)
+        if lambdas is not None:
+            return _ResidualMix.apply(x, y, x0, *lambdas, eps)
+        return *compiled(_mix, dynamic=None)(x, y, x0, lambdas, eps), x0  # SFT has a new length in every batch
+    return *_mix(x, y, x0, lambdas, eps), x0
 
 
 def _mix(x, y, x0, lambdas, eps):
@@ -136,9 +151,16 @@ def _mix(x, y, x0, lambdas, eps):
     return x, F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
-def _recomputed_mix(*inputs):
-    """Keeps its inputs alone, of which x and x0 are kept anyway; the compiler would keep x + y and s beside x0."""
-    return checkpoint(_mix, *inputs, use_reentrant=False)
+def _mix_grad(x, y, x0, a, b, eps, ds, dh, dx0):
+    """The gradients of x (and y), x0, a and b from those of `_mix`'s results and of x0 elsewhere, or None."""
+    total = x.float() if y is None else x.float() + y.float()
+    s = a * total + b * x0.float()
+    scale = (s.square().mean(-1, keepdim=True) + eps).rsqrt()
+    grad = scale * (dh.float() - s * (s * dh.float()).mean(-1, keepdim=True) * scale.square())
+    grad = grad if ds is None else grad + ds.float()
+    dx0 = b * grad if dx0 is None else b * grad + dx0.float()
+    da, db = ((grad * part).sum(-1).sum() for part in (total, x0.float()))
+    return (a * grad).to(x.dtype), dx0.to(x.dtype), da, db
 
 
 def residual_mlp(x: Tensor, attn_out: Tensor, wo, w1, w2, eps: float) -> tuple[Tensor, Tensor]:
@@ -153,7 +175,7 @@ def residual_mlp(x: Tensor, attn_out: Tensor, wo, w1, w2, eps: float) -> tuple[T
         rows = x.flatten(0, -2), attn_out.flatten(0, -2)
         results = _ResidualMLP.apply(*rows, eps, wo, w1, w2, *wo.parts, *w1.parts, *w2.parts)
         return results[0].view_as(x), results[1].view_as(x)
-    x, h = residual_mix(x, linear_and_gates(attn_out, wo)[0], None, None, eps)
+    x, h, _ = residual_mix(x, linear_and_gates(attn_out, wo)[0], None, None, eps)
     if isinstance(w1, Float8Weight):
         bound = x.shape[-1] ** 0.5  # of a normed row
         return x, Float8Relu2MLP.apply(h.flatten(0, -2), bound, w1, w2, *w1.parts, *w2.parts).view_as(x)

@@ -135,7 +135,7 @@ class FusedTransformer(nn.Module):
             masks = {window: attention_mask(x, window, position_ids, max_documents, flash=flash) for window in masks}
         return cos, sin, masks
 
-    def call_layer(self, layer: nn.Module, *inputs) -> tuple[Tensor, Tensor]:
+    def call_layer(self, layer: nn.Module, *inputs) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """`mix_and_block` of a layer. Under FSDP2 the layer is called, whose hooks gather unsharded weights."""
         if not isinstance(layer, FSDPModule):
             return self.mix_and_block(layer, self.cache, *inputs)
@@ -147,7 +147,7 @@ class FusedTransformer(nn.Module):
             del layer.forward
 
     def mix_and_block(self, layer, cache, kind, i, residual, x0, lambdas, value_embeds, position_ids, cos, sin, masks):
-        """The mix and norm before a layer, and its block -> the two parts of the residual stream after it."""
+        """The mix and norm before a layer, and its block -> the residual stream after it in two parts, and x0."""
         attn, mlp, config = layer.self_attn, layer.mlp, self.model.config
         length = residual[0].shape[1]
         window = attn.sliding_window if (attn.sliding_window or length) < length else None
@@ -156,11 +156,12 @@ class FusedTransformer(nn.Module):
             (mlp.fc1.weight,), (mlp.fc2.weight,),
         )  # fmt: skip
         weights = [kind.weight(cache, (i, j), parts) for j, parts in enumerate(matrices)]
-        x, h = residual_mix(*residual, x0, lambdas, config.rms_norm_eps)
-        return kind.run(
+        x, h, x0 = residual_mix(*residual, x0, lambdas, config.rms_norm_eps)
+        residual = kind.run(
             x, h, weights, value_embeds, None if value_embeds is None else attn.ve_gate.weight, position_ids,
             cos, sin, masks[window], config.num_key_value_heads, window, attn.scaling, config.rms_norm_eps,
         )  # fmt: skip
+        return residual, x0
 
     def forward(
         self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean",
@@ -188,7 +189,7 @@ class FusedTransformer(nn.Module):
                 table = model.value_embeds[str(i)].weight
                 value_embeds = index.lookup(table, materialize=not kind.kernels)
             inputs = kind, i, residual, x, lambdas[i], value_embeds, position_ids, cos, sin, masks
-            residual = self.call_layer(layer, *inputs)
+            residual, x = self.call_layer(layer, *inputs)
             if i == len(model.layers) // 2:
                 middle = residual
         hidden = self.final_norm(*residual, middle, model.backout_lambda if config.backout else None, eps)
