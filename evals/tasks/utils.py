@@ -14,12 +14,20 @@ from string import ascii_uppercase
 import datasets
 from lm_eval.api.metrics import mean
 
-from nanochat_hf.data.grading import final_words, hash_answer, is_correct, pass_at_k
+from nanochat_hf.data.grading import final_text, hash_answer, is_correct, pass_at_k
 from nanochat_hf.data.transforms import multiple_choice
 from nanochat_hf.eval.core import centered, damaged, find_file, numbered_lines, parse_row
 from nanochat_hf.sandbox import run_sandboxed
 
 FUTURE = re.compile(r"^from __future__ import [\w, ]+;?", re.MULTILINE)
+BLOCK = re.compile(  # from a fence to the next one that is not indented further, or to the end
+    r"(?P<indent>^[ \t]*|)(?P<item>(?:[-*+]|\d+[.)])[ \t]+)?(?P<fence>`{3,}|~{3,})(?P<info>[^`\n]*)\n"
+    r"(?P<code>.*?)(?P<end>^(?(item)[ \t]*|(?P=indent)?[ \t]{0,3})(?P=fence)|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+PYTHON = re.compile(r"\W*((python|py)[\d.]*\b.*)?", re.IGNORECASE)  # what follows the fence of a Python block
+INDENTED = re.compile(r"(?:^[ \t]+\S.*\n?|^[ \t]*\n)+", re.MULTILINE)
+PROGRAM = re.compile(r"^(def|class|async def) \w+.*:|^@\w", re.MULTILINE)  # code that is not in a block
 TYPES = {"messages": list, "choices": (list, dict), "rivals": list}  # of fields; the others are text
 
 
@@ -126,18 +134,34 @@ def humaneval_results(doc: dict, results: list) -> dict[str, float]:
 
 def humaneval_program(doc: dict, text: str) -> tuple[str, str]:
     """The answer's program with the prompt's imports; the tests with all that the prompt defines first."""
-    code = final_words(text)
-    block = re.search(r"```(?i:python3?|py)?[^\S\n]*\n(.*?)\n```", code, re.DOTALL)
     imports = []
     for line in doc["prompt"].splitlines():
         if line.strip().startswith(("import ", "from ")):
             imports.append(line.strip())
         elif line.strip() and not line.strip().startswith("#"):
             break
-    program = (block[1] if block else code).strip().removeprefix("\ufeff")  # a byte order mark
+    program = code_of(final_text(text).strip("\n").removeprefix("\ufeff"), doc["entry_point"])  # a byte order mark
     head = "\n".join([*FUTURE.findall(program), *imports])  # Python takes those of __future__ only first
     given = doc["prompt"].partition(f"def {doc['entry_point']}(")[0]  # such as `poly`, with which the tests judge
     return f"{head}\n\n{FUTURE.sub('', program)}", f"{given}\n\n{doc['test']}\n\ncheck({doc['entry_point']})"
+
+
+def code_of(text: str, name: str) -> str:
+    """The first Python block of an answer in Markdown (marked as Python or not at all); without one all of the answer.
+
+    A block may be indented; its fence need not be closed. Without fences a block is indented text that defines `name`.
+    """
+    text = text.replace("\r\n", "\n")
+    program, name = PROGRAM.search(text), re.escape(name)
+    defines = re.compile(rf"^\s*((async )?def {name}\b|{name} =)", re.MULTILINE)
+    blocks = [block for block in BLOCK.finditer(text) if not program or block.start() < program.start()]
+    block = next((block for block in blocks if block["code"].strip() and PYTHON.fullmatch(block["info"])), None)
+    if block:
+        text = block["code"] if block["end"] else re.split(r"(?m)```[ \t]*$", block["code"])[0]
+    elif not program:
+        text = next((run[0] for run in INDENTED.finditer(text) if defines.search(run[0])), text)
+    width = len(re.match(r"\s*?([ \t]*)(\S|\Z)", text)[1])  # of the first line with words
+    return re.sub(rf"^[ \t]{{0,{width}}}", "", text, flags=re.MULTILINE).strip()
 
 
 def primer_results(doc: dict, results: list) -> dict[str, float]:

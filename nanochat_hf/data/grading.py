@@ -24,10 +24,14 @@ def used_tool(text: str) -> bool:
     return "<|python_start|>" in text
 
 
-def final_words(text: str) -> str:
+def final_text(text: str) -> str:
     """What the assistant says after the last tool result, special tokens removed; the whole text without a tool."""
     text = text.split("<|assistant_end|>")[0]
-    return re.sub(r"<\|\w+\|>", "", _TOOL_BLOCK.sub("", text.rsplit("<|output_end|>", 1)[-1])).strip()
+    return re.sub(r"<\|\w+\|>", "", _TOOL_BLOCK.sub("", text.rsplit("<|output_end|>", 1)[-1]))
+
+
+def final_words(text: str) -> str:
+    return final_text(text).strip()
 
 
 def hash_answer(text: str) -> str | None:

@@ -63,7 +63,8 @@ class Endpoint:
             return {"builtin": repr(value)}
         if id(value) in self.theirs:
             return {"yours": self.theirs[id(value)]}
-        if (name := f"{kind.__module__}.{kind.__qualname__}") in ITEMS and getattr(value, "format", "B") == "B":
+        name, is_plain = f"{kind.__module__}.{kind.__qualname__}", kind is not memoryview or value.format == "B"
+        if name in ITEMS and is_plain:
             items = getattr(value, ITEMS[name][0], value)
             items = items() if callable(items) else items
             return {name: [item if type(item) in (int, str) else self.pack(item) for item in items]}
@@ -164,7 +165,7 @@ class Solution(Endpoint):
     def refer(self, value) -> dict:
         for base in DATA:
             if isinstance(value, base):
-                return {"data": [self.number(value), self.pack(base.__getnewargs__(value)[0])]}
+                return {"data": [self.number(value), self.pack(base(base.__getnewargs__(value)[0]))]}
         return {"coroutine" if isinstance(value, types.CoroutineType) else "object": [self.number(value)]}
 
     def proxy(self, name: str, number: int, *parts):
@@ -225,7 +226,7 @@ class Tests(Endpoint):
             return {"named": [self.number(value), type(value).__name__, self.pack(value._fields), self.pack([*value])]}
         for base in DATA:
             if isinstance(value, base):
-                return self.pack(base.__getnewargs__(value)[0])
+                return self.pack(base(base.__getnewargs__(value)[0]))
         name = getattr(value, "__name__", "")
         if getattr(builtins, name, None) is value:
             return {"builtin": name}

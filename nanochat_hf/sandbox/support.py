@@ -25,7 +25,12 @@ import types
 LIBRARY = "cmath collections copy decimal fractions functools itertools json math operator re".split()  # noqa: SIM905
 LIBRARY += ["statistics", "string"]
 DEEP = 20_000  # limit of recursion; values may be nested half as deep
-DATA = (int, float, str, bytes, tuple)  # a solution's subclasses of these are data with an object behind it
+# A solution's subclasses of these are data with an object behind it.
+DATA = (int, float, str, bytes, tuple, collections.UserString)
+USER_DATA = {  # containers whose `data` tells how they are equal, as long as a subclass leaves these methods
+    collections.UserList: ["__eq__"],
+    collections.UserDict: ["__eq__", "__getitem__", "__iter__", "items"],
+}
 READING = "len bool iter getitem contents".split()  # noqa: SIM905  (operations)
 BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
 IN_PLACE = [f"i{name.strip('_')}" for name in BINARY[4:]]
@@ -48,6 +53,7 @@ ITEMS = {  # types that travel by value: the attribute that has what is in one (
     "collections.ChainMap": ("items", lambda items: collections.ChainMap(dict(items))),
     "collections.UserDict": ("items", lambda items: collections.UserDict(dict(items))),
     "collections.UserList": ("data", collections.UserList),
+    "collections.UserString": ("data", lambda items: collections.UserString("".join(items))),
     "uuid.UUID": ("bytes", lambda items: importlib.import_module("uuid").UUID(bytes=bytes(items))),
     "zoneinfo.ZoneInfo": ("key", lambda items: importlib.import_module("zoneinfo").ZoneInfo("".join(items))),
 }
@@ -366,6 +372,9 @@ def describe(value) -> list:
     for base in (list, collections.OrderedDict, dict, set, frozenset, collections.deque, bytearray):
         if isinstance(value, base) and kind.__eq__ is base.__eq__:
             return ["data", kind, contents(value)]
+    for base, names in USER_DATA.items():
+        if isinstance(value, base) and all(getattr(kind, name) is getattr(base, name) for name in names):
+            return ["data", kind, value.data]
     if kind.__eq__ is object.__eq__ or isinstance(value, type | types.FunctionType):
         return ["identity", kind, None]
     if hasattr(kind, "__dataclass_fields__") and kind.__eq__.__code__.co_filename == "<string>":  # not the program's
