@@ -85,8 +85,10 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
         given |= {"tasks": parse_config(EvalConfig, given.pop("eval")), "required": True}
         if config.chatcore_every < 1:
             raise InputError("--eval is measured every chatcore_every steps: give that, too")
+    needed = [] if {"model", "tokenizer"} & given.keys() else given.get("stages", [stage])
     if dry_run:
-        if {"model", "tokenizer"} & given.keys():
+        Run(run_dir).require_whole(needed)
+        if not needed:
             from .stages import check_given
 
             check_given(**given)
@@ -94,6 +96,7 @@ def run_stage_command(parser: Parser, command: str, words: list[str]) -> None:
         _, configs = read_recipe(recipe, None, [])
         return print_dry_run([stage], configs | {stage: config})
     with working(command, run_dir, given.pop("sync", None)) as run:
+        run.require_whole(needed)
         from .stages import run_stage
 
         run_stage(stage, config, run, **given)
@@ -160,6 +163,8 @@ def read_pipeline(parser: Parser, words: list[str], runs: bool = True) -> tuple:
     stages, configs = read_recipe(recipe, arguments.stages, arguments.overrides)
     if runs:
         check_push(configs["base"], arguments.repo)
+        if arguments.dry_run:
+            Run(arguments.run_dir or Path("runs") / recipe.name).require_whole(stages)
     return recipe, stages, configs, arguments
 
 
@@ -194,6 +199,11 @@ def print_dry_run(stages: list[str], configs: dict, *arguments, **options) -> No
 
     for stage in stages:
         check_data(stage, configs.get(stage))
+        if getattr(configs.get(stage), "attn_implementation", None) not in (None, "auto"):
+            from .train.model_setup import check_attention, torch  # which take seconds
+
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            check_attention(configs[stage].attn_implementation, device)
     if {"base", "eval"} & {*stages} and "eval" in configs and configs["eval"].core_bundle not in (None, "download"):
         from .eval.harness import check_bundle  # which imports lm-eval
 

@@ -57,6 +57,20 @@ class Run:
     def finished(self, stage: str) -> bool:
         return bool((self.metrics(stage) or {}).get("finished"))
 
+    def require_whole(self, stages: Iterable[str]) -> None:
+        """Raise InputError for a finished stage that has lost files, of `stages` or of those that they start from."""
+        needed = {*stages}
+        for stage in (name for name in stages if not self.finished(name)):
+            needed |= {"base": {"tokenizer"}, "eval": {*MODEL_STAGES}}.get(stage, set())
+            needed |= {source.name for source in [self.latest_model(before=stage)] if source}
+        for stage in ("tokenizer", *MODEL_STAGES):
+            folder, files = self.folder(stage), ["tokenizer.json", "tokenizer_config.json"]
+            files += ["config.json", "*.safetensors"] if stage in MODEL_STAGES else []
+            lost = [name for name in files if not any(path.exists() for path in folder.glob(name))]
+            if lost and stage in needed and self.finished(stage):
+                reason = f"{folder} is incomplete: the stage has finished, but {lost[0]} is missing"
+                raise InputError(f"{reason}; restore it, or delete that folder to run the stage again")
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other jobs out of the run folder, on the main process; the kernel drops the lock with the process."""

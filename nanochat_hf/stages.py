@@ -42,6 +42,7 @@ from .serve.terminal_chat import Chat, LocalModel, Options
 from .stage_configs import ChatConfig, DPOStageConfig, EvalConfig, PretrainConfig, RLConfig, TokenizerConfig
 from .train.dpo import train_dpo
 from .train.grpo import train_rl
+from .train.model_setup import check_attention
 from .train.pretrain import pretrain
 from .train.runtime import check_cost
 from .train.sft import train_chat
@@ -196,6 +197,7 @@ def check_sources(run: Run, stages: list[str], configs: dict) -> None:
         if stage in MODEL_STAGES[1:] and not {*MODEL_STAGES[: MODEL_STAGES.index(stage)]} & {*done}:
             raise InputError(NO_MODEL.format(stage, run.path))
         check_data(stage, configs[stage])
+        check_attention(getattr(configs[stage], "attn_implementation", None), partial_state().device)
         done.append(stage)
 
 
@@ -225,6 +227,7 @@ def check_inputs(run: Run, stage: str, inputs: dict, config) -> None:
 def run_stages(run: Run, stages: list[str], configs: dict, repo=None, hourly_rate: float | None = None) -> None:
     """Run the stages that are not finished, on all ranks, then write the report and show a few answers."""
     state = partial_state()
+    run.require_whole(stages)
     check_run_folder(run, stages, configs)
     check_sources(run, stages, configs)
     lines, tasks = outline(stages, configs, state.num_processes), configs.get("eval")

@@ -377,10 +377,39 @@ def test_a_mixture_of_a_dry_run_that_no_run_can_open(refuse):
     (refuse.here / "train.jsonl").write_text("\n \n")
     for dataset in (refuse.here, refuse.here / "train.jsonl"):
         refuse([*words, f"[{{dataset: {dataset}}}]"], "dataset .* is empty: train.jsonl has no rows")
-    refuse(["tokenizer", "cpu-demo", "--run-dir", "run", "--dry-run", "--dataset", "{here}"], "is empty: train.jsonl")
+    refuse(
+        ["tokenizer", "cpu-demo", "--run-dir", "run", "--dry-run", "--dataset", "{here}"], "train split .* has no text"
+    )
     (refuse.here / "train.jsonl").unlink()
     pq.write_table(pa.table({"messages": pa.array([], pa.string())}), refuse.here / "train.parquet")
     refuse([*words, f"[{{dataset: {refuse.here}}}]"], "is empty: train.parquet has no rows")
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_finished_stage_that_has_lost_files(refuse, dry):
+    files = {"tokenizer": ["tokenizer.json", "tokenizer_config.json"]}
+    files["base"] = files["mid"] = [*files["tokenizer"], "config.json", "model.safetensors"]
+    for stage, names in files.items():
+        (refuse.here / stage).mkdir()
+        for name, text in [("metrics.json", '{"finished": true}'), *((name, "") for name in names)]:
+            (refuse.here / stage / name).write_text(text)
+    (refuse.here / ".lock").touch()
+    whole = ["cpu-demo", "--run-dir", "{here}", *dry]
+    for stage, name, commands in [
+        ("mid", "model.safetensors", (["speedrun"], ["sft"], ["rl"], ["eval"], ["eval", "--stages=mid"])),
+        ("mid", "config.json", (["run"], ["speedrun", "--stages=rl"], ["speedrun", "--stages=report"])),
+        ("base", "tokenizer.json", (["speedrun", "--stages=base,rl"], ["speedrun", "--stages=eval"])),
+        ("tokenizer", "tokenizer_config.json", (["speedrun"], ["speedrun", "--stages=tokenizer"])),
+    ]:
+        path = refuse.here / stage / name
+        for lost in (path.unlink, lambda path=path: path.symlink_to("gone")):
+            lost()
+            shown = r"\*.safetensors" if name == "model.safetensors" else name
+            line = f"here/{stage} is incomplete: the stage has finished, but {shown} is missing; restore it, or"
+            for command in commands if dry else [command for command in commands if command != ["run"]]:
+                refuse([*command, *whole], line)
+        path.unlink()
+        path.write_text("")
 
 
 def test_a_stage_whose_yaml_is_a_link_to_nothing(refuse):

@@ -49,6 +49,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(stages, "markdown", lambda facts, macro: f"{facts} as a {macro}\n")
     monkeypatch.setattr(stages, "renewal", lambda run, definition: "")
     monkeypatch.setattr(stages, "definition_of", lambda config: "today")
+    monkeypatch.setattr(Run, "require_whole", lambda *_: None)  # these stages have no files
     return noted
 
 

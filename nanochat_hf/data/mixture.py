@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from glob import escape
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from random import Random
 from zlib import crc32
@@ -42,7 +42,7 @@ from ..demo import corpus as primer
 from ..errors import InputError
 from ..stage_configs import ChatMixture
 from . import identity
-from .documents import DocumentStream, find_files, is_hub_id, local_path, log, parts_of
+from .documents import DocumentStream, is_hub_id, local_path, log, parts_of
 from .splits import SUFFIXES, files_below, has_suffix, listed, row_files, split_of, tells, unread_files
 from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow, check, normalize
 
@@ -246,9 +246,9 @@ def check_data(stage: str, config, elsewhere: bool = False) -> None:
     elsewhere: only what is on this disk is checked, as for a plan of another machine.
     """
 
-    def check(name: str, *is_text: bool) -> None:
+    def check(name: str, *splits: str) -> None:
         if not elsewhere or ":" in name or local_path(name).exists():  # no place has a dataset of such a name
-            refuse_missing(name, *is_text)
+            refuse_missing(name, *splits, skip_bad_files=getattr(config, "skip_bad_files", False))
 
     folder = getattr(config, "chat_data", None)
     if folder and not elsewhere and not local_path(folder).is_dir():
@@ -269,9 +269,10 @@ def check_data(stage: str, config, elsewhere: bool = False) -> None:
             if stage != "dpo" and not elsewhere:  # the first row that can be used is enough
                 next(iter(Mixture([part | {"rows": None, "epochs": None}])))
     if (words := getattr(config, "words", None)) and not local_path(words).is_file():
-        check(words, True)
+        check(words, "train")
+    splits = {"tokenizer": ("train", "validation"), "base": ("train", "validation"), "eval": ("validation",)}
     for name, _ in parts_of(dataset) if (dataset := getattr(config, "dataset", None)) else ():
-        check(name, stage in ("tokenizer", "base", "eval"))
+        check(name, *splits.get(stage, ()))
 
 
 def prompts_of(config, split: str) -> dict:
@@ -288,18 +289,19 @@ def holds_rows(entry: DatasetConfig, path: Path) -> bool:
     return path.suffix not in (".yaml", ".yml") and entry.transform not in WORD_TRANSFORMS
 
 
-def refuse_missing(dataset: str, is_text: bool = False) -> None:
-    """Raises InputError for a dataset that is nothing on this disk and has no Hub id's form."""
-    hub = is_hub_id(dataset) and (is_text or dataset.count("/") == 1) and not dataset.endswith((".yaml", ".yml"))
+def refuse_missing(dataset: str, *splits: str, skip_bad_files: bool = False) -> None:
+    """Raises InputError for a dataset that is nothing on this disk and has no Hub id's form.
+
+    `splits` are those of a dataset of texts. One that is on this disk must have a text that can be read in each.
+    """
+    hub = is_hub_id(dataset) and (splits or dataset.count("/") == 1) and not dataset.endswith((".yaml", ".yml"))
     path = local_path(dataset.replace("{split}", "train"))
-    primer_kinds = dataset.partition(":")[0] == "primer" and not is_text
+    primer_kinds = dataset.partition(":")[0] == "primer" and not splits
     if not (hub or dataset == "primer" or primer_kinds or path.is_file() or path.is_dir()):
         raise InputError(f"no such dataset: {dataset} is no file, no folder and no Hub id")
-    if is_text and path.exists() and dataset != "primer":
-        train, validation, locate, _ = find_files(dataset)  # which refuses a folder or a file of another kind
-        for names in (train, validation):
-            refuse_empty(dataset, map(locate, names))
-    elif path.exists():
+    for split in splits if path.exists() and dataset != "primer" else ():
+        next(chain.from_iterable(repeat(DocumentStream(dataset, split, skip_bad_files=skip_bad_files))))
+    if path.exists() and not splits:
         names, kinds = files_below(path) if path.is_dir() else [path.name], (*SUFFIXES, ".txt", ".yaml", ".yml")
         if not any(has_suffix(name, *kinds) for name in names):
             raise InputError(f"dataset {dataset} has no .parquet or .jsonl files")

@@ -146,8 +146,16 @@ def why_not_fp8(model: NanoChatForCausalLM, attention: str, device: torch.device
 
 
 def check_attention(name: str | None, device: torch.device) -> None:
+    """Refuse, by InputError, an attention that does not train on `device` or whose package is not installed."""
     if name == "flex_attention" and device.type == "cpu":
         raise InputError(f"attn_implementation {name}: PyTorch has no gradient of it on a CPU; take sdpa")
+    if name in (None, "auto"):
+        return
+    try:
+        with torch.device("meta"):
+            NanoChatForCausalLM(NanoChatConfig(vocab_size=64, num_hidden_layers=1)).set_attn_implementation(name)
+    except Exception as error:  # of its package, which may raise anything
+        raise InputError(f"attn_implementation {name}: {first_line(error)}") from None
 
 
 def build_loss_module(model: NanoChatForCausalLM, attention: str, compile: bool, fp8: bool | str) -> nn.Module:
@@ -161,10 +169,7 @@ def build_loss_module(model: NanoChatForCausalLM, attention: str, compile: bool,
         dtype = compute_dtype(device, half=True)
         return FusedTransformer(model, compile=compile, fp8=bool(fp8) and not missing, dtype=dtype)
     check_attention(attention, device)
-    try:
-        model.set_attn_implementation(attention)
-    except Exception as error:  # of its package, which may raise anything
-        raise InputError(f"attn_implementation {attention}: {first_line(error)}") from None
+    model.set_attn_implementation(attention)
     if compile:
         for layer in model.model.layers:  # their forward and not the layers: FSDP2's hooks stay outside
             layer.forward = torch.compile(layer.forward, dynamic=False)
