@@ -172,7 +172,7 @@ HUMANEVAL = {
     ("    def double(xs):\n        return [f(x) for x in xs]\n\n    def f(x):\n        return 2 * x", 1.0),
     ("Write:\n\n\tdef double(xs):\n\t\treturn xs\n\nDone.", 0.0),
     ("class A:\n\n    def double(self, xs):\n        return [x + x for x in xs]\n\ndouble = A().double", 1.0),
-    ("def double(xs):\n    \"\"\"Doubles.\n\n    ```\n    double(\n    ```\n    \"\"\"\n    return [x + x for x in xs]", 1.0),
+    ("def double(xs):\n    \"\"\"Two.\n\n    ```\n    f(\n    ```\n    \"\"\"\n    return [x + x for x in xs]", 1.0),
     ("'Twice.'\nfrom __future__ import annotations\ndef double(xs: Own): return [2 * x for x in xs]", 1.0),
     ("I do not know.", 0.0),
 ])  # fmt: skip
