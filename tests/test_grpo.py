@@ -79,7 +79,7 @@ def graded_batch(trainer) -> dict:
 
 def test_primer_prompts_come_with_what_a_grader_needs(tokenizer):
     stage = config(dataset="primer:problem+spelling", eval_examples=30)
-    (rows, _), (test, _) = (load_prompts(stage, split, tokenizer, 100) for split in ("train", "test"))
+    (rows, *_), (test, *_) = (load_prompts(stage, split, tokenizer, 100) for split in ("train", "test"))
     assert {row["kind"] for row in rows} == {row["kind"] for row in test} == {"problem", "spelling"}
     assert len(test) == 30 and len(rows) > 4000
     assert load_prompts(stage, "train", tokenizer, 100)[0] == rows  # also in this order: it follows from the seed
@@ -88,13 +88,16 @@ def test_primer_prompts_come_with_what_a_grader_needs(tokenizer):
     assert not {row["prompt"][0]["content"] for row in rows} & {row["prompt"][0]["content"] for row in test}
 
 
-def test_prompts_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer, tmp_path):
+def test_prompts_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer, tmp_path, capsys):
     texts = ["How much?", "word " * 200, "How many?", "How many?"]
     answers = ["It is <<1000+200=1200>>1,200.\n#### 1,200", "#### 5", "five", "#### $5"]
     rows = [{"question": text, "answer": answer} for text, answer in zip(texts, answers)]
     (tmp_path / "gsm_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stage = config(dataset=str(tmp_path / "gsm_{split}.jsonl"))
-    rows, skipped = load_prompts(stage, "train", tokenizer, 100)
+    rows, skipped, num_skipped = load_prompts(stage, "train", tokenizer, 100)
+    first, line = skipped[0], capsys.readouterr().err
+    said = f"[rl, train] 3 rows of {tmp_path}/gsm_train.jsonl:gsm8k are left out; row {first['row']}: {first['reason']}\n"
+    assert (line, num_skipped) == (said, 3)
     [row] = rows
     assert (row["prompt"][0]["content"], row["answer"], row["kind"]) == ("How much?", "1200", "gsm8k")
     reasons = {row["row"]: row["reason"] for row in skipped}
@@ -314,7 +317,7 @@ def test_a_prompt_leaves_room_for_the_whole_answer(tiny_folder, tmp_path, monkey
 
 
 def test_fewer_questions_than_a_step_takes_are_refused(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "load_prompts", lambda *_: ([{}] * 3, []))
+    monkeypatch.setattr(grpo, "load_prompts", lambda *_: ([{}] * 3, [], 0))
     with pytest.raises(InputError, match="has 3 usable questions: lower examples_per_step, 4"):
         train_rl(config(max_new_tokens=12, examples_per_step=4), str(tiny_folder), tmp_path, Generator)
 

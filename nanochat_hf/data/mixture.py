@@ -182,6 +182,12 @@ class Mixture:
         return "\n".join([f"  {'dataset':<{width}}  {'rows':>9}  {'tokens':>13}  {'bad':>6}", *lines])
 
 
+def log_skipped(stage: str, skipped: list[dict], count: int) -> None:
+    """Print how many rows of a dataset a stage leaves out, and why the first of them; nothing for none."""
+    for first in skipped[:1]:
+        log(f"[{stage}] {count:,} rows of {first['dataset']} are left out; row {first['row']}: {first['reason']}")
+
+
 class JsonLines(Sequence):
     """The lines of .jsonl files by number, read on demand; only their places are in memory."""
 

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from ..data.mixture import MAX_LISTED_REASONS, DatasetConfig, open_rows
+from ..data.mixture import MAX_LISTED_REASONS, DatasetConfig, log_skipped, open_rows
 from ..data.tokenizer import assistant_mask
 from ..data.transforms import BadRow, check, normalize
 from ..distributed import main_process_first
@@ -57,6 +57,7 @@ def load_pairs(config: DPOStageConfig, tokenizer, length: int) -> tuple[Dataset,
             if config.on_bad_example == "error":
                 raise InputError(f"row {number} of {config.dataset} cannot be used: {reason}") from None
             skipped.append({"dataset": config.dataset, "row": number, "reason": reason})
+    log_skipped("dpo", skipped, len(skipped))
     num = config.num_eval_pairs
     if len(pairs) <= num:
         why = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""

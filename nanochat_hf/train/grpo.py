@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
 from ..data.grading import COLUMNS, correctness, hash_answer, pass_at_k
-from ..data.mixture import Mixture, prompts_of
+from ..data.mixture import Mixture, log_skipped, prompts_of
 from ..data.tokenizer import tool_result_mask
 from ..demo import corpus as primer
 from ..errors import InputError
@@ -170,10 +170,11 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         return {**metrics, "questions": len(merged)}
 
 
-def load_prompts(config: RLConfig, split: str, tokenizer, max_length: int) -> tuple[list[dict], list[dict]]:
-    """Prompts of a split, shuffled by the seed: rows {"prompt", *COLUMNS}; and the skipped ones with their reasons."""
+def load_prompts(config: RLConfig, split: str, tokenizer, max_length: int) -> tuple[list[dict], list[dict], int]:
+    """Prompts of a split, shuffled by the seed: rows {"prompt", *COLUMNS}; skipped ones with reasons; their number."""
     name, _, kinds = config.dataset.partition(":")
     defaults, skipped = dict.fromkeys(COLUMNS, "") | {"rivals": []}, []
+    num_skipped = 0
     if name == "primer":
         num = config.eval_examples if split == "test" else PRIMER_PROMPTS
         rows = [row for kind in kinds.split("+") for row in primer.questions(kind, split, config.seed, num)]
@@ -188,12 +189,13 @@ def load_prompts(config: RLConfig, split: str, tokenizer, max_length: int) -> tu
                 mixture.skip(row["entry"], row["row"], f"{size} tokens, and {max_length} leave room for an answer")
             else:
                 rows.append({"kind": "gsm8k", "messages": prompt, "answer": answer})
-        skipped = mixture.skipped
+        skipped, num_skipped = mixture.skipped, mixture.entries[0].num_bad
+        log_skipped(f"rl, {split}", skipped, num_skipped)
     if not rows:
         raise InputError(f"{config.dataset} has no question of at most {max_length} tokens in split {split}")
     random.Random(config.seed).shuffle(rows)
     rows = [{"prompt": row["messages"], **{key: row.get(key, defaults[key]) for key in COLUMNS}} for row in rows]
-    return (rows[: config.eval_examples] if split == "test" else rows), skipped
+    return (rows[: config.eval_examples] if split == "test" else rows), skipped, num_skipped
 
 
 def grpo_arguments(config: RLConfig, output: Path) -> GRPOConfig:
@@ -271,8 +273,8 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable) -> No
     context = network.config.max_position_embeddings
     if (max_length := context - config.max_new_tokens) < 1:
         raise InputError(f"max_new_tokens is {config.max_new_tokens}: it must leave room for a prompt, in {context}")
-    rows, skipped = load_prompts(config, "train", tokenizer, max_length)
-    eval_rows, eval_skipped = load_prompts(config, "test", tokenizer, max_length)
+    rows, skipped, num_skipped = load_prompts(config, "train", tokenizer, max_length)
+    eval_rows, eval_skipped, num_eval_skipped = load_prompts(config, "test", tokenizer, max_length)
     if len(rows) < (needed := config.examples_per_step):  # TRL would take no step
         raise InputError(f"{config.dataset} has {len(rows)} usable questions: lower examples_per_step, {needed}")
     output.mkdir(parents=True, exist_ok=True)
@@ -292,7 +294,8 @@ def train_rl(config: RLConfig, model: str, output: Path, engine: Callable) -> No
     trainer.train_with_resume({"data": fingerprint([rows, eval_rows])})
     result = trainer.evaluate_result()
     share = trainer.generation_seconds / max(trainer.step_seconds, 1e-9)
-    numbers = {"before": before, **result, "generation_share": share, "skipped_rows": skipped + eval_skipped}
+    numbers = {"before": before, **result, "generation_share": share}
+    numbers |= {"skipped_rows": skipped + eval_skipped, "bad": num_skipped + num_eval_skipped}
     if trainer.samples.exists():  # the main process writes them
         last = [json.loads(line) for line in trainer.samples.read_text().splitlines()[-4:]]
         numbers["samples"] = [{"prompt": row["prompt"][-1]["content"], "text": row["text"]} for row in last]
