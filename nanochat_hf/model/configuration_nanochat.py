@@ -11,6 +11,7 @@ Uploaded with every checkpoint: imports nothing of the project.
 """
 
 import math
+import re
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -41,6 +42,11 @@ LIMITS = {  # least and largest value of numbers that are given
     "final_logit_softcapping": (0.01, 1e6), "qk_scale": (1e-3, 1e3), "rms_norm_eps": (1e-30, 1),
 }  # fmt: skip
 ROPE_LIMITS = {"rope_theta": (1, 1e12), "factor": (1, 1e6), "partial_rotary_factor": (1, 1)}  # of others: 1e-6, 1e12
+KINDS = {  # of fields whose type transformers does not check
+    **dict.fromkeys(("auto_map", "id2label", "label2id", "quantization_config", "rope_parameters"), dict),
+    **dict.fromkeys(("return_dict", "output_attentions", "output_hidden_states"), bool),
+    "architectures": list, "num_labels": int, "_attn_implementation": str, "attn_implementation": str,
+}  # fmt: skip
 SWITCHES = ("value_embeds", "smear", "residual_lambdas", "backout")  # what the second generation adds
 
 # Saving a model writes the entry of its own class only, and AutoModel needs one too.
@@ -202,6 +208,15 @@ class NanoChatHFConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """Reads config.json. Raises ValueError if it lacks a field whose default would silently change the model."""
+        for name, kind in KINDS.items():
+            value = config_dict.get(name)
+            if isinstance(value, str | int | float | list | dict) and not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r}: write a {kind.__name__}, or leave it out")
+        dtype = config_dict.get("dtype", config_dict.get("torch_dtype"))
+        if isinstance(dtype, str | int | float | list) and not re.fullmatch(r"(torch\.)?b?float\d\w*|auto", str(dtype)):
+            raise ValueError(f"dtype is {dtype!r}: write float32, bfloat16 or float16")
+        if config_dict.get("return_dict") is False:
+            raise ValueError("return_dict is false: write true")
         given = {**config_dict, **kwargs}
         given["rope_parameters.rope_theta"] = (given.get("rope_parameters") or {}).get("rope_theta")
         required = (*SIZES, *SWITCHES, "qk_scale", "window_pattern", "rope_parameters.rope_theta")
@@ -218,7 +233,10 @@ class NanoChatHFConfig(PreTrainedConfig):
         if not __name__.startswith("transformers_modules."):  # transformers loads it with trust_remote_code only
             left_out.add("custom_pipelines")
         config_dict = {name: value for name, value in config_dict.items() if name not in left_out}
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except KeyError as error:  # of RoPE's types that need more
+            raise ValueError(error.args[0]) from None
 
     def to_dict(self) -> dict:
         return {**super().to_dict(), "custom_pipelines": {"text-generation": dict(PIPELINE)}}
