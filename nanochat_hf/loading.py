@@ -96,14 +96,17 @@ def download(source: str) -> str:
 
 def is_quantized(model: torch.nn.Module) -> bool:
     """Whether a weight is an integer (bitsandbytes) or packed tensor (torchao, quanto) that only modules read."""
-    return any(
-        not p.is_floating_point() or (hasattr(p, "__tensor_flatten__") and not isinstance(p, DTensor))
-        for p in model.parameters()
-    )
+    return not all(map(is_plain, model.parameters()))
+
+
+def is_plain(p: torch.Tensor) -> bool:
+    return p.is_floating_point() and (not hasattr(p, "__tensor_flatten__") or isinstance(p, DTensor))
 
 
 def unreadable(source: str | Path, error: Exception) -> InputError:
     reason = "it is a run folder: add a stage, as in /sft" if Path(source, "tokenizer").is_dir() else in_a_line(error)
+    if isinstance(error, ModuleNotFoundError):  # of a quantized folder
+        reason += f"; pip install {error.name}"
     return InputError(f"no model in {source} that can be read: {reason}")
 
 
@@ -137,12 +140,22 @@ def load_model(
         model = model if device is None else model.to(device)
     except (RuntimeError, AssertionError) as error:  # out of memory, no such device
         raise InputError(f"{source} cannot be used on {device}: {str(error).splitlines()[0]}; try cpu") from None
-    if not is_quantized(model):
-        if name := first_non_finite(model.named_parameters()):
-            raise InputError(f"the weights of {source} are not finite (NaN or infinity in {name}): take earlier ones")
-        if damage := next(chain(no_floats(source, model), zeros(model)), None):
-            raise InputError(f"the weights of {source} are damaged: {damage}; copy them again")
+    if name := first_non_finite((name, p) for name, p in model.named_parameters() if is_plain(p)):
+        raise InputError(f"the weights of {source} are not finite (NaN or infinity in {name}): take earlier ones")
+    wrong = wrong_int8(model) if is_quantized(model) else no_floats(source, model)
+    if damage := next(chain(wrong, zeros(model)), None):
+        raise InputError(f"the weights of {source} are damaged: {damage}; copy them again")
     return model
+
+
+def wrong_int8(model: PreTrainedModel) -> Iterator[str]:
+    """torchao's int8 matrices whose integers or scales, one per row, have another form; it reads them nevertheless."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(weight).__name__ == "Int8Tensor":
+            data, scale, shape = weight.qdata, weight.scale, (module.out_features, module.in_features)
+            if (data.shape, data.dtype, scale.numel()) != (shape, torch.int8, shape[0]) or not scale.isfinite().all():
+                yield f"{name} has integers or scales of another form"
 
 
 def no_floats(source: str, model: PreTrainedModel) -> Iterator[str]:
@@ -160,5 +173,6 @@ def zeros(model: PreTrainedModel) -> Iterator[str]:
     """The matrices without any value but zero that do not begin as zeros, as output projections do."""
     for name, module in model.named_modules():
         begins = module is model.get_input_embeddings() or getattr(module, "init_fn", ZEROS) is not ZEROS
-        if begins and not module.weight.any():
+        weight = getattr(module, "weight", None)
+        if begins and weight.is_floating_point() and not (weight if is_plain(weight) else weight.dequantize()).any():
             yield f"{name} is all zero"

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from talker import QUESTIONS, chat_folder, talker, talker_folder  # noqa: F401
 from test_model_folder import run_without_the_package
 from tiny import GENERATIONS, make_ids, make_model, relative
@@ -52,6 +54,38 @@ def test_matrices_are_int8_and_logits_close(generation, tokenizer, tmp_path):
             assert relative(loaded(ids).logits, logits) < relative(low, logits) + 0.05
     with pytest.raises(InputError, match="is quantized: export the unquantized model"):
         export(tmp_path / "int8", tmp_path / "mlx", "mlx")
+
+
+DAMAGE = [
+    ("_weight_scale", lambda x: x * torch.nan, "has integers or scales of another form"),
+    ("_weight_scale", lambda x: x[:1].clone(), "has integers or scales of another form"),
+    ("_weight_scale", lambda x: x * 0, "is all zero"),
+    ("_weight_qdata", lambda x: x[:, :-1].clone(), "has integers or scales of another form"),
+    ("_weight_qdata", torch.Tensor.float, "has integers or scales of another form"),
+    ("_weight_qdata", lambda x: x * 0, "is all zero"),
+    ("embed_tokens.weight", lambda x: x * torch.nan, "are not finite"),
+    ("embed_tokens.weight", lambda x: x * 0, "embed_tokens is all zero"),
+]
+
+
+@pytest.mark.slow
+def test_damaged_int8_weights_are_refused_and_a_second_copy_too(tokenizer, tmp_path):
+    pytest.importorskip("torchao", reason="needs torchao")
+    model = make_model(2, vocab_size=len(tokenizer) + 64, num_tokens=len(tokenizer), hidden_size=64)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    adder("int8")(tmp_path / "model")
+    with pytest.raises(InputError, match=r"int8 exists: remove it"):
+        adder("int8")(tmp_path / "model")
+    path = tmp_path / "model" / "int8" / "model.safetensors"
+    weights = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    for end, change, message in DAMAGE:
+        changed = {name: change(value) if name.endswith(end) else value for name, value in weights.items()}
+        save_file(changed, path, metadata)
+        with pytest.raises(InputError, match=message):
+            load_model(path.parent)
 
 
 CODE = """

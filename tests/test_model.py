@@ -128,6 +128,22 @@ def test_a_config_file_that_lacks_a_field_is_refused(name, left, tmp_path):
     assert getattr(AutoConfig.from_pretrained(tmp_path, **{name: value}), name) == value
 
 
+@pytest.mark.parametrize("field,values", {
+    "rope_parameters": ["x", [1], -1, True], "architectures": [5, "x"], "quantization_config": [5, [1]],
+    "id2label": [5], "auto_map": ["x"], "num_labels": ["x"], "_attn_implementation": [5], "return_dict": [False, "x"],
+    "output_hidden_states": ["x"], "output_attentions": [2], "dtype": ["x", 5, "int8", ["float32"]],
+    "factor": [{"rope_type": kind, "rope_theta": 1e4} for kind in ("yarn", "dynamic", "llama3", "longrope")],
+}.items())  # fmt: skip
+def test_a_config_file_with_a_value_of_a_wrong_kind_is_refused_by_its_name(field, values, tmp_path):
+    NanoChatConfig().save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for value in values:
+        changed = {"rope_parameters" if field == "factor" else field: value}
+        (tmp_path / "config.json").write_text(json.dumps(fields | changed))
+        with pytest.raises(ValueError, match=field):
+            AutoConfig.from_pretrained(tmp_path)
+
+
 def test_a_config_with_old_class_names_loads_with_todays_and_one_line_says_how_to_renew_its_folder(tmp_path):
     NanoChatConfig(architectures=["NanoChatHFForCausalLM"]).save_pretrained(tmp_path)
     path, logger = tmp_path / "config.json", configuration_nanochat.logger

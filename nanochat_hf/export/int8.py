@@ -10,6 +10,7 @@ import torch
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
+from ..convert import new_folder
 from . import copy_checkpoint
 
 
@@ -26,6 +27,6 @@ def write(source: Path, folder: Path) -> list[str]:
 
 def add(folder: Path) -> list[str]:
     """Adds the whole folder as `int8/`; returns a line. Raises InputError as `write`."""
-    (folder / "int8").mkdir()
-    write(folder, folder / "int8")
+    with new_folder(folder / "int8") as target:
+        write(folder, target)
     return ['AutoModelForCausalLM.from_pretrained("{folder}", subfolder="int8", trust_remote_code=True)  # torchao']

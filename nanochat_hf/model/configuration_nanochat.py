@@ -213,7 +213,9 @@ class NanoChatHFConfig(PreTrainedConfig):
             if isinstance(value, str | int | float | list | dict) and not isinstance(value, kind):
                 raise ValueError(f"{name} is {value!r}: write a {kind.__name__}, or leave it out")
         dtype = config_dict.get("dtype", config_dict.get("torch_dtype"))
-        if isinstance(dtype, str | int | float | list) and not re.fullmatch(r"(torch\.)?b?float\d\w*|auto", str(dtype)):
+        if isinstance(dtype, str | int | float | list) and not re.fullmatch(
+            r"(torch\.)?b?float\d\w*|auto", str(dtype)
+        ):
             raise ValueError(f"dtype is {dtype!r}: write float32, bfloat16 or float16")
         if config_dict.get("return_dict") is False:
             raise ValueError("return_dict is false: write true")
