@@ -200,10 +200,9 @@ def print_dry_run(stages: list[str], configs: dict, *arguments, **options) -> No
     for stage in stages:
         check_data(stage, configs.get(stage))
         if getattr(configs.get(stage), "attn_implementation", None) not in (None, "auto"):
-            from .train.model_setup import check_attention, torch  # which take seconds
+            from .stages import check_attention, partial_state  # which takes seconds
 
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            check_attention(configs[stage].attn_implementation, device)
+            check_attention(configs[stage].attn_implementation, partial_state().device)
     if {"base", "eval"} & {*stages} and "eval" in configs and configs["eval"].core_bundle not in (None, "download"):
         from .eval.harness import check_bundle  # which imports lm-eval
 

@@ -96,10 +96,10 @@ def test_prompts_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer,
     stage = config(dataset=str(tmp_path / "gsm_{split}.jsonl"))
     rows, skipped, num_skipped = load_prompts(stage, "train", tokenizer, 100)
     first, line = skipped[0], capsys.readouterr().err
-    said = (
+    expected = (
         f"[rl, train] 3 rows of {tmp_path}/gsm_train.jsonl:gsm8k are left out; row {first['row']}: {first['reason']}\n"
     )
-    assert (line, num_skipped) == (said, 3)
+    assert (line, num_skipped) == (expected, 3)
     [row] = rows
     assert (row["prompt"][0]["content"], row["answer"], row["kind"]) == ("How much?", "1200", "gsm8k")
     reasons = {row["row"]: row["reason"] for row in skipped}

@@ -128,7 +128,6 @@ def prepare(run: Run, options: Push) -> Path:
             raise InputError(f"{path} names code of another repository, {match[0]}: remove it from there")
     if replaced(run, stage):
         raise InputError(f"{source}: {REPLACED}; run stage {stage!r} again, or restore them")
-    refuse_non_finite(source)
     facts = report_facts(run)
     shutil.rmtree(folder, ignore_errors=True)
     with writing(folder):  # also where a link or another's file is in the way: all below it is uploaded
