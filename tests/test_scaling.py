@@ -270,6 +270,9 @@ def test_the_learning_rate_warms_up_stays_and_decays_without_a_jump():
 def test_momentum_warms_up_for_400_steps_and_ends_lower_and_weight_decay_follows_a_cosine():
     points = {0: 0.85, 200: 0.91, 400: 0.97 - 0.07 * 50 / 650, 1000: 0.90}
     assert {step: SHAPE.muon_momentum(step) for step in points} == pytest.approx(points)
+    late = Schedule(num_iterations=1000, warmdown_ratio=0.2)  # at its peak from 400 to 800
+    points = {399: 0.85 + 0.12 * 399 / 400, 401: 0.97, 800: 0.97, 900: 0.935, 1000: 0.90, 1100: 0.90}
+    assert {step: late.muon_momentum(step) for step in points} == pytest.approx(points)
     assert [SHAPE.weight_decay(step) for step in (0, 500, 1000)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
 
 
