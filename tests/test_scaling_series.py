@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from nanochat_hf import cli, series, stages
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import scaling_fit
+from nanochat_hf.eval.plots import draw_scaling
 from nanochat_hf.run import Run, duration, load_json, save_json
 from nanochat_hf.series import Cell, SeriesConfig, make_cells, train_cells
 from nanochat_hf.stage_configs import PretrainConfig
@@ -257,6 +259,43 @@ def test_a_report_of_cells_with_core_has_all_plots_and_the_reference_marks(tmp_p
         save_json(tmp_path / "d4-1e17" / "base" / "metrics.json", record | change)
         with pytest.raises(InputError, match=message):
             scaling_fit.read_cells(tmp_path)
+
+
+def test_the_plots_of_a_series_are_these_points(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append((path.name, figure)))
+    rows = [(12, 2e17, 4e7, 0.7, 0.2), (12, 1e16, 3e7, 1.0, None), (4, 2e17, 1e7, 0.8, 0.1), (4, 1e16, 9e6, 0.9, 0.05)]
+    cells = [dict(zip(("depth", "C", "N", "val_bpb", "core"), row)) | {"budget": round(row[1], -16)} for row in rows]
+    cells += [cells[0] | {"budget": None}, cells[3] | {"N": 2e7, "val_bpb": 0.85, "core": None}]
+    marks = [{"name": "line", "core": 0.3}, {"name": "far", "flops": 2e21, "core": 0.5, "val_bpb": 0.5}]
+    marks.append({"name": "near", "flops": 1e21, "val_bpb": 0.6, "text": "books"})
+    best = {"budget": 1e16, "N": {"value": 2.2e7}, "loss": {"value": 0.84}}
+    facts = {"cells": cells, "references": marks, "prediction": {"depth": 24, "flops": 1e19}}
+    facts |= {"law": {"prediction": {"value": 0.65}}, "optima": {"budgets": [best, {"budget": 2e17, "refused": "edge"}]}}
+    names = [f"{tmp_path.name}/{name}.png" for name in ("val_bpb", "core", "isoflop")]
+    assert draw_scaling(facts, tmp_path) == names and [name for name, _ in figures] == [Path(n).name for n in names]
+    draw_scaling({**facts, "law": {"refused": "few"}, "optima": {"refused": "few"}}, tmp_path)
+    shown = [
+        {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in figure.axes[0].lines}
+        for _, figure in figures
+    ]
+    d4, d12 = [(1e16, 0.9), (1e16, 0.85), (2e17, 0.8)], [(1e16, 1.0), (2e17, 0.7), (2e17, 0.7)]
+    losses = {"d4": d4, "d12": d12, "d24, predicted": [(1e19, 0.65)], "near, books": [(1e21, 0.6)]}
+    assert shown[0] == losses and len(shown) == 5 and shown[3] == {k: losses[k] for k in losses if "pred" not in k}
+    assert {**shown[1], "line": shown[1]["line"][0][1]} == {
+        "d4": [(1e16, 0.05), (2e17, 0.1)], "d12": [(2e17, 0.2), (2e17, 0.2)], "line": 0.3
+    }  # fmt: skip
+    *_, optimum = figures[2][1].axes[0].lines
+    assert shown[2]["1e+16 FLOPs"] == [(3e7, 1.0), (9e6, 0.9), (2e7, 0.85)] and shown[2]["optimum"] == [(2.2e7, 0.84)]
+    points, curve = figures[2][1].axes[0].lines[:2]
+    x = np.log(curve.get_xdata() / 9e6)  # Lagrange's parabola through the three points
+    a, b = np.log([3e7 / 9e6, 2e7 / 9e6])
+    y = 0.9 * (x - a) * (x - b) / a / b + 1.0 * x * (x - b) / a / (a - b) + 0.85 * x * (x - a) / b / (b - a)
+    assert curve.get_ydata() == pytest.approx(y) and (points.get_linestyle(), optimum.get_label()) == ("None", "optimum")
+    axes = [figure.axes[0] for _, figure in figures[:3]]
+    labels = [(axis.get_xlabel(), axis.get_ylabel(), axis.get_xscale()) for axis in axes]
+    assert labels == [("training FLOPs", "val bpb", "log"), ("training FLOPs", "CORE", "log"),
+                      ("N (matrices and head)", "val bpb", "log")]  # fmt: skip
 
 
 @pytest.mark.slow
