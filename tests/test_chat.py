@@ -231,7 +231,8 @@ def test_a_wrong_command_ends_a_pipe_and_is_told_on_a_terminal(monkeypatch, term
     with nullcontext() if terminal else pytest.raises(InputError, match="no command /nosuch"):
         chat.run()
     assert chat.model.prompts == [["a"], ["a", "b", "c"]][: 1 + terminal]
-    assert terminal or shown(chat) == "b\n"
+    assert "error: no command /nosuch" in shown(chat) if terminal else shown(chat) == "b\n"
+    assert [draw([StreamChunk(text)])[0] for text in ("a", "a\n", "\na")] == ["a\n", "a\n", "\na\n"]
 
 
 def test_the_lines_around_an_answer_on_a_terminal(monkeypatch):
@@ -280,6 +281,10 @@ def test_beside_a_pipe_stdout_has_the_answer_and_stderr_the_rest(capsys, monkeyp
     monkeypatch.setattr("sys.stdin", os.fdopen(reader))
     monkeypatch.setattr("nanochat_hf.serve.terminal_chat.PIPE_SECONDS", 0)
     assert with_piped("this") == "this"  # nobody writes, and nobody closes it
+    with monkeypatch.context() as patch:
+        for patch.stdin in (None, SimpleNamespace(isatty=lambda: True)):
+            patch.setattr("sys.stdin", patch.stdin)
+            assert with_piped("this") == "this"
     os.write(writer, b"and\nmore \xff\n")
     os.close(writer)
     chat.ask(with_piped("this"))

@@ -281,3 +281,12 @@ def test_a_prompt_has_its_special_tokens_also_after_text_was_encoded_without(tin
     before = engine.encode(chat)
     engine.tokenizer.encode("5", add_special_tokens=False, split_special_tokens=True)  # as the tool loop does
     assert engine.encode(chat) == before and before[0] == engine.tokenizer.bos_token_id
+
+
+def test_every_batch_size_is_warmed_up_before_a_first_answer():
+    calls = []
+    decoder = SimpleNamespace(slots=6, fast=True, capture=calls.append, sync_weights=lambda: calls.append("weights"))
+    engine = SimpleNamespace(decoder=decoder, generate=lambda *words, **options: calls.append((words, options)))
+    Engine.warm_up(engine)
+    Engine.sync_weights(engine)
+    assert calls == [1, 2, 4, 6, (([[0, 0]],), {"max_new_tokens": 1}), "weights"]

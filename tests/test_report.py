@@ -18,7 +18,7 @@ from nanochat_hf import cli
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval import plots as plots_module
 from nanochat_hf.eval import report
-from nanochat_hf.eval.compare import compare
+from nanochat_hf.eval.compare import compare, outcomes
 from nanochat_hf.eval.plots import draw_bars, draw_lines, plots, smoothed
 from nanochat_hf.eval.report import collect, grid, make_report, markdown, one_line, results_row
 from nanochat_hf.hub.model_card import Push, collection_table, render_model_card
@@ -241,14 +241,14 @@ def test_what_cannot_be_compared_is_named_and_not_subtracted(run, tmp_path):
 
 def test_the_same_questions_are_compared_in_pairs(tmp_path):
     """Outcomes 1 1 0 0 and 1 1 1 0: the differences 0 0 1 0 have the mean 1/4 and the standard deviation 1/2."""
-    for name, outcomes in (("a", (1, 1, 0, 0)), ("b", (1, 1, 1, 0))):
+    for name, answers in (("a", (1, 1, 0, 0)), ("b", (1, 1, 1, 0))):
         save_json(tmp_path / name / "sft" / "metrics.json", COMMON)
         numbers = {"seconds": {"sft": {"t": 1, "all": 2}}, "models": {"sft": "sft"}}
-        numbers["results"] = {"sft": {"sums": result(sum(outcomes) / 4, n=4)}}
+        numbers["results"] = {"sft": {"sums": result(sum(answers) / 4, n=4)}}
         save_json(tmp_path / name / "eval" / "metrics.json", {**COMMON, **numbers})
         samples = tmp_path / name / "eval" / "samples" / "sft" / "t.jsonl"
         samples.parent.mkdir(parents=True)
-        samples.write_text("".join(json.dumps({"question": i, "correct": c}) + "\n" for i, c in enumerate(outcomes)))
+        samples.write_text("".join(json.dumps({"question": i, "correct": c}) + "\n" for i, c in enumerate(answers)))
     # The errors are (1/2) / sqrt(4) = .25, so z = 1 and p = .317, or sqrt(2) x .01.
     paired, independent = r"-0.2400 to \+0.7400 \| 0.317 \| paired", r"\+0.2777 \| <0.001 \| two-sample"
     assert re.search(paired, compare([tmp_path / "a", tmp_path / "b"]))
@@ -445,3 +445,13 @@ def test_a_collections_text_has_a_row_for_each_model_and_dashes_for_what_is_miss
     assert cells[0] == "[you/a](https://huggingface.co/you/a)" and cells[1:4] == ["24", "1,400,000", "5,000,000,000"]
     assert cells[4:8] == ["0.7200", "0.3000", "0.1000", "1 h 41 min"]
     assert [cell.strip() for cell in second.split("|")[2:8]] == ["-"] * 6
+
+
+def test_curves_have_the_color_of_their_stage_or_of_their_run_and_no_outcomes_are_none(run, tmp_path, monkeypatch):
+    colors, facts = [], collect(Run(run))
+    monkeypatch.setattr(plots_module, "draw_lines", lambda lines, path, title, own: colors.append(own))
+    for runs in ({"": facts}, {"a": facts, "b": facts}):
+        plots_module.draw_curves(runs, tmp_path / "plots")
+    stages = [[plots_module.COLORS[stage]] for stage in ("base", "base", "rl")]
+    assert colors == [*stages, *[plots_module.RUN_COLORS] * 3]
+    assert outcomes(Run(tmp_path / "none"), "sft", "facts", {}) is None

@@ -227,6 +227,7 @@ def test_the_plan_has_the_memory_of_a_stage_within_a_tenth(stage, depth, size, p
     "gpu, base, text",
     [
         ("L4", {"depth": 24, "device_batch_size": 8}, "of 24 GB per GPU: too much, lower base.device_batch_size"),
+        ("L4", {"depth": 32, "device_batch_size": 2}, "of 24 GB per GPU: too much, lower base.device_batch_size"),
         ("L4", {"depth": 32}, "of 24 GB per GPU: too much, lower base.depth"),
         ("L4", {"depth": 12}, "of 24 GB per GPU: too much, lower sft.device_batch_size"),  # 29 GB: it has no kernels
         ("H100", {"depth": 12}, "of 80 GB per GPU base"),

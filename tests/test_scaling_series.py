@@ -81,6 +81,7 @@ def test_the_optimum_of_each_budget_is_that_of_its_parabola(monkeypatch):
         )
         assert row["D"]["value"] == pytest.approx(budget / 6 / best, rel=1e-3) and "refused" not in row
         assert row["ratio"]["value"] == pytest.approx(budget / 6 / best**2, rel=1e-3)
+        assert row["N"]["low"] == pytest.approx(row["N"]["high"], rel=2e-3)
     noisy = [cell | {"val_bpb": cell["val_bpb"] + 3e-4 * rng.normal()} for cell in cells]
     for row in scaling_fit.fit_optima(noisy)["budgets"]:
         assert row["N"]["low"] < 4e7 * (row["budget"] / 3e16) ** 0.4 < row["N"]["high"]
@@ -271,7 +272,10 @@ def test_the_plots_of_a_series_are_these_points(tmp_path, monkeypatch):
     marks.append({"name": "near", "flops": 1e21, "val_bpb": 0.6, "text": "books"})
     best = {"budget": 1e16, "N": {"value": 2.2e7}, "loss": {"value": 0.84}}
     facts = {"cells": cells, "references": marks, "prediction": {"depth": 24, "flops": 1e19}}
-    facts |= {"law": {"prediction": {"value": 0.65}}, "optima": {"budgets": [best, {"budget": 2e17, "refused": "edge"}]}}
+    facts |= {
+        "law": {"prediction": {"value": 0.65}},
+        "optima": {"budgets": [best, {"budget": 2e17, "refused": "edge"}]},
+    }
     names = [f"{tmp_path.name}/{name}.png" for name in ("val_bpb", "core", "isoflop")]
     assert draw_scaling(facts, tmp_path) == names and [name for name, _ in figures] == [Path(n).name for n in names]
     draw_scaling({**facts, "law": {"refused": "few"}, "optima": {"refused": "few"}}, tmp_path)
@@ -291,7 +295,10 @@ def test_the_plots_of_a_series_are_these_points(tmp_path, monkeypatch):
     x = np.log(curve.get_xdata() / 9e6)  # Lagrange's parabola through the three points
     a, b = np.log([3e7 / 9e6, 2e7 / 9e6])
     y = 0.9 * (x - a) * (x - b) / a / b + 1.0 * x * (x - b) / a / (a - b) + 0.85 * x * (x - a) / b / (b - a)
-    assert curve.get_ydata() == pytest.approx(y) and (points.get_linestyle(), optimum.get_label()) == ("None", "optimum")
+    assert curve.get_ydata() == pytest.approx(y) and (points.get_linestyle(), optimum.get_label()) == (
+        "None",
+        "optimum",
+    )
     axes = [figure.axes[0] for _, figure in figures[:3]]
     labels = [(axis.get_xlabel(), axis.get_ylabel(), axis.get_xscale()) for axis in axes]
     assert labels == [("training FLOPs", "val bpb", "log"), ("training FLOPs", "CORE", "log"),

@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -469,3 +470,36 @@ def test_whoever_lost_the_url_uploads_no_more_and_says_so(remote, tmp_path, monk
         wait_for(lambda: store.write(module.OWNER, STRANGER) or syncs[0].other)
         write_stage(run, "base")
     assert store.read(module.OWNER) == STRANGER and names_at(remote) == []
+
+
+@pytest.mark.parametrize("failures,warnings", [(3, 0), (4, 1), (6, 1)])
+def test_uploads_that_fail_are_tried_again_with_pauses_and_told_once(capsys, failures, warnings):
+    pauses, ends = [], iter([False] * failures + [True])
+    closing = SimpleNamespace(wait=lambda seconds: pauses.append(seconds) or next(ends))
+    last = Mock(side_effect=InputError("no"))
+    sync = SimpleNamespace(
+        url="u", closing=closing, upload_due=Mock(side_effect=OSError("x")), repeated=last, error=None
+    )
+    module.Sync.keep_up(sync)
+    assert capsys.readouterr().out.count("warning: u is behind") == warnings and sync.error == "no"
+    assert pauses == [0.02, 0.01, *[0.05] * 6][: failures + 1]
+
+
+@pytest.mark.parametrize("owner,renewals,other", [("me", 2, ""), ("", 2, ""), ("another", 0, "another")])
+def test_an_owner_renews_until_another_has_the_url(owner, renewals, other):
+    ends, renew = iter([False, False, True]), Mock()
+    sync = SimpleNamespace(
+        store=SimpleNamespace(renewal=7), other="", me="me", owner=lambda: (owner, b""), renew=renew
+    )
+    sync.released = SimpleNamespace(wait=lambda seconds: next(ends))
+    module.Sync.keep_owner(sync)
+    assert (renew.call_count, sync.other) == (renewals, other)
+
+
+def test_a_repository_of_uploads_is_private_and_its_commits_say_what_came(monkeypatch):
+    api = Mock()
+    monkeypatch.setattr(module, "log_in", lambda: api)
+    module.HubStore("hf://you/run").put(Path("x"), "base--3")
+    api.create_repo.assert_called_once_with("you/run", private=True, exist_ok=True)
+    options = {"repo_id": "you/run", "folder_path": Path("x"), "path_in_repo": "base--3"}
+    api.upload_folder.assert_called_once_with(**options, commit_message="Upload base")
