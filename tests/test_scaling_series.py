@@ -52,10 +52,10 @@ def test_the_fit_finds_the_constants_of_a_law_and_its_intervals_cover_them(monke
     truth = {**LAW, "N exponent": exponent, "D exponent": 1 - exponent, "ratio": 1e17 / 6 / best**2}
     truth["prediction"] = loss(D24["N"], D24["D"])
     assert exact["ratio"]["value"] == pytest.approx(truth["ratio"], rel=0.02)
-    monkeypatch.setattr(scaling_fit, "RESAMPLES", 40)
-    fits = [scaling_fit.fit_law(grid_of_losses(0.003, seed), D24) for seed in range(8)]
-    for name in ("N exponent", "D exponent", "ratio", "prediction"):  # ten simulated grids do not show 95 %
-        assert sum(fit[name]["low"] < truth[name] < fit[name]["high"] for fit in fits) >= 5, name
+    monkeypatch.setattr(scaling_fit, "RESAMPLES", 30)
+    fits = [scaling_fit.fit_law(grid_of_losses(0.003, seed), D24) for seed in range(4)]
+    for name in ("N exponent", "D exponent", "ratio", "prediction"):  # four simulated grids do not show 95 %
+        assert sum(fit[name]["low"] < truth[name] < fit[name]["high"] for fit in fits) >= 3, name
 
 
 def test_intervals_are_as_wide_as_students_t_asks(monkeypatch):
@@ -264,45 +264,27 @@ def test_a_report_of_cells_with_core_has_all_plots_and_the_reference_marks(tmp_p
 
 def test_the_plots_of_a_series_are_these_points(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append((path.name, figure)))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure.axes[0]))
     rows = [(12, 2e17, 4e7, 0.7, 0.2), (12, 1e16, 3e7, 1.0, None), (4, 2e17, 1e7, 0.8, 0.1), (4, 1e16, 9e6, 0.9, 0.05)]
-    cells = [dict(zip(("depth", "C", "N", "val_bpb", "core"), row)) | {"budget": round(row[1], -16)} for row in rows]
+    cells = [dict(zip(("depth", "C", "N", "val_bpb", "core"), row)) | {"budget": row[1]} for row in rows]
     cells += [cells[0] | {"budget": None}, cells[3] | {"N": 2e7, "val_bpb": 0.85, "core": None}]
     marks = [{"name": "line", "core": 0.3}, {"name": "far", "flops": 2e21, "core": 0.5, "val_bpb": 0.5}]
     marks.append({"name": "near", "flops": 1e21, "val_bpb": 0.6, "text": "books"})
     best = {"budget": 1e16, "N": {"value": 2.2e7}, "loss": {"value": 0.84}}
     facts = {"cells": cells, "references": marks, "prediction": {"depth": 24, "flops": 1e19}}
-    facts |= {
-        "law": {"prediction": {"value": 0.65}},
-        "optima": {"budgets": [best, {"budget": 2e17, "refused": "edge"}]},
-    }
+    facts |= {"law": {"prediction": {"value": 0.65}}, "optima": {"budgets": [best]}}
     names = [f"{tmp_path.name}/{name}.png" for name in ("val_bpb", "core", "isoflop")]
-    assert draw_scaling(facts, tmp_path) == names and [name for name, _ in figures] == [Path(n).name for n in names]
-    draw_scaling({**facts, "law": {"refused": "few"}, "optima": {"refused": "few"}}, tmp_path)
-    shown = [
-        {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in figure.axes[0].lines}
-        for _, figure in figures
-    ]
+    assert draw_scaling(facts, tmp_path) == names
+    assert draw_scaling({**facts, "law": {}, "optima": {}}, tmp_path) == names[:2]
+    shown = [{line.get_label(): [*map(tuple, line.get_xydata())] for line in axes.lines} for axes in figures]
     d4, d12 = [(1e16, 0.9), (1e16, 0.85), (2e17, 0.8)], [(1e16, 1.0), (2e17, 0.7), (2e17, 0.7)]
-    losses = {"d4": d4, "d12": d12, "d24, predicted": [(1e19, 0.65)], "near, books": [(1e21, 0.6)]}
-    assert shown[0] == losses and len(shown) == 5 and shown[3] == {k: losses[k] for k in losses if "pred" not in k}
-    assert {**shown[1], "line": shown[1]["line"][0][1]} == {
-        "d4": [(1e16, 0.05), (2e17, 0.1)], "d12": [(2e17, 0.2), (2e17, 0.2)], "line": 0.3
-    }  # fmt: skip
-    *_, optimum = figures[2][1].axes[0].lines
+    losses = {"d4": d4, "d12": d12, "near, books": [(1e21, 0.6)]}
+    assert shown[3] == losses and shown[0] == losses | {"d24, predicted": [(1e19, 0.65)]}
+    scores = {"d4": [(1e16, 0.05), (2e17, 0.1)], "d12": [(2e17, 0.2)] * 2}
+    assert {name: shown[1].pop(name) for name in scores} == scores and {y for _, y in shown[1]["line"]} == {0.3}
     assert shown[2]["1e+16 FLOPs"] == [(3e7, 1.0), (9e6, 0.9), (2e7, 0.85)] and shown[2]["optimum"] == [(2.2e7, 0.84)]
-    points, curve = figures[2][1].axes[0].lines[:2]
-    x = np.log(curve.get_xdata() / 9e6)  # Lagrange's parabola through the three points
-    a, b = np.log([3e7 / 9e6, 2e7 / 9e6])
-    y = 0.9 * (x - a) * (x - b) / a / b + 1.0 * x * (x - b) / a / (a - b) + 0.85 * x * (x - a) / b / (b - a)
-    assert curve.get_ydata() == pytest.approx(y) and (points.get_linestyle(), optimum.get_label()) == (
-        "None",
-        "optimum",
-    )
-    axes = [figure.axes[0] for _, figure in figures[:3]]
-    labels = [(axis.get_xlabel(), axis.get_ylabel(), axis.get_xscale()) for axis in axes]
-    assert labels == [("training FLOPs", "val bpb", "log"), ("training FLOPs", "CORE", "log"),
-                      ("N (matrices and head)", "val bpb", "log")]  # fmt: skip
+    ends = figures[2].lines[1].get_xydata()[[0, -1]]  # of the parabola through the three points
+    assert ends == pytest.approx(np.array([[3e7, 1.0], [2e7, 0.85]])) and figures[2].get_xscale() == "log"
 
 
 @pytest.mark.slow

@@ -485,21 +485,16 @@ def test_uploads_that_fail_are_tried_again_with_pauses_and_told_once(capsys, fai
     assert pauses == [0.02, 0.01, *[0.05] * 6][: failures + 1]
 
 
-@pytest.mark.parametrize("owner,renewals,other", [("me", 2, ""), ("", 2, ""), ("another", 0, "another")])
-def test_an_owner_renews_until_another_has_the_url(owner, renewals, other):
-    ends, renew = iter([False, False, True]), Mock()
-    sync = SimpleNamespace(
-        store=SimpleNamespace(renewal=7), other="", me="me", owner=lambda: (owner, b""), renew=renew
-    )
-    sync.released = SimpleNamespace(wait=lambda seconds: next(ends))
-    module.Sync.keep_owner(sync)
-    assert (renew.call_count, sync.other) == (renewals, other)
+def test_an_owner_renews_until_another_has_the_url():
+    for owner, renewals, other in (("me", 2, ""), ("", 2, ""), ("another", 0, "another")):
+        sync = SimpleNamespace(store=SimpleNamespace(renewal=7), other="", me="me", renew=Mock())
+        sync.owner, sync.released = Mock(return_value=(owner, b"")), Mock(wait=Mock(side_effect=[False, False, True]))
+        Sync.keep_owner(sync)
+        assert (sync.renew.call_count, sync.other) == (renewals, other)
 
 
 def test_a_repository_of_uploads_is_private_and_its_commits_say_what_came(monkeypatch):
-    api = Mock()
-    monkeypatch.setattr(module, "log_in", lambda: api)
-    module.HubStore("hf://you/run").put(Path("x"), "base--3")
-    api.create_repo.assert_called_once_with("you/run", private=True, exist_ok=True)
-    options = {"repo_id": "you/run", "folder_path": Path("x"), "path_in_repo": "base--3"}
-    api.upload_folder.assert_called_once_with(**options, commit_message="Upload base")
+    monkeypatch.setattr(module, "log_in", api := Mock())
+    module.HubStore("hf://you/run").put("x", "base--3")
+    api().create_repo.assert_called_once_with("you/run", private=True, exist_ok=True)
+    assert api().upload_folder.call_args.kwargs["commit_message"] == "Upload base"
