@@ -203,6 +203,7 @@ def test_runs_are_compared_with_the_error_of_the_difference(run, tmp_path):
     assert re.search(r"total wall time\s+\|\s+\| -59 min 00 s", text)
     three = compare([run, other, run])  # names that are not unique are paths
     assert f"## {other} minus {run}\n" in three and f"## {run} minus {run}\n" in three
+    assert re.search(r"total wall time\s+\|\s+\| \+0 s", three)
     assert re.search(r"counting\s+\| RL\s+\| \+0.0000\s+\| -0.0277 to \+0.0277 \| 1.000", three)
 
 
