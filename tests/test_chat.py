@@ -17,10 +17,12 @@ import httpx
 import pytest
 from huggingface_hub import ChatCompletionStreamOutputDelta, get_session
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from prompt_toolkit.document import Document
 from rich.console import Console
 from rich.markdown import Markdown
 
 from nanochat_hf.errors import InputError
+from nanochat_hf.run import save_json
 from nanochat_hf.serve import StreamChunk, terminal_chat
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.terminal_chat import Chat, LocalModel, Options, RemoteModel, messages_of, with_piped
@@ -229,7 +231,8 @@ def test_a_wrong_command_ends_a_pipe_and_is_told_on_a_terminal(monkeypatch, term
     with nullcontext() if terminal else pytest.raises(InputError, match="no command /nosuch"):
         chat.run()
     assert chat.model.prompts == [["a"], ["a", "b", "c"]][: 1 + terminal]
-    assert terminal or shown(chat) == "b\n"
+    assert "error: no command /nosuch" in shown(chat) if terminal else shown(chat) == "b\n"
+    assert [draw([StreamChunk(text)])[0] for text in ("a", "a\n", "\na")] == ["a\n", "a\n", "\na\n"]
 
 
 def test_the_lines_around_an_answer_on_a_terminal(monkeypatch):
@@ -278,6 +281,10 @@ def test_beside_a_pipe_stdout_has_the_answer_and_stderr_the_rest(capsys, monkeyp
     monkeypatch.setattr("sys.stdin", os.fdopen(reader))
     monkeypatch.setattr("nanochat_hf.serve.terminal_chat.PIPE_SECONDS", 0)
     assert with_piped("this") == "this"  # nobody writes, and nobody closes it
+    with monkeypatch.context() as patch:
+        for patch.stdin in (None, SimpleNamespace(isatty=lambda: True)):
+            patch.setattr("sys.stdin", patch.stdin)
+            assert with_piped("this") == "this"
     os.write(writer, b"and\nmore \xff\n")
     os.close(writer)
     chat.ask(with_piped("this"))
@@ -300,6 +307,66 @@ def test_a_result_without_a_call_is_only_text_and_other_servers_get_no_calls():
     assert call["tool_calls"] and last == {"role": "assistant", "content": "So 7!"}
     pieces = [StreamChunk("Let me see. "), StreamChunk("1+1", "call"), StreamChunk("2", "result"), StreamChunk("Two.")]
     assert terminal_chat.without_tools(messages_of(pieces)) == [{"role": "assistant", "content": "Let me see. Two."}]
+
+
+def test_a_local_model_asks_for_half_a_context_at_most_and_a_second_ctrl_c_does_not_wait():
+    rooms, after = [], []
+
+    def stream_request(request):
+        for number in range(3):
+            yield StreamChunk("a")
+            after.append((number, request.cancelled))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    engine = SimpleNamespace(length=64, stream_request=stream_request)
+    engine.encode_last = lambda messages, room: (rooms.append(room) or [1], None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for room in (31, 33):
+            with pytest.raises(KeyboardInterrupt):
+                list(LocalModel(engine, "x").answer([], Options(max_new_tokens=room)))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert rooms == [31, 32] and after == [(0, False), (1, True)] * 2
+
+
+def test_lines_are_read_with_a_private_history_where_it_can_be_kept(tmp_path, monkeypatch):
+    session = lambda message, **options: SimpleNamespace(prompt=(message.value, options))  # noqa: E731
+    monkeypatch.setattr(terminal_chat, "PromptSession", session)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    notes, places = [], {"": tmp_path / ".local/state", str(tmp_path / "x"): tmp_path / "x", "/dev/null": None}
+    for state, folder in places.items():
+        monkeypatch.setenv("XDG_STATE_HOME", state)
+        prompt, options = terminal_chat.line_reader("> ", ["/help", "/set seed="], lambda *words: notes.append(words))
+        (only,) = options["completer"].get_completions(Document("/set s"), None)
+        assert (prompt, only.text, options["complete_while_typing"]) == ("> ", "/set seed=", False)
+        if folder:
+            path = folder / "nanochat" / "history"
+            assert options["history"].filename == path and path.stat().st_mode & 0o777 == 0o600
+            assert path.parent.stat().st_mode & 0o777 == 0o700 and not notes
+    assert options["history"] is None and [text for text, _ in notes] == ["the history is not kept: {}"]
+
+
+def test_a_model_is_opened_here_or_at_a_server_and_a_base_model_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *words: words)
+    for name, metrics in (("base", {"depth": 4}), ("sft", {"rows": 4})):
+        save_json(tmp_path / name / "metrics.json", metrics)
+        model = terminal_chat.open_model(str(tmp_path / name), None, "cpu")
+        assert (model.name, model.engine) == (str(tmp_path / name), (str(tmp_path / name), "cpu"))
+        assert ("base is a base model" in capsys.readouterr().err) == (name == "base")
+    remote = terminal_chat.open_model("m", "http://127.0.0.1:9")
+    assert (remote.name, remote.model) == ("http://127.0.0.1:9", "m")
+
+
+@pytest.mark.parametrize("reply,line", [
+    ({"json": {"error": {"message": "too long"}}}, "400, too long"), ({"json": {"error": "busy"}}, "400, busy"),
+    ({"json": ["x"]}, "it broke"), ({"json": {}}, "it broke"), ({"text": "<html>"}, "it broke"), (None, "it broke"),
+])  # fmt: skip
+def test_a_failed_request_is_explained_by_the_server_or_the_client(reply, line):
+    error = OSError("it\n  broke")
+    if reply is not None:
+        error.response = httpx.Response(400, **reply)
+    assert terminal_chat.explain(error) == line and terminal_chat.explain(OSError()) == "OSError"
 
 
 class Replies:

@@ -109,15 +109,33 @@ def test_a_second_one_of_a_step_is_newer_and_pushes_out_no_other_step(training, 
     assert [checkpoint.step_of(path) for path in checkpoints] == [7, 8]
 
 
-def test_damage_is_found_in_subfolders_too(tmp_path):
-    (tmp_path / "shards").mkdir()
-    for text, damaged in (("a", False), ("b", True)):
-        (tmp_path / "shards" / "0").write_text(text)
-        if not damaged:
-            checkpoint.write_manifest(tmp_path)
-        assert bool(checkpoint.damage(tmp_path)) is damaged
-    save_json(tmp_path / "manifest.json", {})
-    assert "names no file" in checkpoint.damage(tmp_path)
+def test_damage_is_named_in_subfolders_too(tmp_path):
+    file, manifest = tmp_path / "shards" / "0", tmp_path / "manifest.json"
+    file.parent.mkdir()
+    file.write_text("a")
+    checkpoint.write_manifest(tmp_path)
+    checkpoint.write_manifest(tmp_path)  # the manifest is not a file of itself
+    assert checkpoint.damage(tmp_path) is None and list(load_json(manifest)) == ["shards/0"]
+    file.write_text("b")
+    assert checkpoint.damage(tmp_path) == f"{file} is damaged: its checksum differs"
+    file.unlink()
+    assert checkpoint.damage(tmp_path) == f"{file} is missing"
+    for content, words in (("{}", "names no file"), ('{"a', "is damaged"), (f'{{"{"x" * 300}": ""}}', "is damaged")):
+        manifest.write_text(content)
+        assert checkpoint.damage(tmp_path) == f"{manifest} {words}"
+    manifest.unlink()
+    assert checkpoint.damage(tmp_path) == f"{manifest} is missing"
+
+
+def test_a_checkpoint_of_another_kind_of_sharding_is_refused_and_what_cannot_be_read_is_named(training, tmp_path):
+    path = save(tmp_path, 3, training)
+    (path / "shards").mkdir()
+    with pytest.raises(InputError, match="step_000003 was written with another kind of sharding"):
+        checkpoint.load(path, *training)
+    (path / "shards").rmdir()
+    (path / "model.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"step_000003 cannot be read \(.*\): restore it, or delete it to use"):
+        checkpoint.load(path, *training)
 
 
 @pytest.mark.parametrize("progress, message", [({"step": 4}, "it holds step 4"), ([1], "a value in it is missing")])

@@ -27,6 +27,7 @@ from transformers.testing_utils import CaptureLogger
 
 from nanochat_hf import cli
 from nanochat_hf.convert import tokenizer as convert_tokenizer
+from nanochat_hf.convert import upstream as upstream_module
 from nanochat_hf.convert.native import from_native, to_native
 from nanochat_hf.convert.tokenizer import backend_from_ranks, check_tokenizer, ranks_from_backend, write_tiktoken
 from nanochat_hf.convert.upstream import convert, from_upstream, read_upstream, set_token_ids, to_upstream
@@ -439,3 +440,7 @@ def test_embeddings_that_bfloat16_cannot_hold_are_written_in_float32():
     model.model.embed_tokens.weight.data[0, 0] = 0.1
     table = to_upstream(model)[0]["transformer.wte.weight"]
     assert table.dtype == torch.float32 and torch.equal(table, model.model.embed_tokens.weight)
+
+
+def test_a_model_without_a_tokenizer_calls_no_tools(tmp_path):
+    assert not upstream_module.may_call_tools(tmp_path, None, None)

@@ -150,6 +150,14 @@ def test_a_full_cache_ends_the_slot_and_is_never_written_past_its_end():
     assert len(answer) == 16 - len(PROMPTS[0]) and decoder.state.pos.item() == 15
 
 
+def test_a_released_slot_is_stopped_and_no_other():
+    decoder = Decoder(make("first"), 2, 16, [])
+    with torch.inference_mode():
+        decoder.state.active[:] = 1
+    decoder.release(1)
+    assert decoder.state.active.tolist() == [1, 0]
+
+
 def test_sync_weights_takes_over_changed_weights_in_place():
     model, request = make(), Request(PROMPTS[0], 10)
     decoder = Decoder(model, 1, 96, [])

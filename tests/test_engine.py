@@ -3,6 +3,7 @@
 import threading
 import unicodedata
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -281,3 +282,20 @@ def test_a_prompt_has_its_special_tokens_also_after_text_was_encoded_without(tin
     before = engine.encode(chat)
     engine.tokenizer.encode("5", add_special_tokens=False, split_special_tokens=True)  # as the tool loop does
     assert engine.encode(chat) == before and before[0] == engine.tokenizer.bos_token_id
+
+
+def test_every_batch_size_is_warmed_up_before_a_first_answer():
+    calls = []
+    decoder = SimpleNamespace(slots=6, fast=True, capture=calls.append, sync_weights=lambda: calls.append("weights"))
+    engine = SimpleNamespace(decoder=decoder, generate=lambda *words, **options: calls.append((words, options)))
+    Engine.warm_up(engine)
+    Engine.sync_weights(engine)
+    assert calls == [1, 2, 4, 6, (([[0, 0]],), {"max_new_tokens": 1}), "weights"]
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_only_an_engine_with_nothing_else_to_do_waits_for_tools(monkeypatch, launched):
+    monkeypatch.setattr("concurrent.futures.wait", wait := Mock())
+    engine = Mock(pending=[], calls={0: ("call", None)}, enqueue_steps=lambda: launched)
+    assert Engine.advance(engine) == engine.drop_cancelled()
+    assert wait.call_count == (not launched)

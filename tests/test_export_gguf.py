@@ -64,6 +64,8 @@ def test_the_file_is_a_qwen3_with_the_same_logits(tmp_path, fields):
     token = {name: facts[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "eom")}
     tokenizer = load_tokenizer(source)
     assert tokenizer.convert_ids_to_tokens(token.values()) == ["<|bos|>", "<|assistant_end|>", "<|python_end|>"]
+    merges = json.loads((source / "tokenizer.json").read_text())["model"]["merges"]
+    assert facts["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
     control = [i for i, kind in enumerate(facts["tokenizer.ggml.token_type"]) if kind == 3]  # no text spells these
     assert control == sorted(tokenizer.all_special_ids)
     assert facts["tokenizer.chat_template"] == tokenizer.chat_template and facts["qwen3.context_length"] == 64

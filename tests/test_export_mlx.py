@@ -32,7 +32,9 @@ def models(request, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "mlx", "mlx")
-    return model, mlx_lm.load(str(tmp_path / "mlx"), trust_remote_code=True)[0], tmp_path / "mlx"
+    exported = mlx_lm.load(str(tmp_path / "mlx"), trust_remote_code=True)[0]
+    exported.freeze()  # as adapters of mlx-lm begin
+    return model, exported, tmp_path / "mlx"
 
 
 def test_logits_and_greedy_answers_are_ours_in_chunks_and_batches(models):

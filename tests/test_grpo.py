@@ -22,6 +22,7 @@ from nanochat_hf.run import load_json
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.tools import python
 from nanochat_hf.train import grpo
+from nanochat_hf.train import grpo as module
 from nanochat_hf.train.grpo import RLConfig, RLTrainer, grpo_arguments, load_prompts, rollout, train_rl
 from nanochat_hf.train.model_setup import load_chat_model, lora
 from nanochat_hf.train.sft import ChatConfig, train_chat
@@ -362,3 +363,13 @@ def test_rejection_sampling_keeps_each_right_completion_once(talker_folder, tmp_
         call = f"<|python_start|>{answer}+0<|python_end|><|output_start|>{answer}<|output_end|>So {answer}."
         turn = f"<|assistant_start|>{call if has_call else answer}<|assistant_end|>"
         assert text == f"<|bos|><|user_start|>{question}<|user_end|>{turn}"
+
+
+def test_samples_of_steps_that_run_again_and_damaged_lines_are_dropped(tmp_path):
+    trainer = SimpleNamespace(samples=tmp_path / "samples.jsonl")
+    module.RLTrainer.discard_after(trainer, 3)
+    assert trainer.samples.read_text() == ""
+    lines = ['{"step": 2}', "[1]", "null", '{"x": 1}', '{"step": "a"}', '{"step": 3}', '{"step": 1}', '{"st']
+    trainer.samples.write_text("\n".join(lines))
+    module.RLTrainer.discard_after(trainer, 3)
+    assert trainer.samples.read_text() == '{"step": 2}\n{"step": 1}\n' and len([*tmp_path.iterdir()]) == 1

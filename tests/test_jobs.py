@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -158,3 +160,12 @@ def test_bash_asks_for_completions(tmp_path):
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
     registered, *names = done.stdout.splitlines()
     assert "nanochat completion words" in registered and names == ["export"]
+
+
+@pytest.mark.parametrize("stages,bundle,checks", [("sft", "x", 0), ("base", "x", 1), ("eval", "x", 1),
+                                                  ("eval", None, 0), ("eval", "download", 0)])  # fmt: skip
+def test_a_dry_run_checks_the_bundle_that_its_stages_measure(monkeypatch, stages, bundle, checks):
+    for name in ("jobs.show_plan", "data.mixture.check_data", "eval.harness.check_bundle"):
+        monkeypatch.setattr(f"nanochat_hf.{name}", check := Mock())
+    jobs.print_dry_run([stages], {"eval": SimpleNamespace(core_bundle=bundle)})
+    assert check.call_count == checks

@@ -1,10 +1,13 @@
 """Fast loglikelihoods equal those of one forward per request, for models of every kind, in any batch and order."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nanochat_hf.eval import loglikelihood
 from nanochat_hf.eval.loglikelihood import loglikelihoods, max_batch_tokens
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -92,3 +95,10 @@ def test_a_batch_is_bounded_with_and_without_a_gpu(lively_model, monkeypatch):
     for free, expected in ((1 << 20, 16_384), (1 << 40, 131_072)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         assert max_batch_tokens(OnGPU()) == expected
+    sizes = {"num_hidden_layers": 3, "hidden_size": 128, "vocab_size": 6000, "num_attention_heads": 4}
+    for heads, vectors in (({}, 2 * 3), ({"num_key_value_heads": 1}, 1.5)):  # keys and values in bf16; 16; logits
+        text = SimpleNamespace(**sizes, **heads)
+        OnGPU.config = SimpleNamespace(get_text_config=lambda text=text: text)
+        size = int((vectors + 16) * 128 * 2) + 10 * 6000 // loglikelihood.LOGIT_COST
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, size=size: (2 * 50_000 * size, 0))
+        assert max_batch_tokens(OnGPU()) == 50_000

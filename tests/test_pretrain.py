@@ -13,6 +13,7 @@ import re
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -390,3 +391,17 @@ def test_a_text_too_short_for_two_splits_is_refused_before_the_first_step(world,
     with pytest.raises(InputError, match=r"validation split of .* has no text: its one file has too few texts"):
         run(world, tmp_path / "out", dataset=str(tmp_path / "one.jsonl"), eval_every=-1)
     assert not trace
+
+
+def test_a_divergence_names_the_median_and_the_checkpoint_that_is_left(tmp_path, monkeypatch):
+    plan, spikes = SimpleNamespace(total_batch_size=64, max_seq_len=8), SimpleNamespace(recent=[3.0, 1.0, 2.0])
+    state = SimpleNamespace(plan=plan, spikes=spikes, pending_step=None, step=5, output=tmp_path)
+    state.save = lambda: "step_5"
+    text = module.Pretraining.divergence_message(state, 9.0, 1.5)
+    begin = "step 5: loss 9 after a median of 2, gradient norm 1.5, at sequences 40 to 48 of the data"
+    assert text.startswith(f"{begin}; step_5 has the weights before it.")
+    state.save = Mock(side_effect=FloatingPointError)
+    for left, words in (([], "there is no checkpoint yet"), (["a", "b"], "the last checkpoint is b")):
+        monkeypatch.setattr(module.checkpoint, "complete_checkpoints", lambda folder, left=left: left)
+        text = module.Pretraining.divergence_message(state, 9.0, 1.5)
+        assert text == f"{begin}, and the weights are not finite; {words}. Lower the learning rates"

@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 
+from nanochat_hf.data.documents import primer_documents
 from nanochat_hf.data.grading import final_words, is_correct
 from nanochat_hf.data.tokenizer import train_bpe
 from nanochat_hf.demo import corpus
@@ -181,3 +182,10 @@ def test_the_problems_of_rl_are_phrased_as_in_no_conversation():
 
     talked = phrasings(corpus.conversations(kinds=["problem"]))
     assert talked and not talked & phrasings(corpus.questions("problem", "train"))
+
+
+def test_validation_has_a_twentieth_of_the_rounds_and_at_least_one():
+    one, same, two = ([*corpus.documents("validation", rounds=rounds)] for rounds in (1, 39, 40))
+    assert one == same == two[: len(one)] and 1.5 * len(one) < len(two) < 2.5 * len(one)
+    validation, training = (primer_documents(split)[0] for split in ("validation", "train"))
+    assert validation and not {*validation} & {*training}

@@ -7,18 +7,19 @@ import shlex
 import shutil
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 from finished_run import COMMON, finished_run, result  # noqa: F401
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from mutations import mutations
-from PIL import Image
 
 from nanochat_hf import cli
 from nanochat_hf.errors import InputError
+from nanochat_hf.eval import plots as plots_module
 from nanochat_hf.eval import report
-from nanochat_hf.eval.compare import compare
-from nanochat_hf.eval.plots import draw_bars, plots, smoothed
+from nanochat_hf.eval.compare import compare, outcomes
+from nanochat_hf.eval.plots import draw_bars, draw_lines, plots, smoothed
 from nanochat_hf.eval.report import collect, grid, make_report, markdown, one_line, results_row
 from nanochat_hf.hub.model_card import Push, collection_table, render_model_card
 from nanochat_hf.run import Run, duration, load_json, project_folder, save_json, short
@@ -202,6 +203,7 @@ def test_runs_are_compared_with_the_error_of_the_difference(run, tmp_path):
     assert re.search(r"total wall time\s+\|\s+\| -59 min 00 s", text)
     three = compare([run, other, run])  # names that are not unique are paths
     assert f"## {other} minus {run}\n" in three and f"## {run} minus {run}\n" in three
+    assert re.search(r"total wall time\s+\|\s+\| \+0 s", three)
     assert re.search(r"counting\s+\| RL\s+\| \+0.0000\s+\| -0.0277 to \+0.0277 \| 1.000", three)
 
 
@@ -240,14 +242,14 @@ def test_what_cannot_be_compared_is_named_and_not_subtracted(run, tmp_path):
 
 def test_the_same_questions_are_compared_in_pairs(tmp_path):
     """Outcomes 1 1 0 0 and 1 1 1 0: the differences 0 0 1 0 have the mean 1/4 and the standard deviation 1/2."""
-    for name, outcomes in (("a", (1, 1, 0, 0)), ("b", (1, 1, 1, 0))):
+    for name, answers in (("a", (1, 1, 0, 0)), ("b", (1, 1, 1, 0))):
         save_json(tmp_path / name / "sft" / "metrics.json", COMMON)
         numbers = {"seconds": {"sft": {"t": 1, "all": 2}}, "models": {"sft": "sft"}}
-        numbers["results"] = {"sft": {"sums": result(sum(outcomes) / 4, n=4)}}
+        numbers["results"] = {"sft": {"sums": result(sum(answers) / 4, n=4)}}
         save_json(tmp_path / name / "eval" / "metrics.json", {**COMMON, **numbers})
         samples = tmp_path / name / "eval" / "samples" / "sft" / "t.jsonl"
         samples.parent.mkdir(parents=True)
-        samples.write_text("".join(json.dumps({"question": i, "correct": c}) + "\n" for i, c in enumerate(outcomes)))
+        samples.write_text("".join(json.dumps({"question": i, "correct": c}) + "\n" for i, c in enumerate(answers)))
     # The errors are (1/2) / sqrt(4) = .25, so z = 1 and p = .317, or sqrt(2) x .01.
     paired, independent = r"-0.2400 to \+0.7400 \| 0.317 \| paired", r"\+0.2777 \| <0.001 \| two-sample"
     assert re.search(paired, compare([tmp_path / "a", tmp_path / "b"]))
@@ -317,8 +319,7 @@ def test_metrics_that_say_nothing_but_finished_make_a_report_and_unfinished_ones
         make_report(run)
 
 
-def test_there_is_a_plot_of_every_curve_and_the_html_page_embeds_them(run, monkeypatch):
-    lines = []
+def test_there_is_a_plot_of_every_curve_and_the_html_page_embeds_them(run):
     (run / "plots").mkdir()
     (run / "plots" / "sft.png").touch()  # of an earlier report
     drawn = plots(collect(Run(run)), run / "plots")
@@ -331,13 +332,36 @@ def test_there_is_a_plot_of_every_curve_and_the_html_page_embeds_them(run, monke
     embedded = re.findall(r"data:image/png;base64,([^\"]+)", page)
     assert len(embedded) == 5
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in embedded)
-    bars = {"boolq": {"base": {"value": 0.2, "stderr": 0.1, "baseline": 0}, "sft": {"value": None}}}
-    monkeypatch.setattr(Axes, "vlines", lambda axes, x, *_, **options: lines.append(x))
-    draw_bars(bars, run / "one.png", "")
-    assert lines == [0, 0]  # a black line, and a white one in it
-    assert Image.open(run / "one.png").size == (540, 170)  # 5.4 x (.2 per bar and gap + 1.1) inches
-    draw_bars(dict.fromkeys("abcdefghij", bars["boolq"]), run / "ten.png", "")
-    assert Image.open(run / "ten.png").size == (540, 710)
+
+
+def test_curves_and_bars_are_these_points(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots_module, "save", lambda figure, path: figures.append(figure))
+    many, few = ([(step, 1 / (step + 1)) for step in range(size)] for size in (60, 29))
+    draw_lines({"a": many, "b": few}, tmp_path / "x.png", "loss", ["#ff0000", "#0000ff"])
+    draw_lines({"a": few}, tmp_path / "x.png", "loss", ["#ff0000"])
+    (axes,), (alone,) = (figure.axes for figure in figures)
+    looks = [(line.get_color(), line.get_alpha(), line.get_marker(), line.get_label()[0]) for line in axes.lines]
+    assert looks == [("#ff0000", 0.35, "None", "_"), ("#ff0000", None, "None", "a"), ("#0000ff", 1, "o", "b")]
+    lines = [line.get_xydata().tolist() for line in axes.lines]
+    assert [lines[0], lines[2]] == [[[*point] for point in points] for points in (many, few)]
+    assert lines[1] == [[*point] for point in zip(range(60), smoothed([value for _, value in many], 2))]
+    assert axes.get_legend() and not alone.get_legend() and (axes.get_xlim()[0], axes.get_xlabel()) == (0, "step")
+    groups = {"boolq": {"sft": {"value": None}, "base": {"value": 0.2, "stderr": 0.1, "baseline": 0.5}}}
+    groups["copa"] = {"sft": {"value": 0.6, "baseline": 0}, plots_module.GPT2: {"value": 0.7}}
+    assert draw_bars(groups, tmp_path / "x.png", "CORE") == f"{tmp_path.name}/x.png"
+    draw_bars({"boolq": {"base": {"value": 1, "stderr": None}}}, tmp_path / "x.png", "")
+    figure, ((axes,), (alone,)) = figures[2], (figure.axes for figure in figures[2:])
+    bars = [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for group in axes.containers[:6] for bar in group
+            if isinstance(bar, Rectangle)]  # fmt: skip
+    assert bars == [(0, 0.2), (pytest.approx(1.28), 0.6), (pytest.approx(1.56), 0.7)]  # .84 / 3 apart
+    marks = [line.round(9).tolist() for lines in axes.collections for line in lines.get_segments() if np.ptp(line)]
+    expected = [[[0.1, 0], [0.3, 0]], *[[[0.5, -0.14], [0.5, 0.14]]] * 2, *[[[0, 1.14], [0, 1.42]]] * 2]
+    assert sorted(line for line in marks if line[0] != line[1]) == sorted(expected)
+    assert axes.get_yticks().tolist() == pytest.approx([0.28, 1.28]) and axes.yaxis_inverted()
+    assert figure.get_size_inches().tolist() == pytest.approx([5.4, 0.2 * 2 * 4 + 1.1])  # .2 per bar and gap
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["BASE", "SFT", plots_module.GPT2]
+    assert not figures[3].legends and {text.get_text() for text in axes.texts} == {" 0.200", " 0.600", " 0.700"}
 
 
 def test_bytes_per_token_are_compared_with_the_tokenizers_in_the_cache(tokenizer, tmp_path, monkeypatch):
@@ -422,3 +446,13 @@ def test_a_collections_text_has_a_row_for_each_model_and_dashes_for_what_is_miss
     assert cells[0] == "[you/a](https://huggingface.co/you/a)" and cells[1:4] == ["24", "1,400,000", "5,000,000,000"]
     assert cells[4:8] == ["0.7200", "0.3000", "0.1000", "1 h 41 min"]
     assert [cell.strip() for cell in second.split("|")[2:8]] == ["-"] * 6
+
+
+def test_curves_have_the_color_of_their_stage_or_of_their_run_and_no_outcomes_are_none(run, tmp_path, monkeypatch):
+    colors, facts = [], collect(Run(run))
+    monkeypatch.setattr(plots_module, "draw_lines", lambda lines, path, title, own: colors.append(own))
+    for runs in ({"": facts}, {"a": facts, "b": facts}):
+        plots_module.draw_curves(runs, tmp_path / "plots")
+    stages = [[plots_module.COLORS[stage]] for stage in ("base", "base", "rl")]
+    assert colors == [*stages, *[plots_module.RUN_COLORS] * 3]
+    assert outcomes(Run(tmp_path / "none"), "sft", "facts", {}) is None

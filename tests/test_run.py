@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import field
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -203,6 +204,16 @@ def test_expected_errors_end_a_script_in_one_line(capsys, monkeypatch, error, ra
     with pytest.raises(SystemExit) as caught:
         guarded(main)
     assert caught.value.code == code and capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("error,code", [(BrokenPipeError(), 141), (OSError(28, "full"), 2)])
+def test_output_that_nobody_takes_is_dropped(tmp_path, monkeypatch, error, code):
+    with open(tmp_path / "out", "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(SystemExit) as caught:
+            guarded(Mock(side_effect=error))
+        out.write("lost")
+    assert caught.value.code == code and (tmp_path / "out").read_text() == ""
 
 
 def test_the_recorded_version_is_of_the_package_that_is_imported(tmp_path, monkeypatch):

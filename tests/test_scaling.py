@@ -227,6 +227,7 @@ def test_the_plan_has_the_memory_of_a_stage_within_a_tenth(stage, depth, size, p
     "gpu, base, text",
     [
         ("L4", {"depth": 24, "device_batch_size": 8}, "of 24 GB per GPU: too much, lower base.device_batch_size"),
+        ("L4", {"depth": 32, "device_batch_size": 2}, "of 24 GB per GPU: too much, lower base.device_batch_size"),
         ("L4", {"depth": 32}, "of 24 GB per GPU: too much, lower base.depth"),
         ("L4", {"depth": 12}, "of 24 GB per GPU: too much, lower sft.device_batch_size"),  # 29 GB: it has no kernels
         ("H100", {"depth": 12}, "of 80 GB per GPU base"),
@@ -270,6 +271,9 @@ def test_the_learning_rate_warms_up_stays_and_decays_without_a_jump():
 def test_momentum_warms_up_for_400_steps_and_ends_lower_and_weight_decay_follows_a_cosine():
     points = {0: 0.85, 200: 0.91, 400: 0.97 - 0.07 * 50 / 650, 1000: 0.90}
     assert {step: SHAPE.muon_momentum(step) for step in points} == pytest.approx(points)
+    late = Schedule(num_iterations=1000, warmdown_ratio=0.2)  # at its peak from 400 to 800
+    points = {399: 0.85 + 0.12 * 399 / 400, 401: 0.97, 800: 0.97, 900: 0.935, 1000: 0.90, 1100: 0.90}
+    assert {step: late.muon_momentum(step) for step in points} == pytest.approx(points)
     assert [SHAPE.weight_decay(step) for step in (0, 500, 1000)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
 
 

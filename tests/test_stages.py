@@ -189,7 +189,7 @@ FIGURES = [  # metrics.json of a stage, the figures of its last line
     ("eval", {"core": {"base": {"label": "CORE", "value": 0.25, "per_task": {}}},
               "kocore": {"mid": {"label": "K", "value": 0}, "sft": {"label": "KoCORE", "value": 0.125}}},
      "CORE 0.2500, KoCORE 0.1250"),
-    ("sft", {}, ""),
+    ("sft", {}, ""), ("eval", {"results": {"base": {"bpb": RESULTS["sft"]["bpb"]}}}, ""),
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -469,3 +470,31 @@ def test_whoever_lost_the_url_uploads_no_more_and_says_so(remote, tmp_path, monk
         wait_for(lambda: store.write(module.OWNER, STRANGER) or syncs[0].other)
         write_stage(run, "base")
     assert store.read(module.OWNER) == STRANGER and names_at(remote) == []
+
+
+@pytest.mark.parametrize("failures,warnings", [(3, 0), (4, 1), (6, 1)])
+def test_uploads_that_fail_are_tried_again_with_pauses_and_told_once(capsys, failures, warnings):
+    pauses, ends = [], iter([False] * failures + [True])
+    closing = SimpleNamespace(wait=lambda seconds: pauses.append(seconds) or next(ends))
+    last = Mock(side_effect=InputError("no"))
+    sync = SimpleNamespace(
+        url="u", closing=closing, upload_due=Mock(side_effect=OSError("x")), repeated=last, error=None
+    )
+    module.Sync.keep_up(sync)
+    assert capsys.readouterr().out.count("warning: u is behind") == warnings and sync.error == "no"
+    assert pauses == [0.02, 0.01, *[0.05] * 6][: failures + 1]
+
+
+def test_an_owner_renews_until_another_has_the_url():
+    for owner, renewals, other in (("me", 2, ""), ("", 2, ""), ("another", 0, "another")):
+        sync = SimpleNamespace(store=SimpleNamespace(renewal=7), other="", me="me", renew=Mock())
+        sync.owner, sync.released = Mock(return_value=(owner, b"")), Mock(wait=Mock(side_effect=[False, False, True]))
+        Sync.keep_owner(sync)
+        assert (sync.renew.call_count, sync.other) == (renewals, other)
+
+
+def test_a_repository_of_uploads_is_private_and_its_commits_say_what_came(monkeypatch):
+    monkeypatch.setattr(module, "log_in", api := Mock())
+    module.HubStore("hf://you/run").put("x", "base--3")
+    api().create_repo.assert_called_once_with("you/run", private=True, exist_ok=True)
+    assert api().upload_folder.call_args.kwargs["commit_message"] == "Upload base"

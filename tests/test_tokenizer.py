@@ -199,3 +199,8 @@ def test_bytes_per_token_counts_no_bos(tokenizer):
     assert module.bytes_per_token(tokenizer, texts) == (13 + 50) / num_tokens
     with pytest.raises(InputError, match="no text to measure"):
         module.bytes_per_token(tokenizer, [])
+
+
+def test_a_text_that_is_too_short_for_a_vocabulary_is_told():
+    with pytest.warns(UserWarning, match=r"the text gives only \d+ tokens, not 400"):
+        train_bpe(iter(["abc"]), vocab_size=400)

@@ -229,6 +229,7 @@ def test_an_eos_that_names_no_end_of_an_answer_gives_way_to_the_models():
     assert stop_ids([21], None, [19, 21], 19, without=21) == [19]
     assert stop_ids(None, torch.tensor(5), [19], 19, without=21) == [5]
     assert stop_ids(None, None, None, 19, without=21) == [19]
+    assert stop_ids([7, 21], 5, [19], 19, without=21) == [7] and stop_ids(21, [21], 21, 21, without=21) == []
 
 
 def test_only_calls_are_answered_and_only_once(tokenizer):

@@ -25,8 +25,8 @@ from nanochat_hf.kernels.backend import version
 from nanochat_hf.model import NanoChatForCausalLM
 from nanochat_hf.optim.scaling import plan
 from nanochat_hf.stage_configs import PretrainConfig
+from nanochat_hf.train import model_setup, monitoring, runtime
 from nanochat_hf.train import model_setup as setup
-from nanochat_hf.train import monitoring, runtime
 from nanochat_hf.train.fused_model import FusedTransformer
 from nanochat_hf.train.monitoring import Evaluator, LossSpikeDetector, StepTimer
 
@@ -342,3 +342,9 @@ def test_samples_are_greedy_of_one_length_and_the_same_every_time(evaluator, tok
     assert [sample["text"] for sample in samples] == texts and len(texts) == 3 and samples == evaluator.samples(7)
     assert all(sample["step"] == 7 and sample["prompt"] for sample in samples)
     assert tokenizer.bos_token not in samples[0]["prompt"]
+
+
+def test_adapters_have_the_configured_rank_and_scale():
+    adapters = model_setup.lora(SimpleNamespace(lora_r=4, lora_alpha=12))
+    assert (adapters.r, adapters.lora_alpha, adapters.task_type) == (4, 12, "CAUSAL_LM")
+    assert model_setup.lora(SimpleNamespace(lora_r=0, lora_alpha=12)) is None

@@ -315,3 +315,10 @@ def test_texts_of_neighboring_parts_are_joined():
         assert normalize([{"role": "user", "content": odd}]) == [{"role": "user", "content": odd}]
     for odd in ("text", None, ["a"], {"role": "user"}):
         assert normalize(odd) == odd
+
+
+def test_a_system_message_beside_an_empty_conversation_begins_it():
+    system = {"role": "system", "content": "x"}
+    for rest in ([], [None], [{"role": "user", "content": "a"}]):
+        assert transforms._with_system({"system": "x"}, rest) == [system, *rest]
+    assert transforms._with_system({"system": "x"}, [system]) == [system]

@@ -152,12 +152,12 @@ def summary_table(stages: dict, evaluation: dict) -> dict[str, dict[str, dict]]:
     results = {stage: dict(numbers) for stage, numbers in evaluation["results"].items()}
     bpb = {stage: results[stage].pop("val_bpb") for stage in MODEL_STAGES if "val_bpb" in results.get(stage, {})}
     if not bpb and (value := stages.get("base", {}).get("val_bpb")) is not None:
-        bpb = {"base": {"value": value, "stderr": None, "higher_is_better": False}}
+        bpb = {"base": {"value": value, "stderr": None}}
     rows = {"val bpb": bpb} if bpb else {}
     for kind in ("core", "chatcore", "kocore"):
         for stage, mean_result in evaluation[kind].items():
             cell = {key: value for key, value in mean_result.items() if key != "per_task"}
-            cell |= {"higher_is_better": True, "baseline": 0}  # of centered accuracies
+            cell["baseline"] = 0  # of centered accuracies
             rows.setdefault(mean_name(mean_result), {})[stage] = cell
         for stage in MODEL_STAGES if kind == "core" else ():
             for name, result in results.get(stage, {}).items():
