@@ -2,15 +2,16 @@
 
     python scripts/rejection_sampling.py cpu-demo --num-prompts 1600
 
-Samples as RL does: its prompts, completions per prompt and rewards, by the keys of the recipe's rl.yaml. The model is
-that of SFT. Of equal completions of a prompt one is kept, cut off ones are left out. (RFT, arXiv:2308.01825.)
+Samples as RL does: its prompts, completions per prompt and rewards, by the keys of the recipe's rl.yaml. Of equal
+completions of a prompt one is kept, cut off ones are left out. (RFT, arXiv:2308.01825.)
 """
 
 import re
+from typing import Literal
 
 from nanochat_hf.config import Count, Parser, Place, parse_config
 from nanochat_hf.errors import guarded
-from nanochat_hf.run import Run, save_jsonl, writing
+from nanochat_hf.run import MODEL_STAGES, Run, save_jsonl, writing
 from nanochat_hf.stage_configs import RLConfig, find_recipe
 
 CALL = re.compile(r"(.*?)<\|python_start\|>(.*?)<\|python_end\|><\|output_start\|>(.*?)<\|output_end\|>", re.DOTALL)
@@ -29,12 +30,13 @@ def messages_of(text: str) -> list[dict]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.option("recipe", Place, help="its rl.yaml says what is asked, and how")
-    parser.option("--run-dir", Place, help="with a finished SFT (default: runs/RECIPE)")
+    parser.option("--run-dir", Place, help="run folder of the model that samples (default: runs/RECIPE)")
+    parser.option("--stage", Literal[MODEL_STAGES], default="sft", help="its stage: rl to teach a smaller model")
     parser.option("--num-prompts", Count, default=1000, help="prompts, of the first in RL's order")
     parser.option("--output", Place, default="right.jsonl", help="file to write")
     arguments = parser.parse_args()
     config = parse_config(RLConfig, find_recipe(arguments.recipe) / "rl.yaml")
-    model = Run(arguments.run_dir or f"runs/{find_recipe(arguments.recipe).name}").model("sft")
+    model = Run(arguments.run_dir or f"runs/{find_recipe(arguments.recipe).name}").model(arguments.stage)
     from nanochat_hf import stages  # with the large libraries
     from nanochat_hf.train.grpo import correctness, load_prompts, load_source
 
