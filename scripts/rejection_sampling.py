@@ -2,16 +2,14 @@
 
     python scripts/rejection_sampling.py cpu-demo --num-prompts 1600
 
-Samples as RL does: its prompts, completions per prompt and rewards, by the keys of the recipe's rl.yaml. Of equal
-completions of a prompt one is kept, cut off ones are left out. (RFT, arXiv:2308.01825.)
+Samples as RL does, by the recipe's rl.yaml. Equal completions count once, cut off ones never. (RFT, arXiv:2308.01825.)
 """
 
 import re
-from typing import Literal
 
 from nanochat_hf.config import Count, Parser, Place, parse_config
 from nanochat_hf.errors import guarded
-from nanochat_hf.run import MODEL_STAGES, Run, save_jsonl, writing
+from nanochat_hf.run import Run, save_jsonl, writing
 from nanochat_hf.stage_configs import RLConfig, find_recipe
 
 CALL = re.compile(r"(.*?)<\|python_start\|>(.*?)<\|python_end\|><\|output_start\|>(.*?)<\|output_end\|>", re.DOTALL)
@@ -31,7 +29,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.option("recipe", Place, help="its rl.yaml says what is asked, and how")
     parser.option("--run-dir", Place, help="run folder of the model that samples (default: runs/RECIPE)")
-    parser.option("--stage", Literal[MODEL_STAGES], default="sft", help="its stage: rl to teach a smaller model")
+    parser.option("--stage", Place, default="sft", help="its stage: rl to teach a smaller model")
     parser.option("--num-prompts", Count, default=1000, help="prompts, of the first in RL's order")
     parser.option("--output", Place, default="right.jsonl", help="file to write")
     arguments = parser.parse_args()
