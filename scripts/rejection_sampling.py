@@ -2,8 +2,7 @@
 
     python scripts/rejection_sampling.py cpu-demo --num-prompts 1600
 
-Samples as RL does: its prompts, completions per prompt and rewards, by the keys of the recipe's rl.yaml. The model is
-that of SFT. Of equal completions of a prompt one is kept, cut off ones are left out. (RFT, arXiv:2308.01825.)
+Samples as RL does, by the recipe's rl.yaml. Equal completions count once, cut off ones never. (RFT, arXiv:2308.01825.)
 """
 
 import re
@@ -29,12 +28,13 @@ def messages_of(text: str) -> list[dict]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.option("recipe", Place, help="its rl.yaml says what is asked, and how")
-    parser.option("--run-dir", Place, help="with a finished SFT (default: runs/RECIPE)")
+    parser.option("--run-dir", Place, help="run folder of the model that samples (default: runs/RECIPE)")
+    parser.option("--stage", Place, default="sft", help="its stage: rl to teach a smaller model")
     parser.option("--num-prompts", Count, default=1000, help="prompts, of the first in RL's order")
     parser.option("--output", Place, default="right.jsonl", help="file to write")
     arguments = parser.parse_args()
     config = parse_config(RLConfig, find_recipe(arguments.recipe) / "rl.yaml")
-    model = Run(arguments.run_dir or f"runs/{find_recipe(arguments.recipe).name}").model("sft")
+    model = Run(arguments.run_dir or f"runs/{find_recipe(arguments.recipe).name}").model(arguments.stage)
     from nanochat_hf import stages  # with the large libraries
     from nanochat_hf.train.grpo import correctness, load_prompts, load_source
 

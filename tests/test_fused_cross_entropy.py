@@ -50,11 +50,11 @@ def test_in_fp8_the_loss_and_its_gradients_are_near_the_exact_ones(device, cap, 
     weight = (0.3 * torch.randn(1024, 128, device=device)).requires_grad_()
     targets = torch.randint(0, 1000, (320,), device=device)
     targets[::7] = -100
-    weight8 = quantize_weight(weight)
-    seen = (weight8.pair.row_major.float() * weight8.pair.scale)[:1000]
+    quantized = quantize_weight(weight)
+    seen = (quantized.pair.row_major.float() * quantized.pair.scale)[:1000]
     monkeypatch.setattr(fused_cross_entropy, "FP8_LOGITS_BYTES", 2 * 1024 * 128)  # three chunks, the last one short
     for _ in range(2):
-        loss = fused_linear_cross_entropy(hidden, weight8, targets, cap, 1000)
+        loss = fused_linear_cross_entropy(hidden, quantized, targets, cap, 1000)
         (loss / 4).backward()
     leaves = hidden.detach().float().requires_grad_(), seen.detach().requires_grad_()
     exact = F.cross_entropy(softcap(leaves[0] @ leaves[1].T, cap), targets, ignore_index=-100)

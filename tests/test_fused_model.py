@@ -175,8 +175,8 @@ def test_the_residual_mix_is_compiled_for_every_kind_of_batch(monkeypatch):
     """Training or not, first layer or not, one sequence or more, any length: more programs than PyTorch allows."""
     compiled = cache(partial(torch.compile, backend="eager"))
     monkeypatch.setattr(block_matmuls, "compiled", compiled)
-    mix = lambda x, y, x0, lambdas, eps: block_matmuls._ResidualMix.apply(x, y, x0, *lambdas, eps)  # noqa: E731
-    monkeypatch.setattr(fused_model, "residual_mix", mix)
+    residual_mix = lambda x, y, x0, lambdas, eps: block_matmuls._ResidualMix.apply(x, y, x0, *lambdas, eps)  # noqa: E731
+    monkeypatch.setattr(fused_model, "residual_mix", residual_mix)
     model = FusedTransformer(random_model(2, num_hidden_layers=2))
     for grad in (True, False):
         for size in ((4, 40), (4, 57), (1, 50), (1, 60), (3, 62)):

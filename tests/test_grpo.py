@@ -353,7 +353,8 @@ def test_rejection_sampling_keeps_each_right_completion_once(talker_folder, tmp_
         runpy.run_path("scripts/rejection_sampling.py", run_name="__main__")
     assert "cannot write" in capsys.readouterr().err
     monkeypatch.setattr(stages, "engine", lambda model, tokenizer: SimpleNamespace(generate=generate))
-    monkeypatch.setattr("sys.argv", ["rejection_sampling.py", *words, str(output)])
+    (run / "sft").rename(run / "rl")
+    monkeypatch.setattr("sys.argv", ["rejection_sampling.py", "--stage", "rl", *words, str(output)])
     runpy.run_path("scripts/rejection_sampling.py", run_name="__main__")
     assert capsys.readouterr().out.startswith("4 different right completions of 12")
     chats = [json.loads(line)["messages"] for line in output.read_text().splitlines()]
