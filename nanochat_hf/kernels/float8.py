@@ -22,7 +22,7 @@ from .weight_cache import accumulate_grad_, cast_weights
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 PLAIN, SQUARED, SQUARED_GRAD = range(3)  # what is cast: x, relu(x)^2, or grad times the derivative of relu(x)^2
 AMAX_TILE = dict(ROWS=16, COLUMNS=256, num_warps=8)  # fastest of 11 on an H200
-CAST_TILE = dict(ROWS=32, COLUMNS=128, num_warps=4)
+CAST_TILE = dict(ROWS=32, COLUMNS=128, num_warps=8)
 # The assembler of Triton up to 3.8 corrupts the transposed store of a kernel that stores both layouts (triton-lang/
 # triton#11111), but not from bf16 at multiples of ALIGNED with CAST_TILE: all other casts launch once per layout.
 ALIGNED = 64

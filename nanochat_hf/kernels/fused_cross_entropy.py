@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import check, tl, triton, usable, with_gradients
-from .float8 import CAST_TILE, E4M3, E5M2, Float8Pair, Float8Weight, empty, quantize
+from .float8 import ALIGNED, CAST_TILE, E4M3, E5M2, Float8Pair, Float8Weight, empty, quantize
 
 MAX_LOGITS_BYTES = 1 << 30  # of one chunk of bf16 logits; larger chunks gain nothing once the matmuls fill the device
 FP8_LOGITS_BYTES = 1 << 28  # the same in FP8, where the gradients of all chunks are kept, transposed
@@ -203,10 +203,13 @@ def softcapped_loss_and_grad(
         BLOCK=min(4096, triton.next_power_of_2(vocab_size)), num_warps=8,
     )  # fmt: skip
     grid = triton.cdiv(rows, CAST_TILE["ROWS"]), triton.cdiv(vocab_size, CAST_TILE["COLUMNS"])
-    _softcap_grad[grid](
-        logits, targets, log_masses, out.row_major, out.transposed, rows, num_tokens, vocab_size,
-        out.transposed.stride(0), softcap or 0.0, CAPPED=softcap is not None, FAST=True, LARGEST=largest, **CAST_TILE,
-    )  # fmt: skip
+    aligned = not any(size % ALIGNED for size in (rows, vocab_size, out.transposed.stride(0)))
+    pairs = [out[:2]] if aligned else [(out.row_major, None), (None, out.transposed)]
+    for pair in pairs:
+        _softcap_grad[grid](
+            logits, targets, log_masses, *pair, rows, num_tokens, vocab_size, out.transposed.stride(0),
+            softcap or 0.0, CAPPED=softcap is not None, FAST=True, LARGEST=largest, **CAST_TILE,
+        )  # fmt: skip
     return losses
 
 

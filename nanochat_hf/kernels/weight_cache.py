@@ -96,7 +96,7 @@ class EmbeddingGradIndex:
         if len(self.frequent):
             _add_rows[(len(self.frequent), triton.cdiv(columns, 128))](
                 total, grad, self.order, self.starts, self.frequent, columns, self.RARE + 1, len(self.order),
-                ROWS=64, BLOCK=128, num_warps=8,
+                ROWS=64, BLOCK=128, num_warps=4,
             )  # fmt: skip
         return total if table.grad is None else None
 
