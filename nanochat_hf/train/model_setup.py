@@ -180,7 +180,7 @@ def describe(network: nn.Module, fp8: bool | str) -> str:
     """The kernels and the precision of a module of `build_loss_module`, and what would be faster here, in one line."""
     device, uses_fp8 = network.model.lm_head.weight.device, getattr(network, "fp8", False)
     dtype, fused_step = compute_dtype(device, half=True), isinstance(network, FusedTransformer)
-    precision = f"precision {str(dtype).removeprefix('torch.')}{' with FP8 blocks' if uses_fp8 else ''}"
+    precision = f"precision {str(dtype).removeprefix('torch.')}{' with FP8 matmuls' if uses_fp8 else ''}"
     kernels, hints = [f"PyTorch on {device.type}"], []
     if device.type == "cuda":
         names = {name: f"{name} {version(name)}" for name in ("flash-attn-4", "quack-kernels", "triton")}
