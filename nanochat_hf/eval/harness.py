@@ -199,7 +199,7 @@ def bpb_datasets(dataset: str | list[dict]) -> dict[str, str | list[dict]]:
     datasets = {"val_bpb": dataset}
     for place in [part["dataset"] for part in dataset] if isinstance(dataset, list) else ():
         name = next((part for part in reversed(Path(place).parts) if part not in ("train", "data")), place)
-        datasets[f"bpb {name}"] = place
+        datasets[f"bpb {name if datasets.get(f'bpb {name}', place) == place else place}"] = place
     return datasets
 
 

@@ -116,7 +116,10 @@ class Tasks:
         if output is None:
             return {}, []
         metadata, rows = task.config.metadata or {}, sorted(output["samples"][name], key=lambda row: row["doc_id"])
-        numbers = {key.removesuffix(",none"): value for key, value in output["results"][name].items()}
+        first = rows[0]["filter"]  # lm-eval's tasks may read an answer in several ways, the strictest first
+        rows = [row for row in rows if row["filter"] == first]
+        every = output["results"][name]
+        numbers = {key.removesuffix(f",{first}"): value for key, value in every.items()}
         metric = next(m for m in ("acc", "acc_norm", "exact_match", *task.aggregation()) if m in numbers)
         samples, baseline = [sample_row(row) for row in rows], metadata.get("baseline")
         result = {
@@ -127,6 +130,7 @@ class Tasks:
             "higher_is_better": task.higher_is_better().get(metric, True),
         }
         result |= {k: v for k, v in numbers.items() if k.startswith("pass@") and "stderr" not in k}
+        result |= {key: every[key] for key in every if key.startswith(f"{metric},") and key != f"{metric},{first}"}
         if name.startswith("nanochat_demo_"):  # lm-eval's CLI cannot count calls: it drops special tokens
             first = [row["answer"] if isinstance(row["answer"], str) else row["answer"][0] for row in samples]
             result["tool_use"] = sum(map(used_tool, first)) / len(first)
@@ -134,7 +138,8 @@ class Tasks:
         if unchecked := round(numbers.get("unchecked", 0) * len(samples)):
             result["unchecked"] = unchecked
         result |= {kind: True for kind in MEANS if name in self.members(kind)}
-        return {task.config.task_alias or name: result}, samples
+        alias, aliases = task.config.task_alias, [task.config.task_alias for task in self.loaded.values()]
+        return {alias if alias and aliases.count(alias) == 1 else name: result}, samples
 
 
 def task_manager(config, chat_data: list[str | None] | None = None, include_defaults: bool = False) -> TaskManager:
