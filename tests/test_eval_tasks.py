@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import _import_func_in_yml, load_yaml
 
+from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import load_tasks, run_lm_eval
 from nanochat_hf.eval.harness import EvalConfig, format_result
 from nanochat_hf.eval.lm_eval_model import LocalLM
@@ -272,11 +273,15 @@ def test_of_several_ways_to_read_an_answer_the_first_is_the_value(tmp_path, tiny
         (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name, **template}))
     tasks = object.__new__(Tasks)
     tasks.config, tasks.chat, tasks.members = EvalConfig(), [], lambda kind: []
-    tasks.loaded = load_tasks(TaskManager(include_path=str(tmp_path), include_defaults=False), ["one", "two"])
+    task_manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    tasks.loaded = load_tasks(task_manager, ["one", "two"])
     says_three = SimpleNamespace(generate=lambda prompts, **options: [[tokenizer.encode("3")[1:]] for _ in prompts])
     lm = LocalLM(tiny_model, tokenizer, EvalConfig(), says_three)
     results = tasks.run("one", lm)[0] | tasks.run("two", lm)[0]
     assert set(results) == {"one", "two"} and results["one"] == results["two"]
+    tasks.config, tasks.manager = EvalConfig(tasks=["one"], num_samples=2, temperature=1), task_manager
+    with pytest.raises(InputError, match="num_samples is 2: one of lm-eval grades one answer"):
+        tasks.load()
     result = results["one"]
     assert (result["value"], result["n"], result["exact_match,flexible"]) == (0, 5, 0.2)
     report = metrics_by_stage({"one": {"sft": result}}, errors=True)

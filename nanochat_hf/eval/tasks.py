@@ -80,6 +80,9 @@ class Tasks:
                 raise InputError(f"no task of {name} has its rows here: {failures[0]}; name them with chat_data")
             if failures:
                 partial_state().print(f"[eval] {name} leaves out {', '.join(failures)}")
+        for name, task in self.loaded.items() if self.config.num_samples > 1 else ():
+            if task.OUTPUT_TYPE == "generate_until" and not name.startswith("nanochat_"):
+                raise InputError(f"num_samples is {self.config.num_samples}: {name} of lm-eval grades one answer each")
 
     def members(self, kind: str) -> list[str]:
         return self.manager.task_index[MEANS[kind][0]].cfg["task"]
