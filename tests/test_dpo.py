@@ -41,8 +41,9 @@ def write_pairs(config, rows):
     Path(config.dataset).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenizer):
+def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenizer, capsys):
     train, held_out, skipped = load_pairs(config, tokenizer, 64)
+    assert "prompt" not in capsys.readouterr().err
     assert (len(train), len(held_out)) == (32, 8)
     texts = [{row["prompt"][0]["content"] for row in rows} for rows in (train, held_out)]
     assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 40
@@ -53,6 +54,12 @@ def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenize
     for keys, words in (({"on_bad_example": "error"}, "row 40 of"), ({"num_eval_pairs": 40}, few)):
         with pytest.raises(InputError, match=words):
             load_pairs(DPOStageConfig(**asdict(config) | keys), tokenizer, 64)
+
+
+def test_training_pairs_with_the_prompt_of_a_validation_pair_are_counted(config, tokenizer, capsys):
+    write_pairs(config, [{"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}] * 10)
+    load_pairs(config, tokenizer, 64)
+    assert "[dpo] 2 training pairs have the prompt of a validation pair" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("row,reason", [

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from ..data.documents import log
 from ..data.mixture import MAX_LISTED_REASONS, DatasetConfig, log_skipped, open_rows
 from ..data.tokenizer import assistant_mask
 from ..data.transforms import BadRow, check, normalize, with_system
@@ -72,6 +73,10 @@ def load_pairs(config: DPOStageConfig, tokenizer, length: int) -> tuple[Dataset,
         few = f"{len(pairs)} pairs that can be used, too few for num_eval_pairs={num}: lower it"
         raise InputError(f"{config.dataset} has {few}{why}")
     pairs = Dataset.from_list(pairs).shuffle(config.seed)
+    prompts = [fingerprint(prompt) for prompt in pairs["prompt"]]
+    held_out = {*prompts[:num]}
+    if both := sum(prompt in held_out for prompt in prompts[num:]):
+        log(f"[dpo] {both:,} training pairs have the prompt of a validation pair: the validation is of prompts seen")
     return pairs.select(range(num, len(pairs))), pairs.select(range(num)), skipped
 
 
