@@ -34,8 +34,9 @@ from .tasks import EVALS, MEANS, Tasks, task_manager
 from .weights import model_id, outdated
 
 PACKAGE = Path(__file__).parents[1]
-CODE = ("eval/bpb", "eval/core", "eval/lm_eval_model", "eval/loglikelihood", "eval/tasks", "data/grading")
-CODE += ("data/transforms", "kernels/decode", "tools", "tool_loop")  # decides results
+CODE = ("eval/bpb", "eval/core", "eval/lm_eval_model", "eval/loglikelihood", "eval/tasks", "data/dataloader")
+CODE += ("data/documents", "data/grading", "data/mixture", "data/tokenizer", "data/transforms", "kernels/decode")
+CODE += ("tools", "tool_loop")  # decides results
 OF_ALL = ("examples", "seconds", "weights", "models")  # keys of metrics.json that hold a value for every stage
 NUMBERS = ("results", "core", *MEANS, *OF_ALL)  # all keys that hold values by stage
 
