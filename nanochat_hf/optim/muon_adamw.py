@@ -61,15 +61,12 @@ def param_groups(model: nn.Module, options: Mapping[str, Mapping]) -> list[dict]
     """One group per role over all trainable parameters, each parameter in exactly one.
 
     options: {role: {"kind": "muon" or "adamw", "lr", "weight_decay", and "momentum", "beta2" or "betas", "eps"}}, from
-    `scaling.optimizer_groups`. Raises InputError for a parameter whose role is unknown or has no options.
+    `scaling.optimizer_groups`. Raises InputError for a parameter whose role is unknown.
     """
     groups: dict[str, list] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            role = role_of(name)
-            if role not in options:
-                raise InputError(f"no optimizer options for role {role!r}, which {name!r} has")
-            groups[role].append(parameter)
+            groups[role_of(name)].append(parameter)
     return [{"role": role, "params": params, **options[role]} for role, params in groups.items()]
 
 
