@@ -124,7 +124,7 @@ class Tasks:
         every = output["results"][name]
         numbers = {key.removesuffix(f",{first}"): value for key, value in every.items()}
         metric = next(m for m in ("acc", "acc_norm", "exact_match", *task.aggregation()) if m in numbers)
-        samples, baseline = [sample_row(row) for row in rows], metadata.get("baseline")
+        samples, baseline = [sample_row(row, metric) for row in rows], metadata.get("baseline")
         result = {
             "value": numbers[metric],
             "stderr": standard_error([row.get(metric) for row in rows]),
@@ -185,8 +185,8 @@ def chat_folder(config) -> str | None:
     return folder
 
 
-def sample_row(sample: dict) -> dict:
-    """The parts of an lm-eval sample that a person reads."""
+def sample_row(sample: dict, metric: str = "acc") -> dict:
+    """The parts of an lm-eval sample that a person reads; graded by `metric`, if that is one number per sample."""
     doc, answers = sample["doc"], sample["filtered_resps"][0]
     if not isinstance(answers, str | list):  # multiple choice: (log-probability, greedy) of each letter
         scores = zip(sample["arguments"], sample["filtered_resps"])
@@ -194,7 +194,8 @@ def sample_row(sample: dict) -> dict:
     question = doc["messages"][0]["content"] if doc.get("messages") else doc.get("question") or doc.get("prompt")
     question = question if isinstance(question, str) else str(sample["arguments"][0][0])
     expected = doc["letters"][sample["target"]] if "letters" in doc else sample["target"]
-    return {"question": question, "expected": expected, "answer": answers, "correct": sample.get("acc")}
+    correct = sample.get(metric) if isinstance(sample.get(metric), int | float) else None
+    return {"question": question, "expected": expected, "answer": answers, "correct": correct}
 
 
 def majority(samples: list[dict]) -> float:
