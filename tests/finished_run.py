@@ -44,7 +44,7 @@ def finished_run(tmp_path):
         results={
             "base": {"val_bpb": result(1.1, stderr=None, higher_is_better=False)},
             "sft": {"facts": result(0.93), "counting": result(0.8, baseline=0.25, tool_use=0.99, **{"pass@2": 0.9})},
-            "rl": {"counting": result(0.85)},
+            "rl": {"counting": result(0.85, tool_use=0.0)},  # it calls no tool any more
         },
         core={"base": core},
         bytes_per_token={"korean": {"ours": 1.5, "GPT-2": None}},

@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
+from random import Random
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -29,13 +31,19 @@ def config(tmp_path) -> DPOStageConfig:
     prompts = [{"role": "user", "content": f"Is it {number}?"} for number in range(40)]
     rows = [{"prompt": [prompt], "chosen": [REPLY], "rejected": [OTHER]} for prompt in prompts]
     rows.append({**rows[0], "chosen": [{**REPLY, "content": "word " * 200}]})
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {"examples_per_step": 8, "device_batch_size": 8, "num_eval_pairs": 8, "num_iterations": 6}
-    return DPOStageConfig(dataset=str(tmp_path / "pairs.jsonl"), init_lr_frac=0.1, **keys)
+    config = DPOStageConfig(dataset=str(tmp_path / "pairs.jsonl"), init_lr_frac=0.1, **keys)
+    write_pairs(config, rows)
+    return config
 
 
-def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenizer):
+def write_pairs(config, rows):
+    Path(config.dataset).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenizer, capsys):
     train, held_out, skipped = load_pairs(config, tokenizer, 64)
+    assert "prompt" not in capsys.readouterr().err
     assert (len(train), len(held_out)) == (32, 8)
     texts = [{row["prompt"][0]["content"] for row in rows} for rows in (train, held_out)]
     assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 40
@@ -46,6 +54,12 @@ def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenize
     for keys, words in (({"on_bad_example": "error"}, "row 40 of"), ({"num_eval_pairs": 40}, few)):
         with pytest.raises(InputError, match=words):
             load_pairs(DPOStageConfig(**asdict(config) | keys), tokenizer, 64)
+
+
+def test_training_pairs_with_the_prompt_of_a_validation_pair_are_counted(config, tokenizer, capsys):
+    write_pairs(config, [{"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}] * 10)
+    load_pairs(config, tokenizer, 64)
+    assert "[dpo] 2 training pairs have the prompt of a validation pair" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("row,reason", [
@@ -78,6 +92,10 @@ def test_a_pair_is_cut_where_its_conversations_differ(tokenizer):
     assert read_pair(row, tokenizer, 64) == expected
     longer = {"prompt": [USER], "chosen": [REPLY, USER, REPLY], "rejected": [REPLY, USER, OTHER]}
     assert read_pair(longer, tokenizer, 64)["prompt"] == [USER, REPLY, USER]
+    system = {"role": "system", "content": "Be brief."}
+    for beside in ({"prompt": [USER]}, {"prompt": None, "chosen": [USER, REPLY], "rejected": [USER, OTHER]}):
+        row = expected | beside | {"system": "Be brief."}  # as some datasets have it
+        assert read_pair(row, tokenizer, 64) == expected | {"prompt": [system, USER]}
     size = len(tokenizer.apply_chat_template([USER, REPLY], return_dict=False))
     assert read_pair(expected, tokenizer, size) == expected  # `yes` and `no` are equally long or shorter
     with pytest.raises(BadRow, match=f"{size} tokens"):
@@ -117,6 +135,19 @@ def test_the_chosen_completion_becomes_likelier(tiny_folder, config, tmp_path, m
     assert len(metrics["history"]) == metrics["num_iterations"] == 6 and metrics["tokens_per_second"] > 0
     assert metrics["num_epochs"] == 6 * config.examples_per_step / metrics["rows"]
     assert len(calls) > 6 and AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
+
+
+def test_an_evaluation_is_a_mean_over_pairs_whatever_the_micro_batch(tiny_folder, config, tmp_path):
+    rows, rng = [json.loads(line) for line in Path(config.dataset).read_text().splitlines()][:40], Random(0)
+    for row in rows:
+        row["chosen"][0]["content"], row["rejected"][0]["content"] = rng.sample(["yes", "no", "red owl", "three"], 2)
+    write_pairs(config, rows)
+    results = []
+    for size in (4, 10):  # ten pairs as 4 + 4 + 2, and as one batch
+        few = {"num_eval_pairs": 10, "device_batch_size": size, "examples_per_step": 20, "num_iterations": 1}
+        train_dpo(replace(config, **few), tiny_folder, tmp_path / str(size))
+        results.append(load_json(tmp_path / str(size) / "metrics.json")["after"])
+    assert 0 < results[1]["accuracy"] < 1 and results[0] == pytest.approx(results[1], rel=1e-4)
 
 
 def test_the_loss_is_that_of_the_papers_formula_with_the_configs_beta(tiny_folder, config, tmp_path):

@@ -1,6 +1,7 @@
 """The task files: they load in lm-eval, refuse damaged rows, build upstream's prompts and grade; results are read."""
 
 import json
+import re
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -13,9 +14,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import _import_func_in_yml, load_yaml
 
+from nanochat_hf.errors import InputError
 from nanochat_hf.eval.core import load_tasks, run_lm_eval
 from nanochat_hf.eval.harness import EvalConfig, format_result
 from nanochat_hf.eval.lm_eval_model import LocalLM
+from nanochat_hf.eval.report import metrics_by_stage
 from nanochat_hf.eval.tasks import Tasks, majority, sample_row, standard_error
 from nanochat_hf.run import save_jsonl
 
@@ -253,6 +256,40 @@ def test_multiple_choice_is_the_same_by_our_runner_and_by_the_lm_eval_cli(tmp_pa
     assert task.fewshot_rnd.random() == Random(1234).random()  # the CLI's seed: the same few-shot examples
 
 
+def test_of_several_ways_to_read_an_answer_the_first_is_the_value(tmp_path, tiny_model, tokenizer):
+    """As lm-eval's own gsm8k does. Two tasks of one alias keep their names."""
+    folder = write(tmp_path / "rows.jsonl", [{"question": f"What is {i}?", "answer": str(i)} for i in range(5)])
+    template = {
+        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{folder}/rows.jsonl"}},
+        "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}", "task_alias": "math", "generation_kwargs": {"until": ["<|assistant_end|>"]},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": [
+            {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern}, {"function": "take_first"}]}
+            for name, pattern in (("strict", r"#### (\d)"), ("flexible", r"(\d)"))
+        ],
+    }  # fmt: skip
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name, **template}))
+    tasks = object.__new__(Tasks)
+    tasks.config, tasks.chat, tasks.members = EvalConfig(), [], lambda kind: []
+    task_manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    tasks.loaded = load_tasks(task_manager, ["one", "two"])
+    says_three = SimpleNamespace(generate=lambda prompts, **options: [[tokenizer.encode("3")[1:]] for _ in prompts])
+    lm = LocalLM(tiny_model, tokenizer, EvalConfig(), says_three)
+    (one, samples), (two, _) = (tasks.run(name, lm) for name in ("one", "two"))
+    results = one | two
+    assert [row["correct"] for row in samples] == [0] * 5  # so that runs can be compared question by question
+    assert set(results) == {"one", "two"} and results["one"] == results["two"]
+    tasks.config, tasks.manager = EvalConfig(tasks=["one"], num_samples=2, temperature=1), task_manager
+    with pytest.raises(InputError, match="num_samples is 2: one of lm-eval grades one answer"):
+        tasks.load()
+    result = results["one"]
+    assert (result["value"], result["n"], result["exact_match,flexible"]) == (0, 5, 0.2)
+    report = metrics_by_stage({"one": {"sft": result}}, errors=True)
+    assert re.search(r"one, exact_match,flexible +\| 0.2000 ", report) and len(report.splitlines()) == 4
+
+
 @pytest.mark.parametrize("text_stages, tasks", [(None, ["chat", "text"]), ([], ["chat"]), (["base"], ["chat"])])
 def test_tasks_of_plain_text_have_stages_of_their_own_or_those_of_the_chat_tasks(text_stages, tasks):
     config = SimpleNamespace(chat_stages=["sft"], text_stages=text_stages)
@@ -277,6 +314,7 @@ def test_the_majority_baseline_the_error_of_a_mean_and_samples_that_are_not_fini
 def test_of_several_accuracies_the_plain_one_is_the_value(monkeypatch):
     """lm-eval's own multiple choice has acc, by the sum of log-probabilities, and acc_norm, by their mean per byte."""
     row = {"doc_id": 0, "doc": {"question": "q"}, "filtered_resps": ["a"], "target": "a", "arguments": [("q",)]}
+    row["filter"] = "none"
     numbers = {"acc,none": 0.5, "acc_norm,none": 0.75}
     output = {"samples": {"arc": [{**row, "acc": 1.0}]}, "results": {"arc": numbers}}
     monkeypatch.setattr("nanochat_hf.eval.tasks.run_lm_eval", lambda *args, **options: output)

@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save_file
 from nanochat_hf import sandbox
 from nanochat_hf.demo import corpus as primer
 from nanochat_hf.errors import InputError
-from nanochat_hf.eval.harness import EvalConfig, chatcore_metric, check_counts, core_metric, definition_of, evaluate
+from nanochat_hf.eval.harness import (
+    EvalConfig,
+    bpb_datasets,
+    chatcore_metric,
+    check_counts,
+    core_metric,
+    definition_of,
+    evaluate,
+)
 from nanochat_hf.eval.lm_eval_model import load
 from nanochat_hf.eval.tasks import Tasks
 from nanochat_hf.run import load_json, model_fingerprint, save_json
@@ -97,6 +105,13 @@ def change_weights(folder, value=None):
     for name in [name for name in sorted(tensors) if "mlp" in name]:
         tensors[name] = tensors[name] + 0.5 if value is None else tensors[name].fill_(value)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_parts_of_a_mixture_with_one_name_are_measured_each():
+    parts = ["a/web/data/kor_Hang/train", "b/web/data/kor_Hang/train", "primer", "primer"]
+    datasets = bpb_datasets([{"dataset": part} for part in parts])
+    assert list(datasets) == ["val_bpb", "bpb kor_Hang", f"bpb {parts[1]}", "bpb primer"]
+    assert list(datasets.values())[1:] == parts[:3]
 
 
 def test_every_demo_task_is_graded_and_recorded(run):
@@ -219,7 +234,9 @@ def test_the_definition_depends_on_the_code_that_asks_computes_and_grades(tmp_pa
     package = shutil.copytree(ROOT / "nanochat_hf", tmp_path / "package", ignore=shutil.ignore_patterns("kernels"))
     monkeypatch.setattr("nanochat_hf.eval.harness.PACKAGE", package)
     before = definition_of(config())
-    for file in ("data/grading", "data/transforms", "demo/corpus", "eval/bpb", "eval/core", "tool_loop", "tools"):
+    files = "bpb core", "dataloader documents grading mixture tokenizer transforms"  # which rows, tokens, grades
+    files = [f"{folder}/{name}" for folder, names in zip(("eval", "data"), files) for name in names.split()]
+    for file in (*files, "demo/corpus", "tool_loop", "tools"):
         (package / f"{file}.py").open("a").write("# changed\n")
         assert before != (before := definition_of(config())), file
 

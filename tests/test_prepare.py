@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,17 @@ def tests(tmp_path):
     (tmp_path / "chat/gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = "nanochat_core_arc_easy,nanochat_core_squad,nanochat_gsm8k"
     return ["--decontaminate", tasks, "--core-bundle", tmp_path / "bundle", "--chat-data", tmp_path / "chat"]
+
+
+def test_a_second_run_of_a_process_has_its_own_test_rows(tmp_path):
+    source = jsonl(tmp_path / "texts" / "train.jsonl", [document(seed) for seed in range(20)])
+    for seed in (3, 7):
+        settings = {"min_chars": 1, "max_chars": None, "languages": None, "decontaminate": [f"task{seed}"], "seed": 0}
+        settings |= {"dedup": [], "validation": 0.1, "skip_bad_files": False}
+        rows = [("task", {"question": document(seed)})]
+        module.prepare([str(source)], settings, tmp_path / "out", 1, lambda rows=rows: rows)
+        assert document(seed) not in texts(tmp_path / "out", "train") + texts(tmp_path / "out", "validation")
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_exactly_the_planted_documents_go(tmp_path, capsys, monkeypatch, tests):

@@ -320,5 +320,5 @@ def test_texts_of_neighboring_parts_are_joined():
 def test_a_system_message_beside_an_empty_conversation_begins_it():
     system = {"role": "system", "content": "x"}
     for rest in ([], [None], [{"role": "user", "content": "a"}]):
-        assert transforms._with_system({"system": "x"}, rest) == [system, *rest]
-    assert transforms._with_system({"system": "x"}, [system]) == [system]
+        assert transforms.with_system({"system": "x"}, rest) == [system, *rest]
+    assert transforms.with_system({"system": "x"}, [system]) == [system]

@@ -78,7 +78,9 @@ class DatasetConfig:
             words *= self.transform in WORD_TRANSFORMS
             raise InputError(f"dataset {self.dataset} has no rows in split {self.split}{words}")
         if self.rows is None:
-            return round(len(source) * (1 if self.epochs is None else self.epochs))
+            if not (count := round(len(source) * (1 if self.epochs is None else self.epochs))):
+                raise InputError(f"{self.dataset} has {len(source)} rows, of which epochs {self.epochs:g} takes none")
+            return count
         if self.rows > len(source) and self.transform not in WORD_TRANSFORMS:
             raise InputError(f"{self.dataset} has {len(source)} rows, not {self.rows}: lower rows, or use epochs")
         return self.rows

@@ -103,6 +103,8 @@ def write_dataset(record: dict, files: Iterable, output: Path, work: Path, worke
     """The passes over the text, and the rename of the result; returns the counts."""
     start, resumed, out, parts = time.time(), any(work.glob("part_*")), work / "out", []
     settings = record["settings"]
+    for cached in (opened, tests_of):  # of another run of this process
+        cached.cache_clear()
     try:
         save_json(work / "run.json", record)
         tests = index_tests(work, eval_rows) if settings["decontaminate"] else {}

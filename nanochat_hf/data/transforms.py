@@ -24,7 +24,7 @@ class BadRow(ValueError):
 
 def messages(row: dict, rng: Random) -> list[dict]:
     """Conversations as they are: {"messages": [...]}, or the bare list (upstream's identity file)."""
-    return row if isinstance(row, list) else _with_system(row, row["messages"])
+    return row if isinstance(row, list) else with_system(row, row["messages"])
 
 
 def sharegpt(row: dict, rng: Random) -> list[dict]:
@@ -33,16 +33,16 @@ def sharegpt(row: dict, rng: Random) -> list[dict]:
     conversation = [{"role": names.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]
     for message, original in zip(conversation, row["conversations"]):
         message |= {"weight": original["weight"]} if "weight" in original else {}
-    return _with_system(row, conversation)
+    return with_system(row, conversation)
 
 
 def instruction(row: dict, rng: Random) -> list[dict]:
     """Alpaca's form: {"instruction", "output"}, and "input" that the instruction is about."""
     prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return _with_system(row, exchange(prompt, row["output"]))
+    return with_system(row, exchange(prompt, row["output"]))
 
 
-def _with_system(row: dict, conversation: list) -> list:
+def with_system(row: dict, conversation: list) -> list:
     """The conversation after the system message that its row holds beside it. Raises BadRow for what would be lost."""
     if row.get("history"):
         raise BadRow("its history would be left out: make it messages")

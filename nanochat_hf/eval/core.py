@@ -92,6 +92,7 @@ def run_lm_eval(lm, tasks: dict, limit: int | None, chat: bool, log_samples: boo
     for task in tasks.values():
         if hasattr(task, "use"):  # those of evals/tasks/core.py, which tokenize by themselves
             task.use(lm.tokenizer, lm.model.config)
+    lm.is_chat = chat
     return input_error(
         evaluator.evaluate,
         lm=lm,

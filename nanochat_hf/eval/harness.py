@@ -34,8 +34,9 @@ from .tasks import EVALS, MEANS, Tasks, task_manager
 from .weights import model_id, outdated
 
 PACKAGE = Path(__file__).parents[1]
-CODE = ("eval/bpb", "eval/core", "eval/lm_eval_model", "eval/loglikelihood", "eval/tasks", "data/grading")
-CODE += ("data/transforms", "kernels/decode", "tools", "tool_loop")  # decides results
+CODE = ("eval/bpb", "eval/core", "eval/lm_eval_model", "eval/loglikelihood", "eval/tasks", "data/dataloader")
+CODE += ("data/documents", "data/grading", "data/mixture", "data/tokenizer", "data/transforms", "kernels/decode")
+CODE += ("tools", "tool_loop")  # decides results
 OF_ALL = ("examples", "seconds", "weights", "models")  # keys of metrics.json that hold a value for every stage
 NUMBERS = ("results", "core", *MEANS, *OF_ALL)  # all keys that hold values by stage
 
@@ -199,7 +200,7 @@ def bpb_datasets(dataset: str | list[dict]) -> dict[str, str | list[dict]]:
     datasets = {"val_bpb": dataset}
     for place in [part["dataset"] for part in dataset] if isinstance(dataset, list) else ():
         name = next((part for part in reversed(Path(place).parts) if part not in ("train", "data")), place)
-        datasets[f"bpb {name}"] = place
+        datasets[f"bpb {name if datasets.get(f'bpb {name}', place) == place else place}"] = place
     return datasets
 
 

@@ -13,6 +13,7 @@ from itertools import count
 import torch
 from accelerate.utils import gather_object
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import DynamicCache
 
 from ..data.tokenizer import load_tokenizer, refuse_other_model, strip_special_tokens
@@ -29,8 +30,11 @@ REPACK = 0.75  # finished rows leave the batch when fewer than this share still 
 class LocalLM(HFLM):
     """lm-eval's model; each rank of the process group computes a share of the requests.
 
-    `config`: an `EvalConfig` with batch sizes and sampling; `engine` has the `generate` of `Generator`.
+    `config`: an `EvalConfig` with batch sizes and sampling; `engine` has the `generate` of `Generator`. `is_chat`:
+    whether the requests are rendered by the chat template, else special tokens in them are what somebody wrote.
     """
+
+    is_chat = True
 
     def __init__(self, model, tokenizer, config, engine=None):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=config.batch_size)
@@ -54,6 +58,9 @@ class LocalLM(HFLM):
         except Exception as error:  # a template may do anything
             raise InputError(f"the chat template of this model fails: {' '.join(str(error).split())[:200]}") from None
 
+    def tok_encode(self, string, *args, **kwargs):
+        return super().tok_encode(string if self.is_chat else strip_special_tokens(string), *args, **kwargs)
+
     def loglikelihood(self, requests, disable_tqdm=True):
         return super().loglikelihood(requests, disable_tqdm=True)  # the log has a line per task
 
@@ -71,11 +78,10 @@ class LocalLM(HFLM):
         return scores
 
     def generate_until(self, requests, disable_tqdm=False):
-        answers = [""] * len(requests)
+        answers, options = [""] * len(requests), [normalize_gen_kwargs(request.args[1]) for request in requests]
         by_length: dict[int, list[int]] = {}
-        for number, request in enumerate(requests):
-            length = self.options.max_new_tokens or request.args[1].get("max_gen_toks", 256)
-            by_length.setdefault(length, []).append(number)
+        for number, given in enumerate(options):
+            by_length.setdefault(self.options.max_new_tokens or given["max_gen_toks"], []).append(number)
         for length, numbers in by_length.items():
             longest_prompt = max(self.max_length - length, self.max_length // 2)
             outputs = self.engine.generate(
@@ -87,7 +93,7 @@ class LocalLM(HFLM):
             )
             for number, [ids] in zip(numbers, outputs):
                 text = self.tokenizer.decode(ids, skip_special_tokens=False)
-                for end in [*requests[number].args[1].get("until", []), self.tokenizer.eos_token]:
+                for end in filter(None, [*options[number]["until"], self.tokenizer.eos_token]):
                     text = text.split(end)[0]
                 answers[number] = text
         return answers

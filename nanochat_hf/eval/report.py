@@ -24,6 +24,7 @@ from .weights import REPLACED, outdated, replaced
 
 OTHER_TOKENIZERS = {"GPT-2": "openai-community/gpt2", "GPT-4": "Xenova/gpt-4"}
 NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?%?( (±|to) [-+]?[\d.]+)?( GiB)?|<0.001|[-+]?\d+ .*\b(min|s)")
+EXTRA = re.compile("tool_use|pass@|.*,")  # keys of a result with rows of their own; "metric,filter" is lm-eval's
 CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.S)
 
 
@@ -239,10 +240,10 @@ def metrics_by_stage(table: dict, errors: bool = False) -> str:
         cells = [named.get(stage, {}) for stage in stages]
         values = [with_error(cell.get("value"), cell.get("stderr") if errors else None) for cell in cells]
         rows.append([metric, *values, *(show(of_last_stage(named, key)) for key in counts)])
-        extra = dict.fromkeys(key for cell in cells for key in cell if key.startswith(("tool_use", "pass@")))
+        extra = dict.fromkeys(key for cell in cells for key in cell if cell[key] and EXTRA.match(key))
         for key in extra if errors else ():
             label, values = key.replace("tool_use", "tool called"), [show(cell.get(key), key) for cell in cells]
-            rows += [[f"{metric}, {label}", *values, "-", "-"]] if of_last_stage(named, key) else []
+            rows.append([f"{metric}, {label}", *values, "-", "-"])
     return grid(["Metric", *map(str.upper, stages), "Random baseline", "n"][: -1 if not errors else None], rows)
 
 

@@ -80,6 +80,9 @@ class Tasks:
                 raise InputError(f"no task of {name} has its rows here: {failures[0]}; name them with chat_data")
             if failures:
                 partial_state().print(f"[eval] {name} leaves out {', '.join(failures)}")
+        for name, task in self.loaded.items() if self.config.num_samples > 1 else ():
+            if task.OUTPUT_TYPE == "generate_until" and not name.startswith("nanochat_"):
+                raise InputError(f"num_samples is {self.config.num_samples}: {name} of lm-eval grades one answer each")
 
     def members(self, kind: str) -> list[str]:
         return self.manager.task_index[MEANS[kind][0]].cfg["task"]
@@ -116,9 +119,12 @@ class Tasks:
         if output is None:
             return {}, []
         metadata, rows = task.config.metadata or {}, sorted(output["samples"][name], key=lambda row: row["doc_id"])
-        numbers = {key.removesuffix(",none"): value for key, value in output["results"][name].items()}
+        first = rows[0]["filter"]  # lm-eval's tasks may read an answer in several ways, the strictest first
+        rows = [row for row in rows if row["filter"] == first]
+        every = output["results"][name]
+        numbers = {key.removesuffix(f",{first}"): value for key, value in every.items()}
         metric = next(m for m in ("acc", "acc_norm", "exact_match", *task.aggregation()) if m in numbers)
-        samples, baseline = [sample_row(row) for row in rows], metadata.get("baseline")
+        samples, baseline = [sample_row(row, metric) for row in rows], metadata.get("baseline")
         result = {
             "value": numbers[metric],
             "stderr": standard_error([row.get(metric) for row in rows]),
@@ -127,6 +133,7 @@ class Tasks:
             "higher_is_better": task.higher_is_better().get(metric, True),
         }
         result |= {k: v for k, v in numbers.items() if k.startswith("pass@") and "stderr" not in k}
+        result |= {key: every[key] for key in every if key.startswith(f"{metric},") and key != f"{metric},{first}"}
         if name.startswith("nanochat_demo_"):  # lm-eval's CLI cannot count calls: it drops special tokens
             first = [row["answer"] if isinstance(row["answer"], str) else row["answer"][0] for row in samples]
             result["tool_use"] = sum(map(used_tool, first)) / len(first)
@@ -134,7 +141,8 @@ class Tasks:
         if unchecked := round(numbers.get("unchecked", 0) * len(samples)):
             result["unchecked"] = unchecked
         result |= {kind: True for kind in MEANS if name in self.members(kind)}
-        return {task.config.task_alias or name: result}, samples
+        alias, aliases = task.config.task_alias, [task.config.task_alias for task in self.loaded.values()]
+        return {alias if alias and aliases.count(alias) == 1 else name: result}, samples
 
 
 def task_manager(config, chat_data: list[str | None] | None = None, include_defaults: bool = False) -> TaskManager:
@@ -177,8 +185,8 @@ def chat_folder(config) -> str | None:
     return folder
 
 
-def sample_row(sample: dict) -> dict:
-    """The parts of an lm-eval sample that a person reads."""
+def sample_row(sample: dict, metric: str = "acc") -> dict:
+    """The parts of an lm-eval sample that a person reads; graded by `metric`, if that is one number per sample."""
     doc, answers = sample["doc"], sample["filtered_resps"][0]
     if not isinstance(answers, str | list):  # multiple choice: (log-probability, greedy) of each letter
         scores = zip(sample["arguments"], sample["filtered_resps"])
@@ -186,7 +194,8 @@ def sample_row(sample: dict) -> dict:
     question = doc["messages"][0]["content"] if doc.get("messages") else doc.get("question") or doc.get("prompt")
     question = question if isinstance(question, str) else str(sample["arguments"][0][0])
     expected = doc["letters"][sample["target"]] if "letters" in doc else sample["target"]
-    return {"question": question, "expected": expected, "answer": answers, "correct": sample.get("acc")}
+    correct = sample.get(metric) if isinstance(sample.get(metric), int | float) else None
+    return {"question": question, "expected": expected, "answer": answers, "correct": correct}
 
 
 def majority(samples: list[dict]) -> float:

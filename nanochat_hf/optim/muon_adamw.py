@@ -34,7 +34,6 @@ from ..errors import InputError
 from ..kernels import muon
 from ..kernels.backend import verify
 
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 BUCKET_BYTES = 512 << 20  # of gradients that are sent at once: several layers, whose owners use all links
 LARGE = 1 << 16  # elements from which an AdamW tensor has an owner rank, instead of a copy of its state on every rank
 ROLES = {  # part of a parameter's name -> its role; the first that matches counts
@@ -62,15 +61,12 @@ def param_groups(model: nn.Module, options: Mapping[str, Mapping]) -> list[dict]
     """One group per role over all trainable parameters, each parameter in exactly one.
 
     options: {role: {"kind": "muon" or "adamw", "lr", "weight_decay", and "momentum", "beta2" or "betas", "eps"}}, from
-    `scaling.optimizer_groups`. Raises InputError for a parameter whose role is unknown or has no options.
+    `scaling.optimizer_groups`. Raises InputError for a parameter whose role is unknown.
     """
     groups: dict[str, list] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            role = role_of(name)
-            if role not in options:
-                raise InputError(f"no optimizer options for role {role!r}, which {name!r} has")
-            groups[role].append(parameter)
+            groups[role_of(name)].append(parameter)
     return [{"role": role, "params": params, **options[role]} for role, params in groups.items()]
 
 
@@ -208,7 +204,7 @@ class MuonAdamW(torch.optim.Optimizer):
         x = muon.orthogonalize(x)
         if world > 1:
             gathered = x.new_empty(world * size, m, n)
-            transfer = all_gather(gathered, x, async_op=True)
+            transfer = dist.all_gather_single(gathered, x, async_op=True)
             yield
             transfer.wait()
             x = gathered[: len(params)]
@@ -237,7 +233,7 @@ class MuonAdamW(torch.optim.Optimizer):
         all_squares = squares.new_empty(world * size, *squares.shape[1:])
         transfers = (
             dist.all_to_all_single(x, back, group=process_group, async_op=True),
-            all_gather(all_squares, squares, group=process_group, async_op=True),
+            dist.all_gather_single(all_squares, squares, group=process_group, async_op=True),
         )
         yield
         for transfer in transfers:

@@ -14,9 +14,10 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from ..data.documents import log
 from ..data.mixture import MAX_LISTED_REASONS, DatasetConfig, log_skipped, open_rows
 from ..data.tokenizer import assistant_mask
-from ..data.transforms import BadRow, check, normalize
+from ..data.transforms import BadRow, check, normalize, with_system
 from ..distributed import main_process_first
 from ..errors import InputError
 from ..run import fingerprint, start_record, track
@@ -27,13 +28,21 @@ from .trainer import StageTrainer, load_source, split_step, trainer_arguments
 
 
 class PreferenceTrainer(StageTrainer, DPOTrainer):
-    """DPOTrainer whose loss is on assistant tokens only."""
+    """DPOTrainer whose loss is on assistant tokens only, and whose evaluations are means over pairs."""
 
     unit = "pairs"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.data_collator = partial(mask_completions, self.data_collator, self.processing_class)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As TRL's, but a batch counts by its pairs: TRL takes the mean of the batches' means, the last one's, too."""
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        pairs = self.accelerator.gather_for_metrics(torch.ones(len(inputs["input_ids"]) // 2, device=self.args.device))
+        for values in self._metrics["eval"].values():
+            values += values[-1:] * (len(pairs) - 1)
+        return result
 
 
 def mask_completions(collate: Callable, tokenizer, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -64,15 +73,19 @@ def load_pairs(config: DPOStageConfig, tokenizer, length: int) -> tuple[Dataset,
         few = f"{len(pairs)} pairs that can be used, too few for num_eval_pairs={num}: lower it"
         raise InputError(f"{config.dataset} has {few}{why}")
     pairs = Dataset.from_list(pairs).shuffle(config.seed)
+    prompts = [fingerprint(prompt) for prompt in pairs["prompt"]]
+    held_out = {*prompts[:num]}
+    if both := sum(prompt in held_out for prompt in prompts[num:]):
+        log(f"[dpo] {both:,} training pairs have the prompt of a validation pair: the validation is of prompts seen")
     return pairs.select(range(num, len(pairs))), pairs.select(range(num)), skipped
 
 
 def read_pair(row: dict, tokenizer, length: int) -> dict[str, list[dict]]:
     """A row as {"prompt", "chosen", "rejected"}, lists of messages. Raises BadRow if it is no pair that fits."""
-    prompt, chosen, rejected = row.get("prompt") or [], row["chosen"], row["rejected"]
+    prompt = row.get("prompt") or []
     prompt = [] if isinstance(prompt, str) else prompt  # a text repeats the beginning of the conversations
-    prompt, chosen, rejected = normalize(prompt), normalize(chosen), normalize(rejected)
-    for messages in (prompt + chosen, prompt + rejected):
+    chosen, rejected = (normalize(with_system(row, prompt + row[side])) for side in ("chosen", "rejected"))
+    for messages in (chosen, rejected):
         check(messages)
         size = len(tokenizer.apply_chat_template(messages, return_dict=False))
         if size > length:
@@ -80,9 +93,9 @@ def read_pair(row: dict, tokenizer, length: int) -> dict[str, list[dict]]:
     same = next((i for i, both in enumerate(zip(chosen, rejected)) if both[0] != both[1]), None)
     if same is None:
         raise BadRow("the completions are the same, or one continues where the other ends")
-    if not prompt and same == 0:
+    if same == 0:
         raise BadRow("chosen and rejected begin with different messages: both need the same question")
-    return {"prompt": prompt + chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
+    return {"prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
 
 
 def train_dpo(config: DPOStageConfig, model: str, output: Path) -> None:
