@@ -201,6 +201,14 @@ def test_suffixes_have_any_case_and_what_is_not_read_is_named(tmp_path, capsys):
         write(tmp_path / name, [])
     assert len(Mixture([{"dataset": str(tmp_path)}])) == 1
     assert capsys.readouterr().err == f"dataset {tmp_path}: not read: train-2.jsonl.gz, val/\n"
+    write(tmp_path / "more.jsonl", [chat("e", "f")])  # named after no split
+    assert len(Mixture([{"dataset": str(tmp_path)}])) == 1
+    assert capsys.readouterr().err == f"dataset {tmp_path}: not read: more.jsonl, train-2.jsonl.gz, val/\n"
+    (tmp_path / "words.txt").write_text("\ufeffapple\nPear\n\nnaïve\nberry\n", encoding="utf-8")
+    spelling = {"dataset": str(tmp_path / "words.txt"), "transform": "simple_spelling"}
+    assert {row["messages"][1]["content"] for row in Mixture([spelling])} == {"a,p,p,l,e", "b,e,r,r,y"}
+    line = f"{tmp_path}/words.txt: 2 of 5 lines are no word of 3 to 15 letters a-z, and are left out\n"
+    assert capsys.readouterr().err == line
     with pytest.raises(InputError, match=r"named validation\*; .* not read are train-2.jsonl.gz, val/"):
         Mixture([{"dataset": str(tmp_path), "split": "validation"}])
 
