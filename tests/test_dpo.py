@@ -66,7 +66,7 @@ def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenize
         for text, reason in (("word " * 200, "a sequence holds 64"), (None, "content|text|message"))
     ),
     (None, "no such dataset"),
-    ({"chosen": [USER, REPLY, USER, REPLY], "rejected": [USER, REPLY, {**USER, "content": "?"}, REPLY]}, "begin with diff"),
+    ({"chosen": [USER, REPLY, USER, REPLY], "rejected": [USER, REPLY, {**USER, "content": "?"}, REPLY]}, "begin with"),
     ({"prompt": [USER], "chosen": [{**REPLY, "id": 1}], "rejected": [{**REPLY, "id": 2}]}, "completions are the same"),
     ({"prompt": "Another question", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, "its prompt is another text"),
     ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER], "history": [["a", "b"]]}, "history would be left out"),
