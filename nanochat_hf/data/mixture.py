@@ -291,17 +291,8 @@ def prompts_of(config, split: str) -> dict:
     name = config.dataset.replace("{split}", split)
     if name == config.dataset and local_path(name).is_file():
         raise InputError(f"{name} would be trained on and tested on: write {{split}} for train and test in its name")
-    path, subset = local_path(name), config.subset
-    if path.is_file() or (path.is_dir() and not in_subset(files_below(path), subset)):
-        if subset not in (RLConfig.subset, None):
-            raise InputError(f"{name} has no subset {subset}: leave rl.subset out")
-        subset = None  # the default is that of the Hub's GSM8K
+    subset = None if local_path(name).is_file() and config.subset == RLConfig.subset else config.subset  # of the Hub's
     return {"dataset": name, "split": split, "subset": subset, "transform": "gsm8k"}
-
-
-def in_subset(files: list[str], subset: str | None) -> bool:
-    """Whether a folder of that name holds one of the files."""
-    return any(f"/{subset}/" in f"/{file}" for file in files)
 
 
 def holds_rows(entry: DatasetConfig, path: Path) -> bool:
@@ -346,7 +337,8 @@ def _files(entry: DatasetConfig, path: Path) -> list[Path]:
         files = row_files(entry.dataset, names, entry.split, entry.subset, unread)
         if unread := [*unread, *(name for name in names if split_of(name) is None and name not in files)]:
             log(f"dataset {entry.dataset}: not read: {listed(unread)}")
-        if entry.subset and not in_subset(files, entry.subset):
+        in_subset = any(f"/{entry.subset}/" in f"/{name}" for name in files)
+        if entry.subset not in (None, RLConfig.subset) and not in_subset:  # main, which a copy of GSM8K may lack
             raise InputError(f"folder {entry.dataset} has no subset {entry.subset}: leave subset out")
         return [path / name for name in files]
     if not re.fullmatch(r"\w[\w.-]*", entry.split):  # train[:100], train+test
