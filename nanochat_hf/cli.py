@@ -40,6 +40,7 @@ from .config import (
     TopK,
     Unique,
     Word,
+    check_value,
     each_once,
 )
 from .errors import InputError, guarded, in_a_line
@@ -139,8 +140,8 @@ def serve(parser: Parser, words: list[str]) -> None:
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         socket.create_server((args.host, args.port), family=family).close()
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, ValueError, TypeError) as error:  # the last two of a host that cannot be encoded
+        reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot listen on {args.host}, port {args.port}: {reason}; choose another --port") from None
     print(f"loading {name} ...", file=sys.stderr, flush=True)
     from .serve.limits import run as serve_app
@@ -247,7 +248,7 @@ def report(parser: Parser, words: list[str]) -> None:
     named = [word.partition("=") for word in args.collection or ()]
     if not all(repo and folder for repo, _, folder in named):
         raise InputError("--collection expects REPO=RUN, for example you/nanochat-d12=runs/d12")
-    each_once([repo for repo, _, _ in named])
+    each_once([check_value(RepoId, repo, "--collection") for repo, _, _ in named])
     if [bool(args.run_dir), bool(args.compare), bool(named)].count(True) != 1:
         raise InputError("name one run with --run-dir, or two or more with --compare")
     if (args.row or args.hourly_rate is not None) and not args.run_dir:
@@ -380,10 +381,12 @@ def env(parser: Parser, words: list[str]) -> None:
 
     facts = {"nanochat_hf": metadata.version("nanochat_hf"), **source(), **versions(), **hardware()}
     facts |= {"training": describe_machine(), "recipes": RECIPES, "lm-eval tasks": project_folder("evals")}
+    home = os.path.join(os.path.expanduser("~"), "")
+    home = home if os.path.isabs(home) and home != "/" else "~/"  # as in a container
     for name, value in facts.items():
         if value is not None:
             value = f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else str(value)
-            print(f"{name.removesuffix('_bytes'):<20} {value.replace(str(Path.home()), '~')}")
+            print(f"{name.removesuffix('_bytes'):<20} {value.replace(home, '~/')}")
     for requirement in missing_packages():
         name, _, extra = requirement.partition("; extra == ")
         print(f'{"missing":<20} {"of the extra " + extra if extra else "needed"}: pip install "{name}"')

@@ -13,6 +13,7 @@ import sys
 import textwrap
 from dataclasses import fields
 from functools import wraps
+from itertools import chain
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Required, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -30,6 +31,7 @@ from .errors import InputError
 from .run import BOOLEANS, KEY_ALIASES, nearest, or_shipped, renamed_keys
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+MAX_YAML = 10**6  # values in a file
 BAD_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError)  # of a date or `!!bool x`, say
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
@@ -43,6 +45,12 @@ def name_of_place(text: str) -> str:
         raise ValueError("it is empty; leave the key out for its default")
     if not text.isprintable() or max(len(part.encode(errors="replace")) for part in text.split("/")) > 255:
         raise ValueError("a name has printable characters only, and at most 255 bytes")
+    return text
+
+
+def not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it has no characters but spaces")
     return text
 
 
@@ -95,6 +103,7 @@ Length = Annotated[int, Ge(1), Le(2**24)]  # tokens
 Fraction = Annotated[float, Ge(0), Le(1)]
 NotNegative = Price = Annotated[float, Ge(0), Le(MOST)]
 Place = Annotated[str, AfterValidator(name_of_place)]
+Text = Annotated[str, AfterValidator(not_blank)]
 Dir = Annotated[Place, AfterValidator(folder_to_write)]
 RepoId = Annotated[str, AfterValidator(repo_id)]
 Word = Annotated[str, StringConstraints(pattern=r"^[\w.][\w.:/@+-]*$")]  # that means the same in YAML and a shell
@@ -242,15 +251,24 @@ def first_error(error: ValidationError, kinds: dict, name: str | None = None) ->
 def element(kind):
     """The annotation of what a list holds: TypedDicts without their own checks."""
     origin, parts = get_origin(kind), get_args(kind)
-    if origin is Annotated and parts[0] in (int, float):
-        return kind  # with its range
+    if origin is Annotated and parts[0] in (int, float, str):
+        return kind  # with its range or pattern
     if origin in (Annotated, list):
         return element(parts[0])
     return next(element(part) for part in parts if "list" in str(part)) if origin in (Union, UnionType) else kind
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which a key occurs once, texts have UTF-8 and 1e-3 is a number."""
+    """YAML in which a key occurs once, texts have UTF-8, 1e-3 is a number, and aliases do not multiply."""
+
+    def compose_node(self, parent, index):
+        node = super().compose_node(parent, index)
+        parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        parts = () if isinstance(node, yaml.ScalarNode) else parts
+        node.size = 1 + sum(getattr(part, "size", 1) for part in parts)  # with what aliases repeat
+        if node.size > MAX_YAML:
+            raise yaml.composer.ComposerError(None, None, "aliases make it too large", node.start_mark)
+        return node
 
     def construct_scalar(self, node):
         value = super().construct_scalar(node)
@@ -264,10 +282,11 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+YAML_FLOAT, FLOAT = "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+Loader.add_implicit_resolver(YAML_FLOAT, FLOAT, list("-+.0123456789"))
 # Not as in YAML 1.1, where 010 is 8 and 1:30 is 90.
 Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value, 0))
+Loader.add_constructor(YAML_FLOAT, lambda loader, node: float(re.sub(r"\.(?=inf|nan)", "", node.value.lower())))
 
 
 def read_yaml(path: str | Path) -> dict:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # by torchrun and Accelerate
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left, over a quota or a limit of files
 
 
@@ -27,6 +28,12 @@ def guarded(main: Callable) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         # A log file is read while it is written; a terminal may not know all characters.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+
+    ranks = {name: os.environ.get(name, default) for name, default in LAUNCHED.items()}
+    if wrong := next((name for name, value in ranks.items() if not (value.isascii() and value.isdecimal())), None):
+        fail(f"{wrong} is {ranks[wrong]!r}: a launcher sets it to a whole number, so unset it")
+    if int(ranks["RANK"]) >= int(ranks["WORLD_SIZE"]):  # whose error nobody would show
+        fail(f"RANK is {ranks['RANK']}, and WORLD_SIZE {ranks['WORLD_SIZE']}: a launcher sets both, so unset them")
 
     def drop_output():  # the flush at exit must not fail again
         if sys.stdout:

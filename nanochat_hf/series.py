@@ -21,7 +21,7 @@ from typing import Annotated, NamedTuple
 
 from annotated_types import Ge, Gt, Le, MinLen
 
-from .config import Count, Dir, Parser, Unique, parse_config, settings
+from .config import Count, Dir, Parser, Unique, each_once, parse_config, settings
 from .errors import InputError, guarded
 from .run import Run, duration, short
 from .stage_configs import PretrainConfig, find_recipe, read_recipe
@@ -97,6 +97,9 @@ def read_series(words: list[str], given: dict) -> tuple[dict, SeriesConfig]:
     grid = SeriesConfig(**given)
     if grid.budgets and grid.ratios:
         raise InputError("give --budgets or --ratios, not both: each of them is a horizon")
+    stages = ("tokenizer.", "base.", "eval.")
+    if unused := [word for word in overrides if not word.startswith(stages)]:
+        raise InputError(f"{unused[0]} is not used: a series runs {', '.join(stages)[:-1].replace('.', '')}")
     keys = ["base.depth", *(f"base.{key}" for key in HORIZON if grid.budgets or grid.ratios)]
     if twice := [word for word in overrides if word.partition("=")[0] in keys]:
         raise InputError(f"{twice[0]}: --depths, --budgets and --ratios set this key, leave it out")
@@ -123,6 +126,7 @@ def make_cells(base: PretrainConfig, grid: SeriesConfig, vocab_size: int) -> lis
                 cells.append(Cell(name, config, plan(config, vocab_size)))
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
+    each_once([cell.name for cell in cells])  # of two horizons that differ too little
     return cells
 
 

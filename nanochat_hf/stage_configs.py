@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from .config import STRICT, Count, Fraction, Length, NotNegative, Place, Seed, Size, Unique, parse_config, settings
 from .data.transforms import TRANSFORMS
-from .demo.corpus import CHAT_KINDS, KINDS
+from .demo.corpus import CHAT_KINDS, KINDS, of_kinds
 from .errors import InputError
 from .run import MODEL_STAGES, STAGES, nearest, project_folder
 
@@ -36,19 +36,6 @@ def installed(tracker: str) -> str:
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"{tracker} is not installed; pip install {tracker}")
     return tracker
-
-
-def of_kinds(kinds: tuple[str, ...]):
-    """A check of names such as primer:fact+talk: the parts after the colon are among `kinds`."""
-
-    def check(text: str) -> str:
-        name, colon, parts = text.partition(":")
-        for part in parts.split("+") if name == "primer" and (colon or kinds is KINDS) else ():
-            if part not in kinds:
-                raise ValueError(f"the primer has no kind {part!r}; {nearest(part, kinds)}")
-        return text
-
-    return check
 
 
 def known_task(name: str) -> str:
@@ -296,7 +283,7 @@ class ChatConfig(StageConfig):
     """Steps between measurements of ChatCORE on the tasks of eval.yaml; -1: never."""
     chatcore_max_per_task: OptionalCount = 32
     """Questions per task of such a measurement; -1: all."""
-    examples: list[str] = field(default_factory=list)
+    examples: list[Annotated[str, StringConstraints(pattern=r"\S")]] = field(default_factory=list)
     """Questions that chat pages offer to begin with; the tokenizer of this and of later stages keeps them."""
     compile: bool = False
     """Compile the network with torch.compile (CUDA)."""
@@ -436,6 +423,13 @@ UNUSED = (  # a key, one that wins over it, and the value that switches that one
 )  # fmt: skip
 
 
+NEEDED = {  # a key -> another one without which it does nothing
+    "chatcore_max_per_task": "chatcore_every", "core_metric_max_per_task": "core_metric_every",
+    "core_max_per_task": "core_bundle", "core_stages": "core_bundle", "bpb_tokens": "dataset", "bpb_stages": "dataset",
+    "top_k": "temperature", "eval_every": "validation", "final_lr_frac": "warmdown_ratio",
+}  # fmt: skip
+
+
 def refuse_unused_keys(stage: str, config, keys: Collection[str]) -> None:
     """Raise InputError if a command line names a key that its config does not use."""
     if "words" in keys and not SPELLING & set(config.tasks):
@@ -446,6 +440,9 @@ def refuse_unused_keys(stage: str, config, keys: Collection[str]) -> None:
     for key, other, off in UNUSED:
         if key in keys and getattr(config, key) not in (-1, None) and (value := getattr(config, other, -1)) > 0:
             raise InputError(f"{stage}.{key} is not used, as {other} is {value:g}: give {stage}.{other}={off}, too")
+    for key, other in ((key, other) for key, other in NEEDED.items() if key in keys and getattr(config, key) != -1):
+        if (value := getattr(config, other, True)) in (-1, 0, []) or (value is None and stage == "eval"):
+            raise InputError(f"{stage}.{key} is not used, as {other} is {value or 'none'}: give {stage}.{other}, too")
     if {"lora_alpha", "lora_lr"} & {*keys} and not config.lora_r:
         raise InputError(f"{stage}: lora_alpha and lora_lr are of adapters: give {stage}.lora_r, too, for example 16")
 

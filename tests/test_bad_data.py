@@ -44,6 +44,10 @@ ENTRIES = [  # of a mixture of conversations, which is opened
     ({"dataset": "{here}"}, r"train\*"),
     ({"dataset": "{here}/train.parquet"}, "cannot read"),
     ({"dataset": "{here}/bad.jsonl", "rows": 9}, "has 3 rows, not 9"),
+    ({"dataset": "{here}/parts", "subset": "nonsense"}, "has no subset nonsense: leave subset out"),
+    ({"dataset": "{here}/bad.jsonl", "split": "train[:2]"}, "slices such as train.:2. are for the Hub: give rows"),
+    ({"dataset": "{here}/bad.jsonl", "split": "train+test"}, "slices such as train.test are for the Hub"),
+    ({"dataset": "{here}/bad.jsonl", "epochs": 0.1}, "0.1 epochs of the 3 rows of .* are none: raise it"),
     ({"dataset": "primer", "rows": 10**9}, "primer gives at most 200,000 rows, not 1,000,000,000: use epochs"),
     (
         {"dataset": "{here}/words.txt", "transform": "spelling_bee", "rows": 10**9},
@@ -86,6 +90,8 @@ def test_a_mixture_that_cannot_be_opened(tmp_path, entry, message):
     (tmp_path / "words.txt").write_text("apple\nberry\n")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
     jsonl(tmp_path / "bad.jsonl", "{", "[1]", "3")
+    if "parts" in entry["dataset"]:
+        parquet(tmp_path / "parts" / "train.parquet", text=["a"])
     entry = entry | {"dataset": entry["dataset"].replace("{here}", str(tmp_path))}
     if entry["dataset"] == str(tmp_path):
         (tmp_path / "train.parquet").unlink()
@@ -219,6 +225,16 @@ def test_an_output_that_is_taken_or_has_no_room(tmp_path, monkeypatch):
         patch.setattr(pq, "write_table", full)
         with pytest.raises(OSError, match="No space left"):  # one line in a command: test_output.py
             prepared(tmp_path, source)
+    work = tmp_path / "new" / ".out.prepare"
+    begun = (work / "run.json").read_text()
+    for odd in ('{"sources": 3, "settings": {}}', '{"sources": [{"x": 1}], "settings": {}}', "{}"):
+        (work / "run.json").write_text(odd)
+        with pytest.raises(InputError, match=r"run.json: .*; delete .*\.out\.prepare"):
+            prepared(tmp_path, source)
+    (work / "run.json").unlink()
+    with pytest.raises(InputError, match="is in the way, and no unfinished work of this command: move it away"):
+        prepared(tmp_path, source)
+    (work / "run.json").write_text(begun)
     with pytest.raises(InputError, match=r"the unfinished .*prepare has other settings .*delete it, or choose"):
         prepared(tmp_path, source, seed=1)
     with (

@@ -27,6 +27,10 @@ LONG = "x" * 300
 WHOLE, COUNT, OPTIONAL = "a whole number from 1 to 1000", "a whole number from 1 to 1e", "-1 or a whole number from"
 BATCH, STEPS, TEXT = "a whole number from 1 to 100000$", "from 1 to 1000000000$", "from 1 to 100000000000$"
 
+MULTIPLIED = "&a0 [x,x,x,x,x,x,x,x,x]"  # 9**8 texts, written out in an error line
+for number in range(1, 8):
+    MULTIPLIED = f"&a{number} [{MULTIPLIED}{f',*a{number - 1}' * 8}]"
+
 KEYS = {
     "base": {
         WHOLE: ["depth: 0", "depth: null", "depth: [4]", "depth: 4.5", "depth: true", "depth: .nan", "depth: ''",
@@ -64,6 +68,8 @@ KEYS = {
         "known: embedding_lr, .* [.][.][.]$": ["qqq: 1"],
         "occurs twice": ["depth: 3\ndepth: 4"],
         "max_loss_spike is named twice": ["max_spike: 1\nmax_loss_spike: 2"],
+        "could not convert string to float: '1:30.5'": ["matrix_lr: 1:30.5", "dataset: [{weight: 1:30.5}]"],
+        "aliases make it too large": [f"sample_every: {MULTIPLIED}", f"report_to: {MULTIPLIED}", f"x: {MULTIPLIED}"],
     },
     "tokenizer": {
         "a whole number from 265": ["vocab_size: 100"], "must be 1, 2 or 3": ["digit_group: 4"],
@@ -78,6 +84,8 @@ KEYS = {
         r"rows is .*: it must be a whole number from 1 to": ["mixture: [{dataset: primer, rows: 0}]"],
         r"epochs is .*: it must be a number above 0": ["mixture: [{dataset: primer, epochs: .inf}]"],
         "no kind 'poetry'": ["mixture: [{dataset: 'primer:poetry'}]"],
+        "names the kind fact twice": ["mixture: [{dataset: 'primer:fact+talk+fact'}]"],
+        r"examples\[0\] is ' *': it must be text that matches": ["examples: ['']", "examples: [' ']"],
         "a number above 0": ["num_epochs: 0"],
         "must be skip or error": ["on_bad_example: stop", "bad_rows: stop"],
         "with packing it must be a multiple": ["max_seq_len: 128\ntotal_batch_size: 1000"],
@@ -309,6 +317,17 @@ COMMANDS = [
     ("plan cpu-demo sft.lora_lr=0.1", "sft: lora_alpha and lora_lr are of adapters: give sft.lora_r, too"),
     ("plan cpu-demo rl.lora_r=8 rl.matrix_lr=0.1", "rl.matrix_lr is not used, as lora_r is 8: give rl.lora_r=0, too"),
     ("speedrun cpu-demo --run-dir {run} base.fp8=true", "base.fp8 is true: .* has no FP8"),
+    ("plan cpu-demo sft.validation=[] sft.eval_every=5", "sft.eval_every is not used, as validation is none"),
+    ("plan cpu-demo eval.dataset=null eval.bpb_tokens=5", "eval.bpb_tokens is not used, as dataset is none"),
+    ("plan cpu-demo eval.core_stages=sft", "eval.core_stages is not used, as core_bundle is none"),
+    ("plan cpu-demo eval.top_k=5", "eval.top_k is not used, as temperature is none: give eval.temperature, too"),
+    ("plan cpu-demo base.core_metric_max_per_task=5", "not used, as core_metric_every is -1"),
+    ("scaling scaling/gpu --run-dir {run} --budgets 1e16,1.00001e16 --dry-run", "d[0-9]+-1e16 is named twice"),
+    ("scaling cpu-demo --depths 2 --run-dir {run} sft.seed=1 --dry-run", "sft.seed=1 is not used: a series runs"),
+    ("report --collection me=a", "--collection is 'me': write the repo with its owner"),
+    ("serve --model x --host " + "é" * 70, "cannot listen on é+, port 8000: .*encod.*; choose another"),
+    *((f"chat --endpoint {url}", "must be a URL") for url in ("http://a..b", "http://" + "a" * 64)),
+    ("identity --identity ~nobody-here/me.yaml --output {here}/out.jsonl", "cannot read ~nobody-here/me.yaml"),
     ("speedrun cpu-demo --run-dir {run} sft.total_batch_size=32", "sft.total_batch_size = 32 must be a positive mult"),
 ]  # fmt: skip
 
@@ -435,6 +454,15 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path):
     os.close(reader)
 
 
+@pytest.mark.parametrize("name,value", [
+    ("WORLD_SIZE", "abc"), ("WORLD_SIZE", ""), ("RANK", "x"), ("RANK", "7"), ("RANK", "-1"), ("LOCAL_RANK", "1.5"),
+    ("WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "two"),
+])  # fmt: skip
+def test_a_launcher_s_variable_that_is_no_rank(refuse, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    refuse(["recipes"], f"{name} (is '?)?{value}.*a launcher sets .*unset")
+
+
 def test_a_port_that_is_taken(refuse):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         refuse(["serve", "--model", "x", "--port", str(taken.getsockname()[1])], "cannot listen on .*another --port")
@@ -501,6 +529,9 @@ IDENTITIES = [
     ("{name: A, owner: B, language: xx}", "language is 'xx': it must be en or ko"),
     ("{name: A, owner: B, facts: [{ask: x}]}", r"facts\[0\] needs a say"),
     ("{name: A, owner: B, facts: [{ask: x, say: []}]}", r"facts\[0\].say is \[\]: it must be text"),
+    *((f"{{name: A, owner: B, facts: [{{{fact}}}]}}", r"facts\[0\]\.\w+ is .*no characters but spaces")
+      for fact in ("ask: x, say: ['']", "ask: x, say: ' '", "ask: [y, ' '], say: x")),
+    ("{name: ' ', owner: B}", "name is ' ': it has no characters"),
     ("{name: A, owner: B, styles: [loud]}", r"styles\[0\] is 'loud': it must be {before, after}"),
     ("{name: A, owner: B, styles: [{befor: x}]}", r"unknown key 'befor' in styles\[0\]; did you mean 'before'"),
 ]  # fmt: skip

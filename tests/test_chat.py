@@ -220,6 +220,11 @@ def test_quit_leaves_reset_and_system_forget_save_writes(chat, tmp_path, monkeyp
     chat.command("/system")  # shows it only
     assert len(chat.messages) == 2 and shown(chat).endswith("system: Be kind.\n")
     chat.command("/save ~/talk.json")
+    for text in ("my notes", '{"a": 1}'):
+        (tmp_path / "notes.md").write_text(text)
+        with pytest.raises(InputError, match="choose another FILE"):
+            chat.command("/save ~/notes.md")
+        assert (tmp_path / "notes.md").read_text() == text
     opening = [{"role": "system", "content": "Be kind."}]
     assert json.loads((tmp_path / "talk.json").read_text())["messages"] == opening + chat.messages
 

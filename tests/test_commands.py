@@ -86,7 +86,7 @@ CALLS = {  # command line -> the calls that it leads to: name of the function, a
         ("Chat", ("open_model", Options(0.6, 50, 1.0, 512, None), ""), {"language": "en"}),
         ("run", (), {}),
     ],
-    "chat --model m --prompt=": [ANY, ANY, ("ask", ("",), {})],
+    "chat --model m --prompt=0": [ANY, ANY, ("ask", ("0",), {})],
     "chat --run-dir {run} --prompt a": [("open_model", ("{run}/sft", None, None), {}), ANY, ANY],
     "chat --run-dir {run} --stage base --prompt a": [("open_model", ("{run}/base", None, None), {}), ANY, ANY],
     f"serve --model x {SERVE} --host ::1 --max-batch-size 3 --max-queue-size 5 --request-timeout 9": served(

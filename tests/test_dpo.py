@@ -51,14 +51,20 @@ def test_pairs_are_split_and_rows_that_cannot_be_used_are_named(config, tokenize
     assert again.to_list() == train.to_list() != other.to_list()
     assert [row["row"] for row in skipped] == [40] and "a sequence holds 64" in skipped[0]["reason"]
     few = "has 40 pairs.*=40: lower it; row 40"
-    for keys, words in (({"on_bad_example": "error"}, "row 40 of"), ({"num_eval_pairs": 40}, few)):
+    step = "leaves 32 training pairs: lower examples_per_step"
+    errors = [
+        ({"on_bad_example": "error"}, "row 40 of"),
+        ({"num_eval_pairs": 40}, few),
+        ({"examples_per_step": 33}, step),
+    ]
+    for keys, words in errors:
         with pytest.raises(InputError, match=words):
             load_pairs(DPOStageConfig(**asdict(config) | keys), tokenizer, 64)
 
 
 def test_training_pairs_with_the_prompt_of_a_validation_pair_are_counted(config, tokenizer, capsys):
     write_pairs(config, [{"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}] * 10)
-    load_pairs(config, tokenizer, 64)
+    load_pairs(replace(config, examples_per_step=2), tokenizer, 64)
     assert "[dpo] 2 training pairs have the prompt of a validation pair" in capsys.readouterr().err
 
 
@@ -74,6 +80,10 @@ def test_training_pairs_with_the_prompt_of_a_validation_pair_are_counted(config,
         for text, reason in (("word " * 200, "a sequence holds 64"), (None, "content|text|message"))
     ),
     (None, "no such dataset"),
+    ({"chosen": [USER, REPLY, USER, REPLY], "rejected": [USER, REPLY, {**USER, "content": "?"}, REPLY]}, "begin with"),
+    ({"prompt": [USER], "chosen": [{**REPLY, "id": 1}], "rejected": [{**REPLY, "id": 2}]}, "completions are the same"),
+    ({"prompt": "Another question", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, "its prompt is another text"),
+    ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER], "history": [["a", "b"]]}, "history would be left out"),
 ])  # fmt: skip
 def test_a_file_without_pairs_is_named(config, tokenizer, tmp_path, row, reason):
     config.dataset = str(tmp_path / "other.jsonl")
@@ -90,6 +100,13 @@ def test_a_pair_is_cut_where_its_conversations_differ(tokenizer):
     expected = {"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}
     row = {"prompt": "Is it?", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}
     assert read_pair(row, tokenizer, 64) == expected
+    for pair in (row, expected):
+        assert read_pair(pair | {"system": "s"}, tokenizer, 64)["prompt"] == [
+            {"role": "system", "content": "s"},
+            USER,
+        ]
+    row = {"chosen": [{**USER, "id": 1}, REPLY], "rejected": [{**USER, "id": 2}, OTHER]}
+    assert read_pair(row, tokenizer, 64)["chosen"] == [REPLY]
     longer = {"prompt": [USER], "chosen": [REPLY, USER, REPLY], "rejected": [REPLY, USER, OTHER]}
     assert read_pair(longer, tokenizer, 64)["prompt"] == [USER, REPLY, USER]
     system = {"role": "system", "content": "Be brief."}

@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 
 from nanochat_hf import stages
 from nanochat_hf.config import parse_config
+from nanochat_hf.data.grading import hash_target
 from nanochat_hf.data.tokenizer import load_tokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import Generator
@@ -105,7 +106,10 @@ def test_prompts_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer,
     assert (row["prompt"][0]["content"], row["answer"], row["kind"]) == ("How much?", "1200", "gsm8k")
     reasons = {row["row"]: row["reason"] for row in skipped}
     assert reasons.keys() == {1, 2, 3} and "100 leave room" in reasons[1] and "####" in reasons[2]
-    assert reasons[3] == "no number follows '#### ' in the answer"
+    for answer in ("1/2", "1e3", "5%", "1 000", "5.", ".", "1,5", "1\n#### 2", "٣"):
+        assert hash_target(f"So:\n#### {answer}") is None
+    assert [hash_target(f"#### {answer}") for answer in ("-1,234.50", "7 ")] == ["-1234.50", "7"]
+    assert reasons[3] == "no number alone follows '#### ' in the answer"
     with pytest.raises(InputError, match=r"row [123] of .* cannot be used"):
         load_prompts(config(dataset=stage.dataset, on_bad_example="error"), "train", tokenizer, 100)
     size = len(tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=False))

@@ -207,6 +207,10 @@ def test_measuring_one_stage_again_keeps_what_is_still_true_of_the_others(run, l
         assert left_out in out and samples.is_dir()  # the stage is still there
         assert load_json(out.split("are kept in ")[1].split("\n")[0]) == before
         assert len(list((run / "eval").glob("metrics-*.json"))) == number
+    contents = [path.read_bytes() for path in sorted(samples.iterdir())]
+    with pytest.raises(KeyboardInterrupt):  # as refused input in the midst of the evaluation
+        measure(run, ["sft"], Interrupted)
+    assert contents == [path.read_bytes() for path in sorted(samples.iterdir())] != []
     shutil.rmtree(run / "sft")
     measure(run, ["base"])
     assert not samples.exists()

@@ -73,7 +73,7 @@ def test_epochs_pass_over_all_rows_in_a_new_order_each_time(tmp_path):
     assert [row["row"] for row in Mixture([{"dataset": path, "rows": 7}])] == order[:7]
     with pytest.raises(InputError, match="has 20 rows, not 21"):
         Mixture([{"dataset": path, "rows": 21}])
-    with pytest.raises(InputError, match=r"has 20 rows, of which epochs 0\.02 takes none"):
+    with pytest.raises(InputError, match=r"0.02 epochs of the 20 rows of .* are none"):
         Mixture([{"dataset": path, "epochs": 0.02}])
 
 
@@ -203,6 +203,14 @@ def test_suffixes_have_any_case_and_what_is_not_read_is_named(tmp_path, capsys):
         write(tmp_path / name, [])
     assert len(Mixture([{"dataset": str(tmp_path)}])) == 1
     assert capsys.readouterr().err == f"dataset {tmp_path}: not read: train-2.jsonl.gz, val/\n"
+    write(tmp_path / "more.jsonl", [chat("e", "f")])  # named after no split
+    assert len(Mixture([{"dataset": str(tmp_path)}])) == 1
+    assert capsys.readouterr().err == f"dataset {tmp_path}: not read: more.jsonl, train-2.jsonl.gz, val/\n"
+    (tmp_path / "words.txt").write_text("\ufeffapple\nPear\n\nnaïve\nberry\n", encoding="utf-8")
+    spelling = {"dataset": str(tmp_path / "words.txt"), "transform": "simple_spelling"}
+    assert {row["messages"][1]["content"] for row in Mixture([spelling])} == {"a,p,p,l,e", "b,e,r,r,y"}
+    line = f"{tmp_path}/words.txt: 2 of 5 lines are no word of 3 to 15 letters a-z, and are left out\n"
+    assert capsys.readouterr().err == line
     with pytest.raises(InputError, match=r"named validation\*; .* not read are train-2.jsonl.gz, val/"):
         Mixture([{"dataset": str(tmp_path), "split": "validation"}])
 

@@ -107,6 +107,7 @@ PARTS = {  # d24 of the README; two nodes; a name with a space; steps of 3 us, w
     "d12 --gpu H200 base.dataset=/of/another/machine": "\n  data         /of/another/machine\n",
     "d12 --gpu H200 sft.max_seq_len=1024": "512 sequences per step (ranks 1 x micro-batch 32 x accumulation 16)\n",
     "d24 --gpu H100 base.depth=28 base.fp8=false": "micro-batch 8 x accumulation 64",  # 16 need 96 %
+    "cpu-demo eval.dataset=null --gpu H200": "\neval\n  tasks        nanochat_demo\n",
     "cpu-demo --gpus 8 --gpu H200": "time         not known, nor is the cost|less than 1 of 141 GB per GPU",
 }
 

@@ -209,6 +209,10 @@ def test_the_environment_names_versions_kernels_folders_and_what_is_missing(caps
     assert re.search(r"^memory +[\d.]+ GiB$", text, re.M)
     commands = re.findall(r"missing .*: pip install (.*)", text)
     assert commands == ['"torch>=99"', '"no-such>1"']
+    for home in ("/", ""):  # as in a container: it is in every path, or in all other words
+        monkeypatch.setenv("HOME", home)
+        text = shown(capsys, "env")
+        assert re.search(r"^recipes +/.*/recipes$", text, re.M) and "~" not in text
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

@@ -241,6 +241,39 @@ def test_a_reply_that_is_not_to_be_learned_is_named():
         check(TRANSFORMS["sharegpt"]({"conversations": turns}, RNG))
 
 
+@pytest.mark.parametrize("transform,row,reason", [
+    *(("messages", {"messages": [USER, {**REPLY, key: "x"}]}, f"message 2 has {key}, which would be left out")
+      for key in ("reasoning_content", "thinking", "refusal")),
+    *(("messages", {"messages": [USER, REPLY], key: ["x"]}, f"its {key} would be") for key in ("images", "documents")),
+    ("messages", {"messages": [USER, {**REPLY, "train": False}]}, "message 2 has the train False"),
+    ("messages", {"messages": [USER, REPLY], "system": "a", "system_prompt": "b"}, "two system messages"),
+    ("messages", {"messages": [USER, calling(call("1+1"))]}, "the last message has a call without its result"),
+    ("messages", {"messages": [USER, calling(call('{"expression": " "}')), result(), REPLY]}, "an expression"),
+    ("messages", {"messages": [USER, {**REPLY, "content": [{**part, "text": ""} for part in PARTS]}]}, "part"),
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": "b", "loss": 0}]}, "message 1 has the loss 0"),
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": "b", "tool_calls": "x"}]}, "tool call that is none"),
+    ("multiple_choice", {"question": None, "choices": ["a", "b"], "answer": 0}, "the question is no text"),
+    ("multiple_choice", {"question": {"stem": "q"}, "choices": ["a", "b"], "answer": 0}, "the question is no text"),
+    ("multiple_choice", {"question": "q", "choices": [None, "b"], "answer": 0}, "a choice is no text"),
+    ("multiple_choice", {"question": "q", "choices": "ab", "answer": 0}, "a choice is no text"),
+    ("multiple_choice", {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"},
+     "2 choices and 1 letters"),
+])  # fmt: skip
+def test_what_training_would_lose_or_make_up_is_no_row(transform, row, reason):
+    with pytest.raises(BadRow, match=reason):
+        check(normalize(TRANSFORMS[transform](row, RNG)))
+
+
+@pytest.mark.parametrize("transform,row", [
+    ("gsm8k", {"question": "q", "answer": "#### 5"}),
+    ("multiple_choice", {"question": "q", "choices": ["a", "b"], "answer": 0}),
+])  # fmt: skip
+def test_a_system_message_beside_a_question_comes_first(transform, row):
+    assert TRANSFORMS[transform]({**row, "system": "s"}, RNG)[0] == {"role": "system", "content": "s"}
+    with pytest.raises(TypeError):  # a number is no text, and 0 is not nothing
+        TRANSFORMS["instruction"]({"instruction": "i", "input": 0, "output": "o"}, RNG)
+
+
 @pytest.mark.parametrize(
     ("transform", "row"),
     [

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 _TOOL_BLOCK = re.compile(r"<\|(python|output)_start\|>.*?(<\|\1_end\|>|$)", re.DOTALL)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _HASH_ANSWER = re.compile(r"#### (-?[\d.,]+)")  # as openai/grade-school-math `dataset.py`
+_TARGET = re.compile(r"-?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?")
 
 
 def used_tool(text: str) -> bool:
@@ -38,6 +39,12 @@ def hash_answer(text: str) -> str | None:
     """GSM8K's answer: the number after the first "#### ", commas removed; None if there is none."""
     match = _HASH_ANSWER.search(text)
     return match.group(1).replace(",", "") if match else None
+
+
+def hash_target(text: str) -> str | None:
+    """`hash_answer` of a dataset's answer; None if it would not grade rightly, as 1 for "#### 1/2" or "#### 1e3"."""
+    _, _, target = text.partition("#### ")
+    return hash_answer(text) if _TARGET.fullmatch(target.strip()) else None
 
 
 def last_number(text: str) -> str | None:

@@ -17,6 +17,7 @@ does so for any .yaml that it names. `generate_with_model` has a better model wr
 """
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ import yaml
 from annotated_types import MinLen
 from typing_extensions import TypedDict
 
-from ..config import STRICT, parse_config, settings
+from ..config import STRICT, Text, parse_config, settings
 from ..errors import InputError
 from .transforms import BadRow, check, normalize
 
@@ -48,7 +49,7 @@ WRITER = (
 )
 
 
-Texts = Annotated[str, MinLen(1)] | int | float | Annotated[list[str | int | float], MinLen(1)]
+Texts = Text | int | float | Annotated[list[Text | int | float], MinLen(1)]
 
 
 class Fact(TypedDict):
@@ -67,8 +68,8 @@ class Style(TypedDict, total=False):
 class Identity:
     """The fields are the keys of the YAML; `phrasings` is the language's file, `intents` its intents and the facts."""
 
-    name: str | None = None
-    owner: str | None = None
+    name: Text | None = None
+    owner: Text | None = None
     language: Literal[tuple(LANGUAGES)] | None = "en"
     about: str | None = None
     skills: str | None = None
@@ -99,7 +100,7 @@ def _literal(text: str) -> str:
 
 
 def read_identity(path: str | Path) -> Identity:
-    return parse_config(Identity, Path(path).expanduser())
+    return parse_config(Identity, os.path.expanduser(path))
 
 
 class Word(str):

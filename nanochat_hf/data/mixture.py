@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 from ..config import check_value
 from ..demo import corpus as primer
 from ..errors import InputError
-from ..stage_configs import ChatMixture
+from ..stage_configs import ChatMixture, RLConfig
 from . import identity
 from .documents import DocumentStream, is_hub_id, local_path, log, parts_of
 from .splits import SUFFIXES, files_below, has_suffix, listed, row_files, split_of, tells, unread_files
@@ -49,6 +49,7 @@ from .transforms import TRANSFORMS, WORD_TRANSFORMS, BadRow, check, normalize
 MAX_LISTED_REASONS = 1000  # bad rows that are listed one by one; more are only counted
 MAX_WORD_CHARS = 20_000_000  # of a text that a spelling transform takes its words from
 MAX_WORDS = 200_000
+WORD = re.compile("[a-z]{3,15}")
 MAX_ROWS, MAX_GENERATED = 10**8, 200_000  # of a mixture; of what is made in memory, in 20 s
 
 
@@ -78,9 +79,11 @@ class DatasetConfig:
             words *= self.transform in WORD_TRANSFORMS
             raise InputError(f"dataset {self.dataset} has no rows in split {self.split}{words}")
         if self.rows is None:
-            if not (count := round(len(source) * (1 if self.epochs is None else self.epochs))):
-                raise InputError(f"{self.dataset} has {len(source)} rows, of which epochs {self.epochs:g} takes none")
-            return count
+            if not (rows := round(len(source) * (1 if self.epochs is None else self.epochs))):
+                raise InputError(
+                    f"{self.epochs:g} epochs of the {len(source)} rows of {self.dataset} are none: raise it"
+                )
+            return rows
         if self.rows > len(source) and self.transform not in WORD_TRANSFORMS:
             raise InputError(f"{self.dataset} has {len(source)} rows, not {self.rows}: lower rows, or use epochs")
         return self.rows
@@ -288,7 +291,7 @@ def prompts_of(config, split: str) -> dict:
     name = config.dataset.replace("{split}", split)
     if name == config.dataset and local_path(name).is_file():
         raise InputError(f"{name} would be trained on and tested on: write {{split}} for train and test in its name")
-    subset = None if local_path(name).is_file() else config.subset  # of the Hub's
+    subset = None if local_path(name).is_file() and config.subset == RLConfig.subset else config.subset  # of the Hub's
     return {"dataset": name, "split": split, "subset": subset, "transform": "gsm8k"}
 
 
@@ -332,9 +335,16 @@ def _files(entry: DatasetConfig, path: Path) -> list[Path]:
         names = [name for name in everything if has_suffix(name, *SUFFIXES)]
         unread = unread_files(everything, names)
         files = row_files(entry.dataset, names, entry.split, entry.subset, unread)
-        if unread:
+        if unread := [*unread, *(name for name in names if split_of(name) is None and name not in files)]:
             log(f"dataset {entry.dataset}: not read: {listed(unread)}")
+        in_subset = any(f"/{entry.subset}/" in f"/{name}" for name in files)
+        if entry.subset not in (None, RLConfig.subset) and not in_subset:  # main, which a copy of GSM8K may lack
+            raise InputError(f"folder {entry.dataset} has no subset {entry.subset}: leave subset out")
         return [path / name for name in files]
+    if not re.fullmatch(r"\w[\w.-]*", entry.split):  # train[:100], train+test
+        raise InputError(
+            f"{entry.dataset}: slices such as {entry.split} are for the Hub: give rows, or several entries"
+        )
     if split_of(entry.split) != "train" and not tells(path.name, entry.split):  # train, train_prefs: all rows
         advice = "give a file of that name, or leave split out to take all its rows"
         raise InputError(f"{entry.dataset} is one file, and its name does not say it is {entry.split}: {advice}")
@@ -378,7 +388,9 @@ def _words(entry: DatasetConfig, path: Path) -> list[str]:
     if path.suffix == ".txt":
         if not path.is_file():
             raise InputError(f"no such file: {path}")
-        words = (line.strip() for line in path.open(encoding="utf-8", errors="replace"))
+        words = [line.strip() for line in path.open(encoding="utf-8-sig", errors="replace")]
+        if left_out := sum(bool(w) and not WORD.fullmatch(w) for w in words):
+            log(f"{path}: {left_out:,} of {len(words):,} lines are no word of 3 to 15 letters a-z, and are left out")
     else:
         counts, num_chars = Counter(), 0
         for text in DocumentStream(entry.dataset):
@@ -387,5 +399,5 @@ def _words(entry: DatasetConfig, path: Path) -> list[str]:
             if num_chars > MAX_WORD_CHARS:
                 break
         words = (word for word, count in counts.most_common(MAX_WORDS) if count > 1)  # once: names, misprints
-    words = dict.fromkeys(w for w in words if re.fullmatch("[a-z]{3,15}", w))
+    words = dict.fromkeys(filter(WORD.fullmatch, words))
     return [w for w in words if (crc32(w.encode()) % 20 == 0) == (entry.split != "train")]

@@ -29,6 +29,7 @@ from itertools import chain
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from jinja2 import Template
 from numpy.lib.stride_tricks import sliding_window_view
+from typing_extensions import TypedDict
 
 from ..errors import InputError
 from ..run import load_json, nearest, save_json, save_text, track, writing
@@ -57,6 +59,24 @@ BANDS = [f"band_{number}" for number in range(NUM_BANDS)]
 FILTERS = ("without words", "too short", "too long", "other language", "contaminated")
 
 
+class Source(TypedDict):
+    name: str
+    commit: str | None
+
+
+class Begun(TypedDict):
+    """run.json in the hidden folder."""
+
+    sources: list[Source]
+    settings: dict[str, Any]
+
+
+class Finished(Begun):
+    """stats.json in the output."""
+
+    counts: dict[str, list[int]]
+
+
 def prepare(sources: list[str], settings: dict, output: Path, workers: int, eval_rows: Callable[[], Iterable]) -> dict:
     """Write the shards, README.md and stats.json into `output`; returns the counts. The same call resumes.
 
@@ -66,7 +86,10 @@ def prepare(sources: list[str], settings: dict, output: Path, workers: int, eval
     """
     output = output.resolve()  # a link to a folder cannot be replaced
     work = output.parent / f".{output.name}.prepare"
-    finished, begun = (load_json(path, f"delete {path.parent}") for path in (output / "stats.json", work / "run.json"))
+    finished = load_json(output / "stats.json", f"delete {output}", Finished)
+    begun = load_json(work / "run.json", f"delete {work}", Begun)
+    if not begun and work.is_dir() and any(not name.startswith(".") for name in os.listdir(work)):
+        raise InputError(f"{work} is in the way, and no unfinished work of this command: move it away")
     if not finished and output.exists() and (output.is_mount() or any(output.iterdir())):
         why = "a disk of its own: choose a folder on it" if output.is_mount() else "not empty: choose another --output"
         raise InputError(f"{output} is {why}")

@@ -30,30 +30,34 @@ def messages(row: dict, rng: Random) -> list[dict]:
 def sharegpt(row: dict, rng: Random) -> list[dict]:
     """{"conversations": [{"from": "human" or "gpt", "value"}]}."""
     names = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-    conversation = [{"role": names.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]
-    for message, original in zip(conversation, row["conversations"]):
-        message |= {"weight": original["weight"]} if "weight" in original else {}
+    conversation = []
+    for message in row["conversations"]:
+        rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+        name = message["from"]
+        conversation.append({"role": names.get(name, name), "content": message["value"], **rest})
     return with_system(row, conversation)
 
 
 def instruction(row: dict, rng: Random) -> list[dict]:
     """Alpaca's form: {"instruction", "output"}, and "input" that the instruction is about."""
-    prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part not in (None, ""))
     return with_system(row, exchange(prompt, row["output"]))
 
 
 def with_system(row: dict, conversation: list) -> list:
     """The conversation after the system message that its row holds beside it. Raises BadRow for what would be lost."""
-    if row.get("history"):
-        raise BadRow("its history would be left out: make it messages")
-    if not (text := row.get("system") or row.get("system_prompt")):
+    if lost := next((key for key in ("history", "images", "documents") if row.get(key)), None):
+        raise BadRow(f"its {lost} would be left out: make it messages of text")
+    texts = [text for key in ("system", "system_prompt") if (text := row.get(key))]
+    if not texts:
         return conversation
+    text = texts[0]
     if not isinstance(text, str) or not isinstance(conversation, list):
         raise BadRow("its system message is no text beside messages")
     first = conversation[0] if conversation and isinstance(conversation[0], dict) else {}
-    if first.get("role") != "system":
+    if first.get("role") != "system" and texts == [text] * len(texts):
         return [{"role": "system", "content": text}, *conversation]
-    if first.get("content") != text:
+    if texts != [first.get("content")] * len(texts):
         raise BadRow("it has two system messages: in its messages, and beside them")
     return conversation
 
@@ -69,14 +73,18 @@ def multiple_choice(row: dict, rng: Random) -> list[dict]:
         # -1 is how test sets hide the answer; True is no number.
         if type(answer) is int and 0 <= answer < len(letters):
             answer = letters[answer]
-    if len(letters) != len(choices) or len(choices) < 2:
-        raise BadRow(f"{len(choices)} choices and {len(letters)} letters for them")
+    if len({*letters}) != len(choices) or len(choices) < 2:
+        raise BadRow(f"{len(choices)} choices and {len({*letters})} letters for them")
+    if not isinstance(choices, list) or not all(isinstance(text, str | int | float) for text in choices):
+        raise BadRow("a choice is no text")
+    if not isinstance(question, str) or not question.strip():
+        raise BadRow("the question is no text")
     if answer not in list(letters):
         raise BadRow(f"the answer {answer!r} is none of the choices' letters")
     # The letter is right behind `=`: one token without a space before it, the same that answers.
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices))
     prompt = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
-    return exchange(prompt, answer)
+    return with_system(row, exchange(prompt, answer))
 
 
 def gsm8k(row: dict, rng: Random) -> list[dict]:
@@ -90,7 +98,7 @@ def gsm8k(row: dict, rng: Random) -> list[dict]:
         if not (expression and equals and result):
             raise BadRow(f"no expression and result in <<{inner}>>")
         steps += call_and_result(text, expression, result)
-    return exchange(row["question"], parts[-1], steps)
+    return with_system(row, exchange(row["question"], parts[-1], steps))
 
 
 def simple_spelling(row: dict, rng: Random) -> list[dict]:
@@ -140,6 +148,8 @@ TRANSFORMS: dict[str, Callable[[dict, Random], list[dict]]] = {
     f.__name__: f for f in (messages, sharegpt, instruction, multiple_choice, gsm8k, simple_spelling, spelling_bee)
 }
 WORD_TRANSFORMS = ("simple_spelling", "spelling_bee")
+WEIGHTS = ("weight", "train", "training", "loss")  # keys that leave a reply out of the loss
+NOT_RENDERED = ("reasoning_content", "reasoning", "thinking", "refusal", "audio", "images")  # by the chat template
 
 
 def normalize(conversation: list[dict], errors: str = "strict") -> list[dict]:
@@ -276,15 +286,17 @@ def check(conversation: list[dict]) -> None:
     expected = ("system", "user")
     for number, message in enumerate(conversation, 1):
         role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls") or []
-        if role == "assistant" and message.get("weight") not in (None, 1):
-            raise BadRow(f"message {number} has the weight {message['weight']}, and all replies are learned alike")
+        if role == "assistant" and (key := next((key for key in WEIGHTS if message.get(key) not in (None, 1)), None)):
+            raise BadRow(f"message {number} has the {key} {message[key]}, and all replies are learned alike")
+        if lost := next((key for key in NOT_RENDERED if message.get(key)), None):
+            raise BadRow(f"message {number} has {lost}, which would be left out: make it content or take it out")
         if role not in expected:
             raise BadRow(f"message {number} is of role {role!r}, expected {' or '.join(expected)}")
         kinds = [None]
         for part in content if isinstance(content, list) else []:
             if not isinstance(part, dict) or part.get("type") not in ("text", "python", "python_output"):
                 raise BadRow(f"message {number} has an unknown part: {str(part)[:60]}")
-            if not isinstance(part.get("text"), str):
+            if not isinstance(part.get("text"), str) or (part["type"] == "python" and not part["text"].strip()):
                 raise BadRow(f"message {number} has a part without text")
             kinds.append(part["type"])
         if role != "assistant" and (calls or {*kinds} - {None, "text"}):
@@ -298,6 +310,10 @@ def check(conversation: list[dict]) -> None:
         for call in _with_calls(message, number).get("tool_calls") or []:
             if (name := call["function"]["name"]) != "python":
                 raise BadRow(f"message {number} calls {name}, and the model has one tool, python(expression)")
+            if not call["function"]["arguments"]["expression"].strip():
+                raise BadRow(f"message {number} calls python without an expression")
         if len(calls) > 1:
             raise BadRow(f"message {number} has {len(calls)} calls, and not one result for each")
         expected = {"system": ("user",), "assistant": ("tool",) if calls else ("user",)}.get(role, ("assistant",))
+    if expected == ("tool",):
+        raise BadRow("the last message has a call without its result")

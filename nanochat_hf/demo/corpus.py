@@ -21,6 +21,7 @@ from zlib import crc32
 import yaml
 
 from ..errors import InputError
+from ..run import nearest
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,22 @@ RESULT = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 RUDE = re.compile("rape|cock|shit|fuck|cunt|dick|porn|piss|slut|whore|nig|fag|anus|sex|cum|tits")  # not to be spliced
 TIMES = ("0 times", "1 time", "2 times", "3 times")
 NAMES = [name.lower() for key in ("countries", "cities", "people", "days", "months") for name in WORLD[key]]
+
+
+def of_kinds(kinds: tuple[str, ...]):
+    """A check of names such as primer:fact+talk: each part after the colon is one of `kinds`, and occurs once."""
+
+    def check(text: str) -> str:
+        name, colon, parts = text.partition(":")
+        parts = parts.split("+") if name == "primer" and (colon or kinds is KINDS) else []
+        for part in parts:
+            if part not in kinds:
+                raise ValueError(f"the primer has no kind {part!r}; {nearest(part, kinds)}")
+            if parts.count(part) > 1:
+                raise ValueError(f"it names the kind {part} twice")
+        return text
+
+    return check
 
 
 def held_out_word(word: str) -> bool:

@@ -151,9 +151,7 @@ def other_stages(output: Path, models: dict[str, str], definition: str) -> dict[
 
 def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, engine) -> dict:
     """All numbers of one stage; complete on the main process."""
-    state, start, results, examples, core = partial_state(), time.time(), {}, [], None
-    if state.is_main_process:
-        shutil.rmtree(output / "samples" / stage, ignore_errors=True)
+    state, start, results, examples, rows, core = partial_state(), time.time(), {}, [], {}, None
     model, tokenizer = load(folder, config.dtype, state.device)
     generator = engine(model, tokenizer) if engine else Generator(model, tokenizer, config.batch_size)
     lm, seconds = LocalLM(model, tokenizer, config, generator), {}
@@ -184,9 +182,11 @@ def evaluate_model(config, stage: str, folder: str, tasks: Tasks, output: Path, 
         seconds[name] = time.time() - task_start
         for key, result in task_results.items():
             log(key, f"{format_result(result)}, {seconds[name]:.1f} s")
-        results, examples = results | task_results, examples + samples[:2]
-        if samples and config.log_samples:
-            save_jsonl(output / "samples" / stage / f"{name}.jsonl", samples)
+        results, examples, rows[name] = results | task_results, examples + samples[:2], samples
+    if state.is_main_process:  # now, so that refused input costs no earlier ones
+        shutil.rmtree(output / "samples" / stage, ignore_errors=True)
+        for name in filter(rows.get, rows if config.log_samples else ()):
+            save_jsonl(output / "samples" / stage / f"{name}.jsonl", rows[name])
     means = {}
     for kind, (_, label, part) in MEANS.items():
         members = {name: result for name, result in results.items() if result.get(kind)}

@@ -57,10 +57,10 @@ def stage_rows(config, model_config, parameters: int, groups: dict, data: str, s
     }  # fmt: skip
 
 
-def data_text(config) -> str:
-    """The names of a stage's datasets."""
+def data_text(config) -> str | None:
+    """The names of a stage's datasets; None for an evaluation without."""
     parts = getattr(config, "mixture", None) or config.dataset
-    return parts if isinstance(parts, str) else ", ".join(dict.fromkeys(part["dataset"] for part in parts))
+    return ", ".join(dict.fromkeys(part["dataset"] for part in parts)) if isinstance(parts, list) else parts
 
 
 def batch_text(ranks: int, size: int, grad_accum_steps: int) -> str:

@@ -10,6 +10,7 @@ keeps the scrollback clean. In a pipe, stdout has the answers only; tool steps a
 
 import itertools
 import os
+import re
 import select
 import signal
 import sys
@@ -37,7 +38,7 @@ from rich.text import Text
 
 from ..config import Count, Fraction, Seed, TopK, settings
 from ..errors import InputError
-from ..run import load_metrics, nearest, save_json
+from ..run import load_json, load_metrics, nearest, save_json
 from . import StreamChunk, join_chunks
 
 HELP = """/help             this list
@@ -106,8 +107,10 @@ class RemoteModel:
 
     def __init__(self, url: str, model: str | None = None, timeout: float = 60.0, retries: int = 2):
         try:
-            is_url = urlsplit(url).scheme in ("http", "https") and urlsplit(url).hostname and urlsplit(url).port != 0
-        except ValueError:  # of the host's brackets or the port
+            parts = urlsplit(url)
+            is_url = parts.scheme in ("http", "https") and parts.hostname and parts.hostname.encode("idna")
+            is_url = is_url and parts.port != 0 and not re.search(r"\s", url)
+        except ValueError:  # of the host's brackets, its labels or the port
             is_url = False
         if not is_url:
             raise InputError(f"--endpoint must be a URL such as http://127.0.0.1:8000, not {url!r}")
@@ -319,8 +322,11 @@ class Chat:
         elif word == "/save" and not rest:
             self.note("say where: /save FILE")
         elif word == "/save":
+            path = Path(os.path.expanduser(rest))
+            if path.is_file() and "messages" not in load_json(path, remedy := "choose another FILE"):
+                raise InputError(f"{path} is no saved conversation: {remedy}")
             conversation = {"model": self.model.name, "messages": self.opening + self.messages}
-            save_json(os.path.expanduser(rest), conversation)
+            save_json(path, conversation)
             self.note("{} messages written to {}", len(self.messages), rest)
         elif word != "/quit":
             raise InputError(f"no command {word}; {nearest(word, COMMANDS)}")
@@ -398,6 +404,8 @@ def with_piped(prompt: str) -> str:
             piped = sys.stdin.buffer.read().decode(errors="replace").strip()
         else:
             print("note: nothing came from the pipe, the prompt is asked alone", file=sys.stderr)
+    if not (prompt.strip() or piped):
+        raise InputError("the message is empty: give one with --prompt, or leave that out to chat")
     return f"{prompt}\n\n{piped}" if piped else prompt
 
 

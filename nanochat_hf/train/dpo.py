@@ -72,6 +72,8 @@ def load_pairs(config: DPOStageConfig, tokenizer, length: int) -> tuple[Dataset,
         why = f"; row {skipped[0]['row']}: {skipped[0]['reason']}" if skipped else ""
         few = f"{len(pairs)} pairs that can be used, too few for num_eval_pairs={num}: lower it"
         raise InputError(f"{config.dataset} has {few}{why}")
+    if (left := len(pairs) - num) < config.examples_per_step:  # transformers would take smaller steps
+        raise InputError(f"{config.dataset} leaves {left} training pairs: lower examples_per_step or num_eval_pairs")
     pairs = Dataset.from_list(pairs).shuffle(config.seed)
     prompts = [fingerprint(prompt) for prompt in pairs["prompt"]]
     held_out = {*prompts[:num]}
@@ -82,20 +84,33 @@ def load_pairs(config: DPOStageConfig, tokenizer, length: int) -> tuple[Dataset,
 
 def read_pair(row: dict, tokenizer, length: int) -> dict[str, list[dict]]:
     """A row as {"prompt", "chosen", "rejected"}, lists of messages. Raises BadRow if it is no pair that fits."""
-    prompt = row.get("prompt") or []
-    prompt = [] if isinstance(prompt, str) else prompt  # a text repeats the beginning of the conversations
-    chosen, rejected = (normalize(with_system(row, prompt + row[side])) for side in ("chosen", "rejected"))
-    for messages in (chosen, rejected):
+    prompt, chosen, rejected = row.get("prompt") or [], row["chosen"], row["rejected"]
+    text, prompt = (prompt, []) if isinstance(prompt, str) else ("", prompt)
+    prompt, chosen, rejected = normalize(prompt), normalize(chosen), normalize(rejected)
+    if prompt:
+        prompt = with_system(row, prompt)
+    else:
+        chosen, rejected = with_system(row, chosen), with_system(row, rejected)
+    for messages in (prompt + chosen, prompt + rejected):
         check(messages)
         size = len(tokenizer.apply_chat_template(messages, return_dict=False))
         if size > length:
             raise BadRow(f"{size} tokens, and a sequence holds {length}")
-    same = next((i for i, both in enumerate(zip(chosen, rejected)) if both[0] != both[1]), None)
+    rendered = [[(m["role"], m.get("content"), calls_of(m)) for m in part] for part in (chosen, rejected)]
+    same = next((i for i, both in enumerate(zip(*rendered)) if both[0] != both[1]), None)
     if same is None:
         raise BadRow("the completions are the same, or one continues where the other ends")
-    if same == 0:
+    if {chosen[same]["role"], rejected[same]["role"]} != {"assistant"}:
         raise BadRow("chosen and rejected begin with different messages: both need the same question")
-    return {"prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
+    questions = [str(message["content"]).strip() for message in chosen if message["role"] != "assistant"]
+    if text.strip() and not any(one in text or text.strip() in one for one in questions):
+        raise BadRow("its prompt is another text than that of chosen and rejected: make it messages")
+    return {"prompt": prompt + chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
+
+
+def calls_of(message: dict) -> list[dict]:
+    """Name and arguments of its calls, without what the chat template leaves out, such as ids."""
+    return [call["function"] for call in message.get("tool_calls") or ()]
 
 
 def train_dpo(config: DPOStageConfig, model: str, output: Path) -> None:

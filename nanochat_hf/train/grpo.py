@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-from ..data.grading import COLUMNS, correctness, hash_answer, pass_at_k
+from ..data.grading import COLUMNS, correctness, hash_target, pass_at_k
 from ..data.mixture import Mixture, log_skipped, prompts_of
 from ..data.tokenizer import tool_result_mask
 from ..demo import corpus as primer
@@ -137,7 +138,7 @@ class RLTrainer(StageTrainer, GRPOTrainer):
         """Called with each graded batch: collects the outcomes of an evaluation, else writes two samples."""
         if not self.model.training:
             for row, reward in zip(rows, rewards):
-                self.outcomes[row["prompt"][-1]["content"]].append(bool(reward))
+                self.outcomes[str((row["prompt"], row["answer"]))].append(bool(reward))
         elif self.is_world_process_zero():
             with writing(self.samples), self.samples.open("a") as file:
                 for row, text, reward in list(zip(rows, texts, rewards))[:2]:
@@ -181,10 +182,11 @@ def load_prompts(config: RLConfig, split: str, tokenizer, max_length: int) -> tu
     else:
         mixture, rows = Mixture([prompts_of(config, split)], config.seed, config.on_bad_example), []
         for row in mixture:
-            prompt, answer = row["messages"][:1], hash_answer(row["messages"][-1]["content"])
+            prompt = list(takewhile(lambda message: message["role"] != "assistant", row["messages"]))
+            answer = hash_target(row["messages"][-1]["content"])
             size = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
             if answer is None:  # a reply without one would be right
-                mixture.skip(row["entry"], row["row"], "no number follows '#### ' in the answer")
+                mixture.skip(row["entry"], row["row"], "no number alone follows '#### ' in the answer")
             elif size > max_length:
                 mixture.skip(row["entry"], row["row"], f"{size} tokens, and {max_length} leave room for an answer")
             else:
