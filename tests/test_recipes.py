@@ -248,7 +248,8 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
     monkeypatch.setattr(stages, "check_cost", lambda *_: None)
     monkeypatch.setattr(stages, "run_stage", lambda *_, **__: pytest.fail("trains"))
     save_jsonl(text := tmp_path / "text.jsonl", [{"text": "가나다 라마바"}] * 40)
-    save_jsonl(sums := tmp_path / "sums.jsonl", [{"question": "1 + 1", "answer": "#### 2"}] * 9)
+    for sums in (tmp_path / "only_train.jsonl", tmp_path / "sums.jsonl"):
+        save_jsonl(sums, [{"question": "1 + 1", "answer": "#### 2"}] * 9)
     save_jsonl(other := tmp_path / "other.jsonl", [{"content": "a"}] * 30)
     pq.write_table(pa.table({"content": ["a"] * 30}), table := tmp_path / "other.parquet")
     early = ["tokenizer", "base"]  # base measures CORE on the way
@@ -260,6 +261,7 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
         (None, ["sft.mixture=[{dataset: nowhere.jsonl}]"], "no such dataset: nowhere.jsonl"),
         (None, ["mid.validation=[{dataset: recipes/nope.yaml}]"], "no such dataset: recipes/nope.yaml"),
         (None, ["rl.dataset=of_{split}.jsonl"], "no such dataset: of_train.jsonl"),
+        (None, [f"rl.dataset={tmp_path}/only_{{split}}.jsonl"], "no such dataset: .*/only_test.jsonl"),
         (None, [f"rl.dataset={sums}"], "sums.jsonl would be trained on and tested on: write {split} for"),
         (None, [f"sft.validation=[{{dataset: {text}, split: test}}]"], "is one file, and its name does not say it is"),
         (None, ["base.dataset=/nowhere"], "no such dataset: /nowhere"),
