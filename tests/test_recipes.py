@@ -1,5 +1,6 @@
 """Every recipe and Accelerate config file is read by the parser of real runs; the pipeline refuses what is wrong."""
 
+import logging
 import re
 import signal
 import subprocess
@@ -125,14 +126,15 @@ def finished(run: Run, configs: dict, *names: str, **numbers) -> None:
 
 def test_a_changed_recipe_and_a_source_that_runs_again_are_refused(tmp_path):
     run, (names, configs) = Run(tmp_path), read("cpu-demo")
-    finished(run, configs, "tokenizer", "base")
+    finished(run, configs, "tokenizer", "base", "mid")
     stages.check_run_folder(run, names, configs)
     changed = read("cpu-demo", None, ["base.depth=5"])[1]
     with pytest.raises(InputError, match=r"recipe changed since .*base finished \(depth: 4 -> 5\)"):
         stages.check_run_folder(run, names, changed)
-    (run.folder("tokenizer") / "metrics.json").unlink()
-    with pytest.raises(InputError, match="base was made before 'tokenizer', which runs again"):
-        stages.check_run_folder(run, names, configs)
+    for gone, left in (("tokenizer", "base"), ("base", "mid")):
+        (run.folder(gone) / "metrics.json").unlink()
+        with pytest.raises(InputError, match=f"{left} was made before 'tokenizer', which runs again"):
+            stages.check_run_folder(run, names, configs)
     finished(run, configs, "eval")
     stages.check_run_folder(run, ["tokenizer", "eval"], configs)  # an evaluation finds out by itself what changed
     for stage in ("tokenizer", "base"):  # of an old version
@@ -228,11 +230,12 @@ STOPPED = "stopped by a signal: the same command resumes the run"
 )
 def test_a_launch_ends_as_its_rank_does_with_one_line_and_passes_signals_on(monkeypatch, capsys, code, ends, line):
     def rank(arguments):
+        assert levels == [logging.ERROR]  # the launcher's own warnings are not shown
         raise subprocess.CalledProcessError(code, "rank")
 
-    handlers, signals = {}, []
+    handlers, signals, levels = {}, [], []
     children = SimpleNamespace(children=lambda: [SimpleNamespace(send_signal=signals.append)])
-    monkeypatch.setattr("nanochat_hf.jobs.logging.disable", lambda level: None)
+    monkeypatch.setattr("nanochat_hf.jobs.logging.disable", levels.append)
     monkeypatch.setattr("nanochat_hf.jobs.signal.signal", handlers.__setitem__)
     monkeypatch.setattr("nanochat_hf.jobs.psutil.Process", lambda: children)
     monkeypatch.setattr("accelerate.commands.launch.launch_command", rank)
