@@ -205,6 +205,11 @@ def test_without_the_extra_one_line_names_it(tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match=r"needs the package datasketch: pip install 'nanochat_hf\[data\]'"):
         run(capsys, tmp_path, "--output", tmp_path / "out")
     assert not [*tmp_path.iterdir()]
+    monkeypatch.undo()
+    jsonl(tmp_path / "source/a.jsonl", ["text"])
+    (tmp_path / "source/train.csv").touch()
+    with pytest.raises(InputError, match="source has its train split in train.csv, which is not read"):
+        run(capsys, tmp_path / "source", "--output", tmp_path / "out", "--decontaminate", "null")
 
 
 def test_a_dataset_of_the_hub_keeps_its_commit_when_a_download_broke_off(tmp_path, hub, capsys, monkeypatch):
