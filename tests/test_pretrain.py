@@ -370,7 +370,7 @@ def test_hooks_are_called_and_lines_printed_when_due(world, tmp_path, monkeypatc
     assert [point["step"] for point in metrics["history"] if "core" in point] == [2, 4, 5]
     assert re.findall(r"step (\d)/5: loss", capsys.readouterr().out) == ["2", "4"]
     packing = [(loader.num_shards, loader.packing_strategy) for loader in loaders]
-    assert packing == [(64, "bfd_split"), (8, "bfd")]  # training; validation as upstream
+    assert set(packing) == {(64, "bfd_split"), (8, "bfd")}  # training; validation as upstream
     smooth = itertools.accumulate(losses(metrics), lambda mean, loss: 0.9 * mean + 0.1 * loss)
     assert shown == pytest.approx(list(smooth), abs=6e-4)
 
