@@ -208,7 +208,7 @@ def test_without_the_extra_one_line_names_it(tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     jsonl(tmp_path / "source/a.jsonl", ["text"])
     (tmp_path / "source/train.csv").touch()
-    with pytest.raises(InputError, match="source has its train split in train.csv, which is not read"):
+    with pytest.raises(InputError, match=r"source has its train split in train\.csv, which is not read"):
         run(capsys, tmp_path / "source", "--output", tmp_path / "out", "--decontaminate", "null")
 
 

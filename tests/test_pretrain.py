@@ -190,7 +190,7 @@ def test_training_can_start_from_given_weights_and_leaves_nothing_to_the_next(st
     reset_accelerate_state()
     assert len(models) == 1 and models[0]() is None
     texts = (world / "text.jsonl").read_text()
-    train_bpe(iter([texts.upper()]), vocab_size=300).save_pretrained(tmp_path / "tokenizer")  # whose ids are other ones
+    train_bpe(iter([texts.upper()]), vocab_size=300).save_pretrained(tmp_path / "tokenizer")  # other ids
     (tmp_path / "text.jsonl").write_text(texts)
     with pytest.raises(InputError, match="do not belong together: it was trained with other ids"):
         run(tmp_path, tmp_path / "out", model=str(straight[0]))
