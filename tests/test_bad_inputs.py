@@ -204,7 +204,10 @@ COMMANDS = [
     ("scaling scaling/cpu --run-dir {run} --gpus 9", "--gpus 9: this machine has"),
     ("scaling scaling/gpu --run-dir {run} base.dataset=primer", "no GPU found, and 1.0e.17 FLOPs would take this CPU"),
     ("scaling scaling/cpu --run-dir {run} --budgets 1e6 --dry-run", "d2-1e6: the horizon is shorter than one step"),
-    ("scaling scaling/cpu --run-dir {here} --fit-only", "--fit-only takes the cells that --run-dir has"),
+    *(
+        (f"scaling {more} --run-dir {{here}} --fit-only", "--fit-only takes the cells that --run-dir has")
+        for more in ("scaling/cpu", "--dry-run", "--depths=4")
+    ),
     ("scaling --run-dir {here} --fit-only", "has no finished cell: train some first"),
     ("plan d12 base.dataset=primer:fact", "no such dataset: primer:fact is no file, no folder and no Hub id"),
     ("plan d12 base.dataset=s3://bucket/texts", "no such dataset: s3://bucket/texts is no file, no folder and no"),

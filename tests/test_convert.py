@@ -442,5 +442,12 @@ def test_embeddings_that_bfloat16_cannot_hold_are_written_in_float32():
     assert table.dtype == torch.float32 and torch.equal(table, model.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize("make, num, rows", [(NanoChatConfig.first_generation, 128, 100), (NanoChatConfig, 100, 128)])
+def test_tables_get_the_rows_that_upstream_has(make, num, rows):
+    config = make(vocab_size=num, num_tokens=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    tables, _ = to_upstream(NanoChatForCausalLM(config))
+    assert {len(tables[f"{name}.weight"]) for name in ("transformer.wte", "lm_head")} == {rows}
+
+
 def test_a_model_without_a_tokenizer_calls_no_tools(tmp_path):
     assert not upstream_module.may_call_tools(tmp_path, None, None)

@@ -236,6 +236,13 @@ def test_the_epoch_is_counted_and_validation_is_its_own_data(folder, tokenizer):
     assert "validation" in tokenizer.decode(next(validation)[0])
 
 
+def test_the_buffer_is_that_of_all_shards_together(folder, tokenizer):
+    one = loader(folder, tokenizer, batch_size=4, buffer_size=64, packing_strategy="bfd")  # 16 for each of 4 shards
+    next(one)
+    waiting = [len(shard["lengths"]) for shard in one.state_dict()["shards"].values()]
+    assert len(waiting) == 4 and all(15 <= number <= 22 for number in waiting)  # they come in chunks of 8
+
+
 def test_a_forgotten_loader_ends_its_thread(folder, tokenizer):
     def running():
         return {thread for thread in threading.enumerate() if thread.name.startswith("packed-loader_")}

@@ -315,8 +315,8 @@ def test_of_several_accuracies_the_plain_one_is_the_value(monkeypatch):
     """lm-eval's own multiple choice has acc, by the sum of log-probabilities, and acc_norm, by their mean per byte."""
     row = {"doc_id": 0, "doc": {"question": "q"}, "filtered_resps": ["a"], "target": "a", "arguments": [("q",)]}
     row["filter"] = "none"
-    numbers = {"acc,none": 0.5, "acc_norm,none": 0.75}
-    output = {"samples": {"arc": [{**row, "acc": 1.0}]}, "results": {"arc": numbers}}
+    numbers = {"acc,none": 0.5, "acc_norm,none": 0.75, "unchecked,none": 0.67}
+    output = {"samples": {"arc": [{**row, "acc": 1.0}] * 3}, "results": {"arc": numbers}}
     monkeypatch.setattr("nanochat_hf.eval.tasks.run_lm_eval", lambda *args, **options: output)
     tasks = object.__new__(Tasks)
     tasks.config, tasks.chat, tasks.members = EvalConfig(), [], lambda kind: []
@@ -325,4 +325,4 @@ def test_of_several_accuracies_the_plain_one_is_the_value(monkeypatch):
     rules = {"aggregation": lambda: accuracies, "higher_is_better": dict}
     tasks.loaded = {"arc": SimpleNamespace(config=settings, OUTPUT_TYPE="loglikelihood", **rules)}
     results, _ = tasks.run("arc", SimpleNamespace(gather_object=lambda number: [number]))
-    assert results["arc"]["value"] == 0.5
+    assert (results["arc"]["value"], results["arc"]["unchecked"]) == (0.5, 2)

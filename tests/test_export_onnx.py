@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import MagicMock
 from urllib.parse import urlparse
 
 import numpy as np
@@ -29,7 +30,7 @@ from nanochat_hf.tools import calculate
 
 ort = pytest.importorskip("onnxruntime", reason="exports to ONNX need onnx, onnxscript and onnxruntime")
 pytest.importorskip("onnxscript")
-from nanochat_hf.export.onnx import Step, run_graph  # noqa: E402
+from nanochat_hf.export.onnx import Step, run_graph, write_graph  # noqa: E402
 
 SITE = Path(__file__).parents[1] / "spaces" / "browser"
 LIBRARY = Path(os.environ.get("TRANSFORMERS_JS", "/nowhere")) / "node_modules"
@@ -119,6 +120,19 @@ def test_masks_show_the_window_and_no_padding():
     seen = {kind: [row.nonzero()[:, 0].tolist() for row in mask[0, 0] == 0] for kind, mask in masks.items()}
     assert seen["full_attention"] == [list(range(1, query + 1)) for query in (6, 7, 8)]
     assert seen["sliding_attention"] == [list(range(query - 4, query + 1)) for query in (6, 7, 8)]
+
+
+@pytest.mark.parametrize("generation, caches", [(1, 10), (2, 11)])  # keys and values of five layers, the smear's token
+def test_the_graph_has_its_inputs_and_float16_a_smaller_residual_stream(generation, caches, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", exporter := MagicMock())
+    model = make_model(generation)
+    before = {name: value.clone() for name, value in model.half().state_dict().items()}
+    write_graph(model, None)
+    assert len([name for name in exporter.call_args.kwargs["input_names"] if name.startswith("past")]) == caches
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] / (16 if "o_proj" in name or "fc2" in name else 1)), name
+    values = [parameter.sum() for parameter in model.float().parameters()]
+    assert [parameter.sum() for parameter in Step(model).parameters()] == values
 
 
 @pytest.mark.slow

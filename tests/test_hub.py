@@ -42,7 +42,7 @@ def run(talker_folder, tmp_path):  # noqa: F811
     metrics["history"] = [{"step": step, "train_loss": 3.0 / step, "time": float(step)} for step in range(1, 5)]
     save_json(folder / "sft" / "metrics.json", {**metrics, "mixture": mixture})
     (folder / "rl").mkdir()
-    results = {"sft": {"facts": {"value": 0.91, "stderr": 0.01, "n": 400, "baseline": 0.1, "higher_is_better": True}}}
+    results = {"sft": {"facts": {"value": 2 / 3, "stderr": 0.01, "n": 400, "baseline": 0.1, "higher_is_better": True}}}
     evaluation = {"finished": True, "started": 2.0, "wall_time_s": 5.0, "results": results, "models": {"sft": "sft"}}
     save_json(folder / "eval" / "metrics.json", evaluation)
     return folder
@@ -101,8 +101,8 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run):
     assert (data["license"], data["pipeline_tag"], data["library_name"]) == ("mit", "text-generation", "transformers")
     assert data["base_model"] == "you/base"
     (result,) = data["model-index"][0]["results"]
-    assert result["dataset"]["name"] == "facts" and result["metrics"][0]["value"] == 0.91
-    assert "0.9100" in text and "2 min 00 s: 5,000 tokens" in text and "test machine" in text
+    assert result["dataset"]["name"] == "facts" and result["metrics"][0]["value"] == 0.666667
+    assert "0.6667" in text and "2 min 00 s: 5,000 tokens" in text and "test machine" in text
     assert "License of the weights: mit" in text
     push(run, Push("you/small", language=("en", "ko"), base_model="you/base"))
     assert len(hub.repos["models", "you/small"].commits) == 2  # nothing new to send

@@ -192,8 +192,8 @@ def of_tokenizer(path, change):
 TOKENIZERS = {  # of a folder, damaged, and what is said of it
     "special token is missing": lambda folder: (folder / "tokenizer_config.json").unlink(),
     "another place": lambda folder: of_tokenizer(folder / "tokenizer.json", lambda x: x.update(added_tokens=[])),
-    "added token '<|user_start|>' is not ours": lambda folder: of_tokenizer(
-        folder / "tokenizer.json", lambda x: x["added_tokens"][1].update(special=False)
+    "added token '<|output_end|>' is not ours": lambda folder: of_tokenizer(
+        folder / "tokenizer.json", lambda x: x["added_tokens"][-1].update(special=False)
     ),
     "added token '<|bos|>' is not ours": lambda folder: of_tokenizer(
         folder / "tokenizer.json", lambda x: x["added_tokens"][0].update(lstrip=True)

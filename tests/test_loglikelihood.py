@@ -31,17 +31,20 @@ def reference(model, context, continuation):
     return total, bool((logits.argmax(-1) == targets).all())
 
 
+@torch.inference_mode()
+def extend(model, tokens):
+    return np.append(tokens, model(torch.from_numpy(tokens)[None]).logits[0, -1].argmax().item())
+
+
 @pytest.mark.parametrize("kind", ["nanochat_hf", *KINDS])
 def test_any_batch_and_order_gives_the_values_of_one_forward_per_request(lively_model, kind):
     model, rng = make(kind, lively_model), np.random.default_rng(0)
     contexts = [rng.integers(0, 300, size) for size in (3, 24, 25, 30, 58)]  # shared from 25 on; 58 + 6 fill GPT-2
     requests = [(c, rng.integers(0, 300, n)) for c in contexts for n in (1, 6, 3, 1)]
     for context in contexts:  # continuations of which all, or all but one, tokens are the argmax
-        best = context
-        for _ in range(2):
-            with torch.inference_mode():
-                best = np.append(best, model(torch.from_numpy(best)[None]).logits[0, -1].argmax().item())
-        requests += [(context, best[-2:]), (context, best[-2:] + [0, 1]), (context, best[-2:-1])]
+        best = extend(model, extend(model, context))
+        wrong = extend(model, np.append(context, (best[-2] + 1) % 300))[-2:]
+        requests += [(context, part) for part in (best[-2:], best[-2:] + [0, 1], wrong, best[-2:-1])]
     requests += [(contexts[3], rng.integers(0, 300, 20)) for _ in range(2)]  # padding of 58 has no such positions
     expected = [reference(model, *request) for request in requests]
     assert sum(greedy for _, greedy in expected) >= len(contexts)
@@ -95,9 +98,10 @@ def test_a_batch_is_bounded_with_and_without_a_gpu(lively_model, monkeypatch):
     for free, expected in ((1 << 20, 16_384), (1 << 40, 131_072)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         assert max_batch_tokens(OnGPU()) == expected
-    sizes = {"num_hidden_layers": 3, "hidden_size": 128, "vocab_size": 6000, "num_attention_heads": 4}
-    for heads, vectors in (({}, 2 * 3), ({"num_key_value_heads": 1}, 1.5)):  # keys and values in bf16; 16; logits
-        text = SimpleNamespace(**sizes, **heads)
+    sizes = {"num_hidden_layers": 3, "hidden_size": 128, "vocab_size": 6000}
+    for heads, vectors in (((None, None), 2 * 3), ((4, None), 2 * 3), ((4, 1), 1.5)):  # keys and values in bf16; 16
+        given = {name: n for name, n in zip(("num_attention_heads", "num_key_value_heads"), heads) if n}
+        text = SimpleNamespace(**sizes, **given)
         OnGPU.config = SimpleNamespace(get_text_config=lambda text=text: text)
         size = int((vectors + 16) * 128 * 2) + 10 * 6000 // loglikelihood.LOGIT_COST
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, size=size: (2 * 50_000 * size, 0))

@@ -273,6 +273,7 @@ def test_a_registered_attention_gets_the_window_and_no_mask():
 
     AttentionInterface.register("spy_attention", spy)
     make_model(attn_implementation="spy_attention")(make_ids(1, 8))
+    make_model(attn_implementation="flex_attention")  # is not refused
     scale = pytest.approx(1.2 * 1.2 / 8**0.5)
     assert calls == [(None, window, scale) for window in (5, 5, 5, None, None)]
 

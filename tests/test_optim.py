@@ -164,14 +164,6 @@ def test_a_skipped_step_leaves_weights_and_state_alone_whatever_the_gradients_ho
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_gradients_are_left_as_they_were():
-    optimizer = MuonAdamW(toy_groups())
-    toy_gradients(optimizer, 0)
-    before = [p.grad.clone() for p in parameters(optimizer)]
-    optimizer.step()
-    assert all(torch.equal(p.grad, grad) for p, grad in zip(parameters(optimizer), before))
-
-
 OPTIONS = {**plan(PretrainConfig(2, max_seq_len=128, total_batch_size=128), 512).groups, "lora": ADAMW}
 
 

@@ -63,7 +63,9 @@ def texts(folder: Path, split: str) -> list[str]:
 def tests(tmp_path):
     """Flags for the test rows of a bundle with one task, and of a file of GSM8K."""
     row = {"query": "Question: " + QUESTION, "choices": ["a mouse of the field", "a fish"], "gold": 0}
-    jsonl(tmp_path / "bundle/eval_data/world_knowledge/arc_easy.jsonl", []).write_text(json.dumps(row) + "\n")
+    short = {"query": "Who sleeps?", "choices": ["a", document(7002, 13)], "gold": 0}  # one of its texts has 13 words
+    text = "".join(json.dumps(row) + "\n" for row in (row, short))
+    jsonl(tmp_path / "bundle/eval_data/world_knowledge/arc_easy.jsonl", []).write_text(text)
     (tmp_path / "bundle/core.yaml").write_text("icl_tasks: []")
     (tmp_path / "chat").mkdir()
     rows = [{"question": document(7000, 20), "answer": document(7001, 20)}, {"question": "Two?", "answer": "2"}]
@@ -126,7 +128,7 @@ def test_exactly_the_planted_documents_go(tmp_path, capsys, monkeypatch, tests):
         for name, group in dropped.items()
     }
     assert stats["tests"] == {
-        "nanochat_core_arc_easy": [1, 0, 2], "nanochat_core_squad": [0, 0, 0], "nanochat_gsm8k": [2, 1, 1]
+        "nanochat_core_arc_easy": [2, 0, 2], "nanochat_core_squad": [0, 0, 0], "nanochat_gsm8k": [2, 1, 1]
     }  # fmt: skip
     timing, speed = stats["timing"], stats["counts"]["read"][2] / 1e6 / stats["timing"].pop("seconds")
     assert timing == {"megabytes_per_second": pytest.approx(speed), "workers": 1, "resumed": False}
@@ -215,6 +217,11 @@ def test_without_the_extra_one_line_names_it(tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match=r"needs the package datasketch: pip install 'nanochat_hf\[data\]'"):
         run(capsys, tmp_path, "--output", tmp_path / "out")
     assert not [*tmp_path.iterdir()]
+    monkeypatch.undo()
+    jsonl(tmp_path / "source/a.jsonl", ["text"])
+    (tmp_path / "source/train.csv").touch()
+    with pytest.raises(InputError, match=r"source has its train split in train\.csv, which is not read"):
+        run(capsys, tmp_path / "source", "--output", tmp_path / "out", "--decontaminate", "null")
 
 
 def test_a_dataset_of_the_hub_keeps_its_commit_when_a_download_broke_off(tmp_path, hub, capsys, monkeypatch):

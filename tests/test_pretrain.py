@@ -189,6 +189,11 @@ def test_training_can_start_from_given_weights_and_leaves_nothing_to_the_next(st
     assert metrics["depth"] == 2 and metrics["val_bpb"] is None and losses(metrics)[0] < losses(straight[1])[-1] + 0.5
     reset_accelerate_state()
     assert len(models) == 1 and models[0]() is None
+    texts = (world / "text.jsonl").read_text()
+    train_bpe(iter([texts.upper()]), vocab_size=300).save_pretrained(tmp_path / "tokenizer")  # other ids
+    (tmp_path / "text.jsonl").write_text(texts)
+    with pytest.raises(InputError, match="do not belong together: it was trained with other ids"):
+        run(tmp_path, tmp_path / "out", model=str(straight[0]))
 
 
 # --- divergence
@@ -352,8 +357,10 @@ def test_trackers_get_all_metrics_and_the_terminal_a_line_per_step(world, tmp_pa
     assert len(lines) == 4 and re.fullmatch(re.escape(f"[{tmp_path.name}] ") + words, lines[2])
 
 
-def test_hooks_are_called_and_lines_printed_when_due(world, tmp_path, capsys):
-    calls = []
+def test_hooks_are_called_and_lines_printed_when_due(world, tmp_path, monkeypatch, capsys):
+    calls, shown, loaders, real = [], [], [], module.PackedLoader
+    monkeypatch.setattr(module, "PackedLoader", lambda *a, **keys: loaders.append(real(*a, **keys)) or loaders[-1])
+    monkeypatch.setattr(module.Progress, "update", lambda self, step, words: shown.append(float(words[5:10])))
     metrics = run(
         world, tmp_path, num_iterations=5, core_metric_every=2, core_metric_max_per_task=7, push_every=4, log_every=2,
         core=lambda model, limit: calls.append(limit) or 0.25,
@@ -362,6 +369,10 @@ def test_hooks_are_called_and_lines_printed_when_due(world, tmp_path, capsys):
     assert calls == [7, 7, (4, 320), 7] and metrics["core"] == 0.25 and metrics["val_bpb"] > 0  # also at the end
     assert [point["step"] for point in metrics["history"] if "core" in point] == [2, 4, 5]
     assert re.findall(r"step (\d)/5: loss", capsys.readouterr().out) == ["2", "4"]
+    packing = [(loader.num_shards, loader.packing_strategy) for loader in loaders]
+    assert set(packing) == {(64, "bfd_split"), (8, "bfd")}  # training; validation as upstream
+    smooth = itertools.accumulate(losses(metrics), lambda mean, loss: 0.9 * mean + 0.1 * loss)
+    assert shown == pytest.approx(list(smooth), abs=6e-4)
 
 
 # --- keys and bad input

@@ -139,11 +139,7 @@ def test_conversations_fit_in_the_context_of_the_demo_model():
             assert len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) <= 128
 
 
-def test_rows_are_messages_in_order_and_can_be_of_some_kinds_only():
-    for row in islice(corpus.conversations("train"), 500):
-        roles = [message["role"] for message in row["messages"]]
-        assert roles[0] == "user" and roles[-1] == "assistant" and len(roles) >= 2
-        assert row["kind"] in (*corpus.CHAT_KINDS, "mixed")
+def test_rows_can_be_of_some_kinds_only():
     rows = list(corpus.conversations("train", rounds=1, kinds=("identity", "talk")))
     assert {row["kind"] for row in rows} == {"identity", "talk", "mixed"}
     facts = [m["content"] for row in corpus.conversations("train", rounds=2, kinds=("fact",)) for m in row["messages"]]

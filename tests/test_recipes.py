@@ -1,5 +1,6 @@
 """Every recipe and Accelerate config file is read by the parser of real runs; the pipeline refuses what is wrong."""
 
+import logging
 import re
 import signal
 import subprocess
@@ -125,14 +126,15 @@ def finished(run: Run, configs: dict, *names: str, **numbers) -> None:
 
 def test_a_changed_recipe_and_a_source_that_runs_again_are_refused(tmp_path):
     run, (names, configs) = Run(tmp_path), read("cpu-demo")
-    finished(run, configs, "tokenizer", "base")
+    finished(run, configs, "tokenizer", "base", "mid")
     stages.check_run_folder(run, names, configs)
     changed = read("cpu-demo", None, ["base.depth=5"])[1]
     with pytest.raises(InputError, match=r"recipe changed since .*base finished \(depth: 4 -> 5\)"):
         stages.check_run_folder(run, names, changed)
-    (run.folder("tokenizer") / "metrics.json").unlink()
-    with pytest.raises(InputError, match="base was made before 'tokenizer', which runs again"):
-        stages.check_run_folder(run, names, configs)
+    for gone, left in (("tokenizer", "base"), ("base", "mid")):
+        (run.folder(gone) / "metrics.json").unlink()
+        with pytest.raises(InputError, match=f"{left} was made before 'tokenizer', which runs again"):
+            stages.check_run_folder(run, names, configs)
     finished(run, configs, "eval")
     stages.check_run_folder(run, ["tokenizer", "eval"], configs)  # an evaluation finds out by itself what changed
     for stage in ("tokenizer", "base"):  # of an old version
@@ -232,11 +234,12 @@ STOPPED = "stopped by a signal: the same command resumes the run"
 )
 def test_a_launch_ends_as_its_rank_does_with_one_line_and_passes_signals_on(monkeypatch, capsys, code, ends, line):
     def rank(arguments):
+        assert levels == [logging.ERROR]  # the launcher's own warnings are not shown
         raise subprocess.CalledProcessError(code, "rank")
 
-    handlers, signals = {}, []
+    handlers, signals, levels = {}, [], []
     children = SimpleNamespace(children=lambda: [SimpleNamespace(send_signal=signals.append)])
-    monkeypatch.setattr("nanochat_hf.jobs.logging.disable", lambda level: None)
+    monkeypatch.setattr("nanochat_hf.jobs.logging.disable", levels.append)
     monkeypatch.setattr("nanochat_hf.jobs.signal.signal", handlers.__setitem__)
     monkeypatch.setattr("nanochat_hf.jobs.psutil.Process", lambda: children)
     monkeypatch.setattr("accelerate.commands.launch.launch_command", rank)
@@ -252,7 +255,8 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
     monkeypatch.setattr(stages, "check_cost", lambda *_: None)
     monkeypatch.setattr(stages, "run_stage", lambda *_, **__: pytest.fail("trains"))
     save_jsonl(text := tmp_path / "text.jsonl", [{"text": "가나다 라마바"}] * 40)
-    save_jsonl(sums := tmp_path / "sums.jsonl", [{"question": "1 + 1", "answer": "#### 2"}] * 9)
+    for sums in (tmp_path / "only_train.jsonl", tmp_path / "sums.jsonl"):
+        save_jsonl(sums, [{"question": "1 + 1", "answer": "#### 2"}] * 9)
     save_jsonl(other := tmp_path / "other.jsonl", [{"content": "a"}] * 30)
     pq.write_table(pa.table({"content": ["a"] * 30}), table := tmp_path / "other.parquet")
     early = ["tokenizer", "base"]  # base measures CORE on the way
@@ -264,6 +268,7 @@ def test_tasks_whose_data_cannot_be_had_are_refused_before_anything_is_trained(m
         (None, ["sft.mixture=[{dataset: nowhere.jsonl}]"], "no such dataset: nowhere.jsonl"),
         (None, ["mid.validation=[{dataset: recipes/nope.yaml}]"], "no such dataset: recipes/nope.yaml"),
         (None, ["rl.dataset=of_{split}.jsonl"], "no such dataset: of_train.jsonl"),
+        (None, [f"rl.dataset={tmp_path}/only_{{split}}.jsonl"], "no such dataset: .*/only_test.jsonl"),
         (None, [f"rl.dataset={sums}"], "sums.jsonl would be trained on and tested on: write {split} for"),
         (None, [f"sft.validation=[{{dataset: {text}, split: test}}]"], "is one file, and its name does not say it is"),
         (None, ["base.dataset=/nowhere"], "no such dataset: /nowhere"),

@@ -20,7 +20,7 @@ from nanochat_hf.eval import plots as plots_module
 from nanochat_hf.eval import report
 from nanochat_hf.eval.compare import compare, outcomes
 from nanochat_hf.eval.plots import draw_bars, draw_lines, plots, smoothed
-from nanochat_hf.eval.report import collect, grid, make_report, markdown, one_line, results_row
+from nanochat_hf.eval.report import by_text, collect, grid, make_report, markdown, one_line, results_row
 from nanochat_hf.hub.model_card import Push, collection_table, render_model_card
 from nanochat_hf.run import Run, duration, load_json, project_folder, save_json, short
 from nanochat_hf.stage_configs import find_recipe, read_recipe
@@ -159,6 +159,8 @@ def test_small_helpers():
     assert grid(["a", "b", "c"], [["1", "-", ""]]) == "| a   |\n|----:|\n| 1   |"  # no empty columns
     assert smoothed([1, 2, 6, 4], 2) == [1, 3, 4, 4]
     assert one_line({"A": -1.0, "B": -0.5}) == "B"
+    rows = [{"text": str(n % 12), "n": n} for n in range(24)]
+    assert list(by_text(rows, "text").values()) == rows[12:22]  # ten, and of equal texts the last
     assert one_line("x" * 400) == "x" * 299 + "…"
     call = "<|python_start|>2*3<|python_end|><|output_start|>6<|output_end|>So <|assistant_end|>6."
     assert one_line(call) == r"\[calls 2\*3, gets 6] So 6."

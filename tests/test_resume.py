@@ -19,7 +19,7 @@ from nanochat_hf.data.tokenizer import train_bpe
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import Generator
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
-from nanochat_hf.run import Run, load_json, model_fingerprint, save_json
+from nanochat_hf.run import Progress, Run, load_json, model_fingerprint, save_json
 from nanochat_hf.sync import syncing
 from nanochat_hf.train import checkpoint
 from nanochat_hf.train import pretrain as pretraining
@@ -426,18 +426,26 @@ SOME = [("base", "rank_00000.pt", "a flipped bit"), ("sft", "optimizer.pt", "gon
 
 @pytest.mark.parametrize("stage, file, kind", SOME + slowly(*(case for case in DAMAGED if case not in SOME)))
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(half_done, tmp_path, capsys, stage, file, kind):
-    resume, state, aside = half_done(stage), tmp_path / "out" / "state", {}
+    resume, state, aside, firsts = half_done(stage), tmp_path / "out" / "state", {}, []
     newest = complete_checkpoints(state)[-1]
+    (state / f"damaged_{newest.name}").mkdir()  # an earlier one
+    start = Progress.__init__
     DAMAGE[kind](newest / file)
     content = {path.name: path.read_bytes() for path in newest.iterdir()}
 
     def look(*_):
-        aside.update({path.name: path.read_bytes() for path in (state / f"damaged_{newest.name}").iterdir()})
+        aside.update({path.name: path.read_bytes() for path in (state / f"damaged_{newest.name}.1").iterdir()})
         return False
+
+    def started(*words, **options):
+        firsts.append(words[3:])
+        start(*words, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         fail(patch, OWNERS[stage], step_method(stage), KeyboardInterrupt(), look)
+        patch.setattr(Progress, "__init__", started)
         resume()
+    assert (2,) in firsts  # where the bar of the steps begins
     assert f"{newest.name}/{file}" in capsys.readouterr().out and aside == content
     steps = [row["step"] for row in load_json(tmp_path / "out" / "metrics.json")["history"]]
     assert steps == list(range(1, CONFIGS[stage].num_iterations + 1))

@@ -1,6 +1,5 @@
 """SFT: which tokens have a loss, how conversations are packed, and what a run leaves behind."""
 
-import copy
 import json
 import os
 import re
@@ -65,21 +64,6 @@ def test_the_loss_of_sft_is_on_assistant_tokens_that_of_mid_training_on_all_and_
     assert "<|output_start|>5<|output_end|>" in text and "What is 2 + 3?" in text
     expected = text.removeprefix("<|bos|>").replace("<|output_start|>5<|output_end|>", "")
     assert learned(tokenizer, CHAT, assistant_only_loss=False) == expected
-
-
-@pytest.mark.parametrize("reply", ["Sure 😊", "좋아요", "plain"])
-def test_all_bytes_of_a_last_character_are_learned_whatever_the_folders_template_marks(tokenizer, reply):
-    tokenizer = copy.deepcopy(tokenizer)
-    # A template of older folders, whose block ends with the text: transformers' mask then lacks the last bytes.
-    block = "{% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|assistant_end|>{% endgeneration %}"
-    older = (
-        "<|bos|>{% for m in messages %}{% if m.role == 'user' %}<|user_start|>{{ m.content }}<|user_end|>"
-        "{% else %}<|assistant_start|>" + block + "{% endif %}{% endfor %}"
-    )
-    chat = [{"role": "user", "content": reply}, {"role": "assistant", "content": reply}]
-    for template in (tokenizer.chat_template, older):
-        tokenizer.chat_template = template
-        assert learned(tokenizer, chat + chat) == f"{reply}<|assistant_end|>" * 2
 
 
 def test_positions_restart_in_each_conversation_and_in_the_padding():

@@ -180,6 +180,8 @@ def test_a_file_that_grows_during_its_upload_is_uploaded_as_it_was(remote, tmp_p
     Sync(remote, run).snapshot("rl", "step_000001", tmp_path / "upload")
     samples.open("a").write("two\n")
     assert (tmp_path / "upload" / "rl" / "samples.jsonl").read_text() == "one\n"
+    write_checkpoint(run, 7, "sft")
+    assert Sync(remote, run).next_due()[:2] == ("rl", "step_000001")  # of two unfinished stages the later one
 
 
 def test_a_mark_of_another_shape_or_with_files_outside_of_the_stage_counts_as_absent():
