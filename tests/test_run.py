@@ -201,6 +201,7 @@ def test_expected_errors_end_a_script_in_one_line(capsys, monkeypatch, error, ra
         raise error
 
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(SystemExit) as caught:
         guarded(main)
     assert caught.value.code == code and capsys.readouterr().err == line

@@ -61,9 +61,9 @@ STAGE_BYTES = {"mid": 1.8, "sft": 1.8, "rl": 10.2}
 NODE_EFFICIENCY = 0.9  # of more than 8 GPUs: assumed
 FSDP2_EFFICIENCY = {"bf16": 0.97, "FP8": 0.92}  # beside replicated parameters (docs/parallelism.md)
 MEASURED = {  # tokens per second in evals/RESULTS.md: (GPU, how many, depth, precision), rest as in d24
-    ("H200", 1, 24, "bf16"): 121_948, ("H200", 1, 24, "FP8"): 144_476, ("H200", 2, 24, "bf16"): 242_903,
+    ("H200", 1, 24, "bf16"): 119_843, ("H200", 1, 24, "FP8"): 148_423, ("H200", 2, 24, "bf16"): 242_903,
     ("H200", 2, 24, "FP8"): 299_263, ("H200", 4, 24, "bf16"): 488_677, ("H100", 1, 24, "bf16"): 119_693,
-    ("H200", 1, 12, "bf16"): 673_233, ("H200", 1, 12, "FP8"): 693_334,
+    ("H200", 1, 12, "bf16"): 664_495, ("H200", 1, 12, "FP8"): 724_752,
 }  # fmt: skip
 
 
