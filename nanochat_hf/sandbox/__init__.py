@@ -121,8 +121,8 @@ def check_layers() -> None:
     """Refuse, by InputError, to run generated code with all files of this user, unless ALLOW is set."""
     if not {"unprivileged user", "read-only files"} & set(layers()) and not os.environ.get(ALLOW):
         raise InputError(
-            "generated code would run with all files of this user: use a Linux with user namespaces or Landlock or, in a "
-            f"container that may be lost, allow_unsandboxed_code in eval.yaml ({ALLOW}=1 for the lm-eval CLI)"
+            "generated code would run with all files of this user: use a Linux with user namespaces or Landlock or, "
+            f"in a container that may be lost, allow_unsandboxed_code in eval.yaml ({ALLOW}=1 for the lm-eval CLI)"
         )
 
 

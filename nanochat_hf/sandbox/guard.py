@@ -39,7 +39,8 @@ def guard(role: str, channel: int, timeout: float, memory_bytes: int) -> int:
     try:
         user, namespaces = new_namespaces()
         groups = control_groups(memory_bytes)
-        names = ["unprivileged user"] * (user not in (0, caller)) + ["namespaces"] * namespaces + ["cgroups"] * bool(groups)
+        names = ["unprivileged user"] * (user not in (0, caller)) + ["namespaces"] * namespaces
+        names += ["cgroups"] * bool(groups)
         child = os.fork()
         if child == 0:
             try:
