@@ -395,7 +395,7 @@ class EvalConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto (bfloat16 on CUDA, float32 elsewhere), float32 or bfloat16."""
     allow_unsandboxed_code: bool = False
-    """Run generated code (HumanEval) also where it would be root with all files of the machine."""
+    """Run generated code (HumanEval) also where it could use all files of this user, such as tokens."""
     log_samples: bool = True
     """Save every question with its answer in eval/samples."""
     seed: Seed = 0

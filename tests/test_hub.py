@@ -246,14 +246,17 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, run, opti
 
 SECRETS = [TOKEN, "hf_" + "x" * 34, "sk-proj-" + "a1" * 20, "ghp_" + "a1" * 18, "AKIA" + "A1" * 8, "AIza" + "a" * 35]
 SECRETS += ["xoxb-" + "1" * 24, "glpat-" + "a1" * 10, "npm_" + "a1" * 18, "pypi-" + "a1" * 30]
-SECRETS += ["-----BEGIN OPENSSH PRIVATE KEY-----"]
+SECRETS += ["-----BEGIN OPENSSH PRIVATE KEY-----", "wandb_v1_" + "aB3" * 15, "s3://name:secret@bucket/data"]
+SECRETS += [rf"\u00{ord(TOKEN[0]):02x}{TOKEN[1:]}"]  # as JSON may have it
 
 
 def test_secrets_are_known_by_their_form_and_not_shown(tmp_path, monkeypatch):
     path, login = tmp_path / "text", "of-another-form"
     for token in (None, login):
         monkeypatch.setattr(push_module, "get_token", lambda token=token: token)
-        path.write_text("task-related-sk-learn-with-many-words, sha 0123456789abcdef0123456789abcdef, shf_ghp_AKIA")
+        path.write_text(
+            "task-related-sk-learn-with-many-words, sha 0123456789abcdef0123456789abcdef, shf_ghp_AKIA, http://a:80/b@c"
+        )
         push_module.refuse_secrets([path])
         for secret in [*SECRETS, *[login] * bool(token)]:
             path.write_text(f"key={secret}")

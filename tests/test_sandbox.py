@@ -4,9 +4,11 @@ The hostile programs run in a cgroup of the test's own, so that a hole in the sa
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -144,13 +146,54 @@ def test_memory_counts_for_all_processes_together():
     assert not run_sandboxed(f"import os, time\n{children}", memory_bytes=128 << 20).passed  # of which each has 30
 
 
-def test_root_without_layers_is_refused(monkeypatch):
-    for names in ((), ("cgroups",)):
+def test_who_would_give_all_files_is_refused(monkeypatch):
+    for names in ((), ("cgroups",), ("namespaces",)):
         monkeypatch.setattr(sandbox, "layers", lambda names=names: names)
-        with pytest.raises(InputError, match=r"as root with all files: use another user or.*allow_unsandboxed_code"):
+        with pytest.raises(InputError, match=r"with all files of this user: use a Linux with.*allow_unsandboxed_code"):
             run_sandboxed("print(1)")
     monkeypatch.setenv(sandbox.ALLOW, "1")
     assert run_sandboxed("print(1)").passed
+
+
+NO_NAMESPACES = """if True:
+    import ctypes, os, sys
+    lines = {"setgroups": "deny", "uid_map": f"1234 {os.getuid()} 1", "gid_map": f"1234 {os.getgid()} 1"}
+    assert ctypes.CDLL(None).unshare(0x10000000) == 0
+    for name, line in lines.items():
+        open(f"/proc/self/{name}", "w").write(line)
+    open("/proc/sys/user/max_user_namespaces", "w").write("0")
+    os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+"""
+SPY = """if True:
+    import os
+    def got(action, *arguments):
+        try:
+            return action(*arguments) or True
+        except OSError:
+            return False
+    processes = [n for n in range(2, os.getpid() + 9) if n != os.getpid()]
+    print("seen", sum(got(os.listdir, f"/proc/{process}/fd") is not False for process in processes))
+    print("files", got(os.listdir, FOLDER), got(open, FOLDER + "/x", "w"), got(open, FOLDER + "/secret"))
+    print("signals", sum(got(os.kill, process, 0) for process in processes if process != os.getppid()))
+    open("own", "w").write("x")
+    def f(x): return x + 1
+"""
+
+
+@isolated
+@pytest.mark.skipif(LINUX and ctypes.CDLL(None).syscall(444, None, 0, 1) < 1, reason="no Landlock")
+def test_a_user_without_namespaces_is_protected_by_landlock(tmp_path):
+    """Without it a solution reads the tests in /proc, and its user's tokens, and ends the evaluation."""
+    (tmp_path / "secret").write_text("x")
+    program = f"FOLDER = {str(tmp_path)!r}\n{SPY}"
+    main = "from nanochat_hf.sandbox import layers, run_sandboxed\nprint(layers())\n"
+    main += f"print(run_sandboxed({program!r}, 'assert f(1) == 2'))"
+    words = [sys.executable, "-c", NO_NAMESPACES, main]
+    out = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent).stdout
+    assert out.startswith(("('read-only files',)", "('cgroups', 'read-only files')")), out
+    assert "passed=True" in out and "seen 0" in out and "files False False False" in out, out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["secret"]
+    assert "signals 0" in out or os.uname().release < "6.12"
 
 
 HEAD = "import os, signal, threading, time\nHOME, PREFIX, HERE = {!r}, {!r}, {!r}\n"

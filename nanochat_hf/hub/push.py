@@ -41,10 +41,12 @@ from ..run import Run, load_json, project_folder, save_json, writing
 from .model_card import Push, render_model_card, report_facts, without_local_paths
 
 SPACE = project_folder("spaces", "chat")
-SECRET = re.compile(  # Hugging Face, OpenAI and others, GitHub, AWS, Google, Slack, GitLab, npm, PyPI; private keys
+SECRET = re.compile(  # Hugging Face, OpenAI and others, GitHub, AWS, Google, Slack, GitLab, npm, PyPI, W&B; keys, URLs
     rb"\b(hf_[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)[\w-]{20,}|gh[a-z]_\w{30,}|github_pat_\w{20,}|A[KS]IA[A-Z0-9]{16}"
-    rb"|AIza[\w-]{35}|xox[a-z]-[\w-]{20,}|glpat-[\w-]{20,}|npm_\w{30,}|pypi-[\w-]{40,})|-----BEGIN [A-Z ]*PRIVATE KEY"
+    rb"|AIza[\w-]{35}|xox[a-z]-[\w-]{20,}|glpat-[\w-]{20,}|npm_\w{30,}|pypi-[\w-]{40,}|wandb_v1_\w{30,})"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY|://[^\s/:@\"]+:[^\s/@\"]+@"
 )
+ESCAPED = re.compile(rb"\\u00([0-7][0-9A-Fa-f])")  # an ASCII character in JSON
 CODE_OF_OTHERS = re.compile(r"[\w.-]+/[\w.-]+--[\w.]+")  # such as owner/name--module.Class
 CODE = {path.name: path for path in Path(configuration_nanochat.__file__).parent.glob("*_nanochat.py")}
 MODEL_FILES = (
@@ -175,6 +177,7 @@ def refuse_secrets(files: Iterable[Path]) -> None:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else None
             data = file.read(length) if length else path.read_bytes()
+        data = ESCAPED.sub(lambda match: bytes.fromhex(match[1].decode()), data)
         if SECRET.search(data) or (len(token) > 3 and token in data):
             raise InputError(f"{path} contains a token or a private key: remove it, and replace it if it was shared")
 

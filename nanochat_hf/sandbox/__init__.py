@@ -11,7 +11,7 @@ ran to its last line; that it says itself.
 A sandbox is three processes. The guard (guard.py, a script) stays outside and watches time, processes and memory.
 Its child is process 1 of new namespaces: no network, no foreign process, a read-only view of the Python installation
 and an empty folder in memory. That one starts the program as a user without rights. Kernels and containers differ in
-what they allow: `layers` says what this machine gives.
+what they allow: without namespaces Landlock protects the files. `layers` says what this machine gives.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from .guard import ENDED, TIMED_OUT, UNCHECKED
 
 MAX_OUTPUT = 64 * 1024  # bytes of a program's output that are returned
 MEMORY_BYTES = 512 << 20
-ALLOW = "NANOCHAT_ALLOW_UNSANDBOXED"  # environment variable that lets it run as root with all files
+ALLOW = "NANOCHAT_ALLOW_UNSANDBOXED"  # environment variable that lets it run with all files of this user
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def run_sandboxed(
         memory_bytes: of all processes together.
 
     Raises:
-        InputError: the program would run as root with all files of this machine, and ALLOW is not set.
+        InputError: the program would run with all files of this user, and ALLOW is not set.
     """
     check_layers()
     ours, theirs = socket.socketpair()
@@ -118,11 +118,11 @@ def working_folder() -> Iterator[str]:
 
 
 def check_layers() -> None:
-    """Refuse, by InputError, to run generated code as root with all files of this machine, unless ALLOW is set."""
+    """Refuse, by InputError, to run generated code with all files of this user, unless ALLOW is set."""
     if not {"unprivileged user", "read-only files"} & set(layers()) and not os.environ.get(ALLOW):
         raise InputError(
-            "generated code would run as root with all files: use another user or, in a container that may be lost, "
-            f"allow_unsandboxed_code in eval.yaml ({ALLOW}=1 for the lm-eval CLI)"
+            "generated code would run with all files of this user: use a Linux with user namespaces or Landlock or, "
+            f"in a container that may be lost, allow_unsandboxed_code in eval.yaml ({ALLOW}=1 for the lm-eval CLI)"
         )
 
 

@@ -34,12 +34,13 @@ def guard(role: str, channel: int, timeout: float, memory_bytes: int) -> int:
 
     Returns: the program's exit code, or TIMED_OUT or OVER_LIMIT.
     """
-    deadline, child, groups = time.monotonic() + timeout, 0, []
+    deadline, child, groups, caller = time.monotonic() + timeout, 0, [], os.getuid()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         user, namespaces = new_namespaces()
         groups = control_groups(memory_bytes)
-        names = ["unprivileged user"] * (user != 0) + ["namespaces"] * namespaces + ["cgroups"] * bool(groups)
+        names = ["unprivileged user"] * (user not in (0, caller)) + ["namespaces"] * namespaces
+        names += ["cgroups"] * bool(groups)
         child = os.fork()
         if child == 0:
             try:
@@ -97,13 +98,14 @@ def remove_groups(groups) -> None:
                 time.sleep(0.01)
 
 
-def system_call(name: str, *arguments) -> None:
-    """Call a function of the C library. Raises OSError if it fails or does not exist."""
+def system_call(name: str, *arguments) -> int:
+    """The result of a function of the C library. Raises OSError if it fails or does not exist."""
     function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
     kinds = {int: ctypes.c_long, str: lambda text: text.encode()}
     values = [kinds.get(type(value), lambda other: other)(value) for value in arguments]
-    if function is None or function(*values) != 0:
+    if function is None or (result := function(*values)) < 0:
         raise OSError(ctypes.get_errno() or errno.ENOSYS, f"{name}: {os.strerror(ctypes.get_errno())}")
+    return result
 
 
 def new_namespaces() -> tuple[int, bool]:
@@ -158,6 +160,10 @@ def first_process(
         with contextlib.suppress(OSError):
             isolate_files()
             names.append("read-only files")
+    if "read-only files" not in names:
+        with contextlib.suppress(OSError):
+            restrict_files(os.getcwd() if role == "solution" else None)
+            names.append("read-only files")
     if role == "layers":
         print(*names, sep="\n", flush=True)
     program = os.fork()
@@ -169,7 +175,7 @@ def first_process(
             "NPROC": MAX_PROCESSES,
             "NOFILE": 64,
         }
-        for name, limit in (limits | {"CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}).items():
+        for name, limit in (limits | {"CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0, "SIGPENDING": 1024}).items():
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 kind = getattr(resource, f"RLIMIT_{name}")
                 hard = resource.getrlimit(kind)[1]
@@ -207,9 +213,8 @@ def filter_calls() -> None:
     system_call("prctl", 22, 2, struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))  # PR_SET_SECCOMP
 
 
-def isolate_files() -> None:
-    """Change the root to a read-only view of Python's installation with an empty /tmp in memory. Raises OSError."""
-    system_call("unshare", NEW_MOUNTS)
+def visible_paths() -> list[str]:
+    """What a program may read: Python's installation and what that needs."""
     paths, link = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives"], sys.executable
     paths += [f"/dev/{name}" for name in ("null", "zero", "random", "urandom")]
     prefixes = [sys.base_prefix]
@@ -218,7 +223,34 @@ def isolate_files() -> None:
         if not os.path.islink(link):
             break
         link = os.path.join(os.path.dirname(link), os.readlink(link))
-    paths += [f"{prefix}/{name}" for prefix in prefixes for name in ("bin", "lib", "lib64", "pyvenv.cfg")]
+    return paths + [f"{prefix}/{name}" for prefix in prefixes for name in ("bin", "lib", "lib64", "pyvenv.cfg")]
+
+
+def restrict_files(writable: str | None) -> None:
+    """Without namespaces: the same view by Landlock, with a writable folder. Raises OSError.
+
+    Nor can a program then look into other processes, and on newer kernels signal them or use TCP.
+    """
+    if sys.platform != "linux":  # its numbers of system calls
+        raise OSError
+    version = system_call("syscall", 444, None, 0, 1)
+    everything = (1 << 13 + (version >= 2) + (version >= 3) + (version >= 5)) - 1
+    denied = struct.pack("QQQ", everything, 3, 3)[: 8 * (1 + (version >= 4) + (version >= 6))]  # files, TCP, signals
+    rules = system_call("syscall", 444, denied, len(denied), 0)
+    for path in filter(os.path.exists, [*visible_paths(), *[writable] * (writable is not None)]):
+        access = 1 | 4 | (8 if os.path.isdir(path) else 2 * path.startswith("/dev/"))  # execute, read, list, write
+        file = os.open(path, os.O_PATH)
+        rule = struct.pack("=Qi", everything if path == writable else access, file)
+        system_call("syscall", 445, rules, 1, rule, 0)
+        os.close(file)
+    system_call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which it asks for
+    system_call("syscall", 446, rules, 0)
+    os.close(rules)
+
+
+def isolate_files() -> None:
+    """Change the root to a read-only view of Python's installation with an empty /tmp in memory. Raises OSError."""
+    system_call("unshare", NEW_MOUNTS)
     system_call("mount", "none", "/", None, RECURSIVE | PRIVATE, None)
     system_call("mount", "tmpfs", "/sys", "tmpfs", NO_SUID | NO_DEVICES, "mode=755,size=1m")  # /sys: needed no more
     os.makedirs("/sys/new/tmp")
@@ -227,7 +259,7 @@ def isolate_files() -> None:
     system_call("mount", "tmpfs", "/sys/new/tmp", "tmpfs", NO_SUID | NO_DEVICES, options)
     os.mkdir("/sys/new/tmp/program")
     os.chmod("/sys/new/tmp/program", 0o777)
-    for path in paths:
+    for path in visible_paths():
         source, target = os.path.realpath(path), Path(f"/sys/new{path}")
         if target.exists() or not os.path.exists(source):  # it may lie below another one
             continue

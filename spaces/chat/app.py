@@ -122,14 +122,26 @@ def show_tags(chatbot: gr.Chatbot) -> gr.Chatbot:
 def text_of(content) -> str:
     if isinstance(content, str):
         return unescape(content)
-    return "".join(unescape(part.get("text", "")) for part in content if isinstance(part, dict))
+    return "".join(unescape(str(part.get("text") or "")) for part in content if isinstance(part, dict))
+
+
+def entries_of(history) -> list[dict]:
+    """The messages in what a client sends as history, which may be anything."""
+    entries = [x for x in (history if isinstance(history, list) else []) if isinstance(x, dict)]
+    entries = [x for x in entries if x.get("role") in ("user", "assistant")]
+    return [x for x in entries if isinstance(x.get("content"), str | list)]
+
+
+def title_of(entry: dict) -> str:
+    metadata = entry.get("metadata")
+    return str(metadata.get("title") or "") if isinstance(metadata, dict) else ""
 
 
 def messages_of(history: list[dict], message: str, system: str, with_tools: bool) -> list[dict]:
     """Gradio's history and the new message as a conversation; tool steps become calls and results again."""
     messages = [{"role": "system", "content": unescape(system.strip())}] if system.strip() else []
-    for entry in history:
-        text, title = text_of(entry["content"]), (entry.get("metadata") or {}).get("title") or ""
+    for entry in entries_of(history):
+        text, title = text_of(entry["content"]), title_of(entry)
         if title.startswith(STEP):
             if with_tools:
                 result = text.strip("`\n ")
@@ -310,7 +322,9 @@ def respond(
     """Yields the answer so far as Gradio's messages. The page's limits hold for callers of the API, too."""
     now: list[dict] = []
     try:
-        refuse(message, system := system or "")
+        refuse(message, system := str(system or ""))
+        if not all(isinstance(x or 0, int | float) and abs(x or 0) < 2**31 for x in (temperature, top_k, max_tokens)):
+            raise Problem("number")  # NaN, too
         messages = messages_of(history, message, system, with_tools=not ENDPOINT_URL)
         temperature, top_k = min(max(float(temperature or 0), 0.0), 2.0), max(int(top_k or 0), 0)
         max_tokens = max(min(int(max_tokens or MAX_NEW_TOKENS), MAX_NEW_TOKENS), 1)
@@ -326,10 +340,8 @@ def respond(
 
 
 def restore(saved) -> tuple[list[dict], list[dict]]:
-    """The conversation that the browser saved, for chatbot and state; texts only, since a client may send anything."""
-    entries = [x for x in (saved if isinstance(saved, list) else []) if isinstance(x, dict)]
-    entries = [x for x in entries if x.get("role") in ("user", "assistant")]
-    history = [{**x, "content": text_of(x["content"])} for x in entries if isinstance(x.get("content"), str | list)]
+    """The conversation that the browser saved, for chatbot and state; texts only."""
+    history = [{**x, "content": text_of(x["content"])} for x in entries_of(saved)]
     return history, history
 
 
