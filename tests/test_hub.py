@@ -313,6 +313,7 @@ def test_paths_of_this_machine_are_shortened_to_names(hub, run, monkeypatch):
     monkeypatch.chdir(run)
     (run / "data" / "mine").mkdir(parents=True)
     paths = ["/home/alice/texts/", "~/alice/chats.jsonl", "/home/alice/v[2]", "data/mine", "../alice/gone"]
+    paths += ["file:///home/alice/f", r"C:\Users\alice\d", "json:/home/alice/j", "$HOME/alice/h", "hf://you/hub"]
     mixture = [{"dataset": f"{path}:gsm8k" if "jsonl" in path else path, "rows": 3, "tokens": 4} for path in paths]
     skipped = [{"dataset": paths[2], "row": 3, "reason": "no a/b column"}]
     mixture.append({"dataset": "openai/gsm8k", "rows": 3, "tokens": 4})
@@ -326,9 +327,10 @@ def test_paths_of_this_machine_are_shortened_to_names(hub, run, monkeypatch):
     assert not any(word in text for text in texts.values() for word in ("alice", "data/mine"))
     assert hub.requests == [] and (folder / "model.safetensors").exists()  # a dry run sends nothing
     assert "base is first" in texts["README.md"] and "no a/b column" in texts["report.md"]
-    assert "`texts`, `chats.jsonl`, `v[2]`, `mine`, `gone`, `openai/gsm8k`." in texts["README.md"]
+    assert "`chats.jsonl`, `v[2]`, `mine`, `gone`, `f`, `d`, `j`, `h`, `hf`, `openai/gsm8k`." in texts["README.md"]
     metrics = load_json(folder / "metrics.json")
     assert metrics["mixture"][1]["dataset"] == "chats.jsonl:gsm8k" and metrics["config"]["words"] == "words"
+    assert metrics["mixture"][-2]["dataset"] == "hf://you/hub"
 
 
 SMALL = {"repo": "you/small"}

@@ -225,7 +225,7 @@ def convert(
 
     Returns: generation, number of parameters, step, `tokenizer_ids` (compared; 0: copied, None: no tokenizer).
 
-    Raises ValueError with one line on what is wrong.
+    Raises ValueError with one line on what cannot be converted; a damaged file raises what its reader does.
     """
     source, output = Path(source), Path(output)
     in_place = to == "hf" and output.exists() and output.samefile(source)

@@ -80,14 +80,15 @@ def without_local_paths(run: Run, value):
     texts, value = {*strings, *(text.partition(":")[0] for text in strings)}, json.dumps(value, ensure_ascii=False)
     for text in sorted(texts, key=len, reverse=True):
         if is_local_path(text):
-            value = value.replace(text, text.rstrip("/").rpartition("/")[2])
+            value = value.replace(text, re.split(r"[/\\]", text.rstrip("/\\"))[-1])
     return json.loads(value)
 
 
 def is_local_path(text: str) -> bool:
+    text = re.sub(r"^(\w+::?)+(?!//\w)", "", text).replace("\\", "/")  # less a protocol or a drive, but not a URL's
     if "/" not in text.rstrip("/"):
         return False
-    return text.startswith(("/", "~", ".")) or text.endswith(DATA_FILES) or os.path.exists(local_path(text))
+    return text.startswith(("/", "~", ".", "$")) or text.endswith(DATA_FILES) or os.path.exists(local_path(text))
 
 
 def datasets(facts: dict) -> list[str]:
