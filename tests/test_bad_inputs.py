@@ -8,8 +8,10 @@ read has test_bad_data.py.
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -484,6 +486,20 @@ def test_a_variable_that_accelerate_cannot_use(refuse, monkeypatch, variables, r
 def test_a_stage_s_folder_as_the_run_folder(refuse, file):
     (refuse.here / file).write_text("{}")
     refuse(["tokenizer", "cpu-demo", "--run-dir", "{here}"], f"here is no run folder, .*{file}: choose another")
+
+
+@pytest.mark.parametrize("line,message", [
+    ("bench --vocab-size -5", "from 265"), ("bench --seconds nan", "above 0"), ("bench_decoding --depth 0", "from 1 to"),
+    ("bench_decoding --batches 1,-2", r"\[1\] is -2"), ("bench_decoding --tokens 1", "from 2 to"),
+    ("bench_decoding --length 3", "must be above 640"), ("bench_decoding --model {here}", "no model in .*here"),
+    ("bench_scaling --gpus 0", r"\[0\] is 0"), ("bench_scaling --cpu --recipe nope", "no recipe nope"),
+])  # fmt: skip
+def test_a_wrong_flag_of_a_benchmark(refuse, monkeypatch, line, message):
+    name, *words = line.split()
+    script = str(ROOT / "scripts" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [script, *(word.format(here=refuse.here) for word in words)])
+    monkeypatch.setattr(cli, "dispatch", lambda *_: runpy.run_path(script, run_name="__main__"))
+    refuse([], message)
 
 
 def test_a_port_that_is_taken(refuse):

@@ -98,7 +98,8 @@ def test_what_is_missing_is_said(run):
     reasons = ["nothing was measured", "no stage recorded values", "no chat model was asked", "nothing was measured"]
     text = markdown(collect(Run(run)))
     assert re.findall(r"^Missing: (.*?)(?: of several steps)?\.$", text, re.M) == [
-        *reasons, "no bundle of tasks was named (`eval.core_bundle`)", "the run has no recorded keys, or stages that no",
+        *reasons, "no bundle of tasks was named (`eval.core_bundle`)",
+        "the run has no recorded keys, or stages that no recipe has",
     ]  # fmt: skip
     (run / "eval" / "metrics.json").unlink()
     assert markdown(collect(Run(run))).count("Missing: the evaluation has not run.") == 4
