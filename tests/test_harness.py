@@ -19,6 +19,7 @@ from nanochat_hf.eval.harness import (
     bpb_datasets,
     chatcore_metric,
     check_counts,
+    check_tasks,
     core_metric,
     definition_of,
     evaluate,
