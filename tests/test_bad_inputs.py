@@ -489,7 +489,8 @@ def test_a_stage_s_folder_as_the_run_folder(refuse, file):
 
 
 @pytest.mark.parametrize("line,message", [
-    ("bench --vocab-size -5", "from 265"), ("bench --seconds nan", "above 0"), ("bench_decoding --depth 0", "from 1 to"),
+    ("bench --vocab-size -5", "from 265"), ("bench --seconds nan", "above 0"),
+    ("bench_decoding --depth 0", "from 1 to"),
     ("bench_decoding --batches 1,-2", r"\[1\] is -2"), ("bench_decoding --tokens 1", "from 2 to"),
     ("bench_decoding --length 3", "must be above 640"), ("bench_decoding --model {here}", "no model in .*here"),
     ("bench_scaling --gpus 0", r"\[0\] is 0"), ("bench_scaling --cpu --recipe nope", "no recipe 'nope'"),

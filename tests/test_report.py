@@ -468,6 +468,6 @@ def test_a_full_disk_leaves_the_earlier_report(run, monkeypatch):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(plots_module, "save", MagicMock(side_effect=full))
-    with pytest.raises(InputError, match="cannot write .*plots: No space left on device; make room there"):
+    with pytest.raises(InputError, match=r"cannot write .*plots: No space left on device; make room there"):
         make_report(run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
