@@ -45,7 +45,7 @@ from .config import (
 )
 from .errors import InputError, guarded, in_a_line
 from .jobs import ACCELERATE, STAGE_COMMANDS, demo, keys_by_name, plan, run, run_stage_command, speedrun
-from .run import MODEL_STAGES, Run, load_json, nearest, project_folder, save_json, save_jsonl, writing
+from .run import MODEL_STAGES, Run, load_json, nearest, or_shipped, project_folder, save_json, save_jsonl, writing
 from .series import scaling
 from .stage_configs import RECIPES, find_recipe
 
@@ -287,7 +287,7 @@ def identity(parser: Parser, words: list[str]) -> None:
     from .data import identity as library
 
     person, num = library.read_identity(args.identity), args.rows or library.NUM_CONVERSATIONS
-    if Path(args.output).exists() and Path(args.output).samefile(args.identity):
+    if Path(args.output).resolve() == or_shipped(args.identity).expanduser().resolve():
         raise InputError(f"{args.output} is the identity itself: choose another --output")
     if args.endpoint is not None:
         from .serve.terminal_chat import Options, RemoteModel
@@ -353,6 +353,7 @@ def compare(parser: Parser, words: list[str]) -> None:
     args = parser.parse_args(words)
     if len(args.runs) < 2:
         raise InputError("a comparison needs two runs or more")
+    each_once([str(Path(run).resolve()) for run in args.runs])
     from .eval.compare import compare as compare_runs
 
     print(compare_runs(args.runs, args.output))

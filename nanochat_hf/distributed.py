@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import PrecisionType, broadcast_object_list
 from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from .errors import InputError
+from .errors import InputError, in_a_line
 
 BARRIER_TIMEOUT = timedelta(minutes=30)
 LONG_TIMEOUT = timedelta(hours=6)  # for work of one rank: training a tokenizer, downloading a dataset
@@ -44,7 +44,13 @@ def partial_state() -> PartialState:
     """The job's ranks, joined on the first call. Without `cpu` Accelerate does not join processes on CPUs."""
     if on_cpu():  # else DeepSpeed, where installed, warns that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    state = PartialState(cpu=on_cpu(), timeout=BARRIER_TIMEOUT)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    try:
+        state = PartialState(cpu=on_cpu(), timeout=BARRIER_TIMEOUT)
+        PrecisionType(precision.lower())  # which chat stages would refuse, after hours of pretraining
+    except (ValueError, dist.DistError) as error:
+        variables = "variables that a launcher sets (ACCELERATE_*, MASTER_*, WORLD_SIZE, ...)"
+        raise InputError(f"{in_a_line(error)}: unset the {variables}, or launch with nanochat run") from None
     if not _launched:
         _launched.append(state.distributed_type)
     return state

@@ -20,8 +20,8 @@ def in_a_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
-def guarded(main: Callable) -> None:
-    """Run `main`; wrong input, a loss that is not finite or a device out of memory is one line, Ctrl-C exit code 130.
+def guarded(main: Callable):
+    """`main()`; wrong input, a loss that is not finite or a device out of memory is one line, Ctrl-C exit code 130.
 
     Only the main rank shows what all ranks raise. Exit code 141 is that of SIGPIPE: the reader of the output has gone.
     """
@@ -41,7 +41,7 @@ def guarded(main: Callable) -> None:
 
     try:
         try:
-            main()
+            return main()
         finally:
             if sys.stdout:  # None if it was closed
                 sys.stdout.flush()

@@ -77,6 +77,8 @@ class Run:
         if int(os.environ.get("RANK", "0")) > 0:
             yield
             return
+        if own := next((name for name in ("metrics.json", "config.json") if (self.path / name).is_file()), None):
+            raise InputError(f"{self.path} is no run folder, but one of a stage or model, with {own}: choose another")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")

@@ -9,24 +9,30 @@ N cores give N times the figure per core (tokens per second of processor time). 
 
 import argparse
 import time
+from typing import Annotated, get_type_hints
+
+from annotated_types import Gt, Le
+
+from nanochat_hf.config import Parser, Place
+from nanochat_hf.errors import guarded
+from nanochat_hf.stage_configs import PretrainConfig, TokenizerConfig
 
 if __name__ == "__main__":  # --help is shown before the large imports
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="primer")
-    parser.add_argument("--vocab-size", type=int, default=1024, help="32768 for the tokens of real recipes")
-    parser.add_argument("--seconds", type=float, default=10)
-    ARGUMENTS = parser.parse_args()
+    parser = Parser(__doc__)
+    parser.option("--dataset", Place, default="primer", help="text, as in base.yaml")
+    size = get_type_hints(TokenizerConfig, include_extras=True)["vocab_size"]
+    parser.option("--vocab-size", size, default=1024, help="32768 for the tokens of real recipes")
+    parser.option("--seconds", Annotated[float, Gt(0), Le(10**6)], default=10, help="time of each measurement")
+    ARGUMENTS = guarded(parser.parse_args)
 
 import torch
 
 from nanochat_hf.data.dataloader import PackedLoader
 from nanochat_hf.data.documents import DocumentStream
 from nanochat_hf.data.tokenizer import train_bpe
-from nanochat_hf.errors import guarded
 from nanochat_hf.model.modeling_nanochat import NanoChatForCausalLM
 from nanochat_hf.optim.muon_adamw import MuonAdamW, param_groups
 from nanochat_hf.optim.scaling import plan
-from nanochat_hf.stage_configs import PretrainConfig
 from nanochat_hf.train.fused_model import FusedTransformer
 
 

@@ -10,23 +10,31 @@ import argparse
 import json
 import re
 import time
+from typing import Annotated
+
+from annotated_types import Ge, Le
+
+from nanochat_hf.config import Length, Parser, Place, Size
+from nanochat_hf.errors import InputError, guarded
 
 if __name__ == "__main__":  # --help is shown before the large imports
-    parser = argparse.ArgumentParser(description="Measure the decoding speed of a random or a given model.")
-    parser.add_argument("--depth", type=int, default=12, help="layers of a random model, width 64 x depth")
-    parser.add_argument("--model", help="a checkpoint folder or Hub id instead")
-    parser.add_argument("--batches", default="1,8,32,128")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--length", type=int, help="tokens allocated per slot (prompt + new + 1)")
+    parser = Parser("Measure the decoding speed of a random or a given model.")
+    parser.option("--depth", Size, default=12, help="layers of a random model, width 64 x depth")
+    parser.option("--model", Place, help="a checkpoint folder or Hub id instead")
+    parser.option("--batches", list[Size], default=[1, 8, 32, 128], help="numbers of samples at a time")
+    parser.option("--prompt", Length, default=512, help="tokens of the prompt")
+    parser.option(
+        "--tokens", Annotated[Length, Ge(2)], default=128, help="new tokens, of which the first is not timed"
+    )
+    parser.option("--temperature", Annotated[float, Ge(0), Le(5)], default=1.0, help="of sampling")
+    parser.option("--length", Length, help="tokens allocated per slot (default: prompt + new + 1)")
     parser.add_argument("--profile", action="store_true", help="list the kernels of 16 steps of the largest batch")
-    ARGUMENTS = parser.parse_args()
+    ARGUMENTS = guarded(parser.parse_args)
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nanochat_hf.errors import guarded
+from nanochat_hf.loading import load_model
 from nanochat_hf.serve.engine import Engine, Request
 
 PEAK_BANDWIDTH = {"B200": 8.0e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.864e12, "L4": 0.3e12}
@@ -116,8 +124,10 @@ def profile_steps(model, batch: int, prompt_length: int, steps: int = 16) -> str
 
 def main(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.length and args.length <= args.prompt + args.tokens:
+        raise InputError(f"--length must be above {args.prompt + args.tokens}, the tokens of prompt and answer")
     if args.model:
-        model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True)
+        model = load_model(args.model)
     else:
         sizes = {"hidden_size": 64 * args.depth, "num_attention_heads": max(args.depth // 2, 1)}
         config = AutoConfig.for_model("nanochat_hf", num_hidden_layers=args.depth, **sizes)
@@ -127,7 +137,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{name}, prompt {args.prompt}, {args.tokens} new tokens")
     print(LINE.format(*COLUMNS))
     rows = []
-    for batch in map(int, args.batches.split(",")):
+    for batch in args.batches:
         row = bench_decoding(model, batch, args.prompt, args.tokens, args.temperature, length=args.length)
         rows.append(row)
         mbu = "-" if row["mbu"] is None else f"{row['mbu']:.1%}"

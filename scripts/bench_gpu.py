@@ -26,25 +26,30 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Le
+
+from nanochat_hf.config import NotNegative, Parser, Size
+from nanochat_hf.errors import fail, guarded
 
 if __name__ == "__main__":  # --help is shown before the large imports
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--configs", default="d24x16,d12x32")
     parser.add_argument(
         "--contenders", help="default: ours,ours:fp8 and, with --baseline, baseline:fa4,baseline:fa4+fp8"
     )
     parser.add_argument("--baseline", "--peer", help="path of a karpathy/nanochat checkout")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warmup", type=float, default=12, help="seconds of steps before the timed ones")
-    parser.add_argument("--rounds", type=int, default=0, help="time all in turn, so often; 0: each alone, once")
-    parser.add_argument("--budget", type=float, default=3600, help="seconds after which no round begins")
+    parser.option("--steps", Size, default=6, help="timed steps")
+    parser.option("--warmup", NotNegative, default=12, help="seconds of steps before the timed ones")
+    parser.option("--rounds", Annotated[int, Ge(0), Le(10**5)], default=0, help="time all in turn; 0: each alone")
+    parser.option("--budget", NotNegative, default=3600, help="seconds after which no round begins")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    ARGUMENTS = parser.parse_args()
+    ARGUMENTS = guarded(parser.parse_args)
 
 import torch
 from torch import Tensor
 
-from nanochat_hf.errors import fail
 from nanochat_hf.optim.scaling import peak_flops
 
 LENGTH, GRAD_ACCUM_STEPS = 2048, 4
@@ -365,8 +370,6 @@ def main(arguments: argparse.Namespace) -> None:
     pairs = list(itertools.product(arguments.configs.split(","), dict.fromkeys(names)))
     for config, name in pairs:
         parse(name, config)
-    if arguments.steps < 1 or arguments.rounds < 0:
-        fail("--steps must be at least 1, and --rounds at least 0")
     checkout = Path(arguments.baseline or ".")
     if any(name.startswith("baseline") for name in names) and not (checkout / "nanochat" / "gpt.py").is_file():
         fail(f"--baseline: {checkout} is no checkout of karpathy/nanochat: it has no nanochat/gpt.py")
@@ -393,4 +396,4 @@ def table(rows: list[tuple[str, str, dict]]) -> None:
 
 
 if __name__ == "__main__":
-    main(ARGUMENTS)
+    guarded(lambda: main(ARGUMENTS))

@@ -16,45 +16,50 @@ import argparse
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from nanochat_hf.config import Count, NotNegative, Parser, Place, Price, Size, Unique, parse_config
+from nanochat_hf.errors import fail, guarded
 
 if __name__ == "__main__":  # --help is shown before the large imports
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--recipe", default="d24")
-    add("--gpus", default="1,2,4,8", help="numbers of GPUs; those that the machine lacks are left out")
-    add("--configs", default="multi_gpu,fsdp2")
-    add("--precisions", default="bf16,fp8")
-    add("--micro-batch-size", "--rows", type=int, default=16, help="sequences per GPU")
-    add("--total-batch-size", "--tokens", type=int, default=2**20, help="tokens per step")
-    add("--grad-accum-steps", "--accumulation", type=int, help="micro-batches per step, instead of --total-batch-size")
-    add("--steps", type=int, default=30)
-    add("--warmup", type=int, default=3, help="steps that are not timed")
-    add("--depths", help="find the largest of these depths that fits, instead")
+    parser = Parser(__doc__)
+    add = parser.option
+    add("--recipe", Place, default="d24", help="a name under recipes/ or the path of a recipe folder")
+    add("--gpus", Unique[Size], default=[1, 2, 4, 8], help="those that the machine lacks are left out")
+    add("--configs", default="multi_gpu,fsdp2", help="Accelerate config files")
+    add("--precisions", Unique[Literal["bf16", "fp8"]], default=["bf16", "fp8"], help="bf16, fp8 or both")
+    add("--micro-batch-size", Size, "--rows", default=16, help="sequences per GPU")
+    add("--total-batch-size", Count, "--tokens", default=2**20, help="tokens per step")
+    add("--grad-accum-steps", Size, "--accumulation", help="micro-batches per step, instead of --total-batch-size")
+    add("--steps", Size, default=30, help="timed steps")
+    add("--warmup", Annotated[int, Ge(0), Le(10**5)], default=3, help="steps that are not timed")
+    add("--depths", Unique[Size], help="find the largest of these depths that fits, instead")
     add("--dataset", help="text, as in base.yaml")
-    add("--tokenizer")
-    add("--baseline", "--peer", help="path of a karpathy/nanochat checkout, to run beside ours")
-    add("--attention", default="flex", help="of the baseline without FlashAttention-3: flex, fa4 or sdpa")
-    add("--gpu-hourly-rate", "--rate", type=float, default=3.0, help="dollars per GPU and hour")
-    add("--work", type=Path, default=Path("runs/bench-scaling"))
-    add("--timeout", "--patience", type=float, default=900, help="seconds that one run may take")
-    add("--cpu", action="store_true", help="a tiny model on this CPU, to try the script")
+    add("--tokenizer", Place, help="folder or Hub id of a tokenizer")
+    add("--baseline", Place, "--peer", help="path of a karpathy/nanochat checkout, to run beside ours")
+    attentions = Literal["flex", "fa4", "sdpa"]
+    add("--attention", attentions, default="flex", help="of the baseline without FlashAttention-3")
+    add("--gpu-hourly-rate", Price, "--rate", default=3.0, help="dollars per GPU and hour")
+    add("--work", Place, default="runs/bench-scaling", help="folder for what the runs write")
+    add("--timeout", NotNegative, "--patience", default=900, help="seconds that one run may take")
+    parser.add_argument("--cpu", action="store_true", help="a tiny model on this CPU, to try the script")
     add("--one", help=argparse.SUPPRESS)
-    ARGUMENTS = parser.parse_args()
+    ARGUMENTS = guarded(parser.parse_args)
 
 import torch
 
-from nanochat_hf.config import parse_config
 from nanochat_hf.data.tokenizer import train_bpe
-from nanochat_hf.errors import fail
 from nanochat_hf.eval.report import grid
 from nanochat_hf.optim.scaling import peak_flops, plan
+from nanochat_hf.stage_configs import find_recipe
 from nanochat_hf.train.pretrain import PretrainConfig, Pretraining
 
 ROOT = Path(__file__).parent.parent
@@ -136,7 +141,7 @@ def launch(name: str, gpus: int, settings: dict, options, device: int | None = N
         path = path if path.suffix else ROOT / "configs" / "accelerate" / f"{path}.yaml"
         words = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(path)]
         words += ["--num_processes", str(gpus), "--main_process_port", "0"]
-    cache = options.work.resolve() / "compiled"
+    cache = Path(options.work).resolve() / "compiled"
     environment = {
         "OMP_NUM_THREADS": "1", **os.environ, "BENCH_LAUNCHED": str(time.time()), "BENCH_WARMUP": str(options.warmup),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton"),
@@ -179,7 +184,7 @@ def launch_on_each(name: str, devices: int, settings: dict, options) -> dict | N
 
 def prepare_text(options) -> tuple[str, str]:
     """Returns: (tokenizer, dataset), given or made of random words."""
-    folder = options.work / ("tiny" if options.cpu else "text")
+    folder = Path(options.work) / ("tiny" if options.cpu else "text")
     if not options.tokenizer and not (folder / "tokenizer").exists():
         rng, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
         words = ["".join(rng.choices(letters, k=rng.randint(3, 9))) for _ in range(400 if options.cpu else 30_000)]
@@ -201,13 +206,13 @@ def settings_for(options, kind: str, gpus: int, precision: str, depth: int, size
         num_iterations=options.warmup + options.steps + 1, max_loss_spike=0.0, report_to="none",
     )  # fmt: skip
     return {
-        "kind": kind, "config": asdict(config), "tokenizer": tokenizer, "output": str(options.work / "run"),
+        "kind": kind, "config": asdict(config), "tokenizer": tokenizer, "output": f"{options.work}/run",
         "baseline": options.baseline, "attention": options.attention, "warmup": options.warmup, "steps": options.steps,
     }  # fmt: skip
 
 
 def recipe_of(options) -> PretrainConfig:
-    return parse_config(PretrainConfig, ROOT / "recipes" / options.recipe / "base.yaml")
+    return parse_config(PretrainConfig, find_recipe(options.recipe) / "base.yaml")
 
 
 def measure_speeds(options, counts: list[int]) -> None:
@@ -215,7 +220,7 @@ def measure_speeds(options, counts: list[int]) -> None:
     tokens = plan(recipe, 32768).total_tokens
     rows, single, size = [], {}, options.micro_batch_size
     kinds = [kind for kind in options.configs.split(",") if kind]  # --configs= for the baseline alone
-    for precision in options.precisions.split(","):
+    for precision in options.precisions:
         extra = ["baseline"] if options.baseline and precision == "bf16" else []
         for gpus in counts:
             for kind in (kinds if gpus > 1 else ["one GPU"][: len(kinds)]) + extra:
@@ -251,7 +256,7 @@ def find_depths(options, counts: list[int]) -> None:
     """Each depth, upwards, until it no longer fits; micro-batch size 4 and one micro-batch per step."""
     rows, gpus = [], counts[-1]
     for kind in options.configs.split(",") if gpus > 1 else ["one GPU"]:
-        for depth in map(int, options.depths.split(",")):
+        for depth in options.depths:
             settings = settings_for(options, kind, gpus, "bf16", depth, 4, 1)
             result = launch(f"{kind}, d{depth}", gpus, settings, options)
             if result is None:
@@ -272,15 +277,13 @@ def main(options: argparse.Namespace) -> None:
             print(f"\n{MARK}{json.dumps(results)}", flush=True)
         return
     if options.cpu:
-        options.micro_batch_size, options.precisions, options.baseline = 2, "fp32", None
-        options.total_batch_size, options.gpus = 2 * 64 * 4, "1,2"
+        options.micro_batch_size, options.precisions, options.baseline = 2, ["fp32"], None
+        options.total_batch_size, options.gpus = 2 * 64 * 4, [1, 2]
     available = 2 if options.cpu else torch.cuda.device_count()
-    if not re.fullmatch(r"\d+(,\d+)*", options.gpus):
-        fail(f"--gpus: {options.gpus!r}: it must be numbers, as 1,2,4")
-    if not (counts := [n for n in map(int, options.gpus.split(",")) if n <= available]):
+    if not (counts := sorted(n for n in options.gpus if n <= available)):
         fail(f"{available} GPUs here; --gpus {options.gpus} needs more (--cpu tries the script without one)")
     (find_depths if options.depths else measure_speeds)(options, counts)
 
 
 if __name__ == "__main__":
-    main(ARGUMENTS)
+    guarded(lambda: main(ARGUMENTS))

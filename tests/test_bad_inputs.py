@@ -8,14 +8,17 @@ read has test_bad_data.py.
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
+import sys
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from accelerate import PartialState
 
 from nanochat_hf import cli
 from nanochat_hf.errors import guarded
@@ -331,6 +334,8 @@ COMMANDS = [
     ("serve --model x --host " + "é" * 70, "cannot listen on é+, port 8000: .*encod.*; choose another"),
     *((f"chat --endpoint {url}", "must be a URL") for url in ("http://a..b", "http://" + "a" * 64)),
     ("identity --identity ~nobody-here/me.yaml --output {here}/out.jsonl", "cannot read ~nobody-here/me.yaml"),
+    ("identity --identity recipes/identity.yaml --output {root}/recipes/identity.yaml", "is the identity itself"),
+    ("compare {here} {here}/../here", "here is named twice"),
     ("speedrun cpu-demo --run-dir {run} sft.total_batch_size=32", "sft.total_batch_size = 32 must be a positive mult"),
 ]  # fmt: skip
 
@@ -464,6 +469,38 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path):
 def test_a_launcher_s_variable_that_is_no_rank(refuse, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     refuse(["recipes"], f"{name} (is '?)?{value}.*a launcher sets .*unset")
+
+
+@pytest.mark.parametrize("variables,reason", [
+    ({"ACCELERATE_MIXED_PRECISION": "fp17"}, "fp17"), ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}, "MASTER_ADDR"),
+])  # fmt: skip
+def test_a_variable_that_accelerate_cannot_use(refuse, monkeypatch, variables, reason):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    words = ["cpu-demo", "--run-dir", "run", "--stages", "tokenizer"]
+    refuse(["speedrun", *words], f"{reason}.*: unset the variables that a launcher sets")
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "config.json"])
+def test_a_stage_s_folder_as_the_run_folder(refuse, file):
+    (refuse.here / file).write_text("{}")
+    refuse(["tokenizer", "cpu-demo", "--run-dir", "{here}"], f"here is no run folder, .*{file}: choose another")
+
+
+@pytest.mark.parametrize("line,message", [
+    ("bench --vocab-size -5", "from 265"), ("bench --seconds nan", "above 0"),
+    ("bench_decoding --depth 0", "from 1 to"),
+    ("bench_decoding --batches 1,-2", r"\[1\] is -2"), ("bench_decoding --tokens 1", "from 2 to"),
+    ("bench_decoding --length 3", "must be above 640"), ("bench_decoding --model {here}", "no model in .*here"),
+    ("bench_scaling --gpus 0", r"\[0\] is 0"), ("bench_scaling --cpu --recipe nope", "no recipe 'nope'"),
+])  # fmt: skip
+def test_a_wrong_flag_of_a_benchmark(refuse, monkeypatch, line, message):
+    name, *words = line.split()
+    script = str(ROOT / "scripts" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [script, *(word.format(here=refuse.here) for word in words)])
+    monkeypatch.setattr(cli, "dispatch", lambda *_: runpy.run_path(script, run_name="__main__"))
+    refuse([], message)
 
 
 def test_a_port_that_is_taken(refuse):

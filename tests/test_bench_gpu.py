@@ -26,7 +26,8 @@ def test_an_unknown_contender_or_configuration_is_an_error(name, config, words, 
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--steps 0", "--steps must"), ("--rounds -1", "--rounds at least"), ("--baseline none", "none is no checkout"),
+    ("--steps 0", "a whole number from 1"), ("--rounds -1", "a whole number from 0"),
+    ("--warmup nan", "a number from"), ("--baseline none", "none is no checkout"),
     ("--contenders baseline:fa4", ". is no checkout"), ("", "needs a CUDA device"),
 ])  # fmt: skip
 def test_a_wrong_argument_is_an_error_before_anything_is_compiled(words, message, tmp_path):

@@ -249,6 +249,9 @@ def test_the_tokens_of_a_tokenizer_are_counted_without_padding_rows(tokenizer):
     model.config.num_tokens += 1
     with pytest.raises(ValueError, match="take the model's own"):
         set_token_ids(model, tokenizer)
+    model.config.update({"num_tokens": size, "token_ids": "those of another tokenizer"})
+    with pytest.raises(ValueError, match="trained with other ids for the same text"):
+        set_token_ids(model, tokenizer)
 
 
 def content(folder: Path) -> dict[Path, bytes]:

@@ -19,6 +19,7 @@ from nanochat_hf.eval.harness import (
     bpb_datasets,
     chatcore_metric,
     check_counts,
+    check_tasks,
     core_metric,
     definition_of,
     evaluate,
@@ -384,3 +385,12 @@ def test_spelling_asks_about_words_that_no_training_row_has(tmp_path):
     Tasks(EvalConfig(tasks=["nanochat_spellingbee"], words=str(tmp_path / "words.txt")), {"sft": ""}, tmp_path)
     text = (tmp_path / "questions" / "spellingbee_test.jsonl").read_text()
     assert text.count("piano") >= 256 and "river" not in text and "tiger" not in text
+
+
+def test_an_evaluation_of_nothing_is_refused_and_keeps_the_record(tmp_path):
+    save_json(tmp_path / "metrics.json", {"finished": True})
+    for keys in ({"tasks": [], "dataset": None}, {"chat_stages": ["rl"], "bpb_stages": []}):
+        for check in (evaluate, check_tasks):
+            with pytest.raises(InputError, match="nothing would be measured of sft: name tasks"):
+                check(EvalConfig(**keys), {"sft": "x"}, tmp_path)
+    assert load_json(tmp_path / "metrics.json") == {"finished": True}

@@ -1,11 +1,13 @@
 """The report card says what the metrics.json files say, "-" for what they do not, and draws it."""
 
 import base64
+import errno
 import json
 import re
 import shlex
 import shutil
 from dataclasses import asdict
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -98,7 +100,8 @@ def test_what_is_missing_is_said(run):
     reasons = ["nothing was measured", "no stage recorded values", "no chat model was asked", "nothing was measured"]
     text = markdown(collect(Run(run)))
     assert re.findall(r"^Missing: (.*?)(?: of several steps)?\.$", text, re.M) == [
-        *reasons, "no bundle of tasks was named (`eval.core_bundle`)", "the run has no base stage with recorded keys",
+        *reasons, "no bundle of tasks was named (`eval.core_bundle`)",
+        "the run has no recorded keys, or stages that no recipe has",
     ]  # fmt: skip
     (run / "eval" / "metrics.json").unlink()
     assert markdown(collect(Run(run))).count("Missing: the evaluation has not run.") == 4
@@ -458,3 +461,13 @@ def test_curves_have_the_color_of_their_stage_or_of_their_run_and_no_outcomes_ar
     stages = [[plots_module.COLORS[stage]] for stage in ("base", "base", "rl")]
     assert colors == [*stages, *[plots_module.RUN_COLORS] * 3]
     assert outcomes(Run(tmp_path / "none"), "sft", "facts", {}) is None
+
+
+def test_a_full_disk_leaves_the_earlier_report(run, monkeypatch):
+    make_report(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(plots_module, "save", MagicMock(side_effect=full))
+    with pytest.raises(InputError, match=r"cannot write .*plots: No space left on device; make room there"):
+        make_report(run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

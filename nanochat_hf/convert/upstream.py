@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from .. import loading, tool_loop
-from ..data.tokenizer import with_todays_templates, wrap
+from ..data.tokenizer import refuse_other_model, with_todays_templates, wrap
 from ..model.configuration_nanochat import SWITCHES, UPSTREAM_FIELDS, NanoChatConfig, update_class_names
 from ..model.modeling_nanochat import NanoChatForCausalLM
 from ..run import writing
@@ -134,10 +134,12 @@ def read_tokenizer(folder: Path, texts: Iterable[str]) -> tuple[PreTrainedTokeni
 
 
 def set_token_ids(model: NanoChatForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Copy the ids of the tokenizer into the model's configs. Raises ValueError if the two differ in size."""
+    """Copy the ids of the tokenizer into the model's configs. Raises ValueError if the two do not fit."""
     size = model.config.num_tokens or model.config.vocab_size
     if len(tokenizer) != size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens and the model {size}: take the model's own")
+    if getattr(model.config, "token_ids", None):  # a model of upstream's has no record of them
+        refuse_other_model(tokenizer, model.config)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in ids.items():
         setattr(model.config, name, value)

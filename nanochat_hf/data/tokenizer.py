@@ -151,7 +151,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         raise
     except BaseException as error:  # of damaged files: json's, tokenizers' (a panic) and the config's
         reason = "it has no tokenizer.json" if "backend tokenizer" in str(error) else in_a_line(error)
-        raise InputError(f"no tokenizer in {name}: {reason}") from None
+        raise InputError(f"no tokenizer in {name}: {reason}; copy its files again") from None
     tokenizer = with_todays_templates(tokenizer)
     if tokenizer.chat_template == TEMPLATE.read_text():
         ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))

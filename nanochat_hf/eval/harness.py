@@ -62,6 +62,7 @@ def evaluate(
     load_metrics(output, evaluation=True)  # a damaged one is refused now, not when all is measured
     if not models:
         raise InputError("no finished model to evaluate: run the base stage first")
+    refuse_nothing(config, models)
     with quiet():
         tasks, stages, definition, earlier = Tasks(config, models, output), {}, None, {}
         if state.is_main_process:
@@ -215,10 +216,20 @@ def format_result(result: dict) -> str:
 
 def check_tasks(config: EvalConfig, stages: Collection[str], output: Path) -> None:
     """Raise InputError if the data of a task cannot be had for an evaluation of `stages`; hours before it runs."""
+    refuse_nothing(config, stages)
     with quiet():
         if {*config.core_stages} & {*stages}:
             check_bundle(config)
         Tasks(config, dict.fromkeys(stages, ""), output)
+
+
+def refuse_nothing(config: EvalConfig, stages: Collection[str]) -> None:
+    """Raise InputError if nothing would be measured, whose record would replace that of an earlier evaluation."""
+    chat = {*config.chat_stages, *(config.text_stages or ())}
+    parts = [(config.tasks, chat), (config.dataset, config.bpb_stages), (config.core_bundle, config.core_stages)]
+    if not any(data and {*names} & {*stages} for data, names in parts):
+        advice = "name tasks with chat_stages, dataset with bpb_stages, or core_bundle with core_stages"
+        raise InputError(f"nothing would be measured of {', '.join(stages)}: {advice}")
 
 
 def check_bundle(config: EvalConfig) -> None:

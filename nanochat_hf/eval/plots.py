@@ -4,11 +4,13 @@ The plots have no background and gray text, so that they can be read on white an
 """
 
 import base64
+import os
 import re
 from collections.abc import Collection, Sequence
 from itertools import cycle
 from pathlib import Path
 from string import Template
+from tempfile import TemporaryDirectory
 
 import matplotlib
 import numpy as np
@@ -34,10 +36,21 @@ STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick
 
 
 def plots(facts: dict, folder: Path) -> dict[str, list[str]]:
-    """Draw the plots; section -> paths of its plots below the run folder. Plots of an earlier report are deleted."""
-    for section in (*TITLES, "core", "scores"):
-        for path in folder.glob(f"{section}*.png"):
-            path.unlink()
+    """Draw the plots in place of those of an earlier report; section -> paths of its plots below the run folder."""
+    with TemporaryDirectory(dir=folder.parent, prefix=".plots") as name:  # a full disk leaves the earlier ones
+        aside = Path(name, folder.name)
+        aside.mkdir()
+        drawn = draw_plots(facts, aside)
+        for section in (*TITLES, "core", "scores"):
+            for path in folder.glob(f"{section}*.png"):
+                path.unlink()
+        folder.mkdir(exist_ok=True)
+        for path in aside.iterdir():
+            os.replace(path, folder / path.name)
+    return drawn
+
+
+def draw_plots(facts: dict, folder: Path) -> dict[str, list[str]]:
     drawn = draw_curves({"": facts}, folder)
     with matplotlib.rc_context(STYLE):
         if scores := {metric: cells for metric, cells in facts["table"].items() if "bpb" not in metric}:

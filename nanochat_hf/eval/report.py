@@ -17,7 +17,19 @@ from transformers import AutoTokenizer
 
 from ..errors import InputError
 from ..optim.scaling import GPUS, RATE, find_gpu
-from ..run import MODEL_STAGES, STAGES, TITLES, Run, duration, project_folder, renamed_keys, save_json, short, writing
+from ..run import (
+    MODEL_STAGES,
+    STAGES,
+    TITLES,
+    Run,
+    duration,
+    project_folder,
+    renamed_keys,
+    save_json,
+    save_text,
+    short,
+    writing,
+)
 from ..stage_configs import RECIPES, read_recipe
 from .plots import GPT2_XL, WORDS, page, plots
 from .weights import REPLACED, outdated, replaced
@@ -39,8 +51,7 @@ def make_report(run_path: str | Path, hourly_rate: float | None = None) -> Path:
         text = markdown(facts, plots(facts, path / "plots"))
     save_json(path / "report.json", facts)
     for name, content in (("report.html", page(text, path)), ("report.md", text)):
-        with writing(path / name):
-            (path / name).write_text(content, encoding="utf-8")
+        save_text(path / name, content)
     return path / "report.md"
 
 
