@@ -141,7 +141,7 @@ def test_generated_code_needs_a_sandbox_before_a_model_is_loaded(run, loads, mon
     monkeypatch.setattr(sandbox, "layers", lambda: ("namespaces",))
     monkeypatch.setenv(sandbox.ALLOW, "")
     assert loads() == ["base", "sft"]
-    with pytest.raises(InputError, match="as root with all files"):
+    with pytest.raises(InputError, match="with all files of this user"):
         measure(run, **keys)
     assert loads() == []
     measure(run, engine=None, **keys, allow_unsandboxed_code=True)

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -165,7 +167,7 @@ NO_NAMESPACES = """if True:
     os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
 """
 SPY = """if True:
-    import os
+    import ctypes, os, socket, time
     def got(action, *arguments):
         try:
             return action(*arguments) or True
@@ -175,7 +177,21 @@ SPY = """if True:
     print("seen", sum(got(os.listdir, f"/proc/{process}/fd") is not False for process in processes))
     print("files", got(os.listdir, FOLDER), got(open, FOLDER + "/x", "w"), got(open, FOLDER + "/secret"))
     print("signals", sum(got(os.kill, process, 0) for process in processes if process != os.getppid()))
-    open("own", "w").write("x")
+    libc = ctypes.CDLL(None)
+    print("System V", libc.shmget(0, 4096, 0o1666), libc.semget(0, 1, 0o1666), libc.msgget(0, 0o1666))
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            print("orphan", os.getpid(), flush=True)
+            time.sleep(60)
+        os._exit(0)
+    os.wait()
+    time.sleep(0.2)
+    print("sockets", *(got(socket.socket, family) for family in (1, 2, 10)), len(socket.socketpair()))
+    os.makedirs("own/closed")
+    open("own/closed/x", "w").write("x")
+    os.chmod("own/closed", 0)
+    os.chmod("own", 0)
     def f(x): return x + 1
 """
 
@@ -185,14 +201,20 @@ SPY = """if True:
 def test_a_user_without_namespaces_is_protected_by_landlock(tmp_path):
     """Without it a solution reads the tests in /proc, and its user's tokens, and ends the evaluation."""
     (tmp_path / "secret").write_text("x")
+    (tmp_path / "temporary").mkdir(mode=0o777)
     program = f"FOLDER = {str(tmp_path)!r}\n{SPY}"
     main = "from nanochat_hf.sandbox import layers, run_sandboxed\nprint(layers())\n"
     main += f"print(run_sandboxed({program!r}, 'assert f(1) == 2'))"
     words = [sys.executable, "-c", NO_NAMESPACES, main]
-    out = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent).stdout
+    options = {"cwd": Path(__file__).parent.parent, "env": os.environ | {"TMPDIR": str(tmp_path / "temporary")}}
+    out = subprocess.run(words, capture_output=True, text=True, check=True, **options).stdout
     assert out.startswith(("('read-only files',)", "('cgroups', 'read-only files')")), out
     assert "passed=True" in out and "seen 0" in out and "files False False False" in out, out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["secret"]
+    assert "System V -1 -1 -1" in out
+    assert not psutil.pid_exists(int(re.search(r"orphan (\d+)", out)[1]))
+    assert "sockets False False False 2" in out, out
+    assert not list((tmp_path / "temporary").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["secret", "temporary"]
     assert "signals 0" in out or os.uname().release < "6.12"
 
 

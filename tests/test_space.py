@@ -230,7 +230,14 @@ def test_what_a_browser_saved_comes_back_as_text_only(app):
     assert app.restore([]) == ([], [])
     broken = [{}, None, 5, {"role": "user"}, {"role": "user", "content": None}, {"role": "x", "content": "y"}]
     for saved in (None, 5, {"a": 1}, broken, [{"role": [], "content": "y"}]):
-        assert app.restore(saved) == ([], [])
+        assert app.restore(saved) == ([], []) and len(app.messages_of(saved, "Hi", "", with_tools=True)) == 1
+    for content in ([{"type": "text", "text": None}], [{"text": 5}, None]):
+        for metadata in (5, "x", [], {"title": 5}, {"title": ["x"]}, {}):
+            odd = [{"role": "user", "content": content, "metadata": metadata}, {"role": "assistant", "content": "y"}]
+            assert (
+                len(app.restore(odd)[0]) == 2
+                and app.messages_of(odd, "Hi", "", with_tools=True)[-1]["content"] == "Hi"
+            )
 
 
 @pytest.mark.parametrize(
@@ -257,6 +264,13 @@ def test_numbers_of_the_api_are_brought_into_the_sliders_ranges(app, monkeypatch
     for numbers in ((-1, -5, -3), (None, None, None), (99, 0, 10**9)):
         list(app.respond("Hello", [], None, *numbers))
     assert calls == [(0.0, 0, 1), (0.0, 0, 1024), (2.0, 0, 1024)]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf"), 10**400, "5", [1], {"a": 1}])
+def test_what_is_no_number_is_refused(app, number):
+    for numbers in ((number, 5, 8), (0.5, number, 8), (0.5, 5, number)):
+        ((answer,),) = app.respond("Hello", [], 5, *numbers)
+        assert "must be numbers" in answer["content"]
 
 
 def test_half_of_a_surrogate_pair_is_a_question_mark(app):

@@ -34,9 +34,11 @@ def guard(role: str, channel: int, timeout: float, memory_bytes: int) -> int:
 
     Returns: the program's exit code, or TIMED_OUT or OVER_LIMIT.
     """
-    deadline, child, groups, caller = time.monotonic() + timeout, 0, [], os.getuid()
+    deadline, groups, caller = time.monotonic() + timeout, [], os.getuid()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
+        with contextlib.suppress(OSError):
+            system_call("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER: whoever loses its parent is not lost to this one
         user, namespaces = new_namespaces()
         groups = control_groups(memory_bytes)
         names = ["unprivileged user"] * (user not in (0, caller)) + ["namespaces"] * namespaces
@@ -61,7 +63,7 @@ def guard(role: str, channel: int, timeout: float, memory_bytes: int) -> int:
             time.sleep(0.005)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the reason stays what it is
-        end_all(child, groups)
+        end_all(groups)
 
 
 def control_groups(memory_bytes: int) -> list[Path]:
@@ -149,7 +151,7 @@ def first_process(
     os.setsid()
     with contextlib.suppress(OSError):
         system_call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: this one ends with the guard
-        system_call("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER: without namespaces, orphans stay below this one
+        system_call("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER: `usage` of this one counts orphans, too
     for group in groups:
         (group / "cgroup.procs").write_text("0")
     script, support = PROGRAM.read_text(), PROGRAM.with_name("support.py").read_text()
@@ -185,7 +187,7 @@ def first_process(
             become(user)
         with contextlib.suppress(OSError):
             system_call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-            filter_calls()
+            filter_calls("namespaces" in names)
         threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}  # of 64 MiB each
         os.execve(sys.executable, [sys.executable, "-I", "-B", "-c", script, role, str(channel), support], threads)
     os.close(channel)
@@ -195,16 +197,24 @@ def first_process(
             return os.waitstatus_to_exitcode(status) & 255
 
 
-def filter_calls() -> None:
-    """Deny what no namespace holds: sockets neither Unix nor IP (vsock reaches a VM's host), keyrings, io_uring."""
-    numbers = {"x86_64": (0xC000003E, 41, 248, 249, 250), "aarch64": (0xC00000B7, 198, 217, 218, 219)}
-    architecture, sockets, *keys = numbers.get(os.uname().machine) or (0, 0)
+def filter_calls(namespaces: bool) -> None:
+    """Deny what no namespace holds: sockets neither Unix nor IP (vsock reaches a VM's host), keyrings, io_uring.
+
+    Without namespaces deny all sockets but pairs, and System V's memory, semaphores and queues, which would stay.
+    """
+    numbers = {  # socket; of keys; of System V
+        "x86_64": (0xC000003E, 41, [248, 249, 250], [29, 64, 68]),
+        "aarch64": (0xC00000B7, 198, [217, 218, 219], [186, 190, 194]),
+    }
+    architecture, sockets, keys, others = numbers.get(os.uname().machine) or (0, 0, (), ())
     if not architecture:
         return
+    denied = [*keys, 425, *([] if namespaces else [sockets, *others])]
+    n = len(denied)
     load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06  # instructions of BPF: (code, jump if true, if false, value)
     program = [
-        (load, 0, 0, 4), (equal, 0, 13, architecture), (load, 0, 0, 0), (at_least, 11, 0, 0x40000000),
-        *[(equal, 10 - number, 0, call) for number, call in enumerate([*keys, 425])],
+        (load, 0, 0, 4), (equal, 0, n + 9, architecture), (load, 0, 0, 0), (at_least, n + 7, 0, 0x40000000),
+        *[(equal, n + 6 - i, 0, call) for i, call in enumerate(denied)],
         (equal, 1, 0, sockets), (end, 0, 0, 0x7FFF0000), (load, 0, 0, 16),  # allow; the family of a socket
         (equal, 2, 0, 1), (equal, 1, 0, 2), (equal, 0, 1, 10),
         (end, 0, 0, 0x7FFF0000), (end, 0, 0, 0x50000 | errno.EPERM),
@@ -229,13 +239,13 @@ def visible_paths() -> list[str]:
 def restrict_files(writable: str | None) -> None:
     """Without namespaces: the same view by Landlock, with a writable folder. Raises OSError.
 
-    Nor can a program then look into other processes, and on newer kernels signal them or use TCP.
+    Nor can a program then look into other processes, and on newer kernels signal them.
     """
     if sys.platform != "linux":  # its numbers of system calls
         raise OSError
     version = system_call("syscall", 444, None, 0, 1)
     everything = (1 << 13 + (version >= 2) + (version >= 3) + (version >= 5)) - 1
-    denied = struct.pack("QQQ", everything, 3, 3)[: 8 * (1 + (version >= 4) + (version >= 6))]  # files, TCP, signals
+    denied = struct.pack("QQQ", everything, 0, 2)[: 24 if version >= 6 else 8]  # files, network, signals
     rules = system_call("syscall", 444, denied, len(denied), 0)
     for path in filter(os.path.exists, [*visible_paths(), *[writable] * (writable is not None)]):
         access = 1 | 4 | (8 if os.path.isdir(path) else 2 * path.startswith("/dev/"))  # execute, read, list, write
@@ -295,20 +305,19 @@ def usage(process: int) -> dict[int, int]:
     return memory
 
 
-def end_all(process: int, groups: list[Path]) -> None:
-    """Kill a process and its descendants. In a namespace all end with the first; elsewhere new ones are looked for."""
-    for _ in range(50):
-        descendants = [process, *usage(process)] if process else []
-        for descendant in reversed(descendants):
-            with contextlib.suppress(OSError):
-                os.kill(descendant, signal.SIGKILL)
-        if len(descendants) < 3:
-            break
-    if process:
-        with contextlib.suppress(OSError):
-            os.killpg(process, signal.SIGKILL)
+def end_all(groups: list[Path]) -> None:
+    """Kill all descendants. Orphans are this process's children, whatever session they are in."""
+    for _ in range(200):
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(process, 0)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        descendants = [process for process in usage(os.getpid()) if process != os.getpid()]
+        if not descendants:
+            break
+        for process in reversed(descendants):
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.002)
     remove_groups(groups)
 
 
