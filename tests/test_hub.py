@@ -313,6 +313,7 @@ def test_paths_of_this_machine_are_shortened_to_names(hub, run, monkeypatch):
     monkeypatch.chdir(run)
     (run / "data" / "mine").mkdir(parents=True)
     paths = ["/home/alice/texts/", "~/alice/chats.jsonl", "/home/alice/v[2]", "data/mine", "../alice/gone"]
+    paths += ["file://localhost/home/alice/l", '/home/alice/"q".jsonl', r"\\alice\u"]  # the last one: of Windows
     paths += ["file:///home/alice/f", r"C:\Users\alice\d", "json:/home/alice/j", "$HOME/alice/h", "hf://you/hub"]
     mixture = [{"dataset": f"{path}:gsm8k" if "jsonl" in path else path, "rows": 3, "tokens": 4} for path in paths]
     skipped = [{"dataset": paths[2], "row": 3, "reason": "no a/b column"}]
@@ -327,10 +328,17 @@ def test_paths_of_this_machine_are_shortened_to_names(hub, run, monkeypatch):
     assert not any(word in text for text in texts.values() for word in ("alice", "data/mine"))
     assert hub.requests == [] and (folder / "model.safetensors").exists()  # a dry run sends nothing
     assert "base is first" in texts["README.md"] and "no a/b column" in texts["report.md"]
-    assert "`chats.jsonl`, `v[2]`, `mine`, `gone`, `f`, `d`, `j`, `h`, `hf`, `openai/gsm8k`." in texts["README.md"]
+    sources = ["chats.jsonl", "v[2]", "mine", "gone", "l", '"q".jsonl', "u", "f", "d", "j", "h", "hf", "openai/gsm8k"]
+    assert ", ".join(f"`{source}`" for source in sources) in texts["README.md"]
     metrics = load_json(folder / "metrics.json")
     assert metrics["mixture"][1]["dataset"] == "chats.jsonl:gsm8k" and metrics["config"]["words"] == "words"
     assert metrics["mixture"][-2]["dataset"] == "hf://you/hub"
+
+
+def test_an_hourly_rate_that_is_no_number_is_refused(run):
+    save_json(run / "report.json", {"hourly_rate": "x"})
+    with pytest.raises(InputError, match=r"report\.json: .*hourly_rate.*run stage report again"):
+        push(run, Push("you/small", dry_run=True))
 
 
 SMALL = {"repo": "you/small"}

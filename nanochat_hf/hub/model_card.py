@@ -7,7 +7,7 @@ report; `collection_table` is the text of a Hub collection. The tests run the co
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -68,24 +68,40 @@ def render_model_card(run: Run, options: Push, uses: Sequence[str] = ()) -> Mode
 def report_facts(run: Run, last: str | None = None) -> dict:
     """The facts of the run's report up to stage `last`, at the last report's hourly rate, without local paths."""
     rate = (load_json(run.path / "report.json") or {}).get("hourly_rate")
+    if not isinstance(rate, int | float | None):
+        raise InputError(f"{run.path / 'report.json'}: hourly_rate is no number; run stage report again")
     return without_local_paths(run, collect(run, rate, last))
 
 
 def without_local_paths(run: Run, value):
     """`value` with names in the place of the paths of data and models that the run's metrics.json files mention."""
     records = [run.metrics(stage) or {} for stage in (*TITLES, "eval")]
-    mentions = [[record.get(key) for key in ("config", "mixture", "models")] for record in records]
-    strings = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(mentions, ensure_ascii=False))
+    mentions: list[str] = []
+    mapped([[record.get(key) for key in ("config", "mixture", "models")] for record in records], mentions.append)
     # Also without `:transform`, which follows the path in the name of a mixture's part.
-    texts, value = {*strings, *(text.partition(":")[0] for text in strings)}, json.dumps(value, ensure_ascii=False)
-    for text in sorted(texts, key=len, reverse=True):
-        if is_local_path(text):
-            value = value.replace(text, re.split(r"[/\\]", text.rstrip("/\\"))[-1])
-    return json.loads(value)
+    paths = filter(is_local_path, {*mentions, *(text.partition(":")[0] for text in mentions)})
+    names = [(path, re.split(r"[/\\]", path.rstrip("/\\"))[-1]) for path in sorted(paths, key=len, reverse=True)]
+
+    def shortened(text: str) -> str:
+        for path, name in names:  # in a command as JSON has it
+            text = text.replace(path, name).replace(json.dumps(path, ensure_ascii=False)[1:-1], name)
+        return text
+
+    return mapped(value, shortened)
+
+
+def mapped(value, change: Callable[[str], str]):
+    """A value of JSON with all its strings and keys changed."""
+    if isinstance(value, dict):
+        return {mapped(key, change): mapped(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [mapped(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def is_local_path(text: str) -> bool:
-    text = re.sub(r"^(\w+::?)+(?!//\w)", "", text).replace("\\", "/")  # less a protocol or a drive, but not a URL's
+    text = re.sub(r"^((\w+::)*file:(//localhost)?|(\w+::?)+(?!//\w))", "", text)  # a protocol or drive, but no URL's
+    text = text.replace("\\", "/")
     if "/" not in text.rstrip("/"):
         return False
     return text.startswith(("/", "~", ".", "$")) or text.endswith(DATA_FILES) or os.path.exists(local_path(text))
