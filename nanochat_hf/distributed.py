@@ -49,6 +49,7 @@ def partial_state() -> PartialState:
         state = PartialState(cpu=on_cpu(), timeout=BARRIER_TIMEOUT)
         PrecisionType(precision.lower())  # which chat stages would refuse, after hours of pretraining
     except (ValueError, dist.DistError) as error:
+        PartialState._reset_state()  # what it began would fail every later call
         variables = "variables that a launcher sets (ACCELERATE_*, MASTER_*, WORLD_SIZE, ...)"
         raise InputError(f"{in_a_line(error)}: unset the {variables}, or launch with nanochat run") from None
     if not _launched:
