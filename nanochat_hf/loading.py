@@ -30,7 +30,8 @@ quiet_downloads = are_progress_bars_disabled()
 disable_progress_bar()  # of files on this disk, and of downloads, which stay
 if not quiet_downloads:
     enable_progress_bars()
-logging.getLogger("transformers.configuration_utils").addFilter(lambda record: "Can't set" not in str(record.msg))
+configs = logging.getLogger("transformers.configuration_utils")
+configs.addFilter(lambda record: "Can't set" not in str(record.msg))  # the error that follows says it in a line
 reports = logging.getLogger("transformers.modeling_utils")
 reports.addFilter(lambda record: "LOAD REPORT" not in str(record.msg))  # load_model says it in a line
 

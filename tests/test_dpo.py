@@ -100,11 +100,6 @@ def test_a_pair_is_cut_where_its_conversations_differ(tokenizer):
     expected = {"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}
     row = {"prompt": "Is it?", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}
     assert read_pair(row, tokenizer, 64) == expected
-    for pair in (row, expected):
-        assert read_pair(pair | {"system": "s"}, tokenizer, 64)["prompt"] == [
-            {"role": "system", "content": "s"},
-            USER,
-        ]
     row = {"chosen": [{**USER, "id": 1}, REPLY], "rejected": [{**USER, "id": 2}, OTHER]}
     assert read_pair(row, tokenizer, 64)["chosen"] == [REPLY]
     longer = {"prompt": [USER], "chosen": [REPLY, USER, REPLY], "rejected": [REPLY, USER, OTHER]}

@@ -64,8 +64,6 @@ def test_epochs_pass_over_all_rows_in_a_new_order_each_time(tmp_path):
     assert [row["row"] for row in Mixture([{"dataset": path, "rows": 7}])] == order[:7]
     with pytest.raises(InputError, match="has 20 rows, not 21"):
         Mixture([{"dataset": path, "rows": 21}])
-    with pytest.raises(InputError, match=r"0.02 epochs of the 20 rows of .* are none"):
-        Mixture([{"dataset": path, "epochs": 0.02}])
 
 
 def test_the_primer_has_a_test_split_and_can_leave_its_identity_to_another_entry(tmp_path):

@@ -297,8 +297,8 @@ def test_the_command_prints_the_summary_a_row_a_comparison_or_a_collection(run, 
     out, err = output("--run-dir", run, "--row")
     assert f"| [report]({run}/report.md) |" in out
     assert err == "".join(f"note: {note}\n" for note in collect(Run(run))["notes"]) != ""
-    twin = shutil.copytree(run, run.with_name(f"{run.name}-twin"))
-    assert output("--compare", run, twin).out == compare([run, twin]) + "\n"
+    copied = shutil.copytree(run, run.with_name(f"{run.name}-2"))
+    assert output("--compare", run, copied).out == compare([run, copied]) + "\n"
     table = output("--collection", f"me/a={run}", f"me/b={tmp_path}").out
     assert table == collection_table({"me/a": Run(run), "me/b": Run(tmp_path)}) + "\n"
 
