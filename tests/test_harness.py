@@ -372,6 +372,23 @@ def test_chatcore_during_training_is_greedy_whatever_the_evaluation_samples(tiny
     assert set(temperatures) == {0.0}
 
 
+def test_sizes_and_limits_reach_those_who_measure(run, tiny_model, tokenizer, monkeypatch, tmp_path):
+    calls, harness = [], "nanochat_hf.eval.harness."
+    core = {"value": 0.5, "label": "CORE", "seconds": 2.0, "model_seconds": 1.0}
+    bpb = {"value": 1.0, "stderr": None, "n": 256}
+    monkeypatch.setattr(harness + "evaluate_core", lambda lm, tasks, limit, log: calls.append(limit) or core)
+    monkeypatch.setattr(harness + "held_out_bpb", lambda model, tokenizer, *of: calls.append(of) or bpb)
+    monkeypatch.setattr(harness + "Generator", lambda *of: calls.append(of[2]) or Oracle(*of[:2]))
+    monkeypatch.setattr(harness + "compression", lambda tokenizer: {"of": Path(tokenizer.name_or_path).name})
+    write_copa(tmp_path / "copa")
+    keys = {"core_bundle": str(tmp_path / "copa"), "core_max_per_task": 9, "core_stages": ["base"], "batch_size": 3}
+    metrics = measure(run, engine=None, batch_tokens=640, **keys)
+    assert calls == [3, ("primer", 256, 640), 9, 3] and metrics["bytes_per_token"] == {"of": "base"}
+    for limit in (5, 0):
+        core_metric(tokenizer, str(tmp_path / "copa"))(tiny_model, limit)
+    assert calls[-2:] == [5, None]  # 0: all
+
+
 def test_weights_that_cannot_be_identified_are_measured_again(run, loads, monkeypatch):
     monkeypatch.setattr("nanochat_hf.eval.harness.model_id", lambda folder: None)  # a Hub id without network
     for _ in range(2):

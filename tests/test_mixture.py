@@ -217,8 +217,8 @@ def test_names_of_folders_are_no_patterns(tmp_path, name):
 def test_an_id_of_the_hub_may_have_a_dot(monkeypatch):
     calls = []
     monkeypatch.setattr("datasets.load_dataset", lambda **arguments: calls.append(arguments) or [{"n": 1}])
-    assert open_rows(DatasetConfig("teknium/OpenHermes-2.5", transform="sharegpt"), seed=0) == [{"n": 1}]
-    assert calls == [{"path": "teknium/OpenHermes-2.5", "name": None, "split": "train"}]
+    assert open_rows(DatasetConfig("teknium/OpenHermes-2.5", "test", "main", "sharegpt"), seed=0) == [{"n": 1}]
+    assert calls == [{"path": "teknium/OpenHermes-2.5", "name": "main", "split": "test"}]
 
 
 STYLES = [{}, {"before": "x"}]

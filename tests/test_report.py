@@ -222,6 +222,8 @@ def test_what_cannot_be_compared_is_named_and_not_subtracted(run, tmp_path):
     evaluation["core"]["base"]["per_task"]["copa"] = {"acc": 0.5, "n": 50}
     edit(other / "eval" / "metrics.json", **evaluation, chatcore={"rl": {"value": 0.1, "label": "ChatCORE"}})
     edit(other / "eval" / "metrics.json", config={"dataset": "x", "seed": 2})
+    assert "`--output FOLDER` draws them" in compare([run, other])
+    edit(other / "base" / "metrics.json", commit="0ther")
     text = compare([run, other], tmp_path / "page")
     table = text[text.index("## other minus") : text.index("## Curves")]
     rows = {(row[0], row[1]): row[2:6] for row in map(cells, table.splitlines()) if len(row) > 5}
@@ -237,6 +239,7 @@ def test_what_cannot_be_compared_is_named_and_not_subtracted(run, tmp_path):
     ] and "ChatCORE" not in table  # fmt: skip
     assert re.findall(r"^!\[.*\]\((.*)\)$", text, re.M) == ["plots/rl-reward.png"]  # neither loss nor val bpb
     assert re.findall(r"^\| eval.seed\s+\| 1\s+\| 2\s+\|$", text, re.M) and "| x " not in text
+    assert re.search(r"^\| commit\s.* 0ther", text, re.M)
     assert re.search(r"^- \*\*other\*\*: `nanochat run .*base.dataset=x.*`$", text, re.M)
     page = (tmp_path / "page" / "comparison.html").read_text()
     assert (tmp_path / "page" / "comparison.md").read_text() == text and page.count("data:image/png") == 1

@@ -293,11 +293,16 @@ def test_tgi_routes_answer_as_documented(server, monkeypatch):
     assert (info["max_batch_size"], info["max_concurrent_requests"]) == (4, 8)
     requests, submit = [], server.engine.submit  # it samples among all tokens, and greedily unless asked to sample
     monkeypatch.setattr(server.engine, "submit", lambda request: requests.append(request) or submit(request))
-    for parameters in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 7}):
+    for parameters in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 7, "top_p": 0.5}):
         server.post("/generate", inputs="Hello", parameters={**parameters, "max_new_tokens": 1})
-    assert [(request.temperature, request.top_k) for request in requests] == [(0.0, 0), (1.0, 0), (1.0, 7)]
-    server.post("/generate", inputs="How are you?", parameters={"truncate": 2, "max_new_tokens": 1})
-    assert requests[-1].prompt == server.engine.encode_text("How are you?")[-2:]
+    taken = [(request.temperature, request.top_k, request.top_p) for request in requests]
+    assert taken == [(0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 7, 0.5)]
+    server.post("/generate", inputs="How are you?", parameters={"truncate": 2})
+    assert requests[-1].prompt == server.engine.encode_text("How are you?")[-2:] and requests[-1].max_new_tokens == 20
+    server.post(CHAT, messages=user("Hello"), max_tokens=1)
+    assert (requests[-1].temperature, requests[-1].top_k) == (server.temperature, server.top_k) == (0.0, 50)
+    two = asyncio.run(Server(server.workers * 2, "x").info())
+    assert (two["num_replicas"], two["max_concurrent_requests"]) == (2, 16)
 
 
 @pytest.mark.parametrize("text,read", [(HALF, "x?"), ("🙂\ud83d\ud83d🙂", "🙂??🙂"), ("\\ud83d", "\\ud83d")])
