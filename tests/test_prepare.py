@@ -209,7 +209,7 @@ def test_a_kill_leaves_no_process_and_two_workers_write_what_one_does(tmp_path, 
     assert not psutil.wait_procs(children, timeout=20)[1] and not output.exists()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     timing = json.loads((output / "stats.json").read_text())["timing"]
-    assert "finished; train on it" in done.stdout and timing["resumed"] == bool(parts)
+    assert "finished; train on it" in done.stdout and (timing["resumed"], timing["workers"]) == (bool(parts), 2)
     cli.dispatch("data", [*words[:-2], f"--output={tmp_path}/one", "--workers", "1"])
     both = [contents(output), contents(tmp_path / "one")]
     assert both[0].pop("README.md") != both[1].pop("README.md") and both[0] == both[1]  # their titles differ

@@ -153,7 +153,7 @@ def test_the_result_is_a_model_folder_with_its_metrics(straight, world):
     assert metrics["tokens_per_second"] > 0 and metrics["mfu"] is None
     assert [point["lr_multiplier"] for point in metrics["history"]][:3] == [0.5, 1, 1]
     assert metrics["history"][1]["lr"] == pytest.approx(0.6 / 32)  # by the root of 512 of 2^19 tokens
-    assert metrics["history"][9]["tokens"] == 10 * 512
+    assert (metrics["history"][9]["tokens"], metrics["history"][0]["momentum"]) == (10 * 512, 0.85)
     model, tokenizer = NanoChatForCausalLM.from_pretrained(folder), load_tokenizer(folder)
     assert sum(p.numel() for p in model.parameters()) == metrics["num_parameters"]
     assert model.config.token_ids == token_ids(tokenizer)
@@ -378,8 +378,8 @@ def test_hooks_are_called_and_lines_printed_when_due(world, tmp_path, monkeypatc
     assert metrics["epochs"] == 3
     assert [point["step"] for point in metrics["history"] if "core" in point] == [2, 4, 5]
     assert re.findall(r"step (\d)/5: loss", capsys.readouterr().out) == ["2", "4"]
-    packing = [(loader.num_shards, loader.packing_strategy) for loader in loaders]
-    assert set(packing) == {(64, "bfd_split"), (8, "bfd")}  # training; validation as upstream
+    packing = [(loader.num_shards, loader.buffer_size, loader.packing_strategy) for loader in loaders]
+    assert set(packing) == {(64, 1000, "bfd_split"), (8, 1000, "bfd")}  # training; validation as upstream
     smooth = itertools.accumulate(losses(metrics), lambda mean, loss: 0.9 * mean + 0.1 * loss)
     assert shown == pytest.approx(list(smooth), abs=6e-4)
 

@@ -125,6 +125,7 @@ def test_cells_of_budgets_ratios_and_the_recipes_own_horizon():
     for recipe, number in (("scaling/cpu", 12), ("scaling/gpu", 15)):
         configs, grid = series.read_series([recipe], {})
         assert len(make_cells(configs["base"], grid, configs["tokenizer"].vocab_size)) == number
+    assert series.read_series(["scaling/cpu"], {"ratios": [9]})[1] == SeriesConfig(depths=[2, 3, 4, 6], ratios=[9])
     (own,) = make_cells(base, SeriesConfig(depths=[4]), 32768)
     assert (own.name, own.plan.num_iterations) == ("d4", 7)
 
@@ -179,6 +180,13 @@ def test_devices_are_the_visible_gpus(monkeypatch):
     assert (series.devices_here(None), series.devices_here(2)) == (["4", "5", "7"], ["4", "5"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert series.devices_here(None) == ["0", "1", "2"]
+    started, cell = [], Cell("d4", "config", None)
+    process = SimpleNamespace(start=lambda: started.append("at once"))
+    context = SimpleNamespace(Process=lambda target, args: started.append((target, *args)) or process)
+    monkeypatch.setattr(series, "get_context", lambda kind: context)
+    assert series.start(cell, "5", Run("s"), {"a": 1}) is process
+    assert started[0][1].path == Path("s/d4") and started[0][2:] == ("5", "config", {"a": 1})
+    assert started[0][0] is series.train_cell and started[1:] == ["at once"]
 
 
 TINY = "scaling/cpu --budgets 5e9 base.eval_tokens=2048 base.save_every=3 base.max_seq_len=64 "
