@@ -436,6 +436,7 @@ def test_checkpoints_become_branches_and_a_failing_hub_does_not_stop_training(hu
     assert log[-1].startswith("warning: step 1000 was not pushed") and "run the same command again" in log[-1]
     for _ in range(2):  # as where a run was interrupted after it
         upload(run / "sft", 1500).result()
+        assert log[-1].startswith("step 1500 is on you/base as branch")
     assert "model.safetensors" in pushed(hub, "you/base", branch="step-001500")
     assert list(run.glob(".push-*")) == [] and hub.repos["models", "you/base"].messages == ["Step 500", "Step 1500"]
     name = change_weights(run / "sft", float("inf"))

@@ -142,6 +142,7 @@ def test_a_yaml_of_facts_is_a_data_set(tmp_path):
     entry = DatasetConfig(str(tmp_path / "me.yaml"), rows=50)
     rows = open_rows(entry, seed=1)
     assert len(rows) == 50 and rows == open_rows(entry, seed=1) != open_rows(entry, seed=2)
+    assert open_rows(DatasetConfig(entry.dataset, "test", rows=50), seed=1) != rows
     assert any("Ophelia" in row["messages"][-1]["content"] for row in rows)
     with pytest.raises(InputError, match="transform gsm8k does not apply"):
         open_rows(DatasetConfig(str(tmp_path / "me.yaml"), transform="gsm8k"), seed=1)
@@ -181,6 +182,11 @@ def test_rows_that_two_mixtures_share_are_told(tmp_path, monkeypatch):
     assert shared([{"dataset": "primer"}], [{"dataset": "primer", "rows": 9}]) == ["primer::train"]
     assert not shared([folder, one], [{**folder, "split": "test"}, {"dataset": "org/name", "split": "test"}])
     assert not shared([{**one, **words}], [{**one, **words, "split": "test"}])
+    for name in ("a", "b"):
+        (tmp_path / "of" / name).mkdir(parents=True)
+        write(tmp_path / "of" / name / "train.jsonl", [chat(name, "b")])
+    parts = [[{"dataset": "of", "subset": name}] for name in ("a", "b")]
+    assert not shared(*parts) and first_texts(*parts[1]) == ["b"]
 
 
 def test_suffixes_have_any_case_and_what_is_not_read_is_named(tmp_path, capsys):

@@ -240,6 +240,12 @@ def test_a_series_that_was_killed_equals_one_that_was_not(here, monkeypatch, tmp
     assert load_json(tmp_path / "killed" / "scaling.json")["command"].startswith(
         "nanochat scaling scaling/cpu --budgets"
     )
+    calls = []
+    monkeypatch.setattr(series, "devices_here", lambda gpus: ["0", "1"])
+    monkeypatch.setattr(series, "train_cells", lambda *of: calls.append(of) or ["d3-5e9"])
+    with pytest.raises(InputError, match="no finished cell"):
+        here("two")
+    assert [cell.name for cell in calls[0][0]] == ["d3-5e9", "d2-5e9"]  # the longest first
     with Run(tmp_path / "killed").lock(), pytest.raises(InputError, match="another process works on"):
         here("killed")
 
