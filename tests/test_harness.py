@@ -125,6 +125,7 @@ def test_every_demo_task_is_graded_and_recorded(run):
     assert set(metrics["results"]["base"]) == {"val_bpb"} and metrics["results"]["base"]["val_bpb"]["n"] == 256
     assert set(metrics["bytes_per_token"]) == {"books", "code", "korean", "math"}
     assert metrics["models"] == {"base": "base", "sft": "sft"}
+    assert 0 < metrics["seconds"]["base"]["val_bpb"] <= metrics["seconds"]["base"]["all"]
     samples = [json.loads(line) for line in (run / "eval/samples/sft/nanochat_demo_facts.jsonl").open()]
     assert len(samples) == NUM_QUESTIONS and set(samples[0]) == {"question", "expected", "answer", "correct"}
     assert samples[:2] == metrics["examples"]["sft"][:2] and not (run / "eval" / "state").exists()

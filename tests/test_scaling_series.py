@@ -110,7 +110,7 @@ def test_too_little_for_a_fit_is_refused(name, change, message):
 BY_BUDGET = {"d4-1e16": (2**18, 476, 40), "d12-1e16": (2**16, 201, 20), "d12-1e17": (2**18, 502, 40)}
 
 
-def test_cells_of_budgets_ratios_and_the_recipes_own_horizon():
+def test_cells_of_budgets_ratios_and_the_recipes_own_horizon(capsys):
     base = PretrainConfig(num_iterations=7, total_batch_size=-1)
     cells = {cell.name: cell for cell in make_cells(base, SeriesConfig(depths=[12, 4], budgets=[1e17, 1e16]), 32768)}
     assert list(cells) == ["d4-1e16", "d12-1e16", "d4-1e17", "d12-1e17"]
@@ -128,6 +128,8 @@ def test_cells_of_budgets_ratios_and_the_recipes_own_horizon():
     assert series.read_series(["scaling/cpu"], {"ratios": [9]})[1] == SeriesConfig(depths=[2, 3, 4, 6], ratios=[9])
     (own,) = make_cells(base, SeriesConfig(depths=[4]), 32768)
     assert (own.name, own.plan.num_iterations) == ("d4", 7)
+    cli.dispatch("scaling", ["scaling/gpu", "--run-dir=s", "--dry-run", "--gpus=2"])
+    assert " on 2 x H200, $" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("gpus, where", [(None, "this CPU"), (1, "1 x H200"), (3, "3 x H200")])
