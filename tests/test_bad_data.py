@@ -15,7 +15,7 @@ from nanochat_hf.data.documents import DocumentStream, open_documents
 from nanochat_hf.data.mixture import Mixture, check_data
 from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
 from nanochat_hf.errors import InputError
-from nanochat_hf.stage_configs import ChatConfig, EvalConfig, PretrainConfig, TokenizerConfig
+from nanochat_hf.stage_configs import ChatConfig, DPOStageConfig, EvalConfig, PretrainConfig, TokenizerConfig
 
 
 def jsonl(path: Path, *lines: str) -> str:
@@ -92,6 +92,8 @@ def test_a_stage_needs_the_splits_that_it_reads(tmp_path):
                 check_data(stage, config)
         with pytest.warns(UserWarning, match="skipped"):
             check_data("base", replace(base, skip_bad_files=True))
+    with pytest.raises(InputError, match="its name does not say it is test"):
+        check_data("dpo", DPOStageConfig(dataset=jsonl(tmp_path / "pairs.jsonl", "{}"), split="test"))
 
 
 @pytest.mark.parametrize("entry,message", ENTRIES)

@@ -321,11 +321,12 @@ def test_chatcore_has_one_engine_and_is_nan_if_questions_have_one_answer(tiny_mo
     assert chatcore(tiny_model, 3) == chatcore(tiny_model, 5) == 1.0
     assert (Oracle.built, Oracle.synced) == (1, 1)
     certain = {"value": 1.0, "stderr": 0.0, "n": 1, "baseline": 1.0}
-    monkeypatch.setattr("nanochat_hf.eval.tasks.Tasks.run", lambda self, name, lm: ({name: certain}, []))
-    assert isnan(chatcore(tiny_model, 1))
+    limits, owner = [], "nanochat_hf.eval.tasks.Tasks.run"
+    monkeypatch.setattr(owner, lambda self, name, lm: limits.append(self.config.max_per_task) or ({name: certain}, []))
+    assert isnan(chatcore(tiny_model, 1)) and isnan(chatcore(tiny_model, 0)) and limits == [1, 1, None, None]  # 0: all
     half = {"value": 0.5, "n": 1, "baseline": 0.25, "chatcore": True}
     other = {"value": 1.0, "n": 1, "baseline": 0.0}
-    monkeypatch.setattr("nanochat_hf.eval.tasks.Tasks.run", lambda self, name, lm: ({"a": half, "b": other}, []))
+    monkeypatch.setattr(owner, lambda self, name, lm: ({"a": half, "b": other}, []))
     assert chatcore(tiny_model, 1) == pytest.approx(1 / 3)  # of its own tasks, where there are some
     with pytest.raises(InputError, match="nanochat_demo_poetry"):
         chatcore_metric(EvalConfig(tasks=["nanochat_demo_poetry"]), tokenizer, tmp_path)

@@ -45,7 +45,7 @@ def test_bad_rows_are_skipped_and_counted_with_number_and_reason(tmp_path):
     assert {bad["row"]: bad["reason"] for bad in mixture.skipped} == reasons
     summary = mixture.summary()
     assert list(mixture) == good and mixture.summary() == summary  # counted anew
-    assert mixture.summary()[0]["bad"] == 4 and mixture.summary()[0]["rows"] == 2
+    assert (summary[0]["bad"], summary[0]["rows"], mixture.entries[0].first_bad) == (4, 2, mixture.skipped[0])
     twice = Mixture([{"dataset": str(tmp_path / "chat.jsonl"), "epochs": 2}])
     assert len(list(twice)) == 4 and len(twice.skipped) == 4 and twice.summary()[0]["bad"] == 8
     with pytest.raises(InputError, match=r"row \d of .*; mend it or set on_bad_example"):

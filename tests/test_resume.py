@@ -247,7 +247,7 @@ def test_an_interruption_anywhere_changes_nothing(train, tmp_path, monkeypatch, 
 
 
 STOP_EARLY = {"early_stopping_patience": 1, "eval_every": 1, "keep_checkpoints": 1, "num_iterations": 20}
-TWICE = {"updates_per_batch": 2, "save_every": 1, "keep_checkpoints": 1}
+TWICE = {"updates_per_batch": 2, "save_every": 1, "eval_every": 1, "keep_checkpoints": 1}
 IN_A_BATCH = {"updates_per_batch": 2, "save_every": -1, "eval_every": -1}
 
 
@@ -272,6 +272,8 @@ def test_rl_that_reuses_batches_or_stops_early_resumes_to_the_same_result(train,
     train("rl", tmp_path / "out", **keys)
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     metrics = load_json(tmp_path / "out" / "metrics.json")
+    if keys.get("updates_per_batch") and keys["eval_every"] == 1:  # whole batches only
+        assert [row["step"] for row in metrics["history"] if "pass@1" in row] == [2, 4, 6]
     if "early_stopping_patience" in keys:
         assert metrics["num_iterations"] == metrics["best_step"] + 1 < 20
         assert metrics["after"]["pass@1"] == max(row["pass@1"] for row in metrics["history"])
