@@ -2,6 +2,8 @@
 
 import errno
 import os
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +15,7 @@ from nanochat_hf.data.documents import DocumentStream, open_documents
 from nanochat_hf.data.mixture import Mixture, check_data
 from nanochat_hf.data.tokenizer import load_tokenizer, train_bpe
 from nanochat_hf.errors import InputError
-from nanochat_hf.stage_configs import ChatConfig, PretrainConfig
+from nanochat_hf.stage_configs import ChatConfig, DPOStageConfig, EvalConfig, PretrainConfig, TokenizerConfig
 
 
 def jsonl(path: Path, *lines: str) -> str:
@@ -76,6 +78,22 @@ def test_a_mixture_of_another_form_is_refused_before_training(tmp_path, monkeypa
     check_data("sft", ChatConfig([{"dataset": "chats.jsonl", "rows": 9}]))
     with pytest.raises(InputError, match=message):
         check_data("sft", ChatConfig([entry]))
+
+
+def test_a_stage_needs_the_splits_that_it_reads(tmp_path):
+    base = PretrainConfig(dataset=str(tmp_path))
+    configs = {"tokenizer": TokenizerConfig(str(tmp_path)), "base": base, "eval": EvalConfig(dataset=str(tmp_path))}
+    for broken in ("train", "validation"):
+        for split in ("train", "validation"):
+            jsonl(tmp_path / f"{split}.jsonl", *["{"] * (split == broken), '{"text": "a"}')
+        for stage, config in configs.items():
+            unread = stage == "eval" and broken == "train"
+            with nullcontext() if unread else pytest.raises(InputError, match=f"{broken}.jsonl cannot be read"):
+                check_data(stage, config)
+        with pytest.warns(UserWarning, match="skipped"):
+            check_data("base", replace(base, skip_bad_files=True))
+    with pytest.raises(InputError, match="its name does not say it is test"):
+        check_data("dpo", DPOStageConfig(dataset=jsonl(tmp_path / "pairs.jsonl", "{}"), split="test"))
 
 
 @pytest.mark.parametrize("entry,message", ENTRIES)

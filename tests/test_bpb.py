@@ -26,6 +26,9 @@ def test_ranks_share_the_rows(tiny_model, tokenizer, monkeypatch):
         monkeypatch.setattr(bpb, "partial_state", lambda state=state: state)
         assert held_out_bpb(tiny_model, tokenizer, "primer", 5 * 128)["n"] == 5 * 128
     assert rows == [3, 2]
+    monkeypatch.setattr(bpb, "LONGEST", 32)
+    held_out_bpb(tiny_model, tokenizer, "primer", 5 * 128)
+    assert rows[2] == 5 * 4 // 2  # of 32 tokens
 
 
 @pytest.mark.parametrize("batches,nats,num_bytes", [

@@ -50,8 +50,12 @@ def read(folder) -> tuple[Qwen3ForCausalLM, dict]:
     return model.eval(), facts
 
 
+OTHER = {"qk_scale": 1.2, "head_dim": 32, "rms_norm_eps": 1e-2}
+OTHER["rope_parameters"] = {"rope_type": "default", "rope_theta": 100.0}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [{}, {"qk_scale": 1.2, "head_dim": 32}])
+@pytest.mark.parametrize("fields", [{}, OTHER])
 def test_the_file_is_a_qwen3_with_the_same_logits(tmp_path, fields):
     source = make_folder(tmp_path / "model", **fields)
     model, ids = load_model(source), make_ids(2, 60)
@@ -70,7 +74,10 @@ def test_the_file_is_a_qwen3_with_the_same_logits(tmp_path, fields):
     assert control == sorted(tokenizer.all_special_ids)
     assert facts["tokenizer.chat_template"] == tokenizer.chat_template and facts["qwen3.context_length"] == 64
     assert facts["general.quantization_version"] == gguf.GGML_QUANT_VERSION
-    assert (tmp_path / "f16" / "Modelfile").read_text().startswith("FROM ./model-F16.gguf\nTEMPLATE")
+    assert facts["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0
+    assert facts["qwen3.rope.dimension_count"] == facts["qwen3.attention.key_length"]
+    text = (tmp_path / "f16" / "Modelfile").read_text()
+    assert text.startswith("FROM ./model-F16.gguf\nTEMPLATE") and text.endswith("\nPARAMETER num_ctx 64\n")
 
 
 @pytest.mark.parametrize("options, fields, words", [

@@ -19,7 +19,7 @@ from nanochat_hf.data.grading import hash_target
 from nanochat_hf.data.tokenizer import load_tokenizer
 from nanochat_hf.errors import InputError
 from nanochat_hf.eval.lm_eval_model import Generator
-from nanochat_hf.run import load_json
+from nanochat_hf.run import fingerprint, load_json
 from nanochat_hf.serve.engine import Engine
 from nanochat_hf.tools import python
 from nanochat_hf.train import grpo
@@ -87,7 +87,9 @@ def test_primer_prompts_come_with_what_a_grader_needs(tokenizer):
     assert load_prompts(stage, "train", tokenizer, 100)[0] == rows  # also in this order: it follows from the seed
     assert rows[0].keys() == {"prompt", "kind", "answer", "entity", "rivals"}
     assert rows[0]["prompt"][0]["role"] == "user"
-    assert not {row["prompt"][0]["content"] for row in rows} & {row["prompt"][0]["content"] for row in test}
+    other = load_prompts(config(dataset=stage.dataset, seed=1), "train", tokenizer, 100)[0]
+    train, test, other = ({row["prompt"][0]["content"] for row in part} for part in (rows, test, other))
+    assert not train & test and train != other  # other questions, not only another order
 
 
 def test_prompts_that_cannot_be_used_are_named_and_skipped_or_refused(tokenizer, tmp_path, capsys):
@@ -252,21 +254,26 @@ def test_a_run_leaves_a_model_its_figures_and_samples(tiny_folder, tmp_path, mon
     out, sampled, real = tmp_path / "rl", [], Generator.generate
     note = lambda *prompts, **options: sampled.append(real(*prompts, **options)) or sampled[-1]  # noqa: E731
     monkeypatch.setattr(Generator, "generate", note)
-    train_rl(config(save_every=1, eval_every=1), tiny_folder, out, Generator)
+    parts, load = [], grpo.load_prompts
+    load_some = lambda *of: (parts.append(load(*of)[0]) or parts[-1], [{"row": of[1]}], 2)  # noqa: E731
+    monkeypatch.setattr(grpo, "load_prompts", load_some)
+    train_rl(config(save_every=1, eval_every=1, num_iterations=3), tiny_folder, out, Generator)
     metrics = load_json(out / "metrics.json")
     assert metrics["finished"] and metrics["task"] == "primer:problem" and 0 < metrics["generation_share"] < 1
     assert metrics["before"].keys() == metrics["after"].keys() == {"pass@1", "pass@2", "questions"}
-    assert metrics["before"]["questions"] == 6 and metrics["skipped_rows"] == []
+    assert metrics["before"]["questions"] == 6 and metrics["bad"] == 2 + 2
+    assert metrics["skipped_rows"] == [{"row": "train"}, {"row": "test"}]
+    assert metrics["inputs"]["data"] == fingerprint(parts)
     history = metrics["history"]
-    assert [row["step"] for row in history] == [1, 2] and metrics["tokens_per_second"] > 0
+    assert [row["step"] for row in history] == [1, 2, 3] and metrics["tokens_per_second"] > 0
     for row in history:
         assert 0 <= row["reward"] <= 1 and 0 <= row["tool_use"] <= 1 and row["completion_length"] > 0
         assert 0 <= row["pass@1"] <= row["pass@2"] <= 1
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 4 and samples[0].keys() == {"step", "prompt", "text", "reward"}
+    assert len(samples) == 6 and samples[0].keys() == {"step", "prompt", "text", "reward"}
     texts = AutoTokenizer.from_pretrained(out).batch_decode([ids for batch in sampled for (ids,) in batch])
-    assert len(sampled) == 6 and all(any(sample["text"] in text for text in texts) for sample in samples)
-    assert [sample["text"] for sample in metrics["samples"]] == [sample["text"] for sample in samples]
+    assert len(sampled) == 8 and all(any(sample["text"] in text for text in texts) for sample in samples)
+    assert [sample["text"] for sample in metrics["samples"]] == [sample["text"] for sample in samples[-4:]]
     assert not (out / "state").exists() and AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id
 
 
@@ -314,13 +321,15 @@ def test_a_prompt_leaves_room_for_the_whole_answer(tiny_folder, tmp_path, monkey
     lengths = []
 
     def spy(stage, split, tokenizer, max_length):
-        lengths.append(max_length)
-        raise InputError("enough")
+        lengths.append((split, max_length))
+        if split == "test":
+            raise InputError("enough")
+        return [], [], 0
 
     monkeypatch.setattr(grpo, "load_prompts", spy)
     with pytest.raises(InputError, match="enough"):
         train_rl(config(max_new_tokens=12), str(tiny_folder), tmp_path, Generator)
-    assert lengths == [128 - 12]  # tiny_folder's context
+    assert lengths == [("train", 128 - 12), ("test", 128 - 12)]  # tiny_folder's context
 
 
 def test_fewer_questions_than_a_step_takes_are_refused(tiny_folder, tmp_path, monkeypatch):

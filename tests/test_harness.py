@@ -126,6 +126,7 @@ def test_every_demo_task_is_graded_and_recorded(run):
     assert set(metrics["results"]["base"]) == {"val_bpb"} and metrics["results"]["base"]["val_bpb"]["n"] == 256
     assert set(metrics["bytes_per_token"]) == {"books", "code", "korean", "math"}
     assert metrics["models"] == {"base": "base", "sft": "sft"}
+    assert 0 < metrics["seconds"]["base"]["val_bpb"] <= metrics["seconds"]["base"]["all"]
     samples = [json.loads(line) for line in (run / "eval/samples/sft/nanochat_demo_facts.jsonl").open()]
     assert len(samples) == NUM_QUESTIONS and set(samples[0]) == {"question", "expected", "answer", "correct"}
     assert samples[:2] == metrics["examples"]["sft"][:2] and not (run / "eval" / "state").exists()
@@ -321,11 +322,12 @@ def test_chatcore_has_one_engine_and_is_nan_if_questions_have_one_answer(tiny_mo
     assert chatcore(tiny_model, 3) == chatcore(tiny_model, 5) == 1.0
     assert (Oracle.built, Oracle.synced) == (1, 1)
     certain = {"value": 1.0, "stderr": 0.0, "n": 1, "baseline": 1.0}
-    monkeypatch.setattr("nanochat_hf.eval.tasks.Tasks.run", lambda self, name, lm: ({name: certain}, []))
-    assert isnan(chatcore(tiny_model, 1))
+    limits, owner = [], "nanochat_hf.eval.tasks.Tasks.run"
+    monkeypatch.setattr(owner, lambda self, name, lm: limits.append(self.config.max_per_task) or ({name: certain}, []))
+    assert isnan(chatcore(tiny_model, 1)) and isnan(chatcore(tiny_model, 0)) and limits == [1, 1, None, None]  # 0: all
     half = {"value": 0.5, "n": 1, "baseline": 0.25, "chatcore": True}
     other = {"value": 1.0, "n": 1, "baseline": 0.0}
-    monkeypatch.setattr("nanochat_hf.eval.tasks.Tasks.run", lambda self, name, lm: ({"a": half, "b": other}, []))
+    monkeypatch.setattr(owner, lambda self, name, lm: ({"a": half, "b": other}, []))
     assert chatcore(tiny_model, 1) == pytest.approx(1 / 3)  # of its own tasks, where there are some
     with pytest.raises(InputError, match="nanochat_demo_poetry"):
         chatcore_metric(EvalConfig(tasks=["nanochat_demo_poetry"]), tokenizer, tmp_path)
@@ -371,6 +373,23 @@ def test_chatcore_during_training_is_greedy_whatever_the_evaluation_samples(tiny
     sampled = EvalConfig(tasks=TASKS, temperature=1.0, num_samples=4)
     assert chatcore_metric(sampled, tokenizer, tmp_path, Recorder)(tiny_model, 3) == 1.0
     assert set(temperatures) == {0.0}
+
+
+def test_sizes_and_limits_reach_those_who_measure(run, tiny_model, tokenizer, monkeypatch, tmp_path):
+    calls, harness = [], "nanochat_hf.eval.harness."
+    core = {"value": 0.5, "label": "CORE", "seconds": 2.0, "model_seconds": 1.0}
+    bpb = {"value": 1.0, "stderr": None, "n": 256}
+    monkeypatch.setattr(harness + "evaluate_core", lambda lm, tasks, limit, log: calls.append(limit) or core)
+    monkeypatch.setattr(harness + "held_out_bpb", lambda model, tokenizer, *of: calls.append(of) or bpb)
+    monkeypatch.setattr(harness + "Generator", lambda *of: calls.append(of[2]) or Oracle(*of[:2]))
+    monkeypatch.setattr(harness + "compression", lambda tokenizer: {"of": Path(tokenizer.name_or_path).name})
+    write_copa(tmp_path / "copa")
+    keys = {"core_bundle": str(tmp_path / "copa"), "core_max_per_task": 9, "core_stages": ["base"], "batch_size": 3}
+    metrics = measure(run, engine=None, batch_tokens=640, **keys)
+    assert calls == [3, ("primer", 256, 640), 9, 3] and metrics["bytes_per_token"] == {"of": "base"}
+    for limit in (5, 0):
+        core_metric(tokenizer, str(tmp_path / "copa"))(tiny_model, limit)
+    assert calls[-2:] == [5, None]  # 0: all
 
 
 def test_weights_that_cannot_be_identified_are_measured_again(run, loads, monkeypatch):

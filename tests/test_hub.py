@@ -86,8 +86,12 @@ def change_weights(folder, value) -> str:
     return name
 
 
-def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run):
-    push(run, Push("you/small", language=("en", "ko"), base_model="you/base"))
+def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run, monkeypatch):
+    checked, repos = [], hub.repos
+    monkeypatch.setattr(push_module, "check_loaded_back", lambda repo, revision, *_: checked.append(revision) or 0.0)
+    monkeypatch.chdir(run)
+    push(".", Push("you/small", language=("en", "ko"), base_model="you/base"))
+    assert checked == [repos["models", "you/small"].branches["main"]]  # that commit, whatever comes after it
     files = pushed(hub)
     code = {f"{name}_nanochat.py" for name in ("modeling", "configuration", "generation")}
     code |= {"custom_generate/generate.py", "custom_generate/tools.py"}
@@ -108,8 +112,10 @@ def test_a_push_brings_model_tokenizer_card_report_and_tools(hub, run):
     assert len(hub.repos["models", "you/small"].commits) == 2  # nothing new to send
     for stage in ("base", "rl"):
         shutil.copytree(run / "sft", run / stage, copy_function=os.link, dirs_exist_ok=True)
+    change(run / "eval" / "metrics.json", weights={"sft": "0" * 16})
     lines, options = [], Push("you/small", dry_run=True, space=True)
     assert push(run, options, lines.append) == str(run / "hub" / "rl")  # the newest that is finished
+    assert lines[0].startswith("note: the evaluation is older than the models")
     assert "and the Space you/small-chat, which talks to it" in lines
 
 
@@ -438,7 +444,9 @@ def test_checkpoints_become_branches_and_a_failing_hub_does_not_stop_training(hu
     upload(run / "sft", 1000).result()
     hub.faults.clear()
     assert log[-1].startswith("warning: step 1000 was not pushed") and "run the same command again" in log[-1]
-    upload(run / "sft", 1500).result()
+    for _ in range(2):  # as where a run was interrupted after it
+        upload(run / "sft", 1500).result()
+        assert log[-1].startswith("step 1500 is on you/base as branch")
     assert "model.safetensors" in pushed(hub, "you/base", branch="step-001500")
     assert list(run.glob(".push-*")) == [] and hub.repos["models", "you/base"].messages == ["Step 500", "Step 1500"]
     name = change_weights(run / "sft", float("inf"))

@@ -45,7 +45,7 @@ def test_bad_rows_are_skipped_and_counted_with_number_and_reason(tmp_path):
     assert {bad["row"]: bad["reason"] for bad in mixture.skipped} == reasons
     summary = mixture.summary()
     assert list(mixture) == good and mixture.summary() == summary  # counted anew
-    assert mixture.summary()[0]["bad"] == 4 and mixture.summary()[0]["rows"] == 2
+    assert (summary[0]["bad"], summary[0]["rows"], mixture.entries[0].first_bad) == (4, 2, mixture.skipped[0])
     twice = Mixture([{"dataset": str(tmp_path / "chat.jsonl"), "epochs": 2}])
     assert len(list(twice)) == 4 and len(twice.skipped) == 4 and twice.summary()[0]["bad"] == 8
     with pytest.raises(InputError, match=r"row \d of .*; mend it or set on_bad_example"):
@@ -140,6 +140,7 @@ def test_a_yaml_of_facts_is_a_data_set(tmp_path):
     entry = DatasetConfig(str(tmp_path / "me.yaml"), rows=50)
     rows = open_rows(entry, seed=1)
     assert len(rows) == 50 and rows == open_rows(entry, seed=1) != open_rows(entry, seed=2)
+    assert open_rows(DatasetConfig(entry.dataset, "test", rows=50), seed=1) != rows
     assert any("Ophelia" in row["messages"][-1]["content"] for row in rows)
     with pytest.raises(InputError, match="transform gsm8k does not apply"):
         open_rows(DatasetConfig(str(tmp_path / "me.yaml"), transform="gsm8k"), seed=1)
@@ -179,6 +180,11 @@ def test_rows_that_two_mixtures_share_are_told(tmp_path, monkeypatch):
     assert shared([{"dataset": "primer"}], [{"dataset": "primer", "rows": 9}]) == ["primer::train"]
     assert not shared([folder, one], [{**folder, "split": "test"}, {"dataset": "org/name", "split": "test"}])
     assert not shared([{**one, **words}], [{**one, **words, "split": "test"}])
+    for name in ("a", "b"):
+        (tmp_path / "of" / name).mkdir(parents=True)
+        write(tmp_path / "of" / name / "train.jsonl", [chat(name, "b")])
+    parts = [[{"dataset": "of", "subset": name}] for name in ("a", "b")]
+    assert not shared(*parts) and first_texts(*parts[1]) == ["b"]
 
 
 def test_suffixes_have_any_case_and_what_is_not_read_is_named(tmp_path, capsys):
@@ -215,8 +221,8 @@ def test_names_of_folders_are_no_patterns(tmp_path, name):
 def test_an_id_of_the_hub_may_have_a_dot(monkeypatch):
     calls = []
     monkeypatch.setattr("datasets.load_dataset", lambda **arguments: calls.append(arguments) or [{"n": 1}])
-    assert open_rows(DatasetConfig("teknium/OpenHermes-2.5", transform="sharegpt"), seed=0) == [{"n": 1}]
-    assert calls == [{"path": "teknium/OpenHermes-2.5", "name": None, "split": "train"}]
+    assert open_rows(DatasetConfig("teknium/OpenHermes-2.5", "test", "main", "sharegpt"), seed=0) == [{"n": 1}]
+    assert calls == [{"path": "teknium/OpenHermes-2.5", "name": "main", "split": "test"}]
 
 
 STYLES = [{}, {"before": "x"}]

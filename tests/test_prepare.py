@@ -76,13 +76,16 @@ def tests(tmp_path):
 
 def test_a_second_run_of_a_process_has_its_own_test_rows(tmp_path):
     source = jsonl(tmp_path / "texts" / "train.jsonl", [document(seed) for seed in range(20)])
-    for seed in (3, 7):
-        settings = {"min_chars": 1, "max_chars": None, "languages": None, "decontaminate": [f"task{seed}"], "seed": 0}
-        settings |= {"dedup": [], "validation": 0.1, "skip_bad_files": False}
+    trains = []
+    for seed, order in ((3, 0), (7, 0), (7, 1)):
+        settings = {"min_chars": 1, "max_chars": None, "languages": None, "decontaminate": [f"task{seed}"]}
+        settings |= {"dedup": [], "validation": 0.1, "skip_bad_files": False, "seed": order}
         rows = [("task", {"question": document(seed)})]
         module.prepare([str(source)], settings, tmp_path / "out", 1, lambda rows=rows: rows)
-        assert document(seed) not in texts(tmp_path / "out", "train") + texts(tmp_path / "out", "validation")
+        trains.append(texts(tmp_path / "out", "train"))
+        assert document(seed) not in trains[-1] + texts(tmp_path / "out", "validation")
         shutil.rmtree(tmp_path / "out")
+    assert trains[1] != trains[2]
 
 
 def test_exactly_the_planted_documents_go(tmp_path, capsys, monkeypatch, tests):
@@ -112,6 +115,7 @@ def test_exactly_the_planted_documents_go(tmp_path, capsys, monkeypatch, tests):
     words = [tmp_path / "a.parquet", tmp_path / "b", tmp_path / "c", "--output", output, "--workers", 1, *tests]
     words += ["--languages", "en", "--max-chars", 5000, "--validation", 0.1]
     monkeypatch.setattr(module, "SHARD_CHARS", 10_000)
+    monkeypatch.setattr(module, "ROW_GROUP", 7)
     printed = run(capsys, *words)
     train, validation = texts(output, "train"), texts(output, "validation")
     assert sorted(train + validation) == sorted([*good, other, almost]) and len(validation) == 12
@@ -132,8 +136,10 @@ def test_exactly_the_planted_documents_go(tmp_path, capsys, monkeypatch, tests):
     }  # fmt: skip
     timing, speed = stats["timing"], stats["counts"]["read"][2] / 1e6 / stats["timing"].pop("seconds")
     assert timing == {"megabytes_per_second": pytest.approx(speed), "workers": 1, "resumed": False}
+    assert pq.read_metadata(output / "validation-00000-of-00001.parquet").num_row_groups == 2  # of 12 documents
     card = (output / "README.md").read_text()
-    assert "| duplicate | 3 | " in card and 'language: ["en"]' in card and "duplicate " in printed
+    assert "\n# out\n" in card and "| duplicate | 3 | " in card
+    assert 'language: ["en"]' in card and "duplicate " in printed
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -203,7 +209,7 @@ def test_a_kill_leaves_no_process_and_two_workers_write_what_one_does(tmp_path, 
     assert not psutil.wait_procs(children, timeout=20)[1] and not output.exists()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     timing = json.loads((output / "stats.json").read_text())["timing"]
-    assert "finished; train on it" in done.stdout and timing["resumed"] == bool(parts)
+    assert "finished; train on it" in done.stdout and (timing["resumed"], timing["workers"]) == (bool(parts), 2)
     cli.dispatch("data", [*words[:-2], f"--output={tmp_path}/one", "--workers", "1"])
     both = [contents(output), contents(tmp_path / "one")]
     assert both[0].pop("README.md") != both[1].pop("README.md") and both[0] == both[1]  # their titles differ

@@ -152,12 +152,15 @@ def test_the_result_is_a_model_folder_with_its_metrics(straight, world):
     assert metrics["val_bpb"] < metrics["history"][9]["val_bpb"] < metrics["start_val_bpb"] and metrics["core"] is None
     assert metrics["tokens_per_second"] > 0 and metrics["mfu"] is None
     assert [point["lr_multiplier"] for point in metrics["history"]][:3] == [0.5, 1, 1]
+    assert metrics["history"][1]["lr"] == pytest.approx(0.6 / 32)  # by the root of 512 of 2^19 tokens
+    assert (metrics["history"][9]["tokens"], metrics["history"][0]["momentum"]) == (10 * 512, 0.85)
     model, tokenizer = NanoChatForCausalLM.from_pretrained(folder), load_tokenizer(folder)
     assert sum(p.numel() for p in model.parameters()) == metrics["num_parameters"]
     assert model.config.token_ids == token_ids(tokenizer)
     assert set(torch.load(folder / "optimizer.pt")) == {name for name, _ in model.named_parameters()}
     assert not list(folder.glob(".*"))
     sample = metrics["samples"][0]
+    assert sample["step"] == 20
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(sample["prompt"], add_special_tokens=False).input_ids]])
     new = model.generate(ids, max_new_tokens=32, min_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.decode(new) == sample["text"]
@@ -272,9 +275,9 @@ class SecondRank:
 def test_ranks_average_their_gradients_and_share_the_evaluation(world, tmp_path, monkeypatch):
     monkeypatch.setattr(Pretraining, "world", 2)
     monkeypatch.setattr(module, "OwnerGradientReducer", SecondRank)
-    config = dataclasses.replace(TINY, dataset=str(world / "text.jsonl"), device_batch_size=4)
+    config = dataclasses.replace(TINY, dataset=str(world / "text.jsonl"), device_batch_size=4, seed=3)
     training = Pretraining(config, str(world / "tokenizer"), tmp_path, None, None, None)
-    assert training.evaluator.num_batches == 1024 // (4 * 64 * 2)
+    assert training.evaluator.num_batches == 1024 // (4 * 64 * 2) and torch.initial_seed() == 3
     batch = next(training.loader)
     training.loader.close()
     training.loss_model(*runtime.to_device(batch, training.device)).backward()
@@ -287,8 +290,11 @@ def test_ranks_average_their_gradients_and_share_the_evaluation(world, tmp_path,
 def test_float16_skips_steps_until_its_loss_scale_fits(straight, world, tmp_path, monkeypatch):
     monkeypatch.setattr(model_setup, "compute_dtype", lambda device, half=False: torch.float16)
     monkeypatch.setattr(module, "LOSS_SCALE", 2.0**21)  # overflows in the first steps
-    metrics = run(world, tmp_path, num_iterations=12, eval_every=4, save_optimizer=True)
-    norms = [point["grad_norm"] for point in metrics["history"]]
+    keys = {"num_iterations": 12, "eval_every": 4, "save_optimizer": True}
+    with pytest.raises(Interrupted):
+        run(world, tmp_path, save_every=8, **keys, **interrupt_at(8))
+    metrics = run(world, tmp_path, **keys)  # with the loss scale that was reached
+    norms = [point["grad_norm"] or float("inf") for point in metrics["history"]]  # JSON has no infinity
     skipped = next(i for i, norm in enumerate(norms) if norm < float("inf"))
     assert 0 < skipped < 8 and all(norm < float("inf") for norm in norms[skipped:])
     assert losses(metrics)[skipped] == pytest.approx(losses(metrics)[0], abs=0.1)  # the weights did not change
@@ -328,6 +334,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_run_goes_on(straight,
     assert (metrics["device_batch_size"], metrics["gradient_accumulation"]) == (2, 4)
     output = capsys.readouterr().out
     assert "8 sequences of 64 tokens, chosen by the free memory" in output and "out of memory, trying 2" in output
+    assert "ranks 1 x micro-batch 2 x accumulation 4" in output
     assert losses(metrics) == pytest.approx(losses(straight[1]), abs=1e-3)
 
 
@@ -361,16 +368,18 @@ def test_hooks_are_called_and_lines_printed_when_due(world, tmp_path, monkeypatc
     calls, shown, loaders, real = [], [], [], module.PackedLoader
     monkeypatch.setattr(module, "PackedLoader", lambda *a, **keys: loaders.append(real(*a, **keys)) or loaders[-1])
     monkeypatch.setattr(module.Progress, "update", lambda self, step, words: shown.append(float(words[5:10])))
+    monkeypatch.setattr(real, "epoch", 3)
     metrics = run(
         world, tmp_path, num_iterations=5, core_metric_every=2, core_metric_max_per_task=7, push_every=4, log_every=2,
         core=lambda model, limit: calls.append(limit) or 0.25,
         push=lambda folder, step: calls.append((step, NanoChatForCausalLM.from_pretrained(folder).config.vocab_size)),
     )  # fmt: skip
     assert calls == [7, 7, (4, 320), 7] and metrics["core"] == 0.25 and metrics["val_bpb"] > 0  # also at the end
+    assert metrics["epochs"] == 3
     assert [point["step"] for point in metrics["history"] if "core" in point] == [2, 4, 5]
     assert re.findall(r"step (\d)/5: loss", capsys.readouterr().out) == ["2", "4"]
-    packing = [(loader.num_shards, loader.packing_strategy) for loader in loaders]
-    assert set(packing) == {(64, "bfd_split"), (8, "bfd")}  # training; validation as upstream
+    packing = [(loader.num_shards, loader.buffer_size, loader.packing_strategy) for loader in loaders]
+    assert set(packing) == {(64, 1000, "bfd_split"), (8, 1000, "bfd")}  # training; validation as upstream
     smooth = itertools.accumulate(losses(metrics), lambda mean, loss: 0.9 * mean + 0.1 * loss)
     assert shown == pytest.approx(list(smooth), abs=6e-4)
 

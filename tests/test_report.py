@@ -197,11 +197,12 @@ def test_runs_are_compared_with_the_error_of_the_difference(run, tmp_path):
     save_json(other / "sft" / "metrics.json", {**COMMON, "wall_time_s": 0})
     assert "95 %" not in compare([run, other])  # neither the column nor what it means
     evaluation = {**COMMON, "wall_time_s": 60, "models": {"sft": "sft"}}
-    # The error of the difference is sqrt(.01**2 + .01**2) = .01414; z = 1.414 and 2.828, so p = .157 and .0047.
-    for value, row in ((0.95, r"\+0.0200\s+\| -0.0077 to \+0.0477 \| 0.157"), (0.97, r".* \+0.0677 \| 0.005")):
-        save_json(other / "eval" / "metrics.json", {**evaluation, "results": {"sft": {"facts": result(value)}}})
+    # The error of the difference is sqrt(.01**2 + .02**2) = .02236; z = .894 and 1.789, so p = .371 and .0736.
+    for value, row in ((0.95, r"\+0.0200\s+\| -0.0238 to \+0.0638 \| 0.371"), (0.97, r".* \+0.0838 \| 0.074")):
+        facts = {"facts": result(value) | {"stderr": 0.02}}
+        save_json(other / "eval" / "metrics.json", {**evaluation, "results": {"sft": facts}})
         text = compare([run, other])
-        assert re.search(rf"facts\s+\| SFT\s+\| 0.9300 ± 0.0100\s+\| {value:.4f} ± 0.0100 \|", text)
+        assert re.search(rf"facts\s+\| SFT\s+\| 0.9300 ± 0.0100\s+\| {value:.4f} ± 0.0200 \|", text)
         assert re.search(rf"facts\s+\| SFT\s+\| {row} \| two-sample", text)
     assert re.search(r"counting\s+\| RL\s+\| 0.8500 ± 0.0100\s+\| -\s+\|\n", text)
     assert re.search(r"total wall time\s+\|\s+\| 1 h 00 min\s+\| 1 min 00 s\s+\|\n", text)
@@ -225,6 +226,8 @@ def test_what_cannot_be_compared_is_named_and_not_subtracted(run, tmp_path):
     evaluation["core"]["base"]["per_task"]["copa"] = {"acc": 0.5, "n": 50}
     edit(other / "eval" / "metrics.json", **evaluation, chatcore={"rl": {"value": 0.1, "label": "ChatCORE"}})
     edit(other / "eval" / "metrics.json", config={"dataset": "x", "seed": 2})
+    assert "`--output FOLDER` draws them" in compare([run, other])
+    edit(other / "base" / "metrics.json", commit="0ther")
     text = compare([run, other], tmp_path / "page")
     table = text[text.index("## other minus") : text.index("## Curves")]
     rows = {(row[0], row[1]): row[2:6] for row in map(cells, table.splitlines()) if len(row) > 5}
@@ -240,9 +243,12 @@ def test_what_cannot_be_compared_is_named_and_not_subtracted(run, tmp_path):
     ] and "ChatCORE" not in table  # fmt: skip
     assert re.findall(r"^!\[.*\]\((.*)\)$", text, re.M) == ["plots/rl-reward.png"]  # neither loss nor val bpb
     assert re.findall(r"^\| eval.seed\s+\| 1\s+\| 2\s+\|$", text, re.M) and "| x " not in text
+    assert re.search(r"^\| commit\s.* 0ther", text, re.M)
     assert re.search(r"^- \*\*other\*\*: `nanochat run .*base.dataset=x.*`$", text, re.M)
     page = (tmp_path / "page" / "comparison.html").read_text()
     assert (tmp_path / "page" / "comparison.md").read_text() == text and page.count("data:image/png") == 1
+    edit(other / "base" / "metrics.json", inputs={"tokenizer": "other", "data": "books"})  # the texts are the same
+    assert "other validation texts" not in compare([run, other])
 
 
 def test_the_same_questions_are_compared_in_pairs(tmp_path):

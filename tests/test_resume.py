@@ -243,13 +243,15 @@ def test_an_interruption_anywhere_changes_nothing(train, tmp_path, monkeypatch, 
     torch.manual_seed(123)
     train(stage, out, **keys)
     assert len(steps) == steps_after and result(out) == uninterrupted[stage]
+    assert load_json(out / "metrics.json")["earlier_wall_time_s"] > 0
 
 
 STOP_EARLY = {"early_stopping_patience": 1, "eval_every": 1, "keep_checkpoints": 1, "num_iterations": 20}
+TWICE = {"updates_per_batch": 2, "save_every": 1, "eval_every": 1, "keep_checkpoints": 1}
 IN_A_BATCH = {"updates_per_batch": 2, "save_every": -1, "eval_every": -1}
 
 
-@pytest.mark.parametrize("keys", [{"updates_per_batch": 2, "save_every": 1}, STOP_EARLY, *slowly((IN_A_BATCH,))])
+@pytest.mark.parametrize("keys", [TWICE, STOP_EARLY, *slowly((IN_A_BATCH,))])
 def test_rl_that_reuses_batches_or_stops_early_resumes_to_the_same_result(train, tmp_path, monkeypatch, keys):
     monkeypatch.setattr(grading, "is_correct", lambda row, text: sum(map(ord, text)) % 2 == 0)
     keys, state = {"num_iterations": 6} | keys, tmp_path / "out" / "state"
@@ -258,7 +260,7 @@ def test_rl_that_reuses_batches_or_stops_early_resumes_to_the_same_result(train,
         fail(patch, RLTrainer, "training_step", SystemExit(), terminate(2))
         train("rl", tmp_path / "out", **keys)
     steps = [checkpoint.step_of(path) for path in complete_checkpoints(state)]
-    assert steps[-1] == (4 if "updates_per_batch" in keys else 3)
+    assert steps == [4] if "updates_per_batch" in keys else steps[-1] == 3
     if "early_stopping_patience" in keys:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             fail(patch, RLTrainer, "_load_best_model", KeyboardInterrupt())
@@ -270,6 +272,8 @@ def test_rl_that_reuses_batches_or_stops_early_resumes_to_the_same_result(train,
     train("rl", tmp_path / "out", **keys)
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     metrics = load_json(tmp_path / "out" / "metrics.json")
+    if keys.get("updates_per_batch") and keys["eval_every"] == 1:  # whole batches only
+        assert [row["step"] for row in metrics["history"] if "pass@1" in row] == [2, 4, 6]
     if "early_stopping_patience" in keys:
         assert metrics["num_iterations"] == metrics["best_step"] + 1 < 20
         assert metrics["after"]["pass@1"] == max(row["pass@1"] for row in metrics["history"])
@@ -378,9 +382,12 @@ def test_a_half_done_base_refuses_another_tokenizer_shape_or_seed_and_notes_anot
     for steps in (2, 3):  # which are done, without decay
         with pytest.raises(InputError, match=f"{OTHER}num_iterations: 6 -> {steps}"):
             resume(num_iterations=steps)
-    resume(matrix_lr=0.3)
-    [change] = load_json(tmp_path / "out" / "metrics.json")["changes"]
-    assert change["after step"] == 3 and any("matrix_lr: None -> 0.3" in words for words in change["keys"])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fail(patch, Pretraining, "train_step", KeyboardInterrupt(), after(4))
+        resume(matrix_lr=0.3)
+    resume(matrix_lr=0.2)
+    changes = [(one["after step"], *one["keys"]) for one in load_json(tmp_path / "out" / "metrics.json")["changes"]]
+    assert changes == [(3, "matrix_lr: None -> 0.3"), (4, "matrix_lr: 0.3 -> 0.2")]
 
 
 def test_the_optimizer_state_of_a_damaged_or_an_earlier_file_is_not_loaded(train, tmp_path):

@@ -110,7 +110,7 @@ def test_too_little_for_a_fit_is_refused(name, change, message):
 BY_BUDGET = {"d4-1e16": (2**18, 476, 40), "d12-1e16": (2**16, 201, 20), "d12-1e17": (2**18, 502, 40)}
 
 
-def test_cells_of_budgets_ratios_and_the_recipes_own_horizon():
+def test_cells_of_budgets_ratios_and_the_recipes_own_horizon(capsys):
     base = PretrainConfig(num_iterations=7, total_batch_size=-1)
     cells = {cell.name: cell for cell in make_cells(base, SeriesConfig(depths=[12, 4], budgets=[1e17, 1e16]), 32768)}
     assert list(cells) == ["d4-1e16", "d12-1e16", "d4-1e17", "d12-1e17"]
@@ -125,8 +125,11 @@ def test_cells_of_budgets_ratios_and_the_recipes_own_horizon():
     for recipe, number in (("scaling/cpu", 12), ("scaling/gpu", 15)):
         configs, grid = series.read_series([recipe], {})
         assert len(make_cells(configs["base"], grid, configs["tokenizer"].vocab_size)) == number
+    assert series.read_series(["scaling/cpu"], {"ratios": [9]})[1] == SeriesConfig(depths=[2, 3, 4, 6], ratios=[9])
     (own,) = make_cells(base, SeriesConfig(depths=[4]), 32768)
     assert (own.name, own.plan.num_iterations) == ("d4", 7)
+    cli.dispatch("scaling", ["scaling/gpu", "--run-dir=s", "--dry-run", "--gpus=2"])
+    assert " on 2 x H200, $" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("gpus, where", [(None, "this CPU"), (1, "1 x H200"), (3, "3 x H200")])
@@ -179,6 +182,13 @@ def test_devices_are_the_visible_gpus(monkeypatch):
     assert (series.devices_here(None), series.devices_here(2)) == (["4", "5", "7"], ["4", "5"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert series.devices_here(None) == ["0", "1", "2"]
+    started, cell = [], Cell("d4", "config", None)
+    process = SimpleNamespace(start=lambda: started.append("at once"))
+    context = SimpleNamespace(Process=lambda target, args: started.append((target, *args)) or process)
+    monkeypatch.setattr(series, "get_context", lambda kind: context)
+    assert series.start(cell, "5", Run("s"), {"a": 1}) is process
+    assert started[0][1].path == Path("s/d4") and started[0][2:] == ("5", "config", {"a": 1})
+    assert started[0][0] is series.train_cell and started[1:] == ["at once"]
 
 
 TINY = "scaling/cpu --budgets 5e9 base.eval_tokens=2048 base.save_every=3 base.max_seq_len=64 "
@@ -232,6 +242,12 @@ def test_a_series_that_was_killed_equals_one_that_was_not(here, monkeypatch, tmp
     assert load_json(tmp_path / "killed" / "scaling.json")["command"].startswith(
         "nanochat scaling scaling/cpu --budgets"
     )
+    calls = []
+    monkeypatch.setattr(series, "devices_here", lambda gpus: ["0", "1"])
+    monkeypatch.setattr(series, "train_cells", lambda *of: calls.append(of) or ["d3-5e9"])
+    with pytest.raises(InputError, match="no finished cell"):
+        here("two")
+    assert [cell.name for cell in calls[0][0]] == ["d3-5e9", "d2-5e9"]  # the longest first
     with Run(tmp_path / "killed").lock(), pytest.raises(InputError, match="another process works on"):
         here("killed")
 

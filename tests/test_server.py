@@ -24,7 +24,7 @@ from nanochat_hf.serve.engine import Engine
 from nanochat_hf.serve.limits import LimitedProtocol
 from nanochat_hf.serve.server import UNSUPPORTED, ChatBody, CompletionBody, Server, TGIParameters, parse
 from nanochat_hf.serve.terminal_chat import Options, RemoteModel, messages_of, reach_offline
-from nanochat_hf.serve.worker import Worker
+from nanochat_hf.serve.worker import Completion, Worker
 
 HELLO = QUESTIONS["Hello"][0][1]
 PYTHON = [{"type": "function", "function": {"name": "python", "parameters": {}}}]
@@ -288,16 +288,22 @@ def test_tgi_routes_answer_as_documented(server, monkeypatch):
         details = server.post("/generate", inputs="xy" * 20, parameters=parameters).json()["details"]
         assert (details["input_length"], details["seed"]) == (2, seed) and details["generated_tokens"] <= 20
     info = server.http.get("/info").json()
-    assert (info["model_id"], info["max_total_tokens"], info["num_replicas"]) == ("tests/talker", 256, 1)
-    assert info["max_input_tokens"] == 255  # leaves one for the answer
-    assert (info["max_batch_size"], info["max_concurrent_requests"]) == (4, 8)
+    names = ("max_total_tokens", "max_input_tokens", "num_replicas", "max_batch_size", "max_concurrent_requests")
+    assert info["model_id"] == "tests/talker" and [info[name] for name in names] == [256, 255, 1, 4, 8]
     requests, submit = [], server.engine.submit  # it samples among all tokens, and greedily unless asked to sample
     monkeypatch.setattr(server.engine, "submit", lambda request: requests.append(request) or submit(request))
-    for parameters in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 7}):
+    for parameters in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 7, "top_p": 0.5}):
         server.post("/generate", inputs="Hello", parameters={**parameters, "max_new_tokens": 1})
-    assert [(request.temperature, request.top_k) for request in requests] == [(0.0, 0), (1.0, 0), (1.0, 7)]
-    server.post("/generate", inputs="How are you?", parameters={"truncate": 2, "max_new_tokens": 1})
-    assert requests[-1].prompt == server.engine.encode_text("How are you?")[-2:]
+    taken = [(request.temperature, request.top_k, request.top_p) for request in requests]
+    assert taken == [(0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 7, 0.5)]
+    server.post("/generate", inputs="How are you?", parameters={"truncate": 2})
+    assert requests[-1].prompt == server.engine.encode_text("How are you?")[-2:] and requests[-1].max_new_tokens == 20
+    limits, name = [], "nanochat_hf.serve.server.Completion"
+    monkeypatch.setattr(name, lambda *of: limits.append(of[3]) or Completion(*of))
+    server.post(CHAT, messages=user("Hello"), max_tokens=1)
+    assert (requests[-1].temperature, requests[-1].top_k, limits) == (0.0, 50, [120.0])  # the server's
+    two = asyncio.run(Server(server.workers * 2, "x").info())
+    assert (two["num_replicas"], two["max_concurrent_requests"]) == (2, 16)
 
 
 @pytest.mark.parametrize("text,read", [(HALF, "x?"), ("🙂\ud83d\ud83d🙂", "🙂??🙂"), ("\\ud83d", "\\ud83d")])

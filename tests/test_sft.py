@@ -150,11 +150,23 @@ def test_the_result_is_a_model_folder_with_its_figures(tiny_folder, tmp_path, mo
     assert {path.stat().st_mode & 0o777 for path in out.iterdir() if path.is_file()} == {0o666 & ~mask}
 
 
-def test_mid_training_then_sft_in_one_process(tiny_folder, tmp_path):
-    examples = ["누구세요?", "What is 2 + 3?"]
-    train_chat(config(assistant_only_loss=False, warmdown_ratio=0.2, examples=examples), tiny_folder, tmp_path / "mid")
-    unpacked = config(packing=False, total_batch_size=8, max_seq_len=128)  # conversations, two micro-batches
-    train_chat(unpacked, str(tmp_path / "mid"), tmp_path / "sft")
+def test_mid_training_then_sft_in_one_process(tiny_folder, tokenizer, tmp_path, monkeypatch, entries):
+    collators, sizes, real = [], [], sft.ChatTrainer.enable_fused_forward
+
+    def note(self, most):
+        real(self, most)
+        sizes.append((most, self.args.per_device_eval_batch_size, self.fused))
+
+    monkeypatch.setattr(sft, "PackedCollator", lambda *of: collators.append(of) or PackedCollator(*of))
+    monkeypatch.setattr(sft.ChatTrainer, "enable_fused_forward", note)
+    examples, pair = ["누구세요?", "What is 2 + 3?"], [{**PLAIN[0], "content": "a"}, {**PLAIN[1], "content": "b"}]
+    keys = {"assistant_only_loss": False, "warmdown_ratio": 0.2, "examples": examples}
+    train_chat(config(**keys, validation=entries(*[pair] * 30)), tiny_folder, tmp_path / "mid")
+    unpacked = {"packing": False, "total_batch_size": 8, "max_seq_len": 128}  # conversations, two micro-batches
+    train_chat(config(**unpacked, attn_implementation="sdpa"), str(tmp_path / "mid"), tmp_path / "sft")
+    # 18 pairs of 7 tokens in a sequence of the validation, and its padding
+    assert sizes == [(4 * (18 + 1), 4, True), (4 * (1 + 1), 4, False)]
+    assert collators == [(tokenizer.pad_token_id, 128), (tokenizer.pad_token_id, None)]
     assert AutoTokenizer.from_pretrained(tmp_path / "sft").init_kwargs["examples"] == examples
     assert history(tmp_path / "sft")[0]["train_loss"] < 6 and history(tmp_path / "mid")[-1]["step"] == 4
 
@@ -162,10 +174,13 @@ def test_mid_training_then_sft_in_one_process(tiny_folder, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lora_trains_adapters_only_in_the_devices_dtype_and_leaves_float32(tiny_folder, tmp_path, monkeypatch, dtype):
     """peft calls the matrices itself: on a GPU their inputs are bfloat16 and their weights are not."""
+    shown = []
     monkeypatch.setattr(model_setup, "compute_dtype", lambda device: dtype)
     _, model = load_source(tiny_folder, config(lora_r=4))
     assert model.model(torch.tensor([[1, 2]])).last_hidden_state.dtype == dtype
+    monkeypatch.setattr("nanochat_hf.train.trainer.Progress.update", lambda *words: shown.append(words[2:]))
     train_chat(config(lora_r=4), tiny_folder, tmp_path / "sft")
+    assert "lr 0.0005," in shown[-1][0]  # the adapters' 0.001, half decayed
     before, after = weights(tiny_folder), weights(tmp_path / "sft")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     kinds = {name.split(".")[-2] for name in changed}

@@ -178,7 +178,12 @@ def test_the_stage_writes_a_folder_with_its_figures(tmp_path, monkeypatch):
     module.train_tokenizer(exact, tmp_path / "exact")
     assert load_json(tmp_path / "exact" / "metrics.json")["train_chars"] == 9000
     assert opened[::2] == opened[1::2] == [{"seed": s, "skip_bad_files": bool(s)} for s in (0, 3)]  # of both splits
-    validation = [text[:40] for text in texts[300:]]
+    validation, whole = [text[:40] for text in texts[301:]], replace(config, max_chars=10**6)
+    monkeypatch.setattr(module, "VALIDATION_CHARS", 40)
+    module.train_tokenizer(whole, tmp_path / "whole")
+    numbers, of = load_json(tmp_path / "whole" / "metrics.json"), load_tokenizer(tmp_path / "whole")
+    assert numbers["train_chars"] == 301 * 40  # of the lines that begin in 15 of 16 parts of the file
+    assert numbers["bytes_per_token"] == module.bytes_per_token(of, validation[:1])
     assert metrics["bytes_per_token"] == pytest.approx(module.bytes_per_token(tokenizer, validation), rel=0.05)
     with pytest.raises(InputError):  # a stage that fails leaves nothing that looks finished
         module.train_tokenizer(TokenizerConfig(dataset=str(tmp_path / "none.jsonl")), tmp_path / "other")

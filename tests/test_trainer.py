@@ -50,6 +50,10 @@ def test_warmup_decay_and_muon_momentum_follow_the_schedule(tiny_folder, tmp_pat
     slope = (peak - start) / DEFAULTS[2].momentum_steps
     for number, (_, values) in enumerate(steps):
         assert values and values == pytest.approx([start + slope * number] * len(values))
+    trainer, first = StageTrainer.__new__(StageTrainer), SimpleNamespace(config=SimpleNamespace(generation=1))
+    trainer.stage, trainer.model, trainer.lr_scheduler = CONFIG, first, None
+    trainer.create_scheduler(8, torch.optim.SGD([torch.zeros(1)]))
+    assert (trainer.schedule.momentum, trainer.schedule.momentum_steps) == ((0.85, 0.95, 0.95), 300)
 
 
 def test_keys_of_the_yaml_reach_the_library(tmp_path, monkeypatch):
