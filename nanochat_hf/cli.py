@@ -200,7 +200,8 @@ def convert(parser: Parser, words: list[str]) -> None:
         if describes:
             save_json(record, load_json(record) | {"weights": model_fingerprint(args.output)})
     except Exception as error:  # of damaged files: safetensors', json's, tokenizers' have no common type
-        what = "" if isinstance(error, ValueError | OSError) else f"{args.source} cannot be read: "
+        says = isinstance(error, InputError | OSError) or type(error) is ValueError  # its subclasses name no file
+        what = "" if says else f"{args.source} cannot be read: "
         raise InputError(what + in_a_line(error)) from None
     step = f", step {info['step']}" if info["step"] else ""  # a folder of transformers names none
     print(f"{args.output}: generation {info['generation']}, {info['parameters']:,} parameters{step}")
@@ -353,6 +354,7 @@ def compare(parser: Parser, words: list[str]) -> None:
     args = parser.parse_args(words)
     if len(args.runs) < 2:
         raise InputError("a comparison needs two runs or more")
+    each_once([str(Path(run).resolve()) for run in args.runs])
     each_once([str(Path(run).resolve()) for run in args.runs])
     from .eval.compare import compare as compare_runs
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import PrecisionType, broadcast_object_list
+from accelerate.utils import PrecisionType, broadcast_object_list, str_to_bool
 from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -40,10 +40,23 @@ def on_cpu() -> bool:
     return not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
+def check_variables() -> None:
+    """Raise InputError for variables of Accelerate that only a launcher can set, or that it cannot read."""
+    for name in (f"ACCELERATE_USE_{kind}" for kind in ("CPU", "DEEPSPEED", "FSDP")):
+        try:
+            use = str_to_bool(value := os.environ.get(name, "no"))
+        except ValueError:
+            raise InputError(f"{name} is {value!r}: set it to true or false, or unset it") from None
+        if use and "WORLD_SIZE" not in os.environ and not name.endswith("CPU"):
+            advice = "start it with nanochat run --config-file or accelerate launch, or unset that"
+            raise InputError(f"{name} is set, and no launcher started this process: {advice}")
+
+
 def partial_state() -> PartialState:
     """The job's ranks, joined on the first call. Without `cpu` Accelerate does not join processes on CPUs."""
     if on_cpu():  # else DeepSpeed, where installed, warns that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    check_variables()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     try:
         state = PartialState(cpu=on_cpu(), timeout=BARRIER_TIMEOUT)

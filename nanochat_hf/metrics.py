@@ -93,7 +93,7 @@ Log = Annotated[list[dict[str, OptionalNumber]], AfterValidator(check_steps)]
 # and skipped.json beside the checkpoints of a chat stage
 Measured = record("Measured", history=list[dict[str, OptionalNumber]], samples=list[Sample])
 ChatMeasured = record("ChatMeasured", log=Log)
-TrainerState = record("TrainerState", log_history=Log)
+TrainerState = record("TrainerState", global_step=int, log_history=Log)
 Skipped = record("Skipped", steps=list[int])
 
 adapter = cache(TypeAdapter)

@@ -159,7 +159,8 @@ def load_json(path: str | Path, remedy: str = "delete it to run that stage again
     try:
         if (place := Path(path)).is_fifo() or place.is_char_device():  # reading one would wait or never end
             raise InputError(f"{path} is a pipe or a device, no file; {remedy}")
-        value = without_nan(json.loads(Path(path).read_text(encoding="utf-8")))
+        text = Path(path).read_text(encoding="utf-8")  # C, as in Matplotlib, has no longer integers
+        value = without_nan(json.loads(text, parse_int=lambda word: float(word) if 18 < len(word) < 99 else int(word)))
         json.dumps(value, ensure_ascii=False).encode()  # not of half a pair of surrogates
         if not isinstance(value, dict):
             raise ValueError("no object")

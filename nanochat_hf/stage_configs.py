@@ -3,8 +3,7 @@
     PretrainConfig(depth=12)                  # raises InputError for a value that no run can have
     STAGE_CONFIGS["base"]                     # the class of base.yaml
 
-Names are those of karpathy/nanochat where it has them. Nothing here imports a large library, so that wrong input is
-refused at once.
+Names are those of karpathy/nanochat where it has them. No large library is imported: wrong input is refused at once.
 """
 
 import importlib.util
@@ -434,6 +433,8 @@ def refuse_unused_keys(stage: str, config, keys: Collection[str]) -> None:
     """Raise InputError if a command line names a key that its config does not use."""
     if "words" in keys and not SPELLING & set(config.tasks):
         raise InputError(f"eval.words: none of its tasks uses it; those that do: {', '.join(sorted(SPELLING))}")
+    if "subset" in keys and config.dataset.startswith("primer:"):
+        raise InputError(f"{stage}.subset is of a Hub dataset, and {config.dataset} has none: leave it out")
     steps = getattr(config, "num_iterations", -1)
     if "warmup_steps" in keys and 0 < steps < (config.warmup_steps or 0):
         raise InputError(f"{stage}.warmup_steps is {config.warmup_steps}, and the run has {steps} steps: lower it")
@@ -492,6 +493,8 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
     chosen = stages or [*(stage for stage in present if getattr(configs[stage], "enabled", True)), "report"]
     for stage, config in configs.items():
         refuse_unused_keys(stage, config, values[stage])
+    if values["base"].get("core_metric_every", "-1") != "-1" and not getattr(configs.get("eval"), "core_bundle", None):
+        raise InputError("base.core_metric_every is of CORE: give eval.core_bundle, too, a folder or download")
     if "rl" in chosen and (length := configs["rl"].max_new_tokens) >= (context := configs["base"].max_seq_len):
         raise InputError(f"rl.max_new_tokens is {length}: a prompt needs room, too, in base.max_seq_len, {context}")
     return [stage for stage in STAGES if stage in chosen], configs

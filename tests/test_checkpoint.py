@@ -133,6 +133,12 @@ def test_a_checkpoint_of_another_kind_of_sharding_is_refused_and_what_cannot_be_
     with pytest.raises(InputError, match="step_000003 was written with another kind of sharding"):
         checkpoint.load(path, *training)
     (path / "shards").rmdir()
+    state = training[1].state_dict()
+    state["state"] = {key: {name: torch.cat([v, v]) if v.ndim else v for name, v in values.items()}
+                      for key, values in state["state"].items()}  # fmt: skip
+    torch.save(torch.load(path / "rank_00000.pt") | {"optimizer": state}, path / "rank_00000.pt")
+    with pytest.raises(InputError, match=r"step_000003 cannot be read \(optimizer state of shape .*: restore it"):
+        checkpoint.load(path, *training)
     (path / "model.pt").write_bytes(b"x")
     with pytest.raises(InputError, match=r"step_000003 cannot be read \(.*\): restore it, or delete it to use"):
         checkpoint.load(path, *training)
@@ -238,8 +244,12 @@ POINTS = {"history": [{"step": 1, "train_loss": 2.0}], "samples": [{"prompt": "a
 READ = {  # file of a stage's state -> (its content, what reads it, what a refusal says)
     "config.json": ({"matrix_lr": None}, ChatTrainer.compare_settings, "is not valid JSON|with another recipe"),
     "skipped.json": ({"steps": [1]}, ChatTrainer.restore_records, "delete it to count none as skipped"),
-    "c/measured.json": ({"log": LOG}, ChatTrainer.restore_records, "delete it to repeat that evaluation"),
-    "c/trainer_state.json": ({"log_history": LOG}, ChatTrainer.restore_records, "to use an older checkpoint"),
+    "checkpoint-3/measured.json": ({"log": LOG}, ChatTrainer.restore_records, "delete it to repeat that evaluation"),
+    "checkpoint-3/trainer_state.json": (
+        {"global_step": 3, "log_history": LOG},
+        ChatTrainer.restore_records,
+        "to use an older checkpoint",
+    ),
     "measured.json": (POINTS, None, "delete it to repeat"),
 }
 
@@ -247,7 +257,7 @@ READ = {  # file of a stage's state -> (its content, what reads it, what a refus
 @pytest.mark.parametrize("file", READ)
 def test_a_damaged_record_is_one_line(tmp_path, file):
     (content, read, words), outcomes = READ[file], []
-    save_json(tmp_path / "c" / "trainer_state.json", {"log_history": LOG})
+    save_json(tmp_path / "checkpoint-3" / "trainer_state.json", {"global_step": 3, "log_history": LOG})
     save_json(tmp_path / file, content)
     for data in mutations((tmp_path / file).read_bytes(), 60):
         (tmp_path / file).write_bytes(data)
@@ -257,7 +267,7 @@ def test_a_damaged_record_is_one_line(tmp_path, file):
             if read is ChatTrainer.compare_settings:
                 read(trainer, tmp_path, content)
             elif read:
-                read(trainer, tmp_path / "c")
+                read(trainer, tmp_path / "checkpoint-3")
                 trainer.state.log_history = trainer.resumed_log
                 ChatTrainer.history(trainer)
             else:

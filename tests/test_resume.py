@@ -458,6 +458,15 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(half_done,
     assert steps == list(range(1, CONFIGS[stage].num_iterations + 1))
 
 
+@pytest.mark.parametrize("file", FILES["sft"])
+def test_a_file_of_another_kind_in_a_checkpoint_is_one_line(half_done, tmp_path, file):
+    resume, newest = half_done("sft"), complete_checkpoints(tmp_path / "out" / "state")[-1]
+    (newest / file).write_text("[1]")
+    checkpoint.write_manifest(newest)
+    with pytest.raises(InputError, match=rf"{newest.name}.*delete "):
+        resume()
+
+
 def test_without_any_intact_checkpoint_the_stage_is_refused_and_nothing_is_deleted(half_done, tmp_path):
     resume, state = half_done("sft"), tmp_path / "out" / "state"
     for number in (2, 3):

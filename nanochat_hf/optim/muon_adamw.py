@@ -146,6 +146,9 @@ class MuonAdamW(torch.optim.Optimizer):
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, p in zip(indices, params):
             for key, value in state_dict["state"].get(index, {}).items():
+                shape = getattr(value, "shape", ())
+                if p.numel() and any(size not in (1, full) for size, full in zip(shape, p.shape)):  # ZeRO empties some
+                    raise ValueError(f"optimizer state of shape {(*shape,)} for a parameter of {(*p.shape,)}")
                 if isinstance(value, Tensor) and self.state[p][key].dtype != value.dtype:
                     self.state[p][key] = value.to(self.state[p][key].device, copy=True)
 

@@ -370,6 +370,8 @@ def utf8_line() -> str:
         return line
     except UnicodeError:
         raise InputError("the input is not UTF-8: convert it to that encoding") from None
+    except RuntimeError:  # input() finds one closed
+        raise InputError("standard input or output is closed: open both, or give --prompt") from None
 
 
 def quoted(line: str, read: Callable[[], str]) -> str:

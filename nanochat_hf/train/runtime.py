@@ -17,7 +17,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..distributed import partial_state
+from ..distributed import check_variables, partial_state
 from ..errors import InputError
 from ..optim.scaling import CPU_FLOPS, Plan, estimate_micro_batch_size, split_global_batch
 from .model_setup import compute_dtype
@@ -33,6 +33,7 @@ def start_accelerator(report_to: str, output: Path) -> Accelerator:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
         os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
     log_with = None if report_to == "none" else report_to
+    check_variables()
     with fsdp2_for_zero():
         # No autocast: the dtype of the embeddings decides, see model_setup.py.
         accelerator = Accelerator(mixed_precision="no", log_with=log_with, project_dir=output)

@@ -281,6 +281,18 @@ class StageTrainer(TrainerCallback):
     def discard_after(self, step: int) -> None:
         """Called on the main process before training resumes after `step` steps: drop what later steps wrote."""
 
+    def _load_from_checkpoint(self, folder, *args, **kwargs):
+        with checkpoint.reading(Path(folder)):
+            super()._load_from_checkpoint(folder, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, folder):
+        with checkpoint.reading(Path(folder)) if folder else nullcontext():
+            super()._load_optimizer_and_scheduler(folder)
+
+    def _load_rng_state(self, folder):
+        with checkpoint.reading(Path(folder)) if folder else nullcontext():
+            super()._load_rng_state(folder)
+
     def _run_epoch(self, *args, **kwargs):
         """As transformers', which takes one step too many if a run is resumed after its last step."""
         if not self.is_complete():
@@ -404,7 +416,9 @@ class StageTrainer(TrainerCallback):
         """Take over what transformers does not restore: skipped steps, the log, and where optimizer state lies."""
         skipped, older = folder.parent / checkpoint.SKIPPED, f"delete {folder} to use an older checkpoint"
         self.skipped = (load_json(skipped, "delete it to count none as skipped", Skipped) or {"steps": []})["steps"]
-        written = load_json(folder / "trainer_state.json", older, TrainerState)
+        written = load_json(folder / "trainer_state.json", older, TrainerState) or {}
+        if written.get("global_step") != checkpoint.step_of(folder):
+            raise InputError(f"{folder / 'trainer_state.json'} is missing or of another step: {older}")
         measured = load_json(folder / checkpoint.MEASURED, "delete it to repeat that evaluation", ChatMeasured)
         log = measured["log"] if measured else written["log_history"]
         self.earlier_seconds, self.resumed_log = log[-1].get("time", 0.0) if log else 0.0, log
