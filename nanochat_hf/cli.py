@@ -355,7 +355,6 @@ def compare(parser: Parser, words: list[str]) -> None:
     if len(args.runs) < 2:
         raise InputError("a comparison needs two runs or more")
     each_once([str(Path(run).resolve()) for run in args.runs])
-    each_once([str(Path(run).resolve()) for run in args.runs])
     from .eval.compare import compare as compare_runs
 
     print(compare_runs(args.runs, args.output))

@@ -387,7 +387,7 @@ def test_hooks_are_called_and_lines_printed_when_due(world, tmp_path, monkeypatc
 # --- keys and bad input
 
 
-OFFLOAD = {"USE_DEEPSPEED": "true", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+OFFLOAD = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ OFFLOAD = {"USE_DEEPSPEED": "true", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
     [
         ({"fp8": True}, {}, "fp8 needs an NVIDIA GPU of compute capability 8.9 or newer"),
         ({}, {"WORLD_SIZE": "2"}, "2 processes were launched and Accelerate sees no GPU"),
-        ({}, {f"ACCELERATE_{key}": value for key, value in OFFLOAD.items()}, "offload_optimizer_device: .*fsdp2.yaml"),
+        ({}, OFFLOAD | {"WORLD_SIZE": "1"}, "offload_optimizer_device: .*fsdp2.yaml"),
     ],
 )
 def test_bad_input_is_one_clear_line(world, tmp_path, monkeypatch, changes, environment, message):
