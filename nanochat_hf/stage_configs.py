@@ -1,7 +1,6 @@
 """The keys of a recipe's YAML files: a dataclass per stage, with each key's type, range, default and text.
 
     PretrainConfig(depth=12)                  # raises InputError for a value that no run can have
-    STAGE_CONFIGS["base"]                     # the class of base.yaml
 
 Names are those of karpathy/nanochat where it has them. No large library is imported: wrong input is refused at once.
 """
@@ -493,7 +492,8 @@ def read_recipe(recipe: Path, stages: list[str] | None, overrides: list[str]) ->
     chosen = stages or [*(stage for stage in present if getattr(configs[stage], "enabled", True)), "report"]
     for stage, config in configs.items():
         refuse_unused_keys(stage, config, values[stage])
-    if values["base"].get("core_metric_every", "-1") != "-1" and not getattr(configs.get("eval"), "core_bundle", None):
+    wants_core = "core_metric_every" in values["base"] and configs["base"].core_metric_every > 0
+    if wants_core and not getattr(configs.get("eval"), "core_bundle", None):
         raise InputError("base.core_metric_every is of CORE: give eval.core_bundle, too, a folder or download")
     if "rl" in chosen and (length := configs["rl"].max_new_tokens) >= (context := configs["base"].max_seq_len):
         raise InputError(f"rl.max_new_tokens is {length}: a prompt needs room, too, in base.max_seq_len, {context}")
