@@ -92,7 +92,8 @@ def test_the_pipeline_runs_each_stage_once_with_its_options(calls, tmp_path, cap
 def test_core_on_the_way_is_checked_before_base_and_only_then(calls, tmp_path):
     save_json(tmp_path / "tokenizer" / "metrics.json", {"finished": True})
     for every, names, checked in ((9, ["base"], 1), (-1, ["base"], 0), (9, ["tokenizer"], 0), (0, ["base"], 0)):
-        _, configs = read_recipe(find_recipe("cpu-demo"), None, [f"base.core_metric_every={every}"])
+        keys = [f"base.core_metric_every={every}", "eval.core_bundle=b"]
+        _, configs = read_recipe(find_recipe("cpu-demo"), None, keys)
         run = Run(tmp_path)
         stages.run_stages(run, names, configs)
         assert len(took(calls, "check_bundle")) == checked and not took(calls, "check_cost")
