@@ -202,7 +202,8 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
 def test_other_contents_are_refused_but_a_branch_and_force_work(hub, run):
     api = HfApi(token=TOKEN)
     api.create_repo("you/small")
-    api.upload_file(path_or_fileobj=b"other", path_in_repo="config.json", repo_id="you/small")
+    for name in (".gitattributes", "config.json"):  # the Hub makes the first
+        api.upload_file(path_or_fileobj=b"other", path_in_repo=name, repo_id="you/small")
     with pytest.raises(InputError, match=r"another config.json already: .*--revision NAME.*--force"):
         push(run, Push("you/small"))
     hub.repos["models", "you/small"].branches["refs/pr/1"] = hub.repos["models", "you/small"].branches["main"]
@@ -210,7 +211,8 @@ def test_other_contents_are_refused_but_a_branch_and_force_work(hub, run):
         push(run, Push("you/small", revision=branch))
     assert "model.safetensors" in pushed(hub, branch="refs/pr/1")
     assert not any("branch/refs" in str(request) for request in hub.requests)
-    assert "model.safetensors" in pushed(hub, branch="step-000100") and set(pushed(hub)) == {"config.json"}
+    assert "model.safetensors" in pushed(hub, branch="step-000100")
+    assert set(pushed(hub)) == {".gitattributes", "config.json"}
     api.upload_file(path_or_fileobj=b"left over", path_in_repo="old.txt", repo_id="you/small")
     push(run, Push("you/small", force=True))
     assert "model.safetensors" in pushed(hub) and "old.txt" not in pushed(hub)

@@ -37,7 +37,7 @@ FIRST |= {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
         (NanoChatConfig(max_position_embeddings=1100), {"sliding_window": 385}),
         (NanoChatConfig(num_hidden_layers=5), {"value_embed_layers": [0, 2, 4]}),
         (NanoChatConfig(num_hidden_layers=4), {"value_embed_layers": [1, 3]}),
-        (NanoChatConfig(value_embeds=False), {"value_embed_layers": []}),
+        (NanoChatConfig(value_embeds=False), {"value_embed_layers": [], "rms_norm_eps": torch.finfo().eps}),
         (NanoChatConfig(hidden_size=96, num_attention_heads=3), DERIVED),
         (NanoChatConfig(hidden_size=100, num_attention_heads=3, head_dim=16), {"head_dim": 16}),
         *((NanoChatConfig(**{switch: False}), {"generation": 2}) for switch in configuration_nanochat.SWITCHES),

@@ -101,8 +101,8 @@ def test_exactly_the_planted_documents_go(tmp_path, capsys, monkeypatch, tests):
     problem = document(504) + " " + " ".join(document(7000, 20).split()[-7:] + document(7001, 20).split()[:6])
     planted = {
         "without words": ["?! " * 200, None, ""], "too short": [document(600, 10)], "too long": [document(601, 2000)],
-        "other language": [FRENCH * 4, KOREAN * 9], "contaminated": [document(602) + shouted, answered, problem],
-        "duplicate": [good[5], good[5], good[90]], "near duplicate": [near, near.title()],
+        "other language": [document(603) + FRENCH * 20, KOREAN * 9], "near duplicate": [near, near.title()],
+        "contaminated": [document(602) + shouted, answered, problem], "duplicate": [good[5], good[5], good[90]],
     }  # fmt: skip
     rows = [*good[:60], other, almost, *(text for group in planted.values() for text in group)]
     pq.write_table(pa.table({"text": rows, "id": list(range(len(rows)))}), tmp_path / "a.parquet", row_group_size=9)

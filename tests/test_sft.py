@@ -116,9 +116,9 @@ def test_packing_keeps_every_token_once_and_several_processes_encode_alike(token
 
 def test_padding_rows_have_no_loss():
     rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, 2]], "seq_lengths": [[2]]})
-    padded = pad_to_multiple(rows, 4, pad=9).to_list()
-    assert padded == [*rows.to_list(), *[{"input_ids": [9], "labels": [-100], "seq_lengths": [1]}] * 3]
-    assert len(pad_to_multiple(rows, 1, pad=9)) == 1
+    padded = pad_to_multiple(rows, 4, pad=9)
+    assert padded.to_list() == [*rows.to_list(), *[{"input_ids": [9], "labels": [-100], "seq_lengths": [1]}] * 3]
+    assert [len(pad_to_multiple(padded, multiple, pad=9)) for multiple in (2, 3)] == [4, 6]
 
 
 def test_a_wrong_validation_set_is_noticed_before_the_mixture_is_encoded(tiny_folder, tmp_path):

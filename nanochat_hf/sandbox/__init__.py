@@ -69,8 +69,8 @@ def run_sandboxed(
         code = wait(checker, timeout)
         solution.terminate()  # nobody calls it any more
         codes = code, wait(solution, timeout)
-    timed_out = code not in (ENDED, UNCHECKED) and TIMED_OUT in codes
-    return SandboxResult(code == ENDED, output.decode("utf-8", "replace"), timed_out, code != UNCHECKED)
+    text = output.decode("utf-8", "replace")
+    return SandboxResult(code == ENDED, text, TIMED_OUT in codes, code != UNCHECKED)
 
 
 @contextlib.contextmanager

@@ -67,7 +67,6 @@ class Worker(threading.Thread):
             self.ready.set()
             with self.wake:
                 self.deliver([(callback, None) for callback in self.callbacks.values()])
-                self.callbacks.clear()
 
     def deliver(self, calls: list[tuple[TokenCallback, list[int] | None]]) -> None:
         """Call the callbacks in the event loop, all at once: waking it costs more than reading the tokens."""

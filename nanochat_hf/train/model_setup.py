@@ -207,7 +207,7 @@ def describe_machine() -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512}
     with device:
-        model = NanoChatForCausalLM(NanoChatConfig(**shape, head_dim=128, max_position_embeddings=2048))
+        model = NanoChatForCausalLM(NanoChatConfig(**shape, head_dim=128))
     return describe(build_loss_module(model, "auto", True, "auto"), "auto")
 
 
